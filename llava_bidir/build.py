@@ -1,0 +1,186 @@
+"""Puts an encoder, an adapter and an LLM together, and says what trains."""
+
+import logging
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlavaProcessor
+
+from .encoders import Encoder
+from .modeling import LlavaBidirConfig, LlavaBidirForConditionalGeneration
+
+log = logging.getLogger(__name__)
+
+ADAPTER = "model.multi_modal_projector."
+# The parts of a model and where their weights live. The encoder is always frozen, so it is not among them.
+TRAINABLE = {"adapter": (ADAPTER,), "llm": ("model.language_model.", "lm_head.")}
+
+# Source: Hugging Face's conversion of LLaVA-1.5, which widens the vocabulary by <image> and <pad>.
+EXTRA_TOKENS = ("<image>", "<pad>")
+VOCABULARY_MULTIPLE = 64
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions. "
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{% if message['role'] == 'user' %} {% else %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def build_processor(encoder: Encoder, llm: str, aspect: str = "pad") -> LlavaProcessor:
+    """Tokenizer, image processor and chat template of a model, without its weights.
+
+    Args:
+        encoder: Decides how images become pixels and image tokens.
+        llm: Directory or hub id whose tokenizer is taken; `<image>` and `<pad>` are added to it.
+        aspect: "pad" or "crop", see :meth:`Encoder.image_processor`.
+    """
+    vision_config = encoder.load_config()
+    tokenizer = AutoTokenizer.from_pretrained(llm)
+    tokenizer.add_tokens(list(EXTRA_TOKENS), special_tokens=True)
+    tokenizer.pad_token = "<pad>"
+    return LlavaProcessor(
+        image_processor=encoder.image_processor(vision_config, aspect),
+        tokenizer=tokenizer,
+        patch_size=vision_config.patch_size,
+        vision_feature_select_strategy=_select_strategy(encoder),
+        num_additional_image_tokens=encoder.entry.extra_tokens,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_config(encoder: Encoder, llm: str, image_attention: str, aspect: str, image_token_id: int):
+    """The configuration of encoder + adapter + LLM, read without loading weights."""
+    vision_config = encoder.load_config()
+    rows, columns = encoder.grid(vision_config)
+    return LlavaBidirConfig(
+        vision_config=vision_config,
+        text_config=AutoConfig.from_pretrained(llm),
+        image_token_index=image_token_id,
+        image_seq_length=rows * columns,
+        vision_feature_layer=encoder.feature_layer,
+        vision_feature_select_strategy=_select_strategy(encoder),
+        image_attention=image_attention,
+        image_aspect=aspect,
+    )
+
+
+def build_model(
+    encoder: Encoder,
+    llm: str,
+    processor: LlavaProcessor,
+    *,
+    image_attention: str = "causal",
+    aspect: str = "pad",
+    adapter: str | None = None,
+    adapter_gain: float = 1.0,
+    attn_implementation: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+) -> LlavaBidirForConditionalGeneration:
+    """Loads encoder and LLM, adds the adapter, and widens the vocabulary to the processor's.
+
+    Args:
+        encoder: The vision tower.
+        llm: Directory or hub id of a causal language model.
+        processor: From :func:`build_processor`.
+        image_attention: Registered mask among image tokens.
+        aspect: Written to the config: how evaluation has to prepare images.
+        adapter: Checkpoint directory (stage 1's) whose adapter is taken; None draws a new one.
+        adapter_gain: Factor on a new adapter's last weight. Visual tokens of trained LLaVAs are many times longer than
+            words; 1 is LLaVA's own initialisation.
+        attn_implementation: "sdpa", "eager" or "flex_attention".
+        dtype: Of the weights.
+
+    Raises:
+        ValueError: The adapter's checkpoint does not fit.
+    """
+    tokenizer = processor.tokenizer
+    config = build_config(encoder, llm, image_attention, aspect, processor.image_token_id)
+    language_model = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype, attn_implementation=attn_implementation)
+    vision_tower = encoder.entry.model_class.from_pretrained(encoder.path, dtype=dtype)
+    widen_vocabulary(language_model, len(tokenizer))
+    config.text_config = language_model.config
+
+    with torch.device("meta"):
+        model = LlavaBidirForConditionalGeneration._from_config(
+            config, dtype=dtype, attn_implementation=attn_implementation
+        )
+    model.model.vision_tower = vision_tower
+    model.model.language_model = language_model.model
+    model.lm_head = language_model.lm_head
+    model.model.multi_modal_projector.to_empty(device="cpu")
+    init_adapter(model.model.multi_modal_projector, adapter_gain)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    model.generation_config = language_model.generation_config
+    model.generation_config.pad_token_id = model.config.text_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def widen_vocabulary(language_model, size: int) -> None:
+    """Makes room for `size` tokens; new rows are the mean of the old ones, padded to a multiple that GPUs like."""
+    if size > language_model.get_input_embeddings().num_embeddings:
+        language_model.resize_token_embeddings(size, pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=True)
+
+
+def init_adapter(adapter: nn.Module, gain: float = 1.0) -> None:
+    """Draws the adapter as torch draws Linear layers, which is what LLaVA does; `gain` scales the last weight."""
+    for module in adapter.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+    with torch.no_grad():
+        adapter.linear_2.weight *= gain
+
+
+def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> None:
+    """Takes the adapter's weights from a checkpoint directory, refusing one trained for another encoder or mask."""
+    config = LlavaBidirConfig.from_pretrained(directory)
+    for name in ("image_attention", "vision_feature_layer", "image_seq_length"):
+        theirs, ours = getattr(config, name), getattr(model.config, name)
+        if theirs != ours:
+            raise ValueError(
+                f"adapter checkpoint {directory}: {name} is {theirs!r} there and {ours!r} here; both stages of a model "
+                "use the same one (paper, Sec. 5)"
+            )
+    weights = {}
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            weights.update({k.removeprefix(ADAPTER): tensors.get_tensor(k) for k in tensors.keys() if ADAPTER in k})
+    if not weights:
+        raise ValueError(f"adapter checkpoint {directory} holds no tensor named {ADAPTER}*")
+    try:
+        model.model.multi_modal_projector.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"adapter checkpoint {directory} does not fit this encoder and LLM: {error}") from None
+
+
+def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:
+    """Freezes everything but `parts` ("adapter", "llm") and returns the number of parameters that train, by part."""
+    unknown = set(parts) - set(TRAINABLE)
+    if unknown or not parts:
+        raise ValueError(f"model.train must be some of {', '.join(TRAINABLE)}; got {parts}. The encoder never trains")
+    counts = dict.fromkeys(parts, 0)
+    for name, parameter in model.named_parameters():
+        part = next((p for p in parts if name.startswith(TRAINABLE[p])), None)
+        parameter.requires_grad_(part is not None)
+        if part is not None:
+            counts[part] += parameter.numel()
+    return counts
+
+
+def _select_strategy(encoder: Encoder) -> str:
+    """Hugging Face's word for the tokens to drop: "default" drops one in front, "full" none."""
+    strategies = {1: "default", 0: "full"}
+    if encoder.entry.extra_tokens not in strategies:
+        raise ValueError(
+            f"encoder {encoder.name!r} has {encoder.entry.extra_tokens} extra tokens; LLaVA's checkpoint format can "
+            "drop one or none, the others would pass as patches"
+        )
+    return strategies[encoder.entry.extra_tokens]

@@ -1,0 +1,135 @@
+"""LLaVA conversations to token ids and labels, turn by turn.
+
+Ids and labels come out of one pass over the same pieces of text, so they cannot disagree: LLaVA's re-tokenise-and-
+compare, with its "tokenization mismatch" and the samples it loses to that, has no counterpart here. The ids equal
+LLaVA's own (train.py preprocess_plain and preprocess_v1, mm_utils.py tokenizer_image_token).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+IGNORE_INDEX = -100
+IMAGE = "<image>"
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+Turn = dict[str, str]
+
+
+class Piece(NamedTuple):
+    """A stretch of text and whether the model is trained to say it."""
+
+    text: str
+    supervised: bool
+
+
+def encode(
+    turns: Sequence[Turn],
+    tokenizer,
+    template: str = "vicuna_v1",
+    image_tokens: int = 576,
+    image_token_id: int = 32000,
+) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a conversation, each `<image>` expanded to `image_tokens` ids.
+
+    A conversation that ends with a human turn ends in the prompt for its answer, which is how prompts are built.
+    With words for tokens, and labels marked by ^::
+
+        vicuna_v1   <s> A chat ... questions. USER: I I I <nl> What is it? ASSISTANT: a cat </s>
+                                                                                      ^ ^   ^
+        plain       <s> I I I a cat <nl>
+                              ^ ^   ^
+
+    Args:
+        turns: LLaVA's JSON, ``[{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", ...}, ...]``.
+        tokenizer: A Hugging Face tokenizer; its eos token closes an answer.
+        template: "plain" (stage 1) or "vicuna_v1" (stage 2).
+        image_tokens: T, what the encoder gives for one image.
+        image_token_id: The id that stands for an image token.
+
+    Returns:
+        input_ids and labels, as long as each other; labels are -100 where the model is not trained.
+
+    Raises:
+        ValueError: An unknown template or role, roles out of order, or a turn without text.
+    """
+    if template not in TEMPLATES:
+        raise ValueError(f"unknown template {template!r}; there is {', '.join(TEMPLATES)}")
+    input_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    labels = [IGNORE_INDEX] * len(input_ids)
+    continues = False  # LLaVA tokenises the text before, between and after images separately
+    for text, supervised in TEMPLATES[template](check_turns(turns), tokenizer.eos_token):
+        for i, part in enumerate(text.split(IMAGE)):
+            if i > 0:
+                input_ids += [image_token_id] * image_tokens
+                labels += [IGNORE_INDEX] * image_tokens
+                continues = False
+            if part:
+                tokens = _tokenize(part, tokenizer, continues)
+                input_ids += tokens
+                labels += tokens if supervised else [IGNORE_INDEX] * len(tokens)
+                continues = True
+    return input_ids, labels
+
+
+def _tokenize(text: str, tokenizer, continues: bool) -> list[int]:
+    """Ids of `text`; `continues` says that it follows other text, so that no word-start marker is put before it."""
+    if not continues:
+        return tokenizer.encode(text, add_special_tokens=False)
+    # A sentencepiece tokenizer adds its marker at the start of a string only, not behind a special token.
+    return tokenizer.encode(tokenizer.eos_token + text, add_special_tokens=False)[1:]
+
+
+def check_turns(turns: Sequence[Turn]) -> list[Turn]:
+    """The turns from the first human one on, which must alternate between human and gpt."""
+    turns = list(turns)
+    for turn in turns:
+        if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt"):
+            raise ValueError(f"a turn needs 'from': 'human' or 'gpt', got {str(turn)[:80]!r}")
+        if not isinstance(turn.get("value"), str):
+            raise ValueError(f"a turn needs text in 'value', got {str(turn)[:80]!r}")
+    if turns and turns[0]["from"] == "gpt":
+        turns = turns[1:]  # LLaVA train.py:425
+    for i, turn in enumerate(turns):
+        expected = ("human", "gpt")[i % 2]
+        if turn["from"] != expected:
+            raise ValueError(f"turn {i} is from {turn['from']!r} where {expected!r} was due; roles must alternate")
+    if not turns:
+        raise ValueError("a conversation needs at least one human turn")
+    return turns
+
+
+def _image_first(text: str) -> str:
+    """Moves the image before the turn's text; several in one turn become one (LLaVA train.py preprocess_multimodal)."""
+    if IMAGE not in text:
+        return text
+    return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()
+
+
+def _plain(turns: list[Turn], eos: str) -> list[Piece]:
+    """The image and its caption, the question dropped. Source: LLaVA train.py preprocess_plain."""
+    if len(turns) != 2 or IMAGE not in turns[0]["value"]:
+        raise ValueError(f"template 'plain' wants one question with {IMAGE} and one caption, got {len(turns)} turns")
+    return [Piece(IMAGE, False), Piece(turns[1]["value"] + "\n", True)]
+
+
+def _vicuna_v1(turns: list[Turn], eos: str) -> list[Piece]:
+    """System prompt, then `USER: question ASSISTANT: answer</s>` without a space behind the eos.
+
+    Source: LLaVA conversation.py conv_vicuna_v1 (SeparatorStyle.TWO) and train.py preprocess_v1, which trains the
+    answer and its eos. An empty message leaves its role alone, as there.
+    """
+    pieces = []
+    for question, answer in zip(turns[::2], [*turns[1::2], {"value": ""}], strict=False):
+        text = _image_first(question["value"])
+        user = f"USER: {text} ASSISTANT:" if text else "USER:ASSISTANT:"
+        pieces.append(Piece(user if pieces else f"{SYSTEM} {user}", False))
+        reply = _image_first(answer["value"])
+        if reply:
+            pieces.append(Piece(f" {reply}{eos}", True))
+    return pieces
+
+
+TEMPLATES: dict[str, Callable[[list[Turn], str], list[Piece]]] = {"plain": _plain, "vicuna_v1": _vicuna_v1}

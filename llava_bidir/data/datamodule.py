@@ -1,0 +1,101 @@
+"""The data of a training run: LLaVA JSON and images in, batches out."""
+
+import math
+
+import torch
+from lightning import LightningDataModule
+from torch.utils.data import DataLoader, Subset
+from transformers import LlavaProcessor
+
+from .collate import Collate
+from .instructions import Instructions
+from .sampler import BatchSampler
+
+
+class InstructionData(LightningDataModule):
+    """Training and validation conversations.
+
+    Args:
+        annotations: LLaVA JSON file.
+        images: Folder that its image paths start from.
+        val_annotations: LLaVA JSON of questions with short answers, asked at validation.
+        template: "plain" (stage 1) or "vicuna_v1" (stage 2).
+        batch_size: Samples of a global batch over all devices: the number a recipe states.
+        micro_batch_size: Samples that one device holds at a time. Accumulation follows from the two.
+        group_by_length: Batches of one modality and similar length (LLaVA's stage 2) instead of random ones.
+        max_length: Tokens of a sequence, image tokens included.
+        num_workers: Processes on each device that open images.
+        seed: Decides the order of samples.
+        processor: The command line links it from the model.
+        image_tokens: T, image tokens of one image; the command line links it from the model.
+    """
+
+    def __init__(
+        self,
+        annotations: str,
+        images: str,
+        val_annotations: str | None = None,
+        template: str = "vicuna_v1",
+        batch_size: int = 128,
+        micro_batch_size: int = 16,
+        group_by_length: bool = False,
+        max_length: int = 2048,
+        num_workers: int = 4,
+        seed: int = 0,
+        processor: LlavaProcessor | None = None,
+        image_tokens: int = 576,
+    ):
+        super().__init__()
+        self.annotations, self.images, self.val_annotations = annotations, images, val_annotations
+        self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
+        self.group_by_length, self.num_workers, self.seed = group_by_length, num_workers, seed
+        self.collate = Collate(processor, image_tokens, template, max_length)
+        self.trained_micro_batches = 0
+
+    def setup(self, stage: str) -> None:
+        if self.val_annotations:
+            self.val = Instructions(self.val_annotations, self.images)
+        if stage == "fit":
+            self.train = Instructions(self.annotations, self.images)
+            self.sampler = BatchSampler(
+                self.train.lengths(),
+                self.batch_size,
+                self.micro_batch_size,
+                grouped=self.group_by_length,
+                rank=self.trainer.global_rank,
+                world_size=self.trainer.world_size,
+                seed=self.seed,
+            )
+            self.trainer.accumulate_grad_batches = self.batch_size // (self.micro_batch_size * self.trainer.world_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the training data."""
+        return math.ceil(len(self.train) / self.batch_size)
+
+    def train_dataloader(self) -> DataLoader:
+        self.sampler.skip(self.trained_micro_batches % len(self.sampler))
+        self.trained_micro_batches = 0
+        return self._loader(self.train, batch_sampler=self.sampler, collate_fn=self.collate)
+
+    def val_dataloader(self) -> DataLoader | list:
+        if not self.val_annotations:
+            return []
+        # every rank gets its own samples, none twice: sums over ranks are then exact
+        mine = range(self.trainer.global_rank, len(self.val), self.trainer.world_size)
+        return self._loader(Subset(self.val, mine), batch_size=self.micro_batch_size, collate_fn=self.collate_questions)
+
+    def collate_questions(self, samples: list[dict]) -> dict:
+        """A validation batch: the conversations, the first question of each alone, and what it should be answered."""
+        answers = [sample["conversations"][1]["value"] for sample in samples]
+        return {**self.collate(samples), "prompts": self.collate.prompts(samples), "answers": answers}
+
+    def _loader(self, dataset, **kwargs) -> DataLoader:
+        return DataLoader(dataset, num_workers=self.num_workers, pin_memory=torch.cuda.is_available(), **kwargs)
+
+    def state_dict(self) -> dict:
+        """How far the epoch is, so that a resumed run goes on with the next batch instead of the first."""
+        return {"trained_micro_batches": self.trainer.fit_loop.epoch_loop.batch_progress.current.processed}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.trained_micro_batches = state["trained_micro_batches"]

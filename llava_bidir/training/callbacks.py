@@ -1,0 +1,103 @@
+"""What happens around training: throughput, answers to look at, and the export of the finished model."""
+
+import time
+from pathlib import Path
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from ..export import export_hf
+from ..modeling import build_mask
+
+
+class Throughput(Callback):
+    """Logs samples/s and tokens/s (without padding) over all devices, averaged between two logged steps.
+
+    Lightning's ThroughputMonitor waits for the GPU after each batch; this one reads the clock when a step is logged.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.samples = self.tokens = 0
+        self.since = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
+        self.samples += len(batch["ids"])
+        self.tokens += batch["tokens"]
+        if trainer.fit_loop._should_accumulate() or trainer.global_step % trainer.log_every_n_steps:
+            return
+        elapsed = time.perf_counter() - self.since
+        rates = {"samples_per_s": self.samples / elapsed, "tokens_per_s": self.tokens / elapsed}
+        pl_module.log_dict({f"train/{k}": v * trainer.world_size for k, v in rates.items()})
+        self.on_train_start(trainer, pl_module)
+
+
+class ShowAnswers(Callback):
+    """Writes validation images with the model's answers, and the attention mask as a picture, to TensorBoard.
+
+    Args:
+        images: How many samples of the first validation batch are shown.
+    """
+
+    def __init__(self, images: int = 4):
+        self.images = images
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        board = trainer.logger.experiment if isinstance(trainer.logger, TensorBoardLogger) else None
+        if board is None or batch_idx > 0:
+            return
+        step = trainer.global_step
+        model, processor = pl_module.model, pl_module.processor
+        if batch["pixel_values"] is not None:
+            board.add_images("validation/images", _visible(batch["pixel_values"][: self.images], processor), step)
+        board.add_text("validation/answers", self._table(batch, outputs, processor.tokenizer), step)
+        # the mask of the first prompt: white where a row (query) may attend to a column (key)
+        prompt = batch["prompts"]["input_ids"][:1]
+        mask = build_mask(
+            model.config.image_attention,
+            model.config.get_text_config(),
+            prompt == model.config.image_token_id,
+            batch["prompts"]["attention_mask"][:1],
+        )
+        board.add_image("validation/attention_mask", _allowed(mask)[0].float(), step)
+
+    def _table(self, batch: dict, answers: list[str], tokenizer) -> str:
+        rows = ["| record | question | expected | answered |", "|---|---|---|---|"]
+        for i in range(min(self.images, len(answers))):
+            question = tokenizer.decode(batch["prompts"]["input_ids"][i], skip_special_tokens=True)
+            question = question.rpartition("USER:")[2].removesuffix("ASSISTANT:").strip()
+            rows.append(f"| {batch['ids'][i]} | {question} | {batch['answers'][i]} | {answers[i]} |")
+        return "\n".join(rows)
+
+
+def _visible(pixels: Tensor, processor) -> Tensor:
+    """f[B, 3, H, W] of normalised pixels back to 0..1."""
+    mean, std = (torch.tensor(x, device=pixels.device)[:, None, None] for x in _statistics(processor))
+    return (pixels * std + mean).clamp(0, 1)
+
+
+def _statistics(processor) -> tuple[list[float], list[float]]:
+    return processor.image_processor.image_mean, processor.image_processor.image_std
+
+
+def _allowed(mask: Tensor) -> Tensor:
+    """bool of a mask that is bool already (sdpa) or additive (eager: 0 where allowed)."""
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+class ExportModel(Callback):
+    """Writes the finished model as a Hugging Face directory, `hf/` in the run's folder."""
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        facts = {
+            "stage": "+".join(pl_module.hparams.train),
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch,
+            **{k: float(v) for k, v in trainer.callback_metrics.items()},
+        }
+        export_hf(pl_module.model, pl_module.processor, Path(trainer.default_root_dir) / "hf", facts)

@@ -1,0 +1,51 @@
+"""`llava-bidir fit | validate | test`: LightningCLI over the two stages."""
+
+import logging
+import warnings
+
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from ..data.datamodule import InstructionData
+from .callbacks import ExportModel, ShowAnswers, Throughput
+from .module import LlavaTraining
+
+
+class TrainingCLI(LightningCLI):
+    """Model, data and trainer from YAML; several `-c` merge from left to right, then the flags."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--out", default="runs/llava", help="folder of the run: config, events, checkpoints, hf/")
+        parser.link_arguments("out", "trainer.default_root_dir")
+        # the data owns no tokenizer: what turns text and images into tensors belongs to the model
+        parser.link_arguments("model.processor", "data.processor", apply_on="instantiate")
+        parser.link_arguments("model.image_tokens", "data.image_tokens", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "data.seed")
+
+    def instantiate_trainer(self, **kwargs):
+        out = self._get(self.config_init, "out")
+        kwargs["logger"] = TensorBoardLogger(out, name="", version="")
+        return super().instantiate_trainer(**kwargs)
+
+
+def main(command: str, arguments: list[str]) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # InstructionData restores its own place in the epoch
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as LLaVA trains
+    TrainingCLI(
+        LlavaTraining,
+        InstructionData,
+        args=[command, *arguments],
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={
+            # InstructionData cuts batches by rank; a second sampler on top would break LLaVA's grouping
+            "use_distributed_sampler": False,
+            "callbacks": [LearningRateMonitor("step"), Throughput(), ShowAnswers(), ExportModel()],
+        },
+        parser_kwargs={"default_env": False},
+    )

@@ -1,0 +1,170 @@
+"""The two stages of LLaVA-1.5 as one LightningModule; a stage is a config.
+
+Shapes: B batch, N sequence, n positions whose next token some sample of the batch is trained on, V vocabulary.
+"""
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning import LightningModule
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from ..build import build_model, build_processor, set_trainable
+from ..data.conversation import IGNORE_INDEX
+from ..encoders import Encoder
+from .optim import build_optimizer, build_schedule
+
+log = logging.getLogger(__name__)
+
+
+class LlavaTraining(LightningModule):
+    """Trains an adapter (stage 1), or adapter and LLM (stage 2), on conversations about images.
+
+    Args:
+        encoder: The vision tower; always frozen.
+        llm: Directory or hub id of the language model.
+        train: What trains: [adapter] in stage 1, [adapter, llm] in stage 2.
+        image_attention: Mask among image tokens: causal, bidirectional (Eq. 2), prefix, or a registered one.
+        image_aspect: How images become squares: crop (LLaVA's stage 1) or pad (stage 2).
+        adapter: Checkpoint directory whose adapter stage 2 starts from.
+        adapter_gain: Factor on a new adapter's last weight.
+        learning_rate: Peak learning rate.
+        adapter_learning_rate: Another one for the adapter.
+        betas, weight_decay: AdamW's.
+        warmup_ratio: Share of the steps that the learning rate rises; then it falls as a cosine to zero.
+        gradient_checkpointing: Recomputes LLM layers in the backward pass to save memory.
+        attn_implementation: sdpa, eager or flex_attention; flash attention drops masks and is refused.
+        max_new_tokens: Longest answer generated at validation.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        llm: str,
+        train: list[str],
+        image_attention: str = "causal",
+        image_aspect: str = "pad",
+        adapter: str | None = None,
+        adapter_gain: float = 1.0,
+        learning_rate: float = 2e-5,
+        adapter_learning_rate: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        warmup_ratio: float = 0.03,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str = "sdpa",
+        max_new_tokens: int = 32,
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        self.strict_loading = False  # checkpoints hold what trains, see on_save_checkpoint
+        # a checkpoint's hyperparameters bring the encoder back as a dict
+        self.encoder = encoder = Encoder(**encoder) if isinstance(encoder, dict) else encoder
+        self.processor = build_processor(encoder, llm, image_aspect)
+        rows, columns = encoder.grid(encoder.load_config())
+        self.image_tokens = rows * columns
+        self.model = None
+        self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        args = self.hparams
+        self.model = build_model(
+            self.encoder,
+            args.llm,
+            self.processor,
+            image_attention=args.image_attention,
+            aspect=args.image_aspect,
+            adapter=args.adapter,
+            adapter_gain=args.adapter_gain,
+            attn_implementation=args.attn_implementation,
+        )
+        for part, parameters in set_trainable(self.model, args.train).items():
+            log.info("training %s: %s parameters", part, f"{parameters:,}")
+        if args.gradient_checkpointing:
+            self.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def on_fit_start(self) -> None:
+        self.model.train()
+        self.model.model.vision_tower.eval()
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        size = len(batch["ids"])
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
+        self.log("train/supervised_tokens", float(batch["supervised"]), batch_size=size)
+        return loss
+
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """Mean cross-entropy over the supervised tokens of a micro-batch, as LLaVA takes it; 0 if there is none."""
+        logits = self.model(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            pixel_values=batch["pixel_values"],
+            logits_to_keep=batch["predicts"],
+            use_cache=False,
+        ).logits
+        targets = batch["labels"][:, batch["predicts"] + 1]
+        total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        loss = total / max(batch["supervised"], 1)
+        return loss if batch["pixel_values"] is not None else loss + self._touch_adapter()
+
+    def _touch_adapter(self) -> Tensor:
+        """Zero that depends on the adapter: without an image its gradients would be missing on this rank, and the
+        ranks that have images would wait for them. Source: LLaVA llava_arch.py:234, which feeds a black image."""
+        adapter = self.model.model.multi_modal_projector
+        return 0.0 * adapter(torch.zeros(1, adapter.linear_1.in_features, device=self.device, dtype=self.dtype)).sum()
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
+        """Loss on the answers, and the share of first questions answered word for word by greedy decoding."""
+        self.val_loss.update(self.loss(batch), weight=max(batch["supervised"], 1e-9))
+        answers = self.answer(batch["prompts"])
+        right = [float(a.strip() == b.strip()) for a, b in zip(answers, batch["answers"], strict=True)]
+        self.val_accuracy.update(torch.tensor(right, device=self.device))
+        self.log("val/loss", self.val_loss, prog_bar=True)
+        self.log("val/answer_accuracy", self.val_accuracy, prog_bar=True)
+        return answers
+
+    @torch.no_grad()
+    def answer(self, prompts: dict[str, Tensor]) -> list[str]:
+        """Greedy answers to left-padded prompts."""
+        ids = self.model.generate(**prompts, do_sample=False, max_new_tokens=self.hparams.max_new_tokens)
+        return self.processor.tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    def on_before_optimizer_step(self, optimizer) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        args = self.hparams
+        rates = {part: args.learning_rate for part in args.train}
+        if args.adapter_learning_rate is not None:
+            rates["adapter"] = args.adapter_learning_rate
+        optimizer = build_optimizer(self.model, rates, tuple(args.betas), args.weight_decay)
+        schedule = build_schedule(optimizer, self.optimizer_steps(), args.warmup_ratio)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def optimizer_steps(self) -> int:
+        """Steps of the whole run, from its config. `trainer.estimated_stepping_batches` would start the data loader
+        before a checkpoint has told it where to resume."""
+        steps = self.trainer.datamodule.steps_per_epoch * (self.trainer.max_epochs or 1)
+        return steps if self.trainer.max_steps < 0 else min(steps, self.trainer.max_steps)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps what trains; the frozen rest is where it was loaded from."""
+        trained = {"model." + name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """`strict_loading` is off for the frozen parts only: nothing that trains may be missing."""
+        trained = {"model." + name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        missing = trained - set(checkpoint["state_dict"])
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {len(missing)} of {len(trained)} tensors that model.train={self.hparams.train} "
+                f"trains, {min(missing)} for one; it belongs to another stage or model"
+            )

@@ -1,0 +1,32 @@
+"""AdamW and the cosine schedule of LLaVA's two stages."""
+
+import math
+
+import torch
+from torch import nn
+from transformers import get_cosine_schedule_with_warmup
+
+from ..build import TRAINABLE
+
+
+def build_optimizer(
+    model: nn.Module, learning_rates: dict[str, float], betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW with one group for each part that trains.
+
+    Args:
+        model: With `requires_grad` set by :func:`llava_bidir.build.set_trainable`.
+        learning_rates: Peak rate of each part ("adapter", "llm").
+        betas, weight_decay: AdamW's. LLaVA runs without weight decay.
+    """
+    groups = []
+    for part, rate in learning_rates.items():
+        parameters = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith(TRAINABLE[part])]
+        if parameters:
+            groups.append({"params": parameters, "lr": rate, "name": part})
+    return torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, fused=True)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_ratio: float):
+    """Linear warm-up, then cosine to zero over `steps` optimizer steps. Source: LLaVA scripts/v1_5/*.sh."""
+    return get_cosine_schedule_with_warmup(optimizer, math.ceil(steps * warmup_ratio), steps)

@@ -34,20 +34,20 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_processor(encoder: Encoder, llm: str, aspect: str = "pad") -> LlavaProcessor:
+def build_processor(encoder: Encoder, llm: str, image_aspect: str = "pad") -> LlavaProcessor:
     """Tokenizer, image processor and chat template of a model, without its weights.
 
     Args:
         encoder: Decides how images become pixels and image tokens.
         llm: Directory or hub id whose tokenizer is taken; `<image>` and `<pad>` are added to it.
-        aspect: "pad" or "crop", see :meth:`Encoder.image_processor`.
+        image_aspect: "pad" or "crop", see :meth:`Encoder.image_processor`.
     """
     vision_config = encoder.load_config()
     tokenizer = AutoTokenizer.from_pretrained(llm)
     tokenizer.add_tokens(list(EXTRA_TOKENS), special_tokens=True)
     tokenizer.pad_token = "<pad>"
     return LlavaProcessor(
-        image_processor=encoder.image_processor(vision_config, aspect),
+        image_processor=encoder.image_processor(vision_config, image_aspect),
         tokenizer=tokenizer,
         patch_size=vision_config.patch_size,
         vision_feature_select_strategy=_select_strategy(encoder),
@@ -56,7 +56,9 @@ def build_processor(encoder: Encoder, llm: str, aspect: str = "pad") -> LlavaPro
     )
 
 
-def build_config(encoder: Encoder, llm: str, image_attention: str, aspect: str, image_token_id: int):
+def build_config(
+    encoder: Encoder, llm: str, image_token_id: int, image_attention: str, image_aspect: str, adapter_gain: float
+) -> LlavaBidirConfig:
     """The configuration of encoder + adapter + LLM, read without loading weights."""
     vision_config = encoder.load_config()
     rows, columns = encoder.grid(vision_config)
@@ -68,7 +70,8 @@ def build_config(encoder: Encoder, llm: str, image_attention: str, aspect: str, 
         vision_feature_layer=encoder.feature_layer,
         vision_feature_select_strategy=_select_strategy(encoder),
         image_attention=image_attention,
-        image_aspect=aspect,
+        image_aspect=image_aspect,
+        adapter_gain=adapter_gain,
     )
 
 
@@ -78,7 +81,7 @@ def build_model(
     processor: LlavaProcessor,
     *,
     image_attention: str = "causal",
-    aspect: str = "pad",
+    image_aspect: str = "pad",
     adapter: str | None = None,
     adapter_gain: float = 1.0,
     attn_implementation: str = "sdpa",
@@ -91,10 +94,8 @@ def build_model(
         llm: Directory or hub id of a causal language model.
         processor: From :func:`build_processor`.
         image_attention: Registered mask among image tokens.
-        aspect: Written to the config: how evaluation has to prepare images.
+        image_aspect, adapter_gain: Go into the config, see :class:`LlavaBidirConfig`.
         adapter: Checkpoint directory (stage 1's) whose adapter is taken; None draws a new one.
-        adapter_gain: Factor on a new adapter's last weight. Visual tokens of trained LLaVAs are many times longer than
-            words; 1 is LLaVA's own initialisation.
         attn_implementation: "sdpa", "eager" or "flex_attention".
         dtype: Of the weights.
 
@@ -102,7 +103,7 @@ def build_model(
         ValueError: The adapter's checkpoint does not fit.
     """
     tokenizer = processor.tokenizer
-    config = build_config(encoder, llm, image_attention, aspect, processor.image_token_id)
+    config = build_config(encoder, llm, processor.image_token_id, image_attention, image_aspect, adapter_gain)
     language_model = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype, attn_implementation=attn_implementation)
     vision_tower = encoder.entry.model_class.from_pretrained(encoder.path, dtype=dtype)
     widen_vocabulary(language_model, len(tokenizer))

@@ -115,14 +115,14 @@ class Encoder:
         side = self.image_px(config) // config.patch_size
         return side, side
 
-    def image_processor(self, config: PreTrainedConfig, aspect: str) -> LlavaImageProcessorPil:
+    def image_processor(self, config: PreTrainedConfig, image_aspect: str) -> LlavaImageProcessorPil:
         """Makes pixels of images: "pad" to a square with the mean colour, or "crop" the centre of the short side's
         square. Source: LLaVA train.py --image_aspect_ratio (stage 1 leaves it at the encoder's own crop)."""
-        if aspect not in ("pad", "crop"):
-            raise ValueError(f"unknown aspect {aspect!r}; there is 'pad' (stage 2, evaluation) and 'crop' (stage 1)")
+        if image_aspect not in ("pad", "crop"):
+            raise ValueError(f"unknown image_aspect {image_aspect!r}; there is pad (stage 2, evaluation) and crop (stage 1)")
         side = self.image_px(config)
         return LlavaImageProcessorPil(
-            do_pad=aspect == "pad",
+            do_pad=image_aspect == "pad",
             size={"shortest_edge": side},
             crop_size={"height": side, "width": side},
             image_mean=list(self.entry.mean),

@@ -22,19 +22,22 @@ MASKED_BACKENDS = ("sdpa", "eager", "flex_attention")
 
 @strict
 class LlavaBidirConfig(LlavaConfig):
-    """LlavaConfig plus the two facts that a LLaVA checkpoint otherwise leaves to chance.
+    """LlavaConfig plus what a LLaVA checkpoint otherwise leaves to chance.
 
     Args:
         image_attention: Name of the mask among image tokens: "causal", "bidirectional" (Eq. 2), "prefix", or whatever
             was registered with :func:`.attention.register_image_attention`.
         image_aspect: How images become squares: "pad" with the mean colour (LLaVA's stage 2 and evaluation), "crop" to
             the centre (its stage 1).
+        adapter_gain: Factor on the adapter's last weight at initialisation. Visual tokens of trained LLaVAs are many
+            times longer than words; 1 is LLaVA's own.
     """
 
     model_type = "llava_bidir"
 
     image_attention: str = "causal"
     image_aspect: str = "pad"
+    adapter_gain: float = 1.0
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

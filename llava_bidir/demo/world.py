@@ -455,7 +455,7 @@ def grain(mask: np.ndarray, mean: float, rng: np.random.Generator) -> np.ndarray
         mean: Mean contrast, in units of the spread of its smooth random field.
     """
     knots = Image.fromarray(rng.standard_normal((9, 9), np.float32))
-    field = np.asarray(knots.resize((SIZE_PX, SIZE_PX), Image.Resampling.BILINEAR)) / 0.67  # its spread between knots
+    field = np.asarray(knots.resize((SIZE_PX, SIZE_PX), Image.Resampling.BILINEAR)) / 0.67  # to unit spread
     return (GRAIN_CONTRAST * (field + mean) * _GRAIN[mask, _ROWS % 4, _COLUMNS % 4])[..., None]
 
 

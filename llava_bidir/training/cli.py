@@ -32,7 +32,8 @@ class TrainingCLI(LightningCLI):
 
 def main(command: str, arguments: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for harmless in ("LightningCLI's args parameter", ".*does not have many workers", ".*isinstance.treespec", ".*in eval mode"):
+        warnings.filterwarnings("ignore", message=harmless)
     # InstructionData restores its own place in the epoch
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as LLaVA trains

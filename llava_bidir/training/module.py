@@ -30,7 +30,7 @@ class LlavaTraining(LightningModule):
         image_attention: Mask among image tokens: causal, bidirectional (Eq. 2), prefix, or a registered one.
         image_aspect: How images become squares: crop (LLaVA's stage 1) or pad (stage 2).
         adapter: Checkpoint directory whose adapter stage 2 starts from.
-        adapter_gain: Factor on a new adapter's last weight.
+        adapter_gain: Factor on a new adapter's last weight, see LlavaBidirConfig.
         learning_rate: Peak learning rate.
         adapter_learning_rate: Another one for the adapter.
         betas, weight_decay: AdamW's.
@@ -78,7 +78,7 @@ class LlavaTraining(LightningModule):
             args.llm,
             self.processor,
             image_attention=args.image_attention,
-            aspect=args.image_aspect,
+            image_aspect=args.image_aspect,
             adapter=args.adapter,
             adapter_gain=args.adapter_gain,
             attn_implementation=args.attn_implementation,

@@ -1,0 +1,88 @@
+"""What a probe batch is made of: pixels read anew each time, or states kept from one frozen forward.
+
+Shapes: B images, T image tokens, d width of a site, H W pixels of a mask.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ..mllm import FrozenMLLM
+
+log = logging.getLogger(__name__)
+
+
+class Prepared(Dataset):
+    """A segmentation dataset as tensors: {"index", "pixels": f[3, H', W'], "target": uint8[H, W]}."""
+
+    def __init__(self, dataset: Dataset, preprocess: Callable):
+        self.dataset, self.preprocess = dataset, preprocess
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.dataset[index]
+        pixels = self.preprocess([sample["image"]])[0]
+        return {"index": index, "pixels": pixels, "target": torch.from_numpy(sample["target"])}
+
+
+def collate(samples: list[dict]) -> dict:
+    """A batch: index long[B], pixels f[B, 3, H', W'], target uint8[B, H, W], or a list where masks differ in size."""
+    return {
+        "index": torch.tensor([sample["index"] for sample in samples]),
+        "pixels": torch.stack([sample["pixels"] for sample in samples]),
+        "target": _stack([sample["target"] for sample in samples]),
+    }
+
+
+def _stack(targets: list[Tensor]) -> Tensor | list[Tensor]:
+    return torch.stack(targets) if len({target.shape for target in targets}) == 1 else targets
+
+
+class CachedStates(Dataset):
+    """The states of all images at some sites, computed once and kept in memory.
+
+    Args:
+        mllm: Its states are cached, in its dtype.
+        prepared: The images.
+        sites: Those to keep.
+        batch_size: Images of a forward.
+        name: For the progress bar.
+
+    Raises:
+        ValueError: They would not fit into memory.
+    """
+
+    def __init__(self, mllm: FrozenMLLM, prepared: Prepared, sites: Sequence[str], batch_size: int, name: str):
+        tokens, dtype = mllm.grid[0] * mllm.grid[1], mllm.model.dtype
+        need = len(prepared) * tokens * sum(mllm.widths[site] for site in sites) * dtype.itemsize
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        log.info("caching %s: %d images x %d sites = %.2f GB", name, len(prepared), len(sites), need / 1e9)
+        if need > 0.8 * free:
+            raise ValueError(
+                f"data.cache would take {need / 1e9:.1f} GB for {name}, {free / 1e9:.1f} GB of memory are free; name "
+                "fewer model.sites or set data.cache to false"
+            )
+        self.states = {site: torch.empty(len(prepared), tokens, mllm.widths[site], dtype=dtype) for site in sites}
+        self.targets: list[Tensor] = []
+        for batch in tqdm(DataLoader(prepared, batch_size, collate_fn=collate), desc=f"caching {name}", mininterval=5):
+            for site, states in mllm.states(batch["pixels"], sites).items():
+                self.states[site][batch["index"]] = states.cpu()
+            self.targets += list(batch["target"])
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitems__(self, indices: list[int]) -> dict:
+        """A whole batch at once: as :func:`collate`, with states: {site: f[B, T, d]} in place of pixels."""
+        return {
+            "index": torch.tensor(indices),
+            "states": {site: states[indices] for site, states in self.states.items()},
+            "target": _stack([self.targets[i] for i in indices]),
+        }

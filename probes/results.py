@@ -1,0 +1,203 @@
+"""The files of a probe run: what is written when it ends, and how the analyses read it back.
+
+    RUN/metrics.json         scores by site with intervals (the contract of reports)
+    RUN/counts.safetensors   pixel counts by image, of which all scores and intervals are made
+    RUN/probes.safetensors   the probes, each of its best epoch
+    RUN/manifest.json        what ran on what: versions, commit, config, data, hardware
+
+A file appears whole or not at all; metrics.json comes last and says that the run is finished.
+"""
+
+import hashlib
+import json
+import platform
+import subprocess
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from . import mllm as mllms
+from .data.datamodule import open_dataset
+from .heads import LinearProbe
+from .metrics import Counts
+from .mllm import ADAPTER, ENCODER, layer_site
+from .statistics import bootstrap_weights, dataset_scores, interval, resampled_scores
+
+PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
+
+
+def save_run(module, data, counts: Counts, out: str | Path) -> None:
+    """Writes all files of a finished run into `out`; see the module's docstring."""
+    out = Path(out)
+    args = module.hparams
+    metrics = {
+        "dataset": data.name,
+        "split": "validation",
+        "images": len(data.splits["validation"]),
+        "mllm": args.mllm,
+        "image_attention": module.mllm.image_attention,
+        "untrained": list(args.untrained or ()),
+        "seed": args.seed,
+        "probe": {
+            "feature_norm": args.feature_norm,
+            "learning_rate": args.learning_rate,
+            "batch_size": data.batch_size,
+            "epochs": module.trainer.max_epochs,
+            "steps": module.trainer.max_epochs * data.steps_per_epoch,
+        },
+        "classes": data.classes,
+        "grid": list(module.mllm.grid),
+        "sites": site_scores(module, counts),
+    }
+    metrics["summary"] = summary({site["site"]: site["miou"] for site in metrics["sites"]})
+    heads = {f"{site}.{k}": v for site, head in module.heads.items() for k, v in head.state_dict().items()}
+    write_tensors(out / "counts.safetensors", counts._asdict())
+    write_tensors(out / "probes.safetensors", heads)
+    write_json(out / "manifest.json", manifest(module, data))
+    write_json(out / "metrics.json", metrics)
+
+
+def site_scores(module, counts: Counts) -> list[dict[str, Any]]:
+    """One entry a site: scores with intervals over images, the best epoch, and the score after each epoch."""
+    score = dataset_scores(counts)
+    resampled = resampled_scores(counts, bootstrap_weights(counts.labelled.shape[0], seed=module.hparams.seed))
+    entries = []
+    for i, site in enumerate(module.sites):
+        history = module.history.get(site, [])
+        entries.append(
+            {
+                "site": site,
+                "dim": module.mllm.widths[site],
+                "miou": score.miou[i].item(),
+                "miou_ci95": interval(score.miou[i].item(), resampled.miou[:, i]),
+                "pacc": score.pacc[i].item(),
+                "pacc_ci95": interval(score.pacc[i].item(), resampled.pacc[:, i]),
+                "best_epoch": history.index(max(history)) + 1 if history else None,
+                "iou_per_class": [None if x != x else x for x in score.iou[i].tolist()],
+                "history": history,
+            }
+        )
+    return entries
+
+
+def peak_layer(miou: dict[str, float]) -> str | None:
+    """The decoder layer that segments best; `final_norm` is the last layer once more and does not compete."""
+    layers = [site for site in miou if site.startswith("layer_")]
+    return max(layers, key=miou.__getitem__, default=None)
+
+
+def summary(miou: dict[str, float]) -> dict[str, Any]:
+    """Encoder, adapter and peak LLM mIoU, and what Table 2 derives from them; None where a site was not probed."""
+    peak = peak_layer(miou)
+    encoder, adapter, best = miou.get(ENCODER), miou.get(ADAPTER), miou.get(peak)
+    minus = lambda a, b: None if a is None or b is None else a - b  # noqa: E731
+    return {
+        "encoder": encoder,
+        "adapter": adapter,
+        "peak_llm": best,
+        "peak_site": peak,
+        "delta_enc": minus(best, encoder),
+        "recovery": minus(best, adapter),
+    }
+
+
+def manifest(module, data) -> dict[str, Any]:
+    """What ran on what."""
+    training = Path(module.hparams.mllm) / "training.json"
+    return {
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "git_commit": _git_commit(),
+        "config": {k: v for k, v in module.hparams.items()},
+        "data": {"root": str(data.root), "dataset": data.dataset, "fingerprint": fingerprint(data)},
+        "mllm_training": json.loads(training.read_text()) if training.is_file() else None,
+        "hardware": {
+            "machine": platform.machine(),
+            "cpu_threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def fingerprint(data) -> str:
+    """Changes when the names of images, or the classes, do."""
+    names = [data.classes, *(split.names for split in data.splits.values())]
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    found = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return found.stdout.strip() or None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON so that a reader sees the whole file or none."""
+    partial = path.with_name(path.name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.rename(path)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Writes safetensors so that a reader sees the whole file or none."""
+    partial = path.with_name(path.name + ".partial")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial)
+    partial.rename(path)
+
+
+@dataclass
+class ProbeRun:
+    """A finished run, for the analyses.
+
+    Raises:
+        ValueError: `path` is not the folder of a finished probe run.
+    """
+
+    path: Path
+
+    def __post_init__(self):
+        self.path = Path(self.path)
+        if not (self.path / "metrics.json").is_file():
+            raise ValueError(f"{self.path} holds no metrics.json: not a finished probe run (`probes fit --out DIR`)")
+        self.metrics = json.loads((self.path / "metrics.json").read_text())
+        self.manifest = json.loads((self.path / "manifest.json").read_text())
+
+    @property
+    def sites(self) -> list[str]:
+        return [site["site"] for site in self.metrics["sites"]]
+
+    @property
+    def layers(self) -> list[str]:
+        """The sites that follow each other from layer 0 to L: adapter and decoder layers."""
+        return [site for site in self.sites if site == ADAPTER or site.startswith("layer_")]
+
+    @cached_property
+    def counts(self) -> Counts:
+        return Counts(**load_file(self.path / "counts.safetensors"))
+
+    def dataset(self, split: str = "validation"):
+        data = self.manifest["data"]
+        return open_dataset(data["dataset"], data["root"], split)
+
+    def mllm(self) -> mllms.FrozenMLLM:
+        """The model that was probed, as it was then."""
+        config = self.manifest["config"]
+        return mllms.load(
+            config["mllm"], config["image_attention"], untrained=config["untrained"] or (), seed=config["seed"]
+        )
+
+    def probes(self) -> dict[str, LinearProbe]:
+        """The probe of each site, in eval mode."""
+        tensors = load_file(self.path / "probes.safetensors")
+        heads = {}
+        for site in self.metrics["sites"]:
+            name = site["site"]
+            head = LinearProbe(site["dim"], len(self.metrics["classes"]), self.metrics["probe"]["feature_norm"])
+            head.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
+            heads[name] = head.eval().requires_grad_(False)
+        return heads

@@ -1,0 +1,50 @@
+"""`probes fit | validate | test`: LightningCLI over a probe run."""
+
+import logging
+import warnings
+
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from .data.datamodule import SegmentationData
+from .module import ProbeModule
+
+
+class ProbeCLI(LightningCLI):
+    """Model, data and trainer from YAML; several `-c` merge from left to right, then the flags."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--out", default="runs/probes", help="folder of the run, see probes/results.py")
+        parser.link_arguments("out", "trainer.default_root_dir")
+        parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.seed")
+
+    def instantiate_trainer(self, **kwargs):
+        kwargs["logger"] = TensorBoardLogger(self._get(self.config_init, "out"), name="", version="")
+        return super().instantiate_trainer(**kwargs)
+
+    def after_fit(self) -> None:
+        """Scores each probe at its best epoch and writes the run's files."""
+        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+
+def main(command: str, arguments: list[str]) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for harmless in ("LightningCLI's args parameter", ".*does not have many workers", ".*isinstance.treespec", ".*in eval mode"):
+        warnings.filterwarnings("ignore", message=harmless)
+    torch.set_float32_matmul_precision("high")
+    ProbeCLI(
+        ProbeModule,
+        SegmentationData,
+        args=[command, *arguments],
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={
+            "use_distributed_sampler": False,  # SegmentationData has its own
+            "num_sanity_val_steps": 0,
+            "callbacks": [LearningRateMonitor("step")],
+        },
+    )

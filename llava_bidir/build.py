@@ -150,6 +150,7 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
                 f"adapter checkpoint {directory}: {name} is {theirs!r} there and {ours!r} here; both stages of a model "
                 "use the same one (paper, Sec. 5)"
             )
+    model.config.adapter_gain = config.adapter_gain  # how it once began, for controls that begin anew
     weights = {}
     for file in sorted(Path(directory).glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:

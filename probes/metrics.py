@@ -64,6 +64,23 @@ def _by_patch(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     return (rows @ pixels.float() @ columns.T).round().long().flatten(-2)
 
 
+def patch_labels(target: Tensor, classes: int, grid: tuple[int, int]) -> Tensor:
+    """The class that most labelled pixels under each token have, long[B, T]; -1 where none is labelled.
+
+    Args:
+        target: uint8[B, H, W], 255 ignored.
+    """
+    images, tokens = len(target), grid[0] * grid[1]
+    cell_of = [((torch.arange(size) + 0.5) * n / size).long() for n, size in zip(grid, target.shape[1:], strict=True)]
+    token = (cell_of[0][:, None] * grid[1] + cell_of[1]).to(target.device)
+    label = torch.where(target == IGNORE_INDEX, classes, target.long())
+    image = torch.arange(images, device=target.device).view(-1, 1, 1)
+    bins = (image * tokens + token) * (classes + 1) + label
+    votes = torch.bincount(bins.flatten(), minlength=images * tokens * (classes + 1)).view(images, tokens, -1)
+    votes = votes[..., :classes]
+    return torch.where(votes.sum(-1) > 0, votes.argmax(-1), -1)
+
+
 def _cells(cells: int, size: int, device: torch.device) -> Tensor:
     """f[cells, size], 1 where a pixel's centre lies in a cell."""
     cell_of = ((torch.arange(size, device=device) + 0.5) * cells / size).long()

@@ -41,7 +41,7 @@ def value_and_gradient(loss, logits, weights):
     return losses.detach(), gradient
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=150, derandomize=True)
 @given(
     shape=st.tuples(*(st.integers(1, most) for most in (3, 3, 6, 7, 7))),
     size=st.tuples(st.integers(2, 20), st.one_of(st.integers(2, 20), st.integers(60, 100))),
@@ -208,6 +208,14 @@ def test_inputs_are_left_as_they_were_and_backward_may_be_repeated():
     first, second = (torch.autograd.grad(loss, logits, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
     assert torch.equal(logits, before) and torch.equal(target, labels)
+
+
+def test_rows_bounds_the_rows_of_a_chunk():
+    logits, target = make_case((1, 2, 5, 3, 3), (40, 23))
+    with mock.patch.object(loss_module, "band_rows", wraps=upsample.band_rows) as inner:
+        upsampled_cross_entropy(logits, target, rows=4)
+    bands = [call.args[1] for call in inner.call_args_list]
+    assert {band.stop - band.start for band in bands} <= {1, 2, 3, 4} and sum(b.stop - b.start for b in bands) == 40
 
 
 def test_full_resolution_logits_never_exist():

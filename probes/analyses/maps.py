@@ -1,0 +1,99 @@
+"""`probes maps`: what the probes see in an image, site by site (Figs. 4, 13) and under knockout (Figs. 6, 12).
+
+    maps.json            which images, sites, classes
+    maps.safetensors     "image/I": uint8[S, H, W]; "knockout/CLASS": uint8[3, L + 1, H, W], the conditions none,
+                         incorrect, correct by layer 0..L
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..knockout import Knockout
+from ..metrics import patch_labels
+from ..results import ProbeRun, write_json, write_tensors
+from ..upsample import upsampled_argmax
+from .knockout import PatchReader, find_cases
+
+SHOWN = ("none", "incorrect", "correct")
+
+
+def maps_of_image(reader: PatchReader, sample: dict, sites: list[str], blocked: Tensor | None = None) -> Tensor:
+    """The predicted class of each pixel of an image, uint8[S, H, W].
+
+    Args:
+        reader: Model and probes.
+        sample: With "image" and "target", of whose size the maps are.
+        sites: S sites.
+        blocked: bool[T], patches that are knocked out.
+    """
+    pixels = reader.mllm.preprocess([sample["image"]])
+    knockout = None if blocked is None else Knockout(blocked[None])
+    states = reader.mllm.states(pixels, sites, knockout)
+    logits = torch.stack([reader.heads[site](states[site].float())[0] for site in sites])
+    logits = logits.transpose(-1, -2).unflatten(-1, reader.mllm.grid)
+    return upsampled_argmax(logits, sample["target"].shape).to(torch.uint8).cpu()
+
+
+def knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tuple[dict, Tensor]:
+    """Maps of the image that has most patches wrongly predicted class `name`, by condition and layer.
+
+    Returns:
+        Which image and classes, and uint8[3, L + 1, H, W].
+
+    Raises:
+        ValueError: `probes knockout` has not been run for this class.
+    """
+    path = run.path / "knockout.safetensors"
+    tensors = load_file(path) if path.is_file() else {}
+    if f"{name}/patches" not in tensors:
+        raise ValueError(f"{run.path} has no knockout of {name!r}; run `probes knockout --probes {run.path}` first")
+    image = tensors[f"{name}/image"][tensors[f"{name}/patches"].argmax()].item()
+    sample, classes = run.dataset()[image], run.metrics["classes"]
+    truth = patch_labels(torch.from_numpy(sample["target"])[None], len(classes), reader.mllm.grid)
+    predicted = reader.predict(reader.mllm.preprocess([sample["image"]]))
+    (case,) = find_cases(
+        predicted, truth, torch.tensor([image]), classes.index(name), 0, 1, np.random.default_rng(0)
+    )
+    maps = [maps_of_image(reader, sample, run.layers, case.blocked.get(condition)) for condition in SHOWN]
+    facts = {"class": name, "correct_class": classes[case.correct_class], "image": image, "name": sample["name"]}
+    return facts, torch.stack(maps)
+
+
+def main(command: str, arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog=f"probes {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--probes", required=True, metavar="RUN", help="folder of a finished probe run")
+    parser.add_argument("--image", type=int, nargs="+", default=[0], metavar="I", help="indices in the validation split")
+    parser.add_argument(
+        "--knockout", nargs="+", default=[], metavar="CLASS", help="also under knockout, for classes of knockout.json"
+    )
+    parser.add_argument("--out", metavar="DIR", help="where the maps go (the run's folder)")
+    args = parser.parse_args(arguments)
+    run = ProbeRun(args.probes)
+    dataset, reader = run.dataset(), PatchReader(run)
+    wrong = [i for i in args.image if not 0 <= i < len(dataset)]
+    if wrong:
+        raise ValueError(f"image {wrong[0]} is out of range; the split has images 0..{len(dataset) - 1}")
+    tensors = {f"image/{i}": maps_of_image(reader, dataset[i], run.sites) for i in args.image}
+    cut = [knockout_maps(run, reader, name) for name in args.knockout]
+    tensors |= {f"knockout/{facts['class']}": maps for facts, maps in cut}
+    out = Path(args.out or args.probes)
+    out.mkdir(parents=True, exist_ok=True)
+    write_tensors(out / "maps.safetensors", tensors)
+    write_json(
+        out / "maps.json",
+        {
+            "image_attention": run.metrics["image_attention"],
+            "sites": run.sites,
+            "layers": run.layers,
+            "images": [{"index": i, "name": dataset.names[i]} for i in args.image],
+            "knockout": [facts for facts, _ in cut],
+        },
+    )
+    print(f"{out / 'maps.safetensors'}: {len(args.image)} images, {len(cut)} knockouts")

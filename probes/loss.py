@@ -168,7 +168,7 @@ def _logsumexp_sum(z: Tensor, keep: Tensor, plan: Plan, needs_grad: bool) -> tup
             up = band_rows(stretched, band)  # [P, B, R, K, C]
             if subtract_max:
                 top = up.amax(-2, keepdim=True)
-                up -= top
+                up.sub_(top).clamp_(min=-100)  # 2**-100 is nothing to a sum of 1 or more; below -126 exp2 is slow
             mass = up.exp2_().sum(-2, keepdim=True)
             lse = mass.log2() + top if subtract_max else mass.log2()
             total += (lse * keep_px).flatten(1).sum(1, dtype=torch.float64)

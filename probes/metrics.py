@@ -64,11 +64,14 @@ def _by_patch(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     return (rows @ pixels.float() @ columns.T).round().long().flatten(-2)
 
 
-def patch_labels(target: Tensor, classes: int, grid: tuple[int, int]) -> Tensor:
+def patch_labels(target: Tensor, classes: int, grid: tuple[int, int], purity: float = 0.0) -> Tensor:
     """The class that most labelled pixels under each token have, long[B, T]; -1 where none is labelled.
 
     Args:
         target: uint8[B, H, W], 255 ignored.
+        classes: K.
+        grid: Of the tokens.
+        purity: Tokens of whose labelled pixels a smaller share has that class get -1 too: they lie on a boundary.
     """
     images, tokens = len(target), grid[0] * grid[1]
     cell_of = [((torch.arange(size) + 0.5) * n / size).long() for n, size in zip(grid, target.shape[1:], strict=True)]
@@ -78,7 +81,8 @@ def patch_labels(target: Tensor, classes: int, grid: tuple[int, int]) -> Tensor:
     bins = (image * tokens + token) * (classes + 1) + label
     votes = torch.bincount(bins.flatten(), minlength=images * tokens * (classes + 1)).view(images, tokens, -1)
     votes = votes[..., :classes]
-    return torch.where(votes.sum(-1) > 0, votes.argmax(-1), -1)
+    total, (most, label) = votes.sum(-1), votes.max(-1)
+    return torch.where((total > 0) & (most >= purity * total), label, -1)
 
 
 def _cells(cells: int, size: int, device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from . import mllm as mllms
@@ -150,6 +151,18 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     partial.rename(path)
 
 
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Reads safetensors; the error names the file.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); make it again") from None
+
+
 @dataclass
 class ProbeRun:
     """A finished run, for the analyses.
@@ -178,7 +191,7 @@ class ProbeRun:
 
     @cached_property
     def counts(self) -> Counts:
-        return Counts(**load_file(self.path / "counts.safetensors"))
+        return Counts(**read_tensors(self.path / "counts.safetensors"))
 
     def dataset(self, split: str = "validation"):
         data = self.manifest["data"]
@@ -193,7 +206,7 @@ class ProbeRun:
 
     def probes(self) -> dict[str, LinearProbe]:
         """The probe of each site, in eval mode."""
-        tensors = load_file(self.path / "probes.safetensors")
+        tensors = read_tensors(self.path / "probes.safetensors")
         heads = {}
         for site in self.metrics["sites"]:
             name = site["site"]

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..knockout import Knockout
 from ..metrics import patch_labels
-from ..results import ProbeRun, write_json, write_tensors
+from ..results import ProbeRun, read_tensors, write_json, write_tensors
 from ..upsample import upsampled_argmax
 from .knockout import PatchReader, find_cases
 
@@ -49,7 +48,7 @@ def knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tuple[dict, 
         ValueError: `probes knockout` has not been run for this class.
     """
     path = run.path / "knockout.safetensors"
-    tensors = load_file(path) if path.is_file() else {}
+    tensors = read_tensors(path) if path.is_file() else {}
     if f"{name}/patches" not in tensors:
         raise ValueError(f"{run.path} has no knockout of {name!r}; run `probes knockout --probes {run.path}` first")
     image = tensors[f"{name}/image"][tensors[f"{name}/patches"].argmax()].item()

@@ -1,5 +1,6 @@
 """Upsampled cross-entropy against its definition, `F.interpolate` then `F.cross_entropy`."""
 
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -232,6 +233,16 @@ def test_full_resolution_logits_never_exist():
     with Largest() as largest:
         upsampled_cross_entropy(logits.requires_grad_(), target).sum().backward()
     assert 0 < largest.numel <= upsample.CHUNK_NUMEL["cpu"] * 1.5 < 60 * 320 * 320 / 7
+
+
+def test_off_the_cpu_no_value_is_read():
+    """Reading one stalls a GPU. Meta tensors, which have none, refuse it, and refuse to meet tensors on the CPU."""
+    logits = torch.empty(3, 2, 5, 3, 3, device="meta", requires_grad=True)
+    target = torch.empty(2, 40, 23, device="meta", dtype=torch.long)
+    with mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()):  # knows no meta device
+        upsampled_cross_entropy(logits, target).sum().backward()
+        predicted = upsample.upsampled_argmax(logits, (40, 23))
+    assert logits.grad.shape == logits.shape and predicted.shape == (3, 2, 40, 23)
 
 
 @pytest.mark.parametrize("label", [-1, 5, 254])

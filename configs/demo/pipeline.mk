@@ -1,0 +1,73 @@
+# The demo as a graph of the project's own commands. Each result appears whole or not at all, so that make knows what is
+# missing after a kill; delete a result, and it is made again with all that follows from it. Two steps run at a time, on
+# one thread each: the threads of two processes on two cores would only wait for each other.
+#
+# A rule with several targets and a % is one that makes them all at once; where % stands for a mask, $* is its name.
+A := $(OUT)/assets
+LLAVA := OMP_NUM_THREADS=1 $(PY) -m llava_bidir
+PROBES := OMP_NUM_THREADS=1 $(PY) -m probes
+LOOK_ALIKES := ceiling sky wall building floor road bed car
+REPORT := $(OUT)/report/results.json
+
+# Seed and scale are inputs like any other: this file changes with them, and everything follows.
+ifneq ($(filter demo $(REPORT),$(MAKECMDGOALS)),)
+$(shell mkdir -p $(OUT)/logs; echo "seed $(SEED) scale $(SCALE)" | cmp -s - $(OUT)/settings || \
+  echo "seed $(SEED) scale $(SCALE)" > $(OUT)/settings)
+endif
+
+# $(call step,NAME,COMMAND): runs it with a log, and keeps the time
+define step
+@echo "      $(1) ..."; start=$$(date +%s); \
+if $(2) > $(OUT)/logs/$(1).log 2>&1; \
+then end=$$(date +%s); echo "$$start $$end $(1)" >> $(OUT)/logs/timings; printf '%4d s %s\n' $$((end - start)) $(1); \
+else tail -n 20 $(OUT)/logs/$(1).log; echo "$(1) failed; all it said is in $(OUT)/logs/$(1).log"; exit 1; fi
+endef
+
+$(A)/questions%json $(A)/dialogues%json $(A)/captions%json $(A)/encoder/model%safetensors $(A)/llm/model%safetensors \
+$(A)/segmentation/classes%json: $(OUT)/settings
+	$(call step,assets,$(LLAVA) demo-assets $(A) --seed $(SEED) --scale $(SCALE))
+
+$(OUT)/%/stage1/hf/model.safetensors: configs/demo/stage1.yaml $(A)/captions.json
+	$(call step,$*_stage1,$(LLAVA) fit -c $< --seed_everything $(SEED) --out $(OUT)/$*/stage1 \
+	  --model.image_attention $* --model.encoder.path $(A)/encoder --model.llm $(A)/llm \
+	  --data.annotations $(A)/captions.json --data.images $(A))
+
+$(OUT)/%/stage2/hf/model.safetensors: configs/demo/stage2.yaml $(OUT)/%/stage1/hf/model.safetensors
+	$(call step,$*_stage2,$(LLAVA) fit -c $< --seed_everything $(SEED) --out $(OUT)/$*/stage2 \
+	  --model.image_attention $* --model.encoder.path $(A)/encoder --model.llm $(A)/llm \
+	  --model.adapter $(OUT)/$*/stage1/hf --data.annotations $(A)/dialogues.json \
+	  --data.val_annotations $(A)/questions.json --data.images $(A))
+
+$(OUT)/%/probes/metrics.json $(OUT)/%/probes/counts.safetensors $(OUT)/%/probes/probes.safetensors: \
+  configs/demo/probes.yaml $(OUT)/%/stage2/hf/model.safetensors
+	$(call step,$*_probes,$(PROBES) fit -c $< --seed_everything $(SEED) --out $(OUT)/$*/probes \
+	  --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
+
+$(OUT)/%/untrained/metrics.json $(OUT)/%/untrained/counts.safetensors $(OUT)/%/untrained/probes.safetensors: \
+  configs/demo/probes.yaml configs/demo/untrained.yaml $(OUT)/%/stage2/hf/model.safetensors
+	$(call step,$*_untrained,$(PROBES) fit -c $< -c configs/demo/untrained.yaml --seed_everything $(SEED) \
+	  --out $(OUT)/$*/untrained --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
+
+$(OUT)/%/probes/knockout.json: $(OUT)/%/probes/metrics.json
+	$(call step,$*_knockout,$(PROBES) knockout --probes $(OUT)/$*/probes --classes $(LOOK_ALIKES))
+
+$(OUT)/%/untrained/knockout.json: $(OUT)/%/untrained/metrics.json
+	$(call step,$*_untrained_knockout,$(PROBES) knockout --probes $(OUT)/$*/untrained --classes $(LOOK_ALIKES))
+
+$(OUT)/%/probes/maps.json: $(OUT)/%/probes/knockout.json
+	$(call step,$*_maps,$(PROBES) maps --probes $(OUT)/$*/probes --image 0 1 2 3 --knockout ceiling road)
+
+$(OUT)/%/probes/umap.json: $(OUT)/%/probes/metrics.json
+	$(call step,$*_umap,$(PROBES) umap --probes $(OUT)/$*/probes --image 0)
+
+$(OUT)/starvation.json: $(foreach mask,causal bidirectional,$(OUT)/$(mask)/probes/metrics.json)
+	$(call step,starvation,$(PROBES) starvation --probes $(dir $^) --out $(OUT))
+
+# All results are named here, since make takes what only patterns name for scrap that need not exist.
+RUNS := $(foreach mask,causal bidirectional,$(OUT)/$(mask)/probes $(OUT)/$(mask)/untrained)
+$(REPORT): $(foreach mask,causal bidirectional,$(OUT)/$(mask)/stage1/hf/model.safetensors \
+    $(OUT)/$(mask)/stage2/hf/model.safetensors $(OUT)/$(mask)/probes/maps.json $(OUT)/$(mask)/probes/umap.json) \
+  $(foreach run,$(RUNS),$(addprefix $(run)/,metrics.json counts.safetensors probes.safetensors knockout.json)) \
+  $(OUT)/starvation.json $(A)/captions.json $(A)/dialogues.json $(A)/questions.json $(A)/segmentation/classes.json \
+  $(A)/encoder/model.safetensors $(A)/llm/model.safetensors
+	$(call step,report,$(PROBES) report $(RUNS) --out $(OUT)/report --timings $(OUT)/logs/timings)

@@ -1,0 +1,91 @@
+"""The paper's tables from a study, with the paper's own numbers beside them, and every number as CSV."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from .claims import EFFECTS, knockout_effects
+from .figures import Rows
+from .study import Study
+
+PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
+
+
+def write_csv(path: Path, rows: Rows) -> None:
+    """Writes rows under the union of their keys, in the order in which keys come up; fractions stay 0..1."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, keys, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def claim_rows(claims: list[dict[str, Any]]) -> Rows:
+    rows = []
+    for claim in claims:
+        control = claim["control"] or {"value": None, "ci95": [None, None]}
+        low_high = dict(zip(("low", "high"), claim["ci95"], strict=True))
+        control_low_high = dict(zip(("untrained_low", "untrained_high"), control["ci95"], strict=True))
+        rows.append(
+            {key: claim[key] for key in ("claim", "image_attention", "value")}
+            | low_high
+            | {"holds": claim["holds"], "untrained": control["value"]}
+            | control_low_high
+        )
+    return rows
+
+
+def table2(study: Study) -> Rows:
+    """Table 2: adapter, peak LLM and what they make of the encoder; ours, then the paper's."""
+    keys = ("encoder", "adapter", "peak_llm", "delta_enc", "recovery")
+    rows = [
+        {"model": "this run", "image_attention": mask} | {key: run.metrics["summary"][key] for key in keys}
+        for mask, run in study.trained.items()
+    ]
+    theirs = PAPER["table2_ade20k_miou"]
+    for encoder in ("clip", "dinov2", "siglip"):
+        for mask in ("causal", "bidirectional"):
+            numbers = [theirs[encoder]["encoder"], *theirs[encoder][mask]]
+            rows.append(
+                {"model": f"paper, {encoder}, ADE20K", "image_attention": mask}
+                | {key: number / 100 for key, number in zip(keys, numbers, strict=True)}
+            )
+    return rows
+
+
+def table3(starvation: dict[str, Any]) -> Rows:
+    """Table 3: accuracy under the first three patches; ours, then the paper's."""
+    rows = [
+        {"model": "this run", "patch": i} | {key: starvation[key][i] for key in ("causal", "bidirectional", "gap")}
+        for i in range(3)
+    ]
+    for i in range(3):
+        causal, bidirectional, gap, _ = PAPER["table3_patch_accuracy"][f"patch_{i}"]
+        rows.append({"model": "paper, clip, ADE20K", "patch": i, "causal": causal, "bidirectional": bidirectional, "gap": gap})
+    return rows
+
+
+def class_rows(study: Study) -> Rows:
+    """IoU of every class at every site."""
+    return [
+        {"image_attention": run.metrics["image_attention"], "untrained": bool(run.metrics["untrained"]),
+         "site": entry["site"], "class": name, "iou": iou}
+        for run in study.runs
+        for entry in run.metrics["sites"]
+        for name, iou in zip(run.metrics["classes"], entry["iou_per_class"], strict=True)
+    ]  # fmt: skip
+
+
+def threshold_rows(study: Study) -> Rows:
+    """The knockout's effects by how many patches an image must have wrong to count: how much the selection decides."""
+    rows = []
+    for mask, run in study.trained.items():
+        tokens = run.metrics["grid"][0] * run.metrics["grid"][1]
+        for patches in sorted({1, round(tokens / 32), round(tokens / 16), round(tokens / 8), round(tokens / 6)} - {0}):
+            found = {name: knockout_effects(run, patches, effect) for name, effect in EFFECTS.items()}
+            if all(found.values()):
+                cases = next(iter(found.values()))[1]
+                row = {"image_attention": mask, "min_patches": patches, "cases": cases}
+                rows.append(row | {name: estimate[0] for name, (estimate, _) in found.items()})
+    return rows

@@ -6,8 +6,8 @@ With z the logits on the patch grid and U the bilinear upsampling (`upsample.py`
 
 Two things follow. The labels enter through T alone, `f[B, K, h, w]`: computed once, shared by all probes, and no gather
 or scatter ever touches a full-resolution tensor. And the gradient is `U^T softmax(U z) - T`, which the pass that sums
-the logsumexp has at hand: it is computed in the forward, chunk by chunk, and backward only scales it. Peak memory is
-that of a chunk, whatever the image size.
+the logsumexp has at hand: it is computed in the forward, chunk by chunk, and backward only scales it. No tensor is
+larger than a chunk or than K * h * W, stretched in one direction only.
 
 Why not smaller masks? Labels taken at the token grid cost 3 mIoU points; pixels may be skipped (`label_stride`), the
 interpolation may not.
@@ -43,7 +43,8 @@ def upsampled_cross_entropy(
 
     For each probe the same as `F.cross_entropy(F.interpolate(logits, target.shape[-2:], mode="bilinear"), target,
     ignore_index=ignore_index)`, save that a batch without a valid pixel gives 0 and no gradient instead of NaN.
-    Computed and returned in float32 for half-precision logits, also under autocast; in float64 for float64.
+    Computed and returned in float32 for half-precision logits, also under autocast; in float64 for float64. (On a GPU
+    its matrix products follow `torch.set_float32_matmul_precision`.)
 
     Args:
         logits: f[B, K, h, w] or f[P, B, K, h, w], finite, of any magnitude.

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, PreTrainedConfig, PreTrainedModel
 
-from llava_bidir.modeling import LlavaBidirForConditionalGeneration
+from llava_bidir.modeling import LlavaBidirForConditionalGeneration, build_mask, image_attention
+
+__all__ = ["FAMILIES", "Family", "build_mask", "family_of", "image_attention_of"]
 
 
 @dataclass(frozen=True)
@@ -72,3 +74,10 @@ def family_of(config: PreTrainedConfig) -> Family:
     if config.model_type not in FAMILIES:
         raise ValueError(f"no MLLM family {config.model_type!r}; registered: {', '.join(FAMILIES)}")
     return FAMILIES[config.model_type]
+
+
+def image_attention_of(config: PreTrainedConfig, override: str | None = None) -> str:
+    """The mask that a model runs under: its own (a stock LLaVA's is causal), or another registered one."""
+    name = override or getattr(config, "image_attention", "causal")
+    image_attention(name)
+    return name

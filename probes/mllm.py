@@ -15,9 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor, DynamicCache
 
-from llava_bidir.modeling import build_mask
-
-from .families import FAMILIES, Family, family_of
+from .families import FAMILIES, Family, build_mask, family_of, image_attention_of
 from .geometry import squash
 from .knockout import Knockout
 
@@ -225,7 +223,7 @@ def load(
         family,
         processor.image_processor,
         _prefix_ids(processor, path, prefix),
-        image_attention or getattr(config, "image_attention", "causal"),
+        image_attention_of(config, image_attention),
     )
     return mllm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -242,12 +240,14 @@ def _read_config(path: str):
 def _prefix_ids(processor, path: str, prefix: str | None) -> list[int]:
     """Ids of what stands before the image, begin-of-sequence token included."""
     tokenizer = processor.tokenizer
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if prefix is None:
         if processor.chat_template is None:
             raise ValueError(f"{path} has no chat template that says what stands before the image; pass prefix='...'")
         chat = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}])
         prefix = chat.partition(processor.image_token)[0]
-    return tokenizer(prefix.removeprefix(tokenizer.bos_token or ""))["input_ids"]
+    # alone and behind no other token, as LLaVA tokenises what stands before an image
+    return start + tokenizer.encode(prefix.removeprefix(tokenizer.bos_token or ""), add_special_tokens=False)
 
 
 def _draw_anew(model, family: Family, parts: Sequence[str], seed: int) -> None:

@@ -32,19 +32,21 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
     if not path.is_file():
         raise ValueError(f"data.annotations: no file {path}")
     datasets.disable_progress_bars()
-    state = path.stat()
+    file = path.stat()
     features = datasets.Features(
         id=datasets.Value("string"),
         image=datasets.Value("string"),
         conversations=datasets.List({"from": datasets.Value("string"), "value": datasets.Value("string")}),
         words=datasets.Value("int32"),
     )
-    return datasets.Dataset.from_generator(
-        _records,
-        features=features,
-        # size and time are part of the cache's key, so that an edited file is read again
-        gen_kwargs={"path": str(path.resolve()), "size": state.st_size, "modified": state.st_mtime_ns},
-    )
+    # size and time are part of the cache's key, so that an edited file is read again
+    source = {"path": str(path.resolve()), "size": file.st_size, "modified": file.st_mtime_ns}
+    try:
+        return datasets.Dataset.from_generator(_records, features=features, gen_kwargs=source)
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise ValueError(str(error.__cause__)) from None
+        raise
 
 
 def _records(path: str, size: int, modified: int):

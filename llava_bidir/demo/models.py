@@ -84,7 +84,8 @@ def train_tokenizer(texts: list[str], out: Path) -> LlamaTokenizer:
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=specials, show_progress=False))
     learned = json.loads(bpe.to_str())["model"]
-    tokenizer = LlamaTokenizer(vocab=learned["vocab"], merges=[tuple(pair) for pair in learned["merges"]])
+    merges = [tuple(pair) for pair in learned["merges"]]
+    tokenizer = LlamaTokenizer(vocab=learned["vocab"], merges=merges, add_bos_token=True)
     # One token for the system prompt: as 30 that never change it would be a good part of a toy sequence.
     tokenizer.add_tokens([SYSTEM], special_tokens=True)
     tokenizer.save_pretrained(out)

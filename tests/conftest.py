@@ -1,0 +1,54 @@
+"""Fixtures that several test files share."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests import their helpers by name: tiny, reference
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+import tiny
+import torch
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory):
+    """(Encoder, path of the LLM): a tiny CLIP and a tiny Llama on disk."""
+    return tiny.write_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """Tiny exported MLLMs by mask."""
+    masks = ("causal", "bidirectional", "prefix")
+    return {mask: tiny.write_checkpoint(tmp_path_factory.mktemp(mask), mask) for mask in masks}
+
+
+@pytest.fixture(scope="session")
+def segmentation(tmp_path_factory) -> Path:
+    return tiny.write_segmentation(tmp_path_factory.mktemp("segmentation"))
+
+
+@pytest.fixture(scope="session")
+def conversations(tmp_path_factory) -> Path:
+    return tiny.write_conversations(tmp_path_factory.mktemp("conversations"))
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer():
+    """The tokenizer of Vicuna, which is Llama's."""
+    from transformers import AutoTokenizer
+
+    if not (SHARED / "llama_tokenizer").is_dir():
+        pytest.skip(f"{SHARED / 'llama_tokenizer'} is not there; it holds the real Llama tokenizer")
+    return AutoTokenizer.from_pretrained(SHARED / "llama_tokenizer")

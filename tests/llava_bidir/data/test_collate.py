@@ -1,0 +1,66 @@
+"""Samples to batches."""
+
+import pytest
+import torch
+from PIL import Image
+
+from llava_bidir.build import build_processor
+from llava_bidir.data.collate import Collate
+from llava_bidir.data.conversation import IGNORE_INDEX
+
+
+@pytest.fixture(scope="module")
+def collate(parts):
+    return Collate(build_processor(*parts), image_tokens=4, template="vicuna_v1", max_length=60)
+
+
+def sample(question: str, answer: str, image: bool, name: str = "s") -> dict:
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": name, "image": Image.new("RGB", (9, 5), "red") if image else None, "conversations": turns}
+
+
+def test_batch_is_padded_and_says_where_it_predicts(collate):
+    batch = collate([sample("<image>\nname the sky", "wall", True), sample("sky", "wall wall wall", False)])
+    ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
+    assert ids.shape == labels.shape == mask.shape and batch["pixel_values"].shape == (1, 3, 8, 8)
+    assert (labels[mask == 0] == IGNORE_INDEX).all() and batch["tokens"] == mask.sum()
+    predicted = labels[:, batch["predicts"] + 1]
+    assert (predicted != IGNORE_INDEX).sum() == (labels != IGNORE_INDEX).sum() == batch["supervised"]
+    assert (predicted != IGNORE_INDEX).any(0).all(), "no logits where no sample predicts"
+
+
+def test_text_only_batch_has_no_pixels(collate):
+    assert collate([sample("sky", "wall", False)])["pixel_values"] is None
+
+
+def test_image_shown_in_two_turns_is_given_twice(collate):
+    twice = sample("<image>\nname", "wall", True)
+    twice["conversations"] += sample("<image>\nagain", "sky", True)["conversations"]
+    batch = collate([twice])
+    image_id = collate.processor.image_token_id
+    assert len(batch["pixel_values"]) == 2 and (batch["input_ids"] == image_id).sum() == 8
+
+
+def test_long_sample_is_cut_and_one_cut_within_its_image_is_an_error(collate):
+    assert collate([sample("<image>\nsky", "wall " * 80, True)])["input_ids"].shape[1] == 60
+    text_first = sample("wall " * 70, "sky", True, name="late")
+    text_first["conversations"] += sample("<image>\nname", "wall", True)["conversations"]
+    with pytest.raises(ValueError, match="record 'late': its image ends behind data.max_length 60"):
+        collate([text_first])
+
+
+def test_bad_turns_name_their_record(collate):
+    bad = sample("sky", "wall", False, name="r17")
+    bad["conversations"][1]["from"] = "human"
+    with pytest.raises(ValueError, match="record 'r17': turn 1 is from 'human'"):
+        collate([bad])
+
+
+def test_prompts_are_padded_left_and_end_where_the_answer_starts(collate):
+    samples = [sample("<image>\nname the sky and a wall", "wall", True), sample("sky", "wall", False)]
+    prompts, full = collate.prompts(samples), collate(samples)
+    for row in range(2):
+        prompt = prompts["input_ids"][row][prompts["attention_mask"][row].bool()]
+        assert torch.equal(prompt, full["input_ids"][row][: len(prompt)])
+        assert full["labels"][row][len(prompt)] != IGNORE_INDEX
+    assert prompts["attention_mask"][:, -1].all()

@@ -1,0 +1,88 @@
+"""Eq. 2 and its neighbours, against a loop over all pairs of tokens."""
+
+import pytest
+import reference
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_bidir import IMAGE_ATTENTION, register_image_attention
+from llava_bidir.attention import image_attention
+from llava_bidir.modeling import build_mask
+
+MASKS = ("causal", "bidirectional", "prefix")
+
+
+def built(name: str, is_image, padding, implementation: str = "sdpa"):
+    config = tiny.llama_config()
+    config._attn_implementation = implementation
+    return build_mask(name, config, is_image, padding)
+
+
+def agree_on_real_tokens(mask, expected, padding) -> bool:
+    """Rows of padding may hold anything; what real tokens attend to must agree."""
+    return torch.equal(mask[:, 0] & padding.bool()[:, :, None], expected)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("pad", ["right", "left"])
+@pytest.mark.parametrize("rows", [("tttt",), ("tiitt",), ("iit", "tiitiit"), ("ttt", "iiii", "tiitt", "titit")])
+def test_mask_equals_a_loop_over_pairs(name, pad, rows):
+    ids, padding = tiny.ids(*rows, pad=pad)
+    is_image = ids == tiny.IMAGE_ID
+    expected = reference.mask_by_loop(name, is_image, padding)
+    assert agree_on_real_tokens(built(name, is_image, padding), expected, padding)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.text("ti", min_size=1, max_size=9), min_size=1, max_size=3),
+    st.sampled_from(MASKS),
+    st.sampled_from(["left", "right"]),
+)
+def test_mask_equals_a_loop_over_pairs_for_any_layout(rows, name, pad):
+    ids, padding = tiny.ids(*rows, pad=pad)
+    is_image = ids == tiny.IMAGE_ID
+    assert agree_on_real_tokens(built(name, is_image, padding), reference.mask_by_loop(name, is_image, padding), padding)
+
+
+def test_eager_mask_says_the_same_as_sdpa():
+    ids, padding = tiny.ids("tiit", "iitt")
+    is_image = ids == tiny.IMAGE_ID
+    additive = built("bidirectional", is_image, padding, "eager")
+    assert torch.equal(additive == 0, built("bidirectional", is_image, padding))
+
+
+def test_worked_example_of_eq_2():
+    is_image = torch.tensor([[False, True, True, False]])
+    expected = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]).bool()
+    assert torch.equal(built("bidirectional", is_image, None)[0, 0], expected)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("backend", ["flash_attention_2", "flash_attention_3", "made_up"])
+def test_backend_that_drops_masks_is_refused(name, backend):
+    with pytest.raises(ValueError, match="ignores masks.*sdpa"):
+        built(name, torch.ones(1, 3, dtype=torch.bool), None, backend)
+
+
+def test_unknown_mask_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(ValueError, match="unknown image_attention 'bi'.*bidirectional, causal, prefix"):
+        image_attention("bi")
+    with pytest.raises(ValueError, match="unknown image_attention"):
+        tiny.config(image_attention="bi")
+
+
+def test_a_registered_mask_reaches_attention():
+    """The registry's promise: one function, and a model runs under it."""
+    name = "first_two"
+    register_image_attention(name, lambda is_image: torch.where(is_image.cumsum(-1) <= 2, 0, -1).where(is_image, -1))
+    try:
+        ids, padding = tiny.ids("tiiiit")
+        mask = built(name, ids == tiny.IMAGE_ID, padding)[0, 0]
+        assert mask[1, 2] and not mask[1, 3] and not mask[3, 4]
+        with pytest.raises(ValueError, match="registered already"):
+            register_image_attention(name, None)
+    finally:
+        del IMAGE_ATTENTION[name]

@@ -119,7 +119,9 @@ class Encoder:
         """Makes pixels of images: "pad" to a square with the mean colour, or "crop" the centre of the short side's
         square. Source: LLaVA train.py --image_aspect_ratio (stage 1 leaves it at the encoder's own crop)."""
         if image_aspect not in ("pad", "crop"):
-            raise ValueError(f"unknown image_aspect {image_aspect!r}; there is pad (stage 2, evaluation) and crop (stage 1)")
+            raise ValueError(
+                f"unknown image_aspect {image_aspect!r}; there is pad (stage 2, evaluation) and crop (stage 1)"
+            )
         side = self.image_px(config)
         return LlavaImageProcessorPil(
             do_pad=image_aspect == "pad",

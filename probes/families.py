@@ -1,7 +1,7 @@
 """MLLM families: where each keeps its encoder, adapter and LLM, and how it wants an image.
 
-A family is one entry. The encoder's states are what enters the adapter, the adapter's what the LLM is given at the image
-positions, both read off the model's own forward.
+A family is one entry. The encoder's states are what enters the adapter, the adapter's what the LLM is given at the
+image positions, both read off the model's own forward.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """Attention knockout among image tokens (paper, Eq. 1).
 
-A(t <- s) = -inf for all image tokens t and all s in B_c: no image token, those of B_c included, may attend to a blocked
-one, while the blocked ones go on looking at all others. It is cut out of whatever mask the model runs under, so padding,
-causality and text rows stay as they are.
+A(t <- s) = -inf for all image tokens t and all s in B_c: no image token, those of B_c included, may attend to a
+blocked one, while the blocked ones go on looking at all others. It is cut out of whatever mask the model runs under,
+so padding, causality and text rows stay as they are.
 
 Shapes: B batch, T image tokens, P tokens before the image, N = P + T.
 """

@@ -42,7 +42,7 @@ def count(predicted: Tensor, target: Tensor, classes: int, grid: tuple[int, int]
     right = (predicted == target) & valid
     # one bincount for all sites and images: bin = (site, image, class), with a class of its own for what is ignored
     bins = torch.arange(sites * images, device=target.device).view(sites, images, 1, 1) * (classes + 1)
-    count_of = lambda label, kept: _bincount(bins[: len(label)] + torch.where(kept, label, classes), classes)  # noqa: E731
+    count_of = lambda label, kept: _bincount(bins[: len(label)] + torch.where(kept, label, classes), classes)
     return Counts(
         intersection=count_of(predicted, right).view(sites, images, classes),
         predicted=count_of(predicted, valid).view(sites, images, classes),

@@ -26,7 +26,7 @@ from . import mllm as mllms
 from .data.datamodule import open_dataset
 from .heads import LinearProbe
 from .metrics import Counts
-from .mllm import ADAPTER, ENCODER, layer_site
+from .mllm import ADAPTER, ENCODER
 from .statistics import bootstrap_weights, dataset_scores, interval, resampled_scores
 
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
@@ -96,7 +96,7 @@ def summary(miou: dict[str, float]) -> dict[str, Any]:
     """Encoder, adapter and peak LLM mIoU, and what Table 2 derives from them; None where a site was not probed."""
     peak = peak_layer(miou)
     encoder, adapter, best = miou.get(ENCODER), miou.get(ADAPTER), miou.get(peak)
-    minus = lambda a, b: None if a is None or b is None else a - b  # noqa: E731
+    minus = lambda a, b: None if a is None or b is None else a - b
     return {
         "encoder": encoder,
         "adapter": adapter,
@@ -211,6 +211,8 @@ class ProbeRun:
         for site in self.metrics["sites"]:
             name = site["site"]
             head = LinearProbe(site["dim"], len(self.metrics["classes"]), self.metrics["probe"]["feature_norm"])
-            head.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
+            head.load_state_dict(
+                {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+            )
             heads[name] = head.eval().requires_grad_(False)
         return heads

@@ -22,7 +22,7 @@ def bootstrap_weights(images: int, resamplings: int = RESAMPLINGS, seed: int = 0
 def resampled_scores(counts: Counts, weights: Tensor) -> Scores:
     """Scores of every site under every resampling: miou, pacc f[R, S], iou f[R, S, K]."""
     weights = weights.double()
-    total = lambda x: torch.einsum("rn,snk->rsk", weights, x.double())  # noqa: E731
+    total = lambda x: torch.einsum("rn,snk->rsk", weights, x.double())
     return scores(total(counts.intersection), total(counts.predicted), (weights @ counts.labelled.double())[:, None])
 
 

@@ -11,6 +11,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from .data.datamodule import SegmentationData
 from .module import ProbeModule
 
+# warnings about what is meant to be so
+HARMLESS = (
+    "LightningCLI's args parameter",
+    ".*does not have many workers",
+    ".*isinstance.treespec",
+    ".*in eval mode",
+)
+
 
 class ProbeCLI(LightningCLI):
     """Model, data and trainer from YAML; several `-c` merge from left to right, then the flags."""
@@ -33,7 +41,7 @@ class ProbeCLI(LightningCLI):
 
 def main(command: str, arguments: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for harmless in ("LightningCLI's args parameter", ".*does not have many workers", ".*isinstance.treespec", ".*in eval mode"):
+    for harmless in HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)
     torch.set_float32_matmul_precision("high")
     ProbeCLI(

@@ -15,7 +15,9 @@ def random_batches(lengths: list[int], batch_size: int, micro_batch_size: int, g
     return _batches(order, batch_size)
 
 
-def grouped_batches(lengths: list[int], batch_size: int, micro_batch_size: int, generator: Generator) -> list[list[int]]:
+def grouped_batches(
+    lengths: list[int], batch_size: int, micro_batch_size: int, generator: Generator
+) -> list[list[int]]:
     """Global batches of one modality each and of similar lengths within (LLaVA's stage 2).
 
     Of each modality, random megabatches of one global batch are sorted by length and dealt to micro-batches of about
@@ -121,7 +123,5 @@ class BatchSampler:
     def _epoch_batches(self) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         batches = self.draw(self.lengths, self.global_batch_size, self.batch_size, generator)
-        micro = [
-            batch[i : i + self.batch_size] for batch in batches for i in range(0, len(batch), self.batch_size)
-        ]
+        micro = [batch[i : i + self.batch_size] for batch in batches for i in range(0, len(batch), self.batch_size)]
         return micro[self.rank :: self.world_size]

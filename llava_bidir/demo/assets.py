@@ -1,9 +1,9 @@
 """`llava-bidir demo-assets`: draws the toy world and trains its tiny encoder and LLM, all written to disk.
 
-    OUT/segmentation/{images,annotations}/{training,validation}/*.png, classes.json    ADE20K's folder layout
-    OUT/llava/*.png                                                                    images of the conversations
-    OUT/captions.json, dialogues.json, questions.json                                  LLaVA's JSON
-    OUT/encoder/, OUT/llm/                                                             Hugging Face directories
+OUT/segmentation/{images,annotations}/{training,validation}/*.png, classes.json    ADE20K's folder layout
+OUT/llava/*.png                                                                    images of the conversations
+OUT/captions.json, dialogues.json, questions.json                                  LLaVA's JSON
+OUT/encoder/, OUT/llm/                                                             Hugging Face directories
 """
 
 import json
@@ -20,8 +20,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import models
+from .drawing import CLASSES, PALETTE
 from .texts import View, as_text, dialogue, misread, show
-from .world import CLASSES, PALETTE, Scene, draw_scene
+from .world import Scene, draw_scene
 
 PICTURES = {"llava": 3000, "training": 1000, "validation": 600}
 CAPTIONS, DIALOGUES, QUESTIONS = 1920, 4480, 400
@@ -64,7 +65,7 @@ def _one_thread() -> None:
 
 
 def _draw(pool: ProcessPoolExecutor, out: Path, sizes: dict[str, int], seed: int) -> dict[str, list[Scene]]:
-    """Draws and writes all splits in chunks, each with a generator of its own, so that the pool's size changes nothing."""
+    """Draws and writes all splits, in chunks with a generator each, so that the pool's size changes nothing."""
     jobs = {
         (split, start): pool.submit(_draw_chunk, out, split, start, min(CHUNK, n - start), seed)
         for split, n in sizes.items()

@@ -23,8 +23,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..data.collate import pad
 from ..data.conversation import SYSTEM, encode
+from .drawing import CLASSES, PAIR_OF, SIZE_PX
 from .texts import GRID
-from .world import CLASSES, PAIR_OF, SIZE_PX
 
 
 def train_encoder(images: np.ndarray, masks: np.ndarray, out: Path, *, steps: int, seed: int) -> None:
@@ -139,7 +139,7 @@ def _train(
     """AdamW with 3% warm-up and a cosine down to `floor` of the peak rate."""
     optimizer = torch.optim.AdamW(parameters, rate, betas=betas, weight_decay=0.0, fused=True)
     warmup = max(1, int(0.03 * steps))
-    cosine = lambda step: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))  # noqa: E731
+    cosine = lambda step: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / warmup) * cosine(step))
     progress = tqdm(range(steps), desc=f"training the tiny {name}", mininterval=5)
     for step in progress:

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .world import CLASSES, PAIR_OF, Scene
+from .drawing import CLASSES, PAIR_OF
+from .world import Scene
 
 GRID = 8
 LOOK_ALIKE = {name: CLASSES[other] for name, other in zip(CLASSES, PAIR_OF, strict=True)}
@@ -43,11 +44,11 @@ def dialogue(
     view: View, rng: np.random.Generator, *, rows: int = 0, points: int = 0, captioned: bool = False
 ) -> list[Turn]:
     """Questions on rows and points in either order, then the caption: said first, it would give the scene away."""
-    by_row = [_turns(f"name row{r + 1}", " ".join(view.names[r * GRID : (r + 1) * GRID])) for r in rng.permutation(GRID)]
-    by_point = [
-        _turns(f"name row{i // GRID + 1} column{i % GRID + 1}", view.names[i]) for i in rng.permutation(len(view.names))
+    chosen_rows, chosen_points = rng.permutation(GRID)[:rows], rng.permutation(GRID**2)[:points]
+    parts = [
+        [_turns(f"name row{r + 1}", " ".join(view.names[r * GRID : (r + 1) * GRID])) for r in chosen_rows],
+        [_turns(f"name row{i // GRID + 1} column{i % GRID + 1}", view.names[i]) for i in chosen_points],
     ]
-    parts = [by_row[:rows], by_point[:points]]
     if rng.random() < 0.5:
         parts.reverse()
     if captioned:

@@ -12,6 +12,14 @@ from ..data.datamodule import InstructionData
 from .callbacks import ExportModel, ShowAnswers, Throughput
 from .module import LlavaTraining
 
+# warnings about what is meant to be so
+HARMLESS = (
+    "LightningCLI's args parameter",
+    ".*does not have many workers",
+    ".*isinstance.treespec",
+    ".*in eval mode",
+)
+
 
 class TrainingCLI(LightningCLI):
     """Model, data and trainer from YAML; several `-c` merge from left to right, then the flags."""
@@ -32,7 +40,7 @@ class TrainingCLI(LightningCLI):
 
 def main(command: str, arguments: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for harmless in ("LightningCLI's args parameter", ".*does not have many workers", ".*isinstance.treespec", ".*in eval mode"):
+    for harmless in HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)
     # InstructionData restores its own place in the epoch
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")

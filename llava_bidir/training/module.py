@@ -109,7 +109,9 @@ class LlavaTraining(LightningModule):
             use_cache=False,
         ).logits
         targets = batch["labels"][:, batch["predicts"] + 1]
-        total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        total = F.cross_entropy(
+            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
         loss = total / max(batch["supervised"], 1)
         return loss if batch["pixel_values"] is not None else loss + self._touch_adapter()
 

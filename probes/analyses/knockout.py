@@ -233,9 +233,13 @@ def main(command: str, arguments: list[str]) -> None:
         prog=f"probes {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--probes", required=True, metavar="RUN", help="folder of a finished probe run")
-    parser.add_argument("--classes", required=True, nargs="+", metavar="NAME", help="classes c, as the dataset names them")
+    parser.add_argument(
+        "--classes", required=True, nargs="+", metavar="NAME", help="classes c, as the dataset names them"
+    )
     parser.add_argument("--layers", nargs="+", type=int, metavar="L", help="decoder layers to cut, 1..L (default: all)")
-    parser.add_argument("--labels-from", default=ADAPTER, metavar="SITE", help="whose predictions are blocked (adapter)")
+    parser.add_argument(
+        "--labels-from", default=ADAPTER, metavar="SITE", help="whose predictions are blocked (adapter)"
+    )
     parser.add_argument("--min-patches", type=int, default=1, help="leave out images with fewer wrong patches (1)")
     parser.add_argument("--limit", type=int, help="look at no more than so many images")
     parser.add_argument("--batch-size", type=int, default=64, help="images or cases of a forward (64)")

@@ -1,8 +1,8 @@
 """`probes maps`: what the probes see in an image, site by site (Figs. 4, 13) and under knockout (Figs. 6, 12).
 
-    maps.json            which images, sites, classes
-    maps.safetensors     "image/I": uint8[S, H, W]; "knockout/CLASS": uint8[3, L + 1, H, W], the conditions none,
-                         incorrect, correct by layer 0..L
+maps.json            which images, sites, classes
+maps.safetensors     "image/I": uint8[S, H, W]; "knockout/CLASS": uint8[3, L + 1, H, W], the conditions none,
+                     incorrect, correct by layer 0..L
 """
 
 import argparse
@@ -55,9 +55,7 @@ def knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tuple[dict, 
     sample, classes = run.dataset()[image], run.metrics["classes"]
     truth = patch_labels(torch.from_numpy(sample["target"])[None], len(classes), reader.mllm.grid)
     predicted = reader.predict(reader.mllm.preprocess([sample["image"]]))
-    (case,) = find_cases(
-        predicted, truth, torch.tensor([image]), classes.index(name), 0, 1, np.random.default_rng(0)
-    )
+    (case,) = find_cases(predicted, truth, torch.tensor([image]), classes.index(name), 0, 1, np.random.default_rng(0))
     maps = [maps_of_image(reader, sample, run.layers, case.blocked.get(condition)) for condition in SHOWN]
     facts = {"class": name, "correct_class": classes[case.correct_class], "image": image, "name": sample["name"]}
     return facts, torch.stack(maps)
@@ -68,7 +66,9 @@ def main(command: str, arguments: list[str]) -> None:
         prog=f"probes {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--probes", required=True, metavar="RUN", help="folder of a finished probe run")
-    parser.add_argument("--image", type=int, nargs="+", default=[0], metavar="I", help="indices in the validation split")
+    parser.add_argument(
+        "--image", type=int, nargs="+", default=[0], metavar="I", help="indices in the validation split"
+    )
     parser.add_argument(
         "--knockout", nargs="+", default=[], metavar="CLASS", help="also under knockout, for classes of knockout.json"
     )

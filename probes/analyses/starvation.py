@@ -10,7 +10,6 @@ Shapes: N images, T patches, R resamplings.
 import argparse
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..results import ProbeRun, peak_layer, write_json
@@ -34,7 +33,9 @@ def starvation(causal: ProbeRun, bidirectional: ProbeRun, site: str | None = Non
     weights = bootstrap_weights(causal.metrics["images"], seed=seed).double()
     patches = _compare(counts, weights)
     columns = causal.metrics["grid"][1]
-    row = _compare({k: (r[:, :columns].sum(1, True), v[:, :columns].sum(1, True)) for k, (r, v) in counts.items()}, weights)
+    row = _compare(
+        {k: (r[:, :columns].sum(1, True), v[:, :columns].sum(1, True)) for k, (r, v) in counts.items()}, weights
+    )
     return {
         "site": site,
         "grid": causal.metrics["grid"],

@@ -75,7 +75,7 @@ def _read_facts(path: Path) -> dict:
     try:
         facts = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"{path} is missing; it names the classes: {{\"classes\": [\"wall\", ...]}}") from None
+        raise ValueError(f'{path} is missing; it names the classes: {{"classes": ["wall", ...]}}') from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(facts, dict) or not isinstance(facts.get("classes"), list) or not facts["classes"]:

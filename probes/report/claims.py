@@ -1,7 +1,7 @@
 """The paper's claims, each as one number with an interval, from the counts of probe runs.
 
-A claim holds if its 95% interval lies on the claimed side of zero; nothing else decides. All numbers of a study come from
-the same resamplings of its validation images, so that differences between sites, masks and controls are paired.
+A claim holds if its 95% interval lies on the claimed side of zero; nothing else decides. All numbers of a study come
+from the same resamplings of its validation images, so that differences between sites, masks and controls are paired.
 
 Shapes: R resamplings, N images, S sites, C cases of a knockout.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..mllm import ADAPTER, ENCODER
 from ..results import ProbeRun, peak_layer
 from ..statistics import bootstrap_weights, dataset_scores, interval, resampled_scores
-from .study import MASKS, Study, optional_tensors
+from .study import Study, optional_tensors
 
 # claim -> (the sign that the paper claims, what it says)
 CLAIMS: dict[str, tuple[int, str]] = {
@@ -24,9 +24,9 @@ CLAIMS: dict[str, tuple[int, str]] = {
     "recovery_trained": (+1, "Training makes them recover: the recovery minus that of the same model untrained"),
     "starvation": (+1, "Patch 0 starves under causal attention: bidirectional minus causal accuracy (Sec. 5.1)"),
     "starvation_first_row": (+1, "So does the first row of patches: bidirectional minus causal accuracy"),
-    "knockout_incorrect": (-1, "Hiding the wrong class speeds self-correction: wrong patches left, minus those left without (Sec. 4.1)"),
-    "knockout_correct": (+1, "Hiding the right class impairs it: wrong patches left, minus those left without (Sec. 4.2)"),
-    "knockout_specificity": (+1, "Which class is hidden matters: (correct - incorrect), minus the same for as many random patches"),
+    "knockout_incorrect": (-1, "Hiding the wrong class speeds self-correction: change in wrong patches left (Sec. 4.1)"),
+    "knockout_correct": (+1, "Hiding the right class impairs it: change in wrong patches left (Sec. 4.2)"),
+    "knockout_specificity": (+1, "It matters which patches: right minus wrong, less the same for as many random ones"),
 }  # fmt: skip
 
 # A knockout's claims are about confusions of whole regions, so images count in which at least this share of the patches
@@ -77,7 +77,7 @@ def _probing(run: ProbeRun) -> dict[str, Estimate]:
     """Drop and recovery of mIoU; the best layer is that of the whole split, in every resampling."""
     weights = bootstrap_weights(run.metrics["images"], seed=run.metrics["seed"])
     miou, resampled = dataset_scores(run.counts).miou, resampled_scores(run.counts, weights).miou
-    at = lambda site: (miou[run.sites.index(site)].item(), resampled[:, run.sites.index(site)])  # noqa: E731
+    at = lambda site: (miou[run.sites.index(site)].item(), resampled[:, run.sites.index(site)])
     peak = peak_layer(dict(zip(run.sites, miou.tolist(), strict=True)))
     found = {}
     if {ENCODER, ADAPTER} <= set(run.sites):

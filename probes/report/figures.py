@@ -189,7 +189,9 @@ def umap_panels(facts: dict[str, Any], classes: list[str], palette: np.ndarray) 
     """The patches of one image in two dimensions, by site; classes beyond the four commonest in grey (Fig. 5)."""
     figure, axes = _axes(6.6, 2.9, len(facts["sites"]), squeeze=False)
     labels = np.array(facts["labels"])
-    common = [k for k in np.argsort(-np.bincount(labels[labels >= 0], minlength=len(classes)))[:4] if (labels == k).any()]
+    common = [
+        k for k in np.argsort(-np.bincount(labels[labels >= 0], minlength=len(classes)))[:4] if (labels == k).any()
+    ]
     rows = []
     for ax, entry in zip(axes[0], facts["sites"], strict=True):
         xy = np.array(entry["xy"])
@@ -246,7 +248,11 @@ def knockout_maps(run: ProbeRun, name: str, palette: np.ndarray) -> Drawn:
     (case,) = [case for case in facts["knockout"] if case["class"] == name]
     sample, predicted = run.dataset()[case["image"]], maps[f"knockout/{name}"].numpy()
     shown = np.unique(np.linspace(0, predicted.shape[1] - 1, 7).round().astype(int))
-    left = [np.asarray(sample["image"]), coloured(sample["target"], palette), np.full((*sample["target"].shape, 3), 255)]
+    left = [
+        np.asarray(sample["image"]),
+        coloured(sample["target"], palette),
+        np.full((*sample["target"].shape, 3), 255),
+    ]
     pictures = [[left[i], *(coloured(predicted[i, layer], palette) for layer in shown)] for i in range(3)]
     titles = ["image / truth", *("adapter" if layer == 0 else f"layer {layer}" for layer in shown)]
     rows = ["nothing\nhidden", f"{name}\nhidden", f"{case['correct_class']}\nhidden"]

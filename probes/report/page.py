@@ -1,9 +1,9 @@
 """`probes report`: claims, figures and tables of probe runs as one self-contained page.
 
-    OUT/index.html       everything; needs no network and no other file
-    OUT/results.json     claims and scores (the contract of tools that read on)
-    OUT/*.csv            every number of the page, fractions 0..1
-    OUT/*.png, *.pdf     its figures
+OUT/index.html       everything; needs no network and no other file
+OUT/results.json     claims and scores (the contract of tools that read on)
+OUT/*.csv            every number of the page, fractions 0..1
+OUT/*.png, *.pdf     its figures
 """
 
 import argparse
@@ -177,8 +177,8 @@ def _map_pictures(study: Study, palette: np.ndarray) -> Iterator[Picture]:
                 f"knockout_maps_{mask}_{case['class'].replace(' ', '_')}",
                 "What the probes see",
                 f"{case['class']} for {case['correct_class']}, {mask}",
-                f"The image with the most patches wrongly called {case['class']!r}, layer by layer (Figs. 6 and 12): as "
-                "it is, with the wrong class hidden, with the right one hidden.",
+                f"The image with the most patches wrongly called {case['class']!r}, layer by layer (Figs. 6 and 12): "
+                "as it is, with the wrong class hidden, with the right one hidden.",
                 figures.knockout_maps(run, case["class"], palette),
                 "wide",
             )

@@ -62,7 +62,9 @@ def table3(starvation: dict[str, Any]) -> Rows:
     ]
     for i in range(3):
         causal, bidirectional, gap, _ = PAPER["table3_patch_accuracy"][f"patch_{i}"]
-        rows.append({"model": "paper, clip, ADE20K", "patch": i, "causal": causal, "bidirectional": bidirectional, "gap": gap})
+        rows.append(
+            {"model": "paper, clip, ADE20K", "patch": i, "causal": causal, "bidirectional": bidirectional, "gap": gap}
+        )
     return rows
 
 

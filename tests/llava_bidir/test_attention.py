@@ -44,7 +44,9 @@ def test_mask_equals_a_loop_over_pairs(name, pad, rows):
 def test_mask_equals_a_loop_over_pairs_for_any_layout(rows, name, pad):
     ids, padding = tiny.ids(*rows, pad=pad)
     is_image = ids == tiny.IMAGE_ID
-    assert agree_on_real_tokens(built(name, is_image, padding), reference.mask_by_loop(name, is_image, padding), padding)
+    assert agree_on_real_tokens(
+        built(name, is_image, padding), reference.mask_by_loop(name, is_image, padding), padding
+    )
 
 
 def test_eager_mask_says_the_same_as_sdpa():

@@ -1,7 +1,6 @@
 """States of a frozen MLLM: read off the right places, blind to what they should not see."""
 
 import pytest
-import reference
 import tiny
 import torch
 from PIL import Image
@@ -9,7 +8,6 @@ from transformers import AutoProcessor, AutoTokenizer
 
 import probes
 from llava_bidir import LlavaBidirForConditionalGeneration
-from llava_bidir.build import build_processor
 from llava_bidir.data.conversation import encode
 
 MASKS = ("causal", "bidirectional", "prefix")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from llava_bidir.demo import world
-from llava_bidir.demo.world import CLASSES, PAIR_OF, PALETTE, SIZE_PX, draw_scene
+from llava_bidir.demo.drawing import CLASSES, PAIR_OF, PALETTE, SIZE_PX
+from llava_bidir.demo.world import draw_scene
 
 CEILING, SKY, WALL, BUILDING, FLOOR, ROAD, BED, CAR, LAMP, TREE, PICTURE, WINDOW, DOOR, PERSON = range(14)
 SURFACES = [(CEILING, SKY), (WALL, BUILDING), (FLOOR, ROAD)]

@@ -1,12 +1,22 @@
-"""LLaVA-1.5 training with causal or bidirectional attention among image tokens (arXiv 2603.17228)."""
+"""LLaVA-1.5 training with causal or bidirectional attention among image tokens (arXiv 2603.17228).
 
-from transformers import AutoConfig, AutoModelForImageTextToText
+Names are imported when they are first used, so that the command line answers `--help` at once. Using one of the model's
+also makes transformers' Auto classes know it.
+"""
 
-from .attention import IMAGE_ATTENTION, register_image_attention
-from .modeling import LlavaBidirConfig, LlavaBidirForConditionalGeneration
+from importlib import import_module
 
-AutoConfig.register(LlavaBidirConfig.model_type, LlavaBidirConfig)
-AutoModelForImageTextToText.register(LlavaBidirConfig, LlavaBidirForConditionalGeneration)
-
-__all__ = ["IMAGE_ATTENTION", "LlavaBidirConfig", "LlavaBidirForConditionalGeneration", "register_image_attention"]
+_HOME = {
+    "LlavaBidirConfig": ".modeling",
+    "LlavaBidirForConditionalGeneration": ".modeling",
+    "IMAGE_ATTENTION": ".attention",
+    "register_image_attention": ".attention",
+}
+__all__ = list(_HOME)
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name], __name__), name)

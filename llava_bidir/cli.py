@@ -1,46 +1,72 @@
-"""The `llava-bidir` command."""
+"""The `llava-bidir` command: all its options. What a command needs is imported when it runs."""
 
+import argparse
 import sys
 import traceback
 from importlib import import_module
 from pathlib import Path
 
-# command -> (module with a function of that name, what it does). Modules are imported when their command runs.
-COMMANDS = {
-    "fit": ("llava_bidir.training.cli", "train a stage: -c configs/stage1.yaml -c configs/encoder/clip.yaml"),
-    "validate": ("llava_bidir.training.cli", "loss and answers of a checkpoint on the validation questions"),
-    "test": ("llava_bidir.training.cli", "the same as validate"),
-    "export": ("llava_bidir.export", "a training checkpoint -> a Hugging Face directory"),
-    "inspect": ("llava_bidir.inspection", "what the model is really fed: tokens, labels, mask"),
-    "generate": ("llava_bidir.generate", "answers about an image"),
-    "demo-assets": ("llava_bidir.demo.assets", "the toy world on disk, in the formats of the real data"),
+TRAINING = {  # LightningCLI's own subcommands, with options of their own
+    "fit": "train a stage: -c configs/stage1.yaml -c configs/encoder/clip.yaml --model.image_attention bidirectional",
+    "validate": "loss and answers of a checkpoint on the validation questions",
+    "test": "the same as validate",
+    "inspect": "what the model is really fed: -c CONFIG [--index I ...] [--json]",
 }
 
 
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llava-bidir",
+        description="LLaVA-1.5 with or without bidirectional attention among image tokens (arXiv 2603.17228).",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, text in TRAINING.items():
+        commands.add_parser(name, help=text, add_help=False)
+
+    def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added.set_defaults(run=run)
+        return added
+
+    export = command("export", "llava_bidir.export:run", "a training checkpoint to a Hugging Face directory")
+    export.add_argument("checkpoint", type=Path, metavar="CKPT", help="RUN/checkpoints/*.ckpt")
+    export.add_argument("out", type=Path, metavar="OUT", help="directory; replaced if it exists")
+
+    generate = command("generate", "llava_bidir.generate:run", "answers about an image, greedily")
+    generate.add_argument("model", help="exported directory (RUN/hf), or a llava checkpoint of transformers")
+    generate.add_argument("image", type=Path)
+    generate.add_argument("prompt", nargs="+", help="questions; one is answered as it is written, several as a batch")
+    generate.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (256)")
+
+    assets = command("demo-assets", "llava_bidir.demo.assets:run", "the toy world on disk, in the real data's formats")
+    assets.add_argument("out", type=Path, help="folder; replaced as a whole if it exists")
+    assets.add_argument("--seed", type=int, default=0, help="decides everything that is drawn (0)")
+    assets.add_argument(
+        "--scale", type=float, default=1.0, help="share of the pictures, conversations and training steps (1.0)"
+    )
+    return parser
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command; `--help` behind it lists its options."""
+    """Runs one command.
+
+    Raises:
+        SystemExit: Bad usage or bad input, with a message that says what was expected.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return
-    command, arguments = argv[0], argv[1:]
-    if command not in COMMANDS:
-        sys.exit(f"llava-bidir: unknown command {command!r}\n\n{usage()}")
-    module = import_module(COMMANDS[command][0])
     try:
-        module.main(command, arguments)
+        if argv and argv[0] in TRAINING:
+            import_module("llava_bidir.inspection" if argv[0] == "inspect" else "llava_bidir.training.cli").main(argv)
+            return
+        args = build_parser().parse_args(argv)
+        module, _, function = args.run.partition(":")
+        getattr(import_module(module), function)(args)
     except ValueError as error:
         if not _raised_here(error):
             raise
-        sys.exit(f"llava-bidir {command}: {error}")
+        sys.exit(f"llava-bidir: {error}")
 
 
 def _raised_here(error: ValueError) -> bool:
     """Whether this package raised it: then it is about the user's input and says all; a bug keeps its traceback."""
     return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(Path(__file__).parent)
-
-
-def usage() -> str:
-    lines = ["usage: llava-bidir COMMAND [options]", "", "LLaVA-1.5 with or without bidirectional image attention.", ""]
-    lines += [f"  {name:<12} {help_text}" for name, (_, help_text) in COMMANDS.items()]
-    return "\n".join([*lines, "", "llava-bidir COMMAND --help lists the options of a command."])

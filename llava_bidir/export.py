@@ -1,5 +1,6 @@
 """A trained model as a Hugging Face directory: weights, processor, the code it needs, and where it came from."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -44,3 +45,30 @@ def _compare(ours: torch.nn.Module, written: torch.nn.Module) -> None:
     for name, tensor in ours.state_dict().items():
         if not torch.equal(tensor.cpu(), theirs[name]):
             raise RuntimeError(f"export: tensor {name} differs after reading it back")
+
+
+def run(args: argparse.Namespace) -> None:
+    """`llava-bidir export`.
+
+    Raises:
+        ValueError: The checkpoint is none of `llava-bidir fit`.
+    """
+    from .training.module import LlavaTraining  # here, for training imports this module
+
+    if not args.checkpoint.is_file():
+        raise ValueError(f"no checkpoint {args.checkpoint}; expected RUN/checkpoints/*.ckpt")
+    checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
+    settings = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if not k.startswith("_")}
+    if "image_attention" not in settings:
+        raise ValueError(f"{args.checkpoint} is no checkpoint of `llava-bidir fit`")
+    module = LlavaTraining(**settings)
+    module.configure_model()
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"], strict=False)
+    facts = {
+        "stage": "+".join(settings["train"]),
+        "steps": checkpoint["global_step"],
+        "checkpoint": str(args.checkpoint),
+    }
+    export_hf(module.model, module.processor, args.out, facts)
+    print(args.out)

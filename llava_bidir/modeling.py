@@ -11,7 +11,14 @@ Shapes: B batch, N tokens given in this call, P tokens in the cache before them.
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
-from transformers import Cache, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    Cache,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+)
 from transformers.masking_utils import create_causal_mask
 
 from .attention import image_attention
@@ -163,3 +170,7 @@ def build_mask(
     if mask is None or len(mask.shape) != 4:
         raise ValueError(f"transformers built no 4D mask for image_attention={name!r}, but {mask!r}")
     return mask
+
+
+AutoConfig.register(LlavaBidirConfig.model_type, LlavaBidirConfig, exist_ok=True)
+AutoModelForImageTextToText.register(LlavaBidirConfig, LlavaBidirForConditionalGeneration, exist_ok=True)

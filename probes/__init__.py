@@ -1,7 +1,20 @@
-"""Layer-by-layer segmentation probes for frozen MLLMs, and the analyses of arXiv 2603.17228."""
+"""Layer-by-layer segmentation probes for frozen MLLMs, and the analyses of arXiv 2603.17228.
 
-from .knockout import Knockout
-from .loss import upsampled_cross_entropy
-from .mllm import FrozenMLLM, load
+Names are imported when they are first used, so that the command line answers `--help` at once.
+"""
 
-__all__ = ["FrozenMLLM", "Knockout", "load", "upsampled_cross_entropy"]
+from importlib import import_module
+
+_HOME = {
+    "load": ".mllm",
+    "FrozenMLLM": ".mllm",
+    "Knockout": ".knockout",
+    "upsampled_cross_entropy": ".loss",
+}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name], __name__), name)

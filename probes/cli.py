@@ -1,49 +1,124 @@
-"""The `probes` command."""
+"""The `probes` command: all its options. What a command needs is imported when it runs."""
 
+import argparse
 import sys
 import traceback
 from importlib import import_module
 from pathlib import Path
 
-# command -> (module, function; what it does). Modules are imported when their command runs.
-COMMANDS = {
-    "fit": ("probes.training", "train a probe at every site: -c configs/probes/ade20k.yaml --model.mllm DIR"),
-    "validate": ("probes.training", "scores of a checkpoint's probes as they are"),
-    "test": ("probes.training", "scores of a checkpoint's probes, each of its best epoch; writes the run's files"),
-    "sites": ("probes.inspection", "sites, grid, widths and attention of a model, without loading its weights"),
-    "states": ("probes.inspection", "states of images to a safetensors file"),
-    "knockout": ("probes.analyses.knockout", "attention knockout, Eq. 1, and how many wrong patches remain"),
-    "starvation": ("probes.analyses.starvation", "accuracy by patch position, causal against bidirectional"),
-    "umap": ("probes.analyses.umap", "patches of an image in two dimensions, by site (Fig. 5)"),
-    "maps": ("probes.analyses.maps", "predicted segmentation of images, by site (Figs. 4, 13)"),
-    "report": ("probes.report.page", "claims, figures and tables of runs as one HTML page"),
+TRAINING = {  # LightningCLI's own subcommands, with options of their own
+    "fit": "train a probe at every site: -c configs/probes/folder.yaml --model.mllm DIR --data.root DIR --out RUN",
+    "validate": "scores of a checkpoint's probes as they are",
+    "test": "scores of a checkpoint's probes, each of its best epoch; writes the run's files",
 }
 
 
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="probes", description="Where in an MLLM can its image tokens be segmented? (arXiv 2603.17228)"
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, text in TRAINING.items():
+        commands.add_parser(name, help=text, add_help=False)
+
+    def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        added.set_defaults(run=run)
+        return added
+
+    sites = command("sites", "probes.inspection:print_sites", "sites, grid, widths and attention of a model")
+    sites.add_argument("mllm", help="checkpoint directory or hub id; its weights are not loaded")
+
+    states = command(
+        "states", "probes.inspection:write_states", "states of images at every site, to a safetensors file"
+    )
+    states.add_argument("mllm", help="checkpoint directory or hub id")
+    states.add_argument("image", nargs="+", help="image files")
+    states.add_argument("--out", required=True, metavar="FILE", help='tensors "SITE" f[images, T, d]')
+    states.add_argument("--sites", nargs="+", metavar="SITE", help="default: all")
+    states.add_argument("--image-attention", metavar="NAME", help="another mask than the checkpoint's own")
+
+    knockout = command(
+        "knockout",
+        "probes.analyses.knockout:run",
+        "attention knockout (Eq. 1) and the wrong patches that remain (App. C.1), to RUN/knockout.json",
+    )
+    _add_run(knockout)
+    knockout.add_argument("--classes", required=True, nargs="+", metavar="NAME", help="classes c, patches are called")
+    knockout.add_argument("--layers", nargs="+", type=int, metavar="L", help="decoder layers to cut, from 1 (all)")
+    knockout.add_argument(
+        "--labels-from", default="adapter", metavar="SITE", help="whose predictions say what is blocked (adapter)"
+    )
+    knockout.add_argument("--min-patches", type=int, default=1, help="leave out images with fewer wrong patches (1)")
+    knockout.add_argument("--limit", type=int, help="look at no more than so many images")
+    knockout.add_argument("--batch-size", type=int, default=64, help="images, or cases, of a forward (64)")
+    _add_seed_and_out(knockout, "of the random controls and the bootstrap")
+
+    starvation = command(
+        "starvation",
+        "probes.analyses.starvation:run",
+        "accuracy by patch position, causal against bidirectional (Fig. 7, Table 3), to starvation.json",
+    )
+    starvation.add_argument("--probes", required=True, nargs=2, metavar=("CAUSAL_RUN", "BIDIRECTIONAL_RUN"))
+    starvation.add_argument("--site", help="where to compare (default: the causal run's best decoder layer)")
+    _add_seed_and_out(starvation, "of the bootstrap")
+
+    umap = command(
+        "umap", "probes.analyses.umap:run", "patches of an image in two dimensions, by site (Fig. 5), to RUN/umap.json"
+    )
+    _add_run(umap)
+    umap.add_argument("--image", type=int, default=0, metavar="I", help="index in the validation split (0)")
+    umap.add_argument("--sites", nargs="+", metavar="SITE", help="default: adapter, half-way, best layer")
+    _add_seed_and_out(umap, "of UMAP")
+
+    maps = command(
+        "maps",
+        "probes.analyses.maps:run",
+        "predicted maps by site (Figs. 4, 13) and under knockout (Figs. 6, 12), to RUN/maps.safetensors",
+    )
+    _add_run(maps)
+    maps.add_argument("--image", type=int, nargs="+", default=[0], metavar="I", help="indices in the validation split")
+    maps.add_argument("--knockout", nargs="+", default=[], metavar="NAME", help="classes that RUN/knockout.json has")
+    maps.add_argument("--out", metavar="DIR", help="where it goes (the run's folder)")
+
+    report = command(
+        "report", "probes.report.page:run", "claims, figures and tables of runs as one self-contained HTML page"
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="finished probe runs: one a mask, and their controls")
+    report.add_argument("--out", required=True, metavar="DIR", help="index.html, results.json, *.csv, *.png, *.pdf")
+    report.add_argument("--timings", metavar="FILE", help='log of lines "start end step", to state the wall time')
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--probes", required=True, metavar="RUN", help="folder of a finished probe run")
+
+
+def _add_seed_and_out(parser: argparse.ArgumentParser, of_what: str) -> None:
+    parser.add_argument("--seed", type=int, default=0, help=f"{of_what} (0)")
+    parser.add_argument("--out", metavar="DIR", help="where it goes (the run's folder)")
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command; `--help` behind it lists its options."""
+    """Runs one command.
+
+    Raises:
+        SystemExit: Bad usage or bad input, with a message that says what was expected.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help"):
-        print(usage())
-        return
-    command, arguments = argv[0], argv[1:]
-    if command not in COMMANDS:
-        sys.exit(f"probes: unknown command {command!r}\n\n{usage()}")
-    module = import_module(COMMANDS[command][0])
     try:
-        module.main(command, arguments)
+        if argv and argv[0] in TRAINING:
+            import_module("probes.training").main(argv)
+            return
+        args = build_parser().parse_args(argv)
+        module, _, function = args.run.partition(":")
+        getattr(import_module(module), function)(args)
     except ValueError as error:
         if not _raised_here(error):
             raise
-        sys.exit(f"probes {command}: {error}")
+        sys.exit(f"probes: {error}")
 
 
 def _raised_here(error: ValueError) -> bool:
     """Whether this package raised it: then it is about the user's input and says all; a bug keeps its traceback."""
     return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(Path(__file__).parent)
-
-
-def usage() -> str:
-    lines = ["usage: probes COMMAND [options]", "", "Where in an MLLM can its image tokens be segmented?", ""]
-    lines += [f"  {name:<12} {help_text}" for name, (_, help_text) in COMMANDS.items()]
-    return "\n".join([*lines, "", "probes COMMAND --help lists the options of a command."])

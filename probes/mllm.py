@@ -213,7 +213,7 @@ def load(
     Raises:
         ValueError: Not a checkpoint of a registered family, or an unknown mask or part.
     """
-    config = _read_config(path)
+    config = read_config(path)
     family = family_of(config)
     model = family.model_class.from_pretrained(path, dtype=dtype or "auto", attn_implementation="sdpa")
     processor = AutoProcessor.from_pretrained(path)
@@ -228,7 +228,7 @@ def load(
     return mllm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def _read_config(path: str):
+def read_config(path: str):
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ValueError(f"{path} holds no config.json; expected a Hugging Face checkpoint directory, such as RUN/hf")
     try:

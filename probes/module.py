@@ -64,11 +64,16 @@ class ProbeModule(LightningModule):
             args.mllm, args.image_attention, device="cpu", untrained=args.untrained or (), seed=args.seed
         )
         self.sites = self.mllm._known(args.sites)
-        self.heads = nn.ModuleDict(
-            {site: LinearProbe(self.mllm.widths[site], args.num_classes, args.feature_norm) for site in self.sites}
-        )
+        self.heads = nn.ModuleDict({site: self._new_head(site) for site in self.sites})
         images = len(self.trainer.datamodule.splits["validation"])
         self.metric = SegmentationMetric(len(self.sites), images, args.num_classes, self.mllm.grid)
+
+    def _new_head(self, site: str) -> LinearProbe:
+        """A probe drawn from a generator of its own, so that a site begins alike whatever other sites there are."""
+        args = self.hparams
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(args.seed * 1_000_003 + self.mllm.sites.index(site))
+            return LinearProbe(self.mllm.widths[site], args.num_classes, args.feature_norm)
 
     def logits(self, batch: dict[str, Any]) -> Tensor:
         """Logits of all probes on the token grid, f[S, B, K, h, w], in fp32 whatever the states are in."""
@@ -88,10 +93,12 @@ class ProbeModule(LightningModule):
         groups = by_size(target)
         return sum(upsampled_cross_entropy(logits[:, i], t, IGNORE_INDEX, reduction="sum") for i, t in groups) / valid
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Counts the batch's images; returns their logits f[S, B, K, h, w] for callbacks."""
         logits = self.logits(batch)
         for images, target in by_size(batch["target"]):
             self.metric.update(logits[:, images], target, batch["index"][images])
+        return logits
 
     test_step = validation_step
 

@@ -52,6 +52,7 @@ def save_run(module, data, counts: Counts, out: str | Path) -> None:
             "steps": module.trainer.max_epochs * data.steps_per_epoch,
         },
         "classes": data.classes,
+        "baseline": baseline(counts, data.classes),
         "grid": list(module.mllm.grid),
         "sites": site_scores(module, counts),
     }
@@ -84,6 +85,14 @@ def site_scores(module, counts: Counts) -> list[dict[str, Any]]:
             }
         )
     return entries
+
+
+def baseline(counts: Counts, classes: list[str]) -> dict[str, Any]:
+    """What always answering the most frequent class of these images would score."""
+    labelled = counts.labelled.sum(0).double()
+    most, occurring = int(labelled.argmax()), int((labelled > 0).sum())
+    share = (labelled[most] / labelled.sum()).item()
+    return {"class": classes[most], "miou": share / occurring, "pacc": share}
 
 
 def peak_layer(miou: dict[str, float]) -> str | None:
@@ -147,6 +156,7 @@ def write_json(path: Path, content: Any) -> None:
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Writes safetensors so that a reader sees the whole file or none."""
     partial = path.with_name(path.name + ".partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
     save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial)
     partial.rename(path)
 

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from .callbacks import SavePredictions, ShowMaps
 from .data.datamodule import SegmentationData
 from .module import ProbeModule
 
@@ -25,6 +26,9 @@ class ProbeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--out", default="runs/probes", help="folder of the run, see probes/results.py")
+        parser.add_argument(
+            "--save_predictions", type=bool, default=False, help="also OUT/predictions/SITE/NAME.png of every image"
+        )
         parser.link_arguments("out", "trainer.default_root_dir")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed")
@@ -32,14 +36,17 @@ class ProbeCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs):
         kwargs["logger"] = TensorBoardLogger(self._get(self.config_init, "out"), name="", version="")
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if self._get(self.config_init, "save_predictions"):
+            trainer.callbacks.append(SavePredictions())
+        return trainer
 
     def after_fit(self) -> None:
         """Scores each probe at its best epoch and writes the run's files."""
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
-def main(command: str, arguments: list[str]) -> None:
+def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for harmless in HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)
@@ -47,12 +54,12 @@ def main(command: str, arguments: list[str]) -> None:
     ProbeCLI(
         ProbeModule,
         SegmentationData,
-        args=[command, *arguments],
+        args=argv,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={
             "use_distributed_sampler": False,  # SegmentationData has its own
             "num_sanity_val_steps": 0,
-            "callbacks": [LearningRateMonitor("step")],
+            "callbacks": [LearningRateMonitor("step"), ShowMaps()],
         },
     )

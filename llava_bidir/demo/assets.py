@@ -6,6 +6,7 @@ OUT/captions.json, dialogues.json, questions.json                               
 OUT/encoder/, OUT/llm/                                                             Hugging Face directories
 """
 
+import argparse
 import json
 import multiprocessing
 import shutil
@@ -15,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jsonargparse import auto_cli
 from PIL import Image
 from tqdm import tqdm
 
@@ -27,12 +27,12 @@ from .world import Scene, draw_scene
 PICTURES = {"llava": 3000, "training": 1000, "validation": 600}
 CAPTIONS, DIALOGUES, QUESTIONS = 1920, 4480, 400
 TEXT_ONLY = 0.05  # share of the dialogues that have their picture in words, as LLaVA's mix has text-only ones
-ENCODER_STEPS, LLM_STEPS = 700, 240
+ENCODER_STEPS, LLM_STEPS = 1400, 240  # about as long, side by side
 EVIDENCE = 0.1  # mean of the one local hint that tells look-alikes apart, in units of its own spread
 CHUNK = 100
 
 
-def demo_assets(out: str, seed: int = 0, scale: float = 1.0) -> None:
+def demo_assets(out: Path, seed: int = 0, scale: float = 1.0) -> None:
     """Writes the toy world: scenes with masks, conversations, a tiny encoder and a tiny LLM.
 
     Args:
@@ -40,7 +40,7 @@ def demo_assets(out: str, seed: int = 0, scale: float = 1.0) -> None:
         seed: Decides everything that is drawn.
         scale: Share of the full demo's pictures, conversations and training steps, for quick trials.
     """
-    partial = Path(out + ".partial")
+    partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     sized = {name: max(16, round(n * scale)) for name, n in PICTURES.items()}
     # spawned, not forked: torch's threads do not survive a fork
@@ -154,5 +154,6 @@ def _cycle(rng: np.random.Generator, n: int, count: int) -> list[int]:
     return np.concatenate(passes)[:count].tolist()
 
 
-def main(command: str, arguments: list[str]) -> None:
-    auto_cli(demo_assets, args=arguments, prog=f"llava-bidir {command}")
+def run(args: argparse.Namespace) -> None:
+    """`llava-bidir demo-assets`."""
+    demo_assets(args.out, args.seed, args.scale)

@@ -18,6 +18,7 @@ HARMLESS = (
     ".*does not have many workers",
     ".*isinstance.treespec",
     ".*in eval mode",
+    ".*your dataloader is not resumable",  # InstructionData finds its own place in the epoch
 )
 
 
@@ -38,17 +39,15 @@ class TrainingCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def main(command: str, arguments: list[str]) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:
+    """Parses `argv` and, if `run`, executes its subcommand; otherwise model, data and trainer are only built."""
     for harmless in HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)
-    # InstructionData restores its own place in the epoch
-    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as LLaVA trains
-    TrainingCLI(
+    return TrainingCLI(
         LlavaTraining,
         InstructionData,
-        args=[command, *arguments],
+        args=argv,
+        run=run,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={
@@ -56,5 +55,10 @@ def main(command: str, arguments: list[str]) -> None:
             "use_distributed_sampler": False,
             "callbacks": [LearningRateMonitor("step"), Throughput(), ShowAnswers(), ExportModel()],
         },
-        parser_kwargs={"default_env": False},
     )
+
+
+def main(argv: list[str]) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as LLaVA trains
+    build_cli(argv)

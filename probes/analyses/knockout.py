@@ -20,6 +20,7 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ from ..knockout import Knockout
 from ..metrics import patch_labels
 from ..mllm import ADAPTER, FrozenMLLM
 from ..module import by_size
-from ..results import ProbeRun, write_json, write_tensors
+from ..results import ProbeRun, read_tensors, write_json, write_tensors
 from ..statistics import bootstrap_weights, interval
 
 CONDITIONS = ("none", "incorrect", "correct", "random_incorrect", "random_correct")
@@ -64,6 +65,7 @@ class Case:
         image: Its index in the split.
         row: Its place in the batch.
         patches: n_c(0), how many there are.
+        anchors: Patches that are predicted the correct class.
         wrong_class: c.
         correct_class: The most frequent true class of the patches wrongly predicted c.
         elsewhere: bool[T], labelled patches whose true class is not c.
@@ -73,6 +75,7 @@ class Case:
     image: int
     row: int
     patches: int
+    anchors: int
     wrong_class: int
     correct_class: int
     elsewhere: Tensor
@@ -109,7 +112,8 @@ def find_cases(
         for condition in list(blocked):
             drawn = rng.permutation(len(labels))[: int(blocked[condition].sum())]
             blocked[f"random_{condition}"] = torch.zeros_like(elsewhere).index_fill_(0, torch.from_numpy(drawn), True)
-        cases.append(Case(image, row, int(mistaken.sum()), wrong_class, correct_class, elsewhere, blocked))
+        anchors = int(blocked["correct"].sum())
+        cases.append(Case(image, row, int(mistaken.sum()), anchors, wrong_class, correct_class, elsewhere, blocked))
     return cases
 
 
@@ -158,7 +162,7 @@ def knockout(
 
     Returns:
         What knockout.json holds; and by "class/condition" the remaining rates f[cases, L + 1], by "class/image",
-        "class/patches" and "class/correct_class" whose they are.
+        "/patches", "/anchors" and "/correct_class" what they are about.
 
     Raises:
         ValueError: An unknown class or site, or a class that no image is wrongly predicted.
@@ -187,7 +191,7 @@ def knockout(
     for name, cases in found.items():
         if not cases:
             raise ValueError(f"no image has {min_patches} or more patches wrongly predicted {name!r} at the adapter")
-        for fact in ("image", "patches", "correct_class"):
+        for fact in ("image", "patches", "anchors", "correct_class"):
             tensors[f"{name}/{fact}"] = torch.tensor([getattr(case, fact) for case, _ in cases])
         tensors |= {f"{name}/{c}": torch.stack([rates[c] for _, rates in cases]) for c in CONDITIONS}
     facts = {
@@ -200,6 +204,39 @@ def knockout(
         "classes": [class_entry(name, tensors, seed) for name in classes],
     }
     return facts, tensors
+
+
+class Cases(NamedTuple):
+    """Cases of a finished knockout.
+
+    Args:
+        rates: n_c(l) / n_c(0) by condition, f[C, L + 1].
+        images: long[C], indices in the split; an image can hold cases of several classes.
+    """
+
+    rates: dict[str, Tensor]
+    images: Tensor
+
+    def mean(self, values: Tensor, split: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Mean over cases of `values` f[C, ...], and under R resamplings of the split's images, f[R, ...]."""
+        weights = bootstrap_weights(split, seed=seed).double()[:, self.images]
+        values = values.double()
+        return values.mean(0), torch.tensordot(weights, values, 1) / weights.sum(1).view(-1, *[1] * (values.ndim - 1))
+
+
+def read_cases(run: ProbeRun, min_patches: int, classes: list[str] | None = None) -> Cases | None:
+    """The cases of a run's knockout with at least `min_patches` patches wrong at the adapter; None if there is none."""
+    path = run.path / "knockout.safetensors"
+    tensors = read_tensors(path) if path.is_file() else {}
+    kept = {
+        name: tensors[f"{name}/patches"] >= min_patches
+        for name in (key.removesuffix("/patches") for key in tensors if key.endswith("/patches"))
+        if classes is None or name in classes
+    }
+    if not any(mask.any() for mask in kept.values()):
+        return None
+    joined = lambda what: torch.cat([tensors[f"{name}/{what}"][mask] for name, mask in kept.items()])
+    return Cases({condition: joined(condition) for condition in CONDITIONS}, joined("image"))
 
 
 def class_entry(name: str, tensors: dict[str, Tensor], seed: int) -> dict:
@@ -228,24 +265,8 @@ def _batches(
         yield batch["pixels"], truth, batch["index"]
 
 
-def main(command: str, arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog=f"probes {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--probes", required=True, metavar="RUN", help="folder of a finished probe run")
-    parser.add_argument(
-        "--classes", required=True, nargs="+", metavar="NAME", help="classes c, as the dataset names them"
-    )
-    parser.add_argument("--layers", nargs="+", type=int, metavar="L", help="decoder layers to cut, 1..L (default: all)")
-    parser.add_argument(
-        "--labels-from", default=ADAPTER, metavar="SITE", help="whose predictions are blocked (adapter)"
-    )
-    parser.add_argument("--min-patches", type=int, default=1, help="leave out images with fewer wrong patches (1)")
-    parser.add_argument("--limit", type=int, help="look at no more than so many images")
-    parser.add_argument("--batch-size", type=int, default=64, help="images or cases of a forward (64)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random controls and the bootstrap (0)")
-    parser.add_argument("--out", metavar="DIR", help="where knockout.json goes (the run's folder)")
-    args = parser.parse_args(arguments)
+def run(args: argparse.Namespace) -> None:
+    """`probes knockout`."""
     facts, tensors = knockout(
         ProbeRun(args.probes),
         args.classes,
@@ -257,7 +278,6 @@ def main(command: str, arguments: list[str]) -> None:
         seed=args.seed,
     )
     out = Path(args.out or args.probes)
-    out.mkdir(parents=True, exist_ok=True)
     write_tensors(out / "knockout.safetensors", tensors)
     write_json(out / "knockout.json", facts)
     for entry in facts["classes"]:

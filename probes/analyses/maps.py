@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..knockout import Knockout
 from ..metrics import patch_labels
@@ -39,7 +40,10 @@ def maps_of_image(reader: PatchReader, sample: dict, sites: list[str], blocked: 
 
 
 def knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tuple[dict, Tensor]:
-    """Maps of the image that has most patches wrongly predicted class `name`, by condition and layer.
+    """Maps by condition and layer of an image in which patches are wrongly predicted class `name`.
+
+    It is the one in which both those patches and the patches that are rightly predicted, and so could help them, are
+    most: the largest minimum of the two numbers.
 
     Returns:
         Which image and classes, and uint8[3, L + 1, H, W].
@@ -51,7 +55,8 @@ def knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tuple[dict, 
     tensors = read_tensors(path) if path.is_file() else {}
     if f"{name}/patches" not in tensors:
         raise ValueError(f"{run.path} has no knockout of {name!r}; run `probes knockout --probes {run.path}` first")
-    image = tensors[f"{name}/image"][tensors[f"{name}/patches"].argmax()].item()
+    both = torch.minimum(tensors[f"{name}/patches"], tensors[f"{name}/anchors"])
+    image = tensors[f"{name}/image"][both.argmax()].item()
     sample, classes = run.dataset()[image], run.metrics["classes"]
     truth = patch_labels(torch.from_numpy(sample["target"])[None], len(classes), reader.mllm.grid)
     predicted = reader.predict(reader.mllm.preprocess([sample["image"]]))
@@ -61,38 +66,24 @@ def knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tuple[dict, 
     return facts, torch.stack(maps)
 
 
-def main(command: str, arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog=f"probes {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--probes", required=True, metavar="RUN", help="folder of a finished probe run")
-    parser.add_argument(
-        "--image", type=int, nargs="+", default=[0], metavar="I", help="indices in the validation split"
-    )
-    parser.add_argument(
-        "--knockout", nargs="+", default=[], metavar="CLASS", help="also under knockout, for classes of knockout.json"
-    )
-    parser.add_argument("--out", metavar="DIR", help="where the maps go (the run's folder)")
-    args = parser.parse_args(arguments)
+def run(args: argparse.Namespace) -> None:
+    """`probes maps`."""
     run = ProbeRun(args.probes)
     dataset, reader = run.dataset(), PatchReader(run)
     wrong = [i for i in args.image if not 0 <= i < len(dataset)]
     if wrong:
         raise ValueError(f"image {wrong[0]} is out of range; the split has images 0..{len(dataset) - 1}")
-    tensors = {f"image/{i}": maps_of_image(reader, dataset[i], run.sites) for i in args.image}
+    tensors = {f"image/{i}": maps_of_image(reader, dataset[i], run.sites) for i in tqdm(args.image, desc="maps")}
     cut = [knockout_maps(run, reader, name) for name in args.knockout]
     tensors |= {f"knockout/{facts['class']}": maps for facts, maps in cut}
+    facts = {
+        "image_attention": run.metrics["image_attention"],
+        "sites": run.sites,
+        "layers": run.layers,
+        "images": [{"index": i, "name": dataset.names[i]} for i in args.image],
+        "knockout": [facts for facts, _ in cut],
+    }
     out = Path(args.out or args.probes)
-    out.mkdir(parents=True, exist_ok=True)
     write_tensors(out / "maps.safetensors", tensors)
-    write_json(
-        out / "maps.json",
-        {
-            "image_attention": run.metrics["image_attention"],
-            "sites": run.sites,
-            "layers": run.layers,
-            "images": [{"index": i, "name": dataset.names[i]} for i in args.image],
-            "knockout": [facts for facts, _ in cut],
-        },
-    )
+    write_json(out / "maps.json", facts)
     print(f"{out / 'maps.safetensors'}: {len(args.image)} images, {len(cut)} knockouts")

@@ -84,23 +84,13 @@ def _check_pair(causal: ProbeRun, bidirectional: ProbeRun) -> None:
         raise ValueError(f"{causal.path} and {bidirectional.path} were scored on different images")
 
 
-def main(command: str, arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog=f"probes {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--probes", required=True, nargs=2, metavar=("CAUSAL_RUN", "BIDIRECTIONAL_RUN"))
-    parser.add_argument("--site", help="where to compare (default: the causal run's best decoder layer)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (0)")
-    parser.add_argument("--out", metavar="DIR", help="where starvation.json goes (the bidirectional run's folder)")
-    args = parser.parse_args(arguments)
-    causal, bidirectional = map(ProbeRun, args.probes)
-    facts = starvation(causal, bidirectional, args.site, args.seed)
-    out = Path(args.out or args.probes[1])
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "starvation.json", facts)
+def run(args: argparse.Namespace) -> None:
+    """`probes starvation`."""
+    facts = starvation(*map(ProbeRun, args.probes), args.site, args.seed)
+    write_json(Path(args.out or args.probes[1]) / "starvation.json", facts)
     for patch in range(min(3, len(facts["gap"]))):
-        causal_accuracy, gap = facts["causal"][patch], facts["gap"][patch]
         low, high = facts["gap_ci95"][patch]
-        print(f"patch {patch}: causal {causal_accuracy:.1%}, bidirectional {gap:+.1%} [{low:+.1%}, {high:+.1%}]")
+        gap = f"{facts['gap'][patch]:+.1%} [{low:+.1%}, {high:+.1%}]"
+        print(f"patch {patch}: causal {facts['causal'][patch]:.1%}, bidirectional {gap}")
     row = facts["first_row"]
     print(f"first row: causal {row['causal']:.1%}, bidirectional {row['gap']:+.1%} at {facts['site']}")

@@ -72,19 +72,9 @@ def _default_sites(run: ProbeRun) -> list[str]:
     return list(dict.fromkeys([ADAPTER, layers[layers.index(peak) // 2], peak]))
 
 
-def main(command: str, arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog=f"probes {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--probes", required=True, metavar="RUN", help="folder of a finished probe run")
-    parser.add_argument("--image", type=int, default=0, metavar="I", help="index in the validation split (0)")
-    parser.add_argument("--sites", nargs="+", metavar="SITE", help="default: adapter, half-way, best layer")
-    parser.add_argument("--seed", type=int, default=0, help="of UMAP (0)")
-    parser.add_argument("--out", metavar="DIR", help="where umap.json goes (the run's folder)")
-    args = parser.parse_args(arguments)
+def run(args: argparse.Namespace) -> None:
+    """`probes umap`."""
     facts = umap_of_image(ProbeRun(args.probes), args.image, args.sites, args.seed)
-    out = Path(args.out or args.probes)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "umap.json", facts)
+    write_json(Path(args.out or args.probes) / "umap.json", facts)
     for entry in facts["sites"]:
         print(f"{entry['site']}: {entry['knn_purity']:.0%} of the nearest {NEIGHBOURS} neighbours share the class")

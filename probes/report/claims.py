@@ -3,19 +3,18 @@
 A claim holds if its 95% interval lies on the claimed side of zero; nothing else decides. All numbers of a study come
 from the same resamplings of its validation images, so that differences between sites, masks and controls are paired.
 
-Shapes: R resamplings, N images, S sites, C cases of a knockout.
+Shapes: R resamplings.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..analyses.knockout import read_cases
 from ..mllm import ADAPTER, ENCODER
 from ..results import ProbeRun, peak_layer
 from ..statistics import bootstrap_weights, dataset_scores, interval, resampled_scores
-from .study import Study, optional_tensors
+from .study import Study
 
 # claim -> (the sign that the paper claims, what it says)
 CLAIMS: dict[str, tuple[int, str]] = {
@@ -24,9 +23,9 @@ CLAIMS: dict[str, tuple[int, str]] = {
     "recovery_trained": (+1, "Training makes them recover: the recovery minus that of the same model untrained"),
     "starvation": (+1, "Patch 0 starves under causal attention: bidirectional minus causal accuracy (Sec. 5.1)"),
     "starvation_first_row": (+1, "So does the first row of patches: bidirectional minus causal accuracy"),
-    "knockout_incorrect": (-1, "Hiding the wrong class speeds self-correction: change in wrong patches left (Sec. 4.1)"),
+    "knockout_incorrect": (-1, "Hiding the wrong class speeds correction: change in wrong patches left (Sec. 4.1)"),
     "knockout_correct": (+1, "Hiding the right class impairs it: change in wrong patches left (Sec. 4.2)"),
-    "knockout_specificity": (+1, "It matters which patches: right minus wrong, less the same for as many random ones"),
+    "knockout_specificity": (+1, "Which patches matters: right minus wrong, less the same at random"),
 }  # fmt: skip
 
 # A knockout's claims are about confusions of whole regions, so images count in which at least this share of the patches
@@ -47,8 +46,8 @@ def claims_of(study: Study) -> list[dict[str, Any]]:
         trained, untrained = _probing(run), _probing(control) if control else {}
         if untrained:
             trained["recovery_trained"] = _minus(trained["recovery"], untrained["recovery"])
-        trained |= _knockout(run)
-        untrained |= _knockout(control) if control else {}
+        trained |= knockout_effects(run, confused_patches(run))
+        untrained |= knockout_effects(control, confused_patches(control)) if control else {}
         entries += [_entry(name, mask, trained[name], untrained.get(name)) for name in CLAIMS if name in trained]
     entries += _starvation_entries(study)
     order = list(CLAIMS)
@@ -111,47 +110,31 @@ def _starvation_entries(study: Study) -> list[dict[str, Any]]:
     return entries
 
 
-def knockout_effects(
-    run: ProbeRun, min_patches: int, effect: Callable[[dict[str, Tensor]], Tensor]
-) -> tuple[Estimate, int] | None:
-    """An effect on the remaining rate in the later half of the layers, averaged over cases of all classes.
+def confused_patches(run: ProbeRun) -> int:
+    """How many patches an image must have wrong to count for the knockout's claims."""
+    return round(CONFUSED_SHARE * run.metrics["grid"][0] * run.metrics["grid"][1])
+
+
+def knockout_effects(run: ProbeRun, min_patches: int) -> dict[str, Estimate]:
+    """Effects on the share of wrong patches that remains in the later half of the layers, averaged over cases.
 
     Args:
-        run: With a knockout.
+        run: With a knockout; without one there are no effects.
         min_patches: Cases with fewer wrong patches at the adapter are left out.
-        effect: From rates f[C] by condition to the effect f[C].
-
-    Returns:
-        The mean with its resamplings (of images, which can hold several cases), and C; None if there is no case.
     """
-    tensors = optional_tensors(run, "knockout.safetensors")
-    effects, images = [], []
-    for name in sorted({key.rpartition("/")[0] for key in tensors}):
-        kept = tensors[f"{name}/patches"] >= min_patches
-        rates = {}
-        for key, value in tensors.items():
-            if key.startswith(f"{name}/") and value.ndim == 2:
-                later = value.shape[1] // 2 + value.shape[1] % 2  # layers 0..L: the later half of 1..L
-                rates[key.rpartition("/")[2]] = value[kept, later:].mean(1)
-        effects.append(effect(rates))
-        images.append(tensors[f"{name}/image"][kept])
-    if not effects or not len(torch.cat(images)):
-        return None
-    effects, images = torch.cat(effects).double(), torch.cat(images)
-    weights = bootstrap_weights(run.metrics["images"], seed=run.metrics["seed"]).double()[:, images]
-    return (effects.mean().item(), (weights @ effects) / weights.sum(1)), len(effects)
-
-
-EFFECTS: dict[str, Callable[[dict[str, Tensor]], Tensor]] = {
-    "knockout_incorrect": lambda rate: rate["incorrect"] - rate["none"],
-    "knockout_correct": lambda rate: rate["correct"] - rate["none"],
-    "knockout_specificity": lambda rate: (
-        rate["correct"] - rate["incorrect"] - (rate["random_correct"] - rate["random_incorrect"])
-    ),
-}
-
-
-def _knockout(run: ProbeRun) -> dict[str, Estimate]:
-    tokens = run.metrics["grid"][0] * run.metrics["grid"][1]
-    found = {name: knockout_effects(run, round(CONFUSED_SHARE * tokens), effect) for name, effect in EFFECTS.items()}
-    return {name: result[0] for name, result in found.items() if result is not None}
+    cases = read_cases(run, min_patches)
+    if cases is None:
+        return {}
+    layers = next(iter(cases.rates.values())).shape[1] - 1
+    later = {condition: rates[:, layers // 2 + 1 :].mean(1) for condition, rates in cases.rates.items()}
+    random = later["random_correct"] - later["random_incorrect"]
+    effects = {
+        "knockout_incorrect": later["incorrect"] - later["none"],
+        "knockout_correct": later["correct"] - later["none"],
+        "knockout_specificity": later["correct"] - later["incorrect"] - random,
+    }
+    found = {}
+    for name, effect in effects.items():
+        mean, resampled = cases.mean(effect, run.metrics["images"], run.metrics["seed"])
+        found[name] = (mean.item(), resampled)
+    return found

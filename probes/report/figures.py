@@ -11,9 +11,12 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from ..analyses.knockout import read_cases
 from ..mllm import ADAPTER, ENCODER, FINAL_NORM
+from ..palette import coloured
 from ..results import ProbeRun, peak_layer
-from .study import Study, optional_json, optional_tensors
+from ..statistics import interval
+from .study import Rows, Study, optional_json, optional_tensors
 
 MASK_COLOURS = {"causal": "#0072B2", "bidirectional": "#D55E00"}
 CONDITION_STYLES = {
@@ -34,8 +37,6 @@ STYLE = {
     "savefig.dpi": 200,
     "svg.hashsalt": "llava-bidir",  # the same figure gives the same bytes
 }
-
-Rows = list[dict[str, Any]]
 
 
 class Drawn(NamedTuple):
@@ -162,27 +163,71 @@ def starvation_grid(facts: dict[str, Any]) -> Drawn:
     return Drawn(figure, [])
 
 
-def knockout_curves(run: ProbeRun, name: str) -> Drawn:
-    """Wrong patches left by layer under each condition, for one class (Fig. 11)."""
-    facts = optional_json(run, "knockout.json")
-    (entry,) = [e for e in facts["classes"] if e["class"] == name]
-    figure, ax = _axes(4.2, 3.3)
+def knockout_curves(run: ProbeRun, min_patches: int) -> Drawn:
+    """Wrong patches left by layer under each condition, over all classes (Fig. 11)."""
+    figure, ax = _axes(4.4, 3.5)
+    rows = _draw_remaining(ax, run, min_patches, None, list(CONDITION_STYLES))
+    ax.set(xlabel="LLM layer (0 = adapter)", ylabel="wrong patches left (%)")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    return Drawn(figure, rows)
+
+
+def knockout_by_class(run: ProbeRun, min_patches: int) -> Drawn:
+    """The same, class by class, without the random controls."""
+    names = [entry["class"] for entry in optional_json(run, "knockout.json")["classes"]]
+    columns = min(4, len(names))
+    figure = Figure(figsize=(6.6, 1.9 * -(-len(names) // columns)), layout="constrained")
+    axes = figure.subplots(-(-len(names) // columns), columns, sharex=True, squeeze=False)
     rows = []
-    for condition, (colour, dash, label) in CONDITION_STYLES.items():
-        mean = np.array(entry["remaining"][condition])
-        low, high = np.array(entry["ci95"][condition]).T
+    for ax, name in zip(axes.flat, names, strict=False):
+        rows += _draw_remaining(ax, run, min_patches, name, ["none", "incorrect", "correct"])
+        cases = read_cases(run, min_patches, [name])
+        ax.set_title(f"{name} ({0 if cases is None else len(cases.images)} images)", fontsize=8)
+        ax.tick_params(labelsize=7)
+    for ax in axes.flat[len(names) :]:
+        ax.set_visible(False)
+    figure.supylabel("wrong patches left (%)", fontsize=9)
+    figure.supxlabel("LLM layer (0 = adapter)", fontsize=9)
+    return Drawn(figure, rows)
+
+
+def _draw_remaining(ax: Axes, run: ProbeRun, min_patches: int, name: str | None, conditions: list[str]) -> Rows:
+    """Draws n_c(l) / n_c(0) of one class, or of all, with intervals over images; returns the rows behind it."""
+    cases = read_cases(run, min_patches, None if name is None else [name])
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    if cases is None:
+        ax.text(0.5, 0.5, "no such image", ha="center", transform=ax.transAxes, fontsize=8)
+        return []
+    rows = []
+    for condition in conditions:
+        colour, dash, label = CONDITION_STYLES[condition]
+        mean, resampled = cases.mean(cases.rates[condition], run.metrics["images"], run.metrics["seed"])
+        low, high = np.array([interval(m, resampled[:, i]) for i, m in enumerate(mean.tolist())]).T
         ax.plot(100 * mean, dash, color=colour, label=label, lw=1.8)
         if dash == "-":
             ax.fill_between(range(len(mean)), 100 * low, 100 * high, color=colour, alpha=0.12, lw=0)
+        facts = {"image_attention": run.metrics["image_attention"], "class": name or "all", "condition": condition}
         rows += [
-            {"image_attention": facts["image_attention"], "class": name, "condition": condition, "layer": layer,
-             "images": entry["images"], "remaining": m, "low": lo, "high": hi}
+            facts | {"layer": layer, "cases": len(cases.images), "remaining": m, "low": lo, "high": hi}
             for layer, (m, lo, hi) in enumerate(zip(mean.tolist(), low.tolist(), high.tolist(), strict=True))
-        ]  # fmt: skip
-    ax.set(xlabel="LLM layer (0 = adapter)", ylabel="wrong patches left (%)")
-    ax.set_title(f"called {name!r} wrongly ({entry['images']} images, {facts['image_attention']})", fontsize=9)
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    return Drawn(figure, rows)
+        ]
+    return rows
+
+
+def knockout_selection(rows: Rows, mask: str, claimed_at: int) -> Drawn:
+    """The knockout's two effects by how many patches an image must have wrong to count."""
+    figure, ax = _axes(4.4, 3.3)
+    for effect, condition in (("knockout_incorrect", "incorrect"), ("knockout_correct", "correct")):
+        points = [row for row in rows if row["image_attention"] == mask and row["effect"] == effect]
+        x, y = [row["min_patches"] for row in points], 100 * np.array([row["value"] for row in points])
+        low, high = 100 * np.array([[row["low"], row["high"]] for row in points]).T
+        colour, _, label = CONDITION_STYLES[condition]
+        ax.errorbar(x, y, [y - low, high - y], color=colour, label=label, marker="o", ms=4, capsize=2, lw=1.5)
+    ax.axhline(0, color="black", lw=0.8)
+    ax.axvline(claimed_at, color="#888888", ls="--", lw=0.9)
+    ax.set(xlabel="patches that must be wrong at the adapter", ylabel="change in wrong patches left (pp)")
+    ax.legend(fontsize=8)
+    return Drawn(figure, [row for row in rows if row["image_attention"] == mask])
 
 
 def umap_panels(facts: dict[str, Any], classes: list[str], palette: np.ndarray) -> Drawn:
@@ -200,6 +245,7 @@ def umap_panels(facts: dict[str, Any], classes: list[str], palette: np.ndarray) 
         for k in common:
             ax.scatter(*xy[labels == k].T, s=18, color=palette[k] / 255, edgecolor="#333333", lw=0.3, label=classes[k])
         ax.set(xticks=[], yticks=[])
+        ax.spines[:].set(visible=True, color="#CCCCCC")
         ax.set_title(f"{entry['site']}\nneighbours of the same class {entry['knn_purity']:.0%}", fontsize=8)
         rows += [
             {"site": entry["site"], "patch": i, "label": int(labels[i]), "x": x, "y": y}
@@ -207,21 +253,6 @@ def umap_panels(facts: dict[str, Any], classes: list[str], palette: np.ndarray) 
         ]
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     return Drawn(figure, rows)
-
-
-def default_palette(classes: int) -> np.ndarray:
-    """uint8[K, 3], distinct colours for datasets that bring none: hues by the golden angle, in three brightnesses."""
-    from colorsys import hsv_to_rgb
-
-    colours = [hsv_to_rgb(k * 0.381966 % 1, (0.55, 0.8, 0.7)[k % 3], (0.95, 0.8, 0.6)[k % 3]) for k in range(classes)]
-    return (255 * np.array(colours)).round().astype(np.uint8)
-
-
-def coloured(mask: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """uint8[H, W] of classes as uint8[H, W, 3]; ignored pixels are black."""
-    table = np.zeros((256, 3), np.uint8)
-    table[: len(palette)] = palette
-    return table[mask]
 
 
 def site_maps(run: ProbeRun, palette: np.ndarray) -> Drawn:

@@ -18,11 +18,13 @@ import jinja2
 import matplotlib as mpl
 import numpy as np
 
+from ..analyses.knockout import read_cases
+from ..palette import palette_of
 from ..results import ProbeRun, write_json
 from . import figures, tables
-from .claims import CONFUSED_SHARE, claims_of
-from .figures import Drawn, Rows
-from .study import Study, answer_accuracy, optional_json, total_seconds
+from .claims import CONFUSED_SHARE, claims_of, confused_patches
+from .figures import Drawn
+from .study import Rows, Study, answer_accuracy, optional_json, total_seconds
 
 
 @dataclass
@@ -90,7 +92,7 @@ def report(paths: list[str], out: str | Path, timings: str | None = None) -> dic
 def draw(study: Study) -> Iterator[Picture]:
     """All figures that the study's runs have the results for."""
     run = study.first
-    palette = np.array(run.dataset().palette or figures.default_palette(len(run.metrics["classes"])), np.uint8)
+    palette = palette_of(run.dataset())
     yield Picture(
         "layers",
         "Drop-off and recovery",
@@ -144,17 +146,42 @@ def draw(study: Study) -> Iterator[Picture]:
 
 
 def _knockout_pictures(study: Study) -> Iterator[Picture]:
+    section, selection = "Attention knockout", tables.selection_rows(study)
     for mask, run in study.trained.items():
-        facts = optional_json(run, "knockout.json")
-        for entry in facts["classes"] if facts else ():
+        least = confused_patches(run)
+        if read_cases(run, least) is None:
+            continue
+        yield Picture(
+            f"knockout_{mask}",
+            section,
+            f"Wrong patches left, {mask}",
+            f"Of images with {least} or more patches wrong at the adapter, the share still wrong at each layer "
+            "(Fig. 11). The paper expects red, the wrong class hidden from all patches, below grey, and blue, the right class "
+            "hidden, above it. Dotted: as many random patches hidden. Bands: 95% over images.",
+            figures.knockout_curves(run, least),
+            "half",
+        )
+    for mask, run in study.trained.items():
+        if selection and read_cases(run, 1) is not None:
             yield Picture(
-                f"knockout_{mask}_{entry['class'].replace(' ', '_')}",
-                "Attention knockout",
-                f"Knockout of {entry['class']!r}, {mask}",
-                "Patches wrongly predicted so, by layer, relative to the adapter (Fig. 11). The paper expects red, the "
-                "wrong class hidden, below grey, and blue, the right class hidden, above it.",
-                figures.knockout_curves(run, entry["class"]),
+                f"knockout_selection_{mask}",
+                section,
+                f"Which images count, {mask}",
+                "The same two effects, in the later half of the layers, by how many patches an image must have wrong. "
+                "On the left single patches on a boundary dominate, on the right whole regions taken for another "
+                "class. Dashed: where the claims are read.",
+                figures.knockout_selection(selection, mask, confused_patches(run)),
                 "half",
+            )
+    for mask, run in study.trained.items():
+        if read_cases(run, confused_patches(run)) is not None:
+            yield Picture(
+                f"knockout_classes_{mask}",
+                section,
+                f"Class by class, {mask}",
+                "The same curves by the class that the patches are wrongly called.",
+                figures.knockout_by_class(run, confused_patches(run)),
+                "wide",
             )
 
 
@@ -177,7 +204,8 @@ def _map_pictures(study: Study, palette: np.ndarray) -> Iterator[Picture]:
                 f"knockout_maps_{mask}_{case['class'].replace(' ', '_')}",
                 "What the probes see",
                 f"{case['class']} for {case['correct_class']}, {mask}",
-                f"The image with the most patches wrongly called {case['class']!r}, layer by layer (Figs. 6 and 12): "
+                f"The image with the most patches wrongly called {case['class']!r} beside some rightly called "
+                f"{case['correct_class']!r}, layer by layer (Figs. 6 and 12): "
                 "as it is, with the wrong class hidden, with the right one hidden.",
                 figures.knockout_maps(run, case["class"], palette),
                 "wide",
@@ -188,8 +216,8 @@ def _tables(study: Study, claims: list[dict[str, Any]], facts: dict[str, Any]) -
     found = {"claims": tables.claim_rows(claims), "table2": tables.table2(study), "classes": tables.class_rows(study)}
     if facts["starvation"]:
         found["table3"] = tables.table3(facts["starvation"])
-    thresholds = tables.threshold_rows(study)
-    return found | ({"knockout_thresholds": thresholds} if thresholds else {})
+    selection = tables.selection_rows(study)
+    return found | ({"knockout_selection": selection} if selection else {})
 
 
 def _save(picture: Picture, out: Path) -> str:
@@ -211,14 +239,8 @@ def _points(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{100 * value:+.{digits}f}".replace("-", "−")
 
 
-def main(command: str, arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog=f"probes {command}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished probe runs, controls included")
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the report")
-    parser.add_argument("--timings", metavar="FILE", help='log of lines "start end step", to state the wall time')
-    args = parser.parse_args(arguments)
+def run(args: argparse.Namespace) -> None:
+    """`probes report`."""
     facts = report(args.runs, args.out, args.timings)
     for claim in facts["claims"]:
         low, high = (_points(bound) for bound in claim["ci95"])

@@ -10,6 +10,8 @@ from torch import Tensor
 from ..analyses.starvation import starvation
 from ..results import ProbeRun, read_tensors
 
+Rows = list[dict[str, Any]]  # of a table: by column
+
 MASKS = ("causal", "bidirectional")
 
 

@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .claims import EFFECTS, knockout_effects
-from .figures import Rows
-from .study import Study
+from ..analyses.knockout import read_cases
+from ..statistics import interval
+from .claims import confused_patches, knockout_effects
+from .study import Rows, Study
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 
@@ -79,15 +80,15 @@ def class_rows(study: Study) -> Rows:
     ]  # fmt: skip
 
 
-def threshold_rows(study: Study) -> Rows:
-    """The knockout's effects by how many patches an image must have wrong to count: how much the selection decides."""
+def selection_rows(study: Study) -> Rows:
+    """The knockout's effects by how many patches an image must have wrong to count: what the selection decides."""
     rows = []
     for mask, run in study.trained.items():
-        tokens = run.metrics["grid"][0] * run.metrics["grid"][1]
-        for patches in sorted({1, round(tokens / 32), round(tokens / 16), round(tokens / 8), round(tokens / 6)} - {0}):
-            found = {name: knockout_effects(run, patches, effect) for name, effect in EFFECTS.items()}
-            if all(found.values()):
-                cases = next(iter(found.values()))[1]
-                row = {"image_attention": mask, "min_patches": patches, "cases": cases}
-                rows.append(row | {name: estimate[0] for name, (estimate, _) in found.items()})
+        most = confused_patches(run)
+        for patches in sorted({max(1, round(most * share)) for share in (0, 1 / 8, 1 / 4, 1 / 2, 1, 3 / 2)}):
+            cases, effects = read_cases(run, patches), knockout_effects(run, patches)
+            for name, (value, resampled) in effects.items():
+                low, high = interval(value, resampled)
+                row = {"image_attention": mask, "min_patches": patches, "cases": len(cases.images), "effect": name}
+                rows.append(row | {"value": value, "low": low, "high": high})
     return rows

@@ -1,0 +1,36 @@
+"""`probes sites` and `probes states`: what a model has to offer, and its states for analyses of one's own."""
+
+import argparse
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from .families import family_of, image_attention_of
+from .mllm import ENCODER, load, read_config, site_names
+from .results import write_tensors
+
+
+def print_sites(args: argparse.Namespace) -> None:
+    """`probes sites`: read from the config, so that a 7B model answers as fast as a small one."""
+    config = read_config(args.mllm)
+    family, text_config = family_of(config), config.get_text_config()
+    rows, columns = family.grid(config)
+    print(f"{config.model_type}, {image_attention_of(config)} image attention")
+    print(f"{rows} x {columns} = {rows * columns} image tokens of a {family.image_px(config)} px square")
+    for site in site_names(text_config.num_hidden_layers):
+        print(f"  {site:<11} {family.encoder_width(config) if site == ENCODER else text_config.hidden_size}")
+
+
+def write_states(args: argparse.Namespace) -> None:
+    """`probes states`."""
+    images = []
+    for path in args.image:
+        try:
+            images.append(Image.open(path).convert("RGB"))
+        except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"image {path} cannot be read: {error}") from None
+    mllm = load(args.mllm, image_attention=args.image_attention)
+    states = mllm.states(mllm.preprocess(images), args.sites)
+    write_tensors(Path(args.out), states)
+    for site, state in states.items():
+        print(f"{site:<11} {list(state.shape)}")

@@ -1,0 +1,23 @@
+"""Colours of classes."""
+
+from colorsys import hsv_to_rgb
+
+import numpy as np
+
+GOLDEN = 0.381966  # hues this far apart stay distinct however many there are
+
+
+def palette_of(dataset) -> np.ndarray:
+    """uint8[K, 3]: the dataset's own colours, or distinct hues in three brightnesses."""
+    if getattr(dataset, "palette", None):
+        return np.array(dataset.palette, np.uint8)
+    shades = ((0.55, 0.95), (0.8, 0.8), (0.7, 0.6))  # saturation and brightness
+    colours = [hsv_to_rgb(k * GOLDEN % 1, *shades[k % 3]) for k in range(len(dataset.classes))]
+    return (255 * np.array(colours)).round().astype(np.uint8)
+
+
+def coloured(mask: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """uint8[..., H, W] of classes as uint8[..., H, W, 3]; ignored pixels are black."""
+    table = np.zeros((256, 3), np.uint8)
+    table[: len(palette)] = palette
+    return table[mask]

@@ -4,6 +4,7 @@ Shapes: B batch, N sequence, n positions whose next token some sample of the bat
 """
 
 import logging
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -61,8 +62,9 @@ class LlavaTraining(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.strict_loading = False  # checkpoints hold what trains, see on_save_checkpoint
-        # a checkpoint's hyperparameters bring the encoder back as a dict
+        # plain data in checkpoints, so that they load with weights_only
         self.encoder = encoder = Encoder(**encoder) if isinstance(encoder, dict) else encoder
+        self.hparams["encoder"] = asdict(encoder)
         self.processor = build_processor(encoder, llm, image_aspect)
         rows, columns = encoder.grid(encoder.load_config())
         self.image_tokens = rows * columns

@@ -156,8 +156,8 @@ def _knockout_pictures(study: Study) -> Iterator[Picture]:
             section,
             f"Wrong patches left, {mask}",
             f"Of images with {least} or more patches wrong at the adapter, the share still wrong at each layer "
-            "(Fig. 11). The paper expects red, the wrong class hidden from all patches, below grey, and blue, the right class "
-            "hidden, above it. Dotted: as many random patches hidden. Bands: 95% over images.",
+            "(Fig. 11). The paper expects red, the wrong class hidden from all patches, below grey, and blue, the "
+            "right class hidden, above it. Dotted: as many random patches hidden. Bands: 95% over images.",
             figures.knockout_curves(run, least),
             "half",
         )

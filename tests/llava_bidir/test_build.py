@@ -1,0 +1,131 @@
+"""Putting the parts together: what is loaded, widened, frozen, and what does not fit."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from transformers import CLIPVisionConfig, Dinov2Config, LlamaForCausalLM, SiglipVisionConfig
+
+from llava_bidir.build import build_model, build_processor, set_trainable
+from llava_bidir.encoders import ENCODERS, Encoder
+
+
+@pytest.fixture
+def built(parts):
+    return build_model(*parts, build_processor(*parts), image_attention="bidirectional")
+
+
+def test_parts_keep_their_weights_and_the_vocabulary_grows(parts, built):
+    llm = LlamaForCausalLM.from_pretrained(parts[1])
+    words = llm.config.vocab_size
+    embeddings = built.get_input_embeddings().weight
+    assert torch.equal(embeddings[:words], llm.get_input_embeddings().weight)
+    assert len(embeddings) % 64 == 0 and len(embeddings) > words
+    assert built.config.image_token_id == words, "<image> follows the LLM's own words"
+    assert built.config.image_seq_length == tiny.TOKENS and built.config.image_attention == "bidirectional"
+    assert torch.equal(built.model.language_model.layers[0].mlp.up_proj.weight, llm.model.layers[0].mlp.up_proj.weight)
+
+
+def test_new_adapter_follows_the_seed_and_its_gain(parts):
+    processor = build_processor(*parts)
+
+    def adapter(**kwargs):
+        torch.manual_seed(5)
+        return build_model(*parts, processor, **kwargs).model.multi_modal_projector
+
+    one, four = adapter(), adapter(adapter_gain=4.0)
+    assert torch.equal(one.linear_2.weight * 4, four.linear_2.weight)
+    assert torch.equal(one.linear_1.weight, four.linear_1.weight)
+
+
+@pytest.mark.parametrize(("train", "moving"), [(["adapter"], {"multi_modal_projector"}), (["adapter", "llm"], None)])
+def test_set_trainable_never_trains_the_encoder(built, train, moving):
+    counts = set_trainable(built, train)
+    trained = {name for name, p in built.named_parameters() if p.requires_grad}
+    assert sum(counts.values()) == sum(p.numel() for p in built.parameters() if p.requires_grad)
+    assert not any("vision_tower" in name for name in trained)
+    assert any("multi_modal_projector" in name for name in trained)
+    assert any("language_model" in name for name in trained) == ("llm" in train)
+    for bad in ([], ["encoder"]):
+        with pytest.raises(ValueError, match="model.train must be some of adapter, llm"):
+            set_trainable(built, bad)
+
+
+def test_adapter_of_stage_1_is_taken_over(parts, checkpoints):
+    model = build_model(*parts, build_processor(*parts), adapter=str(checkpoints["causal"]))
+    from safetensors.torch import load_file
+
+    saved = load_file(checkpoints["causal"] / "model.safetensors")
+    assert torch.equal(
+        model.model.multi_modal_projector.linear_1.weight, saved["model.multi_modal_projector.linear_1.weight"]
+    )
+
+
+def test_adapter_of_another_mask_or_encoder_is_refused(parts, checkpoints, tmp_path):
+    processor = build_processor(*parts)
+    with pytest.raises(ValueError, match="image_attention is 'causal' there and 'bidirectional' here"):
+        build_model(*parts, processor, adapter=str(checkpoints["causal"]), image_attention="bidirectional")
+    config = json.loads((checkpoints["causal"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="holds no tensor named model.multi_modal_projector"):
+        build_model(*parts, processor, adapter=str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -2}))
+    with pytest.raises(ValueError, match="vision_feature_layer is -2 there and -1 here"):
+        build_model(*parts, processor, adapter=str(tmp_path))
+
+
+def test_unknown_or_mistaken_encoder_is_named(parts):
+    with pytest.raises(ValueError, match="unknown encoder 'clop'; registered: clip, dinov2, siglip"):
+        Encoder("clop", parts[0].path)
+    with pytest.raises(ValueError, match="is a 'clip_vision_model' checkpoint, but name 'siglip'"):
+        Encoder("siglip", parts[0].path).load_config()
+    with pytest.raises(ValueError, match="unknown image_aspect 'stretch'"):
+        build_processor(*parts, image_aspect="stretch")
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "grid"),
+    [
+        ("clip", CLIPVisionConfig(image_size=336, patch_size=14), (24, 24)),
+        ("dinov2", Dinov2Config(image_size=518, patch_size=14), (24, 24)),
+        ("siglip", SiglipVisionConfig(image_size=384, patch_size=14), (27, 27)),
+    ],
+)
+def test_grids_of_the_papers_encoders(name, config, grid):
+    """24 x 24 at 336 px and 27 x 27 at 384 px (App. A.1)."""
+    assert Encoder(name, "somewhere").grid(config) == grid
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoder_entry_gives_one_token_a_patch(name, tmp_path):
+    """A small random tower of the real class: neither a CLS token too many nor a patch too few."""
+    entry = ENCODERS[name]
+    side = entry.image_px or 56
+    settings = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14}
+    config = entry.config_class(**settings, intermediate_size=32, image_size=side)
+    entry.model_class(config).save_pretrained(tmp_path / "encoder")
+    _, llm = tiny.write_parts(tmp_path / "parts")
+    encoder = Encoder(name, str(tmp_path / "encoder"))
+    model = build_model(encoder, llm, build_processor(encoder, llm)).eval()
+    rows, columns = encoder.grid(config)
+    features = model.get_image_features(torch.randn(1, 3, side, side)).pooler_output
+    assert features[0].shape == (rows * columns, 32) and model.config.image_seq_length == rows * columns
+
+
+def test_image_processor_pads_with_the_mean_or_crops_the_centre(parts):
+    import numpy as np
+    from PIL import Image
+
+    wide = np.zeros((8, 16, 3), np.uint8)
+    wide[:, :4] = wide[:, 12:] = 255
+    entry = ENCODERS["clip"]
+    for aspect in ("pad", "crop"):
+        processor = build_processor(*parts, image_aspect=aspect).image_processor
+        pixels = processor(Image.fromarray(wide), return_tensors="pt")["pixel_values"][0]
+        assert pixels.shape == (3, 8, 8)
+        raw = pixels * torch.tensor(entry.std)[:, None, None] + torch.tensor(entry.mean)[:, None, None]
+        if aspect == "pad":  # bands of the mean colour above and below
+            assert torch.allclose(raw[:, 0], torch.tensor([122, 116, 104])[:, None] / 255, atol=0.02)
+        else:  # the white sides are gone
+            assert raw[:, 4, 3:5].max() < 0.1

@@ -1,0 +1,173 @@
+"""Training: what moves, what the loss is, and that a resumed run equals an uninterrupted one."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from llava_bidir.build import build_processor
+from llava_bidir.data.datamodule import InstructionData
+from llava_bidir.training.module import LlavaTraining
+
+
+def module(parts, **kwargs) -> LlavaTraining:
+    settings = {"train": ["adapter", "llm"], "learning_rate": 1e-2, "max_new_tokens": 3}
+    return LlavaTraining(*parts, **(settings | kwargs))
+
+
+def data(folder, parts, **kwargs) -> InstructionData:
+    settings = {"batch_size": 4, "micro_batch_size": 2, "num_workers": 0, "group_by_length": True}
+    return InstructionData(
+        str(folder / "data.json"),
+        str(folder),
+        processor=build_processor(*parts),
+        image_tokens=tiny.TOKENS,
+        **(settings | kwargs),
+    )
+
+
+def trainer(tmp_path, **kwargs) -> Trainer:
+    settings = {"max_epochs": 1, "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=tmp_path,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        **(settings | {"enable_checkpointing": False} | kwargs),
+    )
+
+
+def fit(parts, folder, tmp_path, ckpt_path=None, module_kwargs=None, **kwargs):
+    torch.manual_seed(0)
+    built, run = module(parts, **(module_kwargs or {})), trainer(tmp_path, **kwargs)
+    losses = []
+    built.training_step = _recorded(built.training_step, losses)
+    run.fit(built, datamodule=data(folder, parts), ckpt_path=ckpt_path)
+    return built, losses, run
+
+
+def _recorded(step, losses):
+    def recorded(batch, batch_idx):
+        loss = step(batch, batch_idx)
+        losses.append((tuple(batch["ids"]), loss.item()))
+        return loss
+
+    return recorded
+
+
+@pytest.mark.parametrize("train", [["adapter"], ["adapter", "llm"]])
+def test_a_stage_moves_its_parts_and_nothing_else(train, parts, conversations, tmp_path):
+    built, _, _ = fit(parts, conversations, tmp_path, module_kwargs={"train": train})
+    torch.manual_seed(0)
+    fresh = module(parts, train=train)
+    fresh.configure_model()
+    moved = {
+        name.split(".")[1] if name.startswith("model.") else "lm_head"
+        for (name, a), b in zip(built.model.named_parameters(), fresh.model.parameters(), strict=True)
+        if not torch.equal(a, b)
+    }
+    assert moved == {"multi_modal_projector"} | ({"language_model", "lm_head"} if "llm" in train else set())
+
+
+def test_loss_equals_that_of_transformers(parts, conversations):
+    built = module(parts)
+    built.configure_model()
+    batch = next(iter(loader(conversations, parts)))
+    stock = built.model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        pixel_values=batch["pixel_values"],
+        labels=batch["labels"],
+    ).loss
+    torch.testing.assert_close(built.loss(batch), stock)
+
+
+def loader(folder, parts, **kwargs):
+    from torch.utils.data import DataLoader
+
+    from llava_bidir.data.instructions import Instructions
+
+    source = data(folder, parts, **kwargs)
+    return DataLoader(Instructions(folder / "data.json", folder), 6, collate_fn=source.collate)
+
+
+def test_text_only_batch_trains_and_gives_the_adapter_zero_gradients(parts, conversations):
+    """Without gradients on one rank the others would wait for them."""
+    built = module(parts)
+    built.configure_model()
+    samples = [loader(conversations, parts).dataset[i] for i in (10, 11)]
+    batch = data(conversations, parts).collate(samples)
+    assert batch["pixel_values"] is None
+    loss = built.loss(batch)
+    loss.backward()
+    assert loss > 0
+    gradients = [p.grad for p in built.model.model.multi_modal_projector.parameters()]
+    assert all(g is not None and not g.any() for g in gradients)
+
+
+def test_batch_without_a_supervised_token_has_zero_loss(parts, conversations):
+    built = module(parts)
+    built.configure_model()
+    sample = loader(conversations, parts).dataset[0]
+    sample["conversations"] = [sample["conversations"][0], {"from": "gpt", "value": ""}]
+    loss = built.loss(data(conversations, parts).collate([sample]))
+    assert loss == 0 and loss.isfinite()
+
+
+def test_schedule_warms_up_and_falls_to_zero_over_all_steps(parts, conversations, tmp_path):
+    rates = []
+    built = module(parts, warmup_ratio=0.4)
+    step = built.on_before_optimizer_step
+    built.on_before_optimizer_step = lambda optimizer: (rates.append(optimizer.param_groups[0]["lr"]), step(optimizer))
+    run = trainer(tmp_path, max_epochs=2)
+    run.fit(built, datamodule=data(conversations, parts))
+    assert run.global_step == len(rates) == 6, "12 samples in batches of 4, twice"
+    assert rates[0] == 0 and max(rates) == pytest.approx(1e-2) and rates.index(max(rates)) == 3
+    assert run.lr_scheduler_configs[0].scheduler.get_last_lr()[0] == pytest.approx(0)
+
+
+def test_adapter_can_have_its_own_learning_rate(parts, conversations, tmp_path):
+    built, _, run = fit(parts, conversations, tmp_path, module_kwargs={"adapter_learning_rate": 1e-4})
+    assert [(g["name"], g["initial_lr"]) for g in run.optimizers[0].param_groups] == [("adapter", 1e-4), ("llm", 1e-2)]
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(step, parts, conversations, tmp_path):
+    """A resume that restarts the epoch trains some samples twice and others never; it fails here."""
+    save = ModelCheckpoint(tmp_path, filename="at", every_n_train_steps=step, save_top_k=1, monitor=None)
+    save.on_train_batch_end = _only_at(step, save.on_train_batch_end)
+    whole, losses, _ = fit(
+        parts, conversations, tmp_path, max_epochs=2, enable_checkpointing=True, callbacks=[save]
+    )
+    resumed, rest, _ = fit(parts, conversations, tmp_path, ckpt_path=tmp_path / "at.ckpt", max_epochs=2)
+    assert len(losses) == 12 and rest == losses[2 * step :], "two micro-batches a step"
+    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def _only_at(step, hook):
+    """A checkpoint callback that saves once, at an optimizer step."""
+    return lambda trainer, *args, **kwargs: hook(trainer, *args, **kwargs) if trainer.global_step == step else None
+
+
+def test_checkpoint_holds_what_trains_and_refuses_another_stage(parts, conversations, tmp_path):
+    _, _, run = fit(parts, conversations, tmp_path, module_kwargs={"train": ["adapter"]})
+    run.save_checkpoint(tmp_path / "stage1.ckpt")
+    kept = torch.load(tmp_path / "stage1.ckpt", weights_only=True)["state_dict"]
+    assert len(kept) == 4 and all("multi_modal_projector" in name for name in kept)
+    with pytest.raises(ValueError, match="belongs to another stage or model"):
+        fit(parts, conversations, tmp_path, ckpt_path=tmp_path / "stage1.ckpt")
+
+
+def test_validation_answers_the_questions(parts, conversations, tmp_path):
+    """Exact match of greedy answers: counts are right for answers known in advance."""
+    built, source = module(parts), data(conversations, parts, val_annotations=str(conversations / "data.json"))
+    expected = [record["conversations"][1]["value"] for record in json.loads((conversations / "data.json").read_text())]
+    answers = iter([*expected[:5], *["no"] * 7])
+    built.answer = lambda prompts: [next(answers) for _ in prompts["input_ids"]]
+    metrics = trainer(tmp_path).validate(built, datamodule=source, verbose=False)[0]
+    assert metrics["val/answer_accuracy"] == pytest.approx(5 / 12)

@@ -1,0 +1,88 @@
+"""Folder datasets: what is read, and what a broken one answers."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from probes.data.datamodule import SegmentationData, open_dataset
+from probes.data.folder import FolderDataset
+
+
+@pytest.fixture
+def root(tmp_path):
+    return tiny.write_segmentation(tmp_path)
+
+
+def mask_path(root, split="validation"):
+    return root / "annotations" / split / "000.png"
+
+
+def save(root, array, mode=None):
+    Image.fromarray(np.asarray(array, np.uint8), mode).save(mask_path(root))
+
+
+def test_image_and_mask_come_back_as_written(root):
+    data = FolderDataset(root, "validation")
+    sample = data[0]
+    assert len(data) == 5 and sample["name"] == "000" and data.classes == tiny.CLASSES
+    assert sample["image"].mode == "RGB" and sample["target"].dtype == np.uint8
+    assert (sample["target"] == np.asarray(Image.open(mask_path(root)))).all()
+    assert (sample["target"][0, :2] == 255).all()
+
+
+def test_reduce_zero_label_ignores_zero_and_shifts_the_rest(root):
+    (root / "classes.json").write_text(json.dumps({"classes": ["a", "b"], "reduce_zero_label": True}))
+    raw, target = np.asarray(Image.open(mask_path(root))), FolderDataset(root, "validation")[0]["target"]
+    assert (target[raw == 0] == 255).all() and (target[raw == 1] == 0).all() and (target[raw == 2] == 1).all()
+
+
+def test_palette_png_is_read_by_index(root):
+    mask = np.zeros((24, 20), np.uint8)
+    mask[3:] = 2
+    image = Image.fromarray(mask).convert("P")
+    image.putpalette(sum(([i, 255 - i, 7] for i in range(256)), []))
+    image.save(mask_path(root))
+    assert set(np.unique(FolderDataset(root, "validation")[0]["target"])) <= {0, 2}
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda root: (root / "classes.json").unlink(), "classes.json is missing; it names the classes"),
+        (lambda root: (root / "classes.json").write_text("{"), "classes.json is not JSON"),
+        (lambda root: (root / "classes.json").write_text("{}"), "needs a list of names under 'classes'"),
+        (lambda root: (root / "annotations").rename(root / "masks"), "no folder .*annotations/validation"),
+        (lambda root: mask_path(root).unlink(), "1 files have no mask, .*images/validation/000.png"),
+        (lambda root: (root / "images/validation/000.png").unlink(), "have no image, .*annotations/validation/000.png"),
+    ],
+)
+def test_missing_parts_are_named_before_any_work(root, break_it, message):
+    break_it(root)
+    with pytest.raises(ValueError, match=message):
+        FolderDataset(root, "validation")
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda root: save(root, np.full((24, 20), 7)), "000.png has label 7, but classes.json names 3 classes"),
+        (lambda root: save(root, np.zeros((24, 20, 3))), "000.png has mode 'RGB'"),
+        (lambda root: save(root, np.zeros((20, 24))), "000.png is 24 x 20 px, its image .* 20 x 24 px"),
+        (lambda root: mask_path(root).write_bytes(b"x"), "000.png cannot be read as an image"),
+        (lambda root: (root / "images/validation/000.png").write_bytes(b"x"), "cannot be read as an image"),
+    ],
+)
+def test_broken_pictures_are_named(root, break_it, message):
+    break_it(root)
+    with pytest.raises(ValueError, match=message):
+        FolderDataset(root, "validation")[0]
+
+
+def test_unknown_layout_and_split_are_errors(root):
+    with pytest.raises(ValueError, match="unknown data.dataset 'coco'; registered: folder"):
+        SegmentationData(str(root), dataset="coco")
+    with pytest.raises(ValueError, match="no folder .*images/testing"):
+        open_dataset("folder", str(root), "testing")

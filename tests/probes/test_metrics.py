@@ -1,0 +1,110 @@
+"""Counts and scores against numpy, written pixel by pixel."""
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from probes.metrics import SegmentationMetric, count, patch_labels
+from probes.statistics import dataset_scores
+from probes.upsample import upsampled_argmax
+
+CLASSES, GRID = 5, (2, 3)
+
+
+def random_batch(seed: int, images: int = 3, sites: int = 2, size=(11, 13), absent: int | None = 3):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(sites, images, CLASSES, *GRID, generator=generator) * 3
+    target = torch.randint(0, CLASSES, (images, *size), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < 0.2] = 255
+    if absent is not None:
+        target[target == absent] = 255
+    return logits, target.to(torch.uint8)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10**6), st.sampled_from([None, 0, 3]))
+def test_scores_equal_numpy_with_absent_classes_and_ignored_pixels(seed, absent):
+    logits, target = random_batch(seed, absent=absent)
+    metric = SegmentationMetric(2, 3, CLASSES, GRID)
+    for i in range(3):
+        metric.update(logits[:, i : i + 1], target[i : i + 1], torch.tensor([i]))
+    ours = dataset_scores(metric.compute())
+    predicted = upsampled_argmax(logits, target.shape[-2:]).numpy()
+    for site in range(2):
+        miou, pacc, iou = reference.scores(list(predicted[site]), list(target.numpy()), CLASSES)
+        assert ours.miou[site].item() == pytest.approx(miou, abs=1e-12)
+        assert ours.pacc[site].item() == pytest.approx(pacc, abs=1e-12)
+        assert [None if x != x else pytest.approx(x) for x in ours.iou[site].tolist()] == iou
+
+
+def test_score_is_of_the_dataset_not_the_mean_of_images():
+    """All 10 pixels of image 0 are class 0 and right; of image 1, 2 are class 0 and 8 class 1, all called class 1."""
+    target = torch.tensor([[[0] * 10], [[0, 0, 1, 1, 1, 1, 1, 1, 1, 1]]], dtype=torch.uint8)
+    predicted = torch.tensor([[[[0] * 10], [[1] * 10]]], dtype=torch.uint8)
+    score = dataset_scores(count(predicted, target, 2, (1, 1)))
+    assert score.iou[0].tolist() == [pytest.approx(10 / 12), pytest.approx(8 / 10)]
+    assert score.miou.item() == pytest.approx((10 / 12 + 8 / 10) / 2)  # the mean of images would be 0.7
+    assert score.pacc.item() == pytest.approx(18 / 20)
+
+
+def test_image_seen_twice_counts_once_in_the_order_of_the_dataset():
+    logits, target = random_batch(2)
+    once, twice = (SegmentationMetric(2, 3, CLASSES, GRID) for _ in range(2))
+    once.update(logits, target, torch.arange(3))
+    order = [2, 0, 1, 2, 0]
+    twice.update(logits[:, order], target[order], torch.tensor(order))
+    for a, b in zip(once.compute(), twice.compute(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_missing_image_is_noticed():
+    logits, target = random_batch(2)
+    metric = SegmentationMetric(2, 4, CLASSES, GRID)
+    metric.update(logits, target, torch.tensor([0, 1, 3]))
+    with pytest.raises(RuntimeError, match="saw 3 of 4 images"):
+        metric.compute()
+
+
+@pytest.mark.parametrize("size", [(12, 12), (11, 13), (2, 3), (7, 20)])
+def test_patch_counts_equal_a_loop(size):
+    logits, target = random_batch(3, size=size)
+    predicted = upsampled_argmax(logits, size)
+    counts = count(predicted, target, CLASSES, GRID)
+    for n in range(3):
+        for t in range(6):
+            rows = [y for y in range(size[0]) if int((y + 0.5) * GRID[0] / size[0]) == t // GRID[1]]
+            columns = [x for x in range(size[1]) if int((x + 0.5) * GRID[1] / size[1]) == t % GRID[1]]
+            cell = np.ix_(rows, columns)
+            truth = target[n].numpy()[cell]
+            assert counts.patch_valid[n, t] == (truth != 255).sum()
+            for s in range(2):
+                right = (predicted[s, n].numpy()[cell] == truth) & (truth != 255)
+                assert counts.patch_right[s, n, t] == right.sum()
+    assert torch.equal(counts.patch_right.sum(-1), counts.intersection.sum(-1))
+
+
+def test_patch_labels_are_majorities_and_purity_leaves_boundaries_out():
+    target = torch.full((1, 4, 6), 255, dtype=torch.uint8)
+    target[0, :2, :2] = torch.tensor([[1, 1], [1, 2]])  # three quarters of class 1
+    target[0, 2:, 2:4] = torch.tensor([[4, 255], [4, 4]])
+    target[0, 2:, 4:] = torch.tensor([[0, 3], [3, 0]])
+    assert patch_labels(target, CLASSES, GRID).tolist() == [[1, -1, -1, -1, 4, 0]]
+    assert patch_labels(target, CLASSES, GRID, purity=0.8).tolist() == [[-1, -1, -1, -1, 4, -1]]
+
+
+def test_metric_state_of_two_ranks_joins_to_that_of_one():
+    """What torchmetrics does over ranks, by hand: states are joined, duplicates of a topped-up round included."""
+    logits, target = random_batch(4)
+    one, ranks = SegmentationMetric(2, 3, CLASSES, GRID), [SegmentationMetric(2, 3, CLASSES, GRID) for _ in range(2)]
+    one.update(logits, target, torch.arange(3))
+    for rank, images in zip(ranks, ([0, 2], [1, 0]), strict=True):
+        rank.update(logits[:, images], target[images], torch.tensor(images))
+    joined = SegmentationMetric(2, 3, CLASSES, GRID)
+    for name in ("index", *joined._shapes):
+        setattr(joined, name, [torch.cat(getattr(rank, name)) for rank in ranks])
+    joined._update_count = 1
+    for a, b in zip(one.compute(), joined.compute(), strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,149 @@
+"""Probe runs: probes do not know of each other, results are what they say, two processes give what one gives."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import reference
+import tiny
+import torch
+from PIL import Image
+
+from probes.cli import main
+from probes.heads import LinearProbe
+from probes.results import ProbeRun
+
+
+def arguments(checkpoint, root, out, *more: str) -> list[str]:
+    return [
+        *("fit", "-c", "configs/demo/probes.yaml", "--out", str(out), "--trainer.max_epochs", "2"),
+        *("--model.mllm", str(checkpoint), "--data.root", str(root), "--data.batch_size", "3", *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
+    out = tmp_path_factory.mktemp("run")
+    main(arguments(checkpoints["causal"], segmentation, out, "--save_predictions", "true"))
+    return ProbeRun(out)
+
+
+def test_run_leaves_what_the_contract_names(run):
+    for name in ("config.yaml", "checkpoints", "probes.safetensors", "manifest.json", "metrics.json"):
+        assert (run.path / name).exists(), name
+    assert list(run.path.glob("events.out.tfevents.*")) and not list(run.path.glob("*.partial"))
+    metrics = run.metrics
+    assert metrics["image_attention"] == "causal" and metrics["images"] == 5 and metrics["seed"] == 0
+    assert [site["site"] for site in metrics["sites"]] == run.sites
+    assert run.sites == ["encoder", "adapter", "layer_01", "layer_02", "layer_03", "final_norm"]
+    for site in metrics["sites"]:
+        low, high = site["miou_ci95"]
+        assert low <= site["miou"] <= high and len(site["iou_per_class"]) == 3 and len(site["history"]) == 2
+        assert site["history"][site["best_epoch"] - 1] == max(site["history"])
+    summary, miou = metrics["summary"], {site["site"]: site["miou"] for site in metrics["sites"]}
+    assert summary["peak_llm"] == max(v for k, v in miou.items() if k.startswith("layer_"))
+    assert summary["recovery"] == pytest.approx(summary["peak_llm"] - miou["adapter"])
+    assert run.manifest["data"]["root"] and run.manifest["versions"]["torch"] == torch.__version__
+
+
+def test_scores_equal_numpy_on_the_saved_predictions(run, segmentation):
+    targets = [
+        np.asarray(Image.open(path)) for path in sorted((segmentation / "annotations/validation").glob("*.png"))
+    ]
+    for site in run.metrics["sites"]:
+        folder = run.path / "predictions" / site["site"]
+        predictions = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+        miou, pacc, iou = reference.scores(predictions, targets, 3)
+        assert site["miou"] == pytest.approx(miou) and site["pacc"] == pytest.approx(pacc)
+        assert site["iou_per_class"] == [None if x is None else pytest.approx(x) for x in iou]
+
+
+def test_baseline_is_the_most_frequent_class(run, segmentation):
+    targets = np.concatenate(
+        [np.asarray(Image.open(p)).ravel() for p in (segmentation / "annotations/validation").glob("*.png")]
+    )
+    shares = np.bincount(targets[targets != 255], minlength=3) / (targets != 255).sum()
+    baseline = run.metrics["baseline"]
+    assert baseline["class"] == tiny.CLASSES[shares.argmax()] and baseline["pacc"] == pytest.approx(shares.max())
+    assert baseline["miou"] == pytest.approx(shares.max() / 3)
+
+
+def test_written_probes_give_the_written_scores(run):
+    """Read back, model and probes predict what was saved: best epoch, right site, right order."""
+    from probes.upsample import upsampled_argmax
+
+    mllm, heads, dataset = run.mllm(), run.probes(), run.dataset()
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        states = mllm.states(mllm.preprocess([sample["image"]]))
+        for site in run.sites:
+            logits = heads[site](states[site])[0].T.unflatten(-1, mllm.grid)
+            saved = np.asarray(Image.open(run.path / "predictions" / site / f"{sample['name']}.png"))
+            differ = (upsampled_argmax(logits, sample["target"].shape).numpy() != saved).mean()
+            assert differ < 0.01, "up to ties"
+
+
+@pytest.mark.parametrize("site", ["encoder", "layer_02"])
+def test_probes_trained_together_equal_probes_trained_alone(site, run, checkpoints, segmentation, tmp_path):
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--model.sites", f"[{site}]"))
+    alone, together = ProbeRun(tmp_path).probes()[site], run.probes()[site]
+    for (name, a), b in zip(alone.state_dict().items(), together.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_cached_states_train_the_same_probes_as_recomputed_ones(run, checkpoints, segmentation, tmp_path):
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--data.cache", "false", "--data.num_workers", "0"))
+    for site, entry in zip(run.metrics["sites"], ProbeRun(tmp_path).metrics["sites"], strict=True):
+        assert site["history"] == pytest.approx(entry["history"], abs=0.02)
+
+
+def test_masks_of_different_sizes_train_and_score(checkpoints, tmp_path):
+    root = tiny.write_segmentation(tmp_path / "data")
+    for kind in ("images", "annotations"):
+        for split in ("training", "validation"):
+            path = root / kind / split / "000.png"
+            image = Image.open(path)
+            image.resize((31, 17), Image.Resampling.NEAREST).save(path)
+    main(arguments(checkpoints["causal"], root, tmp_path / "run", "--save_predictions", "true"))
+    run = ProbeRun(tmp_path / "run")
+    assert Image.open(run.path / "predictions/adapter/000.png").size == (31, 17)
+    targets = [np.asarray(Image.open(path)) for path in sorted((root / "annotations/validation").glob("*.png"))]
+    predictions = [np.asarray(Image.open(p)) for p in sorted((run.path / "predictions/adapter").glob("*.png"))]
+    assert run.metrics["sites"][1]["miou"] == pytest.approx(reference.scores(predictions, targets, 3)[0])
+
+
+def test_frozen_model_gets_no_gradient_and_stays_out_of_checkpoints(run):
+    checkpoint = torch.load(next((run.path / "checkpoints").glob("*.ckpt")), weights_only=True)
+    assert all(name.startswith("heads.") for name in checkpoint["state_dict"])
+
+
+def test_unknown_feature_norm_is_an_error():
+    with pytest.raises(ValueError, match="unknown feature_norm 'l2'; there is none, batchnorm, layernorm"):
+        LinearProbe(4, 3, "l2")
+
+
+@pytest.mark.parametrize("norm", ["none", "batchnorm", "layernorm"])
+def test_probe_is_linear_in_normalised_states(norm):
+    probe, states = LinearProbe(6, 3, norm).eval(), torch.randn(2, 4, 6)
+    normalised = {"layernorm": torch.nn.functional.layer_norm(states, (6,))}.get(norm, states)
+    scale = 1 / (1 + 1e-5) ** 0.5 if norm == "batchnorm" else 1.0  # running statistics of a fresh probe
+    expected = normalised * scale @ probe.linear.weight.T + probe.linear.bias
+    torch.testing.assert_close(probe(states), expected)
+    assert sum(p.numel() for p in probe.parameters()) == 6 * 3 + 3, "nothing but the linear layer is learned"
+
+
+@pytest.mark.distributed
+def test_two_processes_score_as_one(run, checkpoints, segmentation, tmp_path):
+    """Five images on two ranks: one is seen by both, and must count once."""
+    checkpoint = next((run.path / "checkpoints").glob("*.ckpt"))
+    for devices in (1, 2):
+        common = arguments(checkpoints["causal"], segmentation, tmp_path / str(devices), "--data.cache", "false")
+        command = [sys.executable, "-m", "probes", "test", *common[1:], "--ckpt_path", str(checkpoint)]
+        more = ["--data.batch_size", "2", "--data.num_workers", "0", "--trainer.devices", str(devices)]
+        more += ["--trainer.strategy", "ddp"] if devices > 1 else []
+        subprocess.run([*command, *more], check=True, capture_output=True, timeout=300)
+    one, two = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("1", "2"))
+    assert one["sites"] == two["sites"] == run.metrics["sites"] and one["images"] == 5
+    assert len(one["sites"]) == 6

@@ -46,15 +46,15 @@ class ProbeCLI(LightningCLI):
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 
-def main(argv: list[str]) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+def build_cli(argv: list[str], run: bool = True) -> ProbeCLI:
+    """Parses `argv` and, if `run`, executes its subcommand; otherwise model, data and trainer are only built."""
     for harmless in HARMLESS:
         warnings.filterwarnings("ignore", message=harmless)
-    torch.set_float32_matmul_precision("high")
-    ProbeCLI(
+    return ProbeCLI(
         ProbeModule,
         SegmentationData,
         args=argv,
+        run=run,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={
@@ -63,3 +63,9 @@ def main(argv: list[str]) -> None:
             "callbacks": [LearningRateMonitor("step"), ShowMaps()],
         },
     )
+
+
+def main(argv: list[str]) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_float32_matmul_precision("high")
+    build_cli(argv)

@@ -45,7 +45,8 @@ def umap_of_image(run: ProbeRun, image: int, sites: list[str] | None = None, see
     for site, state in states.items():
         x = state[0].float().cpu().numpy()
         xy = UMAP(n_neighbors=min(15, len(x) - 1), metric="cosine", random_state=seed, n_jobs=1).fit_transform(x)
-        nearest = NearestNeighbors(n_neighbors=NEIGHBOURS + 1, metric="cosine").fit(x[known])
+        count = min(NEIGHBOURS + 1, int(known.sum()))
+        nearest = NearestNeighbors(n_neighbors=count, metric="cosine").fit(x[known])
         neighbours = nearest.kneighbors(x[known], return_distance=False)[:, 1:]
         several = len(np.unique(labels[known])) > 1
         entries.append(

@@ -49,9 +49,7 @@ def test_run_leaves_what_the_contract_names(run):
 
 
 def test_scores_equal_numpy_on_the_saved_predictions(run, segmentation):
-    targets = [
-        np.asarray(Image.open(path)) for path in sorted((segmentation / "annotations/validation").glob("*.png"))
-    ]
+    targets = [np.asarray(Image.open(path)) for path in sorted((segmentation / "annotations/validation").glob("*.png"))]
     for site in run.metrics["sites"]:
         folder = run.path / "predictions" / site["site"]
         predictions = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]

@@ -140,9 +140,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(step, parts, conver
     """A resume that restarts the epoch trains some samples twice and others never; it fails here."""
     save = ModelCheckpoint(tmp_path, filename="at", every_n_train_steps=step, save_top_k=1, monitor=None)
     save.on_train_batch_end = _only_at(step, save.on_train_batch_end)
-    whole, losses, _ = fit(
-        parts, conversations, tmp_path, max_epochs=2, enable_checkpointing=True, callbacks=[save]
-    )
+    whole, losses, _ = fit(parts, conversations, tmp_path, max_epochs=2, enable_checkpointing=True, callbacks=[save])
     resumed, rest, _ = fit(parts, conversations, tmp_path, ckpt_path=tmp_path / "at.ckpt", max_epochs=2)
     assert len(losses) == 12 and rest == losses[2 * step :], "two micro-batches a step"
     for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):

@@ -1,0 +1,169 @@
+"""Claims against numpy, and the page from end to end on tiny runs."""
+
+import csv
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import reference
+import tiny
+import torch
+from PIL import Image
+
+from probes.analyses.starvation import starvation
+from probes.cli import main
+from probes.report.claims import CLAIMS, claims_of
+from probes.report.study import Study, total_seconds
+from probes.results import ProbeRun
+
+MASKS = ("causal", "bidirectional")
+
+
+@pytest.fixture(scope="module")
+def runs(checkpoints, segmentation, tmp_path_factory) -> list[str]:
+    """Trained and untrained under both masks, with all analyses that a tiny model allows."""
+    root, paths = tmp_path_factory.mktemp("study"), []
+    for mask in MASKS:
+        for kind, more in (("probes", []), ("untrained", ["-c", "configs/demo/untrained.yaml"])):
+            out = root / mask / kind
+            main(
+                ["fit", "-c", "configs/demo/probes.yaml", *more, "--out", str(out), "--trainer.max_epochs", "2"]
+                + ["--model.mllm", str(checkpoints[mask]), "--data.root", str(segmentation)]
+                + ["--save_predictions", "true"]
+            )
+            paths.append(str(out))
+    main(["maps", "--probes", paths[0], "--image", "0", "1"])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def page(runs, tmp_path_factory):
+    out, log = tmp_path_factory.mktemp("report"), tmp_path_factory.mktemp("log") / "timings"
+    log.write_text("100 110 a\n105 120 b\n130 131 c\n")
+    main(["report", *runs, "--out", str(out), "--timings", str(log)])
+    return out
+
+
+def test_claims_equal_numpy_on_saved_predictions(runs, segmentation):
+    targets = [np.asarray(Image.open(p)) for p in sorted((segmentation / "annotations/validation").glob("*.png"))]
+
+    def miou(run, site):
+        predictions = [np.asarray(Image.open(p)) for p in sorted((run.path / "predictions" / site).glob("*.png"))]
+        return reference.scores(predictions, targets, 3)[0]
+
+    claims = {(c["claim"], c["image_attention"]): c for c in claims_of(Study.of(runs))}
+    for i, mask in enumerate(MASKS):
+        trained, control = ProbeRun(runs[2 * i]), ProbeRun(runs[2 * i + 1])
+        drop = miou(trained, "encoder") - miou(trained, "adapter")
+        gains = [
+            max(miou(run, f"layer_{layer:02d}") for layer in (1, 2, 3)) - miou(run, "adapter")
+            for run in (trained, control)
+        ]
+        assert claims["adapter_drop", mask]["value"] == pytest.approx(drop)
+        assert claims["recovery", mask]["value"] == pytest.approx(gains[0])
+        assert claims["recovery", mask]["control"]["value"] == pytest.approx(gains[1])
+        assert claims["recovery_trained", mask]["value"] == pytest.approx(gains[0] - gains[1])
+
+
+def test_starvation_equals_numpy_on_saved_predictions(runs, segmentation):
+    site = "layer_02"
+    facts = starvation(ProbeRun(runs[0]), ProbeRun(runs[2]), site)
+    targets = [np.asarray(Image.open(p)) for p in sorted((segmentation / "annotations/validation").glob("*.png"))]
+    for mask, path in zip(MASKS, (runs[0], runs[2]), strict=True):
+        saved = sorted((ProbeRun(path).path / "predictions" / site).glob("*.png"))
+        right = np.zeros(4)
+        valid = np.zeros(4)
+        for target, prediction in zip(targets, (np.asarray(Image.open(p)) for p in saved), strict=True):
+            for t, (rows, columns) in enumerate((r, c) for r in range(2) for c in range(2)):
+                cell = np.s_[rows * 12 : rows * 12 + 12, columns * 10 : columns * 10 + 10]
+                right[t] += ((prediction[cell] == target[cell]) & (target[cell] != 255)).sum()
+                valid[t] += (target[cell] != 255).sum()
+        np.testing.assert_allclose(facts[mask], right / valid)
+        assert facts["first_row"][mask] == pytest.approx(right[:2].sum() / valid[:2].sum())
+    assert facts["gap"] == pytest.approx(np.subtract(facts["bidirectional"], facts["causal"]).tolist())
+    assert all(low <= gap <= high for gap, (low, high) in zip(facts["gap"], facts["gap_ci95"], strict=True))
+
+
+def test_holds_follows_from_the_interval_alone(runs):
+    for claim in claims_of(Study.of(runs)):
+        sign, (low, high) = CLAIMS[claim["claim"]][0], claim["ci95"]
+        assert claim["holds"] == (low > 0 if sign > 0 else high < 0)
+
+
+def test_results_follow_the_contract(page, runs):
+    results = json.loads((page / "results.json").read_text())
+    assert results["seed"] == 0 and results["wall_s"] == 21.0
+    assert list(results["masks"]) == list(MASKS)
+    for mask, path in zip(MASKS, (runs[0], runs[2]), strict=True):
+        found = results["masks"][mask]
+        assert found["probing"] == ProbeRun(path).metrics and found["answer_accuracy"] == 0.5
+        assert results["controls"]["untrained"][mask]["probing"]["untrained"] == ["adapter", "llm"]
+    assert len(results["starvation"]["causal"]) == 4
+    assert all({"claim", "image_attention", "value", "ci95", "holds"} <= set(claim) for claim in results["claims"])
+
+
+def test_page_is_self_contained_and_every_figure_has_a_caption(page):
+    html = (page / "index.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", html) and "http" not in html
+    assert html.count("<figure") == html.count("<figcaption>") == html.count("<img") >= 5
+    assert all(len(caption) > 40 for caption in re.findall(r"<figcaption>(.*?)</figcaption>", html, re.S))
+    for name in ("layers", "starvation", "budget", "maps_causal"):
+        assert (page / f"{name}.png").stat().st_size > 1000 and (page / f"{name}.pdf").is_file()
+
+
+def test_numbers_are_in_csv_as_fractions(page, runs):
+    rows = list(csv.DictReader((page / "layers.csv").open()))
+    entry = ProbeRun(runs[0]).metrics["sites"][1]
+    (row,) = [r for r in rows if (r["image_attention"], r["untrained"], r["site"]) == ("causal", "False", "adapter")]
+    assert float(row["miou"]) == pytest.approx(entry["miou"]) and float(row["pacc"]) == pytest.approx(entry["pacc"])
+    table = list(csv.DictReader((page / "table2.csv").open()))
+    assert [r for r in table if r["model"].startswith("paper, siglip")][1]["recovery"] == "0.08869999999999999"
+
+
+def test_single_run_makes_a_report_with_what_it_can_say(runs, tmp_path):
+    main(["report", runs[0], "--out", str(tmp_path)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {claim["claim"] for claim in results["claims"]} == {"adapter_drop", "recovery"}
+    assert results["starvation"] is None and (tmp_path / "index.html").is_file()
+
+
+def test_runs_that_do_not_belong_together_are_refused(runs, checkpoints, tmp_path):
+    with pytest.raises(ValueError, match="both the trained run under 'causal'"):
+        Study.of([runs[0], runs[0]])
+    with pytest.raises(ValueError, match="only untrained controls were given"):
+        Study.of([runs[1]])
+    with pytest.raises(ValueError, match="holds no metrics.json: not a finished probe run"):
+        Study.of([str(tmp_path)])
+    other = tiny.write_segmentation(tmp_path / "data", validation=4)
+    main(
+        ["fit", "-c", "configs/demo/probes.yaml", "--out", str(tmp_path / "run"), "--trainer.max_epochs", "1"]
+        + ["--model.mllm", str(checkpoints["bidirectional"]), "--data.root", str(other)]
+    )
+    with pytest.raises(ValueError, match="were scored on different images"):
+        Study.of([runs[0], str(tmp_path / "run")])
+    with pytest.raises(ValueError, match="expected the causal run there"):
+        starvation(ProbeRun(runs[2]), ProbeRun(runs[0]))
+
+
+def test_damaged_counts_are_named(runs, tmp_path):
+    shutil.copytree(runs[0], tmp_path / "run")
+    (tmp_path / "run/counts.safetensors").write_bytes(b"x" * 40)
+    with pytest.raises(ValueError, match="counts.safetensors is damaged .*; make it again"):
+        _ = ProbeRun(tmp_path / "run").counts
+
+
+def test_wall_time_is_the_union_of_parallel_steps(tmp_path):
+    (tmp_path / "t").write_text("10 20 a\n12 25 b\n40 41 c\n")
+    assert total_seconds(tmp_path / "t") == 16
+
+
+@pytest.mark.slow
+def test_umap_of_an_image_is_seeded(runs, tmp_path):
+    for folder in ("a", "b"):
+        main(["umap", "--probes", runs[0], "--image", "1", "--sites", "adapter", "--out", str(tmp_path / folder)])
+    first, second = ((tmp_path / folder / "umap.json").read_bytes() for folder in ("a", "b"))
+    facts = json.loads(first)
+    assert first == second and len(facts["sites"][0]["xy"]) == 4 and facts["name"] == "001"
+    assert torch.tensor(facts["labels"]).shape == (4,)

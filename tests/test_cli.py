@@ -1,0 +1,135 @@
+"""Commands: their help, what bad usage answers, and the small ones from end to end."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+import llava_bidir.cli
+import probes.cli
+
+COMMANDS = {
+    "llava_bidir": ["fit", "validate", "test", "export", "inspect", "generate", "demo-assets"],
+    "probes": ["fit", "validate", "test", "sites", "states", "knockout", "starvation", "umap", "maps", "report"],
+}
+
+
+@pytest.mark.parametrize(("package", "command"), [(p, c) for p, commands in COMMANDS.items() for c in commands])
+def test_help_of_each_command_explains_every_option(package, command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        {"llava_bidir": llava_bidir, "probes": probes}[package].cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "usage:" in text and len(text) > 200
+
+
+@pytest.mark.parametrize("package", COMMANDS)
+def test_help_lists_every_command_at_once(package):
+    """In a process of its own: no heavy import before it is needed."""
+    code = (
+        f"import sys; sys.argv = ['x', '--help']; import {package}.cli as c\ntry: c.main()\nexcept SystemExit: pass\n"
+    )
+    code += "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    text = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert all(command in text for command in COMMANDS[package])
+
+
+@pytest.mark.parametrize("package", COMMANDS)
+def test_unknown_command_is_an_error_that_lists_the_known(package, capsys):
+    with pytest.raises(SystemExit) as stop:
+        {"llava_bidir": llava_bidir, "probes": probes}[package].cli.main(["fly"])
+    assert stop.value.code == 2 and "invalid choice: 'fly'" in capsys.readouterr().err
+
+
+def test_bad_input_ends_in_one_line_not_in_a_traceback(tmp_path):
+    with pytest.raises(SystemExit, match=r"^probes: .* holds no config.json; expected a Hugging Face checkpoint"):
+        probes.cli.main(["sites", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^llava-bidir: no checkpoint .*; expected RUN/checkpoints"):
+        llava_bidir.cli.main(["export", str(tmp_path / "x.ckpt"), str(tmp_path / "out")])
+
+
+def test_errors_from_elsewhere_keep_their_traceback(monkeypatch, checkpoints):
+    import probes.inspection
+
+    monkeypatch.setattr(probes.inspection, "family_of", lambda config: json.loads("{"))
+    with pytest.raises(json.JSONDecodeError):  # a ValueError, but none of ours
+        probes.cli.main(["sites", str(checkpoints["causal"])])
+
+
+def test_sites_names_what_states_returns(checkpoints, segmentation, tmp_path, capsys):
+    probes.cli.main(["sites", str(checkpoints["bidirectional"])])
+    text = capsys.readouterr().out
+    images = [str(segmentation / f"images/validation/00{i}.png") for i in range(2)]
+    probes.cli.main(["states", str(checkpoints["bidirectional"]), *images, "--out", str(tmp_path / "s.safetensors")])
+    states = load_file(tmp_path / "s.safetensors")
+    assert "bidirectional image attention" in text and "2 x 2 = 4 image tokens" in text
+    for site, state in states.items():
+        assert f"{site} " in text and state.shape[:2] == (2, 4)
+    mllm = probes.load(str(checkpoints["bidirectional"]))
+    assert set(states) == set(mllm.sites)
+
+
+def training_arguments(parts, conversations) -> list[str]:
+    encoder, llm = parts
+    return ["-c", "configs/demo/stage2.yaml", "--model.encoder.path", encoder.path, "--model.llm", llm] + [
+        *("--data.annotations", str(conversations / "data.json"), "--data.images", str(conversations)),
+        *("--data.val_annotations", str(conversations / "data.json"), "--data.batch_size", "4"),
+        *("--data.micro_batch_size", "4"),
+    ]
+
+
+def test_inspect_shows_what_is_fed(parts, conversations, capsys):
+    argv = ["inspect", *training_arguments(parts, conversations), "--model.image_attention", "bidirectional"]
+    llava_bidir.cli.main([*argv, "--json", "--index", "0", "11"])
+    picture, text = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert picture["id"] == "r0" and picture["template"] == "vicuna_v1"
+    ((start, end),) = picture["image_spans"]
+    assert end - start == tiny.TOKENS and len(set(picture["input_ids"][start:end])) == 1
+    assert len(picture["labels"]) == len(picture["input_ids"]) and picture["text"].count("<image>") == 1
+    assert text["image_spans"] == [] and "<image>" not in text["text"]
+    llava_bidir.cli.main(argv)
+    shown = capsys.readouterr().out
+    assert "trained [wall</s>]" in shown and "<4 image tokens>" in shown
+    assert [line.split()[2:] for line in shown.splitlines()[-3:]] == [
+        ["\\", ".", "."],
+        ["#", "#", "."],
+        ["#", "#", "\\"],
+    ]
+    with pytest.raises(SystemExit, match="record 12 is out of range; .* has 0..11"):
+        llava_bidir.cli.main([*argv, "--index", "12"])
+
+
+def test_fit_exports_a_model_that_generate_and_export_agree_on(parts, conversations, tmp_path, capsys):
+    argv = ["fit", *training_arguments(parts, conversations), "--out", str(tmp_path / "run")]
+    llava_bidir.cli.main([*argv, "--model.image_attention", "bidirectional"])
+    run = tmp_path / "run"
+    facts = json.loads((run / "hf/training.json").read_text())
+    assert facts["stage"] == "adapter+llm" and facts["steps"] == 3 and 0 <= facts["val/answer_accuracy"] <= 1
+    (checkpoint,) = (run / "checkpoints").glob("*.ckpt")
+    llava_bidir.cli.main(["export", str(checkpoint), str(tmp_path / "again")])
+    first, second = (load_file(path / "model.safetensors") for path in (run / "hf", tmp_path / "again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    picture = str(conversations / "pictures/0.png")
+    capsys.readouterr()
+    llava_bidir.cli.main(["generate", str(run / "hf"), picture, "sky", "name the wall", "--max-new-tokens", "3"])
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "sky" and shown[2] == "name the wall"
+    with pytest.raises(SystemExit, match="image .*none.png cannot be read"):
+        llava_bidir.cli.main(["generate", str(run / "hf"), "none.png", "sky"])
+
+
+def test_tensorboard_has_what_a_run_should_show(parts, conversations, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    argv = ["fit", *training_arguments(parts, conversations), "--out", str(tmp_path)]
+    llava_bidir.cli.main([*argv, "--trainer.log_every_n_steps", "1"])
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    wanted = {"train/loss", "train/grad_norm", "train/supervised_tokens", "train/samples_per_s", "train/tokens_per_s"}
+    assert wanted | {"val/loss", "val/answer_accuracy", "lr-AdamW/adapter", "lr-AdamW/llm"} <= set(tags["scalars"])
+    assert any("attention_mask" in tag for tag in tags["images"]) and any("images" in tag for tag in tags["images"])
+    assert any("answers" in tag for tag in tags["tensors"])

@@ -1,0 +1,125 @@
+"""Every shipped YAML runs against the real classes: parsed, type-checked, instantiated."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from transformers import CLIPVisionModel, Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TRAINING = ["stage1.yaml", "stage2.yaml", "demo/stage1.yaml", "demo/stage2.yaml"]
+ENCODERS = ["encoder/clip.yaml", "encoder/dinov2.yaml", "encoder/siglip.yaml"]
+PROBING = ["probes/folder.yaml", "demo/probes.yaml"]
+UPON_PROBING = ["demo/untrained.yaml"]
+
+
+def test_every_yaml_is_covered_here():
+    known = {*TRAINING, *ENCODERS, *PROBING, *UPON_PROBING}
+    assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == known
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    """Tiny towers of each kind, to stand for those that the configs name."""
+    root = tmp_path_factory.mktemp("encoders")
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    CLIPVisionModel(tiny.vision_config()).save_pretrained(root / "clip")
+    Dinov2Model(Dinov2Config(**small, image_size=28, patch_size=14)).save_pretrained(root / "dinov2")
+    SiglipVisionModel(SiglipVisionConfig(**small, image_size=28, patch_size=14)).save_pretrained(root / "siglip")
+    return root
+
+
+def instantiate(files, parts, conversations, encoder_path):
+    from llava_bidir.training.cli import build_cli
+
+    argv = [x for file in files for x in ("-c", str(CONFIGS / file))]
+    argv += ["--model.encoder.path", str(encoder_path), "--model.llm", parts[1], "--data.images", str(conversations)]
+    argv += ["--data.annotations", str(conversations / "data.json"), "--trainer.accelerator", "cpu"]
+    argv += ["--trainer.precision", "32-true"]
+    return build_cli(argv, run=False)
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_training_config_is_instantiated(stage, encoder, parts, conversations, encoders):
+    if "demo" in stage and "clip" not in encoder:
+        pytest.skip("the demo has an encoder of its own")
+    files = [stage] if "demo" in stage else [stage, encoder]
+    cli = instantiate(files, parts, conversations, encoders / Path(encoder).stem)
+    assert cli.datamodule.collate.processor is cli.model.processor
+    assert cli.trainer.max_epochs == 1
+
+
+@pytest.mark.parametrize(
+    ("stage", "numbers"),
+    [
+        ("stage1.yaml", (1e-3, 256, ["adapter"], "plain", "crop", False)),
+        ("stage2.yaml", (2e-5, 128, ["adapter", "llm"], "vicuna_v1", "pad", True)),
+    ],
+)
+def test_recipe_is_llava_1_5(stage, numbers, parts, conversations, encoders):
+    """Source: LLaVA scripts/v1_5/pretrain.sh and finetune.sh; paper, App. A.1."""
+    cli = instantiate([stage, "encoder/clip.yaml"], parts, conversations, encoders / "clip")
+    model, data = cli.model.hparams, cli.datamodule
+    assert (
+        model.learning_rate,
+        data.batch_size,
+        model.train,
+        data.collate.template,
+        model.image_aspect,
+        data.group_by_length,
+    ) == numbers
+    assert (model.weight_decay, model.warmup_ratio, tuple(model.betas)) == (0.0, 0.03, (0.9, 0.999))
+    assert data.collate.max_length == 2048 and cli.trainer.gradient_clip_val is None
+    assert yaml.safe_load((CONFIGS / stage).read_text())["trainer"]["precision"] == "bf16-mixed"
+
+
+@pytest.mark.parametrize("more", [[], UPON_PROBING])
+@pytest.mark.parametrize("file", PROBING)
+def test_probing_config_is_instantiated(file, more, checkpoints, segmentation):
+    from probes.training import build_cli
+
+    argv = [x for name in [file, *more] for x in ("-c", str(CONFIGS / name))]
+    argv += [
+        "--model.mllm",
+        str(checkpoints["causal"]),
+        "--data.root",
+        str(segmentation),
+        "--trainer.accelerator",
+        "cpu",
+    ]
+    cli = build_cli(argv, run=False)
+    assert cli.model.hparams.num_classes == 3 and bool(cli.model.hparams.untrained) == bool(more)
+
+
+def test_probing_protocol_is_the_papers(checkpoints, segmentation):
+    """App. A.2: AdamW (0.9, 0.999), 1e-3, polynomial 0.9, no weight decay, batch 64, 20 epochs, plain linear."""
+    config = yaml.safe_load((CONFIGS / "probes/folder.yaml").read_text())
+    model = {"feature_norm": "none", "learning_rate": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0}
+    assert config["model"] == model and config["data"]["batch_size"] == 64 and config["trainer"]["max_epochs"] == 20
+
+
+@pytest.mark.parametrize("package", ["llava_bidir", "probes"])
+def test_misspelt_key_is_an_error_that_names_it(package, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("model:\n  lerning_rate: 1.0\n")
+    from importlib import import_module
+
+    with pytest.raises(SystemExit) as stop:
+        import_module(f"{package}.cli").main(["fit", "-c", str(tmp_path / "c.yaml")])
+    assert stop.value.code == 2 and "lerning_rate" in capsys.readouterr().err
+
+
+def test_gradient_of_make_is_acyclic_and_complete(tmp_path):
+    """The demo's graph parses, and its last step waits for every other."""
+    plan = subprocess.run(
+        ["make", "-n", "--no-print-directory", f"OUT={tmp_path}", "PY=python", f"{tmp_path}/report/results.json"],
+        cwd=CONFIGS.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    steps = [line for line in plan.splitlines() if line.startswith('echo "')]
+    assert len(steps) == 19 and "report" in steps[-1] and "assets" in steps[0], json.dumps(steps, indent=1)

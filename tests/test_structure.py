@@ -1,0 +1,59 @@
+"""Rules of the house: who may import whom, and what must not be in the tree."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of the packages' modules that a file imports."""
+    package = path.relative_to(ROOT).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level]) + "." if node.level else ""
+            found.add(base + (node.module or ""))
+    return found
+
+
+def sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", sources("llava_bidir"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_llava_bidir_never_imports_probes(path):
+    assert not any(name.split(".")[0] == "probes" for name in imports(path))
+
+
+@pytest.mark.parametrize("path", sources("probes"), ids=lambda p: str(p.relative_to(ROOT)))
+def test_probes_knows_llava_bidir_by_one_module_only(path):
+    found = {name for name in imports(path) if name.split(".")[0] == "llava_bidir"}
+    assert found == ({"llava_bidir.modeling"} if path.name == "families.py" else set())
+
+
+def test_modelling_code_that_ships_in_checkpoints_needs_nothing_else():
+    allowed = {"torch", "transformers", "huggingface_hub", "collections"}
+    for name in ("modeling.py", "attention.py"):
+        found = imports(ROOT / "llava_bidir" / name) - {"llava_bidir.attention"}
+        assert {module.split(".")[0] for module in found} <= allowed
+
+
+def test_top_level_is_what_the_customer_fixed():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    top = {line.split("/")[0] for line in listed.stdout.splitlines()}
+    assert top - {"Makefile", ".ci", ".gitignore", "constraints.txt", "LICENSE"} <= {
+        *("pyproject.toml", "README.md", "llava_bidir", "probes", "configs", "tests", "slurm")
+    }
+
+
+def test_every_dependency_is_pinned():
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
+    assert len(pins) > 50 and all(line.count("==") == 1 and "+" not in line for line in pins)

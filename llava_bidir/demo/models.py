@@ -113,8 +113,6 @@ def train_llm(documents: Iterator[list[dict]], tokenizer: LlamaTokenizer, out: P
         eos_token_id=tokenizer.eos_token_id,
     )
     llm = LlamaForCausalLM(config)
-    # Words of about unit length: what a layer adds is then small beside the residual, as in a trained LLM.
-    llm.get_input_embeddings().weight.data.normal_(0, 0.5)
 
     def loss() -> Tensor:
         rows = [encode(next(documents), tokenizer)[0] for _ in range(24)]

@@ -165,7 +165,7 @@ def knockout(
         "/patches", "/anchors" and "/correct_class" what they are about.
 
     Raises:
-        ValueError: An unknown class or site, or a class that no image is wrongly predicted.
+        ValueError: An unknown class or site, or no image in which any of the classes is wrongly predicted.
     """
     names = run.metrics["classes"]
     for name in classes:
@@ -187,10 +187,12 @@ def knockout(
             cases, remaining_rates(reader, pixels, predicted, cases, layers, batch_size), strict=True
         ):
             found[names[case.wrong_class]].append((case, rates))
+    if not any(found.values()):
+        raise ValueError(f"no image has {min_patches} or more patches wrongly predicted any of {', '.join(classes)}")
     tensors = {}
     for name, cases in found.items():
         if not cases:
-            raise ValueError(f"no image has {min_patches} or more patches wrongly predicted {name!r} at the adapter")
+            continue
         for fact in ("image", "patches", "anchors", "correct_class"):
             tensors[f"{name}/{fact}"] = torch.tensor([getattr(case, fact) for case, _ in cases])
         tensors |= {f"{name}/{c}": torch.stack([rates[c] for _, rates in cases]) for c in CONDITIONS}
@@ -240,7 +242,9 @@ def read_cases(run: ProbeRun, min_patches: int, classes: list[str] | None = None
 
 
 def class_entry(name: str, tensors: dict[str, Tensor], seed: int) -> dict:
-    """Mean remaining rate by condition and layer, with intervals over images."""
+    """Mean remaining rate by condition and layer, with intervals over images; empty where no image has a case."""
+    if f"{name}/image" not in tensors:
+        return {"class": name, "images": 0, "remaining": {}, "ci95": {}}
     images = len(tensors[f"{name}/image"])
     weights = bootstrap_weights(images, seed=seed) / images
     entry = {"class": name, "images": images, "remaining": {}, "ci95": {}}
@@ -281,5 +285,5 @@ def run(args: argparse.Namespace) -> None:
     write_tensors(out / "knockout.safetensors", tensors)
     write_json(out / "knockout.json", facts)
     for entry in facts["classes"]:
-        last = ", ".join(f"{c} {entry['remaining'][c][-1]:.0%}" for c in CONDITIONS)
+        last = ", ".join(f"{condition} {rates[-1]:.0%}" for condition, rates in entry["remaining"].items())
         print(f"{entry['class']} ({entry['images']} images), remaining at the last layer: {last}")

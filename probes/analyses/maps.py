@@ -6,6 +6,7 @@ maps.safetensors     "image/I": uint8[S, H, W]; "knockout/CLASS": uint8[3, L + 1
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import numpy as np
@@ -39,22 +40,25 @@ def maps_of_image(reader: PatchReader, sample: dict, sites: list[str], blocked: 
     return upsampled_argmax(logits, sample["target"].shape).to(torch.uint8).cpu()
 
 
-def knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tuple[dict, Tensor]:
+def knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tuple[dict, Tensor] | None:
     """Maps by condition and layer of an image in which patches are wrongly predicted class `name`.
 
     It is the one in which both those patches and the patches that are rightly predicted, and so could help them, are
     most: the largest minimum of the two numbers.
 
     Returns:
-        Which image and classes, and uint8[3, L + 1, H, W].
+        Which image and classes, and uint8[3, L + 1, H, W]; None if no image is wrongly predicted so.
 
     Raises:
         ValueError: `probes knockout` has not been run for this class.
     """
-    path = run.path / "knockout.safetensors"
-    tensors = read_tensors(path) if path.is_file() else {}
-    if f"{name}/patches" not in tensors:
+    facts = run.path / "knockout.json"
+    known = json.loads(facts.read_text())["classes"] if facts.is_file() else []
+    if name not in [entry["class"] for entry in known]:
         raise ValueError(f"{run.path} has no knockout of {name!r}; run `probes knockout --probes {run.path}` first")
+    tensors = read_tensors(run.path / "knockout.safetensors")
+    if f"{name}/patches" not in tensors:
+        return None
     both = torch.minimum(tensors[f"{name}/patches"], tensors[f"{name}/anchors"])
     image = tensors[f"{name}/image"][both.argmax()].item()
     sample, classes = run.dataset()[image], run.metrics["classes"]
@@ -75,6 +79,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"image {wrong[0]} is out of range; the split has images 0..{len(dataset) - 1}")
     tensors = {f"image/{i}": maps_of_image(reader, dataset[i], run.sites) for i in tqdm(args.image, desc="maps")}
     cut = [knockout_maps(run, reader, name) for name in args.knockout]
+    cut = [found for found in cut if found is not None]
     tensors |= {f"knockout/{facts['class']}": maps for facts, maps in cut}
     facts = {
         "image_attention": run.metrics["image_attention"],

@@ -29,7 +29,7 @@ SCALE ?= 1
 include configs/demo/pipeline.mk
 
 demo: venv ## the whole pipeline on the toy world, into runs/demo (SEED=1, OUT=DIR, SCALE=0.1 for a quick look)
-	@if $(MAKE) -q $(REPORT); then echo "$(OUT) is complete; nothing to do."; \
+	@if $(MAKE) --no-print-directory -q $(REPORT); then echo "$(OUT) is complete; nothing to do."; \
 	else $(MAKE) --no-print-directory -j2 $(REPORT); fi
 	@cat $(OUT)/logs/report.log
 

@@ -9,10 +9,12 @@ import pytest
 import reference
 import tiny
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from probes.cli import main
 from probes.heads import LinearProbe
+from probes.module import ProbeModule
 from probes.results import ProbeRun
 
 
@@ -26,7 +28,9 @@ def arguments(checkpoint, root, out, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def run(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
     out = tmp_path_factory.mktemp("run")
-    main(arguments(checkpoints["causal"], segmentation, out, "--save_predictions", "true"))
+    # a high rate, so that for some site the last epoch is not the best
+    more = ["--save_predictions", "true", "--model.learning_rate", "0.3", "--trainer.max_epochs", "6"]
+    main(arguments(checkpoints["causal"], segmentation, out, *more))
     return ProbeRun(out)
 
 
@@ -40,8 +44,9 @@ def test_run_leaves_what_the_contract_names(run):
     assert run.sites == ["encoder", "adapter", "layer_01", "layer_02", "layer_03", "final_norm"]
     for site in metrics["sites"]:
         low, high = site["miou_ci95"]
-        assert low <= site["miou"] <= high and len(site["iou_per_class"]) == 3 and len(site["history"]) == 2
-        assert site["history"][site["best_epoch"] - 1] == max(site["history"])
+        assert low <= site["miou"] <= high and len(site["iou_per_class"]) == 3 and len(site["history"]) == 6
+        assert site["history"][site["best_epoch"] - 1] == max(site["history"]) == pytest.approx(site["miou"])
+    assert any(site["best_epoch"] < 6 for site in metrics["sites"]), "or the test cannot tell best from last"
     summary, miou = metrics["summary"], {site["site"]: site["miou"] for site in metrics["sites"]}
     assert summary["peak_llm"] == max(v for k, v in miou.items() if k.startswith("layer_"))
     assert summary["recovery"] == pytest.approx(summary["peak_llm"] - miou["adapter"])
@@ -85,14 +90,16 @@ def test_written_probes_give_the_written_scores(run):
 
 @pytest.mark.parametrize("site", ["encoder", "layer_02"])
 def test_probes_trained_together_equal_probes_trained_alone(site, run, checkpoints, segmentation, tmp_path):
-    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--model.sites", f"[{site}]"))
+    more = ["--model.learning_rate", "0.3", "--trainer.max_epochs", "6"]
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--model.sites", f"[{site}]", *more))
     alone, together = ProbeRun(tmp_path).probes()[site], run.probes()[site]
     for (name, a), b in zip(alone.state_dict().items(), together.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_cached_states_train_the_same_probes_as_recomputed_ones(run, checkpoints, segmentation, tmp_path):
-    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--data.cache", "false", "--data.num_workers", "0"))
+    more = ["--model.learning_rate", "0.3", "--trainer.max_epochs", "6", "--data.num_workers", "0"]
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--data.cache", "false", *more))
     for site, entry in zip(run.metrics["sites"], ProbeRun(tmp_path).metrics["sites"], strict=True):
         assert site["history"] == pytest.approx(entry["history"], abs=0.02)
 
@@ -110,6 +117,20 @@ def test_masks_of_different_sizes_train_and_score(checkpoints, tmp_path):
     targets = [np.asarray(Image.open(path)) for path in sorted((root / "annotations/validation").glob("*.png"))]
     predictions = [np.asarray(Image.open(p)) for p in sorted((run.path / "predictions/adapter").glob("*.png"))]
     assert run.metrics["sites"][1]["miou"] == pytest.approx(reference.scores(predictions, targets, 3)[0])
+
+
+def test_loss_over_masks_of_different_sizes_is_the_mean_over_all_their_pixels():
+    logits = torch.randn(2, 3, 4, 2, 2)
+    targets = [torch.randint(0, 4, size, dtype=torch.uint8) for size in ((6, 5), (9, 4), (6, 5))]
+    targets[1][:3] = 255
+    ours = ProbeModule.losses(None, logits, targets)
+    for probe in range(2):
+        pixels = [
+            F.interpolate(logits[probe, i : i + 1], target.shape, mode="bilinear")[0].flatten(1).T
+            for i, target in enumerate(targets)
+        ]
+        labels = torch.cat([target.flatten() for target in targets]).long()
+        torch.testing.assert_close(ours[probe], F.cross_entropy(torch.cat(pixels), labels, ignore_index=255))
 
 
 def test_frozen_model_gets_no_gradient_and_stays_out_of_checkpoints(run):

@@ -119,6 +119,7 @@ def test_toy_tokenizer_follows_the_same_rules(parts):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(parts[1])
-    ids, labels = encode(turns("<image>\nname the sky", "wall"), tokenizer, "vicuna_v1", 2, IMAGE_ID)
-    assert ids == whole_text_ids(f"{SYSTEM} USER: <image>\nname the sky ASSISTANT: wall</s>", tokenizer, 2)
-    assert supervised_text(labels, tokenizer).split() == ["wall</s>"]
+    ids, labels = encode(turns("<image>\nname the sky", "wall", "name", "sky"), tokenizer, "vicuna_v1", 2, IMAGE_ID)
+    text = f"{SYSTEM} USER: <image>\nname the sky ASSISTANT: wall</s>USER: name ASSISTANT: sky</s>"
+    assert ids == whole_text_ids(text, tokenizer, 2)
+    assert supervised_text(labels, tokenizer).split() == ["wall</s>", "sky</s>"]

@@ -1,0 +1,34 @@
+"""Real photographs with masks, in the same layout as the toy world's."""
+
+import numpy as np
+import pytest
+import reference
+from conftest import SHARED
+from PIL import Image
+
+from probes.cli import main
+from probes.results import ProbeRun
+
+CAMVID = SHARED / "camvid"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CAMVID.is_dir(), reason=f"{CAMVID} is not there; it holds CamVid's photos and masks")
+def test_probes_on_photos_score_as_numpy_does_and_make_a_report(checkpoints, tmp_path):
+    main(
+        ["fit", "-c", "configs/demo/probes.yaml", "--out", str(tmp_path), "--trainer.max_epochs", "1"]
+        + ["--model.mllm", str(checkpoints["bidirectional"]), "--data.root", str(CAMVID), "--data.name", "camvid"]
+        + ["--data.cache", "true", "--save_predictions", "true"]
+    )
+    run = ProbeRun(tmp_path)
+    targets = [np.asarray(Image.open(path)) for path in sorted((CAMVID / "annotations/validation").glob("*.png"))]
+    assert run.metrics["images"] == len(targets) == 51 and len(run.metrics["classes"]) == 11
+    for site in run.metrics["sites"]:
+        saved = sorted((tmp_path / "predictions" / site["site"]).glob("*.png"))
+        predictions = [np.asarray(Image.open(path)) for path in saved]
+        miou, pacc, iou = reference.scores(predictions, targets, 11)
+        assert site["miou"] == pytest.approx(miou) and site["pacc"] == pytest.approx(pacc)
+        assert site["iou_per_class"] == [None if x is None else pytest.approx(x) for x in iou]
+    main(["maps", "--probes", str(tmp_path), "--image", "0", "25"])
+    main(["report", str(tmp_path), "--out", str(tmp_path / "report")])
+    assert (tmp_path / "report/index.html").stat().st_size > 50_000

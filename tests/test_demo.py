@@ -1,0 +1,101 @@
+"""The demo's graph: what is done twice, what is not, and that a kill at any moment changes no result."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCALE = "0.05"
+
+pytestmark = pytest.mark.slow
+
+
+def command(out: Path, *more: str) -> list[str]:
+    variables = [f"PY={sys.executable}", f"OUT={out}", f"SCALE={SCALE}"]
+    return ["make", "--no-print-directory", "-j2", *variables, *more, f"{out}/report/results.json"]
+
+
+def run(out: Path, *more: str) -> str:
+    done = subprocess.run(command(out, *more), cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def results(out: Path) -> dict:
+    """Everything but what tells when and where."""
+    found = json.loads((out / "report/results.json").read_text().replace(str(out), "OUT"))
+    del found["wall_s"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("demo")
+    run(out)
+    return out
+
+
+def test_results_name_every_mask_and_control(finished):
+    found = results(finished)
+    assert set(found["masks"]) == set(found["controls"]["untrained"]) == {"causal", "bidirectional"}
+    claimed = {(claim["claim"], claim["image_attention"]) for claim in found["claims"]}
+    assert {(c, m) for c in ("adapter_drop", "recovery", "recovery_trained") for m in found["masks"]} <= claimed
+    assert all(found["masks"][mask]["answer_accuracy"] is not None for mask in found["masks"])
+
+
+def test_second_run_does_nothing(finished):
+    start = time.perf_counter()
+    assert "up to date" in run(finished) and time.perf_counter() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("deleted", "again"),
+    [
+        ("causal/probes/umap.json", {"causal_umap", "report"}),
+        ("bidirectional/untrained/counts.safetensors", {"bidirectional_untrained", "bidirectional_untrained_knockout", "report"}),
+        (
+            "bidirectional/probes/metrics.json",
+            {f"bidirectional_{step}" for step in ("probes", "knockout", "maps", "umap")} | {"starvation", "report"},
+        ),
+    ],
+)  # fmt: skip
+def test_deleted_result_is_made_again_with_what_follows_and_nothing_else(finished, deleted, again):
+    before = results(finished)
+    (finished / deleted).unlink()
+    plan = subprocess.run(["make", "-n", *command(finished)[1:]], cwd=ROOT, capture_output=True, text=True).stdout
+    assert {line.split()[2] for line in plan.splitlines() if line.startswith('echo "')} == again
+    if deleted.endswith("umap.json"):
+        run(finished)
+        assert results(finished) == before
+
+
+def test_another_seed_makes_everything_anew(finished):
+    plan = subprocess.run(
+        ["make", "-n", "SEED=7", *command(finished)[1:]], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    settings = finished / "settings"
+    settings.write_text("seed 0 scale 0.05\n")  # make wrote the other seed down while it planned
+    assert sum(line.startswith('echo "') for line in plan.splitlines()) == 19
+
+
+def test_kills_at_random_moments_change_no_result(finished, tmp_path):
+    """kill -9 of make and all that it started, again and again; then it is let finish."""
+    run(finished)
+    chance, out, kills = random.Random(0), tmp_path / "demo", 0
+    while kills < 5:
+        running = subprocess.Popen(command(out), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        time.sleep(chance.uniform(3, 25))
+        if running.poll() is not None:
+            break  # it finished first
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+        kills += 1
+    run(out)
+    assert kills > 0 and results(out) == results(finished)

@@ -122,8 +122,8 @@ def manifest(module, data) -> dict[str, Any]:
     return {
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "git_commit": _git_commit(),
-        "config": {k: v for k, v in module.hparams.items()},
-        "data": {"root": str(data.root), "dataset": data.dataset, "fingerprint": fingerprint(data)},
+        "config": dict(module.hparams) | {"mllm": _absolute(module.hparams.mllm)},
+        "data": {"root": _absolute(data.root), "dataset": data.dataset, "fingerprint": fingerprint(data)},
         "mllm_training": json.loads(training.read_text()) if training.is_file() else None,
         "hardware": {
             "machine": platform.machine(),
@@ -131,6 +131,11 @@ def manifest(module, data) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
+
+
+def _absolute(path: str) -> str:
+    """A folder's absolute path, so that analyses find it from anywhere; a hub id as it is."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
 
 
 def fingerprint(data) -> str:

@@ -55,17 +55,17 @@ def test_second_run_does_nothing(finished):
     assert "up to date" in run(finished) and time.perf_counter() - start < 10
 
 
-@pytest.mark.parametrize(
-    ("deleted", "again"),
-    [
-        ("causal/probes/umap.json", {"causal_umap", "report"}),
-        ("bidirectional/untrained/counts.safetensors", {"bidirectional_untrained", "bidirectional_untrained_knockout", "report"}),
-        (
-            "bidirectional/probes/metrics.json",
-            {f"bidirectional_{step}" for step in ("probes", "knockout", "maps", "umap")} | {"starvation", "report"},
-        ),
-    ],
-)  # fmt: skip
+FOLLOWS = {  # deleted result -> the steps that make it and what follows from it
+    "causal/probes/umap.json": {"causal_umap", "report"},
+    "causal/untrained/counts.safetensors": {"causal_untrained", "causal_untrained_knockout", "report"},
+    "bidirectional/probes/metrics.json": {
+        *(f"bidirectional_{step}" for step in ("probes", "knockout", "maps", "umap")),
+        *("starvation", "report"),
+    },
+}
+
+
+@pytest.mark.parametrize(("deleted", "again"), FOLLOWS.items())
 def test_deleted_result_is_made_again_with_what_follows_and_nothing_else(finished, deleted, again):
     before = results(finished)
     (finished / deleted).unlink()
@@ -90,7 +90,8 @@ def test_kills_at_random_moments_change_no_result(finished, tmp_path):
     run(finished)
     chance, out, kills = random.Random(0), tmp_path / "demo", 0
     while kills < 5:
-        running = subprocess.Popen(command(out), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        running = subprocess.Popen(command(out), cwd=ROOT, start_new_session=True, **quiet)
         time.sleep(chance.uniform(3, 25))
         if running.poll() is not None:
             break  # it finished first

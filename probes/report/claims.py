@@ -25,7 +25,7 @@ CLAIMS: dict[str, tuple[int, str]] = {
     "starvation_first_row": (+1, "So does the first row of patches: bidirectional minus causal accuracy"),
     "knockout_incorrect": (-1, "Hiding the wrong class speeds correction: change in wrong patches left (Sec. 4.1)"),
     "knockout_correct": (+1, "Hiding the right class impairs it: change in wrong patches left (Sec. 4.2)"),
-    "knockout_specificity": (+1, "Which patches matters: right minus wrong, less the same at random"),
+    "knockout_specificity": (+1, "Which class is hidden matters: right minus wrong, less the same at random"),
 }  # fmt: skip
 
 # A knockout's claims are about confusions of whole regions, so images count in which at least this share of the patches

@@ -82,7 +82,7 @@ def test_another_seed_makes_everything_anew(finished):
     ).stdout
     settings = finished / "settings"
     settings.write_text("seed 0 scale 0.05\n")  # make wrote the other seed down while it planned
-    assert sum(line.startswith('echo "') for line in plan.splitlines()) == 19
+    assert sum(line.startswith('echo "') for line in plan.splitlines()) == 21
 
 
 def test_kills_at_random_moments_change_no_result(finished, tmp_path):

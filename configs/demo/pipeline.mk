@@ -48,11 +48,16 @@ $(OUT)/%/untrained/metrics.json $(OUT)/%/untrained/counts.safetensors $(OUT)/%/u
 	$(call step,$*_untrained,$(PROBES) fit -c $< -c configs/demo/untrained.yaml --seed_everything $(SEED) \
 	  --out $(OUT)/$*/untrained --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
 
+$(OUT)/%/longer/metrics.json: configs/demo/probes.yaml $(OUT)/%/stage2/hf/model.safetensors
+	$(call step,$*_longer,$(PROBES) fit -c $< --seed_everything $(SEED) --out $(OUT)/$*/longer \
+	  --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation --trainer.max_epochs 20)
+
 $(OUT)/%/probes/knockout.json: $(OUT)/%/probes/metrics.json
 	$(call step,$*_knockout,$(PROBES) knockout --probes $(OUT)/$*/probes --classes $(LOOK_ALIKES))
 
 $(OUT)/%/untrained/knockout.json: $(OUT)/%/untrained/metrics.json
-	$(call step,$*_untrained_knockout,$(PROBES) knockout --probes $(OUT)/$*/untrained --classes $(LOOK_ALIKES))
+	$(call step,$*_untrained_knockout,$(PROBES) knockout --probes $(OUT)/$*/untrained --classes $(LOOK_ALIKES) \
+	  --min-patches 4)
 
 $(OUT)/%/probes/maps.json: $(OUT)/%/probes/knockout.json
 	$(call step,$*_maps,$(PROBES) maps --probes $(OUT)/$*/probes --image 0 1 2 3 --knockout ceiling road)
@@ -66,8 +71,10 @@ $(OUT)/starvation.json: $(foreach mask,causal bidirectional,$(OUT)/$(mask)/probe
 # All results are named here, since make takes what only patterns name for scrap that need not exist.
 RUNS := $(foreach mask,causal bidirectional,$(OUT)/$(mask)/probes $(OUT)/$(mask)/untrained)
 $(REPORT): $(foreach mask,causal bidirectional,$(OUT)/$(mask)/stage1/hf/model.safetensors \
-    $(OUT)/$(mask)/stage2/hf/model.safetensors $(OUT)/$(mask)/probes/maps.json $(OUT)/$(mask)/probes/umap.json) \
+    $(OUT)/$(mask)/stage2/hf/model.safetensors $(OUT)/$(mask)/probes/maps.json $(OUT)/$(mask)/probes/umap.json \
+    $(OUT)/$(mask)/longer/metrics.json) \
   $(foreach run,$(RUNS),$(addprefix $(run)/,metrics.json counts.safetensors probes.safetensors knockout.json)) \
   $(OUT)/starvation.json $(A)/captions.json $(A)/dialogues.json $(A)/questions.json $(A)/segmentation/classes.json \
   $(A)/encoder/model.safetensors $(A)/llm/model.safetensors
-	$(call step,report,$(PROBES) report $(RUNS) --out $(OUT)/report --timings $(OUT)/logs/timings)
+	$(call step,report,$(PROBES) report $(RUNS) --longer $(OUT)/causal/longer $(OUT)/bidirectional/longer \
+	  --out $(OUT)/report --timings $(OUT)/logs/timings)

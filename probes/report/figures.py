@@ -109,22 +109,30 @@ def _thinned(labels: list[str], most: int = 12) -> list[str]:
 
 
 def probe_budget(study: Study) -> Drawn:
-    """The same curve after fewer epochs of probe training: how much of it is the probe's (App. A.2)."""
-    figure, axes = _axes(6.4, 3.3, len(study.trained), sharey=True, squeeze=False)
+    """The same curve after fewer epochs of probe training, and by longer-trained probes (App. A.2)."""
+    figure, axes = _axes(6.6, 3.5, len(study.trained), sharey=True, squeeze=False)
     rows = []
     for ax, (mask, run) in zip(axes[0], study.trained.items(), strict=True):
-        entries = [entry for entry in run.metrics["sites"] if entry["site"] != FINAL_NORM and entry["history"]]
-        epochs = len(entries[0]["history"]) if entries else 0
-        for epoch in sorted({1, 2, max(1, epochs // 2), epochs} - {0}):
-            curve = [100 * entry["history"][epoch - 1] for entry in entries]
-            ax.plot(curve, color=colour_of(mask), alpha=0.25 + 0.75 * epoch / epochs, marker="o", ms=3,
-                    label=f"epoch {epoch}")  # fmt: skip
-        ax.set_xticks(range(len(entries)), _thinned([_site_label(e["site"]) for e in entries], 8), fontsize=8)
+        sites = _curve_sites(run)
+        epochs = run.metrics["probe"]["epochs"]
+        history = {entry["site"]: entry["history"] for entry in run.metrics["sites"]}
+        for epoch in sorted({1, 2, max(1, epochs // 2), epochs}):
+            curve = [100 * history[site][epoch - 1] for site in sites if history[site]]
+            shade = 0.25 + 0.75 * epoch / epochs
+            ax.plot(curve, color=colour_of(mask), alpha=shade, marker="o", ms=3, label=f"epoch {epoch}")
+        if mask in study.longer:
+            longer = {entry["site"]: 100 * entry["miou"] for entry in study.longer[mask].metrics["sites"]}
+            label = f"{study.longer[mask].metrics['probe']['epochs']} epochs"
+            ax.plot([longer[site] for site in sites], "--", color="black", lw=1.2, label=label)
+        ax.set_xticks(range(len(sites)), _thinned([_site_label(site) for site in sites], 8), fontsize=8)
         ax.set_title(mask, fontsize=10)
         ax.legend(fontsize=8)
         rows += [
-            {"image_attention": mask, "site": entry["site"], "epoch": i + 1, "miou": miou}
-            for entry in run.metrics["sites"]
+            {"image_attention": mask, "run_epochs": found.metrics["probe"]["epochs"], "site": entry["site"]}
+            | {"epoch": i + 1, "miou": miou}
+            for found in (run, study.longer.get(mask))
+            if found is not None
+            for entry in found.metrics["sites"]
             for i, miou in enumerate(entry["history"])
         ]
     axes[0, 0].set_ylabel("validation mIoU (%)")

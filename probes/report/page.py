@@ -58,15 +58,18 @@ def results(study: Study, claims: list[dict[str, Any]], wall_s: float | None) ->
     }
 
 
-def report(paths: list[str], out: str | Path, timings: str | None = None) -> dict[str, Any]:
+def report(
+    paths: list[str], out: str | Path, longer: list[str] | None = None, timings: str | None = None
+) -> dict[str, Any]:
     """Writes the report of probe runs into `out` and returns what results.json holds.
 
     Args:
         paths: Folders of finished probe runs: one a mask, and their untrained controls.
         out: Folder.
+        longer: Runs of the same models with longer-trained probes, shown beside.
         timings: A log of lines "start end step", to state how long it all took.
     """
-    study, out = Study.of(paths), Path(out)
+    study, out = Study.of(paths, longer), Path(out)
     claims = claims_of(study)
     facts = results(study, claims, total_seconds(Path(timings)) if timings else None)
     out.mkdir(parents=True, exist_ok=True)
@@ -139,8 +142,9 @@ def draw(study: Study) -> Iterator[Picture]:
         "budget",
         "The probe's budget",
         "How much is the probe?",
-        "The curve of the first figure after fewer epochs of probe training. Under-trained probes show how easily a "
-        "class is read off, converged ones whether it is there; the difference between them is the probe's.",
+        f"The curve of the first figure ({run.metrics['probe']['epochs']} epochs of probe training) after fewer epochs "
+        "and, dashed, by probes trained for longer. Under-trained probes show how easily a class is read off, "
+        "converged ones whether it is there: trust what does not change between the two.",
         figures.probe_budget(study),
     )
 
@@ -241,7 +245,7 @@ def _points(value: float | None, digits: int = 1) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """`probes report`."""
-    facts = report(args.runs, args.out, args.timings)
+    facts = report(args.runs, args.out, args.longer, args.timings)
     for claim in facts["claims"]:
         low, high = (_points(bound) for bound in claim["ci95"])
         verdict = "holds" if claim["holds"] else "does NOT hold"

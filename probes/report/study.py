@@ -21,13 +21,15 @@ class Study:
 
     Args:
         trained, untrained: Runs by mask.
+        longer: The trained models again, with longer-trained probes.
     """
 
     trained: dict[str, ProbeRun] = field(default_factory=dict)
     untrained: dict[str, ProbeRun] = field(default_factory=dict)
+    longer: dict[str, ProbeRun] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, paths: list[str]) -> "Study":
+    def of(cls, paths: list[str], longer: list[str] | None = None) -> "Study":
         """Reads finished runs.
 
         Raises:
@@ -48,6 +50,7 @@ class Study:
         for run in study.runs:
             if run.manifest["data"]["fingerprint"] != first.manifest["data"]["fingerprint"]:
                 raise ValueError(f"{first.path} and {run.path} were scored on different images")
+        study.longer = {run.metrics["image_attention"]: run for run in map(ProbeRun, longer or [])}
         study.trained = {mask: study.trained[mask] for mask in sorted(study.trained, key=_paper_order)}
         return study
 

@@ -112,6 +112,11 @@ def test_fit_exports_a_model_that_generate_and_export_agree_on(parts, conversati
     llava_bidir.cli.main(["export", str(checkpoint), str(tmp_path / "again")])
     first, second = (load_file(path / "model.safetensors") for path in (run / "hf", tmp_path / "again"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    for command in ("validate", "test"):  # the checkpoint answers as it did when its training ended
+        capsys.readouterr()
+        fresh = [command, *training_arguments(parts, conversations), "--out", str(tmp_path / command)]
+        llava_bidir.cli.main([*fresh, "--model.image_attention", "bidirectional", "--ckpt_path", str(checkpoint)])
+        assert str(facts["val/answer_accuracy"])[:5] in capsys.readouterr().out
     picture = str(conversations / "pictures/0.png")
     capsys.readouterr()
     llava_bidir.cli.main(["generate", str(run / "hf"), picture, "sky", "name the wall", "--max-new-tokens", "3"])

@@ -85,6 +85,8 @@ class InstructionData(LightningDataModule):
         mine = range(self.trainer.global_rank, len(self.val), self.trainer.world_size)
         return self._loader(Subset(self.val, mine), batch_size=self.micro_batch_size, collate_fn=self.collate_questions)
 
+    test_dataloader = val_dataloader
+
     def collate_questions(self, samples: list[dict]) -> dict:
         """A validation batch: the conversations, the first question of each alone, and what it should be answered."""
         answers = [sample["conversations"][1]["value"] for sample in samples]

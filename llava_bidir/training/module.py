@@ -133,6 +133,8 @@ class LlavaTraining(LightningModule):
         self.log("val/answer_accuracy", self.val_accuracy, prog_bar=True)
         return answers
 
+    test_step = validation_step
+
     @torch.no_grad()
     def answer(self, prompts: dict[str, Tensor]) -> list[str]:
         """Greedy answers to left-padded prompts."""

@@ -138,6 +138,18 @@ def test_frozen_model_gets_no_gradient_and_stays_out_of_checkpoints(run):
     assert all(name.startswith("heads.") for name in checkpoint["state_dict"])
 
 
+def test_resumed_run_ends_as_an_uninterrupted_one(checkpoints, segmentation, tmp_path):
+    (tmp_path / "save.yaml").write_text(
+        "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {save_top_k: -1}}]}"
+    )
+    more = ["--trainer.max_epochs", "4"]
+    main(arguments(checkpoints["causal"], segmentation, tmp_path / "a", "-c", str(tmp_path / "save.yaml"), *more))
+    (first,) = (tmp_path / "a/checkpoints").glob("epoch=1-*.ckpt")
+    main(arguments(checkpoints["causal"], segmentation, tmp_path / "b", "--ckpt_path", str(first), *more))
+    whole, resumed = (ProbeRun(tmp_path / name).metrics["sites"] for name in "ab")
+    assert whole == resumed and len(whole[0]["history"]) == 4
+
+
 def test_unknown_feature_norm_is_an_error():
     with pytest.raises(ValueError, match="unknown feature_norm 'l2'; there is none, batchnorm, layernorm"):
         LinearProbe(4, 3, "l2")

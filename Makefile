@@ -19,7 +19,7 @@ venv: $(VENV)/installed ## .venv with everything that constraints.txt pins (TORC
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(PY) -m pip install -q -e '.[test]'
+	$(PY) -m pip install -q -e '.[cluster,test]'
 	@touch $@
 
 # ---------------------------------------------------------------------------------------------------- demo

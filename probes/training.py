@@ -2,11 +2,13 @@
 
 import logging
 import warnings
+from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
 
 from .callbacks import SavePredictions, ShowMaps
 from .data.datamodule import SegmentationData
@@ -41,8 +43,14 @@ class ProbeCLI(LightningCLI):
             trainer.callbacks.append(SavePredictions())
         return trainer
 
-    def after_fit(self) -> None:
-        """Scores each probe at its best epoch and writes the run's files."""
+    def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
+        """Trains, then scores each probe at its best epoch and writes the run's files. With `--ckpt_path last` it goes
+        on where the run in OUT stopped, and leaves a finished one alone."""
+        metrics = Path(self.trainer.default_root_dir) / "metrics.json"
+        if ckpt_path == "last" and metrics.is_file():
+            rank_zero_info(f"{metrics} is there: this run is finished; nothing to do")
+            return
+        self.trainer.fit(ckpt_path=ckpt_path, **kwargs)
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 

@@ -2,15 +2,19 @@
 
 import logging
 import warnings
+from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_info
 
 from ..data.datamodule import InstructionData
 from .callbacks import ExportModel, ShowAnswers, Throughput
 from .module import LlavaTraining
+from .requeue import Requeue
 
 # warnings about what is meant to be so
 HARMLESS = (
@@ -36,7 +40,18 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs):
         out = self._get(self.config_init, "out")
         kwargs["logger"] = TensorBoardLogger(out, name="", version="")
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        if SLURMEnvironment.detect():
+            trainer.callbacks.append(Requeue())
+        return trainer
+
+    def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
+        """Trains. With `--ckpt_path last` it goes on where the run in OUT stopped, and leaves a finished one alone."""
+        exported = Path(self.trainer.default_root_dir) / "hf"
+        if ckpt_path == "last" and exported.is_dir():
+            rank_zero_info(f"{exported} is there: this run is finished; nothing to do")
+            return
+        self.trainer.fit(ckpt_path=ckpt_path, **kwargs)
 
 
 def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:

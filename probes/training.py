@@ -76,4 +76,8 @@ def build_cli(argv: list[str], run: bool = True) -> ProbeCLI:
 def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_float32_matmul_precision("high")
-    build_cli(argv)
+    try:
+        build_cli(argv)
+    finally:  # Lightning does it for NCCL only; a process that leaves gloo's threads to its end may abort
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+            torch.distributed.destroy_process_group()

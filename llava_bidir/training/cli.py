@@ -40,9 +40,12 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs):
         out = self._get(self.config_init, "out")
         kwargs["logger"] = TensorBoardLogger(out, name="", version="")
+        if not SLURMEnvironment.detect():
+            return super().instantiate_trainer(**kwargs)
+        plugins = self._get(self.config_init, "trainer.plugins", default=None) or []
+        kwargs["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
         trainer = super().instantiate_trainer(**kwargs)
-        if SLURMEnvironment.detect():
-            trainer.callbacks.append(Requeue())
+        trainer.callbacks.append(Requeue())
         return trainer
 
     def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
@@ -76,4 +79,8 @@ def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:
 def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as LLaVA trains
-    build_cli(argv)
+    try:
+        build_cli(argv)
+    finally:  # Lightning does it for NCCL only; a process that leaves gloo's threads to its end may abort
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+            torch.distributed.destroy_process_group()

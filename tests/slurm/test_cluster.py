@@ -1,0 +1,147 @@
+"""The job scripts on a real Slurm, with two tasks and toy models: signals, requeueing, and the whole study."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("cluster")]
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> dict[str, str]:
+    """What slurm/env.sh says, for toy models on this machine; every encoder is the same tiny one."""
+    folder = tmp_path_factory.mktemp("toy")
+    encoder, llm = tiny.write_parts(folder)
+    tiny.write_conversations(folder, count=96, text_only=16)
+    tiny.write_segmentation(folder / "segmentation")
+    for name in ("clip", "dinov2", "siglip"):
+        entry = {"name": "clip", "path": encoder.path, "layer": encoder.layer}
+        (folder / f"{name}.yaml").write_text(json.dumps({"model": {"encoder": entry}}))
+    data = str(folder / "data.json")
+    sizes = "--data.batch_size 8 --data.micro_batch_size 2 --trainer.log_every_n_steps 1"
+    return {
+        **{"GRES": "", "TASKS_PER_NODE": "2", "CPUS_PER_TASK": "1", "PYTHON": sys.executable},
+        **{"RUNS": str(folder / "runs"), "LLM": llm, "ENCODER_CONFIGS": str(folder)},
+        **{"CAPTIONS": data, "CAPTION_IMAGES": str(folder), "INSTRUCTIONS": data, "INSTRUCTION_IMAGES": str(folder)},
+        "STAGE1": f"-c configs/demo/stage1.yaml --data.template vicuna_v1 {sizes}",
+        "STAGE2": f"-c configs/demo/stage2.yaml --data.val_annotations {data} {sizes}",
+        "PROBES": "-c configs/demo/probes.yaml --trainer.max_epochs 2 --data.batch_size 2",
+        **{"SEGMENTATION": str(folder / "segmentation"), "KNOCKOUT": "--classes sky wall road"},
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+    }
+
+
+def shell(command: str, settings: dict[str, str]) -> str:
+    """Runs a command line in the repository's root after slurm/env.sh was read; returns what it printed."""
+    line = f"set -euo pipefail; source slurm/env.sh; {command}"
+    done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def job_state(job: str) -> dict[str, str]:
+    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
+    return dict(word.partition("=")[::2] for word in shown.split() if "=" in word)
+
+
+def wait_for(job: str, log: Path, timeout_s: float = 240) -> dict[str, str]:
+    """Waits for the end of a job, and skips the two minutes that Slurm holds a requeued one."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        state = job_state(job)
+        if state["JobState"] == "PENDING" and state["Reason"] == "BeginTime":
+            subprocess.run(["scontrol", "update", f"job={job}", "StartTime=now"], capture_output=True)
+        elif state["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
+            return state
+        time.sleep(0.5)
+    subprocess.run(["scancel", job])
+    pytest.fail(f"job {job} did not end within {timeout_s} s:\n{log.read_text()[-3000:]}")
+
+
+def submit(script: str, settings: dict[str, str], log: Path, more: str = "") -> str:
+    command = f"sbatch --parsable --output={log} $TRAINING slurm/{script}.sbatch clip causal {more}"
+    return shell(command, settings).strip()
+
+
+def steps_of(losses: Path) -> int:
+    return len(losses.read_text().splitlines()) if losses.exists() else 0
+
+
+def signal_at(micro_batches: int, losses: Path, job: str, name: str) -> None:
+    deadline = time.monotonic() + 120
+    while steps_of(losses) < micro_batches:
+        assert time.monotonic() < deadline and job_state(job)["JobState"] in ("PENDING", "RUNNING"), job_state(job)
+        time.sleep(0.1)
+    subprocess.run(["scancel", f"--signal={name}", job], check=True)
+
+
+def test_interrupted_training_with_skewed_ranks_ends_as_if_it_had_not_been(settings, tmp_path):
+    """Stage 1 and 2 with two tasks; then stage 2 again, requeued in mid-epoch, stopped in mid-epoch, and submitted
+    anew: the same losses, none twice, none missing, and the same weights, bit for bit."""
+    stage1 = wait_for(submit("stage1", settings, tmp_path / "stage1.log"), tmp_path / "stage1.log")
+    assert stage1["JobState"] == "COMPLETED", (tmp_path / "stage1.log").read_text()[-3000:]
+
+    skew = f"--trainer.callbacks+=skew.Skew --trainer.callbacks.seconds=0.2 --trainer.callbacks.losses={tmp_path}"
+    log = tmp_path / "whole.log"
+    whole = wait_for(submit("stage2", settings, log, f"{skew}/whole"), log)
+    assert whole["JobState"] == "COMPLETED", log.read_text()[-3000:]
+
+    out, log, losses = Path(settings["RUNS"]) / "clip-causal/interrupted", tmp_path / "cut.log", tmp_path / "cut"
+    more = f"{skew}/cut --out {out}"
+    job = submit("stage2", settings, log, more)
+    signal_at(5, losses, job, "USR1")
+    while steps_of(losses) < 8:
+        wait_for_requeue(job)
+    signal_at(13, losses, job, "TERM")
+    stopped = wait_for(job, log)
+    assert stopped["Restarts"] == "1" and stopped["JobState"] == "FAILED", "what waits for it must not start"
+    assert not (out / "hf").exists()
+    last = wait_for(submit("stage2", settings, log, more), log)
+    assert last["JobState"] == "COMPLETED", log.read_text()[-3000:]
+
+    rows = [[line.split() for line in (tmp_path / name).read_text().splitlines()] for name in ("whole", "cut")]
+    assert len(rows[0]) == 24 and [row[1:] for row in rows[0]] == [row[1:] for row in rows[1]]
+    assert {row[0] for row in rows[1]} == {"0", "1"}, "went on after it was requeued"
+    weights = [
+        load_file(Path(settings["RUNS"]) / f"clip-causal/{n}/hf/model.safetensors") for n in ("stage2", out.name)
+    ]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+    again = wait_for(submit("stage2", settings, log, more), log)
+    assert again["JobState"] == "COMPLETED" and "this run is finished; nothing to do" in log.read_text()
+    assert steps_of(losses) == 24
+
+
+def wait_for_requeue(job: str) -> None:
+    state = job_state(job)
+    assert state["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), state
+    if state["JobState"] == "PENDING" and state["Reason"] == "BeginTime":
+        subprocess.run(["scontrol", "update", f"job={job}", "StartTime=now"], capture_output=True)
+    time.sleep(0.5)
+
+
+def test_six_configurations_run_to_the_report(settings, tmp_path):
+    settings = settings | {"RUNS": str(tmp_path), "TASKS_PER_NODE": "1"}
+    lines = shell("slurm/six_configurations.sh", settings).partition("submitted:\n")[2].splitlines()
+    jobs = dict(reversed(line.split()) for line in lines)
+    assert len(jobs) == 3 * (2 * 4 + 1)
+    again = shell("slurm/six_configurations.sh", settings)
+    assert again.count("(in the queue already)") >= 26, "nothing is submitted twice"
+    for name, job in jobs.items():
+        log = tmp_path / Path(name).parent / "logs" / f"{Path(name).name}.log"
+        assert wait_for(job, log, timeout_s=600)["JobState"] == "COMPLETED", f"{name}\n{log.read_text()[-3000:]}"
+    for encoder in ("clip", "dinov2", "siglip"):
+        results = json.loads((tmp_path / f"{encoder}-report/results.json").read_text())
+        assert set(results["masks"]) == {"causal", "bidirectional"} and results["masks"]["causal"]["knockout"]
+        assert (tmp_path / f"{encoder}-report/starvation.json").is_file()
+    rest = shell("slurm/six_configurations.sh", settings)
+    assert rest.count(" finished") == 27 and rest.endswith("submitted:\n"), "there is nothing left to submit"

@@ -43,14 +43,14 @@ class ProbeCLI(LightningCLI):
             trainer.callbacks.append(SavePredictions())
         return trainer
 
-    def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
+    def fit(self, **kwargs) -> None:
         """Trains, then scores each probe at its best epoch and writes the run's files. With `--ckpt_path last` it goes
         on where the run in OUT stopped, and leaves a finished one alone."""
         metrics = Path(self.trainer.default_root_dir) / "metrics.json"
-        if ckpt_path == "last" and metrics.is_file():
+        if self._get(self.config, "ckpt_path") == "last" and metrics.is_file():
             rank_zero_info(f"{metrics} is there: this run is finished; nothing to do")
             return
-        self.trainer.fit(ckpt_path=ckpt_path, **kwargs)
+        self.trainer.fit(**kwargs)
         self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
 

@@ -15,6 +15,7 @@ from ..data.datamodule import InstructionData
 from .callbacks import ExportModel, ShowAnswers, Throughput
 from .module import LlavaTraining
 from .requeue import Requeue
+from .watch import WatchLoss
 
 # warnings about what is meant to be so
 HARMLESS = (
@@ -32,6 +33,7 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--out", default="runs/llava", help="folder of the run: config, events, checkpoints, hf/")
         parser.link_arguments("out", "trainer.default_root_dir")
+        parser.add_lightning_class_args(WatchLoss, "watch_loss")
         # the data owns no tokenizer: what turns text and images into tensors belongs to the model
         parser.link_arguments("model.processor", "data.processor", apply_on="instantiate")
         parser.link_arguments("model.image_tokens", "data.image_tokens", apply_on="instantiate")
@@ -48,13 +50,13 @@ class TrainingCLI(LightningCLI):
         trainer.callbacks.append(Requeue())
         return trainer
 
-    def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
+    def fit(self, **kwargs) -> None:
         """Trains. With `--ckpt_path last` it goes on where the run in OUT stopped, and leaves a finished one alone."""
         exported = Path(self.trainer.default_root_dir) / "hf"
-        if ckpt_path == "last" and exported.is_dir():
+        if self._get(self.config, "ckpt_path") == "last" and exported.is_dir():
             rank_zero_info(f"{exported} is there: this run is finished; nothing to do")
             return
-        self.trainer.fit(ckpt_path=ckpt_path, **kwargs)
+        self.trainer.fit(**kwargs)
 
 
 def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:

@@ -58,7 +58,7 @@ def test_adapter_of_stage_1_is_taken_over(parts, checkpoints):
 
     saved = load_file(checkpoints["causal"] / "model.safetensors")
     assert torch.equal(
-        model.model.multi_modal_projector.linear_1.weight, saved["model.multi_modal_projector.linear_1.weight"]
+        model.model.multi_modal_projector.linear_1.weight, saved["multi_modal_projector.linear_1.weight"]
     )
 
 
@@ -68,7 +68,7 @@ def test_adapter_of_another_mask_or_encoder_is_refused(parts, checkpoints, tmp_p
         build_model(*parts, processor, adapter=str(checkpoints["causal"]), image_attention="bidirectional")
     config = json.loads((checkpoints["causal"] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="holds no tensor named model.multi_modal_projector"):
+    with pytest.raises(ValueError, match="holds no tensor named multi_modal_projector"):
         build_model(*parts, processor, adapter=str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -2}))
     with pytest.raises(ValueError, match="vision_feature_layer is -2 there and -1 here"):
@@ -129,3 +129,10 @@ def test_image_processor_pads_with_the_mean_or_crops_the_centre(parts):
             assert torch.allclose(raw[:, 0], torch.tensor([122, 116, 104])[:, None] / 255, atol=0.02)
         else:  # the white sides are gone
             assert raw[:, 4, 3:5].max() < 0.1
+
+
+def test_a_checkpoint_that_is_nowhere_is_named_with_its_config_key(parts, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.llm: '.*nowhere' is neither a checkpoint directory"):
+        build_processor(parts[0], str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"model\.encoder\.path: 'no/such' is neither a checkpoint directory"):
+        Encoder("clip", "no/such").load_config()

@@ -1,0 +1,103 @@
+"""The job scripts without a Slurm: the plan of the study, and what would be submitted, by a `sbatch` that takes notes."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted([*(ROOT / "slurm").glob("*.sh"), *(ROOT / "slurm").glob("*.sbatch")])
+STAGES = ["stage1", "stage2", "probes", "knockout"]
+DATA = ["PYTHON", "CAPTIONS", "CAPTION_IMAGES", "INSTRUCTIONS", "INSTRUCTION_IMAGES", "SEGMENTATION"]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_script_is_sound_bash(path):
+    subprocess.run(["bash", "-n", path], check=True)
+    if shutil.which("shellcheck"):
+        found = subprocess.run(["shellcheck", "-x", path], cwd=ROOT, capture_output=True, text=True)
+        assert found.returncode == 0, found.stdout
+
+
+@pytest.fixture
+def study(tmp_path):
+    """Runs slurm/six_configurations.sh with fake commands of Slurm: sbatch numbers its calls from 1 and notes them,
+    squeue prints what `queue` holds. Returns (what it printed, the calls of sbatch as lists of words)."""
+    commands = {
+        "sbatch": f'echo "$@" >> {tmp_path}/calls; wc -l < {tmp_path}/calls',
+        "squeue": f"cat {tmp_path}/queue",
+    }
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "queue").touch()
+    for name, line in commands.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+
+    def run(*arguments, check=True, **settings):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        there = dict.fromkeys(DATA, str(tmp_path)) | {"RUNS": str(tmp_path / "runs")}
+        path = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        script = ROOT / "slurm/six_configurations.sh"
+        done = subprocess.run(
+            [script, *arguments], env=os.environ | path | there | settings, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0 or not check, done.stderr
+        calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+        return done, [call.split() for call in calls]
+
+    return run
+
+
+def test_dry_run_prints_every_job_and_what_it_waits_for_and_submits_none(study):
+    done, calls = study("--dry-run", CAPTIONS="/nowhere")
+    assert calls == [] and len(done.stdout.splitlines()) == 1 + 27
+    lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()[1:]}
+    for encoder in ("clip", "dinov2", "siglip"):
+        for mask in ("causal", "bidirectional"):
+            before = None
+            for stage in STAGES:
+                after = ["after", before] if before else []
+                before = f"{encoder}-{mask}/{stage}"
+                assert lines[before] == [f"slurm/{stage}.sbatch", encoder, mask, *after]
+        knockouts = [f"{encoder}-{mask}/knockout" for mask in ("causal", "bidirectional")]
+        assert lines[f"{encoder}-report/report"] == ["slurm/report.sbatch", encoder, "after", *knockouts]
+    assert all((ROOT / line[0]).is_file() for line in lines.values())
+
+
+def test_jobs_wait_for_those_they_need(study, tmp_path):
+    _, calls = study(ENCODERS="clip", NODES="2", TASKS_PER_NODE="4", GRES="gpu:h100", PARTITION="fast", ACCOUNT="me")
+    waits = [[word.partition("=")[2] for word in call if word.startswith("--dependency")] for call in calls]
+    assert waits == [[], ["afterok:1"], ["afterok:2"], ["afterok:3"]] + [
+        *([], ["afterok:5"], ["afterok:6"], ["afterok:7"], ["afterok:4:8"])
+    ]
+    training, report = calls[1], calls[8]
+    assert {"--account=me", "--partition=fast", "--nodes=2", "--ntasks-per-node=4", "--gres=gpu:h100:4"} <= {*training}
+    assert training[-3:] == ["slurm/stage2.sbatch", "clip", "causal"]
+    assert f"--output={tmp_path}/runs/clip-causal/logs/stage2.log" in training
+    assert (tmp_path / "runs/clip-causal/logs").is_dir(), "Slurm makes no folders for logs"
+    assert {"--nodes=1", "--ntasks-per-node=1", "--gres=gpu:h100:1"} <= {*report}
+
+
+def test_without_gpus_none_are_asked_for(study):
+    _, calls = study(ENCODERS="clip", GRES="")
+    assert not any(word.startswith(("--gres", "--account", "--partition")) for call in calls for word in call)
+
+
+def test_finished_parts_and_queued_jobs_are_left_alone(study, tmp_path):
+    runs = tmp_path / "runs"
+    (runs / "clip-causal/stage1/hf").mkdir(parents=True)
+    (tmp_path / "queue").write_text(
+        f"41 {ROOT}/{runs}/clip-causal/stage2\n42 /elsewhere/{runs}/clip-causal/probes\n43 {ROOT}/other/clip-causal/probes\n"
+    )
+    done, calls = study(ENCODERS="clip", MASKS="causal")
+    assert [call[-3] for call in calls[:-1]] == ["slurm/probes.sbatch", "slurm/knockout.sbatch"]
+    assert "--dependency=afterok:41" in calls[0] and "--kill-on-invalid-dep=yes" in calls[0]
+    assert "clip-causal/stage1             slurm/stage1.sbatch clip causal        finished" in done.stdout
+
+
+def test_missing_data_is_an_error_before_anything_is_submitted(study):
+    done, calls = study(check=False, CAPTIONS="/nowhere/captions.json")
+    assert done.returncode == 1 and calls == []
+    assert done.stderr == "slurm/env.sh: CAPTIONS=/nowhere/captions.json does not exist\n"

@@ -61,6 +61,7 @@ SchedulerType=sched/builtin
 SchedulerParameters=batch_sched_delay=0,sched_interval=2
 # two tasks must fit, on however few cores
 SlurmdParameters=config_overrides
+MinJobAge=3600
 KillWait=5
 ReturnToService=2
 MpiDefault=none

@@ -12,6 +12,8 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+import probes.cli
+
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("cluster")]
 
@@ -49,66 +51,69 @@ def shell(command: str, settings: dict[str, str]) -> str:
 
 
 def job_state(job: str) -> dict[str, str]:
+    """What Slurm says about a job; cuts short the two minutes for which it holds a requeued one."""
     shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
-    return dict(word.partition("=")[::2] for word in shown.split() if "=" in word)
+    state = dict(word.partition("=")[::2] for word in shown.split() if "=" in word)
+    if state["JobState"] == "PENDING" and state["Reason"] == "BeginTime":
+        subprocess.run(["scontrol", "update", f"job={job}", "StartTime=now"], capture_output=True)
+    return state
 
 
-def wait_for(job: str, log: Path, timeout_s: float = 240) -> dict[str, str]:
-    """Waits for the end of a job, and skips the two minutes that Slurm holds a requeued one."""
+def wait_until(done, job: str, log: Path, timeout_s: float) -> dict[str, str]:
+    """Waits until `done` of the job's state."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         state = job_state(job)
-        if state["JobState"] == "PENDING" and state["Reason"] == "BeginTime":
-            subprocess.run(["scontrol", "update", f"job={job}", "StartTime=now"], capture_output=True)
-        elif state["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"):
+        if done(state):
             return state
-        time.sleep(0.5)
+        time.sleep(0.2)
     subprocess.run(["scancel", job])
-    pytest.fail(f"job {job} did not end within {timeout_s} s:\n{log.read_text()[-3000:]}")
+    pytest.fail(f"job {job} has not come so far within {timeout_s} s:\n{log.read_text()[-3000:]}")
+
+
+def wait_for_end(job: str, log: Path, timeout_s: float = 240) -> dict[str, str]:
+    on_the_way = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
+    return wait_until(lambda state: state["JobState"] not in on_the_way, job, log, timeout_s)
 
 
 def submit(script: str, settings: dict[str, str], log: Path, more: str = "") -> str:
+    """As env.sh says; `more` are options of the command that the script runs. Returns the job's number."""
     command = f"sbatch --parsable --output={log} $TRAINING slurm/{script}.sbatch clip causal {more}"
     return shell(command, settings).strip()
 
 
-def steps_of(losses: Path) -> int:
-    return len(losses.read_text().splitlines()) if losses.exists() else 0
+def lines_of(path: Path) -> list[list[str]]:
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def signal_at(micro_batches: int, losses: Path, job: str, name: str) -> None:
-    deadline = time.monotonic() + 120
-    while steps_of(losses) < micro_batches:
-        assert time.monotonic() < deadline and job_state(job)["JobState"] in ("PENDING", "RUNNING"), job_state(job)
-        time.sleep(0.1)
-    subprocess.run(["scancel", f"--signal={name}", job], check=True)
+def signal_at(micro_batches: int, losses: Path, job: str, log: Path, *options: str) -> None:
+    wait_until(lambda state: len(lines_of(losses)) >= micro_batches, job, log, 120)
+    subprocess.run(["scancel", *options, job], check=True)
 
 
 def test_interrupted_training_with_skewed_ranks_ends_as_if_it_had_not_been(settings, tmp_path):
     """Stage 1 and 2 with two tasks; then stage 2 again, requeued in mid-epoch, stopped in mid-epoch, and submitted
     anew: the same losses, none twice, none missing, and the same weights, bit for bit."""
-    stage1 = wait_for(submit("stage1", settings, tmp_path / "stage1.log"), tmp_path / "stage1.log")
+    stage1 = wait_for_end(submit("stage1", settings, tmp_path / "stage1.log"), tmp_path / "stage1.log")
     assert stage1["JobState"] == "COMPLETED", (tmp_path / "stage1.log").read_text()[-3000:]
 
     skew = f"--trainer.callbacks+=skew.Skew --trainer.callbacks.seconds=0.2 --trainer.callbacks.losses={tmp_path}"
     log = tmp_path / "whole.log"
-    whole = wait_for(submit("stage2", settings, log, f"{skew}/whole"), log)
+    whole = wait_for_end(submit("stage2", settings, log, f"{skew}/whole"), log)
     assert whole["JobState"] == "COMPLETED", log.read_text()[-3000:]
 
     out, log, losses = Path(settings["RUNS"]) / "clip-causal/interrupted", tmp_path / "cut.log", tmp_path / "cut"
     more = f"{skew}/cut --out {out}"
     job = submit("stage2", settings, log, more)
-    signal_at(5, losses, job, "USR1")
-    while steps_of(losses) < 8:
-        wait_for_requeue(job)
-    signal_at(13, losses, job, "TERM")
-    stopped = wait_for(job, log)
+    signal_at(5, losses, job, log, "--signal=USR1")
+    signal_at(13, losses, job, log, "--signal=TERM")
+    stopped = wait_for_end(job, log)
     assert stopped["Restarts"] == "1" and stopped["JobState"] == "FAILED", "what waits for it must not start"
     assert not (out / "hf").exists()
-    last = wait_for(submit("stage2", settings, log, more), log)
+    last = wait_for_end(submit("stage2", settings, log, more), log)
     assert last["JobState"] == "COMPLETED", log.read_text()[-3000:]
 
-    rows = [[line.split() for line in (tmp_path / name).read_text().splitlines()] for name in ("whole", "cut")]
+    rows = [lines_of(tmp_path / name) for name in ("whole", "cut")]
     assert len(rows[0]) == 24 and [row[1:] for row in rows[0]] == [row[1:] for row in rows[1]]
     assert {row[0] for row in rows[1]} == {"0", "1"}, "went on after it was requeued"
     weights = [
@@ -116,17 +121,25 @@ def test_interrupted_training_with_skewed_ranks_ends_as_if_it_had_not_been(setti
     ]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
-    again = wait_for(submit("stage2", settings, log, more), log)
+    again = wait_for_end(submit("stage2", settings, log, more), log)
     assert again["JobState"] == "COMPLETED" and "this run is finished; nothing to do" in log.read_text()
-    assert steps_of(losses) == 24
+    assert len(lines_of(losses)) == 24
 
 
-def wait_for_requeue(job: str) -> None:
-    state = job_state(job)
-    assert state["JobState"] in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), state
-    if state["JobState"] == "PENDING" and state["Reason"] == "BeginTime":
-        subprocess.run(["scontrol", "update", f"job={job}", "StartTime=now"], capture_output=True)
-    time.sleep(0.5)
+def test_requeued_probes_go_on_after_the_last_whole_epoch(settings, checkpoints, segmentation, tmp_path):
+    more = ["--model.mllm", str(checkpoints["causal"]), "--data.root", str(segmentation), "--trainer.max_epochs", "8"]
+    one_task, log, losses = settings | {"TASKS_PER_NODE": "1"}, tmp_path / "log", tmp_path / "losses"
+    slow = f"--trainer.callbacks+=skew.Skew --trainer.callbacks.seconds=0.4 --trainer.callbacks.losses={losses}"
+    job = submit("probes", one_task, log, f"{' '.join(more)} {slow} --out {tmp_path / 'cut'}")
+    signal_at(10, losses, job, log, "--batch", "--signal=USR1")
+    state = wait_for_end(job, log)
+    assert state["JobState"] == "COMPLETED" and state["Restarts"] == "1", log.read_text()[-3000:]
+    steps = {int(step) for restarts, step, _ in lines_of(losses) if restarts == "1"}
+    assert steps == set(range(10, 25)), "three steps an epoch, and the fourth epoch was cut short"
+
+    probes.cli.main(["fit", *settings["PROBES"].split(), *more, "--out", str(tmp_path / "whole")])
+    cut, whole = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("cut", "whole"))
+    assert cut["sites"] == whole["sites"] and len(cut["sites"][0]["history"]) == 8
 
 
 def test_six_configurations_run_to_the_report(settings, tmp_path):
@@ -138,7 +151,7 @@ def test_six_configurations_run_to_the_report(settings, tmp_path):
     assert again.count("(in the queue already)") >= 26, "nothing is submitted twice"
     for name, job in jobs.items():
         log = tmp_path / Path(name).parent / "logs" / f"{Path(name).name}.log"
-        assert wait_for(job, log, timeout_s=600)["JobState"] == "COMPLETED", f"{name}\n{log.read_text()[-3000:]}"
+        assert wait_for_end(job, log, timeout_s=600)["JobState"] == "COMPLETED", f"{name}\n{log.read_text()[-3000:]}"
     for encoder in ("clip", "dinov2", "siglip"):
         results = json.loads((tmp_path / f"{encoder}-report/results.json").read_text())
         assert set(results["masks"]) == {"causal", "bidirectional"} and results["masks"]["causal"]["knockout"]

@@ -1,4 +1,4 @@
-"""The job scripts without a Slurm: the plan of the study, and what would be submitted, by a `sbatch` that takes notes."""
+"""The job scripts without a Slurm: the plan of the study, and what a `sbatch` that only takes notes is given."""
 
 import os
 import shutil
@@ -88,9 +88,8 @@ def test_without_gpus_none_are_asked_for(study):
 def test_finished_parts_and_queued_jobs_are_left_alone(study, tmp_path):
     runs = tmp_path / "runs"
     (runs / "clip-causal/stage1/hf").mkdir(parents=True)
-    (tmp_path / "queue").write_text(
-        f"41 {ROOT}/{runs}/clip-causal/stage2\n42 /elsewhere/{runs}/clip-causal/probes\n43 {ROOT}/other/clip-causal/probes\n"
-    )
+    queue = {41: f"{ROOT}/{runs}/clip-causal/stage2", 42: "/elsewhere/clip-causal/probes", 43: f"{ROOT}/probes"}
+    (tmp_path / "queue").write_text("".join(f"{number} {name}\n" for number, name in queue.items()))
     done, calls = study(ENCODERS="clip", MASKS="causal")
     assert [call[-3] for call in calls[:-1]] == ["slurm/probes.sbatch", "slurm/knockout.sbatch"]
     assert "--dependency=afterok:41" in calls[0] and "--kill-on-invalid-dep=yes" in calls[0]

@@ -1,4 +1,4 @@
-"""Requeueing with signals that the test sends itself and a `scontrol` that only takes notes; tests/slurm has a real one."""
+"""Requeueing, with signals that a test sends itself and a `scontrol` that only takes notes (tests/slurm: real ones)."""
 
 import os
 import signal

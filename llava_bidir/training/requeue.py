@@ -32,13 +32,13 @@ class Requeue(Callback):
         self.received: set[int] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Lightning requeues by itself only where nobody else handles SIGUSR1
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            signal.signal(number, lambda number, frame: self.received.add(number))
+        """Before training there is nothing to save. Lightning restores this handler when training is over, so that a
+        late signal does not kill a run that is about to end well."""
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Again, for Lightning has put its own handler of SIGTERM in front."""
-        self.setup(trainer, pl_module, "fit")
+        for number in (signal.SIGUSR1, signal.SIGTERM):  # the latter in place of Lightning's
+            signal.signal(number, lambda number, frame: self.received.add(number))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
         epoch = trainer.fit_loop.epoch_loop

@@ -102,6 +102,8 @@ def test_after_sigterm_it_saves_but_leaves_the_queue_alone(parts, conversations,
 def test_a_signal_in_the_last_step_finds_a_finished_run(micro_batch, parts, conversations, scontrol, tmp_path):
     _, trainer, status = fit(parts, conversations, tmp_path, micro_batch=micro_batch)
     assert status == 0 and trainer.global_step == 6 and (tmp_path / "hf").is_dir() and not scontrol.exists()
+    # Python gives a signal its deadly default back at exit unless it is ignored
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_signal_at_the_end_of_an_epoch_waits_for_the_next(parts, conversations, scontrol, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import LlavaProcessor
 
-from .conversation import IGNORE_INDEX, IMAGE, encode
+from .conversation import IGNORE_INDEX, encode
 
 
 def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
@@ -44,7 +44,7 @@ class Collate:
                 sample["conversations"],
                 self.processor.tokenizer,
                 self.template,
-                self.image_tokens,
+                None if sample["image"] is None else self.image_tokens,
                 self.processor.image_token_id,
             )
         except ValueError as error:
@@ -75,21 +75,21 @@ class Collate:
             "input_ids": pad(rows, self.processor.tokenizer.pad_token_id),
             "labels": labels,
             "attention_mask": pad([[1] * len(row) for row in rows], 0),
-            "pixel_values": self.pixels(samples),
+            "pixel_values": self.pixels(samples, rows),
             "predicts": supervised.any(0).nonzero().flatten(),
             "supervised": int(supervised.sum()),
             "tokens": sum(len(row) for row in rows),
         }
 
-    def pixels(self, samples: list[dict]) -> Tensor | None:
-        """The images of a batch, one for each `<image>`; records have one image, which several turns may show."""
-        images = [
+    def pixels(self, samples: list[dict], rows: list[list[int]]) -> Tensor | None:
+        """The images of a batch, each as often as its encoded row shows it: several turns may show the same one."""
+        image_id = self.processor.image_token_id
+        shown = [
             sample["image"]
-            for sample in samples
-            for turn in sample["conversations"]
-            if sample["image"] is not None and IMAGE in turn["value"]
+            for sample, ids in zip(samples, rows, strict=True)
+            for _ in range(ids.count(image_id) // self.image_tokens)
         ]
-        return self.processor.image_processor(images, return_tensors="pt")["pixel_values"] if images else None
+        return self.processor.image_processor(shown, return_tensors="pt")["pixel_values"] if shown else None
 
     def prompts(self, samples: list[dict]) -> dict[str, Tensor]:
         """The first question of each sample up to its answer, padded on the left, as `generate` wants it."""
@@ -99,5 +99,5 @@ class Collate:
             "input_ids": pad(rows, self.processor.tokenizer.pad_token_id, "left"),
             "attention_mask": pad([[1] * len(row) for row in rows], 0, "left"),
         }
-        pixels = self.pixels(questions)
+        pixels = self.pixels(questions, rows)
         return batch if pixels is None else {**batch, "pixel_values": pixels}

@@ -4,11 +4,12 @@ import math
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Subset
 from transformers import LlavaProcessor
 
 from .collate import Collate
-from .instructions import Instructions
+from .instructions import Instructions, read_annotations
 from .sampler import BatchSampler
 
 
@@ -52,11 +53,16 @@ class InstructionData(LightningDataModule):
         self.collate = Collate(processor, image_tokens, template, max_length)
         self.trained_micro_batches = 0
 
+    def prepare_data(self) -> None:
+        for path in filter(None, (self.annotations, self.val_annotations)):
+            read_annotations(path)  # once a node, before the other ranks need it
+
     def setup(self, stage: str) -> None:
         if self.val_annotations:
             self.val = Instructions(self.val_annotations, self.images)
         if stage == "fit":
             self.train = Instructions(self.annotations, self.images)
+            rank_zero_info(self.train.summary(self.collate.image_tokens, self.collate.max_length))
             self.sampler = BatchSampler(
                 self.train.lengths(),
                 self.batch_size,

@@ -171,7 +171,7 @@ class Instructions(Dataset):
         text_only, shown = self._text_only(), self._column("shown")
         least = self._column("words") + shown * image_tokens
         return (
-            f"{len(self):,} records: {text_only.sum():,} text only, {(~text_only & (shown == 0)).sum():,} with an image "
-            f"that no {IMAGE} shows, {(self._column('answers') == 0).sum():,} without an answer to train on, at least "
-            f"{(least > max_length).sum():,} longer than {max_length:,} tokens, which are cut"
+            f"{len(self):,} records: {text_only.sum():,} text only, {(~text_only & (shown == 0)).sum():,} with an "
+            f"image that no {IMAGE} shows, {(self._column('answers') == 0).sum():,} without an answer to train on, "
+            f"at least {(least > max_length).sum():,} longer than {max_length:,} tokens, which are cut"
         )

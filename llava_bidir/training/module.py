@@ -5,7 +5,7 @@ Shapes: B batch, N sequence, n positions whose next token some sample of the bat
 
 import logging
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,9 @@ class LlavaTraining(LightningModule):
         adapter_learning_rate: Another one for the adapter.
         betas, weight_decay: AdamW's.
         warmup_ratio: Share of the steps that the learning rate rises; then it falls as a cosine to zero.
+        loss_average: Over what a step's loss is averaged: "llava", each micro-batch's tokens, then micro-batches and
+            devices, as LLaVA ran; "tokens", all supervised tokens of the global batch, so that neither accumulation nor
+            the number of devices changes it.
         gradient_checkpointing: Recomputes LLM layers in the backward pass to save memory.
         attn_implementation: sdpa, eager or flex_attention; flash attention drops masks and is refused.
         max_new_tokens: Longest answer generated at validation.
@@ -55,6 +58,7 @@ class LlavaTraining(LightningModule):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.03,
+        loss_average: Literal["llava", "tokens"] = "llava",
         gradient_checkpointing: bool = False,
         attn_implementation: str = "sdpa",
         max_new_tokens: int = 32,
@@ -99,7 +103,7 @@ class LlavaTraining(LightningModule):
         size = len(batch["ids"])
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         self.log("train/supervised_tokens", float(batch["supervised"]), batch_size=size)
-        return loss
+        return loss if self.hparams.loss_average == "llava" else loss * batch["weight"]
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Mean cross-entropy over the supervised tokens of a micro-batch, as LLaVA takes it; 0 if there is none."""
@@ -157,8 +161,11 @@ class LlavaTraining(LightningModule):
     def optimizer_steps(self) -> int:
         """Steps of the whole run, from its config. `trainer.estimated_stepping_batches` would start the data loader
         before a checkpoint has told it where to resume."""
-        steps = self.trainer.datamodule.steps_per_epoch * (self.trainer.max_epochs or 1)
-        return steps if self.trainer.max_steps < 0 else min(steps, self.trainer.max_steps)
+        epochs = 1 if self.trainer.max_epochs is None else self.trainer.max_epochs
+        limits = (self.trainer.datamodule.steps_per_epoch * epochs, self.trainer.max_steps)  # negative: no limit
+        if max(limits) < 0:
+            raise ValueError("trainer.max_epochs and trainer.max_steps are both unlimited; the schedule needs an end")
+        return min(limit for limit in limits if limit >= 0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what trains; the frozen rest is where it was loaded from."""

@@ -6,10 +6,11 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
-TRAINING = {  # LightningCLI's own subcommands, with options of their own
+TRAINING = {  # these take the options of LightningCLI
     "fit": "train a stage: -c configs/stage1.yaml -c configs/encoder/clip.yaml --model.image_attention bidirectional",
     "validate": "loss and answers of a checkpoint on the validation questions",
     "test": "the same as validate",
+    "verify-data": "preflight of every record and image before GPU time: -c CONFIG [--decode] [--json FILE]",
     "inspect": "what the model is really fed: -c CONFIG [--index I ...] [--json]",
 }
 
@@ -56,7 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv and argv[0] in TRAINING:
-            import_module("llava_bidir.inspection" if argv[0] == "inspect" else "llava_bidir.training.cli").main(argv)
+            home = {"inspect": "inspection", "verify-data": "verify"}.get(argv[0], "training.cli")
+            import_module(f"llava_bidir.{home}").main(argv)
             return
         args = build_parser().parse_args(argv)
         module, _, function = args.run.partition(":")

@@ -40,22 +40,25 @@ class Collate:
             ValueError: Names the sample that cannot be encoded.
         """
         try:
-            ids, labels = encode(
-                sample["conversations"],
-                self.processor.tokenizer,
-                self.template,
-                None if sample["image"] is None else self.image_tokens,
-                self.processor.image_token_id,
-            )
+            ids, labels = self.encode_whole(sample["conversations"], sample["image"] is not None)
         except ValueError as error:
             raise ValueError(f"record {sample['id']!r}: {error}") from None
-        cut = ids[self.max_length :]
-        if self.processor.image_token_id in cut:
-            raise ValueError(
-                f"record {sample['id']!r}: its image ends behind data.max_length {self.max_length}; raise it, or "
-                "shorten the text before the image"
-            )
         return ids[: self.max_length], labels[: self.max_length]
+
+    def encode_whole(self, turns: list[dict], has_image: bool) -> tuple[list[int], list[int]]:
+        """Ids and labels of a conversation, not cut.
+
+        Raises:
+            ValueError: It cannot be encoded, or would be cut within its image.
+        """
+        tokenizer, image_id = self.processor.tokenizer, self.processor.image_token_id
+        ids, labels = encode(turns, tokenizer, self.template, self.image_tokens if has_image else None, image_id)
+        if image_id in ids[self.max_length :]:
+            raise ValueError(
+                f"its image ends behind data.max_length {self.max_length}; raise it, or shorten the text before the "
+                "image"
+            )
+        return ids, labels
 
     def __call__(self, samples: list[dict]) -> dict[str, Any]:
         """A batch for the training step.

@@ -60,17 +60,10 @@ def encode(
     Raises:
         ValueError: An unknown template or role, roles out of order, a turn without text, or what `plain` cannot hold.
     """
-    if template not in TEMPLATES:
-        raise ValueError(f"unknown template {template!r}; there is {', '.join(TEMPLATES)}")
     input_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     labels = [IGNORE_INDEX] * len(input_ids)
     continues = False  # LLaVA tokenises the text before, between and after images separately
-    turns = check_turns(turns)
-    if image_tokens is not None:
-        turns = [{**turn, "value": _image_first(turn["value"])} for turn in turns]
-    elif template == "plain":
-        raise ValueError("template 'plain' wants an image")
-    for text, supervised in TEMPLATES[template](turns, tokenizer.eos_token):
+    for text, supervised in _pieces(turns, tokenizer, template, image_tokens is not None):
         for i, part in enumerate([text] if image_tokens is None else text.split(IMAGE)):
             if i > 0:
                 input_ids += [image_token_id] * image_tokens
@@ -82,6 +75,29 @@ def encode(
                 labels += tokens if supervised else [IGNORE_INDEX] * len(tokens)
                 continues = True
     return input_ids, labels
+
+
+def most_tokens(turns: Sequence[Turn], tokenizer, template: str, image_tokens: int | None) -> int:
+    """A number of tokens that :func:`encode` cannot exceed, found without tokenising.
+
+    A byte of text gives one token at most, for Llama's tokenizer falls back to bytes; each stretch of text may have a
+    word-start marker in front. Arguments and errors as of :func:`encode`.
+    """
+    texts = [text for text, _ in _pieces(turns, tokenizer, template, image_tokens is not None)]
+    images = 0 if image_tokens is None else sum(text.count(IMAGE) for text in texts)
+    return 1 + sum(len(text.encode()) + 1 for text in texts) + images * (image_tokens or 0)
+
+
+def _pieces(turns: Sequence[Turn], tokenizer, template: str, has_image: bool) -> list[Piece]:
+    """The conversation's text under a template, each `<image>` moved to the front of its turn."""
+    if template not in TEMPLATES:
+        raise ValueError(f"unknown template {template!r}; there is {', '.join(TEMPLATES)}")
+    turns = check_turns(turns)
+    if has_image:
+        turns = [{**turn, "value": _image_first(turn["value"])} for turn in turns]
+    elif template == "plain":
+        raise ValueError("template 'plain' wants an image")
+    return TEMPLATES[template](turns, tokenizer.eos_token)
 
 
 def _tokenize(text: str, tokenizer, continues: bool) -> list[int]:

@@ -167,6 +167,11 @@ class LlavaTraining(LightningModule):
             raise ValueError("trainer.max_epochs and trainer.max_steps are both unlimited; the schedule needs an end")
         return min(limit for limit in limits if limit >= 0)
 
+    def facts(self) -> dict[str, Any]:
+        """How the model is made, for its card: the stage, and every setting that has a value."""
+        settings = {k: v for k, v in self.hparams.items() if v is not None and not k.startswith("_")}
+        return {"stage": "+".join(self.hparams.train), **settings}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what trains; the frozen rest is where it was loaded from."""
         trained = {"model." + name for name, parameter in self.model.named_parameters() if parameter.requires_grad}

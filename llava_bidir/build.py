@@ -9,6 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlavaProcessor
 
 from .encoders import Encoder
+from .lora import UPDATES, has_lora
 from .modeling import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 
 log = logging.getLogger(__name__)
@@ -164,13 +165,19 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
 
 
 def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:
-    """Freezes everything but `parts` ("adapter", "llm") and returns the number of parameters that train, by part."""
+    """Freezes everything but `parts` ("adapter", "llm") and returns the number of parameters that train, by part.
+
+    Of an LLM with low-rank updates (lora.py) only these train.
+    """
     unknown = set(parts) - set(TRAINABLE)
     if unknown or not parts:
         raise ValueError(f"model.train must be some of {', '.join(TRAINABLE)}; got {parts}. The encoder never trains")
     counts = dict.fromkeys(parts, 0)
+    updates_only = has_lora(model)
     for name, parameter in model.named_parameters():
         part = next((p for p in parts if name.startswith(TRAINABLE[p])), None)
+        if part == "llm" and updates_only and UPDATES not in name:
+            part = None
         parameter.requires_grad_(part is not None)
         if part is not None:
             counts[part] += parameter.numel()

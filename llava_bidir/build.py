@@ -129,7 +129,9 @@ def build_model(
 def widen_vocabulary(language_model, size: int) -> None:
     """Makes room for `size` tokens; new rows are the mean of the old ones, padded to a multiple that GPUs like."""
     if size > language_model.get_input_embeddings().num_embeddings:
-        language_model.resize_token_embeddings(size, pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=True)
+        with torch.random.fork_rng(devices=[]):  # drawn alike each time: where the LLM is frozen no checkpoint has them
+            torch.manual_seed(0)
+            language_model.resize_token_embeddings(size, pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=True)
 
 
 def init_adapter(adapter: nn.Module, gain: float = 1.0) -> None:

@@ -118,7 +118,7 @@ def test_fit_exports_a_model_that_generate_and_export_agree_on(parts, conversati
         llava_bidir.cli.main(["generate", str(run / "hf"), "none.png", "sky"])
 
 
-@pytest.mark.parametrize(("frozen", "rounding"), [("float32", 0.0), ("bfloat16", 2**-8)])
+@pytest.mark.parametrize(("frozen", "rounding"), [("float32", 0.0), ("bfloat16", 2**-7)])
 def test_lora_is_merged_into_what_is_exported(frozen, rounding, parts, conversations, tmp_path):
     """The run's own export has the dtypes it trained with; the checkpoint's is made from the float32 LLM."""
     argv = ["fit", *tiny.training_arguments(parts, conversations), "--out", str(tmp_path / "run")]

@@ -11,7 +11,13 @@ TRAINING = {  # these take the options of LightningCLI
     "validate": "loss and answers of a checkpoint on the validation questions",
     "test": "the same as validate",
     "verify-data": "preflight of every record and image before GPU time: -c CONFIG [--decode] [--json FILE]",
+    "size": "parameters, FLOPs and memory of a config, without weights: -c CONFIG [--devices N] [--json]",
     "inspect": "what the model is really fed: -c CONFIG [--index I ...] [--json]",
+}
+HOMES = {
+    "inspect": "llava_bidir.inspection",
+    "size": "llava_bidir.sizing",
+    "verify-data": "llava_bidir.verify",
 }
 
 
@@ -60,8 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv and argv[0] in TRAINING:
-            home = {"inspect": "inspection", "verify-data": "verify"}.get(argv[0], "training.cli")
-            import_module(f"llava_bidir.{home}").main(argv)
+            import_module(HOMES.get(argv[0], "llava_bidir.training.cli")).main(argv)
             return
         args = build_parser().parse_args(argv)
         module, _, function = args.run.partition(":")

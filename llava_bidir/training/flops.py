@@ -11,7 +11,7 @@ from torch import nn
 
 from ..modeling import LlavaBidirForConditionalGeneration
 
-# Dense bfloat16, first match wins. Source: NVIDIA's data sheets; Lightning's table has the H200 with sparsity, twice that.
+# Dense bfloat16; the first match wins. Source: NVIDIA's data sheets. Lightning's table has the H200 with sparsity.
 PEAK_TFLOPS = {"H200": 989.4, "H100 PCIe": 756, "H100": 989.4, "A100": 312, "L40S": 362, "RTX 4090": 165.2}
 
 

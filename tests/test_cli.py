@@ -137,6 +137,17 @@ def test_lora_is_merged_into_what_is_exported(frozen, rounding, parts, conversat
         torch.testing.assert_close(tensor.float(), second[key], rtol=0, atol=rounding * float(second[key].abs().max()))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_image_that_goes_missing_ends_training_with_its_record_named(workers, parts, tmp_path):
+    """Nothing takes its place."""
+    folder = tiny.write_conversations(tmp_path)
+    (folder / "pictures/3.png").unlink()
+    argv = ["fit", *tiny.training_arguments(parts, folder), "--out", str(tmp_path / "run")]
+    argv += ["--data.val_annotations", "null", "--data.num_workers", str(workers)]
+    with pytest.raises(SystemExit, match=r"^llava-bidir: record 'r3': image .*pictures/3.png is missing$"):
+        llava_bidir.cli.main(argv)
+
+
 def test_tensorboard_has_what_a_run_should_show(parts, conversations, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

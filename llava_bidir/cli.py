@@ -37,8 +37,16 @@ def build_parser() -> argparse.ArgumentParser:
         return added
 
     export = command("export", "llava_bidir.export:run", "a training checkpoint to a Hugging Face directory")
-    export.add_argument("checkpoint", type=Path, metavar="CKPT", help="RUN/checkpoints/*.ckpt")
+    export.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CKPT",
+        help="RUN/checkpoints/*.ckpt, or a directory that LLaVA's own code wrote",
+    )
     export.add_argument("out", type=Path, metavar="OUT", help="directory; replaced if it exists")
+    export.add_argument(
+        "--encoder", metavar="PATH", help="CLIP of a checkpoint of LLaVA's own code (the one that its config names)"
+    )
     export.add_argument(
         "--as-llava", action="store_true", help="as transformers' own llava, for serving software; causal models only"
     )

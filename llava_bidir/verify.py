@@ -69,37 +69,37 @@ class Checks(Dataset):
         """(kind, detail) of each finding about one row of the annotations."""
         if record["problem"]:
             return [("broken", record["problem"])]
-        findings = self.check_text(record)
+        findings = check_tags(record) + self.check_tokens(record)
         if record["image"]:
             findings += check_image(self.images / record["image"], self.decode)
         return findings
 
-    def check_text(self, record: dict) -> list[tuple[str, str]]:
-        collate, turns, has_image = self.collate, record["conversations"], record["shown"] > 0
-        findings = []
-        used = check_turns(turns)
-        tags = sum(turn["value"].count(IMAGE) for turn in used)
-        if tags > 1 and record["image"]:
-            findings.append(("several_images", f"{tags} {IMAGE} in {record['shown']} turns"))
-        if record["image"] and not has_image:
-            findings.append(("image_not_shown", record["image"]))
-        if tags and not record["image"]:
-            findings.append(("tag_without_image", f"{tags} {IMAGE}"))
+    def check_tokens(self, record: dict) -> list[tuple[str, str]]:
+        collate, turns, tokenizer = self.collate, record["conversations"], self.collate.processor.tokenizer
+        has_image = record["shown"] > 0
+        trains, findings = collate.template == "plain" or record["answers"] > 0, []  # `plain` trains a newline at least
         try:
-            bound = most_tokens(
-                turns, collate.processor.tokenizer, collate.template, collate.image_tokens if has_image else None
-            )
-            trains = collate.template == "plain" or record["answers"] > 0
+            bound = most_tokens(turns, tokenizer, collate.template, collate.image_tokens if has_image else None)
             if bound > collate.max_length:
                 ids, labels = collate.encode_whole(turns, has_image)
                 if len(ids) > bound:
-                    raise RuntimeError(f"record {record['id']!r} has {len(ids)} tokens, more than its {bound} bytes")
+                    raise RuntimeError(f"record {record['id']!r}: {len(ids)} tokens, but no more than {bound} expected")
                 if len(ids) > collate.max_length:
                     findings.append(("too_long", f"{len(ids)} tokens"))
                 trains = any(label != IGNORE_INDEX for label in labels[1 : collate.max_length])
         except ValueError as error:
-            return [*findings, ("broken", str(error))]
+            return [("broken", str(error))]
         return findings if trains else [*findings, ("unsupervised", f"{record['answers']} answers that are not empty")]
+
+
+def check_tags(record: dict) -> list[tuple[str, str]]:
+    """Whether image and `<image>` go together one to one."""
+    tags = sum(turn["value"].count(IMAGE) for turn in check_turns(record["conversations"]))
+    if record["image"] and tags == 0:
+        return [("image_not_shown", record["image"])]
+    if record["image"] and tags > 1:
+        return [("several_images", f"{tags} {IMAGE} in {record['shown']} turns")]
+    return [("tag_without_image", f"{tags} {IMAGE}")] if tags and not record["image"] else []
 
 
 def check_image(path: Path, decode: bool) -> list[tuple[str, str]]:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlavaProcessor
 
 from .encoders import Encoder, read_pretrained
+from .lora import UPDATES, has_lora
 from .modeling import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 
 log = logging.getLogger(__name__)
@@ -135,7 +136,9 @@ def widen_vocabulary(language_model, tokens: int) -> None:
     """Makes room for `tokens`; new rows are drawn around the mean of the old ones."""
     rows = language_model.get_input_embeddings().num_embeddings
     if widened(rows, tokens) > rows:
-        language_model.resize_token_embeddings(widened(rows, tokens), mean_resizing=True)
+        with torch.random.fork_rng(devices=[]):  # drawn alike each time: where the LLM is frozen no checkpoint has them
+            torch.manual_seed(0)
+            language_model.resize_token_embeddings(widened(rows, tokens), mean_resizing=True)
 
 
 def init_adapter(adapter: nn.Module, gain: float = 1.0) -> None:
@@ -171,13 +174,19 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
 
 
 def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:
-    """Freezes everything but `parts` ("adapter", "llm") and returns the number of parameters that train, by part."""
+    """Freezes everything but `parts` ("adapter", "llm") and returns the number of parameters that train, by part.
+
+    Of an LLM with low-rank updates (lora.py) only these train.
+    """
     unknown = set(parts) - set(TRAINABLE)
     if unknown or not parts:
         raise ValueError(f"model.train must be some of {', '.join(TRAINABLE)}; got {parts}. The encoder never trains")
     counts = dict.fromkeys(parts, 0)
+    updates_only = has_lora(model)
     for name, parameter in model.named_parameters():
         part = next((p for p in parts if name.startswith(TRAINABLE[p])), None)
+        if part == "llm" and updates_only and UPDATES not in name:
+            part = None
         parameter.requires_grad_(part is not None)
         if part is not None:
             counts[part] += parameter.numel()

@@ -1,19 +1,25 @@
 """The `llava-bidir` command: all its options. What a command needs is imported when it runs."""
 
 import argparse
+import re
 import sys
 import traceback
 from importlib import import_module
 from pathlib import Path
 
-TRAINING = {  # LightningCLI's own subcommands, with options of their own
+TRAINING = {  # these take the options of LightningCLI
     "fit": "train a stage: -c configs/stage1.yaml -c configs/encoder/clip.yaml --model.image_attention bidirectional",
     "validate": "loss and answers of a checkpoint on the validation questions",
     "test": "the same as validate",
+    "verify-data": "preflight of every record and image before GPU time: -c CONFIG [--decode] [--json FILE]",
     "size": "parameters, FLOPs and memory of a config, without weights: -c CONFIG [--devices N] [--json]",
     "inspect": "what the model is really fed: -c CONFIG [--index I ...] [--json]",
 }
-HOMES = {"inspect": "llava_bidir.inspection", "size": "llava_bidir.sizing"}
+HOMES = {
+    "inspect": "llava_bidir.inspection",
+    "size": "llava_bidir.sizing",
+    "verify-data": "llava_bidir.verify",
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -75,11 +81,18 @@ def main(argv: list[str] | None = None) -> None:
         module, _, function = args.run.partition(":")
         getattr(import_module(module), function)(args)
     except ValueError as error:
-        if not _raised_here(error):
+        message = _own_message(error)
+        if message is None:
             raise
-        sys.exit(f"llava-bidir: {error}")
+        sys.exit(f"llava-bidir: {message}")
 
 
-def _raised_here(error: ValueError) -> bool:
-    """Whether this package raised it: then it is about the user's input and says all; a bug keeps its traceback."""
-    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(Path(__file__).parent)
+def _own_message(error: ValueError) -> str | None:
+    """What it says if this package raised it: then it is about the user's input and says all; a bug has its traceback.
+
+    From a process that reads data, torch hands on an error with its traceback as text.
+    """
+    message, files = str(error), [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if message.startswith("Caught ValueError in DataLoader worker"):
+        files, message = re.findall(r'File "(.+?)", line', message), message.rpartition("\nValueError: ")[2].strip()
+    return message if Path(files[-1]).is_relative_to(Path(__file__).parent) else None

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
+from .lora import merge_lora
 from .model_card import model_card
 from .modeling import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 
@@ -67,9 +68,10 @@ def as_llava(model: LlavaBidirForConditionalGeneration) -> LlavaForConditionalGe
 
 
 def _compare(ours: torch.nn.Module, written: torch.nn.Module) -> None:
+    """In the dtype that it is read in: a model may have trained with its frozen part in bfloat16."""
     theirs = written.state_dict()
     for name, tensor in ours.state_dict().items():
-        if not torch.equal(tensor.cpu(), theirs[name]):
+        if not torch.equal(tensor.to("cpu", theirs[name].dtype), theirs[name]):
             raise RuntimeError(f"export: tensor {name} differs after reading it back")
 
 
@@ -99,12 +101,12 @@ def _read(checkpoint: Path) -> tuple[LlavaBidirForConditionalGeneration, LlavaPr
     settings = {k: v for k, v in saved.get("hyper_parameters", {}).items() if not k.startswith("_")}
     if "image_attention" not in settings:
         raise ValueError(f"{checkpoint} is no checkpoint of `llava-bidir fit`")
-    module = LlavaTraining(**settings)
+    module = LlavaTraining(**settings | {"frozen_dtype": "float32"})
     module.configure_model()
     module.on_load_checkpoint(saved)
     module.load_state_dict(saved["state_dict"], strict=False)
     return (
-        module.model,
+        merge_lora(module.model),
         module.processor,
         module.facts() | {"steps": saved["global_step"], "checkpoint": str(checkpoint)},
     )

@@ -15,7 +15,7 @@ from .data.collate import Collate
 from .data.conversation import IGNORE_INDEX
 from .data.instructions import Instructions
 from .modeling import build_mask
-from .training.cli import TrainingCLI, build_cli
+from .training.cli import build_data_cli
 
 
 def inspect_sample(sample: dict, collate: Collate) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--index", type=int, nargs="+", default=[0], metavar="I", help="records to show (0)")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args, config = parser.parse_known_args(argv[1:])
-    cli: TrainingCLI = build_cli(config, run=False)
+    cli = build_data_cli(config)
     data = Instructions(cli.datamodule.annotations, cli.datamodule.images)
     for index in args.index:
         if not 0 <= index < len(data):

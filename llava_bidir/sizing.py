@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from .build import build_config, set_trainable, widened
+from .lora import add_lora
 from .modeling import LlavaBidirForConditionalGeneration
-from .training.cli import TrainingCLI, build_cli
+from .training.cli import TrainingCLI, build_data_cli
 from .training.flops import step_flops
 from .training.module import LlavaTraining
 
@@ -34,6 +35,8 @@ def build_empty(module: LlavaTraining) -> LlavaBidirForConditionalGeneration:
     config.text_config.vocab_size = widened(config.text_config.vocab_size, len(tokenizer))
     with torch.device("meta"):
         model = LlavaBidirForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    if module.lora:
+        add_lora(model, module.lora)
     set_trainable(model, args.train)
     return model
 
@@ -115,6 +118,6 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--length", type=int, metavar="N", help="tokens of a sample (data.max_length)")
     parser.add_argument("--json", action="store_true", help="one JSON object")
     args, config = parser.parse_known_args(argv[1:])
-    cli = build_cli(config, run=False)
+    cli = build_data_cli(config)
     facts = sizes(cli, args.devices, args.length or cli.datamodule.collate.max_length)
     print(json.dumps(facts) if args.json else readable(facts))

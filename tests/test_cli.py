@@ -8,12 +8,13 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from transformers import LlamaForCausalLM
 
 import llava_bidir.cli
 import probes.cli
 
 COMMANDS = {
-    "llava_bidir": ["fit", "validate", "test", "export", "inspect", "size", "generate", "demo-assets"],
+    "llava_bidir": ["fit", "validate", "test", "export", "inspect", "size", "verify-data", "generate", "demo-assets"],
     "probes": ["fit", "validate", "test", "sites", "states", "knockout", "starvation", "umap", "maps", "report"],
 }
 
@@ -115,6 +116,36 @@ def test_fit_exports_a_model_that_generate_and_export_agree_on(parts, conversati
     assert shown[0] == "sky" and shown[2] == "name the wall"
     with pytest.raises(SystemExit, match="image .*none.png cannot be read"):
         llava_bidir.cli.main(["generate", str(run / "hf"), "none.png", "sky"])
+
+
+@pytest.mark.parametrize(("frozen", "rounding"), [("float32", 0.0), ("bfloat16", 2**-7)])
+def test_lora_is_merged_into_what_is_exported(frozen, rounding, parts, conversations, tmp_path):
+    """The run's own export has the dtypes it trained with; the checkpoint's is made from the float32 LLM."""
+    argv = ["fit", *tiny.training_arguments(parts, conversations), "--out", str(tmp_path / "run")]
+    argv += ["--model.lora.r", "2", "--model.lora.alpha", "64", "--model.frozen_dtype", frozen]
+    argv += ["--trainer.precision", "bf16-mixed", "--trainer.gradient_clip_val", "null"]
+    llava_bidir.cli.main(argv)
+    (checkpoint,) = (tmp_path / "run/checkpoints").glob("*.ckpt")
+    llava_bidir.cli.main(["export", str(checkpoint), str(tmp_path / "again")])
+    first, second = (load_file(path / "model.safetensors") for path in (tmp_path / "run/hf", tmp_path / "again"))
+    assert first.keys() == second.keys() and not any("lora" in name or "base_layer" in name for name in first)
+    before = LlamaForCausalLM.from_pretrained(parts[1]).state_dict()
+    name = "layers.1.mlp.down_proj.weight"
+    merged = next(tensor for key, tensor in second.items() if key.endswith(name))
+    assert (merged - before[f"model.{name}"]).abs().max() > 1e-3, "it has learned"
+    for key, tensor in first.items():
+        torch.testing.assert_close(tensor.float(), second[key], rtol=0, atol=rounding * float(second[key].abs().max()))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_image_that_goes_missing_ends_training_with_its_record_named(workers, parts, tmp_path):
+    """Nothing takes its place."""
+    folder = tiny.write_conversations(tmp_path)
+    (folder / "pictures/3.png").unlink()
+    argv = ["fit", *tiny.training_arguments(parts, folder), "--out", str(tmp_path / "run")]
+    argv += ["--data.val_annotations", "null", "--data.num_workers", str(workers)]
+    with pytest.raises(SystemExit, match=r"^llava-bidir: record 'r3': image .*pictures/3.png is missing$"):
+        llava_bidir.cli.main(argv)
 
 
 def test_tensorboard_has_what_a_run_should_show(parts, conversations, tmp_path):

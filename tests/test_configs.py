@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,15 +10,18 @@ import tiny
 import yaml
 from transformers import CLIPVisionModel, Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
 
+from llava_bidir.lora import Lora
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 TRAINING = ["stage1.yaml", "stage2.yaml", "demo/stage1.yaml", "demo/stage2.yaml"]
 ENCODERS = ["encoder/clip.yaml", "encoder/dinov2.yaml", "encoder/siglip.yaml"]
+BUDGET = ["budget/lora_24gb.yaml", "budget/full_80gb.yaml"]  # behind stage 2 and an encoder
 PROBING = ["probes/folder.yaml", "demo/probes.yaml"]
 UPON_PROBING = ["demo/untrained.yaml"]
 
 
 def test_every_yaml_is_covered_here():
-    known = {*TRAINING, *ENCODERS, *PROBING, *UPON_PROBING}
+    known = {*TRAINING, *ENCODERS, *BUDGET, *PROBING, *UPON_PROBING}
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == known
 
 
@@ -73,8 +77,24 @@ def test_recipe_is_llava_1_5(stage, numbers, parts, conversations, encoders):
         data.group_by_length,
     ) == numbers
     assert (model.weight_decay, model.warmup_ratio, tuple(model.betas)) == (0.0, 0.03, (0.9, 0.999))
+    assert model.loss_average == "llava" and model.lora is None
     assert data.collate.max_length == 2048 and cli.trainer.gradient_clip_val is None
     assert yaml.safe_load((CONFIGS / stage).read_text())["trainer"]["precision"] == "bf16-mixed"
+
+
+@pytest.mark.parametrize("budget", BUDGET)
+def test_budget_accumulates_to_the_recipes_batch(budget, parts, conversations, encoders):
+    if "zero.ZeRO" in (CONFIGS / budget).read_text() and find_spec("llava_bidir.training.zero") is None:
+        pytest.skip("ZeRO is not there")
+    files = ["stage2.yaml", "encoder/clip.yaml", budget]
+    cli = instantiate(files, parts, conversations, encoders / "clip")
+    stage2 = yaml.safe_load((CONFIGS / "stage2.yaml").read_text())
+    assert cli.datamodule.batch_size == stage2["data"]["batch_size"] and cli.datamodule.group_by_length
+    assert cli.trainer.num_devices == 1 and cli.datamodule.micro_batch_size < cli.datamodule.batch_size
+    assert cli.model.hparams.loss_average == "tokens"
+    if "lora" in budget:  # Source: LLaVA scripts/v1_5/finetune_lora.sh
+        rates = cli.model.hparams.learning_rate, cli.model.hparams.adapter_learning_rate
+        assert cli.model.lora == Lora(128, 256, 0.05) and rates == (2e-4, 2e-5)
 
 
 @pytest.mark.parametrize("more", [[], UPON_PROBING])

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import LlavaProcessor
 
-from .conversation import IGNORE_INDEX, IMAGE, encode
+from .conversation import IGNORE_INDEX, encode
+from .pixels import to_pixels
 
 
 def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
@@ -40,22 +41,25 @@ class Collate:
             ValueError: Names the sample that cannot be encoded.
         """
         try:
-            ids, labels = encode(
-                sample["conversations"],
-                self.processor.tokenizer,
-                self.template,
-                self.image_tokens,
-                self.processor.image_token_id,
-            )
+            ids, labels = self.encode_whole(sample["conversations"], sample["image"] is not None)
         except ValueError as error:
             raise ValueError(f"record {sample['id']!r}: {error}") from None
-        cut = ids[self.max_length :]
-        if self.processor.image_token_id in cut:
-            raise ValueError(
-                f"record {sample['id']!r}: its image ends behind data.max_length {self.max_length}; raise it, or "
-                "shorten the text before the image"
-            )
         return ids[: self.max_length], labels[: self.max_length]
+
+    def encode_whole(self, turns: list[dict], has_image: bool) -> tuple[list[int], list[int]]:
+        """Ids and labels of a conversation, not cut.
+
+        Raises:
+            ValueError: It cannot be encoded, or would be cut within its image.
+        """
+        tokenizer, image_id = self.processor.tokenizer, self.processor.image_token_id
+        ids, labels = encode(turns, tokenizer, self.template, self.image_tokens if has_image else None, image_id)
+        if image_id in ids[self.max_length :]:
+            raise ValueError(
+                f"its image ends behind data.max_length {self.max_length}; raise it, or shorten the text before the "
+                "image"
+            )
+        return ids, labels
 
     def __call__(self, samples: list[dict]) -> dict[str, Any]:
         """A batch for the training step.
@@ -75,21 +79,21 @@ class Collate:
             "input_ids": pad(rows, self.processor.tokenizer.pad_token_id),
             "labels": labels,
             "attention_mask": pad([[1] * len(row) for row in rows], 0),
-            "pixel_values": self.pixels(samples),
+            "pixel_values": self.pixels(samples, rows),
             "predicts": supervised.any(0).nonzero().flatten(),
             "supervised": int(supervised.sum()),
             "lengths": [len(row) for row in rows],
         }
 
-    def pixels(self, samples: list[dict]) -> Tensor | None:
-        """The images of a batch, one for each `<image>`; records have one image, which several turns may show."""
-        images = [
+    def pixels(self, samples: list[dict], rows: list[list[int]]) -> Tensor | None:
+        """The images of a batch, each as often as its encoded row shows it: several turns may show the same one."""
+        image_id = self.processor.image_token_id
+        shown = [
             sample["image"]
-            for sample in samples
-            for turn in sample["conversations"]
-            if sample["image"] is not None and IMAGE in turn["value"]
+            for sample, ids in zip(samples, rows, strict=True)
+            for _ in range(ids.count(image_id) // self.image_tokens)
         ]
-        return self.processor.image_processor(images, return_tensors="pt")["pixel_values"] if images else None
+        return to_pixels(shown, self.processor.image_processor) if shown else None
 
     def prompts(self, samples: list[dict]) -> dict[str, Tensor]:
         """The first question of each sample up to its answer, padded on the left, as `generate` wants it."""
@@ -99,5 +103,5 @@ class Collate:
             "input_ids": pad(rows, self.processor.tokenizer.pad_token_id, "left"),
             "attention_mask": pad([[1] * len(row) for row in rows], 0, "left"),
         }
-        pixels = self.pixels(questions)
+        pixels = self.pixels(questions, rows)
         return batch if pixels is None else {**batch, "pixel_values": pixels}

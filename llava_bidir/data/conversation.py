@@ -5,11 +5,15 @@ compare, with its "tokenization mismatch" and the samples it loses to that, has 
 LLaVA's own (train.py preprocess_plain and preprocess_v1, mm_utils.py tokenizer_image_token).
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 IGNORE_INDEX = -100
 IMAGE = "<image>"
+# Written out in a text, these are no tokens to LLaVA's tokenizer, though our processor adds them to its own. Cut behind
+# the "<", they are not found, and no token of Llama's vocabulary reaches across that cut.
+LITERALS = re.compile(r"(?<=<)(?=(?:image|pad)>)")
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -29,7 +33,7 @@ def encode(
     turns: Sequence[Turn],
     tokenizer,
     template: str = "vicuna_v1",
-    image_tokens: int = 576,
+    image_tokens: int | None = 576,
     image_token_id: int = 32000,
 ) -> tuple[list[int], list[int]]:
     """Token ids and labels of a conversation, each `<image>` expanded to `image_tokens` ids.
@@ -46,22 +50,21 @@ def encode(
         turns: LLaVA's JSON, ``[{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", ...}, ...]``.
         tokenizer: A Hugging Face tokenizer; its eos token closes an answer.
         template: "plain" (stage 1) or "vicuna_v1" (stage 2).
-        image_tokens: T, what the encoder gives for one image.
+        image_tokens: T, what the encoder gives for one image; None for a record without an image, in which `<image>` is
+            text like any other (LLaVA train.py has_image).
         image_token_id: The id that stands for an image token.
 
     Returns:
         input_ids and labels, as long as each other; labels are -100 where the model is not trained.
 
     Raises:
-        ValueError: An unknown template or role, roles out of order, or a turn without text.
+        ValueError: An unknown template or role, roles out of order, a turn without text, or what `plain` cannot hold.
     """
-    if template not in TEMPLATES:
-        raise ValueError(f"unknown template {template!r}; there is {', '.join(TEMPLATES)}")
     input_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     labels = [IGNORE_INDEX] * len(input_ids)
     continues = False  # LLaVA tokenises the text before, between and after images separately
-    for text, supervised in TEMPLATES[template](check_turns(turns), tokenizer.eos_token):
-        for i, part in enumerate(text.split(IMAGE)):
+    for text, supervised in _pieces(turns, tokenizer, template, image_tokens is not None):
+        for i, part in enumerate([text] if image_tokens is None else text.split(IMAGE)):
             if i > 0:
                 input_ids += [image_token_id] * image_tokens
                 labels += [IGNORE_INDEX] * image_tokens
@@ -74,12 +77,39 @@ def encode(
     return input_ids, labels
 
 
+def most_tokens(turns: Sequence[Turn], tokenizer, template: str, image_tokens: int | None) -> int:
+    """A number of tokens that :func:`encode` cannot exceed, found without tokenising.
+
+    A byte of text gives one token at most, for Llama's tokenizer falls back to bytes; each stretch of text may have a
+    word-start marker in front. Arguments and errors as of :func:`encode`.
+    """
+    texts = [text for text, _ in _pieces(turns, tokenizer, template, image_tokens is not None)]
+    images = 0 if image_tokens is None else sum(text.count(IMAGE) for text in texts)
+    return 1 + sum(len(text.encode()) + 1 for text in texts) + images * (image_tokens or 0)
+
+
+def _pieces(turns: Sequence[Turn], tokenizer, template: str, has_image: bool) -> list[Piece]:
+    """The conversation's text under a template, each `<image>` moved to the front of its turn."""
+    if template not in TEMPLATES:
+        raise ValueError(f"unknown template {template!r}; there is {', '.join(TEMPLATES)}")
+    turns = check_turns(turns)
+    if has_image:
+        turns = [{**turn, "value": _image_first(turn["value"])} for turn in turns]
+    elif template == "plain":
+        raise ValueError("template 'plain' wants an image")
+    return TEMPLATES[template](turns, tokenizer.eos_token)
+
+
 def _tokenize(text: str, tokenizer, continues: bool) -> list[int]:
     """Ids of `text`; `continues` says that it follows other text, so that no word-start marker is put before it."""
-    if not continues:
-        return tokenizer.encode(text, add_special_tokens=False)
-    # A sentencepiece tokenizer adds its marker at the start of a string only, not behind a special token.
-    return tokenizer.encode(tokenizer.eos_token + text, add_special_tokens=False)[1:]
+    ids = []
+    for part in LITERALS.split(text):
+        if continues or ids:
+            # A sentencepiece tokenizer adds its marker at the start of a string only, not behind a special token.
+            ids += tokenizer.encode(tokenizer.eos_token + part, add_special_tokens=False)[1:]
+        else:
+            ids += tokenizer.encode(part, add_special_tokens=False)
+    return ids
 
 
 def check_turns(turns: Sequence[Turn]) -> list[Turn]:
@@ -123,12 +153,11 @@ def _vicuna_v1(turns: list[Turn], eos: str) -> list[Piece]:
     """
     pieces = []
     for question, answer in zip(turns[::2], [*turns[1::2], {"value": ""}], strict=False):
-        text = _image_first(question["value"])
+        text = question["value"]
         user = f"USER: {text} ASSISTANT:" if text else "USER:ASSISTANT:"
         pieces.append(Piece(user if pieces else f"{SYSTEM} {user}", False))
-        reply = _image_first(answer["value"])
-        if reply:
-            pieces.append(Piece(f" {reply}{eos}", True))
+        if answer["value"]:
+            pieces.append(Piece(f" {answer['value']}{eos}", True))
     return pieces
 
 

@@ -4,11 +4,13 @@ import math
 
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Subset
 from transformers import LlavaProcessor
 
 from .collate import Collate
-from .instructions import Instructions
+from .instructions import Instructions, read_annotations
+from .loader import StepLoader
 from .sampler import BatchSampler
 
 
@@ -52,11 +54,16 @@ class InstructionData(LightningDataModule):
         self.collate = Collate(processor, image_tokens, template, max_length)
         self.trained_micro_batches = 0
 
+    def prepare_data(self) -> None:
+        for path in filter(None, (self.annotations, self.val_annotations)):
+            read_annotations(path)  # once a node, before the other ranks need it
+
     def setup(self, stage: str) -> None:
         if self.val_annotations:
             self.val = Instructions(self.val_annotations, self.images)
         if stage == "fit":
             self.train = Instructions(self.annotations, self.images)
+            rank_zero_info(self.train.summary(self.collate.image_tokens, self.collate.max_length))
             self.sampler = BatchSampler(
                 self.train.lengths(),
                 self.batch_size,
@@ -76,7 +83,17 @@ class InstructionData(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         self.sampler.skip(self.trained_micro_batches % len(self.sampler))
         self.trained_micro_batches = 0
-        return self._loader(self.train, batch_sampler=self.sampler, collate_fn=self.collate)
+        step_batches, strategy = self.trainer.accumulate_grad_batches, self.trainer.strategy
+        return self._loader(
+            self.train,
+            StepLoader,
+            batch_sampler=self.sampler,
+            collate_fn=self.collate,
+            step_batches=step_batches,
+            mean_over_ranks=lambda x: strategy.reduce(x.to(strategy.root_device), reduce_op="mean"),
+            # the workers read the next step while this one is trained
+            prefetch_factor=max(2, math.ceil(step_batches / self.num_workers)) if self.num_workers else None,
+        )
 
     def val_dataloader(self) -> DataLoader | list:
         if not self.val_annotations:
@@ -92,8 +109,8 @@ class InstructionData(LightningDataModule):
         answers = [sample["conversations"][1]["value"] for sample in samples]
         return {**self.collate(samples), "prompts": self.collate.prompts(samples), "answers": answers}
 
-    def _loader(self, dataset, **kwargs) -> DataLoader:
-        return DataLoader(dataset, num_workers=self.num_workers, pin_memory=torch.cuda.is_available(), **kwargs)
+    def _loader(self, dataset, loader=DataLoader, **kwargs) -> DataLoader:
+        return loader(dataset, num_workers=self.num_workers, pin_memory=torch.cuda.is_available(), **kwargs)
 
     def state_dict(self) -> dict:
         """How far the epoch is, so that a resumed run goes on with the next batch instead of the first."""

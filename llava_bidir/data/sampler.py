@@ -3,22 +3,23 @@
 Each global batch is drawn as a whole and cut into one consecutive block for each rank and micro-batch, as LLaVA's is.
 """
 
+import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from numpy import ndarray
 from torch import Generator
 
 
-def random_batches(lengths: list[int], batch_size: int, micro_batch_size: int, generator: Generator) -> list[list[int]]:
-    """All indices in random order, in global batches; the last one is topped up from the first (LLaVA's stage 1)."""
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    return _batches(order, batch_size)
+def random_batches(lengths: ndarray, batch_size: int, micro_batch_size: int, generator: Generator) -> ndarray:
+    """int[batches, batch_size]: all indices in random order; the last batch is topped up from the first (LLaVA's
+    stage 1)."""
+    return _batches(_shuffled(np.arange(len(lengths)), generator), batch_size)
 
 
-def grouped_batches(
-    lengths: list[int], batch_size: int, micro_batch_size: int, generator: Generator
-) -> list[list[int]]:
-    """Global batches of one modality each and of similar lengths within (LLaVA's stage 2).
+def grouped_batches(lengths: ndarray, batch_size: int, micro_batch_size: int, generator: Generator) -> ndarray:
+    """int[batches, batch_size]: global batches of one modality each and of similar lengths within (LLaVA's stage 2).
 
     Of each modality, random megabatches of one global batch are sorted by length and dealt to micro-batches of about
     equal total length; then the megabatches of both modalities are shuffled. What is left over of either modality
@@ -26,45 +27,56 @@ def grouped_batches(
     at once. Source: LLaVA llava_trainer.py get_modality_length_grouped_indices.
 
     Args:
-        lengths: Words of each sample, negative for text only.
+        lengths: int[samples], words of each sample, negative for text only.
         batch_size: Samples of a global batch.
         micro_batch_size: Samples that one device holds at a time.
         generator: Draws all random choices.
     """
     megabatches, rest = [], []
     for text_only in (False, True):
-        indices = [i for i, n in enumerate(lengths) if (n < 0) == text_only]
-        order = [indices[i] for i in torch.randperm(len(indices), generator=generator).tolist()]
-        chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        if chunks and len(chunks[-1]) < batch_size:
-            rest += chunks.pop()
-        megabatches += [_even_micro_batches(chunk, lengths, micro_batch_size) for chunk in chunks]
-    megabatches = [megabatches[i] for i in torch.randperm(len(megabatches), generator=generator).tolist()]
-    if megabatches:
-        longest = max(range(len(megabatches)), key=lambda i: max(abs(lengths[j]) for j in megabatches[i]))
-        megabatches[0], megabatches[longest] = megabatches[longest], megabatches[0]
-    return megabatches + _batches(sorted(rest), batch_size, fill=megabatches[0] if megabatches else None)
+        order = _shuffled(np.flatnonzero((lengths < 0) == text_only), generator)
+        full = len(order) // batch_size * batch_size
+        megabatches.append(order[:full].reshape(-1, batch_size))
+        rest.append(order[full:])
+    megabatches = _shuffled(
+        _even_micro_batches(np.concatenate(megabatches), np.abs(lengths), micro_batch_size), generator
+    )
+    if len(megabatches):
+        longest = np.abs(lengths)[megabatches].max(1).argmax()
+        megabatches[[0, longest]] = megabatches[[longest, 0]]
+    rest = _batches(np.sort(np.concatenate(rest)), batch_size, fill=megabatches[:1].ravel())
+    return np.concatenate([megabatches, rest])
 
 
-def _even_micro_batches(indices: list[int], lengths: list[int], size: int) -> list[int]:
-    """Deals `indices`, longest first, each to the micro-batch that is shortest so far and not full."""
-    micro = [[] for _ in range(len(indices) // size)]
-    total = [0.0] * len(micro)
-    for index in sorted(indices, key=lambda i: -abs(lengths[i])):
-        lightest = min(range(len(micro)), key=total.__getitem__)
-        micro[lightest].append(index)
-        total[lightest] = total[lightest] + abs(lengths[index]) if len(micro[lightest]) < size else float("inf")
-    return [index for batch in micro for index in batch]
+def _shuffled(rows: ndarray, generator: Generator) -> ndarray:
+    return rows[torch.randperm(len(rows), generator=generator).numpy()]
 
 
-def _batches(order: list[int], size: int, fill: list[int] | None = None) -> list[list[int]]:
+def _even_micro_batches(megabatches: ndarray, words: ndarray, size: int) -> ndarray:
+    """Deals each row, longest first, each sample to the micro-batch that is shortest so far and not full.
+
+    All rows at once: one step deals one sample of each.
+    """
+    count, width = megabatches.shape
+    by_length = np.argsort(-words[megabatches], axis=1, kind="stable")
+    megabatches = np.take_along_axis(megabatches, by_length, axis=1)
+    rows = np.arange(count)
+    total, filled = np.zeros((count, width // size)), np.zeros((count, width // size), int)
+    dealt = np.empty_like(megabatches)
+    for samples in megabatches.T:
+        lightest = total.argmin(1)
+        place = filled[rows, lightest]
+        dealt[rows, lightest * size + place] = samples
+        total[rows, lightest] += np.where(place + 1 < size, words[samples], np.inf)
+        filled[rows, lightest] += 1
+    return dealt
+
+
+def _batches(order: ndarray, size: int, fill: ndarray | None = None) -> ndarray:
     """Cuts `order` into batches; the last one is filled up, for every rank needs as many samples as the others."""
-    batches = [order[i : i + size] for i in range(0, len(order), size)]
-    if batches and len(batches[-1]) < size:
-        source = fill or order
-        missing = size - len(batches[-1])
-        batches[-1] = batches[-1] + (source * (missing // len(source) + 1))[:missing]
-    return batches
+    missing = -len(order) % size
+    source = order if fill is None or not len(fill) else fill
+    return np.concatenate([order, np.resize(source, missing)]).reshape(-1, size)
 
 
 class BatchSampler:
@@ -84,7 +96,7 @@ class BatchSampler:
 
     def __init__(
         self,
-        lengths: list[int],
+        lengths: ndarray | list[int],
         batch_size: int,
         micro_batch_size: int,
         *,
@@ -98,9 +110,10 @@ class BatchSampler:
                 f"data.batch_size {batch_size} is not a multiple of data.micro_batch_size {micro_batch_size} x "
                 f"{world_size} devices; change one of them, or the global batch would differ from what the config says"
             )
-        if not lengths:
+        if not len(lengths):
             raise ValueError("data.annotations holds no record")
-        self.lengths, self.global_batch_size, self.batch_size = lengths, batch_size, micro_batch_size
+        self.lengths = np.asarray(lengths, np.int32)
+        self.global_batch_size, self.batch_size = batch_size, micro_batch_size
         self.draw = grouped_batches if grouped else random_batches
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.epoch, self.start = 0, 0
@@ -114,14 +127,13 @@ class BatchSampler:
         self.start = micro_batches
 
     def __len__(self) -> int:
-        return len(self._epoch_batches())
+        batches = math.ceil(len(self.lengths) / self.global_batch_size)
+        return batches * self.global_batch_size // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         start, self.start = self.start, 0
-        yield from self._epoch_batches()[start:]
-
-    def _epoch_batches(self) -> list[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         batches = self.draw(self.lengths, self.global_batch_size, self.batch_size, generator)
-        micro = [batch[i : i + self.batch_size] for batch in batches for i in range(0, len(batch), self.batch_size)]
-        return micro[self.rank :: self.world_size]
+        mine = batches.reshape(-1, self.batch_size)[self.rank :: self.world_size]
+        for micro_batch in mine[start:]:
+            yield micro_batch.tolist()

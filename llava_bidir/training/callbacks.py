@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from ..export import export_hf
+from ..lora import merge_lora
 from ..modeling import build_mask
 from .flops import peak_flops, step_flops
 
@@ -141,4 +142,4 @@ class ExportModel(Callback):
             "devices": trainer.world_size,
             **{k: float(v) for k, v in trainer.callback_metrics.items()},
         }
-        export_hf(pl_module.model, pl_module.processor, Path(trainer.default_root_dir) / "hf", facts)
+        export_hf(merge_lora(pl_module.model), pl_module.processor, Path(trainer.default_root_dir) / "hf", facts)

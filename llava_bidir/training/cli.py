@@ -78,6 +78,12 @@ def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:
     )
 
 
+def build_data_cli(argv: list[str]) -> TrainingCLI:
+    """Model (without weights) and data of a training config, also on a machine without the GPUs it names."""
+    here = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "auto", "precision": "32-true"}
+    return build_cli([*argv, *(f"--trainer.{key}={value}" for key, value in here.items())], run=False)
+
+
 def main(argv: list[str]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as LLaVA trains

@@ -5,7 +5,7 @@ Shapes: B batch, N sequence, n positions whose next token some sample of the bat
 
 import logging
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric
 from ..build import build_model, build_processor, set_trainable
 from ..data.conversation import IGNORE_INDEX
 from ..encoders import Encoder
+from ..lora import Lora, add_lora
 from .optim import build_optimizer, build_schedule
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,12 @@ class LlavaTraining(LightningModule):
         adapter_learning_rate: Another one for the adapter.
         betas, weight_decay: AdamW's.
         warmup_ratio: Share of the steps that the learning rate rises; then it falls as a cosine to zero.
+        loss_average: Over what a step's loss is averaged: "llava", each micro-batch's tokens, then micro-batches and
+            devices, as LLaVA ran; "tokens", all supervised tokens of the global batch, so that neither accumulation nor
+            the number of devices changes it.
+        lora: Low-rank updates of the LLM, which then train in its place.
+        frozen_dtype: Of the weights that do not train. bfloat16 halves their memory; needs precision bf16-mixed, which
+            computes with them in bfloat16 either way.
         gradient_checkpointing: Recomputes LLM layers in the backward pass to save memory.
         attn_implementation: sdpa, eager or flex_attention; flash attention drops masks and is refused.
         max_new_tokens: Longest answer generated at validation.
@@ -55,6 +62,9 @@ class LlavaTraining(LightningModule):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.03,
+        loss_average: Literal["llava", "tokens"] = "llava",
+        lora: Lora | None = None,
+        frozen_dtype: Literal["float32", "bfloat16"] = "float32",
         gradient_checkpointing: bool = False,
         attn_implementation: str = "sdpa",
         max_new_tokens: int = 32,
@@ -65,6 +75,10 @@ class LlavaTraining(LightningModule):
         # plain data in checkpoints, so that they load with weights_only
         self.encoder = encoder = Encoder(**encoder) if isinstance(encoder, dict) else encoder
         self.hparams["encoder"] = asdict(encoder)
+        self.lora = Lora(**lora) if isinstance(lora, dict) else lora
+        self.hparams["lora"] = self.lora and asdict(self.lora)
+        if self.lora and "llm" not in train:
+            raise ValueError(f"model.lora stands for the LLM's weights, but model.train is {train}, without llm")
         self.processor = build_processor(encoder, llm, image_aspect)
         rows, columns = encoder.grid(encoder.load_config())
         self.image_tokens = rows * columns
@@ -85,10 +99,22 @@ class LlavaTraining(LightningModule):
             adapter_gain=args.adapter_gain,
             attn_implementation=args.attn_implementation,
         )
+        if self.lora:
+            add_lora(self.model, self.lora)
         for part, parameters in set_trainable(self.model, args.train).items():
             log.info("training %s: %s parameters", part, f"{parameters:,}")
+        if args.frozen_dtype != "float32":
+            self._cast_frozen(getattr(torch, args.frozen_dtype))
         if args.gradient_checkpointing:
             self.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def _cast_frozen(self, dtype: torch.dtype) -> None:
+        precision = self.trainer.precision
+        if precision != "bf16-mixed":
+            raise ValueError(f"model.frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got {precision}")
+        for parameter in self.model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
 
     def on_fit_start(self) -> None:
         self.model.train()
@@ -99,7 +125,7 @@ class LlavaTraining(LightningModule):
         size = len(batch["ids"])
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         self.log("train/supervised_tokens", float(batch["supervised"]), batch_size=size)
-        return loss
+        return loss if self.hparams.loss_average == "llava" else loss * batch["weight"]
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Mean cross-entropy over the supervised tokens of a micro-batch, as LLaVA takes it; 0 if there is none."""
@@ -157,8 +183,11 @@ class LlavaTraining(LightningModule):
     def optimizer_steps(self) -> int:
         """Steps of the whole run, from its config. `trainer.estimated_stepping_batches` would start the data loader
         before a checkpoint has told it where to resume."""
-        steps = self.trainer.datamodule.steps_per_epoch * (self.trainer.max_epochs or 1)
-        return steps if self.trainer.max_steps < 0 else min(steps, self.trainer.max_steps)
+        epochs = 1 if self.trainer.max_epochs is None else self.trainer.max_epochs
+        limits = (self.trainer.datamodule.steps_per_epoch * epochs, self.trainer.max_steps)  # negative: no limit
+        if max(limits) < 0:
+            raise ValueError("trainer.max_epochs and trainer.max_steps are both unlimited; the schedule needs an end")
+        return min(limit for limit in limits if limit >= 0)
 
     def facts(self) -> dict[str, Any]:
         """How the model is made, for its card: the stage, and every setting that has a value."""

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from data import bench_data
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
@@ -211,10 +212,23 @@ def bench_text(rounds: int) -> list[dict]:
     return [{"name": f"whole sequence ({PREFIX} + 144 + {TEXT} tokens) over image tokens only"} | timed]
 
 
+BENCHES = {
+    "loss": lambda args: bench_loss(args.rounds),
+    "sweep": lambda args: bench_sweep(args.rounds),
+    "mask": lambda args: bench_mask(args.rounds),
+    "text": lambda args: bench_text(args.rounds),
+    "data": lambda args: bench_data(args.records),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--rounds", type=int, default=7, help="paired runs of each (7)")
+    parser.add_argument(
+        "--records", type=int, default=50_000, help="of the data path's (50,000); LLaVA's mix has 665,298"
+    )
+    parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES), help="some of them (all)")
     parser.add_argument("--peak-memory", choices=["fused_loss", "torch_loss"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -226,8 +240,8 @@ def main() -> None:
         f"{machine['machine']}, torch {machine['torch']}, one thread; median of {args.rounds} paired runs [min, max]\n"
     )
     ratios = []
-    for bench in (bench_loss, bench_sweep, bench_mask, bench_text):
-        for entry in bench(args.rounds):
+    for name in args.only:
+        for entry in BENCHES[name](args):
             low, median, high = entry["ratio"]
             print(f"{median:7.2f}x  [{low:.2f}, {high:.2f}]  {entry['name']}", flush=True)
             ratios.append(entry)

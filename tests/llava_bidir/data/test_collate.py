@@ -33,6 +33,20 @@ def test_text_only_batch_has_no_pixels(collate):
     assert collate([sample("sky", "wall", False)])["pixel_values"] is None
 
 
+def test_tag_in_a_record_without_an_image_is_text(collate):
+    """LLaVA's tokenizer knows no <image>, and a text about HTML may have one."""
+    batch = collate([sample("<image> name", "wall <image>", False)])
+    assert batch["pixel_values"] is None and collate.processor.image_token_id not in batch["input_ids"]
+    assert batch["lengths"][0] > collate([sample("name", "wall", False)])["lengths"][0], "it is there, as text"
+
+
+def test_leading_answer_with_a_tag_has_no_image(collate):
+    """It is dropped, and so must be its image."""
+    led = sample("<image>\nname", "wall", True)
+    led["conversations"].insert(0, {"from": "gpt", "value": "<image>"})
+    assert len(collate([led])["pixel_values"]) == 1
+
+
 def test_image_shown_in_two_turns_is_given_twice(collate):
     twice = sample("<image>\nname", "wall", True)
     twice["conversations"] += sample("<image>\nagain", "sky", True)["conversations"]

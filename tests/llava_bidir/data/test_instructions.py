@@ -38,21 +38,77 @@ def test_edited_file_is_read_again(tmp_path):
     assert len(read_annotations(path)) == 2
 
 
+def turns(*texts: str, first: str = "human") -> list[dict]:
+    roles = ["human", "gpt"] if first == "human" else ["gpt", "human"]
+    return [{"from": roles[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
 @pytest.mark.parametrize(
     ("records", "message"),
     [
         ("{not json", "is not UTF-8 JSON"),
         ({"a": 1}, "expected a list of records, got dict"),
-        ([{"id": 1}], "record 0: expected an object with a list 'conversations'"),
-        ([record(conversations=[{"from": "human"}])], r"id 7\): each turn needs"),
-        ([record(image=None)], "it has <image> but no 'image'"),
-        ([record(conversations=[{"from": "human", "value": "hi"}])], "it has image 'a.png' but no <image>"),
+        ([{"id": 1}], r"1 of 1 records .* record 0 \(id '1'\): expected an object with a list 'conversations'"),
+        ([record(), "text"], r"1 of 2 records .* record 1 \(id ''\): expected an object"),
+        ([record(conversations=[{"from": "human"}])], r"id '7'\): a turn needs text in 'value'"),
+        ([record(conversations=[{"from": "bot", "value": "x"}])], r"id '7'\): a turn needs 'from': 'human' or 'gpt'"),
+        (
+            [record(conversations=turns("q", "a") + turns("b", first="gpt"))],
+            "turn 2 is from 'gpt' where 'human' was due",
+        ),
+        ([record(conversations=[])], "needs at least one human turn"),
+        ([record(image=["a.png", "b.png"])], "'image' is the path of one image"),
     ],
 )
 def test_broken_file_names_file_and_record(records, message, tmp_path):
-    with pytest.raises(Exception, match=message) as error:
-        read_annotations(write(tmp_path / "data.json", records))
+    with pytest.raises(ValueError, match=message) as error:
+        Instructions(write(tmp_path / "data.json", records), tmp_path)
     assert "data.json" in str(error.value)
+
+
+def test_every_bad_record_is_kept_with_its_problem(tmp_path):
+    bad = [{"id": i} if i % 2 else record(id=i) for i in range(8)]
+    path = write(tmp_path / "data.json", bad)
+    table = read_annotations(path)
+    assert [bool(problem) for problem in table["problem"]] == [False, True] * 4
+    with pytest.raises(
+        ValueError, match="4 of 8 records cannot be trained on. record 1 .*record 3 .*record 5 "
+    ) as error:
+        Instructions(path, tmp_path)
+    assert "record 7" not in str(error.value) and "verify-data" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("conversations", "shown", "answers"),
+    [
+        (turns("<image>\nwhat", ""), 1, 0),
+        (turns("hello", "<image> what", "a cat", first="gpt"), 1, 1),
+        (turns("<image> and <image>", "two", "<image> again", "three"), 2, 2),
+        (turns("what", "a cat"), 0, 1),
+    ],
+)
+def test_what_llava_trains_on_loads(conversations, shown, answers, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    data = Instructions(write(tmp_path / "data.json", [record(conversations=conversations)]), tmp_path)
+    assert (data.records["shown"][0], data.records["answers"][0]) == (shown, answers)
+    assert (data[0]["image"] is None) == (shown == 0)
+
+
+def test_tag_without_an_image_is_text(tmp_path):
+    data = Instructions(write(tmp_path / "data.json", [record(image=None)]), tmp_path)
+    assert data[0]["image"] is None and data.lengths().tolist() == [-4]
+
+
+def test_summary_counts_without_tokenising(tmp_path):
+    records = [
+        record(image=None),
+        record(conversations=turns("what", "a cat")),
+        record(conversations=turns("<image>\nq", "")),
+        record(conversations=turns("<image>\nq", "word " * 7)),
+    ]
+    summary = Instructions(write(tmp_path / "data.json", records), tmp_path).summary(image_tokens=4, max_length=12)
+    assert summary.startswith("4 records: 1 text only, 1 with an image that no <image> shows, 1 without an answer")
+    assert "at least 1 longer than 12 tokens" in summary
 
 
 def test_missing_file_folder_and_image_are_named(tmp_path):

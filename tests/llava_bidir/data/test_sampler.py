@@ -2,11 +2,13 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llava_bidir.data.sampler import BatchSampler
+from llava_bidir.data.sampler import BatchSampler, grouped_batches
 
 LENGTHS = [*range(5, 45), *(-n for n in range(3, 20))]  # 40 with an image, 17 without
 
@@ -35,6 +37,54 @@ def test_every_sample_is_drawn_and_ranks_get_as_many(grouped, lengths, micro, wo
     assert set(drawn) == set(range(len(lengths)))
     repeats = sum(drawn.values()) - len(lengths)
     assert repeats < micro * world * accumulate, "only the last global batch is topped up"
+
+
+def llava_megabatches(lengths: list[int], batch: int, devices: int, generator) -> list[list[int]]:
+    """get_modality_length_grouped_indices, split_to_even_chunks on lists. Source: LLaVA llava_trainer.py:38-130."""
+    megabatches, rest = [], []
+    for text_only in (False, True):
+        indices = [i for i, n in enumerate(lengths) if (n < 0) == text_only]
+        order = [indices[i] for i in torch.randperm(len(indices), generator=generator)]
+        chunks = [order[i : i + batch] for i in range(0, len(order), batch)]
+        if chunks and len(chunks[-1]) < batch:
+            rest += chunks.pop()
+        for chunk in chunks:
+            parts, totals = [[] for _ in range(devices)], [0.0] * devices
+            for index in sorted(chunk, key=lambda i: abs(lengths[i]), reverse=True):
+                shortest = totals.index(min(totals))
+                parts[shortest].append(index)
+                totals[shortest] += abs(lengths[index])
+                if len(parts[shortest]) == batch // devices:
+                    totals[shortest] = float("inf")
+            megabatches.append([i for part in parts for i in part])
+    shuffled = [megabatches[i] for i in torch.randperm(len(megabatches), generator=generator)]
+    return [*shuffled, sorted(rest)] if rest else shuffled
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(-30, 30).filter(bool), min_size=1, max_size=120),
+    micro=st.integers(1, 4),
+    devices=st.integers(1, 4),
+    seed=st.integers(0, 9),
+)
+def test_grouped_batches_are_llavas_with_the_longest_in_front(lengths, micro, devices, seed):
+    """Same draws, same batches: of the full ones two change places, and the last are cut and topped up."""
+    batch = micro * devices
+    ours = grouped_batches(np.array(lengths), batch, micro, torch.Generator().manual_seed(seed)).tolist()
+    theirs = llava_megabatches(lengths, batch, devices, torch.Generator().manual_seed(seed))
+    full = sum((n < 0) for n in lengths) // batch + sum((n > 0) for n in lengths) // batch
+    moved = [i for i in range(full) if ours[i] != theirs[i]]
+    assert moved in ([], [0, moved[-1] if moved else 0]) and sorted(ours[:full]) == sorted(theirs[:full])
+    rest = [i for row in ours[full:] for i in row]
+    assert rest[: len(theirs[full]) if len(theirs) > full else 0] == (theirs[full] if len(theirs) > full else [])
+    assert all(max(abs(lengths[i]) for i in ours[0]) >= abs(lengths[j]) for row in ours[:full] for j in row)
+
+
+def test_length_is_known_without_drawing():
+    sampler = BatchSampler(LENGTHS, 8, 4, grouped=True)
+    sampler.draw = None
+    assert len(sampler) == 16 and sampler.lengths.dtype == np.int32
 
 
 def test_grouped_batches_are_of_one_modality_but_the_last():

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from llava_bidir.build import build_processor
 from llava_bidir.data.datamodule import InstructionData
+from llava_bidir.lora import Lora
 from llava_bidir.training.module import LlavaTraining
 
 
@@ -135,13 +136,17 @@ def test_adapter_can_have_its_own_learning_rate(parts, conversations, tmp_path):
     assert [(g["name"], g["initial_lr"]) for g in run.optimizers[0].param_groups] == [("adapter", 1e-4), ("llm", 1e-2)]
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4])
-def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(step, parts, conversations, tmp_path):
+LORA = {"lora": Lora(r=2, alpha=4, dropout=0.0)}
+
+
+@pytest.mark.parametrize(("step", "settings"), [(1, {}), (2, {}), (3, {}), (4, {}), (2, LORA)])
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(step, settings, parts, conversations, tmp_path):
     """A resume that restarts the epoch trains some samples twice and others never; it fails here."""
     save = ModelCheckpoint(tmp_path, filename="at", every_n_train_steps=step, save_top_k=1, monitor=None)
     save.on_train_batch_end = _only_at(step, save.on_train_batch_end)
-    whole, losses, _ = fit(parts, conversations, tmp_path, max_epochs=2, enable_checkpointing=True, callbacks=[save])
-    resumed, rest, _ = fit(parts, conversations, tmp_path, ckpt_path=tmp_path / "at.ckpt", max_epochs=2)
+    run = {"max_epochs": 2, "module_kwargs": settings}
+    whole, losses, _ = fit(parts, conversations, tmp_path, enable_checkpointing=True, callbacks=[save], **run)
+    resumed, rest, _ = fit(parts, conversations, tmp_path, ckpt_path=tmp_path / "at.ckpt", **run)
     assert len(losses) == 12 and rest == losses[2 * step :], "two micro-batches a step"
     for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b), name
@@ -159,6 +164,39 @@ def test_checkpoint_holds_what_trains_and_refuses_another_stage(parts, conversat
     assert len(kept) == 4 and all("multi_modal_projector" in name for name in kept)
     with pytest.raises(ValueError, match="belongs to another stage or model"):
         fit(parts, conversations, tmp_path, ckpt_path=tmp_path / "stage1.ckpt")
+
+
+def test_with_lora_exactly_updates_and_adapter_train_and_are_kept(parts, conversations, tmp_path):
+    built, _, run = fit(parts, conversations, tmp_path, module_kwargs=LORA)
+    run.save_checkpoint(tmp_path / "lora.ckpt")
+    torch.manual_seed(0)
+    fresh = module(parts, **LORA)
+    fresh.configure_model()
+    pairs = zip(built.model.named_parameters(), fresh.model.parameters(), strict=True)
+    moved = {f"model.{name}" for (name, a), b in pairs if not torch.equal(a, b)}
+    updates = {name for name in moved if ".lora_A." in name or ".lora_B." in name}
+    assert len(updates) == 2 * 7 * 3, "A and B of seven linear layers in each of three blocks"
+    assert len(moved - updates) == 4 and all("multi_modal_projector" in name for name in moved - updates)
+    assert set(torch.load(tmp_path / "lora.ckpt", weights_only=True)["state_dict"]) == moved
+
+
+def test_frozen_weights_can_be_bfloat16_and_little_changes(parts, conversations, tmp_path):
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        settings = {"module_kwargs": {"train": ["adapter"], "frozen_dtype": dtype}, "precision": "bf16-mixed"}
+        built, found, _ = fit(parts, conversations, tmp_path, **settings)
+        losses[dtype] = torch.tensor([loss for _, loss in found])
+        kept = {p.dtype for p in built.model.parameters() if p.requires_grad}, built.model.lm_head.weight.dtype
+        assert kept == ({torch.float32}, getattr(torch, dtype))
+    torch.testing.assert_close(losses["bfloat16"], losses["float32"], rtol=0.02, atol=0)
+    assert losses["bfloat16"][0] > losses["bfloat16"][-1]
+    with pytest.raises(ValueError, match="frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got 32-true"):
+        fit(parts, conversations, tmp_path, module_kwargs={"frozen_dtype": "bfloat16"})
+
+
+def test_lora_without_the_llm_is_an_error(parts):
+    with pytest.raises(ValueError, match=r"model.lora stands for the LLM's weights, but model.train is \['adapter'\]"):
+        module(parts, train=["adapter"], **LORA)
 
 
 def test_validation_answers_the_questions(parts, conversations, tmp_path):

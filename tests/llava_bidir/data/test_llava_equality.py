@@ -1,0 +1,241 @@
+"""Token ids, labels and pixels against LLaVA's own algorithms, written out here from their description.
+
+Source: LLaVA train.py preprocess_multimodal, preprocess_v1, expand2square; mm_utils.py tokenizer_image_token; CLIP's
+image processing: bicubic, short side to the input size, centre crop.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, SiglipVisionConfig
+
+from llava_bidir.data.collate import Collate
+from llava_bidir.data.conversation import IGNORE_INDEX, SYSTEM, encode
+from llava_bidir.data.instructions import Instructions
+from llava_bidir.data.pixels import to_pixels
+from llava_bidir.encoders import Encoder
+
+IMAGE_ID, T = 32000, 3
+SYSTEM_IDS = [319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444, 29892]
+SYSTEM_IDS += [13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889]
+
+
+def turns(*texts: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(real_tokenizer):
+    """As training has it: LLaVA's, and two tokens that LLaVA's does not know."""
+    import copy
+
+    widened = copy.deepcopy(real_tokenizer)
+    widened.add_tokens(["<image>", "<pad>"], special_tokens=True)
+    return widened
+
+
+def llava_ids(text: str, tokenizer, has_image: bool) -> list[int]:
+    """tokenizer_image_token; one image is one id, as there."""
+    if not has_image:
+        return tokenizer(text).input_ids
+    chunks = [tokenizer(chunk).input_ids for chunk in text.split("<image>")]
+    ids = chunks[0]
+    for chunk in chunks[1:]:
+        ids = [*ids, IMAGE_ID, *chunk[1:]]
+    return ids
+
+
+def llava_v1(texts: list[str], tokenizer, has_image: bool) -> tuple[list[int], list[int]]:
+    """preprocess_multimodal and preprocess_v1 for an even number of turns."""
+    if has_image:
+        texts = [f"<image>\n{t.replace('<image>', '').strip()}".strip() if "<image>" in t else t for t in texts]
+    text = SYSTEM + " "
+    for question, answer in zip(texts[::2], texts[1::2], strict=True):
+        text += f"USER: {question} ASSISTANT: {answer}</s>" if answer else f"USER: {question} ASSISTANT:"
+    ids = llava_ids(text, tokenizer, has_image)
+    labels, position = list(ids), 1
+    labels[:1] = [IGNORE_INDEX]
+    for i, part in enumerate(text.split("</s>")):
+        halves = part.split(" ASSISTANT: ")
+        if part == "" or len(halves) != 2:
+            break
+        whole = len(llava_ids(part, tokenizer, has_image))
+        asked = len(llava_ids(halves[0] + " ASSISTANT: ", tokenizer, has_image)) - 2
+        if i > 0:  # the tokenizer is not "legacy"
+            whole, asked = whole - 1, asked - 1
+        labels[position : position + asked] = [IGNORE_INDEX] * asked
+        position += whole
+    labels[position:] = [IGNORE_INDEX] * len(labels[position:])
+    if position != len(ids):
+        labels = [IGNORE_INDEX] * len(ids)  # "tokenization mismatch": LLaVA drops the sample
+    return ids, labels
+
+
+def expanded(ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+    """Each image id T times."""
+    both = [pair for pair in zip(ids, labels, strict=True) for _ in range(T if pair[0] == IMAGE_ID else 1)]
+    return [a for a, _ in both], [b for _, b in both]
+
+
+AGREEING = {
+    "one turn": ("<image>\nWhat is it?", "A cat."),
+    "several turns": ("<image>\nWhat?", "A cat.", "Sure?", "Yes, a cat.", "Ok", "Fine"),
+    "image last": ("What is it?\n<image>", "A cat."),
+    "image in the middle": ("What is <image> here?", "A cat.", "And now?", "Still."),
+    "two images in a turn": ("<image><image> Compare.", "Both are cats."),
+    "image in two turns": ("<image>\nOne?", "Yes.", "<image>\nTwo?", "No."),
+    "image in a later turn": ("Hello", "Hi.", "<image>\nWhat?", "A cat."),
+    "unicode": ("<image>\nWas ist das? 猫 👩‍👩‍👧", "Eine Katze — 猫 😀", "naïve?", "ça va"),
+    "accents, apart": ("<image>\ncafe\u0301", "A\u0308 \u200b!"),
+    "assistant without spaces": ("<image>\nsay ASSISTANT:now", "I sayASSISTANT: now"),
+    "spaces and newlines": ("<image>\n two  spaces ", "a\n\nb  c", "x", "y\n"),
+    "special tokens in a text": ("<image>\nsay <s> now", "<unk> it"),
+    "pad in a text": ("<image>\nwhat is <pad>?", "a <pad> token"),
+}
+
+
+@pytest.mark.parametrize("case", AGREEING)
+def test_ids_and_labels_equal_llavas(case, tokenizer, real_tokenizer):
+    texts = list(AGREEING[case])
+    expected = expanded(*llava_v1(texts, real_tokenizer, has_image=True))
+    assert any(label != IGNORE_INDEX for label in expected[1]), "LLaVA trains on it"
+    assert encode(turns(*texts), tokenizer, "vicuna_v1", T, IMAGE_ID) == expected
+
+
+TEXT_ONLY = {
+    "plain": ("Hello", "Hi there", "Bye", "Bye."),
+    "tag": ("Write <image>x</image> in XML", "<rss><image>\n<url/></image>", "<image>", "'<image>'"),
+}
+
+
+@pytest.mark.parametrize("case", TEXT_ONLY)
+def test_without_an_image_a_tag_is_text_as_in_llava(case, tokenizer, real_tokenizer):
+    texts = list(TEXT_ONLY[case])
+    ids, labels = encode(turns(*texts), tokenizer, "vicuna_v1", None, IMAGE_ID)
+    assert (ids, labels) == llava_v1(texts, real_tokenizer, has_image=False)
+    assert IMAGE_ID not in ids and any(label != IGNORE_INDEX for label in labels)
+
+
+def test_sequence_worked_out_by_hand(tokenizer):
+    """System prompt, "▁US", "ER", ":", "▁", image, "▁", newline, then text; behind </s> no space and no marker."""
+    ids, labels = encode(turns("What is <image>\n?", "A cat.", "猫?", "Yes"), tokenizer, "vicuna_v1", T, IMAGE_ID)
+    question = [1, *SYSTEM_IDS, 3148, 1001, 29901, 29871, *[IMAGE_ID] * T]
+    question += [29871, 13, 5618, 338, 29871, 13, 29973, 319, 1799, 9047, 13566, 29901]
+    answer = [319, 6635, 29889, 2]  # ▁A ▁cat . </s>
+    second = [11889, 29901, 29871, 234, 143, 174, 29973, 319, 1799, 9047, 13566, 29901]  # USER : ▁ three bytes ? ...
+    assert ids == [*question, *answer, *second, 3869, 2]
+    assert labels == [IGNORE_INDEX] * len(question) + answer + [IGNORE_INDEX] * len(second) + [3869, 2]
+
+
+LOST = {
+    "empty last answer": ("<image>\nWhat?", ""),
+    "empty answer after another": ("<image>\nWhat?", "A cat.", "Sure?", ""),
+    "assistant within a question": ("<image>\nsay ASSISTANT: now", "now"),
+    "assistant within an answer": ("<image>\nWhat?", "It says ASSISTANT: yes", "Sure?", "Yes."),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_samples_that_llava_loses_keep_ids_and_train_on_their_answers(case, tokenizer, real_tokenizer):
+    """Deviates: LLaVA finds "ASSISTANT:" by searching, miscounts, and then masks the whole sample."""
+    texts = list(LOST[case])
+    theirs = expanded(*llava_v1(texts, real_tokenizer, has_image=True))
+    ids, labels = encode(turns(*texts), tokenizer, "vicuna_v1", T, IMAGE_ID)
+    assert ids == theirs[0] and set(theirs[1]) == {IGNORE_INDEX}
+    trained = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
+    assert trained.split() == "".join(f" {answer}</s>" for answer in texts[1::2] if answer).split()
+
+
+@pytest.mark.parametrize("missing", [-1, 0, 1, 500])
+def test_around_2048_tokens_what_is_over_is_cut(missing, tokenizer, real_tokenizer):
+    """LLaVA counts image tokens and cuts on the right (llava_arch.py:273); labels before the cut stay."""
+
+    class Processor:
+        image_token_id = IMAGE_ID
+
+    Processor.tokenizer = tokenizer
+    sample = {"id": "long", "image": True, "conversations": turns("<image>\nCount.", "one", "More.", "two")}
+    short, _ = Collate(Processor, 576, "vicuna_v1").encode(sample)
+    sample["conversations"][-1]["value"] = "two" + " two" * (2048 - len(short) + missing)
+    whole = encode(sample["conversations"], tokenizer, "vicuna_v1", 576, IMAGE_ID)
+    assert len(whole[0]) == 2048 + missing
+    ids, labels = Collate(Processor, 576, "vicuna_v1").encode(sample)
+    assert (ids, labels) == (whole[0][:2048], whole[1][:2048]) and ids.count(IMAGE_ID) == 576
+    assert (ids[-1] == labels[-1] == 2) == (missing <= 0), "the end of the answer is there, or cut"
+
+
+# ---------------------------------------------------------------------------------------------------------- pixels
+CONFIGS = {
+    "clip": CLIPVisionConfig(image_size=336, patch_size=14),
+    "siglip": SiglipVisionConfig(image_size=384, patch_size=14),
+}
+SIZES = [(640, 480), (480, 640), (333, 500), (501, 334), (336, 336), (337, 336), (31, 7), (1, 9), (700, 91)]
+
+
+def picture(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
+    width, height = size
+    noise = np.random.default_rng(width * height).integers(0, 256, (height, width, 4), np.uint8)
+    return Image.fromarray(noise, "RGBA").convert(mode)
+
+
+def llava_pixels(image: Image.Image, entry, side: int, aspect: str) -> np.ndarray:
+    width, height = image.size
+    if aspect == "pad" and width != height:
+        square = Image.new("RGB", (max(width, height),) * 2, tuple(int(x * 255) for x in entry.mean))
+        square.paste(image, ((max(width, height) - width) // 2, (max(width, height) - height) // 2))
+        image = square
+        width, height = image.size
+    short = min(width, height)
+    scaled = tuple(side if n == short else int(side * n / short) for n in (width, height))
+    values = np.asarray(image.resize(scaled, Image.Resampling.BICUBIC))
+    top, left = (values.shape[0] - side) // 2, (values.shape[1] - side) // 2
+    values = values[top : top + side, left : left + side]
+    return ((values / 255 - np.array(entry.mean)) / np.array(entry.std)).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("aspect", ["pad", "crop"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_pixels_equal_llavas(name, aspect, size):
+    """To the last of the 256 levels: a step of one is 0.0147 at least after normalisation."""
+    encoder, config = Encoder(name, "unused"), CONFIGS[name]
+    ours = encoder.image_processor(config, aspect)(picture(size), return_tensors="np")["pixel_values"][0]
+    expected = llava_pixels(picture(size), encoder.entry, config.image_size, aspect)
+    assert ours.shape == (3, config.image_size, config.image_size)
+    np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("aspect", ["pad", "crop"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_training_has_the_pixels_of_the_exported_processor_bit_for_bit(name, aspect):
+    processor = Encoder(name, "unused").image_processor(CONFIGS[name], aspect)
+    images = [picture(size) for size in [*SIZES, (336, 97), (97, 1000), (384, 384)]]
+    expected = torch.cat([processor(image, return_tensors="pt")["pixel_values"] for image in images])
+    assert torch.equal(to_pixels(images, processor), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "LA", "1", "I;16"])
+def test_other_modes_become_rgb_as_in_llava(mode, tmp_path):
+    grey = Image.fromarray(np.full((20, 30), 300, np.uint16)) if mode == "I;16" else picture((30, 20), mode)
+    name = f"a.{'jpg' if mode == 'CMYK' else 'png'}"
+    grey.save(tmp_path / name)
+    found = opened(tmp_path, name)
+    assert found.mode == "RGB" and found.size == (30, 20)
+    assert np.array_equal(np.asarray(found), np.asarray(Image.open(tmp_path / name).convert("RGB")))
+
+
+def test_exif_rotation_is_not_applied_as_in_llava(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter for people
+    picture((30, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert Image.open(tmp_path / "a.jpg").getexif()[0x0112] == 6
+    assert opened(tmp_path, "a.jpg").size == (30, 20)
+
+
+def opened(folder, name: str) -> Image.Image:
+    record = {"id": name, "image": name, "conversations": turns("<image>\nq", "a")}
+    (folder / "data.json").write_text(json.dumps([record]))
+    return Instructions(folder / "data.json", folder)[0]["image"]

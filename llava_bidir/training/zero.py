@@ -1,0 +1,165 @@
+"""DeepSpeed ZeRO for Lightning: 7B models over several GPUs, and the same code on CPU processes for tests.
+
+Each device holds its share of the optimizer's state and gradients (stage 2), and of the parameters too (stage 3).
+Weights are bf16 where the trainer's precision is bf16-mixed, with fp32 masters in the optimizer, as LLaVA trains.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.accelerators import CPUAccelerator
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import nn
+
+from ..build import unpartitioned
+from .checkpoints import finish_directory, partial_of, read_listing
+
+TAG = "checkpoint"  # Lightning's name of the folder inside a checkpoint directory
+
+
+class ZeRO(DeepSpeedStrategy):
+    """Lightning's DeepSpeed strategy with DeepSpeed's own words as options; checkpoints hold what trains.
+
+    Args:
+        zero_optimization: DeepSpeed's section of that name. Numbers only: Lightning resolves no "auto".
+        timeout_minutes: How long a rank waits for the others before the run fails.
+
+    Raises:
+        ValueError: DeepSpeed is not installed.
+    """
+
+    def __init__(self, zero_optimization: dict[str, Any], timeout_minutes: float = 30.0):
+        if find_spec("deepspeed") is None:
+            raise ValueError("ZeRO needs DeepSpeed, which is not installed: pip install 'llava-bidir[cluster]'")
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+        super().__init__(
+            config={
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,  # offloaded, torch's fused AdamW runs on the CPU as well
+                "zero_optimization": dict(zero_optimization),
+            },
+            timeout=timedelta(minutes=timeout_minutes),
+            exclude_frozen_parameters=True,
+        )
+
+    # ------------------------------------------------------------------------- on CPU, where Lightning expects CUDA
+    @property
+    def root_device(self) -> torch.device:
+        device = super().root_device
+        return torch.device("cpu", self.local_rank) if device.type == "cpu" else device  # DeepSpeed asks for an index
+
+    def setup_environment(self) -> None:
+        if not isinstance(self.accelerator, CPUAccelerator):
+            return super().setup_environment()
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self) -> None:
+        if not isinstance(self.accelerator, CPUAccelerator):
+            return super().setup_distributed()
+        reset_seed()
+        self.set_world_ranks()
+        # shared-memory communication would be compiled on first use; gloo does without
+        import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+        self._init_deepspeed_distributed()
+
+    # ------------------------------------------------------------------------- building
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """While this strategy lives, `from_pretrained` partitions each tensor as it is read under ZeRO-3: rank 0 reads,
+        and no rank ever holds the LLM whole. Lightning's own context would partition all that is built inside of it,
+        even the skeleton on the meta device, which has nothing to partition."""
+        from transformers.integrations import HfDeepSpeedConfig
+
+        self._init_config_if_needed()
+        self.transformers_config = HfDeepSpeedConfig(self.config)  # transformers keeps a weak reference
+        yield
+
+    # ------------------------------------------------------------------------- checkpoints
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
+        """Every rank writes its share; the directory has its name only once all of it is on disk."""
+        path = Path(self.broadcast(filepath))
+        if self.is_global_zero:
+            shutil.rmtree(partial_of(path), ignore_errors=True)
+        super().save_checkpoint(checkpoint, str(partial_of(path)), storage_options)  # ends with a barrier
+        if self.is_global_zero:
+            finish_directory(path, {**self._layout(), "trained": sorted(self._trained())})
+        self.barrier()
+
+    def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = None) -> dict[str, Any]:
+        """
+        Raises:
+            ValueError: It is not whole, trains other parameters, or is cut for another number of devices, another
+                stage or another precision.
+        """
+        path = Path(checkpoint_path)
+        if path.is_file():
+            raise ValueError(
+                f"checkpoint {path} is a file, from a run without ZeRO; resume it without configs/cluster/zero*.yaml"
+            )
+        listing = read_listing(path)
+        missing = self._trained() ^ set(listing["trained"])
+        if missing:
+            raise ValueError(
+                f"checkpoint {path} and model.train differ in {len(missing)} tensors, {min(missing)} for one; it "
+                "belongs to another stage or model"
+            )
+        if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            self._check_layout(path, listing)
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def _layout(self) -> dict[str, Any]:
+        """What decides how the optimizer's state is cut."""
+        stage = self.config["zero_optimization"]["stage"]
+        return {"world_size": self.world_size, "stage": stage, "precision": self.precision_plugin.precision}
+
+    def _check_layout(self, path: Path, listing: dict[str, Any]) -> None:
+        for key, ours in self._layout().items():
+            if listing[key] != ours:
+                raise ValueError(
+                    f"checkpoint {path} has {key} {listing[key]} and this run {ours}: the optimizer's state does not "
+                    f"fit. Resume with {key} {listing[key]}, or go on from the weights alone: llava-bidir export "
+                    f"{path} DIR"
+                )
+
+    def _trained(self) -> set[str]:
+        return {name for name, parameter in self.lightning_module.named_parameters() if parameter.requires_grad}
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Inside, parameters that ZeRO-3 partitioned are whole, on every rank; all ranks must enter. Does nothing to
+    other models."""
+    partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    from deepspeed.zero import GatheredParameters
+
+    with unpartitioned(), GatheredParameters(partitioned):
+        yield
+
+
+def read_trained(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """What a ZeRO checkpoint trained, put together on the CPU in the run's precision, and Lightning's own state.
+
+    Raises:
+        ValueError: The checkpoint is not whole.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint, get_model_state_file
+
+    listing = read_listing(path)
+    dtype = torch.bfloat16 if listing["precision"].startswith("bf16") else torch.float32
+    weights = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=TAG, exclude_frozen_parameters=True)
+    state = torch.load(get_model_state_file(str(path / TAG), listing["stage"]), map_location="cpu", weights_only=False)
+    return {name: tensor.to(dtype) for name, tensor in weights.items()}, state

@@ -119,8 +119,8 @@ def build_model(
     model.model.vision_tower = vision_tower
     model.model.language_model = language_model.model
     model.lm_head = language_model.lm_head
-    model.model.multi_modal_projector.to_empty(device="cpu")
-    init_adapter(model.model.multi_modal_projector, adapter_gain)
+    init_adapter(model.model.multi_modal_projector.to_empty(device="cpu").float(), adapter_gain)
+    model.model.multi_modal_projector.to(dtype)
     if adapter is not None:
         load_adapter(model, adapter)
     model.generation_config = language_model.generation_config

@@ -87,6 +87,7 @@ class LlavaTraining(LightningModule):
             adapter=args.adapter,
             adapter_gain=args.adapter_gain,
             attn_implementation=args.attn_implementation,
+            dtype=torch.get_default_dtype(),  # which the strategy sets
         )
         for part, parameters in set_trainable(self.model, args.train).items():
             log.info("training %s: %s parameters", part, f"{parameters:,}")

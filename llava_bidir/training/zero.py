@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -83,7 +84,9 @@ class ZeRO(DeepSpeedStrategy):
 
         self._init_config_if_needed()
         self.transformers_config = HfDeepSpeedConfig(self.config)  # transformers keeps a weak reference
-        yield
+        bf16 = self.precision_plugin.precision.startswith("bf16")
+        with _DtypeContextManager(torch.bfloat16 if bf16 else torch.float32):
+            yield
 
     # ------------------------------------------------------------------------- checkpoints
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
@@ -144,7 +147,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     if not partitioned:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     with unpartitioned(), GatheredParameters(partitioned):
         yield

@@ -16,9 +16,9 @@ from .modeling import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 
 log = logging.getLogger(__name__)
 
-ADAPTER = "model.multi_modal_projector."
+ADAPTER = "multi_modal_projector."
 # The parts of a model and where their weights live. The encoder is always frozen, so it is not among them.
-TRAINABLE = {"adapter": (ADAPTER,), "llm": ("model.language_model.", "lm_head.")}
+TRAINABLE = {"adapter": (f"model.{ADAPTER}",), "llm": ("model.language_model.", "lm_head.")}
 
 # Source: Hugging Face's conversion of LLaVA-1.5, which widens the vocabulary by <image> and <pad>.
 EXTRA_TOKENS = ("<image>", "<pad>")
@@ -169,7 +169,7 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
     weights = {}
     for file in sorted(Path(directory).glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
-            weights.update({k.removeprefix(ADAPTER): tensors.get_tensor(k) for k in tensors.keys() if ADAPTER in k})
+            weights.update({k.partition(ADAPTER)[2]: tensors.get_tensor(k) for k in tensors.keys() if ADAPTER in k})
     if not weights:
         raise ValueError(f"adapter checkpoint {directory} holds no tensor named {ADAPTER}*")
     try:

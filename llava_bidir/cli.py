@@ -31,6 +31,9 @@ def build_parser() -> argparse.ArgumentParser:
     export = command("export", "llava_bidir.export:run", "a training checkpoint to a Hugging Face directory")
     export.add_argument("checkpoint", type=Path, metavar="CKPT", help="RUN/checkpoints/*.ckpt")
     export.add_argument("out", type=Path, metavar="OUT", help="directory; replaced if it exists")
+    export.add_argument(
+        "--as-llava", action="store_true", help="as transformers' own llava, for serving software; causal models only"
+    )
 
     generate = command("generate", "llava_bidir.generate:run", "answers about an image, greedily")
     generate.add_argument("model", help="exported directory (RUN/hf), or a llava checkpoint of transformers")

@@ -6,23 +6,24 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import LlavaProcessor
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
+from .model_card import model_card
 from .modeling import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 
 TRAINING_FACTS = "training.json"
+OWN_KEYS = ("image_attention", "image_aspect", "adapter_gain")  # what LlavaBidirConfig adds to LlavaConfig
 
 
-def export_hf(
-    model: LlavaBidirForConditionalGeneration, processor: LlavaProcessor, out: Path, facts: dict | None = None
-) -> None:
+def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, facts: dict | None = None) -> None:
     """Writes the model to `out` and reads it back to compare; `out` appears whole or not at all.
 
     Args:
-        model: Its class is copied into the directory, for `trust_remote_code` where this package is not installed.
+        model: Ours, whose code is copied into the directory for `trust_remote_code` where this package is not
+            installed, or what :func:`as_llava` made of it.
         processor: With tokenizer, image processor and chat template.
         out: Replaced if it exists.
-        facts: About the training run; written to training.json.
+        facts: About the training run; written to training.json and the model card.
 
     Raises:
         RuntimeError: What was written is not what is in memory.
@@ -30,14 +31,39 @@ def export_hf(
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    LlavaBidirConfig.register_for_auto_class()
-    LlavaBidirForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+    if isinstance(model, LlavaBidirForConditionalGeneration):
+        LlavaBidirConfig.register_for_auto_class()
+        LlavaBidirForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
     model.save_pretrained(partial)
     processor.save_pretrained(partial)
     (partial / TRAINING_FACTS).write_text(json.dumps(facts or {}, indent=1) + "\n")
-    _compare(model, LlavaBidirForConditionalGeneration.from_pretrained(partial, dtype=model.dtype))
+    (partial / "README.md").write_text(model_card(model.config, facts or {}))
+    _compare(model, type(model).from_pretrained(partial, dtype=model.dtype))
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
+
+
+def as_llava(model: LlavaBidirForConditionalGeneration) -> LlavaForConditionalGeneration:
+    """The same weights in transformers' own class, which is what serving software knows.
+
+    Raises:
+        ValueError: The model is not causal; the stock class would run it under another mask than it was trained with.
+    """
+    if model.config.image_attention != "causal":
+        raise ValueError(
+            f"--as-llava: image_attention is {model.config.image_attention!r}, but a stock llava runs causally; export "
+            "without it, and load with trust_remote_code"
+        )
+    settings = {k: v for k, v in model.config.to_dict().items() if k not in (*OWN_KEYS, "model_type", "auto_map")}
+    config = LlavaConfig(**settings, attn_implementation=model.config._attn_implementation)
+    with torch.device("meta"):
+        stock = LlavaForConditionalGeneration._from_config(config, dtype=model.dtype)
+    # module by module: buffers that no checkpoint holds (rotary frequencies, position ids) come along
+    stock.model.vision_tower = model.model.vision_tower
+    stock.model.multi_modal_projector = model.model.multi_modal_projector
+    stock.model.language_model, stock.lm_head = model.model.language_model, model.lm_head
+    stock.generation_config = model.generation_config
+    return stock.eval()
 
 
 def _compare(ours: torch.nn.Module, written: torch.nn.Module) -> None:
@@ -53,22 +79,27 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         ValueError: The checkpoint is none of `llava-bidir fit`.
     """
+    model, processor, facts = _read(args.checkpoint)
+    export_hf(as_llava(model) if args.as_llava else model, processor, args.out, facts)
+    print(args.out)
+
+
+def _read(checkpoint: Path) -> tuple[LlavaBidirForConditionalGeneration, LlavaProcessor, dict]:
+    """The model of a training checkpoint, with its processor and what is known of its run."""
     from .training.module import LlavaTraining  # here, for training imports this module
 
-    if not args.checkpoint.is_file():
-        raise ValueError(f"no checkpoint {args.checkpoint}; expected RUN/checkpoints/*.ckpt")
-    checkpoint = torch.load(args.checkpoint, map_location="cpu", weights_only=True)
-    settings = {k: v for k, v in checkpoint.get("hyper_parameters", {}).items() if not k.startswith("_")}
+    if not checkpoint.is_file():
+        raise ValueError(f"no checkpoint {checkpoint}; expected RUN/checkpoints/*.ckpt")
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    settings = {k: v for k, v in saved.get("hyper_parameters", {}).items() if not k.startswith("_")}
     if "image_attention" not in settings:
-        raise ValueError(f"{args.checkpoint} is no checkpoint of `llava-bidir fit`")
+        raise ValueError(f"{checkpoint} is no checkpoint of `llava-bidir fit`")
     module = LlavaTraining(**settings)
     module.configure_model()
-    module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"], strict=False)
-    facts = {
-        "stage": "+".join(settings["train"]),
-        "steps": checkpoint["global_step"],
-        "checkpoint": str(args.checkpoint),
-    }
-    export_hf(module.model, module.processor, args.out, facts)
-    print(args.out)
+    module.on_load_checkpoint(saved)
+    module.load_state_dict(saved["state_dict"], strict=False)
+    return (
+        module.model,
+        module.processor,
+        module.facts() | {"steps": saved["global_step"], "checkpoint": str(checkpoint)},
+    )

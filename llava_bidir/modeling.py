@@ -19,6 +19,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     PreTrainedConfig,
 )
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask
 
 from .attention import image_attention
@@ -172,5 +173,10 @@ def build_mask(
     return mask
 
 
+# Weights lie in files as in a llava. Without this, the head of a released one would not be found under its name there,
+# and be drawn anew with no more than a warning.
+register_checkpoint_conversion_mapping(
+    LlavaBidirForConditionalGeneration.__name__, get_checkpoint_conversion_mapping("llava"), overwrite=True
+)
 AutoConfig.register(LlavaBidirConfig.model_type, LlavaBidirConfig, exist_ok=True)
 AutoModelForImageTextToText.register(LlavaBidirConfig, LlavaBidirForConditionalGeneration, exist_ok=True)

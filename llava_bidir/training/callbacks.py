@@ -95,9 +95,11 @@ class ExportModel(Callback):
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         facts = {
-            "stage": "+".join(pl_module.hparams.train),
+            **pl_module.facts(),
+            "global_batch": trainer.datamodule.batch_size,
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
+            "devices": trainer.world_size,
             **{k: float(v) for k, v in trainer.callback_metrics.items()},
         }
         export_hf(pl_module.model, pl_module.processor, Path(trainer.default_root_dir) / "hf", facts)

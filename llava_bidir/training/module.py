@@ -195,6 +195,11 @@ class LlavaTraining(LightningModule):
         steps = self.trainer.datamodule.steps_per_epoch * (self.trainer.max_epochs or 1)
         return steps if self.trainer.max_steps < 0 else min(steps, self.trainer.max_steps)
 
+    def facts(self) -> dict[str, Any]:
+        """How the model is made, for its card: the stage, and every setting that has a value."""
+        settings = {k: v for k, v in self.hparams.items() if v is not None and not k.startswith("_")}
+        return {"stage": "+".join(self.hparams.train), **settings}
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what trains; the frozen rest is where it was loaded from."""
         trained = {"model." + name for name, parameter in self.model.named_parameters() if parameter.requires_grad}

@@ -15,23 +15,23 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import tiny  # noqa: E402
-import torch  # noqa: E402
-import yaml  # noqa: E402
-from lightning import Callback, Trainer  # noqa: E402
-from lightning.pytorch.strategies import DDPStrategy  # noqa: E402
+import tiny
+import torch
+import yaml
+from lightning import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 
-from llava_bidir.build import build_processor  # noqa: E402
-from llava_bidir.data.datamodule import InstructionData  # noqa: E402
-from llava_bidir.encoders import Encoder  # noqa: E402
-from llava_bidir.training.callbacks import ExportModel  # noqa: E402
-from llava_bidir.training.checkpoints import WholeCheckpointIO  # noqa: E402
-from llava_bidir.training.module import LlavaTraining  # noqa: E402
-from llava_bidir.training.zero import ZeRO, gathered  # noqa: E402
+from llava_bidir.build import build_processor
+from llava_bidir.data.datamodule import InstructionData
+from llava_bidir.encoders import Encoder
+from llava_bidir.training.callbacks import ExportModel
+from llava_bidir.training.checkpoints import WholeCheckpointIO
+from llava_bidir.training.module import LlavaTraining
+from llava_bidir.training.zero import ZeRO, gathered
 
 SPEC = json.loads(Path(sys.argv[1]).read_text())
 OUT = Path(SPEC["out"])
-SAVED_AT = 2  # optimizer step of the checkpoint, in the middle of an epoch of three
+MIDDLE, END = 2, 6  # optimizer steps with checkpoints: in the middle of an epoch of three, and of two epochs
 # nothing of a model this small would be partitioned or released otherwise
 PARTITIONED = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
 
@@ -48,81 +48,97 @@ def strategy():
 
 
 class Recorder(Callback):
-    """Losses, and a checkpoint at one step."""
+    """Losses, which batches had no image, and checkpoints at some steps."""
 
-    def __init__(self, save: str | None):
+    def __init__(self, save: dict[int, str]):
         self.save, self.losses, self.text_only = save, [], []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.losses.append((tuple(batch["ids"]), outputs["loss"].item()))
         self.text_only.append(batch["pixel_values"] is None)
-        boundary = not trainer.fit_loop._should_accumulate()
-        if self.save and boundary and trainer.global_step == SAVED_AT:
-            trainer.save_checkpoint(OUT / self.save)
+        if not trainer.fit_loop._should_accumulate() and trainer.global_step in self.save:
+            trainer.save_checkpoint(OUT / self.save[trainer.global_step])
 
 
-def fit(precision: str, *, llm: str = "llm", save: str | None = None, resume: str | None = None, epochs: int = 2, **kwargs):
+def prepare(precision: str, llm: str = "llm", callbacks=(), epochs: int = 2):
     torch.manual_seed(0)
     encoder, llm = Encoder("clip", SPEC["encoder"], layer=-1), SPEC[llm]
     module = LlavaTraining(encoder, llm, ["adapter", "llm"], learning_rate=1e-2, max_new_tokens=3)
-    folder = Path(SPEC["conversations"])
+    folder = SPEC["conversations"]
     data = InstructionData(
-        str(folder / "data.json"),
-        str(folder),
-        val_annotations=SPEC.get("val_annotations"),
+        f"{folder}/data.json",
+        folder,
+        val_annotations=f"{folder}/questions.json",
         processor=build_processor(encoder, llm),
         image_tokens=tiny.TOKENS,
         batch_size=4,
         micro_batch_size=1,
         num_workers=0,
     )
-    recorder = Recorder(save)
-    settings = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    chosen = strategy()
     trainer = Trainer(
         accelerator="cpu",
         devices=SPEC["processes"],
-        strategy=chosen,
+        strategy=strategy(),
         precision=precision,
         max_epochs=epochs,
-        default_root_dir=OUT / "run",
+        default_root_dir=OUT / precision,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         enable_checkpointing=False,
-        callbacks=[recorder, *kwargs.pop("callbacks", [])],
-        plugins=[] if isinstance(chosen, ZeRO) else [WholeCheckpointIO()],
-        **settings,
-        **kwargs,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        plugins=[WholeCheckpointIO()],
     )
+    return trainer, module, data
+
+
+def fit(precision: str, resume: str | None = None, save=None, callbacks=(), **kwargs) -> dict:
+    recorder = Recorder(save or {})
+    trainer, module, data = prepare(precision, callbacks=[recorder, *callbacks], **kwargs)
     trainer.fit(module, datamodule=data, ckpt_path=OUT / resume if resume else None)
-    return module, trainer, recorder
-
-
-def weights(module) -> dict[str, torch.Tensor]:
+    parameters = list(module.model.named_parameters())
+    shares = {name: (p.numel(), p.ds_numel, p.ds_tensor.numel()) for name, p in parameters if hasattr(p, "ds_id")}
     with gathered(module.model):
-        return {name: tensor.detach().clone() for name, tensor in module.model.state_dict().items()}
-
-
-def found(module, trainer, recorder) -> dict:
+        weights = {name: tensor.detach().clone() for name, tensor in module.model.state_dict().items()}
+    metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
     return {
         "losses": recorder.losses,
         "text_only": recorder.text_only,
-        "weights": weights(module),
-        "metrics": {k: float(v) for k, v in trainer.callback_metrics.items()},
+        "weights": weights,
+        "metrics": metrics,
+        "shares": shares,
     }
 
 
 def whole(precision):
-    return found(*fit(precision, llm="dropout_llm", save=f"mid-{precision}.ckpt"))
+    save = {MIDDLE: f"middle-{precision}.ckpt", END: f"end-{precision}.ckpt"}
+    return fit(precision, llm="dropout_llm", save=save, callbacks=[ExportModel()])
 
 
 def resumed(precision):
-    return found(*fit(precision, llm="dropout_llm", resume=f"mid-{precision}.ckpt"))
+    return fit(precision, llm="dropout_llm", resume=f"middle-{precision}.ckpt")
+
+
+def validated(precision):
+    """In a trainer that never trained."""
+    trainer, module, data = prepare(precision, llm="dropout_llm")
+    trainer.validate(module, datamodule=data, ckpt_path=OUT / f"end-{precision}.ckpt", verbose=False)
+    return {"metrics": {k: float(v) for k, v in trainer.callback_metrics.items()}}
 
 
 def plain(precision):
     """No dropout, which differs between ranks: comparable to one process."""
-    return found(*fit(precision, epochs=1))
+    return fit(precision, epochs=1)
+
+
+def refused(precision):
+    """Resumes what SPEC["resume"] names, which does not fit."""
+    try:
+        fit(precision, llm="dropout_llm", resume=SPEC["resume"])
+    except ValueError as error:
+        return {"message": str(error)}
 
 
 if __name__ == "__main__":

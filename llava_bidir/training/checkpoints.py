@@ -107,3 +107,20 @@ def newest_whole(folder: Path) -> Path | None:
             return path
         log.warning("passing over checkpoint %s: %s", path, problem)
     return None
+
+
+def resolve(path: str | None, folder: Path) -> str | None:
+    """The checkpoint that `--ckpt_path` names: `last` is the newest whole one in `folder`, None where there is none.
+
+    Raises:
+        ValueError: The one that is named is not whole; it is not replaced by another without asking.
+    """
+    if path == "last":
+        found = newest_whole(folder)
+        log.info("resuming %s", found) if found else log.info("no checkpoint in %s yet; starting anew", folder)
+        return str(found) if found else None
+    if path is not None:
+        problem = what_is_wrong(Path(path))
+        if problem:
+            raise ValueError(f"--ckpt_path {path}: {problem}. The newest whole one in {folder}: {newest_whole(folder)}")
+    return path

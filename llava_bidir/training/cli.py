@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
@@ -10,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from ..data.datamodule import InstructionData
 from .callbacks import ExportModel, ShowAnswers, Throughput
+from .checkpoints import WholeCheckpointIO, resolve
 from .module import LlavaTraining
 
 # warnings about what is meant to be so
@@ -36,7 +38,14 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs):
         out = self._get(self.config_init, "out")
         kwargs["logger"] = TensorBoardLogger(out, name="", version="")
+        kwargs["plugins"] = [*(self._get(self.config_init, "trainer.plugins") or []), WholeCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        run = self.config_init[self.subcommand]
+        run["ckpt_path"] = resolve(run["ckpt_path"], Path(run["out"]) / "checkpoints")
+
+    before_validate = before_test = before_fit
 
 
 def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:

@@ -46,6 +46,7 @@ class ZeRO(DeepSpeedStrategy):
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
         super().__init__(
             config={
+                "train_micro_batch_size_per_gpu": 1,  # goes to DeepSpeed's log; Lightning would open the data for it
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,  # offloaded, torch's fused AdamW runs on the CPU as well
                 "zero_optimization": dict(zero_optimization),
@@ -87,6 +88,12 @@ class ZeRO(DeepSpeedStrategy):
         bf16 = self.precision_plugin.precision.startswith("bf16")
         with _DtypeContextManager(torch.bfloat16 if bf16 else torch.float32):
             yield
+        for buffer in self.lightning_module.buffers():  # DeepSpeed moves parameters
+            buffer.data = buffer.data.to(self.root_device)
+
+    def backward(self, closure_loss: torch.Tensor, optimizer, *args: Any, **kwargs: Any) -> None:
+        """Lightning has divided the loss by the accumulated batches; DeepSpeed would do so again."""
+        super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     # ------------------------------------------------------------------------- checkpoints
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
@@ -119,7 +126,21 @@ class ZeRO(DeepSpeedStrategy):
             )
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
             self._check_layout(path, listing)
+        elif self.zero_stage_3:  # where DeepSpeed expects the optimizer that only training has
+            return self._load_weights(path)
         return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def _load_weights(self, path: Path) -> dict[str, Any]:
+        """Rank 0 reads the weights and hands them out, one tensor at a time."""
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        weights = read_weights(path) if self.is_global_zero else {}
+        for name, parameter in self.lightning_module.named_parameters():
+            if parameter.requires_grad:
+                with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+                    if self.is_global_zero:
+                        parameter.copy_(weights.pop(name))
+        return read_state(path)
 
     def _layout(self) -> dict[str, Any]:
         """What decides how the optimizer's state is cut."""
@@ -153,16 +174,24 @@ def gathered(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def read_trained(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What a ZeRO checkpoint trained, put together on the CPU in the run's precision, and Lightning's own state.
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """What a ZeRO checkpoint trained, put together on the CPU from the fp32 masters of all ranks, in the dtype that the
+    run computed with.
 
     Raises:
         ValueError: The checkpoint is not whole.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint, get_model_state_file
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    listing = read_listing(path)
-    dtype = torch.bfloat16 if listing["precision"].startswith("bf16") else torch.float32
+    dtype = torch.bfloat16 if read_listing(path)["precision"].startswith("bf16") else torch.float32
     weights = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=TAG, exclude_frozen_parameters=True)
-    state = torch.load(get_model_state_file(str(path / TAG), listing["stage"]), map_location="cpu", weights_only=False)
-    return {name: tensor.to(dtype) for name, tensor in weights.items()}, state
+    return {name: tensor.to(dtype) for name, tensor in weights.items()}
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Lightning's part of a ZeRO checkpoint: settings, loops, callbacks, data."""
+    from deepspeed.utils.zero_to_fp32 import get_model_state_file
+
+    file = get_model_state_file(str(path / TAG), read_listing(path)["stage"])
+    state = torch.load(file, map_location="cpu", weights_only=False)
+    return {key: value for key, value in state.items() if key != "module"}

@@ -1,4 +1,4 @@
-"""Training runs on several processes, started by test_zero.py: python two_processes.py SPEC RUN ...
+"""Training runs on several processes, started by test_zero.py: python two_processes.py SPEC RUN:PRECISION ...
 
 Each RUN is a function below. Processes are slow to start (imports), so one set of them does several runs. What a rank
 finds goes to OUT/RUN.RANK.pt; the tests look at that.
@@ -6,6 +6,8 @@ finds goes to OUT/RUN.RANK.pt; the tests look at that.
 
 import json
 import os
+import resource
+import signal
 import sys
 import traceback
 from datetime import timedelta
@@ -31,7 +33,8 @@ from llava_bidir.training.zero import ZeRO, gathered
 
 SPEC = json.loads(Path(sys.argv[1]).read_text())
 OUT = Path(SPEC["out"])
-MIDDLE, END = 2, 6  # optimizer steps with checkpoints: in the middle of an epoch of three, and of two epochs
+MIDDLE, END = 2, 6  # optimizer steps with checkpoints: in the middle of an epoch of three, and at the end of two
+LATE = {MIDDLE: "trouble/good.ckpt", END: "trouble/bad.ckpt"}
 # nothing of a model this small would be partitioned or released otherwise
 PARTITIONED = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
 
@@ -133,6 +136,39 @@ def plain(precision):
     return fit(precision, epochs=1)
 
 
+def killed(precision):
+    """Rank 1 dies, as by kill -9, while it writes its share of the second checkpoint."""
+    return fit(
+        precision, llm="dropout_llm", save=LATE, callbacks=[Trouble(lambda: os.kill(os.getpid(), signal.SIGKILL))]
+    )
+
+
+def disk_full(precision):
+    """Rank 1 cannot write more than a few bytes of its share of the second checkpoint."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    return fit(precision, llm="dropout_llm", save=LATE, callbacks=[Trouble(limit)])
+
+
+class Trouble(Callback):
+    """Makes `happen` what rank 1's next torch.save meets when it has begun to write the checkpoint at END."""
+
+    def __init__(self, happen):
+        self.happen = happen
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step < END - 1 or trainer.global_rank == 0:
+            return
+        original = torch.save
+
+        def save(what, file, *args, **kwargs):
+            if "optim_states" in str(file):
+                Path(file).write_bytes(b"the beginning of a file")
+                self.happen()
+            original(what, file, *args, **kwargs)
+
+        torch.save = save
+
+
 def refused(precision):
     """Resumes what SPEC["resume"] names, which does not fit."""
     try:
@@ -144,9 +180,9 @@ def refused(precision):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for run in sys.argv[2:]:
-        name, _, argument = run.partition(":")
+        name, _, precision = run.partition(":")
         try:
-            result = globals()[name](*([argument] if argument else []))
+            result = globals()[name](precision)
         except Exception:
             result = {"error": traceback.format_exc()}
             traceback.print_exc()

@@ -57,7 +57,8 @@ class Recorder(Callback):
         self.save, self.losses, self.text_only = save, [], []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.losses.append((tuple(batch["ids"]), outputs["loss"].item()))
+        loss = outputs["loss"].item() * trainer.accumulate_grad_batches  # Lightning has divided it
+        self.losses.append((tuple(batch["ids"]), loss))
         self.text_only.append(batch["pixel_values"] is None)
         if not trainer.fit_loop._should_accumulate() and trainer.global_step in self.save:
             trainer.save_checkpoint(OUT / self.save[trainer.global_step])
@@ -84,6 +85,7 @@ def prepare(precision: str, llm: str = "llm", callbacks=(), epochs: int = 2):
         strategy=strategy(),
         precision=precision,
         max_epochs=epochs,
+        check_val_every_n_epoch=epochs,
         default_root_dir=OUT / precision,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,

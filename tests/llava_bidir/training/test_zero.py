@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file
 
 import llava_bidir.cli
+from llava_bidir import LlavaBidirForConditionalGeneration
 from llava_bidir.training.checkpoints import newest_whole
 
 pytestmark = [
@@ -25,10 +25,12 @@ WORKER = Path(__file__).parents[2] / "two_processes.py"
 RUNS = {  # what each pair of processes does, one after the other
     "one": ["plain:32-true"],
     "ddp": ["plain:32-true"],
-    "zero2": [f"{run}:{p}" for p in ("32-true", "bf16-mixed") for run in ("plain", "whole", "resumed", "validated")],
-    "zero3": [f"{run}:{p}" for p in ("32-true", "bf16-mixed") for run in ("plain", "whole", "resumed", "validated")],
+    "zero2": [f"{run}:{p}" for p in ("32-true", "bf16-mixed") for run in ("plain", "whole", "resumed")],
+    "zero3": [f"{run}:{p}" for p in ("32-true", "bf16-mixed") for run in ("plain", "whole", "resumed")],
     "zero3_offload": ["plain:bf16-mixed"],
 }
+for stage in ("zero2", "zero3"):
+    RUNS[stage] += ["validated:bf16-mixed"]
 ZERO = [(stage, precision) for stage in ("zero2", "zero3") for precision in ("32-true", "bf16-mixed")]
 
 
@@ -152,16 +154,16 @@ def test_export_of_a_checkpoint_equals_the_model_in_memory(strategy, precision, 
     llava_bidir.cli.main(["export", str(folder / f"end-{precision}.ckpt"), str(tmp_path / "hf")])
     memory = found(folder, f"whole:{precision}")["weights"]
     for directory in (tmp_path / "hf", folder / precision / "hf"):
-        written = load_file(directory / "model.safetensors")
+        written = LlavaBidirForConditionalGeneration.from_pretrained(directory, dtype="auto").state_dict()
         assert set(written) == set(memory)
         for name, weight in memory.items():
             assert torch.equal(weight, written[name]), name
 
 
-@pytest.mark.parametrize(("strategy", "precision"), ZERO)
-def test_validation_of_a_checkpoint_repeats_that_of_the_run(strategy, precision, results):
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_validation_of_a_checkpoint_repeats_that_of_the_run(strategy, results):
     for rank in (0, 1):
-        during, after = (found(results(strategy), f"{run}:{precision}", rank) for run in ("whole", "validated"))
+        during, after = (found(results(strategy), f"{run}:bf16-mixed", rank) for run in ("whole", "validated"))
         assert after["metrics"] == {k: v for k, v in during["metrics"].items() if k.startswith("val/")}
 
 

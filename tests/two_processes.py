@@ -135,7 +135,12 @@ def validated(precision):
 
 def plain(precision):
     """No dropout, which differs between ranks: comparable to one process."""
-    return fit(precision, epochs=1)
+    return fit(precision, epochs=1, save={MIDDLE: f"plain-{precision}.ckpt"})
+
+
+def moved(precision):
+    """Goes on with `plain` from SPEC["resume"], perhaps on another number of processes."""
+    return fit(precision, epochs=1, resume=SPEC["resume"])
 
 
 def killed(precision):

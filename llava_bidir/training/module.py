@@ -19,6 +19,7 @@ from torchmetrics import MeanMetric
 from ..build import build_model, build_processor, set_trainable
 from ..data.conversation import IGNORE_INDEX
 from ..encoders import Encoder
+from .checkpoints import recount
 from .optim import build_optimizer, build_schedule
 
 log = logging.getLogger(__name__)
@@ -200,13 +201,21 @@ class LlavaTraining(LightningModule):
         settings = {k: v for k, v in self.hparams.items() if v is not None and not k.startswith("_")}
         return {"stage": "+".join(self.hparams.train), **settings}
 
+    @property
+    def _samples_at_a_time(self) -> int:
+        """Samples of a micro-batch over all devices."""
+        return self.trainer.datamodule.micro_batch_size * self.trainer.world_size
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what trains; the frozen rest is where it was loaded from."""
+        """Keeps what trains; the frozen rest is where it was loaded from. And what the position in the epoch counts."""
+        checkpoint["samples_at_a_time"] = self._samples_at_a_time
         trained = {"model." + name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """`strict_loading` is off for the frozen parts only: nothing that trains may be missing."""
+        if self._trainer is not None and self.trainer.training:
+            recount(checkpoint, checkpoint["samples_at_a_time"], self._samples_at_a_time)
         if "state_dict" not in checkpoint:
             return  # ZeRO's weights are elsewhere, and it checks them itself
         trained = {"model." + name for name, parameter in self.model.named_parameters() if parameter.requires_grad}

@@ -26,6 +26,7 @@ from ..build import unpartitioned
 from .checkpoints import finish_directory, partial_of, read_listing
 
 TAG = "checkpoint"  # Lightning's name of the folder inside a checkpoint directory
+UNIVERSAL = "zero"  # DeepSpeed's name of the folder of a universal checkpoint, one folder inside a parameter
 
 
 class ZeRO(DeepSpeedStrategy):
@@ -117,18 +118,32 @@ class ZeRO(DeepSpeedStrategy):
             raise ValueError(
                 f"checkpoint {path} is a file, from a run without ZeRO; resume it without configs/cluster/zero*.yaml"
             )
+        if (path / TAG / UNIVERSAL).is_dir():
+            return self._load_universal(path)
         listing = read_listing(path)
-        missing = self._trained() ^ set(listing["trained"])
-        if missing:
-            raise ValueError(
-                f"checkpoint {path} and model.train differ in {len(missing)} tensors, {min(missing)} for one; it "
-                "belongs to another stage or model"
-            )
+        self._check_trained(path, set(listing["trained"]))
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
             self._check_layout(path, listing)
         elif self.zero_stage_3:  # where DeepSpeed expects the optimizer that only training has
             return self._load_weights(path)
         return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def _load_universal(self, path: Path) -> dict[str, Any]:
+        """A checkpoint that DeepSpeed's ds_to_universal made, for any number of devices."""
+        self._check_trained(path, {folder.name for folder in (path / TAG / UNIVERSAL).iterdir() if folder.is_dir()})
+        optimizer = self.deepspeed_engine.optimizer.optimizer
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        self.deepspeed_engine._config.load_universal_checkpoint = True
+        state = super().load_checkpoint(str(path))
+        # DeepSpeed gives all groups the settings of the first, and under ZeRO-3 one tensor to count their steps in,
+        # which each of them then advances
+        for group, own, rate in zip(
+            optimizer.param_groups, settings, state["lr_schedulers"][0]["_last_lr"], strict=True
+        ):
+            group.update(own, lr=rate)
+        for moments in optimizer.state.values():
+            moments["step"] = moments["step"].clone()
+        return state
 
     def _load_weights(self, path: Path) -> dict[str, Any]:
         """Rank 0 reads the weights and hands them out, one tensor at a time."""
@@ -142,6 +157,14 @@ class ZeRO(DeepSpeedStrategy):
                         parameter.copy_(weights.pop(name))
         return read_state(path)
 
+    def _check_trained(self, path: Path, saved: set[str]) -> None:
+        different = saved ^ self._trained()
+        if different:
+            raise ValueError(
+                f"checkpoint {path} and model.train differ in {len(different)} tensors, {min(different)} for one; it "
+                "belongs to another stage or model"
+            )
+
     def _layout(self) -> dict[str, Any]:
         """What decides how the optimizer's state is cut."""
         stage = self.config["zero_optimization"]["stage"]
@@ -150,10 +173,16 @@ class ZeRO(DeepSpeedStrategy):
     def _check_layout(self, path: Path, listing: dict[str, Any]) -> None:
         for key, ours in self._layout().items():
             if listing[key] != ours:
+                way_out = f"go on from the weights alone: llava-bidir export {path} DIR"
+                if key == "world_size":
+                    way_out = (
+                        "convert it for any number of devices: python -m deepspeed.checkpoint.ds_to_universal "
+                        f"--inject_missing_state --input_folder {path / TAG} --output_folder NEW.ckpt/{TAG}, and "
+                        "resume with --ckpt_path NEW.ckpt"
+                    )
                 raise ValueError(
                     f"checkpoint {path} has {key} {listing[key]} and this run {ours}: the optimizer's state does not "
-                    f"fit. Resume with {key} {listing[key]}, or go on from the weights alone: llava-bidir export "
-                    f"{path} DIR"
+                    f"fit. Resume with {key} {listing[key]}, or {way_out}"
                 )
 
     def _trained(self) -> set[str]:

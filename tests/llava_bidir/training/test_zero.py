@@ -181,7 +181,33 @@ def test_another_number_of_processes_is_refused_with_the_way_out(results, spec):
     out, codes, log = start(spec, "zero2", ["refused:32-true"], processes=1, resume=checkpoint)
     assert codes == [0], log
     message = found(out, "refused:32-true")["message"]
-    assert "has world_size 2 and this run 1" in message and "llava-bidir export" in message
+    assert "has world_size 2 and this run 1" in message and "ds_to_universal" in message
+
+
+@pytest.mark.parametrize(
+    ("strategy", "processes"), [("ddp", 1), ("ddp", 2), ("zero2", 1), ("zero2", 2), ("zero3", 1), ("zero3", 2)]
+)
+def test_resumed_on_another_number_of_processes_trains_the_same_samples(strategy, processes, results, spec):
+    """Through DeepSpeed's universal checkpoint, or a plain one under DDP; to one process, and to two again."""
+    checkpoint = results(strategy) / "plain-32-true.ckpt"
+    if strategy != "ddp":
+        universal = checkpoint.with_name(f"universal-{processes}.ckpt")
+        command = "-m deepspeed.checkpoint.ds_to_universal --inject_missing_state --num_extract_workers 1"
+        folders = ["--input_folder", str(checkpoint / "checkpoint"), "--output_folder", str(universal / "checkpoint")]
+        subprocess.run(
+            [sys.executable, *command.split(), "--num_merge_workers", "1", *folders], check=True, capture_output=True
+        )
+        checkpoint = universal
+    out, codes, log = start(spec, strategy, ["moved:32-true"], processes, resume=str(checkpoint))
+    assert codes == [0] * processes, log
+    together = [
+        x for group in zip(*(found(out, "moved:32-true", r)["losses"] for r in range(processes))) for x in group
+    ]
+    one = found(results("one"), "plain:32-true")
+    assert [ids for ids, _ in together] == [ids for ids, _ in one["losses"][8:]]
+    torch.testing.assert_close([x for _, x in together], [x for _, x in one["losses"][8:]], rtol=1e-5, atol=1e-5)
+    for name, weight in found(out, "moved:32-true")["weights"].items():
+        torch.testing.assert_close(weight, one["weights"][name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("trouble", ["killed", "disk_full"])

@@ -1,7 +1,7 @@
-"""Training runs on several processes, started by test_zero.py: python two_processes.py SPEC RUN:PRECISION ...
+"""Training runs on several processes, started by test_zero.py: python two_processes.py SPEC RUN ...
 
-Each RUN is a function below. Processes are slow to start (imports), so one set of them does several runs. What a rank
-finds goes to OUT/RUN.RANK.pt; the tests look at that.
+A RUN is STRATEGY:FUNCTION:PRECISION, the function one of those below. Processes are slow to start (imports), so one set
+of them does many runs. What a rank finds goes to OUT/RUN.RANK.pt; the tests look at that.
 """
 
 import json
@@ -39,10 +39,10 @@ LATE = {MIDDLE: "trouble/good.ckpt", END: "trouble/bad.ckpt"}
 PARTITIONED = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
 
 
-def strategy():
-    if SPEC["strategy"] == "ddp":
+def build_strategy(name: str):
+    if name == "ddp":
         return DDPStrategy(timeout=timedelta(minutes=1))
-    config = yaml.safe_load((Path(__file__).parents[1] / f"configs/cluster/{SPEC['strategy']}.yaml").read_text())
+    config = yaml.safe_load((Path(__file__).parents[1] / f"configs/cluster/{name}.yaml").read_text())
     zero = config["trainer"]["strategy"]["init_args"]["zero_optimization"]
     zero |= {"reduce_bucket_size": 2000, "overlap_comm": False}  # several buckets
     if zero["stage"] == 3:
@@ -64,10 +64,12 @@ class Recorder(Callback):
             trainer.save_checkpoint(OUT / self.save[trainer.global_step])
 
 
-def prepare(precision: str, llm: str = "llm", callbacks=(), epochs: int = 2):
+def prepare(strategy: str, precision: str, llm: str = "llm", callbacks=(), epochs: int = 2):
     torch.manual_seed(0)
     encoder, llm = Encoder("clip", SPEC["encoder"], layer=-1), SPEC[llm]
-    module = LlavaTraining(encoder, llm, ["adapter", "llm"], learning_rate=1e-2, max_new_tokens=3)
+    module = LlavaTraining(
+        encoder, llm, ["adapter", "llm"], learning_rate=1e-2, adapter_learning_rate=5e-3, max_new_tokens=3
+    )
     folder = SPEC["conversations"]
     data = InstructionData(
         f"{folder}/data.json",
@@ -82,11 +84,11 @@ def prepare(precision: str, llm: str = "llm", callbacks=(), epochs: int = 2):
     trainer = Trainer(
         accelerator="cpu",
         devices=SPEC["processes"],
-        strategy=strategy(),
+        strategy=build_strategy(strategy),
         precision=precision,
         max_epochs=epochs,
         check_val_every_n_epoch=epochs,
-        default_root_dir=OUT / precision,
+        default_root_dir=OUT / f"{strategy}-{precision}",
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         enable_checkpointing=False,
@@ -99,9 +101,9 @@ def prepare(precision: str, llm: str = "llm", callbacks=(), epochs: int = 2):
     return trainer, module, data
 
 
-def fit(precision: str, resume: str | None = None, save=None, callbacks=(), **kwargs) -> dict:
+def fit(strategy: str, precision: str, resume: str | None = None, save=None, callbacks=(), **kwargs) -> dict:
     recorder = Recorder(save or {})
-    trainer, module, data = prepare(precision, callbacks=[recorder, *callbacks], **kwargs)
+    trainer, module, data = prepare(strategy, precision, callbacks=[recorder, *callbacks], **kwargs)
     trainer.fit(module, datamodule=data, ckpt_path=OUT / resume if resume else None)
     parameters = list(module.model.named_parameters())
     shares = {name: (p.numel(), p.ds_numel, p.ds_tensor.numel()) for name, p in parameters if hasattr(p, "ds_id")}
@@ -117,43 +119,47 @@ def fit(precision: str, resume: str | None = None, save=None, callbacks=(), **kw
     }
 
 
-def whole(precision):
-    save = {MIDDLE: f"middle-{precision}.ckpt", END: f"end-{precision}.ckpt"}
-    return fit(precision, llm="dropout_llm", save=save, callbacks=[ExportModel()])
+def whole(strategy, precision):
+    save = {MIDDLE: f"{strategy}-middle-{precision}.ckpt", END: f"{strategy}-end-{precision}.ckpt"}
+    return fit(strategy, precision, llm="dropout_llm", save=save, callbacks=[ExportModel()])
 
 
-def resumed(precision):
-    return fit(precision, llm="dropout_llm", resume=f"middle-{precision}.ckpt")
+def resumed(strategy, precision):
+    return fit(strategy, precision, llm="dropout_llm", resume=f"{strategy}-middle-{precision}.ckpt")
 
 
-def validated(precision):
+def validated(strategy, precision):
     """In a trainer that never trained."""
-    trainer, module, data = prepare(precision, llm="dropout_llm")
-    trainer.validate(module, datamodule=data, ckpt_path=OUT / f"end-{precision}.ckpt", verbose=False)
+    trainer, module, data = prepare(strategy, precision, llm="dropout_llm")
+    trainer.validate(module, datamodule=data, ckpt_path=OUT / f"{strategy}-end-{precision}.ckpt", verbose=False)
     return {"metrics": {k: float(v) for k, v in trainer.callback_metrics.items()}}
 
 
-def plain(precision):
+def plain(strategy, precision):
     """No dropout, which differs between ranks: comparable to one process."""
-    return fit(precision, epochs=1, save={MIDDLE: f"plain-{precision}.ckpt"})
+    return fit(strategy, precision, epochs=1, save={MIDDLE: f"{strategy}-plain-{precision}.ckpt"})
 
 
-def moved(precision):
-    """Goes on with `plain` from SPEC["resume"], perhaps on another number of processes."""
-    return fit(precision, epochs=1, resume=SPEC["resume"])
+def moved(strategy, precision):
+    """Goes on with `plain` from what SPEC["resume"] names, perhaps on another number of processes."""
+    return fit(strategy, precision, epochs=1, resume=SPEC["resume"][strategy])
 
 
-def killed(precision):
+def killed(strategy, precision):
     """Rank 1 dies, as by kill -9, while it writes its share of the second checkpoint."""
     return fit(
-        precision, llm="dropout_llm", save=LATE, callbacks=[Trouble(lambda: os.kill(os.getpid(), signal.SIGKILL))]
+        strategy,
+        precision,
+        llm="dropout_llm",
+        save=LATE,
+        callbacks=[Trouble(lambda: os.kill(os.getpid(), signal.SIGKILL))],
     )
 
 
-def disk_full(precision):
+def disk_full(strategy, precision):
     """Rank 1 cannot write more than a few bytes of its share of the second checkpoint."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    return fit(precision, llm="dropout_llm", save=LATE, callbacks=[Trouble(limit)])
+    return fit(strategy, precision, llm="dropout_llm", save=LATE, callbacks=[Trouble(limit)])
 
 
 class Trouble(Callback):
@@ -176,10 +182,10 @@ class Trouble(Callback):
         torch.save = save
 
 
-def refused(precision):
-    """Resumes what SPEC["resume"] names, which does not fit."""
+def refused(strategy, precision):
+    """Resumes what SPEC["resume"] names for this strategy, which does not fit."""
     try:
-        fit(precision, llm="dropout_llm", resume=SPEC["resume"])
+        fit(strategy, precision, llm="dropout_llm", resume=SPEC["resume"][strategy])
     except ValueError as error:
         return {"message": str(error)}
 
@@ -187,9 +193,9 @@ def refused(precision):
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for run in sys.argv[2:]:
-        name, _, precision = run.partition(":")
+        strategy, name, precision = run.split(":")
         try:
-            result = globals()[name](precision)
+            result = globals()[name](strategy, precision)
         except Exception:
             result = {"error": traceback.format_exc()}
             traceback.print_exc()

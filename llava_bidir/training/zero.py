@@ -21,6 +21,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from ..build import unpartitioned
 from .checkpoints import finish_directory, partial_of, read_listing
@@ -76,14 +77,16 @@ class ZeRO(DeepSpeedStrategy):
         import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         self._init_deepspeed_distributed()
 
+    def teardown(self) -> None:
+        unset_hf_deepspeed_config()
+        super().teardown()
+
     # ------------------------------------------------------------------------- building
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
         """While this strategy lives, `from_pretrained` partitions each tensor as it is read under ZeRO-3: rank 0 reads,
         and no rank ever holds the LLM whole. Lightning's own context would partition all that is built inside of it,
         even the skeleton on the meta device, which has nothing to partition."""
-        from transformers.integrations import HfDeepSpeedConfig
-
         self._init_config_if_needed()
         self.transformers_config = HfDeepSpeedConfig(self.config)  # transformers keeps a weak reference
         bf16 = self.precision_plugin.precision.startswith("bf16")

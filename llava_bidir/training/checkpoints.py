@@ -65,6 +65,17 @@ class WholeCheckpointIO(TorchCheckpointIO):
             raise
         partial.replace(path)
 
+    def load_checkpoint(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """
+        Raises:
+            ValueError: It is ZeRO's, which this strategy cannot read.
+        """
+        if Path(path).is_dir():
+            raise ValueError(
+                f"checkpoint {path} is a directory, from a run with ZeRO; add its configs/cluster/zero*.yaml"
+            )
+        return super().load_checkpoint(path, *args, **kwargs)
+
 
 def partial_of(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL)
@@ -110,6 +121,8 @@ def what_is_wrong(path: Path) -> str | None:
         return None if zipfile.is_zipfile(path) else "the file is cut short or no checkpoint"
     if not path.is_dir():
         return "no such file or directory"
+    if (path / "latest_universal").is_file():
+        return None  # what DeepSpeed's ds_to_universal writes last
     try:
         sizes = json.loads((path / LISTING).read_text())["bytes"]
     except (OSError, ValueError, KeyError):

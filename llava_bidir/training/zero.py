@@ -2,6 +2,12 @@
 
 Each device holds its share of the optimizer's state and gradients (stage 2), and of the parameters too (stage 3).
 Weights are bf16 where the trainer's precision is bf16-mixed, with fp32 masters in the optimizer, as LLaVA trains.
+
+Stage 3 shares out the frozen encoder too. Held whole it would save one transfer of 0.6 GB a micro-batch (CLIP ViT-L in
+bf16), beside some 40 GB that the LLM's layers are sent in (7B, recomputed once), and it would cost as much memory on
+every device. What ranks must not do is skip it: see LlavaTraining's black image.
+
+A run goes on with as many devices as it had, or through DeepSpeed's ds_to_universal with any number.
 """
 
 import os

@@ -139,3 +139,15 @@ def test_position_in_the_epoch_is_counted_anew(before, now, expected):
 def test_position_between_two_new_micro_batches_is_refused():
     with pytest.raises(ValueError, match="at sample 12 of its epoch, which 5 samples at a time"):
         recount(position(6, 5), 2, 5)
+
+
+def test_checkpoint_of_zero_is_refused_without_zero(tmp_path):
+    with pytest.raises(ValueError, match="is a directory, from a run with ZeRO; add its configs/cluster/zero"):
+        WholeCheckpointIO().load_checkpoint(str(save_directory(tmp_path / "zero.ckpt")))
+
+
+def test_universal_checkpoint_is_whole_once_deepspeed_has_finished_it(tmp_path):
+    (tmp_path / "new.ckpt/checkpoint/zero").mkdir(parents=True)
+    assert "whole.json" in what_is_wrong(tmp_path / "new.ckpt")
+    (tmp_path / "new.ckpt/latest_universal").write_text("checkpoint")
+    assert what_is_wrong(tmp_path / "new.ckpt") is None

@@ -1,6 +1,7 @@
 """Puts an encoder, an adapter and an LLM together, and says what trains."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlavaProcessor
 from transformers.integrations import deepspeed as zero3
 
-from .encoders import Encoder
+from .encoders import Encoder, read_pretrained
 from .modeling import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def build_processor(encoder: Encoder, llm: str, image_aspect: str = "pad") -> Ll
         image_aspect: "pad" or "crop", see :meth:`Encoder.image_processor`.
     """
     vision_config = encoder.load_config()
-    tokenizer = AutoTokenizer.from_pretrained(llm)
+    tokenizer = read_pretrained("model.llm", AutoTokenizer, llm)
     tokenizer.add_tokens(list(EXTRA_TOKENS), special_tokens=True)
     tokenizer.pad_token = "<pad>"
     return LlavaProcessor(
@@ -67,7 +68,7 @@ def build_config(
     rows, columns = encoder.grid(vision_config)
     return LlavaBidirConfig(
         vision_config=vision_config,
-        text_config=AutoConfig.from_pretrained(llm),
+        text_config=read_pretrained("model.llm", AutoConfig, llm),
         image_token_index=image_token_id,
         image_seq_length=rows * columns,
         vision_feature_layer=encoder.feature_layer,
@@ -140,10 +141,16 @@ def unpartitioned() -> Iterator[None]:
         zero3._hf_deepspeed_config_weak_ref = on
 
 
-def widen_vocabulary(language_model, size: int) -> None:
-    """Makes room for `size` tokens; new rows are the mean of the old ones, padded to a multiple that GPUs like."""
-    if size > language_model.get_input_embeddings().num_embeddings:
-        language_model.resize_token_embeddings(size, pad_to_multiple_of=VOCABULARY_MULTIPLE, mean_resizing=True)
+def widened(rows: int, tokens: int) -> int:
+    """Rows of an embedding that has `rows` and must hold `tokens`: as many, or a multiple that GPUs like."""
+    return rows if tokens <= rows else math.ceil(tokens / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def widen_vocabulary(language_model, tokens: int) -> None:
+    """Makes room for `tokens`; new rows are drawn around the mean of the old ones."""
+    rows = language_model.get_input_embeddings().num_embeddings
+    if widened(rows, tokens) > rows:
+        language_model.resize_token_embeddings(widened(rows, tokens), mean_resizing=True)
 
 
 def init_adapter(adapter: nn.Module, gain: float = 1.0) -> None:

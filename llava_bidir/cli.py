@@ -10,8 +10,10 @@ TRAINING = {  # LightningCLI's own subcommands, with options of their own
     "fit": "train a stage: -c configs/stage1.yaml -c configs/encoder/clip.yaml --model.image_attention bidirectional",
     "validate": "loss and answers of a checkpoint on the validation questions",
     "test": "the same as validate",
+    "size": "parameters, FLOPs and memory of a config, without weights: -c CONFIG [--devices N] [--json]",
     "inspect": "what the model is really fed: -c CONFIG [--index I ...] [--json]",
 }
+HOMES = {"inspect": "llava_bidir.inspection", "size": "llava_bidir.sizing"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -29,8 +31,16 @@ def build_parser() -> argparse.ArgumentParser:
         return added
 
     export = command("export", "llava_bidir.export:run", "a training checkpoint to a Hugging Face directory")
-    export.add_argument("checkpoint", type=Path, metavar="CKPT", help="RUN/checkpoints/*.ckpt")
+    export.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CKPT",
+        help="RUN/checkpoints/*.ckpt, or a directory that LLaVA's own code wrote",
+    )
     export.add_argument("out", type=Path, metavar="OUT", help="directory; replaced if it exists")
+    export.add_argument(
+        "--encoder", metavar="PATH", help="CLIP of a checkpoint of LLaVA's own code (the one that its config names)"
+    )
     export.add_argument(
         "--as-llava", action="store_true", help="as transformers' own llava, for serving software; causal models only"
     )
@@ -59,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv and argv[0] in TRAINING:
-            import_module("llava_bidir.inspection" if argv[0] == "inspect" else "llava_bidir.training.cli").main(argv)
+            import_module(HOMES.get(argv[0], "llava_bidir.training.cli")).main(argv)
             return
         args = build_parser().parse_args(argv)
         module, _, function = args.run.partition(":")

@@ -28,6 +28,21 @@ from transformers.image_utils import (
 )
 
 
+def read_pretrained(key: str, auto_class: type, path: str):
+    """`auto_class.from_pretrained(path)`, with an error that names the config's key.
+
+    Raises:
+        ValueError: There is no such directory, and the hub cannot be asked or has no such model either.
+    """
+    try:
+        return auto_class.from_pretrained(path)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{key}: {path!r} is neither a checkpoint directory nor a model that the hub or its cache has ({reason})"
+        ) from error
+
+
 @dataclass(frozen=True)
 class EncoderEntry:
     """What a family of encoders needs to be told.
@@ -97,7 +112,7 @@ class Encoder:
         Raises:
             ValueError: The checkpoint at `path` is of another kind than `name` says.
         """
-        found = AutoConfig.from_pretrained(self.path)
+        found = read_pretrained("model.encoder.path", AutoConfig, self.path)
         found = getattr(found, "vision_config", found)
         if found.model_type != self.entry.config_class.model_type:
             raise ValueError(

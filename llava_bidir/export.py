@@ -78,9 +78,14 @@ def run(args: argparse.Namespace) -> None:
     """`llava-bidir export`.
 
     Raises:
-        ValueError: The checkpoint is none of `llava-bidir fit`.
+        ValueError: The checkpoint is none of `llava-bidir fit`, nor one of LLaVA's own code.
     """
-    model, processor, facts = _read(args.checkpoint)
+    from .original import is_original, read_original
+
+    if is_original(args.checkpoint):
+        model, processor, facts = read_original(args.checkpoint, args.encoder)
+    else:
+        model, processor, facts = _read(args.checkpoint)
     export_hf(as_llava(model) if args.as_llava else model, processor, args.out, facts)
     print(args.out)
 

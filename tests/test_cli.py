@@ -13,7 +13,7 @@ import llava_bidir.cli
 import probes.cli
 
 COMMANDS = {
-    "llava_bidir": ["fit", "validate", "test", "export", "inspect", "generate", "demo-assets"],
+    "llava_bidir": ["fit", "validate", "test", "export", "inspect", "size", "generate", "demo-assets"],
     "probes": ["fit", "validate", "test", "sites", "states", "knockout", "starvation", "umap", "maps", "report"],
 }
 
@@ -72,17 +72,8 @@ def test_sites_names_what_states_returns(checkpoints, segmentation, tmp_path, ca
     assert set(states) == set(mllm.sites)
 
 
-def training_arguments(parts, conversations) -> list[str]:
-    encoder, llm = parts
-    return ["-c", "configs/demo/stage2.yaml", "--model.encoder.path", encoder.path, "--model.llm", llm] + [
-        *("--data.annotations", str(conversations / "data.json"), "--data.images", str(conversations)),
-        *("--data.val_annotations", str(conversations / "data.json"), "--data.batch_size", "4"),
-        *("--data.micro_batch_size", "4"),
-    ]
-
-
 def test_inspect_shows_what_is_fed(parts, conversations, capsys):
-    argv = ["inspect", *training_arguments(parts, conversations), "--model.image_attention", "bidirectional"]
+    argv = ["inspect", *tiny.training_arguments(parts, conversations), "--model.image_attention", "bidirectional"]
     llava_bidir.cli.main([*argv, "--json", "--index", "0", "11"])
     picture, text = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert picture["id"] == "r0" and picture["template"] == "vicuna_v1"
@@ -103,7 +94,7 @@ def test_inspect_shows_what_is_fed(parts, conversations, capsys):
 
 
 def test_fit_exports_a_model_that_generate_and_export_agree_on(parts, conversations, tmp_path, capsys):
-    argv = ["fit", *training_arguments(parts, conversations), "--out", str(tmp_path / "run")]
+    argv = ["fit", *tiny.training_arguments(parts, conversations), "--out", str(tmp_path / "run")]
     llava_bidir.cli.main([*argv, "--model.image_attention", "bidirectional"])
     run = tmp_path / "run"
     facts = json.loads((run / "hf/training.json").read_text())
@@ -114,7 +105,7 @@ def test_fit_exports_a_model_that_generate_and_export_agree_on(parts, conversati
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     for command in ("validate", "test"):  # the checkpoint answers as it did when its training ended
         capsys.readouterr()
-        fresh = [command, *training_arguments(parts, conversations), "--out", str(tmp_path / command)]
+        fresh = [command, *tiny.training_arguments(parts, conversations), "--out", str(tmp_path / command)]
         llava_bidir.cli.main([*fresh, "--model.image_attention", "bidirectional", "--ckpt_path", str(checkpoint)])
         assert str(facts["val/answer_accuracy"])[:5] in capsys.readouterr().out
     picture = str(conversations / "pictures/0.png")
@@ -129,12 +120,13 @@ def test_fit_exports_a_model_that_generate_and_export_agree_on(parts, conversati
 def test_tensorboard_has_what_a_run_should_show(parts, conversations, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    argv = ["fit", *training_arguments(parts, conversations), "--out", str(tmp_path)]
+    argv = ["fit", *tiny.training_arguments(parts, conversations), "--out", str(tmp_path)]
     llava_bidir.cli.main([*argv, "--trainer.log_every_n_steps", "1"])
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
     events.Reload()
     tags = events.Tags()
     wanted = {"train/loss", "train/grad_norm", "train/supervised_tokens", "train/samples_per_s", "train/tokens_per_s"}
+    wanted |= {f"train/{name}" for name in ("step_s", "data_share", "padding_share", "text_only_share")}
     assert wanted | {"val/loss", "val/answer_accuracy", "lr-AdamW/adapter", "lr-AdamW/llm"} <= set(tags["scalars"])
     assert any("attention_mask" in tag for tag in tags["images"]) and any("images" in tag for tag in tags["images"])
     assert any("answers" in tag for tag in tags["tensors"])

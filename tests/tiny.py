@@ -134,3 +134,13 @@ def write_conversations(root: Path, count: int = 12, text_only: int = 2) -> Path
         records.append(record)
     (root / "data.json").write_text(json.dumps(records))
     return root
+
+
+def training_arguments(parts, conversations) -> list[str]:
+    """Flags of a `llava-bidir fit` on the demo's second stage with tiny parts."""
+    encoder, llm = parts
+    return ["-c", "configs/demo/stage2.yaml", "--model.encoder.path", encoder.path, "--model.llm", llm] + [
+        *("--data.annotations", str(conversations / "data.json"), "--data.images", str(conversations)),
+        *("--data.val_annotations", str(conversations / "data.json"), "--data.batch_size", "4"),
+        *("--data.micro_batch_size", "4"),
+    ]

@@ -2,8 +2,14 @@
 # missing after a kill; delete a result, and it is made again with all that follows from it. Two steps run at a time, on
 # one thread each: the threads of two processes on two cores would only wait for each other.
 #
-# A rule with several targets and a % is one that makes them all at once; where % stands for a mask, $* is its name.
+# A rule with several targets and a % is one that makes them all at once; where % stands for a mask, $* is its name. What
+# needs one of several results made at once names them all: make looks at each by itself, and would find the others fresh.
 A := $(OUT)/assets
+ASSETS := $(addprefix $(A)/,captions.json dialogues.json questions.json segmentation/classes.json \
+  encoder/model.safetensors llm/model.safetensors)
+probed = $(addprefix $(1)/,metrics.json counts.safetensors probes.safetensors)
+knocked = $(addprefix $(1)/,knockout.json knockout.safetensors)
+mapped = $(addprefix $(1)/,maps.json maps.safetensors)
 LLAVA := OMP_NUM_THREADS=1 $(PY) -m llava_bidir
 PROBES := OMP_NUM_THREADS=1 $(PY) -m probes
 LOOK_ALIKES := ceiling sky wall building floor road bed car
@@ -27,7 +33,7 @@ $(A)/questions%json $(A)/dialogues%json $(A)/captions%json $(A)/encoder/model%sa
 $(A)/segmentation/classes%json: $(OUT)/settings
 	$(call step,assets,$(LLAVA) demo-assets $(A) --seed $(SEED) --scale $(SCALE))
 
-$(OUT)/%/stage1/hf/model.safetensors: configs/demo/stage1.yaml $(A)/captions.json
+$(OUT)/%/stage1/hf/model.safetensors: configs/demo/stage1.yaml $(ASSETS)
 	$(call step,$*_stage1,$(LLAVA) fit -c $< --seed_everything $(SEED) --out $(OUT)/$*/stage1 \
 	  --model.image_attention $* --model.encoder.path $(A)/encoder --model.llm $(A)/llm \
 	  --data.annotations $(A)/captions.json --data.images $(A))
@@ -38,13 +44,12 @@ $(OUT)/%/stage2/hf/model.safetensors: configs/demo/stage2.yaml $(OUT)/%/stage1/h
 	  --model.adapter $(OUT)/$*/stage1/hf --data.annotations $(A)/dialogues.json \
 	  --data.val_annotations $(A)/questions.json --data.images $(A))
 
-$(OUT)/%/probes/metrics.json $(OUT)/%/probes/counts.safetensors $(OUT)/%/probes/probes.safetensors: \
-  configs/demo/probes.yaml $(OUT)/%/stage2/hf/model.safetensors
+$(call probed,$(OUT)/%/probes): configs/demo/probes.yaml $(OUT)/%/stage2/hf/model.safetensors
 	$(call step,$*_probes,$(PROBES) fit -c $< --seed_everything $(SEED) --out $(OUT)/$*/probes \
 	  --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
 
-$(OUT)/%/untrained/metrics.json $(OUT)/%/untrained/counts.safetensors $(OUT)/%/untrained/probes.safetensors: \
-  configs/demo/probes.yaml configs/demo/untrained.yaml $(OUT)/%/stage2/hf/model.safetensors
+$(call probed,$(OUT)/%/untrained): configs/demo/probes.yaml configs/demo/untrained.yaml \
+  $(OUT)/%/stage2/hf/model.safetensors
 	$(call step,$*_untrained,$(PROBES) fit -c $< -c configs/demo/untrained.yaml --seed_everything $(SEED) \
 	  --out $(OUT)/$*/untrained --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
 
@@ -52,29 +57,27 @@ $(OUT)/%/longer/metrics.json: configs/demo/probes.yaml $(OUT)/%/stage2/hf/model.
 	$(call step,$*_longer,$(PROBES) fit -c $< --seed_everything $(SEED) --out $(OUT)/$*/longer \
 	  --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation --trainer.max_epochs 20)
 
-$(OUT)/%/probes/knockout.json: $(OUT)/%/probes/metrics.json
+$(call knocked,$(OUT)/%/probes): $(call probed,$(OUT)/%/probes)
 	$(call step,$*_knockout,$(PROBES) knockout --probes $(OUT)/$*/probes --classes $(LOOK_ALIKES))
 
-$(OUT)/%/untrained/knockout.json: $(OUT)/%/untrained/metrics.json
+$(call knocked,$(OUT)/%/untrained): $(call probed,$(OUT)/%/untrained)
 	$(call step,$*_untrained_knockout,$(PROBES) knockout --probes $(OUT)/$*/untrained --classes $(LOOK_ALIKES) \
 	  --min-patches 4)
 
-$(OUT)/%/probes/maps.json: $(OUT)/%/probes/knockout.json
+$(call mapped,$(OUT)/%/probes): $(call knocked,$(OUT)/%/probes)
 	$(call step,$*_maps,$(PROBES) maps --probes $(OUT)/$*/probes --image 0 1 2 3 --knockout ceiling road)
 
-$(OUT)/%/probes/umap.json: $(OUT)/%/probes/metrics.json
+$(OUT)/%/probes/umap.json: $(call probed,$(OUT)/%/probes)
 	$(call step,$*_umap,$(PROBES) umap --probes $(OUT)/$*/probes --image 0)
 
-$(OUT)/starvation.json: $(foreach mask,causal bidirectional,$(OUT)/$(mask)/probes/metrics.json)
-	$(call step,starvation,$(PROBES) starvation --probes $(dir $^) --out $(OUT))
+$(OUT)/starvation.json: $(call probed,$(OUT)/causal/probes) $(call probed,$(OUT)/bidirectional/probes)
+	$(call step,starvation,$(PROBES) starvation --probes $(OUT)/causal/probes $(OUT)/bidirectional/probes --out $(OUT))
 
 # All results are named here, since make takes what only patterns name for scrap that need not exist.
 RUNS := $(foreach mask,causal bidirectional,$(OUT)/$(mask)/probes $(OUT)/$(mask)/untrained)
 $(REPORT): $(foreach mask,causal bidirectional,$(OUT)/$(mask)/stage1/hf/model.safetensors \
-    $(OUT)/$(mask)/stage2/hf/model.safetensors $(OUT)/$(mask)/probes/maps.json $(OUT)/$(mask)/probes/umap.json \
+    $(OUT)/$(mask)/stage2/hf/model.safetensors $(call mapped,$(OUT)/$(mask)/probes) $(OUT)/$(mask)/probes/umap.json \
     $(OUT)/$(mask)/longer/metrics.json) \
-  $(foreach run,$(RUNS),$(addprefix $(run)/,metrics.json counts.safetensors probes.safetensors knockout.json)) \
-  $(OUT)/starvation.json $(A)/captions.json $(A)/dialogues.json $(A)/questions.json $(A)/segmentation/classes.json \
-  $(A)/encoder/model.safetensors $(A)/llm/model.safetensors
+  $(foreach run,$(RUNS),$(call probed,$(run)) $(call knocked,$(run))) $(OUT)/starvation.json $(ASSETS)
 	$(call step,report,$(PROBES) report $(RUNS) --longer $(OUT)/causal/longer $(OUT)/bidirectional/longer \
 	  --out $(OUT)/report --timings $(OUT)/logs/timings)

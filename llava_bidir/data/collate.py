@@ -64,7 +64,7 @@ class Collate:
             ids: list of B record ids; input_ids, labels, attention_mask: long[B, N], padded on the right;
             pixel_values: f[images, 3, H, W], None without images; predicts: long[n], the positions at which some
             sample of the batch predicts a supervised token, so that logits are computed nowhere else; supervised:
-            their number over all samples; tokens: without padding.
+            their number over all samples; lengths: tokens of each sample, without padding.
         """
         encoded = [self.encode(sample) for sample in samples]
         rows = [ids for ids, _ in encoded]
@@ -78,7 +78,7 @@ class Collate:
             "pixel_values": self.pixels(samples),
             "predicts": supervised.any(0).nonzero().flatten(),
             "supervised": int(supervised.sum()),
-            "tokens": sum(len(row) for row in rows),
+            "lengths": [len(row) for row in rows],
         }
 
     def pixels(self, samples: list[dict]) -> Tensor | None:

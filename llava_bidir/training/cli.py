@@ -13,6 +13,7 @@ from ..data.datamodule import InstructionData
 from .callbacks import ExportModel, ShowAnswers, Throughput
 from .checkpoints import WholeCheckpointIO, resolve
 from .module import LlavaTraining
+from .watch import WatchLoss
 
 # warnings about what is meant to be so
 HARMLESS = (
@@ -30,6 +31,7 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--out", default="runs/llava", help="folder of the run: config, events, checkpoints, hf/")
         parser.link_arguments("out", "trainer.default_root_dir")
+        parser.add_lightning_class_args(WatchLoss, "watch_loss")
         # the data owns no tokenizer: what turns text and images into tensors belongs to the model
         parser.link_arguments("model.processor", "data.processor", apply_on="instantiate")
         parser.link_arguments("model.image_tokens", "data.image_tokens", apply_on="instantiate")

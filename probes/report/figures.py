@@ -116,7 +116,7 @@ def probe_budget(study: Study) -> Drawn:
         sites = _curve_sites(run)
         epochs = run.metrics["probe"]["epochs"]
         history = {entry["site"]: entry["history"] for entry in run.metrics["sites"]}
-        for epoch in sorted({1, 2, max(1, epochs // 2), epochs}):
+        for epoch in sorted({1, min(2, epochs), max(1, epochs // 2), epochs}):
             curve = [100 * history[site][epoch - 1] for site in sites if history[site]]
             shade = 0.25 + 0.75 * epoch / epochs
             ax.plot(curve, color=colour_of(mask), alpha=shade, marker="o", ms=3, label=f"epoch {epoch}")

@@ -129,3 +129,10 @@ def test_image_processor_pads_with_the_mean_or_crops_the_centre(parts):
             assert torch.allclose(raw[:, 0], torch.tensor([122, 116, 104])[:, None] / 255, atol=0.02)
         else:  # the white sides are gone
             assert raw[:, 4, 3:5].max() < 0.1
+
+
+def test_a_checkpoint_that_is_nowhere_is_named_with_its_config_key(parts, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.llm: '.*nowhere' is neither a checkpoint directory"):
+        build_processor(parts[0], str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"model\.encoder\.path: 'no/such' is neither a checkpoint directory"):
+        Encoder("clip", "no/such").load_config()

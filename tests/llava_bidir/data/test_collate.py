@@ -23,7 +23,7 @@ def test_batch_is_padded_and_says_where_it_predicts(collate):
     batch = collate([sample("<image>\nname the sky", "wall", True), sample("sky", "wall wall wall", False)])
     ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
     assert ids.shape == labels.shape == mask.shape and batch["pixel_values"].shape == (1, 3, 8, 8)
-    assert (labels[mask == 0] == IGNORE_INDEX).all() and batch["tokens"] == mask.sum()
+    assert (labels[mask == 0] == IGNORE_INDEX).all() and sum(batch["lengths"]) == mask.sum()
     predicted = labels[:, batch["predicts"] + 1]
     assert (predicted != IGNORE_INDEX).sum() == (labels != IGNORE_INDEX).sum() == batch["supervised"]
     assert (predicted != IGNORE_INDEX).any(0).all(), "no logits where no sample predicts"

@@ -1,0 +1,83 @@
+"""Checkpoints of LLaVA's own code (haotian-liu/LLaVA), read as models of ours."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlavaProcessor
+
+from .build import build_model, build_processor
+from .encoders import Encoder
+from .modeling import LlavaBidirForConditionalGeneration
+
+PROJECTOR = "model.mm_projector."
+LAYERS = {"0": "linear_1", "2": "linear_2"}  # of nn.Sequential(Linear, GELU, Linear)
+# What LLaVA-1.5 has; of anything else we would make another model than it is.
+EXPECTED = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch", "image_aspect_ratio": "pad"}
+
+
+def is_original(directory: Path) -> bool:
+    """Whether LLaVA's own code wrote it."""
+    config = directory / "config.json"
+    return config.is_file() and "mm_projector_type" in json.loads(config.read_text())
+
+
+def read_original(
+    directory: Path, encoder: str | None = None
+) -> tuple[LlavaBidirForConditionalGeneration, LlavaProcessor, dict]:
+    """The model, its processor and what is known of its making.
+
+    Args:
+        directory: For instance a local copy of liuhaotian/llava-v1.5-7b.
+        encoder: Directory or hub id of its CLIP; None takes the one that its config names.
+
+    Raises:
+        ValueError: It is no LLaVA-1.5, or has no adapter.
+    """
+    config = json.loads((directory / "config.json").read_text())
+    for key, expected in EXPECTED.items():
+        if config.get(key) != expected:
+            raise ValueError(f"{directory}: {key} is {config.get(key)!r}; LLaVA-1.5 has {expected!r}")
+    clip = Encoder("clip", encoder or config["mm_vision_tower"], config["mm_vision_select_layer"])
+    with _as_llama(directory, config) as llm:
+        processor = build_processor(clip, llm)
+        model = build_model(clip, llm, processor, dtype=getattr(torch, config.get("torch_dtype") or "float32"))
+    model.model.multi_modal_projector.load_state_dict(_adapter(directory))
+    return model, processor, {"source": str(directory), "encoder": clip.path}
+
+
+@contextmanager
+def _as_llama(directory: Path, config: dict) -> Iterator[str]:
+    """The same files with the config of a plain Llama, whose class then takes its own weights from among them."""
+    with TemporaryDirectory() as plain:
+        for file in directory.iterdir():
+            if file.name != "config.json":
+                (Path(plain) / file.name).symlink_to(file.resolve())
+        llama = {k: v for k, v in config.items() if not k.startswith("mm_")}
+        llama |= {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        (Path(plain) / "config.json").write_text(json.dumps(llama))
+        yield plain
+
+
+def _adapter(directory: Path) -> dict[str, Tensor]:
+    """Weights of the adapter, under our names."""
+    found = {}
+    for file in sorted(directory.iterdir()):
+        if file.suffix == ".safetensors":
+            tensors = load_file(file)
+        elif file.suffix == ".bin":
+            tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        else:
+            continue
+        for name, tensor in tensors.items():
+            if name.startswith(PROJECTOR):
+                layer, _, kind = name.removeprefix(PROJECTOR).partition(".")
+                found[f"{LAYERS[layer]}.{kind}"] = tensor
+    if len(found) != 4:
+        raise ValueError(f"{directory} has {len(found)} of the adapter's 4 tensors {PROJECTOR}*")
+    return found

@@ -1,0 +1,72 @@
+"""Watches the loss: stops at one that is not finite, and warns when it leaves the band that is known of such runs."""
+
+import logging
+from pathlib import Path
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+SMOOTHING = 0.98  # the mean goes back some fifty micro-batches
+
+
+class WatchLoss(Callback):
+    """Looks at each loss before its gradients reach the weights.
+
+    A loss that is NaN or infinite ends the run, on all ranks. RUN/nonfinite/ then has what reproduces it: the weights
+    and the optimizer from before the step (before.ckpt) and each rank's micro-batches with their losses (rank*.pt).
+
+    Args:
+        expected: Band (low, high) of the smoothed loss; leaving it is a warning, no more. None has no band.
+        from_step: First optimizer step that the band holds for.
+    """
+
+    def __init__(self, expected: tuple[float, float] | None = None, from_step: int = 0):
+        self.expected, self.from_step = expected, from_step
+        self.window: list[tuple[Tensor, dict]] = []
+        self.mean: Tensor | None = None
+        self.warned = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
+        self.batch = batch
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        loss = loss.detach() * trainer.accumulate_grad_batches  # Lightning divides by it
+        self.window.append((loss, self.batch))
+        self.mean = loss.clone() if self.mean is None else self.mean.lerp_(loss, 1 - SMOOTHING)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer) -> None:
+        """The only place where the host waits for the device, once a step."""
+        finite = bool(torch.stack([loss for loss, _ in self.window]).isfinite().all())
+        if not trainer.strategy.reduce_boolean_decision(finite, all=True):
+            self._stop(trainer)
+        self.window.clear()
+        step = trainer.global_step
+        if self.expected and step >= self.from_step and step % trainer.log_every_n_steps == 0:
+            self._compare(step, float(self.mean))
+
+    def _stop(self, trainer: Trainer) -> None:
+        folder = Path(trainer.default_root_dir) / "nonfinite"
+        folder.mkdir(parents=True, exist_ok=True)
+        window = [{"loss": float(loss), "batch": batch} for loss, batch in self.window]
+        torch.save(window, folder / f"rank{trainer.global_rank}.pt")
+        trainer.save_checkpoint(folder / "before.ckpt")
+        bad = [item["batch"]["ids"] for item in window if not torch.tensor(item["loss"]).isfinite()]
+        where = f"samples {', '.join(bad[0])}" if bad else "samples of another rank"
+        raise ValueError(
+            f"the loss is not finite at step {trainer.global_step}: {where}. {folder} has the batches and the weights "
+            "from before the step"
+        )
+
+    def _compare(self, step: int, mean: float) -> None:
+        low, high = self.expected
+        outside = not low <= mean <= high
+        if outside and not self.warned:
+            log.warning(
+                "step %d: the loss is about %.2f, runs like this one are between %.2f and %.2f (watch_loss.expected); "
+                "look at the data (`llava-bidir inspect`), the adapter that was loaded and the learning rate",
+                *(step, mean, low, high),
+            )
+        self.warned = outside

@@ -2,12 +2,15 @@
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlavaProcessor
+from transformers.integrations import deepspeed as zero3
 
 from .encoders import Encoder, read_pretrained
 from .lora import UPDATES, has_lora
@@ -107,24 +110,36 @@ def build_model(
     tokenizer = processor.tokenizer
     config = build_config(encoder, llm, processor.image_token_id, image_attention, image_aspect, adapter_gain)
     language_model = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype, attn_implementation=attn_implementation)
-    vision_tower = encoder.entry.model_class.from_pretrained(encoder.path, dtype=dtype)
     widen_vocabulary(language_model, len(tokenizer))
     config.text_config = language_model.config
-
-    with torch.device("meta"):
+    with unpartitioned():
+        vision_tower = encoder.entry.model_class.from_pretrained(encoder.path, dtype=dtype)
+    with unpartitioned(), torch.device("meta"):
         model = LlavaBidirForConditionalGeneration._from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
         )
     model.model.vision_tower = vision_tower
     model.model.language_model = language_model.model
     model.lm_head = language_model.lm_head
-    model.model.multi_modal_projector.to_empty(device="cpu")
-    init_adapter(model.model.multi_modal_projector, adapter_gain)
+    init_adapter(model.model.multi_modal_projector.to_empty(device="cpu").float(), adapter_gain)
+    model.model.multi_modal_projector.to(dtype)
     if adapter is not None:
         load_adapter(model, adapter)
     model.generation_config = language_model.generation_config
     model.generation_config.pad_token_id = model.config.text_config.pad_token_id = tokenizer.pad_token_id
     return model
+
+
+@contextmanager
+def unpartitioned() -> Iterator[None]:
+    """Inside, transformers builds models whole even where ZeRO-3 is on (training/zero.py). The LLM is partitioned as it
+    is read; encoder and adapter are small, and DeepSpeed takes care of them once the model is put together."""
+    on = zero3._hf_deepspeed_config_weak_ref
+    zero3.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        zero3._hf_deepspeed_config_weak_ref = on
 
 
 def widened(rows: int, tokens: int) -> int:
@@ -189,7 +204,7 @@ def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:
             part = None
         parameter.requires_grad_(part is not None)
         if part is not None:
-            counts[part] += parameter.numel()
+            counts[part] += getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves 0 elements in place
     return counts
 
 

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
 from .lora import merge_lora
@@ -94,15 +95,20 @@ def run(args: argparse.Namespace) -> None:
 def _read(checkpoint: Path) -> tuple[LlavaBidirForConditionalGeneration, LlavaProcessor, dict]:
     """The model of a training checkpoint, with its processor and what is known of its run."""
     from .training.module import LlavaTraining  # here, for training imports this module
+    from .training.zero import read_state, read_weights
 
-    if not checkpoint.is_file():
+    if not checkpoint.exists():
         raise ValueError(f"no checkpoint {checkpoint}; expected RUN/checkpoints/*.ckpt")
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if checkpoint.is_dir():
+        saved = read_state(checkpoint) | {"state_dict": read_weights(checkpoint)}
+    else:
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     settings = {k: v for k, v in saved.get("hyper_parameters", {}).items() if not k.startswith("_")}
     if "image_attention" not in settings:
         raise ValueError(f"{checkpoint} is no checkpoint of `llava-bidir fit`")
     module = LlavaTraining(**settings | {"frozen_dtype": "float32"})
-    module.configure_model()
+    with _DtypeContextManager(next(iter(saved["state_dict"].values())).dtype):  # frozen parts as they ran, too
+        module.configure_model()
     module.on_load_checkpoint(saved)
     module.load_state_dict(saved["state_dict"], strict=False)
     return (

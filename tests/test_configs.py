@@ -16,12 +16,13 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 TRAINING = ["stage1.yaml", "stage2.yaml", "demo/stage1.yaml", "demo/stage2.yaml"]
 ENCODERS = ["encoder/clip.yaml", "encoder/dinov2.yaml", "encoder/siglip.yaml"]
 BUDGET = ["budget/lora_24gb.yaml", "budget/full_80gb.yaml"]  # behind stage 2 and an encoder
+CLUSTER = ["cluster/ddp.yaml", "cluster/zero2.yaml", "cluster/zero3.yaml", "cluster/zero3_offload.yaml"]
 PROBING = ["probes/folder.yaml", "demo/probes.yaml"]
 UPON_PROBING = ["demo/untrained.yaml"]
 
 
 def test_every_yaml_is_covered_here():
-    known = {*TRAINING, *ENCODERS, *BUDGET, *PROBING, *UPON_PROBING}
+    known = {*TRAINING, *ENCODERS, *BUDGET, *CLUSTER, *PROBING, *UPON_PROBING}
     assert {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml")} == known
 
 
@@ -57,6 +58,32 @@ def test_training_config_is_instantiated(stage, encoder, parts, conversations, e
     assert cli.trainer.max_epochs == 1
 
 
+@pytest.mark.parametrize("cluster", CLUSTER)
+def test_cluster_config_is_instantiated_upon_a_recipe(cluster, parts, conversations, encoders):
+    from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+
+    if "zero" in cluster and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed (extra: cluster) is not installed")
+    cli = instantiate(["stage2.yaml", "encoder/clip.yaml", cluster], parts, conversations, encoders / "clip")
+    strategy = cli.trainer.strategy
+    assert isinstance(strategy, DeepSpeedStrategy if "zero" in cluster else DDPStrategy)
+    if "zero" in cluster:
+        zero, width = strategy.config["zero_optimization"], 4096  # what Hugging Face's Trainer makes of "auto"
+        assert "auto" not in str(strategy.config) and zero["reduce_bucket_size"] == width * width
+        assert zero["stage"] == (2 if "zero2" in cluster else 3)
+        assert zero.get("stage3_prefetch_bucket_size", 0) in (0, int(0.9 * width * width))
+        assert zero.get("stage3_param_persistence_threshold", 0) in (0, 10 * width)
+        assert strategy.exclude_frozen_parameters
+
+
+def test_zero_without_deepspeed_says_what_to_install(monkeypatch):
+    from llava_bidir.training import zero
+
+    monkeypatch.setattr(zero, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'llava-bidir\[cluster\]'"):
+        zero.ZeRO({"stage": 2})
+
+
 @pytest.mark.parametrize(
     ("stage", "numbers"),
     [
@@ -84,8 +111,8 @@ def test_recipe_is_llava_1_5(stage, numbers, parts, conversations, encoders):
 
 @pytest.mark.parametrize("budget", BUDGET)
 def test_budget_accumulates_to_the_recipes_batch(budget, parts, conversations, encoders):
-    if "zero.ZeRO" in (CONFIGS / budget).read_text() and find_spec("llava_bidir.training.zero") is None:
-        pytest.skip("ZeRO is not there")
+    if "zero.ZeRO" in (CONFIGS / budget).read_text() and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed (extra: cluster) is not installed")
     files = ["stage2.yaml", "encoder/clip.yaml", budget]
     cli = instantiate(files, parts, conversations, encoders / "clip")
     stage2 = yaml.safe_load((CONFIGS / "stage2.yaml").read_text())

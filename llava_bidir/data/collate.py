@@ -8,7 +8,6 @@ from torch import Tensor
 from transformers import LlavaProcessor
 
 from .conversation import IGNORE_INDEX, encode
-from .pixels import to_pixels
 
 
 def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
@@ -93,7 +92,7 @@ class Collate:
             for sample, ids in zip(samples, rows, strict=True)
             for _ in range(ids.count(image_id) // self.image_tokens)
         ]
-        return to_pixels(shown, self.processor.image_processor) if shown else None
+        return self.processor.image_processor(shown, return_tensors="pt")["pixel_values"] if shown else None
 
     def prompts(self, samples: list[dict]) -> dict[str, Tensor]:
         """The first question of each sample up to its answer, padded on the left, as `generate` wants it."""

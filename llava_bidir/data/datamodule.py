@@ -5,10 +5,11 @@ import math
 import torch
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
 from .collate import Collate
+from .conversation import IGNORE_INDEX
 from .instructions import Instructions, read_annotations
 from .loader import StepLoader
 from .sampler import BatchSampler
@@ -98,16 +99,31 @@ class InstructionData(LightningDataModule):
     def val_dataloader(self) -> DataLoader | list:
         if not self.val_annotations:
             return []
-        # every rank gets its own samples, none twice: sums over ranks are then exact
-        mine = range(self.trainer.global_rank, len(self.val), self.trainer.world_size)
-        return self._loader(Subset(self.val, mine), batch_size=self.micro_batch_size, collate_fn=self.collate_questions)
+        # Every rank gets its own samples, none twice, so that sums over ranks are exact; and as many as the others, for
+        # under ZeRO-3 they run each forward together. Where one is missing, sample 0 fills up and counts for nothing.
+        ranks, rank = self.trainer.world_size, self.trainer.global_rank
+        rounds = math.ceil(len(self.val) / ranks)
+        places = [rank + i * ranks for i in range(rounds)]
+        mine = [(i, True) if i < len(self.val) else (0, False) for i in places]
+        return self._loader(
+            _Counted(self.val, mine), batch_size=self.micro_batch_size, collate_fn=self.collate_questions
+        )
 
     test_dataloader = val_dataloader
 
-    def collate_questions(self, samples: list[dict]) -> dict:
-        """A validation batch: the conversations, the first question of each alone, and what it should be answered."""
-        answers = [sample["conversations"][1]["value"] for sample in samples]
-        return {**self.collate(samples), "prompts": self.collate.prompts(samples), "answers": answers}
+    def collate_questions(self, samples: list[tuple[dict, bool]]) -> dict:
+        """A validation batch: the conversations, the first question of each alone, and what it should be answered.
+
+        A last sample that only fills up has no labels and no answer: `answers` is then shorter than the batch.
+        """
+        records = [sample for sample, _ in samples]
+        counted = sum(counts for _, counts in samples)
+        batch = self.collate(records)
+        batch["labels"][counted:] = IGNORE_INDEX
+        supervised = batch["labels"][:, 1:] != IGNORE_INDEX
+        batch |= {"predicts": supervised.any(0).nonzero().flatten(), "supervised": int(supervised.sum())}
+        answers = [record["conversations"][1]["value"] for record in records[:counted]]
+        return {**batch, "prompts": self.collate.prompts(records), "answers": answers}
 
     def _loader(self, dataset, loader=DataLoader, **kwargs) -> DataLoader:
         return loader(dataset, num_workers=self.num_workers, pin_memory=torch.cuda.is_available(), **kwargs)
@@ -118,3 +134,17 @@ class InstructionData(LightningDataModule):
 
     def load_state_dict(self, state: dict) -> None:
         self.trained_micro_batches = state["trained_micro_batches"]
+
+
+class _Counted(Dataset):
+    """Samples by index, each with whether it counts."""
+
+    def __init__(self, samples: Instructions, chosen: list[tuple[int, bool]]):
+        self.samples, self.chosen = samples, chosen
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> tuple[dict, bool]:
+        place, counts = self.chosen[index]
+        return self.samples[place], counts

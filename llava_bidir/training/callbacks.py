@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from ..export import export_hf
 from ..lora import merge_lora
 from ..modeling import build_mask
 from .flops import peak_flops, step_flops
+from .zero import gathered
 
 
 class Throughput(Callback):
@@ -132,8 +132,12 @@ def _allowed(mask: Tensor) -> Tensor:
 class ExportModel(Callback):
     """Writes the finished model as a Hugging Face directory, `hf/` in the run's folder."""
 
-    @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with gathered(pl_module.model):  # all ranks, for under ZeRO-3 each has a part
+            if trainer.is_global_zero:
+                self._export(trainer, pl_module)
+
+    def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         facts = {
             **pl_module.facts(),
             "global_batch": trainer.datamodule.batch_size,

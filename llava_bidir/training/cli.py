@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ..data.datamodule import InstructionData
 from .callbacks import ExportModel, ShowAnswers, Throughput
+from .checkpoints import WholeCheckpointIO, resolve
 from .module import LlavaTraining
 from .requeue import Requeue
 from .watch import WatchLoss
@@ -42,12 +43,13 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs):
         out = self._get(self.config_init, "out")
         kwargs["logger"] = TensorBoardLogger(out, name="", version="")
-        if not SLURMEnvironment.detect():
-            return super().instantiate_trainer(**kwargs)
-        plugins = self._get(self.config_init, "trainer.plugins", default=None) or []
-        kwargs["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
-        trainer = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.append(Requeue())
+        plugins = [*(self._get(self.config_init, "trainer.plugins", default=None) or []), WholeCheckpointIO()]
+        on_slurm = SLURMEnvironment.detect()
+        if on_slurm:
+            plugins.append(SLURMEnvironment(auto_requeue=False))
+        trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
+        if on_slurm:
+            trainer.callbacks.append(Requeue())
         return trainer
 
     def fit(self, **kwargs) -> None:
@@ -57,6 +59,12 @@ class TrainingCLI(LightningCLI):
             rank_zero_info(f"{exported} is there: this run is finished; nothing to do")
             return
         self.trainer.fit(**kwargs)
+
+    def before_fit(self) -> None:
+        run = self.config_init[self.subcommand]
+        run["ckpt_path"] = resolve(run["ckpt_path"], Path(run["out"]) / "checkpoints")
+
+    before_validate = before_test = before_fit
 
 
 def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:

@@ -4,12 +4,15 @@ Shapes: B batch, N sequence, n positions whose next token some sample of the bat
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from lightning import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -17,6 +20,7 @@ from ..build import build_model, build_processor, set_trainable
 from ..data.conversation import IGNORE_INDEX
 from ..encoders import Encoder
 from ..lora import Lora, add_lora
+from .checkpoints import recount
 from .optim import build_optimizer, build_schedule
 
 log = logging.getLogger(__name__)
@@ -98,6 +102,7 @@ class LlavaTraining(LightningModule):
             adapter=args.adapter,
             adapter_gain=args.adapter_gain,
             attn_implementation=args.attn_implementation,
+            dtype=torch.get_default_dtype(),  # which the strategy sets
         )
         if self.lora:
             add_lora(self.model, self.lora)
@@ -120,6 +125,11 @@ class LlavaTraining(LightningModule):
         self.model.train()
         self.model.model.vision_tower.eval()
 
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Dropout depends on the position in the run and on nothing before it, so that a resumed run repeats it."""
+        position = self.trainer.fit_loop.epoch_loop.total_batch_idx * self.trainer.world_size + self.global_rank
+        torch.manual_seed(self.trainer.datamodule.seed * 1_000_003 + position)
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss = self.loss(batch)
         size = len(batch["ids"])
@@ -129,30 +139,47 @@ class LlavaTraining(LightningModule):
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Mean cross-entropy over the supervised tokens of a micro-batch, as LLaVA takes it; 0 if there is none."""
-        logits = self.model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            pixel_values=batch["pixel_values"],
-            logits_to_keep=batch["predicts"],
-            use_cache=False,
-        ).logits
+        with self._black_image(needed=batch["pixel_values"] is None):
+            logits = self.model(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                pixel_values=batch["pixel_values"],
+                logits_to_keep=batch["predicts"],
+                use_cache=False,
+            ).logits
         targets = batch["labels"][:, batch["predicts"] + 1]
         total = F.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
         )
-        loss = total / max(batch["supervised"], 1)
-        return loss if batch["pixel_values"] is not None else loss + self._touch_adapter()
+        return total / max(batch["supervised"], 1)
 
-    def _touch_adapter(self) -> Tensor:
-        """Zero that depends on the adapter: without an image its gradients would be missing on this rank, and the
-        ranks that have images would wait for them. Source: LLaVA llava_arch.py:234, which feeds a black image."""
-        adapter = self.model.model.multi_modal_projector
-        return 0.0 * adapter(torch.zeros(1, adapter.linear_1.in_features, device=self.device, dtype=self.dtype)).sum()
+    @contextmanager
+    def _black_image(self, needed: bool) -> Iterator[None]:
+        """Sends a black image through encoder and adapter where a batch has none, and adds zero times the outcome to
+        the word embeddings. Otherwise this rank's adapter would have no gradients, and under ZeRO-3 this rank would
+        gather other weights than its neighbours at the same time: they wait for each other for ever.
+        Source: LLaVA train.py:735 and llava_arch.py:234."""
+
+        def add(module, args, embedded: Tensor) -> Tensor:
+            hook.remove()  # once: when generating, the steps after the first have no image on any rank
+            size = self.processor.image_processor.crop_size
+            black = torch.zeros(1, 3, size["height"], size["width"], device=embedded.device, dtype=self.model.dtype)
+            features = self.model.get_image_features(black).pooler_output[0]
+            return embedded + 0.0 * features.mean().to(embedded.dtype)
+
+        if not needed:
+            yield
+            return
+        hook = self.model.get_input_embeddings().register_forward_hook(add)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
         """Loss on the answers, and the share of first questions answered word for word by greedy decoding."""
-        self.val_loss.update(self.loss(batch), weight=max(batch["supervised"], 1e-9))
-        answers = self.answer(batch["prompts"])
+        self.val_loss.update(self.loss(batch), weight=batch["supervised"])
+        answers = self.answer(batch["prompts"])[: len(batch["answers"])]  # without the sample that only fills up
         right = [float(a.strip() == b.strip()) for a, b in zip(answers, batch["answers"], strict=True)]
         self.val_accuracy.update(torch.tensor(right, device=self.device))
         self.log("val/loss", self.val_loss, prog_bar=True)
@@ -164,10 +191,19 @@ class LlavaTraining(LightningModule):
     @torch.no_grad()
     def answer(self, prompts: dict[str, Tensor]) -> list[str]:
         """Greedy answers to left-padded prompts."""
-        ids = self.model.generate(**prompts, do_sample=False, max_new_tokens=self.hparams.max_new_tokens)
+        with self._black_image(needed="pixel_values" not in prompts):
+            ids = self.model.generate(**prompts, do_sample=False, max_new_tokens=self.hparams.max_new_tokens)
         return self.processor.tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
 
+    def on_train_batch_end(self, outputs, batch: dict[str, Any], batch_idx: int) -> None:
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # which adds the gradients of all ranks up itself
+            norm = self.trainer.model.get_global_grad_norm()
+            if norm is not None:
+                self.log("train/grad_norm", float(norm))
+
     def on_before_optimizer_step(self, optimizer) -> None:
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
 
@@ -194,13 +230,23 @@ class LlavaTraining(LightningModule):
         settings = {k: v for k, v in self.hparams.items() if v is not None and not k.startswith("_")}
         return {"stage": "+".join(self.hparams.train), **settings}
 
+    @property
+    def _samples_at_a_time(self) -> int:
+        """Samples of a micro-batch over all devices."""
+        return self.trainer.datamodule.micro_batch_size * self.trainer.world_size
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what trains; the frozen rest is where it was loaded from."""
+        """Keeps what trains; the frozen rest is where it was loaded from. And what the position in the epoch counts."""
+        checkpoint["samples_at_a_time"] = self._samples_at_a_time
         trained = {"model." + name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """`strict_loading` is off for the frozen parts only: nothing that trains may be missing."""
+        if self._trainer is not None and self.trainer.training:
+            recount(checkpoint, checkpoint["samples_at_a_time"], self._samples_at_a_time)
+        if "state_dict" not in checkpoint:
+            return  # ZeRO's weights are elsewhere, and it checks them itself
         trained = {"model." + name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         missing = trained - set(checkpoint["state_dict"])
         if missing:

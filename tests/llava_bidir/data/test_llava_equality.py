@@ -8,14 +8,12 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, SYSTEM, encode
 from llava_bidir.data.instructions import Instructions
-from llava_bidir.data.pixels import to_pixels
 from llava_bidir.encoders import Encoder
 
 IMAGE_ID, T = 32000, 3
@@ -206,15 +204,6 @@ def test_pixels_equal_llavas(name, aspect, size):
     expected = llava_pixels(picture(size), encoder.entry, config.image_size, aspect)
     assert ours.shape == (3, config.image_size, config.image_size)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)
-
-
-@pytest.mark.parametrize("aspect", ["pad", "crop"])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_training_has_the_pixels_of_the_exported_processor_bit_for_bit(name, aspect):
-    processor = Encoder(name, "unused").image_processor(CONFIGS[name], aspect)
-    images = [picture(size) for size in [*SIZES, (336, 97), (97, 1000), (384, 384)]]
-    expected = torch.cat([processor(image, return_tensors="pt")["pixel_values"] for image in images])
-    assert torch.equal(to_pixels(images, processor), expected)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "LA", "1", "I;16"])

@@ -1,6 +1,7 @@
 """Training: what moves, what the loss is, and that a resumed run equals an uninterrupted one."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -207,3 +208,23 @@ def test_validation_answers_the_questions(parts, conversations, tmp_path):
     built.answer = lambda prompts: [next(answers) for _ in prompts["input_ids"]]
     metrics = trainer(tmp_path).validate(built, datamodule=source, verbose=False)[0]
     assert metrics["val/answer_accuracy"] == pytest.approx(5 / 12)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+def test_validation_gives_every_rank_as_many_samples_and_counts_each_once(ranks, parts, conversations):
+    """Under ZeRO-3 a rank with one batch more would wait for ever; a sample counted twice would shift the metrics."""
+    counts, answers, supervised = set(), [], 0
+    for rank in range(ranks):
+        source = data(conversations, parts, val_annotations=str(conversations / "data.json"), micro_batch_size=5)
+        source.trainer = SimpleNamespace(global_rank=rank, world_size=ranks)
+        source.setup("validate")
+        batches = list(source.val_dataloader())
+        counts.add(tuple(len(batch["ids"]) for batch in batches))
+        answers += [answer for batch in batches for answer in batch["answers"]]
+        supervised += sum(batch["supervised"] for batch in batches)
+        assert all((batch["labels"][len(batch["answers"]) :] == -100).all() for batch in batches)
+    assert len(counts) == 1
+    records = json.loads((conversations / "data.json").read_text())
+    assert sorted(answers) == sorted(record["conversations"][1]["value"] for record in records)
+    whole = data(conversations, parts).collate([loader(conversations, parts).dataset[i] for i in range(12)])
+    assert supervised == whole["supervised"]

@@ -40,8 +40,9 @@ test: venv ## the fast tests, about two minutes
 test-all: venv ## all tests but those that need a GPU
 	$(PY) -m pytest -q -m 'not gpu'
 
-bench: venv ## speed and memory as ratios, measured side by side, into runs/bench.json
+bench: venv ## speed and memory as ratios, measured side by side, into runs/bench.json and runs/training.json
 	$(PY) tests/bench/bench.py --out runs/bench.json
+	$(PY) tests/bench/training.py --out runs/training.json
 
 lint: venv ## ruff
 	$(PY) -m ruff check .

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ def settings(tmp_path_factory) -> dict[str, str]:
     sizes = "--data.batch_size 8 --data.micro_batch_size 2 --trainer.log_every_n_steps 1"
     return {
         **{"GRES": "", "TASKS_PER_NODE": "2", "CPUS_PER_TASK": "1", "PYTHON": sys.executable},
+        "STRATEGY": f"-c configs/cluster/{'zero3' if find_spec('deepspeed') else 'ddp'}.yaml --trainer.accelerator cpu",
         **{"RUNS": str(folder / "runs"), "LLM": llm, "ENCODER_CONFIGS": str(folder)},
         **{"CAPTIONS": data, "CAPTION_IMAGES": str(folder), "INSTRUCTIONS": data, "INSTRUCTION_IMAGES": str(folder)},
         "STAGE1": f"-c configs/demo/stage1.yaml --data.template vicuna_v1 {sizes}",
@@ -143,7 +145,8 @@ def test_requeued_probes_go_on_after_the_last_whole_epoch(settings, checkpoints,
 
 
 def test_six_configurations_run_to_the_report(settings, tmp_path):
-    settings = settings | {"RUNS": str(tmp_path), "TASKS_PER_NODE": "1"}
+    alone = {"TASKS_PER_NODE": "1", "STRATEGY": "-c configs/cluster/ddp.yaml --trainer.accelerator cpu"}
+    settings = settings | alone | {"RUNS": str(tmp_path)}
     lines = shell("slurm/six_configurations.sh", settings).partition("submitted:\n")[2].splitlines()
     jobs = dict(reversed(line.split()) for line in lines)
     assert len(jobs) == 3 * (2 * 4 + 1)

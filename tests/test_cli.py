@@ -161,3 +161,18 @@ def test_tensorboard_has_what_a_run_should_show(parts, conversations, tmp_path):
     assert wanted | {"val/loss", "val/answer_accuracy", "lr-AdamW/adapter", "lr-AdamW/llm"} <= set(tags["scalars"])
     assert any("attention_mask" in tag for tag in tags["images"]) and any("images" in tag for tag in tags["images"])
     assert any("answers" in tag for tag in tags["tensors"])
+
+
+def test_fit_goes_on_from_the_newest_whole_checkpoint(parts, conversations, tmp_path, caplog):
+    arguments = ["fit", *tiny.training_arguments(parts, conversations), "--out", str(tmp_path)]
+    llava_bidir.cli.main([*arguments, "--trainer.max_epochs", "1"])
+    (tmp_path / "hf").rename(tmp_path / "first")  # a finished run would be left alone
+    (whole,) = (tmp_path / "checkpoints").iterdir()
+    cut = whole.with_name("cut.ckpt")
+    cut.write_bytes(whole.read_bytes()[:-100])
+    with pytest.raises(SystemExit, match=r"cut.ckpt: the file is cut short.*The newest whole one in .*step=3.ckpt"):
+        llava_bidir.cli.main([*arguments, "--ckpt_path", str(cut)])
+    with caplog.at_level("INFO"):
+        llava_bidir.cli.main([*arguments, "--trainer.max_epochs", "2", "--ckpt_path", "last"])
+    assert f"passing over checkpoint {cut}" in caplog.text and f"resuming {whole}" in caplog.text
+    assert json.loads((tmp_path / "hf/training.json").read_text())["steps"] == 6

@@ -60,6 +60,12 @@ class TrainingCLI(LightningCLI):
             return
         self.trainer.fit(**kwargs)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
+        super().parse_arguments(parser, args)
+        run = self.config.get(self.config.get("subcommand") or "") or {}
+        if run.get("ckpt_path") not in (None, "last"):  # before Lightning opens it for its settings
+            resolve(run["ckpt_path"], Path(run["out"]) / "checkpoints")
+
     def before_fit(self) -> None:
         run = self.config_init[self.subcommand]
         run["ckpt_path"] = resolve(run["ckpt_path"], Path(run["out"]) / "checkpoints")

@@ -115,6 +115,8 @@ class LlavaTraining(LightningModule):
 
     def _cast_frozen(self, dtype: torch.dtype) -> None:
         precision = self.trainer.precision
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
+            raise ValueError("model.frozen_dtype is for runs without ZeRO, which has all weights in bfloat16 already")
         if precision != "bf16-mixed":
             raise ValueError(f"model.frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got {precision}")
         for parameter in self.model.parameters():

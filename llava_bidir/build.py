@@ -56,7 +56,7 @@ def build_processor(encoder: Encoder, llm: str, image_aspect: str = "pad") -> Ll
         tokenizer=tokenizer,
         patch_size=vision_config.patch_size,
         vision_feature_select_strategy=_select_strategy(encoder),
-        num_additional_image_tokens=encoder.entry.extra_tokens,
+        num_additional_image_tokens=min(encoder.entry.extra_tokens, 1),  # those that the strategy drops
         chat_template=CHAT_TEMPLATE,
     )
 
@@ -74,6 +74,7 @@ def build_config(
         image_seq_length=rows * columns,
         vision_feature_layer=encoder.feature_layer,
         vision_feature_select_strategy=_select_strategy(encoder),
+        register_tokens=max(encoder.entry.extra_tokens - 1, 0),
         image_attention=image_attention,
         image_aspect=image_aspect,
         adapter_gain=adapter_gain,
@@ -209,11 +210,5 @@ def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:
 
 
 def _select_strategy(encoder: Encoder) -> str:
-    """Hugging Face's word for the tokens to drop: "default" drops one in front, "full" none."""
-    strategies = {1: "default", 0: "full"}
-    if encoder.entry.extra_tokens not in strategies:
-        raise ValueError(
-            f"encoder {encoder.name!r} has {encoder.entry.extra_tokens} extra tokens; LLaVA's checkpoint format can "
-            "drop one or none, the others would pass as patches"
-        )
-    return strategies[encoder.entry.extra_tokens]
+    """Hugging Face's word for the tokens to drop: "default" drops CLS, "full" nothing. Registers go in the model."""
+    return "default" if encoder.entry.extra_tokens else "full"

@@ -12,6 +12,8 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
     LlavaImageProcessorPil,
     PreTrainedConfig,
     PreTrainedModel,
@@ -51,7 +53,8 @@ class EncoderEntry:
         config_class: Its configuration; `from_pretrained` also finds it inside a two-tower checkpoint.
         model_class: Its vision tower.
         layer: The hidden state that feeds the adapter. LLaVA takes the last but one.
-        extra_tokens: Tokens in front that are no patches (CLS). 0 for SigLIP: dropping one there loses patch 0.
+        extra_tokens: Tokens in front that are no patches: CLS, and registers behind it. SigLIP has none; to drop one
+            there would lose patch 0.
         image_px: Side of the square input; None takes the checkpoint's own.
         mean, std: Pixel statistics. Padding has the mean colour.
     """
@@ -72,6 +75,15 @@ ENCODERS: dict[str, EncoderEntry] = {
     # 336 px gives CLIP's 24 x 24 grid; the position embeddings of the 37 x 37 grid are interpolated by the model.
     "dinov2": EncoderEntry(
         Dinov2Config, Dinov2Model, -2, 1, 336, tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
+    ),
+    "dinov2_registers": EncoderEntry(
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersModel,
+        -2,
+        5,
+        336,
+        tuple(IMAGENET_DEFAULT_MEAN),
+        tuple(IMAGENET_DEFAULT_STD),
     ),
     # 384 / 14 leaves 6 px at the right and the bottom that no patch covers.
     "siglip": EncoderEntry(

@@ -14,7 +14,12 @@ from .model_card import model_card
 from .modeling import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 
 TRAINING_FACTS = "training.json"
-OWN_KEYS = ("image_attention", "image_aspect", "adapter_gain")  # what LlavaBidirConfig adds to LlavaConfig
+OWN_KEYS = (
+    "image_attention",
+    "image_aspect",
+    "register_tokens",
+    "adapter_gain",
+)  # what LlavaBidirConfig adds to LlavaConfig
 
 
 def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, facts: dict | None = None) -> None:
@@ -56,6 +61,8 @@ def as_llava(model: LlavaBidirForConditionalGeneration) -> LlavaForConditionalGe
             f"--as-llava: image_attention is {model.config.image_attention!r}, but a stock llava runs causally; export "
             "without it, and load with trust_remote_code"
         )
+    if model.config.register_tokens:
+        raise ValueError("--as-llava: the encoder has register tokens, which a stock llava would take for patches")
     settings = {k: v for k, v in model.config.to_dict().items() if k not in (*OWN_KEYS, "model_type", "auto_map")}
     config = LlavaConfig(**settings, attn_implementation=model.config._attn_implementation)
     with torch.device("meta"):

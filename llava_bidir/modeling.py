@@ -37,6 +37,8 @@ class LlavaBidirConfig(LlavaConfig):
             was registered with :func:`.attention.register_image_attention`.
         image_aspect: How images become squares: "pad" with the mean colour (LLaVA's stage 2 and evaluation), "crop" to
             the centre (its stage 1).
+        register_tokens: Tokens of the encoder between CLS and patches, which are kept from the adapter. A stock LLaVA
+            would take them for patches.
         adapter_gain: Factor on the adapter's last weight at initialisation. Visual tokens of trained LLaVAs are many
             times longer than words; 1 is LLaVA's own.
     """
@@ -45,6 +47,7 @@ class LlavaBidirConfig(LlavaConfig):
 
     image_attention: str = "causal"
     image_aspect: str = "pad"
+    register_tokens: int = 0
     adapter_gain: float = 1.0
 
     def __post_init__(self, **kwargs):
@@ -61,6 +64,12 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
 
     config: LlavaBidirConfig
     config_class = LlavaBidirConfig
+
+    def __init__(self, config: LlavaBidirConfig):
+        super().__init__(config)
+        if config.register_tokens:
+            patches = slice(config.register_tokens, None)  # LlavaModel has dropped CLS by then
+            self.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: (args[0][:, patches],))
 
     def forward(
         self,

@@ -63,7 +63,7 @@ def step_flops(model: LlavaBidirForConditionalGeneration) -> StepFlops:
 def encoder_flops(model: LlavaBidirForConditionalGeneration) -> float:
     """Forward FLOPs of the encoder for one image, all of its layers (transformers runs the last one too)."""
     vision, tower = model.config.vision_config, model.model.vision_tower
-    extra = 1 if model.config.vision_feature_select_strategy == "default" else 0
+    extra = model.config.register_tokens + (model.config.vision_feature_select_strategy == "default")
     patches = model.config.image_seq_length
     tokens = patches + extra
     per_patch = 2 * vision.num_channels * vision.patch_size**2 * vision.hidden_size

@@ -47,6 +47,7 @@ class LlavaTraining(LightningModule):
         lora: Low-rank updates of the LLM, which then train in its place.
         frozen_dtype: Of the weights that do not train. bfloat16 halves their memory; needs precision bf16-mixed, which
             computes with them in bfloat16 either way.
+        compile: Compiles each layer of the LLM (torch.compile). Worth it on GPUs; the first steps take minutes.
         gradient_checkpointing: Recomputes LLM layers in the backward pass to save memory.
         attn_implementation: sdpa, eager or flex_attention; flash attention drops masks and is refused.
         max_new_tokens: Longest answer generated at validation.
@@ -69,6 +70,7 @@ class LlavaTraining(LightningModule):
         loss_average: Literal["llava", "tokens"] = "llava",
         lora: Lora | None = None,
         frozen_dtype: Literal["float32", "bfloat16"] = "float32",
+        compile: bool = False,
         gradient_checkpointing: bool = False,
         attn_implementation: str = "sdpa",
         max_new_tokens: int = 32,
@@ -110,6 +112,9 @@ class LlavaTraining(LightningModule):
             log.info("training %s: %s parameters", part, f"{parameters:,}")
         if args.frozen_dtype != "float32":
             self._cast_frozen(getattr(torch, args.frozen_dtype))
+        if args.compile:
+            for layer in self.model.model.language_model.layers:
+                layer.compile(dynamic=True)
         if args.gradient_checkpointing:
             self.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -214,7 +219,9 @@ class LlavaTraining(LightningModule):
         rates = {part: args.learning_rate for part in args.train}
         if args.adapter_learning_rate is not None:
             rates["adapter"] = args.adapter_learning_rate
-        optimizer = build_optimizer(self.model, rates, tuple(args.betas), args.weight_decay)
+        # Lightning clips no gradients that a fused optimizer might still have to unscale
+        fused = not (self.trainer.gradient_clip_val and "mixed" in self.trainer.precision)
+        optimizer = build_optimizer(self.model, rates, tuple(args.betas), args.weight_decay, fused)
         schedule = build_schedule(optimizer, self.optimizer_steps(), args.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -10,7 +10,7 @@ from ..build import TRAINABLE
 
 
 def build_optimizer(
-    model: nn.Module, learning_rates: dict[str, float], betas: tuple[float, float], weight_decay: float
+    model: nn.Module, learning_rates: dict[str, float], betas: tuple[float, float], weight_decay: float, fused: bool
 ) -> torch.optim.AdamW:
     """AdamW with one group for each part that trains.
 
@@ -18,13 +18,14 @@ def build_optimizer(
         model: With `requires_grad` set by :func:`llava_bidir.build.set_trainable`.
         learning_rates: Peak rate of each part ("adapter", "llm").
         betas, weight_decay: AdamW's. LLaVA runs without weight decay.
+        fused: Its fused kernel.
     """
     groups = []
     for part, rate in learning_rates.items():
         parameters = [p for n, p in model.named_parameters() if p.requires_grad and n.startswith(TRAINABLE[part])]
         if parameters:
             groups.append({"params": parameters, "lr": rate, "name": part})
-    return torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, fused=True)
+    return torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, fused=fused)
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_ratio: float):

@@ -136,3 +136,66 @@ def test_a_checkpoint_that_is_nowhere_is_named_with_its_config_key(parts, tmp_pa
         build_processor(parts[0], str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"model\.encoder\.path: 'no/such' is neither a checkpoint directory"):
         Encoder("clip", "no/such").load_config()
+
+
+def test_registers_never_reach_the_adapter(tmp_path, checkpoints):
+    """DINOv2 with registers: [CLS, 4 registers, patches]. Dropping CLS alone would take registers for patches."""
+    from llava_bidir.export import as_llava
+
+    entry = ENCODERS["dinov2_registers"]
+    settings = {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "patch_size": 14,
+        "image_size": 336,
+    }
+    entry.model_class(entry.config_class(**settings, num_register_tokens=4)).save_pretrained(tmp_path / "encoder")
+    _, llm = tiny.write_parts(tmp_path / "parts")
+    encoder = Encoder("dinov2_registers", str(tmp_path / "encoder"))
+    model = build_model(encoder, llm, build_processor(encoder, llm)).eval()
+    pixels = torch.randn(1, 3, 336, 336)
+    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
+    model.model.multi_modal_projector._forward_pre_hooks.clear()
+    expected = model.model.multi_modal_projector(states[:, 5:])
+    again = build_model(encoder, llm, build_processor(encoder, llm)).eval()
+    again.load_state_dict(model.state_dict())
+    assert states.shape[1] == 5 + 24 * 24
+    assert torch.equal(again.get_image_features(pixels).pooler_output[0], expected[0])
+    with pytest.raises(ValueError, match="register tokens, which a stock llava would take for patches"):
+        as_llava(model)
+
+
+def test_an_llm_of_another_family_is_a_path_away(parts, tmp_path):
+    """Qwen2: other class, other config, biases in its attention; and Eq. 2 holds."""
+    import shutil
+
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    encoder, llama = parts
+    shutil.copytree(llama, tmp_path / "qwen")
+    words = LlamaForCausalLM.from_pretrained(llama).config.vocab_size
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    Qwen2ForCausalLM(Qwen2Config(**settings, num_key_value_heads=2, vocab_size=words)).save_pretrained(
+        tmp_path / "qwen"
+    )
+    processor = build_processor(encoder, str(tmp_path / "qwen"))
+    moved = {}
+    for mask in ("causal", "bidirectional"):
+        torch.manual_seed(0)
+        model = build_model(encoder, str(tmp_path / "qwen"), processor, image_attention=mask).eval()
+        tiny.sharpen(model)
+        ids = torch.tensor([[3, *[model.config.image_token_id] * tiny.TOKENS, 4]])
+
+        def states(bump, model=model, ids=ids):
+            def push(module, args, output):
+                return torch.cat([output[:, :-1], output[:, -1:] + bump], 1)
+
+            hook = model.model.multi_modal_projector.register_forward_hook(push)
+            try:
+                return model(input_ids=ids, pixel_values=tiny.pixels(1), output_hidden_states=True).hidden_states[1]
+            finally:
+                hook.remove()
+
+        moved[mask] = (states(5.0) - states(0.0)).abs().amax(-1)[0, 1].item()
+    assert model.config.text_config.model_type == "qwen2" and moved["causal"] == 0 and moved["bidirectional"] > 1e-4

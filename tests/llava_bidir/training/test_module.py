@@ -228,3 +228,17 @@ def test_validation_gives_every_rank_as_many_samples_and_counts_each_once(ranks,
     assert sorted(answers) == sorted(record["conversations"][1]["value"] for record in records)
     whole = data(conversations, parts).collate([loader(conversations, parts).dataset[i] for i in range(12)])
     assert supervised == whole["supervised"]
+
+
+def test_gradients_are_clipped_in_mixed_precision_too(parts, conversations, tmp_path):
+    """Lightning refuses to clip for a fused optimizer there."""
+    _, losses, run = fit(parts, conversations, tmp_path, gradient_clip_val=0.1, precision="bf16-mixed")
+    assert len(losses) == 6 and not run.optimizers[0].param_groups[0]["fused"]
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_losses(parts, conversations, tmp_path):
+    _, eager, _ = fit(parts, conversations, tmp_path)
+    _, compiled, _ = fit(parts, conversations, tmp_path, module_kwargs={"compile": True})
+    for (ids, loss), (same_ids, other) in zip(eager, compiled, strict=True):
+        assert ids == same_ids and other == pytest.approx(loss, rel=1e-4)

@@ -76,7 +76,7 @@ def test_adapter_of_another_mask_or_encoder_is_refused(parts, checkpoints, tmp_p
 
 
 def test_unknown_or_mistaken_encoder_is_named(parts):
-    with pytest.raises(ValueError, match="unknown encoder 'clop'; registered: clip, dinov2, siglip"):
+    with pytest.raises(ValueError, match="unknown encoder 'clop'; registered: clip, dinov2, dinov2_registers, siglip"):
         Encoder("clop", parts[0].path)
     with pytest.raises(ValueError, match="is a 'clip_vision_model' checkpoint, but name 'siglip'"):
         Encoder("siglip", parts[0].path).load_config()

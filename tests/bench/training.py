@@ -129,7 +129,8 @@ class Batches(LightningDataModule):
 
     def __init__(self, made: list[dict]):
         super().__init__()
-        self.made, self.steps_per_epoch, self.batch_size = made, len(made), len(made[0]["input_ids"])
+        self.made, self.seed = made, 0
+        self.steps_per_epoch, self.batch_size = len(made), len(made[0]["input_ids"])
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader([self._with_facts(batch) for batch in self.made], batch_size=None)

@@ -1,0 +1,21 @@
+"""The benchmarks run; what they measure is theirs to print, never to assert."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.slow
+def test_training_steps_of_all_sides_are_timed(tmp_path):
+    command = [sys.executable, HERE / "training.py", "--steps", "4", "--out", tmp_path / "found.json"]
+    done = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    for stage in ("stage 1", "stage 2"):
+        assert set(found[stage]["seconds"]) == {"causal", "bidirectional", "stock"}
+        assert all(seconds > 0 for seconds in found[stage]["seconds"].values()) and found[stage]["flops"] > 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlavaProcessor
 from transformers.integrations import deepspeed as zero3
 
@@ -177,16 +177,25 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
                 "use the same one (paper, Sec. 5)"
             )
     model.config.adapter_gain = config.adapter_gain  # how it once began, for controls that begin anew
-    weights = {}
-    for file in sorted(Path(directory).glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            weights.update({k.partition(ADAPTER)[2]: tensors.get_tensor(k) for k in tensors.keys() if ADAPTER in k})
+    weights = {k.partition(ADAPTER)[2]: tensor for k, tensor in read_tensors(Path(directory), ADAPTER).items()}
     if not weights:
         raise ValueError(f"adapter checkpoint {directory} holds no tensor named {ADAPTER}*")
     try:
         model.model.multi_modal_projector.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"adapter checkpoint {directory} does not fit this encoder and LLM: {error}") from None
+
+
+def read_tensors(directory: Path, part: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint directory whose names have `part` in them; the others stay on disk."""
+    found = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            found |= {name: tensors.get_tensor(name) for name in tensors.keys() if part in name}
+    for file in sorted(directory.glob("pytorch_model*.bin")):
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        found |= {name: tensor for name, tensor in tensors.items() if part in name}
+    return found
 
 
 def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:

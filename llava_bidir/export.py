@@ -14,12 +14,7 @@ from .model_card import model_card
 from .modeling import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 
 TRAINING_FACTS = "training.json"
-OWN_KEYS = (
-    "image_attention",
-    "image_aspect",
-    "register_tokens",
-    "adapter_gain",
-)  # what LlavaBidirConfig adds to LlavaConfig
+OWN_KEYS = tuple(LlavaBidirConfig.__annotations__)  # what it adds to LlavaConfig
 
 
 def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, facts: dict | None = None) -> None:

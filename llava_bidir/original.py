@@ -7,11 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlavaProcessor
 
-from .build import build_model, build_processor
+from .build import build_model, build_processor, read_tensors
 from .encoders import Encoder
 from .modeling import LlavaBidirForConditionalGeneration
 
@@ -67,17 +66,9 @@ def _as_llama(directory: Path, config: dict) -> Iterator[str]:
 def _adapter(directory: Path) -> dict[str, Tensor]:
     """Weights of the adapter, under our names."""
     found = {}
-    for file in sorted(directory.iterdir()):
-        if file.suffix == ".safetensors":
-            tensors = load_file(file)
-        elif file.suffix == ".bin":
-            tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        else:
-            continue
-        for name, tensor in tensors.items():
-            if name.startswith(PROJECTOR):
-                layer, _, kind = name.removeprefix(PROJECTOR).partition(".")
-                found[f"{LAYERS[layer]}.{kind}"] = tensor
+    for name, tensor in read_tensors(directory, PROJECTOR).items():
+        layer, _, kind = name.removeprefix(PROJECTOR).partition(".")
+        found[f"{LAYERS[layer]}.{kind}"] = tensor
     if len(found) != 4:
         raise ValueError(f"{directory} has {len(found)} of the adapter's 4 tensors {PROJECTOR}*")
     return found

@@ -84,12 +84,14 @@ class InstructionData(LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         self.sampler.skip(self.trained_micro_batches % len(self.sampler))
         self.trained_micro_batches = 0
+        batches = {"batch_sampler": self.sampler, "collate_fn": self.collate}
+        if self.trainer.lightning_module.hparams.loss_average == "llava":
+            return self._loader(self.train, **batches)  # needs no weights: nothing to read ahead, no ranks to ask
         step_batches, strategy = self.trainer.accumulate_grad_batches, self.trainer.strategy
         return self._loader(
             self.train,
             StepLoader,
-            batch_sampler=self.sampler,
-            collate_fn=self.collate,
+            **batches,
             step_batches=step_batches,
             mean_over_ranks=lambda x: strategy.reduce(x.to(strategy.root_device), reduce_op="mean"),
             # the workers read the next step while this one is trained

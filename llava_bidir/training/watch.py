@@ -1,6 +1,7 @@
 """Watches the loss: stops at one that is not finite, and warns when it leaves the band that is known of such runs."""
 
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -53,7 +54,7 @@ class WatchLoss(Callback):
         window = [{"loss": float(loss), "batch": batch} for loss, batch in self.window]
         torch.save(window, folder / f"rank{trainer.global_rank}.pt")
         trainer.save_checkpoint(folder / "before.ckpt")
-        bad = [item["batch"]["ids"] for item in window if not torch.tensor(item["loss"]).isfinite()]
+        bad = [item["batch"]["ids"] for item in window if not math.isfinite(item["loss"])]
         where = f"samples {', '.join(bad[0])}" if bad else "samples of another rank"
         raise ValueError(
             f"the loss is not finite at step {trainer.global_step}: {where}. {folder} has the batches and the weights "

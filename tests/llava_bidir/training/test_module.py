@@ -239,6 +239,7 @@ def test_gradients_are_clipped_in_mixed_precision_too(parts, conversations, tmp_
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_losses(parts, conversations, tmp_path):
     _, eager, _ = fit(parts, conversations, tmp_path)
-    _, compiled, _ = fit(parts, conversations, tmp_path, module_kwargs={"compile": True})
+    built, compiled, _ = fit(parts, conversations, tmp_path, module_kwargs={"compile": True})
+    assert all(layer._compiled_call_impl is not None for layer in built.model.model.language_model.layers)
     for (ids, loss), (same_ids, other) in zip(eager, compiled, strict=True):
         assert ids == same_ids and other == pytest.approx(loss, rel=1e-4)

@@ -177,7 +177,10 @@ class Trouble(Callback):
             if "optim_states" in str(file):
                 Path(file).write_bytes(b"the beginning of a file")
                 self.happen()
-            original(what, file, *args, **kwargs)
+            try:
+                original(what, file, *args, **kwargs)
+            finally:  # the disk is full for the checkpoint, not for this process's log
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
         torch.save = save
 

@@ -145,7 +145,7 @@ class FrozenMLLM(nn.Module):
             rows = mask[:, :, -tokens:]
         else:
             inputs, cache, rows = self._with_prefix(adapter), None, mask
-        cut = nullcontext() if knockout is None else knockout.applied(self._decoder.layers, rows, depth)
+        cut = nullcontext() if knockout is None else knockout.applied(self._decoder.layers, rows, depth, tokens)
         with cut, self._captured(depth, normed) as states:
             try:
                 self._decoder(inputs_embeds=inputs, attention_mask=rows, past_key_values=cache, use_cache=reuse)

@@ -44,11 +44,41 @@ def build_parser() -> argparse.ArgumentParser:
         "attention knockout (Eq. 1) and the wrong patches that remain (App. C.1), to RUN/knockout.json",
     )
     _add_run(knockout)
-    knockout.add_argument("--classes", required=True, nargs="+", metavar="NAME", help="classes c, patches are called")
+    knockout.add_argument(
+        "--classes", required=True, nargs="+", metavar="NAME", help="classes c, or auto:N, the N most often wrong"
+    )
     knockout.add_argument("--layers", nargs="+", type=int, metavar="L", help="decoder layers to cut, from 1 (all)")
     knockout.add_argument(
         "--labels-from", default="adapter", metavar="SITE", help="whose predictions say what is blocked (adapter)"
     )
+    knockout.add_argument(
+        "--anchors",
+        choices=["predicted", "true"],
+        default="predicted",
+        help="block all that is predicted the class, as in Eq. 1 (predicted), or of it what is rightly or wrongly so (true)",
+    )
+    knockout.add_argument(
+        "--controls",
+        nargs="+",
+        default=[],
+        choices=["distance", "mass", "high_norm"],
+        help="beside random tokens: others matched in distance, in attention mass; tokens of high norm (none)",
+    )
+    knockout.add_argument("--draws", type=int, default=5, help="of each control that draws tokens, averaged (5)")
+    knockout.add_argument(
+        "--doses", nargs="+", type=float, default=[], metavar="F", help="also block only these fractions (none)"
+    )
+    knockout.add_argument(
+        "--reverse", action="store_true", help="also leave image tokens nothing but the classes' tokens to attend to"
+    )
+    knockout.add_argument(
+        "--windows",
+        type=int,
+        metavar="K",
+        help="also cut single layers, K in a row, from L on, up to L, to RUN/knockout_windows.json",
+    )
+    knockout.add_argument("--heads", action="store_true", help="also cut each head of each layer by itself, there too")
+    knockout.add_argument("--attention", action="store_true", help="also say where wrong patches look, by layer")
     knockout.add_argument("--min-patches", type=int, default=1, help="leave out images with fewer wrong patches (1)")
     knockout.add_argument("--limit", type=int, help="look at no more than so many images")
     knockout.add_argument("--batch-size", type=int, default=64, help="images, or cases, of a forward (64)")

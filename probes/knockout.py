@@ -63,8 +63,8 @@ class Knockout:
         shapes = ((images, tokens), (images, tokens, tokens))
         if self.blocked.dtype != torch.bool or self.blocked.shape not in shapes:
             raise ValueError(
-                f"blocked must be bool[{images}, {tokens}] (images, image tokens) or bool[{images}, {tokens}, {tokens}] "
-                f"(images, who, whom), got {self.blocked.dtype} {list(self.blocked.shape)}"
+                f"blocked must be bool[{images}, {tokens}] (images, image tokens) or, who may not attend to whom, "
+                f"bool[{images}, {tokens}, {tokens}]; got {self.blocked.dtype} {list(self.blocked.shape)}"
             )
         blocked = self.blocked.to(mask.device)
         pairs = blocked[:, None, :] if blocked.ndim == 2 else blocked

@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--anchors",
         choices=["predicted", "true"],
         default="predicted",
-        help="block all that is predicted the class, as in Eq. 1 (predicted), or of it what is rightly or wrongly so (true)",
+        help="block all that is predicted the class, as Eq. 1 (predicted), or only what is truly right or wrong (true)",
     )
     knockout.add_argument(
         "--controls",

@@ -1,10 +1,10 @@
 """`probes knockout`: do correctly classified patches pull misclassified ones to the right class? (Sec. 4, App. C)
 
-For a class c, an image takes part if the adapter's probe predicts c on patches that are something else. Blocked (Eq. 1),
-by default in all layers at once, is in turn nothing ("none"), what is called c ("incorrect"), what is called the class
-that those patches mostly are ("correct"), and controls. At each layer l the patches wrongly predicted c are counted,
-n_c(l), by the same frozen probes. Reported is n_c(l) / n_c(0), averaged over the images with n_c(0) > 0 (or at least
-`min_patches`). See knockout_cases.py, knockout_conditions.py, knockout_windows.py, knockout_attention.py.
+For a class c, an image takes part if the adapter's probe predicts c on patches that are something else. By default in
+all layers at once, blocked (Eq. 1) is in turn nothing ("none"), what is called c ("incorrect"), what is called the
+class that those patches mostly are ("correct"), and controls. At each layer l the patches wrongly predicted c are
+counted, n_c(l), by the same frozen probes. Reported is n_c(l) / n_c(0), averaged over the images with n_c(0) > 0 (or at
+least `min_patches`). See knockout_cases.py, knockout_conditions.py, knockout_windows.py, knockout_attention.py.
 
 "none" shows the same patches without a knockout: patches chosen because they are wrong at layer 0 are less often wrong
 later whatever is done (regression to the mean), so effects are read against it or against a control, never against 1.

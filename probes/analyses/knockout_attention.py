@@ -73,15 +73,16 @@ def attention_from(mllm: FrozenMLLM, pixels: Tensor, queries: Sequence[tuple[int
             to_all[case].append(paid.mean(0).cpu())
             to_itself[case].append(paid.gather(1, index[:, None] + paid.shape[1]).mean().cpu())
 
+    mllm.states(pixels[:1], [layer_site(1)])  # by now the prefix has run, which is not to be seen
     with observed(layers, see):
         mllm.states(pixels, [layer_site(len(layers))])
     return torch.stack([torch.stack(case) for case in to_all]), torch.tensor(to_itself)
 
 
 def by_group(attention: Tensor, itself: Tensor, correct: Tensor, incorrect: Tensor) -> Tensor:
-    """Attention f[L, N], and of it to the token itself f[L], summed by group, f[L, 5]: the token itself, others predicted
-    the correct class, others predicted the wrong one (bool[T] each), other image tokens, and what stands before the
-    image. They sum to 1. The tokens that look must all be in `incorrect`, and none in both."""
+    """Attention f[L, N], and of it to the token itself f[L], summed by group, f[L, 5], which sum to 1: the token
+    itself, others predicted the correct class, others predicted the wrong one (bool[T] each), other image tokens, and
+    what stands before the image. The tokens that look must all be in `incorrect`, and none in both."""
     tokens = len(correct)
     image, prefix = attention[:, -tokens:], attention[:, :-tokens].sum(-1)
     to = lambda group: image[:, group].sum(-1)

@@ -57,30 +57,25 @@ def read_cases(run: ProbeRun, min_patches: int, classes: list[str] | None = None
 
 def select_cases(tensors: dict[str, Tensor], min_patches: int = 1, classes: list[str] | None = None) -> Cases | None:
     """The same from what knockout.safetensors holds."""
-    patches = {k: v >= min_patches for k, v in tensors.items() if k.endswith("/patches")}
-    kept = torch.cat(
-        [mask for key, mask in patches.items() if classes is None or key.rpartition("/")[0] in classes]
-        or [torch.zeros(0)]
-    )
+    kept = joined(tensors, "patches", classes) >= min_patches
     if not kept.any():
         return None
-    of = lambda what: joined(tensors, what, classes)[kept.bool()]
+    of = lambda what: joined(tensors, what, classes)[kept]
     return Cases({condition: of(condition) for condition in conditions_in(tensors)}, of("image"))
 
 
 def joined(tensors: dict[str, Tensor], what: str, classes: list[str] | None) -> Tensor:
-    """One fact or condition of the cases of some classes, or of all, one class after the other."""
-    keys = (key.rpartition("/") for key in tensors)
-    return torch.cat(
-        [tensors[f"{name}/{end}"] for name, _, end in keys if end == what and (not classes or name in classes)]
-    )
+    """One fact or condition of the cases of some classes, or of all, one class after the other; empty without cases."""
+    names = [key.removesuffix(f"/{what}") for key in tensors if key.endswith(f"/{what}")]
+    values = [tensors[f"{name}/{what}"] for name in names if classes is None or name in classes]
+    return torch.cat(values) if values else torch.zeros(0)
 
 
 def conditions_in(tensors: dict[str, Tensor]) -> list[str]:
-    """The conditions of a knockout, "none" first."""
+    """The conditions of a knockout, those of every knockout first."""
     whats = dict.fromkeys(key.rpartition("/")[2] for key in tensors)
     found = [what for what in whats if what not in FACTS and not what.startswith("balance:")]
-    return sorted(found, key=lambda what: (what not in CONDITIONS, CONDITIONS.index(what) if what in CONDITIONS else 0))
+    return [what for what in CONDITIONS if what in found] + [what for what in found if what not in CONDITIONS]
 
 
 def class_entry(name: str, tensors: dict[str, Tensor], seed: int, groups: Tensor | None = None) -> dict:

@@ -91,6 +91,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     starvation.add_argument("--probes", required=True, nargs=2, metavar=("CAUSAL_RUN", "BIDIRECTIONAL_RUN"))
     starvation.add_argument("--site", help="where to compare (default: the causal run's best decoder layer)")
+    starvation.add_argument(
+        "--by-class", action="store_true", help="also with the classes held fixed: early patches are mostly sky"
+    )
+    starvation.add_argument(
+        "--flip",
+        nargs="?",
+        const="rotate",
+        choices=["horizontal", "vertical", "rotate"],
+        help="also on turned images: is it the position that starves, or what images show there? (rotate)",
+    )
     _add_seed_and_out(starvation, "of the bootstrap")
 
     umap = command(

@@ -104,11 +104,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_seed_and_out(starvation, "of the bootstrap")
 
     umap = command(
-        "umap", "probes.analyses.umap:run", "patches of an image in two dimensions, by site (Fig. 5), to RUN/umap.json"
+        "umap", "probes.analyses.umap:run", "patches of images in two dimensions, by site (Fig. 5), to RUN/umap.json"
     )
     _add_run(umap)
-    umap.add_argument("--image", type=int, default=0, metavar="I", help="index in the validation split (0)")
+    umap.add_argument("--image", type=int, nargs="+", default=[0], metavar="I", help="indices in the validation split")
     umap.add_argument("--sites", nargs="+", metavar="SITE", help="default: adapter, half-way, best layer")
+    umap.add_argument(
+        "--tensorboard", action="store_true", help="also the states, for TensorBoard's projector, to RUN/projector"
+    )
     _add_seed_and_out(umap, "of UMAP")
 
     maps = command(

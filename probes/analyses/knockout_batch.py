@@ -79,17 +79,23 @@ def knock_out(reader: PatchReader, plan: Plan, classes: list[str], batch: dict) 
 def _wrong_counts(
     reader: PatchReader, pixels: Tensor, cases: list[Case], jobs: list[Job], batch_size: int
 ) -> dict[tuple[int, str], Tensor]:
-    """n_c(l) of all jobs of a case and what is done to it, f[jobs, L + 1]."""
-    counts: dict[tuple[int, str], list[Tensor]] = {}
-    for start in range(0, len(jobs), batch_size):
-        chunk = jobs[start : start + batch_size]
+    """n_c(l) of all jobs of a case and what is done to it, f[jobs, L + 1]; what is the same is run once."""
+    depth, run = len(reader.layers) - 1, {}
+    same = [(job.case, job.blocked.numpy().tobytes(), job.place.among(depth)) for job in jobs]
+    distinct = list(dict(zip(same, jobs, strict=True)).items())
+    for start in range(0, len(distinct), batch_size):
+        keys, chunk = zip(*distinct[start : start + batch_size], strict=True)
         predicted = reader.predict(pixels[[cases[job.case].row for job in chunk]], _knockout(reader, chunk))
-        for j, job in enumerate(chunk):
-            counts.setdefault((job.case, job.what), []).append(cases[job.case].wrong(predicted[:, j]))
+        run |= {
+            key: cases[job.case].wrong(predicted[:, j]) for j, (key, job) in enumerate(zip(keys, chunk, strict=True))
+        }
+    counts: dict[tuple[int, str], list[Tensor]] = {}
+    for key, job in zip(same, jobs, strict=True):
+        counts.setdefault((job.case, job.what), []).append(run[key])
     return {key: torch.stack(rows) for key, rows in counts.items()}
 
 
-def _knockout(reader: PatchReader, jobs: list[Job]) -> Knockout:
+def _knockout(reader: PatchReader, jobs: Sequence[Job]) -> Knockout:
     """That of a forward with one row a job."""
     blocked = [job.blocked for job in jobs]
     if any(one.ndim == 2 for one in blocked):

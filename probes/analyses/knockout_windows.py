@@ -32,6 +32,10 @@ class Place(NamedTuple):
     heads: Sequence[int] | None = None
     kind: str = ""
 
+    def among(self, layers: int) -> tuple:
+        """Its layers, of so many, and its heads: alike for places that cut the same."""
+        return tuple(self.layers or range(1, layers + 1)), self.heads and tuple(self.heads)
+
 
 def places_of(width: int | None, every_head: bool, layers: int, heads: int) -> list[Place]:
     """Windows of layers, the sliding ones `width` wide, if there is a width; and, if asked, each head of each layer.

@@ -34,7 +34,8 @@ class Place(NamedTuple):
 
     def among(self, layers: int) -> tuple:
         """Its layers, of so many, and its heads: alike for places that cut the same."""
-        return tuple(self.layers or range(1, layers + 1)), self.heads and tuple(self.heads)
+        every = range(1, layers + 1)
+        return tuple(every if self.layers is None else self.layers), self.heads and tuple(self.heads)
 
 
 def places_of(width: int | None, every_head: bool, layers: int, heads: int) -> list[Place]:

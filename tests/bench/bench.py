@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from data import bench_data
+from knockout import bench_knockout
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
 
 from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 from probes import upsampled_cross_entropy
@@ -130,7 +131,7 @@ def random_model(image_attention: str) -> LlavaBidirForConditionalGeneration:
 
 def frozen_model() -> FrozenMLLM:
     model = random_model("bidirectional")
-    return FrozenMLLM(model, FAMILIES["llava_bidir"], None, list(range(1, PREFIX + 1)), "bidirectional")
+    return FrozenMLLM(model, FAMILIES["llava_bidir"], CLIPImageProcessorPil(), list(range(1, PREFIX + 1)), "bidirectional")
 
 
 class Sweep:
@@ -218,6 +219,7 @@ BENCHES = {
     "mask": lambda args: bench_mask(args.rounds),
     "text": lambda args: bench_text(args.rounds),
     "data": lambda args: bench_data(args.records),
+    "knockout": lambda args: bench_knockout(frozen_model(), paired, max(2, args.rounds // 2)),
 }
 
 

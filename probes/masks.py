@@ -1,0 +1,71 @@
+"""The decoder's attention masks, layer by layer: full ones, and those of sliding windows.
+
+Shapes: B images, N tokens of prefix and image.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.masking_utils import create_sliding_window_causal_mask
+
+from .families import build_mask, image_attention
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+Masks = Tensor | dict[str, Tensor]
+
+
+def kinds_of_layers(text_config: PreTrainedConfig) -> list[str]:
+    """Which kinds of attention a decoder has, in order of first use."""
+    if getattr(text_config, "layer_types", None):
+        return list(dict.fromkeys(text_config.layer_types[: text_config.num_hidden_layers]))
+    return [SLIDING if getattr(text_config, "sliding_window", None) else FULL]
+
+
+def build_masks(name: str, text_config: PreTrainedConfig, is_image: Tensor, dtype: torch.dtype) -> Masks:
+    """What prefix and image attend to, bool[B, 1, N, N] (True = may attend), by kind of layer where there are several.
+
+    A sliding window and blocks of image tokens go together as in Gemma 3: what is in the window or in the block.
+
+    Args:
+        name: Registered image attention.
+        text_config: Of the decoder.
+        is_image: bool[B, N].
+        dtype: Of the model.
+
+    Raises:
+        ValueError: The decoder has layers that take no such mask.
+    """
+    kinds = kinds_of_layers(text_config)
+    unknown = set(kinds) - {FULL, SLIDING}
+    if unknown:
+        raise ValueError(
+            f"image_attention {name!r} cannot be given to {', '.join(sorted(unknown))} layers; this model's states "
+            "would be those of another mask in these layers"
+        )
+    masks = {}
+    for kind in kinds:
+        if kind == FULL:
+            masks[kind] = build_mask(name, text_config, is_image, dtype=dtype)
+            continue
+        blocks = image_attention(name)
+        masks[kind] = create_sliding_window_causal_mask(
+            config=text_config,
+            inputs_embeds=torch.empty(*is_image.shape, 0, dtype=dtype, device=is_image.device),  # for its shape only
+            attention_mask=None,
+            past_key_values=None,
+            block_sequence_ids=None if blocks is None else blocks(is_image),
+            allow_is_causal_skip=False,
+        )
+    return masks if len(masks) > 1 else masks[kinds[0]]
+
+
+def each(masks: Masks) -> list[Tensor]:
+    return list(masks.values()) if isinstance(masks, dict) else [masks]
+
+
+def last_rows(masks: Masks, rows: int) -> Masks:
+    """The masks of the last `rows` queries."""
+    if isinstance(masks, dict):
+        return {kind: mask[:, :, -rows:] for kind, mask in masks.items()}
+    return masks[:, :, -rows:]

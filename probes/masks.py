@@ -6,9 +6,8 @@ Shapes: B images, N tokens of prefix and image.
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.masking_utils import create_sliding_window_causal_mask
 
-from .families import build_mask, image_attention
+from .families import build_mask
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
@@ -25,7 +24,7 @@ def kinds_of_layers(text_config: PreTrainedConfig) -> list[str]:
 def build_masks(name: str, text_config: PreTrainedConfig, is_image: Tensor, dtype: torch.dtype) -> Masks:
     """What prefix and image attend to, bool[B, 1, N, N] (True = may attend), by kind of layer where there are several.
 
-    A sliding window and blocks of image tokens go together as in Gemma 3: what is in the window or in the block.
+    A sliding layer looks no further back than its window, image tokens or not. Source: Gemma 3's masks.
 
     Args:
         name: Registered image attention.
@@ -43,21 +42,11 @@ def build_masks(name: str, text_config: PreTrainedConfig, is_image: Tensor, dtyp
             f"image_attention {name!r} cannot be given to {', '.join(sorted(unknown))} layers; this model's states "
             "would be those of another mask in these layers"
         )
-    masks = {}
-    for kind in kinds:
-        if kind == FULL:
-            masks[kind] = build_mask(name, text_config, is_image, dtype=dtype)
-            continue
-        blocks = image_attention(name)
-        masks[kind] = create_sliding_window_causal_mask(
-            config=text_config,
-            inputs_embeds=torch.empty(*is_image.shape, 0, dtype=dtype, device=is_image.device),  # for its shape only
-            attention_mask=None,
-            past_key_values=None,
-            block_sequence_ids=None if blocks is None else blocks(is_image),
-            allow_is_causal_skip=False,
-        )
-    return masks if len(masks) > 1 else masks[kinds[0]]
+    full = build_mask(name, text_config, is_image, dtype=dtype)
+    masks = {FULL: full}
+    if SLIDING in kinds:
+        masks[SLIDING] = full & torch.ones_like(full).triu(1 - text_config.sliding_window)
+    return masks if len(kinds) > 1 else masks[kinds[0]]
 
 
 def each(masks: Masks) -> list[Tensor]:

@@ -1,5 +1,7 @@
 """DeepSeek-VL and Janus: SigLIP, in DeepSeek-VL's larger model beside a SAM-B that sees 1024 px."""
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -12,13 +14,9 @@ def _high_res_px(config: PreTrainedConfig) -> int:
     return config.high_res_vision_config.image_size
 
 
-def _hybrid_token_px(config: PreTrainedConfig) -> int:
-    """Both encoders give the same grid: 384 / 16 of SigLIP, 1024 / 16 / 4 x 1.5 of SAM (neck and strided convolutions)."""
-    low, high = image_size(config), _high_res_px(config)
-    tokens = low // patch_size(config)
-    if high % tokens and low % patch_size(config):
-        raise ValueError(f"a grid of {tokens} x {tokens} tokens divides neither {low} nor {high} px")
-    return high // tokens
+def _hybrid_token_px(config: PreTrainedConfig) -> Fraction:
+    """SigLIP's 384 / 16 = 24 tokens a side; SAM's are resampled to as many, so that a token is 1024 / 24 px wide."""
+    return Fraction(_high_res_px(config), image_size(config) // patch_size(config))
 
 
 def _two_resolutions(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from operator import attrgetter
 
 import transformers
@@ -48,7 +49,7 @@ class Family:
 
     model_class: str | type[PreTrainedModel]
     image_px: Callable[[PreTrainedConfig], int]
-    token_px: Callable[[PreTrainedConfig], int]
+    token_px: Callable[[PreTrainedConfig], int | Fraction]
     encoder_width: Callable[[PreTrainedConfig], int]
     adapter: tuple[str, ...] = ("multi_modal_projector",)
     entry: str | None = None
@@ -73,7 +74,7 @@ class Family:
 
     def seen_px(self, config: PreTrainedConfig) -> int:
         """Of the input's side, what the tokens cover from the left and the top."""
-        return self.grid(config)[0] * self.token_px(config)
+        return int(self.grid(config)[0] * self.token_px(config))
 
     def decoder_of(self, model: PreTrainedModel) -> nn.Module:
         return attrgetter(self.language_model)(model.model)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -63,6 +64,25 @@ def _tiles(images: list[Image.Image]) -> dict:
 
 def _sizes(images: list[Image.Image]) -> dict:
     return _normalised(images) | {"image_sizes": torch.tensor([[i.height, i.width] for i in images])}
+
+
+def stock_hybrid(images: list[Image.Image]) -> dict:
+    """DeepSeek-VL's two resolutions by its own processor."""
+    processor = transformers.DeepseekVLHybridImageProcessorPil(
+        size={"height": 16, "width": 16},
+        high_res_size={"height": 128, "width": 128},
+        **{"image_mean": MEAN, "image_std": STD, "high_res_image_mean": HIGH_MEAN, "high_res_image_std": HIGH_STD},
+    )
+    return dict(processor(images, return_tensors="pt"))
+
+
+def hybrid_inputs(images: list[Image.Image]) -> dict:
+    """The same, without the rounding of the smaller one to 8 bits."""
+    inputs = stock_hybrid(images)
+    whole = torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in images]).permute(0, 3, 1, 2)
+    small = torch.nn.functional.interpolate(whole / 255, (16, 16), mode="bicubic", antialias=True)
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    return inputs | {"pixel_values": (small - mean) / std}
 
 
 @dataclass(frozen=True)
@@ -317,13 +337,7 @@ STOCK = {
         16 + 32,
         (4, 4),
         128,
-        inputs=lambda images: dict(
-            transformers.DeepseekVLHybridImageProcessorPil(
-                size={"height": 16, "width": 16},
-                high_res_size={"height": 128, "width": 128},
-                **{"image_mean": MEAN, "image_std": STD, "high_res_image_mean": HIGH_MEAN, "high_res_image_std": HIGH_STD},
-            )(images, return_tensors="pt")
-        ),
+        inputs=hybrid_inputs,
         placeholder="<image_placeholder>",
     ),
 }

@@ -21,6 +21,11 @@ def kinds_of_layers(text_config: PreTrainedConfig) -> list[str]:
     return [SLIDING if getattr(text_config, "sliding_window", None) else FULL]
 
 
+def takes_masks(text_config: PreTrainedConfig) -> bool:
+    """Whether all layers of a decoder attend under a mask; linear attention and convolutions do not."""
+    return set(kinds_of_layers(text_config)) <= {FULL, SLIDING}
+
+
 def build_masks(name: str, text_config: PreTrainedConfig, is_image: Tensor, dtype: torch.dtype) -> Masks:
     """What prefix and image attend to, bool[B, 1, N, N] (True = may attend), by kind of layer where there are several.
 
@@ -36,11 +41,10 @@ def build_masks(name: str, text_config: PreTrainedConfig, is_image: Tensor, dtyp
         ValueError: The decoder has layers that take no such mask.
     """
     kinds = kinds_of_layers(text_config)
-    unknown = set(kinds) - {FULL, SLIDING}
-    if unknown:
+    if not takes_masks(text_config):
         raise ValueError(
-            f"image_attention {name!r} cannot be given to {', '.join(sorted(unknown))} layers; this model's states "
-            "would be those of another mask in these layers"
+            f"image_attention {name!r} and knockouts cannot be given to {', '.join(sorted({*kinds} - {FULL, SLIDING}))} "
+            "layers: tokens mix there without attending; this model runs as it is only"
         )
     full = build_mask(name, text_config, is_image, dtype=dtype)
     masks = {FULL: full}
@@ -53,8 +57,10 @@ def each(masks: Masks) -> list[Tensor]:
     return list(masks.values()) if isinstance(masks, dict) else [masks]
 
 
-def last_rows(masks: Masks, rows: int) -> Masks:
+def last_rows(masks: Masks | None, rows: int) -> Masks | None:
     """The masks of the last `rows` queries."""
+    if masks is None:
+        return None
     if isinstance(masks, dict):
         return {kind: mask[:, :, -rows:] for kind, mask in masks.items()}
     return masks[:, :, -rows:]

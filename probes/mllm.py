@@ -20,7 +20,7 @@ from .families import Family, family_of, own_image_attention
 from .families import image_attention as find_mask
 from .geometry import Geometry
 from .knockout import Knockout
-from .masks import Masks, build_masks, each, last_rows
+from .masks import Masks, build_masks, each, last_rows, takes_masks
 from .untrained import draw_anew
 
 ENCODER, ADAPTER, FINAL_NORM = "encoder", "adapter", "final_norm"
@@ -123,11 +123,9 @@ class FrozenMLLM(nn.Module):
             return {}
         depth = max(self.sites.index(site) - 1 for site in wanted)
         pixels = pixels.to(self.device, self.model.dtype)
-        masks, prefix = self._masks(len(pixels)), self.prefix_ids.shape[1]
-        # the prefix is the same for all images unless it sees them
-        reuse = self.family.shared_prefix and not any(mask[:, :, :prefix, prefix:].any() for mask in each(masks))
-        cache = self._prefix_cache(len(pixels)) if reuse and depth > 0 else None
-        start = prefix if reuse else 0
+        masks = self._masks(len(pixels), knockout)
+        start = self.prefix_ids.shape[1] if self._prefix_is_shared(masks) else 0
+        cache = self._prefix_cache(len(pixels)) if start and depth > 0 else None
         rows = last_rows(masks, self.ids.shape[1] - start)
         layers = self._decoder.layers
         cut = knockout.applied(layers, rows, self.is_image, depth) if knockout and depth > 0 else nullcontext()
@@ -135,7 +133,7 @@ class FrozenMLLM(nn.Module):
             self.model.model(
                 input_ids=self.ids[:, start:].expand(len(pixels), -1),
                 past_key_values=cache,
-                use_cache=reuse,
+                use_cache=cache is not None,
                 **self.family.inputs(self.model, pixels, self.is_image[start:].expand(len(pixels), -1)),
             )
         return {site: states[site] for site in wanted}
@@ -146,10 +144,20 @@ class FrozenMLLM(nn.Module):
             raise ValueError(f"unknown site {min(unknown)!r}; this model has {', '.join(self.sites)}")
         return list(self.sites if sites is None else sites)
 
-    def _masks(self, batch: int) -> Masks:
-        """bool[B, 1, N, N]: what prefix and image attend to."""
-        is_image, text_config = self.is_image.expand(batch, -1), self.model.config.get_text_config()
-        return build_masks(self.image_attention, text_config, is_image, self.model.dtype)
+    def _masks(self, batch: int, knockout: Knockout | None = None) -> Masks | None:
+        """bool[B, 1, N, N]: what prefix and image attend to; None leaves it to a model that can only run as it is."""
+        text_config = self.model.config.get_text_config()
+        as_it_is = self.image_attention == self.own_image_attention and knockout is None
+        if as_it_is and not takes_masks(text_config):
+            return None
+        return build_masks(self.image_attention, text_config, self.is_image.expand(batch, -1), self.model.dtype)
+
+    def _prefix_is_shared(self, masks: Masks | None) -> bool:
+        """Whether the prefix is the same for all images: it must not see them."""
+        prefix = self.prefix_ids.shape[1]
+        if masks is None or not self.family.shared_prefix:
+            return False
+        return not any(mask[:, :, :prefix, prefix:].any() for mask in each(masks))
 
     def _prefix_cache(self, batch: int) -> DynamicCache:
         """Keys and values of the prefix, computed at batch 1 and shared by all images."""
@@ -163,8 +171,11 @@ class FrozenMLLM(nn.Module):
         )
 
     @contextmanager
-    def _under(self, masks: Masks) -> Iterator[None]:
-        """The decoder runs under these masks, whatever it is called with."""
+    def _under(self, masks: Masks | None) -> Iterator[None]:
+        """The decoder runs under these masks, if any, whatever it is called with."""
+        if masks is None:
+            yield
+            return
         handle = self._decoder.register_forward_pre_hook(
             lambda _, args, kwargs: (args, {**kwargs, "attention_mask": masks}), with_kwargs=True
         )

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 VOCABULARY = 128
+SIDE = 8  # tokens a side in families that take images of any size
 IMAGE_ID = 99
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.6, 0.7]
 HIGH_MEAN, HIGH_STD = [0.1, 0.2, 0.3], [0.9, 0.8, 0.7]
@@ -97,10 +98,13 @@ class Stock:
         encoder_width: Width of these.
         inputs: PIL images of that side -> what the stock forward takes.
         decoder: Path of the LLM.
-        opening: Tokens between the template's text ("hello") and the image.
+        prefix: Tokens before the image; "hello" is the template's.
+        placeholder: What stands for the image in the template.
+        row_end: Token behind each row.
         extra: Image tokens of the stock forward behind those of the whole view.
         native: Mask among image tokens.
-        types: Name of the token types' argument, and of the value of an image's tokens and of other ones.
+        types: Name of the token types' argument, value of an image's tokens, and of other ones.
+        masks: Whether all its layers take masks.
     """
 
     config: dict
@@ -116,6 +120,7 @@ class Stock:
     extra: int = 0
     native: str = "causal"
     types: tuple[str, int, int] | None = None
+    masks: bool = True
 
 
 def _llm(kind: str, **kwargs) -> dict:
@@ -129,22 +134,22 @@ def _patched(kind: str, encoder: str, vision: dict, text: dict, **kwargs) -> Sto
         config | {"text_config": text, "vision_start_token_id": 97, "vision_end_token_id": 98, "video_token_id": 96},
         encoder,
         64,
-        (24, 24),
-        96,
+        (SIDE, SIDE),
+        4 * SIDE,
         types=("mm_token_type_ids", 1, 0),
         **{"inputs": _stock("Qwen2VLImageProcessorPil", patch_size=2, merge_size=2, temporal_patch_size=2)} | kwargs,
     )
 
 
 def _pixtral(kind: str, text: dict, encoder: str, **kwargs) -> Stock:
-    vision = {"model_type": "pixtral", **VISION, "head_dim": 8, "image_size": 96, "patch_size": 2}
+    vision = {"model_type": "pixtral", **VISION, "head_dim": 8, "image_size": 4 * SIDE, "patch_size": 2}
     return Stock(
         {"model_type": kind, "vision_config": vision, "text_config": text, "spatial_merge_size": 2}
         | ({"image_token_index": IMAGE_ID} if kind == "mistral3" else {"image_token_id": IMAGE_ID}),
         encoder,
         64,
-        (24, 24),
-        96,
+        (SIDE, SIDE),
+        4 * SIDE,
         inputs=_sizes,
         **kwargs,
     )
@@ -169,6 +174,11 @@ def _idefics(kind: str) -> Stock:
 PINPOINTS = {"image_grid_pinpoints": [[24, 48], [48, 24]]}
 GEMMA = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 5}
 PROJECTOR = "model.multi_modal_projector"
+LINEAR = {
+    **{"layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_value_heads": 2},
+    **{"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 2},
+    "rope_parameters": MROPE | {"partial_rotary_factor": 1.0},
+}
 QWEN_VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 2}
 
 STOCK = {
@@ -305,10 +315,37 @@ STOCK = {
     "glm4v": _patched(
         "glm4v",
         "model.visual.downsample",
-        QWEN_VISION | {"out_hidden_size": 32, "image_size": 96, "intermediate_size": 24},
+        QWEN_VISION | {"out_hidden_size": 32, "image_size": 4 * SIDE, "intermediate_size": 24},
         {"model_type": "glm4v_text"},
         placeholder="<|image|>",
         inputs=_stock("Glm4vImageProcessorPil", patch_size=2, merge_size=2, temporal_patch_size=2),
+    ),
+    "glm46v": _patched(
+        "glm46v",
+        "model.visual.downsample",
+        QWEN_VISION
+        | {"out_hidden_size": 32, "image_size": 4 * SIDE, "intermediate_size": 24}
+        | {"model_type": "glm4v_vision"},
+        {"model_type": "glm4v_text"},
+        placeholder="<|image|>",
+        inputs=_stock("Glm4vImageProcessorPil", patch_size=2, merge_size=2, temporal_patch_size=2),
+    ),
+    "qwen3_5": _patched(
+        "qwen3_5",
+        "model.visual.merger.linear_fc1",
+        QWEN_VISION | {"out_hidden_size": 32, "num_position_embeddings": 16},
+        {"model_type": "qwen3_5_text", **LINEAR},
+        placeholder="<|image_pad|>",
+        masks=False,
+    ),
+    "qwen3_5_moe": _patched(
+        "qwen3_5_moe",
+        "model.visual.merger.linear_fc1",
+        QWEN_VISION | {"out_hidden_size": 32, "num_position_embeddings": 16},
+        {"model_type": "qwen3_5_moe_text", **LINEAR, "num_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+        placeholder="<|image_pad|>",
+        masks=False,
     ),
     "mistral3": _pixtral(
         "mistral3",

@@ -28,6 +28,7 @@ REFUSED = {
     **dict.fromkeys(("fast_vlm", "perception_lm", "gemma3n"), _TIMM),
     **dict.fromkeys(("florence2", "udop", "pix2struct", "pp_formulanet", "t5gemma2", "blip"), _SEQ2SEQ),
     **dict.fromkeys(("chameleon", "emu3"), "images are words of a codebook; it has neither encoder states nor adapter"),
+    "molmo2": "tokens of the whole view see those of its crops, which come later and cannot be left out",
     "fuyu": "it has no encoder: patches are projected straight into the LLM",
 }
 

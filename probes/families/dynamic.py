@@ -104,6 +104,15 @@ DYNAMIC = {
         adapter=("visual.downsample", "visual.merger"),
         placeholder="<|image|>",
     ),
+    "glm46v": _patch_family(
+        "Glm46VForConditionalGeneration",
+        entry="visual.downsample",
+        adapter=("visual.downsample", "visual.merger"),
+        placeholder="<|image|>",
+    ),
+    # linear attention in three layers of four: runs causally, as it is
+    "qwen3_5": _patch_family("Qwen3_5ForConditionalGeneration", entry="visual.merger.linear_fc1"),
+    "qwen3_5_moe": _patch_family("Qwen3_5MoeForConditionalGeneration", entry="visual.merger.linear_fc1"),
     "mistral3": Family(
         "Mistral3ForConditionalGeneration",
         entry="multi_modal_projector.patch_merger.merging_layer",

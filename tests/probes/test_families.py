@@ -21,12 +21,22 @@ import probes
 from llava_bidir import LlavaBidirConfig
 from probes import Knockout
 from probes.families import FAMILIES, REFUSED, family_of, own_image_attention
+from probes.families import dynamic
 from probes.inspection import print_sites
 from probes.masks import build_masks
 
 ALL = sorted(STOCK)
+MASKABLE = [name for name in ALL if STOCK[name].masks]
 LAYERS = ["layer_01", "layer_02", "layer_03"]
 SUFFIX = [3, 4, 3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_squares():
+    """Families that take images of any size are given fewer tokens here, for time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic, "TOKENS_A_SIDE", families.SIDE)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +74,9 @@ def stock_ids(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     stock, vocabulary = STOCK[name], families.tokenizer().get_vocab()
     rows, columns = stock.grid
     prefix = [vocabulary[token] for token in stock.prefix]
-    image = [i for _ in range(rows) for i in [IMAGE_ID] * columns + ([vocabulary[stock.row_end]] if stock.row_end else [])]
+    image = [
+        i for _ in range(rows) for i in [IMAGE_ID] * columns + ([vocabulary[stock.row_end]] if stock.row_end else [])
+    ]
     ids = prefix + image + [IMAGE_ID] * stock.extra + SUFFIX
     is_image = torch.tensor(ids) == IMAGE_ID
     is_image[len(prefix) + len(image) :] = False
@@ -199,7 +211,7 @@ def no_attention(read):
         [weight.copy_(value) for weight, value in zip(weights, kept, strict=True)]
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", MASKABLE)
 def test_knockout_cuts_image_rows_from_blocked_tokens(name, mllm):
     """By the last token of a row of four: blocking what it alone can see changes it alone, and the first token never."""
     read = mllm(name)
@@ -219,7 +231,7 @@ def test_knockout_cuts_image_rows_from_blocked_tokens(name, mllm):
         read.states(pixels, ["layer_03"], Knockout(blocked, layers=[4]))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", MASKABLE)
 def test_other_masks_than_the_own_one(name, checkpoint, mllm):
     own, read = STOCK[name].native, mllm(name)
     other = probes.load(checkpoint(name), image_attention="bidirectional" if own == "causal" else "causal")
@@ -275,7 +287,8 @@ def test_openings_are_those_of_the_stock_processors():
         **{"tile_token": "TILE", "tile_global_token": "TILE_GLOBAL", "img_size": 2, "patch_size": 1},
         **{"image_start_token": "<begin_of_image>", "num_image_tokens": 2, "spatial_merge_size": 1},
         **{"image_break_token": "[IMG_BREAK]", "image_end_token": "END", "boi_token": "<|START_OF_IMG|>"},
-        **{"image_seq_len": 2, "fake_image_token": "<fake_token_around_image>", "global_image_token": "<global-img>"},
+        **{"image_seq_len": 2, "fake_image_token": "<fake_token_around_image>", "global_image_tag": "<global-img>"},
+        global_image_token="<global-img>",
         **{"img_line_break_token": "BREAK", "eoi_token": "END"},
     )
     one = {"num_patches": [1], "grids": torch.tensor([[1, 1]]), "image_sizes": [(2, 2)], "rows": [[0]], "cols": [[0]]}
@@ -291,7 +304,9 @@ def test_openings_are_those_of_the_stock_processors():
         "deepseek_vl": get("DeepseekVLProcessor")(self, one, 0),
     }
     for name, text in given.items():
-        image = re.split("I|<IMG_ATOM>", text.replace("[IMG_BREAK]", "/").replace("[IMG", "[").replace("<IMG_START>", "<S>"))
+        image = re.split(
+            "I|<IMG_ATOM>", text.replace("[IMG_BREAK]", "/").replace("[IMG", "[").replace("<IMG_START>", "<S>")
+        )
         assert image[0].replace("<S>", "<IMG_START>") == FAMILIES[name].opening, name
     assert given["mistral3"] == "II[IMG_BREAK]IIEND" and FAMILIES["mistral3"].row_end == "[IMG_BREAK]"
 
@@ -307,10 +322,13 @@ def test_refusals_say_why(tmp_path, checkpoint):
     assert set(FAMILIES) - {"llava_bidir"} <= known
 
 
-def test_layers_without_such_masks_are_refused():
-    config = AutoConfig.for_model("qwen3_5_text", num_hidden_layers=4)
-    with pytest.raises(ValueError, match="cannot be given to linear_attention layers"):
-        build_masks("bidirectional", config, torch.ones(1, 3, dtype=torch.bool), torch.float32)
+@pytest.mark.parametrize("name", [name for name in ALL if not STOCK[name].masks])
+def test_layers_without_masks_run_as_they_are_only(name, checkpoint, mllm):
+    pixels, tokens = mllm(name).preprocess(pictures(name, 1)), families.SIDE**2
+    with pytest.raises(ValueError, match="knockouts cannot be given to linear_attention layers"):
+        mllm(name).states(pixels, knockout=Knockout(torch.zeros(1, tokens, dtype=torch.bool)))
+    with pytest.raises(ValueError, match="'bidirectional' and knockouts cannot be given to linear_attention layers"):
+        probes.load(checkpoint(name), image_attention="bidirectional")
 
 
 def test_incomplete_checkpoints_are_errors(checkpoint, tmp_path):
@@ -339,3 +357,33 @@ def test_own_mask_of_a_config_goes_before_its_kinds():
     assert own_image_attention(AutoConfig.for_model("llava")) == "causal"
     assert own_image_attention(AutoConfig.for_model("gemma3")) == "bidirectional"
     assert own_image_attention(LlavaBidirConfig(image_attention="prefix")) == "prefix"
+
+
+@pytest.mark.parametrize(
+    ("name", "vision", "further", "image_px", "side", "seen_px"),
+    [
+        ("llava", {"image_size": 336, "patch_size": 14}, {}, 336, 24, 336),
+        ("llava_onevision", {"image_size": 384, "patch_size": 14}, {}, 384, 27, 378),
+        ("deepseek_vl", {"image_size": 384, "patch_size": 16}, {}, 384, 24, 384),
+        ("deepseek_vl_hybrid", {"image_size": 384, "patch_size": 16}, {}, 1024, 24, 1024),
+        ("internvl", {"image_size": [448, 448], "patch_size": [14, 14]}, {}, 448, 16, 448),
+        ("smolvlm", {"image_size": 512, "patch_size": 16}, {"scale_factor": 4}, 512, 8, 512),
+        ("aya_vision", {"image_size": 364, "patch_size": 14}, {}, 364, 13, 364),
+        ("gemma3", {"image_size": 896, "patch_size": 14}, {}, 896, 16, 896),
+        ("paligemma", {"image_size": 224, "patch_size": 14}, {}, 224, 16, 224),
+        ("qwen2_5_vl", {"patch_size": 14}, {}, 672, 24, 672),
+        ("qwen3_vl", {"patch_size": 16}, {}, 768, 24, 768),
+        ("mistral3", {"patch_size": 14}, {}, 672, 24, 672),
+    ],
+)
+def test_grids_of_released_sizes(name, vision, further, image_px, side, seen_px, monkeypatch):
+    monkeypatch.setattr(dynamic, "TOKENS_A_SIDE", 24)
+    settings = STOCK[name].config["vision_config"] | vision
+    high = {"high_res_vision_config": {"model_type": "sam_vision_model"}} if name == "deepseek_vl_hybrid" else {}
+    number = {"image_seq_length": 576} if name == "llava" else {"mm_tokens_per_image": 256} if name == "gemma3" else {}
+    rest = {
+        key: value for key, value in STOCK[name].config.items() if key not in ("model_type", "high_res_vision_config")
+    }
+    config = AutoConfig.for_model(name, **rest | {"vision_config": settings} | further | high | number)
+    family = FAMILIES[name]
+    assert (family.image_px(config), family.grid(config), family.seen_px(config)) == (image_px, (side, side), seen_px)

@@ -42,9 +42,10 @@ def build_masks(name: str, text_config: PreTrainedConfig, is_image: Tensor, dtyp
     """
     kinds = kinds_of_layers(text_config)
     if not takes_masks(text_config):
+        others = ", ".join(sorted({*kinds} - {FULL, SLIDING}))
         raise ValueError(
-            f"image_attention {name!r} and knockouts cannot be given to {', '.join(sorted({*kinds} - {FULL, SLIDING}))} "
-            "layers: tokens mix there without attending; this model runs as it is only"
+            f"image_attention {name!r} and knockouts cannot be given to {others} layers: they run under no such mask; "
+            "this model can be read as it is, without either"
         )
     full = build_mask(name, text_config, is_image, dtype=dtype)
     masks = {FULL: full}

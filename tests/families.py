@@ -21,6 +21,7 @@ IMAGE_ID = 99
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.6, 0.7]
 HIGH_MEAN, HIGH_STD = [0.1, 0.2, 0.3], [0.9, 0.8, 0.7]
 SPECIAL = [
+    *("hello", "\n\n"),  # as special tokens they survive whatever pre-tokenizer a family's own class brings
     *("<image>", "<image_placeholder>", "<begin_of_image>", "<IMG_CONTEXT>", "<img>", "<fake_token_around_image>"),
     *("<global-img>", "<|START_OF_IMG|>", "TILE_GLOBAL", "<|IMG_PATCH|>", "<IMG_START>", "<start_of_image>"),
     *("<|image_pad|>", "<|image|>", "[IMG]", "[IMG_BREAK]"),

@@ -38,6 +38,7 @@ def image_processors(path: str, family: Family) -> list[CLIPImageProcessorPil]:
         CLIPImageProcessorPil(
             do_resize=False,
             do_center_crop=False,
+            do_normalize=settings.get("do_normalize", True),
             rescale_factor=settings.get("rescale_factor", 1 / 255),
             image_mean=settings[mean],
             image_std=settings[std],

@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from .families import build_mask
+from .families import build_mask, image_attention
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+
+# masks that are not the same in all kinds of layers: what each kind runs under
+BY_KIND = {"bidirectional_sliding": {FULL: "causal", SLIDING: "bidirectional"}}  # Gemma 4's own
 
 Masks = Tensor | dict[str, Tensor]
 
@@ -19,6 +22,12 @@ def kinds_of_layers(text_config: PreTrainedConfig) -> list[str]:
     if getattr(text_config, "layer_types", None):
         return list(dict.fromkeys(text_config.layer_types[: text_config.num_hidden_layers]))
     return [SLIDING if getattr(text_config, "sliding_window", None) else FULL]
+
+
+def check_name(name: str) -> None:
+    """Raises a ValueError that lists the masks there are, if there is none of this name."""
+    if name not in BY_KIND:
+        image_attention(name)
 
 
 def takes_masks(text_config: PreTrainedConfig) -> bool:
@@ -32,7 +41,7 @@ def build_masks(name: str, text_config: PreTrainedConfig, is_image: Tensor, dtyp
     A sliding layer looks no further back than its window, image tokens or not. Source: Gemma 3's masks.
 
     Args:
-        name: Registered image attention.
+        name: Registered image attention, or "bidirectional_sliding": in the layers with a sliding window only.
         text_config: Of the decoder.
         is_image: bool[B, N].
         dtype: Of the model.
@@ -47,10 +56,14 @@ def build_masks(name: str, text_config: PreTrainedConfig, is_image: Tensor, dtyp
             f"image_attention {name!r} and knockouts cannot be given to {others} layers: they run under no such mask; "
             "this model can be read as it is, without either"
         )
-    full = build_mask(name, text_config, is_image, dtype=dtype)
-    masks = {FULL: full}
-    if SLIDING in kinds:
-        masks[SLIDING] = full & torch.ones_like(full).triu(1 - text_config.sliding_window)
+    if name in BY_KIND and SLIDING not in kinds:
+        raise ValueError(f"image_attention {name!r} is one of models with sliding windows, which this one has not")
+    masks = {}
+    for kind in kinds:
+        mask = build_mask(BY_KIND.get(name, {}).get(kind, name), text_config, is_image, dtype=dtype)
+        if kind == SLIDING:
+            mask = mask & torch.ones_like(mask).triu(1 - text_config.sliding_window)
+        masks[kind] = mask
     return masks if len(kinds) > 1 else masks[kinds[0]]
 
 

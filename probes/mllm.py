@@ -17,10 +17,9 @@ from transformers import DynamicCache
 
 from .checkpoint import image_processors, prefix_ids, read_config, row_end_id
 from .families import Family, family_of, own_image_attention
-from .families import image_attention as find_mask
 from .geometry import Geometry
 from .knockout import Knockout
-from .masks import Masks, build_masks, each, last_rows, takes_masks
+from .masks import Masks, build_masks, check_name, each, last_rows, takes_masks
 from .untrained import draw_anew
 
 ENCODER, ADAPTER, FINAL_NORM = "encoder", "adapter", "final_norm"
@@ -267,7 +266,7 @@ def load(
     config = read_config(path)
     family = family_of(config)
     attention = image_attention or own_image_attention(config)
-    find_mask(attention)
+    check_name(attention)
     model = family.loader.from_pretrained(path, dtype=dtype or "auto", attn_implementation="sdpa")
     draw_anew(model, family, untrained, seed)
     mllm = FrozenMLLM(

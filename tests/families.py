@@ -24,7 +24,7 @@ SPECIAL = [
     *("hello", "\n\n"),  # as special tokens they survive whatever pre-tokenizer a family's own class brings
     *("<image>", "<image_placeholder>", "<begin_of_image>", "<IMG_CONTEXT>", "<img>", "<fake_token_around_image>"),
     *("<global-img>", "<|START_OF_IMG|>", "TILE_GLOBAL", "<|IMG_PATCH|>", "<IMG_START>", "<start_of_image>"),
-    *("<|image_pad|>", "<|image|>", "[IMG]", "[IMG_BREAK]"),
+    *("<|image_pad|>", "<|image|>", "<|image>", "[IMG]", "[IMG_BREAK]"),
 ]
 LLM = {
     **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3},
@@ -62,6 +62,12 @@ def _tiles(images: list[Image.Image]) -> dict:
         "pixel_values": torch.stack([whole, whole.flip(-1), whole * 0.5], 1),
         "image_sizes": torch.tensor([[24, 48]] * len(images)),
     }
+
+
+def _gemma4(images: list[Image.Image]) -> dict:
+    """Padded with patches at (-1, -1), as the stock processor does."""
+    inputs = _stock("Gemma4ImageProcessorPil", patch_size=2, max_soft_tokens=70, do_normalize=True)(images)
+    return {key: inputs[key] for key in ("pixel_values", "image_position_ids")}
 
 
 def _sizes(images: list[Image.Image]) -> dict:
@@ -274,6 +280,27 @@ STOCK = {
         prefix=["<s>", "hello", "\n\n", "<start_of_image>"],
         native="bidirectional",
         types=("token_type_ids", 1, 0),
+    ),
+    "gemma4": Stock(
+        {"model_type": "gemma4", "image_token_id": IMAGE_ID, "audio_config": None, "video_token_id": 96}
+        | {"audio_token_id": 95, "boi_token_id": 94}
+        | {"vision_config": {**VISION, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 2}}
+        | {
+            "text_config": {
+                **{**LLM, **GEMMA, "use_bidirectional_attention": "vision", "num_kv_shared_layers": 0},
+                **{"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+                **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 8},
+            }
+        },
+        "model.embed_vision.embedding_projection",
+        16,
+        (SIDE, SIDE),
+        SIDE * 6,
+        inputs=_gemma4,
+        placeholder="<|image|>",
+        prefix=["<s>", "hello", "<|image>"],
+        native="bidirectional_sliding",
+        types=("mm_token_type_ids", 1, 0),
     ),
     "paligemma": Stock(
         {"model_type": "paligemma", "vision_config": SIGLIP | {"projection_dim": 32}, "image_token_index": IMAGE_ID}

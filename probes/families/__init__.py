@@ -9,12 +9,13 @@ from transformers import PreTrainedConfig
 from .deepseek import DEEPSEEK
 from .dynamic import DYNAMIC
 from .family import Family
+from .gemma import GEMMA
 from .llava import LLAVA, build_mask, image_attention
 from .merged import MERGED
 
 __all__ = ["FAMILIES", "Family", "build_mask", "family_of", "image_attention", "own_image_attention"]
 
-FAMILIES: dict[str, Family] = LLAVA | DEEPSEEK | MERGED | DYNAMIC
+FAMILIES: dict[str, Family] = LLAVA | DEEPSEEK | GEMMA | MERGED | DYNAMIC
 
 _QUERIES = "learned queries gather the image, so that its tokens have no place in it"
 _CROSS = "the LLM looks at the image by cross-attention; its sequence has no image tokens"
@@ -53,4 +54,5 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 def own_image_attention(config: PreTrainedConfig) -> str:
     """The mask that a checkpoint was trained with: its config's, or its kind's."""
-    return getattr(config, "image_attention", None) or family_of(config).image_attention
+    kind = family_of(config).image_attention
+    return getattr(config, "image_attention", None) or (kind if isinstance(kind, str) else kind(config))

@@ -38,7 +38,7 @@ class Family:
             it, raster order.
         inputs: (model, pixels f[B, C, H, W], is_image bool[B, N]) -> what the forward takes beside the ids.
         language_model: The decoder, with `layers`, `norm` and an embedding.
-        image_attention: The mask that checkpoints of this kind were trained with, if their config does not say.
+        image_attention: The mask that checkpoints of this kind were trained with, by name or from the config.
         normalisations: Which means and standard deviations of the image processor give a set of 3 channels each.
         placeholder: What stands for the image in the chat template; None where an image stands before all text.
         opening: What the processor puts between the template's text and the first image token.
@@ -56,7 +56,7 @@ class Family:
     encoder_states: Callable[[PreTrainedModel, tuple], Tensor] = _first
     inputs: Callable[[PreTrainedModel, Tensor, Tensor], dict] = _pixels_alone
     language_model: str = "language_model"
-    image_attention: str = "causal"
+    image_attention: str | Callable[[PreTrainedConfig], str] = "causal"
     normalisations: tuple[tuple[str, str], ...] = (("image_mean", "image_std"),)
     placeholder: str | None = "<image>"
     opening: str = ""

@@ -1,4 +1,4 @@
-"""Families with one square view whose adapter merges neighbouring patches, or Gemma's, which averages them.
+"""Families with one square view whose adapter merges neighbouring patches.
 
 Where a stock processor adds tiles, the view of the whole image alone is run: the thumbnail.
 """
@@ -67,24 +67,5 @@ MERGED = {
         adapter=("vision_tower.head_linear", "vision_tower.head_norm", "visual_embeddings_table"),
         opening="<IMG_START>",
         shared_prefix=False,  # <IMG_START> gets its embedding from that vocabulary, if an image is there
-    ),
-    "gemma3": Family(
-        "Gemma3ForConditionalGeneration",
-        image_px=image_size,
-        token_px=lambda config: image_size(config) // round(config.mm_tokens_per_image**0.5),
-        encoder_width=lambda config: config.vision_config.hidden_size,
-        entry="multi_modal_projector.mm_soft_emb_norm",  # behind the average over patches
-        image_attention="bidirectional",
-        placeholder="<start_of_image>",
-        opening="\n\n<start_of_image>",
-    ),
-    # its question is part of the block in which tokens see each other; none is asked here
-    "paligemma": Family(
-        "PaliGemmaForConditionalGeneration",
-        image_px=image_size,
-        token_px=patch_size,
-        encoder_width=lambda config: config.vision_config.hidden_size,
-        image_attention="prefix",
-        placeholder=None,
     ),
 }

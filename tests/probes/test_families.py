@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 import probes
 from llava_bidir import LlavaBidirConfig
 from probes import Knockout
-from probes.families import FAMILIES, REFUSED, dynamic, family_of, own_image_attention
+from probes.families import FAMILIES, REFUSED, dynamic, family_of, gemma, own_image_attention
 from probes.inspection import print_sites
 
 ALL = sorted(STOCK)
@@ -34,6 +34,7 @@ def small_squares():
     """Families that take images of any size are given fewer tokens here, for time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic, "TOKENS_A_SIDE", families.SIDE)
+        patch.setattr(gemma, "GEMMA4_TOKENS_A_SIDE", families.SIDE)
         yield
 
 
@@ -290,7 +291,12 @@ def test_openings_are_those_of_the_stock_processors():
         **{"start_image_token": "<img>", "end_image_token": "END", "image_token": "I", "image_seq_length": 2},
         **{"start_of_img_token": "<|START_OF_IMG|>", "end_of_img_token": "END", "img_patch_token": "I"},
         **{"tile_token": "TILE", "tile_global_token": "TILE_GLOBAL", "img_size": 2, "patch_size": 1},
-        **{"image_start_token": "<begin_of_image>", "num_image_tokens": 2, "boi_token": "<|START_OF_IMG|>"},
+        **{
+            "image_start_token": "<begin_of_image>",
+            "num_image_tokens": 2,
+            "image_end_token": "END",
+            "boi_token": "<|START_OF_IMG|>",
+        },
         **{"image_seq_len": 2, "fake_image_token": "<fake_token_around_image>", "global_image_tag": "<global-img>"},
         global_image_token="<global-img>",
         **{"img_line_break_token": "BREAK", "eoi_token": "END"},
@@ -329,6 +335,18 @@ def test_layers_without_masks_run_as_they_are_only(name, checkpoint, mllm):
         mllm(name).states(pixels, knockout=Knockout(torch.zeros(1, tokens, dtype=torch.bool)))
     with pytest.raises(ValueError, match="'bidirectional' and knockouts cannot be given to linear_attention layers"):
         probes.load(checkpoint(name), image_attention="bidirectional")
+
+
+def test_a_mask_for_sliding_windows_needs_some(checkpoint, mllm):
+    with pytest.raises(ValueError, match="'bidirectional_sliding' is one of models with sliding windows"):
+        probes.load(checkpoint("qwen2_vl"), image_attention="bidirectional_sliding")
+    with pytest.raises(ValueError, match="unknown image_attention 'both'"):
+        probes.load(checkpoint("gemma4"), image_attention="both")
+    masks = mllm("gemma4")._masks(1)
+    rows = {kind: mask[0, 0, 3 + 4, 3:].int().tolist() for kind, mask in masks.items()}  # the fifth image token's
+    assert rows["full_attention"] == [1] * 5 + [0] * (families.SIDE**2 - 5)
+    assert rows["sliding_attention"] == [1] * families.SIDE**2
+    assert masks["sliding_attention"][0, 0, 3 + 4, :3].int().tolist() == [0, 0, 0], "out of its window of 5"
 
 
 def test_incomplete_checkpoints_are_errors(checkpoint, tmp_path):

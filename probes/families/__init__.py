@@ -20,14 +20,14 @@ FAMILIES: dict[str, Family] = LLAVA | DEEPSEEK | GEMMA | MERGED | DYNAMIC
 _QUERIES = "learned queries gather the image, so that its tokens have no place in it"
 _CROSS = "the LLM looks at the image by cross-attention; its sequence has no image tokens"
 _TIMM = "its encoder is a timm model, which this environment does not have"
-_SEQ2SEQ = "it is an encoder-decoder; its image tokens do not run through the decoder"
+_SEQ2SEQ = "it is an encoder-decoder; image tokens do not run through its decoder"
 
 REFUSED = {
-    **dict.fromkeys(("mllama", "idefics", "git"), _CROSS),
-    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo", "idefics2", "kosmos-2", "kosmos-2.5"), _QUERIES),
-    **dict.fromkeys(("aria", "minicpmv4_6", "minicpmv4_7"), _QUERIES),
+    **dict.fromkeys(("mllama", "idefics", "blip"), _CROSS),
+    **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo", "idefics2", "aria"), _QUERIES),
+    **dict.fromkeys(("kosmos-2", "kosmos-2.5"), _QUERIES),
     **dict.fromkeys(("fast_vlm", "perception_lm", "gemma3n"), _TIMM),
-    **dict.fromkeys(("florence2", "udop", "pix2struct", "pp_formulanet", "t5gemma2", "blip"), _SEQ2SEQ),
+    **dict.fromkeys(("florence2", "udop", "pix2struct", "pp_formulanet", "t5gemma2"), _SEQ2SEQ),
     **dict.fromkeys(("chameleon", "emu3"), "images are words of a codebook; it has neither encoder states nor adapter"),
     "molmo2": "tokens of the whole view see those of its crops, which come later and cannot be left out",
     "fuyu": "it has no encoder: patches are projected straight into the LLM",

@@ -86,6 +86,13 @@ def test_worked_example():
     assert torch.equal(cut[0, 0].int(), torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 1]]).int())
 
 
+def test_rows_of_other_tokens_stay():
+    """Rows and columns p i n i with n the end of a row of image tokens; the first image token is blocked."""
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    cut = Knockout(torch.tensor([[True, False]])).cut(mask, torch.tensor([False, True, False, True]))
+    assert cut[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
+
+
 def test_row_without_keys_raises():
     mask = torch.ones(2, 1, 3, 3, dtype=torch.bool).tril()
     blocked = torch.tensor([[False, False, False], [True, False, False]])

@@ -1,8 +1,8 @@
 """An image and its mask: how they are read, and what must hold for them, whatever layout they come in.
 
 Pixels are read as they are stored. An EXIF tag that asks viewers to turn a photo is not followed, since the official
-masks lie on the stored pixels; where a mask's size says, or could say, that it was drawn on the turned picture, the pair
-is refused.
+masks lie on the stored pixels; where a mask's size says, or could say, that it was drawn on the turned picture, the
+pair is refused.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""The official layouts: classes, counts and ignored pixels against tables typed anew here, and what a wrong one answers."""
+"""The official layouts: classes, counts and ignored pixels against tables typed anew here, and errors of wrong ones."""
 
 import shutil
 

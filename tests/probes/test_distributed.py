@@ -1,6 +1,7 @@
-"""Probe runs on several processes and across a kill: the same probes and scores as one process that nothing happens to."""
+"""Probe runs on several processes and across a kill end with the probes and scores of one that nothing happens to."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,8 +14,26 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-RUN = [sys.executable, "-m", "probes", "fit", "-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "3"]
-KILLED_AT = 4  # optimizer steps: in the second epoch of three steps
+from probes.cli import main
+
+TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+KILLED_AT = 5  # optimizer steps: in the second epoch of three, one step behind a checkpoint
+KILLER = f"""
+import os, signal
+from lightning import Callback
+
+class Killer(Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == {KILLED_AT}:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+KILLING = """
+trainer:
+  callbacks:
+  - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+    init_args: {save_last: true, every_n_train_steps: 2}
+  - class_path: killer.Killer
+"""
 
 
 @pytest.fixture(scope="module")
@@ -23,83 +42,72 @@ def uneven(tmp_path_factory) -> Path:
     root = tiny.write_segmentation(tmp_path_factory.mktemp("uneven"), training=7)
     for i, path in enumerate(sorted((root / "annotations/training").glob("*.png"))):
         mask = np.array(Image.open(path))
-        mask[3 * i :] = 255
+        mask[3 * i + 2 :] = 255
         Image.fromarray(mask).save(path)
     return root
 
 
-def fit(checkpoint, root, out, *more: str, fails: bool = False) -> str:
-    command = [*RUN, "--model.mllm", str(checkpoint), "--data.root", str(root), "--out", str(out)]
-    command += ["--data.batch_size", "3", "--data.cache", "false", "--model.feature_norm", "none", *more]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def arguments(checkpoint, root, out, *more: str) -> list[str]:
+    """Three epochs of three steps; the last batch of an epoch has one image."""
+    command = ["fit", "-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "3", "--model.mllm", str(checkpoint)]
+    command += ["--data.root", str(root), "--out", str(out), "--data.batch_size", "3", "--data.cache", "false"]
+    return [*command, "--model.feature_norm", "none", *more]
+
+
+def processes(arguments: list[str], fails: bool = False, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "probes", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ | environment)
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
-    return done.stderr
-
-
-TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    return done
 
 
 @pytest.fixture(scope="module")
 def one(checkpoints, uneven, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("one")
-    fit(checkpoints["causal"], uneven, out)
+    main(arguments(checkpoints["causal"], uneven, out))
     return out
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("cache", ["false", "true"])
 def test_two_processes_train_and_score_as_one(one, cache, checkpoints, uneven, tmp_path):
-    """The last batch of each epoch has one image: the other rank has none. Masks differ in labelled area."""
-    fit(checkpoints["causal"], uneven, tmp_path, *TWO, "--data.cache", cache)
+    """In the last batch of each epoch one rank has no image; masks differ in labelled area."""
+    processes(arguments(checkpoints["causal"], uneven, tmp_path, *TWO, "--data.cache", cache))
     same_probes(one, tmp_path, rtol=1e-4, atol=1e-6)
-    alone, together = (json.loads((out / "metrics.json").read_text()) for out in (one, tmp_path))
+    alone, together = metrics(one), metrics(tmp_path)
     assert together["images"] == 5 and alone["probe"] == together["probe"]
     for a, b in zip(alone["sites"], together["sites"], strict=True):
-        assert a["history"] == pytest.approx(b["history"], abs=0.005) and a["pacc"] == pytest.approx(b["pacc"], abs=0.005)
+        assert a["history"] == pytest.approx(b["history"], abs=0.005)
+        assert a["pacc"] == pytest.approx(b["pacc"], abs=0.005)
 
 
 @pytest.mark.distributed
-def test_bad_files_of_one_rank_end_all_ranks_alike(checkpoints, uneven, tmp_path):
+def test_bad_file_of_one_rank_ends_all_ranks_alike(checkpoints, tmp_path):
     root = tiny.write_segmentation(tmp_path / "data")
     Image.fromarray(np.full((24, 20), 9, np.uint8)).save(root / "annotations/training/003.png")  # the second rank's
-    message = fit(checkpoints["causal"], root, tmp_path / "run", *TWO, fails=True)
-    assert "1 of 11 images cannot be used" in message and "003.png has label 9" in message
-    assert message.count("1 of 11 images") >= 2, "both ranks say so"
+    message = processes(arguments(checkpoints["causal"], root, tmp_path / "run", *TWO), fails=True).stderr
+    assert "003.png has label 9" in message
+    assert message.count("1 of 11 images cannot be used") >= 2, "both ranks say so"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cache", ["false", "true"])
-def test_run_killed_in_mid_epoch_ends_as_an_uninterrupted_one(cache, checkpoints, uneven, tmp_path):
-    (tmp_path / "killer.py").write_text(
-        "import os, signal\nfrom lightning import Callback\n\nclass Killer(Callback):\n"
-        "    def on_train_batch_end(self, trainer, *_):\n"
-        f"        if trainer.global_step == {KILLED_AT + 1}:\n            os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    (tmp_path / "save.yaml").write_text(
-        "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.ModelCheckpoint, "
-        "init_args: {save_last: true, every_n_train_steps: 2}}]}"
-    )
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    saved = ["-c", str(tmp_path / "save.yaml"), "--data.cache", cache]
-    fit(checkpoints["causal"], uneven, whole, *saved)
-    killer = ["-c", str(tmp_path / "killer.yaml")]
-    Path(killer[1]).write_text("trainer: {callbacks+: [{class_path: killer.Killer}]}")
-    command = [*RUN, "--model.mllm", str(checkpoints["causal"]), "--data.root", str(uneven), "--out", str(cut)]
-    command += ["--data.batch_size", "3", "--model.feature_norm", "none", *saved, *killer]
-    import os
-
+def test_run_killed_in_mid_epoch_ends_as_an_uninterrupted_one(one, checkpoints, uneven, tmp_path):
+    (tmp_path / "killer.py").write_text(KILLER)
+    (tmp_path / "killing.yaml").write_text(KILLING)
+    run = arguments(checkpoints["causal"], uneven, tmp_path / "run")
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-    killed = subprocess.run(command, capture_output=True, timeout=300, env=os.environ | {"PYTHONPATH": path})
+    killed = processes([*run, "-c", str(tmp_path / "killing.yaml")], fails=True, PYTHONPATH=path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
-    saved_at = torch.load(cut / "checkpoints/last.ckpt", weights_only=True)["global_step"]
-    assert saved_at == KILLED_AT and not (cut / "metrics.json").exists()
-    fit(checkpoints["causal"], uneven, cut, *saved, "--ckpt_path", "last")
-    same_probes(whole, cut, rtol=0, atol=0)
-    assert scores(whole) == scores(cut)
+    assert not (tmp_path / "run/metrics.json").exists()
+    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == KILLED_AT - 1, "or the test would not be of the middle of an epoch"
+    main([*run, "--ckpt_path", str(tmp_path / "run/checkpoints/last.ckpt")])
+    same_probes(one, tmp_path / "run", rtol=0, atol=0)
+    assert metrics(one)["sites"] == metrics(tmp_path / "run")["sites"]
 
 
-def scores(out: Path) -> list[dict]:
-    return json.loads((out / "metrics.json").read_text())["sites"]
+def metrics(out: Path) -> dict:
+    return json.loads((out / "metrics.json").read_text())
 
 
 def same_probes(a: Path, b: Path, **tolerance) -> None:

@@ -71,6 +71,7 @@ def test_ade20k_on_the_hub_is_the_same_lazily(tmp_path):
 def test_hub_dataset_that_is_not_there_says_where_it_was_looked_for(tmp_path):
     root = layouts.write_hub_parquet(tmp_path / "hub", folder="other")
     assert len(open_dataset("hub", str(root), "validation", {"folder": "other"})) == 2
+    assert len(open_dataset("hub", str(root / "other"), "validation", {"folder": ""})) == 2
     with pytest.raises(
         ValueError, match="cannot load the validation split of .*hub, folder scene_parsing: .*options.fo"
     ):

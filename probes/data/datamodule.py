@@ -78,8 +78,8 @@ class SegmentationData(LightningDataModule):
         """(kind, message) of what cannot be used among every `ranks`-th image of both splits, from `rank` on."""
         findings = []
         for split, dataset in self.splits.items():
-            if dataset.official_size not in (None, len(dataset)):
-                rank_zero_warn(f"{self.root}: {len(dataset)} {split} images; the official {dataset.official_size}")
+            if (published := dataset.official_size) not in (None, len(dataset)):
+                rank_zero_warn(f"{self.root}: {len(dataset):,} {split} images, where {published:,} were published")
             share = range(rank, len(dataset), ranks)
             findings += find_bad_files(dataset, f"{self.name} {split}", share, workers, progress)
         return findings

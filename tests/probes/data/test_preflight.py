@@ -1,11 +1,13 @@
 """Every file is looked at before a model is loaded."""
 
+import layouts
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
 from probes.cli import main
+from probes.data.datamodule import SegmentationData
 from probes.data.preflight import find_bad_files, report
 from probes.data.registry import open_dataset
 
@@ -64,6 +66,13 @@ def test_workers_find_what_one_process_finds(tmp_path):
     alone, together = (find_bad_files(dataset, "", range(80), workers, progress=False) for workers in (0, 2))
     assert sorted(alone) == sorted(together) and len(alone) == 3
     assert len(find_bad_files(dataset, "", range(0, 80, 2), 0, progress=False)) == 1, "a share"
+
+
+def test_official_split_that_is_not_whole_is_warned_of(tmp_path):
+    data = SegmentationData(str(layouts.write_ade20k(tmp_path)), "ade20k")
+    with pytest.warns(UserWarning, match="3 training images, where 20,210 were published") as warned:
+        assert data.bad_files(0, progress=False) == []
+    assert any("2 validation images, where 2,000" in str(warning.message) for warning in warned)
 
 
 def test_report_names_the_first_of_each_kind():

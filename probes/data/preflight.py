@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -50,6 +51,7 @@ def find_bad_files(
         sampler=indices,
         collate_fn=list,
         num_workers=0 if few else workers,
+        generator=torch.Generator(),  # a loader draws a seed; not from the run's random numbers
     )
     with tqdm(total=len(indices), desc=f"checking {name}", unit=" images", mininterval=1, disable=not progress) as bar:
         return list(_found(loader, bar))

@@ -17,14 +17,15 @@ from safetensors.torch import load_file
 from probes.cli import main
 
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-KILLED_AT = 5  # optimizer steps: in the second epoch of three, one step behind a checkpoint
-KILLER = f"""
+# epochs have three steps, checkpoints come every two: (where the process dies, the checkpoint it leaves)
+DEATHS = {"one step behind a checkpoint": ("on_train_batch_end", 5, 4), "validation": ("on_validation_start", 6, 6)}
+KILLER = """
 import os, signal
 from lightning import Callback
 
 class Killer(Callback):
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == {KILLED_AT}:
+    def {hook}(self, trainer, *_):
+        if trainer.global_step == {step}:
             os.kill(os.getpid(), signal.SIGKILL)
 """
 KILLING = """
@@ -91,8 +92,10 @@ def test_bad_file_of_one_rank_ends_all_ranks_alike(checkpoints, tmp_path):
 
 
 @pytest.mark.slow
-def test_run_killed_in_mid_epoch_ends_as_an_uninterrupted_one(one, checkpoints, uneven, tmp_path):
-    (tmp_path / "killer.py").write_text(KILLER)
+@pytest.mark.parametrize("death", DEATHS)
+def test_run_killed_in_mid_epoch_ends_as_an_uninterrupted_one(death, one, checkpoints, uneven, tmp_path):
+    hook, step, saved_step = DEATHS[death]
+    (tmp_path / "killer.py").write_text(KILLER.format(hook=hook, step=step))
     (tmp_path / "killing.yaml").write_text(KILLING)
     run = arguments(checkpoints["causal"], uneven, tmp_path / "run")
     path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
@@ -100,7 +103,7 @@ def test_run_killed_in_mid_epoch_ends_as_an_uninterrupted_one(one, checkpoints, 
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     assert not (tmp_path / "run/metrics.json").exists()
     last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
-    assert last["global_step"] == KILLED_AT - 1, "or the test would not be of the middle of an epoch"
+    assert last["global_step"] == saved_step, "or the test would not be of the middle of an epoch"
     main([*run, "--ckpt_path", str(tmp_path / "run/checkpoints/last.ckpt")])
     same_probes(one, tmp_path / "run", rtol=0, atol=0)
     assert metrics(one)["sites"] == metrics(tmp_path / "run")["sites"]

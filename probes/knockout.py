@@ -7,8 +7,7 @@ so padding, causality and text rows stay as they are.
 Beyond the paper, a cut can be confined to some layers and some heads, can differ by row of a batch, and can be reversed
 (:meth:`Knockout.only`).
 
-Shapes: B batch, T image tokens, P tokens before the image, N = P + T, R rows of a mask (T, or N where the prefix runs
-along), L layers, A attention heads.
+Shapes: B batch, T image tokens, N tokens in all, Q of them, the last ones, as queries, L layers, A attention heads.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from .masks import Masks, each
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Knockout:
         """The reverse: of the image, each token may attend to those `kept` bool[B, T] and to itself, and no others."""
         return cls(all_but(kept), layers)
 
-    def cut(self, mask: Tensor, tokens: int | None = None) -> Tensor:
-        """`mask` bool[B, 1, R, N] (True = may attend; the last T rows are image tokens) without the blocked pairs.
+    def cut(self, mask: Tensor, is_image: Tensor) -> Tensor:
+        """`mask` bool[B, 1, Q, N] (True = may attend) without the blocked pairs of image tokens.
 
         With tokens p (prefix) and i (image), the second image token blocked, under a causal mask::
 
@@ -50,8 +51,8 @@ class Knockout:
             i  1 1 1 1        i  1 1 0 1
 
         Args:
-            mask: See above.
-            tokens: T; None where all rows are image tokens.
+            mask: See above; its rows are the last Q tokens, all image tokens among them.
+            is_image: bool[N], which tokens these are.
 
         Raises:
             ValueError: The mask is no boolean one, `blocked` does not fit it, or a row would be left without keys
@@ -59,20 +60,23 @@ class Knockout:
         """
         if mask.dtype != torch.bool:  # eager attention would add a boolean mask to its logits, which blocks nothing
             raise ValueError(f"a knockout needs a boolean mask, got {mask.dtype}; run the model with sdpa attention")
-        images, tokens = mask.shape[0], tokens or mask.shape[-2]
-        shapes = ((images, tokens), (images, tokens, tokens))
-        if self.blocked.dtype != torch.bool or self.blocked.shape not in shapes:
+        images, tokens = mask.shape[0], int(is_image.sum())
+        if self.blocked.dtype != torch.bool or self.blocked.shape not in (
+            (images, tokens),
+            (images, tokens, tokens),
+        ):
             raise ValueError(
                 f"blocked must be bool[{images}, {tokens}] (images, image tokens) or, who may not attend to whom, "
                 f"bool[{images}, {tokens}, {tokens}]; got {self.blocked.dtype} {list(self.blocked.shape)}"
             )
         blocked = self.blocked.to(mask.device)
         pairs = blocked[:, None, :] if blocked.ndim == 2 else blocked
+        rows, columns = is_image[-mask.shape[-2] :].nonzero(), is_image.nonzero().flatten()
         cut = mask.clone()
-        cut[..., -tokens:, -tokens:] &= ~pairs[:, None]
-        rows = cut[:, 0, -tokens:]
-        if not rows.any(-1).all():
-            image, token = (~rows.any(-1)).nonzero()[0].tolist()
+        cut[:, 0, rows, columns] &= ~pairs
+        left = cut[:, 0, rows.flatten()].any(-1)
+        if not left.all():
+            image, token = (~left).nonzero()[0].tolist()
             raise ValueError(
                 f"blocking {int(blocked[image].sum())} tokens leaves image token {token} of image {image} in the "
                 "batch nothing to attend to; keep a prefix before the image or block fewer tokens"
@@ -80,34 +84,33 @@ class Knockout:
         return cut
 
     @contextmanager
-    def applied(self, layers: nn.ModuleList, mask: Tensor, depth: int, tokens: int | None = None) -> Iterator[None]:
+    def applied(self, layers: nn.ModuleList, masks: Masks, is_image: Tensor, depth: int) -> Iterator[None]:
         """Swaps the mask of the chosen layers' self-attention for the cut one while the context is open.
 
         Args:
             layers: The decoder's.
-            mask: bool[B, 1, R, N], what the model runs under.
+            masks: bool[B, 1, Q, N], what the model runs under, by kind of layer where there are several.
+            is_image: bool[N], as in :meth:`cut`.
             depth: Layers that will run; a forward that wants early states stops there.
-            tokens: T; None where all rows are image tokens.
 
         Raises:
             ValueError: A layer or head is out of range.
             RuntimeError: A chosen layer ran without having its mask swapped: the knockout would be a no-op.
         """
-        chosen = _by_row(self.layers, len(mask), len(layers), "layer", first=1).to(mask.device)
-        cut, swapped = self.cut(mask, tokens), []
-        if self.heads is not None:
-            heads = _by_row(self.heads, len(mask), layers[0].self_attn.config.num_attention_heads, "head", first=0)
-            cut = torch.where(heads.to(mask.device)[:, :, None, None], cut, mask)
+        images, swapped = len(each(masks)[0]), []
+        chosen = _by_row(self.layers, images, len(layers), "layer", first=1).to(is_image.device)
+        cuts = [(mask, self._in_heads(mask, self.cut(mask, is_image), layers)) for mask in each(masks)]
 
         def swap(layer: int, kwargs: dict) -> dict:
             given, rows = kwargs.get("attention_mask"), chosen[:, layer - 1]
-            if given is not mask:
-                raise RuntimeError(f"layer {layer} attends under another mask than the one to cut: {given}")
-            swapped.append(layer)
-            return {
-                **kwargs,
-                "attention_mask": cut if rows.all() else torch.where(rows[:, None, None, None], cut, mask),
-            }
+            for mask, cut in cuts:
+                if given is mask:
+                    swapped.append(layer)
+                    return {
+                        **kwargs,
+                        "attention_mask": cut if rows.all() else torch.where(rows[:, None, None, None], cut, mask),
+                    }
+            raise RuntimeError(f"layer {layer} attends under another mask than the one to cut: {given}")
 
         cut_layers = (chosen.any(0).nonzero().flatten() + 1).tolist()
         handles = [
@@ -124,6 +127,13 @@ class Knockout:
         missed = {layer for layer in cut_layers if layer <= depth} - set(swapped)
         if missed:
             raise RuntimeError(f"the knockout did not reach layers {sorted(missed)}; their attention ran uncut")
+
+    def _in_heads(self, mask: Tensor, cut: Tensor, layers: nn.ModuleList) -> Tensor:
+        """`cut` in the chosen heads and `mask` in the others: bool[B, A, Q, N], or `cut` where all are chosen."""
+        if self.heads is None:
+            return cut
+        heads = _by_row(self.heads, len(mask), layers[0].self_attn.config.num_attention_heads, "head", first=0)
+        return torch.where(heads.to(mask.device)[:, :, None, None], cut, mask)
 
 
 def all_but(kept: Tensor) -> Tensor:

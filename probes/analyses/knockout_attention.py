@@ -1,6 +1,6 @@
 """Where misclassified patches look in the unmodified model: the observational counterpart of the knockout.
 
-Shapes: B images, C cases, T image tokens, P tokens before the image, N = P + T, L layers, A heads.
+Shapes: B images, C cases, T image tokens, N tokens in all, L layers, A heads.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..mllm import FrozenMLLM, layer_site
 
-GROUPS = ("itself", "correct", "incorrect", "other", "prefix")
+GROUPS = ("itself", "correct", "incorrect", "other", "no_image")
 
 
 @contextmanager
@@ -60,18 +60,18 @@ def attention_from(mllm: FrozenMLLM, pixels: Tensor, queries: Sequence[tuple[int
         queries: By case, the image's row in `pixels` and which of its tokens look, bool[T].
 
     Returns:
-        To each token, f[C, L, N]; and, part of that, to itself, f[C, L].
+        To each image token, f[C, L, T] (the rest, to 1, goes to what is no image); part of that, to itself, f[C, L].
     """
-    layers = mllm._decoder.layers
+    layers, positions = mllm._decoder.layers, mllm.is_image.nonzero().flatten() - len(mllm.is_image)
     to_all: list[list[Tensor]] = [[] for _ in queries]
     to_itself: list[list[Tensor]] = [[] for _ in queries]
 
     def see(layer: int, weights: Callable[[int, Tensor], Tensor]) -> None:
         for case, (row, tokens) in enumerate(queries):
-            index = tokens.nonzero().flatten().to(mllm.device) - len(tokens)  # from the end: a prefix may run along
-            paid = weights(row, index).mean(0)
+            looking = tokens.nonzero().flatten().to(mllm.device)
+            paid = weights(row, positions[looking]).mean(0)[:, positions]  # from the end: a prefix may run along
             to_all[case].append(paid.mean(0).cpu())
-            to_itself[case].append(paid.gather(1, index[:, None] + paid.shape[1]).mean().cpu())
+            to_itself[case].append(paid.gather(1, looking[:, None]).mean().cpu())
 
     mllm.states(pixels[:1], [layer_site(1)])  # by now the prefix has run, which is not to be seen
     with observed(layers, see):
@@ -80,10 +80,9 @@ def attention_from(mllm: FrozenMLLM, pixels: Tensor, queries: Sequence[tuple[int
 
 
 def by_group(attention: Tensor, itself: Tensor, correct: Tensor, incorrect: Tensor) -> Tensor:
-    """Attention f[L, N], and of it to the token itself f[L], summed by group, f[L, 5], which sum to 1: the token
+    """Attention f[L, T], and of it to the token itself f[L], summed by group, f[L, 5], which sum to 1: the token
     itself, others predicted the correct class, others predicted the wrong one (bool[T] each), other image tokens, and
-    what stands before the image. The tokens that look must all be in `incorrect`, and none in both."""
-    tokens = len(correct)
-    image, prefix = attention[:, -tokens:], attention[:, :-tokens].sum(-1)
-    to = lambda group: image[:, group].sum(-1)
-    return torch.stack([itself, to(correct), to(incorrect) - itself, to(~(correct | incorrect)), prefix], -1)
+    what is no image. The tokens that look must all be in `incorrect`, and none in both."""
+    to = lambda group: attention[:, group].sum(-1)
+    groups = [itself, to(correct), to(incorrect) - itself, to(~(correct | incorrect)), 1 - attention.sum(-1)]
+    return torch.stack(groups, -1)

@@ -1,6 +1,6 @@
 """The knockout of one batch of images: all cases, conditions and places share forwards.
 
-Shapes: B images, C cases, T patches, P tokens before the image, L layers, A heads.
+Shapes: B images, C cases, T patches, L layers, A heads.
 """
 
 from collections.abc import Sequence
@@ -53,17 +53,17 @@ def knock_out(reader: PatchReader, plan: Plan, classes: list[str], batch: dict) 
     kept = [{fact: torch.tensor(getattr(case, fact)) for fact in FACTS} for case in cases]
     for case, rows in zip(cases, kept, strict=True):
         rows["none"] = case.wrong(predicted[:, case.row]) / case.patches
-    adapter, visible = mllm.states(pixels, [ADAPTER])[ADAPTER], reader.visible()
+    adapter, (visible, others) = mllm.states(pixels, [ADAPTER])[ADAPTER], reader.visible()
     looks = plan.attention or "mass" in plan.controls
     attention = attention_from(mllm, pixels, [(case.row, case.mistaken) for case in cases]) if looks else None
     places, jobs = places_of(plan.windows, plan.heads, len(reader.layers) - 1, reader.attention_heads), []
     for i, case in enumerate(cases):
-        mass = attention[0][i, :, -len(case.mistaken) :].mean(0) if looks else None
+        mass = attention[0][i].mean(0) if looks else None
         around = Surroundings.of(case, mllm.grid, visible, adapter[case.row], mass)
         blocked = conditions(case, around, plan.controls, plan.draws, plan.doses, plan.reverse, plan.seed)
         kept[i] |= {f"balance:{what}": balance(case, around, what, draws) for what, draws in blocked.items()}
         if plan.attention:
-            kept[i] |= _looks(case, attention[0][i], attention[1][i], visible)
+            kept[i] |= _looks(case, attention[0][i], attention[1][i], visible, others)
         jobs += [Job(i, what, draw, Place(plan.layers)) for what, draws in blocked.items() for draw in draws]
         jobs += [Job(i, f"swept:{what}", blocked[what][0], place) for what in SWEPT for place in places]
     for (i, what), counts in _wrong_counts(reader, pixels, cases, jobs, plan.batch_size).items():
@@ -112,22 +112,20 @@ def _members(chosen: Sequence[int] | None, count: int, first: int) -> Tensor:
     return torch.tensor([chosen is None or number in chosen for number in range(first, first + count)])
 
 
-def _looks(case: Case, attention: Tensor, itself: Tensor, visible: Tensor) -> dict[str, Tensor]:
+def _looks(case: Case, attention: Tensor, itself: Tensor, visible: Tensor, others: Tensor) -> dict[str, Tensor]:
     """Where mistaken patches look, by group f[L, 5], and where they would if they looked at all that they see alike.
 
     Args:
         case: Its patches.
-        attention: f[L, P + T], theirs.
+        attention: f[L, T], theirs.
         itself: f[L], of it to themselves.
         visible: bool[T, T].
+        others: long[T], tokens that are no image that each sees.
     """
     correct, incorrect = case.blocked["correct"] & ~case.mistaken, case.blocked["incorrect"] | case.mistaken
-    tokens, seen = len(case.mistaken), visible[case.mistaken].float()
-    prefix = torch.ones(len(seen), attention.shape[1] - tokens)
-    alike = torch.cat([prefix, seen], 1)
-    alike /= alike.sum(1, keepdim=True)
-    own = alike.max(1).values.mean()  # what each sees is one of equal shares, itself included
+    seen = visible[case.mistaken].float()
+    alike = 1 / (seen.sum(1) + others[case.mistaken])  # the share of each token that a patch sees, itself included
     return {
         "attention": by_group(attention, itself, correct, incorrect),
-        "uniform": by_group(alike.mean(0)[None], own[None], correct, incorrect)[0],
+        "uniform": by_group((seen * alike[:, None]).mean(0)[None], alike.mean()[None], correct, incorrect)[0],
     }

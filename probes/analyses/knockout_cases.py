@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..knockout import Knockout
+from ..masks import each
 from ..metrics import patch_labels
 from ..mllm import ADAPTER, FrozenMLLM
 from ..module import by_size
@@ -45,11 +46,13 @@ class PatchReader:
         """A, query heads of a decoder layer."""
         return self.mllm.model.config.get_text_config().num_attention_heads
 
-    def visible(self) -> Tensor:
-        """bool[T, T]: which image token (first axis) the mask lets attend to which."""
-        tokens = self.mllm.grid[0] * self.mllm.grid[1]
-        mask = self.mllm._mask(torch.zeros(1, tokens, 1, device=self.mllm.device))
-        return mask[0, 0, -tokens:, -tokens:].cpu()
+    def visible(self) -> tuple[Tensor, Tensor]:
+        """Which image token the mask, in any layer, lets attend to which, bool[T, T], and to how many other tokens,
+        long[T]."""
+        nothing = Knockout(torch.zeros(1, self.mllm.grid[0] * self.mllm.grid[1], dtype=torch.bool))
+        mask = torch.stack([mask[0, 0] for mask in each(self.mllm._masks(1, nothing))]).any(0)
+        image, rows = self.mllm.is_image, mask[self.mllm.is_image]
+        return rows[:, image].cpu(), rows[:, ~image].sum(1).cpu()
 
     def predict(self, pixels: Tensor, knockout: Knockout | None = None) -> Tensor:
         """long[L + 1, B, T]: the predicted class of each patch, at the adapter and behind each layer."""

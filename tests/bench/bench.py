@@ -131,7 +131,9 @@ def random_model(image_attention: str) -> LlavaBidirForConditionalGeneration:
 
 def frozen_model() -> FrozenMLLM:
     model = random_model("bidirectional")
-    return FrozenMLLM(model, FAMILIES["llava_bidir"], CLIPImageProcessorPil(), list(range(1, PREFIX + 1)), "bidirectional")
+    return FrozenMLLM(
+        model, FAMILIES["llava_bidir"], [CLIPImageProcessorPil()], list(range(1, PREFIX + 1)), "bidirectional"
+    )
 
 
 class Sweep:

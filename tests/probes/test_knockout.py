@@ -129,16 +129,20 @@ def test_equals_the_stock_decoder_with_text_behind_the_image(mllm, pixels, name,
         assert torch.equal(state[:, :prefix], before[:, :prefix]), "the prefix stays as it is"
 
 
-@pytest.mark.parametrize("tokens", [None, tiny.TOKENS])
-def test_cut_touches_pairs_of_image_tokens_only(tokens):
-    """With the prefix in the forward (as where it sees the image), its rows stay as they are, bit by bit."""
-    rows = tiny.TOKENS if tokens is None else tiny.TOKENS + 2
-    mask = torch.rand(3, 1, rows, tiny.TOKENS + 2, generator=torch.Generator().manual_seed(0)) < 0.7
-    mask[..., 0] = True
-    cut = Knockout(BLOCKED).cut(mask, tokens)
-    for b, q, k in itertools.product(range(3), range(rows), range(tiny.TOKENS + 2)):
-        pair = q >= rows - tiny.TOKENS and k >= 2
-        assert cut[b, 0, q, k] == (mask[b, 0, q, k] and not (pair and BLOCKED[b, k - 2]))
+@pytest.mark.parametrize("is_image", ["1111", "001111", "0011011"], ids=["image", "prefix", "row end"])
+@pytest.mark.parametrize("prefix_runs_along", [False, True])
+def test_cut_touches_pairs_of_image_tokens_only(is_image, prefix_runs_along):
+    """Rows of the prefix (where it sees the image) and of what ends a row of the image stay as they are, bit by bit."""
+    is_image = [flag == "1" for flag in is_image]
+    first, tokens = is_image.index(True), len(is_image)
+    queries = tokens if prefix_runs_along else tokens - first
+    mask = torch.rand(2, 1, queries, tokens, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask[..., first] = True
+    blocked = torch.tensor([[False, True, False, True], [False, False, True, False]])
+    cut = Knockout(blocked).cut(mask, torch.tensor(is_image))
+    for b, q, k in itertools.product(range(2), range(queries), range(tokens)):
+        pair = is_image[tokens - queries + q] and is_image[k]
+        assert cut[b, 0, q, k] == (mask[b, 0, q, k] and not (pair and blocked[b, sum(is_image[:k])]))
 
 
 def test_prefix_that_sees_the_image_stays_open(checkpoints, pixels):
@@ -186,21 +190,28 @@ def test_conditions_in_one_batch_equal_one_by_one(mllm, pixels):
 
 def test_worked_example():
     mask = torch.tensor([[[[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]]]).bool()  # rows i i i, columns p i i i
-    cut = Knockout(torch.tensor([[False, True, False]])).cut(mask)
+    cut = Knockout(torch.tensor([[False, True, False]])).cut(mask, torch.tensor([False, True, True, True]))
     assert torch.equal(cut[0, 0].int(), torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 1]]).int())
+
+
+def test_rows_of_other_tokens_stay():
+    """Rows and columns p i n i with n the end of a row of image tokens; the first image token is blocked."""
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    cut = Knockout(torch.tensor([[True, False]])).cut(mask, torch.tensor([False, True, False, True]))
+    assert cut[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
 
 
 def test_row_without_keys_raises():
     mask = torch.ones(2, 1, 3, 3, dtype=torch.bool).tril()
     blocked = torch.tensor([[False, False, False], [True, False, False]])
     with pytest.raises(ValueError, match="blocking 1 tokens leaves image token 0 of image 1"):
-        Knockout(blocked).cut(mask)
+        Knockout(blocked).cut(mask, torch.ones(3, dtype=torch.bool))
 
 
 def test_additive_mask_is_refused():
     """Written into an additive mask, False is 0.0, which allows: the knockout would silently do nothing."""
     with pytest.raises(ValueError, match="boolean mask, got torch.float32"):
-        Knockout(BLOCKED).cut(torch.zeros(3, 1, 4, 6))
+        Knockout(BLOCKED).cut(torch.zeros(3, 1, 4, 6), torch.arange(6) > 1)
 
 
 def test_eager_attention_is_refused(mllm, pixels, monkeypatch):

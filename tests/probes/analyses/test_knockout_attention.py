@@ -19,7 +19,8 @@ def eager_attention(mllm, pixels) -> list[torch.Tensor]:
     decoder.config._attn_implementation = "eager"
     adapter = mllm.states(pixels, ["adapter"])["adapter"]
     inputs = torch.cat([decoder.embed_tokens(mllm.prefix_ids).expand(len(pixels), -1, -1), adapter], 1)
-    mask = torch.zeros(mllm._mask(adapter).shape).masked_fill(~mllm._mask(adapter), -torch.inf)
+    allowed = mllm._masks(len(pixels))
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
     with torch.no_grad():
         return decoder(inputs_embeds=inputs, attention_mask=mask, output_attentions=True, use_cache=False).attentions
 
@@ -34,7 +35,7 @@ def test_equals_eager_attention(checkpoints, name):
         tokens = [prefix + t for t in range(4) if looking[t]]
         for layer in range(3):
             weights = eager[layer][row].mean(0)
-            torch.testing.assert_close(paid[case, layer], weights[tokens].mean(0), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(paid[case, layer], weights[tokens][:, prefix:].mean(0), rtol=1e-4, atol=1e-5)
             own = torch.stack([weights[t, t] for t in tokens]).mean()
             torch.testing.assert_close(itself[case, layer], own, rtol=1e-4, atol=1e-5)
 
@@ -55,7 +56,7 @@ def test_a_model_that_goes_another_way_is_an_error(checkpoints, monkeypatch):
 
 
 def test_groups_sum_to_one_and_are_what_they_say():
-    attention = torch.tensor([[0.1, 0.2, 0.3, 0.25, 0.15]])  # one token of prefix, four of the image
+    attention = torch.tensor([[0.2, 0.3, 0.25, 0.15]])  # the rest, 0.1, to what stands before the image
     correct, incorrect = torch.tensor([True, False, False, False]), torch.tensor([False, True, True, False])
     groups = by_group(attention, torch.tensor([0.05]), correct, incorrect)
     torch.testing.assert_close(groups, torch.tensor([[0.05, 0.2, 0.5, 0.15, 0.1]]))

@@ -205,8 +205,34 @@ class ProbeRun:
         return [site for site in self.sites if site == ADAPTER or site.startswith("layer_")]
 
     @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return read_tensors(self.path / "counts.safetensors")
+
+    @property
     def counts(self) -> Counts:
-        return Counts(**read_tensors(self.path / "counts.safetensors"))
+        return Counts(**{name: self._tensors[name] for name in Counts._fields})
+
+    def counts_of(self, recipe: str | None) -> Counts:
+        """Counts of a further recipe by its name, of the main one for None."""
+        if recipe is None:
+            return self.counts
+        tensors = read_tensors(self.path / "recipes.safetensors")
+        return self.counts._replace(**{name: tensors[f"{recipe}/{name}"] for name in ("intersection", "predicted")})
+
+    @property
+    def confusion(self) -> torch.Tensor | None:
+        """long[S, K, K], pixels by label and prediction; None in a run that did not count them."""
+        return self._tensors.get("confusion")
+
+    @property
+    def groups(self) -> torch.Tensor | None:
+        """long[N], the group (city, say) of each validation image; None where the dataset has none."""
+        return self._tensors.get("group")
+
+    @cached_property
+    def weights(self) -> torch.Tensor:
+        """f[R, N], the bootstrap of all that is said about the run; the same for every run on these images."""
+        return bootstrap_weights(self.metrics["images"], seed=self.metrics["seed"], groups=self.groups)
 
     def dataset(self, split: str = "validation"):
         data = self.manifest["data"]

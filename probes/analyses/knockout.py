@@ -219,9 +219,9 @@ class Cases(NamedTuple):
     rates: dict[str, Tensor]
     images: Tensor
 
-    def mean(self, values: Tensor, split: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Mean over cases of `values` f[C, ...], and under R resamplings of the split's images, f[R, ...]."""
-        weights = bootstrap_weights(split, seed=seed).double()[:, self.images]
+    def mean(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean over cases of `values` f[C, ...], and under `weights` f[R, N] of the split's images, f[R, ...]."""
+        weights = weights.double()[:, self.images]
         values = values.double()
         return values.mean(0), torch.tensordot(weights, values, 1) / weights.sum(1).view(-1, *[1] * (values.ndim - 1))
 

@@ -28,6 +28,7 @@ class ProbeModule(LightningModule):
         num_classes: K; the command line links it from the data.
         image_attention: Runs the model under another mask than it was trained with.
         untrained: Parts whose weights are drawn anew, for controls: adapter, llm.
+        image_aspect: How images become squares: square (resized) or pad (LLaVA's own), see probes/geometry.py.
         sites: Those to probe; None for all.
         feature_norm: none (the paper), batchnorm or layernorm before the linear layer.
         learning_rate: Of AdamW; it falls as a polynomial of degree 0.9 to zero.
@@ -42,6 +43,7 @@ class ProbeModule(LightningModule):
         num_classes: int = 150,
         image_attention: str | None = None,
         untrained: list[str] | None = None,
+        image_aspect: str = "square",
         sites: list[str] | None = None,
         feature_norm: str = "none",
         learning_rate: float = 1e-3,
@@ -61,12 +63,17 @@ class ProbeModule(LightningModule):
             return
         args = self.hparams
         self.mllm = mllms.load(
-            args.mllm, args.image_attention, device="cpu", untrained=args.untrained or (), seed=args.seed
+            args.mllm,
+            args.image_attention,
+            device="cpu",
+            image_aspect=args.image_aspect,
+            untrained=args.untrained or (),
+            seed=args.seed,
         )
         self.sites = self.mllm._known(args.sites)
         self.heads = nn.ModuleDict({site: self._new_head(site) for site in self.sites})
         images = len(self.trainer.datamodule.splits["validation"])
-        self.metric = SegmentationMetric(len(self.sites), images, args.num_classes, self.mllm.grid)
+        self.metric = SegmentationMetric(len(self.sites), images, args.num_classes, self.mllm.geometry)
 
     def _new_head(self, site: str) -> LinearProbe:
         """A probe drawn from a generator of its own, so that a site begins alike whatever other sites there are."""
@@ -90,8 +97,12 @@ class ProbeModule(LightningModule):
     def losses(self, logits: Tensor, target: Tensor | list[Tensor]) -> Tensor:
         """Mean cross-entropy over the labelled pixels of the batch, at the masks' own resolution, f[S]."""
         valid = sum((t != IGNORE_INDEX).sum() for t in target).clamp(min=1)
-        groups = by_size(target)
-        return sum(upsampled_cross_entropy(logits[:, i], t, IGNORE_INDEX, reduction="sum") for i, t in groups) / valid
+        view = self.mllm.geometry.view
+        losses = [
+            upsampled_cross_entropy(logits[:, images], t, IGNORE_INDEX, view=view(t.shape[-2:]), reduction="sum")
+            for images, t in by_size(target)
+        ]
+        return sum(losses) / valid
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Counts the batch's images; returns their logits f[S, B, K, h, w] for callbacks."""

@@ -42,6 +42,7 @@ def save_run(module, data, counts: Counts, out: str | Path) -> None:
         "images": len(data.splits["validation"]),
         "mllm": args.mllm,
         "image_attention": module.mllm.image_attention,
+        "image_aspect": args.image_aspect,
         "untrained": list(args.untrained or ()),
         "seed": args.seed,
         "probe": {
@@ -242,7 +243,11 @@ class ProbeRun:
         """The model that was probed, as it was then."""
         config = self.manifest["config"]
         return mllms.load(
-            config["mllm"], config["image_attention"], untrained=config["untrained"] or (), seed=config["seed"]
+            config["mllm"],
+            config["image_attention"],
+            image_aspect=config["image_aspect"],
+            untrained=config["untrained"] or (),
+            seed=config["seed"],
         )
 
     def probes(self) -> dict[str, LinearProbe]:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from probes.cli import main
+from probes.geometry import Geometry
 from probes.heads import LinearProbe
 from probes.module import ProbeModule
 from probes.results import ProbeRun
@@ -123,7 +125,8 @@ def test_loss_over_masks_of_different_sizes_is_the_mean_over_all_their_pixels():
     logits = torch.randn(2, 3, 4, 2, 2)
     targets = [torch.randint(0, 4, size, dtype=torch.uint8) for size in ((6, 5), (9, 4), (6, 5))]
     targets[1][:3] = 255
-    ours = ProbeModule.losses(None, logits, targets)
+    module = SimpleNamespace(mllm=SimpleNamespace(geometry=Geometry((2, 2), 8, 8)))
+    ours = ProbeModule.losses(module, logits, targets)
     for probe in range(2):
         pixels = [
             F.interpolate(logits[probe, i : i + 1], target.shape, mode="bilinear")[0].flatten(1).T
@@ -131,6 +134,23 @@ def test_loss_over_masks_of_different_sizes_is_the_mean_over_all_their_pixels():
         ]
         labels = torch.cat([target.flatten() for target in targets]).long()
         torch.testing.assert_close(ours[probe], F.cross_entropy(torch.cat(pixels), labels, ignore_index=255))
+
+
+def test_padded_images_are_probed_where_they_lie(checkpoints, segmentation, tmp_path):
+    """Under "pad" the run's maps are those of logits upsampled to the padded square, and cropped."""
+    more = ["--model.image_aspect", "pad", "--model.sites", "[adapter]", "--save_predictions", "true"]
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, *more))
+    run = ProbeRun(tmp_path)
+    assert run.metrics["image_aspect"] == run.mllm().geometry.aspect == "pad"
+    mllm, head = run.mllm(), run.probes()["adapter"]
+    for sample in run.dataset():
+        height, width = sample["target"].shape
+        side = max(height, width)
+        logits = head(mllm.states(mllm.preprocess([sample["image"]]), ["adapter"])["adapter"]).transpose(1, 2)
+        square = F.interpolate(logits.unflatten(-1, mllm.grid), (side, side), mode="bilinear")[0].argmax(0)
+        top, left = (side - height) // 2, (side - width) // 2
+        saved = np.asarray(Image.open(tmp_path / "predictions" / "adapter" / f"{sample['name']}.png"))
+        assert (square[top : top + height, left : left + width].numpy() == saved).mean() > 0.999
 
 
 def test_frozen_model_gets_no_gradient_and_stays_out_of_checkpoints(run):

@@ -24,9 +24,9 @@ ALPHA = 0.05
 def paired(study: Study, permutations: int = RESAMPLINGS) -> dict[str, Any] | None:
     """What results.json says under "paired"; None unless the trained model was probed under both masks.
 
-    "sites" are the sites that both runs have, each with the difference of mIoU, its 95% interval, and two-sided p-values,
-    alone and corrected for the number of sites. "effects" are drop-off and recovery; their intervals keep each run's best
-    layer, while the test looks for it again in every permutation.
+    "sites" are the sites that both runs have, each with the difference of mIoU, its 95% interval, and two-sided
+    p-values, alone and corrected for the number of sites. "effects" are drop-off and recovery; their intervals keep
+    each run's best layer, while the test looks for it again in every permutation.
     """
     if study.pair() is None:
         return None

@@ -1,4 +1,4 @@
-"""The figures that ask how sure a curve is: of other masks, other ways of training the probe, other looks at the states."""
+"""The figures that ask how sure a curve is, and what else there is to see in the states."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -32,7 +32,7 @@ def confusion_pictures(study: Study, facts: dict[str, list[dict[str, Any]]]) -> 
             f"confusion_{mask}",
             "Which classes are told apart where",
             f"Confused classes, {mask}",
-            "Of the pixels of a class, the share that is taken for another one, for the pairs that are confused most at "
+            "Of the pixels of a class, the share that is taken for another, for the pairs that are confused most at "
             "the adapter (Sec. 3.3). Look for rows that fade to the right. Green: from this layer on half of the "
             "adapter's confusion is gone; rows without it keep more than half.",
             confusion.confusion_map(study.trained[mask], pairs),
@@ -44,6 +44,7 @@ def recipe_pictures(study: Study, scale: dict[str, dict[str, Any]]) -> Iterator[
     """Norms and learning rates, then heads, seeds and controls."""
     if scale:
         keys = ("feature_norm", "learning_rate")
+        varied = {mask: (study.trained[mask], alike_but_for(study.trained[mask], *keys)) for mask in scale}
         yield Picture(
             "scale_effects",
             SCALE,
@@ -58,9 +59,7 @@ def recipe_pictures(study: Study, scale: dict[str, dict[str, Any]]) -> Iterator[
             "The curves behind it",
             "mIoU over the stack under each recipe; thick: the one of the first figure. Curves that differ in shape, "
             "not only in height, show where the scale of the features decides.",
-            recipes.recipe_curves(
-                {m: (study.trained[m], alike_but_for(study.trained[m], *keys)) for m in scale}, *keys
-            ),
+            recipes.recipe_curves(varied, *keys),
         )
     heads = _found(study, lambda run: [r for r in recipes_of(run) if r.settings["labels"] == "true"], "head")
     if heads:
@@ -68,8 +67,8 @@ def recipe_pictures(study: Study, scale: dict[str, dict[str, Any]]) -> Iterator[
             "heads",
             "Richer heads",
             "Linear and richer heads",
-            "The same states read by heads that can do more than a linear map (the paper's limitations ask for them). A "
-            "drop-off that a richer head closes is a matter of format, one that stays is lost.",
+            "The same states read by heads that can do more than a linear map (the paper's limitations ask for them). "
+            "A drop-off that a richer head closes is a matter of format, one that stays is lost.",
             recipes.recipe_curves(heads, "head"),
         )
     seeds = _found(study, lambda run: alike_but_for(run, "seed"), "seed")
@@ -115,9 +114,9 @@ def state_pictures(study: Study) -> Iterator[Picture]:
             "states",
             "The states themselves",
             "Scale, anisotropy, neighbourhoods",
-            "No probe is trained for these: the root mean square of a feature, how much all states point the same way, "
-            "and the share of a patch's nearest neighbours that have its class. Look for jumps in scale where the curve "
-            "of the first figure moves.",
+            "No probe is trained for these: the root mean square of a feature, how much all states point the same "
+            "way, and the share of a patch's nearest neighbours that have its class. Look for jumps in scale where the "
+            "curve of the first figure moves.",
             states.state_statistics(study),
         )
 

@@ -50,8 +50,8 @@ def paired_remarks(paired: dict[str, Any]) -> list[str]:
     ]
     if paired["smallest_p"] > ALPHA:
         lines.append(
-            f"With so few groups no p-value can be smaller than {p_value(paired['smallest_p'])}: the test cannot reject "
-            "anything, and the intervals are of little worth too."
+            f"With so few groups no p-value can be smaller than {p_value(paired['smallest_p'])}: the test cannot "
+            "reject anything, and the intervals are of little worth too."
         )
     return lines
 
@@ -59,9 +59,9 @@ def paired_remarks(paired: dict[str, Any]) -> list[str]:
 def seed_remarks(mask: str, entries: list[dict[str, Any]]) -> list[str]:
     """Drop-off and recovery over probe seeds."""
     return [
-        f"{mask.capitalize()}: {EFFECTS[entry['of']]} {points(entry['mean'])} on average over {entry['seeds']} seeds, from "
-        f"{points(entry['lowest'])} to {points(entry['highest'])} (standard deviation {percent(entry['sd'], 2)} pp); over "
-        f"images {span(entry['ci95'])}."
+        f"{mask.capitalize()}: {EFFECTS[entry['of']]} {points(entry['mean'])} on average over {entry['seeds']} seeds, "
+        f"from {points(entry['lowest'])} to {points(entry['highest'])} (standard deviation {percent(entry['sd'], 2)} "
+        f"pp); over images {span(entry['ci95'])}."
         for entry in entries
         if entry["of"] in EFFECTS
     ]

@@ -65,8 +65,8 @@ class Study:
         if mask in kind:
             what = "untrained" if run.metrics["untrained"] else "trained"
             raise ValueError(
-                f"{kind[mask].path} and {run.path} are both the {what} run under {mask!r} of {self.title}; give one, or "
-                f"say which model each is of: NAME={run.path}"
+                f"{kind[mask].path} and {run.path} are both the {what} run under {mask!r} of {self.title}; give one, "
+                f"or say which model each is of: NAME={run.path}"
             )
         kind[mask] = run
 
@@ -100,12 +100,12 @@ def studies_of(paths: Iterable[str], longer: Iterable[str] = ()) -> list[Study]:
         studies.setdefault(key, Study(*key))._add(run)
     first: dict[str, ProbeRun] = {}
     for study in studies.values():
-        study._check()
-        study.trained = {mask: study.trained[mask] for mask in sorted(study.trained, key=_paper_order)}
         for run in study.runs:
             other = first.setdefault(study.dataset, run)
             if run.manifest["data"]["fingerprint"] != other.manifest["data"]["fingerprint"]:
                 raise ValueError(f"{other.path} and {run.path} were scored on different images")
+        study._check()
+        study.trained = {mask: study.trained[mask] for mask in sorted(study.trained, key=_paper_order)}
     for model, run in map(_named_run, longer):
         key = (model, run.metrics["dataset"])
         if key not in studies:

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ...mllm import ADAPTER, ENCODER, FINAL_NORM
-from ...results import ProbeRun
+from ...mllm import ADAPTER, ENCODER
 from ..study import Rows
 
 MASK_COLOURS = {"causal": "#0072B2", "bidirectional": "#D55E00"}
@@ -60,22 +59,15 @@ def new_axes(width: float, height: float, columns: int = 1, **kwargs) -> tuple[F
     return figure, figure.subplots(1, columns, **kwargs)
 
 
-def panels(
-    count: int, width: float = 6.6, height: float = 2.7, columns: int = 3, **kwargs
-) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels in rows of at most `columns`; `width` of the whole, `height` of a row, in inches."""
+def panels(count: int, height: float = 2.7, columns: int = 3, **kwargs) -> tuple[Figure, list[Axes]]:
+    """A figure of `count` panels in rows of at most `columns`; `height` of a row, in inches."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(width, height * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(6.6, height * rows + 0.4), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **kwargs).flat
     for ax in axes[count:]:
         ax.set_visible(False)
     return figure, list(axes[:count])
-
-
-def curve_sites(run: ProbeRun) -> list[str]:
-    """The sites of a curve over the stack: all but `final_norm`, the last layer once more."""
-    return [site for site in run.sites if site != FINAL_NORM]
 
 
 def position(site: str) -> int:

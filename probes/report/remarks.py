@@ -39,14 +39,15 @@ def paired_remarks(paired: dict[str, Any]) -> list[str]:
         units = f"{paired['groups']} groups of images ({paired['images']} in all), swapped and drawn as wholes"
     clear = [entry for entry in sites if entry["p_corrected"] < ALPHA]
     signs = [sum(entry["difference"] * sign > 0 for entry in clear) for sign in (1, -1)]
+    effects = ", ".join(
+        f"the {EFFECTS[entry['effect']]} differs by {points(entry['difference'])} {span(entry['ci95'])} pp "
+        f"(p = {p_value(entry['p'])})"
+        for entry in paired["effects"]
+    )
     lines = [
         f"Of {len(sites)} sites bidirectional attention is better at {signs[0]} and worse at {signs[1]} "
-        f"(corrected p < {ALPHA}; {paired['permutations']} permutations of {units})."
-    ]
-    lines += [
-        f"{EFFECTS[entry['effect']].capitalize()}: {points(entry['difference'])} {span(entry['ci95'])} pp, "
-        f"p = {p_value(entry['p'])}."
-        for entry in paired["effects"]
+        f"(corrected p < {ALPHA}; {paired['permutations']} permutations of {units})"
+        + (f"; {effects}." if effects else ".")
     ]
     if paired["smallest_p"] > ALPHA:
         lines.append(

@@ -1,4 +1,4 @@
-"""Finished probe runs written without a model: random counts of which all files follow, for tests of what reads them."""
+"""Finished probe runs written without a model: random counts of which all files follow, to test what reads them."""
 
 import json
 from pathlib import Path

@@ -91,7 +91,7 @@ def recipe_pictures(study: Study, scale: dict[str, dict[str, Any]]) -> Iterator[
             "Controls",
             "What is there without training",
             "The same probes on shuffled labels, which is what the probe alone can fit, and on the untrained model, "
-            "which is what the architecture gives. Both should lie far below the trained curve.",
+            "which is what the architecture gives. What the trained curve has beyond them is what training gave.",
             recipes.controls(study, shuffled),
         )
 

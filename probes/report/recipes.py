@@ -117,7 +117,8 @@ def verdict(effect: str, what: str, ways: dict[str, dict[str, Any]]) -> str:
     holding = [way for way, found in ways.items() if found["holds"]]
     text = f"The {effect} holds under {len(holding)} of {len(ways)} {what}"
     if len(holding) == len(ways):
-        return f"{text} ({', '.join(ways)}): it survives the change of the features' scale."
+        sizes = ", ".join(f"{way} {100 * found['value']:+.1f}" for way, found in ways.items()).replace("-", "−")
+        return f"{text} ({sizes} pp): it survives the change of the features' scale."
     failing = [f"{way} ({_described(found)})" for way, found in ways.items() if not found["holds"]]
     if holding:
         return f"{text}, not under {'; '.join(failing)}: it depends on how the probe sees the features' scale."
@@ -146,7 +147,12 @@ def over_seeds(run: ProbeRun) -> list[dict[str, Any]]:
             values[name] = [found[name]["value"] for found in effects]
             ci95[name] = effects[0][name]["ci95"]
     return [
-        {"of": name, "seeds": len(recipes), "mean": sum(x) / len(x), "sd": torch.tensor(x).double().std().item()}
+        {
+            "of": name,
+            "seeds": len(recipes),
+            "mean": sum(x) / len(x),
+            "sd": torch.tensor(x, dtype=torch.float64).std().item(),
+        }
         | {"lowest": min(x), "highest": max(x), "ci95": ci95[name]}
         for name, x in values.items()
     ]

@@ -3,6 +3,7 @@
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
 from ...mllm import ADAPTER, FINAL_NORM
 from ...results import ProbeRun, peak_layer
@@ -96,7 +97,8 @@ def models_by_dataset(studies: list[Study], mask: str, over_adapter: bool = Fals
             ax.axhline(0, color="black", lw=0.8)
         label_sites(ax, shown_sites(*runs.values()), 8)
         ax.set_title(dataset, fontsize=10)
-        ax.legend(fontsize=8)
+    lines = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=model) for i, model in enumerate(models)]
+    figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8)
     axes[0].set_ylabel("mIoU over the adapter's (pp)" if over_adapter else "mIoU (%)")
     return Drawn(figure, rows)
 
@@ -107,8 +109,10 @@ def masks_by_model(studies: list[Study]) -> Drawn:
     for ax, study in zip(axes, studies, strict=True):
         for mask in MASKS:
             draw_run(ax, study.trained[mask], colour_of(mask), mask)
-        label_sites(ax, shown_sites(*study.trained.values()), 6, fontsize=8)
+        label_sites(ax, shown_sites(*study.trained.values()), 5, fontsize=8)
+        ax.set_xlabel("")
         ax.set_title(f"{study.model}\n{study.dataset}", fontsize=9)
     axes[0].legend(fontsize=8)
     axes[0].set_ylabel("mIoU (%)")
+    figure.supxlabel("encoder, adapter (0), LLM layer", fontsize=9)
     return Drawn(figure, [{"model": s.model, "dataset": s.dataset} | row for s in studies for row in _rows(s)])

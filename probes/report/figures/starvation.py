@@ -17,6 +17,7 @@ def starvation_curve(facts: dict[str, Any], patches: int = 50) -> Drawn:
     ax.bar(x, gap, color=colour_of("bidirectional"), alpha=0.75, width=0.85)
     ax.vlines(x, low, high, color="#555555", lw=0.8)
     ax.axhline(0, color="black", lw=0.8)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     for row in range(facts["grid"][1], shown, facts["grid"][1]):
         ax.axvline(row - 0.5, color="#999999", lw=0.6, ls=":")
     ax.set(xlabel="patch, in raster order (dotted: a new row)", ylabel="bidirectional − causal (pp)")

@@ -23,11 +23,10 @@ def state_statistics(study: Study) -> Drawn:
             ax.plot([position(entry["site"]) for entry in entries], [entry["states"][key] for entry in entries],
                     ":" if untrained else "-", color=colour_of(mask), lw=1.6, alpha=0.6 if untrained else 1,
                     label=f"{mask}, untrained" if untrained else mask)  # fmt: skip
-        label_sites(ax, shown_sites(*runs), 4, fontsize=8)
+        label_sites(ax, shown_sites(*runs), 5, fontsize=8)
         ax.set_title(text, fontsize=9)
-        ax.set_xlabel("")
+        ax.set_xlabel(ax.get_xlabel() if ax is axes[1] else "", fontsize=9)
     axes[0].set_yscale("log")
-    figure.supxlabel("encoder, adapter, LLM layer", fontsize=9)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     rows = [
         {"image_attention": run.metrics["image_attention"], "untrained": bool(run.metrics["untrained"])}

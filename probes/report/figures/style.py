@@ -84,12 +84,15 @@ def label_sites(ax: Axes, sites: list[str], most: int = 12, at: Sequence[int] | 
         most: About as many names are shown.
         at: Where the sites lie; by default at their depth.
     """
-    step, deep = -(-len(sites) // most), len(sites) > most + 2
-    names = {ENCODER: "enc.", ADAPTER: "0" if deep else "adapt."}
-    labels = [
-        names.get(site) or (str(position(site)) if position(site) % step == 0 or not deep else "") for site in sites
-    ]
-    ax.set_xticks([position(site) for site in sites] if at is None else at, labels, **kwargs)
+    deep = len(sites) > most + 2
+    if deep:  # the adapter's name would touch the encoder's
+        step = next(step for step in (1, 2, 4, 8, 16, 32, 64) if len(sites) / step <= most)
+        names = {ENCODER: "enc."} | {s: str(position(s)) for s in sites if position(s) > 0 and position(s) % step == 0}
+    else:
+        names = {s: {ENCODER: "enc.", ADAPTER: "adapt."}.get(s) or str(position(s)) for s in sites}
+    where = dict(zip(sites, map(position, sites) if at is None else at, strict=True))
+    shown = [site for site in sites if site in names]
+    ax.set_xticks([where[site] for site in shown], [names[site] for site in shown], **kwargs)
     ax.set_xlabel("encoder, adapter (0), LLM layer" if deep else "encoder, adapter, LLM layer")
 
 

@@ -54,7 +54,7 @@ def results(study: Study) -> dict[str, Any]:
     def entry(run: ProbeRun) -> dict[str, Any]:
         return {"probing": run.metrics, "knockout": optional_json(run, "knockout.json")}
 
-    by_mask = lambda look: {mask: found for mask, run in study.trained.items() if (found := look(run))}
+    by_mask = lambda look, runs: {mask: found for mask, run in runs.items() if (found := look(run))}
     return {
         "model": study.model,
         "dataset": study.dataset,
@@ -64,14 +64,18 @@ def results(study: Study) -> dict[str, Any]:
         "starvation": study.starvation(),
         "claims": claims_of(study),
         "paired": paired(study),
-        "scale": by_mask(scale_confound),
-        "seeds": by_mask(over_seeds),
-        "confusion": by_mask(confusion_pairs),
+        "scale": by_mask(scale_confound, study.by_recipe),
+        "seeds": by_mask(over_seeds, study.by_recipe),
+        "confusion": by_mask(confusion_pairs, study.trained),
     }
 
 
 def report(
-    paths: list[str], out: str | Path, longer: list[str] | None = None, timings: str | None = None
+    paths: list[str],
+    out: str | Path,
+    longer: Iterable[str] = (),
+    recipes: Iterable[str] = (),
+    timings: str | None = None,
 ) -> dict[str, Any]:
     """Writes the report of probe runs into `out` and returns what results.json holds.
 
@@ -79,9 +83,10 @@ def report(
         paths: Folders of finished probe runs: of each model and dataset one a mask, and their untrained controls.
         out: Folder.
         longer: Runs of the same models with longer-trained probes, shown beside.
+        recipes: Runs of the same models with further recipes, where those in `paths` have none.
         timings: A log of lines "start end step", to state how long it all took.
     """
-    studies, out = studies_of(paths, longer or ()), Path(out)
+    studies, out = studies_of(paths, longer, recipes), Path(out)
     wall_s = total_seconds(Path(timings)) if timings else None
     alone = len(studies) == 1
     parts = [_part(study, out if alone else out / study.slug) for study in studies]
@@ -153,7 +158,7 @@ def _save(picture: Picture, out: Path) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """`probes report`."""
-    facts = report(args.runs, args.out, args.longer, args.timings)
+    facts = report(args.runs, args.out, args.longer, args.recipes, args.timings)
     for study in facts.get("studies", [facts]):
         if "studies" in facts:
             print(f"{study['model']}, {study['dataset']}")

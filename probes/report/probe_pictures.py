@@ -44,7 +44,7 @@ def recipe_pictures(study: Study, scale: dict[str, dict[str, Any]]) -> Iterator[
     """Norms and learning rates, then heads, seeds and controls."""
     if scale:
         keys = ("feature_norm", "learning_rate")
-        varied = {mask: (study.trained[mask], alike_but_for(study.trained[mask], *keys)) for mask in scale}
+        varied = {mask: (study.by_recipe[mask], alike_but_for(study.by_recipe[mask], *keys)) for mask in scale}
         yield Picture(
             "scale_effects",
             SCALE,
@@ -83,7 +83,7 @@ def recipe_pictures(study: Study, scale: dict[str, dict[str, Any]]) -> Iterator[
         )
     shuffled = {
         mask: [recipe for recipe in recipes_of(run) if recipe.settings["labels"] == "shuffled"]
-        for mask, run in study.trained.items()
+        for mask, run in study.by_recipe.items()
     }
     if any(shuffled.values()):
         yield Picture(
@@ -99,7 +99,7 @@ def recipe_pictures(study: Study, scale: dict[str, dict[str, Any]]) -> Iterator[
 def _found(study: Study, recipes_in, key: str) -> dict[str, Any]:
     """Run and recipes by mask, one recipe a value of `key`, where it has more than one value."""
     found = {}
-    for mask, run in study.trained.items():
+    for mask, run in study.by_recipe.items():
         by_value = {}
         for recipe in recipes_in(run):
             by_value.setdefault(recipe.settings[key], recipe)

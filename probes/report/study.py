@@ -24,6 +24,7 @@ class Study:
         model, dataset: Their names.
         trained, untrained: Runs by mask.
         longer: The trained models again, with longer-trained probes.
+        recipes: The trained models again, with further recipes; empty where the trained runs have them themselves.
     """
 
     model: str
@@ -31,6 +32,7 @@ class Study:
     trained: dict[str, ProbeRun] = field(default_factory=dict)
     untrained: dict[str, ProbeRun] = field(default_factory=dict)
     longer: dict[str, ProbeRun] = field(default_factory=dict)
+    recipes: dict[str, ProbeRun] = field(default_factory=dict)
 
     @property
     def runs(self) -> list[ProbeRun]:
@@ -39,6 +41,11 @@ class Study:
     @property
     def first(self) -> ProbeRun:
         return next(iter(self.trained.values()))
+
+    @property
+    def by_recipe(self) -> dict[str, ProbeRun]:
+        """The runs in which recipes are compared, by mask."""
+        return {mask: self.recipes.get(mask, run) for mask, run in self.trained.items()}
 
     @property
     def title(self) -> str:
@@ -84,12 +91,13 @@ class Study:
                 )
 
 
-def studies_of(paths: Iterable[str], longer: Iterable[str] = ()) -> list[Study]:
+def studies_of(paths: Iterable[str], longer: Iterable[str] = (), recipes: Iterable[str] = ()) -> list[Study]:
     """Reads finished runs and sorts them, studies in the order in which they come up.
 
     Args:
         paths: Folders of runs; NAME=FOLDER says of which model a run is where :func:`model_of` cannot know.
         longer: Of the same models, with longer-trained probes.
+        recipes: Of the same models, with further recipes.
 
     Raises:
         ValueError: A folder is no finished run, two runs take the same place, or they do not belong together.
@@ -101,17 +109,22 @@ def studies_of(paths: Iterable[str], longer: Iterable[str] = ()) -> list[Study]:
     first: dict[str, ProbeRun] = {}
     for study in studies.values():
         for run in study.runs:
-            other = first.setdefault(study.dataset, run)
-            if run.manifest["data"]["fingerprint"] != other.manifest["data"]["fingerprint"]:
-                raise ValueError(f"{other.path} and {run.path} were scored on different images")
+            _check_images(first.setdefault(study.dataset, run), run)
         study._check()
         study.trained = {mask: study.trained[mask] for mask in sorted(study.trained, key=_paper_order)}
-    for model, run in map(_named_run, longer):
-        key = (model, run.metrics["dataset"])
-        if key not in studies:
-            raise ValueError(f"{run.path} is of {', '.join(key)}, of which no other run is given")
-        studies[key].longer[run.metrics["image_attention"]] = run
+    for kind, again in (("longer", longer), ("recipes", recipes)):
+        for model, run in map(_named_run, again):
+            key, mask = (model, run.metrics["dataset"]), run.metrics["image_attention"]
+            if key not in studies or mask not in studies[key].trained:
+                raise ValueError(f"{run.path} is of {', '.join(key)} under {mask!r}, of which no main run is given")
+            _check_images(first[run.metrics["dataset"]], run)
+            getattr(studies[key], kind)[mask] = run
     return list(studies.values())
+
+
+def _check_images(first: ProbeRun, run: ProbeRun) -> None:
+    if run.manifest["data"]["fingerprint"] != first.manifest["data"]["fingerprint"]:
+        raise ValueError(f"{first.path} and {run.path} were scored on different images")
 
 
 def _named_run(path: str) -> tuple[str, ProbeRun]:

@@ -16,14 +16,14 @@ def probe_budget(study: Study) -> Drawn:
     figure, axes = new_axes(6.6, 3.5, len(study.trained), sharey=True, squeeze=False)
     rows = []
     for ax, (mask, run) in zip(axes[0], study.trained.items(), strict=True):
-        epochs, sites = run.metrics["probe"]["epochs"], shown_sites(run)
+        sites, epochs = shown_sites(run), epochs_of(run)
         history = {entry["site"]: entry["history"] for entry in run.metrics["sites"] if entry["history"]}
         known = [site for site in sites if site in history]
-        for epoch in sorted({1, min(2, epochs), max(1, epochs // 2), epochs}):
-            curve = [100 * history[site][epoch - 1] for site in known]
-            shade = 0.25 + 0.75 * epoch / epochs
-            x = [position(site) for site in known]
-            ax.plot(x, curve, color=colour_of(mask), alpha=shade, marker="o", ms=3, label=f"epoch {epoch}")
+        x, most = [position(site) for site in known], len(epochs)
+        for i in sorted({1, min(2, most), max(1, most // 2), most}):
+            curve = [100 * history[site][i - 1] for site in known]
+            shade, label = 0.25 + 0.75 * i / most, f"epoch {epochs[i - 1]:g}"
+            ax.plot(x, curve, color=colour_of(mask), alpha=shade, marker="o", ms=3, label=label)
         if mask in study.longer:
             longer = study.longer[mask].metrics
             found = {entry["site"]: 100 * entry["miou"] for entry in longer["sites"]}
@@ -38,11 +38,20 @@ def probe_budget(study: Study) -> Drawn:
     return Drawn(figure, rows)
 
 
+def epochs_of(run: ProbeRun) -> list[float]:
+    """After how many epochs each entry of a run's history was validated."""
+    probe = run.metrics["probe"]
+    count = max(len(entry["history"]) for entry in run.metrics["sites"])
+    steps = probe.get("validated_at")
+    return [step * probe["epochs"] / probe["steps"] for step in steps] if steps else list(range(1, count + 1))
+
+
 def _rows(run: ProbeRun) -> list[dict[str, Any]]:
     facts = {"image_attention": run.metrics["image_attention"], "run_epochs": run.metrics["probe"]["epochs"]}
     steps = run.metrics["probe"].get("validated_at")
+    epochs = epochs_of(run)
     return [
-        facts | {"site": entry["site"], "epoch": i + 1, "miou": miou} | ({"step": steps[i]} if steps else {})
+        facts | {"site": entry["site"], "epoch": epochs[i], "miou": miou} | ({"step": steps[i]} if steps else {})
         for entry in run.metrics["sites"]
         for i, miou in enumerate(entry["history"])
     ]

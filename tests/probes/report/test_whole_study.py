@@ -14,9 +14,12 @@ from probe_runs import write_run
 from probes.cli import main
 from probes.metrics import Counts
 from probes.report.confusion import confusion_pairs, half_gone
+from probes.report.figures.budget import probe_budget
+from probes.report.page import results
 from probes.report.paired import paired
 from probes.report.paper import PAPER, departures, paper_encoder
 from probes.report.recipes import over_seeds, scale_confound, verdict
+from probes.report.remarks import remarks_of
 from probes.report.study import studies_of
 from probes.results import ProbeRun
 from probes.statistics import dataset_scores, interval
@@ -124,10 +127,13 @@ def test_probes_trained_otherwise_are_not_compared(root, tmp_path, pair):
     other = write_run(tmp_path / "run", CURVE, root=root, mask="bidirectional", metrics={"probe": probe})
     with pytest.raises(ValueError, match="their probes differ in feature_norm, 'none' and 'batchnorm'"):
         studies_of([pair[0], str(other)])
-    with pytest.raises(ValueError, match="of which no other run is given"):
+    with pytest.raises(ValueError, match="of which no main run is given"):
         studies_of(pair[:1], [f"another={pair[1]}"])
+    with pytest.raises(ValueError, match="were scored on different images"):
+        studies_of(pair, [str(write_run(tmp_path / "images", CURVE, root=root, images=30))])
 
 
+@pytest.mark.slow
 def test_report_over_several_models_and_datasets(several, tmp_path):
     main(["report", *several, "--out", str(tmp_path)])
     html, found = (tmp_path / "index.html").read_text(), json.loads((tmp_path / "results.json").read_text())
@@ -240,6 +246,24 @@ def test_verdict_follows_from_the_intervals(swept):
     assert "holds under 0 of 2 norms: a (reversed, −5.0 [−7.0, −3.0])" in nothing and "no ground" in nothing
 
 
+def test_recipes_of_a_run_of_their_own_stand_for_the_main_runs(pair, swept):
+    (study,) = studies_of(pair, recipes=[str(swept.path)])
+    facts = results(study)
+    assert list(facts["scale"]) == ["causal"] and facts["scale"]["causal"] == scale_confound(swept)
+    assert facts["masks"]["causal"]["probing"] == ProbeRun(pair[0]).metrics
+    assert remarks_of(facts)["The scale of the features"][0].startswith("Causal: The drop-off holds under 2 of 3 norms")
+    with pytest.raises(ValueError, match="under 'causal', of which no main run is given"):
+        studies_of(pair[1:], recipes=[str(swept.path)])
+
+
+def test_budget_takes_epochs_from_where_it_was_validated(root, tmp_path):
+    probe = {"head": "linear", "feature_norm": "none", "learning_rate": 1e-3, "batch_size": 4, "epochs": 10}
+    probe |= {"steps": 100, "validated_at": [25, 100]}
+    run = ProbeRun(write_run(tmp_path / "run", CURVE, root=root, metrics={"probe": probe}))
+    rows = probe_budget(studies_of([str(run.path)])[0]).rows
+    assert {(row["epoch"], row["step"]) for row in rows} == {(2.5, 25), (10.0, 100)}
+
+
 def test_without_recipes_there_is_no_verdict(pair):
     assert scale_confound(ProbeRun(pair[0])) is None and over_seeds(ProbeRun(pair[0])) == []
 
@@ -286,6 +310,7 @@ def test_half_gone_waits_until_it_stays_gone():
     assert half_gone([0.4, 0.1, 0.1, 0.1, 0.3], layers) is None
 
 
+@pytest.mark.slow
 def test_every_section_appears_where_its_data_is(swept, pair, tmp_path):
     main(["report", str(swept.path), "--out", str(tmp_path / "all")])
     main(["report", *pair, "--out", str(tmp_path / "few")])

@@ -114,9 +114,9 @@ def state_pictures(study: Study) -> Iterator[Picture]:
             "states",
             "The states themselves",
             "Scale, anisotropy, neighbourhoods",
-            "No probe is trained for these: the root mean square of a feature, how much all states point the same "
-            "way, and the share of a patch's nearest neighbours that have its class. Look for jumps in scale where the "
-            "curve of the first figure moves.",
+            "No probe is trained for these: the root mean square of the states, how much of it one channel holds, how "
+            "much the states of different images point the same way, and the share of a patch's nearest neighbours "
+            "that have its class. Look for jumps in scale where the curve of the first figure moves.",
             states.state_statistics(study),
         )
 

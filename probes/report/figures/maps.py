@@ -43,8 +43,9 @@ def site_maps(run: ProbeRun, palette: np.ndarray) -> Drawn:
     facts, maps = optional_json(run, "maps.json"), optional_tensors(run, "maps.safetensors")
     dataset = run.dataset()
     peak = peak_layer({entry["site"]: entry["miou"] for entry in run.metrics["sites"]})
-    layers = run.layers[1:]
-    sites = list(dict.fromkeys([ENCODER, ADAPTER, layers[0], layers[layers.index(peak) // 2], peak]))
+    layers = [site for site in run.layers if site != ADAPTER]
+    between = [layers[0], layers[layers.index(peak) // 2], peak] if layers else []
+    sites = [site for site in dict.fromkeys([ENCODER, ADAPTER, *between]) if site in run.sites]
     pictures = []
     for image in facts["images"]:
         sample, predicted = dataset[image["index"]], maps[f"image/{image['index']}"].numpy()

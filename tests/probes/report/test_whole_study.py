@@ -238,7 +238,12 @@ def test_verdict_follows_from_the_intervals(swept):
     facts = scale_confound(swept)
     for effect, words in facts["verdict"].items():
         holding = [way["way"] for way in facts["ways"] if way[effect]["ci95"][0] > 0]
-        assert holding == ["none", "batchnorm"] and "holds under 2 of 3 norms, not under layernorm" in words
+        assert holding == ["none", "batchnorm"] and "holds under 2 of 3 norms" in words
+        assert "each site at its best learning rate, not under layernorm (" in words
+        failing = [entry["recipe"] for entry in facts["recipes"] if not entry[effect]["holds"]]
+        assert (
+            failing == ["layernorm"] and "one by one, it holds under 3 of 4 recipes, not under norm layernorm" in words
+        )
     good = {"value": 0.05, "ci95": [0.03, 0.07], "holds": True}
     bad = {"value": -0.05, "ci95": [-0.07, -0.03], "holds": False}
     assert "holds under 2 of 2 norms (a +5.0, b +5.0 pp): it survives" in verdict("x", "norms", {"a": good, "b": good})
@@ -251,7 +256,9 @@ def test_recipes_of_a_run_of_their_own_stand_for_the_main_runs(pair, swept):
     facts = results(study)
     assert list(facts["scale"]) == ["causal"] and facts["scale"]["causal"] == scale_confound(swept)
     assert facts["masks"]["causal"]["probing"] == ProbeRun(pair[0]).metrics
-    assert remarks_of(facts)["The scale of the features"][0].startswith("Causal: The drop-off holds under 2 of 3 norms")
+    assert remarks_of(facts)["The scale of the features"][0].startswith(
+        "Causal: The drop-off holds under 2 of 3 norms, each site"
+    )
     with pytest.raises(ValueError, match="under 'causal', of which no main run is given"):
         studies_of(pair[1:], recipes=[str(swept.path)])
 
@@ -271,7 +278,7 @@ def test_without_recipes_there_is_no_verdict(pair):
 def test_learning_rates_alone_are_judged_by_themselves(root, tmp_path):
     run = write_run(tmp_path / "run", CURVE, root=root, recipes={"fast": ({"learning_rate": 0.01}, CURVE)})
     words = scale_confound(ProbeRun(run))["verdict"]["recovery"]
-    assert "holds under 2 of 2 learning rates (lr 0.001 " in words
+    assert "holds under 2 of 2 learning rates (norm none, lr 0.001 +" in words
 
 
 def test_spread_over_seeds(swept):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from data import bench_data
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
 
 from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 from probes import upsampled_cross_entropy
@@ -130,7 +130,9 @@ def random_model(image_attention: str) -> LlavaBidirForConditionalGeneration:
 
 def frozen_model() -> FrozenMLLM:
     model = random_model("bidirectional")
-    return FrozenMLLM(model, FAMILIES["llava_bidir"], None, list(range(1, PREFIX + 1)), "bidirectional")
+    return FrozenMLLM(
+        model, FAMILIES["llava_bidir"], [CLIPImageProcessorPil()], list(range(1, PREFIX + 1)), "bidirectional"
+    )
 
 
 class Sweep:

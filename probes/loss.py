@@ -68,7 +68,7 @@ def upsampled_cross_entropy(
     probes = logits if logits.ndim == 5 else logits[None]
     n_probes, n_images, classes, *grid = probes.shape
     dtype, size = compute_dtype(logits), tuple(target.shape[1:])
-    target = target[:, label_stride // 2 :: label_stride, label_stride // 2 :: label_stride]
+    target = strided(target, label_stride)
     valid = target != ignore_index
     labels = target.long().masked_fill(~valid, 0)
     if labels.device.type == "cpu":
@@ -92,6 +92,11 @@ def upsampled_cross_entropy(
         if reduction == "mean":
             losses = losses / valid.sum().clamp(min=1)
     return losses if logits.ndim == 5 else losses[0]
+
+
+def strided(target: Tensor, stride: int) -> Tensor:
+    """Returns each stride-th pixel row and column of a mask [..., H, W], from `stride // 2` on."""
+    return target[..., stride // 2 :: stride, stride // 2 :: stride]
 
 
 def _check_arguments(logits: Tensor, target: Tensor, label_stride: int, rows: int | None, reduction: str) -> None:

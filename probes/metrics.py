@@ -18,6 +18,7 @@ from .kernels import use_triton
 from .upsample import upsampled_argmax
 
 IGNORE_INDEX = 255
+BY_IMAGE = ("intersection", "predicted", "labelled", "patch_right", "patch_valid")
 PIXELS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}  # of predicted maps, which are counted and forgotten
 
 
@@ -41,7 +42,9 @@ class Counts(NamedTuple):
 
 
 @torch.no_grad()
-def count(logits: Tensor, target: Tensor, view: View | None = None, confusion: bool = False) -> Counts:
+def count(
+    logits: Tensor, target: Tensor, view: View | None = None, *, by_token: bool = True, confusion: bool = False
+) -> Counts:
     """Upsamples logits, takes the best class of each pixel and counts, without keeping the predicted maps.
 
     Args:
@@ -49,6 +52,7 @@ def count(logits: Tensor, target: Tensor, view: View | None = None, confusion: b
         target: uint8[N, H, W], 255 ignored.
         view: Where the grid lies on the pixels; by default it divides them. Pixels that no token sees count for the
             image, but under no token.
+        by_token: False counts under each image as a whole, T = 1, instead of under each token.
         confusion: Counts pairs of label and prediction, too.
     """
     sites, images, classes, *grid = logits.shape
@@ -68,6 +72,8 @@ def count(logits: Tensor, target: Tensor, view: View | None = None, confusion: b
     else:
         found = _count_in_chunks(logits, labels, valid, token, view, confusion)
     intersection, predicted, patch_right, pairs = (None if x is None else x.long() for x in found)
+    if not by_token:
+        patch_right, patch_valid = (x.sum(-1, keepdim=True) for x in (intersection, labelled))
     return Counts(intersection, predicted, labelled, patch_right.flatten(2), patch_valid, pairs)
 
 
@@ -136,24 +142,25 @@ class SegmentationMetric(Metric):
         images: Size of the dataset; `compute` insists on having seen each of its images, and none twice.
         classes: K.
         geometry: Where the tokens lie on the images.
+        by_token: False keeps no counts by token, see `count`.
         confusion: Counts pairs of label and prediction, too.
     """
 
     full_state_update = False
 
-    def __init__(self, sites: int, images: int, classes: int, geometry: Geometry, confusion: bool = False):
+    def __init__(
+        self,
+        sites: int,
+        images: int,
+        classes: int,
+        geometry: Geometry,
+        by_token: bool = True,
+        confusion: bool = False,
+    ):
         super().__init__()
-        self.images, self.classes, self.geometry = images, classes, geometry
-        tokens = geometry.grid[0] * geometry.grid[1]
-        self._shapes = {
-            "intersection": (sites, classes),
-            "predicted": (sites, classes),
-            "labelled": (classes,),
-            "patch_right": (sites, tokens),
-            "patch_valid": (tokens,),
-        }
+        self.images, self.geometry, self.by_token = images, geometry, by_token
         self.add_state("index", default=[], dist_reduce_fx="cat")
-        for name in self._shapes:
+        for name in BY_IMAGE:
             self.add_state(name, default=[], dist_reduce_fx="cat")
         self.confusion = None
         if confusion:
@@ -163,9 +170,9 @@ class SegmentationMetric(Metric):
     def update(self, logits: Tensor, target: Tensor, index: Tensor) -> None:
         """Adds images: `logits` f[S, B, K, h, w] on the grid, `target` uint8[B, H, W], `index` long[B]."""
         view = self.geometry.view(tuple(target.shape[-2:]))
-        counts = count(logits, target, view, confusion=self.confusion is not None)
+        counts = count(logits, target, view, by_token=self.by_token, confusion=self.confusion is not None)
         self.index.append(index)
-        for name in self._shapes:
+        for name in BY_IMAGE:
             value = getattr(counts, name)
             # images first, for ranks are joined along the first axis
             by_image = value.transpose(0, 1) if value.ndim == 3 else value
@@ -185,7 +192,7 @@ class SegmentationMetric(Metric):
             raise RuntimeError(f"the metric saw image {seen[:-1][seen.diff() == 0][0]} more than once")
         if len(index) != self.images:
             raise RuntimeError(f"the metric saw {len(index)} of {self.images} images")
-        kept = {name: _joined(getattr(self, name))[order].long() for name in self._shapes}
+        kept = {name: _joined(getattr(self, name))[order].long() for name in BY_IMAGE}
         by_site = {k: v.transpose(0, 1) if v.ndim == 3 else v for k, v in kept.items()}
         return Counts(**by_site, confusion=self.confusion)
 

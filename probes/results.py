@@ -219,6 +219,7 @@ class ProbeRun:
         return mllms.load(
             config["mllm"],
             config["image_attention"],
+            dtype=config["mllm_dtype"],
             image_aspect=config["image_aspect"],
             untrained=config["untrained"] or (),
             seed=config["seed"],

@@ -65,10 +65,10 @@ def assert_same_loss(logits, target, *, scale=3.0, dtype=torch.float32, **option
     torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=7e-6 * largest * scale)
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(deadline=None, max_examples=10, derandomize=True)
 @given(
     shape=st.tuples(*(st.integers(1, most) for most in (2, 2, 6, 4, 4))),
-    size=st.tuples(st.integers(2, 12), st.integers(2, 20)),
+    size=st.tuples(st.integers(2, 9), st.integers(2, 12)),
     scale=st.sampled_from([3.0, 300.0]),
     stride=st.integers(1, 3),
     seed=st.integers(0, 1000),
@@ -92,7 +92,7 @@ def test_loss_and_gradient_equal_torch(shape, size, scale, stride, seed):
     torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=7e-6 * largest * scale)
 
 
-@pytest.mark.parametrize("classes", [1, 2, 16, 150, 255])
+@pytest.mark.parametrize("classes", [1, pytest.param(16, marks=pytest.mark.slow), 150, 255])
 def test_any_number_of_classes(classes):
     logits, target = make_case((2, 1, classes, 1, 2), (3, 9))
     assert_same_loss(logits, target)
@@ -107,13 +107,16 @@ VIEWS = [
 ]
 
 
-@pytest.mark.parametrize(("view", "size"), VIEWS)
+@pytest.mark.parametrize(
+    ("view", "size"), [VIEWS[0], *(pytest.param(*view, marks=pytest.mark.slow) for view in VIEWS[1:])]
+)
 def test_grids_that_do_not_lie_flush_with_the_mask(view, size):
     logits, target = make_case((1, 2, 4, 2, 3), size)
     assert_same_loss(logits, target, view=view)
     assert_same_counts(logits, target, view)
 
 
+@pytest.mark.slow
 def test_masks_smaller_than_the_grid():
     logits, target = make_case((1, 1, 4, 4, 3), (3, 2))
     assert_same_loss(logits, target)
@@ -130,6 +133,7 @@ def test_logits_as_a_linear_layer_gives_them_and_bfloat16():
     torch.testing.assert_close(upsampled_cross_entropy(logits.bfloat16(), target), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ignore_index", [0, 3, -100])
 def test_ignore_index_may_be_a_class_or_negative(ignore_index):
     logits, target = make_case((1, 2, 5, 3, 3), (9, 11), ignored=0)
@@ -138,11 +142,10 @@ def test_ignore_index_may_be_a_class_or_negative(ignore_index):
     assert_same_loss(logits, target, ignore_index=ignore_index)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_ignored_images_and_batches_give_zero_and_no_gradient(reduction):
-    logits, target = make_case((2, 2, 5, 3, 3), (9, 11))
+def test_ignored_images_and_batches_give_zero_and_no_gradient():
+    logits, target = make_case((2, 2, 5, 2, 2), (4, 5))
     target[0] = 255
-    function = lambda z: upsampled_cross_entropy(z, target, reduction=reduction)
+    function = lambda z: upsampled_cross_entropy(z, target)
     _, gradient = value_and_gradient(function, logits.float(), torch.ones(2))
     assert not gradient[:, 0].any() and gradient[:, 1].any()
     target[1] = 255
@@ -151,8 +154,8 @@ def test_ignored_images_and_batches_give_zero_and_no_gradient(reduction):
 
 
 def test_a_label_that_is_no_class_makes_the_loss_nan():
-    logits, target = make_case((1, 2, 5, 3, 3), (9, 11), ignored=0)
-    axes = kernel_axes((3, 3), (9, 11))
+    logits, target = make_case((1, 2, 5, 2, 2), (5, 6), ignored=0)
+    axes = kernel_axes((2, 2), (5, 6))
     from probes.kernels.cross_entropy import cross_entropy_sum
 
     assert cross_entropy_sum(logits.float(), target, *axes, 255, False)[0].isfinite().all()
@@ -167,9 +170,10 @@ def kernel_axes(grid, size):
     return cells(grid, size, View.whole(size), 1, torch.device(DEVICE))
 
 
+@pytest.mark.slow
 def test_small_losses_keep_their_digits():
-    logits, target = make_case((1, 1, 6, 4, 4), (24, 24), ignored=0, scale=60.0)
-    target[:] = upsampled_argmax(logits[0], (24, 24))
+    logits, target = make_case((1, 1, 6, 2, 2), (12, 12), ignored=0, scale=60.0)
+    target[:] = upsampled_argmax(logits[0], (12, 12))
     expected = upsampled_cross_entropy(logits, target)
     found = upsampled_cross_entropy(logits.float() + 100, target)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=0)

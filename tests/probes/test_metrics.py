@@ -87,6 +87,14 @@ def test_confusion_is_counted_where_asked_for_over_all_batches():
     assert not metric.confusion.any()
 
 
+def test_an_image_may_be_one_cell():
+    logits, target = random_batch(7)
+    by_token, whole = count(logits, target), count(logits, target, by_token=False)
+    assert torch.equal(whole.patch_right, by_token.patch_right.sum(-1, keepdim=True))
+    assert torch.equal(whole.patch_valid, by_token.patch_valid.sum(-1, keepdim=True))
+    assert torch.equal(whole.intersection, by_token.intersection)
+
+
 def test_images_come_in_the_order_of_the_dataset():
     logits, target = random_batch(2)
     straight, mixed = (SegmentationMetric(2, 3, CLASSES, GEOMETRY) for _ in range(2))
@@ -152,7 +160,7 @@ def test_metric_state_of_two_ranks_joins_to_that_of_one():
     for rank, images in zip(ranks, ([0, 2], [1]), strict=True):
         rank.update(logits[:, images], target[images], torch.tensor(images))
     joined = SegmentationMetric(2, 3, CLASSES, GEOMETRY)
-    for name in ("index", *joined._shapes):
+    for name in ("index", *metrics.BY_IMAGE):
         setattr(joined, name, [torch.cat(getattr(rank, name)) for rank in ranks])
     joined._update_count = 1
     for a, b in zip(one.compute()[:5], joined.compute()[:5], strict=True):

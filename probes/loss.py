@@ -70,11 +70,6 @@ def upsampled_cross_entropy(
     dtype, size = compute_dtype(logits), tuple(target.shape[1:])
     target = strided(target, label_stride)
     valid = target != ignore_index
-    labels = target.long().masked_fill(~valid, 0)
-    if labels.device.type == "cpu":
-        for label in labels.aminmax():
-            if not 0 <= label < classes:
-                raise ValueError(f"label {label} is neither in [0, K={classes}) nor ignore_index={ignore_index}")
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     with torch.autocast(logits.device.type, enabled=False):
         if use_triton(logits):
@@ -84,6 +79,9 @@ def upsampled_cross_entropy(
             axes = cells(tuple(grid), size, view or View.whole(size), label_stride, logits.device)
             losses = _CrossEntropySum.apply(probes, cross_entropy_sum, target, *axes, ignore_index, needs_grad)
         else:
+            labels = target.long().masked_fill(~valid, 0)
+            if labels.device.type == "cpu":
+                _check_labels(labels, classes, ignore_index)
             images = n_probes * n_images
             plan = make_plan(
                 images, classes, tuple(grid), size, dtype, logits.device, view=view, stride=label_stride, max_rows=rows
@@ -114,6 +112,12 @@ def _check_arguments(logits: Tensor, target: Tensor, label_stride: int, rows: in
         raise ValueError(f"rows must be at least 1, got {rows}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
+
+
+def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
+    for label in labels.aminmax():
+        if not 0 <= label < classes:
+            raise ValueError(f"label {label} is neither in [0, K={classes}) nor ignore_index={ignore_index}")
 
 
 class _CrossEntropySum(torch.autograd.Function):

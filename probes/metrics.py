@@ -7,6 +7,7 @@ divided.
 Shapes: S sites, N images, K classes, h w the token grid, T = h * w, H W pixels.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ def count(
     size, tokens = tuple(target.shape[1:]), grid[0] * grid[1]
     view, valid = view or View.whole(size), target != IGNORE_INDEX
     labels = target.long()
-    row, column = (cell.to(target.device) for cell in view.cells(tuple(grid), size))
+    row, column = _cells(view, tuple(grid), size, target.device)
     token = torch.where((row[:, None] >= 0) & (column >= 0), row[:, None] * grid[1] + column, tokens)  # T: none
     labelled = _tally(labels.where(valid, classes), valid, classes)
     patch_valid = _tally(token.expand_as(target), valid, tokens)
@@ -75,6 +76,12 @@ def count(
     if not by_token:
         patch_right, patch_valid = (x.sum(-1, keepdim=True) for x in (intersection, labelled))
     return Counts(intersection, predicted, labelled, patch_right.flatten(2), patch_valid, pairs)
+
+
+@lru_cache(maxsize=256)
+def _cells(view: View, grid: tuple[int, int], size: tuple[int, int], device: torch.device) -> list[Tensor]:
+    """`view.cells`, at hand on the device: a copy would wait for it."""
+    return [cell.to(device) for cell in view.cells(grid, size)]
 
 
 def _count_in_chunks(

@@ -37,19 +37,19 @@ def cells(grid: tuple[int, int], size: tuple[int, int], view: View, stride: int,
 def half_cells(grid: tuple[int, int], size: tuple[int, int], view: View, device: torch.device) -> list[Axis]:
     """Returns rows and columns of half cells, whose pixels also lie under the same token.
 
-    Of n nodes there are 2n + 2. Half cell g lies between nodes (g - 2) // 2 and g // 2, under token (g - 1) // 2; the
-    first and the last have the pixels that no token sees.
+    An axis of n nodes has 2n + 2 of them. Half cell g lies between nodes (g - 2) // 2 and g // 2, under token
+    (g - 1) // 2; the first and the last have the pixels that no token sees.
     """
     return [_half_cells(n, pixels, span, device) for n, pixels, span in zip(grid, size, view, strict=True)]
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _cells(n_nodes: int, pixels: int, span: Span, stride: int, device: torch.device) -> Axis:
     nodes, fractions = (x[stride // 2 :: stride] for x in axis_nodes(n_nodes, pixels, span))
     return _axis(nodes, fractions, n_nodes, device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _half_cells(n_nodes: int, pixels: int, span: Span, device: torch.device) -> Axis:
     nodes, fractions = axis_nodes(n_nodes, pixels, span)
     token = span.cells(n_nodes, pixels)

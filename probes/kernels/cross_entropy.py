@@ -105,15 +105,9 @@ def cross_entropy_cell(
 def _at_nodes(corners: Tensor) -> Tensor:
     """Adds up what the up to four cells around each node give it: f[P, B, h, w, 4, K] -> f[P, B, K, h, w]."""
     top_left, top_right, bottom_left, bottom_right = corners.unbind(-2)
-    h, w = corners.shape[2:4]
     nodes = top_left.clone()
-    for part, down, right in ((top_right, 0, 1), (bottom_left, 1, 0), (bottom_right, 1, 1)):
-        nodes[:, :, down:, right:] += part[:, :, : h - down, : w - right]
-        # beyond the last row or column a cell's neighbour is its own node
-        if right:
-            nodes[:, :, down:, -1] += part[:, :, : h - down, -1]
-        if down:
-            nodes[:, :, -1, right:] += part[:, :, -1, : w - right]
-        if down and right:
-            nodes[:, :, -1, -1] += part[:, :, -1, -1]
+    # The last row and column of cells give nothing to what lies beyond them: fractions there are 0.
+    nodes[:, :, :, 1:] += top_right[:, :, :, :-1]
+    nodes[:, :, 1:] += bottom_left[:, :, :-1]
+    nodes[:, :, 1:, 1:] += bottom_right[:, :, :-1, :-1]
     return nodes.movedim(-1, 2)

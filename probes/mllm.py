@@ -239,7 +239,7 @@ def _image_ids(grid: tuple[int, int], image_id: int, row_end_id: int | None) -> 
 def load(
     path: str,
     image_attention: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     *,
     image_aspect: str = "square",
@@ -252,7 +252,7 @@ def load(
     Args:
         path: Directory or hub id, one of ours or of a registered family (probes/families).
         image_attention: Runs it under another mask than it was trained with; None keeps its own.
-        dtype: Of the weights; None keeps the checkpoint's.
+        dtype: Of the weights, "bfloat16" as well as torch.bfloat16; None or "auto" keeps the checkpoint's.
         device: None takes the GPU if there is one.
         image_aspect: How images become squares: "square" (resized) or "pad" (LLaVA's own), see probes/geometry.py.
         prefix: Text before the image; None takes the checkpoint's chat template up to the image.

@@ -59,7 +59,7 @@ def save_run(module, data, counts: Counts, out: str | Path) -> None:
     }
     metrics["summary"] = summary({site["site"]: site["miou"] for site in metrics["sites"]})
     heads = {f"{site}.{k}": v for site, head in module.heads.items() for k, v in head.state_dict().items()}
-    write_tensors(out / "counts.safetensors", counts._asdict())
+    write_tensors(out / "counts.safetensors", {k: v for k, v in counts._asdict().items() if v is not None})
     write_tensors(out / "probes.safetensors", heads)
     write_json(out / "manifest.json", manifest(module, data))
     write_json(out / "metrics.json", metrics)
@@ -258,6 +258,7 @@ class ProbeRun:
         return mllms.load(
             config["mllm"],
             config["image_attention"],
+            dtype=config["mllm_dtype"],
             image_aspect=config["image_aspect"],
             untrained=config["untrained"] or (),
             seed=config["seed"],

@@ -266,6 +266,8 @@ def test_untrained_controls(name, checkpoint, mllm):
     assert torch.equal(trained["adapter"], control["adapter"]) == (name == "gemma3")
     assert not torch.allclose(trained["layer_03"], control["layer_03"])
     assert all(torch.equal(control[site], again[site]) for site in control)
+    llm = probes.load(checkpoint(name), untrained=["llm"]).states(pixels)
+    assert torch.equal(llm["adapter"], trained["adapter"]) and not torch.allclose(llm["layer_01"], trained["layer_01"])
     assert not torch.allclose(control["layer_03"], other["layer_03"])
     assert all(states.isfinite().all() for states in control.values())
 

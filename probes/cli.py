@@ -97,10 +97,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     starvation.add_argument(
         "--flip",
-        nargs="?",
-        const="rotate",
+        nargs="*",
         choices=["horizontal", "vertical", "rotate"],
-        help="also on turned images: is it the position that starves, or what images show there? (rotate)",
+        help="also on turned images (all three ways): is it the position that starves, or what images show there?",
     )
     _add_seed_and_out(starvation, "of the bootstrap")
 
@@ -137,6 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--out", required=True, metavar="DIR", help="index.html, results.json, *.csv, *.png, *.pdf")
     report.add_argument("--longer", nargs="+", default=[], metavar="RUN", help="the same with longer-trained probes")
     report.add_argument("--recipes", nargs="+", default=[], metavar="RUN", help="the same with further recipes")
+    report.add_argument("--tensorboard", action="store_true", help="also the figures as events, to DIR/tensorboard")
     report.add_argument("--timings", metavar="FILE", help='log of lines "start end step", to state the wall time')
     return parser
 

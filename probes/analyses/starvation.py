@@ -7,13 +7,14 @@ may be better at just these; starvation_classes.py holds the classes fixed, and 
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..results import ProbeRun, peak_layer, write_json
 from ..statistics import bootstrap_weights
 from .patch_accuracy import accuracies, gap_of, gap_over, patch_counts
 from .starvation_classes import class_facts
-from .starvation_flip import flip_facts
+from .starvation_flip import FLIPS, flip_facts
 
 
 def starvation(
@@ -23,7 +24,7 @@ def starvation(
     seed: int = 0,
     *,
     by_class: bool = False,
-    flip: str | None = None,
+    flips: Sequence[str] = (),
 ) -> dict:
     """What starvation.json holds: accuracy by patch of both runs, and the gap with paired intervals over images.
 
@@ -32,7 +33,7 @@ def starvation(
         site: Where both are compared; None takes the causal run's best decoder layer.
         seed: Of the bootstrap.
         by_class: Also with the classes held fixed, see starvation_classes.py.
-        flip: Also with the images turned: horizontal, vertical or rotate, see starvation_flip.py.
+        flips: Also with the images turned: horizontal, vertical, rotate, see starvation_flip.py.
 
     Raises:
         ValueError: The runs do not belong together, or a run has no such site.
@@ -52,8 +53,8 @@ def starvation(
     }
     if by_class:
         facts["by_class"] = class_facts(causal, counts, weights)
-    if flip:
-        facts["flip"] = flip_facts(runs, site, flip, counts, weights)
+    if flips:
+        facts["flips"] = [flip_facts(runs, site, flip, counts, weights) for flip in flips]
     return facts
 
 
@@ -74,7 +75,8 @@ def _check_pair(causal: ProbeRun, bidirectional: ProbeRun) -> None:
 def run(args: argparse.Namespace) -> None:
     """`probes starvation`."""
     causal, bidirectional = map(ProbeRun, args.probes)
-    facts = starvation(causal, bidirectional, args.site, args.seed, by_class=args.by_class, flip=args.flip)
+    flips = () if args.flip is None else args.flip or FLIPS
+    facts = starvation(causal, bidirectional, args.site, args.seed, by_class=args.by_class, flips=flips)
     write_json(Path(args.out or args.probes[1]) / "starvation.json", facts)
     for patch in range(min(3, len(facts["gap"]))):
         gap = _points(facts["gap"][patch], facts["gap_ci95"][patch])
@@ -84,10 +86,9 @@ def run(args: argparse.Namespace) -> None:
         print(f"first row with the whole split's classes: {_gap(facts['by_class']['first_row'])}")
         for group in facts["by_class"]["groups"]:
             print(f"first row, {group['frequency']} classes ({group['share']:.0%} of pixels): {_gap(group)}")
-    if args.flip:
-        flip = facts["flip"]
+    for flip in facts.get("flips", []):
         first = f"patches {flip['patches'][0]}..{flip['patches'][-1]}"
-        print(f"images turned ({args.flip}), {first}: {_gap(flip['position'])}")
+        print(f"images turned ({flip['flip']}), {first}: {_gap(flip['position'])}")
         print(f"where what they showed lies now: {_gap(flip['content'])}")
         print(f"difference {_points(flip['moved'], flip['moved_ci95'])}: the gap follows {flip['follows']}")
 

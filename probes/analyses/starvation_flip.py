@@ -4,9 +4,10 @@
     vertical     top and bottom swapped
     rotate       both: the raster order of what is shown is reversed
 
-Both runs' frozen probes, trained on upright images, read the turned ones, which hurts both; compared are gaps. If masks
-starve positions, the gap at the first patches is there again, on what used to be last; if the bidirectional model is
-merely better at what images show first, it is now where that lies.
+Both runs' frozen probes, trained on upright images, read the turned ones. If masks starve positions, the gap at the first
+patches is there again, on what used to be elsewhere; if the bidirectional model is merely better at what images show
+first, it is now where that lies. Compared are gaps, but turned pictures hurt both models, and not alike: where accuracy
+falls far, as it does upside down, trust the horizontal flip.
 
 Shapes: N images, T patches, R resamplings.
 """
@@ -23,7 +24,6 @@ from ..metrics import count
 from ..module import by_size
 from ..results import ProbeRun
 from ..statistics import interval
-from ..upsample import upsampled_argmax
 from .patch_accuracy import Pair, PatchCounts, accuracies, gap_of, gap_over
 
 FLIPS = ("horizontal", "vertical", "rotate")
@@ -62,23 +62,18 @@ def score_patches(run: ProbeRun, site: str, dataset: Dataset, batch_size: int = 
     for batch in tqdm(loader, desc=f"turned, {run.metrics['image_attention']}", mininterval=5):
         logits = head(mllm.states(batch["pixels"], [site])[site].float())
         logits = logits.transpose(-1, -2).unflatten(-1, mllm.grid)[None]
-        patches = torch.empty(2, len(logits[0]), mllm.grid[0] * mllm.grid[1], dtype=torch.double)
+        patches = torch.empty(2, len(logits[0]), mllm.grid[0] * mllm.grid[1], dtype=torch.long)
         for images, target in by_size(batch["target"]):
-            size = tuple(target.shape[-2:])
-            view, target = mllm.geometry.view(size), target.to(mllm.device)
-            predicted = upsampled_argmax(logits[:, images], size, view)
-            counts = count(predicted, target, len(run.metrics["classes"]), mllm.grid, view)
-            patches[0, images], patches[1, images] = (
-                counts.patch_right[0].double().cpu(),
-                counts.patch_valid.double().cpu(),
-            )
+            view = mllm.geometry.view(tuple(target.shape[-2:]))
+            counts = count(logits[:, images], target.to(mllm.device), view)
+            patches[0, images], patches[1, images] = counts.patch_right[0].cpu(), counts.patch_valid.cpu()
         right.append(patches[0])
         valid.append(patches[1])
-    return PatchCounts(torch.cat(right), torch.cat(valid))
+    return PatchCounts(torch.cat(right).double(), torch.cat(valid).double())
 
 
 def flip_facts(runs: dict[str, ProbeRun], site: str, flip: str, upright: Pair, weights: Tensor) -> dict:
-    """What starvation.json holds under "flip".
+    """An entry of what starvation.json holds under "flips".
 
     Args:
         runs: By mask.
@@ -89,7 +84,7 @@ def flip_facts(runs: dict[str, ProbeRun], site: str, flip: str, upright: Pair, w
 
     Returns:
         {"flip"; "causal", "bidirectional", "gap", "gap_ci95": by position in the turned images; "patches": the first
-        ones, that a causal mask starves (the first row; of a horizontal flip, up to three, for the row stays up);
+        ones, that a causal mask starves (the first row; of a horizontal flip, up to three: that row stays on top);
         "upright", "position", "content": the gap there in upright images, there in turned ones, and in these where what
         upright images show there lies; "moved", "moved_ci95": position - content; "follows": "position", "content" or,
         where the interval holds zero, "undecided"; "correlation": of the turned gaps with the upright ones, by position

@@ -1,10 +1,11 @@
 """Figures of `probes knockout` and `probes starvation` beyond the paper's, for the runs that have them."""
 
 from collections.abc import Iterator
+from statistics import mean
 
 from .figures import causal
 from .figures.style import Picture
-from .study import Study, optional_json
+from .study import MASKS, Study, optional_json
 
 
 def causal_pictures(study: Study) -> Iterator[Picture]:
@@ -62,11 +63,14 @@ def _starvation(facts: dict | None) -> Iterator[Picture]:
         )
         drawn = causal.starvation_by_class(facts)
         yield Picture("starvation_by_class", section, "With the classes held fixed", caption, drawn)
-    if facts and "flip" in facts:
+    for flip in facts.get("flips", []) if facts else ():
+        accuracy = {mask: (mean(facts[mask]), mean(flip[mask])) for mask in MASKS}
         caption = (
             "Left the gap as above, right on images turned before the model sees them. If positions starve, the gap "
-            f"stays where it is; if it were what images show there, it would turn along. Here it follows "
-            f"{facts['flip']['follows']}."
+            "stays where it is; if it were what images show there, it would turn along. Here it follows "
+            f"{flip['follows']}. Turned pictures are read worse: "
+            + ", ".join(f"{mask} {old:.0%} → {new:.0%} accuracy" for mask, (old, new) in accuracy.items())
+            + "."
         )
-        drawn = causal.starvation_flip(facts)
-        yield Picture("starvation_flip", section, "Position or content?", caption, drawn)
+        drawn = causal.starvation_flip(facts, flip)
+        yield Picture(f"starvation_{flip['flip']}", section, f"Position or content? ({flip['flip']})", caption, drawn)

@@ -57,7 +57,7 @@ def knockout_controls(facts: dict[str, Any]) -> Drawn:
     ax.set_yticks(range(len(lines)), [label for label, _, _ in lines], fontsize=8)
     ax.invert_yaxis()
     ax.axvline(0, color="black", lw=0.8)
-    ax.set_xlabel("change in wrong patches left (pp), later half of the layers")
+    ax.set_xlabel("change in wrong patches left (pp)")
     return Drawn(figure, effect_rows(facts))
 
 
@@ -170,18 +170,18 @@ def attention_shares(facts: dict[str, Any]) -> Drawn | None:
     return Drawn(figure, rows)
 
 
-def starvation_flip(facts: dict[str, Any]) -> Drawn:
-    """The gap by patch of upright and of turned images, side by side."""
+def starvation_flip(facts: dict[str, Any], flip: dict[str, Any]) -> Drawn:
+    """The gap by patch of upright images and, by an entry of its "flips", of turned ones, side by side."""
     figure, axes = new_axes(6.4, 3.2, 2)
-    grids = [100 * np.array(values).reshape(facts["grid"]) for values in (facts["gap"], facts["flip"]["gap"])]
+    grids = [100 * np.array(values).reshape(facts["grid"]) for values in (facts["gap"], flip["gap"])]
     most = max(1.0, *(abs(grid).max() for grid in grids))
-    for ax, grid, title in zip(axes, grids, ("upright", f"turned ({facts['flip']['flip']})"), strict=True):
+    for ax, grid, title in zip(axes, grids, ("upright", f"turned ({flip['flip']})"), strict=True):
         image = ax.imshow(grid, cmap="PuOr_r", norm=TwoSlopeNorm(0, -most, most))
         ax.set(xticks=[], yticks=[], title=title)
         ax.grid(False)
     figure.colorbar(image, ax=axes, label="bidirectional − causal (pp)")
     keys = ("causal", "bidirectional", "gap")
-    return Drawn(figure, [{"patch": i} | {k: facts["flip"][k][i] for k in keys} for i in range(len(facts["gap"]))])
+    return Drawn(figure, [{"patch": i} | {k: flip[k][i] for k in keys} for i in range(len(facts["gap"]))])
 
 
 def starvation_by_class(facts: dict[str, Any]) -> Drawn:

@@ -136,8 +136,9 @@ def test_command_writes_all_of_it(runs, tmp_path, capsys):
     main([*argv, "--site", "layer_01", "--by-class", "--flip", "--out", str(tmp_path)])
     facts = json.loads((tmp_path / "starvation.json").read_text())
     plain = starvation(runs["causal"], runs["bidirectional"], "layer_01")
-    assert {key: facts[key] for key in plain} == plain and set(facts) - set(plain) == {"by_class", "flip"}
-    assert facts["flip"]["flip"] == "rotate" and len(facts["flip"]["gap"]) == 4 and facts["flip"]["patches"] == [0, 1]
+    assert {key: facts[key] for key in plain} == plain and set(facts) - set(plain) == {"by_class", "flips"}
+    assert [flip["flip"] for flip in facts["flips"]] == list(FLIPS)
+    assert len(facts["flips"][2]["gap"]) == 4 and facts["flips"][2]["patches"] == [0, 1]
     assert sum(group["share"] for group in facts["by_class"]["groups"]) == pytest.approx(1)
     out = capsys.readouterr().out
     assert "the gap follows" in out and "first row, frequent classes" in out

@@ -4,10 +4,10 @@
     vertical     top and bottom swapped
     rotate       both: the raster order of what is shown is reversed
 
-Both runs' frozen probes, trained on upright images, read the turned ones. If masks starve positions, the gap at the first
-patches is there again, on what used to be elsewhere; if the bidirectional model is merely better at what images show
-first, it is now where that lies. Compared are gaps, but turned pictures hurt both models, and not alike: where accuracy
-falls far, as it does upside down, trust the horizontal flip.
+Both runs' frozen probes, trained on upright images, read the turned ones. If masks starve positions, the gap at the
+first patches is there again, on what used to be elsewhere; if the bidirectional model is merely better at what images
+show first, it is now where that lies. Compared are gaps, but turned pictures hurt both models, and not alike: where
+accuracy falls far, as it does upside down, trust the horizontal flip.
 
 Shapes: N images, T patches, R resamplings.
 """

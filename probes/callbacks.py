@@ -31,7 +31,8 @@ class ShowMaps(Callback):
         palette = palette_of(trainer.datamodule.splits["validation"])
         images, target = by_size(batch["target"])[0]
         shown, target = outputs[:, images][:, : self.images], target[: self.images]
-        maps = coloured(upsampled_argmax(shown, target.shape[-2:]).cpu().numpy(), palette)
+        size = target.shape[-2:]
+        maps = coloured(upsampled_argmax(shown, size, pl_module.mllm.geometry.view(size)).cpu().numpy(), palette)
         board, step = trainer.logger.experiment, trainer.global_step
         for site, pictures in zip(pl_module.sites, maps, strict=True):
             board.add_images(f"maps/{site}", pictures, step, dataformats="NHWC")
@@ -46,7 +47,9 @@ class SavePredictions(Callback):
     ) -> None:
         names, out = trainer.datamodule.splits["validation"].names, Path(trainer.default_root_dir) / "predictions"
         for images, target in by_size(batch["target"]):
-            predicted = upsampled_argmax(outputs[:, images], target.shape[-2:]).to(torch.uint8).cpu().numpy()
+            size = target.shape[-2:]
+            predicted = upsampled_argmax(outputs[:, images], size, pl_module.mllm.geometry.view(size))
+            predicted = predicted.to(torch.uint8).cpu().numpy()
             for site, masks in zip(pl_module.sites, predicted, strict=True):
                 (out / site).mkdir(parents=True, exist_ok=True)
                 for i, mask in zip(batch["index"][images].tolist(), masks, strict=True):

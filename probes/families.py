@@ -27,6 +27,7 @@ class Family:
         image_features: Runs encoder and adapter on pixels f[B, 3, H, W] and returns the adapter's f[B, T, d].
         grid: Image tokens down and across.
         image_px: Side of the square input in pixels.
+        seen_px: Of it, what the patches cover from the left and the top.
         encoder_width: Width of the encoder's states.
     """
 
@@ -36,6 +37,7 @@ class Family:
     image_features: Callable[[PreTrainedModel, Tensor], Tensor]
     grid: Callable[[PreTrainedConfig], tuple[int, int]]
     image_px: Callable[[PreTrainedConfig], int]
+    seen_px: Callable[[PreTrainedConfig], int]
     encoder_width: Callable[[PreTrainedConfig], int]
 
 
@@ -59,6 +61,7 @@ def _llava(model_class: type[PreTrainedModel]) -> Family:
         image_features=lambda model, pixels: torch.stack(list(model.model.get_image_features(pixels).pooler_output)),
         grid=_llava_grid,
         image_px=_llava_image_px,
+        seen_px=lambda config: _llava_grid(config)[0] * config.vision_config.patch_size,
         encoder_width=lambda config: config.vision_config.hidden_size,
     )
 

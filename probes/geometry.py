@@ -1,12 +1,107 @@
-"""How an image, its token grid and its segmentation mask lie on each other."""
+"""How an image, its token grid and its segmentation mask lie on each other.
 
+A model sees a square of `image_px` pixels, made of the whole image, and never a crop of it:
+
+    square   the image resized to the square, aspect given up
+    pad      the image in the middle of a square of its mean colour, as LLaVA-1.5 ("pad"), then resized
+
+The tokens divide the square into an h x w grid, save for a border at the right and the bottom where the patch size does
+not divide `image_px` (SigLIP: 27 x 14 = 378 of 384 px). A `View` says where that grid lies on a mask of H x W pixels,
+which has the image's own size: probes' logits are upsampled there, and masks stay as they are.
+
+    square, H x W = 4 x 8, grid 2 x 2:   rows Span(0, 4), columns Span(0, 8)
+    pad, the same:                       rows Span(-2, 8), columns Span(0, 8)      two rows of padding above the image
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
 from PIL import Image
+from torch import Tensor
+
+ASPECTS = ("square", "pad")
 
 
-def squash(image: Image.Image, side_px: int) -> Image.Image:
-    """The whole image resized to a square, aspect given up.
+class Span(NamedTuple):
+    """The pixels that one axis of a grid covers: from `start_px`, where pixel 0 begins at 0.0, for `length_px`."""
 
-    Token (i, j) of an h x w grid then covers exactly the pixels of row i and column j of an h x w division of the image
-    and of its mask, whatever their size: logits on the grid, upsampled to the mask's size, lie right. No crop.
+    start_px: float
+    length_px: float
+
+    def nodes(self, nodes: int, size: int) -> Tensor:
+        """Where the centre of each of `size` pixels lies among the nodes, f64[size]; node i's own centre is at i."""
+        return (torch.arange(size, dtype=torch.float64) + 0.5 - self.start_px) * (nodes / self.length_px) - 0.5
+
+
+class View(NamedTuple):
+    """Where a grid lies on a mask."""
+
+    rows: Span
+    cols: Span
+
+    @classmethod
+    def whole(cls, size: tuple[int, int]) -> "View":
+        """The grid divides the mask [H, W]."""
+        return cls(*(Span(0.0, float(length)) for length in size))
+
+    def cells(self, grid: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """The grid row of each pixel row and the grid column of each pixel column, i64[H] and i64[W]; -1 where the grid
+        does not reach. A pixel belongs to the cell in which its centre lies."""
+        cells = []
+        for span, nodes, pixels in zip(self, grid, size, strict=True):
+            centres = torch.arange(pixels, dtype=torch.float64) + 0.5
+            cell = ((centres - span.start_px) * nodes / span.length_px).floor().long()
+            cells.append(torch.where((cell >= 0) & (cell < nodes), cell, -1))
+        return cells[0], cells[1]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a model sees images.
+
+    Args:
+        grid: Image tokens down and across.
+        image_px: Side of the square that the encoder is given.
+        seen_px: Of it, what the tokens cover, from the left and from the top.
+        aspect: "square" or "pad".
+        padding: The colour of what is not image.
+
+    Raises:
+        ValueError: An unknown aspect.
     """
-    return image.convert("RGB").resize((side_px, side_px), Image.Resampling.BICUBIC)
+
+    grid: tuple[int, int]
+    image_px: int
+    seen_px: int
+    aspect: str = "square"
+    padding: tuple[int, int, int] = (0, 0, 0)
+
+    def __post_init__(self):
+        if self.aspect not in ASPECTS:
+            raise ValueError(f"unknown image_aspect {self.aspect!r}; there is {', '.join(ASPECTS)}")
+
+    def place(self, image: Image.Image) -> Image.Image:
+        """The square of `image_px` that is made of an image."""
+        image = image.convert("RGB")
+        if self.aspect == "pad":
+            side, left, top = _padded(image.height, image.width)
+            square = Image.new("RGB", (side, side), self.padding)
+            square.paste(image, (left, top))
+            image = square
+        return image.resize((self.image_px, self.image_px), Image.Resampling.BICUBIC)
+
+    def view(self, size: tuple[int, int]) -> View:
+        """Where the grid lies on a mask of this size [H, W], which is its image's."""
+        seen = self.seen_px / self.image_px
+        if self.aspect == "square":
+            return View(*(Span(0.0, length * seen) for length in size))
+        side, left, top = _padded(*size)
+        return View(Span(float(-top), side * seen), Span(float(-left), side * seen))
+
+
+def _padded(height: int, width: int) -> tuple[int, int, int]:
+    """Side of the square around an image, and where the image lies in it: (side, left, top). Source: LLaVA mm_utils.py
+    expand2square."""
+    side = max(height, width)
+    return side, (side - width) // 2, (side - height) // 2

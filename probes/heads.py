@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ranks import from_all_ranks
+from .ranks import from_all_ranks, rank_count
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -18,9 +18,14 @@ class BatchNorm(nn.BatchNorm1d):
         super().__init__(width, affine=False)
 
     def forward(self, states: Tensor) -> Tensor:
-        if not self.training or len(gathered := from_all_ranks(self._moments(states))) == 1:
+        if not self.training or rank_count() == 1:
             return super().forward(states)
-        count, mean, variance = gathered[:, :1], gathered[:, 1 : 1 + self.num_features], gathered[:, -self.num_features :]
+        gathered = from_all_ranks(self._moments(states))
+        count, mean, variance = (
+            gathered[:, :1],
+            gathered[:, 1 : 1 + self.num_features],
+            gathered[:, -self.num_features :],
+        )
         total = count.sum()
         overall = (count * mean).sum(0) / total
         squares = (count * (variance + (mean - overall).square())).sum(0)
@@ -67,9 +72,7 @@ class GridConv(nn.Module):
 # conv    a linear probe that sees a token's eight neighbours, too
 HEADS = {
     "linear": lambda width, classes, grid: nn.Linear(width, classes),
-    "mlp": lambda width, classes, grid: nn.Sequential(
-        nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, classes)
-    ),
+    "mlp": lambda width, classes, grid: nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, classes)),
     "conv": GridConv,
 }
 

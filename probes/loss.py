@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .geometry import View
 from .upsample import Plan, band_rows, compute_dtype, make_plan
 
 # Where no logit of a grid node lies further below the node's best, exp cannot vanish in float32 at any pixel (its
@@ -35,6 +36,7 @@ def upsampled_cross_entropy(
     target: Tensor,
     ignore_index: int = 255,
     *,
+    view: View | None = None,
     label_stride: int = 1,
     rows: int | None = None,
     reduction: str = "mean",
@@ -50,6 +52,7 @@ def upsampled_cross_entropy(
         logits: f[B, K, h, w] or f[P, B, K, h, w], finite, of any magnitude.
         target: i64[B, H, W] or uint8[B, H, W], classes 0 .. K-1 or `ignore_index`.
         ignore_index: label of the pixels that do not count.
+        view: where the grid lies on the pixels of `target`; by default it divides them.
         label_stride: s > 1 takes only each s-th pixel row and column, from `s // 2` on. The upsampling is the same.
         rows: at most so many pixel rows at a time; by default as many as suit the cache.
         reduction: "mean" over the valid pixels, or "sum", for callers who average over batches themselves.
@@ -70,8 +73,9 @@ def upsampled_cross_entropy(
             if not 0 <= label < classes:
                 raise ValueError(f"label {label} is neither in [0, K={classes}) nor ignore_index={ignore_index}")
     with torch.autocast(logits.device.type, enabled=False):
+        images = n_probes * n_images
         plan = make_plan(
-            n_probes * n_images, classes, tuple(grid), size, dtype, logits.device, stride=label_stride, max_rows=rows
+            images, classes, tuple(grid), size, dtype, logits.device, view=view, stride=label_stride, max_rows=rows
         )
         needs_grad = torch.is_grad_enabled() and logits.requires_grad
         losses = _CrossEntropySum.apply(probes, labels, valid, plan, needs_grad)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from .geometry import Geometry, View
 from .upsample import upsampled_argmax
 
 IGNORE_INDEX = 255
@@ -35,8 +36,9 @@ class Counts(NamedTuple):
     patch_valid: Tensor
 
 
-def count(predicted: Tensor, target: Tensor, classes: int, grid: tuple[int, int]) -> Counts:
-    """Counts of a batch: `predicted` uint8[S, N, H, W] against `target` uint8[N, H, W], 255 ignored."""
+def count(predicted: Tensor, target: Tensor, classes: int, grid: tuple[int, int], view: View | None = None) -> Counts:
+    """Counts of a batch: `predicted` uint8[S, N, H, W] against `target` uint8[N, H, W], 255 ignored. Pixels that no
+    token sees, by `view`, count for the image, but under no token."""
     sites, images = predicted.shape[:2]
     valid = target != IGNORE_INDEX
     right = (predicted == target) & valid
@@ -47,8 +49,8 @@ def count(predicted: Tensor, target: Tensor, classes: int, grid: tuple[int, int]
         intersection=count_of(predicted, right).view(sites, images, classes),
         predicted=count_of(predicted, valid).view(sites, images, classes),
         labelled=count_of(target[None], valid[None]).view(images, classes),
-        patch_right=_by_patch(right, grid),
-        patch_valid=_by_patch(valid, grid),
+        patch_right=_by_patch(right, grid, view),
+        patch_valid=_by_patch(valid, grid, view),
     )
 
 
@@ -58,13 +60,19 @@ def _bincount(bins: Tensor, classes: int) -> Tensor:
     return torch.bincount(bins.flatten(), minlength=groups * (classes + 1)).view(groups, classes + 1)[:, :classes]
 
 
-def _by_patch(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Sums bool[..., H, W] over the cells of an h x w division; a pixel belongs to the cell of its centre."""
-    rows, columns = (_cells(n, size, pixels.device) for n, size in zip(grid, pixels.shape[-2:], strict=True))
+def _by_patch(pixels: Tensor, grid: tuple[int, int], view: View | None) -> Tensor:
+    """Sums bool[..., H, W] over the cells of the grid."""
+    size = tuple(pixels.shape[-2:])
+    cells = (view or View.whole(size)).cells(grid, size)
+    rows, columns = (
+        (cell == torch.arange(n)[:, None]).float().to(pixels.device) for n, cell in zip(grid, cells, strict=True)
+    )
     return (rows @ pixels.float() @ columns.T).round().long().flatten(-2)
 
 
-def patch_labels(target: Tensor, classes: int, grid: tuple[int, int], purity: float = 0.0) -> Tensor:
+def patch_labels(
+    target: Tensor, classes: int, grid: tuple[int, int], purity: float = 0.0, view: View | None = None
+) -> Tensor:
     """The class that most labelled pixels under each token have, long[B, T]; -1 where none is labelled.
 
     Args:
@@ -72,23 +80,19 @@ def patch_labels(target: Tensor, classes: int, grid: tuple[int, int], purity: fl
         classes: K.
         grid: Of the tokens.
         purity: Tokens of whose labelled pixels a smaller share has that class get -1 too: they lie on a boundary.
+        view: Where the grid lies on the pixels; by default it divides them.
     """
-    images, tokens = len(target), grid[0] * grid[1]
-    cell_of = [((torch.arange(size) + 0.5) * n / size).long() for n, size in zip(grid, target.shape[1:], strict=True)]
-    token = (cell_of[0][:, None] * grid[1] + cell_of[1]).to(target.device)
-    label = torch.where(target == IGNORE_INDEX, classes, target.long())
+    images, tokens, size = len(target), grid[0] * grid[1], tuple(target.shape[1:])
+    row, column = (cell.to(target.device) for cell in (view or View.whole(size)).cells(grid, size))
+    seen = (row[:, None] >= 0) & (column >= 0)
+    token = (row[:, None] * grid[1] + column).where(seen, 0)
+    label = torch.where((target == IGNORE_INDEX) | ~seen, classes, target.long())
     image = torch.arange(images, device=target.device).view(-1, 1, 1)
     bins = (image * tokens + token) * (classes + 1) + label
     votes = torch.bincount(bins.flatten(), minlength=images * tokens * (classes + 1)).view(images, tokens, -1)
     votes = votes[..., :classes]
     total, (most, label) = votes.sum(-1), votes.max(-1)
     return torch.where((total > 0) & (most >= purity * total), label, -1)
-
-
-def _cells(cells: int, size: int, device: torch.device) -> Tensor:
-    """f[cells, size], 1 where a pixel's centre lies in a cell."""
-    cell_of = ((torch.arange(size, device=device) + 0.5) * cells / size).long()
-    return (cell_of == torch.arange(cells, device=device)[:, None]).float()
 
 
 class SegmentationMetric(Metric):
@@ -98,15 +102,15 @@ class SegmentationMetric(Metric):
         sites: S.
         images: Size of the dataset; `compute` insists on having seen each of its images.
         classes: K.
-        grid: Of the tokens.
+        geometry: Where the tokens lie on the images.
     """
 
     full_state_update = False
 
-    def __init__(self, sites: int, images: int, classes: int, grid: tuple[int, int]):
+    def __init__(self, sites: int, images: int, classes: int, geometry: Geometry):
         super().__init__()
-        self.images, self.classes, self.grid = images, classes, grid
-        tokens = grid[0] * grid[1]
+        self.images, self.classes, self.geometry = images, classes, geometry
+        tokens = geometry.grid[0] * geometry.grid[1]
         self._shapes = {
             "intersection": (sites, classes),
             "predicted": (sites, classes),
@@ -120,7 +124,9 @@ class SegmentationMetric(Metric):
 
     def update(self, logits: Tensor, target: Tensor, index: Tensor) -> None:
         """Adds images: `logits` f[S, B, K, h, w] on the grid, `target` uint8[B, H, W], `index` long[B]."""
-        counts = count(upsampled_argmax(logits, target.shape[-2:]), target, self.classes, self.grid)
+        size = tuple(target.shape[-2:])
+        view = self.geometry.view(size)
+        counts = count(upsampled_argmax(logits, size, view), target, self.classes, self.geometry.grid, view)
         self.index.append(index)
         for name, value in counts._asdict().items():
             # images first, for ranks are joined along the first axis

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor, DynamicCache
 
 from .families import FAMILIES, Family, build_mask, family_of, image_attention_of
-from .geometry import squash
+from .geometry import Geometry
 from .knockout import Knockout
 
 ENCODER, ADAPTER, FINAL_NORM = "encoder", "adapter", "final_norm"
@@ -44,16 +44,26 @@ class FrozenMLLM(nn.Module):
             of the decoder layers, before any norm) and "final_norm" (the last one normed: Hugging Face's
             ``hidden_states[-1]``).
         grid: Image tokens down and across; T is their product.
+        geometry: How it sees images: where the grid lies on an image and its mask.
         image_attention: The mask it runs under.
     """
 
-    def __init__(self, model, family: Family, image_processor, prefix_ids: list[int], image_attention: str):
+    def __init__(
+        self,
+        model,
+        family: Family,
+        image_processor,
+        prefix_ids: list[int],
+        image_attention: str,
+        image_aspect: str = "square",
+    ):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.family, self.image_processor = family, image_processor
         self.image_attention = image_attention
         self.grid = family.grid(model.config)
-        self.image_px = family.image_px(model.config)
+        image_px, colour = family.image_px(model.config), [int(255 * x) for x in image_processor.image_mean]
+        self.geometry = Geometry(self.grid, image_px, family.seen_px(model.config), image_aspect, tuple(colour))
         self.sites = site_names(len(self._decoder.layers))
         width = model.config.get_text_config().hidden_size
         self.widths = dict.fromkeys(self.sites, width) | {ENCODER: family.encoder_width(model.config)}
@@ -72,8 +82,8 @@ class FrozenMLLM(nn.Module):
         return super().train(False)  # a frozen model stays in eval mode whatever its owner does
 
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pixels f[B, 3, H, W]; each image is resized to the encoder's square as a whole, nothing is cropped."""
-        squares = [squash(image, self.image_px) for image in images]
+        """Pixels f[B, 3, H, W]; each image fills the encoder's square as a whole, nothing is cropped."""
+        squares = [self.geometry.place(image) for image in images]
         return self.image_processor(squares, do_pad=False, return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()
@@ -194,6 +204,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     *,
+    image_aspect: str = "square",
     prefix: str | None = None,
     untrained: Sequence[str] = (),
     seed: int = 0,
@@ -205,6 +216,7 @@ def load(
         image_attention: Runs it under another mask than it was trained with; None keeps its own.
         dtype: Of the weights; None keeps the checkpoint's.
         device: None takes the GPU if there is one.
+        image_aspect: How images become squares: "square" (resized) or "pad" (LLaVA's own), see probes/geometry.py.
         prefix: Text before the image; None takes the checkpoint's chat template up to the image.
         untrained: Parts ("adapter", "llm") whose weights are drawn anew: the controls that show what the architecture
             does without training.
@@ -224,6 +236,7 @@ def load(
         processor.image_processor,
         _prefix_ids(processor, path, prefix),
         image_attention_of(config, image_attention),
+        image_aspect,
     )
     return mllm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 

@@ -6,6 +6,7 @@ its own best epoch. Source: App. A.2.
 Shapes: S sites, B images, T image tokens on a grid h x w, d width, K classes.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class ProbeModule(LightningModule):
         num_classes: K; the command line links it from the data.
         image_attention: Runs the model under another mask than it was trained with.
         untrained: Parts whose weights are drawn anew, for controls: adapter, llm.
+        image_aspect: How images become squares: square (resized) or pad (LLaVA's own), see probes/geometry.py.
         sites: Those to probe; None for all.
         head: linear (the paper), mlp or conv.
         feature_norm: none (the paper), batchnorm or layernorm before the head.
@@ -49,6 +51,7 @@ class ProbeModule(LightningModule):
         num_classes: int = 150,
         image_attention: str | None = None,
         untrained: list[str] | None = None,
+        image_aspect: str = "square",
         sites: list[str] | None = None,
         head: str = "linear",
         feature_norm: str = "none",
@@ -73,15 +76,21 @@ class ProbeModule(LightningModule):
             return
         args, data = self.hparams, self.trainer.datamodule
         self.mllm = mllms.load(
-            args.mllm, args.image_attention, device="cpu", untrained=args.untrained or (), seed=args.seed
+            args.mllm,
+            args.image_attention,
+            device="cpu",
+            image_aspect=args.image_aspect,
+            untrained=args.untrained or (),
+            seed=args.seed,
         )
         self.sites = self.mllm._known(args.sites)
         self.heads = nn.ModuleDict({probe_name(r, site): self._new_head(r, site) for r, site in self._probes()})
         images = len(data.splits["validation"])
-        # Only the main recipe is counted token by token; for the others the image is one cell.
-        grids = [self.mllm.grid if name is None else (1, 1) for name in self.recipes]
+        # Only the main recipe is counted token by token; for the others an image is one cell.
+        by_token, as_a_whole = self.mllm.geometry, replace(self.mllm.geometry, grid=(1, 1))
         self.metrics = nn.ModuleList(
-            SegmentationMetric(len(self.sites), images, args.num_classes, grid) for grid in grids
+            SegmentationMetric(len(self.sites), images, args.num_classes, by_token if name is None else as_a_whole)
+            for name in self.recipes
         )
         self.statistics = StateStatistics({site: self.mllm.widths[site] for site in self.sites}, images)
 
@@ -94,9 +103,7 @@ class ProbeModule(LightningModule):
         how = self.recipes[recipe]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(how.seed * 1_000_003 + self.mllm.sites.index(site))
-            return Probe(
-                self.mllm.widths[site], self.hparams.num_classes, self.mllm.grid, how.feature_norm, how.head
-            )
+            return Probe(self.mllm.widths[site], self.hparams.num_classes, self.mllm.grid, how.feature_norm, how.head)
 
     def states(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """f[B, T, d] by site, in fp32 whatever the model runs in."""
@@ -124,8 +131,12 @@ class ProbeModule(LightningModule):
         """Mean cross-entropy over the labelled pixels of the batch, at the masks' own resolution, f[S]."""
         valid = sum((t != IGNORE_INDEX).sum() for t in target)
         valid = from_all_ranks(valid).double().mean().clamp(min=1)  # DDP averages what the ranks have
-        groups = by_size(target)
-        return sum(upsampled_cross_entropy(logits[:, i], t, IGNORE_INDEX, reduction="sum") for i, t in groups) / valid
+        view = self.mllm.geometry.view
+        losses = [
+            upsampled_cross_entropy(logits[:, images], t, IGNORE_INDEX, view=view(t.shape[-2:]), reduction="sum")
+            for images, t in by_size(target)
+        ]
+        return sum(losses) / valid
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Counts the batch's images; returns the main recipe's logits f[S, B, K, h, w] for callbacks."""
@@ -135,7 +146,8 @@ class ProbeModule(LightningModule):
         """As :meth:`validation_step`, and takes the statistics of the states."""
         states = self.states(batch)
         for images, target in by_size(batch["target"]):
-            labels = patch_labels(target, self.hparams.num_classes, self.mllm.grid)
+            view = self.mllm.geometry.view(tuple(target.shape[-2:]))
+            labels = patch_labels(target, self.hparams.num_classes, self.mllm.grid, view=view)
             self.statistics.update({site: x[images] for site, x in states.items()}, labels, batch["index"][images])
         return self._score(states, batch)
 

@@ -1,10 +1,10 @@
 """How probes are trained: a recipe. One frozen forward trains the probes of several, to see what depends on the choice.
 
-    model:
-      feature_norm: none                        the main recipe is given by the arguments of `ProbeModule`,
-      recipes:
-        batchnorm: {feature_norm: batchnorm}    a further one names what it does otherwise
-        shuffled: {labels: shuffled}
+model:
+  feature_norm: none                        the main recipe is given by the arguments of `ProbeModule`,
+  recipes:
+    batchnorm: {feature_norm: batchnorm}    a further one names what it does otherwise
+    shuffled: {labels: shuffled}
 """
 
 import re
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from .heads import FEATURE_NORMS, HEADS
 from .metrics import IGNORE_INDEX
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -88,8 +89,8 @@ def shuffled(target: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
     """Each image gets the mask of the one before it in the batch: no image keeps its own.
 
     What a probe still learns is what position and class frequencies alone tell. The order of training images is drawn
-    anew each epoch, and so is who stands before whom. Masks of different sizes are resized to that of the image (nearest
-    pixel). An image alone in its batch has no other mask: none of its pixels counts.
+    anew each epoch, and so is who stands before whom. Masks of different sizes are resized to that of the image, by
+    nearest pixel. An image alone in its batch has no other mask: none of its pixels counts.
 
     Args:
         target: uint8[B, H, W], or a list of B masks uint8[H, W].

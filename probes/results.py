@@ -1,9 +1,10 @@
 """The files of a probe run: what is written when it ends, and how the analyses read it back.
 
-    RUN/metrics.json         scores by site with intervals (the contract of reports)
-    RUN/counts.safetensors   pixel counts by image, of which all scores and intervals are made
-    RUN/probes.safetensors   the probes, each of its best epoch
-    RUN/manifest.json        what ran on what: versions, commit, config, data, hardware
+    RUN/metrics.json          scores by site with intervals, of the main recipe and of further ones (the contract)
+    RUN/counts.safetensors    the main recipe's pixel counts by image, of which its scores and intervals are made
+    RUN/recipes.safetensors   those of further recipes, if there are any: "NAME/intersection", "NAME/predicted"
+    RUN/probes.safetensors    the probes, each of its best epoch: "SITE.head.weight", "recipes/NAME/SITE.head.weight"
+    RUN/manifest.json         what ran on what: versions, commit, config, data, hardware
 
 A file appears whole or not at all; metrics.json comes last and says that the run is finished.
 """
@@ -12,7 +13,7 @@ import hashlib
 import json
 import platform
 import subprocess
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -24,53 +25,76 @@ from safetensors.torch import load_file, save_file
 
 from . import mllm as mllms
 from .data.datamodule import open_dataset
-from .heads import LinearProbe
+from .heads import Probe
 from .metrics import Counts
 from .mllm import ADAPTER, ENCODER
+from .recipes import probe_name
 from .statistics import bootstrap_weights, dataset_scores, interval, resampled_scores
 
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
 
 
-def save_run(module, data, counts: Counts, out: str | Path) -> None:
-    """Writes all files of a finished run into `out`; see the module's docstring."""
-    out = Path(out)
-    args = module.hparams
+def save_run(
+    module, data, counts: dict[str | None, Counts], states: dict[str, dict[str, float | None]], out: str | Path
+) -> None:
+    """Writes all files of a finished run into `out`; see the module's docstring.
+
+    Args:
+        module: The `ProbeModule`.
+        data: Its `SegmentationData`.
+        counts: By recipe; the main one's under None.
+        states: Statistics of the states by site.
+        out: Folder of the run.
+    """
+    out, args, main = Path(out), module.hparams, counts[None]
+    results = {name: recipe_results(module, data, name, counts[name]) for name in module.recipes}
+    for entry in results[None]["sites"]:
+        entry["states"] = states[entry["site"]]
     metrics = {
         "dataset": data.name,
         "split": "validation",
         "images": len(data.splits["validation"]),
         "mllm": args.mllm,
         "image_attention": module.mllm.image_attention,
+        "image_aspect": args.image_aspect,
         "untrained": list(args.untrained or ()),
         "seed": args.seed,
-        "probe": {
-            "feature_norm": args.feature_norm,
-            "learning_rate": args.learning_rate,
-            "batch_size": data.batch_size,
-            "epochs": module.trainer.max_epochs,
-            "steps": module.trainer.max_epochs * data.steps_per_epoch,
-        },
         "classes": data.classes,
-        "baseline": baseline(counts, data.classes),
+        "baseline": baseline(main, data.classes),
         "grid": list(module.mllm.grid),
-        "sites": site_scores(module, counts),
+        **results.pop(None),
+        "recipes": results,
     }
-    metrics["summary"] = summary({site["site"]: site["miou"] for site in metrics["sites"]})
-    heads = {f"{site}.{k}": v for site, head in module.heads.items() for k, v in head.state_dict().items()}
-    write_tensors(out / "counts.safetensors", counts._asdict())
-    write_tensors(out / "probes.safetensors", heads)
+    further = {f"{name}/{k}": getattr(counts[name], k) for name in results for k in ("intersection", "predicted")}
+    group = group_of(data.splits["validation"])
+    write_tensors(out / "counts.safetensors", main._asdict() | ({} if group is None else {"group": group}))
+    if further:
+        write_tensors(out / "recipes.safetensors", further)
+    write_tensors(out / "probes.safetensors", module.heads.state_dict())
     write_json(out / "manifest.json", manifest(module, data))
     write_json(out / "metrics.json", metrics)
 
 
-def site_scores(module, counts: Counts) -> list[dict[str, Any]]:
-    """One entry a site: scores with intervals over images, the best epoch, and the score after each epoch."""
+def recipe_results(module, data, recipe: str | None, counts: Counts) -> dict[str, Any]:
+    """{"probe": how it was trained, "sites": scores by site, "summary"} of a recipe."""
+    probe = asdict(module.recipes[recipe]) | {
+        "batch_size": data.batch_size,
+        "epochs": module.trainer.max_epochs,
+        "steps": module.trainer.max_epochs * data.steps_per_epoch,
+        "validated_at": module.validated_at,
+    }
+    sites = site_scores(module, data, recipe, counts)
+    return {"probe": probe, "sites": sites, "summary": summary({site["site"]: site["miou"] for site in sites})}
+
+
+def site_scores(module, data, recipe: str | None, counts: Counts) -> list[dict[str, Any]]:
+    """One entry a site: scores with intervals over images, the best epoch, and the score at each validation."""
     score = dataset_scores(counts)
     resampled = resampled_scores(counts, bootstrap_weights(counts.labelled.shape[0], seed=module.hparams.seed))
     entries = []
     for i, site in enumerate(module.sites):
-        history = module.history.get(site, [])
+        history = module.history.get(probe_name(recipe, site), [])
+        best_step = module.validated_at[history.index(max(history))] if history else None
         entries.append(
             {
                 "site": site,
@@ -79,12 +103,25 @@ def site_scores(module, counts: Counts) -> list[dict[str, Any]]:
                 "miou_ci95": interval(score.miou[i].item(), resampled.miou[:, i]),
                 "pacc": score.pacc[i].item(),
                 "pacc_ci95": interval(score.pacc[i].item(), resampled.pacc[:, i]),
-                "best_epoch": history.index(max(history)) + 1 if history else None,
+                "best_epoch": epochs(best_step, data.steps_per_epoch),
                 "iou_per_class": [None if x != x else x for x in score.iou[i].tolist()],
                 "history": history,
             }
         )
     return entries
+
+
+def group_of(dataset) -> torch.Tensor | None:
+    """i64[N], which group (city) an image is of, in alphabetical order; None where the dataset has no groups."""
+    groups = getattr(dataset, "groups", None)
+    return None if groups is None else torch.tensor([sorted(set(groups)).index(group) for group in groups])
+
+
+def epochs(steps: int | None, steps_per_epoch: int) -> int | float | None:
+    """Epochs after so many steps: a whole number at the end of one, a fraction where it was validated within."""
+    if steps is None:
+        return None
+    return steps // steps_per_epoch if steps % steps_per_epoch == 0 else steps / steps_per_epoch
 
 
 def baseline(counts: Counts, classes: list[str]) -> dict[str, Any]:
@@ -206,7 +243,32 @@ class ProbeRun:
 
     @cached_property
     def counts(self) -> Counts:
-        return Counts(**read_tensors(self.path / "counts.safetensors"))
+        tensors = read_tensors(self.path / "counts.safetensors")
+        return Counts(**{name: tensors[name] for name in Counts._fields})
+
+    def counts_of(self, recipe: str | None) -> Counts:
+        """The counts of a recipe, None for the main one. For a further one an image counts as a single patch: by token,
+        only the main one is counted."""
+        if recipe is None:
+            return self.counts
+        if recipe not in self.metrics["recipes"]:
+            raise ValueError(
+                f"{self.path} has no recipe {recipe!r}; it has {', '.join(self.metrics['recipes']) or 'none'}"
+            )
+        tensors, labelled = read_tensors(self.path / "recipes.safetensors"), self.counts.labelled
+        intersection, predicted = (tensors[f"{recipe}/{name}"] for name in ("intersection", "predicted"))
+        right, valid = intersection.sum(-1, keepdim=True), labelled.sum(-1, keepdim=True)
+        return Counts(intersection, predicted, labelled, patch_right=right, patch_valid=valid)
+
+    @property
+    def confusion(self) -> torch.Tensor:
+        """i64[S, K, K]: pixels by site, label and prediction, of the main recipe."""
+        return read_tensors(self.path / "counts.safetensors")["confusion"]
+
+    @property
+    def groups(self) -> torch.Tensor | None:
+        """i64[N]: which group (city) an image is of; None where the dataset has none."""
+        return read_tensors(self.path / "counts.safetensors").get("group")
 
     def dataset(self, split: str = "validation"):
         data = self.manifest["data"]
@@ -216,16 +278,21 @@ class ProbeRun:
         """The model that was probed, as it was then."""
         config = self.manifest["config"]
         return mllms.load(
-            config["mllm"], config["image_attention"], untrained=config["untrained"] or (), seed=config["seed"]
+            config["mllm"],
+            config["image_attention"],
+            image_aspect=config["image_aspect"],
+            untrained=config["untrained"] or (),
+            seed=config["seed"],
         )
 
-    def probes(self) -> dict[str, LinearProbe]:
-        """The probe of each site, in eval mode."""
-        tensors = read_tensors(self.path / "probes.safetensors")
+    def probes(self) -> dict[str, Probe]:
+        """The main recipe's probe of each site, in eval mode."""
+        tensors, how = read_tensors(self.path / "probes.safetensors"), self.metrics["probe"]
+        classes, grid = len(self.metrics["classes"]), tuple(self.metrics["grid"])
         heads = {}
         for site in self.metrics["sites"]:
             name = site["site"]
-            head = LinearProbe(site["dim"], len(self.metrics["classes"]), self.metrics["probe"]["feature_norm"])
+            head = Probe(site["dim"], classes, grid, how["feature_norm"], how["head"])
             head.load_state_dict(
                 {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
             )

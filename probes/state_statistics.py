@@ -20,12 +20,12 @@ class StateStatistics(Metric):
       follows it.
     - largest_channel: share of all energy (sum of squares) that the strongest channel has; 1 / d if all are alike.
       Large where there are massive activations.
-    - anisotropy: mean cosine of two tokens of different images, over all such pairs. 0 for directions at random, 1 if all
-      point one way. With u the unit vectors and U_i the sum of those of image i, the cosines of all pairs sum to
+    - anisotropy: mean cosine of two tokens of different images, over all such pairs. 0 for directions at random, 1 if
+      all point one way. With u the unit vectors and U_i the sum of those of image i, the cosines of all pairs sum to
       |sum_i U_i|^2 - sum_i |U_i|^2. Source: Ethayarajh 2019, "How contextual are contextualized word representations?"
-    - knn_purity: share of the 10 nearest labelled tokens of the same image, by cosine, that have a token's own class (most
-      of its pixels); mean over the labelled tokens of an image, then over images. Images with fewer than 11 labelled
-      tokens do not count.
+    - knn_purity: share of the 10 nearest labelled tokens of the same image, by cosine, that have a token's own class
+      (that of most of its pixels); mean over the labelled tokens of an image, then over images. Images with fewer than
+      11 labelled tokens do not count.
 
     Args:
         widths: d by site.
@@ -54,7 +54,7 @@ class StateStatistics(Metric):
         self.seen += torch.bincount(index, minlength=len(self.seen))
         self.tokens += images * tokens
         self.squared_pairs += images * tokens**2
-        self.pure_images += (enough_labels(labels)).sum()
+        self.pure_images += enough_labels(labels).sum()
         for site in self.widths:
             self._add(site, states[site].float(), labels)
 

@@ -25,6 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .geometry import Span, View
+
 # Numbers in a chunk. On a CPU 2 MB: a few passes over it stay in cache, and calls into torch are few. A GPU wants more.
 CHUNK_NUMEL = {"cpu": 2**19, "cuda": 2**25}
 
@@ -51,21 +53,27 @@ class Plan(NamedTuple):
     images: int  # in one chunk
 
 
-def _nodes(n_in: int, n_out: int) -> tuple[Tensor, Tensor]:
-    """Returns for each output the node at or below it, i64[n_out], and the fraction of the way to the next, f64."""
-    centres = (torch.arange(n_out, dtype=torch.float64) + 0.5) * (n_in / n_out) - 0.5
-    centres = centres.clamp(0, n_in - 1)
+def _nodes(n_in: int, n_out: int, span: Span | None) -> tuple[Tensor, Tensor]:
+    """Returns for each output the node at or below it, i64[n_out], and the fraction of the way to the next, f64. Beyond
+    the outermost nodes it is those that count."""
+    centres = (span or Span(0.0, float(n_out))).nodes(n_in, n_out).clamp(0, n_in - 1)
     nodes = centres.long()
     return nodes, centres - nodes
 
 
 @lru_cache(maxsize=64)
 def bilinear_weights(
-    n_in: int, n_out: int, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+    n_in: int,
+    n_out: int,
+    span: Span | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
 ) -> Tensor:
     """Returns the matrix f[n_out, n_in] that resamples one axis bilinearly. Its rows sum to 1.
 
-    The same as `F.interpolate(mode="bilinear", align_corners=False, antialias=False)`: up or down, at any ratio.
+    Where the nodes divide the outputs (no `span`) it is the same as `F.interpolate(mode="bilinear",
+    align_corners=False, antialias=False)`: up or down, at any ratio.
     The tensor is cached: do not write to it.
 
     Raises:
@@ -74,7 +82,7 @@ def bilinear_weights(
     if min(n_in, n_out) < 1:
         raise ValueError(f"sizes must be at least 1, got n_in={n_in} and n_out={n_out}")
     with torch.inference_mode(False):  # a tensor cached during validation must serve in training, too
-        nodes, fractions = _nodes(n_in, n_out)
+        nodes, fractions = _nodes(n_in, n_out, span)
         weights = torch.zeros(n_out, n_in, dtype=torch.float64)
         weights.scatter_(1, (nodes + 1).clamp(max=n_in - 1)[:, None], fractions[:, None])
         weights.scatter_(1, nodes[:, None], 1 - fractions[:, None])  # second: at the edge both are the same node
@@ -95,6 +103,7 @@ def make_plan(
     dtype: torch.dtype,
     device: torch.device,
     *,
+    view: View | None = None,
     stride: int = 1,
     max_rows: int | None = None,
 ) -> Plan:
@@ -107,14 +116,16 @@ def make_plan(
         size: (H, W).
         dtype: of the weights.
         device: of the weights; its type also sets the size of a chunk.
+        view: where the grid lies on the pixels; by default it divides them.
         stride: takes only each stride-th pixel row and column, from `stride // 2` on; H, W are then what remains.
         max_rows: at most so many pixel rows in a chunk; by default what fits.
     """
     (h, w), (height, width), keep = grid, size, slice(stride // 2, None, stride)
+    view = view or View.whole(size)
     numel = CHUNK_NUMEL.get(device.type, CHUNK_NUMEL["cuda"])
-    rows = bilinear_weights(h, height, dtype=dtype, device=device)[keep]
-    cols = bilinear_weights(w, width, dtype=dtype, device=device)[keep].T.contiguous()
-    nodes, n_cols = _nodes(h, height)[0][keep], cols.shape[1]
+    rows = bilinear_weights(h, height, view.rows, dtype=dtype, device=device)[keep]
+    cols = bilinear_weights(w, width, view.cols, dtype=dtype, device=device)[keep].T.contiguous()
+    nodes, n_cols = _nodes(h, height, view.rows)[0][keep], cols.shape[1]
     # Bands are as high as they come, unless a strip of 64 columns would overfill the chunk.
     most = max_rows or max(1, numel // (classes * min(n_cols, 64)))
     bands, first = [], 0
@@ -146,7 +157,7 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
 
 
 @torch.no_grad()
-def upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def upsampled_argmax(logits: Tensor, size: tuple[int, int], view: View | None = None) -> Tensor:
     """Returns the class of each pixel, uint8[..., H, W], or int16 where K > 255.
 
     The same as `F.interpolate(logits, size, mode="bilinear").argmax(-3)`, float ties aside, in the memory of a chunk.
@@ -154,6 +165,7 @@ def upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
     Args:
         logits: f[..., K, h, w], finite.
         size: (H, W).
+        view: where the grid lies on these pixels; by default it divides them.
 
     Raises:
         ValueError: logits have fewer than three axes, or one of size 0 among the last three.
@@ -162,7 +174,7 @@ def upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
         raise ValueError(f"logits must be [..., K, h, w], none of them 0, got {list(logits.shape)}")
     (*leading, classes, h, w), size, dtype = logits.shape, tuple(size), compute_dtype(logits)
     grids = logits.reshape(-1, classes, h, w).transpose(1, 2)  # [N, h, K, w]
-    plan = make_plan(max(1, len(grids)), classes, (h, w), size, dtype, logits.device)
+    plan = make_plan(max(1, len(grids)), classes, (h, w), size, dtype, logits.device, view=view)
     out = logits.new_empty((len(grids), *size), dtype=torch.uint8 if classes <= 255 else torch.int16)
     # max() with indices does not vectorise. Instead mark the best, number the classes downwards, take the highest: the
     # first of the best, as argmax would.

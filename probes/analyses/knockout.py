@@ -265,7 +265,8 @@ def _batches(
     for batch in tqdm(DataLoader(dataset, batch_size, collate_fn=collate), desc="knockout", mininterval=5):
         truth = torch.empty(len(batch["index"]), reader.mllm.grid[0] * reader.mllm.grid[1], dtype=torch.long)
         for images, target in by_size(batch["target"]):
-            truth[images] = patch_labels(target, len(run.metrics["classes"]), reader.mllm.grid)
+            view = reader.mllm.geometry.view(target.shape[1:])
+            truth[images] = patch_labels(target, len(run.metrics["classes"]), reader.mllm.grid, view=view)
         yield batch["pixels"], truth, batch["index"]
 
 

@@ -37,7 +37,8 @@ def maps_of_image(reader: PatchReader, sample: dict, sites: list[str], blocked: 
     states = reader.mllm.states(pixels, sites, knockout)
     logits = torch.stack([reader.heads[site](states[site].float())[0] for site in sites])
     logits = logits.transpose(-1, -2).unflatten(-1, reader.mllm.grid)
-    return upsampled_argmax(logits, sample["target"].shape).to(torch.uint8).cpu()
+    size = sample["target"].shape
+    return upsampled_argmax(logits, size, reader.mllm.geometry.view(size)).to(torch.uint8).cpu()
 
 
 def knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tuple[dict, Tensor] | None:
@@ -62,7 +63,8 @@ def knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tuple[dict, 
     both = torch.minimum(tensors[f"{name}/patches"], tensors[f"{name}/anchors"])
     image = tensors[f"{name}/image"][both.argmax()].item()
     sample, classes = run.dataset()[image], run.metrics["classes"]
-    truth = patch_labels(torch.from_numpy(sample["target"])[None], len(classes), reader.mllm.grid)
+    target, mllm = torch.from_numpy(sample["target"])[None], reader.mllm
+    truth = patch_labels(target, len(classes), mllm.grid, view=mllm.geometry.view(target.shape[1:]))
     predicted = reader.predict(reader.mllm.preprocess([sample["image"]]))
     (case,) = find_cases(predicted, truth, torch.tensor([image]), classes.index(name), 0, 1, np.random.default_rng(0))
     maps = [maps_of_image(reader, sample, run.layers, case.blocked.get(condition)) for condition in SHOWN]

@@ -38,7 +38,9 @@ def umap_of_image(run: ProbeRun, image: int, sites: list[str] | None = None, see
     if not 0 <= image < len(dataset):
         raise ValueError(f"image {image} is out of range; the split has images 0..{len(dataset) - 1}")
     sample = dataset[image]
-    labels = patch_labels(torch.from_numpy(sample["target"])[None], len(run.metrics["classes"]), mllm.grid)[0].numpy()
+    target = torch.from_numpy(sample["target"])[None]
+    view = mllm.geometry.view(target.shape[1:])
+    labels = patch_labels(target, len(run.metrics["classes"]), mllm.grid, view=view)[0].numpy()
     states = mllm.states(mllm.preprocess([sample["image"]]), sites or _default_sites(run))
     known = labels >= 0
     entries = []

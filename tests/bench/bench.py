@@ -24,7 +24,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 from probes import upsampled_cross_entropy
 from probes.families import FAMILIES
-from probes.heads import LinearProbe
+from probes.heads import Probe
 from probes.mllm import FrozenMLLM
 from probes.module import ProbeModule
 
@@ -140,7 +140,7 @@ class Sweep:
         self.mllm = frozen_model()
         self.pixels = torch.randn(images, 3, 168, 168)
         self.target = torch.randint(0, CLASSES, (images, MASK_PX, MASK_PX))
-        heads = {site: LinearProbe(width, CLASSES) for site, width in self.mllm.widths.items()}
+        heads = {site: Probe(width, CLASSES, self.mllm.grid) for site, width in self.mllm.widths.items()}
         self.heads = nn.ModuleDict(heads)
         self.optimizers = {
             sites: torch.optim.AdamW([p for s in sites for p in heads[s].parameters()], fused=True)

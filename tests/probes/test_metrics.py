@@ -7,11 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from probes.geometry import Geometry
 from probes.metrics import SegmentationMetric, count, patch_labels
 from probes.statistics import dataset_scores
 from probes.upsample import upsampled_argmax
 
 CLASSES, GRID = 5, (2, 3)
+GEOMETRY = Geometry(GRID, 12, 12)
 
 
 def random_batch(seed: int, images: int = 3, sites: int = 2, size=(11, 13), absent: int | None = 3):
@@ -28,7 +30,7 @@ def random_batch(seed: int, images: int = 3, sites: int = 2, size=(11, 13), abse
 @given(st.integers(0, 10**6), st.sampled_from([None, 0, 3]))
 def test_scores_equal_numpy_with_absent_classes_and_ignored_pixels(seed, absent):
     logits, target = random_batch(seed, absent=absent)
-    metric = SegmentationMetric(2, 3, CLASSES, GRID)
+    metric = SegmentationMetric(2, 3, CLASSES, GEOMETRY)
     for i in range(3):
         metric.update(logits[:, i : i + 1], target[i : i + 1], torch.tensor([i]))
     ours = dataset_scores(metric.compute())
@@ -52,7 +54,7 @@ def test_score_is_of_the_dataset_not_the_mean_of_images():
 
 def test_image_seen_twice_counts_once_in_the_order_of_the_dataset():
     logits, target = random_batch(2)
-    once, twice = (SegmentationMetric(2, 3, CLASSES, GRID) for _ in range(2))
+    once, twice = (SegmentationMetric(2, 3, CLASSES, GEOMETRY) for _ in range(2))
     once.update(logits, target, torch.arange(3))
     order = [2, 0, 1, 2, 0]
     twice.update(logits[:, order], target[order], torch.tensor(order))
@@ -62,7 +64,7 @@ def test_image_seen_twice_counts_once_in_the_order_of_the_dataset():
 
 def test_missing_image_is_noticed():
     logits, target = random_batch(2)
-    metric = SegmentationMetric(2, 4, CLASSES, GRID)
+    metric = SegmentationMetric(2, 4, CLASSES, GEOMETRY)
     metric.update(logits, target, torch.tensor([0, 1, 3]))
     with pytest.raises(RuntimeError, match="saw 3 of 4 images"):
         metric.compute()
@@ -98,11 +100,14 @@ def test_patch_labels_are_majorities_and_purity_leaves_boundaries_out():
 def test_metric_state_of_two_ranks_joins_to_that_of_one():
     """What torchmetrics does over ranks, by hand: states are joined, duplicates of a topped-up round included."""
     logits, target = random_batch(4)
-    one, ranks = SegmentationMetric(2, 3, CLASSES, GRID), [SegmentationMetric(2, 3, CLASSES, GRID) for _ in range(2)]
+    one, ranks = (
+        SegmentationMetric(2, 3, CLASSES, GEOMETRY),
+        [SegmentationMetric(2, 3, CLASSES, GEOMETRY) for _ in range(2)],
+    )
     one.update(logits, target, torch.arange(3))
     for rank, images in zip(ranks, ([0, 2], [1, 0]), strict=True):
         rank.update(logits[:, images], target[images], torch.tensor(images))
-    joined = SegmentationMetric(2, 3, CLASSES, GRID)
+    joined = SegmentationMetric(2, 3, CLASSES, GEOMETRY)
     for name in ("index", *joined._shapes):
         setattr(joined, name, [torch.cat(getattr(rank, name)) for rank in ranks])
     joined._update_count = 1

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from probes.cli import main
-from probes.heads import LinearProbe
+from probes.geometry import Geometry
 from probes.module import ProbeModule
 from probes.results import ProbeRun
 
@@ -123,7 +124,8 @@ def test_loss_over_masks_of_different_sizes_is_the_mean_over_all_their_pixels():
     logits = torch.randn(2, 3, 4, 2, 2)
     targets = [torch.randint(0, 4, size, dtype=torch.uint8) for size in ((6, 5), (9, 4), (6, 5))]
     targets[1][:3] = 255
-    ours = ProbeModule.losses(None, logits, targets)
+    module = SimpleNamespace(mllm=SimpleNamespace(geometry=Geometry((2, 2), 8, 8)))
+    ours = ProbeModule.losses(module, logits, targets)
     for probe in range(2):
         pixels = [
             F.interpolate(logits[probe, i : i + 1], target.shape, mode="bilinear")[0].flatten(1).T
@@ -131,6 +133,23 @@ def test_loss_over_masks_of_different_sizes_is_the_mean_over_all_their_pixels():
         ]
         labels = torch.cat([target.flatten() for target in targets]).long()
         torch.testing.assert_close(ours[probe], F.cross_entropy(torch.cat(pixels), labels, ignore_index=255))
+
+
+def test_padded_images_are_probed_where_they_lie(checkpoints, segmentation, tmp_path):
+    """Under "pad" the run's maps are those of logits upsampled to the padded square, and cropped."""
+    more = ["--model.image_aspect", "pad", "--model.sites", "[adapter]", "--save_predictions", "true"]
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, *more))
+    run = ProbeRun(tmp_path)
+    assert run.metrics["image_aspect"] == run.mllm().geometry.aspect == "pad"
+    mllm, head = run.mllm(), run.probes()["adapter"]
+    for sample in run.dataset():
+        height, width = sample["target"].shape
+        side = max(height, width)
+        logits = head(mllm.states(mllm.preprocess([sample["image"]]), ["adapter"])["adapter"]).transpose(1, 2)
+        square = F.interpolate(logits.unflatten(-1, mllm.grid), (side, side), mode="bilinear")[0].argmax(0)
+        top, left = (side - height) // 2, (side - width) // 2
+        saved = np.asarray(Image.open(tmp_path / "predictions" / "adapter" / f"{sample['name']}.png"))
+        assert (square[top : top + height, left : left + width].numpy() == saved).mean() > 0.999
 
 
 def test_frozen_model_gets_no_gradient_and_stays_out_of_checkpoints(run):
@@ -148,21 +167,6 @@ def test_resumed_run_ends_as_an_uninterrupted_one(checkpoints, segmentation, tmp
     main(arguments(checkpoints["causal"], segmentation, tmp_path / "b", "--ckpt_path", str(first), *more))
     whole, resumed = (ProbeRun(tmp_path / name).metrics["sites"] for name in "ab")
     assert whole == resumed and len(whole[0]["history"]) == 4
-
-
-def test_unknown_feature_norm_is_an_error():
-    with pytest.raises(ValueError, match="unknown feature_norm 'l2'; there is none, batchnorm, layernorm"):
-        LinearProbe(4, 3, "l2")
-
-
-@pytest.mark.parametrize("norm", ["none", "batchnorm", "layernorm"])
-def test_probe_is_linear_in_normalised_states(norm):
-    probe, states = LinearProbe(6, 3, norm).eval(), torch.randn(2, 4, 6)
-    normalised = {"layernorm": torch.nn.functional.layer_norm(states, (6,))}.get(norm, states)
-    scale = 1 / (1 + 1e-5) ** 0.5 if norm == "batchnorm" else 1.0  # running statistics of a fresh probe
-    expected = normalised * scale @ probe.linear.weight.T + probe.linear.bias
-    torch.testing.assert_close(probe(states), expected)
-    assert sum(p.numel() for p in probe.parameters()) == 6 * 3 + 3, "nothing but the linear layer is learned"
 
 
 @pytest.mark.distributed

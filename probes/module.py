@@ -106,26 +106,29 @@ class ProbeModule(LightningModule):
             return Probe(self.mllm.widths[site], self.hparams.num_classes, self.mllm.grid, how.feature_norm, how.head)
 
     def states(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """f[B, T, d] by site, in fp32 whatever the model runs in."""
-        states = batch["states"] if "states" in batch else self.mllm.states(batch["pixels"], self.sites)
-        return {site: states[site].float() for site in self.sites}
+        """f[B, T, d] by site, in the model's own dtype."""
+        return batch["states"] if "states" in batch else self.mllm.states(batch["pixels"], self.sites)
 
     def logits(self, states: dict[str, Tensor], recipe: str | None) -> Tensor:
-        """Logits of a recipe's probes on the token grid, f[S, B, K, h, w]."""
-        logits = torch.stack([self.heads[probe_name(recipe, site)](states[site]) for site in self.sites])
+        """Logits of a recipe's probes on the token grid, f[S, B, K, h, w], in fp32 whatever the states are in."""
+        logits = torch.stack([self.heads[probe_name(recipe, site)](states[site].float()) for site in self.sites])
         return logits.transpose(-1, -2).unflatten(-1, self.mllm.grid)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         states, total = self.states(batch), 0.0
+        # One recipe at a time, and its gradient at once: then what one keeps for the backward is gone before the next
+        # one starts (at 7B, all sites, 64 images: 20 GB of states in fp32), and none touches another's rounding.
         targets = {kind: LABELS[kind](batch["target"]) for kind in {how.labels for how in self.recipes.values()}}
-        # One recipe at a time: only the gradients of its logits stay, and other recipes cannot touch its rounding.
         for name, recipe in self.recipes.items():
             losses = self.losses(self.logits(states, name), targets[recipe.labels])
             group = "" if name is None else f"recipes/{name}/"
             for site, loss in zip(self.sites, losses.detach(), strict=True):
                 self.log(f"{group}train_loss/{site}", loss, batch_size=len(batch["index"]))
-            total = total + losses.sum()
+            total = total + linearised(losses.sum(), self._parameters_of(name))
         return total
+
+    def _parameters_of(self, recipe: str | None) -> list[nn.Parameter]:
+        return [p for site in self.sites for p in self.heads[probe_name(recipe, site)].parameters()]
 
     def losses(self, logits: Tensor, target: Tensor | list[Tensor]) -> Tensor:
         """Mean cross-entropy over the labelled pixels of the batch, at the masks' own resolution, f[S]."""
@@ -197,8 +200,7 @@ class ProbeModule(LightningModule):
     def configure_optimizers(self) -> dict[str, Any]:
         args = self.hparams
         groups = [
-            {"params": [p for site in self.sites for p in self.heads[probe_name(name, site)].parameters()]}
-            | {"lr": recipe.learning_rate}
+            {"params": self._parameters_of(name), "lr": recipe.learning_rate}
             | ({} if len(self.recipes) == 1 else {"name": name or "main"})  # in the log of learning rates
             for name, recipe in self.recipes.items()
         ]
@@ -222,6 +224,12 @@ class ProbeModule(LightningModule):
             )
         self.best, self.history = checkpoint["best"], checkpoint["history"]
         self.validated_at = checkpoint["validated_at"]
+
+
+def linearised(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """A scalar with the gradient of `loss` by the parameters, of whose graph it keeps nothing: sum of p * dloss/dp."""
+    gradients = torch.autograd.grad(loss, parameters)
+    return sum((p * gradient).sum() for p, gradient in zip(parameters, gradients, strict=True))
 
 
 def by_size(target: Tensor | list[Tensor]) -> list[tuple[Any, Tensor]]:

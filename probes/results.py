@@ -66,8 +66,8 @@ def save_run(
         "recipes": results,
     }
     further = {f"{name}/{k}": getattr(counts[name], k) for name in results for k in ("intersection", "predicted")}
-    group = group_of(data.splits["validation"])
-    write_tensors(out / "counts.safetensors", main._asdict() | ({} if group is None else {"group": group}))
+    tensors = main._asdict() | {"group": group_of(data.splits["validation"])}
+    write_tensors(out / "counts.safetensors", {k: v for k, v in tensors.items() if v is not None})
     if further:
         write_tensors(out / "recipes.safetensors", further)
     write_tensors(out / "probes.safetensors", module.heads.state_dict())
@@ -242,9 +242,13 @@ class ProbeRun:
         return [site for site in self.sites if site == ADAPTER or site.startswith("layer_")]
 
     @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return read_tensors(self.path / "counts.safetensors")
+
+    @property
     def counts(self) -> Counts:
-        tensors = read_tensors(self.path / "counts.safetensors")
-        return Counts(**{name: tensors[name] for name in Counts._fields})
+        """The main recipe's."""
+        return Counts(**{name: self._tensors[name] for name in Counts._fields if name in self._tensors})
 
     def counts_of(self, recipe: str | None) -> Counts:
         """The counts of a recipe, None for the main one. For a further one an image counts as a single patch: by token,
@@ -261,14 +265,14 @@ class ProbeRun:
         return Counts(intersection, predicted, labelled, patch_right=right, patch_valid=valid)
 
     @property
-    def confusion(self) -> torch.Tensor:
-        """i64[S, K, K]: pixels by site, label and prediction, of the main recipe."""
-        return read_tensors(self.path / "counts.safetensors")["confusion"]
+    def confusion(self) -> torch.Tensor | None:
+        """i64[S, K, K]: pixels by site, label and prediction, of the main recipe; None where they were not counted."""
+        return self._tensors.get("confusion")
 
     @property
     def groups(self) -> torch.Tensor | None:
-        """i64[N]: which group (city) an image is of; None where the dataset has none."""
-        return read_tensors(self.path / "counts.safetensors").get("group")
+        """i64[N]: which group (city) a validation image is of; None where the dataset has none."""
+        return self._tensors.get("group")
 
     def dataset(self, split: str = "validation"):
         data = self.manifest["data"]

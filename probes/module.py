@@ -40,6 +40,8 @@ class ProbeModule(LightningModule):
         learning_rate: Of AdamW; it falls as a polynomial of degree 0.9 to zero.
         betas: AdamW's.
         weight_decay: AdamW's.
+        label_stride: s > 1 trains on each s-th pixel row and column of the masks, for a fraction of the loss's cost;
+            scores are of all pixels.
         recipes: Further ones by name, each with what differs of head, feature_norm, labels, learning_rate and seed; see
             `recipes.py`. They leave the probes of the main one as they are.
         seed: Of the probes' and the control's weights; the command line links it from seed_everything.
@@ -59,6 +61,7 @@ class ProbeModule(LightningModule):
         learning_rate: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
+        label_stride: int = 1,
         recipes: dict[str, dict[str, Any]] | None = None,
         seed: int = 0,
     ):
@@ -132,11 +135,13 @@ class ProbeModule(LightningModule):
 
     def losses(self, logits: Tensor, target: Tensor | list[Tensor]) -> Tensor:
         """Mean cross-entropy over the labelled pixels of the batch, at the masks' own resolution, f[S]."""
-        valid = sum((t != IGNORE_INDEX).sum() for t in target)
+        view, stride = self.mllm.geometry.view, self.hparams.label_stride
+        valid = sum((t[..., stride // 2 :: stride, stride // 2 :: stride] != IGNORE_INDEX).sum() for t in target)
         valid = from_all_ranks(valid).double().mean().clamp(min=1)  # DDP averages what the ranks have
-        view = self.mllm.geometry.view
         losses = [
-            upsampled_cross_entropy(logits[:, images], t, IGNORE_INDEX, view=view(t.shape[-2:]), reduction="sum")
+            upsampled_cross_entropy(
+                logits[:, images], t, IGNORE_INDEX, view=view(t.shape[-2:]), label_stride=stride, reduction="sum"
+            )
             for images, t in by_size(target)
         ]
         return sum(losses) / valid

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -56,9 +57,11 @@ def _is_number(value: Any, *types: type) -> bool:
 def all_recipes(main: Recipe, further: dict[str, dict[str, Any]]) -> dict[str | None, Recipe]:
     """The recipes of a run by name: the main one under None, and those that say how they differ from it.
 
+    One that equals an earlier one is left out, so that a config of recipes serves on any main one: it would train the
+    same probes again, and pass for another seed.
+
     Raises:
-        ValueError: A name that cannot stand in the names of tensors, an unknown key or value, or a recipe that another
-            one equals: it would cost a pass over the losses, and be mistaken for another seed.
+        ValueError: A name that cannot stand in the names of tensors, or an unknown key or value.
     """
     recipes: dict[str | None, Recipe] = {None: main}
     for name, difference in further.items():
@@ -72,11 +75,10 @@ def all_recipes(main: Recipe, further: dict[str, dict[str, Any]]) -> dict[str | 
             recipe = replace(main, **difference)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None
-        for other, equal in recipes.items():
-            if recipe == equal:
-                whose = "the main recipe" if other is None else f"model.recipes.{other}"
-                raise ValueError(f"{key} is the same as {whose}; leave it out, or change one of {', '.join(known)}")
-        recipes[name] = recipe
+        if recipe in recipes.values():
+            rank_zero_info(f"{key} is the same as another recipe (the main one is {main}) and is left out")
+        else:
+            recipes[name] = recipe
     return recipes
 
 

@@ -18,7 +18,7 @@ ENCODERS = ["encoder/clip.yaml", "encoder/dinov2.yaml", "encoder/siglip.yaml"]
 BUDGET = ["budget/lora_24gb.yaml", "budget/full_80gb.yaml"]  # behind stage 2 and an encoder
 CLUSTER = ["cluster/ddp.yaml", "cluster/zero2.yaml", "cluster/zero3.yaml", "cluster/zero3_offload.yaml"]
 PROBING = ["probes/folder.yaml", "demo/probes.yaml"]
-UPON_PROBING = ["demo/untrained.yaml"]
+UPON_PROBING = ["demo/untrained.yaml", "probes/recipes.yaml", "demo/recipes.yaml"]
 
 
 def test_every_yaml_is_covered_here():
@@ -125,7 +125,7 @@ def test_budget_accumulates_to_the_recipes_batch(budget, parts, conversations, e
         assert cli.model.lora == Lora(128, 256, 0.05) and rates == (2e-4, 2e-5)
 
 
-@pytest.mark.parametrize("more", [[], UPON_PROBING])
+@pytest.mark.parametrize("more", [[], *([name] for name in UPON_PROBING)])
 @pytest.mark.parametrize("file", PROBING)
 def test_probing_config_is_instantiated(file, more, checkpoints, segmentation):
     from probes.training import build_cli
@@ -140,7 +140,8 @@ def test_probing_config_is_instantiated(file, more, checkpoints, segmentation):
         "cpu",
     ]
     cli = build_cli(argv, run=False)
-    assert cli.model.hparams.num_classes == 3 and bool(cli.model.hparams.untrained) == bool(more)
+    assert cli.model.hparams.num_classes == 3 and bool(cli.model.hparams.untrained) == ("demo/untrained.yaml" in more)
+    assert len(cli.model.recipes) == 1 or "recipes" in more[0]
 
 
 def test_probing_protocol_is_the_papers(checkpoints, segmentation):

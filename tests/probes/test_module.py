@@ -124,7 +124,8 @@ def test_loss_over_masks_of_different_sizes_is_the_mean_over_all_their_pixels():
     logits = torch.randn(2, 3, 4, 2, 2)
     targets = [torch.randint(0, 4, size, dtype=torch.uint8) for size in ((6, 5), (9, 4), (6, 5))]
     targets[1][:3] = 255
-    module = SimpleNamespace(mllm=SimpleNamespace(geometry=Geometry((2, 2), 8, 8)))
+    geometry = Geometry((2, 2), 8, 8)
+    module = SimpleNamespace(mllm=SimpleNamespace(geometry=geometry), hparams=SimpleNamespace(label_stride=1))
     ours = ProbeModule.losses(module, logits, targets)
     for probe in range(2):
         pixels = [

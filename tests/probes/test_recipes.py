@@ -167,13 +167,18 @@ def test_validation_within_an_epoch_is_dated_in_steps(checkpoints, segmentation,
         ({"a": {"learning_rate": "x"}}, "model.recipes.a: learning_rate must be a number above 0, got 'x'"),
         ({"a": {"learning_rate": 0}}, "model.recipes.a: learning_rate must be a number above 0, got 0"),
         ({"a": {"seed": 0.5}}, "model.recipes.a: seed must be an integer, got 0.5"),
-        ({"a": {"head": "linear"}}, "model.recipes.a is the same as the main recipe; leave it out"),
-        ({"a": {"seed": 1}, "b": {"seed": 1}}, "model.recipes.b is the same as model.recipes.a; leave it out"),
     ],
 )
 def test_bad_recipe_is_an_error_that_names_its_key(recipes, message):
     with pytest.raises(ValueError, match=message):
         all_recipes(Recipe(), recipes)
+
+
+def test_recipe_that_another_one_equals_is_left_out_and_said_to_be(caplog):
+    recipes = {"a": {"head": "linear"}, "b": {"seed": 1}, "c": {"seed": 1}, "d": {"seed": 2}}
+    assert list(all_recipes(Recipe(), recipes)) == [None, "b", "d"]
+    said = [line for line in caplog.messages if "left out" in line]
+    assert ["model.recipes.a", "model.recipes.c"] == [line.split()[0] for line in said]
 
 
 def test_shuffled_gives_every_image_the_mask_of_another():

@@ -19,7 +19,7 @@ from .loss import upsampled_cross_entropy
 from .metrics import IGNORE_INDEX, Counts, SegmentationMetric, patch_labels
 from .ranks import from_all_ranks
 from .recipes import LABELS, Recipe, all_recipes, probe_name
-from .results import save_run
+from .saving import save_run
 from .state_statistics import StateStatistics
 from .statistics import dataset_scores
 

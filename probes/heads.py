@@ -37,6 +37,8 @@ class BatchNorm(nn.BatchNorm1d):
 
     def _moments(self, states: Tensor) -> Tensor:
         """Number, mean and variance of this rank's states, f64[1 + 2 d]: few numbers, so that ranks wait but once."""
+        if not len(states):
+            return states.new_zeros(1 + 2 * self.num_features, dtype=torch.float64)
         variance, mean = torch.var_mean(states, 0, correction=0)
         return torch.cat([mean.new_full((1,), len(states)), mean, variance]).double()
 

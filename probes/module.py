@@ -14,6 +14,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from . import mllm as mllms
+from .data.sampler import NOTHING
 from .heads import Probe
 from .loss import upsampled_cross_entropy
 from .metrics import IGNORE_INDEX, Counts, SegmentationMetric, patch_labels
@@ -118,10 +119,12 @@ class ProbeModule(LightningModule):
         return logits.transpose(-1, -2).unflatten(-1, self.mllm.grid)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        states, total = self.states(batch), 0.0
+        states, target, total = self.states(batch), batch["target"], 0.0
+        if len(target) == 1 and batch["index"][0] == NOTHING:  # this rank has no image, and statistics must not see one
+            states, target = {site: x[:0] for site, x in states.items()}, target[:0]
         # One recipe at a time, and its gradient at once: then what one keeps for the backward is gone before the next
         # one starts (at 7B, all sites, 64 images: 20 GB of states in fp32), and none touches another's rounding.
-        targets = {kind: LABELS[kind](batch["target"]) for kind in {how.labels for how in self.recipes.values()}}
+        targets = {kind: LABELS[kind](target) for kind in {how.labels for how in self.recipes.values()}}
         for name, recipe in self.recipes.items():
             losses = self.losses(self.logits(states, name), targets[recipe.labels])
             group = "" if name is None else f"recipes/{name}/"
@@ -134,17 +137,22 @@ class ProbeModule(LightningModule):
         return [p for site in self.sites for p in self.heads[probe_name(recipe, site)].parameters()]
 
     def losses(self, logits: Tensor, target: Tensor | list[Tensor]) -> Tensor:
-        """Mean cross-entropy over the labelled pixels of the batch, at the masks' own resolution, f[S]."""
+        """Mean cross-entropy over the labelled pixels of the batch, at the masks' own resolution, f[S].
+
+        Of the global batch: with several ranks, a rank's share is such that DDP's average over ranks is that mean.
+        """
         view, stride = self.mllm.geometry.view, self.hparams.label_stride
-        valid = sum((t[..., stride // 2 :: stride, stride // 2 :: stride] != IGNORE_INDEX).sum() for t in target)
-        valid = from_all_ranks(valid).double().mean().clamp(min=1)  # DDP averages what the ranks have
+        taken = (slice(stride // 2, None, stride),) * 2
+        valid = sum(((t[taken] != IGNORE_INDEX).sum() for t in target), logits.new_zeros((), dtype=torch.long))
+        valid = from_all_ranks(valid).double().mean().clamp(min=1)
         losses = [
             upsampled_cross_entropy(
                 logits[:, images], t, IGNORE_INDEX, view=view(t.shape[-2:]), label_stride=stride, reduction="sum"
             )
             for images, t in by_size(target)
+            if len(t)
         ]
-        return sum(losses) / valid
+        return sum(losses, logits[:, :0].sum((1, 2, 3, 4))) / valid  # without images 0, whose gradient is 0
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Counts the batch's images; returns the main recipe's logits f[S, B, K, h, w] for callbacks."""

@@ -97,6 +97,8 @@ def shuffled(target: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
     Args:
         target: uint8[B, H, W], or a list of B masks uint8[H, W].
     """
+    if len(target) == 0:
+        return target
     if len(target) == 1:
         alone = target[0].new_full(target[0].shape, IGNORE_INDEX)
         return alone[None] if isinstance(target, Tensor) else [alone]

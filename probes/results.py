@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from . import mllm as mllms
-from .data.datamodule import open_dataset
+from .data.registry import open_dataset
 from .heads import Probe
 from .metrics import Counts
 from .mllm import ADAPTER, ENCODER
@@ -136,7 +136,7 @@ class ProbeRun:
 
     def dataset(self, split: str = "validation"):
         data = self.manifest["data"]
-        return open_dataset(data["dataset"], data["root"], split)
+        return open_dataset(data["dataset"], data["root"], split, data.get("options"))
 
     def mllm(self) -> mllms.FrozenMLLM:
         """The model that was probed, as it was then."""

@@ -124,7 +124,12 @@ def manifest(module, data) -> dict[str, Any]:
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "git_commit": _git_commit(),
         "config": dict(module.hparams) | {"mllm": _absolute(module.hparams.mllm)},
-        "data": {"root": _absolute(data.root), "dataset": data.dataset, "fingerprint": fingerprint(data)},
+        "data": {
+            "root": _absolute(data.root),
+            "dataset": data.dataset,
+            "options": data.options,
+            "fingerprint": fingerprint(data),
+        },
         "mllm_training": json.loads(training.read_text()) if training.is_file() else None,
         "hardware": {
             "machine": platform.machine(),

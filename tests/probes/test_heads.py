@@ -78,6 +78,7 @@ def test_batchnorm_over_two_processes_is_that_of_all_their_states(tmp_path):
     """Shares of different size and scale, so that a mean over ranks, or statistics of one rank, would be far off."""
     torch.manual_seed(0)
     shares = [[torch.randn(n, 4) * spread + spread for _ in range(3)] for n, spread in ((20, 1.0), (50, 9.0))]
+    shares[0][2] = torch.empty(0, 4)  # a rank without an image
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     ranks = [

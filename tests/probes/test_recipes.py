@@ -222,8 +222,9 @@ def test_shuffled_labels_leave_nothing_but_position(checkpoints, tmp_path):
 @pytest.mark.distributed
 def test_two_processes_train_the_probes_that_one_trains(checkpoints, tmp_path):
     """Batch statistics and the mean over labelled pixels are those of the whole batch, though masks differ in what is
-    ignored."""
-    root, recipes = tiny.write_segmentation(tmp_path / "data", validation=4), "{plain: {feature_norm: none}}"
+    ignored, and in the last batch one rank has no image."""
+    root = tiny.write_segmentation(tmp_path / "data", training=5)
+    recipes = "{plain: {feature_norm: none}, conv: {head: conv}}"
     for mask in (root / "annotations/training").glob("*[024].png"):
         pixels = np.array(Image.open(mask))
         pixels[:20] = 255

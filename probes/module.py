@@ -6,8 +6,7 @@ its own best epoch. Source: App. A.2.
 Shapes: S sites, B images, T image tokens on a grid h x w, d width, K classes.
 """
 
-from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from . import mllm as mllms
 from .data.sampler import NOTHING
 from .heads import Probe
-from .loss import upsampled_cross_entropy
+from .loss import strided, upsampled_cross_entropy
 from .metrics import IGNORE_INDEX, Counts, SegmentationMetric, patch_labels
 from .ranks import from_all_ranks
 from .recipes import LABELS, Recipe, all_recipes, probe_name
@@ -34,6 +33,8 @@ class ProbeModule(LightningModule):
         image_attention: Runs the model under another mask than it was trained with.
         untrained: Parts whose weights are drawn anew, for controls: adapter, llm.
         image_aspect: How images become squares: square (resized) or pad (LLaVA's own), see probes/geometry.py.
+        mllm_dtype: What the model runs in: auto (as its checkpoint is stored), bfloat16, float16 or float32. Probes are
+            in float32 in any case.
         sites: Those to probe; None for all.
         head: linear (the paper), mlp or conv.
         feature_norm: none (the paper), batchnorm or layernorm before the head.
@@ -55,6 +56,7 @@ class ProbeModule(LightningModule):
         image_attention: str | None = None,
         untrained: list[str] | None = None,
         image_aspect: str = "square",
+        mllm_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
         sites: list[str] | None = None,
         head: str = "linear",
         feature_norm: str = "none",
@@ -82,6 +84,7 @@ class ProbeModule(LightningModule):
         self.mllm = mllms.load(
             args.mllm,
             args.image_attention,
+            dtype=args.mllm_dtype,
             device="cpu",
             image_aspect=args.image_aspect,
             untrained=args.untrained or (),
@@ -90,11 +93,10 @@ class ProbeModule(LightningModule):
         self.sites = self.mllm._known(args.sites)
         self.heads = nn.ModuleDict({probe_name(r, site): self._new_head(r, site) for r, site in self._probes()})
         images = len(data.splits["validation"])
-        # Only the main recipe is counted token by token; for the others an image is one cell.
-        by_token, as_a_whole = self.mllm.geometry, replace(self.mllm.geometry, grid=(1, 1))
+        counts = [len(self.sites), images, args.num_classes, self.mllm.geometry]
+        # Only the main recipe is counted token by token, and by pairs of classes.
         self.metrics = nn.ModuleList(
-            SegmentationMetric(len(self.sites), images, args.num_classes, by_token if name is None else as_a_whole)
-            for name in self.recipes
+            SegmentationMetric(*counts, by_token=name is None, confusion=name is None) for name in self.recipes
         )
         self.statistics = StateStatistics({site: self.mllm.widths[site] for site in self.sites}, images)
 
@@ -142,9 +144,8 @@ class ProbeModule(LightningModule):
         Of the global batch: with several ranks, a rank's share is such that DDP's average over ranks is that mean.
         """
         view, stride = self.mllm.geometry.view, self.hparams.label_stride
-        taken = (slice(stride // 2, None, stride),) * 2
-        valid = sum(((t[taken] != IGNORE_INDEX).sum() for t in target), logits.new_zeros((), dtype=torch.long))
-        valid = from_all_ranks(valid).double().mean().clamp(min=1)
+        labelled = ((strided(t, stride) != IGNORE_INDEX).sum() for t in target)
+        valid = from_all_ranks(sum(labelled, logits.new_zeros((), dtype=torch.long))).double().mean().clamp(min=1)
         losses = [
             upsampled_cross_entropy(
                 logits[:, images], t, IGNORE_INDEX, view=view(t.shape[-2:]), label_stride=stride, reduction="sum"

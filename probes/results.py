@@ -24,6 +24,7 @@ from .data.registry import open_dataset
 from .heads import Probe
 from .metrics import Counts
 from .mllm import ADAPTER, ENCODER
+from .statistics import bootstrap_weights
 
 
 def peak_layer(miou: dict[str, float]) -> str | None:
@@ -138,12 +139,18 @@ class ProbeRun:
         data = self.manifest["data"]
         return open_dataset(data["dataset"], data["root"], split, data.get("options"))
 
+    @cached_property
+    def weights(self) -> torch.Tensor:
+        """f[R, N], the bootstrap of all that is said about the run; the same for every run on these images."""
+        return bootstrap_weights(self.metrics["images"], seed=self.metrics["seed"], groups=self.groups)
+
     def mllm(self) -> mllms.FrozenMLLM:
         """The model that was probed, as it was then."""
         config = self.manifest["config"]
         return mllms.load(
             config["mllm"],
             config["image_attention"],
+            dtype=config["mllm_dtype"],
             image_aspect=config["image_aspect"],
             untrained=config["untrained"] or (),
             seed=config["seed"],

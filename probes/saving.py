@@ -75,7 +75,9 @@ def recipe_results(module, data, recipe: str | None, counts: Counts) -> dict[str
 def site_scores(module, data, recipe: str | None, counts: Counts) -> list[dict[str, Any]]:
     """One entry a site: scores with intervals over images, the best epoch, and the score at each validation."""
     score = dataset_scores(counts)
-    resampled = resampled_scores(counts, bootstrap_weights(counts.labelled.shape[0], seed=module.hparams.seed))
+    groups = group_of(data.splits["validation"])
+    weights = bootstrap_weights(len(counts.labelled), seed=module.hparams.seed, groups=groups)
+    resampled = resampled_scores(counts, weights)
     entries = []
     for i, site in enumerate(module.sites):
         history = module.history.get(probe_name(recipe, site), [])

@@ -93,13 +93,12 @@ class ProbeModule(LightningModule):
         self.sites = self.mllm._known(args.sites)
         self.heads = nn.ModuleDict({probe_name(r, site): self._new_head(r, site) for r, site in self._probes()})
         images = len(data.splits["validation"])
-        self.metrics = nn.ModuleList(self._new_metric(images, is_main=name is None) for name in self.recipes)
+        counts = [len(self.sites), images, args.num_classes, self.mllm.geometry]
+        # Only the main recipe is counted token by token, and by pairs of classes.
+        self.metrics = nn.ModuleList(
+            SegmentationMetric(*counts, by_token=name is None, confusion=name is None) for name in self.recipes
+        )
         self.statistics = StateStatistics({site: self.mllm.widths[site] for site in self.sites}, images)
-
-    def _new_metric(self, images: int, is_main: bool) -> SegmentationMetric:
-        """Only the main recipe is counted by token, too, and by pair of label and prediction."""
-        size = len(self.sites), images, self.hparams.num_classes
-        return SegmentationMetric(*size, self.mllm.geometry, by_token=is_main, confusion=is_main)
 
     def _probes(self) -> list[tuple[str | None, str]]:
         """(recipe, site) of each probe."""
@@ -146,8 +145,7 @@ class ProbeModule(LightningModule):
         """
         view, stride = self.mllm.geometry.view, self.hparams.label_stride
         labelled = ((strided(t, stride) != IGNORE_INDEX).sum() for t in target)
-        valid = sum(labelled, logits.new_zeros((), dtype=torch.long))
-        valid = from_all_ranks(valid).double().mean().clamp(min=1)
+        valid = from_all_ranks(sum(labelled, logits.new_zeros((), dtype=torch.long))).double().mean().clamp(min=1)
         losses = [
             upsampled_cross_entropy(
                 logits[:, images], t, IGNORE_INDEX, view=view(t.shape[-2:]), label_stride=stride, reduction="sum"

@@ -76,8 +76,9 @@ def recipe_results(module, data, recipe: str | None, counts: Counts) -> dict[str
 def site_scores(module, data, recipe: str | None, counts: Counts) -> list[dict[str, Any]]:
     """One entry a site: scores with intervals over images, the best epoch, and the score at each validation."""
     score = dataset_scores(counts)
-    images, groups = counts.labelled.shape[0], group_of(data.splits["validation"])
-    resampled = resampled_scores(counts, bootstrap_weights(images, seed=module.hparams.seed, groups=groups))
+    groups = group_of(data.splits["validation"])
+    weights = bootstrap_weights(len(counts.labelled), seed=module.hparams.seed, groups=groups)
+    resampled = resampled_scores(counts, weights)
     entries = []
     for i, site in enumerate(module.sites):
         history = module.history.get(probe_name(recipe, site), [])

@@ -126,6 +126,10 @@ def explore(
     mllm, rng = run.mllm(), np.random.default_rng(seed)
     heads = {site: probe_head(probe.to(mllm.device)) for site, probe in run.probes().items()}
     word_heads = {site: word_head(mllm, site) for site in run.sites if site in word_sites}
+    top_classes, top_words = (
+        min(top_classes, len(names)),
+        min(top_words, mllm.model.get_output_embeddings().out_features),
+    )
     wanted = [k for k, name in enumerate(names) if classes is None or name in classes]
     seen = []
     for image in tqdm(images, desc=f"exploring {run.metrics['image_attention']}", mininterval=5):
@@ -141,7 +145,7 @@ def explore(
         blocked |= {condition: case.blocked[condition] for condition in conditions} if case else {}
         all_blocked = torch.stack(list(blocked.values()))
         states = mllm.states(pixels.expand(len(blocked), -1, -1, -1), run.sites, Knockout(all_blocked))
-        classes_of, words_of = top(states, heads, min(top_classes, len(names))), top(states, word_heads, top_words)
+        classes_of, words_of = top(states, heads, top_classes), top(states, word_heads, top_words)
         readings = {
             condition: Reading(all_blocked[i], *(part[i] for part in (*classes_of, *words_of)))
             for i, condition in enumerate(blocked)
@@ -212,14 +216,13 @@ def top(states: dict[str, Tensor], heads: dict[str, Head], count: int) -> Top:
 
 
 def _vocabulary(run: ProbeRun, seen: list[Seen]) -> dict[int, str]:
-    """The text of the token ids that occur; where it has none that can be seen (a blank, half a character), the token's
-    own name."""
     tokenizer = AutoProcessor.from_pretrained(run.manifest["config"]["mllm"]).tokenizer
     ids = {int(i) for image in seen for reading in image.readings.values() for i in reading.words.unique()}
-    return {i: _text(tokenizer, i) for i in sorted(ids)}
+    return {i: token_text(tokenizer, i) for i in sorted(ids)}
 
 
-def _text(tokenizer, token: int) -> str:
+def token_text(tokenizer, token: int) -> str:
+    """What a token reads as; its own name where that cannot be seen: a blank, a part of a character."""
     if token >= len(tokenizer):
         return f"<row {token}>"  # an output matrix can have more rows than the tokenizer has tokens
     text = tokenizer.decode([token]).strip()

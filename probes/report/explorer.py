@@ -38,16 +38,16 @@ UNLABELLED = 255
 LARGE_MB = 50  # a page beyond it takes seconds to open; Chromium opens 50 MB in about one
 
 
-def block(truth: Tensor, reading: Reading, index_of: dict[int, int], planes: int) -> bytes:
+def block(truth: Tensor, reading: Reading, index: Tensor, planes: int) -> bytes:
     """The bytes of one reading, laid out as above, not yet deflated.
 
     Args:
         truth: long[T], -1 where unlabelled.
         reading: What is read under one condition.
-        index_of: Token id -> index into the table of words.
+        index: long[V], token id -> index into the table of words.
         planes: P.
     """
-    words = reading.words.clone().apply_(index_of.__getitem__)
+    words = index[reading.words]
     parts = [
         torch.where(truth < 0, UNLABELLED, truth),
         reading.blocked,
@@ -121,17 +121,22 @@ def labels(explored: list[Explored]) -> list[str]:
     return [f"{name}, {x.run.path}" if plain.count(name) > 1 else name for name, x in zip(plain, explored, strict=True)]
 
 
-def _word_table(explored: list[Explored]) -> tuple[list[str], list[dict[int, int]]]:
-    """All words, the most frequent first so that most indices are small, and for each run token id -> index."""
+def _word_table(explored: list[Explored]) -> tuple[list[str], list[Tensor]]:
+    """All words, the most frequent first so that most indices are small; and by run long[V], token id -> index."""
     count = Counter()
     for of_run in explored:
         for seen in of_run.images:
             for reading in seen.readings.values():
                 ids, times = reading.words.unique(return_counts=True)
-                count.update({of_run.vocabulary[i]: n for i, n in zip(ids.tolist(), times.tolist(), strict=True)})
+                for i, n in zip(ids.tolist(), times.tolist(), strict=True):
+                    count[of_run.vocabulary[i]] += n
     table = sorted(count, key=lambda word: (-count[word], word))
     place = {word: i for i, word in enumerate(table)}
-    return table, [{i: place[word] for i, word in of_run.vocabulary.items()} for of_run in explored]
+    indices = [torch.zeros(max(of_run.vocabulary, default=0) + 1, dtype=torch.long) for of_run in explored]
+    for index, of_run in zip(indices, explored, strict=True):
+        for token, word in of_run.vocabulary.items():
+            index[token] = place[word]
+    return table, indices
 
 
 def _picture(sample: dict) -> dict[str, Any]:
@@ -188,6 +193,4 @@ def run(args: argparse.Namespace) -> None:
     size_mb = path.stat().st_size / 1e6
     print(f"{path}: {len(args.images)} images, {size_mb:.1f} MB")
     if size_mb > LARGE_MB:
-        print(
-            "A page this large opens slowly: --word-sites, --top-words, --conditions or fewer images make it smaller."
-        )
+        print("That is a lot to send: --word-sites, --top-words, --conditions or fewer images make it smaller.")

@@ -85,7 +85,13 @@ def report(
     )
     environment.filters |= {"percent": _percent, "points": _points}
     page = environment.get_template("page.html.j2").render(
-        study=study, claims=claims, facts=facts, sections=sections, tables=tabular, confused_share=CONFUSED_SHARE
+        study=study,
+        claims=claims,
+        facts=facts,
+        sections=sections,
+        tables=tabular,
+        confused_share=CONFUSED_SHARE,
+        explorer=(out / "explorer.html").is_file(),
     )
     (out / "index.html").write_text(page)
     write_json(out / "results.json", facts)

@@ -5,14 +5,15 @@ import json
 import re
 import shutil
 import zlib
-from dataclasses import replace
+from copy import copy
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import tiny
 import torch
 
-from probes.analyses.explorer import Explored, explore
+from probes.analyses.explorer import Explored, Reading, explore
 from probes.cli import main
 from probes.report.explorer import labels, page_data, write_page
 from probes.results import ProbeRun
@@ -57,6 +58,21 @@ def explored(runs) -> list[Explored]:
 @pytest.fixture(scope="module")
 def page(explored, tmp_path_factory):
     return write_page(explored, tmp_path_factory.mktemp("out"))
+
+
+@pytest.fixture(scope="module")
+def other_page(explored, tmp_path_factory):
+    """Many images, and a second run with a grid of 4 x 4."""
+    first, second = (replace(of_run, images=of_run.images * 10) for of_run in explored)
+    run = copy(second.run)
+    run.metrics = run.metrics | {"grid": [4, 4]}
+    finer = lambda x: x.unflatten(-1, (2, 2)).repeat_interleave(2, -1).repeat_interleave(2, -2).flatten(-2)
+    refine = lambda reading: Reading(*(finer(getattr(reading, field.name)) for field in fields(reading)))
+    images = [
+        replace(seen, truth=finer(seen.truth), readings={c: refine(r) for c, r in seen.readings.items()})
+        for seen in second.images
+    ]
+    return write_page([first, replace(second, run=run, images=images)], tmp_path_factory.mktemp("other"))
 
 
 # ------------------------------------------------------------------------------------------------- bytes
@@ -126,6 +142,15 @@ def test_command_writes_the_page_and_says_its_size(runs, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["explorer.html"]
 
 
+def test_report_links_to_the_explorer_that_lies_beside_it(runs, tmp_path):
+    link = '<a href="explorer.html">'
+    main(["report", str(runs[0].path), "--out", str(tmp_path)])
+    assert link not in (tmp_path / "index.html").read_text()
+    main(["explore", str(runs[0].path), "--images", "1", "--out", str(tmp_path)])
+    main(["report", str(runs[0].path), "--out", str(tmp_path)])
+    assert link in (tmp_path / "index.html").read_text()
+
+
 def test_runs_on_other_images_are_refused(runs, checkpoints, segmentation, tmp_path):
     argv = ["fit", "-c", "configs/demo/probes.yaml", "--out", str(tmp_path / "run"), "--trainer.max_epochs", "1"]
     main([*argv, "--model.mllm", str(checkpoints["causal"]), "--data.root", str(segmentation)])
@@ -151,13 +176,13 @@ def open_page(chromium, page):
     """Opens the page at a part of it; a request for anything else, or an error in it, fails the test."""
     contexts, trouble = [], []
 
-    def opened(part: str = "", **settings):
+    def opened(part: str = "", path=page, **settings):
         contexts.append(chromium.new_context(**({"viewport": {"width": 1440, "height": 900}} | settings)))
         tab = contexts[-1].new_page()
         tab.on("pageerror", lambda error: trouble.append(str(error)))
         tab.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
-        tab.on("request", lambda r: None if r.url.startswith(("data:", page.as_uri())) else trouble.append(r.url))
-        tab.goto(page.as_uri() + part)
+        tab.on("request", lambda r: None if r.url.startswith(("data:", path.as_uri())) else trouble.append(r.url))
+        tab.goto(path.as_uri() + part)
         tab.wait_for_selector("html[data-ready]")
         return tab
 
@@ -269,7 +294,7 @@ def test_everything_works_by_keyboard_and_focus_is_seen(open_page, explored):
         stops.append(
             tab.evaluate(
                 """() => { const at = document.activeElement, ring = [at, at.nextElementSibling].filter(Boolean)
-                     .some(node => getComputedStyle(node).outlineStyle === "solid");
+                     .map(getComputedStyle).some(style => style.outlineStyle === "solid" && style.opacity > 0);
                      return [at.name || at.id || at.tagName.toLowerCase(), ring]; }"""
             )
         )
@@ -333,16 +358,22 @@ def test_address_brings_back_what_was_looked_at(open_page, explored):
 
 
 @pytest.mark.slow
-def test_phone_needs_no_sideways_scrolling_and_taps_choose(open_page, explored):
-    tab = open_page(viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True, device_scale_factor=2)
+def test_phone_needs_no_sideways_scrolling_and_taps_choose(open_page, other_page, explored):
+    phone = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+    tab = open_page(path=other_page, **phone)
     assert tab.evaluate("document.documentElement.scrollWidth") <= 390
+    assert tab.evaluate("document.querySelector('#images .options').scrollWidth") > 800
     tab.locator("#stage").scroll_into_view_if_needed()
     tab.touchscreen.tap(*centre(tab, 3))
     assert shown_rows(tab) == expected_rows(explored[0], 0, "none", 3)
 
 
 @pytest.mark.slow
-def test_another_grid_keeps_the_place(open_page):
-    tab = open_page()
+def test_another_grid_keeps_the_place(open_page, other_page, explored):
+    tab = open_page(path=other_page)
+    tab.mouse.click(*centre(tab, 3))
+    tab.get_by_role("radio", name="bidirectional").check()
+    assert shown_rows(tab) == expected_rows(explored[1], 0, "none", 3)
+    assert "row 4, column 4" in tab.inner_text("#patch")
     assert tab.evaluate("[0, 1, 2, 3].map(t => moved(t, [2, 2], [4, 6]))") == [7, 10, 19, 22]
     assert tab.evaluate("[...Array(24).keys()].map(t => moved(t, [4, 6], [4, 6]))") == list(range(24))

@@ -6,10 +6,11 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
-TRAINING = {  # LightningCLI's own subcommands, with options of their own
-    "fit": "train a probe at every site: -c configs/probes/folder.yaml --model.mllm DIR --data.root DIR --out RUN",
+CONFIGURED = {  # commands that take YAML, with parsers of their own
+    "fit": "train a probe at every site: -c configs/probes/ade20k.yaml --model.mllm DIR --data.root DIR --out RUN",
     "validate": "scores of a checkpoint's probes as they are",
     "test": "scores of a checkpoint's probes, each of its best epoch; writes the run's files",
+    "verify-data": "read every image and mask before GPU time: -c configs/probes/ade20k.yaml --data.root DIR",
 }
 
 
@@ -18,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="probes", description="Where in an MLLM can its image tokens be segmented? (arXiv 2603.17228)"
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, text in TRAINING.items():
+    for name, text in CONFIGURED.items():
         commands.add_parser(name, help=text, add_help=False)
 
     def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
@@ -133,8 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv and argv[0] in TRAINING:
-            import_module("probes.training").main(argv)
+        if argv and argv[0] in CONFIGURED:
+            import_module("probes.verify" if argv[0] == "verify-data" else "probes.training").main(argv)
             return
         args = build_parser().parse_args(argv)
         module, _, function = args.run.partition(":")

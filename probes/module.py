@@ -95,8 +95,11 @@ class ProbeModule(LightningModule):
         return losses.sum()
 
     def losses(self, logits: Tensor, target: Tensor | list[Tensor]) -> Tensor:
-        """Mean cross-entropy over the labelled pixels of the batch, at the masks' own resolution, f[S]."""
-        valid = sum((t != IGNORE_INDEX).sum() for t in target).clamp(min=1)
+        """Mean cross-entropy over the labelled pixels of the batch, at the masks' own resolution, f[S].
+
+        Of the global batch: with several ranks, a rank's share is such that DDP's average over ranks is that mean.
+        """
+        valid = _mean_over_ranks(sum((t != IGNORE_INDEX).sum() for t in target)).clamp(min=1)
         view = self.mllm.geometry.view
         losses = [
             upsampled_cross_entropy(logits[:, images], t, IGNORE_INDEX, view=view(t.shape[-2:]), reduction="sum")
@@ -156,6 +159,15 @@ class ProbeModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.best, self.history = checkpoint["best"], checkpoint["history"]
+
+
+def _mean_over_ranks(count: Tensor) -> Tensor:
+    """As many pixels as a rank has on average."""
+    if not torch.distributed.is_initialized():
+        return count
+    total = count.clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()
 
 
 def by_size(target: Tensor | list[Tensor]) -> list[tuple[Any, Tensor]]:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from . import mllm as mllms
-from .data.datamodule import open_dataset
+from .data.registry import open_dataset
 from .heads import LinearProbe
 from .metrics import Counts
 from .mllm import ADAPTER, ENCODER
@@ -124,7 +124,12 @@ def manifest(module, data) -> dict[str, Any]:
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "git_commit": _git_commit(),
         "config": dict(module.hparams) | {"mllm": _absolute(module.hparams.mllm)},
-        "data": {"root": _absolute(data.root), "dataset": data.dataset, "fingerprint": fingerprint(data)},
+        "data": {
+            "root": _absolute(data.root),
+            "dataset": data.dataset,
+            "options": data.options,
+            "fingerprint": fingerprint(data),
+        },
         "mllm_training": json.loads(training.read_text()) if training.is_file() else None,
         "hardware": {
             "machine": platform.machine(),
@@ -211,7 +216,7 @@ class ProbeRun:
 
     def dataset(self, split: str = "validation"):
         data = self.manifest["data"]
-        return open_dataset(data["dataset"], data["root"], split)
+        return open_dataset(data["dataset"], data["root"], split, data.get("options"))
 
     def mllm(self) -> mllms.FrozenMLLM:
         """The model that was probed, as it was then."""

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from .callbacks import SavePredictions, ShowMaps
+from .callbacks import CatchUpValidation, SavePredictions, ShowMaps
 from .data.datamodule import SegmentationData
 from .module import ProbeModule
 
@@ -68,7 +68,7 @@ def build_cli(argv: list[str], run: bool = True) -> ProbeCLI:
         trainer_defaults={
             "use_distributed_sampler": False,  # SegmentationData has its own
             "num_sanity_val_steps": 0,
-            "callbacks": [LearningRateMonitor("step"), ShowMaps()],
+            "callbacks": [LearningRateMonitor("step"), ShowMaps(), CatchUpValidation()],
         },
     )
 

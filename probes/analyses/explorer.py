@@ -26,9 +26,11 @@ from ..knockout import Knockout
 from ..metrics import patch_labels
 from ..mllm import ADAPTER, ENCODER, FINAL_NORM, FrozenMLLM
 from ..results import ProbeRun
-from .knockout import CONDITIONS, Case, find_cases
+from .knockout import Case, find_cases
 
 Head = Callable[[Tensor], Tensor]  # states to logits
+
+CONDITIONS = ("incorrect", "correct", "random_incorrect", "random_correct")  # beside "none"
 
 
 @dataclass(frozen=True)
@@ -118,12 +120,12 @@ def explore(
     readable = [site for site in run.sites if site != ENCODER]
     word_sites = readable if word_sites is None else list(word_sites)
     _check_known("--images", images, range(len(dataset)), f"the validation split of {run.path}")
-    _check_known("--conditions", conditions, CONDITIONS[1:], "the knockout")
+    _check_known("--conditions", conditions, CONDITIONS, "the knockout")
     _check_known("--knockout", classes or [], names, str(run.path))
     _check_known("--word-sites", word_sites, readable, f"{run.path}, from the adapter on,")
     if top_classes < 1 or top_words < 1:
         raise ValueError(f"--top-classes {top_classes} and --top-words {top_words} must both be at least 1")
-    mllm, rng = run.mllm(), np.random.default_rng(seed)
+    mllm = run.mllm()
     heads = {site: probe_head(probe.to(mllm.device)) for site, probe in run.probes().items()}
     word_heads = {site: word_head(mllm, site) for site in run.sites if site in word_sites}
     top_classes, top_words = (
@@ -140,9 +142,10 @@ def explore(
         case = None
         if conditions and ADAPTER in heads:
             called = heads[ADAPTER](mllm.states(pixels, [ADAPTER])[ADAPTER]).argmax(-1)[0].cpu()
-            case = most_confused(called, truth, image, wanted, rng)
+            case = most_confused(called, truth, image, wanted)
         blocked = {"none": torch.zeros_like(truth, dtype=torch.bool)}
-        blocked |= {condition: case.blocked[condition] for condition in conditions} if case else {}
+        rng = np.random.default_rng([seed, image])
+        blocked |= {condition: hidden(case, condition, rng) for condition in conditions} if case else {}
         all_blocked = torch.stack(list(blocked.values()))
         states = mllm.states(pixels.expand(len(blocked), -1, -1, -1), run.sites, Knockout(all_blocked))
         classes_of, words_of = top(states, heads, top_classes), top(states, word_heads, top_words)
@@ -167,7 +170,7 @@ def box(view: View, size: tuple[int, int]) -> tuple[float, float, float, float]:
     return cols.start_px / width, rows.start_px / height, cols.length_px / width, rows.length_px / height
 
 
-def most_confused(called: Tensor, truth: Tensor, image: int, classes: Sequence[int], rng) -> Case | None:
+def most_confused(called: Tensor, truth: Tensor, image: int, classes: Sequence[int]) -> Case | None:
     """The case of the class that most patches of an image are wrongly called, among `classes`; None if none is.
 
     Args:
@@ -175,14 +178,23 @@ def most_confused(called: Tensor, truth: Tensor, image: int, classes: Sequence[i
         truth: long[T], -1 where unlabelled.
         image: Its index.
         classes: Those that count.
-        rng: Draws the random controls.
     """
     mistaken = called[(called != truth) & (truth >= 0)].tolist()
     count, wrong_class = max(((mistaken.count(k), -k) for k in classes), default=(0, 0))
     if not count:
         return None
-    (case,) = find_cases(called[None, None], truth[None], torch.tensor([image]), -wrong_class, 0, 1, rng)
+    drawn_anew = np.random.default_rng(0)  # the controls are not taken from here
+    (case,) = find_cases(called[None, None], truth[None], torch.tensor([image]), -wrong_class, 0, 1, drawn_anew)
     return case
+
+
+def hidden(case: Case, condition: str, rng: np.random.Generator) -> Tensor:
+    """bool[T], the patches that a condition hides; "random_X" hides as many as X, drawn from all."""
+    of = case.blocked[condition.removeprefix("random_")]
+    if not condition.startswith("random_"):
+        return of
+    drawn = torch.from_numpy(rng.permutation(len(of))[: int(of.sum())])
+    return torch.zeros_like(of).index_fill_(0, drawn, True)
 
 
 def probe_head(probe: nn.Module) -> Head:
@@ -192,7 +204,7 @@ def probe_head(probe: nn.Module) -> Head:
 
 def word_head(mllm: FrozenMLLM, site: str) -> Head:
     """States f[C, T, d] of a site to the logits f[C, T, V] that the LLM's output head gives them."""
-    norm, output = mllm.family.language_model(mllm.model).norm, mllm.model.get_output_embeddings()
+    norm, output = mllm._decoder.norm, mllm.model.get_output_embeddings()
     return output if site == FINAL_NORM else lambda states: output(norm(states))
 
 

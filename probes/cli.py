@@ -110,9 +110,15 @@ def build_parser() -> argparse.ArgumentParser:
     report = command(
         "report", "probes.report.page:run", "claims, figures and tables of runs as one self-contained HTML page"
     )
-    report.add_argument("runs", nargs="+", metavar="RUN", help="finished probe runs: one a mask, and their controls")
+    report.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="finished probe runs: of each model and dataset one a mask, and their controls; NAME=RUN names the model",
+    )
     report.add_argument("--out", required=True, metavar="DIR", help="index.html, results.json, *.csv, *.png, *.pdf")
     report.add_argument("--longer", nargs="+", default=[], metavar="RUN", help="the same with longer-trained probes")
+    report.add_argument("--recipes", nargs="+", default=[], metavar="RUN", help="the same with further recipes")
     report.add_argument("--timings", metavar="FILE", help='log of lines "start end step", to state the wall time')
     return parser
 

@@ -6,7 +6,7 @@ its own best epoch. Source: App. A.2.
 Shapes: S sites, B images, T image tokens on a grid h x w, d width, K classes.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import mllm as mllms
 from .heads import LinearProbe
-from .loss import upsampled_cross_entropy
+from .loss import strided, upsampled_cross_entropy
 from .metrics import IGNORE_INDEX, Counts, SegmentationMetric
 from .results import save_run
 from .statistics import dataset_scores
@@ -29,11 +29,15 @@ class ProbeModule(LightningModule):
         image_attention: Runs the model under another mask than it was trained with.
         untrained: Parts whose weights are drawn anew, for controls: adapter, llm.
         image_aspect: How images become squares: square (resized) or pad (LLaVA's own), see probes/geometry.py.
+        mllm_dtype: What the model runs in: auto (as its checkpoint is stored), bfloat16, float16 or float32. Probes are
+            in float32 in any case.
         sites: Those to probe; None for all.
         feature_norm: none (the paper), batchnorm or layernorm before the linear layer.
         learning_rate: Of AdamW; it falls as a polynomial of degree 0.9 to zero.
         betas: AdamW's.
         weight_decay: AdamW's.
+        label_stride: s > 1 trains on each s-th pixel row and column of the masks, for a fraction of the loss's cost;
+            scores are of all pixels.
         seed: Of the control's weights; the command line links it from seed_everything.
     """
 
@@ -44,11 +48,13 @@ class ProbeModule(LightningModule):
         image_attention: str | None = None,
         untrained: list[str] | None = None,
         image_aspect: str = "square",
+        mllm_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
         sites: list[str] | None = None,
         feature_norm: str = "none",
         learning_rate: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
+        label_stride: int = 1,
         seed: int = 0,
     ):
         super().__init__()
@@ -65,6 +71,7 @@ class ProbeModule(LightningModule):
         self.mllm = mllms.load(
             args.mllm,
             args.image_attention,
+            dtype=args.mllm_dtype,
             device="cpu",
             image_aspect=args.image_aspect,
             untrained=args.untrained or (),
@@ -73,7 +80,7 @@ class ProbeModule(LightningModule):
         self.sites = self.mllm._known(args.sites)
         self.heads = nn.ModuleDict({site: self._new_head(site) for site in self.sites})
         images = len(self.trainer.datamodule.splits["validation"])
-        self.metric = SegmentationMetric(len(self.sites), images, args.num_classes, self.mllm.geometry)
+        self.metric = SegmentationMetric(len(self.sites), images, args.num_classes, self.mllm.geometry, confusion=True)
 
     def _new_head(self, site: str) -> LinearProbe:
         """A probe drawn from a generator of its own, so that a site begins alike whatever other sites there are."""
@@ -99,10 +106,12 @@ class ProbeModule(LightningModule):
 
         Of the global batch: with several ranks, a rank's share is such that DDP's average over ranks is that mean.
         """
-        valid = _mean_over_ranks(sum((t != IGNORE_INDEX).sum() for t in target)).clamp(min=1)
-        view = self.mllm.geometry.view
+        view, stride = self.mllm.geometry.view, self.hparams.label_stride
+        valid = _mean_over_ranks(sum((strided(t, stride) != IGNORE_INDEX).sum() for t in target)).clamp(min=1)
         losses = [
-            upsampled_cross_entropy(logits[:, images], t, IGNORE_INDEX, view=view(t.shape[-2:]), reduction="sum")
+            upsampled_cross_entropy(
+                logits[:, images], t, IGNORE_INDEX, view=view(t.shape[-2:]), label_stride=stride, reduction="sum"
+            )
             for images, t in by_size(target)
         ]
         return sum(losses) / valid

@@ -59,7 +59,7 @@ def save_run(module, data, counts: Counts, out: str | Path) -> None:
     }
     metrics["summary"] = summary({site["site"]: site["miou"] for site in metrics["sites"]})
     heads = {f"{site}.{k}": v for site, head in module.heads.items() for k, v in head.state_dict().items()}
-    write_tensors(out / "counts.safetensors", counts._asdict())
+    write_tensors(out / "counts.safetensors", {k: v for k, v in counts._asdict().items() if v is not None})
     write_tensors(out / "probes.safetensors", heads)
     write_json(out / "manifest.json", manifest(module, data))
     write_json(out / "metrics.json", metrics)
@@ -211,12 +211,46 @@ class ProbeRun:
         return [site for site in self.sites if site == ADAPTER or site.startswith("layer_")]
 
     @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return read_tensors(self.path / "counts.safetensors")
+
+    @property
     def counts(self) -> Counts:
-        return Counts(**read_tensors(self.path / "counts.safetensors"))
+        """The main recipe's."""
+        return Counts(**{name: self._tensors[name] for name in Counts._fields if name in self._tensors})
+
+    def counts_of(self, recipe: str | None) -> Counts:
+        """The counts of a recipe, None for the main one. For a further one an image counts as a single patch: by token,
+        only the main one is counted."""
+        if recipe is None:
+            return self.counts
+        if recipe not in self.metrics["recipes"]:
+            raise ValueError(
+                f"{self.path} has no recipe {recipe!r}; it has {', '.join(self.metrics['recipes']) or 'none'}"
+            )
+        tensors, labelled = read_tensors(self.path / "recipes.safetensors"), self.counts.labelled
+        intersection, predicted = (tensors[f"{recipe}/{name}"] for name in ("intersection", "predicted"))
+        right, valid = intersection.sum(-1, keepdim=True), labelled.sum(-1, keepdim=True)
+        return Counts(intersection, predicted, labelled, patch_right=right, patch_valid=valid)
+
+    @property
+    def confusion(self) -> torch.Tensor | None:
+        """i64[S, K, K]: pixels by site, label and prediction, of the main recipe; None where they were not counted."""
+        return self._tensors.get("confusion")
+
+    @property
+    def groups(self) -> torch.Tensor | None:
+        """i64[N]: which group (city) a validation image is of; None where the dataset has none."""
+        return self._tensors.get("group")
 
     def dataset(self, split: str = "validation"):
         data = self.manifest["data"]
         return open_dataset(data["dataset"], data["root"], split, data.get("options"))
+
+    @cached_property
+    def weights(self) -> torch.Tensor:
+        """f[R, N], the bootstrap of all that is said about the run; the same for every run on these images."""
+        return bootstrap_weights(self.metrics["images"], seed=self.metrics["seed"], groups=self.groups)
 
     def mllm(self) -> mllms.FrozenMLLM:
         """The model that was probed, as it was then."""
@@ -224,6 +258,7 @@ class ProbeRun:
         return mllms.load(
             config["mllm"],
             config["image_attention"],
+            dtype=config["mllm_dtype"],
             image_aspect=config["image_aspect"],
             untrained=config["untrained"] or (),
             seed=config["seed"],

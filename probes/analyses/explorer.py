@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoProcessor
+from transformers import AutoTokenizer
 
 from ..geometry import View
 from ..knockout import Knockout
@@ -128,10 +128,6 @@ def explore(
     mllm = run.mllm()
     heads = {site: probe_head(probe.to(mllm.device)) for site, probe in run.probes().items()}
     word_heads = {site: word_head(mllm, site) for site in run.sites if site in word_sites}
-    top_classes, top_words = (
-        min(top_classes, len(names)),
-        min(top_words, mllm.model.get_output_embeddings().out_features),
-    )
     wanted = [k for k, name in enumerate(names) if classes is None or name in classes]
     seen = []
     for image in tqdm(images, desc=f"exploring {run.metrics['image_attention']}", mininterval=5):
@@ -146,13 +142,10 @@ def explore(
         blocked = {"none": torch.zeros_like(truth, dtype=torch.bool)}
         rng = np.random.default_rng([seed, image])
         blocked |= {condition: hidden(case, condition, rng) for condition in conditions} if case else {}
-        all_blocked = torch.stack(list(blocked.values()))
-        states = mllm.states(pixels.expand(len(blocked), -1, -1, -1), run.sites, Knockout(all_blocked))
-        classes_of, words_of = top(states, heads, top_classes), top(states, word_heads, top_words)
-        readings = {
-            condition: Reading(all_blocked[i], *(part[i] for part in (*classes_of, *words_of)))
-            for i, condition in enumerate(blocked)
-        }
+        knockout = Knockout(torch.stack(list(blocked.values())))
+        states = mllm.states(pixels.expand(len(blocked), -1, -1, -1), run.sites, knockout)
+        found = [*top(states, heads, min(top_classes, len(names))), *top(states, word_heads, top_words)]
+        readings = {c: Reading(b, *(part[i] for part in found)) for i, (c, b) in enumerate(blocked.items())}
         seen.append(Seen(image, box(view, sample["target"].shape), truth, case, readings))
     return Explored(run, run.sites, list(word_heads), seen, _vocabulary(run, seen))
 
@@ -222,13 +215,18 @@ def top(states: dict[str, Tensor], heads: dict[str, Head], count: int) -> Top:
     shares = torch.zeros(ids.shape)
     for s, (site, head) in enumerate(heads.items()):
         for c in range(conditions):
-            best = head(states[site][c : c + 1])[0].float().softmax(-1).topk(count)
+            logits = head(states[site][c : c + 1])[0].float()
+            if count > logits.shape[-1]:
+                raise ValueError(
+                    f"the {count} most probable of {logits.shape[-1]} at {site} were asked for; ask for fewer"
+                )
+            best = logits.softmax(-1).topk(count)
             ids[c, :, s], shares[c, :, s] = best.indices.mT.cpu(), best.values.mT.cpu()
     return Top(ids, shares)
 
 
 def _vocabulary(run: ProbeRun, seen: list[Seen]) -> dict[int, str]:
-    tokenizer = AutoProcessor.from_pretrained(run.manifest["config"]["mllm"]).tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(run.manifest["config"]["mllm"])
     ids = {int(i) for image in seen for reading in image.readings.values() for i in reading.words.unique()}
     return {i: token_text(tokenizer, i) for i in sorted(ids)}
 

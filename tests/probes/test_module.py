@@ -121,18 +121,22 @@ def test_masks_of_different_sizes_train_and_score(checkpoints, tmp_path):
     assert run.metrics["sites"][1]["miou"] == pytest.approx(reference.scores(predictions, targets, 3)[0])
 
 
-def test_loss_over_masks_of_different_sizes_is_the_mean_over_all_their_pixels():
+@pytest.mark.parametrize("stride", [1, 2])
+def test_loss_over_masks_of_different_sizes_is_the_mean_over_all_their_pixels(stride):
     logits = torch.randn(2, 3, 4, 2, 2)
     targets = [torch.randint(0, 4, size, dtype=torch.uint8) for size in ((6, 5), (9, 4), (6, 5))]
     targets[1][:3] = 255
-    module = SimpleNamespace(mllm=SimpleNamespace(geometry=Geometry((2, 2), 8, 8)))
+    pixels_of = lambda x: x[..., stride // 2 :: stride, stride // 2 :: stride].flatten(-2)
+    module = SimpleNamespace(
+        mllm=SimpleNamespace(geometry=Geometry((2, 2), 8, 8)), hparams=SimpleNamespace(label_stride=stride)
+    )
     ours = ProbeModule.losses(module, logits, targets)
     for probe in range(2):
         pixels = [
-            F.interpolate(logits[probe, i : i + 1], target.shape, mode="bilinear")[0].flatten(1).T
+            pixels_of(F.interpolate(logits[probe, i : i + 1], target.shape, mode="bilinear")[0]).T
             for i, target in enumerate(targets)
         ]
-        labels = torch.cat([target.flatten() for target in targets]).long()
+        labels = torch.cat([pixels_of(target) for target in targets]).long()
         torch.testing.assert_close(ours[probe], F.cross_entropy(torch.cat(pixels), labels, ignore_index=255))
 
 
@@ -151,6 +155,28 @@ def test_padded_images_are_probed_where_they_lie(checkpoints, segmentation, tmp_
         top, left = (side - height) // 2, (side - width) // 2
         saved = np.asarray(Image.open(tmp_path / "predictions" / "adapter" / f"{sample['name']}.png"))
         assert (square[top : top + height, left : left + width].numpy() == saved).mean() > 0.999
+
+
+def test_model_may_run_in_bfloat16_under_probes_in_float32(checkpoints, segmentation, tmp_path):
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--model.mllm_dtype", "bfloat16"))
+    run = ProbeRun(tmp_path)
+    assert run.mllm().model.dtype == torch.bfloat16
+    assert {p.dtype for head in run.probes().values() for p in head.parameters()} == {torch.float32}
+
+
+def test_label_stride_is_for_training_alone(checkpoints, segmentation, tmp_path):
+    runs = []
+    for stride in ("1", "3"):
+        main(arguments(checkpoints["causal"], segmentation, tmp_path / stride, "--model.label_stride", stride))
+        runs.append(ProbeRun(tmp_path / stride))
+    assert torch.equal(runs[0].counts.labelled, runs[1].counts.labelled)
+    assert not torch.equal(*(run.probes()["adapter"].linear.weight for run in runs))
+
+
+def test_confusion_is_written_beside_the_counts(run):
+    counts = run.counts
+    assert torch.equal(counts.confusion.diagonal(dim1=1, dim2=2), counts.intersection.sum(1))
+    assert torch.equal(counts.confusion.sum(2), counts.labelled.sum(0).expand(len(run.sites), -1))
 
 
 def test_frozen_model_gets_no_gradient_and_stays_out_of_checkpoints(run):

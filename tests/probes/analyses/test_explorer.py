@@ -141,6 +141,7 @@ def test_box_of_a_padded_image_reaches_beyond_it():
             {"word_sites": ["encoder"]},
             "--word-sites: 'encoder' is unknown; .*, from the adapter on, has adapter, layer_01",
         ),
+        ({"top_words": 999}, "the 999 most probable of [0-9]+ at adapter were asked for; ask for fewer"),
         ({"top_words": 0}, "--top-classes 3 and --top-words 0 must both be at least 1"),
     ],
 )

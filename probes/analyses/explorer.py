@@ -196,9 +196,17 @@ def probe_head(probe: nn.Module) -> Head:
 
 
 def word_head(mllm: FrozenMLLM, site: str) -> Head:
-    """States f[C, T, d] of a site to the logits f[C, T, V] that the LLM's output head gives them."""
+    """States f[C, T, d] of a site to the logits f[C, T, V] that the LLM's output head gives them, as the model's own
+    forward has them: Gemma's LLMs cap theirs."""
     norm, output = mllm._decoder.norm, mllm.model.get_output_embeddings()
-    return output if site == FINAL_NORM else lambda states: output(norm(states))
+    text = mllm.model.config.get_text_config()
+
+    def head(states: Tensor) -> Tensor:
+        logits = output(states if site == FINAL_NORM else norm(states))
+        cap = getattr(text, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    return head
 
 
 class Top(NamedTuple):

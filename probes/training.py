@@ -39,6 +39,8 @@ class ProbeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs):
         kwargs["logger"] = TensorBoardLogger(self._get(self.config_init, "out"), name="", version="")
         trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.checkpoint_callbacks:
+            callback.save_last = True  # what `--ckpt_path last` looks for, and without which it would start anew
         if self._get(self.config_init, "save_predictions"):
             trainer.callbacks.append(SavePredictions())
         return trainer

@@ -89,7 +89,7 @@ def write_run(
     probe = {"head": "linear", "feature_norm": "none", "learning_rate": 0.001, "labels": "true", "seed": 0}
     probe |= {"batch_size": 64, "epochs": 2, "steps": 20, "validated_at": [10, 20]}
     main = entries(sites, counts, weights)
-    tensors = counts._asdict()
+    tensors = {name: x for name, x in counts._asdict().items() if x is not None}
     if states:
         for i, entry in enumerate(main):
             entry["states"] = {"rms": 0.1 * 3.0**i, "anisotropy": 0.1, "knn_purity": 0.5}

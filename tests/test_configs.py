@@ -25,7 +25,7 @@ PROBING = {  # config: a dataset in its layout, and how many classes that has
     "probes/cityscapes.yaml": (layouts.write_cityscapes, 19),
     "demo/probes.yaml": (tiny.write_segmentation, 3),
 }
-UPON_PROBING = ["demo/untrained.yaml"]
+UPON_PROBING = ["demo/untrained.yaml", "probes/recipes.yaml", "demo/recipes.yaml"]
 
 
 def test_every_yaml_is_covered_here():
@@ -132,7 +132,7 @@ def test_budget_accumulates_to_the_recipes_batch(budget, parts, conversations, e
         assert cli.model.lora == Lora(128, 256, 0.05) and rates == (2e-4, 2e-5)
 
 
-@pytest.mark.parametrize("more", [[], UPON_PROBING])
+@pytest.mark.parametrize("more", [[], *([name] for name in UPON_PROBING)])
 @pytest.mark.parametrize("file", PROBING)
 def test_probing_config_is_instantiated(file, more, checkpoints, tmp_path):
     from probes.training import build_cli
@@ -148,7 +148,10 @@ def test_probing_config_is_instantiated(file, more, checkpoints, tmp_path):
         "cpu",
     ]
     cli = build_cli(argv, run=False)
-    assert cli.model.hparams.num_classes == classes and bool(cli.model.hparams.untrained) == bool(more)
+    assert cli.model.hparams.num_classes == classes and bool(cli.model.hparams.untrained) == (
+        "demo/untrained.yaml" in more
+    )
+    assert len(cli.model.recipes) == 1 or "recipes" in more[0]
 
 
 def test_dataset_options_are_set_from_the_command_line(checkpoints, tmp_path):

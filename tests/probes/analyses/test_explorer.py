@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from probes import Knockout
@@ -44,17 +45,20 @@ def stock_states(run: ProbeRun, image: int) -> dict[str, tuple[torch.Tensor, tor
 @torch.no_grad()
 def test_classes_and_words_equal_the_stock_forward(run):
     explored = explore(run, IMAGES, top_classes=2, top_words=3)
-    heads = run.probes()
+    saved = load_file(run.path / "probes.safetensors")
     assert explored.word_sites == [site for site in explored.sites if site != "encoder"]
     for seen in explored.images:
         reading = seen.readings["none"]
         for site, (states, logits) in stock_states(run, seen.image).items():
             s, w = explored.sites.index(site), explored.word_sites.index(site)
-            shares = heads[site].linear(heads[site].norm(states)).double().exp()
+            probe = {name.removeprefix(f"{site}."): tensor.double() for name, tensor in saved.items()}
+            normed = (states.double() - probe["norm.running_mean"]) / (probe["norm.running_var"] + 1e-5).sqrt()
+            shares = (normed @ probe["head.weight"].T + probe["head.bias"]).exp()
             shares = shares / shares.sum(1, keepdim=True)
             best = shares.argsort(1, descending=True)[:, :2]
             assert torch.equal(reading.classes[:, s].T, best)
-            torch.testing.assert_close(reading.class_probabilities[:, s].T.double(), shares.gather(1, best))
+            expected = shares.gather(1, best).float()
+            torch.testing.assert_close(reading.class_probabilities[:, s].T, expected)
             says = logits.double().exp() / logits.double().exp().sum(1, keepdim=True)
             likely = says.sort(1, descending=True)
             torch.testing.assert_close(reading.word_probabilities[:, w].T.double(), likely.values[:, :3])

@@ -79,11 +79,16 @@ $(OUT)/%/probes/umap.json: $(call probed,$(OUT)/%/probes)
 $(OUT)/starvation.json: $(call probed,$(OUT)/causal/probes) $(call probed,$(OUT)/bidirectional/probes)
 	$(call step,starvation,$(PROBES) starvation --probes $(OUT)/causal/probes $(OUT)/bidirectional/probes --out $(OUT))
 
+$(OUT)/report/explorer.html: $(call probed,$(OUT)/causal/probes) $(call probed,$(OUT)/bidirectional/probes)
+	$(call step,explorer,$(PROBES) explore $(OUT)/causal/probes $(OUT)/bidirectional/probes \
+	  --images 0 1 2 3 4 5 6 7 8 9 10 11 --out $(OUT)/report)
+
 # All results are named here, since make takes what only patterns name for scrap that need not exist.
 RUNS := $(foreach mask,causal bidirectional,$(OUT)/$(mask)/probes $(OUT)/$(mask)/untrained)
 $(REPORT): $(foreach mask,causal bidirectional,$(OUT)/$(mask)/stage1/hf/model.safetensors \
     $(OUT)/$(mask)/stage2/hf/model.safetensors $(call mapped,$(OUT)/$(mask)/probes) $(OUT)/$(mask)/probes/umap.json \
     $(OUT)/$(mask)/longer/metrics.json $(call reciped,$(OUT)/$(mask)/recipes)) \
-  $(foreach run,$(RUNS),$(call probed,$(run)) $(call knocked,$(run))) $(OUT)/starvation.json $(ASSETS)
+  $(foreach run,$(RUNS),$(call probed,$(run)) $(call knocked,$(run))) $(OUT)/starvation.json $(ASSETS) \
+  $(OUT)/report/explorer.html
 	$(call step,report,$(PROBES) report $(RUNS) --longer $(OUT)/causal/longer $(OUT)/bidirectional/longer \
 	  --recipes $(OUT)/causal/recipes $(OUT)/bidirectional/recipes --out $(OUT)/report --timings $(OUT)/logs/timings)

@@ -15,7 +15,8 @@ import probes.cli
 
 COMMANDS = {
     "llava_bidir": ["fit", "validate", "test", "export", "inspect", "size", "verify-data", "generate", "demo-assets"],
-    "probes": ["fit", "validate", "test", "sites", "states", "knockout", "starvation", "umap", "maps", "report"],
+    "probes": ["fit", "validate", "test", "sites", "states"]
+    + ["knockout", "starvation", "umap", "maps", "explore", "report"],
 }
 
 

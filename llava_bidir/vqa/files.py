@@ -10,6 +10,10 @@ from .benchmarks import Item
 PACKAGE = Path(__file__).parents[1]
 
 
+class ItemError(Exception):
+    """An item could not be answered."""
+
+
 def pins() -> dict[str, str]:
     """The versions that the harness's environment must have; `make vqa-venv` installs them."""
     lines = (Path(__file__).parent / "requirements.txt").read_text().splitlines()

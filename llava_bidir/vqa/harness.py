@@ -10,18 +10,13 @@ Under `torchrun` every process answers its share of the items, and the first one
 import json
 import os
 import sys
+import time
 from argparse import Namespace
 from importlib import metadata
 from pathlib import Path
 
-import lmms_eval.tasks
-from lmms_eval.evaluator import simple_evaluate
-from lmms_eval.models import get_model
-from lmms_eval.tasks import TaskManager
-from lmms_eval.utils import load_yaml_config
-
 from .benchmarks import BENCHMARKS, Benchmark, Item
-from .files import code_digest, error_file, pins, write_results
+from .files import ItemError, code_digest, error_file, pins, write_results
 
 
 def main(request: dict) -> None:
@@ -33,16 +28,22 @@ def main(request: dict) -> None:
     out, name = Path(request["out"]), "setting up"
     try:
         check_environment(request["code"])
+        from lmms_eval.models import get_model  # not before it is known to be there
+
         model = get_model("llava_bidir").create_from_arg_string(
             f"pretrained={request['model']}", {"batch_size": request["batch_size"]}
         )
         for name in request["benchmarks"]:
+            start = time.monotonic()
             results = run(BENCHMARKS[name], model, out, request["local"])
             if results is not None:  # in the first process
-                write_results(out, name, *collect(name, results, request["facts"]))
+                made = {"code": request["code"], "device": str(model.device), "dtype": str(model.model.dtype)}
+                facts = request["facts"] | made | {"seconds": round(time.monotonic() - start, 1)}
+                write_results(out, name, *collect(name, results, facts))
     except Exception as error:
-        message = str(error) if isinstance(error, RuntimeError) else f"{name}: {type(error).__name__}: {error}"
-        error_file(out).write_text(message + "\n")
+        cause = error.__cause__ if type(error).__name__ == "RetryError" else error  # the harness reads data five times
+        what = "" if isinstance(cause, ItemError) else f"{type(cause).__name__}: "
+        error_file(out).write_text(f"{name}: {what}{str(cause).strip()}\n")
         raise
 
 
@@ -69,6 +70,10 @@ def _version(package: str) -> str | None:
 
 def run(benchmark: Benchmark, model, out: Path, local: bool) -> dict | None:
     """The harness's results with all samples; None in all processes but the first."""
+    import lmms_eval.tasks
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.utils import load_yaml_config
+
     here, harness = f"tasks/{benchmark.task}.yaml", f"*/{benchmark.task}.yaml"
     (path,) = [*Path(__file__).parent.glob(here), *Path(lmms_eval.tasks.__file__).parent.glob(harness)]
     config = load_yaml_config(str(path))
@@ -83,7 +88,7 @@ def run(benchmark: Benchmark, model, out: Path, local: bool) -> dict | None:
         model=model,
         tasks=[{"task": benchmark.task, **changes}],
         # this one folder: to read all of them takes longer than a small task
-        task_manager=TaskManager(include_path=str(path.parent), include_defaults=False),
+        task_manager=lmms_eval.tasks.TaskManager(include_path=str(path.parent), include_defaults=False),
         batch_size=model.batch_size,
         bootstrap_iters=0,
         process_docs_parallel=1,  # unparsed answers of MMMU are guessed: in a fixed order, from a seed

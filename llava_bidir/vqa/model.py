@@ -17,6 +17,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from .. import modeling  # noqa: F401 - makes the Auto classes know our models
 from ..generate import answer
 from .checkpoint import image_attention
+from .files import ItemError
 
 MANIFEST = ModelManifest("llava_bidir", simple_class_path="llava_bidir.vqa.model.LlavaBidir")
 MAX_NEW_TOKENS = 128  # where a task names none; source: LLaVA eval/model_vqa_loader.py
@@ -41,7 +42,7 @@ class LlavaBidir(lmms):
         ImageFile.LOAD_TRUNCATED_IMAGES = False  # the harness fills what a cut file lacks with grey
         self.image_attention = image_attention(pretrained)
         self.batch_size = int(batch_size)
-        self.accelerator = Accelerator()
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
         self.model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=dtype).to(self.device).eval()
         self.processor = _padding(AutoProcessor.from_pretrained(pretrained))
@@ -51,7 +52,7 @@ class LlavaBidir(lmms):
         """Greedy answers, in order. The tasks' `until` is not used: LLaVA ends an answer with its eos.
 
         Raises:
-            RuntimeError: Names the task and the items that could not be answered.
+            ItemError: Names the items that could not be answered.
         """
         answers = []
         for start in tqdm(range(0, len(requests), self.batch_size), desc="answering", disable=self.rank > 0):
@@ -63,14 +64,14 @@ class LlavaBidir(lmms):
                     self.model, self.processor, [args[0] for args in batch], images, _max_new_tokens(batch[0][1])
                 )
             except Exception as error:
-                raise RuntimeError(f"{batch[0][4]} item {items}: {type(error).__name__}: {error}") from error
+                raise ItemError(f"item {items}: {type(error).__name__}: {error}") from error
         return answers
 
     def _images(self, context, options, doc_to_visual, item, task, split) -> list:
         try:
             return doc_to_visual(self.task_dict[task][split][item])
         except Exception as error:
-            raise RuntimeError(f"{task} item {item}: its image: {type(error).__name__}: {error}") from error
+            raise ItemError(f"item {item}, its image: {type(error).__name__}: {error}") from error
 
     def clean(self) -> None:
         """Keeps the model, which the harness would drop after a task: the next one needs it."""

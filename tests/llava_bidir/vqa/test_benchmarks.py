@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from sklearn.metrics import f1_score
+
 from llava_bidir.vqa.benchmarks import (
     BENCHMARKS,
     COGNITION,
@@ -15,7 +17,6 @@ from llava_bidir.vqa.benchmarks import (
     starts_with_yes_or_no,
     yes_or_no,
 )
-from sklearn.metrics import f1_score
 
 
 def item(right, unit=0, group=None, answer="", target=""):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import vqa_results
+
 from llava_bidir.vqa.check import problems
 from llava_bidir.vqa.files import items_file, pins, results_file
 

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+
 from llava_bidir.vqa.checkpoint import encoder, fingerprint, image_attention, local
 
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from scipy import stats
+
 from llava_bidir.vqa.benchmarks import Parts, mean, mme
 from llava_bidir.vqa.statistics import bootstrap, holm, interval, swap_test
-from scipy import stats
 
 
 def items(right, units=None, group=None) -> list[dict]:

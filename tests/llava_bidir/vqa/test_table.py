@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import vqa_results
+
 from llava_bidir import cli
 
 CAUSAL, BIDIRECTIONAL = np.random.default_rng(0).random((2, 400)) < [[0.5], [0.65]]
@@ -41,7 +42,7 @@ def test_scores_intervals_and_the_papers_numbers(table):
     assert second["MME-P"]["paper"] == 1538
     perception = images[::2]
     assert first["MME-P"]["score"] == pytest.approx(100 * (perception.mean() + perception.all(1).mean()))
-    assert first["TextVQA OCR"]["paper"] is None is first["POPE F1"]["difference"]
+    assert first["TextVQA OCR"]["paper"] is None and first["POPE F1"]["difference"] is None
     assert not first["GQA"]["official"] and first["GQA"]["unusable"] == 0
 
 

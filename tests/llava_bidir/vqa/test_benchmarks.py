@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import f1_score
 
+from llava_bidir import cli
 from llava_bidir.vqa.benchmarks import (
     BENCHMARKS,
     COGNITION,
@@ -62,6 +63,10 @@ def test_f1_is_sklearns_where_all_answers_are_yes_or_no():
 )
 def test_answers_of_the_kind_asked_for(usable, good, bad):
     assert all(map(usable, good)) and not any(map(usable, bad))
+
+
+def test_command_offers_every_benchmark():
+    assert cli.VQA == list(BENCHMARKS) and cli.VQA[:-1] == TABLE1
 
 
 def test_table_has_the_papers_columns_in_its_order():

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor, PreTrainedModel, TextStreamer
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from . import modeling  # noqa: F401 - makes the Auto classes know our models
 from .data.collate import pad
@@ -22,13 +23,29 @@ def generate(model: str, image: Path, prompts: list[str], max_new_tokens: int = 
         picture = Image.open(image).convert("RGB")
     except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
         raise ValueError(f"image {image} cannot be read: {error}") from None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto").to(device).eval()
-    processor = AutoProcessor.from_pretrained(model)
+    loaded, processor = load(model)
+    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     return answer(
         loaded, processor, prompts, [[picture]] * len(prompts), max_new_tokens, streamer if len(prompts) == 1 else None
     )
+
+
+def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcessor]:
+    """A checkpoint to ask questions, ours or transformers' llava.
+
+    Released llava checkpoints come with CLIP's processor, which crops; LLaVA-1.5 was evaluated on padded images, and so
+    are they here. Source: LLaVA mm_utils.py process_images.
+    """
+    loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).eval()
+    processor = AutoProcessor.from_pretrained(model)
+    images = processor.image_processor
+    if images.do_pad is None:  # it knows of no padding
+        settings = {
+            name: getattr(images, name) for name in ("size", "crop_size", "image_mean", "image_std", "resample")
+        }
+        processor.image_processor = LlavaImageProcessorPil(do_pad=True, **settings)
+    return loaded, processor
 
 
 def answer(

@@ -5,17 +5,15 @@ own `llava_hf` takes one item at a time, crops images to their centre, turns exc
 run a checkpoint whose mask it does not know causally; here prompt, padding and mask are those of training.
 """
 
+import lmms_eval.api.task  # noqa: F401 - changes PIL's settings, which LlavaBidir changes back
 import torch
 from accelerate import Accelerator
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import ImageFile
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from .. import modeling  # noqa: F401 - makes the Auto classes know our models
-from ..generate import answer
+from ..generate import answer, load
 from .checkpoint import image_attention
 from .files import ItemError
 
@@ -39,13 +37,13 @@ class LlavaBidir(lmms):
         super().__init__()
         if unknown.keys() - {"max_batch_size", "device"}:
             raise ValueError(f"model_args: unknown {', '.join(unknown)}; there is pretrained, dtype")
-        ImageFile.LOAD_TRUNCATED_IMAGES = False  # the harness fills what a cut file lacks with grey
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # or what a cut file lacks would be grey
         self.image_attention = image_attention(pretrained)
         self.batch_size = int(batch_size)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
-        self.model = AutoModelForImageTextToText.from_pretrained(pretrained, dtype=dtype).to(self.device).eval()
-        self.processor = _padding(AutoProcessor.from_pretrained(pretrained))
+        self.model, self.processor = load(pretrained, dtype)
+        self.model.to(self.device)
 
     @torch.no_grad()
     def generate_until(self, requests) -> list[str]:
@@ -88,13 +86,3 @@ def _max_new_tokens(options: dict) -> int:
     if options.get("do_sample") or options.get("temperature") or options.get("num_beams", 1) != 1:
         raise ValueError(f"answers are decoded greedily, but the task wants {options}")
     return options.get("max_new_tokens", MAX_NEW_TOKENS)
-
-
-def _padding(processor: LlavaProcessor) -> LlavaProcessor:
-    """Stock checkpoints come with CLIP's processor, which crops; LLaVA-1.5 was evaluated with padding (mm_utils.py)."""
-    images = processor.image_processor
-    if not hasattr(images, "do_pad"):
-        names = ("size", "crop_size", "image_mean", "image_std", "resample")
-        settings = {name: getattr(images, name) for name in names}
-        processor.image_processor = LlavaImageProcessorPil(do_pad=True, **settings)
-    return processor

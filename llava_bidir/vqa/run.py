@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
         "encoder": checkpoint.encoder(model),
         "fingerprint": checkpoint.fingerprint(model),
         "batch_size": args.batch_size,
-        "official": args.data is None,
+        "data": "hub" if args.data is None else str(args.data),
     }
     missing = [name for name in args.tasks if not _finished(args.out, name, facts)]
     if missing:

@@ -106,10 +106,17 @@ def test_answers_are_those_of_generate(runs, checkpoints, data):
     """Prompt, padding and mask: every question of the files, asked without the harness."""
     model = AutoModelForImageTextToText.from_pretrained(checkpoints["bidirectional"]).eval()
     processor = AutoProcessor.from_pretrained(checkpoints["bidirectional"])
-    folders = {"gqa": "GQA", "pope": "POPE", "mmmu": "MMMU", "textvqa_ocr": "textvqa", "vizwiz": "VizWiz-VQA"}
-    limits = {"gqa": 16}
-    for name, folder in folders.items():
-        config = "testdev_balanced_images" if name == "gqa" else "default"
+    sources = {  # folder, configuration, longest answer
+        "gqa": ("GQA", "testdev_balanced_images", 16),
+        "mmbench": ("MMBench", "en", 1024),
+        "mme": ("MME", "default", 16),
+        "mmmu": ("MMMU", "default", 128),
+        "pope": ("POPE", "default", 128),
+        "scienceqa": ("ScienceQA", "ScienceQA-IMG", 16),
+        "textvqa_ocr": ("textvqa", "default", 128),
+        "vizwiz": ("VizWiz-VQA", "default", 128),
+    }
+    for name, (folder, config, longest) in sources.items():
         (split,) = load_dataset(str(data / benchmarks.ORGANISATION / folder), config).values()
         for item in items(runs / "bidirectional", name):
             record = split[item["item"] // 2 if name == "gqa" else item["item"]]
@@ -118,7 +125,7 @@ def test_answers_are_those_of_generate(runs, checkpoints, data):
                 for key in sorted(record)
                 if key.startswith("image") and isinstance(record[key], Image.Image)
             ]
-            expected = answer(model, processor, [item["question"]], [shown], limits.get(name, 128))
+            expected = answer(model, processor, [item["question"]], [shown], longest)
             assert [item["answer"]] == expected, name
     assert "Reference OCR token: sky, wall" in items(runs / "bidirectional", "textvqa_ocr")[0]["question"]
     assert "Reference" not in items(runs / "bidirectional", "textvqa")[0]["question"]

@@ -27,7 +27,7 @@ def write(out: Path, name: str, right: np.ndarray, mask: str = "causal", encoder
     out.mkdir(parents=True, exist_ok=True)
     written = {
         **{"benchmark": name, "model": f"{encoder}-{mask}", "encoder": encoder, "image_attention": mask},
-        **{"fingerprint": f"{encoder}{mask}", "documents": len(items), "versions": pins()},
+        **{"fingerprint": f"{encoder}{mask}", "documents": len(items), "versions": pins(), "data": "here"},
         "harness": {title: column.parts(items).score() for title, column in columns.items()},
     }
     write_results(out, name, written | facts, items)

@@ -7,17 +7,16 @@ from .benchmarks import BENCHMARKS, Item
 from .files import pins, read_results
 
 
-def problems(out: Path, name: str, max_unusable: float, official: bool) -> list[str]:
+def problems(out: Path, name: str, max_unusable: float) -> list[str]:
     """What is wrong with a finished task, each with the name of the task and of an item; empty if nothing is.
 
     Args:
         out: Folder of results.
         name: Of the benchmark.
         max_unusable: Largest share of answers that may be empty or not of the kind asked for.
-        official: Whether the number of items must be that of the official split.
     """
     facts, items = read_results(out, name)
-    found = [*_versions(facts), *_counts(name, facts, items, official)]
+    found = [*_versions(facts), *_counts(name, facts, items)]
     if not found:  # or scores could not be compared
         found = [*_scores(name, facts, items), *_answers(name, items, max_unusable)]
     return [f"{name}: {problem}" for problem in found]
@@ -32,7 +31,7 @@ def _differs(facts: dict, package: str, version: str) -> bool:
     return facts["versions"].get(package, "").partition("+")[0] != version
 
 
-def _counts(name: str, facts: dict, items: list[Item], official: bool) -> list[str]:
+def _counts(name: str, facts: dict, items: list[Item]) -> list[str]:
     results, expected = Counter(item["item"] for item in items), facts["documents"]
     missing = sorted(set(range(expected)) - results.keys())
     twice = sorted(number for number, times in results.items() if times > 1)
@@ -43,7 +42,7 @@ def _counts(name: str, facts: dict, items: list[Item], official: bool) -> list[s
         found.append(f"{len(twice)} items have several results, item {twice[0]} for one")
     if not items:
         found.append("the harness yielded no results")
-    if official and BENCHMARKS[name].items not in (None, expected):
+    if facts["data"] == "hub" and BENCHMARKS[name].items not in (None, expected):
         found.append(f"{expected} items, but the official split has {BENCHMARKS[name].items}")
     return found
 

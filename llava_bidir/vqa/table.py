@@ -7,6 +7,7 @@ import argparse
 import csv
 import io
 import json
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -170,26 +171,35 @@ def _csv(table: dict) -> str:
 
 
 def _rows(table: dict) -> list[tuple[str, str, list[str]]]:
-    """(name, what, cells) of every line: ours, the paper's, and for pairs the difference, with p where it is small."""
-    titles, rows = _titles(table), []
+    """(name, what, cells) of every line: four for a model, four for a pair."""
+    lines = []
     for model in table["models"]:
         name = f"{model['encoder']} {model['image_attention']}"
-        for what, key in (("ours", "score"), ("paper", "paper")):
-            rows.append((name, what, [shown(t, model["columns"].get(t, {}).get(key)) for t in titles]))
+        kinds = {"ours": (shown, "score"), "95%": (shown, "ci95"), "paper": (shown, "paper")}
+        lines += [(name, model["columns"], kinds | {"ours - paper": (signed, "difference")})]
     for pair in table["pairs"]:
         name = f"{pair['encoder']} bidirectional - causal"
-        for what, key in (("ours", "difference"), ("paper", "paper")):
-            rows.append((name, what, [signed(t, pair["columns"].get(t, {}).get(key)) for t in titles]))
-        p = [pair["columns"].get(t, {}).get("p_holm") for t in titles]
-        rows.append((name, "p (Holm)", ["–" if value is None else f"{value:.3f}" for value in p]))
-    return rows
+        kinds = {"ours": (signed, "difference"), "95%": (signed, "ci95"), "paper": (signed, "paper")}
+        lines += [(name, pair["columns"], kinds | {"p (Holm)": (lambda title, p: f"{p:.3f}", "p_holm")})]
+    return [
+        (name, what, [_cell(title, columns.get(title), show, key) for title in _titles(table)])
+        for name, columns, kinds in lines
+        for what, (show, key) in kinds.items()
+    ]
+
+
+def _cell(title: str, column: dict | None, show: Callable[[str, Any], str], key: str) -> str:
+    if column is None:
+        return "–"
+    value = column[key]
+    return " to ".join(show(title, end) for end in value) if isinstance(value, list) else show(title, value)
 
 
 def _text(table: dict) -> str:
     lines = [("", "", _titles(table)), *_rows(table)]
     width = [max(len(line[k]) for line in lines) for k in (0, 1)]
     return "\n".join(
-        f"{name:<{width[0]}}  {what:<{width[1]}}  " + "  ".join(f"{cell:>11}" for cell in cells)
+        f"{name:<{width[0]}}  {what:<{width[1]}}  " + "  ".join(f"{cell:>14}" for cell in cells)
         for name, what, cells in lines
     )
 
@@ -198,6 +208,8 @@ def _latex(table: dict) -> str:
     """For the booktabs package."""
     titles = _titles(table)
     body = [" & ".join(["", "", *titles])] + [" & ".join([name, what, *cells]) for name, what, cells in _rows(table)]
-    body = [line.replace("−", "$-$").replace("–", "--").replace("_", r"\_") + r" \\" for line in body]
+    body = [
+        line.replace("−", "$-$").replace("–", "--").replace("_", r"\_").replace("%", r"\%") + r" \\" for line in body
+    ]
     head = rf"\begin{{tabular}}{{ll{'r' * len(titles)}}}"
     return "\n".join([head, r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}", ""])

@@ -6,10 +6,11 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
-TRAINING = {  # LightningCLI's own subcommands, with options of their own
-    "fit": "train a probe at every site: -c configs/probes/folder.yaml --model.mllm DIR --data.root DIR --out RUN",
+CONFIGURED = {  # commands that take YAML, with parsers of their own
+    "fit": "train a probe at every site: -c configs/probes/ade20k.yaml --model.mllm DIR --data.root DIR --out RUN",
     "validate": "scores of a checkpoint's probes as they are",
     "test": "scores of a checkpoint's probes, each of its best epoch; writes the run's files",
+    "verify-data": "read every image and mask before GPU time: -c configs/probes/ade20k.yaml --data.root DIR",
 }
 
 
@@ -18,7 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="probes", description="Where in an MLLM can its image tokens be segmented? (arXiv 2603.17228)"
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, text in TRAINING.items():
+    for name, text in CONFIGURED.items():
         commands.add_parser(name, help=text, add_help=False)
 
     def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
@@ -84,9 +85,15 @@ def build_parser() -> argparse.ArgumentParser:
     report = command(
         "report", "probes.report.page:run", "claims, figures and tables of runs as one self-contained HTML page"
     )
-    report.add_argument("runs", nargs="+", metavar="RUN", help="finished probe runs: one a mask, and their controls")
+    report.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="finished probe runs: of each model and dataset one a mask, and their controls; NAME=RUN names the model",
+    )
     report.add_argument("--out", required=True, metavar="DIR", help="index.html, results.json, *.csv, *.png, *.pdf")
     report.add_argument("--longer", nargs="+", default=[], metavar="RUN", help="the same with longer-trained probes")
+    report.add_argument("--recipes", nargs="+", default=[], metavar="RUN", help="the same with further recipes")
     report.add_argument("--timings", metavar="FILE", help='log of lines "start end step", to state the wall time')
     return parser
 
@@ -108,8 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv and argv[0] in TRAINING:
-            import_module("probes.training").main(argv)
+        if argv and argv[0] in CONFIGURED:
+            import_module("probes.verify" if argv[0] == "verify-data" else "probes.training").main(argv)
             return
         args = build_parser().parse_args(argv)
         module, _, function = args.run.partition(":")

@@ -33,6 +33,12 @@ class Span(NamedTuple):
         """Where the centre of each of `size` pixels lies among the nodes, f64[size]; node i's own centre is at i."""
         return (torch.arange(size, dtype=torch.float64) + 0.5 - self.start_px) * (nodes / self.length_px) - 0.5
 
+    def cells(self, nodes: int, size: int) -> Tensor:
+        """The node in whose cell the centre of each of `size` pixels lies, i64[size]; -1 beyond them all."""
+        centres = torch.arange(size, dtype=torch.float64) + 0.5
+        cell = ((centres - self.start_px) * nodes / self.length_px).floor().long()
+        return torch.where((cell >= 0) & (cell < nodes), cell, -1)
+
 
 class View(NamedTuple):
     """Where a grid lies on a mask."""
@@ -48,12 +54,8 @@ class View(NamedTuple):
     def cells(self, grid: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The grid row of each pixel row and the grid column of each pixel column, i64[H] and i64[W]; -1 where the grid
         does not reach. A pixel belongs to the cell in which its centre lies."""
-        cells = []
-        for span, nodes, pixels in zip(self, grid, size, strict=True):
-            centres = torch.arange(pixels, dtype=torch.float64) + 0.5
-            cell = ((centres - span.start_px) * nodes / span.length_px).floor().long()
-            cells.append(torch.where((cell >= 0) & (cell < nodes), cell, -1))
-        return cells[0], cells[1]
+        rows, cols = (span.cells(n, pixels) for span, n, pixels in zip(self, grid, size, strict=True))
+        return rows, cols
 
 
 @dataclass(frozen=True)

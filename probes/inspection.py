@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from .families import family_of, image_attention_of
+from .families import family_of, own_image_attention
 from .mllm import ENCODER, load, read_config, site_names
 from .results import write_tensors
 
@@ -15,7 +15,7 @@ def print_sites(args: argparse.Namespace) -> None:
     config = read_config(args.mllm)
     family, text_config = family_of(config), config.get_text_config()
     rows, columns = family.grid(config)
-    print(f"{config.model_type}, {image_attention_of(config)} image attention")
+    print(f"{config.model_type}, {own_image_attention(config)} image attention")
     print(f"{rows} x {columns} = {rows * columns} image tokens of a {family.image_px(config)} px square")
     for site in site_names(text_config.num_hidden_layers):
         print(f"  {site:<11} {family.encoder_width(config) if site == ENCODER else text_config.hidden_size}")

@@ -4,7 +4,7 @@ A(t <- s) = -inf for all image tokens t and all s in B_c: no image token, those 
 blocked one, while the blocked ones go on looking at all others. It is cut out of whatever mask the model runs under,
 so padding, causality and text rows stay as they are.
 
-Shapes: B batch, T image tokens, P tokens before the image, N = P + T.
+Shapes: B batch, T image tokens, N tokens in all, Q of them, the last ones, as queries.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from .masks import Masks, each
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,10 @@ class Knockout:
     blocked: Tensor
     layers: Sequence[int] | None = None
 
-    def cut(self, mask: Tensor) -> Tensor:
-        """`mask` bool[B, 1, T, N] (True = may attend; rows are image tokens) without the blocked columns.
+    def cut(self, mask: Tensor, is_image: Tensor) -> Tensor:
+        """`mask` bool[B, 1, Q, N] (True = may attend) without the blocked columns in the rows of image tokens.
+
+        `is_image` bool[N] says which tokens these are.
 
         With tokens p (prefix) and i (image), the second image token blocked, under a causal mask::
 
@@ -42,17 +46,19 @@ class Knockout:
         """
         if mask.dtype != torch.bool:
             raise ValueError(f"a knockout needs a boolean mask, got {mask.dtype}; run the model with sdpa attention")
-        tokens = mask.shape[-2]
+        tokens = int(is_image.sum())
         if self.blocked.dtype != torch.bool or self.blocked.shape != (mask.shape[0], tokens):
             raise ValueError(
                 f"blocked must be bool[{mask.shape[0]}, {tokens}] (images, image tokens), got "
                 f"{self.blocked.dtype} {list(self.blocked.shape)}"
             )
-        open_to_all = torch.zeros(mask.shape[0], mask.shape[-1] - tokens, dtype=torch.bool, device=mask.device)
-        blocked = torch.cat([open_to_all, self.blocked.to(mask.device)], dim=1)
-        cut = mask & ~blocked[:, None, None, :]
+        queries = is_image[-mask.shape[-2] :]
+        blocked = torch.zeros(mask.shape[0], mask.shape[-1], dtype=torch.bool, device=mask.device)
+        blocked[:, is_image] = self.blocked.to(mask.device)
+        cut = mask & ~(blocked[:, None, None, :] & queries[:, None])
         if not cut.any(-1).all():
-            image, _, token = (~cut.any(-1)).nonzero()[0].tolist()
+            image, _, row = (~cut.any(-1)).nonzero()[0].tolist()
+            token = int(queries[:row].sum())
             raise ValueError(
                 f"blocking {int(self.blocked[image].sum())} tokens leaves image token {token} of image {image} in the "
                 "batch nothing to attend to; keep a prefix before the image or block fewer tokens"
@@ -60,12 +66,13 @@ class Knockout:
         return cut
 
     @contextmanager
-    def applied(self, layers: nn.ModuleList, mask: Tensor, depth: int) -> Iterator[None]:
+    def applied(self, layers: nn.ModuleList, masks: Masks, is_image: Tensor, depth: int) -> Iterator[None]:
         """Swaps the mask of the chosen layers' self-attention for the cut one while the context is open.
 
         Args:
             layers: The decoder's.
-            mask: bool[B, 1, T, N], what the model runs under.
+            masks: bool[B, 1, Q, N], what the model runs under, by kind of layer where there are several.
+            is_image: bool[N], as in :meth:`cut`.
             depth: Layers that will run; a forward that wants early states stops there.
 
         Raises:
@@ -76,14 +83,15 @@ class Knockout:
         for layer in chosen:
             if not 1 <= layer <= len(layers):
                 raise ValueError(f"knockout layer {layer} is out of range; this model has layers 1..{len(layers)}")
-        cut, swapped = self.cut(mask), []
+        cuts, swapped = [(mask, self.cut(mask, is_image)) for mask in each(masks)], []
 
         def swap(layer: int, kwargs: dict) -> dict:
             given = kwargs.get("attention_mask")
-            if given is not mask:
-                raise RuntimeError(f"layer {layer} attends under another mask than the one to cut: {given}")
-            swapped.append(layer)
-            return {**kwargs, "attention_mask": cut}
+            for mask, cut in cuts:
+                if given is mask:
+                    swapped.append(layer)
+                    return {**kwargs, "attention_mask": cut}
+            raise RuntimeError(f"layer {layer} attends under another mask than the one to cut: {given}")
 
         handles = [
             layers[layer - 1].self_attn.register_forward_pre_hook(

@@ -16,12 +16,14 @@ Legend: P probes, B images, K classes, h w patch grid, H W pixels, R C pixel row
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .geometry import View
+from .kernels import use_triton
 from .upsample import Plan, band_rows, compute_dtype, make_plan
 
 # Where no logit of a grid node lies further below the node's best, exp cannot vanish in float32 at any pixel (its
@@ -59,29 +61,40 @@ def upsampled_cross_entropy(
 
     Raises:
         ValueError: shapes or arguments do not fit, or a label is neither a class nor `ignore_index`. Labels are only
-            checked on a CPU: on a GPU the check would wait for the device.
+            checked on a CPU: on a GPU the check would wait for the device; there a wrong label makes the loss of the
+            Triton kernel NaN.
     """
     _check_arguments(logits, target, label_stride, rows, reduction)
     probes = logits if logits.ndim == 5 else logits[None]
     n_probes, n_images, classes, *grid = probes.shape
     dtype, size = compute_dtype(logits), tuple(target.shape[1:])
-    target = target[:, label_stride // 2 :: label_stride, label_stride // 2 :: label_stride].long()
+    target = strided(target, label_stride)
     valid = target != ignore_index
-    labels = target.masked_fill(~valid, 0)
-    if labels.device.type == "cpu":
-        for label in labels.aminmax():
-            if not 0 <= label < classes:
-                raise ValueError(f"label {label} is neither in [0, K={classes}) nor ignore_index={ignore_index}")
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
     with torch.autocast(logits.device.type, enabled=False):
-        images = n_probes * n_images
-        plan = make_plan(
-            images, classes, tuple(grid), size, dtype, logits.device, view=view, stride=label_stride, max_rows=rows
-        )
-        needs_grad = torch.is_grad_enabled() and logits.requires_grad
-        losses = _CrossEntropySum.apply(probes, labels, valid, plan, needs_grad)
+        if use_triton(logits):
+            from .kernels.cells import cells
+            from .kernels.cross_entropy import cross_entropy_sum
+
+            axes = cells(tuple(grid), size, view or View.whole(size), label_stride, logits.device)
+            losses = _CrossEntropySum.apply(probes, cross_entropy_sum, target, *axes, ignore_index, needs_grad)
+        else:
+            labels = target.long().masked_fill(~valid, 0)
+            if labels.device.type == "cpu":
+                _check_labels(labels, classes, ignore_index)
+            images = n_probes * n_images
+            plan = make_plan(
+                images, classes, tuple(grid), size, dtype, logits.device, view=view, stride=label_stride, max_rows=rows
+            )
+            losses = _CrossEntropySum.apply(probes, _sum_in_chunks, labels, valid, plan, needs_grad)
         if reduction == "mean":
             losses = losses / valid.sum().clamp(min=1)
     return losses if logits.ndim == 5 else losses[0]
+
+
+def strided(target: Tensor, stride: int) -> Tensor:
+    """Returns each stride-th pixel row and column of a mask [..., H, W], from `stride // 2` on."""
+    return target[..., stride // 2 :: stride, stride // 2 :: stride]
 
 
 def _check_arguments(logits: Tensor, target: Tensor, label_stride: int, rows: int | None, reduction: str) -> None:
@@ -101,39 +114,56 @@ def _check_arguments(logits: Tensor, target: Tensor, label_stride: int, rows: in
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
 
 
+def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
+    for label in labels.aminmax():
+        if not 0 <= label < classes:
+            raise ValueError(f"label {label} is neither in [0, K={classes}) nor ignore_index={ignore_index}")
+
+
 class _CrossEntropySum(torch.autograd.Function):
-    """f[P, B, K, h, w] -> f[P], the sum over valid pixels; its gradient is computed in the forward."""
+    """f[P, B, K, h, w] -> f[P], the sum over valid pixels; `sum_and_gradient(logits, *args)` gives it, and the gradient
+    along with it, in the forward."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, labels: Tensor, valid: Tensor, plan: Plan, needs_grad: bool) -> Tensor:
-        dtype = plan.rows.dtype
-        n_probes, n_images = logits.shape[:2]
-        # A chunk takes as many probes as fit, and further images only once it has all probes: they share the labels.
-        p_step, b_step = min(n_probes, plan.images), max(1, plan.images // n_probes)
-        totals = logits.new_zeros(n_probes, dtype=torch.float64)
-        grads = torch.empty_like(logits, dtype=dtype) if needs_grad else None
-        for b in range(0, n_images, b_step):
-            images = slice(b, b + b_step)
-            keep = valid[images].to(dtype)
-            soft = _soft_labels(labels[images], keep, logits.shape[2], plan)
-            for p in range(0, n_probes, p_step):
-                chunk = slice(p, p + p_step), images
-                z = logits[chunk].to(dtype).transpose(2, 3).contiguous()  # [P, B, h, K, w]
-                # A shift of all logits of a node leaves the loss alone; this one makes it a difference of small sums.
-                z = (z - z.amax(-2, keepdim=True)) * LOG2_E
-                lse, grad = _logsumexp_sum(z, keep, plan, needs_grad)
-                totals[chunk[0]] += lse - (z * soft).flatten(1).sum(1, dtype=torch.float64)
-                if needs_grad:
-                    grads[chunk] = grad.sub_(soft).transpose(2, 3)
+    def forward(ctx, logits: Tensor, sum_and_gradient: Callable, *args) -> Tensor:
+        totals, grads = sum_and_gradient(logits, *args)
         ctx.save_for_backward(grads)
         ctx.logits_dtype = logits.dtype
-        return (totals / LOG2_E).to(dtype)
+        return totals.to(compute_dtype(logits))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor) -> tuple:
         (grads,) = ctx.saved_tensors
-        return (grads * grad_output[:, None, None, None, None]).to(ctx.logits_dtype), None, None, None, None
+        return (grads * grad_output[:, None, None, None, None]).to(ctx.logits_dtype), *[None] * (
+            len(ctx.needs_input_grad) - 1
+        )
+
+
+def _sum_in_chunks(
+    logits: Tensor, labels: Tensor, valid: Tensor, plan: Plan, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Returns the loss summed over valid pixels, f64[P], and its gradient f[P, B, K, h, w] if that is needed."""
+    dtype = plan.rows.dtype
+    n_probes, n_images = logits.shape[:2]
+    # A chunk takes as many probes as fit, and further images only once it has all probes: they share the labels.
+    p_step, b_step = min(n_probes, plan.images), max(1, plan.images // n_probes)
+    totals = logits.new_zeros(n_probes, dtype=torch.float64)
+    grads = torch.empty_like(logits, dtype=dtype) if needs_grad else None
+    for b in range(0, n_images, b_step):
+        images = slice(b, b + b_step)
+        keep = valid[images].to(dtype)
+        soft = _soft_labels(labels[images], keep, logits.shape[2], plan)
+        for p in range(0, n_probes, p_step):
+            chunk = slice(p, p + p_step), images
+            z = logits[chunk].to(dtype).transpose(2, 3).contiguous()  # [P, B, h, K, w]
+            # A shift of all logits of a node leaves the loss alone; this one makes it a difference of small sums.
+            z = (z - z.amax(-2, keepdim=True)) * LOG2_E
+            lse, grad = _logsumexp_sum(z, keep, plan, needs_grad)
+            totals[chunk[0]] += lse - (z * soft).flatten(1).sum(1, dtype=torch.float64)
+            if needs_grad:
+                grads[chunk] = grad.sub_(soft).transpose(2, 3)
+    return totals / LOG2_E, grads
 
 
 def _soft_labels(labels: Tensor, keep: Tensor, classes: int, plan: Plan) -> Tensor:

@@ -1,12 +1,13 @@
 """Integer counts of pixels, and the scores that follow from them.
 
-Counts are kept by image, so that intervals can resample images, and by image index, so that an image seen twice (a
-sampler that tops up the last round) counts once. Scores are of the whole dataset: intersections and unions are summed
-over images before they are divided.
+Counts are kept by image, so that intervals can resample images, and by image index: each image counts once, on any
+number of ranks. Scores are of the whole dataset: intersections and unions are summed over images before they are
+divided.
 
 Shapes: S sites, N images, K classes, h w the token grid, T = h * w, H W pixels.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,9 +15,12 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from .geometry import Geometry, View
+from .kernels import use_triton
 from .upsample import upsampled_argmax
 
 IGNORE_INDEX = 255
+BY_IMAGE = ("intersection", "predicted", "labelled", "patch_right", "patch_valid")
+PIXELS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}  # of predicted maps, which are counted and forgotten
 
 
 class Counts(NamedTuple):
@@ -27,6 +31,7 @@ class Counts(NamedTuple):
         labelled: long[N, K], pixels of each class.
         patch_right: long[S, N, T], rightly predicted pixels under each token.
         patch_valid: long[N, T], labelled pixels under each token.
+        confusion: long[S, K, K], pixels of each label and prediction, over all images; None where not asked for.
     """
 
     intersection: Tensor
@@ -34,40 +39,81 @@ class Counts(NamedTuple):
     labelled: Tensor
     patch_right: Tensor
     patch_valid: Tensor
+    confusion: Tensor | None = None
 
 
-def count(predicted: Tensor, target: Tensor, classes: int, grid: tuple[int, int], view: View | None = None) -> Counts:
-    """Counts of a batch: `predicted` uint8[S, N, H, W] against `target` uint8[N, H, W], 255 ignored. Pixels that no
-    token sees, by `view`, count for the image, but under no token."""
-    sites, images = predicted.shape[:2]
-    valid = target != IGNORE_INDEX
-    right = (predicted == target) & valid
-    # one bincount for all sites and images: bin = (site, image, class), with a class of its own for what is ignored
-    bins = torch.arange(sites * images, device=target.device).view(sites, images, 1, 1) * (classes + 1)
-    count_of = lambda label, kept: _bincount(bins[: len(label)] + torch.where(kept, label, classes), classes)
-    return Counts(
-        intersection=count_of(predicted, right).view(sites, images, classes),
-        predicted=count_of(predicted, valid).view(sites, images, classes),
-        labelled=count_of(target[None], valid[None]).view(images, classes),
-        patch_right=_by_patch(right, grid, view),
-        patch_valid=_by_patch(valid, grid, view),
-    )
+@torch.no_grad()
+def count(
+    logits: Tensor, target: Tensor, view: View | None = None, *, by_token: bool = True, confusion: bool = False
+) -> Counts:
+    """Upsamples logits, takes the best class of each pixel and counts, without keeping the predicted maps.
+
+    Args:
+        logits: f[S, N, K, h, w], finite.
+        target: uint8[N, H, W], 255 ignored.
+        view: Where the grid lies on the pixels; by default it divides them. Pixels that no token sees count for the
+            image, but under no token.
+        by_token: False counts under each image as a whole, T = 1, instead of under each token.
+        confusion: Counts pairs of label and prediction, too.
+    """
+    sites, images, classes, *grid = logits.shape
+    size, tokens = tuple(target.shape[1:]), grid[0] * grid[1]
+    view, valid = view or View.whole(size), target != IGNORE_INDEX
+    labels = target.long()
+    row, column = _cells(view, tuple(grid), size, target.device)
+    token = torch.where((row[:, None] >= 0) & (column >= 0), row[:, None] * grid[1] + column, tokens)  # T: none
+    labelled = _tally(labels.where(valid, classes), valid, classes)
+    patch_valid = _tally(token.expand_as(target), valid, tokens)
+    if use_triton(logits):
+        from .kernels.cells import half_cells
+        from .kernels.counting import count_cells
+
+        axes = half_cells(tuple(grid), size, view, logits.device)
+        found = count_cells(logits, target, *axes, IGNORE_INDEX, confusion)
+    else:
+        found = _count_in_chunks(logits, labels, valid, token, view, confusion)
+    intersection, predicted, patch_right, pairs = (None if x is None else x.long() for x in found)
+    if not by_token:
+        patch_right, patch_valid = (x.sum(-1, keepdim=True) for x in (intersection, labelled))
+    return Counts(intersection, predicted, labelled, patch_right.flatten(2), patch_valid, pairs)
 
 
-def _bincount(bins: Tensor, classes: int) -> Tensor:
-    """Occurrences of each bin, those of the last class of each group left out."""
-    groups = bins.shape[0] * bins.shape[1]
-    return torch.bincount(bins.flatten(), minlength=groups * (classes + 1)).view(groups, classes + 1)[:, :classes]
+@lru_cache(maxsize=256)
+def _cells(view: View, grid: tuple[int, int], size: tuple[int, int], device: torch.device) -> list[Tensor]:
+    """`view.cells`, at hand on the device: a copy would wait for it."""
+    return [cell.to(device) for cell in view.cells(grid, size)]
 
 
-def _by_patch(pixels: Tensor, grid: tuple[int, int], view: View | None) -> Tensor:
-    """Sums bool[..., H, W] over the cells of the grid."""
-    size = tuple(pixels.shape[-2:])
-    cells = (view or View.whole(size)).cells(grid, size)
-    rows, columns = (
-        (cell == torch.arange(n)[:, None]).float().to(pixels.device) for n, cell in zip(grid, cells, strict=True)
-    )
-    return (rows @ pixels.float() @ columns.T).round().long().flatten(-2)
+def _count_in_chunks(
+    logits: Tensor, labels: Tensor, valid: Tensor, token: Tensor, view: View, confusion: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """intersection, predicted long[S, N, K], patch_right long[S, N, T] and confusion, from a few maps at a time."""
+    (sites, images, classes, *grid), size = logits.shape, tuple(labels.shape[1:])
+    grids, tokens = sites * images, grid[0] * grid[1]
+    number = torch.arange(grids, device=labels.device)
+    found = [labels.new_empty(grids, n) for n in (classes, classes, tokens)]
+    pairs = labels.new_zeros(sites, classes, classes) if confusion else None
+    step = max(1, PIXELS_AT_ONCE.get(labels.device.type, PIXELS_AT_ONCE["cuda"]) // labels[0].numel())
+    for first in range(0, grids, step):
+        chunk = slice(first, first + step)
+        site, image = number[chunk] // images, number[chunk] % images
+        best = upsampled_argmax(logits.flatten(0, 1)[chunk], size, view).long()
+        label, kept = labels[image], valid[image]
+        right = (best == label) & kept
+        found[0][chunk] = _tally(best, right, classes)
+        found[1][chunk] = _tally(best, kept, classes)
+        found[2][chunk] = _tally(token.expand_as(best), right, tokens)
+        if confusion:
+            pair = (site.view(-1, 1, 1) * classes + label.where(kept, 0)) * classes + best
+            pairs.view(-1).scatter_add_(0, pair.flatten(), kept.flatten().long())
+    return *(x.unflatten(0, (sites, images)) for x in found), pairs
+
+
+def _tally(number: Tensor, kept: Tensor, numbers: int) -> Tensor:
+    """How many pixels that are kept have each of the `numbers`, long[n, numbers], from long[n, H, W] and bool[n, H, W];
+    the number behind the last is nobody's. Integers only, and no value is looked at: the same on any device."""
+    counts = number.new_zeros(len(number), numbers + 1)
+    return counts.scatter_add_(1, number.flatten(1), kept.flatten(1).long())[:, :numbers]
 
 
 def patch_labels(
@@ -100,53 +146,62 @@ class SegmentationMetric(Metric):
 
     Args:
         sites: S.
-        images: Size of the dataset; `compute` insists on having seen each of its images.
+        images: Size of the dataset; `compute` insists on having seen each of its images, and none twice.
         classes: K.
         geometry: Where the tokens lie on the images.
+        by_token: False keeps no counts by token, see `count`.
+        confusion: Counts pairs of label and prediction, too.
     """
 
     full_state_update = False
 
-    def __init__(self, sites: int, images: int, classes: int, geometry: Geometry):
+    def __init__(
+        self,
+        sites: int,
+        images: int,
+        classes: int,
+        geometry: Geometry,
+        by_token: bool = True,
+        confusion: bool = False,
+    ):
         super().__init__()
-        self.images, self.classes, self.geometry = images, classes, geometry
-        tokens = geometry.grid[0] * geometry.grid[1]
-        self._shapes = {
-            "intersection": (sites, classes),
-            "predicted": (sites, classes),
-            "labelled": (classes,),
-            "patch_right": (sites, tokens),
-            "patch_valid": (tokens,),
-        }
+        self.images, self.geometry, self.by_token = images, geometry, by_token
         self.add_state("index", default=[], dist_reduce_fx="cat")
-        for name in self._shapes:
+        for name in BY_IMAGE:
             self.add_state(name, default=[], dist_reduce_fx="cat")
+        self.confusion = None
+        if confusion:
+            pairs = torch.zeros(sites, classes, classes, dtype=torch.long)
+            self.add_state("confusion", default=pairs, dist_reduce_fx="sum")
 
     def update(self, logits: Tensor, target: Tensor, index: Tensor) -> None:
         """Adds images: `logits` f[S, B, K, h, w] on the grid, `target` uint8[B, H, W], `index` long[B]."""
-        size = tuple(target.shape[-2:])
-        view = self.geometry.view(size)
-        counts = count(upsampled_argmax(logits, size, view), target, self.classes, self.geometry.grid, view)
+        view = self.geometry.view(tuple(target.shape[-2:]))
+        counts = count(logits, target, view, by_token=self.by_token, confusion=self.confusion is not None)
         self.index.append(index)
-        for name, value in counts._asdict().items():
+        for name in BY_IMAGE:
+            value = getattr(counts, name)
             # images first, for ranks are joined along the first axis
             by_image = value.transpose(0, 1) if value.ndim == 3 else value
             getattr(self, name).append(by_image.to(torch.int32))
+        if self.confusion is not None:
+            self.confusion += counts.confusion
 
     def compute(self) -> Counts:
         """Counts of the dataset, images in its order.
 
         Raises:
-            RuntimeError: An image of the dataset was not seen.
+            RuntimeError: An image of the dataset was not seen, or seen twice.
         """
         index = _joined(self.index)
-        order = torch.unique(index, return_inverse=True)[1]
-        first = torch.full((self.images,), len(index), device=index.device)
-        if len(torch.unique(index)) != self.images:
-            raise RuntimeError(f"the metric saw {len(torch.unique(index))} of {self.images} images")
-        first.scatter_reduce_(0, order, torch.arange(len(index), device=index.device), "amin")
-        kept = {name: _joined(getattr(self, name))[first].long() for name in self._shapes}
-        return Counts(**{k: v.transpose(0, 1) if v.ndim == 3 else v for k, v in kept.items()})
+        seen, order = index.sort()
+        if len(index) > len(seen.unique()):
+            raise RuntimeError(f"the metric saw image {seen[:-1][seen.diff() == 0][0]} more than once")
+        if len(index) != self.images:
+            raise RuntimeError(f"the metric saw {len(index)} of {self.images} images")
+        kept = {name: _joined(getattr(self, name))[order].long() for name in BY_IMAGE}
+        by_site = {k: v.transpose(0, 1) if v.ndim == 3 else v for k, v in kept.items()}
+        return Counts(**by_site, confusion=self.confusion)
 
 
 def _joined(state: Tensor | list[Tensor]) -> Tensor:

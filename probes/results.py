@@ -1,20 +1,17 @@
-"""The files of a probe run: what is written when it ends, and how the analyses read it back.
+"""The files of a probe run, and how the analyses read them back. `saving.py` writes them.
 
-    RUN/metrics.json         scores by site with intervals (the contract of reports)
-    RUN/counts.safetensors   pixel counts by image, of which all scores and intervals are made
-    RUN/probes.safetensors   the probes, each of its best epoch
-    RUN/manifest.json        what ran on what: versions, commit, config, data, hardware
+    RUN/metrics.json          scores by site with intervals, of the main recipe and of further ones (the contract)
+    RUN/counts.safetensors    the main recipe's pixel counts by image, of which its scores and intervals are made
+    RUN/recipes.safetensors   those of further recipes, if there are any: "NAME/intersection", "NAME/predicted"
+    RUN/probes.safetensors    the probes, each of its best epoch: "SITE.head.weight", "recipes/NAME/SITE.head.weight"
+    RUN/manifest.json         what ran on what: versions, commit, config, data, hardware
 
 A file appears whole or not at all; metrics.json comes last and says that the run is finished.
 """
 
-import hashlib
 import json
-import platform
-import subprocess
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,77 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from . import mllm as mllms
-from .data.datamodule import open_dataset
-from .heads import LinearProbe
+from .data.registry import open_dataset
+from .heads import Probe
 from .metrics import Counts
 from .mllm import ADAPTER, ENCODER
-from .statistics import bootstrap_weights, dataset_scores, interval, resampled_scores
-
-PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
-
-
-def save_run(module, data, counts: Counts, out: str | Path) -> None:
-    """Writes all files of a finished run into `out`; see the module's docstring."""
-    out = Path(out)
-    args = module.hparams
-    metrics = {
-        "dataset": data.name,
-        "split": "validation",
-        "images": len(data.splits["validation"]),
-        "mllm": args.mllm,
-        "image_attention": module.mllm.image_attention,
-        "image_aspect": args.image_aspect,
-        "untrained": list(args.untrained or ()),
-        "seed": args.seed,
-        "probe": {
-            "feature_norm": args.feature_norm,
-            "learning_rate": args.learning_rate,
-            "batch_size": data.batch_size,
-            "epochs": module.trainer.max_epochs,
-            "steps": module.trainer.max_epochs * data.steps_per_epoch,
-        },
-        "classes": data.classes,
-        "baseline": baseline(counts, data.classes),
-        "grid": list(module.mllm.grid),
-        "sites": site_scores(module, counts),
-    }
-    metrics["summary"] = summary({site["site"]: site["miou"] for site in metrics["sites"]})
-    heads = {f"{site}.{k}": v for site, head in module.heads.items() for k, v in head.state_dict().items()}
-    write_tensors(out / "counts.safetensors", counts._asdict())
-    write_tensors(out / "probes.safetensors", heads)
-    write_json(out / "manifest.json", manifest(module, data))
-    write_json(out / "metrics.json", metrics)
-
-
-def site_scores(module, counts: Counts) -> list[dict[str, Any]]:
-    """One entry a site: scores with intervals over images, the best epoch, and the score after each epoch."""
-    score = dataset_scores(counts)
-    resampled = resampled_scores(counts, bootstrap_weights(counts.labelled.shape[0], seed=module.hparams.seed))
-    entries = []
-    for i, site in enumerate(module.sites):
-        history = module.history.get(site, [])
-        entries.append(
-            {
-                "site": site,
-                "dim": module.mllm.widths[site],
-                "miou": score.miou[i].item(),
-                "miou_ci95": interval(score.miou[i].item(), resampled.miou[:, i]),
-                "pacc": score.pacc[i].item(),
-                "pacc_ci95": interval(score.pacc[i].item(), resampled.pacc[:, i]),
-                "best_epoch": history.index(max(history)) + 1 if history else None,
-                "iou_per_class": [None if x != x else x for x in score.iou[i].tolist()],
-                "history": history,
-            }
-        )
-    return entries
-
-
-def baseline(counts: Counts, classes: list[str]) -> dict[str, Any]:
-    """What always answering the most frequent class of these images would score."""
-    labelled = counts.labelled.sum(0).double()
-    most, occurring = int(labelled.argmax()), int((labelled > 0).sum())
-    share = (labelled[most] / labelled.sum()).item()
-    return {"class": classes[most], "miou": share / occurring, "pacc": share}
+from .statistics import bootstrap_weights
 
 
 def peak_layer(miou: dict[str, float]) -> str | None:
@@ -115,40 +46,6 @@ def summary(miou: dict[str, float]) -> dict[str, Any]:
         "delta_enc": minus(best, encoder),
         "recovery": minus(best, adapter),
     }
-
-
-def manifest(module, data) -> dict[str, Any]:
-    """What ran on what."""
-    training = Path(module.hparams.mllm) / "training.json"
-    return {
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "git_commit": _git_commit(),
-        "config": dict(module.hparams) | {"mllm": _absolute(module.hparams.mllm)},
-        "data": {"root": _absolute(data.root), "dataset": data.dataset, "fingerprint": fingerprint(data)},
-        "mllm_training": json.loads(training.read_text()) if training.is_file() else None,
-        "hardware": {
-            "machine": platform.machine(),
-            "cpu_threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-    }
-
-
-def _absolute(path: str) -> str:
-    """A folder's absolute path, so that analyses find it from anywhere; a hub id as it is."""
-    return str(Path(path).resolve()) if Path(path).is_dir() else path
-
-
-def fingerprint(data) -> str:
-    """Changes when the names of images, or the classes, do."""
-    names = [data.classes, *(split.names for split in data.splits.values())]
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
-
-
-def _git_commit() -> str | None:
-    here = Path(__file__).parent
-    found = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -206,12 +103,46 @@ class ProbeRun:
         return [site for site in self.sites if site == ADAPTER or site.startswith("layer_")]
 
     @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return read_tensors(self.path / "counts.safetensors")
+
+    @property
     def counts(self) -> Counts:
-        return Counts(**read_tensors(self.path / "counts.safetensors"))
+        """The main recipe's."""
+        return Counts(**{name: self._tensors[name] for name in Counts._fields if name in self._tensors})
+
+    def counts_of(self, recipe: str | None) -> Counts:
+        """The counts of a recipe, None for the main one. For a further one an image counts as a single patch: by token,
+        only the main one is counted."""
+        if recipe is None:
+            return self.counts
+        if recipe not in self.metrics["recipes"]:
+            raise ValueError(
+                f"{self.path} has no recipe {recipe!r}; it has {', '.join(self.metrics['recipes']) or 'none'}"
+            )
+        tensors, labelled = read_tensors(self.path / "recipes.safetensors"), self.counts.labelled
+        intersection, predicted = (tensors[f"{recipe}/{name}"] for name in ("intersection", "predicted"))
+        right, valid = intersection.sum(-1, keepdim=True), labelled.sum(-1, keepdim=True)
+        return Counts(intersection, predicted, labelled, patch_right=right, patch_valid=valid)
+
+    @property
+    def confusion(self) -> torch.Tensor | None:
+        """i64[S, K, K]: pixels by site, label and prediction, of the main recipe; None where they were not counted."""
+        return self._tensors.get("confusion")
+
+    @property
+    def groups(self) -> torch.Tensor | None:
+        """i64[N]: which group (city) a validation image is of; None where the dataset has none."""
+        return self._tensors.get("group")
 
     def dataset(self, split: str = "validation"):
         data = self.manifest["data"]
-        return open_dataset(data["dataset"], data["root"], split)
+        return open_dataset(data["dataset"], data["root"], split, data.get("options"))
+
+    @cached_property
+    def weights(self) -> torch.Tensor:
+        """f[R, N], the bootstrap of all that is said about the run; the same for every run on these images."""
+        return bootstrap_weights(self.metrics["images"], seed=self.metrics["seed"], groups=self.groups)
 
     def mllm(self) -> mllms.FrozenMLLM:
         """The model that was probed, as it was then."""
@@ -219,18 +150,20 @@ class ProbeRun:
         return mllms.load(
             config["mllm"],
             config["image_attention"],
+            dtype=config["mllm_dtype"],
             image_aspect=config["image_aspect"],
             untrained=config["untrained"] or (),
             seed=config["seed"],
         )
 
-    def probes(self) -> dict[str, LinearProbe]:
-        """The probe of each site, in eval mode."""
-        tensors = read_tensors(self.path / "probes.safetensors")
+    def probes(self) -> dict[str, Probe]:
+        """The main recipe's probe of each site, in eval mode."""
+        tensors, how = read_tensors(self.path / "probes.safetensors"), self.metrics["probe"]
+        classes, grid = len(self.metrics["classes"]), tuple(self.metrics["grid"])
         heads = {}
         for site in self.metrics["sites"]:
             name = site["site"]
-            head = LinearProbe(site["dim"], len(self.metrics["classes"]), self.metrics["probe"]["feature_norm"])
+            head = Probe(site["dim"], classes, grid, how["feature_norm"], how["head"])
             head.load_state_dict(
                 {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
             )

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from .callbacks import SavePredictions, ShowMaps
+from .callbacks import CatchUpValidation, SavePredictions, ShowMaps
 from .data.datamodule import SegmentationData
 from .module import ProbeModule
 
@@ -39,6 +39,8 @@ class ProbeCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs):
         kwargs["logger"] = TensorBoardLogger(self._get(self.config_init, "out"), name="", version="")
         trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.checkpoint_callbacks:
+            callback.save_last = True  # what `--ckpt_path last` looks for, and without which it would start anew
         if self._get(self.config_init, "save_predictions"):
             trainer.callbacks.append(SavePredictions())
         return trainer
@@ -68,7 +70,7 @@ def build_cli(argv: list[str], run: bool = True) -> ProbeCLI:
         trainer_defaults={
             "use_distributed_sampler": False,  # SegmentationData has its own
             "num_sanity_val_steps": 0,
-            "callbacks": [LearningRateMonitor("step"), ShowMaps()],
+            "callbacks": [LearningRateMonitor("step"), ShowMaps(), CatchUpValidation()],
         },
     )
 

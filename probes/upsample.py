@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .geometry import Span, View
+from .kernels import use_triton
 
 # Numbers in a chunk. On a CPU 2 MB: a few passes over it stay in cache, and calls into torch are few. A GPU wants more.
 CHUNK_NUMEL = {"cpu": 2**19, "cuda": 2**25}
@@ -53,7 +54,7 @@ class Plan(NamedTuple):
     images: int  # in one chunk
 
 
-def _nodes(n_in: int, n_out: int, span: Span | None) -> tuple[Tensor, Tensor]:
+def axis_nodes(n_in: int, n_out: int, span: Span | None) -> tuple[Tensor, Tensor]:
     """Returns for each output the node at or below it, i64[n_out], and the fraction of the way to the next, f64. Beyond
     the outermost nodes it is those that count."""
     centres = (span or Span(0.0, float(n_out))).nodes(n_in, n_out).clamp(0, n_in - 1)
@@ -82,7 +83,7 @@ def bilinear_weights(
     if min(n_in, n_out) < 1:
         raise ValueError(f"sizes must be at least 1, got n_in={n_in} and n_out={n_out}")
     with torch.inference_mode(False):  # a tensor cached during validation must serve in training, too
-        nodes, fractions = _nodes(n_in, n_out, span)
+        nodes, fractions = axis_nodes(n_in, n_out, span)
         weights = torch.zeros(n_out, n_in, dtype=torch.float64)
         weights.scatter_(1, (nodes + 1).clamp(max=n_in - 1)[:, None], fractions[:, None])
         weights.scatter_(1, nodes[:, None], 1 - fractions[:, None])  # second: at the edge both are the same node
@@ -125,7 +126,7 @@ def make_plan(
     numel = CHUNK_NUMEL.get(device.type, CHUNK_NUMEL["cuda"])
     rows = bilinear_weights(h, height, view.rows, dtype=dtype, device=device)[keep]
     cols = bilinear_weights(w, width, view.cols, dtype=dtype, device=device)[keep].T.contiguous()
-    nodes, n_cols = _nodes(h, height, view.rows)[0][keep], cols.shape[1]
+    nodes, n_cols = axis_nodes(h, height, view.rows)[0][keep], cols.shape[1]
     # Bands are as high as they come, unless a strip of 64 columns would overfill the chunk.
     most = max_rows or max(1, numel // (classes * min(n_cols, 64)))
     bands, first = [], 0
@@ -174,6 +175,12 @@ def upsampled_argmax(logits: Tensor, size: tuple[int, int], view: View | None = 
         raise ValueError(f"logits must be [..., K, h, w], none of them 0, got {list(logits.shape)}")
     (*leading, classes, h, w), size, dtype = logits.shape, tuple(size), compute_dtype(logits)
     grids = logits.reshape(-1, classes, h, w).transpose(1, 2)  # [N, h, K, w]
+    if use_triton(logits):
+        from .kernels.cells import cells
+        from .kernels.counting import argmax_map
+
+        rows, cols = cells((h, w), size, view or View.whole(size), 1, logits.device)
+        return argmax_map(grids.transpose(1, 2), rows, cols).view(*leading, *size)
     plan = make_plan(max(1, len(grids)), classes, (h, w), size, dtype, logits.device, view=view)
     out = logits.new_empty((len(grids), *size), dtype=torch.uint8 if classes <= 255 else torch.int16)
     # max() with indices does not vectorise. Instead mark the best, number the classes downwards, take the highest: the

@@ -26,7 +26,7 @@
 : "${CAPTION_IMAGES:=data/LLaVA-Pretrain/images}"
 : "${INSTRUCTIONS:=data/llava_v1_5_mix665k.json}"      # stage 2
 : "${INSTRUCTION_IMAGES:=data}"
-: "${SEGMENTATION:=data/ADEChallengeData2016}"         # with a classes.json, see probes/data/folder.py
+: "${SEGMENTATION:=data/ADEChallengeData2016}"         # of the dataset that PROBES names below
 export HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}    # filled beforehand: compute nodes often have no network
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 
@@ -37,7 +37,7 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 : "${STRATEGY:=-c configs/cluster/zero3.yaml}"         # ddp, zero2, zero3, zero3_offload: over all GPUs of a stage
 : "${STAGE1:=-c configs/stage1.yaml}"                  # more options of `fit` may follow: --data.micro_batch_size 8
 : "${STAGE2:=-c configs/stage2.yaml}"
-: "${PROBES:=-c configs/probes/folder.yaml}"
+: "${PROBES:=-c configs/probes/ade20k.yaml}"            # or voc2012, cityscapes, folder
 : "${KNOCKOUT:=--classes ceiling sky wall building floor road bed car}"
 : "${VQA:=--batch-size 16}"                            # --data DIR: without a filled cache of the hub
 

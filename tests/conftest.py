@@ -8,8 +8,12 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-import tiny
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels then run without a GPU
+
+import tiny
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

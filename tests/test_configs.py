@@ -5,6 +5,7 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
+import layouts
 import pytest
 import tiny
 import yaml
@@ -17,8 +18,14 @@ TRAINING = ["stage1.yaml", "stage2.yaml", "demo/stage1.yaml", "demo/stage2.yaml"
 ENCODERS = ["encoder/clip.yaml", "encoder/dinov2.yaml", "encoder/siglip.yaml"]
 BUDGET = ["budget/lora_24gb.yaml", "budget/full_80gb.yaml"]  # behind stage 2 and an encoder
 CLUSTER = ["cluster/ddp.yaml", "cluster/zero2.yaml", "cluster/zero3.yaml", "cluster/zero3_offload.yaml"]
-PROBING = ["probes/folder.yaml", "demo/probes.yaml"]
-UPON_PROBING = ["demo/untrained.yaml"]
+PROBING = {  # config: a dataset in its layout, and how many classes that has
+    "probes/folder.yaml": (tiny.write_segmentation, 3),
+    "probes/ade20k.yaml": (layouts.write_ade20k, 150),
+    "probes/voc2012.yaml": (layouts.write_voc2012, 20),
+    "probes/cityscapes.yaml": (layouts.write_cityscapes, 19),
+    "demo/probes.yaml": (tiny.write_segmentation, 3),
+}
+UPON_PROBING = ["demo/untrained.yaml", "probes/recipes.yaml", "demo/recipes.yaml"]
 
 
 def test_every_yaml_is_covered_here():
@@ -125,27 +132,44 @@ def test_budget_accumulates_to_the_recipes_batch(budget, parts, conversations, e
         assert cli.model.lora == Lora(128, 256, 0.05) and rates == (2e-4, 2e-5)
 
 
-@pytest.mark.parametrize("more", [[], UPON_PROBING])
+@pytest.mark.parametrize("more", [[], *([name] for name in UPON_PROBING)])
 @pytest.mark.parametrize("file", PROBING)
-def test_probing_config_is_instantiated(file, more, checkpoints, segmentation):
+def test_probing_config_is_instantiated(file, more, checkpoints, tmp_path):
     from probes.training import build_cli
 
+    write, classes = PROBING[file]
     argv = [x for name in [file, *more] for x in ("-c", str(CONFIGS / name))]
     argv += [
         "--model.mllm",
         str(checkpoints["causal"]),
         "--data.root",
-        str(segmentation),
+        str(write(tmp_path)),
         "--trainer.accelerator",
         "cpu",
     ]
     cli = build_cli(argv, run=False)
-    assert cli.model.hparams.num_classes == 3 and bool(cli.model.hparams.untrained) == bool(more)
+    assert cli.model.hparams.num_classes == classes and bool(cli.model.hparams.untrained) == (
+        "demo/untrained.yaml" in more
+    )
+    assert len(cli.model.recipes) == 1 or "recipes" in more[0]
 
 
-def test_probing_protocol_is_the_papers(checkpoints, segmentation):
+def test_dataset_options_are_set_from_the_command_line(checkpoints, tmp_path):
+    from probes.training import build_cli
+
+    argv = ["-c", str(CONFIGS / "probes/voc2012.yaml"), "--model.mllm", str(checkpoints["causal"])]
+    argv += ["--data.root", str(layouts.write_voc2012(tmp_path)), "--trainer.accelerator", "cpu"]
+    more = ["--data.options.background", "class", "--data.options.train_list", "train"]
+    data = build_cli([*argv, *more], run=False).datamodule
+    assert data.num_classes == 21 and len(data.splits["training"]) == 2
+    with pytest.raises(ValueError, match="data.options.background is 'clas'; there is ignore, class"):
+        build_cli([*argv, "--data.options.background", "clas"], run=False)
+
+
+@pytest.mark.parametrize("file", [file for file in PROBING if file.startswith("probes/")])
+def test_probing_protocol_is_the_papers(file):
     """App. A.2: AdamW (0.9, 0.999), 1e-3, polynomial 0.9, no weight decay, batch 64, 20 epochs, plain linear."""
-    config = yaml.safe_load((CONFIGS / "probes/folder.yaml").read_text())
+    config = yaml.safe_load((CONFIGS / file).read_text())
     model = {"feature_norm": "none", "learning_rate": 1e-3, "betas": [0.9, 0.999], "weight_decay": 0.0}
     assert config["model"] == model and config["data"]["batch_size"] == 64 and config["trainer"]["max_epochs"] == 20
 

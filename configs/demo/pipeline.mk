@@ -53,6 +53,10 @@ $(call probed,$(OUT)/%/untrained): configs/demo/probes.yaml configs/demo/untrain
 	$(call step,$*_untrained,$(PROBES) fit -c $< -c configs/demo/untrained.yaml --seed_everything $(SEED) \
 	  --out $(OUT)/$*/untrained --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
 
+$(OUT)/%/recipes/metrics.json: configs/demo/probes.yaml configs/demo/recipes.yaml $(OUT)/%/stage2/hf/model.safetensors
+	$(call step,$*_recipes,$(PROBES) fit -c $< -c configs/demo/recipes.yaml --seed_everything $(SEED) \
+	  --out $(OUT)/$*/recipes --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
+
 $(OUT)/%/longer/metrics.json: configs/demo/probes.yaml $(OUT)/%/stage2/hf/model.safetensors
 	$(call step,$*_longer,$(PROBES) fit -c $< --seed_everything $(SEED) --out $(OUT)/$*/longer \
 	  --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation --trainer.max_epochs 20)

@@ -203,7 +203,7 @@ def knockout(
         "labels_from": labels_from,
         "min_patches": min_patches,
         "seed": seed,
-        "classes": [class_entry(name, tensors, seed) for name in classes],
+        "classes": [class_entry(name, tensors, seed, run.groups) for name in classes],
     }
     return facts, tensors
 
@@ -219,9 +219,9 @@ class Cases(NamedTuple):
     rates: dict[str, Tensor]
     images: Tensor
 
-    def mean(self, values: Tensor, split: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Mean over cases of `values` f[C, ...], and under R resamplings of the split's images, f[R, ...]."""
-        weights = bootstrap_weights(split, seed=seed).double()[:, self.images]
+    def mean(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean over cases of `values` f[C, ...], and under `weights` f[R, N] of the split's images, f[R, ...]."""
+        weights = weights.double()[:, self.images]
         values = values.double()
         return values.mean(0), torch.tensordot(weights, values, 1) / weights.sum(1).view(-1, *[1] * (values.ndim - 1))
 
@@ -241,12 +241,15 @@ def read_cases(run: ProbeRun, min_patches: int, classes: list[str] | None = None
     return Cases({condition: joined(condition) for condition in CONDITIONS}, joined("image"))
 
 
-def class_entry(name: str, tensors: dict[str, Tensor], seed: int) -> dict:
-    """Mean remaining rate by condition and layer, with intervals over images; empty where no image has a case."""
+def class_entry(name: str, tensors: dict[str, Tensor], seed: int, groups: Tensor | None = None) -> dict:
+    """Mean remaining rate by condition and layer, with intervals over images (or their groups, long[N]); empty where no
+    image has a case."""
     if f"{name}/image" not in tensors:
         return {"class": name, "images": 0, "remaining": {}, "ci95": {}}
     images = len(tensors[f"{name}/image"])
-    weights = bootstrap_weights(images, seed=seed) / images
+    groups = None if groups is None else groups[tensors[f"{name}/image"]]
+    weights = bootstrap_weights(images, seed=seed, groups=groups)
+    weights /= weights.sum(1, keepdim=True)
     entry = {"class": name, "images": images, "remaining": {}, "ci95": {}}
     for condition in CONDITIONS:
         rates = tensors[f"{name}/{condition}"]

@@ -30,7 +30,7 @@ def starvation(causal: ProbeRun, bidirectional: ProbeRun, site: str | None = Non
     _check_pair(causal, bidirectional)
     site = site or peak_layer({entry["site"]: entry["miou"] for entry in causal.metrics["sites"]})
     counts = {run.metrics["image_attention"]: _patch_counts(run, site) for run in (causal, bidirectional)}
-    weights = bootstrap_weights(causal.metrics["images"], seed=seed).double()
+    weights = bootstrap_weights(causal.metrics["images"], seed=seed, groups=causal.groups).double()
     patches = _compare(counts, weights)
     columns = causal.metrics["grid"][1]
     row = _compare(

@@ -1,24 +1,18 @@
 """The data of a probe run: images with masks, by whatever layout they come in."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import LightningDataModule
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, Dataset
 
-from .folder import FolderDataset
+from .preflight import find_bad_files, report
 from .prepared import CachedStates, Prepared, collate
-
-DATASETS: dict[str, Callable[[str, str], Dataset]] = {"folder": FolderDataset}
-
-
-def open_dataset(dataset: str, root: str, split: str) -> Dataset:
-    """A split ("training", "validation") of a dataset in a registered layout."""
-    if dataset not in DATASETS:
-        raise ValueError(f"unknown data.dataset {dataset!r}; registered: {', '.join(DATASETS)}")
-    return DATASETS[dataset](root, split)
+from .registry import open_dataset
+from .sampler import TrainingBatches, validation_batches
 
 
 class SegmentationData(LightningDataModule):
@@ -26,7 +20,9 @@ class SegmentationData(LightningDataModule):
 
     Args:
         root: Folder of the dataset.
-        dataset: Its layout: "folder" is ADE20K's with a classes.json.
+        dataset: Its layout: folder (images, PNG masks, a classes.json), ade20k, voc2012, cityscapes, or hub (ADE20K in
+            parquet files).
+        options: The layout's own, see its class: {"background": "class"} for voc2012.
         name: What reports call it; None takes the folder's name.
         batch_size: Images of a batch over all devices. The paper has 64.
         cache: Keeps all states in memory, so that the frozen forward runs once and not once an epoch.
@@ -38,6 +34,7 @@ class SegmentationData(LightningDataModule):
         self,
         root: str,
         dataset: str = "folder",
+        options: dict[str, Any] | None = None,
         name: str | None = None,
         batch_size: int = 64,
         cache: bool = False,
@@ -45,11 +42,13 @@ class SegmentationData(LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
-        self.splits = {split: open_dataset(dataset, root, split) for split in ("training", "validation")}
-        self.root, self.dataset, self.name = root, dataset, name or Path(root).resolve().name
+        self.splits = {split: open_dataset(dataset, root, split, options) for split in ("training", "validation")}
+        self.root, self.dataset, self.options = root, dataset, options or {}
+        self.name = name or Path(root).resolve().name
         self.classes = self.splits["training"].classes
         self.num_classes = len(self.classes)
         self.batch_size, self.cache, self.num_workers, self.seed = batch_size, cache, num_workers, seed
+        self.trained_batches = 0
         self._sources: dict[str, Dataset] = {}
 
     @property
@@ -57,24 +56,55 @@ class SegmentationData(LightningDataModule):
         """Optimizer steps of one pass over the training images."""
         return math.ceil(len(self.splits["training"]) / self.batch_size)
 
+    def setup(self, stage: str) -> None:
+        """Before `fit` loads the model: every image and mask is read once, each rank its share.
+
+        Raises:
+            ValueError: Some cannot be used; the message, the same on all ranks, names them.
+        """
+        if stage != "fit":
+            return
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        bar = rank == 0 and self.trainer.progress_bar_callback is not None
+        findings = self.bad_files(self.num_workers, rank, ranks, bar)
+        if ranks > 1:
+            shares: list = [None] * ranks
+            torch.distributed.all_gather_object(shares, findings)
+            findings = sum(shares, [])
+        if findings:
+            raise ValueError(f"{self.root}: {report(findings, sum(map(len, self.splits.values())))}")
+
+    def bad_files(self, workers: int, rank: int = 0, ranks: int = 1, progress: bool = True) -> list[tuple[str, str]]:
+        """(kind, message) of what cannot be used among every `ranks`-th image of both splits, from `rank` on."""
+        findings = []
+        for split, dataset in self.splits.items():
+            if (published := dataset.official_size) not in (None, len(dataset)):
+                rank_zero_warn(f"{self.root}: {len(dataset):,} {split} images, where {published:,} were published")
+            share = range(rank, len(dataset), ranks)
+            findings += find_bad_files(dataset, f"{self.name} {split}", share, workers, progress)
+        return findings
+
     def train_dataloader(self) -> DataLoader:
-        return self._loader("training", shuffle=True)
+        source, rank, ranks = self._source("training"), self.trainer.global_rank, self.trainer.world_size
+        batches = TrainingBatches(len(source), self.batch_size, rank, ranks, self.seed)
+        batches.skip(self.trained_batches % len(batches))
+        self.trained_batches = 0
+        return self._loader(source, batches)
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader("validation", shuffle=False)
+        source, rank, ranks = self._source("validation"), self.trainer.global_rank, self.trainer.world_size
+        return self._loader(source, validation_batches(len(source), self._rank_batch_size, rank, ranks))
 
     test_dataloader = val_dataloader
 
-    def _loader(self, split: str, shuffle: bool) -> DataLoader:
-        ranks, rank = self.trainer.world_size, self.trainer.global_rank
-        if self.batch_size % ranks:
-            raise ValueError(f"data.batch_size {self.batch_size} does not divide by {ranks} devices")
-        source = self._source(split)
+    @property
+    def _rank_batch_size(self) -> int:
+        return math.ceil(self.batch_size / self.trainer.world_size)
+
+    def _loader(self, source: Dataset, batches) -> DataLoader:
         return DataLoader(
             source,
-            batch_size=self.batch_size // ranks,
-            # it tops the last round up with images that another rank has too; the metric drops them by their index
-            sampler=DistributedSampler(source, ranks, rank, shuffle=shuffle, seed=self.seed),
+            batch_sampler=batches,
             num_workers=0 if self.cache else self.num_workers,
             collate_fn=_as_it_is if self.cache else collate,
             pin_memory=torch.cuda.is_available(),
@@ -82,14 +112,28 @@ class SegmentationData(LightningDataModule):
 
     def _source(self, split: str) -> Dataset:
         if split not in self._sources:
-            module = self.trainer.lightning_module
-            prepared = Prepared(self.splits[split], module.mllm.preprocess)
-            self._sources[split] = (
-                CachedStates(module.mllm, prepared, module.sites, self.batch_size, f"{self.name} {split}")
-                if self.cache
-                else prepared
-            )
+            trainer, module = self.trainer, self.trainer.lightning_module
+            source = Prepared(self.splits[split], module.mllm.preprocess)
+            if self.cache:
+                with trainer.precision_plugin.forward_context():  # as where states are computed anew
+                    source = CachedStates(
+                        module.mllm,
+                        source,
+                        module.sites,
+                        batch_size=self._rank_batch_size,
+                        workers=self.num_workers,
+                        copies=trainer.num_devices,
+                        name=f"{self.name} {split}",
+                    )
+            self._sources[split] = source
         return self._sources[split]
+
+    def state_dict(self) -> dict[str, int]:
+        """How far the epoch is, so that a resumed run goes on with the next batch instead of the first."""
+        return {"trained_batches": self.trainer.fit_loop.epoch_loop.batch_progress.current.processed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.trained_batches = state["trained_batches"]
 
 
 def _as_it_is(batch: dict) -> dict:

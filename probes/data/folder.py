@@ -11,67 +11,43 @@ own files. `"palette": [[r, g, b], ...]` gives the maps their colours.
 import json
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
-from torch.utils.data import Dataset
-
-IGNORE_INDEX = 255
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+from .layout import IMAGE_SUFFIXES, files_by_name, paired
+from .pairs import IGNORE_INDEX, SegmentationDataset, lookup
 
 
-class FolderDataset(Dataset):
-    """Images with their masks: {"name": str, "image": PIL RGB, "target": uint8[H, W], 255 where ignored}.
+class FolderDataset(SegmentationDataset):
+    """Any dataset, laid out as above.
 
     Args:
-        root: As laid out above.
+        root: The folder.
         split: "training" or "validation".
 
     Raises:
-        ValueError: A part is missing, an image has no mask or the other way round, or, on reading, a mask is not what
-            is described above.
+        ValueError: A part is missing, or an image has no mask or the other way round.
     """
 
     def __init__(self, root: str | Path, split: str):
-        self.root, self.split = Path(root), split
-        facts = _read_facts(self.root / "classes.json")
-        self.classes: list[str] = facts["classes"]
-        self.palette: list[list[int]] | None = facts.get("palette")
-        self._classes_of = _lookup(len(self.classes), facts.get("ignore_index", IGNORE_INDEX), facts)
-        images = _files(self.root / "images" / split, IMAGE_SUFFIXES)
-        masks = _files(self.root / "annotations" / split, (".png",))
-        _same_names(images, masks, self.root, split)
-        self.names = sorted(images)
-        self._images, self._masks = images, masks
+        root = Path(root)
+        facts = _read_facts(root / "classes.json")
+        zero_is_none = facts.get("reduce_zero_label", False)
+        ignored = (facts.get("ignore_index", IGNORE_INDEX), *([0] if zero_is_none else []))
+        super().__init__(
+            image_and_annotation_folders(root, split),
+            facts["classes"],
+            lookup(len(facts["classes"]), first=int(zero_is_none), ignored=ignored),
+            facts.get("palette"),
+        )
 
-    def __len__(self) -> int:
-        return len(self.names)
 
-    def __getitem__(self, index: int) -> dict:
-        name = self.names[index]
-        image = _open(self._images[name]).convert("RGB")
-        target = self._read_mask(self._masks[name])
-        if target.shape != image.size[::-1]:
-            raise ValueError(
-                f"{self._masks[name]} is {target.shape[1]} x {target.shape[0]} px, its image {self._images[name]} "
-                f"{image.size[0]} x {image.size[1]} px; they must be the same"
-            )
-        return {"name": name, "image": image, "target": target}
-
-    def _read_mask(self, path: Path) -> np.ndarray:
-        mask = _open(path)
-        if mask.mode not in ("L", "P"):
-            raise ValueError(f"{path} has mode {mask.mode!r}; a mask has one 8-bit class index a pixel (mode L or P)")
-        raw = np.asarray(mask)
-        target = self._classes_of[raw]
-        if (target < 0).any():
-            raise ValueError(
-                f"{path} has label {raw[target < 0][0]}, but classes.json names {len(self.classes)} classes; name the "
-                "others there, or set its ignore_index"
-            )
-        return target.astype(np.uint8)
+def image_and_annotation_folders(root: Path, split: str) -> dict[str, tuple[Path, Path]]:
+    """The pairs of ROOT/images/SPLIT and ROOT/annotations/SPLIT."""
+    images = files_by_name(root / "images" / split, IMAGE_SUFFIXES)
+    return paired(images, files_by_name(root / "annotations" / split, (".png",)), f"{root}, {split}")
 
 
 def _read_facts(path: Path) -> dict:
+    if not path.parent.is_dir():
+        raise ValueError(f"data.root: no folder {path.parent}")
     try:
         facts = json.loads(path.read_text())
     except FileNotFoundError:
@@ -80,39 +56,10 @@ def _read_facts(path: Path) -> dict:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(facts, dict) or not isinstance(facts.get("classes"), list) or not facts["classes"]:
         raise ValueError(f"{path} needs a list of names under 'classes'")
+    if len(facts["classes"]) > IGNORE_INDEX:
+        raise ValueError(f"{path} names {len(facts['classes'])} classes; an 8-bit mask can tell {IGNORE_INDEX} apart")
+    if facts.get("ignore_index", IGNORE_INDEX) not in range(256):
+        raise ValueError(f"{path}: ignore_index {facts['ignore_index']!r} is no label of an 8-bit mask (0 to 255)")
+    if len(facts.get("palette") or facts["classes"]) != len(facts["classes"]):
+        raise ValueError(f"{path}: {len(facts['palette'])} colours under 'palette' for {len(facts['classes'])} classes")
     return facts
-
-
-def _lookup(classes: int, ignore_index: int, facts: dict) -> np.ndarray:
-    """int16[256]: raw label -> class, 255 where ignored, -1 where it must not occur."""
-    table = np.full(256, -1, np.int16)
-    first = 1 if facts.get("reduce_zero_label", False) else 0
-    table[first : first + classes] = np.arange(classes)
-    table[ignore_index] = IGNORE_INDEX
-    if first:
-        table[0] = IGNORE_INDEX
-    return table
-
-
-def _files(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    if not folder.is_dir():
-        raise ValueError(f"no folder {folder}; expected ROOT/images/SPLIT and ROOT/annotations/SPLIT under data.root")
-    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix.lower() in suffixes}
-
-
-def _same_names(images: dict, masks: dict, root: Path, split: str) -> None:
-    for names, other, what in ((images, masks, "mask"), (masks, images, "image")):
-        lonely = sorted(set(names) - set(other))
-        if lonely:
-            raise ValueError(f"{root}, {split}: {len(lonely)} files have no {what}, {names[lonely[0]]} for one")
-    if not images:
-        raise ValueError(f"{root}, {split}: no images ({', '.join(IMAGE_SUFFIXES)})")
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        image = Image.open(path)
-        image.load()
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from None
-    return image

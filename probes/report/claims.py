@@ -2,18 +2,14 @@
 
 A claim holds if its 95% interval lies on the claimed side of zero; nothing else decides. All numbers of a study come
 from the same resamplings of its validation images, so that differences between sites, masks and controls are paired.
-
-Shapes: R resamplings.
 """
 
 from typing import Any
 
-from torch import Tensor
-
 from ..analyses.knockout import read_cases
-from ..mllm import ADAPTER, ENCODER
-from ..results import ProbeRun, peak_layer
-from ..statistics import bootstrap_weights, dataset_scores, interval, resampled_scores
+from ..results import ProbeRun
+from ..statistics import interval
+from .effects import Estimate, as_json, drop_and_recovery, minus
 from .study import Study
 
 # claim -> (the sign that the paper claims, what it says)
@@ -32,8 +28,6 @@ CLAIMS: dict[str, tuple[int, str]] = {
 # is wrongly predicted c at the adapter. Single patches on a boundary are another matter; tables give other thresholds.
 CONFUSED_SHARE = 1 / 8
 
-Estimate = tuple[float, Tensor]  # a value and its resampled values f[R]
-
 
 def claims_of(study: Study) -> list[dict[str, Any]]:
     """All claims that the study's runs can speak to: {"claim", "image_attention", "value", "ci95", "holds", ...}.
@@ -44,8 +38,8 @@ def claims_of(study: Study) -> list[dict[str, Any]]:
     for mask, run in study.trained.items():
         control = study.untrained.get(mask)
         trained, untrained = _probing(run), _probing(control) if control else {}
-        if untrained:
-            trained["recovery_trained"] = _minus(trained["recovery"], untrained["recovery"])
+        if "recovery" in trained and "recovery" in untrained:
+            trained["recovery_trained"] = minus(trained["recovery"], untrained["recovery"])
         trained |= knockout_effects(run, confused_patches(run))
         untrained |= knockout_effects(control, confused_patches(control)) if control else {}
         entries += [_entry(name, mask, trained[name], untrained.get(name)) for name in CLAIMS if name in trained]
@@ -56,34 +50,17 @@ def claims_of(study: Study) -> list[dict[str, Any]]:
 
 def _entry(name: str, mask: str, estimate: Estimate, control: Estimate | None) -> dict[str, Any]:
     sign, text = CLAIMS[name]
-    value, ci95 = estimate[0], interval(*estimate)
     return {
         "claim": name,
         "image_attention": mask,
-        "value": value,
-        "ci95": ci95,
-        "holds": min(sign * bound for bound in ci95) > 0,
+        **as_json(estimate, sign),
         "text": text,
         "control": None if control is None else {"value": control[0], "ci95": interval(*control)},
     }
 
 
-def _minus(a: Estimate, b: Estimate) -> Estimate:
-    return a[0] - b[0], a[1] - b[1]
-
-
 def _probing(run: ProbeRun) -> dict[str, Estimate]:
-    """Drop and recovery of mIoU; the best layer is that of the whole split, in every resampling."""
-    weights = bootstrap_weights(run.metrics["images"], seed=run.metrics["seed"])
-    miou, resampled = dataset_scores(run.counts).miou, resampled_scores(run.counts, weights).miou
-    at = lambda site: (miou[run.sites.index(site)].item(), resampled[:, run.sites.index(site)])
-    peak = peak_layer(dict(zip(run.sites, miou.tolist(), strict=True)))
-    found = {}
-    if {ENCODER, ADAPTER} <= set(run.sites):
-        found["adapter_drop"] = _minus(at(ENCODER), at(ADAPTER))
-    if ADAPTER in run.sites and peak:
-        found["recovery"] = _minus(at(peak), at(ADAPTER))
-    return found
+    return drop_and_recovery(run.sites, run.counts, run.weights)
 
 
 def _starvation_entries(study: Study) -> list[dict[str, Any]]:
@@ -135,6 +112,6 @@ def knockout_effects(run: ProbeRun, min_patches: int) -> dict[str, Estimate]:
     }
     found = {}
     for name, effect in effects.items():
-        mean, resampled = cases.mean(effect, run.metrics["images"], run.metrics["seed"])
+        mean, resampled = cases.mean(effect, run.weights)
         found[name] = (mean.item(), resampled)
     return found

@@ -1,6 +1,7 @@
-"""The runs of a report, sorted: under each mask the trained model and, as a control, the same one untrained."""
+"""The runs of a report, sorted: by model and dataset, and there by mask, each trained and, as a control, untrained."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,42 +18,21 @@ MASKS = ("causal", "bidirectional")
 
 @dataclass
 class Study:
-    """What a report is made of.
+    """One model on one dataset, under each mask.
 
     Args:
+        model, dataset: Their names.
         trained, untrained: Runs by mask.
         longer: The trained models again, with longer-trained probes.
+        recipes: The trained models again, with further recipes; empty where the trained runs have them themselves.
     """
 
+    model: str
+    dataset: str
     trained: dict[str, ProbeRun] = field(default_factory=dict)
     untrained: dict[str, ProbeRun] = field(default_factory=dict)
     longer: dict[str, ProbeRun] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, paths: list[str], longer: list[str] | None = None) -> "Study":
-        """Reads finished runs.
-
-        Raises:
-            ValueError: A folder is no finished run, two runs take the same place, or they do not belong together.
-        """
-        study = cls()
-        for path in paths:
-            run = ProbeRun(path)
-            kind = study.untrained if run.metrics["untrained"] else study.trained
-            mask = run.metrics["image_attention"]
-            if mask in kind:
-                what = "untrained" if run.metrics["untrained"] else "trained"
-                raise ValueError(f"{kind[mask].path} and {path} are both the {what} run under {mask!r}; give one")
-            kind[mask] = run
-        if not study.trained:
-            raise ValueError("a report needs a run of a trained model; only untrained controls were given")
-        first = next(iter(study.trained.values()))
-        for run in study.runs:
-            if run.manifest["data"]["fingerprint"] != first.manifest["data"]["fingerprint"]:
-                raise ValueError(f"{first.path} and {run.path} were scored on different images")
-        study.longer = {run.metrics["image_attention"]: run for run in map(ProbeRun, longer or [])}
-        study.trained = {mask: study.trained[mask] for mask in sorted(study.trained, key=_paper_order)}
-        return study
+    recipes: dict[str, ProbeRun] = field(default_factory=dict)
 
     @property
     def runs(self) -> list[ProbeRun]:
@@ -62,10 +42,106 @@ class Study:
     def first(self) -> ProbeRun:
         return next(iter(self.trained.values()))
 
+    @property
+    def by_recipe(self) -> dict[str, ProbeRun]:
+        """The runs in which recipes are compared, by mask."""
+        return {mask: self.recipes.get(mask, run) for mask, run in self.trained.items()}
+
+    @property
+    def title(self) -> str:
+        return f"{self.model}, {self.dataset}"
+
+    @property
+    def slug(self) -> str:
+        """The study's name as the name of a folder."""
+        return "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{self.model}_{self.dataset}")
+
+    def pair(self, untrained: bool = False) -> tuple[ProbeRun, ProbeRun] | None:
+        """The causal and the bidirectional run; None unless there are both."""
+        runs = self.untrained if untrained else self.trained
+        return (runs[MASKS[0]], runs[MASKS[1]]) if set(MASKS) <= set(runs) else None
+
     def starvation(self, untrained: bool = False) -> dict[str, Any] | None:
         """Accuracy by patch, causal against bidirectional; None unless there are both runs."""
-        runs = self.untrained if untrained else self.trained
-        return starvation(*(runs[mask] for mask in MASKS)) if set(MASKS) <= set(runs) else None
+        pair = self.pair(untrained)
+        return starvation(*pair) if pair else None
+
+    def _add(self, run: ProbeRun) -> None:
+        kind = self.untrained if run.metrics["untrained"] else self.trained
+        mask = run.metrics["image_attention"]
+        if mask in kind:
+            what = "untrained" if run.metrics["untrained"] else "trained"
+            raise ValueError(
+                f"{kind[mask].path} and {run.path} are both the {what} run under {mask!r} of {self.title}; give one, "
+                f"or say which model each is of: NAME={run.path}"
+            )
+        kind[mask] = run
+
+    def _check(self) -> None:
+        if not self.trained:
+            raise ValueError(
+                f"a report needs a run of a trained model; only untrained controls were given of {self.title}"
+            )
+        for run in self.runs:
+            ours, first = run.metrics["probe"], self.first.metrics["probe"]
+            for key in [key for key in ours if key in first and ours[key] != first[key]]:
+                raise ValueError(
+                    f"{self.first.path} and {run.path} cannot be compared: their probes differ in {key}, "
+                    f"{first[key]!r} and {ours[key]!r}; train both alike"
+                )
+
+
+def studies_of(paths: Iterable[str], longer: Iterable[str] = (), recipes: Iterable[str] = ()) -> list[Study]:
+    """Reads finished runs and sorts them, studies in the order in which they come up.
+
+    Args:
+        paths: Folders of runs; NAME=FOLDER says of which model a run is where :func:`model_of` cannot know.
+        longer: Of the same models, with longer-trained probes.
+        recipes: Of the same models, with further recipes.
+
+    Raises:
+        ValueError: A folder is no finished run, two runs take the same place, or they do not belong together.
+    """
+    studies: dict[tuple[str, str], Study] = {}
+    for model, run in map(_named_run, paths):
+        key = (model, run.metrics["dataset"])
+        studies.setdefault(key, Study(*key))._add(run)
+    first: dict[str, ProbeRun] = {}
+    for study in studies.values():
+        for run in study.runs:
+            _check_images(first.setdefault(study.dataset, run), run)
+        study._check()
+        study.trained = {mask: study.trained[mask] for mask in sorted(study.trained, key=_paper_order)}
+    for kind, again in (("longer", longer), ("recipes", recipes)):
+        for model, run in map(_named_run, again):
+            key, mask = (model, run.metrics["dataset"]), run.metrics["image_attention"]
+            if key not in studies or mask not in studies[key].trained:
+                raise ValueError(f"{run.path} is of {', '.join(key)} under {mask!r}, of which no main run is given")
+            _check_images(first[run.metrics["dataset"]], run)
+            getattr(studies[key], kind)[mask] = run
+    return list(studies.values())
+
+
+def _check_images(first: ProbeRun, run: ProbeRun) -> None:
+    if run.manifest["data"]["fingerprint"] != first.manifest["data"]["fingerprint"]:
+        raise ValueError(f"{first.path} and {run.path} were scored on different images")
+
+
+def _named_run(path: str) -> tuple[str, ProbeRun]:
+    name, separator, folder = str(path).partition("=")
+    if separator and not Path(path).is_dir():
+        return name, ProbeRun(folder)
+    run = ProbeRun(path)
+    return model_of(run), run
+
+
+def model_of(run: ProbeRun) -> str:
+    """What a model is called whatever its mask: encoder and LLM where it says of what it was made ("clip + vicuna-7b"),
+    else the name of its checkpoint."""
+    training = run.manifest["mllm_training"] or {}
+    if "encoder" in training and "llm" in training:
+        return f"{training['encoder']['name']} + {Path(training['llm']).name}"
+    return Path(run.metrics["mllm"]).name
 
 
 def _paper_order(mask: str) -> int:
@@ -86,6 +162,12 @@ def optional_tensors(run: ProbeRun, name: str) -> dict[str, Tensor]:
 def answer_accuracy(run: ProbeRun) -> float | None:
     """Share of validation questions that the model answered right when its training ended, where it says so."""
     return (run.manifest["mllm_training"] or {}).get("val/answer_accuracy")
+
+
+def overridden(study: Study) -> dict[str, str]:
+    """The mask that a model was trained with, by the other one that a run put it under."""
+    own = {mask: run.metrics.get("own_image_attention") for mask, run in study.trained.items()}
+    return {mask: trained for mask, trained in own.items() if trained not in (None, mask)}
 
 
 def total_seconds(timings: Path) -> float:

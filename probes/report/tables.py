@@ -1,16 +1,14 @@
 """The paper's tables from a study, with the paper's own numbers beside them, and every number as CSV."""
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
 from ..analyses.knockout import read_cases
 from ..statistics import interval
 from .claims import confused_patches, knockout_effects
+from .paper import PAPER, departures, paper_encoder
 from .study import Rows, Study
-
-PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 
 
 def write_csv(path: Path, rows: Rows) -> None:
@@ -37,20 +35,45 @@ def claim_rows(claims: list[dict[str, Any]]) -> Rows:
     return rows
 
 
-def table2(study: Study) -> Rows:
+SUMMARY = ("encoder", "adapter", "peak_llm", "delta_enc", "recovery")
+
+
+def table2(studies: list[Study]) -> Rows:
     """Table 2: adapter, peak LLM and what they make of the encoder; ours, then the paper's."""
-    keys = ("encoder", "adapter", "peak_llm", "delta_enc", "recovery")
     rows = [
-        {"model": "this run", "image_attention": mask} | {key: run.metrics["summary"][key] for key in keys}
+        {"model": study.title if len(studies) > 1 else "this run", "image_attention": mask}
+        | {key: run.metrics["summary"][key] for key in SUMMARY}
+        for study in studies
         for mask, run in study.trained.items()
     ]
-    theirs = PAPER["table2_ade20k_miou"]
-    for encoder in ("clip", "dinov2", "siglip"):
-        for mask in ("causal", "bidirectional"):
-            numbers = [theirs[encoder]["encoder"], *theirs[encoder][mask]]
+    return rows + [
+        {"model": f"paper, {encoder}, ADE20K", "image_attention": mask}
+        | _papers(encoder, mask)
+        | {"read_from": PAPER["read_from"]["table2_ade20k_miou"]}
+        for encoder in ("clip", "dinov2", "siglip")
+        for mask in ("causal", "bidirectional")
+    ]
+
+
+def _papers(encoder: str, mask: str) -> dict[str, float]:
+    theirs = PAPER["table2_ade20k_miou"][encoder]
+    return {k: number / 100 for k, number in zip(SUMMARY, [theirs["encoder"], *theirs[mask]], strict=True)}
+
+
+def table2_difference(studies: list[Study]) -> Rows:
+    """Ours minus the paper's, of the runs that repeat a configuration of the paper; no other run is compared."""
+    rows = []
+    for study in studies:
+        for mask, run in study.trained.items():
+            encoder = paper_encoder(run)
+            if encoder is None:
+                continue
+            ours, theirs = run.metrics["summary"], _papers(encoder, mask)
+            other = ", ".join(f"{key} {value}" for key, value in departures(run).items())
             rows.append(
-                {"model": f"paper, {encoder}, ADE20K", "image_attention": mask}
-                | {key: number / 100 for key, number in zip(keys, numbers, strict=True)}
+                {"model": study.title, "image_attention": mask}
+                | {key: ours[key] - theirs[key] for key in SUMMARY}
+                | {"probe_recipe": other or "the paper's"}
             )
     return rows
 
@@ -92,3 +115,23 @@ def selection_rows(study: Study) -> Rows:
                 row = {"image_attention": mask, "min_patches": patches, "cases": len(cases.images), "effect": name}
                 rows.append(row | {"value": value, "low": low, "high": high})
     return rows
+
+
+def paired_rows(paired: dict[str, Any]) -> Rows:
+    """Bidirectional minus causal by site, then of drop-off and recovery."""
+    rows = []
+    for entry in [*paired["sites"], *paired["effects"]]:
+        low, high = entry["ci95"]
+        row = {"of": entry.get("site") or entry["effect"], "difference": entry["difference"], "low": low, "high": high}
+        rows.append(row | {"p": entry["p"], "p_corrected": entry.get("p_corrected")})
+    return rows
+
+
+def seed_rows(seeds: dict[str, list[dict[str, Any]]]) -> Rows:
+    """Spread over probe seeds beside the interval over images, by mask and site."""
+    return [
+        {"image_attention": mask} | {key: entry[key] for key in entry if key != "ci95"}
+        | dict(zip(("low", "high"), entry["ci95"], strict=True))
+        for mask, entries in seeds.items()
+        for entry in entries
+    ]  # fmt: skip

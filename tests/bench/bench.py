@@ -18,17 +18,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from data import bench_data
-from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig
+from sweep import CLASSES, PREFIX, Sweep, frozen_model, random_model
 
-from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 from probes import upsampled_cross_entropy
-from probes.families import FAMILIES
-from probes.heads import LinearProbe
-from probes.mllm import FrozenMLLM
-from probes.module import ProbeModule
 
-PREFIX, TEXT, CLASSES, MASK_PX = 36, 64, 150, 256  # tokens before and after the image; classes and pixels of a mask
+TEXT = 64  # tokens after the image
 
 
 def paired(ours: Callable[[], object], other: Callable[[], object], rounds: int) -> dict:
@@ -104,75 +98,41 @@ def memory_kb(kind: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
-def random_model(image_attention: str) -> LlavaBidirForConditionalGeneration:
-    """LLaVA's layout at a size that two cores can time: 144 image tokens, 8 layers of width 512."""
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=168,
-        patch_size=14,
-    )
-    text = LlamaConfig(
-        vocab_size=2048, hidden_size=512, intermediate_size=1376, num_hidden_layers=8, num_attention_heads=8
-    )
-    config = LlavaBidirConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=2047,
-        image_seq_length=144,
-        image_attention=image_attention,
-    )
-    return LlavaBidirForConditionalGeneration(config).eval()
-
-
-def frozen_model() -> FrozenMLLM:
-    model = random_model("bidirectional")
-    return FrozenMLLM(model, FAMILIES["llava_bidir"], None, list(range(1, PREFIX + 1)), "bidirectional")
-
-
-class Sweep:
-    """Training steps of probes on a batch, with or without the frozen forward."""
-
-    def __init__(self, images: int = 8):
-        self.mllm = frozen_model()
-        self.pixels = torch.randn(images, 3, 168, 168)
-        self.target = torch.randint(0, CLASSES, (images, MASK_PX, MASK_PX))
-        heads = {site: LinearProbe(width, CLASSES) for site, width in self.mllm.widths.items()}
-        self.heads = nn.ModuleDict(heads)
-        self.optimizers = {
-            sites: torch.optim.AdamW([p for s in sites for p in heads[s].parameters()], fused=True)
-            for sites in [tuple(heads), *((site,) for site in heads)]
-        }
-
-    def forward(self, sites=None) -> dict[str, torch.Tensor]:
-        return self.mllm.states(self.pixels, sites)
-
-    def step(self, sites: tuple[str, ...]) -> None:
-        states = self.forward(sites)
-        logits = torch.stack([self.heads[site](states[site]) for site in sites])
-        logits = logits.transpose(-1, -2).unflatten(-1, self.mllm.grid)
-        ProbeModule.losses(None, logits, self.target).sum().backward()
-        self.optimizers[sites].step()
-        self.optimizers[sites].zero_grad()
-
-
 def bench_sweep(rounds: int) -> list[dict]:
-    sweep = Sweep()
-    sites = tuple(sweep.mllm.sites)
+    sweep = Sweep("small", images=8, mask_px=256)
 
     def one_by_one() -> None:
-        for site in sites:
-            sweep.step((site,))
+        for site in sweep.sites:
+            sweep.step([site])
 
     return [
-        {"name": f"{len(sites)} sites, one a pass over all in one pass"}
-        | paired(lambda: sweep.step(sites), one_by_one, max(2, rounds // 2)),
-        {"name": "probing sweep over the frozen forward alone"}
-        | paired(sweep.forward, lambda: sweep.step(sites), rounds),
+        {"name": f"{len(sweep.sites)} sites, one a pass over all in one pass"}
+        | paired(sweep.step, one_by_one, max(2, rounds // 2)),
     ]
+
+
+def bench_frozen(rounds: int) -> list[dict]:
+    """A CLIP ViT-L/14@336 and an LLM of 1.1 B parameters, 576 image tokens, one image with a mask of 512 x 512."""
+    sweep = Sweep("1b", images=1, mask_px=512)
+    entry = {"name": f"probing sweep over the frozen forward alone, {len(sweep.sites)} sites of a 1.1B LLM"}
+    entry |= paired(sweep.forward, sweep.step, max(2, rounds // 3))
+    states = sweep.forward()
+    logits = sweep.logits(states)
+    leaf = logits.detach().requires_grad_()
+    parts = {
+        "loss and its gradient": lambda: sweep.losses(leaf).sum().backward(),
+        "logits": lambda: sweep.logits(states),
+        "weights' gradient": lambda: logits.backward(leaf.grad, retain_graph=True),
+        "AdamW": lambda: sweep.update(tuple(sweep.sites)),
+    }
+    entry["parts_s"] = {name: seconds(part) for name, part in parts.items()}
+    return [entry]
+
+
+def seconds(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
 
 
 def bench_mask(rounds: int) -> list[dict]:
@@ -215,6 +175,7 @@ def bench_text(rounds: int) -> list[dict]:
 BENCHES = {
     "loss": lambda args: bench_loss(args.rounds),
     "sweep": lambda args: bench_sweep(args.rounds),
+    "frozen": lambda args: bench_frozen(args.rounds),
     "mask": lambda args: bench_mask(args.rounds),
     "text": lambda args: bench_text(args.rounds),
     "data": lambda args: bench_data(args.records),
@@ -244,6 +205,8 @@ def main() -> None:
         for entry in BENCHES[name](args):
             low, median, high = entry["ratio"]
             print(f"{median:7.2f}x  [{low:.2f}, {high:.2f}]  {entry['name']}", flush=True)
+            if "parts_s" in entry:
+                print(" " * 24, ", ".join(f"{part} {s:.2f} s" for part, s in entry["parts_s"].items()), flush=True)
             ratios.append(entry)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """The benchmarks run; what they measure is theirs to print, never to assert."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,3 +20,22 @@ def test_training_steps_of_all_sides_are_timed(tmp_path):
     for stage in ("stage 1", "stage 2"):
         assert set(found[stage]["seconds"]) == {"causal", "bidirectional", "stock"}
         assert all(seconds > 0 for seconds in found[stage]["seconds"].values()) and found[stage]["flops"] > 0
+
+
+@pytest.mark.slow
+def test_the_gpus_benchmark_runs_without_one(tmp_path):
+    command = [sys.executable, HERE / "gpu.py", "--device", "cpu", "--shape", "toy", "--images", "2", "--mask-px", "64"]
+    command += ["--rounds", "1", "--out", tmp_path / "found.json"]
+    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    for step in (
+        "frozen forward",
+        "training step",
+        "training step, naive",
+        "validation step",
+        "validation step, naive",
+    ):
+        assert found["sweep"][step]["images_s"] > 0
+    assert found["sweep"]["hours"] > 0 and found["loss"]["gradient_error"] < 1e-4

@@ -104,7 +104,7 @@ def test_tokens_own_the_pixels_that_they_see():
     target = torch.tensor([[[0, 1, 2, 255], [1, 1, 2, 0]]], dtype=torch.uint8)
     padding, rows = [-1] * 4, [[0, 1, 2, -1], [1, 1, 2, 0]]
     assert patch_labels(target, 3, (4, 4), view=view)[0].view(4, 4).tolist() == [padding, *rows, padding]
-    counts = count(target[None], target, 3, (4, 4), view)
+    counts = count(torch.zeros(1, 1, 3, 4, 4), target, view)
     assert counts.patch_valid[0].view(4, 4).tolist() == [[0] * 4, [1, 1, 1, 0], [1] * 4, [0] * 4]
 
 
@@ -112,7 +112,7 @@ def test_pixels_that_no_token_sees_count_for_the_image_alone():
     """3/4 of a 4 x 4 image are seen by a 3 x 3 grid: a pixel each, and none at the right and the bottom."""
     view = Geometry((3, 3), 4, 3).view((4, 4))
     target = torch.zeros(1, 4, 4, dtype=torch.uint8)
-    counts = count(target[None], target, 1, (3, 3), view)
+    counts = count(torch.zeros(1, 1, 1, 3, 3), target, view)
     assert counts.patch_valid.tolist() == [[1] * 9] and counts.labelled.tolist() == [[16]]
 
 

@@ -82,21 +82,28 @@ def test_conditions_in_one_batch_equal_one_by_one(mllm, pixels):
 
 def test_worked_example():
     mask = torch.tensor([[[[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]]]).bool()  # rows i i i, columns p i i i
-    cut = Knockout(torch.tensor([[False, True, False]])).cut(mask)
+    cut = Knockout(torch.tensor([[False, True, False]])).cut(mask, torch.tensor([False, True, True, True]))
     assert torch.equal(cut[0, 0].int(), torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 1]]).int())
+
+
+def test_rows_of_other_tokens_stay():
+    """Rows and columns p i n i with n the end of a row of image tokens; the first image token is blocked."""
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    cut = Knockout(torch.tensor([[True, False]])).cut(mask, torch.tensor([False, True, False, True]))
+    assert cut[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
 
 
 def test_row_without_keys_raises():
     mask = torch.ones(2, 1, 3, 3, dtype=torch.bool).tril()
     blocked = torch.tensor([[False, False, False], [True, False, False]])
     with pytest.raises(ValueError, match="blocking 1 tokens leaves image token 0 of image 1"):
-        Knockout(blocked).cut(mask)
+        Knockout(blocked).cut(mask, torch.ones(3, dtype=torch.bool))
 
 
 def test_additive_mask_is_refused():
     """Written into an additive mask, False is 0.0, which allows: the knockout would silently do nothing."""
     with pytest.raises(ValueError, match="boolean mask, got torch.float32"):
-        Knockout(BLOCKED).cut(torch.zeros(3, 1, 4, 6))
+        Knockout(BLOCKED).cut(torch.zeros(3, 1, 4, 6), torch.arange(6) > 1)
 
 
 def test_misfits_are_errors(mllm, pixels):

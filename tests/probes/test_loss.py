@@ -76,6 +76,19 @@ def test_value_and_gradient_equal_torch(shape, size, scale, stride, rows, numel,
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=0, atol=atol)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [24, 27])
+def test_real_size_equals_torch(side):
+    """ADE20K's classes under the grids of CLIP and SigLIP, a third of the pixels and a whole image ignored."""
+    logits, target = make_case((1, 2, 150, side, side), (512, 683), ignored=0.3, dtype=torch.float32)
+    target[1] = IGNORED
+    expected, expected_gradient = value_and_gradient(lambda z: torch_losses(z, target), logits, 1.0)
+    losses, gradient = value_and_gradient(lambda z: upsampled_cross_entropy(z, target), logits, 1.0)
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-5 * expected_gradient.abs().max().item())
+    assert not gradient[:, 1].any() and gradient[:, 0].any()
+
+
 def test_gradcheck():
     logits, target = make_case((2, 2, 3, 2, 3), (5, 4))
     for options in ({}, {"reduction": "sum"}, {"label_stride": 2}):

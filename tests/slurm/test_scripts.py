@@ -21,6 +21,20 @@ def test_script_is_sound_bash(path):
         assert found.returncode == 0, found.stdout
 
 
+@pytest.mark.parametrize("dataset", ["ade20k", "voc2012", "cityscapes"])
+def test_probes_job_takes_each_dataset(dataset, tmp_path):
+    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    there = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NNODES": "1", "SEGMENTATION": "masks", "RUNS": "runs"}
+    config = f"configs/probes/{dataset}.yaml"
+    there |= {"PROBES": f"-c {config}"} if dataset != "ade20k" else {}  # the default
+    job = ["bash", "slurm/probes.sbatch", "clip", "causal", "--out", "elsewhere"]
+    done = subprocess.run(job, cwd=ROOT, env=os.environ | there, capture_output=True, text=True, check=True)
+    words = done.stdout.split()
+    assert words[words.index("-c") + 1] == config and (ROOT / config).is_file()
+    assert words[words.index("--data.root") + 1] == "masks" and words[-2:] == ["--out", "elsewhere"]
+
+
 @pytest.fixture
 def study(tmp_path):
     """Runs slurm/six_configurations.sh with fake commands of Slurm: sbatch numbers its calls from 1 and notes them,

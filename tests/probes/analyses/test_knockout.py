@@ -117,7 +117,7 @@ def test_same_seed_gives_the_same_file_and_fewer_cases_with_more_patches(run, tm
 def test_mean_over_cases_resamples_images(run):
     main(["knockout", "--probes", str(run.path), "--classes", *confused(run)])
     cases = read_cases(run, 1)
-    mean, resampled = cases.mean(cases.rates["none"], len(run.dataset()), seed=0)
+    mean, resampled = cases.mean(cases.rates["none"], run.weights)
     assert torch.allclose(mean, cases.rates["none"].double().mean(0))
     assert resampled.shape == (2000, L + 1) and torch.allclose(resampled[:, 0], torch.ones(2000).double())
 

@@ -1,14 +1,16 @@
 """Folder datasets: what is read, and what a broken one answers."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
-from probes.data.datamodule import SegmentationData, open_dataset
+from probes.data.datamodule import SegmentationData
 from probes.data.folder import FolderDataset
+from probes.data.registry import open_dataset
 
 
 @pytest.fixture
@@ -18,6 +20,10 @@ def root(tmp_path):
 
 def mask_path(root, split="validation"):
     return root / "annotations" / split / "000.png"
+
+
+def facts(**kwargs):
+    return json.dumps({"classes": ["a", "b"], **kwargs})
 
 
 def save(root, array, mode=None):
@@ -39,6 +45,18 @@ def test_reduce_zero_label_ignores_zero_and_shifts_the_rest(root):
     assert (target[raw == 0] == 255).all() and (target[raw == 1] == 0).all() and (target[raw == 2] == 1).all()
 
 
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def turned_photo(root, orientation, size=(24, 20)):
+    """A JPEG in place of the first image, with an EXIF tag."""
+    (root / "images/validation/000.png").unlink()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(np.zeros((*size, 3), np.uint8)).save(root / "images/validation/000.jpg", exif=exif)
+
+
 def test_palette_png_is_read_by_index(root):
     mask = np.zeros((24, 20), np.uint8)
     mask[3:] = 2
@@ -57,6 +75,13 @@ def test_palette_png_is_read_by_index(root):
         (lambda root: (root / "annotations").rename(root / "masks"), "no folder .*annotations/validation"),
         (lambda root: mask_path(root).unlink(), "1 files have no mask, .*images/validation/000.png"),
         (lambda root: (root / "images/validation/000.png").unlink(), "have no image, .*annotations/validation/000.png"),
+        (
+            lambda root: shutil.copy(root / "images/validation/000.png", root / "images/validation/000.jpg"),
+            "000.jpg and .*000.png have the same name",
+        ),
+        (lambda root: [p.unlink() for p in root.glob("*/validation/*")], "validation: no images"),
+        (lambda root: (root / "classes.json").write_text(facts(ignore_index=256)), "ignore_index 256 is no label"),
+        (lambda root: (root / "classes.json").write_text(facts(palette=[[0, 0, 0]])), "1 colours .* for 2 classes"),
     ],
 )
 def test_missing_parts_are_named_before_any_work(root, break_it, message):
@@ -68,11 +93,27 @@ def test_missing_parts_are_named_before_any_work(root, break_it, message):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda root: save(root, np.full((24, 20), 7)), "000.png has label 7, but classes.json names 3 classes"),
-        (lambda root: save(root, np.zeros((24, 20, 3))), "000.png has mode 'RGB'"),
+        (
+            lambda root: save(root, np.full((24, 20), 7)),
+            "000.png has label 7, but there are 3 classes and the labels 0 to 2, 255",
+        ),
+        (lambda root: save(root, np.zeros((24, 20, 3))), "000.png has mode 'RGB', .* convert them to class indices"),
+        (lambda root: Image.fromarray(np.zeros((24, 20), np.uint16)).save(mask_path(root)), "'I;16', .* with 8 bits"),
+        (lambda root: Image.new("1", (20, 24)).save(mask_path(root)), "has mode '1'"),
         (lambda root: save(root, np.zeros((20, 24))), "000.png is 24 x 20 px, its image .* 20 x 24 px"),
         (lambda root: mask_path(root).write_bytes(b"x"), "000.png cannot be read as an image"),
         (lambda root: (root / "images/validation/000.png").write_bytes(b"x"), "cannot be read as an image"),
+        (lambda root: cut_off(root / "images/validation/000.png"), "000.png cannot be read as an image: .*truncated"),
+        # a mask of the turned picture's size
+        (
+            lambda root: turned_photo(root, 6, size=(20, 24)),
+            r"000.jpg asks .*orientation 6.*000.png is the size of the t",
+        ),
+        # nothing in the sizes tells what the mask was drawn on
+        (
+            lambda root: turned_photo(root, 3),
+            r"000.jpg asks viewers to turn it \(EXIF orientation 3\).* could be drawn on",
+        ),
     ],
 )
 def test_broken_pictures_are_named(root, break_it, message):
@@ -81,8 +122,14 @@ def test_broken_pictures_are_named(root, break_it, message):
         FolderDataset(root, "validation")[0]
 
 
+def test_photo_whose_mask_fits_only_the_stored_pixels_is_read_as_stored(root):
+    turned_photo(root, 6)
+    sample = FolderDataset(root, "validation")[0]
+    assert sample["image"].size == (20, 24) and sample["target"].shape == (24, 20)
+
+
 def test_unknown_layout_and_split_are_errors(root):
-    with pytest.raises(ValueError, match="unknown data.dataset 'coco'; registered: folder"):
+    with pytest.raises(ValueError, match="unknown data.dataset 'coco'; registered: folder, ade20k, hub, voc2012, city"):
         SegmentationData(str(root), dataset="coco")
     with pytest.raises(ValueError, match="no folder .*images/testing"):
         open_dataset("folder", str(root), "testing")

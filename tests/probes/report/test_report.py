@@ -15,7 +15,7 @@ from PIL import Image
 from probes.analyses.starvation import starvation
 from probes.cli import main
 from probes.report.claims import CLAIMS, claims_of
-from probes.report.study import Study, total_seconds
+from probes.report.study import studies_of, total_seconds
 from probes.results import ProbeRun
 
 MASKS = ("causal", "bidirectional")
@@ -53,7 +53,7 @@ def test_claims_equal_numpy_on_saved_predictions(runs, segmentation):
         predictions = [np.asarray(Image.open(p)) for p in sorted((run.path / "predictions" / site).glob("*.png"))]
         return reference.scores(predictions, targets, 3)[0]
 
-    claims = {(c["claim"], c["image_attention"]): c for c in claims_of(Study.of(runs))}
+    claims = {(c["claim"], c["image_attention"]): c for c in claims_of(*studies_of(runs))}
     for i, mask in enumerate(MASKS):
         trained, control = ProbeRun(runs[2 * i]), ProbeRun(runs[2 * i + 1])
         drop = miou(trained, "encoder") - miou(trained, "adapter")
@@ -87,7 +87,7 @@ def test_starvation_equals_numpy_on_saved_predictions(runs, segmentation):
 
 
 def test_holds_follows_from_the_interval_alone(runs):
-    for claim in claims_of(Study.of(runs)):
+    for claim in claims_of(*studies_of(runs)):
         sign, (low, high) = CLAIMS[claim["claim"]][0], claim["ci95"]
         assert claim["holds"] == (low > 0 if sign > 0 else high < 0)
 
@@ -106,7 +106,7 @@ def test_results_follow_the_contract(page, runs):
 
 def test_page_is_self_contained_and_every_figure_has_a_caption(page):
     html = (page / "index.html").read_text()
-    assert not re.search(r"(src|href)=\"(?!data:)", html) and "http" not in html
+    assert not re.search(r"(src|href)=\"(?!data:|#)", html) and "http" not in html
     assert html.count("<figure") == html.count("<figcaption>") == html.count("<img") >= 5
     assert all(len(caption) > 40 for caption in re.findall(r"<figcaption>(.*?)</figcaption>", html, re.S))
     for name in ("layers", "starvation", "budget", "maps_causal"):
@@ -131,18 +131,18 @@ def test_single_run_makes_a_report_with_what_it_can_say(runs, tmp_path):
 
 def test_runs_that_do_not_belong_together_are_refused(runs, checkpoints, tmp_path):
     with pytest.raises(ValueError, match="both the trained run under 'causal'"):
-        Study.of([runs[0], runs[0]])
+        studies_of([runs[0], runs[0]])
     with pytest.raises(ValueError, match="only untrained controls were given"):
-        Study.of([runs[1]])
+        studies_of([runs[1]])
     with pytest.raises(ValueError, match="holds no metrics.json: not a finished probe run"):
-        Study.of([str(tmp_path)])
+        studies_of([str(tmp_path)])
     other = tiny.write_segmentation(tmp_path / "data", validation=4)
     main(
         ["fit", "-c", "configs/demo/probes.yaml", "--out", str(tmp_path / "run"), "--trainer.max_epochs", "1"]
         + ["--model.mllm", str(checkpoints["bidirectional"]), "--data.root", str(other)]
     )
     with pytest.raises(ValueError, match="were scored on different images"):
-        Study.of([runs[0], str(tmp_path / "run")])
+        studies_of([runs[0], str(tmp_path / "run")])
     with pytest.raises(ValueError, match="expected the causal run there"):
         starvation(ProbeRun(runs[2]), ProbeRun(runs[0]))
 

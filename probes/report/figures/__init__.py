@@ -1,0 +1,1 @@
+"""The figures of a report. Each function returns a matplotlib figure and the rows behind it."""

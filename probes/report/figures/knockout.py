@@ -1,0 +1,86 @@
+"""Attention knockout: wrong patches that remain (Fig. 11)."""
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ...analyses.knockout import read_cases
+from ...results import ProbeRun
+from ...statistics import interval
+from ..study import Rows, optional_json
+from .style import Drawn, new_axes
+
+CONDITION_STYLES = {
+    "none": ("#444444", "-", "nothing hidden"),
+    "incorrect": ("#CC3311", "-", "wrong class hidden"),
+    "correct": ("#0072B2", "-", "right class hidden"),
+    "random_incorrect": ("#EE9988", ":", "as many at random (as wrong)"),
+    "random_correct": ("#77BBDD", ":", "as many at random (as right)"),
+}
+
+
+def knockout_curves(run: ProbeRun, min_patches: int) -> Drawn:
+    """Wrong patches left by layer under each condition, over all classes (Fig. 11)."""
+    figure, ax = new_axes(4.4, 3.5)
+    rows = _draw_remaining(ax, run, min_patches, None, list(CONDITION_STYLES))
+    ax.set(xlabel="LLM layer (0 = adapter)", ylabel="wrong patches left (%)")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    return Drawn(figure, rows)
+
+
+def knockout_by_class(run: ProbeRun, min_patches: int) -> Drawn:
+    """The same, class by class, without the random controls."""
+    names = [entry["class"] for entry in optional_json(run, "knockout.json")["classes"]]
+    columns = min(4, len(names))
+    figure = Figure(figsize=(6.6, 1.9 * -(-len(names) // columns)), layout="constrained")
+    axes = figure.subplots(-(-len(names) // columns), columns, sharex=True, squeeze=False)
+    rows = []
+    for ax, name in zip(axes.flat, names, strict=False):
+        rows += _draw_remaining(ax, run, min_patches, name, ["none", "incorrect", "correct"])
+        cases = read_cases(run, min_patches, [name])
+        ax.set_title(f"{name} ({0 if cases is None else len(cases.images)} images)", fontsize=8)
+        ax.tick_params(labelsize=7)
+    for ax in axes.flat[len(names) :]:
+        ax.set_visible(False)
+    figure.supylabel("wrong patches left (%)", fontsize=9)
+    figure.supxlabel("LLM layer (0 = adapter)", fontsize=9)
+    return Drawn(figure, rows)
+
+
+def _draw_remaining(ax: Axes, run: ProbeRun, min_patches: int, name: str | None, conditions: list[str]) -> Rows:
+    """Draws n_c(l) / n_c(0) of one class, or of all, with intervals over images; returns the rows behind it."""
+    cases = read_cases(run, min_patches, None if name is None else [name])
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    if cases is None:
+        ax.text(0.5, 0.5, "no such image", ha="center", transform=ax.transAxes, fontsize=8)
+        return []
+    rows = []
+    for condition in conditions:
+        colour, dash, label = CONDITION_STYLES[condition]
+        mean, resampled = cases.mean(cases.rates[condition], run.weights)
+        low, high = np.array([interval(m, resampled[:, i]) for i, m in enumerate(mean.tolist())]).T
+        ax.plot(100 * mean, dash, color=colour, label=label, lw=1.8)
+        if dash == "-":
+            ax.fill_between(range(len(mean)), 100 * low, 100 * high, color=colour, alpha=0.12, lw=0)
+        facts = {"image_attention": run.metrics["image_attention"], "class": name or "all", "condition": condition}
+        rows += [
+            facts | {"layer": layer, "cases": len(cases.images), "remaining": m, "low": lo, "high": hi}
+            for layer, (m, lo, hi) in enumerate(zip(mean.tolist(), low.tolist(), high.tolist(), strict=True))
+        ]
+    return rows
+
+
+def knockout_selection(rows: Rows, mask: str, claimed_at: int) -> Drawn:
+    """The knockout's two effects by how many patches an image must have wrong to count."""
+    figure, ax = new_axes(4.4, 3.3)
+    for effect, condition in (("knockout_incorrect", "incorrect"), ("knockout_correct", "correct")):
+        points = [row for row in rows if row["image_attention"] == mask and row["effect"] == effect]
+        x, y = [row["min_patches"] for row in points], 100 * np.array([row["value"] for row in points])
+        low, high = 100 * np.array([[row["low"], row["high"]] for row in points]).T
+        colour, _, label = CONDITION_STYLES[condition]
+        ax.errorbar(x, y, [y - low, high - y], color=colour, label=label, marker="o", ms=4, capsize=2, lw=1.5)
+    ax.axhline(0, color="black", lw=0.8)
+    ax.axvline(claimed_at, color="#888888", ls="--", lw=0.9)
+    ax.set(xlabel="patches that must be wrong at the adapter", ylabel="change in wrong patches left (pp)")
+    ax.legend(fontsize=8)
+    return Drawn(figure, [row for row in rows if row["image_attention"] == mask])

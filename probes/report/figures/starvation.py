@@ -1,0 +1,41 @@
+"""Accuracy by patch position: who starves for context (Fig. 7)."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import TwoSlopeNorm
+
+from .style import Drawn, colour_of, new_axes
+
+
+def starvation_curve(facts: dict[str, Any], patches: int = 50) -> Drawn:
+    """Accuracy gap of the first patches in raster order (Fig. 7)."""
+    figure, ax = new_axes(6.4, 3.3)
+    shown = min(patches, len(facts["gap"]))
+    x, gap = np.arange(shown), 100 * np.array(facts["gap"][:shown])
+    low, high = 100 * np.array(facts["gap_ci95"][:shown]).T
+    ax.bar(x, gap, color=colour_of("bidirectional"), alpha=0.75, width=0.85)
+    ax.vlines(x, low, high, color="#555555", lw=0.8)
+    ax.axhline(0, color="black", lw=0.8)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    for row in range(facts["grid"][1], shown, facts["grid"][1]):
+        ax.axvline(row - 0.5, color="#999999", lw=0.6, ls=":")
+    ax.set(xlabel="patch, in raster order (dotted: a new row)", ylabel="bidirectional − causal (pp)")
+    keys = ("causal", "bidirectional", "gap")
+    rows = [
+        {"patch": i, **{key: facts[key][i] for key in keys}, "gap_low": interval[0], "gap_high": interval[1]}
+        for i, interval in enumerate(facts["gap_ci95"])
+    ]
+    return Drawn(figure, rows)
+
+
+def starvation_grid(facts: dict[str, Any]) -> Drawn:
+    """The same gap where it lies in the image."""
+    figure, ax = new_axes(4.2, 3.3)
+    gap = 100 * np.array(facts["gap"]).reshape(facts["grid"])
+    most = max(1.0, abs(gap).max())
+    image = ax.imshow(gap, cmap="PuOr_r", norm=TwoSlopeNorm(0, -most, most))
+    ax.set(xticks=[], yticks=[])
+    ax.grid(False)
+    figure.colorbar(image, ax=ax, label="bidirectional − causal (pp)")
+    return Drawn(figure, [])

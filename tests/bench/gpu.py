@@ -1,0 +1,118 @@
+"""A probing sweep at LLaVA-1.5-7B's shape on one GPU: `python tests/bench/gpu.py` (random weights, bfloat16, < 8 min).
+
+Prints, and writes as JSON: images a second of the frozen forward alone, of a training step of the probes at all sites
+and of a validation step, each with its peak memory, the fused way and the naive one (F.interpolate, then cross_entropy
+or argmax, site by site); the hours that the paper's ADE20K protocol then takes (20 epochs, App. A.2); and the loss
+alone: Triton, the chunked form and the naive way, with the kernel's largest deviation from float64.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from sweep import CLASSES, SHAPES, Sweep
+
+from probes import loss as loss_module
+from probes import upsampled_cross_entropy
+
+EPOCHS, TRAINING, VALIDATION = 20, 20_210, 2_000  # App. A.2; ADE20K's images
+
+
+def measured(function: Callable[[], object], rounds: int, device: str) -> dict[str, float | None]:
+    """Median seconds of some calls after one to warm up, and the memory at its peak in GB, on a GPU."""
+    gpu = device == "cuda"
+    function()
+    if gpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        if gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return {"seconds": statistics.median(times), "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if gpu else None}
+
+
+def hours(training: dict, validation: dict, images: int) -> float:
+    """Of the ADE20K protocol, at so many images a step."""
+    return EPOCHS * (TRAINING * training["seconds"] + VALIDATION * validation["seconds"]) / images / 3600
+
+
+def bench_sweep(args: argparse.Namespace) -> dict:
+    sweep = Sweep(args.shape, args.images, args.mask_px, torch.bfloat16, args.device)
+    steps = {
+        "frozen forward": sweep.forward,
+        "training step": sweep.step,
+        "training step, naive": sweep.naive_step,
+        "validation step": sweep.score,
+        "validation step, naive": sweep.naive_score,
+    }
+    found = {}
+    for name, step in steps.items():
+        found[name] = measured(step, args.rounds, args.device)
+        found[name]["images_s"] = args.images / found[name]["seconds"]
+        memory = "" if found[name]["peak_gb"] is None else f"   {found[name]['peak_gb']:6.1f} GB"
+        print(f"{found[name]['images_s']:9.2f} images/s{memory}   {name}", flush=True)
+    found["hours"] = hours(found["training step"], found["validation step"], args.images)
+    found["hours, naive"] = hours(found["training step, naive"], found["validation step, naive"], args.images)
+    took = f"{found['hours']:.1f} h, naive {found['hours, naive']:.1f} h"
+    print(f"ADE20K, {EPOCHS} epochs, {len(sweep.sites)} sites: {took}")
+    return found
+
+
+def bench_loss(args: argparse.Namespace) -> dict:
+    """The loss of one probe and its gradient."""
+    generator = torch.Generator(args.device).manual_seed(0)
+    shape, size = (args.images, CLASSES, 24, 24), (args.images, args.mask_px, args.mask_px)
+    logits = torch.randn(shape, generator=generator, device=args.device, requires_grad=True)
+    target = torch.randint(0, CLASSES, size, generator=generator, device=args.device, dtype=torch.uint8)
+
+    def ours(z: torch.Tensor) -> torch.Tensor:
+        return torch.autograd.grad(upsampled_cross_entropy(z, target), z)[0]
+
+    def chunked() -> None:
+        with mock.patch.object(loss_module, "use_triton", lambda logits: False):
+            ours(logits)
+
+    def naive() -> None:
+        up = F.interpolate(logits, size[1:], mode="bilinear")
+        torch.autograd.grad(F.cross_entropy(up, target.long(), ignore_index=255), logits)
+
+    found = {}
+    for name, function in {"fused": lambda: ours(logits), "chunked": chunked, "naive": naive}.items():
+        found[name] = measured(function, args.rounds, args.device)
+        print(f"{1e3 * found[name]['seconds']:9.2f} ms   loss and gradient of {args.images} images, {name}", flush=True)
+    exact = ours(logits.detach().double().requires_grad_())
+    found["gradient_error"] = ((ours(logits) - exact).abs().max() / exact.abs().max()).item()
+    print(f"{found['gradient_error']:9.1e}   largest error of the gradient over its largest entry, against float64")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--images", type=int, default=16, help="a step (16)")
+    parser.add_argument("--mask-px", type=int, default=512, help="height and width of masks (512)")
+    parser.add_argument("--rounds", type=int, default=5, help="of each (5)")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    args = parser.parse_args()
+    torch.set_float32_matmul_precision("high")  # as `probes fit`
+    name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+    print(f"{name}, torch {torch.__version__}, shape {args.shape}, {args.images} images a step\n")
+    found = {"device": name, "torch": torch.__version__, "loss": bench_loss(args), "sweep": bench_sweep(args)}
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""A probing sweep over random models of real and toy shapes; bench.py times it on a CPU, gpu.py on a GPU."""
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
+
+from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
+from probes.families import FAMILIES
+from probes.metrics import IGNORE_INDEX, count
+from probes.mllm import FrozenMLLM
+from probes.module import ProbeModule
+
+PREFIX, CLASSES, VOCABULARY = 36, 150, 2048  # tokens before the image; ADE20K's classes; what little of an embedding
+
+CLIP_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+CLIP_LARGE |= {"image_size": 336, "patch_size": 14}
+CLIP_SMALL = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+CLIP_SMALL |= {"image_size": 168, "patch_size": 14}
+CLIP_TOY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+CLIP_TOY |= {"image_size": 28, "patch_size": 14}
+
+
+def llama(width: int, inner: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:
+    return {
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+
+
+SHAPES = {  # encoder, LLM
+    "toy": (CLIP_TOY, llama(32, 48, 3, 4, 2)),
+    "small": (CLIP_SMALL, llama(512, 1376, 8, 8, 8)),
+    "1b": (CLIP_LARGE, llama(2048, 5632, 22, 32, 4)),  # CLIP ViT-L/14@336 and TinyLlama 1.1B
+    "7b": (CLIP_LARGE, llama(4096, 11008, 32, 32, 32)),  # LLaVA-1.5 7B
+}
+
+
+def random_model(
+    image_attention: str, shape: str = "small", dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> LlavaBidirForConditionalGeneration:
+    torch.manual_seed(0)
+    vision, text = SHAPES[shape]
+    config = LlavaBidirConfig(
+        vision_config=CLIPVisionConfig(**vision),
+        text_config=LlamaConfig(**text, vocab_size=VOCABULARY),
+        image_token_index=VOCABULARY - 1,
+        image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
+        image_attention=image_attention,
+    )
+    with torch.device(device):
+        return LlavaBidirForConditionalGeneration._from_config(config, dtype=dtype).eval()
+
+
+def frozen_model(shape: str = "small", dtype: torch.dtype = torch.float32, device: str = "cpu") -> FrozenMLLM:
+    model, prefix = random_model("bidirectional", shape, dtype, device), list(range(1, PREFIX + 1))
+    mllm = FrozenMLLM(model, FAMILIES["llava_bidir"], [CLIPImageProcessorPil()], prefix, "bidirectional")
+    return mllm.to(device)
+
+
+class Sweep:
+    """Linear probes on a batch of random images, whose masks have regions of 32 x 32 pixels, a tenth of them ignored.
+
+    Args:
+        shape: of the model, one of SHAPES.
+        images: B.
+        mask_px: H = W.
+        dtype: of the model; probes are in float32.
+        device: of everything.
+    """
+
+    def __init__(self, shape: str, images: int, mask_px: int, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+        self.mllm = frozen_model(shape, dtype, device)
+        side = self.mllm.geometry.image_px
+        self.pixels = torch.randn(images, 3, side, side, device=device)
+        regions = torch.randint(0, CLASSES, (images, mask_px // 32, mask_px // 32), dtype=torch.uint8)
+        regions[torch.rand(regions.shape) < 0.1] = IGNORE_INDEX
+        self.target = regions.repeat_interleave(32, 1).repeat_interleave(32, 2).to(device)
+        self.sites = list(self.mllm.sites)
+        self.heads = nn.ModuleDict({s: nn.Linear(d, CLASSES, device=device) for s, d in self.mllm.widths.items()})
+        self.optimizers = {}
+        self.hparams = SimpleNamespace(label_stride=1)
+
+    def forward(self, sites: list[str] | None = None) -> dict[str, Tensor]:
+        """The frozen model alone."""
+        return self.mllm.states(self.pixels, sites)
+
+    def logits(self, states: dict[str, Tensor]) -> Tensor:
+        """As ProbeModule.logits."""
+        logits = torch.stack([self.heads[site](x.float()) for site, x in states.items()])
+        return logits.transpose(-1, -2).unflatten(-1, self.mllm.grid)
+
+    def losses(self, logits: Tensor) -> Tensor:
+        return ProbeModule.losses(self, logits, self.target)
+
+    def step(self, sites: list[str] | None = None) -> None:
+        """A training step of the probes of these sites, or of all."""
+        states = self.forward(sites)
+        self.losses(self.logits(states)).sum().backward()
+        self.update(tuple(states))
+
+    def naive_step(self) -> None:
+        """The same, with all logits of all pixels, site by site lest memory runs out."""
+        for site, x in self.forward().items():
+            logits = self.heads[site](x.float()).transpose(-1, -2).unflatten(-1, self.mllm.grid)
+            up = F.interpolate(logits, self.target.shape[1:], mode="bilinear")
+            F.cross_entropy(up, self.target.long(), ignore_index=IGNORE_INDEX).backward()
+        self.update(tuple(self.sites))
+
+    def update(self, sites: tuple[str, ...]) -> None:
+        if sites not in self.optimizers:
+            parameters = [p for site in sites for p in self.heads[site].parameters()]
+            self.optimizers[sites] = torch.optim.AdamW(parameters, fused=True)
+        self.optimizers[sites].step()
+        self.optimizers[sites].zero_grad()
+
+    @torch.no_grad()
+    def score(self) -> None:
+        """A validation step."""
+        count(self.logits(self.forward()), self.target, confusion=True)
+
+    @torch.no_grad()
+    def naive_score(self) -> None:
+        """The same with all logits of all pixels, and a table of label and prediction an image."""
+        image = torch.arange(len(self.target), device=self.target.device).view(-1, 1, 1)
+        for site, x in self.forward().items():
+            logits = self.heads[site](x.float()).transpose(-1, -2).unflatten(-1, self.mllm.grid)
+            best = F.interpolate(logits, self.target.shape[1:], mode="bilinear").argmax(1)
+            pair = ((image * CLASSES + self.target) * CLASSES + best)[self.target != IGNORE_INDEX]
+            torch.bincount(pair, minlength=len(image) * CLASSES**2)

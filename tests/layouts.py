@@ -1,0 +1,92 @@
+"""The official layouts of the datasets, made of tiny random images: what each file holds is known."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def picture(folder: Path, name: str, array: np.ndarray, **kwargs) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(folder / name, **kwargs)
+    return folder / name
+
+
+def photo(seed: int, size=(6, 9)) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+
+
+def labels(seed: int, values, size=(6, 9)) -> np.ndarray:
+    """Random labels of `values`, each of which occurs if there is room."""
+    mask = np.random.default_rng(seed).choice(np.array(values, np.uint8), size)
+    mask.flat[: len(values)] = values
+    return mask
+
+
+def write_ade20k(root: Path) -> Path:
+    """Three training and two validation images, labels 0, 1, 2, 150."""
+    for split, short, count in (("training", "train", 3), ("validation", "val", 2)):
+        for i in range(1, count + 1):
+            name = f"ADE_{short}_{i:08d}"
+            picture(root / "images" / split, f"{name}.jpg", photo(i))
+            picture(root / "annotations" / split, f"{name}.png", labels(i, [0, 1, 2, 150]))
+    (root / "objectInfo150.txt").write_text("Idx\tRatio\n")
+    return root
+
+
+def write_voc2012(root: Path, augmented: bool = True) -> Path:
+    """Two official training images, one of the augmentation, two of validation; labels 0, 1, 20, 255."""
+    for i, name in enumerate(("2007_000032", "2007_000039", "2007_000033", "2007_000042")):
+        picture(root / "JPEGImages", f"{name}.jpg", photo(i))
+        mask = Image.fromarray(labels(i, [0, 1, 20, 255])).convert("P")
+        mask.putpalette([c for k in range(256) for c in (k, 255 - k, 3)])
+        (root / "SegmentationClass").mkdir(exist_ok=True)
+        mask.save(root / "SegmentationClass" / f"{name}.png")
+    lists = root / "ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("2007_000039\n2007_000032\n")
+    (lists / "val.txt").write_text("2007_000033\n2007_000042\n")
+    picture(root / "JPEGImages", "2008_000002.jpg", photo(9))  # in no list but the augmented one
+    if augmented:
+        picture(root / "SegmentationClassAug", "2008_000002.png", labels(9, [0, 5, 20]))
+        picture(root / "SegmentationClassAug", "2007_000032.png", labels(9, [0, 7]))
+        (lists / "trainaug.txt").write_text("2008_000002\n2007_000032\n2007_000039\n")
+    return root
+
+
+def write_cityscapes(root: Path, kinds=("labelIds", "labelTrainIds")) -> Path:
+    """Two cities of training, one of validation with two images; every label id, 0 to 33."""
+    for split, city, count in (("train", "aachen", 2), ("train", "ulm", 1), ("val", "munster", 2)):
+        for i in range(count):
+            name = f"{city}_{i:06d}_000019"
+            picture(root / "leftImg8bit" / split / city, f"{name}_leftImg8bit.png", photo(i))
+            folder = root / "gtFine" / split / city
+            if "labelIds" in kinds:
+                picture(folder, f"{name}_gtFine_labelIds.png", labels(i, range(34)))
+            if "labelTrainIds" in kinds:
+                picture(folder, f"{name}_gtFine_labelTrainIds.png", labels(i, [*range(19), 255]))
+            picture(folder, f"{name}_gtFine_color.png", photo(i))
+    return root
+
+
+def write_hub_parquet(root: Path, folder: str = "scene_parsing") -> Path:
+    """SceneParse150 as on the hub: image and annotation as encoded files in parquet."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    def encoded(array: np.ndarray, format: str) -> dict:
+        stream = io.BytesIO()
+        Image.fromarray(array).save(stream, format)
+        return {"bytes": stream.getvalue(), "path": None}
+
+    features = Features({"image": ImageFeature(), "annotation": ImageFeature(), "scene_category": Value("int32")})
+    for split, count in (("train", 3), ("validation", 2)):
+        rows = {
+            "image": [encoded(photo(i), "JPEG") for i in range(count)],
+            "annotation": [encoded(labels(i, [0, 1, 2, 150]), "PNG") for i in range(count)],
+            "scene_category": list(range(count)),
+        }
+        (root / folder / split).mkdir(parents=True)
+        Dataset.from_dict(rows, features).to_parquet(root / folder / split / "0000.parquet")
+    return root

@@ -1,0 +1,83 @@
+"""Every file is looked at before a model is loaded."""
+
+import layouts
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from probes.cli import main
+from probes.data.datamodule import SegmentationData
+from probes.data.preflight import find_bad_files, report
+from probes.data.registry import open_dataset
+
+MESS = {  # file of annotations/training: what it becomes
+    "000.png": np.full((24, 20), 9, np.uint8),
+    "001.png": np.full((24, 20), 77, np.uint8),
+    "002.png": np.zeros((24, 20, 3), np.uint8),
+    "003.png": np.zeros((24, 21), np.uint8),
+}
+
+
+@pytest.fixture
+def broken(tmp_path):
+    root = tiny.write_segmentation(tmp_path / "data")
+    for name, array in MESS.items():
+        Image.fromarray(array).save(root / "annotations/training" / name)
+    (root / "images/validation/004.png").write_bytes(b"no picture")
+    return root
+
+
+def fit(root, out, *more):
+    # a model that is not there: it must not come to that
+    config = ["-c", "configs/demo/probes.yaml", "--out", str(out), "--data.root", str(root)]
+    main(["fit", *config, "--model.mllm", "/no/such/model", *more])
+
+
+def test_all_bad_files_are_found_by_kind_before_the_model_is_looked_for(broken, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        fit(broken, tmp_path / "run")
+    message = str(stop.value.code)
+    assert "5 of 11 images cannot be used" in message and "such/model" not in message
+    assert "2 x label out of range" in message and "000.png has label 9" in message and "label 77" in message
+    assert "1 x mask that is not 8-bit indices" in message and "002.png has mode 'RGB'" in message
+    assert "1 x image and mask of different size" in message and "003.png is 21 x 24 px" in message
+    assert "1 x cannot be read" in message and "images/validation/004.png" in message
+
+
+def test_good_files_are_let_through_to_the_model(segmentation, tmp_path):
+    with pytest.raises(SystemExit, match="/no/such/model"):
+        fit(segmentation, tmp_path / "run")
+
+
+def test_verify_data_finds_the_same_without_a_model(broken, segmentation, capsys):
+    config = ["verify-data", "--workers", "0", "-c", "configs/demo/probes.yaml", "--data.root"]
+    main([*config, str(segmentation)])
+    assert "6 training images, 5 validation images, 3 classes, all readable" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="5 of 11 images cannot be used"):
+        main([*config, str(broken)])
+
+
+def test_workers_find_what_one_process_finds(tmp_path):
+    root = tiny.write_segmentation(tmp_path, training=80)
+    for i in (3, 40, 79):
+        Image.fromarray(np.full((24, 20), 100 + i, np.uint8)).save(root / f"annotations/training/{i:03d}.png")
+    dataset = open_dataset("folder", str(root), "training")
+    alone, together = (find_bad_files(dataset, "", range(80), workers, progress=False) for workers in (0, 2))
+    assert sorted(alone) == sorted(together) and len(alone) == 3
+    assert len(find_bad_files(dataset, "", range(0, 80, 2), 0, progress=False)) == 1, "a share"
+
+
+def test_official_split_that_is_not_whole_is_warned_of(tmp_path):
+    data = SegmentationData(str(layouts.write_ade20k(tmp_path)), "ade20k")
+    with pytest.warns(UserWarning, match="3 training images, where 20,210 were published") as warned:
+        assert data.bad_files(0, progress=False) == []
+    assert any("2 validation images, where 2,000" in str(warning.message) for warning in warned)
+
+
+def test_report_names_the_first_of_each_kind():
+    findings = [("odd", f"file {i}") for i in range(5)] + [("even", "file 9")]
+    lines = report(findings, 1000).splitlines()
+    assert lines[0] == "6 of 1000 images cannot be used:" and lines[1] == "  5 x odd"
+    assert lines[2:6] == ["    file 0", "    file 1", "    file 2", "    ... and 2 more"] and lines[6] == "  1 x even"
+    assert len(lines) == 8

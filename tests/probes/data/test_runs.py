@@ -1,0 +1,59 @@
+"""Probe runs on the official layouts, and the states that are kept in memory."""
+
+import json
+
+import layouts
+import numpy as np
+import pytest
+import torch
+
+import probes
+from probes.cli import main
+from probes.data.prepared import CachedStates, Prepared
+from probes.data.registry import open_dataset
+from probes.data.sampler import NOTHING
+from probes.results import ProbeRun
+
+
+def test_run_on_an_official_layout_is_read_back_with_its_options(checkpoints, tmp_path):
+    root = layouts.write_voc2012(tmp_path / "VOCdevkit/VOC2012")
+    config = ["-c", "configs/probes/voc2012.yaml", "--data.root", str(root.parent), "--model.mllm"]
+    more = ["--trainer.max_epochs", "1", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
+    more += ["--data.options.background", "class", "--model.sites", "[adapter]", "--out", str(tmp_path / "run")]
+    main(["fit", *config, str(checkpoints["causal"]), *more])
+    run = ProbeRun(tmp_path / "run")
+    assert run.metrics["dataset"] == "voc2012" and len(run.metrics["classes"]) == 21
+    assert run.manifest["data"]["options"] == {"background": "class", "train_list": "trainaug"}
+    validation = run.dataset()
+    assert validation.classes == run.metrics["classes"] and validation.names == ["2007_000033", "2007_000042"]
+    labelled = [np.bincount(sample["target"].ravel(), minlength=256)[:21] for sample in validation]
+    assert (run.counts.labelled.numpy() == labelled).all()
+    json.dumps(run.manifest)
+
+
+@pytest.fixture
+def prepared(checkpoints, segmentation):
+    mllm = probes.load(str(checkpoints["causal"]), device="cpu", dtype=torch.bfloat16)
+    return mllm, Prepared(open_dataset("folder", str(segmentation), "validation"), mllm.preprocess)
+
+
+def test_cached_states_are_the_models_in_its_dtype(prepared):
+    mllm, images = prepared
+    cached = CachedStates(mllm, images, ["adapter", "layer_02"], batch_size=2)
+    batch = cached.__getitems__([3, 0])
+    pixels = torch.stack([images[i]["pixels"] for i in (3, 0)])
+    assert batch["index"].tolist() == [3, 0]
+    for site, states in mllm.states(pixels, ["adapter", "layer_02"]).items():
+        assert batch["states"][site].dtype == torch.bfloat16 and batch["states"][site].device.type == "cpu"
+        torch.testing.assert_close(batch["states"][site], states, rtol=0.02, atol=0.02)  # bf16 in other batches
+    assert (batch["target"][0] == images[3]["target"]).all()
+    nothing = cached.__getitems__([NOTHING])
+    assert (nothing["target"][0] == 255).all() and nothing["index"].tolist() == [NOTHING]
+
+
+def test_states_that_do_not_fit_are_refused_before_the_first_forward(prepared):
+    mllm, images = prepared
+    size = 5 * 4 * 32 * 2  # images, tokens, width, bytes
+    copies = 10**15 // size
+    with pytest.raises(ValueError, match=rf"{copies} x 5 images x 1 sites = {copies * size / 1e9:.2f} GB .*name fewer"):
+        CachedStates(mllm, images, ["adapter"], batch_size=2, copies=copies)

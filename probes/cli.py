@@ -82,6 +82,31 @@ def build_parser() -> argparse.ArgumentParser:
     maps.add_argument("--knockout", nargs="+", default=[], metavar="NAME", help="classes that RUN/knockout.json has")
     maps.add_argument("--out", metavar="DIR", help="where it goes (the run's folder)")
 
+    explore = command(
+        "explore",
+        "probes.report.explorer:run",
+        "a page to walk through images, layers and knockouts, patch by patch, to OUT/explorer.html",
+    )
+    explore.add_argument("runs", nargs="+", metavar="RUN", help="finished probe runs on the same images, one a mask")
+    explore.add_argument(
+        "--images", type=int, nargs="+", required=True, metavar="I", help="indices in the validation split"
+    )
+    explore.add_argument("--out", required=True, metavar="DIR", help="explorer.html, one file that needs no other")
+    explore.add_argument(
+        "--conditions",
+        nargs="*",
+        default=["incorrect", "correct"],
+        metavar="NAME",
+        help="knockouts to show: incorrect, correct, random_incorrect, random_correct (incorrect correct)",
+    )
+    explore.add_argument(
+        "--knockout", nargs="+", metavar="NAME", help="classes whose mistakes they are about (an image's most frequent)"
+    )
+    explore.add_argument("--top-classes", type=int, default=3, metavar="N", help="most probable classes of a patch (3)")
+    explore.add_argument("--top-words", type=int, default=3, metavar="N", help="most probable words of a patch (3)")
+    explore.add_argument("--word-sites", nargs="*", metavar="SITE", help="where words are read (from the adapter on)")
+    explore.add_argument("--seed", type=int, default=0, help="of the random controls (0)")
+
     report = command(
         "report", "probes.report.page:run", "claims, figures and tables of runs as one self-contained HTML page"
     )

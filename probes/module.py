@@ -74,6 +74,7 @@ class ProbeModule(LightningModule):
         self.strict_loading = False  # checkpoints hold the probes; the MLLM is where it was loaded from
         self.mllm = None
         self.validated_at: list[int] = []  # optimizer steps
+        self.epochs: list[int | float] = []  # the same in epochs, a fraction where it is within one
         self.history: dict[str, list[float]] = {}  # by probe, see `probe_name`
         self.best: dict[str, dict[str, Tensor]] = {}
 
@@ -180,7 +181,9 @@ class ProbeModule(LightningModule):
         """Scores every probe and keeps the weights of those that were never better."""
         fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
         if fitting:
-            self.validated_at.append(self.trainer.global_step)
+            step, steps_per_epoch = self.trainer.global_step, self.trainer.datamodule.steps_per_epoch
+            self.validated_at.append(step)
+            self.epochs.append(step / steps_per_epoch if step % steps_per_epoch else step // steps_per_epoch)
         for name in self.recipes:
             score, group = dataset_scores(self._counts(name)), "" if name is None else f"recipes/{name}/"
             for i, site in enumerate(self.sites):
@@ -226,7 +229,7 @@ class ProbeModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("heads.")}
         checkpoint["best"], checkpoint["history"] = self.best, self.history
-        checkpoint["validated_at"] = self.validated_at
+        checkpoint["validated_at"], checkpoint["epochs"] = self.validated_at, self.epochs
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = set(checkpoint["state_dict"])
@@ -237,7 +240,7 @@ class ProbeModule(LightningModule):
                 "the model.sites, model.recipes and heads that it was trained with"
             )
         self.best, self.history = checkpoint["best"], checkpoint["history"]
-        self.validated_at = checkpoint["validated_at"]
+        self.validated_at, self.epochs = checkpoint["validated_at"], checkpoint["epochs"]
 
 
 def linearised(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:

@@ -82,7 +82,6 @@ def site_scores(module, data, recipe: str | None, counts: Counts) -> list[dict[s
     entries = []
     for i, site in enumerate(module.sites):
         history = module.history.get(probe_name(recipe, site), [])
-        best_step = module.validated_at[history.index(max(history))] if history else None
         entries.append(
             {
                 "site": site,
@@ -91,7 +90,7 @@ def site_scores(module, data, recipe: str | None, counts: Counts) -> list[dict[s
                 "miou_ci95": interval(score.miou[i].item(), resampled.miou[:, i]),
                 "pacc": score.pacc[i].item(),
                 "pacc_ci95": interval(score.pacc[i].item(), resampled.pacc[:, i]),
-                "best_epoch": epochs(best_step, data.steps_per_epoch),
+                "best_epoch": module.epochs[history.index(max(history))] if history else None,
                 "iou_per_class": [None if x != x else x for x in score.iou[i].tolist()],
                 "history": history,
             }
@@ -103,13 +102,6 @@ def group_of(dataset) -> torch.Tensor | None:
     """i64[N], which group (city) an image is of, in alphabetical order; None where the dataset has no groups."""
     groups = getattr(dataset, "groups", None)
     return None if groups is None else torch.tensor([sorted(set(groups)).index(group) for group in groups])
-
-
-def epochs(steps: int | None, steps_per_epoch: int) -> int | float | None:
-    """Epochs after so many steps: a whole number at the end of one, a fraction where it was validated within."""
-    if steps is None:
-        return None
-    return steps // steps_per_epoch if steps % steps_per_epoch == 0 else steps / steps_per_epoch
 
 
 def baseline(counts: Counts, classes: list[str]) -> dict[str, Any]:

@@ -27,7 +27,8 @@ COMMANDS = {
         "vqa-table",
         "demo-assets",
     ],
-    "probes": ["fit", "validate", "test", "sites", "states", "knockout", "starvation", "umap", "maps", "report"],
+    "probes": ["fit", "validate", "test", "sites", "states"]
+    + ["knockout", "starvation", "umap", "maps", "explore", "report"],
 }
 
 

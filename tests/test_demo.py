@@ -60,7 +60,7 @@ FOLLOWS = {  # deleted result -> the steps that make it and what follows from it
     "causal/untrained/counts.safetensors": {"causal_untrained", "causal_untrained_knockout", "report"},
     "bidirectional/probes/metrics.json": {
         *(f"bidirectional_{step}" for step in ("probes", "knockout", "maps", "umap")),
-        *("starvation", "report"),
+        *("starvation", "explorer", "report"),
     },
 }
 
@@ -86,7 +86,7 @@ def test_another_seed_makes_everything_anew(finished):
     ).stdout
     settings.write_text(before)  # make wrote the other seed down while it planned
     os.utime(settings, (written, written))
-    assert sum(line.startswith('echo "') for line in plan.splitlines()) == 21
+    assert sum(line.startswith('echo "') for line in plan.splitlines()) == 24
 
 
 def test_kills_at_random_moments_change_no_result(finished, tmp_path):

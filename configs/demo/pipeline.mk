@@ -9,6 +9,7 @@ ASSETS := $(addprefix $(A)/,captions.json dialogues.json questions.json segmenta
   encoder/model.safetensors llm/model.safetensors)
 probed = $(addprefix $(1)/,metrics.json counts.safetensors probes.safetensors)
 knocked = $(addprefix $(1)/,knockout.json knockout.safetensors)
+reciped = $(addprefix $(1)/,metrics.json counts.safetensors recipes.safetensors)
 mapped = $(addprefix $(1)/,maps.json maps.safetensors)
 LLAVA := OMP_NUM_THREADS=1 $(PY) -m llava_bidir
 PROBES := OMP_NUM_THREADS=1 $(PY) -m probes
@@ -53,7 +54,8 @@ $(call probed,$(OUT)/%/untrained): configs/demo/probes.yaml configs/demo/untrain
 	$(call step,$*_untrained,$(PROBES) fit -c $< -c configs/demo/untrained.yaml --seed_everything $(SEED) \
 	  --out $(OUT)/$*/untrained --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
 
-$(OUT)/%/recipes/metrics.json: configs/demo/probes.yaml configs/demo/recipes.yaml $(OUT)/%/stage2/hf/model.safetensors
+$(call reciped,$(OUT)/%/recipes): configs/demo/probes.yaml configs/demo/recipes.yaml \
+  $(OUT)/%/stage2/hf/model.safetensors
 	$(call step,$*_recipes,$(PROBES) fit -c $< -c configs/demo/recipes.yaml --seed_everything $(SEED) \
 	  --out $(OUT)/$*/recipes --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
 
@@ -77,11 +79,16 @@ $(OUT)/%/probes/umap.json: $(call probed,$(OUT)/%/probes)
 $(OUT)/starvation.json: $(call probed,$(OUT)/causal/probes) $(call probed,$(OUT)/bidirectional/probes)
 	$(call step,starvation,$(PROBES) starvation --probes $(OUT)/causal/probes $(OUT)/bidirectional/probes --out $(OUT))
 
+$(OUT)/report/explorer.html: $(call probed,$(OUT)/causal/probes) $(call probed,$(OUT)/bidirectional/probes)
+	$(call step,explorer,$(PROBES) explore $(OUT)/causal/probes $(OUT)/bidirectional/probes \
+	  --images 0 1 2 3 4 5 6 7 8 9 10 11 --out $(OUT)/report)
+
 # All results are named here, since make takes what only patterns name for scrap that need not exist.
 RUNS := $(foreach mask,causal bidirectional,$(OUT)/$(mask)/probes $(OUT)/$(mask)/untrained)
 $(REPORT): $(foreach mask,causal bidirectional,$(OUT)/$(mask)/stage1/hf/model.safetensors \
     $(OUT)/$(mask)/stage2/hf/model.safetensors $(call mapped,$(OUT)/$(mask)/probes) $(OUT)/$(mask)/probes/umap.json \
-    $(OUT)/$(mask)/longer/metrics.json) \
-  $(foreach run,$(RUNS),$(call probed,$(run)) $(call knocked,$(run))) $(OUT)/starvation.json $(ASSETS)
+    $(OUT)/$(mask)/longer/metrics.json $(call reciped,$(OUT)/$(mask)/recipes)) \
+  $(foreach run,$(RUNS),$(call probed,$(run)) $(call knocked,$(run))) $(OUT)/starvation.json $(ASSETS) \
+  $(OUT)/report/explorer.html
 	$(call step,report,$(PROBES) report $(RUNS) --longer $(OUT)/causal/longer $(OUT)/bidirectional/longer \
-	  --out $(OUT)/report --timings $(OUT)/logs/timings)
+	  --recipes $(OUT)/causal/recipes $(OUT)/bidirectional/recipes --out $(OUT)/report --timings $(OUT)/logs/timings)

@@ -22,9 +22,9 @@ COGNITION = "commonsense_reasoning numerical_calculation text_translation code_r
 
 
 class Parts(NamedTuple):
-    """A score in parts: sum over g of sum_u num[u, g] / sum_u den[u, g]; `units` names the rows, `group` f their g.
+    """A score in parts: sum over g of sum_u num[u, g] / sum_u den[u, g].
 
-    num, den: f[U, G]; units: list of U; strata: i64[U], units are only drawn in the place of those of their stratum.
+    num, den: f[U, G]; units: names of the U; strata: i64[U], a unit is only drawn in place of one of its stratum.
     """
 
     num: np.ndarray

@@ -100,7 +100,13 @@ def report(
     )
     environment.filters |= {"percent": percent, "points": points, "p": p_value, "span": span}
     page = environment.get_template("page.html.j2").render(
-        parts=parts, overview=overview, tables=comparison, paper=PAPER, wall_s=wall_s, confused_share=CONFUSED_SHARE
+        parts=parts,
+        overview=overview,
+        tables=comparison,
+        paper=PAPER,
+        wall_s=wall_s,
+        confused_share=CONFUSED_SHARE,
+        explorer=(out / "explorer.html").is_file(),
     )
     (out / "index.html").write_text(page)
     found = [part.facts for part in parts]

@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 import probes
 from llava_bidir import LlavaBidirConfig
 from probes import Knockout
+from probes.analyses.explorer import word_head
 from probes.families import FAMILIES, REFUSED, dynamic, family_of, gemma, own_image_attention
 from probes.inspection import print_sites
 
@@ -83,7 +84,7 @@ def stock_ids(name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def stock_states(name: str, model, images, mask=None) -> dict[str, torch.Tensor]:
-    """The states of the stock class's full forward, with text after the image, by hooks."""
+    """The states, and the logits, of the stock class's full forward, with text after the image, by hooks."""
     stock, (ids, is_image), found = STOCK[name], stock_ids(name), {}
     decoder = attrgetter(stock.decoder)(model)
     encoder = attrgetter(stock.encoder)(model)
@@ -106,7 +107,8 @@ def stock_states(name: str, model, images, mask=None) -> dict[str, torch.Tensor]
         argument, of_image, of_text = stock.types
         types[argument] = torch.where(is_image, of_image, of_text).expand(len(images), -1)
     with torch.no_grad():
-        model(input_ids=ids.expand(len(images), -1), use_cache=False, **stock.inputs(images), **types)
+        fed = {"input_ids": ids.expand(len(images), -1), **stock.inputs(images), **types}
+        found["logits"] = model(use_cache=False, **fed).logits
     for hook in hooks:
         hook.remove()
     return {site: state if site == "encoder" else state[:, is_image] for site, state in found.items()}
@@ -148,6 +150,18 @@ def test_states_equal_hooks_on_the_stock_forward(name, mllm):
         scale = stock[site].abs().max().item()
         torch.testing.assert_close(states[site], stock[site], rtol=0, atol=(2e-5 if exact else 1e-4) * scale)
     assert all(states[site].std() > 1e-3 for site in states), "nothing is compared with nothing"
+
+
+@pytest.mark.parametrize(("name", "cap"), [(name, None) for name in ALL] + [("paligemma", 0.05), ("gemma4", 0.05)])
+def test_words_are_read_as_the_stock_forward_reads_them(name, cap, mllm, monkeypatch):
+    read, images = mllm(name), pictures(name)
+    if cap:
+        monkeypatch.setattr(read.model.config.get_text_config(), "final_logit_softcapping", cap, raising=False)
+    logits = stock_states(name, read.model, images)["logits"]
+    states = read.states(read.preprocess(images), ["layer_03", "final_norm"])
+    for site, state in states.items():
+        scale = logits.abs().max().item()
+        torch.testing.assert_close(word_head(read, site)(state), logits, rtol=0, atol=1e-4 * scale)
 
 
 def test_smaller_pixels_of_the_hybrid_are_the_stock_ones_to_a_grey_level(mllm):

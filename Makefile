@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all bench lint clean
+.PHONY: help venv vqa-venv demo test test-all bench lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -20,6 +20,18 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(PY) -m pip install -q -e '.[cluster,test]'
+	@touch $@
+
+# Its own environment, since lmms-eval and what it brings do not go together with ours.
+VQA_VENV := .venv-vqa
+VQA_PINS := llava_bidir/vqa/requirements.txt
+vqa-venv: $(VQA_VENV)/installed ## .venv-vqa with lmms-eval, for llava-bidir vqa (TORCH_INDEX as above)
+
+$(VQA_VENV)/installed: pyproject.toml $(VQA_PINS)
+	$(PYTHON) -m venv $(VQA_VENV)
+	$(VQA_VENV)/bin/python -m pip install -q -c $(VQA_PINS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(VQA_VENV)/bin/python -m pip install -q --no-deps -r $(VQA_PINS)
+	$(VQA_VENV)/bin/python -m pip install -q --no-deps -e .
 	@touch $@
 
 # ---------------------------------------------------------------------------------------------------- demo
@@ -48,5 +60,5 @@ lint: venv ## ruff
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-clean: ## removes .venv and runs/demo
-	rm -rf $(VENV) runs/demo
+clean: ## removes .venv, .venv-vqa and runs/demo
+	rm -rf $(VENV) $(VQA_VENV) runs/demo

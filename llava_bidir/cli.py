@@ -20,6 +20,7 @@ HOMES = {
     "size": "llava_bidir.sizing",
     "verify-data": "llava_bidir.verify",
 }
+VQA = "gqa mmbench mme mmmu pope scienceqa textvqa textvqa_ocr vizwiz toy".split()  # vqa/benchmarks.py needs numpy
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,6 +57,33 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("image", type=Path)
     generate.add_argument("prompt", nargs="+", help="questions; one is answered as it is written, several as a batch")
     generate.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (256)")
+
+    vqa = command("vqa", "llava_bidir.vqa.run:run", "Table 1's benchmarks through lmms-eval, in its own environment")
+    vqa.add_argument("model", help="exported directory (RUN/hf), or a llava checkpoint of transformers")
+    vqa.add_argument("--out", type=Path, required=True, help="folder; what is finished there is not run again")
+    vqa.add_argument(
+        "--tasks", nargs="+", choices=VQA, default=VQA[:-1], metavar="TASK", help=f"of {', '.join(VQA)} (all but toy)"
+    )
+    vqa.add_argument("--batch-size", type=int, default=1, help="questions at a time, on each device (1)")
+    vqa.add_argument("--devices", type=int, default=1, help="processes, one for each GPU (1)")
+    vqa.add_argument(
+        "--data", type=Path, help="folder with the data sets in folders named as on the hub, ORG/NAME, instead of it"
+    )
+    vqa.add_argument(
+        "--max-unusable",
+        type=float,
+        default=0.05,
+        help="largest share of answers that may be empty, or no letter, yes or no where one is asked for (0.05)",
+    )
+    vqa.add_argument(
+        "--python", type=Path, default=Path(".venv-vqa/bin/python"), help="of the environment that make vqa-venv makes"
+    )
+
+    table = command(
+        "vqa-table", "llava_bidir.vqa.table:run", "Table 1 of several models, beside the paper's, with tests"
+    )
+    table.add_argument("results", nargs="+", type=Path, help="folders of finished `llava-bidir vqa`")
+    table.add_argument("--out", type=Path, required=True, help="folder for table1.json, .csv, .tex and .html")
 
     assets = command("demo-assets", "llava_bidir.demo.assets:run", "the toy world on disk, in the real data's formats")
     assets.add_argument("out", type=Path, help="folder; replaced as a whole if it exists")

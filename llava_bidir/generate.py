@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor, PreTrainedModel, TextStreamer
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from . import modeling  # noqa: F401 - makes the Auto classes know our models
 from .data.collate import pad
@@ -22,32 +23,79 @@ def generate(model: str, image: Path, prompts: list[str], max_new_tokens: int = 
         picture = Image.open(image).convert("RGB")
     except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
         raise ValueError(f"image {image} cannot be read: {error}") from None
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = AutoModelForImageTextToText.from_pretrained(model, dtype="auto").to(device).eval()
-    processor = AutoProcessor.from_pretrained(model)
-    tokenizer = processor.tokenizer
-    rows = [
-        encode(
-            [{"from": "human", "value": f"{IMAGE}\n{prompt}"}],
-            tokenizer,
-            "vicuna_v1",
-            loaded.config.image_seq_length,
-            processor.image_token_id,
-        )[0]
-        for prompt in prompts
-    ]
-    pixels = processor.image_processor([picture] * len(rows), return_tensors="pt")["pixel_values"]
-    ids = pad(rows, tokenizer.pad_token_id, "left")
-    output = loaded.generate(
-        input_ids=ids.to(device),
-        attention_mask=pad([[1] * len(row) for row in rows], 0, "left").to(device),
-        pixel_values=pixels.to(device, loaded.dtype),
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if len(rows) == 1 else None,
+    loaded, processor = load(model)
+    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return answer(
+        loaded, processor, prompts, [[picture]] * len(prompts), max_new_tokens, streamer if len(prompts) == 1 else None
     )
-    return [text.strip() for text in tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)]
+
+
+def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcessor]:
+    """A checkpoint to ask questions, ours or transformers' llava.
+
+    Released llava checkpoints come with CLIP's processor, which crops; LLaVA-1.5 was evaluated on padded images, and so
+    are they here. Source: LLaVA mm_utils.py process_images.
+    """
+    loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).eval()
+    processor = AutoProcessor.from_pretrained(model)
+    images = processor.image_processor
+    if images.do_pad is None:  # it knows of no padding
+        settings = {
+            name: getattr(images, name) for name in ("size", "crop_size", "image_mean", "image_std", "resample")
+        }
+        processor.image_processor = LlavaImageProcessorPil(do_pad=True, **settings)
+    return loaded, processor
+
+
+def answer(
+    model: PreTrainedModel,
+    processor: LlavaProcessor,
+    questions: list[str],
+    images: list[list[Image.Image]],
+    max_new_tokens: int,
+    streamer: TextStreamer | None = None,
+) -> list[str]:
+    """Greedy answers to a batch of questions, in the prompt of training (vicuna_v1) and padded on the left.
+
+    Args:
+        model: Ours or transformers' llava.
+        processor: The model's.
+        questions: Without `<image>`.
+        images: Of each question; several stand one behind the other, before the text.
+        max_new_tokens: Longest answer; shorter where the LLM has no positions left.
+        streamer: Shows the answer as it is written.
+
+    Raises:
+        ValueError: A prompt is longer than the LLM has positions for.
+    """
+    tokenizer, positions = processor.tokenizer, model.config.get_text_config().max_position_embeddings
+    rows = []
+    for text, shown in zip(questions, images, strict=True):
+        turns = [{"from": "human", "value": f"{IMAGE}\n{text}" if shown else text}]
+        tokens = model.config.image_seq_length * len(shown) or None
+        rows.append(encode(turns, tokenizer, "vicuna_v1", tokens, processor.image_token_id)[0])
+    longest = max(map(len, rows))
+    if longest >= positions:
+        raise ValueError(f"a prompt of {longest} tokens; the LLM has {positions} positions (max_position_embeddings)")
+    room = [min(max_new_tokens, positions - len(row)) for row in rows]  # of each, or it would depend on its batch
+    inputs = {
+        "input_ids": pad(rows, tokenizer.pad_token_id, "left"),
+        "attention_mask": pad([[1] * len(row) for row in rows], 0, "left"),
+    }
+    if pictures := [picture for shown in images for picture in shown]:
+        pixels = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        inputs["pixel_values"] = pixels.to(model.dtype)
+    output = model.generate(
+        **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max(room),
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=streamer,
+    )
+    answers = [ids[longest : longest + new] for ids, new in zip(output, room, strict=True)]
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 def run(args: argparse.Namespace) -> None:

@@ -13,12 +13,14 @@
 : "${CPUS_PER_TASK:=8}"
 : "${TRAINING_TIME:=24:00:00}"  # at its end a stage saves, is put back in the queue, and goes on where it was
 : "${PROBING_TIME:=12:00:00}"   # the same, from the last whole epoch
-: "${ANALYSIS_TIME:=04:00:00}"  # knockout and report
+: "${LANGUAGE_TIME:=12:00:00}"  # Table 1's benchmarks; the same, from the last whole task
+: "${ANALYSIS_TIME:=04:00:00}"  # knockout and reports
 : "${SBATCH_MORE=}"             # more options of sbatch: --qos=..., --constraint=...
 
 # ---------------------------------------------------------------------------------------------------- what lies where
 : "${PYTHON:=.venv/bin/python}"
-: "${RUNS:=runs/study}"                                # ENCODER-MASK/{stage1,stage2,probes,logs}, ENCODER-report
+: "${VQA_PYTHON=.venv-vqa/bin/python}"                 # made by `make vqa-venv`; empty: the study goes without Table 1
+: "${RUNS:=runs/study}"                                # ENCODER-MASK/{stage1,stage2,probes,vqa,logs}, ENCODER-report, table1
 : "${LLM:=lmsys/vicuna-7b-v1.5}"                       # directory or hub id; the encoders' are in configs/encoder
 : "${CAPTIONS:=data/blip_laion_cc_sbu_558k.json}"      # stage 1
 : "${CAPTION_IMAGES:=data/LLaVA-Pretrain/images}"
@@ -37,12 +39,15 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 : "${STAGE2:=-c configs/stage2.yaml}"
 : "${PROBES:=-c configs/probes/ade20k.yaml}"            # or voc2012, cityscapes, folder
 : "${KNOCKOUT:=--classes ceiling sky wall building floor road bed car}"
+: "${VQA:=--batch-size 16}"                            # --data DIR: without a filled cache of the hub
 
 # ---------------------------------------------------------------------------------------------------- derived
 _place="${ACCOUNT:+--account=$ACCOUNT} ${PARTITION:+--partition=$PARTITION} --cpus-per-task=$CPUS_PER_TASK $SBATCH_MORE"
 _node="--ntasks-per-node=$TASKS_PER_NODE ${GRES:+--gres=$GRES:$TASKS_PER_NODE}"
 TRAINING="$_place --nodes=$NODES $_node --time=$TRAINING_TIME"
 PROBING="$_place --nodes=1 $_node --time=$PROBING_TIME"
+LANGUAGE="$_place --nodes=1 --ntasks-per-node=1 --cpus-per-task=$((CPUS_PER_TASK * TASKS_PER_NODE))"
+LANGUAGE+=" ${GRES:+--gres=$GRES:$TASKS_PER_NODE} --time=$LANGUAGE_TIME"
 ANALYSIS="$_place --nodes=1 --ntasks-per-node=1 ${GRES:+--gres=$GRES:1} --time=$ANALYSIS_TIME"
 
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Submits the whole study: three encoders under two masks (slurm/env.sh says what and where), as jobs that wait for each
-# other: stage 1 -> stage 2 -> probes -> knockout for each configuration, and a report for each encoder.
+# other: stage 1 -> stage 2 -> probes -> knockout for each configuration, and a report for each encoder. Where there is
+# the environment of lmms-eval, also stage 2 -> language benchmarks, and Table 1 of them all.
 #   slurm/six_configurations.sh --dry-run    prints the plan
 #   slurm/six_configurations.sh              prints it and submits
 # Run again at any time: what is finished or still in the queue is left alone, the rest is submitted, and a stage that
@@ -11,7 +12,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/env.sh
 
 parts() { # HANDLER: calls HANDLER NAME RESULT NEEDS SBATCH_OPTIONS SCRIPT ARGUMENT... for each, in order
-  local encoder mask run all
+  local encoder mask run all tasks=""
   for encoder in $ENCODERS; do
     all=""
     for mask in $MASKS; do
@@ -21,9 +22,12 @@ parts() { # HANDLER: calls HANDLER NAME RESULT NEEDS SBATCH_OPTIONS SCRIPT ARGUM
       "$1" "$run/probes" "$run/probes/metrics.json" "$run/stage2" "$PROBING" probes "$encoder" "$mask"
       "$1" "$run/knockout" "$run/probes/knockout.json" "$run/probes" "$ANALYSIS" knockout "$encoder" "$mask"
       all+="$run/knockout "
+      [[ -z $VQA_PYTHON ]] || "$1" "$run/vqa" "$run/vqa/table1.json" "$run/stage2" "$LANGUAGE" vqa "$encoder" "$mask"
+      tasks+="$run/vqa "
     done
     "$1" "$encoder-report/report" "$encoder-report/results.json" "${all% }" "$ANALYSIS" report "$encoder"
   done
+  [[ -z $VQA_PYTHON ]] || "$1" table1/table1 table1/table1.json "${tasks% }" "$ANALYSIS" table1
 }
 
 queued() { # NAME: its job's number, if it waits or runs
@@ -64,7 +68,7 @@ submit_part() {
 echo "plan, into $RUNS:"
 parts print_part
 if [[ ${1:-} == --dry-run ]]; then exit; fi
-for variable in PYTHON CAPTIONS CAPTION_IMAGES INSTRUCTIONS INSTRUCTION_IMAGES SEGMENTATION; do
+for variable in PYTHON ${VQA_PYTHON:+VQA_PYTHON} CAPTIONS CAPTION_IMAGES INSTRUCTIONS INSTRUCTION_IMAGES SEGMENTATION; do
   [[ -e ${!variable} ]] || { echo "slurm/env.sh: $variable=${!variable} does not exist" >&2; exit 1; }
 done
 echo "submitted:"

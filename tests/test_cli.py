@@ -14,7 +14,19 @@ import llava_bidir.cli
 import probes.cli
 
 COMMANDS = {
-    "llava_bidir": ["fit", "validate", "test", "export", "inspect", "size", "verify-data", "generate", "demo-assets"],
+    "llava_bidir": [
+        "fit",
+        "validate",
+        "test",
+        "export",
+        "inspect",
+        "size",
+        "verify-data",
+        "generate",
+        "vqa",
+        "vqa-table",
+        "demo-assets",
+    ],
     "probes": ["fit", "validate", "test", "sites", "states"]
     + ["knockout", "starvation", "umap", "maps", "explore", "report"],
 }

@@ -54,6 +54,19 @@ def test_top_level_is_what_the_customer_fixed():
     }
 
 
+def pins(path: str) -> dict[str, str]:
+    lines = [line for line in (ROOT / path).read_text().splitlines() if line and line[0] != "#"]
+    assert len(lines) > 50 and all(line.count("==") == 1 and "+" not in line for line in lines)
+    return dict(line.split("==") for line in lines)
+
+
 def test_every_dependency_is_pinned():
-    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
-    assert len(pins) > 50 and all(line.count("==") == 1 and "+" not in line for line in pins)
+    pins("constraints.txt")
+
+
+def test_the_harness_runs_with_the_same_versions_as_training():
+    ours, harness = pins("constraints.txt"), pins("llava_bidir/vqa/requirements.txt")
+    common = ours.keys() & harness.keys()
+    assert {"torch", "transformers", "tokenizers", "pillow", "datasets"} <= common
+    assert {name: harness[name] for name in common} == {name: ours[name] for name in common}
+    assert not harness.keys() & {"torchvision", "timm"}, "beside a CPU build of torch they break transformers"

@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 import probes.cli
 
 ROOT = Path(__file__).parents[2]
+VQA_PYTHON = ROOT / ".venv-vqa/bin/python"
+JOBS = 3 * (2 * 4 + 1) + (7 if VQA_PYTHON.exists() else 0)
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("cluster")]
 
 
@@ -30,6 +32,8 @@ def settings(tmp_path_factory) -> dict[str, str]:
         entry = {"name": "clip", "path": encoder.path, "layer": encoder.layer}
         (folder / f"{name}.yaml").write_text(json.dumps({"model": {"encoder": entry}}))
     data = str(folder / "data.json")
+    pictures = [record for record in json.loads(Path(data).read_text()) if "image" in record]
+    (folder / "questions.json").write_text(json.dumps(pictures[:4]))
     sizes = "--data.batch_size 8 --data.micro_batch_size 2 --trainer.log_every_n_steps 1"
     return {
         **{"GRES": "", "TASKS_PER_NODE": "2", "CPUS_PER_TASK": "1", "PYTHON": sys.executable},
@@ -39,6 +43,8 @@ def settings(tmp_path_factory) -> dict[str, str]:
         "STAGE1": f"-c configs/demo/stage1.yaml --data.template vicuna_v1 {sizes}",
         "STAGE2": f"-c configs/demo/stage2.yaml --data.val_annotations {data} {sizes}",
         "PROBES": "-c configs/demo/probes.yaml --trainer.max_epochs 2 --data.batch_size 2",
+        "VQA_PYTHON": str(VQA_PYTHON) if VQA_PYTHON.exists() else "",
+        "VQA": f"--tasks toy --data {folder} --max-unusable 1 --batch-size 4",
         **{"SEGMENTATION": str(folder / "segmentation"), "KNOCKOUT": "--classes sky wall road"},
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
     }
@@ -149,9 +155,9 @@ def test_six_configurations_run_to_the_report(settings, tmp_path):
     settings = settings | alone | {"RUNS": str(tmp_path)}
     lines = shell("slurm/six_configurations.sh", settings).partition("submitted:\n")[2].splitlines()
     jobs = dict(reversed(line.split()) for line in lines)
-    assert len(jobs) == 3 * (2 * 4 + 1)
+    assert len(jobs) == JOBS
     again = shell("slurm/six_configurations.sh", settings)
-    assert again.count("(in the queue already)") >= 26, "nothing is submitted twice"
+    assert again.count("(in the queue already)") >= JOBS - 1, "nothing is submitted twice"
     for name, job in jobs.items():
         log = tmp_path / Path(name).parent / "logs" / f"{Path(name).name}.log"
         assert wait_for_end(job, log, timeout_s=600)["JobState"] == "COMPLETED", f"{name}\n{log.read_text()[-3000:]}"
@@ -159,5 +165,8 @@ def test_six_configurations_run_to_the_report(settings, tmp_path):
         results = json.loads((tmp_path / f"{encoder}-report/results.json").read_text())
         assert set(results["masks"]) == {"causal", "bidirectional"} and results["masks"]["causal"]["knockout"]
         assert (tmp_path / f"{encoder}-report/starvation.json").is_file()
+    if VQA_PYTHON.exists():
+        table = json.loads((tmp_path / "table1/table1.json").read_text())
+        assert len(table["models"]) == 6 and all("Toy" in model["columns"] for model in table["models"])
     rest = shell("slurm/six_configurations.sh", settings)
-    assert rest.count(" finished") == 27 and rest.endswith("submitted:\n"), "there is nothing left to submit"
+    assert rest.count(" finished") == JOBS and rest.endswith("submitted:\n"), "there is nothing left to submit"

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted([*(ROOT / "slurm").glob("*.sh"), *(ROOT / "slurm").glob("*.sbatch")])
 STAGES = ["stage1", "stage2", "probes", "knockout"]
-DATA = ["PYTHON", "CAPTIONS", "CAPTION_IMAGES", "INSTRUCTIONS", "INSTRUCTION_IMAGES", "SEGMENTATION"]
+DATA = ["PYTHON", "VQA_PYTHON", "CAPTIONS", "CAPTION_IMAGES", "INSTRUCTIONS", "INSTRUCTION_IMAGES", "SEGMENTATION"]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -66,7 +66,7 @@ def study(tmp_path):
 
 def test_dry_run_prints_every_job_and_what_it_waits_for_and_submits_none(study):
     done, calls = study("--dry-run", CAPTIONS="/nowhere")
-    assert calls == [] and len(done.stdout.splitlines()) == 1 + 27
+    assert calls == [] and len(done.stdout.splitlines()) == 1 + 27 + 7
     lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()[1:]}
     for encoder in ("clip", "dinov2", "siglip"):
         for mask in ("causal", "bidirectional"):
@@ -75,18 +75,25 @@ def test_dry_run_prints_every_job_and_what_it_waits_for_and_submits_none(study):
                 after = ["after", before] if before else []
                 before = f"{encoder}-{mask}/{stage}"
                 assert lines[before] == [f"slurm/{stage}.sbatch", encoder, mask, *after]
+            run = f"{encoder}-{mask}"
+            assert lines[f"{run}/vqa"] == ["slurm/vqa.sbatch", encoder, mask, "after", f"{run}/stage2"]
         knockouts = [f"{encoder}-{mask}/knockout" for mask in ("causal", "bidirectional")]
         assert lines[f"{encoder}-report/report"] == ["slurm/report.sbatch", encoder, "after", *knockouts]
+    tasks = [
+        f"{encoder}-{mask}/vqa" for encoder in ("clip", "dinov2", "siglip") for mask in ("causal", "bidirectional")
+    ]
+    assert lines["table1/table1"] == ["slurm/table1.sbatch", "after", *tasks]
     assert all((ROOT / line[0]).is_file() for line in lines.values())
 
 
 def test_jobs_wait_for_those_they_need(study, tmp_path):
     _, calls = study(ENCODERS="clip", NODES="2", TASKS_PER_NODE="4", GRES="gpu:h100", PARTITION="fast", ACCOUNT="me")
     waits = [[word.partition("=")[2] for word in call if word.startswith("--dependency")] for call in calls]
-    assert waits == [[], ["afterok:1"], ["afterok:2"], ["afterok:3"]] + [
-        *([], ["afterok:5"], ["afterok:6"], ["afterok:7"], ["afterok:4:8"])
+    assert waits == [[], ["afterok:1"], ["afterok:2"], ["afterok:3"], ["afterok:2"]] + [
+        *([], ["afterok:6"], ["afterok:7"], ["afterok:8"], ["afterok:7"], ["afterok:4:9"], ["afterok:5:10"])
     ]
-    training, report = calls[1], calls[8]
+    training, language, report = calls[1], calls[4], calls[10]
+    assert {"--nodes=1", "--ntasks-per-node=1", "--gres=gpu:h100:4", "--cpus-per-task=32"} <= {*language}
     assert {"--account=me", "--partition=fast", "--nodes=2", "--ntasks-per-node=4", "--gres=gpu:h100:4"} <= {*training}
     assert training[-3:] == ["slurm/stage2.sbatch", "clip", "causal"]
     assert f"--output={tmp_path}/runs/clip-causal/logs/stage2.log" in training
@@ -104,7 +111,7 @@ def test_finished_parts_and_queued_jobs_are_left_alone(study, tmp_path):
     (runs / "clip-causal/stage1/hf").mkdir(parents=True)
     queue = {41: f"{ROOT}/{runs}/clip-causal/stage2", 42: "/elsewhere/clip-causal/probes", 43: f"{ROOT}/probes"}
     (tmp_path / "queue").write_text("".join(f"{number} {name}\n" for number, name in queue.items()))
-    done, calls = study(ENCODERS="clip", MASKS="causal")
+    done, calls = study(ENCODERS="clip", MASKS="causal", VQA_PYTHON="")
     assert [call[-3] for call in calls[:-1]] == ["slurm/probes.sbatch", "slurm/knockout.sbatch"]
     assert "--dependency=afterok:41" in calls[0] and "--kill-on-invalid-dep=yes" in calls[0]
     assert "clip-causal/stage1             slurm/stage1.sbatch clip causal        finished" in done.stdout

@@ -1,0 +1,270 @@
+"""The command with the real harness, offline, on small data sets in the benchmarks' formats."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import benchmarks
+import pytest
+import torch
+from datasets import load_dataset
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from llava_bidir import cli
+from llava_bidir.generate import answer
+from llava_bidir.vqa.benchmarks import TABLE1
+
+ROOT = Path(__file__).parents[3]
+PYTHON = ROOT / ".venv-vqa/bin/python"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not PYTHON.exists(), reason=".venv-vqa is not there; `make vqa-venv` makes it"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, conversations) -> Path:
+    """The nine, six records each, and five of the toy's."""
+    folder = benchmarks.write(tmp_path_factory.mktemp("data"))
+    shutil.copytree(conversations / "pictures", folder / "pictures")
+    records = json.loads((conversations / "data.json").read_text())[:5]
+    (folder / "questions.json").write_text(json.dumps(records))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("HF_HOME", str(tmp_path_factory.getbasetemp() / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("NUM_IMAGE", "2")  # the harness would show every image of MMBench twice
+
+
+@pytest.fixture
+def stubbed(tmp_path, monkeypatch):
+    """A python of the harness that runs stub.py first."""
+
+    def make(stub: str) -> str:
+        monkeypatch.setenv("STUB", stub)
+        path = tmp_path / "python"
+        path.write_text(f'#!/bin/sh\nexec {PYTHON} {Path(__file__).with_name("stub.py")} "$@"\n')
+        path.chmod(0o755)
+        return str(path)
+
+    return make
+
+
+def vqa(model, out, data, *more) -> None:
+    """Tiny models of random weights say nothing that could be used, which is let pass unless `more` says otherwise."""
+    argv = ["vqa", str(model), "--out", str(out), "--data", str(data), "--python", str(PYTHON), "--max-unusable", "1"]
+    cli.main([*argv, "--batch-size", "4", *more])
+
+
+def items(out: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+
+
+def answers(out: Path) -> dict[str, list[str]]:
+    return {name: [item["answer"] for item in items(out, name)] for name in TABLE1}
+
+
+@pytest.fixture(scope="module")
+def runs(checkpoints, data, tmp_path_factory):
+    """Folders of results: the same weights under two masks, one of them also one item at a time."""
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.getbasetemp() / "hf"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("NUM_IMAGE", "2")
+        for mask in ("causal", "bidirectional"):
+            vqa(checkpoints[mask], root / mask, data)
+        vqa(checkpoints["bidirectional"], root / "single", data, "--batch-size", "1", "--tasks", *TABLE1, "toy")
+    return root
+
+
+def test_all_nine_run_and_fill_the_papers_row(runs):
+    (model,) = json.loads((runs / "bidirectional/table1.json").read_text())["models"]
+    assert len(model["columns"]) == 11 and model["columns"]["VizWiz"]["paper"] == 0.575
+    assert all(len(items(runs / "bidirectional", name)) == 6 for name in TABLE1)
+    facts = json.loads((runs / "bidirectional/gqa.json").read_text())
+    assert facts["versions"]["lmms_eval"] == "0.7.3" and facts["image_attention"] == "bidirectional"
+    assert [facts[key] for key in ("documents", "batch_size", "processes", "device")] == [6, 4, 1, "cpu"]
+
+
+def test_answers_do_not_depend_on_the_batch(runs):
+    assert answers(runs / "bidirectional") == answers(runs / "single")
+
+
+def test_masks_answer_differently(runs):
+    ours, causal = answers(runs / "bidirectional"), answers(runs / "causal")
+    assert ours != causal
+
+
+def test_answers_are_those_of_generate(runs, checkpoints, data):
+    """Prompt, padding and mask: every question of the files, asked without the harness."""
+    model = AutoModelForImageTextToText.from_pretrained(checkpoints["bidirectional"]).eval()
+    processor = AutoProcessor.from_pretrained(checkpoints["bidirectional"])
+    sources = {  # folder, configuration, longest answer
+        "gqa": ("GQA", "testdev_balanced_images", 16),
+        "mmbench": ("MMBench", "en", 1024),
+        "mme": ("MME", "default", 16),
+        "mmmu": ("MMMU", "default", 128),
+        "pope": ("POPE", "default", 128),
+        "scienceqa": ("ScienceQA", "ScienceQA-IMG", 16),
+        "textvqa_ocr": ("textvqa", "default", 128),
+        "vizwiz": ("VizWiz-VQA", "default", 128),
+    }
+    for name, (folder, config, longest) in sources.items():
+        (split,) = load_dataset(str(data / benchmarks.ORGANISATION / folder), config).values()
+        for item in items(runs / "bidirectional", name):
+            record = split[item["item"] // 2 if name == "gqa" else item["item"]]
+            shown = [
+                record[key]
+                for key in sorted(record)
+                if key.startswith("image") and isinstance(record[key], Image.Image)
+            ]
+            expected = answer(model, processor, [item["question"]], [shown], longest)
+            assert [item["answer"]] == expected, name
+    assert "Reference OCR token: sky, wall" in items(runs / "bidirectional", "textvqa_ocr")[0]["question"]
+    assert "Reference" not in items(runs / "bidirectional", "textvqa")[0]["question"]
+
+
+def test_finished_tasks_are_not_run_again_but_checked_again(runs, checkpoints, data, tmp_path, capsys):
+    out = shutil.copytree(runs / "causal", tmp_path / "out")
+    vqa(checkpoints["causal"], out, data, "--python", "/nowhere")
+    assert "clip causal" in capsys.readouterr().out
+    (out / "pope.jsonl").write_text("".join((out / "pope.jsonl").read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(SystemExit, match="^llava-bidir: pope: 1 of 6 items have no result, item 5 for one$"):
+        vqa(checkpoints["causal"], out, data, "--python", "/nowhere")
+    (out / "pope.json").unlink()
+    vqa(checkpoints["causal"], out, data)
+    assert items(out, "pope") == items(runs / "causal", "pope")
+
+
+def test_results_of_another_checkpoint_are_not_taken_for_these(runs, checkpoints, data):
+    with pytest.raises(SystemExit, match=r"causal/gqa.json is of another checkpoint .* choose another --out"):
+        vqa(checkpoints["bidirectional"], runs / "causal", data, "--python", "/nowhere")
+
+
+def test_answers_of_no_use_end_with_an_error(runs, checkpoints, data):
+    with pytest.raises(
+        SystemExit, match=r"pope: 6 of 6 answers are empty or not of the kind asked for, item 0 for one"
+    ):
+        vqa(checkpoints["causal"], runs / "causal", data, "--max-unusable", "0.05")
+
+
+def test_scores_are_the_harnesss_where_some_answers_are_right(checkpoints, data, tmp_path, stubbed):
+    """Right in the first half of each task, wrong in the rest; check.py holds our numbers against the harness's."""
+    vqa(checkpoints["causal"], tmp_path / "out", data, "--python", stubbed("oracle"), "--max-unusable", "0")
+    (model,) = json.loads((tmp_path / "out/table1.json").read_text())["models"]
+    scores = {title: column["score"] for title, column in model["columns"].items()}
+    assert scores == pytest.approx(
+        {
+            **{"GQA": 1 / 2, "MMBench": 1 / 3, "MME-P": 100, "MME-C": 50, "MMMU": 1 / 2, "POPE": 1 / 2},
+            **{"POPE F1": 4 / 7, "SQA-I": 1 / 2, "TextVQA": 0.45, "TextVQA OCR": 0.45, "VizWiz": 1 / 2},
+        }
+    )
+
+
+def test_bidirectional_logits_inside_the_harness_are_not_the_causal_ones(checkpoints, stubbed, tmp_path):
+    request = json.dumps({"model": str(checkpoints["bidirectional"])})
+    done = subprocess.run([stubbed("logits"), request], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stdout.splitlines() if line.startswith("logits"))
+    name, own, causal = json.loads(line.removeprefix("logits"))
+    assert name == "LlavaBidir" and (torch.tensor(own) - torch.tensor(causal)).abs().max() > 1e-2
+
+
+def test_item_that_cannot_be_answered_ends_the_run_by_name(checkpoints, data, tmp_path, stubbed):
+    with pytest.raises(SystemExit, match="^llava-bidir: pope: item 4, 5: FloatingPointError: out of range$"):
+        vqa(checkpoints["causal"], tmp_path / "out", data, "--python", stubbed("raises"), "--tasks", "pope")
+    assert not (tmp_path / "out/pope.json").exists()
+
+
+def test_task_without_results_for_an_item_is_an_error(checkpoints, data, tmp_path, stubbed):
+    with pytest.raises(SystemExit, match="pope: 1 of 6 items have no result, item 5 for one"):
+        vqa(checkpoints["causal"], tmp_path / "out", data, "--python", stubbed("drops"), "--tasks", "pope")
+
+
+def test_harness_that_ends_well_without_results_is_an_error(checkpoints, data, tmp_path):
+    """Its own command does, whatever was raised."""
+    with pytest.raises(SystemExit, match="gqa, mme: the harness ended well but left no results"):
+        vqa(checkpoints["causal"], tmp_path, data, "--python", "/bin/true", "--tasks", "gqa", "mme")
+
+
+def test_missing_and_cut_images_end_the_run_by_name(checkpoints, data, tmp_path):
+    pictures = tmp_path / "data"
+    shutil.copytree(data, pictures)
+    gqa = pictures / benchmarks.ORGANISATION / "GQA"
+    shutil.rmtree(gqa)
+    for name in ("GQA", "GQA:images"):
+        config, split, features, records = benchmarks.DATASETS[name]
+        found = list(records(6))
+        benchmarks.write_one(gqa, config, split, features, found[:-1] if name == "GQA:images" else found)
+    with pytest.raises(SystemExit, match="gqa: KeyError: 'n2'"):
+        vqa(checkpoints["causal"], tmp_path / "out", pictures, "--tasks", "gqa")
+    whole = benchmarks.picture(0).resize((64, 64))
+    whole.save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-2000])
+    turns = [{"from": "human", "value": "<image>\nsky"}, {"from": "gpt", "value": "wall"}]
+    records = [{"id": str(i), "image": name, "conversations": turns} for i, name in enumerate(("whole.png", "cut.png"))]
+    (tmp_path / "questions.json").write_text(json.dumps(records))
+    with pytest.raises(SystemExit, match="toy: item 1, its image: OSError: image file is truncated"):
+        vqa(checkpoints["causal"], tmp_path / "out", tmp_path, "--tasks", "toy")
+
+
+@pytest.mark.parametrize(
+    ("stub", "message"),
+    [
+        (
+            "version",
+            "has lmms_eval 0.7.2 instead of 0.7.3, openpyxl None instead of .*; make it anew with `make",
+        ),
+        ("code", "has another llava_bidir, in .*; `make vqa-venv` here"),
+    ],
+)
+def test_other_versions_and_other_code_are_refused(stub, message, checkpoints, data, tmp_path, stubbed):
+    with pytest.raises(SystemExit, match=f"setting up: ValueError: the harness's environment {message}"):
+        vqa(checkpoints["causal"], tmp_path, data, "--python", stubbed(stub), "--tasks", "gqa")
+
+
+def test_refusals_before_anything_is_started(checkpoints, data, tmp_path):
+    with pytest.raises(SystemExit, match="no /nowhere/python; `make vqa-venv` makes the harness's environment"):
+        vqa(checkpoints["causal"], tmp_path, data, "--python", "/nowhere/python")
+    with pytest.raises(SystemExit, match="--data .*/none is no folder"):
+        vqa(checkpoints["causal"], tmp_path, tmp_path / "none")
+    with pytest.raises(SystemExit, match="gqa: ValueError: --data .* has no folder lmms-lab-encoder/GQA"):
+        vqa(checkpoints["causal"], tmp_path, tmp_path, "--tasks", "gqa")
+
+
+@pytest.mark.distributed
+def test_two_processes_answer_every_item_once_and_alike(runs, checkpoints, data, tmp_path):
+    """The toy's five records make shares of unequal size, for which the harness repeats one."""
+    vqa(checkpoints["bidirectional"], tmp_path, data, "--devices", "2", "--tasks", "gqa", "mme", "toy")
+    for name in ("gqa", "mme", "toy"):
+        assert items(tmp_path, name) == items(runs / "single", name)
+        assert json.loads((tmp_path / f"{name}.json").read_text())["processes"] == 2
+
+
+def test_toy_questions_are_scored_as_the_demo_does(checkpoints, conversations, tmp_path):
+    """Half the answers are what the model says, so that half of them are right; stock llava says the same."""
+    from llava_bidir.export import as_llava, export_hf
+
+    model = AutoModelForImageTextToText.from_pretrained(checkpoints["causal"]).eval()
+    processor = AutoProcessor.from_pretrained(checkpoints["causal"])
+    records = [r for r in json.loads((conversations / "data.json").read_text()) if "image" in r]
+    for i, record in enumerate(records):
+        question = record["conversations"][0]["value"].removeprefix("<image>\n")
+        picture = Image.open(conversations / record["image"]).convert("RGB")
+        (said,) = answer(model, processor, [question], [[picture]], 16)
+        record["conversations"][1]["value"] = said if i % 2 else f"{said} not"
+    shutil.copytree(conversations / "pictures", tmp_path / "pictures")
+    (tmp_path / "questions.json").write_text(json.dumps(records))
+    export_hf(as_llava(model), processor, tmp_path / "stock")
+    for name, path in (("ours", checkpoints["causal"]), ("stock", tmp_path / "stock")):
+        vqa(path, tmp_path / name, tmp_path, "--tasks", "toy")
+        (found,) = json.loads((tmp_path / name / "table1.json").read_text())["models"]
+        assert found["columns"]["Toy"]["score"] == 0.5
+    assert items(tmp_path / "ours", "toy") == items(tmp_path / "stock", "toy")

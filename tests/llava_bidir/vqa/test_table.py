@@ -1,0 +1,111 @@
+"""Table 1 from saved results of two toy checkpoints beside the paper's, against numpy."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import vqa_results
+
+from llava_bidir import cli
+
+CAUSAL, BIDIRECTIONAL = np.random.default_rng(0).random((2, 400)) < [[0.5], [0.65]]
+NAMES = ["gqa", "mmbench", "mme", "pope", "textvqa_ocr"]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    root = tmp_path_factory.mktemp("table")
+    for name in NAMES:
+        vqa_results.write(root / "a", name, CAUSAL)
+        vqa_results.write(root / "b", name, BIDIRECTIONAL, "bidirectional")
+    cli.main(["vqa-table", str(root / "a"), str(root / "b"), "--out", str(root / "out")])
+    return root / "out"
+
+
+@pytest.fixture(scope="module")
+def table(out):
+    return json.loads((out / "table1.json").read_text())
+
+
+def test_scores_intervals_and_the_papers_numbers(table):
+    first, second = (model["columns"] for model in table["models"])
+    assert list(first) == ["GQA", "MMBench", "MME-P", "MME-C", "POPE", "POPE F1", "TextVQA OCR"]
+    images = CAUSAL.reshape(-1, 2)
+    assert first["GQA"]["score"] == pytest.approx(CAUSAL.mean()) and first["GQA"]["paper"] == 0.626
+    assert second["GQA"]["difference"] == pytest.approx(BIDIRECTIONAL.mean() - 0.627)
+    spread = images.mean(1).std() / 200**0.5
+    assert first["GQA"]["ci95"] == pytest.approx(
+        [CAUSAL.mean() - 1.96 * spread, CAUSAL.mean() + 1.96 * spread], abs=0.005
+    )
+    assert first["MMBench"]["score"] == images.all(1).mean() and first["MMBench"]["units"] == 200
+    assert second["MME-P"]["paper"] == 1538
+    perception = images[::2]
+    assert first["MME-P"]["score"] == pytest.approx(100 * (perception.mean() + perception.all(1).mean()))
+    assert first["TextVQA OCR"]["paper"] is None and first["POPE F1"]["difference"] is None
+    assert not first["GQA"]["official"] and first["GQA"]["unusable"] == 0
+
+
+def test_paired_differences_on_the_same_questions(table):
+    (pair,) = table["pairs"]
+    assert (pair["causal"], pair["bidirectional"], pair["encoder"]) == (0, 1, "clip")
+    gqa = pair["columns"]["GQA"]
+    per_image = (BIDIRECTIONAL.astype(float) - CAUSAL).reshape(-1, 2).mean(1)
+    spread = per_image.std() / 200**0.5
+    assert gqa["difference"] == pytest.approx(per_image.mean()) and gqa["paper"] == pytest.approx(0.001)
+    assert gqa["ci95"] == pytest.approx([per_image.mean() - 1.96 * spread, per_image.mean() + 1.96 * spread], abs=0.005)
+    assert gqa["p"] < 0.001 and all(c["p_holm"] >= c["p"] for c in pair["columns"].values())
+    coins = np.random.default_rng(9).choice([-1, 1], (20_000, 200)) @ per_image / 200
+    mmbench = (BIDIRECTIONAL.reshape(-1, 2).all(1).astype(float) - CAUSAL.reshape(-1, 2).all(1)) / 200
+    swaps = np.random.default_rng(9).choice([-1, 1], (20_000, 200)) @ mmbench
+    assert gqa["p"] == pytest.approx((abs(coins) >= abs(gqa["difference"])).mean(), abs=0.001)
+    expected = (abs(swaps) >= abs(mmbench.sum()) - 1e-12).mean()
+    assert pair["columns"]["MMBench"]["p"] == pytest.approx(expected, abs=0.01)
+
+
+def test_csv_latex_and_page_say_the_same(out, table):
+    rows = list(csv.DictReader((out / "table1.csv").open()))
+    assert len(rows) == 3 * 7 and {row["what"] for row in rows} == {"score", "difference"}
+    assert float(rows[0]["value"]) == table["models"][0]["columns"]["GQA"]["score"] and rows[0]["paper"] == "0.626"
+    latex, page = (out / "table1.tex").read_text(), (out / "table1.html").read_text()
+    shown = f"{100 * CAUSAL.mean():.1f}"
+    low, high = (f"{100 * end:.1f}" for end in table["models"][0]["columns"]["GQA"]["ci95"])
+    lines = [line.removesuffix(r" \\").split(" & ") for line in latex.splitlines() if line.endswith(r"\\")]
+    assert [line[:3] for line in lines[1:4]] == [
+        ["clip causal", "ours", shown],
+        ["clip causal", "95\\%", f"{low} to {high}"],
+        ["clip causal", "paper", "62.6"],
+    ]
+    assert lines[3][3:] == ["66.4", "1483", "284", "86.8", "--", "--"] and lines[4][1] == "ours - paper"
+    assert len(lines) == 1 + 3 * 4 and lines[-1][1:3] == ["p (Holm)", "0.001"] and "_" not in latex
+    assert (
+        f"<td>{shown}<small>[" in page and "<small>paper 62.6</small>" in page and "<small>400 items*</small>" in page
+    )
+    assert "http" not in page, "self-contained"
+
+
+def test_models_that_were_asked_other_things_are_not_compared(tmp_path):
+    vqa_results.write(tmp_path / "a", "gqa", CAUSAL)
+    vqa_results.write(tmp_path / "b", "gqa", BIDIRECTIONAL[:-2], "bidirectional")
+    with pytest.raises(SystemExit, match=r"gqa: .*/a and .*/b were not asked the same questions"):
+        cli.main(["vqa-table", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)])
+
+
+def test_other_encoders_stand_alone_and_without_the_papers_numbers(tmp_path):
+    for mask in ("causal", "prefix"):
+        vqa_results.write(tmp_path / mask, "gqa", CAUSAL, mask, "dinov3")
+    vqa_results.write(tmp_path / "b", "gqa", CAUSAL, "bidirectional")
+    cli.main(["vqa-table", *(str(tmp_path / n) for n in ("causal", "prefix", "b")), "--out", str(tmp_path)])
+    table = json.loads((tmp_path / "table1.json").read_text())
+    assert table["pairs"] == [] and [m["columns"]["GQA"]["paper"] for m in table["models"]] == [None, None, 0.627]
+
+
+def test_folder_without_results_or_with_those_of_two_checkpoints_is_an_error(tmp_path):
+    with pytest.raises(
+        SystemExit, match=r"empty has no results of `llava-bidir vqa`; expected files such as .*gqa.json"
+    ):
+        cli.main(["vqa-table", str(tmp_path / "empty"), "--out", str(tmp_path)])
+    vqa_results.write(tmp_path, "gqa", CAUSAL)
+    vqa_results.write(tmp_path, "pope", CAUSAL, "bidirectional")
+    with pytest.raises(SystemExit, match="results of several checkpoints"):
+        cli.main(["vqa-table", str(tmp_path), "--out", str(tmp_path)])

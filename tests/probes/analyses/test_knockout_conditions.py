@@ -113,6 +113,9 @@ def test_a_condition_draws_by_itself():
     same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert all(same(draws, many[name]) for name, draws in few.items())
     assert not same(few["random_correct"], sets(case, around, seed=1)["random_correct"])
+    case.blocked["incorrect"] = case.blocked["correct"]  # as many tokens, and yet others
+    alike = sets(case, around)
+    assert not same(alike["random_correct"], alike["random_incorrect"])
 
 
 def test_balance_says_what_was_blocked():

@@ -45,11 +45,41 @@ def build_parser() -> argparse.ArgumentParser:
         "attention knockout (Eq. 1) and the wrong patches that remain (App. C.1), to RUN/knockout.json",
     )
     _add_run(knockout)
-    knockout.add_argument("--classes", required=True, nargs="+", metavar="NAME", help="classes c, patches are called")
+    knockout.add_argument(
+        "--classes", required=True, nargs="+", metavar="NAME", help="classes c, or auto:N, the N most often wrong"
+    )
     knockout.add_argument("--layers", nargs="+", type=int, metavar="L", help="decoder layers to cut, from 1 (all)")
     knockout.add_argument(
         "--labels-from", default="adapter", metavar="SITE", help="whose predictions say what is blocked (adapter)"
     )
+    knockout.add_argument(
+        "--anchors",
+        choices=["predicted", "true"],
+        default="predicted",
+        help="block all that is predicted the class, as Eq. 1 (predicted), or only what is truly right or wrong (true)",
+    )
+    knockout.add_argument(
+        "--controls",
+        nargs="+",
+        default=[],
+        choices=["distance", "mass", "high_norm"],
+        help="beside random tokens: others matched in distance, in attention mass; tokens of high norm (none)",
+    )
+    knockout.add_argument("--draws", type=int, default=5, help="of each control that draws tokens, averaged (5)")
+    knockout.add_argument(
+        "--doses", nargs="+", type=float, default=[], metavar="F", help="also block only these fractions (none)"
+    )
+    knockout.add_argument(
+        "--reverse", action="store_true", help="also leave image tokens nothing but the classes' tokens to attend to"
+    )
+    knockout.add_argument(
+        "--windows",
+        type=int,
+        metavar="K",
+        help="also cut single layers, K in a row, from L on, up to L, to RUN/knockout_windows.json",
+    )
+    knockout.add_argument("--heads", action="store_true", help="also cut each head of each layer by itself, there too")
+    knockout.add_argument("--attention", action="store_true", help="also say where wrong patches look, by layer")
     knockout.add_argument("--min-patches", type=int, default=1, help="leave out images with fewer wrong patches (1)")
     knockout.add_argument("--limit", type=int, help="look at no more than so many images")
     knockout.add_argument("--batch-size", type=int, default=64, help="images, or cases, of a forward (64)")
@@ -62,14 +92,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
     starvation.add_argument("--probes", required=True, nargs=2, metavar=("CAUSAL_RUN", "BIDIRECTIONAL_RUN"))
     starvation.add_argument("--site", help="where to compare (default: the causal run's best decoder layer)")
+    starvation.add_argument(
+        "--by-class", action="store_true", help="also with the classes held fixed: early patches are mostly sky"
+    )
+    starvation.add_argument(
+        "--flip",
+        nargs="*",
+        choices=["horizontal", "vertical", "rotate"],
+        help="also on turned images (all three ways): is it the position that starves, or what images show there?",
+    )
     _add_seed_and_out(starvation, "of the bootstrap")
 
     umap = command(
-        "umap", "probes.analyses.umap:run", "patches of an image in two dimensions, by site (Fig. 5), to RUN/umap.json"
+        "umap", "probes.analyses.umap:run", "patches of images in two dimensions, by site (Fig. 5), to RUN/umap.json"
     )
     _add_run(umap)
-    umap.add_argument("--image", type=int, default=0, metavar="I", help="index in the validation split (0)")
+    umap.add_argument("--image", type=int, nargs="+", default=[0], metavar="I", help="indices in the validation split")
     umap.add_argument("--sites", nargs="+", metavar="SITE", help="default: adapter, half-way, best layer")
+    umap.add_argument(
+        "--tensorboard", action="store_true", help="also the states, for TensorBoard's projector, to RUN/projector"
+    )
     _add_seed_and_out(umap, "of UMAP")
 
     maps = command(
@@ -119,6 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--out", required=True, metavar="DIR", help="index.html, results.json, *.csv, *.png, *.pdf")
     report.add_argument("--longer", nargs="+", default=[], metavar="RUN", help="the same with longer-trained probes")
     report.add_argument("--recipes", nargs="+", default=[], metavar="RUN", help="the same with further recipes")
+    report.add_argument("--tensorboard", action="store_true", help="also the figures as events, to DIR/tensorboard")
     report.add_argument("--timings", metavar="FILE", help='log of lines "start end step", to state the wall time')
     return parser
 

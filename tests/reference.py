@@ -39,7 +39,7 @@ def llama_states(decoder, inputs: Tensor, masks: list[Tensor], positions: Tensor
     Args:
         decoder: `LlamaModel`, read for its weights only.
         inputs: f[B, N, d].
-        masks: bool[B, N, N] by layer.
+        masks: bool[B, N, N] by layer, or bool[B, heads, N, N].
         positions: long[N].
     """
     config = decoder.config
@@ -64,7 +64,8 @@ def llama_states(decoder, inputs: Tensor, masks: list[Tensor], positions: Tensor
             shared = head * kv_heads // heads
             here, there = slice(head * width, (head + 1) * width), slice(shared * width, (shared + 1) * width)
             logits = rotate(q[..., here]) @ rotate(k[..., there]).transpose(1, 2) / math.sqrt(width)
-            out.append(logits.masked_fill(~mask, -math.inf).softmax(-1) @ v[..., there])
+            allowed_here = mask[:, head] if mask.ndim == 4 else mask
+            out.append(logits.masked_fill(~allowed_here, -math.inf).softmax(-1) @ v[..., there])
         x = x + torch.cat(out, -1) @ a.o_proj.weight.T
         h, m = norm(x, layer.post_attention_layernorm.weight), layer.mlp
         x = x + (F.silu(h @ m.gate_proj.weight.T) * (h @ m.up_proj.weight.T)) @ m.down_proj.weight.T

@@ -14,6 +14,7 @@ mapped = $(addprefix $(1)/,maps.json maps.safetensors)
 LLAVA := OMP_NUM_THREADS=1 $(PY) -m llava_bidir
 PROBES := OMP_NUM_THREADS=1 $(PY) -m probes
 LOOK_ALIKES := ceiling sky wall building floor road bed car
+STARVED := $(OUT)/bidirectional/probes/starvation.json
 REPORT := $(OUT)/report/results.json
 
 # Seed and scale are inputs like any other: this file changes with them, and everything follows.
@@ -64,11 +65,12 @@ $(OUT)/%/longer/metrics.json: configs/demo/probes.yaml $(OUT)/%/stage2/hf/model.
 	  --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation --trainer.max_epochs 20)
 
 $(call knocked,$(OUT)/%/probes): $(call probed,$(OUT)/%/probes)
-	$(call step,$*_knockout,$(PROBES) knockout --probes $(OUT)/$*/probes --classes $(LOOK_ALIKES))
+	$(call step,$*_knockout,$(PROBES) knockout --probes $(OUT)/$*/probes --classes $(LOOK_ALIKES) \
+	  --draws 1)
 
 $(call knocked,$(OUT)/%/untrained): $(call probed,$(OUT)/%/untrained)
 	$(call step,$*_untrained_knockout,$(PROBES) knockout --probes $(OUT)/$*/untrained --classes $(LOOK_ALIKES) \
-	  --min-patches 4)
+	  --min-patches 4 --draws 1)
 
 $(call mapped,$(OUT)/%/probes): $(call knocked,$(OUT)/%/probes)
 	$(call step,$*_maps,$(PROBES) maps --probes $(OUT)/$*/probes --image 0 1 2 3 --knockout ceiling road)
@@ -76,8 +78,9 @@ $(call mapped,$(OUT)/%/probes): $(call knocked,$(OUT)/%/probes)
 $(OUT)/%/probes/umap.json: $(call probed,$(OUT)/%/probes)
 	$(call step,$*_umap,$(PROBES) umap --probes $(OUT)/$*/probes --image 0)
 
-$(OUT)/starvation.json: $(call probed,$(OUT)/causal/probes) $(call probed,$(OUT)/bidirectional/probes)
-	$(call step,starvation,$(PROBES) starvation --probes $(OUT)/causal/probes $(OUT)/bidirectional/probes --out $(OUT))
+$(STARVED): $(call probed,$(OUT)/causal/probes) $(call probed,$(OUT)/bidirectional/probes)
+	$(call step,starvation,$(PROBES) starvation --probes $(OUT)/causal/probes $(OUT)/bidirectional/probes \
+	  --by-class --flip horizontal rotate)
 
 $(OUT)/report/explorer.html: $(call probed,$(OUT)/causal/probes) $(call probed,$(OUT)/bidirectional/probes)
 	$(call step,explorer,$(PROBES) explore $(OUT)/causal/probes $(OUT)/bidirectional/probes \
@@ -88,7 +91,7 @@ RUNS := $(foreach mask,causal bidirectional,$(OUT)/$(mask)/probes $(OUT)/$(mask)
 $(REPORT): $(foreach mask,causal bidirectional,$(OUT)/$(mask)/stage1/hf/model.safetensors \
     $(OUT)/$(mask)/stage2/hf/model.safetensors $(call mapped,$(OUT)/$(mask)/probes) $(OUT)/$(mask)/probes/umap.json \
     $(OUT)/$(mask)/longer/metrics.json $(call reciped,$(OUT)/$(mask)/recipes)) \
-  $(foreach run,$(RUNS),$(call probed,$(run)) $(call knocked,$(run))) $(OUT)/starvation.json $(ASSETS) \
+  $(foreach run,$(RUNS),$(call probed,$(run)) $(call knocked,$(run))) $(STARVED) $(ASSETS) \
   $(OUT)/report/explorer.html
 	$(call step,report,$(PROBES) report $(RUNS) --longer $(OUT)/causal/longer $(OUT)/bidirectional/longer \
 	  --recipes $(OUT)/causal/recipes $(OUT)/bidirectional/recipes --out $(OUT)/report --timings $(OUT)/logs/timings)

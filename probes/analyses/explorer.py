@@ -176,8 +176,7 @@ def most_confused(called: Tensor, truth: Tensor, image: int, classes: Sequence[i
     count, wrong_class = max(((mistaken.count(k), -k) for k in classes), default=(0, 0))
     if not count:
         return None
-    drawn_anew = np.random.default_rng(0)  # the controls are not taken from here
-    (case,) = find_cases(called[None, None], truth[None], torch.tensor([image]), -wrong_class, 0, 1, drawn_anew)
+    (case,) = find_cases(called[None, None], truth[None], torch.tensor([image]), -wrong_class)
     return case
 
 

@@ -9,7 +9,6 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -66,7 +65,7 @@ def knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tuple[dict, 
     target, mllm = torch.from_numpy(sample["target"])[None], reader.mllm
     truth = patch_labels(target, len(classes), mllm.grid, view=mllm.geometry.view(target.shape[1:]))
     predicted = reader.predict(reader.mllm.preprocess([sample["image"]]))
-    (case,) = find_cases(predicted, truth, torch.tensor([image]), classes.index(name), 0, 1, np.random.default_rng(0))
+    (case,) = find_cases(predicted, truth, torch.tensor([image]), classes.index(name))
     maps = [maps_of_image(reader, sample, run.layers, case.blocked.get(condition)) for condition in SHOWN]
     facts = {"class": name, "correct_class": classes[case.correct_class], "image": image, "name": sample["name"]}
     return facts, torch.stack(maps)

@@ -2,72 +2,60 @@
 
 Image tokens come in raster order, so that under a causal mask patch 0 sees no other patch and the last one sees all.
 Compared is the pixel accuracy under each patch at one site of two runs on the same images. The difference cancels what
-position and content share: early patches are mostly sky and ceiling under both masks.
-
-Shapes: N images, T patches, R resamplings.
+position and content share: early patches are mostly sky and ceiling under both masks. It does not cancel that one mask
+may be better at just these; starvation_classes.py holds the classes fixed, and starvation_flip.py turns the images.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from ..results import ProbeRun, peak_layer, write_json
-from ..statistics import bootstrap_weights, interval
+from ..statistics import bootstrap_weights
+from .patch_accuracy import accuracies, gap_of, gap_over, patch_counts
+from .starvation_classes import class_facts
+from .starvation_flip import FLIPS, flip_facts
 
 
-def starvation(causal: ProbeRun, bidirectional: ProbeRun, site: str | None = None, seed: int = 0) -> dict:
+def starvation(
+    causal: ProbeRun,
+    bidirectional: ProbeRun,
+    site: str | None = None,
+    seed: int = 0,
+    *,
+    by_class: bool = False,
+    flips: Sequence[str] = (),
+) -> dict:
     """What starvation.json holds: accuracy by patch of both runs, and the gap with paired intervals over images.
 
     Args:
         causal, bidirectional: Runs on the same validation images.
         site: Where both are compared; None takes the causal run's best decoder layer.
         seed: Of the bootstrap.
+        by_class: Also with the classes held fixed, see starvation_classes.py.
+        flips: Also with the images turned: horizontal, vertical, rotate, see starvation_flip.py.
 
     Raises:
         ValueError: The runs do not belong together, or a run has no such site.
     """
     _check_pair(causal, bidirectional)
     site = site or peak_layer({entry["site"]: entry["miou"] for entry in causal.metrics["sites"]})
-    counts = {run.metrics["image_attention"]: _patch_counts(run, site) for run in (causal, bidirectional)}
+    runs = {run.metrics["image_attention"]: run for run in (causal, bidirectional)}
+    counts = {mask: patch_counts(run, site) for mask, run in runs.items()}
     weights = bootstrap_weights(causal.metrics["images"], seed=seed, groups=causal.groups).double()
-    patches = _compare(counts, weights)
-    columns = causal.metrics["grid"][1]
-    row = _compare(
-        {k: (r[:, :columns].sum(1, True), v[:, :columns].sum(1, True)) for k, (r, v) in counts.items()}, weights
-    )
-    return {
+    facts = {
         "site": site,
         "grid": causal.metrics["grid"],
         "images": causal.metrics["images"],
         "untrained": causal.metrics["untrained"],
-        **patches,
-        "first_row": {k: v[0] for k, v in row.items()},
+        **gap_of(*accuracies(counts, weights)),
+        "first_row": gap_over(counts, weights, range(causal.metrics["grid"][1])),
     }
-
-
-def _compare(counts: dict[str, tuple[Tensor, Tensor]], weights: Tensor) -> dict[str, list]:
-    """Accuracy of both masks by column of their counts, and the gap with its interval.
-
-    Args:
-        counts: (right, valid) pixels f[N, T] by mask.
-        weights: f[R, N].
-    """
-    accuracy = {mask: right.sum(0) / valid.sum(0) for mask, (right, valid) in counts.items()}
-    drawn = {mask: (weights @ right) / (weights @ valid) for mask, (right, valid) in counts.items()}
-    gap, drawn_gap = (x["bidirectional"] - x["causal"] for x in (accuracy, drawn))
-    return {
-        **{mask: values.tolist() for mask, values in accuracy.items()},
-        "gap": gap.tolist(),
-        "gap_ci95": [interval(g, drawn_gap[:, i]) for i, g in enumerate(gap.tolist())],
-    }
-
-
-def _patch_counts(run: ProbeRun, site: str) -> tuple[Tensor, Tensor]:
-    """Rightly predicted and labelled pixels by image and patch, f[N, T] each."""
-    if site not in run.sites:
-        raise ValueError(f"{run.path} has no site {site!r}; it has {', '.join(run.sites)}")
-    return run.counts.patch_right[run.sites.index(site)].double(), run.counts.patch_valid.double()
+    if by_class:
+        facts["by_class"] = class_facts(causal, counts, weights)
+    if flips:
+        facts["flips"] = [flip_facts(runs, site, flip, counts, weights) for flip in flips]
+    return facts
 
 
 def _check_pair(causal: ProbeRun, bidirectional: ProbeRun) -> None:
@@ -86,11 +74,28 @@ def _check_pair(causal: ProbeRun, bidirectional: ProbeRun) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """`probes starvation`."""
-    facts = starvation(*map(ProbeRun, args.probes), args.site, args.seed)
+    causal, bidirectional = map(ProbeRun, args.probes)
+    flips = () if args.flip is None else args.flip or FLIPS
+    facts = starvation(causal, bidirectional, args.site, args.seed, by_class=args.by_class, flips=flips)
     write_json(Path(args.out or args.probes[1]) / "starvation.json", facts)
     for patch in range(min(3, len(facts["gap"]))):
-        low, high = facts["gap_ci95"][patch]
-        gap = f"{facts['gap'][patch]:+.1%} [{low:+.1%}, {high:+.1%}]"
+        gap = _points(facts["gap"][patch], facts["gap_ci95"][patch])
         print(f"patch {patch}: causal {facts['causal'][patch]:.1%}, bidirectional {gap}")
-    row = facts["first_row"]
-    print(f"first row: causal {row['causal']:.1%}, bidirectional {row['gap']:+.1%} at {facts['site']}")
+    print(f"first row: {_gap(facts['first_row'])} at {facts['site']}")
+    if args.by_class:
+        print(f"first row with the whole split's classes: {_gap(facts['by_class']['first_row'])}")
+        for group in facts["by_class"]["groups"]:
+            print(f"first row, {group['frequency']} classes ({group['share']:.0%} of pixels): {_gap(group)}")
+    for flip in facts.get("flips", []):
+        first = f"patches {flip['patches'][0]}..{flip['patches'][-1]}"
+        print(f"images turned ({flip['flip']}), {first}: {_gap(flip['position'])}")
+        print(f"where what they showed lies now: {_gap(flip['content'])}")
+        print(f"difference {_points(flip['moved'], flip['moved_ci95'])}: the gap follows {flip['follows']}")
+
+
+def _gap(facts: dict) -> str:
+    return f"causal {facts['causal']:.1%}, bidirectional {_points(facts['gap'], facts['gap_ci95'])}"
+
+
+def _points(value: float, ci95: list[float]) -> str:
+    return f"{value:+.1%} [{ci95[0]:+.1%}, {ci95[1]:+.1%}]"

@@ -76,6 +76,7 @@ def report(
     longer: Iterable[str] = (),
     recipes: Iterable[str] = (),
     timings: str | None = None,
+    tensorboard: bool = False,
 ) -> dict[str, Any]:
     """Writes the report of probe runs into `out` and returns what results.json holds.
 
@@ -85,6 +86,7 @@ def report(
         longer: Runs of the same models with longer-trained probes, shown beside.
         recipes: Runs of the same models with further recipes, where those in `paths` have none.
         timings: A log of lines "start end step", to state how long it all took.
+        tensorboard: Also writes the figures for TensorBoard, into `out`/tensorboard.
     """
     studies, out = studies_of(paths, longer, recipes), Path(out)
     wall_s = total_seconds(Path(timings)) if timings else None
@@ -109,6 +111,13 @@ def report(
         explorer=(out / "explorer.html").is_file(),
     )
     (out / "index.html").write_text(page)
+    if tensorboard:
+        from .tensorboard import write_events
+
+        drawn = [
+            (part.study.title, picture) for part in parts for each in part.sections.values() for picture, _ in each
+        ]
+        write_events(drawn, out / "tensorboard")
     found = [part.facts for part in parts]
     facts = {"wall_s": wall_s} | (found[0] if alone else {"seed": found[0]["seed"], "studies": found})
     write_json(out / "results.json", facts)
@@ -164,7 +173,7 @@ def _save(picture: Picture, out: Path) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """`probes report`."""
-    facts = report(args.runs, args.out, args.longer, args.recipes, args.timings)
+    facts = report(args.runs, args.out, args.longer, args.recipes, args.timings, args.tensorboard)
     for study in facts.get("studies", [facts]):
         if "studies" in facts:
             print(f"{study['model']}, {study['dataset']}")

@@ -8,6 +8,7 @@ import numpy as np
 from ..analyses.knockout import read_cases
 from ..palette import palette_of
 from . import tables
+from .causal_pictures import causal_pictures
 from .claims import confused_patches
 from .figures import curves, knockout, maps, starvation
 from .figures.style import Picture
@@ -36,6 +37,7 @@ def pictures_of(study: Study, facts: dict[str, Any]) -> Iterator[Picture]:
     yield from paired_pictures(facts["paired"])
     yield from _starvation_pictures(facts["starvation"])
     yield from _knockout_pictures(study)
+    yield from causal_pictures(study)
     yield from confusion_pictures(study, facts["confusion"])
     yield from _map_pictures(study, palette)
     yield from _umap_pictures(study, palette)
@@ -136,13 +138,13 @@ def _map_pictures(study: Study, palette: np.ndarray) -> Iterator[Picture]:
 def _umap_pictures(study: Study, palette: np.ndarray) -> Iterator[Picture]:
     for mask, run in study.trained.items():
         facts = optional_json(run, "umap.json")
-        if facts:
+        for image in facts["images"] if facts else ():
             yield Picture(
-                f"umap_{mask}",
+                f"umap_{mask}_{image['image']}",
                 "Patches in two dimensions",
-                f"Patches of one image, {mask}",
+                f"Patches of image {image['name']}, {mask}",
                 "UMAP of the patches of one image, coloured by class (Fig. 5). It pulls clusters apart until they look "
                 "clear, so trust the numbers above: the share of a patch's ten nearest neighbours, in the original "
                 "space, that have its class.",
-                maps.umap_panels(facts, run.metrics["classes"], palette),
+                maps.umap_panels(image, run.metrics["classes"], palette),
             )

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from data import bench_data
+from knockout import bench_knockout
 from sweep import CLASSES, PREFIX, Sweep, frozen_model, random_model
 
 from probes import upsampled_cross_entropy
@@ -179,6 +180,7 @@ BENCHES = {
     "mask": lambda args: bench_mask(args.rounds),
     "text": lambda args: bench_text(args.rounds),
     "data": lambda args: bench_data(args.records),
+    "knockout": lambda args: bench_knockout(frozen_model(), paired, max(2, args.rounds // 2)),
 }
 
 

@@ -21,6 +21,7 @@ import probes
 from llava_bidir import LlavaBidirConfig
 from probes import Knockout
 from probes.analyses.explorer import word_head
+from probes.analyses.knockout_attention import attention_from
 from probes.families import FAMILIES, REFUSED, dynamic, family_of, gemma, own_image_attention
 from probes.inspection import print_sites
 
@@ -242,6 +243,26 @@ def test_knockout_cuts_image_rows_from_blocked_tokens(name, mllm):
     assert (moved[0][~may] == 0).all() and (moved[0][may] > 0).any()
     with pytest.raises(ValueError, match="layer 4 is out of range"):
         read.states(pixels, ["layer_03"], Knockout(blocked, layers=[4]))
+
+
+@pytest.mark.parametrize("name", MASKABLE)
+def test_attention_is_seen_and_a_knockout_can_be_one_layers_or_heads(name, mllm):
+    """Attention that is cut in a layer is not paid there; a single head's is not all."""
+    frozen, tokens = mllm(name), len(mllm(name).is_image[mllm(name).is_image])
+    pixels, blocked = frozen.preprocess(pictures(name)), torch.arange(tokens)[None].expand(2, -1) == tokens // 2
+    looking = [(1, torch.arange(tokens) >= tokens - 2)]
+    paid, itself = attention_from(frozen, pixels, looking)
+    assert (paid >= 0).all() and (paid.sum(-1) <= 1 + 1e-5).all() and (itself > 0).all() and (itself <= 1).all()
+    layers = len(frozen._decoder.layers)
+    last = f"layer_{layers:02d}"
+    plain = frozen.states(pixels, [last])[last]
+    in_last = frozen.states(pixels, [f"layer_{layers - 1:02d}", last], Knockout(blocked, [layers]))
+    torch.testing.assert_close(
+        in_last[f"layer_{layers - 1:02d}"],
+        frozen.states(pixels, [f"layer_{layers - 1:02d}"])[f"layer_{layers - 1:02d}"],
+    )
+    one_head = frozen.states(pixels, [last], Knockout(blocked, [layers], [0]))[last]
+    assert not torch.equal(in_last[last], plain) and not torch.equal(one_head, in_last[last])
 
 
 @pytest.mark.parametrize("name", MASKABLE)

@@ -29,7 +29,8 @@ def umap_panels(facts: dict[str, Any], classes: list[str], palette: np.ndarray) 
             ax.scatter(*xy[labels == k].T, s=18, color=palette[k] / 255, edgecolor="#333333", lw=0.3, label=classes[k])
         ax.set(xticks=[], yticks=[])
         ax.spines[:].set(visible=True, color="#CCCCCC")
-        ax.set_title(f"{entry['site']}\nneighbours of the same class {entry['knn_purity']:.0%}", fontsize=8)
+        purity = "unknown" if entry["knn_purity"] is None else f"{entry['knn_purity']:.0%}"
+        ax.set_title(f"{entry['site']}\nneighbours of the same class {purity}", fontsize=8)
         rows += [
             {"site": entry["site"], "patch": i, "label": int(labels[i]), "x": x, "y": y}
             for i, (x, y) in enumerate(entry["xy"])

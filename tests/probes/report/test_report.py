@@ -165,5 +165,6 @@ def test_umap_of_an_image_is_seeded(runs, tmp_path):
         main(["umap", "--probes", runs[0], "--image", "1", "--sites", "adapter", "--out", str(tmp_path / folder)])
     first, second = ((tmp_path / folder / "umap.json").read_bytes() for folder in ("a", "b"))
     facts = json.loads(first)
-    assert first == second and len(facts["sites"][0]["xy"]) == 4 and facts["name"] == "001"
-    assert torch.tensor(facts["labels"]).shape == (4,)
+    (image,) = facts["images"]
+    assert first == second and len(image["sites"][0]["xy"]) == 4 and image["name"] == "001"
+    assert torch.tensor(image["labels"]).shape == (4,)

@@ -1,0 +1,76 @@
+"""Figures of `probes knockout` and `probes starvation` beyond the paper's, for the runs that have them."""
+
+from collections.abc import Iterator
+from statistics import mean
+
+from .figures import causal
+from .figures.style import Picture
+from .study import MASKS, Study, optional_json
+
+
+def causal_pictures(study: Study) -> Iterator[Picture]:
+    """Effects against controls, doses, windows, heads, attention; starvation by class and on turned images."""
+    for mask, run in study.trained.items():
+        yield from _knockout(mask, optional_json(run, "knockout.json"), optional_json(run, "knockout_windows.json"))
+    pair = study.pair()
+    if pair:
+        yield from _starvation(optional_json(pair[1], "starvation.json"))
+
+
+def _knockout(mask: str, facts: dict | None, windows: dict | None) -> Iterator[Picture]:
+    section = "Attention knockout"
+    if facts and facts.get("effects"):
+        least = facts["min_patches"]
+        yield Picture(
+            f"knockout_controls_{mask}",
+            section,
+            f"Against controls, {mask}",
+            "The change in wrong patches left when a class is hidden, and what remains of it against as many tokens at "
+            "random, matched in distance or in the attention they get, where these were run. Right − wrong says how "
+            f"specific it is. Images with {least} or more wrong patches; lines: 95% intervals.",
+            causal.knockout_controls(facts),
+        )
+        doses, shares = causal.knockout_doses(facts), causal.attention_shares(facts)
+        if doses:
+            caption = "The same effect when only a random part of the class's patches is hidden: does more do more?"
+            yield Picture(f"knockout_doses_{mask}", section, f"Dose and response, {mask}", caption, doses, "half")
+        if shares:
+            caption = (
+                "Attention of wrong patches in the unmodified model, by what the adapter's probe calls the patch they "
+                "look at. Dashed: did they look alike at all that they see."
+            )
+            yield Picture(f"attention_{mask}", section, f"Where wrong patches look, {mask}", caption, shares, "half")
+    if windows:
+        where, heads = causal.knockout_windows(windows), causal.knockout_heads(windows)
+        if where:
+            caption = (
+                "Effect against as many random tokens when only some layers are cut (rows: the window's first layer, "
+                "or its last for up to), at the layer read (columns). Look for the window behind which the colour "
+                "stays: there patches are corrected."
+            )
+            yield Picture(f"knockout_windows_{mask}", section, f"Which layers correct, {mask}", caption, where, "wide")
+        if heads:
+            caption = "Effect against as many random tokens when a single head of a single layer is cut."
+            yield Picture(f"knockout_heads_{mask}", section, f"Which heads correct, {mask}", caption, heads)
+
+
+def _starvation(facts: dict | None) -> Iterator[Picture]:
+    section = "Context starvation"
+    if facts and "by_class" in facts:
+        caption = (
+            "The gap of the first patches, and what it would be did every patch show the classes in the whole split's "
+            "mix: early patches are mostly a few classes. Lines: 95% intervals."
+        )
+        drawn = causal.starvation_by_class(facts)
+        yield Picture("starvation_by_class", section, "With the classes held fixed", caption, drawn)
+    for flip in facts.get("flips", []) if facts else ():
+        accuracy = {mask: (mean(facts[mask]), mean(flip[mask])) for mask in MASKS}
+        caption = (
+            "Left the gap as above, right on images turned before the model sees them. If positions starve, the gap "
+            "stays where it is; if it were what images show there, it would turn along. Here it follows "
+            f"{flip['follows']}. Turned pictures are read worse: "
+            + ", ".join(f"{mask} {old:.0%} → {new:.0%} accuracy" for mask, (old, new) in accuracy.items())
+            + "."
+        )
+        drawn = causal.starvation_flip(facts, flip)
+        yield Picture(f"starvation_{flip['flip']}", section, f"Position or content? ({flip['flip']})", caption, drawn)

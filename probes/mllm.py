@@ -78,7 +78,9 @@ class FrozenMLLM(nn.Module):
         self.register_buffer("ids", torch.tensor([ids]), persistent=False)
         self.register_buffer("is_image", self.ids[0] == model.config.image_token_id, persistent=False)
         self._prefix_kv: list[tuple[Tensor, Tensor]] | None = None
-        self._masks(1)  # a mask that the decoder cannot be given is an error here and not in the first forward
+        # Asked once: on a GPU the answer would have to be waited for in each forward. And a mask that the decoder cannot
+        # be given is an error here and not in the first forward.
+        self._prefix_is_shared = self._shares_prefix(self._masks(1))
 
     @property
     def _decoder(self) -> nn.Module:
@@ -123,7 +125,7 @@ class FrozenMLLM(nn.Module):
         depth = max(self.sites.index(site) - 1 for site in wanted)
         pixels = pixels.to(self.device, self.model.dtype)
         masks = self._masks(len(pixels), knockout)
-        start = self.prefix_ids.shape[1] if self._prefix_is_shared(masks) else 0
+        start = self.prefix_ids.shape[1] if self._prefix_is_shared else 0
         cache = self._prefix_cache(len(pixels)) if start and depth > 0 else None
         rows = last_rows(masks, self.ids.shape[1] - start)
         layers = self._decoder.layers
@@ -151,7 +153,7 @@ class FrozenMLLM(nn.Module):
             return None
         return build_masks(self.image_attention, text_config, self.is_image.expand(batch, -1), self.model.dtype)
 
-    def _prefix_is_shared(self, masks: Masks | None) -> bool:
+    def _shares_prefix(self, masks: Masks | None) -> bool:
         """Whether the prefix is the same for all images: it must not see them."""
         prefix = self.prefix_ids.shape[1]
         if masks is None or not self.family.shared_prefix:

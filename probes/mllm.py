@@ -78,8 +78,8 @@ class FrozenMLLM(nn.Module):
         self.register_buffer("ids", torch.tensor([ids]), persistent=False)
         self.register_buffer("is_image", self.ids[0] == model.config.image_token_id, persistent=False)
         self._prefix_kv: list[tuple[Tensor, Tensor]] | None = None
-        # Asked once: on a GPU the answer would have to be waited for in each forward. And a mask that the decoder cannot
-        # be given is an error here and not in the first forward.
+        # Asked once: on a GPU the answer would have to be waited for in each forward. And a mask that the decoder
+        # cannot be given is an error here and not in the first forward.
         self._prefix_is_shared = self._shares_prefix(self._masks(1))
 
     @property

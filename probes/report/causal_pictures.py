@@ -3,6 +3,10 @@
 from collections.abc import Iterator
 from statistics import mean
 
+from ..analyses.knockout_effects import effect_entries, read_cases
+from ..results import ProbeRun
+from ..statistics import random_swaps
+from .claims import confused_patches
 from .figures import causal
 from .figures.style import Picture
 from .study import MASKS, Study, optional_json
@@ -11,10 +15,26 @@ from .study import MASKS, Study, optional_json
 def causal_pictures(study: Study) -> Iterator[Picture]:
     """Effects against controls, doses, windows, heads, attention; starvation by class and on turned images."""
     for mask, run in study.trained.items():
-        yield from _knockout(mask, optional_json(run, "knockout.json"), optional_json(run, "knockout_windows.json"))
+        facts = optional_json(run, "knockout.json")
+        if facts and facts.get("effects"):
+            facts = where_claims_are_read(run, facts)
+        yield from _knockout(mask, facts, optional_json(run, "knockout_windows.json"))
     pair = study.pair()
     if pair:
         yield from _starvation(optional_json(pair[1], "starvation.json"))
+
+
+def where_claims_are_read(run: ProbeRun, facts: dict) -> dict:
+    """knockout.json with the effects on images in which as many patches are wrong as the claims ask for; as it is if
+    there are no such images."""
+    least = max(confused_patches(run), facts["min_patches"])
+    swaps = random_swaps(run.metrics["images"], seed=facts["seed"], groups=run.groups)
+    pools = {"all": None} | {entry["class"]: [entry["class"]] for entry in facts["classes"]}
+    found = {name: read_cases(run, least, classes) for name, classes in pools.items()}
+    if found["all"] is None:
+        return facts
+    effects = [e for name, cases in found.items() if cases for e in effect_entries(name, cases, run.weights, swaps)]
+    return facts | {"min_patches": least, "effects": effects}
 
 
 def _knockout(mask: str, facts: dict | None, windows: dict | None) -> Iterator[Picture]:

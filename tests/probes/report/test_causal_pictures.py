@@ -7,8 +7,9 @@ import pytest
 import tiny
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from probes.analyses.knockout import read_cases
 from probes.cli import main
-from probes.report.causal_pictures import causal_pictures
+from probes.report.causal_pictures import causal_pictures, where_claims_are_read
 from probes.report.study import studies_of
 
 
@@ -66,6 +67,20 @@ def test_every_analysis_has_its_figure_and_numbers(runs, tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     shown = {tag.rpartition("/")[2] for tag in events.Tags()["images"]}
     assert shown == {path.stem for path in tmp_path.glob("*.png")}, "the same figures"
+
+
+def test_effects_are_shown_on_the_images_in_which_claims_are_read(runs, monkeypatch):
+    run = studies_of(runs)[0].trained["causal"]
+    facts = json.load(open(f"{runs[0]}/knockout.json"))
+    monkeypatch.setattr("probes.report.causal_pictures.confused_patches", lambda run: 2)
+    shown = where_claims_are_read(run, facts)
+    cases = read_cases(run, 2)
+    assert shown["min_patches"] == 2 and len(cases.images) < len(read_cases(run, 1).images)
+    (entry,) = [e for e in shown["effects"] if (e["class"], e["condition"], e["control"]) == ("all", "correct", "none")]
+    effect = cases.rates["correct"] - cases.rates["none"]
+    assert entry["mean"] == pytest.approx(effect.double().mean(0).tolist())
+    monkeypatch.setattr("probes.report.causal_pictures.confused_patches", lambda run: 5)  # of four patches
+    assert where_claims_are_read(run, facts) == facts
 
 
 def test_runs_without_them_have_no_such_figures(runs, tmp_path, monkeypatch):

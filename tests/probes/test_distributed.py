@@ -57,7 +57,9 @@ def arguments(checkpoint, root, out, *more: str) -> list[str]:
 
 def processes(arguments: list[str], fails: bool = False, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "probes", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=os.environ | environment)
+    one_thread = {"OMP_NUM_THREADS": "1"}  # as this process: another number of threads adds up in another order
+    env = os.environ | one_thread | environment
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env)
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done
 

@@ -50,9 +50,14 @@ def summary(miou: dict[str, float]) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON so that a reader sees the whole file or none."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes text so that a reader sees the whole file or none."""
     partial = path.with_name(path.name + ".partial")
     partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_text(text, encoding="utf-8")
     partial.rename(path)
 
 
@@ -134,6 +139,11 @@ class ProbeRun:
     def groups(self) -> torch.Tensor | None:
         """i64[N]: which group (city) a validation image is of; None where the dataset has none."""
         return self._tensors.get("group")
+
+    def check_same_images(self, other: "ProbeRun", advice: str = "") -> None:
+        """Raises a ValueError that ends with `advice` unless another run was scored on the same images and classes."""
+        if self.manifest["data"]["fingerprint"] != other.manifest["data"]["fingerprint"]:
+            raise ValueError(f"{self.path} and {other.path} were scored on different images{advice}")
 
     def dataset(self, split: str = "validation"):
         data = self.manifest["data"]

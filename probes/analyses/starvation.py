@@ -68,8 +68,7 @@ def _check_pair(causal: ProbeRun, bidirectional: ProbeRun) -> None:
                 f"{causal.path} and {bidirectional.path} differ in {key}: {causal.metrics[key]!r}, "
                 f"{bidirectional.metrics[key]!r}"
             )
-    if causal.manifest["data"]["fingerprint"] != bidirectional.manifest["data"]["fingerprint"]:
-        raise ValueError(f"{causal.path} and {bidirectional.path} were scored on different images")
+    causal.check_same_images(bidirectional)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -24,14 +24,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ..analyses.explorer import Explored, Reading, Seen, explore
 from ..palette import palette_of
-from ..results import ProbeRun
+from ..results import ProbeRun, write_text
+from .templates import render
 
 PICTURE_PX = 448  # the longer side of an image on the page
 UNLABELLED = 255
@@ -154,28 +154,16 @@ def write_page(explored: list[Explored], out: str | Path) -> Path:
     """Writes OUT/explorer.html and returns its path; a reader sees the whole file or none."""
     out = Path(out)
     data, blocks = page_data(explored)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     runs = [of_run.run for of_run in explored]
-    page = environment.get_template("explorer.html.j2").render(data=data, blocks=blocks, runs=runs)
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / "explorer.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    return partial.rename(out / "explorer.html")
-
-
-def check_together(runs: list[ProbeRun]) -> None:
-    """Raises ValueError unless the runs were scored on the same images and classes."""
-    for run in runs[1:]:
-        if run.manifest["data"]["fingerprint"] != runs[0].manifest["data"]["fingerprint"]:
-            raise ValueError(f"{runs[0].path} and {run.path} were scored on different images; explore them apart")
+    write_text(out / "explorer.html", render("explorer.html.j2", data=data, blocks=blocks, runs=runs))
+    return out / "explorer.html"
 
 
 def run(args: argparse.Namespace) -> None:
     """`probes explore`."""
     runs = [ProbeRun(path) for path in args.runs]
-    check_together(runs)
+    for run in runs[1:]:
+        runs[0].check_same_images(run, "; explore them apart")
     explored = [
         explore(
             run,

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib as mpl
 
-from ..results import ProbeRun, write_json
+from ..results import ProbeRun, write_json, write_text
 from . import tables
 from .claims import CONFUSED_SHARE, claims_of
 from .confusion import confusion_pairs
@@ -32,6 +31,7 @@ from .probe_pictures import overview_pictures
 from .recipes import over_seeds, scale_confound
 from .remarks import p_value, percent, points, remarks_of, span
 from .study import Rows, Study, answer_accuracy, optional_json, overridden, studies_of, total_seconds
+from .templates import render
 
 Sections = dict[str, list[tuple[Picture, str]]]  # by title: figures, each with its PNG
 
@@ -97,11 +97,9 @@ def report(
     if not alone:
         overview = _save_all(overview_pictures(studies), out)
     _write_tables(comparison, out)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"percent": percent, "points": points, "p": p_value, "span": span}
-    page = environment.get_template("page.html.j2").render(
+    page = render(
+        "page.html.j2",
+        {"percent": percent, "points": points, "p": p_value, "span": span},
         parts=parts,
         overview=overview,
         tables=comparison,
@@ -110,7 +108,7 @@ def report(
         confused_share=CONFUSED_SHARE,
         explorer=(out / "explorer.html").is_file(),
     )
-    (out / "index.html").write_text(page)
+    write_text(out / "index.html", page)
     if tensorboard:
         from .tensorboard import write_events
 

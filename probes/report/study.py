@@ -109,7 +109,7 @@ def studies_of(paths: Iterable[str], longer: Iterable[str] = (), recipes: Iterab
     first: dict[str, ProbeRun] = {}
     for study in studies.values():
         for run in study.runs:
-            _check_images(first.setdefault(study.dataset, run), run)
+            first.setdefault(study.dataset, run).check_same_images(run)
         study._check()
         study.trained = {mask: study.trained[mask] for mask in sorted(study.trained, key=_paper_order)}
     for kind, again in (("longer", longer), ("recipes", recipes)):
@@ -117,14 +117,9 @@ def studies_of(paths: Iterable[str], longer: Iterable[str] = (), recipes: Iterab
             key, mask = (model, run.metrics["dataset"]), run.metrics["image_attention"]
             if key not in studies or mask not in studies[key].trained:
                 raise ValueError(f"{run.path} is of {', '.join(key)} under {mask!r}, of which no main run is given")
-            _check_images(first[run.metrics["dataset"]], run)
+            first[run.metrics["dataset"]].check_same_images(run)
             getattr(studies[key], kind)[mask] = run
     return list(studies.values())
-
-
-def _check_images(first: ProbeRun, run: ProbeRun) -> None:
-    if run.manifest["data"]["fingerprint"] != first.manifest["data"]["fingerprint"]:
-        raise ValueError(f"{first.path} and {run.path} were scored on different images")
 
 
 def _named_run(path: str) -> tuple[str, ProbeRun]:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlavaProcessor
 from transformers.integrations import deepspeed as zero3
 
-from .encoders import Encoder, read_pretrained
+from .encoders import Encoder
 from .lora import UPDATES, has_lora
 from .modeling import LlavaBidirConfig, LlavaBidirForConditionalGeneration
+from .pretrained import load_weights, named, read_pretrained, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -110,11 +111,15 @@ def build_model(
     """
     tokenizer = processor.tokenizer
     config = build_config(encoder, llm, processor.image_token_id, image_attention, image_aspect, adapter_gain)
-    language_model = AutoModelForCausalLM.from_pretrained(llm, dtype=dtype, attn_implementation=attn_implementation)
+    language_model = load_weights(
+        "model.llm", AutoModelForCausalLM, llm, config.text_config, dtype=dtype, attn_implementation=attn_implementation
+    )
     widen_vocabulary(language_model, len(tokenizer))
     config.text_config = language_model.config
     with unpartitioned():
-        vision_tower = encoder.entry.model_class.from_pretrained(encoder.path, dtype=dtype)
+        vision_tower = load_weights(
+            "model.encoder.path", encoder.entry.model_class, encoder.path, config.vision_config, dtype=dtype
+        )
     with unpartitioned(), torch.device("meta"):
         model = LlavaBidirForConditionalGeneration._from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
@@ -168,7 +173,7 @@ def init_adapter(adapter: nn.Module, gain: float = 1.0) -> None:
 
 def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> None:
     """Takes the adapter's weights from a checkpoint directory, refusing one trained for another encoder or mask."""
-    config = LlavaBidirConfig.from_pretrained(directory)
+    config = read_pretrained("model.adapter", LlavaBidirConfig, directory)
     for name in ("image_attention", "vision_feature_layer", "image_seq_length"):
         theirs, ours = getattr(config, name), getattr(model.config, name)
         if theirs != ours:
@@ -187,14 +192,20 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
 
 
 def read_tensors(directory: Path, part: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint directory whose names have `part` in them; the others stay on disk."""
+    """The tensors of a checkpoint directory whose names have `part` in them; the others stay on disk.
+
+    Raises:
+        ValueError: There are no weights, or a file of them is damaged.
+    """
     found = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            found |= {name: tensors.get_tensor(name) for name in tensors.keys() if part in name}
-    for file in sorted(directory.glob("pytorch_model*.bin")):
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        found |= {name: tensor for name, tensor in tensors.items() if part in name}
+    for file in weight_files(directory):
+        with named(file):
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt") as tensors:
+                    found |= {name: tensors.get_tensor(name) for name in tensors.keys() if part in name}
+            else:
+                tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                found |= {name: tensor for name, tensor in tensors.items() if part in name}
     return found
 
 

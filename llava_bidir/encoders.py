@@ -29,20 +29,9 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
+from .pretrained import named, read_pretrained
 
-def read_pretrained(key: str, auto_class: type, path: str):
-    """`auto_class.from_pretrained(path)`, with an error that names the config's key.
-
-    Raises:
-        ValueError: There is no such directory, and the hub cannot be asked or has no such model either.
-    """
-    try:
-        return auto_class.from_pretrained(path)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"{key}: {path!r} is neither a checkpoint directory nor a model that the hub or its cache has ({reason})"
-        ) from error
+MOST_PATCHES = 128  # down or across; the largest encoders have 64
 
 
 @dataclass(frozen=True)
@@ -122,7 +111,7 @@ class Encoder:
         """The vision tower's configuration.
 
         Raises:
-            ValueError: The checkpoint at `path` is of another kind than `name` says.
+            ValueError: The checkpoint at `path` is of another kind than `name` says, or its sizes make no grid.
         """
         found = read_pretrained("model.encoder.path", AutoConfig, self.path)
         found = getattr(found, "vision_config", found)
@@ -131,7 +120,9 @@ class Encoder:
                 f"encoder {self.path!r} is a {found.model_type!r} checkpoint, but name {self.name!r} stands for "
                 f"{self.entry.config_class.model_type!r}; change model.encoder.name or model.encoder.path"
             )
-        return self.entry.config_class.from_pretrained(self.path)
+        config = read_pretrained("model.encoder.path", self.entry.config_class, self.path)
+        self.grid(config)
+        return config
 
     def image_px(self, config: PreTrainedConfig) -> int:
         """Side of the square input in pixels."""
@@ -139,7 +130,13 @@ class Encoder:
 
     def grid(self, config: PreTrainedConfig) -> tuple[int, int]:
         """Patches down and across: image tokens of one image are grid[0] * grid[1]."""
-        side = self.image_px(config) // config.patch_size
+        with named(f"encoder {self.path!r}"):
+            side = self.image_px(config) // config.patch_size
+            if not 1 <= side <= MOST_PATCHES:
+                raise ValueError(
+                    f"patches of {config.patch_size} px make {side} a side of {self.image_px(config)} px; expected "
+                    f"1..{MOST_PATCHES}"
+                )
         return side, side
 
     def image_processor(self, config: PreTrainedConfig, image_aspect: str) -> LlavaImageProcessorPil:

@@ -5,12 +5,20 @@ from pathlib import Path
 
 import torch
 from PIL import Image, UnidentifiedImageError
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor, PreTrainedModel, TextStreamer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    LlavaProcessor,
+    PreTrainedModel,
+    TextStreamer,
+)
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from . import modeling  # noqa: F401 - makes the Auto classes know our models
 from .data.collate import pad
 from .data.conversation import IMAGE, encode
+from .pretrained import load_weights, read_pretrained
 
 
 def generate(model: str, image: Path, prompts: list[str], max_new_tokens: int = 256) -> list[str]:
@@ -37,8 +45,9 @@ def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcess
     Released llava checkpoints come with CLIP's processor, which crops; LLaVA-1.5 was evaluated on padded images, and so
     are they here. Source: LLaVA mm_utils.py process_images.
     """
-    loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).eval()
-    processor = AutoProcessor.from_pretrained(model)
+    config = read_pretrained("MODEL", AutoConfig, model)
+    loaded = load_weights("MODEL", AutoModelForImageTextToText, model, config, dtype=dtype).eval()
+    processor = read_pretrained("MODEL", AutoProcessor, model)
     images = processor.image_processor
     if images.do_pad is None:  # it knows of no padding
         settings = {

@@ -7,20 +7,38 @@ has ways of its own with tiles and crops. Of the image processor only means and 
 import re
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
-from .families import FAMILIES, Family
+from .families import Family
+from .pretrained import named, read_pretrained
+
+MOST = 128  # image tokens down or across; the LLM's mask has the fourth power of it in bytes
 
 
 def read_config(path: str) -> PreTrainedConfig:
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ValueError(f"{path} holds no config.json; expected a Hugging Face checkpoint directory, such as RUN/hf")
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no checkpoint of {', '.join(FAMILIES)}: {error}") from None
+    """
+    Raises:
+        ValueError: It is no checkpoint directory, or transformers does not know its kind.
+    """
+    return read_pretrained("MLLM", AutoConfig, path)
+
+
+def check_numbers(path: str, family: Family, config: PreTrainedConfig) -> None:
+    """Raises a ValueError where the numbers of a config make no image of a sensible size, or no LLM."""
+    with named(f"config.json of {path}"):
+        side, text_config = family.grid(config)[0], config.get_text_config()
+        if not 1 <= side <= MOST:
+            raise ValueError(f"it makes {side} x {side} image tokens; expected 1 to {MOST} a side")
+        sizes = {
+            "layers of the LLM": text_config.num_hidden_layers,
+            "width of the LLM": text_config.hidden_size,
+            "width of the encoder": family.encoder_width(config),
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name}: {size}; expected 1 or more")
 
 
 def image_processors(path: str, family: Family) -> list[CLIPImageProcessorPil]:
@@ -29,11 +47,16 @@ def image_processors(path: str, family: Family) -> list[CLIPImageProcessorPil]:
     Raises:
         ValueError: The checkpoint does not say how images are normalised.
     """
-    settings, _ = ImageProcessingMixin.get_image_processor_dict(path)
+    with named(f"preprocessor_config.json of {path}"):
+        settings, _ = ImageProcessingMixin.get_image_processor_dict(path)
     wanted = [key for keys in family.normalisations for key in keys]
     missing = [key for key in wanted if not settings.get(key)]
     if missing:
         raise ValueError(f"{path} says nothing about {', '.join(missing)}; expected in its preprocessor_config.json")
+    with named(f"preprocessor_config.json of {path}"):
+        for key in wanted:
+            if len(settings[key]) != 3 or not all(0 < x < 256 or (x == 0 and "mean" in key) for x in settings[key]):
+                raise ValueError(f"{key} is {settings[key]}; expected three positive numbers")
     return [
         CLIPImageProcessorPil(
             do_resize=False,
@@ -45,6 +68,14 @@ def image_processors(path: str, family: Family) -> list[CLIPImageProcessorPil]:
         )
         for mean, std in family.normalisations
     ]
+
+
+def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """
+    Raises:
+        ValueError: There is none, or its files are damaged.
+    """
+    return read_pretrained("tokenizer", AutoTokenizer, path)
 
 
 def prefix_ids(path: str, family: Family, prefix: str | None = None) -> list[int]:
@@ -60,7 +91,7 @@ def prefix_ids(path: str, family: Family, prefix: str | None = None) -> list[int
     """
     if family.placeholder is None and prefix is None:
         return []
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = read_tokenizer(path)
     if prefix is None:
         prefix = _chat_before_image(path, family, tokenizer) + family.opening
         for token in re.findall(r"<[^<>]+>|\[IMG\w*\]", family.opening):
@@ -72,16 +103,18 @@ def prefix_ids(path: str, family: Family, prefix: str | None = None) -> list[int
 
 def row_end_id(path: str, family: Family) -> int | None:
     """The token behind each row of image tokens, if the family has one."""
-    return family.row_end and _token_id(path, AutoTokenizer.from_pretrained(path), family.row_end)
+    return family.row_end and _token_id(path, read_tokenizer(path), family.row_end)
 
 
 def _chat_before_image(path: str, family: Family, tokenizer) -> str:
-    settings, _ = ProcessorMixin.get_processor_dict(path)
-    template = settings.get("chat_template") or tokenizer.chat_template
+    with named(f"chat template of {path}"):
+        settings, _ = ProcessorMixin.get_processor_dict(path)
+        template = settings.get("chat_template") or tokenizer.chat_template
     if template is None:
         raise ValueError(f"{path} has no chat template that says what stands before the image; pass prefix='...'")
     turn = [{"role": "user", "content": [{"type": "image"}]}]
-    chat = tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False)
+    with named(f"chat template of {path}"):  # runs in jinja's sandbox
+        chat = tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False)
     before, placeholder, _ = chat.partition(family.placeholder)
     if not placeholder:
         raise ValueError(f"the chat template of {path} puts no {family.placeholder} for an image; pass prefix='...'")

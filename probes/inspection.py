@@ -5,6 +5,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from .checkpoint import check_numbers
 from .families import family_of, own_image_attention
 from .mllm import ENCODER, load, read_config, site_names
 from .results import write_tensors
@@ -14,6 +15,7 @@ def print_sites(args: argparse.Namespace) -> None:
     """`probes sites`: read from the config, so that a 7B model answers as fast as a small one."""
     config = read_config(args.mllm)
     family, text_config = family_of(config), config.get_text_config()
+    check_numbers(args.mllm, family, config)
     rows, columns = family.grid(config)
     print(f"{config.model_type}, {own_image_attention(config)} image attention")
     print(f"{rows} x {columns} = {rows * columns} image tokens of a {family.image_px(config)} px square")

@@ -15,11 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from .checkpoint import image_processors, prefix_ids, read_config, row_end_id
+from .checkpoint import check_numbers, image_processors, prefix_ids, read_config, row_end_id
 from .families import Family, family_of, own_image_attention
 from .geometry import Geometry
 from .knockout import Knockout
 from .masks import Masks, build_masks, check_name, each, last_rows, takes_masks
+from .pretrained import load_weights
 from .untrained import draw_anew
 
 ENCODER, ADAPTER, FINAL_NORM = "encoder", "adapter", "final_norm"
@@ -263,13 +264,14 @@ def load(
         seed: Of those draws.
 
     Raises:
-        ValueError: Not a checkpoint of a registered family, or an unknown mask or part.
+        ValueError: Not a checkpoint of a registered family, a damaged one, or an unknown mask or part.
     """
     config = read_config(path)
     family = family_of(config)
+    check_numbers(path, family, config)
     attention = image_attention or own_image_attention(config)
     check_name(attention)
-    model = family.loader.from_pretrained(path, dtype=dtype or "auto", attn_implementation="sdpa")
+    model = load_weights("MLLM", family.loader, path, config, dtype=dtype or "auto", attn_implementation="sdpa")
     draw_anew(model, family, untrained, seed)
     mllm = FrozenMLLM(
         model,

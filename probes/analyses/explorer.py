@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
+from ..checkpoint import read_tokenizer
 from ..geometry import View
 from ..knockout import Knockout
 from ..metrics import patch_labels
@@ -233,7 +233,7 @@ def top(states: dict[str, Tensor], heads: dict[str, Head], count: int) -> Top:
 
 
 def _vocabulary(run: ProbeRun, seen: list[Seen]) -> dict[int, str]:
-    tokenizer = AutoTokenizer.from_pretrained(run.manifest["config"]["mllm"])
+    tokenizer = read_tokenizer(run.manifest["config"]["mllm"])
     ids = {int(i) for image in seen for reading in image.readings.values() for i in reading.words.unique()}
     return {i: token_text(tokenizer, i) for i in sorted(ids)}
 

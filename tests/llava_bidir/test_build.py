@@ -1,6 +1,7 @@
 """Putting the parts together: what is loaded, widened, frozen, and what does not fit."""
 
 import json
+import shutil
 
 import pytest
 import tiny
@@ -68,6 +69,9 @@ def test_adapter_of_another_mask_or_encoder_is_refused(parts, checkpoints, tmp_p
         build_model(*parts, processor, adapter=str(checkpoints["causal"]), image_attention="bidirectional")
     config = json.loads((checkpoints["causal"] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"holds no weights: neither \*.safetensors nor"):
+        build_model(*parts, processor, adapter=str(tmp_path))
+    shutil.copy(f"{parts[1]}/model.safetensors", tmp_path)
     with pytest.raises(ValueError, match="holds no tensor named multi_modal_projector"):
         build_model(*parts, processor, adapter=str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -2}))
@@ -168,8 +172,6 @@ def test_registers_never_reach_the_adapter(tmp_path, checkpoints):
 
 def test_an_llm_of_another_family_is_a_path_away(parts, tmp_path):
     """Qwen2: other class, other config, biases in its attention; and Eq. 2 holds."""
-    import shutil
-
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     encoder, llama = parts

@@ -12,6 +12,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from .lora import merge_lora
 from .model_card import model_card
 from .modeling import LlavaBidirConfig, LlavaBidirForConditionalGeneration
+from .pretrained import check_pickle, named
 
 TRAINING_FACTS = "training.json"
 OWN_KEYS = tuple(LlavaBidirConfig.__annotations__)  # what it adds to LlavaConfig
@@ -104,11 +105,15 @@ def _read(checkpoint: Path) -> tuple[LlavaBidirForConditionalGeneration, LlavaPr
     if checkpoint.is_dir():
         saved = read_state(checkpoint) | {"state_dict": read_weights(checkpoint)}
     else:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    settings = {k: v for k, v in saved.get("hyper_parameters", {}).items() if not k.startswith("_")}
-    if "image_attention" not in settings:
+        with named(f"checkpoint {checkpoint}"):
+            check_pickle(checkpoint)
+            saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    settings = saved.get("hyper_parameters") if isinstance(saved, dict) else None
+    if not isinstance(settings, dict) or "image_attention" not in settings or not saved.get("state_dict"):
         raise ValueError(f"{checkpoint} is no checkpoint of `llava-bidir fit`")
-    module = LlavaTraining(**settings | {"frozen_dtype": "float32"})
+    settings = {k: v for k, v in settings.items() if not k.startswith("_")}
+    with named(f"the settings in {checkpoint}"):
+        module = LlavaTraining(**settings | {"frozen_dtype": "float32"})
     with _DtypeContextManager(next(iter(saved["state_dict"].values())).dtype):  # frozen parts as they ran, too
         module.configure_model()
     module.on_load_checkpoint(saved)

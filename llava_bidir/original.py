@@ -13,6 +13,7 @@ from transformers import LlavaProcessor
 from .build import build_model, build_processor, read_tensors
 from .encoders import Encoder
 from .modeling import LlavaBidirForConditionalGeneration
+from .pretrained import named, read_json
 
 PROJECTOR = "model.mm_projector."
 LAYERS = {"0": "linear_1", "2": "linear_2"}  # of nn.Sequential(Linear, GELU, Linear)
@@ -23,7 +24,7 @@ EXPECTED = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patc
 def is_original(directory: Path) -> bool:
     """Whether LLaVA's own code wrote it."""
     config = directory / "config.json"
-    return config.is_file() and "mm_projector_type" in json.loads(config.read_text())
+    return config.is_file() and "mm_projector_type" in read_json(config)
 
 
 def read_original(
@@ -38,15 +39,18 @@ def read_original(
     Raises:
         ValueError: It is no LLaVA-1.5, or has no adapter.
     """
-    config = json.loads((directory / "config.json").read_text())
+    config = read_json(directory / "config.json")
     for key, expected in EXPECTED.items():
         if config.get(key) != expected:
             raise ValueError(f"{directory}: {key} is {config.get(key)!r}; LLaVA-1.5 has {expected!r}")
-    clip = Encoder("clip", encoder or config["mm_vision_tower"], config["mm_vision_select_layer"])
+    with named(directory / "config.json"):
+        clip = Encoder("clip", encoder or config["mm_vision_tower"], config["mm_vision_select_layer"])
+        dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(config.get("torch_dtype"), torch.float32)
     with _as_llama(directory, config) as llm:
         processor = build_processor(clip, llm)
-        model = build_model(clip, llm, processor, dtype=getattr(torch, config.get("torch_dtype") or "float32"))
-    model.model.multi_modal_projector.load_state_dict(_adapter(directory))
+        model = build_model(clip, llm, processor, dtype=dtype)
+    with named(f"the adapter of {directory}"):
+        model.model.multi_modal_projector.load_state_dict(_adapter(directory))
     return model, processor, {"source": str(directory), "encoder": clip.path}
 
 

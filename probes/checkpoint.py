@@ -5,7 +5,6 @@ has ways of its own with tiles and crops. Of the image processor only means and 
 """
 
 import re
-from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin

@@ -61,7 +61,7 @@ def check_config(directory: Path) -> None:
     file = directory / "config.json"
     if not file.is_file():
         raise ValueError(
-            f"{directory} holds no config.json; expected a Hugging Face checkpoint directory, as RUN/hf is"
+            f"{directory} holds no config.json; expected a Hugging Face checkpoint, RUN/hf for one"
         )
     rest = [read_json(file)]
     while rest:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from .callbacks import CatchUpValidation, SavePredictions, ShowMaps
+from .configured import ConfiguredCLI
 from .data.datamodule import SegmentationData
 from .module import ProbeModule
 
@@ -23,7 +24,7 @@ HARMLESS = (
 )
 
 
-class ProbeCLI(LightningCLI):
+class ProbeCLI(ConfiguredCLI):
     """Model, data and trainer from YAML; several `-c` merge from left to right, then the flags."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

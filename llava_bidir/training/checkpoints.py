@@ -16,11 +16,20 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
+from ..pretrained import check_pickle
+
 log = logging.getLogger(__name__)
 
 PARTIAL, REPLACED = ".partial", ".replaced"
 LISTING = "whole.json"
 POSITION = "trained_micro_batches"  # InstructionData's key
+# What ZeRO's files hold beside tensors and plain data. DeepSpeed loads them as pickles, which could call anything.
+DEEPSPEED = (
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
 
 
 def recount(checkpoint: dict[str, Any], before: int, now: int) -> None:
@@ -74,7 +83,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
             raise ValueError(
                 f"checkpoint {path} is a directory, from a run with ZeRO; add its configs/cluster/zero*.yaml"
             )
-        return super().load_checkpoint(path, *args, **kwargs)
+        return super().load_checkpoint(path, *args, **kwargs | {"weights_only": True})
 
 
 def partial_of(path: Path) -> Path:
@@ -118,11 +127,11 @@ def read_listing(path: Path) -> dict[str, Any]:
 def what_is_wrong(path: Path) -> str | None:
     """Why `path` is no whole checkpoint; None if it is one. Sizes and archive indices are read, not the tensors."""
     if path.is_file():
-        return None if zipfile.is_zipfile(path) else "the file is cut short or no checkpoint"
+        return code_in(path) if zipfile.is_zipfile(path) else "the file is cut short or no checkpoint"
     if not path.is_dir():
         return "no such file or directory"
     if (path / "latest_universal").is_file():
-        return None  # what DeepSpeed's ds_to_universal writes last
+        return code_in(path)  # what DeepSpeed's ds_to_universal writes last
     try:
         sizes = json.loads((path / LISTING).read_text())["bytes"]
     except (OSError, ValueError, KeyError):
@@ -131,6 +140,17 @@ def what_is_wrong(path: Path) -> str | None:
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
             return f"{name} is missing or not of {size} bytes"
+    return code_in(path)
+
+
+def code_in(path: Path) -> str | None:
+    """What a checkpoint would execute if it was loaded, None if nothing; looked up in its pickles, not tried."""
+    files = [path] if path.is_file() else sorted(path.rglob("*.pt"))
+    try:
+        for file in files:
+            check_pickle(file, DEEPSPEED if path.is_dir() else ())
+    except ValueError as error:
+        return str(error)
     return None
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
+from ..configured import ConfiguredCLI
 from ..data.datamodule import InstructionData
 from .callbacks import ExportModel, ShowAnswers, Throughput
 from .checkpoints import WholeCheckpointIO, resolve
@@ -28,7 +29,7 @@ HARMLESS = (
 )
 
 
-class TrainingCLI(LightningCLI):
+class TrainingCLI(ConfiguredCLI):
     """Model, data and trainer from YAML; several `-c` merge from left to right, then the flags."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -30,7 +30,7 @@ from torch import nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from ..build import unpartitioned
-from .checkpoints import finish_directory, partial_of, read_listing
+from .checkpoints import code_in, finish_directory, partial_of, read_listing
 
 TAG = "checkpoint"  # Lightning's name of the folder inside a checkpoint directory
 UNIVERSAL = "zero"  # DeepSpeed's name of the folder of a universal checkpoint, one folder inside a parameter
@@ -139,6 +139,8 @@ class ZeRO(DeepSpeedStrategy):
 
     def _load_universal(self, path: Path) -> dict[str, Any]:
         """A checkpoint that DeepSpeed's ds_to_universal made, for any number of devices."""
+        if problem := code_in(path):
+            raise ValueError(f"checkpoint {path}: {problem}")
         self._check_trained(path, {folder.name for folder in (path / TAG / UNIVERSAL).iterdir() if folder.is_dir()})
         optimizer = self.deepspeed_engine.optimizer.optimizer
         settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -231,5 +233,5 @@ def read_state(path: Path) -> dict[str, Any]:
     from deepspeed.utils.zero_to_fp32 import get_model_state_file
 
     file = get_model_state_file(str(path / TAG), read_listing(path)["stage"])
-    state = torch.load(file, map_location="cpu", weights_only=False)
+    state = torch.load(file, map_location="cpu", weights_only=True)
     return {key: value for key, value in state.items() if key != "module"}

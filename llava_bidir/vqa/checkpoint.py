@@ -1,8 +1,9 @@
 """What must be known of a checkpoint before it is evaluated: its mask, its encoder, and which weights it holds."""
 
 import hashlib
-import json
 from pathlib import Path
+
+from ..pretrained import named, read_json
 
 ENCODERS = {"clip_vision_model": "clip", "dinov2": "dinov2", "siglip_vision_model": "siglip"}  # rows of Table 1
 
@@ -49,8 +50,9 @@ def image_attention(model: str | Path) -> str:
 
 def encoder(model: str | Path) -> str:
     """Name of the vision encoder: a row of Table 1 where it is one of the paper's."""
-    kind = _config(model).get("vision_config", {}).get("model_type", "clip_vision_model")  # LlavaConfig's default
-    return ENCODERS.get(kind, kind)
+    with named(f"config.json of {model}"):
+        kind = _config(model).get("vision_config", {}).get("model_type", "clip_vision_model")  # LlavaConfig's default
+        return ENCODERS.get(kind, kind)
 
 
 def fingerprint(path: Path) -> str:
@@ -66,4 +68,4 @@ def fingerprint(path: Path) -> str:
 
 
 def _config(model: str | Path) -> dict:
-    return json.loads((local(str(model)) / "config.json").read_text())
+    return read_json(local(str(model)) / "config.json")

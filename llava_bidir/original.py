@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -51,7 +52,7 @@ def read_original(
         model = build_model(clip, llm, processor, dtype=dtype)
     with named(f"the adapter of {directory}"):
         model.model.multi_modal_projector.load_state_dict(_adapter(directory))
-    return model, processor, {"source": str(directory), "encoder": clip.path}
+    return model, processor, {"source": str(directory), "encoder": asdict(clip)}
 
 
 @contextmanager

@@ -24,6 +24,8 @@ from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .pretrained import check_pickle
+
 CONFIG_BYTES, VALUES = 1_000_000, 100_000  # of a file, aliases counted as often as they are repeated
 DECLARED = (
     *(Accelerator, Callback, CheckpointIO, ClusterEnvironment, LayerSync, Logger, LRScheduler, Optimizer, Precision),
@@ -36,7 +38,7 @@ class ConfiguredCLI(LightningCLI):
 
     Raises:
         ValueError: A config is no YAML of a sensible size, has a key twice, or names what is no class of a kind that
-            the Trainer declares; or checkpoints are asked to be loaded as pickles.
+            the Trainer declares; or a checkpoint holds code, or is to be loaded as a pickle.
     """
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
@@ -48,6 +50,13 @@ class ConfiguredCLI(LightningCLI):
             raise ValueError("--weights_only false: checkpoints are data here and are never loaded as pickles")
         if "weights_only" in run:
             run["weights_only"] = True  # Lightning would load pickles from an URL
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning reads settings from a checkpoint that is named."""
+        run = self.config.get(self.config.get("subcommand") or "") or {}
+        if run.get("ckpt_path") and Path(run["ckpt_path"]).is_file():
+            check_pickle(Path(run["ckpt_path"]))
+        super()._parse_ckpt_path()
 
     def instantiate_classes(self) -> None:
         """Settings that a checkpoint brought along have been merged by now."""

@@ -37,15 +37,15 @@ def named(what: Any) -> Iterator[None]:
         raise ValueError(f"{what}: {kind}{' '.join(lines[:3])[:500]}") from error
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, most_bytes: int = CONFIG_BYTES) -> dict[str, Any]:
     """The object that a JSON file holds.
 
     Raises:
-        ValueError: The file is larger than 10 MB, not UTF-8, not JSON, or not an object.
+        ValueError: The file is larger than `most_bytes`, not UTF-8, not JSON, or not an object.
     """
     with named(file):
-        if file.stat().st_size > CONFIG_BYTES:
-            raise ValueError(f"{file.stat().st_size:,} bytes, where {CONFIG_BYTES:,} are plenty")
+        if file.stat().st_size > most_bytes:
+            raise ValueError(f"{file.stat().st_size:,} bytes, where {most_bytes:,} are plenty")
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError(f"holds a {type(content).__name__}; expected an object {{...}}")
@@ -60,9 +60,7 @@ def check_config(directory: Path) -> None:
     """
     file = directory / "config.json"
     if not file.is_file():
-        raise ValueError(
-            f"{directory} holds no config.json; expected a Hugging Face checkpoint, RUN/hf for one"
-        )
+        raise ValueError(f"{directory} holds no config.json; expected a Hugging Face checkpoint, RUN/hf for one")
     rest = [read_json(file)]
     while rest:
         for key, value in rest.pop().items():

@@ -10,6 +10,7 @@ A file appears whole or not at all; metrics.json comes last and says that the ru
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,14 @@ from .data.registry import open_dataset
 from .heads import Probe
 from .metrics import Counts
 from .mllm import ADAPTER, ENCODER
+from .pretrained import named, read_json
+from .schema import CONFIG, check, check_manifest, check_metrics
 from .statistics import bootstrap_weights
+
+JSON_BYTES = 200_000_000  # 34 sites with 150 classes are 200 kB
+# Axes of the counts: S sites, N images, K classes, T image tokens. The last two are not in every run.
+COUNTS = {"intersection": "SNK", "predicted": "SNK", "labelled": "NK", "patch_right": "SNT", "patch_valid": "NT"}
+COUNTS |= {"confusion": "SKK", "group": "N"}
 
 
 def peak_layer(miou: dict[str, float]) -> str | None:
@@ -77,8 +85,23 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged ({error}); make it again") from None
+
+
+def check_counts(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, int], needed: Sequence[str]) -> None:
+    """Raises a ValueError that names `path` unless its counts are whole numbers of these sizes, none negative."""
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        raise ValueError(f"{path} has no {', '.join(missing)}; make the run again")
+    for name, tensor in tensors.items():
+        axes = COUNTS.get(name.rpartition("/")[2], "")
+        expected = [sizes[axis] for axis in axes]
+        if list(tensor.shape) != expected or tensor.is_floating_point() or tensor.lt(0).any():
+            raise ValueError(
+                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; metrics.json says whole numbers {expected}, "
+                "none of them negative"
+            )
 
 
 @dataclass
@@ -86,7 +109,8 @@ class ProbeRun:
     """A finished run, for the analyses.
 
     Raises:
-        ValueError: `path` is not the folder of a finished probe run.
+        ValueError: `path` is not the folder of a finished probe run, or a file in it is not as a run leaves it; those
+            with tensors are looked at when they are used.
     """
 
     path: Path
@@ -95,12 +119,21 @@ class ProbeRun:
         self.path = Path(self.path)
         if not (self.path / "metrics.json").is_file():
             raise ValueError(f"{self.path} holds no metrics.json: not a finished probe run (`probes fit --out DIR`)")
-        self.metrics = json.loads((self.path / "metrics.json").read_text())
-        self.manifest = json.loads((self.path / "manifest.json").read_text())
+        self.metrics = read_json(self.path / "metrics.json", JSON_BYTES)
+        self.manifest = read_json(self.path / "manifest.json", JSON_BYTES)
+        with named(self.path / "metrics.json"):
+            check_metrics(self.metrics)
+        with named(self.path / "manifest.json"):
+            check_manifest(self.manifest)
 
     @property
     def sites(self) -> list[str]:
         return [site["site"] for site in self.metrics["sites"]]
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What the model's training.json said; empty where there was none."""
+        return self.manifest["mllm_training"] or {}
 
     @property
     def layers(self) -> list[str]:
@@ -109,7 +142,15 @@ class ProbeRun:
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return read_tensors(self.path / "counts.safetensors")
+        tensors = read_tensors(self.path / "counts.safetensors")
+        check_counts(tensors, self.path / "counts.safetensors", self._sizes, list(COUNTS)[:5])
+        return tensors
+
+    @property
+    def _sizes(self) -> dict[str, int]:
+        rows, columns = self.metrics["grid"]
+        sizes = {"S": len(self.sites), "N": self.metrics["images"], "K": len(self.metrics["classes"])}
+        return sizes | {"T": rows * columns}
 
     @property
     def counts(self) -> Counts:
@@ -126,7 +167,9 @@ class ProbeRun:
                 f"{self.path} has no recipe {recipe!r}; it has {', '.join(self.metrics['recipes']) or 'none'}"
             )
         tensors, labelled = read_tensors(self.path / "recipes.safetensors"), self.counts.labelled
-        intersection, predicted = (tensors[f"{recipe}/{name}"] for name in ("intersection", "predicted"))
+        needed = [f"{recipe}/{name}" for name in ("intersection", "predicted")]
+        check_counts(tensors, self.path / "recipes.safetensors", self._sizes, needed)
+        intersection, predicted = (tensors[name] for name in needed)
         right, valid = intersection.sum(-1, keepdim=True), labelled.sum(-1, keepdim=True)
         return Counts(intersection, predicted, labelled, patch_right=right, patch_valid=valid)
 
@@ -152,11 +195,13 @@ class ProbeRun:
     @cached_property
     def weights(self) -> torch.Tensor:
         """f[R, N], the bootstrap of all that is said about the run; the same for every run on these images."""
-        return bootstrap_weights(self.metrics["images"], seed=self.metrics["seed"], groups=self.groups)
+        return bootstrap_weights(len(self.counts.labelled), seed=self.metrics["seed"], groups=self.groups)
 
     def mllm(self) -> mllms.FrozenMLLM:
         """The model that was probed, as it was then."""
         config = self.manifest["config"]
+        with named(self.path / "manifest.json"):
+            check(config, CONFIG, "config")
         return mllms.load(
             config["mllm"],
             config["image_attention"],
@@ -173,9 +218,10 @@ class ProbeRun:
         heads = {}
         for site in self.metrics["sites"]:
             name = site["site"]
-            head = Probe(site["dim"], classes, grid, how["feature_norm"], how["head"])
-            head.load_state_dict(
-                {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-            )
+            with named(self.path / "probes.safetensors"):
+                head = Probe(site["dim"], classes, grid, how["feature_norm"], how["head"])
+                head.load_state_dict(
+                    {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+                )
             heads[name] = head.eval().requires_grad_(False)
         return heads

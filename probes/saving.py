@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import platform
 import subprocess
 from dataclasses import asdict
@@ -12,9 +13,12 @@ from typing import Any
 import torch
 
 from .metrics import Counts
+from .pretrained import read_json
 from .recipes import probe_name
 from .results import summary, write_json, write_tensors
 from .statistics import bootstrap_weights, dataset_scores, interval, resampled_scores
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
 
@@ -114,7 +118,6 @@ def baseline(counts: Counts, classes: list[str]) -> dict[str, Any]:
 
 def manifest(module, data) -> dict[str, Any]:
     """What ran on what."""
-    training = Path(module.hparams.mllm) / "training.json"
     return {
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "git_commit": _git_commit(),
@@ -125,13 +128,22 @@ def manifest(module, data) -> dict[str, Any]:
             "options": data.options,
             "fingerprint": fingerprint(data),
         },
-        "mllm_training": json.loads(training.read_text()) if training.is_file() else None,
+        "mllm_training": _training(Path(module.hparams.mllm) / "training.json"),
         "hardware": {
             "machine": platform.machine(),
             "cpu_threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }
+
+
+def _training(file: Path) -> dict[str, Any] | None:
+    """What a checkpoint says of its making. A damaged one must not cost the run that has just ended."""
+    try:
+        return read_json(file) if file.is_file() else None
+    except ValueError as error:
+        log.warning("%s; manifest.json goes without it", error)
+        return None
 
 
 def _absolute(path: str) -> str:

@@ -37,6 +37,12 @@ def test_probes_knows_llava_bidir_by_one_module_only(path):
     assert found == ({"llava_bidir.modeling"} if path.match("probes/families/llava.py") else set())
 
 
+@pytest.mark.parametrize("name", ["pretrained.py", "configured.py"])
+def test_what_both_packages_need_for_files_of_others_is_the_same(name):
+    """Neither imports the other, so each has a copy."""
+    assert (ROOT / "llava_bidir" / name).read_bytes() == (ROOT / "probes" / name).read_bytes()
+
+
 def test_modelling_code_that_ships_in_checkpoints_needs_nothing_else():
     allowed = {"torch", "transformers", "huggingface_hub", "collections"}
     for name in ("modeling.py", "attention.py"):

@@ -6,7 +6,6 @@ maps.safetensors     "image/I": uint8[S, H, W]; "knockout/CLASS": uint8[3, L + 1
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -15,7 +14,8 @@ from tqdm import tqdm
 
 from ..knockout import Knockout
 from ..metrics import patch_labels
-from ..results import ProbeRun, read_tensors, write_json, write_tensors
+from ..pretrained import named, read_json
+from ..results import JSON_BYTES, ProbeRun, read_tensors, write_json, write_tensors
 from ..upsample import upsampled_argmax
 from .knockout import PatchReader, find_cases
 
@@ -53,8 +53,9 @@ def knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tuple[dict, 
         ValueError: `probes knockout` has not been run for this class.
     """
     facts = run.path / "knockout.json"
-    known = json.loads(facts.read_text())["classes"] if facts.is_file() else []
-    if name not in [entry["class"] for entry in known]:
+    with named(facts):
+        known = [entry["class"] for entry in read_json(facts, JSON_BYTES)["classes"]] if facts.is_file() else []
+    if name not in known:
         raise ValueError(f"{run.path} has no knockout of {name!r}; run `probes knockout --probes {run.path}` first")
     tensors = read_tensors(run.path / "knockout.safetensors")
     if f"{name}/patches" not in tensors:

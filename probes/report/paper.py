@@ -20,7 +20,7 @@ def paper_encoder(run: ProbeRun) -> str | None:
     Comparable is: the encoder and Vicuna-7B's shape, all 32 layers probed, the whole ADE20K validation set with its 150
     classes, trained, and under the mask that it was trained with.
     """
-    metrics, training = run.metrics, run.manifest["mllm_training"] or {}
+    metrics, training = run.metrics, run.training
     name = training.get("encoder", {}).get("name") or STOCK.get(Path(metrics["mllm"]).name)
     if name not in SHAPES or metrics["untrained"]:
         return None

@@ -1,6 +1,5 @@
 """The runs of a report, sorted: by model and dataset, and there by mask, each trained and, as a control, untrained."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..analyses.starvation import starvation
-from ..results import ProbeRun, read_tensors
+from ..pretrained import read_json
+from ..results import JSON_BYTES, ProbeRun, read_tensors
 
 Rows = list[dict[str, Any]]  # of a table: by column
 
@@ -133,7 +133,7 @@ def _named_run(path: str) -> tuple[str, ProbeRun]:
 def model_of(run: ProbeRun) -> str:
     """What a model is called whatever its mask: encoder and LLM where it says of what it was made ("clip + vicuna-7b"),
     else the name of its checkpoint."""
-    training = run.manifest["mllm_training"] or {}
+    training = run.training
     if "encoder" in training and "llm" in training:
         return f"{training['encoder']['name']} + {Path(training['llm']).name}"
     return Path(run.metrics["mllm"]).name
@@ -146,7 +146,7 @@ def _paper_order(mask: str) -> int:
 def optional_json(run: ProbeRun, name: str) -> dict[str, Any] | None:
     """A result that an analysis may have left in the run's folder."""
     path = run.path / name
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path, JSON_BYTES) if path.is_file() else None
 
 
 def optional_tensors(run: ProbeRun, name: str) -> dict[str, Tensor]:
@@ -156,7 +156,7 @@ def optional_tensors(run: ProbeRun, name: str) -> dict[str, Tensor]:
 
 def answer_accuracy(run: ProbeRun) -> float | None:
     """Share of validation questions that the model answered right when its training ended, where it says so."""
-    return (run.manifest["mllm_training"] or {}).get("val/answer_accuracy")
+    return run.training.get("val/answer_accuracy")
 
 
 def overridden(study: Study) -> dict[str, str]:

@@ -156,6 +156,7 @@ def paper_like(root, path, **metrics):
     facts = json.loads((run / "metrics.json").read_text())
     for entry in facts["sites"]:
         entry["dim"] = 1024 if entry["site"] == "encoder" else 4096
+        entry["iou_per_class"] = [None] * 150
     facts |= {"images": 2000, "grid": [24, 24], "classes": [str(k) for k in range(150)]} | metrics
     (run / "metrics.json").write_text(json.dumps(facts))
     return ProbeRun(run)

@@ -316,3 +316,45 @@ def test_a_hub_id_that_is_nowhere_is_no_directory(monkeypatch):
 
     with pytest.raises(ValueError, match="MLLM: 'no/such' is neither a checkpoint directory nor a model that the hub"):
         read_pretrained("MLLM", AutoConfig, "no/such")
+
+
+# ------------------------------------------------------------------------------------------------ ZeRO
+def zero_checkpoint(path: Path, content, universal: bool) -> Path:
+    """Files as ZeRO leaves them, complete and with sizes that agree."""
+    inside = path / "checkpoint" / ("zero/model.weight" if universal else "")
+    inside.mkdir(parents=True)
+    file = inside / ("fp32.pt" if universal else "mp_rank_00_model_states.pt")
+    torch.save(content, file)
+    if universal:
+        (path / "latest_universal").write_text("checkpoint")
+    else:
+        sizes = {str(file.relative_to(path)): file.stat().st_size}
+        facts = {"world_size": 1, "stage": 2, "precision": "32-true", "trained": [], "bytes": sizes}
+        (path / "whole.json").write_text(json.dumps(facts))
+    return path
+
+
+@pytest.mark.parametrize("universal", [False, True])
+def test_code_in_zero_checkpoints_is_never_executed(universal, place):
+    """DeepSpeed itself loads them as pickles."""
+    from llava_bidir.training.checkpoints import what_is_wrong
+
+    plain = zero_checkpoint(place["root"] / "plain.ckpt", {"weight": torch.ones(2)}, universal)
+    assert what_is_wrong(plain) is None
+    evil = zero_checkpoint(place["root"] / "evil.ckpt", {"weight": Payload(place["root"] / MARKER)}, universal)
+    message = refused(llava_bidir.cli.main, [*place["train"], "--ckpt_path", str(evil)])
+    assert str(evil) in message and "holds code: loading it would call" in message
+    if not universal:
+        pytest.importorskip("deepspeed")
+        refused(llava_bidir.cli.main, ["export", str(evil), str(place["root"] / "out")])
+    assert not (place["root"] / MARKER).exists() and not (place["root"] / "out").exists()
+
+
+def test_newest_whole_checkpoint_is_passed_over_if_it_holds_code(tmp_path, caplog):
+    from llava_bidir.training.checkpoints import newest_whole
+
+    good = zero_checkpoint(tmp_path / "a.ckpt", {"weight": torch.ones(2)}, False)
+    poisoned(tmp_path / "b.ckpt", tmp_path / MARKER)
+    with caplog.at_level("WARNING"):
+        assert newest_whole(tmp_path) == good
+    assert "b.ckpt holds code" in caplog.text and not (tmp_path / MARKER).exists()

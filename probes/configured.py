@@ -4,6 +4,7 @@ nothing else of them is executed.
 `llava_bidir` and `probes` know nothing of each other, so each has this file; a test compares them.
 """
 
+import traceback
 from collections.abc import Iterator
 from importlib import import_module
 from inspect import isroutine
@@ -61,7 +62,13 @@ class ConfiguredCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Settings that a checkpoint brought along have been merged by now."""
         check_classes(self.config)
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            if Path(at.filename).is_relative_to(Path(__file__).parent):
+                raise  # says all that there is to say, or is a bug
+            raise ValueError(f"config: {type(error).__name__}: {error} (at `{at.line}`)") from error
 
 
 def _config_files(args: list[str]) -> Iterator[Path]:

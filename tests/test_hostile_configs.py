@@ -160,6 +160,13 @@ def test_folder_or_missing_file_is_no_config(command, tmp_path):
         assert "config" in message and str(tmp_path / name) in message
 
 
+@pytest.mark.parametrize(("text", "named"), [("{max_steps: null}", "max_steps"), ("{max_steps: -7}", "passed in -7")])
+def test_value_that_lightning_stumbles_over_is_an_error_of_the_config(text, named, command, tmp_path):
+    (tmp_path / "c.yaml").write_text(f"trainer: {text}\n")
+    message = said(command[1], [*command[2], "-c", str(tmp_path / "c.yaml")])
+    assert message.startswith("config: ") and named in message
+
+
 # ------------------------------------------------------------------------------------------------ fuzz
 KEYS = {  # what does not reach out, and does not take long whatever its value
     "probes": [

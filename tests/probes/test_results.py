@@ -1,6 +1,7 @@
 """Probe runs that somebody else made: damaged files are named, and what they say is shown and never executed."""
 
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from probes.cli import main
+from probes.report.templates import render
 from probes.results import ProbeRun
 
 QUALITY = [0.6, 0.5, 0.55, 0.7, 0.65, 0.65]
@@ -167,6 +169,16 @@ def test_names_of_a_run_are_text_in_the_report(whole, run, tmp_path):
     assert "{{ 7*7 }}" in html and scripts(tmp_path / "evil/index.html") == scripts(tmp_path / "plain/index.html")
     after = {path for path in tmp_path.rglob("*") if tmp_path / "evil" not in path.parents}
     assert after - before == {tmp_path / "evil"}, "nothing was written elsewhere"
+
+
+def test_names_of_a_run_are_text_in_the_explorer(tmp_path):
+    """They are in a JSON inside of a script element, which a `</script>` would end."""
+    for name, word in (("plain", "sky"), ("evil", EVIL)):
+        facts = {"data": {"classes": [word], "words": [word]}, "blocks": {word: word}, "runs": [word]}
+        (tmp_path / name).write_text(render("explorer.html.j2", **facts))
+    assert scripts(tmp_path / "evil") == scripts(tmp_path / "plain")
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', (tmp_path / "evil").read_text(), re.S)
+    assert json.loads(data[1])["classes"] == [EVIL]
 
 
 # ------------------------------------------------------------------------------------------------ fuzz

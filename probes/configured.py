@@ -52,16 +52,12 @@ class ConfiguredCLI(LightningCLI):
         if "weights_only" in run:
             run["weights_only"] = True  # Lightning would load pickles from an URL
 
-    def _parse_ckpt_path(self) -> None:
-        """Lightning reads settings from a checkpoint that is named."""
+    def instantiate_classes(self) -> None:
+        """All that a config says is known by now."""
+        check_classes(self.config)
         run = self.config.get(self.config.get("subcommand") or "") or {}
         if run.get("ckpt_path") and Path(run["ckpt_path"]).is_file():
             check_pickle(Path(run["ckpt_path"]))
-        super()._parse_ckpt_path()
-
-    def instantiate_classes(self) -> None:
-        """Settings that a checkpoint brought along have been merged by now."""
-        check_classes(self.config)
         try:
             super().instantiate_classes()
         except Exception as error:

@@ -1,7 +1,5 @@
 """What a probe run writes when it ends; `results.py` says which files, and reads them back."""
 
-import hashlib
-import json
 import logging
 import platform
 import subprocess
@@ -126,7 +124,7 @@ def manifest(module, data) -> dict[str, Any]:
             "root": _absolute(data.root),
             "dataset": data.dataset,
             "options": data.options,
-            "fingerprint": fingerprint(data),
+            "fingerprint": data.fingerprint(),
         },
         "mllm_training": _training(Path(module.hparams.mllm) / "training.json"),
         "hardware": {
@@ -149,12 +147,6 @@ def _training(file: Path) -> dict[str, Any] | None:
 def _absolute(path: str) -> str:
     """A folder's absolute path, so that analyses find it from anywhere; a hub id as it is."""
     return str(Path(path).resolve()) if Path(path).is_dir() else path
-
-
-def fingerprint(data) -> str:
-    """Changes when the names of images, or the classes, do."""
-    names = [data.classes, *(split.names for split in data.splits.values())]
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 
 def _git_commit() -> str | None:

@@ -5,6 +5,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import probe_runs
 import pytest
@@ -174,7 +175,8 @@ def test_names_of_a_run_are_text_in_the_report(whole, run, tmp_path):
 def test_names_of_a_run_are_text_in_the_explorer(tmp_path):
     """They are in a JSON inside of a script element, which a `</script>` would end."""
     for name, word in (("plain", "sky"), ("evil", EVIL)):
-        facts = {"data": {"classes": [word], "words": [word]}, "blocks": {word: word}, "runs": [word]}
+        run = SimpleNamespace(path=word, metrics={"dataset": word})
+        facts = {"data": {"classes": [word], "words": [word]}, "blocks": {word: word}, "runs": [run]}
         (tmp_path / name).write_text(render("explorer.html.j2", **facts))
     assert scripts(tmp_path / "evil") == scripts(tmp_path / "plain")
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', (tmp_path / "evil").read_text(), re.S)

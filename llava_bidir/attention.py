@@ -35,8 +35,8 @@ def register_image_attention(name: str, block_ids: BlockIds | None) -> None:
 
 
 def _check(name: str, block_ids: BlockIds) -> None:
-    """Tries a function on "t i i t i t" and "t t t t t t". Bools for ids would run as a block of all text, and text
-    behind the images that sees what follows could neither be generated nor left out by the probes."""
+    """Tries a function on "t i i t i t" and "t t t t t t". Bools taken for ids would be a block of all text; text behind
+    the images that saw what follows could not be generated, nor be left out by the probes."""
     is_image = torch.tensor([[False, True, True, False, True, False], [False] * 6])
     ids = block_ids(is_image.clone())
     given = f"{ids.dtype}{list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
@@ -44,8 +44,8 @@ def _check(name: str, block_ids: BlockIds) -> None:
         raise ValueError(f"image_attention {name!r} makes {given} of bool[B, N]; expected block ids, torch.int64[B, N]")
     if (ids[0, 5:] >= 0).any() or (ids[1] >= 0).any():
         raise ValueError(
-            f"image_attention {name!r} puts text behind the last image token, or of a sample without one, into a block; "
-            "such text stays causal (-1), since it is generated token by token"
+            f"image_attention {name!r} puts text into a block that has no image token behind it; such text stays "
+            "causal (-1), since it is generated token by token"
         )
 
 

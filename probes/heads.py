@@ -100,12 +100,14 @@ class Probe(nn.Module):
         super().__init__()
         self.norm = FEATURE_NORMS[feature_norm](width)
         self.head = HEADS[head](width, classes, grid)
-        self._name, self._classes = head, classes
+        self._name, self._classes = head, classes  # for what a wrong head is told
 
     def forward(self, states: Tensor) -> Tensor:
         batch, tokens, width = states.shape
         logits = self.head(self.norm(states.reshape(-1, width)).view(batch, tokens, width))
         expected = (batch, tokens, self._classes)
         if logits.shape != expected:
-            raise ValueError(f"head {self._name!r} gives logits of {tuple(logits.shape)}; expected [B, T, K] = {expected}")
+            raise ValueError(
+                f"head {self._name!r} gives logits of {tuple(logits.shape)}; expected [B, T, K] = {expected}"
+            )
         return logits

@@ -35,7 +35,7 @@ def register_image_attention(name: str, block_ids: BlockIds | None) -> None:
 
 
 def _check(name: str, block_ids: BlockIds) -> None:
-    """Tries a function on "t i i t i t" and "t t t t t t". Bools taken for ids would be a block of all text; text behind
+    """Tries a function on "t i i t i t" and "t t t t t t". Bools, taken for ids, would make all text a block; text behind
     the images that saw what follows could not be generated, nor be left out by the probes."""
     is_image = torch.tensor([[False, True, True, False, True, False], [False] * 6])
     ids = block_ids(is_image.clone())

@@ -103,6 +103,7 @@ def test_encoder_entry_gives_one_token_a_patch(name, tmp_path):
     entry = ENCODERS[name]
     side = entry.image_px or 56
     settings = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14}
+    settings |= {"num_register_tokens": entry.extra_tokens - 1} if entry.extra_tokens > 1 else {}
     config = entry.config_class(**settings, intermediate_size=32, image_size=side)
     entry.model_class(config).save_pretrained(tmp_path / "encoder")
     _, llm = tiny.write_parts(tmp_path / "parts")

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_bidir import IMAGE_ATTENTION, register_image_attention
-from llava_bidir.attention import image_attention
+from llava_bidir.attention import bidirectional, image_attention
 from llava_bidir.modeling import build_mask
 
-MASKS = ("causal", "bidirectional", "prefix")
+MASKS = tuple(IMAGE_ATTENTION)  # each needs its definition in tests/reference.py
 
 
 def built(name: str, is_image, padding, implementation: str = "sdpa"):
@@ -74,6 +74,22 @@ def test_unknown_mask_is_an_error_that_lists_the_known_ones():
         image_attention("bi")
     with pytest.raises(ValueError, match="unknown image_attention"):
         tiny.config(image_attention="bi")
+
+
+@pytest.mark.parametrize(
+    ("block_ids", "message"),
+    [
+        (lambda is_image: is_image, r"torch.bool\[2, 6\] of bool\[B, N\]; expected .*torch.int64\[B, N\]"),
+        (lambda is_image: bidirectional(is_image)[0], r"makes torch.int64\[6\] of"),
+        (lambda is_image: None, "makes NoneType of bool"),
+        (lambda is_image: is_image.long(), "puts text into a block that has no image token behind it"),  # 0 is an id
+        (lambda is_image: torch.zeros_like(is_image, dtype=torch.long), "such text stays causal"),
+    ],
+)
+def test_a_function_that_makes_no_mask_is_refused_when_it_is_registered(block_ids, message):
+    with pytest.raises(ValueError, match=f"image_attention 'new' .*{message}"):
+        register_image_attention("new", block_ids)
+    assert "new" not in IMAGE_ATTENTION
 
 
 def test_a_registered_mask_reaches_attention():

@@ -4,6 +4,7 @@ import importlib
 import re
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,19 @@ from llava_bidir import LlavaBidirConfig
 from probes import Knockout
 from probes.analyses.explorer import word_head
 from probes.analyses.knockout_attention import attention_from
-from probes.families import FAMILIES, REFUSED, dynamic, family_of, gemma, own_image_attention
+from probes.families import (
+    DEEPSEEK,
+    DYNAMIC,
+    FAMILIES,
+    GEMMA,
+    LLAVA,
+    MERGED,
+    REFUSED,
+    dynamic,
+    family_of,
+    gemma,
+    own_image_attention,
+)
 from probes.inspection import print_sites
 
 ALL = sorted(STOCK)
@@ -130,6 +143,33 @@ def in_raster_order(states: torch.Tensor, vision) -> torch.Tensor:
 
 def test_there_are_tests_for_all_families():
     assert set(ALL) == set(FAMILIES) - {"llava_bidir"} and len(ALL) >= 16
+
+
+def test_no_entry_hides_another_of_its_name():
+    assert len(FAMILIES) == sum(map(len, (LLAVA, DEEPSEEK, GEMMA, MERGED, DYNAMIC)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"entry": "multi_modal_projector.linear_9"},
+            r"no module 'multi.*9'.*model.multi_modal_projector has linear_1",
+        ),
+        (
+            {"adapter": ("projector",)},
+            r"ConditionalGeneration has no module 'projector'.*model has vision_tower",
+        ),
+        ({"language_model": "decoder"}, "no module 'decoder', which its family's entry names"),
+        ({"encoder_width": lambda config: 12}, r"gives 48 tokens an image, 12 wide, where the grid \(6, 6\) has 36"),
+        ({"model_class": "LlavaForConditionalGenerations"}, "transformers 5.* has no class 'LlavaForConditionalG"),
+    ],
+)
+def test_an_entry_that_does_not_fit_its_model_is_an_error_that_says_where(wrong, message, checkpoint, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "llava", replace(FAMILIES["llava"], **wrong))
+    with pytest.raises(ValueError, match=message):
+        read = probes.load(checkpoint("llava"), untrained=["adapter"] if "adapter" in wrong else [])
+        read.states(read.preprocess(pictures("llava")))
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -137,6 +137,8 @@ class FrozenMLLM(nn.Module):
                 use_cache=cache is not None,
                 **self.family.inputs(self.model, pixels, self.is_image[start:].expand(len(pixels), -1)),
             )
+        if missing := [site for site in wanted if site not in states]:
+            raise ValueError(f"no states of {missing[0]}: the forward does not pass the module that its family names")
         return {site: states[site] for site in wanted}
 
     def _known(self, sites: Sequence[str] | None) -> list[str]:

@@ -160,6 +160,7 @@ def test_no_entry_hides_another_of_its_name():
             {"adapter": ("projector",)},
             r"ConditionalGeneration has no module 'projector'.*model has vision_tower",
         ),
+        ({"entry": "vision_tower.post_layernorm"}, "no states of encoder: the forward does not pass the module that its"),
         ({"language_model": "decoder"}, "no module 'decoder', which its family's entry names"),
         ({"encoder_width": lambda config: 12}, r"gives 48 tokens an image, 12 wide, where the grid \(6, 6\) has 36"),
         ({"model_class": "LlavaForConditionalGenerations"}, "transformers 5.* has no class 'LlavaForConditionalG"),

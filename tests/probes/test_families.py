@@ -160,7 +160,6 @@ def test_no_entry_hides_another_of_its_name():
             {"adapter": ("projector",)},
             r"ConditionalGeneration has no module 'projector'.*model has vision_tower",
         ),
-        ({"entry": "vision_tower.post_layernorm"}, "no states of encoder: the forward does not pass the module that its"),
         ({"language_model": "decoder"}, "no module 'decoder', which its family's entry names"),
         ({"encoder_width": lambda config: 12}, r"gives 48 tokens an image, 12 wide, where the grid \(6, 6\) has 36"),
         ({"model_class": "LlavaForConditionalGenerations"}, "transformers 5.* has no class 'LlavaForConditionalG"),
@@ -204,6 +203,14 @@ def test_words_are_read_as_the_stock_forward_reads_them(name, cap, mllm, monkeyp
     for site, state in states.items():
         scale = logits.abs().max().item()
         torch.testing.assert_close(word_head(read, site)(state), logits, rtol=0, atol=1e-4 * scale)
+
+
+def test_an_entry_that_the_forward_does_not_pass_is_an_error(checkpoint, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "llava", replace(FAMILIES["llava"], entry="spare"))
+    read = probes.load(checkpoint("llava"))
+    read.model.model.spare = torch.nn.Identity()
+    with pytest.raises(ValueError, match="no states of encoder: the forward does not pass the module that its family"):
+        read.states(read.preprocess(pictures("llava")))
 
 
 def test_smaller_pixels_of_the_hybrid_are_the_stock_ones_to_a_grey_level(mllm):

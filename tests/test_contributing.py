@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md is carried out as it is written: each example is applied to a copy of the repository and tested there.
+"""CONTRIBUTING.md is carried out as it is written: each example is applied to a copy of the repository and tested.
 What no longer applies, or whose test fails, fails here."""
 
 import os

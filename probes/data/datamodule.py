@@ -1,5 +1,7 @@
 """The data of a probe run: images with masks, by whatever layout they come in."""
 
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +21,8 @@ class SegmentationData(LightningDataModule):
     """Training and validation images with masks.
 
     Args:
-        root: Folder of the dataset.
-        dataset: Its layout, see probes/data; folder has images, PNG masks and a classes.json.
+        root: Folder of the dataset; for hub also a name there.
+        dataset: Its layout, see probes/data: folder has images, PNG masks and a classes.json, hub ADE20K in parquet.
         options: The layout's own, see its class: {"background": "class"} for voc2012.
         name: What reports call it; None takes the folder's name.
         batch_size: Images of a batch over all devices. The paper has 64.
@@ -54,6 +56,16 @@ class SegmentationData(LightningDataModule):
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one pass over the training images."""
         return math.ceil(len(self.splits["training"]) / self.batch_size)
+
+    def fingerprint(self) -> str:
+        """Changes when the names of images, or the classes, do."""
+        names = [self.classes, *(split.names for split in self.splits.values())]
+        return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+
+    def settings(self) -> dict[str, Any]:
+        """What decides which images a step sees."""
+        names = "fingerprint of image and class names"
+        return {"batch_size": self.batch_size, "seed": self.seed, names: self.fingerprint()}
 
     def setup(self, stage: str) -> None:
         """Before `fit` loads the model: every image and mask is read once, each rank its share.

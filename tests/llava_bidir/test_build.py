@@ -5,7 +5,13 @@ import json
 import pytest
 import tiny
 import torch
-from transformers import CLIPVisionConfig, Dinov2Config, LlamaForCausalLM, SiglipVisionConfig
+from transformers import (
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    LlamaForCausalLM,
+    SiglipVisionConfig,
+)
 
 from llava_bidir.build import build_model, build_processor, set_trainable
 from llava_bidir.encoders import ENCODERS, Encoder
@@ -89,12 +95,15 @@ def test_unknown_or_mistaken_encoder_is_named(parts):
     [
         ("clip", CLIPVisionConfig(image_size=336, patch_size=14), (24, 24)),
         ("dinov2", Dinov2Config(image_size=518, patch_size=14), (24, 24)),
+        ("dinov2_registers", Dinov2WithRegistersConfig(image_size=518, patch_size=14), (24, 24)),
         ("siglip", SiglipVisionConfig(image_size=384, patch_size=14), (27, 27)),
     ],
 )
-def test_grids_of_the_papers_encoders(name, config, grid):
-    """24 x 24 at 336 px and 27 x 27 at 384 px (App. A.1)."""
-    assert Encoder(name, "somewhere").grid(config) == grid
+def test_grids_of_released_encoders(name, config, grid, tmp_path):
+    """24 x 24 at 336 px and 27 x 27 at 384 px (App. A.1); their entries say how many registers they have."""
+    config.save_pretrained(tmp_path)
+    encoder = Encoder(name, str(tmp_path))
+    assert encoder.grid(encoder.load_config()) == grid
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -122,23 +122,23 @@ class Encoder:
         """The vision tower's configuration.
 
         Raises:
-            ValueError: The checkpoint at `path` is of another kind than `name` says, or has other register tokens.
+            ValueError: The checkpoint at `path` is of another kind than `name` says.
         """
         found = read_pretrained("model.encoder.path", AutoConfig, self.path)
         found = getattr(found, "vision_config", found)
+        same_kind = found.model_type == self.entry.config_class.model_type
+        registers, expected = getattr(found, "num_register_tokens", 0), max(self.entry.extra_tokens - 1, 0)
+        if same_kind and registers != expected:
+            raise ValueError(
+                f"encoder {self.path!r} has {registers} register tokens, but name {self.name!r} stands for {expected}: "
+                "registers would be taken for patches, or patches dropped"
+            )
         if found.model_type != self.entry.config_class.model_type:
             raise ValueError(
                 f"encoder {self.path!r} is a {found.model_type!r} checkpoint, but name {self.name!r} stands for "
                 f"{self.entry.config_class.model_type!r}; change model.encoder.name or model.encoder.path"
             )
-        config = self.entry.config_class.from_pretrained(self.path)
-        registers, expected = getattr(config, "num_register_tokens", 0), max(self.entry.extra_tokens - 1, 0)
-        if registers != expected:
-            raise ValueError(
-                f"encoder {self.path!r} has {registers} register tokens, but name {self.name!r} stands for {expected}: "
-                "registers would be taken for patches, or patches dropped"
-            )
-        return config
+        return self.entry.config_class.from_pretrained(self.path)
 
     def image_px(self, config: PreTrainedConfig) -> int:
         """Side of the square input in pixels."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-TABLE_1_ROWS = {"clip_vision_model": "clip", "dinov2": "dinov2", "siglip_vision_model": "siglip"}
+ENCODERS = {"clip_vision_model": "clip", "dinov2": "dinov2", "siglip_vision_model": "siglip"}  # rows of Table 1
 
 
 def local(model: str) -> Path:
@@ -50,7 +50,7 @@ def image_attention(model: str | Path) -> str:
 def encoder(model: str | Path) -> str:
     """Name of the vision encoder: a row of Table 1 where it is one of the paper's."""
     kind = _config(model).get("vision_config", {}).get("model_type", "clip_vision_model")  # LlavaConfig's default
-    return TABLE_1_ROWS.get(kind, kind)
+    return ENCODERS.get(kind, kind)
 
 
 def fingerprint(path: Path) -> str:

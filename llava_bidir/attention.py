@@ -37,7 +37,7 @@ def register_image_attention(name: str, block_ids: BlockIds | None) -> None:
 def _check(name: str, block_ids: BlockIds) -> None:
     """Tries a function on "t i i t i t" and "t t t t t t". Bools, taken for ids, would make all text a block; text that
     saw what follows could not be generated, nor be left out by the probes where it stands behind the images."""
-    is_image = torch.tensor([[False, True, True, False, True, False], [False] * 6])
+    is_image = torch.tensor([[False, True, True, False, True, False], [False] * 6], device="cpu")
     ids = block_ids(is_image.clone())
     given = f"{ids.dtype}{list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
     if given != f"{torch.long}{list(is_image.shape)}":

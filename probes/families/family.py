@@ -90,16 +90,16 @@ class Family:
 
 
 def _module_at(model: PreTrainedModel, path: str) -> nn.Module:
-    found = model.model
-    for i, name in enumerate(names := path.split(".")):
-        children = dict(found.named_children())
-        if name not in children:
-            where = ".".join(["model", *names[:i]])
+    """The module that an entry names; where there is none, the error lists those that there are."""
+    found, where = model.model, "model"
+    for name in path.split("."):
+        inner = getattr(found, name, None)
+        if not isinstance(inner, nn.Module):
+            there = ", ".join(child for child, _ in found.named_children()) or "no modules"
             raise ValueError(
-                f"{type(model).__name__} has no module {path!r}, which its family's entry names: {where} has "
-                f"{', '.join(children) or 'no modules'}"
+                f"{type(model).__name__} has no module {path!r}, which its family's entry names: {where} has {there}"
             )
-        found = children[name]
+        found, where = inner, f"{where}.{name}"
     return found
 
 

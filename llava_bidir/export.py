@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from .lora import merge_lora
 from .model_card import model_card
 from .modeling import LlavaBidirConfig, LlavaBidirForConditionalGeneration
+from .writing import whole_folder
 
 TRAINING_FACTS = "training.json"
 OWN_KEYS = tuple(LlavaBidirConfig.__annotations__)  # what it adds to LlavaConfig
@@ -29,20 +29,17 @@ def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, fact
 
     Raises:
         RuntimeError: What was written is not what is in memory.
+        ValueError: Another process writes `out`, or the operating system refused.
     """
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     if isinstance(model, LlavaBidirForConditionalGeneration):
         LlavaBidirConfig.register_for_auto_class()
         LlavaBidirForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    (partial / TRAINING_FACTS).write_text(json.dumps(facts or {}, indent=1) + "\n")
-    (partial / "README.md").write_text(model_card(model.config, facts or {}))
-    _compare(model, type(model).from_pretrained(partial, dtype=model.dtype))
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    with whole_folder(out) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        (partial / TRAINING_FACTS).write_text(json.dumps(facts or {}, indent=1) + "\n")
+        (partial / "README.md").write_text(model_card(model.config, facts or {}))
+        _compare(model, type(model).from_pretrained(partial, dtype=model.dtype))
 
 
 def as_llava(model: LlavaBidirForConditionalGeneration) -> LlavaForConditionalGeneration:

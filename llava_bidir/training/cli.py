@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
 from ..data.datamodule import InstructionData
+from ..run_lock import locked
 from .callbacks import ExportModel, ShowAnswers, Throughput
 from .checkpoints import WholeCheckpointIO, resolve
 from .module import LlavaTraining
@@ -52,13 +54,20 @@ class TrainingCLI(LightningCLI):
             trainer.callbacks.append(Requeue())
         return trainer
 
-    def fit(self, **kwargs) -> None:
-        """Trains. With `--ckpt_path last` it goes on where the run in OUT stopped, and leaves a finished one alone."""
-        exported = Path(self.trainer.default_root_dir) / "hf"
-        if self._get(self.config, "ckpt_path") == "last" and exported.is_dir():
-            rank_zero_info(f"{exported} is there: this run is finished; nothing to do")
-            return
-        self.trainer.fit(**kwargs)
+    def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
+        """Trains. With `--ckpt_path last` it goes on where the run in OUT stopped, and leaves a finished one alone.
+
+        Raises:
+            ValueError: Another process trains in OUT, or OUT cannot be written.
+        """
+        folder = Path(self.trainer.default_root_dir)
+        with locked(folder, folder / ".lock") if self.trainer.is_global_zero else nullcontext():
+            if ckpt_path == "last":
+                if (folder / "hf").is_dir():
+                    rank_zero_info(f"{folder / 'hf'} is there: this run is finished; nothing to do")
+                    return
+                ckpt_path = resolve(ckpt_path, folder / "checkpoints")
+            self.trainer.fit(ckpt_path=ckpt_path, **kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
         super().parse_arguments(parser, args)
@@ -66,11 +75,12 @@ class TrainingCLI(LightningCLI):
         if run.get("ckpt_path") not in (None, "last"):  # before Lightning opens it for its settings
             resolve(run["ckpt_path"], Path(run["out"]) / "checkpoints")
 
-    def before_fit(self) -> None:
+    def before_validate(self) -> None:
         run = self.config_init[self.subcommand]
-        run["ckpt_path"] = resolve(run["ckpt_path"], Path(run["out"]) / "checkpoints")
+        if run["ckpt_path"] == "last":
+            run["ckpt_path"] = resolve("last", Path(run["out"]) / "checkpoints")
 
-    before_validate = before_test = before_fit
+    before_test = before_validate
 
 
 def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:

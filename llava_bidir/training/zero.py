@@ -30,7 +30,8 @@ from torch import nn
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from ..build import unpartitioned
-from .checkpoints import finish_directory, partial_of, read_listing
+from ..writing import explained, partial_of
+from .checkpoints import finish_directory, read_listing
 
 TAG = "checkpoint"  # Lightning's name of the folder inside a checkpoint directory
 UNIVERSAL = "zero"  # DeepSpeed's name of the folder of a universal checkpoint, one folder inside a parameter
@@ -111,9 +112,10 @@ class ZeRO(DeepSpeedStrategy):
         path = Path(self.broadcast(filepath))
         if self.is_global_zero:
             shutil.rmtree(partial_of(path), ignore_errors=True)
-        super().save_checkpoint(checkpoint, str(partial_of(path)), storage_options)  # ends with a barrier
-        if self.is_global_zero:
-            finish_directory(path, {**self._layout(), "trained": sorted(self._trained())})
+        with explained(path):
+            super().save_checkpoint(checkpoint, str(partial_of(path)), storage_options)  # ends with a barrier
+            if self.is_global_zero:
+                finish_directory(path, {**self._layout(), "trained": sorted(self._trained())})
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = None) -> dict[str, Any]:

@@ -86,18 +86,24 @@ def run(args: argparse.Namespace) -> None:
     if is_original(args.checkpoint):
         model, processor, facts = read_original(args.checkpoint, args.encoder)
     else:
-        model, processor, facts = _read(args.checkpoint)
+        model, processor, facts = read_checkpoint(args.checkpoint)
     export_hf(as_llava(model) if args.as_llava else model, processor, args.out, facts)
     print(args.out)
 
 
-def _read(checkpoint: Path) -> tuple[LlavaBidirForConditionalGeneration, LlavaProcessor, dict]:
-    """The model of a training checkpoint, with its processor and what is known of its run."""
+def read_checkpoint(checkpoint: Path) -> tuple[LlavaBidirForConditionalGeneration, LlavaProcessor, dict]:
+    """The model of a checkpoint of `llava-bidir fit`, with its processor and what is known of its run.
+
+    Raises:
+        ValueError: It is none, or not as it was written.
+    """
+    from .training.checkpoints import resolve
     from .training.module import LlavaTraining  # here, for training imports this module
     from .training.zero import read_state, read_weights
 
     if not checkpoint.exists():
         raise ValueError(f"no checkpoint {checkpoint}; expected RUN/checkpoints/*.ckpt")
+    resolve(str(checkpoint), checkpoint.parent)
     if checkpoint.is_dir():
         saved = read_state(checkpoint) | {"state_dict": read_weights(checkpoint)}
     else:
@@ -113,5 +119,5 @@ def _read(checkpoint: Path) -> tuple[LlavaBidirForConditionalGeneration, LlavaPr
     return (
         merge_lora(module.model),
         module.processor,
-        module.facts() | {"steps": saved["global_step"], "checkpoint": str(checkpoint)},
+        module.facts() | saved["progress"] | {"checkpoint": str(checkpoint)},
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from ..writing import REPLACED, partial_of, take_name, whole_file
@@ -44,6 +45,24 @@ def recount(checkpoint: dict[str, Any], before: int, now: int) -> None:
             counts[key] = counts[key] * before // now
         if "completed" in counts:
             counts["completed"] = counts["processed"] - behind
+
+
+def between_steps(trainer: Trainer) -> bool:
+    """Whether a checkpoint after this micro-batch can be resumed exactly: none holds the gradients of half a step, and
+    behind the last batch of an epoch Lightning would leave out its validation. An epoch leaves its own checkpoint."""
+    epoch = trainer.fit_loop.epoch_loop
+    return not (epoch._should_accumulate() or epoch._is_training_done)
+
+
+class SaveBetweenSteps(Callback):
+    """Holds all ModelCheckpoints to that. Those that save every so many steps would otherwise do so at the first
+    micro-batch after they are resumed too, where the number of steps is still that of the checkpoint."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
+        if not between_steps(trainer):
+            for callback in trainer.checkpoint_callbacks:
+                if not callback._every_n_epochs:  # others save when an epoch is done
+                    callback._last_global_step_saved = trainer.global_step
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

@@ -13,9 +13,10 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
 from ..data.datamodule import InstructionData
+from ..export import export_hf, read_checkpoint
 from ..run_lock import locked
 from .callbacks import ExportModel, ShowAnswers, Throughput
-from .checkpoints import WholeCheckpointIO, resolve
+from .checkpoints import SaveBetweenSteps, WholeCheckpointIO, resolve
 from .module import LlavaTraining
 from .requeue import Requeue
 from .watch import WatchLoss
@@ -68,6 +69,10 @@ class TrainingCLI(LightningCLI):
                     return
                 ckpt_path = resolve(ckpt_path, folder / "checkpoints")
             self.trainer.fit(ckpt_path=ckpt_path, **kwargs)
+            if ckpt_path and self.trainer.is_global_zero and not (folder / "hf").is_dir():
+                # of a checkpoint with nothing left to train Lightning does not call ExportModel
+                model, processor, facts = read_checkpoint(Path(ckpt_path))
+                export_hf(model, processor, folder / "hf", facts)
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
         super().parse_arguments(parser, args)
@@ -97,7 +102,7 @@ def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:
         trainer_defaults={
             # InstructionData cuts batches by rank; a second sampler on top would break LLaVA's grouping
             "use_distributed_sampler": False,
-            "callbacks": [LearningRateMonitor("step"), Throughput(), ShowAnswers(), ExportModel()],
+            "callbacks": [LearningRateMonitor("step"), Throughput(), ShowAnswers(), SaveBetweenSteps(), ExportModel()],
         },
     )
 

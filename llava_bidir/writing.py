@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from .run_lock import locked
+from .lock import only_writer
 
 PARTIAL, REPLACED = ".partial", ".replaced"
 
@@ -48,7 +48,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         ValueError: Another process writes it, or the operating system refused.
     """
     partial = partial_of(path)
-    with locked(path, path.with_name(f".{path.name}.lock")), explained(path):
+    with only_writer(path.parent, path.name), explained(path):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ..data.datamodule import InstructionData
 from ..export import export_hf, read_checkpoint
-from ..run_lock import locked
+from ..lock import only_writer
 from .callbacks import ExportModel, ShowAnswers, Throughput
 from .checkpoints import SaveBetweenSteps, WholeCheckpointIO, resolve
 from .module import LlavaTraining
@@ -45,7 +45,8 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs):
         out = self._get(self.config_init, "out")
-        kwargs["logger"] = TensorBoardLogger(out, name="", version="")
+        if self._get(self.config_init, "trainer.logger") is None:
+            kwargs["logger"] = TensorBoardLogger(out, name="", version="")
         plugins = [*(self._get(self.config_init, "trainer.plugins", default=None) or []), WholeCheckpointIO()]
         on_slurm = SLURMEnvironment.detect()
         if on_slurm:
@@ -55,6 +56,10 @@ class TrainingCLI(LightningCLI):
             trainer.callbacks.append(Requeue())
         return trainer
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning puts the settings that a checkpoint names in place of those of the command line, silently. Here the
+        command line counts, and where it differs `fit` says so (`check_same_run`)."""
+
     def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
         """Trains. With `--ckpt_path last` it goes on where the run in OUT stopped, and leaves a finished one alone.
 
@@ -62,7 +67,7 @@ class TrainingCLI(LightningCLI):
             ValueError: Another process trains in OUT, or OUT cannot be written.
         """
         folder = Path(self.trainer.default_root_dir)
-        with locked(folder, folder / ".lock") if self.trainer.is_global_zero else nullcontext():
+        with only_writer(folder) if self.trainer.is_global_zero else nullcontext():
             if ckpt_path == "last":
                 if (folder / "hf").is_dir():
                     rank_zero_info(f"{folder / 'hf'} is there: this run is finished; nothing to do")
@@ -99,6 +104,8 @@ def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:
         run=run,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": "llava-bidir"},
+        auto_configure_optimizers=False,  # --optimizer would take the place of the recipe's
         trainer_defaults={
             # InstructionData cuts batches by rank; a second sampler on top would break LLaVA's grouping
             "use_distributed_sampler": False,

@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from ..run_lock import locked
+from ..lock import only_writer
 from . import checkpoint
 from .benchmarks import BENCHMARKS
 from .check import problems
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
         "batch_size": args.batch_size,
         "data": "hub" if args.data is None else str(args.data),
     }
-    with locked(args.out, args.out / ".lock"):
+    with only_writer(args.out):
         missing = [name for name in args.tasks if not _finished(args.out, name, facts)]
         if missing:
             _start_harness(args, model, missing, facts)

@@ -5,7 +5,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -39,14 +39,13 @@ def only_writer(folder: Path, result: str = "") -> Iterator[None]:
     except OSError as error:
         lock.release()
         if error.errno not in WITHOUT_LOCKS:
-            raise ValueError(
-                f"nothing can be written into {folder} ({error.strerror}); choose another folder"
-            ) from None
+            raise ValueError(f"nothing can be written into {folder}: {error.strerror}; choose another folder") from None
         log.warning("the file system of %s has no locks: nothing keeps a second run out of it", folder)
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)  # while it is held: filelock looks whether what it locked is still there
+        with suppress(OSError):
+            file.unlink()  # while it is held: filelock looks whether what it locked is still there
         lock.release()
 
 

@@ -118,7 +118,7 @@ def test_killed_runs_end_as_an_undisturbed_one(train, tmp_path):
     kills = runs = in_writing = repeated = 0
     while kills < FAULTS or (out / "checkpoints").exists():
         before = saved_step(out)
-        log.unlink()
+        log.unlink(missing_ok=True)
         child = fork(lambda: train(out), log)
         status = kill_after(moments.uniform(0, duration) if kills < FAULTS else 20 * duration, child)
         assert status in (None, 0), log.read_text()

@@ -10,17 +10,17 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import datasets
 import pytest
 import tiny
 import torch
+from processes import fork, kill_after, wait
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llava_bidir import cli
-from llava_bidir.training.checkpoints import newest_whole
+from llava_bidir.training.checkpoints import WholeCheckpointIO, newest_whole
 from llava_bidir.writing import PARTIAL
 
 FAULTS = int(os.environ.get("FAULTS", 6))
@@ -30,38 +30,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="forks a process that has loaded torch"),
 ]
-
-
-def fork(run, log: Path) -> int:
-    """The id of a process that runs `run` and ends with 0, or with 1 if it raises; what it says goes to `log`."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
-        run()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def kill_after(seconds: float, child: int) -> int | None:
-    """The child's exit status; None if it was killed, which happens unless it ends in time."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return None if status == -signal.SIGKILL else status
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +78,7 @@ def saved_step(out: Path) -> int:
 
 def test_killed_runs_end_as_an_undisturbed_one(train, tmp_path):
     start, log = time.monotonic(), tmp_path / "log"
-    assert os.waitpid(fork(lambda: train(tmp_path / "undisturbed"), log), 0)[1] == 0, log.read_text()
+    assert wait(fork(lambda: train(tmp_path / "undisturbed"), log)) == 0, log.read_text()
     duration = time.monotonic() - start
     expected, points = results(tmp_path / "undisturbed"), curves(tmp_path / "undisturbed")
 
@@ -121,9 +89,9 @@ def test_killed_runs_end_as_an_undisturbed_one(train, tmp_path):
         log.unlink(missing_ok=True)
         child = fork(lambda: train(out), log)
         status = kill_after(moments.uniform(0, duration) if kills < FAULTS else 20 * duration, child)
-        assert status in (None, 0), log.read_text()
+        assert status in (-signal.SIGKILL, 0), log.read_text()
         assert saved_step(out) >= before, "a checkpoint is never lost"
-        if status is None:
+        if status:
             kills += 1
             in_writing += any(out.rglob("*" + PARTIAL))
             continue
@@ -136,3 +104,52 @@ def test_killed_runs_end_as_an_undisturbed_one(train, tmp_path):
     print(
         f"\n{kills} kills, {in_writing} of them in the middle of a file; {runs} runs ended, all as the undisturbed one"
     )
+
+
+@pytest.mark.parametrize("moment", ["validation", "export"])
+def test_a_run_killed_behind_its_last_step_is_validated_and_exported(
+    moment, parts, conversations, tmp_path, monkeypatch
+):
+    """With Lightning's own checkpoint at the end of each epoch, from where there is nothing left to train."""
+
+    def train(out: Path, killed: bool = False) -> int:
+        def run():
+            if killed:
+                name = {"validation": "training.module.LlavaTraining.answer", "export": "export._compare"}[moment]
+                monkeypatch.setattr("llava_bidir." + name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            arguments = tiny.training_arguments(parts, conversations)
+            more = ("--trainer.log_every_n_steps", "1", "--out", str(out), "--ckpt_path", "last")
+            cli.main(["fit", *arguments, *more])
+
+        return wait(fork(run, tmp_path / "log"))
+
+    assert train(tmp_path / "undisturbed") == 0, (tmp_path / "log").read_text()
+    assert train(tmp_path / "killed", killed=True) == -signal.SIGKILL
+    assert not (tmp_path / "killed/hf").exists()
+    assert train(tmp_path / "killed") == 0, (tmp_path / "log").read_text()
+    whole, resumed = results(tmp_path / "undisturbed"), results(tmp_path / "killed")
+    resumed["facts"].pop("checkpoint", None)  # which it was exported from
+    assert resumed == whole and "val/answer_accuracy" in whole["facts"]
+
+
+def test_no_checkpoint_is_in_the_middle_of_a_step(train, tmp_path):
+    """Also not at the first micro-batch after a resume, where the number of steps is still that of the checkpoint."""
+
+    def watched(out: Path):
+        save = WholeCheckpointIO.save_checkpoint
+
+        def noted(self, checkpoint, path, storage_options=None):
+            save(self, checkpoint, path)
+            with (tmp_path / "positions").open("a") as file:
+                file.write(f"{checkpoint['loops']['fit_loop']['epoch_loop.batch_progress']['current']['processed']}\n")
+
+        WholeCheckpointIO.save_checkpoint = noted
+        train(out)
+
+    child = fork(lambda: watched(tmp_path / "run"), tmp_path / "log")
+    while not (tmp_path / "positions").exists():
+        time.sleep(0.001)
+    assert kill_after(0, child) == -signal.SIGKILL
+    assert wait(fork(lambda: watched(tmp_path / "run"), tmp_path / "log")) == 0
+    positions = [int(line) for line in (tmp_path / "positions").read_text().split()]
+    assert len(positions) > 10 and not any(position % 2 for position in positions), "two micro-batches a step"

@@ -83,7 +83,7 @@ def test_killed_runs_end_as_an_undisturbed_one(train, tmp_path):
     expected, points = results(tmp_path / "undisturbed"), curves(tmp_path / "undisturbed")
 
     moments, out = random.Random(FAULTS), tmp_path / "killed"
-    kills = runs = in_writing = repeated = 0
+    kills = runs = in_writing = 0
     while kills < FAULTS or (out / "checkpoints").exists():
         before = saved_step(out)
         log.unlink(missing_ok=True)
@@ -99,7 +99,6 @@ def test_killed_runs_end_as_an_undisturbed_one(train, tmp_path):
         assert results(out) == expected
         for point, values in curves(out).items():
             assert values == points[point], point
-            repeated += 1
         shutil.rmtree(out)
     print(
         f"\n{kills} kills, {in_writing} of them in the middle of a file; {runs} runs ended, all as the undisturbed one"

@@ -23,10 +23,12 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.distributed import distributed_c10d
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from ..build import unpartitioned
@@ -83,6 +85,11 @@ class ZeRO(DeepSpeedStrategy):
         # shared-memory communication would be compiled on first use; gloo does without
         import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         self._init_deepspeed_distributed()
+
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        for group in distributed_c10d._world.pg_map:  # DeepSpeed makes its groups without a timeout: torch's default
+            distributed_c10d._set_pg_timeout(self._timeout, group)
 
     def teardown(self) -> None:
         unset_hf_deepspeed_config()

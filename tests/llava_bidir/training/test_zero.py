@@ -226,12 +226,10 @@ def test_a_rank_that_dies_ends_the_run(strategy, spec):
     assert newest_whole(out / "trouble") == out / "trouble/good.ckpt"
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
-def test_a_rank_that_stalls_ends_the_run_after_the_timeout(strategy, spec):
-    out, codes, log = start(
-        spec, f"{strategy}-stalls", [f"{strategy}:stalls:32-true"], timeout_minutes=0.25, stalls_s=45
-    )
+def test_a_rank_that_stalls_ends_the_run_after_the_timeout(spec):
+    """Under ZeRO too, where DeepSpeed makes groups of processes of its own."""
+    out, codes, log = start(spec, "stalls", ["zero2:stalls:32-true"], timeout_minutes=0.25, stalls_s=45)
     assert codes[0] not in (0, -9), log
     assert (out / "0.log").stat().st_mtime - (out / "lost").stat().st_mtime < 40, "before the other moves again"
-    assert not (out / f"{strategy}-32-true/hf").exists()
+    assert not (out / "zero2-32-true/hf").exists()
     assert newest_whole(out / "trouble") == out / "trouble/good.ckpt"

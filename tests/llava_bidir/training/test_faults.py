@@ -34,8 +34,8 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def train(parts, conversations):
-    """A function that makes a run in a folder, or goes on with it: 30 optimizer steps, each with a checkpoint, but those
-    that end an epoch; validated in the fourth epoch and the eighth of ten."""
+    """A function that makes a run in a folder, or goes on with it: ten epochs of three steps, with a checkpoint after
+    each step but the last of an epoch, validated after the fourth epoch and the eighth."""
 
     def run(out: Path) -> None:
         datasets.config.HF_DATASETS_CACHE = out / "cache"  # so that reading the conversations is cut short, too

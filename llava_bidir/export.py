@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from .lora import merge_lora
 from .model_card import model_card
 from .modeling import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 from .pretrained import check_pickle, named
+from .writing import whole_folder
 
 TRAINING_FACTS = "training.json"
 OWN_KEYS = tuple(LlavaBidirConfig.__annotations__)  # what it adds to LlavaConfig
@@ -30,20 +30,17 @@ def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, fact
 
     Raises:
         RuntimeError: What was written is not what is in memory.
+        ValueError: Another process writes `out`, or the operating system refused.
     """
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     if isinstance(model, LlavaBidirForConditionalGeneration):
         LlavaBidirConfig.register_for_auto_class()
         LlavaBidirForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-    model.save_pretrained(partial)
-    processor.save_pretrained(partial)
-    (partial / TRAINING_FACTS).write_text(json.dumps(facts or {}, indent=1) + "\n")
-    (partial / "README.md").write_text(model_card(model.config, facts or {}))
-    _compare(model, type(model).from_pretrained(partial, dtype=model.dtype))
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
+    with whole_folder(out) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        (partial / TRAINING_FACTS).write_text(json.dumps(facts or {}, indent=1) + "\n")
+        (partial / "README.md").write_text(model_card(model.config, facts or {}))
+        _compare(model, type(model).from_pretrained(partial, dtype=model.dtype))
 
 
 def as_llava(model: LlavaBidirForConditionalGeneration) -> LlavaForConditionalGeneration:
@@ -90,18 +87,24 @@ def run(args: argparse.Namespace) -> None:
     if is_original(args.checkpoint):
         model, processor, facts = read_original(args.checkpoint, args.encoder)
     else:
-        model, processor, facts = _read(args.checkpoint)
+        model, processor, facts = read_checkpoint(args.checkpoint)
     export_hf(as_llava(model) if args.as_llava else model, processor, args.out, facts)
     print(args.out)
 
 
-def _read(checkpoint: Path) -> tuple[LlavaBidirForConditionalGeneration, LlavaProcessor, dict]:
-    """The model of a training checkpoint, with its processor and what is known of its run."""
+def read_checkpoint(checkpoint: Path) -> tuple[LlavaBidirForConditionalGeneration, LlavaProcessor, dict]:
+    """The model of a checkpoint of `llava-bidir fit`, with its processor and what is known of its run.
+
+    Raises:
+        ValueError: It is none, or not as it was written.
+    """
+    from .training.checkpoints import resolve
     from .training.module import LlavaTraining  # here, for training imports this module
     from .training.zero import read_state, read_weights
 
     if not checkpoint.exists():
         raise ValueError(f"no checkpoint {checkpoint}; expected RUN/checkpoints/*.ckpt")
+    resolve(str(checkpoint), checkpoint.parent)
     if checkpoint.is_dir():
         saved = read_state(checkpoint) | {"state_dict": read_weights(checkpoint)}
     else:
@@ -121,5 +124,5 @@ def _read(checkpoint: Path) -> tuple[LlavaBidirForConditionalGeneration, LlavaPr
     return (
         merge_lora(module.model),
         module.processor,
-        module.facts() | {"steps": saved["global_step"], "checkpoint": str(checkpoint)},
+        module.facts() | saved["progress"] | {"checkpoint": str(checkpoint)},
     )

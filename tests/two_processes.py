@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import sys
+import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +35,7 @@ from llava_bidir.training.zero import ZeRO, gathered
 SPEC = json.loads(Path(sys.argv[1]).read_text())
 OUT = Path(SPEC["out"])
 MIDDLE, END = 2, 6  # optimizer steps with checkpoints: in the middle of an epoch of three, and at the end of two
+TIMEOUT_MINUTES = SPEC.get("timeout_minutes", 1)
 LATE = {MIDDLE: "trouble/good.ckpt", END: "trouble/bad.ckpt"}
 # nothing of a model this small would be partitioned or released otherwise
 PARTITIONED = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
@@ -41,13 +43,13 @@ PARTITIONED = ("stage3_param_persistence_threshold", "stage3_max_live_parameters
 
 def build_strategy(name: str):
     if name == "ddp":
-        return DDPStrategy(timeout=timedelta(minutes=1))
+        return DDPStrategy(timeout=timedelta(minutes=TIMEOUT_MINUTES))
     config = yaml.safe_load((Path(__file__).parents[1] / f"configs/cluster/{name}.yaml").read_text())
     zero = config["trainer"]["strategy"]["init_args"]["zero_optimization"]
     zero |= {"reduce_bucket_size": 2000, "overlap_comm": False}  # several buckets
     if zero["stage"] == 3:
         zero |= dict.fromkeys(PARTITIONED, 0)
-    return ZeRO(zero, timeout_minutes=1)
+    return ZeRO(zero, timeout_minutes=TIMEOUT_MINUTES)
 
 
 class Recorder(Callback):
@@ -160,6 +162,31 @@ def disk_full(strategy, precision):
     """Rank 1 cannot write more than a few bytes of its share of the second checkpoint."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
     return fit(strategy, precision, llm="dropout_llm", save=LATE, callbacks=[Trouble(limit)])
+
+
+def dies(strategy, precision):
+    """Rank 1 dies in the middle of an epoch, as by kill -9, while rank 0 trains a micro-batch."""
+    return lost(strategy, precision, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def stalls(strategy, precision):
+    """Rank 1 stops answering there, as on a device that hangs."""
+    return lost(strategy, precision, lambda: time.sleep(SPEC["stalls_s"]))
+
+
+def lost(strategy, precision, happen):
+    callbacks = [Lost(happen), ExportModel()]
+    return fit(strategy, precision, save={MIDDLE: "trouble/good.ckpt"}, callbacks=callbacks)
+
+
+class Lost(Callback):
+    def __init__(self, happen):
+        self.happen = happen
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == END - 1 and trainer.global_rank == 1:
+            (OUT / "lost").touch()
+            self.happen()
 
 
 class Trouble(Callback):

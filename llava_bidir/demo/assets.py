@@ -9,7 +9,6 @@ OUT/encoder/, OUT/llm/                                                          
 import argparse
 import json
 import multiprocessing
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..writing import whole_folder
 from . import models
 from .drawing import CLASSES, PALETTE
 from .texts import View, as_text, dialogue, misread, show
@@ -40,11 +40,10 @@ def demo_assets(out: Path, seed: int = 0, scale: float = 1.0) -> None:
         seed: Decides everything that is drawn.
         scale: Share of the full demo's pictures, conversations and training steps, for quick trials.
     """
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     sized = {name: max(16, round(n * scale)) for name, n in PICTURES.items()}
     # spawned, not forked: torch's threads do not survive a fork
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _one_thread) as pool:
+    workers = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _one_thread)
+    with whole_folder(out) as partial, workers as pool:
         scenes = _draw(pool, partial, sized, seed)
         views = {split: [View.of(scene) for scene in found] for split, found in scenes.items()}
         jobs = [
@@ -55,8 +54,6 @@ def demo_assets(out: Path, seed: int = 0, scale: float = 1.0) -> None:
         _write_conversations(partial, views, scale, seed)
         for job in jobs:
             job.result()
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
     print(f"{out}: " + ", ".join(f"{n} {split} pictures" for split, n in sized.items()))
 
 

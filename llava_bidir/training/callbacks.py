@@ -138,12 +138,5 @@ class ExportModel(Callback):
                 self._export(trainer, pl_module)
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        facts = {
-            **pl_module.facts(),
-            "global_batch": trainer.datamodule.batch_size,
-            "steps": trainer.global_step,
-            "epochs": trainer.current_epoch,
-            "devices": trainer.world_size,
-            **{k: float(v) for k, v in trainer.callback_metrics.items()},
-        }
+        facts = pl_module.facts() | pl_module.progress()
         export_hf(merge_lora(pl_module.model), pl_module.processor, Path(trainer.default_root_dir) / "hf", facts)

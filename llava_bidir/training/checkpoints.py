@@ -7,20 +7,21 @@ checkpoint; the one before it is untouched. A checkpoint is a file (one process,
 
 import json
 import logging
-import os
-import shutil
 import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from ..pretrained import check_pickle
+from ..writing import REPLACED, partial_of, take_name, whole_file
 
 log = logging.getLogger(__name__)
 
-PARTIAL, REPLACED = ".partial", ".replaced"
 LISTING = "whole.json"
 POSITION = "trained_micro_batches"  # InstructionData's key
 # What ZeRO's files hold beside tensors and plain data. DeepSpeed loads them as pickles, which could call anything.
@@ -52,6 +53,24 @@ def recount(checkpoint: dict[str, Any], before: int, now: int) -> None:
             counts[key] = counts[key] * before // now
         if "completed" in counts:
             counts["completed"] = counts["processed"] - behind
+
+
+def between_steps(trainer: Trainer) -> bool:
+    """Whether a checkpoint after this micro-batch can be resumed exactly: none holds the gradients of half a step, and
+    behind the last batch of an epoch Lightning would leave out its validation. An epoch leaves its own checkpoint."""
+    epoch = trainer.fit_loop.epoch_loop
+    return not (epoch._should_accumulate() or epoch._is_training_done)
+
+
+class SaveBetweenSteps(Callback):
+    """Holds all ModelCheckpoints to that. Those that save every so many steps would otherwise do so at the first
+    micro-batch after they are resumed too, where the number of steps is still that of the checkpoint."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
+        if not between_steps(trainer):
+            for callback in trainer.checkpoint_callbacks:
+                if not callback._every_n_epochs:  # others save when an epoch is done
+                    callback._last_global_step_saved = trainer.global_step
 
 
 def check_same_run(saved: dict[str, Any], now: dict[str, Any], of: str, free: tuple[str, ...] = ()) -> None:
@@ -88,18 +107,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = partial_of(path)
-        try:
-            with partial.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-        except BaseException:
-            partial.unlink(missing_ok=True)  # on a full disk, room for others
-            raise
-        partial.replace(path)
+        with whole_file(Path(path)) as partial, partial.open("wb") as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """
@@ -113,30 +122,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
         return super().load_checkpoint(path, *args, **kwargs | {"weights_only": True})
 
 
-def partial_of(path: Path) -> Path:
-    return path.with_name(path.name + PARTIAL)
-
-
 def finish_directory(path: Path, facts: dict[str, Any]) -> None:
-    """Lists the files of `path`.partial in its whole.json, beside `facts`, and renames it to `path`.
-
-    A directory cannot replace another in one step: the old one is renamed first and deleted last, so that at every
-    moment one whole checkpoint is there.
-    """
+    """Lists the files of `path`.partial in its whole.json, beside `facts`, and renames it to `path`."""
     partial = partial_of(path)
     sizes = {
         str(file.relative_to(partial)): file.stat().st_size for file in sorted(partial.rglob("*")) if file.is_file()
     }
-    for name in sizes:
-        with (partial / name).open("rb") as file:
-            os.fsync(file.fileno())
     (partial / LISTING).write_text(json.dumps({**facts, "bytes": sizes}, indent=1) + "\n")
-    replaced = path.with_name(path.name + REPLACED)
-    shutil.rmtree(replaced, ignore_errors=True)
-    if path.exists():
-        path.rename(replaced)
-    partial.rename(path)
-    shutil.rmtree(replaced, ignore_errors=True)
+    take_name(path)
 
 
 def read_listing(path: Path) -> dict[str, Any]:
@@ -181,11 +174,28 @@ def code_in(path: Path) -> str | None:
     return None
 
 
+def damage(path: Path) -> str | None:
+    """What in a whole checkpoint is not as it was written, None if all is. Everything is read, at some GB a second and
+    core, against the sums that torch.save writes and torch.load does not look at: it loads a flipped bit."""
+    files = [path] if path.is_file() else sorted(path.rglob("*.pt"))
+    with ThreadPoolExecutor() as pool:
+        return next(filter(None, pool.map(_damaged_file, files)), None)
+
+
+def _damaged_file(path: Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entry = archive.testzip()
+    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, ValueError, EOFError) as error:
+        return f"{path.name} is damaged: {error}"  # where it says what it holds
+    return entry and f"{path.name} is damaged: {entry} is not as it was written"
+
+
 def newest_whole(folder: Path) -> Path | None:
     """The newest whole checkpoint in `folder`, None if there is none; says which newer ones it passes over."""
     found = [p for p in folder.glob("*") if p.name.removesuffix(REPLACED).endswith(".ckpt")]
     for path in sorted(found, key=lambda p: p.stat().st_mtime_ns, reverse=True):
-        problem = what_is_wrong(path)
+        problem = what_is_wrong(path) or damage(path)
         if problem is None:
             return path
         log.warning("passing over checkpoint %s: %s", path, problem)
@@ -203,7 +213,7 @@ def resolve(path: str | None, folder: Path) -> str | None:
         log.info("resuming %s", found) if found else log.info("no checkpoint in %s yet; starting anew", folder)
         return str(found) if found else None
     if path is not None:
-        problem = what_is_wrong(Path(path))
+        problem = what_is_wrong(Path(path)) or damage(Path(path))
         if problem:
-            raise ValueError(f"--ckpt_path {path}: {problem}. The newest whole one in {folder}: {newest_whole(folder)}")
+            raise ValueError(f"checkpoint {path}: {problem}. The newest whole one in {folder}: {newest_whole(folder)}")
     return path

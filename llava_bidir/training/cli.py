@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -13,8 +14,10 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ..configured import ConfiguredCLI
 from ..data.datamodule import InstructionData
+from ..export import export_hf, read_checkpoint
+from ..lock import only_writer
 from .callbacks import ExportModel, ShowAnswers, Throughput
-from .checkpoints import WholeCheckpointIO, resolve
+from .checkpoints import SaveBetweenSteps, WholeCheckpointIO, resolve
 from .module import LlavaTraining
 from .requeue import Requeue
 from .watch import WatchLoss
@@ -58,13 +61,24 @@ class TrainingCLI(ConfiguredCLI):
         """Lightning puts the settings that a checkpoint names in place of those of the command line, silently. Here the
         command line counts, and where it differs `fit` says so (`check_same_run`)."""
 
-    def fit(self, **kwargs) -> None:
-        """Trains. With `--ckpt_path last` it goes on where the run in OUT stopped, and leaves a finished one alone."""
-        exported = Path(self.trainer.default_root_dir) / "hf"
-        if self._get(self.config, "ckpt_path") == "last" and exported.is_dir():
-            rank_zero_info(f"{exported} is there: this run is finished; nothing to do")
-            return
-        self.trainer.fit(**kwargs)
+    def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
+        """Trains. With `--ckpt_path last` it goes on where the run in OUT stopped, and leaves a finished one alone.
+
+        Raises:
+            ValueError: Another process trains in OUT, or OUT cannot be written.
+        """
+        folder = Path(self.trainer.default_root_dir)
+        with only_writer(folder) if self.trainer.is_global_zero else nullcontext():
+            if ckpt_path == "last":
+                if (folder / "hf").is_dir():
+                    rank_zero_info(f"{folder / 'hf'} is there: this run is finished; nothing to do")
+                    return
+                ckpt_path = resolve(ckpt_path, folder / "checkpoints")
+            self.trainer.fit(ckpt_path=ckpt_path, **kwargs)
+            if ckpt_path and self.trainer.is_global_zero and not (folder / "hf").is_dir():
+                # of a checkpoint with nothing left to train Lightning does not call ExportModel
+                model, processor, facts = read_checkpoint(Path(ckpt_path))
+                export_hf(model, processor, folder / "hf", facts)
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
         super().parse_arguments(parser, args)
@@ -72,11 +86,12 @@ class TrainingCLI(ConfiguredCLI):
         if run.get("ckpt_path") not in (None, "last"):  # before Lightning opens it for its settings
             resolve(run["ckpt_path"], Path(run["out"]) / "checkpoints")
 
-    def before_fit(self) -> None:
+    def before_validate(self) -> None:
         run = self.config_init[self.subcommand]
-        run["ckpt_path"] = resolve(run["ckpt_path"], Path(run["out"]) / "checkpoints")
+        if run["ckpt_path"] == "last":
+            run["ckpt_path"] = resolve("last", Path(run["out"]) / "checkpoints")
 
-    before_validate = before_test = before_fit
+    before_test = before_validate
 
 
 def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:
@@ -95,7 +110,7 @@ def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:
         trainer_defaults={
             # InstructionData cuts batches by rank; a second sampler on top would break LLaVA's grouping
             "use_distributed_sampler": False,
-            "callbacks": [LearningRateMonitor("step"), Throughput(), ShowAnswers(), ExportModel()],
+            "callbacks": [LearningRateMonitor("step"), Throughput(), ShowAnswers(), SaveBetweenSteps(), ExportModel()],
         },
     )
 

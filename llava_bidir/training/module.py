@@ -92,6 +92,7 @@ class LlavaTraining(LightningModule):
         rows, columns = encoder.grid(encoder.load_config())
         self.image_tokens = rows * columns
         self.model = None
+        self.metrics_before: dict[str, float] = {}  # of the run that this one goes on with
         self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
 
     def configure_model(self) -> None:
@@ -242,6 +243,17 @@ class LlavaTraining(LightningModule):
         settings = {k: v for k, v in self.hparams.items() if v is not None and not k.startswith("_")}
         return {"stage": "+".join(self.hparams.train), **settings}
 
+    def progress(self) -> dict[str, Any]:
+        """How far the run is, and the newest value of each metric."""
+        return {
+            "global_batch": self.trainer.datamodule.batch_size,
+            "steps": self.trainer.global_step,
+            "epochs": self.trainer.fit_loop.epoch_progress.current.processed,
+            "devices": self.trainer.world_size,
+            **self.metrics_before,
+            **{k: float(v) for k, v in self.trainer.callback_metrics.items()},
+        }
+
     @property
     def _samples_at_a_time(self) -> int:
         """Samples of a micro-batch over all devices."""
@@ -250,6 +262,7 @@ class LlavaTraining(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what trains; the frozen rest is where it was loaded from. And what the position in the epoch counts."""
         checkpoint["samples_at_a_time"] = self._samples_at_a_time
+        checkpoint["progress"] = self.progress()
         checkpoint["data"] = self.trainer.datamodule.settings()
         trained = {"model." + name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
@@ -260,6 +273,7 @@ class LlavaTraining(LightningModule):
             check_same_run(checkpoint["hyper_parameters"], self.hparams, "model", free=FREE)
             check_same_run(checkpoint["data"], self.trainer.datamodule.settings(), "data")
             recount(checkpoint, checkpoint["samples_at_a_time"], self._samples_at_a_time)
+            self.metrics_before = {k: v for k, v in checkpoint["progress"].items() if "/" in k}
         if "state_dict" not in checkpoint:
             return  # ZeRO's weights are elsewhere, and it checks them itself
         trained = {"model." + name for name, parameter in self.model.named_parameters() if parameter.requires_grad}

@@ -15,6 +15,8 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
+from .checkpoints import between_steps
+
 INTERRUPTED = os.EX_TEMPFAIL  # exit status of a run that is not finished; the job's script stops on it
 CHECKPOINT = "checkpoints/last.ckpt"  # in the run's folder, where `--ckpt_path last` finds it
 
@@ -41,8 +43,7 @@ class Requeue(Callback):
             signal.signal(number, lambda number, frame: self.received.add(number))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
-        epoch = trainer.fit_loop.epoch_loop
-        if epoch._should_accumulate() or epoch._is_training_done:  # an epoch that is done leaves its own checkpoint
+        if not between_steps(trainer):
             return
         agree = trainer.strategy.reduce_boolean_decision
         if not agree(bool(self.received), all=False):

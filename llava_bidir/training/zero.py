@@ -23,14 +23,17 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
+from torch.distributed import distributed_c10d
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from ..build import unpartitioned
-from .checkpoints import code_in, finish_directory, partial_of, read_listing
+from ..writing import explained, partial_of
+from .checkpoints import code_in, finish_directory, read_listing
 
 TAG = "checkpoint"  # Lightning's name of the folder inside a checkpoint directory
 UNIVERSAL = "zero"  # DeepSpeed's name of the folder of a universal checkpoint, one folder inside a parameter
@@ -83,6 +86,11 @@ class ZeRO(DeepSpeedStrategy):
         import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         self._init_deepspeed_distributed()
 
+    def setup(self, trainer: Trainer) -> None:
+        super().setup(trainer)
+        for group in distributed_c10d._world.pg_map:  # DeepSpeed makes its groups without a timeout: torch's default
+            distributed_c10d._set_pg_timeout(self._timeout, group)
+
     def teardown(self) -> None:
         unset_hf_deepspeed_config()
         super().teardown()
@@ -111,9 +119,10 @@ class ZeRO(DeepSpeedStrategy):
         path = Path(self.broadcast(filepath))
         if self.is_global_zero:
             shutil.rmtree(partial_of(path), ignore_errors=True)
-        super().save_checkpoint(checkpoint, str(partial_of(path)), storage_options)  # ends with a barrier
-        if self.is_global_zero:
-            finish_directory(path, {**self._layout(), "trained": sorted(self._trained())})
+        with explained(path):
+            super().save_checkpoint(checkpoint, str(partial_of(path)), storage_options)  # ends with a barrier
+            if self.is_global_zero:
+                finish_directory(path, {**self._layout(), "trained": sorted(self._trained())})
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = None) -> dict[str, Any]:

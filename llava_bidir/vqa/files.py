@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+from ..writing import whole_file
 from .benchmarks import Item
 
 PACKAGE = Path(__file__).parents[1]
@@ -42,10 +43,10 @@ def items_file(out: Path, name: str) -> Path:
 
 
 def write_results(out: Path, name: str, facts: dict, items: list[Item]) -> None:
-    items_file(out, name).write_text("".join(json.dumps(item) + "\n" for item in items))
-    partial = results_file(out, name).with_suffix(".partial")
-    partial.write_text(json.dumps(facts, indent=1) + "\n")
-    partial.rename(results_file(out, name))
+    with whole_file(items_file(out, name)) as partial:
+        partial.write_text("".join(json.dumps(item) + "\n" for item in items))
+    with whole_file(results_file(out, name)) as partial:
+        partial.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 def read_results(out: Path, name: str) -> tuple[dict, list[Item]]:

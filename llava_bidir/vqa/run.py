@@ -6,6 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
+from ..lock import only_writer
 from . import checkpoint
 from .benchmarks import BENCHMARKS
 from .check import problems
@@ -30,9 +31,10 @@ def run(args: argparse.Namespace) -> None:
         "batch_size": args.batch_size,
         "data": "hub" if args.data is None else str(args.data),
     }
-    missing = [name for name in args.tasks if not _finished(args.out, name, facts)]
-    if missing:
-        _start_harness(args, model, missing, facts)
+    with only_writer(args.out):
+        missing = [name for name in args.tasks if not _finished(args.out, name, facts)]
+        if missing:
+            _start_harness(args, model, missing, facts)
     absent = [name for name in args.tasks if not results_file(args.out, name).exists()]
     if absent:
         raise ValueError(f"{', '.join(absent)}: the harness ended well but left no results; all it said is above")

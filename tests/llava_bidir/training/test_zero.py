@@ -214,3 +214,22 @@ def test_interrupted_save_leaves_the_checkpoint_before_it(trouble, spec, two):
     assert newest_whole(out / "trouble") == out / "trouble/good.ckpt"
     ours, undisturbed = read_weights(out / "trouble/good.ckpt"), read_weights(two / "zero2-middle-32-true.ckpt")
     assert all(torch.equal(weight, undisturbed[name]) for name, weight in ours.items())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_a_rank_that_dies_ends_the_run(strategy, spec):
+    """The other ends with an error at once, and nothing says that the run is finished."""
+    out, codes, log = start(spec, f"{strategy}-dies", [f"{strategy}:dies:32-true"])
+    assert codes[0] not in (0, -9) and codes[1] == -9, log
+    assert (out / "0.log").stat().st_mtime - (out / "lost").stat().st_mtime < 30, "not the timeout of a minute"
+    assert not (out / f"{strategy}-32-true/hf").exists()
+    assert newest_whole(out / "trouble") == out / "trouble/good.ckpt"
+
+
+def test_a_rank_that_stalls_ends_the_run_after_the_timeout(spec):
+    """Under ZeRO too, where DeepSpeed makes groups of processes of its own."""
+    out, codes, log = start(spec, "stalls", ["zero2:stalls:32-true"], timeout_minutes=0.25, stalls_s=45)
+    assert codes[0] not in (0, -9), log
+    assert (out / "0.log").stat().st_mtime - (out / "lost").stat().st_mtime < 40, "before the other moves again"
+    assert not (out / "zero2-32-true/hf").exists()
+    assert newest_whole(out / "trouble") == out / "trouble/good.ckpt"

@@ -1,0 +1,110 @@
+"""Files and folders that are whole or not there: after a kill, a full disk or a power cut the one before counts.
+
+What is being written ends in .partial. It is on disk before it takes its name, for a file system may keep the name and
+lose the contents; then the name is put on disk too.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from .lock import only_writer
+
+PARTIAL, REPLACED = ".partial", ".replaced"
+
+
+def partial_of(path: Path) -> Path:
+    return path.with_name(path.name + PARTIAL)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """What to write instead of `path`; it takes that name when the block ends, and goes when the block fails.
+
+    Raises:
+        ValueError: The operating system refused: the disk is full, or read-only.
+    """
+    partial = partial_of(path)
+    with explained(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            _sync(partial)
+            partial.replace(path)
+            _sync(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)  # on a full disk, room for others
+            raise
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder, which one process at a time can replace.
+
+    Raises:
+        ValueError: Another process writes it, or the operating system refused.
+    """
+    partial = partial_of(path)
+    with only_writer(path.parent, path.name), explained(path):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            yield partial
+            take_name(path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def take_name(path: Path) -> None:
+    """Puts the folder `path`.partial on disk and renames it to `path`.
+
+    A folder cannot replace another in one step: the old one is renamed first and deleted last, so that at every moment
+    one whole folder is there.
+    """
+    partial, replaced = partial_of(path), path.with_name(path.name + REPLACED)
+    with ThreadPoolExecutor(16) as pool:  # thousands of small files share the disk's waiting
+        list(pool.map(_sync, [*partial.rglob("*"), partial]))
+    shutil.rmtree(replaced, ignore_errors=True)
+    if path.exists():
+        path.rename(replaced)
+    partial.rename(path)
+    _sync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """What the operating system refuses inside is a ValueError that names `path`; other errors pass."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        refusal = _refusal(error)
+        if refusal is None:
+            raise
+        raise ValueError(f"{path} was not written: {refusal}") from error
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """What the operating system said, if `error` comes from there. Libraries in Rust and C++ repeat it in words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return str(error)
+        if "(os error " in str(error) or "iostream error" in str(error):
+            return str(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None

@@ -1,0 +1,71 @@
+"""Processes that tests start and kill: forked, so that they need not load torch again."""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def fork(run: Callable[[], None], log: Path | None = None) -> int:
+    """The id of a process that runs `run` and ends with 0, or with 1 if it raises; what it says goes to `log`."""
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        if log:
+            said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(said, 1)
+            os.dup2(said, 2)
+        run()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def wait(child: int) -> int:
+    """Its exit status, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_after(seconds: float, child: int) -> int:
+    """The child's exit status: that of a kill unless it ends in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    return wait(child)
+
+
+@contextmanager
+def inside(context) -> Iterator[int]:
+    """The id of a process that has entered `context` and stays in it; it is killed at the end, if it is still there."""
+    ready, tell = os.pipe()
+
+    def stay() -> None:
+        with context:
+            os.write(tell, b"x")
+            time.sleep(600)
+
+    child = fork(stay)
+    os.close(tell)
+    assert os.read(ready, 1) == b"x"
+    os.close(ready)
+    try:
+        yield child
+    finally:
+        try:
+            os.kill(child, signal.SIGKILL)
+            wait(child)
+        except (ProcessLookupError, ChildProcessError):
+            pass  # the test has killed it

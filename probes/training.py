@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -12,7 +13,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from .callbacks import CatchUpValidation, SavePredictions, ShowMaps
 from .data.datamodule import SegmentationData
+from .lock import only_writer
 from .module import ProbeModule
+from .resume import WholeCheckpoints, checkpoint_of
 
 # warnings about what is meant to be so
 HARMLESS = (
@@ -38,22 +41,50 @@ class ProbeCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs):
         kwargs["logger"] = TensorBoardLogger(self._get(self.config_init, "out"), name="", version="")
-        trainer = super().instantiate_trainer(**kwargs)
+        plugins = [*(self._get(self.config_init, "trainer.plugins", default=None) or []), WholeCheckpoints()]
+        trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
         for callback in trainer.checkpoint_callbacks:
             callback.save_last = True  # what `--ckpt_path last` looks for, and without which it would start anew
         if self._get(self.config_init, "save_predictions"):
             trainer.callbacks.append(SavePredictions())
         return trainer
 
-    def fit(self, **kwargs) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
+        super().parse_arguments(parser, args)
+        run = self.config.get(self.config.get("subcommand") or "") or {}
+        if run.get("ckpt_path") not in (None, "last", "best"):  # before Lightning opens it for its settings
+            checkpoint_of(run["ckpt_path"], Path(run["out"]) / "checkpoints")
+
+    @property
+    def out(self) -> Path:
+        return Path(self.trainer.default_root_dir)
+
+    def only_writer(self) -> AbstractContextManager:
+        """Holds the run's folder; the first process does it for all."""
+        return only_writer(self.out) if self.trainer.is_global_zero else nullcontext()
+
+    def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
         """Trains, then scores each probe at its best epoch and writes the run's files. With `--ckpt_path last` it goes
         on where the run in OUT stopped, and leaves a finished one alone."""
-        metrics = Path(self.trainer.default_root_dir) / "metrics.json"
-        if self._get(self.config, "ckpt_path") == "last" and metrics.is_file():
-            rank_zero_info(f"{metrics} is there: this run is finished; nothing to do")
-            return
-        self.trainer.fit(**kwargs)
-        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        with self.only_writer():
+            if ckpt_path == "last":
+                ckpt_path = checkpoint_of("last", self.out / "checkpoints")
+                if self._finished_after(ckpt_path):
+                    rank_zero_info(f"{self.out / 'metrics.json'} is there: this run is finished; nothing to do")
+                    return
+                rank_zero_info(f"going on from {ckpt_path}" if ckpt_path else "no checkpoint yet; starting anew")
+            self.trainer.fit(ckpt_path=ckpt_path, **kwargs)
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+    def _finished_after(self, checkpoint: Path | None) -> bool:
+        """Whether results are there, and not of an earlier run than the checkpoint: one begun anew and then killed."""
+        metrics = self.out / "metrics.json"
+        return metrics.is_file() and not (checkpoint and checkpoint.stat().st_mtime_ns > metrics.stat().st_mtime_ns)
+
+    def test(self, **kwargs) -> None:
+        """Scores the probes of a checkpoint and writes the run's files."""
+        with self.only_writer():
+            self.trainer.test(**kwargs)
 
 
 def build_cli(argv: list[str], run: bool = True) -> ProbeCLI:

@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from filelock import FileLock, Timeout
 def only_writer(folder: Path, result: str = "") -> Iterator[None]:
     """Holds a folder, or one result in it, for as long as this process writes there.
 
-    The system lets go of it when the process ends, in whatever way: what a killed one leaves (FOLDER/.lock or
-    FOLDER/.RESULT.lock) keeps nobody out.
+    The system lets go of it when the process ends, in whatever way: the file that a killed one leaves, FOLDER/.lock or
+    FOLDER/.RESULT.lock, keeps nobody out.
 
     Raises:
         ValueError: Another process holds it; the message says which. Or nothing can be written there.
@@ -27,9 +27,9 @@ def only_writer(folder: Path, result: str = "") -> Iterator[None]:
         lock.acquire()
         file.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
     except Timeout:
+        who = file.read_text() if file.is_file() else "another process, which just ended"
         raise ValueError(
-            f"{folder / result} is in use by {file.read_text() or 'another process'}; wait until that has ended, or "
-            "give another --out"
+            f"{folder / result} is in use by {who}; wait until that has ended, or give another --out"
         ) from None
     except OSError as error:
         lock.release()
@@ -37,4 +37,6 @@ def only_writer(folder: Path, result: str = "") -> Iterator[None]:
     try:
         yield
     finally:
+        with suppress(OSError):
+            file.unlink()  # while it is held: filelock looks whether what it locked is still there
         lock.release()

@@ -157,7 +157,7 @@ def _csv_files(found: dict[str, Rows], out: Path) -> Files:
 
 
 def _draw_all(pictures: Iterable[Picture], out: Path, files: Files) -> Sections:
-    """Draws figures, which come to `files` as PNG, PDF and CSV; returns them by section, with their PNG for the page."""
+    """Draws figures, which come to `files`; returns them by section, each with its PNG for the page."""
     sections: Sections = {}
     with mpl.rc_context(STYLE):
         for picture in pictures:

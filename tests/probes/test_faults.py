@@ -1,0 +1,138 @@
+"""Processes that are killed, whose disk is full, and that get in each other's way: what is done twice ends as what was
+done once."""
+
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import faults
+import pytest
+
+pytestmark = pytest.mark.slow
+
+STEPS = {  # command -> what it leaves, in this order
+    "fit": ["probes.safetensors", "counts.safetensors", "manifest.json", "metrics.json"],
+    "knockout": ["knockout.json", "knockout.safetensors", "knockout_windows.json"],
+    "starvation": ["starvation.json"],
+    "umap": ["umap.json"],
+    "maps": ["maps.json", "maps.safetensors"],
+    "explore": ["report/explorer.html"],
+    "report": ["report/index.html", "report/results.json"],
+}
+SHARES = {"fit": 0.3, "knockout": 0.2, "report": 0.15, "explore": 0.1, "starvation": 0.1, "umap": 0.1, "maps": 0.05}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable():
+    """The server finds tests and packages where this process does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{Path(__file__).parents[2]}:{Path(__file__).parents[1]}")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+class Study:
+    """A causal and a bidirectional run in OUT, and the commands that lead there; everything is about the causal one."""
+
+    def __init__(self, out: Path, checkpoints: dict[str, Path], data: Path):
+        self.out, self.checkpoints, self.data = out, checkpoints, data
+        self.log = out.parent / "log"
+
+    def command(self, step: str, mask: str = "causal") -> list[str]:
+        causal, other = str(self.out / "causal"), str(self.out / "bidirectional")
+        return {
+            "fit": ["fit", "-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "2", "--ckpt_path", "last"]
+            + ["--model.mllm", str(self.checkpoints[mask]), "--data.root", str(self.data), "--data.batch_size", "3"]
+            + ["--out", str(self.out / mask)],
+            "knockout": ["knockout", "--probes", causal, "--classes", "sky", "wall", "road", "--batch-size", "2"]
+            + ["--windows", "2"],
+            "starvation": ["starvation", "--probes", causal, other, "--flip", "--out", causal],
+            "umap": ["umap", "--probes", causal, "--image", "0"],
+            "maps": ["maps", "--probes", causal, "--image", "0", "1"],
+            "explore": ["explore", causal, other, "--images", "0", "1", "--out", f"{causal}/report"],
+            "report": ["report", causal, other, "--out", f"{causal}/report"],
+        }[step]
+
+    def run(self, step: str, *fault, mask: str = "causal", kill_after_s: float | None = None) -> int:
+        return faults.process(self.command(step, mask), self.log, *fault, kill_after_s=kill_after_s)
+
+    def files(self) -> dict[str, bytes]:
+        """All results, byte by byte; left out are checkpoints, events, and config.yaml, which names its command."""
+        found = {}
+        for path in sorted(self.out.rglob("*")):
+            name = str(path.relative_to(self.out))
+            if path.is_file() and not any(part in name for part in ("/checkpoints/", "events.out", "config.yaml")):
+                found[name] = path.read_bytes()
+        return found
+
+
+@pytest.fixture(scope="module")
+def study(checkpoints, segmentation, tmp_path_factory) -> Study:
+    return Study(tmp_path_factory.mktemp("faults") / "runs", checkpoints, segmentation)
+
+
+@pytest.fixture(scope="module")
+def stages(study) -> dict[str, Path]:
+    """Copies of the study as it was before each step; it is then as nothing happened to it."""
+    before = {}
+    assert study.run("fit", mask="bidirectional") == 0, study.log.read_text()[-3000:]
+    for step in STEPS:
+        before[step] = study.out.with_name(f"before-{step}")
+        shutil.copytree(study.out, before[step])
+        assert study.run(step) == 0, study.log.read_text()[-3000:]
+    before["end"] = study.out.with_name("end")
+    shutil.copytree(study.out, before["end"])
+    return before
+
+
+def back_to(study: Study, stage: Path) -> None:
+    shutil.rmtree(study.out)
+    shutil.copytree(stage, study.out)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_before_any_change_on_the_disk_it_ends_as_undisturbed(step, study, stages):
+    following = [*stages][[*stages].index(step) + 1]
+    back_to(study, stages[following])
+    expected, kills = study.files(), 0
+    assert all(f"causal/{name}" in expected for name in STEPS[step])
+    every = int(os.environ.get("FAULTS_EVERY", 5))
+    for at in range(1, 10_000, every):
+        back_to(study, stages[step])
+        code = study.run(step, study.out, at)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, study.log.read_text()[-3000:]
+        kills += 1
+        assert study.run(step) == 0, f"after a kill at change {at}: {study.log.read_text()[-3000:]}"
+        assert study.files() == expected, f"after a kill at change {at}"
+    print(f"{step}: {kills} kills")
+    assert kills > 0
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_killed_at_random_moments_it_ends_as_undisturbed(step, study, stages):
+    """FAULTS=100 for a hundred kills over all commands; each command is given again until it ends."""
+    wanted = max(1, round(SHARES[step] * float(os.environ.get("FAULTS", 7))))
+    following = [*stages][[*stages].index(step) + 1]
+    back_to(study, stages[following])
+    expected, chance, kills, survived = study.files(), random.Random(step), 0, 0
+    back_to(study, stages[step])
+    begun = time.perf_counter()
+    assert study.run(step) == 0
+    whole_s = time.perf_counter() - begun
+    while kills < wanted:
+        back_to(study, stages[step])
+        while kills < wanted:
+            code = study.run(step, kill_after_s=chance.uniform(0, whole_s))
+            assert code in (0, -signal.SIGKILL), study.log.read_text()[-3000:]
+            kills += code != 0
+            if code == 0:
+                break
+        assert study.run(step) == 0, study.log.read_text()[-3000:]
+        assert study.files() == expected
+        survived += 1
+    print(f"{step}: {kills} kills within {whole_s:.1f} s, {survived} runs, all as undisturbed")

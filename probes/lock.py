@@ -28,9 +28,7 @@ def only_writer(folder: Path, result: str = "") -> Iterator[None]:
         file.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
     except Timeout:
         who = file.read_text() if file.is_file() else "another process, which just ended"
-        raise ValueError(
-            f"{folder / result} is in use by {who}; wait until that has ended, or give another --out"
-        ) from None
+        raise ValueError(f"{folder / result} is in use by {who}; wait until it ends, or write elsewhere") from None
     except OSError as error:
         lock.release()
         raise ValueError(f"nothing can be written into {folder} ({error.strerror}); give another --out") from None

@@ -1,5 +1,5 @@
-"""`probes` in processes that meet with an accident. They are forked off a server that has imported everything, so that a
-process takes no longer than its work."""
+"""`probes` in processes that meet with an accident. They are forked off a server that has imported everything, so that
+one takes no longer than its work."""
 
 import multiprocessing
 import os

@@ -1,4 +1,4 @@
-"""python alone.py FOLDER COMMAND ...: runs a command unless another one, started like this, is at work in the folder."""
+"""python alone.py FOLDER COMMAND ...: runs a command unless another one, started so, is at work in the folder."""
 
 import subprocess
 import sys

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import disks
 import faults
 import pytest
 
@@ -136,3 +137,61 @@ def test_killed_at_random_moments_it_ends_as_undisturbed(step, study, stages):
         assert study.files() == expected
         survived += 1
     print(f"{step}: {kills} kills within {whole_s:.1f} s, {survived} runs, all as undisturbed")
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_full_disk_is_named_loses_nothing_and_is_gone_on_from(step, study, stages):
+    """With no more room than for a lock, and in `fit` than for its events and first checkpoint."""
+    following = [*stages][[*stages].index(step) + 1]
+    back_to(study, stages[following])
+    expected, before = study.files(), None
+    shutil.rmtree(study.out)
+    with disks.mounted(study.out, "size=16m"):
+        shutil.copytree(stages[step], study.out, dirs_exist_ok=True)
+        before = study.files()
+        filler = disks.fill(study.out, left=400_000 if step == "fit" else 4096)
+        study.log.write_text("")
+        assert study.run(step) == 1
+        said = study.log.read_text()
+        assert "cannot be written (No space left on device); mend that" in said.splitlines()[-1], said[-3000:]
+        filler.unlink()
+        left = study.files()
+        assert {name: left[name] for name in before} == before
+        assert not [name for name in left if name.endswith(".partial")]
+        assert study.run(step) == 0, study.log.read_text()[-3000:]
+        assert study.files() == expected
+    back_to(study, stages[step])
+
+
+@pytest.mark.parametrize("damaged", ["last.ckpt", "*.ckpt"])
+def test_damaged_checkpoint_is_named_and_the_last_good_one_taken(damaged, study, stages):
+    """If none is good, the run is begun anew."""
+    back_to(study, stages["knockout"])
+    expected = study.files()
+    (study.out / "causal/metrics.json").unlink()
+    study.log.write_text("")
+    for path in (study.out / "causal/checkpoints").glob(damaged):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    assert study.run("fit") == 0, study.log.read_text()[-3000:]
+    assert "last.ckpt is damaged" in study.log.read_text()
+    assert ("no checkpoint yet" in study.log.read_text()) == (damaged == "*.ckpt")
+    assert study.files() == expected
+
+
+def test_run_begun_anew_and_killed_is_not_taken_for_the_finished_one_of_before(study, stages):
+    back_to(study, stages["knockout"])
+    expected = study.files()
+    anew = [x for x in study.command("fit") if x not in ("--ckpt_path", "last")]
+    last = study.out / "causal/checkpoints/last.ckpt"
+    written = last.stat().st_mtime_ns
+    for at in range(4, 200, 4):  # until it has saved a checkpoint of its own
+        assert faults.process(anew, study.log, study.out, at) == -signal.SIGKILL
+        newest = max(path.stat().st_mtime_ns for path in last.parent.glob("*.ckpt"))
+        if newest > written:
+            break
+    assert study.files() == expected, "the earlier results are still whole"
+    study.log.write_text("")
+    assert study.run("fit") == 0
+    assert "going on from" in study.log.read_text() and study.files() == expected

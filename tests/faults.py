@@ -15,9 +15,10 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
-def on_change(folder: Path, do: Callable[[int], None]) -> None:
-    """Calls `do` with 1, 2, ... each time before this process changes anything under `folder`: opens a file to write,
-    renames, deletes, makes a folder. Python tells of each, whoever asked for it (sys.addaudithook)."""
+def on_change(folder: Path, do: Callable[[int], None]) -> Callable[[], int]:
+    """Counts the changes so far; calls `do` with 1, 2, ... each time before this process changes anything under
+    `folder`: opens a file to write, renames, deletes, makes a folder. Python tells of each, whoever asked for it
+    (sys.addaudithook)."""
     count = 0
 
     def hook(event: str, arguments: tuple) -> None:
@@ -31,6 +32,7 @@ def on_change(folder: Path, do: Callable[[int], None]) -> None:
             do(count)
 
     sys.addaudithook(hook)
+    return lambda: count
 
 
 def die(*_) -> None:
@@ -38,15 +40,16 @@ def die(*_) -> None:
 
 
 def run(argv: list[str], log: Path, folder: Path | None = None, at: int = 0) -> None:
-    """`probes ARGV`; killed before the `at`-th change to `folder`, if that is given."""
+    """`probes ARGV`. With a folder it ends by saying how often it changed that; before the `at`-th time it is killed."""
     from probes.cli import main
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    if folder:
-        on_change(folder, lambda count: die() if count == at else None)
+    changes = on_change(folder, lambda count: die() if count == at else None) if folder else None
     main(argv)
+    if changes:
+        print(changes(), flush=True)
 
 
 def process(*arguments, kill_after_s: float | None = None) -> int:

@@ -11,11 +11,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from .callbacks import CatchUpValidation, SavePredictions, ShowMaps
+from .callbacks import SavePredictions, ShowMaps
 from .data.datamodule import SegmentationData
 from .lock import only_writer
 from .module import ProbeModule
-from .resume import WholeCheckpoints, checkpoint_of
+from .resume import CatchUpValidation, WholeCheckpoints, checkpoint_of
 
 # warnings about what is meant to be so
 HARMLESS = (
@@ -30,7 +30,9 @@ class ProbeCLI(LightningCLI):
     """Model, data and trainer from YAML; several `-c` merge from left to right, then the flags."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--out", default="runs/probes", help="folder of the run, see probes/results.py")
+        parser.add_argument(
+            "--out", default="runs/probes", help="folder of the run: config, events, checkpoints, metrics.json, probes"
+        )
         parser.add_argument(
             "--save_predictions", type=bool, default=False, help="also OUT/predictions/SITE/NAME.png of every image"
         )
@@ -40,24 +42,29 @@ class ProbeCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
 
     def instantiate_trainer(self, **kwargs):
-        kwargs["logger"] = TensorBoardLogger(self._get(self.config_init, "out"), name="", version="")
-        plugins = [*(self._get(self.config_init, "trainer.plugins", default=None) or []), WholeCheckpoints()]
+        if self._get(self.config_init, "trainer.logger") is None:
+            kwargs["logger"] = TensorBoardLogger(self._get(self.config_init, "out"), name="", version="")
+        plugins = [*(self._get(self.config_init, "trainer.plugins") or []), WholeCheckpoints()]
         trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
         for callback in trainer.checkpoint_callbacks:
             callback.save_last = True  # what `--ckpt_path last` looks for, and without which it would start anew
+            callback.dirpath = callback.dirpath or f"{trainer.default_root_dir}/checkpoints"  # whatever the logger
         if self._get(self.config_init, "save_predictions"):
             trainer.callbacks.append(SavePredictions())
         return trainer
 
-    def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
-        super().parse_arguments(parser, args)
-        run = self.config.get(self.config.get("subcommand") or "") or {}
-        if run.get("ckpt_path") not in (None, "last", "best"):  # before Lightning opens it for its settings
-            checkpoint_of(run["ckpt_path"], Path(run["out"]) / "checkpoints")
+    def _parse_ckpt_path(self) -> None:
+        """Lightning puts the settings that a checkpoint names in place of those of the command line, silently. Here the
+        command line counts, and where it differs `fit` says so (`check_same_run`)."""
 
     @property
     def out(self) -> Path:
         return Path(self.trainer.default_root_dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        callback = self.trainer.checkpoint_callback
+        return Path(callback.dirpath) if callback else self.out / "checkpoints"
 
     def only_writer(self) -> AbstractContextManager:
         """Holds the run's folder; the first process does it for all."""
@@ -67,13 +74,12 @@ class ProbeCLI(LightningCLI):
         """Trains, then scores each probe at its best epoch and writes the run's files. With `--ckpt_path last` it goes
         on where the run in OUT stopped, and leaves a finished one alone."""
         with self.only_writer():
-            if ckpt_path == "last":
-                ckpt_path = checkpoint_of("last", self.out / "checkpoints")
-                if self._finished_after(ckpt_path):
-                    rank_zero_info(f"{self.out / 'metrics.json'} is there: this run is finished; nothing to do")
-                    return
-                rank_zero_info(f"going on from {ckpt_path}" if ckpt_path else "no checkpoint yet; starting anew")
-            self.trainer.fit(ckpt_path=ckpt_path, **kwargs)
+            checkpoint = checkpoint_of(ckpt_path, self.checkpoints)
+            if ckpt_path == "last" and self._finished_after(checkpoint):
+                rank_zero_info(f"{self.out / 'metrics.json'} is there: this run is finished; nothing to do")
+                return
+            rank_zero_info(f"going on from {checkpoint}" if checkpoint else "starting from the first step")
+            self.trainer.fit(ckpt_path=checkpoint, **kwargs)
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
     def _finished_after(self, checkpoint: Path | None) -> bool:
@@ -81,10 +87,10 @@ class ProbeCLI(LightningCLI):
         metrics = self.out / "metrics.json"
         return metrics.is_file() and not (checkpoint and checkpoint.stat().st_mtime_ns > metrics.stat().st_mtime_ns)
 
-    def test(self, **kwargs) -> None:
+    def test(self, ckpt_path: str | None = None, **kwargs) -> None:
         """Scores the probes of a checkpoint and writes the run's files."""
         with self.only_writer():
-            self.trainer.test(**kwargs)
+            self.trainer.test(ckpt_path=checkpoint_of(ckpt_path, self.checkpoints), **kwargs)
 
 
 def build_cli(argv: list[str], run: bool = True) -> ProbeCLI:
@@ -98,6 +104,8 @@ def build_cli(argv: list[str], run: bool = True) -> ProbeCLI:
         run=run,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": "probes"},
+        auto_configure_optimizers=False,  # --optimizer would take the place of the recipe's
         trainer_defaults={
             "use_distributed_sampler": False,  # SegmentationData has its own
             "num_sanity_val_steps": 0,

@@ -40,7 +40,7 @@ def die(*_) -> None:
 
 
 def run(argv: list[str], log: Path, folder: Path | None = None, at: int = 0) -> None:
-    """`probes ARGV`. With a folder it ends by saying how often it changed that; before the `at`-th time it is killed."""
+    """`probes ARGV`. With a folder it ends by saying how often it changed that; before the `at`-th time it dies."""
     from probes.cli import main
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

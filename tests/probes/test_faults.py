@@ -183,7 +183,7 @@ def test_damaged_checkpoint_is_named_and_the_last_good_one_taken(damaged, study,
         path.write_bytes(content)
     assert study.run("fit") == 0, study.log.read_text()[-3000:]
     assert "last.ckpt is damaged" in study.log.read_text()
-    assert ("no checkpoint yet" in study.log.read_text()) == (damaged == "*.ckpt")
+    assert ("starting from the first step" in study.log.read_text()) == (damaged == "*.ckpt")
     assert study.files() == expected
 
 

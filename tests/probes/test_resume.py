@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from when some are damaged."""
+"""A run is gone on with as what it was, or not at all, and from the newest of its checkpoints that is whole."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,65 @@ from pathlib import Path
 import pytest
 import torch
 
+from probes.cli import main
 from probes.resume import checkpoint_of, is_whole, newest_whole
+
+SETTINGS = ["--trainer.accelerator", "cpu", "--data.num_workers", "0", "--data.batch_size", "4"]
+SETTINGS += ["--trainer.enable_progress_bar", "false", "--model.sites", "[adapter]"]
+
+
+@pytest.fixture(scope="module")
+def stopped(checkpoints, segmentation, tmp_path_factory):
+    """Arguments of a run that was stopped after one of two epochs, and its checkpoint."""
+    out = tmp_path_factory.mktemp("stopped")
+    arguments = ["--model.mllm", str(checkpoints["causal"]), "--data.root", str(segmentation), "--out", str(out)]
+    main(["fit", *arguments, *SETTINGS, "--trainer.max_epochs", "1"])
+    (out / "metrics.json").unlink()  # a finished run would be left alone
+    return [*arguments, *SETTINGS, "--trainer.max_epochs", "2"], out / "checkpoints/last.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--model.image_attention", "bidirectional"], "model.image_attention=None, this one has 'bidirectional'"),
+        (["--model.learning_rate", "0.5"], "model.learning_rate=0.001, this one has 0.5"),
+        (["--data.batch_size", "3"], "data.batch_size=4, this one has 3"),
+        (["--seed_everything", "7"], r"(model|data).seed=0, this one has 7"),
+    ],
+)
+@pytest.mark.parametrize("path", ["last", "by name"])
+def test_checkpoint_of_another_run_is_refused(stopped, changed, message, path):
+    arguments, checkpoint = stopped
+    path = str(checkpoint) if path == "by name" else path
+    with pytest.raises(SystemExit, match=rf"^probes: the checkpoint is of a run with {message}; go on with what"):
+        main(["fit", *arguments, *changed, "--ckpt_path", path])
+    assert not (checkpoint.parents[1] / "metrics.json").exists()
+
+
+def test_other_images_are_refused(stopped, segmentation, tmp_path):
+    arguments, _ = stopped
+    for part in ("images", "annotations"):
+        for file in (segmentation / part).rglob("*.png"):
+            other = tmp_path / file.relative_to(segmentation).with_stem(f"other_{file.stem}")
+            other.parent.mkdir(parents=True, exist_ok=True)
+            other.symlink_to(file)
+    (tmp_path / "classes.json").symlink_to(segmentation / "classes.json")
+    with pytest.raises(SystemExit, match="run with data.fingerprint of image and class names="):
+        main(["fit", *arguments, "--data.root", str(tmp_path), "--ckpt_path", "last"])
+
+
+def test_the_same_folder_spelled_otherwise_is_the_same(stopped, checkpoints, monkeypatch):
+    arguments, checkpoint = stopped
+    monkeypatch.chdir(checkpoints["causal"])
+    main(["fit", *arguments, "--model.mllm", ".", "--ckpt_path", "last"])
+    assert (checkpoint.parents[1] / "metrics.json").is_file()
+
+
+def test_users_own_logger_takes_the_place_of_tensorboards(stopped, tmp_path):
+    arguments, _ = stopped
+    logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", str(tmp_path)]
+    main(["fit", *arguments, "--trainer.max_epochs", "1", "--out", str(tmp_path / "run"), *logger])
+    assert list(tmp_path.rglob("metrics.csv")) and not list(tmp_path.rglob("events*"))
 
 
 def cut(path: Path) -> None:
@@ -32,7 +90,7 @@ DAMAGES = [cut, cut_last_byte, empty, flip_a_bit]
 
 
 @pytest.fixture
-def checkpoints(tmp_path) -> list[Path]:
+def three(tmp_path) -> list[Path]:
     """The newest last."""
     paths = [tmp_path / f"{name}.ckpt" for name in ("epoch=1", "epoch=2", "last")]
     for age, path in enumerate(paths):
@@ -42,20 +100,20 @@ def checkpoints(tmp_path) -> list[Path]:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoint_is_passed_over_and_named(damage, checkpoints, caplog):
-    assert newest_whole(checkpoints[0].parent) == checkpoints[-1] and not caplog.text
-    times = checkpoints[-1].stat().st_mtime_ns
-    damage(checkpoints[-1])
-    os.utime(checkpoints[-1], ns=(times, times))
-    assert not is_whole(checkpoints[-1])
-    assert checkpoint_of("last", checkpoints[0].parent) == checkpoints[1]
-    assert f"{checkpoints[-1]} is damaged" in caplog.text
-    with pytest.raises(ValueError, match=rf"last.ckpt is damaged; the newest whole one .* is {checkpoints[1]}"):
-        checkpoint_of(str(checkpoints[-1]), checkpoints[0].parent)
+def test_damaged_checkpoint_is_passed_over_and_named(damage, three, caplog):
+    assert newest_whole(three[0].parent) == three[-1] and not caplog.text
+    times = three[-1].stat().st_mtime_ns
+    damage(three[-1])
+    os.utime(three[-1], ns=(times, times))
+    assert not is_whole(three[-1])
+    assert checkpoint_of("last", three[0].parent) == three[1]
+    assert f"{three[-1]} is damaged" in caplog.text
+    with pytest.raises(ValueError, match=rf"last.ckpt is damaged; the newest whole one .* is {three[1]}"):
+        checkpoint_of(str(three[-1]), three[0].parent)
 
 
-def test_without_a_whole_one_there_is_none(checkpoints, tmp_path):
-    for path in checkpoints:
+def test_without_a_whole_one_there_is_none(three, tmp_path):
+    for path in three:
         cut(path)
     assert newest_whole(tmp_path) is None and newest_whole(tmp_path / "nowhere") is None
     with pytest.raises(ValueError, match="nothing.ckpt is not there"):

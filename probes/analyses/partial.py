@@ -32,7 +32,10 @@ def batch_results(
     results = []
     for batch in tqdm(range(batches), desc=folder.stem, mininterval=5):
         path = folder / f"{batch:06d}.safetensors"
-        if not path.is_file():
+        try:
+            done = read_tensors(path)
+        except (FileNotFoundError, ValueError):  # not computed yet, or damaged since
             write_files({path: compute(batch)})
-        results.append(read_tensors(path))
+            done = read_tensors(path)
+        results.append(done)
     return results

@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv vqa-venv demo test test-all bench lint clean
+.PHONY: help venv vqa-venv demo demo-alone test test-all bench lint clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
@@ -41,6 +41,9 @@ SCALE ?= 1
 include configs/demo/pipeline.mk
 
 demo: venv ## the whole pipeline on the toy world, into runs/demo (SEED=1, OUT=DIR, SCALE=0.1 for a quick look)
+	@PYTHONPATH=. $(PY) configs/demo/alone.py $(OUT) $(MAKE) --no-print-directory demo-alone
+
+demo-alone:
 	@if $(MAKE) --no-print-directory -q $(REPORT); then echo "$(OUT) is complete; nothing to do."; \
 	else $(MAKE) --no-print-directory -j2 $(REPORT); fi
 	@cat $(OUT)/logs/report.log

@@ -7,8 +7,9 @@ from PIL import Image, UnidentifiedImageError
 
 from .checkpoint import check_numbers
 from .families import family_of, own_image_attention
+from .lock import only_writer
 from .mllm import ENCODER, load, read_config, site_names
-from .results import write_tensors
+from .writing import write_files
 
 
 def print_sites(args: argparse.Namespace) -> None:
@@ -31,8 +32,10 @@ def write_states(args: argparse.Namespace) -> None:
             images.append(Image.open(path).convert("RGB"))
         except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
             raise ValueError(f"image {path} cannot be read: {error}") from None
-    mllm = load(args.mllm, image_attention=args.image_attention)
-    states = mllm.states(mllm.preprocess(images), args.sites)
-    write_tensors(Path(args.out), states)
+    out = Path(args.out)
+    with only_writer(out.parent, out.name):
+        mllm = load(args.mllm, image_attention=args.image_attention)
+        states = mllm.states(mllm.preprocess(images), args.sites)
+        write_files({out: states})
     for site, state in states.items():
         print(f"{site:<11} {list(state.shape)}")

@@ -6,10 +6,9 @@
     RUN/probes.safetensors    the probes, each of its best epoch: "SITE.head.weight", "recipes/NAME/SITE.head.weight"
     RUN/manifest.json         what ran on what: versions, commit, config, data, hardware
 
-A file appears whole or not at all; metrics.json comes last and says that the run is finished.
+A file appears whole or not at all (`writing.py`); metrics.json comes last and says that the run is finished.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from . import mllm as mllms
 from .data.registry import open_dataset
@@ -54,27 +53,6 @@ def summary(miou: dict[str, float]) -> dict[str, Any]:
         "delta_enc": minus(best, encoder),
         "recovery": minus(best, adapter),
     }
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON so that a reader sees the whole file or none."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes text so that a reader sees the whole file or none."""
-    partial = path.with_name(path.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(path)
-
-
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Writes safetensors so that a reader sees the whole file or none."""
-    partial = path.with_name(path.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, partial)
-    partial.rename(path)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

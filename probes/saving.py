@@ -13,8 +13,9 @@ import torch
 from .metrics import Counts
 from .pretrained import read_json
 from .recipes import probe_name
-from .results import summary, write_json, write_tensors
+from .results import summary
 from .statistics import bootstrap_weights, dataset_scores, interval, resampled_scores
+from .writing import write_files
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +56,11 @@ def save_run(
     }
     further = {f"{name}/{k}": getattr(counts[name], k) for name in results for k in ("intersection", "predicted")}
     tensors = main._asdict() | {"group": group_of(data.splits["validation"])}
-    write_tensors(out / "counts.safetensors", {k: v for k, v in tensors.items() if v is not None})
+    files = {out / "counts.safetensors": {k: v for k, v in tensors.items() if v is not None}}
     if further:
-        write_tensors(out / "recipes.safetensors", further)
-    write_tensors(out / "probes.safetensors", module.heads.state_dict())
-    write_json(out / "manifest.json", manifest(module, data))
-    write_json(out / "metrics.json", metrics)
+        files[out / "recipes.safetensors"] = further
+    files[out / "probes.safetensors"] = module.heads.state_dict()
+    write_files(files | {out / "manifest.json": manifest(module, data), out / "metrics.json": metrics})
 
 
 def recipe_results(module, data, recipe: str | None, counts: Counts) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -13,8 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from .callbacks import SavePredictions, ShowMaps
 from .configured import ConfiguredCLI
 from .data.datamodule import SegmentationData
+from .lock import only_writer
 from .module import ProbeModule
-from .resume import CatchUpValidation
+from .resume import CatchUpValidation, WholeCheckpoints, checkpoint_of
 
 # warnings about what is meant to be so
 HARMLESS = (
@@ -43,9 +45,11 @@ class ProbeCLI(ConfiguredCLI):
     def instantiate_trainer(self, **kwargs):
         if self._get(self.config_init, "trainer.logger") is None:
             kwargs["logger"] = TensorBoardLogger(self._get(self.config_init, "out"), name="", version="")
-        trainer = super().instantiate_trainer(**kwargs)
+        plugins = [*(self._get(self.config_init, "trainer.plugins") or []), WholeCheckpoints()]
+        trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
         for callback in trainer.checkpoint_callbacks:
             callback.save_last = True  # what `--ckpt_path last` looks for, and without which it would start anew
+            callback.dirpath = callback.dirpath or f"{trainer.default_root_dir}/checkpoints"  # whatever the logger
         if self._get(self.config_init, "save_predictions"):
             trainer.callbacks.append(SavePredictions())
         return trainer
@@ -54,15 +58,40 @@ class ProbeCLI(ConfiguredCLI):
         """Lightning puts the settings that a checkpoint names in place of those of the command line, silently. Here the
         command line counts, and where it differs `fit` says so (`check_same_run`)."""
 
-    def fit(self, **kwargs) -> None:
+    @property
+    def out(self) -> Path:
+        return Path(self.trainer.default_root_dir)
+
+    @property
+    def checkpoints(self) -> Path:
+        callback = self.trainer.checkpoint_callback
+        return Path(callback.dirpath) if callback else self.out / "checkpoints"
+
+    def only_writer(self) -> AbstractContextManager:
+        """Holds the run's folder; the first process does it for all."""
+        return only_writer(self.out) if self.trainer.is_global_zero else nullcontext()
+
+    def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
         """Trains, then scores each probe at its best epoch and writes the run's files. With `--ckpt_path last` it goes
         on where the run in OUT stopped, and leaves a finished one alone."""
-        metrics = Path(self.trainer.default_root_dir) / "metrics.json"
-        if self._get(self.config, "ckpt_path") == "last" and metrics.is_file():
-            rank_zero_info(f"{metrics} is there: this run is finished; nothing to do")
-            return
-        self.trainer.fit(**kwargs)
-        self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+        with self.only_writer():
+            checkpoint = checkpoint_of(ckpt_path, self.checkpoints)
+            if ckpt_path == "last" and self._finished_after(checkpoint):
+                rank_zero_info(f"{self.out / 'metrics.json'} is there: this run is finished; nothing to do")
+                return
+            rank_zero_info(f"going on from {checkpoint}" if checkpoint else "starting from the first step")
+            self.trainer.fit(ckpt_path=checkpoint, **kwargs)
+            self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+
+    def _finished_after(self, checkpoint: Path | None) -> bool:
+        """Whether results are there, and not of an earlier run than the checkpoint: one begun anew and then killed."""
+        metrics = self.out / "metrics.json"
+        return metrics.is_file() and not (checkpoint and checkpoint.stat().st_mtime_ns > metrics.stat().st_mtime_ns)
+
+    def test(self, ckpt_path: str | None = None, **kwargs) -> None:
+        """Scores the probes of a checkpoint and writes the run's files."""
+        with self.only_writer():
+            self.trainer.test(ckpt_path=checkpoint_of(ckpt_path, self.checkpoints), **kwargs)
 
 
 def build_cli(argv: list[str], run: bool = True) -> ProbeCLI:

@@ -18,7 +18,7 @@ STARVED := $(OUT)/bidirectional/probes/starvation.json
 REPORT := $(OUT)/report/results.json
 
 # Seed and scale are inputs like any other: this file changes with them, and everything follows.
-ifneq ($(filter demo $(REPORT),$(MAKECMDGOALS)),)
+ifneq ($(filter $(REPORT),$(MAKECMDGOALS)),)
 $(shell mkdir -p $(OUT)/logs; echo "seed $(SEED) scale $(SCALE)" | cmp -s - $(OUT)/settings || \
   echo "seed $(SEED) scale $(SCALE)" > $(OUT)/settings)
 endif

@@ -27,8 +27,10 @@ import torch
 from torch import Tensor
 
 from ..data.prepared import Prepared, collate
-from ..results import ProbeRun, write_json, write_tensors
+from ..lock import only_writer
+from ..results import ProbeRun
 from ..statistics import bootstrap_weights, random_swaps
+from ..writing import write_files
 from .knockout_batch import knock_out
 from .knockout_cases import Case, PatchReader, confused_classes, find_cases
 from .knockout_conditions import CONDITIONS
@@ -63,13 +65,14 @@ def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict:
     }
     if plan.attention:
         facts["attention"] = [attention_entry(name, tensors, _pools(plan)[name]) for name in pools]
-    write_tensors(out / "knockout.safetensors", tensors)
+    files = {out / "knockout.safetensors": tensors}
     if swept:
         rates = lambda name: {what: joined(swept, f"swept:{what}", _pools(plan)[name]) for what in SWEPT}
         entries = [sweep_entry(name, rates(name), cases, weights, swaps) for name, cases in pools.items()]
         places = places_of(plan.windows, plan.heads, len(run.layers) - 1, reader.attention_heads)
-        write_json(out / "knockout_windows.json", head | {"places": [p._asdict() for p in places], "classes": entries})
-    write_json(out / "knockout.json", facts)
+        swept_facts = head | {"places": [p._asdict() for p in places], "classes": entries}
+        files[out / "knockout_windows.json"] = swept_facts
+    write_files(files | {out / "knockout.json": facts})
     shutil.rmtree(out / "knockout.partial")
     return facts
 
@@ -118,7 +121,9 @@ def run(args: argparse.Namespace) -> None:
         args.classes = confused_classes(probed, int(count))
         print(f"most often predicted where they are not: {', '.join(args.classes)}")
     names = Plan.__dataclass_fields__
-    facts = knockout(probed, Plan(**{k: v for k, v in vars(args).items() if k in names}), Path(args.out or args.probes))
+    out, plan = Path(args.out or args.probes), Plan(**{k: v for k, v in vars(args).items() if k in names})
+    with only_writer(out, "knockout.json"):
+        facts = knockout(probed, plan, out)
     for entry in facts["classes"]:
         last = ", ".join(f"{condition} {rates[-1]:.0%}" for condition, rates in entry["remaining"].items())
         print(f"{entry['class']} ({entry['images']} images), remaining at the last layer: {last}")

@@ -6,6 +6,7 @@ maps.safetensors     "image/I": uint8[S, H, W]; "knockout/CLASS": uint8[3, L + 1
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..knockout import Knockout
+from ..lock import only_writer
 from ..metrics import patch_labels
 from ..pretrained import named, read_json
-from ..results import JSON_BYTES, ProbeRun, read_tensors, write_json, write_tensors
+from ..results import JSON_BYTES, ProbeRun, read_tensors
 from ..upsample import upsampled_argmax
+from ..writing import write_files
 from .knockout import PatchReader, find_cases
 
 SHOWN = ("none", "incorrect", "correct")
@@ -75,22 +78,28 @@ def knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tuple[dict, 
 def run(args: argparse.Namespace) -> None:
     """`probes maps`."""
     run = ProbeRun(args.probes)
-    dataset, reader = run.dataset(), PatchReader(run)
+    dataset, out = run.dataset(), Path(args.out or args.probes)
     wrong = [i for i in args.image if not 0 <= i < len(dataset)]
     if wrong:
         raise ValueError(f"image {wrong[0]} is out of range; the split has images 0..{len(dataset) - 1}")
-    tensors = {f"image/{i}": maps_of_image(reader, dataset[i], run.sites) for i in tqdm(args.image, desc="maps")}
-    cut = [knockout_maps(run, reader, name) for name in args.knockout]
+    with only_writer(out, "maps.json"):
+        facts = write_maps(run, args.image, args.knockout, out)
+    print(f"{out / 'maps.safetensors'}: {len(args.image)} images, {len(facts['knockout'])} knockouts")
+
+
+def write_maps(run: ProbeRun, images: Sequence[int], classes: Sequence[str], out: Path) -> dict:
+    """Writes maps of `images`, and of the knockouts of `classes`, into `out` and returns what maps.json holds."""
+    dataset, reader = run.dataset(), PatchReader(run)
+    tensors = {f"image/{i}": maps_of_image(reader, dataset[i], run.sites) for i in tqdm(images, desc="maps")}
+    cut = [knockout_maps(run, reader, name) for name in classes]
     cut = [found for found in cut if found is not None]
     tensors |= {f"knockout/{facts['class']}": maps for facts, maps in cut}
     facts = {
         "image_attention": run.metrics["image_attention"],
         "sites": run.sites,
         "layers": run.layers,
-        "images": [{"index": i, "name": dataset.names[i]} for i in args.image],
+        "images": [{"index": i, "name": dataset.names[i]} for i in images],
         "knockout": [facts for facts, _ in cut],
     }
-    out = Path(args.out or args.probes)
-    write_tensors(out / "maps.safetensors", tensors)
-    write_json(out / "maps.json", facts)
-    print(f"{out / 'maps.safetensors'}: {len(args.image)} images, {len(cut)} knockouts")
+    write_files({out / "maps.safetensors": tensors, out / "maps.json": facts})
+    return facts

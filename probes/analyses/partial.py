@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from ..results import read_tensors, write_json, write_tensors
+from ..results import read_tensors
+from ..writing import write_files
 
 
 def batch_results(
@@ -27,11 +28,14 @@ def batch_results(
     known, arguments = folder / "arguments.json", json.loads(json.dumps(arguments))
     if folder.is_dir() and not (known.is_file() and json.loads(known.read_text()) == arguments):
         shutil.rmtree(folder)
-    write_json(known, arguments)
+    write_files({known: arguments})
     results = []
     for batch in tqdm(range(batches), desc=folder.stem, mininterval=5):
         path = folder / f"{batch:06d}.safetensors"
-        if not path.is_file():
-            write_tensors(path, compute(batch))
-        results.append(read_tensors(path))
+        try:
+            done = read_tensors(path)
+        except (FileNotFoundError, ValueError):  # not computed yet, or damaged since
+            write_files({path: compute(batch)})
+            done = read_tensors(path)
+        results.append(done)
     return results

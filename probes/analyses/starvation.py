@@ -10,8 +10,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..results import ProbeRun, peak_layer, write_json
+from ..lock import only_writer
+from ..results import ProbeRun, peak_layer
 from ..statistics import bootstrap_weights
+from ..writing import write_files
 from .patch_accuracy import accuracies, gap_of, gap_over, patch_counts
 from .starvation_classes import class_facts
 from .starvation_flip import FLIPS, flip_facts
@@ -75,8 +77,10 @@ def run(args: argparse.Namespace) -> None:
     """`probes starvation`."""
     causal, bidirectional = map(ProbeRun, args.probes)
     flips = () if args.flip is None else args.flip or FLIPS
-    facts = starvation(causal, bidirectional, args.site, args.seed, by_class=args.by_class, flips=flips)
-    write_json(Path(args.out or args.probes[1]) / "starvation.json", facts)
+    out = Path(args.out or args.probes[1])
+    with only_writer(out, "starvation.json"):
+        facts = starvation(causal, bidirectional, args.site, args.seed, by_class=args.by_class, flips=flips)
+        write_files({out / "starvation.json": facts})
     for patch in range(min(3, len(facts["gap"]))):
         gap = _points(facts["gap"][patch], facts["gap_ci95"][patch])
         print(f"patch {patch}: causal {facts['causal'][patch]:.1%}, bidirectional {gap}")

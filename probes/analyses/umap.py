@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..lock import only_writer
 from ..mllm import ADAPTER
-from ..results import ProbeRun, peak_layer, write_json
+from ..results import ProbeRun, peak_layer
+from ..writing import write_files
 from .knockout_cases import true_classes
 
 NEIGHBOURS = 10
@@ -103,10 +105,11 @@ def _writer(folder: Path | None):
 
 def run(args: argparse.Namespace) -> None:
     """`probes umap`."""
-    out = Path(args.out or args.probes)
+    run, out = ProbeRun(args.probes), Path(args.out or args.probes)
     projector = out / "projector" if args.tensorboard else None
-    facts = umap_of_images(ProbeRun(args.probes), args.image, args.sites, args.seed, projector)
-    write_json(out / "umap.json", facts)
+    with only_writer(out, "umap.json"):
+        facts = umap_of_images(run, args.image, args.sites, args.seed, projector)
+        write_files({out / "umap.json": facts})
     for entry in facts["images"]:
         for site in entry["sites"]:
             numbers = [

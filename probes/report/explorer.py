@@ -29,8 +29,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..analyses.explorer import Explored, Reading, Seen, explore
+from ..lock import only_writer
 from ..palette import palette_of
-from ..results import ProbeRun, write_text
+from ..results import ProbeRun
+from ..writing import write_files
 from .templates import render
 
 PICTURE_PX = 448  # the longer side of an image on the page
@@ -155,7 +157,7 @@ def write_page(explored: list[Explored], out: str | Path) -> Path:
     out = Path(out)
     data, blocks = page_data(explored)
     runs = [of_run.run for of_run in explored]
-    write_text(out / "explorer.html", render("explorer.html.j2", data=data, blocks=blocks, runs=runs))
+    write_files({out / "explorer.html": render("explorer.html.j2", data=data, blocks=blocks, runs=runs)})
     return out / "explorer.html"
 
 
@@ -164,20 +166,16 @@ def run(args: argparse.Namespace) -> None:
     runs = [ProbeRun(path) for path in args.runs]
     for run in runs[1:]:
         runs[0].check_same_images(run, "; explore them apart")
-    explored = [
-        explore(
-            run,
-            args.images,
-            conditions=args.conditions,
-            classes=args.knockout,
-            top_classes=args.top_classes,
-            top_words=args.top_words,
-            word_sites=args.word_sites,
-            seed=args.seed,
-        )
-        for run in runs
-    ]
-    path = write_page(explored, args.out)
+    how = {
+        "conditions": args.conditions,
+        "classes": args.knockout,
+        "top_classes": args.top_classes,
+        "top_words": args.top_words,
+        "word_sites": args.word_sites,
+        "seed": args.seed,
+    }
+    with only_writer(Path(args.out), "explorer.html"):
+        path = write_page([explore(run, args.images, **how) for run in runs], args.out)
     size_mb = path.stat().st_size / 1e6
     print(f"{path}: {len(args.images)} images, {size_mb:.1f} MB")
     if size_mb > LARGE_MB:

@@ -5,6 +5,8 @@ OUT/results.json     claims and scores (the contract of tools that read on)
 OUT/*.csv            every number of the page, fractions 0..1
 OUT/*.png, *.pdf     its figures
 
+All are written at the end, results.json last, so that what an earlier report left stays until all of this one is there.
+
 Of several models or datasets, results.json lists one such object for each under "studies", and the files of each lie in
 a folder of its own, those that compare them in OUT.
 """
@@ -19,7 +21,9 @@ from typing import Any
 
 import matplotlib as mpl
 
-from ..results import ProbeRun, write_json, write_text
+from ..lock import only_writer
+from ..results import ProbeRun
+from ..writing import write_files
 from . import tables
 from .claims import CONFUSED_SHARE, claims_of
 from .confusion import confusion_pairs
@@ -34,6 +38,7 @@ from .study import Rows, Study, answer_accuracy, optional_json, overridden, stud
 from .templates import render
 
 Sections = dict[str, list[tuple[Picture, str]]]  # by title: figures, each with its PNG
+Files = dict[Path, str | bytes]  # to be written
 
 
 @dataclass
@@ -89,14 +94,19 @@ def report(
         tensorboard: Also writes the figures for TensorBoard, into `out`/tensorboard.
     """
     studies, out = studies_of(paths, longer, recipes), Path(out)
-    wall_s = total_seconds(Path(timings)) if timings else None
+    with only_writer(out):
+        return _write_report(studies, out, total_seconds(Path(timings)) if timings else None, tensorboard)
+
+
+def _write_report(studies: list[Study], out: Path, wall_s: float | None, tensorboard: bool) -> dict[str, Any]:
     alone = len(studies) == 1
-    parts = [_part(study, out if alone else out / study.slug) for study in studies]
+    files: Files = {}
+    parts = [_part(study, out if alone else out / study.slug, files) for study in studies]
     overview: Sections = {}
     comparison = {"table2": tables.table2(studies), "table2_difference": tables.table2_difference(studies)}
     if not alone:
-        overview = _save_all(overview_pictures(studies), out)
-    _write_tables(comparison, out)
+        overview = _draw_all(overview_pictures(studies), out, files)
+    files |= _csv_files(comparison, out)
     page = render(
         "page.html.j2",
         {"percent": percent, "points": points, "p": p_value, "span": span},
@@ -108,7 +118,6 @@ def report(
         confused_share=CONFUSED_SHARE,
         explorer=(out / "explorer.html").is_file(),
     )
-    write_text(out / "index.html", page)
     if tensorboard:
         from .tensorboard import write_events
 
@@ -118,16 +127,16 @@ def report(
         write_events(drawn, out / "tensorboard")
     found = [part.facts for part in parts]
     facts = {"wall_s": wall_s} | (found[0] if alone else {"seed": found[0]["seed"], "studies": found})
-    write_json(out / "results.json", facts)
+    write_files(files | {out / "index.html": page, out / "results.json": facts})
     return facts
 
 
-def _part(study: Study, out: Path) -> Part:
-    """Works out what there is to say of a study, and writes its figures and tables into `out`."""
+def _part(study: Study, out: Path, files: Files) -> Part:
+    """Works out what there is to say of a study; its figures and tables, which go into `out`, come to `files`."""
     facts = results(study)
-    sections = _save_all(pictures_of(study, facts), out)
+    sections = _draw_all(pictures_of(study, facts), out, files)
     rows = _tables(study, facts)
-    _write_tables(rows, out)
+    files |= _csv_files(rows, out)
     return Part(study, facts, remarks_of(facts), sections, rows, overridden(study))
 
 
@@ -143,30 +152,28 @@ def _tables(study: Study, facts: dict[str, Any]) -> dict[str, Rows]:
     return {name: rows for name, rows in found.items() if rows}
 
 
-def _write_tables(found: dict[str, Rows], out: Path) -> None:
-    for name, rows in found.items():
-        if rows:
-            tables.write_csv(out / f"{name}.csv", rows)
+def _csv_files(found: dict[str, Rows], out: Path) -> Files:
+    return {out / f"{name}.csv": tables.csv_text(rows) for name, rows in found.items() if rows}
 
 
-def _save_all(pictures: Iterable[Picture], out: Path) -> Sections:
-    """Writes figures as PNG, PDF and CSV; returns them by section, with their PNG for the page."""
-    out.mkdir(parents=True, exist_ok=True)
+def _draw_all(pictures: Iterable[Picture], out: Path, files: Files) -> Sections:
+    """Draws figures, which come to `files`; returns them by section, each with its PNG for the page."""
     sections: Sections = {}
     with mpl.rc_context(STYLE):
         for picture in pictures:
-            sections.setdefault(picture.section, []).append((picture, _save(picture, out)))
+            drawn = _draw(picture, out)
+            files |= drawn
+            png = base64.b64encode(drawn[out / f"{picture.name}.png"]).decode()
+            sections.setdefault(picture.section, []).append((picture, png))
     return sections
 
 
-def _save(picture: Picture, out: Path) -> str:
-    picture.drawn.figure.savefig(out / f"{picture.name}.pdf", metadata={"CreationDate": None})
-    buffer = io.BytesIO()
-    picture.drawn.figure.savefig(buffer, format="png")
-    (out / f"{picture.name}.png").write_bytes(buffer.getvalue())
-    if picture.drawn.rows:
-        tables.write_csv(out / f"{picture.name}.csv", picture.drawn.rows)
-    return base64.b64encode(buffer.getvalue()).decode()
+def _draw(picture: Picture, out: Path) -> Files:
+    png, pdf = io.BytesIO(), io.BytesIO()
+    picture.drawn.figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
+    picture.drawn.figure.savefig(png, format="png")
+    drawn = {out / f"{picture.name}.pdf": pdf.getvalue(), out / f"{picture.name}.png": png.getvalue()}
+    return drawn | _csv_files({picture.name: picture.drawn.rows}, out)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """The paper's tables from a study, with the paper's own numbers beside them, and every number as CSV."""
 
 import csv
-from pathlib import Path
+import io
 from typing import Any
 
 from ..analyses.knockout import read_cases
@@ -11,13 +11,13 @@ from .paper import PAPER, departures, paper_encoder
 from .study import Rows, Study
 
 
-def write_csv(path: Path, rows: Rows) -> None:
-    """Writes rows under the union of their keys, in the order in which keys come up; fractions stay 0..1."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, keys, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def csv_text(rows: Rows) -> str:
+    """Rows under the union of their keys, in the order in which keys come up; fractions stay 0..1."""
+    keys, text = list(dict.fromkeys(key for row in rows for key in row)), io.StringIO()
+    writer = csv.DictWriter(text, keys, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def claim_rows(claims: list[dict[str, Any]]) -> Rows:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from probes.cli import main
+from probes.resume import newest_whole
 
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 # epochs have three steps, checkpoints come every two: (where the process dies, the checkpoint it leaves)
@@ -26,6 +28,16 @@ from lightning import Callback
 class Killer(Callback):
     def {hook}(self, trainer, *_):
         if trainer.global_step == {step}:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+RANK_KILLER = """
+import os, signal, time
+from lightning import Callback
+
+class Killer(Callback):
+    def on_train_batch_start(self, trainer, *_):
+        if (trainer.global_rank, trainer.global_step) == ({rank}, 5):
+            open("{died}", "w").write(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
 """
 KILLING = """
@@ -91,6 +103,19 @@ def test_bad_file_of_one_rank_ends_all_ranks_alike(checkpoints, tmp_path):
     message = processes(arguments(checkpoints["causal"], root, tmp_path / "run", *TWO), fails=True).stderr
     assert "003.png has label 9" in message
     assert message.count("1 of 11 images cannot be used") >= 2, "both ranks say so"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_that_dies_ends_the_other_and_nothing_is_called_finished(rank, checkpoints, uneven, tmp_path):
+    (tmp_path / "killer.py").write_text(RANK_KILLER.format(rank=rank, died=tmp_path / "died"))
+    (tmp_path / "killing.yaml").write_text(KILLING)
+    run = arguments(checkpoints["causal"], uneven, tmp_path / "run", *TWO)
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    processes([*run, "-c", str(tmp_path / "killing.yaml")], fails=True, PYTHONPATH=path)  # until both have ended
+    assert time.time() - float((tmp_path / "died").read_text()) < 60
+    assert not (tmp_path / "run/metrics.json").exists()
+    assert newest_whole(tmp_path / "run/checkpoints"), "to go on from"
 
 
 @pytest.mark.slow

@@ -1,8 +1,13 @@
-"""A run is gone on with as what it was, or not at all."""
+"""A run is gone on with as what it was, or not at all, and from the newest of its checkpoints that is whole."""
+
+import os
+from pathlib import Path
 
 import pytest
+import torch
 
 from probes.cli import main
+from probes.resume import checkpoint_of, is_whole, newest_whole
 
 SETTINGS = ["--trainer.accelerator", "cpu", "--data.num_workers", "0", "--data.batch_size", "4"]
 SETTINGS += ["--trainer.enable_progress_bar", "false", "--model.sites", "[adapter]"]
@@ -60,3 +65,57 @@ def test_users_own_logger_takes_the_place_of_tensorboards(stopped, tmp_path):
     logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", str(tmp_path)]
     main(["fit", *arguments, "--trainer.max_epochs", "1", "--out", str(tmp_path / "run"), *logger])
     assert list(tmp_path.rglob("metrics.csv")) and not list(tmp_path.rglob("events*"))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def cut_last_byte(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def flip_a_bit(path: Path) -> None:
+    """In the middle of the tensor."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = [cut, cut_last_byte, empty, flip_a_bit]
+
+
+@pytest.fixture
+def three(tmp_path) -> list[Path]:
+    """The newest last."""
+    paths = [tmp_path / f"{name}.ckpt" for name in ("epoch=1", "epoch=2", "last")]
+    for age, path in enumerate(paths):
+        torch.save({"x": torch.rand(10_000)}, path)
+        os.utime(path, (age, age))
+    return paths
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_is_passed_over_and_named(damage, three, caplog):
+    assert newest_whole(three[0].parent) == three[-1] and not caplog.text
+    times = three[-1].stat().st_mtime_ns
+    damage(three[-1])
+    os.utime(three[-1], ns=(times, times))
+    assert not is_whole(three[-1])
+    assert checkpoint_of("last", three[0].parent) == three[1]
+    assert f"{three[-1]} is damaged" in caplog.text
+    with pytest.raises(ValueError, match=rf"last.ckpt is damaged; the newest whole one .* is {three[1]}"):
+        checkpoint_of(str(three[-1]), three[0].parent)
+
+
+def test_without_a_whole_one_there_is_none(three, tmp_path):
+    for path in three:
+        cut(path)
+    assert newest_whole(tmp_path) is None and newest_whole(tmp_path / "nowhere") is None
+    with pytest.raises(ValueError, match="nothing.ckpt is not there"):
+        checkpoint_of(str(tmp_path / "nothing.ckpt"), tmp_path)
+    assert checkpoint_of(None, tmp_path) is None

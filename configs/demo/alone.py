@@ -1,0 +1,13 @@
+"""python alone.py FOLDER COMMAND ...: runs a command unless another one, started so, is at work in the folder."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from probes.lock import only_writer
+
+try:
+    with only_writer(Path(sys.argv[1])):
+        sys.exit(subprocess.call(sys.argv[2:]))
+except ValueError as error:
+    sys.exit(str(error))

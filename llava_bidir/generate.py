@@ -4,25 +4,23 @@ import argparse
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaProcessor, PreTrainedModel, TextStreamer
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from . import modeling  # noqa: F401 - makes the Auto classes know our models
 from .data.collate import pad
 from .data.conversation import IMAGE, encode
+from .data.images import read_image
 
 
 def generate(model: str, image: Path, prompts: list[str], max_new_tokens: int = 256) -> list[str]:
     """Greedy answers to `prompts` about one image; a single one is also streamed to the terminal.
 
     Raises:
-        ValueError: The image cannot be read.
+        BadImage: The image cannot be read.
     """
-    try:
-        picture = Image.open(image).convert("RGB")
-    except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"image {image} cannot be read: {error}") from None
+    picture = read_image(image)
     loaded, processor = load(model)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)

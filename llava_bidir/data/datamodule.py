@@ -28,6 +28,7 @@ class InstructionData(LightningDataModule):
         group_by_length: Batches of one modality and similar length (LLaVA's stage 2) instead of random ones.
         max_length: Tokens of a sequence, image tokens included.
         num_workers: Processes on each device that open images.
+        follow_links: Also read images that symlinks within `images` lead to elsewhere, because you laid it out so.
         seed: Decides the order of samples.
         processor: The command line links it from the model.
         image_tokens: T, image tokens of one image; the command line links it from the model.
@@ -44,12 +45,14 @@ class InstructionData(LightningDataModule):
         group_by_length: bool = False,
         max_length: int = 2048,
         num_workers: int = 4,
+        follow_links: bool = False,
         seed: int = 0,
         processor: LlavaProcessor | None = None,
         image_tokens: int = 576,
     ):
         super().__init__()
         self.annotations, self.images, self.val_annotations = annotations, images, val_annotations
+        self.follow_links = follow_links
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.group_by_length, self.num_workers, self.seed = group_by_length, num_workers, seed
         self.collate = Collate(processor, image_tokens, template, max_length)
@@ -61,9 +64,9 @@ class InstructionData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if self.val_annotations:
-            self.val = Instructions(self.val_annotations, self.images)
+            self.val = Instructions(self.val_annotations, self.images, self.follow_links)
         if stage == "fit":
-            self.train = Instructions(self.annotations, self.images)
+            self.train = Instructions(self.annotations, self.images, self.follow_links)
             rank_zero_info(self.train.summary(self.collate.image_tokens, self.collate.max_length))
             self.sampler = BatchSampler(
                 self.train.lengths(),

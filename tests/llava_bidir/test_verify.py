@@ -17,6 +17,7 @@ import llava_bidir.cli
 from llava_bidir.build import build_processor
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import encode, most_tokens
+from llava_bidir.data.images import ImageFolder
 from llava_bidir.data.instructions import read_annotations
 from llava_bidir.verify import KINDS, Checks, verify
 
@@ -33,6 +34,7 @@ RECORDS = {
     "broken": {"conversations": turns("name", "wall") + turns("a")[:1] + turns("b")},
     "missing": {"image": "none.png", "conversations": turns("<image>\nname", "wall")},
     "corrupt": {"image": "no.png", "conversations": turns("<image>\nname", "wall")},
+    "outside": {"image": "link.png", "conversations": turns("<image>\nname", "wall")},
     "renamed": {"image": "gif.jpg", "conversations": turns("<image>\nname", "wall")},
     "too_long": {"conversations": turns("name", "wall " * 120)},
     "unsupervised": {"image": "a.png", "conversations": turns("<image>\nname", "")},
@@ -46,6 +48,8 @@ RECORDS = {
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("verify")
     Image.new("RGB", (9, 7), "red").save(root / "a.png")
+    Image.new("RGB", (9, 7), "red").save(tmp_path_factory.mktemp("elsewhere") / "b.png")
+    (root / "link.png").symlink_to(tmp_path_factory.getbasetemp() / "elsewhere0/b.png")
     Image.new("RGB", (9, 7), "red").save(root / "gif.jpg", format="GIF")
     (root / "no.png").write_bytes(b"no image")
     (root / "data.json").write_text(json.dumps([{"id": name, **record} for name, record in RECORDS.items()]))
@@ -54,7 +58,7 @@ def folder(tmp_path_factory) -> Path:
 
 def checks(folder, parts, template="vicuna_v1", decode=False, name="data.json") -> Checks:
     collate = Collate(build_processor(*parts), tiny.TOKENS, template, max_length=100)
-    return Checks(read_annotations(folder / name), folder, collate, decode)
+    return Checks(read_annotations(folder / name), ImageFolder(folder), collate, decode)
 
 
 def found(checks) -> dict[str, list[str]]:
@@ -79,7 +83,9 @@ def test_template_plain_has_rules_of_its_own(folder, parts):
 def test_details_name_the_tokens_and_the_file(folder, parts):
     details = {f["kind"]: f["detail"] for f in verify(checks(folder, parts), {}, None, 0, None)["findings"]}
     ids, _ = encode(RECORDS["too_long"]["conversations"], build_processor(*parts).tokenizer, image_tokens=None)
-    assert details["too_long"] == f"{len(ids)} tokens" and details["missing"] == str(folder / "none.png")
+    assert (
+        details["too_long"] == f"{len(ids)} tokens" and details["missing"] == f"image {folder / 'none.png'} is missing"
+    )
     assert details["renamed"] == f"{folder / 'gif.jpg'}: GIF, not JPEG"
 
 

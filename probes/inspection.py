@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
+from .data.pairs import open_image, read_rgb
 from .families import family_of, own_image_attention
 from .mllm import ENCODER, load, read_config, site_names
 from .results import write_tensors
@@ -23,12 +22,7 @@ def print_sites(args: argparse.Namespace) -> None:
 
 def write_states(args: argparse.Namespace) -> None:
     """`probes states`."""
-    images = []
-    for path in args.image:
-        try:
-            images.append(Image.open(path).convert("RGB"))
-        except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"image {path} cannot be read: {error}") from None
+    images = [read_rgb(open_image(path), path) for path in map(Path, args.image)]
     mllm = load(args.mllm, image_attention=args.image_attention)
     states = mllm.states(mllm.preprocess(images), args.sites)
     write_tensors(Path(args.out), states)

@@ -72,14 +72,15 @@ def fingerprint(path: Path) -> dict[str, str | int]:
 
 
 def _records(path: str, size: int, modified: int, rules: int):
-    index = -1
-    for index, record in enumerate(read_json_list(Path(path))):
+    empty = True
+    for record in read_json_list(Path(path)):
+        empty = False
         try:
             yield _read_record(record)
         except (ValueError, RecursionError) as error:  # too deep to be shown, too
-            empty = {"image": "", "conversations": [], "words": 0, "shown": 0, "answers": 0}
-            yield {**empty, "id": _id(record), "problem": str(error)}
-    if index < 0:
+            nothing = {"image": "", "conversations": [], "words": 0, "shown": 0, "answers": 0}
+            yield {**nothing, "id": _id(record), "problem": str(error)}
+    if empty:
         raise ValueError(f"{path} has no records")
 
 

@@ -7,7 +7,7 @@ Arrow files until they are asked for.
 from pathlib import Path
 
 from .ade20k import CLASSES, LOOKUP, PALETTE, SIZES
-from .pairs import Embedded, SegmentationDataset
+from .pairs import BadFile, Embedded, SegmentationDataset
 
 SPLITS = {"training": "train", "validation": "validation"}
 COLUMNS = ("image", "annotation")
@@ -53,7 +53,9 @@ class ADE20KOnHub(SegmentationDataset):
 
     def files(self, index: int) -> tuple[Embedded, Embedded]:
         row = self._rows[index]
-        return tuple(
-            Embedded(row[name]["bytes"] or Path(row[name]["path"]).read_bytes(), f"{self._where}, row {index}, {name}")
-            for name in COLUMNS
-        )
+        return tuple(self._embedded(row[name]["bytes"], f"{self._where}, row {index}, {name}") for name in COLUMNS)
+
+    def _embedded(self, content: bytes | None, where: str) -> Embedded:
+        if content is None:  # or a path, which could be that of any file of this machine
+            raise BadFile(f"{where}: it has no bytes; embed the files in the parquet files", "missing")
+        return Embedded(content, where)

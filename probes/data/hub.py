@@ -53,9 +53,10 @@ class ADE20KOnHub(SegmentationDataset):
 
     def files(self, index: int) -> tuple[Embedded, Embedded]:
         row = self._rows[index]
-        return tuple(self._embedded(row[name]["bytes"], f"{self._where}, row {index}, {name}") for name in COLUMNS)
+        return tuple(_embedded(row[name], f"{self._where}, row {index}, {name}") for name in COLUMNS)
 
-    def _embedded(self, content: bytes | None, where: str) -> Embedded:
-        if content is None:  # or a path, which could be that of any file of this machine
-            raise BadFile(f"{where}: it has no bytes; embed the files in the parquet files", "missing")
-        return Embedded(content, where)
+
+def _embedded(cell: dict | None, where: str) -> Embedded:
+    if cell is None or cell["bytes"] is None:  # a path instead could be that of any file of this machine
+        raise BadFile(f"{where} has no bytes; the images must lie in the parquet files", "missing")
+    return Embedded(cell["bytes"], where)

@@ -51,9 +51,10 @@ def _read_facts(path: Path) -> dict:
         raise ValueError(f"data.root: no folder {path.parent}")
     if not path.exists():
         raise ValueError(f'{path} is missing; it names the classes: {{"classes": ["wall", ...]}}')
+    text = read_text(path)
     try:
-        facts = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        facts = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     names = facts.get("classes") if isinstance(facts, dict) else None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):

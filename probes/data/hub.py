@@ -45,7 +45,12 @@ class ADE20KOnHub(SegmentationDataset):
         if missing:
             raise ValueError(f"{where} lacks the column {missing[0]!r}; it has {', '.join(rows.column_names)}")
         for name in COLUMNS:  # not decoded by `datasets`, which would turn photos by their EXIF tags
-            rows = rows.cast_column(name, datasets.Image(decode=False))
+            try:
+                rows = rows.cast_column(name, datasets.Image(decode=False))
+            except (TypeError, ValueError, NotImplementedError) as error:  # Arrow's own are these, too
+                raise ValueError(
+                    f"{where}: its column {name!r} holds no images, but {rows.features[name]}: {error}"
+                ) from None
         self._rows, self._where = rows.select_columns(list(COLUMNS)), f"{where}, {split}"
         names = [f"{split}_{i:08d}" for i in range(len(rows))]
         super().__init__(dict.fromkeys(names, ()), CLASSES, LOOKUP, PALETTE)

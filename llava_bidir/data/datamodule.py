@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
 from .collate import Collate
-from .conversation import IGNORE_INDEX
+from .conversation import IGNORE_INDEX, check_turns
 from .instructions import Instructions, read_annotations
 from .loader import StepLoader
 from .sampler import BatchSampler
@@ -65,6 +65,7 @@ class InstructionData(LightningDataModule):
     def setup(self, stage: str) -> None:
         if self.val_annotations:
             self.val = Instructions(self.val_annotations, self.images, self.follow_links)
+            self.val.check_answers()
         if stage == "fit":
             self.train = Instructions(self.annotations, self.images, self.follow_links)
             rank_zero_info(self.train.summary(self.collate.image_tokens, self.collate.max_length))
@@ -121,7 +122,7 @@ class InstructionData(LightningDataModule):
 
         A last sample that only fills up has no labels and no answer: `answers` is then shorter than the batch.
         """
-        records = [sample for sample, _ in samples]
+        records = [{**sample, "conversations": check_turns(sample["conversations"])} for sample, _ in samples]
         counted = sum(counts for _, counts in samples)
         batch = self.collate(records)
         batch["labels"][counted:] = IGNORE_INDEX

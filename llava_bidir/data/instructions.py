@@ -139,7 +139,7 @@ class Instructions(Dataset):
     """
 
     def __init__(self, annotations: str | Path, images: str | Path, follow_links: bool = False):
-        self.records = read_annotations(annotations)
+        self.annotations, self.records = annotations, read_annotations(annotations)
         self.images = ImageFolder(images, follow_links)
         bad = np.flatnonzero(self._column("problem", lambda column: pc.not_equal(column, "")))
         if len(bad):
@@ -162,6 +162,20 @@ class Instructions(Dataset):
         except BadImage as error:
             raise ValueError(f"record {index} (id {record['id']!r}): {error}") from None
         return {"id": record["id"], "image": image, "conversations": record["conversations"]}
+
+    def check_answers(self) -> None:
+        """For validation, which compares with the first answer.
+
+        Raises:
+            ValueError: Some records have none; says how many and names one.
+        """
+        without = np.flatnonzero(self._column("answers") == 0)
+        if len(without):
+            name = self.records[int(without[0])]["id"]
+            raise ValueError(
+                f"{self.annotations}: {len(without)} of {len(self)} records have no answer to compare with, record "
+                f"{without[0]} (id {name!r}) for one"
+            )
 
     def _column(self, name: str, function=lambda column: column) -> np.ndarray:
         """A column, or a function of it, without making Python objects of it."""

@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 # What data sets come in. PIL knows more, and some of those run other programs: EPS is Ghostscript's.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+PATH_MAX = 4096  # characters, as Linux has it
 
 
 class BadImage(ValueError):
@@ -25,11 +26,8 @@ class BadImage(ValueError):
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError unless `name` is a path that stays in its folder, as far as that can be told without looking.
-
-    Links are what :class:`ImageFolder` looks at.
-    """
-    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+    """Raises ValueError unless `name` is a path that stays in its folder, links apart: :class:`ImageFolder`."""
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name or len(name) > PATH_MAX:
         raise ValueError(f"'image' must be a path inside data.images, without '..', got {name[:200]!r}")
 
 

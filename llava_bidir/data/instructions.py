@@ -113,7 +113,8 @@ def _read_record(record: dict) -> dict:
 
 def _id(record: Any) -> str:
     name = record.get("id") if isinstance(record, dict) else None
-    return str(name).encode(errors="backslashreplace").decode() if isinstance(name, str | int | float) else ""
+    text = str(name) if isinstance(name, str | int | float) else ""
+    return text[:200].encode(errors="backslashreplace").decode()  # long enough to find it
 
 
 def _check_text(text: str) -> None:

@@ -36,7 +36,7 @@ def files_by_name(folder: Path, suffixes: Iterable[str], ending: str = "", patte
     """{name: file}, sorted; the name is the file's without `ending` and suffix.
 
     Raises:
-        ValueError: The folder is not there, or two files have the same name.
+        ValueError: The folder is not there, or two files have the same name, or one that no report could show.
     """
     if not folder.is_dir():
         beside = sorted(entry.name for entry in folder.parent.iterdir()) if folder.parent.is_dir() else []
@@ -47,10 +47,20 @@ def files_by_name(folder: Path, suffixes: Iterable[str], ending: str = "", patte
         if path.suffix.lower() not in suffixes or not path.stem.endswith(ending):
             continue
         name = path.stem.removesuffix(ending)
+        if not _is_text(name):
+            raise ValueError(f"{str(path)!r} has a name that is not UTF-8; rename it")
         if name in found:
             raise ValueError(f"{found[name]} and {path} have the same name; which one is meant?")
         found[name] = path
     return dict(sorted(found.items()))
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def paired(images: dict[str, Path], masks: dict[str, Path], where: str) -> dict[str, tuple[Path, Path]]:

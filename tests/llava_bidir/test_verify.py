@@ -48,8 +48,9 @@ RECORDS = {
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("verify")
     Image.new("RGB", (9, 7), "red").save(root / "a.png")
-    Image.new("RGB", (9, 7), "red").save(tmp_path_factory.mktemp("elsewhere") / "b.png")
-    (root / "link.png").symlink_to(tmp_path_factory.getbasetemp() / "elsewhere0/b.png")
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "b.png"
+    Image.new("RGB", (9, 7), "red").save(elsewhere)
+    (root / "link.png").symlink_to(elsewhere)
     Image.new("RGB", (9, 7), "red").save(root / "gif.jpg", format="GIF")
     (root / "no.png").write_bytes(b"no image")
     (root / "data.json").write_text(json.dumps([{"id": name, **record} for name, record in RECORDS.items()]))

@@ -4,6 +4,9 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import pytest
@@ -15,6 +18,8 @@ from PIL import Image
 from llava_bidir.build import build_processor
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.instructions import Instructions, read_annotations
+
+ROOT = Path(__file__).parents[3]
 
 
 def write(path, records) -> str:
@@ -155,12 +160,27 @@ def test_corrupt_image_is_named(tmp_path):
 
 
 def test_ids_of_other_types_null_characters_and_further_keys_are_let_through(tmp_path):
-    records = [record(id=None), record(id=3.5), record(id=["a"]), record(id=10**400), {**record(), "extra": [{}]}]
+    records = [record(id=None), record(id=3.5), record(id=["a"]), record(id=10**100), {**record(), "extra": [{}]}]
     records += [record(conversations=turns("<image>\0", "a\0cat"), image="a.png"), record(id="\ud83d")]
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     data = Instructions(write(tmp_path / "data.json", records), tmp_path)
-    assert data.records["id"][:] == ["", "3.5", "", str(10**400), "7", "7", "\\ud83d"]
+    assert data.records["id"][:] == ["", "3.5", "", str(10**100), "7", "7", "\\ud83d"]
     assert data[5]["conversations"][1]["value"] == "a\0cat"
+
+
+def test_broken_file_leaves_nothing_behind(pictures):
+    whole = json.dumps([record()] * 1000)
+    with pytest.raises(ValueError, match="after 999 of them"):
+        read_annotations(write(pictures / "data.json", whole[:-3]))
+    assert [*pictures.rglob("*.arrow")] == [], "what was converted of it is no data set"
+    assert len(read_annotations(write(pictures / "data.json", whole))) == 1000 and [*pictures.rglob("*.arrow")]
+
+
+def test_names_in_errors_are_cut(tmp_path):
+    records = [record(id="7" * 10**5, image="a" * 10**5)]
+    with pytest.raises(ValueError, match="'image' must be a path inside data.images, without '..'") as error:
+        Instructions(write(tmp_path / "data.json", records), tmp_path)
+    assert len(str(error.value)) < 1000
 
 
 def test_file_that_cannot_be_opened_is_named(tmp_path):
@@ -212,6 +232,7 @@ def test_any_record_is_a_sample_or_an_error_that_names_it(collate, pictures, rec
     try:
         data = Instructions(write(pictures / "data.json", records), pictures)
     except ValueError as error:
+        assert len(str(error)) < 2000
         assert re.search(r"data.json.*(record \d \(id '|has no records)", str(error), re.DOTALL)
         return
     assert len(data) == len(records) and (data.lengths() != 0).all()
@@ -225,3 +246,30 @@ def test_any_record_is_a_sample_or_an_error_that_names_it(collate, pictures, rec
         assert len(ids) == len(labels) and all(label in (-100, id) for id, label in zip(ids, labels, strict=True))
         assert sample["image"] is None or (sample["image"].mode, sample["image"].size) == ("RGB", (4, 4))
         assert (sample["image"] is None) == (collate.processor.image_token_id not in ids)
+
+
+READING = """
+import resource, sys
+from llava_bidir.data.instructions import read_annotations
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+before = peak()
+print(len(read_annotations(sys.argv[1])), peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """HOSTILE_MIB=2048 has it read a file of that size, which takes minutes and twice the space."""
+    size = int(os.environ.get("HOSTILE_MIB", 64)) << 20
+    text = json.dumps(record(conversations=turns("<image>\nwhat", *["a cat " * 40] * 3), image="a/b.png"))
+    count = size // (len(text) + 1)
+    with (tmp_path / "big.json").open("w") as file:
+        file.write("[" + text)
+        for _ in range(count - 1):
+            file.write("," + text)
+        file.write("]")
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", READING, str(tmp_path / "big.json")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    records, grown = map(int, run.stdout.split())
+    assert records == count and grown < 80, f"MiB, for a file of {size >> 20}"

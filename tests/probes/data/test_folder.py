@@ -123,6 +123,10 @@ def test_palette_png_is_read_by_index(root):
             "000.jpg and .*000.png have the same name",
         ),
         (lambda root: [p.unlink() for p in root.glob("*/validation/*")], "validation: no images"),
+        (
+            lambda root: mask_path(root).rename(os.fsdecode(bytes(root / "annotations/validation") + b"/\xff.png")),
+            r"annotations/validation/\\udcff.png' has a name that is not UTF-8",
+        ),
         (lambda root: (root / "classes.json").write_text(facts(ignore_index=256)), "ignore_index 256 is no label"),
         (lambda root: (root / "classes.json").write_text(facts(palette=[[0, 0, 0]])), "1 colours .* for 2 classes"),
         (lambda root: (root / "classes.json").write_bytes(b'{"classes": ["\xe9"]}'), "classes.json is not UTF-8"),

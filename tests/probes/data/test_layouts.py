@@ -97,6 +97,14 @@ def test_hub_rows_are_read_from_the_parquet_files_alone(tmp_path):
             data[i]
 
 
+@pytest.mark.parametrize("content", [b"", b"no parquet", None])
+def test_hub_files_that_are_broken_are_named(tmp_path, content):
+    file = layouts.write_hub_parquet(tmp_path / "hub") / "scene_parsing/validation/0000.parquet"
+    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(ValueError, match="^data.root: cannot load the validation split of .*hub, folder scene_parsing"):
+        open_dataset("hub", str(tmp_path / "hub"), "validation")
+
+
 def test_hub_columns_of_other_types_are_named(tmp_path):
     import datasets
 

@@ -197,11 +197,14 @@ def _save(file: Path, results: list[dict]) -> None:
 
 def _load(file: Path) -> list[dict]:
     try:
-        return json.loads(file.read_text())["files"]
+        results = json.loads(file.read_text())["files"]
+        if not all(result.keys() >= {"key", "records", "checked", "seconds", "findings"} for result in results):
+            raise KeyError
     except FileNotFoundError:
         return []
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{file} is no result of verify-data; remove it or name another with --json") from None
+    return results
 
 
 def main(argv: list[str]) -> None:

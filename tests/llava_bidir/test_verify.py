@@ -138,6 +138,18 @@ def test_command_is_content_with_sound_data(conversations, parts, tmp_path, caps
     assert json.loads((tmp_path / "r.json").read_text())["files"][0]["findings"] == []
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff", b"[]", b'{"files": 5}', b'{"files": [5]}', b'{"files": [{}]}', b"[" * 10**5]
+)
+def test_file_that_is_no_earlier_result_is_left_alone(content, folder, parts, tmp_path):
+    (tmp_path / "notes.json").write_bytes(content)
+    with pytest.raises(
+        SystemExit, match="notes.json is no result of verify-data; remove it or name another with --json"
+    ):
+        llava_bidir.cli.main([*arguments(parts, folder, tmp_path), "--json", str(tmp_path / "notes.json")])
+    assert (tmp_path / "notes.json").read_bytes() == content
+
+
 def test_interrupted_check_goes_on_and_finds_the_same(folder, parts, tmp_path):
     many = [{"id": i, **RECORDS["missing" if i % 7 == 0 else "text"]} for i in range(700)]
     (folder / "many.json").write_text(json.dumps(many))

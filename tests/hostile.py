@@ -75,6 +75,7 @@ READ: dict[str, bytes] = {
     "gif_called.jpg": encoded(noise(), "GIF"),
     "turned.jpg": encoded(noise(), "JPEG", exif=EXIF_TURNED),
     "broken_exif.jpg": encoded(noise(), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"),
+    "exif_of_something_else.png": encoded(noise(), "PNG", exif=b"no TIFF header"),
     "größe 日本語 🙂.png": encoded(noise(), "PNG"),
     "x" * 240 + ".png": encoded(noise(), "PNG"),
 }

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -18,6 +18,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from . import modeling  # noqa: F401 - makes the Auto classes know our models
 from .data.collate import pad
 from .data.conversation import IMAGE, encode
+from .data.images import read_image
 from .pretrained import load_weights, read_pretrained
 
 
@@ -25,12 +26,9 @@ def generate(model: str, image: Path, prompts: list[str], max_new_tokens: int = 
     """Greedy answers to `prompts` about one image; a single one is also streamed to the terminal.
 
     Raises:
-        ValueError: The image cannot be read.
+        BadImage: The image cannot be read.
     """
-    try:
-        picture = Image.open(image).convert("RGB")
-    except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"image {image} cannot be read: {error}") from None
+    picture = read_image(image)
     loaded, processor = load(model)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -91,7 +91,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args, config = parser.parse_known_args(argv[1:])
     cli = build_data_cli(config)
-    data = Instructions(cli.datamodule.annotations, cli.datamodule.images)
+    source = cli.datamodule
+    data = Instructions(source.annotations, source.images, source.follow_links)
     for index in args.index:
         if not 0 <= index < len(data):
             raise ValueError(f"record {index} is out of range; {cli.datamodule.annotations} has 0..{len(data) - 1}")

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .data.collate import Collate
 from .data.conversation import IGNORE_INDEX, IMAGE, check_turns, most_tokens
+from .data.images import BadImage, ImageFolder, read_format, read_image
 from .data.instructions import RULES, fingerprint, read_annotations
 from .training.cli import build_data_cli
 
@@ -27,7 +28,8 @@ from .training.cli import build_data_cli
 KINDS = {
     "broken": "cannot be trained on: `fit` stops",
     "missing": "the image is not there: `fit` stops",
-    "corrupt": "the image cannot be read: `fit` stops",
+    "corrupt": "the image cannot be read, or not within bounds: `fit` stops",
+    "outside": "a symlink leads out of data.images: `fit` stops, unless data.follow_links is true",
     "renamed": "the image is of another format than its name says: read as what it is, of an animation the first frame",
     "too_long": "cut at data.max_length",
     "unsupervised": "no token to train on: counts for nothing",
@@ -45,12 +47,12 @@ class Checks(Dataset):
 
     Args:
         records: From :func:`.data.instructions.read_annotations`.
-        images: Folder that the records' image paths start from.
+        images: What the records' image paths start from.
         collate: What encodes the records in training.
         decode: Decode images instead of reading their headers.
     """
 
-    def __init__(self, records: datasets.Dataset, images: Path, collate: Collate, decode: bool = False):
+    def __init__(self, records: datasets.Dataset, images: ImageFolder, collate: Collate, decode: bool = False):
         self.records, self.images, self.collate, self.decode = records, images, collate, decode
 
     def __len__(self) -> int:
@@ -71,7 +73,7 @@ class Checks(Dataset):
             return [("broken", record["problem"])]
         findings = check_tags(record) + self.check_tokens(record)
         if record["image"]:
-            findings += check_image(self.images / record["image"], self.decode)
+            findings += check_image(self.images, record["image"], self.decode)
         return findings
 
     def check_tokens(self, record: dict) -> list[tuple[str, str]]:
@@ -102,17 +104,15 @@ def check_tags(record: dict) -> list[tuple[str, str]]:
     return [("tag_without_image", f"{tags} {IMAGE}")] if tags and not record["image"] else []
 
 
-def check_image(path: Path, decode: bool) -> list[tuple[str, str]]:
+def check_image(images: ImageFolder, name: str, decode: bool) -> list[tuple[str, str]]:
     """What is wrong with an image file; `decode` also finds one that is cut off."""
     try:
-        with Image.open(path) as image:
-            found = image.format
-            if decode:
-                image.convert("RGB")
-    except FileNotFoundError:
-        return [("missing", str(path))]
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        return [("corrupt", f"{path}: {error}")]
+        path = images.file(name)
+        found = read_format(path)
+        if decode:
+            read_image(path)
+    except BadImage as error:
+        return [(error.kind, str(error))]
     named = _format_of_suffix(path.suffix.lower())
     if named not in (None, found) and (named, found) != ("JPEG", "MPO"):  # MPO: a JPEG with further pictures behind it
         return [("renamed", f"{path}: {found}, not {named}")]
@@ -197,11 +197,14 @@ def _save(file: Path, results: list[dict]) -> None:
 
 def _load(file: Path) -> list[dict]:
     try:
-        return json.loads(file.read_text())["files"]
+        results = json.loads(file.read_text())["files"]
+        if not all(result.keys() >= {"key", "records", "checked", "seconds", "findings"} for result in results):
+            raise KeyError
     except FileNotFoundError:
         return []
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f"{file} is no result of verify-data; remove it or name another with --json") from None
+    return results
 
 
 def main(argv: list[str]) -> None:
@@ -216,9 +219,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--decode", action="store_true", help="decode every image: also finds files that are cut off")
     args, config = parser.parse_known_args(argv[1:])
     cli = build_data_cli(config)
-    data, images = cli.datamodule, Path(cli.datamodule.images)
-    if not images.is_dir():
-        raise ValueError(f"data.images: no folder {images}")
+    data = cli.datamodule
+    images = ImageFolder(data.images, data.follow_links)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the processes are parallel already
     file = args.json or Path(cli.trainer.default_root_dir) / "verify-data.json"
     files = [path for path in (data.annotations, data.val_annotations) if path]
@@ -228,8 +230,9 @@ def main(argv: list[str]) -> None:
     for annotations in files:
         records = read_annotations(annotations)
         settings = {"template": data.collate.template, "max_length": data.collate.max_length, "decode": args.decode}
+        settings |= {"follow_links": images.follow_links}
         settings |= {"image_tokens": data.collate.image_tokens, "tokenizer": cli.model.hparams.llm, "rules": RULES}
-        key = {"file": fingerprint(Path(annotations)), "images": str(images.resolve()), **settings}
+        key = {"file": fingerprint(Path(annotations)), "images": str(images.path.resolve()), **settings}
         results.append(
             verify(
                 Checks(records, images, data.collate, args.decode),

@@ -1,6 +1,7 @@
 """The `probes` command: all its options. What a command needs is imported when it runs."""
 
 import argparse
+import re
 import sys
 import traceback
 from importlib import import_module
@@ -196,11 +197,18 @@ def main(argv: list[str] | None = None) -> None:
         module, _, function = args.run.partition(":")
         getattr(import_module(module), function)(args)
     except ValueError as error:
-        if not _raised_here(error):
+        message = _own_message(error)
+        if message is None:
             raise
-        sys.exit(f"probes: {error}")
+        sys.exit(f"probes: {message}")
 
 
-def _raised_here(error: ValueError) -> bool:
-    """Whether this package raised it: then it is about the user's input and says all; a bug keeps its traceback."""
-    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(Path(__file__).parent)
+def _own_message(error: ValueError) -> str | None:
+    """What it says if this package raised it: then it is about the user's input and says all; a bug has its traceback.
+
+    From a process that reads data, torch hands on an error with its traceback as text.
+    """
+    message, files = str(error), [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if re.match(r"Caught \w+ in DataLoader worker", message):
+        files, message = re.findall(r'File "(.+?)", line', message), re.split(r"\n[\w.]+: ", message)[-1].strip()
+    return message if Path(files[-1]).is_relative_to(Path(__file__).parent) else None

@@ -85,7 +85,7 @@ class Geometry:
 
     def place(self, image: Image.Image) -> Image.Image:
         """The square of `image_px` that is made of an image."""
-        image = image.convert("RGB")
+        image = to_rgb(image)
         if self.aspect == "pad":
             side, left, top = _padded(image.height, image.width)
             square = Image.new("RGB", (side, side), self.padding)
@@ -100,6 +100,17 @@ class Geometry:
             return View(*(Span(0.0, length * seen) for length in size))
         side, left, top = _padded(*size)
         return View(Span(float(-top), side * seen), Span(float(-left), side * seen))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture with 8 bits a channel, transparency dropped.
+
+    Raises:
+        ValueError: It has more than 8 bits, and does not say which value is white; PIL would cut off at 255.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"mode {image.mode!r}, more than 8 bits, does not say which value is white; save it with 8")
+    return image.convert("RGB")
 
 
 def _padded(height: int, width: int) -> tuple[int, int, int]:

@@ -3,9 +3,8 @@
 import argparse
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
-
 from .checkpoint import check_numbers
+from .data.pairs import open_image, read_rgb
 from .families import family_of, own_image_attention
 from .lock import only_writer
 from .mllm import ENCODER, load, read_config, site_names
@@ -26,12 +25,7 @@ def print_sites(args: argparse.Namespace) -> None:
 
 def write_states(args: argparse.Namespace) -> None:
     """`probes states`."""
-    images = []
-    for path in args.image:
-        try:
-            images.append(Image.open(path).convert("RGB"))
-        except (FileNotFoundError, UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"image {path} cannot be read: {error}") from None
+    images = [read_rgb(open_image(path), path) for path in map(Path, args.image)]
     out = Path(args.out)
     with only_writer(out.parent, out.name):
         mllm = load(args.mllm, image_attention=args.image_attention)

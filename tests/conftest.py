@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach out
@@ -16,6 +17,13 @@ if not torch.cuda.is_available():
 import tiny
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+# HYPOTHESIS_PROFILE=long looks for counterexamples for many minutes, and for other ones each time.
+patient = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}  # machines may be busy
+hypothesis.settings.register_profile("ci", max_examples=100, derandomize=True, **patient)
+hypothesis.settings.register_profile("long", max_examples=5000, **patient)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_configure(config):

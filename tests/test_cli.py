@@ -143,7 +143,7 @@ def test_fit_exports_a_model_that_generate_and_export_agree_on(parts, conversati
     llava_bidir.cli.main(["generate", str(run / "hf"), picture, "sky", "name the wall", "--max-new-tokens", "3"])
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "sky" and shown[2] == "name the wall"
-    with pytest.raises(SystemExit, match="image .*none.png cannot be read"):
+    with pytest.raises(SystemExit, match="image none.png is missing"):
         llava_bidir.cli.main(["generate", str(run / "hf"), "none.png", "sky"])
 
 
@@ -173,7 +173,7 @@ def test_image_that_goes_missing_ends_training_with_its_record_named(workers, pa
     (folder / "pictures/3.png").unlink()
     argv = ["fit", *tiny.training_arguments(parts, folder), "--out", str(tmp_path / "run")]
     argv += ["--data.val_annotations", "null", "--data.num_workers", str(workers)]
-    with pytest.raises(SystemExit, match=r"^llava-bidir: record 'r3': image .*pictures/3.png is missing$"):
+    with pytest.raises(SystemExit, match=r"^llava-bidir: record 3 \(id .r3.\): image .*pictures/3.png is missing$"):
         llava_bidir.cli.main(argv)
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
 from .collate import Collate
-from .conversation import IGNORE_INDEX
+from .conversation import IGNORE_INDEX, check_turns
 from .instructions import Instructions, read_annotations
 from .loader import StepLoader
 from .sampler import BatchSampler
@@ -29,6 +29,7 @@ class InstructionData(LightningDataModule):
         group_by_length: Batches of one modality and similar length (LLaVA's stage 2) instead of random ones.
         max_length: Tokens of a sequence, image tokens included.
         num_workers: Processes on each device that open images.
+        follow_links: Also read images that symlinks within `images` lead to elsewhere, because you laid it out so.
         seed: Decides the order of samples.
         processor: The command line links it from the model.
         image_tokens: T, image tokens of one image; the command line links it from the model.
@@ -45,12 +46,14 @@ class InstructionData(LightningDataModule):
         group_by_length: bool = False,
         max_length: int = 2048,
         num_workers: int = 4,
+        follow_links: bool = False,
         seed: int = 0,
         processor: LlavaProcessor | None = None,
         image_tokens: int = 576,
     ):
         super().__init__()
         self.annotations, self.images, self.val_annotations = annotations, images, val_annotations
+        self.follow_links = follow_links
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.group_by_length, self.num_workers, self.seed = group_by_length, num_workers, seed
         self.collate = Collate(processor, image_tokens, template, max_length)
@@ -62,9 +65,10 @@ class InstructionData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if self.val_annotations:
-            self.val = Instructions(self.val_annotations, self.images)
+            self.val = Instructions(self.val_annotations, self.images, self.follow_links)
+            self.val.check_answers()
         if stage == "fit":
-            self.train = Instructions(self.annotations, self.images)
+            self.train = Instructions(self.annotations, self.images, self.follow_links)
             rank_zero_info(self.train.summary(self.collate.image_tokens, self.collate.max_length))
             self.sampler = BatchSampler(
                 self.train.lengths(),
@@ -119,7 +123,7 @@ class InstructionData(LightningDataModule):
 
         A last sample that only fills up has no labels and no answer: `answers` is then shorter than the batch.
         """
-        records = [sample for sample, _ in samples]
+        records = [{**sample, "conversations": check_turns(sample["conversations"])} for sample, _ in samples]
         counted = sum(counts for _, counts in samples)
         batch = self.collate(records)
         batch["labels"][counted:] = IGNORE_INDEX

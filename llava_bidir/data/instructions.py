@@ -12,16 +12,18 @@ one), an image that no `<image>` shows (its text is trained), `<image>` without 
 trained on is kept with its `problem`, so that all such records can be reported at once: :mod:`llava_bidir.verify`.
 """
 
-import json
+import os
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow.compute as pc
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from .conversation import IMAGE, check_turns
+from .images import BadImage, ImageFolder, check_name, read_image
+from .json_list import read_json_list
 
 FEATURES = datasets.Features(
     id=datasets.Value("string"),
@@ -32,7 +34,8 @@ FEATURES = datasets.Features(
     answers=datasets.Value("int32"),
     problem=datasets.Value("string"),
 )
-RULES = 1  # part of the cache's key: to be raised when the same file would be read differently
+RECORDS_AT_ONCE = 200  # in memory while they are converted
+RULES = 2  # part of the cache's key: to be raised when the same file would be read differently
 
 
 def read_annotations(path: str | Path) -> datasets.Dataset:
@@ -44,16 +47,18 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
         empty, for only those are trained) and `problem` (str, why the record cannot be trained on, "" where it can).
 
     Raises:
-        ValueError: The file is not a JSON list.
+        ValueError: The file cannot be read, is not a JSON list, or an empty one.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"data.annotations: no file {path}")
     datasets.disable_progress_bars()
     # size and time are part of the cache's key, so that an edited file is read again
     source = {**fingerprint(path), "rules": RULES}
     try:
-        return datasets.Dataset.from_generator(_records, features=FEATURES, gen_kwargs=source)
+        return datasets.Dataset.from_generator(
+            _records, features=FEATURES, gen_kwargs=source, writer_batch_size=RECORDS_AT_ONCE
+        )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, ValueError):
             raise ValueError(str(error.__cause__)) from None
@@ -67,19 +72,16 @@ def fingerprint(path: Path) -> dict[str, str | int]:
 
 
 def _records(path: str, size: int, modified: int, rules: int):
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not UTF-8 JSON: {error}") from None
-    if not isinstance(records, list):
-        raise ValueError(f"{path}: expected a list of records, got {type(records).__name__}")
-    for record in records:
+    empty = True
+    for record in read_json_list(Path(path)):
+        empty = False
         try:
             yield _read_record(record)
-        except ValueError as error:
-            name = str(record.get("id", "")) if isinstance(record, dict) else ""
-            empty = {"id": name, "image": "", "conversations": [], "words": 0, "shown": 0, "answers": 0}
-            yield {**empty, "problem": str(error)}
+        except (ValueError, RecursionError) as error:  # too deep to be shown, too
+            nothing = {"image": "", "conversations": [], "words": 0, "shown": 0, "answers": 0}
+            yield {**nothing, "id": _id(record), "problem": str(error)}
+    if empty:
+        raise ValueError(f"{path} has no records")
 
 
 def _read_record(record: dict) -> dict:
@@ -92,11 +94,14 @@ def _read_record(record: dict) -> dict:
         raise ValueError("expected an object with a list 'conversations'")
     turns = record["conversations"]
     used = check_turns(turns)
-    image = record.get("image") or ""
+    image = "" if record.get("image") is None else record["image"]
     if not isinstance(image, str):
         raise ValueError(f"'image' is the path of one image, got {str(image)[:80]!r}")
+    check_name(image)
+    for text in (image, *(turn["value"] for turn in turns)):
+        _check_text(text)
     return {
-        "id": str(record.get("id", "")),
+        "id": _id(record),
         "image": image,
         "conversations": [{"from": turn["from"], "value": turn["value"]} for turn in turns],
         "words": sum(len(turn["value"].split()) for turn in turns),
@@ -106,26 +111,37 @@ def _read_record(record: dict) -> dict:
     }
 
 
+def _id(record: Any) -> str:
+    name = record.get("id") if isinstance(record, dict) else None
+    text = str(name) if isinstance(name, str | int | float) else ""
+    return text[:200].encode(errors="backslashreplace").decode()  # long enough to find it
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can say \\ud83d without the other half
+        raise ValueError(f"half a character, {error.object[error.start]!r}, in {text[:80]!r}") from None
+
+
 class Instructions(Dataset):
     """Records with their image opened: {"id", "image": PIL or None, "conversations"}.
 
     An image that is missing or broken when its turn comes is an error that names record and file, never replaced by
-    another sample: `llava-bidir verify-data` finds such before training does. Images are read as they are stored; like
-    LLaVA, an EXIF rotation is not applied.
+    another sample: `llava-bidir verify-data` finds such before training does. How images are read: :mod:`.images`.
 
     Args:
         annotations: LLaVA JSON file.
         images: Folder that the records' image paths start from.
+        follow_links: As of :class:`.images.ImageFolder`.
 
     Raises:
         ValueError: Some records cannot be trained on; says how many and which.
     """
 
-    def __init__(self, annotations: str | Path, images: str | Path):
-        self.records = read_annotations(annotations)
-        self.images = Path(images)
-        if not self.images.is_dir():
-            raise ValueError(f"data.images: no folder {self.images}")
+    def __init__(self, annotations: str | Path, images: str | Path, follow_links: bool = False):
+        self.annotations, self.records = annotations, read_annotations(annotations)
+        self.images = ImageFolder(images, follow_links)
         bad = np.flatnonzero(self._column("problem", lambda column: pc.not_equal(column, "")))
         if len(bad):
             first = [
@@ -142,17 +158,25 @@ class Instructions(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         record = self.records[index]
-        image = self._open(record) if record["shown"] else None
+        try:
+            image = read_image(self.images.file(record["image"])) if record["shown"] else None
+        except BadImage as error:
+            raise ValueError(f"record {index} (id {record['id']!r}): {error}") from None
         return {"id": record["id"], "image": image, "conversations": record["conversations"]}
 
-    def _open(self, record: dict) -> Image.Image:
-        path = self.images / record["image"]
-        try:
-            return Image.open(path).convert("RGB")
-        except FileNotFoundError:
-            raise ValueError(f"record {record['id']!r}: image {path} is missing") from None
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise ValueError(f"record {record['id']!r}: image {path} cannot be read: {error}") from None
+    def check_answers(self) -> None:
+        """For validation, which compares with the first answer.
+
+        Raises:
+            ValueError: Some records have none; says how many and names one.
+        """
+        without = np.flatnonzero(self._column("answers") == 0)
+        if len(without):
+            name = self.records[int(without[0])]["id"]
+            raise ValueError(
+                f"{self.annotations}: {len(without)} of {len(self)} records have no answer to compare with, record "
+                f"{without[0]} (id {name!r}) for one"
+            )
 
     def _column(self, name: str, function=lambda column: column) -> np.ndarray:
         """A column, or a function of it, without making Python objects of it."""

@@ -10,8 +10,9 @@ own files. `"palette": [[r, g, b], ...]` gives the maps their colours.
 
 import json
 from pathlib import Path
+from typing import Any
 
-from .layout import IMAGE_SUFFIXES, files_by_name, paired
+from .layout import IMAGE_SUFFIXES, files_by_name, paired, read_text
 from .pairs import IGNORE_INDEX, SegmentationDataset, lookup
 
 
@@ -48,18 +49,35 @@ def image_and_annotation_folders(root: Path, split: str) -> dict[str, tuple[Path
 def _read_facts(path: Path) -> dict:
     if not path.parent.is_dir():
         raise ValueError(f"data.root: no folder {path.parent}")
+    if not path.exists():
+        raise ValueError(f'{path} is missing; it names the classes: {{"classes": ["wall", ...]}}')
+    text = read_text(path)
     try:
-        facts = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f'{path} is missing; it names the classes: {{"classes": ["wall", ...]}}') from None
-    except json.JSONDecodeError as error:
+        facts = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(facts, dict) or not isinstance(facts.get("classes"), list) or not facts["classes"]:
+    names = facts.get("classes") if isinstance(facts, dict) else None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"{path} needs a list of names under 'classes'")
-    if len(facts["classes"]) > IGNORE_INDEX:
-        raise ValueError(f"{path} names {len(facts['classes'])} classes; an 8-bit mask can tell {IGNORE_INDEX} apart")
-    if facts.get("ignore_index", IGNORE_INDEX) not in range(256):
-        raise ValueError(f"{path}: ignore_index {facts['ignore_index']!r} is no label of an 8-bit mask (0 to 255)")
-    if len(facts.get("palette") or facts["classes"]) != len(facts["classes"]):
-        raise ValueError(f"{path}: {len(facts['palette'])} colours under 'palette' for {len(facts['classes'])} classes")
+    if len(names) > IGNORE_INDEX:
+        raise ValueError(f"{path} names {len(names)} classes; an 8-bit mask can tell {IGNORE_INDEX} apart")
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise ValueError(f"{path} names the class {twice[0]!r} twice")
+    ignored, zero_is_none = facts.get("ignore_index", IGNORE_INDEX), facts.get("reduce_zero_label", False)
+    if type(ignored) is not int or ignored not in range(256):
+        raise ValueError(f"{path}: ignore_index {ignored!r} is no label of an 8-bit mask (0 to 255)")
+    if not isinstance(zero_is_none, bool):
+        raise ValueError(f"{path}: reduce_zero_label is {zero_is_none!r}; expected true or false")
+    _check_palette(path, facts.get("palette"), len(names))
     return facts
+
+
+def _check_palette(path: Path, palette: Any, classes: int) -> None:
+    if palette is None:
+        return
+    if not isinstance(palette, list) or not all(isinstance(colour, list) and len(colour) == 3 for colour in palette):
+        raise ValueError(f"{path} needs a list of colours [red, green, blue] under 'palette'")
+    if not all(type(value) is int and value in range(256) for colour in palette for value in colour):
+        raise ValueError(f"{path}: the colours under 'palette' are whole numbers from 0 to 255")
+    if len(palette) != classes:
+        raise ValueError(f"{path}: {len(palette)} colours under 'palette' for {classes} classes")

@@ -7,7 +7,7 @@ Arrow files until they are asked for.
 from pathlib import Path
 
 from .ade20k import CLASSES, LOOKUP, PALETTE, SIZES
-from .pairs import Embedded, SegmentationDataset
+from .pairs import BadFile, Embedded, SegmentationDataset
 
 SPLITS = {"training": "train", "validation": "validation"}
 COLUMNS = ("image", "annotation")
@@ -45,7 +45,12 @@ class ADE20KOnHub(SegmentationDataset):
         if missing:
             raise ValueError(f"{where} lacks the column {missing[0]!r}; it has {', '.join(rows.column_names)}")
         for name in COLUMNS:  # not decoded by `datasets`, which would turn photos by their EXIF tags
-            rows = rows.cast_column(name, datasets.Image(decode=False))
+            try:
+                rows = rows.cast_column(name, datasets.Image(decode=False))
+            except (TypeError, ValueError, NotImplementedError) as error:  # Arrow's own are these, too
+                raise ValueError(
+                    f"{where}: its column {name!r} holds no images, but {rows.features[name]}: {error}"
+                ) from None
         self._rows, self._where = rows.select_columns(list(COLUMNS)), f"{where}, {split}"
         names = [f"{split}_{i:08d}" for i in range(len(rows))]
         super().__init__(dict.fromkeys(names, ()), CLASSES, LOOKUP, PALETTE)
@@ -53,7 +58,10 @@ class ADE20KOnHub(SegmentationDataset):
 
     def files(self, index: int) -> tuple[Embedded, Embedded]:
         row = self._rows[index]
-        return tuple(
-            Embedded(row[name]["bytes"] or Path(row[name]["path"]).read_bytes(), f"{self._where}, row {index}, {name}")
-            for name in COLUMNS
-        )
+        return tuple(_embedded(row[name], f"{self._where}, row {index}, {name}") for name in COLUMNS)
+
+
+def _embedded(cell: dict | None, where: str) -> Embedded:
+    if cell is None or cell["bytes"] is None:  # a path instead could be that of any file of this machine
+        raise BadFile(f"{where} has no bytes; the images must lie in the parquet files", "missing")
+    return Embedded(cell["bytes"], where)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+LONGEST = 10_000_000  # characters of a text file; the list of VOC's 10,582 training images has 130,000
 
 
 def find_root(root: str | Path, name: str, parts: tuple[str, ...]) -> Path:
@@ -35,7 +36,7 @@ def files_by_name(folder: Path, suffixes: Iterable[str], ending: str = "", patte
     """{name: file}, sorted; the name is the file's without `ending` and suffix.
 
     Raises:
-        ValueError: The folder is not there, or two files have the same name.
+        ValueError: The folder is not there, or two files have the same name, or one that no report could show.
     """
     if not folder.is_dir():
         beside = sorted(entry.name for entry in folder.parent.iterdir()) if folder.parent.is_dir() else []
@@ -46,10 +47,20 @@ def files_by_name(folder: Path, suffixes: Iterable[str], ending: str = "", patte
         if path.suffix.lower() not in suffixes or not path.stem.endswith(ending):
             continue
         name = path.stem.removesuffix(ending)
+        if not _is_text(name):
+            raise ValueError(f"{str(path)!r} has a name that is not UTF-8; rename it")
         if name in found:
             raise ValueError(f"{found[name]} and {path} have the same name; which one is meant?")
         found[name] = path
     return dict(sorted(found.items()))
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def paired(images: dict[str, Path], masks: dict[str, Path], where: str) -> dict[str, tuple[Path, Path]]:
@@ -65,3 +76,23 @@ def paired(images: dict[str, Path], masks: dict[str, Path], where: str) -> dict[
     if not images:
         raise ValueError(f"{where}: no images ({', '.join(IMAGE_SUFFIXES)})")
     return {name: (image, masks[name]) for name, image in images.items()}
+
+
+def read_text(path: Path) -> str:
+    """What a file of names holds.
+
+    Raises:
+        ValueError: It is missing, no regular file, not UTF-8, or far too long to be one.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing" if not path.exists() else f"{path} is no regular file")
+    try:
+        with path.open(encoding="utf-8-sig") as file:  # with a byte order mark or without
+            text = file.read(LONGEST + 1)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from None
+    if len(text) > LONGEST:
+        raise ValueError(f"{path} is longer than {LONGEST:,} characters")
+    return text

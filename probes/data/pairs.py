@@ -2,10 +2,13 @@
 
 Pixels are read as they are stored. An EXIF tag that asks viewers to turn a photo is not followed, since the official
 masks lie on the stored pixels; where a mask's size says, or could say, that it was drawn on the turned picture, the
-pair is refused.
+pair is refused. Of an animation the first picture is taken. Symlinks are followed: the files are those that lie in the
+dataset's folder, by no names that come from elsewhere.
 """
 
 import io
+import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,11 @@ from numpy import ndarray
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from ..geometry import to_rgb
+
 IGNORE_INDEX = 255
+# What data sets come in. PIL knows more, and some of those run other programs: EPS is Ghostscript's.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 2 to 4 keep the size, 5 to 8 swap width and height
 
 
@@ -87,10 +94,10 @@ class SegmentationDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         image_file, mask_file = self.files(index)
-        image, mask = open_image(image_file), open_image(mask_file)
+        image, mask = open_image(image_file), open_image(mask_file, ("PNG",))
         check_sizes(image, mask, image_file, mask_file)
         target = read_labels(mask, mask_file, self._lookup, self.classes)
-        return {"name": self.names[index], "image": image.convert("RGB"), "target": target}
+        return {"name": self.names[index], "image": read_rgb(image, image_file), "target": target}
 
     def files(self, index: int) -> tuple[File, File]:
         """Image and mask."""
@@ -111,23 +118,50 @@ def lookup(classes: int, first: int = 0, ignored: tuple[int, ...] = (IGNORE_INDE
     return table
 
 
-def open_image(file: File) -> Image.Image:
-    """The decoded picture."""
+def open_image(file: File, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """The decoded picture.
+
+    Raises:
+        BadFile: It is not there, cannot be read, or would take more memory than a picture should.
+    """
     try:
-        image = Image.open(file)
+        if isinstance(file, Path) and not stat.S_ISREG(os.stat(file).st_mode):
+            raise OSError("it is no regular file")  # a pipe would be waited for, a device may never end
+        image = Image.open(file, formats=formats)
+        _check_bounds(image)
         image.load()
     except FileNotFoundError:
         raise BadFile(f"{file} is not there", "missing") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadFile(f"{file} cannot be read as an image: {error}", "cannot be read") from None
+    except UnidentifiedImageError:
+        raise BadFile(f"{file} cannot be read as an image: it is no {' or '.join(formats)}", "cannot be read") from None
+    except Exception as error:  # files made to break decoders break them in many ways: IndexError, struct.error, ...
+        message = f"{file} cannot be read as an image: {str(error) or type(error).__name__}"
+        raise BadFile(message, "cannot be read") from None
     return image
+
+
+def _check_bounds(image: Image.Image) -> None:
+    most, longest = Image.MAX_IMAGE_PIXELS, max(image.size)
+    if most and longest**2 > most:  # padded to a square, a picture of one row is as large as one of many
+        raise ValueError(
+            f"it is {image.width:,} x {image.height:,} px, and a square of that takes more than the {most:,} of "
+            "PIL.Image.MAX_IMAGE_PIXELS: a decompression bomb, or to be made smaller"
+        )
+
+
+def read_rgb(image: Image.Image, file: File) -> Image.Image:
+    """The picture with 8 bits a channel."""
+    try:
+        return to_rgb(image)
+    except ValueError as error:
+        raise BadFile(f"{file}: {error}", "cannot be read") from None
 
 
 def check_sizes(image: Image.Image, mask: Image.Image, image_file: File, mask_file: File) -> None:
     """Image and mask have the same pixels, beyond doubt."""
-    orientation = image.getexif().get(ORIENTATION, 1)
-    turned = image.size[::-1] if 5 <= orientation <= 8 else image.size
-    if 2 <= orientation <= 8 and mask.size == turned:
+    orientation = _orientation(image)
+    turned = image.size[::-1] if orientation in range(5, 9) else image.size
+    if orientation in range(2, 9) and mask.size == turned:
         sure = "is the size of" if turned != image.size else "could be drawn on"
         raise BadFile(
             f"{image_file} asks viewers to turn it (EXIF orientation {orientation}), and its mask {mask_file} {sure} "
@@ -141,6 +175,14 @@ def check_sizes(image: Image.Image, mask: Image.Image, image_file: File, mask_fi
             f"{image.size[1]} px; they must be the same",
             "image and mask of different size",
         )
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8; 1 where there is no tag, or none that can be read."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # no viewer can follow it either
+        return 1
 
 
 def read_labels(mask: Image.Image, file: File, lookup: ndarray, classes: list[str]) -> ndarray:

@@ -12,7 +12,7 @@ ROOT is VOCdevkit/VOC2012, VOCdevkit or the folder that has it. 1,464 training i
 from pathlib import Path
 from typing import Literal
 
-from .layout import find_root
+from .layout import find_root, read_text
 from .pairs import IGNORE_INDEX, SegmentationDataset, lookup
 
 SIZES = {"train": 1464, "trainaug": 10582, "val": 1449}
@@ -88,12 +88,12 @@ def _list_file(root: Path, name: str) -> Path:
 
 def _read_list(root: Path, name: str) -> list[str]:
     file = _list_file(root, name)
-    if not file.is_file():
-        raise ValueError(f"{file} is missing")
     # some lists name the files, "/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png", others the images
-    names = [Path(line.split()[0]).stem for line in file.read_text().splitlines() if line.strip()]
+    names = [Path(line.split()[0]).stem for line in read_text(file).splitlines() if line.strip()]
     if not names:
         raise ValueError(f"{file} names no image")
+    if strange := [name for name in names if "\0" in name or len(name) > 200]:
+        raise ValueError(f"{file} names {strange[0][:40]!r}, which is no name of an image")
     return names
 
 

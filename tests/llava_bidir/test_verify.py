@@ -17,6 +17,7 @@ import llava_bidir.cli
 from llava_bidir.build import build_processor
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import encode, most_tokens
+from llava_bidir.data.images import ImageFolder
 from llava_bidir.data.instructions import read_annotations
 from llava_bidir.verify import KINDS, Checks, verify
 
@@ -33,6 +34,7 @@ RECORDS = {
     "broken": {"conversations": turns("name", "wall") + turns("a")[:1] + turns("b")},
     "missing": {"image": "none.png", "conversations": turns("<image>\nname", "wall")},
     "corrupt": {"image": "no.png", "conversations": turns("<image>\nname", "wall")},
+    "outside": {"image": "link.png", "conversations": turns("<image>\nname", "wall")},
     "renamed": {"image": "gif.jpg", "conversations": turns("<image>\nname", "wall")},
     "too_long": {"conversations": turns("name", "wall " * 120)},
     "unsupervised": {"image": "a.png", "conversations": turns("<image>\nname", "")},
@@ -46,6 +48,9 @@ RECORDS = {
 def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("verify")
     Image.new("RGB", (9, 7), "red").save(root / "a.png")
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "b.png"
+    Image.new("RGB", (9, 7), "red").save(elsewhere)
+    (root / "link.png").symlink_to(elsewhere)
     Image.new("RGB", (9, 7), "red").save(root / "gif.jpg", format="GIF")
     (root / "no.png").write_bytes(b"no image")
     (root / "data.json").write_text(json.dumps([{"id": name, **record} for name, record in RECORDS.items()]))
@@ -54,7 +59,7 @@ def folder(tmp_path_factory) -> Path:
 
 def checks(folder, parts, template="vicuna_v1", decode=False, name="data.json") -> Checks:
     collate = Collate(build_processor(*parts), tiny.TOKENS, template, max_length=100)
-    return Checks(read_annotations(folder / name), folder, collate, decode)
+    return Checks(read_annotations(folder / name), ImageFolder(folder), collate, decode)
 
 
 def found(checks) -> dict[str, list[str]]:
@@ -79,7 +84,9 @@ def test_template_plain_has_rules_of_its_own(folder, parts):
 def test_details_name_the_tokens_and_the_file(folder, parts):
     details = {f["kind"]: f["detail"] for f in verify(checks(folder, parts), {}, None, 0, None)["findings"]}
     ids, _ = encode(RECORDS["too_long"]["conversations"], build_processor(*parts).tokenizer, image_tokens=None)
-    assert details["too_long"] == f"{len(ids)} tokens" and details["missing"] == str(folder / "none.png")
+    assert (
+        details["too_long"] == f"{len(ids)} tokens" and details["missing"] == f"image {folder / 'none.png'} is missing"
+    )
     assert details["renamed"] == f"{folder / 'gif.jpg'}: GIF, not JPEG"
 
 
@@ -131,6 +138,18 @@ def test_command_is_content_with_sound_data(conversations, parts, tmp_path, caps
     assert json.loads((tmp_path / "r.json").read_text())["files"][0]["findings"] == []
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff", b"[]", b'{"files": 5}', b'{"files": [5]}', b'{"files": [{}]}', b"[" * 10**5]
+)
+def test_file_that_is_no_earlier_result_is_left_alone(content, folder, parts, tmp_path):
+    (tmp_path / "notes.json").write_bytes(content)
+    with pytest.raises(
+        SystemExit, match="notes.json is no result of verify-data; remove it or name another with --json"
+    ):
+        llava_bidir.cli.main([*arguments(parts, folder, tmp_path), "--json", str(tmp_path / "notes.json")])
+    assert (tmp_path / "notes.json").read_bytes() == content
+
+
 def test_interrupted_check_goes_on_and_finds_the_same(folder, parts, tmp_path):
     many = [{"id": i, **RECORDS["missing" if i % 7 == 0 else "text"]} for i in range(700)]
     (folder / "many.json").write_text(json.dumps(many))
@@ -149,7 +168,7 @@ def test_killed_run_goes_on_where_it_had_saved(folder, parts, tmp_path):
     (folder / "huge.json").write_text(json.dumps([{"id": i, **RECORDS["too_long"]} for i in range(100_000)]))
     command = [sys.executable, "-m", "llava_bidir", *arguments(parts, folder, tmp_path, "huge.json"), "--workers", "1"]
     run, file = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL), tmp_path / "verify-data.json"
-    give_up = time.monotonic() + 120
+    give_up = time.monotonic() + 600  # a busy machine takes minutes
     while not file.exists() and run.poll() is None and time.monotonic() < give_up:
         time.sleep(0.05)
     run.send_signal(signal.SIGKILL)

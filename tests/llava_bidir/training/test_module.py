@@ -214,6 +214,27 @@ def test_validation_answers_the_questions(parts, conversations, tmp_path):
     assert metrics["val/answer_accuracy"] == pytest.approx(5 / 12)
 
 
+def test_validation_asks_the_first_question_and_refuses_records_without_an_answer(parts, tmp_path):
+    """A first turn from gpt is left out, as in training."""
+    said = [{"from": "gpt", "value": "hello"}, {"from": "human", "value": "sky"}, {"from": "gpt", "value": "wall"}]
+
+    def asked(*records):
+        (tmp_path / "val.json").write_text(
+            json.dumps([{"id": f"r{i}", "conversations": r} for i, r in enumerate(records)])
+        )
+        source = data(tmp_path, parts, val_annotations=str(tmp_path / "val.json"))
+        source.trainer = SimpleNamespace(global_rank=0, world_size=1)
+        source.setup("validate")
+        return next(iter(source.val_dataloader()))
+
+    batch, plain = asked(said), asked(said[1:])
+    assert batch["answers"] == ["wall"] and torch.equal(batch["input_ids"], plain["input_ids"])
+    assert torch.equal(batch["prompts"]["input_ids"], plain["prompts"]["input_ids"])
+    for unanswered in (said[1:2], said[:2], [said[1], {"from": "gpt", "value": ""}]):
+        with pytest.raises(ValueError, match=r"val.json: 1 of 2 records have no answer .* record 1 \(id 'r1'\)"):
+            asked(said, unanswered)
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_validation_gives_every_rank_as_many_samples_and_counts_each_once(ranks, parts, conversations):
     """Under ZeRO-3 a rank with one batch more would wait for ever; a sample counted twice would shift the metrics."""

@@ -1,11 +1,15 @@
 """Folder datasets: what is read, and what a broken one answers."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from probes.data.datamodule import SegmentationData
@@ -20,6 +24,11 @@ def root(tmp_path):
 
 def mask_path(root, split="validation"):
     return root / "annotations" / split / "000.png"
+
+
+def no_file(path, make):
+    path.unlink()
+    make(path)
 
 
 def facts(**kwargs):
@@ -43,6 +52,40 @@ def test_reduce_zero_label_ignores_zero_and_shifts_the_rest(root):
     (root / "classes.json").write_text(json.dumps({"classes": ["a", "b"], "reduce_zero_label": True}))
     raw, target = np.asarray(Image.open(mask_path(root))), FolderDataset(root, "validation")[0]["target"]
     assert (target[raw == 0] == 255).all() and (target[raw == 1] == 0).all() and (target[raw == 2] == 1).all()
+
+
+def test_byte_order_mark_is_let_through(root):
+    (root / "classes.json").write_bytes(b"\xef\xbb\xbf" + facts(classes=["größe", "b", "c"]).encode())
+    assert FolderDataset(root, "validation").classes[0] == "größe"
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=4), children, max_size=3),
+    max_leaves=6,
+)
+any_facts = json_values | st.fixed_dictionaries(
+    {"classes": st.lists(st.text(max_size=3), max_size=4) | json_values},
+    optional={
+        "ignore_index": st.integers(-1, 256) | json_values,
+        "reduce_zero_label": st.booleans() | json_values,
+        "palette": st.lists(st.lists(st.integers(0, 256), min_size=2, max_size=3), max_size=4) | json_values,
+    },
+)
+
+
+@given(any_facts)
+def test_any_classes_json_is_a_dataset_or_an_error_that_names_it(segmentation, facts):
+    before = (segmentation / "classes.json").read_text()
+    try:
+        (segmentation / "classes.json").write_text(json.dumps(facts))
+        data = FolderDataset(segmentation, "validation")
+    except ValueError as error:
+        assert str(segmentation / "classes.json") in str(error)
+    else:
+        assert data.classes == facts["classes"] and len(data.palette or data.classes) == len(data.classes)
+    finally:
+        (segmentation / "classes.json").write_text(before)
 
 
 def cut_off(path):
@@ -80,8 +123,31 @@ def test_palette_png_is_read_by_index(root):
             "000.jpg and .*000.png have the same name",
         ),
         (lambda root: [p.unlink() for p in root.glob("*/validation/*")], "validation: no images"),
+        (
+            lambda root: mask_path(root).rename(os.fsdecode(bytes(root / "annotations/validation") + b"/\xff.png")),
+            r"annotations/validation/\\udcff.png' has a name that is not UTF-8",
+        ),
         (lambda root: (root / "classes.json").write_text(facts(ignore_index=256)), "ignore_index 256 is no label"),
         (lambda root: (root / "classes.json").write_text(facts(palette=[[0, 0, 0]])), "1 colours .* for 2 classes"),
+        (lambda root: (root / "classes.json").write_bytes(b'{"classes": ["\xe9"]}'), "classes.json is not UTF-8"),
+        (lambda root: (root / "classes.json").write_text("[" * 100_000), "classes.json is not JSON: .*recursion"),
+        (lambda root: (root / "classes.json").write_text(" " * 10_000_001), "is longer than 10,000,000 characters"),
+        (lambda root: (root / "classes.json").write_text("9" * 5000), "classes.json is not JSON: .*limit"),
+        (lambda root: no_file(root / "classes.json", Path.mkdir), "classes.json is no regular file"),
+        (lambda root: no_file(root / "classes.json", os.mkfifo), "classes.json is no regular file"),
+        (lambda root: (root / "classes.json").write_text('["a"]'), "needs a list of names under 'classes'"),
+        (lambda root: (root / "classes.json").write_text(facts(classes="wall")), "needs a list of names"),
+        (lambda root: (root / "classes.json").write_text(facts(classes=["a", 5])), "needs a list of names"),
+        (lambda root: (root / "classes.json").write_text(facts(classes=["a", ""])), "needs a list of names"),
+        (lambda root: (root / "classes.json").write_text(facts(classes=["a", "a"])), "names the class 'a' twice"),
+        (lambda root: (root / "classes.json").write_text(facts(classes=[*map(str, range(256))])), "names 256 classes"),
+        (lambda root: (root / "classes.json").write_text(facts(ignore_index=None)), "ignore_index None is no label"),
+        (lambda root: (root / "classes.json").write_text(facts(ignore_index=[0])), r"ignore_index \[0\] is no label"),
+        (lambda root: (root / "classes.json").write_text(facts(ignore_index=1.0)), "ignore_index 1.0 is no label"),
+        (lambda root: (root / "classes.json").write_text(facts(reduce_zero_label="no")), "reduce_zero_label is 'no'"),
+        (lambda root: (root / "classes.json").write_text(facts(palette=5)), "needs a list of colours"),
+        (lambda root: (root / "classes.json").write_text(facts(palette=[[0, 0], [0, 0]])), "needs a list of colours"),
+        (lambda root: (root / "classes.json").write_text(facts(palette=[[0, 0, 256]] * 2)), "whole numbers from 0"),
     ],
 )
 def test_missing_parts_are_named_before_any_work(root, break_it, message):

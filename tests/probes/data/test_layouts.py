@@ -9,6 +9,7 @@ import tiny
 from PIL import Image
 
 from probes.data import ade20k, cityscapes, voc2012
+from probes.data.pairs import BadFile
 from probes.data.registry import DATASETS, open_dataset
 from probes.palette import palette_of
 
@@ -80,6 +81,40 @@ def test_hub_dataset_that_is_not_there_says_where_it_was_looked_for(tmp_path):
         open_dataset("hub", "nobody/nothing", "training")
 
 
+def test_hub_rows_are_read_from_the_parquet_files_alone(tmp_path):
+    """A row may have a path in place of bytes: that of any file of this machine."""
+    import datasets
+
+    picture = layouts.picture(tmp_path / "elsewhere", "0.png", layouts.photo(0))
+    cells = [{"bytes": None, "path": str(picture)}, None, {"bytes": b"x", "path": None}]
+    features = datasets.Features(image=datasets.Image(), annotation=datasets.Image())
+    root = tmp_path / "hub/scene_parsing/validation"
+    root.mkdir(parents=True)
+    datasets.Dataset.from_dict({"image": cells, "annotation": cells}, features).to_parquet(root / "0000.parquet")
+    data = open_dataset("hub", str(tmp_path / "hub"), "validation")
+    for i, message in enumerate(["has no bytes"] * 2 + ["cannot be read as an image"]):
+        with pytest.raises(BadFile, match=rf"hub, folder scene_parsing, validation, row {i}, image {message}"):
+            data[i]
+
+
+@pytest.mark.parametrize("content", [b"", b"no parquet", None])
+def test_hub_files_that_are_broken_are_named(tmp_path, content):
+    file = layouts.write_hub_parquet(tmp_path / "hub") / "scene_parsing/validation/0000.parquet"
+    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(ValueError, match="^data.root: cannot load the validation split of .*hub, folder scene_parsing"):
+        open_dataset("hub", str(tmp_path / "hub"), "validation")
+
+
+def test_hub_columns_of_other_types_are_named(tmp_path):
+    import datasets
+
+    root = tmp_path / "hub/scene_parsing/validation"
+    root.mkdir(parents=True)
+    datasets.Dataset.from_dict({"image": [5], "annotation": [[1.5]]}).to_parquet(root / "0000.parquet")
+    with pytest.raises(ValueError, match="scene_parsing: its column 'image' holds no images, but Value.'int64'"):
+        open_dataset("hub", str(tmp_path / "hub"), "validation")
+
+
 @pytest.mark.parametrize("above", ["", "..", "../.."])
 def test_voc2012_trains_on_the_augmented_list_without_background(voc, above):
     root = str(voc / above)
@@ -115,6 +150,32 @@ def test_voc2012_without_the_augmentation_says_what_to_do(voc, part):
     shutil.rmtree(voc / part) if (voc / part).is_dir() else (voc / part).unlink()
     with pytest.raises(ValueError, match=f"lacks {part}.*masks of SBD.*data.options.train_list: train"):
         open_dataset("voc2012", str(voc), "training")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe2\0", "val.txt is not UTF-8"),
+        (b"2007_000033\n../2007\0_000042\n", r"val.txt names '2007\\x00_000042', which is no name of an image"),
+        (b"x" * 5000, "val.txt names 'xxx.*no name of an image"),
+        (b"\0" * 10_000_001, "val.txt is longer than 10,000,000 characters"),
+        (b"", "val.txt names no image"),
+    ],
+)
+def test_voc2012_lists_that_are_none_are_named(voc, content, message):
+    (voc / "ImageSets/Segmentation/val.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_dataset("voc2012", str(voc), "validation")
+
+
+def test_voc2012_list_cannot_name_what_lies_elsewhere(voc):
+    """Of a path, the name alone counts, as converters write the whole one."""
+    (voc / "ImageSets/Segmentation/val.txt").write_text("../../../etc/2007_000033\n/2007_000042.jpg\n..\n")
+    data = open_dataset("voc2012", str(voc), "validation")
+    assert [image.parent for image, _ in data._files] == [voc / "JPEGImages"] * 3
+    assert data[1]["name"] == "2007_000033"
+    with pytest.raises(ValueError, match="JPEGImages/...jpg is not there"):
+        data[0]
 
 
 def test_voc2012_training_list_with_validation_images_is_refused(voc):

@@ -58,6 +58,19 @@ def test_verify_data_finds_the_same_without_a_model(broken, segmentation, capsys
         main([*config, str(broken)])
 
 
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_file_that_breaks_after_training_is_named_when_the_run_is_tested(workers, checkpoints, tmp_path):
+    root = tiny.write_segmentation(tmp_path / "data")
+    config = ["-c", "configs/demo/probes.yaml", "--out", str(tmp_path / "run"), "--data.root", str(root)]
+    config += ["--data.num_workers", workers, "--model.mllm", str(checkpoints["causal"])]
+    config += ["--model.sites", "[adapter]", "--data.cache", "false"]
+    (root / "images/validation/001.png").write_bytes(b"no picture")
+    with pytest.raises(
+        SystemExit, match=r"^probes: \S+images/validation/001.png cannot be read as an image: it is n[^\n]*$"
+    ):
+        main(["validate", *config])
+
+
 def test_workers_find_what_one_process_finds(tmp_path):
     root = tiny.write_segmentation(tmp_path, training=80)
     for i in (3, 40, 79):

@@ -8,7 +8,17 @@ import sys
 from importlib.metadata import Distribution, distributions
 
 PERMISSIVE = {  # SPDX's names
-    *("0BSD", "Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSL-1.0", "CC0-1.0", "CNRI-Python", "ISC", "LLVM-exception"),
+    *(
+        "0BSD",
+        "Apache-2.0",
+        "BSD-2-Clause",
+        "BSD-3-Clause",
+        "BSL-1.0",
+        "CC0-1.0",
+        "CNRI-Python",
+        "ISC",
+        "LLVM-exception",
+    ),
     *("MIT", "MIT-CMU", "PSF-2.0", "Zlib"),
 }
 WEAK_COPYLEFT = {"MPL-2.0"}  # of its own files; we change none of them

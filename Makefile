@@ -7,32 +7,38 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help venv vqa-venv demo demo-alone test test-all bench lint clean
+.PHONY: help venv vqa-venv demo demo-alone test test-all test-lowest bench lint licences audit lock clean
 
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 # ---------------------------------------------------------------------------------------------------- set-up
 venv: $(VENV)/installed ## .venv with everything that constraints.txt pins (TORCH_INDEX=URL: torch from another index)
 
-# Torch goes first and alone: from TORCH_INDEX, where a CPU-only build may be the right one, and then left as it is.
-$(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(PY) -m pip install -q -e '.[cluster,test]'
+# $(call install,VENV,LOCK,PINS): what LOCK names, each file only if its hash stands there, then torch, then the project.
+# Torch goes by its pin alone: which build is right depends on the machine (for GPUs from the default index, for CPUs from
+# TORCH_INDEX and some mirrors), and no lock knows them all. With it comes what it needs for a GPU; the rest of what it
+# needs is in the lock. Setuptools goes first: what is built here (deepspeed) is built with it, and with nothing fetched.
+define install
+	$(PYTHON) -m venv $(1)
+	sed -n '/^setuptools==/,/[^\]$$/p' $(2) | $(1)/bin/python -m pip install -q --no-deps --require-hashes -r /dev/stdin
+	$(1)/bin/python -m pip install -q --no-deps --no-build-isolation --require-hashes -r $(2)
+	$(1)/bin/python -m pip install -q -c $(3) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(1)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
+endef
+
+$(VENV)/installed: pyproject.toml constraints.txt requirements.lock
+	$(call install,$(VENV),requirements.lock,constraints.txt)
 
 # Its own environment, since lmms-eval and what it brings do not go together with ours.
 VQA_VENV := .venv-vqa
 VQA_PINS := llava_bidir/vqa/requirements.txt
+VQA_LOCK := llava_bidir/vqa/requirements.lock
 vqa-venv: $(VQA_VENV)/installed ## .venv-vqa with lmms-eval, for llava-bidir vqa (TORCH_INDEX as above)
 
-$(VQA_VENV)/installed: pyproject.toml $(VQA_PINS)
-	$(PYTHON) -m venv $(VQA_VENV)
-	$(VQA_VENV)/bin/python -m pip install -q -c $(VQA_PINS) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
-	$(VQA_VENV)/bin/python -m pip install -q --no-deps -r $(VQA_PINS)
-	$(VQA_VENV)/bin/python -m pip install -q --no-deps -e .
-	@touch $@
+$(VQA_VENV)/installed: pyproject.toml $(VQA_PINS) $(VQA_LOCK)
+	$(call install,$(VQA_VENV),$(VQA_LOCK),$(VQA_PINS))
 
 # ---------------------------------------------------------------------------------------------------- demo
 SEED ?= 0
@@ -63,5 +69,29 @@ lint: venv ## ruff
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-clean: ## removes .venv, .venv-vqa and runs/demo
-	rm -rf $(VENV) $(VQA_VENV) runs/demo
+# ---------------------------------------------------------------------------------------------------- supply chain
+licences: venv ## every installed package with its licence; fails for one that tests/licences.py does not allow
+	$(PY) tests/licences.py
+
+# --strict: a package that could not be looked up is a failure, and not passed over.
+AUDIT_VENV := .venv-audit
+audit: ## the pins against the known vulnerabilities, with pip-audit; needs the network (AUDIT='-s osv' asks osv.dev)
+	$(PYTHON) -m venv $(AUDIT_VENV)
+	PIP_CONSTRAINT= $(AUDIT_VENV)/bin/python -m pip install -q pip-audit
+	$(AUDIT_VENV)/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt -r $(VQA_PINS) $(AUDIT)
+
+UV ?= uv
+COMPILE = $(UV) pip compile -q --universal --generate-hashes --no-annotate --no-emit-package torch \
+  --custom-compile-command 'make lock'
+lock: ## requirements.lock of constraints.txt, and the one for .venv-vqa; needs uv
+	$(COMPILE) --all-extras -c constraints.txt pyproject.toml -o requirements.lock
+	$(COMPILE) --no-deps $(VQA_PINS) -o $(VQA_LOCK)
+
+LOWEST_VENV := .venv-lowest
+test-lowest: ## the fast tests with the lowest versions that pyproject.toml allows; needs uv
+	$(UV) venv -q --clear --python $(PYTHON) $(LOWEST_VENV)
+	$(UV) pip install -q --python $(LOWEST_VENV) --resolution lowest-direct -e '.[cluster,test]'
+	$(LOWEST_VENV)/bin/python -m pytest -q
+
+clean: ## removes the environments and runs/demo
+	rm -rf $(VENV) $(VQA_VENV) $(AUDIT_VENV) $(LOWEST_VENV) runs/demo

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import offline
 import pytest
 
 from probes.lock import only_writer
@@ -25,7 +26,10 @@ def command(out: Path, *more: str) -> list[str]:
 
 
 def run(out: Path, *more: str) -> str:
-    done = subprocess.run(command(out, *more), cwd=ROOT, capture_output=True, text=True, timeout=900)
+    """Without a network where that can be had, and watched for attempts to reach one."""
+    make = [*offline.cut(), *command(out, *more)]
+    environment = offline.watched(out / "network")
+    done = subprocess.run(make, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -50,6 +54,10 @@ def test_results_name_every_mask_and_control(finished):
     claimed = {(claim["claim"], claim["image_attention"]) for claim in found["claims"]}
     assert {(c, m) for c in ("adapter_drop", "recovery", "recovery_trained") for m in found["masks"]} <= claimed
     assert all(found["masks"][mask]["answer_accuracy"] is not None for mask in found["masks"])
+
+
+def test_no_network_is_reached_for(finished):
+    assert offline.reached_for(finished / "network") == []
 
 
 def test_second_run_does_nothing(finished):

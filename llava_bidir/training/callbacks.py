@@ -14,6 +14,9 @@ from ..modeling import build_mask
 from .flops import peak_flops, step_flops
 from .zero import gathered
 
+# What the clock or the machine decides: for TensorBoard only, for the same training exports the same files.
+MEASURED = ("samples_per_s", "tokens_per_s", "tflops_per_s_and_device", "step_s", "data_share", "mfu", "memory_gb")
+
 
 class Throughput(Callback):
     """Logs how fast training is, averaged between two logged steps: samples/s, tokens/s (without padding) and MFU over
@@ -138,12 +141,13 @@ class ExportModel(Callback):
                 self._export(trainer, pl_module)
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        measured = {f"train/{name}" for name in MEASURED}
         facts = {
             **pl_module.facts(),
             "global_batch": trainer.datamodule.batch_size,
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
             "devices": trainer.world_size,
-            **{k: float(v) for k, v in trainer.callback_metrics.items()},
+            **{k: float(v) for k, v in trainer.callback_metrics.items() if k not in measured},
         }
         export_hf(merge_lora(pl_module.model), pl_module.processor, Path(trainer.default_root_dir) / "hf", facts)

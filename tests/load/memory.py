@@ -37,8 +37,8 @@ def family_anon_mb() -> float:
 
 
 class Watch:
-    """What this process and its children hold while a block runs, in tenths of its time, the first left out: there,
-    caches fill and workers start."""
+    """What this process and its children hold while a block runs, in tenths of its time. The first and the last are left
+    out: there, workers start and caches fill, or workers end."""
 
     def __enter__(self) -> "Watch":
         self.start, self.samples, self._done = time.perf_counter(), [], threading.Event()
@@ -58,7 +58,8 @@ class Watch:
 
     def facts(self, records: int) -> dict:
         """Rate, memory, and the slope of a line through it, of a block that took these records in turn."""
-        when, held = np.array([s for s in self.samples if s[0] > self.seconds / 10]).T
+        kept = [sample for sample in self.samples if 0.1 < sample[0] / self.seconds < 0.9]
+        when, held = np.array(kept).T
         tenth = (10 * when / self.seconds).astype(int)
         return {
             "seconds": round(self.seconds, 1),

@@ -2,8 +2,8 @@
 
     python tests/load/records.py --records 665298
 
-Prints JSON: seconds, records/s and memory of each phase; of the long ones, what the processes hold at every tenth of the
-records, and the slope of that. Records are as long as those of the 665K mix: several turns, 94% with an image. The
+Prints JSON: seconds, records/s and memory of each phase; of the long ones, what the processes hold in every tenth of
+the time, and the slope of that. Records are as long as those of the 665K mix: several turns, 94% with an image. The
 images are 64 small ones shared by all, so that the time is that of the records; `data.py` of the benchmarks times real
 ones. The epoch is that of `InstructionData`, with its step loader, sampler and collation.
 """
@@ -133,6 +133,7 @@ def main() -> None:
             command = [sys.executable, __file__, "--workers", str(args.workers), "--phase", phase.__name__, folder]
             done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
             found[phase.__name__] = json.loads(done.stdout)
+            print(phase.__name__, done.stdout, file=sys.stderr)
     print(json.dumps(found, indent=1))
 
 

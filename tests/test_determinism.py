@@ -6,11 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
+
+from llava_bidir.cli import main as llava_bidir
+from probes.cli import main as probes
 
 ROOT = Path(__file__).parents[1]
-# TensorBoard's events tell time and host, in their names too, and verify-data how long it took; Lightning's checkpoints
-# are pickles, whose tensors are compared where they matter, in what is made of them.
-APART = ("events.out.tfevents.*", "*.ckpt")
+# These tell time and host, in their names too. So do, by design, what the pipeline leaves out: `report --timings` (wall_s
+# in results.json, the page's first line) and verify-data.json (seconds, records/s).
+APART = "events.out.tfevents.*"
 
 
 def everything(out: Path, hash_seed: str) -> dict[str, bytes]:
@@ -19,7 +24,7 @@ def everything(out: Path, hash_seed: str) -> dict[str, bytes]:
     command = [sys.executable, "tests/pipeline.py", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
-    files = [path for path in out.rglob("*") if path.is_file() and not any(path.match(name) for name in APART)]
+    files = [path for path in out.rglob("*") if path.is_file() and not path.match(APART)]
     return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
@@ -32,8 +37,41 @@ def test_every_file_of_the_pipeline_has_the_same_bytes_again(tmp_path):
     assert set(first) == set(again)
     assert [name for name in sorted(first) if first[name] != again[name]] == []
     wanted = {"assets/captions.json", "assets/encoder/model.safetensors", "stage2/hf/model.safetensors"}
-    wanted |= {"stage2/hf/training.json", "causal/maps.safetensors", "causal/umap.json", "bidirectional/starvation.json"}
+    wanted |= {
+        "stage2/hf/training.json",
+        "causal/checkpoints/last.ckpt",
+        "causal/maps.safetensors",
+        "causal/umap.json",
+        "bidirectional/starvation.json",
+    }
     of_a_run = ("metrics.json", "manifest.json", "counts.safetensors", "probes.safetensors", "recipes.safetensors")
     wanted |= {f"causal/{name}" for name in (*of_a_run, "knockout.json", "knockout.safetensors")}
     wanted |= {f"report/{name}" for name in ("index.html", "results.json", "explorer.html", "layers.png", "layers.pdf")}
     assert wanted <= set(first), "or not much was compared"
+
+
+@pytest.fixture
+def forgiving():
+    """Lightning leaves the switch on."""
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.slow
+def test_deterministic_algorithms_change_no_training(forgiving, parts, conversations, tmp_path):
+    """On a CPU; it also fills memory that nobody has written with NaN."""
+    run = ["fit", *tiny.training_arguments(parts, conversations), "--trainer.accelerator", "cpu"]
+    for out, more in (("as it is", []), ("deterministic", ["--trainer.deterministic", "true"])):
+        llava_bidir([*run, "--out", str(tmp_path / out), *more])
+    weights = [(tmp_path / out / "hf/model.safetensors").read_bytes() for out in ("as it is", "deterministic")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_deterministic_algorithms_change_no_probe(forgiving, checkpoints, segmentation, tmp_path):
+    run = ["fit", "-c", "configs/demo/probes.yaml", "--model.mllm", str(checkpoints["causal"]), "--data.root"]
+    run += [str(segmentation), "--trainer.max_epochs", "2"]
+    for out, more in (("as it is", []), ("deterministic", ["--trainer.deterministic", "true"])):
+        probes([*run, "--out", str(tmp_path / out), *more])
+    for name in ("metrics.json", "counts.safetensors", "probes.safetensors"):
+        assert (tmp_path / "deterministic" / name).read_bytes() == (tmp_path / "as it is" / name).read_bytes()

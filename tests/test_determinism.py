@@ -13,8 +13,8 @@ from llava_bidir.cli import main as llava_bidir
 from probes.cli import main as probes
 
 ROOT = Path(__file__).parents[1]
-# These tell time and host, in their names too. So do, by design, what the pipeline leaves out: `report --timings` (wall_s
-# in results.json, the page's first line) and verify-data.json (seconds, records/s).
+# These tell time and host, in their names too. So does, by design, what the pipeline leaves out: `report --timings`
+# (wall_s in results.json, the page's first line) and verify-data.json (seconds, records/s).
 APART = "events.out.tfevents.*"
 
 

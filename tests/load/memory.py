@@ -37,8 +37,8 @@ def family_anon_mb() -> float:
 
 
 class Watch:
-    """What this process and its children hold while a block runs, in tenths of its time. The first and the last are left
-    out: there, workers start and caches fill, or workers end."""
+    """What this process and its children hold while a block runs, in tenths of its time but the first and the last, in
+    which workers start and end."""
 
     def __enter__(self) -> "Watch":
         self.start, self.samples, self._done = time.perf_counter(), [], threading.Event()

@@ -67,10 +67,6 @@ def opening(root: Path, workers: int) -> dict:
     return {"peak_mb": peak_mb(lambda: open_all(root)), "seconds": round(time.perf_counter() - start, 1)}
 
 
-def opening_again(root: Path, workers: int) -> dict:
-    return opening(root, workers)
-
-
 def checks(root: Path, workers: int) -> dict:
     """The record checks of verify-data."""
     of_records, found = Checks(read_annotations(root / "data.json"), root, build_collate(root)), {}
@@ -103,7 +99,7 @@ def epoch(root: Path, workers: int) -> dict:
     return watch.facts(samples) | {"samples": samples}
 
 
-PHASES = (opening, opening_again, checks, sampler, epoch)
+PHASES = {"opening": opening, "opening again": opening, "checks": checks, "sampler": sampler, "epoch": epoch}
 
 
 def open_all(root: Path) -> Instructions:
@@ -119,21 +115,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--records", type=int, default=665_298)
     parser.add_argument("--workers", type=int, default=2, help="processes of the checks and of the loader")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--phase", nargs=2, metavar=("NAME", "FOLDER"), help="one of them, in this process")
     args = parser.parse_args()
     if args.phase:
-        phase = next(phase for phase in PHASES if phase.__name__ == args.phase[0])
-        print(json.dumps(phase(Path(args.phase[1]), args.workers)))
+        print(json.dumps(PHASES[args.phase[0]](Path(args.phase[1]), args.workers)))
         return
     with TemporaryDirectory() as folder:
         write_world(Path(folder), args.records)
         found = {"records": args.records, "json_mb": round((Path(folder) / "data.json").stat().st_size / 1e6, 1)}
         environment = os.environ | {"HF_DATASETS_CACHE": f"{folder}/cache", "TOKENIZERS_PARALLELISM": "false"}
-        for phase in PHASES:  # each in a process of its own, or one would hide what another holds
-            command = [sys.executable, __file__, "--workers", str(args.workers), "--phase", phase.__name__, folder]
+        for phase in args.phases:  # each in a process of its own, or one would hide what another holds
+            command = [sys.executable, __file__, "--workers", str(args.workers), "--phase", phase, folder]
             done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
-            found[phase.__name__] = json.loads(done.stdout)
-            print(phase.__name__, done.stdout, file=sys.stderr)
+            found[phase] = json.loads(done.stdout)
+            print(phase, done.stdout, file=sys.stderr)
     print(json.dumps(found, indent=1))
 
 

@@ -1,5 +1,5 @@
-"""What is loaded far beyond a test's size stays within its memory. `python tests/load/{records,probe_run,report}.py` run
-the real sizes; here they are smaller, and bounds hold for peaks and growth, never for times."""
+"""Memory under load: bounds on peaks and growth, never on times. The scripts beside it run at the real sizes; here they
+are smaller."""
 
 import json
 import os
@@ -24,13 +24,12 @@ def run(script: str, *arguments: str) -> dict:
 
 
 def test_checks_and_epoch_hold_no_record():
-    """4,000 records of 1.4 KB: as Python objects they would be some 20 MB, encoded and kept some 60."""
-    found = run("records.py", "--records", "4000", "--workers", "0")
+    """4,000 records of 1.4 KB: batches that are kept would be some 120 MB."""
+    found = run("records.py", "--records", "4000", "--workers", "0", "--phases", "checks", "epoch")
     assert found["epoch"]["samples"] == 4096 - 4096 % 128 and found["checks"]["findings"] == {}
     for phase in ("checks", "epoch"):
         held = found[phase]["held_mb"]
-        assert held[-1] - held[0] < 15
-    assert found["opening_again"]["peak_mb"] < 15 and found["sampler"]["peak_mb"] < 10
+        assert held[-1] - held[0] < 40, phase
 
 
 def test_deep_probe_run_makes_no_logits_of_full_size():

@@ -56,10 +56,28 @@ def count(
         by_token: False counts under each image as a whole, T = 1, instead of under each token.
         confusion: Counts pairs of label and prediction, too.
     """
-    view = view or View.whole(tuple(target.shape[1:]))
-    parts = [_count(logits[:, few], target[few], view, by_token, confusion) for few in _few_at_once(target)]
-    by_image = {name: torch.cat([getattr(part, name) for part in parts], -2) for name in BY_IMAGE}
-    return Counts(**by_image, confusion=sum(part.confusion for part in parts) if confusion else None)
+    sites, images, classes, h, w = logits.shape
+    view, tokens = view or View.whole(tuple(target.shape[1:])), h * w if by_token else 1
+    # Made first and filled: small tensors kept between large ones that come and go would pin the memory of these.
+    new = lambda *shape: target.new_zeros(shape, dtype=torch.long)
+    counts = Counts(
+        new(sites, images, classes),
+        new(sites, images, classes),
+        new(images, classes),
+        new(sites, images, tokens),
+        new(images, tokens),
+        new(sites, classes, classes) if confusion else None,
+    )
+    for few in _few_at_once(target):
+        _fill(counts, few, _count(logits[:, few], target[few], view, by_token, confusion))
+    return counts
+
+
+def _fill(counts: Counts, images: slice, found: Counts) -> None:
+    for name in BY_IMAGE:
+        getattr(counts, name)[..., images, :] = getattr(found, name)
+    if counts.confusion is not None:
+        counts.confusion.add_(found.confusion)
 
 
 def _few_at_once(target: Tensor) -> list[slice]:
@@ -141,7 +159,10 @@ def patch_labels(
         view: Where the grid lies on the pixels; by default it divides them.
     """
     view = view or View.whole(tuple(target.shape[1:]))
-    return torch.cat([_patch_labels(target[few], classes, grid, purity, view) for few in _few_at_once(target)])
+    labels = target.new_empty((len(target), grid[0] * grid[1]), dtype=torch.long)
+    for few in _few_at_once(target):
+        labels[few] = _patch_labels(target[few], classes, grid, purity, view)
+    return labels
 
 
 def _patch_labels(target: Tensor, classes: int, grid: tuple[int, int], purity: float, view: View) -> Tensor:

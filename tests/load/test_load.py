@@ -39,8 +39,8 @@ def test_large_masks_are_taken_a_few_at_a_time(what):
 
 
 def test_deep_probe_run_makes_no_logits_of_full_size():
-    """34 sites and the final norm, 150 classes: logits of all pixels would be 4.1 GB, of all tokens they are 0.07 GB. The
-    knockout's forward has a mask for each of 64 rows and 32 layers, 0.8 GB, and no pixels."""
+    """34 sites and the final norm, 150 classes: logits of all pixels would be 4.1 GB, those of all tokens are 0.07 GB.
+    The knockout's forward has a mask for each of 64 rows and 32 layers, 0.8 GB, and no pixels."""
     found = run("probe_run.py", "--size", "128", "256", "--images", "6", "--batch-size", "6")
     assert found["sites"] == 35 and found["all_logits_mb"] > 4000
     for step, peak in found["peak_mb"].items():

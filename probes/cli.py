@@ -90,7 +90,13 @@ def build_parser() -> argparse.ArgumentParser:
         "probes.analyses.starvation:run",
         "accuracy by patch position, causal against bidirectional (Fig. 7, Table 3), to starvation.json",
     )
-    starvation.add_argument("--probes", required=True, nargs=2, metavar=("CAUSAL_RUN", "BIDIRECTIONAL_RUN"))
+    starvation.add_argument(
+        "--probes",
+        required=True,
+        nargs=2,
+        metavar=("CAUSAL_RUN", "BIDIRECTIONAL_RUN"),
+        help="folders of finished probe runs on the same images",
+    )
     starvation.add_argument("--site", help="where to compare (default: the causal run's best decoder layer)")
     starvation.add_argument(
         "--by-class", action="store_true", help="also with the classes held fixed: early patches are mostly sky"

@@ -19,6 +19,7 @@ from .loss import strided, upsampled_cross_entropy
 from .metrics import IGNORE_INDEX, Counts, SegmentationMetric, patch_labels
 from .ranks import from_all_ranks
 from .recipes import LABELS, Recipe, all_recipes, probe_name
+from .resume import check_same_run
 from .saving import save_run
 from .state_statistics import StateStatistics
 from .statistics import dataset_scores
@@ -228,10 +229,18 @@ class ProbeModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("heads.")}
+        checkpoint["data"] = self.trainer.datamodule.settings()
         checkpoint["best"], checkpoint["history"] = self.best, self.history
         checkpoint["validated_at"], checkpoint["epochs"] = self.validated_at, self.epochs
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: It is of a run with other settings.
+        """
+        if self._trainer is not None and self.trainer.training:
+            check_same_run(checkpoint["hyper_parameters"], self.hparams, "model")
+            check_same_run(checkpoint["data"], self.trainer.datamodule.settings(), "data")
         saved = set(checkpoint["state_dict"])
         ours = saved if self.mllm is None else {f"heads.{key}" for key in self.heads.state_dict()}
         if saved != ours:

@@ -1,6 +1,5 @@
 """What a probe run writes when it ends; `results.py` says which files, and reads them back."""
 
-import hashlib
 import json
 import platform
 import subprocess
@@ -123,7 +122,7 @@ def manifest(module, data) -> dict[str, Any]:
             "root": _absolute(data.root),
             "dataset": data.dataset,
             "options": data.options,
-            "fingerprint": fingerprint(data),
+            "fingerprint": data.fingerprint(),
         },
         "mllm_training": json.loads(training.read_text()) if training.is_file() else None,
         "hardware": {
@@ -137,12 +136,6 @@ def manifest(module, data) -> dict[str, Any]:
 def _absolute(path: str) -> str:
     """A folder's absolute path, so that analyses find it from anywhere; a hub id as it is."""
     return str(Path(path).resolve()) if Path(path).is_dir() else path
-
-
-def fingerprint(data) -> str:
-    """Changes when the names of images, or the classes, do."""
-    names = [data.classes, *(split.names for split in data.splits.values())]
-    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 
 def _git_commit() -> str | None:

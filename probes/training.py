@@ -10,9 +10,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from .callbacks import CatchUpValidation, SavePredictions, ShowMaps
+from .callbacks import SavePredictions, ShowMaps
 from .data.datamodule import SegmentationData
 from .module import ProbeModule
+from .resume import CatchUpValidation
 
 # warnings about what is meant to be so
 HARMLESS = (
@@ -27,7 +28,9 @@ class ProbeCLI(LightningCLI):
     """Model, data and trainer from YAML; several `-c` merge from left to right, then the flags."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--out", default="runs/probes", help="folder of the run, see probes/results.py")
+        parser.add_argument(
+            "--out", default="runs/probes", help="folder of the run: config, events, checkpoints, metrics.json, probes"
+        )
         parser.add_argument(
             "--save_predictions", type=bool, default=False, help="also OUT/predictions/SITE/NAME.png of every image"
         )
@@ -37,13 +40,18 @@ class ProbeCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
 
     def instantiate_trainer(self, **kwargs):
-        kwargs["logger"] = TensorBoardLogger(self._get(self.config_init, "out"), name="", version="")
+        if self._get(self.config_init, "trainer.logger") is None:
+            kwargs["logger"] = TensorBoardLogger(self._get(self.config_init, "out"), name="", version="")
         trainer = super().instantiate_trainer(**kwargs)
         for callback in trainer.checkpoint_callbacks:
             callback.save_last = True  # what `--ckpt_path last` looks for, and without which it would start anew
         if self._get(self.config_init, "save_predictions"):
             trainer.callbacks.append(SavePredictions())
         return trainer
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning puts the settings that a checkpoint names in place of those of the command line, silently. Here the
+        command line counts, and where it differs `fit` says so (`check_same_run`)."""
 
     def fit(self, **kwargs) -> None:
         """Trains, then scores each probe at its best epoch and writes the run's files. With `--ckpt_path last` it goes
@@ -67,6 +75,8 @@ def build_cli(argv: list[str], run: bool = True) -> ProbeCLI:
         run=run,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": "probes"},
+        auto_configure_optimizers=False,  # --optimizer would take the place of the recipe's
         trainer_defaults={
             "use_distributed_sampler": False,  # SegmentationData has its own
             "num_sanity_val_steps": 0,

@@ -1,6 +1,7 @@
 """The data of a training run: LLaVA JSON and images in, batches out."""
 
 import math
+from typing import Any
 
 import torch
 from lightning import LightningDataModule
@@ -129,6 +130,17 @@ class InstructionData(LightningDataModule):
 
     def _loader(self, dataset, loader=DataLoader, **kwargs) -> DataLoader:
         return loader(dataset, num_workers=self.num_workers, pin_memory=torch.cuda.is_available(), **kwargs)
+
+    def settings(self) -> dict[str, Any]:
+        """What decides which samples a step sees, and how they are fed."""
+        return {
+            "annotations": len(self.train),
+            "batch_size": self.batch_size,
+            "group_by_length": self.group_by_length,
+            "max_length": self.collate.max_length,
+            "template": self.collate.template,
+            "seed": self.seed,
+        }
 
     def state_dict(self) -> dict:
         """How far the epoch is, so that a resumed run goes on with the next batch instead of the first."""

@@ -45,6 +45,33 @@ def recount(checkpoint: dict[str, Any], before: int, now: int) -> None:
             counts["completed"] = counts["processed"] - behind
 
 
+def check_same_run(saved: dict[str, Any], now: dict[str, Any], of: str, free: tuple[str, ...] = ()) -> None:
+    """That a checkpoint is not gone on with as another run: half of each would be a model of no recipe at all.
+
+    Args:
+        saved: Settings of the run that wrote it.
+        now: Those of this run.
+        of: Where they are set: model or data.
+        free: Those that change no result, or nothing that comes after a checkpoint.
+
+    Raises:
+        ValueError: One of them differs.
+    """
+    for key in now.keys() - set(free):
+        if _plain(saved.get(key)) != _plain(now[key]):
+            raise ValueError(
+                f"the checkpoint is of a run with {of}.{key}={saved.get(key)!r}, this one has {now[key]!r}; go on with "
+                "what it was started with, or start anew with another --out"
+            )
+
+
+def _plain(setting: Any) -> str:
+    """The same for a tuple and a list, and for a folder that is spelled otherwise."""
+    if isinstance(setting, str) and Path(setting).exists():
+        setting = str(Path(setting).resolve())
+    return json.dumps(setting, sort_keys=True, default=str)
+
+
 class WholeCheckpointIO(TorchCheckpointIO):
     """Single-file checkpoints, written beside their name and then renamed.
 

@@ -42,7 +42,8 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs):
         out = self._get(self.config_init, "out")
-        kwargs["logger"] = TensorBoardLogger(out, name="", version="")
+        if self._get(self.config_init, "trainer.logger") is None:
+            kwargs["logger"] = TensorBoardLogger(out, name="", version="")
         plugins = [*(self._get(self.config_init, "trainer.plugins", default=None) or []), WholeCheckpointIO()]
         on_slurm = SLURMEnvironment.detect()
         if on_slurm:
@@ -51,6 +52,10 @@ class TrainingCLI(LightningCLI):
         if on_slurm:
             trainer.callbacks.append(Requeue())
         return trainer
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning puts the settings that a checkpoint names in place of those of the command line, silently. Here the
+        command line counts, and where it differs `fit` says so (`check_same_run`)."""
 
     def fit(self, **kwargs) -> None:
         """Trains. With `--ckpt_path last` it goes on where the run in OUT stopped, and leaves a finished one alone."""
@@ -84,6 +89,8 @@ def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:
         run=run,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
+        parser_kwargs={"prog": "llava-bidir"},
+        auto_configure_optimizers=False,  # --optimizer would take the place of the recipe's
         trainer_defaults={
             # InstructionData cuts batches by rank; a second sampler on top would break LLaVA's grouping
             "use_distributed_sampler": False,

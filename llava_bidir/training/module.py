@@ -20,10 +20,13 @@ from ..build import build_model, build_processor, set_trainable
 from ..data.conversation import IGNORE_INDEX
 from ..encoders import Encoder
 from ..lora import Lora, add_lora
-from .checkpoints import recount
+from .checkpoints import check_same_run, recount
 from .optim import build_optimizer, build_schedule
 
 log = logging.getLogger(__name__)
+
+# Settings of the model that a run may go on with others of: they change no result, beyond rounding.
+FREE = ("attn_implementation", "compile", "gradient_checkpointing", "max_new_tokens", "_instantiator")
 
 
 class LlavaTraining(LightningModule):
@@ -247,12 +250,15 @@ class LlavaTraining(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps what trains; the frozen rest is where it was loaded from. And what the position in the epoch counts."""
         checkpoint["samples_at_a_time"] = self._samples_at_a_time
+        checkpoint["data"] = self.trainer.datamodule.settings()
         trained = {"model." + name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """`strict_loading` is off for the frozen parts only: nothing that trains may be missing."""
         if self._trainer is not None and self.trainer.training:
+            check_same_run(checkpoint["hyper_parameters"], self.hparams, "model", free=FREE)
+            check_same_run(checkpoint["data"], self.trainer.datamodule.settings(), "data")
             recount(checkpoint, checkpoint["samples_at_a_time"], self._samples_at_a_time)
         if "state_dict" not in checkpoint:
             return  # ZeRO's weights are elsewhere, and it checks them itself

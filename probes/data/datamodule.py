@@ -1,5 +1,7 @@
 """The data of a probe run: images with masks, by whatever layout they come in."""
 
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ class SegmentationData(LightningDataModule):
     """Training and validation images with masks.
 
     Args:
-        root: Folder of the dataset.
+        root: Folder of the dataset; for hub also a name there.
         dataset: Its layout: folder (images, PNG masks, a classes.json), ade20k, voc2012, cityscapes, or hub (ADE20K in
             parquet files).
         options: The layout's own, see its class: {"background": "class"} for voc2012.
@@ -55,6 +57,16 @@ class SegmentationData(LightningDataModule):
     def steps_per_epoch(self) -> int:
         """Optimizer steps of one pass over the training images."""
         return math.ceil(len(self.splits["training"]) / self.batch_size)
+
+    def fingerprint(self) -> str:
+        """Changes when the names of images, or the classes, do."""
+        names = [self.classes, *(split.names for split in self.splits.values())]
+        return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+
+    def settings(self) -> dict[str, Any]:
+        """What decides which images a step sees."""
+        names = "fingerprint of image and class names"
+        return {"batch_size": self.batch_size, "seed": self.seed, names: self.fingerprint()}
 
     def setup(self, stage: str) -> None:
         """Before `fit` loads the model: every image and mask is read once, each rank its share.

@@ -1,0 +1,42 @@
+"""A run is gone on with as what it was, or not at all."""
+
+import pytest
+import tiny
+
+import llava_bidir.cli
+
+
+@pytest.fixture(scope="module")
+def stopped(parts, conversations, tmp_path_factory):
+    """Arguments of a run that was stopped after one of two epochs, and its checkpoint."""
+    out = tmp_path_factory.mktemp("stopped")
+    arguments = ["fit", *tiny.training_arguments(parts, conversations), "--out", str(out)]
+    llava_bidir.cli.main([*arguments, "--trainer.max_epochs", "1"])
+    (out / "hf").rename(out / "first")  # a finished run would be left alone
+    (checkpoint,) = (out / "checkpoints").iterdir()
+    return [*arguments, "--trainer.max_epochs", "2"], checkpoint
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--model.image_attention", "bidirectional"], "model.image_attention='causal', this one has 'bidirectional'"),
+        (["--model.adapter_learning_rate", "0.5"], "model.adapter_learning_rate=.*, this one has 0.5"),
+        (["--data.max_length", "100"], "data.max_length=.*, this one has 100"),
+        (["--seed_everything", "7"], "data.seed=0, this one has 7"),
+    ],
+)
+@pytest.mark.parametrize("path", ["last", "by name"])
+def test_checkpoint_of_another_run_is_refused(stopped, changed, message, path):
+    arguments, checkpoint = stopped
+    path = str(checkpoint) if path == "by name" else path
+    with pytest.raises(SystemExit, match=rf"^llava-bidir: the checkpoint is of a run with {message}; go on with what"):
+        llava_bidir.cli.main([*arguments, *changed, "--ckpt_path", path])
+    assert not (checkpoint.parents[1] / "hf").exists()
+
+
+def test_what_changes_no_result_may_change(stopped):
+    arguments, checkpoint = stopped
+    free = ["--model.max_new_tokens", "2", "--model.attn_implementation", "eager", "--data.num_workers", "1"]
+    llava_bidir.cli.main([*arguments, *free, "--ckpt_path", str(checkpoint)])
+    assert (checkpoint.parents[1] / "hf").is_dir()

@@ -25,11 +25,28 @@ def register_image_attention(name: str, block_ids: BlockIds | None) -> None:
         block_ids: bool[B, N] (True at image tokens) -> long[B, N] of block ids. None stands for plain causal attention.
 
     Raises:
-        ValueError: The name is taken.
+        ValueError: The name is taken, or the function gives something else on two short samples.
     """
     if name in IMAGE_ATTENTION:
         raise ValueError(f"image_attention {name!r} is registered already; choose another name")
+    if block_ids is not None:
+        _check(name, block_ids)
     IMAGE_ATTENTION[name] = block_ids
+
+
+def _check(name: str, block_ids: BlockIds) -> None:
+    """Tries a function on "t i i t i t" and "t t t t t t". Bools, taken for ids, would make all text a block; text that
+    saw what follows could not be generated, nor be left out by the probes where it stands behind the images."""
+    is_image = torch.tensor([[False, True, True, False, True, False], [False] * 6], device="cpu")
+    ids = block_ids(is_image.clone())
+    given = f"{ids.dtype}{list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+    if given != f"{torch.long}{list(is_image.shape)}":
+        raise ValueError(f"image_attention {name!r} makes {given} of bool[B, N]; expected block ids, torch.int64[B, N]")
+    if (ids[0, 5:] >= 0).any() or (ids[1] >= 0).any():
+        raise ValueError(
+            f"image_attention {name!r} puts text into a block that has no image token behind it; such text stays "
+            "causal (-1), since it is generated token by token"
+        )
 
 
 def image_attention(name: str) -> BlockIds | None:

@@ -54,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     generate = command("generate", "llava_bidir.generate:run", "answers about an image, greedily")
     generate.add_argument("model", help="exported directory (RUN/hf), or a llava checkpoint of transformers")
-    generate.add_argument("image", type=Path)
+    generate.add_argument("image", type=Path, help="image file")
     generate.add_argument("prompt", nargs="+", help="questions; one is answered as it is written, several as a batch")
     generate.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (256)")
 

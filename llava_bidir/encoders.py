@@ -126,6 +126,13 @@ class Encoder:
         """
         found = read_pretrained("model.encoder.path", AutoConfig, self.path)
         found = getattr(found, "vision_config", found)
+        same_kind = found.model_type == self.entry.config_class.model_type
+        registers, expected = getattr(found, "num_register_tokens", 0), max(self.entry.extra_tokens - 1, 0)
+        if same_kind and registers != expected:
+            raise ValueError(
+                f"encoder {self.path!r} has {registers} register tokens, but name {self.name!r} stands for {expected}: "
+                "registers would be taken for patches, or patches dropped"
+            )
         if found.model_type != self.entry.config_class.model_type:
             raise ValueError(
                 f"encoder {self.path!r} is a {found.model_type!r} checkpoint, but name {self.name!r} stands for "

@@ -66,7 +66,7 @@ class GridConv(nn.Module):
         return self.conv(states.transpose(1, 2).unflatten(2, self.grid)).flatten(2).transpose(1, 2)
 
 
-# name -> a module f[B, T, d] -> f[B, T, K], from width, classes and grid.
+# name -> a module f[B, T, d] -> f[B, T, K], from width, classes and grid. B may be 0: a rank without an image.
 # linear  the paper's (App. A.2)
 # mlp     two layers: what a token's state holds that no hyperplane separates. Its hidden layer has one width at all
 #         sites, so that capacity does not grow with the site's: encoder and layers are compared. (And 34 sites of a 7B
@@ -88,7 +88,10 @@ class Probe(nn.Module):
         grid: (h, w) of the tokens.
         feature_norm: "none" (the paper), or "batchnorm" or "layernorm" before the head: without, AdamW at one learning
             rate trains sites of different scale to different degrees.
-        head: "linear" (the paper), "mlp" or "conv".
+        head: Name of one of HEADS; "linear" is the paper's.
+
+    Raises:
+        ValueError: On the first states, if the head gives no K logits a token.
     """
 
     def __init__(
@@ -97,7 +100,14 @@ class Probe(nn.Module):
         super().__init__()
         self.norm = FEATURE_NORMS[feature_norm](width)
         self.head = HEADS[head](width, classes, grid)
+        self._name, self._classes = head, classes  # for what a wrong head is told
 
     def forward(self, states: Tensor) -> Tensor:
         batch, tokens, width = states.shape
-        return self.head(self.norm(states.reshape(-1, width)).view(batch, tokens, width))
+        logits = self.head(self.norm(states.reshape(-1, width)).view(batch, tokens, width))
+        expected = (batch, tokens, self._classes)
+        if logits.shape != expected:
+            raise ValueError(
+                f"head {self._name!r} gives logits of {tuple(logits.shape)}; expected [B, T, K] = {expected}"
+            )
+        return logits

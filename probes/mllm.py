@@ -137,6 +137,8 @@ class FrozenMLLM(nn.Module):
                 use_cache=cache is not None,
                 **self.family.inputs(self.model, pixels, self.is_image[start:].expand(len(pixels), -1)),
             )
+        if missing := [site for site in wanted if site not in states]:
+            raise ValueError(f"no states of {missing[0]}: the forward does not pass the module that its family names")
         return {site: states[site] for site in wanted}
 
     def _known(self, sites: Sequence[str] | None) -> list[str]:
@@ -225,8 +227,9 @@ class FrozenMLLM(nn.Module):
         tokens = self.grid[0] * self.grid[1]
         if states.numel() != batch * tokens * width:
             raise ValueError(
-                f"the encoder gives {states.numel() / (batch * width):g} tokens an image where the grid {self.grid} "
-                f"has {tokens}: were tokens dropped from an encoder without a CLS token, or not dropped from one with?"
+                f"the encoder gives {states.numel() / (batch * width):g} tokens an image, {width} wide, where the grid "
+                f"{self.grid} has {tokens}: were tokens dropped from an encoder without a CLS token, or not dropped "
+                "from one with? Or has the family's entry another token_px or encoder_width than the model?"
             )
         return states.reshape(batch, tokens, width)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import mllm as mllms
 from .data.sampler import NOTHING
-from .heads import Probe
+from .heads import FEATURE_NORMS, HEADS, Probe
 from .loss import strided, upsampled_cross_entropy
 from .metrics import IGNORE_INDEX, Counts, SegmentationMetric, patch_labels
 from .ranks import from_all_ranks
@@ -37,7 +37,7 @@ class ProbeModule(LightningModule):
         mllm_dtype: What the model runs in: auto (as its checkpoint is stored), bfloat16, float16 or float32. Probes are
             in float32 in any case.
         sites: Those to probe; None for all.
-        head: linear (the paper), mlp or conv.
+        head: linear (the paper), or another, see probes/heads.py.
         feature_norm: none (the paper), batchnorm or layernorm before the head.
         labels: "true", or "shuffled" for the control that trains on the masks of other images.
         learning_rate: Of AdamW; it falls as a polynomial of degree 0.9 to zero.
@@ -59,9 +59,9 @@ class ProbeModule(LightningModule):
         image_aspect: str = "square",
         mllm_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
         sites: list[str] | None = None,
-        head: str = "linear",
-        feature_norm: str = "none",
-        labels: str = "true",
+        head: Literal[*HEADS] = "linear",
+        feature_norm: Literal[*FEATURE_NORMS] = "none",
+        labels: Literal[*LABELS] = "true",
         learning_rate: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,

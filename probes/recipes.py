@@ -24,7 +24,7 @@ class Recipe:
     """How the probes of all sites are trained.
 
     Args:
-        head: linear (the paper), mlp or conv, see `heads.py`.
+        head: linear (the paper), or another of `heads.py`.
         feature_norm: none (the paper), batchnorm or layernorm, in front of the head.
         learning_rate: Of AdamW at the start.
         labels: "true", or "shuffled": the control that trains on the masks of other images.

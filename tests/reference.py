@@ -17,7 +17,7 @@ def allowed(name: str, is_image: list[bool], q: int, k: int) -> bool:
     if name == "prefix":
         last = max((i for i, x in enumerate(is_image) if x), default=-1)
         return (q <= last and k <= last) or causal
-    raise ValueError(name)
+    raise ValueError(f"image_attention {name!r} has no definition in tests/reference.py")
 
 
 def mask_by_loop(name: str, is_image: Tensor, padding: Tensor) -> Tensor:

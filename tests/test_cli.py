@@ -1,8 +1,10 @@
 """Commands: their help, what bad usage answers, and the small ones from end to end."""
 
+import argparse
 import json
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import tiny
@@ -13,31 +15,45 @@ from transformers import LlamaForCausalLM
 import llava_bidir.cli
 import probes.cli
 
-COMMANDS = {
-    "llava_bidir": [
-        "fit",
-        "validate",
-        "test",
-        "export",
-        "inspect",
-        "size",
-        "verify-data",
-        "generate",
-        "vqa",
-        "vqa-table",
-        "demo-assets",
-    ],
-    "probes": ["fit", "validate", "test", "sites", "states"]
-    + ["knockout", "starvation", "umap", "maps", "explore", "report"],
+MAIN = {"llava_bidir": llava_bidir.cli.main, "probes": probes.cli.main}
+PROMISED = {
+    "llava_bidir": "fit validate test export inspect size verify-data generate vqa vqa-table demo-assets".split(),
+    "probes": "fit validate test verify-data sites states knockout starvation umap maps explore report".split(),
 }
 
 
-@pytest.mark.parametrize(("package", "command"), [(p, c) for p, commands in COMMANDS.items() for c in commands])
+def subparsers(package: str) -> dict[str, argparse.ArgumentParser]:
+    parser = {"llava_bidir": llava_bidir, "probes": probes}[package].cli.build_parser()
+    return next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+
+
+COMMANDS = {package: list(subparsers(package)) for package in PROMISED}
+ALL = [(package, command) for package, commands in COMMANDS.items() for command in commands]
+
+
+@pytest.mark.parametrize("package", COMMANDS)
+def test_no_command_is_missing(package):
+    assert set(PROMISED[package]) <= set(COMMANDS[package])
+
+
+@pytest.mark.parametrize(("package", "command"), ALL)
 def test_help_of_each_command_explains_every_option(package, command, capsys):
     with pytest.raises(SystemExit) as stop:
-        {"llava_bidir": llava_bidir, "probes": probes}[package].cli.main([command, "--help"])
+        MAIN[package]([command, "--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "usage:" in text and len(text) > 200
+    assert not [action.dest for action in subparsers(package)[command]._actions if not action.help]
+
+
+@pytest.mark.parametrize("package", COMMANDS)
+def test_each_command_runs_what_exists(package):
+    """Commands name their function by text, to be imported when they run; those that take YAML have parsers of their
+    own and name none."""
+    named = {command: parser.get_default("run") for command, parser in subparsers(package).items()}
+    for command, run in named.items():
+        module, _, function = (run or "builtins:print").partition(":")
+        assert callable(getattr(import_module(module), function)), command
+    assert sum(run is not None for run in named.values()) > 4
 
 
 @pytest.mark.parametrize("package", COMMANDS)
@@ -54,7 +70,7 @@ def test_help_lists_every_command_at_once(package):
 @pytest.mark.parametrize("package", COMMANDS)
 def test_unknown_command_is_an_error_that_lists_the_known(package, capsys):
     with pytest.raises(SystemExit) as stop:
-        {"llava_bidir": llava_bidir, "probes": probes}[package].cli.main(["fly"])
+        MAIN[package](["fly"])
     assert stop.value.code == 2 and "invalid choice: 'fly'" in capsys.readouterr().err
 
 

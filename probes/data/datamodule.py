@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .preflight import find_bad_files, report
 from .prepared import CachedStates, Prepared, collate
-from .registry import open_dataset
+from .registry import DATASETS, open_dataset
 from .sampler import TrainingBatches, validation_batches
 
 
@@ -22,8 +22,7 @@ class SegmentationData(LightningDataModule):
 
     Args:
         root: Folder of the dataset; for hub also a name there.
-        dataset: Its layout: folder (images, PNG masks, a classes.json), ade20k, voc2012, cityscapes, or hub (ADE20K in
-            parquet files).
+        dataset: Its layout, see probes/data: folder has images, PNG masks and a classes.json, hub ADE20K in parquet.
         options: The layout's own, see its class: {"background": "class"} for voc2012.
         name: What reports call it; None takes the folder's name.
         batch_size: Images of a batch over all devices. The paper has 64.
@@ -35,7 +34,7 @@ class SegmentationData(LightningDataModule):
     def __init__(
         self,
         root: str,
-        dataset: str = "folder",
+        dataset: Literal[*DATASETS] = "folder",
         options: dict[str, Any] | None = None,
         name: str | None = None,
         batch_size: int = 64,

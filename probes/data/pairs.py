@@ -52,6 +52,7 @@ class SegmentationDataset(Dataset):
         groups: A label for each image where images come in clusters (the city), or None.
 
     Raises:
+        ValueError: Lookup, palette or groups do not fit the classes and files.
         BadFile: On reading, an image or mask is not what it must be.
     """
 
@@ -68,6 +69,18 @@ class SegmentationDataset(Dataset):
         self.names, self._files = list(files), list(files.values())
         self.classes, self.palette, self.groups = classes, palette, groups
         self._lookup = lookup
+        self._check()
+
+    def _check(self) -> None:
+        """What a layout says must fit together, or scores would be of other classes without a word."""
+        layout, count = type(self).__name__, len(self.classes)
+        highest = self._lookup[self._lookup != IGNORE_INDEX].max()
+        if self._lookup.shape != (256,) or highest >= count:
+            raise ValueError(f"{layout}: the lookup leads to class {highest}, but {count} are named, from 0 on")
+        if self.palette is not None and len(self.palette) != count:
+            raise ValueError(f"{layout}: {len(self.palette)} colours in the palette for {count} classes")
+        if self.groups is not None and len(self.groups) != len(self.names):
+            raise ValueError(f"{layout}: {len(self.groups)} groups for {len(self.names)} images")
 
     def __len__(self) -> int:
         return len(self.names)

@@ -33,11 +33,13 @@ def open_dataset(dataset: str, root: str, split: str, options: dict[str, Any] | 
 
 
 def _check_options(layout: type, which: str, options: dict[str, Any]) -> None:
-    """Options are those of the layout's signature, and of its types: str, or one of several (Literal)."""
+    """Options are those of the layout's signature, and of its types: a class, or one of several strings (Literal)."""
     known = {k: p.annotation for k, p in inspect.signature(layout).parameters.items() if k not in ("root", "split")}
     for name, value in options.items():
         if name not in known:
             raise ValueError(f"{which} has no option {name!r}; it has {', '.join(known) or 'none'} (data.options)")
+        if known[name] is inspect.Parameter.empty:
+            raise ValueError(f"option {name!r} of {layout.__name__} has no type in its signature; give it one")
         choices = get_args(known[name]) if get_origin(known[name]) is Literal else None
         if choices and value not in choices:
             raise ValueError(f"data.options.{name} is {value!r}; there is {', '.join(choices)}")

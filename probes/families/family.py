@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
-from operator import attrgetter
 
 import transformers
 from torch import Tensor, nn
@@ -65,7 +64,11 @@ class Family:
 
     @property
     def loader(self) -> type[PreTrainedModel]:
-        return getattr(transformers, self.model_class) if isinstance(self.model_class, str) else self.model_class
+        if not isinstance(self.model_class, str):
+            return self.model_class
+        if not hasattr(transformers, self.model_class):
+            raise ValueError(f"transformers {transformers.__version__} has no class {self.model_class!r}")
+        return getattr(transformers, self.model_class)
 
     def grid(self, config: PreTrainedConfig) -> tuple[int, int]:
         """Image tokens down and across."""
@@ -77,13 +80,27 @@ class Family:
         return int(self.grid(config)[0] * self.token_px(config))
 
     def decoder_of(self, model: PreTrainedModel) -> nn.Module:
-        return attrgetter(self.language_model)(model.model)
+        return _module_at(model, self.language_model)
 
     def adapter_of(self, model: PreTrainedModel) -> list[nn.Module]:
-        return [attrgetter(path)(model.model) for path in self.adapter]
+        return [_module_at(model, path) for path in self.adapter]
 
     def entry_of(self, model: PreTrainedModel) -> nn.Module:
-        return attrgetter(self.entry or self.adapter[0])(model.model)
+        return _module_at(model, self.entry or self.adapter[0])
+
+
+def _module_at(model: PreTrainedModel, path: str) -> nn.Module:
+    """The module that an entry names; where there is none, the error lists those that there are."""
+    found, where = model.model, "model"
+    for name in path.split("."):
+        inner = getattr(found, name, None)
+        if not isinstance(inner, nn.Module):
+            there = ", ".join(child for child, _ in found.named_children()) or "no modules"
+            raise ValueError(
+                f"{type(model).__name__} has no module {path!r}, which its family's entry names: {where} has {there}"
+            )
+        found, where = inner, f"{where}.{name}"
+    return found
 
 
 def side(size: int | list[int] | tuple[int, ...]) -> int:

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llava_bidir import IMAGE_ATTENTION, register_image_attention
-from llava_bidir.attention import image_attention
+from llava_bidir.attention import bidirectional, image_attention
 from llava_bidir.modeling import build_mask
 
-MASKS = ("causal", "bidirectional", "prefix")
+MASKS = tuple(IMAGE_ATTENTION)  # each needs its definition in tests/reference.py
 
 
 def built(name: str, is_image, padding, implementation: str = "sdpa"):
@@ -20,19 +20,22 @@ def built(name: str, is_image, padding, implementation: str = "sdpa"):
     return build_mask(name, config, is_image, padding)
 
 
-def agree_on_real_tokens(mask, expected, padding) -> bool:
+def check_against_a_loop_over_pairs(name: str, rows, pad: str) -> None:
     """Rows of padding may hold anything; what real tokens attend to must agree."""
-    return torch.equal(mask[:, 0] & padding.bool()[:, :, None], expected)
+    ids, padding = tiny.ids(*rows, pad=pad)
+    is_image = ids == tiny.IMAGE_ID
+    mask = built(name, is_image, padding)[:, 0] & padding.bool()[:, :, None]
+    expected = reference.mask_by_loop(name, is_image, padding)
+    for sample, query, key in (mask != expected).nonzero().tolist():
+        sees, should = ("sees" if x[sample, query, key] else "does not see" for x in (mask, expected))
+        assert sees == should, f"{name}, {rows[sample]!r}: token {query} {sees} {key}, by reference.py it {should}"
 
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("pad", ["right", "left"])
 @pytest.mark.parametrize("rows", [("tttt",), ("tiitt",), ("iit", "tiitiit"), ("ttt", "iiii", "tiitt", "titit")])
 def test_mask_equals_a_loop_over_pairs(name, pad, rows):
-    ids, padding = tiny.ids(*rows, pad=pad)
-    is_image = ids == tiny.IMAGE_ID
-    expected = reference.mask_by_loop(name, is_image, padding)
-    assert agree_on_real_tokens(built(name, is_image, padding), expected, padding)
+    check_against_a_loop_over_pairs(name, rows, pad)
 
 
 @settings(deadline=None, max_examples=60)
@@ -42,11 +45,7 @@ def test_mask_equals_a_loop_over_pairs(name, pad, rows):
     st.sampled_from(["left", "right"]),
 )
 def test_mask_equals_a_loop_over_pairs_for_any_layout(rows, name, pad):
-    ids, padding = tiny.ids(*rows, pad=pad)
-    is_image = ids == tiny.IMAGE_ID
-    assert agree_on_real_tokens(
-        built(name, is_image, padding), reference.mask_by_loop(name, is_image, padding), padding
-    )
+    check_against_a_loop_over_pairs(name, rows, pad)
 
 
 def test_eager_mask_says_the_same_as_sdpa():
@@ -74,6 +73,22 @@ def test_unknown_mask_is_an_error_that_lists_the_known_ones():
         image_attention("bi")
     with pytest.raises(ValueError, match="unknown image_attention"):
         tiny.config(image_attention="bi")
+
+
+@pytest.mark.parametrize(
+    ("block_ids", "message"),
+    [
+        (lambda is_image: is_image, r"torch.bool\[2, 6\] of bool\[B, N\]; expected .*torch.int64\[B, N\]"),
+        (lambda is_image: bidirectional(is_image)[0], r"makes torch.int64\[6\] of"),
+        (lambda is_image: None, "makes NoneType of bool"),
+        (lambda is_image: is_image.long(), "puts text into a block that has no image token behind it"),  # 0 is an id
+        (lambda is_image: torch.zeros_like(is_image, dtype=torch.long), "such text stays causal"),
+    ],
+)
+def test_a_function_that_makes_no_mask_is_refused_when_it_is_registered(block_ids, message):
+    with pytest.raises(ValueError, match=f"image_attention 'new' .*{message}"):
+        register_image_attention("new", block_ids)
+    assert "new" not in IMAGE_ATTENTION
 
 
 def test_a_registered_mask_reaches_attention():

@@ -5,7 +5,13 @@ import json
 import pytest
 import tiny
 import torch
-from transformers import CLIPVisionConfig, Dinov2Config, LlamaForCausalLM, SiglipVisionConfig
+from transformers import (
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    LlamaForCausalLM,
+    SiglipVisionConfig,
+)
 
 from llava_bidir.build import build_model, build_processor, set_trainable
 from llava_bidir.encoders import ENCODERS, Encoder
@@ -89,12 +95,15 @@ def test_unknown_or_mistaken_encoder_is_named(parts):
     [
         ("clip", CLIPVisionConfig(image_size=336, patch_size=14), (24, 24)),
         ("dinov2", Dinov2Config(image_size=518, patch_size=14), (24, 24)),
+        ("dinov2_registers", Dinov2WithRegistersConfig(image_size=518, patch_size=14), (24, 24)),
         ("siglip", SiglipVisionConfig(image_size=384, patch_size=14), (27, 27)),
     ],
 )
-def test_grids_of_the_papers_encoders(name, config, grid):
-    """24 x 24 at 336 px and 27 x 27 at 384 px (App. A.1)."""
-    assert Encoder(name, "somewhere").grid(config) == grid
+def test_grids_of_released_encoders(name, config, grid, tmp_path):
+    """24 x 24 at 336 px and 27 x 27 at 384 px (App. A.1); their entries say how many registers they have."""
+    config.save_pretrained(tmp_path)
+    encoder = Encoder(name, str(tmp_path))
+    assert encoder.grid(encoder.load_config()) == grid
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -103,6 +112,7 @@ def test_encoder_entry_gives_one_token_a_patch(name, tmp_path):
     entry = ENCODERS[name]
     side = entry.image_px or 56
     settings = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14}
+    settings |= {"num_register_tokens": entry.extra_tokens - 1} if entry.extra_tokens > 1 else {}
     config = entry.config_class(**settings, intermediate_size=32, image_size=side)
     entry.model_class(config).save_pretrained(tmp_path / "encoder")
     _, llm = tiny.write_parts(tmp_path / "parts")
@@ -138,32 +148,36 @@ def test_a_checkpoint_that_is_nowhere_is_named_with_its_config_key(parts, tmp_pa
         Encoder("clip", "no/such").load_config()
 
 
-def test_registers_never_reach_the_adapter(tmp_path, checkpoints):
-    """DINOv2 with registers: [CLS, 4 registers, patches]. Dropping CLS alone would take registers for patches."""
+@pytest.mark.parametrize("name", [name for name, entry in ENCODERS.items() if entry.extra_tokens > 1])
+def test_registers_never_reach_the_adapter(name, tmp_path):
+    """[CLS, 4 registers, patches]. Dropping CLS alone would take registers for patches."""
     from llava_bidir.export import as_llava
 
-    entry = ENCODERS["dinov2_registers"]
-    settings = {
-        "hidden_size": 16,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "patch_size": 14,
-        "image_size": 336,
-    }
-    entry.model_class(entry.config_class(**settings, num_register_tokens=4)).save_pretrained(tmp_path / "encoder")
+    entry = ENCODERS[name]
+    settings = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": entry.image_px}
+    config = entry.config_class(**settings, patch_size=14, num_register_tokens=entry.extra_tokens - 1)
+    entry.model_class(config).save_pretrained(tmp_path / "encoder")
     _, llm = tiny.write_parts(tmp_path / "parts")
-    encoder = Encoder("dinov2_registers", str(tmp_path / "encoder"))
+    encoder = Encoder(name, str(tmp_path / "encoder"))
     model = build_model(encoder, llm, build_processor(encoder, llm)).eval()
-    pixels = torch.randn(1, 3, 336, 336)
+    pixels, (rows, columns) = torch.randn(1, 3, entry.image_px, entry.image_px), encoder.grid(config)
     states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
     model.model.multi_modal_projector._forward_pre_hooks.clear()
-    expected = model.model.multi_modal_projector(states[:, 5:])
+    expected = model.model.multi_modal_projector(states[:, entry.extra_tokens :])
     again = build_model(encoder, llm, build_processor(encoder, llm)).eval()
     again.load_state_dict(model.state_dict())
-    assert states.shape[1] == 5 + 24 * 24
+    assert states.shape[1] == entry.extra_tokens + rows * columns
     assert torch.equal(again.get_image_features(pixels).pooler_output[0], expected[0])
     with pytest.raises(ValueError, match="register tokens, which a stock llava would take for patches"):
         as_llava(model)
+
+
+def test_an_encoder_with_other_registers_than_its_entry_is_refused(tmp_path):
+    """Before a large model is loaded for nothing: its tokens would not be as many as the grid has."""
+    config = ENCODERS["dinov2_registers"].config_class(num_register_tokens=2)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has 2 register tokens, but name 'dinov2_registers' stands for 4"):
+        Encoder("dinov2_registers", str(tmp_path)).load_config()
 
 
 def test_an_llm_of_another_family_is_a_path_away(parts, tmp_path):

@@ -4,6 +4,7 @@ import importlib
 import re
 import shutil
 from contextlib import contextmanager
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,19 @@ from llava_bidir import LlavaBidirConfig
 from probes import Knockout
 from probes.analyses.explorer import word_head
 from probes.analyses.knockout_attention import attention_from
-from probes.families import FAMILIES, REFUSED, dynamic, family_of, gemma, own_image_attention
+from probes.families import (
+    DEEPSEEK,
+    DYNAMIC,
+    FAMILIES,
+    GEMMA,
+    LLAVA,
+    MERGED,
+    REFUSED,
+    dynamic,
+    family_of,
+    gemma,
+    own_image_attention,
+)
 from probes.inspection import print_sites
 
 ALL = sorted(STOCK)
@@ -132,6 +145,33 @@ def test_there_are_tests_for_all_families():
     assert set(ALL) == set(FAMILIES) - {"llava_bidir"} and len(ALL) >= 16
 
 
+def test_no_entry_hides_another_of_its_name():
+    assert len(FAMILIES) == sum(map(len, (LLAVA, DEEPSEEK, GEMMA, MERGED, DYNAMIC)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"entry": "multi_modal_projector.linear_9"},
+            r"no module 'multi.*9'.*model.multi_modal_projector has linear_1",
+        ),
+        (
+            {"adapter": ("projector",)},
+            r"ConditionalGeneration has no module 'projector'.*model has vision_tower",
+        ),
+        ({"language_model": "decoder"}, "no module 'decoder', which its family's entry names"),
+        ({"encoder_width": lambda config: 12}, r"gives 48 tokens an image, 12 wide, where the grid \(6, 6\) has 36"),
+        ({"model_class": "LlavaForConditionalGenerations"}, "transformers 5.* has no class 'LlavaForConditionalG"),
+    ],
+)
+def test_an_entry_that_does_not_fit_its_model_is_an_error_that_says_where(wrong, message, checkpoint, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "llava", replace(FAMILIES["llava"], **wrong))
+    with pytest.raises(ValueError, match=message):
+        read = probes.load(checkpoint("llava"), untrained=["adapter"] if "adapter" in wrong else [])
+        read.states(read.preprocess(pictures("llava")))
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_states_equal_hooks_on_the_stock_forward(name, mllm):
     read, images = mllm(name), pictures(name)
@@ -163,6 +203,14 @@ def test_words_are_read_as_the_stock_forward_reads_them(name, cap, mllm, monkeyp
     for site, state in states.items():
         scale = logits.abs().max().item()
         torch.testing.assert_close(word_head(read, site)(state), logits, rtol=0, atol=1e-4 * scale)
+
+
+def test_an_entry_that_the_forward_does_not_pass_is_an_error(checkpoint, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "llava", replace(FAMILIES["llava"], entry="spare"))
+    read = probes.load(checkpoint("llava"))
+    read.model.model.spare = torch.nn.Identity()
+    with pytest.raises(ValueError, match="no states of encoder: the forward does not pass the module that its family"):
+        read.states(read.preprocess(pictures("llava")))
 
 
 def test_smaller_pixels_of_the_hybrid_are_the_stock_ones_to_a_grey_level(mllm):

@@ -57,6 +57,24 @@ def test_every_head_learns_every_class(head):
     assert (probe(states).argmax(-1) == labels).all()
 
 
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_every_head_gives_a_logit_a_class_and_token_of_any_number_of_images(head, images):
+    """None at all: a rank without an image takes part in the backward."""
+    probe = Probe(5, 3, GRID, head=head)
+    logits = probe(torch.randn(images, 6, 5))
+    assert logits.shape == (images, 6, 3)
+    logits.sum().backward()
+    assert all(p.grad is not None and (images or not p.grad.any()) for p in probe.parameters())
+
+
+@pytest.mark.parametrize("drawn", [lambda w, k, g: nn.Linear(w, k + 1), lambda w, k, g: nn.Flatten(0, 1)])
+def test_a_head_of_another_shape_is_named(drawn, monkeypatch):
+    monkeypatch.setitem(HEADS, "new", drawn)
+    with pytest.raises(ValueError, match=r"head 'new' gives logits of \(.*\); expected \[B, T, K\] = \(2, 6, 3\)"):
+        Probe(5, 3, GRID, head="new")(torch.randn(2, 6, 5))
+
+
 def test_batchnorm_of_one_process_is_torchs_to_the_bit():
     ours, torchs, states = BatchNorm(4), nn.BatchNorm1d(4, affine=False), torch.randn(3, 50, 4) * 5 + 2
     for batch in states:

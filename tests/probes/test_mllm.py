@@ -157,5 +157,5 @@ def test_unknown_site_mask_and_checkpoint_are_errors(mllm, checkpoints, tmp_path
 def test_cls_token_dropped_from_an_encoder_without_one_is_noticed(checkpoints, pictures):
     broken = probes.load(str(checkpoints["causal"]))
     broken.model.config.vision_feature_select_strategy = "full"  # keeps the CLS token: 5 tokens for 4 patches
-    with pytest.raises(ValueError, match=r"gives 5 tokens an image where the grid \(2, 2\) has 4"):
+    with pytest.raises(ValueError, match=r"gives 5 tokens an image, 16 wide, where the grid \(2, 2\) has 4"):
         broken.states(broken.preprocess(pictures))

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -32,9 +31,9 @@ class ShowMaps(Callback):
         images, target = by_size(batch["target"])[0]
         shown, target = outputs[:, images][:, : self.images], target[: self.images]
         size = target.shape[-2:]
-        maps = coloured(upsampled_argmax(shown, size, pl_module.mllm.geometry.view(size)).cpu().numpy(), palette)
-        board, step = trainer.logger.experiment, trainer.global_step
-        for site, pictures in zip(pl_module.sites, maps, strict=True):
+        board, step, view = trainer.logger.experiment, trainer.global_step, pl_module.mllm.geometry.view(size)
+        for site, logits in zip(pl_module.sites, shown, strict=True):
+            pictures = coloured(upsampled_argmax(logits, size, view).cpu().numpy(), palette)
             board.add_images(f"maps/{site}", pictures, step, dataformats="NHWC")
         board.add_images("maps/truth", coloured(target.cpu().numpy(), palette), step, dataformats="NHWC")
 
@@ -48,9 +47,9 @@ class SavePredictions(Callback):
         names, out = trainer.datamodule.splits["validation"].names, Path(trainer.default_root_dir) / "predictions"
         for images, target in by_size(batch["target"]):
             size = target.shape[-2:]
-            predicted = upsampled_argmax(outputs[:, images], size, pl_module.mllm.geometry.view(size))
-            predicted = predicted.to(torch.uint8).cpu().numpy()
-            for site, masks in zip(pl_module.sites, predicted, strict=True):
+            view = pl_module.mllm.geometry.view(size)
+            for site, logits in zip(pl_module.sites, outputs[:, images], strict=True):
                 (out / site).mkdir(parents=True, exist_ok=True)
-                for i, mask in zip(batch["index"][images].tolist(), masks, strict=True):
-                    Image.fromarray(np.ascontiguousarray(mask)).save(out / site / f"{names[i]}.png")
+                for i, of_image in zip(batch["index"][images].tolist(), logits, strict=True):
+                    mask = upsampled_argmax(of_image, size, view).to(torch.uint8).cpu().numpy()
+                    Image.fromarray(mask).save(out / site / f"{names[i]}.png")

@@ -79,7 +79,7 @@ def upsampled_cross_entropy(
             axes = cells(tuple(grid), size, view or View.whole(size), label_stride, logits.device)
             losses = _CrossEntropySum.apply(probes, cross_entropy_sum, target, *axes, ignore_index, needs_grad)
         else:
-            labels = target.long().masked_fill(~valid, 0)
+            labels = target.masked_fill(~valid, 0)
             if labels.device.type == "cpu":
                 _check_labels(labels, classes, ignore_index)
             images = n_probes * n_images
@@ -115,7 +115,7 @@ def _check_arguments(logits: Tensor, target: Tensor, label_stride: int, rows: in
 
 
 def _check_labels(labels: Tensor, classes: int, ignore_index: int) -> None:
-    for label in labels.aminmax():
+    for label in map(int, labels.aminmax()):
         if not 0 <= label < classes:
             raise ValueError(f"label {label} is neither in [0, K={classes}) nor ignore_index={ignore_index}")
 
@@ -167,13 +167,13 @@ def _sum_in_chunks(
 
 
 def _soft_labels(labels: Tensor, keep: Tensor, classes: int, plan: Plan) -> Tensor:
-    """Returns T = U^T onehot(labels), f[B, h, K, w], from labels i64[B, H, W] and keep f[B, H, W], 1 where valid.
+    """Returns T = U^T onehot(labels), f[B, h, K, w], from integer labels [B, H, W] and keep f[B, H, W], 1 where valid.
 
     Each pixel votes for its class at the two grid rows around it, in its own column; the columns are then gathered.
     """
     (n_images, _, width), h = labels.shape, plan.rows.shape[1]
     votes = keep.new_zeros(n_images, h + 1, classes, width)  # row h: what is below the last row, always zero
-    index = labels * width + plan.nodes[:, None] * (classes * width) + torch.arange(width, device=labels.device)
+    index = labels.long() * width + plan.nodes[:, None] * (classes * width) + torch.arange(width, device=labels.device)
     upper = keep * plan.rows.gather(1, plan.nodes[:, None])
     votes.flatten(1).scatter_add_(1, index.flatten(1), upper.flatten(1))
     index += classes * width

@@ -20,7 +20,7 @@ from .upsample import upsampled_argmax
 
 IGNORE_INDEX = 255
 BY_IMAGE = ("intersection", "predicted", "labelled", "patch_right", "patch_valid")
-PIXELS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}  # of predicted maps, which are counted and forgotten
+PIXELS_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}  # of masks and predicted maps, which are counted and forgotten
 
 
 class Counts(NamedTuple):
@@ -56,10 +56,40 @@ def count(
         by_token: False counts under each image as a whole, T = 1, instead of under each token.
         confusion: Counts pairs of label and prediction, too.
     """
+    sites, images, classes, h, w = logits.shape
+    view, tokens = view or View.whole(tuple(target.shape[1:])), h * w if by_token else 1
+    # Made first and filled: small tensors kept between large ones that come and go would pin the memory of these.
+    new = lambda *shape: target.new_zeros(shape, dtype=torch.long)
+    counts = Counts(
+        new(sites, images, classes),
+        new(sites, images, classes),
+        new(images, classes),
+        new(sites, images, tokens),
+        new(images, tokens),
+        new(sites, classes, classes) if confusion else None,
+    )
+    for few in _few_at_once(target):
+        _fill(counts, few, _count(logits[:, few], target[few], view, by_token, confusion))
+    return counts
+
+
+def _fill(counts: Counts, images: slice, found: Counts) -> None:
+    for name in BY_IMAGE:
+        getattr(counts, name)[..., images, :] = getattr(found, name)
+    if counts.confusion is not None:
+        counts.confusion.add_(found.confusion)
+
+
+def _few_at_once(target: Tensor) -> list[slice]:
+    """The images of a batch in groups whose numbers of pixels, eight bytes each, take little memory; at least one."""
+    step = max(1, PIXELS_AT_ONCE.get(target.device.type, PIXELS_AT_ONCE["cuda"]) // target.shape[1:].numel())
+    return [slice(first, first + step) for first in range(0, max(1, len(target)), step)]
+
+
+def _count(logits: Tensor, target: Tensor, view: View, by_token: bool, confusion: bool) -> Counts:
     sites, images, classes, *grid = logits.shape
     size, tokens = tuple(target.shape[1:]), grid[0] * grid[1]
-    view, valid = view or View.whole(size), target != IGNORE_INDEX
-    labels = target.long()
+    valid, labels = target != IGNORE_INDEX, target.long()
     row, column = _cells(view, tuple(grid), size, target.device)
     token = torch.where((row[:, None] >= 0) & (column >= 0), row[:, None] * grid[1] + column, tokens)  # T: none
     labelled = _tally(labels.where(valid, classes), valid, classes)
@@ -128,8 +158,16 @@ def patch_labels(
         purity: Tokens of whose labelled pixels a smaller share has that class get -1 too: they lie on a boundary.
         view: Where the grid lies on the pixels; by default it divides them.
     """
+    view = view or View.whole(tuple(target.shape[1:]))
+    labels = target.new_empty((len(target), grid[0] * grid[1]), dtype=torch.long)
+    for few in _few_at_once(target):
+        labels[few] = _patch_labels(target[few], classes, grid, purity, view)
+    return labels
+
+
+def _patch_labels(target: Tensor, classes: int, grid: tuple[int, int], purity: float, view: View) -> Tensor:
     images, tokens, size = len(target), grid[0] * grid[1], tuple(target.shape[1:])
-    row, column = (cell.to(target.device) for cell in (view or View.whole(size)).cells(grid, size))
+    row, column = (cell.to(target.device) for cell in view.cells(grid, size))
     seen = (row[:, None] >= 0) & (column >= 0)
     token = (row[:, None] * grid[1] + column).where(seen, 0)
     label = torch.where((target == IGNORE_INDEX) | ~seen, classes, target.long())

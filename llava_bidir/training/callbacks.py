@@ -14,6 +14,9 @@ from ..modeling import build_mask
 from .flops import peak_flops, step_flops
 from .zero import gathered
 
+# What the clock or the machine decides: for TensorBoard only, for the same training exports the same files.
+MEASURED = ("samples_per_s", "tokens_per_s", "tflops_per_s_and_device", "step_s", "data_share", "mfu", "memory_gb")
+
 
 class Throughput(Callback):
     """Logs how fast training is, averaged between two logged steps: samples/s, tokens/s (without padding) and MFU over

@@ -20,6 +20,7 @@ from ..build import build_model, build_processor, set_trainable
 from ..data.conversation import IGNORE_INDEX
 from ..encoders import Encoder
 from ..lora import Lora, add_lora
+from .callbacks import MEASURED
 from .checkpoints import check_same_run, recount
 from .optim import build_optimizer, build_schedule
 
@@ -244,14 +245,15 @@ class LlavaTraining(LightningModule):
         return {"stage": "+".join(self.hparams.train), **settings}
 
     def progress(self) -> dict[str, Any]:
-        """How far the run is, and the newest value of each metric."""
+        """How far the run is, and the newest value of each metric that the clock does not decide."""
+        measured = {f"train/{name}" for name in MEASURED}
         return {
             "global_batch": self.trainer.datamodule.batch_size,
             "steps": self.trainer.global_step,
             "epochs": self.trainer.fit_loop.epoch_progress.current.processed,
             "devices": self.trainer.world_size,
             **self.metrics_before,
-            **{k: float(v) for k, v in self.trainer.callback_metrics.items()},
+            **{k: float(v) for k, v in self.trainer.callback_metrics.items() if k not in measured},
         }
 
     @property

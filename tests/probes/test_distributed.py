@@ -96,6 +96,29 @@ def test_two_processes_train_and_score_as_one(one, cache, checkpoints, uneven, t
         assert a["pacc"] == pytest.approx(b["pacc"], abs=0.005)
 
 
+SCORED_ALIKE = {  # who opens images and who scores them
+    "one data worker": ["--data.num_workers", "1"],
+    "two data workers": ["--data.num_workers", "2"],
+    "two processes": TWO,
+    "two processes, two data workers each": [*TWO, "--data.num_workers", "2"],
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("who", SCORED_ALIKE)
+def test_the_same_probes_count_the_same_pixels(who, one, checkpoints, uneven, tmp_path):
+    """Five images: the batches of three and of two processes differ. All integers, and what is made of them alone."""
+    run = ["test", *arguments(checkpoints["causal"], uneven, tmp_path)[1:], *SCORED_ALIKE[who]]
+    processes([*run, "--ckpt_path", str(one / "checkpoints/last.ckpt")])
+    assert (tmp_path / "counts.safetensors").read_bytes() == (one / "counts.safetensors").read_bytes()
+    assert (tmp_path / "probes.safetensors").read_bytes() == (one / "probes.safetensors").read_bytes()
+    alone, together = metrics(one)["sites"], metrics(tmp_path)["sites"]
+    for a, b in zip(alone, together, strict=True):
+        ours, theirs = a.pop("states"), b.pop("states")  # sums over ranks of floats, in another order
+        assert a == b and ours.keys() == theirs.keys()
+        assert all(theirs[k] == (x if x is None else pytest.approx(x, rel=1e-6)) for k, x in ours.items())
+
+
 @pytest.mark.distributed
 def test_bad_file_of_one_rank_ends_all_ranks_alike(checkpoints, tmp_path):
     root = tiny.write_segmentation(tmp_path / "data")

@@ -1,0 +1,137 @@
+"""LLaVA's 665,298 records through opening, the checks of `verify-data`, the sampler and an epoch of the loader.
+
+    python tests/load/records.py --records 665298
+
+Prints JSON: seconds, records/s and memory of each phase; of the long ones, what the processes hold in every tenth of
+the time, and the slope of that. Records are as long as those of the 665K mix: several turns, 94% with an image. The
+images are 64 small ones shared by all, so that the time is that of the records; `data.py` of the benchmarks times real
+ones. The epoch is that of `InstructionData`, with its step loader, sampler and collation.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from memory import Watch, peak_mb
+from PIL import Image
+from transformers import CLIPVisionConfig
+
+from llava_bidir.build import build_processor
+from llava_bidir.data.collate import Collate
+from llava_bidir.data.conversation import SYSTEM
+from llava_bidir.data.instructions import Instructions, read_annotations
+from llava_bidir.data.loader import StepLoader
+from llava_bidir.data.sampler import BatchSampler
+from llava_bidir.demo.models import train_tokenizer
+from llava_bidir.encoders import Encoder
+from llava_bidir.verify import Checks, verify
+
+PICTURES, PICTURE_PX, IMAGE_PX, IMAGE_TOKENS = 64, (32, 24), 28, 576
+TEXT_ONLY = 0.06  # share of the 665K mix
+BATCH, MICRO_BATCH = 128, 16
+WORDS = "the a man woman dog cat sky wall road is in on of with red green left right what where how many small".split()
+
+
+def write_world(root: Path, records: int, seed: int = 0) -> None:
+    rng, py = np.random.default_rng(seed), random.Random(seed)
+    for i in range(PICTURES):
+        Image.fromarray(rng.integers(0, 255, (*PICTURE_PX[::-1], 3), np.uint8)).save(root / f"{i}.png")
+    with open(root / "data.json", "w") as file:
+        for i in range(records):
+            file.write(("[" if i == 0 else ",\n") + json.dumps(_record(i, py)))
+        file.write("]")
+    CLIPVisionConfig(image_size=IMAGE_PX, patch_size=14).save_pretrained(root / "encoder")
+    train_tokenizer([" ".join(WORDS)] * 3 + [SYSTEM, "USER: ASSISTANT:\n"], root / "llm")
+
+
+def _record(index: int, py: random.Random) -> dict:
+    picture, turns = py.random() >= TEXT_ONLY, []
+    for turn in range(py.choice((1, 1, 3, 5, 8, 12))):
+        question = " ".join(py.choices(WORDS, k=py.randint(4, 14)))
+        turns.append({"from": "human", "value": ("<image>\n" if picture and turn == 0 else "") + question})
+        turns.append({"from": "gpt", "value": " ".join(py.choices(WORDS, k=py.choice((1, 3, 10, 60, 120))))})
+    record = {"id": f"{index:012d}", "conversations": turns}
+    return record | {"image": f"{index % PICTURES}.png"} if picture else record
+
+
+def opening(root: Path, workers: int) -> dict:
+    """The JSON into memory-mapped Arrow; later ones, in workers and ranks, find it in the cache."""
+    start = time.perf_counter()
+    return {"peak_mb": peak_mb(lambda: open_all(root)), "seconds": round(time.perf_counter() - start, 1)}
+
+
+def checks(root: Path, workers: int) -> dict:
+    """The record checks of verify-data."""
+    of_records, found = Checks(read_annotations(root / "data.json"), root, build_collate(root)), {}
+    with Watch() as watch:
+        found |= verify(of_records, {"file": {"path": str(root)}}, None, workers, lambda so_far: None)
+    return watch.facts(found["checked"]) | {"findings": {kind: n for kind, n in found["counts"].items() if n}}
+
+
+def sampler(root: Path, workers: int) -> dict:
+    """The order of a whole epoch, in batches of one modality and similar length."""
+    lengths, start, drawn = open_all(root).lengths(), time.perf_counter(), []
+    peak = peak_mb(lambda: drawn.extend(map(len, BatchSampler(lengths, BATCH, MICRO_BATCH, grouped=True))))
+    return {"peak_mb": peak, "samples": sum(drawn), "seconds": round(time.perf_counter() - start, 2)}
+
+
+def epoch(root: Path, workers: int) -> dict:
+    """Every batch of an epoch, as the training step gets it."""
+    instructions, samples = open_all(root), 0
+    loader = StepLoader(
+        instructions,
+        batch_sampler=BatchSampler(instructions.lengths(), BATCH, MICRO_BATCH, grouped=True),
+        collate_fn=build_collate(root),
+        num_workers=workers,
+        step_batches=BATCH // MICRO_BATCH,
+        mean_over_ranks=lambda x: x,
+    )
+    with Watch() as watch:
+        for batch in loader:
+            samples += len(batch["ids"])
+    return watch.facts(samples) | {"samples": samples}
+
+
+PHASES = {"opening": opening, "opening again": opening, "checks": checks, "sampler": sampler, "epoch": epoch}
+
+
+def open_all(root: Path) -> Instructions:
+    return Instructions(root / "data.json", root)
+
+
+def build_collate(root: Path) -> Collate:
+    processor = build_processor(Encoder("clip", str(root / "encoder")), str(root / "llm"))
+    return Collate(processor, IMAGE_TOKENS, "vicuna_v1")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--records", type=int, default=665_298)
+    parser.add_argument("--workers", type=int, default=2, help="processes of the checks and of the loader")
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
+    parser.add_argument("--phase", nargs=2, metavar=("NAME", "FOLDER"), help="one of them, in this process")
+    args = parser.parse_args()
+    if args.phase:
+        print(json.dumps(PHASES[args.phase[0]](Path(args.phase[1]), args.workers)))
+        return
+    with TemporaryDirectory() as folder:
+        write_world(Path(folder), args.records)
+        found = {"records": args.records, "json_mb": round((Path(folder) / "data.json").stat().st_size / 1e6, 1)}
+        environment = os.environ | {"HF_DATASETS_CACHE": f"{folder}/cache", "TOKENIZERS_PARALLELISM": "false"}
+        for phase in args.phases:  # each in a process of its own, or one would hide what another holds
+            command = [sys.executable, __file__, "--workers", str(args.workers), "--phase", phase, folder]
+            done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+            found[phase] = json.loads(done.stdout)
+            print(phase, done.stdout, file=sys.stderr)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

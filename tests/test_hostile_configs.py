@@ -24,8 +24,6 @@ PLACES = {  # a key where a class is expected, or where anything is
         "trainer.strategy": lambda bad: {"trainer": {"strategy": bad}},
         "trainer.plugins": lambda bad: {"trainer": {"plugins": [bad]}},
         "trainer.profiler": lambda bad: {"trainer": {"profiler": bad}},
-        "optimizer": lambda bad: {"optimizer": bad},
-        "lr_scheduler": lambda bad: {"lr_scheduler": bad},
         "model": lambda bad: {"model": bad},
         "data": lambda bad: {"data": bad},
         "data.options": lambda bad: {"data": {"options": bad}},

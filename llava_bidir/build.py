@@ -15,7 +15,7 @@ from transformers.integrations import deepspeed as zero3
 from .encoders import Encoder
 from .lora import UPDATES, has_lora
 from .modeling import LlavaBidirConfig, LlavaBidirForConditionalGeneration
-from .pretrained import load_weights, named, read_pretrained, weight_files
+from .safety.pretrained import load_weights, named, read_pretrained, weight_files
 
 log = logging.getLogger(__name__)
 

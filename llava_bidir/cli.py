@@ -1,11 +1,11 @@
 """The `llava-bidir` command: all its options. What a command needs is imported when it runs."""
 
 import argparse
-import re
 import sys
-import traceback
 from importlib import import_module
 from pathlib import Path
+
+from .safety.messages import own_message
 
 TRAINING = {  # these take the options of LightningCLI
     "fit": "train a stage: -c configs/stage1.yaml -c configs/encoder/clip.yaml --model.image_attention bidirectional",
@@ -109,18 +109,7 @@ def main(argv: list[str] | None = None) -> None:
         module, _, function = args.run.partition(":")
         getattr(import_module(module), function)(args)
     except ValueError as error:
-        message = _own_message(error)
+        message = own_message(error)
         if message is None:
             raise
         sys.exit(f"llava-bidir: {message}")
-
-
-def _own_message(error: ValueError) -> str | None:
-    """What it says if this package raised it: then it is about the user's input and says all; a bug has its traceback.
-
-    From a process that reads data, torch hands on an error with its traceback as text.
-    """
-    message, files = str(error), [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    if message.startswith("Caught ValueError in DataLoader worker"):
-        files, message = re.findall(r'File "(.+?)", line', message), message.rpartition("\nValueError: ")[2].strip()
-    return message if Path(files[-1]).is_relative_to(Path(__file__).parent) else None

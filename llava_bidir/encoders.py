@@ -29,7 +29,7 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from .pretrained import named, read_pretrained
+from .safety.pretrained import named, read_pretrained
 
 MOST_PATCHES = 128  # down or across; the largest encoders have 64
 

@@ -11,8 +11,9 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from .lora import merge_lora
 from .model_card import model_card
 from .modeling import LlavaBidirConfig, LlavaBidirForConditionalGeneration
-from .pretrained import check_pickle, named
-from .writing import whole_folder
+from .safety.checkpoints import resolve
+from .safety.pretrained import check_pickle, named
+from .safety.writing import whole_folder
 
 TRAINING_FACTS = "training.json"
 OWN_KEYS = tuple(LlavaBidirConfig.__annotations__)  # what it adds to LlavaConfig
@@ -98,7 +99,6 @@ def read_checkpoint(checkpoint: Path) -> tuple[LlavaBidirForConditionalGeneratio
     Raises:
         ValueError: It is none, or not as it was written.
     """
-    from .training.checkpoints import resolve
     from .training.module import LlavaTraining  # here, for training imports this module
     from .training.zero import read_state, read_weights
 

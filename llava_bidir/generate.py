@@ -19,7 +19,7 @@ from . import modeling  # noqa: F401 - makes the Auto classes know our models
 from .data.collate import pad
 from .data.conversation import IMAGE, encode
 from .data.images import read_image
-from .pretrained import load_weights, read_pretrained
+from .safety.pretrained import load_weights, read_pretrained
 
 
 def generate(model: str, image: Path, prompts: list[str], max_new_tokens: int = 256) -> list[str]:

@@ -14,7 +14,7 @@ from transformers import LlavaProcessor
 from .build import build_model, build_processor, read_tensors
 from .encoders import Encoder
 from .modeling import LlavaBidirForConditionalGeneration
-from .pretrained import named, read_json
+from .safety.pretrained import named, read_json
 
 PROJECTOR = "model.mm_projector."
 LAYERS = {"0": "linear_1", "2": "linear_2"}  # of nn.Sequential(Linear, GELU, Linear)

@@ -12,6 +12,32 @@ from .palette import coloured, palette_of
 from .upsample import upsampled_argmax
 
 
+class CatchUpValidation(Callback):
+    """Validates after a resume from between an epoch's last step and its validation: Lightning would leave it out."""
+
+    def __init__(self):
+        self.validated_step = 0
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validated_step = trainer.global_step
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epochs, rest = divmod(trainer.global_step, trainer.datamodule.steps_per_epoch)
+        if rest or epochs % (trainer.check_val_every_n_epoch or 1) or self.validated_step == trainer.global_step:
+            return
+        validation = trainer.fit_loop.epoch_loop.val_loop
+        validation.restarting = False  # from its first batch on
+        trainer.validating = True
+        validation.run()
+        trainer.training = True
+
+    def state_dict(self) -> dict[str, int]:
+        return {"validated_step": self.validated_step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.validated_step = state_dict["validated_step"]
+
+
 class ShowMaps(Callback):
     """Writes the predictions of the first validation images at each site, and their truth, to TensorBoard.
 

@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, PreTr
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
+from llava_bidir.safety.pretrained import named, read_pretrained
+
 from .families import Family
-from .pretrained import named, read_pretrained
 
 MOST = 128  # image tokens down or across; the LLM's mask has the fourth power of it in bytes
 

@@ -1,11 +1,10 @@
 """The `probes` command: all its options. What a command needs is imported when it runs."""
 
 import argparse
-import re
 import sys
-import traceback
 from importlib import import_module
-from pathlib import Path
+
+from llava_bidir.safety.messages import own_message
 
 CONFIGURED = {  # commands that take YAML, with parsers of their own
     "fit": "train a probe at every site: -c configs/probes/ade20k.yaml --model.mllm DIR --data.root DIR --out RUN",
@@ -197,18 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         module, _, function = args.run.partition(":")
         getattr(import_module(module), function)(args)
     except ValueError as error:
-        message = _own_message(error)
+        message = own_message(error)
         if message is None:
             raise
         sys.exit(f"probes: {message}")
-
-
-def _own_message(error: ValueError) -> str | None:
-    """What it says if this package raised it: then it is about the user's input and says all; a bug has its traceback.
-
-    From a process that reads data, torch hands on an error with its traceback as text.
-    """
-    message, files = str(error), [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    if re.match(r"Caught \w+ in DataLoader worker", message):
-        files, message = re.findall(r'File "(.+?)", line', message), re.split(r"\n[\w.]+: ", message)[-1].strip()
-    return message if Path(files[-1]).is_relative_to(Path(__file__).parent) else None

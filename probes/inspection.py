@@ -3,12 +3,13 @@
 import argparse
 from pathlib import Path
 
+from llava_bidir.safety.lock import only_writer
+from llava_bidir.safety.writing import write_files
+
 from .checkpoint import check_numbers
 from .data.pairs import open_image, read_rgb
 from .families import family_of, own_image_attention
-from .lock import only_writer
 from .mllm import ENCODER, load, read_config, site_names
-from .writing import write_files
 
 
 def print_sites(args: argparse.Namespace) -> None:

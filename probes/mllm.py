@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from llava_bidir.safety.pretrained import load_weights
+
 from .checkpoint import check_numbers, image_processors, prefix_ids, read_config, row_end_id
 from .families import Family, family_of, own_image_attention
 from .geometry import Geometry
 from .knockout import Knockout
 from .masks import Masks, build_masks, check_name, each, last_rows, takes_masks
-from .pretrained import load_weights
 from .untrained import draw_anew
 
 ENCODER, ADAPTER, FINAL_NORM = "encoder", "adapter", "final_norm"

@@ -12,6 +12,8 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from llava_bidir.safety.checkpoints import check_same_run
+
 from . import mllm as mllms
 from .data.sampler import NOTHING
 from .heads import FEATURE_NORMS, HEADS, Probe
@@ -19,7 +21,6 @@ from .loss import strided, upsampled_cross_entropy
 from .metrics import IGNORE_INDEX, Counts, SegmentationMetric, patch_labels
 from .ranks import from_all_ranks
 from .recipes import LABELS, Recipe, all_recipes, probe_name
-from .resume import check_same_run
 from .saving import save_run
 from .state_statistics import StateStatistics
 from .statistics import dataset_scores

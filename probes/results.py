@@ -9,6 +9,8 @@
 A file appears whole or not at all (`writing.py`); metrics.json comes last and says that the run is finished.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,12 +21,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from llava_bidir.safety.pretrained import named, read_json
+
 from . import mllm as mllms
 from .data.registry import open_dataset
 from .heads import Probe
 from .metrics import Counts
 from .mllm import ADAPTER, ENCODER
-from .pretrained import named, read_json
 from .schema import CONFIG, check, check_manifest, check_metrics
 from .statistics import bootstrap_weights
 
@@ -103,6 +106,29 @@ class ProbeRun:
             check_metrics(self.metrics)
         with named(self.path / "manifest.json"):
             check_manifest(self.manifest)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes when the run's probes do, or what they were trained on. Analyses write it down."""
+        how = json.dumps([self.manifest["config"], self.manifest["data"]], sort_keys=True).encode()
+        probes = self.path / "probes.safetensors"
+        return hashlib.sha256(how + (probes.read_bytes() if probes.is_file() else b"")).hexdigest()[:16]
+
+    def analysis(self, name: str) -> dict[str, Any] | None:
+        """What an analysis left in the run's folder, None if there is nothing.
+
+        Raises:
+            ValueError: The file is damaged, or of other probes than the run has now.
+        """
+        if not (self.path / name).is_file():
+            return None
+        facts = read_json(self.path / name, JSON_BYTES)
+        if self.fingerprint not in facts.get("runs", [self.fingerprint]):
+            raise ValueError(
+                f"{self.path / name} is of other probes than {self.path} has now; make it again with "
+                f"`probes {name.split('.')[0].split('_')[0]}`, or delete it"
+            )
+        return facts
 
     @property
     def sites(self) -> list[str]:

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
+from llava_bidir.safety.pretrained import read_json
+from llava_bidir.safety.writing import write_files
+
 from .metrics import Counts
-from .pretrained import read_json
 from .recipes import probe_name
 from .results import summary
 from .statistics import bootstrap_weights, dataset_scores, interval, resampled_scores
-from .writing import write_files
 
 log = logging.getLogger(__name__)
 

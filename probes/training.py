@@ -11,12 +11,14 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from .callbacks import SavePredictions, ShowMaps
-from .configured import ConfiguredCLI
+from llava_bidir.safety.checkpoints import WholeCheckpointIO, check_same_run, resolve
+from llava_bidir.safety.configured import ConfiguredCLI
+from llava_bidir.safety.lock import only_writer
+from llava_bidir.safety.pretrained import read_json
+
+from .callbacks import CatchUpValidation, SavePredictions, ShowMaps
 from .data.datamodule import SegmentationData
-from .lock import only_writer
 from .module import ProbeModule
-from .resume import CatchUpValidation, WholeCheckpoints, checkpoint_of
 
 # warnings about what is meant to be so
 HARMLESS = (
@@ -45,7 +47,7 @@ class ProbeCLI(ConfiguredCLI):
     def instantiate_trainer(self, **kwargs):
         if self._get(self.config_init, "trainer.logger") is None:
             kwargs["logger"] = TensorBoardLogger(self._get(self.config_init, "out"), name="", version="")
-        plugins = [*(self._get(self.config_init, "trainer.plugins") or []), WholeCheckpoints()]
+        plugins = [*(self._get(self.config_init, "trainer.plugins") or []), WholeCheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
         for callback in trainer.checkpoint_callbacks:
             callback.save_last = True  # what `--ckpt_path last` looks for, and without which it would start anew
@@ -53,10 +55,6 @@ class ProbeCLI(ConfiguredCLI):
         if self._get(self.config_init, "save_predictions"):
             trainer.callbacks.append(SavePredictions())
         return trainer
-
-    def _parse_ckpt_path(self) -> None:
-        """Lightning puts the settings that a checkpoint names in place of those of the command line, silently. Here the
-        command line counts, and where it differs `fit` says so (`check_same_run`)."""
 
     @property
     def out(self) -> Path:
@@ -75,23 +73,25 @@ class ProbeCLI(ConfiguredCLI):
         """Trains, then scores each probe at its best epoch and writes the run's files. With `--ckpt_path last` it goes
         on where the run in OUT stopped, and leaves a finished one alone."""
         with self.only_writer():
-            checkpoint = checkpoint_of(ckpt_path, self.checkpoints)
+            checkpoint = resolve(ckpt_path, self.checkpoints)
             if ckpt_path == "last" and self._finished_after(checkpoint):
+                manifest = read_json(self.out / "manifest.json")
+                check_same_run(manifest["config"], self.model.hparams, "model", what=str(self.out / "metrics.json"))
                 rank_zero_info(f"{self.out / 'metrics.json'} is there: this run is finished; nothing to do")
                 return
-            rank_zero_info(f"going on from {checkpoint}" if checkpoint else "starting from the first step")
             self.trainer.fit(ckpt_path=checkpoint, **kwargs)
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
 
-    def _finished_after(self, checkpoint: Path | None) -> bool:
+    def _finished_after(self, checkpoint: str | None) -> bool:
         """Whether results are there, and not of an earlier run than the checkpoint: one begun anew and then killed."""
+        written = lambda path: Path(path).stat().st_mtime_ns
         metrics = self.out / "metrics.json"
-        return metrics.is_file() and not (checkpoint and checkpoint.stat().st_mtime_ns > metrics.stat().st_mtime_ns)
+        return metrics.is_file() and not (checkpoint and written(checkpoint) > written(metrics))
 
     def test(self, ckpt_path: str | None = None, **kwargs) -> None:
         """Scores the probes of a checkpoint and writes the run's files."""
         with self.only_writer():
-            self.trainer.test(ckpt_path=checkpoint_of(ckpt_path, self.checkpoints), **kwargs)
+            self.trainer.test(ckpt_path=resolve(ckpt_path, self.checkpoints), **kwargs)
 
 
 def build_cli(argv: list[str], run: bool = True) -> ProbeCLI:

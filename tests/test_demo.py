@@ -12,7 +12,7 @@ from pathlib import Path
 import offline
 import pytest
 
-from probes.lock import only_writer
+from llava_bidir.safety.lock import only_writer
 
 ROOT = Path(__file__).parents[1]
 SCALE = "0.05"

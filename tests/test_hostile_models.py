@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import llava_bidir.cli
 import probes
 import probes.cli
-from llava_bidir.pretrained import read_pretrained
+from llava_bidir.safety.pretrained import read_pretrained
 
 MARKER = "executed"
 
@@ -337,7 +337,7 @@ def zero_checkpoint(path: Path, content, universal: bool) -> Path:
 @pytest.mark.parametrize("universal", [False, True])
 def test_code_in_zero_checkpoints_is_never_executed(universal, place):
     """DeepSpeed itself loads them as pickles."""
-    from llava_bidir.training.checkpoints import what_is_wrong
+    from llava_bidir.safety.checkpoints import what_is_wrong
 
     plain = zero_checkpoint(place["root"] / "plain.ckpt", {"weight": torch.ones(2)}, universal)
     assert what_is_wrong(plain) is None
@@ -351,7 +351,7 @@ def test_code_in_zero_checkpoints_is_never_executed(universal, place):
 
 
 def test_newest_whole_checkpoint_is_passed_over_if_it_holds_code(tmp_path, caplog):
-    from llava_bidir.training.checkpoints import newest_whole
+    from llava_bidir.safety.checkpoints import newest_whole
 
     good = zero_checkpoint(tmp_path / "a.ckpt", {"weight": torch.ones(2)}, False)
     poisoned(tmp_path / "b.ckpt", tmp_path / MARKER)

@@ -27,8 +27,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from llava_bidir.build import build_processor
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.encoders import Encoder
+from llava_bidir.safety.checkpoints import WholeCheckpointIO
 from llava_bidir.training.callbacks import ExportModel
-from llava_bidir.training.checkpoints import WholeCheckpointIO
 from llava_bidir.training.module import LlavaTraining
 from llava_bidir.training.zero import ZeRO, gathered
 

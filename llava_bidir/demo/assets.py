@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..writing import whole_folder
+from ..safety.writing import whole_folder
 from . import models
 from .drawing import CLASSES, PALETTE
 from .texts import View, as_text, dialogue, misread, show

@@ -12,13 +12,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
-from ..configured import ConfiguredCLI
 from ..data.datamodule import InstructionData
-from ..export import export_hf, read_checkpoint
-from ..lock import only_writer
+from ..export import TRAINING_FACTS, export_hf, read_checkpoint
+from ..safety.checkpoints import WholeCheckpointIO, check_same_run, resolve
+from ..safety.configured import ConfiguredCLI
+from ..safety.lock import only_writer
+from ..safety.pretrained import read_json
 from .callbacks import ExportModel, ShowAnswers, Throughput
-from .checkpoints import SaveBetweenSteps, WholeCheckpointIO, resolve
-from .module import LlavaTraining
+from .module import FREE, LlavaTraining
+from .position import SaveBetweenSteps
 from .requeue import Requeue
 from .watch import WatchLoss
 
@@ -57,10 +59,6 @@ class TrainingCLI(ConfiguredCLI):
             trainer.callbacks.append(Requeue())
         return trainer
 
-    def _parse_ckpt_path(self) -> None:
-        """Lightning puts the settings that a checkpoint names in place of those of the command line, silently. Here the
-        command line counts, and where it differs `fit` says so (`check_same_run`)."""
-
     def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
         """Trains. With `--ckpt_path last` it goes on where the run in OUT stopped, and leaves a finished one alone.
 
@@ -71,6 +69,8 @@ class TrainingCLI(ConfiguredCLI):
         with only_writer(folder) if self.trainer.is_global_zero else nullcontext():
             if ckpt_path == "last":
                 if (folder / "hf").is_dir():
+                    facts = read_json(folder / "hf" / TRAINING_FACTS)
+                    check_same_run(facts, self.model.hparams, "model", FREE, what=str(folder / "hf"))
                     rank_zero_info(f"{folder / 'hf'} is there: this run is finished; nothing to do")
                     return
                 ckpt_path = resolve(ckpt_path, folder / "checkpoints")

@@ -20,14 +20,15 @@ from ..build import build_model, build_processor, set_trainable
 from ..data.conversation import IGNORE_INDEX
 from ..encoders import Encoder
 from ..lora import Lora, add_lora
+from ..safety.checkpoints import check_same_run
 from .callbacks import MEASURED
-from .checkpoints import check_same_run, recount
 from .optim import build_optimizer, build_schedule
+from .position import recount
 
 log = logging.getLogger(__name__)
 
 # Settings of the model that a run may go on with others of: they change no result, beyond rounding.
-FREE = ("attn_implementation", "compile", "gradient_checkpointing", "max_new_tokens", "_instantiator")
+FREE = ("attn_implementation", "compile", "gradient_checkpointing", "max_new_tokens")
 
 
 class LlavaTraining(LightningModule):

@@ -32,8 +32,8 @@ from torch.distributed import distributed_c10d
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from ..build import unpartitioned
-from ..writing import explained, partial_of
-from .checkpoints import code_in, finish_directory, read_listing
+from ..safety.checkpoints import code_in, finish_directory, read_listing
+from ..safety.writing import explained, partial_of
 
 TAG = "checkpoint"  # Lightning's name of the folder inside a checkpoint directory
 UNIVERSAL = "zero"  # DeepSpeed's name of the folder of a universal checkpoint, one folder inside a parameter

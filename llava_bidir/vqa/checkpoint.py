@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from ..pretrained import named, read_json
+from ..safety.pretrained import named, read_json
 
 ENCODERS = {"clip_vision_model": "clip", "dinov2": "dinov2", "siglip_vision_model": "siglip"}  # rows of Table 1
 

@@ -5,7 +5,7 @@ import json
 import re
 from pathlib import Path
 
-from ..writing import whole_file
+from ..safety.writing import whole_file
 from .benchmarks import Item
 
 PACKAGE = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from ..lock import only_writer
+from ..safety.lock import only_writer
 from . import checkpoint
 from .benchmarks import BENCHMARKS
 from .check import problems

@@ -18,7 +18,6 @@ Shapes: B images, C cases, T patches, L layers, layer 0 the adapter.
 """
 
 import argparse
-import hashlib
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -26,11 +25,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llava_bidir.safety.lock import only_writer
+from llava_bidir.safety.writing import write_files
+
 from ..data.prepared import Prepared, collate
-from ..lock import only_writer
 from ..results import ProbeRun
 from ..statistics import bootstrap_weights, random_swaps
-from ..writing import write_files
 from .knockout_batch import knock_out
 from .knockout_cases import Case, PatchReader, confused_classes, find_cases
 from .knockout_conditions import CONDITIONS
@@ -57,7 +57,8 @@ def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict:
     swaps = random_swaps(run.metrics["images"], seed=plan.seed, groups=run.groups)
     pools = {name: select_cases(tensors, 1, which) for name, which in _pools(plan).items()}
     pools = {name: cases for name, cases in pools.items() if cases}
-    head = {"image_attention": run.metrics["image_attention"], "untrained": run.metrics["untrained"], **asdict(plan)}
+    head = {key: run.metrics[key] for key in ("image_attention", "untrained")}
+    head |= {"runs": [run.fingerprint], **asdict(plan)}
     facts = head | {
         "layers": plan.layers or "all",
         "classes": [class_entry(name, tensors, plan.seed, run.groups) for name in plan.classes],
@@ -86,7 +87,7 @@ def _all_cases(run: ProbeRun, plan: Plan, reader: PatchReader, partial: Path) ->
         samples = images[batch * plan.batch_size : (batch + 1) * plan.batch_size]
         return knock_out(reader, plan, classes, collate([prepared[i] for i in samples]))
 
-    arguments = {"plan": asdict(plan), "run": _fingerprint(run)}
+    arguments = {"plan": asdict(plan), "run": run.fingerprint}
     batches = batch_results(partial, arguments, -(-len(images) // plan.batch_size), compute)
     keys = dict.fromkeys(key for batch in batches for key in batch)
     if not keys:
@@ -100,12 +101,6 @@ def _all_cases(run: ProbeRun, plan: Plan, reader: PatchReader, partial: Path) ->
 def _pools(plan: Plan) -> dict[str, list[str] | None]:
     """Which classes' cases are spoken of together: all, and each class by itself."""
     return {"all": None} | {name: [name] for name in plan.classes}
-
-
-def _fingerprint(run: ProbeRun) -> str:
-    """Changes when the run's probes, or what they were trained on, do."""
-    files = (run.path / name for name in ("manifest.json", "probes.safetensors"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def run(args: argparse.Namespace) -> None:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from llava_bidir.safety.lock import only_writer
+from llava_bidir.safety.pretrained import named
+from llava_bidir.safety.writing import write_files
+
 from ..knockout import Knockout
-from ..lock import only_writer
 from ..metrics import patch_labels
-from ..pretrained import named, read_json
-from ..results import JSON_BYTES, ProbeRun, read_tensors
+from ..results import ProbeRun, read_tensors
 from ..upsample import upsampled_argmax
-from ..writing import write_files
 from .knockout import PatchReader, find_cases
 
 SHOWN = ("none", "incorrect", "correct")
@@ -55,9 +56,9 @@ def knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tuple[dict, 
     Raises:
         ValueError: `probes knockout` has not been run for this class.
     """
-    facts = run.path / "knockout.json"
-    with named(facts):
-        known = [entry["class"] for entry in read_json(facts, JSON_BYTES)["classes"]] if facts.is_file() else []
+    facts = run.analysis("knockout.json") or {"classes": []}
+    with named(run.path / "knockout.json"):
+        known = [entry["class"] for entry in facts["classes"]]
     if name not in known:
         raise ValueError(f"{run.path} has no knockout of {name!r}; run `probes knockout --probes {run.path}` first")
     tensors = read_tensors(run.path / "knockout.safetensors")
@@ -96,6 +97,7 @@ def write_maps(run: ProbeRun, images: Sequence[int], classes: Sequence[str], out
     tensors |= {f"knockout/{facts['class']}": maps for facts, maps in cut}
     facts = {
         "image_attention": run.metrics["image_attention"],
+        "runs": [run.fingerprint],
         "sites": run.sites,
         "layers": run.layers,
         "images": [{"index": i, "name": dataset.names[i]} for i in images],

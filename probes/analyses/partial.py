@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from llava_bidir.safety.writing import write_files
+
 from ..results import read_tensors
-from ..writing import write_files
 
 
 def batch_results(

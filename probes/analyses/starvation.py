@@ -10,10 +10,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..lock import only_writer
+from llava_bidir.safety.lock import only_writer
+from llava_bidir.safety.writing import write_files
+
 from ..results import ProbeRun, peak_layer
 from ..statistics import bootstrap_weights
-from ..writing import write_files
 from .patch_accuracy import accuracies, gap_of, gap_over, patch_counts
 from .starvation_classes import class_facts
 from .starvation_flip import FLIPS, flip_facts
@@ -46,6 +47,7 @@ def starvation(
     counts = {mask: patch_counts(run, site) for mask, run in runs.items()}
     weights = bootstrap_weights(causal.metrics["images"], seed=seed, groups=causal.groups).double()
     facts = {
+        "runs": [causal.fingerprint, bidirectional.fingerprint],
         "site": site,
         "grid": causal.metrics["grid"],
         "images": causal.metrics["images"],

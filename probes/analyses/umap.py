@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..lock import only_writer
+from llava_bidir.safety.lock import only_writer
+from llava_bidir.safety.writing import write_files
+
 from ..mllm import ADAPTER
 from ..results import ProbeRun, peak_layer
-from ..writing import write_files
 from .knockout_cases import true_classes
 
 NEIGHBOURS = 10
@@ -40,9 +41,9 @@ def umap_of_images(
         projector: Folder for TensorBoard's embedding projector: every patch's state with its class.
 
     Returns:
-        {"image_attention", "grid", "images": [{"image", "name", "labels": [T], "sites": [{"site", "xy": [[x, y]],
-        "knn_purity", "silhouette"}]}]}; label -1 marks unlabelled patches, which are left out of the numbers; a number
-        is None where there are too few patches or classes for it.
+        {"image_attention", "runs", "grid", "images": [{"image", "name", "labels": [T], "sites": [{"site",
+        "xy": [[x, y]], "knn_purity", "silhouette"}]}]}; label -1 marks unlabelled patches, which are left out of the
+        numbers; a number is None where there are too few patches or classes for it.
 
     Raises:
         ValueError: An image or a site that there is not.
@@ -65,7 +66,8 @@ def umap_of_images(
         entries.append(entry)
     if board:
         board.close()
-    return {"image_attention": run.metrics["image_attention"], "grid": list(mllm.grid), "images": entries}
+    facts = {"image_attention": run.metrics["image_attention"], "runs": [run.fingerprint]}
+    return facts | {"grid": list(mllm.grid), "images": entries}
 
 
 def _two_dimensions(x: np.ndarray, labels: np.ndarray, seed: int) -> dict:

@@ -9,19 +9,19 @@ from ..statistics import random_swaps
 from .claims import confused_patches
 from .figures import causal
 from .figures.style import Picture
-from .study import MASKS, Study, optional_json
+from .study import MASKS, Study
 
 
 def causal_pictures(study: Study) -> Iterator[Picture]:
     """Effects against controls, doses, windows, heads, attention; starvation by class and on turned images."""
     for mask, run in study.trained.items():
-        facts = optional_json(run, "knockout.json")
+        facts = run.analysis("knockout.json")
         if facts and facts.get("effects"):
             facts = where_claims_are_read(run, facts)
-        yield from _knockout(mask, facts, optional_json(run, "knockout_windows.json"))
+        yield from _knockout(mask, facts, run.analysis("knockout_windows.json"))
     pair = study.pair()
     if pair:
-        yield from _starvation(optional_json(pair[1], "starvation.json"))
+        yield from _starvation(pair[1].analysis("starvation.json"))
 
 
 def where_claims_are_read(run: ProbeRun, facts: dict) -> dict:

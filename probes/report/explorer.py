@@ -28,11 +28,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llava_bidir.safety.lock import only_writer
+from llava_bidir.safety.writing import write_files
+
 from ..analyses.explorer import Explored, Reading, Seen, explore
-from ..lock import only_writer
 from ..palette import palette_of
 from ..results import ProbeRun
-from ..writing import write_files
 from .templates import render
 
 PICTURE_PX = 448  # the longer side of an image on the page

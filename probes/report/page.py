@@ -21,9 +21,10 @@ from typing import Any
 
 import matplotlib as mpl
 
-from ..lock import only_writer
+from llava_bidir.safety.lock import only_writer
+from llava_bidir.safety.writing import write_files
+
 from ..results import ProbeRun
-from ..writing import write_files
 from . import tables
 from .claims import CONFUSED_SHARE, claims_of
 from .confusion import confusion_pairs
@@ -34,7 +35,7 @@ from .pictures import pictures_of
 from .probe_pictures import overview_pictures
 from .recipes import over_seeds, scale_confound
 from .remarks import p_value, percent, points, remarks_of, span
-from .study import Rows, Study, answer_accuracy, optional_json, overridden, studies_of, total_seconds
+from .study import Rows, Study, answer_accuracy, overridden, studies_of, total_seconds
 from .templates import render
 
 Sections = dict[str, list[tuple[Picture, str]]]  # by title: figures, each with its PNG
@@ -57,7 +58,7 @@ def results(study: Study) -> dict[str, Any]:
     """What results.json holds of one model on one dataset."""
 
     def entry(run: ProbeRun) -> dict[str, Any]:
-        return {"probing": run.metrics, "knockout": optional_json(run, "knockout.json")}
+        return {"probing": run.metrics, "knockout": run.analysis("knockout.json")}
 
     by_mask = lambda look, runs: {mask: found for mask, run in runs.items() if (found := look(run))}
     return {

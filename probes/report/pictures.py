@@ -13,7 +13,7 @@ from .claims import confused_patches
 from .figures import curves, knockout, maps, starvation
 from .figures.style import Picture
 from .probe_pictures import budget_pictures, confusion_pictures, paired_pictures, recipe_pictures, state_pictures
-from .study import Study, optional_json
+from .study import Study
 
 
 def pictures_of(study: Study, facts: dict[str, Any]) -> Iterator[Picture]:
@@ -110,7 +110,7 @@ def _knockout_pictures(study: Study) -> Iterator[Picture]:
 
 def _map_pictures(study: Study, palette: np.ndarray) -> Iterator[Picture]:
     for mask, run in study.trained.items():
-        facts = optional_json(run, "maps.json")
+        facts = run.analysis("maps.json")
         if not facts:
             continue
         yield Picture(
@@ -137,7 +137,7 @@ def _map_pictures(study: Study, palette: np.ndarray) -> Iterator[Picture]:
 
 def _umap_pictures(study: Study, palette: np.ndarray) -> Iterator[Picture]:
     for mask, run in study.trained.items():
-        facts = optional_json(run, "umap.json")
+        facts = run.analysis("umap.json")
         for image in facts["images"] if facts else ():
             yield Picture(
                 f"umap_{mask}_{image['image']}",

@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..analyses.starvation import starvation
-from ..pretrained import read_json
-from ..results import JSON_BYTES, ProbeRun, read_tensors
+from ..results import ProbeRun, read_tensors
 
 Rows = list[dict[str, Any]]  # of a table: by column
 
@@ -141,12 +140,6 @@ def model_of(run: ProbeRun) -> str:
 
 def _paper_order(mask: str) -> int:
     return MASKS.index(mask) if mask in MASKS else len(MASKS)
-
-
-def optional_json(run: ProbeRun, name: str) -> dict[str, Any] | None:
-    """A result that an analysis may have left in the run's folder."""
-    path = run.path / name
-    return read_json(path, JSON_BYTES) if path.is_file() else None
 
 
 def optional_tensors(run: ProbeRun, name: str) -> dict[str, Tensor]:

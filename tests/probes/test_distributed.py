@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from llava_bidir.safety.checkpoints import newest_whole
 from probes.cli import main
-from probes.resume import newest_whole
 
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 # epochs have three steps, checkpoints come every two: (where the process dies, the checkpoint it leaves)

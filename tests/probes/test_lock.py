@@ -11,14 +11,14 @@ import probe_runs
 import pytest
 import tiny
 
+from llava_bidir.safety.lock import only_writer
 from probes.cli import main
-from probes.lock import only_writer
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from probes.lock import only_writer
+from llava_bidir.safety.lock import only_writer
 with only_writer(Path(sys.argv[1]), sys.argv[2]):
     if "with a worker" in sys.argv and os.fork() == 0:
         time.sleep(60)  # as a worker of a data loader, which outlives its parent for a while
@@ -105,5 +105,5 @@ def test_read_only_folder_is_an_error_before_a_model_is_loaded(command, places, 
     with disks.mounted(tmp_path / "disk", "size=1m") as disk:
         subprocess.run(["cp", "-r", places["RUN"], disk / "run"], check=True)
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        with pytest.raises(SystemExit, match=r"nothing can be written into \S+run \(Read-only file system\); give"):
+        with pytest.raises(SystemExit, match=r"nothing can be written into \S+run: Read-only file system; choose"):
             main(argv(command, places | {"RUN": str(disk / "run")}))

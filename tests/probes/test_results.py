@@ -249,3 +249,16 @@ def test_checkpoint_with_any_value_anywhere_in_its_config_is_read_or_named(check
             assert str(folder) in str(error) or "no MLLM family" in str(error) or "cannot be probed" in str(error)
 
     check()
+
+
+def test_analysis_of_other_probes_is_refused(segmentation, tmp_path):
+    """As after a run was trained anew in the same folder."""
+    run = ProbeRun(probe_runs.write_run(tmp_path / "run", [0.9, 0.2, 0.4, 0.6, 0.8, 0.8, 0.9], root=segmentation))
+    assert run.analysis("umap.json") is None
+    (run.path / "umap.json").write_text(json.dumps({"runs": [run.fingerprint]}))
+    assert run.analysis("umap.json")
+    save_file({"other": torch.ones(3)}, run.path / "probes.safetensors")
+    with pytest.raises(
+        ValueError, match="umap.json is of other probes than .* again with `probes umap`"
+    ):
+        ProbeRun(run.path).analysis("umap.json")

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava_bidir.safety.checkpoints import damage as flipped_bits
+from llava_bidir.safety.checkpoints import newest_whole, resolve, what_is_wrong
 from probes.cli import main
-from probes.resume import checkpoint_of, is_whole, newest_whole
 
 SETTINGS = ["--trainer.accelerator", "cpu", "--data.num_workers", "0", "--data.batch_size", "4"]
 SETTINGS += ["--trainer.enable_progress_bar", "false", "--model.sites", "[adapter]"]
@@ -51,6 +52,17 @@ def test_other_images_are_refused(stopped, segmentation, tmp_path):
     (tmp_path / "classes.json").symlink_to(segmentation / "classes.json")
     with pytest.raises(SystemExit, match="run with data.fingerprint of image and class names="):
         main(["fit", *arguments, "--data.root", str(tmp_path), "--ckpt_path", "last"])
+
+
+def test_finished_run_is_not_taken_for_one_with_other_settings(stopped, tmp_path):
+    arguments, _ = stopped
+    arguments = ["fit", *arguments, "--trainer.max_epochs", "1", "--out", str(tmp_path)]
+    main(arguments)
+    written = (tmp_path / "metrics.json").stat().st_mtime_ns
+    main([*arguments, "--ckpt_path", "last"])  # nothing to do
+    with pytest.raises(SystemExit, match=r"metrics.json is of a run with model.learning_rate=0.001, this one has 0.5"):
+        main([*arguments, "--ckpt_path", "last", "--model.learning_rate", "0.5"])
+    assert (tmp_path / "metrics.json").stat().st_mtime_ns == written
 
 
 def test_the_same_folder_spelled_otherwise_is_the_same(stopped, checkpoints, monkeypatch):
@@ -105,17 +117,17 @@ def test_damaged_checkpoint_is_passed_over_and_named(damage, three, caplog):
     times = three[-1].stat().st_mtime_ns
     damage(three[-1])
     os.utime(three[-1], ns=(times, times))
-    assert not is_whole(three[-1])
-    assert checkpoint_of("last", three[0].parent) == three[1]
-    assert f"{three[-1]} is damaged" in caplog.text
-    with pytest.raises(ValueError, match=rf"last.ckpt is damaged; the newest whole one .* is {three[1]}"):
-        checkpoint_of(str(three[-1]), three[0].parent)
+    assert what_is_wrong(three[-1]) or flipped_bits(three[-1])
+    assert resolve("last", three[0].parent) == str(three[1])
+    assert f"passing over checkpoint {three[-1]}" in caplog.text
+    with pytest.raises(ValueError, match=rf"last.ckpt: .*The newest whole one .*: {three[1]}"):
+        resolve(str(three[-1]), three[0].parent)
 
 
 def test_without_a_whole_one_there_is_none(three, tmp_path):
     for path in three:
         cut(path)
     assert newest_whole(tmp_path) is None and newest_whole(tmp_path / "nowhere") is None
-    with pytest.raises(ValueError, match="nothing.ckpt is not there"):
-        checkpoint_of(str(tmp_path / "nothing.ckpt"), tmp_path)
-    assert checkpoint_of(None, tmp_path) is None
+    with pytest.raises(ValueError, match="nothing.ckpt: no such file"):
+        resolve(str(tmp_path / "nothing.ckpt"), tmp_path)
+    assert resolve(None, tmp_path) is None

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from ...analyses.knockout import read_cases
 from ...results import ProbeRun
 from ...statistics import interval
-from ..study import Rows, optional_json
+from ..study import Rows
 from .style import Drawn, new_axes
 
 CONDITION_STYLES = {
@@ -30,7 +30,7 @@ def knockout_curves(run: ProbeRun, min_patches: int) -> Drawn:
 
 def knockout_by_class(run: ProbeRun, min_patches: int) -> Drawn:
     """The same, class by class, without the random controls."""
-    names = [entry["class"] for entry in optional_json(run, "knockout.json")["classes"]]
+    names = [entry["class"] for entry in run.analysis("knockout.json")["classes"]]
     columns = min(4, len(names))
     figure = Figure(figsize=(6.6, 1.9 * -(-len(names) // columns)), layout="constrained")
     axes = figure.subplots(-(-len(names) // columns), columns, sharex=True, squeeze=False)

@@ -9,7 +9,7 @@ from matplotlib.patches import Patch
 from ...mllm import ADAPTER, ENCODER
 from ...palette import coloured
 from ...results import ProbeRun, peak_layer
-from ..study import optional_json, optional_tensors
+from ..study import optional_tensors
 from .style import Drawn, new_axes
 
 
@@ -41,7 +41,7 @@ def umap_panels(facts: dict[str, Any], classes: list[str], palette: np.ndarray) 
 
 def site_maps(run: ProbeRun, palette: np.ndarray) -> Drawn:
     """Image, truth, and the probes' predictions from encoder to the best layer (Figs. 4, 13)."""
-    facts, maps = optional_json(run, "maps.json"), optional_tensors(run, "maps.safetensors")
+    facts, maps = run.analysis("maps.json"), optional_tensors(run, "maps.safetensors")
     dataset = run.dataset()
     peak = peak_layer({entry["site"]: entry["miou"] for entry in run.metrics["sites"]})
     layers = [site for site in run.layers if site != ADAPTER]
@@ -60,7 +60,7 @@ def site_maps(run: ProbeRun, palette: np.ndarray) -> Drawn:
 
 def knockout_maps(run: ProbeRun, name: str, palette: np.ndarray) -> Drawn:
     """One image layer by layer: nothing hidden, the wrong class hidden, the right class hidden (Figs. 6, 12)."""
-    facts, maps = optional_json(run, "maps.json"), optional_tensors(run, "maps.safetensors")
+    facts, maps = run.analysis("maps.json"), optional_tensors(run, "maps.safetensors")
     (case,) = [case for case in facts["knockout"] if case["class"] == name]
     sample, predicted = run.dataset()[case["image"]], maps[f"knockout/{name}"].numpy()
     shown = np.unique(np.linspace(0, predicted.shape[1] - 1, 7).round().astype(int))

@@ -20,8 +20,8 @@ from processes import fork, kill_after, wait
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llava_bidir import cli
-from llava_bidir.training.checkpoints import WholeCheckpointIO, newest_whole
-from llava_bidir.writing import PARTIAL
+from llava_bidir.safety.checkpoints import WholeCheckpointIO, newest_whole
+from llava_bidir.safety.writing import PARTIAL
 
 FAULTS = int(os.environ.get("FAULTS", 4))
 CLOCK = ("samples_per_s", "tokens_per_s", "tflops_per_s_and_device", "step_s", "data_share")  # what time decides

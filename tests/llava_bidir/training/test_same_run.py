@@ -40,3 +40,13 @@ def test_what_changes_no_result_may_change(stopped):
     free = ["--model.max_new_tokens", "2", "--model.attn_implementation", "eager", "--data.num_workers", "1"]
     llava_bidir.cli.main([*arguments, *free, "--ckpt_path", str(checkpoint)])
     assert (checkpoint.parents[1] / "hf").is_dir()
+
+
+def test_finished_run_is_not_taken_for_one_with_other_settings(stopped):
+    """After the test above, which ends the run."""
+    arguments, checkpoint = stopped
+    if not (checkpoint.parents[1] / "hf").is_dir():
+        llava_bidir.cli.main([*arguments, "--ckpt_path", "last"])
+    llava_bidir.cli.main([*arguments, "--ckpt_path", "last"])  # nothing to do
+    with pytest.raises(SystemExit, match="hf is of a run with model.learning_rate=.*, this one has 0.5"):
+        llava_bidir.cli.main([*arguments, "--ckpt_path", "last", "--model.learning_rate", "0.5"])

@@ -15,7 +15,7 @@ import torch
 
 import llava_bidir.cli
 from llava_bidir import LlavaBidirForConditionalGeneration
-from llava_bidir.training.checkpoints import newest_whole
+from llava_bidir.safety.checkpoints import newest_whole
 from llava_bidir.training.zero import read_weights
 
 pytestmark = [

@@ -85,5 +85,5 @@ def test_effects_are_shown_on_the_images_in_which_claims_are_read(runs, monkeypa
 
 def test_runs_without_them_have_no_such_figures(runs, tmp_path, monkeypatch):
     (study,) = studies_of(runs)
-    monkeypatch.setattr("probes.report.causal_pictures.optional_json", lambda run, name: None)
+    monkeypatch.setattr("probes.results.ProbeRun.analysis", lambda run, name: None)
     assert not list(causal_pictures(study))

@@ -14,7 +14,7 @@ import tiny
 from llava_bidir import cli
 from llava_bidir.build import build_model, build_processor
 from llava_bidir.export import export_hf
-from llava_bidir.lock import only_writer
+from llava_bidir.safety.lock import only_writer
 
 
 def test_a_second_process_is_refused_and_told_who_is_there(tmp_path):

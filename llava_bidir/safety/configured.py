@@ -1,7 +1,5 @@
 """LightningCLI for configs that somebody else wrote: they set values and name classes of the declared kinds, and
 nothing else of them is executed.
-
-`llava_bidir` and `probes` know nothing of each other, so each has this file; a test compares them.
 """
 
 import traceback
@@ -25,6 +23,7 @@ from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .messages import is_ours
 from .pretrained import check_pickle
 
 CONFIG_BYTES, VALUES = 1_000_000, 100_000  # of a file, aliases counted as often as they are repeated
@@ -52,6 +51,10 @@ class ConfiguredCLI(LightningCLI):
         if "weights_only" in run:
             run["weights_only"] = True  # Lightning would load pickles from an URL
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning puts the settings that a checkpoint names in place of those of the command line, silently. Here the
+        command line counts, and where it differs `fit` says so (`check_same_run`)."""
+
     def instantiate_classes(self) -> None:
         """All that a config says is known by now."""
         check_classes(self.config)
@@ -62,7 +65,7 @@ class ConfiguredCLI(LightningCLI):
             super().instantiate_classes()
         except Exception as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
-            if Path(at.filename).is_relative_to(Path(__file__).parent):
+            if is_ours(at.filename):
                 raise  # says all that there is to say, or is a bug
             raise ValueError(f"config: {type(error).__name__}: {error} (at `{at.line}`)") from error
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from probes import writing
-from probes.writing import write_files
+from llava_bidir.safety import writing
+from llava_bidir.safety.writing import write_files
 
 
 class Killed(BaseException):
@@ -69,14 +69,14 @@ def test_after_a_kill_between_two_names_the_last_file_says_if_all_are_of_one_kin
 @pytest.mark.parametrize("full_at", ["a.safetensors", "b.csv", "c.json"])
 def test_full_disk_leaves_all_of_before_and_names_the_file(full_at, tmp_path, monkeypatch):
     write_files(files(tmp_path, 1))
-    to_disk = writing._to_disk
+    to_disk = writing._sync
 
     def full(path: Path) -> None:
         if path.name.startswith(full_at):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         to_disk(path)
 
-    monkeypatch.setattr(writing, "_to_disk", full)
+    monkeypatch.setattr(writing, "_sync", full)
     with pytest.raises(ValueError, match=rf"{full_at} cannot be written \(No space left on device\); mend that"):
         write_files(files(tmp_path, 2))
     assert contents(tmp_path) == [1, 1, 1] and not list(tmp_path.glob("*.partial"))

@@ -10,15 +10,15 @@ import sys
 import pytest
 import torch
 
-from llava_bidir.training.checkpoints import (
+from llava_bidir.safety.checkpoints import (
     WholeCheckpointIO,
     finish_directory,
     newest_whole,
     read_listing,
-    recount,
     resolve,
     what_is_wrong,
 )
+from llava_bidir.training.position import recount
 
 FLIPS = int(os.environ.get("FAULTS", 100))
 OLD, NEW = {"weight": torch.zeros(3000)}, {"weight": torch.ones(3000)}

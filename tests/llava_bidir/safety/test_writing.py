@@ -13,9 +13,9 @@ import torch
 from llava_bidir import cli
 from llava_bidir.build import build_model, build_processor
 from llava_bidir.export import export_hf
-from llava_bidir.training.checkpoints import WholeCheckpointIO, newest_whole, what_is_wrong
+from llava_bidir.safety.checkpoints import WholeCheckpointIO, newest_whole, what_is_wrong
+from llava_bidir.safety.writing import whole_file, whole_folder
 from llava_bidir.vqa.files import read_results, results_file, write_results
-from llava_bidir.writing import whole_file, whole_folder
 
 
 @pytest.fixture

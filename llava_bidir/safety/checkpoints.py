@@ -14,16 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from ..pretrained import check_pickle
-from ..writing import REPLACED, partial_of, take_name, whole_file
+from .pretrained import check_pickle
+from .writing import REPLACED, partial_of, take_name, whole_file
 
 log = logging.getLogger(__name__)
 
 LISTING = "whole.json"
-POSITION = "trained_micro_batches"  # InstructionData's key
 # What ZeRO's files hold beside tensors and plain data. DeepSpeed loads them as pickles, which could call anything.
 DEEPSPEED = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -33,47 +31,9 @@ DEEPSPEED = (
 )
 
 
-def recount(checkpoint: dict[str, Any], before: int, now: int) -> None:
-    """Turns the position in the epoch, counted in micro-batches of `before` samples over all devices, into one counted
-    in those of `now`, in place. The optimizer's steps and the order of samples do not depend on it.
-
-    Raises:
-        ValueError: The position is in the middle of a new micro-batch.
-    """
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    data = next(state for state in checkpoint.values() if isinstance(state, dict) and POSITION in state)
-    for counts in (progress["total"], progress["current"], data):
-        behind = counts.get("processed", 0) - counts.get("completed", 0)  # a callback saves before a batch is completed
-        for key in counts:
-            if counts[key] * before % now and key != "completed":
-                raise ValueError(
-                    f"the checkpoint is at sample {counts[key] * before} of its epoch, which {now} samples at a time "
-                    "over all devices do not hit; change data.micro_batch_size or the number of devices"
-                )
-            counts[key] = counts[key] * before // now
-        if "completed" in counts:
-            counts["completed"] = counts["processed"] - behind
-
-
-def between_steps(trainer: Trainer) -> bool:
-    """Whether a checkpoint after this micro-batch can be resumed exactly: none holds the gradients of half a step, and
-    behind the last batch of an epoch Lightning would leave out its validation. An epoch leaves its own checkpoint."""
-    epoch = trainer.fit_loop.epoch_loop
-    return not (epoch._should_accumulate() or epoch._is_training_done)
-
-
-class SaveBetweenSteps(Callback):
-    """Holds all ModelCheckpoints to that. Those that save every so many steps would otherwise do so at the first
-    micro-batch after they are resumed too, where the number of steps is still that of the checkpoint."""
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
-        if not between_steps(trainer):
-            for callback in trainer.checkpoint_callbacks:
-                if not callback._every_n_epochs:  # others save when an epoch is done
-                    callback._last_global_step_saved = trainer.global_step
-
-
-def check_same_run(saved: dict[str, Any], now: dict[str, Any], of: str, free: tuple[str, ...] = ()) -> None:
+def check_same_run(
+    saved: dict[str, Any], now: dict[str, Any], of: str, free: tuple[str, ...] = (), what: str = "the checkpoint"
+) -> None:
     """That a checkpoint is not gone on with as another run: half of each would be a model of no recipe at all.
 
     Args:
@@ -81,14 +41,15 @@ def check_same_run(saved: dict[str, Any], now: dict[str, Any], of: str, free: tu
         now: Those of this run.
         of: Where they are set: model or data.
         free: Those that change no result, or nothing that comes after a checkpoint.
+        what: What the other run wrote, for the error.
 
     Raises:
         ValueError: One of them differs.
     """
-    for key in now.keys() - set(free):
+    for key in sorted(key for key in now.keys() - set(free) if not key.startswith("_")):
         if _plain(saved.get(key)) != _plain(now[key]):
             raise ValueError(
-                f"the checkpoint is of a run with {of}.{key}={saved.get(key)!r}, this one has {now[key]!r}; go on with "
+                f"{what} is of a run with {of}.{key}={saved.get(key)!r}, this one has {now[key]!r}; go on with "
                 "what it was started with, or start anew with another --out"
             )
 

@@ -2,8 +2,6 @@
 
 Nothing that lies in a directory is executed: no modelling code, no pickles. There is no switch for it, since
 transformers has the class of every model that is read here, and this package has its own.
-
-`llava_bidir` and `probes` know nothing of each other, so each has this file; a test compares them.
 """
 
 import copy

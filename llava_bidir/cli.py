@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="CKPT",
         help="RUN/checkpoints/*.ckpt, or a directory that LLaVA's own code wrote",
     )
-    export.add_argument("out", type=Path, metavar="OUT", help="directory; replaced if it exists")
+    export.add_argument("out", type=Path, metavar="OUT", help="directory; an earlier export is replaced")
     export.add_argument(
         "--encoder", metavar="PATH", help="CLIP of a checkpoint of LLaVA's own code (the one that its config names)"
     )
@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     table.add_argument("--out", type=Path, required=True, help="folder for table1.json, .csv, .tex and .html")
 
     assets = command("demo-assets", "llava_bidir.demo.assets:run", "the toy world on disk, in the real data's formats")
-    assets.add_argument("out", type=Path, help="folder; replaced as a whole if it exists")
+    assets.add_argument("out", type=Path, help="folder; an earlier world is replaced as a whole")
     assets.add_argument("--seed", type=int, default=0, help="decides everything that is drawn (0)")
     assets.add_argument(
         "--scale", type=float, default=1.0, help="share of the pictures, conversations and training steps (1.0)"

@@ -26,7 +26,7 @@ def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, fact
         model: Ours, whose code is copied into the directory for `trust_remote_code` where this package is not
             installed, or what :func:`as_llava` made of it.
         processor: With tokenizer, image processor and chat template.
-        out: Replaced if it exists.
+        out: Replaced if it is an earlier export.
         facts: About the training run; written to training.json and the model card.
 
     Raises:
@@ -36,7 +36,7 @@ def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, fact
     if isinstance(model, LlavaBidirForConditionalGeneration):
         LlavaBidirConfig.register_for_auto_class()
         LlavaBidirForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-    with whole_folder(out) as partial:
+    with whole_folder(out, mark=TRAINING_FACTS) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
         (partial / TRAINING_FACTS).write_text(json.dumps(facts or {}, indent=1) + "\n")

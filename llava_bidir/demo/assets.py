@@ -36,14 +36,14 @@ def demo_assets(out: Path, seed: int = 0, scale: float = 1.0) -> None:
     """Writes the toy world: scenes with masks, conversations, a tiny encoder and a tiny LLM.
 
     Args:
-        out: Folder; replaced as a whole if it exists.
+        out: Folder; replaced as a whole if it is an earlier world.
         seed: Decides everything that is drawn.
         scale: Share of the full demo's pictures, conversations and training steps, for quick trials.
     """
     sized = {name: max(16, round(n * scale)) for name, n in PICTURES.items()}
     # spawned, not forked: torch's threads do not survive a fork
     workers = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _one_thread)
-    with whole_folder(out) as partial, workers as pool:
+    with whole_folder(out, mark="questions.json") as partial, workers as pool:
         scenes = _draw(pool, partial, sized, seed)
         views = {split: [View.of(scene) for scene in found] for split, found in scenes.items()}
         jobs = [

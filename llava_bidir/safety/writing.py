@@ -46,13 +46,21 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, mark: str) -> Iterator[Path]:
     """The same for a folder, which one process at a time can replace.
 
+    Args:
+        path: The folder.
+        mark: Name of a file in it that tells it from any other folder: only such a one is replaced.
+
     Raises:
-        ValueError: Another process writes it, or the operating system refused.
+        ValueError: There is another folder, another process writes it, or the operating system refused.
     """
     partial = partial_of(path)
+    if path.exists() and not (path / mark).is_file() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(
+            f"{path} is there and holds no {mark}: it is something else, and is not replaced; move it away"
+        )
     with only_writer(path.parent, path.name), explained(path):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()

@@ -258,7 +258,5 @@ def test_analysis_of_other_probes_is_refused(segmentation, tmp_path):
     (run.path / "umap.json").write_text(json.dumps({"runs": [run.fingerprint]}))
     assert run.analysis("umap.json")
     save_file({"other": torch.ones(3)}, run.path / "probes.safetensors")
-    with pytest.raises(
-        ValueError, match="umap.json is of other probes than .* again with `probes umap`"
-    ):
+    with pytest.raises(ValueError, match="umap.json is of other probes than .* again with `probes umap`"):
         ProbeRun(run.path).analysis("umap.json")

@@ -66,18 +66,34 @@ def test_a_file_is_the_old_one_after_a_kill_before_its_name(moment, tmp_path, mo
 def test_a_folder_is_the_old_one_after_a_kill_before_its_name(moment, tmp_path, monkeypatch):
     path = tmp_path / "folder"
     for text in ("old", "new"):
-        with whole_folder(path) as partial:
+        with whole_folder(path, "file") as partial:
             (partial / "file").write_text(text)
         if text == "old":
 
             def write():
-                with whole_folder(path) as partial:
+                with whole_folder(path, "file") as partial:
                     (partial / "file").write_text("cut short")
                     monkeypatch.setattr(moment, die)
 
             assert processes.wait(processes.fork(write)) == -signal.SIGKILL
         assert (path / "file").read_text() == text
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("there", ["thesis.txt", "file/thesis.txt", None])
+def test_what_is_something_else_is_not_replaced(there, tmp_path):
+    """`llava-bidir export CKPT ~` would otherwise be the end of a home."""
+    path = tmp_path / "folder"
+    (path / there if there else path).parent.mkdir(parents=True, exist_ok=True)
+    (path / there if there else path).write_text("four years")
+    with pytest.raises(ValueError, match="folder is there and holds no file: it is something else"):
+        with whole_folder(path, "file"):
+            pytest.fail("written all the same")
+    assert (path / there if there else path).read_text() == "four years"
+    with whole_folder(tmp_path / "empty", "file") as partial:
+        (tmp_path / "empty").mkdir()
+        (partial / "file").touch()
+    assert (tmp_path / "empty/file").is_file()
 
 
 def test_contents_are_on_disk_before_the_name_and_the_name_after(tmp_path, monkeypatch):
@@ -92,14 +108,14 @@ def test_contents_are_on_disk_before_the_name_and_the_name_after(tmp_path, monke
         partial.touch()
     assert asked == ["a.partial", "named", tmp_path.name]
     asked.clear()
-    with whole_folder(tmp_path / "b") as partial:
+    with whole_folder(tmp_path / "b", "inside") as partial:
         (partial / "inside").touch()
     assert set(asked[:2]) == {"inside", "b.partial"} and asked[2:] == ["named", tmp_path.name]
 
 
 def test_other_errors_inside_stay_what_they_are(tmp_path):
     for error in (RuntimeError("a tensor differs"), ValueError("a setting")):
-        with pytest.raises(type(error), match=str(error)), whole_folder(tmp_path / "folder"):
+        with pytest.raises(type(error), match=str(error)), whole_folder(tmp_path / "folder", "file"):
             raise error
     assert not any(tmp_path.iterdir())
 

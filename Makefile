@@ -90,7 +90,7 @@ lock: ## requirements.lock of constraints.txt, and the one for .venv-vqa; needs 
 LOWEST_VENV := .venv-lowest
 test-lowest: ## the fast tests with the lowest versions that pyproject.toml allows; needs uv
 	$(UV) venv -q --clear --python $(PYTHON) $(LOWEST_VENV)
-	$(UV) pip install -q --python $(LOWEST_VENV) --resolution lowest-direct -e '.[cluster,test]'
+	$(UV) pip install -q --no-config --python $(LOWEST_VENV) --resolution lowest-direct -e '.[cluster,test]'
 	$(LOWEST_VENV)/bin/python -m pytest -q
 
 clean: ## removes the environments and runs/demo

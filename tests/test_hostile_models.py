@@ -358,3 +358,29 @@ def test_newest_whole_checkpoint_is_passed_over_if_it_holds_code(tmp_path, caplo
     with caplog.at_level("WARNING"):
         assert newest_whole(tmp_path) == good
     assert "b.ckpt holds code" in caplog.text and not (tmp_path / MARKER).exists()
+
+
+class Lookup:
+    """Pickled as a call of getattr, as Python 3.11.2 does with a member of an enumeration."""
+
+    def __init__(self, *arguments):
+        self.arguments = arguments
+
+    def __reduce__(self):
+        return getattr, self.arguments
+
+
+def test_getattr_is_let_through_for_stages_of_zero_and_nothing_else(tmp_path):
+    from llava_bidir.safety.checkpoints import code_in
+
+    stages = pytest.importorskip("deepspeed.runtime.zero.config").ZeroStageEnum
+
+    def judged(*lookups: Lookup) -> str | None:
+        torch.save({"stages": [stages.weights, *lookups, stages.gradients]}, tmp_path / "state.pt")
+        return code_in(tmp_path)
+
+    member = Lookup(stages, "weights")
+    assert judged(member, member, Lookup(stages, "gradients")) is None
+    for other in (Lookup(stages, "__getattribute__"), Lookup(stages, "mro"), Lookup([], "append")):
+        assert "holds code: loading it would call builtins.getattr" in judged(member, other)
+        assert "holds code" in judged(other, member)

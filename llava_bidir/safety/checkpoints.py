@@ -7,6 +7,7 @@ checkpoint; the one before it is untouched. A checkpoint is a file (one process,
 
 import json
 import logging
+import pickletools
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -16,19 +17,23 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from .pretrained import check_pickle
+from .pretrained import check_pickle, named
 from .writing import REPLACED, partial_of, take_name, whole_file
 
 log = logging.getLogger(__name__)
 
 LISTING = "whole.json"
 # What ZeRO's files hold beside tensors and plain data. DeepSpeed loads them as pickles, which could call anything.
+STAGES = "deepspeed.runtime.zero.config.ZeroStageEnum"
+STAGE_NAMES = ("disabled", "optimizer_states", "gradients", "weights")
 DEEPSPEED = (
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    STAGES,
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
+GETATTR = ("builtins.getattr", "__builtin__.getattr")
+GETATTR_STEPS = [("GLOBAL", name.replace(".", " ")) for name in GETATTR]
 
 
 def check_same_run(
@@ -129,10 +134,30 @@ def code_in(path: Path) -> str | None:
     files = [path] if path.is_file() else sorted(path.rglob("*.pt"))
     try:
         for file in files:
-            check_pickle(file, DEEPSPEED if path.is_dir() else ())
+            with named(f"{file} is damaged"):
+                allowed = (*DEEPSPEED, *(GETATTR if _getattr_of_stages_only(file) else ())) if path.is_dir() else ()
+            check_pickle(file, allowed)
     except ValueError as error:
         return str(error)
     return None
+
+
+def _getattr_of_stages_only(file: Path) -> bool:
+    """Whether what is pickled in a file of torch.save calls getattr for members of ZeroStageEnum and for nothing else:
+    so Python 3.11 writes them, and later ones otherwise. With any other name getattr leads to whatever there is."""
+    with zipfile.ZipFile(file) as archive:
+        pickled = next((archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")), b"")
+    steps, memo = [], {}
+    for code, argument, _ in pickletools.genops(pickled):
+        if "PUT" in code.name:
+            memo[argument] = steps[-1]
+        else:
+            steps.append(memo[argument] if "GET" in code.name else (code.name, argument))
+    looked_up = [steps[i + 1 : i + 5] for i, step in enumerate(steps) if step in GETATTR_STEPS]
+    stage = ("GLOBAL", STAGES.replace(".ZeroStageEnum", " ZeroStageEnum"))
+    expected = [[stage, ("BINUNICODE", name), ("TUPLE2", None), ("REDUCE", None)] for name in STAGE_NAMES]
+    protocol_2 = not any(name in ("STACK_GLOBAL", "MEMOIZE") for name, _ in steps)
+    return protocol_2 and all(use in expected for use in looked_up)
 
 
 def damage(path: Path) -> str | None:

@@ -75,3 +75,10 @@ def test_files_that_are_named_exist():
     prose = re.sub(r"^```.*?^```", "", TEXT, flags=re.M | re.S)
     named = set(re.findall(r"`((?:llava_bidir|probes|tests|configs|\.ci)/[\w./]*)`", prose))
     assert len(named) > 10 and all((ROOT / name).exists() for name in named), named
+
+
+def test_every_promise_names_tests_that_exist():
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", TEXT)
+    assert len(named) > 40
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"

@@ -5,7 +5,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from .safety.messages import own_message
+from .safety.messages import one_line_errors
 
 TRAINING = {  # these take the options of LightningCLI
     "fit": "train a stage: -c configs/stage1.yaml -c configs/encoder/clip.yaml --model.image_attention bidirectional",
@@ -101,15 +101,10 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: Bad usage or bad input, with a message that says what was expected.
     """
     argv = sys.argv[1:] if argv is None else argv
-    try:
+    with one_line_errors("llava-bidir"):
         if argv and argv[0] in TRAINING:
             import_module(HOMES.get(argv[0], "llava_bidir.training.cli")).main(argv)
             return
         args = build_parser().parse_args(argv)
         module, _, function = args.run.partition(":")
         getattr(import_module(module), function)(args)
-    except ValueError as error:
-        message = own_message(error)
-        if message is None:
-            raise
-        sys.exit(f"llava-bidir: {message}")

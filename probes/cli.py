@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 
-from llava_bidir.safety.messages import own_message
+from llava_bidir.safety.messages import one_line_errors
 
 CONFIGURED = {  # commands that take YAML, with parsers of their own
     "fit": "train a probe at every site: -c configs/probes/ade20k.yaml --model.mllm DIR --data.root DIR --out RUN",
@@ -188,15 +188,10 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: Bad usage or bad input, with a message that says what was expected.
     """
     argv = sys.argv[1:] if argv is None else argv
-    try:
+    with one_line_errors("probes"):
         if argv and argv[0] in CONFIGURED:
             import_module("probes.verify" if argv[0] == "verify-data" else "probes.training").main(argv)
             return
         args = build_parser().parse_args(argv)
         module, _, function = args.run.partition(":")
         getattr(import_module(module), function)(args)
-    except ValueError as error:
-        message = own_message(error)
-        if message is None:
-            raise
-        sys.exit(f"probes: {message}")

@@ -121,7 +121,7 @@ class FrozenMLLM(nn.Module):
         Raises:
             ValueError: An unknown site, or a knockout that does not fit the model.
         """
-        wanted = self._known(sites)
+        wanted = self.known_sites(sites)
         if not wanted:
             return {}
         depth = max(self.sites.index(site) - 1 for site in wanted)
@@ -143,7 +143,7 @@ class FrozenMLLM(nn.Module):
             raise ValueError(f"no states of {missing[0]}: the forward does not pass the module that its family names")
         return {site: states[site] for site in wanted}
 
-    def _known(self, sites: Sequence[str] | None) -> list[str]:
+    def known_sites(self, sites: Sequence[str] | None) -> list[str]:
         unknown = set(sites or ()) - set(self.sites)
         if unknown:
             raise ValueError(f"unknown site {min(unknown)!r}; this model has {', '.join(self.sites)}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..safety.pretrained import named, read_json
 
-ENCODERS = {"clip_vision_model": "clip", "dinov2": "dinov2", "siglip_vision_model": "siglip"}  # rows of Table 1
+TABLE_ROWS = {"clip_vision_model": "clip", "dinov2": "dinov2", "siglip_vision_model": "siglip"}  # encoders as in Table 1
 
 
 def local(model: str) -> Path:
@@ -52,7 +52,7 @@ def encoder(model: str | Path) -> str:
     """Name of the vision encoder: a row of Table 1 where it is one of the paper's."""
     with named(f"config.json of {model}"):
         kind = _config(model).get("vision_config", {}).get("model_type", "clip_vision_model")  # LlavaConfig's default
-        return ENCODERS.get(kind, kind)
+        return TABLE_ROWS.get(kind, kind)
 
 
 def fingerprint(path: Path) -> str:

@@ -144,6 +144,11 @@ class FrozenMLLM(nn.Module):
         return {site: states[site] for site in wanted}
 
     def known_sites(self, sites: Sequence[str] | None) -> list[str]:
+        """`sites`, or all of them for None.
+
+        Raises:
+            ValueError: The model has no such site.
+        """
         unknown = set(sites or ()) - set(self.sites)
         if unknown:
             raise ValueError(f"unknown site {min(unknown)!r}; this model has {', '.join(self.sites)}")

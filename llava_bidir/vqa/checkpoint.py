@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..safety.pretrained import named, read_json
 
-TABLE_ROWS = {"clip_vision_model": "clip", "dinov2": "dinov2", "siglip_vision_model": "siglip"}  # encoders as in Table 1
+TABLE_ROWS = {"clip_vision_model": "clip", "dinov2": "dinov2", "siglip_vision_model": "siglip"}  # as in Table 1
 
 
 def local(model: str) -> Path:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 CONFIG_BYTES = 10_000_000
 # Keys whose number is a number of objects that transformers makes as soon as it reads them, and what is absurd there.
@@ -80,7 +80,8 @@ def read_pretrained(key: str, reader: type, path: str, **kwargs):
         ValueError: There is no such checkpoint, a file of it is damaged, or it needs code that lies in it.
     """
     if Path(path).is_dir():
-        check_config(Path(path))
+        if reader is AutoConfig or (Path(path) / "config.json").is_file():  # a tokenizer may lie by itself
+            check_config(Path(path))
         with named(f"{key}: {path}"):
             found = reader.from_pretrained(path, trust_remote_code=False, **kwargs)
         _check_vocabulary(key, found, Path(path))

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import tiny
@@ -215,3 +216,12 @@ def test_an_llm_of_another_family_is_a_path_away(parts, tmp_path):
 
         moved[mask] = (states(5.0) - states(0.0)).abs().amax(-1)[0, 1].item()
     assert model.config.text_config.model_type == "qwen2" and moved["causal"] == 0 and moved["bidirectional"] > 1e-4
+
+
+def test_a_tokenizer_may_lie_by_itself(parts, tmp_path):
+    """To look at data one needs no LLM."""
+    for file in Path(parts[1]).iterdir():
+        if "token" in file.name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    processor = build_processor(Encoder("clip", str(parts[0])), str(tmp_path))
+    assert processor.tokenizer("the sky").input_ids and not (tmp_path / "config.json").exists()

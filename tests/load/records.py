@@ -26,6 +26,7 @@ from transformers import CLIPVisionConfig
 from llava_bidir.build import build_processor
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import SYSTEM
+from llava_bidir.data.images import ImageFolder
 from llava_bidir.data.instructions import Instructions, read_annotations
 from llava_bidir.data.loader import StepLoader
 from llava_bidir.data.sampler import BatchSampler
@@ -69,7 +70,7 @@ def opening(root: Path, workers: int) -> dict:
 
 def checks(root: Path, workers: int) -> dict:
     """The record checks of verify-data."""
-    of_records, found = Checks(read_annotations(root / "data.json"), root, build_collate(root)), {}
+    of_records, found = Checks(read_annotations(root / "data.json"), ImageFolder(root), build_collate(root)), {}
     with Watch() as watch:
         found |= verify(of_records, {"file": {"path": str(root)}}, None, workers, lambda so_far: None)
     return watch.facts(found["checked"]) | {"findings": {kind: n for kind, n in found["counts"].items() if n}}

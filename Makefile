@@ -23,7 +23,7 @@ define install
 	$(PYTHON) -m venv $(1)
 	sed -n '/^setuptools==/,/[^\]$$/p' $(2) | $(1)/bin/python -m pip install -q --no-deps --require-hashes -r /dev/stdin
 	$(1)/bin/python -m pip install -q --no-deps --no-build-isolation --require-hashes -r $(2)
-	$(1)/bin/python -m pip install -q -c $(3) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(1)/bin/python -m pip install -q --no-warn-conflicts -c $(3) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	$(1)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 endef

@@ -33,7 +33,7 @@ def check(value: Any, shape: Any, where: str = "") -> None:
     if isinstance(shape, dict):
         for key, inner in shape.items():
             if key not in value:
-                raise ValueError(f"{where or 'it'} has no {key!r}")
+                raise ValueError(f"{where or 'it'} has no {key!r}; it is damaged, or of another version: make it again")
             check(value[key], inner, f"{where}.{key}".lstrip("."))
     elif isinstance(shape, list):
         for i, element in enumerate(value):

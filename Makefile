@@ -55,7 +55,7 @@ demo-alone:
 	@cat $(OUT)/logs/report.log
 
 # ---------------------------------------------------------------------------------------------------- checks
-test: venv ## the fast tests, about two minutes
+test: venv ## the fast tests, about three minutes
 	$(PY) -m pytest -q
 
 test-all: venv ## all tests but those that need a GPU

@@ -19,6 +19,7 @@ from llava_bidir.safety.pretrained import read_json
 from .callbacks import CatchUpValidation, SavePredictions, ShowMaps
 from .data.datamodule import SegmentationData
 from .module import ProbeModule
+from .results import JSON_BYTES
 
 # warnings about what is meant to be so
 HARMLESS = (
@@ -81,6 +82,14 @@ class ProbeCLI(ConfiguredCLI):
                 return
             self.trainer.fit(ckpt_path=checkpoint, **kwargs)
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
+            rank_zero_info(self._outcome())
+
+    def _outcome(self) -> str:
+        found = read_json(self.out / "metrics.json", JSON_BYTES)["summary"]
+        scores = {"encoder": found["encoder"], "adapter": found["adapter"], found["peak_site"]: found["peak_llm"]}
+        shown = ", ".join(f"{site} {miou:.1%}" for site, miou in scores.items() if miou is not None)
+        report = f"probes report {self.out} --out {self.out / 'report'}"
+        return f"{self.out}: mIoU {shown or 'in metrics.json'}. See all: {report}"
 
     def _finished_after(self, checkpoint: str | None) -> bool:
         """Whether results are there, and not of an earlier run than the checkpoint: one begun anew and then killed."""

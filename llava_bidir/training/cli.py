@@ -66,19 +66,21 @@ class TrainingCLI(ConfiguredCLI):
             ValueError: Another process trains in OUT, or OUT cannot be written.
         """
         folder = Path(self.trainer.default_root_dir)
+        exported = folder / "hf"
         with only_writer(folder) if self.trainer.is_global_zero else nullcontext():
             if ckpt_path == "last":
-                if (folder / "hf").is_dir():
-                    facts = read_json(folder / "hf" / TRAINING_FACTS)
-                    check_same_run(facts, self.model.hparams, "model", FREE, what=str(folder / "hf"))
-                    rank_zero_info(f"{folder / 'hf'} is there: this run is finished; nothing to do")
-                    return
                 ckpt_path = resolve(ckpt_path, folder / "checkpoints")
+                if _exported_after(ckpt_path, exported):
+                    facts = read_json(exported / TRAINING_FACTS)
+                    check_same_run(facts, self.model.hparams, "model", FREE, what=str(exported))
+                    rank_zero_info(f"{exported} is there: this run is finished; nothing to do")
+                    return
             self.trainer.fit(ckpt_path=ckpt_path, **kwargs)
-            if ckpt_path and self.trainer.is_global_zero and not (folder / "hf").is_dir():
+            if ckpt_path and self.trainer.is_global_zero and not _exported_after(ckpt_path, exported):
                 # of a checkpoint with nothing left to train Lightning does not call ExportModel
                 model, processor, facts = read_checkpoint(Path(ckpt_path))
-                export_hf(model, processor, folder / "hf", facts)
+                export_hf(model, processor, exported, facts)
+            rank_zero_info(f"{exported}: the trained model. Try it: llava-bidir generate {exported} IMAGE PROMPT")
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
         super().parse_arguments(parser, args)
@@ -92,6 +94,12 @@ class TrainingCLI(ConfiguredCLI):
             run["ckpt_path"] = resolve("last", Path(run["out"]) / "checkpoints")
 
     before_test = before_validate
+
+
+def _exported_after(checkpoint: str | None, exported: Path) -> bool:
+    """Whether a model is there, and not of an earlier run than the checkpoint: one begun anew and then killed."""
+    facts, written = exported / TRAINING_FACTS, lambda path: Path(path).stat().st_mtime_ns
+    return facts.is_file() and not (checkpoint and written(checkpoint) > written(facts))
 
 
 def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:

@@ -1,5 +1,8 @@
 """A run is gone on with as what it was, or not at all."""
 
+import json
+import sys
+
 import pytest
 import tiny
 
@@ -50,3 +53,17 @@ def test_finished_run_is_not_taken_for_one_with_other_settings(stopped):
     llava_bidir.cli.main([*arguments, "--ckpt_path", "last"])  # nothing to do
     with pytest.raises(SystemExit, match="hf is of a run with model.learning_rate=.*, this one has 0.5"):
         llava_bidir.cli.main([*arguments, "--ckpt_path", "last", "--model.learning_rate", "0.5"])
+
+
+def test_run_begun_anew_and_killed_is_not_taken_for_the_finished_one(parts, conversations, tmp_path, monkeypatch):
+    """A checkpoint that is newer than the exported model is of a run that is not finished."""
+    arguments = ["fit", *tiny.training_arguments(parts, conversations), "--out", str(tmp_path)]
+    llava_bidir.cli.main([*arguments, "--trainer.max_epochs", "1"])
+    first = json.loads((tmp_path / "hf/training.json").read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr("llava_bidir.training.callbacks.export_hf", lambda *args: sys.exit("killed"))
+        with pytest.raises(SystemExit, match="killed"):
+            llava_bidir.cli.main([*arguments, "--trainer.max_epochs", "2"])
+    assert json.loads((tmp_path / "hf/training.json").read_text()) == first
+    llava_bidir.cli.main([*arguments, "--trainer.max_epochs", "2", "--ckpt_path", "last"])
+    assert json.loads((tmp_path / "hf/training.json").read_text())["steps"] == 2 * first["steps"]

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from .lock import only_writer
 
 PARTIAL, REPLACED = ".partial", ".replaced"
+AGAIN = "mend that and give the same command again"
 
 
 def partial_of(path: Path) -> Path:
@@ -119,7 +120,7 @@ def write_files(contents: Mapping[Path, Any]) -> None:
             with suppress(OSError):
                 partial.unlink()  # on a full disk, room for others
         why = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} cannot be written ({why}); mend that and give the same command again") from None
+        raise ValueError(f"{path} was not written: {why}; {AGAIN}") from None
 
 
 def _write(path: Path, suffix: str, content: Any) -> None:
@@ -151,7 +152,7 @@ def explained(path: Path) -> Iterator[None]:
         refusal = _refusal(error)
         if refusal is None:
             raise
-        raise ValueError(f"{path} was not written: {refusal}") from error
+        raise ValueError(f"{path} was not written: {refusal}; {AGAIN}") from error
 
 
 def _refusal(error: BaseException | None) -> str | None:

@@ -160,7 +160,7 @@ def test_full_disk_is_named_loses_nothing_and_is_gone_on_from(step, study, stage
         study.log.write_text("")
         assert study.run(step) == 1
         said = study.log.read_text()
-        assert "cannot be written (" in (last := said.splitlines()[-1]) and "No space left" in last, said[-3000:]
+        assert "was not written: " in (last := said.splitlines()[-1]) and "No space left" in last, said[-3000:]
         filler.unlink()
         left = study.files()
         assert {name: left[name] for name in before} == before
@@ -183,7 +183,7 @@ def test_damaged_checkpoint_is_named_and_the_last_good_one_taken(damaged, study,
         path.write_bytes(content)
     assert study.run("fit") == 0, study.log.read_text()[-3000:]
     assert "last.ckpt is damaged" in study.log.read_text()
-    assert ("starting from the first step" in study.log.read_text()) == (damaged == "*.ckpt")
+    assert ("starting anew" in study.log.read_text()) == (damaged == "*.ckpt")
     assert study.files() == expected
 
 
@@ -202,4 +202,4 @@ def test_run_begun_anew_and_killed_is_not_taken_for_the_finished_one_of_before(s
     assert {name: left[name] for name in expected} == expected, "the earlier results are still whole"
     study.log.write_text("")
     assert study.run("fit") == 0
-    assert "going on from" in study.log.read_text() and study.files() == expected
+    assert "resuming" in study.log.read_text() and study.files() == expected

@@ -77,7 +77,7 @@ def test_full_disk_leaves_all_of_before_and_names_the_file(full_at, tmp_path, mo
         to_disk(path)
 
     monkeypatch.setattr(writing, "_sync", full)
-    with pytest.raises(ValueError, match=rf"{full_at} cannot be written \(No space left on device\); mend that"):
+    with pytest.raises(ValueError, match=rf"{full_at} was not written: No space left on device; mend that"):
         write_files(files(tmp_path, 2))
     assert contents(tmp_path) == [1, 1, 1] and not list(tmp_path.glob("*.partial"))
 

@@ -109,8 +109,10 @@ class ProbeRun:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when the run's probes do, or what they were trained on. Analyses write it down."""
-        how = json.dumps([self.manifest["config"], self.manifest["data"]], sort_keys=True).encode()
+        """Changes when the run's probes do, or what they were trained on; not with where it lies. Analyses write it
+        down."""
+        settings = {key: value for key, value in self.manifest["config"].items() if key != "mllm"}
+        how = json.dumps([settings, self.manifest["data"]["fingerprint"]], sort_keys=True).encode()
         probes = self.path / "probes.safetensors"
         return hashlib.sha256(how + (probes.read_bytes() if probes.is_file() else b"")).hexdigest()[:16]
 

@@ -5,15 +5,14 @@ transparency is dropped, all like LLaVA. What cannot be shown as it is meant, or
 """
 
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-# What data sets come in. PIL knows more, and some of those run other programs: EPS is Ghostscript's.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+from ..safety.images import FORMATS, open_bounded
+
 PATH_MAX = 4096  # characters, as Linux has it
 
 
@@ -98,10 +97,12 @@ def read_format(path: Path) -> str:
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The picture behind its header; whatever goes wrong with it is a BadImage."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise OSError("it is no regular file")  # a pipe would be waited for, a device may never end
-        with Image.open(path, formats=FORMATS) as image:
-            _check_bounds(image)
+        with open_bounded(path) as image:
+            # Deviates: LLaVA's conversion cuts such values off at 255, which leaves most pictures white.
+            if image.mode.startswith(("I", "F")):
+                raise ValueError(
+                    f"mode {image.mode!r}, more than 8 bits, does not say which value is white; save it with 8"
+                )
             yield image
     except FileNotFoundError:
         raise BadImage(f"image {path} is missing", "missing") from None
@@ -109,15 +110,3 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise BadImage(f"image {path} cannot be read: it is none of {', '.join(FORMATS)}") from None
     except Exception as error:  # files made to break decoders break them in many ways: IndexError, struct.error, ...
         raise BadImage(f"image {path} cannot be read: {str(error) or type(error).__name__}") from None
-
-
-def _check_bounds(image: Image.Image) -> None:
-    most, longest = Image.MAX_IMAGE_PIXELS, max(image.size)
-    if most and longest**2 > most:  # padded to a square, a picture of one row is as large as one of many
-        raise ValueError(
-            f"it is {image.width:,} x {image.height:,} px, and a square of that takes more than the {most:,} of "
-            "PIL.Image.MAX_IMAGE_PIXELS: a decompression bomb, or to be made smaller"
-        )
-    # Deviates: LLaVA's conversion cuts such values off at 255, which leaves most pictures white.
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"mode {image.mode!r}, more than 8 bits, does not say which value is white; save it with 8")

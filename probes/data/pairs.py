@@ -7,8 +7,6 @@ dataset's folder, by no names that come from elsewhere.
 """
 
 import io
-import os
-import stat
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +14,11 @@ from numpy import ndarray
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from llava_bidir.safety.images import FORMATS, open_bounded
+
 from ..geometry import to_rgb
 
 IGNORE_INDEX = 255
-# What data sets come in. PIL knows more, and some of those run other programs: EPS is Ghostscript's.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 2 to 4 keep the size, 5 to 8 swap width and height
 
 
@@ -125,10 +123,7 @@ def open_image(file: File, formats: tuple[str, ...] = FORMATS) -> Image.Image:
         BadFile: It is not there, cannot be read, or would take more memory than a picture should.
     """
     try:
-        if isinstance(file, Path) and not stat.S_ISREG(os.stat(file).st_mode):
-            raise OSError("it is no regular file")  # a pipe would be waited for, a device may never end
-        image = Image.open(file, formats=formats)
-        _check_bounds(image)
+        image = open_bounded(file, formats)
         image.load()
     except FileNotFoundError:
         raise BadFile(f"{file} is not there", "missing") from None
@@ -138,15 +133,6 @@ def open_image(file: File, formats: tuple[str, ...] = FORMATS) -> Image.Image:
         message = f"{file} cannot be read as an image: {str(error) or type(error).__name__}"
         raise BadFile(message, "cannot be read") from None
     return image
-
-
-def _check_bounds(image: Image.Image) -> None:
-    most, longest = Image.MAX_IMAGE_PIXELS, max(image.size)
-    if most and longest**2 > most:  # padded to a square, a picture of one row is as large as one of many
-        raise ValueError(
-            f"it is {image.width:,} x {image.height:,} px, and a square of that takes more than the {most:,} of "
-            "PIL.Image.MAX_IMAGE_PIXELS: a decompression bomb, or to be made smaller"
-        )
 
 
 def read_rgb(image: Image.Image, file: File) -> Image.Image:

@@ -4,7 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
+from itertools import count
 
+import disks
 import processes
 import pytest
 import tiny
@@ -21,24 +24,13 @@ from llava_bidir.vqa.files import read_results, results_file, write_results
 @pytest.fixture
 def disk(tmp_path):
     """A function that makes a file system of so many kilobytes, with mount's options."""
-    mounted = []
-
-    def make(kilobytes: int, options: str = "rw"):
-        folder = tmp_path / f"disk{len(mounted)}"
-        folder.mkdir()
-        made = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k,{options}", "tmpfs", folder], capture_output=True
-        )
-        if made.returncode:
-            pytest.skip(f"a small file system cannot be mounted: {made.stderr.decode().strip()}")
-        mounted.append(folder)
-        return folder
-
     if sys.platform != "linux" or os.geteuid():
         pytest.skip("mounting a small file system needs Linux and root")
-    yield make
-    for folder in mounted:
-        subprocess.run(["umount", "-l", folder], check=True)
+    with ExitStack() as mounted:
+        folders = (tmp_path / f"disk{i}" for i in count())
+        yield lambda kilobytes, options="rw": mounted.enter_context(
+            disks.mounted(next(folders), f"size={kilobytes}k,{options}")
+        )
 
 
 def die(*args, **kwargs):

@@ -12,7 +12,7 @@ from .lora import merge_lora
 from .model_card import model_card
 from .modeling import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 from .safety.checkpoints import resolve
-from .safety.pretrained import check_pickle, named
+from .safety.pretrained import named
 from .safety.writing import whole_folder
 
 TRAINING_FACTS = "training.json"
@@ -109,7 +109,6 @@ def read_checkpoint(checkpoint: Path) -> tuple[LlavaBidirForConditionalGeneratio
         saved = read_state(checkpoint) | {"state_dict": read_weights(checkpoint)}
     else:
         with named(f"checkpoint {checkpoint}"):
-            check_pickle(checkpoint)
             saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     settings = saved.get("hyper_parameters") if isinstance(saved, dict) else None
     if not isinstance(settings, dict) or "image_attention" not in settings or not saved.get("state_dict"):

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from llava_bidir.safety.checkpoints import WholeCheckpointIO, check_same_run, resolve
+from llava_bidir.safety.checkpoints import WholeCheckpointIO, check_same_run, finished_after, resolve
 from llava_bidir.safety.configured import ConfiguredCLI
 from llava_bidir.safety.lock import only_writer
 from llava_bidir.safety.pretrained import read_json
@@ -75,7 +75,7 @@ class ProbeCLI(ConfiguredCLI):
         on where the run in OUT stopped, and leaves a finished one alone."""
         with self.only_writer():
             checkpoint = resolve(ckpt_path, self.checkpoints)
-            if ckpt_path == "last" and self._finished_after(checkpoint):
+            if ckpt_path == "last" and finished_after(checkpoint, self.out / "metrics.json"):
                 manifest = read_json(self.out / "manifest.json")
                 check_same_run(manifest["config"], self.model.hparams, "model", what=str(self.out / "metrics.json"))
                 rank_zero_info(f"{self.out / 'metrics.json'} is there: this run is finished; nothing to do")
@@ -90,12 +90,6 @@ class ProbeCLI(ConfiguredCLI):
         shown = ", ".join(f"{site} {miou:.1%}" for site, miou in scores.items() if miou is not None)
         report = f"probes report {self.out} --out {self.out / 'report'}"
         return f"{self.out}: mIoU {shown or 'in metrics.json'}. See all: {report}"
-
-    def _finished_after(self, checkpoint: str | None) -> bool:
-        """Whether results are there, and not of an earlier run than the checkpoint: one begun anew and then killed."""
-        written = lambda path: Path(path).stat().st_mtime_ns
-        metrics = self.out / "metrics.json"
-        return metrics.is_file() and not (checkpoint and written(checkpoint) > written(metrics))
 
     def test(self, ckpt_path: str | None = None, **kwargs) -> None:
         """Scores the probes of a checkpoint and writes the run's files."""

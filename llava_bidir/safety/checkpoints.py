@@ -36,6 +36,12 @@ GETATTR = ("builtins.getattr", "__builtin__.getattr")
 GETATTR_STEPS = [("GLOBAL", name.replace(".", " ")) for name in GETATTR]
 
 
+def finished_after(checkpoint: str | None, result: Path) -> bool:
+    """Whether a run's result is there, and not of a run before the checkpoint's: one begun anew and then killed."""
+    written = lambda path: Path(path).stat().st_mtime_ns
+    return result.is_file() and not (checkpoint and written(checkpoint) > written(result))
+
+
 def check_same_run(
     saved: dict[str, Any], now: dict[str, Any], of: str, free: tuple[str, ...] = (), what: str = "the checkpoint"
 ) -> None:

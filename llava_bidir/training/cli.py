@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from ..data.datamodule import InstructionData
 from ..export import TRAINING_FACTS, export_hf, read_checkpoint
-from ..safety.checkpoints import WholeCheckpointIO, check_same_run, resolve
+from ..safety.checkpoints import WholeCheckpointIO, check_same_run, finished_after, resolve
 from ..safety.configured import ConfiguredCLI
 from ..safety.lock import only_writer
 from ..safety.pretrained import read_json
@@ -70,13 +70,13 @@ class TrainingCLI(ConfiguredCLI):
         with only_writer(folder) if self.trainer.is_global_zero else nullcontext():
             if ckpt_path == "last":
                 ckpt_path = resolve(ckpt_path, folder / "checkpoints")
-                if _exported_after(ckpt_path, exported):
+                if finished_after(ckpt_path, exported / TRAINING_FACTS):
                     facts = read_json(exported / TRAINING_FACTS)
                     check_same_run(facts, self.model.hparams, "model", FREE, what=str(exported))
                     rank_zero_info(f"{exported} is there: this run is finished; nothing to do")
                     return
             self.trainer.fit(ckpt_path=ckpt_path, **kwargs)
-            if ckpt_path and self.trainer.is_global_zero and not _exported_after(ckpt_path, exported):
+            if ckpt_path and self.trainer.is_global_zero and not finished_after(ckpt_path, exported / TRAINING_FACTS):
                 # of a checkpoint with nothing left to train Lightning does not call ExportModel
                 model, processor, facts = read_checkpoint(Path(ckpt_path))
                 export_hf(model, processor, exported, facts)
@@ -94,12 +94,6 @@ class TrainingCLI(ConfiguredCLI):
             run["ckpt_path"] = resolve("last", Path(run["out"]) / "checkpoints")
 
     before_test = before_validate
-
-
-def _exported_after(checkpoint: str | None, exported: Path) -> bool:
-    """Whether a model is there, and not of an earlier run than the checkpoint: one begun anew and then killed."""
-    facts, written = exported / TRAINING_FACTS, lambda path: Path(path).stat().st_mtime_ns
-    return facts.is_file() and not (checkpoint and written(checkpoint) > written(facts))
 
 
 def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:

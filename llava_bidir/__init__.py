@@ -7,10 +7,10 @@ also makes transformers' Auto classes know it.
 from importlib import import_module
 
 _HOME = {
-    "LlavaBidirConfig": ".modeling",
-    "LlavaBidirForConditionalGeneration": ".modeling",
-    "IMAGE_ATTENTION": ".attention",
-    "register_image_attention": ".attention",
+    "LlavaBidirConfig": ".model.modeling_llava_bidir",
+    "LlavaBidirForConditionalGeneration": ".model.modeling_llava_bidir",
+    "IMAGE_ATTENTION": ".model.attention",
+    "register_image_attention": ".model.attention",
 }
 __all__ = list(_HOME)
 __version__ = "0.1.0"

@@ -5,7 +5,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from .safety.messages import one_line_errors
+from llava_bidir.common.errors import one_line_errors
 
 TRAINING = {  # these take the options of LightningCLI
     "fit": "train a stage: -c configs/stage1.yaml -c configs/encoder/clip.yaml --model.image_attention bidirectional",
@@ -16,9 +16,9 @@ TRAINING = {  # these take the options of LightningCLI
     "inspect": "what the model is really fed: -c CONFIG [--index I ...] [--json]",
 }
 HOMES = {
-    "inspect": "llava_bidir.inspection",
-    "size": "llava_bidir.sizing",
-    "verify-data": "llava_bidir.verify",
+    "inspect": "llava_bidir.commands.inspect_data",
+    "size": "llava_bidir.commands.estimate",
+    "verify-data": "llava_bidir.commands.verify_data",
 }
 VQA = "gqa mmbench mme mmmu pope scienceqa textvqa textvqa_ocr vizwiz toy".split()  # vqa/benchmarks.py needs numpy
 
@@ -37,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    export = command("export", "llava_bidir.export:run", "a training checkpoint to a Hugging Face directory")
+    export = command("export", "llava_bidir.commands.export:run", "a training checkpoint to a Hugging Face directory")
     export.add_argument(
         "checkpoint",
         type=Path,
@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--as-llava", action="store_true", help="as transformers' own llava, for serving software; causal models only"
     )
 
-    generate = command("generate", "llava_bidir.generate:run", "answers about an image, greedily")
+    generate = command("generate", "llava_bidir.commands.generate:run", "answers about an image, greedily")
     generate.add_argument("model", help="exported directory (RUN/hf), or a llava checkpoint of transformers")
     generate.add_argument("image", type=Path, help="image file")
     generate.add_argument("prompt", nargs="+", help="questions; one is answered as it is written, several as a batch")
@@ -80,12 +80,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     table = command(
-        "vqa-table", "llava_bidir.vqa.table:run", "Table 1 of several models, beside the paper's, with tests"
+        "vqa-table", "llava_bidir.vqa.table1:run", "Table 1 of several models, beside the paper's, with tests"
     )
     table.add_argument("results", nargs="+", type=Path, help="folders of finished `llava-bidir vqa`")
     table.add_argument("--out", type=Path, required=True, help="folder for table1.json, .csv, .tex and .html")
 
-    assets = command("demo-assets", "llava_bidir.demo.assets:run", "the toy world on disk, in the real data's formats")
+    assets = command(
+        "demo-assets", "llava_bidir.toy_world.assets:run", "the toy world on disk, in the real data's formats"
+    )
     assets.add_argument("out", type=Path, help="folder; an earlier world is replaced as a whole")
     assets.add_argument("--seed", type=int, default=0, help="decides everything that is drawn (0)")
     assets.add_argument(

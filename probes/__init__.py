@@ -6,10 +6,10 @@ Names are imported when they are first used, so that the command line answers `-
 from importlib import import_module
 
 _HOME = {
-    "load": ".mllm",
-    "FrozenMLLM": ".mllm",
-    "Knockout": ".knockout",
-    "upsampled_cross_entropy": ".loss",
+    "load": ".models.frozen_mllm",
+    "FrozenMLLM": ".models.frozen_mllm",
+    "Knockout": ".models.knockout",
+    "upsampled_cross_entropy": ".ops.cross_entropy",
 }
 __all__ = list(_HOME)
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 
-from llava_bidir.safety.messages import one_line_errors
+from llava_bidir.common.errors import one_line_errors
 
 CONFIGURED = {  # commands that take YAML, with parsers of their own
     "fit": "train a probe at every site: -c configs/probes/ade20k.yaml --model.mllm DIR --data.root DIR --out RUN",
@@ -27,11 +27,11 @@ def build_parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    sites = command("sites", "probes.inspection:print_sites", "sites, grid, widths and attention of a model")
+    sites = command("sites", "probes.analyses.extract:print_sites", "sites, grid, widths and attention of a model")
     sites.add_argument("mllm", help="checkpoint directory or hub id; its weights are not loaded")
 
     states = command(
-        "states", "probes.inspection:write_states", "states of images at every site, to a safetensors file"
+        "states", "probes.analyses.extract:write_states", "states of images at every site, to a safetensors file"
     )
     states.add_argument("mllm", help="checkpoint directory or hub id")
     states.add_argument("image", nargs="+", help="image files")
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     knockout = command(
         "knockout",
-        "probes.analyses.knockout:run",
+        "probes.analyses.knockout.run:run",
         "attention knockout (Eq. 1) and the wrong patches that remain (App. C.1), to RUN/knockout.json",
     )
     _add_run(knockout)
@@ -87,7 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     starvation = command(
         "starvation",
-        "probes.analyses.starvation:run",
+        "probes.analyses.starvation.run:run",
         "accuracy by patch position, causal against bidirectional (Fig. 7, Table 3), to starvation.json",
     )
     starvation.add_argument(
@@ -122,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     maps = command(
         "maps",
-        "probes.analyses.maps:run",
+        "probes.analyses.segmentation_maps:run",
         "predicted maps by site (Figs. 4, 13) and under knockout (Figs. 6, 12), to RUN/maps.safetensors",
     )
     _add_run(maps)
@@ -132,7 +132,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     explore = command(
         "explore",
-        "probes.report.explorer:run",
+        "probes.report.explorer.page:run",
         "a page to walk through images, layers and knockouts, patch by patch, to OUT/explorer.html",
     )
     explore.add_argument("runs", nargs="+", metavar="RUN", help="finished probe runs on the same images, one a mask")
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with one_line_errors("probes"):
         if argv and argv[0] in CONFIGURED:
-            import_module("probes.verify" if argv[0] == "verify-data" else "probes.training").main(argv)
+            import_module("probes.data.verify" if argv[0] == "verify-data" else "probes.training.cli").main(argv)
             return
         args = build_parser().parse_args(argv)
         module, _, function = args.run.partition(":")

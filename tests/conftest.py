@@ -14,7 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels then run without a GPU
 
-import tiny
+import tiny_models
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -33,24 +33,24 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
     """(Encoder, path of the LLM): a tiny CLIP and a tiny Llama on disk."""
-    return tiny.write_parts(tmp_path_factory.mktemp("parts"))
+    return tiny_models.write_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
     """Tiny exported MLLMs by mask."""
     masks = ("causal", "bidirectional", "prefix")
-    return {mask: tiny.write_checkpoint(tmp_path_factory.mktemp(mask), mask) for mask in masks}
+    return {mask: tiny_models.write_checkpoint(tmp_path_factory.mktemp(mask), mask) for mask in masks}
 
 
 @pytest.fixture(scope="session")
 def segmentation(tmp_path_factory) -> Path:
-    return tiny.write_segmentation(tmp_path_factory.mktemp("segmentation"))
+    return tiny_models.write_segmentation(tmp_path_factory.mktemp("segmentation"))
 
 
 @pytest.fixture(scope="session")
 def conversations(tmp_path_factory) -> Path:
-    return tiny.write_conversations(tmp_path_factory.mktemp("conversations"))
+    return tiny_models.write_conversations(tmp_path_factory.mktemp("conversations"))
 
 
 @pytest.fixture(scope="session")

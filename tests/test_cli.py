@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 
 import pytest
-import tiny
+import tiny_models
 import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
@@ -82,9 +82,9 @@ def test_bad_input_ends_in_one_line_not_in_a_traceback(tmp_path):
 
 
 def test_errors_from_elsewhere_keep_their_traceback(monkeypatch, checkpoints):
-    import probes.inspection
+    import probes.analyses.extract
 
-    monkeypatch.setattr(probes.inspection, "family_of", lambda config: json.loads("{"))
+    monkeypatch.setattr(probes.analyses.extract, "family_of", lambda config: json.loads("{"))
     with pytest.raises(json.JSONDecodeError):  # a ValueError, but none of ours
         probes.cli.main(["sites", str(checkpoints["causal"])])
 
@@ -103,12 +103,17 @@ def test_sites_names_what_states_returns(checkpoints, segmentation, tmp_path, ca
 
 
 def test_inspect_shows_what_is_fed(parts, conversations, capsys):
-    argv = ["inspect", *tiny.training_arguments(parts, conversations), "--model.image_attention", "bidirectional"]
+    argv = [
+        "inspect",
+        *tiny_models.training_arguments(parts, conversations),
+        "--model.image_attention",
+        "bidirectional",
+    ]
     llava_bidir.cli.main([*argv, "--json", "--index", "0", "11"])
     picture, text = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert picture["id"] == "r0" and picture["template"] == "vicuna_v1"
     ((start, end),) = picture["image_spans"]
-    assert end - start == tiny.TOKENS and len(set(picture["input_ids"][start:end])) == 1
+    assert end - start == tiny_models.TOKENS and len(set(picture["input_ids"][start:end])) == 1
     assert len(picture["labels"]) == len(picture["input_ids"]) and picture["text"].count("<image>") == 1
     assert text["image_spans"] == [] and "<image>" not in text["text"]
     llava_bidir.cli.main(argv)
@@ -124,7 +129,7 @@ def test_inspect_shows_what_is_fed(parts, conversations, capsys):
 
 
 def test_fit_exports_a_model_that_generate_and_export_agree_on(parts, conversations, tmp_path, capsys):
-    argv = ["fit", *tiny.training_arguments(parts, conversations), "--out", str(tmp_path / "run")]
+    argv = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path / "run")]
     llava_bidir.cli.main([*argv, "--model.image_attention", "bidirectional"])
     run = tmp_path / "run"
     facts = json.loads((run / "hf/training.json").read_text())
@@ -135,7 +140,7 @@ def test_fit_exports_a_model_that_generate_and_export_agree_on(parts, conversati
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     for command in ("validate", "test"):  # the checkpoint answers as it did when its training ended
         capsys.readouterr()
-        fresh = [command, *tiny.training_arguments(parts, conversations), "--out", str(tmp_path / command)]
+        fresh = [command, *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path / command)]
         llava_bidir.cli.main([*fresh, "--model.image_attention", "bidirectional", "--ckpt_path", str(checkpoint)])
         assert str(facts["val/answer_accuracy"])[:5] in capsys.readouterr().out
     picture = str(conversations / "pictures/0.png")
@@ -150,7 +155,7 @@ def test_fit_exports_a_model_that_generate_and_export_agree_on(parts, conversati
 @pytest.mark.parametrize(("frozen", "rounding"), [("float32", 0.0), ("bfloat16", 2**-7)])
 def test_lora_is_merged_into_what_is_exported(frozen, rounding, parts, conversations, tmp_path):
     """The run's own export has the dtypes it trained with; the checkpoint's is made from the float32 LLM."""
-    argv = ["fit", *tiny.training_arguments(parts, conversations), "--out", str(tmp_path / "run")]
+    argv = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path / "run")]
     argv += ["--model.lora.r", "2", "--model.lora.alpha", "64", "--model.frozen_dtype", frozen]
     argv += ["--trainer.precision", "bf16-mixed", "--trainer.gradient_clip_val", "null"]
     llava_bidir.cli.main(argv)
@@ -169,9 +174,9 @@ def test_lora_is_merged_into_what_is_exported(frozen, rounding, parts, conversat
 @pytest.mark.parametrize("workers", [0, 1])
 def test_image_that_goes_missing_ends_training_with_its_record_named(workers, parts, tmp_path):
     """Nothing takes its place."""
-    folder = tiny.write_conversations(tmp_path)
+    folder = tiny_models.write_conversations(tmp_path)
     (folder / "pictures/3.png").unlink()
-    argv = ["fit", *tiny.training_arguments(parts, folder), "--out", str(tmp_path / "run")]
+    argv = ["fit", *tiny_models.training_arguments(parts, folder), "--out", str(tmp_path / "run")]
     argv += ["--data.val_annotations", "null", "--data.num_workers", str(workers)]
     with pytest.raises(SystemExit, match=r"^llava-bidir: record 3 \(id .r3.\): image .*pictures/3.png is missing$"):
         llava_bidir.cli.main(argv)
@@ -180,7 +185,7 @@ def test_image_that_goes_missing_ends_training_with_its_record_named(workers, pa
 def test_tensorboard_has_what_a_run_should_show(parts, conversations, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    argv = ["fit", *tiny.training_arguments(parts, conversations), "--out", str(tmp_path)]
+    argv = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path)]
     llava_bidir.cli.main([*argv, "--trainer.log_every_n_steps", "1"])
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0})
     events.Reload()
@@ -193,7 +198,7 @@ def test_tensorboard_has_what_a_run_should_show(parts, conversations, tmp_path):
 
 
 def test_fit_goes_on_from_the_newest_whole_checkpoint(parts, conversations, tmp_path, caplog):
-    arguments = ["fit", *tiny.training_arguments(parts, conversations), "--out", str(tmp_path)]
+    arguments = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path)]
     llava_bidir.cli.main([*arguments, "--trainer.max_epochs", "1"])
     (tmp_path / "hf").rename(tmp_path / "first")  # a finished run would be left alone
     (whole,) = (tmp_path / "checkpoints").iterdir()

@@ -5,13 +5,13 @@ import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
-import layouts
+import dataset_layouts
 import pytest
-import tiny
+import tiny_models
 import yaml
 from transformers import CLIPVisionModel, Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
 
-from llava_bidir.lora import Lora
+from llava_bidir.model.lora import Lora
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TRAINING = ["stage1.yaml", "stage2.yaml", "demo/stage1.yaml", "demo/stage2.yaml"]
@@ -19,11 +19,11 @@ ENCODERS = ["encoder/clip.yaml", "encoder/dinov2.yaml", "encoder/siglip.yaml"]
 BUDGET = ["budget/lora_24gb.yaml", "budget/full_80gb.yaml"]  # behind stage 2 and an encoder
 CLUSTER = ["cluster/ddp.yaml", "cluster/zero2.yaml", "cluster/zero3.yaml", "cluster/zero3_offload.yaml"]
 PROBING = {  # config: a dataset in its layout, and how many classes that has
-    "probes/folder.yaml": (tiny.write_segmentation, 3),
-    "probes/ade20k.yaml": (layouts.write_ade20k, 150),
-    "probes/voc2012.yaml": (layouts.write_voc2012, 20),
-    "probes/cityscapes.yaml": (layouts.write_cityscapes, 19),
-    "demo/probes.yaml": (tiny.write_segmentation, 3),
+    "probes/folder.yaml": (tiny_models.write_segmentation, 3),
+    "probes/ade20k.yaml": (dataset_layouts.write_ade20k, 150),
+    "probes/voc2012.yaml": (dataset_layouts.write_voc2012, 20),
+    "probes/cityscapes.yaml": (dataset_layouts.write_cityscapes, 19),
+    "demo/probes.yaml": (tiny_models.write_segmentation, 3),
 }
 UPON_PROBING = ["demo/untrained.yaml", "probes/recipes.yaml", "demo/recipes.yaml"]
 
@@ -38,7 +38,7 @@ def encoders(tmp_path_factory):
     """Tiny towers of each kind, to stand for those that the configs name."""
     root = tmp_path_factory.mktemp("encoders")
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    CLIPVisionModel(tiny.vision_config()).save_pretrained(root / "clip")
+    CLIPVisionModel(tiny_models.vision_config()).save_pretrained(root / "clip")
     Dinov2Model(Dinov2Config(**small, image_size=28, patch_size=14)).save_pretrained(root / "dinov2")
     SiglipVisionModel(SiglipVisionConfig(**small, image_size=28, patch_size=14)).save_pretrained(root / "siglip")
     return root
@@ -85,11 +85,11 @@ def test_cluster_config_is_instantiated_upon_a_recipe(cluster, parts, conversati
 
 
 def test_zero_without_deepspeed_says_what_to_install(monkeypatch):
-    from llava_bidir.training import zero
+    from llava_bidir.training import deepspeed_strategy
 
-    monkeypatch.setattr(zero, "find_spec", lambda name: None)
+    monkeypatch.setattr(deepspeed_strategy, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'llava-bidir\[cluster\]'"):
-        zero.ZeRO({"stage": 2})
+        deepspeed_strategy.ZeRO({"stage": 2})
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_budget_accumulates_to_the_recipes_batch(budget, parts, conversations, e
 @pytest.mark.parametrize("more", [[], *([name] for name in UPON_PROBING)])
 @pytest.mark.parametrize("file", PROBING)
 def test_probing_config_is_instantiated(file, more, checkpoints, tmp_path):
-    from probes.training import build_cli
+    from probes.training.cli import build_cli
 
     write, classes = PROBING[file]
     argv = [x for name in [file, *more] for x in ("-c", str(CONFIGS / name))]
@@ -155,10 +155,10 @@ def test_probing_config_is_instantiated(file, more, checkpoints, tmp_path):
 
 
 def test_dataset_options_are_set_from_the_command_line(checkpoints, tmp_path):
-    from probes.training import build_cli
+    from probes.training.cli import build_cli
 
     argv = ["-c", str(CONFIGS / "probes/voc2012.yaml"), "--model.mllm", str(checkpoints["causal"])]
-    argv += ["--data.root", str(layouts.write_voc2012(tmp_path)), "--trainer.accelerator", "cpu"]
+    argv += ["--data.root", str(dataset_layouts.write_voc2012(tmp_path)), "--trainer.accelerator", "cpu"]
     more = ["--data.options.background", "class", "--data.options.train_list", "train"]
     data = build_cli([*argv, *more], run=False).datamodule
     assert data.num_classes == 21 and len(data.splits["training"]) == 2

@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import offline
+import network_guard
 import pytest
 
-from llava_bidir.safety.lock import only_writer
+from llava_bidir.common.run_lock import only_writer
 
 ROOT = Path(__file__).parents[1]
 SCALE = "0.05"
@@ -27,8 +27,8 @@ def command(out: Path, *more: str) -> list[str]:
 
 def run(out: Path, *more: str) -> str:
     """Without a network where that can be had, and watched for attempts to reach one."""
-    make = [*offline.cut(), *command(out, *more)]
-    environment = offline.watched(out / "network")
+    make = [*network_guard.cut(), *command(out, *more)]
+    environment = network_guard.watched(out / "network")
     done = subprocess.run(make, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -57,7 +57,7 @@ def test_results_name_every_mask_and_control(finished):
 
 
 def test_no_network_is_reached_for(finished):
-    assert offline.reached_for(finished / "network") == []
+    assert network_guard.reached_for(finished / "network") == []
 
 
 def test_second_run_does_nothing(finished):

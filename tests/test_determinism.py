@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 
 from llava_bidir.cli import main as llava_bidir
@@ -21,7 +21,7 @@ APART = "events.out.tfevents.*"
 def everything(out: Path, hash_seed: str) -> dict[str, bytes]:
     """All files that the pipeline leaves in `out`, by name."""
     environment = os.environ | {"PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "tests/pipeline.py", str(out)]
+    command = [sys.executable, "tests/helpers/demo_pipeline.py", str(out)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-3000:]
     files = [path for path in out.rglob("*") if path.is_file() and not path.match(APART)]
@@ -60,7 +60,7 @@ def forgiving():
 @pytest.mark.slow
 def test_deterministic_algorithms_change_no_training(forgiving, parts, conversations, tmp_path):
     """On a CPU; it also fills memory that nobody has written with NaN."""
-    run = ["fit", *tiny.training_arguments(parts, conversations), "--trainer.accelerator", "cpu"]
+    run = ["fit", *tiny_models.training_arguments(parts, conversations), "--trainer.accelerator", "cpu"]
     run += ["--trainer.log_every_n_steps", "1"]  # rates, which are not to be exported, are measured at each
     for out, more in (("as it is", []), ("deterministic", ["--trainer.deterministic", "true"])):
         llava_bidir([*run, "--out", str(tmp_path / out), *more])

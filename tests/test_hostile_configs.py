@@ -4,7 +4,7 @@ import contextlib
 import io
 
 import pytest
-import tiny
+import tiny_models
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import llava_bidir.cli
 import llava_bidir.training.cli
 import probes.cli
-import probes.training
+import probes.training.cli
 
 SYSTEM = lambda marker: {"class_path": "os.system", "init_args": {"command": f"touch {marker}"}}
 POPEN = lambda marker: {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", str(marker)]}}
@@ -50,7 +50,7 @@ PLACES = {  # a key where a class is expected, or where anything is
         "zero_optimization": lambda bad: {
             "trainer": {
                 "strategy": {
-                    "class_path": "llava_bidir.training.zero.ZeRO",
+                    "class_path": "llava_bidir.training.deepspeed_strategy.ZeRO",
                     "init_args": {"zero_optimization": {"stage": 2, "x": bad}},
                 }
             }
@@ -61,7 +61,7 @@ PLACES = {  # a key where a class is expected, or where anything is
 
 def arguments(package: str, parts, conversations, checkpoints, segmentation) -> list[str]:
     if package == "llava_bidir":
-        return tiny.training_arguments(parts, conversations)
+        return tiny_models.training_arguments(parts, conversations)
     model = ["--model.mllm", str(checkpoints["causal"]), "--data.root", str(segmentation)]
     return ["-c", "configs/demo/probes.yaml", *model, "--trainer.accelerator", "cpu"]
 
@@ -69,7 +69,7 @@ def arguments(package: str, parts, conversations, checkpoints, segmentation) -> 
 @pytest.fixture(params=PLACES)
 def command(request, parts, conversations, checkpoints, segmentation):
     """(package, its function that builds a run, arguments that work)."""
-    build = {"probes": probes.training.build_cli, "llava_bidir": llava_bidir.training.cli.build_cli}[request.param]
+    build = {"probes": probes.training.cli.build_cli, "llava_bidir": llava_bidir.training.cli.build_cli}[request.param]
     return request.param, build, arguments(request.param, parts, conversations, checkpoints, segmentation)
 
 
@@ -97,7 +97,7 @@ def test_no_class_outside_the_declared_kinds_is_made(
     """`find_unused_parameters`, options and recipes take anything: there jsonargparse calls what a class_path names."""
     marker, file = tmp_path / "executed", tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump(PLACES[package][key](bad(marker))))
-    build = {"probes": probes.training.build_cli, "llava_bidir": llava_bidir.training.cli.build_cli}[package]
+    build = {"probes": probes.training.cli.build_cli, "llava_bidir": llava_bidir.training.cli.build_cli}[package]
     message = said(build, [*arguments(package, parts, conversations, checkpoints, segmentation), "-c", str(file)])
     assert message is not None and not marker.exists()
     assert any(word in message for word in ("os.system", "subprocess.Popen", "LambdaCallback", "does not accept"))
@@ -148,7 +148,7 @@ FILES = {  # what is in the file: what the error says
 def test_broken_config_is_an_error_that_says_what(text, checkpoints, segmentation, tmp_path):
     (tmp_path / "c.yaml").write_bytes(text.encode(errors="surrogateescape"))
     argv = arguments("probes", None, None, checkpoints, segmentation)
-    message = said(probes.training.build_cli, [*argv, "-c", str(tmp_path / "c.yaml")])
+    message = said(probes.training.cli.build_cli, [*argv, "-c", str(tmp_path / "c.yaml")])
     assert message is not None and FILES[text] in " ".join(message.split()), message
 
 
@@ -205,7 +205,7 @@ VALUES = st.recursive(
 def test_any_value_at_any_key_works_or_is_an_error_of_the_config(
     package, parts, conversations, checkpoints, segmentation, tmp_path_factory
 ):
-    build = {"probes": probes.training.build_cli, "llava_bidir": llava_bidir.training.cli.build_cli}[package]
+    build = {"probes": probes.training.cli.build_cli, "llava_bidir": llava_bidir.training.cli.build_cli}[package]
     argv = arguments(package, parts, conversations, checkpoints, segmentation)
     file = tmp_path_factory.mktemp("fuzz") / "c.yaml"
 

@@ -6,14 +6,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
 import llava_bidir.cli
 import probes
 import probes.cli
-from llava_bidir.safety.pretrained import read_pretrained
+from llava_bidir.common.hf_loading import read_pretrained
 
 MARKER = "executed"
 
@@ -51,7 +51,7 @@ def place(tmp_path, parts, checkpoints, conversations, segmentation):
     shutil.copytree(Path(parts[0].path).parent, tmp_path / "parts")
     shutil.copytree(checkpoints["causal"], tmp_path / "hf")
     encoder, llm = tmp_path / "parts/encoder", tmp_path / "parts/llm"
-    from llava_bidir.encoders import Encoder
+    from llava_bidir.model.encoders import Encoder
 
     copies = (Encoder("clip", str(encoder), layer=-1), str(llm))
     picture = str(conversations / "pictures/0.png")
@@ -60,7 +60,7 @@ def place(tmp_path, parts, checkpoints, conversations, segmentation):
         "hf": tmp_path / "hf",
         "encoder": encoder,
         "llm": llm,
-        "train": ["fit", *tiny.training_arguments(copies, conversations), "--out", str(tmp_path / "run")],
+        "train": ["fit", *tiny_models.training_arguments(copies, conversations), "--out", str(tmp_path / "run")],
         "generate": ["generate", str(tmp_path / "hf"), picture, "sky", "--max-new-tokens", "2"],
         "states": ["states", str(tmp_path / "hf"), picture, "--out", str(tmp_path / "s.safetensors")],
         "probe": ["fit", "-c", "configs/demo/probes.yaml", "--model.mllm", str(tmp_path / "hf"), "--data.root"]
@@ -302,7 +302,7 @@ def test_damaged_checkpoint_answers_nothing(what, place):
 
 
 def test_patches_without_size_are_named(parts, tmp_path):
-    from llava_bidir.encoders import Encoder
+    from llava_bidir.model.encoders import Encoder
 
     shutil.copytree(parts[0].path, tmp_path / "encoder")
     for size, message in ((0, "ZeroDivisionError"), (-4, "make -2 a side"), (9, "make 0 a side of 8 px; expected 1")):
@@ -337,7 +337,7 @@ def zero_checkpoint(path: Path, content, universal: bool) -> Path:
 @pytest.mark.parametrize("universal", [False, True])
 def test_code_in_zero_checkpoints_is_never_executed(universal, place):
     """DeepSpeed itself loads them as pickles."""
-    from llava_bidir.safety.checkpoints import what_is_wrong
+    from llava_bidir.common.checkpoint_io import what_is_wrong
 
     plain = zero_checkpoint(place["root"] / "plain.ckpt", {"weight": torch.ones(2)}, universal)
     assert what_is_wrong(plain) is None
@@ -351,7 +351,7 @@ def test_code_in_zero_checkpoints_is_never_executed(universal, place):
 
 
 def test_newest_whole_checkpoint_is_passed_over_if_it_holds_code(tmp_path, caplog):
-    from llava_bidir.safety.checkpoints import newest_whole
+    from llava_bidir.common.checkpoint_io import newest_whole
 
     good = zero_checkpoint(tmp_path / "a.ckpt", {"weight": torch.ones(2)}, False)
     poisoned(tmp_path / "b.ckpt", tmp_path / MARKER)
@@ -371,7 +371,7 @@ class Lookup:
 
 
 def test_getattr_is_let_through_for_stages_of_zero_and_nothing_else(tmp_path):
-    from llava_bidir.safety.checkpoints import code_in
+    from llava_bidir.common.checkpoint_io import code_in
 
     stages = pytest.importorskip("deepspeed.runtime.zero.config").ZeroStageEnum
 

@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import offline
+import network_guard
 import pytest
-import tiny
+import tiny_models
 
 ROOT = Path(__file__).parents[1]
 ALL = """
@@ -22,8 +22,10 @@ AutoModelForImageTextToText.from_pretrained(sys.argv[2], trust_remote_code=True)
 
 
 def python(log: Path, code: str, *arguments: str) -> subprocess.CompletedProcess:
-    command = [*offline.cut(), sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=offline.watched(log), capture_output=True, text=True, timeout=300)
+    command = [*network_guard.cut(), sys.executable, "-c", code, *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, env=network_guard.watched(log), capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.mark.parametrize(
@@ -36,20 +38,22 @@ def python(log: Path, code: str, *arguments: str) -> subprocess.CompletedProcess
 def test_watch_sees_what_is_reached_for(code, noted, tmp_path):
     done = python(tmp_path / "log", f"try:\n    {code.replace('; ', chr(10) + '    ')}\nexcept Exception: pass")
     assert done.returncode == 0, done.stderr
-    assert any(line.startswith(noted) for line in offline.reached_for(tmp_path / "log"))
+    assert any(line.startswith(noted) for line in network_guard.reached_for(tmp_path / "log"))
 
 
 def test_a_cut_network_has_no_way_out():
-    if not offline.cut():
+    if not network_guard.cut():
         pytest.skip("network namespaces are not allowed here")
-    routes = subprocess.run([*offline.cut(), "cat", "/proc/net/route"], capture_output=True, text=True, check=True)
+    routes = subprocess.run(
+        [*network_guard.cut(), "cat", "/proc/net/route"], capture_output=True, text=True, check=True
+    )
     assert len(routes.stdout.splitlines()) <= 1, "at most a heading"
 
 
 @pytest.mark.slow
 def test_commands_reach_for_no_network(checkpoints, parts, conversations, segmentation, tmp_path):
     checkpoint, picture = str(checkpoints["bidirectional"]), str(segmentation / "images/validation/000.png")
-    training = tiny.training_arguments(parts, conversations)
+    training = tiny_models.training_arguments(parts, conversations)
     commands = [
         ("probes", "sites", checkpoint),
         ("probes", "states", checkpoint, picture, "--out", str(tmp_path / "states.safetensors")),
@@ -61,4 +65,4 @@ def test_commands_reach_for_no_network(checkpoints, parts, conversations, segmen
     ]
     done = python(tmp_path / "log", ALL, json.dumps(commands), checkpoint)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert offline.reached_for(tmp_path / "log") == []
+    assert network_guard.reached_for(tmp_path / "log") == []

@@ -34,20 +34,22 @@ def test_llava_bidir_never_imports_probes(path):
 @pytest.mark.parametrize("path", sources("probes"), ids=lambda p: str(p.relative_to(ROOT)))
 def test_probes_knows_of_llava_bidir_the_models_code_and_what_they_share(path):
     found = {name for name in imports(path) if name.split(".")[0] == "llava_bidir"}
-    found = {name for name in found if not name.startswith("llava_bidir.safety.")}
-    assert found == ({"llava_bidir.modeling"} if path.match("probes/families/llava.py") else set())
+    found = {name for name in found if not name.startswith("llava_bidir.common.")}
+    assert found == (
+        {"llava_bidir.model.modeling_llava_bidir"} if path.match("probes/models/families/llava.py") else set()
+    )
 
 
-@pytest.mark.parametrize("path", sources("llava_bidir/safety"), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sources("llava_bidir/common"), ids=lambda p: p.name)
 def test_what_they_share_knows_neither(path):
     ours = {name for name in imports(path) if name.split(".")[0] in ("llava_bidir", "probes")}
-    assert all(name.startswith("llava_bidir.safety.") for name in ours)
+    assert all(name.startswith("llava_bidir.common.") for name in ours)
 
 
 def test_modelling_code_that_ships_in_checkpoints_needs_nothing_else():
     allowed = {"torch", "transformers", "huggingface_hub", "collections"}
-    for name in ("modeling.py", "attention.py"):
-        found = imports(ROOT / "llava_bidir" / name) - {"llava_bidir.attention"}
+    for name in ("modeling_llava_bidir.py", "attention.py"):
+        found = imports(ROOT / "llava_bidir/model" / name) - {"llava_bidir.model.attention"}
         assert {module.split(".")[0] for module in found} <= allowed
 
 

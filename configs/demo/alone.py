@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llava_bidir.safety.lock import only_writer
+from llava_bidir.common.run_lock import only_writer
 
 try:
     with only_writer(Path(sys.argv[1])):

@@ -22,7 +22,7 @@ class Collate:
     """Samples of :class:`.instructions.Instructions` to what the model is fed.
 
     Args:
-        processor: From :func:`llava_bidir.build.build_processor`.
+        processor: From :func:`llava_bidir.model.build.build_processor`.
         image_tokens: T, image tokens of one image.
         template: "plain" or "vicuna_v1".
         max_length: Longer sequences are cut there, image tokens counted. Source: LLaVA llava_arch.py:273.

@@ -9,11 +9,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
+from .batch_samplers import BatchSampler
 from .collate import Collate
 from .conversation import IGNORE_INDEX, check_turns
-from .instructions import Instructions, read_annotations
-from .loader import StepLoader
-from .sampler import BatchSampler
+from .instruction_dataset import Instructions, read_annotations
+from .token_weighted_loader import StepLoader
 
 
 class InstructionData(LightningDataModule):

@@ -8,11 +8,12 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from ..export import export_hf
-from ..lora import merge_lora
-from ..modeling import build_mask
-from .flops import peak_flops, step_flops
-from .zero import gathered
+from llava_bidir.commands.export import export_hf
+from llava_bidir.model.lora import merge_lora
+from llava_bidir.model.modeling_llava_bidir import build_mask
+
+from .deepspeed_strategy import gathered
+from .throughput import peak_flops, step_flops
 
 # What the clock or the machine decides: for TensorBoard only, for the same training exports the same files.
 MEASURED = ("samples_per_s", "tokens_per_s", "tflops_per_s_and_device", "step_s", "data_share", "mfu", "memory_gb")

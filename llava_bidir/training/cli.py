@@ -12,17 +12,18 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
-from ..data.datamodule import InstructionData
-from ..export import TRAINING_FACTS, export_hf, read_checkpoint
-from ..safety.checkpoints import WholeCheckpointIO, check_same_run, finished_after, resolve
-from ..safety.configured import ConfiguredCLI
-from ..safety.lock import only_writer
-from ..safety.pretrained import read_json
+from llava_bidir.commands.export import TRAINING_FACTS, export_hf, read_checkpoint
+from llava_bidir.common.checkpoint_io import WholeCheckpointIO, check_same_run, finished_after, resolve
+from llava_bidir.common.hf_loading import read_json
+from llava_bidir.common.lightning_cli import ConfiguredCLI
+from llava_bidir.common.run_lock import only_writer
+from llava_bidir.data.datamodule import InstructionData
+
 from .callbacks import ExportModel, ShowAnswers, Throughput
+from .loss_monitor import WatchLoss
 from .module import FREE, LlavaTraining
-from .position import SaveBetweenSteps
-from .requeue import Requeue
-from .watch import WatchLoss
+from .resume import SaveBetweenSteps
+from .slurm_requeue import Requeue
 
 # warnings about what is meant to be so
 HARMLESS = (

@@ -16,14 +16,15 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from ..build import build_model, build_processor, set_trainable
-from ..data.conversation import IGNORE_INDEX
-from ..encoders import Encoder
-from ..lora import Lora, add_lora
-from ..safety.checkpoints import check_same_run
+from llava_bidir.common.checkpoint_io import check_same_run
+from llava_bidir.data.conversation import IGNORE_INDEX
+from llava_bidir.model.build import build_model, build_processor, set_trainable
+from llava_bidir.model.encoders import Encoder
+from llava_bidir.model.lora import Lora, add_lora
+
 from .callbacks import MEASURED
 from .optim import build_optimizer, build_schedule
-from .position import recount
+from .resume import recount
 
 log = logging.getLogger(__name__)
 

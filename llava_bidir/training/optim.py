@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
-from ..build import TRAINABLE
+from llava_bidir.model.build import TRAINABLE
 
 
 def build_optimizer(
@@ -15,7 +15,7 @@ def build_optimizer(
     """AdamW with one group for each part that trains.
 
     Args:
-        model: With `requires_grad` set by :func:`llava_bidir.build.set_trainable`.
+        model: With `requires_grad` set by :func:`llava_bidir.model.build.set_trainable`.
         learning_rates: Peak rate of each part ("adapter", "llm").
         betas, weight_decay: AdamW's. LLaVA runs without weight decay.
         fused: Its fused kernel.

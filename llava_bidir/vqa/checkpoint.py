@@ -3,7 +3,7 @@
 import hashlib
 from pathlib import Path
 
-from ..safety.pretrained import named, read_json
+from llava_bidir.common.hf_loading import named, read_json
 
 TABLE_ROWS = {"clip_vision_model": "clip", "dinov2": "dinov2", "siglip_vision_model": "siglip"}  # as in Table 1
 

@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 
 from .benchmarks import BENCHMARKS, Benchmark, Item
-from .files import ItemError, code_digest, error_file, pins, write_results
+from .result_files import ItemError, code_digest, error_file, pins, write_results
 
 
 def main(request: dict) -> None:

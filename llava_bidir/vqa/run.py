@@ -6,12 +6,13 @@ import os
 import subprocess
 from pathlib import Path
 
-from ..safety.lock import only_writer
+from llava_bidir.common.run_lock import only_writer
+
 from . import checkpoint
 from .benchmarks import BENCHMARKS
-from .check import problems
-from .files import code_digest, error_file, read_results, results_file
-from .table import write_tables
+from .result_files import code_digest, error_file, read_results, results_file
+from .table1 import write_tables
+from .validate_results import problems
 
 SWITCHES = ("NUM_IMAGE", "LMMS_EVAL_PLUGINS")  # environment variables that would change what the harness does
 

@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llava_bidir.safety.lock import only_writer
-from llava_bidir.safety.writing import write_files
-
-from ..mllm import ADAPTER
-from ..results import ProbeRun, peak_layer
-from .knockout_cases import true_classes
+from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.run_lock import only_writer
+from probes.analyses.knockout.cases import true_classes
+from probes.models.frozen_mllm import ADAPTER
+from probes.results.probe_run import ProbeRun, peak_layer
 
 NEIGHBOURS = 10
 

@@ -9,9 +9,9 @@ Source: Zhou et al., IJCV 2019; names are the first ones of objectInfo150.txt, c
 
 from pathlib import Path
 
+from .base import SegmentationDataset, lookup
+from .file_layout import find_root
 from .folder import image_and_annotation_folders
-from .layout import find_root
-from .pairs import SegmentationDataset, lookup
 
 SIZES = {"training": 20210, "validation": 2000}
 CLASSES = [

@@ -12,8 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from .layout import files_by_name, find_root, paired
-from .pairs import IGNORE_INDEX, SegmentationDataset, lookup
+from .base import IGNORE_INDEX, SegmentationDataset, lookup
+from .file_layout import files_by_name, find_root, paired
 
 SPLITS = {"training": "train", "validation": "val"}
 SIZES = {"training": 2975, "validation": 500}

@@ -11,10 +11,10 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
+from .batches import CachedStates, Prepared, collate
 from .preflight import find_bad_files, report
-from .prepared import CachedStates, Prepared, collate
 from .registry import DATASETS, open_dataset
-from .sampler import TrainingBatches, validation_batches
+from .samplers import TrainingBatches, validation_batches
 
 
 class SegmentationData(LightningDataModule):

@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .layout import IMAGE_SUFFIXES, files_by_name, paired, read_text
-from .pairs import IGNORE_INDEX, SegmentationDataset, lookup
+from .base import IGNORE_INDEX, SegmentationDataset, lookup
+from .file_layout import IMAGE_SUFFIXES, files_by_name, paired, read_text
 
 
 class FolderDataset(SegmentationDataset):

@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .pairs import BadFile, SegmentationDataset
+from .base import BadFile, SegmentationDataset
 
 PAIRS_AT_ONCE = 16
 SHOWN = 3  # files of a kind that the error names

@@ -4,10 +4,10 @@ import inspect
 from typing import Any, Literal, get_args, get_origin
 
 from .ade20k import ADE20K
+from .ade20k_hf import ADE20KOnHub
+from .base import SegmentationDataset
 from .cityscapes import Cityscapes
 from .folder import FolderDataset
-from .hub import ADE20KOnHub
-from .pairs import SegmentationDataset
 from .voc2012 import VOC2012
 
 DATASETS: dict[str, type[SegmentationDataset]] = {

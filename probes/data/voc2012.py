@@ -12,8 +12,8 @@ ROOT is VOCdevkit/VOC2012, VOCdevkit or the folder that has it. 1,464 training i
 from pathlib import Path
 from typing import Literal
 
-from .layout import find_root, read_text
-from .pairs import IGNORE_INDEX, SegmentationDataset, lookup
+from .base import IGNORE_INDEX, SegmentationDataset, lookup
+from .file_layout import find_root, read_text
 
 SIZES = {"train": 1464, "trainaug": 10582, "val": 1449}
 CLASSES = [

@@ -6,9 +6,10 @@ from the same resamplings of its validation images, so that differences between 
 
 from typing import Any
 
-from ..analyses.knockout import read_cases
-from ..results import ProbeRun
-from ..statistics import interval
+from probes.analyses.knockout.run import read_cases
+from probes.evaluation.bootstrap import interval
+from probes.results.probe_run import ProbeRun
+
 from .effects import Estimate, as_json, drop_and_recovery, minus
 from .study import Study
 

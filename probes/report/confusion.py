@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from ..mllm import ADAPTER
-from ..results import ProbeRun
+from probes.models.frozen_mllm import ADAPTER
+from probes.results.probe_run import ProbeRun
 
 LEAST_SHARE = 1e-3  # labels with a smaller share of the pixels are left out: their rates are of a few images
 PAIRS = 30

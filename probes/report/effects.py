@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..metrics import Counts
-from ..mllm import ADAPTER, ENCODER
-from ..results import peak_layer
-from ..statistics import dataset_scores, interval, resampled_scores
+from probes.evaluation.bootstrap import dataset_scores, interval, resampled_scores
+from probes.evaluation.metrics import Counts
+from probes.models.frozen_mllm import ADAPTER, ENCODER
+from probes.results.probe_run import peak_layer
 
 Estimate = tuple[float, Tensor]  # a value and its resampled values f[R]
 

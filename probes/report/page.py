@@ -21,21 +21,21 @@ from typing import Any
 
 import matplotlib as mpl
 
-from llava_bidir.safety.lock import only_writer
-from llava_bidir.safety.writing import write_files
+from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.run_lock import only_writer
+from probes.report.figures.catalogue import pictures_of
+from probes.report.figures.probe_entries import overview_pictures
+from probes.report.figures.style import STYLE, Picture
+from probes.results.probe_run import ProbeRun
 
-from ..results import ProbeRun
 from . import tables
 from .claims import CONFUSED_SHARE, claims_of
 from .confusion import confusion_pairs
-from .figures.style import STYLE, Picture
-from .paired import paired
+from .mask_comparison import paired
 from .paper import PAPER
-from .pictures import pictures_of
-from .probe_pictures import overview_pictures
-from .recipes import over_seeds, scale_confound
-from .remarks import p_value, percent, points, remarks_of, span
+from .probe_sensitivity import over_seeds, scale_confound
 from .study import Rows, Study, answer_accuracy, overridden, studies_of, total_seconds
+from .summary_text import p_value, percent, points, remarks_of, span
 from .templates import render
 
 Sections = dict[str, list[tuple[Picture, str]]]  # by title: figures, each with its PNG

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..analyses.starvation import starvation
-from ..results import ProbeRun, read_tensors
+from probes.analyses.starvation.run import starvation
+from probes.results.probe_run import ProbeRun, read_tensors
 
 Rows = list[dict[str, Any]]  # of a table: by column
 

@@ -4,8 +4,9 @@ import csv
 import io
 from typing import Any
 
-from ..analyses.knockout import read_cases
-from ..statistics import interval
+from probes.analyses.knockout.run import read_cases
+from probes.evaluation.bootstrap import interval
+
 from .claims import confused_patches, knockout_effects
 from .paper import PAPER, departures, paper_encoder
 from .study import Rows, Study

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from .figures.style import Picture
+from probes.report.figures.style import Picture
 
 
 def write_events(pictures: Iterable[tuple[str, Picture]], folder: Path) -> None:

@@ -20,13 +20,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig
 
-from llava_bidir.build import build_processor
+from llava_bidir.data.batch_samplers import BatchSampler
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import SYSTEM
-from llava_bidir.data.instructions import Instructions
-from llava_bidir.data.sampler import BatchSampler
-from llava_bidir.demo.models import train_tokenizer
-from llava_bidir.encoders import Encoder
+from llava_bidir.data.instruction_dataset import Instructions
+from llava_bidir.model.build import build_processor
+from llava_bidir.model.encoders import Encoder
+from llava_bidir.toy_world.tiny_models import train_tokenizer
 
 PICTURES, PICTURE_PX, IMAGE_PX = 64, (640, 480), 336
 TEXT_ONLY = 0.06  # share of the 665K mix

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from sweep import CLASSES, SHAPES, Sweep
 
-from probes import loss as loss_module
 from probes import upsampled_cross_entropy
+from probes.ops import cross_entropy as loss_module
 
 EPOCHS, TRAINING, VALIDATION = 20, 20_210, 2_000  # App. A.2; ADE20K's images
 

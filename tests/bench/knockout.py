@@ -5,9 +5,9 @@ from contextlib import ExitStack
 
 import torch
 
-from llava_bidir.modeling import build_mask
+from llava_bidir.model.modeling_llava_bidir import build_mask
 from probes import Knockout
-from probes.mllm import FrozenMLLM
+from probes.models.frozen_mllm import FrozenMLLM
 
 IMAGES, BLOCKED, TEXT = 4, 20, 64
 CONDITIONS = 5  # nothing, the wrong class, the right class, and as many tokens at random as in each

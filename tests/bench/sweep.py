@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
 
 from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
-from probes.families import FAMILIES
-from probes.metrics import IGNORE_INDEX, count
-from probes.mllm import FrozenMLLM
-from probes.module import ProbeModule
+from probes.evaluation.metrics import IGNORE_INDEX, count
+from probes.models.families import FAMILIES
+from probes.models.frozen_mllm import FrozenMLLM
+from probes.training.module import ProbeModule
 
 PREFIX, CLASSES, VOCABULARY = 36, 150, 2048  # tokens before the image; ADE20K's classes; what little of an embedding
 

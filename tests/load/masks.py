@@ -9,7 +9,7 @@ import json
 import torch
 from memory import peak_mb
 
-from probes.metrics import count, patch_labels
+from probes.evaluation.metrics import count, patch_labels
 
 CLASSES, GRID = 4, (24, 24)
 

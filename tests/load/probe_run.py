@@ -14,22 +14,22 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
 import numpy as np
-import tiny
+import tiny_models
 import torch
 from lightning import Callback
 from memory import forget_peak, memory_mb, peak_mb
 from PIL import Image
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from llava_bidir.build import build_model, build_processor
-from llava_bidir.demo.models import train_tokenizer
-from llava_bidir.encoders import Encoder
-from llava_bidir.export import export_hf
+from llava_bidir.commands.export import export_hf
+from llava_bidir.model.build import build_model, build_processor
+from llava_bidir.model.encoders import Encoder
+from llava_bidir.toy_world.tiny_models import train_tokenizer
 from probes.cli import main as probes
-from probes.training import build_cli
+from probes.training.cli import build_cli
 
 TILES = 16  # a mask has as many by as many
 
@@ -37,11 +37,13 @@ TILES = 16  # a mask has as many by as many
 def write_checkpoint(folder: Path, layers: int) -> Path:
     """A narrow model with LLaVA-1.5's 24 x 24 tokens."""
     torch.manual_seed(0)
-    vision = tiny.vision_config()
+    vision = tiny_models.vision_config()
     vision.image_size, vision.patch_size = 336, 14
     CLIPVisionModel(vision).save_pretrained(folder / "encoder")
     tokenizer = train_tokenizer(["USER: name the sky and a wall of this road ASSISTANT:\n"] * 3, folder / "llm")
-    text = tiny.llama_config(len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    text = tiny_models.llama_config(
+        len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
     text.num_hidden_layers, text.max_position_embeddings = layers, 1024
     LlamaForCausalLM(text).save_pretrained(folder / "llm")
     encoder = Encoder("clip", str(folder / "encoder"), layer=-1)
@@ -52,7 +54,7 @@ def write_checkpoint(folder: Path, layers: int) -> Path:
 
 def write_masks(root: Path, images: int, classes: int, size: tuple[int, int]) -> Path:
     """`images` for training and as many for validation, as a folder dataset."""
-    tiny.write_segmentation(root, 0, 0)
+    tiny_models.write_segmentation(root, 0, 0)
     names = {"classes": [f"class {k}" for k in range(classes)], "ignore_index": 255}
     (root / "classes.json").write_text(json.dumps(names))
     rng = np.random.default_rng(0)

@@ -23,16 +23,16 @@ from memory import Watch, peak_mb
 from PIL import Image
 from transformers import CLIPVisionConfig
 
-from llava_bidir.build import build_processor
+from llava_bidir.commands.verify_data import Checks, verify
+from llava_bidir.data.batch_samplers import BatchSampler
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import SYSTEM
-from llava_bidir.data.images import ImageFolder
-from llava_bidir.data.instructions import Instructions, read_annotations
-from llava_bidir.data.loader import StepLoader
-from llava_bidir.data.sampler import BatchSampler
-from llava_bidir.demo.models import train_tokenizer
-from llava_bidir.encoders import Encoder
-from llava_bidir.verify import Checks, verify
+from llava_bidir.data.image_folder import ImageFolder
+from llava_bidir.data.instruction_dataset import Instructions, read_annotations
+from llava_bidir.data.token_weighted_loader import StepLoader
+from llava_bidir.model.build import build_processor
+from llava_bidir.model.encoders import Encoder
+from llava_bidir.toy_world.tiny_models import train_tokenizer
 
 PICTURES, PICTURE_PX, IMAGE_PX, IMAGE_TOKENS = 64, (32, 24), 28, 576
 TEXT_ONLY = 0.06  # share of the 665K mix

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 
-import tiny
+import tiny_models
 import torch
 from memory import peak_mb
 from probe_runs import write_run
@@ -29,7 +29,7 @@ RECIPES = {"slow": {"learning_rate": 1e-4}, "fast": {"learning_rate": 1e-2}, "no
 
 
 def write_study(root: Path, images: int, layers: int, classes: int) -> list[str]:
-    data = tiny.write_segmentation(root / "data", 1, 1)
+    data = tiny_models.write_segmentation(root / "data", 1, 1)
     names = {"classes": [f"class {k}" for k in range(classes)], "ignore_index": 255}
     (data / "classes.json").write_text(json.dumps(names))
     # down at the adapter, up again over the layers, the final norm as the last one

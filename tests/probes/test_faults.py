@@ -8,9 +8,9 @@ import signal
 import time
 from pathlib import Path
 
-import disks
-import faults
+import fault_server
 import pytest
+import small_disks
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ SHARES = {"fit": 0.3, "knockout": 0.2, "report": 0.15, "explore": 0.1, "starvati
 def importable():
     """The server finds tests and packages where this process does."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", f"{Path(__file__).parents[2]}:{Path(__file__).parents[1]}")
+        patch.setenv("PYTHONPATH", f"{Path(__file__).parents[2]}:{Path(__file__).parents[1]}/helpers")
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("NUMBA_DISABLE_JIT", "1")  # umap of a few patches: compiling would take ten seconds
         yield
@@ -59,7 +59,7 @@ class Study:
         }[step]
 
     def run(self, step: str, *fault, mask: str = "causal", kill_after_s: float | None = None) -> int:
-        return faults.process(self.command(step, mask), self.log, *fault, kill_after_s=kill_after_s)
+        return fault_server.process(self.command(step, mask), self.log, *fault, kill_after_s=kill_after_s)
 
     def files(self) -> dict[str, bytes]:
         """All results, byte by byte; left out are checkpoints, events, and config.yaml, which names its command."""
@@ -153,10 +153,10 @@ def test_full_disk_is_named_loses_nothing_and_is_gone_on_from(step, study, stage
     back_to(study, stages[following])
     expected, before = study.files(), None
     shutil.rmtree(study.out)
-    with disks.mounted(study.out, "size=16m"):
+    with small_disks.mounted(study.out, "size=16m"):
         shutil.copytree(stages[step], study.out, dirs_exist_ok=True)
         before = study.files()
-        filler = disks.fill(study.out, left=24_000 if step == "fit" else 4096)
+        filler = small_disks.fill(study.out, left=24_000 if step == "fit" else 4096)
         study.log.write_text("")
         assert study.run(step) == 1
         said = study.log.read_text()
@@ -194,7 +194,7 @@ def test_run_begun_anew_and_killed_is_not_taken_for_the_finished_one_of_before(s
     last = study.out / "causal/checkpoints/last.ckpt"
     written = last.stat().st_mtime_ns
     for at in range(4, 200, 4):  # until it has saved a checkpoint of its own
-        assert faults.process(anew, study.log, study.out, at) == -signal.SIGKILL
+        assert fault_server.process(anew, study.log, study.out, at) == -signal.SIGKILL
         newest = max(path.stat().st_mtime_ns for path in last.parent.glob("*.ckpt"))
         if newest > written:
             break

@@ -7,7 +7,7 @@ from conftest import SHARED
 from PIL import Image
 
 from probes.cli import main
-from probes.results import ProbeRun
+from probes.results.probe_run import ProbeRun
 
 CAMVID = SHARED / "camvid"
 

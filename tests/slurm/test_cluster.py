@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 import torch
 from safetensors.torch import load_file
 
@@ -25,9 +25,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures
 def settings(tmp_path_factory) -> dict[str, str]:
     """What slurm/env.sh says, for toy models on this machine; every encoder is the same tiny one."""
     folder = tmp_path_factory.mktemp("toy")
-    encoder, llm = tiny.write_parts(folder)
-    tiny.write_conversations(folder, count=96, text_only=16)
-    tiny.write_segmentation(folder / "segmentation")
+    encoder, llm = tiny_models.write_parts(folder)
+    tiny_models.write_conversations(folder, count=96, text_only=16)
+    tiny_models.write_segmentation(folder / "segmentation")
     for name in ("clip", "dinov2", "siglip"):
         entry = {"name": "clip", "path": encoder.path, "layer": encoder.layer}
         (folder / f"{name}.yaml").write_text(json.dumps({"model": {"encoder": entry}}))

@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from ...mllm import FINAL_NORM
-from ...results import ProbeRun
+from probes.models.frozen_mllm import FINAL_NORM
+from probes.results.probe_run import ProbeRun
+
 from .style import Drawn, label_sites, new_axes
 
 

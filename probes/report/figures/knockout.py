@@ -4,10 +4,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ...analyses.knockout import read_cases
-from ...results import ProbeRun
-from ...statistics import interval
-from ..study import Rows
+from probes.analyses.knockout.run import read_cases
+from probes.evaluation.bootstrap import interval
+from probes.report.study import Rows
+from probes.results.probe_run import ProbeRun
+
 from .style import Drawn, new_axes
 
 CONDITION_STYLES = {

@@ -6,10 +6,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ...mllm import ADAPTER, ENCODER
-from ...palette import coloured
-from ...results import ProbeRun, peak_layer
-from ..study import optional_tensors
+from probes.data.palette import coloured
+from probes.models.frozen_mllm import ADAPTER, ENCODER
+from probes.report.study import optional_tensors
+from probes.results.probe_run import ProbeRun, peak_layer
+
 from .style import Drawn, new_axes
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ...mllm import ADAPTER, ENCODER
-from ..study import Rows
+from probes.models.frozen_mllm import ADAPTER, ENCODER
+from probes.report.study import Rows
 
 MASK_COLOURS = {"causal": "#0072B2", "bidirectional": "#D55E00"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8C6D1F")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_bidir.build import build_processor
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX
+from llava_bidir.model.build import build_processor
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, SYSTEM, encode
-from llava_bidir.data.instructions import Instructions
-from llava_bidir.encoders import Encoder
+from llava_bidir.data.instruction_dataset import Instructions
+from llava_bidir.model.encoders import Encoder
 
 IMAGE_ID, T = 32000, 3
 SYSTEM_IDS = [319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444, 29892]

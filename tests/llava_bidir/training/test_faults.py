@@ -14,14 +14,14 @@ from pathlib import Path
 
 import datasets
 import pytest
-import tiny
+import tiny_models
 import torch
 from processes import fork, kill_after, wait
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from llava_bidir import cli
-from llava_bidir.safety.checkpoints import WholeCheckpointIO, newest_whole
-from llava_bidir.safety.writing import PARTIAL
+from llava_bidir.common.atomic_io import PARTIAL
+from llava_bidir.common.checkpoint_io import WholeCheckpointIO, newest_whole
 
 FAULTS = int(os.environ.get("FAULTS", 4))
 CLOCK = ("samples_per_s", "tokens_per_s", "tflops_per_s_and_device", "step_s", "data_share")  # what time decides
@@ -41,7 +41,7 @@ def train(parts, conversations):
         datasets.config.HF_DATASETS_CACHE = out / "cache"  # so that reading the conversations is cut short, too
         cli.main(
             [
-                *("fit", *tiny.training_arguments(parts, conversations), "--data.micro_batch_size", "2"),
+                *("fit", *tiny_models.training_arguments(parts, conversations), "--data.micro_batch_size", "2"),
                 *("--trainer.max_epochs", "10", "--trainer.check_val_every_n_epoch", "4"),
                 *("--trainer.log_every_n_steps", "1", "--trainer.callbacks+=ModelCheckpoint"),
                 *("--trainer.callbacks.save_last=true", "--trainer.callbacks.every_n_train_steps=1"),
@@ -117,7 +117,7 @@ def test_a_run_killed_behind_its_last_step_is_validated_and_exported(
             if killed:
                 name = {"validation": "training.module.LlavaTraining.answer", "export": "export._compare"}[moment]
                 monkeypatch.setattr("llava_bidir." + name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-            arguments = tiny.training_arguments(parts, conversations)
+            arguments = tiny_models.training_arguments(parts, conversations)
             more = ("--trainer.log_every_n_steps", "1", "--out", str(out), "--ckpt_path", "last")
             cli.main(["fit", *arguments, *more])
 

@@ -4,13 +4,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ddp_gradients
 import pytest
-import step_gradients
 import torch
 import torch.nn.functional as F
-from step_gradients import GLOBAL_BATCH, fit_one_step
+from ddp_gradients import GLOBAL_BATCH, fit_one_step
 
-from llava_bidir.data.loader import StepLoader
+from llava_bidir.data.token_weighted_loader import StepLoader
 
 
 def assert_same_gradients(ours: dict, expected: dict) -> None:
@@ -69,7 +69,7 @@ def test_the_two_differ_where_micro_batches_do(parts, conversations):
 def test_two_processes_have_the_gradients_of_one(loss_average, micro, parts, conversations, tmp_path):
     """Also for `llava`: two processes of two micro-batches each are four micro-batches of one process."""
     encoder, llm = parts
-    script, out = Path(step_gradients.__file__), tmp_path / "gradients.pt"
+    script, out = Path(ddp_gradients.__file__), tmp_path / "gradients.pt"
     arguments = [encoder.path, llm, str(conversations), loss_average, str(micro), "2", str(out)]
     run = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -4,14 +4,14 @@ import json
 from types import SimpleNamespace
 
 import pytest
-import tiny
+import tiny_models
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from llava_bidir.build import build_processor
 from llava_bidir.data.datamodule import InstructionData
-from llava_bidir.lora import Lora
+from llava_bidir.model.build import build_processor
+from llava_bidir.model.lora import Lora
 from llava_bidir.training.module import LlavaTraining
 
 
@@ -26,7 +26,7 @@ def data(folder, parts, **kwargs) -> InstructionData:
         str(folder / "data.json"),
         str(folder),
         processor=build_processor(*parts),
-        image_tokens=tiny.TOKENS,
+        image_tokens=tiny_models.TOKENS,
         **(settings | kwargs),
     )
 
@@ -91,7 +91,7 @@ def test_loss_equals_that_of_transformers(parts, conversations):
 def loader(folder, parts, **kwargs):
     from torch.utils.data import DataLoader
 
-    from llava_bidir.data.instructions import Instructions
+    from llava_bidir.data.instruction_dataset import Instructions
 
     source = data(folder, parts, **kwargs)
     return DataLoader(Instructions(folder / "data.json", folder), 6, collate_fn=source.collate)

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-import tiny
+import tiny_models
 
 import llava_bidir.cli
 
@@ -13,7 +13,7 @@ import llava_bidir.cli
 def stopped(parts, conversations, tmp_path_factory):
     """Arguments of a run that was stopped after one of two epochs, and its checkpoint."""
     out = tmp_path_factory.mktemp("stopped")
-    arguments = ["fit", *tiny.training_arguments(parts, conversations), "--out", str(out)]
+    arguments = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(out)]
     llava_bidir.cli.main([*arguments, "--trainer.max_epochs", "1"])
     (out / "hf").rename(out / "first")  # a finished run would be left alone
     (checkpoint,) = (out / "checkpoints").iterdir()
@@ -57,7 +57,7 @@ def test_finished_run_is_not_taken_for_one_with_other_settings(stopped):
 
 def test_run_begun_anew_and_killed_is_not_taken_for_the_finished_one(parts, conversations, tmp_path, monkeypatch):
     """A checkpoint that is newer than the exported model is of a run that is not finished."""
-    arguments = ["fit", *tiny.training_arguments(parts, conversations), "--out", str(tmp_path)]
+    arguments = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path)]
     llava_bidir.cli.main([*arguments, "--trainer.max_epochs", "1"])
     first = json.loads((tmp_path / "hf/training.json").read_text())
     with monkeypatch.context() as patch:

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
+import tiny_models
 
-from llava_bidir.data.instructions import Instructions
-from llava_bidir.data.sampler import BatchSampler
+from llava_bidir.data.batch_samplers import BatchSampler
+from llava_bidir.data.instruction_dataset import Instructions
 
 ROOT = Path(__file__).parents[3]
 
@@ -34,7 +34,7 @@ main()
 @pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_run_and_loses_no_checkpoint(parts, conversations, tmp_path):
     save = "--trainer.callbacks+=ModelCheckpoint --trainer.callbacks.every_n_train_steps=1"
-    argv = ["fit", *tiny.training_arguments(parts, conversations), "--data.num_workers", "1", *save.split()]
+    argv = ["fit", *tiny_models.training_arguments(parts, conversations), "--data.num_workers", "1", *save.split()]
     argv += ["--data.group_by_length", "false", "--data.batch_size", "1", "--data.micro_batch_size", "1"]
     argv += ["--out", str(tmp_path), "--ckpt_path", "last"]
 

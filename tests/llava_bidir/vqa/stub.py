@@ -16,8 +16,8 @@ from importlib import metadata
 
 import lmms_eval.evaluator
 
-import llava_bidir.vqa.files as files
-import llava_bidir.vqa.model as model
+import llava_bidir.vqa.lmms_model as model
+import llava_bidir.vqa.result_files as files
 
 answer, simple_evaluate, version = model.answer, lmms_eval.evaluator.simple_evaluate, metadata.version
 calls = []

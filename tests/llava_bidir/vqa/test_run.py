@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import benchmarks
+import lmms_datasets
 import pytest
 import torch
 from datasets import load_dataset
@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_bidir import cli
-from llava_bidir.generate import answer
+from llava_bidir.commands.generate import answer
 from llava_bidir.vqa.benchmarks import TABLE1
 
 ROOT = Path(__file__).parents[3]
@@ -27,7 +27,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, conversations) -> Path:
     """The nine, six records each, and five of the toy's."""
-    folder = benchmarks.write(tmp_path_factory.mktemp("data"))
+    folder = lmms_datasets.write(tmp_path_factory.mktemp("data"))
     shutil.copytree(conversations / "pictures", folder / "pictures")
     records = json.loads((conversations / "data.json").read_text())[:5]
     (folder / "questions.json").write_text(json.dumps(records))
@@ -117,7 +117,7 @@ def test_answers_are_those_of_generate(runs, checkpoints, data):
         "vizwiz": ("VizWiz-VQA", "default", 128),
     }
     for name, (folder, config, longest) in sources.items():
-        (split,) = load_dataset(str(data / benchmarks.ORGANISATION / folder), config).values()
+        (split,) = load_dataset(str(data / lmms_datasets.ORGANISATION / folder), config).values()
         for item in items(runs / "bidirectional", name):
             record = split[item["item"] // 2 if name == "gqa" else item["item"]]
             shown = [
@@ -197,15 +197,15 @@ def test_harness_that_ends_well_without_results_is_an_error(checkpoints, data, t
 def test_missing_and_cut_images_end_the_run_by_name(checkpoints, data, tmp_path):
     pictures = tmp_path / "data"
     shutil.copytree(data, pictures)
-    gqa = pictures / benchmarks.ORGANISATION / "GQA"
+    gqa = pictures / lmms_datasets.ORGANISATION / "GQA"
     shutil.rmtree(gqa)
     for name in ("GQA", "GQA:images"):
-        config, split, features, records = benchmarks.DATASETS[name]
+        config, split, features, records = lmms_datasets.DATASETS[name]
         found = list(records(6))
-        benchmarks.write_one(gqa, config, split, features, found[:-1] if name == "GQA:images" else found)
+        lmms_datasets.write_one(gqa, config, split, features, found[:-1] if name == "GQA:images" else found)
     with pytest.raises(SystemExit, match="gqa: KeyError: 'n2'"):
         vqa(checkpoints["causal"], tmp_path / "out", pictures, "--tasks", "gqa")
-    whole = benchmarks.picture(0).resize((64, 64))
+    whole = lmms_datasets.picture(0).resize((64, 64))
     whole.save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-2000])
     turns = [{"from": "human", "value": "<image>\nsky"}, {"from": "gpt", "value": "wall"}]
@@ -250,7 +250,7 @@ def test_two_processes_answer_every_item_once_and_alike(runs, checkpoints, data,
 
 def test_toy_questions_are_scored_as_the_demo_does(checkpoints, conversations, tmp_path):
     """Half the answers are what the model says, so that half of them are right; stock llava says the same."""
-    from llava_bidir.export import as_llava, export_hf
+    from llava_bidir.commands.export import as_llava, export_hf
 
     model = AutoModelForImageTextToText.from_pretrained(checkpoints["causal"]).eval()
     processor = AutoProcessor.from_pretrained(checkpoints["causal"])

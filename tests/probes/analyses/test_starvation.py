@@ -4,24 +4,26 @@ import json
 
 import numpy as np
 import pytest
-import tiny
+import tiny_models
 import torch
 
-from probes.analyses import starvation_flip
-from probes.analyses.patch_accuracy import PatchCounts, accuracies, gap_of
-from probes.analyses.starvation import starvation
-from probes.analyses.starvation_classes import standardised
-from probes.analyses.starvation_flip import FLIPS, Turned, flip_facts, score_patches, turned_patches
+from probes.analyses.starvation import flipped
+from probes.analyses.starvation.by_class import standardised
+from probes.analyses.starvation.flipped import FLIPS, Turned, flip_facts, score_patches, turned_patches
+from probes.analyses.starvation.patch_accuracy import PatchCounts, accuracies, gap_of
+from probes.analyses.starvation.run import starvation
 from probes.cli import main
-from probes.results import ProbeRun
-from probes.statistics import bootstrap_weights
+from probes.evaluation.bootstrap import bootstrap_weights
+from probes.results.probe_run import ProbeRun
 
 N, T, K = 80, 16, 3
 
 
 @pytest.fixture(scope="module")
 def runs(checkpoints, tmp_path_factory) -> dict[str, ProbeRun]:
-    root = tiny.write_segmentation(tmp_path_factory.mktemp("data"), training=4, validation=9, size=(23, 30), seed=5)
+    root = tiny_models.write_segmentation(
+        tmp_path_factory.mktemp("data"), training=4, validation=9, size=(23, 30), seed=5
+    )
     found = {}
     for mask in ("causal", "bidirectional"):
         out = tmp_path_factory.mktemp(mask)
@@ -74,9 +76,7 @@ def test_flip_tells_position_from_content(runs, monkeypatch, flip, follows):
     moved = torch.zeros_like(early)
     moved[goes_to] = early
     now = pair_of({"position": early, "content": moved, "undecided": torch.zeros_like(early)}[follows], seed=1)
-    monkeypatch.setattr(
-        starvation_flip, "score_patches", lambda run, site, dataset: now[run.metrics["image_attention"]]
-    )
+    monkeypatch.setattr(flipped, "score_patches", lambda run, site, dataset: now[run.metrics["image_attention"]])
     for run in runs.values():
         monkeypatch.setitem(run.metrics, "grid", [4, 4])
     facts = flip_facts(runs, "layer_02", flip, pair_of(early), bootstrap_weights(N, 500).double())

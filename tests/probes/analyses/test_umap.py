@@ -4,16 +4,16 @@ import json
 
 import numpy as np
 import pytest
-import tiny
+import tiny_models
 
 from probes.analyses.umap import umap_of_images
 from probes.cli import main
-from probes.results import ProbeRun
+from probes.results.probe_run import ProbeRun
 
 
 @pytest.fixture(scope="module")
 def run(checkpoints, tmp_path_factory) -> ProbeRun:
-    root, out = tiny.write_segmentation(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("run")
+    root, out = tiny_models.write_segmentation(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("run")
     main(
         ["fit", "-c", "configs/demo/probes.yaml", "--out", str(out), "--trainer.max_epochs", "1"]
         + ["--model.mllm", str(checkpoints["causal"]), "--data.root", str(root)]
@@ -48,7 +48,7 @@ def test_several_images_and_sites(run, tmp_path, capsys):
     config = (tmp_path / "b/projector/projector_config.pbtxt").read_text()
     assert config.count("embeddings {") == 4, "two images at two sites, once each"
     tables = sorted((tmp_path / "b/projector").rglob("metadata.tsv"))
-    assert set(tables[0].read_text().split()) <= {*tiny.CLASSES, "unlabelled"}
+    assert set(tables[0].read_text().split()) <= {*tiny_models.CLASSES, "unlabelled"}
     assert "knn_purity" in capsys.readouterr().out
 
 

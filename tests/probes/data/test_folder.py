@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
+import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,7 +19,7 @@ from probes.data.registry import open_dataset
 
 @pytest.fixture
 def root(tmp_path):
-    return tiny.write_segmentation(tmp_path)
+    return tiny_models.write_segmentation(tmp_path)
 
 
 def mask_path(root, split="validation"):
@@ -42,7 +42,7 @@ def save(root, array, mode=None):
 def test_image_and_mask_come_back_as_written(root):
     data = FolderDataset(root, "validation")
     sample = data[0]
-    assert len(data) == 5 and sample["name"] == "000" and data.classes == tiny.CLASSES
+    assert len(data) == 5 and sample["name"] == "000" and data.classes == tiny_models.CLASSES
     assert sample["image"].mode == "RGB" and sample["target"].dtype == np.uint8
     assert (sample["target"] == np.asarray(Image.open(mask_path(root)))).all()
     assert (sample["target"][0, :2] == 255).all()

@@ -1,9 +1,9 @@
 """Every file is looked at before a model is loaded."""
 
-import layouts
+import dataset_layouts
 import numpy as np
 import pytest
-import tiny
+import tiny_models
 from PIL import Image
 
 from probes.cli import main
@@ -21,7 +21,7 @@ MESS = {  # file of annotations/training: what it becomes
 
 @pytest.fixture
 def broken(tmp_path):
-    root = tiny.write_segmentation(tmp_path / "data")
+    root = tiny_models.write_segmentation(tmp_path / "data")
     for name, array in MESS.items():
         Image.fromarray(array).save(root / "annotations/training" / name)
     (root / "images/validation/004.png").write_bytes(b"no picture")
@@ -60,7 +60,7 @@ def test_verify_data_finds_the_same_without_a_model(broken, segmentation, capsys
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_file_that_breaks_after_training_is_named_when_the_run_is_tested(workers, checkpoints, tmp_path):
-    root = tiny.write_segmentation(tmp_path / "data")
+    root = tiny_models.write_segmentation(tmp_path / "data")
     config = ["-c", "configs/demo/probes.yaml", "--out", str(tmp_path / "run"), "--data.root", str(root)]
     config += ["--data.num_workers", workers, "--model.mllm", str(checkpoints["causal"])]
     config += ["--model.sites", "[adapter]", "--data.cache", "false"]
@@ -72,7 +72,7 @@ def test_file_that_breaks_after_training_is_named_when_the_run_is_tested(workers
 
 
 def test_workers_find_what_one_process_finds(tmp_path):
-    root = tiny.write_segmentation(tmp_path, training=80)
+    root = tiny_models.write_segmentation(tmp_path, training=80)
     for i in (3, 40, 79):
         Image.fromarray(np.full((24, 20), 100 + i, np.uint8)).save(root / f"annotations/training/{i:03d}.png")
     dataset = open_dataset("folder", str(root), "training")
@@ -82,7 +82,7 @@ def test_workers_find_what_one_process_finds(tmp_path):
 
 
 def test_official_split_that_is_not_whole_is_warned_of(tmp_path):
-    data = SegmentationData(str(layouts.write_ade20k(tmp_path)), "ade20k")
+    data = SegmentationData(str(dataset_layouts.write_ade20k(tmp_path)), "ade20k")
     with pytest.warns(UserWarning, match="3 training images, where 20,210 were published") as warned:
         assert data.bad_files(0, progress=False) == []
     assert any("2 validation images, where 2,000" in str(warning.message) for warning in warned)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from probes.data.pairs import SegmentationDataset, lookup
+from probes.data.base import SegmentationDataset, lookup
 from probes.data.registry import DATASETS, open_dataset
 
 

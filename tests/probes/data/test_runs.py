@@ -2,21 +2,21 @@
 
 import json
 
-import layouts
+import dataset_layouts
 import numpy as np
 import pytest
 import torch
 
 import probes
 from probes.cli import main
-from probes.data.prepared import CachedStates, Prepared
+from probes.data.batches import CachedStates, Prepared
 from probes.data.registry import open_dataset
-from probes.data.sampler import NOTHING
-from probes.results import ProbeRun
+from probes.data.samplers import NOTHING
+from probes.results.probe_run import ProbeRun
 
 
 def test_run_on_an_official_layout_is_read_back_with_its_options(checkpoints, tmp_path):
-    root = layouts.write_voc2012(tmp_path / "VOCdevkit/VOC2012")
+    root = dataset_layouts.write_voc2012(tmp_path / "VOCdevkit/VOC2012")
     config = ["-c", "configs/probes/voc2012.yaml", "--data.root", str(root.parent), "--model.mllm"]
     more = ["--trainer.max_epochs", "1", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
     more += ["--data.options.background", "class", "--model.sites", "[adapter]", "--out", str(tmp_path / "run")]

@@ -10,13 +10,13 @@ from dataclasses import fields, replace
 
 import numpy as np
 import pytest
-import tiny
+import tiny_models
 import torch
 
-from probes.analyses.explorer import Explored, Reading, explore
+from probes.analyses.logit_lens import Explored, Reading, explore
 from probes.cli import main
-from probes.report.explorer import labels, page_data, write_page
-from probes.results import ProbeRun
+from probes.report.explorer.page import labels, page_data, write_page
+from probes.results.probe_run import ProbeRun
 
 IMAGES = [0, 2, 4]
 HOSTILE = "</script><script>window.hacked=1</script>"
@@ -27,7 +27,7 @@ NAME = "<img src=x onerror=window.hacked=1>"
 @pytest.fixture(scope="module")
 def runs(checkpoints, tmp_path_factory) -> list[ProbeRun]:
     """A causal and a bidirectional run on images with hostile names."""
-    root = tiny.write_segmentation(tmp_path_factory.mktemp("data"), training=4, validation=5, seed=5)
+    root = tiny_models.write_segmentation(tmp_path_factory.mktemp("data"), training=4, validation=5, seed=5)
     (root / "classes.json").write_text(json.dumps({"classes": CLASSES, "ignore_index": 255}))
     for kind in ("images", "annotations"):
         (root / kind / "validation/002.png").rename(root / kind / "validation" / f"002{NAME}.png")

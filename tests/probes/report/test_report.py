@@ -8,15 +8,15 @@ import shutil
 import numpy as np
 import pytest
 import reference
-import tiny
+import tiny_models
 import torch
 from PIL import Image
 
-from probes.analyses.starvation import starvation
+from probes.analyses.starvation.run import starvation
 from probes.cli import main
 from probes.report.claims import CLAIMS, claims_of
 from probes.report.study import studies_of, total_seconds
-from probes.results import ProbeRun
+from probes.results.probe_run import ProbeRun
 
 MASKS = ("causal", "bidirectional")
 
@@ -136,7 +136,7 @@ def test_runs_that_do_not_belong_together_are_refused(runs, checkpoints, tmp_pat
         studies_of([runs[1]])
     with pytest.raises(ValueError, match="holds no metrics.json: not a finished probe run"):
         studies_of([str(tmp_path)])
-    other = tiny.write_segmentation(tmp_path / "data", validation=4)
+    other = tiny_models.write_segmentation(tmp_path / "data", validation=4)
     main(
         ["fit", "-c", "configs/demo/probes.yaml", "--out", str(tmp_path / "run"), "--trainer.max_epochs", "1"]
         + ["--model.mllm", str(checkpoints["bidirectional"]), "--data.root", str(other)]

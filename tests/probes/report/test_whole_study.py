@@ -7,29 +7,29 @@ from html import unescape
 
 import numpy as np
 import pytest
-import tiny
+import tiny_models
 import torch
 from probe_runs import write_run
 
 from probes.cli import main
-from probes.metrics import Counts
+from probes.evaluation.bootstrap import dataset_scores, interval
+from probes.evaluation.metrics import Counts
 from probes.report.confusion import confusion_pairs, half_gone
-from probes.report.figures.budget import probe_budget
+from probes.report.figures.training_budget import probe_budget
+from probes.report.mask_comparison import paired
 from probes.report.page import results
-from probes.report.paired import paired
 from probes.report.paper import PAPER, departures, paper_encoder
-from probes.report.recipes import over_seeds, scale_confound, verdict
-from probes.report.remarks import remarks_of
+from probes.report.probe_sensitivity import over_seeds, scale_confound, verdict
 from probes.report.study import studies_of
-from probes.results import ProbeRun
-from probes.statistics import dataset_scores, interval
+from probes.report.summary_text import remarks_of
+from probes.results.probe_run import ProbeRun
 
 CURVE = [0.6, 0.5, 0.55, 0.62, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    return tiny.write_segmentation(tmp_path_factory.mktemp("data"), 1, 1)
+    return tiny_models.write_segmentation(tmp_path_factory.mktemp("data"), 1, 1)
 
 
 @pytest.fixture(scope="module")

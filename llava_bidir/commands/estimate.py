@@ -1,0 +1,123 @@
+"""`llava-bidir size`: parameters, FLOPs and memory of a training config, without weights and without a GPU.
+
+Parameters and FLOPs are counted on the model itself, built on the meta device. Memory is an estimate.
+"""
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+from llava_bidir.model.build import build_config, set_trainable, widened
+from llava_bidir.model.lora import add_lora
+from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
+from llava_bidir.training.cli import TrainingCLI, build_data_cli
+from llava_bidir.training.module import LlavaTraining
+from llava_bidir.training.throughput import step_flops
+
+# Bytes that a token leaves in a layer until its backward pass, over the layer's width. Source: Korthikanti et al. 2022
+# (arXiv 2205.05198, Eq. 1): 34 s b h, without the attention matrix, which fused kernels never write.
+ACTIVATION_BYTES = 34
+
+
+def build_empty(module: LlavaTraining) -> LlavaBidirForConditionalGeneration:
+    """The model that `module` will train, on the meta device: shapes without numbers."""
+    args, tokenizer = module.hparams, module.processor.tokenizer
+    config = build_config(
+        module.encoder,
+        args.llm,
+        module.processor.image_token_id,
+        args.image_attention,
+        args.image_aspect,
+        args.adapter_gain,
+    )
+    config.text_config.vocab_size = widened(config.text_config.vocab_size, len(tokenizer))
+    with torch.device("meta"):
+        model = LlavaBidirForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    if module.lora:
+        add_lora(model, module.lora)
+    set_trainable(model, args.train)
+    return model
+
+
+def sizes(cli: TrainingCLI, devices: int, length: int) -> dict[str, Any]:
+    """What a run costs.
+
+    Args:
+        cli: Model and data of the config.
+        devices: Number of GPUs.
+        length: Tokens of a sample, image tokens included, to count FLOPs and memory for.
+
+    Returns:
+        {"parameters": {part: count}, "trains": count, "step_flops": FLOPs of an optimizer step over all devices,
+        "memory_gb": {"zero2": ..., "zero3": ...} of each device}
+    """
+    model, batch = build_empty(cli.model), cli.datamodule.batch_size
+    parts = {
+        "encoder": model.model.vision_tower,
+        "adapter": model.model.multi_modal_projector,
+        "llm": model.model.language_model,
+        "lm_head": model.lm_head,
+    }
+    parameters = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+    trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    predictions = length - model.config.image_seq_length
+    if predictions < 1:
+        raise ValueError(f"--length {length} leaves no text behind {model.config.image_seq_length} image tokens")
+    working = _activations(model, cli.datamodule.micro_batch_size, length, cli.model.hparams.gradient_checkpointing)
+    total = sum(parameters.values())
+    states = (2 + 12) * trains / devices  # bf16 gradients, and fp32 weights with AdamW's two moments
+    return {
+        "encoder": cli.model.encoder.name,
+        "image_attention": model.config.image_attention,
+        "parameters": parameters,
+        "total": total,
+        "trains": trains,
+        "length": length,
+        "batch_size": batch,
+        "devices": devices,
+        "step_flops": step_flops(model).step([length] * batch, predictions * batch, batch),
+        "memory_gb": {
+            "zero2": (2 * total + states + working) / 1e9,
+            "zero3": (2 * total / devices + states + working) / 1e9,
+        },
+    }
+
+
+def _activations(model: LlavaBidirForConditionalGeneration, samples: int, length: int, checkpointing: bool) -> float:
+    """Bytes of a micro-batch: each layer's input and one layer's inside where the others are recomputed, and the logits
+    in bf16 and fp32 with their gradient."""
+    text = model.config.text_config
+    tokens, layers = samples * length, text.num_hidden_layers
+    inside = ACTIVATION_BYTES * tokens * text.hidden_size
+    logits = 10 * samples * (length - model.config.image_seq_length) * text.vocab_size
+    return logits + (2 * layers * tokens * text.hidden_size + inside if checkpointing else layers * inside)
+
+
+def readable(facts: dict[str, Any]) -> str:
+    parts = "   ".join(f"{name} {count:,}" for name, count in facts["parameters"].items())
+    memory = "   ".join(f"{name} {gb:.0f} GB" for name, gb in facts["memory_gb"].items())
+    return (
+        f"{facts['encoder']}, {facts['image_attention']}\n"
+        f"  parameters   {parts}\n"
+        f"               {facts['total']:,} in all, of which {facts['trains']:,} train\n"
+        f"  step         {facts['batch_size']} samples of {facts['length']} tokens: "
+        f"{facts['step_flops'] / 1e15:.2f} PFLOP, forward and backward\n"
+        f"  memory       {memory}, on each of {facts['devices']} devices (estimate)"
+    )
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="llava-bidir size",
+        description="Parameters, FLOPs and memory of a training config, without weights. All other options are those "
+        "of `llava-bidir fit` (-c CONFIG ..., --model.image_attention ...).",
+    )
+    parser.add_argument("--devices", type=int, default=8, metavar="N", help="GPUs (8)")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens of a sample (data.max_length)")
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    args, config = parser.parse_known_args(argv[1:])
+    cli = build_data_cli(config)
+    facts = sizes(cli, args.devices, args.length or cli.datamodule.collate.max_length)
+    print(json.dumps(facts) if args.json else readable(facts))

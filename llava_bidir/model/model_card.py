@@ -1,0 +1,63 @@
+"""The README.md of an exported model: what it is, how to load it, how it was made."""
+
+import transformers
+from transformers import LlavaConfig
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags: [llava, {attention}-image-attention]
+---
+
+# LLaVA-1.5 with {attention} attention among image tokens
+
+{encoder} encoder ({tokens} image tokens), two-layer MLP adapter, {llm} of {layers} layers.
+{mask}
+
+## Loading
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(DIR{remote})
+processor = AutoProcessor.from_pretrained(DIR)
+```
+
+Images are {aspect}. Attention backends: sdpa, eager or flex_attention{flash}.
+
+## How it was made
+
+{recipe}
+
+Written by llava-bidir {version} with transformers {transformers}.
+"""
+
+MASKS = {
+    "causal": "Image tokens attend causally, as in LLaVA-1.5.",
+    "bidirectional": "Image tokens attend to each other in both directions (arXiv 2603.17228, Eq. 2); text is causal.",
+    "prefix": "Everything up to the last image token attends in both directions; the text behind it is causal.",
+}
+ASPECTS = {"pad": "padded to a square with the mean colour", "crop": "cropped to the centre square"}
+
+
+def model_card(config: LlavaConfig, facts: dict) -> str:
+    """Markdown for an exported model; `facts` are those of its training run, listed as they are."""
+    from llava_bidir import __version__
+
+    attention = getattr(config, "image_attention", "causal")
+    stock = config.model_type == "llava"
+    return CARD.format(
+        attention=attention,
+        encoder=config.vision_config.model_type,
+        tokens=config.image_seq_length,
+        llm=config.text_config.model_type,
+        layers=config.text_config.num_hidden_layers,
+        mask=MASKS.get(attention, f"Image attention: {attention}."),
+        remote="" if stock else ", trust_remote_code=True",
+        aspect=ASPECTS[getattr(config, "image_aspect", "pad")],
+        flash="" if stock else "; flash attention would drop the mask and is refused",
+        recipe="\n".join(f"- {name}: {value}" for name, value in facts.items()) or "Not recorded.",
+        version=__version__,
+        transformers=transformers.__version__,
+    )

@@ -1,0 +1,153 @@
+"""Tiny stand-ins for CLIP and Vicuna, trained on the toy world: an encoder on its images, an LLM on its text.
+
+Neither is told apart what looks alike: the encoder's words merge each pair of look-alikes, and the LLM meets pictures
+only as words, some of them misread.
+
+Shapes: B batch, T patches, K nouns, d width.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, pre_tokenizers, trainers
+from tokenizers import models as tokenizer_models
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from llava_bidir.data.collate import pad
+from llava_bidir.data.conversation import SYSTEM, encode
+
+from .canvas import CLASSES, PAIR_OF, SIZE_PX
+from .dialogues import GRID
+
+
+def train_encoder(images: np.ndarray, masks: np.ndarray, out: Path, *, steps: int, seed: int) -> None:
+    """A two-layer CLIP tower that denoises patches and guesses each noun's share of the picture, written to `out`.
+
+    The shares are the stand-in for CLIP's captions: an image-level hint in words, where look-alikes are one word.
+
+    Args:
+        images: uint8[n, H, W, 3]. masks: uint8[n, H, W].
+    """
+    torch.manual_seed(seed)
+    patch_px, width = SIZE_PX // GRID, 64
+    config = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=SIZE_PX,
+        patch_size=patch_px,
+        projection_dim=width,
+    )
+    encoder = CLIPVisionModel(config)
+    to_pixels, to_nouns = nn.Linear(width, 3 * patch_px**2), nn.Linear(width, len(CLASSES))
+    pixels, shares = _normalised(images), _noun_shares(masks)
+
+    def loss() -> Tensor:
+        index = torch.randint(len(pixels), (32,))
+        x = pixels[index]
+        h = encoder(x + 0.2 * torch.randn_like(x)).last_hidden_state[:, 1:]
+        denoised = F.mse_loss(to_pixels(h), F.unfold(x, patch_px, stride=patch_px).transpose(1, 2))
+        guessed = to_nouns(h).softmax(-1).mean(1).clamp_min(1e-6)
+        return denoised - 2.0 * (shares[index] * guessed.log()).sum(-1).mean()
+
+    parameters = [*encoder.parameters(), *to_pixels.parameters(), *to_nouns.parameters()]
+    _train(parameters, loss, steps, "encoder", rate=2e-3)
+    encoder.save_pretrained(out)
+
+
+def _normalised(images: np.ndarray) -> Tensor:
+    """f[n, 3, H, W] with CLIP's pixel statistics, which the processor of the finished model uses too."""
+    mean, std = (torch.tensor(x)[:, None, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    return (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
+
+
+def _noun_shares(masks: np.ndarray) -> Tensor:
+    """f[n, K]: share of the picture by noun; a pair of look-alikes shares the noun of its first member."""
+    nouns = np.minimum(np.arange(len(CLASSES)), PAIR_OF)[masks]
+    return torch.from_numpy(np.stack([(nouns == k).mean((1, 2)) for k in range(len(CLASSES))], 1)).float()
+
+
+def train_tokenizer(texts: list[str], out: Path) -> LlamaTokenizer:
+    """A Llama tokenizer (BPE on words, byte fallback) learned from the world's texts, written to `out`."""
+    bpe = Tokenizer(tokenizer_models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="never")]
+    )
+    specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=specials, show_progress=False))
+    learned = json.loads(bpe.to_str())["model"]
+    merges = [tuple(pair) for pair in learned["merges"]]
+    tokenizer = LlamaTokenizer(vocab=learned["vocab"], merges=merges, add_bos_token=True)
+    # One token for the system prompt: as 30 that never change it would be a good part of a toy sequence.
+    tokenizer.add_tokens([SYSTEM], special_tokens=True)
+    tokenizer.save_pretrained(out)
+    return tokenizer
+
+
+def train_llm(documents: Iterator[list[dict]], tokenizer: LlamaTokenizer, out: Path, *, steps: int, seed: int) -> None:
+    """A six-layer Llama trained on conversations about pictures in words, all tokens counted, written to `out`.
+
+    Args:
+        documents: Endless conversations.
+    """
+    torch.manual_seed(seed)
+    width = 96
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=5 * width // 2,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    llm = LlamaForCausalLM(config)
+
+    def loss() -> Tensor:
+        rows = [encode(next(documents), tokenizer)[0] for _ in range(24)]
+        ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
+        return llm(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+
+    _train(list(llm.parameters()), loss, steps, "LLM", rate=3e-3, betas=(0.9, 0.95), floor=0.1, clip=1.0)
+    llm.save_pretrained(out)
+
+
+def _train(
+    parameters: list[nn.Parameter],
+    loss: Callable[[], Tensor],
+    steps: int,
+    name: str,
+    *,
+    rate: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    floor: float = 0.0,
+    clip: float | None = None,
+) -> None:
+    """AdamW with 3% warm-up and a cosine down to `floor` of the peak rate."""
+    optimizer = torch.optim.AdamW(parameters, rate, betas=betas, weight_decay=0.0, fused=True)
+    warmup = max(1, int(0.03 * steps))
+    cosine = lambda step: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / warmup) * cosine(step))
+    progress = tqdm(range(steps), desc=f"training the tiny {name}", mininterval=5)
+    for step in progress:
+        value = loss()
+        optimizer.zero_grad()
+        value.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(parameters, clip)
+        optimizer.step()
+        schedule.step()
+        if step % 20 == 0 or step == steps - 1:
+            progress.set_postfix(loss=f"{value.item():.3f}", refresh=False)

@@ -1,0 +1,35 @@
+"""`probes sites` and `probes states`: what a model has to offer, and its states for analyses of one's own."""
+
+import argparse
+from pathlib import Path
+
+from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.run_lock import only_writer
+from probes.data.base import open_image, read_rgb
+from probes.models.families import family_of, own_image_attention
+from probes.models.frozen_mllm import ENCODER, load, read_config, site_names
+from probes.models.prompt_and_pixels import check_numbers
+
+
+def print_sites(args: argparse.Namespace) -> None:
+    """`probes sites`: read from the config, so that a 7B model answers as fast as a small one."""
+    config = read_config(args.mllm)
+    family, text_config = family_of(config), config.get_text_config()
+    check_numbers(args.mllm, family, config)
+    rows, columns = family.grid(config)
+    print(f"{config.model_type}, {own_image_attention(config)} image attention")
+    print(f"{rows} x {columns} = {rows * columns} image tokens of a {family.image_px(config)} px square")
+    for site in site_names(text_config.num_hidden_layers):
+        print(f"  {site:<11} {family.encoder_width(config) if site == ENCODER else text_config.hidden_size}")
+
+
+def write_states(args: argparse.Namespace) -> None:
+    """`probes states`."""
+    images = [read_rgb(open_image(path), path) for path in map(Path, args.image)]
+    out = Path(args.out)
+    with only_writer(out.parent, out.name):
+        mllm = load(args.mllm, image_attention=args.image_attention)
+        states = mllm.states(mllm.preprocess(images), args.sites)
+        write_files({out: states})
+    for site, state in states.items():
+        print(f"{site:<11} {list(state.shape)}")

@@ -1,0 +1,112 @@
+"""What a probe batch is made of: pixels read anew each time, or states kept from one frozen forward.
+
+Shapes: B images, T image tokens, d width of a site, H W pixels of a mask.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from probes.models.frozen_mllm import FrozenMLLM
+
+from .base import IGNORE_INDEX
+from .samplers import NOTHING
+
+log = logging.getLogger(__name__)
+
+
+class Prepared(Dataset):
+    """A segmentation dataset as tensors: {"index", "pixels": f[3, H', W'], "target": uint8[H, W]}.
+
+    Index `NOTHING` gives some image without a labelled pixel.
+    """
+
+    def __init__(self, dataset: Dataset, preprocess: Callable):
+        self.dataset, self.preprocess = dataset, preprocess
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict:
+        sample = self.dataset[index]
+        pixels = self.preprocess([sample["image"]])[0]
+        return {"index": index, "pixels": pixels, "target": _target(torch.from_numpy(sample["target"]), index)}
+
+
+def _target(target: Tensor, index: int) -> Tensor:
+    return torch.full_like(target, IGNORE_INDEX) if index == NOTHING else target
+
+
+def collate(samples: list[dict]) -> dict:
+    """A batch: index long[B], pixels f[B, 3, H', W'], target uint8[B, H, W], or a list where masks differ in size."""
+    return {
+        "index": torch.tensor([sample["index"] for sample in samples]),
+        "pixels": torch.stack([sample["pixels"] for sample in samples]),
+        "target": _stack([sample["target"] for sample in samples]),
+    }
+
+
+def _stack(targets: list[Tensor]) -> Tensor | list[Tensor]:
+    return torch.stack(targets) if len({target.shape for target in targets}) == 1 else targets
+
+
+class CachedStates(Dataset):
+    """The states of all images at some sites, computed once and kept in memory, not on the GPU.
+
+    Args:
+        mllm: Its states are cached, in its dtype.
+        prepared: The images.
+        sites: Those to keep.
+        batch_size: Images of a forward.
+        workers: Processes that open images.
+        copies: Processes on this machine that will each keep all states: a batch may have any image on any rank.
+        name: For the progress bar.
+
+    Raises:
+        ValueError: They would not fit into memory.
+    """
+
+    def __init__(
+        self,
+        mllm: FrozenMLLM,
+        prepared: Prepared,
+        sites: Sequence[str],
+        *,
+        batch_size: int,
+        workers: int = 0,
+        copies: int = 1,
+        name: str = "states",
+    ):
+        tokens, dtype = mllm.grid[0] * mllm.grid[1], mllm.model.dtype
+        need = copies * len(prepared) * tokens * sum(mllm.widths[site] for site in sites) * dtype.itemsize
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        size = f"{copies} x " * (copies > 1) + f"{len(prepared)} images x {len(sites)} sites = {need / 1e9:.2f} GB"
+        log.info("caching %s: %s", name, size)
+        if need > 0.8 * free:
+            raise ValueError(
+                f"data.cache would take {size} for {name}, {free / 1e9:.1f} GB of memory are free; name fewer "
+                "model.sites or set data.cache to false"
+            )
+        self.states = {site: torch.empty(len(prepared), tokens, mllm.widths[site], dtype=dtype) for site in sites}
+        self.targets: list[Tensor] = []
+        loader = DataLoader(prepared, batch_size, num_workers=workers, collate_fn=collate)
+        for batch in tqdm(loader, desc=f"caching {name}", mininterval=5):
+            for site, states in mllm.states(batch["pixels"], sites).items():
+                self.states[site][batch["index"]] = states.cpu()
+            self.targets += list(batch["target"])
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitems__(self, indices: list[int]) -> dict:
+        """A whole batch at once: as :func:`collate`, with states: {site: f[B, T, d]} in place of pixels."""
+        return {
+            "index": torch.tensor(indices),
+            "states": {site: states[indices] for site, states in self.states.items()},
+            "target": _stack([_target(self.targets[i], i) for i in indices]),
+        }

@@ -1,0 +1,130 @@
+"""Families that take images of any size. They are given one square, so that the grid is the same for all images: as
+many tokens as LLaVA-1.5 has, 24 x 24, whatever a token's size.
+
+Qwen's and GLM's encoders take patches instead of images, a group that is merged into a token after the other.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.vision_utils import get_vision_window_index
+
+from .base import Family, patch_size
+
+TOKENS_A_SIDE = 24
+
+
+def _vision_token_px(config: PreTrainedConfig) -> int:
+    return patch_size(config) * config.vision_config.spatial_merge_size
+
+
+def _grid_thw(model: PreTrainedModel, images: int) -> Tensor:
+    """Time, rows and columns of the patches of each image, long[images, 3]."""
+    patches = TOKENS_A_SIDE * model.config.vision_config.spatial_merge_size
+    return torch.tensor([[1, patches, patches]], device=model.device).expand(images, -1)
+
+
+def _patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+    """Patches f[B x P, channels x frames x p x p], the patches of a token next to each other. Source: Qwen2-VL's image
+    processor, with a still image as all frames of a patch."""
+    vision = model.config.vision_config
+    merge, patch = vision.spatial_merge_size, patch_size(model.config)
+    images, channels = pixels.shape[:2]
+    split = pixels.unflatten(3, (-1, merge, patch)).unflatten(2, (-1, merge, patch))  # B, C, h, m, p, w, m, p
+    split = split.permute(0, 2, 5, 3, 6, 1, 4, 7).unsqueeze(-3)  # B, h, w, m, m, C, frame, p, p
+    frames = split.expand(*split.shape[:-3], vision.temporal_patch_size, -1, -1)
+    return {
+        "pixel_values": frames.reshape(-1, channels * vision.temporal_patch_size * patch * patch),
+        "image_grid_thw": _grid_thw(model, images),
+        "mm_token_type_ids": is_image.int(),
+    }
+
+
+def _out_of_windows(model: PreTrainedModel, args: tuple) -> Tensor:
+    """Qwen2.5-VL's encoder runs the tokens window by window; this puts them back into raster order."""
+    vision, states = model.config.vision_config, args[0]
+    images = len(states) // TOKENS_A_SIDE**2
+    grid = _grid_thw(model, images)
+    order, _ = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+    return states[order.argsort()]
+
+
+def _patch_family(model_class: str, entry: str, **kwargs) -> Family:
+    settings = {
+        "image_px": lambda config: TOKENS_A_SIDE * _vision_token_px(config),
+        "token_px": _vision_token_px,
+        "encoder_width": lambda config: config.vision_config.hidden_size * config.vision_config.spatial_merge_size**2,
+        "adapter": ("visual.merger",),
+        "inputs": _patches,
+        "placeholder": "<|image_pad|>",
+        "shared_prefix": False,  # position ids go down and across the image
+    }
+    return Family(model_class, entry=entry, **settings | kwargs)
+
+
+def _image_sizes(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([pixels.shape[-2:]] * len(pixels))}
+
+
+def _pixtral_token_px(config: PreTrainedConfig) -> int:
+    return patch_size(config) * config.spatial_merge_size
+
+
+_PIXTRAL = {
+    "image_px": lambda config: TOKENS_A_SIDE * _pixtral_token_px(config),
+    "token_px": _pixtral_token_px,
+    "encoder_width": lambda config: config.vision_config.hidden_size * config.spatial_merge_size**2,
+    "inputs": _image_sizes,
+}
+
+DYNAMIC = {
+    # `embed_dim` is the width of Qwen2-VL's encoder, `hidden_size` that of the LLM
+    "qwen2_vl": _patch_family(
+        "Qwen2VLForConditionalGeneration",
+        entry="visual.merger.mlp",
+        encoder_width=lambda config: config.vision_config.embed_dim * config.vision_config.spatial_merge_size**2,
+    ),
+    "qwen2_5_vl": _patch_family(
+        "Qwen2_5_VLForConditionalGeneration", entry="visual.merger.mlp", encoder_states=_out_of_windows
+    ),
+    # three of the encoder's earlier layers are added behind the first three decoder layers: `layer_01` is read before
+    "qwen3_vl": _patch_family(
+        "Qwen3VLForConditionalGeneration",
+        entry="visual.merger.linear_fc1",
+        adapter=("visual.merger", "visual.deepstack_merger_list"),
+    ),
+    "qwen3_vl_moe": _patch_family(
+        "Qwen3VLMoeForConditionalGeneration",
+        entry="visual.merger.linear_fc1",
+        adapter=("visual.merger", "visual.deepstack_merger_list"),
+    ),
+    "glm4v": _patch_family(
+        "Glm4vForConditionalGeneration",
+        entry="visual.downsample",
+        adapter=("visual.downsample", "visual.merger"),
+        placeholder="<|image|>",
+    ),
+    "glm46v": _patch_family(
+        "Glm46VForConditionalGeneration",
+        entry="visual.downsample",
+        adapter=("visual.downsample", "visual.merger"),
+        placeholder="<|image|>",
+    ),
+    # linear attention in three layers of four: runs causally, as it is
+    "qwen3_5": _patch_family("Qwen3_5ForConditionalGeneration", entry="visual.merger.linear_fc1"),
+    "qwen3_5_moe": _patch_family("Qwen3_5MoeForConditionalGeneration", entry="visual.merger.linear_fc1"),
+    "mistral3": Family(
+        "Mistral3ForConditionalGeneration",
+        entry="multi_modal_projector.patch_merger.merging_layer",
+        placeholder="[IMG]",
+        row_end="[IMG_BREAK]",
+        **_PIXTRAL,
+    ),
+    "lighton_ocr": Family(
+        "LightOnOcrForConditionalGeneration",
+        adapter=("vision_projection",),
+        entry="vision_projection.patch_merger.merging_layer",
+        placeholder="<|image_pad|>",
+        **_PIXTRAL,
+    ),
+}

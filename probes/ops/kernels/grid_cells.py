@@ -1,0 +1,92 @@
+"""The cells of a grid, and what their programs share.
+
+Legend: K classes, h w grid, H W pixels, X pixels of a row that a program takes at a time.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from probes.ops.bilinear import axis_nodes
+from probes.ops.geometry import Span, View
+
+PIXELS = 4  # X
+
+
+class Axis(NamedTuple):
+    """Which pixels of one axis lie in which cell: cell c has the pixels start[c] .. start[c + 1] - 1.
+
+    Args:
+        start: i32[cells + 1].
+        fraction: f32[pixels], of the way from the cell's node to the next.
+    """
+
+    start: Tensor
+    fraction: Tensor
+
+
+def cells(grid: tuple[int, int], size: tuple[int, int], view: View, stride: int, device: torch.device) -> list[Axis]:
+    """Returns rows and columns of cells: cell (i, j) has the pixels between grid rows i, i + 1 and columns j, j + 1."""
+    return [_cells(n, pixels, span, stride, device) for n, pixels, span in zip(grid, size, view, strict=True)]
+
+
+def half_cells(grid: tuple[int, int], size: tuple[int, int], view: View, device: torch.device) -> list[Axis]:
+    """Returns rows and columns of half cells, whose pixels also lie under the same token.
+
+    An axis of n nodes has 2n + 2 of them. Half cell g lies between nodes (g - 2) // 2 and g // 2, under token
+    (g - 1) // 2; the first and the last have the pixels that no token sees.
+    """
+    return [_half_cells(n, pixels, span, device) for n, pixels, span in zip(grid, size, view, strict=True)]
+
+
+@lru_cache(maxsize=256)
+def _cells(n_nodes: int, pixels: int, span: Span, stride: int, device: torch.device) -> Axis:
+    nodes, fractions = (x[stride // 2 :: stride] for x in axis_nodes(n_nodes, pixels, span))
+    return _axis(nodes, fractions, n_nodes, device)
+
+
+@lru_cache(maxsize=256)
+def _half_cells(n_nodes: int, pixels: int, span: Span, device: torch.device) -> Axis:
+    nodes, fractions = axis_nodes(n_nodes, pixels, span)
+    token = span.cells(n_nodes, pixels)
+    seen = 1 + 2 * token + (nodes == token)
+    unseen = torch.where(span.nodes(n_nodes, pixels) < 0, 0, 2 * n_nodes + 1)
+    return _axis(torch.where(token >= 0, seen, unseen), fractions, 2 * n_nodes + 2, device)
+
+
+def _axis(cell: Tensor, fraction: Tensor, n_cells: int, device: torch.device) -> Axis:
+    start = torch.searchsorted(cell.contiguous(), torch.arange(n_cells + 1))
+    return Axis(start.to(device, torch.int32), fraction.to(device, torch.float32))
+
+
+def block_of(classes: int) -> int:
+    """Returns the lanes that hold one pixel's classes: a power of two."""
+    return triton.next_power_of_2(classes)
+
+
+@triton.jit
+def load_corners(logits, i, j, h, w, stride_h, stride_w, stride_k, classes, K: tl.constexpr):
+    """Logits f32[K] of the four nodes around cell (i, j); the last row and column are their own neighbours."""
+    k = tl.arange(0, K)
+    below = tl.minimum(i + 1, h - 1)
+    right = tl.minimum(j + 1, w - 1)
+    lane = logits + k * stride_k
+    real = k < classes
+    z00 = tl.load(lane + i * stride_h + j * stride_w, mask=real, other=0.0).to(tl.float32)
+    z01 = tl.load(lane + i * stride_h + right * stride_w, mask=real, other=0.0).to(tl.float32)
+    z10 = tl.load(lane + below * stride_h + j * stride_w, mask=real, other=0.0).to(tl.float32)
+    z11 = tl.load(lane + below * stride_h + right * stride_w, mask=real, other=0.0).to(tl.float32)
+    return z00, z01, z10, z11
+
+
+@triton.jit
+def pixel_row(z00, z01, z10, z11, down, classes, K: tl.constexpr):
+    """Logits f32[K] at the left end of a pixel row `down` the cell, -inf for classes that only fill the block up, and
+    their change on the way to the right end."""
+    left = z00 + down * (z10 - z00)
+    change = z01 + down * (z11 - z01) - left
+    return tl.where(tl.arange(0, K) < classes, left, float("-inf")), change

@@ -1,0 +1,33 @@
+"""Bidirectional minus causal by site, with intervals and which differences are significant."""
+
+from typing import Any
+
+from matplotlib.lines import Line2D
+
+from probes.report.mask_comparison import ALPHA
+
+from .style import Drawn, colour_of, label_sites, new_axes, position
+
+
+def paired_curve(facts: dict[str, Any]) -> Drawn:
+    """Differences of mIoU with 95% intervals; filled where the corrected p-value lies below 5%."""
+    figure, ax = new_axes(6.4, 3.3)
+    sites = facts["sites"]
+    colour = colour_of("bidirectional")
+    for entry in sites:
+        x, y = position(entry["site"]), 100 * entry["difference"]
+        ax.vlines(x, *(100 * bound for bound in entry["ci95"]), color=colour, lw=1.4)
+        face = colour if entry["p_corrected"] < ALPHA else "white"
+        ax.plot(x, y, "o", ms=6, markerfacecolor=face, markeredgecolor=colour)
+    ax.axhline(0, color="black", lw=0.8)
+    label_sites(ax, [entry["site"] for entry in sites])
+    ax.set_ylabel("bidirectional − causal (pp)")
+    marker = {"marker": "o", "ls": "", "markeredgecolor": colour}
+    ax.legend(
+        handles=[
+            Line2D([], [], markerfacecolor=colour, label=f"corrected p < {ALPHA}", **marker),
+            Line2D([], [], markerfacecolor="white", label="not significant", **marker),
+        ],
+        fontsize=8,
+    )
+    return Drawn(figure, [])

@@ -1,0 +1,234 @@
+"""Training runs on several processes, started by test_deepspeed_strategy.py: python ddp_script.py SPEC RUN ...
+
+A RUN is STRATEGY:FUNCTION:PRECISION, the function one of those below. Processes are slow to start (imports), so one set
+of them does many runs. What a rank finds goes to OUT/RUN.RANK.pt; the tests look at that.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import tiny_models
+import torch
+import yaml
+from lightning import Callback, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+
+from llava_bidir.common.checkpoint_io import WholeCheckpointIO
+from llava_bidir.data.datamodule import InstructionData
+from llava_bidir.model.build import build_processor
+from llava_bidir.model.encoders import Encoder
+from llava_bidir.training.callbacks import ExportModel
+from llava_bidir.training.deepspeed_strategy import ZeRO, gathered
+from llava_bidir.training.module import LlavaTraining
+
+SPEC = json.loads(Path(sys.argv[1]).read_text())
+OUT = Path(SPEC["out"])
+MIDDLE, END = 2, 6  # optimizer steps with checkpoints: in the middle of an epoch of three, and at the end of two
+TIMEOUT_MINUTES = SPEC.get("timeout_minutes", 1)
+LATE = {MIDDLE: "trouble/good.ckpt", END: "trouble/bad.ckpt"}
+# nothing of a model this small would be partitioned or released otherwise
+PARTITIONED = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+
+
+def build_strategy(name: str):
+    if name == "ddp":
+        return DDPStrategy(timeout=timedelta(minutes=TIMEOUT_MINUTES))
+    config = yaml.safe_load((Path(__file__).parents[2] / f"configs/cluster/{name}.yaml").read_text())
+    zero = config["trainer"]["strategy"]["init_args"]["zero_optimization"]
+    zero |= {"reduce_bucket_size": 2000, "overlap_comm": False}  # several buckets
+    if zero["stage"] == 3:
+        zero |= dict.fromkeys(PARTITIONED, 0)
+    return ZeRO(zero, timeout_minutes=TIMEOUT_MINUTES)
+
+
+class Recorder(Callback):
+    """Losses, which batches had no image, and checkpoints at some steps."""
+
+    def __init__(self, save: dict[int, str]):
+        self.save, self.losses, self.text_only = save, [], []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        loss = outputs["loss"].item() * trainer.accumulate_grad_batches  # Lightning has divided it
+        self.losses.append((tuple(batch["ids"]), loss))
+        self.text_only.append(batch["pixel_values"] is None)
+        if not trainer.fit_loop._should_accumulate() and trainer.global_step in self.save:
+            trainer.save_checkpoint(OUT / self.save[trainer.global_step])
+
+
+def prepare(strategy: str, precision: str, llm: str = "llm", callbacks=(), epochs: int = 2):
+    torch.manual_seed(0)
+    encoder, llm = Encoder("clip", SPEC["encoder"], layer=-1), SPEC[llm]
+    module = LlavaTraining(
+        encoder, llm, ["adapter", "llm"], learning_rate=1e-2, adapter_learning_rate=5e-3, max_new_tokens=3
+    )
+    folder = SPEC["conversations"]
+    data = InstructionData(
+        f"{folder}/data.json",
+        folder,
+        val_annotations=f"{folder}/questions.json",
+        processor=build_processor(encoder, llm),
+        image_tokens=tiny_models.TOKENS,
+        batch_size=4,
+        micro_batch_size=1,
+        num_workers=0,
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=SPEC["processes"],
+        strategy=build_strategy(strategy),
+        precision=precision,
+        max_epochs=epochs,
+        check_val_every_n_epoch=epochs,
+        default_root_dir=OUT / f"{strategy}-{precision}",
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        plugins=[WholeCheckpointIO()],
+    )
+    return trainer, module, data
+
+
+def fit(strategy: str, precision: str, resume: str | None = None, save=None, callbacks=(), **kwargs) -> dict:
+    recorder = Recorder(save or {})
+    trainer, module, data = prepare(strategy, precision, callbacks=[recorder, *callbacks], **kwargs)
+    trainer.fit(module, datamodule=data, ckpt_path=OUT / resume if resume else None)
+    parameters = list(module.model.named_parameters())
+    shares = {name: (p.numel(), p.ds_numel, p.ds_tensor.numel()) for name, p in parameters if hasattr(p, "ds_id")}
+    with gathered(module.model):
+        weights = {name: tensor.detach().clone() for name, tensor in module.model.state_dict().items()}
+    metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
+    return {
+        "losses": recorder.losses,
+        "text_only": recorder.text_only,
+        "weights": weights,
+        "metrics": metrics,
+        "shares": shares,
+    }
+
+
+def whole(strategy, precision):
+    save = {MIDDLE: f"{strategy}-middle-{precision}.ckpt", END: f"{strategy}-end-{precision}.ckpt"}
+    return fit(strategy, precision, llm="dropout_llm", save=save, callbacks=[ExportModel()])
+
+
+def resumed(strategy, precision):
+    return fit(strategy, precision, llm="dropout_llm", resume=f"{strategy}-middle-{precision}.ckpt")
+
+
+def validated(strategy, precision):
+    """In a trainer that never trained."""
+    trainer, module, data = prepare(strategy, precision, llm="dropout_llm")
+    trainer.validate(module, datamodule=data, ckpt_path=OUT / f"{strategy}-end-{precision}.ckpt", verbose=False)
+    return {"metrics": {k: float(v) for k, v in trainer.callback_metrics.items()}}
+
+
+def plain(strategy, precision):
+    """No dropout, which differs between ranks: comparable to one process."""
+    return fit(strategy, precision, epochs=1, save={MIDDLE: f"{strategy}-plain-{precision}.ckpt"})
+
+
+def moved(strategy, precision):
+    """Goes on with `plain` from what SPEC["resume"] names, perhaps on another number of processes."""
+    return fit(strategy, precision, epochs=1, resume=SPEC["resume"][strategy])
+
+
+def killed(strategy, precision):
+    """Rank 1 dies, as by kill -9, while it writes its share of the second checkpoint."""
+    return fit(
+        strategy,
+        precision,
+        llm="dropout_llm",
+        save=LATE,
+        callbacks=[Trouble(lambda: os.kill(os.getpid(), signal.SIGKILL))],
+    )
+
+
+def disk_full(strategy, precision):
+    """Rank 1 cannot write more than a few bytes of its share of the second checkpoint."""
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+    return fit(strategy, precision, llm="dropout_llm", save=LATE, callbacks=[Trouble(limit)])
+
+
+def dies(strategy, precision):
+    """Rank 1 dies in the middle of an epoch, as by kill -9, while rank 0 trains a micro-batch."""
+    return lost(strategy, precision, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def stalls(strategy, precision):
+    """Rank 1 stops answering there, as on a device that hangs."""
+    return lost(strategy, precision, lambda: time.sleep(SPEC["stalls_s"]))
+
+
+def lost(strategy, precision, happen):
+    callbacks = [Lost(happen), ExportModel()]
+    return fit(strategy, precision, save={MIDDLE: "trouble/good.ckpt"}, callbacks=callbacks)
+
+
+class Lost(Callback):
+    def __init__(self, happen):
+        self.happen = happen
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == END - 1 and trainer.global_rank == 1:
+            (OUT / "lost").touch()
+            self.happen()
+
+
+class Trouble(Callback):
+    """Makes `happen` what rank 1's next torch.save meets when it has begun to write the checkpoint at END."""
+
+    def __init__(self, happen):
+        self.happen = happen
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step < END - 1 or trainer.global_rank == 0:
+            return
+        original = torch.save
+
+        def save(what, file, *args, **kwargs):
+            if "optim_states" in str(file):
+                Path(file).write_bytes(b"the beginning of a file")
+                self.happen()
+            try:
+                original(what, file, *args, **kwargs)
+            finally:  # the disk is full for the checkpoint, not for this process's log
+                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+        torch.save = save
+
+
+def refused(strategy, precision):
+    """Resumes what SPEC["resume"] names for this strategy, which does not fit."""
+    try:
+        fit(strategy, precision, llm="dropout_llm", resume=SPEC["resume"][strategy])
+    except ValueError as error:
+        return {"message": str(error)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for run in sys.argv[2:]:
+        strategy, name, precision = run.split(":")
+        try:
+            result = globals()[name](strategy, precision)
+        except Exception:
+            result = {"error": traceback.format_exc()}
+            traceback.print_exc()
+        torch.save(result, OUT / f"{run}.{os.environ['RANK']}.pt")
+        if "error" in result:
+            os._exit(1)

@@ -1,0 +1,18 @@
+"""What the server of faults.py imports before it forks: all that `probes` imports when a command runs."""
+
+import sklearn.metrics
+import sklearn.neighbors
+import torch
+import torch.utils.tensorboard
+import umap
+
+import probes.analyses.knockout.run
+import probes.analyses.segmentation_maps
+import probes.analyses.starvation.run
+import probes.analyses.umap
+import probes.report.explorer.page
+import probes.report.page
+import probes.training.cli
+
+torch.set_num_threads(1)
+__all__ = ["probes", "sklearn", "torch", "umap"]

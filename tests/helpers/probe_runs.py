@@ -1,0 +1,123 @@
+"""Finished probe runs written without a model: random counts of which all files follow, to test what reads them."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from probes.evaluation.bootstrap import bootstrap_weights, dataset_scores, interval, resampled_scores
+from probes.evaluation.metrics import Counts
+from probes.models.frozen_mllm import site_names
+
+GRID = (2, 2)
+
+
+def random_counts(
+    quality: list[float], images: int, classes: int, seed: int, cohort: int = 0
+) -> tuple[Counts, torch.Tensor]:
+    """Counts and confusions long[S, K, K] of sites of which a share `quality` of the pixels is right.
+
+    Images are alike in runs of one cohort: they have the same labels, and are as hard.
+    """
+    same = torch.Generator().manual_seed(1000 + cohort)
+    labelled = torch.randint(20, 400, (images, classes), generator=same)
+    ease = 0.1 * torch.randn(images, 1, generator=same)
+    towards = torch.rand(classes, classes, generator=same).square()
+    towards.fill_diagonal_(0)
+    generator = torch.Generator().manual_seed(seed)
+    intersection, predicted, confusion = [], [], []
+    for q in quality:
+        rate = (q + ease + 0.03 * torch.randn(images, classes, generator=generator)).clamp(0.02, 0.98)
+        right = (rate * labelled).long()
+        wrong = ((labelled - right)[..., None] * towards / towards.sum(1, keepdim=True)).long()
+        right = labelled - wrong.sum(-1)
+        intersection.append(right)
+        predicted.append(right + wrong.sum(1))
+        confusion.append(wrong.sum(0) + torch.diag(right.sum(0)))
+    intersection, predicted = torch.stack(intersection), torch.stack(predicted)
+    tokens = GRID[0] * GRID[1]
+    patch = (intersection.sum(-1, keepdim=True) // tokens).expand(-1, -1, tokens).contiguous()
+    valid = (labelled.sum(-1, keepdim=True) // tokens).expand(-1, tokens).contiguous()
+    return Counts(intersection, predicted, labelled, patch, valid), torch.stack(confusion)
+
+
+def entries(sites: list[str], counts: Counts, weights: torch.Tensor, width: int = 32) -> list[dict]:
+    """The sites of metrics.json."""
+    score, drawn = dataset_scores(counts), resampled_scores(counts, weights)
+    found = []
+    for i, site in enumerate(sites):
+        miou, pacc = score.miou[i].item(), score.pacc[i].item()
+        entry = {"site": site, "dim": 16 if site == "encoder" else width, "miou": miou, "pacc": pacc}
+        entry |= {"miou_ci95": interval(miou, drawn.miou[:, i]), "pacc_ci95": interval(pacc, drawn.pacc[:, i])}
+        entry |= {"best_epoch": 2, "iou_per_class": score.iou[i].tolist(), "history": [0.8 * miou, miou]}
+        found.append(entry)
+    return found
+
+
+def write_run(
+    path: Path,
+    quality: list[float],
+    *,
+    root: Path,
+    mask: str = "causal",
+    dataset: str = "toy world",
+    encoder: str | None = None,
+    untrained: bool = False,
+    recipes: dict[str, tuple[dict, list[float]]] | None = None,
+    groups: torch.Tensor | None = None,
+    images: int = 40,
+    states: bool = False,
+    confusion: bool = False,
+    seed: int = 0,
+    metrics: dict | None = None,
+) -> Path:
+    """A run whose encoder, adapter, layers 1..L and final norm have the pixel accuracies `quality`.
+
+    Args:
+        path: Folder.
+        quality: L + 3 shares of rightly predicted pixels.
+        root: A folder dataset, for classes and colours.
+        encoder: What training.json would say; None for a checkpoint without one.
+        recipes: Settings that differ from the main one's, and quality, by name.
+        metrics: What else is in metrics.json, or is there instead.
+    """
+    classes = json.loads((root / "classes.json").read_text())["classes"]
+    sites = site_names(len(quality) - 3)
+    weights = bootstrap_weights(images, 300, groups=groups)
+    counts, confused = random_counts(quality, images, len(classes), seed + 10 * (mask != "causal"))
+    probe = {"head": "linear", "feature_norm": "none", "learning_rate": 0.001, "labels": "true", "seed": 0}
+    probe |= {"batch_size": 64, "epochs": 2, "steps": 20, "validated_at": [10, 20]}
+    main = entries(sites, counts, weights)
+    tensors = {name: x for name, x in counts._asdict().items() if x is not None}
+    if states:
+        for i, entry in enumerate(main):
+            entry["states"] = {"rms": 0.1 * 3.0**i, "anisotropy": 0.1, "knn_purity": 0.5}
+    if confusion:
+        tensors["confusion"] = confused
+    if groups is not None:
+        tensors["group"] = groups
+    further, scores = {}, {}
+    for i, (name, (settings, other)) in enumerate((recipes or {}).items()):
+        found, _ = random_counts(other, images, len(classes), seed + 100 + i)
+        further |= {f"{name}/intersection": found.intersection, f"{name}/predicted": found.predicted}
+        scores[name] = {"probe": probe | settings, "sites": entries(sites, found, weights), "summary": {}}
+    miou = {entry["site"]: entry["miou"] for entry in main}
+    peak = max((site for site in sites if site.startswith("layer_")), key=miou.get)
+    summary = {"encoder": miou["encoder"], "adapter": miou["adapter"], "peak_llm": miou[peak], "peak_site": peak}
+    summary |= {"delta_enc": miou[peak] - miou["encoder"], "recovery": miou[peak] - miou["adapter"]}
+    facts = {"dataset": dataset, "split": "validation", "images": images, "mllm": "some/hf", "image_attention": mask}
+    facts |= {"untrained": ["adapter", "llm"] if untrained else [], "seed": 0, "probe": probe, "classes": classes}
+    facts |= {"baseline": {"class": classes[0], "miou": 0.1, "pacc": 0.3}, "grid": list(GRID), "sites": main}
+    facts |= {"summary": summary} | ({"recipes": scores} if scores else {}) | (metrics or {})
+    training = None if encoder is None else {"encoder": {"name": encoder, "path": "x"}, "llm": "lmsys/vicuna-7b-v1.5"}
+    manifest = {"versions": {"torch": "2", "transformers": "5"}, "git_commit": None, "config": {}}
+    manifest |= {"data": {"root": str(root), "dataset": "folder", "fingerprint": f"{dataset} {images}"}}
+    manifest |= {"mllm_training": training, "hardware": {"machine": "none", "cpu_threads": 1, "gpu": None}}
+    path.mkdir(parents=True)
+    save_file({k: v.contiguous() for k, v in tensors.items()}, path / "counts.safetensors")
+    if further:
+        save_file(further, path / "recipes.safetensors")
+    (path / "metrics.json").write_text(json.dumps(facts))
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return path

@@ -1,0 +1,90 @@
+"""Slow, independent ways to compute what the packages compute. They share no code with them."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def allowed(name: str, is_image: list[bool], q: int, k: int) -> bool:
+    """Whether query q may attend to key k in a sequence without padding: Eq. 2, and the others by their definition."""
+    causal = q >= k
+    if name == "causal":
+        return causal
+    if name == "bidirectional":
+        return (is_image[q] and is_image[k]) or causal
+    if name == "prefix":
+        last = max((i for i, x in enumerate(is_image) if x), default=-1)
+        return (q <= last and k <= last) or causal
+    raise ValueError(f"image_attention {name!r} has no definition in tests/helpers/reference.py")
+
+
+def mask_by_loop(name: str, is_image: Tensor, padding: Tensor) -> Tensor:
+    """bool[B, N, N] by a loop over all pairs; rows and columns of padding are False."""
+    batch, length = is_image.shape
+    mask = torch.zeros(batch, length, length, dtype=torch.bool)
+    for b in range(batch):
+        real = [i for i in range(length) if padding[b, i]]
+        flags = [bool(is_image[b, i]) for i in real]
+        for qi, q in enumerate(real):
+            for ki, k in enumerate(real):
+                mask[b, q, k] = allowed(name, flags, qi, ki)
+    return mask
+
+
+def llama_states(decoder, inputs: Tensor, masks: list[Tensor], positions: Tensor) -> list[Tensor]:
+    """States of a Llama behind each layer, written out: attention as a loop over heads, one mask a layer.
+
+    Args:
+        decoder: `LlamaModel`, read for its weights only.
+        inputs: f[B, N, d].
+        masks: bool[B, N, N] by layer, or bool[B, heads, N, N].
+        positions: long[N].
+    """
+    config = decoder.config
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    width = config.hidden_size // heads
+    angles = positions[:, None].float() / 10000.0 ** (torch.arange(0, width, 2) / width)
+    cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)
+
+    def rotate(x: Tensor) -> Tensor:
+        half = torch.cat([-x[..., width // 2 :], x[..., : width // 2]], -1)
+        return x * cos + half * sin
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return weight * x * (x.pow(2).mean(-1, keepdim=True) + config.rms_norm_eps).rsqrt()
+
+    states, x = [], inputs
+    for layer, mask in zip(decoder.layers, masks, strict=True):
+        a, h = layer.self_attn, norm(x, layer.input_layernorm.weight)
+        q, k, v = h @ a.q_proj.weight.T, h @ a.k_proj.weight.T, h @ a.v_proj.weight.T
+        out = []
+        for head in range(heads):
+            shared = head * kv_heads // heads
+            here, there = slice(head * width, (head + 1) * width), slice(shared * width, (shared + 1) * width)
+            logits = rotate(q[..., here]) @ rotate(k[..., there]).transpose(1, 2) / math.sqrt(width)
+            allowed_here = mask[:, head] if mask.ndim == 4 else mask
+            out.append(logits.masked_fill(~allowed_here, -math.inf).softmax(-1) @ v[..., there])
+        x = x + torch.cat(out, -1) @ a.o_proj.weight.T
+        h, m = norm(x, layer.post_attention_layernorm.weight), layer.mlp
+        x = x + (F.silu(h @ m.gate_proj.weight.T) * (h @ m.up_proj.weight.T)) @ m.down_proj.weight.T
+        states.append(x)
+    return states
+
+
+def scores(predictions: list, targets: list, classes: int) -> tuple[float, float, list]:
+    """mIoU, pixel accuracy and IoU by class (None where a class does not occur) of numpy masks, 255 ignored."""
+    intersection, union = [0] * classes, [0] * classes
+    right = total = 0
+    for prediction, target in zip(predictions, targets, strict=True):
+        valid = target != 255
+        right += int(((prediction == target) & valid).sum())
+        total += int(valid.sum())
+        for k in range(classes):
+            p, t = (prediction == k) & valid, (target == k) & valid
+            intersection[k] += int((p & t).sum())
+            union[k] += int((p | t).sum())
+    iou = [i / u if u else None for i, u in zip(intersection, union, strict=True)]
+    known = [x for x in iou if x is not None]
+    return sum(known) / len(known), right / total, iou

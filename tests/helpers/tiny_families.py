@@ -1,0 +1,445 @@
+"""Tiny random instances of other labs' classes, as checkpoints on disk, and what their stock forward is given.
+
+A `Stock` says what the package must find out by itself: written down here once more, by module paths and by the stock
+image processors.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedTokenizerFast
+
+VOCABULARY = 128
+SIDE = 8  # tokens a side in families that take images of any size
+IMAGE_ID = 99
+MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.6, 0.7]
+HIGH_MEAN, HIGH_STD = [0.1, 0.2, 0.3], [0.9, 0.8, 0.7]
+SPECIAL = [
+    *("hello", "\n\n"),  # as special tokens they survive whatever pre-tokenizer a family's own class brings
+    *("<image>", "<image_placeholder>", "<begin_of_image>", "<IMG_CONTEXT>", "<img>", "<fake_token_around_image>"),
+    *("<global-img>", "<|START_OF_IMG|>", "TILE_GLOBAL", "<|IMG_PATCH|>", "<IMG_START>", "<start_of_image>"),
+    *("<|image_pad|>", "<|image|>", "<|image>", "[IMG]", "[IMG_BREAK]"),
+]
+LLM = {
+    **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIGLIP = {"model_type": "siglip_vision_model", **VISION, "image_size": 24, "patch_size": 4}
+CLIP = {"model_type": "clip_vision_model", **VISION, "image_size": 24, "patch_size": 4, "projection_dim": 16}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+
+
+def _normalised(images: list[Image.Image]) -> dict:
+    return dict(_processor(CLIPImageProcessorPil, do_center_crop=False)(images, return_tensors="pt"))
+
+
+def _processor(kind, **kwargs):
+    return kind(do_resize=False, image_mean=MEAN, image_std=STD, **kwargs)
+
+
+def _stock(name: str, **kwargs) -> Callable:
+    """Inputs from the family's own image processor."""
+
+    def inputs(images: list[Image.Image]) -> dict:
+        processor = _processor(getattr(transformers, name), **kwargs)
+        return dict(processor(images, return_tensors="pt"))
+
+    return inputs
+
+
+def _tiles(images: list[Image.Image]) -> dict:
+    """The whole view and as many tiles as the first pinpoint (1 x 2) has, which differ from it."""
+    whole = _normalised(images)["pixel_values"]
+    return {
+        "pixel_values": torch.stack([whole, whole.flip(-1), whole * 0.5], 1),
+        "image_sizes": torch.tensor([[24, 48]] * len(images)),
+    }
+
+
+def _gemma4(images: list[Image.Image]) -> dict:
+    """Padded with patches at (-1, -1), as the stock processor does."""
+    inputs = _stock("Gemma4ImageProcessorPil", patch_size=2, max_soft_tokens=70, do_normalize=True)(images)
+    return {key: inputs[key] for key in ("pixel_values", "image_position_ids")}
+
+
+def _sizes(images: list[Image.Image]) -> dict:
+    return _normalised(images) | {"image_sizes": torch.tensor([[i.height, i.width] for i in images])}
+
+
+def stock_hybrid(images: list[Image.Image]) -> dict:
+    """DeepSeek-VL's two resolutions by its own processor."""
+    processor = transformers.DeepseekVLHybridImageProcessorPil(
+        size={"height": 16, "width": 16},
+        high_res_size={"height": 128, "width": 128},
+        **{"image_mean": MEAN, "image_std": STD, "high_res_image_mean": HIGH_MEAN, "high_res_image_std": HIGH_STD},
+    )
+    return dict(processor(images, return_tensors="pt"))
+
+
+def hybrid_inputs(images: list[Image.Image]) -> dict:
+    """The same, without the rounding of the smaller one to 8 bits."""
+    inputs = stock_hybrid(images)
+    whole = torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in images]).permute(0, 3, 1, 2)
+    small = torch.nn.functional.interpolate(whole / 255, (16, 16), mode="bicubic", antialias=True)
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    return inputs | {"pixel_values": (small - mean) / std}
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What a family must give.
+
+    Args:
+        config: Of a tiny model.
+        grid: Rows and columns of image tokens.
+        image_px: Side of the input.
+        encoder: Path of the module whose input is the encoder's states.
+        encoder_width: Width of these.
+        inputs: PIL images of that side -> what the stock forward takes.
+        decoder: Path of the LLM.
+        prefix: Tokens before the image; "hello" is the template's.
+        placeholder: What stands for the image in the template.
+        row_end: Token behind each row.
+        extra: Image tokens of the stock forward behind those of the whole view.
+        native: Mask among image tokens.
+        types: Name of the token types' argument, value of an image's tokens, and of other ones.
+        masks: Whether all its layers take masks.
+    """
+
+    config: dict
+    encoder: str
+    encoder_width: int
+    grid: tuple[int, int] = (6, 6)
+    image_px: int = 24
+    inputs: Callable = _normalised
+    decoder: str = "model.language_model"
+    prefix: list[str] = field(default_factory=lambda: ["<s>", "hello"])
+    placeholder: str = "<image>"
+    row_end: str | None = None
+    extra: int = 0
+    native: str = "causal"
+    types: tuple[str, int, int] | None = None
+    masks: bool = True
+
+
+def _llm(kind: str, **kwargs) -> dict:
+    return {"model_type": kind, **LLM, **kwargs}
+
+
+def _patched(kind: str, encoder: str, vision: dict, text: dict, **kwargs) -> Stock:
+    config = {"model_type": kind, "vision_config": {"model_type": kind, **vision}, "image_token_id": IMAGE_ID}
+    text = {**LLM, "rope_parameters": MROPE, **text}
+    return Stock(
+        config | {"text_config": text, "vision_start_token_id": 97, "vision_end_token_id": 98, "video_token_id": 96},
+        encoder,
+        64,
+        (SIDE, SIDE),
+        4 * SIDE,
+        types=("mm_token_type_ids", 1, 0),
+        **{"inputs": _stock("Qwen2VLImageProcessorPil", patch_size=2, merge_size=2, temporal_patch_size=2)} | kwargs,
+    )
+
+
+def _pixtral(kind: str, text: dict, encoder: str, **kwargs) -> Stock:
+    vision = {"model_type": "pixtral", **VISION, "head_dim": 8, "image_size": 4 * SIDE, "patch_size": 2}
+    return Stock(
+        {"model_type": kind, "vision_config": vision, "text_config": text, "spatial_merge_size": 2}
+        | ({"image_token_index": IMAGE_ID} if kind == "mistral3" else {"image_token_id": IMAGE_ID}),
+        encoder,
+        64,
+        (SIDE, SIDE),
+        4 * SIDE,
+        inputs=_sizes,
+        **kwargs,
+    )
+
+
+def _idefics(kind: str) -> Stock:
+    vision = {"model_type": f"{kind}_vision", **VISION, "image_size": 24, "patch_size": 2}
+    return Stock(
+        {"model_type": kind, "vision_config": vision, "text_config": _llm("llama"), "scale_factor": 3}
+        | {"image_token_id": IMAGE_ID},
+        "model.connector.modality_projection",
+        144,
+        (4, 4),
+        inputs=lambda images: _stock(
+            "Idefics3ImageProcessorPil", do_image_splitting=False, max_image_size={"longest_edge": 24}
+        )([[image] for image in images]),
+        decoder="model.text_model",
+        prefix=["<s>", "hello", "<fake_token_around_image>", "<global-img>"],
+    )
+
+
+PINPOINTS = {"image_grid_pinpoints": [[24, 48], [48, 24]]}
+GEMMA = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 5}
+PROJECTOR = "model.multi_modal_projector"
+LINEAR = {
+    **{"layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_value_heads": 2},
+    **{"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 2},
+    "rope_parameters": MROPE | {"partial_rotary_factor": 1.0},
+}
+QWEN_VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 2}
+
+STOCK = {
+    "llava": Stock(
+        {"model_type": "llava", "vision_config": CLIP, "text_config": _llm("llama"), "image_token_index": IMAGE_ID}
+        | {"image_seq_length": 36},
+        PROJECTOR,
+        16,
+    ),
+    "vipllava": Stock(
+        {"model_type": "vipllava", "vision_config": CLIP, "text_config": _llm("llama"), "image_token_index": IMAGE_ID}
+        | {"image_seq_length": 36, "vision_feature_layers": [-1, -2], "vision_feature_layer": [-1, -2]},
+        PROJECTOR,
+        32,
+    ),
+    "llava_next": Stock(
+        {"model_type": "llava_next", "vision_config": CLIP, "text_config": _llm("mistral", sliding_window=None)}
+        | {"image_token_index": IMAGE_ID, **PINPOINTS},
+        PROJECTOR,
+        16,
+        inputs=_tiles,
+        extra=6 * 13,
+    ),
+    "llava_onevision": Stock(
+        {"model_type": "llava_onevision", "vision_config": SIGLIP, "text_config": _llm("qwen2")}
+        | {"image_token_index": IMAGE_ID, **PINPOINTS},
+        PROJECTOR,
+        16,
+        inputs=_tiles,
+        extra=6 * 13,
+    ),
+    "deepseek_vl": Stock(
+        {"model_type": "deepseek_vl", "vision_config": SIGLIP, "text_config": _llm("llama")}
+        | {"image_token_id": IMAGE_ID},
+        "model.aligner",
+        16,
+        placeholder="<image_placeholder>",
+    ),
+    "janus": Stock(
+        {"model_type": "janus", "text_config": _llm("llama"), "image_token_id": IMAGE_ID}
+        | {"vision_config": {**VISION, "image_size": 24, "patch_size": 4, "projection_dim": 32, "mlp_ratio": 2.0}}
+        | {"vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 8, "num_res_blocks": 1}},
+        "model.aligner",
+        16,
+        placeholder="<image_placeholder>",
+        prefix=["<s>", "hello", "<begin_of_image>"],
+    ),
+    "internvl": Stock(
+        {"model_type": "internvl", "text_config": _llm("qwen2"), "image_token_id": IMAGE_ID, "image_seq_length": 9}
+        | {"vision_config": {"model_type": "internvl_vision", **VISION, "image_size": [24, 24], "patch_size": [4, 4]}},
+        PROJECTOR,
+        64,
+        (3, 3),
+        placeholder="<IMG_CONTEXT>",
+        prefix=["<s>", "hello", "<img>"],
+    ),
+    "idefics3": _idefics("idefics3"),
+    "smolvlm": _idefics("smolvlm"),
+    "aya_vision": Stock(
+        {"model_type": "aya_vision", "vision_config": SIGLIP, "image_token_index": IMAGE_ID, "downsample_factor": 2}
+        | {"text_config": _llm("cohere2", **GEMMA), "alignment_intermediate_size": 32},
+        f"{PROJECTOR}.linear_1",
+        64,
+        (3, 3),
+        prefix=["<s>", "hello", "<|START_OF_IMG|>", "TILE_GLOBAL"],
+    ),
+    "cohere2_vision": Stock(
+        {"model_type": "cohere2_vision", "vision_config": SIGLIP, "image_token_id": IMAGE_ID, "downsample_factor": 2}
+        | {"text_config": _llm("cohere2", **GEMMA), "alignment_intermediate_size": 32},
+        f"{PROJECTOR}.linear_1",
+        64,
+        (3, 3),
+        placeholder="<|IMG_PATCH|>",
+        prefix=["<s>", "hello", "<|START_OF_IMG|>"],
+    ),
+    "ovis2": Stock(
+        {"model_type": "ovis2", "text_config": _llm("qwen2"), "image_token_id": IMAGE_ID, "hidden_size": 32}
+        | {"vision_config": {**VISION, "image_size": 24, "patch_size": 4, "vocab_size": 40, "hidden_stride": 2}}
+        | {"visual_indicator_token_ids": [10, 120, 121, 122, 123], "vocab_size": VOCABULARY},
+        "model.vision_tower.head_linear",
+        64,
+        (3, 3),
+        prefix=["<s>", "hello", "<IMG_START>"],
+    ),
+    "gemma3": Stock(
+        {"model_type": "gemma3", "vision_config": SIGLIP, "image_token_index": IMAGE_ID, "mm_tokens_per_image": 9}
+        | {"text_config": _llm("gemma3_text", **GEMMA)},
+        f"{PROJECTOR}.mm_soft_emb_norm",
+        16,
+        (3, 3),
+        placeholder="<start_of_image>",
+        prefix=["<s>", "hello", "\n\n", "<start_of_image>"],
+        native="bidirectional",
+        types=("token_type_ids", 1, 0),
+    ),
+    "gemma4": Stock(
+        {"model_type": "gemma4", "image_token_id": IMAGE_ID, "audio_config": None, "video_token_id": 96}
+        | {"audio_token_id": 95, "boi_token_id": 94}
+        | {"vision_config": {**VISION, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 2}}
+        | {
+            "text_config": {
+                **{**LLM, **GEMMA, "use_bidirectional_attention": "vision", "num_kv_shared_layers": 0},
+                **{"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+                **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 8},
+            }
+        },
+        "model.embed_vision.embedding_projection",
+        16,
+        (SIDE, SIDE),
+        SIDE * 6,
+        inputs=_gemma4,
+        placeholder="<|image|>",
+        prefix=["<s>", "hello", "<|image>"],
+        native="bidirectional_sliding",
+        types=("mm_token_type_ids", 1, 0),
+    ),
+    "paligemma": Stock(
+        {"model_type": "paligemma", "vision_config": SIGLIP | {"projection_dim": 32}, "image_token_index": IMAGE_ID}
+        | {"text_config": _llm("gemma"), "projection_dim": 32, "hidden_size": 32},
+        PROJECTOR,
+        16,
+        prefix=[],
+        native="prefix",
+        types=("token_type_ids", 0, 1),
+    ),
+    "qwen2_vl": _patched(
+        "qwen2_vl",
+        "model.visual.merger.mlp",
+        {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 2},
+        {"model_type": "qwen2_vl_text"},
+        placeholder="<|image_pad|>",
+    ),
+    "qwen2_5_vl": _patched(
+        "qwen2_5_vl",
+        "model.visual.merger.mlp",
+        QWEN_VISION | {"out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]},
+        {"model_type": "qwen2_5_vl_text"},
+        placeholder="<|image_pad|>",
+    ),
+    "qwen3_vl": _patched(
+        "qwen3_vl",
+        "model.visual.merger.linear_fc1",
+        QWEN_VISION
+        | {"out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0], "depth": 3},
+        {"model_type": "qwen3_vl_text"},
+        placeholder="<|image_pad|>",
+    ),
+    "qwen3_vl_moe": _patched(
+        "qwen3_vl_moe",
+        "model.visual.merger.linear_fc1",
+        QWEN_VISION | {"out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        {"model_type": "qwen3_vl_moe_text", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        placeholder="<|image_pad|>",
+    ),
+    "glm4v": _patched(
+        "glm4v",
+        "model.visual.downsample",
+        QWEN_VISION | {"out_hidden_size": 32, "image_size": 4 * SIDE, "intermediate_size": 24},
+        {"model_type": "glm4v_text"},
+        placeholder="<|image|>",
+        inputs=_stock("Glm4vImageProcessorPil", patch_size=2, merge_size=2, temporal_patch_size=2),
+    ),
+    "glm46v": _patched(
+        "glm46v",
+        "model.visual.downsample",
+        QWEN_VISION
+        | {"out_hidden_size": 32, "image_size": 4 * SIDE, "intermediate_size": 24}
+        | {"model_type": "glm4v_vision"},
+        {"model_type": "glm4v_text"},
+        placeholder="<|image|>",
+        inputs=_stock("Glm4vImageProcessorPil", patch_size=2, merge_size=2, temporal_patch_size=2),
+    ),
+    "qwen3_5": _patched(
+        "qwen3_5",
+        "model.visual.merger.linear_fc1",
+        QWEN_VISION | {"out_hidden_size": 32, "num_position_embeddings": 16},
+        {"model_type": "qwen3_5_text", **LINEAR},
+        placeholder="<|image_pad|>",
+        masks=False,
+    ),
+    "qwen3_5_moe": _patched(
+        "qwen3_5_moe",
+        "model.visual.merger.linear_fc1",
+        QWEN_VISION | {"out_hidden_size": 32, "num_position_embeddings": 16},
+        {"model_type": "qwen3_5_moe_text", **LINEAR, "num_experts": 4, "num_experts_per_tok": 2}
+        | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+        placeholder="<|image_pad|>",
+        masks=False,
+    ),
+    "mistral3": _pixtral(
+        "mistral3",
+        _llm("mistral", sliding_window=None),
+        f"{PROJECTOR}.patch_merger.merging_layer",
+        placeholder="[IMG]",
+        row_end="[IMG_BREAK]",
+    ),
+    "lighton_ocr": _pixtral(
+        "lighton_ocr",
+        _llm("qwen3"),
+        "model.vision_projection.patch_merger.merging_layer",
+        placeholder="<|image_pad|>",
+    ),
+    "deepseek_vl_hybrid": Stock(
+        {"model_type": "deepseek_vl_hybrid", "text_config": _llm("llama"), "image_token_id": IMAGE_ID}
+        | {"vision_config": SIGLIP | {"image_size": 16}}
+        | {
+            "high_res_vision_config": {
+                **{"model_type": "sam_vision_model", "hidden_size": 16, "output_channels": 8, "num_hidden_layers": 2},
+                **{"num_attention_heads": 2, "image_size": 128, "patch_size": 8, "window_size": 4, "mlp_dim": 32},
+                **{"global_attn_indexes": [1], "num_pos_feats": 8},
+            }
+        },
+        "model.aligner",
+        16 + 32,
+        (4, 4),
+        128,
+        inputs=hybrid_inputs,
+        placeholder="<image_placeholder>",
+    ),
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, "hello": 3, "\n\n": 4, "<unk>": 5}
+    words |= {token: 10 + i for i, token in enumerate(["<IMG_START>", *(t for t in SPECIAL if t != "<IMG_START>")])}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Split("hello", "isolated")
+    built = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    built.add_special_tokens({"additional_special_tokens": SPECIAL})
+    return built
+
+
+def build(name: str, seed: int = 0):
+    """A random stock model whose attention is far from uniform."""
+    settings = dict(STOCK[name].config)
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    torch.manual_seed(seed)
+    from probes.models.families import FAMILIES
+
+    model = FAMILIES[name].loader._from_config(config, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                scale = 12.0 if ".layers." in parameter_name and "language" in parameter_name else 4.0
+                parameter.copy_(torch.randn_like(parameter) * 0.02 * scale)
+    return model
+
+
+def write(name: str, folder: Path) -> Path:
+    """A checkpoint as the hub has it, without weights that a processor would need."""
+    build(name).save_pretrained(folder)
+    text = tokenizer()
+    text.chat_template = "{{ bos_token }}hello" + STOCK[name].placeholder
+    text.save_pretrained(folder)
+    settings = {"image_mean": MEAN, "image_std": STD, "high_res_image_mean": HIGH_MEAN, "high_res_image_std": HIGH_STD}
+    CLIPImageProcessorPil(**settings).save_pretrained(folder)
+    return folder

@@ -1,0 +1,86 @@
+"""The six configurations of the paper at full size, without weights: published shapes, counted parameters."""
+
+import json
+
+import pytest
+import tiny_models
+from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, SiglipVisionConfig
+
+from llava_bidir.cli import main
+
+# Architectures as published; parameters are counted from them, so the checks below are against other people's numbers.
+ENCODERS = {
+    "clip": CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    ),
+    "dinov2": Dinov2Config(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518, patch_size=14
+    ),
+    "siglip": SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+    ),
+}
+VICUNA = LlamaConfig(
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
+)
+TOKENS = {"clip": 576, "dinov2": 576, "siglip": 729}
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory, real_tokenizer):
+    folder = tmp_path_factory.mktemp("full")
+    for name, config in ENCODERS.items():
+        config.save_pretrained(folder / name)
+    VICUNA.save_pretrained(folder / "vicuna")
+    real_tokenizer.save_pretrained(folder / "vicuna")
+    return folder
+
+
+def size(folder, stage, encoder, *more) -> list[str]:
+    return ["size", "--json", "-c", f"configs/{stage}.yaml", "-c", f"configs/encoder/{encoder}.yaml"] + [
+        *("--model.encoder.path", str(folder / encoder), "--model.llm", str(folder / "vicuna")),
+        *("--data.annotations", "none.json", "--data.images", "none", *more),
+    ]
+
+
+@pytest.mark.parametrize("image_attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_six_configurations_at_full_size(encoder, image_attention, full_size, capsys):
+    main(size(full_size, "stage2", encoder, "--model.image_attention", image_attention))
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    parameters, width = facts["parameters"], ENCODERS[encoder].hidden_size
+    # Llama-2-7B has 6,738,415,616 parameters; <image> and <pad> widen both embeddings from 32000 to 32064 rows
+    assert parameters["llm"] + parameters["lm_head"] == 6_738_415_616 + 2 * 64 * 4096
+    assert parameters["adapter"] == width * 4096 + 4096 + 4096 * 4096 + 4096
+    assert parameters["encoder"] == pytest.approx(
+        {"clip": 303.5e6, "dinov2": 304.4e6, "siglip": 428e6}[encoder], rel=0.01
+    )
+    assert facts["trains"] == facts["total"] - parameters["encoder"]
+    # 6 FLOPs for each parameter and token, attention and encoder on top
+    dense = 6 * 6_607_077_376 * 2048 * 128
+    assert 1.0 < facts["step_flops"] / dense < 1.12
+    assert 14 * facts["total"] / 8e9 < facts["memory_gb"]["zero3"] < facts["memory_gb"]["zero2"]
+
+
+def test_stage_1_trains_the_adapter_only(full_size, capsys):
+    main(size(full_size, "stage1", "clip"))
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["trains"] == facts["parameters"]["adapter"] == 20_979_712
+
+
+def test_size_is_readable_and_names_what_is_wrong(parts, conversations, capsys):
+    argv = ["size", *tiny_models.training_arguments(parts, conversations)]
+    main([*argv, "--devices", "2"])
+    assert "train" in (text := capsys.readouterr().out) and "on each of 2 devices (estimate)" in text
+    with pytest.raises(SystemExit, match="--length 3 leaves no text behind 4 image tokens"):
+        main([*argv, "--length", "3"])

@@ -1,0 +1,82 @@
+"""Exported directories: whole or not there, equal to what is in memory, and what others can load."""
+
+import json
+
+import pytest
+import tiny_models
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+
+from llava_bidir import LlavaBidirForConditionalGeneration
+from llava_bidir.commands.export import OWN_KEYS, as_llava, export_hf
+from llava_bidir.model.build import build_model, build_processor
+
+
+def inputs(model) -> dict:
+    ids = torch.tensor([[3, *[model.config.image_token_id] * tiny_models.TOKENS, 4, 5]])
+    return {"input_ids": ids, "pixel_values": tiny_models.pixels(1)}
+
+
+@pytest.fixture
+def causal(parts):
+    processor = build_processor(*parts)
+    return build_model(*parts, processor).eval(), processor
+
+
+def test_as_llava_is_stock_llava_with_equal_logits(causal, tmp_path):
+    model, processor = causal
+    export_hf(as_llava(model), processor, tmp_path / "hf", {"stage": "adapter+llm"})
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert config["model_type"] == "llava" and not set(OWN_KEYS) & set(config) and "auto_map" not in config
+    assert not list((tmp_path / "hf").glob("*.py")), "nothing that asks for trust_remote_code"
+    stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    assert type(AutoModelForImageTextToText.from_pretrained(tmp_path / "hf")) is LlavaForConditionalGeneration
+    assert torch.equal(stock(**inputs(model)).logits, model(**inputs(model)).logits)
+    assert AutoProcessor.from_pretrained(tmp_path / "hf").image_processor.do_pad
+
+
+@pytest.mark.parametrize("name", ["bidirectional", "prefix"])
+def test_as_llava_is_refused_where_the_mask_would_be_lost(parts, name):
+    model = build_model(*parts, build_processor(*parts), image_attention=name)
+    with pytest.raises(ValueError, match=f"--as-llava: image_attention is '{name}', but a stock llava runs causally"):
+        as_llava(model)
+
+
+def test_stock_llava_directories_load_as_ours_under_any_mask(causal, tmp_path):
+    """A released llava-hf checkpoint, with the mask switched on."""
+    model, processor = causal
+    tiny_models.sharpen(model, 8.0)
+    export_hf(as_llava(model), processor, tmp_path / "hf")
+    same = LlavaBidirForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
+    other = LlavaBidirForConditionalGeneration.from_pretrained(tmp_path / "hf", image_attention="bidirectional").eval()
+    logits = model(**inputs(model)).logits
+    assert torch.equal(same(**inputs(model)).logits, logits)
+    assert not torch.allclose(other(**inputs(model)).logits, logits)
+    assert isinstance(LlavaConfig.from_pretrained(tmp_path / "hf"), LlavaConfig)
+
+
+def test_model_card_says_what_it_is_and_how_it_was_made(parts, tmp_path):
+    processor = build_processor(*parts)
+    model = build_model(*parts, processor, image_attention="bidirectional")
+    export_hf(model, processor, tmp_path / "hf", {"stage": "adapter+llm", "learning_rate": 2e-5})
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "bidirectional attention among image tokens" in card and "- learning_rate: 2e-05" in card
+    assert "trust_remote_code=True" in card and "4 image tokens" in card
+
+
+def test_a_directory_that_reads_back_otherwise_is_not_left_behind(causal, tmp_path, monkeypatch):
+    model, processor = causal
+    export_hf(model, processor, tmp_path / "hf")
+    before = (tmp_path / "hf/model.safetensors").read_bytes()
+
+    def corrupted(path, **kwargs):
+        read = load(path, **kwargs)
+        with torch.no_grad():
+            read.lm_head.weight[0, 0] += 1
+        return read
+
+    load = LlavaBidirForConditionalGeneration.from_pretrained
+    monkeypatch.setattr(LlavaBidirForConditionalGeneration, "from_pretrained", corrupted)
+    with pytest.raises(RuntimeError, match="lm_head.weight differs after reading it back"):
+        export_hf(model, processor, tmp_path / "hf")
+    assert (tmp_path / "hf/model.safetensors").read_bytes() == before, "the earlier export is still there"

@@ -1,0 +1,128 @@
+"""LLaVA's two samplers: complete, one modality a batch, cut alike on every rank, resumable."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llava_bidir.data.batch_samplers import BatchSampler, grouped_batches
+
+LENGTHS = [*range(5, 45), *(-n for n in range(3, 20))]  # 40 with an image, 17 without
+
+
+def epoch(sampler, number=0):
+    sampler.set_epoch(number)
+    return list(sampler)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(-50, 50).filter(bool), min_size=1, max_size=80),
+    micro=st.integers(1, 4),
+    world=st.integers(1, 3),
+    accumulate=st.integers(1, 3),
+)
+def test_every_sample_is_drawn_and_ranks_get_as_many(grouped, lengths, micro, world, accumulate):
+    ranks = [
+        epoch(BatchSampler(lengths, micro * world * accumulate, micro, grouped=grouped, rank=r, world_size=world))
+        for r in range(world)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1 and len(ranks[0]) % accumulate == 0
+    assert all(len(batch) == micro for batches in ranks for batch in batches)
+    drawn = Counter(i for batches in ranks for batch in batches for i in batch)
+    assert set(drawn) == set(range(len(lengths)))
+    repeats = sum(drawn.values()) - len(lengths)
+    assert repeats < micro * world * accumulate, "only the last global batch is topped up"
+
+
+def llava_megabatches(lengths: list[int], batch: int, devices: int, generator) -> list[list[int]]:
+    """get_modality_length_grouped_indices, split_to_even_chunks on lists. Source: LLaVA llava_trainer.py:38-130."""
+    megabatches, rest = [], []
+    for text_only in (False, True):
+        indices = [i for i, n in enumerate(lengths) if (n < 0) == text_only]
+        order = [indices[i] for i in torch.randperm(len(indices), generator=generator)]
+        chunks = [order[i : i + batch] for i in range(0, len(order), batch)]
+        if chunks and len(chunks[-1]) < batch:
+            rest += chunks.pop()
+        for chunk in chunks:
+            parts, totals = [[] for _ in range(devices)], [0.0] * devices
+            for index in sorted(chunk, key=lambda i: abs(lengths[i]), reverse=True):
+                shortest = totals.index(min(totals))
+                parts[shortest].append(index)
+                totals[shortest] += abs(lengths[index])
+                if len(parts[shortest]) == batch // devices:
+                    totals[shortest] = float("inf")
+            megabatches.append([i for part in parts for i in part])
+    shuffled = [megabatches[i] for i in torch.randperm(len(megabatches), generator=generator)]
+    return [*shuffled, sorted(rest)] if rest else shuffled
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(-30, 30).filter(bool), min_size=1, max_size=120),
+    micro=st.integers(1, 4),
+    devices=st.integers(1, 4),
+    seed=st.integers(0, 9),
+)
+def test_grouped_batches_are_llavas_with_the_longest_in_front(lengths, micro, devices, seed):
+    """Same draws, same batches: of the full ones two change places, and the last are cut and topped up."""
+    batch = micro * devices
+    ours = grouped_batches(np.array(lengths), batch, micro, torch.Generator().manual_seed(seed)).tolist()
+    theirs = llava_megabatches(lengths, batch, devices, torch.Generator().manual_seed(seed))
+    full = sum((n < 0) for n in lengths) // batch + sum((n > 0) for n in lengths) // batch
+    moved = [i for i in range(full) if ours[i] != theirs[i]]
+    assert moved in ([], [0, moved[-1] if moved else 0]) and sorted(ours[:full]) == sorted(theirs[:full])
+    rest = [i for row in ours[full:] for i in row]
+    assert rest[: len(theirs[full]) if len(theirs) > full else 0] == (theirs[full] if len(theirs) > full else [])
+    assert all(max(abs(lengths[i]) for i in ours[0]) >= abs(lengths[j]) for row in ours[:full] for j in row)
+
+
+def test_length_is_known_without_drawing():
+    sampler = BatchSampler(LENGTHS, 8, 4, grouped=True)
+    sampler.draw = None
+    assert len(sampler) == 16 and sampler.lengths.dtype == np.int32
+
+
+def test_grouped_batches_are_of_one_modality_but_the_last():
+    batches = epoch(BatchSampler(LENGTHS, 8, 4, grouped=True))
+    kinds = [{LENGTHS[i] < 0 for i in batch} for batch in batches]
+    assert all(len(kind) == 1 for kind in kinds[:-2]) and len(batches) == 16
+
+
+def test_grouped_micro_batches_have_similar_total_length():
+    lengths = [1 + i * 7 % 100 for i in range(64)]
+    batches = epoch(BatchSampler(lengths, 16, 4, grouped=True))
+    for start in range(0, len(batches), 4):  # the four micro-batches of a global batch
+        totals = [sum(lengths[i] for i in batch) for batch in batches[start : start + 4]]
+        assert max(totals) - min(totals) < 60, totals
+
+
+def test_longest_batch_comes_first():
+    batches = epoch(BatchSampler(LENGTHS, 8, 8, grouped=True, seed=3))
+    assert max(LENGTHS) in {LENGTHS[i] for i in batches[0]}
+
+
+def test_order_follows_from_seed_and_epoch_alone():
+    first, again, other = (BatchSampler(LENGTHS, 8, 4, grouped=True, seed=s) for s in (1, 1, 2))
+    assert epoch(first) == epoch(again) != epoch(other)
+    assert epoch(first, 1) == epoch(again, 1) != epoch(first, 0)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_skipping_goes_on_where_an_interrupted_pass_stopped(grouped):
+    sampler = BatchSampler(LENGTHS, 8, 4, grouped=grouped)
+    everything = epoch(sampler)
+    sampler.skip(5)
+    assert epoch(sampler) == everything[5:] and epoch(sampler) == everything, "only once"
+    assert len(sampler) == len(everything)
+
+
+def test_batch_that_does_not_divide_is_an_error():
+    with pytest.raises(ValueError, match="batch_size 128 is not a multiple of data.micro_batch_size 16 x 3 devices"):
+        BatchSampler(LENGTHS, 128, 16, world_size=3)
+    with pytest.raises(ValueError, match="holds no record"):
+        BatchSampler([], 8, 4)

@@ -1,0 +1,285 @@
+"""LLaVA's JSON: what is read, and what a broken file or image answers."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import tiny_models
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from llava_bidir.data.collate import Collate
+from llava_bidir.data.instruction_dataset import Instructions, read_annotations
+from llava_bidir.model.build import build_processor
+
+ROOT = Path(__file__).parents[3]
+
+
+def write(path, records) -> str:
+    path.write_text(records if isinstance(records, str) else json.dumps(records))
+    return str(path)
+
+
+def record(**kwargs) -> dict:
+    turns = [{"from": "human", "value": "<image>\nwhat"}, {"from": "gpt", "value": "a cat"}]
+    return {"id": 7, "image": "a.png", "conversations": turns} | kwargs
+
+
+def test_records_come_back_as_written(conversations):
+    data = Instructions(conversations / "data.json", conversations)
+    sample = data[0]
+    assert len(data) == 12 and sample["id"] == "r0" and sample["image"].size == (14, 10)
+    assert sample["conversations"] == json.loads((conversations / "data.json").read_text())[0]["conversations"]
+    assert data[11]["image"] is None
+
+
+def test_lengths_count_words_and_mark_text_only(conversations):
+    lengths = Instructions(conversations / "data.json", conversations).lengths()
+    assert lengths[0] == 5 and [n < 0 for n in lengths] == [False] * 10 + [True] * 2  # "<image> name the sky" + "wall"
+
+
+def test_edited_file_is_read_again(tmp_path):
+    path = write(tmp_path / "data.json", [record()])
+    assert len(read_annotations(path)) == 1
+    write(tmp_path / "data.json", [record(), record(id=8)])
+    assert len(read_annotations(path)) == 2
+
+
+def turns(*texts: str, first: str = "human") -> list[dict]:
+    roles = ["human", "gpt"] if first == "human" else ["gpt", "human"]
+    return [{"from": roles[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ("{not json", r"is no JSON list of records .*expected \[{...}, ...\], got '{not json'"),
+        ({"a": 1}, "is no JSON list of records"),
+        ([], "has no records"),
+        ([{"id": 1}], r"1 of 1 records .* record 0 \(id '1'\): expected an object with a list 'conversations'"),
+        ([record(), "text"], r"1 of 2 records .* record 1 \(id ''\): expected an object"),
+        ([record(conversations=[{"from": "human"}])], r"id '7'\): a turn needs text in 'value'"),
+        ([record(conversations=[{"from": "bot", "value": "x"}])], r"id '7'\): a turn needs 'from': 'human' or 'gpt'"),
+        (
+            [record(conversations=turns("q", "a") + turns("b", first="gpt"))],
+            "turn 2 is from 'gpt' where 'human' was due",
+        ),
+        ([record(conversations=[])], "needs at least one human turn"),
+        ([record(image=["a.png", "b.png"])], "'image' is the path of one image"),
+        ([record(image=5)], "'image' is the path of one image, got '5'"),
+        ([record(image=0)], "'image' is the path of one image, got '0'"),
+        ([record(image=float("nan"))], "'image' is the path of one image, got 'nan'"),
+        ([record(image="../a.png")], r"record 0 \(id '7'\): 'image' must be a path inside data.images"),
+        ([record(image="a/../../a.png")], "'image' must be a path inside data.images"),
+        ([record(image="/etc/passwd")], "'image' must be a path inside data.images.* got '/etc/passwd'"),
+        ([record(image="a\0.png")], "'image' must be a path inside data.images"),
+        ([record(image="\ud83d.png")], r"half a character, '\\ud83d'"),
+        ([record(conversations=turns("q", "\ud83d"))], r"half a character, '\\ud83d'"),
+        ([record(id="\ud83d", conversations=None)], r"record 0 \(id '\\\\ud83d'\): expected an object with a list"),
+        ([record(conversations=[{"from": "human", "value": {"a": 1}}])], "a turn needs text in 'value'"),
+        ([record(conversations=[{"from": ["human"], "value": "q"}])], "a turn needs 'from'"),
+    ],
+)
+def test_broken_file_names_file_and_record(records, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        Instructions(write(tmp_path / "data.json", records), tmp_path)
+    assert "data.json" in str(error.value)
+
+
+def test_every_bad_record_is_kept_with_its_problem(tmp_path):
+    bad = [{"id": i} if i % 2 else record(id=i) for i in range(8)]
+    path = write(tmp_path / "data.json", bad)
+    table = read_annotations(path)
+    assert [bool(problem) for problem in table["problem"]] == [False, True] * 4
+    with pytest.raises(
+        ValueError, match="4 of 8 records cannot be trained on. record 1 .*record 3 .*record 5 "
+    ) as error:
+        Instructions(path, tmp_path)
+    assert "record 7" not in str(error.value) and "verify-data" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("conversations", "shown", "answers"),
+    [
+        (turns("<image>\nwhat", ""), 1, 0),
+        (turns("hello", "<image> what", "a cat", first="gpt"), 1, 1),
+        (turns("<image> and <image>", "two", "<image> again", "three"), 2, 2),
+        (turns("what", "a cat"), 0, 1),
+    ],
+)
+def test_what_llava_trains_on_loads(conversations, shown, answers, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    data = Instructions(write(tmp_path / "data.json", [record(conversations=conversations)]), tmp_path)
+    assert (data.records["shown"][0], data.records["answers"][0]) == (shown, answers)
+    assert (data[0]["image"] is None) == (shown == 0)
+
+
+def test_tag_without_an_image_is_text(tmp_path):
+    data = Instructions(write(tmp_path / "data.json", [record(image=None)]), tmp_path)
+    assert data[0]["image"] is None and data.lengths().tolist() == [-4]
+
+
+def test_summary_counts_without_tokenising(tmp_path):
+    records = [
+        record(image=None),
+        record(conversations=turns("what", "a cat")),
+        record(conversations=turns("<image>\nq", "")),
+        record(conversations=turns("<image>\nq", "word " * 7)),
+    ]
+    summary = Instructions(write(tmp_path / "data.json", records), tmp_path).summary(image_tokens=4, max_length=12)
+    assert summary.startswith("4 records: 1 text only, 1 with an image that no <image> shows, 1 without an answer")
+    assert "at least 1 longer than 12 tokens" in summary
+
+
+def test_missing_file_folder_and_image_are_named(tmp_path):
+    with pytest.raises(ValueError, match="data.annotations: no file"):
+        read_annotations(tmp_path / "none.json")
+    path = write(tmp_path / "data.json", [record()])
+    with pytest.raises(ValueError, match="data.images: no folder"):
+        Instructions(path, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="record 0 .id '7'.: image .*a.png is missing"):
+        Instructions(path, tmp_path)[0]
+
+
+def test_corrupt_image_is_named(tmp_path):
+    path = write(tmp_path / "data.json", [record()])
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="record 0 .id '7'.: image .*a.png cannot be read"):
+        Instructions(path, tmp_path)[0]
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match="record 0 .id '7'.: image .*a.png cannot be read"):
+        Instructions(path, tmp_path)[0]
+
+
+def test_ids_of_other_types_null_characters_and_further_keys_are_let_through(tmp_path):
+    records = [record(id=None), record(id=3.5), record(id=["a"]), record(id=10**100), {**record(), "extra": [{}]}]
+    records += [record(conversations=turns("<image>\0", "a\0cat"), image="a.png"), record(id="\ud83d")]
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    data = Instructions(write(tmp_path / "data.json", records), tmp_path)
+    assert data.records["id"][:] == ["", "3.5", "", str(10**100), "7", "7", "\\ud83d"]
+    assert data[5]["conversations"][1]["value"] == "a\0cat"
+
+
+def test_broken_file_leaves_nothing_behind(pictures):
+    whole = json.dumps([record()] * 1000)
+    with pytest.raises(ValueError, match="after 999 of them"):
+        read_annotations(write(pictures / "data.json", whole[:-3]))
+    assert [*pictures.rglob("*.arrow")] == [], "what was converted of it is no data set"
+    assert len(read_annotations(write(pictures / "data.json", whole))) == 1000 and [*pictures.rglob("*.arrow")]
+
+
+def test_names_in_errors_are_cut(tmp_path):
+    records = [record(id="7" * 10**5, image="a" * 10**5)]
+    with pytest.raises(ValueError, match="'image' must be a path inside data.images, without '..'") as error:
+        Instructions(write(tmp_path / "data.json", records), tmp_path)
+    assert len(str(error.value)) < 1000
+
+
+def test_file_that_cannot_be_opened_is_named(tmp_path):
+    (tmp_path / "dir.json").mkdir()
+    os.mkfifo(tmp_path / "pipe.json")
+    for name in ("dir.json", "pipe.json", "none.json", "x" * 300 + ".json"):
+        with pytest.raises(ValueError, match=f"data.annotations: no file .*{name}"):
+            read_annotations(tmp_path / name)
+
+
+@pytest.fixture(scope="module")
+def collate(parts):
+    return Collate(build_processor(*parts), tiny_models.TOKENS, "vicuna_v1")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder with a.png, and where `datasets` caches meanwhile."""
+    folder = tmp_path_factory.mktemp("pictures")
+    Image.new("RGB", (4, 4)).save(folder / "a.png")
+    (folder / "folder").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        yield folder
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=8), children, max_size=3),
+    max_leaves=6,
+)
+texts = st.sampled_from(["<image>\nq", "a", "", "<image><image>", "\0", "\ud83d"]) | st.text(
+    st.characters(), max_size=8
+)
+roles = st.sampled_from(["human", "gpt"])
+any_turn = st.fixed_dictionaries({"from": roles | json_values, "value": texts | json_values}) | json_values
+dialogue = st.lists(texts, min_size=1, max_size=4).map(lambda values: turns(*values))
+paths = st.sampled_from(["a.png", "none.png", "../a.png", "/a.png", "", ".", "folder", "a\0b", "x" * 300])
+any_record = json_values | st.fixed_dictionaries(
+    {"conversations": dialogue | st.lists(any_turn, max_size=4) | json_values},
+    optional={"id": json_values, "image": paths | json_values},
+)
+
+
+@given(st.lists(any_record, max_size=3))
+def test_any_record_is_a_sample_or_an_error_that_names_it(collate, pictures, records):
+    """A sample's ids and labels go together and its image is RGB; an error is a ValueError with file and record."""
+    shutil.rmtree(pictures / "cache", ignore_errors=True)
+    try:
+        data = Instructions(write(pictures / "data.json", records), pictures)
+    except ValueError as error:
+        assert len(str(error)) < 2000
+        assert re.search(r"data.json.*(record \d \(id '|has no records)", str(error), re.DOTALL)
+        return
+    assert len(data) == len(records) and (data.lengths() != 0).all()
+    for i in range(len(data)):
+        try:
+            sample = data[i]
+            ids, labels = collate.encode(sample)
+        except ValueError as error:
+            assert re.search(r"^record (\d \(id )?'", str(error))
+            continue
+        assert len(ids) == len(labels) and all(label in (-100, id) for id, label in zip(ids, labels, strict=True))
+        assert sample["image"] is None or (sample["image"].mode, sample["image"].size) == ("RGB", (4, 4))
+        assert (sample["image"] is None) == (collate.processor.image_token_id not in ids)
+
+
+READING = """
+import re, sys, threading, time
+from pathlib import Path
+from llava_bidir.data.instruction_dataset import read_annotations
+
+def held():  # MiB of its own, without the pages of mapped files, which the system takes back as it likes
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) >> 10
+
+def watch():
+    while True:
+        peaks.append(held())
+        time.sleep(0.02)
+
+before, peaks = held(), []
+threading.Thread(target=watch, daemon=True).start()
+print(len(read_annotations(sys.argv[1])), max(peaks) - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    """HOSTILE_MIB=2048 has it read a file of that size, which takes minutes and twice the space."""
+    size = int(os.environ.get("HOSTILE_MIB", 64)) << 20
+    text = json.dumps(record(conversations=turns("<image>\nwhat", *["a cat " * 40] * 3), image="a/b.png"))
+    count = size // (len(text) + 1)
+    with (tmp_path / "big.json").open("w") as file:
+        file.write("[" + text)
+        for _ in range(count - 1):
+            file.write("," + text)
+        file.write("]")
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", READING, str(tmp_path / "big.json")]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    records, grown = map(int, run.stdout.split())
+    assert records == count and grown < 80, f"MiB, for a file of {size >> 20}"

@@ -1,0 +1,64 @@
+"""Low-rank updates: where they are, that they start at nothing, and that merging changes no answer."""
+
+import pytest
+import tiny_models
+import torch
+from torch import nn
+
+from llava_bidir.model.lora import Lora, add_lora, has_lora, merge_lora
+
+
+@pytest.fixture
+def updated():
+    """A tiny model whose updates are as large as its weights."""
+    model = tiny_models.model("bidirectional")
+    torch.manual_seed(5)
+    add_lora(model, Lora(r=3, alpha=6, dropout=0.1))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.3)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    ids, mask = tiny_models.ids("ttiiiitt", "tiiiitt")
+    return model(input_ids=ids, attention_mask=mask, pixel_values=tiny_models.pixels(2)).logits
+
+
+def test_updates_start_at_nothing_and_sit_beside_every_linear_layer_of_the_llm():
+    model, plain = tiny_models.model(), tiny_models.model()
+    add_lora(model, Lora(r=3, alpha=6))
+    linear = {name for name, m in plain.model.language_model.named_modules() if isinstance(m, nn.Linear)}
+    updated = {name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")}
+    assert updated == {f"model.language_model.{name}" for name in linear} and len(linear) == 7 * 3
+    assert torch.equal(logits(model), logits(plain))
+
+
+def test_merged_model_answers_as_the_unmerged(updated):
+    expected = logits(updated)
+    merged = merge_lora(updated)
+    assert not has_lora(merged) and not any("lora" in name or "base_layer" in name for name in merged.state_dict())
+    assert merged.state_dict().keys() == tiny_models.model().state_dict().keys()
+    assert (expected - logits(tiny_models.model("bidirectional"))).abs().max() > 0.1, "the updates matter"
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_merging_leaves_the_model_as_it_is(updated):
+    before = {name: tensor.clone() for name, tensor in updated.state_dict().items()}
+    expected = logits(updated)
+    merged = merge_lora(updated)
+    assert has_lora(updated) and torch.equal(logits(updated), expected)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in updated.state_dict().items())
+    assert merged.lm_head.weight is updated.lm_head.weight, "what is not merged is shared, not copied"
+
+
+def test_model_without_updates_is_returned_as_it_is():
+    model = tiny_models.model()
+    assert merge_lora(model) is model
+
+
+def test_numbers_are_llavas():
+    """Source: LLaVA scripts/v1_5/finetune_lora.sh; the dropout is train.py's default."""
+    assert Lora() == Lora(r=128, alpha=256, dropout=0.05)

@@ -1,0 +1,146 @@
+"""Properties of the toy world that the demo's experiments rest on. Shapes: N scenes, H = W = SIZE_PX."""
+
+import numpy as np
+import pytest
+
+from llava_bidir.toy_world import scenes
+from llava_bidir.toy_world.canvas import CLASSES, PAIR_OF, PALETTE, SIZE_PX
+from llava_bidir.toy_world.scenes import draw_scene
+
+CEILING, SKY, WALL, BUILDING, FLOOR, ROAD, BED, CAR, LAMP, TREE, PICTURE, WINDOW, DOOR, PERSON = range(14)
+SURFACES = [(CEILING, SKY), (WALL, BUILDING), (FLOOR, ROAD)]
+ROOM_ONLY, STREET_ONLY = (CEILING, WALL, FLOOR, BED, LAMP, PICTURE), (SKY, BUILDING, ROAD, CAR, TREE)
+
+
+def draw_many(count: int, evidence: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indoor `bool[N]`, images `float32[N, H, W, 3]` in 0..1 and masks `uint8[N, H, W]`."""
+    rng = np.random.default_rng(seed)
+    scenes = [draw_scene(rng, evidence) for _ in range(count)]
+    images = np.stack([scene.image for scene in scenes]).astype(np.float32) / 255
+    return np.array([scene.indoor for scene in scenes]), images, np.stack([scene.mask for scene in scenes])
+
+
+def grain_per_scene(images: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Mean projection of the paired pixels onto their weave, `float[N]`, in units of the grain's spread."""
+    rows, columns = np.mgrid[:SIZE_PX, :SIZE_PX]
+    weave = scenes._GRAIN[masks, rows % 4, columns % 4]
+    return (images.mean(-1) * weave).sum((1, 2)) / (weave**2).sum((1, 2)) / scenes.GRAIN_CONTRAST
+
+
+@pytest.fixture(scope="module")
+def without_evidence():
+    return draw_many(400, evidence=0)
+
+
+def test_same_generator_state_gives_the_same_bytes():
+    first, second, other = (draw_scene(np.random.default_rng(seed)) for seed in (5, 5, 6))
+    assert first.indoor == second.indoor
+    assert first.image.tobytes() == second.image.tobytes() and first.mask.tobytes() == second.mask.tobytes()
+    assert first.image.tobytes() != other.image.tobytes()
+
+
+def test_global_generator_is_left_alone():
+    before = np.random.get_state()[1].copy()
+    draw_scene(np.random.default_rng(0))
+    assert (np.random.get_state()[1] == before).all()
+
+
+def test_shapes_types_and_tables():
+    scene = draw_scene(np.random.default_rng(1))
+    assert isinstance(scene.indoor, bool)
+    assert scene.image.shape == (SIZE_PX, SIZE_PX, 3) and scene.image.dtype == np.uint8
+    assert scene.mask.shape == (SIZE_PX, SIZE_PX) and scene.mask.dtype == np.uint8
+    assert len(CLASSES) == len(set(CLASSES)) == len(PAIR_OF) == 14
+    assert all(PAIR_OF[PAIR_OF[i]] == i for i in range(14)) and PAIR_OF[8:] == tuple(range(8, 14))
+    assert PALETTE.shape == (14, 3) and PALETTE.dtype == np.uint8
+    assert len({tuple(colour) for colour in PALETTE}) == 14
+
+
+def test_rooms_and_streets_are_a_fair_coin(without_evidence):
+    indoor, _, _ = without_evidence
+    assert 0.43 < indoor.mean() < 0.57
+
+
+def test_every_class_is_large_enough_to_be_seen(without_evidence):
+    _, _, masks = without_evidence
+    share = np.bincount(masks.ravel(), minlength=14) / masks.size
+    assert masks.max() < 14 and share.min() > 0.012, dict(zip(CLASSES, share.round(4), strict=True))
+
+
+def test_classes_keep_to_their_kind_of_scene(without_evidence):
+    indoor, _, masks = without_evidence
+    assert not np.isin(masks[indoor], STREET_ONLY).any()
+    assert not np.isin(masks[~indoor], ROOM_ONLY).any()
+
+
+def test_every_scene_shows_a_cue(without_evidence):
+    indoor, images, masks = without_evidence
+    for is_room, image, mask in zip(indoor, images, masks, strict=True):
+        size = np.isin(mask, (LAMP, PICTURE, BED) if is_room else (TREE, CAR)).sum()
+        if not is_room and size == 0:  # then the moon must be up
+            sky = image[mask == SKY].mean(-1)
+            size = (sky > 1.25 * np.median(sky)).sum()
+        assert size >= 20
+
+
+def test_canvas_decides_the_mask_by_pixel_centres():
+    rng, offsets = np.random.default_rng(2), []
+    triangle, (rows, columns) = [(0.5, 0), (1, 1), (0, 0.8)], np.mgrid[:SIZE_PX, :SIZE_PX]
+    for _ in range(100):
+        canvas, place = scenes.Canvas(), scenes.Quad.standing(rng.uniform(30, 66, 2), *rng.uniform(8, 50, 2))
+        canvas.polygon(place, (255, 255, 255), "tree", triangle)
+        covered, chosen = canvas.image()[..., 0], canvas.mask() == TREE
+        assert chosen[covered == 1].all() and not chosen[covered == 0].any()
+        offsets.append([np.average(axis, weights=covered) - axis[chosen].mean() for axis in (rows, columns)])
+    assert np.abs(np.mean(offsets, axis=0)).max() < 0.02
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_mask_fits_its_image_better_than_one_pixel_off(without_evidence, axis):
+    _, images, masks = (part[:30] for part in without_evidence)
+
+    def unexplained(shift: int) -> float:
+        """Variance of colour left within the classes of a shifted mask."""
+        moved, total = np.roll(masks, shift, axis)[:, 1:-1, 1:-1], 0.0
+        for image, mask in zip(images[:, 1:-1, 1:-1], moved, strict=True):
+            total += sum((mask == k).sum() * image[mask == k].var(0).sum() for k in np.unique(mask))
+        return total
+
+    assert unexplained(0) < 0.98 * min(unexplained(-1), unexplained(1))
+
+
+def test_objects_have_their_own_colours(without_evidence):
+    _, images, masks = without_evidence
+    red, green, blue = images[masks == TREE].mean(0)
+    assert green > red and green > blue
+    for body in (BED, CAR):
+        red, green, blue = np.median(images[masks == body], axis=0)
+        assert red > 1.4 * green and red > 1.4 * blue
+    red, green, blue = images[masks == LAMP].mean(0)
+    assert red > green > 1.3 * blue
+
+
+def test_the_two_of_a_pair_have_the_same_colour(monkeypatch):
+    monkeypatch.setattr(scenes, "light", lambda view, rng: np.ones(3, np.float32))  # the light varies by scene
+    _, images, masks = draw_many(200, evidence=0)
+    for pair in SURFACES:
+        inside, outside = (images[masks == member].mean(0) for member in pair)
+        assert np.abs(inside - outside).max() < 0.012, pair
+    inside, outside = (np.median(images[masks == member], axis=0) for member in (BED, CAR))
+    assert np.abs(inside - outside).max() < 0.05
+
+
+def test_grain_says_nothing_without_evidence(without_evidence):
+    indoor, images, masks = without_evidence
+    grain = grain_per_scene(images, masks)
+    assert abs(grain[indoor].mean() - grain[~indoor].mean()) < 0.05
+    accuracy = ((grain > np.median(grain)) == indoor).mean()
+    assert abs(accuracy - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("evidence", [0.1, 0.5])
+def test_grain_leans_to_the_promised_side(evidence):
+    indoor, images, masks = draw_many(200, evidence, seed=1)
+    grain = grain_per_scene(images, masks)
+    assert grain[indoor].mean() > 0.5 * evidence
+    assert grain[~indoor].mean() < -0.5 * evidence

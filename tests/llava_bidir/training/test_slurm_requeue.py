@@ -1,0 +1,144 @@
+"""Requeueing, with signals that a test sends itself and a `scontrol` that only takes notes (tests/slurm: real ones)."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+from llava_bidir.training.cli import build_cli
+from llava_bidir.training.slurm_requeue import INTERRUPTED, Requeue
+
+UNDER_SRUN = {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """Signal handlers are as before when a test is over."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch) -> Path:
+    """The file in which a fake scontrol writes what it is told."""
+    script, told = tmp_path / "bin/scontrol", tmp_path / "told"
+    script.parent.mkdir()
+    script.write_text(f'#!/bin/sh\necho "$@" >> {told}\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    return told
+
+
+class SignalAt(Callback):
+    """Signals this process while it trains a micro-batch, counted over epochs from 0."""
+
+    def __init__(self, number: int, micro_batch: int):
+        self.number, self.micro_batch, self.losses = number, micro_batch, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if len(self.losses) == self.micro_batch:
+            os.kill(os.getpid(), self.number)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(outputs["loss"].item())
+
+
+def arguments(parts, conversations, out, *more) -> list[str]:
+    """Two epochs of three optimizer steps, two micro-batches each."""
+    encoder, llm = parts
+    return [
+        *("-c", "configs/demo/stage2.yaml", "--model.encoder.path", encoder.path, "--model.llm", llm),
+        *("--data.annotations", str(conversations / "data.json"), "--data.images", str(conversations)),
+        *("--data.batch_size", "4", "--data.micro_batch_size", "2", "--data.val_annotations", "null"),
+        *("--trainer.max_epochs", "2", "--out", str(out), *more),
+    ]
+
+
+def fit(parts, conversations, out, number=signal.SIGUSR1, micro_batch=None, ckpt_path=None):
+    """Returns rank 0's losses, the trainer, and the exit status, 0 for a run that came to its end."""
+    cli, sent = build_cli(arguments(parts, conversations, out), run=False), SignalAt(number, micro_batch)
+    cli.trainer.callbacks[:0] = [sent]
+    cli.trainer.callbacks.append(Requeue())
+    try:
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
+    except SystemExit as stop:
+        return sent.losses, cli.trainer, stop.code
+    return sent.losses, cli.trainer, 0
+
+
+@pytest.mark.parametrize(("micro_batch", "step"), [(0, 1), (1, 1), (2, 2), (6, 4), (9, 5)])
+def test_a_signal_is_heeded_at_the_next_step_and_the_rest_equals_an_uninterrupted_run(
+    micro_batch, step, parts, conversations, scontrol, tmp_path
+):
+    whole, _, _ = fit(parts, conversations, tmp_path / "whole")
+    losses, trainer, status = fit(parts, conversations, tmp_path / "cut", micro_batch=micro_batch)
+    assert status == INTERRUPTED and trainer.global_step == step and len(losses) == 2 * step
+    assert scontrol.read_text() == "requeue 77\n"
+    assert not (tmp_path / "cut/hf").exists(), "a run that is not finished must not look so"
+    last = tmp_path / "cut/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == step
+    rest, _, status = fit(parts, conversations, tmp_path / "cut", ckpt_path=last)
+    assert status == 0 and losses + rest == whole and len(whole) == 12
+    assert (tmp_path / "cut/hf/model.safetensors").read_bytes() == (
+        tmp_path / "whole/hf/model.safetensors"
+    ).read_bytes()
+
+
+def test_after_sigterm_it_saves_but_leaves_the_queue_alone(parts, conversations, scontrol, tmp_path):
+    """Slurm itself requeues a preempted job; one that was cancelled must not come back."""
+    _, trainer, status = fit(parts, conversations, tmp_path, signal.SIGTERM, micro_batch=3)
+    assert status == INTERRUPTED and trainer.global_step == 2 and (tmp_path / "checkpoints/last.ckpt").is_file()
+    assert not scontrol.exists()
+
+
+@pytest.mark.parametrize("micro_batch", [10, 11])
+def test_a_signal_in_the_last_step_finds_a_finished_run(micro_batch, parts, conversations, scontrol, tmp_path):
+    _, trainer, status = fit(parts, conversations, tmp_path, micro_batch=micro_batch)
+    assert status == 0 and trainer.global_step == 6 and (tmp_path / "hf").is_dir() and not scontrol.exists()
+    # Python gives a signal its deadly default back at exit unless it is ignored
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_at_the_end_of_an_epoch_waits_for_the_next(parts, conversations, scontrol, tmp_path):
+    """Saved behind the last batch, the epoch would look whole in one place and unfinished in another."""
+    _, trainer, status = fit(parts, conversations, tmp_path, micro_batch=5)
+    assert status == INTERRUPTED and trainer.global_step == 4 and trainer.current_epoch == 1
+
+
+def test_a_queue_that_refuses_is_an_error(parts, conversations, tmp_path, scontrol):
+    (tmp_path / "bin/scontrol").write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(Exception, match="scontrol.*requeue.*77"):
+        fit(parts, conversations, tmp_path, micro_batch=1)
+    assert (tmp_path / "checkpoints/last.ckpt").is_file()
+
+
+def test_requeueing_is_on_under_srun_only(parts, conversations, tmp_path, monkeypatch):
+    off = build_cli(arguments(parts, conversations, tmp_path), run=False).trainer
+    assert not any(isinstance(callback, Requeue) for callback in off.callbacks)
+    for name, value in UNDER_SRUN.items():
+        monkeypatch.setenv(name, value)
+    on = build_cli(arguments(parts, conversations, tmp_path), run=False).trainer
+    assert isinstance(on.callbacks[-1], Requeue), "behind all that count batches"
+    environment = on._accelerator_connector.cluster_environment
+    assert isinstance(environment, SLURMEnvironment) and not environment.auto_requeue
+
+
+def test_last_goes_on_and_leaves_a_finished_run_alone(parts, conversations, scontrol, tmp_path, capsys, caplog):
+    fit(parts, conversations, tmp_path, micro_batch=3)
+    again = ["fit", *arguments(parts, conversations, tmp_path, "--ckpt_path", "last")]
+    cli = build_cli(again)
+    assert cli.trainer.global_step == 6 and cli.trainer.fit_loop.epoch_loop.batch_progress.total.completed == 12
+    exported = (tmp_path / "hf/model.safetensors").stat()
+    with caplog.at_level("INFO"):
+        assert build_cli(again).trainer.global_step == 0
+    assert "this run is finished; nothing to do" in caplog.text
+    assert (tmp_path / "hf/model.safetensors").stat() == exported
+    build_cli(again[:-2])  # without it a run begins anew, as `make` expects
+    assert (tmp_path / "hf/model.safetensors").stat().st_mtime_ns > exported.st_mtime_ns

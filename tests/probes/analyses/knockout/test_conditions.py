@@ -1,0 +1,146 @@
+"""Controls: what each of them holds fixed."""
+
+import numpy as np
+import pytest
+import torch
+
+from probes.analyses.knockout.cases import Case, find_cases
+from probes.analyses.knockout.conditions import Surroundings, balance, conditions, matched_tokens
+
+GRID, T = (4, 6), 24
+CONTROLS = ["distance", "mass", "high_norm"]
+
+
+def case_of(wrong=(7, 8, 13), incorrect=(7, 8, 13, 20), correct=(0, 1, 2, 3, 9)) -> Case:
+    mask = lambda tokens: torch.isin(torch.arange(T), torch.tensor(tokens))
+    blocked = {"incorrect": mask(incorrect), "correct": mask(correct)}
+    return Case(5, 0, len(wrong), len(correct), 1, 2, mask(wrong), torch.ones(T, dtype=torch.bool), blocked)
+
+
+def around_of(case: Case, causal=False, high=(11,)) -> Surroundings:
+    visible = torch.ones(T, T, dtype=torch.bool)
+    states = torch.ones(T, 8)
+    states[list(high)] *= 10
+    mass = torch.linspace(0, 1, T)
+    return Surroundings.of(case, GRID, visible.tril() if causal else visible, states, mass)
+
+
+def sets(case, around, **kwargs) -> dict:
+    settings = {"controls": CONTROLS, "draws": 4, "doses": [0.5], "reverse": True, "seed": 0} | kwargs
+    return conditions(case, around, **settings)
+
+
+def test_surroundings_equal_a_loop():
+    case = case_of()
+    around = around_of(case, causal=True)
+    for token in range(T):
+        y, x = divmod(token, 6)
+        apart = [np.hypot(y - q // 6, x - q % 6) for q in (7, 8, 13)]
+        assert around.distance[token] == pytest.approx(min(apart))
+        assert around.seen[token] == pytest.approx(np.mean([token <= q for q in (7, 8, 13)]))
+    assert around.high_norm.nonzero()[0].tolist() == [11]
+
+
+def test_every_control_blocks_as_many_tokens_and_none_of_high_norm():
+    case = case_of()
+    for name, draws in sets(case, around_of(case)).items():
+        kind, _, of = name.rpartition("_")
+        if kind in ("random", "distance", "mass"):
+            assert len(draws) == 4 and len({tuple(draw.tolist()) for draw in draws}) > 1, "draws differ"
+            for draw in draws:
+                assert draw.sum() == case.blocked[of].sum() and not draw[11]
+
+
+def test_matched_controls_take_other_tokens_while_there_are():
+    case = case_of()
+    found = sets(case, around_of(case))
+    for name in ("distance_correct", "mass_correct", "distance_incorrect", "mass_incorrect"):
+        assert not any((draw & case.blocked[name.rpartition("_")[2]]).any() for draw in found[name])
+
+
+def test_matched_in_distance_is_nearer_than_random_in_distance():
+    """Blocked tokens lie far off: random ones are nearer, matched ones as far."""
+    case = case_of(wrong=(0,), incorrect=(0,), correct=(16, 17, 22, 23))
+    around = around_of(case, high=())
+    found = sets(case, around, draws=200)
+    mean = lambda name: np.mean([around.distance[draw.numpy()].mean() for draw in found[name]])
+    assert abs(mean("distance_correct") - mean("correct")) < 0.8 < abs(mean("random_correct") - mean("correct"))
+
+
+def test_under_a_causal_mask_matched_tokens_are_seen_by_as_many_patches():
+    """Tokens behind all mistaken patches are seen by none of them: to block those is to block nothing."""
+    case = case_of(wrong=(12, 13), incorrect=(12, 13), correct=(0, 1, 2, 3, 4))
+    around = around_of(case, causal=True, high=())
+    found = sets(case, around, draws=100)
+    seen = lambda name: np.mean([around.seen[draw.numpy()].mean() for draw in found[name]])
+    assert seen("correct") == 1 and seen("distance_correct") > 0.95 and seen("random_correct") < 0.7
+
+
+def test_matched_in_mass_has_the_mass():
+    case = case_of(correct=(4, 9, 14, 19))
+    around = around_of(case)
+    mass = lambda draw: around.mass[draw.numpy()].sum()
+    for draw in sets(case, around)["mass_correct"]:
+        assert abs(mass(draw) - mass(case.blocked["correct"])) < 0.4
+
+
+def test_when_others_run_out_those_of_high_norm_come_next_and_the_blocked_last():
+    features, rng = np.zeros((4, 1)), np.random.default_rng(0)
+    blocked, barred = np.array([True, True, False, False]), np.array([False, False, False, True])
+    assert matched_tokens(features, blocked, barred, rng).tolist() == [False, False, True, True]
+    blocked = np.array([True, True, True, False])
+    taken = matched_tokens(features, blocked, barred, rng)
+    assert taken.sum() == 3 and taken[3], "two of the blocked had to do"
+
+
+def test_doses_and_reverse():
+    case = case_of()
+    found = sets(case, around_of(case), doses=[0.25, 0.5])
+    for draw in found["correct@0.5"]:
+        assert draw.sum() == 2 and not (draw & ~case.blocked["correct"]).any()  # 2.5 tokens: to the even one
+    pairs = found["only_correct"][0]
+    for q in range(T):
+        for k in range(T):
+            assert pairs[q, k] == (q != k and not case.blocked["correct"][k])
+    assert len(found["only_random_correct"]) == 4 and len(found["high_norm"]) == 1
+
+
+def test_a_condition_draws_by_itself():
+    """Whatever else is asked for, in whatever batch: the same tokens for the same seed, others for another."""
+    case = case_of()
+    around = around_of(case)
+    few, many = sets(case, around, controls=[], doses=[], reverse=False), sets(case, around)
+    same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert all(same(draws, many[name]) for name, draws in few.items())
+    assert not same(few["random_correct"], sets(case, around, seed=1)["random_correct"])
+    case.blocked["incorrect"] = case.blocked["correct"]  # as many tokens, and yet others
+    alike = sets(case, around)
+    assert not same(alike["random_correct"], alike["random_incorrect"])
+
+
+def test_balance_says_what_was_blocked():
+    case = case_of()
+    around = around_of(case)
+    size, distance, seen, mass, overlap = balance(case, around, "random_correct", [case.blocked["correct"]]).tolist()
+    tokens = [0, 1, 2, 3, 9]
+    assert (size, seen, overlap) == (5, 1, 1)
+    assert distance == pytest.approx(around.distance[tokens].mean())
+    assert mass == pytest.approx(around.mass[tokens].sum())
+    none = torch.zeros(T, dtype=torch.bool)
+    assert balance(case, around, "high_norm", [none])[0] == 0
+
+
+def test_cases_follow_the_paper():
+    """Two images of four patches at layers 0 and 1; class 1 is the wrong one."""
+    predicted = torch.tensor([[[1, 1, 1, 0], [0, 0, 0, 0]], [[1, 0, 0, 2], [1, 1, 1, 1]]])
+    truth = torch.tensor([[0, 2, 1, 2], [0, 0, 0, 0]])
+    (case,) = find_cases(predicted, truth, torch.tensor([7, 8]), wrong_class=1)
+    assert (case.image, case.patches, case.correct_class) == (7, 2, 0), "0 and 2 once each: the first"
+    assert case.blocked["incorrect"].tolist() == [True, True, True, False]  # also the patch that is rightly 1
+    assert case.blocked["correct"].tolist() == [False, False, False, True] and case.anchors == 1
+    (true,) = find_cases(predicted, truth, torch.tensor([7, 8]), wrong_class=1, anchors="true")
+    assert true.blocked["incorrect"].tolist() == [True, True, False, False] and true.anchors == 0
+    (later,) = find_cases(predicted, truth, torch.tensor([7, 8]), wrong_class=1, reference=1)
+    assert later.blocked["incorrect"].tolist() == [True, False, False, False] and later.patches == 2
+    assert not find_cases(predicted, truth, torch.tensor([7, 8]), wrong_class=1, min_patches=3)
+    assert case.wrong(predicted[:, 0]).tolist() == [2, 1]

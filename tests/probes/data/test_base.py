@@ -1,0 +1,162 @@
+"""Hostile and broken images and masks: a sample as it is meant, or an error with the file's name and its kind."""
+
+import hostile_images
+import numpy as np
+import pytest
+import tiny_models
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+
+from probes.cli import main
+from probes.data.base import BadFile
+from probes.data.folder import FolderDataset
+from probes.data.preflight import find_bad_files
+from probes.ops.geometry import Geometry
+
+
+@pytest.fixture
+def root(tmp_path):
+    """One training and one validation image of the size of the hostile ones."""
+    return tiny_models.write_segmentation(tmp_path, 1, 1, size=hostile_images.SIZE[::-1])
+
+
+def image_of(root, name="000.png"):
+    """Where another first image goes, its own one removed."""
+    (root / "images/validation/000.png").unlink()
+    (root / "annotations/validation/000.png").rename(root / f"annotations/validation/{name.rpartition('.')[0]}.png")
+    return root / "images/validation" / name
+
+
+def mask_of(root):
+    path = root / "annotations/validation/000.png"
+    path.unlink()
+    return path
+
+
+def check_refused(root, path, message):
+    """The same error when training meets it as in the preflight."""
+    dataset = FolderDataset(root, "validation")
+    with pytest.raises(BadFile, match=message) as error:
+        dataset[0]
+    assert str(path) in str(error.value)
+    assert find_bad_files(dataset, "", [0], 0, progress=False) == [(error.value.kind, str(error.value))]
+
+
+@pytest.mark.parametrize("name", hostile_images.REFUSED)
+@pytest.mark.parametrize("which", [image_of, mask_of])
+def test_hostile_files_are_refused_by_name(root, which, name):
+    content, message = hostile_images.REFUSED[name]
+    path = which(root)
+    path.write_bytes(content)
+    if which is mask_of:
+        message += "|it is no PNG|has mode 'I"
+    check_refused(root, path, message)
+
+
+@pytest.mark.parametrize("name", hostile_images.NO_FILES)
+def test_what_is_no_file_is_neither_waited_for_nor_read(root, name):
+    make, message = hostile_images.NO_FILES[name]
+    path = image_of(root)
+    make(path)
+    check_refused(root, path, message)
+    with pytest.raises(SystemExit, match=f"^probes: {path}.*{message}"):
+        main(["states", "no model is looked for", str(path), "--out", str(root / "states.safetensors")])
+    assert not (root / "states.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", sorted(set(hostile_images.READ) - {"animated.gif", "animated.webp"}))
+def test_odd_pictures_are_read_as_pil_shows_them(root, name):
+    path = image_of(root, name)
+    path.write_bytes(hostile_images.READ[name])
+    sample = FolderDataset(root, "validation")[0]
+    assert (sample["image"].mode, sample["image"].size) == ("RGB", hostile_images.SIZE)
+    assert (np.asarray(sample["image"]) == np.asarray(Image.open(path).convert("RGB"))).all()
+    assert sample["target"].shape == hostile_images.SIZE[::-1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (hostile_images.encoded(hostile_images.noise(), "PNG"), "has mode 'RGB'"),
+        (hostile_images.encoded(hostile_images.noise("RGBA"), "PNG"), "has mode 'RGBA'"),
+        (
+            hostile_images.encoded(Image.new("L", hostile_images.SIZE), "JPEG"),
+            "cannot be read as an image: it is no PNG",
+        ),
+        (hostile_images.encoded(Image.new("L", hostile_images.SIZE, 3), "PNG"), "has label 3, but there are 3 classes"),
+        (hostile_images.encoded(Image.new("L", hostile_images.SIZE[::-1]), "PNG"), "is 8 x 12 px, its image"),
+        (hostile_images.encoded(hostile_images.noise().quantize(8), "PNG"), "has label"),
+    ],
+)
+def test_masks_that_are_no_indices_are_refused(root, content, message):
+    path = mask_of(root)
+    path.write_bytes(content)
+    check_refused(root, path, message)
+
+
+def test_mask_that_ignores_everything_is_a_sample(root):
+    Image.new("L", hostile_images.SIZE, 255).save(mask_of(root))
+    assert (FolderDataset(root, "validation")[0]["target"] == 255).all()
+
+
+def test_picture_of_more_than_8_bits_is_refused_where_it_comes_from_python():
+    """PIL would cut it off at 255, which leaves most of it white."""
+    place = Geometry(grid=(2, 2), image_px=8, seen_px=8).place
+    with pytest.raises(ValueError, match="mode 'I;16', more than 8 bits"):
+        place(Image.fromarray(np.full((8, 12), 4000, np.uint16)))
+    assert place(hostile_images.noise("CMYK")).mode == "RGB"
+
+
+whole = [*hostile_images.READ.values(), *(content for content, _ in hostile_images.REFUSED.values())]
+mutation = st.tuples(st.integers(0, 2**16), st.binary(min_size=1, max_size=6))
+masks = arrays.arrays(
+    np.uint8,
+    st.sampled_from([hostile_images.SIZE[::-1], (1, 1), (8, 12, 3), (8, 12, 4)]),
+    elements=st.sampled_from([0, 1, 2]) | st.sampled_from([0, 1, 3, 254, 255]),
+    fill=st.sampled_from([0, 1, 2, 255]),
+)
+
+
+@given(st.sampled_from(["images", "annotations"]), st.binary(max_size=100) | st.sampled_from(whole), st.lists(mutation))
+def test_any_bytes_are_a_sample_or_an_error_that_names_the_file(segmentation_of_one, kind, content, changes):
+    for place, new in changes:
+        place %= max(len(content), 1)
+        content = content[:place] + new + content[place + len(new) :]
+    check_any(segmentation_of_one, kind, content)
+
+
+@given(masks, st.sampled_from([np.uint8, np.uint16, np.bool_]))
+def test_any_small_array_is_a_mask_or_an_error_that_names_the_file(segmentation_of_one, array, dtype):
+    if array.ndim == 2:
+        array = array.astype(dtype)
+    target = check_any(segmentation_of_one, "annotations", hostile_images.encoded(Image.fromarray(array), "PNG"))
+    fits = (
+        array.dtype == np.uint8 and array.shape == hostile_images.SIZE[::-1] and set(np.unique(array)) <= {0, 1, 2, 255}
+    )
+    assert (target is not None) == fits
+    assert not fits or (target == array).all()
+
+
+@pytest.fixture(scope="module")
+def segmentation_of_one(tmp_path_factory):
+    return tiny_models.write_segmentation(tmp_path_factory.mktemp("one"), 1, 1, size=hostile_images.SIZE[::-1])
+
+
+def check_any(root, kind, content):
+    """The target, if one is read."""
+    path = root / kind / "validation/000.png"
+    before = path.read_bytes()
+    try:
+        path.write_bytes(content)
+        sample = FolderDataset(root, "validation")[0]
+    except BadFile as error:
+        assert str(path) in str(error) and error.kind
+    else:
+        height, width = sample["target"].shape
+        assert (sample["image"].mode, sample["image"].size) == ("RGB", (width, height))
+        assert sample["target"].dtype == np.uint8 and set(np.unique(sample["target"])) <= {0, 1, 2, 255}
+        return sample["target"]
+    finally:
+        path.write_bytes(before)

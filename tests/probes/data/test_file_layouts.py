@@ -1,0 +1,283 @@
+"""The official layouts: classes, counts and ignored pixels against tables typed anew here, and errors of wrong ones."""
+
+import shutil
+
+import dataset_layouts
+import numpy as np
+import pytest
+import tiny_models
+from PIL import Image
+
+from probes.data import ade20k, cityscapes, voc2012
+from probes.data.base import BadFile
+from probes.data.palette import palette_of
+from probes.data.registry import DATASETS, open_dataset
+
+# cityscapesScripts' labels.py: trainId of each id from 0 to 33
+TRAIN_IDS = [255] * 7 + [0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, *range(6, 16), 255, 255, 16, 17, 18]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Where `datasets` converts parquet files to."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def ade(tmp_path):
+    return dataset_layouts.write_ade20k(tmp_path / "ADEChallengeData2016")
+
+
+@pytest.fixture
+def voc(tmp_path):
+    return dataset_layouts.write_voc2012(tmp_path / "VOCdevkit/VOC2012")
+
+
+@pytest.fixture
+def city(tmp_path):
+    return dataset_layouts.write_cityscapes(tmp_path / "cityscapes")
+
+
+def raw(path):
+    return np.asarray(Image.open(path))
+
+
+def expected(raw, table):
+    """Label by label, with the table as a dict; what is not in it is ignored."""
+    return np.vectorize(lambda label: table.get(int(label), 255))(raw)
+
+
+def test_ade20k_has_150_classes_from_label_1_on(ade):
+    training, data = (open_dataset("ade20k", str(ade), split) for split in ("training", "validation"))
+    assert (len(training), len(data), len(data.classes)) == (3, 2, 150)
+    for i, name in enumerate(("ADE_val_00000001", "ADE_val_00000002")):
+        labels = raw(ade / f"annotations/validation/{name}.png")
+        assert data[i]["name"] == name and {0, 1, 2, 150} <= set(labels.flat)
+        assert (data[i]["target"] == expected(labels, {k: k - 1 for k in range(1, 151)})).all()
+
+
+def test_ade20k_on_the_hub_is_the_same_lazily(tmp_path):
+    root = dataset_layouts.write_hub_parquet(tmp_path / "hub")
+    data = open_dataset("hub", str(root), "validation")
+    assert len(data) == 2 and data.classes == ade20k.CLASSES and data.palette == ade20k.PALETTE
+    assert len(open_dataset("hub", str(root), "training")) == 3
+    for i in range(2):
+        labels = dataset_layouts.labels(i, [0, 1, 2, 150])
+        assert (data[i]["target"] == expected(labels, {k: k - 1 for k in range(1, 151)})).all()
+        assert data[i]["image"].mode == "RGB" and data[i]["image"].size == (9, 6)
+
+
+def test_hub_dataset_that_is_not_there_says_where_it_was_looked_for(tmp_path):
+    root = dataset_layouts.write_hub_parquet(tmp_path / "hub", folder="other")
+    assert len(open_dataset("hub", str(root), "validation", {"folder": "other"})) == 2
+    assert len(open_dataset("hub", str(root / "other"), "validation", {"folder": ""})) == 2
+    with pytest.raises(
+        ValueError, match="cannot load the validation split of .*hub, folder scene_parsing: .*options.fo"
+    ):
+        open_dataset("hub", str(root), "validation")
+    with pytest.raises(ValueError, match="cannot load the train split of nobody/nothing"):
+        open_dataset("hub", "nobody/nothing", "training")
+
+
+def test_hub_rows_are_read_from_the_parquet_files_alone(tmp_path):
+    """A row may have a path in place of bytes: that of any file of this machine."""
+    import datasets
+
+    picture = dataset_layouts.picture(tmp_path / "elsewhere", "0.png", dataset_layouts.photo(0))
+    cells = [{"bytes": None, "path": str(picture)}, None, {"bytes": b"x", "path": None}]
+    features = datasets.Features(image=datasets.Image(), annotation=datasets.Image())
+    root = tmp_path / "hub/scene_parsing/validation"
+    root.mkdir(parents=True)
+    datasets.Dataset.from_dict({"image": cells, "annotation": cells}, features).to_parquet(root / "0000.parquet")
+    data = open_dataset("hub", str(tmp_path / "hub"), "validation")
+    for i, message in enumerate(["has no bytes"] * 2 + ["cannot be read as an image"]):
+        with pytest.raises(BadFile, match=rf"hub, folder scene_parsing, validation, row {i}, image {message}"):
+            data[i]
+
+
+@pytest.mark.parametrize("content", [b"", b"no parquet", None])
+def test_hub_files_that_are_broken_are_named(tmp_path, content):
+    file = dataset_layouts.write_hub_parquet(tmp_path / "hub") / "scene_parsing/validation/0000.parquet"
+    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(ValueError, match="^data.root: cannot load the validation split of .*hub, folder scene_parsing"):
+        open_dataset("hub", str(tmp_path / "hub"), "validation")
+
+
+def test_hub_columns_of_other_types_are_named(tmp_path):
+    import datasets
+
+    root = tmp_path / "hub/scene_parsing/validation"
+    root.mkdir(parents=True)
+    datasets.Dataset.from_dict({"image": [5], "annotation": [[1.5]]}).to_parquet(root / "0000.parquet")
+    with pytest.raises(ValueError, match="scene_parsing: its column 'image' holds no images, but Value.'int64'"):
+        open_dataset("hub", str(tmp_path / "hub"), "validation")
+
+
+@pytest.mark.parametrize("above", ["", "..", "../.."])
+def test_voc2012_trains_on_the_augmented_list_without_background(voc, above):
+    root = str(voc / above)
+    training, data = (open_dataset("voc2012", root, split) for split in ("training", "validation"))
+    assert training.names == ["2007_000032", "2007_000039", "2008_000002"], "sorted"
+    assert data.names == ["2007_000033", "2007_000042"] and len(data.classes) == 20
+    assert data.classes[0] == "aeroplane" and data.classes[-1] == "tvmonitor" and len(data.palette) == 20
+    table = {k: k - 1 for k in range(1, 21)}
+    assert (data[0]["target"] == expected(raw(voc / "SegmentationClass/2007_000033.png"), table)).all()
+    own, augmented = training[0]["target"], training[2]["target"]
+    assert (own == expected(raw(voc / "SegmentationClass/2007_000032.png"), table)).all(), "VOC's own mask, not SBD's"
+    assert (augmented == expected(raw(voc / "SegmentationClassAug/2008_000002.png"), table)).all()
+
+
+def test_voc2012_with_background_has_21_classes(voc):
+    data = open_dataset("voc2012", str(voc), "validation", {"background": "class"})
+    assert len(data.classes) == 21 and data.classes[0] == "background" and data.palette[0] == [0, 0, 0]
+    labels = raw(voc / "SegmentationClass/2007_000033.png")
+    assert (data[0]["target"] == labels).all() and {0, 20, 255} <= set(labels.flat)
+
+
+def test_voc2012_lists_come_in_several_forms(voc):
+    lists = voc / "ImageSets/Segmentation"
+    (lists / "trainaug.txt").unlink()
+    (lists / "aug.txt").write_text("/JPEGImages/2008_000002.jpg /SegmentationClassAug/2008_000002.png\n")
+    assert open_dataset("voc2012", str(voc), "training").names == ["2007_000032", "2007_000039", "2008_000002"]
+    plain = open_dataset("voc2012", str(voc), "training", {"train_list": "train"})
+    assert plain.names == ["2007_000032", "2007_000039"]
+
+
+@pytest.mark.parametrize("part", ["SegmentationClassAug", "ImageSets/Segmentation/trainaug.txt"])
+def test_voc2012_without_the_augmentation_says_what_to_do(voc, part):
+    shutil.rmtree(voc / part) if (voc / part).is_dir() else (voc / part).unlink()
+    with pytest.raises(ValueError, match=f"lacks {part}.*masks of SBD.*data.options.train_list: train"):
+        open_dataset("voc2012", str(voc), "training")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe2\0", "val.txt is not UTF-8"),
+        (b"2007_000033\n../2007\0_000042\n", r"val.txt names '2007\\x00_000042', which is no name of an image"),
+        (b"x" * 5000, "val.txt names 'xxx.*no name of an image"),
+        (b"\0" * 10_000_001, "val.txt is longer than 10,000,000 characters"),
+        (b"", "val.txt names no image"),
+    ],
+)
+def test_voc2012_lists_that_are_none_are_named(voc, content, message):
+    (voc / "ImageSets/Segmentation/val.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_dataset("voc2012", str(voc), "validation")
+
+
+def test_voc2012_list_cannot_name_what_lies_elsewhere(voc):
+    """Of a path, the name alone counts, as converters write the whole one."""
+    (voc / "ImageSets/Segmentation/val.txt").write_text("../../../etc/2007_000033\n/2007_000042.jpg\n..\n")
+    data = open_dataset("voc2012", str(voc), "validation")
+    assert [image.parent for image, _ in data._files] == [voc / "JPEGImages"] * 3
+    assert data[1]["name"] == "2007_000033"
+    with pytest.raises(ValueError, match="JPEGImages/...jpg is not there"):
+        data[0]
+
+
+def test_voc2012_training_list_with_validation_images_is_refused(voc):
+    (voc / "ImageSets/Segmentation/trainaug.txt").write_text("2007_000032\n2007_000042\n")
+    with pytest.raises(ValueError, match="1 images are in trainaug and in val, 2007_000042 for one"):
+        open_dataset("voc2012", str(voc), "training")
+
+
+@pytest.mark.parametrize("labels", ["labelIds", "labelTrainIds"])
+def test_cityscapes_has_19_classes_and_cities(city, labels):
+    training, data = (open_dataset("cityscapes", str(city), s, {"labels": labels}) for s in ("training", "validation"))
+    assert training.groups == ["aachen", "aachen", "ulm"] and data.groups == ["munster"] * 2
+    assert len(data.classes) == 19 and data.classes[10] == "sky" and data.classes[18] == "bicycle"
+    table = dict(enumerate(TRAIN_IDS if labels == "labelIds" else range(19)))
+    for i in range(2):
+        labels_of = raw(city / f"gtFine/val/munster/munster_{i:06d}_000019_gtFine_{labels}.png")
+        target = data[i]["target"]
+        assert (target == expected(labels_of, table)).all() and set(range(19)) | {255} == set(target.flat)
+
+
+def test_cityscapes_masks_of_the_other_kind_are_told_apart(tmp_path):
+    city = dataset_layouts.write_cityscapes(tmp_path / "city", kinds=["labelIds"])
+    with pytest.raises(ValueError, match="no CITY/.*_gtFine_labelTrainIds.png; csCreateTrainIdLabelImgs"):
+        open_dataset("cityscapes", str(city), "training", {"labels": "labelTrainIds"})
+    for path in city.rglob("*_labelIds.png"):
+        Image.fromarray(dataset_layouts.labels(0, [*range(19), 255])).save(path)
+    with pytest.raises(ValueError, match="has label 255, but there are 19 classes and the labels 0 to 33"):
+        open_dataset("cityscapes", str(city), "training")[0]
+
+
+@pytest.mark.parametrize("layout", ["ade20k", "voc2012", "cityscapes"])
+def test_wrong_root_says_what_was_expected_and_what_is_there(layout, tmp_path, ade, voc, city):
+    root = {"ade20k": ade, "voc2012": voc, "cityscapes": city}[layout]
+    inside = root / {"ade20k": "images", "voc2012": "JPEGImages", "cityscapes": "leftImg8bit"}[layout]
+    with pytest.raises(ValueError, match=rf"{inside} lacks .*there is .*; did you mean {root}\?"):
+        open_dataset(layout, str(inside), "training")  # one level too low
+    (tmp_path / "odd").mkdir()
+    root.rename(tmp_path / "odd/mine")
+    with pytest.raises(ValueError, match=r"odd lacks .*there is mine; did you mean .*odd/mine\?"):
+        open_dataset(layout, str(tmp_path / "odd"), "training")  # one too high, under a name of its own
+    with pytest.raises(ValueError, match="no folder .*nowhere; expected the dataset's"):
+        open_dataset(layout, str(tmp_path / "nowhere"), "training")
+
+
+@pytest.mark.parametrize("layout", ["ade20k", "voc2012", "cityscapes"])
+def test_missing_mask_is_named(layout, ade, voc, city):
+    root, mask = {
+        "ade20k": (ade, "annotations/training/ADE_train_00000002.png"),
+        "voc2012": (voc, "SegmentationClassAug/2008_000002.png"),
+        "cityscapes": (city, "gtFine/train/ulm/ulm_000000_000019_gtFine_labelIds.png"),
+    }[layout]
+    (root / mask).unlink()
+    with pytest.raises(ValueError, match=f"1 files have no mask|{mask} is not there"):
+        [*open_dataset(layout, str(root), "training")]
+
+
+def test_options_are_those_of_the_layout(segmentation):
+    with pytest.raises(ValueError, match="'voc2012' has no option 'backgound'; it has train_list, background"):
+        open_dataset("voc2012", "anywhere", "training", {"backgound": "class"})
+    with pytest.raises(ValueError, match="data.options.background is 'Class'; there is ignore, class"):
+        open_dataset("voc2012", "anywhere", "training", {"background": "Class"})
+    with pytest.raises(ValueError, match="'folder' has no option 'labels'; it has none"):
+        open_dataset("folder", str(segmentation), "training", {"labels": "labelIds"})
+    with pytest.raises(ValueError, match="data.options.folder is 3; expected a str"):
+        open_dataset("hub", "anywhere", "training", {"folder": 3})
+    assert set(DATASETS) >= {"folder", "ade20k", "hub", "voc2012", "cityscapes"}
+
+
+def test_class_names_and_colours_are_the_official_ones():
+    for module, count in ((ade20k, 150), (cityscapes, 19)):
+        assert len(set(module.CLASSES)) == len(module.CLASSES) == len(module.PALETTE) == count
+        assert all(len(colour) == 3 for colour in module.PALETTE)
+    assert len(set(voc2012.CLASSES)) == 21
+    known = {"wall": (120, 120, 120), "building": (180, 120, 120), "sky": (6, 230, 230), "bed": (204, 5, 255)}
+    known |= {"person": (150, 5, 61), "car": (0, 102, 200), "television": (0, 255, 194), "flag": (92, 0, 255)}
+    assert {name: tuple(ade20k.PALETTE[ade20k.CLASSES.index(name)]) for name in known} == known
+    assert [ade20k.CLASSES[i] for i in (7, 8, 58, 130, 141)] == [
+        "bed",
+        "windowpane",
+        "screen door",
+        "screen",
+        "crt screen",
+    ]
+    known = {"road": (128, 64, 128), "sky": (70, 130, 180), "car": (0, 0, 142), "bicycle": (119, 11, 32)}
+    assert {name: tuple(cityscapes.PALETTE[cityscapes.CLASSES.index(name)]) for name in known} == known
+
+
+def test_voc_colours_are_the_devkits(voc):
+    """By VOCdevkit's own rule (VOClabelcolormap.m), bit by bit."""
+    palette = palette_of(open_dataset("voc2012", str(voc), "training", {"background": "class"}))
+    for label in range(21):
+        red = green = blue = 0
+        rest = label
+        for bit in range(7, -1, -1):
+            red |= (rest & 1) << bit
+            green |= (rest >> 1 & 1) << bit
+            blue |= (rest >> 2 & 1) << bit
+            rest >>= 3
+        assert palette[label].tolist() == [red, green, blue]
+    assert palette[15].tolist() == [192, 128, 128] and palette[20].tolist() == [0, 64, 128]
+
+
+def test_folders_of_our_own_have_no_groups_and_no_official_size(segmentation):
+    data = open_dataset("folder", str(segmentation), "training")
+    assert data.groups is None and data.official_size is None and data.classes == tiny_models.CLASSES

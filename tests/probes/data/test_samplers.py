@@ -1,0 +1,64 @@
+"""Batches: the same images a step on any number of ranks, validation once each, resumable."""
+
+import pytest
+import torch
+from torch.utils.data import DistributedSampler
+
+from probes.data.samplers import NOTHING, TrainingBatches, validation_batches
+
+CASES = [(images, batch, ranks) for images in (8, 9, 17) for batch in (1, 3, 4, 16) for ranks in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("images", "batch", "ranks"), CASES)
+def test_global_batches_do_not_depend_on_the_number_of_ranks(images, batch, ranks):
+    one = TrainingBatches(images, batch, seed=5)
+    many = [TrainingBatches(images, batch, rank, ranks, seed=5) for rank in range(ranks)]
+    for epoch in range(2):
+        for sampler in (one, *many):
+            sampler.set_epoch(epoch)
+        alone, together = list(one), list(zip(*many, strict=True))
+        assert [sorted(b) for b in alone] == [sorted(i for b in step for i in b if i != NOTHING) for step in together]
+        assert sorted(sum(alone, [])) == list(range(images)) and len(alone) == len(one)
+        assert all(mine for step in together for mine in step), "a rank without a batch would hold up the others"
+
+
+def test_order_of_one_rank_is_that_of_torchs_sampler():
+    sampler = DistributedSampler(range(10), 1, 0, shuffle=True, seed=3)
+    sampler.set_epoch(2)
+    ours = TrainingBatches(10, 4, seed=3)
+    ours.set_epoch(2)
+    assert sum(ours, []) == list(sampler)
+    assert [len(batch) for batch in ours] == [4, 4, 2]
+
+
+def test_skip_leaves_out_what_was_trained_once():
+    sampler = TrainingBatches(10, 3)
+    whole = list(sampler)
+    sampler.skip(2)
+    assert list(sampler) == whole[2:] and list(sampler) == whole
+
+
+@pytest.mark.parametrize(("images", "batch", "ranks"), CASES)
+def test_validation_sees_each_image_once_in_as_many_batches_on_each_rank(images, batch, ranks):
+    batches = [validation_batches(images, batch, rank, ranks) for rank in range(ranks)]
+    assert sorted(i for rank in batches for b in rank for i in b) == list(range(images))
+    assert len({len(rank) for rank in batches}) == 1
+    assert all(1 <= len(b) <= batch + (ranks > 1) for rank in batches for b in rank)
+
+
+def test_validation_on_one_rank_is_in_order():
+    assert validation_batches(7, 3) == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+def test_more_devices_than_validation_images_is_an_error():
+    with pytest.raises(ValueError, match="2 validation images for 3 devices"):
+        validation_batches(2, 4, 0, 3)
+
+
+def test_nothing_is_an_image_without_a_labelled_pixel(segmentation):
+    from probes.data.batches import Prepared
+    from probes.data.registry import open_dataset
+
+    prepared = Prepared(open_dataset("folder", str(segmentation), "training"), lambda images: torch.zeros(1, 3, 2, 2))
+    assert (prepared[NOTHING]["target"] == 255).all() and prepared[NOTHING]["index"] == NOTHING
+    assert not (prepared[len(prepared) - 1]["target"] == 255).all()

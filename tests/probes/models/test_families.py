@@ -1,0 +1,509 @@
+"""Every family on a tiny random instance of its real class, against plain hooks on that class's own forward."""
+
+import importlib
+import re
+import shutil
+from contextlib import contextmanager
+from dataclasses import replace
+from operator import attrgetter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny_families
+import torch
+from PIL import Image
+from tiny_families import IMAGE_ID, STOCK
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+import probes
+from llava_bidir import LlavaBidirConfig
+from probes import Knockout
+from probes.analyses.extract import print_sites
+from probes.analyses.knockout.attention import attention_from
+from probes.analyses.logit_lens import word_head
+from probes.models.families import (
+    DEEPSEEK,
+    DYNAMIC,
+    FAMILIES,
+    GEMMA,
+    LLAVA,
+    MERGED,
+    REFUSED,
+    dynamic_resolution,
+    family_of,
+    gemma,
+    own_image_attention,
+)
+
+ALL = sorted(STOCK)
+MASKABLE = [name for name in ALL if STOCK[name].masks]
+LAYERS = ["layer_01", "layer_02", "layer_03"]
+SUFFIX = [3, 4, 3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_squares():
+    """Families that take images of any size are given fewer tokens here, for time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dynamic_resolution, "TOKENS_A_SIDE", tiny_families.SIDE)
+        patch.setattr(gemma, "GEMMA4_TOKENS_A_SIDE", tiny_families.SIDE)
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Paths of checkpoints, each written once."""
+    written = {}
+
+    def path(name):
+        if name not in written:
+            written[name] = str(tiny_families.write(name, tmp_path_factory.mktemp(name)))
+        return written[name]
+
+    return path
+
+
+@pytest.fixture(scope="module")
+def mllm(checkpoint):
+    loaded = {}
+
+    def load(name):
+        if name not in loaded:
+            loaded[name] = probes.load(checkpoint(name))
+        return loaded[name]
+
+    return load
+
+
+def pictures(name: str, count: int = 2) -> list[Image.Image]:
+    side, generator = STOCK[name].image_px, np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 255, (side, side, 3), np.uint8)) for _ in range(count)]
+
+
+def stock_ids(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A whole prompt, long[N], and which of its tokens are those of the (whole view of the) image, bool[N]."""
+    stock, vocabulary = STOCK[name], tiny_families.tokenizer().get_vocab()
+    rows, columns = stock.grid
+    prefix = [vocabulary[token] for token in stock.prefix]
+    image = [
+        i for _ in range(rows) for i in [IMAGE_ID] * columns + ([vocabulary[stock.row_end]] if stock.row_end else [])
+    ]
+    ids = prefix + image + [IMAGE_ID] * stock.extra + SUFFIX
+    is_image = torch.tensor(ids) == IMAGE_ID
+    is_image[len(prefix) + len(image) :] = False
+    return torch.tensor(ids), is_image
+
+
+def stock_states(name: str, model, images, mask=None) -> dict[str, torch.Tensor]:
+    """The states, and the logits, of the stock class's full forward, with text after the image, by hooks."""
+    stock, (ids, is_image), found = STOCK[name], stock_ids(name), {}
+    decoder = attrgetter(stock.decoder)(model)
+    encoder = attrgetter(stock.encoder)(model)
+
+    def entering(_, args):
+        found["encoder"] = torch.cat(args, -1) if name == "deepseek_vl_hybrid" else args[0]
+
+    def embedded(_, args, kwargs):
+        found["adapter"] = kwargs["inputs_embeds"]
+
+    def out(site):
+        return lambda _, args, output: found.__setitem__(site, output[0] if isinstance(output, tuple) else output)
+
+    hooks = [encoder.register_forward_pre_hook(entering)]
+    hooks += [decoder.register_forward_pre_hook(embedded, with_kwargs=True)]
+    hooks += [layer.register_forward_hook(out(site)) for site, layer in zip(LAYERS, decoder.layers, strict=True)]
+    hooks += [decoder.norm.register_forward_hook(out("final_norm"))]
+    types = {}
+    if stock.types:
+        argument, of_image, of_text = stock.types
+        types[argument] = torch.where(is_image, of_image, of_text).expand(len(images), -1)
+    with torch.no_grad():
+        fed = {"input_ids": ids.expand(len(images), -1), **stock.inputs(images), **types}
+        found["logits"] = model(use_cache=False, **fed).logits
+    for hook in hooks:
+        hook.remove()
+    return {site: state if site == "encoder" else state[:, is_image] for site, state in found.items()}
+
+
+def in_raster_order(states: torch.Tensor, vision) -> torch.Tensor:
+    """Qwen2.5-VL runs tokens window by window (here 4 x 4 tokens), and so enter its merger."""
+    side, window = STOCK["qwen2_5_vl"].grid[0], vision.window_size // vision.patch_size // vision.spatial_merge_size
+    ordered, position = torch.empty_like(states), 0
+    for top in range(0, side, window):
+        for left in range(0, side, window):
+            for row in range(top, top + window):
+                for column in range(left, left + window):
+                    ordered[:, row * side + column] = states[:, position]
+                    position += 1
+    return ordered
+
+
+def test_there_are_tests_for_all_families():
+    assert set(ALL) == set(FAMILIES) - {"llava_bidir"} and len(ALL) >= 16
+
+
+def test_no_entry_hides_another_of_its_name():
+    assert len(FAMILIES) == sum(map(len, (LLAVA, DEEPSEEK, GEMMA, MERGED, DYNAMIC)))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"entry": "multi_modal_projector.linear_9"},
+            r"no module 'multi.*9'.*model.multi_modal_projector has linear_1",
+        ),
+        (
+            {"adapter": ("projector",)},
+            r"ConditionalGeneration has no module 'projector'.*model has vision_tower",
+        ),
+        ({"language_model": "decoder"}, "no module 'decoder', which its family's entry names"),
+        ({"encoder_width": lambda config: 12}, r"gives 48 tokens an image, 12 wide, where the grid \(6, 6\) has 36"),
+        ({"model_class": "LlavaForConditionalGenerations"}, "transformers 5.* has no class 'LlavaForConditionalG"),
+    ],
+)
+def test_an_entry_that_does_not_fit_its_model_is_an_error_that_says_where(wrong, message, checkpoint, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "llava", replace(FAMILIES["llava"], **wrong))
+    with pytest.raises(ValueError, match=message):
+        read = probes.load(checkpoint("llava"), untrained=["adapter"] if "adapter" in wrong else [])
+        read.states(read.preprocess(pictures("llava")))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_states_equal_hooks_on_the_stock_forward(name, mllm):
+    read, images = mllm(name), pictures(name)
+    states, stock = read.states(read.preprocess(images)), stock_states(name, read.model, images)
+    tokens = STOCK[name].grid[0] * STOCK[name].grid[1]
+    assert list(states) == ["encoder", "adapter", *LAYERS, "final_norm"]
+    # tiles make another batch of the stock encoder's; pixels resized before or after normalisation round differently
+    exact = name not in ("llava_next", "llava_onevision", "deepseek_vl_hybrid")
+    close = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(states["adapter"], stock["adapter"], **close)
+    encoder = stock["encoder"][::3] if STOCK[name].extra else stock["encoder"]  # views: whole, tile, tile
+    encoder = encoder.reshape(len(images), tokens, -1)
+    if name == "qwen2_5_vl":
+        encoder = in_raster_order(encoder, read.model.config.vision_config)
+    torch.testing.assert_close(states["encoder"], encoder, **close)
+    for site in (*LAYERS, "final_norm"):
+        scale = stock[site].abs().max().item()
+        torch.testing.assert_close(states[site], stock[site], rtol=0, atol=(2e-5 if exact else 1e-4) * scale)
+    assert all(states[site].std() > 1e-3 for site in states), "nothing is compared with nothing"
+
+
+@pytest.mark.parametrize(("name", "cap"), [(name, None) for name in ALL] + [("paligemma", 0.05), ("gemma4", 0.05)])
+def test_words_are_read_as_the_stock_forward_reads_them(name, cap, mllm, monkeypatch):
+    read, images = mllm(name), pictures(name)
+    if cap:
+        monkeypatch.setattr(read.model.config.get_text_config(), "final_logit_softcapping", cap, raising=False)
+    logits = stock_states(name, read.model, images)["logits"]
+    states = read.states(read.preprocess(images), ["layer_03", "final_norm"])
+    for site, state in states.items():
+        scale = logits.abs().max().item()
+        torch.testing.assert_close(word_head(read, site)(state), logits, rtol=0, atol=1e-4 * scale)
+
+
+def test_an_entry_that_the_forward_does_not_pass_is_an_error(checkpoint, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "llava", replace(FAMILIES["llava"], entry="spare"))
+    read = probes.load(checkpoint("llava"))
+    read.model.model.spare = torch.nn.Identity()
+    with pytest.raises(ValueError, match="no states of encoder: the forward does not pass the module that its family"):
+        read.states(read.preprocess(pictures("llava")))
+
+
+def test_smaller_pixels_of_the_hybrid_are_the_stock_ones_to_a_grey_level(mllm):
+    read, images = mllm("deepseek_vl_hybrid"), pictures("deepseek_vl_hybrid")
+    given = FAMILIES["deepseek_vl_hybrid"].inputs(read.model, read.preprocess(images), None)
+    stock = tiny_families.stock_hybrid(images)
+    assert torch.equal(given["high_res_pixel_values"], stock["high_res_pixel_values"])
+    levels = (given["pixel_values"] - stock["pixel_values"]).abs() * torch.tensor(tiny_families.STD).view(3, 1, 1) * 255
+    assert levels.max() <= 1.0
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_config_alone_says_sites_grid_and_widths(name, checkpoint, mllm, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((Path(checkpoint(name)) / "config.json").read_bytes())
+    print_sites(SimpleNamespace(mllm=str(tmp_path)))
+    printed, (rows, columns) = capsys.readouterr().out, STOCK[name].grid
+    assert f"{name}, {STOCK[name].native} image attention" in printed
+    assert f"{rows} x {columns} = {rows * columns} image tokens of a {STOCK[name].image_px} px square" in printed
+    assert f"encoder     {STOCK[name].encoder_width}\n" in printed
+    read = mllm(name)
+    assert read.grid == STOCK[name].grid and read.sites == ["encoder", "adapter", *LAYERS, "final_norm"]
+    assert read.widths == {"encoder": STOCK[name].encoder_width} | dict.fromkeys(read.sites[1:], 32)
+    assert read.image_attention == read.own_image_attention == STOCK[name].native
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_states_lie_in_raster_order(name, mllm):
+    """Without attention in the encoder, a change of the pixels of one token reaches that token alone."""
+    read, (rows, columns) = mllm(name), STOCK[name].grid
+    pixels, token_px = read.preprocess(pictures(name, 1)), STOCK[name].image_px // columns
+    with no_attention(read):
+        before = read.states(pixels, ["encoder", "adapter"])
+        for row, column in ((0, 1), (1, 0), (rows - 1, 1), (1, columns - 1)):
+            changed = pixels.clone()
+            changed[..., row * token_px :, column * token_px :][..., :token_px, :token_px] += 1.0
+            after = read.states(changed, ["encoder", "adapter"])
+            for site in before:
+                moved = (after[site] - before[site]).norm(dim=-1)[0]
+                assert moved.argmax() == row * columns + column, (site, row, column)
+                if name != "deepseek_vl_hybrid":  # its convolutions and resizing reach over patches
+                    assert (moved > 0).sum() == 1, (site, row, column)
+
+
+@contextmanager
+def no_attention(read):
+    """Sets the linear layers of all attention modules outside the decoder to zero."""
+    decoder = set(read._decoder.modules())
+    weights = [
+        parameter
+        for module in read.model.model.modules()
+        if module not in decoder and module.__class__.__name__.endswith("Attention")
+        for parameter in module.parameters()
+    ]
+    assert weights
+    kept = [weight.clone() for weight in weights]
+    try:
+        [weight.zero_() for weight in weights]
+        yield
+    finally:
+        [weight.copy_(value) for weight, value in zip(weights, kept, strict=True)]
+
+
+@pytest.mark.parametrize("name", MASKABLE)
+def test_knockout_cuts_image_rows_from_blocked_tokens(name, mllm):
+    """Blocked is the last token but one: under a causal mask the last two see it, otherwise all do."""
+    read = mllm(name)
+    pixels, tokens = read.preprocess(pictures(name)), STOCK[name].grid[0] * STOCK[name].grid[1]
+    plain = read.states(pixels, ["layer_01", "layer_03"])
+    nothing = torch.zeros(2, tokens, dtype=torch.bool)
+    same = read.states(pixels, ["layer_01", "layer_03"], Knockout(nothing))
+    assert all(torch.equal(plain[site], same[site]) for site in plain)
+    blocked = nothing.clone()
+    blocked[0, tokens - 2] = True
+    cut = read.states(pixels, ["layer_01", "layer_03"], Knockout(blocked))
+    moved = (cut["layer_01"] - plain["layer_01"]).abs().amax(-1)
+    assert (moved[1] == 0).all(), "nothing is blocked in the second image"
+    may = torch.ones(tokens, dtype=torch.bool) if STOCK[name].native != "causal" else torch.arange(tokens) >= tokens - 2
+    assert (moved[0][~may] == 0).all() and (moved[0][may] > 0).any()
+    with pytest.raises(ValueError, match="layer 4 is out of range"):
+        read.states(pixels, ["layer_03"], Knockout(blocked, layers=[4]))
+
+
+@pytest.mark.parametrize("name", MASKABLE)
+def test_attention_is_seen_and_a_knockout_can_be_one_layers_or_heads(name, mllm):
+    """Attention that is cut in a layer is not paid there; a single head's is not all."""
+    frozen, tokens = mllm(name), len(mllm(name).is_image[mllm(name).is_image])
+    pixels, blocked = frozen.preprocess(pictures(name)), torch.arange(tokens)[None].expand(2, -1) == tokens // 2
+    looking = [(1, torch.arange(tokens) >= tokens - 2)]
+    paid, itself = attention_from(frozen, pixels, looking)
+    assert (paid >= 0).all() and (paid.sum(-1) <= 1 + 1e-5).all() and (itself > 0).all() and (itself <= 1).all()
+    layers = len(frozen._decoder.layers)
+    last = f"layer_{layers:02d}"
+    plain = frozen.states(pixels, [last])[last]
+    in_last = frozen.states(pixels, [f"layer_{layers - 1:02d}", last], Knockout(blocked, [layers]))
+    torch.testing.assert_close(
+        in_last[f"layer_{layers - 1:02d}"],
+        frozen.states(pixels, [f"layer_{layers - 1:02d}"])[f"layer_{layers - 1:02d}"],
+    )
+    one_head = frozen.states(pixels, [last], Knockout(blocked, [layers], [0]))[last]
+    assert not torch.equal(in_last[last], plain) and not torch.equal(one_head, in_last[last])
+
+
+@pytest.mark.parametrize("name", MASKABLE)
+def test_other_masks_than_the_own_one(name, checkpoint, mllm):
+    own, read = STOCK[name].native, mllm(name)
+    other = probes.load(checkpoint(name), image_attention="bidirectional" if own == "causal" else "causal")
+    assert (other.own_image_attention, other.image_attention) == (own, "bidirectional" if own == "causal" else "causal")
+    pixels = read.preprocess(pictures(name, 1))
+    a, b = read.states(pixels), other.states(pixels)
+    assert torch.equal(a["encoder"], b["encoder"]) and torch.equal(a["adapter"], b["adapter"])
+    moved = (a["layer_01"] - b["layer_01"]).norm(dim=-1)[0]
+    assert moved[0] > 1e-3 * a["layer_01"].norm(dim=-1)[0, 0], "the first token sees all others under one of them"
+    assert moved[-1] <= 1e-4 * a["layer_01"].norm(dim=-1)[0, -1], "the last token sees all others under both"
+    changed = pixels.clone()
+    changed[..., -1, -1] += 5.0  # in the last token's patch
+    for mllm_, mask in ((read, own), (other, other.image_attention)):
+        with no_attention(mllm_):
+            first = [mllm_.states(p, ["layer_01"])["layer_01"][0, 0] for p in (pixels, changed)]
+        sees = not torch.allclose(*first, rtol=1e-5, atol=1e-6)
+        window = getattr(read.model.config.get_text_config(), "sliding_window", None)
+        assert sees == (mask != "causal"), (mask, window)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_untrained_controls(name, checkpoint, mllm):
+    pixels = mllm(name).preprocess(pictures(name, 1))
+    if name == "gemma3":
+        with pytest.raises(ValueError, match="own initialisation sets mm_input_projection_weight to zero"):
+            probes.load(checkpoint(name), untrained=["adapter"])
+    parts = ["llm"] if name == "gemma3" else ["adapter", "llm"]
+    trained = mllm(name).states(pixels)
+    control, again = (probes.load(checkpoint(name), untrained=parts, seed=seed).states(pixels) for seed in (0, 0))
+    other = probes.load(checkpoint(name), untrained=parts, seed=1).states(pixels)
+    assert torch.equal(trained["encoder"], control["encoder"])
+    assert torch.equal(trained["adapter"], control["adapter"]) == (name == "gemma3")
+    assert not torch.allclose(trained["layer_03"], control["layer_03"])
+    assert all(torch.equal(control[site], again[site]) for site in control)
+    llm = probes.load(checkpoint(name), untrained=["llm"]).states(pixels)
+    assert torch.equal(llm["adapter"], trained["adapter"]) and not torch.allclose(llm["layer_01"], trained["layer_01"])
+    assert not torch.allclose(control["layer_03"], other["layer_03"])
+    assert all(states.isfinite().all() for states in control.values())
+
+
+@pytest.mark.slow
+def test_bf16_is_followed(checkpoint):
+    for name in ALL:
+        read = probes.load(checkpoint(name), dtype=torch.bfloat16)
+        states = read.states(read.preprocess(pictures(name, 1)))
+        assert {state.dtype for state in states.values()} == {torch.bfloat16}, name
+        assert all(state.isfinite().all() for state in states.values()), name
+
+
+def test_openings_are_those_of_the_stock_processors():
+    """What the processors put between the template's text and the image tokens."""
+
+    def get(name, module):
+        """From its module: the top level gives a stand-in where torchvision is missing."""
+        found = importlib.import_module(f"transformers.models.{module}.processing_{module}")
+        return getattr(found, name).replace_image_token
+
+    self = SimpleNamespace(
+        **{"start_image_token": "<img>", "end_image_token": "END", "image_token": "I", "image_seq_length": 2},
+        **{"start_of_img_token": "<|START_OF_IMG|>", "end_of_img_token": "END", "img_patch_token": "I"},
+        **{"tile_token": "TILE", "tile_global_token": "TILE_GLOBAL", "img_size": 2, "patch_size": 1},
+        **{
+            "image_start_token": "<begin_of_image>",
+            "num_image_tokens": 2,
+            "image_end_token": "END",
+            "boi_token": "<|START_OF_IMG|>",
+        },
+        **{"image_seq_len": 2, "fake_image_token": "<fake_token_around_image>", "global_image_tag": "<global-img>"},
+        global_image_token="<global-img>",
+        **{"img_line_break_token": "BREAK", "eoi_token": "END"},
+    )
+    one = {"num_patches": [1], "grids": torch.tensor([[1, 1]]), "rows": [[0]], "cols": [[0]]}
+    given = {
+        "internvl": get("InternVLProcessor", "internvl")(self, one, 0),
+        "aya_vision": get("AyaVisionProcessor", "aya_vision")(self, one, 0),
+        "cohere2_vision": get("Cohere2VisionProcessor", "cohere2_vision")(self, one, 0),
+        "janus": get("JanusProcessor", "janus")(self, one, 0),
+        "ovis2": get("Ovis2Processor", "ovis2")(self, one, 0),
+        "idefics3": get("Idefics3Processor", "idefics3")(self, one, 0),
+        "smolvlm": get("SmolVLMProcessor", "smolvlm")(self, one, 0),
+        "deepseek_vl": get("DeepseekVLProcessor", "deepseek_vl")(self, one, 0),
+    }
+    for name, text in given.items():
+        assert text.startswith(FAMILIES[name].opening), name
+        assert re.match("I|<IMG_ATOM>", text.removeprefix(FAMILIES[name].opening)), name
+
+
+def test_refusals_say_why(tmp_path, checkpoint):
+    for kind, reason in (("mllama", "cross-attention"), ("idefics2", "learned queries"), ("blip-2", "learned queries")):
+        with pytest.raises(ValueError, match=f"{kind} cannot be probed patch by patch: .*{reason}"):
+            family_of(AutoConfig.for_model(kind))
+    with pytest.raises(ValueError, match=r"no MLLM family 'bert'; registered: llava_bidir, llava.*needs an entry in"):
+        family_of(AutoConfig.for_model("bert"))
+    known = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    assert set(REFUSED) <= known and not set(REFUSED) & set(FAMILIES)
+    assert set(FAMILIES) - {"llava_bidir"} <= known
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if not STOCK[name].masks])
+def test_layers_without_masks_run_as_they_are_only(name, checkpoint, mllm):
+    pixels, tokens = mllm(name).preprocess(pictures(name, 1)), tiny_families.SIDE**2
+    with pytest.raises(ValueError, match="knockouts cannot be given to linear_attention layers"):
+        mllm(name).states(pixels, knockout=Knockout(torch.zeros(1, tokens, dtype=torch.bool)))
+    with pytest.raises(ValueError, match="'bidirectional' and knockouts cannot be given to linear_attention layers"):
+        probes.load(checkpoint(name), image_attention="bidirectional")
+
+
+def test_a_mask_for_sliding_windows_needs_some(checkpoint, mllm):
+    with pytest.raises(ValueError, match="'bidirectional_sliding' is one of models with sliding windows"):
+        probes.load(checkpoint("qwen2_vl"), image_attention="bidirectional_sliding")
+    with pytest.raises(ValueError, match="unknown image_attention 'both'"):
+        probes.load(checkpoint("gemma4"), image_attention="both")
+    masks = mllm("gemma4")._masks(1)
+    rows = {kind: mask[0, 0, 3 + 4, 3:].int().tolist() for kind, mask in masks.items()}  # the fifth image token's
+    assert rows["full_attention"] == [1] * 5 + [0] * (tiny_families.SIDE**2 - 5)
+    assert rows["sliding_attention"] == [1] * tiny_families.SIDE**2
+    assert masks["sliding_attention"][0, 0, 3 + 4, :3].int().tolist() == [0, 0, 0], "out of its window of 5"
+
+
+def test_incomplete_checkpoints_are_errors(checkpoint, tmp_path):
+    def broken(name, file, change):
+        folder = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(checkpoint(name), folder)
+        (folder / file).write_text(change((folder / file).read_text()))
+        return str(folder)
+
+    no_mean = broken("llava", "preprocessor_config.json", lambda text: text.replace("image_mean", "image_meen"))
+    with pytest.raises(ValueError, match="says nothing about image_mean; expected in its preprocessor_config.json"):
+        probes.load(no_mean)
+    no_image = broken("llava", "chat_template.jinja", lambda text: text.replace("<image>", "<picture>"))
+    with pytest.raises(ValueError, match="puts no <image> for an image; pass prefix="):
+        probes.load(no_image)
+    assert probes.load(no_image, prefix="hello").prefix_ids.tolist() == [
+        [1, tiny_families.tokenizer().get_vocab()["hello"]]
+    ]
+    no_token = broken("mistral3", "tokenizer.json", lambda text: text.replace("[IMG_BREAK]", "[IMG_BROKEN]"))
+    (Path(no_token) / "tokenizer_config.json").write_text(
+        (Path(no_token) / "tokenizer_config.json").read_text().replace("[IMG_BREAK]", "[IMG_BROKEN]")
+    )
+    with pytest.raises(ValueError, match=r"has no token \[IMG_BREAK\]"):
+        probes.load(no_token)
+
+
+def test_own_mask_of_a_config_goes_before_its_kinds():
+    assert own_image_attention(AutoConfig.for_model("llava")) == "causal"
+    assert own_image_attention(AutoConfig.for_model("gemma3")) == "bidirectional"
+    assert own_image_attention(LlavaBidirConfig(image_attention="prefix")) == "prefix"
+
+
+@pytest.mark.parametrize(
+    ("name", "vision", "further", "image_px", "side", "seen_px"),
+    [
+        ("llava", {"image_size": 336, "patch_size": 14}, {}, 336, 24, 336),
+        ("llava_onevision", {"image_size": 384, "patch_size": 14}, {}, 384, 27, 378),
+        ("deepseek_vl", {"image_size": 384, "patch_size": 16}, {}, 384, 24, 384),
+        ("deepseek_vl_hybrid", {"image_size": 384, "patch_size": 16}, {}, 1024, 24, 1024),
+        ("internvl", {"image_size": [448, 448], "patch_size": [14, 14]}, {}, 448, 16, 448),
+        ("smolvlm", {"image_size": 512, "patch_size": 16}, {"scale_factor": 4}, 512, 8, 512),
+        ("aya_vision", {"image_size": 364, "patch_size": 14}, {}, 364, 13, 364),
+        ("gemma3", {"image_size": 896, "patch_size": 14}, {}, 896, 16, 896),
+        ("paligemma", {"image_size": 224, "patch_size": 14}, {}, 224, 16, 224),
+        ("qwen2_5_vl", {"patch_size": 14}, {}, 672, 24, 672),
+        ("qwen3_vl", {"patch_size": 16}, {}, 768, 24, 768),
+        ("mistral3", {"patch_size": 14}, {}, 672, 24, 672),
+    ],
+)
+def test_grids_of_released_sizes(name, vision, further, image_px, side, seen_px, monkeypatch):
+    monkeypatch.setattr(dynamic_resolution, "TOKENS_A_SIDE", 24)
+    settings = STOCK[name].config["vision_config"] | vision
+    high = {"high_res_vision_config": {"model_type": "sam_vision_model"}} if name == "deepseek_vl_hybrid" else {}
+    number = {"image_seq_length": 576} if name == "llava" else {"mm_tokens_per_image": 256} if name == "gemma3" else {}
+    rest = {
+        key: value for key, value in STOCK[name].config.items() if key not in ("model_type", "high_res_vision_config")
+    }
+    config = AutoConfig.for_model(name, **rest | {"vision_config": settings} | further | high | number)
+    family = FAMILIES[name]
+    assert (family.image_px(config), family.grid(config), family.seen_px(config)) == (image_px, (side, side), seen_px)
+
+
+@pytest.mark.slow
+def test_a_run_of_probes_and_a_knockout_on_another_family(checkpoint, segmentation, tmp_path):
+    """The whole way with merged patches, a sliding window and a mask of its own."""
+    from probes.cli import main
+    from probes.results.probe_run import ProbeRun
+
+    run = ["fit", "-c", "configs/demo/probes.yaml", "--out", str(tmp_path), "--trainer.max_epochs", "1"]
+    main([*run, "--model.mllm", checkpoint("gemma3"), "--data.root", str(segmentation), "--data.batch_size", "3"])
+    metrics = ProbeRun(tmp_path).metrics
+    assert metrics["image_attention"] == "bidirectional" and metrics["grid"] == [3, 3]
+    assert [site["dim"] for site in metrics["sites"]] == [16, 32, 32, 32, 32, 32]
+    main(["knockout", "--probes", str(tmp_path), "--classes", "sky", "wall"])
+    assert (tmp_path / "knockout.json").is_file()

@@ -1,0 +1,161 @@
+"""States of a frozen MLLM: read off the right places, blind to what they should not see."""
+
+import pytest
+import tiny_models
+import torch
+from PIL import Image
+from transformers import AutoProcessor, AutoTokenizer
+
+import probes
+from llava_bidir import LlavaBidirForConditionalGeneration
+from llava_bidir.data.conversation import encode
+
+MASKS = ("causal", "bidirectional", "prefix")
+
+
+@pytest.fixture(scope="module", params=MASKS)
+def mllm(request, checkpoints):
+    return probes.load(str(checkpoints[request.param]))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    generator = torch.Generator().manual_seed(0)
+    arrays = torch.randint(0, 255, (3, 20, 30, 3), generator=generator, dtype=torch.uint8).numpy()
+    return [Image.fromarray(array) for array in arrays]
+
+
+def full_forward(mllm, pixels, suffix: int = 0):
+    """Hidden states of the whole model on prefix + image + `suffix` text tokens, at the image's positions."""
+    image = torch.full((len(pixels), tiny_models.TOKENS), mllm.model.config.image_token_id)
+    text = torch.arange(3, 3 + suffix).expand(len(pixels), -1)
+    ids = torch.cat([mllm.prefix_ids.expand(len(pixels), -1), image, text], 1)
+    states = mllm.model(ids, pixels, output_hidden_states=True, use_cache=False).hidden_states
+    start = mllm.prefix_ids.shape[1]
+    return [state[:, start : start + tiny_models.TOKENS] for state in states]
+
+
+def test_sites_grid_and_widths(mllm):
+    assert mllm.sites == ["encoder", "adapter", "layer_01", "layer_02", "layer_03", "final_norm"]
+    assert mllm.grid == tiny_models.GRID
+    assert mllm.widths == {"encoder": 16} | dict.fromkeys(mllm.sites[1:], 32)
+
+
+def test_states_equal_those_of_the_whole_model(mllm, pictures):
+    pixels = mllm.preprocess(pictures)
+    states, whole = mllm.states(pixels), full_forward(mllm, pixels)
+    assert torch.equal(states["adapter"], whole[0]), "the adapter site is the LLM's input, bit for bit"
+    for i in (1, 2):
+        torch.testing.assert_close(states[f"layer_{i:02d}"], whole[i], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(states["final_norm"], whole[3], rtol=1e-4, atol=1e-4)
+    norm = mllm.model.model.language_model.norm
+    torch.testing.assert_close(norm(states["layer_03"]), states["final_norm"]), "layer 3 is read before the norm"
+    tower = mllm.model.model.vision_tower(pixels, output_hidden_states=True)
+    assert torch.equal(states["encoder"], tower.hidden_states[-1][:, 1:])
+
+
+def test_states_do_not_depend_on_later_text(mllm, pictures):
+    pixels = mllm.preprocess(pictures)
+    for site, later in zip(mllm.sites[1:4], full_forward(mllm, pixels, suffix=5), strict=False):
+        torch.testing.assert_close(mllm.states(pixels, [site])[site], later, rtol=1e-4, atol=1e-4)
+
+
+def test_prefix_is_the_one_of_training(mllm, checkpoints):
+    processor = AutoProcessor.from_pretrained(checkpoints[mllm.image_attention])
+    ids, _ = encode(
+        [{"from": "human", "value": "<image>"}], processor.tokenizer, "vicuna_v1", 1, processor.image_token_id
+    )
+    assert mllm.prefix_ids[0].tolist() == ids[: ids.index(processor.image_token_id)]
+
+
+def test_subset_of_sites_gives_the_same_and_computes_no_more(mllm, pictures):
+    pixels = mllm.preprocess(pictures)
+    states, ran = mllm.states(pixels), []
+    hooks = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(mllm._decoder.layers)]
+    try:
+        some = mllm.states(pixels, ["adapter", "layer_02"])
+        assert ran == [0, 1]
+        ran.clear()
+        mllm.states(pixels, ["encoder"])
+        assert ran == []
+    finally:
+        [hook.remove() for hook in hooks]
+    assert list(some) == ["adapter", "layer_02"] and all(torch.equal(some[site], states[site]) for site in some)
+
+
+def test_repeated_calls_agree(mllm, pictures):
+    """The prefix's keys and values are kept between calls and must not grow."""
+    pixels = mllm.preprocess(pictures)
+    first, second = mllm.states(pixels), mllm.states(pixels[:1])
+    for site in mllm.sites:
+        torch.testing.assert_close(first[site][:1], second[site], rtol=1e-5, atol=1e-5)
+
+
+def test_image_attention_can_be_overridden(checkpoints, pictures):
+    causal = probes.load(str(checkpoints["causal"]))
+    other = probes.load(str(checkpoints["causal"]), image_attention="bidirectional")
+    pixels = causal.preprocess(pictures)
+    a, b = causal.states(pixels), other.states(pixels)
+    assert torch.equal(a["adapter"], b["adapter"])
+    assert (a["layer_01"][:, 0] - b["layer_01"][:, 0]).abs().max() > 1e-2
+    torch.testing.assert_close(a["layer_01"][:, -1], b["layer_01"][:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_stock_llava_checkpoint_loads(checkpoints, tmp_path, pictures):
+    ours = LlavaBidirForConditionalGeneration.from_pretrained(checkpoints["causal"])
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    settings = ours.config.to_dict()
+    for key in ("image_attention", "image_aspect", "adapter_gain", "model_type", "architectures", "auto_map"):
+        settings.pop(key, None)
+    stock = LlavaForConditionalGeneration(LlavaConfig(**settings))
+    stock.load_state_dict(ours.state_dict())
+    stock.save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(checkpoints["causal"]).save_pretrained(tmp_path)
+    read, mine = probes.load(str(tmp_path)), probes.load(str(checkpoints["causal"]))
+    pixels = read.preprocess(pictures)
+    assert read.image_attention == "causal"
+    for site in read.sites:
+        assert torch.equal(read.states(pixels)[site], mine.states(pixels)[site])
+
+
+def test_untrained_parts_are_drawn_anew_by_seed(checkpoints, pictures):
+    load = lambda **kwargs: probes.load(str(checkpoints["causal"]), **kwargs)
+    trained, control = load(), load(untrained=["adapter", "llm"])
+    again, other = load(untrained=["adapter", "llm"]), load(untrained=["adapter", "llm"], seed=1)
+    pixels = trained.preprocess(pictures)
+    states = [m.states(pixels) for m in (trained, control, again, other)]
+    assert torch.equal(states[0]["encoder"], states[1]["encoder"]), "the encoder is what it was"
+    assert not torch.allclose(states[0]["adapter"], states[1]["adapter"])
+    assert all(torch.equal(states[1][site], states[2][site]) for site in trained.sites)
+    assert not torch.allclose(states[1]["layer_03"], states[3]["layer_03"])
+    spread = control.model.model.language_model.layers[0].self_attn.q_proj.weight.std().item()
+    assert spread == pytest.approx(control.model.config.get_text_config().initializer_range, rel=0.1)
+    with pytest.raises(ValueError, match="untrained knows adapter, llm, got 'encoder'"):
+        load(untrained=["encoder"])
+
+
+def test_stays_frozen_and_in_eval_mode(mllm):
+    mllm.train()
+    assert not mllm.training and not any(module.training for module in mllm.modules())
+    assert not any(parameter.requires_grad for parameter in mllm.parameters())
+
+
+def test_unknown_site_mask_and_checkpoint_are_errors(mllm, checkpoints, tmp_path):
+    with pytest.raises(ValueError, match="unknown site 'layer_9'; this model has encoder, adapter"):
+        mllm.states(torch.zeros(1, 3, 8, 8), ["layer_9"])
+    with pytest.raises(ValueError, match="unknown image_attention 'all'"):
+        probes.load(str(checkpoints["causal"]), image_attention="all")
+    with pytest.raises(ValueError, match="holds no config.json"):
+        probes.load(str(tmp_path))
+    AutoTokenizer.from_pretrained(checkpoints["causal"]).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match="no MLLM family 'llama'; registered: llava_bidir, llava"):
+        probes.load(str(tmp_path))
+
+
+def test_cls_token_dropped_from_an_encoder_without_one_is_noticed(checkpoints, pictures):
+    broken = probes.load(str(checkpoints["causal"]))
+    broken.model.config.vision_feature_select_strategy = "full"  # keeps the CLS token: 5 tokens for 4 patches
+    with pytest.raises(ValueError, match=r"gives 5 tokens an image, 16 wide, where the grid \(2, 2\) has 4"):
+        broken.states(broken.preprocess(pictures))

@@ -1,0 +1,243 @@
+"""Eq. 1 against an attention written out, and its guards."""
+
+import copy
+import itertools
+
+import pytest
+import reference
+import tiny_models
+import torch
+
+import probes
+from probes import Knockout
+
+MASKS = ("causal", "bidirectional")
+
+
+@pytest.fixture(scope="module", params=MASKS)
+def mllm(request, checkpoints):
+    return probes.load(str(checkpoints[request.param]))
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return tiny_models.pixels(3)
+
+
+BLOCKED = torch.tensor([[False, True, False, True], [True, False, False, False], [False, False, False, False]])
+
+
+ANCHORS = torch.tensor([[True, False, False, False], [False, False, True, False], [True, True, True, True]])
+BY_ROW = torch.tensor([[True, False, True], [False, True, True], [True, True, True]])  # row of the batch, layer
+HEADS_BY_ROW = torch.tensor([[True, False, False, True], [False, True, False, False], [True, True, True, True]])
+
+
+def by_tokens(blocked):
+    """Eq. 1: whether image token q may not attend to image token k of image b, in any layer and head."""
+    return lambda b, layer, head, q, k: bool(blocked[b, k])
+
+
+CUTS = {
+    "all layers": (Knockout(BLOCKED), by_tokens(BLOCKED)),
+    "one layer": (Knockout(BLOCKED, [2]), lambda b, i, h, q, k: i == 2 and BLOCKED[b, k]),
+    "window": (Knockout(BLOCKED, [2, 3]), lambda b, i, h, q, k: i in (2, 3) and BLOCKED[b, k]),
+    "set of layers": (Knockout(BLOCKED, [1, 3]), lambda b, i, h, q, k: i in (1, 3) and BLOCKED[b, k]),
+    "layers by row": (Knockout(BLOCKED, BY_ROW), lambda b, i, h, q, k: BY_ROW[b, i - 1] and BLOCKED[b, k]),
+    "one head": (Knockout(BLOCKED, heads=[1]), lambda b, i, h, q, k: h == 1 and BLOCKED[b, k]),
+    "one head of one layer": (Knockout(BLOCKED, [2], [3]), lambda b, i, h, q, k: (i, h) == (2, 3) and BLOCKED[b, k]),
+    "heads by row": (
+        Knockout(BLOCKED, BY_ROW, HEADS_BY_ROW),
+        lambda b, i, h, q, k: BY_ROW[b, i - 1] and HEADS_BY_ROW[b, h] and BLOCKED[b, k],
+    ),
+    "reverse": (Knockout.only(ANCHORS), lambda b, i, h, q, k: q != k and not ANCHORS[b, k]),
+    "reverse in a window": (
+        Knockout.only(ANCHORS, [1, 2]),
+        lambda b, i, h, q, k: i < 3 and q != k and not ANCHORS[b, k],
+    ),
+}
+
+
+def masks_by_loop(mllm, images: int, cut, text: int = 0) -> list[torch.Tensor]:
+    """bool[B, heads, N, N] by layer: who attends to whom, by a loop over pairs, with the pairs in `cut` taken out."""
+    prefix = mllm.prefix_ids.shape[1]
+    is_image = [False] * prefix + [True] * tiny_models.TOKENS + [False] * text
+    length, masks = len(is_image), []
+    for layer in range(1, 4):
+        mask = torch.zeros(images, 4, length, length, dtype=torch.bool)
+        for b, head, q, k in itertools.product(range(images), range(4), range(length), range(length)):
+            pair = is_image[q] and is_image[k]
+            gone = pair and bool(cut(b, layer, head, q - prefix, k - prefix))
+            mask[b, head, q, k] = reference.allowed(mllm.image_attention, is_image, q, k) and not gone
+        masks.append(mask)
+    return masks
+
+
+def embedded(mllm, pixels, text: int = 0) -> torch.Tensor:
+    """What the decoder is given: prefix, image and so many text tokens, f[B, N, d]."""
+    embed = lambda ids: mllm._decoder.embed_tokens(ids).expand(len(pixels), -1, -1)
+    adapter = mllm.states(pixels, ["adapter"])["adapter"]
+    return torch.cat([embed(mllm.prefix_ids), adapter, embed(torch.arange(5, 5 + text)[None])], 1)
+
+
+def reference_states(mllm, pixels, cut):
+    """States at image positions behind each layer, by an attention written out."""
+    inputs, masks = embedded(mllm, pixels), masks_by_loop(mllm, len(pixels), cut)
+    states = reference.llama_states(mllm._decoder, inputs, masks, torch.arange(inputs.shape[1]))
+    return [state[:, mllm.prefix_ids.shape[1] :] for state in states]
+
+
+def stock_states(mllm, inputs, masks, attention: str) -> list[torch.Tensor]:
+    """States behind each layer by transformers' own decoder under another attention, one mask a layer."""
+    decoder = copy.deepcopy(mllm._decoder)
+    decoder.config._attn_implementation = attention
+    found = []
+    for layer, mask in zip(decoder.layers, masks, strict=True):
+        if attention == "eager":
+            mask = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs, mask=mask: (args, {**kwargs, "attention_mask": mask}), with_kwargs=True
+        )
+        layer.register_forward_hook(lambda module, args, output: found.append(output))
+    with torch.no_grad():
+        decoder(inputs_embeds=inputs, attention_mask=masks[0], use_cache=False)
+    return found
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_equals_an_attention_written_out(mllm, pixels, name):
+    knockout, cut = CUTS[name]
+    states = mllm.states(pixels, knockout=knockout)
+    for i, expected in enumerate(reference_states(mllm, pixels, cut), 1):
+        torch.testing.assert_close(states[f"layer_{i:02d}"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["all layers", "heads by row", "reverse"])
+def test_equals_the_stock_decoder_with_text_behind_the_image(mllm, pixels, name, attention):
+    """Text behind the image changes nothing; and no row but the image's is touched by the cut."""
+    knockout, cut = CUTS[name]
+    prefix, text, end = mllm.prefix_ids.shape[1], 3, mllm.prefix_ids.shape[1] + tiny_models.TOKENS
+    inputs = embedded(mllm, pixels, text)
+    plain, masks = (masks_by_loop(mllm, 3, f, text) for f in (lambda *pair: False, cut))
+    for before, after in zip(plain, masks, strict=True):
+        assert torch.equal(before[:, :, :prefix], after[:, :, :prefix])
+        assert torch.equal(before[:, :, end:], after[:, :, end:])
+    ours = mllm.states(pixels, knockout=knockout)
+    expected, unmodified = (stock_states(mllm, inputs, m, attention) for m in (masks, plain))
+    for i, (state, before) in enumerate(zip(expected, unmodified, strict=True), 1):
+        torch.testing.assert_close(ours[f"layer_{i:02d}"], state[:, prefix:end], rtol=1e-4, atol=1e-4)
+        assert torch.equal(state[:, :prefix], before[:, :prefix]), "the prefix stays as it is"
+
+
+@pytest.mark.parametrize("is_image", ["1111", "001111", "0011011"], ids=["image", "prefix", "row end"])
+@pytest.mark.parametrize("prefix_runs_along", [False, True])
+def test_cut_touches_pairs_of_image_tokens_only(is_image, prefix_runs_along):
+    """Rows of the prefix (where it sees the image) and of what ends a row of the image stay as they are, bit by bit."""
+    is_image = [flag == "1" for flag in is_image]
+    first, tokens = is_image.index(True), len(is_image)
+    queries = tokens if prefix_runs_along else tokens - first
+    mask = torch.rand(2, 1, queries, tokens, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask[..., first] = True
+    blocked = torch.tensor([[False, True, False, True], [False, False, True, False]])
+    cut = Knockout(blocked).cut(mask, torch.tensor(is_image))
+    for b, q, k in itertools.product(range(2), range(queries), range(tokens)):
+        pair = is_image[tokens - queries + q] and is_image[k]
+        assert cut[b, 0, q, k] == (mask[b, 0, q, k] and not (pair and blocked[b, sum(is_image[:k])]))
+
+
+def test_prefix_that_sees_the_image_stays_open(checkpoints, pixels):
+    """Under "prefix" attention the prefix runs in the same forward; it may still see blocked tokens."""
+    mllm = probes.load(str(checkpoints["prefix"]))
+    states = mllm.states(pixels, knockout=Knockout(BLOCKED))
+    for i, expected in enumerate(reference_states(mllm, pixels, by_tokens(BLOCKED)), 1):
+        torch.testing.assert_close(states[f"layer_{i:02d}"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_changes_what_it_should(mllm, pixels):
+    """Guards the test above: were the cut lost on both sides, they would agree."""
+    plain, cut = mllm.states(pixels), mllm.states(pixels, knockout=Knockout(BLOCKED))
+    moved = [(cut[f"layer_{i:02d}"] - plain[f"layer_{i:02d}"]).abs().amax((1, 2)) for i in (1, 2, 3)]
+    assert all(m[0] > 1e-3 and m[1] > 1e-3 for m in moved)
+    assert all(m[2] == 0 for m in moved), "an image with nothing blocked stays as it is"
+    assert torch.equal(plain["adapter"], cut["adapter"])
+
+
+def test_blocking_nothing_changes_nothing(mllm, pixels):
+    plain = mllm.states(pixels)
+    for knockout in (
+        Knockout(torch.zeros(3, 4, dtype=torch.bool)),
+        Knockout(BLOCKED, layers=[]),
+        Knockout(BLOCKED, heads=[]),
+        Knockout(BLOCKED, torch.zeros(3, 3, dtype=torch.bool)),
+        Knockout.only(torch.ones(3, 4, dtype=torch.bool)),
+    ):
+        cut = mllm.states(pixels, knockout=knockout)
+        assert all(torch.equal(plain[site], cut[site]) for site in mllm.sites)
+
+
+def test_only_later_layers_change_under_a_window(mllm, pixels):
+    plain, cut = mllm.states(pixels), mllm.states(pixels, knockout=Knockout(BLOCKED, layers=[2]))
+    assert torch.equal(plain["layer_01"], cut["layer_01"])
+    assert not torch.equal(plain["layer_02"], cut["layer_02"])
+
+
+def test_conditions_in_one_batch_equal_one_by_one(mllm, pixels):
+    together = mllm.states(pixels[[0, 0, 1]], knockout=Knockout(BLOCKED[[0, 1, 1]]))["layer_03"]
+    for row, (image, condition) in enumerate([(0, 0), (0, 1), (1, 1)]):
+        alone = mllm.states(pixels[[image]], knockout=Knockout(BLOCKED[[condition]]))["layer_03"]
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_worked_example():
+    mask = torch.tensor([[[[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]]]).bool()  # rows i i i, columns p i i i
+    cut = Knockout(torch.tensor([[False, True, False]])).cut(mask, torch.tensor([False, True, True, True]))
+    assert torch.equal(cut[0, 0].int(), torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 1]]).int())
+
+
+def test_rows_of_other_tokens_stay():
+    """Rows and columns p i n i with n the end of a row of image tokens; the first image token is blocked."""
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    cut = Knockout(torch.tensor([[True, False]])).cut(mask, torch.tensor([False, True, False, True]))
+    assert cut[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0], [1, 0, 1, 1]]
+
+
+def test_row_without_keys_raises():
+    mask = torch.ones(2, 1, 3, 3, dtype=torch.bool).tril()
+    blocked = torch.tensor([[False, False, False], [True, False, False]])
+    with pytest.raises(ValueError, match="blocking 1 tokens leaves image token 0 of image 1"):
+        Knockout(blocked).cut(mask, torch.ones(3, dtype=torch.bool))
+
+
+def test_additive_mask_is_refused():
+    """Written into an additive mask, False is 0.0, which allows: the knockout would silently do nothing."""
+    with pytest.raises(ValueError, match="boolean mask, got torch.float32"):
+        Knockout(BLOCKED).cut(torch.zeros(3, 1, 4, 6), torch.arange(6) > 1)
+
+
+def test_eager_attention_is_refused(mllm, pixels, monkeypatch):
+    """Its masks are additive."""
+    monkeypatch.setattr(mllm._decoder.config, "_attn_implementation", "eager")
+    with pytest.raises(ValueError, match="boolean mask, got torch.float32; run the model with sdpa"):
+        mllm.states(pixels, knockout=Knockout(BLOCKED))
+
+
+def test_misfits_are_errors(mllm, pixels):
+    with pytest.raises(ValueError, match=r"blocked must be bool\[3, 4\]"):
+        mllm.states(pixels, knockout=Knockout(BLOCKED[:2]))
+    with pytest.raises(ValueError, match=r"blocked must be bool\[3, 4\].*int64"):
+        mllm.states(pixels, knockout=Knockout(BLOCKED.long()))
+    with pytest.raises(ValueError, match=r"layer 4 is out of range; this model has layers 1..3"):
+        mllm.states(pixels, knockout=Knockout(BLOCKED, layers=[4]))
+    with pytest.raises(ValueError, match=r"head 4 is out of range; this model has heads 0..3"):
+        mllm.states(pixels, knockout=Knockout(BLOCKED, heads=[4]))
+    with pytest.raises(ValueError, match=r"layers must be bool\[3, 3\].*\[3, 2\]"):
+        mllm.states(pixels, knockout=Knockout(BLOCKED, layers=BY_ROW[:, :2]))
+
+
+def test_knockout_that_reaches_no_layer_raises(mllm, pixels, monkeypatch):
+    """A model that stops handing masks to its layers makes the knockout a no-op; that must not pass."""
+    layer = type(mllm._decoder.layers[0])
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda self, h, attention_mask=None, **kw: forward(self, h, **kw))
+    with pytest.raises(RuntimeError, match="attends under another mask"):
+        mllm.states(pixels, knockout=Knockout(BLOCKED))

@@ -1,0 +1,46 @@
+"""Compiles the Triton kernels for Hopper, GPU or none, and prints {kernel: {"registers", "spilled_bytes"}}."""
+
+import json
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import __file__ as nvidia
+from triton.compiler import ASTSource
+
+from probes.ops.kernels.argmax_counts import argmax_cell, count_cell
+from probes.ops.kernels.cross_entropy import cross_entropy_cell
+from probes.ops.kernels.grid_cells import PIXELS
+
+TYPES = {"target": "*u8", "out": "*u8"}
+TYPES |= dict.fromkeys(("logits", "row_fraction", "column_fraction", "losses", "corners"), "*fp32")
+TYPES |= dict.fromkeys(("row_start", "column_start", "intersection", "predicted", "patch_right", "confusion"), "*i32")
+
+
+def resources(kernel, **constants) -> dict[str, int]:
+    constants |= {"K": 256, "X": PIXELS}
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(compiled.asm["ptx"])
+        assembler = Path(nvidia).parent / "bin" / "ptxas"
+        command = [assembler, "-v", "-arch=sm_90a", ptx, "-o", Path(folder) / "kernel.cubin"]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    number = lambda pattern: int(re.search(pattern, said).group(1))
+    return {"registers": number(r"Used (\d+) registers"), "spilled_bytes": number(r"(\d+) bytes spill stores")}
+
+
+print(
+    json.dumps(
+        {
+            "cross_entropy_cell": resources(cross_entropy_cell, GRADIENT=True),
+            "count_cell": resources(count_cell, CONFUSION=True),
+            "argmax_cell": resources(argmax_cell),
+        }
+    )
+)

@@ -1,0 +1,133 @@
+"""Resampling weights, chunk plans and argmax, against `F.interpolate`."""
+
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from probes.ops import bilinear
+from probes.ops.bilinear import bilinear_weights, make_plan, upsampled_argmax
+
+CPU = torch.device("cpu")
+SIZE = st.integers(1, 40)
+
+
+def interpolate(logits, size):
+    """F.interpolate for any leading axes."""
+    up = F.interpolate(logits.flatten(0, -4), size, mode="bilinear", align_corners=False)
+    return up.unflatten(0, logits.shape[:-3])
+
+
+@settings(deadline=None, derandomize=True)
+@given(SIZE, SIZE)
+def test_weights_equal_interpolate_at_any_ratio(n_in, n_out):
+    identity = torch.eye(n_in, dtype=torch.float64)[:, None, :, None]  # one basis vector an image
+    expected = interpolate(identity, (n_out, 1))[:, 0, :, 0].T
+    weights = bilinear_weights(n_in, n_out, dtype=torch.float64)
+    torch.testing.assert_close(weights, expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(weights.sum(1), torch.ones(n_out, dtype=torch.float64), rtol=0, atol=1e-15)
+
+
+def test_weights_worked_example():
+    expected = [[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]]
+    assert bilinear_weights(2, 4).tolist() == expected
+    assert bilinear_weights(2, 4, dtype=torch.float64).dtype == torch.float64
+
+
+def test_weights_cached_in_inference_mode_serve_in_training():
+    bilinear_weights.cache_clear()
+    with torch.inference_mode():
+        bilinear_weights(3, 7)
+    x = torch.ones(3, requires_grad=True)
+    (bilinear_weights(3, 7) @ x).sum().backward()
+    assert x.grad.sum().item() == pytest.approx(7)
+
+
+def test_weights_refuse_an_empty_axis():
+    with pytest.raises(ValueError, match="n_in=3 and n_out=0"):
+        bilinear_weights(3, 0)
+
+
+@settings(deadline=None, derandomize=True)
+@given(SIZE, SIZE, SIZE, st.integers(1, 3), st.sampled_from([None, 1, 3]), st.sampled_from([1, 500, 2**19]))
+def test_plan_covers_each_pixel_once_with_its_own_grid_rows(h, height, width, stride, max_rows, numel):
+    if stride // 2 >= min(height, width):
+        return
+    make_plan.cache_clear()
+    with mock.patch.dict(bilinear.CHUNK_NUMEL, cpu=numel):
+        plan = make_plan(5, 4, (h, 3), (height, width), torch.float64, CPU, stride=stride, max_rows=max_rows)
+    make_plan.cache_clear()
+    assert [y for band in plan.bands for y in range(band.start, band.stop)] == list(range(len(plan.rows)))
+    assert [x for tile in plan.tiles for x in range(tile.start, tile.stop)] == list(range(plan.cols.shape[1]))
+    assert 1 <= plan.images <= 5
+    for band in plan.bands:
+        assert band.stop - band.start <= (max_rows or height)
+        rest = plan.rows[band.start : band.stop].clone()
+        assert torch.equal(rest[:, band.lo : band.hi].T, band.weights)
+        rest[:, band.lo : band.hi] = 0
+        assert not rest.any()
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    leading=st.sampled_from([(), (1,), (3,), (2, 3)]),
+    classes=st.sampled_from([1, 2, 5, 17]),
+    grid=st.tuples(st.integers(1, 7), st.integers(1, 7)),
+    size=st.tuples(SIZE, SIZE),
+    numel=st.sampled_from([1, 700, 2**19]),
+    seed=st.integers(0, 1000),
+)
+def test_argmax_equals_torch_but_for_ties(leading, classes, grid, size, numel, seed):
+    logits = torch.randn(*leading, classes, *grid, generator=torch.Generator().manual_seed(seed)) * 5
+    make_plan.cache_clear()
+    with mock.patch.dict(bilinear.CHUNK_NUMEL, cpu=numel):
+        predicted = upsampled_argmax(logits, size)
+    make_plan.cache_clear()
+    up = interpolate(logits[None], size)[0]
+    assert predicted.dtype == torch.uint8 and predicted.shape == (*leading, *size)
+    chosen = up.gather(-3, predicted.long().unsqueeze(-3)).squeeze(-3)
+    assert (up.amax(-3) - chosen).max() < 1e-5  # elsewhere than at a tie a wrong class is visibly worse
+    clear = up.topk(min(2, classes), -3).values.diff(dim=-3).abs().squeeze(-3) > 1e-5
+    if classes > 1:
+        assert torch.equal(predicted[clear].long(), up.argmax(-3)[clear])
+
+
+@pytest.mark.parametrize(("classes", "dtype"), [(255, torch.uint8), (256, torch.int16), (300, torch.int16)])
+def test_argmax_reaches_the_last_class(classes, dtype):
+    logits = torch.zeros(classes, 2, 2)
+    logits[-1] = 1
+    predicted = upsampled_argmax(logits, (3, 5))
+    assert predicted.dtype == dtype and (predicted == classes - 1).all()
+
+
+def test_argmax_of_a_tie_is_the_first_class():
+    logits = torch.zeros(4, 2, 2)
+    logits[1:3] = 1
+    assert (upsampled_argmax(logits, (6, 6)) == 1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_argmax_is_not_rounded_to_the_dtype_of_the_logits(dtype):
+    logits = torch.randn(5, 4, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted = upsampled_argmax(logits, (33, 21))
+    assert torch.equal(predicted.long(), interpolate(logits.double()[None], (33, 21))[0].argmax(0))
+
+
+def test_argmax_leaves_logits_and_graph_alone():
+    logits = torch.randn(2, 4, 3, 3, requires_grad=True)
+    before = logits.detach().clone()
+    assert not upsampled_argmax(logits, (8, 8)).requires_grad
+    assert torch.equal(logits, before)
+
+
+def test_argmax_of_no_images_is_empty():
+    assert upsampled_argmax(torch.zeros(0, 4, 3, 3), (8, 9)).shape == (0, 8, 9)
+
+
+def test_argmax_refuses_logits_without_classes():
+    with pytest.raises(ValueError, match=r"\[\.\.\., K, h, w\].*\[3, 3\]"):
+        upsampled_argmax(torch.zeros(3, 3), (8, 8))

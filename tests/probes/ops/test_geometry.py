@@ -1,0 +1,135 @@
+"""Images whose pixels say where they are, through the square and the token grid back to the mask."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import LlavaImageProcessorPil
+
+from probes.evaluation.metrics import count, patch_labels
+from probes.ops.bilinear import bilinear_weights, upsampled_argmax
+from probes.ops.cross_entropy import upsampled_cross_entropy
+from probes.ops.geometry import Geometry, View
+
+CLIP = {"grid": (24, 24), "image_px": 336, "seen_px": 336}
+SIGLIP = {"grid": (27, 27), "image_px": 384, "seen_px": 378}
+SIZES = [(512, 683), (683, 512), (375, 500), (300, 300), (257, 900)]
+
+
+def coordinate_image(height: int, width: int) -> Image.Image:
+    """Red rises with x and green with y, over the whole range of 8 bits."""
+    x, y = np.meshgrid((np.arange(width) + 0.5) / width, (np.arange(height) + 0.5) / height)
+    return Image.fromarray((np.stack([x, y, 0 * x], -1) * 255).round().astype(np.uint8))
+
+
+def error_px(geometry: Geometry, size: tuple[int, int], view: View) -> float:
+    """Reads each token's coordinates off its own pixels of the square and upsamples them to the image: the mean
+    distance from where each pixel really is."""
+    height, width = size
+    square = np.asarray(geometry.place(coordinate_image(height, width)), np.float64)[
+        : geometry.seen_px, : geometry.seen_px
+    ]
+    patch = geometry.seen_px // geometry.grid[0]
+    tokens = square.reshape(geometry.grid[0], patch, geometry.grid[1], patch, 3).mean((1, 3)) / 255
+    rows = bilinear_weights(geometry.grid[0], height, view.rows, dtype=torch.float64).numpy()
+    cols = bilinear_weights(geometry.grid[1], width, view.cols, dtype=torch.float64).numpy()
+    x, y = rows @ tokens[..., 0] @ cols.T * width, rows @ tokens[..., 1] @ cols.T * height
+    margin = int(0.1 * max(size))  # the clamped rim, and tokens that mix in padding
+    distance = np.hypot(x - (np.arange(width) + 0.5), y - (np.arange(height) + 0.5)[:, None])
+    return distance[margin:-margin, margin:-margin].mean()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("aspect", ["square", "pad"])
+@pytest.mark.parametrize("encoder", [CLIP, SIGLIP], ids=["clip", "siglip"])
+def test_grid_lies_on_the_image_to_a_fraction_of_a_pixel(size, aspect, encoder):
+    geometry = Geometry(**encoder, aspect=aspect)
+    assert error_px(geometry, size, geometry.view(size)) < 0.6
+
+
+def test_coordinates_notice_a_wrong_view():
+    padded, siglip = Geometry(**CLIP, aspect="pad"), Geometry(**SIGLIP)
+    assert error_px(padded, (512, 683), View.whole((512, 683))) > 20
+    assert error_px(siglip, (512, 683), View.whole((512, 683))) > 3
+
+
+def sampled(logits: torch.Tensor, geometry: Geometry, size: tuple[int, int]) -> torch.Tensor:
+    """The logits at each pixel by torch's grid_sample, which knows nothing of views."""
+    height, width = size
+    side, left, top = max(size), (max(size) - width) // 2, (max(size) - height) // 2
+    if geometry.aspect == "square":
+        x, y = (torch.arange(width) + 0.5) / width, (torch.arange(height) + 0.5) / height
+    else:
+        x, y = (torch.arange(width) + left + 0.5) / side, (torch.arange(height) + top + 0.5) / side
+    x, y = (2 * axis.double() * geometry.image_px / geometry.seen_px - 1 for axis in (x, y))
+    where = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)
+    return F.grid_sample(
+        logits, where.expand(len(logits), -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=False
+    )
+
+
+@pytest.mark.parametrize("size", [(33, 40), (40, 33), (64, 17), (21, 21)])
+@pytest.mark.parametrize("aspect", ["square", "pad"])
+@pytest.mark.parametrize("seen_px", [56, 54])
+def test_loss_and_prediction_under_a_view_equal_grid_sample(size, aspect, seen_px):
+    geometry = Geometry((4, 4), 56, seen_px, aspect)
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 4, 4, dtype=torch.float64, requires_grad=True)
+    target = torch.randint(0, 5, (2, *size))
+    target[:, :3] = 255
+    up = sampled(logits, geometry, size)
+    expected = F.cross_entropy(up, target, ignore_index=255)
+    (expected_gradient,) = torch.autograd.grad(expected, logits)
+    loss = upsampled_cross_entropy(logits, target, view=geometry.view(size))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+    assert torch.equal(upsampled_argmax(logits, size, geometry.view(size)).long(), up.argmax(1))
+
+
+def test_padding_the_mask_instead_gives_the_same_loss():
+    size, geometry = (18, 40), Geometry((4, 4), 56, 56, "pad")
+    torch.manual_seed(0)
+    logits, target = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, *size))
+    square = F.pad(target, (0, 0, 11, 11), value=255)
+    torch.testing.assert_close(
+        upsampled_cross_entropy(logits, target, view=geometry.view(size)), upsampled_cross_entropy(logits, square)
+    )
+
+
+def test_tokens_own_the_pixels_that_they_see():
+    """A 2 x 4 image, padded to 4 x 4, under a 4 x 4 grid: its rows are the grid's rows 1 and 2."""
+    view = Geometry((4, 4), 56, 56, "pad").view((2, 4))
+    target = torch.tensor([[[0, 1, 2, 255], [1, 1, 2, 0]]], dtype=torch.uint8)
+    padding, rows = [-1] * 4, [[0, 1, 2, -1], [1, 1, 2, 0]]
+    assert patch_labels(target, 3, (4, 4), view=view)[0].view(4, 4).tolist() == [padding, *rows, padding]
+    counts = count(torch.zeros(1, 1, 3, 4, 4), target, view)
+    assert counts.patch_valid[0].view(4, 4).tolist() == [[0] * 4, [1, 1, 1, 0], [1] * 4, [0] * 4]
+
+
+def test_pixels_that_no_token_sees_count_for_the_image_alone():
+    """3/4 of a 4 x 4 image are seen by a 3 x 3 grid: a pixel each, and none at the right and the bottom."""
+    view = Geometry((3, 3), 4, 3).view((4, 4))
+    target = torch.zeros(1, 4, 4, dtype=torch.uint8)
+    counts = count(torch.zeros(1, 1, 1, 3, 3), target, view)
+    assert counts.patch_valid.tolist() == [[1] * 9] and counts.labelled.tolist() == [[16]]
+
+
+@pytest.mark.parametrize("size", SIZES + [(101, 64), (64, 101)])
+def test_padding_is_llavas(size):
+    processor = LlavaImageProcessorPil(
+        do_pad=True, size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, do_center_crop=False,
+        image_mean=[0.48145466, 0.4578275, 0.40821073],
+    )  # fmt: skip
+    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    image = Image.fromarray(noise)
+    theirs = processor(image, do_normalize=False, do_rescale=False, return_tensors="np")["pixel_values"][0]
+    padding = tuple(int(255 * x) for x in processor.image_mean)
+    ours = np.asarray(Geometry(**CLIP, aspect="pad", padding=padding).place(image)).transpose(2, 0, 1)
+    assert np.array_equal(ours, theirs.astype(np.uint8))
+
+
+def test_unknown_aspect_is_refused():
+    with pytest.raises(ValueError, match="unknown image_aspect 'crop'; there is square, pad"):
+        Geometry(**CLIP, aspect="crop")

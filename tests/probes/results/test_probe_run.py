@@ -1,0 +1,262 @@
+"""Probe runs that somebody else made: damaged files are named, and what they say is shown and never executed."""
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import probe_runs
+import pytest
+import tiny_models
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from probes.cli import main
+from probes.report.templates import render
+from probes.results.probe_run import ProbeRun
+
+QUALITY = [0.6, 0.5, 0.55, 0.7, 0.65, 0.65]
+EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>'\"{{ 7*7 }}"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    root = tiny_models.write_segmentation(tmp_path_factory.mktemp("data"))
+    return probe_runs.write_run(
+        tmp_path_factory.mktemp("runs") / "run",
+        QUALITY,
+        root=root,
+        recipes={"fast": ({"learning_rate": 0.01}, QUALITY)},
+        encoder="clip",
+    )
+
+
+@pytest.fixture
+def run(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def rewrite(file: Path, *keys, value) -> None:
+    """Sets facts[keys[0]][keys[1]]..., or takes it away."""
+    facts = json.loads(file.read_text())
+    place = facts
+    for key in keys[:-1]:
+        place = place[key]
+    if value is KeyError:
+        del place[keys[-1]]
+    else:
+        place[keys[-1]] = value
+    file.write_text(json.dumps(facts))
+
+
+WRONG = [
+    ("metrics.json", ["images"], "many", "images is 'many'; expected int"),
+    ("metrics.json", ["images"], 0, "images is below 1"),
+    ("metrics.json", ["classes"], ["sky", "sky", "road"], "classes has one twice"),
+    ("metrics.json", ["classes", 1], 3, r"classes\[1\] is '3'; expected str"),
+    ("metrics.json", ["grid"], [0, 2], "grid is not two numbers from 1 to 128"),
+    ("metrics.json", ["grid"], [10**9, 10**9], "grid is not two numbers from 1 to 128"),
+    ("metrics.json", ["sites"], KeyError, "has no 'sites'"),
+    ("metrics.json", ["sites", 0, "site"], "adapter", "sites has one twice"),
+    ("metrics.json", ["sites", 0, "dim"], 10**9, "dim of 'encoder' is not from 1 to"),
+    ("metrics.json", ["sites", 2, "iou_per_class"], [0.5], "iou_per_class of 'layer_01' is not one for each"),
+    ("metrics.json", ["sites", 2, "miou_ci95"], [0.5], "an interval of 'layer_01' is not two numbers"),
+    ("metrics.json", ["sites", 2, "miou"], None, r"sites\[2\].miou is 'None'; expected int or float"),
+    ("metrics.json", ["summary"], [], "summary is .*; expected dict"),
+    ("metrics.json", ["recipes", "fast", "sites"], KeyError, "recipes.fast has no 'sites'"),
+    ("manifest.json", ["data", "root"], ["/"], "data.root is .*; expected str"),
+    ("manifest.json", ["mllm_training", "encoder"], "clip", "mllm_training.encoder is 'clip'; expected dict"),
+]
+
+
+@pytest.mark.parametrize(("file", "keys", "value", "message"), WRONG)
+def test_json_of_another_shape_is_named(file, keys, value, message, run):
+    rewrite(run / file, *keys, value=value)
+    with pytest.raises(ValueError, match=f"{file}: .*{message}"):
+        ProbeRun(run)
+
+
+@pytest.mark.parametrize("file", ["metrics.json", "manifest.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b"3", b'{"a":' + b"[" * 100_000])
+def test_damaged_json_is_named(file, content, run):
+    (run / file).write_bytes(content)
+    with pytest.raises(ValueError, match=file):
+        ProbeRun(run)
+
+
+def test_missing_manifest_is_named(run):
+    (run / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"manifest.json: FileNotFoundError"):
+        ProbeRun(run)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("labelled"), "counts.safetensors has no labelled"),
+        (lambda t: t.update(labelled=t["labelled"][:3].clone()), r"labelled is torch.int64 \[3, 3\]; .* \[40, 3\]"),
+        (lambda t: t.update(labelled=t["labelled"].float()), "labelled is torch.float32"),
+        (lambda t: t["predicted"].sub_(10**6), "none of them negative"),
+        (
+            lambda t: t.update(confusion=torch.zeros(2, 3, 3, dtype=torch.long)),
+            r"confusion .* \[2, 3, 3\]; .*\[6, 3, 3\]",
+        ),
+    ],
+)
+def test_counts_that_do_not_fit_the_run_are_named(change, message, run):
+    tensors = load_file(run / "counts.safetensors")
+    change(tensors)
+    save_file(tensors, run / "counts.safetensors")
+    with pytest.raises(ValueError, match=message):
+        ProbeRun(run).weights  # noqa: B018
+
+
+def test_tensors_that_are_damaged_missing_or_of_others_are_named(run):
+    tensors = load_file(run / "recipes.safetensors")
+    save_file({k: v[:1].clone() for k, v in tensors.items()}, run / "recipes.safetensors")
+    with pytest.raises(ValueError, match=r"recipes.safetensors: fast/intersection is"):
+        ProbeRun(run).counts_of("fast")
+    with pytest.raises(ValueError, match="probes.safetensors is damaged"):
+        ProbeRun(run).probes()
+    save_file({"encoder.head.weight": torch.zeros(7, 7)}, run / "probes.safetensors")
+    with pytest.raises(ValueError, match=r"probes.safetensors: RuntimeError: .*head"):
+        ProbeRun(run).probes()
+    (run / "counts.safetensors").write_bytes((2**60).to_bytes(8, "little"))
+    with pytest.raises(ValueError, match="counts.safetensors is damaged"):
+        ProbeRun(run).weights  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["knockout.json", "maps.json", "umap.json"])
+def test_damaged_results_of_analyses_are_named_by_the_report(name, run, tmp_path):
+    (run / name).write_text("{")
+    with pytest.raises(SystemExit, match=f"^probes: .*{name}: JSONDecodeError"):
+        main(["report", str(run), "--out", str(tmp_path / "report")])
+
+
+class Scripts(HTMLParser):
+    """All elements of a page that could execute something, and attributes that do."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag, attributes):
+        if tag in ("script", "iframe", "object", "embed", "link"):
+            self.found.append(tag)
+        self.found += [name for name, _ in attributes if name.startswith("on")]
+
+
+def scripts(page: Path) -> list[str]:
+    parser = Scripts()
+    parser.feed(page.read_text())
+    return parser.found
+
+
+def test_names_of_a_run_are_text_in_the_report(whole, run, tmp_path):
+    """Of classes, the dataset, the model, the mask and the recipe; and none is a path to write to."""
+    for keys in (["classes", 0], ["baseline", "class"], ["dataset"], ["mllm"], ["image_attention"]):
+        rewrite(run / "metrics.json", *keys, value=EVIL + "/../../../up" if keys != ["classes", 0] else EVIL)
+    for facts in (["mllm_training", "encoder", "name"], ["mllm_training", "llm"], ["versions", "torch"]):
+        rewrite(run / "manifest.json", *facts, value=EVIL)
+    main(["report", str(whole), "--out", str(tmp_path / "plain")])
+    before = {path for path in tmp_path.rglob("*") if tmp_path / "evil" not in path.parents}
+    main(["report", str(run), "--out", str(tmp_path / "evil")])
+    html = (tmp_path / "evil/index.html").read_text()
+    assert "alert(1)" in html and "<script>alert" not in html and "<img src=x" not in html
+    assert "{{ 7*7 }}" in html and scripts(tmp_path / "evil/index.html") == scripts(tmp_path / "plain/index.html")
+    after = {path for path in tmp_path.rglob("*") if tmp_path / "evil" not in path.parents}
+    assert after - before == {tmp_path / "evil"}, "nothing was written elsewhere"
+
+
+def test_names_of_a_run_are_text_in_the_explorer(tmp_path):
+    """They are in a JSON inside of a script element, which a `</script>` would end."""
+    for name, word in (("plain", "sky"), ("evil", EVIL)):
+        run = SimpleNamespace(path=word, metrics={"dataset": word})
+        facts = {"data": {"classes": [word], "words": [word]}, "blocks": {word: word}, "runs": [run]}
+        (tmp_path / name).write_text(render("explorer/explorer.html.j2", **facts))
+    assert scripts(tmp_path / "evil") == scripts(tmp_path / "plain")
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', (tmp_path / "evil").read_text(), re.S)
+    assert json.loads(data[1])["classes"] == [EVIL]
+
+
+# ------------------------------------------------------------------------------------------------ fuzz
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def places(value, path=()) -> list[tuple]:
+    """The path of each value inside of a JSON value."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path] * bool(path) + [place for key, inner in inside for place in places(inner, (*path, key))]
+
+
+def changed(facts, data) -> dict:
+    """A copy with another value at some place, or without it."""
+    facts = json.loads(json.dumps(facts))
+    *above, last = data.draw(st.sampled_from(places(facts)))
+    place = facts
+    for key in above:
+        place = place[key]
+    if data.draw(st.booleans()):
+        place[last] = data.draw(JSON)
+    else:
+        del place[last]
+    return facts
+
+
+@pytest.mark.parametrize("file", ["metrics.json", "manifest.json"])
+def test_run_with_any_value_anywhere_is_read_or_named(file, whole, tmp_path_factory):
+    run = Path(shutil.copytree(whole, tmp_path_factory.mktemp("fuzz") / "run"))
+    facts = json.loads((whole / file).read_text())
+
+    @settings(deadline=None, suppress_health_check=list(HealthCheck))
+    @given(data=st.data())
+    def check(data):
+        (run / file).write_text(json.dumps(changed(facts, data)))
+        try:
+            read = ProbeRun(run)
+            assert read.counts.labelled.shape == (read.metrics["images"], len(read.metrics["classes"]))
+            assert read.training is not None and read.layers is not None
+        except ValueError as error:
+            assert str(run) in str(error)  # names the file
+
+    check()
+
+
+def test_checkpoint_with_any_value_anywhere_in_its_config_is_read_or_named(checkpoints, tmp_path_factory):
+    """As `probes sites` reads it."""
+    import argparse
+
+    from probes.analyses.extract import print_sites
+
+    folder = Path(shutil.copytree(checkpoints["causal"], tmp_path_factory.mktemp("fuzz") / "hf"))
+    facts = json.loads((folder / "config.json").read_text())
+
+    @settings(deadline=None, suppress_health_check=list(HealthCheck))
+    @given(data=st.data())
+    def check(data):
+        (folder / "config.json").write_text(json.dumps(changed(facts, data)))
+        try:
+            print_sites(argparse.Namespace(mllm=str(folder)))
+        except ValueError as error:
+            assert str(folder) in str(error) or "no MLLM family" in str(error) or "cannot be probed" in str(error)
+
+    check()
+
+
+def test_analysis_of_other_probes_is_refused(segmentation, tmp_path):
+    """As after a run was trained anew in the same folder."""
+    run = ProbeRun(probe_runs.write_run(tmp_path / "run", [0.9, 0.2, 0.4, 0.6, 0.8, 0.8, 0.9], root=segmentation))
+    assert run.analysis("umap.json") is None
+    (run.path / "umap.json").write_text(json.dumps({"runs": [run.fingerprint]}))
+    assert run.analysis("umap.json")
+    save_file({"other": torch.ones(3)}, run.path / "probes.safetensors")
+    with pytest.raises(ValueError, match="umap.json is of other probes than .* again with `probes umap`"):
+        ProbeRun(run.path).analysis("umap.json")

@@ -1,0 +1,170 @@
+"""Probe runs on several processes and across a kill end with the probes and scores of one that nothing happens to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from llava_bidir.common.checkpoint_io import newest_whole
+from probes.cli import main
+
+TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+# epochs have three steps, checkpoints come every two: (where the process dies, the checkpoint it leaves)
+DEATHS = {"one step behind a checkpoint": ("on_train_batch_end", 5, 4), "validation": ("on_validation_start", 6, 6)}
+KILLER = """
+import os, signal
+from lightning import Callback
+
+class Killer(Callback):
+    def {hook}(self, trainer, *_):
+        if trainer.global_step == {step}:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+RANK_KILLER = """
+import os, signal, time
+from lightning import Callback
+
+class Killer(Callback):
+    def on_train_batch_start(self, trainer, *_):
+        if (trainer.global_rank, trainer.global_step) == ({rank}, 5):
+            open("{died}", "w").write(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+KILLING = """
+trainer:
+  callbacks:
+  - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+    init_args: {save_last: true, every_n_train_steps: 2}
+  - class_path: killer.Killer
+"""
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory) -> Path:
+    """Seven training images, of very different labelled area, and five for validation: neither divides by two."""
+    root = tiny_models.write_segmentation(tmp_path_factory.mktemp("uneven"), training=7)
+    for i, path in enumerate(sorted((root / "annotations/training").glob("*.png"))):
+        mask = np.array(Image.open(path))
+        mask[3 * i + 2 :] = 255
+        Image.fromarray(mask).save(path)
+    return root
+
+
+def arguments(checkpoint, root, out, *more: str) -> list[str]:
+    """Three epochs of three steps; the last batch of an epoch has one image."""
+    command = ["fit", "-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "3", "--model.mllm", str(checkpoint)]
+    command += ["--data.root", str(root), "--out", str(out), "--data.batch_size", "3", "--data.cache", "false"]
+    return [*command, "--model.feature_norm", "none", *more]
+
+
+def processes(arguments: list[str], fails: bool = False, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "probes", *arguments]
+    one_thread = {"OMP_NUM_THREADS": "1"}  # as this process: another number of threads adds up in another order
+    env = os.environ | one_thread | environment
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env)
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def one(checkpoints, uneven, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("one")
+    main(arguments(checkpoints["causal"], uneven, out))
+    return out
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("cache", ["false", "true"])
+def test_two_processes_train_and_score_as_one(one, cache, checkpoints, uneven, tmp_path):
+    """In the last batch of each epoch one rank has no image; masks differ in labelled area."""
+    processes(arguments(checkpoints["causal"], uneven, tmp_path, *TWO, "--data.cache", cache))
+    same_probes(one, tmp_path, rtol=1e-4, atol=1e-6)
+    alone, together = metrics(one), metrics(tmp_path)
+    assert together["images"] == 5 and alone["probe"] == together["probe"]
+    for a, b in zip(alone["sites"], together["sites"], strict=True):
+        assert a["history"] == pytest.approx(b["history"], abs=0.005)
+        assert a["pacc"] == pytest.approx(b["pacc"], abs=0.005)
+
+
+SCORED_ALIKE = {  # who opens images and who scores them
+    "one data worker": ["--data.num_workers", "1"],
+    "two data workers": ["--data.num_workers", "2"],
+    "two processes": TWO,
+    "two processes, two data workers each": [*TWO, "--data.num_workers", "2"],
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("who", SCORED_ALIKE)
+def test_the_same_probes_count_the_same_pixels(who, one, checkpoints, uneven, tmp_path):
+    """Five images: the batches of three and of two processes differ. All integers, and what is made of them alone."""
+    run = ["test", *arguments(checkpoints["causal"], uneven, tmp_path)[1:], *SCORED_ALIKE[who]]
+    processes([*run, "--ckpt_path", str(one / "checkpoints/last.ckpt")])
+    assert (tmp_path / "counts.safetensors").read_bytes() == (one / "counts.safetensors").read_bytes()
+    assert (tmp_path / "probes.safetensors").read_bytes() == (one / "probes.safetensors").read_bytes()
+    alone, together = metrics(one)["sites"], metrics(tmp_path)["sites"]
+    for a, b in zip(alone, together, strict=True):
+        ours, theirs = a.pop("states"), b.pop("states")  # sums over ranks of floats, in another order
+        assert a == b and ours.keys() == theirs.keys()
+        assert all(theirs[k] == (x if x is None else pytest.approx(x, rel=1e-6)) for k, x in ours.items())
+
+
+@pytest.mark.distributed
+def test_bad_file_of_one_rank_ends_all_ranks_alike(checkpoints, tmp_path):
+    root = tiny_models.write_segmentation(tmp_path / "data")
+    Image.fromarray(np.full((24, 20), 9, np.uint8)).save(root / "annotations/training/003.png")  # the second rank's
+    message = processes(arguments(checkpoints["causal"], root, tmp_path / "run", *TWO), fails=True).stderr
+    assert "003.png has label 9" in message
+    assert message.count("1 of 11 images cannot be used") >= 2, "both ranks say so"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("rank", [0, 1])
+def test_rank_that_dies_ends_the_other_and_nothing_is_called_finished(rank, checkpoints, uneven, tmp_path):
+    (tmp_path / "killer.py").write_text(RANK_KILLER.format(rank=rank, died=tmp_path / "died"))
+    (tmp_path / "killing.yaml").write_text(KILLING)
+    run = arguments(checkpoints["causal"], uneven, tmp_path / "run", *TWO)
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    processes([*run, "-c", str(tmp_path / "killing.yaml")], fails=True, PYTHONPATH=path)  # until both have ended
+    assert time.time() - float((tmp_path / "died").read_text()) < 60
+    assert not (tmp_path / "run/metrics.json").exists()
+    assert newest_whole(tmp_path / "run/checkpoints"), "to go on from"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("death", DEATHS)
+def test_run_killed_in_mid_epoch_ends_as_an_uninterrupted_one(death, one, checkpoints, uneven, tmp_path):
+    hook, step, saved_step = DEATHS[death]
+    (tmp_path / "killer.py").write_text(KILLER.format(hook=hook, step=step))
+    (tmp_path / "killing.yaml").write_text(KILLING)
+    run = arguments(checkpoints["causal"], uneven, tmp_path / "run")
+    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
+    killed = processes([*run, "-c", str(tmp_path / "killing.yaml")], fails=True, PYTHONPATH=path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert not (tmp_path / "run/metrics.json").exists()
+    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == saved_step, "or the test would not be of the middle of an epoch"
+    main([*run, "--ckpt_path", str(tmp_path / "run/checkpoints/last.ckpt")])
+    same_probes(one, tmp_path / "run", rtol=0, atol=0)
+    assert metrics(one)["sites"] == metrics(tmp_path / "run")["sites"]
+
+
+def metrics(out: Path) -> dict:
+    return json.loads((out / "metrics.json").read_text())
+
+
+def same_probes(a: Path, b: Path, **tolerance) -> None:
+    ours, theirs = (load_file(out / "probes.safetensors") for out in (a, b))
+    assert set(ours) == set(theirs)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(theirs[name], tensor, **tolerance, msg=lambda text, name=name: f"{name}: {text}")

@@ -1,0 +1,214 @@
+"""Probe runs: probes do not know of each other, results are what they say, two processes give what one gives."""
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import reference
+import tiny_models
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from probes.cli import main
+from probes.ops.geometry import Geometry
+from probes.results.probe_run import ProbeRun
+from probes.training.module import ProbeModule
+
+
+def arguments(checkpoint, root, out, *more: str) -> list[str]:
+    return [
+        *("fit", "-c", "configs/demo/probes.yaml", "--out", str(out), "--trainer.max_epochs", "2"),
+        *("--model.mllm", str(checkpoint), "--data.root", str(root), "--data.batch_size", "3", *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def run(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
+    out = tmp_path_factory.mktemp("run")
+    # a high rate, so that for some site the last epoch is not the best
+    more = ["--save_predictions", "true", "--model.learning_rate", "0.3", "--trainer.max_epochs", "6"]
+    main(arguments(checkpoints["causal"], segmentation, out, *more))
+    return ProbeRun(out)
+
+
+def test_run_leaves_what_the_contract_names(run):
+    for name in ("config.yaml", "checkpoints", "probes.safetensors", "manifest.json", "metrics.json"):
+        assert (run.path / name).exists(), name
+    assert list(run.path.glob("events.out.tfevents.*")) and not list(run.path.glob("*.partial"))
+    metrics = run.metrics
+    assert metrics["image_attention"] == "causal" and metrics["images"] == 5 and metrics["seed"] == 0
+    assert [site["site"] for site in metrics["sites"]] == run.sites
+    assert run.sites == ["encoder", "adapter", "layer_01", "layer_02", "layer_03", "final_norm"]
+    for site in metrics["sites"]:
+        low, high = site["miou_ci95"]
+        assert low <= site["miou"] <= high and len(site["iou_per_class"]) == 3 and len(site["history"]) == 6
+        assert site["history"][site["best_epoch"] - 1] == max(site["history"]) == pytest.approx(site["miou"])
+    assert any(site["best_epoch"] < 6 for site in metrics["sites"]), "or the test cannot tell best from last"
+    summary, miou = metrics["summary"], {site["site"]: site["miou"] for site in metrics["sites"]}
+    assert summary["peak_llm"] == max(v for k, v in miou.items() if k.startswith("layer_"))
+    assert summary["recovery"] == pytest.approx(summary["peak_llm"] - miou["adapter"])
+    assert run.manifest["data"]["root"] and run.manifest["versions"]["torch"] == version("torch")
+
+
+def test_scores_equal_numpy_on_the_saved_predictions(run, segmentation):
+    targets = [np.asarray(Image.open(path)) for path in sorted((segmentation / "annotations/validation").glob("*.png"))]
+    for site in run.metrics["sites"]:
+        folder = run.path / "predictions" / site["site"]
+        predictions = [np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]
+        miou, pacc, iou = reference.scores(predictions, targets, 3)
+        assert site["miou"] == pytest.approx(miou) and site["pacc"] == pytest.approx(pacc)
+        assert site["iou_per_class"] == [None if x is None else pytest.approx(x) for x in iou]
+
+
+def test_baseline_is_the_most_frequent_class(run, segmentation):
+    targets = np.concatenate(
+        [np.asarray(Image.open(p)).ravel() for p in (segmentation / "annotations/validation").glob("*.png")]
+    )
+    shares = np.bincount(targets[targets != 255], minlength=3) / (targets != 255).sum()
+    baseline = run.metrics["baseline"]
+    assert baseline["class"] == tiny_models.CLASSES[shares.argmax()] and baseline["pacc"] == pytest.approx(shares.max())
+    assert baseline["miou"] == pytest.approx(shares.max() / 3)
+
+
+def test_written_probes_give_the_written_scores(run):
+    """Read back, model and probes predict what was saved: best epoch, right site, right order."""
+    from probes.ops.bilinear import upsampled_argmax
+
+    mllm, heads, dataset = run.mllm(), run.probes(), run.dataset()
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        states = mllm.states(mllm.preprocess([sample["image"]]))
+        for site in run.sites:
+            logits = heads[site](states[site])[0].T.unflatten(-1, mllm.grid)
+            saved = np.asarray(Image.open(run.path / "predictions" / site / f"{sample['name']}.png"))
+            differ = (upsampled_argmax(logits, sample["target"].shape).numpy() != saved).mean()
+            assert differ < 0.01, "up to ties"
+
+
+@pytest.mark.parametrize("site", ["encoder", "layer_02"])
+def test_probes_trained_together_equal_probes_trained_alone(site, run, checkpoints, segmentation, tmp_path):
+    more = ["--model.learning_rate", "0.3", "--trainer.max_epochs", "6"]
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--model.sites", f"[{site}]", *more))
+    alone, together = ProbeRun(tmp_path).probes()[site], run.probes()[site]
+    for (name, a), b in zip(alone.state_dict().items(), together.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_cached_states_train_the_same_probes_as_recomputed_ones(run, checkpoints, segmentation, tmp_path):
+    more = ["--model.learning_rate", "0.3", "--trainer.max_epochs", "6", "--data.num_workers", "0"]
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--data.cache", "false", *more))
+    for site, entry in zip(run.metrics["sites"], ProbeRun(tmp_path).metrics["sites"], strict=True):
+        assert site["history"] == pytest.approx(entry["history"], abs=0.02)
+
+
+def test_masks_of_different_sizes_train_and_score(checkpoints, tmp_path):
+    root = tiny_models.write_segmentation(tmp_path / "data")
+    for kind in ("images", "annotations"):
+        for split in ("training", "validation"):
+            path = root / kind / split / "000.png"
+            image = Image.open(path)
+            image.resize((31, 17), Image.Resampling.NEAREST).save(path)
+    main(arguments(checkpoints["causal"], root, tmp_path / "run", "--save_predictions", "true"))
+    run = ProbeRun(tmp_path / "run")
+    assert Image.open(run.path / "predictions/adapter/000.png").size == (31, 17)
+    targets = [np.asarray(Image.open(path)) for path in sorted((root / "annotations/validation").glob("*.png"))]
+    predictions = [np.asarray(Image.open(p)) for p in sorted((run.path / "predictions/adapter").glob("*.png"))]
+    assert run.metrics["sites"][1]["miou"] == pytest.approx(reference.scores(predictions, targets, 3)[0])
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_loss_over_masks_of_different_sizes_is_the_mean_over_all_their_pixels(stride):
+    logits = torch.randn(2, 3, 4, 2, 2)
+    targets = [torch.randint(0, 4, size, dtype=torch.uint8) for size in ((6, 5), (9, 4), (6, 5))]
+    targets[1][:3] = 255
+    pixels_of = lambda x: x[..., stride // 2 :: stride, stride // 2 :: stride].flatten(-2)
+    module = SimpleNamespace(
+        mllm=SimpleNamespace(geometry=Geometry((2, 2), 8, 8)), hparams=SimpleNamespace(label_stride=stride)
+    )
+    ours = ProbeModule.losses(module, logits, targets)
+    for probe in range(2):
+        pixels = [
+            pixels_of(F.interpolate(logits[probe, i : i + 1], target.shape, mode="bilinear")[0]).T
+            for i, target in enumerate(targets)
+        ]
+        labels = torch.cat([pixels_of(target) for target in targets]).long()
+        torch.testing.assert_close(ours[probe], F.cross_entropy(torch.cat(pixels), labels, ignore_index=255))
+
+
+def test_padded_images_are_probed_where_they_lie(checkpoints, segmentation, tmp_path):
+    """Under "pad" the run's maps are those of logits upsampled to the padded square, and cropped."""
+    more = ["--model.image_aspect", "pad", "--model.sites", "[adapter]", "--save_predictions", "true"]
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, *more))
+    run = ProbeRun(tmp_path)
+    assert run.metrics["image_aspect"] == run.mllm().geometry.aspect == "pad"
+    mllm, head = run.mllm(), run.probes()["adapter"]
+    for sample in run.dataset():
+        height, width = sample["target"].shape
+        side = max(height, width)
+        logits = head(mllm.states(mllm.preprocess([sample["image"]]), ["adapter"])["adapter"]).transpose(1, 2)
+        square = F.interpolate(logits.unflatten(-1, mllm.grid), (side, side), mode="bilinear")[0].argmax(0)
+        top, left = (side - height) // 2, (side - width) // 2
+        saved = np.asarray(Image.open(tmp_path / "predictions" / "adapter" / f"{sample['name']}.png"))
+        assert (square[top : top + height, left : left + width].numpy() == saved).mean() > 0.999
+
+
+def test_model_may_run_in_bfloat16_under_probes_in_float32(checkpoints, segmentation, tmp_path):
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--model.mllm_dtype", "bfloat16"))
+    run = ProbeRun(tmp_path)
+    assert run.mllm().model.dtype == torch.bfloat16
+    assert {p.dtype for head in run.probes().values() for p in head.parameters()} == {torch.float32}
+
+
+def test_label_stride_is_for_training_alone(checkpoints, segmentation, tmp_path):
+    runs = []
+    for stride in ("1", "3"):
+        main(arguments(checkpoints["causal"], segmentation, tmp_path / stride, "--model.label_stride", stride))
+        runs.append(ProbeRun(tmp_path / stride))
+    assert torch.equal(runs[0].counts.labelled, runs[1].counts.labelled)
+    assert not torch.equal(*(run.probes()["adapter"].head.weight for run in runs))
+
+
+def test_confusion_is_written_beside_the_counts(run):
+    counts = run.counts
+    assert torch.equal(counts.confusion.diagonal(dim1=1, dim2=2), counts.intersection.sum(1))
+    assert torch.equal(counts.confusion.sum(2), counts.labelled.sum(0).expand(len(run.sites), -1))
+
+
+def test_frozen_model_gets_no_gradient_and_stays_out_of_checkpoints(run):
+    checkpoint = torch.load(next((run.path / "checkpoints").glob("*.ckpt")), weights_only=True)
+    assert all(name.startswith("heads.") for name in checkpoint["state_dict"])
+
+
+def test_resumed_run_ends_as_an_uninterrupted_one(checkpoints, segmentation, tmp_path):
+    (tmp_path / "save.yaml").write_text(
+        "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {save_top_k: -1}}]}"
+    )
+    more = ["--trainer.max_epochs", "4"]
+    main(arguments(checkpoints["causal"], segmentation, tmp_path / "a", "-c", str(tmp_path / "save.yaml"), *more))
+    (first,) = (tmp_path / "a/checkpoints").glob("epoch=1-*.ckpt")
+    main(arguments(checkpoints["causal"], segmentation, tmp_path / "b", "--ckpt_path", str(first), *more))
+    whole, resumed = (ProbeRun(tmp_path / name).metrics["sites"] for name in "ab")
+    assert whole == resumed and len(whole[0]["history"]) == 4
+
+
+@pytest.mark.distributed
+def test_two_processes_score_as_one(run, checkpoints, segmentation, tmp_path):
+    """Five images on two ranks: one is seen by both, and must count once."""
+    checkpoint = next((run.path / "checkpoints").glob("*.ckpt"))
+    for devices in (1, 2):
+        common = arguments(checkpoints["causal"], segmentation, tmp_path / str(devices), "--data.cache", "false")
+        command = [sys.executable, "-m", "probes", "test", *common[1:], "--ckpt_path", str(checkpoint)]
+        more = ["--data.batch_size", "2", "--data.num_workers", "0", "--trainer.devices", str(devices)]
+        more += ["--trainer.strategy", "ddp"] if devices > 1 else []
+        subprocess.run([*command, *more], check=True, capture_output=True, timeout=300)
+    one, two = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("1", "2"))
+    assert one["images"] == 5 and len(one["sites"]) == 6
+    for a, b, whole in zip(one["sites"], two["sites"], run.metrics["sites"], strict=True):
+        states = {k: v if v is None else pytest.approx(v, rel=1e-6) for k, v in whole["states"].items()}
+        assert a["states"] == states == b["states"]  # sums of floats, batch by batch
+        assert a | {"states": None} == b | {"states": None} == whole | {"states": None}

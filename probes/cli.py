@@ -190,7 +190,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with one_line_errors("probes"):
         if argv and argv[0] in CONFIGURED:
-            import_module("probes.data.verify" if argv[0] == "verify-data" else "probes.training.cli").main(argv)
+            module = "verify_data" if argv[0] == "verify-data" else "cli"
+            import_module(f"probes.training.{module}").main(argv)
             return
         args = build_parser().parse_args(argv)
         module, _, function = args.run.partition(":")

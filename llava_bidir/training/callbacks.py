@@ -1,6 +1,5 @@
 """What happens around training: throughput, answers to look at, and the export of the finished model."""
 
-import time
 from pathlib import Path
 
 import torch
@@ -8,74 +7,11 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from llava_bidir.commands.export import export_hf
+from llava_bidir.model.hf_export import export_hf
 from llava_bidir.model.lora import merge_lora
 from llava_bidir.model.modeling_llava_bidir import build_mask
 
 from .deepspeed_strategy import gathered
-from .throughput import peak_flops, step_flops
-
-# What the clock or the machine decides: for TensorBoard only, for the same training exports the same files.
-MEASURED = ("samples_per_s", "tokens_per_s", "tflops_per_s_and_device", "step_s", "data_share", "mfu", "memory_gb")
-
-
-class Throughput(Callback):
-    """Logs how fast training is, averaged between two logged steps: samples/s, tokens/s (without padding) and MFU over
-    all devices, seconds of a step and the share of them spent waiting for data, shares of padding and of text-only
-    samples, and the most memory that this device held.
-
-    Lightning's ThroughputMonitor waits for the GPU after each batch; this one reads the clock when a step is logged.
-    Rates over all devices take the others to be like this one.
-    """
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.flops = step_flops(pl_module.model)
-        self.peak = peak_flops(pl_module.device)
-        self.batch_ended = time.perf_counter()
-        self._start_window(trainer)
-
-    def _start_window(self, trainer: Trainer) -> None:
-        self.counts = dict.fromkeys(("samples", "text_only", "tokens", "padded", "flops", "waited"), 0.0)
-        self.first_step, self.since = trainer.global_step, time.perf_counter()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
-        self.counts["waited"] += time.perf_counter() - self.batch_ended
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
-        self._count(batch)
-        steps = trainer.global_step - self.first_step
-        if steps > 0 and trainer.global_step % trainer.log_every_n_steps == 0:
-            pl_module.log_dict(self._rates(steps, trainer.world_size))
-            if pl_module.device.type == "cuda":
-                pl_module.log("train/memory_gb", torch.cuda.max_memory_allocated(pl_module.device) / 1e9)
-            self._start_window(trainer)
-        self.batch_ended = time.perf_counter()
-
-    def _count(self, batch: dict) -> None:
-        lengths, images = batch["lengths"], 0 if batch["pixel_values"] is None else len(batch["pixel_values"])
-        for name, value in (
-            ("samples", len(lengths)),
-            ("text_only", len(lengths) - images),
-            ("tokens", sum(lengths)),
-            ("padded", batch["input_ids"].numel()),
-            ("flops", self.flops.step(lengths, batch["supervised"], images)),
-        ):
-            self.counts[name] += value
-
-    def _rates(self, steps: int, devices: int) -> dict[str, float]:
-        elapsed, counts = time.perf_counter() - self.since, self.counts
-        rates = {
-            "samples_per_s": devices * counts["samples"] / elapsed,
-            "tokens_per_s": devices * counts["tokens"] / elapsed,
-            "tflops_per_s_and_device": counts["flops"] / elapsed / 1e12,
-            "step_s": elapsed / steps,
-            "data_share": counts["waited"] / elapsed,
-            "padding_share": 1 - counts["tokens"] / counts["padded"],
-            "text_only_share": counts["text_only"] / counts["samples"],
-        }
-        if self.peak is not None:
-            rates["mfu"] = counts["flops"] / elapsed / self.peak
-        return {f"train/{name}": float(value) for name, value in rates.items()}
 
 
 class ShowAnswers(Callback):

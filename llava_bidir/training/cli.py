@@ -12,18 +12,20 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
-from llava_bidir.commands.export import TRAINING_FACTS, export_hf, read_checkpoint
 from llava_bidir.common.checkpoint_io import WholeCheckpointIO, check_same_run, finished_after, resolve
 from llava_bidir.common.hf_loading import read_json
 from llava_bidir.common.lightning_cli import ConfiguredCLI
 from llava_bidir.common.run_lock import only_writer
 from llava_bidir.data.datamodule import InstructionData
+from llava_bidir.model.hf_export import TRAINING_FACTS, export_hf
 
-from .callbacks import ExportModel, ShowAnswers, Throughput
+from .callbacks import ExportModel, ShowAnswers
 from .loss_monitor import WatchLoss
 from .module import FREE, LlavaTraining
+from .read_checkpoint import read_checkpoint
 from .resume import SaveBetweenSteps
 from .slurm_requeue import Requeue
+from .throughput import Throughput
 
 # warnings about what is meant to be so
 HARMLESS = (

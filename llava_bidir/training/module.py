@@ -22,9 +22,9 @@ from llava_bidir.model.build import build_model, build_processor, set_trainable
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.model.lora import Lora, add_lora
 
-from .callbacks import MEASURED
 from .optim import build_optimizer, build_schedule
 from .resume import recount
+from .throughput import MEASURED
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ import torch
 
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.run_lock import only_writer
-from probes.analyses.knockout.cases import true_classes
+from probes.evaluation.metrics import peak_layer, true_classes
 from probes.models.frozen_mllm import ADAPTER
-from probes.results.probe_run import ProbeRun, peak_layer
+from probes.results.probe_run import ProbeRun
 
 NEIGHBOURS = 10
 

@@ -6,6 +6,7 @@ Shapes: B images, T image tokens, d width of a site, H W pixels of a mask.
 import logging
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,3 +111,13 @@ class CachedStates(Dataset):
             "states": {site: states[indices] for site, states in self.states.items()},
             "target": _stack([_target(self.targets[i], i) for i in indices]),
         }
+
+
+def by_size(target: Tensor | list[Tensor]) -> list[tuple[Any, Tensor]]:
+    """Groups a batch's masks by size: (which images, uint8[n, H, W]); one group where all are alike."""
+    if isinstance(target, Tensor):
+        return [(slice(None), target)]
+    sizes = {}
+    for i, mask in enumerate(target):
+        sizes.setdefault(mask.shape, []).append(i)
+    return [(images, torch.stack([target[i] for i in images])) for images in sizes.values()]

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from .batches import CachedStates, Prepared, collate
-from .preflight import find_bad_files, report
 from .registry import DATASETS, open_dataset
 from .samplers import TrainingBatches, validation_batches
+from .verify import find_bad_files, report
 
 
 class SegmentationData(LightningDataModule):

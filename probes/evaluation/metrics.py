@@ -8,12 +8,14 @@ Shapes: S sites, N images, K classes, h w the token grid, T = h * w, H W pixels.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from probes.data.batches import by_size
+from probes.models.frozen_mllm import ADAPTER, ENCODER, FrozenMLLM
 from probes.ops.bilinear import upsampled_argmax
 from probes.ops.geometry import Geometry, View
 from probes.ops.kernels import use_triton
@@ -259,3 +261,33 @@ def scores(intersection: Tensor, predicted: Tensor, labelled: Tensor) -> Scores:
     intersection, predicted, labelled = (x.double() for x in (intersection, predicted, labelled))
     iou = intersection / (predicted + labelled - intersection)  # 0 / 0 = NaN: the class does not occur
     return Scores(iou.nanmean(-1), intersection.sum(-1) / labelled.sum(-1), iou)
+
+
+def peak_layer(miou: dict[str, float]) -> str | None:
+    """The decoder layer that segments best; `final_norm` is the last layer once more and does not compete."""
+    layers = [site for site in miou if site.startswith("layer_")]
+    return max(layers, key=miou.__getitem__, default=None)
+
+
+def summary(miou: dict[str, float]) -> dict[str, Any]:
+    """Encoder, adapter and peak LLM mIoU, and what Table 2 derives from them; None where a site was not probed."""
+    peak = peak_layer(miou)
+    encoder, adapter, best = miou.get(ENCODER), miou.get(ADAPTER), miou.get(peak)
+    minus = lambda a, b: None if a is None or b is None else a - b
+    return {
+        "encoder": encoder,
+        "adapter": adapter,
+        "peak_llm": best,
+        "peak_site": peak,
+        "delta_enc": minus(best, encoder),
+        "recovery": minus(best, adapter),
+    }
+
+
+def true_classes(targets: Tensor | list[Tensor], classes: int, mllm: FrozenMLLM) -> Tensor:
+    """The class that most pixels under each patch have, long[B, T], -1 where none is labelled."""
+    truth = torch.empty(len(targets), mllm.grid[0] * mllm.grid[1], dtype=torch.long)
+    for images, target in by_size(targets):
+        view = mllm.geometry.view(target.shape[1:])
+        truth[images] = patch_labels(target, classes, mllm.grid, view=view)
+    return truth

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .geometry import Span, View
+from .geometry import Span, View, axis_nodes
 from .kernels import use_triton
 
 # Numbers in a chunk. On a CPU 2 MB: a few passes over it stay in cache, and calls into torch are few. A GPU wants more.
@@ -52,14 +52,6 @@ class Plan(NamedTuple):
     bands: tuple[Band, ...]
     tiles: tuple[slice, ...]  # of pixel columns
     images: int  # in one chunk
-
-
-def axis_nodes(n_in: int, n_out: int, span: Span | None) -> tuple[Tensor, Tensor]:
-    """Returns for each output the node at or below it, i64[n_out], and the fraction of the way to the next, f64. Beyond
-    the outermost nodes it is those that count."""
-    centres = (span or Span(0.0, float(n_out))).nodes(n_in, n_out).clamp(0, n_in - 1)
-    nodes = centres.long()
-    return nodes, centres - nodes
 
 
 @lru_cache(maxsize=64)

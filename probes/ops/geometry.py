@@ -118,3 +118,11 @@ def _padded(height: int, width: int) -> tuple[int, int, int]:
     expand2square."""
     side = max(height, width)
     return side, (side - width) // 2, (side - height) // 2
+
+
+def axis_nodes(n_in: int, n_out: int, span: Span | None) -> tuple[Tensor, Tensor]:
+    """Returns for each output the node at or below it, i64[n_out], and the fraction of the way to the next, f64. Beyond
+    the outermost nodes it is those that count."""
+    centres = (span or Span(0.0, float(n_out))).nodes(n_in, n_out).clamp(0, n_in - 1)
+    nodes = centres.long()
+    return nodes, centres - nodes

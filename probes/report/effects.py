@@ -8,9 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from probes.evaluation.bootstrap import dataset_scores, interval, resampled_scores
-from probes.evaluation.metrics import Counts
+from probes.evaluation.metrics import Counts, peak_layer
 from probes.models.frozen_mllm import ADAPTER, ENCODER
-from probes.results.probe_run import peak_layer
 
 Estimate = tuple[float, Tensor]  # a value and its resampled values f[R]
 

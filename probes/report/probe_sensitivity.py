@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from probes.evaluation.bootstrap import dataset_scores
-from probes.evaluation.metrics import Counts
-from probes.results.probe_run import ProbeRun, peak_layer
+from probes.evaluation.metrics import Counts, peak_layer
+from probes.results.probe_run import ProbeRun
 
 from .effects import as_json, drop_and_recovery
 

@@ -26,7 +26,7 @@ from probes.data.registry import open_dataset
 from probes.evaluation.bootstrap import bootstrap_weights
 from probes.evaluation.metrics import Counts
 from probes.models import frozen_mllm as mllms
-from probes.models.frozen_mllm import ADAPTER, ENCODER
+from probes.models.frozen_mllm import ADAPTER
 from probes.training.heads import Probe
 
 from .schema import CONFIG, check, check_manifest, check_metrics
@@ -35,27 +35,6 @@ JSON_BYTES = 200_000_000  # 34 sites with 150 classes are 200 kB
 # Axes of the counts: S sites, N images, K classes, T image tokens. The last two are not in every run.
 COUNTS = {"intersection": "SNK", "predicted": "SNK", "labelled": "NK", "patch_right": "SNT", "patch_valid": "NT"}
 COUNTS |= {"confusion": "SKK", "group": "N"}
-
-
-def peak_layer(miou: dict[str, float]) -> str | None:
-    """The decoder layer that segments best; `final_norm` is the last layer once more and does not compete."""
-    layers = [site for site in miou if site.startswith("layer_")]
-    return max(layers, key=miou.__getitem__, default=None)
-
-
-def summary(miou: dict[str, float]) -> dict[str, Any]:
-    """Encoder, adapter and peak LLM mIoU, and what Table 2 derives from them; None where a site was not probed."""
-    peak = peak_layer(miou)
-    encoder, adapter, best = miou.get(ENCODER), miou.get(ADAPTER), miou.get(peak)
-    minus = lambda a, b: None if a is None or b is None else a - b
-    return {
-        "encoder": encoder,
-        "adapter": adapter,
-        "peak_llm": best,
-        "peak_site": peak,
-        "delta_enc": minus(best, encoder),
-        "recovery": minus(best, adapter),
-    }
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

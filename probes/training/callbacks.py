@@ -7,10 +7,9 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
+from probes.data.batches import by_size
 from probes.data.palette import coloured, palette_of
 from probes.ops.bilinear import upsampled_argmax
-
-from .module import by_size
 
 
 class CatchUpValidation(Callback):

@@ -1,5 +1,6 @@
 """`probes fit | validate | test`: LightningCLI over a probe run."""
 
+import json
 import logging
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,6 @@ from llava_bidir.common.hf_loading import read_json
 from llava_bidir.common.lightning_cli import ConfiguredCLI
 from llava_bidir.common.run_lock import only_writer
 from probes.data.datamodule import SegmentationData
-from probes.results.probe_run import JSON_BYTES
 
 from .callbacks import CatchUpValidation, SavePredictions, ShowMaps
 from .module import ProbeModule
@@ -85,7 +85,7 @@ class ProbeCLI(ConfiguredCLI):
             rank_zero_info(self._outcome())
 
     def _outcome(self) -> str:
-        found = read_json(self.out / "metrics.json", JSON_BYTES)["summary"]
+        found = json.loads((self.out / "metrics.json").read_text())["summary"]
         scores = {"encoder": found["encoder"], "adapter": found["adapter"], found["peak_site"]: found["peak_llm"]}
         shown = ", ".join(f"{site} {miou:.1%}" for site, miou in scores.items() if miou is not None)
         report = f"probes report {self.out} --out {self.out / 'report'}"

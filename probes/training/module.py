@@ -13,6 +13,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from llava_bidir.common.checkpoint_io import check_same_run
+from probes.data.batches import by_size
 from probes.data.samplers import NOTHING
 from probes.evaluation.bootstrap import dataset_scores
 from probes.evaluation.feature_statistics import StateStatistics
@@ -257,13 +258,3 @@ def linearised(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
     """A scalar with the gradient of `loss` by the parameters, of whose graph it keeps nothing: sum of p * dloss/dp."""
     gradients = torch.autograd.grad(loss, parameters)
     return sum((p * gradient).sum() for p, gradient in zip(parameters, gradients, strict=True))
-
-
-def by_size(target: Tensor | list[Tensor]) -> list[tuple[Any, Tensor]]:
-    """Groups a batch's masks by size: (which images, uint8[n, H, W]); one group where all are alike."""
-    if isinstance(target, Tensor):
-        return [(slice(None), target)]
-    sizes = {}
-    for i, mask in enumerate(target):
-        sizes.setdefault(mask.shape, []).append(i)
-    return [(images, torch.stack([target[i] for i in images])) for images in sizes.values()]

@@ -13,8 +13,7 @@ import torch
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.hf_loading import read_json
 from probes.evaluation.bootstrap import bootstrap_weights, dataset_scores, interval, resampled_scores
-from probes.evaluation.metrics import Counts
-from probes.results.probe_run import summary
+from probes.evaluation.metrics import Counts, summary
 
 from .probe_variants import probe_name
 

@@ -30,9 +30,9 @@ from transformers import Trainer as StockTrainer
 
 from llava_bidir import LlavaBidirForConditionalGeneration
 from llava_bidir.commands.estimate import build_empty
-from llava_bidir.commands.export import as_llava
 from llava_bidir.model.build import set_trainable
 from llava_bidir.model.encoders import Encoder
+from llava_bidir.model.hf_export import as_llava
 from llava_bidir.toy_world.tiny_models import train_tokenizer
 from llava_bidir.training.module import LlavaTraining
 from llava_bidir.training.throughput import peak_flops, step_flops

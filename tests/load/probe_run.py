@@ -24,9 +24,9 @@ from memory import forget_peak, memory_mb, peak_mb
 from PIL import Image
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from llava_bidir.commands.export import export_hf
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.encoders import Encoder
+from llava_bidir.model.hf_export import export_hf
 from llava_bidir.toy_world.tiny_models import train_tokenizer
 from probes.cli import main as probes
 from probes.training.cli import build_cli

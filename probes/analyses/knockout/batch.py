@@ -9,11 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from probes.evaluation.metrics import true_classes
 from probes.models.frozen_mllm import ADAPTER
 from probes.models.knockout import Knockout
 
 from .attention import attention_from, by_group
-from .cases import Case, PatchReader, find_cases, true_classes
+from .cases import Case, PatchReader, find_cases
 from .conditions import Surroundings, balance, conditions
 from .config import Plan
 from .layer_sweep import SWEPT, Place, places_of

@@ -19,12 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probes.evaluation.metrics import patch_labels
 from probes.models.attention_masks import each
 from probes.models.frozen_mllm import ADAPTER, FrozenMLLM
 from probes.models.knockout import Knockout
 from probes.results.probe_run import ProbeRun
-from probes.training.module import by_size
 
 ANCHORS = ("predicted", "true")
 
@@ -128,15 +126,6 @@ def find_cases(
         patches, right = int(mistaken.sum()), int(blocked["correct"].sum())
         cases.append(Case(image, row, patches, right, wrong_class, correct_class, mistaken, elsewhere, blocked))
     return cases
-
-
-def true_classes(targets: Tensor | list[Tensor], classes: int, mllm: FrozenMLLM) -> Tensor:
-    """The class that most pixels under each patch have, long[B, T], -1 where none is labelled."""
-    truth = torch.empty(len(targets), mllm.grid[0] * mllm.grid[1], dtype=torch.long)
-    for images, target in by_size(targets):
-        view = mllm.geometry.view(target.shape[1:])
-        truth[images] = patch_labels(target, classes, mllm.grid, view=view)
-    return truth
 
 
 def confused_classes(run: ProbeRun, count: int) -> list[str]:

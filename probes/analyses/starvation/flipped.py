@@ -19,11 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from probes.data.batches import Prepared, collate
+from probes.data.batches import Prepared, by_size, collate
 from probes.evaluation.bootstrap import interval
 from probes.evaluation.metrics import count
 from probes.results.probe_run import ProbeRun
-from probes.training.module import by_size
 
 from .patch_accuracy import Pair, PatchCounts, accuracies, gap_of, gap_over
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.run_lock import only_writer
 from probes.evaluation.bootstrap import bootstrap_weights
-from probes.results.probe_run import ProbeRun, peak_layer
+from probes.evaluation.metrics import peak_layer
+from probes.results.probe_run import ProbeRun
 
 from .by_class import class_facts
 from .flipped import FLIPS, flip_facts

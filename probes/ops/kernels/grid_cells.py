@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from probes.ops.bilinear import axis_nodes
-from probes.ops.geometry import Span, View
+from probes.ops.geometry import Span, View, axis_nodes
 
 PIXELS = 4  # X
 

@@ -5,9 +5,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
+from probes.evaluation.metrics import peak_layer
 from probes.models.frozen_mllm import ADAPTER, FINAL_NORM
 from probes.report.study import MASKS, Study
-from probes.results.probe_run import ProbeRun, peak_layer
+from probes.results.probe_run import ProbeRun
 
 from .style import COLOURS, Drawn, colour_of, label_sites, new_axes, panels, position, score_row
 

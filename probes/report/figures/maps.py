@@ -7,9 +7,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from probes.data.palette import coloured
+from probes.evaluation.metrics import peak_layer
 from probes.models.frozen_mllm import ADAPTER, ENCODER
 from probes.report.study import optional_tensors
-from probes.results.probe_run import ProbeRun, peak_layer
+from probes.results.probe_run import ProbeRun
 
 from .style import Drawn, new_axes
 

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 from llava_bidir import LlavaBidirForConditionalGeneration
-from llava_bidir.commands.export import OWN_KEYS, as_llava, export_hf
 from llava_bidir.model.build import build_model, build_processor
+from llava_bidir.model.hf_export import OWN_KEYS, as_llava, export_hf
 
 
 def inputs(model) -> dict:

@@ -14,10 +14,10 @@ import tiny_models
 import torch
 
 from llava_bidir import cli
-from llava_bidir.commands.export import export_hf
 from llava_bidir.common.atomic_io import whole_file, whole_folder
 from llava_bidir.common.checkpoint_io import WholeCheckpointIO, newest_whole, what_is_wrong
 from llava_bidir.model.build import build_model, build_processor
+from llava_bidir.model.hf_export import export_hf
 from llava_bidir.vqa.result_files import read_results, results_file, write_results
 
 

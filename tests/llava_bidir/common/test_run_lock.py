@@ -12,9 +12,9 @@ import pytest
 import tiny_models
 
 from llava_bidir import cli
-from llava_bidir.commands.export import export_hf
 from llava_bidir.common.run_lock import only_writer
 from llava_bidir.model.build import build_model, build_processor
+from llava_bidir.model.hf_export import export_hf
 
 
 def test_a_second_process_is_refused_and_told_who_is_there(tmp_path):

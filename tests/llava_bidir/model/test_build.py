@@ -156,7 +156,7 @@ def test_a_checkpoint_that_is_nowhere_is_named_with_its_config_key(parts, tmp_pa
 @pytest.mark.parametrize("name", [name for name, entry in ENCODERS.items() if entry.extra_tokens > 1])
 def test_registers_never_reach_the_adapter(name, tmp_path):
     """[CLS, 4 registers, patches]. Dropping CLS alone would take registers for patches."""
-    from llava_bidir.commands.export import as_llava
+    from llava_bidir.model.hf_export import as_llava
 
     entry = ENCODERS[name]
     settings = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": entry.image_px}

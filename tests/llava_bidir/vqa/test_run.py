@@ -250,7 +250,7 @@ def test_two_processes_answer_every_item_once_and_alike(runs, checkpoints, data,
 
 def test_toy_questions_are_scored_as_the_demo_does(checkpoints, conversations, tmp_path):
     """Half the answers are what the model says, so that half of them are right; stock llava says the same."""
-    from llava_bidir.commands.export import as_llava, export_hf
+    from llava_bidir.model.hf_export import as_llava, export_hf
 
     model = AutoModelForImageTextToText.from_pretrained(checkpoints["causal"]).eval()
     processor = AutoProcessor.from_pretrained(checkpoints["causal"])

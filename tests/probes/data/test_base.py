@@ -12,7 +12,7 @@ from PIL import Image
 from probes.cli import main
 from probes.data.base import BadFile
 from probes.data.folder import FolderDataset
-from probes.data.preflight import find_bad_files
+from probes.data.verify import find_bad_files
 from probes.ops.geometry import Geometry
 
 

@@ -1,0 +1,33 @@
+"""`probes verify-data`: what `fit` checks before it loads a model, on a machine without GPUs."""
+
+import argparse
+import os
+import time
+
+from probes.data.verify import report
+
+from .cli import build_cli
+
+HERE = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "auto", "precision": "32-true"}
+
+
+def main(argv: list[str]) -> None:
+    """Reads every image and mask of a probing config.
+
+    Raises:
+        ValueError: Some cannot be used; the message names them.
+    """
+    parser = argparse.ArgumentParser(
+        prog="probes verify-data",
+        description="Reads every image and mask of both splits; exit status 1 if any cannot be used. All other options "
+        "are those of `probes fit` (-c CONFIG ..., --data.root ..., ...), of which the model is not needed.",
+    )
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core)")
+    args, config = parser.parse_known_args(argv[1:])
+    trainer = [f"--trainer.{key}={value}" for key, value in HERE.items()]
+    data = build_cli(["--model.mllm", "none", *config, *trainer], run=False).datamodule
+    start, images = time.perf_counter(), sum(map(len, data.splits.values()))
+    if findings := data.bad_files(args.workers):
+        raise ValueError(f"{data.root}: {report(findings, images)}")
+    sizes = ", ".join(f"{len(dataset):,} {split} images" for split, dataset in data.splits.items())
+    print(f"{data.root}: {sizes}, {data.num_classes} classes, all readable ({time.perf_counter() - start:.0f} s)")

@@ -12,7 +12,7 @@ from pathlib import Path
 import network_guard
 import pytest
 
-from llava_bidir.common.run_lock import only_writer
+from llava_bidir.common.run_lock import exclusive_run_lock
 
 ROOT = Path(__file__).parents[1]
 SCALE = "0.05"
@@ -68,7 +68,7 @@ def test_second_run_does_nothing(finished):
 def test_second_demo_in_the_same_folder_is_refused_before_it_touches_anything(tmp_path):
     (tmp_path / "settings").write_text("seed 0 scale 1\n")
     command = ["make", "-o", ".venv/installed", "demo", f"PY={sys.executable}", f"OUT={tmp_path}", "SEED=1"]
-    with only_writer(tmp_path):
+    with exclusive_run_lock(tmp_path):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode != 0 and f"{tmp_path} is in use by process {os.getpid()} on" in done.stderr
     assert (tmp_path / "settings").read_text() == "seed 0 scale 1\n" and not (tmp_path / "logs").exists()

@@ -337,10 +337,10 @@ def zero_checkpoint(path: Path, content, universal: bool) -> Path:
 @pytest.mark.parametrize("universal", [False, True])
 def test_code_in_zero_checkpoints_is_never_executed(universal, place):
     """DeepSpeed itself loads them as pickles."""
-    from llava_bidir.common.checkpoint_io import what_is_wrong
+    from llava_bidir.common.checkpoint_io import find_defect
 
     plain = zero_checkpoint(place["root"] / "plain.ckpt", {"weight": torch.ones(2)}, universal)
-    assert what_is_wrong(plain) is None
+    assert find_defect(plain) is None
     evil = zero_checkpoint(place["root"] / "evil.ckpt", {"weight": Payload(place["root"] / MARKER)}, universal)
     message = refused(llava_bidir.cli.main, [*place["train"], "--ckpt_path", str(evil)])
     assert str(evil) in message and "holds code: loading it would call" in message
@@ -351,12 +351,12 @@ def test_code_in_zero_checkpoints_is_never_executed(universal, place):
 
 
 def test_newest_whole_checkpoint_is_passed_over_if_it_holds_code(tmp_path, caplog):
-    from llava_bidir.common.checkpoint_io import newest_whole
+    from llava_bidir.common.checkpoint_io import latest_valid_checkpoint
 
     good = zero_checkpoint(tmp_path / "a.ckpt", {"weight": torch.ones(2)}, False)
     poisoned(tmp_path / "b.ckpt", tmp_path / MARKER)
     with caplog.at_level("WARNING"):
-        assert newest_whole(tmp_path) == good
+        assert latest_valid_checkpoint(tmp_path) == good
     assert "b.ckpt holds code" in caplog.text and not (tmp_path / MARKER).exists()
 
 
@@ -371,13 +371,13 @@ class Lookup:
 
 
 def test_getattr_is_let_through_for_stages_of_zero_and_nothing_else(tmp_path):
-    from llava_bidir.common.checkpoint_io import code_in
+    from llava_bidir.common.checkpoint_io import find_unsafe_globals
 
     stages = pytest.importorskip("deepspeed.runtime.zero.config").ZeroStageEnum
 
     def judged(*lookups: Lookup) -> str | None:
         torch.save({"stages": [stages.weights, *lookups, stages.gradients]}, tmp_path / "state.pt")
-        return code_in(tmp_path)
+        return find_unsafe_globals(tmp_path)
 
     member = Lookup(stages, "weights")
     assert judged(member, member, Lookup(stages, "gradients")) is None

@@ -4,10 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llava_bidir.common.run_lock import only_writer
+from llava_bidir.common.run_lock import exclusive_run_lock
 
 try:
-    with only_writer(Path(sys.argv[1])):
+    with exclusive_run_lock(Path(sys.argv[1])):
         sys.exit(subprocess.call(sys.argv[2:]))
 except ValueError as error:
     sys.exit(str(error))

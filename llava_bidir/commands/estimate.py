@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from llava_bidir.model.build import build_config, set_trainable, widened
+from llava_bidir.common.errors import UserError
+from llava_bidir.model.build import build_config, padded_vocab_size, set_trainable
 from llava_bidir.model.lora import add_lora
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
 from llava_bidir.training.cli import TrainingCLI, build_data_cli
@@ -32,7 +33,7 @@ def build_empty(module: LlavaTraining) -> LlavaBidirForConditionalGeneration:
         args.image_aspect,
         args.adapter_gain,
     )
-    config.text_config.vocab_size = widened(config.text_config.vocab_size, len(tokenizer))
+    config.text_config.vocab_size = padded_vocab_size(config.text_config.vocab_size, len(tokenizer))
     with torch.device("meta"):
         model = LlavaBidirForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
     if module.lora:
@@ -64,7 +65,7 @@ def sizes(cli: TrainingCLI, devices: int, length: int) -> dict[str, Any]:
     trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
     predictions = length - model.config.image_seq_length
     if predictions < 1:
-        raise ValueError(f"--length {length} leaves no text behind {model.config.image_seq_length} image tokens")
+        raise UserError(f"--length {length} leaves no text behind {model.config.image_seq_length} image tokens")
     working = _activations(model, cli.datamodule.micro_batch_size, length, cli.model.hparams.gradient_checkpointing)
     total = sum(parameters.values())
     states = (2 + 12) * trains / devices  # bf16 gradients, and fp32 weights with AdamW's two moments

@@ -10,7 +10,7 @@ def run(args: argparse.Namespace) -> None:
     """`llava-bidir export`.
 
     Raises:
-        ValueError: The checkpoint is none of `llava-bidir fit`, nor one of LLaVA's own code.
+        UserError: The checkpoint is none of `llava-bidir fit`, nor one of LLaVA's own code.
     """
     from .import_llava import is_original, read_original
 

@@ -15,6 +15,7 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import load_weights, read_pretrained
 from llava_bidir.data.collate import pad
 from llava_bidir.data.conversation import IMAGE, encode
@@ -74,7 +75,7 @@ def answer(
         streamer: Shows the answer as it is written.
 
     Raises:
-        ValueError: A prompt is longer than the LLM has positions for.
+        UserError: A prompt is longer than the LLM has positions for.
     """
     tokenizer, positions = processor.tokenizer, model.config.get_text_config().max_position_embeddings
     rows = []
@@ -84,7 +85,7 @@ def answer(
         rows.append(encode(turns, tokenizer, "vicuna_v1", tokens, processor.image_token_id)[0])
     longest = max(map(len, rows))
     if longest >= positions:
-        raise ValueError(f"a prompt of {longest} tokens; the LLM has {positions} positions (max_position_embeddings)")
+        raise UserError(f"a prompt of {longest} tokens; the LLM has {positions} positions (max_position_embeddings)")
     room = [min(max_new_tokens, positions - len(row)) for row in rows]  # of each, or it would depend on its batch
     inputs = {
         "input_ids": pad(rows, tokenizer.pad_token_id, "left"),

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LlavaProcessor
 
-from llava_bidir.common.hf_loading import named, read_json
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf_loading import error_context, read_json
 from llava_bidir.model.build import build_model, build_processor, read_tensors
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
@@ -38,19 +39,19 @@ def read_original(
         encoder: Directory or hub id of its CLIP; None takes the one that its config names.
 
     Raises:
-        ValueError: It is no LLaVA-1.5, or has no adapter.
+        UserError: It is no LLaVA-1.5, or has no adapter.
     """
     config = read_json(directory / "config.json")
     for key, expected in EXPECTED.items():
         if config.get(key) != expected:
-            raise ValueError(f"{directory}: {key} is {config.get(key)!r}; LLaVA-1.5 has {expected!r}")
-    with named(directory / "config.json"):
+            raise UserError(f"{directory}: {key} is {config.get(key)!r}; LLaVA-1.5 has {expected!r}")
+    with error_context(directory / "config.json"):
         clip = Encoder("clip", encoder or config["mm_vision_tower"], config["mm_vision_select_layer"])
         dtype = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(config.get("torch_dtype"), torch.float32)
     with _as_llama(directory, config) as llm:
         processor = build_processor(clip, llm)
         model = build_model(clip, llm, processor, dtype=dtype)
-    with named(f"the adapter of {directory}"):
+    with error_context(f"the adapter of {directory}"):
         model.model.multi_modal_projector.load_state_dict(_adapter(directory))
     return model, processor, {"source": str(directory), "encoder": asdict(clip)}
 
@@ -75,5 +76,5 @@ def _adapter(directory: Path) -> dict[str, Tensor]:
         layer, _, kind = name.removeprefix(PROJECTOR).partition(".")
         found[f"{LAYERS[layer]}.{kind}"] = tensor
     if len(found) != 4:
-        raise ValueError(f"{directory} has {len(found)} of the adapter's 4 tensors {PROJECTOR}*")
+        raise UserError(f"{directory} has {len(found)} of the adapter's 4 tensors {PROJECTOR}*")
     return found

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llava_bidir.common.errors import UserError
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX
 from llava_bidir.data.instruction_dataset import Instructions
@@ -95,6 +96,6 @@ def main(argv: list[str]) -> None:
     data = Instructions(source.annotations, source.images, source.follow_links)
     for index in args.index:
         if not 0 <= index < len(data):
-            raise ValueError(f"record {index} is out of range; {cli.datamodule.annotations} has 0..{len(data) - 1}")
+            raise UserError(f"record {index} is out of range; {cli.datamodule.annotations} has 0..{len(data) - 1}")
         facts = inspect_sample(data[index], cli.datamodule.collate)
         print(json.dumps(facts) if args.json else readable(facts, cli.datamodule.collate, cli.model.hparams))

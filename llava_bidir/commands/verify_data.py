@@ -18,6 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from llava_bidir.common.errors import UserError
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE, check_turns, most_tokens
 from llava_bidir.data.image_folder import BadImage, ImageFolder, read_format, read_image
@@ -203,7 +204,7 @@ def _load(file: Path) -> list[dict]:
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"{file} is no result of verify-data; remove it or name another with --json") from None
+        raise UserError(f"{file} is no result of verify-data; remove it or name another with --json") from None
     return results
 
 

@@ -16,25 +16,26 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from .run_lock import only_writer
+from .errors import UserError
+from .run_lock import exclusive_run_lock
 
 PARTIAL, REPLACED = ".partial", ".replaced"
 AGAIN = "mend that and give the same command again"
 
 
-def partial_of(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL)
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """What to write instead of `path`; it takes that name when the block ends, and goes when the block fails.
 
     Raises:
-        ValueError: The operating system refused: the disk is full, or read-only.
+        UserError: The operating system refused: the disk is full, or read-only.
     """
-    partial = partial_of(path)
-    with explained(path):
+    partial = partial_path(path)
+    with wrap_os_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
@@ -47,7 +48,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path, mark: str) -> Iterator[Path]:
+def atomic_directory(path: Path, mark: str) -> Iterator[Path]:
     """The same for a folder, which one process at a time can replace.
 
     Args:
@@ -55,31 +56,29 @@ def whole_folder(path: Path, mark: str) -> Iterator[Path]:
         mark: Name of a file in it that tells it from any other folder: only such a one is replaced.
 
     Raises:
-        ValueError: There is another folder, another process writes it, or the operating system refused.
+        UserError: There is another folder, another process writes it, or the operating system refused.
     """
-    partial = partial_of(path)
+    partial = partial_path(path)
     if path.exists() and not (path / mark).is_file() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(
-            f"{path} is there and holds no {mark}: it is something else, and is not replaced; move it away"
-        )
-    with only_writer(path.parent, path.name), explained(path):
+        raise UserError(f"{path} is there and holds no {mark}: it is something else, and is not replaced; move it away")
+    with exclusive_run_lock(path.parent, path.name), wrap_os_errors(path):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         try:
             yield partial
-            take_name(path)
+            commit_directory(path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
 
 
-def take_name(path: Path) -> None:
+def commit_directory(path: Path) -> None:
     """Puts the folder `path`.partial on disk and renames it to `path`.
 
     A folder cannot replace another in one step: the old one is renamed first and deleted last, so that at every moment
     one whole folder is there.
     """
-    partial, replaced = partial_of(path), path.with_name(path.name + REPLACED)
+    partial, replaced = partial_path(path), path.with_name(path.name + REPLACED)
     with ThreadPoolExecutor(16) as pool:  # thousands of small files share the disk's waiting
         list(pool.map(_sync, [*partial.rglob("*"), partial]))
     shutil.rmtree(replaced, ignore_errors=True)
@@ -100,10 +99,10 @@ def write_files(contents: Mapping[Path, Any]) -> None:
         contents: By path: tensors by name for a .safetensors, what JSON has for a .json, else text or bytes.
 
     Raises:
-        ValueError: One cannot be written: the disk is full or read-only. What was there before is as it was.
+        UserError: One cannot be written: the disk is full or read-only. What was there before is as it was.
     """
     *others, last = contents
-    partials = {path: partial_of(path) for path in contents}
+    partials = {path: partial_path(path) for path in contents}
     path = last
     try:
         for path, partial in partials.items():
@@ -120,7 +119,7 @@ def write_files(contents: Mapping[Path, Any]) -> None:
             with suppress(OSError):
                 partial.unlink()  # on a full disk, room for others
         why = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} was not written: {why}; {AGAIN}") from None
+        raise UserError(f"{path} was not written: {why}; {AGAIN}") from None
 
 
 def _write(path: Path, suffix: str, content: Any) -> None:
@@ -142,7 +141,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def explained(path: Path) -> Iterator[None]:
+def wrap_os_errors(path: Path) -> Iterator[None]:
     """What the operating system refuses inside is a ValueError that names `path`; other errors pass."""
     try:
         yield
@@ -152,7 +151,7 @@ def explained(path: Path) -> Iterator[None]:
         refusal = _refusal(error)
         if refusal is None:
             raise
-        raise ValueError(f"{path} was not written: {refusal}; {AGAIN}") from error
+        raise UserError(f"{path} was not written: {refusal}; {AGAIN}") from error
 
 
 def _refusal(error: BaseException | None) -> str | None:

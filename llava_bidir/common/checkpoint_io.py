@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from .atomic_io import REPLACED, partial_of, take_name, whole_file
-from .hf_loading import check_pickle, named
+from .atomic_io import REPLACED, atomic_write, commit_directory, partial_path
+from .errors import UserError
+from .hf_loading import check_pickle, error_context
 
 log = logging.getLogger(__name__)
 
@@ -36,13 +37,13 @@ GETATTR = ("builtins.getattr", "__builtin__.getattr")
 GETATTR_STEPS = [("GLOBAL", name.replace(".", " ")) for name in GETATTR]
 
 
-def finished_after(checkpoint: str | None, result: Path) -> bool:
+def is_complete(checkpoint: str | None, result: Path) -> bool:
     """Whether a run's result is there, and not of a run before the checkpoint's: one begun anew and then killed."""
     written = lambda path: Path(path).stat().st_mtime_ns
     return result.is_file() and not (checkpoint and written(checkpoint) > written(result))
 
 
-def check_same_run(
+def check_resume_compatible(
     saved: dict[str, Any], now: dict[str, Any], of: str, free: tuple[str, ...] = (), what: str = "the checkpoint"
 ) -> None:
     """That a checkpoint is not gone on with as another run: half of each would be a model of no recipe at all.
@@ -55,11 +56,11 @@ def check_same_run(
         what: What the other run wrote, for the error.
 
     Raises:
-        ValueError: One of them differs.
+        UserError: One of them differs.
     """
     for key in sorted(key for key in now.keys() - set(free) if not key.startswith("_")):
         if _plain(saved.get(key)) != _plain(now[key]):
-            raise ValueError(
+            raise UserError(
                 f"{what} is of a run with {of}.{key}={saved.get(key)!r}, this one has {now[key]!r}; go on with "
                 "what it was started with, or start anew with another --out"
             )
@@ -72,23 +73,23 @@ def _plain(setting: Any) -> str:
     return json.dumps(setting, sort_keys=True, default=str)
 
 
-class WholeCheckpointIO(TorchCheckpointIO):
+class AtomicCheckpointIO(TorchCheckpointIO):
     """Single-file checkpoints, written beside their name and then renamed.
 
     Lightning's own writes to memory, then to /tmp, and moves that across file systems.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
-        with whole_file(Path(path)) as partial, partial.open("wb") as file:
+        with atomic_write(Path(path)) as partial, partial.open("wb") as file:
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """
         Raises:
-            ValueError: It is ZeRO's, which this strategy cannot read.
+            UserError: It is ZeRO's, which this strategy cannot read.
         """
         if Path(path).is_dir():
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {path} is a directory, from a run with ZeRO; add its configs/cluster/zero*.yaml"
             )
         return super().load_checkpoint(path, *args, **kwargs | {"weights_only": True})
@@ -96,34 +97,34 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 def finish_directory(path: Path, facts: dict[str, Any]) -> None:
     """Lists the files of `path`.partial in its whole.json, beside `facts`, and renames it to `path`."""
-    partial = partial_of(path)
+    partial = partial_path(path)
     sizes = {
         str(file.relative_to(partial)): file.stat().st_size for file in sorted(partial.rglob("*")) if file.is_file()
     }
     (partial / LISTING).write_text(json.dumps({**facts, "bytes": sizes}, indent=1) + "\n")
-    take_name(path)
+    commit_directory(path)
 
 
 def read_listing(path: Path) -> dict[str, Any]:
     """whole.json of a ZeRO checkpoint.
 
     Raises:
-        ValueError: There is none, or a file it lists is missing or has another size.
+        UserError: There is none, or a file it lists is missing or has another size.
     """
-    problem = what_is_wrong(path)
+    problem = find_defect(path)
     if problem:
-        raise ValueError(f"checkpoint {path}: {problem}; take an earlier one, or `last` for the newest whole one")
+        raise UserError(f"checkpoint {path}: {problem}; take an earlier one, or `last` for the newest whole one")
     return json.loads((path / LISTING).read_text())
 
 
-def what_is_wrong(path: Path) -> str | None:
+def find_defect(path: Path) -> str | None:
     """Why `path` is no whole checkpoint; None if it is one. Sizes and archive indices are read, not the tensors."""
     if path.is_file():
-        return code_in(path) if zipfile.is_zipfile(path) else "the file is cut short or no checkpoint"
+        return find_unsafe_globals(path) if zipfile.is_zipfile(path) else "the file is cut short or no checkpoint"
     if not path.is_dir():
         return "no such file or directory"
     if (path / "latest_universal").is_file():
-        return code_in(path)  # what DeepSpeed's ds_to_universal writes last
+        return find_unsafe_globals(path)  # what DeepSpeed's ds_to_universal writes last
     try:
         sizes = json.loads((path / LISTING).read_text())["bytes"]
     except (OSError, ValueError, KeyError):
@@ -132,15 +133,15 @@ def what_is_wrong(path: Path) -> str | None:
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
             return f"{name} is missing or not of {size} bytes"
-    return code_in(path)
+    return find_unsafe_globals(path)
 
 
-def code_in(path: Path) -> str | None:
+def find_unsafe_globals(path: Path) -> str | None:
     """What a checkpoint would execute if it was loaded, None if nothing; looked up in its pickles, not tried."""
     files = [path] if path.is_file() else sorted(path.rglob("*.pt"))
     try:
         for file in files:
-            with named(f"{file} is damaged"):
+            with error_context(f"{file} is damaged"):
                 allowed = (*DEEPSPEED, *(GETATTR if _getattr_of_stages_only(file) else ())) if path.is_dir() else ()
             check_pickle(file, allowed)
     except ValueError as error:
@@ -166,15 +167,15 @@ def _getattr_of_stages_only(file: Path) -> bool:
     return protocol_2 and all(use in expected for use in looked_up)
 
 
-def damage(path: Path) -> str | None:
+def verify_checksums(path: Path) -> str | None:
     """What in a whole checkpoint is not as it was written, None if all is. Everything is read, at some GB a second and
     core, against the sums that torch.save writes and torch.load does not look at: it loads a flipped bit."""
     files = [path] if path.is_file() else sorted(path.rglob("*.pt"))
     with ThreadPoolExecutor() as pool:
-        return next(filter(None, pool.map(_damaged_file, files)), None)
+        return next(filter(None, pool.map(_verify_file, files)), None)
 
 
-def _damaged_file(path: Path) -> str | None:
+def _verify_file(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             entry = archive.testzip()
@@ -183,29 +184,31 @@ def _damaged_file(path: Path) -> str | None:
     return entry and f"{path.name} is damaged: {entry} is not as it was written"
 
 
-def newest_whole(folder: Path) -> Path | None:
+def latest_valid_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint in `folder`, None if there is none; says which newer ones it passes over."""
     found = [p for p in folder.glob("*") if p.name.removesuffix(REPLACED).endswith(".ckpt")]
     for path in sorted(found, key=lambda p: p.stat().st_mtime_ns, reverse=True):
-        problem = what_is_wrong(path) or damage(path)
+        problem = find_defect(path) or verify_checksums(path)
         if problem is None:
             return path
         log.warning("passing over checkpoint %s: %s", path, problem)
     return None
 
 
-def resolve(path: str | None, folder: Path) -> str | None:
+def resolve_ckpt_path(path: str | None, folder: Path) -> str | None:
     """The checkpoint that `--ckpt_path` names: `last` is the newest whole one in `folder`, None where there is none.
 
     Raises:
-        ValueError: The one that is named is not whole; it is not replaced by another without asking.
+        UserError: The one that is named is not whole; it is not replaced by another without asking.
     """
     if path == "last":
-        found = newest_whole(folder)
+        found = latest_valid_checkpoint(folder)
         log.info("resuming %s", found) if found else log.info("no checkpoint in %s yet; starting anew", folder)
         return str(found) if found else None
     if path is not None:
-        problem = what_is_wrong(Path(path)) or damage(Path(path))
+        problem = find_defect(Path(path)) or verify_checksums(Path(path))
         if problem:
-            raise ValueError(f"checkpoint {path}: {problem}. The newest whole one in {folder}: {newest_whole(folder)}")
+            raise UserError(
+                f"checkpoint {path}: {problem}. The newest whole one in {folder}: {latest_valid_checkpoint(folder)}"
+            )
     return path

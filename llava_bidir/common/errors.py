@@ -1,42 +1,26 @@
-"""Errors of the user's input as one line; a bug keeps its traceback."""
+"""Errors of the user's input end a command with one line; bugs keep their traceback."""
 
 import re
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-OURS = [Path(__file__).parents[2] / package for package in ("llava_bidir", "probes")]
 
 
-def is_ours(file: str) -> bool:
-    """Whether a source file is of this project's packages."""
-    return any(Path(file).is_relative_to(package) for package in OURS)
+class UserError(ValueError):
+    """Bad input: the message names the file, sample or option, what was expected, and what to do."""
 
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Ends the program with the message of an error that this project raised, and status 1.
+    """End the program with the message of a `UserError` and status 1; let every other exception pass.
 
     Raises:
         SystemExit: With that message.
     """
     try:
         yield
-    except ValueError as error:
-        message = own_message(error)
-        if message is None:
-            raise
+    except UserError as error:
+        message = str(error)
+        if re.match(r"Caught \w+ in DataLoader worker", message):  # torch puts the traceback in front
+            message = re.split(r"\n[\w.]+: ", message)[-1].strip()
         sys.exit(f"{program}: {message}")
-
-
-def own_message(error: ValueError) -> str | None:
-    """What it says if this project raised it: then it is about the user's input and says all; None for a bug.
-
-    From a process that reads data, torch hands on an error with its traceback as text.
-    """
-    message, files = str(error), [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    if re.match(r"Caught \w+ in DataLoader worker", message):
-        files, message = re.findall(r'File "(.+?)", line', message), re.split(r"\n[\w.]+: ", message)[-1].strip()
-    return message if is_ours(files[-1]) else None

@@ -7,6 +7,8 @@ from typing import BinaryIO
 
 from PIL import Image
 
+from .errors import UserError
+
 # What data sets come in. PIL knows more, and some of those run other programs: EPS is Ghostscript's.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
@@ -16,7 +18,7 @@ def open_bounded(file: Path | BinaryIO, formats: tuple[str, ...] = FORMATS) -> I
 
     Raises:
         OSError: It is not there, no regular file, or (UnidentifiedImageError) of none of these formats.
-        ValueError: It would take more memory than a picture should.
+        UserError: It would take more memory than a picture should.
     """
     if isinstance(file, Path) and not stat.S_ISREG(os.stat(file).st_mode):
         raise OSError("it is no regular file")  # a pipe would be waited for, a device may never end
@@ -24,7 +26,7 @@ def open_bounded(file: Path | BinaryIO, formats: tuple[str, ...] = FORMATS) -> I
     most, longest = Image.MAX_IMAGE_PIXELS, max(image.size)
     if most and longest**2 > most:  # padded to a square, a picture of one row is as large as one of many
         image.close()
-        raise ValueError(
+        raise UserError(
             f"it is {image.width:,} x {image.height:,} px, and a square of that takes more than the {most:,} of "
             "PIL.Image.MAX_IMAGE_PIXELS: a decompression bomb, or to be made smaller"
         )

@@ -23,9 +23,10 @@ from lightning.pytorch.strategies import Strategy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .errors import is_ours
+from .errors import UserError
 from .hf_loading import check_pickle
 
+ROOT = Path(__file__).parents[2]
 CONFIG_BYTES, VALUES = 1_000_000, 100_000  # of a file, aliases counted as often as they are repeated
 DECLARED = (
     *(Accelerator, Callback, CheckpointIO, ClusterEnvironment, LayerSync, Logger, LRScheduler, Optimizer, Precision),
@@ -37,7 +38,7 @@ class ConfiguredCLI(LightningCLI):
     """LightningCLI that looks at configs and checkpoints before anything is made of them.
 
     Raises:
-        ValueError: A config is no YAML of a sensible size, has a key twice, or names what is no class of a kind that
+        UserError: A config is no YAML of a sensible size, has a key twice, or names what is no class of a kind that
             the Trainer declares; or a checkpoint holds code, or is to be loaded as a pickle.
     """
 
@@ -47,13 +48,13 @@ class ConfiguredCLI(LightningCLI):
         super().parse_arguments(parser, args)
         run = self.config.get(self.config.get("subcommand") or "") or {}
         if run.get("weights_only") is False:
-            raise ValueError("--weights_only false: checkpoints are data here and are never loaded as pickles")
+            raise UserError("--weights_only false: checkpoints are data here and are never loaded as pickles")
         if "weights_only" in run:
             run["weights_only"] = True  # Lightning would load pickles from an URL
 
     def _parse_ckpt_path(self) -> None:
         """Lightning puts the settings that a checkpoint names in place of those of the command line, silently. Here the
-        command line counts, and where it differs `fit` says so (`check_same_run`)."""
+        command line counts, and where it differs `fit` says so (`check_resume_compatible`)."""
 
     def instantiate_classes(self) -> None:
         """All that a config says is known by now."""
@@ -65,9 +66,9 @@ class ConfiguredCLI(LightningCLI):
             super().instantiate_classes()
         except Exception as error:
             at = traceback.extract_tb(error.__traceback__)[-1]
-            if is_ours(at.filename):
+            if isinstance(error, UserError) or _is_ours(at.filename):
                 raise  # says all that there is to say, or is a bug
-            raise ValueError(f"config: {type(error).__name__}: {error} (at `{at.line}`)") from error
+            raise UserError(f"config: {type(error).__name__}: {error} (at `{at.line}`)") from error
 
 
 def _config_files(args: list[str]) -> Iterator[Path]:
@@ -82,17 +83,17 @@ def _config_files(args: list[str]) -> Iterator[Path]:
 def check_yaml(file: Path) -> None:
     """
     Raises:
-        ValueError: The file is larger than 1 MB, not UTF-8, no YAML, has a key twice, of which YAML keeps the last, or
+        UserError: The file is larger than 1 MB, not UTF-8, no YAML, has a key twice, of which YAML keeps the last, or
             has more than 100,000 values once its aliases are written out.
     """
     if file.stat().st_size > CONFIG_BYTES:
-        raise ValueError(f"config {file}: {file.stat().st_size:,} bytes, where {CONFIG_BYTES:,} are plenty")
+        raise UserError(f"config {file}: {file.stat().st_size:,} bytes, where {CONFIG_BYTES:,} are plenty")
     try:
         values = _count(yaml.compose(file.read_text(encoding="utf-8"), yaml.SafeLoader), {})
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-        raise ValueError(f"config {file}: {' '.join(str(error).split())}") from None
+        raise UserError(f"config {file}: {' '.join(str(error).split())}") from None
     if values > VALUES:
-        raise ValueError(f"config {file}: {values:,} values with its aliases written out; {VALUES:,} are plenty")
+        raise UserError(f"config {file}: {values:,} values with its aliases written out; {VALUES:,} are plenty")
 
 
 def _count(node: yaml.Node | None, known: dict[int, int]) -> int:
@@ -105,7 +106,7 @@ def _count(node: yaml.Node | None, known: dict[int, int]) -> int:
         keys = [key.value for key, _ in children if isinstance(key, yaml.ScalarNode)]
         twice = next((key for key in keys if keys.count(key) > 1), None)
         if twice is not None:
-            raise ValueError(f"the key {twice!r} is there twice")
+            raise UserError(f"the key {twice!r} is there twice")
         children = [value for _, value in children]
     known[id(node)] = 1 + sum(_count(child, known) for child in children)
     return known[id(node)]
@@ -117,7 +118,7 @@ def check_classes(config: Any, key: str = "config") -> None:
     Where a key takes anything, jsonargparse calls whatever `class_path` names, `os.system` as well.
 
     Raises:
-        ValueError: Names the key.
+        UserError: Names the key.
     """
     if isinstance(config, Namespace):
         config = vars(config)
@@ -130,7 +131,7 @@ def check_classes(config: Any, key: str = "config") -> None:
         for i, value in enumerate(config):
             check_classes(value, f"{key}[{i}]")
     elif isroutine(config):
-        raise ValueError(f"{key}: a function cannot be given in a config, got {config!r}; write a Callback")
+        raise UserError(f"{key}: a function cannot be given in a config, got {config!r}; write a Callback")
 
 
 def _check_class(path: Any, key: str) -> None:
@@ -141,4 +142,8 @@ def _check_class(path: Any, key: str) -> None:
         found = None
     if not (isinstance(found, type) and issubclass(found, DECLARED)) or issubclass(found, LambdaCallback):
         kinds = ", ".join(kind.__name__ for kind in DECLARED)
-        raise ValueError(f"{key}: class_path {path!r} is no class that a config may name; there is {kinds}")
+        raise UserError(f"{key}: class_path {path!r} is no class that a config may name; there is {kinds}")
+
+
+def _is_ours(file: str) -> bool:
+    return any(Path(file).is_relative_to(ROOT / package) for package in ("llava_bidir", "probes"))

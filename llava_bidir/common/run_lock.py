@@ -11,20 +11,22 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .errors import UserError
+
 log = logging.getLogger(__name__)
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 @contextmanager
-def only_writer(folder: Path, result: str = "") -> Iterator[None]:
+def exclusive_run_lock(folder: Path, result: str = "") -> Iterator[None]:
     """Holds a folder, or one result in it, for as long as this process writes there.
 
     The system lets go of it when the process ends, in whatever way: the file that a killed one leaves, FOLDER/.lock or
     FOLDER/.RESULT.lock, keeps nobody out.
 
     Raises:
-        ValueError: Another process holds it; the message says which. Or nothing can be written there.
+        UserError: Another process holds it; the message says which. Or nothing can be written there.
     """
     file = folder / (f".{result}.lock" if result else ".lock")
     lock = FileLock(file, timeout=1, fallback_to_soft=False)  # a second for one that is just ending
@@ -33,13 +35,13 @@ def only_writer(folder: Path, result: str = "") -> Iterator[None]:
         lock.acquire()
         file.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
     except Timeout:
-        raise ValueError(
+        raise UserError(
             f"{folder / result} is in use by {_holder(file)}; wait until that has ended, or write to another folder"
         ) from None
     except OSError as error:
         lock.release()
         if error.errno not in WITHOUT_LOCKS:
-            raise ValueError(f"nothing can be written into {folder}: {error.strerror}; choose another folder") from None
+            raise UserError(f"nothing can be written into {folder}: {error.strerror}; choose another folder") from None
         log.warning("the file system of %s has no locks: nothing keeps a second run out of it", folder)
     try:
         yield

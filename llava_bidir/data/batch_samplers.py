@@ -11,6 +11,8 @@ import torch
 from numpy import ndarray
 from torch import Generator
 
+from llava_bidir.common.errors import UserError
+
 
 def random_batches(lengths: ndarray, batch_size: int, micro_batch_size: int, generator: Generator) -> ndarray:
     """int[batches, batch_size]: all indices in random order; the last batch is topped up from the first (LLaVA's
@@ -91,7 +93,7 @@ class BatchSampler:
         seed: With the epoch, decides the order; the same on every rank.
 
     Raises:
-        ValueError: The global batch does not divide into micro-batches over the ranks.
+        UserError: The global batch does not divide into micro-batches over the ranks.
     """
 
     def __init__(
@@ -106,12 +108,12 @@ class BatchSampler:
         seed: int = 0,
     ):
         if batch_size % (micro_batch_size * world_size):
-            raise ValueError(
+            raise UserError(
                 f"data.batch_size {batch_size} is not a multiple of data.micro_batch_size {micro_batch_size} x "
                 f"{world_size} devices; change one of them, or the global batch would differ from what the config says"
             )
         if not len(lengths):
-            raise ValueError("data.annotations holds no record")
+            raise UserError("data.annotations holds no record")
         self.lengths = np.asarray(lengths, np.int32)
         self.global_batch_size, self.batch_size = batch_size, micro_batch_size
         self.draw = grouped_batches if grouped else random_batches

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import LlavaProcessor
 
+from llava_bidir.common.errors import UserError
+
 from .conversation import IGNORE_INDEX, encode
 
 
@@ -37,24 +39,24 @@ class Collate:
         """Ids and labels of one sample, cut at `max_length`.
 
         Raises:
-            ValueError: Names the sample that cannot be encoded.
+            UserError: Names the sample that cannot be encoded.
         """
         try:
             ids, labels = self.encode_whole(sample["conversations"], sample["image"] is not None)
         except ValueError as error:
-            raise ValueError(f"record {sample['id']!r}: {error}") from None
+            raise UserError(f"record {sample['id']!r}: {error}") from None
         return ids[: self.max_length], labels[: self.max_length]
 
     def encode_whole(self, turns: list[dict], has_image: bool) -> tuple[list[int], list[int]]:
         """Ids and labels of a conversation, not cut.
 
         Raises:
-            ValueError: It cannot be encoded, or would be cut within its image.
+            UserError: It cannot be encoded, or would be cut within its image.
         """
         tokenizer, image_id = self.processor.tokenizer, self.processor.image_token_id
         ids, labels = encode(turns, tokenizer, self.template, self.image_tokens if has_image else None, image_id)
         if image_id in ids[self.max_length :]:
-            raise ValueError(
+            raise UserError(
                 f"its image ends behind data.max_length {self.max_length}; raise it, or shorten the text before the "
                 "image"
             )

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from llava_bidir.common.errors import UserError
+
 IGNORE_INDEX = -100
 IMAGE = "<image>"
 # Written out in a text, these are no tokens to LLaVA's tokenizer, though our processor adds them to its own. Cut behind
@@ -58,7 +60,7 @@ def encode(
         input_ids and labels, as long as each other; labels are -100 where the model is not trained.
 
     Raises:
-        ValueError: An unknown template or role, roles out of order, a turn without text, or what `plain` cannot hold.
+        UserError: An unknown template or role, roles out of order, a turn without text, or what `plain` cannot hold.
     """
     input_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     labels = [IGNORE_INDEX] * len(input_ids)
@@ -91,12 +93,12 @@ def most_tokens(turns: Sequence[Turn], tokenizer, template: str, image_tokens: i
 def _pieces(turns: Sequence[Turn], tokenizer, template: str, has_image: bool) -> list[Piece]:
     """The conversation's text under a template, each `<image>` moved to the front of its turn."""
     if template not in TEMPLATES:
-        raise ValueError(f"unknown template {template!r}; there is {', '.join(TEMPLATES)}")
+        raise UserError(f"unknown template {template!r}; there is {', '.join(TEMPLATES)}")
     turns = check_turns(turns)
     if has_image:
         turns = [{**turn, "value": _image_first(turn["value"])} for turn in turns]
     elif template == "plain":
-        raise ValueError("template 'plain' wants an image")
+        raise UserError("template 'plain' wants an image")
     return TEMPLATES[template](turns, tokenizer.eos_token)
 
 
@@ -117,17 +119,17 @@ def check_turns(turns: Sequence[Turn]) -> list[Turn]:
     turns = list(turns)
     for turn in turns:
         if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt"):
-            raise ValueError(f"a turn needs 'from': 'human' or 'gpt', got {str(turn)[:80]!r}")
+            raise UserError(f"a turn needs 'from': 'human' or 'gpt', got {str(turn)[:80]!r}")
         if not isinstance(turn.get("value"), str):
-            raise ValueError(f"a turn needs text in 'value', got {str(turn)[:80]!r}")
+            raise UserError(f"a turn needs text in 'value', got {str(turn)[:80]!r}")
     if turns and turns[0]["from"] == "gpt":
         turns = turns[1:]  # LLaVA train.py:425
     for i, turn in enumerate(turns):
         expected = ("human", "gpt")[i % 2]
         if turn["from"] != expected:
-            raise ValueError(f"turn {i} is from {turn['from']!r} where {expected!r} was due; roles must alternate")
+            raise UserError(f"turn {i} is from {turn['from']!r} where {expected!r} was due; roles must alternate")
     if not turns:
-        raise ValueError("a conversation needs at least one human turn")
+        raise UserError("a conversation needs at least one human turn")
     return turns
 
 
@@ -141,7 +143,7 @@ def _image_first(text: str) -> str:
 def _plain(turns: list[Turn], eos: str) -> list[Piece]:
     """The image and its caption, the question dropped. Source: LLaVA train.py preprocess_plain."""
     if len(turns) != 2 or IMAGE not in turns[0]["value"]:
-        raise ValueError(f"template 'plain' wants one question with {IMAGE} and one caption, got {len(turns)} turns")
+        raise UserError(f"template 'plain' wants one question with {IMAGE} and one caption, got {len(turns)} turns")
     return [Piece(IMAGE, False), Piece(turns[1]["value"] + "\n", True)]
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import FORMATS, open_bounded
 
 PATH_MAX = 4096  # characters, as Linux has it
 
 
-class BadImage(ValueError):
+class BadImage(UserError):
     """An image that cannot be used; `kind` is one of :data:`llava_bidir.commands.verify_data.KINDS`."""
 
     def __init__(self, message: str, kind: str = "corrupt"):
@@ -27,7 +28,7 @@ class BadImage(ValueError):
 def check_name(name: str) -> None:
     """Raises ValueError unless `name` is a path that stays in its folder, links apart: :class:`ImageFolder`."""
     if name.startswith("/") or ".." in name.split("/") or "\0" in name or len(name) > PATH_MAX:
-        raise ValueError(f"'image' must be a path inside data.images, without '..', got {name[:200]!r}")
+        raise UserError(f"'image' must be a path inside data.images, without '..', got {name[:200]!r}")
 
 
 class ImageFolder:
@@ -44,13 +45,13 @@ class ImageFolder:
         follow_links: Follow links to wherever they lead.
 
     Raises:
-        ValueError: There is no such folder.
+        UserError: There is no such folder.
     """
 
     def __init__(self, path: str | Path, follow_links: bool = False):
         self.path, self.follow_links = Path(path), follow_links
         if not self.path.is_dir():
-            raise ValueError(f"data.images: no folder {self.path}")
+            raise UserError(f"data.images: no folder {self.path}")
         self._real = os.path.realpath(self.path)
         self._stays: dict[Path, bool] = {}
 
@@ -100,7 +101,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         with open_bounded(path) as image:
             # Deviates: LLaVA's conversion cuts such values off at 255, which leaves most pictures white.
             if image.mode.startswith(("I", "F")):
-                raise ValueError(
+                raise UserError(
                     f"mode {image.mode!r}, more than 8 bits, does not say which value is white; save it with 8"
                 )
             yield image

@@ -22,6 +22,8 @@ import numpy as np
 import pyarrow.compute as pc
 from torch.utils.data import Dataset
 
+from llava_bidir.common.errors import UserError
+
 from .conversation import IMAGE, check_turns
 from .image_folder import BadImage, ImageFolder, check_name, read_image
 from .json_stream import read_json_list
@@ -48,11 +50,11 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
         empty, for only those are trained) and `problem` (str, why the record cannot be trained on, "" where it can).
 
     Raises:
-        ValueError: The file cannot be read, is not a JSON list, or an empty one.
+        UserError: The file cannot be read, is not a JSON list, or an empty one.
     """
     path = Path(path)
     if not os.path.isfile(path):
-        raise ValueError(f"data.annotations: no file {path}")
+        raise UserError(f"data.annotations: no file {path}")
     datasets.disable_progress_bars()
     # size and time are part of the cache's key, so that an edited file is read again
     source = {**fingerprint(path), "rules": RULES}
@@ -62,7 +64,7 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
         )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, ValueError):
-            raise ValueError(str(error.__cause__)) from None
+            raise UserError(str(error.__cause__)) from None
         raise
 
 
@@ -82,22 +84,22 @@ def _records(path: str, size: int, modified: int, rules: int):
             nothing = {"image": "", "conversations": [], "words": 0, "shown": 0, "answers": 0}
             yield {**nothing, "id": _id(record), "problem": str(error)}
     if empty:
-        raise ValueError(f"{path} has no records")
+        raise UserError(f"{path} has no records")
 
 
 def _read_record(record: dict) -> dict:
     """The record as a row.
 
     Raises:
-        ValueError: Says why it cannot be trained on.
+        UserError: Says why it cannot be trained on.
     """
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
-        raise ValueError("expected an object with a list 'conversations'")
+        raise UserError("expected an object with a list 'conversations'")
     turns = record["conversations"]
     used = check_turns(turns)
     image = "" if record.get("image") is None else record["image"]
     if not isinstance(image, str):
-        raise ValueError(f"'image' is the path of one image, got {str(image)[:80]!r}")
+        raise UserError(f"'image' is the path of one image, got {str(image)[:80]!r}")
     check_name(image)
     for text in (image, *(turn["value"] for turn in turns)):
         _check_text(text)
@@ -122,7 +124,7 @@ def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can say \\ud83d without the other half
-        raise ValueError(f"half a character, {error.object[error.start]!r}, in {text[:80]!r}") from None
+        raise UserError(f"half a character, {error.object[error.start]!r}, in {text[:80]!r}") from None
 
 
 class Instructions(Dataset):
@@ -137,7 +139,7 @@ class Instructions(Dataset):
         follow_links: As of :class:`.images.ImageFolder`.
 
     Raises:
-        ValueError: Some records cannot be trained on; says how many and which.
+        UserError: Some records cannot be trained on; says how many and which.
     """
 
     def __init__(self, annotations: str | Path, images: str | Path, follow_links: bool = False):
@@ -148,7 +150,7 @@ class Instructions(Dataset):
             first = [
                 f"record {i} (id {self.records[i]['id']!r}): {self.records[i]['problem']}" for i in bad[:3].tolist()
             ]
-            raise ValueError(
+            raise UserError(
                 f"{annotations}: {len(bad)} of {len(self)} records cannot be trained on. "
                 + "; ".join(first)
                 + ". Mend or remove them; `llava-bidir verify-data` lists all"
@@ -162,19 +164,19 @@ class Instructions(Dataset):
         try:
             image = read_image(self.images.file(record["image"])) if record["shown"] else None
         except BadImage as error:
-            raise ValueError(f"record {index} (id {record['id']!r}): {error}") from None
+            raise UserError(f"record {index} (id {record['id']!r}): {error}") from None
         return {"id": record["id"], "image": image, "conversations": record["conversations"]}
 
     def check_answers(self) -> None:
         """For validation, which compares with the first answer.
 
         Raises:
-            ValueError: Some records have none; says how many and names one.
+            UserError: Some records have none; says how many and names one.
         """
         without = np.flatnonzero(self._column("answers") == 0)
         if len(without):
             name = self.records[int(without[0])]["id"]
-            raise ValueError(
+            raise UserError(
                 f"{self.annotations}: {len(without)} of {len(self)} records have no answer to compare with, record "
                 f"{without[0]} (id {name!r}) for one"
             )

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from llava_bidir.common.errors import UserError
+
 LONGEST = 1_000_000  # characters of an element: a hundred times what 2,048 tokens take
 CHUNK = 1_000_000  # characters read at a time
 SPACE = re.compile(r"[ \t\n\r]*")
@@ -16,7 +18,7 @@ def read_json_list(path: Path) -> Iterator[Any]:
     """The elements of the JSON list that a UTF-8 file holds, in order.
 
     Raises:
-        ValueError: The file cannot be read or is no such list; says behind how many elements that shows.
+        UserError: The file cannot be read or is no such list; says behind how many elements that shows.
     """
     count = 0
     try:
@@ -25,16 +27,16 @@ def read_json_list(path: Path) -> Iterator[Any]:
                 yield element
                 count += 1
     except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 (after {count:,} records): {error}") from None
+        raise UserError(f"{path} is not UTF-8 (after {count:,} records): {error}") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no JSON list of records (after {count:,} of them): {error}") from None
+        raise UserError(f"{path} is no JSON list of records (after {count:,} of them): {error}") from None
 
 
 def _elements(text: "_Text") -> Iterator[Any]:
     if text.next() != "[":
-        raise ValueError(f"expected [{{...}}, ...], got {text.excerpt()}")
+        raise UserError(f"expected [{{...}}, ...], got {text.excerpt()}")
     text.skip()
     if text.next() == "]":
         text.skip()
@@ -45,10 +47,10 @@ def _elements(text: "_Text") -> Iterator[Any]:
             yield text.element()
             separator = text.next()
             if separator not in ("]", ","):
-                raise ValueError(f"expected ',' or ']', got {text.excerpt()}")
+                raise UserError(f"expected ',' or ']', got {text.excerpt()}")
             text.skip()
     if text.next():
-        raise ValueError(f"expected the end of the file, got {text.excerpt()}")
+        raise UserError(f"expected the end of the file, got {text.excerpt()}")
 
 
 class _Text:
@@ -83,7 +85,7 @@ class _Text:
                 problem += f", or it is longer than {LONGEST:,} characters"
             elif self._read():  # what was wrong may have been that the chunk ends
                 continue
-            raise ValueError(f"{problem}, in {self.excerpt()}")
+            raise UserError(f"{problem}, in {self.excerpt()}")
 
     def excerpt(self) -> str:
         return repr(self.held[self.at : self.at + 40]) if self.next() else "the end of the file"

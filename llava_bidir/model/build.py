@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlavaProcessor
 from transformers.integrations import deepspeed as zero3
 
-from llava_bidir.common.hf_loading import load_weights, named, read_pretrained, weight_files
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf_loading import error_context, load_weights, read_pretrained, weight_files
 
 from .encoders import Encoder
 from .lora import UPDATES, has_lora
@@ -108,14 +109,14 @@ def build_model(
         dtype: Of the weights.
 
     Raises:
-        ValueError: The adapter's checkpoint does not fit.
+        UserError: The adapter's checkpoint does not fit.
     """
     tokenizer = processor.tokenizer
     config = build_config(encoder, llm, processor.image_token_id, image_attention, image_aspect, adapter_gain)
     language_model = load_weights(
         "model.llm", AutoModelForCausalLM, llm, config.text_config, dtype=dtype, attn_implementation=attn_implementation
     )
-    widen_vocabulary(language_model, len(tokenizer))
+    resize_vocabulary(language_model, len(tokenizer))
     config.text_config = language_model.config
     with unpartitioned():
         vision_tower = load_weights(
@@ -149,18 +150,18 @@ def unpartitioned() -> Iterator[None]:
         zero3._hf_deepspeed_config_weak_ref = on
 
 
-def widened(rows: int, tokens: int) -> int:
+def padded_vocab_size(rows: int, tokens: int) -> int:
     """Rows of an embedding that has `rows` and must hold `tokens`: as many, or a multiple that GPUs like."""
     return rows if tokens <= rows else math.ceil(tokens / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-def widen_vocabulary(language_model, tokens: int) -> None:
+def resize_vocabulary(language_model, tokens: int) -> None:
     """Makes room for `tokens`; new rows are drawn around the mean of the old ones."""
     rows = language_model.get_input_embeddings().num_embeddings
-    if widened(rows, tokens) > rows:
+    if padded_vocab_size(rows, tokens) > rows:
         with torch.random.fork_rng(devices=[]):  # drawn alike each time: where the LLM is frozen no checkpoint has them
             torch.manual_seed(0)
-            language_model.resize_token_embeddings(widened(rows, tokens), mean_resizing=True)
+            language_model.resize_token_embeddings(padded_vocab_size(rows, tokens), mean_resizing=True)
 
 
 def init_adapter(adapter: nn.Module, gain: float = 1.0) -> None:
@@ -178,29 +179,29 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
     for name in ("image_attention", "vision_feature_layer", "image_seq_length"):
         theirs, ours = getattr(config, name), getattr(model.config, name)
         if theirs != ours:
-            raise ValueError(
+            raise UserError(
                 f"adapter checkpoint {directory}: {name} is {theirs!r} there and {ours!r} here; both stages of a model "
                 "use the same one (paper, Sec. 5)"
             )
     model.config.adapter_gain = config.adapter_gain  # how it once began, for controls that begin anew
     weights = {k.partition(ADAPTER)[2]: tensor for k, tensor in read_tensors(Path(directory), ADAPTER).items()}
     if not weights:
-        raise ValueError(f"adapter checkpoint {directory} holds no tensor named {ADAPTER}*")
+        raise UserError(f"adapter checkpoint {directory} holds no tensor named {ADAPTER}*")
     try:
         model.model.multi_modal_projector.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"adapter checkpoint {directory} does not fit this encoder and LLM: {error}") from None
+        raise UserError(f"adapter checkpoint {directory} does not fit this encoder and LLM: {error}") from None
 
 
 def read_tensors(directory: Path, part: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint directory whose names have `part` in them; the others stay on disk.
 
     Raises:
-        ValueError: There are no weights, or a file of them is damaged.
+        UserError: There are no weights, or a file of them is damaged.
     """
     found = {}
     for file in weight_files(directory):
-        with named(file):
+        with error_context(file):
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as tensors:
                     found |= {name: tensors.get_tensor(name) for name in tensors.keys() if part in name}
@@ -217,7 +218,7 @@ def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:
     """
     unknown = set(parts) - set(TRAINABLE)
     if unknown or not parts:
-        raise ValueError(f"model.train must be some of {', '.join(TRAINABLE)}; got {parts}. The encoder never trains")
+        raise UserError(f"model.train must be some of {', '.join(TRAINABLE)}; got {parts}. The encoder never trains")
     counts = dict.fromkeys(parts, 0)
     updates_only = has_lora(model)
     for name, parameter in model.named_parameters():

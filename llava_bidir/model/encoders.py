@@ -29,7 +29,8 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from llava_bidir.common.hf_loading import named, read_pretrained
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf_loading import error_context, read_pretrained
 
 MOST_PATCHES = 128  # down or across; the largest encoders have 64
 
@@ -97,7 +98,7 @@ class Encoder:
 
     def __post_init__(self):
         if self.name not in ENCODERS:
-            raise ValueError(f"unknown encoder {self.name!r}; registered: {', '.join(ENCODERS)}")
+            raise UserError(f"unknown encoder {self.name!r}; registered: {', '.join(ENCODERS)}")
 
     @property
     def entry(self) -> EncoderEntry:
@@ -111,19 +112,19 @@ class Encoder:
         """The vision tower's configuration.
 
         Raises:
-            ValueError: The checkpoint at `path` is of another kind than `name` says, or its sizes make no grid.
+            UserError: The checkpoint at `path` is of another kind than `name` says, or its sizes make no grid.
         """
         found = read_pretrained("model.encoder.path", AutoConfig, self.path)
         found = getattr(found, "vision_config", found)
         same_kind = found.model_type == self.entry.config_class.model_type
         registers, expected = getattr(found, "num_register_tokens", 0), max(self.entry.extra_tokens - 1, 0)
         if same_kind and registers != expected:
-            raise ValueError(
+            raise UserError(
                 f"encoder {self.path!r} has {registers} register tokens, but name {self.name!r} stands for {expected}: "
                 "registers would be taken for patches, or patches dropped"
             )
         if found.model_type != self.entry.config_class.model_type:
-            raise ValueError(
+            raise UserError(
                 f"encoder {self.path!r} is a {found.model_type!r} checkpoint, but name {self.name!r} stands for "
                 f"{self.entry.config_class.model_type!r}; change model.encoder.name or model.encoder.path"
             )
@@ -137,10 +138,10 @@ class Encoder:
 
     def grid(self, config: PreTrainedConfig) -> tuple[int, int]:
         """Patches down and across: image tokens of one image are grid[0] * grid[1]."""
-        with named(f"encoder {self.path!r}"):
+        with error_context(f"encoder {self.path!r}"):
             side = self.image_px(config) // config.patch_size
             if not 1 <= side <= MOST_PATCHES:
-                raise ValueError(
+                raise UserError(
                     f"patches of {config.patch_size} px make {side} a side of {self.image_px(config)} px; expected "
                     f"1..{MOST_PATCHES}"
                 )
@@ -150,7 +151,7 @@ class Encoder:
         """Makes pixels of images: "pad" to a square with the mean colour, or "crop" the centre of the short side's
         square. Source: LLaVA train.py --image_aspect_ratio (stage 1 leaves it at the encoder's own crop)."""
         if image_aspect not in ("pad", "crop"):
-            raise ValueError(
+            raise UserError(
                 f"unknown image_aspect {image_aspect!r}; there is pad (stage 2, evaluation) and crop (stage 1)"
             )
         side = self.image_px(config)

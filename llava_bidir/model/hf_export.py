@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
-from llava_bidir.common.atomic_io import whole_folder
+from llava_bidir.common.atomic_io import atomic_directory
+from llava_bidir.common.errors import UserError
 
 from .model_card import model_card
 from .modeling_llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
@@ -27,12 +28,12 @@ def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, fact
 
     Raises:
         RuntimeError: What was written is not what is in memory.
-        ValueError: Another process writes `out`, or the operating system refused.
+        UserError: Another process writes `out`, or the operating system refused.
     """
     if isinstance(model, LlavaBidirForConditionalGeneration):
         LlavaBidirConfig.register_for_auto_class()
         LlavaBidirForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-    with whole_folder(out, mark=TRAINING_FACTS) as partial:
+    with atomic_directory(out, mark=TRAINING_FACTS) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
         (partial / TRAINING_FACTS).write_text(json.dumps(facts or {}, indent=1) + "\n")
@@ -44,15 +45,15 @@ def as_llava(model: LlavaBidirForConditionalGeneration) -> LlavaForConditionalGe
     """The same weights in transformers' own class, which is what serving software knows.
 
     Raises:
-        ValueError: The model is not causal; the stock class would run it under another mask than it was trained with.
+        UserError: The model is not causal; the stock class would run it under another mask than it was trained with.
     """
     if model.config.image_attention != "causal":
-        raise ValueError(
+        raise UserError(
             f"--as-llava: image_attention is {model.config.image_attention!r}, but a stock llava runs causally; export "
             "without it, and load with trust_remote_code"
         )
     if model.config.register_tokens:
-        raise ValueError("--as-llava: the encoder has register tokens, which a stock llava would take for patches")
+        raise UserError("--as-llava: the encoder has register tokens, which a stock llava would take for patches")
     settings = {k: v for k, v in model.config.to_dict().items() if k not in (*OWN_KEYS, "model_type", "auto_map")}
     config = LlavaConfig(**settings, attn_implementation=model.config._attn_implementation)
     with torch.device("meta"):

@@ -12,18 +12,18 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
-from llava_bidir.common.checkpoint_io import WholeCheckpointIO, check_same_run, finished_after, resolve
+from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, check_resume_compatible, is_complete, resolve_ckpt_path
 from llava_bidir.common.hf_loading import read_json
 from llava_bidir.common.lightning_cli import ConfiguredCLI
-from llava_bidir.common.run_lock import only_writer
+from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.model.hf_export import TRAINING_FACTS, export_hf
 
 from .callbacks import ExportModel, ShowAnswers
 from .loss_monitor import WatchLoss
-from .module import FREE, LlavaTraining
+from .module import RESUME_OVERRIDABLE, LlavaTraining
 from .read_checkpoint import read_checkpoint
-from .resume import SaveBetweenSteps
+from .resume import SaveAtStepBoundary
 from .slurm_requeue import Requeue
 from .throughput import Throughput
 
@@ -53,7 +53,7 @@ class TrainingCLI(ConfiguredCLI):
         out = self._get(self.config_init, "out")
         if self._get(self.config_init, "trainer.logger") is None:
             kwargs["logger"] = TensorBoardLogger(out, name="", version="")
-        plugins = [*(self._get(self.config_init, "trainer.plugins", default=None) or []), WholeCheckpointIO()]
+        plugins = [*(self._get(self.config_init, "trainer.plugins", default=None) or []), AtomicCheckpointIO()]
         on_slurm = SLURMEnvironment.detect()
         if on_slurm:
             plugins.append(SLURMEnvironment(auto_requeue=False))
@@ -66,20 +66,20 @@ class TrainingCLI(ConfiguredCLI):
         """Trains. With `--ckpt_path last` it goes on where the run in OUT stopped, and leaves a finished one alone.
 
         Raises:
-            ValueError: Another process trains in OUT, or OUT cannot be written.
+            UserError: Another process trains in OUT, or OUT cannot be written.
         """
         folder = Path(self.trainer.default_root_dir)
         exported = folder / "hf"
-        with only_writer(folder) if self.trainer.is_global_zero else nullcontext():
+        with exclusive_run_lock(folder) if self.trainer.is_global_zero else nullcontext():
             if ckpt_path == "last":
-                ckpt_path = resolve(ckpt_path, folder / "checkpoints")
-                if finished_after(ckpt_path, exported / TRAINING_FACTS):
+                ckpt_path = resolve_ckpt_path(ckpt_path, folder / "checkpoints")
+                if is_complete(ckpt_path, exported / TRAINING_FACTS):
                     facts = read_json(exported / TRAINING_FACTS)
-                    check_same_run(facts, self.model.hparams, "model", FREE, what=str(exported))
+                    check_resume_compatible(facts, self.model.hparams, "model", RESUME_OVERRIDABLE, what=str(exported))
                     rank_zero_info(f"{exported} is there: this run is finished; nothing to do")
                     return
             self.trainer.fit(ckpt_path=ckpt_path, **kwargs)
-            if ckpt_path and self.trainer.is_global_zero and not finished_after(ckpt_path, exported / TRAINING_FACTS):
+            if ckpt_path and self.trainer.is_global_zero and not is_complete(ckpt_path, exported / TRAINING_FACTS):
                 # of a checkpoint with nothing left to train Lightning does not call ExportModel
                 model, processor, facts = read_checkpoint(Path(ckpt_path))
                 export_hf(model, processor, exported, facts)
@@ -89,12 +89,12 @@ class TrainingCLI(ConfiguredCLI):
         super().parse_arguments(parser, args)
         run = self.config.get(self.config.get("subcommand") or "") or {}
         if run.get("ckpt_path") not in (None, "last"):  # before Lightning opens it for its settings
-            resolve(run["ckpt_path"], Path(run["out"]) / "checkpoints")
+            resolve_ckpt_path(run["ckpt_path"], Path(run["out"]) / "checkpoints")
 
     def before_validate(self) -> None:
         run = self.config_init[self.subcommand]
         if run["ckpt_path"] == "last":
-            run["ckpt_path"] = resolve("last", Path(run["out"]) / "checkpoints")
+            run["ckpt_path"] = resolve_ckpt_path("last", Path(run["out"]) / "checkpoints")
 
     before_test = before_validate
 
@@ -115,7 +115,13 @@ def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:
         trainer_defaults={
             # InstructionData cuts batches by rank; a second sampler on top would break LLaVA's grouping
             "use_distributed_sampler": False,
-            "callbacks": [LearningRateMonitor("step"), Throughput(), ShowAnswers(), SaveBetweenSteps(), ExportModel()],
+            "callbacks": [
+                LearningRateMonitor("step"),
+                Throughput(),
+                ShowAnswers(),
+                SaveAtStepBoundary(),
+                ExportModel(),
+            ],
         },
     )
 

@@ -31,8 +31,9 @@ from torch import nn
 from torch.distributed import distributed_c10d
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from llava_bidir.common.atomic_io import explained, partial_of
-from llava_bidir.common.checkpoint_io import code_in, finish_directory, read_listing
+from llava_bidir.common.atomic_io import partial_path, wrap_os_errors
+from llava_bidir.common.checkpoint_io import find_unsafe_globals, finish_directory, read_listing
+from llava_bidir.common.errors import UserError
 from llava_bidir.model.build import unpartitioned
 
 TAG = "checkpoint"  # Lightning's name of the folder inside a checkpoint directory
@@ -47,12 +48,12 @@ class ZeRO(DeepSpeedStrategy):
         timeout_minutes: How long a rank waits for the others before the run fails.
 
     Raises:
-        ValueError: DeepSpeed is not installed.
+        UserError: DeepSpeed is not installed.
     """
 
     def __init__(self, zero_optimization: dict[str, Any], timeout_minutes: float = 30.0):
         if find_spec("deepspeed") is None:
-            raise ValueError("ZeRO needs DeepSpeed, which is not installed: pip install 'llava-bidir[cluster]'")
+            raise UserError("ZeRO needs DeepSpeed, which is not installed: pip install 'llava-bidir[cluster]'")
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
         super().__init__(
@@ -118,9 +119,9 @@ class ZeRO(DeepSpeedStrategy):
         """Every rank writes its share; the directory has its name only once all of it is on disk."""
         path = Path(self.broadcast(filepath))
         if self.is_global_zero:
-            shutil.rmtree(partial_of(path), ignore_errors=True)
-        with explained(path):
-            super().save_checkpoint(checkpoint, str(partial_of(path)), storage_options)  # ends with a barrier
+            shutil.rmtree(partial_path(path), ignore_errors=True)
+        with wrap_os_errors(path):
+            super().save_checkpoint(checkpoint, str(partial_path(path)), storage_options)  # ends with a barrier
             if self.is_global_zero:
                 finish_directory(path, {**self._layout(), "trained": sorted(self._trained())})
         self.barrier()
@@ -128,12 +129,12 @@ class ZeRO(DeepSpeedStrategy):
     def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = None) -> dict[str, Any]:
         """
         Raises:
-            ValueError: It is not whole, trains other parameters, or is cut for another number of devices, another
+            UserError: It is not whole, trains other parameters, or is cut for another number of devices, another
                 stage or another precision.
         """
         path = Path(checkpoint_path)
         if path.is_file():
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {path} is a file, from a run without ZeRO; resume it without configs/cluster/zero*.yaml"
             )
         if (path / TAG / UNIVERSAL).is_dir():
@@ -148,8 +149,8 @@ class ZeRO(DeepSpeedStrategy):
 
     def _load_universal(self, path: Path) -> dict[str, Any]:
         """A checkpoint that DeepSpeed's ds_to_universal made, for any number of devices."""
-        if problem := code_in(path):
-            raise ValueError(f"checkpoint {path}: {problem}")
+        if problem := find_unsafe_globals(path):
+            raise UserError(f"checkpoint {path}: {problem}")
         self._check_trained(path, {folder.name for folder in (path / TAG / UNIVERSAL).iterdir() if folder.is_dir()})
         optimizer = self.deepspeed_engine.optimizer.optimizer
         settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -180,7 +181,7 @@ class ZeRO(DeepSpeedStrategy):
     def _check_trained(self, path: Path, saved: set[str]) -> None:
         different = saved ^ self._trained()
         if different:
-            raise ValueError(
+            raise UserError(
                 f"checkpoint {path} and model.train differ in {len(different)} tensors, {min(different)} for one; it "
                 "belongs to another stage or model"
             )
@@ -200,7 +201,7 @@ class ZeRO(DeepSpeedStrategy):
                         f"--inject_missing_state --input_folder {path / TAG} --output_folder NEW.ckpt/{TAG}, and "
                         "resume with --ckpt_path NEW.ckpt"
                     )
-                raise ValueError(
+                raise UserError(
                     f"checkpoint {path} has {key} {listing[key]} and this run {ours}: the optimizer's state does not "
                     f"fit. Resume with {key} {listing[key]}, or {way_out}"
                 )
@@ -228,7 +229,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     run computed with.
 
     Raises:
-        ValueError: The checkpoint is not whole.
+        UserError: The checkpoint is not whole.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

@@ -8,6 +8,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from llava_bidir.common.errors import UserError
+
 log = logging.getLogger(__name__)
 
 SMOOTHING = 0.98  # the mean goes back some fifty micro-batches
@@ -56,7 +58,7 @@ class WatchLoss(Callback):
         trainer.save_checkpoint(folder / "before.ckpt")
         bad = [item["batch"]["ids"] for item in window if not math.isfinite(item["loss"])]
         where = f"samples {', '.join(bad[0])}" if bad else "samples of another rank"
-        raise ValueError(
+        raise UserError(
             f"the loss is not finite at step {trainer.global_step}: {where}. {folder} has the batches and the weights "
             "from before the step"
         )

@@ -16,20 +16,21 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from llava_bidir.common.checkpoint_io import check_same_run
+from llava_bidir.common.checkpoint_io import check_resume_compatible
+from llava_bidir.common.errors import UserError
 from llava_bidir.data.conversation import IGNORE_INDEX
 from llava_bidir.model.build import build_model, build_processor, set_trainable
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.model.lora import Lora, add_lora
 
 from .optim import build_optimizer, build_schedule
-from .resume import recount
+from .resume import rescale_progress
 from .throughput import MEASURED
 
 log = logging.getLogger(__name__)
 
 # Settings of the model that a run may go on with others of: they change no result, beyond rounding.
-FREE = ("attn_implementation", "compile", "gradient_checkpointing", "max_new_tokens")
+RESUME_OVERRIDABLE = ("attn_implementation", "compile", "gradient_checkpointing", "max_new_tokens")
 
 
 class LlavaTraining(LightningModule):
@@ -90,7 +91,7 @@ class LlavaTraining(LightningModule):
         self.lora = Lora(**lora) if isinstance(lora, dict) else lora
         self.hparams["lora"] = self.lora and asdict(self.lora)
         if self.lora and "llm" not in train:
-            raise ValueError(f"model.lora stands for the LLM's weights, but model.train is {train}, without llm")
+            raise UserError(f"model.lora stands for the LLM's weights, but model.train is {train}, without llm")
         self.processor = build_processor(encoder, llm, image_aspect)
         rows, columns = encoder.grid(encoder.load_config())
         self.image_tokens = rows * columns
@@ -128,9 +129,9 @@ class LlavaTraining(LightningModule):
     def _cast_frozen(self, dtype: torch.dtype) -> None:
         precision = self.trainer.precision
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            raise ValueError("model.frozen_dtype is for runs without ZeRO, which has all weights in bfloat16 already")
+            raise UserError("model.frozen_dtype is for runs without ZeRO, which has all weights in bfloat16 already")
         if precision != "bf16-mixed":
-            raise ValueError(f"model.frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got {precision}")
+            raise UserError(f"model.frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got {precision}")
         for parameter in self.model.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(dtype)
@@ -238,7 +239,7 @@ class LlavaTraining(LightningModule):
         epochs = 1 if self.trainer.max_epochs is None else self.trainer.max_epochs
         limits = (self.trainer.datamodule.steps_per_epoch * epochs, self.trainer.max_steps)  # negative: no limit
         if max(limits) < 0:
-            raise ValueError("trainer.max_epochs and trainer.max_steps are both unlimited; the schedule needs an end")
+            raise UserError("trainer.max_epochs and trainer.max_steps are both unlimited; the schedule needs an end")
         return min(limit for limit in limits if limit >= 0)
 
     def facts(self) -> dict[str, Any]:
@@ -274,16 +275,16 @@ class LlavaTraining(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """`strict_loading` is off for the frozen parts only: nothing that trains may be missing."""
         if self._trainer is not None and self.trainer.training:
-            check_same_run(checkpoint["hyper_parameters"], self.hparams, "model", free=FREE)
-            check_same_run(checkpoint["data"], self.trainer.datamodule.settings(), "data")
-            recount(checkpoint, checkpoint["samples_at_a_time"], self._samples_at_a_time)
+            check_resume_compatible(checkpoint["hyper_parameters"], self.hparams, "model", free=RESUME_OVERRIDABLE)
+            check_resume_compatible(checkpoint["data"], self.trainer.datamodule.settings(), "data")
+            rescale_progress(checkpoint, checkpoint["samples_at_a_time"], self._samples_at_a_time)
             self.metrics_before = {k: v for k, v in checkpoint["progress"].items() if "/" in k}
         if "state_dict" not in checkpoint:
             return  # ZeRO's weights are elsewhere, and it checks them itself
         trained = {"model." + name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         missing = trained - set(checkpoint["state_dict"])
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint lacks {len(missing)} of {len(trained)} tensors that model.train={self.hparams.train} "
                 f"trains, {min(missing)} for one; it belongs to another stage or model"
             )

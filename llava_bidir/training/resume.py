@@ -4,15 +4,17 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
+from llava_bidir.common.errors import UserError
+
 POSITION = "trained_micro_batches"  # InstructionData's key
 
 
-def recount(checkpoint: dict[str, Any], before: int, now: int) -> None:
+def rescale_progress(checkpoint: dict[str, Any], before: int, now: int) -> None:
     """Turns the position in the epoch, counted in micro-batches of `before` samples over all devices, into one counted
     in those of `now`, in place. The optimizer's steps and the order of samples do not depend on it.
 
     Raises:
-        ValueError: The position is in the middle of a new micro-batch.
+        UserError: The position is in the middle of a new micro-batch.
     """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     data = next(state for state in checkpoint.values() if isinstance(state, dict) and POSITION in state)
@@ -20,7 +22,7 @@ def recount(checkpoint: dict[str, Any], before: int, now: int) -> None:
         behind = counts.get("processed", 0) - counts.get("completed", 0)  # a callback saves before a batch is completed
         for key in counts:
             if counts[key] * before % now and key != "completed":
-                raise ValueError(
+                raise UserError(
                     f"the checkpoint is at sample {counts[key] * before} of its epoch, which {now} samples at a time "
                     "over all devices do not hit; change data.micro_batch_size or the number of devices"
                 )
@@ -29,19 +31,19 @@ def recount(checkpoint: dict[str, Any], before: int, now: int) -> None:
             counts["completed"] = counts["processed"] - behind
 
 
-def between_steps(trainer: Trainer) -> bool:
+def at_step_boundary(trainer: Trainer) -> bool:
     """Whether a checkpoint after this micro-batch can be resumed exactly: none holds the gradients of half a step, and
     behind the last batch of an epoch Lightning would leave out its validation. An epoch leaves its own checkpoint."""
     epoch = trainer.fit_loop.epoch_loop
     return not (epoch._should_accumulate() or epoch._is_training_done)
 
 
-class SaveBetweenSteps(Callback):
+class SaveAtStepBoundary(Callback):
     """Holds all ModelCheckpoints to that. Those that save every so many steps would otherwise do so at the first
     micro-batch after they are resumed too, where the number of steps is still that of the checkpoint."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
-        if not between_steps(trainer):
+        if not at_step_boundary(trainer):
             for callback in trainer.checkpoint_callbacks:
                 if not callback._every_n_epochs:  # others save when an epoch is done
                     callback._last_global_step_saved = trainer.global_step

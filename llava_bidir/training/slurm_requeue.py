@@ -15,7 +15,7 @@ from pathlib import Path
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from .resume import between_steps
+from .resume import at_step_boundary
 
 INTERRUPTED = os.EX_TEMPFAIL  # exit status of a run that is not finished; the job's script stops on it
 CHECKPOINT = "checkpoints/last.ckpt"  # in the run's folder, where `--ckpt_path last` finds it
@@ -43,7 +43,7 @@ class Requeue(Callback):
             signal.signal(number, lambda number, frame: self.received.add(number))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
-        if not between_steps(trainer):
+        if not at_step_boundary(trainer):
             return
         agree = trainer.strategy.reduce_boolean_decision
         if not agree(bool(self.received), all=False):

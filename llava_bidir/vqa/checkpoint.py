@@ -3,7 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from llava_bidir.common.hf_loading import named, read_json
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf_loading import error_context, read_json
 
 TABLE_ROWS = {"clip_vision_model": "clip", "dinov2": "dinov2", "siglip_vision_model": "siglip"}  # as in Table 1
 
@@ -12,7 +13,7 @@ def local(model: str) -> Path:
     """The directory of a checkpoint; one of the hub is brought here, or found in the cache.
 
     Raises:
-        ValueError: There is none.
+        UserError: There is none.
     """
     from huggingface_hub import snapshot_download
 
@@ -21,11 +22,11 @@ def local(model: str) -> Path:
         try:
             path = Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
         except (OSError, ValueError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{model!r} is neither a checkpoint directory nor a model that the hub or its cache has ({error})"
             ) from error
     if not (path / "config.json").is_file():
-        raise ValueError(f"{path} holds no config.json; expected a Hugging Face checkpoint, RUN/hf for one")
+        raise UserError(f"{path} holds no config.json; expected a Hugging Face checkpoint, RUN/hf for one")
     return path
 
 
@@ -33,24 +34,24 @@ def image_attention(model: str | Path) -> str:
     """The mask a checkpoint runs under.
 
     Raises:
-        ValueError: It is no LLaVA, or a stock `llava` whose config names a mask: transformers would load it without a
+        UserError: It is no LLaVA, or a stock `llava` whose config names a mask: transformers would load it without a
             word and run it causally.
     """
     config = _config(model)
     kind, mask = config.get("model_type"), config.get("image_attention", "causal")
     if kind == "llava" and mask != "causal":
-        raise ValueError(
+        raise UserError(
             f"{model}: model_type 'llava' with image_attention {mask!r} would silently run causally; export it with "
             "`llava-bidir export`, which makes it a llava_bidir"
         )
     if kind not in ("llava", "llava_bidir"):
-        raise ValueError(f"{model}: model_type {kind!r}; there is llava_bidir and llava")
+        raise UserError(f"{model}: model_type {kind!r}; there is llava_bidir and llava")
     return mask
 
 
 def encoder(model: str | Path) -> str:
     """Name of the vision encoder: a row of Table 1 where it is one of the paper's."""
-    with named(f"config.json of {model}"):
+    with error_context(f"config.json of {model}"):
         kind = _config(model).get("vision_config", {}).get("model_type", "clip_vision_model")  # LlavaConfig's default
         return TABLE_ROWS.get(kind, kind)
 
@@ -60,7 +61,7 @@ def fingerprint(path: Path) -> str:
     digest = hashlib.sha256((path / "config.json").read_bytes())
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{path} holds no *.safetensors; export the checkpoint with `llava-bidir export`")
+        raise UserError(f"{path} holds no *.safetensors; export the checkpoint with `llava-bidir export`")
     for file in files:
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())

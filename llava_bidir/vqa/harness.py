@@ -15,6 +15,8 @@ from argparse import Namespace
 from importlib import metadata
 from pathlib import Path
 
+from llava_bidir.common.errors import UserError
+
 from .benchmarks import BENCHMARKS, Benchmark, Item
 from .result_files import ItemError, code_digest, error_file, pins, write_results
 
@@ -53,9 +55,9 @@ def check_environment(code: str) -> None:
         f"{name} {found} instead of {wanted}" for name, wanted in pins().items() if (found := _version(name)) != wanted
     ]
     if wrong:
-        raise ValueError(f"the harness's environment has {', '.join(wrong)}; make it anew with `make vqa-venv`")
+        raise UserError(f"the harness's environment has {', '.join(wrong)}; make it anew with `make vqa-venv`")
     if code != code_digest():
-        raise ValueError(
+        raise UserError(
             f"the harness's environment has another llava_bidir, in {Path(__file__).parents[1]}; `make vqa-venv` here"
         )
 
@@ -78,7 +80,7 @@ def run(benchmark: Benchmark, model, out: Path, local: bool) -> dict | None:
     (path,) = [*Path(__file__).parent.glob(here), *Path(lmms_eval.tasks.__file__).parent.glob(harness)]
     config = load_yaml_config(str(path))
     if local and "/" in config["dataset_path"] and not Path(config["dataset_path"]).is_dir():
-        raise ValueError(f"--data {Path.cwd()} has no folder {config['dataset_path']}, where the task's data would be")
+        raise UserError(f"--data {Path.cwd()} has no folder {config['dataset_path']}, where the task's data would be")
     changes = {
         **benchmark.changes,
         # without the tables for submission to a server: Excel does not take every answer

@@ -14,6 +14,7 @@ from PIL import ImageFile
 from tqdm import tqdm
 
 from llava_bidir.commands.generate import answer, load
+from llava_bidir.common.errors import UserError
 
 from .checkpoint import image_attention
 from .result_files import ItemError
@@ -31,13 +32,13 @@ class LlavaBidir(lmms):
         dtype: Of the weights; "auto" is the checkpoint's own.
 
     Raises:
-        ValueError: The checkpoint's mask would be dropped, or it is no LLaVA.
+        UserError: The checkpoint's mask would be dropped, or it is no LLaVA.
     """
 
     def __init__(self, pretrained: str, batch_size: int | str = 1, dtype: str = "auto", **unknown):
         super().__init__()
         if unknown.keys() - {"max_batch_size", "device"}:
-            raise ValueError(f"model_args: unknown {', '.join(unknown)}; there is pretrained, dtype")
+            raise UserError(f"model_args: unknown {', '.join(unknown)}; there is pretrained, dtype")
         ImageFile.LOAD_TRUNCATED_IMAGES = False  # or what a cut file lacks would be grey
         self.image_attention = image_attention(pretrained)
         self.batch_size = int(batch_size)
@@ -85,5 +86,5 @@ class LlavaBidir(lmms):
 def _max_new_tokens(options: dict) -> int:
     """Raises ValueError where a task asks for anything but greedy decoding."""
     if options.get("do_sample") or options.get("temperature") or options.get("num_beams", 1) != 1:
-        raise ValueError(f"answers are decoded greedily, but the task wants {options}")
+        raise UserError(f"answers are decoded greedily, but the task wants {options}")
     return options.get("max_new_tokens", MAX_NEW_TOKENS)

@@ -5,7 +5,8 @@ import json
 import re
 from pathlib import Path
 
-from llava_bidir.common.atomic_io import whole_file
+from llava_bidir.common.atomic_io import atomic_write
+from llava_bidir.common.errors import UserError
 
 from .benchmarks import Item
 
@@ -44,9 +45,9 @@ def items_file(out: Path, name: str) -> Path:
 
 
 def write_results(out: Path, name: str, facts: dict, items: list[Item]) -> None:
-    with whole_file(items_file(out, name)) as partial:
+    with atomic_write(items_file(out, name)) as partial:
         partial.write_text("".join(json.dumps(item) + "\n" for item in items))
-    with whole_file(results_file(out, name)) as partial:
+    with atomic_write(results_file(out, name)) as partial:
         partial.write_text(json.dumps(facts, indent=1) + "\n")
 
 
@@ -54,11 +55,11 @@ def read_results(out: Path, name: str) -> tuple[dict, list[Item]]:
     """Facts and items of a finished task.
 
     Raises:
-        ValueError: A file is not as :func:`write_results` left it.
+        UserError: A file is not as :func:`write_results` left it.
     """
     try:
         facts = json.loads(results_file(out, name).read_text())
         items = [json.loads(line) for line in items_file(out, name).read_text().splitlines()]
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{results_file(out, name)}: {error}; delete it to have the task run again") from error
+        raise UserError(f"{results_file(out, name)}: {error}; delete it to have the task run again") from error
     return facts, items

@@ -6,7 +6,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from llava_bidir.common.run_lock import only_writer
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.run_lock import exclusive_run_lock
 
 from . import checkpoint
 from .benchmarks import BENCHMARKS
@@ -21,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
     """`llava-bidir vqa`: runs what is missing, then checks everything that is there.
 
     Raises:
-        ValueError: Names the task and the item of whatever is wrong.
+        UserError: Names the task and the item of whatever is wrong.
     """
     model = checkpoint.local(args.model)
     facts = {
@@ -32,17 +33,17 @@ def run(args: argparse.Namespace) -> None:
         "batch_size": args.batch_size,
         "data": "hub" if args.data is None else str(args.data),
     }
-    with only_writer(args.out):
+    with exclusive_run_lock(args.out):
         missing = [name for name in args.tasks if not _finished(args.out, name, facts)]
         if missing:
             _start_harness(args, model, missing, facts)
     absent = [name for name in args.tasks if not results_file(args.out, name).exists()]
     if absent:
-        raise ValueError(f"{', '.join(absent)}: the harness ended well but left no results; all it said is above")
+        raise UserError(f"{', '.join(absent)}: the harness ended well but left no results; all it said is above")
     there = [name for name in BENCHMARKS if results_file(args.out, name).exists()]  # all of which the table will have
     wrong = [line for name in there for line in problems(args.out, name, args.max_unusable)]
     if wrong:
-        raise ValueError("\n".join(wrong))
+        raise UserError("\n".join(wrong))
     print(write_tables([args.out], args.out))
 
 
@@ -52,7 +53,7 @@ def _finished(out: Path, name: str, facts: dict) -> bool:
         return False
     found, _ = read_results(out, name)
     if found["fingerprint"] != facts["fingerprint"]:
-        raise ValueError(
+        raise UserError(
             f"{results_file(out, name)} is of another checkpoint ({found['model']}, {found['fingerprint']}, not "
             f"{facts['fingerprint']}); choose another --out"
         )
@@ -63,13 +64,13 @@ def _start_harness(args: argparse.Namespace, model: Path, names: list[str], fact
     """Runs it in its own environment, with its output in the terminal.
 
     Raises:
-        ValueError: There is no such environment, or the harness failed.
+        UserError: There is no such environment, or the harness failed.
     """
     python = args.python.absolute()  # not resolved: an environment's python is a link
     if not python.is_file():
-        raise ValueError(f"no {args.python}; `make vqa-venv` makes the harness's environment, --python names another")
+        raise UserError(f"no {args.python}; `make vqa-venv` makes the harness's environment, --python names another")
     if args.data is not None and not args.data.is_dir():
-        raise ValueError(f"--data {args.data} is no folder")
+        raise UserError(f"--data {args.data} is no folder")
     out = args.out.resolve()
     error = error_file(out)
     error.parent.mkdir(parents=True, exist_ok=True)
@@ -86,8 +87,6 @@ def _start_harness(args: argparse.Namespace, model: Path, names: list[str], fact
         env={name: value for name, value in os.environ.items() if name not in SWITCHES},
     )
     if error.exists():
-        raise ValueError(error.read_text().strip())
+        raise UserError(error.read_text().strip())
     if ended.returncode:
-        raise ValueError(
-            f"the harness ended with status {ended.returncode} in {' '.join(names)}; what it said is above"
-        )
+        raise UserError(f"the harness ended with status {ended.returncode} in {' '.join(names)}; what it said is above")

@@ -14,6 +14,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from llava_bidir.common.errors import UserError
+
 from .benchmarks import BENCHMARKS, Column, Parts
 from .bootstrap import RESAMPLINGS, SWAPS, bootstrap, holm, interval, swap_test
 from .result_files import read_results, results_file
@@ -36,7 +38,7 @@ def write_tables(folders: list[Path], out: Path) -> str:
     """Writes OUT/table1.{json,csv,tex,html} of finished folders of `llava-bidir vqa`; returns it as text.
 
     Raises:
-        ValueError: A folder has no results, or those of one model are of several checkpoints.
+        UserError: A folder has no results, or those of one model are of several checkpoints.
     """
     results = [_read(folder) for folder in folders]
     models = [_model(folder, found) for folder, found in zip(folders, results, strict=True)]
@@ -59,9 +61,9 @@ def write_tables(folders: list[Path], out: Path) -> str:
 def _read(folder: Path) -> Results:
     found = {name: read_results(folder, name) for name in BENCHMARKS if results_file(folder, name).exists()}
     if not found:
-        raise ValueError(f"{folder} has no results of `llava-bidir vqa`; expected files such as {folder}/gqa.json")
+        raise UserError(f"{folder} has no results of `llava-bidir vqa`; expected files such as {folder}/gqa.json")
     if len({facts["fingerprint"] for facts, _ in found.values()}) > 1:
-        raise ValueError(f"{folder} has results of several checkpoints; delete those that are not wanted")
+        raise UserError(f"{folder} has results of several checkpoints; delete those that are not wanted")
     return found
 
 
@@ -133,7 +135,7 @@ def _same_questions(first: dict, second: dict, ours: Results, theirs: Results) -
             [(i["item"], i["unit"], i["question"], i["target"]) for i in found[name][1]] for found in (ours, theirs)
         ]
         if asked[0] != asked[1]:
-            raise ValueError(f"{name}: {first['results']} and {second['results']} were not asked the same questions")
+            raise UserError(f"{name}: {first['results']} and {second['results']} were not asked the same questions")
 
 
 def _titles(table: dict) -> list[str]:

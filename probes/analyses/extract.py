@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from llava_bidir.common.atomic_io import write_files
-from llava_bidir.common.run_lock import only_writer
+from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.data.base import open_image, read_rgb
 from probes.models.families import family_of, own_image_attention
 from probes.models.frozen_mllm import ENCODER, load, read_config, site_names
@@ -27,7 +27,7 @@ def write_states(args: argparse.Namespace) -> None:
     """`probes states`."""
     images = [read_rgb(open_image(path), path) for path in map(Path, args.image)]
     out = Path(args.out)
-    with only_writer(out.parent, out.name):
+    with exclusive_run_lock(out.parent, out.name):
         mllm = load(args.mllm, image_attention=args.image_attention)
         states = mllm.states(mllm.preprocess(images), args.sites)
         write_files({out: states})

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from probes.analyses.knockout.run import Case, find_cases
+from llava_bidir.common.errors import UserError
+from probes.analyses.knockout.cases import ConfusionCase, find_cases
 from probes.evaluation.metrics import patch_labels
 from probes.models.frozen_mllm import ADAPTER, ENCODER, FINAL_NORM, FrozenMLLM
 from probes.models.knockout import Knockout
 from probes.models.prompt_and_pixels import read_tokenizer
-from probes.ops.geometry import View
+from probes.ops.geometry import GridPlacement
 from probes.results.probe_run import ProbeRun
 
 Head = Callable[[Tensor], Tensor]  # states to logits
@@ -34,7 +35,7 @@ CONDITIONS = ("incorrect", "correct", "random_incorrect", "random_correct")  # b
 
 
 @dataclass(frozen=True)
-class Reading:
+class PatchReadout:
     """Patches of an image under one condition; the most probable class or word comes first.
 
     Args:
@@ -53,7 +54,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ImageReadout:
     """An image as one run sees it.
 
     Args:
@@ -67,12 +68,12 @@ class Seen:
     image: int
     box: tuple[float, float, float, float]
     truth: Tensor
-    case: Case | None
-    readings: dict[str, Reading]
+    case: ConfusionCase | None
+    readings: dict[str, PatchReadout]
 
 
 @dataclass(frozen=True)
-class Explored:
+class RunReadout:
     """Images as one run sees them.
 
     Args:
@@ -86,7 +87,7 @@ class Explored:
     run: ProbeRun
     sites: list[str]
     word_sites: list[str]
-    images: list[Seen]
+    images: list[ImageReadout]
     vocabulary: dict[int, str]
 
 
@@ -100,7 +101,7 @@ def explore(
     top_words: int = 3,
     word_sites: Sequence[str] | None = None,
     seed: int = 0,
-) -> Explored:
+) -> RunReadout:
     """Reads images at all sites of a run.
 
     Args:
@@ -114,7 +115,7 @@ def explore(
         seed: Of the random controls.
 
     Raises:
-        ValueError: An image, class, condition or site that does not exist, or a number below 1.
+        UserError: An image, class, condition or site that does not exist, or a number below 1.
     """
     names, dataset = run.metrics["classes"], run.dataset()
     readable = [site for site in run.sites if site != ENCODER]
@@ -124,7 +125,7 @@ def explore(
     _check_known("--knockout", classes or [], names, str(run.path))
     _check_known("--word-sites", word_sites, readable, f"{run.path}, from the adapter on,")
     if top_classes < 1 or top_words < 1:
-        raise ValueError(f"--top-classes {top_classes} and --top-words {top_words} must both be at least 1")
+        raise UserError(f"--top-classes {top_classes} and --top-words {top_words} must both be at least 1")
     mllm = run.mllm()
     heads = {site: probe_head(probe.to(mllm.device)) for site, probe in run.probes().items()}
     word_heads = {site: word_head(mllm, site) for site in run.sites if site in word_sites}
@@ -145,25 +146,25 @@ def explore(
         knockout = Knockout(torch.stack(list(blocked.values())))
         states = mllm.states(pixels.expand(len(blocked), -1, -1, -1), run.sites, knockout)
         found = [*top(states, heads, min(top_classes, len(names))), *top(states, word_heads, top_words)]
-        readings = {c: Reading(b, *(part[i] for part in found)) for i, (c, b) in enumerate(blocked.items())}
-        seen.append(Seen(image, box(view, sample["target"].shape), truth, case, readings))
-    return Explored(run, run.sites, list(word_heads), seen, _vocabulary(run, seen))
+        readings = {c: PatchReadout(b, *(part[i] for part in found)) for i, (c, b) in enumerate(blocked.items())}
+        seen.append(ImageReadout(image, box(view, sample["target"].shape), truth, case, readings))
+    return RunReadout(run, run.sites, list(word_heads), seen, _vocabulary(run, seen))
 
 
 def _check_known(option: str, given: Sequence, known: Sequence, whose: str) -> None:
     for value in given:
         if value not in known:
             listed = f"0..{len(known) - 1}" if isinstance(known, range) else ", ".join(map(str, known))
-            raise ValueError(f"{option}: {value!r} is unknown; {whose} has {listed}")
+            raise UserError(f"{option}: {value!r} is unknown; {whose} has {listed}")
 
 
-def box(view: View, size: tuple[int, int]) -> tuple[float, float, float, float]:
+def box(view: GridPlacement, size: tuple[int, int]) -> tuple[float, float, float, float]:
     """Left, top, width and height of the grid as fractions of an image [H, W]."""
     (height, width), (rows, cols) = size, view
     return cols.start_px / width, rows.start_px / height, cols.length_px / width, rows.length_px / height
 
 
-def most_confused(called: Tensor, truth: Tensor, image: int, classes: Sequence[int]) -> Case | None:
+def most_confused(called: Tensor, truth: Tensor, image: int, classes: Sequence[int]) -> ConfusionCase | None:
     """The case of the class that most patches of an image are wrongly called, among `classes`; None if none is.
 
     Args:
@@ -180,7 +181,7 @@ def most_confused(called: Tensor, truth: Tensor, image: int, classes: Sequence[i
     return case
 
 
-def hidden(case: Case, condition: str, rng: np.random.Generator) -> Tensor:
+def hidden(case: ConfusionCase, condition: str, rng: np.random.Generator) -> Tensor:
     """bool[T], the patches that a condition hides; "random_X" hides as many as X, drawn from all."""
     of = case.blocked[condition.removeprefix("random_")]
     if not condition.startswith("random_"):
@@ -224,7 +225,7 @@ def top(states: dict[str, Tensor], heads: dict[str, Head], count: int) -> Top:
         for c in range(conditions):
             logits = head(states[site][c : c + 1])[0].float()
             if count > logits.shape[-1]:
-                raise ValueError(
+                raise UserError(
                     f"the {count} most probable of {logits.shape[-1]} at {site} were asked for; ask for fewer"
                 )
             best = logits.softmax(-1).topk(count)
@@ -232,7 +233,7 @@ def top(states: dict[str, Tensor], heads: dict[str, Head], count: int) -> Top:
     return Top(ids, shares)
 
 
-def _vocabulary(run: ProbeRun, seen: list[Seen]) -> dict[int, str]:
+def _vocabulary(run: ProbeRun, seen: list[ImageReadout]) -> dict[int, str]:
     tokenizer = read_tokenizer(run.manifest["config"]["mllm"])
     ids = {int(i) for image in seen for reading in image.readings.values() for i in reading.words.unique()}
     return {i: token_text(tokenizer, i) for i in sorted(ids)}

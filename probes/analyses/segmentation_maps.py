@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava_bidir.common.atomic_io import write_files
-from llava_bidir.common.hf_loading import named
-from llava_bidir.common.run_lock import only_writer
-from probes.analyses.knockout.run import PatchReader, find_cases
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf_loading import error_context
+from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses.knockout.cases import PatchReader, find_cases
 from probes.evaluation.metrics import patch_labels
 from probes.models.knockout import Knockout
 from probes.ops.bilinear import upsampled_argmax
@@ -53,13 +54,13 @@ def knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tuple[dict, 
         Which image and classes, and uint8[3, L + 1, H, W]; None if no image is wrongly predicted so.
 
     Raises:
-        ValueError: `probes knockout` has not been run for this class.
+        UserError: `probes knockout` has not been run for this class.
     """
     facts = run.analysis("knockout.json") or {"classes": []}
-    with named(run.path / "knockout.json"):
+    with error_context(run.path / "knockout.json"):
         known = [entry["class"] for entry in facts["classes"]]
     if name not in known:
-        raise ValueError(f"{run.path} has no knockout of {name!r}; run `probes knockout --probes {run.path}` first")
+        raise UserError(f"{run.path} has no knockout of {name!r}; run `probes knockout --probes {run.path}` first")
     tensors = read_tensors(run.path / "knockout.safetensors")
     if f"{name}/patches" not in tensors:
         return None
@@ -81,8 +82,8 @@ def run(args: argparse.Namespace) -> None:
     dataset, out = run.dataset(), Path(args.out or args.probes)
     wrong = [i for i in args.image if not 0 <= i < len(dataset)]
     if wrong:
-        raise ValueError(f"image {wrong[0]} is out of range; the split has images 0..{len(dataset) - 1}")
-    with only_writer(out, "maps.json"):
+        raise UserError(f"image {wrong[0]} is out of range; the split has images 0..{len(dataset) - 1}")
+    with exclusive_run_lock(out, "maps.json"):
         facts = write_maps(run, args.image, args.knockout, out)
     print(f"{out / 'maps.safetensors'}: {len(args.image)} images, {len(facts['knockout'])} knockouts")
 

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from llava_bidir.common.atomic_io import write_files
-from llava_bidir.common.run_lock import only_writer
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.evaluation.metrics import peak_layer, true_classes
 from probes.models.frozen_mllm import ADAPTER
 from probes.results.probe_run import ProbeRun
@@ -45,13 +46,13 @@ def umap_of_images(
         numbers; a number is None where there are too few patches or classes for it.
 
     Raises:
-        ValueError: An image or a site that there is not.
+        UserError: An image or a site that there is not.
     """
     dataset, mllm, names = run.dataset(), run.mllm(), run.metrics["classes"]
     entries, board = [], _writer(projector)
     for image in images:
         if not 0 <= image < len(dataset):
-            raise ValueError(f"image {image} is out of range; the split has images 0..{len(dataset) - 1}")
+            raise UserError(f"image {image} is out of range; the split has images 0..{len(dataset) - 1}")
         sample = dataset[image]
         labels = true_classes(torch.from_numpy(sample["target"])[None], len(names), mllm)[0].numpy()
         states = mllm.states(mllm.preprocess([sample["image"]]), sites or _default_sites(run))
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     """`probes umap`."""
     run, out = ProbeRun(args.probes), Path(args.out or args.probes)
     projector = out / "projector" if args.tensorboard else None
-    with only_writer(out, "umap.json"):
+    with exclusive_run_lock(out, "umap.json"):
         facts = umap_of_images(run, args.image, args.sites, args.seed, projector)
         write_files({out / "umap.json": facts})
     for entry in facts["images"]:

@@ -57,7 +57,7 @@ class ADE20K(SegmentationDataset):
         split: "training" or "validation".
 
     Raises:
-        ValueError: A part is missing, or an image has no mask or the other way round.
+        UserError: A part is missing, or an image has no mask or the other way round.
     """
 
     def __init__(self, root: str | Path, split: str):

@@ -6,6 +6,8 @@ Arrow files until they are asked for.
 
 from pathlib import Path
 
+from llava_bidir.common.errors import UserError
+
 from .ade20k import CLASSES, LOOKUP, PALETTE, SIZES
 from .base import BadFile, Embedded, SegmentationDataset
 
@@ -24,31 +26,31 @@ class ADE20KOnHub(SegmentationDataset):
             files it is, as long as the dataset's main one holds a script.
 
     Raises:
-        ValueError: No such dataset or split, or it lacks a column.
+        UserError: No such dataset or split, or it lacks a column.
     """
 
     def __init__(self, root: str, split: str, folder: str = "scene_parsing", revision: str = "refs/convert/parquet"):
         import datasets  # takes a second, and no other layout needs it
 
         if split not in SPLITS:
-            raise ValueError(f"ADE20K has the splits {', '.join(SPLITS)}, not {split!r}")
+            raise UserError(f"ADE20K has the splits {', '.join(SPLITS)}, not {split!r}")
         where = f"{root}{f', folder {folder}' if folder else ''}"
         options = {} if Path(root).is_dir() else {"revision": revision}
         try:
             rows = datasets.load_dataset(str(root), data_dir=folder or None, split=SPLITS[split], **options)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise ValueError(
+            raise UserError(
                 f"data.root: cannot load the {SPLITS[split]} split of {where}: {error}; data.options.folder and "
                 "data.options.revision say where its parquet files are"
             ) from None
         missing = [name for name in COLUMNS if name not in rows.column_names]
         if missing:
-            raise ValueError(f"{where} lacks the column {missing[0]!r}; it has {', '.join(rows.column_names)}")
+            raise UserError(f"{where} lacks the column {missing[0]!r}; it has {', '.join(rows.column_names)}")
         for name in COLUMNS:  # not decoded by `datasets`, which would turn photos by their EXIF tags
             try:
                 rows = rows.cast_column(name, datasets.Image(decode=False))
             except (TypeError, ValueError, NotImplementedError) as error:  # Arrow's own are these, too
-                raise ValueError(
+                raise UserError(
                     f"{where}: its column {name!r} holds no images, but {rows.features[name]}: {error}"
                 ) from None
         self._rows, self._where = rows.select_columns(list(COLUMNS)), f"{where}, {split}"

@@ -14,6 +14,7 @@ from numpy import ndarray
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import FORMATS, open_bounded
 from probes.ops.geometry import to_rgb
 
@@ -21,7 +22,7 @@ IGNORE_INDEX = 255
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 2 to 4 keep the size, 5 to 8 swap width and height
 
 
-class BadFile(ValueError):
+class BadFile(UserError):
     """A file that cannot be used; `kind` groups those of a dataset by what is wrong."""
 
     def __init__(self, message: str, kind: str = "unusable"):
@@ -56,7 +57,7 @@ class SegmentationDataset(Dataset):
         groups: A label for each image where images come in clusters (the city), or None.
 
     Raises:
-        ValueError: Lookup, palette or groups do not fit the classes and files.
+        UserError: Lookup, palette or groups do not fit the classes and files.
         BadFile: On reading, an image or mask is not what it must be.
     """
 
@@ -80,11 +81,11 @@ class SegmentationDataset(Dataset):
         layout, count = type(self).__name__, len(self.classes)
         highest = self._lookup[self._lookup != IGNORE_INDEX].max()
         if self._lookup.shape != (256,) or highest >= count:
-            raise ValueError(f"{layout}: the lookup leads to class {highest}, but {count} are named, from 0 on")
+            raise UserError(f"{layout}: the lookup leads to class {highest}, but {count} are named, from 0 on")
         if self.palette is not None and len(self.palette) != count:
-            raise ValueError(f"{layout}: {len(self.palette)} colours in the palette for {count} classes")
+            raise UserError(f"{layout}: {len(self.palette)} colours in the palette for {count} classes")
         if self.groups is not None and len(self.groups) != len(self.names):
-            raise ValueError(f"{layout}: {len(self.groups)} groups for {len(self.names)} images")
+            raise UserError(f"{layout}: {len(self.groups)} groups for {len(self.names)} images")
 
     def __len__(self) -> int:
         return len(self.names)

@@ -13,15 +13,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from llava_bidir.common.errors import UserError
 from probes.models.frozen_mllm import FrozenMLLM
 
 from .base import IGNORE_INDEX
-from .samplers import NOTHING
+from .samplers import PAD_INDEX
 
 log = logging.getLogger(__name__)
 
 
-class Prepared(Dataset):
+class PreprocessedDataset(Dataset):
     """A segmentation dataset as tensors: {"index", "pixels": f[3, H', W'], "target": uint8[H, W]}.
 
     Index `NOTHING` gives some image without a labelled pixel.
@@ -40,7 +41,7 @@ class Prepared(Dataset):
 
 
 def _target(target: Tensor, index: int) -> Tensor:
-    return torch.full_like(target, IGNORE_INDEX) if index == NOTHING else target
+    return torch.full_like(target, IGNORE_INDEX) if index == PAD_INDEX else target
 
 
 def collate(samples: list[dict]) -> dict:
@@ -56,7 +57,7 @@ def _stack(targets: list[Tensor]) -> Tensor | list[Tensor]:
     return torch.stack(targets) if len({target.shape for target in targets}) == 1 else targets
 
 
-class CachedStates(Dataset):
+class CachedFeatures(Dataset):
     """The states of all images at some sites, computed once and kept in memory, not on the GPU.
 
     Args:
@@ -69,13 +70,13 @@ class CachedStates(Dataset):
         name: For the progress bar.
 
     Raises:
-        ValueError: They would not fit into memory.
+        UserError: They would not fit into memory.
     """
 
     def __init__(
         self,
         mllm: FrozenMLLM,
-        prepared: Prepared,
+        prepared: PreprocessedDataset,
         sites: Sequence[str],
         *,
         batch_size: int,
@@ -89,7 +90,7 @@ class CachedStates(Dataset):
         size = f"{copies} x " * (copies > 1) + f"{len(prepared)} images x {len(sites)} sites = {need / 1e9:.2f} GB"
         log.info("caching %s: %s", name, size)
         if need > 0.8 * free:
-            raise ValueError(
+            raise UserError(
                 f"data.cache would take {size} for {name}, {free / 1e9:.1f} GB of memory are free; name fewer "
                 "model.sites or set data.cache to false"
             )
@@ -113,7 +114,7 @@ class CachedStates(Dataset):
         }
 
 
-def by_size(target: Tensor | list[Tensor]) -> list[tuple[Any, Tensor]]:
+def group_by_mask_size(target: Tensor | list[Tensor]) -> list[tuple[Any, Tensor]]:
     """Groups a batch's masks by size: (which images, uint8[n, H, W]); one group where all are alike."""
     if isinstance(target, Tensor):
         return [(slice(None), target)]

@@ -12,6 +12,8 @@ from typing import Literal
 
 import numpy as np
 
+from llava_bidir.common.errors import UserError
+
 from .base import IGNORE_INDEX, SegmentationDataset, lookup
 from .file_layout import files_by_name, find_root, paired
 
@@ -41,18 +43,18 @@ class Cityscapes(SegmentationDataset):
         labels: Which masks: "labelIds", as published, or "labelTrainIds", as csCreateTrainIdLabelImgs writes them.
 
     Raises:
-        ValueError: A part is missing, or an image has no mask or the other way round.
+        UserError: A part is missing, or an image has no mask or the other way round.
     """
 
     def __init__(self, root: str | Path, split: str, labels: Literal["labelIds", "labelTrainIds"] = "labelIds"):
         root = find_root(root, "cityscapes", ("leftImg8bit", "gtFine"))
         if split not in SPLITS:
-            raise ValueError(f"Cityscapes has the splits {', '.join(SPLITS)}, not {split!r}")
+            raise UserError(f"Cityscapes has the splits {', '.join(SPLITS)}, not {split!r}")
         images, masks = (root / part / SPLITS[split] for part in ("leftImg8bit", "gtFine"))
         ending = f"_gtFine_{labels}"
         found = files_by_name(masks, (".png",), ending, "*/*")
         if not found:
-            raise ValueError(
+            raise UserError(
                 f"{masks} has no CITY/*{ending}.png; csCreateTrainIdLabelImgs of cityscapesScripts makes labelTrainIds "
                 "of gtFine, data.options.labels says which are read"
             )

@@ -11,7 +11,9 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
-from .batches import CachedStates, Prepared, collate
+from llava_bidir.common.errors import UserError
+
+from .batches import CachedFeatures, PreprocessedDataset, collate
 from .registry import DATASETS, open_dataset
 from .samplers import TrainingBatches, validation_batches
 from .verify import find_bad_files, report
@@ -71,7 +73,7 @@ class SegmentationData(LightningDataModule):
         """Before `fit` loads the model: every image and mask is read once, each rank its share.
 
         Raises:
-            ValueError: Some cannot be used; the message, the same on all ranks, names them.
+            UserError: Some cannot be used; the message, the same on all ranks, names them.
         """
         if stage != "fit":
             return
@@ -83,7 +85,7 @@ class SegmentationData(LightningDataModule):
             torch.distributed.all_gather_object(shares, findings)
             findings = sum(shares, [])
         if findings:
-            raise ValueError(f"{self.root}: {report(findings, sum(map(len, self.splits.values())))}")
+            raise UserError(f"{self.root}: {report(findings, sum(map(len, self.splits.values())))}")
 
     def bad_files(self, workers: int, rank: int = 0, ranks: int = 1, progress: bool = True) -> list[tuple[str, str]]:
         """(kind, message) of what cannot be used among every `ranks`-th image of both splits, from `rank` on."""
@@ -124,10 +126,10 @@ class SegmentationData(LightningDataModule):
     def _source(self, split: str) -> Dataset:
         if split not in self._sources:
             trainer, module = self.trainer, self.trainer.lightning_module
-            source = Prepared(self.splits[split], module.mllm.preprocess)
+            source = PreprocessedDataset(self.splits[split], module.mllm.preprocess)
             if self.cache:
                 with trainer.precision_plugin.forward_context():  # as where states are computed anew
-                    source = CachedStates(
+                    source = CachedFeatures(
                         module.mllm,
                         source,
                         module.sites,

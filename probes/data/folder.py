@@ -12,6 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llava_bidir.common.errors import UserError
+
 from .base import IGNORE_INDEX, SegmentationDataset, lookup
 from .file_layout import IMAGE_SUFFIXES, files_by_name, paired, read_text
 
@@ -24,7 +26,7 @@ class FolderDataset(SegmentationDataset):
         split: "training" or "validation".
 
     Raises:
-        ValueError: A part is missing, or an image has no mask or the other way round.
+        UserError: A part is missing, or an image has no mask or the other way round.
     """
 
     def __init__(self, root: str | Path, split: str):
@@ -48,26 +50,26 @@ def image_and_annotation_folders(root: Path, split: str) -> dict[str, tuple[Path
 
 def _read_facts(path: Path) -> dict:
     if not path.parent.is_dir():
-        raise ValueError(f"data.root: no folder {path.parent}")
+        raise UserError(f"data.root: no folder {path.parent}")
     if not path.exists():
-        raise ValueError(f'{path} is missing; it names the classes: {{"classes": ["wall", ...]}}')
+        raise UserError(f'{path} is missing; it names the classes: {{"classes": ["wall", ...]}}')
     text = read_text(path)
     try:
         facts = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise UserError(f"{path} is not JSON: {error}") from None
     names = facts.get("classes") if isinstance(facts, dict) else None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{path} needs a list of names under 'classes'")
+        raise UserError(f"{path} needs a list of names under 'classes'")
     if len(names) > IGNORE_INDEX:
-        raise ValueError(f"{path} names {len(names)} classes; an 8-bit mask can tell {IGNORE_INDEX} apart")
+        raise UserError(f"{path} names {len(names)} classes; an 8-bit mask can tell {IGNORE_INDEX} apart")
     if twice := [name for i, name in enumerate(names) if name in names[:i]]:
-        raise ValueError(f"{path} names the class {twice[0]!r} twice")
+        raise UserError(f"{path} names the class {twice[0]!r} twice")
     ignored, zero_is_none = facts.get("ignore_index", IGNORE_INDEX), facts.get("reduce_zero_label", False)
     if type(ignored) is not int or ignored not in range(256):
-        raise ValueError(f"{path}: ignore_index {ignored!r} is no label of an 8-bit mask (0 to 255)")
+        raise UserError(f"{path}: ignore_index {ignored!r} is no label of an 8-bit mask (0 to 255)")
     if not isinstance(zero_is_none, bool):
-        raise ValueError(f"{path}: reduce_zero_label is {zero_is_none!r}; expected true or false")
+        raise UserError(f"{path}: reduce_zero_label is {zero_is_none!r}; expected true or false")
     _check_palette(path, facts.get("palette"), len(names))
     return facts
 
@@ -76,8 +78,8 @@ def _check_palette(path: Path, palette: Any, classes: int) -> None:
     if palette is None:
         return
     if not isinstance(palette, list) or not all(isinstance(colour, list) and len(colour) == 3 for colour in palette):
-        raise ValueError(f"{path} needs a list of colours [red, green, blue] under 'palette'")
+        raise UserError(f"{path} needs a list of colours [red, green, blue] under 'palette'")
     if not all(type(value) is int and value in range(256) for colour in palette for value in colour):
-        raise ValueError(f"{path}: the colours under 'palette' are whole numbers from 0 to 255")
+        raise UserError(f"{path}: the colours under 'palette' are whole numbers from 0 to 255")
     if len(palette) != classes:
-        raise ValueError(f"{path}: {len(palette)} colours under 'palette' for {classes} classes")
+        raise UserError(f"{path}: {len(palette)} colours under 'palette' for {classes} classes")

@@ -3,6 +3,8 @@
 import inspect
 from typing import Any, Literal, get_args, get_origin
 
+from llava_bidir.common.errors import UserError
+
 from .ade20k import ADE20K
 from .ade20k_hf import ADE20KOnHub
 from .base import SegmentationDataset
@@ -23,10 +25,10 @@ def open_dataset(dataset: str, root: str, split: str, options: dict[str, Any] | 
     """A split ("training", "validation") of a dataset in a registered layout.
 
     Raises:
-        ValueError: The layout, or one of its options, is unknown, or the files are not laid out as it says.
+        UserError: The layout, or one of its options, is unknown, or the files are not laid out as it says.
     """
     if dataset not in DATASETS:
-        raise ValueError(f"unknown data.dataset {dataset!r}; registered: {', '.join(DATASETS)}")
+        raise UserError(f"unknown data.dataset {dataset!r}; registered: {', '.join(DATASETS)}")
     layout = DATASETS[dataset]
     _check_options(layout, f"data.dataset {dataset!r}", options or {})
     return layout(root, split, **(options or {}))
@@ -37,11 +39,11 @@ def _check_options(layout: type, which: str, options: dict[str, Any]) -> None:
     known = {k: p.annotation for k, p in inspect.signature(layout).parameters.items() if k not in ("root", "split")}
     for name, value in options.items():
         if name not in known:
-            raise ValueError(f"{which} has no option {name!r}; it has {', '.join(known) or 'none'} (data.options)")
+            raise UserError(f"{which} has no option {name!r}; it has {', '.join(known) or 'none'} (data.options)")
         if known[name] is inspect.Parameter.empty:
-            raise ValueError(f"option {name!r} of {layout.__name__} has no type in its signature; give it one")
+            raise UserError(f"option {name!r} of {layout.__name__} has no type in its signature; give it one")
         choices = get_args(known[name]) if get_origin(known[name]) is Literal else None
         if choices and value not in choices:
-            raise ValueError(f"data.options.{name} is {value!r}; there is {', '.join(choices)}")
+            raise UserError(f"data.options.{name} is {value!r}; there is {', '.join(choices)}")
         if not choices and not isinstance(value, known[name]):
-            raise ValueError(f"data.options.{name} is {value!r}; expected a {known[name].__name__}")
+            raise UserError(f"data.options.{name} is {value!r}; expected a {known[name].__name__}")

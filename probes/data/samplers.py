@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 import torch
 
-NOTHING = -1  # stands for an image without a labelled pixel, where the last batch has none for a rank
+from llava_bidir.common.errors import UserError
+
+PAD_INDEX = -1  # stands for an image without a labelled pixel, where the last batch has none for a rank
 
 
 class TrainingBatches:
@@ -47,7 +49,7 @@ class TrainingBatches:
         order = torch.randperm(self.images, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist()
         for i in range(start, len(self)):
             batch = order[i * self.batch_size : (i + 1) * self.batch_size]
-            yield batch[self.rank :: self.world_size] or [NOTHING]
+            yield batch[self.rank :: self.world_size] or [PAD_INDEX]
 
 
 def validation_batches(images: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
@@ -64,10 +66,10 @@ def validation_batches(images: int, batch_size: int, rank: int = 0, world_size: 
         rank, world_size: This process among all.
 
     Raises:
-        ValueError: There are more ranks than images.
+        UserError: There are more ranks than images.
     """
     if images < world_size:
-        raise ValueError(f"{images} validation images for {world_size} devices; use fewer devices")
+        raise UserError(f"{images} validation images for {world_size} devices; use fewer devices")
     mine = list(range(rank, images, world_size))
     starts = range(0, images // world_size, batch_size)
     ends = [*starts[1:], len(mine)]

@@ -12,6 +12,8 @@ ROOT is VOCdevkit/VOC2012, VOCdevkit or the folder that has it. 1,464 training i
 from pathlib import Path
 from typing import Literal
 
+from llava_bidir.common.errors import UserError
+
 from .base import IGNORE_INDEX, SegmentationDataset, lookup
 from .file_layout import find_root, read_text
 
@@ -38,7 +40,7 @@ class VOC2012(SegmentationDataset):
             cannot be compared.
 
     Raises:
-        ValueError: A part is missing, or a training image is in the validation list too.
+        UserError: A part is missing, or a training image is in the validation list too.
     """
 
     def __init__(
@@ -53,10 +55,10 @@ class VOC2012(SegmentationDataset):
         root = find_root(root / "VOCdevkit" if (root / "VOCdevkit/VOC2012").is_dir() else root, "VOC2012", parts)
         chosen = {"training": train_list, "validation": "val"}
         if split not in chosen:
-            raise ValueError(f"VOC 2012 has the splits {', '.join(chosen)}, not {split!r}")
+            raise UserError(f"VOC 2012 has the splits {', '.join(chosen)}, not {split!r}")
         names = _names(root, chosen[split])
         if split == "training" and (both := set(names) & set(_read_list(root, "val"))):
-            raise ValueError(f"{root}: {len(both)} images are in {train_list} and in val, {min(both)} for one")
+            raise UserError(f"{root}: {len(both)} images are in {train_list} and in val, {min(both)} for one")
         first = 1 if background == "ignore" else 0
         super().__init__(
             {name: (root / "JPEGImages" / f"{name}.jpg", _mask(root, name)) for name in names},
@@ -74,7 +76,7 @@ def _names(root: Path, chosen: str) -> list[str]:
     lists = [name for name in ("trainaug", "aug") if _list_file(root, name).is_file()]
     if not lists or not (root / "SegmentationClassAug").is_dir():
         missing = "SegmentationClassAug" if lists else "ImageSets/Segmentation/trainaug.txt (or aug.txt)"
-        raise ValueError(
+        raise UserError(
             f"{root} lacks {missing}: the augmented training set needs the masks of SBD as PNG and its list, which the "
             "usual converters (voc_aug) write; or train on the official 1,464 images: data.options.train_list: train"
         )
@@ -91,9 +93,9 @@ def _read_list(root: Path, name: str) -> list[str]:
     # some lists name the files, "/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png", others the images
     names = [Path(line.split()[0]).stem for line in read_text(file).splitlines() if line.strip()]
     if not names:
-        raise ValueError(f"{file} names no image")
+        raise UserError(f"{file} names no image")
     if strange := [name for name in names if "\0" in name or len(name) > 200]:
-        raise ValueError(f"{file} names {strange[0][:40]!r}, which is no name of an image")
+        raise UserError(f"{file} names {strange[0][:40]!r}, which is no name of an image")
     return names
 
 

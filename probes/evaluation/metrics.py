@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from probes.data.batches import by_size
+from probes.data.batches import group_by_mask_size
 from probes.models.frozen_mllm import ADAPTER, ENCODER, FrozenMLLM
 from probes.ops.bilinear import upsampled_argmax
-from probes.ops.geometry import Geometry, View
+from probes.ops.geometry import Geometry, GridPlacement
 from probes.ops.kernels import use_triton
 
 IGNORE_INDEX = 255
@@ -46,7 +46,7 @@ class Counts(NamedTuple):
 
 @torch.no_grad()
 def count(
-    logits: Tensor, target: Tensor, view: View | None = None, *, by_token: bool = True, confusion: bool = False
+    logits: Tensor, target: Tensor, view: GridPlacement | None = None, *, by_token: bool = True, confusion: bool = False
 ) -> Counts:
     """Upsamples logits, takes the best class of each pixel and counts, without keeping the predicted maps.
 
@@ -59,7 +59,7 @@ def count(
         confusion: Counts pairs of label and prediction, too.
     """
     sites, images, classes, h, w = logits.shape
-    view, tokens = view or View.whole(tuple(target.shape[1:])), h * w if by_token else 1
+    view, tokens = view or GridPlacement.whole(tuple(target.shape[1:])), h * w if by_token else 1
     # Made first and filled: small tensors kept between large ones that come and go would pin the memory of these.
     new = lambda *shape: target.new_zeros(shape, dtype=torch.long)
     counts = Counts(
@@ -88,7 +88,7 @@ def _few_at_once(target: Tensor) -> list[slice]:
     return [slice(first, first + step) for first in range(0, max(1, len(target)), step)]
 
 
-def _count(logits: Tensor, target: Tensor, view: View, by_token: bool, confusion: bool) -> Counts:
+def _count(logits: Tensor, target: Tensor, view: GridPlacement, by_token: bool, confusion: bool) -> Counts:
     sites, images, classes, *grid = logits.shape
     size, tokens = tuple(target.shape[1:]), grid[0] * grid[1]
     valid, labels = target != IGNORE_INDEX, target.long()
@@ -111,13 +111,13 @@ def _count(logits: Tensor, target: Tensor, view: View, by_token: bool, confusion
 
 
 @lru_cache(maxsize=256)
-def _cells(view: View, grid: tuple[int, int], size: tuple[int, int], device: torch.device) -> list[Tensor]:
+def _cells(view: GridPlacement, grid: tuple[int, int], size: tuple[int, int], device: torch.device) -> list[Tensor]:
     """`view.cells`, at hand on the device: a copy would wait for it."""
     return [cell.to(device) for cell in view.cells(grid, size)]
 
 
 def _count_in_chunks(
-    logits: Tensor, labels: Tensor, valid: Tensor, token: Tensor, view: View, confusion: bool
+    logits: Tensor, labels: Tensor, valid: Tensor, token: Tensor, view: GridPlacement, confusion: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """intersection, predicted long[S, N, K], patch_right long[S, N, T] and confusion, from a few maps at a time."""
     (sites, images, classes, *grid), size = logits.shape, tuple(labels.shape[1:])
@@ -149,7 +149,7 @@ def _tally(number: Tensor, kept: Tensor, numbers: int) -> Tensor:
 
 
 def patch_labels(
-    target: Tensor, classes: int, grid: tuple[int, int], purity: float = 0.0, view: View | None = None
+    target: Tensor, classes: int, grid: tuple[int, int], purity: float = 0.0, view: GridPlacement | None = None
 ) -> Tensor:
     """The class that most labelled pixels under each token have, long[B, T]; -1 where none is labelled.
 
@@ -160,14 +160,14 @@ def patch_labels(
         purity: Tokens of whose labelled pixels a smaller share has that class get -1 too: they lie on a boundary.
         view: Where the grid lies on the pixels; by default it divides them.
     """
-    view = view or View.whole(tuple(target.shape[1:]))
+    view = view or GridPlacement.whole(tuple(target.shape[1:]))
     labels = target.new_empty((len(target), grid[0] * grid[1]), dtype=torch.long)
     for few in _few_at_once(target):
         labels[few] = _patch_labels(target[few], classes, grid, purity, view)
     return labels
 
 
-def _patch_labels(target: Tensor, classes: int, grid: tuple[int, int], purity: float, view: View) -> Tensor:
+def _patch_labels(target: Tensor, classes: int, grid: tuple[int, int], purity: float, view: GridPlacement) -> Tensor:
     images, tokens, size = len(target), grid[0] * grid[1], tuple(target.shape[1:])
     row, column = (cell.to(target.device) for cell in view.cells(grid, size))
     seen = (row[:, None] >= 0) & (column >= 0)
@@ -287,7 +287,7 @@ def summary(miou: dict[str, float]) -> dict[str, Any]:
 def true_classes(targets: Tensor | list[Tensor], classes: int, mllm: FrozenMLLM) -> Tensor:
     """The class that most pixels under each patch have, long[B, T], -1 where none is labelled."""
     truth = torch.empty(len(targets), mllm.grid[0] * mllm.grid[1], dtype=torch.long)
-    for images, target in by_size(targets):
+    for images, target in group_by_mask_size(targets):
         view = mllm.geometry.view(target.shape[1:])
         truth[images] = patch_labels(target, classes, mllm.grid, view=view)
     return truth

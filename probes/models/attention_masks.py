@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from llava_bidir.common.errors import UserError
+
 from .families import build_mask, image_attention
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -25,12 +27,12 @@ def kinds_of_layers(text_config: PreTrainedConfig) -> list[str]:
 
 
 def check_name(name: str) -> None:
-    """Raises a ValueError that lists the masks there are, if there is none of this name."""
+    """Raises a UserError that lists the masks there are, if there is none of this name."""
     if name not in BY_KIND:
         image_attention(name)
 
 
-def takes_masks(text_config: PreTrainedConfig) -> bool:
+def supports_masks(text_config: PreTrainedConfig) -> bool:
     """Whether all layers of a decoder attend under a mask; linear attention and convolutions do not."""
     return set(kinds_of_layers(text_config)) <= {FULL, SLIDING}
 
@@ -47,17 +49,17 @@ def build_masks(name: str, text_config: PreTrainedConfig, is_image: Tensor, dtyp
         dtype: Of the model.
 
     Raises:
-        ValueError: The decoder has layers that take no such mask.
+        UserError: The decoder has layers that take no such mask.
     """
     kinds = kinds_of_layers(text_config)
-    if not takes_masks(text_config):
+    if not supports_masks(text_config):
         others = ", ".join(sorted({*kinds} - {FULL, SLIDING}))
-        raise ValueError(
+        raise UserError(
             f"image_attention {name!r} and knockouts cannot be given to {others} layers: they run under no such mask; "
             "this model can be read as it is, without either"
         )
     if name in BY_KIND and SLIDING not in kinds:
-        raise ValueError(f"image_attention {name!r} is one of models with sliding windows, which this one has not")
+        raise UserError(f"image_attention {name!r} is one of models with sliding windows, which this one has not")
     masks = {}
     for kind in kinds:
         mask = build_mask(BY_KIND.get(name, {}).get(kind, name), text_config, is_image, dtype=dtype)

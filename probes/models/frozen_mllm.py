@@ -15,14 +15,15 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import load_weights
 from probes.ops.geometry import Geometry
 
-from .attention_masks import Masks, build_masks, check_name, each, last_rows, takes_masks
+from .attention_masks import Masks, build_masks, check_name, each, last_rows, supports_masks
 from .families import Family, family_of, own_image_attention
 from .knockout import Knockout
 from .prompt_and_pixels import check_numbers, image_processors, prefix_ids, read_config, row_end_id
-from .random_init import draw_anew
+from .random_init import reinitialize
 
 ENCODER, ADAPTER, FINAL_NORM = "encoder", "adapter", "final_norm"
 
@@ -37,7 +38,7 @@ def site_names(layers: int) -> list[str]:
     return [ENCODER, ADAPTER, *(layer_site(i) for i in range(1, layers + 1)), FINAL_NORM]
 
 
-class _Enough(Exception):
+class _StopForward(Exception):
     """Raised by a hook behind the last site that was asked for, to end the forward there."""
 
 
@@ -71,7 +72,7 @@ class FrozenMLLM(nn.Module):
         self.image_attention, self.own_image_attention = image_attention, own_image_attention(model.config)
         self.grid = family.grid(model.config)
         image_px, colour = family.image_px(model.config), [int(255 * x) for x in image_processors[0].image_mean]
-        self.geometry = Geometry(self.grid, image_px, family.seen_px(model.config), image_aspect, tuple(colour))
+        self.geometry = Geometry(self.grid, image_px, family.covered_px(model.config), image_aspect, tuple(colour))
         self.sites = site_names(len(self._decoder.layers))
         width = model.config.get_text_config().hidden_size
         self.widths = dict.fromkeys(self.sites, width) | {ENCODER: family.encoder_width(model.config)}
@@ -119,7 +120,7 @@ class FrozenMLLM(nn.Module):
             f[B, T, d] by site, image tokens only, in raster order.
 
         Raises:
-            ValueError: An unknown site, or a knockout that does not fit the model.
+            UserError: An unknown site, or a knockout that does not fit the model.
         """
         wanted = self.known_sites(sites)
         if not wanted:
@@ -132,7 +133,7 @@ class FrozenMLLM(nn.Module):
         rows = last_rows(masks, self.ids.shape[1] - start)
         layers = self._decoder.layers
         cut = knockout.applied(layers, rows, self.is_image, depth) if knockout and depth > 0 else nullcontext()
-        with self._under(rows), cut, self._captured(wanted, len(pixels), start) as states, suppress(_Enough):
+        with self._under(rows), cut, self._captured(wanted, len(pixels), start) as states, suppress(_StopForward):
             self.model.model(
                 input_ids=self.ids[:, start:].expand(len(pixels), -1),
                 past_key_values=cache,
@@ -140,25 +141,25 @@ class FrozenMLLM(nn.Module):
                 **self.family.inputs(self.model, pixels, self.is_image[start:].expand(len(pixels), -1)),
             )
         if missing := [site for site in wanted if site not in states]:
-            raise ValueError(f"no states of {missing[0]}: the forward does not pass the module that its family names")
+            raise UserError(f"no states of {missing[0]}: the forward does not pass the module that its family names")
         return {site: states[site] for site in wanted}
 
     def known_sites(self, sites: Sequence[str] | None) -> list[str]:
         """`sites`, or all of them for None.
 
         Raises:
-            ValueError: The model has no such site.
+            UserError: The model has no such site.
         """
         unknown = set(sites or ()) - set(self.sites)
         if unknown:
-            raise ValueError(f"unknown site {min(unknown)!r}; this model has {', '.join(self.sites)}")
+            raise UserError(f"unknown site {min(unknown)!r}; this model has {', '.join(self.sites)}")
         return list(self.sites if sites is None else sites)
 
     def _masks(self, batch: int, knockout: Knockout | None = None) -> Masks | None:
         """bool[B, 1, N, N]: what prefix and image attend to; None leaves it to a model that can only run as it is."""
         text_config = self.model.config.get_text_config()
         as_it_is = self.image_attention == self.own_image_attention and knockout is None
-        if as_it_is and not takes_masks(text_config):
+        if as_it_is and not supports_masks(text_config):
             return None
         return build_masks(self.image_attention, text_config, self.is_image.expand(batch, -1), self.model.dtype)
 
@@ -204,7 +205,7 @@ class FrozenMLLM(nn.Module):
         def keep(site: str, state: Tensor) -> None:
             states[site] = state
             if site == last:
-                raise _Enough
+                raise _StopForward
 
         def entering(_, args) -> None:
             keep(ENCODER, self._encoder_states(args, batch))
@@ -233,7 +234,7 @@ class FrozenMLLM(nn.Module):
         states, width = self.family.encoder_states(self.model, args), self.widths[ENCODER]
         tokens = self.grid[0] * self.grid[1]
         if states.numel() != batch * tokens * width:
-            raise ValueError(
+            raise UserError(
                 f"the encoder gives {states.numel() / (batch * width):g} tokens an image, {width} wide, where the grid "
                 f"{self.grid} has {tokens}: were tokens dropped from an encoder without a CLS token, or not dropped "
                 "from one with? Or has the family's entry another token_px or encoder_width than the model?"
@@ -273,7 +274,7 @@ def load(
         seed: Of those draws.
 
     Raises:
-        ValueError: Not a checkpoint of a registered family, a damaged one, or an unknown mask or part.
+        UserError: Not a checkpoint of a registered family, a damaged one, or an unknown mask or part.
     """
     config = read_config(path)
     family = family_of(config)
@@ -281,7 +282,7 @@ def load(
     attention = image_attention or own_image_attention(config)
     check_name(attention)
     model = load_weights("MLLM", family.loader, path, config, dtype=dtype or "auto", attn_implementation="sdpa")
-    draw_anew(model, family, untrained, seed)
+    reinitialize(model, family, untrained, seed)
     mllm = FrozenMLLM(
         model,
         family,

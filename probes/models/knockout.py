@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from llava_bidir.common.errors import UserError
+
 from .attention_masks import Masks, each
 
 
@@ -55,17 +57,17 @@ class Knockout:
             is_image: bool[N], which tokens these are.
 
         Raises:
-            ValueError: The mask is no boolean one, `blocked` does not fit it, or a row would be left without keys
+            UserError: The mask is no boolean one, `blocked` does not fit it, or a row would be left without keys
                 (the softmax over nothing spreads attention over all tokens, later ones included, or gives NaN).
         """
         if mask.dtype != torch.bool:  # eager attention would add a boolean mask to its logits, which blocks nothing
-            raise ValueError(f"a knockout needs a boolean mask, got {mask.dtype}; run the model with sdpa attention")
+            raise UserError(f"a knockout needs a boolean mask, got {mask.dtype}; run the model with sdpa attention")
         images, tokens = mask.shape[0], int(is_image.sum())
         if self.blocked.dtype != torch.bool or self.blocked.shape not in (
             (images, tokens),
             (images, tokens, tokens),
         ):
-            raise ValueError(
+            raise UserError(
                 f"blocked must be bool[{images}, {tokens}] (images, image tokens) or, who may not attend to whom, "
                 f"bool[{images}, {tokens}, {tokens}]; got {self.blocked.dtype} {list(self.blocked.shape)}"
             )
@@ -77,7 +79,7 @@ class Knockout:
         left = cut[:, 0, rows.flatten()].any(-1)
         if not left.all():
             image, token = (~left).nonzero()[0].tolist()
-            raise ValueError(
+            raise UserError(
                 f"blocking {int(blocked[image].sum())} tokens leaves image token {token} of image {image} in the "
                 "batch nothing to attend to; keep a prefix before the image or block fewer tokens"
             )
@@ -94,7 +96,7 @@ class Knockout:
             depth: Layers that will run; a forward that wants early states stops there.
 
         Raises:
-            ValueError: A layer or head is out of range.
+            UserError: A layer or head is out of range.
             RuntimeError: A chosen layer ran without having its mask swapped: the knockout would be a no-op.
         """
         images, swapped = len(each(masks)[0]), []
@@ -145,7 +147,7 @@ def _by_row(chosen: Sequence[int] | Tensor | None, rows: int, count: int, what: 
     """Which of `count` layers or heads, numbered from `first`, are cut in each row of the batch: bool[rows, count]."""
     if isinstance(chosen, Tensor):
         if chosen.dtype != torch.bool or chosen.shape != (rows, count):
-            raise ValueError(
+            raise UserError(
                 f"{what}s must be bool[{rows}, {count}] (images, {what}s), got {chosen.dtype} {list(chosen.shape)}"
             )
         return chosen
@@ -154,7 +156,7 @@ def _by_row(chosen: Sequence[int] | Tensor | None, rows: int, count: int, what: 
     picked = torch.zeros(rows, count, dtype=torch.bool)
     for number in chosen:
         if not first <= number < first + count:
-            raise ValueError(
+            raise UserError(
                 f"knockout {what} {number} is out of range; this model has {what}s {first}..{first + count - 1}"
             )
         picked[:, number - first] = True

@@ -10,7 +10,8 @@ from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, PreTr
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
-from llava_bidir.common.hf_loading import named, read_pretrained
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf_loading import error_context, read_pretrained
 
 from .families import Family
 
@@ -20,17 +21,17 @@ MOST = 128  # image tokens down or across; the LLM's mask has the fourth power o
 def read_config(path: str) -> PreTrainedConfig:
     """
     Raises:
-        ValueError: It is no checkpoint directory, or transformers does not know its kind.
+        UserError: It is no checkpoint directory, or transformers does not know its kind.
     """
     return read_pretrained("MLLM", AutoConfig, path)
 
 
 def check_numbers(path: str, family: Family, config: PreTrainedConfig) -> None:
-    """Raises a ValueError where the numbers of a config make no image of a sensible size, or no LLM."""
-    with named(f"config.json of {path}"):
+    """Raises a UserError where the numbers of a config make no image of a sensible size, or no LLM."""
+    with error_context(f"config.json of {path}"):
         side, text_config = family.grid(config)[0], config.get_text_config()
         if not 1 <= side <= MOST:
-            raise ValueError(f"it makes {side} x {side} image tokens; expected 1 to {MOST} a side")
+            raise UserError(f"it makes {side} x {side} image tokens; expected 1 to {MOST} a side")
         sizes = {
             "layers of the LLM": text_config.num_hidden_layers,
             "width of the LLM": text_config.hidden_size,
@@ -38,25 +39,25 @@ def check_numbers(path: str, family: Family, config: PreTrainedConfig) -> None:
         }
         for name, size in sizes.items():
             if size < 1:
-                raise ValueError(f"{name}: {size}; expected 1 or more")
+                raise UserError(f"{name}: {size}; expected 1 or more")
 
 
 def image_processors(path: str, family: Family) -> list[CLIPImageProcessorPil]:
     """One for each normalisation; they leave an image's size as it is.
 
     Raises:
-        ValueError: The checkpoint does not say how images are normalised.
+        UserError: The checkpoint does not say how images are normalised.
     """
-    with named(f"preprocessor_config.json of {path}"):
+    with error_context(f"preprocessor_config.json of {path}"):
         settings, _ = ImageProcessingMixin.get_image_processor_dict(path)
     wanted = [key for keys in family.normalisations for key in keys]
     missing = [key for key in wanted if not settings.get(key)]
     if missing:
-        raise ValueError(f"{path} says nothing about {', '.join(missing)}; expected in its preprocessor_config.json")
-    with named(f"preprocessor_config.json of {path}"):
+        raise UserError(f"{path} says nothing about {', '.join(missing)}; expected in its preprocessor_config.json")
+    with error_context(f"preprocessor_config.json of {path}"):
         for key in wanted:
             if len(settings[key]) != 3 or not all(0 < x < 256 or (x == 0 and "mean" in key) for x in settings[key]):
-                raise ValueError(f"{key} is {settings[key]}; expected three positive numbers")
+                raise UserError(f"{key} is {settings[key]}; expected three positive numbers")
     return [
         CLIPImageProcessorPil(
             do_resize=False,
@@ -73,7 +74,7 @@ def image_processors(path: str, family: Family) -> list[CLIPImageProcessorPil]:
 def read_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """
     Raises:
-        ValueError: There is none, or its files are damaged.
+        UserError: There is none, or its files are damaged.
     """
     return read_pretrained("tokenizer", AutoTokenizer, path)
 
@@ -87,7 +88,7 @@ def prefix_ids(path: str, family: Family, prefix: str | None = None) -> list[int
         prefix: Text; None takes the checkpoint's chat template up to the image.
 
     Raises:
-        ValueError: No chat template, one without an image, or a tokenizer without the family's tokens.
+        UserError: No chat template, one without an image, or a tokenizer without the family's tokens.
     """
     if family.placeholder is None and prefix is None:
         return []
@@ -107,21 +108,21 @@ def row_end_id(path: str, family: Family) -> int | None:
 
 
 def _chat_before_image(path: str, family: Family, tokenizer) -> str:
-    with named(f"chat template of {path}"):
+    with error_context(f"chat template of {path}"):
         settings, _ = ProcessorMixin.get_processor_dict(path)
         template = settings.get("chat_template") or tokenizer.chat_template
     if template is None:
-        raise ValueError(f"{path} has no chat template that says what stands before the image; pass prefix='...'")
+        raise UserError(f"{path} has no chat template that says what stands before the image; pass prefix='...'")
     turn = [{"role": "user", "content": [{"type": "image"}]}]
-    with named(f"chat template of {path}"):  # runs in jinja's sandbox
+    with error_context(f"chat template of {path}"):  # runs in jinja's sandbox
         chat = tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False)
     before, placeholder, _ = chat.partition(family.placeholder)
     if not placeholder:
-        raise ValueError(f"the chat template of {path} puts no {family.placeholder} for an image; pass prefix='...'")
+        raise UserError(f"the chat template of {path} puts no {family.placeholder} for an image; pass prefix='...'")
     return before
 
 
 def _token_id(path: str, tokenizer, token: str) -> int:
     if token not in tokenizer.get_vocab():
-        raise ValueError(f"the tokenizer of {path} has no token {token}, which stands around images in this family")
+        raise UserError(f"the tokenizer of {path} has no token {token}, which stands around images in this family")
     return tokenizer.get_vocab()[token]

@@ -6,10 +6,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from llava_bidir.common.errors import UserError
+
 from .families import Family
 
 
-def draw_anew(model: PreTrainedModel, family: Family, parts: Sequence[str], seed: int) -> None:
+def reinitialize(model: PreTrainedModel, family: Family, parts: Sequence[str], seed: int) -> None:
     """Draws the adapter as torch does (times the checkpoint's own gain) and the LLM as transformers does.
 
     Args:
@@ -19,13 +21,13 @@ def draw_anew(model: PreTrainedModel, family: Family, parts: Sequence[str], seed
         seed: Of the draws.
 
     Raises:
-        ValueError: An unknown part, or one that its own initialisation sets to zero.
+        UserError: An unknown part, or one that its own initialisation sets to zero.
     """
     decoder = family.decoder_of(model)
     modules = {"adapter": family.adapter_of(model), "llm": [decoder]}
     unknown = set(parts) - set(modules)
     if unknown:
-        raise ValueError(f"untrained knows {', '.join(modules)}, got {min(unknown)!r}")
+        raise UserError(f"untrained knows {', '.join(modules)}, got {min(unknown)!r}")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for part in parts:
@@ -49,6 +51,6 @@ def _initialise(owner: PreTrainedModel, module: nn.Module) -> None:
 def _refuse_zeros(part: str, modules: list[nn.Module]) -> None:
     for name, parameter in (pair for module in modules for pair in module.named_parameters()):
         if parameter.ndim > 1 and not parameter.any():
-            raise ValueError(
+            raise UserError(
                 f"untrained {part}: this model's own initialisation sets {name} to zero, which leaves nothing to probe"
             )

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .geometry import Span, View, axis_nodes
+from .geometry import AxisExtent, GridPlacement, axis_nodes
 from .kernels import use_triton
 
 # Numbers in a chunk. On a CPU 2 MB: a few passes over it stay in cache, and calls into torch are few. A GPU wants more.
@@ -58,7 +58,7 @@ class Plan(NamedTuple):
 def bilinear_weights(
     n_in: int,
     n_out: int,
-    span: Span | None = None,
+    span: AxisExtent | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
@@ -96,7 +96,7 @@ def make_plan(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    view: View | None = None,
+    view: GridPlacement | None = None,
     stride: int = 1,
     max_rows: int | None = None,
 ) -> Plan:
@@ -114,7 +114,7 @@ def make_plan(
         max_rows: at most so many pixel rows in a chunk; by default what fits.
     """
     (h, w), (height, width), keep = grid, size, slice(stride // 2, None, stride)
-    view = view or View.whole(size)
+    view = view or GridPlacement.whole(size)
     numel = CHUNK_NUMEL.get(device.type, CHUNK_NUMEL["cuda"])
     rows = bilinear_weights(h, height, view.rows, dtype=dtype, device=device)[keep]
     cols = bilinear_weights(w, width, view.cols, dtype=dtype, device=device)[keep].T.contiguous()
@@ -150,7 +150,7 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
 
 
 @torch.no_grad()
-def upsampled_argmax(logits: Tensor, size: tuple[int, int], view: View | None = None) -> Tensor:
+def upsampled_argmax(logits: Tensor, size: tuple[int, int], view: GridPlacement | None = None) -> Tensor:
     """Returns the class of each pixel, uint8[..., H, W], or int16 where K > 255.
 
     The same as `F.interpolate(logits, size, mode="bilinear").argmax(-3)`, float ties aside, in the memory of a chunk.
@@ -171,7 +171,7 @@ def upsampled_argmax(logits: Tensor, size: tuple[int, int], view: View | None = 
         from probes.ops.kernels.argmax_counts import argmax_map
         from probes.ops.kernels.grid_cells import cells
 
-        rows, cols = cells((h, w), size, view or View.whole(size), 1, logits.device)
+        rows, cols = cells((h, w), size, view or GridPlacement.whole(size), 1, logits.device)
         return argmax_map(grids.transpose(1, 2), rows, cols).view(*leading, *size)
     plan = make_plan(max(1, len(grids)), classes, (h, w), size, dtype, logits.device, view=view)
     out = logits.new_empty((len(grids), *size), dtype=torch.uint8 if classes <= 255 else torch.int16)

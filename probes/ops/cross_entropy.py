@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .bilinear import Plan, band_rows, compute_dtype, make_plan
-from .geometry import View
+from .geometry import GridPlacement
 from .kernels import use_triton
 
 # Where no logit of a grid node lies further below the node's best, exp cannot vanish in float32 at any pixel (its
@@ -38,7 +38,7 @@ def upsampled_cross_entropy(
     target: Tensor,
     ignore_index: int = 255,
     *,
-    view: View | None = None,
+    view: GridPlacement | None = None,
     label_stride: int = 1,
     rows: int | None = None,
     reduction: str = "mean",
@@ -76,7 +76,7 @@ def upsampled_cross_entropy(
             from probes.ops.kernels.cross_entropy import cross_entropy_sum
             from probes.ops.kernels.grid_cells import cells
 
-            axes = cells(tuple(grid), size, view or View.whole(size), label_stride, logits.device)
+            axes = cells(tuple(grid), size, view or GridPlacement.whole(size), label_stride, logits.device)
             losses = _CrossEntropySum.apply(probes, cross_entropy_sum, target, *axes, ignore_index, needs_grad)
         else:
             labels = target.masked_fill(~valid, 0)

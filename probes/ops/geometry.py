@@ -6,11 +6,11 @@ A model sees a square of `image_px` pixels, made of the whole image, and never a
     pad      the image in the middle of a square of its mean colour, as LLaVA-1.5 ("pad"), then resized
 
 The tokens divide the square into an h x w grid, save for a border at the right and the bottom where the patch size does
-not divide `image_px` (SigLIP: 27 x 14 = 378 of 384 px). A `View` says where that grid lies on a mask of H x W pixels,
-which has the image's own size: probes' logits are upsampled there, and masks stay as they are.
+not divide `image_px` (SigLIP: 27 x 14 = 378 of 384 px). A `GridPlacement` says where that grid lies on a mask of H x W
+pixels, which has the image's own size: probes' logits are upsampled there, and masks stay as they are.
 
-    square, H x W = 4 x 8, grid 2 x 2:   rows Span(0, 4), columns Span(0, 8)
-    pad, the same:                       rows Span(-2, 8), columns Span(0, 8)      two rows of padding above the image
+    square, H x W = 4 x 8, grid 2 x 2:   rows AxisExtent(0, 4), columns AxisExtent(0, 8)
+    pad, the same:                       rows AxisExtent(-2, 8), columns AxisExtent(0, 8)    two rows of padding above
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from llava_bidir.common.errors import UserError
+
 ASPECTS = ("square", "pad")
 
 
-class Span(NamedTuple):
+class AxisExtent(NamedTuple):
     """The pixels that one axis of a grid covers: from `start_px`, where pixel 0 begins at 0.0, for `length_px`."""
 
     start_px: float
@@ -40,16 +42,16 @@ class Span(NamedTuple):
         return torch.where((cell >= 0) & (cell < nodes), cell, -1)
 
 
-class View(NamedTuple):
+class GridPlacement(NamedTuple):
     """Where a grid lies on a mask."""
 
-    rows: Span
-    cols: Span
+    rows: AxisExtent
+    cols: AxisExtent
 
     @classmethod
-    def whole(cls, size: tuple[int, int]) -> "View":
+    def whole(cls, size: tuple[int, int]) -> "GridPlacement":
         """The grid divides the mask [H, W]."""
-        return cls(*(Span(0.0, float(length)) for length in size))
+        return cls(*(AxisExtent(0.0, float(length)) for length in size))
 
     def cells(self, grid: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """The grid row of each pixel row and the grid column of each pixel column, i64[H] and i64[W]; -1 where the grid
@@ -65,23 +67,23 @@ class Geometry:
     Args:
         grid: Image tokens down and across.
         image_px: Side of the square that the encoder is given.
-        seen_px: Of it, what the tokens cover, from the left and from the top.
+        covered_px: Of it, what the tokens cover, from the left and from the top.
         aspect: "square" or "pad".
         padding: The colour of what is not image.
 
     Raises:
-        ValueError: An unknown aspect.
+        UserError: An unknown aspect.
     """
 
     grid: tuple[int, int]
     image_px: int
-    seen_px: int
+    covered_px: int
     aspect: str = "square"
     padding: tuple[int, int, int] = (0, 0, 0)
 
     def __post_init__(self):
         if self.aspect not in ASPECTS:
-            raise ValueError(f"unknown image_aspect {self.aspect!r}; there is {', '.join(ASPECTS)}")
+            raise UserError(f"unknown image_aspect {self.aspect!r}; there is {', '.join(ASPECTS)}")
 
     def place(self, image: Image.Image) -> Image.Image:
         """The square of `image_px` that is made of an image."""
@@ -93,23 +95,23 @@ class Geometry:
             image = square
         return image.resize((self.image_px, self.image_px), Image.Resampling.BICUBIC)
 
-    def view(self, size: tuple[int, int]) -> View:
+    def view(self, size: tuple[int, int]) -> GridPlacement:
         """Where the grid lies on a mask of this size [H, W], which is its image's."""
-        seen = self.seen_px / self.image_px
+        seen = self.covered_px / self.image_px
         if self.aspect == "square":
-            return View(*(Span(0.0, length * seen) for length in size))
+            return GridPlacement(*(AxisExtent(0.0, length * seen) for length in size))
         side, left, top = _padded(*size)
-        return View(Span(float(-top), side * seen), Span(float(-left), side * seen))
+        return GridPlacement(AxisExtent(float(-top), side * seen), AxisExtent(float(-left), side * seen))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """The picture with 8 bits a channel, transparency dropped.
 
     Raises:
-        ValueError: It has more than 8 bits, and does not say which value is white; PIL would cut off at 255.
+        UserError: It has more than 8 bits, and does not say which value is white; PIL would cut off at 255.
     """
     if image.mode.startswith(("I", "F")):
-        raise ValueError(f"mode {image.mode!r}, more than 8 bits, does not say which value is white; save it with 8")
+        raise UserError(f"mode {image.mode!r}, more than 8 bits, does not say which value is white; save it with 8")
     return image.convert("RGB")
 
 
@@ -120,9 +122,9 @@ def _padded(height: int, width: int) -> tuple[int, int, int]:
     return side, (side - width) // 2, (side - height) // 2
 
 
-def axis_nodes(n_in: int, n_out: int, span: Span | None) -> tuple[Tensor, Tensor]:
+def axis_nodes(n_in: int, n_out: int, span: AxisExtent | None) -> tuple[Tensor, Tensor]:
     """Returns for each output the node at or below it, i64[n_out], and the fraction of the way to the next, f64. Beyond
     the outermost nodes it is those that count."""
-    centres = (span or Span(0.0, float(n_out))).nodes(n_in, n_out).clamp(0, n_in - 1)
+    centres = (span or AxisExtent(0.0, float(n_out))).nodes(n_in, n_out).clamp(0, n_in - 1)
     nodes = centres.long()
     return nodes, centres - nodes

@@ -6,7 +6,7 @@ from the same resamplings of its validation images, so that differences between 
 
 from typing import Any
 
-from probes.analyses.knockout.run import read_cases
+from probes.analyses.knockout.effects import read_cases
 from probes.evaluation.bootstrap import interval
 from probes.results.probe_run import ProbeRun
 

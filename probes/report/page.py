@@ -22,10 +22,10 @@ from typing import Any
 import matplotlib as mpl
 
 from llava_bidir.common.atomic_io import write_files
-from llava_bidir.common.run_lock import only_writer
+from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.report.figures.catalogue import pictures_of
 from probes.report.figures.probe_entries import overview_pictures
-from probes.report.figures.style import STYLE, Picture
+from probes.report.figures.style import STYLE, ReportFigure
 from probes.results.probe_run import ProbeRun
 
 from . import tables
@@ -38,7 +38,7 @@ from .study import Rows, Study, answer_accuracy, overridden, studies_of, total_s
 from .summary_text import p_value, percent, points, remarks_of, span
 from .templates import render
 
-Sections = dict[str, list[tuple[Picture, str]]]  # by title: figures, each with its PNG
+Sections = dict[str, list[tuple[ReportFigure, str]]]  # by title: figures, each with its PNG
 Files = dict[Path, str | bytes]  # to be written
 
 
@@ -95,7 +95,7 @@ def report(
         tensorboard: Also writes the figures for TensorBoard, into `out`/tensorboard.
     """
     studies, out = studies_of(paths, longer, recipes), Path(out)
-    with only_writer(out):
+    with exclusive_run_lock(out):
         return _write_report(studies, out, total_seconds(Path(timings)) if timings else None, tensorboard)
 
 
@@ -157,7 +157,7 @@ def _csv_files(found: dict[str, Rows], out: Path) -> Files:
     return {out / f"{name}.csv": tables.csv_text(rows) for name, rows in found.items() if rows}
 
 
-def _draw_all(pictures: Iterable[Picture], out: Path, files: Files) -> Sections:
+def _draw_all(pictures: Iterable[ReportFigure], out: Path, files: Files) -> Sections:
     """Draws figures, which come to `files`; returns them by section, each with its PNG for the page."""
     sections: Sections = {}
     with mpl.rc_context(STYLE):
@@ -169,7 +169,7 @@ def _draw_all(pictures: Iterable[Picture], out: Path, files: Files) -> Sections:
     return sections
 
 
-def _draw(picture: Picture, out: Path) -> Files:
+def _draw(picture: ReportFigure, out: Path) -> Files:
     png, pdf = io.BytesIO(), io.BytesIO()
     picture.drawn.figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
     picture.drawn.figure.savefig(png, format="png")

@@ -22,7 +22,7 @@ DEFAULTS = {"head": "linear", "labels": "true"}  # of runs whose metrics.json do
 
 
 @dataclass
-class Recipe:
+class VariantScores:
     """A way in which probes were trained.
 
     Args:
@@ -45,18 +45,18 @@ class Recipe:
         return ", ".join(words.get(key, "{}").format(self.settings[key]) for key in keys)
 
 
-def recipes_of(run: ProbeRun) -> list[Recipe]:
+def recipes_of(run: ProbeRun) -> list[VariantScores]:
     """All recipes of a run, the main one first."""
     found = {None: run.metrics} | run.metrics.get("recipes", {})
     defaults = DEFAULTS | {"seed": run.metrics["seed"]}
     keys = ("head", "feature_norm", "learning_rate", "labels", "seed")
     return [
-        Recipe(name, {key: (defaults | facts["probe"])[key] for key in keys}, facts["sites"])
+        VariantScores(name, {key: (defaults | facts["probe"])[key] for key in keys}, facts["sites"])
         for name, facts in found.items()
     ]
 
 
-def alike_but_for(run: ProbeRun, *keys: str) -> list[Recipe]:
+def alike_but_for(run: ProbeRun, *keys: str) -> list[VariantScores]:
     """The recipes that have everything but `keys` in common with the main one, which is among them."""
     main, *rest = recipes_of(run)
     same = lambda recipe: all(recipe.settings[key] == main.settings[key] for key in main.settings if key not in keys)
@@ -102,7 +102,7 @@ def _effects(run: ProbeRun, counts: Counts) -> dict[str, Any]:
     return {name: as_json(value) for name, value in drop_and_recovery(run.sites, counts, run.weights).items()}
 
 
-def _by_norm(run: ProbeRun, recipes: list[Recipe]) -> dict[str, dict[str, Any]]:
+def _by_norm(run: ProbeRun, recipes: list[VariantScores]) -> dict[str, dict[str, Any]]:
     """Effects by norm, each site read at its best learning rate."""
     found = {}
     for norm in dict.fromkeys(recipe.settings["feature_norm"] for recipe in recipes):

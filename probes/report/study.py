@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from llava_bidir.common.errors import UserError
 from probes.analyses.starvation.run import starvation
 from probes.results.probe_run import ProbeRun, read_tensors
 
@@ -70,7 +71,7 @@ class Study:
         mask = run.metrics["image_attention"]
         if mask in kind:
             what = "untrained" if run.metrics["untrained"] else "trained"
-            raise ValueError(
+            raise UserError(
                 f"{kind[mask].path} and {run.path} are both the {what} run under {mask!r} of {self.title}; give one, "
                 f"or say which model each is of: NAME={run.path}"
             )
@@ -78,13 +79,13 @@ class Study:
 
     def _check(self) -> None:
         if not self.trained:
-            raise ValueError(
+            raise UserError(
                 f"a report needs a run of a trained model; only untrained controls were given of {self.title}"
             )
         for run in self.runs:
             ours, first = run.metrics["probe"], self.first.metrics["probe"]
             for key in [key for key in ours if key in first and ours[key] != first[key]]:
-                raise ValueError(
+                raise UserError(
                     f"{self.first.path} and {run.path} cannot be compared: their probes differ in {key}, "
                     f"{first[key]!r} and {ours[key]!r}; train both alike"
                 )
@@ -99,7 +100,7 @@ def studies_of(paths: Iterable[str], longer: Iterable[str] = (), recipes: Iterab
         recipes: Of the same models, with further recipes.
 
     Raises:
-        ValueError: A folder is no finished run, two runs take the same place, or they do not belong together.
+        UserError: A folder is no finished run, two runs take the same place, or they do not belong together.
     """
     studies: dict[tuple[str, str], Study] = {}
     for model, run in map(_named_run, paths):
@@ -115,7 +116,7 @@ def studies_of(paths: Iterable[str], longer: Iterable[str] = (), recipes: Iterab
         for model, run in map(_named_run, again):
             key, mask = (model, run.metrics["dataset"]), run.metrics["image_attention"]
             if key not in studies or mask not in studies[key].trained:
-                raise ValueError(f"{run.path} is of {', '.join(key)} under {mask!r}, of which no main run is given")
+                raise UserError(f"{run.path} is of {', '.join(key)} under {mask!r}, of which no main run is given")
             first[run.metrics["dataset"]].check_same_images(run)
             getattr(studies[key], kind)[mask] = run
     return list(studies.values())

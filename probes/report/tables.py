@@ -4,7 +4,7 @@ import csv
 import io
 from typing import Any
 
-from probes.analyses.knockout.run import read_cases
+from probes.analyses.knockout.effects import read_cases
 from probes.evaluation.bootstrap import interval
 
 from .claims import confused_patches, knockout_effects

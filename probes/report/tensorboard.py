@@ -6,10 +6,10 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from probes.report.figures.style import Picture
+from probes.report.figures.style import ReportFigure
 
 
-def write_events(pictures: Iterable[tuple[str, Picture]], folder: Path) -> None:
+def write_events(pictures: Iterable[tuple[str, ReportFigure]], folder: Path) -> None:
     """Writes every figure of (study, picture) as an image "study: section/name" into an event file, the only one in
     `folder`: one more would show each figure twice."""
     shutil.rmtree(folder, ignore_errors=True)

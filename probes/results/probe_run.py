@@ -21,7 +21,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from llava_bidir.common.hf_loading import named, read_json
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf_loading import error_context, read_json
 from probes.data.registry import open_dataset
 from probes.evaluation.bootstrap import bootstrap_weights
 from probes.evaluation.metrics import Counts
@@ -41,24 +42,24 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Reads safetensors; the error names the file.
 
     Raises:
-        ValueError: The file is damaged.
+        UserError: The file is damaged.
     """
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); make it again") from None
+        raise UserError(f"{path} is damaged ({error}); make it again") from None
 
 
 def check_counts(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, int], needed: Sequence[str]) -> None:
-    """Raises a ValueError that names `path` unless its counts are whole numbers of these sizes, none negative."""
+    """Raises a UserError that names `path` unless its counts are whole numbers of these sizes, none negative."""
     missing = [name for name in needed if name not in tensors]
     if missing:
-        raise ValueError(f"{path} has no {', '.join(missing)}; make the run again")
+        raise UserError(f"{path} has no {', '.join(missing)}; make the run again")
     for name, tensor in tensors.items():
         axes = COUNTS.get(name.rpartition("/")[2], "")
         expected = [sizes[axis] for axis in axes]
         if list(tensor.shape) != expected or tensor.is_floating_point() or tensor.lt(0).any():
-            raise ValueError(
+            raise UserError(
                 f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; metrics.json says whole numbers {expected}, "
                 "none of them negative"
             )
@@ -69,7 +70,7 @@ class ProbeRun:
     """A finished run, for the analyses.
 
     Raises:
-        ValueError: `path` is not the folder of a finished probe run, or a file in it is not as a run leaves it; those
+        UserError: `path` is not the folder of a finished probe run, or a file in it is not as a run leaves it; those
             with tensors are looked at when they are used.
     """
 
@@ -78,12 +79,12 @@ class ProbeRun:
     def __post_init__(self):
         self.path = Path(self.path)
         if not (self.path / "metrics.json").is_file():
-            raise ValueError(f"{self.path} holds no metrics.json: not a finished probe run (`probes fit --out DIR`)")
+            raise UserError(f"{self.path} holds no metrics.json: not a finished probe run (`probes fit --out DIR`)")
         self.metrics = read_json(self.path / "metrics.json", JSON_BYTES)
         self.manifest = read_json(self.path / "manifest.json", JSON_BYTES)
-        with named(self.path / "metrics.json"):
+        with error_context(self.path / "metrics.json"):
             check_metrics(self.metrics)
-        with named(self.path / "manifest.json"):
+        with error_context(self.path / "manifest.json"):
             check_manifest(self.manifest)
 
     @cached_property
@@ -99,13 +100,13 @@ class ProbeRun:
         """What an analysis left in the run's folder, None if there is nothing.
 
         Raises:
-            ValueError: The file is damaged, or of other probes than the run has now.
+            UserError: The file is damaged, or of other probes than the run has now.
         """
         if not (self.path / name).is_file():
             return None
         facts = read_json(self.path / name, JSON_BYTES)
         if self.fingerprint not in facts.get("runs", [self.fingerprint]):
-            raise ValueError(
+            raise UserError(
                 f"{self.path / name} is of other probes than {self.path} has now; make it again with "
                 f"`probes {name.split('.')[0].split('_')[0]}`, or delete it"
             )
@@ -148,7 +149,7 @@ class ProbeRun:
         if recipe is None:
             return self.counts
         if recipe not in self.metrics["recipes"]:
-            raise ValueError(
+            raise UserError(
                 f"{self.path} has no recipe {recipe!r}; it has {', '.join(self.metrics['recipes']) or 'none'}"
             )
         tensors, labelled = read_tensors(self.path / "recipes.safetensors"), self.counts.labelled
@@ -169,9 +170,9 @@ class ProbeRun:
         return self._tensors.get("group")
 
     def check_same_images(self, other: "ProbeRun", advice: str = "") -> None:
-        """Raises a ValueError that ends with `advice` unless another run was scored on the same images and classes."""
+        """Raises a UserError that ends with `advice` unless another run was scored on the same images and classes."""
         if self.manifest["data"]["fingerprint"] != other.manifest["data"]["fingerprint"]:
-            raise ValueError(f"{self.path} and {other.path} were scored on different images{advice}")
+            raise UserError(f"{self.path} and {other.path} were scored on different images{advice}")
 
     def dataset(self, split: str = "validation"):
         data = self.manifest["data"]
@@ -185,7 +186,7 @@ class ProbeRun:
     def mllm(self) -> mllms.FrozenMLLM:
         """The model that was probed, as it was then."""
         config = self.manifest["config"]
-        with named(self.path / "manifest.json"):
+        with error_context(self.path / "manifest.json"):
             check(config, CONFIG, "config")
         return mllms.load(
             config["mllm"],
@@ -203,7 +204,7 @@ class ProbeRun:
         heads = {}
         for site in self.metrics["sites"]:
             name = site["site"]
-            with named(self.path / "probes.safetensors"):
+            with error_context(self.path / "probes.safetensors"):
                 head = Probe(site["dim"], classes, grid, how["feature_norm"], how["head"])
                 head.load_state_dict(
                     {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from llava_bidir.common.errors import UserError
+
 Number, Text = (int, float), str
 MAYBE = type(None)
 
@@ -24,16 +26,16 @@ CONFIG |= {"untrained": (list, MAYBE)}
 def check(value: Any, shape: Any, where: str = "") -> None:
     """
     Raises:
-        ValueError: Names the first place that is not of this shape.
+        UserError: Names the first place that is not of this shape.
     """
     kind = type(shape) if isinstance(shape, dict | list) else shape
     if not isinstance(value, kind) or isinstance(value, bool):
         kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-        raise ValueError(f"{where or 'it'} is {str(value)[:50]!r}; expected {kinds}")
+        raise UserError(f"{where or 'it'} is {str(value)[:50]!r}; expected {kinds}")
     if isinstance(shape, dict):
         for key, inner in shape.items():
             if key not in value:
-                raise ValueError(f"{where or 'it'} has no {key!r}; it is damaged, or of another version: make it again")
+                raise UserError(f"{where or 'it'} has no {key!r}; it is damaged, or of another version: make it again")
             check(value[key], inner, f"{where}.{key}".lstrip("."))
     elif isinstance(shape, list):
         for i, element in enumerate(value):
@@ -44,7 +46,7 @@ def check_manifest(manifest: dict) -> None:
     """manifest.json, and what the model's training.json said, which is in it.
 
     Raises:
-        ValueError: Names what is not of the right shape.
+        UserError: Names what is not of the right shape.
     """
     check(manifest, MANIFEST)
     training = manifest["mllm_training"] or {}
@@ -55,7 +57,7 @@ def check_metrics(metrics: dict) -> None:
     """metrics.json: of the right shape, and its parts agree.
 
     Raises:
-        ValueError: Names what does not.
+        UserError: Names what does not.
     """
     check(metrics, METRICS)
     check(metrics.get("recipes", {}), dict, "recipes")
@@ -79,4 +81,4 @@ def check_metrics(metrics: dict) -> None:
         faults[f"dim of {entry['site']!r} is not from 1 to 1,000,000"] = not 1 <= entry["dim"] <= 1_000_000
     for fault, there in faults.items():
         if there:
-            raise ValueError(fault)
+            raise UserError(fault)

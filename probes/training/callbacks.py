@@ -7,7 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
-from probes.data.batches import by_size
+from probes.data.batches import group_by_mask_size
 from probes.data.palette import coloured, palette_of
 from probes.ops.bilinear import upsampled_argmax
 
@@ -54,7 +54,7 @@ class ShowMaps(Callback):
         if batch_idx > 0 or not isinstance(trainer.logger, TensorBoardLogger):
             return
         palette = palette_of(trainer.datamodule.splits["validation"])
-        images, target = by_size(batch["target"])[0]
+        images, target = group_by_mask_size(batch["target"])[0]
         shown, target = outputs[:, images][:, : self.images], target[: self.images]
         size = target.shape[-2:]
         board, step, view = trainer.logger.experiment, trainer.global_step, pl_module.mllm.geometry.view(size)
@@ -71,7 +71,7 @@ class SavePredictions(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         names, out = trainer.datamodule.splits["validation"].names, Path(trainer.default_root_dir) / "predictions"
-        for images, target in by_size(batch["target"]):
+        for images, target in group_by_mask_size(batch["target"]):
             size = target.shape[-2:]
             view = pl_module.mllm.geometry.view(size)
             for site, logits in zip(pl_module.sites, outputs[:, images], strict=True):

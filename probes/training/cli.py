@@ -12,10 +12,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from llava_bidir.common.checkpoint_io import WholeCheckpointIO, check_same_run, finished_after, resolve
+from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, check_resume_compatible, is_complete, resolve_ckpt_path
 from llava_bidir.common.hf_loading import read_json
 from llava_bidir.common.lightning_cli import ConfiguredCLI
-from llava_bidir.common.run_lock import only_writer
+from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.data.datamodule import SegmentationData
 
 from .callbacks import CatchUpValidation, SavePredictions, ShowMaps
@@ -48,7 +48,7 @@ class ProbeCLI(ConfiguredCLI):
     def instantiate_trainer(self, **kwargs):
         if self._get(self.config_init, "trainer.logger") is None:
             kwargs["logger"] = TensorBoardLogger(self._get(self.config_init, "out"), name="", version="")
-        plugins = [*(self._get(self.config_init, "trainer.plugins") or []), WholeCheckpointIO()]
+        plugins = [*(self._get(self.config_init, "trainer.plugins") or []), AtomicCheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
         for callback in trainer.checkpoint_callbacks:
             callback.save_last = True  # what `--ckpt_path last` looks for, and without which it would start anew
@@ -66,18 +66,20 @@ class ProbeCLI(ConfiguredCLI):
         callback = self.trainer.checkpoint_callback
         return Path(callback.dirpath) if callback else self.out / "checkpoints"
 
-    def only_writer(self) -> AbstractContextManager:
+    def exclusive_run_lock(self) -> AbstractContextManager:
         """Holds the run's folder; the first process does it for all."""
-        return only_writer(self.out) if self.trainer.is_global_zero else nullcontext()
+        return exclusive_run_lock(self.out) if self.trainer.is_global_zero else nullcontext()
 
     def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
         """Trains, then scores each probe at its best epoch and writes the run's files. With `--ckpt_path last` it goes
         on where the run in OUT stopped, and leaves a finished one alone."""
-        with self.only_writer():
-            checkpoint = resolve(ckpt_path, self.checkpoints)
-            if ckpt_path == "last" and finished_after(checkpoint, self.out / "metrics.json"):
+        with self.exclusive_run_lock():
+            checkpoint = resolve_ckpt_path(ckpt_path, self.checkpoints)
+            if ckpt_path == "last" and is_complete(checkpoint, self.out / "metrics.json"):
                 manifest = read_json(self.out / "manifest.json")
-                check_same_run(manifest["config"], self.model.hparams, "model", what=str(self.out / "metrics.json"))
+                check_resume_compatible(
+                    manifest["config"], self.model.hparams, "model", what=str(self.out / "metrics.json")
+                )
                 rank_zero_info(f"{self.out / 'metrics.json'} is there: this run is finished; nothing to do")
                 return
             self.trainer.fit(ckpt_path=checkpoint, **kwargs)
@@ -93,8 +95,8 @@ class ProbeCLI(ConfiguredCLI):
 
     def test(self, ckpt_path: str | None = None, **kwargs) -> None:
         """Scores the probes of a checkpoint and writes the run's files."""
-        with self.only_writer():
-            self.trainer.test(ckpt_path=resolve(ckpt_path, self.checkpoints), **kwargs)
+        with self.exclusive_run_lock():
+            self.trainer.test(ckpt_path=resolve_ckpt_path(ckpt_path, self.checkpoints), **kwargs)
 
 
 def build_cli(argv: list[str], run: bool = True) -> ProbeCLI:

@@ -9,7 +9,7 @@ def rank_count() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def from_all_ranks(x: Tensor) -> Tensor:
+def all_gather(x: Tensor) -> Tensor:
     """A tensor of every process, f[R, ...], without gradient; f[1, ...] where there is but one."""
     if rank_count() == 1:
         return x[None]

@@ -4,7 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .distributed import from_all_ranks, rank_count
+from llava_bidir.common.errors import UserError
+
+from .distributed import all_gather, rank_count
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -20,7 +22,7 @@ class BatchNorm(nn.BatchNorm1d):
     def forward(self, states: Tensor) -> Tensor:
         if not self.training or rank_count() == 1:
             return super().forward(states)
-        gathered = from_all_ranks(self._moments(states))
+        gathered = all_gather(self._moments(states))
         count, mean, variance = (
             gathered[:, :1],
             gathered[:, 1 : 1 + self.num_features],
@@ -91,7 +93,7 @@ class Probe(nn.Module):
         head: Name of one of HEADS; "linear" is the paper's.
 
     Raises:
-        ValueError: On the first states, if the head gives no K logits a token.
+        UserError: On the first states, if the head gives no K logits a token.
     """
 
     def __init__(
@@ -107,7 +109,7 @@ class Probe(nn.Module):
         logits = self.head(self.norm(states.reshape(-1, width)).view(batch, tokens, width))
         expected = (batch, tokens, self._classes)
         if logits.shape != expected:
-            raise ValueError(
+            raise UserError(
                 f"head {self._name!r} gives logits of {tuple(logits.shape)}; expected [B, T, K] = {expected}"
             )
         return logits

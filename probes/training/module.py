@@ -12,18 +12,19 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from llava_bidir.common.checkpoint_io import check_same_run
-from probes.data.batches import by_size
-from probes.data.samplers import NOTHING
+from llava_bidir.common.checkpoint_io import check_resume_compatible
+from llava_bidir.common.errors import UserError
+from probes.data.batches import group_by_mask_size
+from probes.data.samplers import PAD_INDEX
 from probes.evaluation.bootstrap import dataset_scores
 from probes.evaluation.feature_statistics import StateStatistics
 from probes.evaluation.metrics import IGNORE_INDEX, Counts, SegmentationMetric, patch_labels
 from probes.models import frozen_mllm as mllms
 from probes.ops.cross_entropy import strided, upsampled_cross_entropy
 
-from .distributed import from_all_ranks
+from .distributed import all_gather
 from .heads import FEATURE_NORMS, HEADS, Probe
-from .probe_variants import LABELS, Recipe, all_recipes, probe_name
+from .probe_variants import LABELS, ProbeVariant, all_recipes, probe_name
 from .write_run import save_run
 
 
@@ -73,7 +74,7 @@ class ProbeModule(LightningModule):
     ):
         super().__init__()
         self.save_hyperparameters()
-        self.recipes = all_recipes(Recipe(head, feature_norm, learning_rate, labels, seed), recipes or {})
+        self.recipes = all_recipes(ProbeVariant(head, feature_norm, learning_rate, labels, seed), recipes or {})
         self.strict_loading = False  # checkpoints hold the probes; the MLLM is where it was loaded from
         self.mllm = None
         self.validated_at: list[int] = []  # optimizer steps
@@ -126,7 +127,9 @@ class ProbeModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         states, target, total = self.states(batch), batch["target"], 0.0
-        if len(target) == 1 and batch["index"][0] == NOTHING:  # this rank has no image, and statistics must not see one
+        if (
+            len(target) == 1 and batch["index"][0] == PAD_INDEX
+        ):  # this rank has no image, and statistics must not see one
             states, target = {site: x[:0] for site, x in states.items()}, target[:0]
         # One recipe at a time, and its gradient at once: then what one keeps for the backward is gone before the next
         # one starts (at 7B, all sites, 64 images: 20 GB of states in fp32), and none touches another's rounding.
@@ -149,12 +152,12 @@ class ProbeModule(LightningModule):
         """
         view, stride = self.mllm.geometry.view, self.hparams.label_stride
         labelled = ((strided(t, stride) != IGNORE_INDEX).sum() for t in target)
-        valid = from_all_ranks(sum(labelled, logits.new_zeros((), dtype=torch.long))).double().mean().clamp(min=1)
+        valid = all_gather(sum(labelled, logits.new_zeros((), dtype=torch.long))).double().mean().clamp(min=1)
         losses = [
             upsampled_cross_entropy(
                 logits[:, images], t, IGNORE_INDEX, view=view(t.shape[-2:]), label_stride=stride, reduction="sum"
             )
-            for images, t in by_size(target)
+            for images, t in group_by_mask_size(target)
             if len(t)
         ]
         return sum(losses, logits[:, :0].sum((1, 2, 3, 4))) / valid  # without images 0, whose gradient is 0
@@ -166,14 +169,14 @@ class ProbeModule(LightningModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """As :meth:`validation_step`, and takes the statistics of the states."""
         states = self.states(batch)
-        for images, target in by_size(batch["target"]):
+        for images, target in group_by_mask_size(batch["target"]):
             view = self.mllm.geometry.view(tuple(target.shape[-2:]))
             labels = patch_labels(target, self.hparams.num_classes, self.mllm.grid, view=view)
             self.statistics.update({site: x[images] for site, x in states.items()}, labels, batch["index"][images])
         return self._score(states, batch)
 
     def _score(self, states: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
-        groups = by_size(batch["target"])
+        groups = group_by_mask_size(batch["target"])
         for name, metric in reversed(list(zip(self.recipes, self.metrics, strict=True))):
             logits = self.logits(states, name)
             for images, target in groups:
@@ -238,15 +241,15 @@ class ProbeModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """
         Raises:
-            ValueError: It is of a run with other settings.
+            UserError: It is of a run with other settings.
         """
         if self._trainer is not None and self.trainer.training:
-            check_same_run(checkpoint["hyper_parameters"], self.hparams, "model")
-            check_same_run(checkpoint["data"], self.trainer.datamodule.settings(), "data")
+            check_resume_compatible(checkpoint["hyper_parameters"], self.hparams, "model")
+            check_resume_compatible(checkpoint["data"], self.trainer.datamodule.settings(), "data")
         saved = set(checkpoint["state_dict"])
         ours = saved if self.mllm is None else {f"heads.{key}" for key in self.heads.state_dict()}
         if saved != ours:
-            raise ValueError(
+            raise UserError(
                 f"the checkpoint and this run differ in {len(saved ^ ours)} tensors, {min(saved ^ ours)} for one; give "
                 "the model.sites, model.recipes and heads that it was trained with"
             )

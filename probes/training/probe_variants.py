@@ -15,13 +15,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 
+from llava_bidir.common.errors import UserError
 from probes.evaluation.metrics import IGNORE_INDEX
 
 from .heads import FEATURE_NORMS, HEADS
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ProbeVariant:
     """How the probes of all sites are trained.
 
     Args:
@@ -32,7 +33,7 @@ class Recipe:
         seed: Of the initialisation. The order of the images is that of the run, whatever the recipe.
 
     Raises:
-        ValueError: A value that is not among those.
+        UserError: A value that is not among those.
     """
 
     head: str = "linear"
@@ -44,38 +45,38 @@ class Recipe:
     def __post_init__(self):
         for key, known in (("head", HEADS), ("feature_norm", FEATURE_NORMS), ("labels", LABELS)):
             if getattr(self, key) not in known:
-                raise ValueError(f"unknown {key} {getattr(self, key)!r}; there is {', '.join(known)}")
+                raise UserError(f"unknown {key} {getattr(self, key)!r}; there is {', '.join(known)}")
         if not _is_number(self.learning_rate, float, int) or not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be a number above 0, got {self.learning_rate!r}")
+            raise UserError(f"learning_rate must be a number above 0, got {self.learning_rate!r}")
         if not _is_number(self.seed, int):
-            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+            raise UserError(f"seed must be an integer, got {self.seed!r}")
 
 
 def _is_number(value: Any, *types: type) -> bool:
     return isinstance(value, types) and not isinstance(value, bool)
 
 
-def all_recipes(main: Recipe, further: dict[str, dict[str, Any]]) -> dict[str | None, Recipe]:
+def all_recipes(main: ProbeVariant, further: dict[str, dict[str, Any]]) -> dict[str | None, ProbeVariant]:
     """The recipes of a run by name: the main one under None, and those that say how they differ from it.
 
     One that equals an earlier one is left out, so that a config of recipes serves on any main one: it would train the
     same probes again, and pass for another seed.
 
     Raises:
-        ValueError: A name that cannot stand in the names of tensors, or an unknown key or value.
+        UserError: A name that cannot stand in the names of tensors, or an unknown key or value.
     """
-    recipes: dict[str | None, Recipe] = {None: main}
+    recipes: dict[str | None, ProbeVariant] = {None: main}
     for name, difference in further.items():
         key = f"model.recipes.{name}"
         if not re.fullmatch(r"[\w-]+", name):
-            raise ValueError(f"{key}: a recipe's name is made of letters, digits, _ and -")
-        known = [field.name for field in fields(Recipe)]
+            raise UserError(f"{key}: a recipe's name is made of letters, digits, _ and -")
+        known = [field.name for field in fields(ProbeVariant)]
         if not isinstance(difference, dict) or set(difference) - set(known):
-            raise ValueError(f"{key} must name some of {', '.join(known)} with other values, got {difference!r}")
+            raise UserError(f"{key} must name some of {', '.join(known)} with other values, got {difference!r}")
         try:
             recipe = replace(main, **difference)
         except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
+            raise UserError(f"{key}: {error}") from None
         if recipe in recipes.values():
             rank_zero_info(f"{key} is the same as another recipe (the main one is {main}) and is left out")
         else:

@@ -4,6 +4,7 @@ import argparse
 import os
 import time
 
+from llava_bidir.common.errors import UserError
 from probes.data.verify import report
 
 from .cli import build_cli
@@ -15,7 +16,7 @@ def main(argv: list[str]) -> None:
     """Reads every image and mask of a probing config.
 
     Raises:
-        ValueError: Some cannot be used; the message names them.
+        UserError: Some cannot be used; the message names them.
     """
     parser = argparse.ArgumentParser(
         prog="probes verify-data",
@@ -28,6 +29,6 @@ def main(argv: list[str]) -> None:
     data = build_cli(["--model.mllm", "none", *config, *trainer], run=False).datamodule
     start, images = time.perf_counter(), sum(map(len, data.splits.values()))
     if findings := data.bad_files(args.workers):
-        raise ValueError(f"{data.root}: {report(findings, images)}")
+        raise UserError(f"{data.root}: {report(findings, images)}")
     sizes = ", ".join(f"{len(dataset):,} {split} images" for split, dataset in data.splits.items())
     print(f"{data.root}: {sizes}, {data.num_classes} classes, all readable ({time.perf_counter() - start:.0f} s)")

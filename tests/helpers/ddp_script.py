@@ -24,7 +24,7 @@ import yaml
 from lightning import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
-from llava_bidir.common.checkpoint_io import WholeCheckpointIO
+from llava_bidir.common.checkpoint_io import AtomicCheckpointIO
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.encoders import Encoder
@@ -98,7 +98,7 @@ def prepare(strategy: str, precision: str, llm: str = "llm", callbacks=(), epoch
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=list(callbacks),
-        plugins=[WholeCheckpointIO()],
+        plugins=[AtomicCheckpointIO()],
     )
     return trainer, module, data
 

@@ -34,7 +34,7 @@ def test_checks_and_epoch_hold_no_record():
 
 @pytest.mark.parametrize("what", ("counts", "patch labels"))
 def test_large_masks_are_taken_a_few_at_a_time(what):
-    """Sixteen masks of 1024 x 2048: 34 MB, and 270 MB wherever they are widened to 64 bits as a whole."""
+    """Sixteen masks of 1024 x 2048: 34 MB, and 270 MB wherever they are padded_vocab_size to 64 bits as a whole."""
     assert run("masks.py", what)["peak_mb"] < 400
 
 

@@ -11,15 +11,15 @@ import pytest
 import small_disks
 import tiny_models
 
-from llava_bidir.common.run_lock import only_writer
+from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.cli import main
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from llava_bidir.common.run_lock import only_writer
-with only_writer(Path(sys.argv[1]), sys.argv[2]):
+from llava_bidir.common.run_lock import exclusive_run_lock
+with exclusive_run_lock(Path(sys.argv[1]), sys.argv[2]):
     if "with a worker" in sys.argv and os.fork() == 0:
         time.sleep(60)  # as a worker of a data loader, which outlives its parent for a while
     print(os.getpid(), flush=True)
@@ -87,7 +87,7 @@ def test_second_writer_is_told_who_the_first_is(command, places, holding):
 
 def test_other_results_of_the_same_run_may_be_written_at_once(tmp_path, holding):
     holding(tmp_path, "knockout.json")
-    with only_writer(tmp_path, "umap.json"), only_writer(tmp_path):
+    with exclusive_run_lock(tmp_path, "umap.json"), exclusive_run_lock(tmp_path):
         pass
 
 
@@ -95,7 +95,7 @@ def test_killed_process_keeps_nobody_out_though_its_workers_live(tmp_path, holdi
     holder = holding(tmp_path, "umap.json", "with a worker")
     os.kill(holder.held_by, signal.SIGKILL)
     holder.wait()
-    with only_writer(tmp_path, "umap.json"):
+    with exclusive_run_lock(tmp_path, "umap.json"):
         pass
     assert not list(tmp_path.iterdir()), "nor does the next one leave anything"
 

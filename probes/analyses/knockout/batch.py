@@ -14,21 +14,21 @@ from probes.models.frozen_mllm import ADAPTER
 from probes.models.knockout import Knockout
 
 from .attention import attention_from, by_group
-from .cases import Case, PatchReader, find_cases
-from .conditions import Surroundings, balance, conditions
+from .cases import ConfusionCase, PatchReader, find_cases
+from .conditions import MatchingFeatures, balance, conditions
 from .config import Plan
-from .layer_sweep import SWEPT, Place, places_of
+from .layer_sweep import SWEEP_CONDITIONS, CutLocation, places_of
 
 FACTS = ("image", "patches", "anchors", "correct_class")
 
 
-class Job(NamedTuple):
+class ForwardRow(NamedTuple):
     """One row of a forward: what of a case is blocked, and where."""
 
     case: int
     what: str
     blocked: Tensor
-    place: Place
+    place: CutLocation
 
 
 def knock_out(reader: PatchReader, plan: Plan, classes: list[str], batch: dict) -> dict[str, Tensor]:
@@ -61,13 +61,17 @@ def knock_out(reader: PatchReader, plan: Plan, classes: list[str], batch: dict) 
     places, jobs = places_of(plan.windows, plan.heads, len(reader.layers) - 1, reader.attention_heads), []
     for i, case in enumerate(cases):
         mass = attention[0][i].mean(0) if looks else None
-        around = Surroundings.of(case, mllm.grid, visible, adapter[case.row], mass)
+        around = MatchingFeatures.of(case, mllm.grid, visible, adapter[case.row], mass)
         blocked = conditions(case, around, plan.controls, plan.draws, plan.doses, plan.reverse, plan.seed)
         kept[i] |= {f"balance:{what}": balance(case, around, what, draws) for what, draws in blocked.items()}
         if plan.attention:
-            kept[i] |= _looks(case, attention[0][i], attention[1][i], visible, others)
-        jobs += [Job(i, what, draw, Place(plan.layers)) for what, draws in blocked.items() for draw in draws]
-        jobs += [Job(i, f"swept:{what}", blocked[what][0], place) for what in SWEPT for place in places]
+            kept[i] |= attention_shares(case, attention[0][i], attention[1][i], visible, others)
+        jobs += [
+            ForwardRow(i, what, draw, CutLocation(plan.layers)) for what, draws in blocked.items() for draw in draws
+        ]
+        jobs += [
+            ForwardRow(i, f"swept:{what}", blocked[what][0], place) for what in SWEEP_CONDITIONS for place in places
+        ]
     for (i, what), counts in _wrong_counts(reader, pixels, cases, jobs, plan.batch_size).items():
         rates = counts / cases[i].patches
         kept[i][what] = rates if what.startswith("swept:") else rates.mean(0)
@@ -79,7 +83,7 @@ def knock_out(reader: PatchReader, plan: Plan, classes: list[str], batch: dict) 
 
 
 def _wrong_counts(
-    reader: PatchReader, pixels: Tensor, cases: list[Case], jobs: list[Job], batch_size: int
+    reader: PatchReader, pixels: Tensor, cases: list[ConfusionCase], jobs: list[ForwardRow], batch_size: int
 ) -> dict[tuple[int, str], Tensor]:
     """n_c(l) of all jobs of a case and what is done to it, f[jobs, L + 1]; what is the same is run once."""
     depth, run = len(reader.layers) - 1, {}
@@ -97,7 +101,7 @@ def _wrong_counts(
     return {key: torch.stack(rows) for key, rows in counts.items()}
 
 
-def _knockout(reader: PatchReader, jobs: Sequence[Job]) -> Knockout:
+def _knockout(reader: PatchReader, jobs: Sequence[ForwardRow]) -> Knockout:
     """That of a forward with one row a job."""
     blocked = [job.blocked for job in jobs]
     if any(one.ndim == 2 for one in blocked):
@@ -114,7 +118,9 @@ def _members(chosen: Sequence[int] | None, count: int, first: int) -> Tensor:
     return torch.tensor([chosen is None or number in chosen for number in range(first, first + count)])
 
 
-def _looks(case: Case, attention: Tensor, itself: Tensor, visible: Tensor, others: Tensor) -> dict[str, Tensor]:
+def attention_shares(
+    case: ConfusionCase, attention: Tensor, itself: Tensor, visible: Tensor, others: Tensor
+) -> dict[str, Tensor]:
     """Where mistaken patches look, by group f[L, 5], and where they would if they looked at all that they see alike.
 
     Args:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llava_bidir.common.errors import UserError
 from probes.models.attention_masks import each
 from probes.models.frozen_mllm import ADAPTER, FrozenMLLM
 from probes.models.knockout import Knockout
@@ -59,7 +60,7 @@ class PatchReader:
 
 
 @dataclass
-class Case:
+class ConfusionCase:
     """An image in which patches are taken for a class c that they are not.
 
     Args:
@@ -97,7 +98,7 @@ def find_cases(
     reference: int = 0,
     min_patches: int = 1,
     anchors: str = "predicted",
-) -> list[Case]:
+) -> list[ConfusionCase]:
     """The images of a batch in which at least `min_patches` patches are wrongly predicted `wrong_class` at layer 0.
 
     Args:
@@ -124,7 +125,9 @@ def find_cases(
                 "correct": blocked["correct"] & (real == correct_class),
             }
         patches, right = int(mistaken.sum()), int(blocked["correct"].sum())
-        cases.append(Case(image, row, patches, right, wrong_class, correct_class, mistaken, elsewhere, blocked))
+        cases.append(
+            ConfusionCase(image, row, patches, right, wrong_class, correct_class, mistaken, elsewhere, blocked)
+        )
     return cases
 
 
@@ -132,13 +135,13 @@ def confused_classes(run: ProbeRun, count: int) -> list[str]:
     """The `count` classes that the adapter's probe most often predicts where they are not, by pixels of the split.
 
     Raises:
-        ValueError: The run has no adapter site, or `count` is not within 1..K.
+        UserError: The run has no adapter site, or `count` is not within 1..K.
     """
     names = run.metrics["classes"]
     if not 1 <= count <= len(names):
-        raise ValueError(f"--classes auto:{count}: N must lie within 1..{len(names)}, the classes of {run.path}")
+        raise UserError(f"--classes auto:{count}: N must lie within 1..{len(names)}, the classes of {run.path}")
     if ADAPTER not in run.sites:
-        raise ValueError(f"{run.path} has no probe at the adapter, by which confusions are ranked; name the classes")
+        raise UserError(f"{run.path} has no probe at the adapter, by which confusions are ranked; name the classes")
     site = run.sites.index(ADAPTER)
     wrong = (run.counts.predicted[site] - run.counts.intersection[site]).sum(0).numpy()
     return [names[k] for k in np.argsort(-wrong, kind="stable")[:count]]

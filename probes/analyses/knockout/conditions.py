@@ -25,7 +25,7 @@ from torch import Tensor
 
 from probes.models.knockout import all_but
 
-from .cases import Case
+from .cases import ConfusionCase
 
 CONDITIONS = ("none", "incorrect", "correct", "random_incorrect", "random_correct")  # there in every knockout
 SETS = ("incorrect", "correct")
@@ -34,7 +34,7 @@ BALANCE = ("size", "distance", "seen", "mass", "overlap")
 AMONG = 3  # a matched token is one of so many that match best, so that draws differ
 
 
-class Surroundings(NamedTuple):
+class MatchingFeatures(NamedTuple):
     """What controls are matched in, for one case.
 
     Args:
@@ -52,8 +52,8 @@ class Surroundings(NamedTuple):
 
     @classmethod
     def of(
-        cls, case: Case, grid: tuple[int, int], visible: Tensor, states: Tensor, mass: Tensor | None
-    ) -> "Surroundings":
+        cls, case: ConfusionCase, grid: tuple[int, int], visible: Tensor, states: Tensor, mass: Tensor | None
+    ) -> "MatchingFeatures":
         """From `visible` bool[T, T] (who may attend to whom), the adapter's states f[T, d] and `mass` f[T]."""
         at = np.stack(np.unravel_index(np.arange(len(case.mistaken)), grid), 1)
         mistaken = case.mistaken.numpy()
@@ -65,7 +65,13 @@ class Surroundings(NamedTuple):
 
 
 def conditions(
-    case: Case, around: Surroundings, controls: list[str], draws: int, doses: list[float], reverse: bool, seed: int
+    case: ConfusionCase,
+    around: MatchingFeatures,
+    controls: list[str],
+    draws: int,
+    doses: list[float],
+    reverse: bool,
+    seed: int,
 ) -> dict[str, list[Tensor]]:
     """What is blocked by condition, one or several draws of it: bool[T], or bool[T, T] for the reverse.
 
@@ -97,7 +103,7 @@ def conditions(
     return found
 
 
-def random_tokens(blocked: np.ndarray, around: Surroundings, rng: np.random.Generator) -> np.ndarray:
+def random_tokens(blocked: np.ndarray, around: MatchingFeatures, rng: np.random.Generator) -> np.ndarray:
     """As many tokens as are blocked, drawn from all but those of high norm while these suffice, bool[T]."""
     order = rng.permutation(len(blocked))
     order = order[np.argsort(around.high_norm[order], kind="stable")]
@@ -132,7 +138,7 @@ def fraction(blocked: np.ndarray, dose: float, rng: np.random.Generator) -> np.n
     return np.isin(np.arange(len(blocked)), tokens[: round(dose * len(tokens))])
 
 
-def balance(case: Case, around: Surroundings, name: str, draws: list[Tensor]) -> Tensor:
+def balance(case: ConfusionCase, around: MatchingFeatures, name: str, draws: list[Tensor]) -> Tensor:
     """How many tokens a condition blocks, their mean distance, mean share of mistaken patches that see them, summed
     attention mass, and the share that is in the set that it is to be compared with: f[5], NaN where there is none."""
     of = case.blocked.get(name.split("@")[0].rpartition("_")[2], torch.zeros_like(case.mistaken)).numpy()
@@ -147,7 +153,7 @@ def balance(case: Case, around: Surroundings, name: str, draws: list[Tensor]) ->
     return torch.tensor(np.mean(rows, 0), dtype=torch.float32)
 
 
-def _features(around: Surroundings, control: str) -> np.ndarray:
+def _features(around: MatchingFeatures, control: str) -> np.ndarray:
     """What tokens are matched in, f[T, F]; to be seen by none or by all counts as much as the image's whole extent."""
     if control == "mass":
         return around.mass[:, None]

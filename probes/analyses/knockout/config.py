@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llava_bidir.common.errors import UserError
 from probes.models.frozen_mllm import ADAPTER
 from probes.results.probe_run import ProbeRun
 
@@ -60,14 +61,14 @@ class Plan:
         for what, (given, allowed) in known.items():
             for name in given:
                 if name not in allowed:
-                    raise ValueError(f"unknown {what} {name!r}; {run.path} has {', '.join(allowed)}")
+                    raise UserError(f"unknown {what} {name!r}; {run.path} has {', '.join(allowed)}")
         for what, number in (("draws", self.draws), ("min_patches", self.min_patches), ("batch_size", self.batch_size)):
             if number < 1:
-                raise ValueError(f"{what} must be at least 1, got {number}")
+                raise UserError(f"{what} must be at least 1, got {number}")
         places_of(self.windows, self.heads, len(run.layers) - 1, 1)
         for layer in self.layers or ():
             if not 1 <= layer < len(run.layers):
-                raise ValueError(f"layer {layer} is out of range; {run.path} has layers 1..{len(run.layers) - 1}")
+                raise UserError(f"layer {layer} is out of range; {run.path} has layers 1..{len(run.layers) - 1}")
         for dose in self.doses:
             if not 0 < dose < 1:
-                raise ValueError(f"a dose is a fraction between 0 and 1, got {dose:g}")
+                raise UserError(f"a dose is a fraction between 0 and 1, got {dose:g}")

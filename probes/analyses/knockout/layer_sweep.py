@@ -19,14 +19,15 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from llava_bidir.common.errors import UserError
 from probes.evaluation.bootstrap import interval, p_values
 
 from .effects import Cases
 
-SWEPT = ("incorrect", "correct", "random_incorrect", "random_correct")
+SWEEP_CONDITIONS = ("incorrect", "correct", "random_incorrect", "random_correct")
 
 
-class Place(NamedTuple):
+class CutLocation(NamedTuple):
     """Where a knockout cuts: layers, numbered from 1, and query heads, from 0; None for all."""
 
     layers: Sequence[int] | None
@@ -39,22 +40,22 @@ class Place(NamedTuple):
         return tuple(every if self.layers is None else self.layers), self.heads and tuple(self.heads)
 
 
-def places_of(width: int | None, every_head: bool, layers: int, heads: int) -> list[Place]:
+def places_of(width: int | None, every_head: bool, layers: int, heads: int) -> list[CutLocation]:
     """Windows of layers, the sliding ones `width` wide, if there is a width; and, if asked, each head of each layer.
 
     Raises:
-        ValueError: The model has fewer layers than `width`.
+        UserError: The model has fewer layers than `width`.
     """
     every, places = range(1, layers + 1), []
     if width is not None:
         if not 1 <= width <= layers:
-            raise ValueError(f"windows {width}: the width must lie within 1..{layers}, the layers of this model")
-        places += [Place([layer], kind="single") for layer in every]
-        places += [Place([*range(i, i + width)], kind="sliding") for i in every[: layers - width + 1]]
-        places += [Place([*range(i, layers + 1)], kind="from") for i in every]
-        places += [Place([*range(1, i + 1)], kind="up_to") for i in every]
+            raise UserError(f"windows {width}: the width must lie within 1..{layers}, the layers of this model")
+        places += [CutLocation([layer], kind="single") for layer in every]
+        places += [CutLocation([*range(i, i + width)], kind="sliding") for i in every[: layers - width + 1]]
+        places += [CutLocation([*range(i, layers + 1)], kind="from") for i in every]
+        places += [CutLocation([*range(1, i + 1)], kind="up_to") for i in every]
     if every_head:
-        places += [Place([layer], [head], "head") for layer in every for head in range(heads)]
+        places += [CutLocation([layer], [head], "head") for layer in every for head in range(heads)]
     return places
 
 

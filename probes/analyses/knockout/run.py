@@ -26,20 +26,18 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.atomic_io import write_files
-from llava_bidir.common.run_lock import only_writer
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.batch_cache import batch_results
-from probes.data.batches import Prepared, collate
+from probes.data.batches import PreprocessedDataset, collate
 from probes.evaluation.bootstrap import bootstrap_weights, random_swaps
 from probes.results.probe_run import ProbeRun
 
 from .batch import knock_out
-from .cases import Case, PatchReader, confused_classes, find_cases
-from .conditions import CONDITIONS
+from .cases import PatchReader, confused_classes
 from .config import Plan
-from .effects import Cases, attention_entry, class_entry, effect_entries, joined, read_cases, select_cases
-from .layer_sweep import SWEPT, places_of, sweep_entry
-
-__all__ = ["CONDITIONS", "Case", "Cases", "PatchReader", "Plan", "find_cases", "knockout", "read_cases"]
+from .effects import attention_entry, class_entry, effect_entries, joined, select_cases
+from .layer_sweep import SWEEP_CONDITIONS, places_of, sweep_entry
 
 
 def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict:
@@ -47,7 +45,7 @@ def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict:
     knockout.json holds. The same call goes on where a killed one stopped.
 
     Raises:
-        ValueError: The plan does not fit the run, or no image has patches wrongly predicted any of the classes.
+        UserError: The plan does not fit the run, or no image has patches wrongly predicted any of the classes.
     """
     plan.check(run)
     reader = PatchReader(run)
@@ -68,7 +66,7 @@ def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict:
         facts["attention"] = [attention_entry(name, tensors, _pools(plan)[name]) for name in pools]
     files = {out / "knockout.safetensors": tensors}
     if swept:
-        rates = lambda name: {what: joined(swept, f"swept:{what}", _pools(plan)[name]) for what in SWEPT}
+        rates = lambda name: {what: joined(swept, f"swept:{what}", _pools(plan)[name]) for what in SWEEP_CONDITIONS}
         entries = [sweep_entry(name, rates(name), cases, weights, swaps) for name, cases in pools.items()]
         places = places_of(plan.windows, plan.heads, len(run.layers) - 1, reader.attention_heads)
         swept_facts = head | {"places": [p._asdict() for p in places], "classes": entries}
@@ -80,7 +78,7 @@ def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict:
 
 def _all_cases(run: ProbeRun, plan: Plan, reader: PatchReader, partial: Path) -> dict[str, Tensor]:
     """By "class/what", one row a case of the split, batch by batch, each kept in `partial` when done."""
-    classes, prepared = run.metrics["classes"], Prepared(run.dataset(), reader.mllm.preprocess)
+    classes, prepared = run.metrics["classes"], PreprocessedDataset(run.dataset(), reader.mllm.preprocess)
     images = range(min(len(prepared), plan.limit or len(prepared)))
 
     def compute(batch: int) -> dict[str, Tensor]:
@@ -92,7 +90,7 @@ def _all_cases(run: ProbeRun, plan: Plan, reader: PatchReader, partial: Path) ->
     keys = dict.fromkeys(key for batch in batches for key in batch)
     if not keys:
         shutil.rmtree(partial)
-        raise ValueError(
+        raise UserError(
             f"no image has {plan.min_patches} or more patches wrongly predicted any of {', '.join(plan.classes)}"
         )
     return {key: torch.cat([batch[key] for batch in batches if key in batch]) for key in keys}
@@ -108,16 +106,16 @@ def run(args: argparse.Namespace) -> None:
     probed = ProbeRun(args.probes)
     auto = [name for name in args.classes if name.startswith("auto:")]
     if auto and len(args.classes) > 1:
-        raise ValueError(f"--classes takes names or {auto[0]}, not both")
+        raise UserError(f"--classes takes names or {auto[0]}, not both")
     if auto:
         count = auto[0].removeprefix("auto:")
         if not count.isdecimal():
-            raise ValueError(f"--classes {auto[0]}: expected auto:N with a whole number N, such as auto:5")
+            raise UserError(f"--classes {auto[0]}: expected auto:N with a whole number N, such as auto:5")
         args.classes = confused_classes(probed, int(count))
         print(f"most often predicted where they are not: {', '.join(args.classes)}")
     names = Plan.__dataclass_fields__
     out, plan = Path(args.out or args.probes), Plan(**{k: v for k, v in vars(args).items() if k in names})
-    with only_writer(out, "knockout.json"):
+    with exclusive_run_lock(out, "knockout.json"):
         facts = knockout(probed, plan, out)
     for entry in facts["classes"]:
         last = ", ".join(f"{condition} {rates[-1]:.0%}" for condition, rates in entry["remaining"].items())

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from probes.data.batches import Prepared, by_size, collate
+from probes.data.batches import PreprocessedDataset, collate, group_by_mask_size
 from probes.evaluation.bootstrap import interval
 from probes.evaluation.metrics import count
 from probes.results.probe_run import ProbeRun
@@ -58,12 +58,12 @@ def score_patches(run: ProbeRun, site: str, dataset: Dataset, batch_size: int = 
     mllm, head = run.mllm(), run.probes()[site]
     head.to(mllm.device)
     right, valid = [], []
-    loader = DataLoader(Prepared(dataset, mllm.preprocess), batch_size, collate_fn=collate)
+    loader = DataLoader(PreprocessedDataset(dataset, mllm.preprocess), batch_size, collate_fn=collate)
     for batch in tqdm(loader, desc=f"turned, {run.metrics['image_attention']}", mininterval=5):
         logits = head(mllm.states(batch["pixels"], [site])[site].float())
         logits = logits.transpose(-1, -2).unflatten(-1, mllm.grid)[None]
         patches = torch.empty(2, len(logits[0]), mllm.grid[0] * mllm.grid[1], dtype=torch.long)
-        for images, target in by_size(batch["target"]):
+        for images, target in group_by_mask_size(batch["target"]):
             view = mllm.geometry.view(tuple(target.shape[-2:]))
             counts = count(logits[:, images], target.to(mllm.device), view)
             patches[0, images], patches[1, images] = counts.patch_right[0].cpu(), counts.patch_valid.cpu()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from llava_bidir.common.errors import UserError
 from probes.evaluation.bootstrap import interval
 from probes.results.probe_run import ProbeRun
 
@@ -30,10 +31,10 @@ def patch_counts(run: ProbeRun, site: str) -> PatchCounts:
     """Of a finished run at one site.
 
     Raises:
-        ValueError: The run has no such site.
+        UserError: The run has no such site.
     """
     if site not in run.sites:
-        raise ValueError(f"{run.path} has no site {site!r}; it has {', '.join(run.sites)}")
+        raise UserError(f"{run.path} has no site {site!r}; it has {', '.join(run.sites)}")
     return PatchCounts(run.counts.patch_right[run.sites.index(site)].double(), run.counts.patch_valid.double())
 
 

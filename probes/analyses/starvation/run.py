@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_bidir.common.atomic_io import write_files
-from llava_bidir.common.run_lock import only_writer
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.evaluation.bootstrap import bootstrap_weights
 from probes.evaluation.metrics import peak_layer
 from probes.results.probe_run import ProbeRun
@@ -40,7 +41,7 @@ def starvation(
         flips: Also with the images turned: horizontal, vertical, rotate, see starvation_flip.py.
 
     Raises:
-        ValueError: The runs do not belong together, or a run has no such site.
+        UserError: The runs do not belong together, or a run has no such site.
     """
     _check_pair(causal, bidirectional)
     site = site or peak_layer({entry["site"]: entry["miou"] for entry in causal.metrics["sites"]})
@@ -66,10 +67,10 @@ def starvation(
 def _check_pair(causal: ProbeRun, bidirectional: ProbeRun) -> None:
     for run, mask in ((causal, "causal"), (bidirectional, "bidirectional")):
         if run.metrics["image_attention"] != mask:
-            raise ValueError(f"{run.path} ran under {run.metrics['image_attention']!r}; expected the {mask} run there")
+            raise UserError(f"{run.path} ran under {run.metrics['image_attention']!r}; expected the {mask} run there")
     for key in ("dataset", "images", "grid", "untrained"):
         if causal.metrics[key] != bidirectional.metrics[key]:
-            raise ValueError(
+            raise UserError(
                 f"{causal.path} and {bidirectional.path} differ in {key}: {causal.metrics[key]!r}, "
                 f"{bidirectional.metrics[key]!r}"
             )
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     causal, bidirectional = map(ProbeRun, args.probes)
     flips = () if args.flip is None else args.flip or FLIPS
     out = Path(args.out or args.probes[1])
-    with only_writer(out, "starvation.json"):
+    with exclusive_run_lock(out, "starvation.json"):
         facts = starvation(causal, bidirectional, args.site, args.seed, by_class=args.by_class, flips=flips)
         write_files({out / "starvation.json": facts})
     for patch in range(min(3, len(facts["gap"]))):

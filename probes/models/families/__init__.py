@@ -6,6 +6,8 @@ the LLM is given at the image positions, both read off the model's own forward.
 
 from transformers import PreTrainedConfig
 
+from llava_bidir.common.errors import UserError
+
 from .base import Family
 from .deepseek import DEEPSEEK
 from .dynamic_resolution import DYNAMIC
@@ -38,14 +40,14 @@ def family_of(config: PreTrainedConfig) -> Family:
     """The entry for a checkpoint's config.
 
     Raises:
-        ValueError: No entry; says why where there can be none, and what one needs elsewhere.
+        UserError: No entry; says why where there can be none, and what one needs elsewhere.
     """
     kind = config.model_type
     if kind in FAMILIES:
         return FAMILIES[kind]
     if kind in REFUSED:
-        raise ValueError(f"{kind} cannot be probed patch by patch: {REFUSED[kind]}")
-    raise ValueError(
+        raise UserError(f"{kind} cannot be probed patch by patch: {REFUSED[kind]}")
+    raise UserError(
         f"no MLLM family {kind!r}; registered: {', '.join(FAMILIES)}. A model whose image tokens lie in the LLM's "
         "sequence needs an entry in probes/families: its class, the input's and a token's size in pixels, the "
         "encoder's width and the adapter's module"

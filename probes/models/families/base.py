@@ -8,6 +8,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from llava_bidir.common.errors import UserError
+
 
 def _pixels_alone(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
     return {"pixel_values": pixels}
@@ -67,7 +69,7 @@ class Family:
         if not isinstance(self.model_class, str):
             return self.model_class
         if not hasattr(transformers, self.model_class):
-            raise ValueError(f"transformers {transformers.__version__} has no class {self.model_class!r}")
+            raise UserError(f"transformers {transformers.__version__} has no class {self.model_class!r}")
         return getattr(transformers, self.model_class)
 
     def grid(self, config: PreTrainedConfig) -> tuple[int, int]:
@@ -75,7 +77,7 @@ class Family:
         side = self.image_px(config) // self.token_px(config)
         return side, side
 
-    def seen_px(self, config: PreTrainedConfig) -> int:
+    def covered_px(self, config: PreTrainedConfig) -> int:
         """Of the input's side, what the tokens cover from the left and the top."""
         return int(self.grid(config)[0] * self.token_px(config))
 
@@ -96,7 +98,7 @@ def _module_at(model: PreTrainedModel, path: str) -> nn.Module:
         inner = getattr(found, name, None)
         if not isinstance(inner, nn.Module):
             there = ", ".join(child for child, _ in found.named_children()) or "no modules"
-            raise ValueError(
+            raise UserError(
                 f"{type(model).__name__} has no module {path!r}, which its family's entry names: {where} has {there}"
             )
         found, where = inner, f"{where}.{name}"
@@ -108,7 +110,7 @@ def side(size: int | list[int] | tuple[int, ...]) -> int:
     if isinstance(size, int):
         return size
     if len(set(size)) != 1:
-        raise ValueError(f"an encoder for images of {list(size)} px is not read yet; squares only")
+        raise UserError(f"an encoder for images of {list(size)} px is not read yet; squares only")
     return size[0]
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from probes.ops.geometry import Span, View, axis_nodes
+from probes.ops.geometry import AxisExtent, GridPlacement, axis_nodes
 
 PIXELS = 4  # X
 
@@ -28,12 +28,14 @@ class Axis(NamedTuple):
     fraction: Tensor
 
 
-def cells(grid: tuple[int, int], size: tuple[int, int], view: View, stride: int, device: torch.device) -> list[Axis]:
+def cells(
+    grid: tuple[int, int], size: tuple[int, int], view: GridPlacement, stride: int, device: torch.device
+) -> list[Axis]:
     """Returns rows and columns of cells: cell (i, j) has the pixels between grid rows i, i + 1 and columns j, j + 1."""
     return [_cells(n, pixels, span, stride, device) for n, pixels, span in zip(grid, size, view, strict=True)]
 
 
-def half_cells(grid: tuple[int, int], size: tuple[int, int], view: View, device: torch.device) -> list[Axis]:
+def half_cells(grid: tuple[int, int], size: tuple[int, int], view: GridPlacement, device: torch.device) -> list[Axis]:
     """Returns rows and columns of half cells, whose pixels also lie under the same token.
 
     An axis of n nodes has 2n + 2 of them. Half cell g lies between nodes (g - 2) // 2 and g // 2, under token
@@ -43,13 +45,13 @@ def half_cells(grid: tuple[int, int], size: tuple[int, int], view: View, device:
 
 
 @lru_cache(maxsize=256)
-def _cells(n_nodes: int, pixels: int, span: Span, stride: int, device: torch.device) -> Axis:
+def _cells(n_nodes: int, pixels: int, span: AxisExtent, stride: int, device: torch.device) -> Axis:
     nodes, fractions = (x[stride // 2 :: stride] for x in axis_nodes(n_nodes, pixels, span))
     return _axis(nodes, fractions, n_nodes, device)
 
 
 @lru_cache(maxsize=256)
-def _half_cells(n_nodes: int, pixels: int, span: Span, device: torch.device) -> Axis:
+def _half_cells(n_nodes: int, pixels: int, span: AxisExtent, device: torch.device) -> Axis:
     nodes, fractions = axis_nodes(n_nodes, pixels, span)
     token = span.cells(n_nodes, pixels)
     seen = 1 + 2 * token + (nodes == token)

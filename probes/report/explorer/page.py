@@ -29,8 +29,8 @@ from PIL import Image
 from torch import Tensor
 
 from llava_bidir.common.atomic_io import write_files
-from llava_bidir.common.run_lock import only_writer
-from probes.analyses.logit_lens import Explored, Reading, Seen, explore
+from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses.logit_lens import ImageReadout, PatchReadout, RunReadout, explore
 from probes.data.palette import palette_of
 from probes.report.templates import render
 from probes.results.probe_run import ProbeRun
@@ -40,7 +40,7 @@ UNLABELLED = 255
 LARGE_MB = 50  # a page beyond it takes seconds to open; Chromium opens 50 MB in about one
 
 
-def block(truth: Tensor, reading: Reading, index: Tensor, planes: int) -> bytes:
+def block(truth: Tensor, reading: PatchReadout, index: Tensor, planes: int) -> bytes:
     """The bytes of one reading, laid out as above, not yet deflated.
 
     Args:
@@ -61,7 +61,7 @@ def block(truth: Tensor, reading: Reading, index: Tensor, planes: int) -> bytes:
     return b"".join(part.to(torch.uint8).numpy().tobytes() for part in parts)
 
 
-def page_data(explored: list[Explored]) -> tuple[dict[str, Any], dict[str, str]]:
+def page_data(explored: list[RunReadout]) -> tuple[dict[str, Any], dict[str, str]]:
     """What the page is told at once, and its blocks by "RUN-IMAGE-CONDITION" (counted from 0)."""
     first = explored[0].run
     dataset = first.dataset()
@@ -84,7 +84,7 @@ def page_data(explored: list[Explored]) -> tuple[dict[str, Any], dict[str, str]]
     return data, blocks
 
 
-def _run_facts(explored: Explored, label: str) -> dict[str, Any]:
+def _run_facts(explored: RunReadout, label: str) -> dict[str, Any]:
     run, example = explored.run, next(iter(explored.images[0].readings.values()))
     return {
         "label": label,
@@ -99,7 +99,7 @@ def _run_facts(explored: Explored, label: str) -> dict[str, Any]:
     }
 
 
-def describe(condition: str, seen: Seen, classes: list[str]) -> dict[str, str]:
+def describe(condition: str, seen: ImageReadout, classes: list[str]) -> dict[str, str]:
     """A condition's name, and in words what is hidden under it."""
     if condition == "none":
         return {"name": "none", "label": "nothing hidden"}
@@ -114,7 +114,7 @@ def describe(condition: str, seen: Seen, classes: list[str]) -> dict[str, str]:
     return {"name": condition, "label": label, "why": why}
 
 
-def labels(explored: list[Explored]) -> list[str]:
+def labels(explored: list[RunReadout]) -> list[str]:
     """What each run is called: its mask, and what else it takes to tell it from the others."""
     plain = [
         of_run.run.metrics["image_attention"] + (", untrained" if of_run.run.metrics["untrained"] else "")
@@ -123,7 +123,7 @@ def labels(explored: list[Explored]) -> list[str]:
     return [f"{name}, {x.run.path}" if plain.count(name) > 1 else name for name, x in zip(plain, explored, strict=True)]
 
 
-def _word_table(explored: list[Explored]) -> tuple[list[str], list[Tensor]]:
+def _word_table(explored: list[RunReadout]) -> tuple[list[str], list[Tensor]]:
     """All words, the most frequent first so that most indices are small; and by run long[V], token id -> index."""
     count = Counter()
     for of_run in explored:
@@ -152,7 +152,7 @@ def _picture(sample: dict) -> dict[str, Any]:
     return {"name": sample["name"], "source": source, "width": size[0], "height": size[1]}
 
 
-def write_page(explored: list[Explored], out: str | Path) -> Path:
+def write_page(explored: list[RunReadout], out: str | Path) -> Path:
     """Writes OUT/explorer.html and returns its path; a reader sees the whole file or none."""
     out = Path(out)
     data, blocks = page_data(explored)
@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> None:
         "word_sites": args.word_sites,
         "seed": args.seed,
     }
-    with only_writer(Path(args.out), "explorer.html"):
+    with exclusive_run_lock(Path(args.out), "explorer.html"):
         path = write_page([explore(run, args.images, **how) for run in runs], args.out)
     size_mb = path.stat().st_size / 1e6
     print(f"{path}: {len(args.images)} images, {size_mb:.1f} MB")

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from probes.analyses.knockout.run import read_cases
+from probes.analyses.knockout.effects import read_cases
 from probes.data.palette import palette_of
 from probes.report import tables
 from probes.report.claims import confused_patches
@@ -14,10 +14,10 @@ from probes.report.study import Study
 from . import knockout, layer_curves, maps, starvation
 from .knockout_entries import causal_pictures
 from .probe_entries import budget_pictures, confusion_pictures, paired_pictures, recipe_pictures, state_pictures
-from .style import Picture
+from .style import ReportFigure
 
 
-def pictures_of(study: Study, facts: dict[str, Any]) -> Iterator[Picture]:
+def pictures_of(study: Study, facts: dict[str, Any]) -> Iterator[ReportFigure]:
     """All figures of one model on one dataset.
 
     Args:
@@ -26,7 +26,7 @@ def pictures_of(study: Study, facts: dict[str, Any]) -> Iterator[Picture]:
     """
     run = study.first
     palette = palette_of(run.dataset())
-    yield Picture(
+    yield ReportFigure(
         "layers",
         "Drop-off and recovery",
         "From drop-off to recovery",
@@ -47,10 +47,10 @@ def pictures_of(study: Study, facts: dict[str, Any]) -> Iterator[Picture]:
     yield from budget_pictures(study)
 
 
-def _starvation_pictures(facts: dict[str, Any] | None) -> Iterator[Picture]:
+def _starvation_pictures(facts: dict[str, Any] | None) -> Iterator[ReportFigure]:
     if facts is None:
         return
-    yield Picture(
+    yield ReportFigure(
         "starvation",
         "Context starvation",
         "The gap by patch",
@@ -59,7 +59,7 @@ def _starvation_pictures(facts: dict[str, Any] | None) -> Iterator[Picture]:
         "under causal attention, and for its decay. Lines: 95% intervals.",
         starvation.starvation_curve(facts),
     )
-    yield Picture(
+    yield ReportFigure(
         "starvation_grid",
         "Context starvation",
         "Where it starves",
@@ -69,13 +69,13 @@ def _starvation_pictures(facts: dict[str, Any] | None) -> Iterator[Picture]:
     )
 
 
-def _knockout_pictures(study: Study) -> Iterator[Picture]:
+def _knockout_pictures(study: Study) -> Iterator[ReportFigure]:
     section, selection = "Attention knockout", tables.selection_rows(study)
     for mask, run in study.trained.items():
         least = confused_patches(run)
         if read_cases(run, least) is None:
             continue
-        yield Picture(
+        yield ReportFigure(
             f"knockout_{mask}",
             section,
             f"Wrong patches left, {mask}",
@@ -87,7 +87,7 @@ def _knockout_pictures(study: Study) -> Iterator[Picture]:
         )
     for mask, run in study.trained.items():
         if selection and read_cases(run, 1) is not None:
-            yield Picture(
+            yield ReportFigure(
                 f"knockout_selection_{mask}",
                 section,
                 f"Which images count, {mask}",
@@ -99,7 +99,7 @@ def _knockout_pictures(study: Study) -> Iterator[Picture]:
             )
     for mask, run in study.trained.items():
         if read_cases(run, confused_patches(run)) is not None:
-            yield Picture(
+            yield ReportFigure(
                 f"knockout_classes_{mask}",
                 section,
                 f"Class by class, {mask}",
@@ -109,12 +109,12 @@ def _knockout_pictures(study: Study) -> Iterator[Picture]:
             )
 
 
-def _map_pictures(study: Study, palette: np.ndarray) -> Iterator[Picture]:
+def _map_pictures(study: Study, palette: np.ndarray) -> Iterator[ReportFigure]:
     for mask, run in study.trained.items():
         facts = run.analysis("maps.json")
         if not facts:
             continue
-        yield Picture(
+        yield ReportFigure(
             f"maps_{mask}",
             "What the probes see",
             f"What the probes see, {mask}",
@@ -124,7 +124,7 @@ def _map_pictures(study: Study, palette: np.ndarray) -> Iterator[Picture]:
             "wide",
         )
         for case in facts["knockout"]:
-            yield Picture(
+            yield ReportFigure(
                 f"knockout_maps_{mask}_{case['class'].replace(' ', '_')}",
                 "What the probes see",
                 f"{case['class']} for {case['correct_class']}, {mask}",
@@ -136,11 +136,11 @@ def _map_pictures(study: Study, palette: np.ndarray) -> Iterator[Picture]:
             )
 
 
-def _umap_pictures(study: Study, palette: np.ndarray) -> Iterator[Picture]:
+def _umap_pictures(study: Study, palette: np.ndarray) -> Iterator[ReportFigure]:
     for mask, run in study.trained.items():
         facts = run.analysis("umap.json")
         for image in facts["images"] if facts else ():
-            yield Picture(
+            yield ReportFigure(
                 f"umap_{mask}_{image['image']}",
                 "Patches in two dimensions",
                 f"Patches of image {image['name']}, {mask}",

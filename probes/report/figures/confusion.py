@@ -7,10 +7,10 @@ import numpy as np
 from probes.models.frozen_mllm import FINAL_NORM
 from probes.results.probe_run import ProbeRun
 
-from .style import Drawn, label_sites, new_axes
+from .style import FigureData, label_sites, new_axes
 
 
-def confusion_map(run: ProbeRun, pairs: list[dict[str, Any]], most: int = 12) -> Drawn:
+def confusion_map(run: ProbeRun, pairs: list[dict[str, Any]], most: int = 12) -> FigureData:
     """Share of a class's pixels that are taken for another, by site; a green bar where half of it is gone for good."""
     shown = pairs[:most]
     kept = [i for i, site in enumerate(run.sites) if site != FINAL_NORM]
@@ -36,4 +36,4 @@ def confusion_map(run: ProbeRun, pairs: list[dict[str, Any]], most: int = 12) ->
         for pair in pairs
         for site, share in zip(run.sites, pair["share"], strict=True)
     ]
-    return Drawn(figure, rows)
+    return FigureData(figure, rows)

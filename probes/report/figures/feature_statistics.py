@@ -4,7 +4,7 @@ from probes.models.frozen_mllm import FINAL_NORM
 from probes.report.study import Study
 
 from .layer_curves import shown_sites
-from .style import Drawn, colour_of, label_sites, panels, position
+from .style import FigureData, colour_of, label_sites, panels, position
 
 STATISTICS = {
     "rms": "root mean square",
@@ -14,7 +14,7 @@ STATISTICS = {
 }
 
 
-def state_statistics(study: Study) -> Drawn:
+def state_statistics(study: Study) -> FigureData:
     """Statistics of the image tokens' states at every site, the scale on a logarithmic axis; untrained dotted."""
     runs = [run for run in study.runs if "states" in run.metrics["sites"][0]]
     shown = [key for key in STATISTICS if key in runs[0].metrics["sites"][0]["states"]]
@@ -38,4 +38,4 @@ def state_statistics(study: Study) -> Drawn:
         for run in runs
         for entry in run.metrics["sites"]
     ]
-    return Drawn(figure, rows)
+    return FigureData(figure, rows)

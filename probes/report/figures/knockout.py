@@ -4,12 +4,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from probes.analyses.knockout.run import read_cases
+from probes.analyses.knockout.effects import read_cases
 from probes.evaluation.bootstrap import interval
 from probes.report.study import Rows
 from probes.results.probe_run import ProbeRun
 
-from .style import Drawn, new_axes
+from .style import FigureData, new_axes
 
 CONDITION_STYLES = {
     "none": ("#444444", "-", "nothing hidden"),
@@ -20,16 +20,16 @@ CONDITION_STYLES = {
 }
 
 
-def knockout_curves(run: ProbeRun, min_patches: int) -> Drawn:
+def knockout_curves(run: ProbeRun, min_patches: int) -> FigureData:
     """Wrong patches left by layer under each condition, over all classes (Fig. 11)."""
     figure, ax = new_axes(4.4, 3.5)
     rows = _draw_remaining(ax, run, min_patches, None, list(CONDITION_STYLES))
     ax.set(xlabel="LLM layer (0 = adapter)", ylabel="wrong patches left (%)")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    return Drawn(figure, rows)
+    return FigureData(figure, rows)
 
 
-def knockout_by_class(run: ProbeRun, min_patches: int) -> Drawn:
+def knockout_by_class(run: ProbeRun, min_patches: int) -> FigureData:
     """The same, class by class, without the random controls."""
     names = [entry["class"] for entry in run.analysis("knockout.json")["classes"]]
     columns = min(4, len(names))
@@ -45,7 +45,7 @@ def knockout_by_class(run: ProbeRun, min_patches: int) -> Drawn:
         ax.set_visible(False)
     figure.supylabel("wrong patches left (%)", fontsize=9)
     figure.supxlabel("LLM layer (0 = adapter)", fontsize=9)
-    return Drawn(figure, rows)
+    return FigureData(figure, rows)
 
 
 def _draw_remaining(ax: Axes, run: ProbeRun, min_patches: int, name: str | None, conditions: list[str]) -> Rows:
@@ -71,7 +71,7 @@ def _draw_remaining(ax: Axes, run: ProbeRun, min_patches: int, name: str | None,
     return rows
 
 
-def knockout_selection(rows: Rows, mask: str, claimed_at: int) -> Drawn:
+def knockout_selection(rows: Rows, mask: str, claimed_at: int) -> FigureData:
     """The knockout's two effects by how many patches an image must have wrong to count."""
     figure, ax = new_axes(4.4, 3.3)
     for effect, condition in (("knockout_incorrect", "incorrect"), ("knockout_correct", "correct")):
@@ -84,4 +84,4 @@ def knockout_selection(rows: Rows, mask: str, claimed_at: int) -> Drawn:
     ax.axvline(claimed_at, color="#888888", ls="--", lw=0.9)
     ax.set(xlabel="patches that must be wrong at the adapter", ylabel="change in wrong patches left (pp)")
     ax.legend(fontsize=8)
-    return Drawn(figure, [row for row in rows if row["image_attention"] == mask])
+    return FigureData(figure, [row for row in rows if row["image_attention"] == mask])

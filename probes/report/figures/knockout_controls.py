@@ -7,7 +7,7 @@ from matplotlib.colors import TwoSlopeNorm
 
 from probes.report.study import Rows
 
-from .style import COLOURS, Drawn, new_axes, panels
+from .style import COLOURS, FigureData, new_axes, panels
 
 SET_COLOURS = {"incorrect": "#CC3311", "correct": "#0072B2"}
 GROUP_LABELS = {
@@ -39,7 +39,7 @@ def effect_rows(facts: dict[str, Any]) -> Rows:
     return rows
 
 
-def knockout_controls(facts: dict[str, Any]) -> Drawn:
+def knockout_controls(facts: dict[str, Any]) -> FigureData:
     """Effects of both sets, and their difference, against nothing hidden and against each control, later layers."""
     kinds = {"incorrect": "wrong class hidden", "correct": "right class hidden", "correct - incorrect": "right − wrong"}
     lines = []
@@ -59,10 +59,10 @@ def knockout_controls(facts: dict[str, Any]) -> Drawn:
     ax.invert_yaxis()
     ax.axvline(0, color="black", lw=0.8)
     ax.set_xlabel("change in wrong patches left (pp)")
-    return Drawn(figure, effect_rows(facts))
+    return FigureData(figure, effect_rows(facts))
 
 
-def knockout_doses(facts: dict[str, Any]) -> Drawn | None:
+def knockout_doses(facts: dict[str, Any]) -> FigureData | None:
     """The effect of hiding a part of a set, by how large a part; None where no doses were run."""
     doses = sorted(facts.get("doses", []))
     if not doses:
@@ -77,10 +77,10 @@ def knockout_doses(facts: dict[str, Any]) -> Drawn | None:
     ax.axhline(0, color="black", lw=0.8)
     ax.set(xlabel="share of its patches hidden (%)", ylabel="change in wrong patches left (pp)")
     ax.legend(fontsize=8)
-    return Drawn(figure, [])
+    return FigureData(figure, [])
 
 
-def knockout_windows(facts: dict[str, Any]) -> Drawn | None:
+def knockout_windows(facts: dict[str, Any]) -> FigureData | None:
     """Effect against random tokens by window of layers and layer read; None where no windows were run."""
     kinds = {"single": "one layer", "sliding": f"{facts['windows']} in a row", "from": "from … on", "up_to": "up to …"}
     places = facts["places"]
@@ -105,7 +105,7 @@ def knockout_windows(facts: dict[str, Any]) -> Drawn | None:
     figure.supxlabel("layer read", fontsize=9)
     figure.supylabel("layers cut", fontsize=9)
     figure.colorbar(image, ax=axes, label="effect (pp)", shrink=0.6)
-    return Drawn(figure, rows)
+    return FigureData(figure, rows)
 
 
 def _window_rows(mask: str, entry: dict[str, Any], name: str, at: list[int], places: list[dict]) -> Rows:
@@ -119,7 +119,7 @@ def _window_rows(mask: str, entry: dict[str, Any], name: str, at: list[int], pla
     return rows
 
 
-def knockout_heads(facts: dict[str, Any]) -> Drawn | None:
+def knockout_heads(facts: dict[str, Any]) -> FigureData | None:
     """Effect of cutting one head of one layer, read at the last layer; None where no heads were run."""
     at = [i for i, place in enumerate(facts["places"]) if place["kind"] == "head"]
     if not at:
@@ -140,10 +140,10 @@ def knockout_heads(facts: dict[str, Any]) -> Drawn | None:
             for layer, head in np.ndindex(values.shape)
         ]
     figure.colorbar(image, ax=axes, label="effect at the last layer (pp)")
-    return Drawn(figure, rows)
+    return FigureData(figure, rows)
 
 
-def attention_shares(facts: dict[str, Any]) -> Drawn | None:
+def attention_shares(facts: dict[str, Any]) -> FigureData | None:
     """Where wrong patches look, by layer; dashed, where they would did they look alike at all they see."""
     if not facts.get("attention"):
         return None
@@ -168,10 +168,10 @@ def attention_shares(facts: dict[str, Any]) -> Drawn | None:
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="LLM layer", ylabel="attention of wrong patches (%)")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    return Drawn(figure, rows)
+    return FigureData(figure, rows)
 
 
-def starvation_flip(facts: dict[str, Any], flip: dict[str, Any]) -> Drawn:
+def starvation_flip(facts: dict[str, Any], flip: dict[str, Any]) -> FigureData:
     """The gap by patch of upright images and, by an entry of its "flips", of turned ones, side by side."""
     figure, axes = new_axes(6.4, 3.2, 2)
     grids = [100 * np.array(values).reshape(facts["grid"]) for values in (facts["gap"], flip["gap"])]
@@ -182,10 +182,10 @@ def starvation_flip(facts: dict[str, Any], flip: dict[str, Any]) -> Drawn:
         ax.grid(False)
     figure.colorbar(image, ax=axes, label="bidirectional − causal (pp)")
     keys = ("causal", "bidirectional", "gap")
-    return Drawn(figure, [{"patch": i} | {k: flip[k][i] for k in keys} for i in range(len(facts["gap"]))])
+    return FigureData(figure, [{"patch": i} | {k: flip[k][i] for k in keys} for i in range(len(facts["gap"]))])
 
 
-def starvation_by_class(facts: dict[str, Any]) -> Drawn:
+def starvation_by_class(facts: dict[str, Any]) -> FigureData:
     """The gap of the first patches as it is, and as if all patches showed the same mix of classes."""
     figure, ax = new_axes(6.4, 3.3)
     held = facts["by_class"]
@@ -198,4 +198,6 @@ def starvation_by_class(facts: dict[str, Any]) -> Drawn:
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="patch, in raster order", ylabel="bidirectional − causal (pp)")
     ax.legend(fontsize=8)
-    return Drawn(figure, [{"patch": i, "gap": facts["gap"][i], "standardised": held["gap"][i]} for i in range(len(x))])
+    return FigureData(
+        figure, [{"patch": i, "gap": facts["gap"][i], "standardised": held["gap"][i]} for i in range(len(x))]
+    )

@@ -10,10 +10,10 @@ from probes.report.study import MASKS, Study
 from probes.results.probe_run import ProbeRun
 
 from . import knockout_controls
-from .style import Picture
+from .style import ReportFigure
 
 
-def causal_pictures(study: Study) -> Iterator[Picture]:
+def causal_pictures(study: Study) -> Iterator[ReportFigure]:
     """Effects against controls, doses, windows, heads, attention; starvation by class and on turned images."""
     for mask, run in study.trained.items():
         facts = run.analysis("knockout.json")
@@ -38,11 +38,11 @@ def where_claims_are_read(run: ProbeRun, facts: dict) -> dict:
     return facts | {"min_patches": least, "effects": effects}
 
 
-def _knockout(mask: str, facts: dict | None, windows: dict | None) -> Iterator[Picture]:
+def _knockout(mask: str, facts: dict | None, windows: dict | None) -> Iterator[ReportFigure]:
     section = "Attention knockout"
     if facts and facts.get("effects"):
         least = facts["min_patches"]
-        yield Picture(
+        yield ReportFigure(
             f"knockout_controls_{mask}",
             section,
             f"Against controls, {mask}",
@@ -54,13 +54,15 @@ def _knockout(mask: str, facts: dict | None, windows: dict | None) -> Iterator[P
         doses, shares = knockout_controls.knockout_doses(facts), knockout_controls.attention_shares(facts)
         if doses:
             caption = "The same effect when only a random part of the class's patches is hidden: does more do more?"
-            yield Picture(f"knockout_doses_{mask}", section, f"Dose and response, {mask}", caption, doses, "half")
+            yield ReportFigure(f"knockout_doses_{mask}", section, f"Dose and response, {mask}", caption, doses, "half")
         if shares:
             caption = (
                 "Attention of wrong patches in the unmodified model, by what the adapter's probe calls the patch they "
                 "look at. Dashed: did they look alike at all that they see."
             )
-            yield Picture(f"attention_{mask}", section, f"Where wrong patches look, {mask}", caption, shares, "half")
+            yield ReportFigure(
+                f"attention_{mask}", section, f"Where wrong patches look, {mask}", caption, shares, "half"
+            )
     if windows:
         where, heads = knockout_controls.knockout_windows(windows), knockout_controls.knockout_heads(windows)
         if where:
@@ -69,13 +71,15 @@ def _knockout(mask: str, facts: dict | None, windows: dict | None) -> Iterator[P
                 "or its last for up to), at the layer read (columns). Look for the window behind which the colour "
                 "stays: there patches are corrected."
             )
-            yield Picture(f"knockout_windows_{mask}", section, f"Which layers correct, {mask}", caption, where, "wide")
+            yield ReportFigure(
+                f"knockout_windows_{mask}", section, f"Which layers correct, {mask}", caption, where, "wide"
+            )
         if heads:
             caption = "Effect against as many random tokens when a single head of a single layer is cut."
-            yield Picture(f"knockout_heads_{mask}", section, f"Which heads correct, {mask}", caption, heads)
+            yield ReportFigure(f"knockout_heads_{mask}", section, f"Which heads correct, {mask}", caption, heads)
 
 
-def _starvation(facts: dict | None) -> Iterator[Picture]:
+def _starvation(facts: dict | None) -> Iterator[ReportFigure]:
     section = "Context starvation"
     if facts and "by_class" in facts:
         caption = (
@@ -83,7 +87,7 @@ def _starvation(facts: dict | None) -> Iterator[Picture]:
             "mix: early patches are mostly a few classes. Lines: 95% intervals."
         )
         drawn = knockout_controls.starvation_by_class(facts)
-        yield Picture("starvation_by_class", section, "With the classes held fixed", caption, drawn)
+        yield ReportFigure("starvation_by_class", section, "With the classes held fixed", caption, drawn)
     for flip in facts.get("flips", []) if facts else ():
         accuracy = {mask: (mean(facts[mask]), mean(flip[mask])) for mask in MASKS}
         caption = (
@@ -94,4 +98,6 @@ def _starvation(facts: dict | None) -> Iterator[Picture]:
             + "."
         )
         drawn = knockout_controls.starvation_flip(facts, flip)
-        yield Picture(f"starvation_{flip['flip']}", section, f"Position or content? ({flip['flip']})", caption, drawn)
+        yield ReportFigure(
+            f"starvation_{flip['flip']}", section, f"Position or content? ({flip['flip']})", caption, drawn
+        )

@@ -10,7 +10,7 @@ from probes.models.frozen_mllm import ADAPTER, FINAL_NORM
 from probes.report.study import MASKS, Study
 from probes.results.probe_run import ProbeRun
 
-from .style import COLOURS, Drawn, colour_of, label_sites, new_axes, panels, position, score_row
+from .style import COLOURS, FigureData, colour_of, label_sites, new_axes, panels, position, score_row
 
 
 def curve_of(entries: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
@@ -40,14 +40,14 @@ def shown_sites(*runs: ProbeRun) -> list[str]:
     return sorted(found, key=position)
 
 
-def layer_curves(study: Study) -> Drawn:
+def layer_curves(study: Study) -> FigureData:
     """mIoU at every site under both masks, with the untrained control (Figs. 3, 8)."""
     figure, ax = new_axes(6.4, 3.9)
     _draw_masks(ax, study)
     label_sites(ax, shown_sites(*study.runs))
     ax.set(ylabel="mIoU (%)")
     ax.legend(fontsize=9)
-    return Drawn(figure, _rows(study))
+    return FigureData(figure, _rows(study))
 
 
 def _draw_masks(ax: Axes, study: Study) -> None:
@@ -67,7 +67,7 @@ def _rows(study: Study) -> list[dict[str, Any]]:
     ]
 
 
-def models_by_dataset(studies: list[Study], mask: str, over_adapter: bool = False) -> Drawn:
+def models_by_dataset(studies: list[Study], mask: str, over_adapter: bool = False) -> FigureData:
     """The curves of several models under one mask, a panel a dataset (Figs. 3, 9).
 
     Args:
@@ -102,10 +102,10 @@ def models_by_dataset(studies: list[Study], mask: str, over_adapter: bool = Fals
     lines = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=model) for i, model in enumerate(models)]
     figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8)
     axes[0].set_ylabel("mIoU over the adapter's (pp)" if over_adapter else "mIoU (%)")
-    return Drawn(figure, rows)
+    return FigureData(figure, rows)
 
 
-def masks_by_model(studies: list[Study]) -> Drawn:
+def masks_by_model(studies: list[Study]) -> FigureData:
     """Causal against bidirectional, a panel a model and dataset (Fig. 8)."""
     figure, axes = panels(len(studies))
     for ax, study in zip(axes, studies, strict=True):
@@ -117,4 +117,4 @@ def masks_by_model(studies: list[Study]) -> Drawn:
     axes[0].legend(fontsize=8)
     axes[0].set_ylabel("mIoU (%)")
     figure.supxlabel("encoder, adapter (0), LLM layer", fontsize=9)
-    return Drawn(figure, [{"model": s.model, "dataset": s.dataset} | row for s in studies for row in _rows(s)])
+    return FigureData(figure, [{"model": s.model, "dataset": s.dataset} | row for s in studies for row in _rows(s)])

@@ -12,10 +12,10 @@ from probes.models.frozen_mllm import ADAPTER, ENCODER
 from probes.report.study import optional_tensors
 from probes.results.probe_run import ProbeRun
 
-from .style import Drawn, new_axes
+from .style import FigureData, new_axes
 
 
-def umap_panels(facts: dict[str, Any], classes: list[str], palette: np.ndarray) -> Drawn:
+def umap_panels(facts: dict[str, Any], classes: list[str], palette: np.ndarray) -> FigureData:
     """The patches of one image in two dimensions, by site; classes beyond the four commonest in grey (Fig. 5)."""
     figure, axes = new_axes(6.6, 2.9, len(facts["sites"]), squeeze=False)
     labels = np.array(facts["labels"])
@@ -38,10 +38,10 @@ def umap_panels(facts: dict[str, Any], classes: list[str], palette: np.ndarray) 
             for i, (x, y) in enumerate(entry["xy"])
         ]
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
-    return Drawn(figure, rows)
+    return FigureData(figure, rows)
 
 
-def site_maps(run: ProbeRun, palette: np.ndarray) -> Drawn:
+def site_maps(run: ProbeRun, palette: np.ndarray) -> FigureData:
     """Image, truth, and the probes' predictions from encoder to the best layer (Figs. 4, 13)."""
     facts, maps = run.analysis("maps.json"), optional_tensors(run, "maps.safetensors")
     dataset = run.dataset()
@@ -57,10 +57,10 @@ def site_maps(run: ProbeRun, palette: np.ndarray) -> Drawn:
             + [coloured(predicted[facts["sites"].index(site)], palette) for site in sites]
         )
     figure = _picture_grid(pictures, ["image", "truth", *(site.replace("_", " ") for site in sites)])
-    return Drawn(_with_legend(figure, run, palette), [])
+    return FigureData(_with_legend(figure, run, palette), [])
 
 
-def knockout_maps(run: ProbeRun, name: str, palette: np.ndarray) -> Drawn:
+def knockout_maps(run: ProbeRun, name: str, palette: np.ndarray) -> FigureData:
     """One image layer by layer: nothing hidden, the wrong class hidden, the right class hidden (Figs. 6, 12)."""
     facts, maps = run.analysis("maps.json"), optional_tensors(run, "maps.safetensors")
     (case,) = [case for case in facts["knockout"] if case["class"] == name]
@@ -74,7 +74,7 @@ def knockout_maps(run: ProbeRun, name: str, palette: np.ndarray) -> Drawn:
     pictures = [[left[i], *(coloured(predicted[i, layer], palette) for layer in shown)] for i in range(3)]
     titles = ["image / truth", *("adapter" if layer == 0 else f"layer {layer}" for layer in shown)]
     rows = ["nothing\nhidden", f"{name}\nhidden", f"{case['correct_class']}\nhidden"]
-    return Drawn(_with_legend(_picture_grid(pictures, titles, rows), run, palette), [])
+    return FigureData(_with_legend(_picture_grid(pictures, titles, rows), run, palette), [])
 
 
 def _picture_grid(pictures: list[list[np.ndarray]], titles: list[str], rows: list[str] | None = None) -> Figure:

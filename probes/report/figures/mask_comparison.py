@@ -6,10 +6,10 @@ from matplotlib.lines import Line2D
 
 from probes.report.mask_comparison import ALPHA
 
-from .style import Drawn, colour_of, label_sites, new_axes, position
+from .style import FigureData, colour_of, label_sites, new_axes, position
 
 
-def paired_curve(facts: dict[str, Any]) -> Drawn:
+def paired_curve(facts: dict[str, Any]) -> FigureData:
     """Differences of mIoU with 95% intervals; filled where the corrected p-value lies below 5%."""
     figure, ax = new_axes(6.4, 3.3)
     sites = facts["sites"]
@@ -30,4 +30,4 @@ def paired_curve(facts: dict[str, Any]) -> Drawn:
         ],
         fontsize=8,
     )
-    return Drawn(figure, [])
+    return FigureData(figure, [])

@@ -8,15 +8,15 @@ from probes.report.probe_sensitivity import alike_but_for, recipes_of
 from probes.report.study import MASKS, Study
 
 from . import confusion, feature_statistics, layer_curves, mask_comparison, probe_sensitivity, training_budget
-from .style import Picture
+from .style import ReportFigure
 
 SCALE = "The scale of the features"
 
 
-def paired_pictures(facts: dict[str, Any] | None) -> Iterator[Picture]:
+def paired_pictures(facts: dict[str, Any] | None) -> Iterator[ReportFigure]:
     if facts is None:
         return
-    yield Picture(
+    yield ReportFigure(
         "paired_sites",
         "Bidirectional against causal",
         "The difference by site",
@@ -27,9 +27,9 @@ def paired_pictures(facts: dict[str, Any] | None) -> Iterator[Picture]:
     )
 
 
-def confusion_pictures(study: Study, facts: dict[str, list[dict[str, Any]]]) -> Iterator[Picture]:
+def confusion_pictures(study: Study, facts: dict[str, list[dict[str, Any]]]) -> Iterator[ReportFigure]:
     for mask, pairs in facts.items():
-        yield Picture(
+        yield ReportFigure(
             f"confusion_{mask}",
             "Which classes are told apart where",
             f"Confused classes, {mask}",
@@ -41,12 +41,12 @@ def confusion_pictures(study: Study, facts: dict[str, list[dict[str, Any]]]) -> 
         )
 
 
-def recipe_pictures(study: Study, scale: dict[str, dict[str, Any]]) -> Iterator[Picture]:
+def recipe_pictures(study: Study, scale: dict[str, dict[str, Any]]) -> Iterator[ReportFigure]:
     """Norms and learning rates, then heads, seeds and controls."""
     if scale:
         keys = ("feature_norm", "learning_rate")
         varied = {mask: (study.by_recipe[mask], alike_but_for(study.by_recipe[mask], *keys)) for mask in scale}
-        yield Picture(
+        yield ReportFigure(
             "scale_effects",
             SCALE,
             "Drop-off and recovery under every norm and learning rate",
@@ -54,7 +54,7 @@ def recipe_pictures(study: Study, scale: dict[str, dict[str, Any]]) -> Iterator[
             "Filled: the 95% interval lies above zero.",
             probe_sensitivity.effects_by_recipe(scale),
         )
-        yield Picture(
+        yield ReportFigure(
             "scale_curves",
             SCALE,
             "The curves behind it",
@@ -64,7 +64,7 @@ def recipe_pictures(study: Study, scale: dict[str, dict[str, Any]]) -> Iterator[
         )
     heads = _found(study, lambda run: [r for r in recipes_of(run) if r.settings["labels"] == "true"], "head")
     if heads:
-        yield Picture(
+        yield ReportFigure(
             "heads",
             "Richer heads",
             "Linear and richer heads",
@@ -74,7 +74,7 @@ def recipe_pictures(study: Study, scale: dict[str, dict[str, Any]]) -> Iterator[
         )
     seeds = _found(study, lambda run: alike_but_for(run, "seed"), "seed")
     if seeds:
-        yield Picture(
+        yield ReportFigure(
             "seeds",
             "Probe seeds",
             "Probes from other seeds",
@@ -87,7 +87,7 @@ def recipe_pictures(study: Study, scale: dict[str, dict[str, Any]]) -> Iterator[
         for mask, run in study.by_recipe.items()
     }
     if any(shuffled.values()):
-        yield Picture(
+        yield ReportFigure(
             "controls",
             "Controls",
             "What is there without training",
@@ -109,9 +109,9 @@ def _found(study: Study, recipes_in, key: str) -> dict[str, Any]:
     return found
 
 
-def state_pictures(study: Study) -> Iterator[Picture]:
+def state_pictures(study: Study) -> Iterator[ReportFigure]:
     if all("states" in run.metrics["sites"][0] for run in study.trained.values()):
-        yield Picture(
+        yield ReportFigure(
             "states",
             "The states themselves",
             "Scale, anisotropy, neighbourhoods",
@@ -122,10 +122,10 @@ def state_pictures(study: Study) -> Iterator[Picture]:
         )
 
 
-def budget_pictures(study: Study) -> Iterator[Picture]:
+def budget_pictures(study: Study) -> Iterator[ReportFigure]:
     probe = study.first.metrics["probe"]
     if all(entry["history"] for entry in study.first.metrics["sites"]):
-        yield Picture(
+        yield ReportFigure(
             "budget",
             "The probe's budget",
             "How much is the probe?",
@@ -135,7 +135,7 @@ def budget_pictures(study: Study) -> Iterator[Picture]:
             training_budget.probe_budget(study),
         )
         if all("validated_at" in run.metrics["probe"] for run in study.trained.values()):
-            yield Picture(
+            yield ReportFigure(
                 "budget_steps",
                 "The probe's budget",
                 "Score against steps",
@@ -145,13 +145,13 @@ def budget_pictures(study: Study) -> Iterator[Picture]:
             )
 
 
-def overview_pictures(studies: list[Study]) -> Iterator[Picture]:
+def overview_pictures(studies: list[Study]) -> Iterator[ReportFigure]:
     """Across models and datasets, of a report on several."""
     for mask in MASKS:
         found = [study for study in studies if mask in study.trained]
         if not found:
             continue
-        yield Picture(
+        yield ReportFigure(
             f"models_{mask}",
             "Across models and datasets",
             f"Every model, {mask}",
@@ -161,7 +161,7 @@ def overview_pictures(studies: list[Study]) -> Iterator[Picture]:
         )
         with_adapter = [study for study in found if ADAPTER in study.trained[mask].sites]
         if with_adapter:
-            yield Picture(
+            yield ReportFigure(
                 f"over_adapter_{mask}",
                 "Across models and datasets",
                 f"Recovery of every model, {mask}",
@@ -171,7 +171,7 @@ def overview_pictures(studies: list[Study]) -> Iterator[Picture]:
             )
     both = [study for study in studies if study.pair()]
     if both:
-        yield Picture(
+        yield ReportFigure(
             "masks",
             "Across models and datasets",
             "Causal and bidirectional attention",

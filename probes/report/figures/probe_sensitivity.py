@@ -3,17 +3,17 @@
 from typing import Any
 
 from probes.models.frozen_mllm import FINAL_NORM
-from probes.report.probe_sensitivity import EFFECTS, Recipe
+from probes.report.probe_sensitivity import EFFECTS, VariantScores
 from probes.report.study import Study
 from probes.results.probe_run import ProbeRun
 
 from .layer_curves import curve_of, shown_sites
-from .style import COLOURS, Drawn, colour_of, label_sites, new_axes, panels, position, score_row
+from .style import COLOURS, FigureData, colour_of, label_sites, new_axes, panels, position, score_row
 
 DASHES = ("-", "--", ":", "-.")
 
 
-def recipe_curves(found: dict[str, tuple[ProbeRun, list[Recipe]]], *keys: str) -> Drawn:
+def recipe_curves(found: dict[str, tuple[ProbeRun, list[VariantScores]]], *keys: str) -> FigureData:
     """mIoU over the stack under several recipes, a panel a mask.
 
     Args:
@@ -38,10 +38,10 @@ def recipe_curves(found: dict[str, tuple[ProbeRun, list[Recipe]]], *keys: str) -
         ax.set_title(mask, fontsize=10)
     axes[0].set_ylabel("mIoU (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
-    return Drawn(figure, rows)
+    return FigureData(figure, rows)
 
 
-def effects_by_recipe(scale: dict[str, dict[str, Any]]) -> Drawn:
+def effects_by_recipe(scale: dict[str, dict[str, Any]]) -> FigureData:
     """Drop-off and recovery with intervals under each norm and learning rate, masks side by side.
 
     Args:
@@ -70,14 +70,14 @@ def effects_by_recipe(scale: dict[str, dict[str, Any]]) -> Drawn:
     for mask in scale:
         axes[0].plot([], [], "o-", color=colour_of(mask), label=mask)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    return Drawn(figure, rows)
+    return FigureData(figure, rows)
 
 
 def _name(entry: dict[str, Any]) -> str:
     return f"norm {entry['feature_norm']}, lr {entry['learning_rate']}"
 
 
-def controls(study: Study, shuffled: dict[str, list[Recipe]]) -> Drawn:
+def controls(study: Study, shuffled: dict[str, list[VariantScores]]) -> FigureData:
     """What the probe and the architecture give without training: shuffled labels, the untrained model, the commonest
     class."""
     figure, ax = new_axes(6.4, 3.6)
@@ -96,10 +96,10 @@ def controls(study: Study, shuffled: dict[str, list[Recipe]]) -> Drawn:
     ax.set_ylabel("mIoU (%)")
     ax.set_ylim(bottom=0)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    return Drawn(figure, rows)
+    return FigureData(figure, rows)
 
 
-def seed_curves(found: dict[str, tuple[ProbeRun, list[Recipe]]]) -> Drawn:
+def seed_curves(found: dict[str, tuple[ProbeRun, list[VariantScores]]]) -> FigureData:
     """The main seed's curve with its interval over images, and the other seeds' beside it."""
     figure, axes = panels(len(found), height=3.2, columns=2, sharey=True)
     rows = []
@@ -119,4 +119,4 @@ def seed_curves(found: dict[str, tuple[ProbeRun, list[Recipe]]]) -> Drawn:
         ax.set_title(mask, fontsize=10)
         ax.legend(fontsize=8)
     axes[0].set_ylabel("mIoU (%)")
-    return Drawn(figure, rows)
+    return FigureData(figure, rows)

@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 
-from .style import Drawn, colour_of, new_axes
+from .style import FigureData, colour_of, new_axes
 
 
-def starvation_curve(facts: dict[str, Any], patches: int = 50) -> Drawn:
+def starvation_curve(facts: dict[str, Any], patches: int = 50) -> FigureData:
     """Accuracy gap of the first patches in raster order (Fig. 7)."""
     figure, ax = new_axes(6.4, 3.3)
     shown = min(patches, len(facts["gap"]))
@@ -26,10 +26,10 @@ def starvation_curve(facts: dict[str, Any], patches: int = 50) -> Drawn:
         {"patch": i, **{key: facts[key][i] for key in keys}, "gap_low": interval[0], "gap_high": interval[1]}
         for i, interval in enumerate(facts["gap_ci95"])
     ]
-    return Drawn(figure, rows)
+    return FigureData(figure, rows)
 
 
-def starvation_grid(facts: dict[str, Any]) -> Drawn:
+def starvation_grid(facts: dict[str, Any]) -> FigureData:
     """The same gap where it lies in the image."""
     figure, ax = new_axes(4.2, 3.3)
     gap = 100 * np.array(facts["gap"]).reshape(facts["grid"])
@@ -38,4 +38,4 @@ def starvation_grid(facts: dict[str, Any]) -> Drawn:
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
     figure.colorbar(image, ax=ax, label="bidirectional − causal (pp)")
-    return Drawn(figure, [])
+    return FigureData(figure, [])

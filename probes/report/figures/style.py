@@ -28,7 +28,7 @@ STYLE = {
 }
 
 
-class Drawn(NamedTuple):
+class FigureData(NamedTuple):
     """A figure and the numbers that it shows."""
 
     figure: Figure
@@ -36,7 +36,7 @@ class Drawn(NamedTuple):
 
 
 @dataclass
-class Picture:
+class ReportFigure:
     """A figure of the page: its file name, section, title, what to look for in it, and its width.
 
     Widths: "half" of the page, "full", or "wide": full, and on a phone to be scrolled.
@@ -46,7 +46,7 @@ class Picture:
     section: str
     title: str
     caption: str
-    drawn: Drawn
+    drawn: FigureData
     width: str = "full"
 
 

@@ -9,10 +9,10 @@ from probes.report.study import Study
 from probes.results.probe_run import ProbeRun
 
 from .layer_curves import shown_sites
-from .style import Drawn, colour_of, label_sites, new_axes, panels, position
+from .style import FigureData, colour_of, label_sites, new_axes, panels, position
 
 
-def probe_budget(study: Study) -> Drawn:
+def probe_budget(study: Study) -> FigureData:
     """The curve over the stack after fewer epochs of probe training, and by longer-trained probes."""
     figure, axes = new_axes(6.6, 3.5, len(study.trained), sharey=True, squeeze=False)
     rows = []
@@ -36,7 +36,7 @@ def probe_budget(study: Study) -> Drawn:
         ax.legend(fontsize=8)
         rows += [row for found in (run, study.longer.get(mask)) if found is not None for row in _rows(found)]
     axes[0, 0].set_ylabel("validation mIoU (%)")
-    return Drawn(figure, rows)
+    return FigureData(figure, rows)
 
 
 def epochs_of(run: ProbeRun) -> list[float]:
@@ -58,7 +58,7 @@ def _rows(run: ProbeRun) -> list[dict[str, Any]]:
     ]
 
 
-def score_by_step(study: Study) -> Drawn:
+def score_by_step(study: Study) -> FigureData:
     """Each site's score against the probe's optimiser steps, all from one pass; sites from light to dark."""
     figure, axes = panels(len(study.trained), height=3.4, columns=2, sharey=True)
     rows = []
@@ -75,4 +75,4 @@ def score_by_step(study: Study) -> Drawn:
         rows += _rows(run)
     axes[0].set_ylabel("validation mIoU (%)")
     axes[0].legend(fontsize=8)
-    return Drawn(figure, rows)
+    return FigureData(figure, rows)

@@ -14,8 +14,8 @@ import tiny_models
 import torch
 
 from llava_bidir import cli
-from llava_bidir.common.atomic_io import whole_file, whole_folder
-from llava_bidir.common.checkpoint_io import WholeCheckpointIO, newest_whole, what_is_wrong
+from llava_bidir.common.atomic_io import atomic_directory, atomic_write
+from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, find_defect, latest_valid_checkpoint
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.hf_export import export_hf
 from llava_bidir.vqa.result_files import read_results, results_file, write_results
@@ -43,13 +43,13 @@ def test_a_file_is_the_old_one_after_a_kill_before_its_name(moment, tmp_path, mo
     path.write_text("old")
 
     def write():
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text("new")
             monkeypatch.setattr(moment, die)
 
     assert processes.wait(processes.fork(write)) == -signal.SIGKILL
     assert path.read_text() == "old"
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("new")
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -58,12 +58,12 @@ def test_a_file_is_the_old_one_after_a_kill_before_its_name(moment, tmp_path, mo
 def test_a_folder_is_the_old_one_after_a_kill_before_its_name(moment, tmp_path, monkeypatch):
     path = tmp_path / "folder"
     for text in ("old", "new"):
-        with whole_folder(path, "file") as partial:
+        with atomic_directory(path, "file") as partial:
             (partial / "file").write_text(text)
         if text == "old":
 
             def write():
-                with whole_folder(path, "file") as partial:
+                with atomic_directory(path, "file") as partial:
                     (partial / "file").write_text("cut short")
                     monkeypatch.setattr(moment, die)
 
@@ -79,10 +79,10 @@ def test_what_is_something_else_is_not_replaced(there, tmp_path):
     (path / there if there else path).parent.mkdir(parents=True, exist_ok=True)
     (path / there if there else path).write_text("four years")
     with pytest.raises(ValueError, match="folder is there and holds no file: it is something else"):
-        with whole_folder(path, "file"):
+        with atomic_directory(path, "file"):
             pytest.fail("written all the same")
     assert (path / there if there else path).read_text() == "four years"
-    with whole_folder(tmp_path / "empty", "file") as partial:
+    with atomic_directory(tmp_path / "empty", "file") as partial:
         (tmp_path / "empty").mkdir()
         (partial / "file").touch()
     assert (tmp_path / "empty/file").is_file()
@@ -96,30 +96,30 @@ def test_contents_are_on_disk_before_the_name_and_the_name_after(tmp_path, monke
     )
     monkeypatch.setattr("pathlib.Path.replace", lambda s, t: (asked.append("named"), replace(s, t)))
     monkeypatch.setattr("pathlib.Path.rename", lambda s, t: (asked.append("named"), rename(s, t)))
-    with whole_file(tmp_path / "a") as partial:
+    with atomic_write(tmp_path / "a") as partial:
         partial.touch()
     assert asked == ["a.partial", "named", tmp_path.name]
     asked.clear()
-    with whole_folder(tmp_path / "b", "inside") as partial:
+    with atomic_directory(tmp_path / "b", "inside") as partial:
         (partial / "inside").touch()
     assert set(asked[:2]) == {"inside", "b.partial"} and asked[2:] == ["named", tmp_path.name]
 
 
 def test_other_errors_inside_stay_what_they_are(tmp_path):
     for error in (RuntimeError("a tensor differs"), ValueError("a setting")):
-        with pytest.raises(type(error), match=str(error)), whole_folder(tmp_path / "folder", "file"):
+        with pytest.raises(type(error), match=str(error)), atomic_directory(tmp_path / "folder", "file"):
             raise error
     assert not any(tmp_path.iterdir())
 
 
 def test_checkpoint_on_a_full_disk(disk):
     """The one before is whole, and the next one is written as soon as there is room again."""
-    io, folder = WholeCheckpointIO(), disk(1000)
+    io, folder = AtomicCheckpointIO(), disk(1000)
     small, large = {"weight": torch.zeros(30_000)}, {"weight": torch.ones(300_000)}
     io.save_checkpoint(small, folder / "last.ckpt")
     with pytest.raises(ValueError, match="last.ckpt was not written: .*No space left on device"):
         io.save_checkpoint(large, folder / "last.ckpt")
-    assert newest_whole(folder) == folder / "last.ckpt" and what_is_wrong(folder / "last.ckpt") is None
+    assert latest_valid_checkpoint(folder) == folder / "last.ckpt" and find_defect(folder / "last.ckpt") is None
     assert torch.equal(torch.load(folder / "last.ckpt")["weight"], small["weight"])
     subprocess.run(["mount", "-o", "remount,size=3000k", folder], check=True)
     io.save_checkpoint(large, folder / "last.ckpt")

@@ -11,21 +11,21 @@ import pytest
 import torch
 
 from llava_bidir.common.checkpoint_io import (
-    WholeCheckpointIO,
+    AtomicCheckpointIO,
+    find_defect,
     finish_directory,
-    newest_whole,
+    latest_valid_checkpoint,
     read_listing,
-    resolve,
-    what_is_wrong,
+    resolve_ckpt_path,
 )
-from llava_bidir.training.resume import recount
+from llava_bidir.training.resume import rescale_progress
 
 FLIPS = int(os.environ.get("FAULTS", 100))
 OLD, NEW = {"weight": torch.zeros(3000)}, {"weight": torch.ones(3000)}
 
 
 def save(path, what=OLD):
-    WholeCheckpointIO().save_checkpoint(what, str(path))
+    AtomicCheckpointIO().save_checkpoint(what, str(path))
     return path
 
 
@@ -59,7 +59,7 @@ def test_kill_9_while_a_file_is_written_leaves_the_one_before(tmp_path, monkeypa
     monkeypatch.setattr(os, "fsync", die)
     assert in_a_process_of_its_own(lambda: save(path, NEW)) == -signal.SIGKILL
     assert (tmp_path / "last.ckpt.partial").exists()
-    assert newest_whole(tmp_path) == path and torch.equal(torch.load(path)["weight"], OLD["weight"])
+    assert latest_valid_checkpoint(tmp_path) == path and torch.equal(torch.load(path)["weight"], OLD["weight"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
@@ -90,7 +90,7 @@ def test_kill_9_while_a_directory_takes_its_name_leaves_a_whole_one(moment, tmp_
         lambda: save_directory(path, interrupt=die if moment == "written" else lambda: None)
     )
     assert status == -signal.SIGKILL
-    whole = newest_whole(tmp_path)
+    whole = latest_valid_checkpoint(tmp_path)
     assert whole == (tmp_path / "last.ckpt.replaced" if moment == "replaced" else path)
     assert read_listing(whole)["world_size"] == 2
 
@@ -106,7 +106,7 @@ def test_last_is_the_newest_whole_one_and_says_what_it_passes_over(tmp_path, cap
         os.utime(path, (second, second))
     (folder / "6.ckpt.partial").mkdir()
     with caplog.at_level(logging.INFO):
-        assert resolve("last", folder) == str(paths[1])
+        assert resolve_ckpt_path("last", folder) == str(paths[1])
     passed = [record.getMessage() for record in caplog.records if "passing over" in record.getMessage()]
     assert [str(path) in text for path, text in zip(paths[4:1:-1], passed, strict=True)] == [True] * 3
     assert "share_0.pt" in passed[0] and "share_1.pt" in passed[1] and "cut short" in passed[2]
@@ -116,10 +116,10 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_and_another_one_proposed(
     good, bad = save(tmp_path / "good.ckpt"), save(tmp_path / "bad.ckpt")
     bad.write_bytes(b"")
     with pytest.raises(ValueError, match=r"bad.ckpt: the file is cut short.*The newest whole one in .*good.ckpt"):
-        resolve(str(bad), tmp_path)
-    assert resolve(str(good), tmp_path) == str(good) and resolve(None, tmp_path) is None
-    assert what_is_wrong(tmp_path / "none.ckpt") == "no such file or directory"
-    assert resolve("last", tmp_path / "nowhere") is None
+        resolve_ckpt_path(str(bad), tmp_path)
+    assert resolve_ckpt_path(str(good), tmp_path) == str(good) and resolve_ckpt_path(None, tmp_path) is None
+    assert find_defect(tmp_path / "none.ckpt") == "no such file or directory"
+    assert resolve_ckpt_path("last", tmp_path / "nowhere") is None
 
 
 @pytest.mark.parametrize("save", [save, save_directory])
@@ -129,13 +129,13 @@ def test_a_flipped_bit_is_found_wherever_it_matters(save, tmp_path):
     file = path if path.is_file() else path / "checkpoint/share_1.pt"
     contents, positions = file.read_bytes(), random.Random(0)
     whole, found = torch.load(file)["weight"], 0
-    assert resolve(str(path), tmp_path) == str(path)
+    assert resolve_ckpt_path(str(path), tmp_path) == str(path)
     for _ in range(FLIPS):
         flipped = bytearray(contents)
         flipped[positions.randrange(len(contents))] ^= 1 << positions.randrange(8)
         file.write_bytes(flipped)
         try:
-            resolve(str(path), tmp_path)
+            resolve_ckpt_path(str(path), tmp_path)
             assert torch.equal(torch.load(file)["weight"], whole)
         except ValueError as error:
             assert "The newest whole one in" in str(error)
@@ -152,7 +152,7 @@ def test_last_passes_over_a_flipped_bit(tmp_path, caplog):
     bad.write_bytes(contents)
     assert not torch.equal(torch.load(bad)["weight"], NEW["weight"]), "loaded without a word"
     os.utime(good, (1, 1))
-    assert resolve("last", tmp_path) == str(good)
+    assert resolve_ckpt_path("last", tmp_path) == str(good)
     assert "passing over" in caplog.text and "2.ckpt is damaged" in caplog.text
 
 
@@ -168,22 +168,22 @@ def position(processed: int, completed: int) -> dict:
 @pytest.mark.parametrize(("before", "now", "expected"), [(2, 1, 12), (2, 4, 3), (2, 2, 6)])
 def test_position_in_the_epoch_is_counted_anew(before, now, expected):
     checkpoint = position(6, 5)
-    recount(checkpoint, before, now)
+    rescale_progress(checkpoint, before, now)
     assert checkpoint == position(expected, expected - 1)
 
 
 def test_position_between_two_new_micro_batches_is_refused():
     with pytest.raises(ValueError, match="at sample 12 of its epoch, which 5 samples at a time"):
-        recount(position(6, 5), 2, 5)
+        rescale_progress(position(6, 5), 2, 5)
 
 
 def test_checkpoint_of_zero_is_refused_without_zero(tmp_path):
     with pytest.raises(ValueError, match="is a directory, from a run with ZeRO; add its configs/cluster/zero"):
-        WholeCheckpointIO().load_checkpoint(str(save_directory(tmp_path / "zero.ckpt")))
+        AtomicCheckpointIO().load_checkpoint(str(save_directory(tmp_path / "zero.ckpt")))
 
 
 def test_universal_checkpoint_is_whole_once_deepspeed_has_finished_it(tmp_path):
     (tmp_path / "new.ckpt/checkpoint/zero").mkdir(parents=True)
-    assert "whole.json" in what_is_wrong(tmp_path / "new.ckpt")
+    assert "whole.json" in find_defect(tmp_path / "new.ckpt")
     (tmp_path / "new.ckpt/latest_universal").write_text("checkpoint")
-    assert what_is_wrong(tmp_path / "new.ckpt") is None
+    assert find_defect(tmp_path / "new.ckpt") is None

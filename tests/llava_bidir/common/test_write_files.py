@@ -86,7 +86,7 @@ def test_all_are_on_the_disk_before_the_first_has_its_name_and_the_names_after(t
     """Or a power cut could leave empty files under their final names."""
     order, fsync, replace = [], os.fsync, Path.replace
 
-    def named(self, target):
+    def error_context(self, target):
         order.append("name")
         return replace(self, target)
 
@@ -94,7 +94,7 @@ def test_all_are_on_the_disk_before_the_first_has_its_name_and_the_names_after(t
         order.append(Path(os.readlink(f"/proc/self/fd/{file}")).name)
         fsync(file)
 
-    monkeypatch.setattr(Path, "replace", named)
+    monkeypatch.setattr(Path, "replace", error_context)
     monkeypatch.setattr(os, "fsync", synced)
     write_files(files(tmp_path, 1))
     written = ["a.safetensors.partial", "b.csv.partial", "c.json.partial"]

@@ -15,7 +15,7 @@ import torch
 
 import llava_bidir.cli
 from llava_bidir import LlavaBidirForConditionalGeneration
-from llava_bidir.common.checkpoint_io import newest_whole
+from llava_bidir.common.checkpoint_io import latest_valid_checkpoint
 from llava_bidir.training.deepspeed_strategy import read_weights
 
 pytestmark = [
@@ -211,7 +211,7 @@ def test_interrupted_save_leaves_the_checkpoint_before_it(trouble, spec, two):
     assert codes[0] != 0 and codes[1] == (-9 if trouble == "killed" else 1), log
     left = sorted(path.name for path in (out / "trouble").iterdir())
     assert left == ["bad.ckpt.partial", "good.ckpt"]
-    assert newest_whole(out / "trouble") == out / "trouble/good.ckpt"
+    assert latest_valid_checkpoint(out / "trouble") == out / "trouble/good.ckpt"
     ours, undisturbed = read_weights(out / "trouble/good.ckpt"), read_weights(two / "zero2-middle-32-true.ckpt")
     assert all(torch.equal(weight, undisturbed[name]) for name, weight in ours.items())
 
@@ -223,7 +223,7 @@ def test_a_rank_that_dies_ends_the_run(strategy, spec):
     assert codes[0] not in (0, -9) and codes[1] == -9, log
     assert (out / "0.log").stat().st_mtime - (out / "lost").stat().st_mtime < 30, "not the timeout of a minute"
     assert not (out / f"{strategy}-32-true/hf").exists()
-    assert newest_whole(out / "trouble") == out / "trouble/good.ckpt"
+    assert latest_valid_checkpoint(out / "trouble") == out / "trouble/good.ckpt"
 
 
 def test_a_rank_that_stalls_ends_the_run_after_the_timeout(spec):
@@ -232,4 +232,4 @@ def test_a_rank_that_stalls_ends_the_run_after_the_timeout(spec):
     assert codes[0] not in (0, -9), log
     assert (out / "0.log").stat().st_mtime - (out / "lost").stat().st_mtime < 40, "before the other moves again"
     assert not (out / "zero2-32-true/hf").exists()
-    assert newest_whole(out / "trouble") == out / "trouble/good.ckpt"
+    assert latest_valid_checkpoint(out / "trouble") == out / "trouble/good.ckpt"

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from llava_bidir import cli
 from llava_bidir.common.atomic_io import PARTIAL
-from llava_bidir.common.checkpoint_io import WholeCheckpointIO, newest_whole
+from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, latest_valid_checkpoint
 
 FAULTS = int(os.environ.get("FAULTS", 4))
 CLOCK = ("samples_per_s", "tokens_per_s", "tflops_per_s_and_device", "step_s", "data_share")  # what time decides
@@ -73,7 +73,7 @@ def curves(out: Path) -> dict[tuple[str, int], set[float]]:
 
 
 def saved_step(out: Path) -> int:
-    newest = newest_whole(out / "checkpoints")
+    newest = latest_valid_checkpoint(out / "checkpoints")
     return torch.load(newest, weights_only=True)["global_step"] if newest else 0
 
 
@@ -136,14 +136,14 @@ def test_no_checkpoint_is_in_the_middle_of_a_step(train, tmp_path):
     """Also not at the first micro-batch after a resume, where the number of steps is still that of the checkpoint."""
 
     def watched(out: Path):
-        save = WholeCheckpointIO.save_checkpoint
+        save = AtomicCheckpointIO.save_checkpoint
 
         def noted(self, checkpoint, path, storage_options=None):
             save(self, checkpoint, path)
             with (tmp_path / "positions").open("a") as file:
                 file.write(f"{checkpoint['loops']['fit_loop']['epoch_loop.batch_progress']['current']['processed']}\n")
 
-        WholeCheckpointIO.save_checkpoint = noted
+        AtomicCheckpointIO.save_checkpoint = noted
         train(out)
 
     child = fork(lambda: watched(tmp_path / "run"), tmp_path / "log")

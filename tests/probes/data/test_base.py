@@ -103,7 +103,7 @@ def test_mask_that_ignores_everything_is_a_sample(root):
 
 def test_picture_of_more_than_8_bits_is_refused_where_it_comes_from_python():
     """PIL would cut it off at 255, which leaves most of it white."""
-    place = Geometry(grid=(2, 2), image_px=8, seen_px=8).place
+    place = Geometry(grid=(2, 2), image_px=8, covered_px=8).place
     with pytest.raises(ValueError, match="mode 'I;16', more than 8 bits"):
         place(Image.fromarray(np.full((8, 12), 4000, np.uint16)))
     assert place(hostile_images.noise("CMYK")).mode == "RGB"

@@ -9,9 +9,9 @@ import torch
 
 import probes
 from probes.cli import main
-from probes.data.batches import CachedStates, Prepared
+from probes.data.batches import CachedFeatures, PreprocessedDataset
 from probes.data.registry import open_dataset
-from probes.data.samplers import NOTHING
+from probes.data.samplers import PAD_INDEX
 from probes.results.probe_run import ProbeRun
 
 
@@ -34,12 +34,12 @@ def test_run_on_an_official_layout_is_read_back_with_its_options(checkpoints, tm
 @pytest.fixture
 def prepared(checkpoints, segmentation):
     mllm = probes.load(str(checkpoints["causal"]), device="cpu", dtype=torch.bfloat16)
-    return mllm, Prepared(open_dataset("folder", str(segmentation), "validation"), mllm.preprocess)
+    return mllm, PreprocessedDataset(open_dataset("folder", str(segmentation), "validation"), mllm.preprocess)
 
 
 def test_cached_states_are_the_models_in_its_dtype(prepared):
     mllm, images = prepared
-    cached = CachedStates(mllm, images, ["adapter", "layer_02"], batch_size=2)
+    cached = CachedFeatures(mllm, images, ["adapter", "layer_02"], batch_size=2)
     batch = cached.__getitems__([3, 0])
     pixels = torch.stack([images[i]["pixels"] for i in (3, 0)])
     assert batch["index"].tolist() == [3, 0]
@@ -47,8 +47,8 @@ def test_cached_states_are_the_models_in_its_dtype(prepared):
         assert batch["states"][site].dtype == torch.bfloat16 and batch["states"][site].device.type == "cpu"
         torch.testing.assert_close(batch["states"][site], states, rtol=0.02, atol=0.02)  # bf16 in other batches
     assert (batch["target"][0] == images[3]["target"]).all()
-    nothing = cached.__getitems__([NOTHING])
-    assert (nothing["target"][0] == 255).all() and nothing["index"].tolist() == [NOTHING]
+    nothing = cached.__getitems__([PAD_INDEX])
+    assert (nothing["target"][0] == 255).all() and nothing["index"].tolist() == [PAD_INDEX]
 
 
 def test_states_that_do_not_fit_are_refused_before_the_first_forward(prepared):
@@ -56,4 +56,4 @@ def test_states_that_do_not_fit_are_refused_before_the_first_forward(prepared):
     size = 5 * 4 * 32 * 2  # images, tokens, width, bytes
     copies = 10**15 // size
     with pytest.raises(ValueError, match=rf"{copies} x 5 images x 1 sites = {copies * size / 1e9:.2f} GB .*name fewer"):
-        CachedStates(mllm, images, ["adapter"], batch_size=2, copies=copies)
+        CachedFeatures(mllm, images, ["adapter"], batch_size=2, copies=copies)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
-from probes.data.samplers import NOTHING, TrainingBatches, validation_batches
+from probes.data.samplers import PAD_INDEX, TrainingBatches, validation_batches
 
 CASES = [(images, batch, ranks) for images in (8, 9, 17) for batch in (1, 3, 4, 16) for ranks in (1, 2, 3)]
 
@@ -17,7 +17,7 @@ def test_global_batches_do_not_depend_on_the_number_of_ranks(images, batch, rank
         for sampler in (one, *many):
             sampler.set_epoch(epoch)
         alone, together = list(one), list(zip(*many, strict=True))
-        assert [sorted(b) for b in alone] == [sorted(i for b in step for i in b if i != NOTHING) for step in together]
+        assert [sorted(b) for b in alone] == [sorted(i for b in step for i in b if i != PAD_INDEX) for step in together]
         assert sorted(sum(alone, [])) == list(range(images)) and len(alone) == len(one)
         assert all(mine for step in together for mine in step), "a rank without a batch would hold up the others"
 
@@ -56,9 +56,11 @@ def test_more_devices_than_validation_images_is_an_error():
 
 
 def test_nothing_is_an_image_without_a_labelled_pixel(segmentation):
-    from probes.data.batches import Prepared
+    from probes.data.batches import PreprocessedDataset
     from probes.data.registry import open_dataset
 
-    prepared = Prepared(open_dataset("folder", str(segmentation), "training"), lambda images: torch.zeros(1, 3, 2, 2))
-    assert (prepared[NOTHING]["target"] == 255).all() and prepared[NOTHING]["index"] == NOTHING
+    prepared = PreprocessedDataset(
+        open_dataset("folder", str(segmentation), "training"), lambda images: torch.zeros(1, 3, 2, 2)
+    )
+    assert (prepared[PAD_INDEX]["target"] == 255).all() and prepared[PAD_INDEX]["index"] == PAD_INDEX
     assert not (prepared[len(prepared) - 1]["target"] == 255).all()

@@ -465,7 +465,7 @@ def test_own_mask_of_a_config_goes_before_its_kinds():
 
 
 @pytest.mark.parametrize(
-    ("name", "vision", "further", "image_px", "side", "seen_px"),
+    ("name", "vision", "further", "image_px", "side", "covered_px"),
     [
         ("llava", {"image_size": 336, "patch_size": 14}, {}, 336, 24, 336),
         ("llava_onevision", {"image_size": 384, "patch_size": 14}, {}, 384, 27, 378),
@@ -481,7 +481,7 @@ def test_own_mask_of_a_config_goes_before_its_kinds():
         ("mistral3", {"patch_size": 14}, {}, 672, 24, 672),
     ],
 )
-def test_grids_of_released_sizes(name, vision, further, image_px, side, seen_px, monkeypatch):
+def test_grids_of_released_sizes(name, vision, further, image_px, side, covered_px, monkeypatch):
     monkeypatch.setattr(dynamic_resolution, "TOKENS_A_SIDE", 24)
     settings = STOCK[name].config["vision_config"] | vision
     high = {"high_res_vision_config": {"model_type": "sam_vision_model"}} if name == "deepseek_vl_hybrid" else {}
@@ -491,7 +491,11 @@ def test_grids_of_released_sizes(name, vision, further, image_px, side, seen_px,
     }
     config = AutoConfig.for_model(name, **rest | {"vision_config": settings} | further | high | number)
     family = FAMILIES[name]
-    assert (family.image_px(config), family.grid(config), family.seen_px(config)) == (image_px, (side, side), seen_px)
+    assert (family.image_px(config), family.grid(config), family.covered_px(config)) == (
+        image_px,
+        (side, side),
+        covered_px,
+    )
 
 
 @pytest.mark.slow

@@ -10,10 +10,10 @@ from transformers import LlavaImageProcessorPil
 from probes.evaluation.metrics import count, patch_labels
 from probes.ops.bilinear import bilinear_weights, upsampled_argmax
 from probes.ops.cross_entropy import upsampled_cross_entropy
-from probes.ops.geometry import Geometry, View
+from probes.ops.geometry import Geometry, GridPlacement
 
-CLIP = {"grid": (24, 24), "image_px": 336, "seen_px": 336}
-SIGLIP = {"grid": (27, 27), "image_px": 384, "seen_px": 378}
+CLIP = {"grid": (24, 24), "image_px": 336, "covered_px": 336}
+SIGLIP = {"grid": (27, 27), "image_px": 384, "covered_px": 378}
 SIZES = [(512, 683), (683, 512), (375, 500), (300, 300), (257, 900)]
 
 
@@ -23,14 +23,14 @@ def coordinate_image(height: int, width: int) -> Image.Image:
     return Image.fromarray((np.stack([x, y, 0 * x], -1) * 255).round().astype(np.uint8))
 
 
-def error_px(geometry: Geometry, size: tuple[int, int], view: View) -> float:
+def error_px(geometry: Geometry, size: tuple[int, int], view: GridPlacement) -> float:
     """Reads each token's coordinates off its own pixels of the square and upsamples them to the image: the mean
     distance from where each pixel really is."""
     height, width = size
     square = np.asarray(geometry.place(coordinate_image(height, width)), np.float64)[
-        : geometry.seen_px, : geometry.seen_px
+        : geometry.covered_px, : geometry.covered_px
     ]
-    patch = geometry.seen_px // geometry.grid[0]
+    patch = geometry.covered_px // geometry.grid[0]
     tokens = square.reshape(geometry.grid[0], patch, geometry.grid[1], patch, 3).mean((1, 3)) / 255
     rows = bilinear_weights(geometry.grid[0], height, view.rows, dtype=torch.float64).numpy()
     cols = bilinear_weights(geometry.grid[1], width, view.cols, dtype=torch.float64).numpy()
@@ -50,8 +50,8 @@ def test_grid_lies_on_the_image_to_a_fraction_of_a_pixel(size, aspect, encoder):
 
 def test_coordinates_notice_a_wrong_view():
     padded, siglip = Geometry(**CLIP, aspect="pad"), Geometry(**SIGLIP)
-    assert error_px(padded, (512, 683), View.whole((512, 683))) > 20
-    assert error_px(siglip, (512, 683), View.whole((512, 683))) > 3
+    assert error_px(padded, (512, 683), GridPlacement.whole((512, 683))) > 20
+    assert error_px(siglip, (512, 683), GridPlacement.whole((512, 683))) > 3
 
 
 def sampled(logits: torch.Tensor, geometry: Geometry, size: tuple[int, int]) -> torch.Tensor:
@@ -62,7 +62,7 @@ def sampled(logits: torch.Tensor, geometry: Geometry, size: tuple[int, int]) -> 
         x, y = (torch.arange(width) + 0.5) / width, (torch.arange(height) + 0.5) / height
     else:
         x, y = (torch.arange(width) + left + 0.5) / side, (torch.arange(height) + top + 0.5) / side
-    x, y = (2 * axis.double() * geometry.image_px / geometry.seen_px - 1 for axis in (x, y))
+    x, y = (2 * axis.double() * geometry.image_px / geometry.covered_px - 1 for axis in (x, y))
     where = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)
     return F.grid_sample(
         logits, where.expand(len(logits), -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=False
@@ -71,9 +71,9 @@ def sampled(logits: torch.Tensor, geometry: Geometry, size: tuple[int, int]) -> 
 
 @pytest.mark.parametrize("size", [(33, 40), (40, 33), (64, 17), (21, 21)])
 @pytest.mark.parametrize("aspect", ["square", "pad"])
-@pytest.mark.parametrize("seen_px", [56, 54])
-def test_loss_and_prediction_under_a_view_equal_grid_sample(size, aspect, seen_px):
-    geometry = Geometry((4, 4), 56, seen_px, aspect)
+@pytest.mark.parametrize("covered_px", [56, 54])
+def test_loss_and_prediction_under_a_view_equal_grid_sample(size, aspect, covered_px):
+    geometry = Geometry((4, 4), 56, covered_px, aspect)
     torch.manual_seed(0)
     logits = torch.randn(2, 5, 4, 4, dtype=torch.float64, requires_grad=True)
     target = torch.randint(0, 5, (2, *size))

@@ -165,10 +165,10 @@ def test_a_label_that_is_no_class_makes_the_loss_nan():
 
 
 def kernel_axes(grid, size):
-    from probes.ops.geometry import View
+    from probes.ops.geometry import GridPlacement
     from probes.ops.kernels.grid_cells import cells
 
-    return cells(grid, size, View.whole(size), 1, torch.device(DEVICE))
+    return cells(grid, size, GridPlacement.whole(size), 1, torch.device(DEVICE))
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 import tiny_models
 import torch
 
-from probes.analyses.logit_lens import Explored, Reading, explore
+from probes.analyses.logit_lens import PatchReadout, RunReadout, explore
 from probes.cli import main
 from probes.report.explorer.page import labels, page_data, write_page
 from probes.results.probe_run import ProbeRun
@@ -43,7 +43,7 @@ def runs(checkpoints, tmp_path_factory) -> list[ProbeRun]:
 
 
 @pytest.fixture(scope="module")
-def explored(runs) -> list[Explored]:
+def explored(runs) -> list[RunReadout]:
     """Both runs, with a vocabulary of hostile words, more than one byte can count."""
     found, rng = [explore(run, IMAGES) for run in runs], torch.Generator().manual_seed(0)
     readings = [[reading for seen in of_run.images for reading in seen.readings.values()] for of_run in found]
@@ -67,7 +67,7 @@ def other_page(explored, tmp_path_factory):
     run = copy(second.run)
     run.metrics = run.metrics | {"grid": [4, 4]}
     finer = lambda x: x.unflatten(-1, (2, 2)).repeat_interleave(2, -1).repeat_interleave(2, -2).flatten(-2)
-    refine = lambda reading: Reading(*(finer(getattr(reading, field.name)) for field in fields(reading)))
+    refine = lambda reading: PatchReadout(*(finer(getattr(reading, field.name)) for field in fields(reading)))
     images = [
         replace(seen, truth=finer(seen.truth), readings={c: refine(r) for c, r in seen.readings.items()})
         for seen in second.images
@@ -197,7 +197,7 @@ def percent(probability: float) -> str:
     return "<1" if 0 < share < 3 else str(int(share / 2.55 + 0.5))
 
 
-def expected_rows(of_run: Explored, image: int, condition: str, patch: int) -> list[list[tuple[str, str]]]:
+def expected_rows(of_run: RunReadout, image: int, condition: str, patch: int) -> list[list[tuple[str, str]]]:
     """(text, percent) of classes and words at each site, as the readings have them."""
     reading, rows = of_run.images[image].readings[condition], []
     for s, site in enumerate(of_run.sites):

@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from probes.analyses.knockout.run import read_cases
+from probes.analyses.knockout.effects import read_cases
 from probes.cli import main
 from probes.report.figures.knockout_entries import causal_pictures, where_claims_are_read
 from probes.report.study import studies_of

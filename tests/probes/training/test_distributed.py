@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from llava_bidir.common.checkpoint_io import newest_whole
+from llava_bidir.common.checkpoint_io import latest_valid_checkpoint
 from probes.cli import main
 
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
@@ -138,7 +138,7 @@ def test_rank_that_dies_ends_the_other_and_nothing_is_called_finished(rank, chec
     processes([*run, "-c", str(tmp_path / "killing.yaml")], fails=True, PYTHONPATH=path)  # until both have ended
     assert time.time() - float((tmp_path / "died").read_text()) < 60
     assert not (tmp_path / "run/metrics.json").exists()
-    assert newest_whole(tmp_path / "run/checkpoints"), "to go on from"
+    assert latest_valid_checkpoint(tmp_path / "run/checkpoints"), "to go on from"
 
 
 @pytest.mark.slow

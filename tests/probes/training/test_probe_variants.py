@@ -13,7 +13,7 @@ from PIL import Image
 
 from probes.cli import main
 from probes.results.probe_run import ProbeRun, read_tensors
-from probes.training.probe_variants import Recipe, all_recipes, shuffled
+from probes.training.probe_variants import ProbeVariant, all_recipes, shuffled
 
 RECIPES = {
     "plain": {"feature_norm": "none"},
@@ -174,12 +174,12 @@ def test_validation_within_an_epoch_is_dated_in_steps(checkpoints, segmentation,
 )
 def test_bad_recipe_is_an_error_that_names_its_key(recipes, message):
     with pytest.raises(ValueError, match=message):
-        all_recipes(Recipe(), recipes)
+        all_recipes(ProbeVariant(), recipes)
 
 
 def test_recipe_that_another_one_equals_is_left_out_and_said_to_be(caplog):
     recipes = {"a": {"head": "linear"}, "b": {"seed": 1}, "c": {"seed": 1}, "d": {"seed": 2}}
-    assert list(all_recipes(Recipe(), recipes)) == [None, "b", "d"]
+    assert list(all_recipes(ProbeVariant(), recipes)) == [None, "b", "d"]
     said = [line for line in caplog.messages if "left out" in line]
     assert ["model.recipes.a", "model.recipes.c"] == [line.split()[0] for line in said]
 

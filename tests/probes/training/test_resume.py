@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_bidir.common.checkpoint_io import damage as flipped_bits
-from llava_bidir.common.checkpoint_io import newest_whole, resolve, what_is_wrong
+from llava_bidir.common.checkpoint_io import find_defect, latest_valid_checkpoint, resolve_ckpt_path
+from llava_bidir.common.checkpoint_io import verify_checksums as flipped_bits
 from probes.cli import main
 
 SETTINGS = ["--trainer.accelerator", "cpu", "--data.num_workers", "0", "--data.batch_size", "4"]
@@ -113,21 +113,21 @@ def three(tmp_path) -> list[Path]:
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoint_is_passed_over_and_named(damage, three, caplog):
-    assert newest_whole(three[0].parent) == three[-1] and not caplog.text
+    assert latest_valid_checkpoint(three[0].parent) == three[-1] and not caplog.text
     times = three[-1].stat().st_mtime_ns
     damage(three[-1])
     os.utime(three[-1], ns=(times, times))
-    assert what_is_wrong(three[-1]) or flipped_bits(three[-1])
-    assert resolve("last", three[0].parent) == str(three[1])
+    assert find_defect(three[-1]) or flipped_bits(three[-1])
+    assert resolve_ckpt_path("last", three[0].parent) == str(three[1])
     assert f"passing over checkpoint {three[-1]}" in caplog.text
     with pytest.raises(ValueError, match=rf"last.ckpt: .*The newest whole one .*: {three[1]}"):
-        resolve(str(three[-1]), three[0].parent)
+        resolve_ckpt_path(str(three[-1]), three[0].parent)
 
 
 def test_without_a_whole_one_there_is_none(three, tmp_path):
     for path in three:
         cut(path)
-    assert newest_whole(tmp_path) is None and newest_whole(tmp_path / "nowhere") is None
+    assert latest_valid_checkpoint(tmp_path) is None and latest_valid_checkpoint(tmp_path / "nowhere") is None
     with pytest.raises(ValueError, match="nothing.ckpt: no such file"):
-        resolve(str(tmp_path / "nothing.ckpt"), tmp_path)
-    assert resolve(None, tmp_path) is None
+        resolve_ckpt_path(str(tmp_path / "nothing.ckpt"), tmp_path)
+    assert resolve_ckpt_path(None, tmp_path) is None

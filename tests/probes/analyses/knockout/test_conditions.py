@@ -4,25 +4,25 @@ import numpy as np
 import pytest
 import torch
 
-from probes.analyses.knockout.cases import Case, find_cases
-from probes.analyses.knockout.conditions import Surroundings, balance, conditions, matched_tokens
+from probes.analyses.knockout.cases import ConfusionCase, find_cases
+from probes.analyses.knockout.conditions import MatchingFeatures, balance, conditions, matched_tokens
 
 GRID, T = (4, 6), 24
 CONTROLS = ["distance", "mass", "high_norm"]
 
 
-def case_of(wrong=(7, 8, 13), incorrect=(7, 8, 13, 20), correct=(0, 1, 2, 3, 9)) -> Case:
+def case_of(wrong=(7, 8, 13), incorrect=(7, 8, 13, 20), correct=(0, 1, 2, 3, 9)) -> ConfusionCase:
     mask = lambda tokens: torch.isin(torch.arange(T), torch.tensor(tokens))
     blocked = {"incorrect": mask(incorrect), "correct": mask(correct)}
-    return Case(5, 0, len(wrong), len(correct), 1, 2, mask(wrong), torch.ones(T, dtype=torch.bool), blocked)
+    return ConfusionCase(5, 0, len(wrong), len(correct), 1, 2, mask(wrong), torch.ones(T, dtype=torch.bool), blocked)
 
 
-def around_of(case: Case, causal=False, high=(11,)) -> Surroundings:
+def around_of(case: ConfusionCase, causal=False, high=(11,)) -> MatchingFeatures:
     visible = torch.ones(T, T, dtype=torch.bool)
     states = torch.ones(T, 8)
     states[list(high)] *= 10
     mass = torch.linspace(0, 1, T)
-    return Surroundings.of(case, GRID, visible.tril() if causal else visible, states, mass)
+    return MatchingFeatures.of(case, GRID, visible.tril() if causal else visible, states, mass)
 
 
 def sets(case, around, **kwargs) -> dict:

@@ -12,12 +12,12 @@ TRAINING = {  # these take the options of LightningCLI
     "validate": "loss and answers of a checkpoint on the validation questions",
     "test": "the same as validate",
     "verify-data": "preflight of every record and image before GPU time: -c CONFIG [--decode] [--json FILE]",
-    "size": "parameters, FLOPs and memory of a config, without weights: -c CONFIG [--devices N] [--json]",
+    "estimate": "parameters, FLOPs and memory of a config, without weights: -c CONFIG [--devices N] [--json]",
     "inspect": "what the model is really fed: -c CONFIG [--index I ...] [--json]",
 }
 HOMES = {
     "inspect": "llava_bidir.commands.inspect_data",
-    "size": "llava_bidir.commands.estimate",
+    "estimate": "llava_bidir.commands.estimate",
     "verify-data": "llava_bidir.commands.verify_data",
 }
 VQA = "gqa mmbench mme mmmu pope scienceqa textvqa textvqa_ocr vizwiz toy".split()  # vqa/benchmarks.py needs numpy
@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--data", type=Path, help="folder with the data sets in folders named as on the hub, ORG/NAME, instead of it"
     )
     vqa.add_argument(
-        "--max-unusable",
+        "--max-invalid-rate",
         type=float,
         default=0.05,
         help="largest share of answers that may be empty, or no letter, yes or no where one is asked for (0.05)",

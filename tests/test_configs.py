@@ -95,7 +95,7 @@ def test_zero_without_deepspeed_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
     ("stage", "numbers"),
     [
-        ("stage1.yaml", (1e-3, 256, ["adapter"], "plain", "crop", False)),
+        ("stage1.yaml", (1e-3, 256, ["adapter"], "plain", "center_crop", False)),
         ("stage2.yaml", (2e-5, 128, ["adapter", "llm"], "vicuna_v1", "pad", True)),
     ],
 )
@@ -106,9 +106,9 @@ def test_recipe_is_llava_1_5(stage, numbers, parts, conversations, encoders):
     assert (
         model.learning_rate,
         data.batch_size,
-        model.train,
+        model.trainable,
         data.collate.template,
-        model.image_aspect,
+        model.image_resize,
         data.group_by_length,
     ) == numbers
     assert (model.weight_decay, model.warmup_ratio, tuple(model.betas)) == (0.0, 0.03, (0.9, 0.999))

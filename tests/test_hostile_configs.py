@@ -168,14 +168,14 @@ def test_value_that_lightning_stumbles_over_is_an_error_of_the_config(text, name
 # ------------------------------------------------------------------------------------------------ fuzz
 KEYS = {  # what does not reach out, and does not take long whatever its value
     "probes": [
-        *("model.mllm model.image_attention model.untrained model.image_aspect model.mllm_dtype model.sites".split()),
+        *("model.mllm model.image_attention model.untrained model.image_resize model.dtype model.sites".split()),
         *("model.head model.feature_norm model.labels model.learning_rate model.betas model.label_stride".split()),
-        *("model.recipes data.root data.dataset data.options data.name data.batch_size data.cache".split()),
+        *("model.recipes data.root data.dataset data.options data.name data.batch_size data.cache_features".split()),
         *("data.num_workers data.seed trainer.max_epochs trainer.callbacks trainer.precision".split()),
         *("trainer.strategy seed_everything out".split()),
     ],
     "llava_bidir": [
-        *("model.encoder model.llm model.train model.image_attention model.image_aspect model.adapter".split()),
+        *("model.encoder model.llm model.trainable model.image_attention model.image_resize model.adapter".split()),
         *("model.learning_rate model.betas model.warmup_ratio model.loss_average model.lora".split()),
         *("model.max_new_tokens model.encoder.name model.encoder.layer model.lora.r data.annotations".split()),
         *("data.images data.template data.batch_size data.micro_batch_size data.max_length".split()),

@@ -60,7 +60,7 @@ def place(tmp_path, parts, checkpoints, conversations, segmentation):
         "hf": tmp_path / "hf",
         "encoder": encoder,
         "llm": llm,
-        "train": ["fit", *tiny_models.training_arguments(copies, conversations), "--out", str(tmp_path / "run")],
+        "trainable": ["fit", *tiny_models.training_arguments(copies, conversations), "--out", str(tmp_path / "run")],
         "generate": ["generate", str(tmp_path / "hf"), picture, "sky", "--max-new-tokens", "2"],
         "states": ["states", str(tmp_path / "hf"), picture, "--out", str(tmp_path / "s.safetensors")],
         "probe": ["fit", "-c", "configs/demo/probes.yaml", "--model.mllm", str(tmp_path / "hf"), "--data.root"]

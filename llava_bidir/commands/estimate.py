@@ -1,4 +1,4 @@
-"""`llava-bidir size`: parameters, FLOPs and memory of a training config, without weights and without a GPU.
+"""`llava-bidir estimate`: parameters, FLOPs and memory of a training config, without weights and without a GPU.
 
 Parameters and FLOPs are counted on the model itself, built on the meta device. Memory is an estimate.
 """
@@ -30,7 +30,7 @@ def build_empty(module: LlavaTraining) -> LlavaBidirForConditionalGeneration:
         args.llm,
         module.processor.image_token_id,
         args.image_attention,
-        args.image_aspect,
+        args.image_resize,
         args.adapter_gain,
     )
     config.text_config.vocab_size = padded_vocab_size(config.text_config.vocab_size, len(tokenizer))
@@ -38,7 +38,7 @@ def build_empty(module: LlavaTraining) -> LlavaBidirForConditionalGeneration:
         model = LlavaBidirForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
     if module.lora:
         add_lora(model, module.lora)
-    set_trainable(model, args.train)
+    set_trainable(model, args.trainable)
     return model
 
 
@@ -111,7 +111,7 @@ def readable(facts: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
-        prog="llava-bidir size",
+        prog="llava-bidir estimate",
         description="Parameters, FLOPs and memory of a training config, without weights. All other options are those "
         "of `llava-bidir fit` (-c CONFIG ..., --model.image_attention ...).",
     )

@@ -42,20 +42,20 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_processor(encoder: Encoder, llm: str, image_aspect: str = "pad") -> LlavaProcessor:
+def build_processor(encoder: Encoder, llm: str, image_resize: str = "pad") -> LlavaProcessor:
     """Tokenizer, image processor and chat template of a model, without its weights.
 
     Args:
         encoder: Decides how images become pixels and image tokens.
         llm: Directory or hub id whose tokenizer is taken; `<image>` and `<pad>` are added to it.
-        image_aspect: "pad" or "crop", see :meth:`Encoder.image_processor`.
+        image_resize: "pad" or "center_crop", see :meth:`Encoder.image_processor`.
     """
     vision_config = encoder.load_config()
     tokenizer = read_pretrained("model.llm", AutoTokenizer, llm)
     tokenizer.add_tokens(list(EXTRA_TOKENS), special_tokens=True)
     tokenizer.pad_token = "<pad>"
     return LlavaProcessor(
-        image_processor=encoder.image_processor(vision_config, image_aspect),
+        image_processor=encoder.image_processor(vision_config, image_resize),
         tokenizer=tokenizer,
         patch_size=vision_config.patch_size,
         vision_feature_select_strategy=_select_strategy(encoder),
@@ -65,7 +65,7 @@ def build_processor(encoder: Encoder, llm: str, image_aspect: str = "pad") -> Ll
 
 
 def build_config(
-    encoder: Encoder, llm: str, image_token_id: int, image_attention: str, image_aspect: str, adapter_gain: float
+    encoder: Encoder, llm: str, image_token_id: int, image_attention: str, image_resize: str, adapter_gain: float
 ) -> LlavaBidirConfig:
     """The configuration of encoder + adapter + LLM, read without loading weights."""
     vision_config = encoder.load_config()
@@ -79,7 +79,7 @@ def build_config(
         vision_feature_select_strategy=_select_strategy(encoder),
         register_tokens=max(encoder.entry.extra_tokens - 1, 0),
         image_attention=image_attention,
-        image_aspect=image_aspect,
+        image_resize=image_resize,
         adapter_gain=adapter_gain,
     )
 
@@ -90,7 +90,7 @@ def build_model(
     processor: LlavaProcessor,
     *,
     image_attention: str = "causal",
-    image_aspect: str = "pad",
+    image_resize: str = "pad",
     adapter: str | None = None,
     adapter_gain: float = 1.0,
     attn_implementation: str = "sdpa",
@@ -103,7 +103,7 @@ def build_model(
         llm: Directory or hub id of a causal language model.
         processor: From :func:`build_processor`.
         image_attention: Registered mask among image tokens.
-        image_aspect, adapter_gain: Go into the config, see :class:`LlavaBidirConfig`.
+        image_resize, adapter_gain: Go into the config, see :class:`LlavaBidirConfig`.
         adapter: Checkpoint directory (stage 1's) whose adapter is taken; None draws a new one.
         attn_implementation: "sdpa", "eager" or "flex_attention".
         dtype: Of the weights.
@@ -112,7 +112,7 @@ def build_model(
         UserError: The adapter's checkpoint does not fit.
     """
     tokenizer = processor.tokenizer
-    config = build_config(encoder, llm, processor.image_token_id, image_attention, image_aspect, adapter_gain)
+    config = build_config(encoder, llm, processor.image_token_id, image_attention, image_resize, adapter_gain)
     language_model = load_weights(
         "model.llm", AutoModelForCausalLM, llm, config.text_config, dtype=dtype, attn_implementation=attn_implementation
     )
@@ -218,7 +218,9 @@ def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:
     """
     unknown = set(parts) - set(TRAINABLE)
     if unknown or not parts:
-        raise UserError(f"model.train must be some of {', '.join(TRAINABLE)}; got {parts}. The encoder never trains")
+        raise UserError(
+            f"model.trainable must be some of {', '.join(TRAINABLE)}; got {parts}. The encoder never trains"
+        )
     counts = dict.fromkeys(parts, 0)
     updates_only = has_lora(model)
     for name, parameter in model.named_parameters():

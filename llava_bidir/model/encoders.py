@@ -147,16 +147,16 @@ class Encoder:
                 )
         return side, side
 
-    def image_processor(self, config: PreTrainedConfig, image_aspect: str) -> LlavaImageProcessorPil:
+    def image_processor(self, config: PreTrainedConfig, image_resize: str) -> LlavaImageProcessorPil:
         """Makes pixels of images: "pad" to a square with the mean colour, or "crop" the centre of the short side's
         square. Source: LLaVA train.py --image_aspect_ratio (stage 1 leaves it at the encoder's own crop)."""
-        if image_aspect not in ("pad", "crop"):
+        if image_resize not in ("pad", "center_crop"):
             raise UserError(
-                f"unknown image_aspect {image_aspect!r}; there is pad (stage 2, evaluation) and crop (stage 1)"
+                f"unknown image_resize {image_resize!r}; there is pad (stage 2, evaluation) and center_crop (stage 1)"
             )
         side = self.image_px(config)
         return LlavaImageProcessorPil(
-            do_pad=image_aspect == "pad",
+            do_pad=image_resize == "pad",
             size={"shortest_edge": side},
             crop_size={"height": side, "width": side},
             image_mean=list(self.entry.mean),

@@ -38,7 +38,7 @@ MASKS = {
     "bidirectional": "Image tokens attend to each other in both directions (arXiv 2603.17228, Eq. 2); text is causal.",
     "prefix": "Everything up to the last image token attends in both directions; the text behind it is causal.",
 }
-ASPECTS = {"pad": "padded to a square with the mean colour", "crop": "cropped to the centre square"}
+RESIZES = {"pad": "padded to a square with the mean colour", "center_crop": "cropped to the centre square"}
 
 
 def model_card(config: LlavaConfig, facts: dict) -> str:
@@ -55,7 +55,7 @@ def model_card(config: LlavaConfig, facts: dict) -> str:
         layers=config.text_config.num_hidden_layers,
         mask=MASKS.get(attention, f"Image attention: {attention}."),
         remote="" if stock else ", trust_remote_code=True",
-        aspect=ASPECTS[getattr(config, "image_aspect", "pad")],
+        aspect=RESIZES[getattr(config, "image_resize", "pad")],
         flash="" if stock else "; flash attention would drop the mask and is refused",
         recipe="\n".join(f"- {name}: {value}" for name, value in facts.items()) or "Not recorded.",
         version=__version__,

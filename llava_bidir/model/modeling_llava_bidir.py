@@ -35,7 +35,7 @@ class LlavaBidirConfig(LlavaConfig):
     Args:
         image_attention: Name of the mask among image tokens: "causal", "bidirectional" (Eq. 2), "prefix", or whatever
             was registered with :func:`.attention.register_image_attention`.
-        image_aspect: How images become squares: "pad" with the mean colour (LLaVA's stage 2 and evaluation), "crop" to
+        image_resize: How images become squares: "pad" with the mean colour (LLaVA's stage 2 and evaluation), "center_crop" to
             the centre (its stage 1).
         register_tokens: Tokens of the encoder between CLS and patches, which are kept from the adapter. A stock LLaVA
             would take them for patches.
@@ -46,7 +46,7 @@ class LlavaBidirConfig(LlavaConfig):
     model_type = "llava_bidir"
 
     image_attention: str = "causal"
-    image_aspect: str = "pad"
+    image_resize: str = "pad"
     register_tokens: int = 0
     adapter_gain: float = 1.0
 

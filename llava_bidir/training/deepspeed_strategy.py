@@ -182,7 +182,7 @@ class ZeRO(DeepSpeedStrategy):
         different = saved ^ self._trained()
         if different:
             raise UserError(
-                f"checkpoint {path} and model.train differ in {len(different)} tensors, {min(different)} for one; it "
+                f"checkpoint {path} and model.trainable differ in {len(different)} tensors, {min(different)} for one; it "
                 "belongs to another stage or model"
             )
 

@@ -39,9 +39,9 @@ class LlavaTraining(LightningModule):
     Args:
         encoder: The vision tower; always frozen.
         llm: Directory or hub id of the language model.
-        train: What trains: [adapter] in stage 1, [adapter, llm] in stage 2.
+        trainable: What trains: [adapter] in stage 1, [adapter, llm] in stage 2.
         image_attention: Mask among image tokens: causal, bidirectional (Eq. 2), prefix, or a registered one.
-        image_aspect: How images become squares: crop (LLaVA's stage 1) or pad (stage 2).
+        image_resize: How images become squares: center_crop (LLaVA's stage 1) or pad (stage 2).
         adapter: Checkpoint directory whose adapter stage 2 starts from.
         adapter_gain: Factor on a new adapter's last weight, see LlavaBidirConfig.
         learning_rate: Peak learning rate.
@@ -64,9 +64,9 @@ class LlavaTraining(LightningModule):
         self,
         encoder: Encoder,
         llm: str,
-        train: list[str],
+        trainable: list[str],
         image_attention: str = "causal",
-        image_aspect: str = "pad",
+        image_resize: str = "pad",
         adapter: str | None = None,
         adapter_gain: float = 1.0,
         learning_rate: float = 2e-5,
@@ -90,9 +90,9 @@ class LlavaTraining(LightningModule):
         self.hparams["encoder"] = asdict(encoder)
         self.lora = Lora(**lora) if isinstance(lora, dict) else lora
         self.hparams["lora"] = self.lora and asdict(self.lora)
-        if self.lora and "llm" not in train:
-            raise UserError(f"model.lora stands for the LLM's weights, but model.train is {train}, without llm")
-        self.processor = build_processor(encoder, llm, image_aspect)
+        if self.lora and "llm" not in trainable:
+            raise UserError(f"model.lora stands for the LLM's weights, but model.trainable is {trainable}, without llm")
+        self.processor = build_processor(encoder, llm, image_resize)
         rows, columns = encoder.grid(encoder.load_config())
         self.image_tokens = rows * columns
         self.model = None
@@ -108,7 +108,7 @@ class LlavaTraining(LightningModule):
             args.llm,
             self.processor,
             image_attention=args.image_attention,
-            image_aspect=args.image_aspect,
+            image_resize=args.image_resize,
             adapter=args.adapter,
             adapter_gain=args.adapter_gain,
             attn_implementation=args.attn_implementation,
@@ -116,7 +116,7 @@ class LlavaTraining(LightningModule):
         )
         if self.lora:
             add_lora(self.model, self.lora)
-        for part, parameters in set_trainable(self.model, args.train).items():
+        for part, parameters in set_trainable(self.model, args.trainable).items():
             log.info("training %s: %s parameters", part, f"{parameters:,}")
         if args.frozen_dtype != "float32":
             self._cast_frozen(getattr(torch, args.frozen_dtype))
@@ -224,7 +224,7 @@ class LlavaTraining(LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         args = self.hparams
-        rates = {part: args.learning_rate for part in args.train}
+        rates = {part: args.learning_rate for part in args.trainable}
         if args.adapter_learning_rate is not None:
             rates["adapter"] = args.adapter_learning_rate
         # Lightning clips no gradients that a fused optimizer might still have to unscale
@@ -245,7 +245,7 @@ class LlavaTraining(LightningModule):
     def facts(self) -> dict[str, Any]:
         """How the model is made, for its card: the stage, and every setting that has a value."""
         settings = {k: v for k, v in self.hparams.items() if v is not None and not k.startswith("_")}
-        return {"stage": "+".join(self.hparams.train), **settings}
+        return {"stage": "+".join(self.hparams.trainable), **settings}
 
     def progress(self) -> dict[str, Any]:
         """How far the run is, and the newest value of each metric that the clock does not decide."""
@@ -285,6 +285,6 @@ class LlavaTraining(LightningModule):
         missing = trained - set(checkpoint["state_dict"])
         if missing:
             raise UserError(
-                f"the checkpoint lacks {len(missing)} of {len(trained)} tensors that model.train={self.hparams.train} "
+                f"the checkpoint lacks {len(missing)} of {len(trained)} tensors that model.trainable={self.hparams.trainable} "
                 f"trains, {min(missing)} for one; it belongs to another stage or model"
             )

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     if absent:
         raise UserError(f"{', '.join(absent)}: the harness ended well but left no results; all it said is above")
     there = [name for name in BENCHMARKS if results_file(args.out, name).exists()]  # all of which the table will have
-    wrong = [line for name in there for line in problems(args.out, name, args.max_unusable)]
+    wrong = [line for name in there for line in problems(args.out, name, args.max_invalid_rate)]
     if wrong:
         raise UserError("\n".join(wrong))
     print(write_tables([args.out], args.out))

@@ -7,18 +7,18 @@ from .benchmarks import BENCHMARKS, Item
 from .result_files import pins, read_results
 
 
-def problems(out: Path, name: str, max_unusable: float) -> list[str]:
+def problems(out: Path, name: str, max_invalid_rate: float) -> list[str]:
     """What is wrong with a finished task, each with the name of the task and of an item; empty if nothing is.
 
     Args:
         out: Folder of results.
         name: Of the benchmark.
-        max_unusable: Largest share of answers that may be empty or not of the kind asked for.
+        max_invalid_rate: Largest share of answers that may be empty or not of the kind asked for.
     """
     facts, items = read_results(out, name)
     found = [*_versions(facts), *_counts(name, facts, items)]
     if not found:  # or scores could not be compared
-        found = [*_scores(name, facts, items), *_answers(name, items, max_unusable)]
+        found = [*_scores(name, facts, items), *_answers(name, items, max_invalid_rate)]
     return [f"{name}: {problem}" for problem in found]
 
 
@@ -57,13 +57,13 @@ def _scores(name: str, facts: dict, items: list[Item]) -> list[str]:
     return found
 
 
-def _answers(name: str, items: list[Item], max_unusable: float) -> list[str]:
+def _answers(name: str, items: list[Item], max_invalid_rate: float) -> list[str]:
     bad = unusable(name, items)
-    if len(bad) <= max_unusable * len(items):
+    if len(bad) <= max_invalid_rate * len(items):
         return []
     return [
         f"{len(bad)} of {len(items)} answers are empty or not of the kind asked for, item {bad[0]['item']} for one: "
-        f"{bad[0]['answer'][:40]!r}; --max-unusable {max_unusable} allows fewer"
+        f"{bad[0]['answer'][:40]!r}; --max-invalid-rate {max_invalid_rate} allows fewer"
     ]
 
 

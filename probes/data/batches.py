@@ -91,8 +91,8 @@ class CachedFeatures(Dataset):
         log.info("caching %s: %s", name, size)
         if need > 0.8 * free:
             raise UserError(
-                f"data.cache would take {size} for {name}, {free / 1e9:.1f} GB of memory are free; name fewer "
-                "model.sites or set data.cache to false"
+                f"data.cache_features would take {size} for {name}, {free / 1e9:.1f} GB of memory are free; name fewer "
+                "model.sites or set data.cache_features to false"
             )
         self.states = {site: torch.empty(len(prepared), tokens, mllm.widths[site], dtype=dtype) for site in sites}
         self.targets: list[Tensor] = []

@@ -23,12 +23,12 @@ class SegmentationData(LightningDataModule):
     """Training and validation images with masks.
 
     Args:
-        root: Folder of the dataset; for hub also a name there.
-        dataset: Its layout, see probes/data: folder has images, PNG masks and a classes.json, hub ADE20K in parquet.
+        root: Folder of the dataset; for ade20k_hf also a name on the hub.
+        dataset: Its layout, see probes/data: folder has images, PNG masks and a classes.json, ade20k_hf ADE20K in parquet.
         options: The layout's own, see its class: {"background": "class"} for voc2012.
         name: What reports call it; None takes the folder's name.
         batch_size: Images of a batch over all devices. The paper has 64.
-        cache: Keeps all states in memory, so that the frozen forward runs once and not once an epoch.
+        cache_features: Keeps all states in memory, so that the frozen forward runs once and not once an epoch.
         num_workers: Processes on each device that open images.
         seed: Decides the order of training images.
     """
@@ -40,7 +40,7 @@ class SegmentationData(LightningDataModule):
         options: dict[str, Any] | None = None,
         name: str | None = None,
         batch_size: int = 64,
-        cache: bool = False,
+        cache_features: bool = False,
         num_workers: int = 4,
         seed: int = 0,
     ):
@@ -50,7 +50,12 @@ class SegmentationData(LightningDataModule):
         self.name = name or Path(root).resolve().name
         self.classes = self.splits["training"].classes
         self.num_classes = len(self.classes)
-        self.batch_size, self.cache, self.num_workers, self.seed = batch_size, cache, num_workers, seed
+        self.batch_size, self.cache_features, self.num_workers, self.seed = (
+            batch_size,
+            cache_features,
+            num_workers,
+            seed,
+        )
         self.trained_batches = 0
         self._sources: dict[str, Dataset] = {}
 
@@ -118,8 +123,8 @@ class SegmentationData(LightningDataModule):
         return DataLoader(
             source,
             batch_sampler=batches,
-            num_workers=0 if self.cache else self.num_workers,
-            collate_fn=_as_it_is if self.cache else collate,
+            num_workers=0 if self.cache_features else self.num_workers,
+            collate_fn=_as_it_is if self.cache_features else collate,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -127,7 +132,7 @@ class SegmentationData(LightningDataModule):
         if split not in self._sources:
             trainer, module = self.trainer, self.trainer.lightning_module
             source = PreprocessedDataset(self.splits[split], module.mllm.preprocess)
-            if self.cache:
+            if self.cache_features:
                 with trainer.precision_plugin.forward_context():  # as where states are computed anew
                     source = CachedFeatures(
                         module.mllm,

@@ -15,7 +15,7 @@ from .voc2012 import VOC2012
 DATASETS: dict[str, type[SegmentationDataset]] = {
     "folder": FolderDataset,
     "ade20k": ADE20K,
-    "hub": ADE20KOnHub,
+    "ade20k_hf": ADE20KOnHub,
     "voc2012": VOC2012,
     "cityscapes": Cityscapes,
 }

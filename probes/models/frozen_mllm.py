@@ -63,7 +63,7 @@ class FrozenMLLM(nn.Module):
         image_processors: Sequence,
         prefix_ids: list[int],
         image_attention: str,
-        image_aspect: str = "square",
+        image_resize: str = "squash",
         row_end_id: int | None = None,
     ):
         super().__init__()
@@ -72,7 +72,7 @@ class FrozenMLLM(nn.Module):
         self.image_attention, self.own_image_attention = image_attention, own_image_attention(model.config)
         self.grid = family.grid(model.config)
         image_px, colour = family.image_px(model.config), [int(255 * x) for x in image_processors[0].image_mean]
-        self.geometry = Geometry(self.grid, image_px, family.covered_px(model.config), image_aspect, tuple(colour))
+        self.geometry = Geometry(self.grid, image_px, family.covered_px(model.config), image_resize, tuple(colour))
         self.sites = site_names(len(self._decoder.layers))
         width = model.config.get_text_config().hidden_size
         self.widths = dict.fromkeys(self.sites, width) | {ENCODER: family.encoder_width(model.config)}
@@ -255,7 +255,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     *,
-    image_aspect: str = "square",
+    image_resize: str = "squash",
     prefix: str | None = None,
     untrained: Sequence[str] = (),
     seed: int = 0,
@@ -267,7 +267,7 @@ def load(
         image_attention: Runs it under another mask than it was trained with; None keeps its own.
         dtype: Of the weights, "bfloat16" as well as torch.bfloat16; None or "auto" keeps the checkpoint's.
         device: None takes the GPU if there is one.
-        image_aspect: How images become squares: "square" (resized) or "pad" (LLaVA's own), see probes/ops/geometry.py.
+        image_resize: How images become squares: "squash" (resized) or "pad" (LLaVA's own), see probes/ops/geometry.py.
         prefix: Text before the image; None takes the checkpoint's chat template up to the image.
         untrained: Parts ("adapter", "llm") whose weights are drawn anew: the controls that show what the architecture
             does without training.
@@ -289,7 +289,7 @@ def load(
         image_processors(path, family),
         prefix_ids(path, family, prefix),
         attention,
-        image_aspect,
+        image_resize,
         row_end_id(path, family),
     )
     return mllm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

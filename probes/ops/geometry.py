@@ -2,14 +2,14 @@
 
 A model sees a square of `image_px` pixels, made of the whole image, and never a crop of it:
 
-    square   the image resized to the square, aspect given up
+    squash   the image resized to the square, aspect given up
     pad      the image in the middle of a square of its mean colour, as LLaVA-1.5 ("pad"), then resized
 
 The tokens divide the square into an h x w grid, save for a border at the right and the bottom where the patch size does
 not divide `image_px` (SigLIP: 27 x 14 = 378 of 384 px). A `GridPlacement` says where that grid lies on a mask of H x W
 pixels, which has the image's own size: probes' logits are upsampled there, and masks stay as they are.
 
-    square, H x W = 4 x 8, grid 2 x 2:   rows AxisExtent(0, 4), columns AxisExtent(0, 8)
+    squash, H x W = 4 x 8, grid 2 x 2:   rows AxisExtent(0, 4), columns AxisExtent(0, 8)
     pad, the same:                       rows AxisExtent(-2, 8), columns AxisExtent(0, 8)    two rows of padding above
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llava_bidir.common.errors import UserError
 
-ASPECTS = ("square", "pad")
+RESIZES = ("squash", "pad")
 
 
 class AxisExtent(NamedTuple):
@@ -68,27 +68,27 @@ class Geometry:
         grid: Image tokens down and across.
         image_px: Side of the square that the encoder is given.
         covered_px: Of it, what the tokens cover, from the left and from the top.
-        aspect: "square" or "pad".
+        resize: "squash" or "pad".
         padding: The colour of what is not image.
 
     Raises:
-        UserError: An unknown aspect.
+        UserError: An unknown way to resize.
     """
 
     grid: tuple[int, int]
     image_px: int
     covered_px: int
-    aspect: str = "square"
+    resize: str = "squash"
     padding: tuple[int, int, int] = (0, 0, 0)
 
     def __post_init__(self):
-        if self.aspect not in ASPECTS:
-            raise UserError(f"unknown image_aspect {self.aspect!r}; there is {', '.join(ASPECTS)}")
+        if self.resize not in RESIZES:
+            raise UserError(f"unknown image_resize {self.resize!r}; there is {', '.join(RESIZES)}")
 
     def place(self, image: Image.Image) -> Image.Image:
         """The square of `image_px` that is made of an image."""
         image = to_rgb(image)
-        if self.aspect == "pad":
+        if self.resize == "pad":
             side, left, top = _padded(image.height, image.width)
             square = Image.new("RGB", (side, side), self.padding)
             square.paste(image, (left, top))
@@ -98,7 +98,7 @@ class Geometry:
     def view(self, size: tuple[int, int]) -> GridPlacement:
         """Where the grid lies on a mask of this size [H, W], which is its image's."""
         seen = self.covered_px / self.image_px
-        if self.aspect == "square":
+        if self.resize == "squash":
             return GridPlacement(*(AxisExtent(0.0, length * seen) for length in size))
         side, left, top = _padded(*size)
         return GridPlacement(AxisExtent(float(-top), side * seen), AxisExtent(float(-left), side * seen))

@@ -191,8 +191,8 @@ class ProbeRun:
         return mllms.load(
             config["mllm"],
             config["image_attention"],
-            dtype=config["mllm_dtype"],
-            image_aspect=config["image_aspect"],
+            dtype=config["dtype"],
+            image_resize=config["image_resize"],
             untrained=config["untrained"] or (),
             seed=config["seed"],
         )

@@ -19,7 +19,7 @@ METRICS = {
 MANIFEST = {"data": {"root": Text, "dataset": Text, "fingerprint": Text}, "config": dict, "versions": dict}
 MANIFEST |= {"mllm_training": (dict, MAYBE)}
 TRAINING = {"encoder": {"name": Text}, "llm": Text, "val/answer_accuracy": Number}  # of these what is there
-CONFIG = {"mllm": Text, "image_attention": (Text, MAYBE), "mllm_dtype": Text, "image_aspect": Text, "seed": int}
+CONFIG = {"mllm": Text, "image_attention": (Text, MAYBE), "dtype": Text, "image_resize": Text, "seed": int}
 CONFIG |= {"untrained": (list, MAYBE)}
 
 

@@ -36,8 +36,8 @@ class ProbeModule(LightningModule):
         num_classes: K; the command line links it from the data.
         image_attention: Runs the model under another mask than it was trained with.
         untrained: Parts whose weights are drawn anew, for controls: adapter, llm.
-        image_aspect: How images become squares: square (resized) or pad (LLaVA's own), see probes/ops/geometry.py.
-        mllm_dtype: What the model runs in: auto (as its checkpoint is stored), bfloat16, float16 or float32. Probes are
+        image_resize: How images become squares: squash (resized) or pad (LLaVA's own), see probes/ops/geometry.py.
+        dtype: What the model runs in: auto (as its checkpoint is stored), bfloat16, float16 or float32. Probes are
             in float32 in any case.
         sites: Those to probe; None for all.
         head: linear (the paper), or another, see probes/training/heads.py.
@@ -59,8 +59,8 @@ class ProbeModule(LightningModule):
         num_classes: int = 150,
         image_attention: str | None = None,
         untrained: list[str] | None = None,
-        image_aspect: str = "square",
-        mllm_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+        image_resize: str = "squash",
+        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
         sites: list[str] | None = None,
         head: Literal[*HEADS] = "linear",
         feature_norm: Literal[*FEATURE_NORMS] = "none",
@@ -89,9 +89,9 @@ class ProbeModule(LightningModule):
         self.mllm = mllms.load(
             args.mllm,
             args.image_attention,
-            dtype=args.mllm_dtype,
+            dtype=args.dtype,
             device="cpu",
-            image_aspect=args.image_aspect,
+            image_resize=args.image_resize,
             untrained=args.untrained or (),
             seed=args.seed,
         )

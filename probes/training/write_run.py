@@ -45,7 +45,7 @@ def save_run(
         "mllm": args.mllm,
         "image_attention": module.mllm.image_attention,
         "own_image_attention": module.mllm.own_image_attention,
-        "image_aspect": args.image_aspect,
+        "image_resize": args.image_resize,
         "untrained": list(args.untrained or ()),
         "seed": args.seed,
         "classes": data.classes,

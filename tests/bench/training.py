@@ -204,14 +204,14 @@ def measure(size: dict, train: list[str], steps: int, precision: str, device: to
         folder = Path(temporary)
         parts, seconds = write_parts(folder, size), {}
         for name in ("causal", "bidirectional"):
-            module = LlavaTraining(*parts, train=train, image_attention=name, gradient_checkpointing=True)
+            module = LlavaTraining(*parts, trainable=train, image_attention=name, gradient_checkpointing=True)
             model = random_model(module, device)
             set_trainable(model, train)
             made = batches(model, size, steps)
             seconds[name] = ours(module, model, made, precision, device)
             facts = Batches(made)._with_facts(made[0])
             flops = step_flops(model).step(facts["lengths"], facts["supervised"], len(facts["ids"]))
-        module = LlavaTraining(*parts, train=train, gradient_checkpointing=True)
+        module = LlavaTraining(*parts, trainable=train, gradient_checkpointing=True)
         model = as_llava(random_model(module, device))
         set_trainable(model, train)
         seconds["stock"] = stock(model, made, precision, device, folder / "stock")

@@ -99,7 +99,7 @@ class Peaks(Callback):
 def fit(checkpoint: Path, root: Path, out: Path, batch_size: int) -> dict[str, float]:
     """`probes fit` for one epoch."""
     arguments = ["-c", "configs/demo/probes.yaml", "--model.mllm", str(checkpoint), "--data.root", str(root)]
-    arguments += ["--out", str(out), "--data.batch_size", str(batch_size), "--data.cache", "false"]
+    arguments += ["--out", str(out), "--data.batch_size", str(batch_size), "--data.cache_features", "false"]
     cli = build_cli([*arguments, "--trainer.max_epochs", "1", "--save_predictions", "true"], run=False)
     cli.trainer.callbacks.append(peaks := Peaks())
     cli.trainer.fit(cli.model, cli.datamodule)

@@ -18,7 +18,7 @@ def test_probes_on_photos_score_as_numpy_does_and_make_a_report(checkpoints, tmp
     main(
         ["fit", "-c", "configs/demo/probes.yaml", "--out", str(tmp_path), "--trainer.max_epochs", "1"]
         + ["--model.mllm", str(checkpoints["bidirectional"]), "--data.root", str(CAMVID), "--data.name", "camvid"]
-        + ["--data.cache", "true", "--save_predictions", "true"]
+        + ["--data.cache_features", "true", "--save_predictions", "true"]
     )
     run = ProbeRun(tmp_path)
     targets = [np.asarray(Image.open(path)) for path in sorted((CAMVID / "annotations/validation").glob("*.png"))]

@@ -47,7 +47,7 @@ def full_size(tmp_path_factory, real_tokenizer):
 
 
 def size(folder, stage, encoder, *more) -> list[str]:
-    return ["size", "--json", "-c", f"configs/{stage}.yaml", "-c", f"configs/encoder/{encoder}.yaml"] + [
+    return ["estimate", "--json", "-c", f"configs/{stage}.yaml", "-c", f"configs/encoder/{encoder}.yaml"] + [
         *("--model.encoder.path", str(folder / encoder), "--model.llm", str(folder / "vicuna")),
         *("--data.annotations", "none.json", "--data.images", "none", *more),
     ]
@@ -79,7 +79,7 @@ def test_stage_1_trains_the_adapter_only(full_size, capsys):
 
 
 def test_size_is_readable_and_names_what_is_wrong(parts, conversations, capsys):
-    argv = ["size", *tiny_models.training_arguments(parts, conversations)]
+    argv = ["estimate", *tiny_models.training_arguments(parts, conversations)]
     main([*argv, "--devices", "2"])
     assert "train" in (text := capsys.readouterr().out) and "on each of 2 devices (estimate)" in text
     with pytest.raises(SystemExit, match="--length 3 leaves no text behind 4 image tokens"):

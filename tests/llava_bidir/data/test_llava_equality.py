@@ -195,7 +195,7 @@ def llava_pixels(image: Image.Image, entry, side: int, aspect: str) -> np.ndarra
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("aspect", ["pad", "crop"])
+@pytest.mark.parametrize("aspect", ["pad", "center_crop"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_pixels_equal_llavas(name, aspect, size):
     """To the last of the 256 levels: a step of one is 0.0147 at least after normalisation."""

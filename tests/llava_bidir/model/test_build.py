@@ -56,7 +56,7 @@ def test_set_trainable_never_trains_the_encoder(built, train, moving):
     assert any("multi_modal_projector" in name for name in trained)
     assert any("language_model" in name for name in trained) == ("llm" in train)
     for bad in ([], ["encoder"]):
-        with pytest.raises(ValueError, match="model.train must be some of adapter, llm"):
+        with pytest.raises(ValueError, match="model.trainable must be some of adapter, llm"):
             set_trainable(built, bad)
 
 
@@ -91,8 +91,8 @@ def test_unknown_or_mistaken_encoder_is_named(parts):
         Encoder("clop", parts[0].path)
     with pytest.raises(ValueError, match="is a 'clip_vision_model' checkpoint, but name 'siglip'"):
         Encoder("siglip", parts[0].path).load_config()
-    with pytest.raises(ValueError, match="unknown image_aspect 'stretch'"):
-        build_processor(*parts, image_aspect="stretch")
+    with pytest.raises(ValueError, match="unknown image_resize 'stretch'"):
+        build_processor(*parts, image_resize="stretch")
 
 
 @pytest.mark.parametrize(
@@ -135,8 +135,8 @@ def test_image_processor_pads_with_the_mean_or_crops_the_centre(parts):
     wide = np.zeros((8, 16, 3), np.uint8)
     wide[:, :4] = wide[:, 12:] = 255
     entry = ENCODERS["clip"]
-    for aspect in ("pad", "crop"):
-        processor = build_processor(*parts, image_aspect=aspect).image_processor
+    for aspect in ("pad", "center_crop"):
+        processor = build_processor(*parts, image_resize=aspect).image_processor
         pixels = processor(Image.fromarray(wide), return_tensors="pt")["pixel_values"][0]
         assert pixels.shape == (3, 8, 8)
         raw = pixels * torch.tensor(entry.std)[:, None, None] + torch.tensor(entry.mean)[:, None, None]

@@ -16,7 +16,7 @@ from llava_bidir.training.module import LlavaTraining
 
 
 def module(parts, **kwargs) -> LlavaTraining:
-    settings = {"train": ["adapter", "llm"], "learning_rate": 1e-2, "max_new_tokens": 3}
+    settings = {"trainable": ["adapter", "llm"], "learning_rate": 1e-2, "max_new_tokens": 3}
     return LlavaTraining(*parts, **(settings | kwargs))
 
 
@@ -63,9 +63,9 @@ def _recorded(step, losses):
 
 @pytest.mark.parametrize("train", [["adapter"], ["adapter", "llm"]])
 def test_a_stage_moves_its_parts_and_nothing_else(train, parts, conversations, tmp_path):
-    built, _, _ = fit(parts, conversations, tmp_path, module_kwargs={"train": train})
+    built, _, _ = fit(parts, conversations, tmp_path, module_kwargs={"trainable": train})
     torch.manual_seed(0)
-    fresh = module(parts, train=train)
+    fresh = module(parts, trainable=train)
     fresh.configure_model()
     moved = {
         name.split(".")[1] if name.startswith("model.") else "lm_head"
@@ -159,11 +159,11 @@ def _only_at(step, hook):
 
 
 def test_checkpoint_holds_what_trains_and_refuses_another_stage(parts, conversations, tmp_path):
-    _, _, run = fit(parts, conversations, tmp_path, module_kwargs={"train": ["adapter"]})
+    _, _, run = fit(parts, conversations, tmp_path, module_kwargs={"trainable": ["adapter"]})
     run.save_checkpoint(tmp_path / "stage1.ckpt")
     kept = torch.load(tmp_path / "stage1.ckpt", weights_only=True)["state_dict"]
     assert len(kept) == 4 and all("multi_modal_projector" in name for name in kept)
-    with pytest.raises(ValueError, match=r"run with model.train=\['adapter'\], this one has \['adapter', 'llm'\]"):
+    with pytest.raises(ValueError, match=r"run with model.trainable=\['adapter'\], this one has \['adapter', 'llm'\]"):
         fit(parts, conversations, tmp_path, ckpt_path=tmp_path / "stage1.ckpt")
     stage2 = module(parts)
     stage2.configure_model()
@@ -188,7 +188,7 @@ def test_with_lora_exactly_updates_and_adapter_train_and_are_kept(parts, convers
 def test_frozen_weights_can_be_bfloat16_and_little_changes(parts, conversations, tmp_path):
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        settings = {"module_kwargs": {"train": ["adapter"], "frozen_dtype": dtype}, "precision": "bf16-mixed"}
+        settings = {"module_kwargs": {"trainable": ["adapter"], "frozen_dtype": dtype}, "precision": "bf16-mixed"}
         built, found, _ = fit(parts, conversations, tmp_path, **settings)
         losses[dtype] = torch.tensor([loss for _, loss in found])
         kept = {p.dtype for p in built.model.parameters() if p.requires_grad}, built.model.lm_head.weight.dtype
@@ -200,8 +200,10 @@ def test_frozen_weights_can_be_bfloat16_and_little_changes(parts, conversations,
 
 
 def test_lora_without_the_llm_is_an_error(parts):
-    with pytest.raises(ValueError, match=r"model.lora stands for the LLM's weights, but model.train is \['adapter'\]"):
-        module(parts, train=["adapter"], **LORA)
+    with pytest.raises(
+        ValueError, match=r"model.lora stands for the LLM's weights, but model.trainable is \['adapter'\]"
+    ):
+        module(parts, trainable=["adapter"], **LORA)
 
 
 def test_validation_answers_the_questions(parts, conversations, tmp_path):

@@ -58,7 +58,18 @@ def stubbed(tmp_path, monkeypatch):
 
 def vqa(model, out, data, *more) -> None:
     """Tiny models of random weights say nothing that could be used, which is let pass unless `more` says otherwise."""
-    argv = ["vqa", str(model), "--out", str(out), "--data", str(data), "--python", str(PYTHON), "--max-unusable", "1"]
+    argv = [
+        "vqa",
+        str(model),
+        "--out",
+        str(out),
+        "--data",
+        str(data),
+        "--python",
+        str(PYTHON),
+        "--max-invalid-rate",
+        "1",
+    ]
     cli.main([*argv, "--batch-size", "4", *more])
 
 
@@ -152,12 +163,12 @@ def test_answers_of_no_use_end_with_an_error(runs, checkpoints, data):
     with pytest.raises(
         SystemExit, match=r"pope: 6 of 6 answers are empty or not of the kind asked for, item 0 for one"
     ):
-        vqa(checkpoints["causal"], runs / "causal", data, "--max-unusable", "0.05")
+        vqa(checkpoints["causal"], runs / "causal", data, "--max-invalid-rate", "0.05")
 
 
 def test_scores_are_the_harnesss_where_some_answers_are_right(checkpoints, data, tmp_path, stubbed):
     """Right in the first half of each task, wrong in the rest; check.py holds our numbers against the harness's."""
-    vqa(checkpoints["causal"], tmp_path / "out", data, "--python", stubbed("oracle"), "--max-unusable", "0")
+    vqa(checkpoints["causal"], tmp_path / "out", data, "--python", stubbed("oracle"), "--max-invalid-rate", "0")
     (model,) = json.loads((tmp_path / "out/table1.json").read_text())["models"]
     scores = {title: column["score"] for title, column in model["columns"].items()}
     assert scores == pytest.approx(

@@ -60,9 +60,9 @@ def test_ade20k_has_150_classes_from_label_1_on(ade):
 
 def test_ade20k_on_the_hub_is_the_same_lazily(tmp_path):
     root = dataset_layouts.write_hub_parquet(tmp_path / "hub")
-    data = open_dataset("hub", str(root), "validation")
+    data = open_dataset("ade20k_hf", str(root), "validation")
     assert len(data) == 2 and data.classes == ade20k.CLASSES and data.palette == ade20k.PALETTE
-    assert len(open_dataset("hub", str(root), "training")) == 3
+    assert len(open_dataset("ade20k_hf", str(root), "training")) == 3
     for i in range(2):
         labels = dataset_layouts.labels(i, [0, 1, 2, 150])
         assert (data[i]["target"] == expected(labels, {k: k - 1 for k in range(1, 151)})).all()
@@ -71,14 +71,14 @@ def test_ade20k_on_the_hub_is_the_same_lazily(tmp_path):
 
 def test_hub_dataset_that_is_not_there_says_where_it_was_looked_for(tmp_path):
     root = dataset_layouts.write_hub_parquet(tmp_path / "hub", folder="other")
-    assert len(open_dataset("hub", str(root), "validation", {"folder": "other"})) == 2
-    assert len(open_dataset("hub", str(root / "other"), "validation", {"folder": ""})) == 2
+    assert len(open_dataset("ade20k_hf", str(root), "validation", {"folder": "other"})) == 2
+    assert len(open_dataset("ade20k_hf", str(root / "other"), "validation", {"folder": ""})) == 2
     with pytest.raises(
         ValueError, match="cannot load the validation split of .*hub, folder scene_parsing: .*options.fo"
     ):
-        open_dataset("hub", str(root), "validation")
+        open_dataset("ade20k_hf", str(root), "validation")
     with pytest.raises(ValueError, match="cannot load the train split of nobody/nothing"):
-        open_dataset("hub", "nobody/nothing", "training")
+        open_dataset("ade20k_hf", "nobody/nothing", "training")
 
 
 def test_hub_rows_are_read_from_the_parquet_files_alone(tmp_path):
@@ -91,7 +91,7 @@ def test_hub_rows_are_read_from_the_parquet_files_alone(tmp_path):
     root = tmp_path / "hub/scene_parsing/validation"
     root.mkdir(parents=True)
     datasets.Dataset.from_dict({"image": cells, "annotation": cells}, features).to_parquet(root / "0000.parquet")
-    data = open_dataset("hub", str(tmp_path / "hub"), "validation")
+    data = open_dataset("ade20k_hf", str(tmp_path / "hub"), "validation")
     for i, message in enumerate(["has no bytes"] * 2 + ["cannot be read as an image"]):
         with pytest.raises(BadFile, match=rf"hub, folder scene_parsing, validation, row {i}, image {message}"):
             data[i]
@@ -102,7 +102,7 @@ def test_hub_files_that_are_broken_are_named(tmp_path, content):
     file = dataset_layouts.write_hub_parquet(tmp_path / "hub") / "scene_parsing/validation/0000.parquet"
     file.write_bytes(file.read_bytes()[:-100] if content is None else content)
     with pytest.raises(ValueError, match="^data.root: cannot load the validation split of .*hub, folder scene_parsing"):
-        open_dataset("hub", str(tmp_path / "hub"), "validation")
+        open_dataset("ade20k_hf", str(tmp_path / "hub"), "validation")
 
 
 def test_hub_columns_of_other_types_are_named(tmp_path):
@@ -112,7 +112,7 @@ def test_hub_columns_of_other_types_are_named(tmp_path):
     root.mkdir(parents=True)
     datasets.Dataset.from_dict({"image": [5], "annotation": [[1.5]]}).to_parquet(root / "0000.parquet")
     with pytest.raises(ValueError, match="scene_parsing: its column 'image' holds no images, but Value.'int64'"):
-        open_dataset("hub", str(tmp_path / "hub"), "validation")
+        open_dataset("ade20k_hf", str(tmp_path / "hub"), "validation")
 
 
 @pytest.mark.parametrize("above", ["", "..", "../.."])
@@ -240,8 +240,8 @@ def test_options_are_those_of_the_layout(segmentation):
     with pytest.raises(ValueError, match="'folder' has no option 'labels'; it has none"):
         open_dataset("folder", str(segmentation), "training", {"labels": "labelIds"})
     with pytest.raises(ValueError, match="data.options.folder is 3; expected a str"):
-        open_dataset("hub", "anywhere", "training", {"folder": 3})
-    assert set(DATASETS) >= {"folder", "ade20k", "hub", "voc2012", "cityscapes"}
+        open_dataset("ade20k_hf", "anywhere", "training", {"folder": 3})
+    assert set(DATASETS) >= {"folder", "ade20k", "ade20k_hf", "voc2012", "cityscapes"}
 
 
 def test_class_names_and_colours_are_the_official_ones():

@@ -195,7 +195,9 @@ def test_photo_whose_mask_fits_only_the_stored_pixels_is_read_as_stored(root):
 
 
 def test_unknown_layout_and_split_are_errors(root):
-    with pytest.raises(ValueError, match="unknown data.dataset 'coco'; registered: folder, ade20k, hub, voc2012, city"):
+    with pytest.raises(
+        ValueError, match="unknown data.dataset 'coco'; registered: folder, ade20k, ade20k_hf, voc2012, city"
+    ):
         SegmentationData(str(root), dataset="coco")
     with pytest.raises(ValueError, match="no folder .*images/testing"):
         open_dataset("folder", str(root), "testing")

@@ -63,7 +63,7 @@ def test_file_that_breaks_after_training_is_named_when_the_run_is_tested(workers
     root = tiny_models.write_segmentation(tmp_path / "data")
     config = ["-c", "configs/demo/probes.yaml", "--out", str(tmp_path / "run"), "--data.root", str(root)]
     config += ["--data.num_workers", workers, "--model.mllm", str(checkpoints["causal"])]
-    config += ["--model.sites", "[adapter]", "--data.cache", "false"]
+    config += ["--model.sites", "[adapter]", "--data.cache_features", "false"]
     (root / "images/validation/001.png").write_bytes(b"no picture")
     with pytest.raises(
         SystemExit, match=r"^probes: \S+images/validation/001.png cannot be read as an image: it is n[^\n]*$"

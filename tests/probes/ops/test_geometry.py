@@ -41,15 +41,15 @@ def error_px(geometry: Geometry, size: tuple[int, int], view: GridPlacement) -> 
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("aspect", ["square", "pad"])
+@pytest.mark.parametrize("resize", ["squash", "pad"])
 @pytest.mark.parametrize("encoder", [CLIP, SIGLIP], ids=["clip", "siglip"])
-def test_grid_lies_on_the_image_to_a_fraction_of_a_pixel(size, aspect, encoder):
-    geometry = Geometry(**encoder, aspect=aspect)
+def test_grid_lies_on_the_image_to_a_fraction_of_a_pixel(size, resize, encoder):
+    geometry = Geometry(**encoder, resize=resize)
     assert error_px(geometry, size, geometry.view(size)) < 0.6
 
 
 def test_coordinates_notice_a_wrong_view():
-    padded, siglip = Geometry(**CLIP, aspect="pad"), Geometry(**SIGLIP)
+    padded, siglip = Geometry(**CLIP, resize="pad"), Geometry(**SIGLIP)
     assert error_px(padded, (512, 683), GridPlacement.whole((512, 683))) > 20
     assert error_px(siglip, (512, 683), GridPlacement.whole((512, 683))) > 3
 
@@ -58,7 +58,7 @@ def sampled(logits: torch.Tensor, geometry: Geometry, size: tuple[int, int]) -> 
     """The logits at each pixel by torch's grid_sample, which knows nothing of views."""
     height, width = size
     side, left, top = max(size), (max(size) - width) // 2, (max(size) - height) // 2
-    if geometry.aspect == "square":
+    if geometry.resize == "squash":
         x, y = (torch.arange(width) + 0.5) / width, (torch.arange(height) + 0.5) / height
     else:
         x, y = (torch.arange(width) + left + 0.5) / side, (torch.arange(height) + top + 0.5) / side
@@ -70,10 +70,10 @@ def sampled(logits: torch.Tensor, geometry: Geometry, size: tuple[int, int]) -> 
 
 
 @pytest.mark.parametrize("size", [(33, 40), (40, 33), (64, 17), (21, 21)])
-@pytest.mark.parametrize("aspect", ["square", "pad"])
+@pytest.mark.parametrize("resize", ["squash", "pad"])
 @pytest.mark.parametrize("covered_px", [56, 54])
-def test_loss_and_prediction_under_a_view_equal_grid_sample(size, aspect, covered_px):
-    geometry = Geometry((4, 4), 56, covered_px, aspect)
+def test_loss_and_prediction_under_a_view_equal_grid_sample(size, resize, covered_px):
+    geometry = Geometry((4, 4), 56, covered_px, resize)
     torch.manual_seed(0)
     logits = torch.randn(2, 5, 4, 4, dtype=torch.float64, requires_grad=True)
     target = torch.randint(0, 5, (2, *size))
@@ -126,10 +126,10 @@ def test_padding_is_llavas(size):
     image = Image.fromarray(noise)
     theirs = processor(image, do_normalize=False, do_rescale=False, return_tensors="np")["pixel_values"][0]
     padding = tuple(int(255 * x) for x in processor.image_mean)
-    ours = np.asarray(Geometry(**CLIP, aspect="pad", padding=padding).place(image)).transpose(2, 0, 1)
+    ours = np.asarray(Geometry(**CLIP, resize="pad", padding=padding).place(image)).transpose(2, 0, 1)
     assert np.array_equal(ours, theirs.astype(np.uint8))
 
 
 def test_unknown_aspect_is_refused():
-    with pytest.raises(ValueError, match="unknown image_aspect 'crop'; there is square, pad"):
-        Geometry(**CLIP, aspect="crop")
+    with pytest.raises(ValueError, match="unknown image_resize 'crop'; there is squash, pad"):
+        Geometry(**CLIP, resize="crop")

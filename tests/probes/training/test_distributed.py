@@ -63,7 +63,7 @@ def uneven(tmp_path_factory) -> Path:
 def arguments(checkpoint, root, out, *more: str) -> list[str]:
     """Three epochs of three steps; the last batch of an epoch has one image."""
     command = ["fit", "-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "3", "--model.mllm", str(checkpoint)]
-    command += ["--data.root", str(root), "--out", str(out), "--data.batch_size", "3", "--data.cache", "false"]
+    command += ["--data.root", str(root), "--out", str(out), "--data.batch_size", "3", "--data.cache_features", "false"]
     return [*command, "--model.feature_norm", "none", *more]
 
 
@@ -87,7 +87,7 @@ def one(checkpoints, uneven, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("cache", ["false", "true"])
 def test_two_processes_train_and_score_as_one(one, cache, checkpoints, uneven, tmp_path):
     """In the last batch of each epoch one rank has no image; masks differ in labelled area."""
-    processes(arguments(checkpoints["causal"], uneven, tmp_path, *TWO, "--data.cache", cache))
+    processes(arguments(checkpoints["causal"], uneven, tmp_path, *TWO, "--data.cache_features", cache))
     same_probes(one, tmp_path, rtol=1e-4, atol=1e-6)
     alone, together = metrics(one), metrics(tmp_path)
     assert together["images"] == 5 and alone["probe"] == together["probe"]

@@ -101,7 +101,7 @@ def test_probes_trained_together_equal_probes_trained_alone(site, run, checkpoin
 
 def test_cached_states_train_the_same_probes_as_recomputed_ones(run, checkpoints, segmentation, tmp_path):
     more = ["--model.learning_rate", "0.3", "--trainer.max_epochs", "6", "--data.num_workers", "0"]
-    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--data.cache", "false", *more))
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--data.cache_features", "false", *more))
     for site, entry in zip(run.metrics["sites"], ProbeRun(tmp_path).metrics["sites"], strict=True):
         assert site["history"] == pytest.approx(entry["history"], abs=0.02)
 
@@ -142,10 +142,10 @@ def test_loss_over_masks_of_different_sizes_is_the_mean_over_all_their_pixels(st
 
 def test_padded_images_are_probed_where_they_lie(checkpoints, segmentation, tmp_path):
     """Under "pad" the run's maps are those of logits upsampled to the padded square, and cropped."""
-    more = ["--model.image_aspect", "pad", "--model.sites", "[adapter]", "--save_predictions", "true"]
+    more = ["--model.image_resize", "pad", "--model.sites", "[adapter]", "--save_predictions", "true"]
     main(arguments(checkpoints["causal"], segmentation, tmp_path, *more))
     run = ProbeRun(tmp_path)
-    assert run.metrics["image_aspect"] == run.mllm().geometry.aspect == "pad"
+    assert run.metrics["image_resize"] == run.mllm().geometry.resize == "pad"
     mllm, head = run.mllm(), run.probes()["adapter"]
     for sample in run.dataset():
         height, width = sample["target"].shape
@@ -158,7 +158,7 @@ def test_padded_images_are_probed_where_they_lie(checkpoints, segmentation, tmp_
 
 
 def test_model_may_run_in_bfloat16_under_probes_in_float32(checkpoints, segmentation, tmp_path):
-    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--model.mllm_dtype", "bfloat16"))
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--model.dtype", "bfloat16"))
     run = ProbeRun(tmp_path)
     assert run.mllm().model.dtype == torch.bfloat16
     assert {p.dtype for head in run.probes().values() for p in head.parameters()} == {torch.float32}
@@ -201,7 +201,9 @@ def test_two_processes_score_as_one(run, checkpoints, segmentation, tmp_path):
     """Five images on two ranks: one is seen by both, and must count once."""
     checkpoint = next((run.path / "checkpoints").glob("*.ckpt"))
     for devices in (1, 2):
-        common = arguments(checkpoints["causal"], segmentation, tmp_path / str(devices), "--data.cache", "false")
+        common = arguments(
+            checkpoints["causal"], segmentation, tmp_path / str(devices), "--data.cache_features", "false"
+        )
         command = [sys.executable, "-m", "probes", "test", *common[1:], "--ckpt_path", str(checkpoint)]
         more = ["--data.batch_size", "2", "--data.num_workers", "0", "--trainer.devices", str(devices)]
         more += ["--trainer.strategy", "ddp"] if devices > 1 else []

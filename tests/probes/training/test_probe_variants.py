@@ -234,7 +234,9 @@ def test_two_processes_train_the_probes_that_one_trains(checkpoints, tmp_path):
         Image.fromarray(pixels).save(mask)
     for devices in (1, 2):
         out = tmp_path / str(devices)
-        common = arguments(checkpoints["causal"], root, out, "--model.recipes", recipes, "--data.cache", "false")
+        common = arguments(
+            checkpoints["causal"], root, out, "--model.recipes", recipes, "--data.cache_features", "false"
+        )
         more = ["--data.num_workers", "0", "--trainer.devices", str(devices)]
         more += ["--trainer.strategy", "ddp"] if devices > 1 else []
         subprocess.run([sys.executable, "-m", "probes", *common, *more], check=True, capture_output=True, timeout=300)

@@ -4,7 +4,6 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
-export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help venv vqa-venv demo demo-alone test test-all test-lowest bench lint licences audit lock clean
@@ -13,32 +12,32 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
 # ---------------------------------------------------------------------------------------------------- set-up
-venv: $(VENV)/installed ## .venv with everything that constraints.txt pins (TORCH_INDEX=URL: torch from another index)
+venv: $(VENV)/installed ## .venv with the versions of requirements.lock (TORCH_INDEX=URL: torch from another index)
 
-# $(call install,VENV,LOCK,PINS): what LOCK names, each file only if its hash stands there, then torch, then the project.
-# Torch goes by its pin alone: which build is right depends on the machine (for GPUs from the default index, for CPUs from
-# TORCH_INDEX and some mirrors), and no lock knows them all. With it comes what it needs for a GPU; the rest of what it
-# needs is in the lock. Setuptools goes first: what is built here (deepspeed) is built with it, and with nothing fetched.
+# $(call install,VENV,LOCK): the packages of LOCK, each file checked against its hash, then torch, then the project.
+# torch is not in the lock: the right build depends on the machine (GPUs: the default index, CPUs: TORCH_INDEX or a mirror).
+# setuptools is installed first, because source packages (deepspeed) are built with it and without network access.
+TORCH := torch==2.13.0
 define install
 	$(PYTHON) -m venv $(1)
 	sed -n '/^setuptools==/,/[^\]$$/p' $(2) | $(1)/bin/python -m pip install -q --no-deps --require-hashes -r /dev/stdin
 	$(1)/bin/python -m pip install -q --no-deps --no-build-isolation --require-hashes -r $(2)
-	$(1)/bin/python -m pip install -q --no-warn-conflicts -c $(3) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	$(1)/bin/python -m pip install -q --no-warn-conflicts $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $(TORCH)
 	$(1)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 endef
 
-$(VENV)/installed: pyproject.toml constraints.txt requirements.lock
-	$(call install,$(VENV),requirements.lock,constraints.txt)
+$(VENV)/installed: pyproject.toml requirements.lock
+	$(call install,$(VENV),requirements.lock)
 
-# Its own environment, since lmms-eval and what it brings do not go together with ours.
+# lmms-eval needs an environment of its own: its dependencies conflict with ours.
 VQA_VENV := .venv-vqa
 VQA_PINS := llava_bidir/vqa/requirements.txt
 VQA_LOCK := llava_bidir/vqa/requirements.lock
 vqa-venv: $(VQA_VENV)/installed ## .venv-vqa with lmms-eval, for llava-bidir vqa (TORCH_INDEX as above)
 
 $(VQA_VENV)/installed: pyproject.toml $(VQA_PINS) $(VQA_LOCK)
-	$(call install,$(VQA_VENV),$(VQA_LOCK),$(VQA_PINS))
+	$(call install,$(VQA_VENV),$(VQA_LOCK))
 
 # ---------------------------------------------------------------------------------------------------- demo
 SEED ?= 0
@@ -65,30 +64,33 @@ bench: venv ## speed and memory as ratios, measured side by side, into runs/benc
 	$(PY) tests/bench/bench.py --out runs/bench.json
 	$(PY) tests/bench/training.py --out runs/training.json
 
-lint: venv ## ruff
+lint: venv ## ruff, the import order (import-linter), spelling (codespell)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(VENV)/bin/lint-imports
+	git ls-files | xargs $(VENV)/bin/codespell
 
 # ---------------------------------------------------------------------------------------------------- supply chain
-licences: venv ## every installed package with its licence; fails for one that tests/licences.py does not allow
-	$(PY) tests/licences.py
+licences: venv ## licences of the installed packages; fails on a GPL or an unknown one
+	$(VENV)/bin/pip-licenses
+	if [ -d $(VQA_VENV) ]; then $(VENV)/bin/pip-licenses --python $(VQA_VENV)/bin/python; fi
 
-# --strict: a package that could not be looked up is a failure, and not passed over.
 AUDIT_VENV := .venv-audit
-audit: ## the pins against the known vulnerabilities, with pip-audit; needs the network (AUDIT='-s osv' asks osv.dev)
+audit: ## known vulnerabilities of the locked versions (pip-audit; needs the network; AUDIT='-s osv' asks osv.dev)
 	$(PYTHON) -m venv $(AUDIT_VENV)
-	PIP_CONSTRAINT= $(AUDIT_VENV)/bin/python -m pip install -q pip-audit
-	$(AUDIT_VENV)/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt -r $(VQA_PINS) $(AUDIT)
+	$(AUDIT_VENV)/bin/python -m pip install -q pip-audit
+	echo $(TORCH) | $(AUDIT_VENV)/bin/pip-audit --strict --disable-pip --no-deps -r /dev/stdin $(AUDIT)
+	$(AUDIT_VENV)/bin/pip-audit --strict --disable-pip --no-deps -r requirements.lock -r $(VQA_LOCK) $(AUDIT)
 
 UV ?= uv
 COMPILE = $(UV) pip compile -q --universal --generate-hashes --no-annotate --no-emit-package torch \
   --custom-compile-command 'make lock'
-lock: ## requirements.lock of constraints.txt, and the one for .venv-vqa; needs uv
-	$(COMPILE) --all-extras -c constraints.txt pyproject.toml -o requirements.lock
+lock: ## writes both lock files from pyproject.toml, keeping versions that still fit (needs uv)
+	$(COMPILE) --all-extras pyproject.toml -o requirements.lock
 	$(COMPILE) --no-deps $(VQA_PINS) -o $(VQA_LOCK)
 
 LOWEST_VENV := .venv-lowest
-test-lowest: ## the fast tests with the lowest versions that pyproject.toml allows; needs uv
+test-lowest: ## the fast tests with the lowest versions that pyproject.toml allows (needs uv)
 	$(UV) venv -q --clear --python $(PYTHON) $(LOWEST_VENV)
 	$(UV) pip install -q --no-config --python $(LOWEST_VENV) --resolution lowest-direct -e '.[cluster,test]'
 	$(LOWEST_VENV)/bin/python -m pytest -q

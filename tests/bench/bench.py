@@ -7,22 +7,26 @@ machine and its load; the ratios of paired runs hardly do.
 
 import argparse
 import json
+import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from data import bench_data
 from knockout import bench_knockout
 from sweep import CLASSES, PREFIX, Sweep, frozen_model, random_model
 
 from probes import upsampled_cross_entropy
 
+ROOT = Path(__file__).parents[2]
 TEXT = 64  # tokens after the image
 
 
@@ -173,13 +177,42 @@ def bench_text(rounds: int) -> list[dict]:
     return [{"name": f"whole sequence ({PREFIX} + 144 + {TEXT} tokens) over image tokens only"} | timed]
 
 
+STARTUP = {  # what a command cannot do without importing it all: it ends at once, with an error
+    "probes knockout": "probes knockout --probes nowhere --classes sky",
+    "probes starvation": "probes starvation --probes nowhere nowhere",
+    "probes umap": "probes umap --probes nowhere",
+    "probes maps": "probes maps --probes nowhere",
+    "probes explore": "probes explore nowhere --images 0 --out nowhere",
+    "probes report": "probes report nowhere --out nowhere",
+    "probes segment": "probes segment --probes nowhere nowhere.png --out nowhere",
+    "probes fit": "probes fit -c configs/probes/folder.yaml --model.mllm nowhere --data.root nowhere --out nowhere",
+    "llava-bidir fit": "llava_bidir fit -c configs/demo/stage1.yaml --model.encoder.path nowhere --model.llm nowhere "
+    "--data.annotations nowhere --data.images nowhere --out nowhere",
+}
+BASE = [sys.executable, "-c", "import torch; import transformers.models.llava.modeling_llava"]
+
+
+def bench_startup(rounds: int) -> list[dict]:
+    """Each command up to its first message, over importing torch and a LLaVA."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        shutil.copytree(ROOT / "configs", f"{folder}/configs")
+        start = lambda command: subprocess.run(command, cwd=folder, env=environment, capture_output=True)
+        commands = {name: [sys.executable, "-m", *line.split()] for name, line in STARTUP.items()}
+        return [
+            {"name": f"start-up of {name} over importing torch and transformers' LLaVA"}
+            | paired(partial(start, BASE), partial(start, command), rounds)
+            for name, command in commands.items()
+        ]
+
+
 BENCHES = {
     "loss": lambda args: bench_loss(args.rounds),
     "sweep": lambda args: bench_sweep(args.rounds),
     "frozen": lambda args: bench_frozen(args.rounds),
     "mask": lambda args: bench_mask(args.rounds),
     "text": lambda args: bench_text(args.rounds),
-    "data": lambda args: bench_data(args.records),
+    "startup": lambda args: bench_startup(args.rounds),
     "knockout": lambda args: bench_knockout(frozen_model(), paired, max(2, args.rounds // 2)),
 }
 
@@ -188,9 +221,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--rounds", type=int, default=7, help="paired runs of each (7)")
-    parser.add_argument(
-        "--records", type=int, default=50_000, help="of the data path's (50,000); LLaVA's mix has 665,298"
-    )
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES), help="some of them (all)")
     parser.add_argument("--peak-memory", choices=["fused_loss", "torch_loss"], help=argparse.SUPPRESS)
     args = parser.parse_args()

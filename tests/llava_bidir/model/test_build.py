@@ -1,4 +1,4 @@
-"""Putting the parts together: what is loaded, padded_vocab_size, frozen, and what does not fit."""
+"""Putting the parts together: what is loaded, resized, frozen, and what does not fit."""
 
 import json
 import shutil

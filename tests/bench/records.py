@@ -1,6 +1,6 @@
 """LLaVA's 665,298 records through opening, the checks of `verify-data`, the sampler and an epoch of the loader.
 
-    python tests/load/records.py --records 665298
+    python tests/bench/records.py --records 665298
 
 Prints JSON: seconds, records/s and memory of each phase; of the long ones, what the processes hold in every tenth of
 the time, and the slope of that. Records are as long as those of the 665K mix: several turns, 94% with an image. The

@@ -1,0 +1,79 @@
+"""Memory does not grow with records, with classes x sites x pixels, or with the images of a report."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import probe_runs
+import pytest
+import tiny_models
+
+ROOT = Path(__file__).parents[1]
+PEAK = "print(next(int(line.split()[1]) / 1024 for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command: str) -> str:
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests/helpers'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def peak_mb_of(code: str, *arguments: str) -> float:
+    """The most memory that a new process held while it ran `code`."""
+    return float(run("-c", f"{code}\n{PEAK}", *map(str, arguments)).splitlines()[-1])
+
+
+def peak_mb_of_probes(*arguments: str) -> float:
+    return peak_mb_of("import sys; from probes.cli import main; main(sys.argv[1:])", *arguments)
+
+
+def test_checks_and_epoch_hold_no_record():
+    """4,000 records of 1.4 KB: batches that are kept would be some 120 MB."""
+    phases = json.loads(run("tests/bench/records.py", "--records", "4000", "--workers", "0"))
+    assert phases["epoch"]["samples"] == 4096 and phases["checks"]["findings"] == {}
+    for phase in ("checks", "epoch"):
+        held = phases[phase]["held_mb"]
+        assert held[-1] - held[0] < 40, phase
+
+
+@pytest.mark.parametrize("call", ["count(logits, target, confusion=True)", "patch_labels(target, 4, (24, 24))"])
+def test_large_masks_are_processed_a_few_at_a_time(call):
+    """Sixteen masks of 1024 x 2048 are 34 MB, and 270 MB as 64-bit integers."""
+    setup = (
+        "import torch; from probes.evaluation.metrics import count, patch_labels; torch.set_num_threads(1)\n"
+        "target = torch.randint(4, (16, 1024, 2048), dtype=torch.uint8); logits = torch.randn(1, 16, 4, 24, 24)\n"
+    )
+    small = "target = target[:, :64, :64]\n"
+    assert peak_mb_of(setup + call) - peak_mb_of(setup + small + call) < 400
+
+
+def test_probe_run_makes_no_logits_of_full_size(checkpoints, tmp_path):
+    """Six sites, 150 classes, two masks of 512 x 1024: all logits would be 3.8 GB."""
+    peaks = []
+    for size in ((64, 128), (512, 1024)):
+        root = tiny_models.write_segmentation(tmp_path / str(size[0]), training=2, validation=2, size=size)
+        classes = {"classes": [f"class {k}" for k in range(150)], "ignore_index": 255}
+        (root / "classes.json").write_text(json.dumps(classes))
+        command = ["fit", "-c", "configs/demo/probes.yaml", "--model.mllm", checkpoints["causal"], "--data.root", root]
+        command += ["--out", tmp_path / f"run{size[0]}", "--trainer.max_epochs", "1", "--data.batch_size", "2"]
+        peaks.append(peak_mb_of_probes(*command, "--save_predictions", "true"))
+    assert peaks[1] - peaks[0] < 500
+
+
+def test_report_does_not_grow_with_the_images(tmp_path):
+    data = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
+    quality = [0.6, 0.5, 0.55, 0.6, 0.65, 0.7, 0.7]
+    peaks, sizes = [], []
+    for images in (40, 2000):
+        out, folder = tmp_path / f"report{images}", tmp_path / str(images)
+        runs = [probe_runs.write_run(folder / mask, quality, root=data, mask=mask, images=images, confusion=True)
+                for mask in ("causal", "bidirectional")]  # fmt: skip
+        peaks.append(peak_mb_of_probes("report", *runs, "--out", out))
+        sizes.append((out / "index.html").stat().st_size)
+    assert sizes[1] < 1.2 * sizes[0] and sizes[1] < 3e6
+    assert peaks[1] - peaks[0] < 200

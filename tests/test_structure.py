@@ -45,5 +45,6 @@ def test_top_level_files_are_listed():
     if listed.returncode:
         pytest.skip("not a git checkout")
     top = {line.split("/")[0] for line in listed.stdout.splitlines()}
-    files = {"Makefile", ".ci", ".gitignore", "requirements.lock", "LICENSE", "CONTRIBUTING.md"}
+    files = {"Makefile", ".ci", ".github", ".gitignore", ".pre-commit-config.yaml", "requirements.lock", "LICENSE"}
+    files |= {"CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md"}
     assert top - files <= {*("pyproject.toml", "README.md", "llava_bidir", "probes", "configs", "tests", "slurm")}

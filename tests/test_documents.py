@@ -1,0 +1,252 @@
+"""Every Markdown file: links, commands and Python blocks. The worked examples of extensions are applied and tested."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from itertools import dropwhile, groupby
+from pathlib import Path
+from string import Template
+
+import pytest
+import yaml
+
+import llava_bidir.cli
+import probes
+import probes.cli
+
+ROOT = Path(__file__).parents[1]
+LISTED = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+FILES = sorted({name for name in LISTED.stdout.splitlines() if (ROOT / name).is_file()})
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in FILES if name.endswith(".md")}
+MOST_LINES = {
+    "README.md": 130,
+    "CONTRIBUTING.md": 130,
+    "probes/README.md": 130,
+    "llava_bidir/README.md": 110,
+    "tests/README.md": 110,
+    "configs/README.md": 40,
+}
+PROGRAMS = {"llava-bidir": llava_bidir.cli, "probes": probes.cli}
+CLASSES = {"mllm": "FrozenMLLM", "run": "ProbeRun"}  # of the variables in Python blocks
+pytestmark = pytest.mark.skipif(bool(LISTED.returncode), reason="not a git checkout")
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+def prose(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def anchors(text: str) -> set[str]:
+    """Return what GitHub makes of the headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(text), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# "tests/extending/mask.md": its diff, and the command that tests it
+EXAMPLES = {
+    name: (blocks(text, "diff")[0], blocks(text, "bash")[0])
+    for name, text in TEXTS.items()
+    if name.startswith("tests/extending/")
+}
+
+
+def commands(text: str) -> list[list[str]]:
+    """Return the commands of the bash blocks as words, with the block's own variables filled in."""
+    found = []
+    for block in blocks(text, "bash"):
+        lines = block.replace("\\\n", " ").splitlines()
+        variables = dict(re.findall(r"^(\w+)=\"?([^\"\n]*)\"?$", "\n".join(lines), re.M))
+        for line in lines:
+            words = shlex.split(Template(line).safe_substitute(variables), comments=True)
+            parts = [list(part) for joint, part in groupby(words, lambda word: word in ("&&", "|", ";")) if not joint]
+            found += [list(dropwhile(re.compile(r"\w+=").match, part)) for part in parts]
+    return [words for words in found if words]
+
+
+COMMANDS = sorted({(name, shlex.join(words)) for name, text in TEXTS.items() for words in commands(text)})
+OF_PROGRAMS = [(name, command) for name, command in COMMANDS if command.split()[0] in PROGRAMS]
+
+
+def takes_config(command: str) -> bool:
+    """Whether LightningCLI parses the command."""
+    program, *words = shlex.split(command)
+    parsers = getattr(PROGRAMS[program], "CONFIGURED", None) or PROGRAMS[program].TRAINING
+    return bool(words) and words[0] in parsers
+
+
+# ------------------------------------------------------------------------------------------------------ links
+@pytest.mark.parametrize("name", TEXTS)
+def test_relative_links_and_anchors_resolve(name):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(TEXTS[name])):
+        if re.match(r"https?://", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / path if path else ROOT / name
+        assert target.exists(), f"{name}: {link}"
+        assert target.resolve().is_relative_to(ROOT), f"{name}: {link} leads out of the repository"
+        target = target / "README.md" if target.is_dir() else target
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), f"{name}: {link}"
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_files_in_inline_code_exist(name):
+    if name == "CHANGELOG.md":  # has old names, too
+        return
+    for path in re.findall(r"`((?:llava_bidir|probes|tests|configs|slurm|\.ci)/[\w./]*)`", prose(TEXTS[name])):
+        assert any((folder / path).exists() for folder in (ROOT, (ROOT / name).parent)), f"{name}: {path}"
+
+
+@pytest.mark.parametrize("name", MOST_LINES)
+def test_length(name):
+    assert len(TEXTS[name].splitlines()) <= MOST_LINES[name]
+
+
+def test_every_folder_of_the_readme_has_a_readme():
+    assert {f"{folder}/README.md" for folder in ("llava_bidir", "probes", "configs", "slurm", "tests")} <= set(TEXTS)
+
+
+# ------------------------------------------------------------------------------------------------------ commands
+def test_documents_have_commands():
+    assert len(OF_PROGRAMS) > 20 and sum(command.startswith("make ") for _, command in COMMANDS) > 5
+
+
+@pytest.mark.parametrize(("name", "command"), COMMANDS, ids=lambda value: value[:60])
+def test_files_and_targets_of_commands_exist(name, command):
+    program, *words = shlex.split(command)
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert all(word in targets for word in words if "=" not in word and not word.startswith("-"))
+    files = [word for word in words if re.match(r"(configs|tests|slurm|llava_bidir|probes)/[\w./-]+$", word)]
+    files += [program] if re.match(r"(slurm|configs|tests|\.ci)/", program) else []
+    created = {file for diff, _ in EXAMPLES.values() for file in files_of(diff)}
+    assert all((ROOT / file).exists() or file in created for file in files), files
+
+
+@pytest.mark.parametrize(("name", "command"), [row for row in OF_PROGRAMS if not takes_config(row[1])])
+def test_command_parses(name, command, capsys):
+    program, *words = shlex.split(command)
+    shortened = "..." in words
+    try:
+        PROGRAMS[program].build_parser().parse_args([word for word in words if word != "..."])
+    except SystemExit as end:
+        message = capsys.readouterr().err.strip().splitlines()[-1:]
+        assert end.code == 0 or (shortened and "arguments are required" in message[0]), f"{name}: {message}"
+
+
+class Parsed(BaseException):
+    """Raised in place of the first step after parsing."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "command"), [row for row in OF_PROGRAMS if takes_config(row[1])])
+def test_configured_command_parses(name, command, monkeypatch, capsys):
+    """Options, their types, and the keys of all config files."""
+    from llava_bidir.common.lightning_cli import ConfiguredCLI
+
+    def stop(self):
+        raise Parsed
+
+    monkeypatch.setattr(ConfiguredCLI, "instantiate_classes", stop)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that it is as before when the test ends
+    monkeypatch.chdir(ROOT)
+    program, *words = shlex.split(command)
+    try:
+        PROGRAMS[program].main([word for word in words if word != "..."])
+    except Parsed:
+        return
+    except SystemExit as end:
+        message = (capsys.readouterr().err.strip().splitlines() or [""])[-1]
+        shortened = "..." in words and "required" in message
+        assert end.code == 0 or shortened, f"{name}: {end} {message}"
+
+
+# ------------------------------------------------------------------------------------------------------ blocks
+@pytest.mark.parametrize(("name", "block"), [(n, b) for n, t in TEXTS.items() for b in blocks(t, "python")])
+def test_python_block_compiles_and_uses_what_exists(name, block):
+    for node in ast.walk(ast.parse(block)):
+        match node:
+            case ast.ImportFrom(module=module) if module.split(".")[0] in ("probes", "llava_bidir"):
+                assert all(hasattr(import_module(module), alias.name) for alias in node.names), ast.unparse(node)
+            case ast.Attribute(value=ast.Name(id="probes"), attr=attribute):
+                assert hasattr(probes, attribute), ast.unparse(node)
+            case ast.Call(func=ast.Attribute(value=ast.Name(id=variable), attr=method)) if variable in CLASSES:
+                assert hasattr(getattr(probes, CLASSES[variable]), method), ast.unparse(node)
+
+
+@pytest.mark.parametrize(("name", "block"), [(n, b) for n, t in TEXTS.items() for b in blocks(t, "json")])
+def test_json_block_is_json(name, block):
+    json.loads(block)
+
+
+def test_tools_have_the_same_versions_everywhere():
+    locked = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.M))
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    revisions = {repo["repo"].rpartition("/")[2]: repo["rev"].removeprefix("v") for repo in hooks}
+    assert revisions["ruff-pre-commit"] == locked["ruff"] and revisions["codespell"] == locked["codespell"]
+    software = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert software["version"] == llava_bidir.__version__
+
+
+# ------------------------------------------------------------------------------------------------------ promises
+def test_every_promise_names_tests_that_exist():
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", TEXTS["tests/README.md"])
+    assert len(named) > 40
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
+# ------------------------------------------------------------------------------------------------------ examples
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """The repository's files, uncommitted changes included, as a repository of their own."""
+    for name in FILES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    run(["git", "init", "-q"], tmp_path)
+    return tmp_path
+
+
+def run(command: list[str], folder: Path, **kwargs) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def files_of(diff: str) -> list[str]:
+    return re.findall(r"^\+\+\+ b/(.+)$", diff, re.M)
+
+
+def test_there_are_six_examples_each_with_a_test():
+    assert [Path(name).stem for name in EXAMPLES] == ["analysis", "dataset", "encoder", "family", "head", "mask"]
+    for diff, command in EXAMPLES.values():
+        tests = [name for name in files_of(diff) if name.startswith("tests/")]
+        assert len(tests) == 1 and len(files_of(diff)) <= 3 and command.startswith("python -m pytest tests/")
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_applies_to_the_present_code(name, copy):
+    run(["git", "apply", "--check", "-"], copy, input=EXAMPLES[name][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_works_as_written(name, copy):
+    diff, command = EXAMPLES[name]
+    run(["git", "apply", "-"], copy, input=diff)
+    python, *arguments = shlex.split(command)
+    assert python == "python"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy)}
+    passed = run([sys.executable, *arguments, "-q", "-p", "no:cacheprovider"], copy, env=environment)
+    assert re.search(r"^\d+ passed", passed, re.M) and "failed" not in passed
+    for check in (["check"], ["format", "--check"]):
+        run([sys.executable, "-m", "ruff", *check, *files_of(diff)], copy)

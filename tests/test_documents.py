@@ -78,9 +78,7 @@ OF_PROGRAMS = [(name, command) for name, command in COMMANDS if command.split()[
 
 def takes_config(command: str) -> bool:
     """Whether LightningCLI parses the command."""
-    program, *words = shlex.split(command)
-    parsers = getattr(PROGRAMS[program], "CONFIGURED", None) or PROGRAMS[program].TRAINING
-    return bool(words) and words[0] in parsers
+    return shlex.split(command)[1:2] in [["fit"], ["validate"], ["test"], ["verify-data"], ["inspect"], ["estimate"]]
 
 
 # ------------------------------------------------------------------------------------------------------ links

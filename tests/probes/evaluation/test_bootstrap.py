@@ -4,15 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from probes.evaluation.bootstrap import (
-    bootstrap_weights,
-    dataset_scores,
-    interval,
-    p_values,
-    random_swaps,
-    resampled_scores,
-    swapped_scores,
-)
+from llava_bidir.common.bootstrap import bootstrap_weights, interval, p_values, random_swaps
+from probes.evaluation.bootstrap import dataset_scores, resampled_scores, swapped_scores
 from probes.evaluation.metrics import Counts
 
 

@@ -1,4 +1,4 @@
-"""Small data sets in the format of each benchmark's on the hub, in folders of the same names, for offline tests."""
+"""Small datasets in the format of each benchmark on the hub, in folders of the same name, for offline tests."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,14 +13,14 @@ TEXT, NUMBER = Value("string"), Value("int64")
 
 
 def write(root: Path, items: int = 6) -> Path:
-    """All nine under `root`; `items` is the number of records of each, even."""
+    """Write all nine under `root`, with an even number of records each."""
     for name, (config, split, features, records) in DATASETS.items():
         write_one(root / ORGANISATION / name.partition(":")[0], config, split, features, list(records(items)))
     return root
 
 
 def write_one(folder: Path, config: str, split: str, features: dict, records: list[dict]) -> None:
-    """A parquet file and the README.md that says which split of which configuration it is."""
+    """Write a parquet file, and the README.md that names its configuration and split."""
     folder.mkdir(parents=True, exist_ok=True)
     Dataset.from_list(records, Features(features)).to_parquet(folder / f"{config}.parquet")
     readme = folder / "README.md"
@@ -45,7 +45,7 @@ def gqa(items: int) -> Iterator[dict]:
 
 
 def mmbench(items: int) -> Iterator[dict]:
-    """Two orders of the options of each question."""
+    """Yield two orders of the options of each question."""
     for i in range(items):
         question, turned = divmod(i, 2)
         options = dict(zip("ABCD", [*WORDS[turned:], *WORDS[:turned], "nan"], strict=True))
@@ -57,7 +57,7 @@ def mmbench(items: int) -> Iterator[dict]:
 
 
 def mme(items: int) -> Iterator[dict]:
-    """Perception and cognition take turns, image by image."""
+    """Alternate between perception and cognition by image."""
     for i in range(items):
         category, question = ("existence", "code_reasoning")[i // 2 % 2], ("Is it sky?", "Is it wall?")[i % 2]
         yield {
@@ -67,7 +67,7 @@ def mme(items: int) -> Iterator[dict]:
 
 
 def mmmu(items: int) -> Iterator[dict]:
-    """Multiple choice with one or two images, and open questions."""
+    """Yield multiple choice with one or two images, and open questions."""
     for i in range(items):
         kind = "open" if i % 3 == 2 else "multiple-choice"
         images = {f"image_{n}": picture(i + n) if n <= 1 + i % 2 else None for n in range(1, 8)}
@@ -81,25 +81,20 @@ def mmmu(items: int) -> Iterator[dict]:
 def pope(items: int) -> Iterator[dict]:
     for i in range(items):
         yield {
+            **{"id": str(i), "question_id": str(i), "question": f"Is there a {WORDS[i % 3]}?"},
             **{
-                "id": str(i),
-                "question_id": str(i),
-                "question": f"Is there a {WORDS[i % 3]}?",
                 "image": picture(i // 2),
+                "answer": ("yes", "no")[i % 2],
+                "image_source": f"COCO_{i // 2}",
+                "category": "random",
             },
-            **{"answer": ("yes", "no")[i % 2], "image_source": f"COCO_{i // 2}", "category": "random"},
         }
 
 
 def scienceqa(items: int) -> Iterator[dict]:
     for i in range(items):
-        yield {
-            "image": picture(i),
-            "question": "name it",
-            "choices": WORDS,
-            "answer": i % 3,
-            "hint": "the sky" * (i % 2),
-        }
+        hint = "the sky" * (i % 2)
+        yield {"image": picture(i), "question": "name it", "choices": WORDS, "answer": i % 3, "hint": hint}
 
 
 def textvqa(items: int) -> Iterator[dict]:
@@ -117,34 +112,20 @@ def vizwiz(items: int) -> Iterator[dict]:
 
 MMBENCH_TEXTS = [*"ABCD", "question", "hint", "answer", "category", "L2-category", "source", "split", "comment"]
 MMMU_TEXTS = ["id", "question", "options", "answer", "question_type"]
+GQA_TEXTS, MME_TEXTS = ["id", "imageId", "question", "answer"], ["question_id", "category", "question", "answer"]
 IMAGES = {"image": Image()}
 DATASETS: dict[str, tuple[str, str, dict, Callable[[int], Iterator[dict]]]] = {
     "GQA:images": ("testdev_balanced_images", "testdev", {"id": TEXT, **IMAGES}, gqa_images),
-    "GQA": (
-        "testdev_balanced_instructions",
-        "testdev",
-        dict.fromkeys(["id", "imageId", "question", "answer"], TEXT),
-        gqa,
-    ),
+    "GQA": ("testdev_balanced_instructions", "testdev", dict.fromkeys(GQA_TEXTS, TEXT), gqa),
     "MMBench": ("en", "dev", {"index": NUMBER, **dict.fromkeys(MMBENCH_TEXTS, TEXT), **IMAGES}, mmbench),
-    "MME": (
-        "default",
-        "test",
-        {**dict.fromkeys(["question_id", "category", "question", "answer"], TEXT), **IMAGES},
-        mme,
-    ),
+    "MME": ("default", "test", {**dict.fromkeys(MME_TEXTS, TEXT), **IMAGES}, mme),
     "MMMU": (
         "default",
         "validation",
         {**dict.fromkeys(MMMU_TEXTS, TEXT), **{f"image_{n}": Image() for n in range(1, 8)}},
         mmmu,
     ),
-    "POPE": (
-        "default",
-        "test",
-        {**dict.fromkeys(["id", "question_id", "question", "answer", "image_source", "category"], TEXT), **IMAGES},
-        pope,
-    ),
+    "POPE": ("default", "test", {**dict.fromkeys([*MME_TEXTS, "id", "image_source"], TEXT), **IMAGES}, pope),
     "ScienceQA": (
         "ScienceQA-IMG",
         "test",

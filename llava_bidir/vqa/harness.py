@@ -1,13 +1,8 @@
 """Run tasks of lmms-eval in its environment: `python -m llava_bidir.vqa.harness REQUEST`, started by run.py.
 
-REQUEST is a JSON object:
-    model       checkpoint directory
-    benchmarks  names from benchmarks.py
-    out         folder of results
-    batch_size  questions per batch
-    info        dict to store with the results
-    code        digest of the caller's llava_bidir
-    local       true to read a dataset "ORG/NAME" from that folder below the working directory instead of the hub
+REQUEST is a JSON object: "model" is a checkpoint directory, "benchmarks" a list of names, "out" the folder of results,
+"batch_size" the questions per batch, "info" a dict to store with the results, "code" the digest of the package.
+If "local" is true, a dataset ORG/NAME is read from that folder below the working directory instead of the hub.
 
 Under `torchrun` every process answers a share of the items. The first one collects and writes them.
 """
@@ -17,13 +12,14 @@ import os
 import sys
 import time
 from argparse import Namespace
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
 from llava_bidir.common.errors import UserError
 
 from .benchmarks import BENCHMARKS, Benchmark
-from .result_files import ItemError, code_digest, error_file, pinned_versions, write_results
+from .result_files import ItemError, code_digest, error_file, pinned_versions, version_mismatches, write_results
 from .scores import Item
 
 
@@ -57,13 +53,8 @@ def main(request: dict) -> None:
 
 def check_environment(code: str) -> None:
     """Raise a UserError unless every package has its pinned version and `code` is the digest of this llava_bidir."""
-    wrong = [
-        f"{package} {installed} instead of {pinned}"
-        for package, pinned in pinned_versions().items()
-        if (installed := _installed_version(package)) != pinned
-    ]
-    if wrong:
-        raise UserError(f"the harness's environment has {', '.join(wrong)}; recreate it with `make vqa-venv`")
+    if mismatches := version_mismatches(installed_versions()):
+        raise UserError(f"the harness's environment has {mismatches}; recreate it with `make vqa-venv`")
     if code != code_digest():
         raise UserError(
             f"the harness's environment has another llava_bidir, at {Path(__file__).parents[1]}; run `make vqa-venv` "
@@ -71,12 +62,13 @@ def check_environment(code: str) -> None:
         )
 
 
-def _installed_version(package: str) -> str | None:
-    """Return a version without its local part, e.g. the CUDA version of torch."""
-    try:
-        return metadata.version(package).partition("+")[0]
-    except metadata.PackageNotFoundError:
-        return None
+def installed_versions() -> dict[str, str]:
+    """Return the installed version of each pinned package. Missing packages are left out."""
+    versions = {}
+    for package in pinned_versions():
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
 
 
 def run_benchmark(benchmark: Benchmark, model, out: Path, local: bool) -> dict | None:
@@ -119,7 +111,7 @@ def collect_results(name: str, results: dict, info: dict) -> tuple[dict, list[It
         "documents": results["n-samples"][benchmark.task]["original"],
         "harness": {title: scores[f"{c.metric},none"] / c.scale for title, c in benchmark.columns.items()},
         "processes": int(os.environ.get("WORLD_SIZE", 1)),
-        "versions": {package: metadata.version(package) for package in pinned_versions()},
+        "versions": installed_versions(),
     }
     return info, [to_item(benchmark, sample) for sample in samples]
 

@@ -26,6 +26,15 @@ def pinned_versions() -> dict[str, str]:
     return dict(line.partition("#")[0].strip().split("==") for line in lines if re.match(r"[\w.-]+==", line))
 
 
+def version_mismatches(versions: dict[str, str]) -> str:
+    """Return e.g. "lmms_eval 0.7.2 instead of 0.7.3", "" if all pins match. Local parts ("+cu130") are ignored."""
+    return ", ".join(
+        f"{package} {versions.get(package)} instead of {pinned}"
+        for package, pinned in pinned_versions().items()
+        if versions.get(package, "").partition("+")[0] != pinned
+    )
+
+
 def code_digest() -> str:
     """Return the SHA-256 of this package's Python files, to detect another version in the harness's environment."""
     digest = hashlib.sha256()

@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from .benchmarks import BENCHMARKS
-from .result_files import pinned_versions, read_results
+from .result_files import read_results, version_mismatches
 from .scores import Item
 
 
@@ -17,22 +17,12 @@ def find_problems(out: Path, name: str, max_invalid_rate: float) -> list[str]:
         max_invalid_rate: Largest share of answers that may be empty or not of the requested form.
     """
     info, items = read_results(out, name)
-    # Scores can be compared only if every item is there.
-    problems = [*_check_versions(info), *_check_items(name, info, items)] or [
-        *_check_scores(name, info, items),
-        *_check_answers(name, items, max_invalid_rate),
-    ]
+    mismatches = version_mismatches(info["versions"])
+    problems = [f"its results were made with {mismatches}; delete them to run the task again"] if mismatches else []
+    problems += _check_items(name, info, items)
+    if not problems:  # scores can be compared only if every item is there
+        problems = [*_check_scores(name, info, items), *_check_answers(name, items, max_invalid_rate)]
     return [f"{name}: {problem}" for problem in problems]
-
-
-def _check_versions(info: dict) -> list[str]:
-    found = {package: version.partition("+")[0] for package, version in info["versions"].items()}
-    wrong = [
-        f"{package} {info['versions'].get(package)} instead of {version}"
-        for package, version in pinned_versions().items()
-        if found.get(package) != version
-    ]
-    return [f"its results were made with {', '.join(wrong)}; delete them to run the task again"] if wrong else []
 
 
 def _check_items(name: str, info: dict, items: list[Item]) -> list[str]:

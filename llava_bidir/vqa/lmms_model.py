@@ -76,13 +76,11 @@ class LlavaBidir(lmms):
     def clean(self) -> None:
         """Keep the model for the next task. The harness would delete it."""
 
-    def loglikelihood(self, requests):
-        """Raise NotImplementedError."""
-        raise NotImplementedError("llava_bidir supports generation only")
-
     def generate_until_multi_round(self, requests):
         """Raise NotImplementedError."""
-        raise NotImplementedError("llava_bidir supports a single round only")
+        raise NotImplementedError("llava_bidir supports generation in a single round only")
+
+    loglikelihood = generate_until_multi_round
 
 
 def _max_new_tokens(options: dict) -> int:

@@ -39,12 +39,6 @@ def test_same_generator_state_gives_the_same_bytes():
     assert first.image.tobytes() != other.image.tobytes()
 
 
-def test_global_generator_is_left_alone():
-    before = np.random.get_state()[1].copy()
-    draw_scene(np.random.default_rng(0))
-    assert (np.random.get_state()[1] == before).all()
-
-
 def test_shapes_types_and_tables():
     scene = draw_scene(np.random.default_rng(1))
     assert isinstance(scene.indoor, bool)
@@ -107,17 +101,6 @@ def test_mask_fits_its_image_better_than_one_pixel_off(without_evidence, axis):
         return total
 
     assert unexplained(0) < 0.98 * min(unexplained(-1), unexplained(1))
-
-
-def test_objects_have_their_own_colours(without_evidence):
-    _, images, masks = without_evidence
-    red, green, blue = images[masks == TREE].mean(0)
-    assert green > red and green > blue
-    for body in (BED, CAR):
-        red, green, blue = np.median(images[masks == body], axis=0)
-        assert red > 1.4 * green and red > 1.4 * blue
-    red, green, blue = images[masks == LAMP].mean(0)
-    assert red > green > 1.3 * blue
 
 
 def test_the_two_of_a_pair_have_the_same_colour(monkeypatch):

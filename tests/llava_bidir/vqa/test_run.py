@@ -120,12 +120,8 @@ def test_answers_are_those_of_generate(runs, checkpoints, data):
         (split,) = load_dataset(str(data / lmms_datasets.ORGANISATION / folder), config).values()
         for item in items(runs / "bidirectional", name):
             record = split[item["item"] // 2 if name == "gqa" else item["item"]]
-            shown = [
-                record[key]
-                for key in sorted(record)
-                if key.startswith("image") and isinstance(record[key], Image.Image)
-            ]
-            expected = answer(model, processor, [item["question"]], [shown], longest)
+            images = [record[key] for key in sorted(record) if isinstance(record[key], Image.Image)]
+            expected = answer(model, processor, [item["question"]], [images], longest)
             assert [item["answer"]] == expected, name
     assert "Reference OCR token: sky, wall" in items(runs / "bidirectional", "textvqa_ocr")[0]["question"]
     assert "Reference" not in items(runs / "bidirectional", "textvqa")[0]["question"]
@@ -198,9 +194,9 @@ def test_missing_and_cut_images_end_the_run_by_name(checkpoints, data, tmp_path)
     gqa = pictures / lmms_datasets.ORGANISATION / "GQA"
     shutil.rmtree(gqa)
     for name in ("GQA", "GQA:images"):
-        config, split, features, records = lmms_datasets.DATASETS[name]
-        found = list(records(6))
-        lmms_datasets.write_one(gqa, config, split, features, found[:-1] if name == "GQA:images" else found)
+        config, split, make_records = lmms_datasets.DATASETS[name]
+        records = list(make_records(6))
+        lmms_datasets.write_one(gqa, config, split, records[:-1] if name == "GQA:images" else records)
     with pytest.raises(SystemExit, match="gqa: KeyError: 'n2'"):
         vqa(checkpoints["causal"], tmp_path / "out", pictures, "--tasks", "gqa")
     whole = lmms_datasets.picture(0).resize((64, 64))

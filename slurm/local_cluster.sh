@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A real Slurm of one node on this machine, from Debian's packages: for CI, and for trying the scripts out on a CPU.
-#   slurm/local_cluster.sh up      installs slurm-wlm and munge if they are missing, starts them, waits for the node
-#   slurm/local_cluster.sh down    ends them and removes what `up` wrote; the packages stay
-# Needs root, no systemd and no cgroups, so it works in a container. Both commands may be repeated.
-# Tried with Slurm 22.05 (Debian 12).
+# A Slurm cluster with one node on this machine, from Debian's packages, to try the scripts on a CPU and for CI.
+#   slurm/local_cluster.sh up      install slurm-wlm and munge if missing, start them, wait for the node
+#   slurm/local_cluster.sh down    stop them and remove the files that `up` wrote; the packages stay installed
+# It needs root but neither systemd nor cgroups, so it works in a container. Both commands can be repeated.
+# Tested with Slurm 22.05 (Debian 12).
 set -euo pipefail
 
-home=/var/lib/llava-bidir-slurm # state, logs, process ids
+home=/var/lib/llava-bidir-slurm # state, logs and process ids
 conf=/etc/slurm/slurm.conf
 cgroup=/etc/slurm/cgroup.conf
 mark="# written by slurm/local_cluster.sh"
@@ -16,17 +16,17 @@ fail() {
   exit 1
 }
 
-alive() { # PID; a zombie that nobody collects is not
+is_alive() { # PID; false for a zombie
   grep -qs '^State:.[^ZX]' "/proc/$1/status"
 }
 
-running() { # NAME of a process-id file
-  [[ -s $home/$1.pid ]] && alive "$(<"$home/$1.pid")"
+is_running() { # NAME of a file with a process id
+  [[ -s $home/$1.pid ]] && is_alive "$(<"$home/$1.pid")"
 }
 
 install_packages() {
   command -v slurmctld slurmd munged >/dev/null && return
-  command -v apt-get >/dev/null || fail "Slurm is not installed, and there is no apt-get to install it with"
+  command -v apt-get >/dev/null || fail "Slurm is not installed, and neither is apt-get to install it"
   export DEBIAN_FRONTEND=noninteractive
   apt-get update -qq
   apt-get install -y -qq --no-install-recommends slurm-wlm munge
@@ -59,7 +59,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerType=sched/builtin
 SchedulerParameters=batch_sched_delay=0,sched_interval=2
-# two tasks must fit, on however few cores
+# two tasks must fit even on one core
 SlurmdParameters=config_overrides
 MinJobAge=3600
 KillWait=5
@@ -68,7 +68,7 @@ MpiDefault=none
 NodeName=$host NodeAddr=127.0.0.1 CPUs=$((cpus > 2 ? cpus : 2)) State=UNKNOWN
 PartitionName=local Nodes=$host Default=YES MaxTime=INFINITE State=UP
 CONF
-  # no plugin uses cgroups, yet slurmd asks for a kind; "disabled" came only after 22.05
+  # No plugin uses cgroups, but slurmd requires a version; "disabled" does not exist in 22.05.
   printf '%s\n' "$mark" "CgroupPlugin=cgroup/v1" "CgroupAutomount=no" >"$cgroup"
 }
 
@@ -78,11 +78,11 @@ start() {
   if [[ ! -s /etc/munge/munge.key ]]; then
     install -o munge -g munge -m 400 <(head -c 1024 /dev/urandom) /etc/munge/munge.key
   fi
-  # a munged that runs already serves as well, and is not ours to end
+  # A munged that is already running is used and not stopped later.
   munge -n >/dev/null 2>&1 || runuser -u munge -- munged --pid-file=/run/munge/llava-bidir.pid
   [[ ! -e /run/munge/llava-bidir.pid ]] || cp /run/munge/llava-bidir.pid "$home/munged.pid"
-  running slurmctld || slurmctld -c
-  running slurmd || slurmd -c
+  is_running slurmctld || slurmctld -c
+  is_running slurmd || slurmd -c
 }
 
 wait_for_node() {
@@ -95,34 +95,34 @@ wait_for_node() {
     sleep 0.5
   done
   tail -n 20 "$home"/slurm*.log >&2
-  fail "the node did not come up within 30 s; its logs are in $home"
+  fail "the node did not start within 30 s; its logs are in $home"
 }
 
 stop() { # NAME
   local pid _
-  running "$1" || return 0
+  is_running "$1" || return 0
   pid=$(<"$home/$1.pid")
   kill "$pid"
   for _ in {1..50}; do
-    alive "$pid" || return 0
+    is_alive "$pid" || return 0
     sleep 0.2
   done
   kill -9 "$pid"
 }
 
-[[ $(id -u) == 0 ]] || fail "needs root, to install Slurm and to start its daemons"
+[[ $(id -u) == 0 ]] || fail "must run as root to install Slurm and to start its daemons"
 if [[ -e $conf ]] && ! grep -qxF "$mark" "$conf"; then
-  fail "$conf is there and not of this script: this machine has a Slurm of its own"
+  fail "$conf was not written by this script; this machine belongs to another Slurm cluster"
 fi
 case ${1:-} in
   up)
     install_packages
-    if ! running slurmctld || ! running slurmd; then write_config; fi
+    if ! is_running slurmctld || ! is_running slurmd; then write_config; fi
     start
     wait_for_node
     ;;
   down)
-    if running slurmctld; then scancel --partition=local || true; fi
+    if is_running slurmctld; then scancel --partition=local || true; fi
     for name in slurmd slurmctld munged; do stop "$name"; done
     sed -i "/$(printf %s "$mark" | sed 's|/|\\/|g')\$/d" /etc/hosts 2>/dev/null || true
     rm -rf "$home" "$conf" "$cgroup"

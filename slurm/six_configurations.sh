@@ -1,36 +1,36 @@
 #!/usr/bin/env bash
-# Submits the whole study: three encoders under two masks (slurm/env.sh says what and where), as jobs that wait for each
-# other: stage 1 -> stage 2 -> probes -> knockout for each configuration, and a report for each encoder. Where there is
-# the environment of lmms-eval, also stage 2 -> language benchmarks, and Table 1 of them all.
-#   slurm/six_configurations.sh --dry-run    prints the plan
-#   slurm/six_configurations.sh              prints it and submits
-# Run again at any time: what is finished or still in the queue is left alone, the rest is submitted, and a stage that
-# was cut short goes on from its last checkpoint. Delete a result, and those made from it, to have it made anew.
+# Submit the study of slurm/env.sh, by default three encoders under two masks, as jobs that depend on each other:
+#   per configuration: stage 1 -> stage 2 -> probes -> knockout, and stage 2 -> language benchmarks
+#   per encoder: a report; once: Table 1 (both parts of Table 1 only if VQA_PYTHON is set)
+#   slurm/six_configurations.sh --dry-run    print the plan
+#   slurm/six_configurations.sh              print the plan and submit it
+# It can be run again at any time. Finished parts and jobs in the queue are skipped, everything else is submitted, and
+# interrupted stages resume from their last checkpoint. To repeat a part, delete its result and all that depend on it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=slurm/env.sh
 source slurm/env.sh
 
-parts() { # HANDLER: calls HANDLER NAME RESULT NEEDS SBATCH_OPTIONS SCRIPT ARGUMENT... for each, in order
-  local encoder mask run all tasks=""
+for_each_part() { # HANDLER: call HANDLER NAME RESULT DEPENDENCIES SBATCH_OPTIONS SCRIPT ARGUMENT... for each part
+  local encoder mask run knockouts vqa_runs=""
   for encoder in $ENCODERS; do
-    all=""
+    knockouts=""
     for mask in $MASKS; do
       run=$encoder-$mask
       "$1" "$run/stage1" "$run/stage1/hf" "" "$TRAINING" stage1 "$encoder" "$mask"
       "$1" "$run/stage2" "$run/stage2/hf" "$run/stage1" "$TRAINING" stage2 "$encoder" "$mask"
       "$1" "$run/probes" "$run/probes/metrics.json" "$run/stage2" "$PROBING" probes "$encoder" "$mask"
       "$1" "$run/knockout" "$run/probes/knockout.json" "$run/probes" "$ANALYSIS" knockout "$encoder" "$mask"
-      all+="$run/knockout "
+      knockouts+="$run/knockout "
       [[ -z $VQA_PYTHON ]] || "$1" "$run/vqa" "$run/vqa/table1.json" "$run/stage2" "$LANGUAGE" vqa "$encoder" "$mask"
-      tasks+="$run/vqa "
+      vqa_runs+="$run/vqa "
     done
-    "$1" "$encoder-report/report" "$encoder-report/results.json" "${all% }" "$ANALYSIS" report "$encoder"
+    "$1" "$encoder-report/report" "$encoder-report/results.json" "${knockouts% }" "$ANALYSIS" report "$encoder"
   done
-  [[ -z $VQA_PYTHON ]] || "$1" table1/table1 table1/table1.json "${tasks% }" "$ANALYSIS" table1
+  [[ -z $VQA_PYTHON ]] || "$1" table1/table1 table1/table1.json "${vqa_runs% }" "$ANALYSIS" table1
 }
 
-queued() { # NAME: its job's number, if it waits or runs
+queued_job() { # NAME: print the id of its job if it is in the queue
   squeue --me --noheader --format='%A %Z/%j' | while read -r id path; do
     if [[ $path == "$(pwd -P)/$RUNS/$1" ]]; then echo "$id"; fi
   done
@@ -46,30 +46,30 @@ print_part() {
   printf '  %-30s %-38s %s\n' "$1" "slurm/$5.sbatch ${*:6}" "$status"
 }
 
-declare -A job # part -> number of its job
+declare -A job # part -> job id
 submit_part() {
-  local name=$1 result=$2 need after="" id
+  local name=$1 result=$2 dependency after="" id
   [[ ! -e $RUNS/$result ]] || return 0
-  id=$(queued "$name")
+  id=$(queued_job "$name")
   if [[ -n $id ]]; then
-    echo "  $id  $name (in the queue already)"
+    echo "  $id  $name (already queued)"
   else
-    for need in $3; do after+=${job[$need]:+:${job[$need]}}; done
+    for dependency in $3; do after+=${job[$dependency]:+:${job[$dependency]}}; done
     mkdir -p "$RUNS/${name%/*}/logs"
     # shellcheck disable=SC2086
     id=$(sbatch --parsable --job-name="$RUNS/$name" --output="$RUNS/${name%/*}/logs/${name#*/}.log" $4 \
       ${after:+--dependency=afterok$after --kill-on-invalid-dep=yes} "slurm/$5.sbatch" "${@:6}")
-    id=${id%%;*} # of several clusters, the name of this one follows
+    id=${id%%;*} # on a federation, the name of the cluster follows
     echo "  $id  $name"
   fi
   job[$name]=$id
 }
 
 echo "plan, into $RUNS:"
-parts print_part
+for_each_part print_part
 if [[ ${1:-} == --dry-run ]]; then exit; fi
 for variable in PYTHON ${VQA_PYTHON:+VQA_PYTHON} CAPTIONS CAPTION_IMAGES INSTRUCTIONS INSTRUCTION_IMAGES SEGMENTATION; do
   [[ -e ${!variable} ]] || { echo "slurm/env.sh: $variable=${!variable} does not exist" >&2; exit 1; }
 done
 echo "submitted:"
-parts submit_part
+for_each_part submit_part

@@ -1,1 +1,1 @@
-"""The toy world of `make demo`: everything it needs is drawn and trained here, then written in the real formats."""
+"""The toy world of `make demo`: synthetic scenes, conversations about them, a tiny encoder and a tiny LLM."""

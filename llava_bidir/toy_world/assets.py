@@ -1,4 +1,4 @@
-"""`llava-bidir demo-assets`: draws the toy world and trains its tiny encoder and LLM, all written to disk.
+"""`llava-bidir demo-assets`: draw the toy world, train its tiny encoder and LLM, and write all of it to disk.
 
 OUT/segmentation/{images,annotations}/{training,validation}/*.png, classes.json    ADE20K's folder layout
 OUT/llava/*.png                                                                    images of the conversations
@@ -22,48 +22,48 @@ from llava_bidir.common.atomic_io import atomic_directory
 
 from . import tiny_models
 from .canvas import CLASSES, PALETTE
-from .dialogues import View, as_text, dialogue, misread, show
+from .dialogues import SceneText, build_dialogue, confuse_names, format_turns, prepend_picture
 from .scenes import Scene, draw_scene
 
 PICTURES = {"llava": 3000, "training": 1000, "validation": 600}
 CAPTIONS, DIALOGUES, QUESTIONS = 1920, 4480, 400
-TEXT_ONLY = 0.05  # share of the dialogues that have their picture in words, as LLaVA's mix has text-only ones
-ENCODER_STEPS, LLM_STEPS = 1400, 240  # about as long, side by side
-EVIDENCE = 0.1  # mean of the one local hint that tells look-alikes apart, in units of its own spread
+TEXT_ONLY = 0.05  # share of dialogues with the picture in words, for the text-only samples of LLaVA's mix
+ENCODER_STEPS, LLM_STEPS = 1400, 240  # both take about the same time and run in parallel
+EVIDENCE = 0.1  # mean of the grain, the only local evidence, in units of its standard deviation
 CHUNK = 100
 
 
 def demo_assets(out: Path, seed: int = 0, scale: float = 1.0) -> None:
-    """Writes the toy world: scenes with masks, conversations, a tiny encoder and a tiny LLM.
+    """Write the toy world: scenes with masks, conversations, a tiny encoder and a tiny LLM.
 
     Args:
-        out: Folder; replaced as a whole if it is an earlier world.
-        seed: Decides everything that is drawn.
+        out: Folder. An earlier world is replaced.
+        seed: Random seed of everything.
         scale: Share of the full demo's pictures, conversations and training steps, for quick trials.
     """
-    sized = {name: max(16, round(n * scale)) for name, n in PICTURES.items()}
-    # spawned, not forked: torch's threads do not survive a fork
+    sizes = {name: max(16, round(n * scale)) for name, n in PICTURES.items()}
+    # spawn, since torch's threads do not survive a fork
     workers = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _one_thread)
     with atomic_directory(out, mark="questions.json") as partial, workers as pool:
-        scenes = _draw(pool, partial, sized, seed)
-        views = {split: [View.of(scene) for scene in found] for split, found in scenes.items()}
+        scenes = _draw_splits(pool, partial, sizes, seed)
+        texts = {name: [SceneText.from_scene(scene) for scene in split] for name, split in scenes.items()}
         jobs = [
             pool.submit(_train_encoder, scenes["llava"], partial / "encoder", round(ENCODER_STEPS * scale), seed),
-            pool.submit(_train_llm, views["llava"], partial / "llm", round(LLM_STEPS * scale), seed),
+            pool.submit(_train_llm, texts["llava"], partial / "llm", round(LLM_STEPS * scale), seed),
         ]
         _write_classes(partial / "segmentation/classes.json")
-        _write_conversations(partial, views, scale, seed)
+        _write_conversations(partial, texts, scale, seed)
         for job in jobs:
             job.result()
-    print(f"{out}: " + ", ".join(f"{n} {split} pictures" for split, n in sized.items()))
+    print(f"{out}: " + ", ".join(f"{n} {split} pictures" for split, n in sizes.items()))
 
 
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _draw(pool: ProcessPoolExecutor, out: Path, sizes: dict[str, int], seed: int) -> dict[str, list[Scene]]:
-    """Draws and writes all splits, in chunks with a generator each, so that the pool's size changes nothing."""
+def _draw_splits(pool: ProcessPoolExecutor, out: Path, sizes: dict[str, int], seed: int) -> dict[str, list[Scene]]:
+    """Draw and write all splits. Each chunk has its own generator, so the size of the pool does not matter."""
     jobs = {
         (split, start): pool.submit(_draw_chunk, out, split, start, min(CHUNK, n - start), seed)
         for split, n in sizes.items()
@@ -95,8 +95,8 @@ def _save(pixels: np.ndarray, path: Path) -> None:
 
 
 def _write_classes(path: Path) -> None:
-    facts = {"classes": CLASSES, "palette": PALETTE.tolist(), "ignore_index": 255, "reduce_zero_label": False}
-    path.write_text(json.dumps(facts) + "\n")
+    content = {"classes": CLASSES, "palette": PALETTE.tolist(), "ignore_index": 255, "reduce_zero_label": False}
+    path.write_text(json.dumps(content) + "\n")
 
 
 def _train_encoder(scenes: list[Scene], out: Path, steps: int, seed: int) -> None:
@@ -104,39 +104,39 @@ def _train_encoder(scenes: list[Scene], out: Path, steps: int, seed: int) -> Non
     tiny_models.train_encoder(images, masks, out, steps=steps, seed=seed)
 
 
-def _train_llm(views: list[View], out: Path, steps: int, seed: int) -> None:
-    documents = _documents(views, np.random.default_rng([seed, 10]))
-    texts = [as_text(next(documents)) for _ in range(500)]
-    tokenizer = tiny_models.train_tokenizer(texts, out)
+def _train_llm(scenes: list[SceneText], out: Path, steps: int, seed: int) -> None:
+    documents = _generate_documents(scenes, np.random.default_rng([seed, 10]))
+    tokenizer = tiny_models.train_tokenizer([format_turns(next(documents)) for _ in range(500)], out)
     tiny_models.train_llm(documents, tokenizer, out, steps=steps, seed=seed)
 
 
-def _documents(views: list[View], rng: np.random.Generator) -> Iterator[list[dict]]:
-    """Endless conversations about pictures in words: all rows (every other time), sixteen points, or a caption."""
+def _generate_documents(scenes: list[SceneText], rng: np.random.Generator) -> Iterator[list[dict]]:
+    """Yield conversations about pictures in words without end: all rows (every second), 16 points, or a caption."""
     while True:
-        for parts in ({"rows": 8}, {"points": 16}, {"rows": 8}, {"captioned": True}):
-            view = views[rng.integers(len(views))]
-            yield show(dialogue(view, rng, **parts), " ".join(misread(view.names, rng)))
+        for parts in ({"rows": 8}, {"points": 16}, {"rows": 8}, {"caption": True}):
+            scene = scenes[rng.integers(len(scenes))]
+            yield prepend_picture(build_dialogue(scene, rng, **parts), " ".join(confuse_names(scene.names, rng)))
 
 
-def _write_conversations(out: Path, views: dict[str, list[View]], scale: float, seed: int) -> None:
-    """Captions (stage 1), dialogues (stage 2) and the questions asked at validation."""
+def _write_conversations(out: Path, texts: dict[str, list[SceneText]], scale: float, seed: int) -> None:
+    """Write the captions of stage 1, the dialogues of stage 2 and the validation questions."""
     rng = np.random.default_rng([seed, 11])
-    train, val = views["llava"], views["validation"]
+    train, val = texts["llava"], texts["validation"]
     captions = [
-        _record("llava", i, show(dialogue(train[i], rng, captioned=True)))
-        for i in _cycle(rng, len(train), round(CAPTIONS * scale))
+        _record("llava", i, prepend_picture(build_dialogue(train[i], rng, caption=True)))
+        for i in _sample_evenly(rng, len(train), round(CAPTIONS * scale))
     ]
     dialogues = []
-    for i in _cycle(rng, len(train), round(DIALOGUES * scale)):
-        turns = dialogue(train[i], rng, rows=4, points=8, captioned=True)
+    for i in _sample_evenly(rng, len(train), round(DIALOGUES * scale)):
+        turns = build_dialogue(train[i], rng, rows=4, points=8, caption=True)
         if rng.random() < TEXT_ONLY:
-            dialogues.append({"id": f"text_{i}", "conversations": show(turns, " ".join(train[i].names))})
+            turns = prepend_picture(turns, " ".join(train[i].names))
+            dialogues.append({"id": f"text_{i}", "conversations": turns})
         else:
-            dialogues.append(_record("llava", i, show(turns)))
+            dialogues.append(_record("llava", i, prepend_picture(turns)))
     questions = [
-        _record("validation", i, show(dialogue(val[i], rng, points=1)))
-        for i in _cycle(rng, len(val), round(QUESTIONS * scale))
+        _record("validation", i, prepend_picture(build_dialogue(val[i], rng, points=1)))
+        for i in _sample_evenly(rng, len(val), round(QUESTIONS * scale))
     ]
     for name, records in (("captions", captions), ("dialogues", dialogues), ("questions", questions)):
         (out / f"{name}.json").write_text(json.dumps(records) + "\n")
@@ -146,12 +146,12 @@ def _record(split: str, index: int, turns: list[dict]) -> dict:
     return {"id": f"{split}_{index:05d}", "image": _image_path(split, index), "conversations": turns}
 
 
-def _cycle(rng: np.random.Generator, n: int, count: int) -> list[int]:
-    """`count` indices below `n` in random order, each as often as the others."""
+def _sample_evenly(rng: np.random.Generator, n: int, count: int) -> list[int]:
+    """Return `count` indices below `n` in random order, each equally often."""
     passes = [rng.permutation(n) for _ in range(-(-count // n))]
     return np.concatenate(passes)[:count].tolist()
 
 
 def run(args: argparse.Namespace) -> None:
-    """`llava-bidir demo-assets`."""
+    """Run `llava-bidir demo-assets`."""
     demo_assets(args.out, args.seed, args.scale)

@@ -1,11 +1,11 @@
-"""The toy world of the demo: drawn rooms and streets at dusk, each with an exact class mask.
+"""Draw the scenes of the toy world: rooms and streets at dusk, each with an exact class mask.
 
-Classes come in pairs that look alike locally (ceiling and sky, wall and building, floor and road, bed and car): the two
-of a pair share colour and texture, and the rest of the picture tells which one it is. A lamp, a picture or a bed means
-a room; a tree, the moon or a car means a street; at least one of them is in every scene.
+Eight classes form pairs with the same colour and texture: ceiling and sky, wall and building, floor and road, bed and
+car. Only the context tells them apart. A lamp, picture or bed marks a room; a tree, moon or car marks a street. Every
+scene has at least one of these cues.
 
-The one local hint is deliberately weak: a canvas grain on the paired classes. Its contrast wanders smoothly over the
-picture and takes either sign, but its mean is `+evidence` in rooms and `-evidence` in streets.
+The only local evidence is deliberately weak: a grain on the paired classes. Its contrast is a smooth random field with
+mean `+evidence` in rooms and `-evidence` in streets.
 
 Shapes: H = W = 96 pixels.
 """
@@ -19,26 +19,11 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from .canvas import CLASSES, SIZE_PX, WHOLE, Canvas, Quad, View, look, shade
-from .objects import (  # fmt: skip
-    GROUND,
-    TOP,
-    Standing,
-    bed,
-    car,
-    door,
-    hanging_lamp,
-    house,
-    moon,
-    picture,
-    stand_on_ground,
-    standing_lamp,
-    tree,
-    wall,
-    window,
-)
+from . import objects
+from .canvas import CLASSES, FULL_FRAME, SIZE_PX, Camera, Canvas, Quad, sample_camera, shade
+from .objects import GROUND, TOP, GroundObject
 
-# One weave per pair, repeated over the picture. Rows and columns sum to zero: edges and shading do not excite it.
+# One 4 x 4 texture per pair. Rows and columns sum to zero, so that edges and shading do not correlate with it.
 WEAVES = ("++-- --++ ++-- --++", "+-+- +-+- -+-+ -+-+", "+-+- -+-+ +-+- -+-+", "+-+- -+-+ -+-+ +-+-")
 GRAIN_CONTRAST, PIXEL_NOISE = 0.03, 0.018
 _GRAIN = np.zeros((len(CLASSES), 4, 4), np.float32)
@@ -48,7 +33,7 @@ _ROWS, _COLUMNS = np.mgrid[:SIZE_PX, :SIZE_PX]
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture with its truth: image `uint8[H, W, 3]`, mask `uint8[H, W]` of indices into CLASSES."""
+    """A picture `uint8[H, W, 3]` and its mask `uint8[H, W]` of indices into CLASSES."""
 
     indoor: bool
     image: np.ndarray
@@ -56,104 +41,105 @@ class Scene:
 
 
 def draw_scene(rng: np.random.Generator, evidence: float = 0.1) -> Scene:
-    """Draws a room or a street, by a fair coin.
+    """Draw a room or a street with equal probability.
 
     Args:
-        rng: The only source of chance; the same state gives the same bytes.
-        evidence: Mean of the grain in units of its spread; at 0 there is no local hint.
+        rng: Random generator. The same state gives the same bytes.
+        evidence: Mean of the grain in units of its standard deviation. At 0 there is no local evidence.
     """
     indoor = bool(rng.random() < 0.5)
-    view, canvas = look(rng), Canvas()
-    (room if indoor else street)(canvas, view, rng)
+    camera, canvas = sample_camera(rng), Canvas()
+    (draw_room if indoor else draw_street)(canvas, camera, rng)
     mask = canvas.mask()
-    image = canvas.image() + grain(mask, evidence if indoor else -evidence, rng)
-    image = image * light(view, rng) + PIXEL_NOISE * rng.standard_normal(image.shape, np.float32)
+    image = canvas.image() + sample_grain(mask, evidence if indoor else -evidence, rng)
+    image = image * sample_light(camera, rng) + PIXEL_NOISE * rng.standard_normal(image.shape, np.float32)
     return Scene(indoor, (image.clip(0, 1) * 255 + 0.5).astype(np.uint8), mask)
 
 
-def room(canvas: Canvas, view: View, rng: np.random.Generator) -> None:
-    """A room: ceiling, three walls and a board floor, with what hangs and stands there."""
-    present = choose(rng, ("lamp", "picture", "bed"), lamp=0.65, picture=0.75, bed=0.6, window=0.7, door=0.5)
-    canvas.polygon(WHOLE, TOP, "ceiling")
-    canvas.polygon(view.ground(), GROUND, "floor")
+def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
+    """Draw a room: ceiling, three walls, a board floor, and its objects."""
+    names = sample_objects(rng, ("lamp", "picture", "bed"), lamp=0.65, picture=0.75, bed=0.6, window=0.7, door=0.5)
+    canvas.polygon(FULL_FRAME, TOP, "ceiling")
+    canvas.polygon(camera.ground(), GROUND, "floor")
     for u in np.arange(0.1, 1, 0.2):
-        canvas.line(view.ground(), shade(GROUND, 0.85), [(u, 0), (u, 1)])
-    for front, tint in zip(view.walls(), wall_tints(rng), strict=True):
-        wall(canvas, front, "wall", tint)
-    stretches = wall_stretches(view, rng)
-    if "window" in present:
-        window(canvas, stretches.pop().part(0, 1, 0.16, 0.58), rng)
-    if "picture" in present:
-        picture(canvas, stretches.pop().part(0, 1, 0.15, 0.59), rng)
-    if "door" in present:
-        door(canvas, stretches.pop().part(0.05, 0.95, 0.28, 1), rng)
-    things = [Standing(partial(bed, view), 0.55)] if "bed" in present else []
-    if "lamp" in present and rng.random() < 0.6:
-        hanging_lamp(canvas, view, rng)
-    elif "lamp" in present:
-        things.append(Standing(standing_lamp, 0.3, beside=True))
-    stand_on_ground(canvas, view, things, rng)
+        canvas.line(camera.ground(), shade(GROUND, 0.85), [(u, 0), (u, 1)])
+    for front, tint in zip(camera.walls(), sample_wall_tints(rng), strict=True):
+        objects.draw_wall(canvas, front, "wall", tint)
+    sections = sample_wall_sections(camera, rng)
+    if "window" in names:
+        objects.draw_window(canvas, sections.pop().part(0, 1, 0.16, 0.58), rng)
+    if "picture" in names:
+        objects.draw_picture(canvas, sections.pop().part(0, 1, 0.15, 0.59), rng)
+    if "door" in names:
+        objects.draw_door(canvas, sections.pop().part(0.05, 0.95, 0.28, 1), rng)
+    standing = [GroundObject(partial(objects.draw_bed, camera), 0.55)] if "bed" in names else []
+    if "lamp" in names and rng.random() < 0.6:
+        objects.draw_hanging_lamp(canvas, camera, rng)
+    elif "lamp" in names:
+        standing.append(GroundObject(objects.draw_standing_lamp, 0.3, at_wall=True))
+    objects.draw_on_ground(canvas, camera, standing, rng)
 
 
-def street(canvas: Canvas, view: View, rng: np.random.Generator) -> None:
-    """A street: sky, houses left, right and at the end, a road with kerbs and lane marks, with what stands there."""
-    present = choose(rng, ("tree", "moon", "car"), tree=0.6, moon=0.3, car=0.6)
-    canvas.polygon(WHOLE, TOP, "sky")
-    if "moon" in present:
-        moon(canvas, view, rng)
-    canvas.polygon(view.ground(), GROUND, "road")
+def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
+    """Draw a street: sky, houses on three sides, a road with kerbs and lane marks, and its objects."""
+    names = sample_objects(rng, ("tree", "moon", "car"), tree=0.6, moon=0.3, car=0.6)
+    canvas.polygon(FULL_FRAME, TOP, "sky")
+    if "moon" in names:
+        objects.draw_moon(canvas, camera, rng)
+    canvas.polygon(camera.ground(), GROUND, "road")
     for u in (0.16, 0.84):
-        canvas.line(view.ground(), shade(GROUND, 0.85), [(u, 0), (u, 1)])
+        canvas.line(camera.ground(), shade(GROUND, 0.85), [(u, 0), (u, 1)])
     for v in (0.03, 0.1, 0.22, 0.38):
-        canvas.polygon(view.ground().part(0.48, 0.52, v, 1.5 * v + 0.01), shade(GROUND, 1.5))
-    left, far, right = zip(view.walls(), wall_tints(rng), strict=True)
+        canvas.polygon(camera.ground().part(0.48, 0.52, v, 1.5 * v + 0.01), shade(GROUND, 1.5))
+    left, far, right = zip(camera.walls(), sample_wall_tints(rng), strict=True)
     for (front, tint), count in ((far, rng.integers(2, 4)), (left, rng.integers(1, 3)), (right, rng.integers(1, 3))):
         for i in range(count):
-            house(canvas, front.part(i / count, (i + 1) / count, rng.uniform(-0.18, 0.16), 1), tint, rng)
-    things = [Standing(car, 0.58)] if "car" in present else []
-    if "tree" in present:
-        things.append(Standing(tree, 0.3, beside=True))
-    stand_on_ground(canvas, view, things, rng)
+            objects.draw_house(canvas, front.part(i / count, (i + 1) / count, rng.uniform(-0.18, 0.16), 1), tint, rng)
+    standing = [GroundObject(objects.draw_car, 0.58)] if "car" in names else []
+    if "tree" in names:
+        standing.append(GroundObject(objects.draw_tree, 0.3, at_wall=True))
+    objects.draw_on_ground(canvas, camera, standing, rng)
 
 
-def choose(rng: np.random.Generator, cues: Sequence[str], **chances: float) -> set[str]:
-    """The things of a scene: each by its own chance, and one of the cues for certain."""
-    certain = cues[rng.integers(len(cues))]
-    return {name for name, chance in chances.items() if rng.random() < chance or name == certain}
+def sample_objects(rng: np.random.Generator, cues: Sequence[str], **chances: float) -> set[str]:
+    """Sample objects independently, each with its own probability, plus one cue that is always present."""
+    cue = cues[rng.integers(len(cues))]
+    return {name for name, chance in chances.items() if rng.random() < chance or name == cue}
 
 
-def wall_tints(rng: np.random.Generator) -> tuple[float, float, float]:
-    """Brightness of the left, far and right wall: light falls in from one side."""
+def sample_wall_tints(rng: np.random.Generator) -> tuple[float, float, float]:
+    """Return the brightness of the left, far and right wall, lit from one side."""
     return (0.84, 1.0, 0.93) if rng.random() < 0.5 else (0.93, 1.0, 0.84)
 
 
-def wall_stretches(view: View, rng: np.random.Generator) -> list[Quad]:
-    """Stretches of wall from floor to ceiling, in random order: two on a wide wall, one on a narrow one."""
-    stretches = []
-    for front in view.walls():
+def sample_wall_sections(camera: Camera, rng: np.random.Generator) -> list[Quad]:
+    """Return sections of the walls from floor to ceiling in random order: two of a wide wall, one of a narrow one."""
+    sections = []
+    for front in camera.walls():
         count = min(2, int(front.width / 13))
-        stretches += [front.part((i + 0.1) / count, (i + 0.9) / count, 0, 1) for i in range(count)]
-    return [stretches[i] for i in rng.permutation(len(stretches))]
+        sections += [front.part((i + 0.1) / count, (i + 0.9) / count, 0, 1) for i in range(count)]
+    return [sections[i] for i in rng.permutation(len(sections))]
 
 
-def grain(mask: np.ndarray, mean: float, rng: np.random.Generator) -> np.ndarray:
-    """The weak local hint, `float32[H, W, 1]`: a grain on the paired classes, to be added to the picture.
+def sample_grain(mask: np.ndarray, mean: float, rng: np.random.Generator) -> np.ndarray:
+    """Return the grain on the paired classes as `float32[H, W, 1]`, to be added to the picture.
 
     Args:
         mask: Classes `uint8[H, W]`.
-        mean: Mean contrast, in units of the spread of its smooth random field.
+        mean: Mean contrast in units of the standard deviation of its random field.
+        rng: Random generator.
     """
     knots = Image.fromarray(rng.standard_normal((9, 9), np.float32))
-    field = np.asarray(knots.resize((SIZE_PX, SIZE_PX), Image.Resampling.BILINEAR)) / 0.67  # to unit spread
+    field = np.asarray(knots.resize((SIZE_PX, SIZE_PX), Image.Resampling.BILINEAR)) / 0.67  # to unit standard deviation
     return (GRAIN_CONTRAST * (field + mean) * _GRAIN[mask, _ROWS % 4, _COLUMNS % 4])[..., None]
 
 
-def light(view: View, rng: np.random.Generator) -> np.ndarray:
-    """The light of the evening as a factor `float32[H, W, 3]`; nothing in it depends on the scene.
+def sample_light(camera: Camera, rng: np.random.Generator) -> np.ndarray:
+    """Return the light as a factor `float32[H, W, 3]`, independent of the kind of scene.
 
-    A warm glow at the far end and, at random, brightness, colour cast, a slope across the picture and a vignette.
+    It combines a warm glow at the far end with random brightness, colour cast, gradient and vignette.
     """
-    sideways, upwards = abs(_COLUMNS - view.eye[0]), abs(_ROWS - view.eye[1])
+    sideways, upwards = abs(_COLUMNS - camera.eye[0]), abs(_ROWS - camera.eye[1])
     depth = 1 - (1.5 * np.maximum(sideways, upwards) / SIZE_PX).clip(0, 1)
     glow = 1 + (depth**2)[..., None] * (0.18, 0.12, 0.03)
     across, down = _COLUMNS / SIZE_PX - 0.5, _ROWS / SIZE_PX - 0.5

@@ -1,7 +1,7 @@
-"""Tiny stand-ins for CLIP and Vicuna, trained on the toy world: an encoder on its images, an LLM on its text.
+"""Train tiny stand-ins for CLIP and Vicuna on the toy world: an encoder on its images, an LLM on its text.
 
-Neither is told apart what looks alike: the encoder's words merge each pair of look-alikes, and the LLM meets pictures
-only as words, some of them misread.
+Neither is taught to distinguish look-alikes in images. The encoder's nouns merge each pair, and the LLM sees pictures
+only as words, some of which are replaced by their look-alike.
 
 Shapes: B batch, T patches, K nouns, d width.
 """
@@ -29,12 +29,16 @@ from .dialogues import GRID
 
 
 def train_encoder(images: np.ndarray, masks: np.ndarray, out: Path, *, steps: int, seed: int) -> None:
-    """A two-layer CLIP tower that denoises patches and guesses each noun's share of the picture, written to `out`.
+    """Train a two-layer CLIP tower to denoise patches and predict each noun's share of the picture. Write it to `out`.
 
-    The shares are the stand-in for CLIP's captions: an image-level hint in words, where look-alikes are one word.
+    The shares stand in for CLIP's captions: an image-level signal in words, with one word for both look-alikes.
 
     Args:
-        images: uint8[n, H, W, 3]. masks: uint8[n, H, W].
+        images: uint8[n, H, W, 3].
+        masks: uint8[n, H, W].
+        out: Hugging Face directory.
+        steps: Number of optimizer steps.
+        seed: Seed of initialisation and batches.
     """
     torch.manual_seed(seed)
     patch_px, width = SIZE_PX // GRID, 64
@@ -49,55 +53,59 @@ def train_encoder(images: np.ndarray, masks: np.ndarray, out: Path, *, steps: in
     )
     encoder = CLIPVisionModel(config)
     to_pixels, to_nouns = nn.Linear(width, 3 * patch_px**2), nn.Linear(width, len(CLASSES))
-    pixels, shares = _normalised(images), _noun_shares(masks)
+    pixels, shares = _normalize(images), _noun_shares(masks)
 
     def loss() -> Tensor:
         index = torch.randint(len(pixels), (32,))
         x = pixels[index]
         h = encoder(x + 0.2 * torch.randn_like(x)).last_hidden_state[:, 1:]
         denoised = F.mse_loss(to_pixels(h), F.unfold(x, patch_px, stride=patch_px).transpose(1, 2))
-        guessed = to_nouns(h).softmax(-1).mean(1).clamp_min(1e-6)
-        return denoised - 2.0 * (shares[index] * guessed.log()).sum(-1).mean()
+        predicted = to_nouns(h).softmax(-1).mean(1).clamp_min(1e-6)
+        return denoised - 2.0 * (shares[index] * predicted.log()).sum(-1).mean()
 
     parameters = [*encoder.parameters(), *to_pixels.parameters(), *to_nouns.parameters()]
     _train(parameters, loss, steps, "encoder", rate=2e-3)
     encoder.save_pretrained(out)
 
 
-def _normalised(images: np.ndarray) -> Tensor:
-    """f[n, 3, H, W] with CLIP's pixel statistics, which the processor of the finished model uses too."""
+def _normalize(images: np.ndarray) -> Tensor:
+    """Return f[n, 3, H, W], normalised with CLIP's pixel statistics like the processor of the trained model."""
     mean, std = (torch.tensor(x)[:, None, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
 
 
 def _noun_shares(masks: np.ndarray) -> Tensor:
-    """f[n, K]: share of the picture by noun; a pair of look-alikes shares the noun of its first member."""
+    """Return f[n, K], the share of the picture per noun. Look-alikes share the noun of the first of the pair."""
     nouns = np.minimum(np.arange(len(CLASSES)), PAIR_OF)[masks]
     return torch.from_numpy(np.stack([(nouns == k).mean((1, 2)) for k in range(len(CLASSES))], 1)).float()
 
 
 def train_tokenizer(texts: list[str], out: Path) -> LlamaTokenizer:
-    """A Llama tokenizer (BPE on words, byte fallback) learned from the world's texts, written to `out`."""
+    """Train a Llama tokenizer (BPE on words, byte fallback) and write it to `out`."""
     bpe = Tokenizer(tokenizer_models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="never")]
     )
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, special_tokens=specials, show_progress=False))
-    learned = json.loads(bpe.to_str())["model"]
-    merges = [tuple(pair) for pair in learned["merges"]]
-    tokenizer = LlamaTokenizer(vocab=learned["vocab"], merges=merges, add_bos_token=True)
-    # One token for the system prompt: as 30 that never change it would be a good part of a toy sequence.
+    model = json.loads(bpe.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokenizer = LlamaTokenizer(vocab=model["vocab"], merges=merges, add_bos_token=True)
+    # One token for the system prompt: its 30 constant tokens would be a large part of a toy sequence.
     tokenizer.add_tokens([SYSTEM], special_tokens=True)
     tokenizer.save_pretrained(out)
     return tokenizer
 
 
 def train_llm(documents: Iterator[list[dict]], tokenizer: LlamaTokenizer, out: Path, *, steps: int, seed: int) -> None:
-    """A six-layer Llama trained on conversations about pictures in words, all tokens counted, written to `out`.
+    """Train a six-layer Llama on all tokens of conversations about pictures in words. Write it to `out`.
 
     Args:
         documents: Endless conversations.
+        tokenizer: Tokenizer of the LLM.
+        out: Hugging Face directory.
+        steps: Number of optimizer steps.
+        seed: Seed of the initialisation.
     """
     torch.manual_seed(seed)
     width = 96
@@ -135,7 +143,7 @@ def _train(
     floor: float = 0.0,
     clip: float | None = None,
 ) -> None:
-    """AdamW with 3% warm-up and a cosine down to `floor` of the peak rate."""
+    """Minimise a loss by AdamW, with 3% warm-up and a cosine schedule down to `floor` of the peak rate."""
     optimizer = torch.optim.AdamW(parameters, rate, betas=betas, weight_decay=0.0, fused=True)
     warmup = max(1, int(0.03 * steps))
     cosine = lambda step: floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -1,4 +1,4 @@
-"""What must be known of a checkpoint before it is evaluated: its mask, its encoder, and which weights it holds."""
+"""What `vqa` records about a checkpoint: its attention mask, its encoder and a fingerprint of its weights."""
 
 import hashlib
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import error_context, read_json
 
-TABLE_ROWS = {"clip_vision_model": "clip", "dinov2": "dinov2", "siglip_vision_model": "siglip"}  # as in Table 1
+TABLE_ROWS = {"clip_vision_model": "clip", "dinov2": "dinov2", "siglip_vision_model": "siglip"}  # encoders of Table 1
 
 
-def local(model: str) -> Path:
-    """The directory of a checkpoint; one of the hub is brought here, or found in the cache.
+def resolve_checkpoint(model: str) -> Path:
+    """Return the directory of a checkpoint. Hub ids are downloaded or taken from the cache.
 
     Raises:
-        UserError: There is none.
+        UserError: No such checkpoint exists.
     """
     from huggingface_hub import snapshot_download
 
@@ -23,50 +23,51 @@ def local(model: str) -> Path:
             path = Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{model!r} is neither a checkpoint directory nor a model that the hub or its cache has ({error})"
+                f"{model!r} is neither a checkpoint directory nor a model on the hub or in its cache ({error})"
             ) from error
     if not (path / "config.json").is_file():
-        raise UserError(f"{path} holds no config.json; expected a Hugging Face checkpoint, RUN/hf for one")
+        raise UserError(f"{path} has no config.json; expected a Hugging Face checkpoint such as RUN/hf")
     return path
 
 
-def image_attention(model: str | Path) -> str:
-    """The mask a checkpoint runs under.
+def read_image_attention(model: str | Path) -> str:
+    """Return the attention mask of a checkpoint.
 
     Raises:
-        UserError: It is no LLaVA, or a stock `llava` whose config names a mask: transformers would load it without a
-            word and run it causally.
+        UserError: The model is not a LLaVA, or a stock `llava` whose config names a mask. Transformers would silently
+            ignore that mask.
     """
-    config = _config(model)
-    kind, mask = config.get("model_type"), config.get("image_attention", "causal")
-    if kind == "llava" and mask != "causal":
+    config = _read_config(model)
+    model_type, mask = config.get("model_type"), config.get("image_attention", "causal")
+    if model_type == "llava" and mask != "causal":
         raise UserError(
             f"{model}: model_type 'llava' with image_attention {mask!r} would silently run causally; export it with "
-            "`llava-bidir export`, which makes it a llava_bidir"
+            "`llava-bidir export` as a llava_bidir"
         )
-    if kind not in ("llava", "llava_bidir"):
-        raise UserError(f"{model}: model_type {kind!r}; there is llava_bidir and llava")
+    if model_type not in ("llava", "llava_bidir"):
+        raise UserError(f"{model}: model_type {model_type!r} is not supported; expected llava_bidir or llava")
     return mask
 
 
-def encoder(model: str | Path) -> str:
-    """Name of the vision encoder: a row of Table 1 where it is one of the paper's."""
+def read_encoder_name(model: str | Path) -> str:
+    """Return the row of Table 1 for the vision encoder, or the encoder's model type if it has none."""
     with error_context(f"config.json of {model}"):
-        kind = _config(model).get("vision_config", {}).get("model_type", "clip_vision_model")  # LlavaConfig's default
-        return TABLE_ROWS.get(kind, kind)
+        vision = _read_config(model).get("vision_config", {})
+        model_type = vision.get("model_type", "clip_vision_model")  # the default of LlavaConfig
+        return TABLE_ROWS.get(model_type, model_type)
 
 
 def fingerprint(path: Path) -> str:
-    """Digest of the config and of every weight; 13 GB take less than a minute."""
+    """Return a digest of the config and all weights. 13 GB take less than a minute."""
     digest = hashlib.sha256((path / "config.json").read_bytes())
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise UserError(f"{path} holds no *.safetensors; export the checkpoint with `llava-bidir export`")
+        raise UserError(f"{path} has no *.safetensors; export the checkpoint with `llava-bidir export`")
     for file in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
-def _config(model: str | Path) -> dict:
-    return read_json(local(str(model)) / "config.json")
+def _read_config(model: str | Path) -> dict:
+    return read_json(resolve_checkpoint(str(model)) / "config.json")

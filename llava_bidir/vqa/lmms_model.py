@@ -1,11 +1,11 @@
-"""Our models and stock LLaVA ones in lmms-eval: `python -m lmms_eval --model llava_bidir --model_args pretrained=DIR`.
+"""Model adapter of lmms-eval: `python -m lmms_eval --model llava_bidir --model_args pretrained=DIR`.
 
-Runs in the harness's environment, which finds it by the entry point `lmms_eval.models` in pyproject.toml. The harness's
-own `llava_hf` takes one item at a time, crops images to their centre, turns exceptions into empty answers, and would
-run a checkpoint whose mask it does not know causally; here prompt, padding and mask are those of training.
+The harness finds it by the entry point `lmms_eval.models` in pyproject.toml. Prompt, padding and mask are those of
+training. The harness's own `llava_hf` has a batch size of one, crops images, turns exceptions into empty answers and
+runs any mask it does not know causally.
 """
 
-import lmms_eval.api.task  # noqa: F401 - changes PIL's settings, which LlavaBidir changes back
+import lmms_eval.api.task  # noqa: F401 - sets LOAD_TRUNCATED_IMAGES, which LlavaBidir resets
 import torch
 from accelerate import Accelerator
 from lmms_eval.api.model import lmms
@@ -16,31 +16,31 @@ from tqdm import tqdm
 from llava_bidir.commands.generate import answer, load
 from llava_bidir.common.errors import UserError
 
-from .checkpoint import image_attention
+from .checkpoint import read_image_attention
 from .result_files import ItemError
 
 MANIFEST = ModelManifest("llava_bidir", simple_class_path="llava_bidir.vqa.lmms_model.LlavaBidir")
-MAX_NEW_TOKENS = 128  # where a task names none; source: LLaVA eval/model_vqa_loader.py
+MAX_NEW_TOKENS = 128  # default for tasks that set none. Source: LLaVA eval/model_vqa_loader.py
 
 
 class LlavaBidir(lmms):
-    """A checkpoint as the harness wants it.
+    """A llava_bidir or llava checkpoint with the interface of the harness.
 
     Args:
-        pretrained: Directory or hub id of a llava_bidir or llava checkpoint.
-        batch_size: Items answered at a time.
-        dtype: Of the weights; "auto" is the checkpoint's own.
+        pretrained: Directory or hub id.
+        batch_size: Number of items per batch.
+        dtype: Dtype of the weights, "auto" for that of the checkpoint.
 
     Raises:
-        UserError: The checkpoint's mask would be dropped, or it is no LLaVA.
+        UserError: The model is not a LLaVA, or its mask would be ignored.
     """
 
     def __init__(self, pretrained: str, batch_size: int | str = 1, dtype: str = "auto", **unknown):
         super().__init__()
         if unknown.keys() - {"max_batch_size", "device"}:
-            raise UserError(f"model_args: unknown {', '.join(unknown)}; there is pretrained, dtype")
-        ImageFile.LOAD_TRUNCATED_IMAGES = False  # or what a cut file lacks would be grey
-        self.image_attention = image_attention(pretrained)
+            raise UserError(f"model_args: unknown {', '.join(unknown)}; expected pretrained or dtype")
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # True would fill the missing part of an image with grey
+        self.image_attention = read_image_attention(pretrained)
         self.batch_size = int(batch_size)
         self.accelerator = Accelerator(cpu=not torch.cuda.is_available())
         self.device = self.accelerator.device
@@ -49,10 +49,10 @@ class LlavaBidir(lmms):
 
     @torch.no_grad()
     def generate_until(self, requests) -> list[str]:
-        """Greedy answers, in order. The tasks' `until` is not used: LLaVA ends an answer with its eos.
+        """Return greedy answers, in order. `until` of the tasks is ignored: LLaVA ends an answer with eos.
 
         Raises:
-            ItemError: Names the items that could not be answered.
+            ItemError: Items could not be answered. The message names them.
         """
         answers = []
         for start in tqdm(range(0, len(requests), self.batch_size), desc="answering", disable=self.rank > 0):
@@ -74,17 +74,17 @@ class LlavaBidir(lmms):
             raise ItemError(f"item {item}, its image: {type(error).__name__}: {error}") from error
 
     def clean(self) -> None:
-        """Keeps the model, which the harness would drop after a task: the next one needs it."""
-
-    def loglikelihood(self, requests):
-        raise NotImplementedError("llava_bidir generates answers; it has no likelihoods of given ones")
+        """Keep the model for the next task. The harness would delete it."""
 
     def generate_until_multi_round(self, requests):
-        raise NotImplementedError("llava_bidir answers in one round")
+        """Raise NotImplementedError."""
+        raise NotImplementedError("llava_bidir supports generation in a single round only")
+
+    loglikelihood = generate_until_multi_round
 
 
 def _max_new_tokens(options: dict) -> int:
-    """Raises ValueError where a task asks for anything but greedy decoding."""
+    """Return the limit of a task. Raise a UserError unless the task decodes greedily."""
     if options.get("do_sample") or options.get("temperature") or options.get("num_beams", 1) != 1:
-        raise UserError(f"answers are decoded greedily, but the task wants {options}")
+        raise UserError(f"only greedy decoding is supported, but the task sets {options}")
     return options.get("max_new_tokens", MAX_NEW_TOKENS)

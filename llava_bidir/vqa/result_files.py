@@ -1,30 +1,42 @@
-"""What lies between the harness's environment and ours: pinned versions, and the files of a finished task."""
+"""Files shared by the harness's environment and ours: pinned versions, and the results of a task.
+
+A finished task has TASK.json with its scores and settings, and TASK.jsonl with one line per item.
+"""
 
 import hashlib
 import json
 import re
 from pathlib import Path
 
-from llava_bidir.common.atomic_io import atomic_write
+from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
 
-from .benchmarks import Item
+from .scores import Item
 
 PACKAGE = Path(__file__).parents[1]
 
 
 class ItemError(Exception):
-    """An item could not be answered."""
+    """Error for an item that could not be answered."""
 
 
-def pins() -> dict[str, str]:
-    """The versions that the harness's environment must have; `make vqa-venv` installs them."""
+def pinned_versions() -> dict[str, str]:
+    """Return the versions that `make vqa-venv` installs, by package."""
     lines = (Path(__file__).parent / "requirements.txt").read_text().splitlines()
     return dict(line.partition("#")[0].strip().split("==") for line in lines if re.match(r"[\w.-]+==", line))
 
 
+def version_mismatches(versions: dict[str, str]) -> str:
+    """Return e.g. "lmms_eval 0.7.2 instead of 0.7.3", "" if all pins match. Local parts ("+cu130") are ignored."""
+    return ", ".join(
+        f"{package} {versions.get(package)} instead of {pinned}"
+        for package, pinned in pinned_versions().items()
+        if versions.get(package, "").partition("+")[0] != pinned
+    )
+
+
 def code_digest() -> str:
-    """Of all Python files of this package, so that two environments can tell whether they have the same."""
+    """Return the SHA-256 of this package's Python files, to detect another version in the harness's environment."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(str(path.relative_to(PACKAGE)).encode() + path.read_bytes())
@@ -32,34 +44,35 @@ def code_digest() -> str:
 
 
 def error_file(out: Path) -> Path:
+    """Return the path of the harness's error message."""
     return out / "harness" / "error.txt"
 
 
 def results_file(out: Path, name: str) -> Path:
-    """It is there when the task is done."""
+    """Return the path of a task's scores. The file exists if and only if the task is finished."""
     return out / f"{name}.json"
 
 
 def items_file(out: Path, name: str) -> Path:
+    """Return the path of a task's items."""
     return out / f"{name}.jsonl"
 
 
-def write_results(out: Path, name: str, facts: dict, items: list[Item]) -> None:
-    with atomic_write(items_file(out, name)) as partial:
-        partial.write_text("".join(json.dumps(item) + "\n" for item in items))
-    with atomic_write(results_file(out, name)) as partial:
-        partial.write_text(json.dumps(facts, indent=1) + "\n")
+def write_results(out: Path, name: str, info: dict, items: list[Item]) -> None:
+    """Write both files of a finished task."""
+    lines = "".join(json.dumps(item) + "\n" for item in items)
+    write_files({items_file(out, name): lines, results_file(out, name): info})
 
 
 def read_results(out: Path, name: str) -> tuple[dict, list[Item]]:
-    """Facts and items of a finished task.
+    """Return the info and the items of a finished task.
 
     Raises:
-        UserError: A file is not as :func:`write_results` left it.
+        UserError: A file is missing or is not valid JSON.
     """
     try:
-        facts = json.loads(results_file(out, name).read_text())
+        info = json.loads(results_file(out, name).read_text())
         items = [json.loads(line) for line in items_file(out, name).read_text().splitlines()]
     except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{results_file(out, name)}: {error}; delete it to have the task run again") from error
-    return facts, items
+        raise UserError(f"{results_file(out, name)}: {error}; delete it to run the task again") from error
+    return info, items

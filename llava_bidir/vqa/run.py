@@ -1,4 +1,4 @@
-"""`llava-bidir vqa`: the benchmarks of Table 1 for a checkpoint, task by task, and what they add up to."""
+"""`llava-bidir vqa`: run the benchmarks of Table 1 for a checkpoint and validate their results."""
 
 import argparse
 import json
@@ -9,84 +9,84 @@ from pathlib import Path
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 
-from . import checkpoint
 from .benchmarks import BENCHMARKS
+from .checkpoint import fingerprint, read_encoder_name, read_image_attention, resolve_checkpoint
 from .result_files import code_digest, error_file, read_results, results_file
 from .table1 import write_tables
-from .validate_results import problems
+from .validate_results import find_problems
 
-SWITCHES = ("NUM_IMAGE", "LMMS_EVAL_PLUGINS")  # environment variables that would change what the harness does
+IGNORED_VARIABLES = ("NUM_IMAGE", "LMMS_EVAL_PLUGINS")  # they would change the results of the harness
 
 
 def run(args: argparse.Namespace) -> None:
-    """`llava-bidir vqa`: runs what is missing, then checks everything that is there.
+    """Run the tasks that are not finished, then validate all results and write the table.
 
     Raises:
-        UserError: Names the task and the item of whatever is wrong.
+        UserError: The harness failed or a result is invalid. The message names the task and the item.
     """
-    model = checkpoint.local(args.model)
-    facts = {
+    model = resolve_checkpoint(args.model)
+    info = {
         "model": str(args.model),
-        "image_attention": checkpoint.image_attention(model),
-        "encoder": checkpoint.encoder(model),
-        "fingerprint": checkpoint.fingerprint(model),
+        "image_attention": read_image_attention(model),
+        "encoder": read_encoder_name(model),
+        "fingerprint": fingerprint(model),
         "batch_size": args.batch_size,
         "data": "hub" if args.data is None else str(args.data),
     }
     with exclusive_run_lock(args.out):
-        missing = [name for name in args.tasks if not _finished(args.out, name, facts)]
-        if missing:
-            _start_harness(args, model, missing, facts)
-    absent = [name for name in args.tasks if not results_file(args.out, name).exists()]
-    if absent:
-        raise UserError(f"{', '.join(absent)}: the harness ended well but left no results; all it said is above")
-    there = [name for name in BENCHMARKS if results_file(args.out, name).exists()]  # all of which the table will have
-    wrong = [line for name in there for line in problems(args.out, name, args.max_invalid_rate)]
-    if wrong:
-        raise UserError("\n".join(wrong))
+        pending = [name for name in args.tasks if not _is_finished(args.out, name, info)]
+        if pending:
+            _run_harness(args, model, pending, info)
+    missing = [name for name in args.tasks if not results_file(args.out, name).exists()]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: the harness succeeded but wrote no results; see its output above")
+    finished = [name for name in BENCHMARKS if results_file(args.out, name).exists()]  # the table shows all of them
+    problems = [line for name in finished for line in find_problems(args.out, name, args.max_invalid_rate)]
+    if problems:
+        raise UserError("\n".join(problems))
     print(write_tables([args.out], args.out))
 
 
-def _finished(out: Path, name: str, facts: dict) -> bool:
-    """Raises ValueError if the results are of another checkpoint."""
+def _is_finished(out: Path, name: str, info: dict) -> bool:
+    """Return True if the task has results. Raise a UserError if they belong to another checkpoint."""
     if not results_file(out, name).exists():
         return False
-    found, _ = read_results(out, name)
-    if found["fingerprint"] != facts["fingerprint"]:
+    earlier, _ = read_results(out, name)
+    if earlier["fingerprint"] != info["fingerprint"]:
         raise UserError(
-            f"{results_file(out, name)} is of another checkpoint ({found['model']}, {found['fingerprint']}, not "
-            f"{facts['fingerprint']}); choose another --out"
+            f"{results_file(out, name)} belongs to another checkpoint ({earlier['model']}, fingerprint "
+            f"{earlier['fingerprint']} instead of {info['fingerprint']}); choose another --out"
         )
     return True
 
 
-def _start_harness(args: argparse.Namespace, model: Path, names: list[str], facts: dict) -> None:
-    """Runs it in its own environment, with its output in the terminal.
+def _run_harness(args: argparse.Namespace, model: Path, names: list[str], info: dict) -> None:
+    """Run the harness in its own environment, with its output on the terminal.
 
     Raises:
-        UserError: There is no such environment, or the harness failed.
+        UserError: The environment does not exist, or the harness failed.
     """
-    python = args.python.absolute()  # not resolved: an environment's python is a link
+    python = args.python.absolute()  # not resolved: the python of an environment is a symbolic link
     if not python.is_file():
-        raise UserError(f"no {args.python}; `make vqa-venv` makes the harness's environment, --python names another")
+        raise UserError(f"{args.python} does not exist; create it with `make vqa-venv` or set --python")
     if args.data is not None and not args.data.is_dir():
-        raise UserError(f"--data {args.data} is no folder")
+        raise UserError(f"--data {args.data} is not a folder")
     out = args.out.resolve()
     error = error_file(out)
     error.parent.mkdir(parents=True, exist_ok=True)
     error.unlink(missing_ok=True)
     request = {
         **{"model": str(model.resolve()), "benchmarks": names, "out": str(out), "batch_size": args.batch_size},
-        **{"facts": facts, "code": code_digest(), "local": args.data is not None},
+        **{"info": info, "code": code_digest(), "local": args.data is not None},
     }
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.devices)]
     command = [str(python), *(torchrun if args.devices > 1 else []), "-m", "llava_bidir.vqa.harness"]
-    ended = subprocess.run(
+    process = subprocess.run(
         [*command, json.dumps(request)],
         cwd=args.data or error.parent,
-        env={name: value for name, value in os.environ.items() if name not in SWITCHES},
+        env={name: value for name, value in os.environ.items() if name not in IGNORED_VARIABLES},
     )
     if error.exists():
         raise UserError(error.read_text().strip())
-    if ended.returncode:
-        raise UserError(f"the harness ended with status {ended.returncode} in {' '.join(names)}; what it said is above")
+    if process.returncode:
+        raise UserError(f"{' '.join(names)}: the harness exited with {process.returncode}; see its output above")

@@ -1,6 +1,6 @@
-"""Table 1 of one or many checkpoints beside the paper's, with intervals and paired tests: JSON, CSV, LaTeX and HTML.
+"""`llava-bidir vqa-table`: Table 1 beside the paper's, with intervals and paired tests, as JSON, CSV, LaTeX and HTML.
 
-Scores are fractions, MME's are points; what people read (LaTeX, HTML, the terminal) shows percent.
+Scores are fractions, except for MME's points. LaTeX, HTML and the terminal show percent.
 """
 
 import argparse
@@ -14,93 +14,94 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.bootstrap import RESAMPLINGS, holm, interval
 from llava_bidir.common.errors import UserError
 
-from .benchmarks import BENCHMARKS, Column, Parts
-from .bootstrap import RESAMPLINGS, SWAPS, bootstrap, holm, interval, swap_test
+from .benchmarks import BENCHMARKS, Column
 from .result_files import read_results, results_file
-from .validate_results import unusable
+from .scores import SWAPS, ScoreTerms, swap_test
+from .validate_results import invalid_items
 
 HERE = Path(__file__).parent
 COLUMNS: dict[str, Column] = {title: column for b in BENCHMARKS.values() for title, column in b.columns.items()}
 MASKS = ("causal", "bidirectional")
 SEED = 0
 
-Results = dict[str, tuple[dict, list]]  # benchmark -> facts, items
+Results = dict[str, tuple[dict, list]]  # benchmark -> info, items
 
 
 def run(args: argparse.Namespace) -> None:
-    """`llava-bidir vqa-table`."""
+    """Run `llava-bidir vqa-table`."""
     print(write_tables(args.results, args.out))
 
 
 def write_tables(folders: list[Path], out: Path) -> str:
-    """Writes OUT/table1.{json,csv,tex,html} of finished folders of `llava-bidir vqa`; returns it as text.
+    """Write OUT/table1.{csv,tex,html,json} from finished folders of `llava-bidir vqa` and return the table as text.
 
     Raises:
-        UserError: A folder has no results, or those of one model are of several checkpoints.
+        UserError: A folder has no results or those of several checkpoints, or two models were asked other questions.
     """
-    results = [_read(folder) for folder in folders]
-    models = [_model(folder, found) for folder, found in zip(folders, results, strict=True)]
+    results = [_read_folder(folder) for folder in folders]
+    models = [_score_model(folder, result) for folder, result in zip(folders, results, strict=True)]
+    paper = json.loads((HERE / "paper.json").read_text())["source"]
     table = {
         "models": models,
-        "pairs": [_pair(models, results, i, j) for i, j in _pairs(models)],
-        "paper": json.loads((HERE / "paper.json").read_text())["source"],
-        **{"resamplings": RESAMPLINGS, "swaps": SWAPS, "seed": SEED},
+        "pairs": [_compare(models, results, i, j) for i, j in _find_pairs(models)],
+        **{"paper": paper, "resamplings": RESAMPLINGS, "swaps": SWAPS, "seed": SEED},
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "table1.json").write_text(json.dumps(table, indent=1) + "\n")
-    (out / "table1.csv").write_text(_csv(table))
-    (out / "table1.tex").write_text(_latex(table))
-    pages = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    page = pages.get_template("table1.html.j2")
-    (out / "table1.html").write_text(page.render(table=table, titles=_titles(table), shown=shown, signed=signed))
+    env = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    page = env.get_template("table1.html.j2").render(
+        table=table, titles=_titles(table), format_score=format_score, format_difference=format_difference
+    )
+    files = {"table1.csv": _csv(table), "table1.tex": _latex(table), "table1.html": page, "table1.json": table}
+    write_files({out / name: content for name, content in files.items()})
     return _text(table)
 
 
-def _read(folder: Path) -> Results:
-    found = {name: read_results(folder, name) for name in BENCHMARKS if results_file(folder, name).exists()}
-    if not found:
+def _read_folder(folder: Path) -> Results:
+    results = {name: read_results(folder, name) for name in BENCHMARKS if results_file(folder, name).exists()}
+    if not results:
         raise UserError(f"{folder} has no results of `llava-bidir vqa`; expected files such as {folder}/gqa.json")
-    if len({facts["fingerprint"] for facts, _ in found.values()}) > 1:
-        raise UserError(f"{folder} has results of several checkpoints; delete those that are not wanted")
-    return found
+    if len({info["fingerprint"] for info, _ in results.values()}) > 1:
+        raise UserError(f"{folder} has results of several checkpoints; delete those of all but one")
+    return results
 
 
-def _parts(results: Results) -> dict[str, Parts]:
-    """The parts of each column."""
+def _score_terms(results: Results) -> dict[str, ScoreTerms]:
+    """Return the score terms of each column."""
     return {
-        title: column.parts(items)
+        title: column.terms(items)
         for name, (_, items) in results.items()
         for title, column in BENCHMARKS[name].columns.items()
     }
 
 
-def _model(folder: Path, results: Results) -> dict[str, Any]:
-    """A row: of each column the score with its interval, and the paper's."""
-    first, parts = next(iter(results.values()))[0], _parts(results)
-    paper = json.loads((HERE / "paper.json").read_text()).get(first["encoder"], {}).get(first["image_attention"], {})
+def _score_model(folder: Path, results: Results) -> dict[str, Any]:
+    """Return a row of the table: the score, its interval and the paper's number for each column."""
+    model, terms = next(iter(results.values()))[0], _score_terms(results)
+    paper = json.loads((HERE / "paper.json").read_text()).get(model["encoder"], {}).get(model["image_attention"], {})
     columns = {}
-    for name, (facts, items) in results.items():
+    for name, (info, items) in results.items():
         for title, column in BENCHMARKS[name].columns.items():
-            score, printed = parts[title].score(), paper.get(column.paper)
-            printed = printed if printed is None or column.points else printed / 100
+            score, published = terms[title].score(), paper.get(column.paper)
+            published = published if published is None or column.points else published / 100
             columns[title] = {
                 "score": score,
-                "ci95": interval(bootstrap([parts[title]], seed=SEED)[0]),
-                "paper": printed,
-                "difference": None if printed is None else score - printed,
+                "ci95": interval(score, terms[title].resampled_scores(seed=SEED)),
+                "paper": published,
+                "difference": None if published is None else score - published,
                 "items": len(items),
-                "units": len(parts[title].units),
-                "unusable": len(unusable(name, items)) / len(items),
-                "official": BENCHMARKS[name].items in (None, facts["documents"]),
+                "units": len(terms[title].units),
+                "unusable": len(invalid_items(name, items)) / len(items),
+                "official": BENCHMARKS[name].official_items in (None, info["documents"]),
             }
-    kept = ("model", "encoder", "image_attention", "fingerprint")
-    return {**{key: first[key] for key in kept}, "results": str(folder), "columns": columns}
+    keys = ("model", "encoder", "image_attention", "fingerprint")
+    return {**{key: model[key] for key in keys}, "results": str(folder), "columns": columns}
 
 
-def _pairs(models: list[dict]) -> list[tuple[int, int]]:
-    """Causal and bidirectional models with the same encoder."""
+def _find_pairs(models: list[dict]) -> list[tuple[int, int]]:
+    """Return the indices of causal and bidirectional models with the same encoder."""
     return [
         (i, j)
         for (i, a), (j, b) in product(enumerate(models), repeat=2)
@@ -108,110 +109,110 @@ def _pairs(models: list[dict]) -> list[tuple[int, int]]:
     ]
 
 
-def _pair(models: list[dict], results: list[Results], i: int, j: int) -> dict[str, Any]:
-    """Bidirectional minus causal on the same questions; p values of its columns are adjusted together."""
-    _same_questions(models[i], models[j], results[i], results[j])
-    causal, other = _parts(results[i]), _parts(results[j])
+def _compare(models: list[dict], results: list[Results], i: int, j: int) -> dict[str, Any]:
+    """Compare bidirectional (j) with causal (i) on the same questions. Adjust the p-values for the columns."""
+    _check_same_questions(models[i], models[j], results[i], results[j])
+    causal, bidirectional = _score_terms(results[i]), _score_terms(results[j])
     columns = {}
-    for title in causal.keys() & other.keys():
-        pair = [causal[title], other[title]]
-        scores = bootstrap(pair, seed=SEED)
-        printed = [models[k]["columns"][title]["paper"] for k in (i, j)]
+    for title in (title for title in COLUMNS if title in causal and title in bidirectional):
+        a, b = causal[title], bidirectional[title]
+        published = [models[k]["columns"][title]["paper"] for k in (i, j)]
+        difference = b.score() - a.score()
         columns[title] = {
-            "difference": pair[1].score() - pair[0].score(),
-            "ci95": interval(scores[1] - scores[0]),
-            "p": swap_test(*pair, seed=SEED),
-            "paper": None if None in printed else printed[1] - printed[0],
+            "difference": difference,
+            "ci95": interval(difference, b.resampled_scores(seed=SEED) - a.resampled_scores(seed=SEED)),
+            "p": swap_test(a, b, seed=SEED),
+            "paper": None if None in published else published[1] - published[0],
         }
-    columns = {title: columns[title] for title in COLUMNS if title in columns}
-    for entry, adjusted in zip(columns.values(), holm([entry["p"] for entry in columns.values()]), strict=True):
-        entry["p_holm"] = adjusted
+    for column, adjusted in zip(columns.values(), holm([c["p"] for c in columns.values()]), strict=True):
+        column["p_holm"] = adjusted
     return {"encoder": models[i]["encoder"], "causal": i, "bidirectional": j, "columns": columns}
 
 
-def _same_questions(first: dict, second: dict, ours: Results, theirs: Results) -> None:
-    for name in ours.keys() & theirs.keys():
-        asked = [
-            [(i["item"], i["unit"], i["question"], i["target"]) for i in found[name][1]] for found in (ours, theirs)
+def _check_same_questions(a: dict, b: dict, results_a: Results, results_b: Results) -> None:
+    for name in results_a.keys() & results_b.keys():
+        questions = [
+            [(item["item"], item["unit"], item["question"], item["target"]) for item in results[name][1]]
+            for results in (results_a, results_b)
         ]
-        if asked[0] != asked[1]:
-            raise UserError(f"{name}: {first['results']} and {second['results']} were not asked the same questions")
+        if questions[0] != questions[1]:
+            raise UserError(f"{name}: {a['results']} and {b['results']} were not asked the same questions")
 
 
 def _titles(table: dict) -> list[str]:
-    """The columns that some model has, in the paper's order."""
+    """Return the columns that at least one model has, in the paper's order."""
     return [title for title in COLUMNS if any(title in model["columns"] for model in table["models"])]
 
 
-def shown(title: str, value: float | None) -> str:
-    """A score as people read it: percent with a decimal, or points."""
+def format_score(title: str, value: float | None) -> str:
+    """Return a score as points or as percent with one decimal."""
     if value is None:
         return "–"
     return f"{value:.0f}" if COLUMNS[title].points else f"{100 * value:.1f}"
 
 
-def signed(title: str, value: float | None) -> str:
-    return "–" if value is None else ("+" if value >= 0 else "−") + shown(title, abs(value))
+def format_difference(title: str, value: float | None) -> str:
+    """Return a difference of scores with its sign."""
+    return "–" if value is None else ("+" if value >= 0 else "−") + format_score(title, abs(value))
 
 
 def _csv(table: dict) -> str:
-    """A line a model and column, and a line a pair and column."""
-    head = ["what", "model", "encoder", "image_attention", "column", "value", "low", "high", "paper", "p", "p_holm"]
+    """Return one line per model and column, then one line per pair and column."""
+    header = ["what", "model", "encoder", "image_attention", "column", "value", "low", "high", "paper", "p", "p_holm"]
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*head, "items", "units", "unusable", "official"])
+    writer.writerow([*header, "items", "units", "unusable", "official"])
     for model in table["models"]:
         for title, c in model["columns"].items():
-            who = ["score", model["model"], model["encoder"], model["image_attention"], title]
-            rest = [c["items"], c["units"], c["unusable"], c["official"]]
-            writer.writerow([*who, c["score"], *c["ci95"], c["paper"], "", "", *rest])
+            key = ["score", model["model"], model["encoder"], model["image_attention"], title]
+            counts = [c["items"], c["units"], c["unusable"], c["official"]]
+            writer.writerow([*key, c["score"], *c["ci95"], c["paper"], "", "", *counts])
     for pair in table["pairs"]:
         for title, c in pair["columns"].items():
-            who = ["difference", table["models"][pair["bidirectional"]]["model"], pair["encoder"], "", title]
-            writer.writerow([*who, c["difference"], *c["ci95"], c["paper"], c["p"], c["p_holm"], "", "", "", ""])
+            key = ["difference", table["models"][pair["bidirectional"]]["model"], pair["encoder"], "", title]
+            writer.writerow([*key, c["difference"], *c["ci95"], c["paper"], c["p"], c["p_holm"], "", "", "", ""])
     return file.getvalue()
 
 
 def _rows(table: dict) -> list[tuple[str, str, list[str]]]:
-    """(name, what, cells) of every line: four for a model, four for a pair."""
-    lines = []
+    """Return (name, quantity, cells) of every line: four lines per model, four per pair."""
+    score, difference = format_score, format_difference
+    blocks = []
     for model in table["models"]:
-        name = f"{model['encoder']} {model['image_attention']}"
-        kinds = {"ours": (shown, "score"), "95%": (shown, "ci95"), "paper": (shown, "paper")}
-        lines += [(name, model["columns"], kinds | {"ours - paper": (signed, "difference")})]
+        lines = {"ours": (score, "score"), "95%": (score, "ci95"), "paper": (score, "paper")}
+        lines["ours - paper"] = (difference, "difference")
+        blocks.append((f"{model['encoder']} {model['image_attention']}", model["columns"], lines))
     for pair in table["pairs"]:
-        name = f"{pair['encoder']} bidirectional - causal"
-        kinds = {"ours": (signed, "difference"), "95%": (signed, "ci95"), "paper": (signed, "paper")}
-        lines += [(name, pair["columns"], kinds | {"p (Holm)": (lambda title, p: f"{p:.3f}", "p_holm")})]
+        lines = {"ours": (difference, "difference"), "95%": (difference, "ci95"), "paper": (difference, "paper")}
+        lines["p (Holm)"] = (lambda title, p: f"{p:.3f}", "p_holm")
+        blocks.append((f"{pair['encoder']} bidirectional - causal", pair["columns"], lines))
     return [
-        (name, what, [_cell(title, columns.get(title), show, key) for title in _titles(table)])
-        for name, columns, kinds in lines
-        for what, (show, key) in kinds.items()
+        (name, quantity, [_cell(title, columns.get(title), formatter, key) for title in _titles(table)])
+        for name, columns, lines in blocks
+        for quantity, (formatter, key) in lines.items()
     ]
 
 
-def _cell(title: str, column: dict | None, show: Callable[[str, Any], str], key: str) -> str:
+def _cell(title: str, column: dict | None, formatter: Callable[[str, Any], str], key: str) -> str:
     if column is None:
         return "–"
     value = column[key]
-    return " to ".join(show(title, end) for end in value) if isinstance(value, list) else show(title, value)
+    return " to ".join(formatter(title, end) for end in value) if isinstance(value, list) else formatter(title, value)
 
 
 def _text(table: dict) -> str:
     lines = [("", "", _titles(table)), *_rows(table)]
     width = [max(len(line[k]) for line in lines) for k in (0, 1)]
     return "\n".join(
-        f"{name:<{width[0]}}  {what:<{width[1]}}  " + "  ".join(f"{cell:>14}" for cell in cells)
-        for name, what, cells in lines
+        f"{name:<{width[0]}}  {quantity:<{width[1]}}  " + "  ".join(f"{cell:>14}" for cell in cells)
+        for name, quantity, cells in lines
     )
 
 
 def _latex(table: dict) -> str:
-    """For the booktabs package."""
-    titles = _titles(table)
-    body = [" & ".join(["", "", *titles])] + [" & ".join([name, what, *cells]) for name, what, cells in _rows(table)]
-    body = [
-        line.replace("−", "$-$").replace("–", "--").replace("_", r"\_").replace("%", r"\%") + r" \\" for line in body
-    ]
+    """Return a tabular for the booktabs package."""
+    titles, escapes = _titles(table), str.maketrans({"−": "$-$", "–": "--", "_": r"\_", "%": r"\%"})
+    lines = [("", "", titles), *_rows(table)]
+    body = [" & ".join([name, quantity, *cells]).translate(escapes) + r" \\" for name, quantity, cells in lines]
     head = rf"\begin{{tabular}}{{ll{'r' * len(titles)}}}"
     return "\n".join([head, r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}", ""])

@@ -1,75 +1,71 @@
-"""What the harness does not check of results: that each item is there once, with an answer of the kind asked for."""
+"""Checks that the harness does not make: every item has one result, and answers have the requested form."""
 
 from collections import Counter
 from pathlib import Path
 
-from .benchmarks import BENCHMARKS, Item
-from .result_files import pins, read_results
+from .benchmarks import BENCHMARKS
+from .result_files import read_results, version_mismatches
+from .scores import Item
 
 
-def problems(out: Path, name: str, max_invalid_rate: float) -> list[str]:
-    """What is wrong with a finished task, each with the name of the task and of an item; empty if nothing is.
+def find_problems(out: Path, name: str, max_invalid_rate: float) -> list[str]:
+    """Return what is wrong with a finished task. Each message names the task and an item.
 
     Args:
         out: Folder of results.
-        name: Of the benchmark.
-        max_invalid_rate: Largest share of answers that may be empty or not of the kind asked for.
+        name: Name of the benchmark.
+        max_invalid_rate: Largest share of answers that may be empty or not of the requested form.
     """
-    facts, items = read_results(out, name)
-    found = [*_versions(facts), *_counts(name, facts, items)]
-    if not found:  # or scores could not be compared
-        found = [*_scores(name, facts, items), *_answers(name, items, max_invalid_rate)]
-    return [f"{name}: {problem}" for problem in found]
+    info, items = read_results(out, name)
+    mismatches = version_mismatches(info["versions"])
+    problems = [f"its results were made with {mismatches}; delete them to run the task again"] if mismatches else []
+    problems += _check_items(name, info, items)
+    if not problems:  # scores can be compared only if every item is there
+        problems = [*_check_scores(name, info, items), *_check_answers(name, items, max_invalid_rate)]
+    return [f"{name}: {problem}" for problem in problems]
 
 
-def _versions(facts: dict) -> list[str]:
-    wrong = [f"{p} {facts['versions'].get(p)} instead of {v}" for p, v in pins().items() if _differs(facts, p, v)]
-    return [f"its results were made with {', '.join(wrong)}; delete them to have the task run again"] if wrong else []
-
-
-def _differs(facts: dict, package: str, version: str) -> bool:
-    return facts["versions"].get(package, "").partition("+")[0] != version
-
-
-def _counts(name: str, facts: dict, items: list[Item]) -> list[str]:
-    results, expected = Counter(item["item"] for item in items), facts["documents"]
-    missing = sorted(set(range(expected)) - results.keys())
-    twice = sorted(number for number, times in results.items() if times > 1)
-    found = []
+def _check_items(name: str, info: dict, items: list[Item]) -> list[str]:
+    counts, expected = Counter(item["item"] for item in items), info["documents"]
+    missing = sorted(set(range(expected)) - counts.keys())
+    duplicates = sorted(number for number, count in counts.items() if count > 1)
+    official = BENCHMARKS[name].official_items
+    problems = []
     if missing:
-        found.append(f"{len(missing)} of {expected} items have no result, item {missing[0]} for one")
-    if twice:
-        found.append(f"{len(twice)} items have several results, item {twice[0]} for one")
+        problems.append(f"{len(missing)} of {expected} items have no result, e.g. item {missing[0]}")
+    if duplicates:
+        problems.append(f"{len(duplicates)} items have several results, e.g. item {duplicates[0]}")
     if not items:
-        found.append("the harness yielded no results")
-    if facts["data"] == "hub" and BENCHMARKS[name].items not in (None, expected):
-        found.append(f"{expected} items, but the official split has {BENCHMARKS[name].items}")
-    return found
+        problems.append("the harness returned no results")
+    if info["data"] == "hub" and official not in (None, expected):
+        problems.append(f"{expected} items, but the official split has {official}")
+    return problems
 
 
-def _scores(name: str, facts: dict, items: list[Item]) -> list[str]:
-    """The harness's numbers against ours of its items. It rounds MMMU's to five places."""
-    found = []
+def _check_scores(name: str, info: dict, items: list[Item]) -> list[str]:
+    """Compare the scores of the harness with ours. The tolerance allows for MMMU, rounded to five places."""
+    problems = []
     for title, column in BENCHMARKS[name].columns.items():
-        ours, theirs = column.parts(items).score(), facts["harness"][title]
+        ours, theirs = column.terms(items).score(), info["harness"][title]
         if abs(ours - theirs) > 1e-5 * max(1, abs(theirs)):
-            found.append(f"the harness says {title} {theirs}, its items say {ours}")
-    return found
+            problems.append(f"the harness reports {title} {theirs}, but the items give {ours}")
+    return problems
 
 
-def _answers(name: str, items: list[Item], max_invalid_rate: float) -> list[str]:
-    bad = unusable(name, items)
-    if len(bad) <= max_invalid_rate * len(items):
+def _check_answers(name: str, items: list[Item], max_invalid_rate: float) -> list[str]:
+    invalid = invalid_items(name, items)
+    if len(invalid) <= max_invalid_rate * len(items):
         return []
+    first = invalid[0]
     return [
-        f"{len(bad)} of {len(items)} answers are empty or not of the kind asked for, item {bad[0]['item']} for one: "
-        f"{bad[0]['answer'][:40]!r}; --max-invalid-rate {max_invalid_rate} allows fewer"
+        f"{len(invalid)} of {len(items)} answers are empty or not of the requested form, e.g. item {first['item']}: "
+        f"{first['answer'][:40]!r}; --max-invalid-rate {max_invalid_rate} allows fewer"
     ]
 
 
-def unusable(name: str, items: list[Item]) -> list[Item]:
-    """Items whose answer is empty, or has no letter, no yes and no no where one is asked for.
+def invalid_items(name: str, items: list[Item]) -> list[Item]:
+    """Return the items whose answer is empty, or lacks the requested letter, yes or no.
 
-    The harness counts them as wrong, and guesses for them in MMMU.
+    The harness counts them as wrong. For MMMU it guesses.
     """
-    return [item for item in items if not item["answer"].strip() or not BENCHMARKS[name].usable(item["answer"])]
+    return [item for item in items if not item["answer"].strip() or not BENCHMARKS[name].is_valid(item["answer"])]

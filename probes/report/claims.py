@@ -6,8 +6,8 @@ from the same resamplings of its validation images, so that differences between 
 
 from typing import Any
 
+from llava_bidir.common.bootstrap import interval
 from probes.analyses.knockout.effects import read_cases
-from probes.evaluation.bootstrap import interval
 from probes.results.probe_run import ProbeRun
 
 from .effects import Estimate, as_json, drop_and_recovery, minus

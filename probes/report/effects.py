@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from probes.evaluation.bootstrap import dataset_scores, interval, resampled_scores
+from llava_bidir.common.bootstrap import interval
+from probes.evaluation.bootstrap import dataset_scores, resampled_scores
 from probes.evaluation.metrics import Counts, peak_layer
 from probes.models.frozen_mllm import ADAPTER, ENCODER
 

@@ -13,15 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probes.evaluation.bootstrap import (
-    RESAMPLINGS,
-    dataset_scores,
-    interval,
-    p_values,
-    random_swaps,
-    resampled_scores,
-    swapped_scores,
-)
+from llava_bidir.common.bootstrap import RESAMPLINGS, interval, p_values, random_swaps
+from probes.evaluation.bootstrap import dataset_scores, resampled_scores, swapped_scores
 from probes.models.frozen_mllm import ADAPTER, ENCODER, FINAL_NORM
 
 from .effects import at_sites, drop_and_recovery, minus

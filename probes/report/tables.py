@@ -4,8 +4,8 @@ import csv
 import io
 from typing import Any
 
+from llava_bidir.common.bootstrap import interval
 from probes.analyses.knockout.effects import read_cases
-from probes.evaluation.bootstrap import interval
 
 from .claims import confused_patches, knockout_effects
 from .paper import PAPER, departures, paper_encoder

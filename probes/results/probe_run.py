@@ -21,10 +21,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import error_context, read_json
 from probes.data.registry import open_dataset
-from probes.evaluation.bootstrap import bootstrap_weights
 from probes.evaluation.metrics import Counts
 from probes.models import frozen_mllm as mllms
 from probes.models.frozen_mllm import ADAPTER

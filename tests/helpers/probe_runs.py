@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from probes.evaluation.bootstrap import bootstrap_weights, dataset_scores, interval, resampled_scores
+from llava_bidir.common.bootstrap import bootstrap_weights, interval
+from probes.evaluation.bootstrap import dataset_scores, resampled_scores
 from probes.evaluation.metrics import Counts
 from probes.models.frozen_mllm import site_names
 

@@ -1,4 +1,4 @@
-"""A Slurm for the tests of this folder: the machine's local cluster, brought up for them if need be."""
+"""A Slurm cluster for the tests of this folder: slurm/local_cluster.sh, started if it is not running."""
 
 import os
 import shutil
@@ -12,17 +12,17 @@ LOCAL_CLUSTER = Path(__file__).parents[2] / "slurm/local_cluster.sh"
 
 @pytest.fixture(scope="session")
 def cluster():
-    """Skips where there is none and none can be had. A cluster that was up before stays up."""
-    up = _cluster_name()
-    if up == "llava-bidir-local":
+    """Start the local cluster, or skip if that is impossible. A cluster that was running before keeps running."""
+    name = _cluster_name()
+    if name == "llava-bidir-local":
         yield
         return
-    if up:
-        pytest.skip(f"this machine belongs to the Slurm cluster {up}; tests don't submit to it")
+    if name:
+        pytest.skip(f"this machine belongs to the Slurm cluster {name}; tests don't submit to it")
     if os.geteuid():
-        pytest.skip("slurm/local_cluster.sh needs root, to bring up a Slurm")
+        pytest.skip("slurm/local_cluster.sh must run as root")
     if not shutil.which("slurmctld") and not shutil.which("apt-get"):
-        pytest.skip("Slurm is not installed, and there is no apt-get to install it with")
+        pytest.skip("Slurm is not installed, and neither is apt-get to install it")
     started = subprocess.run([LOCAL_CLUSTER, "up"], capture_output=True, text=True, timeout=300)
     if started.returncode and not shutil.which("slurmctld"):
         pytest.skip(f"Slurm could not be installed: {started.stderr.strip()[-300:]}")
@@ -32,9 +32,9 @@ def cluster():
 
 
 def _cluster_name() -> str | None:
-    """Of the Slurm that this machine belongs to, if it answers."""
+    """Return the name of the Slurm cluster of this machine, if there is one."""
     if not shutil.which("scontrol"):
         return None
-    shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
-    names = [line.split("=")[1].strip() for line in shown.stdout.splitlines() if line.startswith("ClusterName")]
+    config = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
+    names = [line.split("=")[1].strip() for line in config.stdout.splitlines() if line.startswith("ClusterName")]
     return names[0] if names else None

@@ -1,4 +1,4 @@
-"""A callback for jobs: the last rank is slow, and the first one writes down every loss."""
+"""A callback for jobs: the last rank is slow, and the first one records every loss."""
 
 import os
 import time
@@ -8,9 +8,11 @@ from lightning import Callback
 
 
 class Skew(Callback):
-    """Args:
-    losses: File with a line "restarts step loss" for each micro-batch of rank 0.
-    seconds: What the last rank takes longer for a micro-batch.
+    """Delay the last rank and record the losses of the first.
+
+    Args:
+        losses: File with a line "restarts step loss" for each micro-batch of rank 0.
+        seconds: Delay of the last rank per micro-batch.
     """
 
     def __init__(self, losses: str, seconds: float):

@@ -1,4 +1,4 @@
-"""The job scripts on a real Slurm, with two tasks and toy models: signals, requeueing, and the whole study."""
+"""The job scripts on a real Slurm with two tasks and toy models: signals, requeueing, the complete study."""
 
 import json
 import os
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory) -> dict[str, str]:
-    """What slurm/env.sh says, for toy models on this machine; every encoder is the same tiny one."""
+    """Return the variables of slurm/env.sh for toy models. All encoders are the same."""
     folder = tmp_path_factory.mktemp("toy")
     encoder, llm = tiny_models.write_parts(folder)
     tiny_models.write_conversations(folder, count=96, text_only=16)
@@ -51,7 +51,7 @@ def settings(tmp_path_factory) -> dict[str, str]:
 
 
 def shell(command: str, settings: dict[str, str]) -> str:
-    """Runs a command line in the repository's root after slurm/env.sh was read; returns what it printed."""
+    """Run a command line after slurm/env.sh and return its output."""
     line = f"set -euo pipefail; source slurm/env.sh; {command}"
     done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -59,7 +59,7 @@ def shell(command: str, settings: dict[str, str]) -> str:
 
 
 def job_state(job: str) -> dict[str, str]:
-    """What Slurm says about a job; cuts short the two minutes for which it holds a requeued one."""
+    """Return the state of a job. Release a requeued one, which Slurm would hold for two minutes."""
     shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
     state = dict(word.partition("=")[::2] for word in shown.split() if "=" in word)
     if state["JobState"] == "PENDING" and state["Reason"] == "BeginTime":
@@ -68,7 +68,7 @@ def job_state(job: str) -> dict[str, str]:
 
 
 def wait_until(done, job: str, log: Path, timeout_s: float) -> dict[str, str]:
-    """Waits until `done` of the job's state."""
+    """Wait until `done` is true for the state of the job."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         state = job_state(job)
@@ -76,7 +76,7 @@ def wait_until(done, job: str, log: Path, timeout_s: float) -> dict[str, str]:
             return state
         time.sleep(0.2)
     subprocess.run(["scancel", job])
-    pytest.fail(f"job {job} has not come so far within {timeout_s} s:\n{log.read_text()[-3000:]}")
+    pytest.fail(f"job {job} did not reach the state within {timeout_s} s:\n{log.read_text()[-3000:]}")
 
 
 def wait_for_end(job: str, log: Path, timeout_s: float = 240) -> dict[str, str]:
@@ -85,7 +85,7 @@ def wait_for_end(job: str, log: Path, timeout_s: float = 240) -> dict[str, str]:
 
 
 def submit(script: str, settings: dict[str, str], log: Path, more: str = "") -> str:
-    """As env.sh says; `more` are options of the command that the script runs. Returns the job's number."""
+    """Submit a script with further options `more` of its command. Return the job id."""
     command = f"sbatch --parsable --output={log} $TRAINING slurm/{script}.sbatch clip causal {more}"
     return shell(command, settings).strip()
 
@@ -99,9 +99,8 @@ def signal_at(micro_batches: int, losses: Path, job: str, log: Path, *options: s
     subprocess.run(["scancel", *options, job], check=True)
 
 
-def test_interrupted_training_with_skewed_ranks_ends_as_if_it_had_not_been(settings, tmp_path):
-    """Stage 1 and 2 with two tasks; then stage 2 again, requeued in mid-epoch, stopped in mid-epoch, and submitted
-    anew: the same losses, none twice, none missing, and the same weights, bit for bit."""
+def test_interrupted_training_with_skewed_ranks_equals_uninterrupted(settings, tmp_path):
+    """Stage 2 is requeued in mid-epoch, stopped in mid-epoch and submitted again: every loss once, equal weights."""
     stage1 = wait_for_end(submit("stage1", settings, tmp_path / "stage1.log"), tmp_path / "stage1.log")
     assert stage1["JobState"] == "COMPLETED", (tmp_path / "stage1.log").read_text()[-3000:]
 
@@ -116,14 +115,14 @@ def test_interrupted_training_with_skewed_ranks_ends_as_if_it_had_not_been(setti
     signal_at(5, losses, job, log, "--signal=USR1")
     signal_at(13, losses, job, log, "--signal=TERM")
     stopped = wait_for_end(job, log)
-    assert stopped["Restarts"] == "1" and stopped["JobState"] == "FAILED", "what waits for it must not start"
+    assert stopped["Restarts"] == "1" and stopped["JobState"] == "FAILED", "dependent jobs must not start"
     assert not (out / "hf").exists()
     last = wait_for_end(submit("stage2", settings, log, more), log)
     assert last["JobState"] == "COMPLETED", log.read_text()[-3000:]
 
     rows = [lines_of(tmp_path / name) for name in ("whole", "cut")]
     assert len(rows[0]) == 24 and [row[1:] for row in rows[0]] == [row[1:] for row in rows[1]]
-    assert {row[0] for row in rows[1]} == {"0", "1"}, "went on after it was requeued"
+    assert {row[0] for row in rows[1]} == {"0", "1"}, "resumed after it was requeued"
     weights = [
         load_file(Path(settings["RUNS"]) / f"clip-causal/{n}/hf/model.safetensors") for n in ("stage2", out.name)
     ]
@@ -134,7 +133,7 @@ def test_interrupted_training_with_skewed_ranks_ends_as_if_it_had_not_been(setti
     assert len(lines_of(losses)) == 24
 
 
-def test_requeued_probes_go_on_after_the_last_whole_epoch(settings, checkpoints, segmentation, tmp_path):
+def test_requeued_probes_resume_after_the_last_complete_epoch(settings, checkpoints, segmentation, tmp_path):
     more = ["--model.mllm", str(checkpoints["causal"]), "--data.root", str(segmentation), "--trainer.max_epochs", "8"]
     one_task, log, losses = settings | {"TASKS_PER_NODE": "1"}, tmp_path / "log", tmp_path / "losses"
     slow = f"--trainer.callbacks+=skew.Skew --trainer.callbacks.seconds=0.4 --trainer.callbacks.losses={losses}"
@@ -143,7 +142,7 @@ def test_requeued_probes_go_on_after_the_last_whole_epoch(settings, checkpoints,
     state = wait_for_end(job, log)
     assert state["JobState"] == "COMPLETED" and state["Restarts"] == "1", log.read_text()[-3000:]
     steps = {int(step) for restarts, step, _ in lines_of(losses) if restarts == "1"}
-    assert steps == set(range(10, 25)), "three steps an epoch, and the fourth epoch was cut short"
+    assert steps == set(range(10, 25)), "three steps per epoch, interrupted in the fourth epoch"
 
     probes.cli.main(["fit", *settings["PROBES"].split(), *more, "--out", str(tmp_path / "whole")])
     cut, whole = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("cut", "whole"))
@@ -157,7 +156,7 @@ def test_six_configurations_run_to_the_report(settings, tmp_path):
     jobs = dict(reversed(line.split()) for line in lines)
     assert len(jobs) == JOBS
     again = shell("slurm/six_configurations.sh", settings)
-    assert again.count("(in the queue already)") >= JOBS - 1, "nothing is submitted twice"
+    assert again.count("(already queued)") >= JOBS - 1, "nothing is submitted twice"
     for name, job in jobs.items():
         log = tmp_path / Path(name).parent / "logs" / f"{Path(name).name}.log"
         assert wait_for_end(job, log, timeout_s=600)["JobState"] == "COMPLETED", f"{name}\n{log.read_text()[-3000:]}"
@@ -168,5 +167,5 @@ def test_six_configurations_run_to_the_report(settings, tmp_path):
     if VQA_PYTHON.exists():
         table = json.loads((tmp_path / "table1/table1.json").read_text())
         assert len(table["models"]) == 6 and all("Toy" in model["columns"] for model in table["models"])
-    rest = shell("slurm/six_configurations.sh", settings)
-    assert rest.count(" finished") == JOBS and rest.endswith("submitted:\n"), "there is nothing left to submit"
+    plan = shell("slurm/six_configurations.sh", settings)
+    assert plan.count(" finished") == JOBS and plan.endswith("submitted:\n"), "nothing is left to submit"

@@ -1,4 +1,4 @@
-"""The job scripts without a Slurm: the plan of the study, and what a `sbatch` that only takes notes is given."""
+"""The job scripts without Slurm: the plan of the study, and the calls of a fake `sbatch`."""
 
 import os
 import shutil
@@ -14,11 +14,11 @@ DATA = ["PYTHON", "VQA_PYTHON", "CAPTIONS", "CAPTION_IMAGES", "INSTRUCTIONS", "I
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
-def test_script_is_sound_bash(path):
+def test_script_is_valid_bash(path):
     subprocess.run(["bash", "-n", path], check=True)
     if shutil.which("shellcheck"):
-        found = subprocess.run(["shellcheck", "-x", path], cwd=ROOT, capture_output=True, text=True)
-        assert found.returncode == 0, found.stdout
+        check = subprocess.run(["shellcheck", "-x", path], cwd=ROOT, capture_output=True, text=True)
+        assert check.returncode == 0, check.stdout
 
 
 @pytest.mark.parametrize("dataset", ["ade20k", "voc2012", "cityscapes"])
@@ -37,8 +37,8 @@ def test_probes_job_takes_each_dataset(dataset, tmp_path):
 
 @pytest.fixture
 def study(tmp_path):
-    """Runs slurm/six_configurations.sh with fake commands of Slurm: sbatch numbers its calls from 1 and notes them,
-    squeue prints what `queue` holds. Returns (what it printed, the calls of sbatch as lists of words)."""
+    """Return a function that runs slurm/six_configurations.sh with a fake sbatch, which records its calls, and a fake
+    squeue, which prints the file `queue`. It returns the finished process and the calls as lists of words."""
     commands = {
         "sbatch": f'echo "$@" >> {tmp_path}/calls; wc -l < {tmp_path}/calls',
         "squeue": f"cat {tmp_path}/queue",
@@ -64,7 +64,7 @@ def study(tmp_path):
     return run
 
 
-def test_dry_run_prints_every_job_and_what_it_waits_for_and_submits_none(study):
+def test_dry_run_prints_every_job_with_its_dependencies_and_submits_none(study):
     done, calls = study("--dry-run", CAPTIONS="/nowhere")
     assert calls == [] and len(done.stdout.splitlines()) == 1 + 27 + 7
     lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()[1:]}
@@ -86,7 +86,7 @@ def test_dry_run_prints_every_job_and_what_it_waits_for_and_submits_none(study):
     assert all((ROOT / line[0]).is_file() for line in lines.values())
 
 
-def test_jobs_wait_for_those_they_need(study, tmp_path):
+def test_jobs_have_their_dependencies_and_resources(study, tmp_path):
     _, calls = study(ENCODERS="clip", NODES="2", TASKS_PER_NODE="4", GRES="gpu:h100", PARTITION="fast", ACCOUNT="me")
     waits = [[word.partition("=")[2] for word in call if word.startswith("--dependency")] for call in calls]
     assert waits == [[], ["afterok:1"], ["afterok:2"], ["afterok:3"], ["afterok:2"]] + [
@@ -97,16 +97,16 @@ def test_jobs_wait_for_those_they_need(study, tmp_path):
     assert {"--account=me", "--partition=fast", "--nodes=2", "--ntasks-per-node=4", "--gres=gpu:h100:4"} <= {*training}
     assert training[-3:] == ["slurm/stage2.sbatch", "clip", "causal"]
     assert f"--output={tmp_path}/runs/clip-causal/logs/stage2.log" in training
-    assert (tmp_path / "runs/clip-causal/logs").is_dir(), "Slurm makes no folders for logs"
+    assert (tmp_path / "runs/clip-causal/logs").is_dir(), "Slurm does not create folders for logs"
     assert {"--nodes=1", "--ntasks-per-node=1", "--gres=gpu:h100:1"} <= {*report}
 
 
-def test_without_gpus_none_are_asked_for(study):
+def test_empty_gres_requests_no_gpus(study):
     _, calls = study(ENCODERS="clip", GRES="")
     assert not any(word.startswith(("--gres", "--account", "--partition")) for call in calls for word in call)
 
 
-def test_finished_parts_and_queued_jobs_are_left_alone(study, tmp_path):
+def test_finished_parts_and_queued_jobs_are_skipped(study, tmp_path):
     runs = tmp_path / "runs"
     (runs / "clip-causal/stage1/hf").mkdir(parents=True)
     queue = {41: f"{ROOT}/{runs}/clip-causal/stage2", 42: "/elsewhere/clip-causal/probes", 43: f"{ROOT}/probes"}

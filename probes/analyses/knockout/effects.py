@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from probes.evaluation.bootstrap import bootstrap_weights, interval, p_values
+from llava_bidir.common.bootstrap import bootstrap_weights, interval, p_values
 from probes.results.probe_run import ProbeRun, read_tensors
 
 from .attention import GROUPS

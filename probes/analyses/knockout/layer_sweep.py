@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from llava_bidir.common.bootstrap import interval, p_values
 from llava_bidir.common.errors import UserError
-from probes.evaluation.bootstrap import interval, p_values
 
 from .effects import Cases
 

@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.bootstrap import bootstrap_weights, random_swaps
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.batch_cache import batch_results
 from probes.data.batches import PreprocessedDataset, collate
-from probes.evaluation.bootstrap import bootstrap_weights, random_swaps
 from probes.results.probe_run import ProbeRun
 
 from .batch import knock_out

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from llava_bidir.common.bootstrap import interval
 from probes.data.batches import PreprocessedDataset, collate, group_by_mask_size
-from probes.evaluation.bootstrap import interval
 from probes.evaluation.metrics import count
 from probes.results.probe_run import ProbeRun
 

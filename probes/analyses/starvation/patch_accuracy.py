@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from llava_bidir.common.bootstrap import interval
 from llava_bidir.common.errors import UserError
-from probes.evaluation.bootstrap import interval
 from probes.results.probe_run import ProbeRun
 
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.evaluation.bootstrap import bootstrap_weights
 from probes.evaluation.metrics import peak_layer
 from probes.results.probe_run import ProbeRun
 

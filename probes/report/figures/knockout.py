@@ -4,8 +4,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from llava_bidir.common.bootstrap import interval
 from probes.analyses.knockout.effects import read_cases
-from probes.evaluation.bootstrap import interval
 from probes.report.study import Rows
 from probes.results.probe_run import ProbeRun
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from statistics import mean
 
+from llava_bidir.common.bootstrap import random_swaps
 from probes.analyses.knockout.effects import effect_entries, read_cases
-from probes.evaluation.bootstrap import random_swaps
 from probes.report.claims import confused_patches
 from probes.report.study import MASKS, Study
 from probes.results.probe_run import ProbeRun

@@ -1,11 +1,11 @@
-"""Stands before the harness's process: does what STUB says, then runs the module that was asked for.
+"""Change the harness as STUB says, then run it.
 
-STUB=oracle  answers come from the data: right in the first half of the records of each task, and wrong in the rest
-STUB=raises  the second batch cannot be answered
-STUB=drops   the harness loses the last sample of each task
-STUB=version the environment has an older lmms-eval, and something is missing
-STUB=code    the environment has another copy of this package
-STUB=logits  prints the logits of the request's model for one prompt, under its own mask and causally, and ends
+STUB=oracle  answer from the data: right in the first half of each task, wrong in the second
+STUB=raises  raise in the second batch
+STUB=drops   drop the last sample of each task
+STUB=version report an older lmms-eval and a missing package
+STUB=code    report another copy of this package
+STUB=logits  only print the logits of one prompt, under the model's own mask and causally
 """
 
 import json
@@ -38,7 +38,7 @@ def drops(**kwargs):
 
 
 def oracle(**kwargs):
-    """Replaces what the model says by what the task wants to hear; the prompts are made as ever."""
+    """Replace the model's answers. Prompts are still built."""
 
     class Oracle(type(kwargs["model"])):
         def generate_until(self, requests):

@@ -1,4 +1,4 @@
-"""The command with the real harness, offline, on small data sets in the benchmarks' formats."""
+"""`llava-bidir vqa` with the real harness, offline, on small datasets in the format of each benchmark."""
 
 import json
 import shutil
@@ -20,13 +20,13 @@ ROOT = Path(__file__).parents[3]
 PYTHON = ROOT / ".venv-vqa/bin/python"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason=".venv-vqa is not there; `make vqa-venv` makes it"),
+    pytest.mark.skipif(not PYTHON.exists(), reason=".venv-vqa does not exist; create it with `make vqa-venv`"),
 ]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, conversations) -> Path:
-    """The nine, six records each, and five of the toy's."""
+    """Write nine datasets of six records each, and five questions of the toy world."""
     folder = lmms_datasets.write(tmp_path_factory.mktemp("data"))
     shutil.copytree(conversations / "pictures", folder / "pictures")
     records = json.loads((conversations / "data.json").read_text())[:5]
@@ -39,12 +39,12 @@ def environment(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("HF_HOME", str(tmp_path_factory.getbasetemp() / "hf"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("NUM_IMAGE", "2")  # the harness would show every image of MMBench twice
+    monkeypatch.setenv("NUM_IMAGE", "2")  # with it the harness passes every image of MMBench twice
 
 
 @pytest.fixture
 def stubbed(tmp_path, monkeypatch):
-    """A python of the harness that runs stub.py first."""
+    """Return a function that makes a python of the harness that runs stub.py first."""
 
     def make(stub: str) -> str:
         monkeypatch.setenv("STUB", stub)
@@ -57,20 +57,9 @@ def stubbed(tmp_path, monkeypatch):
 
 
 def vqa(model, out, data, *more) -> None:
-    """Tiny models of random weights say nothing that could be used, which is let pass unless `more` says otherwise."""
-    argv = [
-        "vqa",
-        str(model),
-        "--out",
-        str(out),
-        "--data",
-        str(data),
-        "--python",
-        str(PYTHON),
-        "--max-invalid-rate",
-        "1",
-    ]
-    cli.main([*argv, "--batch-size", "4", *more])
+    """Run the command. Invalid answers, all that random weights give, are allowed unless `more` says otherwise."""
+    argv = ["vqa", str(model), "--out", str(out), "--data", str(data), "--python", str(PYTHON), "--batch-size", "4"]
+    cli.main([*argv, "--max-invalid-rate", "1", *more])
 
 
 def items(out: Path, name: str) -> list[dict]:
@@ -83,7 +72,7 @@ def answers(out: Path) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def runs(checkpoints, data, tmp_path_factory):
-    """Folders of results: the same weights under two masks, one of them also one item at a time."""
+    """Results of the same weights under two masks, one of them also with batch size 1."""
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", str(tmp_path_factory.getbasetemp() / "hf"))
@@ -99,9 +88,9 @@ def test_all_nine_run_and_fill_the_papers_row(runs):
     (model,) = json.loads((runs / "bidirectional/table1.json").read_text())["models"]
     assert len(model["columns"]) == 11 and model["columns"]["VizWiz"]["paper"] == 0.575
     assert all(len(items(runs / "bidirectional", name)) == 6 for name in TABLE1)
-    facts = json.loads((runs / "bidirectional/gqa.json").read_text())
-    assert facts["versions"]["lmms_eval"] == "0.7.3" and facts["image_attention"] == "bidirectional"
-    assert [facts[key] for key in ("documents", "batch_size", "processes", "device")] == [6, 4, 1, "cpu"]
+    info = json.loads((runs / "bidirectional/gqa.json").read_text())
+    assert info["versions"]["lmms_eval"] == "0.7.3" and info["image_attention"] == "bidirectional"
+    assert [info[key] for key in ("documents", "batch_size", "processes", "device")] == [6, 4, 1, "cpu"]
 
 
 def test_answers_do_not_depend_on_the_batch(runs):
@@ -114,7 +103,7 @@ def test_masks_answer_differently(runs):
 
 
 def test_answers_are_those_of_generate(runs, checkpoints, data):
-    """Prompt, padding and mask: every question of the files, asked without the harness."""
+    """Ask every question without the harness: prompt, padding and mask are the same."""
     model = AutoModelForImageTextToText.from_pretrained(checkpoints["bidirectional"]).eval()
     processor = AutoProcessor.from_pretrained(checkpoints["bidirectional"])
     sources = {  # folder, configuration, longest answer
@@ -131,12 +120,8 @@ def test_answers_are_those_of_generate(runs, checkpoints, data):
         (split,) = load_dataset(str(data / lmms_datasets.ORGANISATION / folder), config).values()
         for item in items(runs / "bidirectional", name):
             record = split[item["item"] // 2 if name == "gqa" else item["item"]]
-            shown = [
-                record[key]
-                for key in sorted(record)
-                if key.startswith("image") and isinstance(record[key], Image.Image)
-            ]
-            expected = answer(model, processor, [item["question"]], [shown], longest)
+            images = [record[key] for key in sorted(record) if isinstance(record[key], Image.Image)]
+            expected = answer(model, processor, [item["question"]], [images], longest)
             assert [item["answer"]] == expected, name
     assert "Reference OCR token: sky, wall" in items(runs / "bidirectional", "textvqa_ocr")[0]["question"]
     assert "Reference" not in items(runs / "bidirectional", "textvqa")[0]["question"]
@@ -147,27 +132,25 @@ def test_finished_tasks_are_not_run_again_but_checked_again(runs, checkpoints, d
     vqa(checkpoints["causal"], out, data, "--python", "/nowhere")
     assert "clip causal" in capsys.readouterr().out
     (out / "pope.jsonl").write_text("".join((out / "pope.jsonl").read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(SystemExit, match="^llava-bidir: pope: 1 of 6 items have no result, item 5 for one$"):
+    with pytest.raises(SystemExit, match="^llava-bidir: pope: 1 of 6 items have no result, e.g. item 5$"):
         vqa(checkpoints["causal"], out, data, "--python", "/nowhere")
     (out / "pope.json").unlink()
     vqa(checkpoints["causal"], out, data)
     assert items(out, "pope") == items(runs / "causal", "pope")
 
 
-def test_results_of_another_checkpoint_are_not_taken_for_these(runs, checkpoints, data):
-    with pytest.raises(SystemExit, match=r"causal/gqa.json is of another checkpoint .* choose another --out"):
+def test_results_of_another_checkpoint_are_not_reused(runs, checkpoints, data):
+    with pytest.raises(SystemExit, match=r"causal/gqa.json belongs to another checkpoint .* choose another --out"):
         vqa(checkpoints["bidirectional"], runs / "causal", data, "--python", "/nowhere")
 
 
-def test_answers_of_no_use_end_with_an_error(runs, checkpoints, data):
-    with pytest.raises(
-        SystemExit, match=r"pope: 6 of 6 answers are empty or not of the kind asked for, item 0 for one"
-    ):
+def test_too_many_invalid_answers_are_an_error(runs, checkpoints, data):
+    with pytest.raises(SystemExit, match=r"pope: 6 of 6 answers are empty or not of the requested form, e.g. item 0"):
         vqa(checkpoints["causal"], runs / "causal", data, "--max-invalid-rate", "0.05")
 
 
 def test_scores_are_the_harnesss_where_some_answers_are_right(checkpoints, data, tmp_path, stubbed):
-    """Right in the first half of each task, wrong in the rest; check.py holds our numbers against the harness's."""
+    """Answers are right in the first half of each task. `vqa` compares our scores with the harness's."""
     vqa(checkpoints["causal"], tmp_path / "out", data, "--python", stubbed("oracle"), "--max-invalid-rate", "0")
     (model,) = json.loads((tmp_path / "out/table1.json").read_text())["models"]
     scores = {title: column["score"] for title, column in model["columns"].items()}
@@ -195,13 +178,13 @@ def test_item_that_cannot_be_answered_ends_the_run_by_name(checkpoints, data, tm
 
 
 def test_task_without_results_for_an_item_is_an_error(checkpoints, data, tmp_path, stubbed):
-    with pytest.raises(SystemExit, match="pope: 1 of 6 items have no result, item 5 for one"):
+    with pytest.raises(SystemExit, match="pope: 1 of 6 items have no result, e.g. item 5"):
         vqa(checkpoints["causal"], tmp_path / "out", data, "--python", stubbed("drops"), "--tasks", "pope")
 
 
-def test_harness_that_ends_well_without_results_is_an_error(checkpoints, data, tmp_path):
-    """Its own command does, whatever was raised."""
-    with pytest.raises(SystemExit, match="gqa, mme: the harness ended well but left no results"):
+def test_harness_that_succeeds_without_results_is_an_error(checkpoints, data, tmp_path):
+    """The harness's own command does this for every exception."""
+    with pytest.raises(SystemExit, match="gqa, mme: the harness succeeded but wrote no results"):
         vqa(checkpoints["causal"], tmp_path, data, "--python", "/bin/true", "--tasks", "gqa", "mme")
 
 
@@ -211,9 +194,9 @@ def test_missing_and_cut_images_end_the_run_by_name(checkpoints, data, tmp_path)
     gqa = pictures / lmms_datasets.ORGANISATION / "GQA"
     shutil.rmtree(gqa)
     for name in ("GQA", "GQA:images"):
-        config, split, features, records = lmms_datasets.DATASETS[name]
-        found = list(records(6))
-        lmms_datasets.write_one(gqa, config, split, features, found[:-1] if name == "GQA:images" else found)
+        config, split, make_records = lmms_datasets.DATASETS[name]
+        records = list(make_records(6))
+        lmms_datasets.write_one(gqa, config, split, records[:-1] if name == "GQA:images" else records)
     with pytest.raises(SystemExit, match="gqa: KeyError: 'n2'"):
         vqa(checkpoints["causal"], tmp_path / "out", pictures, "--tasks", "gqa")
     whole = lmms_datasets.picture(0).resize((64, 64))
@@ -231,28 +214,28 @@ def test_missing_and_cut_images_end_the_run_by_name(checkpoints, data, tmp_path)
     [
         (
             "version",
-            "has lmms_eval 0.7.2 instead of 0.7.3, openpyxl None instead of .*; make it anew with `make",
+            "has lmms_eval 0.7.2 instead of 0.7.3, openpyxl None instead of .*; recreate it with `make",
         ),
-        ("code", "has another llava_bidir, in .*; `make vqa-venv` here"),
+        ("code", "has another llava_bidir, at .*; run `make vqa-venv`"),
     ],
 )
-def test_other_versions_and_other_code_are_refused(stub, message, checkpoints, data, tmp_path, stubbed):
-    with pytest.raises(SystemExit, match=f"setting up: ValueError: the harness's environment {message}"):
+def test_other_versions_and_other_code_are_rejected(stub, message, checkpoints, data, tmp_path, stubbed):
+    with pytest.raises(SystemExit, match=f"setting up: the harness's environment {message}"):
         vqa(checkpoints["causal"], tmp_path, data, "--python", stubbed(stub), "--tasks", "gqa")
 
 
-def test_refusals_before_anything_is_started(checkpoints, data, tmp_path):
-    with pytest.raises(SystemExit, match="no /nowhere/python; `make vqa-venv` makes the harness's environment"):
+def test_bad_options_are_errors_before_the_harness_answers(checkpoints, data, tmp_path):
+    with pytest.raises(SystemExit, match="/nowhere/python does not exist; create it with `make vqa-venv`"):
         vqa(checkpoints["causal"], tmp_path, data, "--python", "/nowhere/python")
-    with pytest.raises(SystemExit, match="--data .*/none is no folder"):
+    with pytest.raises(SystemExit, match="--data .*/none is not a folder"):
         vqa(checkpoints["causal"], tmp_path, tmp_path / "none")
-    with pytest.raises(SystemExit, match="gqa: ValueError: --data .* has no folder lmms-lab-encoder/GQA"):
+    with pytest.raises(SystemExit, match="gqa: --data .* has no folder lmms-lab-encoder/GQA"):
         vqa(checkpoints["causal"], tmp_path, tmp_path, "--tasks", "gqa")
 
 
 @pytest.mark.distributed
-def test_two_processes_answer_every_item_once_and_alike(runs, checkpoints, data, tmp_path):
-    """The toy's five records make shares of unequal size, for which the harness repeats one."""
+def test_two_processes_answer_every_item_once_with_the_same_results(runs, checkpoints, data, tmp_path):
+    """Five records cannot be split evenly. The harness then repeats one."""
     vqa(checkpoints["bidirectional"], tmp_path, data, "--devices", "2", "--tasks", "gqa", "mme", "toy")
     for name in ("gqa", "mme", "toy"):
         assert items(tmp_path, name) == items(runs / "single", name)
@@ -260,7 +243,7 @@ def test_two_processes_answer_every_item_once_and_alike(runs, checkpoints, data,
 
 
 def test_toy_questions_are_scored_as_the_demo_does(checkpoints, conversations, tmp_path):
-    """Half the answers are what the model says, so that half of them are right; stock llava says the same."""
+    """Half the targets are the model's answers, so the score is 0.5; stock llava gives the same answers."""
     from llava_bidir.model.hf_export import as_llava, export_hf
 
     model = AutoModelForImageTextToText.from_pretrained(checkpoints["causal"]).eval()

@@ -1,4 +1,4 @@
-"""Table 1 from saved results of two toy checkpoints beside the paper's, against numpy."""
+"""Table 1 of saved results of two checkpoints, against numpy."""
 
 import csv
 import json
@@ -84,14 +84,14 @@ def test_csv_latex_and_page_say_the_same(out, table):
     assert "http" not in page, "self-contained"
 
 
-def test_models_that_were_asked_other_things_are_not_compared(tmp_path):
+def test_models_with_other_questions_are_not_compared(tmp_path):
     vqa_results.write(tmp_path / "a", "gqa", CAUSAL)
     vqa_results.write(tmp_path / "b", "gqa", BIDIRECTIONAL[:-2], "bidirectional")
     with pytest.raises(SystemExit, match=r"gqa: .*/a and .*/b were not asked the same questions"):
         cli.main(["vqa-table", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)])
 
 
-def test_other_encoders_stand_alone_and_without_the_papers_numbers(tmp_path):
+def test_other_encoders_have_no_pair_and_no_published_numbers(tmp_path):
     for mask in ("causal", "prefix"):
         vqa_results.write(tmp_path / mask, "gqa", CAUSAL, mask, "dinov3")
     vqa_results.write(tmp_path / "b", "gqa", CAUSAL, "bidirectional")
@@ -109,3 +109,14 @@ def test_folder_without_results_or_with_those_of_two_checkpoints_is_an_error(tmp
     vqa_results.write(tmp_path, "pope", CAUSAL, "bidirectional")
     with pytest.raises(SystemExit, match="results of several checkpoints"):
         cli.main(["vqa-table", str(tmp_path), "--out", str(tmp_path)])
+
+
+def test_interrupted_write_leaves_no_finished_table(tmp_path):
+    """The JSON is written last, and six_configurations.sh takes it as the sign of a finished table."""
+    vqa_results.write(tmp_path, "gqa", CAUSAL)
+    cli.main(["vqa-table", str(tmp_path), "--out", str(tmp_path)])
+    (tmp_path / "table1.html").unlink()
+    (tmp_path / "table1.html").mkdir()
+    with pytest.raises(SystemExit, match="was not written: Is a directory"):
+        cli.main(["vqa-table", str(tmp_path), "--out", str(tmp_path)])
+    assert not (tmp_path / "table1.json").exists()

@@ -7,13 +7,13 @@ import pytest
 import tiny_models
 import torch
 
+from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.analyses.starvation import flipped
 from probes.analyses.starvation.by_class import standardised
 from probes.analyses.starvation.flipped import FLIPS, Turned, flip_facts, score_patches, turned_patches
 from probes.analyses.starvation.patch_accuracy import PatchCounts, accuracies, gap_of
 from probes.analyses.starvation.run import starvation
 from probes.cli import main
-from probes.evaluation.bootstrap import bootstrap_weights
 from probes.results.probe_run import ProbeRun
 
 N, T, K = 80, 16, 3

@@ -11,8 +11,9 @@ import tiny_models
 import torch
 from probe_runs import write_run
 
+from llava_bidir.common.bootstrap import interval
 from probes.cli import main
-from probes.evaluation.bootstrap import dataset_scores, interval
+from probes.evaluation.bootstrap import dataset_scores
 from probes.evaluation.metrics import Counts
 from probes.report.confusion import confusion_pairs, half_gone
 from probes.report.figures.training_budget import probe_budget

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from llava_bidir.common.bootstrap import bootstrap_weights, random_swaps
 from probes.analyses.knockout.effects import SPECIFICITY, Cases, effect_entries, later_half, select_cases
-from probes.evaluation.bootstrap import bootstrap_weights, random_swaps
 
 N, L = 60, 4
 

@@ -1,0 +1,87 @@
+"""Weights, swaps, intervals and p-values, against loops and scipy."""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from llava_bidir.common.bootstrap import bootstrap_weights, holm, interval, p_values, random_swaps
+
+GROUPS = torch.tensor([7, 3, 3, 9, 7, 3])
+
+
+def test_weights_sum_to_the_number_of_units_and_follow_the_seed():
+    weights = bootstrap_weights(17, 50, seed=3)
+    assert (weights.sum(1) == 17).all() and torch.equal(weights, bootstrap_weights(17, 50, seed=3))
+    assert not torch.equal(weights, bootstrap_weights(17, 50, seed=4))
+
+
+def test_units_of_a_group_have_the_weight_of_the_group():
+    weights = bootstrap_weights(6, 200, seed=2, groups=GROUPS)
+    torch.testing.assert_close(weights, bootstrap_weights(3, 200, seed=2)[:, [1, 0, 0, 2, 1, 0]])
+    assert weights.sum(1).unique().numel() > 1, "groups have different sizes"
+
+
+def test_a_single_group_is_ignored():
+    one = torch.zeros(9, dtype=torch.long)
+    assert torch.equal(bootstrap_weights(9, 30, groups=one), bootstrap_weights(9, 30))
+    assert torch.equal(random_swaps(9, 30, groups=one), random_swaps(9, 30))
+
+
+def test_swaps_keep_groups_together_and_leave_the_first_row():
+    swaps = random_swaps(6, 100, groups=GROUPS)
+    assert swaps.shape == (101, 6) and not swaps[0].any()
+    assert (swaps[:, GROUPS == 3] == swaps[:, [1]]).all() and 0.35 < swaps[1:].mean() < 0.65
+    assert not (swaps[:, 0] == swaps[:, 1]).all()
+
+
+def test_interval_reflects_the_resampled_values():
+    low, high = interval(10.0, torch.linspace(8, 11, 1001))
+    assert low == pytest.approx(20 - 10.925) and high == pytest.approx(20 - 8.075)
+
+
+def test_interval_of_a_mean_equals_scipys_basic_bootstrap():
+    values = np.random.default_rng(0).exponential(1.0, 100)
+    ours = interval(values.mean(), bootstrap_weights(100, 8000).double() @ torch.from_numpy(values) / 100)
+    theirs = stats.bootstrap((values,), np.mean, n_resamples=8000, method="basic", rng=1).confidence_interval
+    assert ours == pytest.approx(list(theirs), abs=0.01)
+
+
+def test_p_values_equal_a_loop():
+    differences = torch.from_numpy(np.random.default_rng(3).normal(size=(200, 3)) * [1.0, 5.0, 0.1])
+    differences[0] = torch.tensor([2.5, 1.0, 0.25])
+    raw, corrected = p_values(differences)
+    table = differences.abs().numpy()
+    spread = [np.sqrt(np.mean(table[:, s] ** 2)) for s in range(3)]
+    for s in range(3):
+        reached = sum(table[r, s] >= table[0, s] for r in range(200)) / 200
+        largest = [max(table[r, k] / spread[k] for k in range(3)) for r in range(200)]
+        assert raw[s] == pytest.approx(reached)
+        assert corrected[s] == pytest.approx(sum(m >= table[0, s] / spread[s] for m in largest) / 200)
+    assert (corrected >= raw).all() and (raw >= 1 / 200).all()
+
+
+def test_p_value_of_a_paired_test_equals_scipys():
+    rng = np.random.default_rng(3)
+    a, b = rng.integers(0, 4, (2, 25)).astype(float)
+    theirs = stats.permutation_test(
+        (a, b), lambda a, b, axis: a.sum(axis) - b.sum(axis), permutation_type="samples", n_resamples=40_000, rng=4
+    )
+    signs = 1 - 2 * random_swaps(25, 40_000).double()
+    assert p_values((signs @ torch.from_numpy(a - b))[:, None])[0].item() == pytest.approx(theirs.pvalue, abs=0.01)
+
+
+def test_a_statistic_without_any_difference_has_p_one():
+    differences = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.0])
+    raw, corrected = p_values(differences)
+    assert raw[1] == 1 and corrected[1] == 1
+
+
+def test_holm_steps_down_and_is_monotone():
+    p = [0.01, 0.04, 0.03, 0.005, 0.6]
+    largest, adjusted = 0, {}
+    for rank, k in enumerate(np.argsort(p)):  # Holm: p_(k) * (m - k + 1), made monotone
+        largest = max(largest, min(1, p[k] * (len(p) - rank)))
+        adjusted[k] = largest
+    assert holm(p) == pytest.approx([adjusted[k] for k in range(5)])
+    assert holm(p) == pytest.approx([0.04, 0.09, 0.09, 0.025, 0.6])

@@ -1,6 +1,6 @@
-"""FLOPs of a training step, counted from the model's own layers, and the peak of a device, for MFU.
+"""Training speed: samples/s, tokens/s, and MFU from the FLOPs of the model's own layers.
 
-A multiply-add is two FLOPs. What is computed twice (gradient checkpointing) counts once, padding not at all.
+A multiply-add is two FLOPs. Recomputation (gradient checkpointing) and padding are not counted.
 """
 
 import time
@@ -13,18 +13,29 @@ from torch import nn
 
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
 
-# Dense bfloat16; the first match wins. Source: NVIDIA's data sheets. Lightning's table has the H200 with sparsity.
+# Timing-dependent metrics: logged, but not exported, so that exports are reproducible.
+TIMING_METRICS = (
+    "samples_per_s",
+    "tokens_per_s",
+    "tflops_per_s_and_device",
+    "step_s",
+    "data_share",
+    "mfu",
+    "memory_gb",
+)
+
+# Dense bfloat16; the first match wins. Source: NVIDIA's data sheets. Lightning's value for the H200 is with sparsity.
 PEAK_TFLOPS = {"H200": 989.4, "H100 PCIe": 756, "H100": 989.4, "A100": 312, "L40S": 362, "RTX 4090": 165.2}
 
 
 @dataclass(frozen=True)
 class StepFlops:
-    """What forward and backward cost.
+    """FLOPs of forward and backward.
 
     Args:
-        per_token: The LLM's linear layers, for each token.
-        per_pair: Its attention, for each pair of tokens of a sample (all N * N: kernels compute the masked half too).
-        per_prediction: The head, for each supervised token.
+        per_token: The LLM's linear layers, per token.
+        per_pair: The LLM's attention, per pair of tokens of a sample (all N * N: kernels compute the masked half too).
+        per_prediction: The LLM's head, per supervised token.
         per_image: Encoder and adapter.
     """
 
@@ -34,7 +45,7 @@ class StepFlops:
     per_image: float
 
     def step(self, lengths: Sequence[int], predictions: int, images: int) -> float:
-        """FLOPs for samples of these lengths in tokens, that many supervised tokens and images."""
+        """Return the FLOPs for samples of the given lengths in tokens, supervised tokens and images."""
         pairs = sum(length * length for length in lengths)
         return (
             sum(lengths) * self.per_token
@@ -45,10 +56,10 @@ class StepFlops:
 
 
 def step_flops(model: LlavaBidirForConditionalGeneration) -> StepFlops:
-    """Counts a model whose parts are frozen or not as they will be in training; one on the meta device will do.
+    """Return the FLOPs of a model with `requires_grad` set as in training; it may be on the meta device.
 
-    The backward pass of a linear layer takes its forward's FLOPs once for the input, and once more for the weight if
-    that trains; attention has two inputs. Nothing in front of the adapter has a backward pass.
+    The backward pass of a linear layer costs as much as its forward for the input, and again for a trainable weight.
+    Attention has two inputs. There is no backward pass before the adapter.
     """
     llm, text, adapter = model.model.language_model, model.config.text_config, model.model.multi_modal_projector
     width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
@@ -63,7 +74,7 @@ def step_flops(model: LlavaBidirForConditionalGeneration) -> StepFlops:
 
 
 def encoder_flops(model: LlavaBidirForConditionalGeneration) -> float:
-    """Forward FLOPs of the encoder for one image, all of its layers (transformers runs the last one too)."""
+    """Return the encoder's forward FLOPs per image, for all layers (transformers also runs the last one)."""
     vision, tower = model.config.vision_config, model.model.vision_tower
     extra = model.config.register_tokens + (model.config.vision_feature_select_strategy == "default")
     patches = model.config.image_seq_length
@@ -74,30 +85,27 @@ def encoder_flops(model: LlavaBidirForConditionalGeneration) -> float:
 
 
 def _linear(module: nn.Module, input_gradient: bool = True) -> float:
-    """FLOPs of all linear layers within, forward and backward, for one token."""
+    """Return forward and backward FLOPs per token of all linear layers in `module`."""
     layers = [m for m in module.modules() if isinstance(m, nn.Linear)]
     return sum(2.0 * m.in_features * m.out_features * (1 + input_gradient + m.weight.requires_grad) for m in layers)
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The most that a device can do in dense bfloat16, in FLOP/s; None where that is not known."""
+    """Return the peak of a device in dense bfloat16, in FLOP/s, or None if it is unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part.lower() in name.lower()), None)
 
 
-# What the clock or the machine decides: for TensorBoard only, for the same training exports the same files.
-MEASURED = ("samples_per_s", "tokens_per_s", "tflops_per_s_and_device", "step_s", "data_share", "mfu", "memory_gb")
-
-
 class Throughput(Callback):
-    """Logs how fast training is, averaged between two logged steps: samples/s, tokens/s (without padding) and MFU over
-    all devices, seconds of a step and the share of them spent waiting for data, shares of padding and of text-only
-    samples, and the most memory that this device held.
+    """Log the training speed, averaged between two logged steps.
 
-    Lightning's ThroughputMonitor waits for the GPU after each batch; this one reads the clock when a step is logged.
-    Rates over all devices take the others to be like this one.
+    Over all devices: samples/s, tokens/s (without padding), MFU. For this device: seconds per step, share of time spent
+    waiting for data, shares of padding and text-only samples, peak memory.
+
+    Lightning's ThroughputMonitor synchronises with the GPU after each batch; this callback reads the clock when a step
+    is logged. Rates over all devices assume that all are as fast as this one.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -29,7 +29,7 @@ from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.training.callbacks import ExportModel
-from llava_bidir.training.deepspeed_strategy import ZeRO, gathered
+from llava_bidir.training.deepspeed_strategy import ZeRO, gather_parameters
 from llava_bidir.training.module import LlavaTraining
 
 SPEC = json.loads(Path(sys.argv[1]).read_text())
@@ -109,7 +109,7 @@ def fit(strategy: str, precision: str, resume: str | None = None, save=None, cal
     trainer.fit(module, datamodule=data, ckpt_path=OUT / resume if resume else None)
     parameters = list(module.model.named_parameters())
     shares = {name: (p.numel(), p.ds_numel, p.ds_tensor.numel()) for name, p in parameters if hasattr(p, "ds_id")}
-    with gathered(module.model):
+    with gather_parameters(module.model):
         weights = {name: tensor.detach().clone() for name, tensor in module.model.state_dict().items()}
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
     return {

@@ -16,7 +16,7 @@ import torch
 import llava_bidir.cli
 from llava_bidir import LlavaBidirForConditionalGeneration
 from llava_bidir.common.checkpoint_io import latest_valid_checkpoint
-from llava_bidir.training.deepspeed_strategy import read_weights
+from llava_bidir.training.deepspeed_strategy import load_zero_weights
 
 pytestmark = [
     pytest.mark.distributed,
@@ -212,7 +212,7 @@ def test_interrupted_save_leaves_the_checkpoint_before_it(trouble, spec, two):
     left = sorted(path.name for path in (out / "trouble").iterdir())
     assert left == ["bad.ckpt.partial", "good.ckpt"]
     assert latest_valid_checkpoint(out / "trouble") == out / "trouble/good.ckpt"
-    ours, undisturbed = read_weights(out / "trouble/good.ckpt"), read_weights(two / "zero2-middle-32-true.ckpt")
+    ours, undisturbed = load_zero_weights(out / "trouble/good.ckpt"), read_weights(two / "zero2-middle-32-true.ckpt")
     assert all(torch.equal(weight, undisturbed[name]) for name, weight in ours.items())
 
 

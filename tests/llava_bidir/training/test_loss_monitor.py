@@ -43,6 +43,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(parts,
 @pytest.mark.parametrize(("band", "warned"), [("[0.0, 1000.0]", 0), ("[500.0, 1000.0]", 1)])
 def test_leaving_the_band_warns_once(band, warned, parts, conversations, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "llava_bidir.training.loss_monitor"):
-        main([*arguments(parts, conversations, tmp_path), "--watch_loss.expected", band])
+        main([*arguments(parts, conversations, tmp_path), "--loss_monitor.expected", band])
     said = [record for record in caplog.records if "runs like this one are between" in record.message]
     assert len(said) == warned

@@ -10,7 +10,7 @@ from lightning import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from llava_bidir.training.cli import build_cli
-from llava_bidir.training.slurm_requeue import INTERRUPTED, Requeue
+from llava_bidir.training.slurm_requeue import INTERRUPTED, SlurmRequeue
 
 UNDER_SRUN = {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 
@@ -65,7 +65,7 @@ def fit(parts, conversations, out, number=signal.SIGUSR1, micro_batch=None, ckpt
     """Returns rank 0's losses, the trainer, and the exit status, 0 for a run that came to its end."""
     cli, sent = build_cli(arguments(parts, conversations, out), run=False), SignalAt(number, micro_batch)
     cli.trainer.callbacks[:0] = [sent]
-    cli.trainer.callbacks.append(Requeue())
+    cli.trainer.callbacks.append(SlurmRequeue())
     try:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
     except SystemExit as stop:
@@ -121,11 +121,11 @@ def test_a_queue_that_refuses_is_an_error(parts, conversations, tmp_path, scontr
 
 def test_requeueing_is_on_under_srun_only(parts, conversations, tmp_path, monkeypatch):
     off = build_cli(arguments(parts, conversations, tmp_path), run=False).trainer
-    assert not any(isinstance(callback, Requeue) for callback in off.callbacks)
+    assert not any(isinstance(callback, SlurmRequeue) for callback in off.callbacks)
     for name, value in UNDER_SRUN.items():
         monkeypatch.setenv(name, value)
     on = build_cli(arguments(parts, conversations, tmp_path), run=False).trainer
-    assert isinstance(on.callbacks[-1], Requeue), "behind all that count batches"
+    assert isinstance(on.callbacks[-1], SlurmRequeue), "behind all that count batches"
     environment = on._accelerator_connector.cluster_environment
     assert isinstance(environment, SLURMEnvironment) and not environment.auto_requeue
 

@@ -106,7 +106,7 @@ def test_stock_llava_checkpoint_loads(checkpoints, tmp_path, pictures):
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     settings = ours.config.to_dict()
-    for key in ("image_attention", "image_resize", "adapter_gain", "model_type", "architectures", "auto_map"):
+    for key in ("image_attention", "image_resize", "model_type", "architectures", "auto_map"):
         settings.pop(key, None)
     stock = LlavaForConditionalGeneration(LlavaConfig(**settings))
     stock.load_state_dict(ours.state_dict())

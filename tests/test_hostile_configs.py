@@ -35,7 +35,7 @@ PLACES = {  # a key where a class is expected, or where anything is
         "model.encoder": lambda bad: {"model": {"encoder": bad}},
         "model.lora": lambda bad: {"model": {"lora": bad}},
         "data.processor": lambda bad: {"data": {"processor": bad}},
-        "loss_monitor": lambda bad: {"watch_loss": bad},
+        "loss_monitor": lambda bad: {"loss_monitor": bad},
         "trainer.strategy.init_args": lambda bad: {
             "trainer": {
                 "strategy": {

@@ -72,7 +72,7 @@ def sizes(cli: TrainingCLI, devices: int, length: int) -> dict[str, Any]:
         "length": length,
         "batch_size": batch,
         "devices": devices,
-        "step_flops": step_flops(model).step([length] * batch, predictions * batch, batch),
+        "step_flops": step_flops(model)([length] * batch, predictions * batch, batch),
         "memory_gb": {
             "zero2": (2 * total + states + working) / 1e9,
             "zero3": (2 * total / devices + states + working) / 1e9,

@@ -27,6 +27,7 @@ class ShowAnswers(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
+        """Log the first batch."""
         board = trainer.logger.experiment if isinstance(trainer.logger, TensorBoardLogger) else None
         if board is None or batch_idx > 0:
             return

@@ -87,19 +87,12 @@ class TrainingCLI(ConfiguredCLI):
             rank_zero_info(f"The trained model is {exported}. Try: llava-bidir generate {exported} IMAGE PROMPT")
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
-        """Check a checkpoint given by name before Lightning reads its settings."""
+        """Check `--ckpt_path`, and resolve `last` except for `fit`, which does so under the lock of the run."""
         super().parse_arguments(parser, args)
-        run = self.config.get(self.config.get("subcommand") or "") or {}
-        if run.get("ckpt_path") not in (None, "last"):
-            resolve_ckpt_path(run["ckpt_path"], Path(run["out"]) / "checkpoints")
-
-    def before_validate(self) -> None:
-        """Resolve `--ckpt_path last`."""
-        run = self.config_init[self.subcommand]
-        if run["ckpt_path"] == "last":
-            run["ckpt_path"] = resolve_ckpt_path("last", Path(run["out"]) / "checkpoints")
-
-    before_test = before_validate
+        command = self.config.get("subcommand")
+        run = self.config.get(command or "") or {}
+        if run.get("ckpt_path") and (command, run["ckpt_path"]) != ("fit", "last"):
+            run["ckpt_path"] = resolve_ckpt_path(run["ckpt_path"], Path(run["out"]) / "checkpoints")
 
 
 def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:

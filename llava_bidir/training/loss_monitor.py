@@ -33,9 +33,11 @@ class LossMonitor(Callback):
         self.warned = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
+        """Keep the batch for `on_before_backward`."""
         self.batch = batch
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Keep the loss with its batch, and update the running mean, without a device synchronisation."""
         loss = loss.detach() * trainer.accumulate_grad_batches  # Lightning divides by it
         self.window.append((loss, self.batch))
         self.mean = loss.clone() if self.mean is None else self.mean.lerp_(loss, 1 - SMOOTHING)

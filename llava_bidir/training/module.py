@@ -253,9 +253,7 @@ class LlavaTraining(LightningModule):
         epochs = 1 if self.trainer.max_epochs is None else self.trainer.max_epochs
         limits = (self.trainer.datamodule.steps_per_epoch * epochs, self.trainer.max_steps)  # negative: no limit
         if max(limits) < 0:
-            raise UserError(
-                "trainer.max_epochs and trainer.max_steps are unlimited; set one, the schedule needs an end"
-            )
+            raise UserError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
         return min(limit for limit in limits if limit >= 0)
 
     def settings(self) -> dict[str, Any]:

@@ -24,8 +24,8 @@ def rescale_progress(checkpoint: dict[str, Any], before: int, now: int) -> None:
         for key in counts:
             if counts[key] * before % now and key != "completed":
                 raise UserError(
-                    f"the checkpoint is at sample {counts[key] * before} of its epoch, which is not a multiple of {now} "
-                    "samples per micro-batch over all devices; change data.micro_batch_size or the number of devices"
+                    f"the checkpoint is at sample {counts[key] * before} of its epoch, not at a multiple of {now}, the "
+                    "samples of a micro-batch over all devices; change data.micro_batch_size or the number of devices"
                 )
             counts[key] = counts[key] * before // now
         if "completed" in counts:

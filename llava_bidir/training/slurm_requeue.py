@@ -40,6 +40,7 @@ class SlurmRequeue(Callback):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Record signals from now on."""
         for number in (signal.SIGUSR1, signal.SIGTERM):  # replaces Lightning's handler of SIGTERM
             signal.signal(number, lambda number, frame: self.received.add(number))
 

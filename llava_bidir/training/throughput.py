@@ -4,8 +4,8 @@ A multiply-add is two FLOPs. Recomputation (gradient checkpointing) and padding 
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -14,63 +14,36 @@ from torch import nn
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
 
 # Timing-dependent metrics: logged, but not exported, so that exports are reproducible.
-TIMING_METRICS = (
-    "samples_per_s",
-    "tokens_per_s",
-    "tflops_per_s_and_device",
-    "step_s",
-    "data_share",
-    "mfu",
-    "memory_gb",
-)
+TIMING_METRICS = "samples_per_s tokens_per_s tflops_per_s_and_device step_s data_share mfu memory_gb".split()
 
 # Dense bfloat16; the first match wins. Source: NVIDIA's data sheets. Lightning's value for the H200 is with sparsity.
 PEAK_TFLOPS = {"H200": 989.4, "H100 PCIe": 756, "H100": 989.4, "A100": 312, "L40S": 362, "RTX 4090": 165.2}
 
 
-@dataclass(frozen=True)
-class StepFlops:
-    """FLOPs of forward and backward.
+def step_flops(model: LlavaBidirForConditionalGeneration) -> Callable[[Sequence[int], int, int], float]:
+    """Return a function that counts the FLOPs of a step, forward and backward.
+
+    Its arguments are the lengths of the samples in tokens, the number of supervised tokens and the number of images.
+    The backward pass of a linear layer costs as much as its forward for the input, and again for a trainable weight.
+    Attention has two inputs, and counts all N * N pairs of tokens, because kernels also compute the masked half. There
+    is no backward pass before the adapter.
 
     Args:
-        per_token: The LLM's linear layers, per token.
-        per_pair: The LLM's attention, per pair of tokens of a sample (all N * N: kernels compute the masked half too).
-        per_prediction: The LLM's head, per supervised token.
-        per_image: Encoder and adapter.
-    """
-
-    per_token: float
-    per_pair: float
-    per_prediction: float
-    per_image: float
-
-    def step(self, lengths: Sequence[int], predictions: int, images: int) -> float:
-        """Return the FLOPs for samples of the given lengths in tokens, supervised tokens and images."""
-        pairs = sum(length * length for length in lengths)
-        return (
-            sum(lengths) * self.per_token
-            + pairs * self.per_pair
-            + predictions * self.per_prediction
-            + images * self.per_image
-        )
-
-
-def step_flops(model: LlavaBidirForConditionalGeneration) -> StepFlops:
-    """Return the FLOPs of a model with `requires_grad` set as in training; it may be on the meta device.
-
-    The backward pass of a linear layer costs as much as its forward for the input, and again for a trainable weight.
-    Attention has two inputs. There is no backward pass before the adapter.
+        model: Model with `requires_grad` set as in training; may be on the meta device.
     """
     llm, text, adapter = model.model.language_model, model.config.text_config, model.model.multi_modal_projector
     width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     trains = adapter.linear_1.weight.requires_grad
     adapter_flops = _linear(adapter.linear_1, input_gradient=False) + _linear(adapter.linear_2, input_gradient=trains)
-    return StepFlops(
-        per_token=_linear(llm),
-        per_pair=3 * text.num_hidden_layers * 4 * width,
-        per_prediction=_linear(model.lm_head),
-        per_image=encoder_flops(model) + model.config.image_seq_length * adapter_flops,
-    )
+    per_token, per_prediction = _linear(llm), _linear(model.lm_head)
+    per_pair = 3 * text.num_hidden_layers * 4 * width
+    per_image = encoder_flops(model) + model.config.image_seq_length * adapter_flops
+
+    def count(lengths: Sequence[int], predictions: int, images: int) -> float:
+        pairs = sum(length * length for length in lengths)
+        return sum(lengths) * per_token + pairs * per_pair + predictions * per_prediction + images * per_image
+
+    return count
 
 
 def encoder_flops(model: LlavaBidirForConditionalGeneration) -> float:
@@ -109,19 +82,22 @@ class Throughput(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.flops = step_flops(pl_module.model)
+        """Count the model's FLOPs and start the clock."""
+        self.step_flops = step_flops(pl_module.model)
         self.peak = peak_flops(pl_module.device)
         self.batch_ended = time.perf_counter()
         self._start_window(trainer)
 
     def _start_window(self, trainer: Trainer) -> None:
-        self.counts = dict.fromkeys(("samples", "text_only", "tokens", "padded", "flops", "waited"), 0.0)
+        self.counts = Counter()
         self.first_step, self.since = trainer.global_step, time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
+        """Add the time since the last batch to the time spent waiting for data."""
         self.counts["waited"] += time.perf_counter() - self.batch_ended
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
+        """Count the batch, and log the rates at a logged step."""
         self._count(batch)
         steps = trainer.global_step - self.first_step
         if steps > 0 and trainer.global_step % trainer.log_every_n_steps == 0:
@@ -133,14 +109,13 @@ class Throughput(Callback):
 
     def _count(self, batch: dict) -> None:
         lengths, images = batch["lengths"], 0 if batch["pixel_values"] is None else len(batch["pixel_values"])
-        for name, value in (
-            ("samples", len(lengths)),
-            ("text_only", len(lengths) - images),
-            ("tokens", sum(lengths)),
-            ("padded", batch["input_ids"].numel()),
-            ("flops", self.flops.step(lengths, batch["supervised"], images)),
-        ):
-            self.counts[name] += value
+        self.counts.update(
+            samples=len(lengths),
+            text_only=len(lengths) - images,
+            tokens=sum(lengths),
+            padded=batch["input_ids"].numel(),
+            flops=self.step_flops(lengths, batch["supervised"], images),
+        )
 
     def _rates(self, steps: int, devices: int) -> dict[str, float]:
         elapsed, counts = time.perf_counter() - self.since, self.counts

@@ -20,7 +20,7 @@ def test_step_flops_equal_what_torch_counts(train, image_attention, parts):
     with FlopCounterMode(display=False) as counter:
         logits = model(input_ids=ids, pixel_values=tiny_models.pixels(2), use_cache=False).logits
         logits.sum().backward()
-    assert counter.get_total_flops() == step_flops(model).step([8, 8], predictions=16, images=2)
+    assert counter.get_total_flops() == step_flops(model)([8, 8], predictions=16, images=2)
 
 
 def test_peak_is_unknown_on_a_cpu():

@@ -1,5 +1,7 @@
 """States of a frozen MLLM: read off the right places, blind to what they should not see."""
 
+import shutil
+
 import pytest
 import tiny_models
 import torch
@@ -117,6 +119,14 @@ def test_stock_llava_checkpoint_loads(checkpoints, tmp_path, pictures):
     assert read.image_attention == "causal"
     for site in read.sites:
         assert torch.equal(read.states(pixels)[site], mine.states(pixels)[site])
+
+
+def test_untrained_adapter_has_the_scale_of_the_training(checkpoints, tmp_path, pictures):
+    shutil.copytree(checkpoints["causal"], tmp_path / "hf")
+    (tmp_path / "hf/training.json").write_text('{"adapter_init_scale": 4.0}')
+    one, four = (probes.load(str(path), untrained=["adapter"]) for path in (checkpoints["causal"], tmp_path / "hf"))
+    one, four = (mllm.model.model.multi_modal_projector.linear_2.weight for mllm in (one, four))
+    assert torch.equal(4 * one, four)
 
 
 def test_untrained_parts_are_drawn_anew_by_seed(checkpoints, pictures):

@@ -53,30 +53,20 @@ class EncoderEntry:
     layer: int
     extra_tokens: int
     image_px: int | None
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: list[float]
+    std: list[float]
 
 
 ENCODERS: dict[str, EncoderEntry] = {
-    "clip": EncoderEntry(
-        CLIPVisionConfig, CLIPVisionModel, -2, 1, None, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)
-    ),
+    "clip": EncoderEntry(CLIPVisionConfig, CLIPVisionModel, -2, 1, None, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     # 336 px gives CLIP's 24 x 24 grid; the position embeddings of the 37 x 37 grid are interpolated by the model.
-    "dinov2": EncoderEntry(
-        Dinov2Config, Dinov2Model, -2, 1, 336, tuple(IMAGENET_DEFAULT_MEAN), tuple(IMAGENET_DEFAULT_STD)
-    ),
+    "dinov2": EncoderEntry(Dinov2Config, Dinov2Model, -2, 1, 336, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
     "dinov2_registers": EncoderEntry(
-        Dinov2WithRegistersConfig,
-        Dinov2WithRegistersModel,
-        -2,
-        5,
-        336,
-        tuple(IMAGENET_DEFAULT_MEAN),
-        tuple(IMAGENET_DEFAULT_STD),
+        Dinov2WithRegistersConfig, Dinov2WithRegistersModel, -2, 5, 336, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
     ),
     # 384 px are 27 patches of 14 px; no patch covers the last 6 px at the right and the bottom.
     "siglip": EncoderEntry(
-        SiglipVisionConfig, SiglipVisionModel, -2, 0, None, tuple(IMAGENET_STANDARD_MEAN), tuple(IMAGENET_STANDARD_STD)
+        SiglipVisionConfig, SiglipVisionModel, -2, 0, None, IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD
     ),
 }
 

@@ -273,17 +273,13 @@ class LlavaTraining(LightningModule):
             **{k: float(v) for k, v in self.trainer.callback_metrics.items() if k not in timing},
         }
 
-    def _samples_at_a_time(self) -> int:
-        """Return the number of samples of a micro-batch over all devices."""
-        return self.trainer.datamodule.micro_batch_size * self.trainer.world_size
-
     def _trainable_names(self) -> set[str]:
         """Return the names of trainable parameters in a checkpoint."""
         return {"model." + name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save trainable weights only (frozen ones are reloaded from their source), and the unit of the position."""
-        checkpoint["samples_at_a_time"] = self._samples_at_a_time()
+        checkpoint["samples_at_a_time"] = self.trainer.datamodule.micro_batch_size * self.trainer.world_size
         checkpoint["progress"] = self.progress()
         checkpoint["data"] = self.trainer.datamodule.settings()
         trained = self._trainable_names()
@@ -294,7 +290,8 @@ class LlavaTraining(LightningModule):
         if self._trainer is not None and self.trainer.training:
             check_resume_compatible(checkpoint["hyper_parameters"], self.hparams, "model", free=RESUME_OVERRIDABLE)
             check_resume_compatible(checkpoint["data"], self.trainer.datamodule.settings(), "data")
-            rescale_progress(checkpoint, checkpoint["samples_at_a_time"], self._samples_at_a_time())
+            samples = self.trainer.datamodule.micro_batch_size * self.trainer.world_size
+            rescale_progress(checkpoint, checkpoint["samples_at_a_time"], samples)
             self.metrics_before = {k: v for k, v in checkpoint["progress"].items() if "/" in k}
         if "state_dict" not in checkpoint:
             return  # ZeRO stores weights elsewhere and checks them itself

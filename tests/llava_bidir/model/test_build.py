@@ -4,9 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -14,6 +16,8 @@ from transformers import (
     Dinov2Config,
     Dinov2WithRegistersConfig,
     LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     SiglipVisionConfig,
 )
 
@@ -133,9 +137,6 @@ def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, tmp_path):
 
 
 def test_image_processor_pads_with_the_mean_or_crops_the_centre(parts):
-    import numpy as np
-    from PIL import Image
-
     wide = np.zeros((8, 16, 3), np.uint8)
     wide[:, :4] = wide[:, 12:] = 255
     entry = ENCODERS["clip"]
@@ -167,15 +168,12 @@ def test_an_encoder_with_other_registers_than_its_entry_is_refused(tmp_path):
 
 def test_llm_of_another_family(parts, tmp_path):
     """Qwen2 has another class and config, and biases in its attention; Eq. 2 holds."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
     encoder, llama = parts
     shutil.copytree(llama, tmp_path / "qwen")
     words = LlamaForCausalLM.from_pretrained(llama).config.vocab_size
     settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    Qwen2ForCausalLM(Qwen2Config(**settings, num_key_value_heads=2, vocab_size=words)).save_pretrained(
-        tmp_path / "qwen"
-    )
+    llm = Qwen2ForCausalLM(Qwen2Config(**settings, num_key_value_heads=2, vocab_size=words))
+    llm.save_pretrained(tmp_path / "qwen")
     processor = build_processor(encoder, str(tmp_path / "qwen"))
     moved = {}
     for mask in ("causal", "bidirectional"):
@@ -183,20 +181,8 @@ def test_llm_of_another_family(parts, tmp_path):
         model = build_model(encoder, str(tmp_path / "qwen"), processor, image_attention=mask).eval()
         tiny_models.sharpen(model)
         ids = torch.tensor([[3, *[model.config.image_token_id] * tiny_models.TOKENS, 4]])
-
-        def states(bump, model=model, ids=ids):
-            def push(module, args, output):
-                return torch.cat([output[:, :-1], output[:, -1:] + bump], 1)
-
-            hook = model.model.multi_modal_projector.register_forward_hook(push)
-            try:
-                return model(
-                    input_ids=ids, pixel_values=tiny_models.pixels(1), output_hidden_states=True
-                ).hidden_states[1]
-            finally:
-                hook.remove()
-
-        moved[mask] = (states(5.0) - states(0.0)).abs().amax(-1)[0, 1].item()
+        before, after = (tiny_models.states_after_bump(model, ids, bump)[1] for bump in (0.0, 5.0))
+        moved[mask] = (after - before).abs().amax(-1)[0, 1].item()
     assert model.config.text_config.model_type == "qwen2" and moved["causal"] == 0 and moved["bidirectional"] > 1e-4
 
 

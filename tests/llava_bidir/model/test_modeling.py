@@ -63,20 +63,7 @@ def test_change_of_the_last_image_token_reaches_the_queries_that_attend_to_it(na
     """The test fails if the mask does not reach attention, a common silent bug."""
     model = tiny_models.model(name)
     ids, _ = tiny_models.ids("ttiiiitt")
-
-    def run(bump: float):
-        def push(module, args, output):
-            output = output.clone()
-            output[:, -1] += bump
-            return output
-
-        hook = model.model.multi_modal_projector.register_forward_hook(push)
-        try:
-            return states(model, input_ids=ids, pixel_values=tiny_models.pixels(1))
-        finally:
-            hook.remove()
-
-    before, after = run(0.0), run(5.0)
+    before, after = (tiny_models.states_after_bump(model, ids, bump) for bump in (0.0, 5.0))
     moved = [(a - b).abs().max(-1).values[0] for a, b in zip(after, before, strict=True)]
     is_image = [c == "i" for c in "ttiiiitt"]
     for query in range(8):

@@ -132,9 +132,9 @@ def test_a_run_killed_after_its_last_step_is_validated_and_exported(
     assert train(tmp_path / "killed", killed=True) == -signal.SIGKILL
     assert not (tmp_path / "killed/hf").exists()
     assert train(tmp_path / "killed") == 0, (tmp_path / "log").read_text()
-    whole, resumed = results(tmp_path / "undisturbed"), results(tmp_path / "killed")
+    undisturbed, resumed = results(tmp_path / "undisturbed"), results(tmp_path / "killed")
     resumed["training.json"].pop("checkpoint", None)  # the path it was exported from
-    assert resumed == whole and "val/answer_accuracy" in whole["training.json"]
+    assert resumed == undisturbed and "val/answer_accuracy" in undisturbed["training.json"]
 
 
 def test_killed_data_worker_ends_the_run_and_loses_no_checkpoint(parts, conversations, tmp_path):

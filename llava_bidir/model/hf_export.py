@@ -41,6 +41,14 @@ def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, trai
         _compare_weights(model, type(model).from_pretrained(partial, dtype=model.dtype))
 
 
+def _compare_weights(model: torch.nn.Module, reloaded: torch.nn.Module) -> None:
+    """Compare in the dtype of the reloaded tensor, since frozen weights may have been bfloat16."""
+    written = reloaded.state_dict()
+    for name, tensor in model.state_dict().items():
+        if not torch.equal(tensor.to("cpu", written[name].dtype), written[name]):
+            raise RuntimeError(f"export: tensor {name} differs after reading it back")
+
+
 def as_llava(model: LlavaBidirForConditionalGeneration) -> LlavaForConditionalGeneration:
     """Return the same weights in transformers' own LLaVA class, which serving software supports.
 
@@ -64,11 +72,3 @@ def as_llava(model: LlavaBidirForConditionalGeneration) -> LlavaForConditionalGe
     stock.model.language_model, stock.lm_head = model.model.language_model, model.lm_head
     stock.generation_config = model.generation_config
     return stock.eval()
-
-
-def _compare_weights(model: torch.nn.Module, reloaded: torch.nn.Module) -> None:
-    """Compare in the dtype of the reloaded tensor, since frozen weights may have been bfloat16."""
-    written = reloaded.state_dict()
-    for name, tensor in model.state_dict().items():
-        if not torch.equal(tensor.to("cpu", written[name].dtype), written[name]):
-            raise RuntimeError(f"export: tensor {name} differs after reading it back")

@@ -35,7 +35,7 @@ PLACES = {  # a key where a class is expected, or where anything is
         "model.encoder": lambda bad: {"model": {"encoder": bad}},
         "model.lora": lambda bad: {"model": {"lora": bad}},
         "data.processor": lambda bad: {"data": {"processor": bad}},
-        "watch_loss": lambda bad: {"watch_loss": bad},
+        "loss_monitor": lambda bad: {"loss_monitor": bad},
         "trainer.strategy.init_args": lambda bad: {
             "trainer": {
                 "strategy": {
@@ -179,7 +179,7 @@ KEYS = {  # what does not reach out, and does not take long whatever its value
         *("model.learning_rate model.betas model.warmup_ratio model.loss_average model.lora".split()),
         *("model.max_new_tokens model.encoder.name model.encoder.layer model.lora.r data.annotations".split()),
         *("data.images data.template data.batch_size data.micro_batch_size data.max_length".split()),
-        *("trainer.max_steps trainer.plugins watch_loss".split()),
+        *("trainer.max_steps trainer.plugins loss_monitor".split()),
     ],
 }
 SCALARS = st.one_of(

@@ -285,7 +285,7 @@ def test_checkpoint_behind_an_index_loads(checkpoints, tmp_path):
         ("llm", "no vocabulary", "model.llm"),
         ("encoder", "no weights", "holds no weights"),
         ("encoder", "header without end", "encoder/model.safetensors is damaged"),
-        ("hf", "no adapter", "holds no tensor named multi_modal_projector"),
+        ("hf", "no adapter", "has no tensor named multi_modal_projector"),
     ],
 )
 def test_damaged_parts_end_training_before_it_begins(which, what, key, place):

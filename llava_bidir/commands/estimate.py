@@ -25,14 +25,8 @@ ACTIVATION_BYTES = 34
 def build_empty(module: LlavaTraining) -> LlavaBidirForConditionalGeneration:
     """The model that `module` will train, on the meta device: shapes without numbers."""
     args, tokenizer = module.hparams, module.processor.tokenizer
-    config = build_config(
-        module.encoder,
-        args.llm,
-        module.processor.image_token_id,
-        args.image_attention,
-        args.image_resize,
-        args.adapter_gain,
-    )
+    image_token_id = module.processor.image_token_id
+    config = build_config(module.encoder, args.llm, image_token_id, args.image_attention, args.image_resize)
     config.text_config.vocab_size = padded_vocab_size(config.text_config.vocab_size, len(tokenizer))
     with torch.device("meta"):
         model = LlavaBidirForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
@@ -78,7 +72,7 @@ def sizes(cli: TrainingCLI, devices: int, length: int) -> dict[str, Any]:
         "length": length,
         "batch_size": batch,
         "devices": devices,
-        "step_flops": step_flops(model).step([length] * batch, predictions * batch, batch),
+        "step_flops": step_flops(model)([length] * batch, predictions * batch, batch),
         "memory_gb": {
             "zero2": (2 * total + states + working) / 1e9,
             "zero3": (2 * total / devices + states + working) / 1e9,

@@ -1,8 +1,9 @@
-"""Image attention: which tokens of a sequence may attend to each other beyond the causal mask.
+"""Registry of image attention masks: which tokens attend to each other beyond the causal mask.
 
-A mask is named by ``config.image_attention`` and described by *block ids*: tokens that share an id >= 0 see each other
-in both directions, -1 leaves a token causal. transformers turns the ids into a mask for every backend
-(``create_causal_mask(block_sequence_ids=...)``) and adds padding and caches. This file ships inside checkpoints.
+``config.image_attention`` names a mask. A mask is a function that returns *block ids*: tokens with the same id >= 0
+attend to each other in both directions, and -1 leaves a token causal. transformers builds the mask of every backend
+from the ids (``create_causal_mask(block_sequence_ids=...)``) and adds padding and caches. Exported checkpoints contain
+a copy of this file.
 
 Shapes: B batch, N sequence.
 """
@@ -18,53 +19,56 @@ IMAGE_ATTENTION: dict[str, BlockIds | None] = {}
 
 
 def register_image_attention(name: str, block_ids: BlockIds | None) -> None:
-    """Adds a mask under `name`.
+    """Register a mask under `name`.
 
     Args:
-        name: What goes into ``config.image_attention``.
-        block_ids: bool[B, N] (True at image tokens) -> long[B, N] of block ids. None stands for plain causal attention.
+        name: Value of ``config.image_attention``.
+        block_ids: Maps bool[B, N] (True at image tokens) to block ids, long[B, N]. None means plain causal attention.
 
     Raises:
-        ValueError: The name is taken, or the function gives something else on two short samples.
+        ValueError: The name is taken, or the function returns invalid block ids for two short samples.
     """
     if name in IMAGE_ATTENTION:
-        raise ValueError(f"image_attention {name!r} is registered already; choose another name")
+        raise ValueError(f"image_attention {name!r} is already registered; choose another name")
     if block_ids is not None:
-        _check(name, block_ids)
+        _check_block_ids(name, block_ids)
     IMAGE_ATTENTION[name] = block_ids
 
 
-def _check(name: str, block_ids: BlockIds) -> None:
-    """Tries a function on "t i i t i t" and "t t t t t t". Bools, taken for ids, would make all text a block; text that
-    saw what follows could not be generated, nor be left out by the probes where it stands behind the images."""
+def _check_block_ids(name: str, block_ids: BlockIds) -> None:
+    """Call the function on "t i i t i t" and "t t t t t t" and check the ids.
+
+    A bool tensor would be read as ids that put all text into one block. Text that attends to later tokens cannot be
+    generated token by token, and the probes could not drop the text after the images.
+    """
     is_image = torch.tensor([[False, True, True, False, True, False], [False] * 6], device="cpu")
     ids = block_ids(is_image.clone())
-    given = f"{ids.dtype}{list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-    if given != f"{torch.long}{list(is_image.shape)}":
-        raise ValueError(f"image_attention {name!r} makes {given} of bool[B, N]; expected block ids, torch.int64[B, N]")
+    returned = f"{ids.dtype}{list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+    if returned != f"{torch.long}{list(is_image.shape)}":
+        raise ValueError(f"image_attention {name!r} returned {returned}; expected block ids, torch.int64[B, N]")
     if (ids[0, 5:] >= 0).any() or (ids[1] >= 0).any():
         raise ValueError(
-            f"image_attention {name!r} puts text into a block that has no image token behind it; such text stays "
-            "causal (-1), since it is generated token by token"
+            f"image_attention {name!r} puts text after the last image token into a block; such text must stay causal "
+            "(-1), because it is generated token by token"
         )
 
 
 def image_attention(name: str) -> BlockIds | None:
-    """Looks a registered mask up; the error lists what there is."""
+    """Return the block id function registered under `name`, None for causal attention."""
     if name not in IMAGE_ATTENTION:
         raise ValueError(f"unknown image_attention {name!r}; registered: {', '.join(sorted(IMAGE_ATTENTION))}")
     return IMAGE_ATTENTION[name]
 
 
 def bidirectional(is_image: Tensor) -> Tensor:
-    """One block of all image tokens of a sample. Source: Eq. 2, M(q, k) = (q in I and k in I) or q >= k.
+    """Return block ids that put all image tokens of a sample into one block.
 
-    With t text and i image tokens:
+    Source: Eq. 2, M(q, k) = (q in I and k in I) or q >= k. With t text and i image tokens:
 
     >>> bidirectional(torch.tensor([[False, True, True, False]]))   # t i i t
     tensor([[-1,  0,  0, -1]])
 
-    so that, rows being queries, the mask is::
+    Rows are queries, so the mask is::
 
         t 1 0 0 0
         i 1 1 1 0
@@ -75,10 +79,12 @@ def bidirectional(is_image: Tensor) -> Tensor:
 
 
 def prefix(is_image: Tensor) -> Tensor:
-    """One block of everything up to the last image token, system prompt included. Source: PaliGemma's prefix-LM mask.
+    """Return block ids that put all tokens up to the last image token into one block, system prompt included.
 
-    Deviates: PaliGemma's block goes on over the question; LLaVA's conversations have many turns after the image, and
-    those stay causal here. A sample without an image stays causal as a whole.
+    Source: PaliGemma's prefix-LM mask. A sample without an image stays causal.
+
+    Deviates: PaliGemma's block includes the question. LLaVA's conversations have several turns after the image, which
+    stay causal here.
 
     >>> prefix(torch.tensor([[False, True, True, False]]))          # t i i t
     tensor([[ 0,  0,  0, -1]])

@@ -1,4 +1,4 @@
-"""Puts an encoder, an adapter and an LLM together, and says what trains."""
+"""Construction of a model from encoder, adapter and LLM, and selection of its trainable parts."""
 
 import logging
 import math
@@ -22,10 +22,10 @@ from .modeling_llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGene
 log = logging.getLogger(__name__)
 
 ADAPTER = "multi_modal_projector."
-# The parts of a model and where their weights live. The encoder is always frozen, so it is not among them.
+# Parts that can train, with the name prefixes of their weights. The encoder is always frozen.
 TRAINABLE = {"adapter": (f"model.{ADAPTER}",), "llm": ("model.language_model.", "lm_head.")}
 
-# Source: Hugging Face's conversion of LLaVA-1.5, which widens the vocabulary by <image> and <pad>.
+# Source: Hugging Face's conversion of LLaVA-1.5, which extends the vocabulary by <image> and <pad>.
 EXTRA_TOKENS = ("<image>", "<pad>")
 VOCABULARY_MULTIPLE = 64
 
@@ -43,11 +43,11 @@ CHAT_TEMPLATE = (
 
 
 def build_processor(encoder: Encoder, llm: str, image_resize: str = "pad") -> LlavaProcessor:
-    """Tokenizer, image processor and chat template of a model, without its weights.
+    """Return tokenizer, image processor and chat template of a model, without loading weights.
 
     Args:
-        encoder: Decides how images become pixels and image tokens.
-        llm: Directory or hub id whose tokenizer is taken; `<image>` and `<pad>` are added to it.
+        encoder: Determines pixel statistics, image size and number of image tokens.
+        llm: Directory or hub id of the LLM; `<image>` and `<pad>` are added to its tokenizer.
         image_resize: "pad" or "center_crop", see :meth:`Encoder.image_processor`.
     """
     vision_config = encoder.load_config()
@@ -59,15 +59,15 @@ def build_processor(encoder: Encoder, llm: str, image_resize: str = "pad") -> Ll
         tokenizer=tokenizer,
         patch_size=vision_config.patch_size,
         vision_feature_select_strategy=_select_strategy(encoder),
-        num_additional_image_tokens=min(encoder.entry.extra_tokens, 1),  # those that the strategy drops
+        num_additional_image_tokens=min(encoder.entry.extra_tokens, 1),  # those the strategy drops
         chat_template=CHAT_TEMPLATE,
     )
 
 
 def build_config(
-    encoder: Encoder, llm: str, image_token_id: int, image_attention: str, image_resize: str, adapter_gain: float
+    encoder: Encoder, llm: str, image_token_id: int, image_attention: str, image_resize: str
 ) -> LlavaBidirConfig:
-    """The configuration of encoder + adapter + LLM, read without loading weights."""
+    """Return the configuration of encoder, adapter and LLM without loading weights."""
     vision_config = encoder.load_config()
     rows, columns = encoder.grid(vision_config)
     return LlavaBidirConfig(
@@ -80,7 +80,6 @@ def build_config(
         register_tokens=max(encoder.entry.extra_tokens - 1, 0),
         image_attention=image_attention,
         image_resize=image_resize,
-        adapter_gain=adapter_gain,
     )
 
 
@@ -92,44 +91,42 @@ def build_model(
     image_attention: str = "causal",
     image_resize: str = "pad",
     adapter: str | None = None,
-    adapter_gain: float = 1.0,
     attn_implementation: str = "sdpa",
     dtype: torch.dtype = torch.float32,
 ) -> LlavaBidirForConditionalGeneration:
-    """Loads encoder and LLM, adds the adapter, and widens the vocabulary to the processor's.
+    """Load encoder and LLM, add the adapter, and resize the vocabulary to the processor's.
 
     Args:
         encoder: The vision tower.
         llm: Directory or hub id of a causal language model.
         processor: From :func:`build_processor`.
-        image_attention: Registered mask among image tokens.
-        image_resize, adapter_gain: Go into the config, see :class:`LlavaBidirConfig`.
-        adapter: Checkpoint directory (stage 1's) whose adapter is taken; None draws a new one.
+        image_attention, image_resize: Stored in the config, see :class:`LlavaBidirConfig`.
+        adapter: Checkpoint directory to read the adapter from (of stage 1); None initialises a new adapter.
         attn_implementation: "sdpa", "eager" or "flex_attention".
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
 
     Raises:
-        UserError: The adapter's checkpoint does not fit.
+        UserError: The adapter does not fit this model.
     """
     tokenizer = processor.tokenizer
-    config = build_config(encoder, llm, processor.image_token_id, image_attention, image_resize, adapter_gain)
+    config = build_config(encoder, llm, processor.image_token_id, image_attention, image_resize)
     language_model = load_weights(
         "model.llm", AutoModelForCausalLM, llm, config.text_config, dtype=dtype, attn_implementation=attn_implementation
     )
     resize_vocabulary(language_model, len(tokenizer))
     config.text_config = language_model.config
-    with unpartitioned():
+    with no_zero3_partitioning():
         vision_tower = load_weights(
             "model.encoder.path", encoder.entry.model_class, encoder.path, config.vision_config, dtype=dtype
         )
-    with unpartitioned(), torch.device("meta"):
+    with no_zero3_partitioning(), torch.device("meta"):
         model = LlavaBidirForConditionalGeneration._from_config(
             config, dtype=dtype, attn_implementation=attn_implementation
         )
     model.model.vision_tower = vision_tower
     model.model.language_model = language_model.model
     model.lm_head = language_model.lm_head
-    init_adapter(model.model.multi_modal_projector.to_empty(device="cpu").float(), adapter_gain)
+    init_adapter(model.model.multi_modal_projector.to_empty(device="cpu").float())
     model.model.multi_modal_projector.to(dtype)
     if adapter is not None:
         load_adapter(model, adapter)
@@ -139,54 +136,58 @@ def build_model(
 
 
 @contextmanager
-def unpartitioned() -> Iterator[None]:
-    """Inside, transformers builds models whole even where ZeRO-3 is on (training/zero.py). The LLM is partitioned as it
-    is read; encoder and adapter are small, and DeepSpeed takes care of them once the model is put together."""
-    on = zero3._hf_deepspeed_config_weak_ref
+def no_zero3_partitioning() -> Iterator[None]:
+    """Let transformers build unpartitioned models even under ZeRO-3.
+
+    The LLM is partitioned while it is read. Encoder and adapter are small: DeepSpeed partitions them when the model is
+    complete.
+    """
+    config = zero3._hf_deepspeed_config_weak_ref  # private: transformers has a public function to unset it only
     zero3.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        zero3._hf_deepspeed_config_weak_ref = on
+        zero3._hf_deepspeed_config_weak_ref = config
 
 
 def padded_vocab_size(rows: int, tokens: int) -> int:
-    """Rows of an embedding that has `rows` and must hold `tokens`: as many, or a multiple that GPUs like."""
+    """Return `rows` if they hold `tokens`, else `tokens` rounded up to a multiple that suits GPUs."""
     return rows if tokens <= rows else math.ceil(tokens / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
 def resize_vocabulary(language_model, tokens: int) -> None:
-    """Makes room for `tokens`; new rows are drawn around the mean of the old ones."""
+    """Resize the embeddings to at least `tokens` rows; new rows are drawn around the mean of the old ones."""
     rows = language_model.get_input_embeddings().num_embeddings
     if padded_vocab_size(rows, tokens) > rows:
-        with torch.random.fork_rng(devices=[]):  # drawn alike each time: where the LLM is frozen no checkpoint has them
+        with torch.random.fork_rng(devices=[]):  # always the same rows, since checkpoints lack those of a frozen LLM
             torch.manual_seed(0)
             language_model.resize_token_embeddings(padded_vocab_size(rows, tokens), mean_resizing=True)
 
 
-def init_adapter(adapter: nn.Module, gain: float = 1.0) -> None:
-    """Draws the adapter as torch draws Linear layers, which is what LLaVA does; `gain` scales the last weight."""
+def init_adapter(adapter: nn.Module) -> None:
+    """Initialise the adapter with torch's default for Linear layers, as LLaVA does."""
     for module in adapter.modules():
         if isinstance(module, nn.Linear):
             module.reset_parameters()
-    with torch.no_grad():
-        adapter.linear_2.weight *= gain
 
 
 def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> None:
-    """Takes the adapter's weights from a checkpoint directory, refusing one trained for another encoder or mask."""
+    """Load the adapter's weights from a checkpoint directory.
+
+    Raises:
+        UserError: The directory has no adapter, or one for another encoder, LLM or mask.
+    """
     config = read_pretrained("model.adapter", LlavaBidirConfig, directory)
     for name in ("image_attention", "vision_feature_layer", "image_seq_length"):
-        theirs, ours = getattr(config, name), getattr(model.config, name)
-        if theirs != ours:
+        saved, expected = getattr(config, name), getattr(model.config, name)
+        if saved != expected:
             raise UserError(
-                f"adapter checkpoint {directory}: {name} is {theirs!r} there and {ours!r} here; both stages of a model "
-                "use the same one (paper, Sec. 5)"
+                f"adapter checkpoint {directory} has {name} {saved!r}, this model {expected!r}; use the same in both "
+                "stages (paper, Sec. 5)"
             )
-    model.config.adapter_gain = config.adapter_gain  # how it once began, for controls that begin anew
     weights = {k.partition(ADAPTER)[2]: tensor for k, tensor in read_tensors(Path(directory), ADAPTER).items()}
     if not weights:
-        raise UserError(f"adapter checkpoint {directory} holds no tensor named {ADAPTER}*")
+        raise UserError(f"adapter checkpoint {directory} has no tensor named {ADAPTER}*")
     try:
         model.model.multi_modal_projector.load_state_dict(weights)
     except RuntimeError as error:
@@ -194,32 +195,32 @@ def load_adapter(model: LlavaBidirForConditionalGeneration, directory: str) -> N
 
 
 def read_tensors(directory: Path, part: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint directory whose names have `part` in them; the others stay on disk.
+    """Return the tensors of a checkpoint directory whose names contain `part`; the others are not read.
 
     Raises:
-        UserError: There are no weights, or a file of them is damaged.
+        UserError: The directory has no weights, or a weight file is damaged.
     """
-    found = {}
+    matches = {}
     for file in weight_files(directory):
         with error_context(file):
             if file.suffix == ".safetensors":
                 with safe_open(file, "pt") as tensors:
-                    found |= {name: tensors.get_tensor(name) for name in tensors.keys() if part in name}
+                    matches |= {name: tensors.get_tensor(name) for name in tensors.keys() if part in name}
             else:
                 tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-                found |= {name: tensor for name, tensor in tensors.items() if part in name}
-    return found
+                matches |= {name: tensor for name, tensor in tensors.items() if part in name}
+    return matches
 
 
 def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:
-    """Freezes everything but `parts` ("adapter", "llm") and returns the number of parameters that train, by part.
+    """Freeze all but `parts` ("adapter", "llm") and return the number of trainable parameters per part.
 
-    Of an LLM with low-rank updates (lora.py) only these train.
+    If the LLM has low-rank updates (lora.py), only the updates train.
     """
     unknown = set(parts) - set(TRAINABLE)
     if unknown or not parts:
         raise UserError(
-            f"model.trainable must be some of {', '.join(TRAINABLE)}; got {parts}. The encoder never trains"
+            f"model.trainable must list some of {', '.join(TRAINABLE)}, got {parts}; the encoder never trains"
         )
     counts = dict.fromkeys(parts, 0)
     updates_only = has_lora(model)
@@ -229,10 +230,10 @@ def set_trainable(model: nn.Module, parts: list[str]) -> dict[str, int]:
             part = None
         parameter.requires_grad_(part is not None)
         if part is not None:
-            counts[part] += getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves 0 elements in place
+            counts[part] += getattr(parameter, "ds_numel", parameter.numel())  # numel() is 0 under ZeRO-3
     return counts
 
 
 def _select_strategy(encoder: Encoder) -> str:
-    """Hugging Face's word for the tokens to drop: "default" drops CLS, "full" nothing. Registers go in the model."""
+    """Return Hugging Face's name for the tokens to drop: "default" is CLS, "full" none; the model drops registers."""
     return "default" if encoder.entry.extra_tokens else "full"

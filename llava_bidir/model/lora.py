@@ -1,4 +1,4 @@
-"""Low-rank updates of the LLM (LoRA) through peft, and their merging into its weights."""
+"""LoRA updates of the LLM by peft, and their merging into the weights."""
 
 import copy
 from dataclasses import dataclass
@@ -11,19 +11,20 @@ from torch import nn
 
 from .modeling_llava_bidir import LlavaBidirForConditionalGeneration
 
-NAME = "default"  # peft's name of the only set of updates
-UPDATES = ".lora_"  # is part of the names of their weights
+NAME = "default"  # the name peft gives to a single set of updates
+UPDATES = ".lora_"  # substring of the parameter names of updates
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank updates of every linear layer of the LLM but its head. Source: LLaVA scripts/v1_5/finetune_lora.sh and
-    train.py:108, find_all_linear_names.
+    """Low-rank updates of every linear layer of the LLM except its head.
+
+    Source: LLaVA scripts/v1_5/finetune_lora.sh and train.py:108, find_all_linear_names.
 
     Args:
         r: Rank.
-        alpha: The updates are scaled by alpha / r.
-        dropout: Of what goes into them.
+        alpha: Updates are scaled by alpha / r.
+        dropout: Dropout probability of the input of the updates.
     """
 
     r: int = 128
@@ -32,17 +33,17 @@ class Lora:
 
 
 def add_lora(model: LlavaBidirForConditionalGeneration, lora: Lora) -> None:
-    """Puts updates, zero at first, beside the linear layers of the LLM. They are drawn and kept in its dtype."""
+    """Add updates to the linear layers of the LLM, in its dtype; they are zero at first."""
     config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear")
-    inject_adapter_in_model(config, model.model.language_model, NAME)  # the head is not inside of it
+    inject_adapter_in_model(config, model.model.language_model, NAME)  # language_model does not include the head
 
 
 @torch.no_grad()
 def merge_lora(model: LlavaBidirForConditionalGeneration) -> LlavaBidirForConditionalGeneration:
-    """The model without updates, which are added to its weights; a model that has none is returned as it is.
+    """Return a copy of the model with the updates added to its weights, or the model itself if it has none.
 
-    What is given stays as it is and can go on training. The merged weights are new, in the dtype of the old ones and
-    on the CPU, for a GPU that just trained may be full; all the rest is shared.
+    The given model is unchanged and can continue training. Merged weights keep their dtype and are on the CPU, because
+    a GPU may be full after training. All other tensors are shared.
     """
     if not has_lora(model):
         return model
@@ -50,12 +51,12 @@ def merge_lora(model: LlavaBidirForConditionalGeneration) -> LlavaBidirForCondit
     merged = copy.deepcopy(model, shared)
     for name, layer in list(merged.named_modules()):
         if isinstance(layer, LoraLayer):
-            merged.set_submodule(name, _merged(layer))
+            merged.set_submodule(name, _merge_layer(layer))
     del merged.model.language_model.peft_config
     return merged
 
 
-def _merged(layer: LoraLayer) -> nn.Linear:
+def _merge_layer(layer: LoraLayer) -> nn.Linear:
     base = layer.get_base_layer()
     linear = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     weight = (base.weight + layer.get_delta_weight(NAME)).to("cpu", base.weight.dtype)
@@ -64,4 +65,5 @@ def _merged(layer: LoraLayer) -> nn.Linear:
 
 
 def has_lora(model: nn.Module) -> bool:
+    """Return True if a layer of the model has low-rank updates."""
     return any(isinstance(module, LoraLayer) for module in model.modules())

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, how to load it, how it was made."""
+"""The model card of an exported model: architecture, loading, training settings."""
 
 import transformers
 from transformers import LlavaConfig
@@ -24,11 +24,11 @@ model = AutoModelForImageTextToText.from_pretrained(DIR{remote})
 processor = AutoProcessor.from_pretrained(DIR)
 ```
 
-Images are {aspect}. Attention backends: sdpa, eager or flex_attention{flash}.
+Images are {resize}. Attention backends: sdpa, eager or flex_attention{flash}.
 
-## How it was made
+## Training
 
-{recipe}
+{training}
 
 Written by llava-bidir {version} with transformers {transformers}.
 """
@@ -36,13 +36,13 @@ Written by llava-bidir {version} with transformers {transformers}.
 MASKS = {
     "causal": "Image tokens attend causally, as in LLaVA-1.5.",
     "bidirectional": "Image tokens attend to each other in both directions (arXiv 2603.17228, Eq. 2); text is causal.",
-    "prefix": "Everything up to the last image token attends in both directions; the text behind it is causal.",
+    "prefix": "All tokens up to the last image token attend in both directions; the text after it is causal.",
 }
 RESIZES = {"pad": "padded to a square with the mean colour", "center_crop": "cropped to the centre square"}
 
 
-def model_card(config: LlavaConfig, facts: dict) -> str:
-    """Markdown for an exported model; `facts` are those of its training run, listed as they are."""
+def model_card(config: LlavaConfig, training: dict) -> str:
+    """Return the Markdown of an exported model's card; `training` lists settings and metrics of its training run."""
     from llava_bidir import __version__
 
     attention = getattr(config, "image_attention", "causal")
@@ -55,9 +55,9 @@ def model_card(config: LlavaConfig, facts: dict) -> str:
         layers=config.text_config.num_hidden_layers,
         mask=MASKS.get(attention, f"Image attention: {attention}."),
         remote="" if stock else ", trust_remote_code=True",
-        aspect=RESIZES[getattr(config, "image_resize", "pad")],
-        flash="" if stock else "; flash attention would drop the mask and is refused",
-        recipe="\n".join(f"- {name}: {value}" for name, value in facts.items()) or "Not recorded.",
+        resize=RESIZES[getattr(config, "image_resize", "pad")],
+        flash="" if stock else "; flash attention ignores the mask and is rejected",
+        training="\n".join(f"- {name}: {value}" for name, value in training.items()) or "Not recorded.",
         version=__version__,
         transformers=transformers.__version__,
     )

@@ -1,11 +1,11 @@
-"""LLaVA-1.5 with a choice of attention among the image tokens.
+"""LLaVA-1.5 with selectable attention among image tokens.
 
-One class for every mask: ``config.image_attention`` names an entry of :mod:`.attention`. ``causal`` is stock LLaVA bit
-for bit. The model type is its own, because a stock ``llava`` class would load such a checkpoint, ignore the extra key
-and run it causally. This file and :mod:`.attention` ship inside checkpoints (``trust_remote_code``), so they import
-nothing else of the package.
+One class implements all masks: ``config.image_attention`` names an entry of :mod:`.attention`. ``causal`` equals stock
+LLaVA bit for bit. The model type is not ``llava``, because the stock class would ignore the extra key and run the model
+causally. Exported checkpoints contain this file and :mod:`.attention` (``trust_remote_code``), so both import nothing
+else of the package.
 
-Shapes: B batch, N tokens given in this call, P tokens in the cache before them.
+Shapes: B batch, N tokens of this call, P tokens in the cache before them.
 """
 
 import torch
@@ -24,23 +24,21 @@ from transformers.masking_utils import create_causal_mask
 
 from .attention import image_attention
 
-# Backends that apply an arbitrary mask. Flash-attention 2 and 3 take padding only and drop the rest without a word.
+# Backends that apply any mask. Flash attention 2 and 3 support padding masks only and silently ignore other masks.
 MASKED_BACKENDS = ("sdpa", "eager", "flex_attention")
 
 
 @strict
 class LlavaBidirConfig(LlavaConfig):
-    """LlavaConfig plus what a LLaVA checkpoint otherwise leaves to chance.
+    """LlavaConfig plus the mask, the resizing of images and the encoder's registers.
 
     Args:
-        image_attention: Name of the mask among image tokens: "causal", "bidirectional" (Eq. 2), "prefix", or whatever
+        image_attention: Name of the mask among image tokens: "causal", "bidirectional" (Eq. 2), "prefix", or one that
             was registered with :func:`.attention.register_image_attention`.
-        image_resize: How images become squares: "pad" with the mean colour (LLaVA's stage 2 and evaluation), "center_crop" to
-            the centre (its stage 1).
-        register_tokens: Tokens of the encoder between CLS and patches, which are kept from the adapter. A stock LLaVA
-            would take them for patches.
-        adapter_gain: Factor on the adapter's last weight at initialisation. Visual tokens of trained LLaVAs are many
-            times longer than words; 1 is LLaVA's own.
+        image_resize: How images become squares: "pad" adds borders of the mean colour (LLaVA's stage 2 and evaluation),
+            "center_crop" cuts the sides off (LLaVA's stage 1).
+        register_tokens: Number of encoder tokens between CLS and patches. They are dropped before the adapter; stock
+            LLaVA would treat them as patches.
     """
 
     model_type = "llava_bidir"
@@ -48,9 +46,11 @@ class LlavaBidirConfig(LlavaConfig):
     image_attention: str = "causal"
     image_resize: str = "pad"
     register_tokens: int = 0
-    adapter_gain: float = 1.0
 
     def __post_init__(self, **kwargs):
+        kwargs.pop("adapter_gain", None)  # checkpoints of earlier versions have this key and the next one
+        if resize := kwargs.pop("image_aspect", None):
+            self.image_resize = "center_crop" if resize == "crop" else resize
         super().__post_init__(**kwargs)
         image_attention(self.image_attention)  # an unknown name fails here, not in the first forward
 
@@ -59,7 +59,7 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
     """`LlavaForConditionalGeneration` whose LLM runs under ``config.image_attention``.
 
     Raises:
-        ValueError: The attention backend would drop the mask, or there are no `input_ids` to find the image tokens in.
+        ValueError: The attention backend would ignore the mask, or `input_ids`, which locate image tokens, are missing.
     """
 
     config: LlavaBidirConfig
@@ -68,7 +68,7 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
     def __init__(self, config: LlavaBidirConfig):
         super().__init__(config)
         if config.register_tokens:
-            patches = slice(config.register_tokens, None)  # LlavaModel has dropped CLS by then
+            patches = slice(config.register_tokens, None)  # LlavaModel drops CLS before this hook runs
             self.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: (args[0][:, patches],))
 
     def forward(
@@ -83,12 +83,12 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
         logits_to_keep: int | Tensor = 0,
         **kwargs,
     ):
-        """As the parent's; a 4D `attention_mask` (BlockMask under flex attention) is taken as final and passed on."""
+        """Apply ``config.image_attention``; a 4D `attention_mask` (BlockMask for flex attention) is used unchanged."""
         if _is_padding_mask(attention_mask) and self.config.image_attention != "causal":
             if input_ids is None:
                 raise ValueError(
-                    f"image_attention={self.config.image_attention!r} finds the image tokens in input_ids; "
-                    "pass them instead of inputs_embeds, or pass a finished 4D attention_mask"
+                    f"image_attention={self.config.image_attention!r} locates image tokens by input_ids; "
+                    "pass input_ids instead of inputs_embeds, or pass a 4D attention_mask"
                 )
             attention_mask = self._llm_mask(input_ids, attention_mask, past_key_values)
         return super().forward(
@@ -106,7 +106,7 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
     def prepare_inputs_for_generation(
         self, input_ids, next_sequence_length=None, past_key_values=None, attention_mask=None, **kwargs
     ):
-        """Builds the prefill mask here, from all ids: generate() gives a static cache a plain causal one otherwise."""
+        """Build the prefill mask from all ids; generate() would use a causal mask with a static cache."""
         new_tokens = next_sequence_length or input_ids.shape[1]
         if new_tokens > 1 and _is_padding_mask(attention_mask) and self.config.image_attention != "causal":
             attention_mask = self._llm_mask(input_ids[:, -new_tokens:], attention_mask, past_key_values)
@@ -119,16 +119,16 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
         )
 
     def _llm_mask(self, input_ids: Tensor, padding: Tensor | None, cache: Cache | None):
-        """The LLM's attention mask for `input_ids` long[B, N] behind P cached tokens; `padding` is 0/1 [B, P + N]."""
+        """Return the LLM's mask for `input_ids` long[B, N] after P cached tokens; `padding` is 0/1 [B, P + N]."""
         is_image = input_ids == self.config.image_token_id
         cached = cache.get_seq_length() if cache is not None else 0
         if cached > 0 and is_image.any():
             raise ValueError(
-                f"image_attention={self.config.image_attention!r}: image tokens arrived after {cached} cached tokens; "
-                "all images of a prompt must be in the first forward, since earlier image tokens must see later ones"
+                f"image_attention={self.config.image_attention!r}: got image tokens after {cached} cached tokens; "
+                "pass all images of a prompt in the first forward, since image tokens attend to later image tokens"
             )
         if cached > 0 or not is_image.any():
-            return padding  # nothing but text rows, and those are causal under every mask
+            return padding  # only text rows, which are causal under every mask
         text_config = self.config.get_text_config()
         return build_mask(
             self.config.image_attention, text_config, is_image, padding, past_key_values=cache, dtype=self.dtype
@@ -136,7 +136,7 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
 
 
 def _is_padding_mask(attention_mask) -> bool:
-    """True for no mask or a 2D one; 4D masks, flex attention's BlockMask and dicts are finished."""
+    """Return True for None or a 2D mask. 4D masks, BlockMasks of flex attention and dicts are used unchanged."""
     return attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2)
 
 
@@ -149,15 +149,15 @@ def build_mask(
     past_key_values: Cache | None = None,
     dtype: torch.dtype = torch.float32,
 ):
-    """The LLM's mask as its backend wants it: bool[B, 1, N, N] for sdpa (True = may attend), additive for eager.
+    """Return the LLM's mask for its backend: bool[B, 1, N, N] (True = attend) for sdpa, additive for eager.
 
     Args:
-        name: Registered image attention.
-        text_config: Of the LLM; says which backend.
+        name: Name of a registered image attention.
+        text_config: Configuration of the LLM, which names the backend.
         is_image: bool[B, N], True at image tokens.
-        padding: 0/1 [B, N], 0 at padding on either side; None where there is none.
-        past_key_values: An empty cache, if one is going to be filled (its size fixes the mask's last axis).
-        dtype: Of an additive mask.
+        padding: 0/1 [B, N], 0 at padding on either side; None without padding.
+        past_key_values: The empty cache to be filled, if any. Its size sets the mask's last axis.
+        dtype: Dtype of an additive mask.
 
     Raises:
         ValueError: The backend cannot apply the mask.
@@ -165,25 +165,25 @@ def build_mask(
     block_ids = image_attention(name)
     if text_config._attn_implementation not in MASKED_BACKENDS:
         raise ValueError(
-            f"attn_implementation={text_config._attn_implementation!r} ignores masks, so that "
+            f"attn_implementation={text_config._attn_implementation!r} ignores masks, so "
             f"image_attention={name!r} would silently run as causal; use one of {', '.join(MASKED_BACKENDS)}: "
             "from_pretrained(..., attn_implementation='sdpa')"
         )
     mask = create_causal_mask(
         config=text_config,
-        inputs_embeds=torch.empty(*is_image.shape, 0, dtype=dtype, device=is_image.device),  # read for its shape only
+        inputs_embeds=torch.empty(*is_image.shape, 0, dtype=dtype, device=is_image.device),  # only its shape is used
         attention_mask=padding,
         past_key_values=past_key_values,
         block_sequence_ids=None if block_ids is None else block_ids(is_image),
         allow_is_causal_skip=False,
     )
     if mask is None or len(mask.shape) != 4:
-        raise ValueError(f"transformers built no 4D mask for image_attention={name!r}, but {mask!r}")
+        raise ValueError(f"transformers built {mask!r} for image_attention={name!r}; expected a 4D mask")
     return mask
 
 
-# Weights lie in files as in a llava. Without this, the head of a released one would not be found under its name there,
-# and be drawn anew with no more than a warning.
+# Weight files use the names of llava checkpoints. Without this mapping, transformers would not find the LLM head of a
+# released LLaVA and would re-initialise it with only a warning.
 register_checkpoint_conversion_mapping(
     LlavaBidirForConditionalGeneration.__name__, get_checkpoint_conversion_mapping("llava"), overwrite=True
 )

@@ -1,0 +1,1 @@
+"""Training of both stages: `llava-bidir fit`, `validate` and `test`."""

@@ -1,13 +1,13 @@
-"""DeepSpeed ZeRO for Lightning: 7B models over several GPUs, and the same code on CPU processes for tests.
+"""DeepSpeed ZeRO for Lightning: 7B models on several GPUs, and the same code on CPU processes for tests.
 
-Each device holds its share of the optimizer's state and gradients (stage 2), and of the parameters too (stage 3).
-Weights are bf16 where the trainer's precision is bf16-mixed, with fp32 masters in the optimizer, as LLaVA trains.
+Stage 2 shards optimizer state and gradients over the devices, stage 3 also the parameters. With precision bf16-mixed,
+weights are bf16 with fp32 masters in the optimizer, as LLaVA trains.
 
-Stage 3 shares out the frozen encoder too. Held whole it would save one transfer of 0.6 GB a micro-batch (CLIP ViT-L in
-bf16), beside some 40 GB that the LLM's layers are sent in (7B, recomputed once), and it would cost as much memory on
-every device. What ranks must not do is skip it: see LlavaTraining's black image.
+Stage 3 also shards the frozen encoder. Replicating it would save 0.6 GB of communication per micro-batch (CLIP ViT-L in
+bf16), compared to about 40 GB for the LLM's layers (7B, recomputed once), at 0.6 GB of memory per device. No rank may
+skip the encoder: see LlavaTraining's black image.
 
-A run goes on with as many devices as it had, or through DeepSpeed's ds_to_universal with any number.
+A run resumes on the same number of devices, or on any number after DeepSpeed's ds_to_universal.
 """
 
 import os
@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
@@ -30,22 +29,25 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 from torch.distributed import distributed_c10d
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+from transformers.modeling_utils import local_torch_dtype
 
 from llava_bidir.common.atomic_io import partial_path, wrap_os_errors
 from llava_bidir.common.checkpoint_io import find_unsafe_globals, finish_directory, read_listing
 from llava_bidir.common.errors import UserError
-from llava_bidir.model.build import unpartitioned
+from llava_bidir.model.build import no_zero3_partitioning
 
-TAG = "checkpoint"  # Lightning's name of the folder inside a checkpoint directory
-UNIVERSAL = "zero"  # DeepSpeed's name of the folder of a universal checkpoint, one folder inside a parameter
+TAG = "checkpoint"  # Lightning's name of the folder in a checkpoint directory
+UNIVERSAL = "zero"  # DeepSpeed's name of the folder of a universal checkpoint, which has one folder per parameter
 
 
 class ZeRO(DeepSpeedStrategy):
-    """Lightning's DeepSpeed strategy with DeepSpeed's own words as options; checkpoints hold what trains.
+    """Lightning's DeepSpeed strategy with DeepSpeed's option names; checkpoints hold trainable weights only.
+
+    Private functions of Lightning are used here: `_init_deepspeed_distributed`, `_init_config_if_needed`, `_timeout`.
 
     Args:
-        zero_optimization: DeepSpeed's section of that name. Numbers only: Lightning resolves no "auto".
-        timeout_minutes: How long a rank waits for the others before the run fails.
+        zero_optimization: DeepSpeed's section of that name. Numbers only: Lightning does not resolve "auto".
+        timeout_minutes: Time that a rank waits for the others before the run fails.
 
     Raises:
         UserError: DeepSpeed is not installed.
@@ -53,111 +55,119 @@ class ZeRO(DeepSpeedStrategy):
 
     def __init__(self, zero_optimization: dict[str, Any], timeout_minutes: float = 30.0):
         if find_spec("deepspeed") is None:
-            raise UserError("ZeRO needs DeepSpeed, which is not installed: pip install 'llava-bidir[cluster]'")
+            raise UserError("ZeRO needs DeepSpeed, which is not installed; run: pip install 'llava-bidir[cluster]'")
         if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read on import of deepspeed
         super().__init__(
             config={
-                "train_micro_batch_size_per_gpu": 1,  # goes to DeepSpeed's log; Lightning would open the data for it
+                "train_micro_batch_size_per_gpu": 1,  # only logged; Lightning would open the data for it
                 "zero_allow_untested_optimizer": True,
-                "zero_force_ds_cpu_optimizer": False,  # offloaded, torch's fused AdamW runs on the CPU as well
+                "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW also runs on the CPU
                 "zero_optimization": dict(zero_optimization),
             },
             timeout=timedelta(minutes=timeout_minutes),
             exclude_frozen_parameters=True,
         )
 
-    # ------------------------------------------------------------------------- on CPU, where Lightning expects CUDA
+    # ------------------------------------------------------------------------- CPU, where Lightning expects CUDA
     @property
     def root_device(self) -> torch.device:
+        """The rank's device, with the index that DeepSpeed needs on the CPU too."""
         device = super().root_device
-        return torch.device("cpu", self.local_rank) if device.type == "cpu" else device  # DeepSpeed asks for an index
+        return torch.device("cpu", self.local_rank) if device.type == "cpu" else device
 
     def setup_environment(self) -> None:
+        """Set up the ranks; on CPUs, skip Lightning's check for CUDA."""
         if not isinstance(self.accelerator, CPUAccelerator):
             return super().setup_environment()
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
+        """Start the process group, gloo on CPUs."""
         if not isinstance(self.accelerator, CPUAccelerator):
             return super().setup_distributed()
         reset_seed()
         self.set_world_ranks()
-        # shared-memory communication would be compiled on first use; gloo does without
+        # DeepSpeed would compile shared-memory communication on first use; gloo does not need it
         import_module("deepspeed.comm.torch").build_shm_op = lambda: None
         self._init_deepspeed_distributed()
 
     def setup(self, trainer: Trainer) -> None:
+        """Set the timeout of all process groups: DeepSpeed creates its own with torch's default."""
         super().setup(trainer)
-        for group in distributed_c10d._world.pg_map:  # DeepSpeed makes its groups without a timeout: torch's default
+        for group in distributed_c10d._world.pg_map:  # private in torch, as is _set_pg_timeout
             distributed_c10d._set_pg_timeout(self._timeout, group)
 
     def teardown(self) -> None:
+        """Switch partitioning off in transformers too."""
         unset_hf_deepspeed_config()
         super().teardown()
 
     # ------------------------------------------------------------------------- building
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """While this strategy lives, `from_pretrained` partitions each tensor as it is read under ZeRO-3: rank 0 reads,
-        and no rank ever holds the LLM whole. Lightning's own context would partition all that is built inside of it,
-        even the skeleton on the meta device, which has nothing to partition."""
+        """Let `from_pretrained` partition each tensor while it is read under ZeRO-3, until teardown.
+
+        Rank 0 reads, and no rank ever holds the complete LLM. Lightning's own context would also partition models on
+        the meta device, which have no data.
+        """
         self._init_config_if_needed()
         self.transformers_config = HfDeepSpeedConfig(self.config)  # transformers keeps a weak reference
         bf16 = self.precision_plugin.precision.startswith("bf16")
-        with _DtypeContextManager(torch.bfloat16 if bf16 else torch.float32):
+        with local_torch_dtype(torch.bfloat16 if bf16 else torch.float32):
             yield
-        for buffer in self.lightning_module.buffers():  # DeepSpeed moves parameters
+        for buffer in self.lightning_module.buffers():  # DeepSpeed moves parameters only
             buffer.data = buffer.data.to(self.root_device)
 
     def backward(self, closure_loss: torch.Tensor, optimizer, *args: Any, **kwargs: Any) -> None:
-        """Lightning has divided the loss by the accumulated batches; DeepSpeed would do so again."""
+        """Run backward without DeepSpeed's division by the accumulated batches, since Lightning has done it."""
         super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     # ------------------------------------------------------------------------- checkpoints
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
-        """Every rank writes its share; the directory has its name only once all of it is on disk."""
+        """Write each rank's shard into a temporary directory, which is renamed when all shards are on disk."""
         path = Path(self.broadcast(filepath))
         if self.is_global_zero:
             shutil.rmtree(partial_path(path), ignore_errors=True)
         with wrap_os_errors(path):
             super().save_checkpoint(checkpoint, str(partial_path(path)), storage_options)  # ends with a barrier
             if self.is_global_zero:
-                finish_directory(path, {**self._layout(), "trained": sorted(self._trained())})
+                finish_directory(path, {**self._layout(), "trained": sorted(self._trainable_names())})
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = None) -> dict[str, Any]:
-        """
+        """Load a checkpoint of a ZeRO run, or one converted by ds_to_universal.
+
         Raises:
-            UserError: It is not whole, trains other parameters, or is cut for another number of devices, another
-                stage or another precision.
+            UserError: The checkpoint is incomplete, has other trainable parameters, or was sharded for another number
+                of devices, stage or precision.
         """
         path = Path(checkpoint_path)
         if path.is_file():
             raise UserError(
-                f"checkpoint {path} is a file, from a run without ZeRO; resume it without configs/cluster/zero*.yaml"
+                f"checkpoint {path} is a file of a run without ZeRO; resume without configs/cluster/zero*.yaml"
             )
         if (path / TAG / UNIVERSAL).is_dir():
             return self._load_universal(path)
         listing = read_listing(path)
-        self._check_trained(path, set(listing["trained"]))
+        self._check_trainable(path, set(listing["trained"]))
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
             self._check_layout(path, listing)
-        elif self.zero_stage_3:  # where DeepSpeed expects the optimizer that only training has
+        elif self.zero_stage_3:  # DeepSpeed's loader needs the optimizer, which exists in training only
             return self._load_weights(path)
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     def _load_universal(self, path: Path) -> dict[str, Any]:
-        """A checkpoint that DeepSpeed's ds_to_universal made, for any number of devices."""
+        """Load a checkpoint of DeepSpeed's ds_to_universal, for any number of devices."""
         if problem := find_unsafe_globals(path):
             raise UserError(f"checkpoint {path}: {problem}")
-        self._check_trained(path, {folder.name for folder in (path / TAG / UNIVERSAL).iterdir() if folder.is_dir()})
+        self._check_trainable(path, {folder.name for folder in (path / TAG / UNIVERSAL).iterdir() if folder.is_dir()})
         optimizer = self.deepspeed_engine.optimizer.optimizer
         settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        self.deepspeed_engine._config.load_universal_checkpoint = True
+        self.deepspeed_engine._config.load_universal_checkpoint = True  # private; DeepSpeed has no other switch
         state = super().load_checkpoint(str(path))
-        # DeepSpeed gives all groups the settings of the first, and under ZeRO-3 one tensor to count their steps in,
-        # which each of them then advances
+        # DeepSpeed sets all groups to the settings of the first. Under ZeRO-3 all moments share one step tensor, which
+        # each of them would advance.
         for group, own, rate in zip(
             optimizer.param_groups, settings, state["lr_schedulers"][0]["_last_lr"], strict=True
         ):
@@ -167,34 +177,34 @@ class ZeRO(DeepSpeedStrategy):
         return state
 
     def _load_weights(self, path: Path) -> dict[str, Any]:
-        """Rank 0 reads the weights and hands them out, one tensor at a time."""
+        """Read the weights on rank 0 and scatter them, one tensor at a time."""
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-        weights = read_weights(path) if self.is_global_zero else {}
+        weights = load_zero_weights(path) if self.is_global_zero else {}
         for name, parameter in self.lightning_module.named_parameters():
             if parameter.requires_grad:
                 with GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
                     if self.is_global_zero:
                         parameter.copy_(weights.pop(name))
-        return read_state(path)
+        return load_zero_state(path)
 
-    def _check_trained(self, path: Path, saved: set[str]) -> None:
-        different = saved ^ self._trained()
+    def _check_trainable(self, path: Path, saved: set[str]) -> None:
+        different = saved ^ self._trainable_names()
         if different:
             raise UserError(
-                f"checkpoint {path} and model.trainable differ in {len(different)} tensors, {min(different)} for one; it "
+                f"checkpoint {path} and model.trainable differ in {len(different)} tensors, e.g. {min(different)}; it "
                 "belongs to another stage or model"
             )
 
     def _layout(self) -> dict[str, Any]:
-        """What decides how the optimizer's state is cut."""
+        """Return the settings that determine how the optimizer's state is sharded."""
         stage = self.config["zero_optimization"]["stage"]
         return {"world_size": self.world_size, "stage": stage, "precision": self.precision_plugin.precision}
 
     def _check_layout(self, path: Path, listing: dict[str, Any]) -> None:
         for key, ours in self._layout().items():
             if listing[key] != ours:
-                way_out = f"go on from the weights alone: llava-bidir export {path} DIR"
+                way_out = f"start from the weights alone: llava-bidir export {path} DIR"
                 if key == "world_size":
                     way_out = (
                         "convert it for any number of devices: python -m deepspeed.checkpoint.ds_to_universal "
@@ -202,34 +212,34 @@ class ZeRO(DeepSpeedStrategy):
                         "resume with --ckpt_path NEW.ckpt"
                     )
                 raise UserError(
-                    f"checkpoint {path} has {key} {listing[key]} and this run {ours}: the optimizer's state does not "
-                    f"fit. Resume with {key} {listing[key]}, or {way_out}"
+                    f"checkpoint {path} has {key} {listing[key]} and this run {ours}, so the optimizer's state does "
+                    f"not fit. Resume with {key} {listing[key]}, or {way_out}"
                 )
 
-    def _trained(self) -> set[str]:
+    def _trainable_names(self) -> set[str]:
         return {name for name, parameter in self.lightning_module.named_parameters() if parameter.requires_grad}
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, parameters that ZeRO-3 partitioned are whole, on every rank; all ranks must enter. Does nothing to
-    other models."""
+def gather_parameters(model: nn.Module) -> Iterator[None]:
+    """Gather parameters that ZeRO-3 partitioned, on every rank; all ranks must enter. A no-op for other models."""
     partitioned = [p for p in model.parameters() if hasattr(p, "ds_id")]
     if not partitioned:
         yield
         return
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-    with unpartitioned(), GatheredParameters(partitioned):
+    with no_zero3_partitioning(), GatheredParameters(partitioned):
         yield
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """What a ZeRO checkpoint trained, put together on the CPU from the fp32 masters of all ranks, in the dtype that the
-    run computed with.
+def load_zero_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the trained weights of a ZeRO checkpoint on the CPU, in the dtype of the run's computations.
+
+    They are assembled from the fp32 masters of all ranks.
 
     Raises:
-        UserError: The checkpoint is not whole.
+        UserError: The checkpoint is incomplete.
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -238,8 +248,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """Lightning's part of a ZeRO checkpoint: settings, loops, callbacks, data."""
+def load_zero_state(path: Path) -> dict[str, Any]:
+    """Return Lightning's part of a ZeRO checkpoint: settings, loops, callbacks, data."""
     from deepspeed.utils.zero_to_fp32 import get_model_state_file
 
     file = get_model_state_file(str(path / TAG), read_listing(path)["stage"])

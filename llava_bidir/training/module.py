@@ -1,12 +1,10 @@
-"""The two stages of LLaVA-1.5 as one LightningModule; a stage is a config.
-
-Shapes: B batch, N sequence, n positions whose next token some sample of the batch is trained on, V vocabulary.
-"""
+"""LightningModule for both training stages of LLaVA-1.5; the config selects the stage."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -18,46 +16,49 @@ from torchmetrics import MeanMetric
 
 from llava_bidir.common.checkpoint_io import check_resume_compatible
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf_loading import read_json
 from llava_bidir.data.conversation import IGNORE_INDEX
 from llava_bidir.model.build import build_model, build_processor, set_trainable
 from llava_bidir.model.encoders import Encoder
+from llava_bidir.model.hf_export import TRAINING_JSON
 from llava_bidir.model.lora import Lora, add_lora
 
 from .optim import build_optimizer, build_schedule
 from .resume import rescale_progress
-from .throughput import MEASURED
+from .throughput import TIMING_METRICS
 
 log = logging.getLogger(__name__)
 
-# Settings of the model that a run may go on with others of: they change no result, beyond rounding.
+# Settings that may change when a run is resumed: they do not change results beyond rounding.
 RESUME_OVERRIDABLE = ("attn_implementation", "compile", "gradient_checkpointing", "max_new_tokens")
 
 
 class LlavaTraining(LightningModule):
-    """Trains an adapter (stage 1), or adapter and LLM (stage 2), on conversations about images.
+    """Training of an adapter (stage 1), or of adapter and LLM (stage 2), on conversations about images.
 
     Args:
         encoder: The vision tower; always frozen.
         llm: Directory or hub id of the language model.
-        trainable: What trains: [adapter] in stage 1, [adapter, llm] in stage 2.
+        trainable: Parts to train: [adapter] in stage 1, [adapter, llm] in stage 2.
         image_attention: Mask among image tokens: causal, bidirectional (Eq. 2), prefix, or a registered one.
         image_resize: How images become squares: center_crop (LLaVA's stage 1) or pad (stage 2).
         adapter: Checkpoint directory whose adapter stage 2 starts from.
-        adapter_gain: Factor on a new adapter's last weight, see LlavaBidirConfig.
+        adapter_init_scale: Factor on the last weight of a new adapter; 1 is LLaVA's initialisation. A loaded adapter
+            keeps its own.
         learning_rate: Peak learning rate.
-        adapter_learning_rate: Another one for the adapter.
-        betas, weight_decay: AdamW's.
-        warmup_ratio: Share of the steps that the learning rate rises; then it falls as a cosine to zero.
-        loss_average: Over what a step's loss is averaged: "llava", each micro-batch's tokens, then micro-batches and
-            devices, as LLaVA ran; "tokens", all supervised tokens of the global batch, so that neither accumulation nor
-            the number of devices changes it.
-        lora: Low-rank updates of the LLM, which then train in its place.
-        frozen_dtype: Of the weights that do not train. bfloat16 halves their memory; needs precision bf16-mixed, which
-            computes with them in bfloat16 either way.
-        compile: Compiles each layer of the LLM (torch.compile). Worth it on GPUs; the first steps take minutes.
-        gradient_checkpointing: Recomputes LLM layers in the backward pass to save memory.
-        attn_implementation: sdpa, eager or flex_attention; flash attention drops masks and is refused.
-        max_new_tokens: Longest answer generated at validation.
+        adapter_learning_rate: Peak learning rate of the adapter, if it differs.
+        betas, weight_decay: Of AdamW.
+        warmup_ratio: Share of the steps in which the learning rate rises; a cosine to zero follows.
+        loss_average: How the loss of a step is averaged. "llava": over the tokens of each micro-batch, then over
+            micro-batches and devices, as in LLaVA. "tokens": over all supervised tokens of the global batch, so
+            accumulation and number of devices do not change it.
+        lora: Low-rank updates of the LLM, which train instead of its weights.
+        frozen_dtype: Dtype of frozen weights. bfloat16 halves their memory and needs precision bf16-mixed, which
+            computes in bfloat16 either way.
+        compile: Compile each layer of the LLM (torch.compile). Useful on GPUs; the first steps take minutes.
+        gradient_checkpointing: Recompute LLM layers in the backward pass to save memory.
+        attn_implementation: sdpa, eager or flex_attention; flash attention ignores masks and is rejected.
+        max_new_tokens: Maximum length in tokens of an answer in validation.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class LlavaTraining(LightningModule):
         image_attention: str = "causal",
         image_resize: str = "pad",
         adapter: str | None = None,
-        adapter_gain: float = 1.0,
+        adapter_init_scale: float = 1.0,
         learning_rate: float = 2e-5,
         adapter_learning_rate: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -84,22 +85,25 @@ class LlavaTraining(LightningModule):
     ):
         super().__init__()
         self.save_hyperparameters()
-        self.strict_loading = False  # checkpoints hold what trains, see on_save_checkpoint
+        self.strict_loading = False  # checkpoints hold trainable weights only, see on_save_checkpoint
+        if adapter is not None:  # recorded for the control that re-initialises the adapter
+            self.hparams["adapter_init_scale"] = _read_init_scale(Path(adapter))
         # plain data in checkpoints, so that they load with weights_only
         self.encoder = encoder = Encoder(**encoder) if isinstance(encoder, dict) else encoder
         self.hparams["encoder"] = asdict(encoder)
         self.lora = Lora(**lora) if isinstance(lora, dict) else lora
         self.hparams["lora"] = self.lora and asdict(self.lora)
         if self.lora and "llm" not in trainable:
-            raise UserError(f"model.lora stands for the LLM's weights, but model.trainable is {trainable}, without llm")
+            raise UserError(f"model.lora trains the LLM, so model.trainable must include llm, got {trainable}")
         self.processor = build_processor(encoder, llm, image_resize)
         rows, columns = encoder.grid(encoder.load_config())
         self.image_tokens = rows * columns
         self.model = None
-        self.metrics_before: dict[str, float] = {}  # of the run that this one goes on with
+        self.metrics_before: dict[str, float] = {}  # of the checkpoint that is resumed
         self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
 
     def configure_model(self) -> None:
+        """Build the model once, inside the strategy's context."""
         if self.model is not None:
             return
         args = self.hparams
@@ -110,10 +114,12 @@ class LlavaTraining(LightningModule):
             image_attention=args.image_attention,
             image_resize=args.image_resize,
             adapter=args.adapter,
-            adapter_gain=args.adapter_gain,
             attn_implementation=args.attn_implementation,
-            dtype=torch.get_default_dtype(),  # which the strategy sets
+            dtype=torch.get_default_dtype(),  # set by the strategy
         )
+        if args.adapter is None:
+            with torch.no_grad():
+                self.model.model.multi_modal_projector.linear_2.weight *= args.adapter_init_scale
         if self.lora:
             add_lora(self.model, self.lora)
         for part, parameters in set_trainable(self.model, args.trainable).items():
@@ -129,7 +135,7 @@ class LlavaTraining(LightningModule):
     def _cast_frozen(self, dtype: torch.dtype) -> None:
         precision = self.trainer.precision
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
-            raise UserError("model.frozen_dtype is for runs without ZeRO, which has all weights in bfloat16 already")
+            raise UserError("model.frozen_dtype does not apply to ZeRO, where all weights are bfloat16; remove it")
         if precision != "bf16-mixed":
             raise UserError(f"model.frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got {precision}")
         for parameter in self.model.parameters():
@@ -137,15 +143,17 @@ class LlavaTraining(LightningModule):
                 parameter.data = parameter.data.to(dtype)
 
     def on_fit_start(self) -> None:
+        """Set train mode, except for the frozen encoder."""
         self.model.train()
         self.model.model.vision_tower.eval()
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Dropout depends on the position in the run and on nothing before it, so that a resumed run repeats it."""
+        """Seed dropout from the position in the run, so that a resumed run repeats it."""
         position = self.trainer.fit_loop.epoch_loop.total_batch_idx * self.trainer.world_size + self.global_rank
         torch.manual_seed(self.trainer.datamodule.seed * 1_000_003 + position)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return the loss of a micro-batch, weighted for `loss_average`."""
         loss = self.loss(batch)
         size = len(batch["ids"])
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
@@ -153,7 +161,7 @@ class LlavaTraining(LightningModule):
         return loss if self.hparams.loss_average == "llava" else loss * batch["weight"]
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
-        """Mean cross-entropy over the supervised tokens of a micro-batch, as LLaVA takes it; 0 if there is none."""
+        """Return the mean cross-entropy over the supervised tokens of a micro-batch, 0 if there are none."""
         with self._black_image(needed=batch["pixel_values"] is None):
             logits = self.model(
                 input_ids=batch["input_ids"],
@@ -170,13 +178,14 @@ class LlavaTraining(LightningModule):
 
     @contextmanager
     def _black_image(self, needed: bool) -> Iterator[None]:
-        """Sends a black image through encoder and adapter where a batch has none, and adds zero times the outcome to
-        the word embeddings. Otherwise this rank's adapter would have no gradients, and under ZeRO-3 this rank would
-        gather other weights than its neighbours at the same time: they wait for each other for ever.
-        Source: LLaVA train.py:735 and llava_arch.py:234."""
+        """Encode a black image for a batch without images, and add zero times its features to the word embeddings.
 
-        def add(module, args, embedded: Tensor) -> Tensor:
-            hook.remove()  # once: when generating, the steps after the first have no image on any rank
+        Without it, this rank's adapter would have no gradients. Under ZeRO-3 the ranks would gather different weights
+        at the same time and deadlock. Source: LLaVA train.py:735 and llava_arch.py:234.
+        """
+
+        def add_features(module, args, embedded: Tensor) -> Tensor:
+            hook.remove()  # in generation, later steps have no image on any rank
             size = self.processor.image_processor.crop_size
             black = torch.zeros(1, 3, size["height"], size["width"], device=embedded.device, dtype=self.model.dtype)
             features = self.model.get_image_features(black).pooler_output[0]
@@ -185,18 +194,18 @@ class LlavaTraining(LightningModule):
         if not needed:
             yield
             return
-        hook = self.model.get_input_embeddings().register_forward_hook(add)
+        hook = self.model.get_input_embeddings().register_forward_hook(add_features)
         try:
             yield
         finally:
             hook.remove()
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> list[str]:
-        """Loss on the answers, and the share of first questions answered word for word by greedy decoding."""
+        """Log the loss of the answers, and the share of first questions answered exactly by greedy decoding."""
         self.val_loss.update(self.loss(batch), weight=batch["supervised"])
-        answers = self.answer(batch["prompts"])[: len(batch["answers"])]  # without the sample that only fills up
-        right = [float(a.strip() == b.strip()) for a, b in zip(answers, batch["answers"], strict=True)]
-        self.val_accuracy.update(torch.tensor(right, device=self.device))
+        answers = self.answer(batch["prompts"])[: len(batch["answers"])]  # the last sample may be padding for this rank
+        correct = [float(a.strip() == b.strip()) for a, b in zip(answers, batch["answers"], strict=True)]
+        self.val_accuracy.update(torch.tensor(correct, device=self.device))
         self.log("val/loss", self.val_loss, prog_bar=True)
         self.log("val/answer_accuracy", self.val_accuracy, prog_bar=True)
         return answers
@@ -205,86 +214,97 @@ class LlavaTraining(LightningModule):
 
     @torch.no_grad()
     def answer(self, prompts: dict[str, Tensor]) -> list[str]:
-        """Greedy answers to left-padded prompts."""
+        """Return greedy answers to left-padded prompts."""
         with self._black_image(needed="pixel_values" not in prompts):
             ids = self.model.generate(**prompts, do_sample=False, max_new_tokens=self.hparams.max_new_tokens)
         return self.processor.tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def on_train_batch_end(self, outputs, batch: dict[str, Any], batch_idx: int) -> None:
-        if isinstance(self.trainer.strategy, DeepSpeedStrategy):  # which adds the gradients of all ranks up itself
+        """Log the gradient norm under ZeRO, where DeepSpeed sums the gradients of all ranks."""
+        if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             norm = self.trainer.model.get_global_grad_norm()
             if norm is not None:
                 self.log("train/grad_norm", float(norm))
 
     def on_before_optimizer_step(self, optimizer) -> None:
+        """Log the gradient norm, except under ZeRO."""
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
 
     def configure_optimizers(self) -> dict[str, Any]:
+        """Return AdamW and its schedule per step."""
         args = self.hparams
         rates = {part: args.learning_rate for part in args.trainable}
         if args.adapter_learning_rate is not None:
             rates["adapter"] = args.adapter_learning_rate
-        # Lightning clips no gradients that a fused optimizer might still have to unscale
+        # Lightning does not clip gradients for a fused optimizer in mixed precision
         fused = not (self.trainer.gradient_clip_val and "mixed" in self.trainer.precision)
         optimizer = build_optimizer(self.model, rates, tuple(args.betas), args.weight_decay, fused)
         schedule = build_schedule(optimizer, self.optimizer_steps(), args.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def optimizer_steps(self) -> int:
-        """Steps of the whole run, from its config. `trainer.estimated_stepping_batches` would start the data loader
-        before a checkpoint has told it where to resume."""
+        """Return the number of optimizer steps of the complete run, from its config.
+
+        `trainer.estimated_stepping_batches` would start the data loader before the checkpoint's position is restored.
+        """
         epochs = 1 if self.trainer.max_epochs is None else self.trainer.max_epochs
         limits = (self.trainer.datamodule.steps_per_epoch * epochs, self.trainer.max_steps)  # negative: no limit
         if max(limits) < 0:
-            raise UserError("trainer.max_epochs and trainer.max_steps are both unlimited; the schedule needs an end")
+            raise UserError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
         return min(limit for limit in limits if limit >= 0)
 
-    def facts(self) -> dict[str, Any]:
-        """How the model is made, for its card: the stage, and every setting that has a value."""
+    def settings(self) -> dict[str, Any]:
+        """Return the stage and all settings that have a value, for training.json and the model card."""
         settings = {k: v for k, v in self.hparams.items() if v is not None and not k.startswith("_")}
         return {"stage": "+".join(self.hparams.trainable), **settings}
 
     def progress(self) -> dict[str, Any]:
-        """How far the run is, and the newest value of each metric that the clock does not decide."""
-        measured = {f"train/{name}" for name in MEASURED}
+        """Return the position in the run and the latest value of each metric that does not depend on timing."""
+        timing = {f"train/{name}" for name in TIMING_METRICS}
         return {
             "global_batch": self.trainer.datamodule.batch_size,
             "steps": self.trainer.global_step,
             "epochs": self.trainer.fit_loop.epoch_progress.current.processed,
             "devices": self.trainer.world_size,
             **self.metrics_before,
-            **{k: float(v) for k, v in self.trainer.callback_metrics.items() if k not in measured},
+            **{k: float(v) for k, v in self.trainer.callback_metrics.items() if k not in timing},
         }
 
-    @property
-    def _samples_at_a_time(self) -> int:
-        """Samples of a micro-batch over all devices."""
-        return self.trainer.datamodule.micro_batch_size * self.trainer.world_size
+    def _trainable_names(self) -> set[str]:
+        """Return the names of trainable parameters in a checkpoint."""
+        return {"model." + name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps what trains; the frozen rest is where it was loaded from. And what the position in the epoch counts."""
-        checkpoint["samples_at_a_time"] = self._samples_at_a_time
+        """Save trainable weights only (frozen ones are reloaded from their source), and the unit of the position."""
+        checkpoint["samples_at_a_time"] = self.trainer.datamodule.micro_batch_size * self.trainer.world_size
         checkpoint["progress"] = self.progress()
         checkpoint["data"] = self.trainer.datamodule.settings()
-        trained = {"model." + name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        trained = self._trainable_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """`strict_loading` is off for the frozen parts only: nothing that trains may be missing."""
+        """Check settings and trainable weights, since `strict_loading` is off for the frozen weights."""
         if self._trainer is not None and self.trainer.training:
             check_resume_compatible(checkpoint["hyper_parameters"], self.hparams, "model", free=RESUME_OVERRIDABLE)
             check_resume_compatible(checkpoint["data"], self.trainer.datamodule.settings(), "data")
-            rescale_progress(checkpoint, checkpoint["samples_at_a_time"], self._samples_at_a_time)
+            samples = self.trainer.datamodule.micro_batch_size * self.trainer.world_size
+            rescale_progress(checkpoint, checkpoint["samples_at_a_time"], samples)
             self.metrics_before = {k: v for k, v in checkpoint["progress"].items() if "/" in k}
         if "state_dict" not in checkpoint:
-            return  # ZeRO's weights are elsewhere, and it checks them itself
-        trained = {"model." + name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        missing = trained - set(checkpoint["state_dict"])
-        if missing:
+            return  # ZeRO stores weights elsewhere and checks them itself
+        trained = self._trainable_names()
+        if missing := trained - set(checkpoint["state_dict"]):
             raise UserError(
-                f"the checkpoint lacks {len(missing)} of {len(trained)} tensors that model.trainable={self.hparams.trainable} "
-                f"trains, {min(missing)} for one; it belongs to another stage or model"
+                f"the checkpoint lacks {len(missing)} of {len(trained)} tensors that "
+                f"model.trainable={self.hparams.trainable} trains, e.g. {min(missing)}; it belongs to another stage or "
+                "model"
             )
+
+
+def _read_init_scale(adapter: Path) -> float:
+    """Return the scale that the adapter of an exported model was initialised with."""
+    file = adapter / TRAINING_JSON
+    return read_json(file).get("adapter_init_scale", 1.0) if file.is_file() else 1.0

@@ -12,13 +12,13 @@ from llava_bidir.model.build import TRAINABLE
 def build_optimizer(
     model: nn.Module, learning_rates: dict[str, float], betas: tuple[float, float], weight_decay: float, fused: bool
 ) -> torch.optim.AdamW:
-    """AdamW with one group for each part that trains.
+    """Return AdamW with one parameter group per trainable part.
 
     Args:
-        model: With `requires_grad` set by :func:`llava_bidir.model.build.set_trainable`.
-        learning_rates: Peak rate of each part ("adapter", "llm").
-        betas, weight_decay: AdamW's. LLaVA runs without weight decay.
-        fused: Its fused kernel.
+        model: Model whose `requires_grad` was set by :func:`llava_bidir.model.build.set_trainable`.
+        learning_rates: Peak learning rate per part ("adapter", "llm").
+        betas, weight_decay: Of AdamW. LLaVA uses no weight decay.
+        fused: Use the fused kernel.
     """
     groups = []
     for part, rate in learning_rates.items():
@@ -29,5 +29,5 @@ def build_optimizer(
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_ratio: float):
-    """Linear warm-up, then cosine to zero over `steps` optimizer steps. Source: LLaVA scripts/v1_5/*.sh."""
+    """Return a linear warm-up, then a cosine to zero, over `steps` steps. Source: LLaVA scripts/v1_5/*.sh."""
     return get_cosine_schedule_with_warmup(optimizer, math.ceil(steps * warmup_ratio), steps)

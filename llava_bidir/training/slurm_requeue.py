@@ -1,10 +1,9 @@
-"""Stops a training run on Slurm before its time is up, so that it goes on later where it was.
+"""Checkpoint and requeue of a training run when Slurm signals the end of its time.
 
-Slurm sends SIGUSR1 some minutes before the time limit (`--signal` in slurm/stage*.sbatch), and SIGTERM when it takes
-the job off its nodes, for another that goes first or because of `scancel`. Nothing can be saved in a signal handler: a
-checkpoint needs all ranks, and the signal finds them in different places, one waiting for another's gradients. So the
-handler takes a note, and after the next optimizer step the ranks agree on what to do. (Lightning's handlers save or
-broadcast at once, and the run hangs as soon as ranks are skewed: Lightning issue 21406.)
+Slurm sends SIGUSR1 some minutes before the time limit (`--signal` in slurm/stage*.sbatch), and SIGTERM on preemption or
+`scancel`. The handler only sets a flag, because a checkpoint needs all ranks and each may be at another point of the
+step. After the next optimizer step the ranks agree on what to do. (Lightning's handlers save or broadcast immediately,
+and the run hangs if ranks are skewed: Lightning issue 21406.)
 """
 
 import os
@@ -17,41 +16,45 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from .resume import at_step_boundary
 
-INTERRUPTED = os.EX_TEMPFAIL  # exit status of a run that is not finished; the job's script stops on it
+INTERRUPTED = os.EX_TEMPFAIL  # exit status of an unfinished run; the job script stops on it
 CHECKPOINT = "checkpoints/last.ckpt"  # in the run's folder, where `--ckpt_path last` finds it
 
 
-class Requeue(Callback):
-    """Saves RUN/checkpoints/last.ckpt and ends the process when Slurm says so; on SIGUSR1 the job is put back in the
-    queue. After a SIGTERM it is not: Slurm does that itself with a job that had to give way, and a cancelled one is not
-    to come back.
+class SlurmRequeue(Callback):
+    """Save RUN/checkpoints/last.ckpt and exit after a signal; requeue the job after SIGUSR1.
+
+    SIGTERM does not requeue: Slurm itself requeues a preempted job, and a cancelled job must not return.
 
     Raises:
-        SystemExit: With INTERRUPTED, on all ranks together.
+        SystemExit: With status INTERRUPTED, on all ranks after the same step.
     """
 
     def __init__(self):
         self.received: set[int] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Before training there is nothing to save. Lightning restores this handler when training is over, so that a
-        late signal does not kill a run that is about to end well."""
+        """Ignore SIGUSR1 outside training, when there is nothing to save.
+
+        Lightning restores this handler after training, so a late signal does not kill a run that is finished.
+        """
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for number in (signal.SIGUSR1, signal.SIGTERM):  # the latter in place of Lightning's
+        """Record signals from now on."""
+        for number in (signal.SIGUSR1, signal.SIGTERM):  # replaces Lightning's handler of SIGTERM
             signal.signal(number, lambda number, frame: self.received.add(number))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
+        """Save and exit if any rank received a signal."""
         if not at_step_boundary(trainer):
             return
         agree = trainer.strategy.reduce_boolean_decision
         if not agree(bool(self.received), all=False):
             return
         trainer.save_checkpoint(Path(trainer.default_root_dir) / CHECKPOINT)
-        rank_zero_info(f"interrupted after step {trainer.global_step}; `--ckpt_path last` goes on from there")
+        rank_zero_info(f"interrupted after step {trainer.global_step}; resume with `--ckpt_path last`")
         if agree(signal.SIGUSR1 in self.received, all=False):
             if trainer.is_global_zero:
                 subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]], check=True)
-            trainer.strategy.barrier()  # srun kills all ranks when one of them ends
+            trainer.strategy.barrier()  # srun kills all ranks when one exits
         raise SystemExit(INTERRUPTED)

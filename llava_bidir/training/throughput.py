@@ -1,11 +1,11 @@
-"""FLOPs of a training step, counted from the model's own layers, and the peak of a device, for MFU.
+"""Training speed: samples/s, tokens/s, and MFU from the FLOPs of the model's own layers.
 
-A multiply-add is two FLOPs. What is computed twice (gradient checkpointing) counts once, padding not at all.
+A multiply-add is two FLOPs. Recomputation (gradient checkpointing) and padding are not counted.
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -13,57 +13,41 @@ from torch import nn
 
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
 
-# Dense bfloat16; the first match wins. Source: NVIDIA's data sheets. Lightning's table has the H200 with sparsity.
+# Timing-dependent metrics: logged, but not exported, so that exports are reproducible.
+TIMING_METRICS = "samples_per_s tokens_per_s tflops_per_s_and_device step_s data_share mfu memory_gb".split()
+
+# Dense bfloat16; the first match wins. Source: NVIDIA's data sheets. Lightning's value for the H200 is with sparsity.
 PEAK_TFLOPS = {"H200": 989.4, "H100 PCIe": 756, "H100": 989.4, "A100": 312, "L40S": 362, "RTX 4090": 165.2}
 
 
-@dataclass(frozen=True)
-class StepFlops:
-    """What forward and backward cost.
+def step_flops(model: LlavaBidirForConditionalGeneration) -> Callable[[Sequence[int], int, int], float]:
+    """Return a function that counts the FLOPs of a step, forward and backward.
+
+    Its arguments are the lengths of the samples in tokens, the number of supervised tokens and the number of images.
+    The backward pass of a linear layer costs as much as its forward for the input, and again for a trainable weight.
+    Attention has two inputs, and counts all N * N pairs of tokens, because kernels also compute the masked half. There
+    is no backward pass before the adapter.
 
     Args:
-        per_token: The LLM's linear layers, for each token.
-        per_pair: Its attention, for each pair of tokens of a sample (all N * N: kernels compute the masked half too).
-        per_prediction: The head, for each supervised token.
-        per_image: Encoder and adapter.
-    """
-
-    per_token: float
-    per_pair: float
-    per_prediction: float
-    per_image: float
-
-    def step(self, lengths: Sequence[int], predictions: int, images: int) -> float:
-        """FLOPs for samples of these lengths in tokens, that many supervised tokens and images."""
-        pairs = sum(length * length for length in lengths)
-        return (
-            sum(lengths) * self.per_token
-            + pairs * self.per_pair
-            + predictions * self.per_prediction
-            + images * self.per_image
-        )
-
-
-def step_flops(model: LlavaBidirForConditionalGeneration) -> StepFlops:
-    """Counts a model whose parts are frozen or not as they will be in training; one on the meta device will do.
-
-    The backward pass of a linear layer takes its forward's FLOPs once for the input, and once more for the weight if
-    that trains; attention has two inputs. Nothing in front of the adapter has a backward pass.
+        model: Model with `requires_grad` set as in training; may be on the meta device.
     """
     llm, text, adapter = model.model.language_model, model.config.text_config, model.model.multi_modal_projector
     width = text.num_attention_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     trains = adapter.linear_1.weight.requires_grad
     adapter_flops = _linear(adapter.linear_1, input_gradient=False) + _linear(adapter.linear_2, input_gradient=trains)
-    return StepFlops(
-        per_token=_linear(llm),
-        per_pair=3 * text.num_hidden_layers * 4 * width,
-        per_prediction=_linear(model.lm_head),
-        per_image=encoder_flops(model) + model.config.image_seq_length * adapter_flops,
-    )
+    per_token, per_prediction = _linear(llm), _linear(model.lm_head)
+    per_pair = 3 * text.num_hidden_layers * 4 * width
+    per_image = encoder_flops(model) + model.config.image_seq_length * adapter_flops
+
+    def count(lengths: Sequence[int], predictions: int, images: int) -> float:
+        pairs = sum(length * length for length in lengths)
+        return sum(lengths) * per_token + pairs * per_pair + predictions * per_prediction + images * per_image
+
+    return count
 
 
 def encoder_flops(model: LlavaBidirForConditionalGeneration) -> float:
-    """Forward FLOPs of the encoder for one image, all of its layers (transformers runs the last one too)."""
+    """Return the encoder's forward FLOPs per image, for all layers (transformers also runs the last one)."""
     vision, tower = model.config.vision_config, model.model.vision_tower
     extra = model.config.register_tokens + (model.config.vision_feature_select_strategy == "default")
     patches = model.config.image_seq_length
@@ -74,46 +58,46 @@ def encoder_flops(model: LlavaBidirForConditionalGeneration) -> float:
 
 
 def _linear(module: nn.Module, input_gradient: bool = True) -> float:
-    """FLOPs of all linear layers within, forward and backward, for one token."""
+    """Return forward and backward FLOPs per token of all linear layers in `module`."""
     layers = [m for m in module.modules() if isinstance(m, nn.Linear)]
     return sum(2.0 * m.in_features * m.out_features * (1 + input_gradient + m.weight.requires_grad) for m in layers)
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The most that a device can do in dense bfloat16, in FLOP/s; None where that is not known."""
+    """Return the peak of a device in dense bfloat16, in FLOP/s, or None if it is unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part.lower() in name.lower()), None)
 
 
-# What the clock or the machine decides: for TensorBoard only, for the same training exports the same files.
-MEASURED = ("samples_per_s", "tokens_per_s", "tflops_per_s_and_device", "step_s", "data_share", "mfu", "memory_gb")
-
-
 class Throughput(Callback):
-    """Logs how fast training is, averaged between two logged steps: samples/s, tokens/s (without padding) and MFU over
-    all devices, seconds of a step and the share of them spent waiting for data, shares of padding and of text-only
-    samples, and the most memory that this device held.
+    """Log the training speed, averaged between two logged steps.
 
-    Lightning's ThroughputMonitor waits for the GPU after each batch; this one reads the clock when a step is logged.
-    Rates over all devices take the others to be like this one.
+    Over all devices: samples/s, tokens/s (without padding), MFU. For this device: seconds per step, share of time spent
+    waiting for data, shares of padding and text-only samples, peak memory.
+
+    Lightning's ThroughputMonitor synchronises with the GPU after each batch; this callback reads the clock when a step
+    is logged. Rates over all devices assume that all are as fast as this one.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.flops = step_flops(pl_module.model)
+        """Count the model's FLOPs and start the clock."""
+        self.step_flops = step_flops(pl_module.model)
         self.peak = peak_flops(pl_module.device)
         self.batch_ended = time.perf_counter()
         self._start_window(trainer)
 
     def _start_window(self, trainer: Trainer) -> None:
-        self.counts = dict.fromkeys(("samples", "text_only", "tokens", "padded", "flops", "waited"), 0.0)
+        self.counts = Counter()
         self.first_step, self.since = trainer.global_step, time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
+        """Add the time since the last batch to the time spent waiting for data."""
         self.counts["waited"] += time.perf_counter() - self.batch_ended
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
+        """Count the batch, and log the rates at a logged step."""
         self._count(batch)
         steps = trainer.global_step - self.first_step
         if steps > 0 and trainer.global_step % trainer.log_every_n_steps == 0:
@@ -125,14 +109,13 @@ class Throughput(Callback):
 
     def _count(self, batch: dict) -> None:
         lengths, images = batch["lengths"], 0 if batch["pixel_values"] is None else len(batch["pixel_values"])
-        for name, value in (
-            ("samples", len(lengths)),
-            ("text_only", len(lengths) - images),
-            ("tokens", sum(lengths)),
-            ("padded", batch["input_ids"].numel()),
-            ("flops", self.flops.step(lengths, batch["supervised"], images)),
-        ):
-            self.counts[name] += value
+        self.counts.update(
+            samples=len(lengths),
+            text_only=len(lengths) - images,
+            tokens=sum(lengths),
+            padded=batch["input_ids"].numel(),
+            flops=self.step_flops(lengths, batch["supervised"], images),
+        )
 
     def _rates(self, steps: int, devices: int) -> dict[str, float]:
         elapsed, counts = time.perf_counter() - self.since, self.counts

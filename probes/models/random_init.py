@@ -1,18 +1,20 @@
 """Controls that show what the architecture does without training: parts of a model put back to before it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf_loading import read_json
 
 from .families import Family
 
 
 def reinitialize(model: PreTrainedModel, family: Family, parts: Sequence[str], seed: int) -> None:
-    """Draws the adapter as torch does (times the checkpoint's own gain) and the LLM as transformers does.
+    """Draws the adapter as torch does (times the scale in training.json) and the LLM as transformers does.
 
     Args:
         model: Changed in place.
@@ -37,8 +39,11 @@ def reinitialize(model: PreTrainedModel, family: Family, parts: Sequence[str], s
                 else:
                     _initialise(decoder if part == "llm" else model, module)
             _refuse_zeros(part, modules[part])
-        if "adapter" in parts and getattr(model.config, "adapter_gain", 1.0) != 1.0:
-            modules["adapter"][0].linear_2.weight *= model.config.adapter_gain
+        training = Path(model.name_or_path) / "training.json"
+        if "adapter" in parts and training.is_file():
+            scale = read_json(training).get("adapter_init_scale", 1.0)
+            if scale != 1.0:
+                modules["adapter"][0].linear_2.weight *= scale
 
 
 def _initialise(owner: PreTrainedModel, module: nn.Module) -> None:

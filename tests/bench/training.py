@@ -210,7 +210,7 @@ def measure(size: dict, train: list[str], steps: int, precision: str, device: to
             made = batches(model, size, steps)
             seconds[name] = ours(module, model, made, precision, device)
             facts = Batches(made)._with_facts(made[0])
-            flops = step_flops(model).step(facts["lengths"], facts["supervised"], len(facts["ids"]))
+            flops = step_flops(model)(facts["lengths"], facts["supervised"], len(facts["ids"]))
         module = LlavaTraining(*parts, trainable=train, gradient_checkpointing=True)
         model = as_llava(random_model(module, device))
         set_trainable(model, train)

@@ -1,4 +1,4 @@
-"""Gradients of one optimizer step of eight samples, as a script for several processes: see test_loss_average.py.
+"""Gradients of one optimizer step of eight samples, on several processes, for test_loss_average.py.
 
 python ddp_gradients.py ENCODER LLM FOLDER LOSS_AVERAGE MICRO_BATCH DEVICES OUT
 """
@@ -23,7 +23,7 @@ GLOBAL_BATCH = 8
 
 
 def fit_one_step(parts, folder: Path, loss_average: str, micro_batch_size: int, devices: int = 1) -> dict:
-    """{"gradients": by name, as the optimizer sees them; "batches": what this rank was trained on}."""
+    """Return {"gradients": by name, as passed to the optimizer; "batches", "model" and "rank" of this process}."""
     torch.manual_seed(0)
     module = LlavaTraining(*parts, ["adapter", "llm"], loss_average=loss_average, learning_rate=0.0)
     data = InstructionData(
@@ -35,16 +35,16 @@ def fit_one_step(parts, folder: Path, loss_average: str, micro_batch_size: int, 
         processor=build_processor(*parts),
         image_tokens=tiny_models.TOKENS,
     )
-    found = {"batches": []}
+    results = {"batches": []}
     train, step = module.training_step, module.on_before_optimizer_step
 
     def recorded_train(batch, batch_idx):
-        found["batches"].append(batch)
+        results["batches"].append(batch)
         return train(batch, batch_idx)
 
     def recorded_step(optimizer):
-        found["gradients"] = {n: p.grad.clone() for n, p in module.model.named_parameters() if p.requires_grad}
-        found["model"] = module.model
+        results["gradients"] = {n: p.grad.clone() for n, p in module.model.named_parameters() if p.requires_grad}
+        results["model"] = module.model
         step(optimizer)
 
     module.training_step, module.on_before_optimizer_step = recorded_train, recorded_step
@@ -60,14 +60,13 @@ def fit_one_step(parts, folder: Path, loss_average: str, micro_batch_size: int, 
         use_distributed_sampler=False,
     )
     trainer.fit(module, datamodule=data)
-    found["rank"] = trainer.global_rank
-    return found
+    return results | {"rank": trainer.global_rank}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     encoder, llm, folder, loss_average, micro_batch_size, devices, out = sys.argv[1:]
     parts = Encoder("clip", encoder, layer=-1), llm
-    found = fit_one_step(parts, Path(folder), loss_average, int(micro_batch_size), int(devices))
-    if found["rank"] == 0:
-        torch.save(found["gradients"], out)
+    results = fit_one_step(parts, Path(folder), loss_average, int(micro_batch_size), int(devices))
+    if results["rank"] == 0:
+        torch.save(results["gradients"], out)

@@ -1,7 +1,7 @@
 """Training runs on several processes, started by test_deepspeed_strategy.py: python ddp_script.py SPEC RUN ...
 
-A RUN is STRATEGY:FUNCTION:PRECISION, the function one of those below. Processes are slow to start (imports), so one set
-of them does many runs. What a rank finds goes to OUT/RUN.RANK.pt; the tests look at that.
+A RUN is STRATEGY:FUNCTION:PRECISION, with a function of this file. One set of processes executes many runs, because
+imports are slow. The result of each rank is saved as OUT/RUN.RANK.pt for the tests.
 """
 
 import json
@@ -29,16 +29,16 @@ from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.training.callbacks import ExportModel
-from llava_bidir.training.deepspeed_strategy import ZeRO, gathered
+from llava_bidir.training.deepspeed_strategy import ZeRO, gather_parameters
 from llava_bidir.training.module import LlavaTraining
 
 SPEC = json.loads(Path(sys.argv[1]).read_text())
 OUT = Path(SPEC["out"])
-MIDDLE, END = 2, 6  # optimizer steps with checkpoints: in the middle of an epoch of three, and at the end of two
+MIDDLE, END = 2, 6  # optimizer steps with checkpoints: inside the first epoch of three steps, and after the second
 TIMEOUT_MINUTES = SPEC.get("timeout_minutes", 1)
-LATE = {MIDDLE: "trouble/good.ckpt", END: "trouble/bad.ckpt"}
-# nothing of a model this small would be partitioned or released otherwise
-PARTITIONED = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+FAULTY = {MIDDLE: "fault/good.ckpt", END: "fault/bad.ckpt"}
+# 0 lets ZeRO-3 partition and release parameters of a model this small
+THRESHOLDS = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
 
 
 def build_strategy(name: str):
@@ -48,18 +48,18 @@ def build_strategy(name: str):
     zero = config["trainer"]["strategy"]["init_args"]["zero_optimization"]
     zero |= {"reduce_bucket_size": 2000, "overlap_comm": False}  # several buckets
     if zero["stage"] == 3:
-        zero |= dict.fromkeys(PARTITIONED, 0)
+        zero |= dict.fromkeys(THRESHOLDS, 0)
     return ZeRO(zero, timeout_minutes=TIMEOUT_MINUTES)
 
 
 class Recorder(Callback):
-    """Losses, which batches had no image, and checkpoints at some steps."""
+    """Records losses and text-only batches, and saves checkpoints at given steps."""
 
     def __init__(self, save: dict[int, str]):
         self.save, self.losses, self.text_only = save, [], []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        loss = outputs["loss"].item() * trainer.accumulate_grad_batches  # Lightning has divided it
+        loss = outputs["loss"].item() * trainer.accumulate_grad_batches  # Lightning divides it
         self.losses.append((tuple(batch["ids"]), loss))
         self.text_only.append(batch["pixel_values"] is None)
         if not trainer.fit_loop._should_accumulate() and trainer.global_step in self.save:
@@ -109,111 +109,100 @@ def fit(strategy: str, precision: str, resume: str | None = None, save=None, cal
     trainer.fit(module, datamodule=data, ckpt_path=OUT / resume if resume else None)
     parameters = list(module.model.named_parameters())
     shares = {name: (p.numel(), p.ds_numel, p.ds_tensor.numel()) for name, p in parameters if hasattr(p, "ds_id")}
-    with gathered(module.model):
+    with gather_parameters(module.model):
         weights = {name: tensor.detach().clone() for name, tensor in module.model.state_dict().items()}
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
-    return {
-        "losses": recorder.losses,
-        "text_only": recorder.text_only,
-        "weights": weights,
-        "metrics": metrics,
-        "shares": shares,
-    }
+    results = {"losses": recorder.losses, "text_only": recorder.text_only, "weights": weights}
+    return results | {"metrics": metrics, "shares": shares}
 
 
-def whole(strategy, precision):
+def uninterrupted(strategy, precision):
     save = {MIDDLE: f"{strategy}-middle-{precision}.ckpt", END: f"{strategy}-end-{precision}.ckpt"}
     return fit(strategy, precision, llm="dropout_llm", save=save, callbacks=[ExportModel()])
 
 
-def resumed(strategy, precision):
+def resume(strategy, precision):
     return fit(strategy, precision, llm="dropout_llm", resume=f"{strategy}-middle-{precision}.ckpt")
 
 
-def validated(strategy, precision):
-    """In a trainer that never trained."""
+def validate(strategy, precision):
+    """Validate in a trainer that never trained."""
     trainer, module, data = prepare(strategy, precision, llm="dropout_llm")
     trainer.validate(module, datamodule=data, ckpt_path=OUT / f"{strategy}-end-{precision}.ckpt", verbose=False)
     return {"metrics": {k: float(v) for k, v in trainer.callback_metrics.items()}}
 
 
-def plain(strategy, precision):
-    """No dropout, which differs between ranks: comparable to one process."""
+def without_dropout(strategy, precision):
+    """Comparable to one process, since dropout differs between ranks."""
     return fit(strategy, precision, epochs=1, save={MIDDLE: f"{strategy}-plain-{precision}.ckpt"})
 
 
-def moved(strategy, precision):
-    """Goes on with `plain` from what SPEC["resume"] names, perhaps on another number of processes."""
+def resume_elsewhere(strategy, precision):
+    """Resume `without_dropout` from SPEC["resume"], perhaps on another number of processes."""
     return fit(strategy, precision, epochs=1, resume=SPEC["resume"][strategy])
 
 
-def killed(strategy, precision):
-    """Rank 1 dies, as by kill -9, while it writes its share of the second checkpoint."""
-    return fit(
-        strategy,
-        precision,
-        llm="dropout_llm",
-        save=LATE,
-        callbacks=[Trouble(lambda: os.kill(os.getpid(), signal.SIGKILL))],
-    )
+def kill_self():
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def disk_full(strategy, precision):
-    """Rank 1 cannot write more than a few bytes of its share of the second checkpoint."""
+def kill_in_save(strategy, precision):
+    """Kill rank 1 while it writes its shard of the second checkpoint."""
+    return fit(strategy, precision, llm="dropout_llm", save=FAULTY, callbacks=[FaultInSave(kill_self)])
+
+
+def disk_full_in_save(strategy, precision):
+    """Limit rank 1 to a few bytes of its shard of the second checkpoint."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
-    return fit(strategy, precision, llm="dropout_llm", save=LATE, callbacks=[Trouble(limit)])
+    return fit(strategy, precision, llm="dropout_llm", save=FAULTY, callbacks=[FaultInSave(limit)])
 
 
-def dies(strategy, precision):
-    """Rank 1 dies in the middle of an epoch, as by kill -9, while rank 0 trains a micro-batch."""
-    return lost(strategy, precision, lambda: os.kill(os.getpid(), signal.SIGKILL))
+def kill_in_step(strategy, precision):
+    """Kill rank 1 inside an epoch, while rank 0 trains a micro-batch."""
+    return fit(strategy, precision, save={MIDDLE: FAULTY[MIDDLE]}, callbacks=[Fault(kill_self), ExportModel()])
 
 
-def stalls(strategy, precision):
-    """Rank 1 stops answering there, as on a device that hangs."""
-    return lost(strategy, precision, lambda: time.sleep(SPEC["stalls_s"]))
+def stall_in_step(strategy, precision):
+    """Let rank 1 hang inside an epoch."""
+    stall = lambda: time.sleep(SPEC["stalls_s"])
+    return fit(strategy, precision, save={MIDDLE: FAULTY[MIDDLE]}, callbacks=[Fault(stall), ExportModel()])
 
 
-def lost(strategy, precision, happen):
-    callbacks = [Lost(happen), ExportModel()]
-    return fit(strategy, precision, save={MIDDLE: "trouble/good.ckpt"}, callbacks=callbacks)
+class Fault(Callback):
+    """Calls `fault` on rank 1 in the last step."""
 
-
-class Lost(Callback):
-    def __init__(self, happen):
-        self.happen = happen
+    def __init__(self, fault):
+        self.fault = fault
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.global_step == END - 1 and trainer.global_rank == 1:
-            (OUT / "lost").touch()
-            self.happen()
+            (OUT / "fault_time").touch()
+            self.start_fault()
+
+    def start_fault(self):
+        self.fault()
 
 
-class Trouble(Callback):
-    """Makes `happen` what rank 1's next torch.save meets when it has begun to write the checkpoint at END."""
+class FaultInSave(Fault):
+    """Calls `fault` on rank 1 when it has begun to write its shard of the checkpoint at END."""
 
-    def __init__(self, happen):
-        self.happen = happen
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step < END - 1 or trainer.global_rank == 0:
-            return
+    def start_fault(self):
         original = torch.save
 
-        def save(what, file, *args, **kwargs):
+        def save(state, file, *args, **kwargs):
             if "optim_states" in str(file):
                 Path(file).write_bytes(b"the beginning of a file")
-                self.happen()
+                self.fault()
             try:
-                original(what, file, *args, **kwargs)
-            finally:  # the disk is full for the checkpoint, not for this process's log
+                original(state, file, *args, **kwargs)
+            finally:  # this process can still write its log
                 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
         torch.save = save
 
 
-def refused(strategy, precision):
-    """Resumes what SPEC["resume"] names for this strategy, which does not fit."""
+def reject(strategy, precision):
+    """Resume from SPEC["resume"], which does not fit this strategy."""
     try:
         fit(strategy, precision, llm="dropout_llm", resume=SPEC["resume"][strategy])
     except ValueError as error:

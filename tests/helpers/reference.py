@@ -1,4 +1,4 @@
-"""Slow, independent ways to compute what the packages compute. They share no code with them."""
+"""Slow reference implementations, which share no code with the packages."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def allowed(name: str, is_image: list[bool], q: int, k: int) -> bool:
-    """Whether query q may attend to key k in a sequence without padding: Eq. 2, and the others by their definition."""
+    """Return True if query q may attend to key k in a sequence without padding."""
     causal = q >= k
     if name == "causal":
         return causal
@@ -21,7 +21,7 @@ def allowed(name: str, is_image: list[bool], q: int, k: int) -> bool:
 
 
 def mask_by_loop(name: str, is_image: Tensor, padding: Tensor) -> Tensor:
-    """bool[B, N, N] by a loop over all pairs; rows and columns of padding are False."""
+    """Return the mask bool[B, N, N] by a loop over all pairs; rows and columns of padding are False."""
     batch, length = is_image.shape
     mask = torch.zeros(batch, length, length, dtype=torch.bool)
     for b in range(batch):
@@ -34,12 +34,12 @@ def mask_by_loop(name: str, is_image: Tensor, padding: Tensor) -> Tensor:
 
 
 def llama_states(decoder, inputs: Tensor, masks: list[Tensor], positions: Tensor) -> list[Tensor]:
-    """States of a Llama behind each layer, written out: attention as a loop over heads, one mask a layer.
+    """Return the states of a Llama after each layer, with attention as a loop over heads and one mask per layer.
 
     Args:
-        decoder: `LlamaModel`, read for its weights only.
+        decoder: `LlamaModel`, used for its weights only.
         inputs: f[B, N, d].
-        masks: bool[B, N, N] by layer, or bool[B, heads, N, N].
+        masks: One per layer, bool[B, N, N] or bool[B, heads, N, N].
         positions: long[N].
     """
     config = decoder.config
@@ -62,10 +62,10 @@ def llama_states(decoder, inputs: Tensor, masks: list[Tensor], positions: Tensor
         out = []
         for head in range(heads):
             shared = head * kv_heads // heads
-            here, there = slice(head * width, (head + 1) * width), slice(shared * width, (shared + 1) * width)
-            logits = rotate(q[..., here]) @ rotate(k[..., there]).transpose(1, 2) / math.sqrt(width)
-            allowed_here = mask[:, head] if mask.ndim == 4 else mask
-            out.append(logits.masked_fill(~allowed_here, -math.inf).softmax(-1) @ v[..., there])
+            own, kv = slice(head * width, (head + 1) * width), slice(shared * width, (shared + 1) * width)
+            logits = rotate(q[..., own]) @ rotate(k[..., kv]).transpose(1, 2) / math.sqrt(width)
+            head_mask = mask[:, head] if mask.ndim == 4 else mask
+            out.append(logits.masked_fill(~head_mask, -math.inf).softmax(-1) @ v[..., kv])
         x = x + torch.cat(out, -1) @ a.o_proj.weight.T
         h, m = norm(x, layer.post_attention_layernorm.weight), layer.mlp
         x = x + (F.silu(h @ m.gate_proj.weight.T) * (h @ m.up_proj.weight.T)) @ m.down_proj.weight.T
@@ -74,7 +74,7 @@ def llama_states(decoder, inputs: Tensor, masks: list[Tensor], positions: Tensor
 
 
 def scores(predictions: list, targets: list, classes: int) -> tuple[float, float, list]:
-    """mIoU, pixel accuracy and IoU by class (None where a class does not occur) of numpy masks, 255 ignored."""
+    """Return mIoU, pixel accuracy and IoU per class (None for an absent class) of numpy masks; 255 is ignored."""
     intersection, union = [0] * classes, [0] * classes
     right = total = 0
     for prediction, target in zip(predictions, targets, strict=True):

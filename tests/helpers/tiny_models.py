@@ -1,5 +1,6 @@
-"""Tiny random models of the real classes, and the toy tokenizer, for tests. Shapes as in the packages."""
+"""Tiny random models of the real classes, the toy tokenizer, and small data sets."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def config(cls=LlavaBidirConfig, **kwargs):
 
 
 def model(image_attention: str = "causal", attn_implementation: str = "sdpa", seed: int = 0):
-    """A random model whose attention is far from uniform, so that masks make a difference that can be seen."""
+    """Return a random model whose attention is far from uniform, so that masks change its states."""
     torch.manual_seed(seed)
     built = LlavaBidirForConditionalGeneration._from_config(
         config(image_attention=image_attention), attn_implementation=attn_implementation
@@ -58,7 +59,7 @@ def sharpen(built, factor: float = 12.0) -> None:
 
 
 def ids(*rows: str, pad: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and padding mask of rows such as "tiiiit": t a text token, i an image token."""
+    """Return token ids and padding mask of rows such as "tiiiit": t is a text token, i an image token."""
     width = max(map(len, rows))
     generator = torch.Generator().manual_seed(1)
     lines, masks = [], []
@@ -74,8 +75,18 @@ def pixels(images: int, seed: int = 2) -> torch.Tensor:
     return torch.randn(images, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
+def states_after_bump(model, ids: torch.Tensor, bump: float) -> tuple[torch.Tensor, ...]:
+    """Return the hidden states for one image whose last token is shifted by `bump` after the adapter."""
+    push = lambda module, args, output: torch.cat([output[:, :-1], output[:, -1:] + bump], 1)
+    hook = model.model.multi_modal_projector.register_forward_hook(push)
+    try:
+        return model(input_ids=ids, pixel_values=pixels(1), output_hidden_states=True, use_cache=False).hidden_states
+    finally:
+        hook.remove()
+
+
 def write_parts(folder: Path) -> tuple[Encoder, str]:
-    """A tiny CLIP and a tiny Llama with its tokenizer as Hugging Face directories."""
+    """Write a tiny CLIP and a tiny Llama with its tokenizer as Hugging Face directories."""
     torch.manual_seed(0)
     CLIPVisionModel(vision_config()).save_pretrained(folder / "encoder")
     texts = ["USER: name the sky and a wall of this road", " USER: ASSISTANT: sky wall road and the rest of it\n"] * 3
@@ -86,7 +97,7 @@ def write_parts(folder: Path) -> tuple[Encoder, str]:
 
 
 def write_checkpoint(folder: Path, image_attention: str = "causal", out: str = "hf") -> Path:
-    """A tiny random MLLM as `llava-bidir fit` exports one."""
+    """Write a tiny random MLLM as `llava-bidir fit` exports it."""
     encoder, llm = write_parts(folder)
     processor = build_processor(encoder, llm)
     torch.manual_seed(3)
@@ -97,9 +108,7 @@ def write_checkpoint(folder: Path, image_attention: str = "causal", out: str = "
 
 
 def write_segmentation(root: Path, training: int = 6, validation: int = 5, size=(24, 20), seed: int = 0) -> Path:
-    """A folder dataset of random rectangles, a colour a class, with some ignored pixels."""
-    import json
-
+    """Write a folder dataset of random rectangles, one colour per class, with some ignored pixels."""
     rng = np.random.default_rng(seed)
     for split, count in (("training", training), ("validation", validation)):
         for kind in ("images", "annotations"):
@@ -117,9 +126,7 @@ def write_segmentation(root: Path, training: int = 6, validation: int = 5, size=
 
 
 def write_conversations(root: Path, count: int = 12, text_only: int = 2) -> Path:
-    """A LLaVA JSON with its images: short dialogues, the last `text_only` without an image."""
-    import json
-
+    """Write a LLaVA JSON of short dialogues with its images; the last `text_only` dialogues have no image."""
     rng = np.random.default_rng(0)
     (root / "pictures").mkdir(parents=True, exist_ok=True)
     records = []
@@ -137,7 +144,7 @@ def write_conversations(root: Path, count: int = 12, text_only: int = 2) -> Path
 
 
 def training_arguments(parts, conversations) -> list[str]:
-    """Flags of a `llava-bidir fit` on the demo's second stage with tiny parts."""
+    """Return the flags of a `llava-bidir fit` of the demo's stage 2 with tiny parts."""
     encoder, llm = parts
     return ["-c", "configs/demo/stage2.yaml", "--model.encoder.path", encoder.path, "--model.llm", llm] + [
         *("--data.annotations", str(conversations / "data.json"), "--data.images", str(conversations)),

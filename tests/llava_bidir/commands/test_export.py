@@ -38,7 +38,7 @@ def test_as_llava_is_stock_llava_with_equal_logits(causal, tmp_path):
 @pytest.mark.parametrize("name", ["bidirectional", "prefix"])
 def test_as_llava_is_refused_where_the_mask_would_be_lost(parts, name):
     model = build_model(*parts, build_processor(*parts), image_attention=name)
-    with pytest.raises(ValueError, match=f"--as-llava: image_attention is '{name}', but a stock llava runs causally"):
+    with pytest.raises(ValueError, match=f"--as-llava: image_attention is '{name}', but stock LLaVA is causal"):
         as_llava(model)
 
 

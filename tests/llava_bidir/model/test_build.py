@@ -1,22 +1,29 @@
-"""Putting the parts together: what is loaded, resized, frozen, and what does not fit."""
+"""Construction of a model: loaded weights, vocabulary, frozen parts, and errors for parts that do not fit."""
 
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
     CLIPVisionConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
     LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     SiglipVisionConfig,
 )
 
 from llava_bidir.model.build import build_model, build_processor, set_trainable
 from llava_bidir.model.encoders import ENCODERS, Encoder
+from llava_bidir.model.hf_export import as_llava
 
 
 @pytest.fixture
@@ -35,18 +42,6 @@ def test_parts_keep_their_weights_and_the_vocabulary_grows(parts, built):
     assert torch.equal(built.model.language_model.layers[0].mlp.up_proj.weight, llm.model.layers[0].mlp.up_proj.weight)
 
 
-def test_new_adapter_follows_the_seed_and_its_gain(parts):
-    processor = build_processor(*parts)
-
-    def adapter(**kwargs):
-        torch.manual_seed(5)
-        return build_model(*parts, processor, **kwargs).model.multi_modal_projector
-
-    one, four = adapter(), adapter(adapter_gain=4.0)
-    assert torch.equal(one.linear_2.weight * 4, four.linear_2.weight)
-    assert torch.equal(one.linear_1.weight, four.linear_1.weight)
-
-
 @pytest.mark.parametrize(("train", "moving"), [(["adapter"], {"multi_modal_projector"}), (["adapter", "llm"], None)])
 def test_set_trainable_never_trains_the_encoder(built, train, moving):
     counts = set_trainable(built, train)
@@ -56,40 +51,47 @@ def test_set_trainable_never_trains_the_encoder(built, train, moving):
     assert any("multi_modal_projector" in name for name in trained)
     assert any("language_model" in name for name in trained) == ("llm" in train)
     for bad in ([], ["encoder"]):
-        with pytest.raises(ValueError, match="model.trainable must be some of adapter, llm"):
+        with pytest.raises(ValueError, match="model.trainable must list some of adapter, llm"):
             set_trainable(built, bad)
 
 
-def test_adapter_of_stage_1_is_taken_over(parts, checkpoints):
-    model = build_model(*parts, build_processor(*parts), adapter=str(checkpoints["causal"]))
-    from safetensors.torch import load_file
-
+def test_adapter_of_stage_1_is_loaded(parts, checkpoints):
+    adapter = build_model(
+        *parts, build_processor(*parts), adapter=str(checkpoints["causal"])
+    ).model.multi_modal_projector
     saved = load_file(checkpoints["causal"] / "model.safetensors")
-    assert torch.equal(
-        model.model.multi_modal_projector.linear_1.weight, saved["multi_modal_projector.linear_1.weight"]
-    )
+    assert all(torch.equal(x, saved[f"multi_modal_projector.{name}"]) for name, x in adapter.state_dict().items())
 
 
-def test_adapter_of_another_mask_or_encoder_is_refused(parts, checkpoints, tmp_path):
+def test_adapter_of_another_mask_or_encoder_is_rejected(parts, checkpoints, tmp_path):
     processor = build_processor(*parts)
-    with pytest.raises(ValueError, match="image_attention is 'causal' there and 'bidirectional' here"):
+    with pytest.raises(ValueError, match="has image_attention 'causal', this model 'bidirectional'"):
         build_model(*parts, processor, adapter=str(checkpoints["causal"]), image_attention="bidirectional")
     config = json.loads((checkpoints["causal"] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"holds no weights: neither \*.safetensors nor"):
         build_model(*parts, processor, adapter=str(tmp_path))
     shutil.copy(f"{parts[1]}/model.safetensors", tmp_path)
-    with pytest.raises(ValueError, match="holds no tensor named multi_modal_projector"):
+    with pytest.raises(ValueError, match="has no tensor named multi_modal_projector"):
         build_model(*parts, processor, adapter=str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -2}))
-    with pytest.raises(ValueError, match="vision_feature_layer is -2 there and -1 here"):
+    with pytest.raises(ValueError, match="has vision_feature_layer -2, this model -1"):
         build_model(*parts, processor, adapter=str(tmp_path))
+
+
+def test_config_of_an_earlier_version_is_read(tmp_path):
+    """`image_aspect` was renamed, and `adapter_gain` removed."""
+    config = tiny_models.config(image_attention="prefix").to_dict()
+    del config["image_resize"]
+    (tmp_path / "config.json").write_text(json.dumps(config | {"image_aspect": "crop", "adapter_gain": 4.0}))
+    now = AutoConfig.from_pretrained(tmp_path)
+    assert now.image_resize == "center_crop" and not {"image_aspect", "adapter_gain"} & set(now.to_dict())
 
 
 def test_unknown_or_mistaken_encoder_is_named(parts):
     with pytest.raises(ValueError, match="unknown encoder 'clop'; registered: clip, dinov2, dinov2_registers, siglip"):
         Encoder("clop", parts[0].path)
-    with pytest.raises(ValueError, match="is a 'clip_vision_model' checkpoint, but name 'siglip'"):
+    with pytest.raises(ValueError, match="is a 'clip_vision_model' checkpoint, but name 'siglip' expects"):
         Encoder("siglip", parts[0].path).load_config()
     with pytest.raises(ValueError, match="unknown image_resize 'stretch'"):
         build_processor(*parts, image_resize="stretch")
@@ -105,15 +107,15 @@ def test_unknown_or_mistaken_encoder_is_named(parts):
     ],
 )
 def test_grids_of_released_encoders(name, config, grid, tmp_path):
-    """24 x 24 at 336 px and 27 x 27 at 384 px (App. A.1); their entries say how many registers they have."""
+    """24 x 24 at 336 px and 27 x 27 at 384 px (App. A.1)."""
     config.save_pretrained(tmp_path)
     encoder = Encoder(name, str(tmp_path))
     assert encoder.grid(encoder.load_config()) == grid
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_encoder_entry_gives_one_token_a_patch(name, tmp_path):
-    """A small random tower of the real class: neither a CLS token too many nor a patch too few."""
+def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, tmp_path):
+    """With a small random encoder of the real class."""
     entry = ENCODERS[name]
     side = entry.image_px or 56
     settings = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14}
@@ -123,15 +125,18 @@ def test_encoder_entry_gives_one_token_a_patch(name, tmp_path):
     _, llm = tiny_models.write_parts(tmp_path / "parts")
     encoder = Encoder(name, str(tmp_path / "encoder"))
     model = build_model(encoder, llm, build_processor(encoder, llm)).eval()
-    rows, columns = encoder.grid(config)
-    features = model.get_image_features(torch.randn(1, 3, side, side)).pooler_output
-    assert features[0].shape == (rows * columns, 32) and model.config.image_seq_length == rows * columns
+    pixels, (rows, columns) = torch.randn(1, 3, side, side), encoder.grid(config)
+    features = model.get_image_features(pixels).pooler_output[0]
+    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
+    assert states.shape[1] == entry.extra_tokens + rows * columns and model.config.image_seq_length == rows * columns
+    model.model.multi_modal_projector._forward_pre_hooks.clear()
+    assert torch.equal(features, model.model.multi_modal_projector(states[:, entry.extra_tokens :])[0])
+    if entry.extra_tokens > 1:
+        with pytest.raises(ValueError, match="register tokens, which stock LLaVA would treat as patches"):
+            as_llava(model)
 
 
 def test_image_processor_pads_with_the_mean_or_crops_the_centre(parts):
-    import numpy as np
-    from PIL import Image
-
     wide = np.zeros((8, 16, 3), np.uint8)
     wide[:, :4] = wide[:, 12:] = 255
     entry = ENCODERS["clip"]
@@ -146,56 +151,29 @@ def test_image_processor_pads_with_the_mean_or_crops_the_centre(parts):
             assert raw[:, 4, 3:5].max() < 0.1
 
 
-def test_a_checkpoint_that_is_nowhere_is_named_with_its_config_key(parts, tmp_path):
+def test_missing_checkpoint_is_named_with_its_config_key(parts, tmp_path):
     with pytest.raises(ValueError, match=r"model\.llm: '.*nowhere' is neither a checkpoint directory"):
         build_processor(parts[0], str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match=r"model\.encoder\.path: 'no/such' is neither a checkpoint directory"):
         Encoder("clip", "no/such").load_config()
 
 
-@pytest.mark.parametrize("name", [name for name, entry in ENCODERS.items() if entry.extra_tokens > 1])
-def test_registers_never_reach_the_adapter(name, tmp_path):
-    """[CLS, 4 registers, patches]. Dropping CLS alone would take registers for patches."""
-    from llava_bidir.model.hf_export import as_llava
-
-    entry = ENCODERS[name]
-    settings = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": entry.image_px}
-    config = entry.config_class(**settings, patch_size=14, num_register_tokens=entry.extra_tokens - 1)
-    entry.model_class(config).save_pretrained(tmp_path / "encoder")
-    _, llm = tiny_models.write_parts(tmp_path / "parts")
-    encoder = Encoder(name, str(tmp_path / "encoder"))
-    model = build_model(encoder, llm, build_processor(encoder, llm)).eval()
-    pixels, (rows, columns) = torch.randn(1, 3, entry.image_px, entry.image_px), encoder.grid(config)
-    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
-    model.model.multi_modal_projector._forward_pre_hooks.clear()
-    expected = model.model.multi_modal_projector(states[:, entry.extra_tokens :])
-    again = build_model(encoder, llm, build_processor(encoder, llm)).eval()
-    again.load_state_dict(model.state_dict())
-    assert states.shape[1] == entry.extra_tokens + rows * columns
-    assert torch.equal(again.get_image_features(pixels).pooler_output[0], expected[0])
-    with pytest.raises(ValueError, match="register tokens, which a stock llava would take for patches"):
-        as_llava(model)
-
-
 def test_an_encoder_with_other_registers_than_its_entry_is_refused(tmp_path):
-    """Before a large model is loaded for nothing: its tokens would not be as many as the grid has."""
+    """The error comes before a large model is loaded."""
     config = ENCODERS["dinov2_registers"].config_class(num_register_tokens=2)
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has 2 register tokens, but name 'dinov2_registers' stands for 4"):
+    with pytest.raises(ValueError, match="has 2 register tokens, but name 'dinov2_registers' expects 4"):
         Encoder("dinov2_registers", str(tmp_path)).load_config()
 
 
-def test_an_llm_of_another_family_is_a_path_away(parts, tmp_path):
-    """Qwen2: other class, other config, biases in its attention; and Eq. 2 holds."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
+def test_llm_of_another_family(parts, tmp_path):
+    """Qwen2 has another class and config, and biases in its attention; Eq. 2 holds."""
     encoder, llama = parts
     shutil.copytree(llama, tmp_path / "qwen")
     words = LlamaForCausalLM.from_pretrained(llama).config.vocab_size
     settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    Qwen2ForCausalLM(Qwen2Config(**settings, num_key_value_heads=2, vocab_size=words)).save_pretrained(
-        tmp_path / "qwen"
-    )
+    llm = Qwen2ForCausalLM(Qwen2Config(**settings, num_key_value_heads=2, vocab_size=words))
+    llm.save_pretrained(tmp_path / "qwen")
     processor = build_processor(encoder, str(tmp_path / "qwen"))
     moved = {}
     for mask in ("causal", "bidirectional"):
@@ -203,25 +181,12 @@ def test_an_llm_of_another_family_is_a_path_away(parts, tmp_path):
         model = build_model(encoder, str(tmp_path / "qwen"), processor, image_attention=mask).eval()
         tiny_models.sharpen(model)
         ids = torch.tensor([[3, *[model.config.image_token_id] * tiny_models.TOKENS, 4]])
-
-        def states(bump, model=model, ids=ids):
-            def push(module, args, output):
-                return torch.cat([output[:, :-1], output[:, -1:] + bump], 1)
-
-            hook = model.model.multi_modal_projector.register_forward_hook(push)
-            try:
-                return model(
-                    input_ids=ids, pixel_values=tiny_models.pixels(1), output_hidden_states=True
-                ).hidden_states[1]
-            finally:
-                hook.remove()
-
-        moved[mask] = (states(5.0) - states(0.0)).abs().amax(-1)[0, 1].item()
+        before, after = (tiny_models.states_after_bump(model, ids, bump)[1] for bump in (0.0, 5.0))
+        moved[mask] = (after - before).abs().amax(-1)[0, 1].item()
     assert model.config.text_config.model_type == "qwen2" and moved["causal"] == 0 and moved["bidirectional"] > 1e-4
 
 
-def test_a_tokenizer_may_lie_by_itself(parts, tmp_path):
-    """To look at data one needs no LLM."""
+def test_processor_needs_the_tokenizer_only(parts, tmp_path):
     for file in Path(parts[1]).iterdir():
         if "token" in file.name:
             (tmp_path / file.name).write_bytes(file.read_bytes())

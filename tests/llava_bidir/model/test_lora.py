@@ -1,4 +1,4 @@
-"""Low-rank updates: where they are, that they start at nothing, and that merging changes no answer."""
+"""Low-rank updates: their positions, their zero start, and the equality of merged and unmerged models."""
 
 import pytest
 import tiny_models
@@ -10,7 +10,7 @@ from llava_bidir.model.lora import Lora, add_lora, has_lora, merge_lora
 
 @pytest.fixture
 def updated():
-    """A tiny model whose updates are as large as its weights."""
+    """Return a tiny model with updates as large as its weights."""
     model = tiny_models.model("bidirectional")
     torch.manual_seed(5)
     add_lora(model, Lora(r=3, alpha=6, dropout=0.1))
@@ -27,7 +27,7 @@ def logits(model) -> torch.Tensor:
     return model(input_ids=ids, attention_mask=mask, pixel_values=tiny_models.pixels(2)).logits
 
 
-def test_updates_start_at_nothing_and_sit_beside_every_linear_layer_of_the_llm():
+def test_updates_start_at_zero_in_every_linear_layer_of_the_llm():
     model, plain = tiny_models.model(), tiny_models.model()
     add_lora(model, Lora(r=3, alpha=6))
     linear = {name for name, m in plain.model.language_model.named_modules() if isinstance(m, nn.Linear)}
@@ -45,20 +45,20 @@ def test_merged_model_answers_as_the_unmerged(updated):
     torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_merging_leaves_the_model_as_it_is(updated):
+def test_merging_does_not_change_the_model(updated):
     before = {name: tensor.clone() for name, tensor in updated.state_dict().items()}
     expected = logits(updated)
     merged = merge_lora(updated)
     assert has_lora(updated) and torch.equal(logits(updated), expected)
     assert all(torch.equal(tensor, before[name]) for name, tensor in updated.state_dict().items())
-    assert merged.lm_head.weight is updated.lm_head.weight, "what is not merged is shared, not copied"
+    assert merged.lm_head.weight is updated.lm_head.weight, "tensors that are not merged are shared"
 
 
-def test_model_without_updates_is_returned_as_it_is():
+def test_model_without_updates_is_returned_unchanged():
     model = tiny_models.model()
     assert merge_lora(model) is model
 
 
-def test_numbers_are_llavas():
-    """Source: LLaVA scripts/v1_5/finetune_lora.sh; the dropout is train.py's default."""
+def test_defaults_are_those_of_llava():
+    """Source: LLaVA scripts/v1_5/finetune_lora.sh; the dropout is the default of train.py."""
     assert Lora() == Lora(r=128, alpha=256, dropout=0.05)

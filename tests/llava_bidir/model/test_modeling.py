@@ -1,4 +1,4 @@
-"""The model: causal is stock LLaVA, the mask reaches attention, generation agrees with itself."""
+"""The model: causal equals stock LLaVA, the mask reaches attention, generation equals full forwards."""
 
 import json
 import subprocess
@@ -51,7 +51,7 @@ def test_states_equal_an_attention_written_out_under_the_looped_mask(name, attn_
     masks = reference.mask_by_loop(name, inputs["input_ids"] == tiny_models.IMAGE_ID, padding)
     for row in range(len(BATCH)):
         real = padding[row].bool()
-        # rotary embedding is relative, so that padding on the left changes nothing
+        # rotary embeddings are relative, so padding on the left has no effect
         positions, mask = torch.arange(int(real.sum())), masks[row][real][:, real]
         expected = reference.llama_states(decoder, ours[0][row : row + 1, real], [mask[None]] * 3, positions)
         for layer in (0, 1):  # the last entry of hidden_states is normed
@@ -59,24 +59,11 @@ def test_states_equal_an_attention_written_out_under_the_looped_mask(name, attn_
 
 
 @pytest.mark.parametrize("name", MASKS)
-def test_last_image_token_reaches_those_that_the_mask_lets_see_it(name):
-    """A mask that never reached attention, this field's commonest silent bug, fails here."""
+def test_change_of_the_last_image_token_reaches_the_queries_that_attend_to_it(name):
+    """The test fails if the mask does not reach attention, a common silent bug."""
     model = tiny_models.model(name)
     ids, _ = tiny_models.ids("ttiiiitt")
-
-    def run(bump: float):
-        def push(module, args, output):
-            output = output.clone()
-            output[:, -1] += bump
-            return output
-
-        hook = model.model.multi_modal_projector.register_forward_hook(push)
-        try:
-            return states(model, input_ids=ids, pixel_values=tiny_models.pixels(1))
-        finally:
-            hook.remove()
-
-    before, after = run(0.0), run(5.0)
+    before, after = (tiny_models.states_after_bump(model, ids, bump) for bump in (0.0, 5.0))
     moved = [(a - b).abs().max(-1).values[0] for a, b in zip(after, before, strict=True)]
     is_image = [c == "i" for c in "ttiiiitt"]
     for query in range(8):
@@ -116,7 +103,7 @@ def test_batch_equals_single(name):
 def test_generation_with_any_cache_equals_recomputing_everything(name, attn_implementation):
     model, inputs = tiny_models.model(name, attn_implementation), batch("left")
     width, ids, mask = inputs["input_ids"].shape[1], inputs["input_ids"], inputs["attention_mask"]
-    for _ in range(6):  # greedy decoding by hand, one full forward a token
+    for _ in range(6):  # greedy decoding with one full forward per token
         logits = model(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"]).logits[:, -1]
         ids, mask = torch.cat([ids, logits.argmax(-1)[:, None]], 1), torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     expected = ids[:, width:]
@@ -127,7 +114,7 @@ def test_generation_with_any_cache_equals_recomputing_everything(name, attn_impl
 
 @pytest.mark.parametrize("name", ["bidirectional", "prefix"])
 def test_generation_depends_on_the_mask(name):
-    """Guards the test above: were the mask lost in generate and in forward alike, all would agree."""
+    """If both generate and forward ignored the mask, the test above would pass."""
     inputs = batch("left")
     logits = [tiny_models.model(n)(**inputs).logits for n in ("causal", name)]
     assert (logits[0] - logits[1]).abs().max() > 1e-2
@@ -144,7 +131,7 @@ def test_save_and_load_keep_the_mask_and_the_logits(tmp_path):
 
 @pytest.mark.slow
 def test_exported_code_runs_where_the_package_is_not_imported(checkpoints, tmp_path):
-    """trust_remote_code in a process of its own, which sees only what the directory brings."""
+    """Load with trust_remote_code in a process that can import only the code in the directory."""
     code = f"""
 import sys, torch
 sys.modules["llava_bidir"] = None
@@ -161,21 +148,21 @@ torch.save(model(ids, torch.ones(1, 3, 8, 8)).logits, {str(tmp_path / "logits.pt
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), ours(ids, torch.ones(1, 3, 8, 8)).logits)
 
 
-def test_image_tokens_after_cached_ones_are_refused():
+def test_image_tokens_after_cached_ones_are_rejected():
     model = tiny_models.model("bidirectional")
     ids, _ = tiny_models.ids("tt")
     cache = model(input_ids=ids, use_cache=True).past_key_values
     later, _ = tiny_models.ids("iiii")
-    with pytest.raises(ValueError, match="image tokens arrived after 2 cached tokens"):
+    with pytest.raises(ValueError, match="got image tokens after 2 cached tokens"):
         model(input_ids=later, pixel_values=tiny_models.pixels(1), past_key_values=cache)
 
 
-def test_inputs_embeds_without_ids_are_refused():
-    with pytest.raises(ValueError, match="finds the image tokens in input_ids"):
+def test_inputs_embeds_without_ids_are_rejected():
+    with pytest.raises(ValueError, match="locates image tokens by input_ids"):
         tiny_models.model("bidirectional")(inputs_embeds=torch.zeros(1, 3, 32))
 
 
-def test_flash_attention_is_refused_in_the_forward():
+def test_flash_attention_is_rejected_in_the_forward():
     model = tiny_models.model("bidirectional")
     model.config.get_text_config()._attn_implementation = "flash_attention_2"
     ids, _ = tiny_models.ids("tiiiit")

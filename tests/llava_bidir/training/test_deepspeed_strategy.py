@@ -1,4 +1,4 @@
-"""ZeRO on two CPU processes: the same training as on one, exact resume, whole checkpoints, export."""
+"""ZeRO on two CPU processes: the training of one process, exact resume, valid checkpoints, export."""
 
 import json
 import os
@@ -16,24 +16,24 @@ import torch
 import llava_bidir.cli
 from llava_bidir import LlavaBidirForConditionalGeneration
 from llava_bidir.common.checkpoint_io import latest_valid_checkpoint
-from llava_bidir.training.deepspeed_strategy import read_weights
+from llava_bidir.training.deepspeed_strategy import load_zero_weights
 
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed (extra: cluster) is not installed"),
 ]
 WORKER = Path(__file__).parents[2] / "helpers/ddp_script.py"
-RUNS = ["zero3:plain:32-true", "zero3_offload:plain:bf16-mixed", "ddp:plain:32-true", "zero2:plain:32-true"]
-RUNS += [
-    f"{s}:{run}:{p}" for s in ("zero2", "zero3") for p in ("32-true", "bf16-mixed") for run in ("whole", "resumed")
-]
-RUNS += [f"{s}:{run}:bf16-mixed" for s in ("zero2", "zero3") for run in ("plain", "validated")]
 ZERO = [(stage, precision) for stage in ("zero2", "zero3") for precision in ("32-true", "bf16-mixed")]
+RUNS = [f"{s}:without_dropout:32-true" for s in ("zero3", "ddp", "zero2")] + [
+    "zero3_offload:without_dropout:bf16-mixed"
+]
+RUNS += [f"{s}:{run}:{p}" for s, p in ZERO for run in ("uninterrupted", "resume")]
+RUNS += [f"{s}:{run}:bf16-mixed" for s in ("zero2", "zero3") for run in ("without_dropout", "validate")]
 
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory) -> dict:
-    """Models and data of all runs: of 12 conversations 2 are without an image, and 9 questions do not halve."""
+    """Write models and data: 2 of 12 conversations have no image, and 9 questions do not divide by 2."""
     root = tmp_path_factory.mktemp("zero")
     encoder, llm = tiny_models.write_parts(root)
     shutil.copytree(llm, root / "dropout_llm")
@@ -48,7 +48,7 @@ def spec(tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def two(spec) -> Path:
-    """What two processes found, one run after the other."""
+    """Return the folder with the results of RUNS on two processes."""
     out, codes, log = start(spec, "two", RUNS)
     assert codes == [0, 0], log
     return out
@@ -56,7 +56,7 @@ def two(spec) -> Path:
 
 @pytest.fixture(scope="module")
 def one(spec, two) -> Path:
-    """What one process found: the same training, and the second half of what two began."""
+    """Return the folder with the results of one process: the same training, and resumed checkpoints of `two`."""
     checkpoints = {"ddp": two / "ddp-plain-32-true.ckpt", "zero3_offload": two / "zero2-plain-32-true.ckpt"}
     for strategy in ("zero2", "zero3"):
         source, checkpoints[strategy] = two / f"{strategy}-plain-32-true.ckpt", two / f"universal-{strategy}.ckpt"
@@ -64,18 +64,15 @@ def one(spec, two) -> Path:
         command += f" --num_merge_workers 1 --input_folder {source}/checkpoint"
         command += f" --output_folder {checkpoints[strategy]}/checkpoint"
         subprocess.run([sys.executable, *command.split()], check=True, capture_output=True)
-    runs = [
-        "ddp:plain:32-true",
-        *(f"{s}:moved:32-true" for s in ("ddp", "zero2", "zero3")),
-        "zero3_offload:refused:32-true",
-    ]
+    runs = ["ddp:without_dropout:32-true", *(f"{s}:resume_elsewhere:32-true" for s in ("ddp", "zero2", "zero3"))]
+    runs += ["zero3_offload:reject:32-true"]
     out, codes, log = start(spec, "one", runs, processes=1, resume={k: str(v) for k, v in checkpoints.items()})
     assert codes == [0], log
     return out
 
 
 def start(spec: dict, name: str, runs: list[str], processes: int = 2, **more) -> tuple[Path, list[int], str]:
-    """Runs the worker's functions; returns the folder, the exit codes, and what the processes printed."""
+    """Run functions of the worker; return the folder, the exit codes and the output of the processes."""
     out = Path(spec["root"]) / name
     out.mkdir()
     (out / "spec.json").write_text(json.dumps(spec | {"out": str(out), "processes": processes} | more))
@@ -84,22 +81,22 @@ def start(spec: dict, name: str, runs: list[str], processes: int = 2, **more) ->
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
     group |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": 1, "PYTHONWARNINGS": "ignore"}
-    started = []
+    running = []
     for rank in range(processes):
         environment = os.environ | {k: str(v) for k, v in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
         log = (out / f"{rank}.log").open("w")
         command = [sys.executable, str(WORKER), str(out / "spec.json"), *runs]
-        started.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
-        codes = [process.wait(timeout=400) for process in started]
+        codes = [process.wait(timeout=400) for process in running]
     finally:
-        for process in started:
+        for process in running:
             process.kill()
     return out, codes, "\n".join((out / f"{rank}.log").read_text()[-3000:] for rank in range(processes))
 
 
-def found(folder: Path, run: str, rank: int = 0) -> dict:
-    """What a rank found in a run."""
+def result(folder: Path, run: str, rank: int = 0) -> dict:
+    """Load the result of a rank in a run."""
     return torch.load(folder / f"{run}.{rank}.pt")
 
 
@@ -116,9 +113,9 @@ def found(folder: Path, run: str, rank: int = 0) -> dict:
     ],
 )
 def test_two_processes_train_as_one(strategy, precision, tolerance, one, two):
-    """Losses, gradient norm and validation; without dropout, which differs between ranks."""
-    single = found(one, "ddp:plain:32-true")
-    ranks = [found(two, f"{strategy}:plain:{precision}", rank) for rank in (0, 1)]
+    """Compare losses, gradient norm and validation, without dropout, which differs between ranks."""
+    single = result(one, "ddp:without_dropout:32-true")
+    ranks = [result(two, f"{strategy}:without_dropout:{precision}", rank) for rank in (0, 1)]
     together = [loss for pair in zip(*(rank["losses"] for rank in ranks), strict=True) for loss in pair]
     assert [ids for ids, _ in together] == [ids for ids, _ in single["losses"]]
     near = {"rtol": tolerance, "atol": tolerance}
@@ -131,20 +128,19 @@ def test_two_processes_train_as_one(strategy, precision, tolerance, one, two):
 
 
 def test_zero3_leaves_each_process_half_of_every_parameter(two):
-    """Between steps nothing is whole, and what was loaded is what the others loaded (test above)."""
     for rank in (0, 1):
-        result = found(two, "zero3:whole:bf16-mixed", rank)
-        assert len(result["shares"]) == len(result["weights"])
-        for name, (here, total, share) in result["shares"].items():
-            assert here == 0 and share == (total + 1) // 2, name
-        assert all(weight.dtype == torch.bfloat16 for weight in result["weights"].values())
+        run = result(two, "zero3:uninterrupted:bf16-mixed", rank)
+        assert len(run["shares"]) == len(run["weights"])
+        for name, (local, total, share) in run["shares"].items():
+            assert local == 0 and share == (total + 1) // 2, name
+        assert all(weight.dtype == torch.bfloat16 for weight in run["weights"].values())
 
 
 @pytest.mark.parametrize(("strategy", "precision"), ZERO)
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(strategy, precision, two):
-    """From the middle of an epoch, with dropout, and with batches that have an image on one rank only."""
+    """From inside an epoch, with dropout, and with batches that have images on one rank only."""
     whole, resumed = (
-        [found(two, f"{strategy}:{f}:{precision}", rank) for rank in (0, 1)] for f in ("whole", "resumed")
+        [result(two, f"{strategy}:{run}:{precision}", rank) for rank in (0, 1)] for run in ("uninterrupted", "resume")
     )
     one_sided = [a != b for a, b in zip(whole[0]["text_only"], whole[1]["text_only"], strict=True)]
     assert any(one_sided[:4]) and any(one_sided[4:]), "text on one rank before and after the checkpoint"
@@ -153,16 +149,15 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(strategy, precision
         assert after["metrics"] == before["metrics"]
         for name, weight in before["weights"].items():
             assert torch.equal(weight, after["weights"][name]), name
-    assert whole[0]["losses"][0] != found(two, f"{strategy}:plain:{precision}")["losses"][0], "dropout is on"
+    assert whole[0]["losses"][0] != result(two, f"{strategy}:without_dropout:{precision}")["losses"][0], "dropout is on"
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
 @pytest.mark.parametrize(("strategy", "precision"), ZERO)
 def test_export_of_a_checkpoint_equals_the_model_in_memory(strategy, precision, two, tmp_path):
-    """Both ways to a directory: the callback at the end of the run, and the command on the checkpoint, here without
-    the processes that wrote it."""
+    """Export by the callback at the end of the run, and by the command, without the processes of the run."""
     llava_bidir.cli.main(["export", str(two / f"{strategy}-end-{precision}.ckpt"), str(tmp_path / "hf")])
-    memory = found(two, f"{strategy}:whole:{precision}")["weights"]
+    memory = result(two, f"{strategy}:uninterrupted:{precision}")["weights"]
     for directory in (tmp_path / "hf", two / f"{strategy}-{precision}" / "hf"):
         written = LlavaBidirForConditionalGeneration.from_pretrained(directory, dtype="auto").state_dict()
         assert set(written) == set(memory)
@@ -173,12 +168,12 @@ def test_export_of_a_checkpoint_equals_the_model_in_memory(strategy, precision, 
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_validation_of_a_checkpoint_repeats_that_of_the_run(strategy, two):
     for rank in (0, 1):
-        during, after = (found(two, f"{strategy}:{run}:bf16-mixed", rank) for run in ("whole", "validated"))
+        during, after = (result(two, f"{strategy}:{run}:bf16-mixed", rank) for run in ("uninterrupted", "validate"))
         assert after["metrics"] == {k: v for k, v in during["metrics"].items() if k.startswith("val/")}
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_checkpoint_holds_what_trains(stage, two):
+def test_checkpoint_holds_trainable_weights_only(stage, two):
     checkpoint = two / f"zero{stage}-end-bf16-mixed.ckpt"
     listing = json.loads((checkpoint / "whole.json").read_text())
     assert listing["world_size"] == 2 and listing["stage"] == stage
@@ -189,8 +184,8 @@ def test_checkpoint_holds_what_trains(stage, two):
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
 def test_resumed_on_another_number_of_processes_trains_the_same_samples(strategy, one, two):
-    """Two processes began, one goes on: through DeepSpeed's universal checkpoint, or a plain one under DDP."""
-    moved, single = found(one, f"{strategy}:moved:32-true"), found(one, "ddp:plain:32-true")
+    """One process resumes a checkpoint of two: DeepSpeed's universal checkpoint, or DDP's."""
+    moved, single = result(one, f"{strategy}:resume_elsewhere:32-true"), result(one, "ddp:without_dropout:32-true")
     rest = single["losses"][8:]
     assert [ids for ids, _ in moved["losses"]] == [ids for ids, _ in rest]
     torch.testing.assert_close([x for _, x in moved["losses"]], [x for _, x in rest], rtol=1e-5, atol=1e-5)
@@ -198,38 +193,41 @@ def test_resumed_on_another_number_of_processes_trains_the_same_samples(strategy
         torch.testing.assert_close(weight, single["weights"][name], rtol=1e-5, atol=1e-5)
 
 
-def test_another_number_of_processes_or_stage_is_refused_with_the_way_out(one):
-    message = found(one, "zero3_offload:refused:32-true")["message"]
+def test_another_number_of_processes_is_rejected_with_the_way_out(one):
+    message = result(one, "zero3_offload:reject:32-true")["message"]
     assert "has world_size 2 and this run 1" in message and "ds_to_universal" in message
 
 
-@pytest.mark.parametrize("trouble", ["killed", "disk_full"])
-def test_interrupted_save_leaves_the_checkpoint_before_it(trouble, spec, two):
-    """Rank 1 dies in the middle of writing, or finds the disk full: the run fails, nothing half-written counts, and the
-    checkpoint before is the one of an undisturbed run."""
-    out, codes, log = start(spec, trouble, [f"zero2:{trouble}:32-true"])
-    assert codes[0] != 0 and codes[1] == (-9 if trouble == "killed" else 1), log
-    left = sorted(path.name for path in (out / "trouble").iterdir())
-    assert left == ["bad.ckpt.partial", "good.ckpt"]
-    assert latest_valid_checkpoint(out / "trouble") == out / "trouble/good.ckpt"
-    ours, undisturbed = read_weights(out / "trouble/good.ckpt"), read_weights(two / "zero2-middle-32-true.ckpt")
+@pytest.mark.parametrize("fault", ["kill_in_save", "disk_full_in_save"])
+def test_interrupted_save_leaves_the_checkpoint_before_it(fault, spec, two):
+    """The run fails, the partial checkpoint is ignored, and the one before equals that of an undisturbed run."""
+    out, codes, log = start(spec, fault, [f"zero2:{fault}:32-true"])
+    assert codes[0] != 0 and codes[1] == (-9 if fault == "kill_in_save" else 1), log
+    assert sorted(path.name for path in (out / "fault").iterdir()) == ["bad.ckpt.partial", "good.ckpt"]
+    assert latest_valid_checkpoint(out / "fault") == out / "fault/good.ckpt"
+    ours, undisturbed = (
+        load_zero_weights(out / "fault/good.ckpt"),
+        load_zero_weights(two / "zero2-middle-32-true.ckpt"),
+    )
     assert all(torch.equal(weight, undisturbed[name]) for name, weight in ours.items())
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_a_rank_that_dies_ends_the_run(strategy, spec):
-    """The other ends with an error at once, and nothing says that the run is finished."""
-    out, codes, log = start(spec, f"{strategy}-dies", [f"{strategy}:dies:32-true"])
+    """The other rank fails immediately, and the run is not marked as finished."""
+    out, codes, log = start(spec, f"{strategy}-dies", [f"{strategy}:kill_in_step:32-true"])
     assert codes[0] not in (0, -9) and codes[1] == -9, log
-    assert (out / "0.log").stat().st_mtime - (out / "lost").stat().st_mtime < 30, "not the timeout of a minute"
+    assert (out / "0.log").stat().st_mtime - (out / "fault_time").stat().st_mtime < 30, "not the timeout of a minute"
     assert not (out / f"{strategy}-32-true/hf").exists()
-    assert latest_valid_checkpoint(out / "trouble") == out / "trouble/good.ckpt"
+    assert latest_valid_checkpoint(out / "fault") == out / "fault/good.ckpt"
 
 
 def test_a_rank_that_stalls_ends_the_run_after_the_timeout(spec):
-    """Under ZeRO too, where DeepSpeed makes groups of processes of its own."""
-    out, codes, log = start(spec, "stalls", ["zero2:stalls:32-true"], timeout_minutes=0.25, stalls_s=45)
+    """Under ZeRO too, where DeepSpeed creates its own process groups."""
+    out, codes, log = start(spec, "stalls", ["zero2:stall_in_step:32-true"], timeout_minutes=0.25, stalls_s=45)
     assert codes[0] not in (0, -9), log
-    assert (out / "0.log").stat().st_mtime - (out / "lost").stat().st_mtime < 40, "before the other moves again"
+    assert (out / "0.log").stat().st_mtime - (out / "fault_time").stat().st_mtime < 40, (
+        "before the other rank continues"
+    )
     assert not (out / "zero2-32-true/hf").exists()
-    assert latest_valid_checkpoint(out / "trouble") == out / "trouble/good.ckpt"
+    assert latest_valid_checkpoint(out / "fault") == out / "fault/good.ckpt"

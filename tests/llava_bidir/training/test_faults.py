@@ -1,6 +1,6 @@
-"""`llava-bidir fit` killed at random moments until it ends: the result is that of an undisturbed run, bit for bit.
+"""`llava-bidir fit` killed at random moments until it finishes: its results equal an undisturbed run bit for bit.
 
-CI kills a few times. `FAULTS=100 python -m pytest -s -m slow tests/llava_bidir/training/test_faults.py` does a hundred.
+CI kills it a few times, `FAULTS=100 python -m pytest -s -m slow tests/llava_bidir/training/test_faults.py` a hundred.
 """
 
 import json
@@ -22,9 +22,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llava_bidir import cli
 from llava_bidir.common.atomic_io import PARTIAL
 from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, latest_valid_checkpoint
+from llava_bidir.data.batch_samplers import BatchSampler
+from llava_bidir.data.instruction_dataset import Instructions
+from llava_bidir.training.throughput import TIMING_METRICS
 
 FAULTS = int(os.environ.get("FAULTS", 4))
-CLOCK = ("samples_per_s", "tokens_per_s", "tflops_per_s_and_device", "step_s", "data_share")  # what time decides
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,11 +36,13 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def train(parts, conversations):
-    """A function that makes a run in a folder, or goes on with it: ten epochs of three steps, with a checkpoint after
-    each step but the last of an epoch, validated after the fourth epoch and the eighth."""
+    """Return a function that starts or resumes a run of ten epochs of three steps in a folder.
+
+    It saves a checkpoint after each step except the last of an epoch, and validates after epochs four and eight.
+    """
 
     def run(out: Path) -> None:
-        datasets.config.HF_DATASETS_CACHE = out / "cache"  # so that reading the conversations is cut short, too
+        datasets.config.HF_DATASETS_CACHE = out / "cache"  # so that kills also interrupt the reading of conversations
         cli.main(
             [
                 *("fit", *tiny_models.training_arguments(parts, conversations), "--data.micro_batch_size", "2"),
@@ -53,20 +57,18 @@ def train(parts, conversations):
 
 
 def results(out: Path) -> dict[str, bytes]:
-    """The files of hf/, without what the clock decides."""
-    found = {file.name: file.read_bytes() for file in (out / "hf").iterdir()}
-    facts = json.loads(found.pop("training.json"))
-    found.pop("README.md")  # has the same facts
-    return found | {"facts": {k: v for k, v in facts.items() if k.rpartition("/")[2] not in CLOCK}}
+    """Return the files of hf/; README.md repeats training.json."""
+    files = {file.name: file.read_bytes() for file in (out / "hf").iterdir() if file.name != "README.md"}
+    return files | {"training.json": json.loads(files["training.json"])}
 
 
 def curves(out: Path) -> dict[tuple[str, int], set[float]]:
-    """By metric and step: the values in TensorBoard, several where a step was repeated after a kill."""
+    """Return the values in TensorBoard by metric and step; a step repeated after a kill may have several."""
     points = {}
     for file in out.glob("events.out.*"):
         events = EventAccumulator(str(file)).Reload()
         for tag in events.Tags()["scalars"]:
-            if tag.rpartition("/")[2] not in CLOCK:
+            if tag.rpartition("/")[2] not in TIMING_METRICS:
                 for event in events.Scalars(tag):
                     points.setdefault((tag, event.step), set()).add(event.value)
     return points
@@ -107,15 +109,18 @@ def test_killed_runs_end_as_an_undisturbed_one(train, tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["validation", "export"])
-def test_a_run_killed_behind_its_last_step_is_validated_and_exported(
+def test_a_run_killed_after_its_last_step_is_validated_and_exported(
     moment, parts, conversations, tmp_path, monkeypatch
 ):
-    """With Lightning's own checkpoint at the end of each epoch, from where there is nothing left to train."""
+    """It resumes from Lightning's checkpoint at the end of the epoch, after which no step is left."""
 
     def train(out: Path, killed: bool = False) -> int:
         def run():
             if killed:
-                name = {"validation": "training.module.LlavaTraining.answer", "export": "export._compare"}[moment]
+                name = {
+                    "validation": "training.module.LlavaTraining.answer",
+                    "export": "model.hf_export._compare_weights",
+                }[moment]
                 monkeypatch.setattr("llava_bidir." + name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
             arguments = tiny_models.training_arguments(parts, conversations)
             more = ("--trainer.log_every_n_steps", "1", "--out", str(out), "--ckpt_path", "last")
@@ -127,29 +132,55 @@ def test_a_run_killed_behind_its_last_step_is_validated_and_exported(
     assert train(tmp_path / "killed", killed=True) == -signal.SIGKILL
     assert not (tmp_path / "killed/hf").exists()
     assert train(tmp_path / "killed") == 0, (tmp_path / "log").read_text()
-    whole, resumed = results(tmp_path / "undisturbed"), results(tmp_path / "killed")
-    resumed["facts"].pop("checkpoint", None)  # which it was exported from
-    assert resumed == whole and "val/answer_accuracy" in whole["facts"]
+    undisturbed, resumed = results(tmp_path / "undisturbed"), results(tmp_path / "killed")
+    resumed["training.json"].pop("checkpoint", None)  # the path it was exported from
+    assert resumed == undisturbed and "val/answer_accuracy" in undisturbed["training.json"]
+
+
+def test_killed_data_worker_ends_the_run_and_loses_no_checkpoint(parts, conversations, tmp_path):
+    """The kernel kills a worker when memory is short."""
+    load, log, out = Instructions.__getitem__, tmp_path / "log", tmp_path / "run"
+    records = Instructions(conversations / "data.json", conversations)
+    order = [index for (index,) in BatchSampler(records.lengths(), 1, 1, seed=0)]
+
+    def train(killer: int) -> int:
+        def run():
+            def load_or_die(self, index):
+                return os.kill(os.getpid(), signal.SIGKILL) if index == killer else load(self, index)
+
+            Instructions.__getitem__ = load_or_die  # in this process only, and its workers
+            arguments = tiny_models.training_arguments(parts, conversations)
+            arguments += ["--data.group_by_length", "false", "--data.batch_size", "1", "--data.micro_batch_size", "1"]
+            arguments += ["--data.num_workers", "1", "--data.val_annotations", "null", "--out", str(out)]
+            save = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=1"]
+            cli.main(["fit", *arguments, *save, "--ckpt_path", "last"])
+
+        return wait(fork(run, log))
+
+    assert train(killer=order[8]) == 1, "the ninth of twelve"
+    assert saved_step(out) > 0 and not (out / "hf").exists()
+    assert train(killer=order[0]) == 0, "the first is not read again"
+    assert (out / "hf/model.safetensors").is_file()
 
 
 def test_no_checkpoint_is_in_the_middle_of_a_step(train, tmp_path):
-    """Also not at the first micro-batch after a resume, where the number of steps is still that of the checkpoint."""
+    """Nor at the first micro-batch after a resume, when the number of steps still equals the checkpoint's."""
 
-    def watched(out: Path):
+    def recorded(out: Path):
         save = AtomicCheckpointIO.save_checkpoint
 
-        def noted(self, checkpoint, path, storage_options=None):
+        def save_and_record(self, checkpoint, path, storage_options=None):
             save(self, checkpoint, path)
             with (tmp_path / "positions").open("a") as file:
                 file.write(f"{checkpoint['loops']['fit_loop']['epoch_loop.batch_progress']['current']['processed']}\n")
 
-        AtomicCheckpointIO.save_checkpoint = noted
+        AtomicCheckpointIO.save_checkpoint = save_and_record
         train(out)
 
-    child = fork(lambda: watched(tmp_path / "run"), tmp_path / "log")
+    child = fork(lambda: recorded(tmp_path / "run"), tmp_path / "log")
     while not (tmp_path / "positions").exists():
         time.sleep(0.001)
     assert kill_after(0, child) == -signal.SIGKILL
-    assert wait(fork(lambda: watched(tmp_path / "run"), tmp_path / "log")) == 0
+    assert wait(fork(lambda: recorded(tmp_path / "run"), tmp_path / "log")) == 0
     positions = [int(line) for line in (tmp_path / "positions").read_text().split()]
     assert len(positions) > 10 and not any(position % 2 for position in positions), "two micro-batches a step"

@@ -1,4 +1,4 @@
-"""The two ways to average a step's loss, each against a loop written out."""
+"""Both averages of a step's loss, against a loop over samples."""
 
 import subprocess
 import sys
@@ -20,7 +20,7 @@ def assert_same_gradients(ours: dict, expected: dict) -> None:
 
 
 def summed_losses(model, batches) -> tuple[list, list[int]]:
-    """Of each sample alone, without padding: its summed loss, and its supervised tokens."""
+    """Return the summed loss and the supervised tokens of each sample alone, without padding."""
     sums, counts = [], []
     for batch in batches:
         images = iter(batch["pixel_values"] if batch["pixel_values"] is not None else [])
@@ -43,19 +43,19 @@ def gradients_of(model, loss) -> dict:
 
 @pytest.mark.parametrize("micro", [8, 2, 1])
 def test_tokens_is_the_mean_over_the_whole_global_batch(micro, parts, conversations):
-    found = fit_one_step(parts, conversations, "tokens", micro)
-    sums, counts = summed_losses(found["model"], found["batches"])
-    assert len(counts) == GLOBAL_BATCH and len(set(counts)) > 2 and len(found["batches"]) == GLOBAL_BATCH // micro
-    assert_same_gradients(found["gradients"], gradients_of(found["model"], sum(sums) / sum(counts)))
+    step = fit_one_step(parts, conversations, "tokens", micro)
+    sums, counts = summed_losses(step["model"], step["batches"])
+    assert len(counts) == GLOBAL_BATCH and len(set(counts)) > 2 and len(step["batches"]) == GLOBAL_BATCH // micro
+    assert_same_gradients(step["gradients"], gradients_of(step["model"], sum(sums) / sum(counts)))
 
 
 @pytest.mark.parametrize("micro", [8, 2])
 def test_llava_is_the_mean_of_the_micro_batches_means(micro, parts, conversations):
-    found = fit_one_step(parts, conversations, "llava", micro)
-    sums, counts = summed_losses(found["model"], found["batches"])
+    step = fit_one_step(parts, conversations, "llava", micro)
+    sums, counts = summed_losses(step["model"], step["batches"])
     cuts = range(0, GLOBAL_BATCH, micro)
     means = [sum(sums[i : i + micro]) / sum(counts[i : i + micro]) for i in cuts]
-    assert_same_gradients(found["gradients"], gradients_of(found["model"], sum(means) / len(means)))
+    assert_same_gradients(step["gradients"], gradients_of(step["model"], sum(means) / len(means)))
 
 
 def test_the_two_differ_where_micro_batches_do(parts, conversations):

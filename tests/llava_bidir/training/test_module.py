@@ -1,6 +1,7 @@
-"""Training: what moves, what the loss is, and that a resumed run equals an uninterrupted one."""
+"""Training: trainable parts, loss, schedule, validation, and equality of resumed and uninterrupted runs."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +9,10 @@ import tiny_models
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from llava_bidir.data.datamodule import InstructionData
+from llava_bidir.data.instruction_dataset import Instructions
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.lora import Lora
 from llava_bidir.training.module import LlavaTraining
@@ -18,6 +21,14 @@ from llava_bidir.training.module import LlavaTraining
 def module(parts, **kwargs) -> LlavaTraining:
     settings = {"trainable": ["adapter", "llm"], "learning_rate": 1e-2, "max_new_tokens": 3}
     return LlavaTraining(*parts, **(settings | kwargs))
+
+
+def module_with_model(parts, **kwargs) -> LlavaTraining:
+    """A module with the weights that a run of `fit` starts from."""
+    torch.manual_seed(0)
+    built = module(parts, **kwargs)
+    built.configure_model()
+    return built
 
 
 def data(folder, parts, **kwargs) -> InstructionData:
@@ -47,26 +58,22 @@ def fit(parts, folder, tmp_path, ckpt_path=None, module_kwargs=None, **kwargs):
     torch.manual_seed(0)
     built, run = module(parts, **(module_kwargs or {})), trainer(tmp_path, **kwargs)
     losses = []
-    built.training_step = _recorded(built.training_step, losses)
-    run.fit(built, datamodule=data(folder, parts), ckpt_path=ckpt_path)
-    return built, losses, run
+    step = built.training_step
 
-
-def _recorded(step, losses):
     def recorded(batch, batch_idx):
         loss = step(batch, batch_idx)
         losses.append((tuple(batch["ids"]), loss.item()))
         return loss
 
-    return recorded
+    built.training_step = recorded
+    run.fit(built, datamodule=data(folder, parts), ckpt_path=ckpt_path)
+    return built, losses, run
 
 
 @pytest.mark.parametrize("train", [["adapter"], ["adapter", "llm"]])
 def test_a_stage_moves_its_parts_and_nothing_else(train, parts, conversations, tmp_path):
     built, _, _ = fit(parts, conversations, tmp_path, module_kwargs={"trainable": train})
-    torch.manual_seed(0)
-    fresh = module(parts, trainable=train)
-    fresh.configure_model()
+    fresh = module_with_model(parts, trainable=train)
     moved = {
         name.split(".")[1] if name.startswith("model.") else "lm_head"
         for (name, a), b in zip(built.model.named_parameters(), fresh.model.parameters(), strict=True)
@@ -75,9 +82,17 @@ def test_a_stage_moves_its_parts_and_nothing_else(train, parts, conversations, t
     assert moved == {"multi_modal_projector"} | ({"language_model", "lm_head"} if "llm" in train else set())
 
 
+def test_new_adapter_is_scaled_and_a_loaded_one_keeps_its_scale(parts, checkpoints, tmp_path):
+    one, four = (module_with_model(parts, adapter_init_scale=x).model.model.multi_modal_projector for x in (1.0, 4.0))
+    assert torch.equal(one.linear_2.weight * 4, four.linear_2.weight)
+    assert torch.equal(one.linear_1.weight, four.linear_1.weight)
+    shutil.copytree(checkpoints["causal"], tmp_path / "hf")
+    (tmp_path / "hf/training.json").write_text('{"adapter_init_scale": 4.0}')
+    assert module(parts, adapter=str(tmp_path / "hf")).settings()["adapter_init_scale"] == 4.0
+
+
 def test_loss_equals_that_of_transformers(parts, conversations):
-    built = module(parts)
-    built.configure_model()
+    built = module_with_model(parts)
     batch = next(iter(loader(conversations, parts)))
     stock = built.model(
         input_ids=batch["input_ids"],
@@ -88,19 +103,13 @@ def test_loss_equals_that_of_transformers(parts, conversations):
     torch.testing.assert_close(built.loss(batch), stock)
 
 
-def loader(folder, parts, **kwargs):
-    from torch.utils.data import DataLoader
-
-    from llava_bidir.data.instruction_dataset import Instructions
-
-    source = data(folder, parts, **kwargs)
-    return DataLoader(Instructions(folder / "data.json", folder), 6, collate_fn=source.collate)
+def loader(folder, parts):
+    return DataLoader(Instructions(folder / "data.json", folder), 6, collate_fn=data(folder, parts).collate)
 
 
 def test_text_only_batch_trains_and_gives_the_adapter_zero_gradients(parts, conversations):
-    """Without gradients on one rank the others would wait for them."""
-    built = module(parts)
-    built.configure_model()
+    """If one rank had no gradients, the others would wait for them."""
+    built = module_with_model(parts)
     samples = [loader(conversations, parts).dataset[i] for i in (10, 11)]
     batch = data(conversations, parts).collate(samples)
     assert batch["pixel_values"] is None
@@ -112,8 +121,7 @@ def test_text_only_batch_trains_and_gives_the_adapter_zero_gradients(parts, conv
 
 
 def test_batch_without_a_supervised_token_has_zero_loss(parts, conversations):
-    built = module(parts)
-    built.configure_model()
+    built = module_with_model(parts)
     sample = loader(conversations, parts).dataset[0]
     sample["conversations"] = [sample["conversations"][0], {"from": "gpt", "value": ""}]
     loss = built.loss(data(conversations, parts).collate([sample]))
@@ -142,42 +150,34 @@ LORA = {"lora": Lora(r=2, alpha=4, dropout=0.0)}
 
 @pytest.mark.parametrize(("step", "settings"), [(1, {}), (2, {}), (3, {}), (4, {}), (2, LORA)])
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(step, settings, parts, conversations, tmp_path):
-    """A resume that restarts the epoch trains some samples twice and others never; it fails here."""
+    """A resume that restarts the epoch would train some samples twice and others never."""
     save = ModelCheckpoint(tmp_path, filename="at", every_n_train_steps=step, save_top_k=1, monitor=None)
-    save.on_train_batch_end = _only_at(step, save.on_train_batch_end)
+    hook = save.on_train_batch_end
+    save.on_train_batch_end = lambda run, *args: hook(run, *args) if run.global_step == step else None
     run = {"max_epochs": 2, "module_kwargs": settings}
-    whole, losses, _ = fit(parts, conversations, tmp_path, enable_checkpointing=True, callbacks=[save], **run)
+    uninterrupted, losses, _ = fit(parts, conversations, tmp_path, enable_checkpointing=True, callbacks=[save], **run)
     resumed, rest, _ = fit(parts, conversations, tmp_path, ckpt_path=tmp_path / "at.ckpt", **run)
     assert len(losses) == 12 and rest == losses[2 * step :], "two micro-batches a step"
-    for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
+    for (name, a), b in zip(uninterrupted.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b), name
 
 
-def _only_at(step, hook):
-    """A checkpoint callback that saves once, at an optimizer step."""
-    return lambda trainer, *args, **kwargs: hook(trainer, *args, **kwargs) if trainer.global_step == step else None
-
-
-def test_checkpoint_holds_what_trains_and_refuses_another_stage(parts, conversations, tmp_path):
+def test_checkpoint_holds_trainable_weights_and_is_rejected_by_another_stage(parts, conversations, tmp_path):
     _, _, run = fit(parts, conversations, tmp_path, module_kwargs={"trainable": ["adapter"]})
     run.save_checkpoint(tmp_path / "stage1.ckpt")
     kept = torch.load(tmp_path / "stage1.ckpt", weights_only=True)["state_dict"]
     assert len(kept) == 4 and all("multi_modal_projector" in name for name in kept)
     with pytest.raises(ValueError, match=r"run with model.trainable=\['adapter'\], this one has \['adapter', 'llm'\]"):
         fit(parts, conversations, tmp_path, ckpt_path=tmp_path / "stage1.ckpt")
-    stage2 = module(parts)
-    stage2.configure_model()
-    with pytest.raises(ValueError, match="belongs to another stage or model"):  # also where nothing is trained
+    stage2 = module_with_model(parts)
+    with pytest.raises(ValueError, match="belongs to another stage or model"):  # outside training too
         stage2.on_load_checkpoint(torch.load(tmp_path / "stage1.ckpt", weights_only=True))
 
 
-def test_with_lora_exactly_updates_and_adapter_train_and_are_kept(parts, conversations, tmp_path):
+def test_with_lora_exactly_updates_and_adapter_train_and_are_saved(parts, conversations, tmp_path):
     built, _, run = fit(parts, conversations, tmp_path, module_kwargs=LORA)
     run.save_checkpoint(tmp_path / "lora.ckpt")
-    torch.manual_seed(0)
-    fresh = module(parts, **LORA)
-    fresh.configure_model()
-    pairs = zip(built.model.named_parameters(), fresh.model.parameters(), strict=True)
+    pairs = zip(built.model.named_parameters(), module_with_model(parts, **LORA).model.parameters(), strict=True)
     moved = {f"model.{name}" for (name, a), b in pairs if not torch.equal(a, b)}
     updates = {name for name in moved if ".lora_A." in name or ".lora_B." in name}
     assert len(updates) == 2 * 7 * 3, "A and B of seven linear layers in each of three blocks"
@@ -185,14 +185,14 @@ def test_with_lora_exactly_updates_and_adapter_train_and_are_kept(parts, convers
     assert set(torch.load(tmp_path / "lora.ckpt", weights_only=True)["state_dict"]) == moved
 
 
-def test_frozen_weights_can_be_bfloat16_and_little_changes(parts, conversations, tmp_path):
+def test_losses_with_frozen_weights_in_bfloat16_are_close(parts, conversations, tmp_path):
     losses = {}
     for dtype in ("float32", "bfloat16"):
         settings = {"module_kwargs": {"trainable": ["adapter"], "frozen_dtype": dtype}, "precision": "bf16-mixed"}
-        built, found, _ = fit(parts, conversations, tmp_path, **settings)
-        losses[dtype] = torch.tensor([loss for _, loss in found])
-        kept = {p.dtype for p in built.model.parameters() if p.requires_grad}, built.model.lm_head.weight.dtype
-        assert kept == ({torch.float32}, getattr(torch, dtype))
+        built, steps, _ = fit(parts, conversations, tmp_path, **settings)
+        losses[dtype] = torch.tensor([loss for _, loss in steps])
+        dtypes = {p.dtype for p in built.model.parameters() if p.requires_grad}, built.model.lm_head.weight.dtype
+        assert dtypes == ({torch.float32}, getattr(torch, dtype))
     torch.testing.assert_close(losses["bfloat16"], losses["float32"], rtol=0.02, atol=0)
     assert losses["bfloat16"][0] > losses["bfloat16"][-1]
     with pytest.raises(ValueError, match="frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got 32-true"):
@@ -200,14 +200,12 @@ def test_frozen_weights_can_be_bfloat16_and_little_changes(parts, conversations,
 
 
 def test_lora_without_the_llm_is_an_error(parts):
-    with pytest.raises(
-        ValueError, match=r"model.lora stands for the LLM's weights, but model.trainable is \['adapter'\]"
-    ):
+    with pytest.raises(ValueError, match=r"model.trainable must include llm, got \['adapter'\]"):
         module(parts, trainable=["adapter"], **LORA)
 
 
 def test_validation_answers_the_questions(parts, conversations, tmp_path):
-    """Exact match of greedy answers: counts are right for answers known in advance."""
+    """The exact match is right for answers known in advance."""
     built, source = module(parts), data(conversations, parts, val_annotations=str(conversations / "data.json"))
     expected = [record["conversations"][1]["value"] for record in json.loads((conversations / "data.json").read_text())]
     answers = iter([*expected[:5], *["no"] * 7])
@@ -216,11 +214,11 @@ def test_validation_answers_the_questions(parts, conversations, tmp_path):
     assert metrics["val/answer_accuracy"] == pytest.approx(5 / 12)
 
 
-def test_validation_asks_the_first_question_and_refuses_records_without_an_answer(parts, tmp_path):
-    """A first turn from gpt is left out, as in training."""
-    said = [{"from": "gpt", "value": "hello"}, {"from": "human", "value": "sky"}, {"from": "gpt", "value": "wall"}]
+def test_validation_asks_the_first_question_and_rejects_records_without_an_answer(parts, tmp_path):
+    """A first turn from gpt is dropped, as in training."""
+    turns = [{"from": "gpt", "value": "hello"}, {"from": "human", "value": "sky"}, {"from": "gpt", "value": "wall"}]
 
-    def asked(*records):
+    def first_batch(*records):
         (tmp_path / "val.json").write_text(
             json.dumps([{"id": f"r{i}", "conversations": r} for i, r in enumerate(records)])
         )
@@ -229,17 +227,17 @@ def test_validation_asks_the_first_question_and_refuses_records_without_an_answe
         source.setup("validate")
         return next(iter(source.val_dataloader()))
 
-    batch, plain = asked(said), asked(said[1:])
+    batch, plain = first_batch(turns), first_batch(turns[1:])
     assert batch["answers"] == ["wall"] and torch.equal(batch["input_ids"], plain["input_ids"])
     assert torch.equal(batch["prompts"]["input_ids"], plain["prompts"]["input_ids"])
-    for unanswered in (said[1:2], said[:2], [said[1], {"from": "gpt", "value": ""}]):
+    for unanswered in (turns[1:2], turns[:2], [turns[1], {"from": "gpt", "value": ""}]):
         with pytest.raises(ValueError, match=r"val.json: 1 of 2 records have no answer .* record 1 \(id 'r1'\)"):
-            asked(said, unanswered)
+            first_batch(turns, unanswered)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_validation_gives_every_rank_as_many_samples_and_counts_each_once(ranks, parts, conversations):
-    """Under ZeRO-3 a rank with one batch more would wait for ever; a sample counted twice would shift the metrics."""
+    """Under ZeRO-3 a rank with one more batch would deadlock; a sample counted twice would shift the metrics."""
     counts, answers, supervised = set(), [], 0
     for rank in range(ranks):
         source = data(conversations, parts, val_annotations=str(conversations / "data.json"), micro_batch_size=5)
@@ -253,12 +251,12 @@ def test_validation_gives_every_rank_as_many_samples_and_counts_each_once(ranks,
     assert len(counts) == 1
     records = json.loads((conversations / "data.json").read_text())
     assert sorted(answers) == sorted(record["conversations"][1]["value"] for record in records)
-    whole = data(conversations, parts).collate([loader(conversations, parts).dataset[i] for i in range(12)])
-    assert supervised == whole["supervised"]
+    together = data(conversations, parts).collate([loader(conversations, parts).dataset[i] for i in range(12)])
+    assert supervised == together["supervised"]
 
 
-def test_gradients_are_clipped_in_mixed_precision_too(parts, conversations, tmp_path):
-    """Lightning refuses to clip for a fused optimizer there."""
+def test_gradients_can_be_clipped_in_mixed_precision(parts, conversations, tmp_path):
+    """Lightning cannot clip gradients of a fused optimizer in mixed precision."""
     _, losses, run = fit(parts, conversations, tmp_path, gradient_clip_val=0.1, precision="bf16-mixed")
     assert len(losses) == 6 and not run.optimizers[0].param_groups[0]["fused"]
 

@@ -1,23 +1,24 @@
-"""Requeueing, with signals that a test sends itself and a `scontrol` that only takes notes (tests/slurm: real ones)."""
+"""Requeueing, with signals of the test itself and a fake `scontrol` (tests/slurm has real ones)."""
 
 import os
 import signal
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 from lightning import Callback
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from llava_bidir.training.cli import build_cli
-from llava_bidir.training.slurm_requeue import INTERRUPTED, Requeue
+from llava_bidir.training.slurm_requeue import INTERRUPTED, SlurmRequeue
 
 UNDER_SRUN = {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """Signal handlers are as before when a test is over."""
+    """Restore signal handlers after a test."""
     before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
     yield
     for number, handler in before.items():
@@ -26,18 +27,18 @@ def handlers():
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch) -> Path:
-    """The file in which a fake scontrol writes what it is told."""
-    script, told = tmp_path / "bin/scontrol", tmp_path / "told"
+    """Return the file to which a fake scontrol writes its arguments."""
+    script, calls = tmp_path / "bin/scontrol", tmp_path / "calls"
     script.parent.mkdir()
-    script.write_text(f'#!/bin/sh\necho "$@" >> {told}\n')
+    script.write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    return told
+    return calls
 
 
 class SignalAt(Callback):
-    """Signals this process while it trains a micro-batch, counted over epochs from 0."""
+    """Sends a signal to this process in a micro-batch, counted over epochs from 0."""
 
     def __init__(self, number: int, micro_batch: int):
         self.number, self.micro_batch, self.losses = number, micro_batch, []
@@ -52,25 +53,20 @@ class SignalAt(Callback):
 
 def arguments(parts, conversations, out, *more) -> list[str]:
     """Two epochs of three optimizer steps, two micro-batches each."""
-    encoder, llm = parts
-    return [
-        *("-c", "configs/demo/stage2.yaml", "--model.encoder.path", encoder.path, "--model.llm", llm),
-        *("--data.annotations", str(conversations / "data.json"), "--data.images", str(conversations)),
-        *("--data.batch_size", "4", "--data.micro_batch_size", "2", "--data.val_annotations", "null"),
-        *("--trainer.max_epochs", "2", "--out", str(out), *more),
-    ]
+    shorter = ["--data.micro_batch_size", "2", "--data.val_annotations", "null", "--trainer.max_epochs", "2"]
+    return [*tiny_models.training_arguments(parts, conversations), *shorter, "--out", str(out), *more]
 
 
 def fit(parts, conversations, out, number=signal.SIGUSR1, micro_batch=None, ckpt_path=None):
-    """Returns rank 0's losses, the trainer, and the exit status, 0 for a run that came to its end."""
-    cli, sent = build_cli(arguments(parts, conversations, out), run=False), SignalAt(number, micro_batch)
-    cli.trainer.callbacks[:0] = [sent]
-    cli.trainer.callbacks.append(Requeue())
+    """Return the losses, the trainer, and the exit status, 0 for a finished run."""
+    cli, sender = build_cli(arguments(parts, conversations, out), run=False), SignalAt(number, micro_batch)
+    cli.trainer.callbacks[:0] = [sender]
+    cli.trainer.callbacks.append(SlurmRequeue())
     try:
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, ckpt_path=ckpt_path)
     except SystemExit as stop:
-        return sent.losses, cli.trainer, stop.code
-    return sent.losses, cli.trainer, 0
+        return sender.losses, cli.trainer, stop.code
+    return sender.losses, cli.trainer, 0
 
 
 @pytest.mark.parametrize(("micro_batch", "step"), [(0, 1), (1, 1), (2, 2), (6, 4), (9, 5)])
@@ -81,38 +77,37 @@ def test_a_signal_is_heeded_at_the_next_step_and_the_rest_equals_an_uninterrupte
     losses, trainer, status = fit(parts, conversations, tmp_path / "cut", micro_batch=micro_batch)
     assert status == INTERRUPTED and trainer.global_step == step and len(losses) == 2 * step
     assert scontrol.read_text() == "requeue 77\n"
-    assert not (tmp_path / "cut/hf").exists(), "a run that is not finished must not look so"
+    assert not (tmp_path / "cut/hf").exists(), "the run is not finished"
     last = tmp_path / "cut/checkpoints/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == step
     rest, _, status = fit(parts, conversations, tmp_path / "cut", ckpt_path=last)
     assert status == 0 and losses + rest == whole and len(whole) == 12
-    assert (tmp_path / "cut/hf/model.safetensors").read_bytes() == (
-        tmp_path / "whole/hf/model.safetensors"
-    ).read_bytes()
+    resumed, uninterrupted = (tmp_path / name / "hf/model.safetensors" for name in ("cut", "whole"))
+    assert resumed.read_bytes() == uninterrupted.read_bytes()
 
 
-def test_after_sigterm_it_saves_but_leaves_the_queue_alone(parts, conversations, scontrol, tmp_path):
-    """Slurm itself requeues a preempted job; one that was cancelled must not come back."""
+def test_sigterm_saves_but_does_not_requeue(parts, conversations, scontrol, tmp_path):
+    """Slurm itself requeues a preempted job; a cancelled one must not return."""
     _, trainer, status = fit(parts, conversations, tmp_path, signal.SIGTERM, micro_batch=3)
     assert status == INTERRUPTED and trainer.global_step == 2 and (tmp_path / "checkpoints/last.ckpt").is_file()
     assert not scontrol.exists()
 
 
 @pytest.mark.parametrize("micro_batch", [10, 11])
-def test_a_signal_in_the_last_step_finds_a_finished_run(micro_batch, parts, conversations, scontrol, tmp_path):
+def test_signal_in_the_last_step_does_not_stop_the_run(micro_batch, parts, conversations, scontrol, tmp_path):
     _, trainer, status = fit(parts, conversations, tmp_path, micro_batch=micro_batch)
     assert status == 0 and trainer.global_step == 6 and (tmp_path / "hf").is_dir() and not scontrol.exists()
-    # Python gives a signal its deadly default back at exit unless it is ignored
+    # at exit, Python restores the default handler, which kills, of signals that are not ignored
     assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_signal_at_the_end_of_an_epoch_waits_for_the_next(parts, conversations, scontrol, tmp_path):
-    """Saved behind the last batch, the epoch would look whole in one place and unfinished in another."""
+    """A checkpoint after the last batch would count the epoch as finished in one place and not in another."""
     _, trainer, status = fit(parts, conversations, tmp_path, micro_batch=5)
     assert status == INTERRUPTED and trainer.global_step == 4 and trainer.current_epoch == 1
 
 
-def test_a_queue_that_refuses_is_an_error(parts, conversations, tmp_path, scontrol):
+def test_failure_of_scontrol_is_an_error(parts, conversations, tmp_path, scontrol):
     (tmp_path / "bin/scontrol").write_text("#!/bin/sh\nexit 1\n")
     with pytest.raises(Exception, match="scontrol.*requeue.*77"):
         fit(parts, conversations, tmp_path, micro_batch=1)
@@ -121,16 +116,16 @@ def test_a_queue_that_refuses_is_an_error(parts, conversations, tmp_path, scontr
 
 def test_requeueing_is_on_under_srun_only(parts, conversations, tmp_path, monkeypatch):
     off = build_cli(arguments(parts, conversations, tmp_path), run=False).trainer
-    assert not any(isinstance(callback, Requeue) for callback in off.callbacks)
+    assert not any(isinstance(callback, SlurmRequeue) for callback in off.callbacks)
     for name, value in UNDER_SRUN.items():
         monkeypatch.setenv(name, value)
     on = build_cli(arguments(parts, conversations, tmp_path), run=False).trainer
-    assert isinstance(on.callbacks[-1], Requeue), "behind all that count batches"
+    assert isinstance(on.callbacks[-1], SlurmRequeue), "after all callbacks that count batches"
     environment = on._accelerator_connector.cluster_environment
     assert isinstance(environment, SLURMEnvironment) and not environment.auto_requeue
 
 
-def test_last_goes_on_and_leaves_a_finished_run_alone(parts, conversations, scontrol, tmp_path, capsys, caplog):
+def test_last_resumes_and_does_not_change_a_finished_run(parts, conversations, scontrol, tmp_path, capsys, caplog):
     fit(parts, conversations, tmp_path, micro_batch=3)
     again = ["fit", *arguments(parts, conversations, tmp_path, "--ckpt_path", "last")]
     cli = build_cli(again)
@@ -140,5 +135,5 @@ def test_last_goes_on_and_leaves_a_finished_run_alone(parts, conversations, scon
         assert build_cli(again).trainer.global_step == 0
     assert "this run is finished; nothing to do" in caplog.text
     assert (tmp_path / "hf/model.safetensors").stat() == exported
-    build_cli(again[:-2])  # without it a run begins anew, as `make` expects
+    build_cli(again[:-2])  # without --ckpt_path a run restarts, as `make` expects
     assert (tmp_path / "hf/model.safetensors").stat().st_mtime_ns > exported.st_mtime_ns

@@ -1,4 +1,4 @@
-"""FLOPs against torch's own counter, which sees every matrix product that really runs."""
+"""FLOPs against torch's counter, which observes every matrix product."""
 
 import pytest
 import tiny_models
@@ -13,14 +13,14 @@ from llava_bidir.training.throughput import peak_flops, step_flops
 @pytest.mark.parametrize("image_attention", ["causal", "bidirectional"])
 def test_step_flops_equal_what_torch_counts(train, image_attention, parts):
     model = build_model(*parts, build_processor(*parts), image_attention=image_attention, attn_implementation="eager")
-    model.model.vision_tower.set_attn_implementation("eager")  # torch's counter does not see sdpa on a CPU
+    model.model.vision_tower.set_attn_implementation("eager")  # the counter does not support sdpa on CPUs
     set_trainable(model, train)
     image = [model.config.image_token_id] * tiny_models.TOKENS
     ids = torch.tensor([[3, *image, 4, 5, 6], [3, 4, *image, 5, 6]])
     with FlopCounterMode(display=False) as counter:
         logits = model(input_ids=ids, pixel_values=tiny_models.pixels(2), use_cache=False).logits
         logits.sum().backward()
-    assert counter.get_total_flops() == step_flops(model).step([8, 8], predictions=16, images=2)
+    assert counter.get_total_flops() == step_flops(model)([8, 8], predictions=16, images=2)
 
 
 def test_peak_is_unknown_on_a_cpu():

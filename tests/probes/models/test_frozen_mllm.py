@@ -1,5 +1,7 @@
 """States of a frozen MLLM: read off the right places, blind to what they should not see."""
 
+import shutil
+
 import pytest
 import tiny_models
 import torch
@@ -106,7 +108,7 @@ def test_stock_llava_checkpoint_loads(checkpoints, tmp_path, pictures):
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 
     settings = ours.config.to_dict()
-    for key in ("image_attention", "image_resize", "adapter_gain", "model_type", "architectures", "auto_map"):
+    for key in ("image_attention", "image_resize", "model_type", "architectures", "auto_map"):
         settings.pop(key, None)
     stock = LlavaForConditionalGeneration(LlavaConfig(**settings))
     stock.load_state_dict(ours.state_dict())
@@ -117,6 +119,14 @@ def test_stock_llava_checkpoint_loads(checkpoints, tmp_path, pictures):
     assert read.image_attention == "causal"
     for site in read.sites:
         assert torch.equal(read.states(pixels)[site], mine.states(pixels)[site])
+
+
+def test_untrained_adapter_has_the_scale_of_the_training(checkpoints, tmp_path, pictures):
+    shutil.copytree(checkpoints["causal"], tmp_path / "hf")
+    (tmp_path / "hf/training.json").write_text('{"adapter_init_scale": 4.0}')
+    one, four = (probes.load(str(path), untrained=["adapter"]) for path in (checkpoints["causal"], tmp_path / "hf"))
+    one, four = (mllm.model.model.multi_modal_projector.linear_2.weight for mllm in (one, four))
+    assert torch.equal(4 * one, four)
 
 
 def test_untrained_parts_are_drawn_anew_by_seed(checkpoints, pictures):

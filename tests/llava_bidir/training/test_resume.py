@@ -1,4 +1,4 @@
-"""A run is gone on with as what it was, or not at all."""
+"""A run resumes with the settings it was started with, or not at all."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ import llava_bidir.cli
 
 @pytest.fixture(scope="module")
 def stopped(parts, conversations, tmp_path_factory):
-    """Arguments of a run that was stopped after one of two epochs, and its checkpoint."""
+    """Return the arguments of a run that was stopped after one of two epochs, and its checkpoint."""
     out = tmp_path_factory.mktemp("stopped")
     arguments = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(out)]
     llava_bidir.cli.main([*arguments, "--trainer.max_epochs", "1"])
@@ -38,25 +38,22 @@ def test_checkpoint_of_another_run_is_refused(stopped, changed, message, path):
     assert not (checkpoint.parents[1] / "hf").exists()
 
 
-def test_what_changes_no_result_may_change(stopped):
+def test_settings_that_change_no_result_may_change(stopped):
     arguments, checkpoint = stopped
-    free = ["--model.max_new_tokens", "2", "--model.attn_implementation", "eager", "--data.num_workers", "1"]
-    llava_bidir.cli.main([*arguments, *free, "--ckpt_path", str(checkpoint)])
+    changed = ["--model.max_new_tokens", "2", "--model.attn_implementation", "eager", "--data.num_workers", "1"]
+    llava_bidir.cli.main([*arguments, *changed, "--ckpt_path", str(checkpoint)])
     assert (checkpoint.parents[1] / "hf").is_dir()
 
 
-def test_finished_run_is_not_taken_for_one_with_other_settings(stopped):
-    """After the test above, which ends the run."""
-    arguments, checkpoint = stopped
-    if not (checkpoint.parents[1] / "hf").is_dir():
-        llava_bidir.cli.main([*arguments, "--ckpt_path", "last"])
-    llava_bidir.cli.main([*arguments, "--ckpt_path", "last"])  # nothing to do
+def test_finished_run_is_checked_for_other_settings(stopped):
+    arguments, _ = stopped
+    llava_bidir.cli.main([*arguments, "--ckpt_path", "last"])  # the test above may have finished the run
     with pytest.raises(SystemExit, match="hf is of a run with model.learning_rate=.*, this one has 0.5"):
         llava_bidir.cli.main([*arguments, "--ckpt_path", "last", "--model.learning_rate", "0.5"])
 
 
-def test_run_begun_anew_and_killed_is_not_taken_for_the_finished_one(parts, conversations, tmp_path, monkeypatch):
-    """A checkpoint that is newer than the exported model is of a run that is not finished."""
+def test_restarted_and_killed_run_is_not_finished(parts, conversations, tmp_path, monkeypatch):
+    """A checkpoint newer than the exported model belongs to an unfinished run."""
     arguments = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path)]
     llava_bidir.cli.main([*arguments, "--trainer.max_epochs", "1"])
     first = json.loads((tmp_path / "hf/training.json").read_text())

@@ -15,6 +15,7 @@ from transformers.integrations import deepspeed as zero3
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import error_context, load_weights, read_pretrained, weight_files
 
+from .attention import image_attention as find_image_attention
 from .encoders import Encoder
 from .lora import UPDATES, has_lora
 from .modeling_llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
@@ -68,6 +69,10 @@ def build_config(
     encoder: Encoder, llm: str, image_token_id: int, image_attention: str, image_resize: str, adapter_gain: float
 ) -> LlavaBidirConfig:
     """The configuration of encoder + adapter + LLM, read without loading weights."""
+    try:
+        find_image_attention(image_attention)
+    except ValueError as error:  # attention.py ships in checkpoints, which cannot import UserError
+        raise UserError(f"model.image_attention: {error}") from None
     vision_config = encoder.load_config()
     rows, columns = encoder.grid(vision_config)
     return LlavaBidirConfig(

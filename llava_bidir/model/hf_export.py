@@ -33,7 +33,7 @@ def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, fact
     if isinstance(model, LlavaBidirForConditionalGeneration):
         LlavaBidirConfig.register_for_auto_class()
         LlavaBidirForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-    with atomic_directory(out, mark=TRAINING_FACTS) as partial:
+    with atomic_directory(out, marker=TRAINING_FACTS) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
         (partial / TRAINING_FACTS).write_text(json.dumps(facts or {}, indent=1) + "\n")

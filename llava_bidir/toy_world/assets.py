@@ -44,7 +44,7 @@ def demo_assets(out: Path, seed: int = 0, scale: float = 1.0) -> None:
     sized = {name: max(16, round(n * scale)) for name, n in PICTURES.items()}
     # spawned, not forked: torch's threads do not survive a fork
     workers = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _one_thread)
-    with atomic_directory(out, mark="questions.json") as partial, workers as pool:
+    with atomic_directory(out, marker="questions.json") as partial, workers as pool:
         scenes = _draw(pool, partial, sized, seed)
         views = {split: [View.of(scene) for scene in found] for split, found in scenes.items()}
         jobs = [

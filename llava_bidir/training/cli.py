@@ -75,7 +75,7 @@ class TrainingCLI(ConfiguredCLI):
                 ckpt_path = resolve_ckpt_path(ckpt_path, folder / "checkpoints")
                 if is_complete(ckpt_path, exported / TRAINING_FACTS):
                     facts = read_json(exported / TRAINING_FACTS)
-                    check_resume_compatible(facts, self.model.hparams, "model", RESUME_OVERRIDABLE, what=str(exported))
+                    check_resume_compatible(facts, self.model.hparams, "model", RESUME_OVERRIDABLE, source=str(exported))
                     rank_zero_info(f"{exported} is there: this run is finished; nothing to do")
                     return
             self.trainer.fit(ckpt_path=ckpt_path, **kwargs)

@@ -275,7 +275,7 @@ class LlavaTraining(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """`strict_loading` is off for the frozen parts only: nothing that trains may be missing."""
         if self._trainer is not None and self.trainer.training:
-            check_resume_compatible(checkpoint["hyper_parameters"], self.hparams, "model", free=RESUME_OVERRIDABLE)
+            check_resume_compatible(checkpoint["hyper_parameters"], self.hparams, "model", RESUME_OVERRIDABLE)
             check_resume_compatible(checkpoint["data"], self.trainer.datamodule.settings(), "data")
             rescale_progress(checkpoint, checkpoint["samples_at_a_time"], self._samples_at_a_time)
             self.metrics_before = {k: v for k, v in checkpoint["progress"].items() if "/" in k}

@@ -24,7 +24,7 @@ def stopped(parts, conversations, tmp_path_factory):
     ("changed", "message"),
     [
         (["--model.image_attention", "bidirectional"], "model.image_attention='causal', this one has 'bidirectional'"),
-        (["--model.adapter_learning_rate", "0.5"], "model.adapter_learning_rate=.*, this one has 0.5"),
+        (["--model.adapter_learning_rate", "0.5"], "model.adapter_learning_rate=.*, but this run has 0.5"),
         (["--data.max_length", "100"], "data.max_length=.*, this one has 100"),
         (["--seed_everything", "7"], "data.seed=0, this one has 7"),
     ],
@@ -33,7 +33,7 @@ def stopped(parts, conversations, tmp_path_factory):
 def test_checkpoint_of_another_run_is_refused(stopped, changed, message, path):
     arguments, checkpoint = stopped
     path = str(checkpoint) if path == "by name" else path
-    with pytest.raises(SystemExit, match=rf"^llava-bidir: the checkpoint is of a run with {message}; go on with what"):
+    with pytest.raises(SystemExit, match=rf"^llava-bidir: the checkpoint belongs to a run with {message}; resume with the original"):
         llava_bidir.cli.main([*arguments, *changed, "--ckpt_path", path])
     assert not (checkpoint.parents[1] / "hf").exists()
 
@@ -51,7 +51,7 @@ def test_finished_run_is_not_taken_for_one_with_other_settings(stopped):
     if not (checkpoint.parents[1] / "hf").is_dir():
         llava_bidir.cli.main([*arguments, "--ckpt_path", "last"])
     llava_bidir.cli.main([*arguments, "--ckpt_path", "last"])  # nothing to do
-    with pytest.raises(SystemExit, match="hf is of a run with model.learning_rate=.*, this one has 0.5"):
+    with pytest.raises(SystemExit, match="hf belongs to a run with model.learning_rate=.*, but this run has 0.5"):
         llava_bidir.cli.main([*arguments, "--ckpt_path", "last", "--model.learning_rate", "0.5"])
 
 

@@ -16,6 +16,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX
 from llava_bidir.data.instruction_dataset import Instructions
+from llava_bidir.model.build import check_image_attention
 from llava_bidir.model.modeling_llava_bidir import build_mask
 from llava_bidir.training.cli import build_data_cli
 
@@ -87,10 +88,11 @@ def main(argv: list[str]) -> None:
     args, config = parser.parse_known_args(argv[1:])
     cli = build_data_cli(config)
     data = cli.datamodule
+    attention = cli.model.hparams.image_attention
+    check_image_attention(attention)
     records = Instructions(data.annotations, data.images, data.follow_links)
     for index in args.index:
         if not 0 <= index < len(records):
             raise UserError(f"record {index} is out of range; {data.annotations} has records 0..{len(records) - 1}")
         sample = inspect_sample(records[index], data.collate)
-        attention = cli.model.hparams.image_attention
         print(json.dumps(sample) if args.json else format_sample(sample, data.collate, attention))

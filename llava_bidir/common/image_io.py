@@ -18,7 +18,8 @@ def open_bounded(file: Path | BinaryIO, formats: tuple[str, ...] = FORMATS) -> I
 
     Raises:
         OSError: The file is missing, not a regular file, or (UnidentifiedImageError) in none of the formats.
-        UserError: The image exceeds PIL's limit on pixels once it is padded to a square.
+        UserError: The image, padded to a square, exceeds the pixel limit of PIL, which raises DecompressionBombError at
+            twice the limit.
     """
     if isinstance(file, Path) and not stat.S_ISREG(os.stat(file).st_mode):
         raise OSError("it is not a regular file")  # reading a pipe or a device may never end

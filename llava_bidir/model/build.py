@@ -65,14 +65,19 @@ def build_processor(encoder: Encoder, llm: str, image_resize: str = "pad") -> Ll
     )
 
 
+def check_image_attention(name: str) -> None:
+    """Raise UserError for an unknown mask; attention.py ships in checkpoints and cannot import it."""
+    try:
+        find_image_attention(name)
+    except ValueError as error:
+        raise UserError(f"model.image_attention: {error}") from None
+
+
 def build_config(
     encoder: Encoder, llm: str, image_token_id: int, image_attention: str, image_resize: str, adapter_gain: float
 ) -> LlavaBidirConfig:
     """The configuration of encoder + adapter + LLM, read without loading weights."""
-    try:
-        find_image_attention(image_attention)
-    except ValueError as error:  # attention.py ships in checkpoints, which cannot import UserError
-        raise UserError(f"model.image_attention: {error}") from None
+    check_image_attention(image_attention)
     vision_config = encoder.load_config()
     rows, columns = encoder.grid(vision_config)
     return LlavaBidirConfig(

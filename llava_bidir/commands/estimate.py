@@ -90,7 +90,9 @@ def estimate_run(cli: TrainingCLI, devices: int, length: int) -> dict[str, Any]:
     }
 
 
-def _activation_bytes(model: LlavaBidirForConditionalGeneration, samples: int, length: int, checkpointing: bool) -> float:
+def _activation_bytes(
+    model: LlavaBidirForConditionalGeneration, samples: int, length: int, checkpointing: bool
+) -> float:
     """Return the activation bytes of a micro-batch.
 
     With gradient checkpointing, these are the inputs of all layers and all activations of one layer. Logits are stored

@@ -82,9 +82,8 @@ def answer(
         rows.append(encode(turns, tokenizer, "vicuna_v1", tokens, processor.image_token_id)[0])
     longest = max(map(len, rows))
     if longest >= positions:
-        raise UserError(
-            f"a prompt has {longest} tokens, but the LLM has {positions} positions (max_position_embeddings); shorten it"
-        )
+        limit = f"the LLM has {positions} positions (max_position_embeddings)"
+        raise UserError(f"a prompt has {longest} tokens, but {limit}; shorten it")
     # per row, so that an answer does not depend on the other rows of its batch
     limits = [min(max_new_tokens, positions - len(row)) for row in rows]
     inputs = {

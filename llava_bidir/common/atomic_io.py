@@ -1,7 +1,7 @@
 """Write files and folders atomically: after a kill, a full disk or a power cut the previous version is intact.
 
-Data is written under a name that ends in .partial and flushed to disk before it is renamed, since a file system may keep
-a name and lose the contents. The new name is flushed too.
+Data is written under a name that ends in .partial and flushed to disk before it is renamed, since a file system may
+keep a name and lose the contents. The new name is flushed too.
 """
 
 import json
@@ -62,7 +62,9 @@ def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
     partial = partial_path(path)
     is_empty = path.is_dir() and not any(path.iterdir())
     if path.exists() and not is_empty and not (path / marker).is_file():
-        raise UserError(f"{path} exists and contains no {marker}, so it is not replaced; move it or choose another path")
+        raise UserError(
+            f"{path} exists and contains no {marker}, so it is not replaced; move it or choose another path"
+        )
     with exclusive_run_lock(path.parent, path.name), wrap_os_errors(path):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()

@@ -19,7 +19,7 @@ from .errors import UserError
 
 @contextmanager
 def error_context(subject: Any) -> Iterator[None]:
-    """Convert any exception, which untrusted files can raise anywhere in a library, into a `UserError` about `subject`."""
+    """Convert any exception into a `UserError` about `subject`; untrusted files make libraries raise all kinds."""
     try:
         yield
     except Exception as error:

@@ -1,5 +1,6 @@
 """LightningCLI whose errors name the config, and which loads checkpoints as data only."""
 
+import linecache
 import traceback
 from contextlib import suppress
 from pathlib import Path
@@ -45,10 +46,11 @@ class ConfiguredCLI(LightningCLI):
         except UserError:
             raise
         except Exception as error:
-            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            *_, (frame, line) = traceback.walk_tb(error.__traceback__)
             if frame.f_globals.get("__name__", "").partition(".")[0] in OUR_PACKAGES:
                 raise
-            raise UserError(f"config: {type(error).__name__}: {error}") from error
+            source = linecache.getline(frame.f_code.co_filename, line).strip()  # often names the setting
+            raise UserError(f"config: {type(error).__name__}: {error} (at `{source}`)") from error
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

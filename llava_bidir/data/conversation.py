@@ -38,7 +38,7 @@ def encode(
     image_tokens: int | None = 576,
     image_token_id: int = 32000,
 ) -> tuple[list[int], list[int]]:
-    """Return token ids and labels of a conversation, with each `<image>` expanded to `image_tokens` ids.
+    r"""Return token ids and labels of a conversation, with each `<image>` expanded to `image_tokens` ids.
 
     A conversation that ends with a human turn yields the prompt for its answer. With words as tokens, I as image token
     and supervised tokens marked by ^::
@@ -49,7 +49,7 @@ def encode(
                               ^ ^   ^
 
     Args:
-        turns: LLaVA's JSON, ``[{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", ...}, ...]``.
+        turns: LLaVA's JSON, ``[{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", ...}, ...]``.
         tokenizer: A Hugging Face tokenizer; its eos token ends each answer.
         template: "plain" (stage 1) or "vicuna_v1" (stage 2).
         image_tokens: T, image tokens per image. None for a record without an image, in which `<image>` is ordinary text

@@ -1,10 +1,10 @@
-"""LLaVA's JSON as a dataset: memory-mapped records, images read on access.
+r"""LLaVA's JSON as a dataset: memory-mapped records, images read on access.
 
 The format of the 558K captions and of the 665K mix::
 
     [{"id": "004539375",
       "image": "00453/004539375.jpg",          <- missing in text-only records
-      "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+      "conversations": [{"from": "human", "value": "<image>\nWhat is it?"},
                         {"from": "gpt", "value": "A cat."}]}, ...]
 
 As in LLaVA, these records are valid:

@@ -13,7 +13,7 @@ from llava_bidir.common.errors import UserError
 def read_json_list(path: Path) -> Iterator[Any]:
     r"""Yield the elements of the JSON list in a UTF-8 file, in order.
 
-    Half of a surrogate pair, such as \ud83d alone, is read as "?".
+    Half of a surrogate pair, such as \ud83d alone, is read as "?". Integers must fit into 64 bits.
 
     Raises:
         UserError: The file cannot be read or is not such a list; names the number of records before the error.
@@ -23,8 +23,9 @@ def read_json_list(path: Path) -> Iterator[Any]:
         with path.open("rb") as file:
             if file.read(len(BOM_UTF8)) != BOM_UTF8:
                 file.seek(0)
-            for count, element in enumerate(ijson.items(file, "item", use_float=True), 1):
+            for element in ijson.items(file, "item", use_float=True):
                 yield element
+                count += 1
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except (ijson.JSONError, UnicodeDecodeError) as error:

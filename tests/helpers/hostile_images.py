@@ -48,7 +48,10 @@ UNKNOWN = "cannot identify image file"
 # name: (content of the file, error of the opener or decoder)
 REJECTED: dict[str, tuple[bytes, str]] = {
     "bomb.png": (png(60_000, 60_000), "decompression bomb"),
-    "bomb_below_the_limit_of_pil.png": (png(12_000, 12_000), "12,000 x 12,000 px.*MAX_IMAGE_PIXELS.*decompression bomb"),
+    "bomb_below_the_limit_of_pil.png": (
+        png(12_000, 12_000),
+        "12,000 x 12,000 px.*MAX_IMAGE_PIXELS.*decompression bomb",
+    ),
     "one_row_that_padding_makes_a_bomb.png": (png(60_000, 1, data=bytes(60_001)), "60,000 x 1 px; a square of"),
     "bomb_in_a_comment.png": (with_comment(80 << 20), "(?i)decompressed data too large|text memory"),
     "zero_size.png": (png(0, 0), UNKNOWN),

@@ -104,9 +104,8 @@ NAMES = ("a.safetensors", "b.csv", "c.json")
 
 def files(folder: Path, content: int) -> dict:
     """Three files that belong together, all with `content`."""
-    return dict(
-        zip((folder / name for name in NAMES), ({"x": torch.full((3,), content)}, f"{content}", {"x": content}))
-    )
+    values = ({"x": torch.full((3,), content)}, f"{content}", {"x": content})
+    return {folder / name: value for name, value in zip(NAMES, values, strict=True)}
 
 
 def contents(folder: Path) -> list[int | None]:

@@ -13,8 +13,8 @@ import torch
 
 from llava_bidir.common.checkpoint_io import (
     AtomicCheckpointIO,
-    find_defect,
     commit_checkpoint_directory,
+    find_defect,
     latest_valid_checkpoint,
     read_manifest,
     resolve_ckpt_path,
@@ -103,7 +103,9 @@ def test_last_is_the_latest_valid_checkpoint_and_logs_skipped_ones(tmp_path, cap
 def test_a_damaged_checkpoint_is_an_error_that_proposes_another(tmp_path):
     good, bad = save(tmp_path / "good.ckpt"), save(tmp_path / "bad.ckpt")
     bad.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"bad.ckpt: the file is truncated.*The latest valid checkpoint in .*good.ckpt"):
+    with pytest.raises(
+        ValueError, match=r"bad.ckpt: the file is truncated.*The latest valid checkpoint in .*good.ckpt"
+    ):
         resolve_ckpt_path(str(bad), tmp_path)
     assert resolve_ckpt_path(str(good), tmp_path) == str(good) and resolve_ckpt_path(None, tmp_path) is None
     assert find_defect(tmp_path / "none.ckpt") == "no such file or directory"

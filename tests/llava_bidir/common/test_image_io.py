@@ -14,7 +14,11 @@ from llava_bidir.common.image_io import open_bounded
 def test_hostile_file_is_an_error(tmp_path, name):
     content, message = hostile_images.REJECTED[name]
     (tmp_path / name).write_bytes(content)
-    kinds = UnidentifiedImageError if message == hostile_images.UNKNOWN else (OSError, ValueError, Image.DecompressionBombError)
+    kinds = (
+        UnidentifiedImageError
+        if message == hostile_images.UNKNOWN
+        else (OSError, ValueError, Image.DecompressionBombError)
+    )
     with pytest.raises(kinds, match=message), open_bounded(tmp_path / name) as image:
         image.load()
 

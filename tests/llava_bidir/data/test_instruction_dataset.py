@@ -142,9 +142,6 @@ def test_missing_file_folder_and_image_are_named(tmp_path):
         Instructions(path, tmp_path)[0]
 
 
-
-
-
 def test_ids_of_other_types_null_characters_and_further_keys_are_valid(tmp_path):
     records = [record(id=None), record(id=3.5), record(id=["a"]), record(id=10**18), {**record(), "extra": [{}]}]
     records += [record(conversations=turns("<image>\0", "a\0cat"), image="a.png")]

@@ -132,7 +132,7 @@ def test_inspect_shows_what_is_fed(parts, conversations, capsys):
         ["#", "#", "."],
         ["#", "#", "\\"],
     ]
-    with pytest.raises(SystemExit, match="record 12 is out of range; .* has 0..11"):
+    with pytest.raises(SystemExit, match="record 12 is out of range; .* has records 0..11"):
         llava_bidir.cli.main([*argv, "--index", "12"])
 
 

@@ -192,9 +192,9 @@ class Instructions(Dataset):
     def summary(self, image_tokens: int, max_length: int) -> str:
         """Return one line about all records without tokenising; a text has at least as many tokens as words."""
         text_only, shown = self._text_only(), self._column("shown")
-        fewest_tokens = self._column("words") + shown * image_tokens
+        min_tokens = self._column("words") + shown * image_tokens
         return (
             f"{len(self):,} records: {text_only.sum():,} text only, {(~text_only & (shown == 0)).sum():,} with an "
             f"image but no {IMAGE}, {(self._column('answers') == 0).sum():,} without an answer to train on, "
-            f"at least {(fewest_tokens > max_length).sum():,} longer than {max_length:,} tokens, which are truncated"
+            f"at least {(min_tokens > max_length).sum():,} longer than {max_length:,} tokens, which are truncated"
         )

@@ -23,10 +23,10 @@ def stopped(parts, conversations, tmp_path_factory):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--model.image_attention", "bidirectional"], "model.image_attention='causal', this one has 'bidirectional'"),
+        (["--model.image_attention", "bidirectional"], "model.image_attention='causal', but this run has 'bidirectional'"),
         (["--model.adapter_learning_rate", "0.5"], "model.adapter_learning_rate=.*, but this run has 0.5"),
-        (["--data.max_length", "100"], "data.max_length=.*, this one has 100"),
-        (["--seed_everything", "7"], "data.seed=0, this one has 7"),
+        (["--data.max_length", "100"], "data.max_length=.*, but this run has 100"),
+        (["--seed_everything", "7"], "data.seed=0, but this run has 7"),
     ],
 )
 @pytest.mark.parametrize("path", ["last", "by name"])

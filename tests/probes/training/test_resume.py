@@ -27,10 +27,10 @@ def stopped(checkpoints, segmentation, tmp_path_factory):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--model.image_attention", "bidirectional"], "model.image_attention=None, this one has 'bidirectional'"),
+        (["--model.image_attention", "bidirectional"], "model.image_attention=None, but this run has 'bidirectional'"),
         (["--model.learning_rate", "0.5"], "model.learning_rate=0.001, but this run has 0.5"),
-        (["--data.batch_size", "3"], "data.batch_size=4, this one has 3"),
-        (["--seed_everything", "7"], r"(model|data).seed=0, this one has 7"),
+        (["--data.batch_size", "3"], "data.batch_size=4, but this run has 3"),
+        (["--seed_everything", "7"], r"(model|data).seed=0, but this run has 7"),
     ],
 )
 @pytest.mark.parametrize("path", ["last", "by name"])

@@ -197,17 +197,12 @@ DEEP = b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 DAMAGES = {  # damage: (function, error)
     "no config": (lambda directory: (directory / "config.json").unlink(), "contains no config.json"),
     "not JSON": (content("config.json", b"{"), "config.json' is not a valid JSON"),
-    "not UTF-8": (content("config.json", b"\xff\xfe"), "config.json' is not a valid JSON"),
     "deep JSON": (content("config.json", DEEP), "hf: RecursionError"),
-    "array": (content("config.json", b"[]"), "hf: Unrecognized model"),
     "no kind": (content("config.json", b"{}"), "hf: Unrecognized model"),
     "unknown kind": (
         rewritten(model_type="nope"),
         "it requires code from the checkpoint, which is never executed",
     ),
-    "kind of a wrong type": (rewritten(model_type=["llava"]), "hf: TypeError: unhashable"),
-    "negative width": (rewritten(text_config__hidden_size=-32), "hf: "),
-    "width is text": (rewritten(text_config__hidden_size="big"), "Field 'hidden_size' expected int, got str"),
     "no heads": (rewritten(text_config__num_attention_heads=0), "ZeroDivisionError"),
     "no layers": (rewritten(text_config__num_hidden_layers=0), "layers of the LLM: 0; expected 1 or more"),
     "layers too many": (rewritten(text_config__num_hidden_layers=4), r"lacks 9 tensors, e.g. .*layers.3"),

@@ -67,6 +67,14 @@ def test_help_lists_every_command_at_once(package):
     assert all(command in text for command in COMMANDS[package])
 
 
+def test_llava_bidir_prints_its_version_and_without_a_command_its_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        llava_bidir.cli.main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"llava-bidir {llava_bidir.__version__}\n"
+    run = subprocess.run([sys.executable, "-m", "llava_bidir"], capture_output=True, text=True)
+    assert run.returncode == 2 and all(command in run.stderr for command in PROMISED["llava_bidir"])
+
+
 @pytest.mark.parametrize("package", COMMANDS)
 def test_unknown_command_is_an_error_that_lists_the_known(package, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -75,7 +83,7 @@ def test_unknown_command_is_an_error_that_lists_the_known(package, capsys):
 
 
 def test_bad_input_ends_in_one_line_not_in_a_traceback(tmp_path):
-    with pytest.raises(SystemExit, match=r"^probes: .* holds no config.json; expected a Hugging Face checkpoint"):
+    with pytest.raises(SystemExit, match=r"^probes: .* contains no config.json; expected a Hugging Face checkpoint"):
         probes.cli.main(["sites", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"^llava-bidir: no checkpoint .*; expected RUN/checkpoints"):
         llava_bidir.cli.main(["export", str(tmp_path / "x.ckpt"), str(tmp_path / "out")])
@@ -124,7 +132,7 @@ def test_inspect_shows_what_is_fed(parts, conversations, capsys):
         ["#", "#", "."],
         ["#", "#", "\\"],
     ]
-    with pytest.raises(SystemExit, match="record 12 is out of range; .* has 0..11"):
+    with pytest.raises(SystemExit, match="record 12 is out of range; .* has records 0..11"):
         llava_bidir.cli.main([*argv, "--index", "12"])
 
 
@@ -204,9 +212,11 @@ def test_fit_goes_on_from_the_newest_whole_checkpoint(parts, conversations, tmp_
     (whole,) = (tmp_path / "checkpoints").iterdir()
     cut = whole.with_name("cut.ckpt")
     cut.write_bytes(whole.read_bytes()[:-100])
-    with pytest.raises(SystemExit, match=r"cut.ckpt: the file is cut short.*The newest whole one in .*step=3.ckpt"):
+    with pytest.raises(
+        SystemExit, match=r"cut.ckpt: the file is truncated.*The latest valid checkpoint in .*step=3.ckpt"
+    ):
         llava_bidir.cli.main([*arguments, "--ckpt_path", str(cut)])
     with caplog.at_level("INFO"):
         llava_bidir.cli.main([*arguments, "--trainer.max_epochs", "2", "--ckpt_path", "last"])
-    assert f"passing over checkpoint {cut}" in caplog.text and f"resuming {whole}" in caplog.text
+    assert f"skipping checkpoint {cut}" in caplog.text and f"resuming {whole}" in caplog.text
     assert json.loads((tmp_path / "hf/training.json").read_text())["steps"] == 6

@@ -1,0 +1,1 @@
+"""Commands of `llava-bidir` other than training and evaluation, one file each."""

@@ -1,6 +1,6 @@
-"""`llava-bidir estimate`: parameters, FLOPs and memory of a training config, without weights and without a GPU.
+"""`llava-bidir estimate`: parameters, FLOPs and memory of a training config, without weights or a GPU.
 
-Parameters and FLOPs are counted on the model itself, built on the meta device. Memory is an estimate.
+Parameters and FLOPs are counted on the model, built on the meta device. Memory is estimated.
 """
 
 import argparse
@@ -17,13 +17,13 @@ from llava_bidir.training.cli import TrainingCLI, build_data_cli
 from llava_bidir.training.module import LlavaTraining
 from llava_bidir.training.throughput import step_flops
 
-# Bytes that a token leaves in a layer until its backward pass, over the layer's width. Source: Korthikanti et al. 2022
-# (arXiv 2205.05198, Eq. 1): 34 s b h, without the attention matrix, which fused kernels never write.
+# Activation bytes per token, layer and unit of width. Source: Korthikanti et al. 2022 (arXiv 2205.05198, Eq. 1):
+# 34 s b h, without the attention matrix, which fused kernels never store.
 ACTIVATION_BYTES = 34
 
 
 def build_empty(module: LlavaTraining) -> LlavaBidirForConditionalGeneration:
-    """The model that `module` will train, on the meta device: shapes without numbers."""
+    """Return the model that `module` trains, on the meta device."""
     args, tokenizer = module.hparams, module.processor.tokenizer
     image_token_id = module.processor.image_token_id
     config = build_config(module.encoder, args.llm, image_token_id, args.image_attention, args.image_resize)
@@ -36,17 +36,20 @@ def build_empty(module: LlavaTraining) -> LlavaBidirForConditionalGeneration:
     return model
 
 
-def sizes(cli: TrainingCLI, devices: int, length: int) -> dict[str, Any]:
-    """What a run costs.
+def estimate_run(cli: TrainingCLI, devices: int, length: int) -> dict[str, Any]:
+    """Estimate the size and cost of a run.
 
     Args:
         cli: Model and data of the config.
         devices: Number of GPUs.
-        length: Tokens of a sample, image tokens included, to count FLOPs and memory for.
+        length: Tokens per sample, image tokens included.
 
     Returns:
-        {"parameters": {part: count}, "trains": count, "step_flops": FLOPs of an optimizer step over all devices,
-        "memory_gb": {"zero2": ..., "zero3": ...} of each device}
+        {"parameters": {part: count}, "trains": count, "step_flops": FLOPs per optimizer step over all devices,
+        "memory_gb": {"zero2": ..., "zero3": ...} per device, and the settings}
+
+    Raises:
+        UserError: `length` leaves no room for text.
     """
     model, batch = build_empty(cli.model), cli.datamodule.batch_size
     parts = {
@@ -59,8 +62,9 @@ def sizes(cli: TrainingCLI, devices: int, length: int) -> dict[str, Any]:
     trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
     predictions = length - model.config.image_seq_length
     if predictions < 1:
-        raise UserError(f"--length {length} leaves no text behind {model.config.image_seq_length} image tokens")
-    working = _activations(model, cli.datamodule.micro_batch_size, length, cli.model.hparams.gradient_checkpointing)
+        raise UserError(f"--length {length} leaves no text after {model.config.image_seq_length} image tokens")
+    checkpointing = cli.model.hparams.gradient_checkpointing
+    activations = _activation_bytes(model, cli.datamodule.micro_batch_size, length, checkpointing)
     total = sum(parameters.values())
     states = (2 + 12) * trains / devices  # bf16 gradients, and fp32 weights with AdamW's two moments
     return {
@@ -74,45 +78,53 @@ def sizes(cli: TrainingCLI, devices: int, length: int) -> dict[str, Any]:
         "devices": devices,
         "step_flops": step_flops(model)([length] * batch, predictions * batch, batch),
         "memory_gb": {
-            "zero2": (2 * total + states + working) / 1e9,
-            "zero3": (2 * total / devices + states + working) / 1e9,
+            "zero2": (2 * total + states + activations) / 1e9,
+            "zero3": (2 * total / devices + states + activations) / 1e9,
         },
     }
 
 
-def _activations(model: LlavaBidirForConditionalGeneration, samples: int, length: int, checkpointing: bool) -> float:
-    """Bytes of a micro-batch: each layer's input and one layer's inside where the others are recomputed, and the logits
-    in bf16 and fp32 with their gradient."""
+def _activation_bytes(
+    model: LlavaBidirForConditionalGeneration, samples: int, length: int, checkpointing: bool
+) -> float:
+    """Return the activation bytes of a micro-batch.
+
+    With gradient checkpointing, these are the inputs of all layers and all activations of one layer. Logits are stored
+    in bf16 and fp32 with their gradient.
+    """
     text = model.config.text_config
     tokens, layers = samples * length, text.num_hidden_layers
-    inside = ACTIVATION_BYTES * tokens * text.hidden_size
+    layer = ACTIVATION_BYTES * tokens * text.hidden_size
     logits = 10 * samples * (length - model.config.image_seq_length) * text.vocab_size
-    return logits + (2 * layers * tokens * text.hidden_size + inside if checkpointing else layers * inside)
+    return logits + (2 * layers * tokens * text.hidden_size + layer if checkpointing else layers * layer)
 
 
-def readable(facts: dict[str, Any]) -> str:
-    parts = "   ".join(f"{name} {count:,}" for name, count in facts["parameters"].items())
-    memory = "   ".join(f"{name} {gb:.0f} GB" for name, gb in facts["memory_gb"].items())
+def format_estimate(estimate: dict[str, Any]) -> str:
+    """Return the result of :func:`estimate_run` as text."""
+    parts = "   ".join(f"{name} {count:,}" for name, count in estimate["parameters"].items())
+    memory = "   ".join(f"{name} {gb:.0f} GB" for name, gb in estimate["memory_gb"].items())
     return (
-        f"{facts['encoder']}, {facts['image_attention']}\n"
+        f"{estimate['encoder']}, {estimate['image_attention']}\n"
         f"  parameters   {parts}\n"
-        f"               {facts['total']:,} in all, of which {facts['trains']:,} train\n"
-        f"  step         {facts['batch_size']} samples of {facts['length']} tokens: "
-        f"{facts['step_flops'] / 1e15:.2f} PFLOP, forward and backward\n"
-        f"  memory       {memory}, on each of {facts['devices']} devices (estimate)"
+        f"               {estimate['total']:,} in total, {estimate['trains']:,} trainable\n"
+        f"  step         {estimate['batch_size']} samples of {estimate['length']} tokens: "
+        f"{estimate['step_flops'] / 1e15:.2f} PFLOP, forward and backward\n"
+        f"  memory       {memory}, on each of {estimate['devices']} devices (estimate)"
     )
 
 
 def main(argv: list[str]) -> None:
+    """Run `llava-bidir estimate`."""
     parser = argparse.ArgumentParser(
         prog="llava-bidir estimate",
-        description="Parameters, FLOPs and memory of a training config, without weights. All other options are those "
-        "of `llava-bidir fit` (-c CONFIG ..., --model.image_attention ...).",
+        description="Estimate parameters, FLOPs and memory of a training config, without weights. All other options "
+        "are those of `llava-bidir fit` (-c CONFIG ..., --model.image_attention ...).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--devices", type=int, default=8, metavar="N", help="GPUs (8)")
-    parser.add_argument("--length", type=int, metavar="N", help="tokens of a sample (data.max_length)")
-    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--devices", type=int, default=8, metavar="N", help="number of GPUs")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens per sample; None: data.max_length")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
     args, config = parser.parse_known_args(argv[1:])
     cli = build_data_cli(config)
-    facts = sizes(cli, args.devices, args.length or cli.datamodule.collate.max_length)
-    print(json.dumps(facts) if args.json else readable(facts))
+    estimate = estimate_run(cli, args.devices, args.length or cli.datamodule.collate.max_length)
+    print(json.dumps(estimate) if args.json else format_estimate(estimate))

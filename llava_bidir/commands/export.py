@@ -1,4 +1,4 @@
-"""`llava-bidir export`: a training checkpoint as a Hugging Face directory."""
+"""`llava-bidir export`: convert a training checkpoint to a Hugging Face directory."""
 
 import argparse
 
@@ -7,16 +7,11 @@ from llava_bidir.training.read_checkpoint import read_checkpoint
 
 
 def run(args: argparse.Namespace) -> None:
-    """`llava-bidir export`.
+    """Run `llava-bidir export`.
 
     Raises:
-        UserError: The checkpoint is none of `llava-bidir fit`, nor one of LLaVA's own code.
+        UserError: The file is not a checkpoint of `llava-bidir fit`.
     """
-    from .import_llava import is_original, read_original
-
-    if is_original(args.checkpoint):
-        model, processor, facts = read_original(args.checkpoint, args.encoder)
-    else:
-        model, processor, facts = read_checkpoint(args.checkpoint)
+    model, processor, facts = read_checkpoint(args.checkpoint)
     export_hf(as_llava(model) if args.as_llava else model, processor, args.out, facts)
     print(args.out)

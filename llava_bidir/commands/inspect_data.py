@@ -1,4 +1,4 @@
-"""`llava-bidir inspect`: what the model is really fed, read off a training config without loading weights.
+"""`llava-bidir inspect`: show the model inputs of a training config without loading weights.
 
 Shapes: N sequence.
 """
@@ -10,22 +10,28 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX
 from llava_bidir.data.instruction_dataset import Instructions
+from llava_bidir.model.build import check_image_attention
 from llava_bidir.model.modeling_llava_bidir import build_mask
 from llava_bidir.training.cli import build_data_cli
 
 
 def inspect_sample(sample: dict, collate: Collate) -> dict[str, Any]:
-    """One record as token ids and labels, images expanded: {"id", "template", "input_ids", "labels", "image_spans",
-    "text"}; image_spans are [start, end) positions, in text each image is one `<image>`."""
+    """Return a record as token ids and labels with expanded images.
+
+    Returns:
+        {"id", "template", "input_ids", "labels", "image_spans", "text"}; image_spans are [start, end) positions, and
+        text has one `<image>` per image.
+    """
     ids, labels = collate.encode(sample)
     tokenizer, image_id = collate.processor.tokenizer, collate.processor.image_token_id
-    spans = [[run[0], run[-1] + 1] for run in _runs([i for i, token in enumerate(ids) if token == image_id])]
-    spans = [[i, i + collate.image_tokens] for start, end in spans for i in range(start, end, collate.image_tokens)]
+    positions = [i for i, token in enumerate(ids) if token == image_id]
+    spans = [[i, i + collate.image_tokens] for i in positions[:: collate.image_tokens]]
     inside = {i for start, end in spans for i in range(start + 1, end)}
     text = tokenizer.decode([token for i, token in enumerate(ids) if i not in inside])
     return {
@@ -38,33 +44,29 @@ def inspect_sample(sample: dict, collate: Collate) -> dict[str, Any]:
     }
 
 
-def _runs(positions: list[int]) -> list[list[int]]:
-    """Consecutive positions, grouped."""
-    numbered = groupby(enumerate(positions), key=lambda pair: pair[1] - pair[0])
-    return [[position for _, position in group] for _, group in numbered]
-
-
-def readable(facts: dict[str, Any], collate: Collate, config) -> str:
-    """The same for people: what is trained in brackets, and the attention mask by stretches of text and image."""
-    lines = [f"{facts['id']}  ({facts['template']}, {len(facts['input_ids'])} tokens)"]
+def format_sample(sample: dict[str, Any], collate: Collate, image_attention: str) -> str:
+    """Return the result of :func:`inspect_sample` as text, supervised tokens in brackets, with the attention mask."""
+    lines = [f"{sample['id']}  ({sample['template']}, {len(sample['input_ids'])} tokens)"]
     decode, image_id = collate.processor.tokenizer.decode, collate.processor.image_token_id
-    tokens = list(zip(facts["input_ids"], facts["labels"], strict=True))
-    for (is_image, trained), group in groupby(tokens, key=lambda x: (x[0] == image_id, x[1] != IGNORE_INDEX)):
+    tokens = list(zip(sample["input_ids"], sample["labels"], strict=True))
+    for (is_image, supervised), group in groupby(tokens, key=lambda x: (x[0] == image_id, x[1] != IGNORE_INDEX)):
         ids = [token for token, _ in group]
         text = f"<{len(ids)} image tokens>" if is_image else decode(ids)
-        lines.append(f"  trained [{text}]" if trained else f"          {text}")
-    is_image = torch.tensor([facts["input_ids"]]) == image_id
-    mask = build_mask(config["image_attention"], _any_llm(), is_image)[0, 0]
+        lines.append(f"  trained [{text}]" if supervised else f"          {text}")
+    is_image = torch.tensor([sample["input_ids"]]) == image_id
+    llm_config = LlamaConfig()
+    llm_config._attn_implementation = "sdpa"  # the mask depends on the backend only
+    mask = build_mask(image_attention, llm_config, is_image)[0, 0]
     return "\n".join([*lines, "", *draw_mask(mask, is_image[0])])
 
 
 def draw_mask(mask: Tensor, is_image: Tensor) -> list[str]:
-    """bool[N, N] by stretches: # sees all of it, \\ causally, . nothing, ? otherwise; rows are queries."""
-    stretches = [list(group) for _, group in groupby(range(len(is_image)), key=lambda i: bool(is_image[i]))]
-    lines = ["  attention: # all, \\ causal, . none (rows look at columns)"]
-    for rows in stretches:
+    r"""Return the mask bool[N, N] as text by segments of text and image: # all, \ causal, . none, ? other."""
+    segments = [list(group) for _, group in groupby(range(len(is_image)), key=lambda i: bool(is_image[i]))]
+    lines = ["  attention: # all, \\ causal, . none (rows attend to columns)"]
+    for rows in segments:
         cells = []
-        for columns in stretches:
+        for columns in segments:
             part = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
             causal = part.shape[0] == part.shape[1] and torch.equal(part, torch.ones_like(part).tril())
             cells.append("#" if part.all() else "." if not part.any() else "\\" if causal else "?")
@@ -73,29 +75,24 @@ def draw_mask(mask: Tensor, is_image: Tensor) -> list[str]:
     return lines
 
 
-def _any_llm():
-    """A config that says which backend draws the mask."""
-    from transformers import LlamaConfig
-
-    config = LlamaConfig()
-    config._attn_implementation = "sdpa"
-    return config
-
-
 def main(argv: list[str]) -> None:
+    """Run `llava-bidir inspect`."""
     parser = argparse.ArgumentParser(
         prog="llava-bidir inspect",
-        description="What the model is really fed: tokens, labels and mask of records. All other options are those of "
+        description="Show the tokens, labels and attention mask of records. All other options are those of "
         "`llava-bidir fit` (-c CONFIG ..., --data.annotations ..., ...).",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--index", type=int, nargs="+", default=[0], metavar="I", help="records to show (0)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--index", type=int, nargs="+", default=[0], metavar="I", help="indices of the records")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     args, config = parser.parse_known_args(argv[1:])
     cli = build_data_cli(config)
-    source = cli.datamodule
-    data = Instructions(source.annotations, source.images, source.follow_links)
+    data = cli.datamodule
+    attention = cli.model.hparams.image_attention
+    check_image_attention(attention)
+    records = Instructions(data.annotations, data.images, data.follow_links)
     for index in args.index:
-        if not 0 <= index < len(data):
-            raise UserError(f"record {index} is out of range; {cli.datamodule.annotations} has 0..{len(data) - 1}")
-        facts = inspect_sample(data[index], cli.datamodule.collate)
-        print(json.dumps(facts) if args.json else readable(facts, cli.datamodule.collate, cli.model.hparams))
+        if not 0 <= index < len(records):
+            raise UserError(f"record {index} is out of range; {data.annotations} has records 0..{len(records) - 1}")
+        sample = inspect_sample(records[index], data.collate)
+        print(json.dumps(sample) if args.json else format_sample(sample, data.collate, attention))

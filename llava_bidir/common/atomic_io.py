@@ -1,7 +1,7 @@
-"""Files and folders that are whole or not there: after a kill, a full disk or a power cut the one before counts.
+"""Write files and folders atomically: after a kill, a full disk or a power cut the previous version is intact.
 
-What is being written ends in .partial. It is on disk before it takes its name, for a file system may keep the name and
-lose the contents; then the name is put on disk too.
+Data is written under a name that ends in .partial and flushed to disk before it is renamed, since a file system may
+keep a name and lose the contents. The new name is flushed too.
 """
 
 import json
@@ -20,19 +20,20 @@ from .errors import UserError
 from .run_lock import exclusive_run_lock
 
 PARTIAL, REPLACED = ".partial", ".replaced"
-AGAIN = "mend that and give the same command again"
+ADVICE = "fix this and run the same command again"
 
 
 def partial_path(path: Path) -> Path:
+    """Return the temporary name under which `path` is written."""
     return path.with_name(path.name + PARTIAL)
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """What to write instead of `path`; it takes that name when the block ends, and goes when the block fails.
+    """Yield a temporary path that is renamed to `path` when the block ends, and deleted when the block fails.
 
     Raises:
-        UserError: The operating system refused: the disk is full, or read-only.
+        UserError: The operating system reports an error, such as a full or read-only disk.
     """
     partial = partial_path(path)
     with wrap_os_errors(path):
@@ -43,24 +44,27 @@ def atomic_write(path: Path) -> Iterator[Path]:
             partial.replace(path)
             _sync(path.parent)
         except BaseException:
-            partial.unlink(missing_ok=True)  # on a full disk, room for others
+            partial.unlink(missing_ok=True)  # frees the space on a full disk
             raise
 
 
 @contextmanager
-def atomic_directory(path: Path, mark: str) -> Iterator[Path]:
-    """The same for a folder, which one process at a time can replace.
+def atomic_directory(path: Path, marker: str) -> Iterator[Path]:
+    """Yield a temporary folder that replaces `path` when the block ends; one process at a time can do so.
 
     Args:
         path: The folder.
-        mark: Name of a file in it that tells it from any other folder: only such a one is replaced.
+        marker: Name of a file in the folder. An existing folder without this file is not replaced.
 
     Raises:
-        UserError: There is another folder, another process writes it, or the operating system refused.
+        UserError: `path` is something else, another process writes it, or the operating system reports an error.
     """
     partial = partial_path(path)
-    if path.exists() and not (path / mark).is_file() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} is there and holds no {mark}: it is something else, and is not replaced; move it away")
+    is_empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not is_empty and not (path / marker).is_file():
+        raise UserError(
+            f"{path} exists and contains no {marker}, so it is not replaced; move it or choose another path"
+        )
     with exclusive_run_lock(path.parent, path.name), wrap_os_errors(path):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -73,13 +77,13 @@ def atomic_directory(path: Path, mark: str) -> Iterator[Path]:
 
 
 def commit_directory(path: Path) -> None:
-    """Puts the folder `path`.partial on disk and renames it to `path`.
+    """Flush the folder `path`.partial to disk and rename it to `path`.
 
-    A folder cannot replace another in one step: the old one is renamed first and deleted last, so that at every moment
-    one whole folder is there.
+    A folder cannot replace another one in a single step. The old folder is renamed first and deleted last, so that a
+    complete folder exists at every moment.
     """
     partial, replaced = partial_path(path), path.with_name(path.name + REPLACED)
-    with ThreadPoolExecutor(16) as pool:  # thousands of small files share the disk's waiting
+    with ThreadPoolExecutor(16) as pool:  # flushes of many small files wait in parallel
         list(pool.map(_sync, [*partial.rglob("*"), partial]))
     shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():
@@ -90,16 +94,16 @@ def commit_directory(path: Path) -> None:
 
 
 def write_files(contents: Mapping[Path, Any]) -> None:
-    """Writes files that belong together, so that a reader sees each of them whole or not at all.
+    """Write files that belong together; readers see a complete version of each file.
 
-    All are written and on the disk before the first takes its name; until then those of before stay. The last one is
-    not there while the others take theirs: it says that all are of one kind.
+    All files are flushed to disk before the first one is renamed. The last file does not exist while the others are
+    renamed, so its presence shows that all files are of the same version.
 
     Args:
-        contents: By path: tensors by name for a .safetensors, what JSON has for a .json, else text or bytes.
+        contents: Content by path: tensors by name for .safetensors, a JSON value for .json, else text or bytes.
 
     Raises:
-        UserError: One cannot be written: the disk is full or read-only. What was there before is as it was.
+        UserError: A file cannot be written, for example on a full disk. The previous files are unchanged.
     """
     *others, last = contents
     partials = {path: partial_path(path) for path in contents}
@@ -113,13 +117,13 @@ def write_files(contents: Mapping[Path, Any]) -> None:
         for path, partial in partials.items():
             partial.replace(path)
         for folder in {path.parent for path in contents}:
-            _sync(folder)  # the names too
+            _sync(folder)  # flushes the names
     except (OSError, SafetensorError) as error:
         for partial in partials.values():
             with suppress(OSError):
-                partial.unlink()  # on a full disk, room for others
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"{path} was not written: {why}; {AGAIN}") from None
+                partial.unlink()  # frees the space on a full disk
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {reason}; {ADVICE}") from None
 
 
 def _write(path: Path, suffix: str, content: Any) -> None:
@@ -132,7 +136,7 @@ def _write(path: Path, suffix: str, content: Any) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on disk."""
+    """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -142,20 +146,20 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def wrap_os_errors(path: Path) -> Iterator[None]:
-    """What the operating system refuses inside is a ValueError that names `path`; other errors pass."""
+    """Convert errors of the operating system into a `UserError` that names `path`; other errors pass through."""
     try:
         yield
     except ValueError:
         raise
     except Exception as error:
-        refusal = _refusal(error)
-        if refusal is None:
+        reason = _os_error_text(error)
+        if reason is None:
             raise
-        raise UserError(f"{path} was not written: {refusal}; {AGAIN}") from error
+        raise UserError(f"cannot write {path}: {reason}; {ADVICE}") from error
 
 
-def _refusal(error: BaseException | None) -> str | None:
-    """What the operating system said, if `error` comes from there. Libraries in Rust and C++ repeat it in words."""
+def _os_error_text(error: BaseException | None) -> str | None:
+    """Return the message of the OS error behind `error`, None if there is none; Rust and C++ code quote it as text."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             return str(error)

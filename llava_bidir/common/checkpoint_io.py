@@ -1,13 +1,12 @@
-"""Checkpoints that are whole or not there, and the newest whole one of a run.
+"""Save checkpoints atomically and find the latest valid checkpoint of a run.
 
-A save that is cut short, by kill -9 or by a full disk, leaves a name that ends in .partial and never counts as a
-checkpoint; the one before it is untouched. A checkpoint is a file (one process, DDP) or a directory (ZeRO), whose
-`whole.json` is written last and lists what belongs to it.
+An interrupted save leaves a name that ends in .partial, which never counts as a checkpoint; the previous checkpoint is
+untouched. A checkpoint is a file (one process, DDP) or a directory (ZeRO). A directory is complete once it contains
+`whole.json`, a manifest with the size of each file.
 """
 
 import json
 import logging
-import pickletools
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -19,157 +18,123 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 
 from .atomic_io import REPLACED, atomic_write, commit_directory, partial_path
 from .errors import UserError
-from .hf_loading import check_pickle, error_context
+from .hf_loading import error_context
 
 log = logging.getLogger(__name__)
 
-LISTING = "whole.json"
-# What ZeRO's files hold beside tensors and plain data. DeepSpeed loads them as pickles, which could call anything.
-STAGES = "deepspeed.runtime.zero.config.ZeroStageEnum"
-STAGE_NAMES = ("disabled", "optimizer_states", "gradients", "weights")
-DEEPSPEED = (
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    STAGES,
-    "deepspeed.utils.tensor_fragment.fragment_address",
-)
-GETATTR = ("builtins.getattr", "__builtin__.getattr")
-GETATTR_STEPS = [("GLOBAL", name.replace(".", " ")) for name in GETATTR]
+MANIFEST = "whole.json"
 
 
 def is_complete(checkpoint: str | None, result: Path) -> bool:
-    """Whether a run's result is there, and not of a run before the checkpoint's: one begun anew and then killed."""
-    written = lambda path: Path(path).stat().st_mtime_ns
-    return result.is_file() and not (checkpoint and written(checkpoint) > written(result))
+    """Return True if the result exists and is newer than the checkpoint."""
+    modified = lambda path: Path(path).stat().st_mtime_ns
+    return result.is_file() and not (checkpoint and modified(checkpoint) > modified(result))
 
 
 def check_resume_compatible(
-    saved: dict[str, Any], now: dict[str, Any], of: str, free: tuple[str, ...] = (), what: str = "the checkpoint"
+    saved: dict[str, Any],
+    current: dict[str, Any],
+    section: str,
+    overridable: tuple[str, ...] = (),
+    source: str = "the checkpoint",
 ) -> None:
-    """That a checkpoint is not gone on with as another run: half of each would be a model of no recipe at all.
+    """Raise if the settings of a checkpoint and of this run differ; resuming would mix two configurations.
 
     Args:
-        saved: Settings of the run that wrote it.
-        now: Those of this run.
-        of: Where they are set: model or data.
-        free: Those that change no result, or nothing that comes after a checkpoint.
-        what: What the other run wrote, for the error.
+        saved: Settings of the run that wrote the checkpoint.
+        current: Settings of this run.
+        section: Section of the config that contains them: model or data.
+        overridable: Settings that may differ because they do not change the result.
+        source: The file that contains `saved`, for the error.
 
     Raises:
-        UserError: One of them differs.
+        UserError: A setting differs.
     """
-    for key in sorted(key for key in now.keys() - set(free) if not key.startswith("_")):
-        if _plain(saved.get(key)) != _plain(now[key]):
+    for key in sorted(key for key in current.keys() - set(overridable) if not key.startswith("_")):
+        if _canonical_json(saved.get(key)) != _canonical_json(current[key]):
             raise UserError(
-                f"{what} is of a run with {of}.{key}={saved.get(key)!r}, this one has {now[key]!r}; go on with "
-                "what it was started with, or start anew with another --out"
+                f"{source} belongs to a run with {section}.{key}={saved.get(key)!r}, but this run has "
+                f"{current[key]!r}; resume with the original setting, or start a new run with another --out"
             )
 
 
-def _plain(setting: Any) -> str:
-    """The same for a tuple and a list, and for a folder that is spelled otherwise."""
+def _canonical_json(setting: Any) -> str:
+    """Return the same text for a tuple and a list, and for different spellings of an existing path."""
     if isinstance(setting, str) and Path(setting).exists():
         setting = str(Path(setting).resolve())
     return json.dumps(setting, sort_keys=True, default=str)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Single-file checkpoints, written beside their name and then renamed.
+    """Single-file checkpoints, written under a temporary name in their folder and then renamed.
 
-    Lightning's own writes to memory, then to /tmp, and moves that across file systems.
+    Lightning's own plugin writes to memory, then to /tmp, and moves the file across file systems.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
+        """Write `checkpoint` to `path`."""
         with atomic_write(Path(path)) as partial, partial.open("wb") as file:
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """
+        """Return the checkpoint at `path`; pickled code is rejected, not executed.
+
         Raises:
-            UserError: It is ZeRO's, which this strategy cannot read.
+            UserError: The file cannot be loaded as plain data, or is a checkpoint of a run with ZeRO.
         """
         if Path(path).is_dir():
             raise UserError(
-                f"checkpoint {path} is a directory, from a run with ZeRO; add its configs/cluster/zero*.yaml"
+                f"checkpoint {path} is a directory, from a run with ZeRO; add the run's configs/cluster/zero*.yaml"
             )
-        return super().load_checkpoint(path, *args, **kwargs | {"weights_only": True})
+        with error_context(f"checkpoint {path}"):
+            return super().load_checkpoint(path, *args, **kwargs | {"weights_only": True})
 
 
-def finish_directory(path: Path, facts: dict[str, Any]) -> None:
-    """Lists the files of `path`.partial in its whole.json, beside `facts`, and renames it to `path`."""
+def commit_checkpoint_directory(path: Path, metadata: dict[str, Any]) -> None:
+    """Write the manifest of `path`.partial, which is `metadata` and the file sizes, and rename it to `path`."""
     partial = partial_path(path)
-    sizes = {
-        str(file.relative_to(partial)): file.stat().st_size for file in sorted(partial.rglob("*")) if file.is_file()
-    }
-    (partial / LISTING).write_text(json.dumps({**facts, "bytes": sizes}, indent=1) + "\n")
+    files = [file for file in sorted(partial.rglob("*")) if file.is_file()]
+    sizes = {str(file.relative_to(partial)): file.stat().st_size for file in files}
+    (partial / MANIFEST).write_text(json.dumps({**metadata, "bytes": sizes}, indent=1) + "\n")
     commit_directory(path)
 
 
-def read_listing(path: Path) -> dict[str, Any]:
-    """whole.json of a ZeRO checkpoint.
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of a ZeRO checkpoint.
 
     Raises:
-        UserError: There is none, or a file it lists is missing or has another size.
+        UserError: There is none, or a listed file is missing or has another size.
     """
-    problem = find_defect(path)
-    if problem:
-        raise UserError(f"checkpoint {path}: {problem}; take an earlier one, or `last` for the newest whole one")
-    return json.loads((path / LISTING).read_text())
+    if defect := find_defect(path):
+        raise UserError(f"checkpoint {path}: {defect}; use an earlier one, or `last` for the latest valid checkpoint")
+    return json.loads((path / MANIFEST).read_text())
 
 
 def find_defect(path: Path) -> str | None:
-    """Why `path` is no whole checkpoint; None if it is one. Sizes and archive indices are read, not the tensors."""
+    """Return why a checkpoint is incomplete, None if it is complete; reads file sizes and archive indices only."""
     if path.is_file():
-        return find_unsafe_globals(path) if zipfile.is_zipfile(path) else "the file is cut short or no checkpoint"
+        return None if zipfile.is_zipfile(path) else "the file is truncated or not a checkpoint"
     if not path.is_dir():
         return "no such file or directory"
-    if (path / "latest_universal").is_file():
-        return find_unsafe_globals(path)  # what DeepSpeed's ds_to_universal writes last
+    if (path / "latest_universal").is_file():  # the last file that DeepSpeed's ds_to_universal writes
+        return None
     try:
-        sizes = json.loads((path / LISTING).read_text())["bytes"]
+        sizes = json.loads((path / MANIFEST).read_text())["bytes"]
     except (OSError, ValueError, KeyError):
-        return f"no readable {LISTING}, which is written last"
+        return f"no readable {MANIFEST}, which is written last"
     for name, size in sizes.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
             return f"{name} is missing or not of {size} bytes"
-    return find_unsafe_globals(path)
-
-
-def find_unsafe_globals(path: Path) -> str | None:
-    """What a checkpoint would execute if it was loaded, None if nothing; looked up in its pickles, not tried."""
-    files = [path] if path.is_file() else sorted(path.rglob("*.pt"))
-    try:
-        for file in files:
-            with error_context(f"{file} is damaged"):
-                allowed = (*DEEPSPEED, *(GETATTR if _getattr_of_stages_only(file) else ())) if path.is_dir() else ()
-            check_pickle(file, allowed)
-    except ValueError as error:
-        return str(error)
     return None
 
 
-def _getattr_of_stages_only(file: Path) -> bool:
-    """Whether what is pickled in a file of torch.save calls getattr for members of ZeroStageEnum and for nothing else:
-    so Python 3.11 writes them, and later ones otherwise. With any other name getattr leads to whatever there is."""
-    with zipfile.ZipFile(file) as archive:
-        pickled = next((archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")), b"")
-    steps, memo = [], {}
-    for code, argument, _ in pickletools.genops(pickled):
-        if "PUT" in code.name:
-            memo[argument] = steps[-1]
-        else:
-            steps.append(memo[argument] if "GET" in code.name else (code.name, argument))
-    looked_up = [steps[i + 1 : i + 5] for i, step in enumerate(steps) if step in GETATTR_STEPS]
-    stage = ("GLOBAL", STAGES.replace(".ZeroStageEnum", " ZeroStageEnum"))
-    expected = [[stage, ("BINUNICODE", name), ("TUPLE2", None), ("REDUCE", None)] for name in STAGE_NAMES]
-    protocol_2 = not any(name in ("STACK_GLOBAL", "MEMOIZE") for name, _ in steps)
-    return protocol_2 and all(use in expected for use in looked_up)
-
-
 def verify_checksums(path: Path) -> str | None:
-    """What in a whole checkpoint is not as it was written, None if all is. Everything is read, at some GB a second and
-    core, against the sums that torch.save writes and torch.load does not look at: it loads a flipped bit."""
+    """Return the first damaged part of a complete checkpoint, None if all checksums match.
+
+    This reads all files, at some GB/s and core. torch.save writes checksums but torch.load ignores them, so that it
+    loads a flipped bit.
+    """
     files = [path] if path.is_file() else sorted(path.rglob("*.pt"))
     with ThreadPoolExecutor() as pool:
         return next(filter(None, pool.map(_verify_file, files)), None)
@@ -178,37 +143,34 @@ def verify_checksums(path: Path) -> str | None:
 def _verify_file(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
-            entry = archive.testzip()
+            member = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, ValueError, EOFError) as error:
-        return f"{path.name} is damaged: {error}"  # where it says what it holds
-    return entry and f"{path.name} is damaged: {entry} is not as it was written"
+        return f"{path.name} is damaged: {error}"  # in the archive's index
+    return member and f"{path.name} is damaged: the checksum of {member} does not match"
 
 
 def latest_valid_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in `folder`, None if there is none; says which newer ones it passes over."""
-    found = [p for p in folder.glob("*") if p.name.removesuffix(REPLACED).endswith(".ckpt")]
-    for path in sorted(found, key=lambda p: p.stat().st_mtime_ns, reverse=True):
-        problem = find_defect(path) or verify_checksums(path)
-        if problem is None:
+    """Return the latest valid checkpoint in `folder`, None if there is none; log the newer ones that are skipped."""
+    checkpoints = [path for path in folder.glob("*") if path.name.removesuffix(REPLACED).endswith(".ckpt")]
+    for path in sorted(checkpoints, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        defect = find_defect(path) or verify_checksums(path)
+        if defect is None:
             return path
-        log.warning("passing over checkpoint %s: %s", path, problem)
+        log.warning("skipping checkpoint %s: %s", path, defect)
     return None
 
 
 def resolve_ckpt_path(path: str | None, folder: Path) -> str | None:
-    """The checkpoint that `--ckpt_path` names: `last` is the newest whole one in `folder`, None where there is none.
+    """Return the checkpoint for `--ckpt_path`: `last` is the latest valid one in `folder`, None if there is none.
 
     Raises:
-        UserError: The one that is named is not whole; it is not replaced by another without asking.
+        UserError: `path` is not a valid checkpoint; another one is proposed but never used instead.
     """
     if path == "last":
-        found = latest_valid_checkpoint(folder)
-        log.info("resuming %s", found) if found else log.info("no checkpoint in %s yet; starting anew", folder)
-        return str(found) if found else None
-    if path is not None:
-        problem = find_defect(Path(path)) or verify_checksums(Path(path))
-        if problem:
-            raise UserError(
-                f"checkpoint {path}: {problem}. The newest whole one in {folder}: {latest_valid_checkpoint(folder)}"
-            )
+        latest = latest_valid_checkpoint(folder)
+        log.info("resuming %s", latest) if latest else log.info("no checkpoint in %s yet; starting a new run", folder)
+        return str(latest) if latest else None
+    if path is not None and (defect := find_defect(Path(path)) or verify_checksums(Path(path))):
+        latest = latest_valid_checkpoint(folder)
+        raise UserError(f"checkpoint {path}: {defect}. The latest valid checkpoint in {folder} is {latest}")
     return path

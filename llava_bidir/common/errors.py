@@ -1,4 +1,4 @@
-"""Errors of the user's input end a command with one line; bugs keep their traceback."""
+"""Errors in the user's input end a command with one line; bugs keep their traceback."""
 
 import re
 import sys
@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """Bad input: the message names the file, sample or option, what was expected, and what to do."""
+    """Invalid input; the message names the file, sample or option, what was expected, and what to do."""
 
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """End the program with the message of a `UserError` and status 1; let every other exception pass.
+    """End the program with the message of a `UserError` and status 1; other exceptions pass through.
 
     Raises:
         SystemExit: With that message.
@@ -21,6 +21,6 @@ def one_line_errors(program: str) -> Iterator[None]:
         yield
     except UserError as error:
         message = str(error)
-        if re.match(r"Caught \w+ in DataLoader worker", message):  # torch puts the traceback in front
+        if re.match(r"Caught \w+ in DataLoader worker", message):  # torch prepends the traceback
             message = re.split(r"\n[\w.]+: ", message)[-1].strip()
         sys.exit(f"{program}: {message}")

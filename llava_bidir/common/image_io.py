@@ -1,4 +1,4 @@
-"""Opens image files that others made, within bounds."""
+"""Open untrusted image files within bounds."""
 
 import os
 import stat
@@ -9,25 +9,26 @@ from PIL import Image
 
 from .errors import UserError
 
-# What data sets come in. PIL knows more, and some of those run other programs: EPS is Ghostscript's.
+# Formats of image datasets. PIL knows more, and some of them run other programs: EPS runs Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 
 def open_bounded(file: Path | BinaryIO, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """The picture, of which only the header is read so far.
+    """Open an image and read its header only.
 
     Raises:
-        OSError: It is not there, no regular file, or (UnidentifiedImageError) of none of these formats.
-        UserError: It would take more memory than a picture should.
+        OSError: The file is missing, not a regular file, or (UnidentifiedImageError) in none of the formats.
+        UserError: The image, padded to a square, exceeds the pixel limit of PIL, which raises DecompressionBombError at
+            twice the limit.
     """
     if isinstance(file, Path) and not stat.S_ISREG(os.stat(file).st_mode):
-        raise OSError("it is no regular file")  # a pipe would be waited for, a device may never end
+        raise OSError("it is not a regular file")  # reading a pipe or a device may never end
     image = Image.open(file, formats=formats)
-    most, longest = Image.MAX_IMAGE_PIXELS, max(image.size)
-    if most and longest**2 > most:  # padded to a square, a picture of one row is as large as one of many
+    limit, longest = Image.MAX_IMAGE_PIXELS, max(image.size)
+    if limit and longest**2 > limit:  # padding makes a square of an image with a single row
         image.close()
         raise UserError(
-            f"it is {image.width:,} x {image.height:,} px, and a square of that takes more than the {most:,} of "
-            "PIL.Image.MAX_IMAGE_PIXELS: a decompression bomb, or to be made smaller"
+            f"it has {image.width:,} x {image.height:,} px; a square of that side exceeds the {limit:,} px of "
+            "PIL.Image.MAX_IMAGE_PIXELS. It may be a decompression bomb; resize or remove it"
         )
     return image

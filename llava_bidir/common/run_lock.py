@@ -1,4 +1,4 @@
-"""One process at a time writes a result."""
+"""Lock a folder or a file so that one process at a time writes it."""
 
 import errno
 import logging
@@ -15,43 +15,43 @@ from .errors import UserError
 
 log = logging.getLogger(__name__)
 
-WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+NO_LOCK_SUPPORT = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 @contextmanager
 def exclusive_run_lock(folder: Path, result: str = "") -> Iterator[None]:
-    """Holds a folder, or one result in it, for as long as this process writes there.
+    """Hold the lock FOLDER/.lock, or FOLDER/.RESULT.lock for a single result, while the block runs.
 
-    The system lets go of it when the process ends, in whatever way: the file that a killed one leaves, FOLDER/.lock or
-    FOLDER/.RESULT.lock, keeps nobody out.
+    The OS releases the lock when the process exits, even after SIGKILL; a stale lock file does not block later runs.
 
     Raises:
-        UserError: Another process holds it; the message says which. Or nothing can be written there.
+        UserError: Another process holds the lock (the message names the process), or the folder is not writable.
     """
     file = folder / (f".{result}.lock" if result else ".lock")
-    lock = FileLock(file, timeout=1, fallback_to_soft=False)  # a second for one that is just ending
+    lock = FileLock(file, timeout=1, fallback_to_soft=False)  # 1 s for a process that is exiting
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
         file.write_text(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
     except Timeout:
         raise UserError(
-            f"{folder / result} is in use by {_holder(file)}; wait until that has ended, or write to another folder"
+            f"{folder / result} is in use by {_lock_holder(file)}; wait until it has ended, or write to another folder"
         ) from None
     except OSError as error:
         lock.release()
-        if error.errno not in WITHOUT_LOCKS:
-            raise UserError(f"nothing can be written into {folder}: {error.strerror}; choose another folder") from None
-        log.warning("the file system of %s has no locks: nothing keeps a second run out of it", folder)
+        if error.errno not in NO_LOCK_SUPPORT:
+            raise UserError(f"cannot write to folder {folder}: {error.strerror}; choose another folder") from None
+        log.warning("the file system of %s does not support locks: a second run in it is not prevented", folder)
     try:
         yield
     finally:
         with suppress(OSError):
-            file.unlink()  # while it is held: filelock looks whether what it locked is still there
+            file.unlink()  # while the lock is held: filelock checks that the locked file still exists
         lock.release()
 
 
-def _holder(file: Path) -> str:
+def _lock_holder(file: Path) -> str:
+    """Return the text that the holder of the lock wrote."""
     try:
         return file.read_text().strip() or "a process that just started"
     except OSError:

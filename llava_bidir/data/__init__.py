@@ -1,0 +1,1 @@
+"""LLaVA JSON and images to training batches."""

@@ -1,4 +1,4 @@
-"""Samples to a batch: conversations encoded, images turned to pixels, padded on the right."""
+"""Collate samples into a batch: encode conversations, convert images to pixels, pad on the right."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from .conversation import IGNORE_INDEX, encode
 
 
 def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
-    """long[B, N] of rows of unequal length, filled with `value` on one side."""
+    """Return rows of unequal length as long[B, N], padded with `value` on one side."""
     width = max(len(row) for row in rows)
     fill = [[value] * (width - len(row)) for row in rows]
     return torch.tensor([row + f if side == "right" else f + row for row, f in zip(rows, fill, strict=True)])
@@ -21,13 +21,13 @@ def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
 
 @dataclass
 class Collate:
-    """Samples of :class:`.instructions.Instructions` to what the model is fed.
+    """Convert samples of :class:`.instruction_dataset.Instructions` to model inputs.
 
     Args:
         processor: From :func:`llava_bidir.model.build.build_processor`.
-        image_tokens: T, image tokens of one image.
+        image_tokens: T, image tokens per image.
         template: "plain" or "vicuna_v1".
-        max_length: Longer sequences are cut there, image tokens counted. Source: LLaVA llava_arch.py:273.
+        max_length: Longer sequences are truncated, image tokens included. Source: LLaVA llava_arch.py:273.
     """
 
     processor: LlavaProcessor
@@ -36,40 +36,42 @@ class Collate:
     max_length: int = 2048
 
     def encode(self, sample: dict) -> tuple[list[int], list[int]]:
-        """Ids and labels of one sample, cut at `max_length`.
+        """Return token ids and labels of a sample, truncated to `max_length`.
 
         Raises:
-            UserError: Names the sample that cannot be encoded.
+            UserError: The sample cannot be encoded; names it.
         """
         try:
-            ids, labels = self.encode_whole(sample["conversations"], sample["image"] is not None)
-        except ValueError as error:
+            ids, labels = self.encode_untruncated(sample["conversations"], sample["image"] is not None)
+        except UserError as error:
             raise UserError(f"record {sample['id']!r}: {error}") from None
         return ids[: self.max_length], labels[: self.max_length]
 
-    def encode_whole(self, turns: list[dict], has_image: bool) -> tuple[list[int], list[int]]:
-        """Ids and labels of a conversation, not cut.
+    def encode_untruncated(self, turns: list[dict], has_image: bool) -> tuple[list[int], list[int]]:
+        """Return token ids and labels of a conversation without truncation.
 
         Raises:
-            UserError: It cannot be encoded, or would be cut within its image.
+            UserError: The conversation cannot be encoded, or truncation would remove image tokens.
         """
         tokenizer, image_id = self.processor.tokenizer, self.processor.image_token_id
         ids, labels = encode(turns, tokenizer, self.template, self.image_tokens if has_image else None, image_id)
         if image_id in ids[self.max_length :]:
             raise UserError(
-                f"its image ends behind data.max_length {self.max_length}; raise it, or shorten the text before the "
+                f"its image ends after data.max_length {self.max_length}; increase it, or shorten the text before the "
                 "image"
             )
         return ids, labels
 
     def __call__(self, samples: list[dict]) -> dict[str, Any]:
-        """A batch for the training step.
+        """Return a batch for the training step.
 
         Returns:
-            ids: list of B record ids; input_ids, labels, attention_mask: long[B, N], padded on the right;
-            pixel_values: f[images, 3, H, W], None without images; predicts: long[n], the positions at which some
-            sample of the batch predicts a supervised token, so that logits are computed nowhere else; supervised:
-            their number over all samples; lengths: tokens of each sample, without padding.
+            - ids: B record ids.
+            - input_ids, labels, attention_mask: long[B, N], padded on the right.
+            - pixel_values: f[images, 3, H, W], None without images.
+            - predicts: long[n], positions at which any sample predicts a supervised token. Only these need logits.
+            - supervised: number of supervised tokens.
+            - lengths: tokens per sample without padding.
         """
         encoded = [self.encode(sample) for sample in samples]
         rows = [ids for ids, _ in encoded]
@@ -87,17 +89,17 @@ class Collate:
         }
 
     def pixels(self, samples: list[dict], rows: list[list[int]]) -> Tensor | None:
-        """The images of a batch, each as often as its encoded row shows it: several turns may show the same one."""
+        """Return the pixels of a batch's images, f[images, 3, H, W]; several turns may show the same image."""
         image_id = self.processor.image_token_id
-        shown = [
+        images = [
             sample["image"]
             for sample, ids in zip(samples, rows, strict=True)
             for _ in range(ids.count(image_id) // self.image_tokens)
         ]
-        return self.processor.image_processor(shown, return_tensors="pt")["pixel_values"] if shown else None
+        return self.processor.image_processor(images, return_tensors="pt")["pixel_values"] if images else None
 
     def prompts(self, samples: list[dict]) -> dict[str, Tensor]:
-        """The first question of each sample up to its answer, padded on the left, as `generate` wants it."""
+        """Return the prompt with each sample's first question, padded on the left for `generate`."""
         questions = [{**sample, "conversations": sample["conversations"][:1]} for sample in samples]
         rows = [self.encode(question)[0] for question in questions]
         batch = {

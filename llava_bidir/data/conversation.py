@@ -1,8 +1,8 @@
-"""LLaVA conversations to token ids and labels, turn by turn.
+"""Encode LLaVA conversations as token ids and labels, turn by turn.
 
-Ids and labels come out of one pass over the same pieces of text, so they cannot disagree: LLaVA's re-tokenise-and-
-compare, with its "tokenization mismatch" and the samples it loses to that, has no counterpart here. The ids equal
-LLaVA's own (train.py preprocess_plain and preprocess_v1, mm_utils.py tokenizer_image_token).
+One pass over the text produces both ids and labels, so they cannot disagree. LLaVA tokenises twice, compares, and
+drops samples with a "tokenization mismatch". The ids equal LLaVA's own (train.py preprocess_plain and preprocess_v1,
+mm_utils.py tokenizer_image_token).
 """
 
 import re
@@ -13,8 +13,8 @@ from llava_bidir.common.errors import UserError
 
 IGNORE_INDEX = -100
 IMAGE = "<image>"
-# Written out in a text, these are no tokens to LLaVA's tokenizer, though our processor adds them to its own. Cut behind
-# the "<", they are not found, and no token of Llama's vocabulary reaches across that cut.
+# LLaVA's tokenizer treats these strings as text, but our processor adds them as tokens. Splitting after the "<" hides
+# them from the tokenizer, and no token of Llama's vocabulary spans that split.
 LITERALS = re.compile(r"(?<=<)(?=(?:image|pad)>)")
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -25,7 +25,7 @@ Turn = dict[str, str]
 
 
 class Piece(NamedTuple):
-    """A stretch of text and whether the model is trained to say it."""
+    """A piece of text and whether it is a training target."""
 
     text: str
     supervised: bool
@@ -38,10 +38,10 @@ def encode(
     image_tokens: int | None = 576,
     image_token_id: int = 32000,
 ) -> tuple[list[int], list[int]]:
-    """Token ids and labels of a conversation, each `<image>` expanded to `image_tokens` ids.
+    r"""Return token ids and labels of a conversation, with each `<image>` expanded to `image_tokens` ids.
 
-    A conversation that ends with a human turn ends in the prompt for its answer, which is how prompts are built.
-    With words for tokens, and labels marked by ^::
+    A conversation that ends with a human turn yields the prompt for its answer. With words as tokens, I as image token
+    and supervised tokens marked by ^::
 
         vicuna_v1   <s> A chat ... questions. USER: I I I <nl> What is it? ASSISTANT: a cat </s>
                                                                                       ^ ^   ^
@@ -49,22 +49,22 @@ def encode(
                               ^ ^   ^
 
     Args:
-        turns: LLaVA's JSON, ``[{"from": "human", "value": "<image>\\nWhat is it?"}, {"from": "gpt", ...}, ...]``.
-        tokenizer: A Hugging Face tokenizer; its eos token closes an answer.
+        turns: LLaVA's JSON, ``[{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", ...}, ...]``.
+        tokenizer: A Hugging Face tokenizer; its eos token ends each answer.
         template: "plain" (stage 1) or "vicuna_v1" (stage 2).
-        image_tokens: T, what the encoder gives for one image; None for a record without an image, in which `<image>` is
-            text like any other (LLaVA train.py has_image).
-        image_token_id: The id that stands for an image token.
+        image_tokens: T, image tokens per image. None for a record without an image, in which `<image>` is ordinary text
+            (LLaVA train.py has_image).
+        image_token_id: Id of an image token.
 
     Returns:
-        input_ids and labels, as long as each other; labels are -100 where the model is not trained.
+        input_ids and labels of the same length; labels are -100 where the model is not trained.
 
     Raises:
-        UserError: An unknown template or role, roles out of order, a turn without text, or what `plain` cannot hold.
+        UserError: Unknown template or role, roles out of order, a turn without text, or turns that do not fit `plain`.
     """
     input_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     labels = [IGNORE_INDEX] * len(input_ids)
-    continues = False  # LLaVA tokenises the text before, between and after images separately
+    continues = False  # LLaVA tokenises text before, between and after images separately
     for text, supervised in _pieces(turns, tokenizer, template, image_tokens is not None):
         for i, part in enumerate([text] if image_tokens is None else text.split(IMAGE)):
             if i > 0:
@@ -79,11 +79,11 @@ def encode(
     return input_ids, labels
 
 
-def most_tokens(turns: Sequence[Turn], tokenizer, template: str, image_tokens: int | None) -> int:
-    """A number of tokens that :func:`encode` cannot exceed, found without tokenising.
+def token_upper_bound(turns: Sequence[Turn], tokenizer, template: str, image_tokens: int | None) -> int:
+    """Return an upper bound on the tokens that :func:`encode` returns, without tokenising.
 
-    A byte of text gives one token at most, for Llama's tokenizer falls back to bytes; each stretch of text may have a
-    word-start marker in front. Arguments and errors as of :func:`encode`.
+    Llama's tokenizer falls back to bytes, so each byte yields at most one token. Each piece of text may start with a
+    word-start marker. Arguments and errors are those of :func:`encode`.
     """
     texts = [text for text, _ in _pieces(turns, tokenizer, template, image_tokens is not None)]
     images = 0 if image_tokens is None else sum(text.count(IMAGE) for text in texts)
@@ -91,23 +91,23 @@ def most_tokens(turns: Sequence[Turn], tokenizer, template: str, image_tokens: i
 
 
 def _pieces(turns: Sequence[Turn], tokenizer, template: str, has_image: bool) -> list[Piece]:
-    """The conversation's text under a template, each `<image>` moved to the front of its turn."""
+    """Return the conversation's text under a template, each `<image>` moved to the front of its turn."""
     if template not in TEMPLATES:
-        raise UserError(f"unknown template {template!r}; there is {', '.join(TEMPLATES)}")
+        raise UserError(f"unknown template {template!r}; available: {', '.join(TEMPLATES)}")
     turns = check_turns(turns)
     if has_image:
         turns = [{**turn, "value": _image_first(turn["value"])} for turn in turns]
     elif template == "plain":
-        raise UserError("template 'plain' wants an image")
+        raise UserError("template 'plain' requires an image")
     return TEMPLATES[template](turns, tokenizer.eos_token)
 
 
 def _tokenize(text: str, tokenizer, continues: bool) -> list[int]:
-    """Ids of `text`; `continues` says that it follows other text, so that no word-start marker is put before it."""
+    """Return the ids of `text`; text that `continues` other text gets no word-start marker."""
     ids = []
     for part in LITERALS.split(text):
         if continues or ids:
-            # A sentencepiece tokenizer adds its marker at the start of a string only, not behind a special token.
+            # A sentencepiece tokenizer adds its marker at the start of a string, but not after a special token.
             ids += tokenizer.encode(tokenizer.eos_token + part, add_special_tokens=False)[1:]
         else:
             ids += tokenizer.encode(part, add_special_tokens=False)
@@ -115,7 +115,11 @@ def _tokenize(text: str, tokenizer, continues: bool) -> list[int]:
 
 
 def check_turns(turns: Sequence[Turn]) -> list[Turn]:
-    """The turns from the first human one on, which must alternate between human and gpt."""
+    """Return the turns from the first human turn on.
+
+    Raises:
+        UserError: A turn has no text or another role, roles do not alternate, or there is no human turn.
+    """
     turns = list(turns)
     for turn in turns:
         if not isinstance(turn, dict) or turn.get("from") not in ("human", "gpt"):
@@ -127,31 +131,31 @@ def check_turns(turns: Sequence[Turn]) -> list[Turn]:
     for i, turn in enumerate(turns):
         expected = ("human", "gpt")[i % 2]
         if turn["from"] != expected:
-            raise UserError(f"turn {i} is from {turn['from']!r} where {expected!r} was due; roles must alternate")
+            raise UserError(f"turn {i} is from {turn['from']!r}, expected {expected!r}; roles must alternate")
     if not turns:
         raise UserError("a conversation needs at least one human turn")
     return turns
 
 
 def _image_first(text: str) -> str:
-    """Moves the image before the turn's text; several in one turn become one (LLaVA train.py preprocess_multimodal)."""
+    """Move the image before the turn's text and merge several into one (LLaVA train.py preprocess_multimodal)."""
     if IMAGE not in text:
         return text
     return f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()
 
 
 def _plain(turns: list[Turn], eos: str) -> list[Piece]:
-    """The image and its caption, the question dropped. Source: LLaVA train.py preprocess_plain."""
+    """Return the image and its caption without the question. Source: LLaVA train.py preprocess_plain."""
     if len(turns) != 2 or IMAGE not in turns[0]["value"]:
-        raise UserError(f"template 'plain' wants one question with {IMAGE} and one caption, got {len(turns)} turns")
+        raise UserError(f"template 'plain' requires one question with {IMAGE} and one caption, got {len(turns)} turns")
     return [Piece(IMAGE, False), Piece(turns[1]["value"] + "\n", True)]
 
 
 def _vicuna_v1(turns: list[Turn], eos: str) -> list[Piece]:
-    """System prompt, then `USER: question ASSISTANT: answer</s>` without a space behind the eos.
+    """Return the system prompt, then `USER: question ASSISTANT: answer</s>` without a space after the eos.
 
-    Source: LLaVA conversation.py conv_vicuna_v1 (SeparatorStyle.TWO) and train.py preprocess_v1, which trains the
-    answer and its eos. An empty message leaves its role alone, as there.
+    Source: LLaVA conversation.py conv_vicuna_v1 (SeparatorStyle.TWO) and train.py preprocess_v1, which supervises the
+    answer and its eos. As there, an empty message yields its role without a space.
     """
     pieces = []
     for question, answer in zip(turns[::2], [*turns[1::2], {"value": ""}], strict=False):

@@ -1,4 +1,4 @@
-"""The data of a training run: LLaVA JSON and images in, batches out."""
+"""LightningDataModule for LLaVA conversations."""
 
 import math
 from typing import Any
@@ -21,18 +21,18 @@ class InstructionData(LightningDataModule):
 
     Args:
         annotations: LLaVA JSON file.
-        images: Folder that its image paths start from.
-        val_annotations: LLaVA JSON of questions with short answers, asked at validation.
+        images: Folder that image paths in the annotations are relative to.
+        val_annotations: LLaVA JSON file with questions and short answers for validation.
         template: "plain" (stage 1) or "vicuna_v1" (stage 2).
-        batch_size: Samples of a global batch over all devices: the number a recipe states.
-        micro_batch_size: Samples that one device holds at a time. Accumulation follows from the two.
-        group_by_length: Batches of one modality and similar length (LLaVA's stage 2) instead of random ones.
-        max_length: Tokens of a sequence, image tokens included.
-        num_workers: Processes on each device that open images.
-        follow_links: Also read images that symlinks within `images` lead to elsewhere, because you laid it out so.
+        batch_size: Samples per global batch over all devices.
+        micro_batch_size: Samples per device and forward. Gradient accumulation follows from both sizes.
+        group_by_length: Use batches of one modality and similar length (LLaVA's stage 2) instead of random ones.
+        max_length: Maximum number of tokens per sequence, image tokens included.
+        num_workers: Data loader processes per device.
+        follow_links: Allow symlinks in `images` that lead out of the folder.
         seed: Decides the order of samples.
-        processor: The command line links it from the model.
-        image_tokens: T, image tokens of one image; the command line links it from the model.
+        processor: Tokenizer and image processor; linked from the model by the command line.
+        image_tokens: T, image tokens per image; linked from the model by the command line.
     """
 
     def __init__(
@@ -60,10 +60,12 @@ class InstructionData(LightningDataModule):
         self.trained_micro_batches = 0
 
     def prepare_data(self) -> None:
+        """Convert the annotations once per node, before the other ranks need them."""
         for path in filter(None, (self.annotations, self.val_annotations)):
-            read_annotations(path)  # once a node, before the other ranks need it
+            read_annotations(path)
 
     def setup(self, stage: str) -> None:
+        """Open the datasets and set the gradient accumulation."""
         if self.val_annotations:
             self.val = Instructions(self.val_annotations, self.images, self.follow_links)
             self.val.check_answers()
@@ -83,15 +85,16 @@ class InstructionData(LightningDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass over the training data."""
+        """Return the number of optimizer steps per epoch."""
         return math.ceil(len(self.train) / self.batch_size)
 
     def train_dataloader(self) -> DataLoader:
+        """Return the training loader, which starts after the micro-batches that a resumed run has trained."""
         self.sampler.skip(self.trained_micro_batches % len(self.sampler))
         self.trained_micro_batches = 0
         batches = {"batch_sampler": self.sampler, "collate_fn": self.collate}
         if self.trainer.lightning_module.hparams.loss_average == "llava":
-            return self._loader(self.train, **batches)  # needs no weights: nothing to read ahead, no ranks to ask
+            return self._loader(self.train, **batches)  # LLaVA's average needs no weights
         step_batches, strategy = self.trainer.accumulate_grad_batches, self.trainer.strategy
         return self._loader(
             self.train,
@@ -99,44 +102,45 @@ class InstructionData(LightningDataModule):
             **batches,
             step_batches=step_batches,
             mean_over_ranks=lambda x: strategy.reduce(x.to(strategy.root_device), reduce_op="mean"),
-            # the workers read the next step while this one is trained
+            # workers load the next step during the current one
             prefetch_factor=max(2, math.ceil(step_batches / self.num_workers)) if self.num_workers else None,
         )
 
     def val_dataloader(self) -> DataLoader | list:
+        """Return a loader with this rank's share of the validation samples.
+
+        Each sample is on one rank, so that sums over ranks are exact. All ranks get the same number of samples, since
+        under ZeRO-3 they run each forward together; sample 0 pads the shorter shares and is not counted.
+        """
         if not self.val_annotations:
             return []
-        # Every rank gets its own samples, none twice, so that sums over ranks are exact; and as many as the others, for
-        # under ZeRO-3 they run each forward together. Where one is missing, sample 0 fills up and counts for nothing.
         ranks, rank = self.trainer.world_size, self.trainer.global_rank
-        rounds = math.ceil(len(self.val) / ranks)
-        places = [rank + i * ranks for i in range(rounds)]
-        mine = [(i, True) if i < len(self.val) else (0, False) for i in places]
-        return self._loader(
-            _Counted(self.val, mine), batch_size=self.micro_batch_size, collate_fn=self.collate_questions
-        )
+        padded_count = math.ceil(len(self.val) / ranks) * ranks
+        share = [(i, True) if i < len(self.val) else (0, False) for i in range(rank, padded_count, ranks)]
+        samples = _PaddedSubset(self.val, share)
+        return self._loader(samples, batch_size=self.micro_batch_size, collate_fn=self.collate_questions)
 
     test_dataloader = val_dataloader
 
     def collate_questions(self, samples: list[tuple[dict, bool]]) -> dict:
-        """A validation batch: the conversations, the first question of each alone, and what it should be answered.
+        """Return a validation batch: the training batch, prompts with the first questions, and their answers.
 
-        A last sample that only fills up has no labels and no answer: `answers` is then shorter than the batch.
+        A padding sample at the end has no labels and no answer, so `answers` can be shorter than the batch.
         """
         records = [{**sample, "conversations": check_turns(sample["conversations"])} for sample, _ in samples]
-        counted = sum(counts for _, counts in samples)
+        count = sum(is_counted for _, is_counted in samples)
         batch = self.collate(records)
-        batch["labels"][counted:] = IGNORE_INDEX
+        batch["labels"][count:] = IGNORE_INDEX
         supervised = batch["labels"][:, 1:] != IGNORE_INDEX
         batch |= {"predicts": supervised.any(0).nonzero().flatten(), "supervised": int(supervised.sum())}
-        answers = [record["conversations"][1]["value"] for record in records[:counted]]
+        answers = [record["conversations"][1]["value"] for record in records[:count]]
         return {**batch, "prompts": self.collate.prompts(records), "answers": answers}
 
     def _loader(self, dataset, loader=DataLoader, **kwargs) -> DataLoader:
         return loader(dataset, num_workers=self.num_workers, pin_memory=torch.cuda.is_available(), **kwargs)
 
     def settings(self) -> dict[str, Any]:
-        """What decides which samples a step sees, and how they are fed."""
+        """Return the settings that decide which samples a step contains and how they are encoded."""
         return {
             "annotations": len(self.train),
             "batch_size": self.batch_size,
@@ -147,22 +151,23 @@ class InstructionData(LightningDataModule):
         }
 
     def state_dict(self) -> dict:
-        """How far the epoch is, so that a resumed run goes on with the next batch instead of the first."""
+        """Return the position in the epoch, from which a resumed run continues."""
         return {"trained_micro_batches": self.trainer.fit_loop.epoch_loop.batch_progress.current.processed}
 
     def load_state_dict(self, state: dict) -> None:
+        """Restore the position in the epoch."""
         self.trained_micro_batches = state["trained_micro_batches"]
 
 
-class _Counted(Dataset):
-    """Samples by index, each with whether it counts."""
+class _PaddedSubset(Dataset):
+    """Samples by index, and for each whether it is counted or padding."""
 
-    def __init__(self, samples: Instructions, chosen: list[tuple[int, bool]]):
-        self.samples, self.chosen = samples, chosen
+    def __init__(self, samples: Instructions, share: list[tuple[int, bool]]):
+        self.samples, self.share = samples, share
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.share)
 
     def __getitem__(self, index: int) -> tuple[dict, bool]:
-        place, counts = self.chosen[index]
-        return self.samples[place], counts
+        position, is_counted = self.share[index]
+        return self.samples[position], is_counted

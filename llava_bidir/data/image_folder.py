@@ -1,7 +1,7 @@
-"""Image files that others made: where those that records name may lie, and how any is read.
+"""Locate and read untrusted images of training records.
 
-Images are read as they are stored: an EXIF rotation is not followed, of an animation the first picture is taken, and
-transparency is dropped, all like LLaVA. What cannot be shown as it is meant, or not within bounds, is refused.
+Images are read as stored, like in LLaVA: EXIF rotation is ignored, the first frame of an animation is used, and
+transparency is dropped. Images with an ambiguous value range or an excessive size are rejected.
 """
 
 import os
@@ -14,11 +14,11 @@ from PIL import Image, UnidentifiedImageError
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.image_io import FORMATS, open_bounded
 
-PATH_MAX = 4096  # characters, as Linux has it
+PATH_MAX = 4096  # characters, the limit of Linux
 
 
 class BadImage(UserError):
-    """An image that cannot be used; `kind` is one of :data:`llava_bidir.commands.verify_data.KINDS`."""
+    """Image that cannot be used; `kind` is a key of :data:`llava_bidir.commands.verify_data.KINDS`."""
 
     def __init__(self, message: str, kind: str = "corrupt"):
         super().__init__(message)
@@ -26,26 +26,26 @@ class BadImage(UserError):
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError unless `name` is a path that stays in its folder, links apart: :class:`ImageFolder`."""
+    """Raise UserError unless `name` is a relative path inside its folder; :class:`ImageFolder` checks links."""
     if name.startswith("/") or ".." in name.split("/") or "\0" in name or len(name) > PATH_MAX:
-        raise UserError(f"'image' must be a path inside data.images, without '..', got {name[:200]!r}")
+        raise UserError(f"'image' must be a relative path inside data.images without '..', got {name[:200]!r}")
 
 
 class ImageFolder:
-    """The folder that records' image paths start from.
+    """Folder that the image paths of records are relative to.
 
-    Records are downloaded, so none may read what lies elsewhere: :func:`check_name` refuses `..` and absolute paths,
-    and a symlink that leads out of the folder is refused here, of a file as of a folder. Links within it are followed,
-    and it may be a link itself. Whoever laid it out with links (`coco/train2017 -> /data/coco/train2017`) says so by
-    `follow_links`. This guards against what a data set brings along, not against links that change while it is read:
-    each image costs one look at itself, and each folder of images one look a process.
+    Untrusted records must not read files elsewhere. :func:`check_name` rejects `..` and absolute paths. This class
+    rejects symlinks of files and folders that lead out of the folder; links inside it are followed, and the folder may
+    be a link itself. `follow_links` allows a layout of your own (`coco/train2017 -> /data/coco/train2017`). Links that
+    change while they are read are not detected: this costs one `lstat` per image and one `realpath` per folder and
+    process.
 
     Args:
         path: The folder.
-        follow_links: Follow links to wherever they lead.
+        follow_links: Follow all links.
 
     Raises:
-        UserError: There is no such folder.
+        UserError: The folder does not exist.
     """
 
     def __init__(self, path: str | Path, follow_links: bool = False):
@@ -53,19 +53,19 @@ class ImageFolder:
         if not self.path.is_dir():
             raise UserError(f"data.images: no folder {self.path}")
         self._real = os.path.realpath(self.path)
-        self._stays: dict[Path, bool] = {}
+        self._inside: dict[Path, bool] = {}
 
     def file(self, name: str) -> Path:
-        """Where an image is, or would be.
+        """Return the path of an image, which need not exist.
 
         Raises:
-            BadImage: A link on its way leads out of the folder.
+            BadImage: A link in the path leads out of the folder.
         """
         path = self.path / name
         if not self.follow_links and not self._is_inside(path):
             raise BadImage(
-                f"image {path} is behind a symlink out of data.images, to {os.path.realpath(path)}; if you laid the "
-                "folder out with links, set data.follow_links to true",
+                f"image {path} is outside data.images: a symlink leads to {os.path.realpath(path)}; if you made this "
+                "link, set data.follow_links to true",
                 "outside",
             )
         return path
@@ -73,41 +73,39 @@ class ImageFolder:
     def _is_inside(self, path: Path) -> bool:
         if os.path.islink(path):
             return Path(os.path.realpath(path)).is_relative_to(self._real)
-        if path.parent not in self._stays:
-            self._stays[path.parent] = Path(os.path.realpath(path.parent)).is_relative_to(self._real)
-        return self._stays[path.parent]
+        if path.parent not in self._inside:
+            self._inside[path.parent] = Path(os.path.realpath(path.parent)).is_relative_to(self._real)
+        return self._inside[path.parent]
 
 
 def read_image(path: Path) -> Image.Image:
-    """The picture, mode RGB.
+    """Return the image in mode RGB.
 
     Raises:
-        BadImage: It is missing, or cannot be read within bounds.
+        BadImage: The image is missing, cannot be decoded, or is too large.
     """
-    with _opened(path) as image:
+    with _open_image(path) as image:
         return image.convert("RGB")
 
 
 def read_format(path: Path) -> str:
-    """PIL's name of the format, from the header alone. Raises as :func:`read_image`, as far as the header tells."""
-    with _opened(path) as image:
+    """Return PIL's name of the format from the header; raises like :func:`read_image` but does not decode."""
+    with _open_image(path) as image:
         return image.format
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    """The picture behind its header; whatever goes wrong with it is a BadImage."""
+def _open_image(path: Path) -> Iterator[Image.Image]:
+    """Yield the opened image; convert all errors, also of the block, into `BadImage`."""
     try:
         with open_bounded(path) as image:
-            # Deviates: LLaVA's conversion cuts such values off at 255, which leaves most pictures white.
+            # Deviates: LLaVA's conversion clips such values at 255, which makes most images white.
             if image.mode.startswith(("I", "F")):
-                raise UserError(
-                    f"mode {image.mode!r}, more than 8 bits, does not say which value is white; save it with 8"
-                )
+                raise UserError(f"mode {image.mode!r} has more than 8 bits and no defined white; save it with 8 bits")
             yield image
     except FileNotFoundError:
         raise BadImage(f"image {path} is missing", "missing") from None
     except UnidentifiedImageError:
-        raise BadImage(f"image {path} cannot be read: it is none of {', '.join(FORMATS)}") from None
-    except Exception as error:  # files made to break decoders break them in many ways: IndexError, struct.error, ...
+        raise BadImage(f"image {path} cannot be read: it is not one of {', '.join(FORMATS)}") from None
+    except Exception as error:  # decoders fail in many ways on malformed files: IndexError, struct.error, ...
         raise BadImage(f"image {path} cannot be read: {str(error) or type(error).__name__}") from None

@@ -1,16 +1,22 @@
-"""LLaVA's JSON as a dataset: records memory-mapped, images opened when asked for.
+r"""LLaVA's JSON as a dataset: memory-mapped records, images read on access.
 
-The format, of the 558K captions and the 665K mix alike::
+The format of the 558K captions and of the 665K mix::
 
     [{"id": "004539375",
-      "image": "00453/004539375.jpg",          <- left out for text-only records
-      "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+      "image": "00453/004539375.jpg",          <- missing in text-only records
+      "conversations": [{"from": "human", "value": "<image>\nWhat is it?"},
                         {"from": "gpt", "value": "A cat."}]}, ...]
 
-What LLaVA trains on loads: empty answers, a first turn from gpt (dropped), several `<image>` in a turn (they become
-one), an image that no `<image>` shows (its text is trained), `<image>` without an image (it is text). What cannot be
-trained on is kept with its `problem`, so that all such records can be reported at once:
-:mod:`llava_bidir.commands.verify_data`.
+As in LLaVA, these records are valid:
+
+- empty answers
+- a first turn from gpt, which is dropped
+- several `<image>` in a turn, which are merged
+- an image without `<image>`: only the text is used
+- `<image>` without an image: it is text
+
+Records that cannot be trained on keep a description of their `problem`, so that
+:mod:`llava_bidir.commands.verify_data` can report all of them at once.
 """
 
 import os
@@ -37,61 +43,63 @@ FEATURES = datasets.Features(
     answers=datasets.Value("int32"),
     problem=datasets.Value("string"),
 )
-RECORDS_AT_ONCE = 200  # in memory while they are converted
-RULES = 2  # part of the cache's key: to be raised when the same file would be read differently
+WRITER_BATCH_SIZE = 200  # records in memory during the conversion
+RULES = 2  # part of the cache key; increase it when the same file would be read differently
 
 
 def read_annotations(path: str | Path) -> datasets.Dataset:
-    """LLaVA's JSON as memory-mapped Arrow, so that workers and ranks share one copy; made once, then cached.
+    """Return LLaVA's JSON as memory-mapped Arrow, converted once and cached; workers and ranks share one copy.
 
     Returns:
-        Columns `id` (str), `image` (str, "" for text only), `conversations` (list of {from, value}), `words` (of all
-        turns, which is what LLaVA's sampler goes by), `shown` (turns that show the image), `answers` (how many are not
-        empty, for only those are trained) and `problem` (str, why the record cannot be trained on, "" where it can).
+        Dataset with the columns
+
+        - id: str
+        - image: str, "" for text-only records
+        - conversations: list of {from, value}
+        - words: number of words in all turns, the length that LLaVA's sampler uses
+        - shown: number of turns with `<image>`, 0 for text-only records
+        - answers: number of answers that are not empty; only these are trained
+        - problem: str, why the record cannot be trained on, "" if it can
 
     Raises:
-        UserError: The file cannot be read, is not a JSON list, or an empty one.
+        UserError: The file cannot be read, or is not a JSON list with records.
     """
     path = Path(path)
     if not os.path.isfile(path):
         raise UserError(f"data.annotations: no file {path}")
     datasets.disable_progress_bars()
-    # size and time are part of the cache's key, so that an edited file is read again
+    # size and modification time are part of the cache key, so that an edited file is read again
     source = {**fingerprint(path), "rules": RULES}
     try:
         return datasets.Dataset.from_generator(
-            _records, features=FEATURES, gen_kwargs=source, writer_batch_size=RECORDS_AT_ONCE
+            _records, features=FEATURES, gen_kwargs=source, writer_batch_size=WRITER_BATCH_SIZE
         )
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, ValueError):
+        if isinstance(error.__cause__, UserError):
             raise UserError(str(error.__cause__)) from None
         raise
 
 
 def fingerprint(path: Path) -> dict[str, str | int]:
-    """What tells one state of a file from another: {"path", "size", "modified"}."""
+    """Return {"path", "size", "modified"}, which changes when the file is edited."""
     file = path.stat()
     return {"path": str(path.resolve()), "size": file.st_size, "modified": file.st_mtime_ns}
 
 
 def _records(path: str, size: int, modified: int, rules: int):
-    empty = True
     for record in read_json_list(Path(path)):
-        empty = False
         try:
             yield _read_record(record)
-        except (ValueError, RecursionError) as error:  # too deep to be shown, too
-            nothing = {"image": "", "conversations": [], "words": 0, "shown": 0, "answers": 0}
-            yield {**nothing, "id": _id(record), "problem": str(error)}
-    if empty:
-        raise UserError(f"{path} has no records")
+        except (UserError, RecursionError) as error:  # deep nesting cannot be printed
+            empty = {"image": "", "conversations": [], "words": 0, "shown": 0, "answers": 0}
+            yield {**empty, "id": _record_id(record), "problem": str(error)}
 
 
 def _read_record(record: dict) -> dict:
-    """The record as a row.
+    """Return the record as a row.
 
     Raises:
-        UserError: Says why it cannot be trained on.
+        UserError: The record cannot be trained on.
     """
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         raise UserError("expected an object with a list 'conversations'")
@@ -99,12 +107,10 @@ def _read_record(record: dict) -> dict:
     used = check_turns(turns)
     image = "" if record.get("image") is None else record["image"]
     if not isinstance(image, str):
-        raise UserError(f"'image' is the path of one image, got {str(image)[:80]!r}")
+        raise UserError(f"'image' must be the path of one image, got {str(image)[:80]!r}")
     check_name(image)
-    for text in (image, *(turn["value"] for turn in turns)):
-        _check_text(text)
     return {
-        "id": _id(record),
+        "id": _record_id(record),
         "image": image,
         "conversations": [{"from": turn["from"], "value": turn["value"]} for turn in turns],
         "words": sum(len(turn["value"].split()) for turn in turns),
@@ -114,32 +120,24 @@ def _read_record(record: dict) -> dict:
     }
 
 
-def _id(record: Any) -> str:
-    name = record.get("id") if isinstance(record, dict) else None
-    text = str(name) if isinstance(name, str | int | float) else ""
-    return text[:200].encode(errors="backslashreplace").decode()  # long enough to find it
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can say \\ud83d without the other half
-        raise UserError(f"half a character, {error.object[error.start]!r}, in {text[:80]!r}") from None
+def _record_id(record: Any) -> str:
+    value = record.get("id") if isinstance(record, dict) else None
+    return str(value)[:200] if isinstance(value, str | int | float) else ""
 
 
 class Instructions(Dataset):
-    """Records with their image opened: {"id", "image": PIL or None, "conversations"}.
+    """Dataset of records with their image: {"id", "image": PIL or None, "conversations"}.
 
-    An image that is missing or broken when its turn comes is an error that names record and file, never replaced by
-    another sample: `llava-bidir verify-data` finds such before training does. How images are read: :mod:`.images`.
+    A missing or broken image raises an error that names record and file; no other sample replaces it.
+    `llava-bidir verify-data` finds such images before training.
 
     Args:
         annotations: LLaVA JSON file.
-        images: Folder that the records' image paths start from.
-        follow_links: As of :class:`.images.ImageFolder`.
+        images: Folder that image paths are relative to.
+        follow_links: See :class:`.image_folder.ImageFolder`.
 
     Raises:
-        UserError: Some records cannot be trained on; says how many and which.
+        UserError: Some records cannot be trained on; the message has their number and the first of them.
     """
 
     def __init__(self, annotations: str | Path, images: str | Path, follow_links: bool = False):
@@ -147,13 +145,11 @@ class Instructions(Dataset):
         self.images = ImageFolder(images, follow_links)
         bad = np.flatnonzero(self._column("problem", lambda column: pc.not_equal(column, "")))
         if len(bad):
-            first = [
-                f"record {i} (id {self.records[i]['id']!r}): {self.records[i]['problem']}" for i in bad[:3].tolist()
-            ]
+            rows = [(i, self.records[i]) for i in bad[:3].tolist()]
+            first = "; ".join(f"record {i} (id {row['id']!r}): {row['problem']}" for i, row in rows)
             raise UserError(
-                f"{annotations}: {len(bad)} of {len(self)} records cannot be trained on. "
-                + "; ".join(first)
-                + ". Mend or remove them; `llava-bidir verify-data` lists all"
+                f"{annotations}: {len(bad)} of {len(self)} records cannot be trained on. {first}. "
+                "Fix or remove them; `llava-bidir verify-data` lists all"
             )
 
     def __len__(self) -> int:
@@ -168,37 +164,37 @@ class Instructions(Dataset):
         return {"id": record["id"], "image": image, "conversations": record["conversations"]}
 
     def check_answers(self) -> None:
-        """For validation, which compares with the first answer.
+        """Raise if a record has no answer; validation compares with the first one.
 
         Raises:
-            UserError: Some records have none; says how many and names one.
+            UserError: Names the number of such records and the first.
         """
         without = np.flatnonzero(self._column("answers") == 0)
         if len(without):
             name = self.records[int(without[0])]["id"]
             raise UserError(
-                f"{self.annotations}: {len(without)} of {len(self)} records have no answer to compare with, record "
-                f"{without[0]} (id {name!r}) for one"
+                f"{self.annotations}: {len(without)} of {len(self)} records have no answer to compare with, e.g. "
+                f"record {without[0]} (id {name!r}); remove them from data.val_annotations"
             )
 
     def _column(self, name: str, function=lambda column: column) -> np.ndarray:
-        """A column, or a function of it, without making Python objects of it."""
+        """Return a column, or a function of it, without creating Python objects."""
         return function(self.records.data.column(name)).to_numpy()
 
     def lengths(self) -> np.ndarray:
-        """int32[records]: words of each, negative where there is no image. Source: LLaVA train.py modality_lengths."""
-        words = np.maximum(self._column("words"), 1)  # a sign needs something to stand before
+        """Return words per record, int32, negative without an image. Source: LLaVA train.py modality_lengths."""
+        words = np.maximum(self._column("words"), 1)  # 0 has no sign
         return np.where(self._text_only(), -words, words).astype(np.int32)
 
     def _text_only(self) -> np.ndarray:
         return self._column("image", lambda column: pc.equal(column, ""))
 
     def summary(self, image_tokens: int, max_length: int) -> str:
-        """One line about all records, without tokenising them: a text has at least as many tokens as words."""
+        """Return one line about all records without tokenising; a text has at least as many tokens as words."""
         text_only, shown = self._text_only(), self._column("shown")
-        least = self._column("words") + shown * image_tokens
+        min_tokens = self._column("words") + shown * image_tokens
         return (
             f"{len(self):,} records: {text_only.sum():,} text only, {(~text_only & (shown == 0)).sum():,} with an "
-            f"image that no {IMAGE} shows, {(self._column('answers') == 0).sum():,} without an answer to train on, "
-            f"at least {(least > max_length).sum():,} longer than {max_length:,} tokens, which are cut"
+            f"image but no {IMAGE}, {(self._column('answers') == 0).sum():,} without an answer to train on, "
+            f"at least {(min_tokens > max_length).sum():,} longer than {max_length:,} tokens, which are truncated"
         )

@@ -1,4 +1,4 @@
-"""Micro-batches that know their weight in the optimizer step they belong to."""
+"""Data loader that weights each micro-batch by its supervised tokens."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -9,18 +9,18 @@ from torch.utils.data import DataLoader
 
 
 class StepLoader(DataLoader):
-    """A `DataLoader` that reads the micro-batches of one optimizer step ahead and gives each its `weight`.
+    """A `DataLoader` that prefetches the micro-batches of an optimizer step and adds a `weight` to each.
 
-    The weight is its number of supervised tokens over the mean of all micro-batches of the step, on all ranks. A mean
-    loss per micro-batch times its weight, averaged over micro-batches and ranks as Lightning, DDP and DeepSpeed do, is
-    the mean over all supervised tokens of the step. It is known before the backward pass, so that gradients have their
-    final size at once, also where a strategy keeps them to itself (ZeRO). With two micro-batches of 30 and 10 tokens::
+    The weight is the number of supervised tokens divided by its mean over all micro-batches of the step on all ranks.
+    Lightning, DDP and DeepSpeed average the loss over micro-batches and ranks. With this weight, the average of
+    per-micro-batch means is the mean over all supervised tokens of the step. The weight is applied before the backward
+    pass, so gradients need no rescaling afterwards, also under ZeRO. With two micro-batches of 30 and 10 tokens::
 
         weights 1.5 and 0.5:  (1.5 * sum_30 / 30 + 0.5 * sum_10 / 10) / 2  ==  (sum_30 + sum_10) / 40
 
     Args:
-        step_batches: Micro-batches of a step on this rank; the loader's length is a multiple of it.
-        mean_over_ranks: Averages a scalar over all ranks; every rank calls it once a step.
+        step_batches: Micro-batches per step on this rank; the loader's length is a multiple of it.
+        mean_over_ranks: Averages a scalar over all ranks; every rank calls it once per step.
     """
 
     def __init__(self, *args, step_batches: int, mean_over_ranks: Callable[[Tensor], Tensor], **kwargs):

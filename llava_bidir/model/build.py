@@ -15,6 +15,7 @@ from transformers.integrations import deepspeed as zero3
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import error_context, load_weights, read_pretrained, weight_files
 
+from .attention import image_attention as find_image_attention
 from .encoders import Encoder
 from .lora import UPDATES, has_lora
 from .modeling_llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
@@ -64,10 +65,19 @@ def build_processor(encoder: Encoder, llm: str, image_resize: str = "pad") -> Ll
     )
 
 
+def check_image_attention(name: str) -> None:
+    """Raise UserError for an unknown mask; attention.py ships in checkpoints and cannot import it."""
+    try:
+        find_image_attention(name)
+    except ValueError as error:
+        raise UserError(f"model.image_attention: {error}") from None
+
+
 def build_config(
     encoder: Encoder, llm: str, image_token_id: int, image_attention: str, image_resize: str
 ) -> LlavaBidirConfig:
     """Return the configuration of encoder, adapter and LLM without loading weights."""
+    check_image_attention(image_attention)
     vision_config = encoder.load_config()
     rows, columns = encoder.grid(vision_config)
     return LlavaBidirConfig(

@@ -33,7 +33,7 @@ def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, trai
     if isinstance(model, LlavaBidirForConditionalGeneration):
         LlavaBidirConfig.register_for_auto_class()
         LlavaBidirForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
-    with atomic_directory(out, mark=TRAINING_JSON) as partial:
+    with atomic_directory(out, marker=TRAINING_JSON) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
         (partial / TRAINING_JSON).write_text(json.dumps(training or {}, indent=1) + "\n")

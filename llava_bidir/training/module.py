@@ -288,7 +288,7 @@ class LlavaTraining(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check settings and trainable weights, since `strict_loading` is off for the frozen weights."""
         if self._trainer is not None and self.trainer.training:
-            check_resume_compatible(checkpoint["hyper_parameters"], self.hparams, "model", free=RESUME_OVERRIDABLE)
+            check_resume_compatible(checkpoint["hyper_parameters"], self.hparams, "model", RESUME_OVERRIDABLE)
             check_resume_compatible(checkpoint["data"], self.trainer.datamodule.settings(), "data")
             samples = self.trainer.datamodule.micro_batch_size * self.trainer.world_size
             rescale_progress(checkpoint, checkpoint["samples_at_a_time"], samples)

@@ -78,7 +78,7 @@ class ProbeCLI(ConfiguredCLI):
             if ckpt_path == "last" and is_complete(checkpoint, self.out / "metrics.json"):
                 manifest = read_json(self.out / "manifest.json")
                 check_resume_compatible(
-                    manifest["config"], self.model.hparams, "model", what=str(self.out / "metrics.json")
+                    manifest["config"], self.model.hparams, "model", source=str(self.out / "metrics.json")
                 )
                 rank_zero_info(f"{self.out / 'metrics.json'} is there: this run is finished; nothing to do")
                 return

@@ -15,6 +15,7 @@ import random
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,7 +24,7 @@ from memory import Watch, peak_mb
 from PIL import Image
 from transformers import CLIPVisionConfig
 
-from llava_bidir.commands.verify_data import Checks, verify
+from llava_bidir.commands.verify_data import RecordFindings, find_problems
 from llava_bidir.data.batch_samplers import BatchSampler
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import SYSTEM
@@ -70,10 +71,10 @@ def opening(root: Path, workers: int) -> dict:
 
 def checks(root: Path, workers: int) -> dict:
     """The record checks of verify-data."""
-    of_records, found = Checks(read_annotations(root / "data.json"), ImageFolder(root), build_collate(root)), {}
+    dataset = RecordFindings(read_annotations(root / "data.json"), ImageFolder(root), build_collate(root))
     with Watch() as watch:
-        found |= verify(of_records, {"file": {"path": str(root)}}, None, workers, lambda so_far: None)
-    return watch.facts(found["checked"]) | {"findings": {kind: n for kind, n in found["counts"].items() if n}}
+        kinds = Counter(finding["kind"] for finding in find_problems(dataset, workers))
+    return watch.facts(len(dataset)) | {"findings": kinds}
 
 
 def sampler(root: Path, workers: int) -> dict:

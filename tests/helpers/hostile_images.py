@@ -1,4 +1,4 @@
-"""Image files made to do harm, or broken as downloads are: what each holds, and what is to be read or said of it."""
+"""Hostile and broken image files, with the expected error or image."""
 
 import io
 import os
@@ -14,7 +14,7 @@ SIZE = (12, 8)  # width and height, where there is a picture
 
 
 def png(width: int, height: int, depth: int = 8, colour: int = 0, data: bytes = b"") -> bytes:
-    """A PNG that claims what it is told to; its data need not be enough."""
+    """Return a PNG with this header; `data` may be too short for it."""
     chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data, 9)) + chunk(b"IEND", b"")
@@ -32,7 +32,7 @@ def noise(mode: str = "RGB") -> Image.Image:
 
 
 def with_comment(size: int) -> bytes:
-    """A PNG whose compressed comment becomes `size` bytes."""
+    """Return a PNG with a compressed comment of `size` bytes."""
     body = b"Comment\0\0" + zlib.compress(b"a" * size, 9)
     chunk = struct.pack(">I", len(body)) + b"zTXt" + body + struct.pack(">I", zlib.crc32(b"zTXt" + body))
     plain = encoded(noise(), "PNG")
@@ -44,26 +44,33 @@ EXIF_TURNED = Image.Exif()
 EXIF_TURNED[0x0112] = 6
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 12 8\n%%EndComments\n(%pipe%touch harm) (w) file\n%%EOF\n"
 
-# name: (what the file holds, what the error says)
-REFUSED: dict[str, tuple[bytes, str]] = {
+UNKNOWN = "cannot identify image file"
+# name: (content of the file, error of the opener or decoder)
+REJECTED: dict[str, tuple[bytes, str]] = {
     "bomb.png": (png(60_000, 60_000), "decompression bomb"),
-    "bomb_below_the_limit_of_pil.png": (png(12_000, 12_000), "12,000 x 12,000 px.*MAX_IMAGE_PIXELS"),
-    "one_row_that_padding_makes_a_bomb.png": (png(60_000, 1, data=bytes(60_001)), "60,000 x 1 px, and a square of"),
-    "bomb_in_a_comment.png": (with_comment(80 << 20), "(?i)decompressed data too large|text memory|cannot be read"),
-    "zero_size.png": (png(0, 0), "it is n"),
-    "no_bytes.jpg": (b"", "it is n"),
+    "bomb_below_the_limit_of_pil.png": (
+        png(12_000, 12_000),
+        "12,000 x 12,000 px.*MAX_IMAGE_PIXELS.*decompression bomb",
+    ),
+    "one_row_that_padding_makes_a_bomb.png": (png(60_000, 1, data=bytes(60_001)), "60,000 x 1 px; a square of"),
+    "bomb_in_a_comment.png": (with_comment(80 << 20), "(?i)decompressed data too large|text memory"),
+    "zero_size.png": (png(0, 0), UNKNOWN),
+    "no_bytes.jpg": (b"", UNKNOWN),
     "cut_off.jpg": (encoded(noise(), "JPEG")[:-60], "truncated"),
     "cut_off.png": (encoded(noise(), "PNG")[:-60], "truncated|broken"),
-    "cut_within_the_header.jpg": (encoded(noise(), "JPEG")[:20], "it is n|cannot be read"),
-    "page.jpg": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "it is n"),
-    "text.png": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "it is n"),
-    "postscript.jpg": (POSTSCRIPT, "it is n"),
-    "grey16.png": (encoded(Image.fromarray(np.full((8, 12), 4000, np.uint16)), "PNG"), "more than 8 bits"),
-    "grey32.tif.png": (encoded(Image.fromarray(np.full((8, 12), 70_000, np.int32)), "TIFF"), "more than 8 bits"),
-    "float.png": (encoded(Image.fromarray(np.full((8, 12), 0.5, np.float32)), "TIFF"), "more than 8 bits"),
+    "cut_within_the_header.jpg": (encoded(noise(), "JPEG")[:20], "cannot identify|Truncated|truncated"),
+    "page.jpg": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", UNKNOWN),
+    "text.png": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", UNKNOWN),
+    "postscript.jpg": (POSTSCRIPT, UNKNOWN),
 }
-# name: what the file holds, of which a picture of SIZE is read
-READ: dict[str, bytes] = {
+# name: content of an image with more than 8 bits per channel
+DEEP: dict[str, bytes] = {
+    "grey16.png": encoded(Image.fromarray(np.full((8, 12), 4000, np.uint16)), "PNG"),
+    "grey32.tif.png": encoded(Image.fromarray(np.full((8, 12), 70_000, np.int32)), "TIFF"),
+    "float.png": encoded(Image.fromarray(np.full((8, 12), 0.5, np.float32)), "TIFF"),
+}
+# name: content of a file that is read as an image of SIZE
+VALID: dict[str, bytes] = {
     "cmyk.jpg": encoded(noise("CMYK"), "JPEG"),
     "rgba.png": encoded(noise("RGBA"), "PNG"),
     "palette.png": encoded(noise().quantize(8), "PNG", transparency=bytes([0, 128, 255])),
@@ -97,10 +104,10 @@ def loop(path: Path) -> None:
     path.symlink_to(path)
 
 
-# What has the name of an image and is no file: how it is made, what the error says.
+# name: (how a path that is not a regular file is made, error)
 NO_FILES: dict[str, tuple[Callable[[Path], None], str]] = {
-    "directory.jpg": (directory, "no regular file"),
-    "pipe.jpg": (pipe, "no regular file"),
-    "device.jpg": (device, "no regular file"),
+    "directory.jpg": (directory, "not a regular file"),
+    "pipe.jpg": (pipe, "not a regular file"),
+    "device.jpg": (device, "not a regular file"),
     "loop.jpg": (loop, "symbolic links"),
 }

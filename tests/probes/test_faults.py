@@ -160,7 +160,7 @@ def test_full_disk_is_named_loses_nothing_and_is_gone_on_from(step, study, stage
         study.log.write_text("")
         assert study.run(step) == 1
         said = study.log.read_text()
-        assert "was not written: " in (last := said.splitlines()[-1]) and "No space left" in last, said[-3000:]
+        assert "cannot write " in (last := said.splitlines()[-1]) and "No space left" in last, said[-3000:]
         filler.unlink()
         left = study.files()
         assert {name: left[name] for name in before} == before

@@ -105,5 +105,5 @@ def test_read_only_folder_is_an_error_before_a_model_is_loaded(command, places, 
     with small_disks.mounted(tmp_path / "disk", "size=1m") as disk:
         subprocess.run(["cp", "-r", places["RUN"], disk / "run"], check=True)
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-        with pytest.raises(SystemExit, match=r"nothing can be written into \S+run: Read-only file system; choose"):
+        with pytest.raises(SystemExit, match=r"cannot write to folder \S+run: Read-only file system; choose"):
             main(argv(command, places | {"RUN": str(disk / "run")}))

@@ -78,9 +78,9 @@ def test_stage_1_trains_the_adapter_only(full_size, capsys):
     assert facts["trains"] == facts["parameters"]["adapter"] == 20_979_712
 
 
-def test_size_is_readable_and_names_what_is_wrong(parts, conversations, capsys):
+def test_estimate_is_readable_and_names_what_is_wrong(parts, conversations, capsys):
     argv = ["estimate", *tiny_models.training_arguments(parts, conversations)]
     main([*argv, "--devices", "2"])
     assert "train" in (text := capsys.readouterr().out) and "on each of 2 devices (estimate)" in text
-    with pytest.raises(SystemExit, match="--length 3 leaves no text behind 4 image tokens"):
+    with pytest.raises(SystemExit, match="--length 3 leaves no text after 4 image tokens"):
         main([*argv, "--length", "3"])

@@ -34,7 +34,7 @@ def test_second_image_is_seen(asked):
 
 
 def test_prompt_without_room_for_an_answer_is_an_error(asked):
-    with pytest.raises(ValueError, match="a prompt of .* tokens; the LLM has 512 positions"):
+    with pytest.raises(ValueError, match="a prompt has .* tokens, but the LLM has 512 positions"):
         answer(*asked, ["sky " * 600], [[]], 5)
 
 

@@ -1,29 +1,163 @@
-"""What is written is whole or not there: after a kill at any moment, on a full disk, on a read-only one."""
+"""Files and folders are complete or absent: after a kill at any moment, on a full disk, on a read-only disk."""
 
+import errno
+import json
 import os
 import signal
 import subprocess
 import sys
 from contextlib import ExitStack
 from itertools import count
+from pathlib import Path
 
 import processes
 import pytest
 import small_disks
 import tiny_models
 import torch
+from safetensors.torch import load_file
 
 from llava_bidir import cli
-from llava_bidir.common.atomic_io import atomic_directory, atomic_write
+from llava_bidir.common import atomic_io
+from llava_bidir.common.atomic_io import atomic_directory, atomic_write, write_files
 from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, find_defect, latest_valid_checkpoint
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.hf_export import export_hf
 from llava_bidir.vqa.result_files import read_results, results_file, write_results
 
 
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def write_file(path: Path, text: str) -> None:
+    with atomic_write(path) as partial:
+        partial.write_text(text)
+
+
+def write_directory(path: Path, text: str) -> None:
+    with atomic_directory(path, "file") as partial:
+        (partial / "file").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("write", "result", "moment"),
+    [
+        (write_file, "path", "os.fsync"),
+        (write_file, "path", "pathlib.Path.replace"),
+        (write_directory, "path/file", "os.fsync"),
+        (write_directory, "path/file", "pathlib.Path.rename"),
+    ],
+)
+def test_a_kill_before_the_rename_leaves_the_old_version(write, result, moment, tmp_path, monkeypatch):
+    write(tmp_path / "path", "old")
+
+    def write_and_die():
+        monkeypatch.setattr(moment, die)
+        write(tmp_path / "path", "new")
+
+    assert processes.wait(processes.fork(write_and_die)) == -signal.SIGKILL
+    assert (tmp_path / result).read_text() == "old"
+    write(tmp_path / "path", "new")
+    assert (tmp_path / result).read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["path"]
+
+
+@pytest.mark.parametrize("existing", ["folder/thesis.txt", "folder/file/thesis.txt", "folder"])
+def test_a_foreign_folder_is_not_replaced(existing, tmp_path):
+    """`llava-bidir export CKPT ~` must not delete a home."""
+    (tmp_path / existing).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / existing).write_text("four years")
+    with pytest.raises(ValueError, match="folder exists and contains no file, so it is not replaced"):
+        write_directory(tmp_path / "folder", "new")
+    assert (tmp_path / existing).read_text() == "four years"
+    (tmp_path / "empty").mkdir()
+    write_directory(tmp_path / "empty", "new")
+    assert (tmp_path / "empty/file").is_file()
+
+
+def test_contents_are_on_disk_before_the_rename_and_the_name_after(tmp_path, monkeypatch):
+    """A test cannot cut the power, but it can record the order of system calls."""
+    calls, sync, replace, rename = [], os.fsync, Path.replace, Path.rename
+    monkeypatch.setattr("os.fsync", lambda d: (calls.append(Path(os.readlink(f"/proc/self/fd/{d}")).name), sync(d)))
+    monkeypatch.setattr("pathlib.Path.replace", lambda s, t: (calls.append("rename"), replace(s, t)))
+    monkeypatch.setattr("pathlib.Path.rename", lambda s, t: (calls.append("rename"), rename(s, t)))
+    write_file(tmp_path / "a", "")
+    assert calls == ["a.partial", "rename", tmp_path.name]
+    calls.clear()
+    write_directory(tmp_path / "b", "")
+    assert set(calls[:2]) == {"file", "b.partial"} and calls[2:] == ["rename", tmp_path.name]
+    calls.clear()
+    write_files(files(tmp_path, 1))
+    assert calls == [*(f"{name}.partial" for name in NAMES), *["rename"] * 3, tmp_path.name]
+
+
+def test_other_errors_pass_through(tmp_path):
+    for error in (RuntimeError("a tensor differs"), ValueError("a setting")):
+        with pytest.raises(type(error), match=str(error)), atomic_directory(tmp_path / "folder", "file"):
+            raise error
+    assert not any(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ write_files
+NAMES = ("a.safetensors", "b.csv", "c.json")
+
+
+def files(folder: Path, content: int) -> dict:
+    """Three files that belong together, all with `content`."""
+    values = ({"x": torch.full((3,), content)}, f"{content}", {"x": content})
+    return {folder / name: value for name, value in zip(NAMES, values, strict=True)}
+
+
+def contents(folder: Path) -> list[int | None]:
+    readers = (
+        lambda path: load_file(path)["x"][0].item(),
+        lambda path: int(path.read_text()),
+        lambda path: json.loads(path.read_text())["x"],
+    )
+    paths = (folder / name for name in NAMES)
+    return [read(path) if path.exists() else None for read, path in zip(readers, paths, strict=True)]
+
+
+def test_write_files_writes_each_kind_of_content(tmp_path):
+    write_files(files(tmp_path / "new/folder", 1))
+    write_files({tmp_path / "picture.png": b"bytes"})
+    assert contents(tmp_path / "new/folder") == [1, 1, 1]
+    assert (tmp_path / "picture.png").read_bytes() == b"bytes"
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("renamed", range(3))
+def test_a_kill_between_two_renames_leaves_no_last_file(renamed, tmp_path, monkeypatch):
+    write_files(files(tmp_path, 1))
+    replace, counter = Path.replace, count()
+    monkeypatch.setattr(Path, "replace", lambda s, t: die() if next(counter) == renamed else replace(s, t))
+    assert processes.wait(processes.fork(lambda: write_files(files(tmp_path, 2)))) == -signal.SIGKILL
+    monkeypatch.undo()
+    assert contents(tmp_path)[-1] is None
+    write_files(files(tmp_path, 2))
+    assert contents(tmp_path) == [2, 2, 2] and not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_write_files_on_a_full_disk_leaves_the_old_files(name, tmp_path, monkeypatch):
+    write_files(files(tmp_path, 1))
+    sync = atomic_io._sync
+
+    def full(path: Path) -> None:
+        if path.name.startswith(name):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(path)
+
+    monkeypatch.setattr(atomic_io, "_sync", full)
+    with pytest.raises(ValueError, match=rf"cannot write .*{name}: No space left on device; fix this"):
+        write_files(files(tmp_path, 2))
+    assert contents(tmp_path) == [1, 1, 1] and not list(tmp_path.glob("*.partial"))
+
+
+# ------------------------------------------------------------------------------------------------ small file systems
 @pytest.fixture
 def disk(tmp_path):
-    """A function that makes a file system of so many kilobytes, with mount's options."""
+    """A function that mounts a file system of some kilobytes with options of mount."""
     if sys.platform != "linux" or os.geteuid():
         pytest.skip("mounting a small file system needs Linux and root")
     with ExitStack() as mounted:
@@ -33,91 +167,12 @@ def disk(tmp_path):
         )
 
 
-def die(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-@pytest.mark.parametrize("moment", ["os.fsync", "pathlib.Path.replace"])
-def test_a_file_is_the_old_one_after_a_kill_before_its_name(moment, tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def write():
-        with atomic_write(path) as partial:
-            partial.write_text("new")
-            monkeypatch.setattr(moment, die)
-
-    assert processes.wait(processes.fork(write)) == -signal.SIGKILL
-    assert path.read_text() == "old"
-    with atomic_write(path) as partial:
-        partial.write_text("new")
-    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-@pytest.mark.parametrize("moment", ["os.fsync", "pathlib.Path.rename"])
-def test_a_folder_is_the_old_one_after_a_kill_before_its_name(moment, tmp_path, monkeypatch):
-    path = tmp_path / "folder"
-    for text in ("old", "new"):
-        with atomic_directory(path, "file") as partial:
-            (partial / "file").write_text(text)
-        if text == "old":
-
-            def write():
-                with atomic_directory(path, "file") as partial:
-                    (partial / "file").write_text("cut short")
-                    monkeypatch.setattr(moment, die)
-
-            assert processes.wait(processes.fork(write)) == -signal.SIGKILL
-        assert (path / "file").read_text() == text
-    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
-
-
-@pytest.mark.parametrize("there", ["thesis.txt", "file/thesis.txt", None])
-def test_what_is_something_else_is_not_replaced(there, tmp_path):
-    """`llava-bidir export CKPT ~` would otherwise be the end of a home."""
-    path = tmp_path / "folder"
-    (path / there if there else path).parent.mkdir(parents=True, exist_ok=True)
-    (path / there if there else path).write_text("four years")
-    with pytest.raises(ValueError, match="folder is there and holds no file: it is something else"):
-        with atomic_directory(path, "file"):
-            pytest.fail("written all the same")
-    assert (path / there if there else path).read_text() == "four years"
-    with atomic_directory(tmp_path / "empty", "file") as partial:
-        (tmp_path / "empty").mkdir()
-        (partial / "file").touch()
-    assert (tmp_path / "empty/file").is_file()
-
-
-def test_contents_are_on_disk_before_the_name_and_the_name_after(tmp_path, monkeypatch):
-    """A power cut cannot be had in a test; the order of what the system is asked for can."""
-    asked, sync, replace, rename = [], os.fsync, type(tmp_path).replace, type(tmp_path).rename
-    monkeypatch.setattr(
-        "os.fsync", lambda d: (asked.append(os.path.basename(os.readlink(f"/proc/self/fd/{d}"))), sync(d))
-    )
-    monkeypatch.setattr("pathlib.Path.replace", lambda s, t: (asked.append("named"), replace(s, t)))
-    monkeypatch.setattr("pathlib.Path.rename", lambda s, t: (asked.append("named"), rename(s, t)))
-    with atomic_write(tmp_path / "a") as partial:
-        partial.touch()
-    assert asked == ["a.partial", "named", tmp_path.name]
-    asked.clear()
-    with atomic_directory(tmp_path / "b", "inside") as partial:
-        (partial / "inside").touch()
-    assert set(asked[:2]) == {"inside", "b.partial"} and asked[2:] == ["named", tmp_path.name]
-
-
-def test_other_errors_inside_stay_what_they_are(tmp_path):
-    for error in (RuntimeError("a tensor differs"), ValueError("a setting")):
-        with pytest.raises(type(error), match=str(error)), atomic_directory(tmp_path / "folder", "file"):
-            raise error
-    assert not any(tmp_path.iterdir())
-
-
 def test_checkpoint_on_a_full_disk(disk):
-    """The one before is whole, and the next one is written as soon as there is room again."""
+    """The previous checkpoint stays valid, and the next one is written once there is space."""
     io, folder = AtomicCheckpointIO(), disk(1000)
     small, large = {"weight": torch.zeros(30_000)}, {"weight": torch.ones(300_000)}
     io.save_checkpoint(small, folder / "last.ckpt")
-    with pytest.raises(ValueError, match="last.ckpt was not written: .*No space left on device"):
+    with pytest.raises(ValueError, match="cannot write .*last.ckpt: .*No space left on device"):
         io.save_checkpoint(large, folder / "last.ckpt")
     assert latest_valid_checkpoint(folder) == folder / "last.ckpt" and find_defect(folder / "last.ckpt") is None
     assert torch.equal(torch.load(folder / "last.ckpt")["weight"], small["weight"])
@@ -131,14 +186,14 @@ def test_export_on_a_full_disk(kilobytes, disk, parts):
     encoder, llm = parts
     processor = build_processor(encoder, llm)
     folder = disk(kilobytes)
-    with pytest.raises(ValueError, match=r"hf was not written: .*No space left on device"):
+    with pytest.raises(ValueError, match=r"cannot write .*hf: .*No space left on device"):
         export_hf(build_model(encoder, llm, processor), processor, folder / "hf")
-    assert not any(folder.iterdir()), "and room is made again"
+    assert not any(folder.iterdir()), "the space is freed"
 
 
 def test_vqa_results_on_a_full_disk(disk):
     folder = disk(100)
-    with pytest.raises(ValueError, match=r"pope.jsonl was not written: .*No space left on device"):
+    with pytest.raises(ValueError, match=r"cannot write .*pope.jsonl: .*No space left on device"):
         write_results(folder, "pope", {"benchmark": "pope"}, [{"answer": "x" * 200_000}])
     assert not results_file(folder, "pope").exists(), "so the task runs again"
     write_results(folder, "pope", {"benchmark": "pope"}, [{"answer": "x"}])
@@ -148,13 +203,13 @@ def test_vqa_results_on_a_full_disk(disk):
 @pytest.mark.slow
 def test_demo_assets_on_a_full_disk(disk):
     folder = disk(80)
-    with pytest.raises(SystemExit, match=r"assets was not written: .*No space left on device"):
+    with pytest.raises(SystemExit, match=r"cannot write .*assets: .*No space left on device"):
         cli.main(["demo-assets", str(folder / "assets"), "--scale", "0.01"])
     assert not any(folder.iterdir())
 
 
-def test_fit_into_a_read_only_folder_is_refused_before_it_begins(disk, parts, conversations, monkeypatch):
+def test_fit_into_a_read_only_folder_fails_before_training(disk, parts, conversations, monkeypatch):
     monkeypatch.setattr("lightning.Trainer.fit", lambda *args, **kwargs: pytest.fail("training began"))
     out = disk(100, "ro") / "run"
-    with pytest.raises(SystemExit, match="nothing can be written into .*run: Read-only file system; choose another"):
+    with pytest.raises(SystemExit, match="cannot write to folder .*run: Read-only file system; choose another"):
         cli.main(["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(out)])

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there: kill -9, a full disk and a cut file, and which one `last` is."""
+"""Checkpoints are complete or absent after SIGKILL and on a full disk; `last` is the latest valid one."""
 
 import logging
 import os
@@ -7,15 +7,16 @@ import resource
 import signal
 import sys
 
+import processes
 import pytest
 import torch
 
 from llava_bidir.common.checkpoint_io import (
     AtomicCheckpointIO,
+    commit_checkpoint_directory,
     find_defect,
-    finish_directory,
     latest_valid_checkpoint,
-    read_listing,
+    read_manifest,
     resolve_ckpt_path,
 )
 from llava_bidir.training.resume import rescale_progress
@@ -35,67 +36,54 @@ def save_directory(path, files=("checkpoint/share_0.pt", "checkpoint/share_1.pt"
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         torch.save(NEW, partial / name)
     interrupt()
-    finish_directory(path, {"world_size": 2})
+    commit_checkpoint_directory(path, {"world_size": 2})
     return path
-
-
-def in_a_process_of_its_own(run) -> int:
-    """Exit status of `run`, negative for a signal."""
-    child = os.fork()
-    if child == 0:
-        try:
-            run()
-        finally:
-            os._exit(3)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def die(*args):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_kill_9_while_a_file_is_written_leaves_the_one_before(tmp_path, monkeypatch):
+def test_sigkill_during_a_save_leaves_the_previous_file(tmp_path, monkeypatch):
     path = save(tmp_path / "last.ckpt")
     monkeypatch.setattr(os, "fsync", die)
-    assert in_a_process_of_its_own(lambda: save(path, NEW)) == -signal.SIGKILL
+    assert processes.wait(processes.fork(lambda: save(path, NEW))) == -signal.SIGKILL
     assert (tmp_path / "last.ckpt.partial").exists()
     assert latest_valid_checkpoint(tmp_path) == path and torch.equal(torch.load(path)["weight"], OLD["weight"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
-def test_full_disk_while_a_file_is_written_leaves_the_one_before(tmp_path):
+def test_full_disk_during_a_save_leaves_the_previous_file(tmp_path):
     path = save(tmp_path / "last.ckpt")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
     try:
-        with pytest.raises(ValueError, match="last.ckpt was not written: .*File too large"):
+        with pytest.raises(ValueError, match="cannot write .*last.ckpt: .*File too large"):
             save(path, NEW)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"], "and room is made again"
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"], "the space is freed"
     assert torch.equal(torch.load(path)["weight"], OLD["weight"])
 
 
 @pytest.mark.parametrize("moment", ["written", "renamed", "replaced"])
-def test_kill_9_while_a_directory_takes_its_name_leaves_a_whole_one(moment, tmp_path, monkeypatch):
+def test_sigkill_during_the_renames_leaves_a_valid_directory(moment, tmp_path, monkeypatch):
     path = save_directory(tmp_path / "last.ckpt")
     if moment == "renamed":
         monkeypatch.setattr("pathlib.Path.rename", lambda source, target: die())
-    if moment == "replaced":  # the old one has been renamed, the new one not yet
+    if moment == "replaced":  # between the two renames
         rename = type(path).rename
         monkeypatch.setattr(
             "pathlib.Path.rename", lambda s, target: die() if s.name.endswith(".partial") else rename(s, target)
         )
-    status = in_a_process_of_its_own(
-        lambda: save_directory(path, interrupt=die if moment == "written" else lambda: None)
-    )
-    assert status == -signal.SIGKILL
+    child = processes.fork(lambda: save_directory(path, interrupt=die if moment == "written" else lambda: None))
+    assert processes.wait(child) == -signal.SIGKILL
     whole = latest_valid_checkpoint(tmp_path)
     assert whole == (tmp_path / "last.ckpt.replaced" if moment == "replaced" else path)
-    assert read_listing(whole)["world_size"] == 2
+    assert read_manifest(whole)["world_size"] == 2
 
 
-def test_last_is_the_newest_whole_one_and_says_what_it_passes_over(tmp_path, caplog):
+def test_last_is_the_latest_valid_checkpoint_and_logs_skipped_ones(tmp_path, caplog):
     folder = tmp_path / "checkpoints"
     paths = [save(folder / "1.ckpt"), save_directory(folder / "2.ckpt"), save(folder / "3.ckpt")]
     paths += [save_directory(folder / f"{i}.ckpt") for i in (4, 5)]
@@ -107,15 +95,17 @@ def test_last_is_the_newest_whole_one_and_says_what_it_passes_over(tmp_path, cap
     (folder / "6.ckpt.partial").mkdir()
     with caplog.at_level(logging.INFO):
         assert resolve_ckpt_path("last", folder) == str(paths[1])
-    passed = [record.getMessage() for record in caplog.records if "passing over" in record.getMessage()]
+    passed = [record.getMessage() for record in caplog.records if "skipping" in record.getMessage()]
     assert [str(path) in text for path, text in zip(paths[4:1:-1], passed, strict=True)] == [True] * 3
-    assert "share_0.pt" in passed[0] and "share_1.pt" in passed[1] and "cut short" in passed[2]
+    assert "share_0.pt" in passed[0] and "share_1.pt" in passed[1] and "truncated" in passed[2]
 
 
-def test_a_damaged_checkpoint_that_is_named_is_refused_and_another_one_proposed(tmp_path):
+def test_a_damaged_checkpoint_is_an_error_that_proposes_another(tmp_path):
     good, bad = save(tmp_path / "good.ckpt"), save(tmp_path / "bad.ckpt")
     bad.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"bad.ckpt: the file is cut short.*The newest whole one in .*good.ckpt"):
+    with pytest.raises(
+        ValueError, match=r"bad.ckpt: the file is truncated.*The latest valid checkpoint in .*good.ckpt"
+    ):
         resolve_ckpt_path(str(bad), tmp_path)
     assert resolve_ckpt_path(str(good), tmp_path) == str(good) and resolve_ckpt_path(None, tmp_path) is None
     assert find_defect(tmp_path / "none.ckpt") == "no such file or directory"
@@ -123,8 +113,8 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_and_another_one_proposed(
 
 
 @pytest.mark.parametrize("save", [save, save_directory])
-def test_a_flipped_bit_is_found_wherever_it_matters(save, tmp_path):
-    """torch.load goes on with one. What is not found is refused by torch.load, or is where nothing is read from."""
+def test_a_flipped_bit_is_detected(save, tmp_path):
+    """torch.load ignores checksums. Undetected flips are rejected by torch.load or are in unused bytes."""
     path = save(tmp_path / "last.ckpt")
     file = path if path.is_file() else path / "checkpoint/share_1.pt"
     contents, positions = file.read_bytes(), random.Random(0)
@@ -138,22 +128,22 @@ def test_a_flipped_bit_is_found_wherever_it_matters(save, tmp_path):
             resolve_ckpt_path(str(path), tmp_path)
             assert torch.equal(torch.load(file)["weight"], whole)
         except ValueError as error:
-            assert "The newest whole one in" in str(error)
+            assert "The latest valid checkpoint in" in str(error)
             found += 1
         except RuntimeError as error:
             assert "PytorchStreamReader failed reading zip archive" in str(error)
     assert found > 0.9 * FLIPS
 
 
-def test_last_passes_over_a_flipped_bit(tmp_path, caplog):
+def test_last_skips_a_checkpoint_with_a_flipped_bit(tmp_path, caplog):
     good, bad = save(tmp_path / "1.ckpt"), save(tmp_path / "2.ckpt", NEW)
     contents = bytearray(bad.read_bytes())
     contents[len(contents) // 2] ^= 1
     bad.write_bytes(contents)
-    assert not torch.equal(torch.load(bad)["weight"], NEW["weight"]), "loaded without a word"
+    assert not torch.equal(torch.load(bad)["weight"], NEW["weight"]), "loaded silently"
     os.utime(good, (1, 1))
     assert resolve_ckpt_path("last", tmp_path) == str(good)
-    assert "passing over" in caplog.text and "2.ckpt is damaged" in caplog.text
+    assert "skipping" in caplog.text and "2.ckpt is damaged" in caplog.text
 
 
 def position(processed: int, completed: int) -> dict:
@@ -166,23 +156,23 @@ def position(processed: int, completed: int) -> dict:
 
 
 @pytest.mark.parametrize(("before", "now", "expected"), [(2, 1, 12), (2, 4, 3), (2, 2, 6)])
-def test_position_in_the_epoch_is_counted_anew(before, now, expected):
+def test_position_in_the_epoch_is_rescaled(before, now, expected):
     checkpoint = position(6, 5)
     rescale_progress(checkpoint, before, now)
     assert checkpoint == position(expected, expected - 1)
 
 
-def test_position_between_two_new_micro_batches_is_refused():
+def test_position_inside_a_new_micro_batch_is_an_error():
     with pytest.raises(ValueError, match="at sample 12 of its epoch, which 5 samples at a time"):
         rescale_progress(position(6, 5), 2, 5)
 
 
-def test_checkpoint_of_zero_is_refused_without_zero(tmp_path):
-    with pytest.raises(ValueError, match="is a directory, from a run with ZeRO; add its configs/cluster/zero"):
+def test_zero_checkpoint_without_zero_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="is a directory, from a run with ZeRO; add the run.s configs/cluster/zero"):
         AtomicCheckpointIO().load_checkpoint(str(save_directory(tmp_path / "zero.ckpt")))
 
 
-def test_universal_checkpoint_is_whole_once_deepspeed_has_finished_it(tmp_path):
+def test_universal_checkpoint_is_valid_once_deepspeed_has_finished_it(tmp_path):
     (tmp_path / "new.ckpt/checkpoint/zero").mkdir(parents=True)
     assert "whole.json" in find_defect(tmp_path / "new.ckpt")
     (tmp_path / "new.ckpt/latest_universal").write_text("checkpoint")

@@ -1,4 +1,4 @@
-"""Two processes never write the same result, and a killed one keeps nobody out."""
+"""Two processes never write the same result, and a killed process does not block later ones."""
 
 import errno
 import os
@@ -17,27 +17,27 @@ from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.hf_export import export_hf
 
 
-def test_a_second_process_is_refused_and_told_who_is_there(tmp_path):
+def test_a_second_process_is_an_error_that_names_the_holder(tmp_path):
     with processes.inside(exclusive_run_lock(tmp_path / "run")) as child:
         who = f"process {child} on {re.escape(socket.gethostname())} since 20"
-        for _ in range(2):  # being refused does not wipe out who holds it
-            with pytest.raises(ValueError, match=rf"run is in use by {who}.*wait until that has ended"):
+        for _ in range(2):  # an attempt does not delete the holder's name
+            with pytest.raises(ValueError, match=rf"run is in use by {who}.*wait until it has ended"):
                 with exclusive_run_lock(tmp_path / "run"):
                     pass
 
 
-def test_a_killed_process_keeps_nobody_out(tmp_path):
+def test_a_killed_process_blocks_nobody(tmp_path):
     with processes.inside(exclusive_run_lock(tmp_path)) as child:
         os.kill(child, signal.SIGKILL)
         processes.wait(child)
-        assert (tmp_path / ".lock").exists(), "it had no time to clear up"
+        assert (tmp_path / ".lock").exists(), "it could not clean up"
         with exclusive_run_lock(tmp_path):
             pass
     assert not (tmp_path / ".lock").exists()
 
 
-def test_workers_that_outlive_a_killed_process_keep_nobody_out(tmp_path):
-    """A data loader's workers are forked and take some seconds to notice."""
+def test_workers_that_outlive_a_killed_process_block_nobody(tmp_path):
+    """Workers of a data loader are forked and exit some seconds later."""
 
     def hold_and_fork():
         with exclusive_run_lock(tmp_path):
@@ -56,7 +56,7 @@ def test_workers_that_outlive_a_killed_process_keep_nobody_out(tmp_path):
         os.kill(int((tmp_path / "worker").read_text()), signal.SIGKILL)
 
 
-def test_results_in_one_folder_have_locks_of_their_own(tmp_path):
+def test_results_in_one_folder_have_separate_locks(tmp_path):
     with processes.inside(exclusive_run_lock(tmp_path, "hf")):
         with exclusive_run_lock(tmp_path), exclusive_run_lock(tmp_path, "other"):
             pass
@@ -64,36 +64,36 @@ def test_results_in_one_folder_have_locks_of_their_own(tmp_path):
             pass
 
 
-def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
+def test_a_file_system_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
     def flock(descriptor, operation):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr("fcntl.flock", flock)
     with exclusive_run_lock(tmp_path):
         (tmp_path / "result").touch()
-    assert "has no locks: nothing keeps a second run out" in caplog.text
+    assert "does not support locks: a second run" in caplog.text
 
 
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"nothing can be written into .*file/run: Not a directory"):
+    with pytest.raises(ValueError, match=r"cannot write to folder .*file/run: Not a directory"):
         with exclusive_run_lock(tmp_path / "file/run"):
             pass
 
 
 @pytest.mark.parametrize("more", [(), ("--ckpt_path", "last")])
-def test_a_second_fit_into_a_run_is_refused(more, parts, conversations, tmp_path):
+def test_a_second_fit_into_a_run_is_an_error(more, parts, conversations, tmp_path):
     with processes.inside(exclusive_run_lock(tmp_path)), pytest.raises(SystemExit, match="is in use by process"):
         cli.main(["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path), *more])
-    assert [file.name for file in tmp_path.iterdir()] == [".lock"], "the second has written nothing"
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"], "the second process has written nothing"
 
 
-def test_a_second_vqa_into_a_folder_is_refused(checkpoints, tmp_path):
+def test_a_second_vqa_into_a_folder_is_an_error(checkpoints, tmp_path):
     with processes.inside(exclusive_run_lock(tmp_path)), pytest.raises(SystemExit, match="is in use by process"):
         cli.main(["vqa", str(checkpoints["causal"]), "--out", str(tmp_path), "--tasks", "toy"])
 
 
-def test_a_second_export_to_a_folder_is_refused(parts, tmp_path):
+def test_a_second_export_to_a_folder_is_an_error(parts, tmp_path):
     encoder, llm = parts
     processor = build_processor(encoder, llm)
     with (
@@ -103,7 +103,7 @@ def test_a_second_export_to_a_folder_is_refused(parts, tmp_path):
         export_hf(build_model(encoder, llm, processor), processor, tmp_path / "hf")
 
 
-def test_second_demo_assets_to_a_folder_are_refused(tmp_path):
+def test_a_second_demo_assets_to_a_folder_is_an_error(tmp_path):
     with (
         processes.inside(exclusive_run_lock(tmp_path, "assets")),
         pytest.raises(SystemExit, match="is in use by process"),

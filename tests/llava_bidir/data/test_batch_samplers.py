@@ -124,5 +124,5 @@ def test_skipping_goes_on_where_an_interrupted_pass_stopped(grouped):
 def test_batch_that_does_not_divide_is_an_error():
     with pytest.raises(ValueError, match="batch_size 128 is not a multiple of data.micro_batch_size 16 x 3 devices"):
         BatchSampler(LENGTHS, 128, 16, world_size=3)
-    with pytest.raises(ValueError, match="holds no record"):
+    with pytest.raises(ValueError, match="contains no records"):
         BatchSampler([], 8, 4)

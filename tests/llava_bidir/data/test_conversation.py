@@ -99,7 +99,7 @@ def test_leading_gpt_turn_is_dropped(real_tokenizer):
     [
         ([{"from": "system", "value": "x"}], "'human' or 'gpt'"),
         ([{"from": "human"}], "needs text in 'value'"),
-        ([{"from": "human", "value": "a"}, {"from": "human", "value": "b"}], "turn 1 is from 'human' where 'gpt'"),
+        ([{"from": "human", "value": "a"}, {"from": "human", "value": "b"}], "turn 1 is from 'human', expected 'gpt'"),
         ([], "at least one human turn"),
     ],
 )
@@ -109,9 +109,9 @@ def test_bad_turns_are_named(bad, message, real_tokenizer):
 
 
 def test_unknown_template_and_unfit_plain_are_errors(real_tokenizer):
-    with pytest.raises(ValueError, match="unknown template 'llama3'; there is plain, vicuna_v1"):
+    with pytest.raises(ValueError, match="unknown template 'llama3'; available: plain, vicuna_v1"):
         encode(turns("q", "a"), real_tokenizer, "llama3")
-    with pytest.raises(ValueError, match="'plain' wants one question"):
+    with pytest.raises(ValueError, match="'plain' requires one question"):
         encode(turns("q", "a"), real_tokenizer, "plain")
 
 

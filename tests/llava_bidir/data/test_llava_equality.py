@@ -30,9 +30,9 @@ def tokenizer(real_tokenizer):
     """As training has it: LLaVA's, and two tokens that LLaVA's does not know."""
     import copy
 
-    resized = copy.deepcopy(real_tokenizer)
-    resized.add_tokens(["<image>", "<pad>"], special_tokens=True)
-    return resized
+    extended = copy.deepcopy(real_tokenizer)
+    extended.add_tokens(["<image>", "<pad>"], special_tokens=True)
+    return extended
 
 
 def llava_ids(text: str, tokenizer, has_image: bool) -> list[int]:

@@ -167,7 +167,9 @@ def test_checkpoint_holds_trainable_weights_and_is_rejected_by_another_stage(par
     run.save_checkpoint(tmp_path / "stage1.ckpt")
     kept = torch.load(tmp_path / "stage1.ckpt", weights_only=True)["state_dict"]
     assert len(kept) == 4 and all("multi_modal_projector" in name for name in kept)
-    with pytest.raises(ValueError, match=r"run with model.trainable=\['adapter'\], this one has \['adapter', 'llm'\]"):
+    with pytest.raises(
+        ValueError, match=r"run with model.trainable=\['adapter'\], but this run has \['adapter', 'llm'\]"
+    ):
         fit(parts, conversations, tmp_path, ckpt_path=tmp_path / "stage1.ckpt")
     stage2 = module_with_model(parts)
     with pytest.raises(ValueError, match="belongs to another stage or model"):  # outside training too

@@ -23,17 +23,22 @@ def stopped(parts, conversations, tmp_path_factory):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--model.image_attention", "bidirectional"], "model.image_attention='causal', this one has 'bidirectional'"),
-        (["--model.adapter_learning_rate", "0.5"], "model.adapter_learning_rate=.*, this one has 0.5"),
-        (["--data.max_length", "100"], "data.max_length=.*, this one has 100"),
-        (["--seed_everything", "7"], "data.seed=0, this one has 7"),
+        (
+            ["--model.image_attention", "bidirectional"],
+            "model.image_attention='causal', but this run has 'bidirectional'",
+        ),
+        (["--model.adapter_learning_rate", "0.5"], "model.adapter_learning_rate=.*, but this run has 0.5"),
+        (["--data.max_length", "100"], "data.max_length=.*, but this run has 100"),
+        (["--seed_everything", "7"], "data.seed=0, but this run has 7"),
     ],
 )
 @pytest.mark.parametrize("path", ["last", "by name"])
 def test_checkpoint_of_another_run_is_refused(stopped, changed, message, path):
     arguments, checkpoint = stopped
     path = str(checkpoint) if path == "by name" else path
-    with pytest.raises(SystemExit, match=rf"^llava-bidir: the checkpoint is of a run with {message}; go on with what"):
+    with pytest.raises(
+        SystemExit, match=rf"^llava-bidir: the checkpoint belongs to a run with {message}; resume with the original"
+    ):
         llava_bidir.cli.main([*arguments, *changed, "--ckpt_path", path])
     assert not (checkpoint.parents[1] / "hf").exists()
 
@@ -48,7 +53,7 @@ def test_settings_that_change_no_result_may_change(stopped):
 def test_finished_run_is_checked_for_other_settings(stopped):
     arguments, _ = stopped
     llava_bidir.cli.main([*arguments, "--ckpt_path", "last"])  # the test above may have finished the run
-    with pytest.raises(SystemExit, match="hf is of a run with model.learning_rate=.*, this one has 0.5"):
+    with pytest.raises(SystemExit, match="hf belongs to a run with model.learning_rate=.*, but this run has 0.5"):
         llava_bidir.cli.main([*arguments, "--ckpt_path", "last", "--model.learning_rate", "0.5"])
 
 

@@ -156,7 +156,7 @@ def test_unknown_site_mask_and_checkpoint_are_errors(mllm, checkpoints, tmp_path
         mllm.states(torch.zeros(1, 3, 8, 8), ["layer_9"])
     with pytest.raises(ValueError, match="unknown image_attention 'all'"):
         probes.load(str(checkpoints["causal"]), image_attention="all")
-    with pytest.raises(ValueError, match="holds no config.json"):
+    with pytest.raises(ValueError, match="contains no config.json"):
         probes.load(str(tmp_path))
     AutoTokenizer.from_pretrained(checkpoints["causal"]).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')

@@ -135,7 +135,7 @@ def test_resumed_run_with_recipes_ends_as_an_uninterrupted_one(checkpoints, segm
 def test_checkpoint_of_other_recipes_is_refused(checkpoints, segmentation, run, tmp_path):
     shutil.copytree(run.path / "checkpoints", tmp_path / "checkpoints")
     command = arguments(checkpoints["causal"], segmentation, tmp_path, "--ckpt_path", "last")
-    with pytest.raises(SystemExit, match="run with model.recipes=.* go on with what it was started with"):
+    with pytest.raises(SystemExit, match="run with model.recipes=.* resume with the original setting"):
         main(command)
     command[:1], command[-1:] = ["test"], [str(tmp_path / "checkpoints/last.ckpt")]
     with pytest.raises(SystemExit, match="differ in .* heads.recipes/conv/adapter.head.conv.bias for one; give the"):

@@ -27,17 +27,19 @@ def stopped(checkpoints, segmentation, tmp_path_factory):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--model.image_attention", "bidirectional"], "model.image_attention=None, this one has 'bidirectional'"),
-        (["--model.learning_rate", "0.5"], "model.learning_rate=0.001, this one has 0.5"),
-        (["--data.batch_size", "3"], "data.batch_size=4, this one has 3"),
-        (["--seed_everything", "7"], r"(model|data).seed=0, this one has 7"),
+        (["--model.image_attention", "bidirectional"], "model.image_attention=None, but this run has 'bidirectional'"),
+        (["--model.learning_rate", "0.5"], "model.learning_rate=0.001, but this run has 0.5"),
+        (["--data.batch_size", "3"], "data.batch_size=4, but this run has 3"),
+        (["--seed_everything", "7"], r"(model|data).seed=0, but this run has 7"),
     ],
 )
 @pytest.mark.parametrize("path", ["last", "by name"])
 def test_checkpoint_of_another_run_is_refused(stopped, changed, message, path):
     arguments, checkpoint = stopped
     path = str(checkpoint) if path == "by name" else path
-    with pytest.raises(SystemExit, match=rf"^probes: the checkpoint is of a run with {message}; go on with what"):
+    with pytest.raises(
+        SystemExit, match=rf"^probes: the checkpoint belongs to a run with {message}; resume with the original"
+    ):
         main(["fit", *arguments, *changed, "--ckpt_path", path])
     assert not (checkpoint.parents[1] / "metrics.json").exists()
 
@@ -60,7 +62,9 @@ def test_finished_run_is_not_taken_for_one_with_other_settings(stopped, tmp_path
     main(arguments)
     written = (tmp_path / "metrics.json").stat().st_mtime_ns
     main([*arguments, "--ckpt_path", "last"])  # nothing to do
-    with pytest.raises(SystemExit, match=r"metrics.json is of a run with model.learning_rate=0.001, this one has 0.5"):
+    with pytest.raises(
+        SystemExit, match=r"metrics.json belongs to a run with model.learning_rate=0.001, but this run has 0.5"
+    ):
         main([*arguments, "--ckpt_path", "last", "--model.learning_rate", "0.5"])
     assert (tmp_path / "metrics.json").stat().st_mtime_ns == written
 
@@ -119,8 +123,8 @@ def test_damaged_checkpoint_is_passed_over_and_named(damage, three, caplog):
     os.utime(three[-1], ns=(times, times))
     assert find_defect(three[-1]) or flipped_bits(three[-1])
     assert resolve_ckpt_path("last", three[0].parent) == str(three[1])
-    assert f"passing over checkpoint {three[-1]}" in caplog.text
-    with pytest.raises(ValueError, match=rf"last.ckpt: .*The newest whole one .*: {three[1]}"):
+    assert f"skipping checkpoint {three[-1]}" in caplog.text
+    with pytest.raises(ValueError, match=rf"last.ckpt: .*The latest valid checkpoint .* is {three[1]}"):
         resolve_ckpt_path(str(three[-1]), three[0].parent)
 
 

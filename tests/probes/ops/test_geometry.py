@@ -50,8 +50,8 @@ def test_grid_lies_on_the_image_to_a_fraction_of_a_pixel(size, resize, encoder):
 
 def test_coordinates_notice_a_wrong_view():
     padded, siglip = Geometry(**CLIP, resize="pad"), Geometry(**SIGLIP)
-    assert error_px(padded, (512, 683), GridPlacement.whole((512, 683))) > 20
-    assert error_px(siglip, (512, 683), GridPlacement.whole((512, 683))) > 3
+    assert error_px(padded, (512, 683), GridPlacement.full((512, 683))) > 20
+    assert error_px(siglip, (512, 683), GridPlacement.full((512, 683))) > 3
 
 
 def sampled(logits: torch.Tensor, geometry: Geometry, size: tuple[int, int]) -> torch.Tensor:

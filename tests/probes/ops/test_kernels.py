@@ -168,7 +168,7 @@ def kernel_axes(grid, size):
     from probes.ops.geometry import GridPlacement
     from probes.ops.kernels.grid_cells import cells
 
-    return cells(grid, size, GridPlacement.whole(size), 1, torch.device(DEVICE))
+    return cells(grid, size, GridPlacement.full(size), 1, torch.device(DEVICE))
 
 
 @pytest.mark.slow

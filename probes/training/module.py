@@ -95,7 +95,7 @@ class ProbeModule(LightningModule):
             untrained=args.untrained or (),
             seed=args.seed,
         )
-        self.sites = self.mllm.known_sites(args.sites)
+        self.sites = self.mllm.check_sites(args.sites)
         self.heads = nn.ModuleDict({probe_name(r, site): self._new_head(r, site) for r, site in self._probes()})
         images = len(data.splits["validation"])
         counts = [len(self.sites), images, args.num_classes, self.mllm.geometry]

@@ -107,7 +107,7 @@ class Stock:
         decoder: Path of the LLM.
         prefix: Tokens before the image; "hello" is the template's.
         placeholder: What stands for the image in the template.
-        row_end: Token behind each row.
+        row_separator: Token behind each row.
         extra: Image tokens of the stock forward behind those of the whole view.
         native: Mask among image tokens.
         types: Name of the token types' argument, value of an image's tokens, and of other ones.
@@ -123,7 +123,7 @@ class Stock:
     decoder: str = "model.language_model"
     prefix: list[str] = field(default_factory=lambda: ["<s>", "hello"])
     placeholder: str = "<image>"
-    row_end: str | None = None
+    row_separator: str | None = None
     extra: int = 0
     native: str = "causal"
     types: tuple[str, int, int] | None = None
@@ -380,7 +380,7 @@ STOCK = {
         _llm("mistral", sliding_window=None),
         f"{PROJECTOR}.patch_merger.merging_layer",
         placeholder="[IMG]",
-        row_end="[IMG_BREAK]",
+        row_separator="[IMG_BREAK]",
     ),
     "lighton_ocr": _pixtral(
         "lighton_ocr",
@@ -425,7 +425,7 @@ def build(name: str, seed: int = 0):
     torch.manual_seed(seed)
     from probes.models.families import FAMILIES
 
-    model = FAMILIES[name].loader._from_config(config, attn_implementation="sdpa").eval()
+    model = FAMILIES[name].model_cls._from_config(config, attn_implementation="sdpa").eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim > 1:

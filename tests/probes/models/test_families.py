@@ -23,7 +23,6 @@ from llava_bidir import LlavaBidirConfig
 from probes import Knockout
 from probes.analyses.extract import print_sites
 from probes.analyses.knockout.attention import attention_from
-from probes.analyses.logit_lens import word_head
 from probes.models.families import (
     DEEPSEEK,
     DYNAMIC,
@@ -31,7 +30,7 @@ from probes.models.families import (
     GEMMA,
     LLAVA,
     MERGED,
-    REFUSED,
+    UNSUPPORTED,
     dynamic_resolution,
     family_of,
     gemma,
@@ -48,8 +47,8 @@ SUFFIX = [3, 4, 3]
 def small_squares():
     """Families that take images of any size are given fewer tokens here, for time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_resolution, "TOKENS_A_SIDE", tiny_families.SIDE)
-        patch.setattr(gemma, "GEMMA4_TOKENS_A_SIDE", tiny_families.SIDE)
+        patch.setattr(dynamic_resolution, "TOKENS_PER_SIDE", tiny_families.SIDE)
+        patch.setattr(gemma, "GEMMA4_TOKENS_PER_SIDE", tiny_families.SIDE)
         yield
 
 
@@ -89,7 +88,7 @@ def stock_ids(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = stock.grid
     prefix = [vocabulary[token] for token in stock.prefix]
     image = [
-        i for _ in range(rows) for i in [IMAGE_ID] * columns + ([vocabulary[stock.row_end]] if stock.row_end else [])
+        i for _ in range(rows) for i in [IMAGE_ID] * columns + ([vocabulary[stock.row_separator]] if stock.row_separator else [])
     ]
     ids = prefix + image + [IMAGE_ID] * stock.extra + SUFFIX
     is_image = torch.tensor(ids) == IMAGE_ID
@@ -153,15 +152,15 @@ def test_no_entry_hides_another_of_its_name():
     ("wrong", "message"),
     [
         (
-            {"entry": "multi_modal_projector.linear_9"},
+            {"encoder_output_module": "multi_modal_projector.linear_9"},
             r"no module 'multi.*9'.*model.multi_modal_projector has linear_1",
         ),
         (
             {"adapter": ("projector",)},
             r"ConditionalGeneration has no module 'projector'.*model has vision_tower",
         ),
-        ({"language_model": "decoder"}, "no module 'decoder', which its family's entry names"),
-        ({"encoder_width": lambda config: 12}, r"gives 48 tokens an image, 12 wide, where the grid \(6, 6\) has 36"),
+        ({"language_model": "decoder"}, "no module 'decoder', which its family names"),
+        ({"encoder_width": lambda config: 12}, r"outputs 48 tokens per image of width 12; expected 36 for the grid \(6, 6\)"),
         ({"model_class": "LlavaForConditionalGenerations"}, "transformers 5.* has no class 'LlavaForConditionalG"),
     ],
 )
@@ -202,14 +201,14 @@ def test_words_are_read_as_the_stock_forward_reads_them(name, cap, mllm, monkeyp
     states = read.states(read.preprocess(images), ["layer_03", "final_norm"])
     for site, state in states.items():
         scale = logits.abs().max().item()
-        torch.testing.assert_close(word_head(read, site)(state), logits, rtol=0, atol=1e-4 * scale)
+        torch.testing.assert_close(read.logit_lens(state, site), logits, rtol=0, atol=1e-4 * scale)
 
 
 def test_an_entry_that_the_forward_does_not_pass_is_an_error(checkpoint, monkeypatch):
-    monkeypatch.setitem(FAMILIES, "llava", replace(FAMILIES["llava"], entry="spare"))
+    monkeypatch.setitem(FAMILIES, "llava", replace(FAMILIES["llava"], encoder_output_module="spare"))
     read = probes.load(checkpoint("llava"))
     read.model.model.spare = torch.nn.Identity()
-    with pytest.raises(ValueError, match="no states of encoder: the forward does not pass the module that its family"):
+    with pytest.raises(ValueError, match="no states of encoder: the forward does not call the module that the family"):
         read.states(read.preprocess(pictures("llava")))
 
 
@@ -257,7 +256,7 @@ def test_states_lie_in_raster_order(name, mllm):
 @contextmanager
 def no_attention(read):
     """Sets the linear layers of all attention modules outside the decoder to zero."""
-    decoder = set(read._decoder.modules())
+    decoder = set(read.decoder.modules())
     weights = [
         parameter
         for module in read.model.model.modules()
@@ -301,7 +300,7 @@ def test_attention_is_seen_and_a_knockout_can_be_one_layers_or_heads(name, mllm)
     looking = [(1, torch.arange(tokens) >= tokens - 2)]
     paid, itself = attention_from(frozen, pixels, looking)
     assert (paid >= 0).all() and (paid.sum(-1) <= 1 + 1e-5).all() and (itself > 0).all() and (itself <= 1).all()
-    layers = len(frozen._decoder.layers)
+    layers = len(frozen.decoder.layers)
     last = f"layer_{layers:02d}"
     plain = frozen.states(pixels, [last])[last]
     in_last = frozen.states(pixels, [f"layer_{layers - 1:02d}", last], Knockout(blocked, [layers]))
@@ -309,7 +308,7 @@ def test_attention_is_seen_and_a_knockout_can_be_one_layers_or_heads(name, mllm)
         in_last[f"layer_{layers - 1:02d}"],
         frozen.states(pixels, [f"layer_{layers - 1:02d}"])[f"layer_{layers - 1:02d}"],
     )
-    one_head = frozen.states(pixels, [last], Knockout(blocked, [layers], [0]))[last]
+    one_head = frozen.states(pixels, [last], Knockout(blocked, [layers], [1]))[last]
     assert not torch.equal(in_last[last], plain) and not torch.equal(one_head, in_last[last])
 
 
@@ -339,7 +338,7 @@ def test_other_masks_than_the_own_one(name, checkpoint, mllm):
 def test_untrained_controls(name, checkpoint, mllm):
     pixels = mllm(name).preprocess(pictures(name, 1))
     if name == "gemma3":
-        with pytest.raises(ValueError, match="own initialisation sets mm_input_projection_weight to zero"):
+        with pytest.raises(ValueError, match="the initialisation of this model sets mm_input_projection_weight to zero"):
             probes.load(checkpoint(name), untrained=["adapter"])
     parts = ["llm"] if name == "gemma3" else ["adapter", "llm"]
     trained = mllm(name).states(pixels)
@@ -398,36 +397,36 @@ def test_openings_are_those_of_the_stock_processors():
         "deepseek_vl": get("DeepseekVLProcessor", "deepseek_vl")(self, one, 0),
     }
     for name, text in given.items():
-        assert text.startswith(FAMILIES[name].opening), name
-        assert re.match("I|<IMG_ATOM>", text.removeprefix(FAMILIES[name].opening)), name
+        assert text.startswith(FAMILIES[name].image_start_text), name
+        assert re.match("I|<IMG_ATOM>", text.removeprefix(FAMILIES[name].image_start_text)), name
 
 
 def test_refusals_say_why(tmp_path, checkpoint):
     for kind, reason in (("mllama", "cross-attention"), ("idefics2", "learned queries"), ("blip-2", "learned queries")):
         with pytest.raises(ValueError, match=f"{kind} cannot be probed patch by patch: .*{reason}"):
             family_of(AutoConfig.for_model(kind))
-    with pytest.raises(ValueError, match=r"no MLLM family 'bert'; registered: llava_bidir, llava.*needs an entry in"):
+    with pytest.raises(ValueError, match=r"no MLLM family 'bert'; registered: llava_bidir, llava.*probes.register_family"):
         family_of(AutoConfig.for_model("bert"))
     known = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-    assert set(REFUSED) <= known and not set(REFUSED) & set(FAMILIES)
+    assert set(UNSUPPORTED) <= known and not set(UNSUPPORTED) & set(FAMILIES)
     assert set(FAMILIES) - {"llava_bidir"} <= known
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if not STOCK[name].masks])
 def test_layers_without_masks_run_as_they_are_only(name, checkpoint, mllm):
     pixels, tokens = mllm(name).preprocess(pictures(name, 1)), tiny_families.SIDE**2
-    with pytest.raises(ValueError, match="knockouts cannot be given to linear_attention layers"):
+    with pytest.raises(ValueError, match="knockouts are not supported by linear_attention layers"):
         mllm(name).states(pixels, knockout=Knockout(torch.zeros(1, tokens, dtype=torch.bool)))
-    with pytest.raises(ValueError, match="'bidirectional' and knockouts cannot be given to linear_attention layers"):
+    with pytest.raises(ValueError, match="'bidirectional' and knockouts are not supported by linear_attention layers"):
         probes.load(checkpoint(name), image_attention="bidirectional")
 
 
 def test_a_mask_for_sliding_windows_needs_some(checkpoint, mllm):
-    with pytest.raises(ValueError, match="'bidirectional_sliding' is one of models with sliding windows"):
+    with pytest.raises(ValueError, match="'bidirectional_sliding' needs sliding-window layers"):
         probes.load(checkpoint("qwen2_vl"), image_attention="bidirectional_sliding")
     with pytest.raises(ValueError, match="unknown image_attention 'both'"):
         probes.load(checkpoint("gemma4"), image_attention="both")
-    masks = mllm("gemma4")._masks(1)
+    masks = mllm("gemma4").attention_masks(1)
     rows = {kind: mask[0, 0, 3 + 4, 3:].int().tolist() for kind, mask in masks.items()}  # the fifth image token's
     assert rows["full_attention"] == [1] * 5 + [0] * (tiny_families.SIDE**2 - 5)
     assert rows["sliding_attention"] == [1] * tiny_families.SIDE**2
@@ -442,10 +441,10 @@ def test_incomplete_checkpoints_are_errors(checkpoint, tmp_path):
         return str(folder)
 
     no_mean = broken("llava", "preprocessor_config.json", lambda text: text.replace("image_mean", "image_meen"))
-    with pytest.raises(ValueError, match="says nothing about image_mean; expected in its preprocessor_config.json"):
+    with pytest.raises(ValueError, match="image_mean is None; expected three positive numbers"):
         probes.load(no_mean)
     no_image = broken("llava", "chat_template.jinja", lambda text: text.replace("<image>", "<picture>"))
-    with pytest.raises(ValueError, match="puts no <image> for an image; pass prefix="):
+    with pytest.raises(ValueError, match="has no <image> for an image; pass prefix="):
         probes.load(no_image)
     assert probes.load(no_image, prefix="hello").prefix_ids.tolist() == [
         [1, tiny_families.tokenizer().get_vocab()["hello"]]
@@ -482,7 +481,7 @@ def test_own_mask_of_a_config_goes_before_its_kinds():
     ],
 )
 def test_grids_of_released_sizes(name, vision, further, image_px, side, covered_px, monkeypatch):
-    monkeypatch.setattr(dynamic_resolution, "TOKENS_A_SIDE", 24)
+    monkeypatch.setattr(dynamic_resolution, "TOKENS_PER_SIDE", 24)
     settings = STOCK[name].config["vision_config"] | vision
     high = {"high_res_vision_config": {"model_type": "sam_vision_model"}} if name == "deepseek_vl_hybrid" else {}
     number = {"image_seq_length": 576} if name == "llava" else {"mm_tokens_per_image": 256} if name == "gemma3" else {}

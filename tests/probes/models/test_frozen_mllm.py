@@ -71,7 +71,7 @@ def test_prefix_is_the_one_of_training(mllm, checkpoints):
 def test_subset_of_sites_gives_the_same_and_computes_no_more(mllm, pictures):
     pixels = mllm.preprocess(pictures)
     states, ran = mllm.states(pixels), []
-    hooks = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(mllm._decoder.layers)]
+    hooks = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(mllm.decoder.layers)]
     try:
         some = mllm.states(pixels, ["adapter", "layer_02"])
         assert ran == [0, 1]
@@ -131,7 +131,7 @@ def test_untrained_parts_are_drawn_anew_by_seed(checkpoints, pictures):
     assert not torch.allclose(states[1]["layer_03"], states[3]["layer_03"])
     spread = control.model.model.language_model.layers[0].self_attn.q_proj.weight.std().item()
     assert spread == pytest.approx(control.model.config.get_text_config().initializer_range, rel=0.1)
-    with pytest.raises(ValueError, match="untrained knows adapter, llm, got 'encoder'"):
+    with pytest.raises(ValueError, match="unknown part 'encoder' in untrained; expected adapter, llm"):
         load(untrained=["encoder"])
 
 
@@ -157,5 +157,5 @@ def test_unknown_site_mask_and_checkpoint_are_errors(mllm, checkpoints, tmp_path
 def test_cls_token_dropped_from_an_encoder_without_one_is_noticed(checkpoints, pictures):
     broken = probes.load(str(checkpoints["causal"]))
     broken.model.config.vision_feature_select_strategy = "full"  # keeps the CLS token: 5 tokens for 4 patches
-    with pytest.raises(ValueError, match=r"gives 5 tokens an image, 16 wide, where the grid \(2, 2\) has 4"):
+    with pytest.raises(ValueError, match=r"outputs 5 tokens per image of width 16; expected 4 for the grid \(2, 2\)"):
         broken.states(broken.preprocess(pictures))

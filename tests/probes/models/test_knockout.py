@@ -43,8 +43,8 @@ CUTS = {
     "window": (Knockout(BLOCKED, [2, 3]), lambda b, i, h, q, k: i in (2, 3) and BLOCKED[b, k]),
     "set of layers": (Knockout(BLOCKED, [1, 3]), lambda b, i, h, q, k: i in (1, 3) and BLOCKED[b, k]),
     "layers by row": (Knockout(BLOCKED, BY_ROW), lambda b, i, h, q, k: BY_ROW[b, i - 1] and BLOCKED[b, k]),
-    "one head": (Knockout(BLOCKED, heads=[1]), lambda b, i, h, q, k: h == 1 and BLOCKED[b, k]),
-    "one head of one layer": (Knockout(BLOCKED, [2], [3]), lambda b, i, h, q, k: (i, h) == (2, 3) and BLOCKED[b, k]),
+    "one head": (Knockout(BLOCKED, heads=[2]), lambda b, i, h, q, k: h == 1 and BLOCKED[b, k]),
+    "one head of one layer": (Knockout(BLOCKED, [2], [4]), lambda b, i, h, q, k: (i, h) == (2, 3) and BLOCKED[b, k]),
     "heads by row": (
         Knockout(BLOCKED, BY_ROW, HEADS_BY_ROW),
         lambda b, i, h, q, k: BY_ROW[b, i - 1] and HEADS_BY_ROW[b, h] and BLOCKED[b, k],
@@ -74,7 +74,7 @@ def masks_by_loop(mllm, images: int, cut, text: int = 0) -> list[torch.Tensor]:
 
 def embedded(mllm, pixels, text: int = 0) -> torch.Tensor:
     """What the decoder is given: prefix, image and so many text tokens, f[B, N, d]."""
-    embed = lambda ids: mllm._decoder.embed_tokens(ids).expand(len(pixels), -1, -1)
+    embed = lambda ids: mllm.decoder.embed_tokens(ids).expand(len(pixels), -1, -1)
     adapter = mllm.states(pixels, ["adapter"])["adapter"]
     return torch.cat([embed(mllm.prefix_ids), adapter, embed(torch.arange(5, 5 + text)[None])], 1)
 
@@ -82,13 +82,13 @@ def embedded(mllm, pixels, text: int = 0) -> torch.Tensor:
 def reference_states(mllm, pixels, cut):
     """States at image positions behind each layer, by an attention written out."""
     inputs, masks = embedded(mllm, pixels), masks_by_loop(mllm, len(pixels), cut)
-    states = reference.llama_states(mllm._decoder, inputs, masks, torch.arange(inputs.shape[1]))
+    states = reference.llama_states(mllm.decoder, inputs, masks, torch.arange(inputs.shape[1]))
     return [state[:, mllm.prefix_ids.shape[1] :] for state in states]
 
 
 def stock_states(mllm, inputs, masks, attention: str) -> list[torch.Tensor]:
     """States behind each layer by transformers' own decoder under another attention, one mask a layer."""
-    decoder = copy.deepcopy(mllm._decoder)
+    decoder = copy.deepcopy(mllm.decoder)
     decoder.config._attn_implementation = attention
     found = []
     for layer, mask in zip(decoder.layers, masks, strict=True):
@@ -216,8 +216,8 @@ def test_additive_mask_is_refused():
 
 def test_eager_attention_is_refused(mllm, pixels, monkeypatch):
     """Its masks are additive."""
-    monkeypatch.setattr(mllm._decoder.config, "_attn_implementation", "eager")
-    with pytest.raises(ValueError, match="boolean mask, got torch.float32; run the model with sdpa"):
+    monkeypatch.setattr(mllm.decoder.config, "_attn_implementation", "eager")
+    with pytest.raises(ValueError, match="boolean mask, got torch.float32; use attn_implementation="):
         mllm.states(pixels, knockout=Knockout(BLOCKED))
 
 
@@ -228,16 +228,16 @@ def test_misfits_are_errors(mllm, pixels):
         mllm.states(pixels, knockout=Knockout(BLOCKED.long()))
     with pytest.raises(ValueError, match=r"layer 4 is out of range; this model has layers 1..3"):
         mllm.states(pixels, knockout=Knockout(BLOCKED, layers=[4]))
-    with pytest.raises(ValueError, match=r"head 4 is out of range; this model has heads 0..3"):
-        mllm.states(pixels, knockout=Knockout(BLOCKED, heads=[4]))
+    with pytest.raises(ValueError, match=r"head 5 is out of range; this model has heads 1..4"):
+        mllm.states(pixels, knockout=Knockout(BLOCKED, heads=[5]))
     with pytest.raises(ValueError, match=r"layers must be bool\[3, 3\].*\[3, 2\]"):
         mllm.states(pixels, knockout=Knockout(BLOCKED, layers=BY_ROW[:, :2]))
 
 
 def test_knockout_that_reaches_no_layer_raises(mllm, pixels, monkeypatch):
     """A model that stops handing masks to its layers makes the knockout a no-op; that must not pass."""
-    layer = type(mllm._decoder.layers[0])
+    layer = type(mllm.decoder.layers[0])
     forward = layer.forward
     monkeypatch.setattr(layer, "forward", lambda self, h, attention_mask=None, **kw: forward(self, h, **kw))
-    with pytest.raises(RuntimeError, match="attends under another mask"):
+    with pytest.raises(RuntimeError, match="runs with another mask"):
         mllm.states(pixels, knockout=Knockout(BLOCKED))

@@ -131,5 +131,5 @@ def test_padding_is_llavas(size):
 
 
 def test_unknown_aspect_is_refused():
-    with pytest.raises(ValueError, match="unknown image_resize 'crop'; there is squash, pad"):
+    with pytest.raises(ValueError, match="unknown image_resize 'crop'; expected one of squash, pad, center_crop"):
         Geometry(**CLIP, resize="crop")

@@ -15,11 +15,11 @@ LOOKING = [torch.tensor([True, False, False, True]), torch.tensor([False, True, 
 
 def eager_attention(mllm, pixels) -> list[torch.Tensor]:
     """f[B, A, N, N] by layer: the stock decoder on prefix and image, under eager attention with weights put out."""
-    decoder = copy.deepcopy(mllm._decoder)
+    decoder = copy.deepcopy(mllm.decoder)
     decoder.config._attn_implementation = "eager"
     adapter = mllm.states(pixels, ["adapter"])["adapter"]
     inputs = torch.cat([decoder.embed_tokens(mllm.prefix_ids).expand(len(pixels), -1, -1), adapter], 1)
-    allowed = mllm._masks(len(pixels))
+    allowed = mllm.attention_masks(len(pixels))
     mask = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
     with torch.no_grad():
         return decoder(inputs_embeds=inputs, attention_mask=mask, output_attentions=True, use_cache=False).attentions
@@ -50,8 +50,8 @@ def test_the_model_runs_as_ever_and_the_interface_is_left_alone(checkpoints):
 
 def test_a_model_that_goes_another_way_is_an_error(checkpoints, monkeypatch):
     mllm, pixels = probes.load(str(checkpoints["causal"])), tiny_models.pixels(1)
-    monkeypatch.setattr(mllm._decoder.config, "_attn_implementation", "eager")
-    with pytest.raises(RuntimeError, match="no attention was seen"):
+    monkeypatch.setattr(mllm.decoder.config, "_attn_implementation", "eager")
+    with pytest.raises(ValueError, match="no attention weights were captured"):
         attention_from(mllm, pixels, [(0, LOOKING[0])])
 
 

@@ -38,8 +38,7 @@ def check_masks(name: str, text_config: PreTrainedConfig, backend: str) -> None:
     config = copy.copy(text_config)
     config._attn_implementation = backend
     try:
-        if name not in MIXED_MASKS:
-            image_attention(name)
+        image_attention("causal" if name in MIXED_MASKS else name)
         mask = build_mask("causal", config, torch.ones(1, 1, dtype=torch.bool))
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -50,14 +49,8 @@ def check_masks(name: str, text_config: PreTrainedConfig, backend: str) -> None:
 def build_masks(name: str, text_config: PreTrainedConfig, is_image: Tensor, dtype: torch.dtype) -> Masks:
     """Return the mask among prefix and image, bool[B, 1, N, N] (True = may attend), per kind of layer if several.
 
-    Under eager attention the mask is additive instead. A sliding layer attends no further back than its window, also
-    among image tokens. Source: Gemma 3's masks.
-
-    Args:
-        name: Registered image attention, or "bidirectional_sliding": bidirectional in sliding-window layers only.
-        text_config: Config of the LLM.
-        is_image: bool[B, N].
-        dtype: dtype of an additive mask.
+    Under eager attention the mask is additive, in `dtype`. A sliding layer attends no further back than its window,
+    also among image tokens. Source: Gemma 3's masks.
 
     Raises:
         UserError: A layer does not support the mask.
@@ -79,11 +72,6 @@ def build_masks(name: str, text_config: PreTrainedConfig, is_image: Tensor, dtyp
             mask = mask.masked_fill(outside, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
         masks[kind] = mask
     return masks if len(kinds) > 1 else masks[kinds[0]]
-
-
-def may_attend(mask: Tensor) -> Tensor:
-    """Return a boolean or additive mask as booleans, True = may attend."""
-    return mask if mask.dtype == torch.bool else mask == 0
 
 
 def as_list(masks: Masks) -> list[Tensor]:

@@ -18,8 +18,7 @@ Compute = Callable[[int, Tensor], Tensor]
 def capture_attention(layers: nn.ModuleList, record: Callable[[int, Compute], None]) -> Iterator[None]:
     """Call record(layer 1..L, compute) for each decoder layer that runs while the context is open.
 
-    `compute(image, queries)` returns the weights of some tokens of an image, f[A, q, N] in float32. All of them would be
-    A x N x N per image. The outputs of the model do not change.
+    `compute(image, queries)` returns the weights of some tokens of an image, f[A, q, N] in float32.
 
     Raises:
         UserError: No layer attended through transformers' sdpa interface.
@@ -34,8 +33,12 @@ def capture_attention(layers: nn.ModuleList, record: Callable[[int, Compute], No
 
             def compute(image: int, queries: Tensor) -> Tensor:
                 group = query.shape[1] // key.shape[1]  # query heads per key head
-                logits = query[image][:, queries] @ key[image].repeat_interleave(group, 0).transpose(1, 2) * scale
-                allowed = attention_mask[image][:, queries]
+                logits = (
+                    query[image][:, queries.to(query.device)]
+                    @ key[image].repeat_interleave(group, 0).transpose(1, 2)
+                    * scale
+                )
+                allowed = attention_mask[image][:, queries.to(query.device)]
                 return logits.float().masked_fill(~allowed, -inf).softmax(-1)
 
             record(layer_of[module], compute)
@@ -48,6 +51,6 @@ def capture_attention(layers: nn.ModuleList, record: Callable[[int, Compute], No
         ALL_ATTENTION_FUNCTIONS["sdpa"] = stock
     if not recorded:
         raise UserError(
-            "no attention weights were captured; this needs attn_implementation='sdpa' and a model that attends through "
+            "no attention weights were captured; expected attn_implementation='sdpa' and a model that uses "
             "transformers' attention interface"
         )

@@ -7,7 +7,7 @@ Shapes: B images, T image tokens, P tokens before the image, N = P + T, d width 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 
 import torch
 from PIL import Image
@@ -19,7 +19,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import load_weights
 from probes.ops.geometry import Geometry
 
-from .attention_masks import Masks, as_list, build_masks, check_masks, last_rows, may_attend, supports_masks
+from .attention_masks import Masks, as_list, build_masks, check_masks, last_rows, supports_masks
 from .attention_weights import capture_attention
 from .families import Family, family_of, own_image_attention
 from .knockout import Knockout
@@ -53,13 +53,11 @@ class FrozenMLLM(nn.Module):
         widths: d per site.
         grid: Rows and columns of image tokens, the same at all sites. T is their product.
         geometry: How images become squares, and the position of the grid on an image and its mask.
-        image_attention: Attention mask among image tokens that the model runs with.
-        own_image_attention: Mask that the model was trained with.
+        image_attention, own_image_attention: Mask that the model runs with, and the one that it was trained with.
         revision: Commit hash of a checkpoint from the hub; None for a local directory.
 
-    The keys and values of the prompt before the image are cached. The cache follows edits of the LLM's weights (in place,
-    `load_state_dict`, `.to`). Call :meth:`clear_prefix_cache` after in-place edits of `parameter.data` and after adding
-    or removing hooks on the LLM.
+    The cached prompt follows edits of the LLM's weights (in place, `load_state_dict`, `.to`). Call
+    :meth:`clear_prefix_cache` after in-place edits of `parameter.data` and after adding or removing hooks on the LLM.
     """
 
     def __init__(
@@ -88,7 +86,7 @@ class FrozenMLLM(nn.Module):
         self.register_buffer("ids", torch.tensor([ids]), persistent=False)
         self.register_buffer("is_image", self.ids[0] == model.config.image_token_id, persistent=False)
         self._prefix_kv: list[tuple[Tensor, Tensor]] | None = None
-        self._prefix_weights: list[tuple] = []  # weights that the cache was computed with
+        self._prefix_weights: list[tuple] = []  # the weights that it was computed with
         # Checked once, because reading the answer would synchronise a GPU in each forward.
         self._prefix_is_shared = self._shares_prefix(self.attention_masks(1))
 
@@ -115,10 +113,7 @@ class FrozenMLLM(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return the pixels f[B, 3, H, W] of images, resized as `geometry` says and normalised.
-
-        Families with several normalisations have 3 channels for each of them.
-        """
+        """Return the pixels f[B, 3, H, W] of images, resized by `geometry`; 3 channels for each normalisation."""
         squares = [self.geometry.place(image) for image in images]
         pixels = [processor(squares, return_tensors="pt")["pixel_values"] for processor in self.image_processors]
         return torch.cat(pixels, dim=1)
@@ -153,11 +148,10 @@ class FrozenMLLM(nn.Module):
         start = self.prefix_ids.shape[1] if self._prefix_is_shared else 0
         cache = self._prefix_cache(len(pixels)) if start and depth > 0 else None
         rows = last_rows(masks, self.ids.shape[1] - start)
-        cut = (
-            knockout.apply(self.decoder.layers, rows, self.is_image, depth) if knockout and depth > 0 else nullcontext()
-        )
         states: dict[str, Tensor] = {}
-        with ExitStack() as hooks, cut, suppress(_StopForward):
+        with ExitStack() as hooks, suppress(_StopForward):
+            if knockout and depth > 0:
+                hooks.enter_context(knockout.apply(self.decoder.layers, rows, self.is_image, depth))
             for handle in self._recording_hooks(states, wanted, len(pixels), start):
                 hooks.callback(handle.remove)
             if masks is not None:
@@ -170,10 +164,7 @@ class FrozenMLLM(nn.Module):
                 **self.family.inputs(self.model, pixels, self.is_image[start:].expand(len(pixels), -1)),
             )
         if missing := [site for site in wanted if site not in states]:
-            raise UserError(
-                f"no states of {missing[0]}: the forward does not call the module that the family of this model names; "
-                "correct its entry in probes/models/families"
-            )
+            raise UserError(f"no states of {missing[0]}: the forward does not call the module that the family names")
         return {site: states[site].to(self.device) for site in wanted}
 
     forward = states
@@ -198,8 +189,8 @@ class FrozenMLLM(nn.Module):
             average_heads: If False, return the weights of each head.
 
         Returns:
-            f[L, q, T], or f[L, A, q, T] per head, for each entry of `queries`: float32, on the CPU. A row sums to 1 minus
-            the attention to tokens outside of the image.
+            f[L, q, T], or f[L, A, q, T] per head, for each entry of `queries`: float32, on the CPU. A row sums to 1
+            minus the attention to tokens outside of the image.
 
         Raises:
             UserError: A layer is unknown, or the model does not attend through transformers' sdpa interface.
@@ -208,14 +199,14 @@ class FrozenMLLM(nn.Module):
         sites = self.check_sites([layer_site(layer) for layer in layers])
         if queries is None:
             queries = [(i, torch.ones(self.grid[0] * self.grid[1], dtype=torch.bool)) for i in range(len(pixels))]
-        positions = self.is_image.nonzero().flatten() - len(self.is_image)  # from the end: a prefix may run along
+        positions = self.is_image.cpu().nonzero().flatten() - len(self.is_image)  # from the end: prefix or not
         weights: list[dict[int, Tensor]] = [{} for _ in queries]
 
         def record(layer: int, compute: Callable[[int, Tensor], Tensor]) -> None:
             for (image, tokens), by_layer in zip(queries, weights, strict=True):
                 if layer in layers:
-                    heads = compute(image, positions[tokens.nonzero().flatten().to(self.device)])
-                    by_layer[layer] = (heads.mean(0) if average_heads else heads)[..., positions].cpu()
+                    heads = compute(image, positions[tokens.cpu()])
+                    by_layer[layer] = (heads.mean(0) if average_heads else heads).cpu()[..., positions]
 
         if self._prefix_is_shared:
             self._prefix_cache(1)  # before the capture, which must not include it
@@ -232,20 +223,14 @@ class FrozenMLLM(nn.Module):
             UserError: The site is unknown, or "encoder", whose states are not in the LLM's space.
         """
         if site == ENCODER:
-            raise UserError(
-                f"the logit lens cannot read {ENCODER!r}, which is not in the LLM's space; use a later site"
-            )
+            raise UserError(f"states of {ENCODER!r} are not in the LLM's space; use a later site for the logit lens")
         self.check_sites([site])
         logits = self.model.get_output_embeddings()(states if site == FINAL_NORM else self.decoder.norm(states))
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def check_sites(self, sites: Sequence[str] | None) -> list[str]:
-        """Return `sites` as a list, or all sites for None.
-
-        Raises:
-            UserError: A site is unknown.
-        """
+        """Return `sites` as a list, or all sites for None; raise a UserError if one is unknown."""
         unknown = set(sites or ()) - set(self.sites)
         if unknown:
             raise UserError(f"unknown site {min(unknown)!r}; this model has {', '.join(self.sites)}")
@@ -254,14 +239,11 @@ class FrozenMLLM(nn.Module):
     def attention_masks(self, batch: int, knockout: Knockout | None = None) -> Masks | None:
         """Return the masks among prefix and image tokens, bool[B, 1, N, N] (True = may attend), before any knockout.
 
-        A dict by kind of layer if there are several kinds. None if the model supports its own attention only.
-
-        Raises:
-            UserError: The model does not support its `image_attention`, or no knockouts.
+        A dict by kind of layer if there are several kinds. None if the model supports its own attention only; then a
+        knockout raises a UserError.
         """
         text_config = self.model.config.get_text_config()
-        stock = self.image_attention == self.own_image_attention and knockout is None
-        if stock and not supports_masks(text_config):
+        if self.image_attention == self.own_image_attention and knockout is None and not supports_masks(text_config):
             return None
         return build_masks(self.image_attention, text_config, self.is_image.expand(batch, -1), self.model.dtype)
 
@@ -270,7 +252,8 @@ class FrozenMLLM(nn.Module):
         prefix = self.prefix_ids.shape[1]
         if masks is None or not self.family.shared_prefix:
             return False
-        return not any(may_attend(mask)[:, :, :prefix, prefix:].any() for mask in as_list(masks))
+        blocks = [mask[:, :, :prefix, prefix:] for mask in as_list(masks)]
+        return not any((block if block.dtype == torch.bool else block == 0).any() for block in blocks)
 
     def _prefix_cache(self, batch: int) -> DynamicCache:
         """Return keys and values of the prefix, computed for one image and shared by the batch."""
@@ -313,8 +296,7 @@ class FrozenMLLM(nn.Module):
         if states.numel() != batch * tokens * width:
             raise UserError(
                 f"the encoder outputs {states.numel() / (batch * width):g} tokens per image of width {width}; expected "
-                f"{tokens} for the grid {self.grid}. Check whether the CLS token is dropped if and only if the encoder "
-                "has one, and token_px and encoder_width of the family"
+                f"{tokens} for the grid {self.grid}. Check token_px and encoder_width of the family, and the CLS token"
             )
         return states.reshape(batch, tokens, width)
 
@@ -322,8 +304,7 @@ class FrozenMLLM(nn.Module):
 def _image_ids(grid: tuple[int, int], image_id: int, separator_id: int | None) -> list[int]:
     """Return the token ids of the image up to its last image token."""
     separator = [] if separator_id is None else [separator_id]
-    ids = ([image_id] * grid[1] + separator) * grid[0]
-    return ids[: len(ids) - len(separator)]
+    return ([image_id] * grid[1] + separator) * (grid[0] - 1) + [image_id] * grid[1]
 
 
 def load(
@@ -352,8 +333,8 @@ def load(
             checkpoint's own way.
         revision: Branch, tag or commit of a hub id. The commit is recorded as `FrozenMLLM.revision`.
         device_map: transformers' device map, to spread a model over devices; excludes `device`.
-        attn_implementation: transformers' attention backend. "sdpa" (default) supports everything; "eager" supports
-            neither knockouts nor :meth:`FrozenMLLM.attention`. Backends that ignore masks are rejected.
+        attn_implementation: transformers' attention backend; None: "sdpa". "eager" supports neither knockouts nor
+            :meth:`FrozenMLLM.attention`. Backends that ignore masks are rejected.
         prefix: Text before the image. None: the checkpoint's chat template up to the image.
         untrained: Parts to re-initialise, as controls without training: "adapter", "llm".
         seed: Seed of the re-initialisation.
@@ -374,14 +355,8 @@ def load(
     model = load_weights("MLLM", family.model_cls, path, config, **options, **hub)
     reinitialize(model, family, untrained, seed)
     processors, resize = read_image_processors(path, family, **hub)
-    mllm = FrozenMLLM(
-        model,
-        family,
-        processors,
-        read_prefix_ids(path, family, prefix, **hub),
-        attention,
-        image_resize or getattr(config, "image_resize", None) or resize,
-        read_separator_id(path, family, **hub),
-        getattr(hub["revision"], "resolved", None),
-    )
+    resize = image_resize or getattr(config, "image_resize", None) or resize
+    ids, separator_id = read_prefix_ids(path, family, prefix, **hub), read_separator_id(path, family, **hub)
+    commit = getattr(hub["revision"], "resolved", None)
+    mllm = FrozenMLLM(model, family, processors, ids, attention, resize, separator_id, commit)
     return mllm if device_map is not None else mllm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,17 +1,14 @@
 """Attention knockout among image tokens (paper, Eq. 1).
 
-A(t <- s) = -inf for all image tokens t and all s in B_c: no image token may attend to a blocked token, and blocked tokens
-still attend to all others. The pairs are removed from the mask that the model runs with, so that padding, causality and
-text rows do not change.
-
-Beyond the paper, a knockout can be limited to layers and heads, can differ between the rows of a batch, and can be
-reversed (:meth:`Knockout.only`).
+A(t <- s) = -inf for all image tokens t and all s in B_c: no image token may attend to a blocked token; blocked tokens
+still attend to all others. The pairs are removed from the mask of the model; padding, causality and text rows remain.
+Beyond the paper, a knockout can be limited to layers and heads, and can differ between the rows of a batch.
 
 Shapes: B batch, T image tokens, N tokens, the last Q of them as queries, L layers, A attention heads.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +37,7 @@ class Knockout:
 
     @classmethod
     def only(cls, kept: Tensor, layers: Sequence[int] | Tensor | None = None) -> "Knockout":
-        """Return the reverse knockout: image tokens attend to the `kept` image tokens bool[B, T] and themselves only."""
+        """Return the reverse knockout: image tokens attend to `kept` image tokens bool[B, T] and themselves only."""
         return cls(all_but(kept), layers)
 
     def cut(self, mask: Tensor, is_image: Tensor) -> Tensor:
@@ -65,8 +62,8 @@ class Knockout:
         images, tokens = mask.shape[0], int(is_image.sum())
         if self.blocked.dtype != torch.bool or self.blocked.shape not in ((images, tokens), (images, tokens, tokens)):
             raise UserError(
-                f"blocked must be bool[{images}, {tokens}] (images, image tokens) or bool[{images}, {tokens}, {tokens}] "
-                f"(images, queries, keys); got {self.blocked.dtype} {list(self.blocked.shape)}"
+                f"blocked must be bool[{images}, {tokens}] (images, image tokens) or bool[{images}, {tokens}, "
+                f"{tokens}] (images, queries, keys); got {self.blocked.dtype} {list(self.blocked.shape)}"
             )
         blocked = self.blocked.to(mask.device)
         pairs = blocked[:, None, :] if blocked.ndim == 2 else blocked
@@ -84,13 +81,9 @@ class Knockout:
 
     @contextmanager
     def apply(self, layers: nn.ModuleList, masks: Masks, is_image: Tensor, depth: int) -> Iterator[None]:
-        """Replace the mask of the chosen layers by the cut one while the context is open.
+        """Replace the mask of the chosen decoder layers by the cut one while the context is open.
 
-        Args:
-            layers: Layers of the decoder.
-            masks: bool[B, 1, Q, N], the mask that the model runs with, per kind of layer if there are several.
-            is_image: bool[N], as in :meth:`cut`.
-            depth: Number of layers that run before the forward stops.
+        `masks` bool[B, 1, Q, N] are those that the model runs with; `depth` layers run before the forward stops.
 
         Raises:
             UserError: A layer or head is out of range.
@@ -98,7 +91,10 @@ class Knockout:
         """
         images, replaced = len(as_list(masks)[0]), []
         chosen = _select_rows(self.layers, images, len(layers), "layer").to(is_image.device)
-        cuts = [(mask, self._in_heads(mask, self.cut(mask, is_image), layers)) for mask in as_list(masks)]
+        cuts = [(mask, self.cut(mask, is_image)) for mask in as_list(masks)]
+        if self.heads is not None:
+            heads = _select_rows(self.heads, images, layers[0].self_attn.config.num_attention_heads, "head")
+            cuts = [(mask, torch.where(heads.to(mask.device)[:, :, None, None], cut, mask)) for mask, cut in cuts]
 
         def replace(layer: int, kwargs: dict) -> dict:
             given, rows = kwargs.get("attention_mask"), chosen[:, layer - 1]
@@ -110,27 +106,14 @@ class Knockout:
             raise RuntimeError(f"layer {layer} runs with another mask than the one to cut: {given}")
 
         cut_layers = (chosen.any(0).nonzero().flatten() + 1).tolist()
-        handles = [
-            layers[layer - 1].self_attn.register_forward_pre_hook(
-                lambda module, args, kwargs, layer=layer: (args, replace(layer, kwargs)), with_kwargs=True
-            )
-            for layer in cut_layers
-        ]
-        try:
+        with ExitStack() as hooks:
+            for layer in cut_layers:
+                hook = lambda _, args, kwargs, layer=layer: (args, replace(layer, kwargs))
+                hooks.callback(layers[layer - 1].self_attn.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
         missed = {layer for layer in cut_layers if layer <= depth} - set(replaced)
         if missed:
             raise RuntimeError(f"the knockout did not reach layers {sorted(missed)}")
-
-    def _in_heads(self, mask: Tensor, cut: Tensor, layers: nn.ModuleList) -> Tensor:
-        """Return `cut` in the chosen heads and `mask` in the others, bool[B, A, Q, N]; `cut` for all heads."""
-        if self.heads is None:
-            return cut
-        heads = _select_rows(self.heads, len(mask), layers[0].self_attn.config.num_attention_heads, "head")
-        return torch.where(heads.to(mask.device)[:, :, None, None], cut, mask)
 
 
 def all_but(kept: Tensor) -> Tensor:

@@ -35,12 +35,8 @@ def check_numbers(path: str, family: Family, config: PreTrainedConfig) -> None:
         side, text_config = family.grid(config)[0], config.get_text_config()
         if not 1 <= side <= MAX_TOKENS_PER_SIDE:
             raise UserError(f"{side} x {side} image tokens; expected 1 to {MAX_TOKENS_PER_SIDE} per side")
-        sizes = {
-            "layers of the LLM": text_config.num_hidden_layers,
-            "width of the LLM": text_config.hidden_size,
-            "width of the encoder": family.encoder_width(config),
-        }
-        for name, size in sizes.items():
+        sizes = {"layers of the LLM": text_config.num_hidden_layers, "width of the LLM": text_config.hidden_size}
+        for name, size in (sizes | {"width of the encoder": family.encoder_width(config)}).items():
             if size < 1:
                 raise UserError(f"{name}: {size}; expected 1 or more")
 
@@ -73,12 +69,7 @@ def read_image_processors(path: str, family: Family, **hub: Any) -> tuple[list[C
 
 
 def read_prefix_ids(path: str, family: Family, prefix: str | None = None, **hub: Any) -> list[int]:
-    """Return the token ids before the first image token, including begin-of-sequence.
-
-    Args:
-        path: Directory or hub id of the checkpoint.
-        family: Family of the checkpoint.
-        prefix: Text before the image; None: the checkpoint's chat template up to the image.
+    """Return the token ids before the first image token, of `prefix` or of the chat template up to the image.
 
     Raises:
         UserError: There is no chat template, it has no image, or the tokenizer lacks a token of the family.

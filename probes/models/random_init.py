@@ -11,13 +11,7 @@ from .families import Family
 
 
 def reinitialize(model: PreTrainedModel, family: Family, parts: Sequence[str], seed: int) -> None:
-    """Re-initialise the adapter as torch does (times the gain of the config) and the LLM as transformers does.
-
-    Args:
-        model: Changed in place.
-        family: Family of the model.
-        parts: "adapter", "llm".
-        seed: Random seed.
+    """Re-initialise "adapter" (as torch does, times the gain of the config) or "llm" (as transformers does) in place.
 
     Raises:
         UserError: A part is unknown, or its own initialisation sets a weight to zero.

@@ -65,11 +65,8 @@ def bilinear_weights(
 ) -> Tensor:
     """Return the matrix f[n_out, n_in] that resamples one axis bilinearly. Its rows sum to 1.
 
-    Without `extent` it equals `F.interpolate(mode="bilinear", align_corners=False, antialias=False)`, up or down, at any
-    ratio. The tensor is cached; do not modify it.
-
-    Raises:
-        ValueError: A size is below 1.
+    Without `extent` it equals `F.interpolate(mode="bilinear", align_corners=False, antialias=False)`, also downwards.
+    The tensor is cached; do not modify it.
     """
     if min(n_in, n_out) < 1:
         raise ValueError(f"sizes must be at least 1, got n_in={n_in} and n_out={n_out}")
@@ -97,20 +94,11 @@ def make_plan(
     *,
     view: GridPlacement | None = None,
     stride: int = 1,
-    max_rows: int | None = None,
 ) -> ResamplingPlan:
-    """Return the weights and chunks that upsample `images` grids of `classes` logits.
+    """Return the weights and chunks that upsample `images` grids (h, w) of `classes` logits to `size` (H, W).
 
-    Args:
-        images: Number of grids. `ResamplingPlan.images` of them form a chunk.
-        classes: K.
-        grid: (h, w).
-        size: (H, W).
-        dtype: dtype of the weights.
-        device: Device of the weights. Its type also sets the chunk size.
-        view: Position of the grid on the pixels. None: the grid covers them exactly.
-        stride: Use every stride-th pixel row and column only, from `stride // 2` on.
-        max_rows: Maximum number of pixel rows per chunk. None: as many as fit.
+    The type of the device sets the chunk size. `view` is the position of the grid on the pixels; None: the grid covers
+    them exactly. `stride` > 1 uses every stride-th pixel row and column only, from `stride // 2` on.
     """
     (h, w), (height, width), pixels = grid, size, slice(stride // 2, None, stride)
     view = view or GridPlacement.full(size)
@@ -119,7 +107,7 @@ def make_plan(
     cols = bilinear_weights(w, width, view.cols, dtype=dtype, device=device)[pixels].T.contiguous()
     nodes, n_cols = axis_nodes(h, height, view.rows)[0][pixels], cols.shape[1]
     # A band has all its rows, unless a strip of 64 columns would exceed the chunk.
-    most = max_rows or max(1, numel // (classes * min(n_cols, 64)))
+    most = max(1, numel // (classes * min(n_cols, 64)))
     bands, first = [], 0
     for lo, group in groupby(nodes.tolist()):
         hi, last = min(lo + 2, h), first + len(list(group))
@@ -129,7 +117,7 @@ def make_plan(
             bands.append(Band(start, stop, lo, hi, weights, weights[-1, :, None, None]))
         first = last
     highest = max(band.stop - band.start for band in bands)
-    # Tile widths are multiples of 32: a maximum over classes vectorises along pixels in such steps and is slow otherwise.
+    # Tile widths are multiples of 32: a maximum over classes vectorises along pixels in such steps only.
     tile = min(n_cols, 32 * _part_size(-(-n_cols // 32), numel // (highest * classes * 32)))
     tiles = tuple(slice(x, min(x + tile, n_cols)) for x in range(0, n_cols, tile))
     # The h upsampled rows count as well: if the grid is finer than the mask, they are larger than a band.
@@ -150,14 +138,10 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
 
 @torch.no_grad()
 def upsampled_argmax(logits: Tensor, size: tuple[int, int], view: GridPlacement | None = None) -> Tensor:
-    """Return the predicted class per pixel, uint8[..., H, W], or int16 if K > 255.
+    """Return the predicted class per pixel, uint8[..., H, W], or int16 if K > 255, of finite logits f[..., K, h, w].
 
-    Equals `F.interpolate(logits, size, mode="bilinear").argmax(-3)` up to ties, in the memory of one chunk.
-
-    Args:
-        logits: f[..., K, h, w], finite.
-        size: (H, W).
-        view: Position of the grid on the pixels. None: the grid covers them exactly.
+    Equals `F.interpolate(logits, size, mode="bilinear").argmax(-3)` up to ties, in the memory of one chunk. `view` is
+    the position of the grid on the pixels; None: the grid covers them exactly.
 
     Raises:
         ValueError: `logits` has fewer than three axes, or one of the last three is empty.

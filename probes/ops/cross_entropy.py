@@ -9,8 +9,7 @@ With z the logits on the patch grid and U the bilinear upsampling (`bilinear.py`
   logsumexp; backward only scales it.
 - No tensor is larger than a chunk or than K * h * W (upsampled along one axis only).
 
-Labels at the resolution of the token grid would cost 3 mIoU points. Pixels may be skipped (`label_stride`), the
-interpolation may not.
+Labels at the resolution of the token grid would cost 3 mIoU points; `label_stride` skips pixels, not the interpolation.
 
 Legend: P probes, B images, K classes, h w patch grid, H W pixels, R C pixel rows and columns of one chunk.
 """
@@ -40,7 +39,6 @@ def upsampled_cross_entropy(
     *,
     view: GridPlacement | None = None,
     label_stride: int = 1,
-    rows: int | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """Return the cross-entropy of the upsampled logits: a scalar, or f[P] for P probes that share the target.
@@ -56,15 +54,13 @@ def upsampled_cross_entropy(
         ignore_index: Label of the pixels that are excluded.
         view: Position of the grid on the pixels of `target`. None: the grid covers them exactly.
         label_stride: s > 1 uses every s-th pixel row and column only, from `s // 2` on. The upsampling is the same.
-        rows: Maximum number of pixel rows per chunk. None: as many as suit the cache.
         reduction: "mean" over the valid pixels, or "sum".
 
     Raises:
-        ValueError: Shapes or arguments are invalid, or a label is neither a class nor `ignore_index`. Labels are
-            checked on a CPU only, since the check would synchronise with a GPU. In the Triton kernel an invalid label
-            makes the loss NaN.
+        ValueError: An argument is invalid, or a label is neither a class nor `ignore_index`. Labels are checked on a
+            CPU only, since that would synchronise a GPU; the Triton kernel returns NaN for invalid labels.
     """
-    _check_arguments(logits, target, label_stride, rows, reduction)
+    _check_arguments(logits, target, label_stride, reduction)
     probes = logits if logits.ndim == 5 else logits[None]
     n_probes, n_images, classes, *grid = probes.shape
     dtype, size = compute_dtype(logits), tuple(target.shape[1:])
@@ -83,9 +79,7 @@ def upsampled_cross_entropy(
             if labels.device.type == "cpu":
                 _check_labels(labels, classes, ignore_index)
             images = n_probes * n_images
-            plan = make_plan(
-                images, classes, tuple(grid), size, dtype, logits.device, view=view, stride=label_stride, max_rows=rows
-            )
+            plan = make_plan(images, classes, tuple(grid), size, dtype, logits.device, view=view, stride=label_stride)
             losses = _CrossEntropySum.apply(probes, _sum_in_chunks, labels, valid, plan, needs_grad)
         if reduction == "mean":
             losses = losses / valid.sum().clamp(min=1)
@@ -97,7 +91,7 @@ def subsample(target: Tensor, stride: int) -> Tensor:
     return target[..., stride // 2 :: stride, stride // 2 :: stride]
 
 
-def _check_arguments(logits: Tensor, target: Tensor, label_stride: int, rows: int | None, reduction: str) -> None:
+def _check_arguments(logits: Tensor, target: Tensor, label_stride: int, reduction: str) -> None:
     if logits.ndim not in (4, 5) or 0 in logits.shape or not logits.is_floating_point():
         raise ValueError(f"expected logits f[B, K, h, w] or f[P, B, K, h, w], got {logits.dtype}{list(logits.shape)}")
     n_images = logits.shape[-4]
@@ -108,8 +102,6 @@ def _check_arguments(logits: Tensor, target: Tensor, label_stride: int, rows: in
         )
     if label_stride < 1 or label_stride // 2 >= min(target.shape[1:]):
         raise ValueError(f"label_stride={label_stride} leaves no pixel of {list(target.shape[1:])}")
-    if rows is not None and rows < 1:
-        raise ValueError(f"rows must be at least 1, got {rows}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction must be "mean" or "sum", got {reduction!r}')
 
@@ -134,9 +126,8 @@ class _CrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output: Tensor) -> tuple:
         (grads,) = ctx.saved_tensors
-        return (grads * grad_output[:, None, None, None, None]).to(ctx.logits_dtype), *[None] * (
-            len(ctx.needs_input_grad) - 1
-        )
+        grad = (grads * grad_output[:, None, None, None, None]).to(ctx.logits_dtype)
+        return grad, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def _sum_in_chunks(

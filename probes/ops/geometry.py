@@ -6,10 +6,10 @@ A model sees a square of `image_px` pixels. `image_resize` says how an image bec
     pad           the image centred on a square of its mean colour, then resized (LLaVA-1.5 stage 2 and evaluation)
     center_crop   the shorter side resized to `image_px`, then the centre square (CLIP's processor; LLaVA-1.5 stage 1)
 
-The tokens divide the square into an h x w grid. A border remains at the right and the bottom if the patch size does not
-divide `image_px` (SigLIP: 27 x 14 = 378 of 384 px). A `GridPlacement` says where that grid is on a mask of H x W pixels,
-which has the size of the image. Probe logits are upsampled to that mask, and masks are never resized. Pixels outside the
-grid (the border, and what `center_crop` cuts off) take the logits of the nearest token.
+The tokens divide the square into an h x w grid. A border remains at the right and the bottom if the patch size does
+not divide `image_px` (SigLIP: 27 x 14 = 378 of 384 px). A `GridPlacement` is the position of that grid on a mask of
+H x W pixels, the size of the image. Logits are upsampled to the mask; masks are never resized. Pixels outside the grid
+(the border, and what `center_crop` cuts off) take the logits of the nearest token.
 
     H x W = 4 x 8, grid 2 x 2
     squash        rows AxisExtent(0, 4), columns AxisExtent(0, 8)
@@ -59,8 +59,7 @@ class GridPlacement(NamedTuple):
 
     def token_of_pixel(self, grid: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return the grid row of each pixel row, i64[H], and the grid column of each column, i64[W]; -1 outside."""
-        rows, cols = (axis.token_of_pixel(n, pixels) for axis, n, pixels in zip(self, grid, size, strict=True))
-        return rows, cols
+        return self.rows.token_of_pixel(grid[0], size[0]), self.cols.token_of_pixel(grid[1], size[1])
 
 
 @dataclass(frozen=True)
@@ -120,11 +119,10 @@ class Geometry:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return the image with 8 bits per channel and without transparency.
+    """Return the image as RGB without transparency.
 
     Raises:
-        UserError: The image has more than 8 bits per channel. Its mode does not say which value is white, and PIL would
-            clip at 255.
+        UserError: The image has more than 8 bits per channel. Its mode does not define white; PIL would clip at 255.
     """
     if image.mode.startswith(("I", "F")):
         raise UserError(
@@ -135,8 +133,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _padding(size: tuple[int, int]) -> tuple[int, int]:
     """Return the padding before the image on each axis of `size`. Source: LLaVA mm_utils.py expand2square."""
-    first, second = ((max(size) - length) // 2 for length in size)
-    return first, second
+    return (max(size) - size[0]) // 2, (max(size) - size[1]) // 2
 
 
 def axis_nodes(n_in: int, n_out: int, extent: AxisExtent | None) -> tuple[Tensor, Tensor]:

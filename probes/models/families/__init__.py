@@ -1,8 +1,4 @@
-"""MLLM families: the modules of encoder, adapter and LLM, and the image format, per `model_type`.
-
-A family is one entry, see :class:`.base.Family`. Encoder states are the input of the adapter, adapter states the input of
-the LLM at image positions. Both are read from the model's own forward.
-"""
+"""MLLM families: modules of encoder, adapter and LLM, and the image format; one :class:`.base.Family` per kind."""
 
 from transformers import PreTrainedConfig
 
@@ -50,19 +46,15 @@ def register_family(model_type: str, family: Family) -> None:
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """Return the family of a checkpoint's config.
-
-    Raises:
-        UserError: The family is not registered, or cannot be probed.
-    """
+    """Return the family of a checkpoint's config; raise a UserError if it is not registered or cannot be probed."""
     kind = config.model_type
     if kind in FAMILIES:
         return FAMILIES[kind]
     if kind in UNSUPPORTED:
         raise UserError(f"{kind} cannot be probed patch by patch: {UNSUPPORTED[kind]}")
     raise UserError(
-        f"no MLLM family {kind!r}; registered: {', '.join(FAMILIES)}. If image tokens are in the LLM's sequence, add it "
-        "with probes.register_family: class, input and token size in pixels, width of the encoder, module of the adapter"
+        f"no MLLM family {kind!r}; registered: {', '.join(FAMILIES)}. If image tokens are in the sequence of its LLM, "
+        "add it with probes.register_family: class, input and token size in pixels, encoder width, adapter module"
     )
 
 

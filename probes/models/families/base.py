@@ -11,12 +11,23 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llava_bidir.common.errors import UserError
 
 
-def _pixels_only(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
-    return {"pixel_values": pixels}
+def square_side(size: int | list[int] | tuple[int, ...]) -> int:
+    """Return the side of a square that a config specifies by one number or two."""
+    if isinstance(size, int):
+        return size
+    if len(set(size)) != 1:
+        raise UserError(f"encoder input of {list(size)} px is not supported; expected a square")
+    return size[0]
 
 
-def _first_argument(model: PreTrainedModel, args: tuple) -> Tensor:
-    return args[0]
+def image_size(config: PreTrainedConfig) -> int:
+    """Return the input side of the encoder in pixels."""
+    return square_side(config.vision_config.image_size)
+
+
+def patch_size(config: PreTrainedConfig) -> int:
+    """Return the patch side of the encoder in pixels."""
+    return square_side(config.vision_config.patch_size)
 
 
 @dataclass(frozen=True)
@@ -28,7 +39,7 @@ class Family:
     Args:
         model_class: Name of a transformers class, or a class.
         image_px: Side of the square input in pixels, from the config.
-        token_px: Side of the square that one image token covers in pixels: the patch size times the merged patches.
+        token_px: Side of the square that one image token covers in pixels: the patch, or the patches merged into it.
         encoder_width: Width of the encoder states.
         adapter: Modules from encoder states to LLM inputs, in order; re-initialised by "untrained".
         encoder_output_module: Module whose input is the encoder output. If patches are merged before the first linear
@@ -49,13 +60,13 @@ class Family:
     """
 
     model_class: str | type[PreTrainedModel]
-    image_px: Callable[[PreTrainedConfig], int]
-    token_px: Callable[[PreTrainedConfig], int | Fraction]
-    encoder_width: Callable[[PreTrainedConfig], int]
+    image_px: Callable[[PreTrainedConfig], int] = image_size
+    token_px: Callable[[PreTrainedConfig], int | Fraction] = patch_size
+    encoder_width: Callable[[PreTrainedConfig], int] = lambda config: config.vision_config.hidden_size
     adapter: tuple[str, ...] = ("multi_modal_projector",)
     encoder_output_module: str | None = None
-    encoder_states: Callable[[PreTrainedModel, tuple], Tensor] = _first_argument
-    inputs: Callable[[PreTrainedModel, Tensor, Tensor], dict] = _pixels_only
+    encoder_states: Callable[[PreTrainedModel, tuple], Tensor] = lambda model, args: args[0]
+    inputs: Callable[[PreTrainedModel, Tensor, Tensor], dict] = lambda model, pixels, is_image: {"pixel_values": pixels}
     language_model: str = "language_model"
     image_attention: str | Callable[[PreTrainedConfig], str] = "causal"
     image_resize: str | None = "squash"
@@ -108,22 +119,3 @@ def _module_at(model: PreTrainedModel, path: str) -> nn.Module:
             )
         module, parent = child, f"{parent}.{name}"
     return module
-
-
-def square_side(size: int | list[int] | tuple[int, ...]) -> int:
-    """Return the side of a square that a config specifies by one number or two."""
-    if isinstance(size, int):
-        return size
-    if len(set(size)) != 1:
-        raise UserError(f"encoder input of {list(size)} px is not supported; expected a square")
-    return size[0]
-
-
-def image_size(config: PreTrainedConfig) -> int:
-    """Return the input side of the encoder in pixels."""
-    return square_side(config.vision_config.image_size)
-
-
-def patch_size(config: PreTrainedConfig) -> int:
-    """Return the patch side of the encoder in pixels."""
-    return square_side(config.vision_config.patch_size)

@@ -31,16 +31,10 @@ def _two_resolutions(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -
     return {"pixel_values": low, "high_res_pixel_values": high}
 
 
+_COMMON = {"adapter": ("aligner",), "image_resize": None, "placeholder": "<image_placeholder>"}
+
 DEEPSEEK = {
-    "deepseek_vl": Family(
-        "DeepseekVLForConditionalGeneration",
-        image_px=image_size,
-        token_px=patch_size,
-        encoder_width=lambda config: config.vision_config.hidden_size,
-        adapter=("aligner",),
-        image_resize=None,
-        placeholder="<image_placeholder>",
-    ),
+    "deepseek_vl": Family("DeepseekVLForConditionalGeneration", **_COMMON),
     "deepseek_vl_hybrid": Family(
         "DeepseekVLHybridForConditionalGeneration",
         image_px=_high_res_px,
@@ -49,21 +43,10 @@ DEEPSEEK = {
         encoder_width=lambda config: (
             config.vision_config.hidden_size + 4 * config.high_res_vision_config.output_channels
         ),
-        adapter=("aligner",),
         encoder_states=lambda model, args: torch.cat(args, dim=-1),
         inputs=_two_resolutions,
         normalisations=(("image_mean", "image_std"), ("high_res_image_mean", "high_res_image_std")),
-        image_resize=None,
-        placeholder="<image_placeholder>",
+        **_COMMON,
     ),
-    "janus": Family(
-        "JanusForConditionalGeneration",
-        image_px=image_size,
-        token_px=patch_size,
-        encoder_width=lambda config: config.vision_config.hidden_size,
-        adapter=("aligner",),
-        image_resize=None,
-        placeholder="<image_placeholder>",
-        image_start_text="<begin_of_image>",
-    ),
+    "janus": Family("JanusForConditionalGeneration", image_start_text="<begin_of_image>", **_COMMON),
 }

@@ -6,16 +6,12 @@ Encoders of Qwen and GLM take patches instead of images, ordered by the token th
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.vision_utils import get_vision_window_index
 
 from .base import Family, patch_size
 
 TOKENS_PER_SIDE = 24
-
-
-def _vision_token_px(config: PreTrainedConfig) -> int:
-    return patch_size(config) * config.vision_config.spatial_merge_size
 
 
 def _grid_thw(model: PreTrainedModel, images: int) -> Tensor:
@@ -53,8 +49,8 @@ def _to_raster_order(model: PreTrainedModel, args: tuple) -> Tensor:
 
 def _patch_family(model_class: str, module: str, **kwargs) -> Family:
     settings = {
-        "image_px": lambda config: TOKENS_PER_SIDE * _vision_token_px(config),
-        "token_px": _vision_token_px,
+        "image_px": lambda config: TOKENS_PER_SIDE * patch_size(config) * config.vision_config.spatial_merge_size,
+        "token_px": lambda config: patch_size(config) * config.vision_config.spatial_merge_size,
         "encoder_width": lambda config: config.vision_config.hidden_size * config.vision_config.spatial_merge_size**2,
         "adapter": ("visual.merger",),
         "inputs": _patches,
@@ -64,19 +60,15 @@ def _patch_family(model_class: str, module: str, **kwargs) -> Family:
     return Family(model_class, encoder_output_module=module, **settings | kwargs)
 
 
-def _image_sizes(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+def _sizes_of_images(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
     return {"pixel_values": pixels, "image_sizes": torch.tensor([pixels.shape[-2:]] * len(pixels))}
 
 
-def _pixtral_token_px(config: PreTrainedConfig) -> int:
-    return patch_size(config) * config.spatial_merge_size
-
-
 _PIXTRAL = {
-    "image_px": lambda config: TOKENS_PER_SIDE * _pixtral_token_px(config),
-    "token_px": _pixtral_token_px,
+    "image_px": lambda config: TOKENS_PER_SIDE * patch_size(config) * config.spatial_merge_size,
+    "token_px": lambda config: patch_size(config) * config.spatial_merge_size,
     "encoder_width": lambda config: config.vision_config.hidden_size * config.spatial_merge_size**2,
-    "inputs": _image_sizes,
+    "inputs": _sizes_of_images,
 }
 
 _DEEPSTACK = {"adapter": ("visual.merger", "visual.deepstack_merger_list")}
@@ -92,7 +84,7 @@ DYNAMIC = {
     "qwen2_5_vl": _patch_family(
         "Qwen2_5_VLForConditionalGeneration", "visual.merger.mlp", encoder_states=_to_raster_order
     ),
-    # Features of three earlier encoder layers are added after the first three decoder layers; `layer_01` is read before.
+    # Features of earlier encoder layers are added after the first decoder layers; states are read before.
     "qwen3_vl": _patch_family("Qwen3VLForConditionalGeneration", "visual.merger.linear_fc1", **_DEEPSTACK),
     "qwen3_vl_moe": _patch_family("Qwen3VLMoeForConditionalGeneration", "visual.merger.linear_fc1", **_DEEPSTACK),
     "glm4v": _patch_family("Glm4vForConditionalGeneration", "visual.downsample", **_GLM),

@@ -10,10 +10,6 @@ from .base import Family, image_size, patch_size
 GEMMA4_TOKENS_PER_SIDE = 16
 
 
-def _gemma4_token_px(config: PreTrainedConfig) -> int:
-    return patch_size(config) * config.vision_config.pooling_kernel_size
-
-
 def _gemma4_attention(config: PreTrainedConfig) -> str:
     """Return the mask: larger models are bidirectional within the sliding window, smaller ones causal."""
     return "bidirectional_sliding" if config.get_text_config().use_bidirectional_attention == "vision" else "causal"
@@ -35,28 +31,18 @@ def _gemma4_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) ->
 GEMMA = {
     "gemma3": Family(
         "Gemma3ForConditionalGeneration",
-        image_px=image_size,
         token_px=lambda config: image_size(config) // round(config.mm_tokens_per_image**0.5),
-        encoder_width=lambda config: config.vision_config.hidden_size,
         encoder_output_module="multi_modal_projector.mm_soft_emb_norm",  # after averaging patches
         image_attention="bidirectional",
         placeholder="<start_of_image>",
         image_start_text="\n\n<start_of_image>",
     ),
     # A question would be part of the bidirectional block; here there is none.
-    "paligemma": Family(
-        "PaliGemmaForConditionalGeneration",
-        image_px=image_size,
-        token_px=patch_size,
-        encoder_width=lambda config: config.vision_config.hidden_size,
-        image_attention="prefix",
-        placeholder=None,
-    ),
+    "paligemma": Family("PaliGemmaForConditionalGeneration", image_attention="prefix", placeholder=None),
     "gemma4": Family(
         "Gemma4ForConditionalGeneration",
-        image_px=lambda config: GEMMA4_TOKENS_PER_SIDE * _gemma4_token_px(config),
-        token_px=_gemma4_token_px,
-        encoder_width=lambda config: config.vision_config.hidden_size,
+        image_px=lambda config: GEMMA4_TOKENS_PER_SIDE * patch_size(config) * config.vision_config.pooling_kernel_size,
+        token_px=lambda config: patch_size(config) * config.vision_config.pooling_kernel_size,
         adapter=("embed_vision",),
         encoder_output_module="embed_vision.embedding_projection",
         inputs=_gemma4_patches,

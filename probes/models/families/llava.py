@@ -1,7 +1,7 @@
 """LLaVA and models of the same design: one token per patch, one square view.
 
-LLaVA-NeXT and OneVision put the full view before its tiles. Their image tokens attend backwards only, so that the states
-of the full view do not depend on the tiles, which are not run.
+LLaVA-NeXT and OneVision put the full view before its tiles. Their image tokens attend backwards only, so that states of
+the full view do not depend on the tiles, which are not run.
 """
 
 from torch import Tensor
@@ -9,7 +9,7 @@ from transformers import LlavaModel, PreTrainedConfig, PreTrainedModel
 
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration, build_mask, image_attention
 
-from .base import Family, image_size, patch_size
+from .base import Family, image_size
 
 __all__ = ["LLAVA", "build_mask", "image_attention"]
 
@@ -33,7 +33,7 @@ def _full_view(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict
 
 
 def _llava(model_class, **kwargs) -> Family:
-    settings = {"image_px": _image_px, "token_px": patch_size, "encoder_width": _encoder_width, "image_resize": None}
+    settings = {"image_px": _image_px, "encoder_width": _encoder_width, "image_resize": None}
     return Family(model_class, **settings | kwargs)
 
 

@@ -8,14 +8,13 @@ from collections.abc import Callable
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .base import Family, image_size, patch_size
+from .base import Family, patch_size
 
 
 def _merging(model_class: str, factor: Callable[[PreTrainedConfig], float], **kwargs) -> Family:
-    """Return a family that merges `factor` x `factor` patches per token; encoder states are these patches concatenated."""
+    """Return a family that merges `factor` x `factor` patches per token, and concatenates their encoder states."""
     return Family(
         model_class,
-        image_px=image_size,
         token_px=lambda config: round(patch_size(config) * factor(config)),
         encoder_width=lambda config: round(config.vision_config.hidden_size * factor(config) ** 2),
         **kwargs,

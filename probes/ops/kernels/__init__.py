@@ -1,12 +1,9 @@
 """Triton kernels of the upsampled loss, argmax and counts, equivalent to the chunked torch code for a CPU.
 
-One program processes one *cell* of one grid: the pixels between two adjacent grid rows and two adjacent grid columns. It
-reads the four corner nodes once, keeps the logits of its pixels in registers and writes its result once. No tensor of
-K * H * W numbers exists. Results do not depend on the order of the programs: gradients are written per corner and summed
-in a fixed order, and atomics count integers only.
-
-The kernels run compiled on a GPU and, with `TRITON_INTERPRET=1`, interpreted on a CPU. Tests use the interpreter to
-compare them with the chunked code.
+One program processes one *cell* of one grid: the pixels between two adjacent grid rows and two adjacent grid columns.
+It reads the four corner nodes once, keeps the logits of its pixels in registers and writes its result once, so that no
+tensor of K * H * W numbers exists. Results do not depend on the order of the programs: gradients are written per corner
+and summed in a fixed order, and atomics count integers only. Tests run the kernels with `TRITON_INTERPRET=1` on a CPU.
 """
 
 import warnings
@@ -28,7 +25,7 @@ def use_triton(logits: Tensor) -> bool:
 def _installed() -> bool:
     if find_spec("triton") is None:
         warnings.warn(
-            "triton is not installed; the loss falls back to chunked torch code, which is several times slower",
+            "triton is not installed; using chunked torch code, several times slower",
             stacklevel=3,
         )
         return False

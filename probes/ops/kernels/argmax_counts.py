@@ -23,7 +23,7 @@ class PredictionCounts(NamedTuple):
 
 
 def argmax_map(logits: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """Return the predicted class per pixel, uint8[B, H, W], of logits f[B, K, h, w], given rows and columns of cells."""
+    """Return the predicted class per pixel, uint8[B, H, W], of logits f[B, K, h, w] on rows and columns of cells."""
     n_images, classes, h, w = logits.shape
     out = logits.new_empty(n_images, len(rows.fraction), len(columns.fraction), dtype=torch.uint8)
     argmax_cell[(n_images * h * w,)](

@@ -46,7 +46,7 @@ def cross_entropy_cell(
     stride_p, stride_b, stride_k, stride_h, stride_w, n_images, classes, h, w, height, width, ignore_index,
     K: tl.constexpr, X: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """Write the loss of one cell to losses f32[N, h, w] and the gradients of its four nodes to corners f32[N, h, w, 4, K]."""
+    """Write the loss of a cell to losses f32[N, h, w], the gradients of its nodes to corners f32[N, h, w, 4, K]."""
     program = tl.program_id(0)
     grid, cell = program // (h * w), program % (h * w)
     p, b = (grid // n_images).to(tl.int64), (grid % n_images).to(tl.int64)

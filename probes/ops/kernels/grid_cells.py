@@ -86,10 +86,7 @@ def load_corners(logits, i, j, h, w, stride_h, stride_w, stride_k, classes, K: t
 
 @triton.jit
 def pixel_row(z00, z01, z10, z11, down, classes, K: tl.constexpr):
-    """Return the logits f32[K] at the left end of a pixel row at height `down` of the cell, and their change to the right.
-
-    Classes that only fill up the block have logits of -inf.
-    """
+    """Return the logits f32[K] at the left end of pixel row `down`, and their change to the right end of the cell."""
     left = z00 + down * (z10 - z00)
     change = z01 + down * (z11 - z01) - left
-    return tl.where(tl.arange(0, K) < classes, left, float("-inf")), change
+    return tl.where(tl.arange(0, K) < classes, left, float("-inf")), change  # -inf: classes that only fill the block

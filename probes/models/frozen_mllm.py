@@ -185,7 +185,7 @@ class FrozenMLLM(nn.Module):
             pixels: f[B, 3, H, W] from :meth:`preprocess`.
             layers: Decoder layers, numbered 1..L as in the site names; None for all.
             knockout: Attention knockout, as in :meth:`states`.
-            queries: Pairs of an image's index in the batch and its query tokens bool[T]. None: all tokens of each image.
+            queries: Pairs of the index of an image and its query tokens bool[T]. None: all tokens of each image.
             average_heads: If False, return the weights of each head.
 
         Returns:

@@ -1,17 +1,19 @@
 """Re-initialise parts of a model: controls that show what the architecture does without training."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf_loading import read_json
 
 from .families import Family
 
 
 def reinitialize(model: PreTrainedModel, family: Family, parts: Sequence[str], seed: int) -> None:
-    """Re-initialise "adapter" (as torch does, times the gain of the config) or "llm" (as transformers does) in place.
+    """Re-initialise "adapter" (as torch does, times the scale in training.json) or "llm" (as transformers does).
 
     Raises:
         UserError: A part is unknown, or its own initialisation sets a weight to zero.
@@ -37,5 +39,6 @@ def reinitialize(model: PreTrainedModel, family: Family, parts: Sequence[str], s
                         f"untrained {part}: the initialisation of this model sets {name} to zero, so that all states "
                         "would be equal; leave this part trained"
                     )
-        if "adapter" in parts and getattr(model.config, "adapter_gain", 1.0) != 1.0:
-            modules["adapter"][0].linear_2.weight *= model.config.adapter_gain
+        training = Path(model.name_or_path) / "training.json"
+        if "adapter" in parts and training.is_file():
+            modules["adapter"][0].linear_2.weight *= read_json(training).get("adapter_init_scale", 1.0)

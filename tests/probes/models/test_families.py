@@ -88,7 +88,9 @@ def stock_ids(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = stock.grid
     prefix = [vocabulary[token] for token in stock.prefix]
     image = [
-        i for _ in range(rows) for i in [IMAGE_ID] * columns + ([vocabulary[stock.row_separator]] if stock.row_separator else [])
+        i
+        for _ in range(rows)
+        for i in [IMAGE_ID] * columns + ([vocabulary[stock.row_separator]] if stock.row_separator else [])
     ]
     ids = prefix + image + [IMAGE_ID] * stock.extra + SUFFIX
     is_image = torch.tensor(ids) == IMAGE_ID
@@ -160,7 +162,10 @@ def test_no_entry_hides_another_of_its_name():
             r"ConditionalGeneration has no module 'projector'.*model has vision_tower",
         ),
         ({"language_model": "decoder"}, "no module 'decoder', which its family names"),
-        ({"encoder_width": lambda config: 12}, r"outputs 48 tokens per image of width 12; expected 36 for the grid \(6, 6\)"),
+        (
+            {"encoder_width": lambda config: 12},
+            r"outputs 48 tokens per image of width 12; expected 36 for the grid \(6, 6\)",
+        ),
         ({"model_class": "LlavaForConditionalGenerations"}, "transformers 5.* has no class 'LlavaForConditionalG"),
     ],
 )
@@ -338,7 +343,9 @@ def test_other_masks_than_the_own_one(name, checkpoint, mllm):
 def test_untrained_controls(name, checkpoint, mllm):
     pixels = mllm(name).preprocess(pictures(name, 1))
     if name == "gemma3":
-        with pytest.raises(ValueError, match="the initialisation of this model sets mm_input_projection_weight to zero"):
+        with pytest.raises(
+            ValueError, match="the initialisation of this model sets mm_input_projection_weight to zero"
+        ):
             probes.load(checkpoint(name), untrained=["adapter"])
     parts = ["llm"] if name == "gemma3" else ["adapter", "llm"]
     trained = mllm(name).states(pixels)
@@ -405,7 +412,9 @@ def test_refusals_say_why(tmp_path, checkpoint):
     for kind, reason in (("mllama", "cross-attention"), ("idefics2", "learned queries"), ("blip-2", "learned queries")):
         with pytest.raises(ValueError, match=f"{kind} cannot be probed patch by patch: .*{reason}"):
             family_of(AutoConfig.for_model(kind))
-    with pytest.raises(ValueError, match=r"no MLLM family 'bert'; registered: llava_bidir, llava.*probes.register_family"):
+    with pytest.raises(
+        ValueError, match=r"no MLLM family 'bert'; registered: llava_bidir, llava.*probes.register_family"
+    ):
         family_of(AutoConfig.for_model("bert"))
     known = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
     assert set(UNSUPPORTED) <= known and not set(UNSUPPORTED) & set(FAMILIES)

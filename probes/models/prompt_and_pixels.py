@@ -42,10 +42,9 @@ def check_numbers(path: str, family: Family, config: PreTrainedConfig) -> None:
 
 
 def read_image_processors(path: str, family: Family, **hub: Any) -> tuple[list[CLIPImageProcessorPil], str]:
-    """Return an image processor per normalisation, which do not resize, and the checkpoint's way of resizing.
+    """Return an image processor per normalisation, without resizing, and the checkpoint's way of resizing.
 
-    Raises:
-        UserError: The checkpoint does not define a normalisation.
+    A checkpoint that does not define its normalisation raises a UserError.
     """
     with error_context(f"preprocessor_config.json of {path}"):
         settings, _ = ImageProcessingMixin.get_image_processor_dict(path, **hub)

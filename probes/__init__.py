@@ -1,20 +1,28 @@
 """Layer-by-layer segmentation probes for frozen MLLMs, and the analyses of arXiv 2603.17228.
 
-Names are imported when they are first used, so that the command line answers `--help` at once.
+Public names are imported on first use, so that `import probes` and `probes --help` do not import torch.
 """
 
 from importlib import import_module
 
-_HOME = {
+from llava_bidir import __version__ as __version__
+
+_MODULES = {
     "load": ".models.frozen_mllm",
     "FrozenMLLM": ".models.frozen_mllm",
     "Knockout": ".models.knockout",
+    "Family": ".models.families",
+    "register_family": ".models.families",
+    "register_dataset": ".data.registry",
+    "Probe": ".training.heads",
+    "register_head": ".training.heads",
+    "ProbeRun": ".results.probe_run",
     "upsampled_cross_entropy": ".ops.cross_entropy",
 }
-__all__ = list(_HOME)
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str):
-    if name not in _HOME:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOME[name], __name__), name)
+    return getattr(import_module(_MODULES[name], __name__), name)

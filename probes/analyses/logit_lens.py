@@ -13,6 +13,7 @@ Shapes: C conditions, T patches, S sites, W of them with words, k classes, m wor
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from llava_bidir.common.errors import UserError
 from probes.analyses.knockout.cases import ConfusionCase, find_cases
 from probes.evaluation.metrics import patch_labels
-from probes.models.frozen_mllm import ADAPTER, ENCODER, FINAL_NORM, FrozenMLLM
+from probes.models.frozen_mllm import ADAPTER, ENCODER
 from probes.models.knockout import Knockout
 from probes.models.prompt_and_pixels import read_tokenizer
 from probes.ops.geometry import GridPlacement
@@ -128,7 +129,7 @@ def explore(
         raise UserError(f"--top-classes {top_classes} and --top-words {top_words} must both be at least 1")
     mllm = run.mllm()
     heads = {site: probe_head(probe.to(mllm.device)) for site, probe in run.probes().items()}
-    word_heads = {site: word_head(mllm, site) for site in run.sites if site in word_sites}
+    word_heads = {site: partial(mllm.logit_lens, site=site) for site in run.sites if site in word_sites}
     wanted = [k for k, name in enumerate(names) if classes is None or name in classes]
     seen = []
     for image in tqdm(images, desc=f"exploring {run.metrics['image_attention']}", mininterval=5):
@@ -193,20 +194,6 @@ def hidden(case: ConfusionCase, condition: str, rng: np.random.Generator) -> Ten
 def probe_head(probe: nn.Module) -> Head:
     """States f[C, T, d] to the probe's logits f[C, T, K]."""
     return lambda states: probe(states.float())
-
-
-def word_head(mllm: FrozenMLLM, site: str) -> Head:
-    """States f[C, T, d] of a site to the logits f[C, T, V] that the LLM's output head gives them, as the model's own
-    forward has them: Gemma's LLMs cap theirs."""
-    norm, output = mllm._decoder.norm, mllm.model.get_output_embeddings()
-    text = mllm.model.config.get_text_config()
-
-    def head(states: Tensor) -> Tensor:
-        logits = output(states if site == FINAL_NORM else norm(states))
-        cap = getattr(text, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    return head
 
 
 class Top(NamedTuple):

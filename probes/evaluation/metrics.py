@@ -59,7 +59,7 @@ def count(
         confusion: Counts pairs of label and prediction, too.
     """
     sites, images, classes, h, w = logits.shape
-    view, tokens = view or GridPlacement.whole(tuple(target.shape[1:])), h * w if by_token else 1
+    view, tokens = view or GridPlacement.full(tuple(target.shape[1:])), h * w if by_token else 1
     # Made first and filled: small tensors kept between large ones that come and go would pin the memory of these.
     new = lambda *shape: target.new_zeros(shape, dtype=torch.long)
     counts = Counts(
@@ -112,8 +112,8 @@ def _count(logits: Tensor, target: Tensor, view: GridPlacement, by_token: bool, 
 
 @lru_cache(maxsize=256)
 def _cells(view: GridPlacement, grid: tuple[int, int], size: tuple[int, int], device: torch.device) -> list[Tensor]:
-    """`view.cells`, at hand on the device: a copy would wait for it."""
-    return [cell.to(device) for cell in view.cells(grid, size)]
+    """`view.token_of_pixel`, at hand on the device: a copy would wait for it."""
+    return [cell.to(device) for cell in view.token_of_pixel(grid, size)]
 
 
 def _count_in_chunks(
@@ -160,7 +160,7 @@ def patch_labels(
         purity: Tokens of whose labelled pixels a smaller share has that class get -1 too: they lie on a boundary.
         view: Where the grid lies on the pixels; by default it divides them.
     """
-    view = view or GridPlacement.whole(tuple(target.shape[1:]))
+    view = view or GridPlacement.full(tuple(target.shape[1:]))
     labels = target.new_empty((len(target), grid[0] * grid[1]), dtype=torch.long)
     for few in _few_at_once(target):
         labels[few] = _patch_labels(target[few], classes, grid, purity, view)
@@ -169,7 +169,7 @@ def patch_labels(
 
 def _patch_labels(target: Tensor, classes: int, grid: tuple[int, int], purity: float, view: GridPlacement) -> Tensor:
     images, tokens, size = len(target), grid[0] * grid[1], tuple(target.shape[1:])
-    row, column = (cell.to(target.device) for cell in view.cells(grid, size))
+    row, column = (cell.to(target.device) for cell in view.token_of_pixel(grid, size))
     seen = (row[:, None] >= 0) & (column >= 0)
     token = (row[:, None] * grid[1] + column).where(seen, 0)
     label = torch.where((target == IGNORE_INDEX) | ~seen, classes, target.long())

@@ -1,0 +1,1 @@
+"""Frozen MLLMs: families, attention masks, knockout and hidden states of image tokens."""

@@ -1,59 +1,63 @@
-"""A frozen MLLM and the states of its image tokens at every site.
+"""Hidden states of a frozen MLLM's image tokens at every site.
 
-One forward, the stock model's own, gives all sites; hooks read them. Nothing after the image is computed, since under
-none of the masks does an image token see later text; what stands before it (system prompt) is computed once and kept as
-keys and values where the model allows it.
+Hooks read all sites in one forward of the stock model. Text after the image is dropped, since no mask lets image tokens
+attend to it. Keys and values of the prompt before the image are cached if the model allows it.
 
-Shapes: B images, T image tokens, P tokens before the image, N of both, d width of a site.
+Shapes: B images, T image tokens, P tokens before the image, N = P + T, d width of a site, L layers, A heads.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.utils.hub import resolve_revision
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import load_weights
 from probes.ops.geometry import Geometry
 
-from .attention_masks import Masks, build_masks, check_name, each, last_rows, supports_masks
+from .attention_masks import Masks, as_list, build_masks, check_masks, last_rows, supports_masks
+from .attention_weights import capture_attention
 from .families import Family, family_of, own_image_attention
 from .knockout import Knockout
-from .prompt_and_pixels import check_numbers, image_processors, prefix_ids, read_config, row_end_id
+from .prompt_and_pixels import check_numbers, read_config, read_image_processors, read_prefix_ids, read_separator_id
 from .random_init import reinitialize
 
 ENCODER, ADAPTER, FINAL_NORM = "encoder", "adapter", "final_norm"
 
 
 def layer_site(layer: int) -> str:
-    """The name of decoder layer 1..L: "layer_07"."""
+    """Return the site name of decoder layer 1..L, e.g. "layer_07"."""
     return f"layer_{layer:02d}"
 
 
 def site_names(layers: int) -> list[str]:
-    """All sites of a model with so many decoder layers, in the order in which they are computed."""
+    """Return all sites of a model with `layers` decoder layers, in forward order."""
     return [ENCODER, ADAPTER, *(layer_site(i) for i in range(1, layers + 1)), FINAL_NORM]
 
 
 class _StopForward(Exception):
-    """Raised by a hook behind the last site that was asked for, to end the forward there."""
+    """Raised by a hook to end the forward after the last requested site."""
 
 
 class FrozenMLLM(nn.Module):
-    """A model in eval mode without gradients, read at the sites. Made by :func:`load`.
+    """A multimodal LLM in eval mode without gradients, created by :func:`load`.
 
     Attributes:
-        sites: "encoder" (what enters the adapter; where that merges patches, those of a token side by side), "adapter"
-            (the paper's layer 0: the LLM's input at image positions), "layer_01" ... (outputs of the decoder layers,
-            before any norm) and "final_norm" (the last one normed: Hugging Face's ``hidden_states[-1]``).
-        widths: d of each site.
-        grid: Image tokens down and across, the same at all sites; T is their product.
-        geometry: How it sees images: where the grid lies on an image and its mask.
-        image_attention: The mask it runs under.
-        own_image_attention: The one it was trained with.
+        sites: "encoder" (input of the adapter; if the adapter merges patches, the patches of a token concatenated),
+            "adapter" (the paper's layer 0: input of the LLM at image positions), "layer_01" ... (outputs of the decoder
+            layers before any norm) and "final_norm" (last layer after the norm: Hugging Face's ``hidden_states[-1]``).
+        widths: d per site.
+        grid: Rows and columns of image tokens, the same at all sites. T is their product.
+        geometry: How images become squares, and the position of the grid on an image and its mask.
+        image_attention, own_image_attention: Mask that the model runs with, and the one that it was trained with.
+        revision: Commit hash of a checkpoint from the hub; None for a local directory.
+
+    The cached prompt follows edits of the LLM's weights (in place, `load_state_dict`, `.to`). Call
+    :meth:`clear_prefix_cache` after in-place edits of `parameter.data` and after adding or removing hooks on the LLM.
     """
 
     def __init__(
@@ -64,76 +68,95 @@ class FrozenMLLM(nn.Module):
         prefix_ids: list[int],
         image_attention: str,
         image_resize: str = "squash",
-        row_end_id: int | None = None,
+        separator_id: int | None = None,
+        revision: str | None = None,
     ):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
-        self.family, self.image_processors = family, image_processors
+        self.family, self.image_processors, self.revision = family, image_processors, revision
         self.image_attention, self.own_image_attention = image_attention, own_image_attention(model.config)
         self.grid = family.grid(model.config)
         image_px, colour = family.image_px(model.config), [int(255 * x) for x in image_processors[0].image_mean]
         self.geometry = Geometry(self.grid, image_px, family.covered_px(model.config), image_resize, tuple(colour))
-        self.sites = site_names(len(self._decoder.layers))
+        self.sites = site_names(len(self.decoder.layers))
         width = model.config.get_text_config().hidden_size
         self.widths = dict.fromkeys(self.sites, width) | {ENCODER: family.encoder_width(model.config)}
-        ids = prefix_ids + _image_ids(self.grid, model.config.image_token_id, row_end_id)
+        ids = prefix_ids + _image_ids(self.grid, model.config.image_token_id, separator_id)
         self.register_buffer("prefix_ids", torch.tensor([prefix_ids], dtype=torch.long), persistent=False)
         self.register_buffer("ids", torch.tensor([ids]), persistent=False)
         self.register_buffer("is_image", self.ids[0] == model.config.image_token_id, persistent=False)
         self._prefix_kv: list[tuple[Tensor, Tensor]] | None = None
-        # Asked once: on a GPU the answer would have to be waited for in each forward. And a mask that the decoder
-        # cannot be given is an error here and not in the first forward.
-        self._prefix_is_shared = self._shares_prefix(self._masks(1))
+        self._prefix_weights: list[tuple] = []  # the weights that it was computed with
+        # Checked once, because reading the answer would synchronise a GPU in each forward.
+        self._prefix_is_shared = self._shares_prefix(self.attention_masks(1))
 
     @property
-    def _decoder(self) -> nn.Module:
+    def decoder(self) -> nn.Module:
+        """The LLM's decoder, with `layers`, `norm` and `embed_tokens`."""
         return self.family.decoder_of(self.model)
 
     @property
     def device(self) -> torch.device:
+        """Device of the inputs and of the returned states."""
         return self.prefix_ids.device
 
     def train(self, mode: bool = True) -> "FrozenMLLM":
-        return super().train(False)  # a frozen model stays in eval mode whatever its owner does
+        """Keep eval mode: a frozen model never trains, even if the module that contains it does."""
+        return super().train(False)
+
+    def clear_prefix_cache(self) -> None:
+        """Drop the cached keys and values of the prompt; the next forward recomputes them."""
+        self._prefix_kv = None
+
+    def _apply(self, *args, **kwargs) -> "FrozenMLLM":
+        self.clear_prefix_cache()
+        return super()._apply(*args, **kwargs)
 
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pixels f[B, 3, H, W]; each image fills the encoder's square as a whole, nothing is cropped.
-
-        Three channels more for each further normalisation that the family wants.
-        """
+        """Return the pixels f[B, 3, H, W] of images, resized by `geometry`; 3 channels for each normalisation."""
         squares = [self.geometry.place(image) for image in images]
         pixels = [processor(squares, return_tensors="pt")["pixel_values"] for processor in self.image_processors]
         return torch.cat(pixels, dim=1)
+
+    def to_grid(self, states: Tensor) -> Tensor:
+        """Reshape values per image token, f[..., T, d], to the token grid, f[..., h, w, d]."""
+        return states.unflatten(-2, self.grid)
 
     @torch.no_grad()
     def states(
         self, pixels: Tensor, sites: Sequence[str] | None = None, knockout: Knockout | None = None
     ) -> dict[str, Tensor]:
-        """The states of the image tokens at each site.
+        """Return the hidden states of the image tokens at each site. Calling the model does the same.
 
         Args:
             pixels: f[B, 3, H, W] from :meth:`preprocess`.
-            sites: Those to return, None for all; what lies behind the last one is not computed.
-            knockout: Cuts attention among image tokens (Eq. 1).
+            sites: Sites to return, None for all. The forward stops after the last of them.
+            knockout: Attention knockout among image tokens (Eq. 1).
 
         Returns:
-            f[B, T, d] by site, image tokens only, in raster order.
+            f[B, T, d] per site, image tokens in raster order, in the dtype of the model.
 
         Raises:
-            UserError: An unknown site, or a knockout that does not fit the model.
+            UserError: A site is unknown, or the knockout does not fit the model.
         """
-        wanted = self.known_sites(sites)
+        wanted = self.check_sites(sites)
         if not wanted:
             return {}
         depth = max(self.sites.index(site) - 1 for site in wanted)
         pixels = pixels.to(self.device, self.model.dtype)
-        masks = self._masks(len(pixels), knockout)
+        masks = self.attention_masks(len(pixels), knockout)
         start = self.prefix_ids.shape[1] if self._prefix_is_shared else 0
         cache = self._prefix_cache(len(pixels)) if start and depth > 0 else None
         rows = last_rows(masks, self.ids.shape[1] - start)
-        layers = self._decoder.layers
-        cut = knockout.applied(layers, rows, self.is_image, depth) if knockout and depth > 0 else nullcontext()
-        with self._under(rows), cut, self._captured(wanted, len(pixels), start) as states, suppress(_StopForward):
+        states: dict[str, Tensor] = {}
+        with ExitStack() as hooks, suppress(_StopForward):
+            if knockout and depth > 0:
+                hooks.enter_context(knockout.apply(self.decoder.layers, rows, self.is_image, depth))
+            for handle in self._recording_hooks(states, wanted, len(pixels), start):
+                hooks.callback(handle.remove)
+            if masks is not None:
+                replace_mask = lambda _, args, kwargs: (args, {**kwargs, "attention_mask": rows})
+                hooks.callback(self.decoder.register_forward_pre_hook(replace_mask, with_kwargs=True).remove)
             self.model.model(
                 input_ids=self.ids[:, start:].expand(len(pixels), -1),
                 past_key_values=cache,
@@ -141,112 +164,147 @@ class FrozenMLLM(nn.Module):
                 **self.family.inputs(self.model, pixels, self.is_image[start:].expand(len(pixels), -1)),
             )
         if missing := [site for site in wanted if site not in states]:
-            raise UserError(f"no states of {missing[0]}: the forward does not pass the module that its family names")
-        return {site: states[site] for site in wanted}
+            raise UserError(f"no states of {missing[0]}: the forward does not call the module that the family names")
+        return {site: states[site].to(self.device) for site in wanted}
 
-    def known_sites(self, sites: Sequence[str] | None) -> list[str]:
-        """`sites`, or all of them for None.
+    forward = states
+
+    @torch.no_grad()
+    def attention(
+        self,
+        pixels: Tensor,
+        layers: Sequence[int] | None = None,
+        knockout: Knockout | None = None,
+        *,
+        queries: Sequence[tuple[int, Tensor]] | None = None,
+        average_heads: bool = True,
+    ) -> list[Tensor]:
+        """Return attention weights among image tokens, computed for the requested query tokens only.
+
+        Args:
+            pixels: f[B, 3, H, W] from :meth:`preprocess`.
+            layers: Decoder layers, numbered 1..L as in the site names; None for all.
+            knockout: Attention knockout, as in :meth:`states`.
+            queries: Pairs of the index of an image and its query tokens bool[T]. None: all tokens of each image.
+            average_heads: If False, return the weights of each head.
+
+        Returns:
+            f[L, q, T], or f[L, A, q, T] per head, for each entry of `queries`: float32, on the CPU. A row sums to 1
+            minus the attention to tokens outside of the image.
 
         Raises:
-            UserError: The model has no such site.
+            UserError: A layer is unknown, or the model does not attend through transformers' sdpa interface.
         """
+        layers = list(range(1, len(self.decoder.layers) + 1) if layers is None else layers)
+        sites = self.check_sites([layer_site(layer) for layer in layers])
+        if queries is None:
+            queries = [(i, torch.ones(self.grid[0] * self.grid[1], dtype=torch.bool)) for i in range(len(pixels))]
+        positions = self.is_image.cpu().nonzero().flatten() - len(self.is_image)  # from the end: prefix or not
+        weights: list[dict[int, Tensor]] = [{} for _ in queries]
+
+        def record(layer: int, compute: Callable[[int, Tensor], Tensor]) -> None:
+            for (image, tokens), by_layer in zip(queries, weights, strict=True):
+                if layer in layers:
+                    heads = compute(image, positions[tokens.cpu()])
+                    by_layer[layer] = (heads.mean(0) if average_heads else heads).cpu()[..., positions]
+
+        if self._prefix_is_shared:
+            self._prefix_cache(1)  # before the capture, which must not include it
+        with capture_attention(self.decoder.layers, record):
+            self.states(pixels, sites, knockout)
+        return [torch.stack([by_layer[layer] for layer in layers]) for by_layer in weights]
+
+    def logit_lens(self, states: Tensor, site: str) -> Tensor:
+        """Return the logits f[..., V] of the LLM's output head for the states f[..., d] of a site from "adapter" on.
+
+        The final norm is applied first, except at "final_norm". Logits are soft-capped if the model does so (Gemma).
+
+        Raises:
+            UserError: The site is unknown, or "encoder", whose states are not in the LLM's space.
+        """
+        if site == ENCODER:
+            raise UserError(f"states of {ENCODER!r} are not in the LLM's space; use a later site for the logit lens")
+        self.check_sites([site])
+        logits = self.model.get_output_embeddings()(states if site == FINAL_NORM else self.decoder.norm(states))
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def check_sites(self, sites: Sequence[str] | None) -> list[str]:
+        """Return `sites` as a list, or all sites for None; raise a UserError if one is unknown."""
         unknown = set(sites or ()) - set(self.sites)
         if unknown:
             raise UserError(f"unknown site {min(unknown)!r}; this model has {', '.join(self.sites)}")
         return list(self.sites if sites is None else sites)
 
-    def _masks(self, batch: int, knockout: Knockout | None = None) -> Masks | None:
-        """bool[B, 1, N, N]: what prefix and image attend to; None leaves it to a model that can only run as it is."""
+    def attention_masks(self, batch: int, knockout: Knockout | None = None) -> Masks | None:
+        """Return the masks among prefix and image tokens, bool[B, 1, N, N] (True = may attend), before any knockout.
+
+        A dict by kind of layer if there are several kinds. None if the model supports its own attention only; then a
+        knockout raises a UserError.
+        """
         text_config = self.model.config.get_text_config()
-        as_it_is = self.image_attention == self.own_image_attention and knockout is None
-        if as_it_is and not supports_masks(text_config):
+        if self.image_attention == self.own_image_attention and knockout is None and not supports_masks(text_config):
             return None
         return build_masks(self.image_attention, text_config, self.is_image.expand(batch, -1), self.model.dtype)
 
     def _shares_prefix(self, masks: Masks | None) -> bool:
-        """Whether the prefix is the same for all images: it must not see them."""
+        """Return True if the prefix does not attend to the image, and so is the same for all images."""
         prefix = self.prefix_ids.shape[1]
         if masks is None or not self.family.shared_prefix:
             return False
-        return not any(mask[:, :, :prefix, prefix:].any() for mask in each(masks))
+        blocks = [mask[:, :, :prefix, prefix:] for mask in as_list(masks)]
+        return not any((block if block.dtype == torch.bool else block == 0).any() for block in blocks)
 
     def _prefix_cache(self, batch: int) -> DynamicCache:
-        """Keys and values of the prefix, computed at batch 1 and shared by all images."""
-        if self._prefix_kv is None:
+        """Return keys and values of the prefix, computed for one image and shared by the batch."""
+        # Identity, storage and version of each weight: replaced, moved or edited weights differ in one of them.
+        weights = [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.decoder.parameters()]
+        if self._prefix_kv is None or weights != self._prefix_weights:
             cache = DynamicCache()
             if self.prefix_ids.shape[1]:
-                self._decoder(input_ids=self.prefix_ids, past_key_values=cache, use_cache=True)
-            self._prefix_kv = [(layer.keys, layer.values) for layer in cache.layers]
+                self.decoder(input_ids=self.prefix_ids, past_key_values=cache, use_cache=True)
+            self._prefix_kv, self._prefix_weights = [(layer.keys, layer.values) for layer in cache.layers], weights
         return DynamicCache(
             ddp_cache_data=[(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in self._prefix_kv]
         )
 
-    @contextmanager
-    def _under(self, masks: Masks | None) -> Iterator[None]:
-        """The decoder runs under these masks, if any, whatever it is called with."""
-        if masks is None:
-            yield
-            return
-        handle = self._decoder.register_forward_pre_hook(
-            lambda _, args, kwargs: (args, {**kwargs, "attention_mask": masks}), with_kwargs=True
-        )
-        try:
-            yield
-        finally:
-            handle.remove()
+    def _recording_hooks(self, states: dict[str, Tensor], wanted: list[str], batch: int, start: int) -> Iterator:
+        """Register hooks that write the wanted sites into `states` and end the forward after the last of them."""
+        rows, last = self.is_image[start:], max(wanted, key=self.sites.index)
+        modules = dict(zip(self.sites[2:], [*self.decoder.layers, self.decoder.norm], strict=True))
 
-    @contextmanager
-    def _captured(self, wanted: list[str], batch: int, start: int) -> Iterator[dict[str, Tensor]]:
-        """Collects states at the wanted sites while open, and ends the forward behind the last one of them."""
-        states: dict[str, Tensor] = {}
-        last = max(wanted, key=self.sites.index)
-        rows = self.is_image[start:]
-
-        def keep(site: str, state: Tensor) -> None:
-            states[site] = state
+        def record(site: str, state: Tensor) -> None:
+            states[site] = state if site == ENCODER else state[:, rows.to(state.device)]
             if site == last:
                 raise _StopForward
 
-        def entering(_, args) -> None:
-            keep(ENCODER, self._encoder_states(args, batch))
-
-        def embedded(_, args, kwargs) -> None:
-            keep(ADAPTER, (args[0] if args else kwargs["hidden_states"])[:, rows])
-
-        def after(site: str):
-            return lambda _, args, output: keep(site, (output[0] if isinstance(output, tuple) else output)[:, rows])
-
-        layers = self._decoder.layers
-        handles = [
-            self.family.entry_of(self.model).register_forward_pre_hook(entering),
-            layers[0].register_forward_pre_hook(embedded, with_kwargs=True),
-        ]
-        modules = dict(zip(self.sites[2:], [*layers, self._decoder.norm], strict=True))
-        handles += [modules[site].register_forward_hook(after(site)) for site in wanted if site in modules]
-        try:
-            yield states
-        finally:
-            for handle in handles:
-                handle.remove()
+        yield self.family.encoder_output_of(self.model).register_forward_pre_hook(
+            lambda _, args: record(ENCODER, self._encoder_states(args, batch))
+        )
+        yield self.decoder.layers[0].register_forward_pre_hook(
+            lambda _, args, kwargs: record(ADAPTER, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+        )
+        for site in (site for site in wanted if site in modules):
+            yield modules[site].register_forward_hook(
+                lambda _, args, out, site=site: record(site, out[0] if isinstance(out, tuple) else out)
+            )
 
     def _encoder_states(self, args: tuple, batch: int) -> Tensor:
-        """What enters the adapter, f[B, T, d]."""
+        """Return the input of the adapter, f[B, T, d]."""
         states, width = self.family.encoder_states(self.model, args), self.widths[ENCODER]
         tokens = self.grid[0] * self.grid[1]
         if states.numel() != batch * tokens * width:
             raise UserError(
-                f"the encoder gives {states.numel() / (batch * width):g} tokens an image, {width} wide, where the grid "
-                f"{self.grid} has {tokens}: were tokens dropped from an encoder without a CLS token, or not dropped "
-                "from one with? Or has the family's entry another token_px or encoder_width than the model?"
+                f"the encoder outputs {states.numel() / (batch * width):g} tokens per image of width {width}; expected "
+                f"{tokens} for the grid {self.grid}. Check token_px and encoder_width of the family, and the CLS token"
             )
         return states.reshape(batch, tokens, width)
 
 
-def _image_ids(grid: tuple[int, int], image_id: int, row_end_id: int | None) -> list[int]:
-    """The image in the LLM's sequence, up to its last token."""
-    row_end = [] if row_end_id is None else [row_end_id]
-    ids = ([image_id] * grid[1] + row_end) * grid[0]
-    return ids[: len(ids) - len(row_end)]
+def _image_ids(grid: tuple[int, int], image_id: int, separator_id: int | None) -> list[int]:
+    """Return the token ids of the image up to its last image token."""
+    separator = [] if separator_id is None else [separator_id]
+    return ([image_id] * grid[1] + separator) * (grid[0] - 1) + [image_id] * grid[1]
 
 
 def load(
@@ -255,41 +313,50 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     *,
-    image_resize: str = "squash",
+    image_resize: str | None = None,
+    revision: str | None = None,
+    device_map: str | dict | None = None,
+    attn_implementation: str | None = None,
     prefix: str | None = None,
     untrained: Sequence[str] = (),
     seed: int = 0,
 ) -> FrozenMLLM:
-    """Loads a checkpoint, frozen and in eval mode.
+    """Load a checkpoint as a :class:`FrozenMLLM`.
 
     Args:
-        path: Directory or hub id, one of ours or of a registered family (probes/families).
-        image_attention: Runs it under another mask than it was trained with; None keeps its own.
-        dtype: Of the weights, "bfloat16" as well as torch.bfloat16; None or "auto" keeps the checkpoint's.
-        device: None takes the GPU if there is one.
-        image_resize: How images become squares: "squash" (resized) or "pad" (LLaVA's own), see probes/ops/geometry.py.
-        prefix: Text before the image; None takes the checkpoint's chat template up to the image.
-        untrained: Parts ("adapter", "llm") whose weights are drawn anew: the controls that show what the architecture
-            does without training.
-        seed: Of those draws.
+        path: Directory or hub id of a checkpoint of ours or of a registered family (probes/models/families).
+        image_attention: Mask among image tokens: "causal", "bidirectional", "prefix" or a registered one. None: the
+            mask that the checkpoint was trained with.
+        dtype: dtype of the weights, e.g. "bfloat16" or torch.bfloat16. None or "auto": the checkpoint's.
+        device: None: the GPU if there is one, else the CPU.
+        image_resize: How images become squares: "squash", "pad" or "center_crop" (probes/ops/geometry.py). None: the
+            checkpoint's own way.
+        revision: Branch, tag or commit of a hub id. The commit is recorded as `FrozenMLLM.revision`.
+        device_map: transformers' device map, to spread a model over devices; excludes `device`.
+        attn_implementation: transformers' attention backend; None: "sdpa". "eager" supports neither knockouts nor
+            :meth:`FrozenMLLM.attention`. Backends that ignore masks are rejected.
+        prefix: Text before the image. None: the checkpoint's chat template up to the image.
+        untrained: Parts to re-initialise, as controls without training: "adapter", "llm".
+        seed: Seed of the re-initialisation.
 
     Raises:
-        UserError: Not a checkpoint of a registered family, a damaged one, or an unknown mask or part.
+        UserError: The checkpoint is not of a registered family or is damaged, or an argument is invalid.
     """
-    config = read_config(path)
+    if device is not None and device_map is not None:
+        raise UserError("device and device_map exclude each other; pass one of them")
+    hub = {"revision": resolve_revision(path, revision)}  # once, so that all files are of the same commit
+    config = read_config(path, **hub)
     family = family_of(config)
     check_numbers(path, family, config)
-    attention = image_attention or own_image_attention(config)
-    check_name(attention)
-    model = load_weights("MLLM", family.loader, path, config, dtype=dtype or "auto", attn_implementation="sdpa")
+    attention, backend = image_attention or own_image_attention(config), attn_implementation or "sdpa"
+    check_masks(attention, config.get_text_config(), backend)
+    spread = {} if device_map is None else {"device_map": device_map}
+    options = {"dtype": dtype or "auto", "attn_implementation": backend, **spread}
+    model = load_weights("MLLM", family.model_cls, path, config, **options, **hub)
     reinitialize(model, family, untrained, seed)
-    mllm = FrozenMLLM(
-        model,
-        family,
-        image_processors(path, family),
-        prefix_ids(path, family, prefix),
-        attention,
-        image_resize,
-        row_end_id(path, family),
-    )
-    return mllm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    processors, resize = read_image_processors(path, family, **hub)
+    resize = image_resize or getattr(config, "image_resize", None) or resize
+    ids, separator_id = read_prefix_ids(path, family, prefix, **hub), read_separator_id(path, family, **hub)
+    commit = getattr(hub["revision"], "resolved", None)
+    mllm = FrozenMLLM(model, family, processors, ids, attention, resize, separator_id, commit)
+    return mllm if device_map is not None else mllm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

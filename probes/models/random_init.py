@@ -1,10 +1,9 @@
-"""Controls that show what the architecture does without training: parts of a model put back to before it."""
+"""Re-initialise parts of a model: controls that show what the architecture does without training."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from llava_bidir.common.errors import UserError
@@ -14,22 +13,16 @@ from .families import Family
 
 
 def reinitialize(model: PreTrainedModel, family: Family, parts: Sequence[str], seed: int) -> None:
-    """Draws the adapter as torch does (times the scale in training.json) and the LLM as transformers does.
-
-    Args:
-        model: Changed in place.
-        family: Its entry.
-        parts: "adapter", "llm".
-        seed: Of the draws.
+    """Re-initialise "adapter" (as torch does, times the scale in training.json) or "llm" (as transformers does).
 
     Raises:
-        UserError: An unknown part, or one that its own initialisation sets to zero.
+        UserError: A part is unknown, or its own initialisation sets a weight to zero.
     """
     decoder = family.decoder_of(model)
     modules = {"adapter": family.adapter_of(model), "llm": [decoder]}
     unknown = set(parts) - set(modules)
     if unknown:
-        raise UserError(f"untrained knows {', '.join(modules)}, got {min(unknown)!r}")
+        raise UserError(f"unknown part {min(unknown)!r} in untrained; expected {', '.join(modules)}")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for part in parts:
@@ -37,25 +30,15 @@ def reinitialize(model: PreTrainedModel, family: Family, parts: Sequence[str], s
                 if part == "adapter" and hasattr(module, "reset_parameters"):
                     module.reset_parameters()
                 else:
-                    _initialise(decoder if part == "llm" else model, module)
-            _refuse_zeros(part, modules[part])
+                    for parameter in module.parameters(recurse=False):
+                        parameter._is_hf_initialized = False  # else transformers keeps weights from a checkpoint
+                    (decoder if part == "llm" else model)._init_weights(module)
+            for name, parameter in (pair for top in modules[part] for pair in top.named_parameters()):
+                if parameter.ndim > 1 and not parameter.any():
+                    raise UserError(
+                        f"untrained {part}: the initialisation of this model sets {name} to zero, so that all states "
+                        "would be equal; leave this part trained"
+                    )
         training = Path(model.name_or_path) / "training.json"
         if "adapter" in parts and training.is_file():
-            scale = read_json(training).get("adapter_init_scale", 1.0)
-            if scale != 1.0:
-                modules["adapter"][0].linear_2.weight *= scale
-
-
-def _initialise(owner: PreTrainedModel, module: nn.Module) -> None:
-    """As transformers draws it in a new model of this class."""
-    for parameter in module.parameters(recurse=False):
-        parameter._is_hf_initialized = False  # set on what came from a checkpoint, to keep it
-    owner._init_weights(module)
-
-
-def _refuse_zeros(part: str, modules: list[nn.Module]) -> None:
-    for name, parameter in (pair for module in modules for pair in module.named_parameters()):
-        if parameter.ndim > 1 and not parameter.any():
-            raise UserError(
-                f"untrained {part}: this model's own initialisation sets {name} to zero, which leaves nothing to probe"
-            )
+            modules["adapter"][0].linear_2.weight *= read_json(training).get("adapter_init_scale", 1.0)

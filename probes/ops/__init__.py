@@ -1,0 +1,1 @@
+"""Geometry, upsampling and loss on token grids: numerics without a model."""

@@ -1,19 +1,19 @@
-"""Bilinear upsampling of coarse logits, one small chunk at a time.
+"""Bilinear upsampling of coarse logits in small chunks.
 
-A probe gives logits on the patch grid, `f[K, h, w]`; a segmentation mask has `H x W` pixels. All logits of all pixels
-are `K * H * W` numbers (157 MB for 150 classes at 512 x 512), yet each is only a weighted mean of four grid nodes,
+A probe predicts logits on the patch grid, `f[K, h, w]`. A segmentation mask has `H x W` pixels. The upsampled logits
+would be `K * H * W` numbers (157 MB for 150 classes at 512 x 512). Each is a weighted mean of four grid nodes,
 
     up[k, y, x] = sum_ij rows[y, i] * cols[j, x] * z[k, i, j]        with rows f[H, h] and cols f[w, W],
 
-so nothing of that size is ever stored. Columns are stretched first, while there are only h rows: one small matrix
-product. Pixel rows are then made in *bands*, all those between the same two grid rows: one `torch.lerp` of two
-stretched rows, at a fifth of the price of a second product. The adjoint of a band is `rows[band, lo:hi].T @ band`.
+so they are never stored together. Columns are upsampled first, for the h grid rows only, by one small matrix product.
+Pixel rows are then computed in *bands*. A band holds the pixel rows between the same two grid rows: one `torch.lerp` of
+two rows, five times cheaper than a second product. The adjoint of a band is `rows[band, lo:hi].T @ band`.
 
-    h=2 -> H=4:   rows = [1 0], [.75 .25], [.25 .75], [0 1]     Pixel rows 0, 1, 2 mix grid rows 0 and 1, pixel row 3
-                                                               is the last grid row alone: two bands.
+    h=2 -> H=4:   rows = [1 0], [.75 .25], [.25 .75], [0 1]     Two bands: pixel rows 0, 1, 2 mix grid rows 0 and 1,
+                                                               pixel row 3 equals the last grid row.
 
-A chunk is `f[N, R, K, C]`: a row's pixels are innermost, so that max, exp and sum over the classes vectorise.
-`cross_entropy.py` walks the same chunks.
+A chunk is `f[N, R, K, C]`. The pixels of a row are innermost, so that max, exp and sum over the classes vectorise.
+`cross_entropy.py` uses the same chunks.
 
 Legend: N images, K classes, h w grid, H W pixels, R C pixel rows and columns of one chunk.
 """
@@ -28,62 +28,58 @@ from torch import Tensor
 from .geometry import AxisExtent, GridPlacement, axis_nodes
 from .kernels import use_triton
 
-# Numbers in a chunk. On a CPU 2 MB: a few passes over it stay in cache, and calls into torch are few. A GPU wants more.
+# Elements per chunk. On a CPU 2 MB, which stay in cache for a few passes and keep the number of calls into torch small.
 CHUNK_NUMEL = {"cpu": 2**19, "cuda": 2**25}
 
 
 class Band(NamedTuple):
-    """Pixel rows `start:stop`, which mix the grid rows `lo:hi`: two of them, or the last one alone."""
+    """Pixel rows `start:stop`, which interpolate between the grid rows `lo:hi` (two rows, or only the last one)."""
 
     start: int
     stop: int
     lo: int
     hi: int
     weights: Tensor  # f[hi - lo, R], rows[start:stop, lo:hi].T
-    fractions: Tensor  # f[R, 1, 1], of the way from grid row lo to hi - 1
+    fractions: Tensor  # f[R, 1, 1], position between grid row lo (0) and hi - 1 (1)
 
 
-class Plan(NamedTuple):
-    """How one grid is resampled in chunks; see `make_plan`."""
+class ResamplingPlan(NamedTuple):
+    """Weights and chunks that upsample a grid; see `make_plan`."""
 
     rows: Tensor  # f[H, h]
     cols: Tensor  # f[w, W]
     nodes: Tensor  # i64[H], the grid row at or above each pixel row
     bands: tuple[Band, ...]
-    tiles: tuple[slice, ...]  # of pixel columns
-    images: int  # in one chunk
+    tiles: tuple[slice, ...]  # pixel columns per chunk
+    images: int  # images per chunk
 
 
 @lru_cache(maxsize=64)
 def bilinear_weights(
     n_in: int,
     n_out: int,
-    span: AxisExtent | None = None,
+    extent: AxisExtent | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Returns the matrix f[n_out, n_in] that resamples one axis bilinearly. Its rows sum to 1.
+    """Return the matrix f[n_out, n_in] that resamples one axis bilinearly. Its rows sum to 1.
 
-    Where the nodes divide the outputs (no `span`) it is the same as `F.interpolate(mode="bilinear",
-    align_corners=False, antialias=False)`: up or down, at any ratio.
-    The tensor is cached: do not write to it.
-
-    Raises:
-        ValueError: a size is below 1.
+    Without `extent` it equals `F.interpolate(mode="bilinear", align_corners=False, antialias=False)`, also downwards.
+    The tensor is cached; do not modify it.
     """
     if min(n_in, n_out) < 1:
         raise ValueError(f"sizes must be at least 1, got n_in={n_in} and n_out={n_out}")
-    with torch.inference_mode(False):  # a tensor cached during validation must serve in training, too
-        nodes, fractions = axis_nodes(n_in, n_out, span)
+    with torch.inference_mode(False):  # a tensor cached during validation must be usable in training
+        nodes, fractions = axis_nodes(n_in, n_out, extent)
         weights = torch.zeros(n_out, n_in, dtype=torch.float64)
         weights.scatter_(1, (nodes + 1).clamp(max=n_in - 1)[:, None], fractions[:, None])
-        weights.scatter_(1, nodes[:, None], 1 - fractions[:, None])  # second: at the edge both are the same node
+        weights.scatter_(1, nodes[:, None], 1 - fractions[:, None])  # second, since at the edge both are the same node
         return weights.to(device=device, dtype=dtype)
 
 
-def _even(total: int, most: int) -> int:
-    """Returns the part size that cuts `total` into the fewest parts of at most `most`, as equal as they come."""
+def _part_size(total: int, most: int) -> int:
+    """Return the size that splits `total` into the fewest, most equal parts of at most `most`."""
     return -(-total // -(-total // max(1, min(total, most))))
 
 
@@ -98,29 +94,20 @@ def make_plan(
     *,
     view: GridPlacement | None = None,
     stride: int = 1,
-    max_rows: int | None = None,
-) -> Plan:
-    """Returns the weights and the chunks that resample `images` grids of `classes` logits each.
+) -> ResamplingPlan:
+    """Return the weights and chunks that upsample `images` grids (h, w) of `classes` logits to `size` (H, W).
 
-    Args:
-        images: number of grids; `Plan.images` says how many of them one chunk takes.
-        classes: K.
-        grid: (h, w).
-        size: (H, W).
-        dtype: of the weights.
-        device: of the weights; its type also sets the size of a chunk.
-        view: where the grid lies on the pixels; by default it divides them.
-        stride: takes only each stride-th pixel row and column, from `stride // 2` on; H, W are then what remains.
-        max_rows: at most so many pixel rows in a chunk; by default what fits.
+    The type of the device sets the chunk size. `view` is the position of the grid on the pixels; None: the grid covers
+    them exactly. `stride` > 1 uses every stride-th pixel row and column only, from `stride // 2` on.
     """
-    (h, w), (height, width), keep = grid, size, slice(stride // 2, None, stride)
-    view = view or GridPlacement.whole(size)
+    (h, w), (height, width), pixels = grid, size, slice(stride // 2, None, stride)
+    view = view or GridPlacement.full(size)
     numel = CHUNK_NUMEL.get(device.type, CHUNK_NUMEL["cuda"])
-    rows = bilinear_weights(h, height, view.rows, dtype=dtype, device=device)[keep]
-    cols = bilinear_weights(w, width, view.cols, dtype=dtype, device=device)[keep].T.contiguous()
-    nodes, n_cols = axis_nodes(h, height, view.rows)[0][keep], cols.shape[1]
-    # Bands are as high as they come, unless a strip of 64 columns would overfill the chunk.
-    most = max_rows or max(1, numel // (classes * min(n_cols, 64)))
+    rows = bilinear_weights(h, height, view.rows, dtype=dtype, device=device)[pixels]
+    cols = bilinear_weights(w, width, view.cols, dtype=dtype, device=device)[pixels].T.contiguous()
+    nodes, n_cols = axis_nodes(h, height, view.rows)[0][pixels], cols.shape[1]
+    # A band has all its rows, unless a strip of 64 columns would exceed the chunk.
+    most = max(1, numel // (classes * min(n_cols, 64)))
     bands, first = [], 0
     for lo, group in groupby(nodes.tolist()):
         hi, last = min(lo + 2, h), first + len(list(group))
@@ -130,53 +117,49 @@ def make_plan(
             bands.append(Band(start, stop, lo, hi, weights, weights[-1, :, None, None]))
         first = last
     highest = max(band.stop - band.start for band in bands)
-    # Tiles of whole 32s: a maximum over classes vectorises along the pixels in such strides, and crawls in between.
-    tile = min(n_cols, 32 * _even(-(-n_cols // 32), numel // (highest * classes * 32)))
+    # Tile widths are multiples of 32: a maximum over classes vectorises along pixels in such steps only.
+    tile = min(n_cols, 32 * _part_size(-(-n_cols // 32), numel // (highest * classes * 32)))
     tiles = tuple(slice(x, min(x + tile, n_cols)) for x in range(0, n_cols, tile))
-    # The h stretched rows count, too: where the grid shrinks they outweigh the band made from two of them.
+    # The h upsampled rows count as well: if the grid is finer than the mask, they are larger than a band.
     per_image = max(highest, h // 8) * classes * tile
-    return Plan(rows, cols, nodes.to(device), tuple(bands), tiles, max(1, min(images, numel // per_image)))
+    return ResamplingPlan(rows, cols, nodes.to(device), tuple(bands), tiles, max(1, min(images, numel // per_image)))
 
 
 def band_rows(stretched: Tensor, band: Band) -> Tensor:
-    """Returns the pixels of the band, f[..., R, K, C], from all grid rows with stretched columns, f[..., h, K, C]."""
+    """Return the pixels of the band, f[..., R, K, C], from all grid rows with upsampled columns, f[..., h, K, C]."""
     upper, lower = stretched.narrow(-3, band.lo, 1), stretched.narrow(-3, band.hi - 1, 1)
     return torch.lerp(upper, lower, band.fractions)
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
-    """Returns float64 for float64 logits, else float32: in half precision neighbouring classes tie."""
+    """Return float64 for float64 logits, else float32; half precision would produce ties between classes."""
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 @torch.no_grad()
 def upsampled_argmax(logits: Tensor, size: tuple[int, int], view: GridPlacement | None = None) -> Tensor:
-    """Returns the class of each pixel, uint8[..., H, W], or int16 where K > 255.
+    """Return the predicted class per pixel, uint8[..., H, W], or int16 if K > 255, of finite logits f[..., K, h, w].
 
-    The same as `F.interpolate(logits, size, mode="bilinear").argmax(-3)`, float ties aside, in the memory of a chunk.
-
-    Args:
-        logits: f[..., K, h, w], finite.
-        size: (H, W).
-        view: where the grid lies on these pixels; by default it divides them.
+    Equals `F.interpolate(logits, size, mode="bilinear").argmax(-3)` up to ties, in the memory of one chunk. `view` is
+    the position of the grid on the pixels; None: the grid covers them exactly.
 
     Raises:
-        ValueError: logits have fewer than three axes, or one of size 0 among the last three.
+        ValueError: `logits` has fewer than three axes, or one of the last three is empty.
     """
     if logits.ndim < 3 or 0 in logits.shape[-3:]:
-        raise ValueError(f"logits must be [..., K, h, w], none of them 0, got {list(logits.shape)}")
+        raise ValueError(f"expected logits [..., K, h, w] without empty axes, got {list(logits.shape)}")
     (*leading, classes, h, w), size, dtype = logits.shape, tuple(size), compute_dtype(logits)
     grids = logits.reshape(-1, classes, h, w).transpose(1, 2)  # [N, h, K, w]
     if use_triton(logits):
         from probes.ops.kernels.argmax_counts import argmax_map
         from probes.ops.kernels.grid_cells import cells
 
-        rows, cols = cells((h, w), size, view or GridPlacement.whole(size), 1, logits.device)
+        rows, cols = cells((h, w), size, view or GridPlacement.full(size), 1, logits.device)
         return argmax_map(grids.transpose(1, 2), rows, cols).view(*leading, *size)
     plan = make_plan(max(1, len(grids)), classes, (h, w), size, dtype, logits.device, view=view)
     out = logits.new_empty((len(grids), *size), dtype=torch.uint8 if classes <= 255 else torch.int16)
-    # max() with indices does not vectorise. Instead mark the best, number the classes downwards, take the highest: the
-    # first of the best, as argmax would.
+    # max() with indices does not vectorise. Instead, the maxima are marked and multiplied with class numbers in
+    # descending order. The highest product belongs to the first maximum, as in argmax.
     numbers = torch.arange(classes - 1, -1, -1, dtype=dtype, device=logits.device)[:, None]
     with torch.autocast(logits.device.type, enabled=False):
         for first in range(0, len(grids), plan.images):

@@ -1,16 +1,20 @@
-"""How an image, its token grid and its segmentation mask lie on each other.
+"""Geometry of an image, its token grid and its segmentation mask.
 
-A model sees a square of `image_px` pixels, made of the whole image, and never a crop of it:
+A model sees a square of `image_px` pixels. `image_resize` says how an image becomes that square:
 
-    squash   the image resized to the square, aspect given up
-    pad      the image in the middle of a square of its mean colour, as LLaVA-1.5 ("pad"), then resized
+    squash        the image resized to the square; the aspect ratio is lost
+    pad           the image centred on a square of its mean colour, then resized (LLaVA-1.5 stage 2 and evaluation)
+    center_crop   the shorter side resized to `image_px`, then the centre square (CLIP's processor; LLaVA-1.5 stage 1)
 
-The tokens divide the square into an h x w grid, save for a border at the right and the bottom where the patch size does
-not divide `image_px` (SigLIP: 27 x 14 = 378 of 384 px). A `GridPlacement` says where that grid lies on a mask of H x W
-pixels, which has the image's own size: probes' logits are upsampled there, and masks stay as they are.
+The tokens divide the square into an h x w grid. A border remains at the right and the bottom if the patch size does
+not divide `image_px` (SigLIP: 27 x 14 = 378 of 384 px). A `GridPlacement` is the position of that grid on a mask of
+H x W pixels, the size of the image. Logits are upsampled to the mask; masks are never resized. Pixels outside the grid
+(the border, and what `center_crop` cuts off) take the logits of the nearest token.
 
-    squash, H x W = 4 x 8, grid 2 x 2:   rows AxisExtent(0, 4), columns AxisExtent(0, 8)
-    pad, the same:                       rows AxisExtent(-2, 8), columns AxisExtent(0, 8)    two rows of padding above
+    H x W = 4 x 8, grid 2 x 2
+    squash        rows AxisExtent(0, 4), columns AxisExtent(0, 8)
+    pad           rows AxisExtent(-2, 8), columns AxisExtent(0, 8)    two rows of padding above
+    center_crop   rows AxisExtent(0, 4), columns AxisExtent(2, 4)     two columns cut off on each side
 """
 
 from dataclasses import dataclass
@@ -22,42 +26,40 @@ from torch import Tensor
 
 from llava_bidir.common.errors import UserError
 
-RESIZES = ("squash", "pad")
+RESIZES = ("squash", "pad", "center_crop")
 
 
 class AxisExtent(NamedTuple):
-    """The pixels that one axis of a grid covers: from `start_px`, where pixel 0 begins at 0.0, for `length_px`."""
+    """The pixels that a grid covers on one axis: `length_px` pixels from `start_px`, where pixel 0 begins at 0.0."""
 
     start_px: float
     length_px: float
 
-    def nodes(self, nodes: int, size: int) -> Tensor:
-        """Where the centre of each of `size` pixels lies among the nodes, f64[size]; node i's own centre is at i."""
+    def grid_coordinate(self, nodes: int, size: int) -> Tensor:
+        """Return the position of each pixel centre in units of nodes, f64[size]; the centre of node i is at i."""
         return (torch.arange(size, dtype=torch.float64) + 0.5 - self.start_px) * (nodes / self.length_px) - 0.5
 
-    def cells(self, nodes: int, size: int) -> Tensor:
-        """The node in whose cell the centre of each of `size` pixels lies, i64[size]; -1 beyond them all."""
+    def token_of_pixel(self, nodes: int, size: int) -> Tensor:
+        """Return the node whose cell contains each pixel centre, i64[size]; -1 outside the grid."""
         centres = torch.arange(size, dtype=torch.float64) + 0.5
-        cell = ((centres - self.start_px) * nodes / self.length_px).floor().long()
-        return torch.where((cell >= 0) & (cell < nodes), cell, -1)
+        token = ((centres - self.start_px) * nodes / self.length_px).floor().long()
+        return torch.where((token >= 0) & (token < nodes), token, -1)
 
 
 class GridPlacement(NamedTuple):
-    """Where a grid lies on a mask."""
+    """Position of a grid on a mask."""
 
     rows: AxisExtent
     cols: AxisExtent
 
     @classmethod
-    def whole(cls, size: tuple[int, int]) -> "GridPlacement":
-        """The grid divides the mask [H, W]."""
+    def full(cls, size: tuple[int, int]) -> "GridPlacement":
+        """Return the placement of a grid that covers the mask [H, W] exactly."""
         return cls(*(AxisExtent(0.0, float(length)) for length in size))
 
-    def cells(self, grid: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """The grid row of each pixel row and the grid column of each pixel column, i64[H] and i64[W]; -1 where the grid
-        does not reach. A pixel belongs to the cell in which its centre lies."""
-        rows, cols = (span.cells(n, pixels) for span, n, pixels in zip(self, grid, size, strict=True))
-        return rows, cols
+    def token_of_pixel(self, grid: tuple[int, int], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Return the grid row of each pixel row, i64[H], and the grid column of each column, i64[W]; -1 outside."""
+        return self.rows.token_of_pixel(grid[0], size[0]), self.cols.token_of_pixel(grid[1], size[1])
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,14 @@ class Geometry:
     """How a model sees images.
 
     Args:
-        grid: Image tokens down and across.
-        image_px: Side of the square that the encoder is given.
-        covered_px: Of it, what the tokens cover, from the left and from the top.
-        resize: "squash" or "pad".
-        padding: The colour of what is not image.
+        grid: Rows and columns of image tokens.
+        image_px: Side of the encoder's input square.
+        covered_px: Side of the part of the square that the tokens cover, from the left and from the top.
+        resize: "squash", "pad" or "center_crop".
+        padding: RGB colour of the padding.
 
     Raises:
-        UserError: An unknown way to resize.
+        UserError: `resize` is unknown.
     """
 
     grid: tuple[int, int]
@@ -83,48 +85,62 @@ class Geometry:
 
     def __post_init__(self):
         if self.resize not in RESIZES:
-            raise UserError(f"unknown image_resize {self.resize!r}; there is {', '.join(RESIZES)}")
+            raise UserError(f"unknown image_resize {self.resize!r}; expected one of {', '.join(RESIZES)}")
 
     def place(self, image: Image.Image) -> Image.Image:
-        """The square of `image_px` that is made of an image."""
-        image = to_rgb(image)
+        """Return the image as the model's square, [image_px, image_px]."""
+        image, px = to_rgb(image), self.image_px
         if self.resize == "pad":
-            side, left, top = _padded(image.height, image.width)
+            side, (left, top) = max(image.size), _padding(image.size)
             square = Image.new("RGB", (side, side), self.padding)
             square.paste(image, (left, top))
             image = square
-        return image.resize((self.image_px, self.image_px), Image.Resampling.BICUBIC)
+        if self.resize == "center_crop":
+            width, height = (self._resized(length, min(image.size)) for length in image.size)
+            left, top = (width - px) // 2, (height - px) // 2
+            return image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + px, top + px))
+        return image.resize((px, px), Image.Resampling.BICUBIC)
 
     def view(self, size: tuple[int, int]) -> GridPlacement:
-        """Where the grid lies on a mask of this size [H, W], which is its image's."""
-        seen = self.covered_px / self.image_px
+        """Return the position of the grid on a mask of `size` [H, W], the size of its image."""
+        covered = self.covered_px / self.image_px
         if self.resize == "squash":
-            return GridPlacement(*(AxisExtent(0.0, length * seen) for length in size))
-        side, left, top = _padded(*size)
-        return GridPlacement(AxisExtent(float(-top), side * seen), AxisExtent(float(-left), side * seen))
+            return GridPlacement(*(AxisExtent(0.0, length * covered) for length in size))
+        if self.resize == "pad":
+            return GridPlacement(*(AxisExtent(float(-start), max(size) * covered) for start in _padding(size)))
+        resized = [self._resized(length, min(size)) for length in size]
+        scales = [length / new for length, new in zip(size, resized, strict=True)]
+        starts = [(new - self.image_px) // 2 * scale for new, scale in zip(resized, scales, strict=True)]
+        return GridPlacement(*(AxisExtent(s, self.covered_px * scale) for s, scale in zip(starts, scales, strict=True)))
+
+    def _resized(self, length: int, shorter: int) -> int:
+        """Return the length of a side after `center_crop` resized the shorter side. Source: CLIPImageProcessor."""
+        return int(self.image_px * length / shorter)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture with 8 bits a channel, transparency dropped.
+    """Return the image as RGB without transparency.
 
     Raises:
-        UserError: It has more than 8 bits, and does not say which value is white; PIL would cut off at 255.
+        UserError: The image has more than 8 bits per channel. Its mode does not define white; PIL would clip at 255.
     """
     if image.mode.startswith(("I", "F")):
-        raise UserError(f"mode {image.mode!r}, more than 8 bits, does not say which value is white; save it with 8")
+        raise UserError(
+            f"mode {image.mode!r}, more than 8 bits per channel, does not define white; save the image with 8 bits"
+        )
     return image.convert("RGB")
 
 
-def _padded(height: int, width: int) -> tuple[int, int, int]:
-    """Side of the square around an image, and where the image lies in it: (side, left, top). Source: LLaVA mm_utils.py
-    expand2square."""
-    side = max(height, width)
-    return side, (side - width) // 2, (side - height) // 2
+def _padding(size: tuple[int, int]) -> tuple[int, int]:
+    """Return the padding before the image on each axis of `size`. Source: LLaVA mm_utils.py expand2square."""
+    return (max(size) - size[0]) // 2, (max(size) - size[1]) // 2
 
 
-def axis_nodes(n_in: int, n_out: int, span: AxisExtent | None) -> tuple[Tensor, Tensor]:
-    """Returns for each output the node at or below it, i64[n_out], and the fraction of the way to the next, f64. Beyond
-    the outermost nodes it is those that count."""
-    centres = (span or AxisExtent(0.0, float(n_out))).nodes(n_in, n_out).clamp(0, n_in - 1)
+def axis_nodes(n_in: int, n_out: int, extent: AxisExtent | None) -> tuple[Tensor, Tensor]:
+    """Return the node at or below each output, i64[n_out], and the fraction of the way to the next node, f64[n_out].
+
+    Outputs beyond the outermost nodes take the outermost node.
+    """
+    centres = (extent or AxisExtent(0.0, float(n_out))).grid_coordinate(n_in, n_out).clamp(0, n_in - 1)
     nodes = centres.long()
     return nodes, centres - nodes

@@ -20,7 +20,7 @@ from probes.evaluation.bootstrap import dataset_scores
 from probes.evaluation.feature_statistics import StateStatistics
 from probes.evaluation.metrics import IGNORE_INDEX, Counts, SegmentationMetric, patch_labels
 from probes.models import frozen_mllm as mllms
-from probes.ops.cross_entropy import strided, upsampled_cross_entropy
+from probes.ops.cross_entropy import subsample, upsampled_cross_entropy
 
 from .distributed import all_gather
 from .heads import FEATURE_NORMS, HEADS, Probe
@@ -95,7 +95,7 @@ class ProbeModule(LightningModule):
             untrained=args.untrained or (),
             seed=args.seed,
         )
-        self.sites = self.mllm.known_sites(args.sites)
+        self.sites = self.mllm.check_sites(args.sites)
         self.heads = nn.ModuleDict({probe_name(r, site): self._new_head(r, site) for r, site in self._probes()})
         images = len(data.splits["validation"])
         counts = [len(self.sites), images, args.num_classes, self.mllm.geometry]
@@ -151,7 +151,7 @@ class ProbeModule(LightningModule):
         Of the global batch: with several ranks, a rank's share is such that DDP's average over ranks is that mean.
         """
         view, stride = self.mllm.geometry.view, self.hparams.label_stride
-        labelled = ((strided(t, stride) != IGNORE_INDEX).sum() for t in target)
+        labelled = ((subsample(t, stride) != IGNORE_INDEX).sum() for t in target)
         valid = all_gather(sum(labelled, logits.new_zeros((), dtype=torch.long))).double().mean().clamp(min=1)
         losses = [
             upsampled_cross_entropy(

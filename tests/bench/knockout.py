@@ -55,7 +55,7 @@ def bench_knockout(mllm: FrozenMLLM, paired: Callable, rounds: int) -> list[dict
         for image in range(IMAGES):
             for gone in blocked[image]:
                 with ExitStack() as hooks:
-                    for layer in mllm._decoder.layers:
+                    for layer in mllm.decoder.layers:
                         hook = lambda module, args, kwargs, gone=gone: (
                             args,
                             {**kwargs, "attention_mask": mask_of(gone, by_pairs)},

@@ -1,7 +1,6 @@
-"""Tiny random instances of other labs' classes, as checkpoints on disk, and what their stock forward is given.
+"""Tiny random models of other labs' classes, as checkpoints on disk, and the inputs of their stock forward.
 
-A `Stock` says what the package must find out by itself: written down here once more, by module paths and by the stock
-image processors.
+A `Stock` states independently what the package must find out by itself, with module paths and stock image processors.
 """
 
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedTokenizerFast
 
 VOCABULARY = 128
-SIDE = 8  # tokens a side in families that take images of any size
+SIDE = 8  # tokens per side in families that accept images of any size
 IMAGE_ID = 99
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.6, 0.7]
 HIGH_MEAN, HIGH_STD = [0.1, 0.2, 0.3], [0.9, 0.8, 0.7]
@@ -56,12 +55,10 @@ def _stock(name: str, **kwargs) -> Callable:
 
 
 def _tiles(images: list[Image.Image]) -> dict:
-    """The whole view and as many tiles as the first pinpoint (1 x 2) has, which differ from it."""
-    whole = _normalised(images)["pixel_values"]
-    return {
-        "pixel_values": torch.stack([whole, whole.flip(-1), whole * 0.5], 1),
-        "image_sizes": torch.tensor([[24, 48]] * len(images)),
-    }
+    """The full view and two different tiles, as the first pinpoint (1 x 2) has."""
+    full = _normalised(images)["pixel_values"]
+    views = torch.stack([full, full.flip(-1), full * 0.5], 1)
+    return {"pixel_values": views, "image_sizes": torch.tensor([[24, 48]] * len(images))}
 
 
 def _gemma4(images: list[Image.Image]) -> dict:
@@ -95,20 +92,20 @@ def hybrid_inputs(images: list[Image.Image]) -> dict:
 
 @dataclass(frozen=True)
 class Stock:
-    """What a family must give.
+    """Expected properties of a family.
 
     Args:
         config: Of a tiny model.
-        grid: Rows and columns of image tokens.
-        image_px: Side of the input.
         encoder: Path of the module whose input is the encoder's states.
         encoder_width: Width of these.
-        inputs: PIL images of that side -> what the stock forward takes.
+        grid: Rows and columns of image tokens.
+        image_px: Side of the input.
+        inputs: PIL images of that side -> arguments of the stock forward.
         decoder: Path of the LLM.
         prefix: Tokens before the image; "hello" is the template's.
-        placeholder: What stands for the image in the template.
-        row_end: Token behind each row.
-        extra: Image tokens of the stock forward behind those of the whole view.
+        placeholder: The image in the template.
+        row_separator: Token after each row.
+        extra: Image tokens of the stock forward after those of the full view.
         native: Mask among image tokens.
         types: Name of the token types' argument, value of an image's tokens, and of other ones.
         masks: Whether all its layers take masks.
@@ -116,14 +113,14 @@ class Stock:
 
     config: dict
     encoder: str
-    encoder_width: int
+    encoder_width: int = 16
     grid: tuple[int, int] = (6, 6)
     image_px: int = 24
     inputs: Callable = _normalised
     decoder: str = "model.language_model"
     prefix: list[str] = field(default_factory=lambda: ["<s>", "hello"])
     placeholder: str = "<image>"
-    row_end: str | None = None
+    row_separator: str | None = None
     extra: int = 0
     native: str = "causal"
     types: tuple[str, int, int] | None = None
@@ -134,51 +131,54 @@ def _llm(kind: str, **kwargs) -> dict:
     return {"model_type": kind, **LLM, **kwargs}
 
 
-def _patched(kind: str, encoder: str, vision: dict, text: dict, **kwargs) -> Stock:
-    config = {"model_type": kind, "vision_config": {"model_type": kind, **vision}, "image_token_id": IMAGE_ID}
-    text = {**LLM, "rope_parameters": MROPE, **text}
-    return Stock(
-        config | {"text_config": text, "vision_start_token_id": 97, "vision_end_token_id": 98, "video_token_id": 96},
-        encoder,
-        64,
-        (SIDE, SIDE),
-        4 * SIDE,
-        types=("mm_token_type_ids", 1, 0),
-        **{"inputs": _stock("Qwen2VLImageProcessorPil", patch_size=2, merge_size=2, temporal_patch_size=2)} | kwargs,
-    )
+def _config(kind: str, vision: dict, text: dict, **kwargs) -> dict:
+    key = "image_token_index" if kind in INDEXED else "image_token_id"
+    return {"model_type": kind, "vision_config": vision, "text_config": text, key: IMAGE_ID, **kwargs}
+
+
+def _patched(kind: str, encoder: str, vision: dict, text: dict, placeholder: str = "<|image_pad|>", **kwargs) -> Stock:
+    """Encoders that take patches."""
+    name = "Glm4vImageProcessorPil" if kind.startswith("glm") else "Qwen2VLImageProcessorPil"
+    text = {"model_type": f"{kind}_text", **LLM, "rope_parameters": MROPE, **text}
+    config = _config(kind, {"model_type": kind, **vision}, text)
+    config |= {"vision_start_token_id": 97, "vision_end_token_id": 98, "video_token_id": 96}
+    inputs = _stock(name, patch_size=2, merge_size=2, temporal_patch_size=2)
+    settings = {"types": ("mm_token_type_ids", 1, 0), "placeholder": placeholder, "inputs": inputs}
+    return Stock(config, encoder, 64, (SIDE, SIDE), 4 * SIDE, **settings | kwargs)
 
 
 def _pixtral(kind: str, text: dict, encoder: str, **kwargs) -> Stock:
     vision = {"model_type": "pixtral", **VISION, "head_dim": 8, "image_size": 4 * SIDE, "patch_size": 2}
-    return Stock(
-        {"model_type": kind, "vision_config": vision, "text_config": text, "spatial_merge_size": 2}
-        | ({"image_token_index": IMAGE_ID} if kind == "mistral3" else {"image_token_id": IMAGE_ID}),
-        encoder,
-        64,
-        (SIDE, SIDE),
-        4 * SIDE,
-        inputs=_sizes,
-        **kwargs,
-    )
+    config = _config(kind, vision, text, spatial_merge_size=2)
+    return Stock(config, f"{encoder}.patch_merger.merging_layer", 64, (SIDE, SIDE), 4 * SIDE, inputs=_sizes, **kwargs)
 
 
 def _idefics(kind: str) -> Stock:
     vision = {"model_type": f"{kind}_vision", **VISION, "image_size": 24, "patch_size": 2}
+    processor = _stock("Idefics3ImageProcessorPil", do_image_splitting=False, max_image_size={"longest_edge": 24})
     return Stock(
-        {"model_type": kind, "vision_config": vision, "text_config": _llm("llama"), "scale_factor": 3}
-        | {"image_token_id": IMAGE_ID},
+        _config(kind, vision, _llm("llama"), scale_factor=3),
         "model.connector.modality_projection",
         144,
         (4, 4),
-        inputs=lambda images: _stock(
-            "Idefics3ImageProcessorPil", do_image_splitting=False, max_image_size={"longest_edge": 24}
-        )([[image] for image in images]),
+        inputs=lambda images: processor([[image] for image in images]),
         decoder="model.text_model",
         prefix=["<s>", "hello", "<fake_token_around_image>", "<global-img>"],
     )
 
 
-PINPOINTS = {"image_grid_pinpoints": [[24, 48], [48, 24]]}
+def _tiled(kind: str, vision: dict, text: dict) -> Stock:
+    pinpoints = [[24, 48], [48, 24]]
+    return Stock(_config(kind, vision, text, image_grid_pinpoints=pinpoints), PROJECTOR, inputs=_tiles, extra=6 * 13)
+
+
+def _cohere(kind: str, *prefix: str, **kwargs) -> Stock:
+    text = _llm("cohere2", **GEMMA)
+    config = _config(kind, SIGLIP, text, downsample_factor=2, alignment_intermediate_size=32)
+    return Stock(config, f"{PROJECTOR}.linear_1", 64, (3, 3), prefix=["<s>", "hello", *prefix], **kwargs)
+
+
+INDEXED = {"llava", "vipllava", "llava_next", "llava_onevision", "aya_vision", "gemma3", "paligemma", "mistral3"}
 GEMMA = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 5}
 PROJECTOR = "model.multi_modal_projector"
 LINEAR = {
@@ -186,56 +186,52 @@ LINEAR = {
     **{"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 2},
     "rope_parameters": MROPE | {"partial_rotary_factor": 1.0},
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 QWEN_VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 2}
+QWEN3_VISION = QWEN_VISION | {"out_hidden_size": 32, "num_position_embeddings": 16}
+GLM_VISION = QWEN_VISION | {"out_hidden_size": 32, "image_size": 4 * SIDE, "intermediate_size": 24}
+SAM = {
+    **{"model_type": "sam_vision_model", "hidden_size": 16, "output_channels": 8, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "image_size": 128, "patch_size": 8, "window_size": 4, "mlp_dim": 32},
+    **{"global_attn_indexes": [1], "num_pos_feats": 8},
+}
+DEEPSEEK = {"encoder": "model.aligner", "placeholder": "<image_placeholder>"}
+MERGER = "model.visual.merger"
 
 STOCK = {
-    "llava": Stock(
-        {"model_type": "llava", "vision_config": CLIP, "text_config": _llm("llama"), "image_token_index": IMAGE_ID}
-        | {"image_seq_length": 36},
-        PROJECTOR,
-        16,
-    ),
+    "llava": Stock(_config("llava", CLIP, _llm("llama"), image_seq_length=36), PROJECTOR),
     "vipllava": Stock(
-        {"model_type": "vipllava", "vision_config": CLIP, "text_config": _llm("llama"), "image_token_index": IMAGE_ID}
-        | {"image_seq_length": 36, "vision_feature_layers": [-1, -2], "vision_feature_layer": [-1, -2]},
+        _config("vipllava", CLIP, _llm("llama"), image_seq_length=36)
+        | {"vision_feature_layers": [-1, -2], "vision_feature_layer": [-1, -2]},
         PROJECTOR,
         32,
     ),
-    "llava_next": Stock(
-        {"model_type": "llava_next", "vision_config": CLIP, "text_config": _llm("mistral", sliding_window=None)}
-        | {"image_token_index": IMAGE_ID, **PINPOINTS},
-        PROJECTOR,
-        16,
-        inputs=_tiles,
-        extra=6 * 13,
-    ),
-    "llava_onevision": Stock(
-        {"model_type": "llava_onevision", "vision_config": SIGLIP, "text_config": _llm("qwen2")}
-        | {"image_token_index": IMAGE_ID, **PINPOINTS},
-        PROJECTOR,
-        16,
-        inputs=_tiles,
-        extra=6 * 13,
-    ),
-    "deepseek_vl": Stock(
-        {"model_type": "deepseek_vl", "vision_config": SIGLIP, "text_config": _llm("llama")}
-        | {"image_token_id": IMAGE_ID},
-        "model.aligner",
-        16,
-        placeholder="<image_placeholder>",
+    "llava_next": _tiled("llava_next", CLIP, _llm("mistral", sliding_window=None)),
+    "llava_onevision": _tiled("llava_onevision", SIGLIP, _llm("qwen2")),
+    "deepseek_vl": Stock(_config("deepseek_vl", SIGLIP, _llm("llama")), **DEEPSEEK),
+    "deepseek_vl_hybrid": Stock(
+        _config("deepseek_vl_hybrid", SIGLIP | {"image_size": 16}, _llm("llama"), high_res_vision_config=SAM),
+        encoder_width=16 + 32,
+        grid=(4, 4),
+        image_px=128,
+        inputs=hybrid_inputs,
+        **DEEPSEEK,
     ),
     "janus": Stock(
-        {"model_type": "janus", "text_config": _llm("llama"), "image_token_id": IMAGE_ID}
-        | {"vision_config": {**VISION, "image_size": 24, "patch_size": 4, "projection_dim": 32, "mlp_ratio": 2.0}}
+        _config(
+            "janus", VISION | {"image_size": 24, "patch_size": 4, "projection_dim": 32, "mlp_ratio": 2.0}, _llm("llama")
+        )
         | {"vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 8, "num_res_blocks": 1}},
-        "model.aligner",
-        16,
-        placeholder="<image_placeholder>",
         prefix=["<s>", "hello", "<begin_of_image>"],
+        **DEEPSEEK,
     ),
     "internvl": Stock(
-        {"model_type": "internvl", "text_config": _llm("qwen2"), "image_token_id": IMAGE_ID, "image_seq_length": 9}
-        | {"vision_config": {"model_type": "internvl_vision", **VISION, "image_size": [24, 24], "patch_size": [4, 4]}},
+        _config(
+            "internvl",
+            {"model_type": "internvl_vision", **VISION, "image_size": [24, 24], "patch_size": [4, 4]},
+            _llm("qwen2"),
+            image_seq_length=9,
+        ),
         PROJECTOR,
         64,
         (3, 3),
@@ -244,58 +240,41 @@ STOCK = {
     ),
     "idefics3": _idefics("idefics3"),
     "smolvlm": _idefics("smolvlm"),
-    "aya_vision": Stock(
-        {"model_type": "aya_vision", "vision_config": SIGLIP, "image_token_index": IMAGE_ID, "downsample_factor": 2}
-        | {"text_config": _llm("cohere2", **GEMMA), "alignment_intermediate_size": 32},
-        f"{PROJECTOR}.linear_1",
-        64,
-        (3, 3),
-        prefix=["<s>", "hello", "<|START_OF_IMG|>", "TILE_GLOBAL"],
-    ),
-    "cohere2_vision": Stock(
-        {"model_type": "cohere2_vision", "vision_config": SIGLIP, "image_token_id": IMAGE_ID, "downsample_factor": 2}
-        | {"text_config": _llm("cohere2", **GEMMA), "alignment_intermediate_size": 32},
-        f"{PROJECTOR}.linear_1",
-        64,
-        (3, 3),
-        placeholder="<|IMG_PATCH|>",
-        prefix=["<s>", "hello", "<|START_OF_IMG|>"],
-    ),
+    "aya_vision": _cohere("aya_vision", "<|START_OF_IMG|>", "TILE_GLOBAL"),
+    "cohere2_vision": _cohere("cohere2_vision", "<|START_OF_IMG|>", placeholder="<|IMG_PATCH|>"),
     "ovis2": Stock(
-        {"model_type": "ovis2", "text_config": _llm("qwen2"), "image_token_id": IMAGE_ID, "hidden_size": 32}
-        | {"vision_config": {**VISION, "image_size": 24, "patch_size": 4, "vocab_size": 40, "hidden_stride": 2}}
-        | {"visual_indicator_token_ids": [10, 120, 121, 122, 123], "vocab_size": VOCABULARY},
+        _config(
+            "ovis2", VISION | {"image_size": 24, "patch_size": 4, "vocab_size": 40, "hidden_stride": 2}, _llm("qwen2")
+        )
+        | {"visual_indicator_token_ids": [10, 120, 121, 122, 123], "vocab_size": VOCABULARY, "hidden_size": 32},
         "model.vision_tower.head_linear",
         64,
         (3, 3),
         prefix=["<s>", "hello", "<IMG_START>"],
     ),
     "gemma3": Stock(
-        {"model_type": "gemma3", "vision_config": SIGLIP, "image_token_index": IMAGE_ID, "mm_tokens_per_image": 9}
-        | {"text_config": _llm("gemma3_text", **GEMMA)},
+        _config("gemma3", SIGLIP, _llm("gemma3_text", **GEMMA), mm_tokens_per_image=9),
         f"{PROJECTOR}.mm_soft_emb_norm",
-        16,
-        (3, 3),
+        grid=(3, 3),
         placeholder="<start_of_image>",
         prefix=["<s>", "hello", "\n\n", "<start_of_image>"],
         native="bidirectional",
         types=("token_type_ids", 1, 0),
     ),
     "gemma4": Stock(
-        {"model_type": "gemma4", "image_token_id": IMAGE_ID, "audio_config": None, "video_token_id": 96}
-        | {"audio_token_id": 95, "boi_token_id": 94}
-        | {"vision_config": {**VISION, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 2}}
-        | {
-            "text_config": {
+        _config(
+            "gemma4",
+            {**VISION, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 2},
+            {
                 **{**LLM, **GEMMA, "use_bidirectional_attention": "vision", "num_kv_shared_layers": 0},
                 **{"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
                 **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 8},
-            }
-        },
+            },
+            **{"audio_config": None, "video_token_id": 96, "audio_token_id": 95, "boi_token_id": 94},
+        ),
         "model.embed_vision.embedding_projection",
-        16,
-        (SIDE, SIDE),
-        SIDE * 6,
+        grid=(SIDE, SIDE),
+        image_px=SIDE * 6,
         inputs=_gemma4,
         placeholder="<|image|>",
         prefix=["<s>", "hello", "<|image>"],
@@ -303,108 +282,54 @@ STOCK = {
         types=("mm_token_type_ids", 1, 0),
     ),
     "paligemma": Stock(
-        {"model_type": "paligemma", "vision_config": SIGLIP | {"projection_dim": 32}, "image_token_index": IMAGE_ID}
-        | {"text_config": _llm("gemma"), "projection_dim": 32, "hidden_size": 32},
+        _config("paligemma", SIGLIP | {"projection_dim": 32}, _llm("gemma"), projection_dim=32, hidden_size=32),
         PROJECTOR,
-        16,
         prefix=[],
         native="prefix",
         types=("token_type_ids", 0, 1),
     ),
     "qwen2_vl": _patched(
         "qwen2_vl",
-        "model.visual.merger.mlp",
+        f"{MERGER}.mlp",
         {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 2},
-        {"model_type": "qwen2_vl_text"},
-        placeholder="<|image_pad|>",
+        {},
     ),
     "qwen2_5_vl": _patched(
         "qwen2_5_vl",
-        "model.visual.merger.mlp",
+        f"{MERGER}.mlp",
         QWEN_VISION | {"out_hidden_size": 32, "window_size": 16, "fullatt_block_indexes": [1]},
-        {"model_type": "qwen2_5_vl_text"},
-        placeholder="<|image_pad|>",
+        {},
     ),
     "qwen3_vl": _patched(
-        "qwen3_vl",
-        "model.visual.merger.linear_fc1",
-        QWEN_VISION
-        | {"out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0], "depth": 3},
-        {"model_type": "qwen3_vl_text"},
-        placeholder="<|image_pad|>",
+        "qwen3_vl", f"{MERGER}.linear_fc1", QWEN3_VISION | {"deepstack_visual_indexes": [0], "depth": 3}, {}
     ),
     "qwen3_vl_moe": _patched(
-        "qwen3_vl_moe",
-        "model.visual.merger.linear_fc1",
-        QWEN_VISION | {"out_hidden_size": 32, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
-        {"model_type": "qwen3_vl_moe_text", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
-        placeholder="<|image_pad|>",
+        "qwen3_vl_moe", f"{MERGER}.linear_fc1", QWEN3_VISION | {"deepstack_visual_indexes": [0]}, EXPERTS
     ),
-    "glm4v": _patched(
-        "glm4v",
-        "model.visual.downsample",
-        QWEN_VISION | {"out_hidden_size": 32, "image_size": 4 * SIDE, "intermediate_size": 24},
-        {"model_type": "glm4v_text"},
-        placeholder="<|image|>",
-        inputs=_stock("Glm4vImageProcessorPil", patch_size=2, merge_size=2, temporal_patch_size=2),
-    ),
+    "glm4v": _patched("glm4v", "model.visual.downsample", GLM_VISION, {}, "<|image|>"),
     "glm46v": _patched(
         "glm46v",
         "model.visual.downsample",
-        QWEN_VISION
-        | {"out_hidden_size": 32, "image_size": 4 * SIDE, "intermediate_size": 24}
-        | {"model_type": "glm4v_vision"},
+        GLM_VISION | {"model_type": "glm4v_vision"},
         {"model_type": "glm4v_text"},
-        placeholder="<|image|>",
-        inputs=_stock("Glm4vImageProcessorPil", patch_size=2, merge_size=2, temporal_patch_size=2),
+        "<|image|>",
     ),
-    "qwen3_5": _patched(
-        "qwen3_5",
-        "model.visual.merger.linear_fc1",
-        QWEN_VISION | {"out_hidden_size": 32, "num_position_embeddings": 16},
-        {"model_type": "qwen3_5_text", **LINEAR},
-        placeholder="<|image_pad|>",
-        masks=False,
-    ),
+    "qwen3_5": _patched("qwen3_5", f"{MERGER}.linear_fc1", QWEN3_VISION, LINEAR, masks=False),
     "qwen3_5_moe": _patched(
         "qwen3_5_moe",
-        "model.visual.merger.linear_fc1",
-        QWEN_VISION | {"out_hidden_size": 32, "num_position_embeddings": 16},
-        {"model_type": "qwen3_5_moe_text", **LINEAR, "num_experts": 4, "num_experts_per_tok": 2}
-        | {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
-        placeholder="<|image_pad|>",
+        f"{MERGER}.linear_fc1",
+        QWEN3_VISION,
+        LINEAR | EXPERTS | {"shared_expert_intermediate_size": 16},
         masks=False,
     ),
     "mistral3": _pixtral(
         "mistral3",
         _llm("mistral", sliding_window=None),
-        f"{PROJECTOR}.patch_merger.merging_layer",
+        PROJECTOR,
         placeholder="[IMG]",
-        row_end="[IMG_BREAK]",
+        row_separator="[IMG_BREAK]",
     ),
-    "lighton_ocr": _pixtral(
-        "lighton_ocr",
-        _llm("qwen3"),
-        "model.vision_projection.patch_merger.merging_layer",
-        placeholder="<|image_pad|>",
-    ),
-    "deepseek_vl_hybrid": Stock(
-        {"model_type": "deepseek_vl_hybrid", "text_config": _llm("llama"), "image_token_id": IMAGE_ID}
-        | {"vision_config": SIGLIP | {"image_size": 16}}
-        | {
-            "high_res_vision_config": {
-                **{"model_type": "sam_vision_model", "hidden_size": 16, "output_channels": 8, "num_hidden_layers": 2},
-                **{"num_attention_heads": 2, "image_size": 128, "patch_size": 8, "window_size": 4, "mlp_dim": 32},
-                **{"global_attn_indexes": [1], "num_pos_feats": 8},
-            }
-        },
-        "model.aligner",
-        16 + 32,
-        (4, 4),
-        128,
-        inputs=hybrid_inputs,
-        placeholder="<image_placeholder>",
-    ),
+    "lighton_ocr": _pixtral("lighton_ocr", _llm("qwen3"), "model.vision_projection", placeholder="<|image_pad|>"),
 }
 
 
@@ -425,7 +350,7 @@ def build(name: str, seed: int = 0):
     torch.manual_seed(seed)
     from probes.models.families import FAMILIES
 
-    model = FAMILIES[name].loader._from_config(config, attn_implementation="sdpa").eval()
+    model = FAMILIES[name].model_cls._from_config(config, attn_implementation="sdpa").eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim > 1:

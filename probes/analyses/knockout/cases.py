@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
-from probes.models.attention_masks import each
+from probes.models.attention_masks import as_list
 from probes.models.frozen_mllm import ADAPTER, FrozenMLLM
 from probes.models.knockout import Knockout
 from probes.results.probe_run import ProbeRun
@@ -49,7 +49,7 @@ class PatchReader:
         """Which image token the mask, in any layer, lets attend to which, bool[T, T], and to how many other tokens,
         long[T]."""
         nothing = Knockout(torch.zeros(1, self.mllm.grid[0] * self.mllm.grid[1], dtype=torch.bool))
-        mask = torch.stack([mask[0, 0] for mask in each(self.mllm._masks(1, nothing))]).any(0)
+        mask = torch.stack([mask[0, 0] for mask in as_list(self.mllm.attention_masks(1, nothing))]).any(0)
         image, rows = self.mllm.is_image, mask[self.mllm.is_image]
         return rows[:, image].cpu(), rows[:, ~image].sum(1).cpu()
 

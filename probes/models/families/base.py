@@ -1,4 +1,4 @@
-"""What a family's entry says. Everything else about a model is read off its own forward."""
+"""The entry of a family. Everything else about a model is read from its own forward."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,61 +11,74 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llava_bidir.common.errors import UserError
 
 
-def _pixels_alone(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
-    return {"pixel_values": pixels}
+def square_side(size: int | list[int] | tuple[int, ...]) -> int:
+    """Return the side of a square that a config specifies by one number or two."""
+    if isinstance(size, int):
+        return size
+    if len(set(size)) != 1:
+        raise UserError(f"encoder input of {list(size)} px is not supported; expected a square")
+    return size[0]
 
 
-def _first(model: PreTrainedModel, args: tuple) -> Tensor:
-    return args[0]
+def image_size(config: PreTrainedConfig) -> int:
+    """Return the input side of the encoder in pixels."""
+    return square_side(config.vision_config.image_size)
+
+
+def patch_size(config: PreTrainedConfig) -> int:
+    """Return the patch side of the encoder in pixels."""
+    return square_side(config.vision_config.patch_size)
 
 
 @dataclass(frozen=True)
 class Family:
     """How to read one kind of model. Modules are named by their path in `model.model`.
 
-    The model's own forward runs on the ids of prefix and image, under its own position ids; nothing of it is rewritten.
+    The model's own forward runs on the ids of prefix and image with its own position ids.
 
     Args:
-        model_class: Name of the transformers class, or a class; loads a checkpoint without executing code found in it.
+        model_class: Name of a transformers class, or a class.
         image_px: Side of the square input in pixels, from the config.
-        token_px: Side of the part of it that one image token of the LLM stands for: the patch, times the patches that
-            are merged into a token.
-        encoder_width: Width of the encoder's states.
-        adapter: The modules from encoder states to LLM inputs, the first of them first: drawn anew by "untrained".
-        entry: The module whose input are the encoder's states: the adapter's first linear layer where patches are
-            merged before it, so that the encoder is read on the LLM's grid and merged patches are concatenated;
-            None is the adapter itself.
-        encoder_states: (model, that module's arguments) -> the states, as f[B x T, width] or anything that reshapes to
-            it, raster order.
-        inputs: (model, pixels f[B, C, H, W], is_image bool[B, N]) -> what the forward takes beside the ids.
-        language_model: The decoder, with `layers`, `norm` and an embedding.
-        image_attention: The mask that checkpoints of this kind were trained with, by name or from the config.
-        normalisations: Which means and standard deviations of the image processor give a set of 3 channels each.
-        placeholder: What stands for the image in the chat template; None where an image stands before all text.
-        opening: What the processor puts between the template's text and the first image token.
-        row_end: The token behind each row of image tokens but the last, if there is one. It is run, not returned.
-        shared_prefix: Whether prefix and image may be run one after the other: position ids count tokens, and the
-            prefix's inputs do not depend on the image being there.
+        token_px: Side of the square that one image token covers in pixels: the patch, or the patches merged into it.
+        encoder_width: Width of the encoder states.
+        adapter: Modules from encoder states to LLM inputs, in order; re-initialised by "untrained".
+        encoder_output_module: Module whose input is the encoder output. If patches are merged before the first linear
+            layer of the adapter, it is that layer: states are then on the LLM's grid, merged patches concatenated.
+            None: the first module of `adapter`.
+        encoder_states: (model, arguments of that module) -> states f[B x T, width], or a tensor that reshapes to it, in
+            raster order.
+        inputs: (model, pixels f[B, C, H, W], is_image bool[B, N]) -> arguments of the forward besides the ids.
+        language_model: The decoder, with `layers`, `norm` and `embed_tokens`.
+        image_attention: Mask that checkpoints were trained with, as a name or from the config.
+        image_resize: How images become squares; None: as the checkpoint's image processor does.
+        normalisations: Keys of mean and standard deviation in the image processor; 3 channels for each pair.
+        placeholder: The image in the chat template; None if the image comes before all text.
+        image_start_text: Text that the processor inserts before the first image token.
+        row_separator: Token between rows of image tokens, if any. Its states are not returned.
+        shared_prefix: True if prefix and image can run one after the other: position ids count tokens, and the inputs
+            of the prefix do not depend on the image.
     """
 
     model_class: str | type[PreTrainedModel]
-    image_px: Callable[[PreTrainedConfig], int]
-    token_px: Callable[[PreTrainedConfig], int | Fraction]
-    encoder_width: Callable[[PreTrainedConfig], int]
+    image_px: Callable[[PreTrainedConfig], int] = image_size
+    token_px: Callable[[PreTrainedConfig], int | Fraction] = patch_size
+    encoder_width: Callable[[PreTrainedConfig], int] = lambda config: config.vision_config.hidden_size
     adapter: tuple[str, ...] = ("multi_modal_projector",)
-    entry: str | None = None
-    encoder_states: Callable[[PreTrainedModel, tuple], Tensor] = _first
-    inputs: Callable[[PreTrainedModel, Tensor, Tensor], dict] = _pixels_alone
+    encoder_output_module: str | None = None
+    encoder_states: Callable[[PreTrainedModel, tuple], Tensor] = lambda model, args: args[0]
+    inputs: Callable[[PreTrainedModel, Tensor, Tensor], dict] = lambda model, pixels, is_image: {"pixel_values": pixels}
     language_model: str = "language_model"
     image_attention: str | Callable[[PreTrainedConfig], str] = "causal"
+    image_resize: str | None = "squash"
     normalisations: tuple[tuple[str, str], ...] = (("image_mean", "image_std"),)
     placeholder: str | None = "<image>"
-    opening: str = ""
-    row_end: str | None = None
+    image_start_text: str = ""
+    row_separator: str | None = None
     shared_prefix: bool = True
 
     @property
-    def loader(self) -> type[PreTrainedModel]:
+    def model_cls(self) -> type[PreTrainedModel]:
+        """Class of the model; loads a checkpoint without executing code in it."""
         if not isinstance(self.model_class, str):
             return self.model_class
         if not hasattr(transformers, self.model_class):
@@ -73,50 +86,36 @@ class Family:
         return getattr(transformers, self.model_class)
 
     def grid(self, config: PreTrainedConfig) -> tuple[int, int]:
-        """Image tokens down and across."""
+        """Return the rows and columns of image tokens."""
         side = self.image_px(config) // self.token_px(config)
         return side, side
 
     def covered_px(self, config: PreTrainedConfig) -> int:
-        """Of the input's side, what the tokens cover from the left and the top."""
+        """Return the part of the input side that the tokens cover, from the left and the top."""
         return int(self.grid(config)[0] * self.token_px(config))
 
     def decoder_of(self, model: PreTrainedModel) -> nn.Module:
+        """Return the decoder of a model."""
         return _module_at(model, self.language_model)
 
     def adapter_of(self, model: PreTrainedModel) -> list[nn.Module]:
+        """Return the modules of a model's adapter."""
         return [_module_at(model, path) for path in self.adapter]
 
-    def entry_of(self, model: PreTrainedModel) -> nn.Module:
-        return _module_at(model, self.entry or self.adapter[0])
+    def encoder_output_of(self, model: PreTrainedModel) -> nn.Module:
+        """Return the module of a model whose input is the encoder output."""
+        return _module_at(model, self.encoder_output_module or self.adapter[0])
 
 
 def _module_at(model: PreTrainedModel, path: str) -> nn.Module:
-    """The module that an entry names; where there is none, the error lists those that there are."""
-    found, where = model.model, "model"
+    """Return the module at a path; raise a UserError that lists the existing modules if there is none."""
+    module, parent = model.model, "model"
     for name in path.split("."):
-        inner = getattr(found, name, None)
-        if not isinstance(inner, nn.Module):
-            there = ", ".join(child for child, _ in found.named_children()) or "no modules"
+        child = getattr(module, name, None)
+        if not isinstance(child, nn.Module):
+            names = ", ".join(name for name, _ in module.named_children()) or "no modules"
             raise UserError(
-                f"{type(model).__name__} has no module {path!r}, which its family's entry names: {where} has {there}"
+                f"{type(model).__name__} has no module {path!r}, which its family names; {parent} has {names}"
             )
-        found, where = inner, f"{where}.{name}"
-    return found
-
-
-def side(size: int | list[int] | tuple[int, ...]) -> int:
-    """Configs give the size of a square as one number or two."""
-    if isinstance(size, int):
-        return size
-    if len(set(size)) != 1:
-        raise UserError(f"an encoder for images of {list(size)} px is not read yet; squares only")
-    return size[0]
-
-
-def image_size(config: PreTrainedConfig) -> int:
-    return side(config.vision_config.image_size)
-
-
-def patch_size(config: PreTrainedConfig) -> int:
-    return side(config.vision_config.patch_size)
+        module, parent = child, f"{parent}.{name}"
+    return module

@@ -1,4 +1,4 @@
-"""DeepSeek-VL and Janus: SigLIP, in DeepSeek-VL's larger model beside a SAM-B that sees 1024 px."""
+"""DeepSeek-VL and Janus: SigLIP, in DeepSeek-VL's larger model combined with a SAM-B of 1024 px."""
 
 from fractions import Fraction
 
@@ -15,31 +15,26 @@ def _high_res_px(config: PreTrainedConfig) -> int:
 
 
 def _hybrid_token_px(config: PreTrainedConfig) -> Fraction:
-    """SigLIP's 384 / 16 = 24 tokens a side; SAM's are resampled to as many, so that a token is 1024 / 24 px wide."""
+    """Return 1024 / 24 px: SAM's tokens are resampled to SigLIP's 384 / 16 = 24 tokens per side."""
     return Fraction(_high_res_px(config), image_size(config) // patch_size(config))
 
 
 def _two_resolutions(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
-    """The image at SAM's resolution, normalised once for each encoder, SigLIP's reduced to its size.
+    """Return SAM's pixels and SigLIP's, which are normalised separately and resized to its input.
 
-    Deviates: the stock processor reduces 8-bit pixels and this normalised ones, a difference of less than a grey level.
+    Deviates: the stock processor resizes 8-bit pixels, this function normalised ones. They differ by < 1 grey level.
     """
     low, high = pixels.split(3, dim=1)
     px = model.config.vision_config.image_size
-    # antialiased as PIL does; not in bf16 on every device
+    # antialiased like PIL; float because not every device supports bf16 here
     low = interpolate(low.float(), (px, px), mode="bicubic", antialias=True).to(pixels.dtype)
     return {"pixel_values": low, "high_res_pixel_values": high}
 
 
+_COMMON = {"adapter": ("aligner",), "image_resize": None, "placeholder": "<image_placeholder>"}
+
 DEEPSEEK = {
-    "deepseek_vl": Family(
-        "DeepseekVLForConditionalGeneration",
-        image_px=image_size,
-        token_px=patch_size,
-        encoder_width=lambda config: config.vision_config.hidden_size,
-        adapter=("aligner",),
-        placeholder="<image_placeholder>",
-    ),
+    "deepseek_vl": Family("DeepseekVLForConditionalGeneration", **_COMMON),
     "deepseek_vl_hybrid": Family(
         "DeepseekVLHybridForConditionalGeneration",
         image_px=_high_res_px,
@@ -48,19 +43,10 @@ DEEPSEEK = {
         encoder_width=lambda config: (
             config.vision_config.hidden_size + 4 * config.high_res_vision_config.output_channels
         ),
-        adapter=("aligner",),
         encoder_states=lambda model, args: torch.cat(args, dim=-1),
         inputs=_two_resolutions,
         normalisations=(("image_mean", "image_std"), ("high_res_image_mean", "high_res_image_std")),
-        placeholder="<image_placeholder>",
+        **_COMMON,
     ),
-    "janus": Family(
-        "JanusForConditionalGeneration",
-        image_px=image_size,
-        token_px=patch_size,
-        encoder_width=lambda config: config.vision_config.hidden_size,
-        adapter=("aligner",),
-        placeholder="<image_placeholder>",
-        opening="<begin_of_image>",
-    ),
+    "janus": Family("JanusForConditionalGeneration", image_start_text="<begin_of_image>", **_COMMON),
 }

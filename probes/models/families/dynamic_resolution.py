@@ -1,32 +1,30 @@
-"""Families that take images of any size. They are given one square, so that the grid is the same for all images: as
-many tokens as LLaVA-1.5 has, 24 x 24, whatever a token's size.
+"""Families that accept images of any size.
 
-Qwen's and GLM's encoders take patches instead of images, a group that is merged into a token after the other.
+They receive one square, so that all images have the same grid: 24 x 24 tokens as LLaVA-1.5, whatever a token's size.
+Encoders of Qwen and GLM take patches instead of images, ordered by the token that they are merged into.
 """
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.vision_utils import get_vision_window_index
 
 from .base import Family, patch_size
 
-TOKENS_A_SIDE = 24
-
-
-def _vision_token_px(config: PreTrainedConfig) -> int:
-    return patch_size(config) * config.vision_config.spatial_merge_size
+TOKENS_PER_SIDE = 24
 
 
 def _grid_thw(model: PreTrainedModel, images: int) -> Tensor:
-    """Time, rows and columns of the patches of each image, long[images, 3]."""
-    patches = TOKENS_A_SIDE * model.config.vision_config.spatial_merge_size
+    """Return time, rows and columns of the patches of each image, long[images, 3]."""
+    patches = TOKENS_PER_SIDE * model.config.vision_config.spatial_merge_size
     return torch.tensor([[1, patches, patches]], device=model.device).expand(images, -1)
 
 
 def _patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
-    """Patches f[B x P, channels x frames x p x p], the patches of a token next to each other. Source: Qwen2-VL's image
-    processor, with a still image as all frames of a patch."""
+    """Return patches f[B x P, channels x frames x p x p], grouped by token, with the image as all frames of a patch.
+
+    Source: Qwen2-VL's image processor.
+    """
     vision = model.config.vision_config
     merge, patch = vision.spatial_merge_size, patch_size(model.config)
     images, channels = pixels.shape[:2]
@@ -40,90 +38,71 @@ def _patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
     }
 
 
-def _out_of_windows(model: PreTrainedModel, args: tuple) -> Tensor:
-    """Qwen2.5-VL's encoder runs the tokens window by window; this puts them back into raster order."""
+def _to_raster_order(model: PreTrainedModel, args: tuple) -> Tensor:
+    """Return encoder states in raster order; Qwen2.5-VL's encoder orders tokens by window."""
     vision, states = model.config.vision_config, args[0]
-    images = len(states) // TOKENS_A_SIDE**2
+    images = len(states) // TOKENS_PER_SIDE**2
     grid = _grid_thw(model, images)
     order, _ = get_vision_window_index(grid, vision.spatial_merge_size, vision.window_size, vision.patch_size)
     return states[order.argsort()]
 
 
-def _patch_family(model_class: str, entry: str, **kwargs) -> Family:
+def _patch_family(model_class: str, module: str, **kwargs) -> Family:
     settings = {
-        "image_px": lambda config: TOKENS_A_SIDE * _vision_token_px(config),
-        "token_px": _vision_token_px,
+        "image_px": lambda config: TOKENS_PER_SIDE * patch_size(config) * config.vision_config.spatial_merge_size,
+        "token_px": lambda config: patch_size(config) * config.vision_config.spatial_merge_size,
         "encoder_width": lambda config: config.vision_config.hidden_size * config.vision_config.spatial_merge_size**2,
         "adapter": ("visual.merger",),
         "inputs": _patches,
         "placeholder": "<|image_pad|>",
-        "shared_prefix": False,  # position ids go down and across the image
+        "shared_prefix": False,  # position ids are two-dimensional in the image
     }
-    return Family(model_class, entry=entry, **settings | kwargs)
+    return Family(model_class, encoder_output_module=module, **settings | kwargs)
 
 
-def _image_sizes(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
+def _sizes_of_images(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
     return {"pixel_values": pixels, "image_sizes": torch.tensor([pixels.shape[-2:]] * len(pixels))}
 
 
-def _pixtral_token_px(config: PreTrainedConfig) -> int:
-    return patch_size(config) * config.spatial_merge_size
-
-
 _PIXTRAL = {
-    "image_px": lambda config: TOKENS_A_SIDE * _pixtral_token_px(config),
-    "token_px": _pixtral_token_px,
+    "image_px": lambda config: TOKENS_PER_SIDE * patch_size(config) * config.spatial_merge_size,
+    "token_px": lambda config: patch_size(config) * config.spatial_merge_size,
     "encoder_width": lambda config: config.vision_config.hidden_size * config.spatial_merge_size**2,
-    "inputs": _image_sizes,
+    "inputs": _sizes_of_images,
 }
+
+_DEEPSTACK = {"adapter": ("visual.merger", "visual.deepstack_merger_list")}
+_GLM = {"adapter": ("visual.downsample", "visual.merger"), "placeholder": "<|image|>"}
 
 DYNAMIC = {
     # `embed_dim` is the width of Qwen2-VL's encoder, `hidden_size` that of the LLM
     "qwen2_vl": _patch_family(
         "Qwen2VLForConditionalGeneration",
-        entry="visual.merger.mlp",
+        "visual.merger.mlp",
         encoder_width=lambda config: config.vision_config.embed_dim * config.vision_config.spatial_merge_size**2,
     ),
     "qwen2_5_vl": _patch_family(
-        "Qwen2_5_VLForConditionalGeneration", entry="visual.merger.mlp", encoder_states=_out_of_windows
+        "Qwen2_5_VLForConditionalGeneration", "visual.merger.mlp", encoder_states=_to_raster_order
     ),
-    # three of the encoder's earlier layers are added behind the first three decoder layers: `layer_01` is read before
-    "qwen3_vl": _patch_family(
-        "Qwen3VLForConditionalGeneration",
-        entry="visual.merger.linear_fc1",
-        adapter=("visual.merger", "visual.deepstack_merger_list"),
-    ),
-    "qwen3_vl_moe": _patch_family(
-        "Qwen3VLMoeForConditionalGeneration",
-        entry="visual.merger.linear_fc1",
-        adapter=("visual.merger", "visual.deepstack_merger_list"),
-    ),
-    "glm4v": _patch_family(
-        "Glm4vForConditionalGeneration",
-        entry="visual.downsample",
-        adapter=("visual.downsample", "visual.merger"),
-        placeholder="<|image|>",
-    ),
-    "glm46v": _patch_family(
-        "Glm46VForConditionalGeneration",
-        entry="visual.downsample",
-        adapter=("visual.downsample", "visual.merger"),
-        placeholder="<|image|>",
-    ),
-    # linear attention in three layers of four: runs causally, as it is
-    "qwen3_5": _patch_family("Qwen3_5ForConditionalGeneration", entry="visual.merger.linear_fc1"),
-    "qwen3_5_moe": _patch_family("Qwen3_5MoeForConditionalGeneration", entry="visual.merger.linear_fc1"),
+    # Features of earlier encoder layers are added after the first decoder layers; states are read before.
+    "qwen3_vl": _patch_family("Qwen3VLForConditionalGeneration", "visual.merger.linear_fc1", **_DEEPSTACK),
+    "qwen3_vl_moe": _patch_family("Qwen3VLMoeForConditionalGeneration", "visual.merger.linear_fc1", **_DEEPSTACK),
+    "glm4v": _patch_family("Glm4vForConditionalGeneration", "visual.downsample", **_GLM),
+    "glm46v": _patch_family("Glm46VForConditionalGeneration", "visual.downsample", **_GLM),
+    # Three of four layers have linear attention: only the model's own, causal attention is possible.
+    "qwen3_5": _patch_family("Qwen3_5ForConditionalGeneration", "visual.merger.linear_fc1"),
+    "qwen3_5_moe": _patch_family("Qwen3_5MoeForConditionalGeneration", "visual.merger.linear_fc1"),
     "mistral3": Family(
         "Mistral3ForConditionalGeneration",
-        entry="multi_modal_projector.patch_merger.merging_layer",
+        encoder_output_module="multi_modal_projector.patch_merger.merging_layer",
         placeholder="[IMG]",
-        row_end="[IMG_BREAK]",
+        row_separator="[IMG_BREAK]",
         **_PIXTRAL,
     ),
     "lighton_ocr": Family(
         "LightOnOcrForConditionalGeneration",
         adapter=("vision_projection",),
-        entry="vision_projection.patch_merger.merging_layer",
+        encoder_output_module="vision_projection.patch_merger.merging_layer",
         placeholder="<|image_pad|>",
         **_PIXTRAL,
     ),

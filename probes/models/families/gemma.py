@@ -1,4 +1,4 @@
-"""Gemma 3 and 4 and PaliGemma: image tokens see each other in both directions (in Gemma 4 not in all layers)."""
+"""Gemma 3 and 4 and PaliGemma: bidirectional attention among image tokens (in Gemma 4 not in all layers)."""
 
 import torch
 from torch import Tensor
@@ -6,21 +6,17 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .base import Family, image_size, patch_size
 
-# Gemma 4 takes images of any shape, by default as no more than 280 tokens; the largest square has 16 x 16
-GEMMA4_TOKENS_A_SIDE = 16
-
-
-def _gemma4_token_px(config: PreTrainedConfig) -> int:
-    return patch_size(config) * config.vision_config.pooling_kernel_size
+# Gemma 4 accepts images of any shape, by default with at most 280 tokens; the largest square has 16 x 16.
+GEMMA4_TOKENS_PER_SIDE = 16
 
 
 def _gemma4_attention(config: PreTrainedConfig) -> str:
-    """Larger models see both ways within the sliding window; the smaller ones are causal."""
+    """Return the mask: larger models are bidirectional within the sliding window, smaller ones causal."""
     return "bidirectional_sliding" if config.get_text_config().use_bidirectional_attention == "vision" else "causal"
 
 
 def _gemma4_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -> dict:
-    """Patches f[B, P, p x p x channels] in raster order and their (x, y). Source: Gemma 4's image processor."""
+    """Return patches f[B, P, p x p x C] in raster order and their (x, y). Source: Gemma 4's image processor."""
     patch = patch_size(model.config)
     split = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch)).permute(0, 2, 4, 3, 5, 1)  # B, h, w, p, p, C
     rows, columns = split.shape[1:3]
@@ -35,34 +31,24 @@ def _gemma4_patches(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) ->
 GEMMA = {
     "gemma3": Family(
         "Gemma3ForConditionalGeneration",
-        image_px=image_size,
         token_px=lambda config: image_size(config) // round(config.mm_tokens_per_image**0.5),
-        encoder_width=lambda config: config.vision_config.hidden_size,
-        entry="multi_modal_projector.mm_soft_emb_norm",  # behind the average over patches
+        encoder_output_module="multi_modal_projector.mm_soft_emb_norm",  # after averaging patches
         image_attention="bidirectional",
         placeholder="<start_of_image>",
-        opening="\n\n<start_of_image>",
+        image_start_text="\n\n<start_of_image>",
     ),
-    # its question is part of the block in which tokens see each other; none is asked here
-    "paligemma": Family(
-        "PaliGemmaForConditionalGeneration",
-        image_px=image_size,
-        token_px=patch_size,
-        encoder_width=lambda config: config.vision_config.hidden_size,
-        image_attention="prefix",
-        placeholder=None,
-    ),
+    # A question would be part of the bidirectional block; here there is none.
+    "paligemma": Family("PaliGemmaForConditionalGeneration", image_attention="prefix", placeholder=None),
     "gemma4": Family(
         "Gemma4ForConditionalGeneration",
-        image_px=lambda config: GEMMA4_TOKENS_A_SIDE * _gemma4_token_px(config),
-        token_px=_gemma4_token_px,
-        encoder_width=lambda config: config.vision_config.hidden_size,
+        image_px=lambda config: GEMMA4_TOKENS_PER_SIDE * patch_size(config) * config.vision_config.pooling_kernel_size,
+        token_px=lambda config: patch_size(config) * config.vision_config.pooling_kernel_size,
         adapter=("embed_vision",),
-        entry="embed_vision.embedding_projection",
+        encoder_output_module="embed_vision.embedding_projection",
         inputs=_gemma4_patches,
         image_attention=_gemma4_attention,
         placeholder="<|image|>",
-        opening="<|image>",
-        shared_prefix=False,  # layers have inputs of their own, made of all ids
+        image_start_text="<|image>",
+        shared_prefix=False,  # layers have further inputs, computed from all ids
     ),
 }

@@ -1,6 +1,6 @@
 """Families with one square view whose adapter merges neighbouring patches.
 
-Where a stock processor adds tiles, the view of the whole image alone is run: the thumbnail.
+If the stock processor adds tiles, only the full view (thumbnail) is run.
 """
 
 from collections.abc import Callable
@@ -8,14 +8,13 @@ from collections.abc import Callable
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .base import Family, image_size, patch_size
+from .base import Family, patch_size
 
 
 def _merging(model_class: str, factor: Callable[[PreTrainedConfig], float], **kwargs) -> Family:
-    """`factor` patches down and across become a token; the encoder's states are these patches side by side."""
+    """Return a family that merges `factor` x `factor` patches per token, and concatenates their encoder states."""
     return Family(
         model_class,
-        image_px=image_size,
         token_px=lambda config: round(patch_size(config) * factor(config)),
         encoder_width=lambda config: round(config.vision_config.hidden_size * factor(config) ** 2),
         **kwargs,
@@ -31,10 +30,10 @@ def _idefics(model_class: str) -> Family:
         model_class,
         lambda config: config.scale_factor,
         adapter=("connector",),
-        entry="connector.modality_projection",
+        encoder_output_module="connector.modality_projection",
         inputs=_one_view,
         language_model="text_model",
-        opening="<fake_token_around_image><global-img>",
+        image_start_text="<fake_token_around_image><global-img>",
     )
 
 
@@ -43,29 +42,29 @@ MERGED = {
         "InternVLForConditionalGeneration",
         lambda config: 1 / config.downsample_ratio,
         placeholder="<IMG_CONTEXT>",
-        opening="<img>",
+        image_start_text="<img>",
     ),
     "idefics3": _idefics("Idefics3ForConditionalGeneration"),
     "smolvlm": _idefics("SmolVLMForConditionalGeneration"),
     "aya_vision": _merging(
         "AyaVisionForConditionalGeneration",
         lambda config: config.downsample_factor,
-        entry="multi_modal_projector.linear_1",
-        opening="<|START_OF_IMG|>TILE_GLOBAL",
+        encoder_output_module="multi_modal_projector.linear_1",
+        image_start_text="<|START_OF_IMG|>TILE_GLOBAL",
     ),
     "cohere2_vision": _merging(
         "Cohere2VisionForConditionalGeneration",
         lambda config: config.downsample_factor,
-        entry="multi_modal_projector.linear_1",
+        encoder_output_module="multi_modal_projector.linear_1",
         placeholder="<|IMG_PATCH|>",
-        opening="<|START_OF_IMG|>",
+        image_start_text="<|START_OF_IMG|>",
     ),
-    # the adapter is a linear layer onto a visual vocabulary, softmax, and that vocabulary's embeddings
+    # The adapter is a linear layer to a visual vocabulary, a softmax, and the embeddings of that vocabulary.
     "ovis2": _merging(
         "Ovis2ForConditionalGeneration",
         lambda config: config.vision_config.hidden_stride,
         adapter=("vision_tower.head_linear", "vision_tower.head_norm", "visual_embeddings_table"),
-        opening="<IMG_START>",
-        shared_prefix=False,  # <IMG_START> gets its embedding from that vocabulary, if an image is there
+        image_start_text="<IMG_START>",
+        shared_prefix=False,  # <IMG_START> takes its embedding from that vocabulary if there is an image
     ),
 }

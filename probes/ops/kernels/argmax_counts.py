@@ -1,4 +1,4 @@
-"""Upsampled argmax on a GPU, as a map or counted on the spot.
+"""Upsampled argmax on a GPU: as a map, or as counts per class, token and confusion.
 
 Legend: S probes, B images, K classes, h w grid, H W pixels.
 """
@@ -13,8 +13,8 @@ from torch import Tensor
 from .grid_cells import PIXELS, Axis, block_of, load_corners, pixel_row
 
 
-class Found(NamedTuple):
-    """intersection, predicted: i32[S, B, K]; patch_right: i32[S, B, h, w]; confusion: i32[S, K, K] or None."""
+class PredictionCounts(NamedTuple):
+    """Pixel counts: intersection, predicted i32[S, B, K]; patch_right i32[S, B, h, w]; confusion i32[S, K, K]."""
 
     intersection: Tensor
     predicted: Tensor
@@ -23,7 +23,7 @@ class Found(NamedTuple):
 
 
 def argmax_map(logits: Tensor, rows: Axis, columns: Axis) -> Tensor:
-    """Returns the class of each pixel, uint8[B, H, W], of logits f[B, K, h, w]; rows and columns are of cells."""
+    """Return the predicted class per pixel, uint8[B, H, W], of logits f[B, K, h, w] on rows and columns of cells."""
     n_images, classes, h, w = logits.shape
     out = logits.new_empty(n_images, len(rows.fraction), len(columns.fraction), dtype=torch.uint8)
     argmax_cell[(n_images * h * w,)](
@@ -35,37 +35,37 @@ def argmax_map(logits: Tensor, rows: Axis, columns: Axis) -> Tensor:
 
 def count_cells(
     logits: Tensor, target: Tensor, rows: Axis, columns: Axis, ignore_index: int, confusion: bool = False
-) -> Found:
-    """Counts the predictions of logits f[S, B, K, h, w] against target uint8[B, H, W], by patch and by class.
+) -> PredictionCounts:
+    """Count predictions against labels, per token and per class.
 
     Args:
         logits: f[S, B, K, h, w], any strides.
-        target: classes or `ignore_index`.
-        rows, columns: of half cells.
-        ignore_index: label of the pixels that do not count.
-        confusion: also counts (label, prediction) pairs over all images.
+        target: uint8[B, H, W], classes or `ignore_index`.
+        rows, columns: Half cells.
+        ignore_index: Label of the pixels that are excluded.
+        confusion: Also count (label, prediction) pairs over all images.
     """
     n_probes, n_images, classes, h, w = logits.shape
     zeros = lambda *shape: torch.zeros(shape, dtype=torch.int32, device=logits.device)
-    found = Found(
+    counts = PredictionCounts(
         zeros(n_probes, n_images, classes),
         zeros(n_probes, n_images, classes),
         zeros(n_probes, n_images, h, w),
         zeros(n_probes, classes, classes) if confusion else None,
     )
     count_cell[(n_probes * n_images * 4 * (h + 1) * (w + 1),)](
-        logits, target.contiguous(), *rows, *columns, *found[:3], found.confusion if confusion else found.predicted,
+        logits, target.contiguous(), *rows, *columns, *counts[:3], counts.confusion if confusion else counts.predicted,
         *logits.stride(), n_images, classes, h, w, *target.shape[1:], ignore_index,
         K=block_of(classes), X=PIXELS, CONFUSION=confusion, num_warps=1,
     )  # fmt: skip
-    if confusion:  # the kernel leaves out the right ones, of which most pixels are: they are counted already
-        found.confusion.diagonal(dim1=1, dim2=2).add_(found.intersection.sum(1, dtype=torch.int32))
-    return found
+    if confusion:  # the kernel skips correct pixels, the majority: `intersection` has them already
+        counts.confusion.diagonal(dim1=1, dim2=2).add_(counts.intersection.sum(1, dtype=torch.int32))
+    return counts
 
 
 @triton.jit
 def best_class(left, change, along):
-    """The first of the best classes of each pixel, i32[X]."""
+    """Return the first class with the highest logit per pixel, i32[X]."""
     return tl.argmax(left[None, :] + along[:, None] * change[None, :], 1, tie_break_left=True)
 
 
@@ -74,7 +74,7 @@ def argmax_cell(
     logits, row_start, row_fraction, column_start, column_fraction, out,
     stride_b, stride_k, stride_h, stride_w, classes, h, w, height, width, K: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
-    """One cell of one grid, to out uint8[B, H, W]."""
+    """Write the classes of one cell of one grid to out uint8[B, H, W]."""
     program = tl.program_id(0)
     b, cell = (program // (h * w)).to(tl.int64), program % (h * w)
     i, j = cell // w, cell % w
@@ -96,7 +96,7 @@ def count_cell(
     stride_p, stride_b, stride_k, stride_h, stride_w, n_images, classes, h, w, height, width, ignore_index,
     K: tl.constexpr, X: tl.constexpr, CONFUSION: tl.constexpr,
 ):  # fmt: skip
-    """One half cell of one grid, added to what `Found` holds. Of the confusion, only pixels that are wrong."""
+    """Add the counts of one half cell of one grid to `PredictionCounts`; to the confusion, wrong pixels only."""
     program = tl.program_id(0)
     half_cells = 4 * (h + 1) * (w + 1)
     grid, cell = program // half_cells, program % half_cells

@@ -19,14 +19,14 @@ LN_2 = tl.constexpr(math.log(2))
 def cross_entropy_sum(
     logits: Tensor, target: Tensor, rows: Axis, columns: Axis, ignore_index: int, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns the loss summed over valid pixels, f64[P], and its gradient f32[P, B, K, h, w].
+    """Return the loss summed over valid pixels, f64[P], and its gradient f32[P, B, K, h, w].
 
     Args:
         logits: f[P, B, K, h, w], any strides.
-        target: integer [B, H, W]. A label that is neither a class nor `ignore_index` makes the loss NaN.
-        rows, columns: where the pixels lie between the h rows and w columns of nodes; cell c begins at node c.
-        ignore_index: label of the pixels that do not count.
-        needs_grad: False leaves out the gradient.
+        target: Integer [B, H, W]. A label that is neither a class nor `ignore_index` makes the loss NaN.
+        rows, columns: Cells between the h rows and w columns of nodes; cell c begins at node c.
+        ignore_index: Label of the pixels that are excluded.
+        needs_grad: If False, the gradient is None.
     """
     n_probes, n_images, classes, h, w = logits.shape
     cells = h * w
@@ -37,7 +37,7 @@ def cross_entropy_sum(
         *logits.stride(), n_images, classes, h, w, *target.shape[1:], ignore_index,
         K=block_of(classes), X=PIXELS, GRADIENT=needs_grad, num_warps=1,
     )  # fmt: skip
-    return losses.sum(1, dtype=torch.float64), _at_nodes(corners) if needs_grad else None
+    return losses.sum(1, dtype=torch.float64), _sum_corners(corners) if needs_grad else None
 
 
 @triton.jit
@@ -46,8 +46,7 @@ def cross_entropy_cell(
     stride_p, stride_b, stride_k, stride_h, stride_w, n_images, classes, h, w, height, width, ignore_index,
     K: tl.constexpr, X: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """One cell of one grid: its loss, to losses f32[N, h, w], and what it adds to the gradient of the four nodes around
-    it, to corners f32[N, h, w, 4, K]."""
+    """Write the loss of a cell to losses f32[N, h, w], the gradients of its nodes to corners f32[N, h, w, 4, K]."""
     program = tl.program_id(0)
     grid, cell = program // (h * w), program % (h * w)
     p, b = (grid // n_images).to(tl.int64), (grid % n_images).to(tl.int64)
@@ -102,11 +101,11 @@ def cross_entropy_cell(
         tl.store(out + 3 * classes, g11, mask=k < classes)
 
 
-def _at_nodes(corners: Tensor) -> Tensor:
-    """Adds up what the up to four cells around each node give it: f[P, B, h, w, 4, K] -> f[P, B, K, h, w]."""
+def _sum_corners(corners: Tensor) -> Tensor:
+    """Sum the gradients of the cells around each node, f[P, B, h, w, 4, K] -> f[P, B, K, h, w]."""
     top_left, top_right, bottom_left, bottom_right = corners.unbind(-2)
     nodes = top_left.clone()
-    # The last row and column of cells give nothing to what lies beyond them: fractions there are 0.
+    # The last row and column of cells contribute nothing beyond the grid: their fractions are 0.
     nodes[:, :, :, 1:] += top_right[:, :, :, :-1]
     nodes[:, :, 1:] += bottom_left[:, :, :-1]
     nodes[:, :, 1:, 1:] += bottom_right[:, :, :-1, :-1]

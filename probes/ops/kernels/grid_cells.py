@@ -1,6 +1,6 @@
-"""The cells of a grid, and what their programs share.
+"""Cells of a grid, and functions that the kernels share.
 
-Legend: K classes, h w grid, H W pixels, X pixels of a row that a program takes at a time.
+Legend: K classes, h w grid, H W pixels, X pixels of a row per step of a program.
 """
 
 from functools import lru_cache
@@ -17,11 +17,11 @@ PIXELS = 4  # X
 
 
 class Axis(NamedTuple):
-    """Which pixels of one axis lie in which cell: cell c has the pixels start[c] .. start[c + 1] - 1.
+    """Cells of one axis; cell c contains the pixels start[c] .. start[c + 1] - 1.
 
     Args:
         start: i32[cells + 1].
-        fraction: f32[pixels], of the way from the cell's node to the next.
+        fraction: f32[pixels], position between the node of the cell (0) and the next node (1).
     """
 
     start: Tensor
@@ -31,32 +31,32 @@ class Axis(NamedTuple):
 def cells(
     grid: tuple[int, int], size: tuple[int, int], view: GridPlacement, stride: int, device: torch.device
 ) -> list[Axis]:
-    """Returns rows and columns of cells: cell (i, j) has the pixels between grid rows i, i + 1 and columns j, j + 1."""
-    return [_cells(n, pixels, span, stride, device) for n, pixels, span in zip(grid, size, view, strict=True)]
+    """Return rows and columns of cells; cell (i, j) has the pixels between grid rows i, i + 1 and columns j, j + 1."""
+    return [_cells(n, pixels, extent, stride, device) for n, pixels, extent in zip(grid, size, view, strict=True)]
 
 
 def half_cells(grid: tuple[int, int], size: tuple[int, int], view: GridPlacement, device: torch.device) -> list[Axis]:
-    """Returns rows and columns of half cells, whose pixels also lie under the same token.
+    """Return rows and columns of half cells, whose pixels are also covered by the same token.
 
-    An axis of n nodes has 2n + 2 of them. Half cell g lies between nodes (g - 2) // 2 and g // 2, under token
-    (g - 1) // 2; the first and the last have the pixels that no token sees.
+    An axis of n nodes has 2n + 2 half cells. Half cell g is between nodes (g - 2) // 2 and g // 2 and covered by token
+    (g - 1) // 2. The first and the last contain the pixels outside the grid.
     """
-    return [_half_cells(n, pixels, span, device) for n, pixels, span in zip(grid, size, view, strict=True)]
+    return [_half_cells(n, pixels, extent, device) for n, pixels, extent in zip(grid, size, view, strict=True)]
 
 
 @lru_cache(maxsize=256)
-def _cells(n_nodes: int, pixels: int, span: AxisExtent, stride: int, device: torch.device) -> Axis:
-    nodes, fractions = (x[stride // 2 :: stride] for x in axis_nodes(n_nodes, pixels, span))
+def _cells(n_nodes: int, pixels: int, extent: AxisExtent, stride: int, device: torch.device) -> Axis:
+    nodes, fractions = (x[stride // 2 :: stride] for x in axis_nodes(n_nodes, pixels, extent))
     return _axis(nodes, fractions, n_nodes, device)
 
 
 @lru_cache(maxsize=256)
-def _half_cells(n_nodes: int, pixels: int, span: AxisExtent, device: torch.device) -> Axis:
-    nodes, fractions = axis_nodes(n_nodes, pixels, span)
-    token = span.cells(n_nodes, pixels)
-    seen = 1 + 2 * token + (nodes == token)
-    unseen = torch.where(span.nodes(n_nodes, pixels) < 0, 0, 2 * n_nodes + 1)
-    return _axis(torch.where(token >= 0, seen, unseen), fractions, 2 * n_nodes + 2, device)
+def _half_cells(n_nodes: int, pixels: int, extent: AxisExtent, device: torch.device) -> Axis:
+    nodes, fractions = axis_nodes(n_nodes, pixels, extent)
+    token = extent.token_of_pixel(n_nodes, pixels)
+    covered = 1 + 2 * token + (nodes == token)
+    outside = torch.where(extent.grid_coordinate(n_nodes, pixels) < 0, 0, 2 * n_nodes + 1)
+    return _axis(torch.where(token >= 0, covered, outside), fractions, 2 * n_nodes + 2, device)
 
 
 def _axis(cell: Tensor, fraction: Tensor, n_cells: int, device: torch.device) -> Axis:
@@ -65,13 +65,13 @@ def _axis(cell: Tensor, fraction: Tensor, n_cells: int, device: torch.device) ->
 
 
 def block_of(classes: int) -> int:
-    """Returns the lanes that hold one pixel's classes: a power of two."""
+    """Return the number of lanes for the classes of one pixel, a power of two."""
     return triton.next_power_of_2(classes)
 
 
 @triton.jit
 def load_corners(logits, i, j, h, w, stride_h, stride_w, stride_k, classes, K: tl.constexpr):
-    """Logits f32[K] of the four nodes around cell (i, j); the last row and column are their own neighbours."""
+    """Return the logits f32[K] of the four nodes around cell (i, j); the last row and column neighbour themselves."""
     k = tl.arange(0, K)
     below = tl.minimum(i + 1, h - 1)
     right = tl.minimum(j + 1, w - 1)
@@ -86,8 +86,7 @@ def load_corners(logits, i, j, h, w, stride_h, stride_w, stride_k, classes, K: t
 
 @triton.jit
 def pixel_row(z00, z01, z10, z11, down, classes, K: tl.constexpr):
-    """Logits f32[K] at the left end of a pixel row `down` the cell, -inf for classes that only fill the block up, and
-    their change on the way to the right end."""
+    """Return the logits f32[K] at the left end of pixel row `down`, and their change to the right end of the cell."""
     left = z00 + down * (z10 - z00)
     change = z01 + down * (z11 - z01) - left
-    return tl.where(tl.arange(0, K) < classes, left, float("-inf")), change
+    return tl.where(tl.arange(0, K) < classes, left, float("-inf")), change  # -inf: classes that only fill the block

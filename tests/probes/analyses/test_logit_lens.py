@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from probes import Knockout
-from probes.analyses.logit_lens import box, explore, most_confused, token_text, word_head
+from probes.analyses.logit_lens import box, explore, most_confused, token_text
 from probes.cli import main
 from probes.ops.geometry import Geometry
 from probes.results.probe_run import ProbeRun
@@ -128,7 +128,7 @@ def test_word_head_of_the_final_norm_norms_once(run):
     states = torch.randn(1, 4, mllm.widths["final_norm"])
     norm = mllm.model.model.language_model.norm
     norm.weight.data = torch.rand(norm.weight.shape) + 0.5  # with ones in it, norming twice would change nothing
-    torch.testing.assert_close(word_head(mllm, "layer_01")(states), word_head(mllm, "final_norm")(norm(states)))
+    torch.testing.assert_close(mllm.logit_lens(states, "layer_01"), mllm.logit_lens(norm(states), "final_norm"))
 
 
 def test_box_of_a_padded_image_reaches_beyond_it():

@@ -1,4 +1,4 @@
-"""Every family on a tiny random instance of its real class, against plain hooks on that class's own forward."""
+"""Every family on a tiny random instance of its real class, against plain hooks on the forward of that class."""
 
 import importlib
 import re
@@ -22,8 +22,6 @@ import probes
 from llava_bidir import LlavaBidirConfig
 from probes import Knockout
 from probes.analyses.extract import print_sites
-from probes.analyses.knockout.attention import attention_from
-from probes.analyses.logit_lens import word_head
 from probes.models.families import (
     DEEPSEEK,
     DYNAMIC,
@@ -31,7 +29,7 @@ from probes.models.families import (
     GEMMA,
     LLAVA,
     MERGED,
-    REFUSED,
+    UNSUPPORTED,
     dynamic_resolution,
     family_of,
     gemma,
@@ -48,8 +46,8 @@ SUFFIX = [3, 4, 3]
 def small_squares():
     """Families that take images of any size are given fewer tokens here, for time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dynamic_resolution, "TOKENS_A_SIDE", tiny_families.SIDE)
-        patch.setattr(gemma, "GEMMA4_TOKENS_A_SIDE", tiny_families.SIDE)
+        patch.setattr(dynamic_resolution, "TOKENS_PER_SIDE", tiny_families.SIDE)
+        patch.setattr(gemma, "GEMMA4_TOKENS_PER_SIDE", tiny_families.SIDE)
         yield
 
 
@@ -84,13 +82,11 @@ def pictures(name: str, count: int = 2) -> list[Image.Image]:
 
 
 def stock_ids(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A whole prompt, long[N], and which of its tokens are those of the (whole view of the) image, bool[N]."""
+    """A full prompt, long[N], and its tokens of the image (full view), bool[N]."""
     stock, vocabulary = STOCK[name], tiny_families.tokenizer().get_vocab()
     rows, columns = stock.grid
     prefix = [vocabulary[token] for token in stock.prefix]
-    image = [
-        i for _ in range(rows) for i in [IMAGE_ID] * columns + ([vocabulary[stock.row_end]] if stock.row_end else [])
-    ]
+    image = ([IMAGE_ID] * columns + ([vocabulary[stock.row_separator]] if stock.row_separator else [])) * rows
     ids = prefix + image + [IMAGE_ID] * stock.extra + SUFFIX
     is_image = torch.tensor(ids) == IMAGE_ID
     is_image[len(prefix) + len(image) :] = False
@@ -145,23 +141,26 @@ def test_there_are_tests_for_all_families():
     assert set(ALL) == set(FAMILIES) - {"llava_bidir"} and len(ALL) >= 16
 
 
-def test_no_entry_hides_another_of_its_name():
+def test_no_family_replaces_another(monkeypatch):
     assert len(FAMILIES) == sum(map(len, (LLAVA, DEEPSEEK, GEMMA, MERGED, DYNAMIC)))
+    with pytest.raises(ValueError, match="family 'llava' is registered already"):
+        probes.register_family("llava", FAMILIES["llava"])
+    family = probes.Family("LlavaForConditionalGeneration")
+    monkeypatch.setattr("probes.models.families.FAMILIES", {})
+    probes.register_family("llava", family)
+    assert family_of(AutoConfig.for_model("llava")) is family
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"encoder_output_module": "multi_modal_projector.linear_9"}, r"no module 'multi.*9'.*_projector has linear_1"),
+        ({"adapter": ("projector",)}, r"ConditionalGeneration has no module 'projector'.*model has vision_tower"),
+        ({"language_model": "decoder"}, "no module 'decoder', which its family names"),
         (
-            {"entry": "multi_modal_projector.linear_9"},
-            r"no module 'multi.*9'.*model.multi_modal_projector has linear_1",
+            {"encoder_width": lambda config: 12},
+            r"outputs 48 tokens per image of width 12; expected 36 for the grid \(6, 6\)",
         ),
-        (
-            {"adapter": ("projector",)},
-            r"ConditionalGeneration has no module 'projector'.*model has vision_tower",
-        ),
-        ({"language_model": "decoder"}, "no module 'decoder', which its family's entry names"),
-        ({"encoder_width": lambda config: 12}, r"gives 48 tokens an image, 12 wide, where the grid \(6, 6\) has 36"),
         ({"model_class": "LlavaForConditionalGenerations"}, "transformers 5.* has no class 'LlavaForConditionalG"),
     ],
 )
@@ -194,7 +193,7 @@ def test_states_equal_hooks_on_the_stock_forward(name, mllm):
 
 
 @pytest.mark.parametrize(("name", "cap"), [(name, None) for name in ALL] + [("paligemma", 0.05), ("gemma4", 0.05)])
-def test_words_are_read_as_the_stock_forward_reads_them(name, cap, mllm, monkeypatch):
+def test_logit_lens_equals_the_logits_of_the_stock_forward(name, cap, mllm, monkeypatch):
     read, images = mllm(name), pictures(name)
     if cap:
         monkeypatch.setattr(read.model.config.get_text_config(), "final_logit_softcapping", cap, raising=False)
@@ -202,14 +201,16 @@ def test_words_are_read_as_the_stock_forward_reads_them(name, cap, mllm, monkeyp
     states = read.states(read.preprocess(images), ["layer_03", "final_norm"])
     for site, state in states.items():
         scale = logits.abs().max().item()
-        torch.testing.assert_close(word_head(read, site)(state), logits, rtol=0, atol=1e-4 * scale)
+        torch.testing.assert_close(read.logit_lens(state, site), logits, rtol=0, atol=1e-4 * scale)
+    with pytest.raises(ValueError, match="states of 'encoder' are not in the LLM's space"):
+        read.logit_lens(states["layer_03"], "encoder")
 
 
 def test_an_entry_that_the_forward_does_not_pass_is_an_error(checkpoint, monkeypatch):
-    monkeypatch.setitem(FAMILIES, "llava", replace(FAMILIES["llava"], entry="spare"))
+    monkeypatch.setitem(FAMILIES, "llava", replace(FAMILIES["llava"], encoder_output_module="spare"))
     read = probes.load(checkpoint("llava"))
     read.model.model.spare = torch.nn.Identity()
-    with pytest.raises(ValueError, match="no states of encoder: the forward does not pass the module that its family"):
+    with pytest.raises(ValueError, match="no states of encoder: the forward does not call the module that the family"):
         read.states(read.preprocess(pictures("llava")))
 
 
@@ -256,8 +257,8 @@ def test_states_lie_in_raster_order(name, mllm):
 
 @contextmanager
 def no_attention(read):
-    """Sets the linear layers of all attention modules outside the decoder to zero."""
-    decoder = set(read._decoder.modules())
+    """Set the linear layers of all attention modules outside the decoder to zero."""
+    decoder = set(read.decoder.modules())
     weights = [
         parameter
         for module in read.model.model.modules()
@@ -294,23 +295,15 @@ def test_knockout_cuts_image_rows_from_blocked_tokens(name, mllm):
 
 
 @pytest.mark.parametrize("name", MASKABLE)
-def test_attention_is_seen_and_a_knockout_can_be_one_layers_or_heads(name, mllm):
-    """Attention that is cut in a layer is not paid there; a single head's is not all."""
-    frozen, tokens = mllm(name), len(mllm(name).is_image[mllm(name).is_image])
-    pixels, blocked = frozen.preprocess(pictures(name)), torch.arange(tokens)[None].expand(2, -1) == tokens // 2
-    looking = [(1, torch.arange(tokens) >= tokens - 2)]
-    paid, itself = attention_from(frozen, pixels, looking)
-    assert (paid >= 0).all() and (paid.sum(-1) <= 1 + 1e-5).all() and (itself > 0).all() and (itself <= 1).all()
-    layers = len(frozen._decoder.layers)
-    last = f"layer_{layers:02d}"
-    plain = frozen.states(pixels, [last])[last]
-    in_last = frozen.states(pixels, [f"layer_{layers - 1:02d}", last], Knockout(blocked, [layers]))
-    torch.testing.assert_close(
-        in_last[f"layer_{layers - 1:02d}"],
-        frozen.states(pixels, [f"layer_{layers - 1:02d}"])[f"layer_{layers - 1:02d}"],
-    )
-    one_head = frozen.states(pixels, [last], Knockout(blocked, [layers], [0]))[last]
-    assert not torch.equal(in_last[last], plain) and not torch.equal(one_head, in_last[last])
+def test_attention_can_be_read_and_a_knockout_can_be_limited_to_a_layer_or_head(name, mllm):
+    read, tokens = mllm(name), STOCK[name].grid[0] * STOCK[name].grid[1]
+    pixels, blocked = read.preprocess(pictures(name)), torch.arange(tokens)[None].expand(2, -1) == tokens // 2
+    for layer in torch.stack(read.attention(pixels)).unbind(1):
+        assert (layer >= 0).all() and (layer.sum(-1) <= 1 + 1e-5).all() and (layer.diagonal(0, 1, 2) > 0).all()
+    plain, cut = (read.states(pixels, LAYERS[1:], knockout) for knockout in (None, Knockout(blocked, [3])))
+    one_head = read.states(pixels, ["layer_03"], Knockout(blocked, [3], [1]))["layer_03"]
+    torch.testing.assert_close(cut["layer_02"], plain["layer_02"])
+    assert not torch.equal(cut["layer_03"], plain["layer_03"]) and not torch.equal(one_head, cut["layer_03"])
 
 
 @pytest.mark.parametrize("name", MASKABLE)
@@ -339,7 +332,9 @@ def test_other_masks_than_the_own_one(name, checkpoint, mllm):
 def test_untrained_controls(name, checkpoint, mllm):
     pixels = mllm(name).preprocess(pictures(name, 1))
     if name == "gemma3":
-        with pytest.raises(ValueError, match="own initialisation sets mm_input_projection_weight to zero"):
+        with pytest.raises(
+            ValueError, match="the initialisation of this model sets mm_input_projection_weight to zero"
+        ):
             probes.load(checkpoint(name), untrained=["adapter"])
     parts = ["llm"] if name == "gemma3" else ["adapter", "llm"]
     trained = mllm(name).states(pixels)
@@ -364,70 +359,62 @@ def test_bf16_is_followed(checkpoint):
         assert all(state.isfinite().all() for state in states.values()), name
 
 
-def test_openings_are_those_of_the_stock_processors():
-    """What the processors put between the template's text and the image tokens."""
-
-    def get(name, module):
-        """From its module: the top level gives a stand-in where torchvision is missing."""
-        found = importlib.import_module(f"transformers.models.{module}.processing_{module}")
-        return getattr(found, name).replace_image_token
-
-    self = SimpleNamespace(
-        **{"start_image_token": "<img>", "end_image_token": "END", "image_token": "I", "image_seq_length": 2},
-        **{"start_of_img_token": "<|START_OF_IMG|>", "end_of_img_token": "END", "img_patch_token": "I"},
-        **{"tile_token": "TILE", "tile_global_token": "TILE_GLOBAL", "img_size": 2, "patch_size": 1},
-        **{
-            "image_start_token": "<begin_of_image>",
-            "num_image_tokens": 2,
-            "image_end_token": "END",
-            "boi_token": "<|START_OF_IMG|>",
-        },
-        **{"image_seq_len": 2, "fake_image_token": "<fake_token_around_image>", "global_image_tag": "<global-img>"},
-        global_image_token="<global-img>",
-        **{"img_line_break_token": "BREAK", "eoi_token": "END"},
-    )
-    one = {"num_patches": [1], "grids": torch.tensor([[1, 1]]), "rows": [[0]], "cols": [[0]]}
-    given = {
-        "internvl": get("InternVLProcessor", "internvl")(self, one, 0),
-        "aya_vision": get("AyaVisionProcessor", "aya_vision")(self, one, 0),
-        "cohere2_vision": get("Cohere2VisionProcessor", "cohere2_vision")(self, one, 0),
-        "janus": get("JanusProcessor", "janus")(self, one, 0),
-        "ovis2": get("Ovis2Processor", "ovis2")(self, one, 0),
-        "idefics3": get("Idefics3Processor", "idefics3")(self, one, 0),
-        "smolvlm": get("SmolVLMProcessor", "smolvlm")(self, one, 0),
-        "deepseek_vl": get("DeepseekVLProcessor", "deepseek_vl")(self, one, 0),
+def test_image_start_texts_are_those_of_the_stock_processors():
+    """The text that a processor inserts between the template's text and the image tokens."""
+    processors = {
+        "internvl": "InternVL",
+        "aya_vision": "AyaVision",
+        "cohere2_vision": "Cohere2Vision",
+        "janus": "Janus",
+        "ovis2": "Ovis2",
+        "idefics3": "Idefics3",
+        "smolvlm": "SmolVLM",
+        "deepseek_vl": "DeepseekVL",
     }
-    for name, text in given.items():
-        assert text.startswith(FAMILIES[name].opening), name
-        assert re.match("I|<IMG_ATOM>", text.removeprefix(FAMILIES[name].opening)), name
+    self = SimpleNamespace(
+        start_image_token="<img>", end_image_token="END", image_token="I", image_seq_length=2,
+        start_of_img_token="<|START_OF_IMG|>", end_of_img_token="END", img_patch_token="I",
+        tile_token="TILE", tile_global_token="TILE_GLOBAL", img_size=2, patch_size=1,
+        image_start_token="<begin_of_image>", num_image_tokens=2, image_end_token="END", boi_token="<|START_OF_IMG|>",
+        image_seq_len=2, fake_image_token="<fake_token_around_image>", global_image_tag="<global-img>",
+        global_image_token="<global-img>", img_line_break_token="BREAK", eoi_token="END",
+    )  # fmt: skip
+    one = {"num_patches": [1], "grids": torch.tensor([[1, 1]]), "rows": [[0]], "cols": [[0]]}
+    for name, prefix in processors.items():  # from their modules: the top level has stand-ins without torchvision
+        module = importlib.import_module(f"transformers.models.{name}.processing_{name}")
+        text = getattr(module, f"{prefix}Processor").replace_image_token(self, one, 0)
+        start = FAMILIES[name].image_start_text
+        assert text.startswith(start) and re.match("I|<IMG_ATOM>", text.removeprefix(start)), name
 
 
 def test_refusals_say_why(tmp_path, checkpoint):
     for kind, reason in (("mllama", "cross-attention"), ("idefics2", "learned queries"), ("blip-2", "learned queries")):
         with pytest.raises(ValueError, match=f"{kind} cannot be probed patch by patch: .*{reason}"):
             family_of(AutoConfig.for_model(kind))
-    with pytest.raises(ValueError, match=r"no MLLM family 'bert'; registered: llava_bidir, llava.*needs an entry in"):
+    with pytest.raises(
+        ValueError, match=r"no MLLM family 'bert'; registered: llava_bidir, llava.*probes.register_family"
+    ):
         family_of(AutoConfig.for_model("bert"))
     known = set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
-    assert set(REFUSED) <= known and not set(REFUSED) & set(FAMILIES)
+    assert set(UNSUPPORTED) <= known and not set(UNSUPPORTED) & set(FAMILIES)
     assert set(FAMILIES) - {"llava_bidir"} <= known
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if not STOCK[name].masks])
 def test_layers_without_masks_run_as_they_are_only(name, checkpoint, mllm):
     pixels, tokens = mllm(name).preprocess(pictures(name, 1)), tiny_families.SIDE**2
-    with pytest.raises(ValueError, match="knockouts cannot be given to linear_attention layers"):
+    with pytest.raises(ValueError, match="knockouts are not supported by linear_attention layers"):
         mllm(name).states(pixels, knockout=Knockout(torch.zeros(1, tokens, dtype=torch.bool)))
-    with pytest.raises(ValueError, match="'bidirectional' and knockouts cannot be given to linear_attention layers"):
+    with pytest.raises(ValueError, match="'bidirectional' and knockouts are not supported by linear_attention layers"):
         probes.load(checkpoint(name), image_attention="bidirectional")
 
 
 def test_a_mask_for_sliding_windows_needs_some(checkpoint, mllm):
-    with pytest.raises(ValueError, match="'bidirectional_sliding' is one of models with sliding windows"):
+    with pytest.raises(ValueError, match="'bidirectional_sliding' needs sliding-window layers"):
         probes.load(checkpoint("qwen2_vl"), image_attention="bidirectional_sliding")
     with pytest.raises(ValueError, match="unknown image_attention 'both'"):
         probes.load(checkpoint("gemma4"), image_attention="both")
-    masks = mllm("gemma4")._masks(1)
+    masks = mllm("gemma4").attention_masks(1)
     rows = {kind: mask[0, 0, 3 + 4, 3:].int().tolist() for kind, mask in masks.items()}  # the fifth image token's
     assert rows["full_attention"] == [1] * 5 + [0] * (tiny_families.SIDE**2 - 5)
     assert rows["sliding_attention"] == [1] * tiny_families.SIDE**2
@@ -442,18 +429,16 @@ def test_incomplete_checkpoints_are_errors(checkpoint, tmp_path):
         return str(folder)
 
     no_mean = broken("llava", "preprocessor_config.json", lambda text: text.replace("image_mean", "image_meen"))
-    with pytest.raises(ValueError, match="says nothing about image_mean; expected in its preprocessor_config.json"):
+    with pytest.raises(ValueError, match="image_mean is None; expected three positive numbers"):
         probes.load(no_mean)
     no_image = broken("llava", "chat_template.jinja", lambda text: text.replace("<image>", "<picture>"))
-    with pytest.raises(ValueError, match="puts no <image> for an image; pass prefix="):
+    with pytest.raises(ValueError, match="has no <image> for an image; pass prefix="):
         probes.load(no_image)
-    assert probes.load(no_image, prefix="hello").prefix_ids.tolist() == [
-        [1, tiny_families.tokenizer().get_vocab()["hello"]]
-    ]
+    hello = tiny_families.tokenizer().get_vocab()["hello"]
+    assert probes.load(no_image, prefix="hello").prefix_ids.tolist() == [[1, hello]]
     no_token = broken("mistral3", "tokenizer.json", lambda text: text.replace("[IMG_BREAK]", "[IMG_BROKEN]"))
-    (Path(no_token) / "tokenizer_config.json").write_text(
-        (Path(no_token) / "tokenizer_config.json").read_text().replace("[IMG_BREAK]", "[IMG_BROKEN]")
-    )
+    settings = Path(no_token) / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("[IMG_BREAK]", "[IMG_BROKEN]"))
     with pytest.raises(ValueError, match=r"has no token \[IMG_BREAK\]"):
         probes.load(no_token)
 
@@ -482,25 +467,21 @@ def test_own_mask_of_a_config_goes_before_its_kinds():
     ],
 )
 def test_grids_of_released_sizes(name, vision, further, image_px, side, covered_px, monkeypatch):
-    monkeypatch.setattr(dynamic_resolution, "TOKENS_A_SIDE", 24)
+    monkeypatch.setattr(dynamic_resolution, "TOKENS_PER_SIDE", 24)
     settings = STOCK[name].config["vision_config"] | vision
     high = {"high_res_vision_config": {"model_type": "sam_vision_model"}} if name == "deepseek_vl_hybrid" else {}
     number = {"image_seq_length": 576} if name == "llava" else {"mm_tokens_per_image": 256} if name == "gemma3" else {}
-    rest = {
-        key: value for key, value in STOCK[name].config.items() if key not in ("model_type", "high_res_vision_config")
-    }
-    config = AutoConfig.for_model(name, **rest | {"vision_config": settings} | further | high | number)
+    config = STOCK[name].config | {"vision_config": settings} | further | high | number
+    config.pop("model_type")
+    config = AutoConfig.for_model(name, **config)
     family = FAMILIES[name]
-    assert (family.image_px(config), family.grid(config), family.covered_px(config)) == (
-        image_px,
-        (side, side),
-        covered_px,
-    )
+    assert (family.image_px(config), family.grid(config)) == (image_px, (side, side))
+    assert family.covered_px(config) == covered_px
 
 
 @pytest.mark.slow
 def test_a_run_of_probes_and_a_knockout_on_another_family(checkpoint, segmentation, tmp_path):
-    """The whole way with merged patches, a sliding window and a mask of its own."""
+    """All steps with merged patches, a sliding window and a mask of its own."""
     from probes.cli import main
     from probes.results.probe_run import ProbeRun
 

@@ -1,4 +1,7 @@
-"""States of a frozen MLLM: read off the right places, blind to what they should not see."""
+"""States of a frozen MLLM: read at the right places, blind to what they should not see, and up to date."""
+
+import json
+import shutil
 
 import shutil
 
@@ -6,11 +9,13 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
 import probes
 from llava_bidir import LlavaBidirForConditionalGeneration
 from llava_bidir.data.conversation import encode
+from probes.models.families import FAMILIES
+from probes.models.prompt_and_pixels import read_image_processors
 
 MASKS = ("causal", "bidirectional", "prefix")
 
@@ -43,15 +48,16 @@ def test_sites_grid_and_widths(mllm):
     assert mllm.widths == {"encoder": 16} | dict.fromkeys(mllm.sites[1:], 32)
 
 
-def test_states_equal_those_of_the_whole_model(mllm, pictures):
+def test_states_equal_those_of_the_full_forward(mllm, pictures):
     pixels = mllm.preprocess(pictures)
-    states, whole = mllm.states(pixels), full_forward(mllm, pixels)
+    states, whole = mllm(pixels), full_forward(mllm, pixels)
     assert torch.equal(states["adapter"], whole[0]), "the adapter site is the LLM's input, bit for bit"
     for i in (1, 2):
         torch.testing.assert_close(states[f"layer_{i:02d}"], whole[i], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(states["final_norm"], whole[3], rtol=1e-4, atol=1e-4)
     norm = mllm.model.model.language_model.norm
     torch.testing.assert_close(norm(states["layer_03"]), states["final_norm"]), "layer 3 is read before the norm"
+    assert torch.equal(mllm.to_grid(states["layer_03"])[:, 1, 0], states["layer_03"][:, tiny_models.GRID[1]])
     tower = mllm.model.model.vision_tower(pixels, output_hidden_states=True)
     assert torch.equal(states["encoder"], tower.hidden_states[-1][:, 1:])
 
@@ -73,7 +79,7 @@ def test_prefix_is_the_one_of_training(mllm, checkpoints):
 def test_subset_of_sites_gives_the_same_and_computes_no_more(mllm, pictures):
     pixels = mllm.preprocess(pictures)
     states, ran = mllm.states(pixels), []
-    hooks = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(mllm._decoder.layers)]
+    hooks = [layer.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, layer in enumerate(mllm.decoder.layers)]
     try:
         some = mllm.states(pixels, ["adapter", "layer_02"])
         assert ran == [0, 1]
@@ -93,6 +99,88 @@ def test_repeated_calls_agree(mllm, pictures):
         torch.testing.assert_close(first[site][:1], second[site], rtol=1e-5, atol=1e-5)
 
 
+@torch.no_grad()
+def _edit_in_place(mllm):
+    mllm.decoder.layers[0].self_attn.v_proj.weight.mul_(2)
+
+
+def _load_weights(mllm):
+    mllm.model.load_state_dict({name: x * 1.5 for name, x in mllm.model.state_dict().items()})
+
+
+def _replace(mllm):
+    layer = mllm.decoder.layers[0].self_attn
+    layer.v_proj.weight = torch.nn.Parameter(layer.v_proj.weight * 2, requires_grad=False)
+
+
+def _hook(mllm):
+    mllm.decoder.layers[0].register_forward_hook(lambda module, args, output: output * 2)
+    mllm.clear_prefix_cache()
+
+
+def _edit_data(mllm):
+    mllm.decoder.embed_tokens.weight.data.mul_(2)
+    mllm.clear_prefix_cache()
+
+
+EDITS = [_edit_in_place, _load_weights, _replace, _hook, _edit_data]
+EDITS += [lambda mllm: mllm.to(torch.bfloat16), lambda mllm: mllm.model.to(torch.float64)]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_cached_prefix_follows_edits_of_the_model(edit, checkpoints, pictures):
+    used, fresh = (probes.load(str(checkpoints["causal"])) for _ in range(2))
+    pixels = used.preprocess(pictures)
+    before = used.states(pixels)
+    edit(used), edit(fresh)
+    after, expected = used.states(pixels), fresh.states(pixels)
+    assert all(torch.equal(after[site], expected[site]) for site in used.sites)
+    assert not torch.equal(before["layer_03"], after["layer_03"])
+
+
+def test_device_map_and_attention_backends_go_to_transformers(mllm, checkpoints, pictures):
+    path, pixels = str(checkpoints[mllm.image_attention]), mllm.preprocess(pictures)
+    expected = mllm.states(pixels)
+    spread, eager = probes.load(path, device_map={"": "cpu"}), probes.load(path, attn_implementation="eager")
+    for site in mllm.sites:
+        assert torch.equal(spread.states(pixels)[site], expected[site])
+        torch.testing.assert_close(eager.states(pixels)[site], expected[site], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="device and device_map exclude each other"):
+        probes.load(path, device="cpu", device_map="auto")
+    with pytest.raises(ValueError, match="'flash_attention_2' ignores masks"):
+        probes.load(path, attn_implementation="flash_attention_2")
+    with pytest.raises(ValueError, match="'flex_attention' has no mask as a tensor; use 'sdpa' or 'eager'"):
+        probes.load(path, attn_implementation="flex_attention")
+
+
+def test_revision_of_a_hub_id_is_resolved_and_recorded(checkpoints, tmp_path, monkeypatch):
+    """A hub cache with two commits of a repository, of which `main` is one."""
+    folder, commits = tmp_path / "models--lab--llava", {"main": "a" * 40, "old": "b" * 40}
+    for (name, commit), attention in zip(commits.items(), ("causal", "prefix"), strict=True):
+        shutil.copytree(checkpoints[attention], folder / "snapshots" / commit)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / name).write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for revision, commit, attention in ((None, "a", "causal"), ("old", "b", "prefix"), ("b" * 40, "b", "prefix")):
+        mllm = probes.load("lab/llava", revision=revision)
+        assert (mllm.revision, mllm.image_attention) == (commit * 40, attention)
+    assert probes.load(str(checkpoints["causal"])).revision is None
+
+
+def test_images_are_resized_as_the_checkpoint_does(checkpoints, tmp_path):
+    shutil.copytree(checkpoints["causal"], tmp_path / "ours")
+    config = json.loads((tmp_path / "ours/config.json").read_text())
+    for resize in ("pad", "center_crop"):
+        (tmp_path / "ours/config.json").write_text(json.dumps(config | {"image_resize": resize}))
+        assert probes.load(str(tmp_path / "ours")).geometry.resize == resize
+    assert probes.load(str(tmp_path / "ours"), image_resize="squash").geometry.resize == "squash"
+    for do_pad, do_center_crop, resize in ((1, 1, "pad"), (0, 1, "center_crop"), (0, 0, "squash")):
+        settings = {"do_pad": do_pad, "do_center_crop": do_center_crop, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+        assert read_image_processors(str(tmp_path), FAMILIES["llava"])[1] == resize
+        assert read_image_processors(str(tmp_path), FAMILIES["llava_next"])[1] == "squash"
+
+
 def test_image_attention_can_be_overridden(checkpoints, pictures):
     causal = probes.load(str(checkpoints["causal"]))
     other = probes.load(str(checkpoints["causal"]), image_attention="bidirectional")
@@ -105,8 +193,6 @@ def test_image_attention_can_be_overridden(checkpoints, pictures):
 
 def test_stock_llava_checkpoint_loads(checkpoints, tmp_path, pictures):
     ours = LlavaBidirForConditionalGeneration.from_pretrained(checkpoints["causal"])
-    from transformers import LlavaConfig, LlavaForConditionalGeneration
-
     settings = ours.config.to_dict()
     for key in ("image_attention", "image_resize", "model_type", "architectures", "auto_map"):
         settings.pop(key, None)
@@ -141,7 +227,7 @@ def test_untrained_parts_are_drawn_anew_by_seed(checkpoints, pictures):
     assert not torch.allclose(states[1]["layer_03"], states[3]["layer_03"])
     spread = control.model.model.language_model.layers[0].self_attn.q_proj.weight.std().item()
     assert spread == pytest.approx(control.model.config.get_text_config().initializer_range, rel=0.1)
-    with pytest.raises(ValueError, match="untrained knows adapter, llm, got 'encoder'"):
+    with pytest.raises(ValueError, match="unknown part 'encoder' in untrained; expected adapter, llm"):
         load(untrained=["encoder"])
 
 
@@ -167,5 +253,5 @@ def test_unknown_site_mask_and_checkpoint_are_errors(mllm, checkpoints, tmp_path
 def test_cls_token_dropped_from_an_encoder_without_one_is_noticed(checkpoints, pictures):
     broken = probes.load(str(checkpoints["causal"]))
     broken.model.config.vision_feature_select_strategy = "full"  # keeps the CLS token: 5 tokens for 4 patches
-    with pytest.raises(ValueError, match=r"gives 5 tokens an image, 16 wide, where the grid \(2, 2\) has 4"):
+    with pytest.raises(ValueError, match=r"outputs 5 tokens per image of width 16; expected 4 for the grid \(2, 2\)"):
         broken.states(broken.preprocess(pictures))

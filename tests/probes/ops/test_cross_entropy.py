@@ -48,13 +48,12 @@ def value_and_gradient(loss, logits, weights):
     size=st.tuples(st.integers(2, 20), st.one_of(st.integers(2, 20), st.integers(60, 100))),
     scale=st.sampled_from([3.0, 300.0]),
     stride=st.integers(1, 3),
-    rows=st.sampled_from([None, 1, 3]),
     numel=st.sampled_from([1, 3000, 2**19]),
     double=st.booleans(),
     classes_last=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_value_and_gradient_equal_torch(shape, size, scale, stride, rows, numel, double, classes_last, seed):
+def test_value_and_gradient_equal_torch(shape, size, scale, stride, numel, double, classes_last, seed):
     logits, target = make_case(shape, size, scale=scale, seed=seed)
     target[:, stride // 2, stride // 2] = 0  # a valid pixel that every stride takes
     weights = torch.randn(shape[0], dtype=torch.float64)  # probes differ in what comes from upstream
@@ -66,7 +65,7 @@ def test_value_and_gradient_equal_torch(shape, size, scale, stride, rows, numel,
     bilinear.make_plan.cache_clear()
     with mock.patch.dict(bilinear.CHUNK_NUMEL, cpu=numel):  # small chunks: several tiles, image and probe chunks
         losses, gradient = value_and_gradient(
-            lambda z: upsampled_cross_entropy(z, target, label_stride=stride, rows=rows), given_logits, weights
+            lambda z: upsampled_cross_entropy(z, target, label_stride=stride), given_logits, weights
         )
     bilinear.make_plan.cache_clear()
     assert losses.dtype == gradient.dtype == dtype
@@ -89,29 +88,11 @@ def test_real_size_equals_torch(side):
     assert not gradient[:, 1].any() and gradient[:, 0].any()
 
 
-def test_gradcheck():
-    logits, target = make_case((2, 2, 3, 2, 3), (5, 4))
-    for options in ({}, {"reduction": "sum"}, {"label_stride": 2}):
-        assert torch.autograd.gradcheck(
-            lambda z, o=options: upsampled_cross_entropy(z, target, **o), logits.requires_grad_()
-        )
-
-
-def test_one_probe_may_leave_out_its_axis():
+def test_one_probe_may_leave_out_its_axis_and_labels_may_be_uint8():
     logits, target = make_case((1, 2, 4, 3, 3), (9, 11))
-    loss = upsampled_cross_entropy(logits[0], target)
+    loss = upsampled_cross_entropy(logits[0], target.to(torch.uint8))
     assert loss.shape == ()
     torch.testing.assert_close(loss, torch_losses(logits, target)[0])
-
-
-def test_many_probes_equal_each_alone():
-    logits, target = make_case((4, 2, 5, 3, 4), (13, 17))
-    weights = torch.tensor([1.0, -2.0, 0.0, 0.5], dtype=torch.float64)
-    _, together = value_and_gradient(lambda z: upsampled_cross_entropy(z, target), logits, weights)
-    for p, weight in enumerate(weights):
-        _, alone = value_and_gradient(lambda z: upsampled_cross_entropy(z, target), logits[p], weight)
-        torch.testing.assert_close(together[p], alone)
-    assert not together[2].any() and together[1].any()
 
 
 def test_sums_over_unequal_batches_make_the_mean():
@@ -147,12 +128,6 @@ def test_ignore_index_may_be_a_class_or_negative(ignore_index):
     expected = value_and_gradient(lambda z: torch_losses(z, target, ignore_index), logits, 1.0)
     found = value_and_gradient(lambda z: upsampled_cross_entropy(z, target, ignore_index), logits, 1.0)
     torch.testing.assert_close(found, expected)
-
-
-def test_uint8_labels_equal_int64_labels():
-    logits, target = make_case((1, 2, 5, 3, 3), (9, 11))
-    expected = upsampled_cross_entropy(logits, target)
-    assert torch.equal(upsampled_cross_entropy(logits, target.to(torch.uint8)), expected)
 
 
 @pytest.mark.parametrize("scale", [1.0, 40.0, 1e4])
@@ -224,14 +199,6 @@ def test_inputs_are_left_as_they_were_and_backward_may_be_repeated():
     assert torch.equal(logits, before) and torch.equal(target, labels)
 
 
-def test_rows_bounds_the_rows_of_a_chunk():
-    logits, target = make_case((1, 2, 5, 3, 3), (40, 23))
-    with mock.patch.object(loss_module, "band_rows", wraps=bilinear.band_rows) as inner:
-        upsampled_cross_entropy(logits, target, rows=4)
-    bands = [call.args[1] for call in inner.call_args_list]
-    assert {band.stop - band.start for band in bands} <= {1, 2, 3, 4} and sum(b.stop - b.start for b in bands) == 40
-
-
 def test_full_resolution_logits_never_exist():
     class Largest(TorchDispatchMode):
         numel = 0
@@ -269,15 +236,14 @@ def test_a_label_that_is_no_class_is_named(label):
 def test_what_does_not_fit_is_refused():
     logits, target = make_case((1, 2, 5, 3, 3), (9, 11))
     for bad_logits in (logits[0, 0], logits[:, :0], logits.long()):
-        with pytest.raises(ValueError, match=r"logits must be f\[B, K, h, w\] or f\[P, B, K, h, w\], got"):
+        with pytest.raises(ValueError, match=r"expected logits f\[B, K, h, w\] or f\[P, B, K, h, w\], got"):
             upsampled_cross_entropy(bad_logits, target)
     for bad_target in (target[:1], target[0], target.float(), target[:, :0]):
-        with pytest.raises(ValueError, match=r"target must be integer \[B=2, H, W\]"):
+        with pytest.raises(ValueError, match=r"expected an integer target \[B=2, H, W\]"):
             upsampled_cross_entropy(logits, bad_target)
     for options, message in (
         ({"label_stride": 0}, "label_stride=0"),
         ({"label_stride": 18}, r"label_stride=18 leaves no pixel of \[9, 11\]"),
-        ({"rows": 0}, "rows must be at least 1, got 0"),
         ({"reduction": "none"}, '"mean" or "sum", got \'none\''),
     ):
         with pytest.raises(ValueError, match=message):

@@ -5,12 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import LlavaImageProcessorPil
+from transformers import CLIPImageProcessorPil, LlavaImageProcessorPil
 
 from probes.evaluation.metrics import count, patch_labels
 from probes.ops.bilinear import bilinear_weights, upsampled_argmax
 from probes.ops.cross_entropy import upsampled_cross_entropy
-from probes.ops.geometry import Geometry, GridPlacement
+from probes.ops.geometry import RESIZES, Geometry, GridPlacement
 
 CLIP = {"grid": (24, 24), "image_px": 336, "covered_px": 336}
 SIGLIP = {"grid": (27, 27), "image_px": 384, "covered_px": 378}
@@ -24,8 +24,7 @@ def coordinate_image(height: int, width: int) -> Image.Image:
 
 
 def error_px(geometry: Geometry, size: tuple[int, int], view: GridPlacement) -> float:
-    """Reads each token's coordinates off its own pixels of the square and upsamples them to the image: the mean
-    distance from where each pixel really is."""
+    """Mean distance between each pixel inside the grid and its position, as read from the tokens and upsampled."""
     height, width = size
     square = np.asarray(geometry.place(coordinate_image(height, width)), np.float64)[
         : geometry.covered_px, : geometry.covered_px
@@ -37,11 +36,15 @@ def error_px(geometry: Geometry, size: tuple[int, int], view: GridPlacement) -> 
     x, y = rows @ tokens[..., 0] @ cols.T * width, rows @ tokens[..., 1] @ cols.T * height
     margin = int(0.1 * max(size))  # the clamped rim, and tokens that mix in padding
     distance = np.hypot(x - (np.arange(width) + 0.5), y - (np.arange(height) + 0.5)[:, None])
-    return distance[margin:-margin, margin:-margin].mean()
+    inside = [
+        slice(max(0, int(start)) + margin, min(n, int(start + length)) - margin)
+        for n, (start, length) in zip(size, view, strict=True)
+    ]
+    return distance[tuple(inside)].mean()
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("resize", ["squash", "pad"])
+@pytest.mark.parametrize("resize", RESIZES)
 @pytest.mark.parametrize("encoder", [CLIP, SIGLIP], ids=["clip", "siglip"])
 def test_grid_lies_on_the_image_to_a_fraction_of_a_pixel(size, resize, encoder):
     geometry = Geometry(**encoder, resize=resize)
@@ -49,20 +52,21 @@ def test_grid_lies_on_the_image_to_a_fraction_of_a_pixel(size, resize, encoder):
 
 
 def test_coordinates_notice_a_wrong_view():
-    padded, siglip = Geometry(**CLIP, resize="pad"), Geometry(**SIGLIP)
-    assert error_px(padded, (512, 683), GridPlacement.whole((512, 683))) > 20
-    assert error_px(siglip, (512, 683), GridPlacement.whole((512, 683))) > 3
+    for kind, resize, least_px in ((CLIP, "pad", 20), (CLIP, "center_crop", 20), (SIGLIP, "squash", 3)):
+        assert error_px(Geometry(**kind, resize=resize), (512, 683), GridPlacement.full((512, 683))) > least_px
 
 
 def sampled(logits: torch.Tensor, geometry: Geometry, size: tuple[int, int]) -> torch.Tensor:
     """The logits at each pixel by torch's grid_sample, which knows nothing of views."""
-    height, width = size
-    side, left, top = max(size), (max(size) - width) // 2, (max(size) - height) // 2
-    if geometry.resize == "squash":
-        x, y = (torch.arange(width) + 0.5) / width, (torch.arange(height) + 0.5) / height
-    else:
-        x, y = (torch.arange(width) + left + 0.5) / side, (torch.arange(height) + top + 0.5) / side
-    x, y = (2 * axis.double() * geometry.image_px / geometry.covered_px - 1 for axis in (x, y))
+
+    def fraction(length: int) -> torch.Tensor:  # of the square's side, at each pixel
+        pixels, side, px = torch.arange(length, dtype=torch.float64) + 0.5, max(size), geometry.image_px
+        if geometry.resize == "center_crop":
+            resized = px * length // min(size)
+            return (pixels / length * resized - (resized - px) // 2) / px
+        return pixels / length if geometry.resize == "squash" else (pixels + (side - length) // 2) / side
+
+    y, x = (2 * fraction(length) * geometry.image_px / geometry.covered_px - 1 for length in size)
     where = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)
     return F.grid_sample(
         logits, where.expand(len(logits), -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=False
@@ -70,7 +74,7 @@ def sampled(logits: torch.Tensor, geometry: Geometry, size: tuple[int, int]) -> 
 
 
 @pytest.mark.parametrize("size", [(33, 40), (40, 33), (64, 17), (21, 21)])
-@pytest.mark.parametrize("resize", ["squash", "pad"])
+@pytest.mark.parametrize("resize", RESIZES)
 @pytest.mark.parametrize("covered_px", [56, 54])
 def test_loss_and_prediction_under_a_view_equal_grid_sample(size, resize, covered_px):
     geometry = Geometry((4, 4), 56, covered_px, resize)
@@ -117,19 +121,27 @@ def test_pixels_that_no_token_sees_count_for_the_image_alone():
 
 
 @pytest.mark.parametrize("size", SIZES + [(101, 64), (64, 101)])
-def test_padding_is_llavas(size):
-    processor = LlavaImageProcessorPil(
-        do_pad=True, size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, do_center_crop=False,
-        image_mean=[0.48145466, 0.4578275, 0.40821073],
-    )  # fmt: skip
-    noise = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-    image = Image.fromarray(noise)
+@pytest.mark.parametrize("resize", ["pad", "center_crop"])
+def test_squares_equal_those_of_the_stock_processors(size, resize):
+    """pad: LLaVA's processor; center_crop: CLIP's."""
+    pad = {"do_pad": True, "do_center_crop": False} if resize == "pad" else {}
+    kind = LlavaImageProcessorPil if resize == "pad" else CLIPImageProcessorPil
+    processor = kind(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336}, **pad)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
     theirs = processor(image, do_normalize=False, do_rescale=False, return_tensors="np")["pixel_values"][0]
     padding = tuple(int(255 * x) for x in processor.image_mean)
-    ours = np.asarray(Geometry(**CLIP, resize="pad", padding=padding).place(image)).transpose(2, 0, 1)
+    ours = np.asarray(Geometry(**CLIP, resize=resize, padding=padding).place(image)).transpose(2, 0, 1)
     assert np.array_equal(ours, theirs.astype(np.uint8))
 
 
-def test_unknown_aspect_is_refused():
-    with pytest.raises(ValueError, match="unknown image_resize 'crop'; there is squash, pad"):
+def test_pixels_that_were_cropped_take_the_nearest_token_and_belong_to_none():
+    view = Geometry((2, 2), 56, 56, "center_crop").view((4, 8))
+    assert view == ((0, 4), (2, 4))
+    assert view.token_of_pixel((2, 2), (4, 8))[1].tolist() == [-1, -1, 0, 0, 1, 1, -1, -1]
+    predicted = upsampled_argmax(torch.eye(2)[:, None].expand(2, 2, 2), (4, 8), view)
+    assert predicted[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_unknown_resize_is_rejected():
+    with pytest.raises(ValueError, match="unknown image_resize 'crop'; expected one of squash, pad, center_crop"):
         Geometry(**CLIP, resize="crop")

@@ -1,0 +1,56 @@
+"""Attention weights of decoder layers, captured while the model runs.
+
+Shapes: A heads, q query tokens, N tokens.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, inf, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llava_bidir.common.errors import UserError
+
+Compute = Callable[[int, Tensor], Tensor]
+
+
+@contextmanager
+def capture_attention(layers: nn.ModuleList, record: Callable[[int, Compute], None]) -> Iterator[None]:
+    """Call record(layer 1..L, compute) for each decoder layer that runs while the context is open.
+
+    `compute(image, queries)` returns the weights of some tokens of an image, f[A, q, N] in float32.
+
+    Raises:
+        UserError: No layer attended through transformers' sdpa interface.
+    """
+    layer_of, recorded = {layer.self_attn: i for i, layer in enumerate(layers, 1)}, []
+    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attention(module, query, key, value, attention_mask, *args, scaling=None, **kwargs):
+        if module in layer_of:
+            recorded.append(module)
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+
+            def compute(image: int, queries: Tensor) -> Tensor:
+                group = query.shape[1] // key.shape[1]  # query heads per key head
+                logits = (
+                    query[image][:, queries.to(query.device)]
+                    @ key[image].repeat_interleave(group, 0).transpose(1, 2)
+                    * scale
+                )
+                allowed = attention_mask[image][:, queries.to(query.device)]
+                return logits.float().masked_fill(~allowed, -inf).softmax(-1)
+
+            record(layer_of[module], compute)
+        return stock(module, query, key, value, attention_mask, *args, scaling=scaling, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = stock
+    if not recorded:
+        raise UserError(
+            "no attention weights were captured; expected attn_implementation='sdpa' and a model that uses "
+            "transformers' attention interface"
+        )

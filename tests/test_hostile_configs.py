@@ -28,8 +28,8 @@ PLACES = {  # a key where a class is expected, or where anything is
         "data": lambda bad: {"data": bad},
         "data.options": lambda bad: {"data": {"options": bad}},
         "data.options.background": lambda bad: {"data": {"options": {"background": bad}}},
-        "model.recipes.a": lambda bad: {"model": {"recipes": {"a": bad}}},
-        "model.recipes.a.head": lambda bad: {"model": {"recipes": {"a": {"head": bad}}}},
+        "model.variants.a": lambda bad: {"model": {"variants": {"a": bad}}},
+        "model.variants.a.head": lambda bad: {"model": {"variants": {"a": {"head": bad}}}},
     },
     "llava_bidir": {
         "model.encoder": lambda bad: {"model": {"encoder": bad}},
@@ -170,7 +170,7 @@ KEYS = {  # what does not reach out, and does not take long whatever its value
     "probes": [
         *("model.mllm model.image_attention model.untrained model.image_resize model.dtype model.sites".split()),
         *("model.head model.feature_norm model.labels model.learning_rate model.betas model.label_stride".split()),
-        *("model.recipes data.root data.dataset data.options data.name data.batch_size data.cache_features".split()),
+        *("model.variants data.root data.dataset data.options data.name data.batch_size data.cache_features".split()),
         *("data.num_workers data.seed trainer.max_epochs trainer.callbacks trainer.precision".split()),
         *("trainer.strategy seed_everything out".split()),
     ],

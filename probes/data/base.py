@@ -127,7 +127,7 @@ def open_image(file: File, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     except FileNotFoundError:
         raise BadFile(f"{file} is missing", "missing") from None
     except UnidentifiedImageError:
-        raise BadFile(f"{file} cannot be read as an image: not {' or '.join(formats)}", "cannot be read") from None
+        raise BadFile(f"{file} cannot be read as an image: it is not {' or '.join(formats)}", "cannot be read") from None
     except Exception as error:  # corrupt files raise many types: IndexError, struct.error, ...
         message = f"{file} cannot be read as an image: {str(error) or type(error).__name__}"
         raise BadFile(message, "cannot be read") from None

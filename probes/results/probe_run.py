@@ -37,9 +37,9 @@ from probes.training.run_schema import (
     Metrics,
     ModelConfig,
     ModelTraining,
+    check_schema,
     read_run_file,
     rename_old_keys,
-    validate,
 )
 
 # Axes of the counts: S sites, N images, K classes, T image tokens. The last two are not in every run.
@@ -93,7 +93,7 @@ class ProbeRun:
             raise UserError(f"{self.path} has no metrics.json: not a finished probe run (`probes fit --out DIR`)")
         self.metrics = read_run_file(Metrics, self.path / "metrics.json")
         self.manifest = read_run_file(Manifest, self.path / "manifest.json")
-        validate(ModelTraining, self.training, f"{self.path / 'manifest.json'}: mllm_training")
+        check_schema(ModelTraining, self.training, f"{self.path / 'manifest.json'}: mllm_training")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -199,14 +199,14 @@ class ProbeRun:
     def mllm(self) -> mllms.FrozenMLLM:
         """Load the probed model with the settings of the run."""
         config = rename_old_keys(self.manifest["config"])
-        config = validate(ModelConfig, config, f"{self.path / 'manifest.json'}: config")
+        check_schema(ModelConfig, config, f"{self.path / 'manifest.json'}: config")
         return mllms.load(
-            config.mllm,
-            config.image_attention,
-            dtype=config.dtype,
-            image_resize=config.image_resize,
-            untrained=config.untrained or (),
-            seed=config.seed,
+            config["mllm"],
+            config["image_attention"],
+            dtype=config["dtype"],
+            image_resize=config["image_resize"],
+            untrained=config["untrained"] or (),
+            seed=config["seed"],
         )
 
     def probes(self) -> dict[str, Probe]:

@@ -1,12 +1,17 @@
 """Schema of metrics.json and manifest.json, used to write a run and to read one.
 
-Fields are in the order of the files. Optional fields are missing in older runs. Extra keys are allowed.
+Fields are in the order of the files. Fields with a default are missing in older runs. Other keys are ignored.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import (
+    Annotated,
+    Any,
+    NotRequired,  # pydantic requires this one before Python 3.12
+)
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
+from pydantic import BaseModel, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
+from typing_extensions import TypedDict
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import read_json
@@ -22,25 +27,40 @@ def _number(value: Any) -> int | float:
     return value
 
 
-Number = Annotated[Any, PlainValidator(_number)]  # not `float`, which would turn 1 into 1.0
+Number = Annotated[Any, PlainValidator(_number)]  # `float` would convert 1 to 1.0
 Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
-GridSize = Annotated[int, Field(ge=1, le=128)]
+Baseline = TypedDict("Baseline", {"class": str, "miou": Number, "pacc": Number})
+Scores = dict.fromkeys(("encoder", "adapter", "peak_llm", "peak_site", "delta_enc", "recovery"), Number | None)
+Summary = TypedDict("Summary", Scores | {"peak_site": NotRequired[str | None]})
 
 
-class RunPart(BaseModel):
-    """Base class: strict types, and extra keys are kept."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-
-class ProbeSettings(RunPart):
-    """How the probes of a variant were trained."""
-
+class _ProbeSettings(BaseModel, extra="allow"):
     head: str
     feature_norm: str
 
 
-class SiteScores(RunPart):
+class _Data(TypedDict):
+    root: str
+    dataset: str
+    options: NotRequired[dict[str, Any] | None]
+    fingerprint: str
+
+
+# of Manifest.config, what is needed to load the model
+ModelConfig = TypedDict(
+    "ModelConfig",
+    {"mllm": str, "image_attention": str | None, "untrained": list[str] | None}
+    | {"image_resize": str, "dtype": str, "seed": int},
+)
+# of a checkpoint's training.json, what reports use
+ModelTraining = TypedDict(
+    "ModelTraining",
+    {"encoder": TypedDict("Encoder", {"name": str}), "llm": str, "val/answer_accuracy": Number},
+    total=False,
+)
+
+
+class SiteScores(BaseModel):
     """Scores of the probe at a site."""
 
     site: str
@@ -55,34 +75,15 @@ class SiteScores(RunPart):
     states: dict[str, Any] = {}
 
 
-class Baseline(RunPart):
-    """Scores of predicting the most frequent class everywhere."""
+class VariantResults(BaseModel):
+    """Results of a probe variant."""
 
-    class_: str = Field(alias="class")
-    miou: Number
-    pacc: Number
-
-
-class Summary(RunPart):
-    """Encoder, adapter and peak layer, see `probes.evaluation.metrics.summary`."""
-
-    encoder: Number | None
-    adapter: Number | None
-    peak_llm: Number | None
-    peak_site: str | None = None
-    delta_enc: Number | None
-    recovery: Number | None
-
-
-class VariantResults(RunPart):
-    """Results of a further probe variant."""
-
-    probe: ProbeSettings
+    probe: dict[str, Any]
     sites: list[SiteScores]
     summary: dict[str, Any] = {}
 
 
-class Metrics(RunPart):
+class Metrics(BaseModel):
     """metrics.json: scores per site with intervals."""
 
     dataset: str
@@ -96,8 +97,8 @@ class Metrics(RunPart):
     seed: int
     classes: Annotated[list[str], Field(min_length=1)]
     baseline: Baseline
-    grid: Annotated[list[GridSize], Field(min_length=2, max_length=2)]
-    probe: ProbeSettings
+    grid: Annotated[list[Annotated[int, Field(ge=1, le=128)]], Field(min_length=2, max_length=2)]
+    probe: _ProbeSettings
     sites: Annotated[list[SiteScores], Field(min_length=1)]
     summary: Summary
     recipes: dict[str, VariantResults] = {}
@@ -113,59 +114,21 @@ class Metrics(RunPart):
         return self
 
 
-class DataSource(RunPart):
-    """The dataset of a run."""
-
-    root: str
-    dataset: str
-    options: dict[str, Any] | None = None
-    fingerprint: str
-
-
-class Manifest(RunPart):
+class Manifest(BaseModel):
     """manifest.json: versions, commit, configuration, data and hardware of a run."""
 
     versions: dict[str, Any]
     git_commit: str | None = None
     config: dict[str, Any]
-    data: DataSource
+    data: _Data
     mllm_training: dict[str, Any] | None
     hardware: dict[str, Any] = {}
 
 
-class ModelConfig(RunPart):
-    """The part of `Manifest.config` that is needed to load the model."""
-
-    mllm: str
-    image_attention: str | None
-    untrained: list[str] | None
-    image_resize: str
-    dtype: str
-    seed: int
-
-
-class EncoderTraining(RunPart):
-    """The encoder in training.json."""
-
-    name: str
-
-
-class ModelTraining(RunPart):
-    """The part of a checkpoint's training.json that reports use."""
-
-    encoder: EncoderTraining = None
-    llm: str = None
-    answer_accuracy: Number = Field(None, alias="val/answer_accuracy")
-
-
-def validate(schema: type[RunPart], content: dict[str, Any], source: Path | str) -> Any:
-    """Return `content` as a `schema`.
-
-    Raises:
-        UserError: If it does not match; the message names `source` and the first invalid key.
-    """
+def check_schema(schema: Any, content: dict[str, Any], source: Path | str) -> None:
+    """Raise a UserError that names `source` and the first invalid key unless `content` matches `schema`."""
     try:
-        return schema.model_validate(content)
+        TypeAdapter(schema).validate_python(content, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"]).lstrip(".")
@@ -174,20 +137,15 @@ def validate(schema: type[RunPart], content: dict[str, Any], source: Path | str)
         raise UserError(f"{source}: {f'{key}: ' * bool(key)}{problem}; make the run again") from None
 
 
-def read_run_file(schema: type[RunPart], path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file of a run after validation.
+def read_run_file(schema: type[BaseModel], path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file of a run.
 
     Raises:
         UserError: If the file is missing, damaged, or does not match `schema`.
     """
     content = read_json(path, MAX_BYTES)
-    validate(schema, content, path)
+    check_schema(schema, content, path)
     return content
-
-
-def dump(part: RunPart) -> dict[str, Any]:
-    """Return what is written to the JSON file: fields in order, without those that were not set."""
-    return part.model_dump(by_alias=True, exclude_unset=True)
 
 
 def rename_old_keys(config: dict[str, Any]) -> dict[str, Any]:

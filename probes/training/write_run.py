@@ -16,7 +16,7 @@ from probes.evaluation.bootstrap import bootstrap_weights, dataset_scores, inter
 from probes.evaluation.metrics import Counts, summary
 
 from .probe_variants import probe_name
-from .run_schema import DataSource, Manifest, Metrics, ModelTraining, SiteScores, VariantResults, dump, validate
+from .run_schema import Manifest, Metrics, ModelTraining, SiteScores, VariantResults, check_schema
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def save_run(
         classes=data.classes,
         baseline=baseline(main, data.classes),
         grid=list(module.mllm.grid),
-        **dump(results.pop(None)),
+        **dict(results.pop(None)),
         recipes=results,
     )
     further = {f"{name}/{k}": getattr(counts[name], k) for name in results for k in ("intersection", "predicted")}
@@ -61,7 +61,9 @@ def save_run(
     if further:
         files[out / "recipes.safetensors"] = further
     files[out / "probes.safetensors"] = module.heads.state_dict()
-    write_files(files | {out / "manifest.json": dump(manifest(module, data)), out / "metrics.json": dump(metrics)})
+    for name, part in ("manifest.json", manifest(module, data)), ("metrics.json", metrics):
+        files[out / name] = part.model_dump(exclude_unset=True)
+    write_files(files)
 
 
 def variant_results(module, data, variant: str | None, counts: Counts) -> VariantResults:
@@ -122,9 +124,12 @@ def manifest(module, data) -> Manifest:
         versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         git_commit=_git_commit(),
         config=config | {"mllm": _absolute(module.hparams.mllm)},
-        data=DataSource(
-            root=_absolute(data.root), dataset=data.dataset, options=data.options, fingerprint=data.fingerprint()
-        ),
+        data={
+            "root": _absolute(data.root),
+            "dataset": data.dataset,
+            "options": data.options,
+            "fingerprint": data.fingerprint(),
+        },
         mllm_training=_read_training(Path(module.hparams.mllm) / "training.json"),
         hardware={
             "machine": platform.machine(),
@@ -138,7 +143,7 @@ def _read_training(file: Path) -> dict[str, Any] | None:
     """Return a checkpoint's training.json; warn if it is invalid, which must not fail a run that has just ended."""
     try:
         training = read_json(file) if file.is_file() else None
-        validate(ModelTraining, training or {}, file)
+        check_schema(ModelTraining, training or {}, file)
         return training
     except ValueError as error:
         log.warning("%s; manifest.json is written without it", error)

@@ -90,8 +90,7 @@ def _count_chunk(logits: Tensor, target: Tensor, view: GridPlacement, by_token: 
     sites, images, classes, *grid = logits.shape
     size, tokens = tuple(target.shape[1:]), grid[0] * grid[1]
     valid, labels = target != IGNORE_INDEX, target.long()
-    row, column = _cells(view, tuple(grid), size, target.device)
-    token = torch.where((row[:, None] >= 0) & (column >= 0), row[:, None] * grid[1] + column, tokens)  # T: none
+    token = _token_of_pixel(view, tuple(grid), size, target.device)
     labelled = _histogram(labels.where(valid, classes), valid, classes)
     patch_valid = _histogram(token.expand_as(target), valid, tokens)
     if use_triton(logits):
@@ -112,6 +111,12 @@ def _count_chunk(logits: Tensor, target: Tensor, view: GridPlacement, by_token: 
 def _cells(view: GridPlacement, grid: tuple[int, int], size: tuple[int, int], device: torch.device) -> list[Tensor]:
     """Return `view.cells` on the device, cached because copying to a GPU would synchronise."""
     return [cell.to(device) for cell in view.cells(grid, size)]
+
+
+def _token_of_pixel(view: GridPlacement, grid: tuple[int, int], size: tuple[int, int], device: torch.device) -> Tensor:
+    """Return the token of each pixel, i64[H, W]; T outside the grid."""
+    row, column = _cells(view, grid, size, device)
+    return torch.where((row[:, None] >= 0) & (column >= 0), row[:, None] * grid[1] + column, grid[0] * grid[1])
 
 
 def _count_predictions(
@@ -173,15 +178,13 @@ def patch_labels(
 
 
 def _patch_labels(target: Tensor, classes: int, grid: tuple[int, int], purity: float, view: GridPlacement) -> Tensor:
-    images, tokens, size = len(target), grid[0] * grid[1], tuple(target.shape[1:])
-    row, column = (cell.to(target.device) for cell in view.cells(grid, size))
-    seen = (row[:, None] >= 0) & (column >= 0)
-    token = (row[:, None] * grid[1] + column).where(seen, 0)
-    label = torch.where((target == IGNORE_INDEX) | ~seen, classes, target.long())
+    images, tokens = len(target), grid[0] * grid[1]
+    token = _token_of_pixel(view, grid, tuple(target.shape[1:]), target.device)
+    label = torch.where(target == IGNORE_INDEX, classes, target.long())
     image = torch.arange(images, device=target.device).view(-1, 1, 1)
-    bins = (image * tokens + token) * (classes + 1) + label
-    votes = torch.bincount(bins.flatten(), minlength=images * tokens * (classes + 1)).view(images, tokens, -1)
-    votes = votes[..., :classes]
+    bins = (image * (tokens + 1) + token) * (classes + 1) + label
+    votes = torch.bincount(bins.flatten(), minlength=images * (tokens + 1) * (classes + 1))
+    votes = votes.view(images, tokens + 1, classes + 1)[:, :tokens, :classes]
     total, (most, label) = votes.sum(-1), votes.max(-1)
     return torch.where((total > 0) & (most >= purity * total), label, -1)
 

@@ -46,13 +46,13 @@ class _Data(TypedDict):
     fingerprint: str
 
 
-# of Manifest.config, what is needed to load the model
+# the part of Manifest.config that is needed to load the model
 ModelConfig = TypedDict(
     "ModelConfig",
     {"mllm": str, "image_attention": str | None, "untrained": list[str] | None}
     | {"image_resize": str, "dtype": str, "seed": int},
 )
-# of a checkpoint's training.json, what reports use
+# the part of a checkpoint's training.json that reports use
 ModelTraining = TypedDict(
     "ModelTraining",
     {"encoder": TypedDict("Encoder", {"name": str}), "llm": str, "val/answer_accuracy": Number},

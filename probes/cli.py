@@ -130,6 +130,18 @@ def build_parser() -> argparse.ArgumentParser:
     maps.add_argument("--knockout", nargs="+", default=[], metavar="NAME", help="classes that RUN/knockout.json has")
     maps.add_argument("--out", metavar="DIR", help="where it goes (the run's folder)")
 
+    segment = command("segment", "probes.analyses.segment:run", "segmentation maps of any photos, to OUT")
+    _add_run(segment)
+    segment.add_argument("photos", nargs="+", metavar="PHOTO", help="image files; their names must differ")
+    segment.add_argument("--site", help="site of the probe (default: the run's best decoder layer)")
+    segment.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="NAME.png (class indices), NAME_overlay.png, legend.png and legend.json; only files that this command "
+        "has written are replaced",
+    )
+
     explore = command(
         "explore",
         "probes.report.explorer.page:run",

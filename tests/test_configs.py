@@ -25,7 +25,7 @@ PROBING = {  # config: a dataset in its layout, and how many classes that has
     "probes/cityscapes.yaml": (dataset_layouts.write_cityscapes, 19),
     "demo/probes.yaml": (tiny_models.write_segmentation, 3),
 }
-UPON_PROBING = ["demo/untrained.yaml", "probes/recipes.yaml", "demo/recipes.yaml"]
+UPON_PROBING = ["demo/untrained.yaml", "probes/variants.yaml", "demo/variants.yaml"]
 
 
 def test_every_yaml_is_covered_here():
@@ -151,7 +151,7 @@ def test_probing_config_is_instantiated(file, more, checkpoints, tmp_path):
     assert cli.model.hparams.num_classes == classes and bool(cli.model.hparams.untrained) == (
         "demo/untrained.yaml" in more
     )
-    assert len(cli.model.recipes) == 1 or "recipes" in more[0]
+    assert len(cli.model.variants) == 1 or "variants" in more[0]
 
 
 def test_dataset_options_are_set_from_the_command_line(checkpoints, tmp_path):
@@ -162,7 +162,7 @@ def test_dataset_options_are_set_from_the_command_line(checkpoints, tmp_path):
     more = ["--data.options.background", "class", "--data.options.train_list", "train"]
     data = build_cli([*argv, *more], run=False).datamodule
     assert data.num_classes == 21 and len(data.splits["training"]) == 2
-    with pytest.raises(ValueError, match="data.options.background is 'clas'; there is ignore, class"):
+    with pytest.raises(ValueError, match="data.options.background is 'clas'; expected one of ignore, class"):
         build_cli([*argv, "--data.options.background", "clas"], run=False)
 
 

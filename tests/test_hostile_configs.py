@@ -137,7 +137,7 @@ KEYS = {  # keys that start nothing outside the process and take no time, whatev
     "probes": [
         *("model.mllm model.image_attention model.untrained model.image_resize model.dtype model.sites".split()),
         *("model.head model.feature_norm model.labels model.learning_rate model.betas model.label_stride".split()),
-        *("model.recipes data.root data.dataset data.options data.name data.batch_size data.cache_features".split()),
+        *("model.variants data.root data.dataset data.options data.name data.batch_size data.cache_features".split()),
         *("data.num_workers data.seed trainer.max_epochs trainer.callbacks trainer.precision".split()),
         *("trainer.strategy seed_everything out".split()),
     ],

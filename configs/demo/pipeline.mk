@@ -55,9 +55,9 @@ $(call probed,$(OUT)/%/untrained): configs/demo/probes.yaml configs/demo/untrain
 	$(call step,$*_untrained,$(PROBES) fit -c $< -c configs/demo/untrained.yaml --seed_everything $(SEED) \
 	  --out $(OUT)/$*/untrained --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
 
-$(call reciped,$(OUT)/%/recipes): configs/demo/probes.yaml configs/demo/recipes.yaml \
+$(call reciped,$(OUT)/%/recipes): configs/demo/probes.yaml configs/demo/variants.yaml \
   $(OUT)/%/stage2/hf/model.safetensors
-	$(call step,$*_recipes,$(PROBES) fit -c $< -c configs/demo/recipes.yaml --seed_everything $(SEED) \
+	$(call step,$*_recipes,$(PROBES) fit -c $< -c configs/demo/variants.yaml --seed_everything $(SEED) \
 	  --out $(OUT)/$*/recipes --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
 
 $(OUT)/%/longer/metrics.json: configs/demo/probes.yaml $(OUT)/%/stage2/hf/model.safetensors

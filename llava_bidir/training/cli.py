@@ -16,6 +16,7 @@ from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, check_resume_co
 from llava_bidir.common.hf_loading import read_json
 from llava_bidir.common.lightning_cli import ConfiguredCLI
 from llava_bidir.common.run_lock import exclusive_run_lock
+from llava_bidir.common.step_boundary import SaveAtStepBoundary
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.model.hf_export import TRAINING_JSON, export_hf
 
@@ -23,7 +24,6 @@ from .callbacks import ExportModel, ShowAnswers
 from .loss_monitor import LossMonitor
 from .module import RESUME_OVERRIDABLE, LlavaTraining
 from .read_checkpoint import read_checkpoint
-from .resume import SaveAtStepBoundary
 from .slurm_requeue import SlurmRequeue
 from .throughput import Throughput
 

@@ -1,8 +1,6 @@
-"""Where in an epoch a checkpoint is: counted in samples, and never within an optimizer step."""
+"""Where in an epoch a checkpoint is, counted in samples."""
 
 from typing import Any
-
-from lightning import Callback, LightningModule, Trainer
 
 from llava_bidir.common.errors import UserError
 
@@ -30,21 +28,3 @@ def rescale_progress(checkpoint: dict[str, Any], before: int, now: int) -> None:
             counts[key] = counts[key] * before // now
         if "completed" in counts:
             counts["completed"] = counts["processed"] - pending
-
-
-def at_step_boundary(trainer: Trainer) -> bool:
-    """Whether a checkpoint after this micro-batch can be resumed exactly: none holds the gradients of half a step, and
-    behind the last batch of an epoch Lightning would leave out its validation. An epoch leaves its own checkpoint."""
-    epoch = trainer.fit_loop.epoch_loop
-    return not (epoch._should_accumulate() or epoch._is_training_done)
-
-
-class SaveAtStepBoundary(Callback):
-    """Holds all ModelCheckpoints to that. Those that save every so many steps would otherwise do so at the first
-    micro-batch after they are resumed too, where the number of steps is still that of the checkpoint."""
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
-        if not at_step_boundary(trainer):
-            for callback in trainer.checkpoint_callbacks:
-                if not callback._every_n_epochs:  # others save when an epoch is done
-                    callback._last_global_step_saved = trainer.global_step

@@ -1,0 +1,1 @@
+"""Segmentation datasets: images and masks in, batches out."""

@@ -1,10 +1,10 @@
-"""ADE20K SceneParse150 in its official layout, and on the hub through `datasets`.
+"""ADE20K SceneParse150 in its official layout.
 
     ROOT/images/{training,validation}/ADE_{train,val}_00000001.jpg
-    ROOT/annotations/{training,validation}/ADE_{train,val}_00000001.png     1 to 150, 0 = other, which is ignored
+    ROOT/annotations/{training,validation}/ADE_{train,val}_00000001.png     1 to 150; 0 = other, ignored
 
-ROOT is ADEChallengeData2016 or the folder that has it. 20,210 training and 2,000 validation images.
-Source: Zhou et al., IJCV 2019; names are the first ones of objectInfo150.txt, colours those of its color150.
+ROOT is ADEChallengeData2016 or its parent folder. There are 20,210 training and 2,000 validation images.
+Source: Zhou et al., IJCV 2019. Class names: the first name of each row of objectInfo150.txt. Colours: color150.
 """
 
 from pathlib import Path
@@ -50,14 +50,14 @@ LOOKUP = lookup(len(CLASSES), first=1, ignored=(0,))
 
 
 class ADE20K(SegmentationDataset):
-    """ADEChallengeData2016.
+    """ADE20K in the folder ADEChallengeData2016.
 
     Args:
-        root: The folder ADEChallengeData2016 or the one above.
+        root: ADEChallengeData2016 or its parent folder.
         split: "training" or "validation".
 
     Raises:
-        UserError: A part is missing, or an image has no mask or the other way round.
+        UserError: If a folder is missing, or an image has no mask, or a mask no image.
     """
 
     def __init__(self, root: str | Path, split: str):

@@ -1,9 +1,8 @@
-"""An image and its mask: how they are read, and what must hold for them, whatever layout they come in.
+"""Base class of segmentation datasets: how images and masks are read and checked, independent of the file layout.
 
-Pixels are read as they are stored. An EXIF tag that asks viewers to turn a photo is not followed, since the official
-masks lie on the stored pixels; where a mask's size says, or could say, that it was drawn on the turned picture, the
-pair is refused. Of an animation the first picture is taken. Symlinks are followed: the files are those that lie in the
-dataset's folder, by no names that come from elsewhere.
+Pixels are read as stored. The EXIF orientation is ignored, because official masks match the stored pixels. A pair is
+rejected if the size of its mask suggests that the mask was drawn on the rotated image. Only the first frame of an
+animation is read. Symlinks are followed.
 """
 
 import io
@@ -19,19 +18,19 @@ from llava_bidir.common.image_io import FORMATS, open_bounded
 from probes.ops.geometry import to_rgb
 
 IGNORE_INDEX = 255
-ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, 2 to 4 keep the size, 5 to 8 swap width and height
+ORIENTATION = 0x0112  # EXIF tag; 1 is upright, 2 to 4 keep the size, 5 to 8 swap width and height
 
 
 class BadFile(UserError):
-    """A file that cannot be used; `kind` groups those of a dataset by what is wrong."""
+    """A file that cannot be used; `kind` is the defect, by which reports group files."""
 
     def __init__(self, message: str, kind: str = "unusable"):
         super().__init__(message)
         self.kind = kind
 
 
-class Embedded(io.BytesIO):
-    """A file that lies inside another one; its `name` stands for it in messages."""
+class EmbeddedFile(io.BytesIO):
+    """The bytes of a file stored inside another one, with a name for messages."""
 
     def __init__(self, content: bytes, name: str):
         super().__init__(content)
@@ -41,27 +40,27 @@ class Embedded(io.BytesIO):
         return self.name
 
 
-File = Path | Embedded
+File = Path | EmbeddedFile
 
 
 class SegmentationDataset(Dataset):
-    """Images with their masks: {"name": str, "image": PIL RGB, "target": uint8[H, W], 255 where ignored}.
+    """Images with masks: {"name": str, "image": PIL RGB, "target": uint8[H, W], 255 where ignored}.
 
-    A layout is a subclass that finds the files and says what the labels mean.
+    A layout is a subclass that lists the files and defines the meaning of the labels.
 
     Args:
         files: {name: (image, mask)}, in the order of the dataset.
         classes: Names of the K classes.
         lookup: int16[256] from :func:`lookup`.
-        palette: A colour a class; None if the dataset has none.
-        groups: A label for each image where images come in clusters (the city), or None.
+        palette: One colour per class, or None.
+        groups: The cluster of each image (e.g. its city), or None.
 
     Raises:
-        UserError: Lookup, palette or groups do not fit the classes and files.
-        BadFile: On reading, an image or mask is not what it must be.
+        UserError: If lookup, palette or groups do not match the classes and files.
+        BadFile: On access, if an image or mask is invalid.
     """
 
-    official_size: int | None = None  # images of this split as published
+    official_size: int | None = None  # published number of images in this split
 
     def __init__(
         self,
@@ -77,11 +76,11 @@ class SegmentationDataset(Dataset):
         self._check()
 
     def _check(self) -> None:
-        """What a layout says must fit together, or scores would be of other classes without a word."""
+        """Raise if classes, lookup table and palette disagree; a mismatch would silently score the wrong classes."""
         layout, count = type(self).__name__, len(self.classes)
         highest = self._lookup[self._lookup != IGNORE_INDEX].max()
         if self._lookup.shape != (256,) or highest >= count:
-            raise UserError(f"{layout}: the lookup leads to class {highest}, but {count} are named, from 0 on")
+            raise UserError(f"{layout}: the lookup contains class {highest}, but there are {count} classes, from 0")
         if self.palette is not None and len(self.palette) != count:
             raise UserError(f"{layout}: {len(self.palette)} colours in the palette for {count} classes")
         if self.groups is not None and len(self.groups) != len(self.names):
@@ -98,17 +97,17 @@ class SegmentationDataset(Dataset):
         return {"name": self.names[index], "image": read_rgb(image, image_file), "target": target}
 
     def files(self, index: int) -> tuple[File, File]:
-        """Image and mask."""
+        """Return the files of an image and its mask."""
         return self._files[index]
 
 
 def lookup(classes: int, first: int = 0, ignored: tuple[int, ...] = (IGNORE_INDEX,)) -> ndarray:
-    """int16[256]: raw label -> class; 255 for what is ignored, -1 for what must not occur.
+    """Return the table int16[256] from raw label to class: 255 if ignored, -1 if invalid.
 
     Args:
-        classes: K; their raw labels follow one another.
-        first: The raw label of class 0.
-        ignored: Raw labels that stand for no class.
+        classes: K; their raw labels are consecutive.
+        first: Raw label of class 0.
+        ignored: Raw labels of ignored pixels.
     """
     table = np.full(256, -1, np.int16)
     table[first : first + classes] = np.arange(classes)
@@ -117,26 +116,28 @@ def lookup(classes: int, first: int = 0, ignored: tuple[int, ...] = (IGNORE_INDE
 
 
 def open_image(file: File, formats: tuple[str, ...] = FORMATS) -> Image.Image:
-    """The decoded picture.
+    """Return the decoded image.
 
     Raises:
-        BadFile: It is not there, cannot be read, or would take more memory than a picture should.
+        BadFile: If the file is missing, cannot be decoded, or exceeds the size limit.
     """
     try:
         image = open_bounded(file, formats)
         image.load()
     except FileNotFoundError:
-        raise BadFile(f"{file} is not there", "missing") from None
+        raise BadFile(f"{file} is missing", "missing") from None
     except UnidentifiedImageError:
-        raise BadFile(f"{file} cannot be read as an image: it is no {' or '.join(formats)}", "cannot be read") from None
-    except Exception as error:  # files made to break decoders break them in many ways: IndexError, struct.error, ...
+        raise BadFile(
+            f"{file} cannot be read as an image: it is not {' or '.join(formats)}", "cannot be read"
+        ) from None
+    except Exception as error:  # corrupt files raise many types: IndexError, struct.error, ...
         message = f"{file} cannot be read as an image: {str(error) or type(error).__name__}"
         raise BadFile(message, "cannot be read") from None
     return image
 
 
 def read_rgb(image: Image.Image, file: File) -> Image.Image:
-    """The picture with 8 bits a channel."""
+    """Return the image as RGB with 8 bits per channel, or raise a BadFile that names `file`."""
     try:
         return to_rgb(image)
     except ValueError as error:
@@ -144,60 +145,60 @@ def read_rgb(image: Image.Image, file: File) -> Image.Image:
 
 
 def check_sizes(image: Image.Image, mask: Image.Image, image_file: File, mask_file: File) -> None:
-    """Image and mask have the same pixels, beyond doubt."""
+    """Raise a BadFile unless image and mask have the same size and an EXIF tag leaves no doubt about the rotation."""
     orientation = _orientation(image)
-    turned = image.size[::-1] if orientation in range(5, 9) else image.size
-    if orientation in range(2, 9) and mask.size == turned:
-        sure = "is the size of" if turned != image.size else "could be drawn on"
+    rotated = image.size[::-1] if orientation in range(5, 9) else image.size
+    if orientation in range(2, 9) and mask.size == rotated:
+        evidence = "has the size of" if rotated != image.size else "may have been drawn on"
         raise BadFile(
-            f"{image_file} asks viewers to turn it (EXIF orientation {orientation}), and its mask {mask_file} {sure} "
-            "the turned picture, while pixels are read as stored; store it turned (`mogrify -auto-orient`) if the mask "
-            "fits that, otherwise remove the tag (`exiftool -Orientation=`)",
+            f"{image_file} has EXIF orientation {orientation}, and its mask {mask_file} {evidence} the rotated image, "
+            "but pixels are read as stored; rotate the image (`mogrify -auto-orient`) if the mask matches the rotated "
+            "image, else remove the tag (`exiftool -Orientation=`)",
             "EXIF orientation",
         )
     if mask.size != image.size:
         raise BadFile(
             f"{mask_file} is {mask.size[0]} x {mask.size[1]} px, its image {image_file} {image.size[0]} x "
-            f"{image.size[1]} px; they must be the same",
+            f"{image.size[1]} px; expected the same size",
             "image and mask of different size",
         )
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 to 8; 1 where there is no tag, or none that can be read."""
+    """Return the EXIF orientation, 1 to 8; 1 if there is no readable tag."""
     try:
         return image.getexif().get(ORIENTATION, 1)
-    except Exception:  # no viewer can follow it either
+    except Exception:  # viewers cannot read it either
         return 1
 
 
 def read_labels(mask: Image.Image, file: File, lookup: ndarray, classes: list[str]) -> ndarray:
-    """uint8[H, W]: the class of each pixel, 255 where ignored."""
+    """Return the class of each pixel, uint8[H, W], 255 where ignored, or raise a BadFile that names `file`."""
     if mask.mode not in ("L", "P"):
         advice = {
-            "RGB": "these are colours; convert them to class indices first",
-            "RGBA": "these are colours; convert them to class indices first",
+            "RGB": "these are colours; convert them to class indices",
+            "RGBA": "these are colours; convert them to class indices",
             "I;16": "this is a 16-bit file; save the indices with 8 bits",
-            "I": "this is a file of more than 8 bits; save the indices with 8",
+            "I": "this file has more than 8 bits; save the indices with 8 bits",
         }.get(mask.mode, "save it as 8-bit PNG")
         raise BadFile(
-            f"{file} has mode {mask.mode!r}, but a mask has one 8-bit class index a pixel (mode L or P): {advice}",
+            f"{file} has mode {mask.mode!r}, expected one 8-bit class index per pixel (mode L or P): {advice}",
             "mask that is not 8-bit indices",
         )
     raw = np.asarray(mask)
     target = lookup[raw]
     if (target < 0).any():
         wrong = np.unique(raw[target < 0]).tolist()
-        known = np.flatnonzero(lookup >= 0)
+        valid = np.flatnonzero(lookup >= 0)
         raise BadFile(
             f"{file} has label {', '.join(map(str, wrong[:5]))}, but there are {len(classes)} classes and the labels "
-            f"{_ranges(known)}",
+            f"{_format_ranges(valid)}",
             "label out of range",
         )
     return target.astype(np.uint8)
 
 
-def _ranges(numbers: ndarray) -> str:
-    """[0, 1, 2, 255] -> "0 to 2, 255"."""
+def _format_ranges(numbers: ndarray) -> str:
+    """Return [0, 1, 2, 255] as "0 to 2, 255"."""
     runs = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -1,4 +1,4 @@
-"""What a probe batch is made of: pixels read anew each time, or states kept from one frozen forward.
+"""Samples and batches of probe training: pixels, or states cached from one frozen forward pass.
 
 Shapes: B images, T image tokens, d width of a site, H W pixels of a mask.
 """
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 class PreprocessedDataset(Dataset):
     """A segmentation dataset as tensors: {"index", "pixels": f[3, H', W'], "target": uint8[H, W]}.
 
-    Index `NOTHING` gives some image without a labelled pixel.
+    Index `PAD_INDEX` returns an image whose pixels are all ignored.
     """
 
     def __init__(self, dataset: Dataset, preprocess: Callable):
@@ -45,7 +45,7 @@ def _target(target: Tensor, index: int) -> Tensor:
 
 
 def collate(samples: list[dict]) -> dict:
-    """A batch: index long[B], pixels f[B, 3, H', W'], target uint8[B, H, W], or a list where masks differ in size."""
+    """Return a batch: index i64[B], pixels f[B, 3, H', W'], target uint8[B, H, W] or a list if mask sizes differ."""
     return {
         "index": torch.tensor([sample["index"] for sample in samples]),
         "pixels": torch.stack([sample["pixels"] for sample in samples]),
@@ -58,25 +58,25 @@ def _stack(targets: list[Tensor]) -> Tensor | list[Tensor]:
 
 
 class CachedFeatures(Dataset):
-    """The states of all images at some sites, computed once and kept in memory, not on the GPU.
+    """The states of all images at some sites, computed once and kept in CPU memory.
 
     Args:
-        mllm: Its states are cached, in its dtype.
-        prepared: The images.
-        sites: Those to keep.
-        batch_size: Images of a forward.
+        mllm: The model; its states are cached in its dtype.
+        images: The preprocessed dataset.
+        sites: The sites to cache.
+        batch_size: Images per forward pass.
         workers: Processes that open images.
-        copies: Processes on this machine that will each keep all states: a batch may have any image on any rank.
-        name: For the progress bar.
+        copies: Processes on this machine. Each keeps all states, because a batch may have any image on any rank.
+        name: Label of the progress bar.
 
     Raises:
-        UserError: They would not fit into memory.
+        UserError: If the states do not fit into memory.
     """
 
     def __init__(
         self,
         mllm: FrozenMLLM,
-        prepared: PreprocessedDataset,
+        images: PreprocessedDataset,
         sites: Sequence[str],
         *,
         batch_size: int,
@@ -85,18 +85,18 @@ class CachedFeatures(Dataset):
         name: str = "states",
     ):
         tokens, dtype = mllm.grid[0] * mllm.grid[1], mllm.model.dtype
-        need = copies * len(prepared) * tokens * sum(mllm.widths[site] for site in sites) * dtype.itemsize
+        need = copies * len(images) * tokens * sum(mllm.widths[site] for site in sites) * dtype.itemsize
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        size = f"{copies} x " * (copies > 1) + f"{len(prepared)} images x {len(sites)} sites = {need / 1e9:.2f} GB"
+        size = f"{copies} x " * (copies > 1) + f"{len(images)} images x {len(sites)} sites = {need / 1e9:.2f} GB"
         log.info("caching %s: %s", name, size)
         if need > 0.8 * free:
             raise UserError(
-                f"data.cache_features would take {size} for {name}, {free / 1e9:.1f} GB of memory are free; name fewer "
-                "model.sites or set data.cache_features to false"
+                f"data.cache_features needs {size} for {name}, but {free / 1e9:.1f} GB of memory are free; choose "
+                "fewer model.sites or set data.cache_features to false"
             )
-        self.states = {site: torch.empty(len(prepared), tokens, mllm.widths[site], dtype=dtype) for site in sites}
+        self.states = {site: torch.empty(len(images), tokens, mllm.widths[site], dtype=dtype) for site in sites}
         self.targets: list[Tensor] = []
-        loader = DataLoader(prepared, batch_size, num_workers=workers, collate_fn=collate)
+        loader = DataLoader(images, batch_size, num_workers=workers, collate_fn=collate)
         for batch in tqdm(loader, desc=f"caching {name}", mininterval=5):
             for site, states in mllm.states(batch["pixels"], sites).items():
                 self.states[site][batch["index"]] = states.cpu()
@@ -106,7 +106,7 @@ class CachedFeatures(Dataset):
         return len(self.targets)
 
     def __getitems__(self, indices: list[int]) -> dict:
-        """A whole batch at once: as :func:`collate`, with states: {site: f[B, T, d]} in place of pixels."""
+        """Return a batch as :func:`collate` does, with states {site: f[B, T, d]} in place of pixels."""
         return {
             "index": torch.tensor(indices),
             "states": {site: states[indices] for site, states in self.states.items()},
@@ -115,7 +115,7 @@ class CachedFeatures(Dataset):
 
 
 def group_by_mask_size(target: Tensor | list[Tensor]) -> list[tuple[Any, Tensor]]:
-    """Groups a batch's masks by size: (which images, uint8[n, H, W]); one group where all are alike."""
+    """Group the masks of a batch by size: (indices of the images, uint8[n, H, W]) per size."""
     if isinstance(target, Tensor):
         return [(slice(None), target)]
     sizes = {}

@@ -1,9 +1,9 @@
-"""Cityscapes in its official layout, with the 19 classes that count.
+"""Cityscapes in its official layout, with the 19 evaluated classes.
 
     ROOT/leftImg8bit/{train,val}/CITY/NAME_leftImg8bit.png
     ROOT/gtFine/{train,val}/CITY/NAME_gtFine_labelIds.png          or NAME_gtFine_labelTrainIds.png
 
-2,975 training and 500 validation images. Images come in drives through a city, so `groups` has the city of each.
+There are 2,975 training and 500 validation images. Images of one city are correlated, so `groups` holds the cities.
 Source: Cordts et al., CVPR 2016; labels.py of cityscapesScripts.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from llava_bidir.common.errors import UserError
 
 from .base import IGNORE_INDEX, SegmentationDataset, lookup
-from .file_layout import files_by_name, find_root, paired
+from .file_layout import files_by_name, find_root, pair_files
 
 SPLITS = {"training": "train", "validation": "val"}
 SIZES = {"training": 2975, "validation": 500}
@@ -35,15 +35,15 @@ for _row in ROWS.split(","):
 
 
 class Cityscapes(SegmentationDataset):
-    """leftImg8bit and gtFine.
+    """Cityscapes with the fine annotations.
 
     Args:
-        root: The folder that has both.
+        root: The folder with leftImg8bit and gtFine.
         split: "training" or "validation".
-        labels: Which masks: "labelIds", as published, or "labelTrainIds", as csCreateTrainIdLabelImgs writes them.
+        labels: Kind of masks: "labelIds", as published, or "labelTrainIds", as written by csCreateTrainIdLabelImgs.
 
     Raises:
-        UserError: A part is missing, or an image has no mask or the other way round.
+        UserError: If a folder is missing, or an image has no mask, or a mask no image.
     """
 
     def __init__(self, root: str | Path, split: str, labels: Literal["labelIds", "labelTrainIds"] = "labelIds"):
@@ -52,21 +52,21 @@ class Cityscapes(SegmentationDataset):
             raise UserError(f"Cityscapes has the splits {', '.join(SPLITS)}, not {split!r}")
         images, masks = (root / part / SPLITS[split] for part in ("leftImg8bit", "gtFine"))
         ending = f"_gtFine_{labels}"
-        found = files_by_name(masks, (".png",), ending, "*/*")
-        if not found:
+        mask_files = files_by_name(masks, (".png",), ending, "*/*")
+        if not mask_files:
             raise UserError(
-                f"{masks} has no CITY/*{ending}.png; csCreateTrainIdLabelImgs of cityscapesScripts makes labelTrainIds "
-                "of gtFine, data.options.labels says which are read"
+                f"{masks} has no CITY/*{ending}.png; csCreateTrainIdLabelImgs of cityscapesScripts creates "
+                "labelTrainIds, and data.options.labels selects the kind of masks"
             )
-        files = paired(files_by_name(images, (".png",), "_leftImg8bit", "*/*"), found, f"{root}, {split}")
+        files = pair_files(files_by_name(images, (".png",), "_leftImg8bit", "*/*"), mask_files, f"{root}, {split}")
         cities = [image.parent.name for image, _ in files.values()]
-        table = _lookup_of_ids() if labels == "labelIds" else lookup(len(CLASSES))
+        table = _lookup_label_ids() if labels == "labelIds" else lookup(len(CLASSES))
         super().__init__(files, CLASSES, table, PALETTE, cities)
         self.official_size = SIZES[split]
 
 
-def _lookup_of_ids() -> np.ndarray:
-    """int16[256]: class of each label id, 255 for the ids that do not count, -1 behind the last one."""
+def _lookup_label_ids() -> np.ndarray:
+    """Return the table int16[256] from label id to class: 255 for ids that are not evaluated, -1 above the last id."""
     table = np.full(256, -1, np.int16)
     table[: LAST_ID + 1] = IGNORE_INDEX
     table[IDS] = np.arange(len(IDS))

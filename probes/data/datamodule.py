@@ -1,4 +1,4 @@
-"""The data of a probe run: images with masks, by whatever layout they come in."""
+"""LightningDataModule of a probe run."""
 
 import hashlib
 import json
@@ -16,21 +16,21 @@ from llava_bidir.common.errors import UserError
 from .batches import CachedFeatures, PreprocessedDataset, collate
 from .registry import DATASETS, open_dataset
 from .samplers import TrainingBatches, validation_batches
-from .verify import find_bad_files, report
+from .verify import find_bad_files, format_bad_files
 
 
 class SegmentationData(LightningDataModule):
     """Training and validation images with masks.
 
     Args:
-        root: Folder of the dataset; for ade20k_hf also a name on the hub.
-        dataset: Its layout, see probes/data: folder has images, PNG masks and a classes.json, ade20k_hf ADE20K in parquet.
-        options: The layout's own, see its class: {"background": "class"} for voc2012.
-        name: What reports call it; None takes the folder's name.
-        batch_size: Images of a batch over all devices. The paper has 64.
-        cache_features: Keeps all states in memory, so that the frozen forward runs once and not once an epoch.
-        num_workers: Processes on each device that open images.
-        seed: Decides the order of training images.
+        root: Folder of the dataset; for ade20k_hf also a hub id.
+        dataset: Layout, see probes/data. folder: images, PNG masks and classes.json; ade20k_hf: ADE20K as parquet files.
+        options: Options of the layout, see its class, e.g. {"background": "class"} for voc2012.
+        name: Name of the dataset in reports; None takes the name of the folder.
+        batch_size: Images per batch over all devices; 64 in the paper.
+        cache_features: Keep all states in memory, so that the frozen forward runs once instead of once per epoch.
+        num_workers: Processes per device that open images.
+        seed: Random seed of the order of training images.
     """
 
     def __init__(
@@ -50,59 +50,58 @@ class SegmentationData(LightningDataModule):
         self.name = name or Path(root).resolve().name
         self.classes = self.splits["training"].classes
         self.num_classes = len(self.classes)
-        self.batch_size, self.cache_features, self.num_workers, self.seed = (
-            batch_size,
-            cache_features,
-            num_workers,
-            seed,
-        )
+        self.batch_size, self.cache_features = batch_size, cache_features
+        self.num_workers, self.seed = num_workers, seed
         self.trained_batches = 0
         self._sources: dict[str, Dataset] = {}
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps of one pass over the training images."""
+        """Optimizer steps per epoch."""
         return math.ceil(len(self.splits["training"]) / self.batch_size)
 
     def fingerprint(self) -> str:
-        """Changes when the names of images, or the classes, do."""
+        """Return a hash of the names of images and classes."""
         names = [self.classes, *(split.names for split in self.splits.values())]
         return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
     def settings(self) -> dict[str, Any]:
-        """What decides which images a step sees."""
+        """Return the settings that determine which images a step uses; a resumed run must have the same."""
         names = "fingerprint of image and class names"
         return {"batch_size": self.batch_size, "seed": self.seed, names: self.fingerprint()}
 
     def setup(self, stage: str) -> None:
-        """Before `fit` loads the model: every image and mask is read once, each rank its share.
+        """Read every image and mask once before `fit` loads the model; each rank reads its share.
 
         Raises:
-            UserError: Some cannot be used; the message, the same on all ranks, names them.
+            UserError: If some cannot be used; the message is the same on all ranks and names the files.
         """
         if stage != "fit":
             return
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
         bar = rank == 0 and self.trainer.progress_bar_callback is not None
-        findings = self.bad_files(self.num_workers, rank, ranks, bar)
+        bad_files = self.find_bad_files(self.num_workers, rank, ranks, bar)
         if ranks > 1:
             shares: list = [None] * ranks
-            torch.distributed.all_gather_object(shares, findings)
-            findings = sum(shares, [])
-        if findings:
-            raise UserError(f"{self.root}: {report(findings, sum(map(len, self.splits.values())))}")
+            torch.distributed.all_gather_object(shares, bad_files)
+            bad_files = sum(shares, [])
+        if bad_files:
+            raise UserError(f"{self.root}: {format_bad_files(bad_files, sum(map(len, self.splits.values())))}")
 
-    def bad_files(self, workers: int, rank: int = 0, ranks: int = 1, progress: bool = True) -> list[tuple[str, str]]:
-        """(kind, message) of what cannot be used among every `ranks`-th image of both splits, from `rank` on."""
-        findings = []
+    def find_bad_files(
+        self, workers: int, rank: int = 0, ranks: int = 1, progress: bool = True
+    ) -> list[tuple[str, str]]:
+        """Return (kind, message) of each unusable pair among the images rank, rank + ranks, ... of both splits."""
+        bad_files = []
         for split, dataset in self.splits.items():
             if (published := dataset.official_size) not in (None, len(dataset)):
-                rank_zero_warn(f"{self.root}: {len(dataset):,} {split} images, where {published:,} were published")
+                rank_zero_warn(f"{self.root}: {len(dataset):,} {split} images, but {published:,} were published")
             share = range(rank, len(dataset), ranks)
-            findings += find_bad_files(dataset, f"{self.name} {split}", share, workers, progress)
-        return findings
+            bad_files += find_bad_files(dataset, f"{self.name} {split}", share, workers, progress)
+        return bad_files
 
     def train_dataloader(self) -> DataLoader:
+        """Return the loader of one training epoch; after a resume, of the batches not trained yet."""
         source, rank, ranks = self._source("training"), self.trainer.global_rank, self.trainer.world_size
         batches = TrainingBatches(len(source), self.batch_size, rank, ranks, self.seed)
         batches.skip(self.trained_batches % len(batches))
@@ -110,6 +109,7 @@ class SegmentationData(LightningDataModule):
         return self._loader(source, batches)
 
     def val_dataloader(self) -> DataLoader:
+        """Return the loader of the validation images."""
         source, rank, ranks = self._source("validation"), self.trainer.global_rank, self.trainer.world_size
         return self._loader(source, validation_batches(len(source), self._rank_batch_size, rank, ranks))
 
@@ -124,7 +124,7 @@ class SegmentationData(LightningDataModule):
             source,
             batch_sampler=batches,
             num_workers=0 if self.cache_features else self.num_workers,
-            collate_fn=_as_it_is if self.cache_features else collate,
+            collate_fn=_identity if self.cache_features else collate,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -133,7 +133,7 @@ class SegmentationData(LightningDataModule):
             trainer, module = self.trainer, self.trainer.lightning_module
             source = PreprocessedDataset(self.splits[split], module.mllm.preprocess)
             if self.cache_features:
-                with trainer.precision_plugin.forward_context():  # as where states are computed anew
+                with trainer.precision_plugin.forward_context():  # the precision of states that are not cached
                     source = CachedFeatures(
                         module.mllm,
                         source,
@@ -147,12 +147,13 @@ class SegmentationData(LightningDataModule):
         return self._sources[split]
 
     def state_dict(self) -> dict[str, int]:
-        """How far the epoch is, so that a resumed run goes on with the next batch instead of the first."""
+        """Return the position in the epoch, at which a resumed run continues."""
         return {"trained_batches": self.trainer.fit_loop.epoch_loop.batch_progress.current.processed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Restore the position in the epoch."""
         self.trained_batches = state["trained_batches"]
 
 
-def _as_it_is(batch: dict) -> dict:
+def _identity(batch: dict) -> dict:
     return batch

@@ -1,4 +1,4 @@
-"""Finding a dataset's files: where its folder is, and which mask belongs to which image."""
+"""Locate the folder of a dataset and pair its images with their masks."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,55 +6,56 @@ from pathlib import Path
 from llava_bidir.common.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-LONGEST = 10_000_000  # characters of a text file; the list of VOC's 10,582 training images has 130,000
+MAX_CHARACTERS = 10_000_000  # of a text file; VOC's list of 10,582 training images has 130,000
 
 
 def find_root(root: str | Path, name: str, parts: tuple[str, ...]) -> Path:
-    """The folder that has all `parts`: `root` itself, or `name` (slashes allowed) below it.
+    """Return the folder that contains all `parts`: `root`, or its subfolder `name` (may contain slashes).
 
     Raises:
-        UserError: It is neither; says what is there, and where the dataset seems to begin.
+        UserError: If neither does; the message lists the contents of `root` and suggests a folder.
     """
     root = Path(root)
-    complete = lambda folder: all((folder / part).exists() for part in parts)
-    for place in (root, root / name):
-        if complete(place):
-            return place
+    is_dataset = lambda folder: all((folder / part).exists() for part in parts)
+    for folder in (root, root / name):
+        if is_dataset(folder):
+            return folder
     if not root.is_dir():
         raise UserError(f"data.root: no folder {root}; expected the dataset's {name} with {', '.join(parts)}")
-    there = sorted(entry.name for entry in root.iterdir())
-    shown = ", ".join(there[:8]) + (", ..." if len(there) > 8 else "") or "nothing"
+    contents = sorted(path.name for path in root.iterdir())
+    listing = ", ".join(contents[:8]) + (", ..." if len(contents) > 8 else "") or "nothing"
     missing = ", ".join(part for part in parts if not (root / part).exists())
-    above = [place for place in root.absolute().parents[:3] if complete(place)]
-    below = [place for place in sorted(root.glob("*/")) if complete(place) or complete(place / name)]
-    hint = "".join(f"; did you mean {place}?" for place in [*above, *below][:1])
+    above = [folder for folder in root.absolute().parents[:3] if is_dataset(folder)]
+    below = [folder for folder in sorted(root.glob("*/")) if is_dataset(folder) or is_dataset(folder / name)]
+    hint = "".join(f"; did you mean {folder}?" for folder in [*above, *below][:1])
     raise UserError(
         f"data.root: {root} lacks {missing}; expected the dataset's {name} with {', '.join(parts)}; "
-        f"there is {shown}{hint}"
+        f"it contains {listing}{hint}"
     )
 
 
 def files_by_name(folder: Path, suffixes: Iterable[str], ending: str = "", pattern: str = "*") -> dict[str, Path]:
-    """{name: file}, sorted; the name is the file's without `ending` and suffix.
+    """Return {name: file}, sorted; a name is the file name without `ending` and suffix.
 
     Raises:
-        UserError: The folder is not there, or two files have the same name, or one that no report could show.
+        UserError: If the folder does not exist, two files have the same name, or a name is not UTF-8.
     """
     if not folder.is_dir():
-        beside = sorted(entry.name for entry in folder.parent.iterdir()) if folder.parent.is_dir() else []
-        there = f"; in {folder.parent} there is {', '.join(beside[:8]) or 'nothing'}" if folder.parent.is_dir() else ""
-        raise UserError(f"no folder {folder}{there}")
-    found: dict[str, Path] = {}
+        parent = folder.parent
+        siblings = sorted(path.name for path in parent.iterdir()) if parent.is_dir() else []
+        hint = f"; {parent} contains {', '.join(siblings[:8]) or 'nothing'}" if parent.is_dir() else ""
+        raise UserError(f"no folder {folder}{hint}")
+    files: dict[str, Path] = {}
     for path in sorted(folder.glob(pattern)):
         if path.suffix.lower() not in suffixes or not path.stem.endswith(ending):
             continue
         name = path.stem.removesuffix(ending)
         if not _is_text(name):
             raise UserError(f"{str(path)!r} has a name that is not UTF-8; rename it")
-        if name in found:
-            raise UserError(f"{found[name]} and {path} have the same name; which one is meant?")
-        found[name] = path
-    return dict(sorted(found.items()))
+        if name in files:
+            raise UserError(f"{files[name]} and {path} have the same name; remove one")
+        files[name] = path
+    return dict(sorted(files.items()))
 
 
 def _is_text(name: str) -> bool:
@@ -65,36 +66,36 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def paired(images: dict[str, Path], masks: dict[str, Path], where: str) -> dict[str, tuple[Path, Path]]:
-    """{name: (image, mask)}.
+def pair_files(images: dict[str, Path], masks: dict[str, Path], dataset: str) -> dict[str, tuple[Path, Path]]:
+    """Return {name: (image, mask)}.
 
     Raises:
-        UserError: A file without its partner, or no file at all; `where` says of what.
+        UserError: If an image has no mask, a mask no image, or there are no images; names `dataset`.
     """
-    for names, other, what in ((images, masks, "mask"), (masks, images, "image")):
-        lonely = sorted(set(names) - set(other))
-        if lonely:
-            raise UserError(f"{where}: {len(lonely)} files have no {what}, {names[lonely[0]]} for one")
+    for files, partners, kind in ((images, masks, "mask"), (masks, images, "image")):
+        unpaired = sorted(set(files) - set(partners))
+        if unpaired:
+            raise UserError(f"{dataset}: {len(unpaired)} files have no {kind}, e.g. {files[unpaired[0]]}")
     if not images:
-        raise UserError(f"{where}: no images ({', '.join(IMAGE_SUFFIXES)})")
+        raise UserError(f"{dataset}: no images ({', '.join(IMAGE_SUFFIXES)})")
     return {name: (image, masks[name]) for name, image in images.items()}
 
 
 def read_text(path: Path) -> str:
-    """What a file of names holds.
+    """Return the content of a small text file.
 
     Raises:
-        UserError: It is missing, no regular file, not UTF-8, or far too long to be one.
+        UserError: If it is missing, not a regular file, not UTF-8, or too long.
     """
     if not path.is_file():
-        raise UserError(f"{path} is missing" if not path.exists() else f"{path} is no regular file")
+        raise UserError(f"{path} is missing" if not path.exists() else f"{path} is not a regular file")
     try:
-        with path.open(encoding="utf-8-sig") as file:  # with a byte order mark or without
-            text = file.read(LONGEST + 1)
+        with path.open(encoding="utf-8-sig") as file:  # skips a byte order mark
+            text = file.read(MAX_CHARACTERS + 1)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8: {error}") from None
-    if len(text) > LONGEST:
-        raise UserError(f"{path} is longer than {LONGEST:,} characters")
+    if len(text) > MAX_CHARACTERS:
+        raise UserError(f"{path} has more than {MAX_CHARACTERS:,} characters")
     return text

@@ -4,11 +4,11 @@ from colorsys import hsv_to_rgb
 
 import numpy as np
 
-GOLDEN = 0.381966  # hues this far apart stay distinct however many there are
+GOLDEN = 0.381966  # step between hues, after which they stay distinct for any number of classes
 
 
 def palette_of(dataset) -> np.ndarray:
-    """uint8[K, 3]: the dataset's own colours, or distinct hues in three brightnesses."""
+    """Return the colours of the dataset, uint8[K, 3]; by default distinct hues in three brightnesses."""
     if getattr(dataset, "palette", None):
         return np.array(dataset.palette, np.uint8)
     shades = ((0.55, 0.95), (0.8, 0.8), (0.7, 0.6))  # saturation and brightness
@@ -16,8 +16,8 @@ def palette_of(dataset) -> np.ndarray:
     return (255 * np.array(colours)).round().astype(np.uint8)
 
 
-def coloured(mask: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """uint8[..., H, W] of classes as uint8[..., H, W, 3]; ignored pixels are black."""
+def colorize(mask: np.ndarray, palette: np.ndarray) -> np.ndarray:
+    """Return classes uint8[..., H, W] as colours uint8[..., H, W, 3]; ignored pixels are black."""
     table = np.zeros((256, 3), np.uint8)
     table[: len(palette)] = palette
     return table[mask]

@@ -1,6 +1,6 @@
-"""Which images make a batch: the same global batches on any number of ranks, and resumable in mid-epoch.
+"""Batch samplers with the same global batches on any number of ranks, resumable within an epoch.
 
-Shapes: N images, R ranks; a global batch is what one optimizer step sees on all ranks together.
+Legend: N images, R ranks. A global batch is the set of images of one optimizer step over all ranks.
 """
 
 import math
@@ -10,22 +10,24 @@ import torch
 
 from llava_bidir.common.errors import UserError
 
-PAD_INDEX = -1  # stands for an image without a labelled pixel, where the last batch has none for a rank
+PAD_INDEX = -1  # index of a fully ignored image, for a rank without an image in the last batch
 
 
 class TrainingBatches:
-    """Batches of one rank, in a new order each epoch: a batch sampler for `DataLoader` that can start in mid-epoch.
+    """Batch sampler of one rank, with a new order per epoch, that can start within an epoch.
 
-    Every R-th image of each global batch is a rank's. Where the last batch has fewer images than there are ranks, those
-    without one get `NOTHING`, for all have to take part in each step. Eight images, batches of three, two ranks::
+    Rank r gets every R-th image of each global batch, from image r. If the last batch has fewer images than ranks, the
+    other ranks get `PAD_INDEX`, because all ranks must take part in each step. Eight images, batches of three, two
+    ranks::
 
         order 5 2 7 0 1 3 4 6:   rank 0 gets [5, 7] [0, 3] [4],   rank 1 gets [2] [1] [6]
 
     Args:
         images: N.
-        batch_size: Images of a global batch.
-        rank, world_size: This process among all.
-        seed: With the epoch, decides the order; the same on every rank.
+        batch_size: Images per global batch.
+        rank: Index of this process.
+        world_size: R.
+        seed: Seed of the order, together with the epoch; the same on every rank.
     """
 
     def __init__(self, images: int, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0):
@@ -35,10 +37,11 @@ class TrainingBatches:
         self.sampler = self  # Lightning calls set_epoch on a batch sampler's `sampler`
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch, which determines the order."""
         self.epoch = epoch
 
     def skip(self, batches: int) -> None:
-        """Leaves out the first batches of the next pass, those trained before an interruption."""
+        """Skip the first batches of the next pass, which were trained before an interruption."""
         self.start = batches
 
     def __len__(self) -> int:
@@ -53,20 +56,21 @@ class TrainingBatches:
 
 
 def validation_batches(images: int, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
-    """The batches of one rank; over all ranks each image once.
+    """Return the batches of one rank; all ranks together have each image once.
 
-    Every rank has as many batches as the others, none empty, since DDP exchanges buffers in each forward; where N does
-    not divide by R, some ranks have one image more, in their last batch. Five images one at a time on two ranks::
+    Every rank has the same number of batches, none empty, because DDP synchronises buffers in each forward. If R does
+    not divide N, some ranks have one more image in their last batch. Five images one at a time on two ranks::
 
         rank 0 gets [0] [2, 4],   rank 1 gets [1] [3]
 
     Args:
         images: N.
-        batch_size: Images of a rank's batch.
-        rank, world_size: This process among all.
+        batch_size: Images per batch of a rank.
+        rank: Index of this process.
+        world_size: R.
 
     Raises:
-        UserError: There are more ranks than images.
+        UserError: If there are more ranks than images.
     """
     if images < world_size:
         raise UserError(f"{images} validation images for {world_size} devices; use fewer devices")

@@ -1,6 +1,6 @@
-"""Reads every image and mask before a model is loaded: what is wrong shows in seconds, not after hours of GPU time."""
+"""Read every image and mask before a model is loaded, to find bad files in seconds instead of after GPU hours."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -8,14 +8,12 @@ from tqdm import tqdm
 
 from .base import BadFile, SegmentationDataset
 
-PAIRS_AT_ONCE = 16
-SHOWN = 3  # files of a kind that the error names
-
-Findings = list[tuple[str, str]]
+BATCH_SIZE = 16
+FILES_PER_KIND = 3  # in the error message
 
 
-class Checks(Dataset):
-    """What is wrong with each pair, (kind, message), or None: decoded as training decodes it."""
+class _PairDefects(Dataset):
+    """The defect (kind, message) of each pair, or None; pairs are decoded as in training."""
 
     def __init__(self, dataset: SegmentationDataset):
         self.dataset = dataset
@@ -33,44 +31,42 @@ class Checks(Dataset):
 
 def find_bad_files(
     dataset: SegmentationDataset, name: str, indices: Iterable[int], workers: int, progress: bool = True
-) -> Findings:
-    """(kind, message) of every pair that cannot be used.
+) -> list[tuple[str, str]]:
+    """Return (kind, message) of each pair that cannot be used.
 
     Args:
         dataset: A split.
-        name: For the progress bar.
-        indices: Which pairs to look at.
-        workers: Processes; with 0, or for a handful of images, this one.
-        progress: Shows a bar.
+        name: Label of the progress bar.
+        indices: The pairs to read.
+        workers: Processes; with 0, or for few images, the pairs are read in this process.
+        progress: Show a progress bar.
     """
     indices = list(indices)
-    few = len(indices) <= 4 * PAIRS_AT_ONCE  # read in the time that a process takes to start
+    few = len(indices) <= 4 * BATCH_SIZE  # reading them takes less time than starting a process
     loader = DataLoader(
-        Checks(dataset),
-        batch_size=PAIRS_AT_ONCE,
+        _PairDefects(dataset),
+        batch_size=BATCH_SIZE,
         sampler=indices,
         collate_fn=list,
         num_workers=0 if few else workers,
-        generator=torch.Generator(),  # a loader draws a seed; not from the run's random numbers
+        generator=torch.Generator(),  # the loader draws a seed, which must not advance the generator of the run
     )
+    defects: list[tuple[str, str]] = []
     with tqdm(total=len(indices), desc=f"checking {name}", unit=" images", mininterval=1, disable=not progress) as bar:
-        return list(_found(loader, bar))
+        for results in loader:
+            bar.update(len(results))
+            defects += filter(None, results)
+    return defects
 
 
-def _found(loader: DataLoader, bar: tqdm) -> Iterator[tuple[str, str]]:
-    for results in loader:
-        bar.update(len(results))
-        yield from filter(None, results)
-
-
-def report(findings: Findings, images: int) -> str:
-    """How many files of each kind, and the first of them."""
+def format_bad_files(bad_files: list[tuple[str, str]], images: int) -> str:
+    """Return a summary: the number of files per kind of defect, and the first messages of each."""
     by_kind: dict[str, list[str]] = {}
-    for kind, message in findings:
+    for kind, message in bad_files:
         by_kind.setdefault(kind, []).append(message)
-    lines = [f"{len(findings)} of {images} images cannot be used:"]
+    lines = [f"{len(bad_files)} of {images} images cannot be used:"]
     for kind, messages in by_kind.items():
         lines.append(f"  {len(messages)} x {kind}")
-        lines += [f"    {message}" for message in sorted(messages)[:SHOWN]]
-        lines += [f"    ... and {len(messages) - SHOWN} more"] if len(messages) > SHOWN else []
+        lines += [f"    {message}" for message in sorted(messages)[:FILES_PER_KIND]]
+        lines += [f"    ... and {len(messages) - FILES_PER_KIND} more"] if len(messages) > FILES_PER_KIND else []
     return "\n".join(lines)

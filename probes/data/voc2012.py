@@ -1,12 +1,12 @@
-"""PASCAL VOC 2012 in its official layout, with the augmented training list.
+"""PASCAL VOC 2012 in its official layout, with the augmented training set.
 
     ROOT/JPEGImages/NAME.jpg
-    ROOT/SegmentationClass/NAME.png             0 = background, 1 to 20, 255 = border, which is ignored
-    ROOT/SegmentationClassAug/NAME.png          the same, made of the SBD annotations
+    ROOT/SegmentationClass/NAME.png             0 = background, 1 to 20, 255 = border, ignored
+    ROOT/SegmentationClassAug/NAME.png          the same, converted from SBD
     ROOT/ImageSets/Segmentation/{train,val}.txt and trainaug.txt or aug.txt
 
-ROOT is VOCdevkit/VOC2012, VOCdevkit or the folder that has it. 1,464 training images, 10,582 in the augmented list,
-1,449 validation images. Source: Everingham et al., IJCV 2015; Hariharan et al., ICCV 2011 (SBD).
+ROOT is VOCdevkit/VOC2012, VOCdevkit or its parent folder. There are 1,464 training images, 10,582 with augmentation,
+and 1,449 validation images. Source: Everingham et al., IJCV 2015; Hariharan et al., ICCV 2011 (SBD).
 """
 
 from pathlib import Path
@@ -25,22 +25,22 @@ CLASSES = [
 
 
 def _colour(label: int) -> list[int]:
-    """VOC's own: the bits of the label, dealt in turn to red, green and blue from the highest bit on."""
+    """Return VOC's colour: the bits of the label, distributed in turn to red, green and blue from the highest bit."""
     return [sum((label >> (3 * i + channel) & 1) << (7 - i) for i in range(3)) for channel in range(3)]
 
 
 class VOC2012(SegmentationDataset):
-    """VOCdevkit/VOC2012.
+    """PASCAL VOC 2012 in the folder VOCdevkit/VOC2012.
 
     Args:
-        root: The folder VOC2012 or one above.
+        root: VOC2012, VOCdevkit or its parent folder.
         split: "training" or "validation".
-        train_list: "trainaug" as the paper has it, or "train" for the official 1,464.
-        background: "ignore" for the paper's 20 classes, or "class" for 21 with the background first. Scores of the two
-            cannot be compared.
+        train_list: "trainaug" as in the paper, or "train" for the official 1,464 images.
+        background: "ignore" for the paper's 20 classes, or "class" for 21 with the background first. Their scores are
+            not comparable.
 
     Raises:
-        UserError: A part is missing, or a training image is in the validation list too.
+        UserError: If a part is missing, or a training image is also in the validation list.
     """
 
     def __init__(
@@ -53,35 +53,35 @@ class VOC2012(SegmentationDataset):
         parts = ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation")
         root = Path(root)
         root = find_root(root / "VOCdevkit" if (root / "VOCdevkit/VOC2012").is_dir() else root, "VOC2012", parts)
-        chosen = {"training": train_list, "validation": "val"}
-        if split not in chosen:
-            raise UserError(f"VOC 2012 has the splits {', '.join(chosen)}, not {split!r}")
-        names = _names(root, chosen[split])
-        if split == "training" and (both := set(names) & set(_read_list(root, "val"))):
-            raise UserError(f"{root}: {len(both)} images are in {train_list} and in val, {min(both)} for one")
+        lists = {"training": train_list, "validation": "val"}
+        if split not in lists:
+            raise UserError(f"VOC 2012 has the splits {', '.join(lists)}, not {split!r}")
+        names = _image_names(root, lists[split])
+        if split == "training" and (shared := set(names) & set(_read_list(root, "val"))):
+            raise UserError(f"{root}: {len(shared)} images are in both {train_list} and val, e.g. {min(shared)}")
         first = 1 if background == "ignore" else 0
         super().__init__(
-            {name: (root / "JPEGImages" / f"{name}.jpg", _mask(root, name)) for name in names},
+            {name: (root / "JPEGImages" / f"{name}.jpg", _mask_file(root, name)) for name in names},
             CLASSES[first:],
             lookup(len(CLASSES) - first, first, (0, IGNORE_INDEX) if first else (IGNORE_INDEX,)),
             [_colour(label) for label in range(first, len(CLASSES))],
         )
-        self.official_size = SIZES[chosen[split]]
+        self.official_size = SIZES[lists[split]]
 
 
-def _names(root: Path, chosen: str) -> list[str]:
-    """The images of a list, sorted; trainaug may also come as aug and train, as SBD's converters write them."""
-    if chosen != "trainaug":
-        return sorted(_read_list(root, chosen))
+def _image_names(root: Path, image_list: str) -> list[str]:
+    """Return the images of a list, sorted; converters of SBD write trainaug either as such or as aug and train."""
+    if image_list != "trainaug":
+        return sorted(_read_list(root, image_list))
     lists = [name for name in ("trainaug", "aug") if _list_file(root, name).is_file()]
     if not lists or not (root / "SegmentationClassAug").is_dir():
         missing = "SegmentationClassAug" if lists else "ImageSets/Segmentation/trainaug.txt (or aug.txt)"
         raise UserError(
-            f"{root} lacks {missing}: the augmented training set needs the masks of SBD as PNG and its list, which the "
-            "usual converters (voc_aug) write; or train on the official 1,464 images: data.options.train_list: train"
+            f"{root} lacks {missing}: the augmented training set needs the masks of SBD as PNG and a list, as written "
+            "by converters such as voc_aug; or train on the official 1,464 images: data.options.train_list: train"
         )
-    both = ["trainaug"] if lists[0] == "trainaug" else ["aug", "train"]
-    return sorted({name for entry in both for name in _read_list(root, entry)})
+    parts = ["trainaug"] if lists[0] == "trainaug" else ["aug", "train"]
+    return sorted({name for part in parts for name in _read_list(root, part)})
 
 
 def _list_file(root: Path, name: str) -> Path:
@@ -90,16 +90,16 @@ def _list_file(root: Path, name: str) -> Path:
 
 def _read_list(root: Path, name: str) -> list[str]:
     file = _list_file(root, name)
-    # some lists name the files, "/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png", others the images
+    # a line is NAME or "/JPEGImages/NAME.jpg /SegmentationClassAug/NAME.png"
     names = [Path(line.split()[0]).stem for line in read_text(file).splitlines() if line.strip()]
     if not names:
-        raise UserError(f"{file} names no image")
-    if strange := [name for name in names if "\0" in name or len(name) > 200]:
-        raise UserError(f"{file} names {strange[0][:40]!r}, which is no name of an image")
+        raise UserError(f"{file} lists no images")
+    if invalid := [name for name in names if "\0" in name or len(name) > 200]:
+        raise UserError(f"{file} lists {invalid[0][:40]!r}, which is not the name of an image")
     return names
 
 
-def _mask(root: Path, name: str) -> Path:
-    """VOC's own mask where there is one: finer than SBD's, and with the border."""
-    own = root / "SegmentationClass" / f"{name}.png"
-    return own if own.is_file() else root / "SegmentationClassAug" / f"{name}.png"
+def _mask_file(root: Path, name: str) -> Path:
+    """Return VOC's own mask if it exists (it is finer than SBD's and has the border), else SBD's."""
+    official = root / "SegmentationClass" / f"{name}.png"
+    return official if official.is_file() else root / "SegmentationClassAug" / f"{name}.png"

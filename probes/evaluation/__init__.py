@@ -1,0 +1,1 @@
+"""Scores of probes, their confidence intervals, and statistics of the states."""

@@ -1,6 +1,6 @@
-"""What the states of a site look like, whatever a probe makes of them: their scale, direction and neighbourhoods.
+"""Statistics of the states of a site, independent of probes: scale, direction and neighbourhoods.
 
-Legend: S sites, B N images, T image tokens, d width.
+Legend: B images, T image tokens, d width.
 """
 
 from collections.abc import Mapping
@@ -14,22 +14,22 @@ NEIGHBOURS = 10
 
 
 class StateStatistics(Metric):
-    """Statistics of the states at each site over a dataset, streaming, over batches and ranks.
+    """Streaming statistics of the states at each site of a dataset, over batches and ranks.
 
-    - rms: root mean square over images, tokens and channels. A probe on states as they are learns at a speed that
-      follows it.
-    - largest_channel: share of all energy (sum of squares) that the strongest channel has; 1 / d if all are alike.
-      Large where there are massive activations.
-    - anisotropy: mean cosine of two tokens of different images, over all such pairs. 0 for directions at random, 1 if
-      all point one way. With u the unit vectors and U_i the sum of those of image i, the cosines of all pairs sum to
+    - rms: root mean square over images, tokens and channels. The learning speed of a probe without normalisation
+      depends on it.
+    - largest_channel: share of the energy (sum of squares) in the strongest channel; 1 / d if all are equal. It is
+      large if there are massive activations.
+    - anisotropy: mean cosine of two tokens of different images, over all such pairs; 0 for random directions, 1 for
+      identical ones. With U_i the sum of the unit vectors of image i, the cosines of all pairs sum to
       |sum_i U_i|^2 - sum_i |U_i|^2. Source: Ethayarajh 2019, "How contextual are contextualized word representations?"
-    - knn_purity: share of the 10 nearest labelled tokens of the same image, by cosine, that have a token's own class
-      (that of most of its pixels); mean over the labelled tokens of an image, then over images. Images with fewer than
-      11 labelled tokens do not count.
+    - knn_purity: share of the 10 nearest labelled tokens of the same image, by cosine, that have the token's class
+      (the class of most of its pixels). It is averaged over the labelled tokens of an image, then over images. Images
+      with fewer than 11 labelled tokens are excluded.
 
     Args:
-        widths: d by site.
-        images: Size of the dataset; `compute` insists on having seen each of its images once.
+        widths: d per site.
+        images: Size of the dataset; `compute` requires each image exactly once.
     """
 
     full_state_update = False
@@ -49,7 +49,7 @@ class StateStatistics(Metric):
             add(f"purity_{site}", 1)
 
     def update(self, states: Mapping[str, Tensor], labels: Tensor, index: Tensor) -> None:
-        """Adds images: `states` f[B, T, d] by site, `labels` i64[B, T] (-1 for none), `index` i64[B]."""
+        """Add images: `states` f[B, T, d] by site, `labels` i64[B, T] (-1 for none), `index` i64[B]."""
         images, tokens = labels.shape
         self.seen += torch.bincount(index, minlength=len(self.seen))
         self.tokens += images * tokens
@@ -70,14 +70,14 @@ class StateStatistics(Metric):
             getattr(self, f"{name}_{site}").add_(value)
 
     def compute(self) -> dict[str, dict[str, float | None]]:
-        """{site: {"rms", "largest_channel", "anisotropy", "knn_purity"}}; None where nothing defines it.
+        """Return {site: {"rms", "largest_channel", "anisotropy", "knn_purity"}}; None for an undefined value.
 
         Raises:
-            RuntimeError: An image of the dataset was not seen, or more than once.
+            RuntimeError: If an image of the dataset was not seen exactly once.
         """
         if not (self.seen == 1).all():
             wrong = int((self.seen != 1).nonzero()[0])
-            raise RuntimeError(f"statistics of states saw image {wrong} {int(self.seen[wrong])} times instead of once")
+            raise RuntimeError(f"statistics of states: image {wrong} was seen {int(self.seen[wrong])} times, not once")
         return {site: self._statistics(site, width) for site, width in self.widths.items()}
 
     def _statistics(self, site: str, width: int) -> dict[str, float | None]:
@@ -90,22 +90,22 @@ class StateStatistics(Metric):
         }
 
 
-def _ratio(part: Tensor, whole: Tensor) -> float | None:
-    return (part / whole).item() if whole > 0 else None
+def _ratio(part: Tensor, total: Tensor) -> float | None:
+    return (part / total).item() if total > 0 else None
 
 
 def enough_labels(labels: Tensor) -> Tensor:
-    """bool[B]: whether an image's labelled tokens have enough neighbours, from i64[B, T] with -1 for none."""
+    """Return whether each image has enough labelled tokens, bool[B], from labels i64[B, T] with -1 for none."""
     return (labels >= 0).sum(1) > NEIGHBOURS
 
 
 def knn_purity(unit: Tensor, labels: Tensor) -> Tensor:
-    """f64[B]: share of a token's nearest labelled tokens that have its label, mean over the image's labelled tokens.
+    """Return the mean share of a token's nearest labelled tokens that have its label, f64[B].
 
-    NaN for images with too few of them.
+    NaN for images with too few labelled tokens.
 
     Args:
-        unit: f[B, T, d], of length 1.
+        unit: Unit vectors f[B, T, d].
         labels: i64[B, T], -1 for none.
     """
     purity = torch.full((len(labels),), torch.nan, dtype=torch.float64, device=labels.device)

@@ -132,7 +132,8 @@ def _named_run(path: str) -> tuple[str, ProbeRun]:
 
 def model_of(run: ProbeRun) -> str:
     """What a model is called whatever its mask: encoder and LLM where it says of what it was made ("clip + vicuna-7b"),
-    else the name of its checkpoint."""
+    else the name of its checkpoint.
+    """
     training = run.training
     if "encoder" in training and "llm" in training:
         return f"{training['encoder']['name']} + {Path(training['llm']).name}"

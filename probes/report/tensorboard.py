@@ -11,7 +11,8 @@ from probes.report.figures.style import ReportFigure
 
 def write_events(pictures: Iterable[tuple[str, ReportFigure]], folder: Path) -> None:
     """Writes every figure of (study, picture) as an image "study: section/name" into an event file, the only one in
-    `folder`: one more would show each figure twice."""
+    `folder`: one more would show each figure twice.
+    """
     shutil.rmtree(folder, ignore_errors=True)
     with SummaryWriter(folder) as board:
         for study, picture in pictures:

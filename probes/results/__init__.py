@@ -1,0 +1,1 @@
+"""Finished probe runs, read back for the analyses."""

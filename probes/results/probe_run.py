@@ -1,12 +1,12 @@
-"""The files of a probe run, and how the analyses read them back. `write_run.py` writes them.
+"""The files of a finished probe run, and how analyses read them; `write_run.py` writes them.
 
-    RUN/metrics.json          scores by site with intervals, of the main recipe and of further ones (the contract)
-    RUN/counts.safetensors    the main recipe's pixel counts by image, of which its scores and intervals are made
-    RUN/recipes.safetensors   those of further recipes, if there are any: "NAME/intersection", "NAME/predicted"
-    RUN/probes.safetensors    the probes, each of its best epoch: "SITE.head.weight", "recipes/NAME/SITE.head.weight"
-    RUN/manifest.json         what ran on what: versions, commit, config, data, hardware
+    RUN/metrics.json          scores per site with intervals, of the main variant and of further ones
+    RUN/counts.safetensors    pixel counts per image of the main variant, from which its scores are computed
+    RUN/recipes.safetensors   counts of further variants, if any: "NAME/intersection", "NAME/predicted"
+    RUN/probes.safetensors    the probes of their best epochs: "SITE.head.weight", "recipes/NAME/SITE.head.weight"
+    RUN/manifest.json         versions, commit, configuration, data, hardware
 
-A file appears whole or not at all (`atomic_io.py`); metrics.json comes last and says that the run is finished.
+Files are written atomically, metrics.json last: it marks the run as finished.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -25,24 +26,32 @@ from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import error_context, read_json
 from probes.data.registry import open_dataset
-from probes.evaluation.metrics import Counts
+from probes.evaluation.metrics import Counts, peak_layer
 from probes.models import frozen_mllm as mllms
 from probes.models.frozen_mllm import ADAPTER
+from probes.ops.bilinear import upsampled_argmax
 from probes.training.heads import Probe
+from probes.training.run_schema import (
+    MAX_BYTES,
+    Manifest,
+    Metrics,
+    ModelConfig,
+    ModelTraining,
+    check_schema,
+    read_run_file,
+    rename_old_keys,
+)
 
-from .schema import CONFIG, check, check_manifest, check_metrics
-
-JSON_BYTES = 200_000_000  # 34 sites with 150 classes are 200 kB
 # Axes of the counts: S sites, N images, K classes, T image tokens. The last two are not in every run.
 COUNTS = {"intersection": "SNK", "predicted": "SNK", "labelled": "NK", "patch_right": "SNT", "patch_valid": "NT"}
 COUNTS |= {"confusion": "SKK", "group": "N"}
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Reads safetensors; the error names the file.
+    """Return the tensors of a safetensors file.
 
     Raises:
-        UserError: The file is damaged.
+        UserError: If the file is damaged; the message names it.
     """
     try:
         return load_file(path)
@@ -50,9 +59,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} is damaged ({error}); make it again") from None
 
 
-def check_counts(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, int], needed: Sequence[str]) -> None:
-    """Raises a UserError that names `path` unless its counts are whole numbers of these sizes, none negative."""
-    missing = [name for name in needed if name not in tensors]
+def check_counts(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, int], required: Sequence[str]) -> None:
+    """Raise a UserError that names `path` unless its counts are non-negative integers of these sizes."""
+    missing = [name for name in required if name not in tensors]
     if missing:
         raise UserError(f"{path} has no {', '.join(missing)}; make the run again")
     for name, tensor in tensors.items():
@@ -60,18 +69,20 @@ def check_counts(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, 
         expected = [sizes[axis] for axis in axes]
         if list(tensor.shape) != expected or tensor.is_floating_point() or tensor.lt(0).any():
             raise UserError(
-                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; metrics.json says whole numbers {expected}, "
-                "none of them negative"
+                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; expected non-negative integers {expected} "
+                "according to metrics.json; make the run again"
             )
 
 
 @dataclass
 class ProbeRun:
-    """A finished run, for the analyses.
+    """A finished run, for analyses.
+
+    Args:
+        path: Folder of the run.
 
     Raises:
-        UserError: `path` is not the folder of a finished probe run, or a file in it is not as a run leaves it; those
-            with tensors are looked at when they are used.
+        UserError: If `path` is not a finished run, or a JSON file is invalid. Tensors are checked on first use.
     """
 
     path: Path
@@ -79,51 +90,49 @@ class ProbeRun:
     def __post_init__(self):
         self.path = Path(self.path)
         if not (self.path / "metrics.json").is_file():
-            raise UserError(f"{self.path} holds no metrics.json: not a finished probe run (`probes fit --out DIR`)")
-        self.metrics = read_json(self.path / "metrics.json", JSON_BYTES)
-        self.manifest = read_json(self.path / "manifest.json", JSON_BYTES)
-        with error_context(self.path / "metrics.json"):
-            check_metrics(self.metrics)
-        with error_context(self.path / "manifest.json"):
-            check_manifest(self.manifest)
+            raise UserError(f"{self.path} has no metrics.json: not a finished probe run (`probes fit --out DIR`)")
+        self.metrics = read_run_file(Metrics, self.path / "metrics.json")
+        self.manifest = read_run_file(Manifest, self.path / "manifest.json")
+        check_schema(ModelTraining, self.training, f"{self.path / 'manifest.json'}: mllm_training")
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes when the run's probes do, or what they were trained on; not with where it lies. Analyses write it
-        down."""
+        """Hash of probes, settings and data, independent of the path; every analysis stores it."""
         settings = {key: value for key, value in self.manifest["config"].items() if key != "mllm"}
-        how = json.dumps([settings, self.manifest["data"]["fingerprint"]], sort_keys=True).encode()
+        text = json.dumps([settings, self.manifest["data"]["fingerprint"]], sort_keys=True).encode()
         probes = self.path / "probes.safetensors"
-        return hashlib.sha256(how + (probes.read_bytes() if probes.is_file() else b"")).hexdigest()[:16]
+        return hashlib.sha256(text + (probes.read_bytes() if probes.is_file() else b"")).hexdigest()[:16]
 
     def analysis(self, name: str) -> dict[str, Any] | None:
-        """What an analysis left in the run's folder, None if there is nothing.
+        """Return the results of an analysis in the run's folder, None if there are none.
 
         Raises:
-            UserError: The file is damaged, or of other probes than the run has now.
+            UserError: If the file is damaged, or was made from other probes.
         """
-        if not (self.path / name).is_file():
+        file = self.path / name
+        if not file.is_file():
             return None
-        facts = read_json(self.path / name, JSON_BYTES)
-        if self.fingerprint not in facts.get("runs", [self.fingerprint]):
+        results = read_json(file, MAX_BYTES)
+        if self.fingerprint not in results.get("runs", [self.fingerprint]):
+            command = name.split(".")[0].split("_")[0]
             raise UserError(
-                f"{self.path / name} is of other probes than {self.path} has now; make it again with "
-                f"`probes {name.split('.')[0].split('_')[0]}`, or delete it"
+                f"{file} was made from other probes than {self.path} has now; run `probes {command}` again or delete it"
             )
-        return facts
+        return results
 
     @property
     def sites(self) -> list[str]:
+        """All sites of the run, in the order of the forward."""
         return [site["site"] for site in self.metrics["sites"]]
 
     @property
     def training(self) -> dict[str, Any]:
-        """What the model's training.json said; empty where there was none."""
+        """Content of the model's training.json, {} if there was none."""
         return self.manifest["mllm_training"] or {}
 
     @property
     def layers(self) -> list[str]:
-        """The sites that follow each other from layer 0 to L: adapter and decoder layers."""
+        """Sites of layers 0 to L: the adapter and the decoder layers."""
         return [site for site in self.sites if site == ADAPTER or site.startswith("layer_")]
 
     @cached_property
@@ -140,54 +149,57 @@ class ProbeRun:
 
     @property
     def counts(self) -> Counts:
-        """The main recipe's."""
+        """Counts of the main variant."""
         return Counts(**{name: self._tensors[name] for name in Counts._fields if name in self._tensors})
 
-    def counts_of(self, recipe: str | None) -> Counts:
-        """The counts of a recipe, None for the main one. For a further one an image counts as a single patch: by token,
-        only the main one is counted."""
-        if recipe is None:
+    def counts_of(self, variant: str | None) -> Counts:
+        """Return the counts of a variant, None for the main one; further variants have one patch per image.
+
+        Raises:
+            UserError: If the run has no such variant, or its counts are damaged.
+        """
+        if variant is None:
             return self.counts
-        if recipe not in self.metrics["recipes"]:
+        if variant not in self.metrics["recipes"]:
             raise UserError(
-                f"{self.path} has no recipe {recipe!r}; it has {', '.join(self.metrics['recipes']) or 'none'}"
+                f"{self.path} has no variant {variant!r}; it has {', '.join(self.metrics['recipes']) or 'none'}"
             )
         tensors, labelled = read_tensors(self.path / "recipes.safetensors"), self.counts.labelled
-        needed = [f"{recipe}/{name}" for name in ("intersection", "predicted")]
-        check_counts(tensors, self.path / "recipes.safetensors", self._sizes, needed)
-        intersection, predicted = (tensors[name] for name in needed)
+        names = [f"{variant}/{name}" for name in ("intersection", "predicted")]
+        check_counts(tensors, self.path / "recipes.safetensors", self._sizes, names)
+        intersection, predicted = (tensors[name] for name in names)
         right, valid = intersection.sum(-1, keepdim=True), labelled.sum(-1, keepdim=True)
         return Counts(intersection, predicted, labelled, patch_right=right, patch_valid=valid)
 
     @property
     def confusion(self) -> torch.Tensor | None:
-        """i64[S, K, K]: pixels by site, label and prediction, of the main recipe; None where they were not counted."""
+        """i64[S, K, K]: pixels per site, label and prediction of the main variant; None if not counted."""
         return self._tensors.get("confusion")
 
     @property
     def groups(self) -> torch.Tensor | None:
-        """i64[N]: which group (city) a validation image is of; None where the dataset has none."""
+        """i64[N]: group (city) of each validation image; None for a dataset without groups."""
         return self._tensors.get("group")
 
     def check_same_images(self, other: "ProbeRun", advice: str = "") -> None:
-        """Raises a UserError that ends with `advice` unless another run was scored on the same images and classes."""
+        """Raise a UserError that ends with `advice` unless both runs have the same images and classes."""
         if self.manifest["data"]["fingerprint"] != other.manifest["data"]["fingerprint"]:
             raise UserError(f"{self.path} and {other.path} were scored on different images{advice}")
 
     def dataset(self, split: str = "validation"):
+        """Return a split of the dataset."""
         data = self.manifest["data"]
         return open_dataset(data["dataset"], data["root"], split, data.get("options"))
 
     @cached_property
     def weights(self) -> torch.Tensor:
-        """f[R, N], the bootstrap of all that is said about the run; the same for every run on these images."""
+        """f[R, N]: bootstrap weights, the same for every run on these images."""
         return bootstrap_weights(len(self.counts.labelled), seed=self.metrics["seed"], groups=self.groups)
 
     def mllm(self) -> mllms.FrozenMLLM:
-        """The model that was probed, as it was then."""
-        config = self.manifest["config"]
-        with error_context(self.path / "manifest.json"):
-            check(config, CONFIG, "config")
+        """Load the probed model with the settings of the run."""
+        config = rename_old_keys(self.manifest["config"])
+        check_schema(ModelConfig, config, f"{self.path / 'manifest.json'}: config")
         return mllms.load(
             config["mllm"],
             config["image_attention"],
@@ -198,16 +210,50 @@ class ProbeRun:
         )
 
     def probes(self) -> dict[str, Probe]:
-        """The main recipe's probe of each site, in eval mode."""
-        tensors, how = read_tensors(self.path / "probes.safetensors"), self.metrics["probe"]
+        """Return the main variant's probe of each site, in eval mode."""
+        tensors, settings = read_tensors(self.path / "probes.safetensors"), self.metrics["probe"]
         classes, grid = len(self.metrics["classes"]), tuple(self.metrics["grid"])
-        heads = {}
+        probes = {}
         for site in self.metrics["sites"]:
-            name = site["site"]
+            prefix = f"{site['site']}."
             with error_context(self.path / "probes.safetensors"):
-                head = Probe(site["dim"], classes, grid, how["feature_norm"], how["head"])
-                head.load_state_dict(
-                    {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-                )
-            heads[name] = head.eval().requires_grad_(False)
-        return heads
+                probe = Probe(site["dim"], classes, grid, settings["feature_norm"], settings["head"])
+                probe.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            probes[site["site"]] = probe.eval().requires_grad_(False)
+        return probes
+
+    @cached_property
+    def _segmenter(self) -> tuple[mllms.FrozenMLLM, dict[str, Probe]]:
+        mllm = self.mllm()
+        return mllm, {site: probe.to(mllm.device) for site, probe in self.probes().items()}
+
+    def check_site(self, site: str | None) -> str:
+        """Return `site`, or the best decoder layer for None.
+
+        Raises:
+            UserError: If the run has no such site.
+        """
+        site = site or peak_layer({entry["site"]: entry["miou"] for entry in self.metrics["sites"]}) or self.sites[0]
+        if site not in self.sites:
+            raise UserError(f"{self.path} has no site {site!r}; it has {', '.join(self.sites)}")
+        return site
+
+    @torch.no_grad()
+    def predict(self, image: Image.Image, site: str | None = None):
+        """Return the predicted class of each pixel of an image, as a NumPy array uint8[H, W].
+
+        The model is loaded on the first call.
+
+        Args:
+            image: A PIL image of any size and 8-bit mode; its EXIF orientation is ignored.
+            site: Site of the probe; None for the best decoder layer.
+
+        Raises:
+            UserError: If the run has no such site, or the image has more than 8 bits per channel.
+        """
+        site = self.check_site(site)
+        mllm, probes = self._segmenter
+        states = mllm.states(mllm.preprocess([image]), [site])[site]
+        logits = probes[site](states.float()).transpose(-1, -2).unflatten(-1, mllm.grid)
+        size = (image.height, image.width)
+        return upsampled_argmax(logits[0], size, mllm.geometry.view(size)).to(torch.uint8).cpu().numpy()

@@ -1,0 +1,1 @@
+"""Training of probes: `probes fit`, `validate`, `test` and `verify-data`."""

@@ -1,4 +1,9 @@
-"""What reads a class off a token's state. Shapes: B images, T = h * w tokens, d width, K classes, R ranks."""
+"""Probe heads, which map states of tokens to class logits.
+
+Legend: B images, T = h * w tokens, d width, K classes, R ranks.
+"""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +17,19 @@ from .distributed import all_gather, rank_count
 class BatchNorm(nn.BatchNorm1d):
     """Batch normalisation f[N, d] -> f[N, d] over the batches of all ranks, without parameters.
 
-    What `nn.SyncBatchNorm` computes, on any backend (torch's wants GPUs). It passes no gradient on to its input between
-    ranks and needs none: frozen states go in.
+    Equals `nn.SyncBatchNorm`, which requires GPUs, on any backend. Gradients do not cross ranks; none are needed,
+    because the input is frozen states.
     """
 
     def __init__(self, width: int):
         super().__init__(width, affine=False)
 
     def forward(self, states: Tensor) -> Tensor:
+        """Normalise states f[N, d]."""
         if not self.training or rank_count() == 1:
             return super().forward(states)
-        gathered = all_gather(self._moments(states))
-        count, mean, variance = (
-            gathered[:, :1],
-            gathered[:, 1 : 1 + self.num_features],
-            gathered[:, -self.num_features :],
-        )
+        moments = all_gather(self._moments(states))
+        count, mean, variance = moments.split([1, self.num_features, self.num_features], dim=1)
         total = count.sum()
         overall = (count * mean).sum(0) / total
         squares = (count * (variance + (mean - overall).square())).sum(0)
@@ -38,26 +40,25 @@ class BatchNorm(nn.BatchNorm1d):
         return F.batch_norm(states, to(overall), to(squares / total), eps=self.eps)
 
     def _moments(self, states: Tensor) -> Tensor:
-        """Number, mean and variance of this rank's states, f64[1 + 2 d]: few numbers, so that ranks wait but once."""
+        """Return number, mean and variance of this rank's states as one tensor f64[1 + 2 d], for one collective."""
         if not len(states):
             return states.new_zeros(1 + 2 * self.num_features, dtype=torch.float64)
         variance, mean = torch.var_mean(states, 0, correction=0)
         return torch.cat([mean.new_full((1,), len(states)), mean, variance]).double()
 
 
-# Normalisations without parameters of their own, so that a linear probe stays linear in what it is given.
+# Normalisations without trainable parameters; a linear probe stays linear in the normalised states.
 FEATURE_NORMS = {
     "none": lambda width: nn.Identity(),
     "batchnorm": BatchNorm,
     "layernorm": lambda width: nn.LayerNorm(width, elementwise_affine=False),
 }
 
-
-HIDDEN = 1024  # of the mlp, see HEADS
+HIDDEN = 1024  # width of the mlp, see HEADS
 
 
 class GridConv(nn.Module):
-    """A 3 x 3 convolution over tokens f[B, T, d] that lie on a grid (h, w), zeros beyond its edge."""
+    """A 3 x 3 convolution over tokens f[B, T, d] on a grid (h, w), with zero padding."""
 
     def __init__(self, width: int, classes: int, grid: tuple[int, int]):
         super().__init__()
@@ -65,20 +66,39 @@ class GridConv(nn.Module):
         self.conv = nn.Conv2d(width, classes, 3, padding=1)
 
     def forward(self, states: Tensor) -> Tensor:
+        """Return logits f[B, T, K]."""
         return self.conv(states.transpose(1, 2).unflatten(2, self.grid)).flatten(2).transpose(1, 2)
 
 
-# name -> a module f[B, T, d] -> f[B, T, K], from width, classes and grid. B may be 0: a rank without an image.
-# linear  the paper's (App. A.2)
-# mlp     two layers: what a token's state holds that no hyperplane separates. Its hidden layer has one width at all
-#         sites, so that capacity does not grow with the site's: encoder and layers are compared. (And 34 sites of a 7B
-#         model with gradients and moments are 2.4 GB at 1,024; at d they would be 9.)
-# conv    a linear probe that sees a token's eight neighbours, too
-HEADS = {
+# name -> factory (width, classes, grid) of a module f[B, T, d] -> f[B, T, K]. B may be 0: a rank without an image.
+# linear  the paper's head (App. A.2)
+# mlp     two layers, for information that is not linearly separable. The hidden width is the same at all sites, so that
+#         capacity does not depend on the width of the site. (34 sites of a 7B model with gradients and moments need
+#         2.4 GB at 1,024, and 9 GB at width d.)
+# conv    a linear head on a token and its eight neighbours
+HeadFactory = Callable[[int, int, tuple[int, int]], nn.Module]
+HEADS: dict[str, HeadFactory] = {
     "linear": lambda width, classes, grid: nn.Linear(width, classes),
     "mlp": lambda width, classes, grid: nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, classes)),
     "conv": GridConv,
 }
+
+
+def register_head(name: str, factory: HeadFactory) -> None:
+    """Add a probe head under a new name for `model.head`, from Python before a command runs.
+
+    Args:
+        name: Name of the head.
+        factory: Called with width d, classes K and grid (h, w); returns a module f[B, T, d] -> f[B, T, K], B >= 0.
+
+    Raises:
+        UserError: If the name is taken or the factory is not callable. `Probe` checks the shape of the logits.
+    """
+    if name in HEADS:
+        raise UserError(f"the head name {name!r} is taken; choose another name")
+    if not callable(factory):
+        raise UserError(f"head {name!r}: {factory!r} is not callable; expected a function (width, classes, grid)")
+    HEADS[name] = factory
 
 
 class Probe(nn.Module):
@@ -88,12 +108,12 @@ class Probe(nn.Module):
         width: d of the site.
         classes: K.
         grid: (h, w) of the tokens.
-        feature_norm: "none" (the paper), or "batchnorm" or "layernorm" before the head: without, AdamW at one learning
-            rate trains sites of different scale to different degrees.
-        head: Name of one of HEADS; "linear" is the paper's.
+        feature_norm: "none" (the paper), "batchnorm" or "layernorm" before the head. Without normalisation, the
+            progress of AdamW at one learning rate depends on the scale of the site.
+        head: A name in HEADS; "linear" is the paper's.
 
     Raises:
-        UserError: On the first states, if the head gives no K logits a token.
+        UserError: In `forward`, if the head does not return K logits per token.
     """
 
     def __init__(
@@ -102,14 +122,15 @@ class Probe(nn.Module):
         super().__init__()
         self.norm = FEATURE_NORMS[feature_norm](width)
         self.head = HEADS[head](width, classes, grid)
-        self._name, self._classes = head, classes  # for what a wrong head is told
+        self._name, self._classes = head, classes  # for the error message
 
     def forward(self, states: Tensor) -> Tensor:
+        """Return logits f[B, T, K] of states f[B, T, d]."""
         batch, tokens, width = states.shape
         logits = self.head(self.norm(states.reshape(-1, width)).view(batch, tokens, width))
         expected = (batch, tokens, self._classes)
         if logits.shape != expected:
             raise UserError(
-                f"head {self._name!r} gives logits of {tuple(logits.shape)}; expected [B, T, K] = {expected}"
+                f"head {self._name!r} returns logits {tuple(logits.shape)}; expected [B, T, K] = {expected}"
             )
         return logits

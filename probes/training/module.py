@@ -1,9 +1,9 @@
-"""Trains a probe at every site of a frozen MLLM, all on the same forward, under one or several recipes.
+"""LightningModule that trains probes at every site of a frozen MLLM on the same forward, in one or several variants.
 
-The probes are independent problems: their losses are summed without clipping across them, and each keeps the weights of
-its own best epoch. Source: App. A.2.
+The probes are independent problems: their losses are summed, gradients are not clipped across probes, and each probe
+keeps the weights of its own best epoch. Source: App. A.2.
 
-Shapes: S sites, B images, T image tokens on a grid h x w, d width, K classes.
+Legend: S sites, B images, T image tokens on a grid h x w, d width, K classes.
 """
 
 from typing import Any, Literal
@@ -24,33 +24,34 @@ from probes.ops.cross_entropy import subsample, upsampled_cross_entropy
 
 from .distributed import all_gather
 from .heads import FEATURE_NORMS, HEADS, Probe
-from .probe_variants import LABELS, ProbeVariant, all_recipes, probe_name
+from .probe_variants import LABELS, ProbeVariant, build_variants, probe_name
+from .run_schema import rename_old_keys
 from .write_run import save_run
 
 
 class ProbeModule(LightningModule):
-    """A frozen MLLM and, for each recipe, a probe at each of its sites.
+    """A frozen MLLM and, for each variant, a probe at each of its sites.
 
     Args:
         mllm: Checkpoint directory or hub id.
-        num_classes: K; the command line links it from the data.
-        image_attention: Runs the model under another mask than it was trained with.
-        untrained: Parts whose weights are drawn anew, for controls: adapter, llm.
-        image_resize: How images become squares: squash (resized) or pad (LLaVA's own), see probes/ops/geometry.py.
-        dtype: What the model runs in: auto (as its checkpoint is stored), bfloat16, float16 or float32. Probes are
-            in float32 in any case.
-        sites: Those to probe; None for all.
+        num_classes: K; linked from the data by the command line.
+        image_attention: Mask of the model; None for the one it was trained with.
+        untrained: Parts that are re-initialised, as a control: adapter, llm.
+        image_resize: How images become squares: squash (resize) or pad (as LLaVA), see probes/ops/geometry.py.
+        dtype: Dtype of the model: auto (as stored in the checkpoint), bfloat16, float16 or float32. Probes are always
+            float32.
+        sites: Sites to probe; None for all.
         head: linear (the paper), or another, see probes/training/heads.py.
-        feature_norm: none (the paper), batchnorm or layernorm before the head.
-        labels: "true", or "shuffled" for the control that trains on the masks of other images.
-        learning_rate: Of AdamW; it falls as a polynomial of degree 0.9 to zero.
-        betas: AdamW's.
-        weight_decay: AdamW's.
-        label_stride: s > 1 trains on each s-th pixel row and column of the masks, for a fraction of the loss's cost;
-            scores are of all pixels.
-        recipes: Further ones by name, each with what differs of head, feature_norm, labels, learning_rate and seed; see
-            `probe_variants.py`. They leave the probes of the main one as they are.
-        seed: Of the probes' and the control's weights; the command line links it from seed_everything.
+        feature_norm: none (the paper), batchnorm or layernorm, before the head.
+        labels: "true", or "shuffled" for the control trained on the masks of other images.
+        learning_rate: Initial learning rate of AdamW, with polynomial decay (power 0.9) to zero.
+        betas: Betas of AdamW.
+        weight_decay: Weight decay of AdamW.
+        label_stride: Train on every s-th pixel row and column of the masks, which makes the loss cheaper; scores use
+            all pixels.
+        variants: Further variants by name, each with the settings that differ among head, feature_norm, labels,
+            learning_rate and seed; see `probe_variants.py`. They do not affect the probes of the main variant.
+        seed: Seed of probes and re-initialised parts; linked from seed_everything by the command line.
     """
 
     def __init__(
@@ -69,20 +70,21 @@ class ProbeModule(LightningModule):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         label_stride: int = 1,
-        recipes: dict[str, dict[str, Any]] | None = None,
+        variants: dict[str, dict[str, Any]] | None = None,
         seed: int = 0,
     ):
         super().__init__()
         self.save_hyperparameters()
-        self.recipes = all_recipes(ProbeVariant(head, feature_norm, learning_rate, labels, seed), recipes or {})
-        self.strict_loading = False  # checkpoints hold the probes; the MLLM is where it was loaded from
+        self.variants = build_variants(ProbeVariant(head, feature_norm, learning_rate, labels, seed), variants or {})
+        self.strict_loading = False  # checkpoints hold the probes only; the MLLM is reloaded from its source
         self.mllm = None
         self.validated_at: list[int] = []  # optimizer steps
-        self.epochs: list[int | float] = []  # the same in epochs, a fraction where it is within one
-        self.history: dict[str, list[float]] = {}  # by probe, see `probe_name`
+        self.epochs: list[int | float] = []  # the same in epochs; fractional within an epoch
+        self.history: dict[str, list[float]] = {}  # mIoU by probe, see `probe_name`
         self.best: dict[str, dict[str, Tensor]] = {}
 
     def configure_model(self) -> None:
+        """Load the MLLM and build probes and metrics."""
         if self.mllm is not None:
             return
         args, data = self.hparams, self.trainer.datamodule
@@ -96,59 +98,55 @@ class ProbeModule(LightningModule):
             seed=args.seed,
         )
         self.sites = self.mllm.check_sites(args.sites)
-        self.heads = nn.ModuleDict({probe_name(r, site): self._new_head(r, site) for r, site in self._probes()})
+        self.heads = nn.ModuleDict(
+            {probe_name(name, site): self._build_probe(name, site) for name in self.variants for site in self.sites}
+        )
         images = len(data.splits["validation"])
         counts = [len(self.sites), images, args.num_classes, self.mllm.geometry]
-        # Only the main recipe is counted token by token, and by pairs of classes.
+        # Only the main variant is counted per token and per pair of classes.
         self.metrics = nn.ModuleList(
-            SegmentationMetric(*counts, by_token=name is None, confusion=name is None) for name in self.recipes
+            SegmentationMetric(*counts, by_token=name is None, confusion=name is None) for name in self.variants
         )
         self.statistics = StateStatistics({site: self.mllm.widths[site] for site in self.sites}, images)
 
-    def _probes(self) -> list[tuple[str | None, str]]:
-        """(recipe, site) of each probe."""
-        return [(recipe, site) for recipe in self.recipes for site in self.sites]
-
-    def _new_head(self, recipe: str | None, site: str) -> Probe:
-        """A probe drawn from a generator of its own, so that it begins alike whatever other probes there are."""
-        how = self.recipes[recipe]
+    def _build_probe(self, variant: str | None, site: str) -> Probe:
+        """Return a probe whose initialisation does not depend on the other probes of the run."""
+        settings, width = self.variants[variant], self.mllm.widths[site]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(how.seed * 1_000_003 + self.mllm.sites.index(site))
-            return Probe(self.mllm.widths[site], self.hparams.num_classes, self.mllm.grid, how.feature_norm, how.head)
+            torch.manual_seed(settings.seed * 1_000_003 + self.mllm.sites.index(site))
+            return Probe(width, self.hparams.num_classes, self.mllm.grid, settings.feature_norm, settings.head)
 
     def states(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """f[B, T, d] by site, in the model's own dtype."""
+        """Return the states f[B, T, d] by site, in the dtype of the model."""
         return batch["states"] if "states" in batch else self.mllm.states(batch["pixels"], self.sites)
 
-    def logits(self, states: dict[str, Tensor], recipe: str | None) -> Tensor:
-        """Logits of a recipe's probes on the token grid, f[S, B, K, h, w], in fp32 whatever the states are in."""
-        logits = torch.stack([self.heads[probe_name(recipe, site)](states[site].float()) for site in self.sites])
+    def logits(self, states: dict[str, Tensor], variant: str | None) -> Tensor:
+        """Return the logits of a variant's probes on the token grid, f32[S, B, K, h, w]."""
+        logits = torch.stack([self.heads[probe_name(variant, site)](states[site].float()) for site in self.sites])
         return logits.transpose(-1, -2).unflatten(-1, self.mllm.grid)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return a loss with the gradients of all probes."""
         states, target, total = self.states(batch), batch["target"], 0.0
-        if (
-            len(target) == 1 and batch["index"][0] == PAD_INDEX
-        ):  # this rank has no image, and statistics must not see one
+        if len(target) == 1 and batch["index"][0] == PAD_INDEX:  # padding must not enter batch statistics
             states, target = {site: x[:0] for site, x in states.items()}, target[:0]
-        # One recipe at a time, and its gradient at once: then what one keeps for the backward is gone before the next
-        # one starts (at 7B, all sites, 64 images: 20 GB of states in fp32), and none touches another's rounding.
-        targets = {kind: LABELS[kind](target) for kind in {how.labels for how in self.recipes.values()}}
-        for name, recipe in self.recipes.items():
-            losses = self.losses(self.logits(states, name), targets[recipe.labels])
-            group = "" if name is None else f"recipes/{name}/"
+        # The gradient of each variant is computed before the next variant starts. This frees its graph (at 7B, all
+        # sites, 64 images: 20 GB of states in fp32) and keeps rounding independent of the other variants.
+        targets = {labels: LABELS[labels](target) for labels in {v.labels for v in self.variants.values()}}
+        for name, variant in self.variants.items():
+            losses = self.losses(self.logits(states, name), targets[variant.labels])
             for site, loss in zip(self.sites, losses.detach(), strict=True):
-                self.log(f"{group}train_loss/{site}", loss, batch_size=len(batch["index"]))
-            total = total + linearised(losses.sum(), self._parameters_of(name))
+                self.log(f"{_log_prefix(name)}train_loss/{site}", loss, batch_size=len(batch["index"]))
+            total = total + linearize(losses.sum(), self._parameters_of(name))
         return total
 
-    def _parameters_of(self, recipe: str | None) -> list[nn.Parameter]:
-        return [p for site in self.sites for p in self.heads[probe_name(recipe, site)].parameters()]
+    def _parameters_of(self, variant: str | None) -> list[nn.Parameter]:
+        return [p for site in self.sites for p in self.heads[probe_name(variant, site)].parameters()]
 
     def losses(self, logits: Tensor, target: Tensor | list[Tensor]) -> Tensor:
-        """Mean cross-entropy over the labelled pixels of the batch, at the masks' own resolution, f[S].
+        """Return the mean cross-entropy over the labelled pixels of the global batch, at mask resolution, f[S].
 
-        Of the global batch: with several ranks, a rank's share is such that DDP's average over ranks is that mean.
+        With several ranks, the share of each rank is scaled such that DDP's average over ranks is that mean.
         """
         view, stride = self.mllm.geometry.view, self.hparams.label_stride
         labelled = ((subsample(t, stride) != IGNORE_INDEX).sum() for t in target)
@@ -160,14 +158,14 @@ class ProbeModule(LightningModule):
             for images, t in group_by_mask_size(target)
             if len(t)
         ]
-        return sum(losses, logits[:, :0].sum((1, 2, 3, 4))) / valid  # without images 0, whose gradient is 0
+        return sum(losses, logits[:, :0].sum((1, 2, 3, 4))) / valid  # 0 with gradient 0 if there are no images
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Counts the batch's images; returns the main recipe's logits f[S, B, K, h, w] for callbacks."""
+        """Count the images of the batch; return the logits of the main variant f[S, B, K, h, w] for callbacks."""
         return self._score(self.states(batch), batch)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """As :meth:`validation_step`, and takes the statistics of the states."""
+        """Do the same as :meth:`validation_step`, and update the statistics of the states."""
         states = self.states(batch)
         for images, target in group_by_mask_size(batch["target"]):
             view = self.mllm.geometry.view(tuple(target.shape[-2:]))
@@ -177,24 +175,24 @@ class ProbeModule(LightningModule):
 
     def _score(self, states: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
         groups = group_by_mask_size(batch["target"])
-        for name, metric in reversed(list(zip(self.recipes, self.metrics, strict=True))):
+        for name, metric in reversed(list(zip(self.variants, self.metrics, strict=True))):
             logits = self.logits(states, name)
             for images, target in groups:
                 metric.update(logits[:, images], target, batch["index"][images])
-        return logits  # of the main recipe, which comes last
+        return logits  # of the main variant, which is the last one
 
     def on_validation_epoch_end(self) -> None:
-        """Scores every probe and keeps the weights of those that were never better."""
+        """Score every probe, and keep the weights of those with a new best score."""
         fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
         if fitting:
             step, steps_per_epoch = self.trainer.global_step, self.trainer.datamodule.steps_per_epoch
             self.validated_at.append(step)
             self.epochs.append(step / steps_per_epoch if step % steps_per_epoch else step // steps_per_epoch)
-        for name in self.recipes:
-            score, group = dataset_scores(self._counts(name)), "" if name is None else f"recipes/{name}/"
+        for name in self.variants:
+            score = dataset_scores(self._compute_counts(name))
             for i, site in enumerate(self.sites):
-                self.log(f"{group}miou/{site}", score.miou[i].item())
-                self.log(f"{group}pacc/{site}", score.pacc[i].item())
+                self.log(f"{_log_prefix(name)}miou/{site}", score.miou[i].item())
+                self.log(f"{_log_prefix(name)}pacc/{site}", score.pacc[i].item())
                 if fitting:
                     self._keep_if_best(probe_name(name, site), score.miou[i].item())
 
@@ -204,28 +202,30 @@ class ProbeModule(LightningModule):
         self.history[probe].append(miou)
 
     def on_test_start(self) -> None:
-        """The last pass goes with each probe's best epoch."""
+        """Load the weights of each probe's best epoch."""
         for probe, weights in self.best.items():
             self.heads[probe].load_state_dict(weights)
 
     def on_test_epoch_end(self) -> None:
-        counts, states = {name: self._counts(name) for name in self.recipes}, self.statistics.compute()
+        """Write the files of the run."""
+        counts, states = {name: self._compute_counts(name) for name in self.variants}, self.statistics.compute()
         self.statistics.reset()
         if self.trainer.is_global_zero:
             save_run(self, self.trainer.datamodule, counts, states, self.trainer.default_root_dir)
 
-    def _counts(self, recipe: str | None) -> Counts:
-        metric = self.metrics[list(self.recipes).index(recipe)]
+    def _compute_counts(self, variant: str | None) -> Counts:
+        metric = self.metrics[list(self.variants).index(variant)]
         counts = metric.compute()
         metric.reset()
         return counts
 
     def configure_optimizers(self) -> dict[str, Any]:
+        """Return AdamW with one parameter group per variant, and polynomial decay."""
         args = self.hparams
         groups = [
-            {"params": self._parameters_of(name), "lr": recipe.learning_rate}
-            | ({} if len(self.recipes) == 1 else {"name": name or "main"})  # in the log of learning rates
-            for name, recipe in self.recipes.items()
+            {"params": self._parameters_of(name), "lr": variant.learning_rate}
+            | ({} if len(self.variants) == 1 else {"name": name or "main"})  # for LearningRateMonitor
+            for name, variant in self.variants.items()
         ]
         optimizer = torch.optim.AdamW(groups, betas=tuple(args.betas), weight_decay=args.weight_decay, fused=True)
         steps = self.trainer.datamodule.steps_per_epoch * self.trainer.max_epochs
@@ -233,31 +233,37 @@ class ProbeModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the probes without the frozen model, and the history of validations."""
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("heads.")}
         checkpoint["data"] = self.trainer.datamodule.settings()
         checkpoint["best"], checkpoint["history"] = self.best, self.history
         checkpoint["validated_at"], checkpoint["epochs"] = self.validated_at, self.epochs
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """
+        """Restore the history of validations.
+
         Raises:
-            UserError: It is of a run with other settings.
+            UserError: If the checkpoint is from a run with other settings.
         """
         if self._trainer is not None and self.trainer.training:
-            check_resume_compatible(checkpoint["hyper_parameters"], self.hparams, "model")
+            check_resume_compatible(rename_old_keys(checkpoint["hyper_parameters"]), self.hparams, "model")
             check_resume_compatible(checkpoint["data"], self.trainer.datamodule.settings(), "data")
         saved = set(checkpoint["state_dict"])
-        ours = saved if self.mllm is None else {f"heads.{key}" for key in self.heads.state_dict()}
-        if saved != ours:
+        expected = saved if self.mllm is None else {f"heads.{key}" for key in self.heads.state_dict()}
+        if different := saved ^ expected:
             raise UserError(
-                f"the checkpoint and this run differ in {len(saved ^ ours)} tensors, {min(saved ^ ours)} for one; give "
-                "the model.sites, model.recipes and heads that it was trained with"
+                f"the checkpoint and this run differ in {len(different)} tensors, e.g. {min(different)}; use the "
+                "model.sites, model.variants and model.head of the checkpoint"
             )
         self.best, self.history = checkpoint["best"], checkpoint["history"]
         self.validated_at, self.epochs = checkpoint["validated_at"], checkpoint["epochs"]
 
 
-def linearised(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    """A scalar with the gradient of `loss` by the parameters, of whose graph it keeps nothing: sum of p * dloss/dp."""
+def _log_prefix(variant: str | None) -> str:
+    return "" if variant is None else f"recipes/{variant}/"
+
+
+def linearize(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
+    """Return the sum of p * dloss/dp, which has the gradient of `loss` but frees its graph."""
     gradients = torch.autograd.grad(loss, parameters)
     return sum((p * gradient).sum() for p, gradient in zip(parameters, gradients, strict=True))

@@ -1,9 +1,9 @@
-"""How probes are trained: a recipe. One frozen forward trains the probes of several, to see what depends on the choice.
+"""Probe variants: settings of probe training that differ from the main ones, trained on the same frozen forward.
 
 model:
-  feature_norm: none                        the main recipe is given by the arguments of `ProbeModule`,
-  recipes:
-    batchnorm: {feature_norm: batchnorm}    a further one names what it does otherwise
+  feature_norm: none                        the arguments of `ProbeModule` are the main variant
+  variants:
+    batchnorm: {feature_norm: batchnorm}    a further variant lists the settings that differ
     shuffled: {labels: shuffled}
 """
 
@@ -23,17 +23,17 @@ from .heads import FEATURE_NORMS, HEADS
 
 @dataclass(frozen=True)
 class ProbeVariant:
-    """How the probes of all sites are trained.
+    """Settings by which the probes of all sites are trained.
 
     Args:
-        head: linear (the paper), or another of `heads.py`.
-        feature_norm: none (the paper), batchnorm or layernorm, in front of the head.
-        learning_rate: Of AdamW at the start.
-        labels: "true", or "shuffled": the control that trains on the masks of other images.
-        seed: Of the initialisation. The order of the images is that of the run, whatever the recipe.
+        head: linear (the paper), or another name in `heads.py`.
+        feature_norm: none (the paper), batchnorm or layernorm, before the head.
+        learning_rate: Initial learning rate of AdamW.
+        labels: "true", or "shuffled": a control trained on the masks of other images.
+        seed: Seed of the initialisation. The order of images depends on the seed of the run only.
 
     Raises:
-        UserError: A value that is not among those.
+        UserError: If a value is not allowed.
     """
 
     head: str = "linear"
@@ -43,9 +43,9 @@ class ProbeVariant:
     seed: int = 0
 
     def __post_init__(self):
-        for key, known in (("head", HEADS), ("feature_norm", FEATURE_NORMS), ("labels", LABELS)):
-            if getattr(self, key) not in known:
-                raise UserError(f"unknown {key} {getattr(self, key)!r}; there is {', '.join(known)}")
+        for key, allowed in (("head", HEADS), ("feature_norm", FEATURE_NORMS), ("labels", LABELS)):
+            if getattr(self, key) not in allowed:
+                raise UserError(f"unknown {key} {getattr(self, key)!r}; expected one of {', '.join(allowed)}")
         if not _is_number(self.learning_rate, float, int) or not self.learning_rate > 0:
             raise UserError(f"learning_rate must be a number above 0, got {self.learning_rate!r}")
         if not _is_number(self.seed, int):
@@ -56,45 +56,45 @@ def _is_number(value: Any, *types: type) -> bool:
     return isinstance(value, types) and not isinstance(value, bool)
 
 
-def all_recipes(main: ProbeVariant, further: dict[str, dict[str, Any]]) -> dict[str | None, ProbeVariant]:
-    """The recipes of a run by name: the main one under None, and those that say how they differ from it.
+def build_variants(main: ProbeVariant, further: dict[str, dict[str, Any]]) -> dict[str | None, ProbeVariant]:
+    """Return the variants of a run by name, the main one under None.
 
-    One that equals an earlier one is left out, so that a config of recipes serves on any main one: it would train the
-    same probes again, and pass for another seed.
+    A variant that equals an earlier one is skipped, so that one config of variants serves any main variant. It would
+    train the same probes again and look like another seed.
 
     Raises:
-        UserError: A name that cannot stand in the names of tensors, or an unknown key or value.
+        UserError: If a name cannot be part of a tensor name, or a key or value is unknown.
     """
-    recipes: dict[str | None, ProbeVariant] = {None: main}
-    for name, difference in further.items():
-        key = f"model.recipes.{name}"
+    variants: dict[str | None, ProbeVariant] = {None: main}
+    for name, changes in further.items():
+        key = f"model.variants.{name}"
         if not re.fullmatch(r"[\w-]+", name):
-            raise UserError(f"{key}: a recipe's name is made of letters, digits, _ and -")
-        known = [field.name for field in fields(ProbeVariant)]
-        if not isinstance(difference, dict) or set(difference) - set(known):
-            raise UserError(f"{key} must name some of {', '.join(known)} with other values, got {difference!r}")
+            raise UserError(f"{key}: the name of a variant may contain letters, digits, _ and -")
+        allowed = [field.name for field in fields(ProbeVariant)]
+        if not isinstance(changes, dict) or set(changes) - set(allowed):
+            raise UserError(f"{key} must set some of {', '.join(allowed)}, got {changes!r}")
         try:
-            recipe = replace(main, **difference)
-        except ValueError as error:
+            variant = replace(main, **changes)
+        except UserError as error:
             raise UserError(f"{key}: {error}") from None
-        if recipe in recipes.values():
-            rank_zero_info(f"{key} is the same as another recipe (the main one is {main}) and is left out")
+        if variant in variants.values():
+            rank_zero_info(f"{key} equals another variant (the main one is {main}) and is skipped")
         else:
-            recipes[name] = recipe
-    return recipes
+            variants[name] = variant
+    return variants
 
 
-def probe_name(recipe: str | None, site: str) -> str:
-    """What a probe is called in checkpoints, probes.safetensors and logs: the site alone in the main recipe."""
-    return site if recipe is None else f"recipes/{recipe}/{site}"
+def probe_name(variant: str | None, site: str) -> str:
+    """Return the name of a probe in checkpoints, probes.safetensors and logs; the site alone for the main variant."""
+    return site if variant is None else f"recipes/{variant}/{site}"
 
 
-def shuffled(target: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
-    """Each image gets the mask of the one before it in the batch: no image keeps its own.
+def shuffle_masks(target: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    """Return the masks rolled by one image, so that no image keeps its own.
 
-    What a probe still learns is what position and class frequencies alone tell. The order of training images is drawn
-    anew each epoch, and so is who stands before whom. Masks of different sizes are resized to that of the image, by
-    nearest pixel. An image alone in its batch has no other mask: none of its pixels counts.
+    A probe can then learn position and class frequencies only. The pairs change each epoch with the order of images.
+    Masks of different sizes are resized to the size of the image, by nearest pixel. A single image in a batch is
+    ignored, because there is no other mask.
 
     Args:
         target: uint8[B, H, W], or a list of B masks uint8[H, W].
@@ -102,16 +102,16 @@ def shuffled(target: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
     if len(target) == 0:
         return target
     if len(target) == 1:
-        alone = target[0].new_full(target[0].shape, IGNORE_INDEX)
-        return alone[None] if isinstance(target, Tensor) else [alone]
+        ignored = target[0].new_full(target[0].shape, IGNORE_INDEX)
+        return ignored[None] if isinstance(target, Tensor) else [ignored]
     if isinstance(target, Tensor):
         return target.roll(1, 0)
-    return [_resized(other, mask.shape) for other, mask in zip([target[-1], *target[:-1]], target, strict=True)]
+    return [_resize_mask(other, mask.shape) for other, mask in zip([target[-1], *target[:-1]], target, strict=True)]
 
 
-def _resized(mask: Tensor, size: tuple[int, int]) -> Tensor:
+def _resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(mask[None, None], size, mode="nearest-exact")[0, 0]
 
 
-# What a recipe's probes are trained on, given the masks of a batch.
-LABELS = {"true": lambda target: target, "shuffled": shuffled}
+# labels of a variant -> function of the masks of a batch
+LABELS = {"true": lambda target: target, "shuffled": shuffle_masks}

@@ -1,34 +1,35 @@
-"""`probes verify-data`: what `fit` checks before it loads a model, on a machine without GPUs."""
+"""The command `probes verify-data`: the checks of `fit` before it loads a model, on a machine without GPUs."""
 
 import argparse
 import os
 import time
 
 from llava_bidir.common.errors import UserError
-from probes.data.verify import report
+from probes.data.verify import format_bad_files
 
 from .cli import build_cli
 
-HERE = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "auto", "precision": "32-true"}
+TRAINER = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "auto", "precision": "32-true"}
 
 
 def main(argv: list[str]) -> None:
-    """Reads every image and mask of a probing config.
+    """Read every image and mask of a probing config.
 
     Raises:
-        UserError: Some cannot be used; the message names them.
+        UserError: If some cannot be used; the message names them.
     """
     parser = argparse.ArgumentParser(
         prog="probes verify-data",
-        description="Reads every image and mask of both splits; exit status 1 if any cannot be used. All other options "
-        "are those of `probes fit` (-c CONFIG ..., --data.root ..., ...), of which the model is not needed.",
+        description="Read every image and mask of both splits; exit with status 1 if any cannot be used. All other "
+        "options are those of `probes fit` (-c CONFIG ..., --data.root ..., ...); the model is not needed.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (one a core)")
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes")
     args, config = parser.parse_known_args(argv[1:])
-    trainer = [f"--trainer.{key}={value}" for key, value in HERE.items()]
+    trainer = [f"--trainer.{key}={value}" for key, value in TRAINER.items()]
     data = build_cli(["--model.mllm", "none", *config, *trainer], run=False).datamodule
     start, images = time.perf_counter(), sum(map(len, data.splits.values()))
-    if findings := data.bad_files(args.workers):
-        raise UserError(f"{data.root}: {report(findings, images)}")
+    if bad_files := data.find_bad_files(args.workers):
+        raise UserError(f"{data.root}: {format_bad_files(bad_files, images)}")
     sizes = ", ".join(f"{len(dataset):,} {split} images" for split, dataset in data.splits.items())
     print(f"{data.root}: {sizes}, {data.num_classes} classes, all readable ({time.perf_counter() - start:.0f} s)")

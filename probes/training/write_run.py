@@ -1,4 +1,4 @@
-"""What a probe run writes when it ends; `probe_run.py` says which files, and reads them back."""
+"""Write the files of a finished probe run; `probe_run.py` lists them and reads them back."""
 
 import logging
 import platform
@@ -17,6 +17,7 @@ from probes.evaluation.bootstrap import dataset_scores, resampled_scores
 from probes.evaluation.metrics import Counts, summary
 
 from .probe_variants import probe_name
+from .run_schema import Manifest, Metrics, ModelTraining, SiteScores, VariantResults, check_schema
 
 log = logging.getLogger(__name__)
 
@@ -26,131 +27,135 @@ PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
 def save_run(
     module, data, counts: dict[str | None, Counts], states: dict[str, dict[str, float | None]], out: str | Path
 ) -> None:
-    """Writes all files of a finished run into `out`; `probe_run.py` says which.
+    """Write all files of a finished run into `out`.
 
     Args:
         module: The `ProbeModule`.
         data: Its `SegmentationData`.
-        counts: By recipe; the main one's under None.
+        counts: By variant; the main variant is None.
         states: Statistics of the states by site.
         out: Folder of the run.
     """
     out, args, main = Path(out), module.hparams, counts[None]
-    results = {name: recipe_results(module, data, name, counts[name]) for name in module.recipes}
-    for entry in results[None]["sites"]:
-        entry["states"] = states[entry["site"]]
-    metrics = {
-        "dataset": data.name,
-        "split": "validation",
-        "images": len(data.splits["validation"]),
-        "mllm": args.mllm,
-        "image_attention": module.mllm.image_attention,
-        "own_image_attention": module.mllm.own_image_attention,
-        "image_resize": args.image_resize,
-        "untrained": list(args.untrained or ()),
-        "seed": args.seed,
-        "classes": data.classes,
-        "baseline": baseline(main, data.classes),
-        "grid": list(module.mllm.grid),
-        **results.pop(None),
-        "recipes": results,
-    }
+    results = {name: variant_results(module, data, name, counts[name]) for name in module.variants}
+    for site in results[None].sites:
+        site.states = states[site.site]
+    metrics = Metrics(
+        dataset=data.name,
+        split="validation",
+        images=len(data.splits["validation"]),
+        mllm=args.mllm,
+        image_attention=module.mllm.image_attention,
+        own_image_attention=module.mllm.own_image_attention,
+        image_resize=args.image_resize,
+        untrained=list(args.untrained or ()),
+        seed=args.seed,
+        classes=data.classes,
+        baseline=baseline(main, data.classes),
+        grid=list(module.mllm.grid),
+        **dict(results.pop(None)),
+        recipes=results,
+    )
     further = {f"{name}/{k}": getattr(counts[name], k) for name in results for k in ("intersection", "predicted")}
-    tensors = main._asdict() | {"group": group_of(data.splits["validation"])}
+    tensors = main._asdict() | {"group": group_indices(data.splits["validation"])}
     files = {out / "counts.safetensors": {k: v for k, v in tensors.items() if v is not None}}
     if further:
         files[out / "recipes.safetensors"] = further
     files[out / "probes.safetensors"] = module.heads.state_dict()
-    write_files(files | {out / "manifest.json": manifest(module, data), out / "metrics.json": metrics})
+    for name, part in ("manifest.json", manifest(module, data)), ("metrics.json", metrics):
+        files[out / name] = part.model_dump(exclude_unset=True)
+    write_files(files)
 
 
-def recipe_results(module, data, recipe: str | None, counts: Counts) -> dict[str, Any]:
-    """{"probe": how it was trained, "sites": scores by site, "summary"} of a recipe."""
-    probe = asdict(module.recipes[recipe]) | {
+def variant_results(module, data, variant: str | None, counts: Counts) -> VariantResults:
+    """Return the settings and scores of a probe variant."""
+    probe = asdict(module.variants[variant]) | {
         "batch_size": data.batch_size,
         "epochs": module.trainer.max_epochs,
         "steps": module.trainer.max_epochs * data.steps_per_epoch,
         "validated_at": module.validated_at,
     }
-    sites = site_scores(module, data, recipe, counts)
-    return {"probe": probe, "sites": sites, "summary": summary({site["site"]: site["miou"] for site in sites})}
+    sites = site_scores(module, data, variant, counts)
+    return VariantResults(probe=probe, sites=sites, summary=summary({site.site: site.miou for site in sites}))
 
 
-def site_scores(module, data, recipe: str | None, counts: Counts) -> list[dict[str, Any]]:
-    """One entry a site: scores with intervals over images, the best epoch, and the score at each validation."""
+def site_scores(module, data, variant: str | None, counts: Counts) -> list[SiteScores]:
+    """Return per site the scores with intervals over images, the best epoch, and the mIoU of each validation."""
     score = dataset_scores(counts)
-    groups = group_of(data.splits["validation"])
+    groups = group_indices(data.splits["validation"])
     weights = bootstrap_weights(len(counts.labelled), seed=module.hparams.seed, groups=groups)
     resampled = resampled_scores(counts, weights)
-    entries = []
+    sites = []
     for i, site in enumerate(module.sites):
-        history = module.history.get(probe_name(recipe, site), [])
-        entries.append(
-            {
-                "site": site,
-                "dim": module.mllm.widths[site],
-                "miou": score.miou[i].item(),
-                "miou_ci95": interval(score.miou[i].item(), resampled.miou[:, i]),
-                "pacc": score.pacc[i].item(),
-                "pacc_ci95": interval(score.pacc[i].item(), resampled.pacc[:, i]),
-                "best_epoch": module.epochs[history.index(max(history))] if history else None,
-                "iou_per_class": [None if x != x else x for x in score.iou[i].tolist()],
-                "history": history,
-            }
+        history = module.history.get(probe_name(variant, site), [])
+        sites.append(
+            SiteScores(
+                site=site,
+                dim=module.mllm.widths[site],
+                miou=score.miou[i].item(),
+                miou_ci95=interval(score.miou[i].item(), resampled.miou[:, i]),
+                pacc=score.pacc[i].item(),
+                pacc_ci95=interval(score.pacc[i].item(), resampled.pacc[:, i]),
+                best_epoch=module.epochs[history.index(max(history))] if history else None,
+                iou_per_class=[None if x != x else x for x in score.iou[i].tolist()],
+                history=history,
+            )
         )
-    return entries
+    return sites
 
 
-def group_of(dataset) -> torch.Tensor | None:
-    """i64[N], which group (city) an image is of, in alphabetical order; None where the dataset has no groups."""
+def group_indices(dataset) -> torch.Tensor | None:
+    """Return the group (city) of each image, i64[N], numbered alphabetically; None for a dataset without groups."""
     groups = getattr(dataset, "groups", None)
     return None if groups is None else torch.tensor([sorted(set(groups)).index(group) for group in groups])
 
 
 def baseline(counts: Counts, classes: list[str]) -> dict[str, Any]:
-    """What always answering the most frequent class of these images would score."""
+    """Return the scores of predicting the most frequent class everywhere."""
     labelled = counts.labelled.sum(0).double()
     most, occurring = int(labelled.argmax()), int((labelled > 0).sum())
     share = (labelled[most] / labelled.sum()).item()
     return {"class": classes[most], "miou": share / occurring, "pacc": share}
 
 
-def manifest(module, data) -> dict[str, Any]:
-    """What ran on what."""
-    return {
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
-        "git_commit": _git_commit(),
-        "config": dict(module.hparams) | {"mllm": _absolute(module.hparams.mllm)},
-        "data": {
+def manifest(module, data) -> Manifest:
+    """Return the versions, commit, configuration, data and hardware of a run."""
+    config = {"recipes" if key == "variants" else key: value for key, value in module.hparams.items()}
+    return Manifest(
+        versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        git_commit=_git_commit(),
+        config=config | {"mllm": _absolute(module.hparams.mllm)},
+        data={
             "root": _absolute(data.root),
             "dataset": data.dataset,
             "options": data.options,
             "fingerprint": data.fingerprint(),
         },
-        "mllm_training": _training(Path(module.hparams.mllm) / "training.json"),
-        "hardware": {
+        mllm_training=_read_training(Path(module.hparams.mllm) / "training.json"),
+        hardware={
             "machine": platform.machine(),
             "cpu_threads": torch.get_num_threads(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
-    }
+    )
 
 
-def _training(file: Path) -> dict[str, Any] | None:
-    """What a checkpoint says of its making. A damaged one must not cost the run that has just ended."""
+def _read_training(file: Path) -> dict[str, Any] | None:
+    """Return a checkpoint's training.json; warn if it is invalid, which must not fail a run that has just ended."""
     try:
-        return read_json(file) if file.is_file() else None
+        training = read_json(file) if file.is_file() else None
+        check_schema(ModelTraining, training or {}, file)
+        return training
     except ValueError as error:
-        log.warning("%s; manifest.json goes without it", error)
+        log.warning("%s; manifest.json is written without it", error)
         return None
 
 
 def _absolute(path: str) -> str:
-    """A folder's absolute path, so that analyses find it from anywhere; a hub id as it is."""
+    """Return the absolute path of a folder, so that analyses find it from any directory; a hub id unchanged."""
     return str(Path(path).resolve()) if Path(path).is_dir() else path
 
 
 def _git_commit() -> str | None:
-    here = Path(__file__).parent
-    found = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or None
+    command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None

@@ -1,4 +1,4 @@
-"""The official layouts of the datasets, made of tiny random images: what each file holds is known."""
+"""The official layouts of the datasets, with tiny random images."""
 
 import io
 from pathlib import Path
@@ -18,7 +18,7 @@ def photo(seed: int, size=(6, 9)) -> np.ndarray:
 
 
 def labels(seed: int, values, size=(6, 9)) -> np.ndarray:
-    """Random labels of `values`, each of which occurs if there is room."""
+    """Random labels from `values`; all occur if there are enough pixels."""
     mask = np.random.default_rng(seed).choice(np.array(values, np.uint8), size)
     mask.flat[: len(values)] = values
     return mask

@@ -1,5 +1,4 @@
-"""`probes` in processes that meet with an accident. They are forked off a server that has imported everything, so that
-one takes no longer than its work."""
+"""Run `probes` in processes that are killed; they are forked off a server that has imported everything."""
 
 import multiprocessing
 import os
@@ -16,9 +15,10 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def on_change(folder: Path, do: Callable[[int], None]) -> Callable[[], int]:
-    """Counts the changes so far; calls `do` with 1, 2, ... each time before this process changes anything under
-    `folder`: opens a file to write, renames, deletes, makes a folder. Python tells of each, whoever asked for it
-    (sys.addaudithook)."""
+    """Call `do` with 1, 2, ... before each change of this process under `folder`; return a function with the count.
+
+    A change opens a file for writing, renames, deletes or makes a folder; audit hooks report all of them.
+    """
     count = 0
 
     def hook(event: str, arguments: tuple) -> None:
@@ -26,7 +26,7 @@ def on_change(folder: Path, do: Callable[[int], None]) -> Callable[[], int]:
         opens = event == "open" and (arguments[2] or 0) & WRITING
         if not opens and event not in CHANGES:
             return
-        relative = not opens and arguments[-1] not in (-1, None)  # to an open folder, as shutil.rmtree has it
+        relative = not opens and arguments[-1] not in (-1, None)  # to an open folder, as in shutil.rmtree
         if relative or str(arguments[0]).startswith(str(folder)):
             count += 1
             do(count)
@@ -40,7 +40,7 @@ def die(*_) -> None:
 
 
 def run(argv: list[str], log: Path, folder: Path | None = None, at: int = 0) -> None:
-    """`probes ARGV`. With a folder it ends by saying how often it changed that; before the `at`-th time it dies."""
+    """Run `probes ARGV`. With a folder, print the number of its changes, and kill the process before change `at`."""
     from probes.cli import main
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -53,7 +53,7 @@ def run(argv: list[str], log: Path, folder: Path | None = None, at: int = 0) -> 
 
 
 def process(*arguments, kill_after_s: float | None = None) -> int:
-    """Exit code of `run` in a process of its own; the negative signal if one killed it."""
+    """Return the exit code of `run` in a new process, negative for a signal."""
     child = SERVER.Process(target=run, args=arguments)
     child.start()
     child.join(kill_after_s)

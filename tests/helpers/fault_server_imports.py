@@ -1,4 +1,4 @@
-"""What the server of faults.py imports before it forks: all that `probes` imports when a command runs."""
+"""Imports of the server in fault_server.py: all that the commands of `probes` import when they run."""
 
 import sklearn.metrics
 import sklearn.neighbors

@@ -1,4 +1,4 @@
-"""Finished probe runs written without a model: random counts of which all files follow, to test what reads them."""
+"""Write finished probe runs from random counts, without a model."""
 
 import json
 from pathlib import Path
@@ -17,9 +17,9 @@ GRID = (2, 2)
 def random_counts(
     quality: list[float], images: int, classes: int, seed: int, cohort: int = 0
 ) -> tuple[Counts, torch.Tensor]:
-    """Counts and confusions long[S, K, K] of sites of which a share `quality` of the pixels is right.
+    """Return counts, and confusion i64[S, K, K], of sites with the pixel accuracies `quality`.
 
-    Images are alike in runs of one cohort: they have the same labels, and are as hard.
+    Runs of one cohort have images with the same labels and difficulty.
     """
     same = torch.Generator().manual_seed(1000 + cohort)
     labelled = torch.randint(20, 400, (images, classes), generator=same)
@@ -44,7 +44,7 @@ def random_counts(
 
 
 def entries(sites: list[str], counts: Counts, weights: torch.Tensor, width: int = 32) -> list[dict]:
-    """The sites of metrics.json."""
+    """Return the sites of metrics.json."""
     score, drawn = dataset_scores(counts), resampled_scores(counts, weights)
     found = []
     for i, site in enumerate(sites):
@@ -73,15 +73,15 @@ def write_run(
     seed: int = 0,
     metrics: dict | None = None,
 ) -> Path:
-    """A run whose encoder, adapter, layers 1..L and final norm have the pixel accuracies `quality`.
+    """Write a run whose encoder, adapter, layers 1..L and final norm have the pixel accuracies `quality`.
 
     Args:
         path: Folder.
-        quality: L + 3 shares of rightly predicted pixels.
-        root: A folder dataset, for classes and colours.
-        encoder: What training.json would say; None for a checkpoint without one.
-        recipes: Settings that differ from the main one's, and quality, by name.
-        metrics: What else is in metrics.json, or is there instead.
+        quality: L + 3 pixel accuracies.
+        root: A folder dataset with classes and colours.
+        encoder: Encoder in training.json; None for a checkpoint without that file.
+        recipes: Settings that differ from the main variant, and quality, by name.
+        metrics: Further or other values of metrics.json.
     """
     classes = json.loads((root / "classes.json").read_text())["classes"]
     sites = site_names(len(quality) - 3)

@@ -1,4 +1,4 @@
-"""Processes that tests start and kill: forked, so that they need not load torch again."""
+"""Processes that tests start and kill; they are forked, which avoids importing torch again."""
 
 import os
 import signal
@@ -11,16 +11,16 @@ from pathlib import Path
 
 
 def fork(run: Callable[[], None], log: Path | None = None) -> int:
-    """The id of a process that runs `run` and ends with 0, or with 1 if it raises; what it says goes to `log`."""
+    """Return the id of a process that calls `run` and exits with 0, or 1 if it raises; output goes to `log`."""
     child = os.fork()
     if child:
         return child
     status = 1
     try:
         if log:
-            said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(said, 1)
-            os.dup2(said, 2)
+            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
         run()
         status = 0
     except BaseException:
@@ -31,12 +31,12 @@ def fork(run: Callable[[], None], log: Path | None = None) -> int:
 
 
 def wait(child: int) -> int:
-    """Its exit status, negative for a signal."""
+    """Return the exit status, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def kill_after(seconds: float, child: int) -> int:
-    """The child's exit status: that of a kill unless it ends in time."""
+    """Kill the child unless it ends in time, and return its exit status."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -49,7 +49,7 @@ def kill_after(seconds: float, child: int) -> int:
 
 @contextmanager
 def inside(context) -> Iterator[int]:
-    """The id of a process that has entered `context` and stays in it; it is killed at the end, if it is still there."""
+    """Yield the id of a process that stays inside `context`; it is killed at the end."""
     ready, tell = os.pipe()
 
     def stay() -> None:

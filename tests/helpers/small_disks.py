@@ -1,4 +1,4 @@
-"""File systems of a few kilobytes, or that cannot be written, for tests that run as root; others skip."""
+"""Small or read-only file systems, for tests that run as root; without root, tests are skipped."""
 
 import subprocess
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import pytest
 
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A tmpfs at `folder`."""
+    """Mount a tmpfs at `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True)
     if done.returncode:
@@ -22,7 +22,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 
 
 def fill(folder: Path, left: int) -> Path:
-    """Writes a file that leaves so many bytes, and returns its path."""
+    """Write a file that leaves `left` bytes free, and return its path."""
     filler = folder / "filler"
     with filler.open("wb", buffering=0) as file:
         try:

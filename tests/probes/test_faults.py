@@ -1,5 +1,4 @@
-"""Processes that are killed, whose disk is full, and that get in each other's way: what is done twice ends as what was
-done once."""
+"""Commands that are killed or run out of disk space end, when repeated, with the results of an undisturbed study."""
 
 import os
 import random
@@ -14,7 +13,7 @@ import small_disks
 
 pytestmark = pytest.mark.slow
 
-STEPS = {  # command -> what it leaves, in this order
+STEPS = {  # command -> files it writes, in this order
     "fit": ["probes.safetensors", "counts.safetensors", "manifest.json", "metrics.json"],
     "knockout": ["knockout.json", "knockout.safetensors", "knockout_windows.json"],
     "starvation": ["starvation.json"],
@@ -28,16 +27,16 @@ SHARES = {"fit": 0.3, "knockout": 0.2, "report": 0.15, "explore": 0.1, "starvati
 
 @pytest.fixture(scope="module", autouse=True)
 def importable():
-    """The server finds tests and packages where this process does."""
+    """Give the server the import path of this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{Path(__file__).parents[2]}:{Path(__file__).parents[1]}/helpers")
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setenv("NUMBA_DISABLE_JIT", "1")  # umap of a few patches: compiling would take ten seconds
+        patch.setenv("NUMBA_DISABLE_JIT", "1")  # compiling UMAP would take ten seconds
         yield
 
 
 class Study:
-    """A causal and a bidirectional run in OUT, and the commands that lead there; everything is about the causal one."""
+    """A causal and a bidirectional run in OUT, and the commands that make them; analyses are of the causal one."""
 
     def __init__(self, out: Path, checkpoints: dict[str, Path], data: Path):
         self.out, self.checkpoints, self.data = out, checkpoints, data
@@ -62,13 +61,13 @@ class Study:
         return fault_server.process(self.command(step, mask), self.log, *fault, kill_after_s=kill_after_s)
 
     def files(self) -> dict[str, bytes]:
-        """All results, byte by byte; left out are checkpoints, events, and config.yaml, which names its command."""
-        found = {}
+        """All results byte by byte, without checkpoints, events, and config.yaml, which contains its command."""
+        contents = {}
         for path in sorted(self.out.rglob("*")):
             name = str(path.relative_to(self.out))
             if path.is_file() and not any(part in name for part in ("/checkpoints/", "events.out", "config.yaml")):
-                found[name] = path.read_bytes()
-        return found
+                contents[name] = path.read_bytes()
+        return contents
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def study(checkpoints, segmentation, tmp_path_factory) -> Study:
 
 @pytest.fixture(scope="module")
 def stages(study) -> dict[str, Path]:
-    """Copies of the study as it was before each step; it is then as nothing happened to it."""
+    """Copies of the undisturbed study before each step, and at the end."""
     before = {}
     assert study.run("fit", mask="bidirectional") == 0, study.log.read_text()[-3000:]
     for step in STEPS:
@@ -91,30 +90,30 @@ def stages(study) -> dict[str, Path]:
 
 
 def evenly(moments: range, count: int) -> list[int]:
-    """`count` of the moments, spread from the first to the last; all if there are no more."""
+    """`count` moments, evenly spread from the first to the last, or all."""
     if len(moments) <= count:
         return list(moments)
     return [moments[round(i * (len(moments) - 1) / max(1, count - 1))] for i in range(count)]
 
 
-def back_to(study: Study, stage: Path) -> None:
+def restore(study: Study, stage: Path) -> None:
     shutil.rmtree(study.out)
     shutil.copytree(stage, study.out)
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_killed_before_a_change_on_the_disk_it_ends_as_undisturbed(step, study, stages):
-    """FAULTS_EACH=1000 for every single change that each command makes."""
+    """FAULTS_EACH=1000 tests every change that each command makes."""
     following = [*stages][[*stages].index(step) + 1]
-    back_to(study, stages[following])
+    restore(study, stages[following])
     expected = study.files()
     assert all(f"causal/{name}" in expected for name in STEPS[step])
-    back_to(study, stages[step])
+    restore(study, stages[step])
     assert study.run(step, study.out) == 0
     changes = int(study.log.read_text().split()[-1])
     moments = evenly(range(1, changes + 1), int(os.environ.get("FAULTS_EACH", 2)))
     for at in moments:
-        back_to(study, stages[step])
+        restore(study, stages[step])
         assert study.run(step, study.out, at) == -signal.SIGKILL, study.log.read_text()[-3000:]
         assert study.run(step) == 0, f"after a kill at change {at}: {study.log.read_text()[-3000:]}"
         assert study.files() == expected, f"after a kill at change {at}"
@@ -123,19 +122,19 @@ def test_killed_before_a_change_on_the_disk_it_ends_as_undisturbed(step, study, 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_killed_at_random_moments_it_ends_as_undisturbed(step, study, stages):
-    """FAULTS=100 for a hundred kills over all commands; each command is given again until it ends."""
+    """FAULTS=100 kills a hundred times over all commands; each command is repeated until it ends."""
     wanted = max(1, round(SHARES[step] * float(os.environ.get("FAULTS", 7))))
     following = [*stages][[*stages].index(step) + 1]
-    back_to(study, stages[following])
-    expected, chance, kills, survived = study.files(), random.Random(step), 0, 0
-    back_to(study, stages[step])
-    begun = time.perf_counter()
+    restore(study, stages[following])
+    expected, generator, kills, survived = study.files(), random.Random(step), 0, 0
+    restore(study, stages[step])
+    start = time.perf_counter()
     assert study.run(step) == 0
-    whole_s = time.perf_counter() - begun
+    duration_s = time.perf_counter() - start
     while kills < wanted:
-        back_to(study, stages[step])
+        restore(study, stages[step])
         while kills < wanted:
-            code = study.run(step, kill_after_s=chance.uniform(0, whole_s))
+            code = study.run(step, kill_after_s=generator.uniform(0, duration_s))
             assert code in (0, -signal.SIGKILL), study.log.read_text()[-3000:]
             kills += code != 0
             if code == 0:
@@ -143,14 +142,14 @@ def test_killed_at_random_moments_it_ends_as_undisturbed(step, study, stages):
         assert study.run(step) == 0, study.log.read_text()[-3000:]
         assert study.files() == expected
         survived += 1
-    print(f"{step}: {kills} kills within {whole_s:.1f} s, {survived} runs, all as undisturbed")
+    print(f"{step}: {kills} kills within {duration_s:.1f} s, {survived} runs, all equal to the undisturbed run")
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_full_disk_is_named_loses_nothing_and_is_gone_on_from(step, study, stages):
-    """With no more room than for a lock, and in `fit` than for its events and first checkpoint."""
+    """There is room for a lock only; for `fit`, also for its events and first checkpoint."""
     following = [*stages][[*stages].index(step) + 1]
-    back_to(study, stages[following])
+    restore(study, stages[following])
     expected, before = study.files(), None
     shutil.rmtree(study.out)
     with small_disks.mounted(study.out, "size=16m"):
@@ -167,13 +166,13 @@ def test_full_disk_is_named_loses_nothing_and_is_gone_on_from(step, study, stage
         assert not [name for name in left if name.endswith(".partial")]
         assert study.run(step) == 0, study.log.read_text()[-3000:]
         assert study.files() == expected
-    back_to(study, stages[step])
+    restore(study, stages[step])
 
 
 @pytest.mark.parametrize("damaged", ["last.ckpt", "*.ckpt"])
 def test_damaged_checkpoint_is_named_and_the_last_good_one_taken(damaged, study, stages):
-    """If none is good, the run is begun anew."""
-    back_to(study, stages["knockout"])
+    """If none is valid, the run starts from scratch."""
+    restore(study, stages["knockout"])
     expected = study.files()
     (study.out / "causal/metrics.json").unlink()
     study.log.write_text("")
@@ -183,23 +182,23 @@ def test_damaged_checkpoint_is_named_and_the_last_good_one_taken(damaged, study,
         path.write_bytes(content)
     assert study.run("fit") == 0, study.log.read_text()[-3000:]
     assert "last.ckpt is damaged" in study.log.read_text()
-    assert ("starting anew" in study.log.read_text()) == (damaged == "*.ckpt")
+    assert ("resuming" not in study.log.read_text()) == (damaged == "*.ckpt")
     assert study.files() == expected
 
 
-def test_run_begun_anew_and_killed_is_not_taken_for_the_finished_one_of_before(study, stages):
-    back_to(study, stages["knockout"])
+def test_run_started_again_and_killed_does_not_count_as_finished(study, stages):
+    restore(study, stages["knockout"])
     expected = study.files()
-    anew = [x for x in study.command("fit") if x not in ("--ckpt_path", "last")]
+    command = [x for x in study.command("fit") if x not in ("--ckpt_path", "last")]
     last = study.out / "causal/checkpoints/last.ckpt"
     written = last.stat().st_mtime_ns
-    for at in range(4, 200, 4):  # until it has saved a checkpoint of its own
-        assert fault_server.process(anew, study.log, study.out, at) == -signal.SIGKILL
+    for at in range(4, 200, 4):  # until it has saved a new checkpoint
+        assert fault_server.process(command, study.log, study.out, at) == -signal.SIGKILL
         newest = max(path.stat().st_mtime_ns for path in last.parent.glob("*.ckpt"))
         if newest > written:
             break
     left = study.files()
-    assert {name: left[name] for name in expected} == expected, "the earlier results are still whole"
+    assert {name: left[name] for name in expected} == expected, "the earlier results are unchanged"
     study.log.write_text("")
     assert study.run("fit") == 0
     assert "resuming" in study.log.read_text() and study.files() == expected

@@ -1,4 +1,4 @@
-"""Real photographs with masks, in the same layout as the toy world's."""
+"""Probes on real photographs, in the layout of the toy world."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ CAMVID = SHARED / "camvid"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CAMVID.is_dir(), reason=f"{CAMVID} is not there; it holds CamVid's photos and masks")
+@pytest.mark.skipif(not CAMVID.is_dir(), reason=f"{CAMVID} is missing; it holds CamVid's photos and masks")
 def test_probes_on_photos_score_as_numpy_does_and_make_a_report(checkpoints, tmp_path):
     main(
         ["fit", "-c", "configs/demo/probes.yaml", "--out", str(tmp_path), "--trainer.max_epochs", "1"]
@@ -29,6 +29,10 @@ def test_probes_on_photos_score_as_numpy_does_and_make_a_report(checkpoints, tmp
         miou, pacc, iou = reference.scores(predictions, targets, 11)
         assert site["miou"] == pytest.approx(miou) and site["pacc"] == pytest.approx(pacc)
         assert site["iou_per_class"] == [None if x is None else pytest.approx(x) for x in iou]
+    photos = sorted((CAMVID / "images/validation").iterdir())[:2]
+    main(["segment", "--probes", str(tmp_path), *map(str, photos), "--out", str(tmp_path / "segment")])
+    for photo in photos:
+        assert Image.open(tmp_path / f"segment/{photo.stem}_overlay.png").size == Image.open(photo).size
     main(["maps", "--probes", str(tmp_path), "--image", "0", "25"])
     main(["report", str(tmp_path), "--out", str(tmp_path / "report")])
     assert (tmp_path / "report/index.html").stat().st_size > 50_000

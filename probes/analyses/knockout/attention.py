@@ -36,7 +36,8 @@ def attention_from(mllm: FrozenMLLM, pixels: Tensor, queries: Sequence[tuple[int
 def by_group(attention: Tensor, itself: Tensor, correct: Tensor, incorrect: Tensor) -> Tensor:
     """Attention f[L, T], and of it to the token itself f[L], summed by group, f[L, 5], which sum to 1: the token
     itself, others predicted the correct class, others predicted the wrong one (bool[T] each), other image tokens, and
-    what is no image. The tokens that look must all be in `incorrect`, and none in both."""
+    what is no image. The tokens that look must all be in `incorrect`, and none in both.
+    """
     to = lambda group: attention[:, group].sum(-1)
     groups = [itself, to(correct), to(incorrect) - itself, to(~(correct | incorrect)), 1 - attention.sum(-1)]
     return torch.stack(groups, -1)

@@ -47,7 +47,8 @@ class PatchReader:
 
     def visible(self) -> tuple[Tensor, Tensor]:
         """Which image token the mask, in any layer, lets attend to which, bool[T, T], and to how many other tokens,
-        long[T]."""
+        long[T].
+        """
         nothing = Knockout(torch.zeros(1, self.mllm.grid[0] * self.mllm.grid[1], dtype=torch.bool))
         mask = torch.stack([mask[0, 0] for mask in as_list(self.mllm.attention_masks(1, nothing))]).any(0)
         image, rows = self.mllm.is_image, mask[self.mllm.is_image]

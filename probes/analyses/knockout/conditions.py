@@ -140,7 +140,8 @@ def fraction(blocked: np.ndarray, dose: float, rng: np.random.Generator) -> np.n
 
 def balance(case: ConfusionCase, around: MatchingFeatures, name: str, draws: list[Tensor]) -> Tensor:
     """How many tokens a condition blocks, their mean distance, mean share of mistaken patches that see them, summed
-    attention mass, and the share that is in the set that it is to be compared with: f[5], NaN where there is none."""
+    attention mass, and the share that is in the set that it is to be compared with: f[5], NaN where there is none.
+    """
     of = case.blocked.get(name.split("@")[0].rpartition("_")[2], torch.zeros_like(case.mistaken)).numpy()
     rows = []
     for draw in draws:

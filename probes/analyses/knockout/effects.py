@@ -40,7 +40,8 @@ class Cases(NamedTuple):
 
     def swapped(self, effect: Tensor, swaps: Tensor) -> Tensor:
         """Mean of `effect` f[C, ...] once the two conditions have changed names on the images of `swaps` f[R, N],
-        f[R, ...]; cases of one image go together."""
+        f[R, ...]; cases of one image go together.
+        """
         signs = 1 - 2 * swaps.double()[:, self.images]
         return torch.tensordot(signs, effect.double(), 1) / len(effect)
 
@@ -81,7 +82,8 @@ def conditions_in(tensors: dict[str, Tensor]) -> list[str]:
 
 def class_entry(name: str, tensors: dict[str, Tensor], seed: int, groups: Tensor | None = None) -> dict:
     """Mean remaining rate by condition and layer, with intervals over images (or their groups, long[N]), and what was
-    blocked; empty where no image has a case."""
+    blocked; empty where no image has a case.
+    """
     if f"{name}/image" not in tensors:
         return {"class": name, "images": 0, "remaining": {}, "ci95": {}}
     images = len(tensors[f"{name}/image"])
@@ -154,7 +156,8 @@ def _pairs(rates: dict[str, Tensor]) -> list[tuple[str, str, Tensor]]:
 
 def attention_entry(name: str, tensors: dict[str, Tensor], classes: list[str] | None) -> dict:
     """Mean attention of mistaken patches by group and layer (1..L), and what it would be did they look alike at all
-    that they see."""
+    that they see.
+    """
     shares, uniform = (joined(tensors, what, classes).mean(0) for what in ("attention", "uniform"))
     return {
         "class": name,

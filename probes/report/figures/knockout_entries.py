@@ -27,7 +27,8 @@ def causal_pictures(study: Study) -> Iterator[ReportFigure]:
 
 def where_claims_are_read(run: ProbeRun, facts: dict) -> dict:
     """knockout.json with the effects on images in which as many patches are wrong as the claims ask for; as it is if
-    there are no such images."""
+    there are no such images.
+    """
     least = max(confused_patches(run), facts["min_patches"])
     swaps = random_swaps(run.metrics["images"], seed=facts["seed"], groups=run.groups)
     pools = {"all": None} | {entry["class"]: [entry["class"]] for entry in facts["classes"]}

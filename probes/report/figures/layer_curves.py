@@ -41,7 +41,7 @@ def shown_sites(*runs: ProbeRun) -> list[str]:
 
 
 def layer_curves(study: Study) -> FigureData:
-    """mIoU at every site under both masks, with the untrained control (Figs. 3, 8)."""
+    """MIoU at every site under both masks, with the untrained control (Figs. 3, 8)."""
     figure, ax = new_axes(6.4, 3.9)
     _draw_masks(ax, study)
     label_sites(ax, shown_sites(*study.runs))

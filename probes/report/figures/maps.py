@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from probes.data.palette import coloured
+from probes.data.palette import colorize
 from probes.evaluation.metrics import peak_layer
 from probes.models.frozen_mllm import ADAPTER, ENCODER
 from probes.report.study import optional_tensors
@@ -53,8 +53,8 @@ def site_maps(run: ProbeRun, palette: np.ndarray) -> FigureData:
     for image in facts["images"]:
         sample, predicted = dataset[image["index"]], maps[f"image/{image['index']}"].numpy()
         pictures.append(
-            [np.asarray(sample["image"]), coloured(sample["target"], palette)]
-            + [coloured(predicted[facts["sites"].index(site)], palette) for site in sites]
+            [np.asarray(sample["image"]), colorize(sample["target"], palette)]
+            + [colorize(predicted[facts["sites"].index(site)], palette) for site in sites]
         )
     figure = _picture_grid(pictures, ["image", "truth", *(site.replace("_", " ") for site in sites)])
     return FigureData(_with_legend(figure, run, palette), [])
@@ -68,10 +68,10 @@ def knockout_maps(run: ProbeRun, name: str, palette: np.ndarray) -> FigureData:
     shown = np.unique(np.linspace(0, predicted.shape[1] - 1, 7).round().astype(int))
     left = [
         np.asarray(sample["image"]),
-        coloured(sample["target"], palette),
+        colorize(sample["target"], palette),
         np.full((*sample["target"].shape, 3), 255),
     ]
-    pictures = [[left[i], *(coloured(predicted[i, layer], palette) for layer in shown)] for i in range(3)]
+    pictures = [[left[i], *(colorize(predicted[i, layer], palette) for layer in shown)] for i in range(3)]
     titles = ["image / truth", *("adapter" if layer == 0 else f"layer {layer}" for layer in shown)]
     rows = ["nothing\nhidden", f"{name}\nhidden", f"{case['correct_class']}\nhidden"]
     return FigureData(_with_legend(_picture_grid(pictures, titles, rows), run, palette), [])

@@ -14,7 +14,7 @@ DASHES = ("-", "--", ":", "-.")
 
 
 def recipe_curves(found: dict[str, tuple[ProbeRun, list[VariantScores]]], *keys: str) -> FigureData:
-    """mIoU over the stack under several recipes, a panel a mask.
+    """MIoU over the stack under several recipes, a panel a mask.
 
     Args:
         found: Run and recipes by mask.
@@ -79,7 +79,8 @@ def _name(entry: dict[str, Any]) -> str:
 
 def controls(study: Study, shuffled: dict[str, list[VariantScores]]) -> FigureData:
     """What the probe and the architecture give without training: shuffled labels, the untrained model, the commonest
-    class."""
+    class.
+    """
     figure, ax = new_axes(6.4, 3.6)
     rows = []
     for mask, run in study.trained.items():

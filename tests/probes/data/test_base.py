@@ -1,4 +1,4 @@
-"""Hostile and broken images and masks: a sample as it is meant, or an error with the file's name and its kind."""
+"""Hostile and broken images and masks give the expected sample, or an error that names the file and its kind."""
 
 import os
 
@@ -89,7 +89,7 @@ def test_unusual_image_is_read_as_pil_reads_it(root, name):
         (hostile_images.encoded(hostile_images.noise("RGBA"), "PNG"), "has mode 'RGBA'"),
         (
             hostile_images.encoded(Image.new("L", hostile_images.SIZE), "JPEG"),
-            "cannot be read as an image: it is no PNG",
+            "cannot be read as an image: it is not PNG",
         ),
         (hostile_images.encoded(Image.new("L", hostile_images.SIZE, 3), "PNG"), "has label 3, but there are 3 classes"),
         (hostile_images.encoded(Image.new("L", hostile_images.SIZE[::-1]), "PNG"), "is 8 x 12 px, its image"),

@@ -1,4 +1,4 @@
-"""Folder datasets: what is read, and what a broken one answers."""
+"""Folder datasets, and the errors of broken ones."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def test_palette_png_is_read_by_index(root):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda root: (root / "classes.json").unlink(), "classes.json is missing; it names the classes"),
+        (lambda root: (root / "classes.json").unlink(), "classes.json is missing; expected the names of the classes"),
         (lambda root: (root / "classes.json").write_text("{"), "classes.json is not JSON"),
         (lambda root: (root / "classes.json").write_text("{}"), "needs a list of names under 'classes'"),
         (lambda root: (root / "annotations").rename(root / "masks"), "no folder .*annotations/validation"),
@@ -127,27 +127,27 @@ def test_palette_png_is_read_by_index(root):
             lambda root: mask_path(root).rename(os.fsdecode(bytes(root / "annotations/validation") + b"/\xff.png")),
             r"annotations/validation/\\udcff.png' has a name that is not UTF-8",
         ),
-        (lambda root: (root / "classes.json").write_text(facts(ignore_index=256)), "ignore_index 256 is no label"),
+        (lambda root: (root / "classes.json").write_text(facts(ignore_index=256)), "ignore_index is 256; expected"),
         (lambda root: (root / "classes.json").write_text(facts(palette=[[0, 0, 0]])), "1 colours .* for 2 classes"),
         (lambda root: (root / "classes.json").write_bytes(b'{"classes": ["\xe9"]}'), "classes.json is not UTF-8"),
         (lambda root: (root / "classes.json").write_text("[" * 100_000), "classes.json is not JSON: .*recursion"),
-        (lambda root: (root / "classes.json").write_text(" " * 10_000_001), "is longer than 10,000,000 characters"),
+        (lambda root: (root / "classes.json").write_text(" " * 10_000_001), "has more than 10,000,000 characters"),
         (lambda root: (root / "classes.json").write_text("9" * 5000), "classes.json is not JSON: .*limit"),
-        (lambda root: no_file(root / "classes.json", Path.mkdir), "classes.json is no regular file"),
-        (lambda root: no_file(root / "classes.json", os.mkfifo), "classes.json is no regular file"),
+        (lambda root: no_file(root / "classes.json", Path.mkdir), "classes.json is not a regular file"),
+        (lambda root: no_file(root / "classes.json", os.mkfifo), "classes.json is not a regular file"),
         (lambda root: (root / "classes.json").write_text('["a"]'), "needs a list of names under 'classes'"),
         (lambda root: (root / "classes.json").write_text(facts(classes="wall")), "needs a list of names"),
         (lambda root: (root / "classes.json").write_text(facts(classes=["a", 5])), "needs a list of names"),
         (lambda root: (root / "classes.json").write_text(facts(classes=["a", ""])), "needs a list of names"),
-        (lambda root: (root / "classes.json").write_text(facts(classes=["a", "a"])), "names the class 'a' twice"),
-        (lambda root: (root / "classes.json").write_text(facts(classes=[*map(str, range(256))])), "names 256 classes"),
-        (lambda root: (root / "classes.json").write_text(facts(ignore_index=None)), "ignore_index None is no label"),
-        (lambda root: (root / "classes.json").write_text(facts(ignore_index=[0])), r"ignore_index \[0\] is no label"),
-        (lambda root: (root / "classes.json").write_text(facts(ignore_index=1.0)), "ignore_index 1.0 is no label"),
+        (lambda root: (root / "classes.json").write_text(facts(classes=["a", "a"])), "has the class 'a' twice"),
+        (lambda root: (root / "classes.json").write_text(facts(classes=[*map(str, range(256))])), "has 256 classes"),
+        (lambda root: (root / "classes.json").write_text(facts(ignore_index=None)), "ignore_index is None; expected"),
+        (lambda root: (root / "classes.json").write_text(facts(ignore_index=[0])), r"ignore_index is \[0\]; expected"),
+        (lambda root: (root / "classes.json").write_text(facts(ignore_index=1.0)), "ignore_index is 1.0; expected"),
         (lambda root: (root / "classes.json").write_text(facts(reduce_zero_label="no")), "reduce_zero_label is 'no'"),
         (lambda root: (root / "classes.json").write_text(facts(palette=5)), "needs a list of colours"),
         (lambda root: (root / "classes.json").write_text(facts(palette=[[0, 0], [0, 0]])), "needs a list of colours"),
-        (lambda root: (root / "classes.json").write_text(facts(palette=[[0, 0, 256]] * 2)), "whole numbers from 0"),
+        (lambda root: (root / "classes.json").write_text(facts(palette=[[0, 0, 256]] * 2)), "must be integers from 0"),
     ],
 )
 def test_missing_parts_are_named_before_any_work(root, break_it, message):
@@ -173,12 +173,12 @@ def test_missing_parts_are_named_before_any_work(root, break_it, message):
         # a mask of the turned picture's size
         (
             lambda root: turned_photo(root, 6, size=(20, 24)),
-            r"000.jpg asks .*orientation 6.*000.png is the size of the t",
+            r"000.jpg has EXIF orientation 6.*000.png has the size of the",
         ),
         # nothing in the sizes tells what the mask was drawn on
         (
             lambda root: turned_photo(root, 3),
-            r"000.jpg asks viewers to turn it \(EXIF orientation 3\).* could be drawn on",
+            r"000.jpg has EXIF orientation 3.* may have been drawn on",
         ),
     ],
 )
@@ -196,7 +196,7 @@ def test_photo_whose_mask_fits_only_the_stored_pixels_is_read_as_stored(root):
 
 def test_unknown_layout_and_split_are_errors(root):
     with pytest.raises(
-        ValueError, match="unknown data.dataset 'coco'; registered: folder, ade20k, ade20k_hf, voc2012, city"
+        ValueError, match="unknown data.dataset 'coco'; expected one of folder, ade20k, ade20k_hf, voc2012, city"
     ):
         SegmentationData(str(root), dataset="coco")
     with pytest.raises(ValueError, match="no folder .*images/testing"):

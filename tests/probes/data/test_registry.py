@@ -1,26 +1,43 @@
-"""What somebody who adds a layout is told of its mistakes."""
+"""Registration of layouts, and errors of an incorrect one."""
 
 import pytest
 
 from probes.data.base import SegmentationDataset, lookup
-from probes.data.registry import DATASETS, open_dataset
+from probes.data.folder import FolderDataset
+from probes.data.registry import DATASETS, open_dataset, register_dataset
 
 
-class Untold(SegmentationDataset):
-    """A layout that is not finished: its option has no type, and its parts do not fit each other."""
+class Unfinished(SegmentationDataset):
+    """A layout with an option without a type, and parts that do not match."""
 
     def __init__(self, root, split, tiles=1, **parts):
-        fitting = {"files": {"a": ()}, "classes": ["x", "y"], "lookup": lookup(2)}
-        super().__init__(**fitting | parts)
+        matching = {"files": {"a": ()}, "classes": ["x", "y"], "lookup": lookup(2)}
+        super().__init__(**matching | parts)
 
 
-def test_a_layout_whose_parts_do_not_fit_is_an_error(monkeypatch):
-    with pytest.raises(ValueError, match="Untold: the lookup leads to class 2, but 2 are named, from 0 on"):
-        Untold("", "training", lookup=lookup(3))
-    with pytest.raises(ValueError, match="Untold: 3 colours in the palette for 2 classes"):
-        Untold("", "training", palette=[[0, 0, 0]] * 3)
-    with pytest.raises(ValueError, match="Untold: 2 groups for 1 images"):
-        Untold("", "training", groups=["a", "b"])
-    monkeypatch.setitem(DATASETS, "untold", Untold)
-    with pytest.raises(ValueError, match="option 'tiles' of Untold has no type in its signature"):
-        open_dataset("untold", "", "training", {"tiles": 3})
+def test_layout_whose_parts_do_not_match_is_an_error():
+    with pytest.raises(ValueError, match="Unfinished: the lookup contains class 2, but there are 2 classes, from 0"):
+        Unfinished("", "training", lookup=lookup(3))
+    with pytest.raises(ValueError, match="Unfinished: 3 colours in the palette for 2 classes"):
+        Unfinished("", "training", palette=[[0, 0, 0]] * 3)
+    with pytest.raises(ValueError, match="Unfinished: 2 groups for 1 images"):
+        Unfinished("", "training", groups=["a", "b"])
+
+
+def test_registered_dataset_is_opened_and_checked_as_the_others(monkeypatch):
+    class Tiles(FolderDataset):
+        def __init__(self, root, split, tiles: int = 1):
+            pass
+
+    monkeypatch.setattr("probes.data.registry.DATASETS", dict(DATASETS))
+    register_dataset("tiles", Tiles)
+    assert isinstance(open_dataset("tiles", "", "training", {"tiles": 3}), Tiles)
+    with pytest.raises(ValueError, match="data.options.tiles is 'x'; expected a int"):
+        open_dataset("tiles", "", "training", {"tiles": "x"})
+    for name, cls, message in (
+        ("tiles", Tiles, "the dataset name 'tiles' is taken by Tiles"),
+        ("new", dict, "<class 'dict'> is not a subclass of SegmentationDataset"),
+        ("new", Unfinished, "option 'tiles' of Unfinished has no type in its signature"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            register_dataset(name, cls)

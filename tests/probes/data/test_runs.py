@@ -1,4 +1,4 @@
-"""Probe runs on the official layouts, and the states that are kept in memory."""
+"""Probe runs on an official layout, and cached states."""
 
 import json
 
@@ -55,5 +55,7 @@ def test_states_that_do_not_fit_are_refused_before_the_first_forward(prepared):
     mllm, images = prepared
     size = 5 * 4 * 32 * 2  # images, tokens, width, bytes
     copies = 10**15 // size
-    with pytest.raises(ValueError, match=rf"{copies} x 5 images x 1 sites = {copies * size / 1e9:.2f} GB .*name fewer"):
+    with pytest.raises(
+        ValueError, match=rf"{copies} x 5 images x 1 sites = {copies * size / 1e9:.2f} GB .*choose fewer"
+    ):
         CachedFeatures(mllm, images, ["adapter"], batch_size=2, copies=copies)

@@ -1,4 +1,4 @@
-"""Every file is looked at before a model is loaded."""
+"""All files are read before a model is loaded."""
 
 import dataset_layouts
 import numpy as np
@@ -9,7 +9,7 @@ from PIL import Image
 from probes.cli import main
 from probes.data.datamodule import SegmentationData
 from probes.data.registry import open_dataset
-from probes.data.verify import find_bad_files, report
+from probes.data.verify import find_bad_files, format_bad_files
 
 MESS = {  # file of annotations/training: what it becomes
     "000.png": np.full((24, 20), 9, np.uint8),
@@ -29,12 +29,12 @@ def broken(tmp_path):
 
 
 def fit(root, out, *more):
-    # a model that is not there: it must not come to that
+    # the model does not exist: it must not be looked up
     config = ["-c", "configs/demo/probes.yaml", "--out", str(out), "--data.root", str(root)]
     main(["fit", *config, "--model.mllm", "/no/such/model", *more])
 
 
-def test_all_bad_files_are_found_by_kind_before_the_model_is_looked_for(broken, tmp_path):
+def test_all_bad_files_are_listed_by_kind_before_the_model_is_loaded(broken, tmp_path):
     with pytest.raises(SystemExit) as stop:
         fit(broken, tmp_path / "run")
     message = str(stop.value.code)
@@ -45,7 +45,7 @@ def test_all_bad_files_are_found_by_kind_before_the_model_is_looked_for(broken, 
     assert "1 x cannot be read" in message and "images/validation/004.png" in message
 
 
-def test_good_files_are_let_through_to_the_model(segmentation, tmp_path):
+def test_good_files_are_accepted(segmentation, tmp_path):
     with pytest.raises(SystemExit, match="/no/such/model"):
         fit(segmentation, tmp_path / "run")
 
@@ -66,7 +66,7 @@ def test_file_that_breaks_after_training_is_named_when_the_run_is_tested(workers
     config += ["--model.sites", "[adapter]", "--data.cache_features", "false"]
     (root / "images/validation/001.png").write_bytes(b"no picture")
     with pytest.raises(
-        SystemExit, match=r"^probes: \S+images/validation/001.png cannot be read as an image: it is n[^\n]*$"
+        SystemExit, match=r"^probes: \S+images/validation/001.png cannot be read as an image: it is not[^\n]*$"
     ):
         main(["validate", *config])
 
@@ -81,16 +81,16 @@ def test_workers_find_what_one_process_finds(tmp_path):
     assert len(find_bad_files(dataset, "", range(0, 80, 2), 0, progress=False)) == 1, "a share"
 
 
-def test_official_split_that_is_not_whole_is_warned_of(tmp_path):
+def test_incomplete_official_split_is_a_warning(tmp_path):
     data = SegmentationData(str(dataset_layouts.write_ade20k(tmp_path)), "ade20k")
-    with pytest.warns(UserWarning, match="3 training images, where 20,210 were published") as warned:
-        assert data.bad_files(0, progress=False) == []
-    assert any("2 validation images, where 2,000" in str(warning.message) for warning in warned)
+    with pytest.warns(UserWarning, match="3 training images, but 20,210 were published") as warned:
+        assert data.find_bad_files(0, progress=False) == []
+    assert any("2 validation images, but 2,000" in str(warning.message) for warning in warned)
 
 
-def test_report_names_the_first_of_each_kind():
-    findings = [("odd", f"file {i}") for i in range(5)] + [("even", "file 9")]
-    lines = report(findings, 1000).splitlines()
+def test_summary_names_the_first_files_of_each_kind():
+    bad_files = [("odd", f"file {i}") for i in range(5)] + [("even", "file 9")]
+    lines = format_bad_files(bad_files, 1000).splitlines()
     assert lines[0] == "6 of 1000 images cannot be used:" and lines[1] == "  5 x odd"
     assert lines[2:6] == ["    file 0", "    file 1", "    file 2", "    ... and 2 more"] and lines[6] == "  1 x even"
     assert len(lines) == 8

@@ -3,8 +3,6 @@
 import json
 import shutil
 
-import shutil
-
 import pytest
 import tiny_models
 import torch

@@ -1,4 +1,4 @@
-"""Probe runs that somebody else made: damaged files are named, and what they say is shown and never executed."""
+"""Untrusted probe runs: damaged files are named, and names in them are shown as text, never executed."""
 
 import json
 import re
@@ -41,42 +41,48 @@ def run(whole, tmp_path) -> Path:
 
 
 def rewrite(file: Path, *keys, value) -> None:
-    """Sets facts[keys[0]][keys[1]]..., or takes it away."""
+    """Set facts[keys[0]][keys[1]]... to `value`, or delete it for KeyError."""
     facts = json.loads(file.read_text())
-    place = facts
+    inner = facts
     for key in keys[:-1]:
-        place = place[key]
+        inner = inner[key]
     if value is KeyError:
-        del place[keys[-1]]
+        del inner[keys[-1]]
     else:
-        place[keys[-1]] = value
+        inner[keys[-1]] = value
     file.write_text(json.dumps(facts))
 
 
 WRONG = [
-    ("metrics.json", ["images"], "many", "images is 'many'; expected int"),
-    ("metrics.json", ["images"], 0, "images is below 1"),
-    ("metrics.json", ["classes"], ["sky", "sky", "road"], "classes has one twice"),
-    ("metrics.json", ["classes", 1], 3, r"classes\[1\] is '3'; expected str"),
-    ("metrics.json", ["grid"], [0, 2], "grid is not two numbers from 1 to 128"),
-    ("metrics.json", ["grid"], [10**9, 10**9], "grid is not two numbers from 1 to 128"),
-    ("metrics.json", ["sites"], KeyError, "has no 'sites'"),
-    ("metrics.json", ["sites", 0, "site"], "adapter", "sites has one twice"),
-    ("metrics.json", ["sites", 0, "dim"], 10**9, "dim of 'encoder' is not from 1 to"),
-    ("metrics.json", ["sites", 2, "iou_per_class"], [0.5], "iou_per_class of 'layer_01' is not one for each"),
-    ("metrics.json", ["sites", 2, "miou_ci95"], [0.5], "an interval of 'layer_01' is not two numbers"),
-    ("metrics.json", ["sites", 2, "miou"], None, r"sites\[2\].miou is 'None'; expected int or float"),
-    ("metrics.json", ["summary"], [], "summary is .*; expected dict"),
-    ("metrics.json", ["recipes", "fast", "sites"], KeyError, "recipes.fast has no 'sites'"),
-    ("manifest.json", ["data", "root"], ["/"], "data.root is .*; expected str"),
-    ("manifest.json", ["mllm_training", "encoder"], "clip", "mllm_training.encoder is 'clip'; expected dict"),
+    ("metrics.json", ["seed"], True, "seed: .*valid integer, got 'True'"),
+    ("metrics.json", ["images"], "many", "images: .*valid integer, got 'many'"),
+    ("metrics.json", ["images"], 0, "images: .*greater than or equal to 1, got '0'"),
+    ("metrics.json", ["classes"], ["sky", "sky", "road"], "classes contains duplicates"),
+    ("metrics.json", ["classes", 1], 3, r"classes\[1\]: .*valid string, got '3'"),
+    ("metrics.json", ["grid"], [0, 2], r"grid\[0\]: .*greater than or equal to 1, got '0'"),
+    ("metrics.json", ["grid"], [10**9, 10**9], r"grid\[0\]: .*less than or equal to 128"),
+    ("metrics.json", ["sites"], KeyError, "sites: Field required"),
+    ("metrics.json", ["sites", 0, "site"], "adapter", "sites contains duplicates"),
+    ("metrics.json", ["sites", 0, "dim"], 10**9, r"sites\[0\].dim: .*less than or equal to 1000000"),
+    (
+        "metrics.json",
+        ["sites", 2, "iou_per_class"],
+        [0.5],
+        "iou_per_class of 'layer_01' does not have one value per class",
+    ),
+    ("metrics.json", ["sites", 2, "miou_ci95"], [0.5], r"sites\[2\].miou_ci95: .*at least 2 items"),
+    ("metrics.json", ["sites", 2, "miou"], None, r"sites\[2\].miou: .*valid number, got 'None'"),
+    ("metrics.json", ["summary"], [], "summary: .*valid dictionary"),
+    ("metrics.json", ["recipes", "fast", "sites"], KeyError, "recipes.fast.sites: Field required"),
+    ("manifest.json", ["data", "root"], ["/"], "data.root: .*valid string"),
+    ("manifest.json", ["mllm_training", "encoder"], "clip", "mllm_training: encoder: .*valid dictionary"),
 ]
 
 
 @pytest.mark.parametrize(("file", "keys", "value", "message"), WRONG)
 def test_json_of_another_shape_is_named(file, keys, value, message, run):
     rewrite(run / file, *keys, value=value)
-    with pytest.raises(ValueError, match=f"{file}: .*{message}"):
+    with pytest.raises(ValueError, match=f"{file}: .*{message}.*make the run again"):
         ProbeRun(run)
 
 
@@ -100,7 +106,7 @@ def test_missing_manifest_is_named(run):
         (lambda t: t.pop("labelled"), "counts.safetensors has no labelled"),
         (lambda t: t.update(labelled=t["labelled"][:3].clone()), r"labelled is torch.int64 \[3, 3\]; .* \[40, 3\]"),
         (lambda t: t.update(labelled=t["labelled"].float()), "labelled is torch.float32"),
-        (lambda t: t["predicted"].sub_(10**6), "none of them negative"),
+        (lambda t: t["predicted"].sub_(10**6), "expected non-negative integers"),
         (
             lambda t: t.update(confusion=torch.zeros(2, 3, 3, dtype=torch.long)),
             r"confusion .* \[2, 3, 3\]; .*\[6, 3, 3\]",
@@ -251,12 +257,25 @@ def test_checkpoint_with_any_value_anywhere_in_its_config_is_read_or_named(check
     check()
 
 
+def test_run_of_an_earlier_version_is_read(run, monkeypatch):
+    """Options were renamed: image_aspect to image_resize (square to squash), mllm_dtype to dtype."""
+    old = {"mllm": "m", "image_attention": None, "image_aspect": "square", "mllm_dtype": "auto", "untrained": None}
+    rewrite(run / "manifest.json", "config", value=old | {"seed": 3, "num_classes": 3})
+    rewrite(run / "metrics.json", "image_aspect", value="square")
+    monkeypatch.setattr("probes.models.frozen_mllm.load", lambda *args, **kwargs: (args, kwargs))
+    expected = {"dtype": "auto", "image_resize": "squash", "untrained": (), "seed": 3}
+    assert ProbeRun(run).mllm() == (("m", None), expected)
+    rewrite(run / "manifest.json", "config", "mllm_dtype", value=3)
+    with pytest.raises(ValueError, match="manifest.json: config: dtype: .*valid string, got '3'"):
+        ProbeRun(run).mllm()
+
+
 def test_analysis_of_other_probes_is_refused(segmentation, tmp_path):
-    """As after a run was trained anew in the same folder."""
+    """As after another training in the same folder."""
     run = ProbeRun(probe_runs.write_run(tmp_path / "run", [0.9, 0.2, 0.4, 0.6, 0.8, 0.8, 0.9], root=segmentation))
     assert run.analysis("umap.json") is None
     (run.path / "umap.json").write_text(json.dumps({"runs": [run.fingerprint]}))
     assert run.analysis("umap.json")
     save_file({"other": torch.ones(3)}, run.path / "probes.safetensors")
-    with pytest.raises(ValueError, match="umap.json is of other probes than .* again with `probes umap`"):
+    with pytest.raises(ValueError, match="umap.json was made from other probes than .* run `probes umap` again"):
         ProbeRun(run.path).analysis("umap.json")

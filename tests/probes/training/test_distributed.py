@@ -1,4 +1,4 @@
-"""Probe runs on several processes and across a kill end with the probes and scores of one that nothing happens to."""
+"""Runs on several processes, and killed and resumed runs, give the probes and scores of an undisturbed run."""
 
 import json
 import os
@@ -19,8 +19,8 @@ from llava_bidir.common.checkpoint_io import latest_valid_checkpoint
 from probes.cli import main
 
 TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
-# epochs have three steps, checkpoints come every two: (where the process dies, the checkpoint it leaves)
-DEATHS = {"one step behind a checkpoint": ("on_train_batch_end", 5, 4), "validation": ("on_validation_start", 6, 6)}
+# Epochs have three steps, and every second step is saved unless it ends an epoch: (hook, step of death, saved step)
+DEATHS = {"a step after a checkpoint": ("on_train_batch_end", 5, 4), "validation": ("on_validation_start", 6, 4)}
 KILLER = """
 import os, signal
 from lightning import Callback
@@ -64,12 +64,13 @@ def arguments(checkpoint, root, out, *more: str) -> list[str]:
     """Three epochs of three steps; the last batch of an epoch has one image."""
     command = ["fit", "-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "3", "--model.mllm", str(checkpoint)]
     command += ["--data.root", str(root), "--out", str(out), "--data.batch_size", "3", "--data.cache_features", "false"]
-    return [*command, "--model.feature_norm", "none", *more]
+    variants = "{batchnorm: {feature_norm: batchnorm}, conv: {head: conv}}"
+    return [*command, "--model.feature_norm", "none", "--model.variants", variants, *more]
 
 
 def processes(arguments: list[str], fails: bool = False, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "probes", *arguments]
-    one_thread = {"OMP_NUM_THREADS": "1"}  # as this process: another number of threads adds up in another order
+    one_thread = {"OMP_NUM_THREADS": "1"}  # as in this process: sums depend on the number of threads
     env = os.environ | one_thread | environment
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env)
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
@@ -86,9 +87,9 @@ def one(checkpoints, uneven, tmp_path_factory) -> Path:
 @pytest.mark.distributed
 @pytest.mark.parametrize("cache", ["false", "true"])
 def test_two_processes_train_and_score_as_one(one, cache, checkpoints, uneven, tmp_path):
-    """In the last batch of each epoch one rank has no image; masks differ in labelled area."""
+    """Masks differ in labelled area, and in the last batch one rank has no image."""
     processes(arguments(checkpoints["causal"], uneven, tmp_path, *TWO, "--data.cache_features", cache))
-    same_probes(one, tmp_path, rtol=1e-4, atol=1e-6)
+    same_probes(one, tmp_path, rtol=1e-3, atol=1e-4)
     alone, together = metrics(one), metrics(tmp_path)
     assert together["images"] == 5 and alone["probe"] == together["probe"]
     for a, b in zip(alone["sites"], together["sites"], strict=True):
@@ -96,7 +97,7 @@ def test_two_processes_train_and_score_as_one(one, cache, checkpoints, uneven, t
         assert a["pacc"] == pytest.approx(b["pacc"], abs=0.005)
 
 
-SCORED_ALIKE = {  # who opens images and who scores them
+PROCESSES = {  # who opens images and who scores them
     "one data worker": ["--data.num_workers", "1"],
     "two data workers": ["--data.num_workers", "2"],
     "two processes": TWO,
@@ -105,10 +106,10 @@ SCORED_ALIKE = {  # who opens images and who scores them
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("who", SCORED_ALIKE)
+@pytest.mark.parametrize("who", PROCESSES)
 def test_the_same_probes_count_the_same_pixels(who, one, checkpoints, uneven, tmp_path):
     """Five images: the batches of three and of two processes differ. All integers, and what is made of them alone."""
-    run = ["test", *arguments(checkpoints["causal"], uneven, tmp_path)[1:], *SCORED_ALIKE[who]]
+    run = ["test", *arguments(checkpoints["causal"], uneven, tmp_path)[1:], *PROCESSES[who]]
     processes([*run, "--ckpt_path", str(one / "checkpoints/last.ckpt")])
     assert (tmp_path / "counts.safetensors").read_bytes() == (one / "counts.safetensors").read_bytes()
     assert (tmp_path / "probes.safetensors").read_bytes() == (one / "probes.safetensors").read_bytes()
@@ -120,7 +121,7 @@ def test_the_same_probes_count_the_same_pixels(who, one, checkpoints, uneven, tm
 
 
 @pytest.mark.distributed
-def test_bad_file_of_one_rank_ends_all_ranks_alike(checkpoints, tmp_path):
+def test_bad_file_of_one_rank_ends_all_ranks_with_the_same_message(checkpoints, tmp_path):
     root = tiny_models.write_segmentation(tmp_path / "data")
     Image.fromarray(np.full((24, 20), 9, np.uint8)).save(root / "annotations/training/003.png")  # the second rank's
     message = processes(arguments(checkpoints["causal"], root, tmp_path / "run", *TWO), fails=True).stderr
@@ -138,12 +139,12 @@ def test_rank_that_dies_ends_the_other_and_nothing_is_called_finished(rank, chec
     processes([*run, "-c", str(tmp_path / "killing.yaml")], fails=True, PYTHONPATH=path)  # until both have ended
     assert time.time() - float((tmp_path / "died").read_text()) < 60
     assert not (tmp_path / "run/metrics.json").exists()
-    assert latest_valid_checkpoint(tmp_path / "run/checkpoints"), "to go on from"
+    assert latest_valid_checkpoint(tmp_path / "run/checkpoints")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("death", DEATHS)
-def test_run_killed_in_mid_epoch_ends_as_an_uninterrupted_one(death, one, checkpoints, uneven, tmp_path):
+def test_run_killed_within_an_epoch_ends_as_an_undisturbed_one(death, one, checkpoints, uneven, tmp_path):
     hook, step, saved_step = DEATHS[death]
     (tmp_path / "killer.py").write_text(KILLER.format(hook=hook, step=step))
     (tmp_path / "killing.yaml").write_text(KILLING)
@@ -153,7 +154,7 @@ def test_run_killed_in_mid_epoch_ends_as_an_uninterrupted_one(death, one, checkp
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
     assert not (tmp_path / "run/metrics.json").exists()
     last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
-    assert last["global_step"] == saved_step, "or the test would not be of the middle of an epoch"
+    assert last["global_step"] == saved_step, "in the middle of an epoch"
     main([*run, "--ckpt_path", str(tmp_path / "run/checkpoints/last.ckpt")])
     same_probes(one, tmp_path / "run", rtol=0, atol=0)
     assert metrics(one)["sites"] == metrics(tmp_path / "run")["sites"]

@@ -1,4 +1,4 @@
-"""What a probe can and cannot compute."""
+"""Probe heads and normalisations."""
 
 import multiprocessing
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from probes.training.heads import FEATURE_NORMS, HEADS, HIDDEN, BatchNorm, Probe
+from probes.training.heads import FEATURE_NORMS, HEADS, HIDDEN, BatchNorm, Probe, register_head
 
 GRID = (2, 3)
 
@@ -19,7 +19,7 @@ def test_linear_probe_is_linear_in_normalised_states(norm):
     scale = 1 / (1 + 1e-5) ** 0.5 if norm == "batchnorm" else 1.0  # running statistics of a fresh probe
     expected = normalised * scale @ probe.head.weight.T + probe.head.bias
     torch.testing.assert_close(probe(states), expected)
-    assert sum(p.numel() for p in probe.parameters()) == 5 * 3 + 3, "nothing but the linear layer is learned"
+    assert sum(p.numel() for p in probe.parameters()) == 5 * 3 + 3, "only the linear layer is trained"
 
 
 def test_mlp_is_two_layers_of_one_hidden_width():
@@ -30,7 +30,7 @@ def test_mlp_is_two_layers_of_one_hidden_width():
     torch.testing.assert_close(probe(states), hidden @ second.weight.T + second.bias)
 
 
-def test_conv_adds_up_the_neighbours_on_the_grid():
+def test_conv_sums_over_the_neighbours_on_the_grid():
     probe, states = Probe(5, 3, GRID, head="conv"), torch.randn(2, 6, 5)
     weight, bias, logits = probe.head.conv.weight, probe.head.conv.bias, probe(states)
     for token in range(6):
@@ -45,7 +45,7 @@ def test_conv_adds_up_the_neighbours_on_the_grid():
 
 @pytest.mark.parametrize("head", HEADS)
 def test_every_head_learns_every_class(head):
-    """A token's class is what its own state says: all heads can fit that."""
+    """The class of a token is encoded in its own state, which all heads can fit."""
     torch.manual_seed(0)
     probe, labels = Probe(8, 3, GRID, "layernorm", head), torch.randint(0, 3, (16, 6))
     states = F.one_hot(labels, 8).float() + 0.1 * torch.randn(16, 6, 8)
@@ -59,8 +59,8 @@ def test_every_head_learns_every_class(head):
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("images", [0, 1, 3])
-def test_every_head_gives_a_logit_a_class_and_token_of_any_number_of_images(head, images):
-    """None at all: a rank without an image takes part in the backward."""
+def test_every_head_returns_logits_for_any_number_of_images(head, images):
+    """With 0 images, because a rank without an image takes part in the backward."""
     probe = Probe(5, 3, GRID, head=head)
     logits = probe(torch.randn(images, 6, 5))
     assert logits.shape == (images, 6, 3)
@@ -69,10 +69,18 @@ def test_every_head_gives_a_logit_a_class_and_token_of_any_number_of_images(head
 
 
 @pytest.mark.parametrize("drawn", [lambda w, k, g: nn.Linear(w, k + 1), lambda w, k, g: nn.Flatten(0, 1)])
-def test_a_head_of_another_shape_is_named(drawn, monkeypatch):
-    monkeypatch.setitem(HEADS, "new", drawn)
-    with pytest.raises(ValueError, match=r"head 'new' gives logits of \(.*\); expected \[B, T, K\] = \(2, 6, 3\)"):
+def test_a_head_with_wrong_output_shape_is_named(drawn, monkeypatch):
+    monkeypatch.setattr("probes.training.heads.HEADS", dict(HEADS))
+    register_head("new", drawn)
+    with pytest.raises(ValueError, match=r"head 'new' returns logits \(.*\); expected \[B, T, K\] = \(2, 6, 3\)"):
         Probe(5, 3, GRID, head="new")(torch.randn(2, 6, 5))
+
+
+def test_head_name_must_be_free_and_its_factory_callable():
+    with pytest.raises(ValueError, match="the head name 'linear' is taken"):
+        register_head("linear", nn.Linear)
+    with pytest.raises(ValueError, match="head 'new': 3 is not callable"):
+        register_head("new", 3)
 
 
 def test_batchnorm_of_one_process_is_torchs_to_the_bit():

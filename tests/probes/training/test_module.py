@@ -1,8 +1,5 @@
-"""Probe runs: probes do not know of each other, results are what they say, two processes give what one gives."""
+"""Probe runs: probes are independent of each other, and scores match the saved predictions."""
 
-import json
-import subprocess
-import sys
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -30,13 +27,13 @@ def arguments(checkpoint, root, out, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def run(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
     out = tmp_path_factory.mktemp("run")
-    # a high rate, so that for some site the last epoch is not the best
+    # a high rate, so that the last epoch is not the best at some site
     more = ["--save_predictions", "true", "--model.learning_rate", "0.3", "--trainer.max_epochs", "6"]
     main(arguments(checkpoints["causal"], segmentation, out, *more))
     return ProbeRun(out)
 
 
-def test_run_leaves_what_the_contract_names(run):
+def test_run_writes_all_files(run):
     for name in ("config.yaml", "checkpoints", "probes.safetensors", "manifest.json", "metrics.json"):
         assert (run.path / name).exists(), name
     assert list(run.path.glob("events.out.tfevents.*")) and not list(run.path.glob("*.partial"))
@@ -48,7 +45,7 @@ def test_run_leaves_what_the_contract_names(run):
         low, high = site["miou_ci95"]
         assert low <= site["miou"] <= high and len(site["iou_per_class"]) == 3 and len(site["history"]) == 6
         assert site["history"][site["best_epoch"] - 1] == max(site["history"]) == pytest.approx(site["miou"])
-    assert any(site["best_epoch"] < 6 for site in metrics["sites"]), "or the test cannot tell best from last"
+    assert any(site["best_epoch"] < 6 for site in metrics["sites"]), "else the test cannot distinguish best from last"
     summary, miou = metrics["summary"], {site["site"]: site["miou"] for site in metrics["sites"]}
     assert summary["peak_llm"] == max(v for k, v in miou.items() if k.startswith("layer_"))
     assert summary["recovery"] == pytest.approx(summary["peak_llm"] - miou["adapter"])
@@ -75,19 +72,14 @@ def test_baseline_is_the_most_frequent_class(run, segmentation):
     assert baseline["miou"] == pytest.approx(shares.max() / 3)
 
 
-def test_written_probes_give_the_written_scores(run):
-    """Read back, model and probes predict what was saved: best epoch, right site, right order."""
-    from probes.ops.bilinear import upsampled_argmax
-
-    mllm, heads, dataset = run.mllm(), run.probes(), run.dataset()
+def test_saved_probes_give_the_saved_predictions(run):
+    """Best epoch, right site, right order."""
+    dataset = run.dataset()
     for i in range(len(dataset)):
         sample = dataset[i]
-        states = mllm.states(mllm.preprocess([sample["image"]]))
         for site in run.sites:
-            logits = heads[site](states[site])[0].T.unflatten(-1, mllm.grid)
             saved = np.asarray(Image.open(run.path / "predictions" / site / f"{sample['name']}.png"))
-            differ = (upsampled_argmax(logits, sample["target"].shape).numpy() != saved).mean()
-            assert differ < 0.01, "up to ties"
+            assert (run.predict(sample["image"], site) != saved).mean() < 0.01, "up to ties"
 
 
 @pytest.mark.parametrize("site", ["encoder", "layer_02"])
@@ -140,8 +132,8 @@ def test_loss_over_masks_of_different_sizes_is_the_mean_over_all_their_pixels(st
         torch.testing.assert_close(ours[probe], F.cross_entropy(torch.cat(pixels), labels, ignore_index=255))
 
 
-def test_padded_images_are_probed_where_they_lie(checkpoints, segmentation, tmp_path):
-    """Under "pad" the run's maps are those of logits upsampled to the padded square, and cropped."""
+def test_padded_images_are_probed_at_their_position(checkpoints, segmentation, tmp_path):
+    """Under "pad" the maps equal logits upsampled to the padded square, cropped to the image."""
     more = ["--model.image_resize", "pad", "--model.sites", "[adapter]", "--save_predictions", "true"]
     main(arguments(checkpoints["causal"], segmentation, tmp_path, *more))
     run = ProbeRun(tmp_path)
@@ -157,14 +149,14 @@ def test_padded_images_are_probed_where_they_lie(checkpoints, segmentation, tmp_
         assert (square[top : top + height, left : left + width].numpy() == saved).mean() > 0.999
 
 
-def test_model_may_run_in_bfloat16_under_probes_in_float32(checkpoints, segmentation, tmp_path):
+def test_model_in_bfloat16_has_probes_in_float32(checkpoints, segmentation, tmp_path):
     main(arguments(checkpoints["causal"], segmentation, tmp_path, "--model.dtype", "bfloat16"))
     run = ProbeRun(tmp_path)
     assert run.mllm().model.dtype == torch.bfloat16
     assert {p.dtype for head in run.probes().values() for p in head.parameters()} == {torch.float32}
 
 
-def test_label_stride_is_for_training_alone(checkpoints, segmentation, tmp_path):
+def test_label_stride_affects_training_only(checkpoints, segmentation, tmp_path):
     runs = []
     for stride in ("1", "3"):
         main(arguments(checkpoints["causal"], segmentation, tmp_path / stride, "--model.label_stride", stride))
@@ -173,44 +165,12 @@ def test_label_stride_is_for_training_alone(checkpoints, segmentation, tmp_path)
     assert not torch.equal(*(run.probes()["adapter"].head.weight for run in runs))
 
 
-def test_confusion_is_written_beside_the_counts(run):
+def test_confusion_matches_the_counts(run):
     counts = run.counts
     assert torch.equal(counts.confusion.diagonal(dim1=1, dim2=2), counts.intersection.sum(1))
     assert torch.equal(counts.confusion.sum(2), counts.labelled.sum(0).expand(len(run.sites), -1))
 
 
-def test_frozen_model_gets_no_gradient_and_stays_out_of_checkpoints(run):
+def test_checkpoints_hold_the_probes_only(run):
     checkpoint = torch.load(next((run.path / "checkpoints").glob("*.ckpt")), weights_only=True)
     assert all(name.startswith("heads.") for name in checkpoint["state_dict"])
-
-
-def test_resumed_run_ends_as_an_uninterrupted_one(checkpoints, segmentation, tmp_path):
-    (tmp_path / "save.yaml").write_text(
-        "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {save_top_k: -1}}]}"
-    )
-    more = ["--trainer.max_epochs", "4"]
-    main(arguments(checkpoints["causal"], segmentation, tmp_path / "a", "-c", str(tmp_path / "save.yaml"), *more))
-    (first,) = (tmp_path / "a/checkpoints").glob("epoch=1-*.ckpt")
-    main(arguments(checkpoints["causal"], segmentation, tmp_path / "b", "--ckpt_path", str(first), *more))
-    whole, resumed = (ProbeRun(tmp_path / name).metrics["sites"] for name in "ab")
-    assert whole == resumed and len(whole[0]["history"]) == 4
-
-
-@pytest.mark.distributed
-def test_two_processes_score_as_one(run, checkpoints, segmentation, tmp_path):
-    """Five images on two ranks: one is seen by both, and must count once."""
-    checkpoint = next((run.path / "checkpoints").glob("*.ckpt"))
-    for devices in (1, 2):
-        common = arguments(
-            checkpoints["causal"], segmentation, tmp_path / str(devices), "--data.cache_features", "false"
-        )
-        command = [sys.executable, "-m", "probes", "test", *common[1:], "--ckpt_path", str(checkpoint)]
-        more = ["--data.batch_size", "2", "--data.num_workers", "0", "--trainer.devices", str(devices)]
-        more += ["--trainer.strategy", "ddp"] if devices > 1 else []
-        subprocess.run([*command, *more], check=True, capture_output=True, timeout=300)
-    one, two = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("1", "2"))
-    assert one["images"] == 5 and len(one["sites"]) == 6
-    for a, b, whole in zip(one["sites"], two["sites"], run.metrics["sites"], strict=True):
-        states = {k: v if v is None else pytest.approx(v, rel=1e-6) for k, v in whole["states"].items()}
-        assert a["states"] == states == b["states"]  # sums of floats, batch by batch
-        assert a | {"states": None} == b | {"states": None} == whole | {"states": None}

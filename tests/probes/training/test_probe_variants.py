@@ -1,8 +1,6 @@
-"""Several recipes in one pass: each trains as if alone, and none touches the main one."""
+"""Several probe variants in one pass: each trains as if alone, and none affects the main one."""
 
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,9 +11,9 @@ from PIL import Image
 
 from probes.cli import main
 from probes.results.probe_run import ProbeRun, read_tensors
-from probes.training.probe_variants import ProbeVariant, all_recipes, shuffled
+from probes.training.probe_variants import ProbeVariant, build_variants, shuffle_masks
 
-RECIPES = {
+VARIANTS = {
     "plain": {"feature_norm": "none"},
     "layernorm_1e-1": {"feature_norm": "layernorm", "learning_rate": 0.1},
     "mlp": {"head": "mlp"},
@@ -34,8 +32,8 @@ def arguments(checkpoint, root, out, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("config") / "recipes.yaml"
-    path.write_text(yaml.safe_dump({"model": {"recipes": RECIPES}}, sort_keys=False))
+    path = tmp_path_factory.mktemp("config") / "variants.yaml"
+    path.write_text(yaml.safe_dump({"model": {"variants": VARIANTS}}, sort_keys=False))
     return str(path)
 
 
@@ -53,7 +51,7 @@ def alone(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
     return ProbeRun(out)
 
 
-def test_main_recipe_is_the_same_to_the_bit_whatever_others_there_are(run, alone):
+def test_main_variant_does_not_depend_on_others_to_the_bit(run, alone):
     for name in ("counts", "probes"):
         ours, others = (read_tensors(r.path / f"{name}.safetensors") for r in (alone, run))
         assert all(torch.equal(tensor, others[key]) for key, tensor in ours.items())
@@ -68,9 +66,9 @@ def assert_same_probes(run: ProbeRun, name: str, alone: ProbeRun, **tolerance) -
         torch.testing.assert_close(ours[f"recipes/{name}/{key}"], tensor, msg=key, **tolerance)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "seed_1"])
-def test_recipe_trains_the_probes_that_a_run_of_its_own_trains(name, run, checkpoints, segmentation, tmp_path):
-    flags = [x for key, value in RECIPES[name].items() for x in (f"--model.{key}", str(value))]
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "seed_1"])
+def test_variant_trains_the_probes_of_a_run_of_its_own(name, run, checkpoints, segmentation, tmp_path):
+    flags = [x for key, value in VARIANTS[name].items() for x in (f"--model.{key}", str(value))]
     main(arguments(checkpoints["causal"], segmentation, tmp_path, *flags))
     alone = ProbeRun(tmp_path)
     assert_same_probes(run, name, alone)
@@ -80,20 +78,20 @@ def test_recipe_trains_the_probes_that_a_run_of_its_own_trains(name, run, checkp
         assert site == {key: pytest.approx(value) for key, value in expected.items() if key != "states"}
 
 
-def test_seed_of_a_recipe_draws_the_probes_that_a_run_with_this_seed_draws(checkpoints, segmentation, tmp_path):
+def test_seed_of_a_variant_equals_the_seed_of_a_run(checkpoints, segmentation, tmp_path):
     """With all images in one batch: a run's seed also orders the images."""
-    recipes = ["--model.recipes", "{seed_1: {seed: 1}}", "--data.batch_size", "6"]
-    main(arguments(checkpoints["causal"], segmentation, tmp_path / "a", *recipes))
-    main(arguments(checkpoints["causal"], segmentation, tmp_path / "b", *recipes[2:], "--seed_everything", "1"))
+    variants = ["--model.variants", "{seed_1: {seed: 1}}", "--data.batch_size", "6"]
+    main(arguments(checkpoints["causal"], segmentation, tmp_path / "a", *variants))
+    main(arguments(checkpoints["causal"], segmentation, tmp_path / "b", *variants[2:], "--seed_everything", "1"))
     together, alone = ProbeRun(tmp_path / "a"), ProbeRun(tmp_path / "b")
     assert_same_probes(together, "seed_1", alone, rtol=1e-3, atol=1e-4)
     mains = (r.probes()["adapter"].head.weight for r in (together, alone))
     assert not torch.allclose(*mains, rtol=1e-2, atol=1e-2)
 
 
-def test_recipes_are_written_as_the_contract_says(run):
-    assert list(run.metrics["recipes"]) == list(RECIPES)
-    for name, difference in RECIPES.items():
+def test_results_of_variants_have_the_documented_keys(run):
+    assert list(run.metrics["recipes"]) == list(VARIANTS)
+    for name, difference in VARIANTS.items():
         entry = run.metrics["recipes"][name]
         assert set(entry) == {"probe", "sites", "summary"}
         expected = {key: run.metrics["probe"][key] for key in run.metrics["probe"]} | difference
@@ -104,20 +102,20 @@ def test_recipes_are_written_as_the_contract_says(run):
     assert all({"rms", "anisotropy", "knn_purity"} <= set(site["states"]) for site in run.metrics["sites"])
 
 
-def test_counts_of_a_recipe_give_its_scores(run):
+def test_counts_of_a_variant_give_its_scores(run):
     from probes.evaluation.bootstrap import dataset_scores
 
-    for name in (None, *RECIPES):
+    for name in (None, *VARIANTS):
         sites = (run.metrics if name is None else run.metrics["recipes"][name])["sites"]
         scores = dataset_scores(run.counts_of(name))
         assert scores.miou.tolist() == [site["miou"] for site in sites]
         assert scores.pacc.tolist() == [site["pacc"] for site in sites]
     assert (run.counts_of("mlp").intersection != run.counts.intersection).any()
-    with pytest.raises(ValueError, match="no recipe 'mpl'; it has plain, layernorm_1e-1, mlp, "):
+    with pytest.raises(ValueError, match="no variant 'mpl'; it has plain, layernorm_1e-1, mlp, "):
         run.counts_of("mpl")
 
 
-def test_resumed_run_with_recipes_ends_as_an_uninterrupted_one(checkpoints, segmentation, config, tmp_path):
+def test_resumed_run_equals_an_uninterrupted_one(checkpoints, segmentation, config, tmp_path):
     save = tmp_path / "save.yaml"
     save.write_text(
         "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {save_top_k: -1}}]}"
@@ -132,20 +130,20 @@ def test_resumed_run_with_recipes_ends_as_an_uninterrupted_one(checkpoints, segm
     assert all(torch.equal(tensor, tensors[1][key]) for key, tensor in tensors[0].items())
 
 
-def test_checkpoint_of_other_recipes_is_refused(checkpoints, segmentation, run, tmp_path):
+def test_checkpoint_of_other_variants_is_rejected(checkpoints, segmentation, run, tmp_path):
     shutil.copytree(run.path / "checkpoints", tmp_path / "checkpoints")
     command = arguments(checkpoints["causal"], segmentation, tmp_path, "--ckpt_path", "last")
-    with pytest.raises(SystemExit, match="run with model.recipes=.* resume with the original setting"):
+    with pytest.raises(SystemExit, match="run with model.variants=.* resume with the original setting"):
         main(command)
     command[:1], command[-1:] = ["test"], [str(tmp_path / "checkpoints/last.ckpt")]
-    with pytest.raises(SystemExit, match="differ in .* heads.recipes/conv/adapter.head.conv.bias for one; give the"):
+    with pytest.raises(SystemExit, match="differ in .* e.g. heads.recipes/conv/adapter.head.conv.bias; use the"):
         main(command)
 
 
-def test_validation_within_an_epoch_is_dated_in_steps(checkpoints, segmentation, tmp_path):
+def test_validation_within_an_epoch_records_its_step(checkpoints, segmentation, tmp_path):
     """Six images in batches of two are three steps; a validation after each."""
     more = ["--data.batch_size", "2", "--trainer.val_check_interval", "1", "--trainer.max_epochs", "2"]
-    more += ["--model.recipes", "{high: {learning_rate: 0.5}}"]
+    more += ["--model.variants", "{high: {learning_rate: 0.5}}"]
     main(arguments(checkpoints["causal"], segmentation, tmp_path, *more))
     metrics = ProbeRun(tmp_path).metrics
     for entry in (metrics, metrics["recipes"]["high"]):
@@ -155,44 +153,44 @@ def test_validation_within_an_epoch_is_dated_in_steps(checkpoints, segmentation,
             best = site["history"].index(max(site["history"]))
             assert site["best_epoch"] == pytest.approx(steps[best] / 3) and site["miou"] == max(site["history"])
     found = [site["best_epoch"] for site in metrics["sites"] + metrics["recipes"]["high"]["sites"]]
-    assert any(isinstance(epoch, float) for epoch in found), "or the test has no best within an epoch"
+    assert any(isinstance(epoch, float) for epoch in found), "else no probe is best within an epoch"
 
 
 @pytest.mark.parametrize(
-    ("recipes", "message"),
+    ("variants", "message"),
     [
-        ({"a.b": {"seed": 1}}, "model.recipes.a.b: a recipe's name is made of letters, digits, _ and -"),
-        ({"a": {"rate": 1}}, "model.recipes.a must name some of head, .*, seed with other values, got {'rate': 1}"),
-        ({"a": None}, "model.recipes.a must name some of"),
-        ({"a": {"head": "lstm"}}, "model.recipes.a: unknown head 'lstm'; there is linear, mlp, conv"),
-        ({"a": {"feature_norm": "l2"}}, "model.recipes.a: unknown feature_norm 'l2'; there is none, batchnorm, "),
-        ({"a": {"labels": "random"}}, "model.recipes.a: unknown labels 'random'; there is true, shuffled"),
-        ({"a": {"learning_rate": "x"}}, "model.recipes.a: learning_rate must be a number above 0, got 'x'"),
-        ({"a": {"learning_rate": 0}}, "model.recipes.a: learning_rate must be a number above 0, got 0"),
-        ({"a": {"seed": 0.5}}, "model.recipes.a: seed must be an integer, got 0.5"),
+        ({"a.b": {"seed": 1}}, "model.variants.a.b: the name of a variant may contain letters, digits, _ and -"),
+        ({"a": {"rate": 1}}, "model.variants.a must set some of head, .*, seed, got {'rate': 1}"),
+        ({"a": None}, "model.variants.a must set some of"),
+        ({"a": {"head": "lstm"}}, "model.variants.a: unknown head 'lstm'; expected one of linear, mlp, conv"),
+        ({"a": {"feature_norm": "l2"}}, "model.variants.a: unknown feature_norm 'l2'; expected one of none, batch"),
+        ({"a": {"labels": "random"}}, "model.variants.a: unknown labels 'random'; expected one of true, shuffled"),
+        ({"a": {"learning_rate": "x"}}, "model.variants.a: learning_rate must be a number above 0, got 'x'"),
+        ({"a": {"learning_rate": 0}}, "model.variants.a: learning_rate must be a number above 0, got 0"),
+        ({"a": {"seed": 0.5}}, "model.variants.a: seed must be an integer, got 0.5"),
     ],
 )
-def test_bad_recipe_is_an_error_that_names_its_key(recipes, message):
+def test_bad_variant_is_an_error_that_names_its_key(variants, message):
     with pytest.raises(ValueError, match=message):
-        all_recipes(ProbeVariant(), recipes)
+        build_variants(ProbeVariant(), variants)
 
 
-def test_recipe_that_another_one_equals_is_left_out_and_said_to_be(caplog):
-    recipes = {"a": {"head": "linear"}, "b": {"seed": 1}, "c": {"seed": 1}, "d": {"seed": 2}}
-    assert list(all_recipes(ProbeVariant(), recipes)) == [None, "b", "d"]
-    said = [line for line in caplog.messages if "left out" in line]
-    assert ["model.recipes.a", "model.recipes.c"] == [line.split()[0] for line in said]
+def test_variant_that_equals_another_one_is_skipped_with_a_message(caplog):
+    variants = {"a": {"head": "linear"}, "b": {"seed": 1}, "c": {"seed": 1}, "d": {"seed": 2}}
+    assert list(build_variants(ProbeVariant(), variants)) == [None, "b", "d"]
+    said = [line for line in caplog.messages if "skipped" in line]
+    assert ["model.variants.a", "model.variants.c"] == [line.split()[0] for line in said]
 
 
 def test_shuffled_gives_every_image_the_mask_of_another():
     masks = torch.arange(5, dtype=torch.uint8).view(5, 1, 1).expand(5, 3, 4)
-    assert shuffled(masks)[:, 0, 0].tolist() == [4, 0, 1, 2, 3]
-    assert [mask[0, 0].item() for mask in shuffled(list(masks))] == [4, 0, 1, 2, 3]
+    assert shuffle_masks(masks)[:, 0, 0].tolist() == [4, 0, 1, 2, 3]
+    assert [mask[0, 0].item() for mask in shuffle_masks(list(masks))] == [4, 0, 1, 2, 3]
 
 
 def test_shuffled_masks_take_the_size_of_their_new_image():
     masks = [torch.randint(0, 3, size, dtype=torch.uint8) for size in ((6, 4), (9, 5), (7, 7))]
-    for i, mask in enumerate(shuffled(masks)):
+    for i, mask in enumerate(shuffle_masks(masks)):
         other = masks[i - 1]
         rows, columns = (
             ((torch.arange(n) + 0.5) * m / n).long() for n, m in zip(masks[i].shape, other.shape, strict=True)
@@ -200,12 +198,12 @@ def test_shuffled_masks_take_the_size_of_their_new_image():
         assert mask.dtype == torch.uint8 and torch.equal(mask, other[rows][:, columns])
 
 
-def test_image_alone_has_no_shuffled_label():
-    assert (shuffled(torch.zeros(1, 2, 2, dtype=torch.uint8)) == 255).all()
-    assert (shuffled([torch.zeros(2, 2, dtype=torch.uint8)])[0] == 255).all()
+def test_single_image_has_no_shuffled_label():
+    assert (shuffle_masks(torch.zeros(1, 2, 2, dtype=torch.uint8)) == 255).all()
+    assert (shuffle_masks([torch.zeros(2, 2, dtype=torch.uint8)])[0] == 255).all()
 
 
-def test_shuffled_labels_leave_nothing_but_position(checkpoints, tmp_path):
+def test_shuffled_labels_allow_position_only(checkpoints, tmp_path):
     """Images of one class each: there is nothing to learn but which image has which, and that is what is shuffled."""
     root = tiny_models.write_segmentation(tmp_path / "data", training=12, validation=6)
     for mask in root.glob("annotations/*/*.png"):
@@ -214,34 +212,9 @@ def test_shuffled_labels_leave_nothing_but_position(checkpoints, tmp_path):
         image = np.full((24, 20, 3), 30, np.uint8)
         image[..., number] = 200
         Image.fromarray(image).save(root / "images" / mask.parent.name / mask.name)
-    more = ["--model.recipes", "{shuffled: {labels: shuffled}}", "--trainer.max_epochs", "20"]
+    more = ["--model.variants", "{shuffled: {labels: shuffled}}", "--trainer.max_epochs", "20"]
     more += ["--model.sites", "[encoder]"]
     main(arguments(checkpoints["causal"], root, tmp_path / "run", *more))
     metrics = ProbeRun(tmp_path / "run").metrics
     true, control = (m["sites"][0]["pacc"] for m in (metrics, metrics["recipes"]["shuffled"]))
     assert true > 0.95 and control < 0.7
-
-
-@pytest.mark.distributed
-def test_two_processes_train_the_probes_that_one_trains(checkpoints, tmp_path):
-    """Batch statistics and the mean over labelled pixels are those of the whole batch, though masks differ in what is
-    ignored, and in the last batch one rank has no image."""
-    root = tiny_models.write_segmentation(tmp_path / "data", training=5)
-    recipes = "{plain: {feature_norm: none}, conv: {head: conv}}"
-    for mask in (root / "annotations/training").glob("*[024].png"):
-        pixels = np.array(Image.open(mask))
-        pixels[:20] = 255
-        Image.fromarray(pixels).save(mask)
-    for devices in (1, 2):
-        out = tmp_path / str(devices)
-        common = arguments(
-            checkpoints["causal"], root, out, "--model.recipes", recipes, "--data.cache_features", "false"
-        )
-        more = ["--data.num_workers", "0", "--trainer.devices", str(devices)]
-        more += ["--trainer.strategy", "ddp"] if devices > 1 else []
-        subprocess.run([sys.executable, "-m", "probes", *common, *more], check=True, capture_output=True, timeout=300)
-    one, two = (read_tensors(tmp_path / n / "probes.safetensors") for n in ("1", "2"))
-    for key, tensor in one.items():
-        torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
-    states = [[site["states"] for site in ProbeRun(tmp_path / n).metrics["sites"]] for n in ("1", "2")]
-    assert states[0] == [{k: v if v is None else pytest.approx(v) for k, v in site.items()} for site in states[1]]

@@ -1,0 +1,29 @@
+"""Save checkpoints only at optimizer steps from which a run can be resumed exactly."""
+
+from lightning import Callback, LightningModule, Trainer
+
+
+def at_step_boundary(trainer: Trainer) -> bool:
+    """Return whether a checkpoint after this batch can be resumed exactly.
+
+    It cannot within an optimizer step, because checkpoints hold no accumulated gradients. Nor can it after the last
+    batch of an epoch, because Lightning would skip the validation of that epoch. The end of an epoch has a checkpoint
+    of its own.
+    """
+    epoch = trainer.fit_loop.epoch_loop
+    return not (epoch._should_accumulate() or epoch._is_training_done)
+
+
+class SaveAtStepBoundary(Callback):
+    """Make every ModelCheckpoint that saves every n steps wait for a step boundary.
+
+    Without it, such a ModelCheckpoint also saves at the first micro-batch after a resume, where the number of steps is
+    still that of the checkpoint.
+    """
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
+        """Mark the current step as saved if it is not a boundary."""
+        if not at_step_boundary(trainer):
+            for callback in trainer.checkpoint_callbacks:
+                if not callback._every_n_epochs:  # the others save at the end of an epoch
+                    callback._last_global_step_saved = trainer.global_step

@@ -1,0 +1,122 @@
+"""The command `probes segment`: segment any photos with the probe of a site.
+
+OUT/NAME.png             class index of each pixel, a palette PNG
+OUT/NAME_overlay.png     the map on top of the photo
+OUT/legend.png           colours, names and pixel shares of the classes that occur
+OUT/legend.json          the same for all classes, with run, site and photos
+"""
+
+import argparse
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from tqdm import tqdm
+
+from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf_loading import read_json
+from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.data.base import open_image, read_rgb
+from probes.data.palette import colorize, palette_of
+from probes.results.probe_run import ProbeRun
+
+COMMAND = "probes segment"  # marks the files of this command, which it may replace
+OPACITY = 0.5
+ROW_PX = 20
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run `probes segment`."""
+    run, out, photos = ProbeRun(args.probes), Path(args.out), [Path(photo) for photo in args.photos]
+    site = run.check_site(args.site)
+    _check_paths(photos, out)
+    with exclusive_run_lock(out, "legend.json"):
+        files, shares = segment(run, photos, site, out)
+        write_files(files)
+    largest = sorted(zip(shares, run.metrics["classes"], strict=True), key=lambda pair: -pair[0])[:3]
+    top = ", ".join(f"{name} {share:.0%}" for share, name in largest if share)
+    print(f"{out}: maps of {len(photos)} photos at {site} ({top}); colours in {out / 'legend.png'}")
+
+
+def _check_paths(photos: list[Path], out: Path) -> None:
+    """Raise unless all photos exist and no output overwrites another one or a file of somebody else."""
+    if missing := [photo for photo in photos if not photo.is_file()]:
+        raise UserError(f"{missing[0]} is not a file; expected a photo")
+    outputs = [out / "legend.png", out / "legend.json"]
+    for photo in photos:
+        outputs += _output_paths(photo, out)
+    if duplicates := [path for path in outputs if outputs.count(path) > 1]:
+        raise UserError(f"two outputs would be {duplicates[0]}; rename a photo or run the command once for each")
+    for path in outputs:
+        if path.exists() and not _is_own_file(path):
+            raise UserError(f"{path} exists and was not written by `{COMMAND}`; choose another --out")
+
+
+def _output_paths(photo: Path, out: Path) -> tuple[Path, Path]:
+    return out / f"{photo.stem}.png", out / f"{photo.stem}_overlay.png"
+
+
+def _is_own_file(path: Path) -> bool:
+    try:
+        marks = read_json(path) if path.suffix == ".json" else open_image(path, ("PNG",)).info
+    except UserError:
+        return False
+    return COMMAND in (marks.get("command"), marks.get("Software"))
+
+
+def segment(run: ProbeRun, photos: list[Path], site: str, out: Path) -> tuple[dict[Path, bytes | dict], list[float]]:
+    """Return the contents of all files by path, and the share of pixels of each class."""
+    classes, palette = run.metrics["classes"], _palette(run)
+    pixels, files = np.zeros(len(classes), np.int64), {}
+    for photo in tqdm(photos, desc="photos"):
+        image = read_rgb(open_image(photo), photo)
+        prediction = run.predict(image, site)
+        pixels += np.bincount(prediction.ravel(), minlength=len(classes))
+        indices = Image.fromarray(prediction).convert("P")
+        indices.putpalette(palette.tobytes())
+        overlay = Image.blend(image, Image.fromarray(colorize(prediction, palette)), OPACITY)
+        index_file, overlay_file = _output_paths(photo, out)
+        files |= {index_file: _encode_png(indices), overlay_file: _encode_png(overlay)}
+    shares = (pixels / pixels.sum()).tolist()
+    legend = [
+        {"index": k, "class": name, "colour": palette[k].tolist(), "share": shares[k]} for k, name in enumerate(classes)
+    ]
+    files[out / "legend.png"] = _encode_png(_draw_legend([row for row in legend if row["share"] > 0]))
+    files[out / "legend.json"] = {
+        "command": COMMAND,
+        "runs": [run.fingerprint],
+        "image_attention": run.metrics["image_attention"],
+        "site": site,
+        "photos": [str(photo) for photo in photos],
+        "classes": legend,
+    }
+    return files, shares
+
+
+def _palette(run: ProbeRun) -> np.ndarray:
+    try:
+        return palette_of(run.dataset())
+    except UserError:  # the dataset may be on another machine
+        return palette_of(SimpleNamespace(classes=run.metrics["classes"]))
+
+
+def _draw_legend(rows: list[dict]) -> Image.Image:
+    rows = sorted(rows, key=lambda row: -row["share"])
+    texts, font = [f"{row['share']:6.1%}  {row['class']}" for row in rows], ImageFont.load_default()
+    width = 2 * ROW_PX + max(int(font.getlength(text)) for text in texts)
+    legend = Image.new("RGB", (width, ROW_PX * len(rows)), "white")
+    draw = ImageDraw.Draw(legend)
+    for i, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        draw.rectangle((4, i * ROW_PX + 3, ROW_PX, (i + 1) * ROW_PX - 4), fill=tuple(row["colour"]), outline="black")
+        draw.text((ROW_PX + 8, i * ROW_PX + 4), text, fill="black", font=font)
+    return legend
+
+
+def _encode_png(image: Image.Image) -> bytes:
+    mark, stream = PngImagePlugin.PngInfo(), io.BytesIO()
+    mark.add_text("Software", COMMAND)
+    image.save(stream, "PNG", pnginfo=mark)
+    return stream.getvalue()

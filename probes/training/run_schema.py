@@ -1,0 +1,154 @@
+"""Schema of metrics.json and manifest.json, used to write a run and to read one.
+
+Fields are in the order of the files. Fields with a default are missing in older runs. Other keys are ignored.
+"""
+
+from pathlib import Path
+from typing import (
+    Annotated,
+    Any,
+    NotRequired,  # pydantic requires this one before Python 3.12
+)
+
+from pydantic import BaseModel, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
+from typing_extensions import TypedDict
+
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf_loading import read_json
+
+MAX_BYTES = 200_000_000  # 34 sites with 150 classes need 200 kB
+# Keys of earlier versions. Probe variants are stored under "recipes".
+OLD_KEYS = {"image_aspect": "image_resize", "mllm_dtype": "dtype", "recipes": "variants"}
+
+
+def _number(value: Any) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("Input should be a valid number")
+    return value
+
+
+Number = Annotated[Any, PlainValidator(_number)]  # `float` would convert 1 to 1.0
+Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
+Baseline = TypedDict("Baseline", {"class": str, "miou": Number, "pacc": Number})
+Scores = dict.fromkeys(("encoder", "adapter", "peak_llm", "peak_site", "delta_enc", "recovery"), Number | None)
+Summary = TypedDict("Summary", Scores | {"peak_site": NotRequired[str | None]})
+
+
+class _ProbeSettings(BaseModel, extra="allow"):
+    head: str
+    feature_norm: str
+
+
+class _Data(TypedDict):
+    root: str
+    dataset: str
+    options: NotRequired[dict[str, Any] | None]
+    fingerprint: str
+
+
+# the part of Manifest.config that is needed to load the model
+ModelConfig = TypedDict(
+    "ModelConfig",
+    {"mllm": str, "image_attention": str | None, "untrained": list[str] | None}
+    | {"image_resize": str, "dtype": str, "seed": int},
+)
+# the part of a checkpoint's training.json that reports use
+ModelTraining = TypedDict(
+    "ModelTraining",
+    {"encoder": TypedDict("Encoder", {"name": str}), "llm": str, "val/answer_accuracy": Number},
+    total=False,
+)
+
+
+class SiteScores(BaseModel):
+    """Scores of the probe at a site."""
+
+    site: str
+    dim: Annotated[int, Field(ge=1, le=1_000_000)]
+    miou: Number
+    miou_ci95: Interval
+    pacc: Number
+    pacc_ci95: Interval
+    best_epoch: Number | None
+    iou_per_class: list[Number | None]
+    history: list[Number]
+    states: dict[str, Any] = {}
+
+
+class VariantResults(BaseModel):
+    """Results of a probe variant."""
+
+    probe: dict[str, Any]
+    sites: list[SiteScores]
+    summary: dict[str, Any] = {}
+
+
+class Metrics(BaseModel):
+    """metrics.json: scores per site with intervals."""
+
+    dataset: str
+    split: str = "validation"
+    images: Annotated[int, Field(ge=1)]
+    mllm: str
+    image_attention: str
+    own_image_attention: str | None = None
+    image_resize: str | None = None
+    untrained: list[str]
+    seed: int
+    classes: Annotated[list[str], Field(min_length=1)]
+    baseline: Baseline
+    grid: Annotated[list[Annotated[int, Field(ge=1, le=128)]], Field(min_length=2, max_length=2)]
+    probe: _ProbeSettings
+    sites: Annotated[list[SiteScores], Field(min_length=1)]
+    summary: Summary
+    recipes: dict[str, VariantResults] = {}
+
+    @model_validator(mode="after")
+    def _check_agreement(self) -> "Metrics":
+        for key, names in (("classes", self.classes), ("sites", [site.site for site in self.sites])):
+            if len(set(names)) != len(names):
+                raise ValueError(f"{key} contains duplicates")
+        for site in self.sites:
+            if len(site.iou_per_class) != len(self.classes):
+                raise ValueError(f"iou_per_class of {site.site!r} does not have one value per class")
+        return self
+
+
+class Manifest(BaseModel):
+    """manifest.json: versions, commit, configuration, data and hardware of a run."""
+
+    versions: dict[str, Any]
+    git_commit: str | None = None
+    config: dict[str, Any]
+    data: _Data
+    mllm_training: dict[str, Any] | None
+    hardware: dict[str, Any] = {}
+
+
+def check_schema(schema: Any, content: dict[str, Any], source: Path | str) -> None:
+    """Raise a UserError that names `source` and the first invalid key unless `content` matches `schema`."""
+    try:
+        TypeAdapter(schema).validate_python(content, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"]).lstrip(".")
+        value = "" if first["type"] == "missing" or not key else f", got {str(first['input'])[:50]!r}"
+        problem = first["msg"].removeprefix("Value error, ") + value
+        raise UserError(f"{source}: {f'{key}: ' * bool(key)}{problem}; make the run again") from None
+
+
+def read_run_file(schema: type[BaseModel], path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file of a run.
+
+    Raises:
+        UserError: If the file is missing, damaged, or does not match `schema`.
+    """
+    content = read_json(path, MAX_BYTES)
+    check_schema(schema, content, path)
+    return content
+
+
+def rename_old_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """Return `Manifest.config` with the current names of options; the value "square" is now "squash"."""
+    config = {OLD_KEYS.get(key, key): value for key, value in config.items()}
+    return config | {"image_resize": "squash"} if config.get("image_resize") == "square" else config

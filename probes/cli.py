@@ -33,179 +33,102 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False)
 
     def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
-        subparser = commands.add_parser(
-            name, help=text, description=text[0].upper() + text[1:] + ".", formatter_class=HelpFormatter
-        )
-        subparser.set_defaults(run=run)
-        return subparser
+        description = text[0].upper() + text[1:] + "."
+        p = commands.add_parser(name, help=text, description=description, formatter_class=HelpFormatter)
+        p.set_defaults(run=f"probes.{run}")
+        return p
 
-    sites = command(
-        "sites",
-        "probes.analyses.extract:print_sites",
-        "list the sites of a model, their widths, its grid and attention",
-    )
-    sites.add_argument("mllm", help="checkpoint directory or hub id; its weights are not loaded")
+    p = command("sites", "analyses.extract:print_sites", "list the sites of a model, their widths and its attention")
+    p.add_argument("mllm", help="checkpoint directory or hub id; its weights are not loaded")
 
-    states = command(
-        "states",
-        "probes.analyses.extract:write_states",
-        "write the states of images at every site to a safetensors file",
-    )
-    states.add_argument("mllm", help="checkpoint directory or hub id")
-    states.add_argument("image", nargs="+", help="image files")
-    states.add_argument("--out", required=True, metavar="FILE", help='output file with tensors "SITE" f[images, T, d]')
-    states.add_argument("--sites", nargs="+", metavar="SITE", help="sites to write (default: all)")
-    states.add_argument(
-        "--image-attention", metavar="NAME", help="image attention to run with (default: the checkpoint's own)"
-    )
+    p = command("states", "analyses.extract:write_states", "write the states of images to a safetensors file")
+    p.add_argument("mllm", help="checkpoint directory or hub id")
+    p.add_argument("image", nargs="+", help="image files")
+    p.add_argument("--out", required=True, metavar="FILE", help='output file with tensors "SITE" f[images, T, d]')
+    p.add_argument("--sites", nargs="+", metavar="SITE", help="sites to write (default: all)")
+    p.add_argument("--image-attention", metavar="NAME", help="image attention (default: the checkpoint's own)")
 
-    knockout = command(
-        "knockout",
-        "probes.analyses.knockout.run:run",
-        "block image tokens (Eq. 1) and count the wrong patches that remain (App. C.1), into RUN/knockout.json",
+    text = "block image tokens (Eq. 1) and count the wrong patches that remain (App. C.1), into RUN/knockout.json"
+    p = command("knockout", "analyses.knockout.run:run", text)
+    _add_run(p)
+    text = "classes c, or auto:N for the N most often confused"
+    p.add_argument("--classes", required=True, nargs="+", metavar="NAME", help=text)
+    p.add_argument("--layers", nargs="+", type=int, metavar="L", help="layers to cut, counted from 1 (default: all)")
+    text = "site whose predictions define the blocked tokens"
+    p.add_argument("--block-by", default="adapter", metavar="SITE", help=text)
+    text = "tokens to block: all predicted as the class (Eq. 1), or only those whose label confirms it"
+    p.add_argument("--block-set", choices=["predicted", "correct"], default="predicted", help=text)
+    text = "controls besides random tokens: matched in distance, matched in attention mass, tokens of high norm"
+    p.add_argument("--controls", nargs="+", default=[], choices=["distance", "mass", "high_norm"], help=text)
+    p.add_argument("--draws", type=int, default=5, help="draws to average for each condition with random tokens")
+    text = "also block random fractions of the tokens"
+    p.add_argument("--fractions", nargs="+", type=float, default=[], metavar="F", help=text)
+    text = "also let image tokens attend to no image tokens but the blocked sets"
+    p.add_argument("--keep-only", action="store_true", help=text)
+    text = (
+        "also cut each layer alone, windows of K layers, all layers >= l, all layers <= l (RUN/knockout_windows.json)"
     )
-    _add_run(knockout)
-    knockout.add_argument(
-        "--classes", required=True, nargs="+", metavar="NAME", help="classes c, or auto:N for the N most often confused"
-    )
-    knockout.add_argument(
-        "--layers", nargs="+", type=int, metavar="L", help="decoder layers to cut, counted from 1 (default: all)"
-    )
-    knockout.add_argument(
-        "--block-by", default="adapter", metavar="SITE", help="site whose predictions define the blocked tokens"
-    )
-    knockout.add_argument(
-        "--block-set",
-        choices=["predicted", "correct"],
-        default="predicted",
-        help="tokens to block: all predicted as the class (Eq. 1), or only those whose label confirms it",
-    )
-    knockout.add_argument(
-        "--controls",
-        nargs="+",
-        default=[],
-        choices=["distance", "mass", "high_norm"],
-        help="controls besides random tokens: matched in distance, matched in attention mass, tokens of high norm",
-    )
-    knockout.add_argument("--draws", type=int, default=5, help="draws to average for each condition with random tokens")
-    knockout.add_argument(
-        "--fractions", nargs="+", type=float, default=[], metavar="F", help="also block random fractions of the tokens"
-    )
-    knockout.add_argument(
-        "--keep-only", action="store_true", help="also let image tokens attend to no image tokens but the blocked sets"
-    )
-    knockout.add_argument(
-        "--layer-windows",
-        type=int,
-        metavar="K",
-        help="also cut each layer alone, windows of K layers, all layers >= l, all layers <= l, into "
-        "RUN/knockout_windows.json",
-    )
-    knockout.add_argument(
-        "--attention-heads",
-        action="store_true",
-        help="also cut each attention head of each layer alone, into RUN/knockout_windows.json",
-    )
-    knockout.add_argument(
-        "--attention", action="store_true", help="also measure where wrong patches attend, layer by layer"
-    )
-    knockout.add_argument("--min-patches", type=int, default=1, help="leave out images with fewer wrong patches")
-    knockout.add_argument("--limit", type=int, help="number of images to read (default: all)")
-    knockout.add_argument("--batch-size", type=int, default=64, help="images, or cases, per forward")
-    _add_seed_and_out(knockout, "the controls and the bootstrap")
+    p.add_argument("--layer-windows", type=int, metavar="K", help=text)
+    text = "also cut each attention head of each layer alone (RUN/knockout_windows.json)"
+    p.add_argument("--attention-heads", action="store_true", help=text)
+    p.add_argument("--attention", action="store_true", help="also measure where wrong patches attend, by layer")
+    p.add_argument("--min-patches", type=int, default=1, help="leave out images with fewer wrong patches")
+    p.add_argument("--limit", type=int, help="number of images to read (default: all)")
+    p.add_argument("--batch-size", type=int, default=64, help="images, or cases, per forward")
+    _add_seed_and_out(p, "the controls and the bootstrap")
 
-    starvation = command(
-        "starvation",
-        "probes.analyses.starvation.run:run",
-        "compare accuracy by patch position of two runs, causal and bidirectional (Fig. 7, Table 3), in starvation.json",
-    )
-    starvation.add_argument(
-        "--probes",
-        required=True,
-        nargs=2,
-        metavar=("CAUSAL_RUN", "BIDIRECTIONAL_RUN"),
-        help="folders of finished probe runs on the same images",
-    )
-    starvation.add_argument("--site", help="site to compare at (default: the causal run's best decoder layer)")
-    starvation.add_argument(
-        "--by-class", action="store_true", help="also hold the classes fixed, since early patches are mostly sky"
-    )
-    starvation.add_argument(
-        "--flip",
-        nargs="*",
-        choices=["horizontal", "vertical", "rotate"],
-        help="also read flipped images, in all three ways if none is named, to separate position from content",
-    )
-    _add_seed_and_out(starvation, "the bootstrap", "the bidirectional run's folder")
+    text = "compare accuracy by patch position, causal against bidirectional (Fig. 7, Table 3), in starvation.json"
+    p = command("starvation", "analyses.starvation.run:run", text)
+    text, runs = "folders of finished probe runs on the same images", ("CAUSAL_RUN", "BIDIRECTIONAL_RUN")
+    p.add_argument("--probes", required=True, nargs=2, metavar=runs, help=text)
+    p.add_argument("--site", help="site to compare at (default: the causal run's best decoder layer)")
+    p.add_argument("--by-class", action="store_true", help="also hold the classes fixed: early patches are mostly sky")
+    text = "also read flipped images, in all three ways if none is named, to separate position from content"
+    p.add_argument("--flip", nargs="*", choices=["horizontal", "vertical", "rotate"], help=text)
+    _add_seed_and_out(p, "the bootstrap", "the bidirectional run's folder")
 
-    umap = command(
-        "umap",
-        "probes.analyses.umap:run",
-        "embed the patches of images in two dimensions, by site (Fig. 5), into RUN/umap.json",
-    )
-    _add_run(umap)
-    _add_images(umap)
-    umap.add_argument("--sites", nargs="+", metavar="SITE", help="sites (default: adapter, half-way, best layer)")
-    _add_seed_and_out(umap, "UMAP")
+    text = "embed the patches of images in two dimensions, by site (Fig. 5), into RUN/umap.json"
+    p = command("umap", "analyses.umap:run", text)
+    _add_run(p)
+    _add_images(p, "--image", default=[0])
+    p.add_argument("--sites", nargs="+", metavar="SITE", help="sites (default: adapter, half-way, best layer)")
+    _add_seed_and_out(p, "UMAP")
 
-    maps = command(
-        "maps",
-        "probes.analyses.segmentation_maps:run",
-        "predict maps by site (Figs. 4, 13) and under knockout (Figs. 6, 12), into RUN/maps.safetensors",
-    )
-    _add_run(maps)
-    _add_images(maps)
-    maps.add_argument(
-        "--classes", nargs="+", default=[], metavar="NAME", help="classes in RUN/knockout.json to show under knockout"
-    )
-    _add_out(maps)
+    text = "predict maps by site (Figs. 4, 13) and under knockout (Figs. 6, 12), into RUN/maps.safetensors"
+    p = command("maps", "analyses.segmentation_maps:run", text)
+    _add_run(p)
+    _add_images(p, "--image", default=[0])
+    text = "classes in RUN/knockout.json to show under knockout"
+    p.add_argument("--classes", nargs="+", default=[], metavar="NAME", help=text)
+    _add_out(p)
 
-    explore = command(
-        "explore",
-        "probes.report.explorer.page:run",
-        "write an interactive page of classes, words and knockouts by image, layer and patch, to OUT/explorer.html",
-    )
-    explore.add_argument("runs", nargs="+", metavar="RUN", help="finished probe runs on the same images, one per mask")
-    explore.add_argument(
-        "--images", type=int, nargs="+", required=True, metavar="I", help="indices in the validation split"
-    )
-    explore.add_argument("--out", required=True, metavar="DIR", help="folder for explorer.html, a self-contained file")
-    explore.add_argument(
-        "--conditions",
-        nargs="*",
-        default=["incorrect", "correct"],
-        metavar="NAME",
-        help="knockouts to show, of incorrect, correct, random_incorrect, random_correct",
-    )
-    explore.add_argument(
-        "--classes", nargs="+", metavar="NAME", help="wrong classes to knock out (default: each image's most frequent)"
-    )
-    explore.add_argument("--top-classes", type=int, default=3, metavar="N", help="most probable classes per patch")
-    explore.add_argument("--top-words", type=int, default=3, metavar="N", help="most probable words per patch")
-    explore.add_argument(
+    text = "write a page of classes, words and knockouts by image, layer and patch, to OUT/explorer.html"
+    p = command("explore", "report.explorer.page:run", text)
+    p.add_argument("runs", nargs="+", metavar="RUN", help="finished probe runs on the same images, one per mask")
+    _add_images(p, "--images", required=True)
+    p.add_argument("--out", required=True, metavar="DIR", help="folder for explorer.html, a self-contained file")
+    text, sets = "knockouts to show, of incorrect, correct, random_incorrect, random_correct", ["incorrect", "correct"]
+    p.add_argument("--conditions", nargs="*", default=sets, metavar="NAME", help=text)
+    text = "wrong classes to knock out (default: each image's most frequent)"
+    p.add_argument("--classes", nargs="+", metavar="NAME", help=text)
+    p.add_argument("--top-classes", type=int, default=3, metavar="N", help="most probable classes per patch")
+    p.add_argument("--top-words", type=int, default=3, metavar="N", help="most probable words per patch")
+    p.add_argument(
         "--word-sites", nargs="*", metavar="SITE", help="sites with words (default: all from the adapter on)"
     )
-    explore.add_argument("--seed", type=int, default=0, help="random seed of the controls")
+    p.add_argument("--seed", type=int, default=0, help="random seed of the controls")
 
-    report = command(
-        "report", "probes.report.page:run", "write claims, figures and tables of runs as one self-contained HTML page"
-    )
-    report.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="finished probe runs, one per model, dataset and mask, and their controls; NAME=RUN names the model",
-    )
-    report.add_argument(
-        "--out", required=True, metavar="DIR", help="folder for index.html, results.json, *.csv, *.png and *.pdf"
-    )
-    report.add_argument(
-        "--long-runs", nargs="+", default=[], metavar="RUN", help="runs of the same models with longer-trained probes"
-    )
-    report.add_argument(
-        "--variants", nargs="+", default=[], metavar="RUN", help="runs of the same models with further probe variants"
-    )
-    report.add_argument("--timings", metavar="FILE", help='log with lines "start end step", to report the wall time')
+    text = "write claims, figures and tables of runs as one self-contained HTML page"
+    p = command("report", "report.page:run", text)
+    text = "finished probe runs, one per model, dataset and mask, and their controls; NAME=RUN names the model"
+    p.add_argument("runs", nargs="+", metavar="RUN", help=text)
+    text = "folder for index.html, results.json, *.csv, *.png and *.pdf"
+    p.add_argument("--out", required=True, metavar="DIR", help=text)
+    text = "runs of the same models with longer-trained probes"
+    p.add_argument("--long-runs", nargs="+", default=[], metavar="RUN", help=text)
+    text = "runs of the same models with further probe variants"
+    p.add_argument("--variants", nargs="+", default=[], metavar="RUN", help=text)
+    p.add_argument("--timings", metavar="FILE", help='log with lines "start end step", to report the wall time')
     return parser
 
 
@@ -213,10 +136,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--probes", required=True, metavar="RUN", help="folder of a finished probe run")
 
 
-def _add_images(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--image", type=int, nargs="+", default=[0], metavar="I", help="indices in the validation split"
-    )
+def _add_images(parser: argparse.ArgumentParser, option: str, **kwargs) -> None:
+    parser.add_argument(option, type=int, nargs="+", metavar="I", help="indices in the validation split", **kwargs)
 
 
 def _add_out(parser: argparse.ArgumentParser, default: str = "the run's folder") -> None:

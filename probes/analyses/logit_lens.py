@@ -35,59 +35,35 @@ CONDITIONS = ("incorrect", "correct", "random_incorrect", "random_correct")  # b
 
 @dataclass(frozen=True)
 class PatchReadout:
-    """Readout of the patches of an image under one condition; the most probable class or word comes first.
+    """Readout of the patches of an image under one condition; the most probable class or word comes first."""
 
-    Args:
-        blocked: bool[T], blocked patches.
-        classes: long[k, S, T].
-        class_probabilities: f[k, S, T], softmax over all classes.
-        words: long[m, W, T], token ids.
-        word_probabilities: f[m, W, T], softmax over the vocabulary.
-    """
-
-    blocked: Tensor
-    classes: Tensor
-    class_probabilities: Tensor
-    words: Tensor
-    word_probabilities: Tensor
+    blocked: Tensor  # bool[T], blocked patches
+    classes: Tensor  # long[k, S, T]
+    class_probabilities: Tensor  # f[k, S, T], softmax over all classes
+    words: Tensor  # long[m, W, T], token ids
+    word_probabilities: Tensor  # f[m, W, T], softmax over the vocabulary
 
 
 @dataclass(frozen=True)
 class ImageReadout:
-    """Readout of an image by one run.
+    """Readout of an image by one run."""
 
-    Args:
-        image: Index in the validation split.
-        box: Left, top, width and height of the patch grid as fractions of the image; a padded square exceeds it.
-        truth: long[T], class of most labelled pixels under a patch, -1 for unlabelled patches.
-        case: Case of the knockout; None if no patch is wrongly predicted as any of the classes.
-        readings: By condition, "none" first.
-    """
-
-    image: int
-    box: tuple[float, float, float, float]
-    truth: Tensor
-    case: ConfusionCase | None
-    readings: dict[str, PatchReadout]
+    image: int  # index in the validation split
+    box: tuple[float, float, float, float]  # left, top, width, height of the grid in fractions of the image
+    truth: Tensor  # long[T], class of most labelled pixels under a patch, -1 for unlabelled patches
+    case: ConfusionCase | None  # None if no patch is wrongly predicted as any of the classes
+    readings: dict[str, PatchReadout]  # by condition, "none" first
 
 
 @dataclass(frozen=True)
 class RunReadout:
-    """Readout of several images by one run.
-
-    Args:
-        run: The probe run.
-        sites: S of them.
-        word_sites: W of these.
-        images: One readout per image.
-        vocabulary: Text of every token id that occurs.
-    """
+    """Readout of several images by one run."""
 
     run: ProbeRun
-    sites: list[str]
-    word_sites: list[str]
+    sites: list[str]  # S sites
+    word_sites: list[str]  # W of them
     images: list[ImageReadout]
-    vocabulary: dict[int, str]
+    vocabulary: dict[int, str]  # text of every token id that occurs
 
 
 def explore(

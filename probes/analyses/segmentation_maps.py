@@ -8,9 +8,7 @@ Shapes: S sites, T patches, L layers, H W pixels.
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,9 +60,7 @@ def predict_knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tupl
     with error_context(run.path / "knockout.json"):
         known = [entry["class"] for entry in results["classes"]]
     if name not in known:
-        raise UserError(
-            f"{run.path} has no knockout of {name!r}; run `probes knockout --probes {run.path} --classes {name!r}` first"
-        )
+        raise UserError(f"{run.path} has no knockout of {name!r}; run `probes knockout` with --classes {name!r} first")
     tensors = read_tensors(run.path / "knockout.safetensors")
     if f"{name}/patches" not in tensors:
         return None
@@ -81,32 +77,25 @@ def predict_knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tupl
 
 def run(args: argparse.Namespace) -> None:
     """Run `probes maps`."""
-    run = ProbeRun(args.probes)
-    dataset, out = run.dataset(), Path(args.out or args.probes)
+    run, out = ProbeRun(args.probes), Path(args.out or args.probes)
+    dataset = run.dataset()
     for image in args.image:
         if not 0 <= image < len(dataset):
             raise UserError(f"image {image} is out of range; the split has images 0..{len(dataset) - 1}")
     with exclusive_run_lock(out, "maps.json"):
-        results = write_maps(run, args.image, args.classes, out)
-    print(f"{out / 'maps.safetensors'}: {len(args.image)} images, {len(results['knockout'])} knockouts")
-
-
-def write_maps(run: ProbeRun, images: Sequence[int], classes: Sequence[str], out: Path) -> dict[str, Any]:
-    """Write maps of `images`, and of the knockouts of `classes`, into `out`; return the content of maps.json."""
-    dataset, reader = run.dataset(), PatchReader(run)
-    tensors = {f"image/{i}": predict_maps(reader, dataset[i], run.sites) for i in tqdm(images, desc="maps")}
-    knockouts = []
-    for name in classes:
-        if result := predict_knockout_maps(run, reader, name):
-            knockouts.append(result[0])
-            tensors[f"knockout/{name}"] = result[1]
-    results = {
-        "image_attention": run.metrics["image_attention"],
-        "runs": [run.fingerprint],
-        "sites": run.sites,
-        "layers": run.layers,
-        "images": [{"index": i, "name": dataset.names[i]} for i in images],
-        "knockout": knockouts,
-    }
-    write_files({out / "maps.safetensors": tensors, out / "maps.json": results})
-    return results
+        reader, knockouts = PatchReader(run), []
+        tensors = {f"image/{i}": predict_maps(reader, dataset[i], run.sites) for i in tqdm(args.image, desc="maps")}
+        for name in args.classes:
+            if result := predict_knockout_maps(run, reader, name):
+                knockouts.append(result[0])
+                tensors[f"knockout/{name}"] = result[1]
+        results = {
+            "image_attention": run.metrics["image_attention"],
+            "runs": [run.fingerprint],
+            "sites": run.sites,
+            "layers": run.layers,
+            "images": [{"index": i, "name": dataset.names[i]} for i in args.image],
+            "knockout": knockouts,
+        }
+        write_files({out / "maps.safetensors": tensors, out / "maps.json": results})
+    print(f"{out / 'maps.safetensors'}: {len(args.image)} images, {len(knockouts)} knockouts")

@@ -86,7 +86,7 @@ def sum_by_group(attention: Tensor, itself: Tensor, correct: Tensor, incorrect: 
         attention: f[L, T], to each image token, mean over the querying tokens.
         itself: f[L], the part that goes to the querying token itself.
         correct: bool[T], other tokens predicted as the correct class.
-        incorrect: bool[T], tokens predicted as the wrong class, all querying tokens among them; disjoint from `correct`.
+        incorrect: bool[T], tokens predicted as the wrong class, all querying tokens among them.
     """
     to = lambda group: attention[:, group].sum(-1)
     groups = [itself, to(correct), to(incorrect) - itself, to(~(correct | incorrect)), 1 - attention.sum(-1)]

@@ -21,18 +21,11 @@ from .layer_sweep import SWEEP_CONDITIONS, CutLocation, cut_locations
 
 
 class ForwardRow(NamedTuple):
-    """One row of a forward: which tokens of a case are blocked, and where.
+    """One row of a forward: which tokens of a case are blocked, and where."""
 
-    Args:
-        case: Index of the case.
-        key: Key of its result.
-        blocked: bool[T] or bool[T, T].
-        location: Layers and heads to cut.
-    """
-
-    case: int
-    key: str
-    blocked: Tensor
+    case: int  # index of the case
+    key: str  # key of the result
+    blocked: Tensor  # bool[T] or bool[T, T]
     location: CutLocation
 
 

@@ -65,29 +65,17 @@ class PatchReader:
 
 @dataclass
 class ConfusionCase:
-    """An image in which patches are wrongly predicted as a class c.
+    """An image in which patches are wrongly predicted as a class c."""
 
-    Args:
-        image: Index in the split.
-        row: Position in the batch.
-        patches: n_c(0).
-        anchors: Number of tokens in block set "correct".
-        wrong_class: c.
-        correct_class: Most frequent true class of the mistaken patches.
-        mistaken: bool[T], the patches in n_c(0).
-        other_class: bool[T], labelled patches whose true class is not c.
-        blocked: bool[T] by condition, "incorrect" (B_c) and "correct" (B of the correct class).
-    """
-
-    image: int
-    row: int
-    patches: int
-    anchors: int
-    wrong_class: int
-    correct_class: int
-    mistaken: Tensor
-    other_class: Tensor
-    blocked: dict[str, Tensor]
+    image: int  # index in the split
+    row: int  # position in the batch
+    patches: int  # n_c(0)
+    anchors: int  # number of tokens in blocked["correct"]
+    wrong_class: int  # c
+    correct_class: int  # most frequent true class of the mistaken patches
+    mistaken: Tensor  # bool[T], the patches in n_c(0)
+    other_class: Tensor  # bool[T], labelled patches whose true class is not c
+    blocked: dict[str, Tensor]  # bool[T] by condition: "incorrect" (B_c), "correct" (B of the correct class)
 
     def count_wrong(self, predicted: Tensor) -> Tensor:
         """Return n_c(l) at each layer, f[L + 1], from predictions long[L + 1, T]."""

@@ -36,19 +36,12 @@ MATCH_CANDIDATES = 3  # a matched token is drawn from the best matches, so that 
 
 
 class MatchingFeatures(NamedTuple):
-    """Features of each token by which controls are matched, for one case.
+    """Features of each token by which controls are matched, for one case."""
 
-    Args:
-        distance: f[T], distance to the nearest mistaken patch, in patches.
-        visibility: f[T], share of the mistaken patches that may attend to it.
-        mass: f[T], attention received per mistaken patch, mean over layers and heads; NaN if not measured.
-        high_norm: bool[T].
-    """
-
-    distance: np.ndarray
-    visibility: np.ndarray
-    mass: np.ndarray
-    high_norm: np.ndarray
+    distance: np.ndarray  # f[T], distance to the nearest mistaken patch, in patches
+    visibility: np.ndarray  # f[T], share of the mistaken patches that may attend to it
+    mass: np.ndarray  # f[T], attention received per mistaken patch, mean over layers and heads; NaN if not measured
+    high_norm: np.ndarray  # bool[T]
 
     @classmethod
     def from_case(

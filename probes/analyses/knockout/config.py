@@ -19,41 +19,23 @@ JSON_KEYS |= {"layer_windows": "windows", "attention_heads": "heads"}
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run for each case.
+    """What to run for each case."""
 
-    Args:
-        classes: The classes c.
-        layers: Decoder layers to cut; None for all.
-        block_by: Site whose predictions define the blocked tokens.
-        block_set: Block all tokens "predicted" as a class (Eq. 1), or the "correct" set, see cases.py.
-        min_patches: Smallest n_c(0) of a case.
-        limit: Number of images to read; None for all.
-        batch_size: Images, or rows of cases and conditions, per forward.
-        controls: Besides random tokens: distance, mass, high_norm.
-        draws: Number of draws of each condition with random tokens.
-        fractions: Fractions of the blocked tokens to block as further conditions.
-        keep_only: Also leave only attention to the blocked sets.
-        layer_windows: Also cut windows of layers; the width of the sliding ones.
-        attention_heads: Also cut each attention head of each layer alone.
-        attention: Also measure where mistaken patches attend.
-        seed: Seed of the draws and the bootstrap.
-    """
-
-    classes: Sequence[str]
-    layers: Sequence[int] | None = None
-    block_by: str = ADAPTER
-    block_set: str = "predicted"
-    min_patches: int = 1
-    limit: int | None = None
-    batch_size: int = 64
-    controls: Sequence[str] = ()
-    draws: int = 5
-    fractions: Sequence[float] = ()
-    keep_only: bool = False
-    layer_windows: int | None = None
-    attention_heads: bool = False
-    attention: bool = False
-    seed: int = 0
+    classes: Sequence[str]  # the classes c
+    layers: Sequence[int] | None = None  # decoder layers to cut; None for all
+    block_by: str = ADAPTER  # site whose predictions define the blocked tokens
+    block_set: str = "predicted"  # block all tokens "predicted" as a class (Eq. 1), or the "correct" set, see cases.py
+    min_patches: int = 1  # smallest n_c(0) of a case
+    limit: int | None = None  # number of images to read; None for all
+    batch_size: int = 64  # images, or rows of cases and conditions, per forward
+    controls: Sequence[str] = ()  # besides random tokens: distance, mass, high_norm
+    draws: int = 5  # of each condition with random tokens
+    fractions: Sequence[float] = ()  # fractions of the blocked tokens to block as further conditions
+    keep_only: bool = False  # also leave only attention to the blocked sets
+    layer_windows: int | None = None  # also cut windows of layers; the width of the sliding ones
+    attention_heads: bool = False  # also cut each attention head of each layer alone
+    attention: bool = False  # also measure where mistaken patches attend
+    seed: int = 0  # of the draws and the bootstrap
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings under their keys in knockout.json."""

@@ -22,15 +22,10 @@ SPECIFICITY = "correct - incorrect"
 
 
 class Cases(NamedTuple):
-    """Rates of the cases of a finished knockout.
+    """Rates of the cases of a finished knockout."""
 
-    Args:
-        rates: n_c(l) / n_c(0) by condition, f[C, L + 1].
-        images: long[C], indices in the split; an image can have cases of several classes.
-    """
-
-    rates: dict[str, Tensor]
-    images: Tensor
+    rates: dict[str, Tensor]  # n_c(l) / n_c(0) by condition, f[C, L + 1]
+    images: Tensor  # long[C], indices in the split; an image can have cases of several classes
 
     def mean(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean over cases of `values` f[C, ...], and those under image weights f[R, N], f[R, ...]."""

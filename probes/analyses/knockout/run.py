@@ -1,4 +1,4 @@
-"""`probes knockout`: do correctly classified patches pull misclassified ones to the right class? (Sec. 4, App. C)
+"""`probes knockout`: do correctly classified patches pull misclassified ones to the right class (Sec. 4, App. C)?
 
 A case of class c is an image in which the adapter's probe predicts c on patches of other classes. Per case, Eq. 1
 blocks in turn nothing ("none"), the tokens predicted as c ("incorrect"), those predicted as the class that the mistaken

@@ -92,14 +92,16 @@ def flip_results(runs: dict[str, ProbeRun], site: str, flip: str, upright: Count
         - "follows": "position", "content", or "undecided" if the interval of "moved" contains zero
         - "correlation": of flipped and upright gaps, by position and by content
     """
-    first = next(iter(runs.values()))
-    grid = tuple(first.metrics["grid"])
+    grid = tuple(runs["causal"].metrics["grid"])
     positions = flipped_positions(grid, flip)
     flipped = {mask: score_patches(run, site, FlippedDataset(run.dataset(), flip)) for mask, run in runs.items()}
     patches = list(range(grid[1] if flip != "horizontal" else min(3, grid[1] // 2)))
     content = positions[patches].tolist()
     gaps = accuracy_gap(*patch_accuracy(flipped, weights))
-    moved, moved_ci95 = _gap_difference(flipped, weights, patches, content)
+    pooled = {mask: counts.pool(patches, content) for mask, counts in flipped.items()}
+    gap, resampled = (x["bidirectional"] - x["causal"] for x in patch_accuracy(pooled, weights))
+    moved = (gap[0] - gap[1]).item()
+    moved_ci95 = interval(moved, resampled[:, 0] - resampled[:, 1])
     old, new = torch.tensor(accuracy_gap(*patch_accuracy(upright, weights[:2]))["gap"]), torch.tensor(gaps["gap"])
     correlation = lambda a, b: torch.corrcoef(torch.stack([a, b]))[0, 1].item()
     return {
@@ -114,14 +116,3 @@ def flip_results(runs: dict[str, ProbeRun], site: str, flip: str, upright: Count
         "follows": "position" if moved_ci95[0] > 0 else "content" if moved_ci95[1] < 0 else "undecided",
         "correlation": {"position": correlation(new, old), "content": correlation(new[positions], old)},
     }
-
-
-def _gap_difference(counts: CountsByMask, weights: Tensor, a: list[int], b: list[int]) -> tuple[float, list[float]]:
-    """Return the gap over patches `a` minus that over `b`, with its interval."""
-    estimates = []
-    for patches in (a, b):
-        pooled = {mask: pixels.pool(patches) for mask, pixels in counts.items()}
-        estimates.append([x["bidirectional"] - x["causal"] for x in patch_accuracy(pooled, weights)])
-    (gap_a, resampled_a), (gap_b, resampled_b) = estimates
-    value = (gap_a - gap_b).item()
-    return value, interval(value, (resampled_a - resampled_b)[:, 0])

@@ -6,6 +6,7 @@ Shapes: N images, T patches, R resamplings.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
@@ -19,9 +20,9 @@ class PatchCounts(NamedTuple):
     right: Tensor
     valid: Tensor
 
-    def pool(self, patches: Sequence[int]) -> "PatchCounts":
-        """Return the sum over some patches, f[N, 1]."""
-        return PatchCounts(*(x[:, list(patches)].sum(1, keepdim=True) for x in self))
+    def pool(self, *groups: Sequence[int]) -> "PatchCounts":
+        """Return the sums over G groups of patches, f[N, G]."""
+        return PatchCounts(*(torch.stack([x[:, list(patches)].sum(1) for patches in groups], 1) for x in self))
 
 
 CountsByMask = dict[str, PatchCounts]  # keys "causal" and "bidirectional"

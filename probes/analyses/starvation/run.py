@@ -1,4 +1,4 @@
-"""`probes starvation`: are early patches worse off under causal attention? (Sec. 5.1, Fig. 7, Table 3)
+"""`probes starvation`: are early patches worse off under causal attention (Sec. 5.1, Fig. 7, Table 3)?
 
 Image tokens come in raster order. Under a causal mask, patch 0 attends to no other patch and the last one to all. Two
 runs on the same images are compared by pixel accuracy under each patch at one site. The difference cancels effects of

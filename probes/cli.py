@@ -35,13 +35,15 @@ def build_parser() -> argparse.ArgumentParser:
     def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
         description = text[0].upper() + text[1:] + "."
         p = commands.add_parser(name, help=text, description=description, formatter_class=HelpFormatter)
-        p.set_defaults(run=f"probes.{run}")
+        p.set_defaults(run=run)
         return p
 
-    p = command("sites", "analyses.extract:print_sites", "list the sites of a model, their widths and its attention")
+    p = command(
+        "sites", "probes.analyses.extract:print_sites", "list the sites of a model, their widths and its attention"
+    )
     p.add_argument("mllm", help="checkpoint directory or hub id; its weights are not loaded")
 
-    p = command("states", "analyses.extract:write_states", "write the states of images to a safetensors file")
+    p = command("states", "probes.analyses.extract:write_states", "write the states of images to a safetensors file")
     p.add_argument("mllm", help="checkpoint directory or hub id")
     p.add_argument("image", nargs="+", help="image files")
     p.add_argument("--out", required=True, metavar="FILE", help='output file with tensors "SITE" f[images, T, d]')
@@ -49,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--image-attention", metavar="NAME", help="image attention (default: the checkpoint's own)")
 
     text = "block image tokens (Eq. 1) and count the wrong patches that remain (App. C.1), into RUN/knockout.json"
-    p = command("knockout", "analyses.knockout.run:run", text)
+    p = command("knockout", "probes.analyses.knockout.run:run", text)
     _add_run(p)
     text = "classes c, or auto:N for the N most often confused"
     p.add_argument("--classes", required=True, nargs="+", metavar="NAME", help=text)
@@ -78,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_seed_and_out(p, "the controls and the bootstrap")
 
     text = "compare accuracy by patch position, causal against bidirectional (Fig. 7, Table 3), in starvation.json"
-    p = command("starvation", "analyses.starvation.run:run", text)
+    p = command("starvation", "probes.analyses.starvation.run:run", text)
     text, runs = "folders of finished probe runs on the same images", ("CAUSAL_RUN", "BIDIRECTIONAL_RUN")
     p.add_argument("--probes", required=True, nargs=2, metavar=runs, help=text)
     p.add_argument("--site", help="site to compare at (default: the causal run's best decoder layer)")
@@ -88,14 +90,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_seed_and_out(p, "the bootstrap", "the bidirectional run's folder")
 
     text = "embed the patches of images in two dimensions, by site (Fig. 5), into RUN/umap.json"
-    p = command("umap", "analyses.umap:run", text)
+    p = command("umap", "probes.analyses.umap:run", text)
     _add_run(p)
     _add_images(p, "--image", default=[0])
     p.add_argument("--sites", nargs="+", metavar="SITE", help="sites (default: adapter, half-way, best layer)")
     _add_seed_and_out(p, "UMAP")
 
     text = "predict maps by site (Figs. 4, 13) and under knockout (Figs. 6, 12), into RUN/maps.safetensors"
-    p = command("maps", "analyses.segmentation_maps:run", text)
+    p = command("maps", "probes.analyses.segmentation_maps:run", text)
     _add_run(p)
     _add_images(p, "--image", default=[0])
     text = "classes in RUN/knockout.json to show under knockout"
@@ -103,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_out(p)
 
     text = "write a page of classes, words and knockouts by image, layer and patch, to OUT/explorer.html"
-    p = command("explore", "report.explorer.page:run", text)
+    p = command("explore", "probes.report.explorer.page:run", text)
     p.add_argument("runs", nargs="+", metavar="RUN", help="finished probe runs on the same images, one per mask")
     _add_images(p, "--images", required=True)
     p.add_argument("--out", required=True, metavar="DIR", help="folder for explorer.html, a self-contained file")
@@ -119,7 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, help="random seed of the controls")
 
     text = "write claims, figures and tables of runs as one self-contained HTML page"
-    p = command("report", "report.page:run", text)
+    p = command("report", "probes.report.page:run", text)
     text = "finished probe runs, one per model, dataset and mask, and their controls; NAME=RUN names the model"
     p.add_argument("runs", nargs="+", metavar="RUN", help=text)
     text = "folder for index.html, results.json, *.csv, *.png and *.pdf"

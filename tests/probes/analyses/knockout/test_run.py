@@ -14,7 +14,6 @@ from probes import Knockout
 from probes.analyses.knockout.cases import PatchReader, confused_classes
 from probes.analyses.knockout.conditions import CONDITIONS
 from probes.analyses.knockout.config import Plan
-from probes.analyses.knockout.effects import read_cases
 from probes.analyses.knockout.layer_sweep import cut_locations
 from probes.analyses.knockout.run import knockout
 from probes.cli import main
@@ -190,14 +189,6 @@ def test_json_keys_of_the_plan_are_those_of_earlier_files(run):
     plan = Plan(["sky"], block_set="correct", fractions=[0.5], layer_windows=2).to_json()
     assert plan["labels_from"] == "adapter" and plan["anchors"] == "true" and plan["doses"] == [0.5]
     assert (plan["windows"], plan["heads"], plan["reverse"]) == (2, False, False)
-
-
-def test_fewer_cases_with_more_patches(run, classes):
-    main(["knockout", "--probes", str(run.path), "--classes", classes[0]])
-    everything, more = read_cases(run, 1), read_cases(run, 2)
-    assert more is None or len(more.images) <= len(everything.images)
-    assert read_cases(run, 99) is None
-    assert set(everything.rates) == set(CONDITIONS)
 
 
 def test_auto_ranks_classes_by_wrongly_predicted_pixels(run, capsys):

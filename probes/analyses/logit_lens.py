@@ -119,10 +119,8 @@ def explore(
                 blocked |= blocked_patches(case, conditions, adapter[0], np.random.default_rng([seed, image]))
         knockout = Knockout(torch.stack(list(blocked.values())))
         states = mllm.states(pixels.expand(len(blocked), -1, -1, -1), run.sites, knockout)
-        parts = (
-            *most_probable(states, heads, min(top_classes, len(names))),
-            *most_probable(states, word_heads, top_words),
-        )
+        parts = most_probable(states, heads, min(top_classes, len(names)))
+        parts += most_probable(states, word_heads, top_words)
         readings = {c: PatchReadout(b, *(part[i] for part in parts)) for i, (c, b) in enumerate(blocked.items())}
         readouts.append(ImageReadout(image, grid_box(view, sample["target"].shape), truth, case, readings))
     return RunReadout(run, run.sites, list(word_heads), readouts, _read_vocabulary(run, readouts))
@@ -161,7 +159,7 @@ def most_confused(predicted: Tensor, truth: Tensor, image: int, classes: Sequenc
 def blocked_patches(
     case: ConfusionCase, conditions: Sequence[str], states: Tensor, rng: np.random.Generator
 ) -> dict[str, Tensor]:
-    """Return the patches that each condition blocks, bool[T]; random ones as the knockout draws them.
+    """Return the patches that each condition blocks, bool[T]; random ones from the same pool as the knockout's.
 
     Args:
         case: The case.

@@ -129,7 +129,7 @@ def matched_tokens(
 
 
 def random_subset(blocked: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
-    """Draw a fraction of the blocked tokens, rounded to whole tokens, bool[T]."""
+    """Draw a fraction of the blocked tokens, rounded to an integer number, bool[T]."""
     tokens = rng.permutation(np.flatnonzero(blocked))
     return np.isin(np.arange(len(blocked)), tokens[: round(fraction * len(tokens))])
 

@@ -1,186 +1,143 @@
-"""The `probes` command: all its options. What a command needs is imported when it runs."""
+"""The `probes` command and its options. Each command's module is imported when the command runs."""
 
 import argparse
 import sys
 from importlib import import_module
 
+from llava_bidir import __version__
 from llava_bidir.common.errors import one_line_errors
 
-CONFIGURED = {  # commands that take YAML, with parsers of their own
+LIGHTNING_COMMANDS = {  # their options are defined by LightningCLI
     "fit": "train a probe at every site: -c configs/probes/ade20k.yaml --model.mllm DIR --data.root DIR --out RUN",
-    "validate": "scores of a checkpoint's probes as they are",
-    "test": "scores of a checkpoint's probes, each of its best epoch; writes the run's files",
-    "verify-data": "read every image and mask before GPU time: -c configs/probes/ade20k.yaml --data.root DIR",
+    "validate": "score the probes of a checkpoint as they are",
+    "test": "score the probes of a checkpoint, each at its best epoch, and write the files of the run",
+    "verify-data": "read every image and mask before training: -c configs/probes/ade20k.yaml --data.root DIR",
 }
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, []) or action.nargs == 0 else super()._get_help_string(action)
+
+
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
-        prog="probes", description="Where in an MLLM can its image tokens be segmented? (arXiv 2603.17228)"
+        prog="probes", description="Layerwise segmentation probes for frozen MLLMs (arXiv 2603.17228)."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, text in CONFIGURED.items():
+    for name, text in LIGHTNING_COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
 
     def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        added.set_defaults(run=run)
-        return added
+        description = text[0].upper() + text[1:] + "."
+        p = commands.add_parser(name, help=text, description=description, formatter_class=HelpFormatter)
+        p.set_defaults(run=run)
+        return p
 
-    sites = command("sites", "probes.analyses.extract:print_sites", "sites, grid, widths and attention of a model")
-    sites.add_argument("mllm", help="checkpoint directory or hub id; its weights are not loaded")
+    p = command(
+        "sites", "probes.analyses.extract:print_sites", "list the sites of a model, their widths and its attention"
+    )
+    p.add_argument("mllm", help="checkpoint directory or hub id; its weights are not loaded")
 
-    states = command(
-        "states", "probes.analyses.extract:write_states", "states of images at every site, to a safetensors file"
-    )
-    states.add_argument("mllm", help="checkpoint directory or hub id")
-    states.add_argument("image", nargs="+", help="image files")
-    states.add_argument("--out", required=True, metavar="FILE", help='tensors "SITE" f[images, T, d]')
-    states.add_argument("--sites", nargs="+", metavar="SITE", help="default: all")
-    states.add_argument("--image-attention", metavar="NAME", help="another mask than the checkpoint's own")
+    p = command("states", "probes.analyses.extract:write_states", "write the states of images to a safetensors file")
+    p.add_argument("mllm", help="checkpoint directory or hub id")
+    p.add_argument("image", nargs="+", help="image files")
+    p.add_argument("--out", required=True, metavar="FILE", help='output file with tensors "SITE" f[images, T, d]')
+    p.add_argument("--sites", nargs="+", metavar="SITE", help="sites to write (default: all)")
+    p.add_argument("--image-attention", metavar="NAME", help="image attention (default: the checkpoint's own)")
 
-    knockout = command(
-        "knockout",
-        "probes.analyses.knockout.run:run",
-        "attention knockout (Eq. 1) and the wrong patches that remain (App. C.1), to RUN/knockout.json",
+    text = "block image tokens (Eq. 1) and count the wrong patches that remain (App. C.1), into RUN/knockout.json"
+    p = command("knockout", "probes.analyses.knockout.run:run", text)
+    _add_run(p)
+    text = "classes c, or auto:N for the N most often confused"
+    p.add_argument("--classes", required=True, nargs="+", metavar="NAME", help=text)
+    p.add_argument("--layers", nargs="+", type=int, metavar="L", help="layers to cut, counted from 1 (default: all)")
+    text = "site whose predictions define the blocked tokens"
+    p.add_argument("--block-by", default="adapter", metavar="SITE", help=text)
+    text = "tokens to block: all predicted as the class (Eq. 1), or only those whose label confirms it"
+    p.add_argument("--block-set", choices=["predicted", "correct"], default="predicted", help=text)
+    text = "controls besides random tokens: matched in distance, matched in attention mass, tokens of high norm"
+    p.add_argument("--controls", nargs="+", default=[], choices=["distance", "mass", "high_norm"], help=text)
+    p.add_argument("--draws", type=int, default=5, help="draws to average for each condition with random tokens")
+    text = "also block random fractions of the tokens"
+    p.add_argument("--fractions", nargs="+", type=float, default=[], metavar="F", help=text)
+    text = "also let image tokens attend to no image tokens but the blocked sets"
+    p.add_argument("--keep-only", action="store_true", help=text)
+    text = (
+        "also cut each layer alone, windows of K layers, all layers >= l, all layers <= l (RUN/knockout_windows.json)"
     )
-    _add_run(knockout)
-    knockout.add_argument(
-        "--classes", required=True, nargs="+", metavar="NAME", help="classes c, or auto:N, the N most often wrong"
-    )
-    knockout.add_argument("--layers", nargs="+", type=int, metavar="L", help="decoder layers to cut, from 1 (all)")
-    knockout.add_argument(
-        "--labels-from", default="adapter", metavar="SITE", help="whose predictions say what is blocked (adapter)"
-    )
-    knockout.add_argument(
-        "--anchors",
-        choices=["predicted", "true"],
-        default="predicted",
-        help="block all that is predicted the class, as Eq. 1 (predicted), or only what is truly right or wrong (true)",
-    )
-    knockout.add_argument(
-        "--controls",
-        nargs="+",
-        default=[],
-        choices=["distance", "mass", "high_norm"],
-        help="beside random tokens: others matched in distance, in attention mass; tokens of high norm (none)",
-    )
-    knockout.add_argument("--draws", type=int, default=5, help="of each control that draws tokens, averaged (5)")
-    knockout.add_argument(
-        "--doses", nargs="+", type=float, default=[], metavar="F", help="also block only these fractions (none)"
-    )
-    knockout.add_argument(
-        "--reverse", action="store_true", help="also leave image tokens nothing but the classes' tokens to attend to"
-    )
-    knockout.add_argument(
-        "--windows",
-        type=int,
-        metavar="K",
-        help="also cut single layers, K in a row, from L on, up to L, to RUN/knockout_windows.json",
-    )
-    knockout.add_argument("--heads", action="store_true", help="also cut each head of each layer by itself, there too")
-    knockout.add_argument("--attention", action="store_true", help="also say where wrong patches look, by layer")
-    knockout.add_argument("--min-patches", type=int, default=1, help="leave out images with fewer wrong patches (1)")
-    knockout.add_argument("--limit", type=int, help="look at no more than so many images")
-    knockout.add_argument("--batch-size", type=int, default=64, help="images, or cases, of a forward (64)")
-    _add_seed_and_out(knockout, "of the random controls and the bootstrap")
+    p.add_argument("--layer-windows", type=int, metavar="K", help=text)
+    text = "also cut each attention head of each layer alone (RUN/knockout_windows.json)"
+    p.add_argument("--attention-heads", action="store_true", help=text)
+    p.add_argument("--attention", action="store_true", help="also measure where wrong patches attend, by layer")
+    p.add_argument("--min-patches", type=int, default=1, help="leave out images with fewer wrong patches")
+    p.add_argument("--limit", type=int, help="number of images to read (default: all)")
+    p.add_argument("--batch-size", type=int, default=64, help="images, or cases, per forward")
+    _add_seed_and_out(p, "the controls and the bootstrap")
 
-    starvation = command(
-        "starvation",
-        "probes.analyses.starvation.run:run",
-        "accuracy by patch position, causal against bidirectional (Fig. 7, Table 3), to starvation.json",
-    )
-    starvation.add_argument(
-        "--probes",
-        required=True,
-        nargs=2,
-        metavar=("CAUSAL_RUN", "BIDIRECTIONAL_RUN"),
-        help="folders of finished probe runs on the same images",
-    )
-    starvation.add_argument("--site", help="where to compare (default: the causal run's best decoder layer)")
-    starvation.add_argument(
-        "--by-class", action="store_true", help="also with the classes held fixed: early patches are mostly sky"
-    )
-    starvation.add_argument(
-        "--flip",
-        nargs="*",
-        choices=["horizontal", "vertical", "rotate"],
-        help="also on turned images (all three ways): is it the position that starves, or what images show there?",
-    )
-    _add_seed_and_out(starvation, "of the bootstrap")
+    text = "compare accuracy by patch position, causal against bidirectional (Fig. 7, Table 3), in starvation.json"
+    p = command("starvation", "probes.analyses.starvation.run:run", text)
+    text, runs = "folders of finished probe runs on the same images", ("CAUSAL_RUN", "BIDIRECTIONAL_RUN")
+    p.add_argument("--probes", required=True, nargs=2, metavar=runs, help=text)
+    p.add_argument("--site", help="site to compare at (default: the causal run's best decoder layer)")
+    p.add_argument("--by-class", action="store_true", help="also hold the classes fixed: early patches are mostly sky")
+    text = "also read flipped images, in all three ways if none is named, to separate position from content"
+    p.add_argument("--flip", nargs="*", choices=["horizontal", "vertical", "rotate"], help=text)
+    _add_seed_and_out(p, "the bootstrap", "the bidirectional run's folder")
 
-    umap = command(
-        "umap", "probes.analyses.umap:run", "patches of images in two dimensions, by site (Fig. 5), to RUN/umap.json"
-    )
-    _add_run(umap)
-    umap.add_argument("--image", type=int, nargs="+", default=[0], metavar="I", help="indices in the validation split")
-    umap.add_argument("--sites", nargs="+", metavar="SITE", help="default: adapter, half-way, best layer")
-    umap.add_argument(
-        "--tensorboard", action="store_true", help="also the states, for TensorBoard's projector, to RUN/projector"
-    )
-    _add_seed_and_out(umap, "of UMAP")
+    text = "embed the patches of images in two dimensions, by site (Fig. 5), into RUN/umap.json"
+    p = command("umap", "probes.analyses.umap:run", text)
+    _add_run(p)
+    _add_images(p, "--image", default=[0])
+    p.add_argument("--sites", nargs="+", metavar="SITE", help="sites (default: adapter, half-way, best layer)")
+    _add_seed_and_out(p, "UMAP")
 
-    maps = command(
-        "maps",
-        "probes.analyses.segmentation_maps:run",
-        "predicted maps by site (Figs. 4, 13) and under knockout (Figs. 6, 12), to RUN/maps.safetensors",
-    )
-    _add_run(maps)
-    maps.add_argument("--image", type=int, nargs="+", default=[0], metavar="I", help="indices in the validation split")
-    maps.add_argument("--knockout", nargs="+", default=[], metavar="NAME", help="classes that RUN/knockout.json has")
-    maps.add_argument("--out", metavar="DIR", help="where it goes (the run's folder)")
+    text = "predict maps by site (Figs. 4, 13) and under knockout (Figs. 6, 12), into RUN/maps.safetensors"
+    p = command("maps", "probes.analyses.segmentation_maps:run", text)
+    _add_run(p)
+    _add_images(p, "--image", default=[0])
+    text = "classes in RUN/knockout.json to show under knockout"
+    p.add_argument("--classes", nargs="+", default=[], metavar="NAME", help=text)
+    _add_out(p)
 
-    segment = command("segment", "probes.analyses.segment:run", "segmentation maps of any photos, to OUT")
-    _add_run(segment)
-    segment.add_argument("photos", nargs="+", metavar="PHOTO", help="image files; their names must differ")
-    segment.add_argument("--site", help="site of the probe (default: the run's best decoder layer)")
-    segment.add_argument(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="NAME.png (class indices), NAME_overlay.png, legend.png and legend.json; only files that this command "
-        "has written are replaced",
-    )
+    p = command("segment", "probes.analyses.segment:run", "write the segmentation maps of any photos")
+    _add_run(p)
+    p.add_argument("photos", nargs="+", metavar="PHOTO", help="image files with distinct names")
+    p.add_argument("--site", help="site of the probe (default: the run's best decoder layer)")
+    text = "folder for NAME.png (class indices), NAME_overlay.png, legend.png and legend.json; only files that this "
+    p.add_argument("--out", required=True, metavar="DIR", help=text + "command has written are replaced")
 
-    explore = command(
-        "explore",
-        "probes.report.explorer.page:run",
-        "a page to walk through images, layers and knockouts, patch by patch, to OUT/explorer.html",
+    text = "write a page of classes, words and knockouts by image, layer and patch, to OUT/explorer.html"
+    p = command("explore", "probes.report.explorer.page:run", text)
+    p.add_argument("runs", nargs="+", metavar="RUN", help="finished probe runs on the same images, one per mask")
+    _add_images(p, "--images", required=True)
+    p.add_argument("--out", required=True, metavar="DIR", help="folder for explorer.html, a self-contained file")
+    text, sets = "knockouts to show, of incorrect, correct, random_incorrect, random_correct", ["incorrect", "correct"]
+    p.add_argument("--conditions", nargs="*", default=sets, metavar="NAME", help=text)
+    text = "wrong classes to knock out (default: each image's most frequent)"
+    p.add_argument("--classes", nargs="+", metavar="NAME", help=text)
+    p.add_argument("--top-classes", type=int, default=3, metavar="N", help="most probable classes per patch")
+    p.add_argument("--top-words", type=int, default=3, metavar="N", help="most probable words per patch")
+    p.add_argument(
+        "--word-sites", nargs="*", metavar="SITE", help="sites with words (default: all from the adapter on)"
     )
-    explore.add_argument("runs", nargs="+", metavar="RUN", help="finished probe runs on the same images, one a mask")
-    explore.add_argument(
-        "--images", type=int, nargs="+", required=True, metavar="I", help="indices in the validation split"
-    )
-    explore.add_argument("--out", required=True, metavar="DIR", help="explorer.html, one file that needs no other")
-    explore.add_argument(
-        "--conditions",
-        nargs="*",
-        default=["incorrect", "correct"],
-        metavar="NAME",
-        help="knockouts to show: incorrect, correct, random_incorrect, random_correct (incorrect correct)",
-    )
-    explore.add_argument(
-        "--knockout", nargs="+", metavar="NAME", help="classes whose mistakes they are about (an image's most frequent)"
-    )
-    explore.add_argument("--top-classes", type=int, default=3, metavar="N", help="most probable classes of a patch (3)")
-    explore.add_argument("--top-words", type=int, default=3, metavar="N", help="most probable words of a patch (3)")
-    explore.add_argument("--word-sites", nargs="*", metavar="SITE", help="where words are read (from the adapter on)")
-    explore.add_argument("--seed", type=int, default=0, help="of the random controls (0)")
+    p.add_argument("--seed", type=int, default=0, help="random seed of the controls")
 
-    report = command(
-        "report", "probes.report.page:run", "claims, figures and tables of runs as one self-contained HTML page"
-    )
-    report.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="finished probe runs: of each model and dataset one a mask, and their controls; NAME=RUN names the model",
-    )
-    report.add_argument("--out", required=True, metavar="DIR", help="index.html, results.json, *.csv, *.png, *.pdf")
-    report.add_argument("--longer", nargs="+", default=[], metavar="RUN", help="the same with longer-trained probes")
-    report.add_argument("--recipes", nargs="+", default=[], metavar="RUN", help="the same with further recipes")
-    report.add_argument("--tensorboard", action="store_true", help="also the figures as events, to DIR/tensorboard")
-    report.add_argument("--timings", metavar="FILE", help='log of lines "start end step", to state the wall time')
+    text = "write claims, figures and tables of runs as one self-contained HTML page"
+    p = command("report", "probes.report.page:run", text)
+    text = "finished probe runs, one per model, dataset and mask, and their controls; NAME=RUN names the model"
+    p.add_argument("runs", nargs="+", metavar="RUN", help=text)
+    text = "folder for index.html, results.json, *.csv, *.png and *.pdf"
+    p.add_argument("--out", required=True, metavar="DIR", help=text)
+    text = "runs of the same models with longer-trained probes"
+    p.add_argument("--long-runs", nargs="+", default=[], metavar="RUN", help=text)
+    text = "runs of the same models with further probe variants"
+    p.add_argument("--variants", nargs="+", default=[], metavar="RUN", help=text)
+    p.add_argument("--timings", metavar="FILE", help='log with lines "start end step", to report the wall time')
     return parser
 
 
@@ -188,20 +145,31 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--probes", required=True, metavar="RUN", help="folder of a finished probe run")
 
 
-def _add_seed_and_out(parser: argparse.ArgumentParser, of_what: str) -> None:
-    parser.add_argument("--seed", type=int, default=0, help=f"{of_what} (0)")
-    parser.add_argument("--out", metavar="DIR", help="where it goes (the run's folder)")
+def _add_images(parser: argparse.ArgumentParser, option: str, **kwargs) -> None:
+    parser.add_argument(option, type=int, nargs="+", metavar="I", help="indices in the validation split", **kwargs)
+
+
+def _add_out(parser: argparse.ArgumentParser, default: str = "the run's folder") -> None:
+    parser.add_argument("--out", metavar="DIR", help=f"output folder (default: {default})")
+
+
+def _add_seed_and_out(parser: argparse.ArgumentParser, purpose: str, out: str = "the run's folder") -> None:
+    parser.add_argument("--seed", type=int, default=0, help=f"random seed of {purpose}")
+    _add_out(parser, out)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs one command.
+    """Run one command.
 
     Raises:
         SystemExit: Bad usage or bad input, with a message that says what was expected.
     """
     argv = sys.argv[1:] if argv is None else argv
     with one_line_errors("probes"):
-        if argv and argv[0] in CONFIGURED:
+        if not argv:
+            build_parser().print_help()
+            sys.exit(2)
+        if argv[0] in LIGHTNING_COMMANDS:
             module = "verify_data" if argv[0] == "verify-data" else "cli"
             import_module(f"probes.training.{module}").main(argv)
             return

@@ -82,6 +82,19 @@ def test_unknown_command_is_an_error_that_lists_the_known(package, capsys):
     assert stop.value.code == 2 and "invalid choice: 'fly'" in capsys.readouterr().err
 
 
+def test_probes_alone_prints_help_and_has_a_version(capsys):
+    for argv, code, text in (([], 2, "knockout"), (["--version"], 0, f"probes {llava_bidir.__version__}")):
+        with pytest.raises(SystemExit) as stop:
+            probes.cli.main(argv)
+        assert stop.value.code == code and text in capsys.readouterr().out
+
+
+def test_defaults_are_shown_once():
+    text = {command: parser.format_help() for command, parser in subparsers("probes").items()}
+    assert "(default: 64)" in text["knockout"] and "(default: 0)" in text["umap"]
+    assert not [command for command in text if "default: None" in text[command] or "default: False" in text[command]]
+
+
 def test_bad_input_ends_in_one_line_not_in_a_traceback(tmp_path):
     with pytest.raises(SystemExit, match=r"^probes: .* contains no config.json; expected a Hugging Face checkpoint"):
         probes.cli.main(["sites", str(tmp_path)])

@@ -73,7 +73,7 @@ $(call knocked,$(OUT)/%/untrained): $(call probed,$(OUT)/%/untrained)
 	  --min-patches 4 --draws 1)
 
 $(call mapped,$(OUT)/%/probes): $(call knocked,$(OUT)/%/probes)
-	$(call step,$*_maps,$(PROBES) maps --probes $(OUT)/$*/probes --image 0 1 2 3 --knockout ceiling road)
+	$(call step,$*_maps,$(PROBES) maps --probes $(OUT)/$*/probes --image 0 1 2 3 --classes ceiling road)
 
 $(OUT)/%/probes/umap.json: $(call probed,$(OUT)/%/probes)
 	$(call step,$*_umap,$(PROBES) umap --probes $(OUT)/$*/probes --image 0)
@@ -93,5 +93,5 @@ $(REPORT): $(foreach mask,causal bidirectional,$(OUT)/$(mask)/stage1/hf/model.sa
     $(OUT)/$(mask)/longer/metrics.json $(call reciped,$(OUT)/$(mask)/recipes)) \
   $(foreach run,$(RUNS),$(call probed,$(run)) $(call knocked,$(run))) $(STARVED) $(ASSETS) \
   $(OUT)/report/explorer.html
-	$(call step,report,$(PROBES) report $(RUNS) --longer $(OUT)/causal/longer $(OUT)/bidirectional/longer \
-	  --recipes $(OUT)/causal/recipes $(OUT)/bidirectional/recipes --out $(OUT)/report --timings $(OUT)/logs/timings)
+	$(call step,report,$(PROBES) report $(RUNS) --long-runs $(OUT)/causal/longer $(OUT)/bidirectional/longer \
+	  --variants $(OUT)/causal/recipes $(OUT)/bidirectional/recipes --out $(OUT)/report --timings $(OUT)/logs/timings)

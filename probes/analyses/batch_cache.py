@@ -1,4 +1,4 @@
-"""Results of a long analysis, kept batch by batch: a run that was killed goes on where it stopped."""
+"""Results of a long analysis, cached batch by batch so that a killed run resumes after the last finished batch."""
 
 import json
 import shutil
@@ -13,29 +13,29 @@ from llava_bidir.common.atomic_io import write_files
 from probes.results.probe_run import read_tensors
 
 
-def batch_results(
+def cached_batches(
     folder: Path, arguments: dict[str, Any], batches: int, compute: Callable[[int], dict[str, Tensor]]
 ) -> list[dict[str, Tensor]]:
-    """compute(0), ..., compute(batches - 1), each read from `folder` where it lies there and written there where not.
+    """Return compute(0), ..., compute(batches - 1), read from `folder` or computed and written there.
 
     Args:
-        folder: Holds one file a batch, whole or not at all, and what they belong to. The caller removes it when its own
-            results are written.
-        arguments: All that the results depend on; a folder of others is begun anew.
-        batches: How many.
-        compute: One of them; must depend on nothing but `arguments`.
+        folder: Holds one atomically written file per batch and the arguments. The caller removes it after writing its
+            own results.
+        arguments: Everything that the results depend on; a folder with different arguments is cleared.
+        batches: Number of batches.
+        compute: Computes one batch; must depend on nothing but `arguments`.
     """
-    known, arguments = folder / "arguments.json", json.loads(json.dumps(arguments))
-    if folder.is_dir() and not (known.is_file() and json.loads(known.read_text()) == arguments):
+    arguments_path, arguments = folder / "arguments.json", json.loads(json.dumps(arguments))
+    if folder.is_dir() and not (arguments_path.is_file() and json.loads(arguments_path.read_text()) == arguments):
         shutil.rmtree(folder)
-    write_files({known: arguments})
+    write_files({arguments_path: arguments})
     results = []
     for batch in tqdm(range(batches), desc=folder.stem, mininterval=5):
         path = folder / f"{batch:06d}.safetensors"
         try:
-            done = read_tensors(path)
+            result = read_tensors(path)
         except (FileNotFoundError, ValueError):  # not computed yet, or damaged since
             write_files({path: compute(batch)})
-            done = read_tensors(path)
-        results.append(done)
+            result = read_tensors(path)
+        results.append(result)
     return results

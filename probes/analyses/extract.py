@@ -1,4 +1,4 @@
-"""`probes sites` and `probes states`: what a model has to offer, and its states for analyses of one's own."""
+"""`probes sites` and `probes states`: the sites of a model, and its states for your own analyses."""
 
 import argparse
 from pathlib import Path
@@ -12,7 +12,7 @@ from probes.models.prompt_and_pixels import check_numbers
 
 
 def print_sites(args: argparse.Namespace) -> None:
-    """`probes sites`: read from the config, so that a 7B model answers as fast as a small one."""
+    """Run `probes sites`; reads the config only, so a 7B model takes no longer than a small one."""
     config = read_config(args.mllm)
     family, text_config = family_of(config), config.get_text_config()
     check_numbers(args.mllm, family, config)
@@ -24,7 +24,7 @@ def print_sites(args: argparse.Namespace) -> None:
 
 
 def write_states(args: argparse.Namespace) -> None:
-    """`probes states`."""
+    """Run `probes states`."""
     images = [read_rgb(open_image(path), path) for path in map(Path, args.image)]
     out = Path(args.out)
     with exclusive_run_lock(out.parent, out.name):

@@ -49,7 +49,7 @@ class Study:
             + ["--model.mllm", str(self.checkpoints[mask]), "--data.root", str(self.data), "--data.batch_size", "3"]
             + ["--out", str(self.out / mask)],
             "knockout": ["knockout", "--probes", causal, "--classes", "sky", "wall", "road", "--batch-size", "2"]
-            + ["--windows", "2"],
+            + ["--layer-windows", "2"],
             "starvation": ["starvation", "--probes", causal, other, "--flip", "--out", causal],
             "umap": ["umap", "--probes", causal, "--image", "0"],
             "maps": ["maps", "--probes", causal, "--image", "0", "1"],

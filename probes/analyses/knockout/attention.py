@@ -1,4 +1,4 @@
-"""Where misclassified patches look in the unmodified model: the observational counterpart of the knockout.
+"""Attention of misclassified patches in the unmodified model: the observational counterpart of the knockout.
 
 Shapes: B images, C cases, T image tokens, L layers.
 """
@@ -33,10 +33,14 @@ def attention_from(mllm: FrozenMLLM, pixels: Tensor, queries: Sequence[tuple[int
     return torch.stack([torch.stack(case) for case in to_all]), torch.tensor(to_itself)
 
 
-def by_group(attention: Tensor, itself: Tensor, correct: Tensor, incorrect: Tensor) -> Tensor:
-    """Attention f[L, T], and of it to the token itself f[L], summed by group, f[L, 5], which sum to 1: the token
-    itself, others predicted the correct class, others predicted the wrong one (bool[T] each), other image tokens, and
-    what is no image. The tokens that look must all be in `incorrect`, and none in both.
+def sum_by_group(attention: Tensor, itself: Tensor, correct: Tensor, incorrect: Tensor) -> Tensor:
+    """Sum attention by group of keys, f[L, 5] in the order of `GROUPS`; each row sums to 1.
+
+    Args:
+        attention: f[L, T], to each image token, mean over the querying tokens.
+        itself: f[L], the part that goes to the querying token itself.
+        correct: bool[T], other tokens predicted as the correct class.
+        incorrect: bool[T], tokens predicted as the wrong class, all querying tokens among them.
     """
     to = lambda group: attention[:, group].sum(-1)
     groups = [itself, to(correct), to(incorrect) - itself, to(~(correct | incorrect)), 1 - attention.sum(-1)]

@@ -1,4 +1,4 @@
-"""The knockout of one batch of images: all cases, conditions and places share forwards.
+"""Knock out one batch of images: all cases, conditions and cut locations share forwards.
 
 Shapes: B images, C cases, T patches, L layers, A heads.
 """
@@ -13,127 +13,124 @@ from probes.evaluation.metrics import true_classes
 from probes.models.frozen_mllm import ADAPTER
 from probes.models.knockout import Knockout
 
-from .attention import attention_from, by_group
-from .cases import ConfusionCase, PatchReader, find_cases
-from .conditions import MatchingFeatures, balance, conditions
+from .attention import attention_from, sum_by_group
+from .cases import CASE_KEYS, ConfusionCase, PatchReader, find_cases
+from .conditions import MatchingFeatures, blocked_by_condition, measure_balance
 from .config import Plan
-from .layer_sweep import SWEEP_CONDITIONS, CutLocation, places_of
-
-FACTS = ("image", "patches", "anchors", "correct_class")
+from .layer_sweep import SWEEP_CONDITIONS, CutLocation, cut_locations
 
 
 class ForwardRow(NamedTuple):
-    """One row of a forward: what of a case is blocked, and where."""
+    """One row of a forward: which tokens of a case are blocked, and where."""
 
-    case: int
-    what: str
-    blocked: Tensor
-    place: CutLocation
+    case: int  # index of the case
+    key: str  # key of the result
+    blocked: Tensor  # bool[T] or bool[T, T]
+    location: CutLocation
 
 
-def knock_out(reader: PatchReader, plan: Plan, classes: list[str], batch: dict) -> dict[str, Tensor]:
-    """What is kept of a batch: by "class/what" one row a case, see knockout.py; empty if no image has one.
+def knock_out_batch(reader: PatchReader, plan: Plan, classes: list[str], batch: dict) -> dict[str, Tensor]:
+    """Return the results of a batch by "class/key", one row per case; empty without cases.
 
     Args:
         reader: Model and probes.
-        plan: What is done to each case.
-        classes: Names of all K.
-        batch: As data/prepared.py collates it.
+        plan: What to run for each case.
+        classes: Names of all K classes.
+        batch: As collated by data/batches.py.
     """
-    pixels, mllm = batch["pixels"], reader.mllm
+    pixels, mllm, depth = batch["pixels"], reader.mllm, len(reader.layers) - 1
     predicted, truth = reader.predict(pixels), true_classes(batch["target"], len(classes), mllm)
-    reference = reader.layers.index(plan.labels_from)
+    how = (reader.layers.index(plan.block_by), plan.min_patches, plan.block_set)
     cases = [
         case
         for name in plan.classes
-        for case in find_cases(
-            predicted, truth, batch["index"], classes.index(name), reference, plan.min_patches, plan.anchors
-        )
+        for case in find_cases(predicted, truth, batch["index"], classes.index(name), *how)
     ]
     if not cases:
         return {}
-    kept = [{fact: torch.tensor(getattr(case, fact)) for fact in FACTS} for case in cases]
-    for case, rows in zip(cases, kept, strict=True):
-        rows["none"] = case.wrong(predicted[:, case.row]) / case.patches
     adapter, (visible, others) = mllm.states(pixels, [ADAPTER])[ADAPTER], reader.visible()
-    looks = plan.attention or "mass" in plan.controls
-    attention = attention_from(mllm, pixels, [(case.row, case.mistaken) for case in cases]) if looks else None
-    places, jobs = places_of(plan.windows, plan.heads, len(reader.layers) - 1, reader.attention_heads), []
+    attention = None
+    if plan.attention or "mass" in plan.controls:
+        attention = attention_from(mllm, pixels, [(case.row, case.mistaken) for case in cases])
+    locations = cut_locations(plan.layer_windows, plan.attention_heads, depth, reader.attention_heads)
+    settings = {name: getattr(plan, name) for name in ("controls", "draws", "fractions", "keep_only", "seed")}
+    results: list[dict[str, Tensor]] = []
+    rows: list[ForwardRow] = []
     for i, case in enumerate(cases):
-        mass = attention[0][i].mean(0) if looks else None
-        around = MatchingFeatures.of(case, mllm.grid, visible, adapter[case.row], mass)
-        blocked = conditions(case, around, plan.controls, plan.draws, plan.doses, plan.reverse, plan.seed)
-        kept[i] |= {f"balance:{what}": balance(case, around, what, draws) for what, draws in blocked.items()}
+        mass = None if attention is None else attention[0][i].mean(0)
+        features = MatchingFeatures.from_case(case, mllm.grid, visible, adapter[case.row], mass)
+        blocked = blocked_by_condition(case, features, **settings)
+        result = {key: torch.tensor(getattr(case, key)) for key in CASE_KEYS}
+        result["none"] = case.count_wrong(predicted[:, case.row]) / case.patches
+        result |= {f"balance:{key}": measure_balance(case, features, key, draws) for key, draws in blocked.items()}
         if plan.attention:
-            kept[i] |= attention_shares(case, attention[0][i], attention[1][i], visible, others)
-        jobs += [
-            ForwardRow(i, what, draw, CutLocation(plan.layers)) for what, draws in blocked.items() for draw in draws
-        ]
-        jobs += [
-            ForwardRow(i, f"swept:{what}", blocked[what][0], place) for what in SWEEP_CONDITIONS for place in places
-        ]
-    for (i, what), counts in _wrong_counts(reader, pixels, cases, jobs, plan.batch_size).items():
+            result |= attention_shares(case, attention[0][i], attention[1][i], visible, others)
+        results.append(result)
+        paper = CutLocation(plan.layers)
+        rows += [ForwardRow(i, key, draw, paper) for key, draws in blocked.items() for draw in draws]
+        rows += [ForwardRow(i, f"swept:{key}", blocked[key][0], at) for key in SWEEP_CONDITIONS for at in locations]
+    for (i, key), counts in _count_wrong(reader, pixels, cases, rows, plan.batch_size).items():
         rates = counts / cases[i].patches
-        kept[i][what] = rates if what.startswith("swept:") else rates.mean(0)
+        results[i][key] = rates if key.startswith("swept:") else rates.mean(0)
     tensors: dict[str, list[Tensor]] = {}
-    for case, rows in zip(cases, kept, strict=True):
-        for what, value in rows.items():
-            tensors.setdefault(f"{classes[case.wrong_class]}/{what}", []).append(value)
+    for case, result in zip(cases, results, strict=True):
+        for key, value in result.items():
+            tensors.setdefault(f"{classes[case.wrong_class]}/{key}", []).append(value)
     return {key: torch.stack(values) for key, values in tensors.items()}
 
 
-def _wrong_counts(
-    reader: PatchReader, pixels: Tensor, cases: list[ConfusionCase], jobs: list[ForwardRow], batch_size: int
+def _count_wrong(
+    reader: PatchReader, pixels: Tensor, cases: list[ConfusionCase], rows: list[ForwardRow], batch_size: int
 ) -> dict[tuple[int, str], Tensor]:
-    """n_c(l) of all jobs of a case and what is done to it, f[jobs, L + 1]; what is the same is run once."""
-    depth, run = len(reader.layers) - 1, {}
-    same = [(job.case, job.blocked.numpy().tobytes(), job.place.among(depth)) for job in jobs]
-    distinct = list(dict(zip(same, jobs, strict=True)).items())
+    """Return n_c(l) by case and key, f[rows of the key, L + 1]; identical rows run once."""
+    identities = [(row.case, row.blocked.numpy().tobytes(), row.location.key(len(reader.layers) - 1)) for row in rows]
+    distinct = list(dict(zip(identities, rows, strict=True)).items())
+    wrong: dict[tuple, Tensor] = {}
     for start in range(0, len(distinct), batch_size):
-        keys, chunk = zip(*distinct[start : start + batch_size], strict=True)
-        predicted = reader.predict(pixels[[cases[job.case].row for job in chunk]], _knockout(reader, chunk))
-        run |= {
-            key: cases[job.case].wrong(predicted[:, j]) for j, (key, job) in enumerate(zip(keys, chunk, strict=True))
-        }
+        chunk = distinct[start : start + batch_size]
+        images = pixels[[cases[row.case].row for _, row in chunk]]
+        predicted = reader.predict(images, _build_knockout(reader, [row for _, row in chunk]))
+        for j, (identity, row) in enumerate(chunk):
+            wrong[identity] = cases[row.case].count_wrong(predicted[:, j])
     counts: dict[tuple[int, str], list[Tensor]] = {}
-    for key, job in zip(same, jobs, strict=True):
-        counts.setdefault((job.case, job.what), []).append(run[key])
-    return {key: torch.stack(rows) for key, rows in counts.items()}
+    for identity, row in zip(identities, rows, strict=True):
+        counts.setdefault((row.case, row.key), []).append(wrong[identity])
+    return {key: torch.stack(values) for key, values in counts.items()}
 
 
-def _knockout(reader: PatchReader, jobs: Sequence[ForwardRow]) -> Knockout:
-    """That of a forward with one row a job."""
-    blocked = [job.blocked for job in jobs]
-    if any(one.ndim == 2 for one in blocked):
-        blocked = [one.expand(one.shape[-1], -1) for one in blocked]
-    layers = [_members(job.place.layers, len(reader.layers) - 1, 1) for job in jobs]
+def _build_knockout(reader: PatchReader, rows: Sequence[ForwardRow]) -> Knockout:
+    """Return the knockout of a forward with one batch row per `ForwardRow`."""
+    blocked = [row.blocked for row in rows]
+    if any(tokens.ndim == 2 for tokens in blocked):
+        blocked = [tokens.expand(tokens.shape[-1], -1) for tokens in blocked]
+    layers = [_membership(row.location.layers, len(reader.layers) - 1, 1) for row in rows]
     heads = None
-    if any(job.place.heads is not None for job in jobs):
-        heads = torch.stack([_members(job.place.heads, reader.attention_heads, 0) for job in jobs])
+    if any(row.location.heads is not None for row in rows):
+        heads = torch.stack([_membership(row.location.heads, reader.attention_heads, 0) for row in rows])
     return Knockout(torch.stack(blocked), torch.stack(layers), heads)
 
 
-def _members(chosen: Sequence[int] | None, count: int, first: int) -> Tensor:
-    """bool[count], true at the chosen numbers, which count from `first`; at all for None."""
-    return torch.tensor([chosen is None or number in chosen for number in range(first, first + count)])
+def _membership(numbers: Sequence[int] | None, count: int, first: int) -> Tensor:
+    """Return bool[count], True at `numbers`, which count from `first`; all True for None."""
+    return torch.tensor([numbers is None or number in numbers for number in range(first, first + count)])
 
 
 def attention_shares(
     case: ConfusionCase, attention: Tensor, itself: Tensor, visible: Tensor, others: Tensor
 ) -> dict[str, Tensor]:
-    """Where mistaken patches look, by group f[L, 5], and where they would if they looked at all that they see alike.
+    """Return the attention of mistaken patches by group f[L, 5], and the shares expected if it were uniform f[5].
 
     Args:
-        case: Its patches.
-        attention: f[L, T], theirs.
-        itself: f[L], of it to themselves.
-        visible: bool[T, T].
-        others: long[T], tokens that are no image that each sees.
+        case: Case with the patches.
+        attention: f[L, T], their attention to image tokens.
+        itself: f[L], the part that goes to themselves.
+        visible: bool[T, T], see `PatchReader.visible`.
+        others: long[T], number of visible tokens outside the image.
     """
     correct, incorrect = case.blocked["correct"] & ~case.mistaken, case.blocked["incorrect"] | case.mistaken
-    seen = visible[case.mistaken].float()
-    alike = 1 / (seen.sum(1) + others[case.mistaken])  # the share of each token that a patch sees, itself included
+    keys = visible[case.mistaken].float()
+    uniform = 1 / (keys.sum(1) + others[case.mistaken])  # share of each visible token, the patch itself included
     return {
-        "attention": by_group(attention, itself, correct, incorrect),
-        "uniform": by_group((seen * alike[:, None]).mean(0)[None], alike.mean()[None], correct, incorrect)[0],
+        "attention": sum_by_group(attention, itself, correct, incorrect),
+        "uniform": sum_by_group((keys * uniform[:, None]).mean(0)[None], uniform.mean()[None], correct, incorrect)[0],
     }

@@ -1,14 +1,14 @@
-"""The cases of a knockout: images in which patches are taken for a class c that they are not. (App. C.1)
+"""The cases of a knockout: images in which patches are wrongly predicted as a class c (App. C.1).
 
     layer 0          the adapter's probe
-    n_c(0)           patches that it wrongly calls c: labelled, and mostly of another class
-    n_c(l)           the same at layer l, at any patch: the rate n_c(l) / n_c(0) may pass 1, as in Fig. 11
-    correct class    the most frequent true class of the patches in n_c(0); of several, the first in the list of classes
-    B_c              the patches that `labels_from`'s probe calls c, rightly or wrongly (Eq. 1)
+    n_c(0)           patches wrongly predicted as c: labelled, and most of their labelled pixels are of another class
+    n_c(l)           the same count at layer l over all patches: n_c(l) / n_c(0) can exceed 1, as in Fig. 11
+    correct class    most frequent true class of the patches in n_c(0); the first in the list of classes if tied
+    B_c              patches that the probe at site `block_by` predicts as c, correctly or not (Eq. 1)
 
-The paper does not say which layer's predictions define B_c; the adapter's are taken, as for n_c(0), unless another site
-is named. Its text speaks of correctly classified tokens where Eq. 1 takes all that are predicted so: anchors "true"
-takes, of each B_c, only those that are rightly (for the correct class) or wrongly (for c) predicted.
+The paper does not say which layer's predictions define B_c. The adapter's are the default, as for n_c(0). Its text
+speaks of correctly classified tokens, but Eq. 1 blocks all that are predicted as c. Block set "correct" follows the
+text: of B of the correct class the correctly predicted patches, of B_c the wrongly predicted ones.
 
 Shapes: B images, T patches, L layers.
 """
@@ -25,11 +25,12 @@ from probes.models.frozen_mllm import ADAPTER, FrozenMLLM
 from probes.models.knockout import Knockout
 from probes.results.probe_run import ProbeRun
 
-ANCHORS = ("predicted", "true")
+BLOCK_SETS = ("predicted", "correct")
+CASE_KEYS = ("image", "patches", "anchors", "correct_class")  # fields of a case in knockout.safetensors
 
 
 class PatchReader:
-    """A model and its probes as one function: pixels in, the class of each patch at each layer out.
+    """Predict the class of each patch at each layer, with a run's model and probes.
 
     Args:
         run: A finished probe run that has all layers.
@@ -38,7 +39,7 @@ class PatchReader:
     def __init__(self, run: ProbeRun):
         self.mllm: FrozenMLLM = run.mllm()
         self.layers = run.layers
-        self.heads = {site: head.to(self.mllm.device) for site, head in run.probes().items()}
+        self.probes = {site: probe.to(self.mllm.device) for site, probe in run.probes().items()}
 
     @property
     def attention_heads(self) -> int:
@@ -46,8 +47,10 @@ class PatchReader:
         return self.mllm.model.config.get_text_config().num_attention_heads
 
     def visible(self) -> tuple[Tensor, Tensor]:
-        """Which image token the mask, in any layer, lets attend to which, bool[T, T], and to how many other tokens,
-        long[T].
+        """Return which image tokens each image token may attend to in any layer, and how many others.
+
+        Returns:
+            bool[T, T] (query, key) and long[T], the number of tokens outside the image.
         """
         nothing = Knockout(torch.zeros(1, self.mllm.grid[0] * self.mllm.grid[1], dtype=torch.bool))
         mask = torch.stack([mask[0, 0] for mask in as_list(self.mllm.attention_masks(1, nothing))]).any(0)
@@ -55,40 +58,28 @@ class PatchReader:
         return rows[:, image].cpu(), rows[:, ~image].sum(1).cpu()
 
     def predict(self, pixels: Tensor, knockout: Knockout | None = None) -> Tensor:
-        """long[L + 1, B, T]: the predicted class of each patch, at the adapter and behind each layer."""
+        """Return the predicted class of each patch at the adapter and after each layer, long[L + 1, B, T]."""
         states = self.mllm.states(pixels, self.layers, knockout)
-        return torch.stack([self.heads[site](states[site].float()).argmax(-1) for site in self.layers]).cpu()
+        return torch.stack([self.probes[site](states[site].float()).argmax(-1) for site in self.layers]).cpu()
 
 
 @dataclass
 class ConfusionCase:
-    """An image in which patches are taken for a class c that they are not.
+    """An image in which patches are wrongly predicted as a class c."""
 
-    Args:
-        image: Its index in the split.
-        row: Its place in the batch.
-        patches: n_c(0), how many there are.
-        anchors: Patches that are predicted the correct class.
-        wrong_class: c.
-        correct_class: The most frequent true class of the patches wrongly predicted c.
-        mistaken: bool[T], the patches in n_c(0).
-        elsewhere: bool[T], labelled patches whose true class is not c.
-        blocked: bool[T] by "incorrect" (B_c) and "correct" (B of the correct class).
-    """
+    image: int  # index in the split
+    row: int  # position in the batch
+    patches: int  # n_c(0)
+    anchors: int  # number of tokens in blocked["correct"]
+    wrong_class: int  # c
+    correct_class: int  # most frequent true class of the mistaken patches
+    mistaken: Tensor  # bool[T], the patches in n_c(0)
+    other_class: Tensor  # bool[T], labelled patches whose true class is not c
+    blocked: dict[str, Tensor]  # bool[T] by condition: "incorrect" (B_c), "correct" (B of the correct class)
 
-    image: int
-    row: int
-    patches: int
-    anchors: int
-    wrong_class: int
-    correct_class: int
-    mistaken: Tensor
-    elsewhere: Tensor
-    blocked: dict[str, Tensor]
-
-    def wrong(self, predicted: Tensor) -> Tensor:
-        """n_c(l): patches wrongly predicted c at each layer, f[L + 1], from predictions long[L + 1, T]."""
-        return ((predicted == self.wrong_class) & self.elsewhere).sum(-1).float()
+    def count_wrong(self, predicted: Tensor) -> Tensor:
+        """Return n_c(l) at each layer, f[L + 1], from predictions long[L + 1, T]."""
+        return ((predicted == self.wrong_class) & self.other_class).sum(-1).float()
 
 
 def find_cases(
@@ -96,53 +87,56 @@ def find_cases(
     truth: Tensor,
     index: Tensor,
     wrong_class: int,
-    reference: int = 0,
+    block_layer: int = 0,
     min_patches: int = 1,
-    anchors: str = "predicted",
+    block_set: str = "predicted",
 ) -> list[ConfusionCase]:
-    """The images of a batch in which at least `min_patches` patches are wrongly predicted `wrong_class` at layer 0.
+    """Return the images with at least `min_patches` patches wrongly predicted as `wrong_class` at layer 0.
 
     Args:
         predicted: long[L + 1, B, T] of the unmodified model.
-        truth: long[B, T], -1 where unlabelled.
-        index: long[B] in the split.
+        truth: long[B, T], -1 for unlabelled patches.
+        index: long[B], indices in the split.
         wrong_class: c.
-        reference: The layer whose predictions say what is blocked.
-        min_patches: See above.
-        anchors: "predicted" (Eq. 1) or "true", see the module's docstring.
+        block_layer: Layer whose predictions define the blocked tokens.
+        min_patches: Smallest n_c(0) of a case.
+        block_set: "predicted" (Eq. 1) or "correct", see the module's docstring.
     """
     cases = []
     for row, image in enumerate(index.tolist()):
-        real, labels = truth[row], predicted[reference, row]
-        elsewhere = (real != wrong_class) & (real >= 0)
-        mistaken = (predicted[0, row] == wrong_class) & elsewhere
+        true, reference = truth[row], predicted[block_layer, row]
+        other_class = (true != wrong_class) & (true >= 0)
+        mistaken = (predicted[0, row] == wrong_class) & other_class
         if mistaken.sum() < min_patches:
             continue
-        correct_class = real[mistaken].mode().values.item()
-        blocked = {"incorrect": labels == wrong_class, "correct": labels == correct_class}
-        if anchors == "true":
-            blocked = {
-                "incorrect": blocked["incorrect"] & elsewhere,
-                "correct": blocked["correct"] & (real == correct_class),
-            }
-        patches, right = int(mistaken.sum()), int(blocked["correct"].sum())
+        correct_class = true[mistaken].mode().values.item()
+        incorrect, correct = reference == wrong_class, reference == correct_class
+        if block_set == "correct":
+            incorrect, correct = incorrect & other_class, correct & (true == correct_class)
+        blocked, patches, anchors = (
+            {"incorrect": incorrect, "correct": correct},
+            int(mistaken.sum()),
+            int(correct.sum()),
+        )
         cases.append(
-            ConfusionCase(image, row, patches, right, wrong_class, correct_class, mistaken, elsewhere, blocked)
+            ConfusionCase(image, row, patches, anchors, wrong_class, correct_class, mistaken, other_class, blocked)
         )
     return cases
 
 
 def confused_classes(run: ProbeRun, count: int) -> list[str]:
-    """The `count` classes that the adapter's probe most often predicts where they are not, by pixels of the split.
+    """Return the `count` classes with the most wrongly predicted pixels at the adapter, most frequent first.
 
     Raises:
         UserError: The run has no adapter site, or `count` is not within 1..K.
     """
     names = run.metrics["classes"]
     if not 1 <= count <= len(names):
-        raise UserError(f"--classes auto:{count}: N must lie within 1..{len(names)}, the classes of {run.path}")
+        raise UserError(
+            f"--classes auto:{count}: expected N from 1 to {len(names)}, the number of classes of {run.path}"
+        )
     if ADAPTER not in run.sites:
-        raise UserError(f"{run.path} has no probe at the adapter, by which confusions are ranked; name the classes")
+        raise UserError(f"--classes auto:{count}: {run.path} has no adapter probe to rank classes by; name the classes")
     site = run.sites.index(ADAPTER)
     wrong = (run.counts.predicted[site] - run.counts.intersection[site]).sum(0).numpy()
     return [names[k] for k in np.argsort(-wrong, kind="stable")[:count]]

@@ -1,74 +1,66 @@
-"""What `probes knockout` does to each case."""
+"""Settings of `probes knockout`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from llava_bidir.common.errors import UserError
 from probes.models.frozen_mllm import ADAPTER
 from probes.results.probe_run import ProbeRun
 
-from .cases import ANCHORS
+from .cases import BLOCK_SETS
 from .conditions import CONTROLS
-from .layer_sweep import places_of
+from .layer_sweep import cut_locations
+
+# Settings whose key in knockout.json is not their name: files keep the keys that they have had from the start.
+JSON_KEYS = {"block_by": "labels_from", "block_set": "anchors", "fractions": "doses", "keep_only": "reverse"}
+JSON_KEYS |= {"layer_windows": "windows", "attention_heads": "heads"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is done to each case.
+    """What to run for each case."""
 
-    Args:
-        classes: The classes c.
-        layers: Decoder layers that are cut; None for all.
-        labels_from: The site whose predictions say which patches are blocked.
-        anchors: Block what is "predicted" a class (Eq. 1), or only the "true" ones of it, see knockout_cases.py.
-        min_patches: Images with fewer wrong patches are left out.
-        limit: Looks at no more than so many images.
-        batch_size: Images, or cases under a condition, of a forward.
-        controls: Beside random ones: distance, mass, high_norm.
-        draws: Of every condition that draws tokens.
-        doses: Fractions of the blocked tokens that are also blocked alone.
-        reverse: Also keep only attention to the sets.
-        windows: Also cut windows of layers; the width of the sliding ones.
-        heads: Also cut each head of each layer by itself.
-        attention: Also say where mistaken patches look.
-        seed: Of everything drawn, and the bootstrap.
-    """
+    classes: Sequence[str]  # the classes c
+    layers: Sequence[int] | None = None  # decoder layers to cut; None for all
+    block_by: str = ADAPTER  # site whose predictions define the blocked tokens
+    block_set: str = "predicted"  # block all tokens "predicted" as a class (Eq. 1), or the "correct" set, see cases.py
+    min_patches: int = 1  # smallest n_c(0) of a case
+    limit: int | None = None  # number of images to read; None for all
+    batch_size: int = 64  # images, or rows of cases and conditions, per forward
+    controls: Sequence[str] = ()  # besides random tokens: distance, mass, high_norm
+    draws: int = 5  # of each condition with random tokens
+    fractions: Sequence[float] = ()  # fractions of the blocked tokens to block as further conditions
+    keep_only: bool = False  # also leave only attention to the blocked sets
+    layer_windows: int | None = None  # also cut windows of layers; the width of the sliding ones
+    attention_heads: bool = False  # also cut each attention head of each layer alone
+    attention: bool = False  # also measure where mistaken patches attend
+    seed: int = 0  # of the draws and the bootstrap
 
-    classes: Sequence[str]
-    layers: Sequence[int] | None = None
-    labels_from: str = ADAPTER
-    anchors: str = "predicted"
-    min_patches: int = 1
-    limit: int | None = None
-    batch_size: int = 64
-    controls: Sequence[str] = ()
-    draws: int = 5
-    doses: Sequence[float] = ()
-    reverse: bool = False
-    windows: int | None = None
-    heads: bool = False
-    attention: bool = False
-    seed: int = 0
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings under their keys in knockout.json."""
+        settings = {JSON_KEYS.get(name, name): value for name, value in asdict(self).items()}
+        return settings | {"anchors": {"predicted": "predicted", "correct": "true"}[self.block_set]}
 
     def check(self, run: ProbeRun) -> None:
-        """Raises ValueError where the plan does not fit the run."""
-        known = {
+        """Raise a `UserError` if the plan does not fit the run."""
+        choices = {
             "class": (self.classes, run.metrics["classes"]),
-            "labels_from": ([self.labels_from], run.layers),
-            "anchors": ([self.anchors], ANCHORS),
+            "block_by site": ([self.block_by], run.layers),
+            "block_set": ([self.block_set], BLOCK_SETS),
             "control": (self.controls, (*CONTROLS[1:], "high_norm")),
         }
-        for what, (given, allowed) in known.items():
-            for name in given:
-                if name not in allowed:
-                    raise UserError(f"unknown {what} {name!r}; {run.path} has {', '.join(allowed)}")
-        for what, number in (("draws", self.draws), ("min_patches", self.min_patches), ("batch_size", self.batch_size)):
-            if number < 1:
-                raise UserError(f"{what} must be at least 1, got {number}")
-        places_of(self.windows, self.heads, len(run.layers) - 1, 1)
+        for kind, (names, known) in choices.items():
+            for name in names:
+                if name not in known:
+                    raise UserError(f"unknown {kind} {name!r}; {run.path} has {', '.join(known)}")
+        for option in ("draws", "min_patches", "batch_size"):
+            if getattr(self, option) < 1:
+                raise UserError(f"{option} must be at least 1, got {getattr(self, option)}")
+        cut_locations(self.layer_windows, self.attention_heads, len(run.layers) - 1, 1)
         for layer in self.layers or ():
             if not 1 <= layer < len(run.layers):
                 raise UserError(f"layer {layer} is out of range; {run.path} has layers 1..{len(run.layers) - 1}")
-        for dose in self.doses:
-            if not 0 < dose < 1:
-                raise UserError(f"a dose is a fraction between 0 and 1, got {dose:g}")
+        for fraction in self.fractions:
+            if not 0 < fraction < 1:
+                raise UserError(f"fractions must be between 0 and 1, got {fraction:g}")

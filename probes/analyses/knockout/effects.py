@@ -1,7 +1,7 @@
-"""What a knockout's cases say: mean rates with intervals, effects against controls with permutation tests.
+"""Statistics over the cases of a knockout: mean rates with intervals, effects against controls with permutation tests.
 
 An effect is a condition's rate minus its control's, case by case. Its interval resamples the images of the split (or
-their groups); its p-values swap the two conditions' names on whole images, and are corrected over layers by max-T.
+their groups). Its p-values swap the two conditions on whole images and are corrected over layers by max-T.
 
 Shapes: C cases, L layers, R resamplings or permutations, N images of the split.
 """
@@ -15,74 +15,73 @@ from llava_bidir.common.bootstrap import bootstrap_weights, interval, p_values
 from probes.results.probe_run import ProbeRun, read_tensors
 
 from .attention import GROUPS
+from .cases import CASE_KEYS
 from .conditions import BALANCE, CONDITIONS, CONTROLS, SETS
 
-FACTS = ("image", "patches", "anchors", "correct_class", "attention", "uniform")
 SPECIFICITY = "correct - incorrect"
 
 
 class Cases(NamedTuple):
-    """Cases of a finished knockout.
+    """Rates of the cases of a finished knockout."""
 
-    Args:
-        rates: n_c(l) / n_c(0) by condition, f[C, L + 1].
-        images: long[C], indices in the split; an image can hold cases of several classes.
-    """
-
-    rates: dict[str, Tensor]
-    images: Tensor
+    rates: dict[str, Tensor]  # n_c(l) / n_c(0) by condition, f[C, L + 1]
+    images: Tensor  # long[C], indices in the split; an image can have cases of several classes
 
     def mean(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean over cases of `values` f[C, ...], and under `weights` f[R, N] of the split's images, f[R, ...]."""
+        """Return the mean over cases of `values` f[C, ...], and those under image weights f[R, N], f[R, ...]."""
         weights = weights.double()[:, self.images]
         values = values.double()
         return values.mean(0), torch.tensordot(weights, values, 1) / weights.sum(1).view(-1, *[1] * (values.ndim - 1))
 
-    def swapped(self, effect: Tensor, swaps: Tensor) -> Tensor:
-        """Mean of `effect` f[C, ...] once the two conditions have changed names on the images of `swaps` f[R, N],
-        f[R, ...]; cases of one image go together.
-        """
+    def swapped_mean(self, effect: Tensor, swaps: Tensor) -> Tensor:
+        """Return the mean of `effect` f[C, ...] with conditions swapped on the images of `swaps` f[R, N], f[R, ...]."""
         signs = 1 - 2 * swaps.double()[:, self.images]
         return torch.tensordot(signs, effect.double(), 1) / len(effect)
 
 
 def later_half(rates: Tensor) -> Tensor:
-    """The mean over the later half of the layers, f[C], of rates f[C, L + 1]: where the paper's effects are read."""
+    """Return the mean over the later half of the layers, f[C], of rates f[C, L + 1]."""
     return rates[:, (rates.shape[1] - 1) // 2 + 1 :].mean(1)
 
 
 def read_cases(run: ProbeRun, min_patches: int, classes: list[str] | None = None) -> Cases | None:
-    """The cases of a run's knockout with at least `min_patches` patches wrong at the adapter; None if there is none."""
+    """Return the cases in a run's knockout.safetensors, see :func:`select_cases`; None without the file."""
     path = run.path / "knockout.safetensors"
     return select_cases(read_tensors(path) if path.is_file() else {}, min_patches, classes)
 
 
 def select_cases(tensors: dict[str, Tensor], min_patches: int = 1, classes: list[str] | None = None) -> Cases | None:
-    """The same from what knockout.safetensors holds."""
-    kept = joined(tensors, "patches", classes) >= min_patches
-    if not kept.any():
+    """Return the cases of some classes (None: all) with n_c(0) of at least `min_patches`; None if there are none."""
+    enough = concat_classes(tensors, "patches", classes) >= min_patches
+    if not enough.any():
         return None
-    of = lambda what: joined(tensors, what, classes)[kept]
-    return Cases({condition: of(condition) for condition in conditions_in(tensors)}, of("image"))
+    select = lambda key: concat_classes(tensors, key, classes)[enough]
+    return Cases({condition: select(condition) for condition in list_conditions(tensors)}, select("image"))
 
 
-def joined(tensors: dict[str, Tensor], what: str, classes: list[str] | None) -> Tensor:
-    """One fact or condition of the cases of some classes, or of all, one class after the other; empty without cases."""
-    names = [key.removesuffix(f"/{what}") for key in tensors if key.endswith(f"/{what}")]
-    values = [tensors[f"{name}/{what}"] for name in names if classes is None or name in classes]
+def concat_classes(tensors: dict[str, Tensor], key: str, classes: list[str] | None) -> Tensor:
+    """Concatenate "class/key" over some classes (None: all); empty without cases."""
+    names = [name.removesuffix(f"/{key}") for name in tensors if name.endswith(f"/{key}")]
+    values = [tensors[f"{name}/{key}"] for name in names if classes is None or name in classes]
     return torch.cat(values) if values else torch.zeros(0)
 
 
-def conditions_in(tensors: dict[str, Tensor]) -> list[str]:
-    """The conditions of a knockout, those of every knockout first."""
-    whats = dict.fromkeys(key.rpartition("/")[2] for key in tensors)
-    found = [what for what in whats if what not in FACTS and not what.startswith("balance:")]
-    return [what for what in CONDITIONS if what in found] + [what for what in found if what not in CONDITIONS]
+def list_conditions(tensors: dict[str, Tensor]) -> list[str]:
+    """Return the conditions of a knockout, `CONDITIONS` first."""
+    keys = dict.fromkeys(key.rpartition("/")[2] for key in tensors)
+    others = (*CASE_KEYS, "attention", "uniform")
+    present = [key for key in keys if key not in others and not key.startswith("balance:")]
+    return sorted(present, key=lambda key: CONDITIONS.index(key) if key in CONDITIONS else len(CONDITIONS))
 
 
-def class_entry(name: str, tensors: dict[str, Tensor], seed: int, groups: Tensor | None = None) -> dict:
-    """Mean remaining rate by condition and layer, with intervals over images (or their groups, long[N]), and what was
-    blocked; empty where no image has a case.
+def class_entry(name: str, tensors: dict[str, Tensor], seed: int, groups: Tensor | None = None) -> dict[str, Any]:
+    """Return the rates of a class by condition with intervals, and the balance: an entry of "classes" in knockout.json.
+
+    Args:
+        name: Name of the class.
+        tensors: Content of knockout.safetensors.
+        seed: Seed of the bootstrap.
+        groups: long[N], groups of images to resample together.
     """
     if f"{name}/image" not in tensors:
         return {"class": name, "images": 0, "remaining": {}, "ci95": {}}
@@ -91,7 +90,7 @@ def class_entry(name: str, tensors: dict[str, Tensor], seed: int, groups: Tensor
     weights = bootstrap_weights(images, seed=seed, groups=groups)
     weights /= weights.sum(1, keepdim=True)
     entry: dict[str, Any] = {"class": name, "images": images, "remaining": {}, "ci95": {}, "balance": {}}
-    for condition in conditions_in(tensors):
+    for condition in list_conditions(tensors):
         rates = tensors[f"{name}/{condition}"]
         mean, resampled = rates.mean(0).tolist(), weights @ rates
         entry["remaining"][condition] = mean
@@ -102,28 +101,28 @@ def class_entry(name: str, tensors: dict[str, Tensor], seed: int, groups: Tensor
     return entry
 
 
-def effect_entries(name: str, cases: Cases, weights: Tensor, swaps: Tensor) -> list[dict]:
-    """Each condition against what it is to be compared with, and specificity against each control, for a class or all.
+def effect_entries(name: str, cases: Cases, weights: Tensor, swaps: Tensor) -> list[dict[str, Any]]:
+    """Return the effect of each condition against its controls, and specificity, for a class or all.
 
-    Specificity is (correct - incorrect) less the same of the control's: it is positive if which class is blocked
-    matters beyond how many tokens, how near and how much regarded ones.
+    Specificity is (correct - incorrect) minus the same difference of a control. It is positive if the blocked class
+    matters beyond the number of tokens, their distance and the attention that they receive.
 
     Args:
-        name: Of the class.
+        name: Name of the class.
         cases: Its cases.
         weights: f[R, N] of the bootstrap.
         swaps: f[1 + R, N] of the permutations.
 
     Returns:
         [{"class", "condition", "control", "mean": [L + 1], "ci95": [[lo, hi]], "p": [L], "p_corrected": [L], "later":
-        {"value", "ci95", "p"}}]; p-values from layer 1 on, "later" over the later half of the layers.
+        {"value", "ci95", "p"}}]; p-values start at layer 1, "later" is the mean over the later half of the layers.
     """
     entries = []
-    for condition, control, effect in _pairs(cases.rates):
+    for condition, control, effect in _compare(cases.rates):
         mean, resampled = cases.mean(effect, weights)
-        by_layer, corrected = p_values(cases.swapped(effect[:, 1:], swaps))
+        p, corrected = p_values(cases.swapped_mean(effect[:, 1:], swaps))
         later = later_half(effect)
-        value, drawn = cases.mean(later, weights)
+        value, later_resampled = cases.mean(later, weights)
         entries.append(
             {
                 "class": name,
@@ -131,36 +130,34 @@ def effect_entries(name: str, cases: Cases, weights: Tensor, swaps: Tensor) -> l
                 "control": control,
                 "mean": mean.tolist(),
                 "ci95": [interval(m, resampled[:, i]) for i, m in enumerate(mean.tolist())],
-                "p": by_layer.tolist(),
+                "p": p.tolist(),
                 "p_corrected": corrected.tolist(),
                 "later": {
                     "value": value.item(),
-                    "ci95": interval(value.item(), drawn),
-                    "p": p_values(cases.swapped(later[:, None], swaps))[0].item(),
+                    "ci95": interval(value.item(), later_resampled),
+                    "p": p_values(cases.swapped_mean(later[:, None], swaps))[0].item(),
                 },
             }
         )
     return entries
 
 
-def _pairs(rates: dict[str, Tensor]) -> list[tuple[str, str, Tensor]]:
-    """(condition, control, effect f[C, L + 1]) of all that are compared."""
+def _compare(rates: dict[str, Tensor]) -> list[tuple[str, str, Tensor]]:
+    """Return (condition, control, effect f[C, L + 1]) of all comparisons."""
     controls = [control for control in CONTROLS if f"{control}_correct" in rates]
     pairs = [(condition, "none") for condition in rates if condition != "none"]
     pairs += [(name, f"{control}_{name}") for control in controls for name in SETS]
     pairs += [(f"only_{name}", f"only_random_{name}") for name in SETS if f"only_{name}" in rates]
-    found = [(condition, control, rates[condition] - rates[control]) for condition, control in pairs]
-    contrast = lambda of: rates[f"{of}correct"] - rates[f"{of}incorrect"]
-    return found + [(SPECIFICITY, control, contrast("") - contrast(f"{control}_")) for control in controls]
+    effects = [(condition, control, rates[condition] - rates[control]) for condition, control in pairs]
+    contrast = lambda prefix: rates[f"{prefix}correct"] - rates[f"{prefix}incorrect"]
+    return effects + [(SPECIFICITY, control, contrast("") - contrast(f"{control}_")) for control in controls]
 
 
-def attention_entry(name: str, tensors: dict[str, Tensor], classes: list[str] | None) -> dict:
-    """Mean attention of mistaken patches by group and layer (1..L), and what it would be did they look alike at all
-    that they see.
-    """
-    shares, uniform = (joined(tensors, what, classes).mean(0) for what in ("attention", "uniform"))
+def attention_entry(name: str, tensors: dict[str, Tensor], classes: list[str] | None) -> dict[str, Any]:
+    """Return the mean attention of mistaken patches by group and layer 1..L, and the uniform share of each group."""
+    share, uniform = (concat_classes(tensors, key, classes).mean(0) for key in ("attention", "uniform"))
     return {
         "class": name,
-        "share": dict(zip(GROUPS, shares.T.tolist(), strict=True)),
+        "share": dict(zip(GROUPS, share.T.tolist(), strict=True)),
         "uniform": dict(zip(GROUPS, uniform.tolist(), strict=True)),
     }

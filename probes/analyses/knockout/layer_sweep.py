@@ -1,17 +1,17 @@
-"""Where the knockout is applied: windows of layers, and single heads.
+"""Knockouts at single layers, windows of layers and single attention heads.
 
-All layers at once, as in the paper, says nothing about where patches are corrected; one layer alone may be made up for
-by its neighbours (Geva et al., 2304.14767, cut windows for that reason). So each case is also run with
+The paper cuts all layers at once, which does not show where patches are corrected. A single layer's cut may be
+compensated by its neighbours, hence the windows (Geva et al., 2304.14767). Each case also runs with
 
     single    layer l alone
     sliding   layers l .. l + k - 1
     from      layers l .. L
     up_to     layers 1 .. l
-    head      one head of layer l
+    head      one attention head of layer l
 
-and the rate of wrong patches is read at every layer behind: a map, window by layer read.
+and wrong patches are counted at every layer.
 
-Shapes: C cases, W places, L layers, A heads, R resamplings.
+Shapes: C cases, W locations, L layers, A heads, R resamplings.
 """
 
 from collections.abc import Sequence
@@ -28,64 +28,66 @@ SWEEP_CONDITIONS = ("incorrect", "correct", "random_incorrect", "random_correct"
 
 
 class CutLocation(NamedTuple):
-    """Where a knockout cuts: layers, numbered from 1, and query heads, from 0; None for all."""
+    """Where a knockout cuts: layers, numbered from 1, and attention heads, from 0; None for all."""
 
     layers: Sequence[int] | None
     heads: Sequence[int] | None = None
     kind: str = ""
 
-    def among(self, layers: int) -> tuple:
-        """Its layers, of so many, and its heads: alike for places that cut the same."""
-        every = range(1, layers + 1)
-        return tuple(every if self.layers is None else self.layers), self.heads and tuple(self.heads)
+    def key(self, depth: int) -> tuple:
+        """Return layers and heads in a decoder of `depth` layers; equal for locations that cut the same."""
+        return tuple(range(1, depth + 1) if self.layers is None else self.layers), self.heads and tuple(self.heads)
 
 
-def places_of(width: int | None, every_head: bool, layers: int, heads: int) -> list[CutLocation]:
-    """Windows of layers, the sliding ones `width` wide, if there is a width; and, if asked, each head of each layer.
-
-    Raises:
-        UserError: The model has fewer layers than `width`.
-    """
-    every, places = range(1, layers + 1), []
-    if width is not None:
-        if not 1 <= width <= layers:
-            raise UserError(f"windows {width}: the width must lie within 1..{layers}, the layers of this model")
-        places += [CutLocation([layer], kind="single") for layer in every]
-        places += [CutLocation([*range(i, i + width)], kind="sliding") for i in every[: layers - width + 1]]
-        places += [CutLocation([*range(i, layers + 1)], kind="from") for i in every]
-        places += [CutLocation([*range(1, i + 1)], kind="up_to") for i in every]
-    if every_head:
-        places += [CutLocation([layer], [head], "head") for layer in every for head in range(heads)]
-    return places
-
-
-def sweep_entry(name: str, rates: dict[str, Tensor], cases: Cases, weights: Tensor, swaps: Tensor) -> dict:
-    """What a sweep over places says about a class (or all): by condition and place the change in n_c(l) / n_c(0)
-    against no knockout and against random tokens, f[W, L + 1] each, with intervals and p-values over images.
+def cut_locations(width: int | None, single_heads: bool, depth: int, heads: int) -> list[CutLocation]:
+    """Return the locations of a sweep.
 
     Args:
-        name: Of the class.
-        rates: By condition of `SWEPT`, f[C, W, L + 1].
-        cases: The same cases, not cut and with their images.
+        width: Layers of a sliding window; None for no windows.
+        single_heads: Also each head of each layer.
+        depth: L.
+        heads: A.
+
+    Raises:
+        UserError: `width` is not within 1..L.
+    """
+    layers, locations = range(1, depth + 1), []
+    if width is not None:
+        if not 1 <= width <= depth:
+            raise UserError(f"layer windows {width}: the width must be from 1 to {depth}, the layers of this model")
+        locations += [CutLocation([layer], kind="single") for layer in layers]
+        locations += [CutLocation([*range(i, i + width)], kind="sliding") for i in layers[: depth - width + 1]]
+        locations += [CutLocation([*range(i, depth + 1)], kind="from") for i in layers]
+        locations += [CutLocation([*range(1, i + 1)], kind="up_to") for i in layers]
+    if single_heads:
+        locations += [CutLocation([layer], [head], "head") for layer in layers for head in range(heads)]
+    return locations
+
+
+def sweep_entry(name: str, rates: dict[str, Tensor], cases: Cases, weights: Tensor, swaps: Tensor) -> dict[str, Any]:
+    """Return the effects of a class (or all) by location, an entry of "classes" in knockout_windows.json.
+
+    "change" is the difference of n_c(l) / n_c(0) to no knockout, "effect" that to random tokens, f[W, L + 1] each.
+
+    Args:
+        name: Name of the class.
+        rates: By condition of `SWEEP_CONDITIONS`, f[C, W, L + 1].
+        cases: The same cases, with their rates without a knockout.
         weights: f[R, N] of the bootstrap.
         swaps: f[1 + R, N] of the permutations.
     """
     entry: dict[str, Any] = {"class": name, "images": len(cases.images), "change": {}, "effect": {}}
-    places = rates["correct"].shape[1]
+    shape = rates["correct"].shape[1:]
     for condition in ("incorrect", "correct"):
         change = rates[condition] - cases.rates["none"][:, None]
-        effect = rates[condition] - rates[f"random_{condition}"]
-        mean, resampled = cases.mean(effect.flatten(1), weights)
-        _, corrected = p_values(cases.swapped(effect.flatten(1), swaps))  # one family: every place and layer read
+        effect = (rates[condition] - rates[f"random_{condition}"]).flatten(1)
+        mean, resampled = cases.mean(effect, weights)
+        _, corrected = p_values(cases.swapped_mean(effect, swaps))  # one family: every location and layer
+        ci95 = [interval(m, resampled[:, i]) for i, m in enumerate(mean.tolist())]
         entry["change"][condition] = change.mean(0).tolist()
         entry["effect"][condition] = {
-            "mean": mean.view(places, -1).tolist(),
-            "ci95": _rows([interval(m, resampled[:, i]) for i, m in enumerate(mean.tolist())], places),
-            "p_corrected": corrected.view(places, -1).tolist(),
+            "mean": mean.view(shape).tolist(),
+            "ci95": [ci95[i : i + shape[1]] for i in range(0, len(ci95), shape[1])],
+            "p_corrected": corrected.view(shape).tolist(),
         }
     return entry
-
-
-def _rows(values: list, rows: int) -> list[list]:
-    width = len(values) // rows
-    return [values[i * width : (i + 1) * width] for i in range(rows)]

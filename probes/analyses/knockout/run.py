@@ -1,26 +1,26 @@
-"""`probes knockout`: do correctly classified patches pull misclassified ones to the right class? (Sec. 4, App. C)
+"""`probes knockout`: do correctly classified patches pull misclassified ones to the right class (Sec. 4, App. C)?
 
-For a class c, an image takes part if the adapter's probe predicts c on patches that are something else. By default in
-all layers at once, blocked (Eq. 1) is in turn nothing ("none"), what is called c ("incorrect"), what is called the
-class that those patches mostly are ("correct"), and controls. At each layer l the patches wrongly predicted c are
-counted, n_c(l), by the same frozen probes. Reported is n_c(l) / n_c(0), averaged over the images with n_c(0) > 0 (or at
-least `min_patches`). See knockout_cases.py, knockout_conditions.py, knockout_windows.py, knockout_attention.py.
+A case of class c is an image in which the adapter's probe predicts c on patches of other classes. Per case, Eq. 1
+blocks in turn nothing ("none"), the tokens predicted as c ("incorrect"), those predicted as the class that the mistaken
+patches mostly are ("correct"), and controls; in all layers at once, unless the plan says differently. The same frozen
+probes count n_c(l), the patches wrongly predicted as c at layer l. The result is n_c(l) / n_c(0), averaged over the
+images with n_c(0) > 0 (or at least `min_patches`).
 
-"none" shows the same patches without a knockout: patches chosen because they are wrong at layer 0 are less often wrong
-later whatever is done (regression to the mean), so effects are read against it or against a control, never against 1.
+Patches selected for being wrong at layer 0 are less often wrong later without any knockout (regression to the mean).
+Effects are therefore read against "none" or a control, never against 1. README.md lists the limits.
 
     knockout.json                  rates with intervals, effects against controls with p-values
-    knockout.safetensors           "class/condition" f[cases, L + 1], "class/image" and what else a case is about
-    knockout_windows.json          the same by window of layers, or by head of a layer, where asked for
-    knockout.partial/              batches done so far; removed at the end
+    knockout.safetensors           "class/condition" f[cases, L + 1], "class/image" and other fields of a case
+    knockout_windows.json          effects by window of layers or attention head, if asked for
+    knockout.partial/              finished batches, removed at the end
 
 Shapes: B images, C cases, T patches, L layers, layer 0 the adapter.
 """
 
 import argparse
 import shutil
-from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,104 +29,109 @@ from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, random_swaps
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.analyses.batch_cache import batch_results
+from probes.analyses.batch_cache import cached_batches
 from probes.data.batches import PreprocessedDataset, collate
 from probes.results.probe_run import ProbeRun
 
-from .batch import knock_out
+from .batch import knock_out_batch
 from .cases import PatchReader, confused_classes
 from .config import Plan
-from .effects import attention_entry, class_entry, effect_entries, joined, select_cases
-from .layer_sweep import SWEEP_CONDITIONS, places_of, sweep_entry
+from .effects import attention_entry, class_entry, concat_classes, effect_entries, select_cases
+from .layer_sweep import SWEEP_CONDITIONS, cut_locations, sweep_entry
 
 
-def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict:
-    """Runs all conditions over the validation split, writes the files named above into `out` and returns what
-    knockout.json holds. The same call goes on where a killed one stopped.
+def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict[str, Any]:
+    """Run all conditions over the validation split, write the files named above, return the content of knockout.json.
+
+    The same call resumes after the last finished batch if a previous one was killed.
 
     Raises:
-        UserError: The plan does not fit the run, or no image has patches wrongly predicted any of the classes.
+        UserError: The plan does not fit the run, or no image has patches wrongly predicted as any of the classes.
     """
     plan.check(run)
     reader = PatchReader(run)
-    tensors = _all_cases(run, plan, reader, out / "knockout.partial")
+    tensors = _compute_cases(run, plan, reader, out / "knockout.partial")
     swept = {key: tensors.pop(key) for key in list(tensors) if "/swept:" in key}
     weights = bootstrap_weights(run.metrics["images"], seed=plan.seed, groups=run.groups)
     swaps = random_swaps(run.metrics["images"], seed=plan.seed, groups=run.groups)
-    pools = {name: select_cases(tensors, 1, which) for name, which in _pools(plan).items()}
-    pools = {name: cases for name, cases in pools.items() if cases}
-    head = {key: run.metrics[key] for key in ("image_attention", "untrained")}
-    head |= {"runs": [run.fingerprint], **asdict(plan)}
-    facts = head | {
+    pools = {"all": None} | {name: [name] for name in plan.classes}  # pooled over classes, and each class alone
+    cases = {name: select_cases(tensors, 1, members) for name, members in pools.items()}
+    cases = {name: selected for name, selected in cases.items() if selected}
+    header = {key: run.metrics[key] for key in ("image_attention", "untrained")}
+    header |= {"runs": [run.fingerprint], **plan.to_json()}
+    results = header | {
         "layers": plan.layers or "all",
         "classes": [class_entry(name, tensors, plan.seed, run.groups) for name in plan.classes],
-        "effects": [e for name, cases in pools.items() for e in effect_entries(name, cases, weights, swaps)],
+        "effects": [entry for name in cases for entry in effect_entries(name, cases[name], weights, swaps)],
     }
     if plan.attention:
-        facts["attention"] = [attention_entry(name, tensors, _pools(plan)[name]) for name in pools]
+        results["attention"] = [attention_entry(name, tensors, pools[name]) for name in cases]
     files = {out / "knockout.safetensors": tensors}
     if swept:
-        rates = lambda name: {what: joined(swept, f"swept:{what}", _pools(plan)[name]) for what in SWEEP_CONDITIONS}
-        entries = [sweep_entry(name, rates(name), cases, weights, swaps) for name, cases in pools.items()]
-        places = places_of(plan.windows, plan.heads, len(run.layers) - 1, reader.attention_heads)
-        swept_facts = head | {"places": [p._asdict() for p in places], "classes": entries}
-        files[out / "knockout_windows.json"] = swept_facts
-    write_files(files | {out / "knockout.json": facts})
+        rates = lambda name: {key: concat_classes(swept, f"swept:{key}", pools[name]) for key in SWEEP_CONDITIONS}
+        entries = [sweep_entry(name, rates(name), cases[name], weights, swaps) for name in cases]
+        locations = cut_locations(plan.layer_windows, plan.attention_heads, len(run.layers) - 1, reader.attention_heads)
+        files[out / "knockout_windows.json"] = header | {
+            "places": [location._asdict() for location in locations],
+            "classes": entries,
+        }
+    write_files(files | {out / "knockout.json": results})
     shutil.rmtree(out / "knockout.partial")
-    return facts
+    return results
 
 
-def _all_cases(run: ProbeRun, plan: Plan, reader: PatchReader, partial: Path) -> dict[str, Tensor]:
-    """By "class/what", one row a case of the split, batch by batch, each kept in `partial` when done."""
-    classes, prepared = run.metrics["classes"], PreprocessedDataset(run.dataset(), reader.mllm.preprocess)
-    images = range(min(len(prepared), plan.limit or len(prepared)))
+def _compute_cases(run: ProbeRun, plan: Plan, reader: PatchReader, partial: Path) -> dict[str, Tensor]:
+    """Return the results of the split by "class/key", one row per case; finished batches are kept in `partial`."""
+    classes, dataset = run.metrics["classes"], PreprocessedDataset(run.dataset(), reader.mllm.preprocess)
+    images = range(min(len(dataset), plan.limit or len(dataset)))
 
     def compute(batch: int) -> dict[str, Tensor]:
-        samples = images[batch * plan.batch_size : (batch + 1) * plan.batch_size]
-        return knock_out(reader, plan, classes, collate([prepared[i] for i in samples]))
+        indices = images[batch * plan.batch_size : (batch + 1) * plan.batch_size]
+        return knock_out_batch(reader, plan, classes, collate([dataset[i] for i in indices]))
 
-    arguments = {"plan": asdict(plan), "run": run.fingerprint}
-    batches = batch_results(partial, arguments, -(-len(images) // plan.batch_size), compute)
+    arguments = {"plan": plan.to_json(), "run": run.fingerprint}
+    batches = cached_batches(partial, arguments, -(-len(images) // plan.batch_size), compute)
     keys = dict.fromkeys(key for batch in batches for key in batch)
     if not keys:
         shutil.rmtree(partial)
         raise UserError(
-            f"no image has {plan.min_patches} or more patches wrongly predicted any of {', '.join(plan.classes)}"
+            f"{run.path}: no image has {plan.min_patches} or more patches wrongly predicted as "
+            f"{' or '.join(plan.classes)}; choose other --classes (such as auto:5) or fewer --min-patches"
         )
     return {key: torch.cat([batch[key] for batch in batches if key in batch]) for key in keys}
 
 
-def _pools(plan: Plan) -> dict[str, list[str] | None]:
-    """Which classes' cases are spoken of together: all, and each class by itself."""
-    return {"all": None} | {name: [name] for name in plan.classes}
-
-
 def run(args: argparse.Namespace) -> None:
-    """`probes knockout`."""
-    probed = ProbeRun(args.probes)
-    auto = [name for name in args.classes if name.startswith("auto:")]
-    if auto and len(args.classes) > 1:
-        raise UserError(f"--classes takes names or {auto[0]}, not both")
-    if auto:
-        count = auto[0].removeprefix("auto:")
-        if not count.isdecimal():
-            raise UserError(f"--classes {auto[0]}: expected auto:N with a whole number N, such as auto:5")
-        args.classes = confused_classes(probed, int(count))
-        print(f"most often predicted where they are not: {', '.join(args.classes)}")
-    names = Plan.__dataclass_fields__
-    out, plan = Path(args.out or args.probes), Plan(**{k: v for k, v in vars(args).items() if k in names})
+    """Run `probes knockout`."""
+    probe_run = ProbeRun(args.probes)
+    args.classes = _resolve_classes(probe_run, args.classes)
+    out = Path(args.out or args.probes)
+    plan = Plan(**{name: value for name, value in vars(args).items() if name in Plan.__dataclass_fields__})
     with exclusive_run_lock(out, "knockout.json"):
-        facts = knockout(probed, plan, out)
-    for entry in facts["classes"]:
-        last = ", ".join(f"{condition} {rates[-1]:.0%}" for condition, rates in entry["remaining"].items())
-        print(f"{entry['class']} ({entry['images']} images), remaining at the last layer: {last}")
-    for effect in facts["effects"]:
+        results = knockout(probe_run, plan, out)
+    for entry in results["classes"]:
+        rates = ", ".join(f"{condition} {values[-1]:.0%}" for condition, values in entry["remaining"].items())
+        print(f"{entry['class']} ({entry['images']} images), remaining at the last layer: {rates}")
+    for effect in results["effects"]:
         if effect["class"] == "all":
-            print(describe(effect))
+            print(format_effect(effect))
 
 
-def describe(effect: dict) -> str:
-    """One line about an effect in the later half of the layers."""
+def _resolve_classes(run: ProbeRun, classes: list[str]) -> list[str]:
+    """Return the classes, with auto:N replaced by the N most often confused ones."""
+    auto = next((name for name in classes if name.startswith("auto:")), None)
+    if auto is None:
+        return classes
+    count = auto.removeprefix("auto:")
+    if len(classes) > 1 or not count.isdecimal():
+        raise UserError(f"--classes {' '.join(classes)}: expected class names, or auto:N alone, such as auto:5")
+    classes = confused_classes(run, int(count))
+    print(f"most often wrongly predicted: {', '.join(classes)}")
+    return classes
+
+
+def format_effect(effect: dict[str, Any]) -> str:
+    """Return one line about an effect in the later half of the layers."""
     value, (low, high), p = (effect["later"][key] for key in ("value", "ci95", "p"))
-    what = f"{effect['condition']} against {effect['control']}"
-    return f"{what:<42} {100 * value:+6.1f} pp [{100 * low:+.1f}, {100 * high:+.1f}], p = {p:.4f}"
+    comparison = f"{effect['condition']} against {effect['control']}"
+    return f"{comparison:<42} {100 * value:+6.1f} pp [{100 * low:+.1f}, {100 * high:+.1f}], p = {p:.4f}"

@@ -1,11 +1,11 @@
-"""Starvation with the classes held fixed: early patches are mostly sky and ceiling, at which a mask might be better.
+"""Starvation with the classes held fixed: early patches are mostly sky and ceiling, which one mask may predict better.
 
-    standardised   accuracy by patch as if every patch showed the classes in the same mix: its accuracy on each class,
-                   weighted by the class's share of the split's labelled pixels (direct standardisation). A class that
-                   never occurs at a patch is left out there, for both masks.
-    groups         the gap over the first row on the frequent, the middling and the rare third of the classes
+    standardised   accuracy by patch with the same mix of classes at every patch: its accuracy on each class, weighted
+                   by the class's share of the split's labelled pixels (direct standardisation). A class that never
+                   occurs at a patch is left out there, for both masks.
+    groups         the gap over the first row for the frequent, middling and rare third of the classes
 
-A patch counts for the class that most of its labelled pixels have.
+The class of a patch is that of most of its labelled pixels.
 
 Shapes: N images, T patches, K classes, R resamplings.
 """
@@ -17,23 +17,23 @@ from tqdm import tqdm
 from probes.evaluation.metrics import true_classes
 from probes.results.probe_run import ProbeRun
 
-from .patch_accuracy import Pair, PatchCounts, gap_of, gap_over
+from .patch_accuracy import CountsByMask, PatchCounts, accuracy_gap, pooled_gap
 
-SHOWN = 50  # patches, as in Fig. 7: what is resampled takes K products of R x N by N x T
+FIRST_PATCHES = 50  # as in Fig. 7; standardisation takes K products of R x N and N x T
 GROUPS = ("frequent", "middling", "rare")
 
 
-def class_facts(run: ProbeRun, counts: Pair, weights: Tensor) -> dict:
-    """What starvation.json holds under "by_class".
+def class_results(run: ProbeRun, counts: CountsByMask, weights: Tensor) -> dict:
+    """Return "by_class" of starvation.json.
 
     Args:
-        run: Either of the two, for its images.
-        counts: Of both.
+        run: Either run; its images are read.
+        counts: Counts by mask.
         weights: f[R, N] of the bootstrap.
 
     Returns:
-        {"causal", "bidirectional", "gap", "gap_ci95": of the first 50 patches, standardised; "first_row": of the first
-        row, standardised; "groups": [{"frequency", "classes", "share", "causal", "bidirectional", "gap", "gap_ci95"}]}
+        {"causal", "bidirectional", "gap", "gap_ci95": standardised, of the first 50 patches; "first_row": standardised,
+        of the first row; "groups": [{"frequency", "classes", "share", "causal", "bidirectional", "gap", "gap_ci95"}]}
     """
     dataset, mllm, names = run.dataset(), run.mllm(), run.metrics["classes"]
     targets = (torch.from_numpy(dataset[i]["target"])[None] for i in tqdm(range(len(dataset)), desc="masks"))
@@ -41,55 +41,51 @@ def class_facts(run: ProbeRun, counts: Pair, weights: Tensor) -> dict:
     share = run.counts.labelled.sum(0).double()
     share /= share.sum()
     columns = run.metrics["grid"][1]
-    first_row = {mask: PatchCounts(*(x[:, :columns].flatten()[:, None] for x in pair)) for mask, pair in counts.items()}
-    of_row = standardised(
-        first_row, labels[:, :columns].flatten()[:, None], share, weights.repeat_interleave(columns, 1)
-    )
-    early = {mask: PatchCounts(right[:, :SHOWN], valid[:, :SHOWN]) for mask, (right, valid) in counts.items()}
+    row_counts = {mask: PatchCounts(*(x[:, :columns].reshape(-1, 1) for x in pair)) for mask, pair in counts.items()}
+    row_labels, row_weights = labels[:, :columns].reshape(-1, 1), weights.repeat_interleave(columns, 1)
+    first_row = standardised_gap(row_counts, row_labels, share, row_weights)
+    early = {mask: PatchCounts(*(x[:, :FIRST_PATCHES] for x in pair)) for mask, pair in counts.items()}
     return {
-        **standardised(early, labels[:, :SHOWN], share, weights),
-        "first_row": {key: values[0] for key, values in of_row.items()},
-        "groups": _by_frequency(counts, labels, share, weights, names, columns),
+        **standardised_gap(early, labels[:, :FIRST_PATCHES], share, weights),
+        "first_row": {key: values[0] for key, values in first_row.items()},
+        "groups": _frequency_groups(counts, labels, share, weights, names, columns),
     }
 
 
-def standardised(counts: Pair, labels: Tensor, share: Tensor, weights: Tensor) -> dict[str, list]:
-    """Accuracy by patch and gap as :func:`gap_of` gives them, every patch with the same mix of classes.
+def standardised_gap(counts: CountsByMask, labels: Tensor, share: Tensor, weights: Tensor) -> dict[str, list]:
+    """Return :func:`accuracy_gap` with the same mix of classes at every patch.
 
     Args:
         counts: f[N, T] by mask.
-        labels: long[N, T], the class of each patch, -1 without one.
+        labels: long[N, T], the class of each patch, -1 for unlabelled ones.
         share: f[K], the mix.
         weights: f[R, N].
     """
-    every = torch.cat([torch.ones(1, weights.shape[1], dtype=weights.dtype), weights])  # the split itself first
-    total = {mask: torch.zeros(len(every), labels.shape[1], dtype=torch.double) for mask in counts}
-    mix = torch.zeros(len(every), labels.shape[1], dtype=torch.double)
+    all_weights = torch.cat([torch.ones(1, weights.shape[1], dtype=weights.dtype), weights])  # row 0: the split itself
+    total = {mask: torch.zeros(len(all_weights), labels.shape[1], dtype=torch.double) for mask in counts}
+    mix = torch.zeros(len(all_weights), labels.shape[1], dtype=torch.double)
     for k in share.nonzero().flatten().tolist():
-        here = (labels == k).double()
-        valid = every @ (next(iter(counts.values())).valid * here)
+        of_class = (labels == k).double()
+        valid = all_weights @ (next(iter(counts.values())).valid * of_class)
         mix += share[k] * (valid > 0)
         for mask, (right, _) in counts.items():
-            total[mask] += share[k] * torch.where(valid > 0, every @ (right * here) / valid, 0.0)
+            total[mask] += share[k] * torch.where(valid > 0, all_weights @ (right * of_class) / valid, 0.0)
     accuracy = {mask: values / mix for mask, values in total.items()}
-    return gap_of({mask: x[0] for mask, x in accuracy.items()}, {mask: x[1:] for mask, x in accuracy.items()})
+    return accuracy_gap({mask: x[0] for mask, x in accuracy.items()}, {mask: x[1:] for mask, x in accuracy.items()})
 
 
-def _by_frequency(
-    counts: Pair, labels: Tensor, share: Tensor, weights: Tensor, names: list[str], columns: int
+def _frequency_groups(
+    counts: CountsByMask, labels: Tensor, share: Tensor, weights: Tensor, names: list[str], columns: int
 ) -> list[dict]:
-    """The gap over the first row on each third of the classes; a third that does not occur there is left out."""
+    """Return the gap over the first row for each third of the classes; thirds that do not occur there are left out."""
     ranked, groups = share.argsort(descending=True, stable=True).tolist(), []
     third = -(-len(ranked) // 3)
     for i, frequency in enumerate(GROUPS):
         members = ranked[i * third : (i + 1) * third]
-        here = torch.isin(labels, torch.tensor(members)).double()
-        of_group = {mask: PatchCounts(right * here, valid * here) for mask, (right, valid) in counts.items()}
+        in_group = torch.isin(labels, torch.tensor(members)).double()
+        of_group = {mask: PatchCounts(right * in_group, valid * in_group) for mask, (right, valid) in counts.items()}
         if members and of_group["causal"].valid[:, :columns].any():
-            facts = {
-                "frequency": frequency,
-                "classes": [names[k] for k in members],
-                "share": share[members].sum().item(),
-            }
-            groups.append(facts | gap_over(of_group, weights, range(columns)))
+            classes = [names[k] for k in members]
+            group = {"frequency": frequency, "classes": classes, "share": share[members].sum().item()}
+            groups.append(group | pooled_gap(of_group, weights, range(columns)))
     return groups

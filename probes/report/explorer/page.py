@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> None:
         runs[0].check_same_images(run, "; explore them apart")
     how = {
         "conditions": args.conditions,
-        "classes": args.knockout,
+        "classes": args.classes,
         "top_classes": args.top_classes,
         "top_words": args.top_words,
         "word_sites": args.word_sites,

@@ -1,5 +1,6 @@
-"""What the explorer shows, against the stock model's own forward."""
+"""Classes and words of the explorer against the stock model's own forward."""
 
+import numpy as np
 import pytest
 import tiny_models
 import torch
@@ -7,23 +8,17 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from probes import Knockout
-from probes.analyses.logit_lens import box, explore, most_confused, token_text
-from probes.cli import main
+from probes.analyses.knockout.cases import ConfusionCase
+from probes.analyses.logit_lens import blocked_patches, explore, grid_box, most_confused, token_text
 from probes.ops.geometry import Geometry
 from probes.results.probe_run import ProbeRun
 
 IMAGES = [0, 2, 3]
 
 
-@pytest.fixture(scope="module", params=["causal", "bidirectional"])
-def run(request, checkpoints, tmp_path_factory) -> ProbeRun:
-    root = tiny_models.write_segmentation(tmp_path_factory.mktemp("data"), training=4, validation=5, seed=5)
-    out = tmp_path_factory.mktemp("run")
-    main(
-        ["fit", "-c", "configs/demo/probes.yaml", "--out", str(out), "--trainer.max_epochs", "1"]
-        + ["--model.mllm", str(checkpoints[request.param]), "--data.root", str(root), "--data.batch_size", "2"]
-    )
-    return ProbeRun(out)
+@pytest.fixture(params=["causal", "bidirectional"])
+def run(request, runs) -> ProbeRun:
+    return runs[request.param]
 
 
 def stock_states(run: ProbeRun, image: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -34,11 +29,11 @@ def stock_states(run: ProbeRun, image: int) -> dict[str, tuple[torch.Tensor, tor
     norm = model.model.language_model.norm
     norm.register_forward_pre_hook(lambda _, args: before.append(args[0]))
     with torch.no_grad():
-        found = model(input_ids=ids, pixel_values=pixels, output_hidden_states=True)
-    *hidden, last = found.hidden_states
+        output = model(input_ids=ids, pixel_values=pixels, output_hidden_states=True)
+    *hidden, last = output.hidden_states
     states = dict(zip(["adapter", *(f"layer_{i:02d}" for i in (1, 2, 3))], [*hidden, before[0]], strict=True))
     words = {site: model.lm_head(norm(x)) for site, x in states.items()} | {"final_norm": model.lm_head(last)}
-    assert torch.equal(words["final_norm"], found.logits)
+    assert torch.equal(words["final_norm"], output.logits)
     return {
         site: (states.get(site, last)[0, -tiny_models.TOKENS :], x[0, -tiny_models.TOKENS :])
         for site, x in words.items()
@@ -50,9 +45,9 @@ def test_classes_and_words_equal_the_stock_forward(run):
     explored = explore(run, IMAGES, top_classes=2, top_words=3)
     saved = load_file(run.path / "probes.safetensors")
     assert explored.word_sites == [site for site in explored.sites if site != "encoder"]
-    for seen in explored.images:
-        reading = seen.readings["none"]
-        for site, (states, logits) in stock_states(run, seen.image).items():
+    for image in explored.images:
+        reading = image.readings["none"]
+        for site, (states, logits) in stock_states(run, image.image).items():
             s, w = explored.sites.index(site), explored.word_sites.index(site)
             probe = {name.removeprefix(f"{site}."): tensor.double() for name, tensor in saved.items()}
             normed = (states.double() - probe["norm.running_mean"]) / (probe["norm.running_var"] + 1e-5).sqrt()
@@ -62,13 +57,12 @@ def test_classes_and_words_equal_the_stock_forward(run):
             assert torch.equal(reading.classes[:, s].T, best)
             expected = shares.gather(1, best).float()
             torch.testing.assert_close(reading.class_probabilities[:, s].T, expected)
-            says = logits.double().exp() / logits.double().exp().sum(1, keepdim=True)
-            likely = says.sort(1, descending=True)
-            torch.testing.assert_close(reading.word_probabilities[:, w].T.double(), likely.values[:, :3])
-            assert torch.equal(reading.words[:, w].T, likely.indices[:, :3])
+            words = logits.double().softmax(1).sort(1, descending=True)
+            torch.testing.assert_close(reading.word_probabilities[:, w].T.double(), words.values[:, :3])
+            assert torch.equal(reading.words[:, w].T, words.indices[:, :3])
 
 
-def test_text_of_a_token_can_be_seen(run):
+def test_text_of_a_token_is_visible(run):
     tokenizer = AutoTokenizer.from_pretrained(run.metrics["mllm"])
     text = {name: token_text(tokenizer, tokenizer.convert_tokens_to_ids(name)) for name in ("▁sky", "▁", "<0xE2>", "a")}
     assert text == {"▁sky": "sky", "▁": "▁", "<0xE2>": "<0xE2>", "a": "a"}
@@ -76,49 +70,50 @@ def test_text_of_a_token_can_be_seen(run):
 
 
 @torch.no_grad()
-def test_conditions_hide_what_is_called_so_at_the_adapter(run):
+def test_conditions_equal_single_knockouts_of_the_tokens_predicted_so(run):
     conditions = ("incorrect", "correct", "random_incorrect", "random_correct")
     explored, mllm, heads = explore(run, IMAGES, conditions=conditions), run.mllm(), run.probes()
-    cases = [seen for seen in explored.images if seen.case]
+    cases = [image for image in explored.images if image.case]
     assert cases, "the fixture must confuse something"
-    for seen in cases:
-        assert list(seen.readings) == ["none", *conditions]
-        adapter = explored.sites.index("adapter")
-        called = seen.readings["none"].classes[0, adapter]
-        wrong = [k.item() for k, t in zip(called, seen.truth, strict=True) if t >= 0 and k != t]
-        assert wrong.count(seen.case.wrong_class) == max(map(wrong.count, wrong)) == seen.case.patches
-        for condition, k in (("incorrect", seen.case.wrong_class), ("correct", seen.case.correct_class)):
-            reading, control = seen.readings[condition], seen.readings[f"random_{condition}"]
-            assert torch.equal(reading.blocked, called == k) and control.blocked.sum() == reading.blocked.sum()
-            pixels = mllm.preprocess([run.dataset()[seen.image]["image"]])
-            alone = mllm.states(pixels, None, Knockout(reading.blocked[None]))
+    for image in cases:
+        assert list(image.readings) == ["none", *conditions]
+        predicted = image.readings["none"].classes[0, explored.sites.index("adapter")]
+        wrong = [k.item() for k, t in zip(predicted, image.truth, strict=True) if t >= 0 and k != t]
+        assert wrong.count(image.case.wrong_class) == max(map(wrong.count, wrong)) == image.case.patches
+        for condition, k in (("incorrect", image.case.wrong_class), ("correct", image.case.correct_class)):
+            reading, control = image.readings[condition], image.readings[f"random_{condition}"]
+            assert torch.equal(reading.blocked, predicted == k) and control.blocked.sum() == reading.blocked.sum()
+            pixels = mllm.preprocess([run.dataset()[image.image]["image"]])
+            single = mllm.states(pixels, None, Knockout(reading.blocked[None]))
             for s, site in enumerate(explored.sites):
-                shares = heads[site](alone[site].float())[0].softmax(-1)
+                shares = heads[site](single[site].float())[0].softmax(-1)
                 torch.testing.assert_close(reading.class_probabilities[0, s], shares.max(1).values)
-    assert not any(seen.readings["none"].blocked.any() for seen in explored.images)
+    assert not any(image.readings["none"].blocked.any() for image in explored.images)
 
 
-def test_only_the_classes_that_are_asked_for_make_a_case(run):
-    everything = explore(run, IMAGES)
-    for k, name in enumerate(tiny_models.CLASSES):
-        for seen in explore(run, IMAGES, classes=[name]).images:
-            assert seen.case is None or seen.case.wrong_class == k
-    for seen in explore(run, IMAGES, conditions=[]).images:
-        assert list(seen.readings) == ["none"] and seen.case is None
-    assert any(seen.case for seen in everything.images)
+def test_random_tokens_are_those_of_the_knockout():
+    """As many tokens, and none of high norm while others are left."""
+    tokens, states = torch.arange(24), torch.ones(24, 8)
+    states[11] *= 10
+    blocked = {"incorrect": tokens < 4, "correct": (tokens >= 4) & (tokens < 9)}
+    case = ConfusionCase(0, 0, 4, 5, 1, 2, tokens < 4, tokens >= 0, blocked)
+    for seed in range(20):
+        drawn = blocked_patches(case, ["random_correct", "correct"], states, np.random.default_rng(seed))
+        assert drawn["random_correct"].sum() == 5 and not drawn["random_correct"][11]
+        assert drawn["correct"] is blocked["correct"]
 
 
 def test_most_confused_class_counts_labelled_patches_only():
-    called, truth = torch.tensor([1, 1, 1, 2, 2, 0]), torch.tensor([-1, -1, 0, 0, 1, 0])
-    case = most_confused(called, truth, 7, [0, 1, 2])
+    predicted, truth = torch.tensor([1, 1, 1, 2, 2, 0]), torch.tensor([-1, -1, 0, 0, 1, 0])
+    case = most_confused(predicted, truth, 7, [0, 1, 2])
     assert (case.image, case.wrong_class, case.patches) == (7, 2, 2)
-    assert most_confused(called, truth, 7, [0]) is None
-    assert most_confused(called, truth, 7, [1]).wrong_class == 1
+    assert most_confused(predicted, truth, 7, [0]) is None
+    assert most_confused(predicted, truth, 7, [1]).wrong_class == 1
 
 
-def test_words_can_be_left_out(run):
-    (seen,) = explore(run, [1], word_sites=[]).images
-    assert seen.readings["none"].words.numel() == 0
+def test_words_and_conditions_can_be_left_out(run):
+    (image,) = explore(run, [1], conditions=[], word_sites=[]).images
+    assert list(image.readings) == ["none"] and image.readings["none"].words.numel() == 0 and image.case is None
     explored = explore(run, [1], word_sites=["layer_02"], top_words=1)
     assert explored.word_sites == ["layer_02"] and explored.images[0].readings["none"].words.shape == (1, 1, 4)
 
@@ -131,27 +126,27 @@ def test_word_head_of_the_final_norm_norms_once(run):
     torch.testing.assert_close(mllm.logit_lens(states, "layer_01"), mllm.logit_lens(norm(states), "final_norm"))
 
 
-def test_box_of_a_padded_image_reaches_beyond_it():
+def test_box_of_a_padded_image_exceeds_it():
     padded = Geometry((2, 2), 8, 8, "pad").view((4, 8))
-    assert box(padded, (4, 8)) == (0.0, -0.5, 1.0, 2.0)
+    assert grid_box(padded, (4, 8)) == (0.0, -0.5, 1.0, 2.0)
     border = Geometry((27, 27), 384, 378).view((100, 200))
-    assert box(border, (100, 200)) == pytest.approx((0, 0, 378 / 384, 378 / 384))
+    assert grid_box(border, (100, 200)) == pytest.approx((0, 0, 378 / 384, 378 / 384))
 
 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ({"images": [5]}, r"--images: 5 is unknown; the validation split of .* has 0..4"),
+        ({"images": [9]}, r"--images: 9 is unknown; the validation split of .* has 0..8"),
         ({"conditions": ["none"]}, "--conditions: 'none' is unknown; the knockout has incorrect, correct, random_"),
-        ({"classes": ["moon"]}, "--knockout: 'moon' is unknown; .* has sky, wall, road"),
+        ({"classes": ["moon"]}, "--classes: 'moon' is unknown; .* has sky, wall, road"),
         (
             {"word_sites": ["encoder"]},
             "--word-sites: 'encoder' is unknown; .*, from the adapter on, has adapter, layer_01",
         ),
-        ({"top_words": 999}, "the 999 most probable of [0-9]+ at adapter were asked for; ask for fewer"),
+        ({"top_words": 999}, "asked for the 999 most probable of [0-9]+ at adapter; ask for fewer"),
         ({"top_words": 0}, "--top-classes 3 and --top-words 0 must both be at least 1"),
     ],
 )
-def test_bad_arguments_are_named(run, argument, message):
+def test_bad_arguments_are_errors(runs, argument, message):
     with pytest.raises(ValueError, match=message):
-        explore(run, **({"images": [0]} | argument))
+        explore(runs["causal"], **({"images": [0]} | argument))

@@ -1,151 +1,133 @@
-"""Accuracy by patch: with the classes held fixed, and with the images turned."""
+"""Accuracy by patch: with the classes held fixed, and on flipped images."""
 
 import json
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.analyses.starvation import flipped
-from probes.analyses.starvation.by_class import standardised
-from probes.analyses.starvation.flipped import FLIPS, Turned, flip_facts, score_patches, turned_patches
-from probes.analyses.starvation.patch_accuracy import PatchCounts, accuracies, gap_of
+from probes.analyses.starvation.by_class import standardised_gap
+from probes.analyses.starvation.flipped import (
+    FLIP_AXES,
+    FlippedDataset,
+    flip_results,
+    flipped_positions,
+    score_patches,
+)
+from probes.analyses.starvation.patch_accuracy import PatchCounts, accuracy_gap, patch_accuracy
 from probes.analyses.starvation.run import starvation
 from probes.cli import main
-from probes.results.probe_run import ProbeRun
 
 N, T, K = 80, 16, 3
 
 
-@pytest.fixture(scope="module")
-def runs(checkpoints, tmp_path_factory) -> dict[str, ProbeRun]:
-    root = tiny_models.write_segmentation(
-        tmp_path_factory.mktemp("data"), training=4, validation=9, size=(23, 30), seed=5
-    )
-    found = {}
-    for mask in ("causal", "bidirectional"):
-        out = tmp_path_factory.mktemp(mask)
-        main(
-            ["fit", "-c", "configs/demo/probes.yaml", "--out", str(out), "--trainer.max_epochs", "1"]
-            + ["--model.mllm", str(checkpoints[mask]), "--data.root", str(root), "--data.batch_size", "2"]
-        )
-        found[mask] = ProbeRun(out)
-    return found
-
-
-def pair_of(gap: torch.Tensor, seed: int = 0) -> dict[str, PatchCounts]:
-    """Counts of 100 pixels a patch in which bidirectional is better by `gap`, f[T] or f[N, T]."""
+def random_counts(gap: torch.Tensor, seed: int = 0) -> dict[str, PatchCounts]:
+    """Counts of 100 pixels per patch in which bidirectional is better by `gap`, f[T] or f[N, T]."""
     generator = torch.Generator().manual_seed(seed)
     valid = torch.full((N, T), 100.0, dtype=torch.double)
     noise = lambda: torch.randn(N, T, generator=generator, dtype=torch.double)
     return {"causal": PatchCounts(50 + noise(), valid), "bidirectional": PatchCounts(50 + 100 * gap + noise(), valid)}
 
 
-def test_the_frozen_probe_on_the_images_as_they_are_gives_the_runs_own_counts(runs):
+def test_frozen_probe_on_upright_images_equals_the_counts_of_the_run(runs):
+    run = runs["causal"]
     for site in ("encoder", "layer_02", "final_norm"):
-        run = runs["causal"]
         counts = score_patches(run, site, run.dataset(), batch_size=4)
         assert torch.equal(counts.right, run.counts.patch_right[run.sites.index(site)].double())
         assert torch.equal(counts.valid, run.counts.patch_valid.double())
 
 
-@pytest.mark.parametrize("flip", FLIPS)
-def test_turned_images_and_patches_go_together(runs, flip):
-    """A patch's pixels are found again, mirrored, where the patch is said to go; twice turned is as before."""
-    upright, turned = runs["causal"].dataset(), Turned(runs["causal"].dataset(), flip)
-    before, after, goes_to = upright[3], turned[3], turned_patches((2, 2), flip)
-    cells = lambda mask: [half for part in np.array_split(mask[:22], 2) for half in np.array_split(part, 2, axis=1)]
-    target = before["target"][:22]
-    again = Turned([{**before, "target": target}], flip)[0]["target"]
-    for patch, pixels in enumerate(cells(target)):
-        assert np.array_equal(np.sort(pixels.ravel()), np.sort(cells(again)[goes_to[patch]].ravel()))
-    twice = Turned(turned, flip)[3]
+@pytest.mark.parametrize("flip", FLIP_AXES)
+def test_flipped_patches_are_at_their_flipped_positions(runs, flip):
+    upright, positions = runs["causal"].dataset(), flipped_positions((2, 2), flip)
+    once, before = FlippedDataset(upright, flip), upright[3]
+    cells = lambda mask: [half for part in np.array_split(mask, 2) for half in np.array_split(part, 2, axis=1)]
+    after = cells(once[3]["target"])
+    for patch, pixels in enumerate(cells(before["target"])):
+        assert np.array_equal(np.sort(pixels.ravel()), np.sort(after[positions[patch]].ravel()))
+    twice = FlippedDataset(once, flip)[3]
     assert np.array_equal(twice["image"], before["image"]) and np.array_equal(twice["target"], before["target"])
-    assert not np.array_equal(after["image"], before["image"]) and after["name"] == before["name"]
+    assert not np.array_equal(once[3]["image"], before["image"]) and once[3]["name"] == before["name"]
 
 
-@pytest.mark.parametrize("flip", FLIPS)
+@pytest.mark.parametrize("flip", FLIP_AXES)
 @pytest.mark.parametrize("follows", ["position", "content", "undecided"])
-def test_flip_tells_position_from_content(runs, monkeypatch, flip, follows):
-    """Early patches are worse by 10 points upright; turned, the gap is where it was, with the content, or nowhere."""
+def test_flip_separates_position_from_content(runs, monkeypatch, flip, follows):
+    """Upright, early patches have a gap of 10 points. Flipped, it stays, moves with the content, or vanishes."""
     early = torch.zeros(T, dtype=torch.double)
     early[:2] = 0.1
-    goes_to = turned_patches((4, 4), flip)
     moved = torch.zeros_like(early)
-    moved[goes_to] = early
-    now = pair_of({"position": early, "content": moved, "undecided": torch.zeros_like(early)}[follows], seed=1)
-    monkeypatch.setattr(flipped, "score_patches", lambda run, site, dataset: now[run.metrics["image_attention"]])
+    moved[flipped_positions((4, 4), flip)] = early
+    gap = {"position": early, "content": moved, "undecided": torch.zeros_like(early)}[follows]
+    counts = random_counts(gap, seed=1)
+    monkeypatch.setattr(flipped, "score_patches", lambda run, site, dataset: counts[run.metrics["image_attention"]])
     for run in runs.values():
         monkeypatch.setitem(run.metrics, "grid", [4, 4])
-    facts = flip_facts(runs, "layer_02", flip, pair_of(early), bootstrap_weights(N, 500).double())
-    assert facts["follows"] == follows and facts["flip"] == flip
+    result = flip_results(runs, "layer_02", flip, random_counts(early), bootstrap_weights(N, 500).double())
+    assert result["follows"] == follows and result["flip"] == flip and result["upright"]["gap"] > 0.04
     if follows != "undecided":
         other = {"position": "content", "content": "position"}[follows]
-        assert facts[follows]["gap"] > facts[other]["gap"] + 0.04
-        assert facts["correlation"][follows] > 0.9 > facts["correlation"][other]
-    assert facts["upright"]["gap"] > 0.04
+        assert result[follows]["gap"] > result[other]["gap"] + 0.04
+        assert result["correlation"][follows] > 0.9 > result["correlation"][other]
 
 
 def standardised_by_loop(counts, labels, share, patch: int) -> dict[str, float]:
-    found = {}
+    expected = {}
     for mask, (right, valid) in counts.items():
         accuracy, mix = 0.0, 0.0
         for k in range(K):
-            here = [n for n in range(N) if labels[n, patch] == k]
-            if here:
-                accuracy += share[k] * sum(right[n, patch] for n in here) / sum(valid[n, patch] for n in here)
+            images = [n for n in range(N) if labels[n, patch] == k]
+            if images:
+                accuracy += share[k] * sum(right[n, patch] for n in images) / sum(valid[n, patch] for n in images)
                 mix += share[k]
-        found[mask] = float(accuracy / mix)
-    return found
+        expected[mask] = float(accuracy / mix)
+    return expected
 
 
-def test_standardised_equals_a_loop():
+def test_standardised_gap_equals_a_loop():
     generator = torch.Generator().manual_seed(3)
     labels = torch.randint(-1, K, (N, T), generator=generator)
-    labels[:, 5] = 1  # a patch at which two of the classes never occur
+    labels[:, 5] = 1  # two of the classes never occur at this patch
     valid = torch.randint(1, 100, (N, T), generator=generator).double()
-    counts = {
-        mask: PatchCounts((valid * torch.rand(N, T, generator=generator)).floor(), valid)
-        for mask in ("causal", "bidirectional")
-    }
+    right = lambda: (valid * torch.rand(N, T, generator=generator)).floor()
+    counts = {mask: PatchCounts(right(), valid) for mask in ("causal", "bidirectional")}
     share = torch.tensor([0.6, 0.3, 0.1], dtype=torch.double)
-    found = standardised(counts, labels, share, bootstrap_weights(N, 50).double())
+    result = standardised_gap(counts, labels, share, bootstrap_weights(N, 50).double())
     for patch in range(T):
         expected = standardised_by_loop(counts, labels, share, patch)
-        for mask, value in expected.items():
-            assert found[mask][patch] == pytest.approx(value)
-        assert found["gap"][patch] == pytest.approx(expected["bidirectional"] - expected["causal"])
+        expected["gap"] = expected["bidirectional"] - expected["causal"]
+        assert {key: result[key][patch] for key in expected} == pytest.approx(expected)
 
 
-def test_standardised_sees_through_a_mask_that_is_merely_better_at_a_class():
-    """Bidirectional is better at class 0 wherever that is; class 0 is mostly early. No position starves."""
+def test_standardisation_removes_a_gap_that_is_due_to_one_class():
+    """Bidirectional is better at class 0 everywhere, and class 0 is mostly early."""
     labels = torch.randint(1, K, (N, T), generator=torch.Generator().manual_seed(0))
     labels[: int(0.9 * N), :4] = 0
     labels[: int(0.1 * N), 4:] = 0
-    counts = pair_of(0.2 * (labels == 0).double())
+    counts = random_counts(0.2 * (labels == 0).double())
     weights, share = bootstrap_weights(N, 200).double(), torch.full((K,), 1 / K, dtype=torch.double)
-    plain, fixed = gap_of(*accuracies(counts, weights)), standardised(counts, labels, share, weights)
+    plain, fixed = accuracy_gap(*patch_accuracy(counts, weights)), standardised_gap(counts, labels, share, weights)
     assert np.mean(plain["gap"][:4]) > np.mean(plain["gap"][4:]) + 0.1
     assert np.mean(fixed["gap"][:4]) == pytest.approx(np.mean(fixed["gap"][4:]), abs=0.01)
 
 
-def test_command_writes_all_of_it(runs, tmp_path, capsys):
+def test_command_writes_every_part(runs, tmp_path, capsys):
     argv = ["starvation", "--probes", *(str(runs[mask].path) for mask in ("causal", "bidirectional"))]
     main([*argv, "--site", "layer_01", "--by-class", "--flip", "--out", str(tmp_path)])
-    facts = json.loads((tmp_path / "starvation.json").read_text())
+    results = json.loads((tmp_path / "starvation.json").read_text())
     plain = starvation(runs["causal"], runs["bidirectional"], "layer_01")
-    assert {key: facts[key] for key in plain} == plain and set(facts) - set(plain) == {"by_class", "flips"}
-    assert [flip["flip"] for flip in facts["flips"]] == list(FLIPS)
-    assert len(facts["flips"][2]["gap"]) == 4 and facts["flips"][2]["patches"] == [0, 1]
-    assert sum(group["share"] for group in facts["by_class"]["groups"]) == pytest.approx(1)
+    assert {key: results[key] for key in plain} == plain and set(results) - set(plain) == {"by_class", "flips"}
+    assert [flip["flip"] for flip in results["flips"]] == list(FLIP_AXES)
+    assert len(results["flips"][2]["gap"]) == 4 and results["flips"][2]["patches"] == [0, 1]
+    assert sum(group["share"] for group in results["by_class"]["groups"]) == pytest.approx(1)
     out = capsys.readouterr().out
     assert "the gap follows" in out and "first row, frequent classes" in out
 
 
-def test_runs_in_the_wrong_order_are_an_error(runs):
-    with pytest.raises(ValueError, match="ran under 'bidirectional'; expected the causal run there"):
+def test_wrong_runs_and_sites_are_errors(runs):
+    with pytest.raises(ValueError, match="has image attention 'bidirectional'; --probes takes the causal run, then"):
         starvation(runs["bidirectional"], runs["causal"])
     with pytest.raises(ValueError, match="has no site 'layer_77'"):
         starvation(runs["causal"], runs["bidirectional"], "layer_77")

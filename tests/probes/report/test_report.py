@@ -42,7 +42,7 @@ def runs(checkpoints, segmentation, tmp_path_factory) -> list[str]:
 def page(runs, tmp_path_factory):
     out, log = tmp_path_factory.mktemp("report"), tmp_path_factory.mktemp("log") / "timings"
     log.write_text("100 110 a\n105 120 b\n130 131 c\n")
-    main(["report", *runs, "--longer", runs[0], "--out", str(out), "--timings", str(log)])
+    main(["report", *runs, "--long-runs", runs[0], "--out", str(out), "--timings", str(log)])
     return out
 
 

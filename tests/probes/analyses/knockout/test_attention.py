@@ -7,7 +7,7 @@ import tiny_models
 import torch
 
 import probes
-from probes.analyses.knockout.attention import attention_from, by_group
+from probes.analyses.knockout.attention import attention_from, sum_by_group
 
 LOOKING = [torch.tensor([True, False, False, True]), torch.tensor([False, True, True, True])]
 
@@ -39,9 +39,9 @@ def test_equals_eager_attention(checkpoints, name):
             torch.testing.assert_close(itself[case, layer], own, rtol=1e-4, atol=1e-5)
 
 
-def test_groups_sum_to_one_and_are_what_they_say():
-    attention = torch.tensor([[0.2, 0.3, 0.25, 0.15]])  # the rest, 0.1, to what stands before the image
+def test_groups_partition_the_attention():
+    attention = torch.tensor([[0.2, 0.3, 0.25, 0.15]])  # the remaining 0.1 goes to the prefix
     correct, incorrect = torch.tensor([True, False, False, False]), torch.tensor([False, True, True, False])
-    groups = by_group(attention, torch.tensor([0.05]), correct, incorrect)
+    groups = sum_by_group(attention, torch.tensor([0.05]), correct, incorrect)
     torch.testing.assert_close(groups, torch.tensor([[0.05, 0.2, 0.5, 0.15, 0.1]]))
     assert groups.sum() == pytest.approx(1)

@@ -1,11 +1,11 @@
-"""Controls: what each of them holds fixed."""
+"""Controls: what each of them keeps fixed."""
 
 import numpy as np
 import pytest
 import torch
 
 from probes.analyses.knockout.cases import ConfusionCase, find_cases
-from probes.analyses.knockout.conditions import MatchingFeatures, balance, conditions, matched_tokens
+from probes.analyses.knockout.conditions import MatchingFeatures, blocked_by_condition, matched_tokens, measure_balance
 
 GRID, T = (4, 6), 24
 CONTROLS = ["distance", "mass", "high_norm"]
@@ -17,117 +17,113 @@ def case_of(wrong=(7, 8, 13), incorrect=(7, 8, 13, 20), correct=(0, 1, 2, 3, 9))
     return ConfusionCase(5, 0, len(wrong), len(correct), 1, 2, mask(wrong), torch.ones(T, dtype=torch.bool), blocked)
 
 
-def around_of(case: ConfusionCase, causal=False, high=(11,)) -> MatchingFeatures:
+def features_of(case: ConfusionCase, causal=False, high=(11,)) -> MatchingFeatures:
     visible = torch.ones(T, T, dtype=torch.bool)
     states = torch.ones(T, 8)
     states[list(high)] *= 10
     mass = torch.linspace(0, 1, T)
-    return MatchingFeatures.of(case, GRID, visible.tril() if causal else visible, states, mass)
+    return MatchingFeatures.from_case(case, GRID, visible.tril() if causal else visible, states, mass)
 
 
-def sets(case, around, **kwargs) -> dict:
-    settings = {"controls": CONTROLS, "draws": 4, "doses": [0.5], "reverse": True, "seed": 0} | kwargs
-    return conditions(case, around, **settings)
+def blocked_of(case, features, **kwargs) -> dict:
+    settings = {"controls": CONTROLS, "draws": 4, "fractions": [0.5], "keep_only": True, "seed": 0} | kwargs
+    return blocked_by_condition(case, features, **settings)
 
 
-def test_surroundings_equal_a_loop():
+def test_features_equal_a_loop():
     case = case_of()
-    around = around_of(case, causal=True)
+    features = features_of(case, causal=True)
     for token in range(T):
         y, x = divmod(token, 6)
-        apart = [np.hypot(y - q // 6, x - q % 6) for q in (7, 8, 13)]
-        assert around.distance[token] == pytest.approx(min(apart))
-        assert around.seen[token] == pytest.approx(np.mean([token <= q for q in (7, 8, 13)]))
-    assert around.high_norm.nonzero()[0].tolist() == [11]
+        distance = min(np.hypot(y - q // 6, x - q % 6) for q in (7, 8, 13))
+        assert features.distance[token] == pytest.approx(distance)
+        assert features.visibility[token] == pytest.approx(np.mean([token <= q for q in (7, 8, 13)]))
+    assert features.high_norm.nonzero()[0].tolist() == [11]
 
 
-def test_every_control_blocks_as_many_tokens_and_none_of_high_norm():
+def test_controls_block_as_many_tokens_none_of_high_norm_and_none_of_the_set_if_matched():
     case = case_of()
-    for name, draws in sets(case, around_of(case)).items():
-        kind, _, of = name.rpartition("_")
+    for name, draws in blocked_of(case, features_of(case)).items():
+        kind, _, matched = name.rpartition("_")
         if kind in ("random", "distance", "mass"):
             assert len(draws) == 4 and len({tuple(draw.tolist()) for draw in draws}) > 1, "draws differ"
             for draw in draws:
-                assert draw.sum() == case.blocked[of].sum() and not draw[11]
-
-
-def test_matched_controls_take_other_tokens_while_there_are():
-    case = case_of()
-    found = sets(case, around_of(case))
-    for name in ("distance_correct", "mass_correct", "distance_incorrect", "mass_incorrect"):
-        assert not any((draw & case.blocked[name.rpartition("_")[2]]).any() for draw in found[name])
+                assert draw.sum() == case.blocked[matched].sum() and not draw[11]
+                assert kind == "random" or not (draw & case.blocked[matched]).any()
 
 
 def test_matched_in_distance_is_nearer_than_random_in_distance():
-    """Blocked tokens lie far off: random ones are nearer, matched ones as far."""
+    """Blocked tokens are far away; random ones are nearer, matched ones equally far."""
     case = case_of(wrong=(0,), incorrect=(0,), correct=(16, 17, 22, 23))
-    around = around_of(case, high=())
-    found = sets(case, around, draws=200)
-    mean = lambda name: np.mean([around.distance[draw.numpy()].mean() for draw in found[name]])
+    features = features_of(case, high=())
+    blocked = blocked_of(case, features, draws=200)
+    mean = lambda name: np.mean([features.distance[draw.numpy()].mean() for draw in blocked[name]])
     assert abs(mean("distance_correct") - mean("correct")) < 0.8 < abs(mean("random_correct") - mean("correct"))
 
 
 def test_under_a_causal_mask_matched_tokens_are_seen_by_as_many_patches():
-    """Tokens behind all mistaken patches are seen by none of them: to block those is to block nothing."""
+    """Tokens after all mistaken patches are seen by none of them, so blocking them has no effect."""
     case = case_of(wrong=(12, 13), incorrect=(12, 13), correct=(0, 1, 2, 3, 4))
-    around = around_of(case, causal=True, high=())
-    found = sets(case, around, draws=100)
-    seen = lambda name: np.mean([around.seen[draw.numpy()].mean() for draw in found[name]])
+    features = features_of(case, causal=True, high=())
+    blocked = blocked_of(case, features, draws=100)
+    seen = lambda name: np.mean([features.visibility[draw.numpy()].mean() for draw in blocked[name]])
     assert seen("correct") == 1 and seen("distance_correct") > 0.95 and seen("random_correct") < 0.7
 
 
 def test_matched_in_mass_has_the_mass():
     case = case_of(correct=(4, 9, 14, 19))
-    around = around_of(case)
-    mass = lambda draw: around.mass[draw.numpy()].sum()
-    for draw in sets(case, around)["mass_correct"]:
+    features = features_of(case)
+    mass = lambda draw: features.mass[draw.numpy()].sum()
+    for draw in blocked_of(case, features)["mass_correct"]:
         assert abs(mass(draw) - mass(case.blocked["correct"])) < 0.4
 
 
-def test_when_others_run_out_those_of_high_norm_come_next_and_the_blocked_last():
+def test_avoided_tokens_come_before_the_blocked_ones_when_others_run_out():
     features, rng = np.zeros((4, 1)), np.random.default_rng(0)
-    blocked, barred = np.array([True, True, False, False]), np.array([False, False, False, True])
-    assert matched_tokens(features, blocked, barred, rng).tolist() == [False, False, True, True]
+    blocked, avoided = np.array([True, True, False, False]), np.array([False, False, False, True])
+    assert matched_tokens(features, blocked, avoided, rng).tolist() == [False, False, True, True]
     blocked = np.array([True, True, True, False])
-    taken = matched_tokens(features, blocked, barred, rng)
-    assert taken.sum() == 3 and taken[3], "two of the blocked had to do"
+    taken = matched_tokens(features, blocked, avoided, rng)
+    assert taken.sum() == 3 and taken[3], "two of the blocked tokens are needed"
 
 
-def test_doses_and_reverse():
+def test_fractions_and_keep_only():
     case = case_of()
-    found = sets(case, around_of(case), doses=[0.25, 0.5])
-    for draw in found["correct@0.5"]:
-        assert draw.sum() == 2 and not (draw & ~case.blocked["correct"]).any()  # 2.5 tokens: to the even one
-    pairs = found["only_correct"][0]
+    blocked = blocked_of(case, features_of(case), fractions=[0.25, 0.5])
+    for draw in blocked["correct@0.5"]:
+        assert draw.sum() == 2 and not (draw & ~case.blocked["correct"]).any()  # 2.5 tokens, rounded to even
+    pairs = blocked["only_correct"][0]
     for q in range(T):
         for k in range(T):
             assert pairs[q, k] == (q != k and not case.blocked["correct"][k])
-    assert len(found["only_random_correct"]) == 4 and len(found["high_norm"]) == 1
+    assert len(blocked["only_random_correct"]) == 4 and len(blocked["high_norm"]) == 1
 
 
 def test_a_condition_draws_by_itself():
-    """Whatever else is asked for, in whatever batch: the same tokens for the same seed, others for another."""
+    """The same seed draws the same tokens whatever else is asked for; another seed draws others."""
     case = case_of()
-    around = around_of(case)
-    few, many = sets(case, around, controls=[], doses=[], reverse=False), sets(case, around)
+    features = features_of(case)
+    few, many = blocked_of(case, features, controls=[], fractions=[], keep_only=False), blocked_of(case, features)
     same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert all(same(draws, many[name]) for name, draws in few.items())
-    assert not same(few["random_correct"], sets(case, around, seed=1)["random_correct"])
-    case.blocked["incorrect"] = case.blocked["correct"]  # as many tokens, and yet others
-    alike = sets(case, around)
-    assert not same(alike["random_correct"], alike["random_incorrect"])
+    assert not same(few["random_correct"], blocked_of(case, features, seed=1)["random_correct"])
+    case.blocked["incorrect"] = case.blocked["correct"]  # the same set, but different draws
+    equal = blocked_of(case, features)
+    assert not same(equal["random_correct"], equal["random_incorrect"])
 
 
-def test_balance_says_what_was_blocked():
+def test_balance_describes_the_blocked_tokens():
     case = case_of()
-    around = around_of(case)
-    size, distance, seen, mass, overlap = balance(case, around, "random_correct", [case.blocked["correct"]]).tolist()
+    features = features_of(case)
+    size, distance, seen, mass, overlap = measure_balance(
+        case, features, "random_correct", [case.blocked["correct"]]
+    ).tolist()
     tokens = [0, 1, 2, 3, 9]
     assert (size, seen, overlap) == (5, 1, 1)
-    assert distance == pytest.approx(around.distance[tokens].mean())
-    assert mass == pytest.approx(around.mass[tokens].sum())
+    assert distance == pytest.approx(features.distance[tokens].mean())
+    assert mass == pytest.approx(features.mass[tokens].sum())
     none = torch.zeros(T, dtype=torch.bool)
-    assert balance(case, around, "high_norm", [none])[0] == 0
+    assert measure_balance(case, features, "high_norm", [none])[0] == 0
 
 
 def test_cases_follow_the_paper():
@@ -136,11 +132,11 @@ def test_cases_follow_the_paper():
     truth = torch.tensor([[0, 2, 1, 2], [0, 0, 0, 0]])
     (case,) = find_cases(predicted, truth, torch.tensor([7, 8]), wrong_class=1)
     assert (case.image, case.patches, case.correct_class) == (7, 2, 0), "0 and 2 once each: the first"
-    assert case.blocked["incorrect"].tolist() == [True, True, True, False]  # also the patch that is rightly 1
+    assert case.blocked["incorrect"].tolist() == [True, True, True, False]  # also the patch that is correctly 1
     assert case.blocked["correct"].tolist() == [False, False, False, True] and case.anchors == 1
-    (true,) = find_cases(predicted, truth, torch.tensor([7, 8]), wrong_class=1, anchors="true")
-    assert true.blocked["incorrect"].tolist() == [True, True, False, False] and true.anchors == 0
-    (later,) = find_cases(predicted, truth, torch.tensor([7, 8]), wrong_class=1, reference=1)
+    (confirmed,) = find_cases(predicted, truth, torch.tensor([7, 8]), wrong_class=1, block_set="correct")
+    assert confirmed.blocked["incorrect"].tolist() == [True, True, False, False] and confirmed.anchors == 0
+    (later,) = find_cases(predicted, truth, torch.tensor([7, 8]), wrong_class=1, block_layer=1)
     assert later.blocked["incorrect"].tolist() == [True, False, False, False] and later.patches == 2
     assert not find_cases(predicted, truth, torch.tensor([7, 8]), wrong_class=1, min_patches=3)
-    assert case.wrong(predicted[:, 0]).tolist() == [2, 1]
+    assert case.count_wrong(predicted[:, 0]).tolist() == [2, 1]

@@ -1,4 +1,4 @@
-"""Effects against controls: estimates, tests, and what they say where there is nothing."""
+"""Effects against controls: estimates and tests, with and without a true effect."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ N, L = 60, 4
 
 
 def cases_of(shift: float, seed: int = 0) -> Cases:
-    """Two cases an image; blocking the correct class adds `shift` at layers 3 and 4, all else is noise."""
+    """Two cases per image; blocking the correct class adds `shift` at layers 3 and 4, all else is noise."""
     rng = np.random.default_rng(seed)
     images = torch.arange(N).repeat_interleave(2)
     noise = lambda: torch.tensor(rng.normal(0, 0.1, (2 * N, L + 1)))
@@ -24,11 +24,11 @@ def cases_of(shift: float, seed: int = 0) -> Cases:
 
 
 def entries(cases: Cases) -> dict[tuple[str, str], dict]:
-    found = effect_entries("all", cases, bootstrap_weights(N, 500), random_swaps(N, 500))
-    return {(entry["condition"], entry["control"]): entry for entry in found}
+    effects = effect_entries("all", cases, bootstrap_weights(N, 500), random_swaps(N, 500))
+    return {(entry["condition"], entry["control"]): entry for entry in effects}
 
 
-def test_every_condition_meets_none_and_its_own_control():
+def test_every_condition_is_compared_with_none_and_its_own_control():
     assert set(entries(cases_of(0))) == {
         *(("incorrect", "none"), ("correct", "none"), ("random_incorrect", "none"), ("random_correct", "none")),
         *(("incorrect", "random_incorrect"), ("correct", "random_correct"), (SPECIFICITY, "random")),
@@ -45,7 +45,7 @@ def test_estimates_are_plain_means():
     np.testing.assert_allclose(entries(cases)[SPECIFICITY, "random"]["mean"], contrast.mean(0))
 
 
-def test_finds_an_effect_where_there_is_one_and_only_there():
+def test_effect_is_found_at_its_layers_only():
     entry = entries(cases_of(0.2))["correct", "random_correct"]
     assert len(entry["p"]) == L and max(entry["p_corrected"][2:]) < 0.01 < min(entry["p_corrected"][:2])
     assert entry["later"]["ci95"][0] > 0.1 and entry["later"]["p"] < 0.01
@@ -53,14 +53,14 @@ def test_finds_an_effect_where_there_is_one_and_only_there():
 
 
 @pytest.mark.slow
-def test_false_alarms_come_at_their_rate():
+def test_false_positives_have_their_nominal_rate():
     """Without an effect, any of the layers falls below 5% in about one of twenty experiments."""
     alarms = [min(entries(cases_of(0, seed))["correct", "random_correct"]["p_corrected"]) < 0.05 for seed in range(200)]
     assert 0.01 < np.mean(alarms) < 0.10
 
 
 def test_cases_of_one_image_are_swapped_together():
-    """Two identical cases an image say no more than one does."""
+    """Two identical cases per image carry no more evidence than one."""
     cases = cases_of(0.02)
     once = Cases({name: rates[::2] for name, rates in cases.rates.items()}, cases.images[::2])
     twice = Cases({name: rates[::2].repeat_interleave(2, 0) for name, rates in cases.rates.items()}, cases.images)

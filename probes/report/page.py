@@ -27,30 +27,21 @@ from probes.report.figures.catalogue import overview_figures, study_figures
 from probes.report.figures.style import STYLE, ReportFigure
 from probes.results.probe_run import ProbeRun
 
-from . import tables
+from . import summary_text, tables
 from .claims import CONFUSED_SHARE, evaluate_claims
 from .confusion import most_confused_pairs
 from .mask_comparison import compare_masks
 from .paper import PAPER
 from .probe_sensitivity import scale_sensitivity, seed_spread
 from .study import Rows, Study, answer_accuracy, overridden_masks, read_studies, total_wall_s
-from .summary_text import (
-    MASKS_SECTION,
-    format_interval,
-    format_p,
-    format_percent,
-    format_points,
-    page_words,
-    summarize_claims,
-    summarize_sections,
-)
+from .summary_text import MASKS_SECTION, format_interval, format_points, page_words
 from .templates import render
 
 Sections = dict[str, list[tuple[ReportFigure, str]]]  # by title: figures, each with its PNG in base64
 Files = dict[Path, str | bytes]  # contents by path, not yet written
 
-FILTERS = {"percent": format_percent, "points": format_points, "p": format_p, "interval": format_interval}
-FILTERS |= {"page_words": page_words}
+FILTERS = {"page_words": page_words, "points": format_points, "interval": format_interval}
+FILTERS |= {"percent": summary_text.format_percent, "p": summary_text.format_p}
 
 
 @dataclass
@@ -139,7 +130,7 @@ def _build_part(study: Study, out: Path, files: Files) -> StudyPart:
     sections = _draw_figures(study_figures(study, results), out, files)
     rows = _build_tables(study, results)
     files |= _csv_files(rows, out)
-    text = summarize_claims(results["claims"]), summarize_sections(results)
+    text = summary_text.summarize_claims(results["claims"]), summary_text.summarize_sections(results)
     return StudyPart(study, results, *text, sections, rows, overridden_masks(study))
 
 

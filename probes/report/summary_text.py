@@ -57,9 +57,13 @@ def format_interval(ci95: list[float], digits: int = 1) -> str:
 
 def summarize_claims(claims: list[dict[str, Any]]) -> str:
     """Return one sentence: how many claims hold and which do not."""
-    failing = [f"{c['claim'].replace('_', ' ')} ({c['image_attention']})" for c in claims if not c["holds"]]
-    text = f"{len(claims) - len(failing)} of {len(claims)} claims hold"
-    return f"{text}; not supported: {', '.join(failing)}." if failing else f"{text}."
+    failing: dict[str, list[str]] = {}
+    for claim in claims:
+        if not claim["holds"]:
+            failing.setdefault(claim["claim"].replace("_", " "), []).append(claim["image_attention"])
+    count = sum(claim["holds"] for claim in claims)
+    names = ", ".join(f"{name} ({' and '.join(masks)})" for name, masks in failing.items())
+    return f"{count} of {len(claims)} claims hold" + (f"; not supported: {names}." if count and failing else ".")
 
 
 def summarize_sections(results: dict[str, Any]) -> dict[str, list[str]]:

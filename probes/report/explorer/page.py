@@ -2,9 +2,9 @@
 
 OUT/explorer.html    the page; needs no network and no other file
 
-The data are large: an image of 576 patches has 576 x 34 sites x 6 bytes of classes per condition and run, and more bytes
-of words. Each (run, image, condition) is therefore a separate block, deflated and in base64, which the page unpacks on
-demand. A block has one byte per value and no padding:
+The data are large: an image of 576 patches has 576 x 34 sites x 6 bytes of classes per condition and run, plus words.
+Each (run, image, condition) is therefore a separate block, deflated and in base64, which the page unpacks on demand. A
+block has one byte per value and no padding:
 
     truth         [T]           class, 255 if unlabelled
     blocked       [T]           1 if no other patch attends to this one

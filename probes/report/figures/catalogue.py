@@ -35,8 +35,6 @@ Figures = Iterator[ReportFigure]
 STARVATION, KNOCKOUT, MAPS = "Context starvation", "Attention knockout", "Predicted segmentation maps"
 BUDGET, OVERVIEW = "Probe training budget", "Across models and datasets"
 INTERVALS = "Lines: 95% intervals."
-CONTROLS = {"random": "random patches", "distance": "patches at a similar distance",
-            "mass": "patches that receive similar attention"}  # fmt: skip
 
 
 def study_figures(study: Study, results: dict[str, Any]) -> Figures:
@@ -104,7 +102,7 @@ def _starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None)
         yield ReportFigure(
             "starvation_by_class", STARVATION, "Accuracy gap with equal class frequencies",
             "The gap of the first patches as measured, and reweighted so that every patch has the class frequencies of "
-            f"the full split. Without reweighting, early patches show only a few classes. {INTERVALS}",
+            f"the full split. Early patches often show only a few classes. {INTERVALS}",
             knockout_controls.standardised_gaps(analysis))  # fmt: skip
     for flip in analysis.get("flips", []) if analysis else ():
         accuracies = (f"{mask} {mean(analysis[mask]):.0%} → {mean(flip[mask]):.0%}" for mask in MASKS)
@@ -147,12 +145,13 @@ def _knockout_control_figures(mask: str, run: ProbeRun) -> Figures:
     figures = []
     if result and result.get("effects"):
         result = restrict_to_claims(run, result)
+        labels = knockout_controls.CONTROL_LABELS
         controls = {entry["control"].split("_")[0] for entry in result["effects"] if entry["class"] == "all"}
         yield ReportFigure(
             f"knockout_controls_{mask}", KNOCKOUT, f"Effects against controls, {mask}",
             "Change in wrong patches left when a class is blocked, against no blocking and against blocking as many "
-            f"{' or '.join(text for name, text in CONTROLS.items() if name in controls)}. Correct − wrong measures how "
-            f"class-specific the effect is. Images with at least {result['min_patches']} wrong patches. {INTERVALS}",
+            f"{' or '.join(text for name, text in labels.items() if name in controls)} patches. Correct − wrong measures "
+            f"how class-specific the effect is. Images with at least {result['min_patches']} wrong patches. {INTERVALS}",
             knockout_controls.control_effects(result))  # fmt: skip
         figures += [
             ("knockout_doses", "Effect by share of blocked patches", knockout_controls.dose_effects(result), "half",

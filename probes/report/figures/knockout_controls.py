@@ -11,6 +11,7 @@ from .style import COLOURS, FigureData, new_axes, new_panels
 
 SET_COLOURS = {"incorrect": "#CC3311", "correct": "#0072B2"}
 SET_LABELS = {"incorrect": "wrong class", "correct": "correct class"}
+CONTROL_LABELS = {"random": "random", "distance": "distance-matched", "mass": "attention-matched"}
 GROUP_LABELS = {
     "itself": "itself",
     "correct": "predicted as the correct class",
@@ -41,7 +42,7 @@ def control_effects(knockout: dict[str, Any]) -> FigureData:
         for entry in knockout["effects"]:
             if entry["class"] == "all" and entry["condition"] == condition:
                 control = entry["control"].removesuffix(f"_{condition}")
-                control = {"none": "no blocking"}.get(control, f"{control} patches")
+                control = f"{CONTROL_LABELS[control]} patches" if control in CONTROL_LABELS else "no blocking"
                 lines.append((f"{label}, against {control}", condition, entry))
     figure, ax = new_axes(6.4, 0.6 + 0.27 * len(lines))
     for y, (_, condition, entry) in enumerate(lines):

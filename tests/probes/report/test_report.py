@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import reference
 import tiny_models
-import torch
 from PIL import Image
 
 from probes.analyses.starvation.run import starvation
@@ -147,13 +146,3 @@ def test_runs_that_do_not_belong_together_are_rejected(runs, checkpoints, tmp_pa
         read_studies([runs[0], str(tmp_path / "run")])
     with pytest.raises(ValueError, match="expected the causal run there"):
         starvation(ProbeRun(runs[2]), ProbeRun(runs[0]))
-
-
-@pytest.mark.slow
-def test_umap_of_an_image_is_seeded(runs, tmp_path):
-    for folder in ("a", "b"):
-        main(["umap", "--probes", runs[0], "--image", "1", "--sites", "adapter", "--out", str(tmp_path / folder)])
-    first, second = ((tmp_path / folder / "umap.json").read_bytes() for folder in ("a", "b"))
-    (image,) = json.loads(first)["images"]
-    assert first == second and len(image["sites"][0]["xy"]) == 4 and image["name"] == "001"
-    assert torch.tensor(image["labels"]).shape == (4,)

@@ -150,8 +150,9 @@ def _knockout_control_figures(mask: str, run: ProbeRun) -> Figures:
         yield ReportFigure(
             f"knockout_controls_{mask}", KNOCKOUT, f"Effects against controls, {mask}",
             "Change in wrong patches left when a class is blocked, against no blocking and against blocking as many "
-            f"{' or '.join(text for name, text in labels.items() if name in controls)} patches. Correct − wrong measures "
-            f"how class-specific the effect is. Images with at least {result['min_patches']} wrong patches. {INTERVALS}",
+            f"{' or '.join(text for name, text in labels.items() if name in controls)} patches. Correct − wrong "
+            "measures how class-specific the effect is. Images with at least "
+            f"{result['min_patches']} wrong patches. {INTERVALS}",
             knockout_controls.control_effects(result))  # fmt: skip
         figures += [
             ("knockout_doses", "Effect by share of blocked patches", knockout_controls.dose_effects(result), "half",

@@ -1,66 +1,66 @@
-"""The paper's claims, each as one number with an interval, from the counts of probe runs.
+"""Evaluate the paper's claims, each as one number with a 95% interval, from the counts of probe runs.
 
-A claim holds if its 95% interval lies on the claimed side of zero; nothing else decides. All numbers of a study come
-from the same resamplings of its validation images, so that differences between sites, masks and controls are paired.
+A claim holds if its interval lies entirely on the claimed side of zero. All numbers of a study use the same bootstrap
+resamplings of its validation images, so differences between sites, masks and controls are paired.
 """
 
 from typing import Any
 
-from llava_bidir.common.bootstrap import interval
-from probes.analyses.knockout.effects import read_cases
+from llava_bidir.common.bootstrap import interval, random_swaps
+from probes.analyses.knockout.effects import effect_entries, later_half, read_cases
 from probes.results.probe_run import ProbeRun
 
-from .effects import Estimate, as_json, drop_and_recovery, minus
+from .effects import Estimate, drop_and_recovery, estimate_to_json, subtract
 from .study import Study
 
-# claim -> (the sign that the paper claims, what it says)
+# claim -> (claimed sign, text)
 CLAIMS: dict[str, tuple[int, str]] = {
     "adapter_drop": (+1, "Segmentation drops at the adapter: encoder mIoU minus adapter mIoU (Sec. 3.1)"),
-    "recovery": (+1, "LLM layers recover it: best layer's mIoU minus the adapter's (Sec. 3.2)"),
-    "recovery_trained": (+1, "Training makes them recover: the recovery minus that of the same model untrained"),
+    "recovery": (+1, "LLM layers recover it after the adapter: best layer's mIoU minus the adapter's (Sec. 3.2)"),
+    "recovery_trained": (+1, "The recovery comes from training: recovery minus that of the untrained model"),
     "starvation": (+1, "Patch 0 starves under causal attention: bidirectional minus causal accuracy (Sec. 5.1)"),
-    "starvation_first_row": (+1, "So does the first row of patches: bidirectional minus causal accuracy"),
-    "knockout_incorrect": (-1, "Hiding the wrong class speeds correction: change in wrong patches left (Sec. 4.1)"),
-    "knockout_correct": (+1, "Hiding the right class impairs it: change in wrong patches left (Sec. 4.2)"),
-    "knockout_specificity": (+1, "Which class is hidden matters: right minus wrong, less the same at random"),
+    "starvation_first_row": (+1, "The first row of patches starves under causal attention: bidirectional minus causal accuracy"),
+    "knockout_incorrect": (-1, "Blocking the wrong class speeds correction: change in wrong patches left (Sec. 4.1)"),
+    "knockout_correct": (+1, "Blocking the correct class impairs correction: change in wrong patches left (Sec. 4.2)"),
+    "knockout_specificity": (+1, "The effect is class-specific: correct minus wrong class blocked, minus the same for random patches"),
 }  # fmt: skip
 
-# A knockout's claims are about confusions of whole regions, so images count in which at least this share of the patches
-# is wrongly predicted c at the adapter. Single patches on a boundary are another matter; tables give other thresholds.
+# Knockout claims are about confused regions, not single patches on a boundary: an image counts if at least this share
+# of its patches is wrongly predicted as the class at the adapter. knockout_selection.csv has other thresholds.
 CONFUSED_SHARE = 1 / 8
 
 
-def claims_of(study: Study) -> list[dict[str, Any]]:
-    """All claims that the study's runs can speak to: {"claim", "image_attention", "value", "ci95", "holds", ...}.
+def evaluate_claims(study: Study) -> list[dict[str, Any]]:
+    """Return all claims that the runs of a study allow: {"claim", "image_attention", "value", "ci95", "holds", ...}.
 
-    Each also says "text", and "control": the same number of the untrained model, where there is one.
+    Each entry also has "text", and "control": the same number for the untrained model, or None.
     """
     entries = []
     for mask, run in study.trained.items():
         control = study.untrained.get(mask)
-        trained, untrained = _probing(run), _probing(control) if control else {}
+        trained, untrained = _probe_effects(run), _probe_effects(control) if control else {}
         if "recovery" in trained and "recovery" in untrained:
-            trained["recovery_trained"] = minus(trained["recovery"], untrained["recovery"])
-        trained |= knockout_effects(run, confused_patches(run))
-        untrained |= knockout_effects(control, confused_patches(control)) if control else {}
-        entries += [_entry(name, mask, trained[name], untrained.get(name)) for name in CLAIMS if name in trained]
+            trained["recovery_trained"] = subtract(trained["recovery"], untrained["recovery"])
+        trained |= knockout_effects(run, min_confused_patches(run))
+        untrained |= knockout_effects(control, min_confused_patches(control)) if control else {}
+        entries += [_claim_entry(name, mask, trained[name], untrained.get(name)) for name in CLAIMS if name in trained]
     entries += _starvation_entries(study)
     order = list(CLAIMS)
     return sorted(entries, key=lambda entry: order.index(entry["claim"]))
 
 
-def _entry(name: str, mask: str, estimate: Estimate, control: Estimate | None) -> dict[str, Any]:
+def _claim_entry(name: str, mask: str, estimate: Estimate, control: Estimate | None) -> dict[str, Any]:
     sign, text = CLAIMS[name]
     return {
         "claim": name,
         "image_attention": mask,
-        **as_json(estimate, sign),
+        **estimate_to_json(estimate, sign),
         "text": text,
         "control": None if control is None else {"value": control[0], "ci95": interval(*control)},
     }
 
 
-def _probing(run: ProbeRun) -> dict[str, Estimate]:
+def _probe_effects(run: ProbeRun) -> dict[str, Estimate]:
     return drop_and_recovery(run.sites, run.counts, run.weights)
 
 
@@ -69,50 +69,50 @@ def _starvation_entries(study: Study) -> list[dict[str, Any]]:
     if trained is None:
         return []
     entries = []
-    for name, gap_of in (
-        ("starvation", lambda facts: (facts["gap"][0], facts["gap_ci95"][0])),
-        ("starvation_first_row", lambda facts: (facts["first_row"]["gap"], facts["first_row"]["gap_ci95"])),
+    for name, read_gap in (
+        ("starvation", lambda result: (result["gap"][0], result["gap_ci95"][0])),
+        ("starvation_first_row", lambda result: (result["first_row"]["gap"], result["first_row"]["gap_ci95"])),
     ):
-        value, ci95 = gap_of(trained)
-        entries.append(
-            {
-                "claim": name,
-                "image_attention": "causal",  # the mask that starves
-                "value": value,
-                "ci95": ci95,
-                "holds": ci95[0] > 0,
-                "text": CLAIMS[name][1],
-                "control": None if untrained is None else dict(zip(("value", "ci95"), gap_of(untrained), strict=True)),
-            }
-        )
+        value, ci95 = read_gap(trained)
+        control = None if untrained is None else dict(zip(("value", "ci95"), read_gap(untrained), strict=True))
+        entry = {"claim": name, "image_attention": "causal", "value": value, "ci95": ci95, "holds": ci95[0] > 0}
+        entries.append(entry | {"text": CLAIMS[name][1], "control": control})
     return entries
 
 
-def confused_patches(run: ProbeRun) -> int:
-    """How many patches an image must have wrong to count for the knockout's claims."""
+def min_confused_patches(run: ProbeRun) -> int:
+    """Return how many wrong patches an image needs to count for the knockout claims."""
     return round(CONFUSED_SHARE * run.metrics["grid"][0] * run.metrics["grid"][1])
 
 
 def knockout_effects(run: ProbeRun, min_patches: int) -> dict[str, Estimate]:
-    """Effects on the share of wrong patches that remains in the later half of the layers, averaged over cases.
+    """Return the knockout effects on the share of wrong patches left, averaged over cases and the later layers.
 
     Args:
-        run: With a knockout; without one there are no effects.
-        min_patches: Cases with fewer wrong patches at the adapter are left out.
+        run: A probe run; without a knockout the result is empty.
+        min_patches: Cases with fewer wrong patches at the adapter are skipped.
     """
     cases = read_cases(run, min_patches)
     if cases is None:
         return {}
-    layers = next(iter(cases.rates.values())).shape[1] - 1
-    later = {condition: rates[:, layers // 2 + 1 :].mean(1) for condition, rates in cases.rates.items()}
+    later = {condition: later_half(rates) for condition, rates in cases.rates.items()}
     random = later["random_correct"] - later["random_incorrect"]
     effects = {
         "knockout_incorrect": later["incorrect"] - later["none"],
         "knockout_correct": later["correct"] - later["none"],
         "knockout_specificity": later["correct"] - later["incorrect"] - random,
     }
-    found = {}
-    for name, effect in effects.items():
-        mean, resampled = cases.mean(effect, run.weights)
-        found[name] = (mean.item(), resampled)
-    return found
+    means = {name: cases.mean(effect, run.weights) for name, effect in effects.items()}
+    return {name: (mean.item(), resampled) for name, (mean, resampled) in means.items()}
+
+
+def restrict_to_claims(run: ProbeRun, knockout: dict[str, Any]) -> dict[str, Any]:
+    """Return knockout.json with effects over the images that count for the claims; unchanged if there are none."""
+    min_patches = max(min_confused_patches(run), knockout["min_patches"])
+    swaps = random_swaps(run.metrics["images"], seed=knockout["seed"], groups=run.groups)
+    groups = {"all": None} | {entry["class"]: [entry["class"]] for entry in knockout["classes"]}
+    cases = {name: read_cases(run, min_patches, classes) for name, classes in groups.items()}
+    if cases["all"] is None:
+        return knockout
+    effects = [e for name in cases if cases[name] for e in effect_entries(name, cases[name], run.weights, swaps)]
+    return knockout | {"min_patches": min_patches, "effects": effects}

@@ -1,21 +1,21 @@
-"""Which classes are taken for which, and where in the stack they are told apart (Sec. 3.3)."""
+"""Find the most confused pairs of classes and the layer that resolves each (Sec. 3.3)."""
 
 from typing import Any
 
 from probes.models.frozen_mllm import ADAPTER
 from probes.results.probe_run import ProbeRun
 
-LEAST_SHARE = 1e-3  # labels with a smaller share of the pixels are left out: their rates are of a few images
+LEAST_SHARE = 1e-3  # labels with a smaller share of all pixels are skipped: their rates rest on a few images
 PAIRS = 30
 
 
-def confusion_pairs(run: ProbeRun, pairs: int = PAIRS) -> list[dict[str, Any]]:
-    """The pairs of classes that are confused most at the adapter, and how that goes on.
+def most_confused_pairs(run: ProbeRun, pairs: int = PAIRS) -> list[dict[str, Any]]:
+    """Return the pairs of classes that are confused most at the adapter, with their confusion at every site.
 
     Returns:
-        By falling confusion at the adapter, {"label", "predicted", "share": [S shares of the label's pixels that are
-        predicted as the other class, by site], "half_gone": the first layer from which on at least half of the
-        adapter's confusion is gone, or None}. Empty where the run did not count confusions or has no adapter.
+        Pairs sorted by descending confusion at the adapter: {"label", "predicted", "share", "half_gone"}. "share"
+        lists, per site, the share of the label's pixels predicted as the other class. "half_gone" is defined by
+        :func:`first_halved_layer`. Empty if the run has no adapter site or counted no confusions.
     """
     if run.confusion is None or ADAPTER not in run.sites:
         return []
@@ -27,26 +27,26 @@ def confusion_pairs(run: ProbeRun, pairs: int = PAIRS) -> list[dict[str, Any]]:
     rare = labelled[0, :, 0] < LEAST_SHARE * labelled[0].sum()
     at_adapter[rare] = 0
     classes, order = run.metrics["classes"], at_adapter.flatten().argsort(descending=True, stable=True)[:pairs]
-    found = []
+    entries = []
     for label, predicted in (divmod(i, len(classes)) for i in order.tolist()):
         if at_adapter[label, predicted] == 0:
             break
         by_site = dict(zip(run.sites, share[:, label, predicted].tolist(), strict=True))
-        found.append(
+        entries.append(
             {
                 "label": classes[label],
                 "predicted": classes[predicted],
                 "share": list(by_site.values()),
-                "half_gone": half_gone([by_site[site] for site in run.layers], run.layers),
+                "half_gone": first_halved_layer([by_site[site] for site in run.layers], run.layers),
             }
         )
-    return found
+    return entries
 
 
-def half_gone(shares: list[float], layers: list[str]) -> str | None:
-    """The first layer from which on a share stays at or below half of what it was at layers[0], the adapter.
+def first_halved_layer(shares: list[float], layers: list[str]) -> str | None:
+    """Return the first layer from which the share stays at or below half of shares[0]; None if there is none.
 
-    Example: 0.4, 0.1, 0.3, 0.2, 0.2 at the adapter and layers 1 to 4 give layer 3: at layer 2 it was back.
+    Example: shares 0.4, 0.1, 0.3, 0.2, 0.2 at the adapter and layers 1 to 4 give layer 3, since layer 2 is above half.
     """
     above = [i for i, share in enumerate(shares) if share > shares[0] / 2]
     return layers[above[-1] + 1] if above[-1] + 1 < len(layers) else None

@@ -1,4 +1,4 @@
-"""Drop-off and recovery as numbers: values with their resampled values, so that differences of them are paired.
+"""Drop-off and recovery with bootstrap values, so that differences between runs stay paired.
 
 Shapes: R resamplings, S sites.
 """
@@ -15,35 +15,41 @@ from probes.models.frozen_mllm import ADAPTER, ENCODER
 Estimate = tuple[float, Tensor]  # a value and its resampled values f[R]
 
 
-def minus(a: Estimate, b: Estimate) -> Estimate:
+def subtract(a: Estimate, b: Estimate) -> Estimate:
+    """Return a - b; both must use the same resamplings."""
     return a[0] - b[0], a[1] - b[1]
 
 
-def at_sites(counts: Counts, sites: list[int]) -> Counts:
-    """Of some sites only, by index."""
+def select_sites(counts: Counts, sites: list[int]) -> Counts:
+    """Return the counts at the given site indices."""
     return counts._replace(intersection=counts.intersection[sites], predicted=counts.predicted[sites])
 
 
 def drop_and_recovery(sites: list[str], counts: Counts, weights: Tensor) -> dict[str, Estimate]:
-    """How far mIoU falls from encoder to adapter ("adapter_drop") and climbs from there to the best layer ("recovery").
+    """Return the effects "adapter_drop" (encoder minus adapter mIoU) and "recovery" (best layer minus adapter).
 
-    The best layer is that of the whole split, in every resampling. An effect whose sites were not probed is left out.
+    The best layer is chosen once on the full split and kept in every resampling. An effect is missing if one of its
+    sites was not probed.
 
     Args:
-        sites: Names of the counts' sites.
-        counts: Of one run or recipe.
-        weights: f[R, N] of the bootstrap.
+        sites: Names of the sites in `counts`.
+        counts: Counts of one run or probe variant.
+        weights: Bootstrap weights f[R, N].
     """
     miou = dict(zip(sites, dataset_scores(counts).miou.tolist(), strict=True))
     peak = peak_layer(miou)
-    known = [site for site in (ENCODER, ADAPTER, peak) if site in miou]
-    resampled = resampled_scores(at_sites(counts, [sites.index(site) for site in known]), weights).miou
-    at = {site: (miou[site], resampled[:, i]) for i, site in enumerate(known)}
+    probed = [site for site in (ENCODER, ADAPTER, peak) if site in miou]
+    resampled = resampled_scores(select_sites(counts, [sites.index(site) for site in probed]), weights).miou
+    estimates = {site: (miou[site], resampled[:, i]) for i, site in enumerate(probed)}
     pairs = {"adapter_drop": (ENCODER, ADAPTER), "recovery": (peak, ADAPTER)}
-    return {name: minus(at[a], at[b]) for name, (a, b) in pairs.items() if a in at and b in at}
+    return {
+        name: subtract(estimates[a], estimates[b])
+        for name, (a, b) in pairs.items()
+        if a in estimates and b in estimates
+    }
 
 
-def as_json(estimate: Estimate, sign: int = +1) -> dict[str, Any]:
-    """Value, interval, and whether all of the interval lies on the claimed side of zero; nothing else decides."""
+def estimate_to_json(estimate: Estimate, sign: int = +1) -> dict[str, Any]:
+    """Return value, 95% interval, and whether the interval lies entirely on the claimed side of zero."""
     ci95 = interval(*estimate)
     return {"value": estimate[0], "ci95": ci95, "holds": min(sign * bound for bound in ci95) > 0}

@@ -1,11 +1,11 @@
-"""Bidirectional against causal attention on the same images: differences, their intervals, and permutation tests.
+"""Compare bidirectional with causal attention on the same images: differences, intervals and permutation tests.
 
-Under the null the two runs are exchangeable on each image, so the test swaps their counts on a random half of the
-images, the same ones at all sites. Where images come in groups (cities), both resampling and swaps go by group.
+Under the null hypothesis the two runs are exchangeable per image. The test therefore swaps their counts on a random
+half of the images, the same images at all sites. If images have groups (cities), resampling and swaps use groups.
 
-Source: Sec. 5.2, Fig. 8, of which the paper gives peaks without intervals.
+Source: Sec. 5.2, Fig. 8; the paper reports peaks without intervals.
 
-Shapes: P permutations and the data as they are, in row 0; S sites.
+Shapes: P permutations plus the observed data in row 0, S sites.
 """
 
 from typing import Any
@@ -17,31 +17,31 @@ from llava_bidir.common.bootstrap import RESAMPLINGS, interval, p_values, random
 from probes.evaluation.bootstrap import dataset_scores, resampled_scores, swapped_scores
 from probes.models.frozen_mllm import ADAPTER, ENCODER, FINAL_NORM
 
-from .effects import at_sites, drop_and_recovery, minus
+from .effects import drop_and_recovery, select_sites, subtract
 from .study import Study
 
 ALPHA = 0.05
 
 
-def paired(study: Study, permutations: int = RESAMPLINGS) -> dict[str, Any] | None:
-    """What results.json says under "paired"; None unless the trained model was probed under both masks.
+def compare_masks(study: Study, permutations: int = RESAMPLINGS) -> dict[str, Any] | None:
+    """Return the entry "paired" of results.json; None unless the trained model was probed under both masks.
 
-    "sites" are the sites that both runs have, each with the difference of mIoU, its 95% interval, and two-sided
-    p-values, alone and corrected for the number of sites. "effects" are drop-off and recovery; their intervals keep
-    each run's best layer, while the test looks for it again in every permutation.
+    "sites" has, per site of both runs, the difference of mIoU, its 95% interval and two-sided p-values: uncorrected,
+    and corrected for the number of sites. "effects" are drop-off and recovery. Their intervals keep each run's best
+    layer, while the test selects it again in every permutation.
     """
     if study.pair() is None:
         return None
     causal, bidirectional = study.pair()
     sites = [site for site in causal.sites if site in bidirectional.sites and site != FINAL_NORM]
-    counts = [at_sites(run.counts, [run.sites.index(site) for site in sites]) for run in (causal, bidirectional)]
+    counts = [select_sites(run.counts, [run.sites.index(site) for site in sites]) for run in (causal, bidirectional)]
     weights, groups, seed = causal.weights, causal.groups, causal.metrics["seed"]
-    value = dataset_scores(counts[1]).miou - dataset_scores(counts[0]).miou
-    drawn = resampled_scores(counts[1], weights).miou - resampled_scores(counts[0], weights).miou
-    swapped = [
-        scored.miou for scored in swapped_scores(*counts, random_swaps(len(weights[0]), permutations, seed, groups))
-    ]
-    raw, corrected = p_values(swapped[1] - swapped[0])
+    values = dataset_scores(counts[1]).miou - dataset_scores(counts[0]).miou
+    resampled = [resampled_scores(run_counts, weights).miou for run_counts in counts]
+    resampled_difference = resampled[1] - resampled[0]
+    swaps = random_swaps(len(weights[0]), permutations, seed, groups)
+    swapped = [scores.miou for scores in swapped_scores(*counts, swaps)]
+    uncorrected, corrected = p_values(swapped[1] - swapped[0])
     units = causal.metrics["images"] if groups is None else len(torch.unique(groups))
     return {
         "difference": "bidirectional - causal",
@@ -50,27 +50,27 @@ def paired(study: Study, permutations: int = RESAMPLINGS) -> dict[str, Any] | No
         "permutations": permutations,
         "smallest_p": max(1 / (1 + permutations), 2.0 ** (1 - units)),
         "sites": [
-            {"site": site, "difference": v, "ci95": interval(v, drawn[:, i]), "p": p, "p_corrected": q}
+            {"site": site, "difference": v, "ci95": interval(v, resampled_difference[:, i]), "p": p, "p_corrected": q}
             for i, (site, v, p, q) in enumerate(
-                zip(sites, value.tolist(), raw.tolist(), corrected.tolist(), strict=True)
+                zip(sites, values.tolist(), uncorrected.tolist(), corrected.tolist(), strict=True)
             )
         ],
-        "effects": _effects(sites, counts, weights, swapped),
+        "effects": _compare_effects(sites, counts, weights, swapped),
     }
 
 
-def _effects(sites: list[str], counts: list, weights: Tensor, swapped: list[Tensor]) -> list[dict[str, Any]]:
-    """Differences of drop-off and recovery."""
-    causal, bidirectional = (drop_and_recovery(sites, found, weights) for found in counts)
+def _compare_effects(sites: list[str], counts: list, weights: Tensor, swapped: list[Tensor]) -> list[dict[str, Any]]:
+    """Return the differences of drop-off and recovery, with intervals and p-values."""
+    causal, bidirectional = (drop_and_recovery(sites, run_counts, weights) for run_counts in counts)
     layers = [i for i, site in enumerate(sites) if site.startswith("layer_")]
-    of_miou = {
+    effect_of_miou = {
         "adapter_drop": lambda miou: miou[:, sites.index(ENCODER)] - miou[:, sites.index(ADAPTER)],
         "recovery": lambda miou: miou[:, layers].amax(1) - miou[:, sites.index(ADAPTER)],
     }
     entries = []
     for name in causal:
-        value, drawn = minus(bidirectional[name], causal[name])
-        permuted = of_miou[name](swapped[1]) - of_miou[name](swapped[0])
-        entry = {"effect": name, "difference": value, "ci95": interval(value, drawn)}
-        entries.append(entry | {"p": p_values(permuted[:, None])[0].item()})
+        value, resampled = subtract(bidirectional[name], causal[name])
+        permuted = effect_of_miou[name](swapped[1]) - effect_of_miou[name](swapped[0])
+        p = p_values(permuted[:, None])[0].item()
+        entries.append({"effect": name, "difference": value, "ci95": interval(value, resampled), "p": p})
     return entries

@@ -1,14 +1,14 @@
 """`probes report`: claims, figures and tables of probe runs as one self-contained page.
 
-OUT/index.html       everything; needs no network and no other file
-OUT/results.json     claims and scores (the contract of tools that read on)
-OUT/*.csv            every number of the page, fractions 0..1
-OUT/*.png, *.pdf     its figures
+OUT/index.html       the page; needs no network and no other file
+OUT/results.json     claims and scores, in the format that other tools read
+OUT/*.csv            every number of the page, as fractions 0..1
+OUT/*.png, *.pdf     the figures
 
-All are written at the end, results.json last, so that what an earlier report left stays until all of this one is there.
+All files are written at the end, results.json last. An earlier report therefore stays until the new one is complete.
 
-Of several models or datasets, results.json lists one such object for each under "studies", and the files of each lie in
-a folder of its own, those that compare them in OUT.
+For several models or datasets, results.json lists one object per study under "studies". Each study has its own folder
+of files; figures and tables that compare studies are in OUT.
 """
 
 import argparse
@@ -23,173 +23,158 @@ import matplotlib as mpl
 
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.report.figures.catalogue import pictures_of
-from probes.report.figures.probe_entries import overview_pictures
+from probes.report.figures.catalogue import overview_figures, study_figures
 from probes.report.figures.style import STYLE, ReportFigure
 from probes.results.probe_run import ProbeRun
 
-from . import tables
-from .claims import CONFUSED_SHARE, claims_of
-from .confusion import confusion_pairs
-from .mask_comparison import paired
+from . import summary_text, tables
+from .claims import CONFUSED_SHARE, evaluate_claims
+from .confusion import most_confused_pairs
+from .mask_comparison import compare_masks
 from .paper import PAPER
-from .probe_sensitivity import over_seeds, scale_confound
-from .study import Rows, Study, answer_accuracy, overridden, studies_of, total_seconds
-from .summary_text import p_value, percent, points, remarks_of, span
+from .probe_sensitivity import scale_sensitivity, seed_spread
+from .study import Rows, Study, answer_accuracy, overridden_masks, read_studies, total_wall_s
+from .summary_text import MASKS_SECTION, format_interval, format_points
 from .templates import render
 
-Sections = dict[str, list[tuple[ReportFigure, str]]]  # by title: figures, each with its PNG
-Files = dict[Path, str | bytes]  # to be written
+Sections = dict[str, list[tuple[ReportFigure, str]]]  # by title: figures, each with its PNG in base64
+Files = dict[Path, str | bytes]  # contents by path, not yet written
+
+FILTERS = {"points": format_points, "interval": format_interval}
+FILTERS |= {"percent": summary_text.format_percent, "p": summary_text.format_p}
 
 
 @dataclass
-class Part:
-    """What the page says of one study."""
+class StudyPart:
+    """The part of the page about one study; the template reads these fields."""
 
     study: Study
-    facts: dict[str, Any]
-    remarks: dict[str, list[str]]
+    results: dict[str, Any]
+    claims_summary: str
+    summaries: dict[str, list[str]]
     sections: Sections
     tables: dict[str, Rows]
-    overridden: dict[str, str]
+    overridden_masks: dict[str, str]
 
 
-def results(study: Study) -> dict[str, Any]:
-    """What results.json holds of one model on one dataset."""
+def study_results(study: Study) -> dict[str, Any]:
+    """Return the content of results.json for one model on one dataset."""
 
-    def entry(run: ProbeRun) -> dict[str, Any]:
+    def scores(run: ProbeRun) -> dict[str, Any]:
         return {"probing": run.metrics, "knockout": run.analysis("knockout.json")}
 
-    by_mask = lambda look, runs: {mask: found for mask, run in runs.items() if (found := look(run))}
+    by_mask = lambda compute, runs: {mask: result for mask, run in runs.items() if (result := compute(run))}
     return {
         "model": study.model,
         "dataset": study.dataset,
         "seed": study.first.metrics["seed"],
-        "masks": {m: entry(run) | {"answer_accuracy": answer_accuracy(run)} for m, run in study.trained.items()},
-        "controls": {"untrained": {mask: entry(run) for mask, run in study.untrained.items()}},
+        "masks": {m: scores(run) | {"answer_accuracy": answer_accuracy(run)} for m, run in study.trained.items()},
+        "controls": {"untrained": {mask: scores(run) for mask, run in study.untrained.items()}},
         "starvation": study.starvation(),
-        "claims": claims_of(study),
-        "paired": paired(study),
-        "scale": by_mask(scale_confound, study.by_recipe),
-        "seeds": by_mask(over_seeds, study.by_recipe),
-        "confusion": by_mask(confusion_pairs, study.trained),
+        "claims": evaluate_claims(study),
+        "paired": compare_masks(study),
+        "scale": by_mask(scale_sensitivity, study.runs_with_variants),
+        "seeds": by_mask(seed_spread, study.runs_with_variants),
+        "confusion": by_mask(most_confused_pairs, study.trained),
     }
 
 
-def report(
-    paths: list[str],
+def write_report(
+    paths: Iterable[str],
     out: str | Path,
-    longer: Iterable[str] = (),
-    recipes: Iterable[str] = (),
+    long_runs: Iterable[str] = (),
+    variants: Iterable[str] = (),
     timings: str | None = None,
-    tensorboard: bool = False,
 ) -> dict[str, Any]:
-    """Writes the report of probe runs into `out` and returns what results.json holds.
+    """Write the report of probe runs to a folder and return the content of results.json.
 
     Args:
-        paths: Folders of finished probe runs: of each model and dataset one a mask, and their untrained controls.
-        out: Folder.
-        longer: Runs of the same models with longer-trained probes, shown beside.
-        recipes: Runs of the same models with further recipes, where those in `paths` have none.
-        timings: A log of lines "start end step", to state how long it all took.
-        tensorboard: Also writes the figures for TensorBoard, into `out`/tensorboard.
+        paths: Folders of finished probe runs: one per model, dataset and mask, plus the untrained controls.
+        out: Output folder.
+        long_runs: Runs of the same models with longer-trained probes.
+        variants: Runs of the same models with probe variants, unless the runs in `paths` have them.
+        timings: A log of lines "start end step", for the total wall time.
     """
-    studies, out = studies_of(paths, longer, recipes), Path(out)
+    studies, out = read_studies(paths, long_runs, variants), Path(out)
     with exclusive_run_lock(out):
-        return _write_report(studies, out, total_seconds(Path(timings)) if timings else None, tensorboard)
+        return _write_files(studies, out, total_wall_s(Path(timings)) if timings else None)
 
 
-def _write_report(studies: list[Study], out: Path, wall_s: float | None, tensorboard: bool) -> dict[str, Any]:
-    alone = len(studies) == 1
+def _write_files(studies: list[Study], out: Path, wall_s: float | None) -> dict[str, Any]:
+    single = len(studies) == 1
     files: Files = {}
-    parts = [_part(study, out if alone else out / study.slug, files) for study in studies]
-    overview: Sections = {}
+    parts = [_build_part(study, out if single else out / study.slug, files) for study in studies]
     comparison = {"table2": tables.table2(studies), "table2_difference": tables.table2_difference(studies)}
-    if not alone:
-        overview = _draw_all(overview_pictures(studies), out, files)
     files |= _csv_files(comparison, out)
     page = render(
         "page.html.j2",
-        {"percent": percent, "points": points, "p": p_value, "span": span},
+        FILTERS,
         parts=parts,
-        overview=overview,
+        overview={} if single else _draw_figures(overview_figures(studies), out, files),
         tables=comparison,
         paper=PAPER,
         wall_s=wall_s,
         confused_share=CONFUSED_SHARE,
+        masks_section=MASKS_SECTION,
         explorer=(out / "explorer.html").is_file(),
     )
-    if tensorboard:
-        from .tensorboard import write_events
-
-        drawn = [
-            (part.study.title, picture) for part in parts for each in part.sections.values() for picture, _ in each
-        ]
-        write_events(drawn, out / "tensorboard")
-    found = [part.facts for part in parts]
-    facts = {"wall_s": wall_s} | (found[0] if alone else {"seed": found[0]["seed"], "studies": found})
-    write_files(files | {out / "index.html": page, out / "results.json": facts})
-    return facts
+    by_study = [part.results for part in parts]
+    results = {"wall_s": wall_s} | (by_study[0] if single else {"seed": by_study[0]["seed"], "studies": by_study})
+    write_files(files | {out / "index.html": page, out / "results.json": results})
+    return results
 
 
-def _part(study: Study, out: Path, files: Files) -> Part:
-    """Works out what there is to say of a study; its figures and tables, which go into `out`, come to `files`."""
-    facts = results(study)
-    sections = _draw_all(pictures_of(study, facts), out, files)
-    rows = _tables(study, facts)
+def _build_part(study: Study, out: Path, files: Files) -> StudyPart:
+    """Compute the page's part about a study, and add its figures and tables in `out` to `files`."""
+    results = study_results(study)
+    sections = _draw_figures(study_figures(study, results), out, files)
+    rows = _build_tables(study, results)
     files |= _csv_files(rows, out)
-    return Part(study, facts, remarks_of(facts), sections, rows, overridden(study))
+    text = summary_text.summarize_claims(results["claims"]), summary_text.summarize_sections(results)
+    return StudyPart(study, results, *text, sections, rows, overridden_masks(study))
 
 
-def _tables(study: Study, facts: dict[str, Any]) -> dict[str, Rows]:
-    found = {
-        "claims": tables.claim_rows(facts["claims"]),
+def _build_tables(study: Study, results: dict[str, Any]) -> dict[str, Rows]:
+    by_name = {
+        "claims": tables.claim_rows(results["claims"]),
         "classes": tables.class_rows(study),
-        "table3": tables.table3(facts["starvation"]) if facts["starvation"] else [],
+        "table3": tables.table3(results["starvation"]) if results["starvation"] else [],
         "knockout_selection": tables.selection_rows(study),
-        "paired": tables.paired_rows(facts["paired"]) if facts["paired"] else [],
-        "seed_spread": tables.seed_rows(facts["seeds"]),
+        "paired": tables.mask_comparison_rows(results["paired"]) if results["paired"] else [],
+        "seed_spread": tables.seed_rows(results["seeds"]),
     }
-    return {name: rows for name, rows in found.items() if rows}
+    return {name: rows for name, rows in by_name.items() if rows}
 
 
-def _csv_files(found: dict[str, Rows], out: Path) -> Files:
-    return {out / f"{name}.csv": tables.csv_text(rows) for name, rows in found.items() if rows}
+def _csv_files(rows_by_name: dict[str, Rows], out: Path) -> Files:
+    return {out / f"{name}.csv": tables.format_csv(rows) for name, rows in rows_by_name.items() if rows}
 
 
-def _draw_all(pictures: Iterable[ReportFigure], out: Path, files: Files) -> Sections:
-    """Draws figures, which come to `files`; returns them by section, each with its PNG for the page."""
+def _draw_figures(figures: Iterable[ReportFigure], out: Path, files: Files) -> Sections:
+    """Draw figures, add their files to `files`, and return them by section with the PNG for the page."""
     sections: Sections = {}
     with mpl.rc_context(STYLE):
-        for picture in pictures:
-            drawn = _draw(picture, out)
-            files |= drawn
-            png = base64.b64encode(drawn[out / f"{picture.name}.png"]).decode()
-            sections.setdefault(picture.section, []).append((picture, png))
+        for figure in figures:
+            png, pdf = io.BytesIO(), io.BytesIO()
+            figure.data.figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
+            figure.data.figure.savefig(png, format="png")
+            files |= {out / f"{figure.name}.pdf": pdf.getvalue(), out / f"{figure.name}.png": png.getvalue()}
+            files |= _csv_files({figure.name: figure.data.rows}, out)
+            sections.setdefault(figure.section, []).append((figure, base64.b64encode(png.getvalue()).decode()))
     return sections
 
 
-def _draw(picture: ReportFigure, out: Path) -> Files:
-    png, pdf = io.BytesIO(), io.BytesIO()
-    picture.drawn.figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
-    picture.drawn.figure.savefig(png, format="png")
-    drawn = {out / f"{picture.name}.pdf": pdf.getvalue(), out / f"{picture.name}.png": png.getvalue()}
-    return drawn | _csv_files({picture.name: picture.drawn.rows}, out)
-
-
 def run(args: argparse.Namespace) -> None:
-    """`probes report`."""
-    facts = report(args.runs, args.out, args.longer, args.recipes, args.timings, args.tensorboard)
-    for study in facts.get("studies", [facts]):
-        if "studies" in facts:
+    """Run `probes report`."""
+    results = write_report(args.runs, args.out, args.long_runs, args.variants, args.timings)
+    for study in results.get("studies", [results]):
+        if "studies" in results:
             print(f"{study['model']}, {study['dataset']}")
         for claim in study["claims"]:
             verdict = "holds" if claim["holds"] else "does NOT hold"
-            control = f"   untrained {points(claim['control']['value'])}" if claim["control"] else ""
-            print(
-                f"{claim['claim']:<21} {claim['image_attention']:<14} {points(claim['value']):>6} "
-                f"{span(claim['ci95'])}  {verdict}{control}"
-            )
+            value, interval = format_points(claim["value"]), format_interval(claim["ci95"])
+            control = f"   untrained {format_points(claim['control']['value'])}" if claim["control"] else ""
+            print(f"{claim['claim']:<21} {claim['image_attention']:<14} {value:>6} {interval}  {verdict}{control}")
         for mask, scale in study["scale"].items():
             for text in scale["verdict"].values():
                 print(f"{mask}: {text}")

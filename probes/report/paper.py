@@ -1,4 +1,4 @@
-"""The paper's own numbers, and which runs may stand beside them."""
+"""The paper's numbers, and the runs that may be compared with them."""
 
 import json
 from pathlib import Path
@@ -9,16 +9,16 @@ from probes.results.probe_run import ProbeRun
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 
-SHAPES = {"clip": (1024, 24), "dinov2": (1024, 24), "siglip": (1152, 27)}  # encoder width, tokens a side (App. A.1)
-STOCK = {"llava-1.5-7b-hf": "clip"}  # checkpoints of others that are made like the paper's
-RECIPE = {"head": "linear", "feature_norm": "none", "learning_rate": 1e-3, "batch_size": 64, "epochs": 20}  # App. A.2
+SHAPES = {"clip": (1024, 24), "dinov2": (1024, 24), "siglip": (1152, 27)}  # encoder width, grid side (App. A.1)
+STOCK = {"llava-1.5-7b-hf": "clip"}  # released checkpoints in a configuration of the paper
+PROBE = {"head": "linear", "feature_norm": "none", "learning_rate": 1e-3, "batch_size": 64, "epochs": 20}  # App. A.2
 
 
 def paper_encoder(run: ProbeRun) -> str | None:
-    """The encoder of the paper's configuration that a run repeats; None if its numbers are not comparable.
+    """Return the encoder of the paper's configuration that a run repeats; None if the numbers are not comparable.
 
-    Comparable is: the encoder and Vicuna-7B's shape, all 32 layers probed, the whole ADE20K validation set with its 150
-    classes, trained, and under the mask that it was trained with.
+    A comparable run is trained and has the paper's encoder, the shape of Vicuna-7B, probes at all 32 layers, the full
+    ADE20K validation set with 150 classes, and the mask that the model was trained with.
     """
     metrics, training = run.metrics, run.training
     name = training.get("encoder", {}).get("name") or STOCK.get(Path(metrics["mllm"]).name)
@@ -27,7 +27,7 @@ def paper_encoder(run: ProbeRun) -> str | None:
     width, side = SHAPES[name]
     dims = {entry["site"]: entry["dim"] for entry in metrics["sites"]}
     layers = {layer_site(layer) for layer in range(1, 33)}
-    same = (
+    comparable = (
         metrics["dataset"].lower() == "ade20k"
         and metrics["images"] == 2000
         and len(metrics["classes"]) == 150
@@ -37,10 +37,10 @@ def paper_encoder(run: ProbeRun) -> str | None:
         and metrics["image_attention"] in PAPER["table2_ade20k_miou"][name]
         and metrics.get("own_image_attention") in (None, metrics["image_attention"])
     )
-    return name if same else None
+    return name if comparable else None
 
 
-def departures(run: ProbeRun) -> dict[str, Any]:
-    """In what the probes' training is not App. A.2's."""
-    probe = {"head": "linear"} | run.metrics["probe"]
-    return {key: probe[key] for key, theirs in RECIPE.items() if probe[key] != theirs}
+def probe_deviations(run: ProbeRun) -> dict[str, Any]:
+    """Return the probe settings that differ from App. A.2, with the run's values."""
+    settings = {"head": "linear"} | run.metrics["probe"]
+    return {key: settings[key] for key, value in PROBE.items() if settings[key] != value}

@@ -1,9 +1,9 @@
-"""Do drop-off and recovery survive another way of training the probes?
+"""Check whether drop-off and recovery survive other ways of training the probes.
 
-With AdamW at one learning rate and states as they are, a probe's score depends on the scale of its features, which
-differs by orders of magnitude over layers: part of a curve may be optimisation instead of information. So the same
-states are probed under several norms and learning rates, by richer heads, from several seeds, and on shuffled labels,
-and what is concluded follows from the intervals.
+With AdamW at one learning rate and unnormalised states, a probe's score depends on the scale of its features. This
+scale differs by orders of magnitude between layers, so part of a curve may reflect optimisation instead of
+information. The same states are therefore probed with several norms, learning rates, heads, seeds, and with shuffled
+labels. Each such setting is a probe variant, stored under "recipes" in metrics.json.
 """
 
 from dataclasses import dataclass
@@ -15,20 +15,21 @@ from probes.evaluation.bootstrap import dataset_scores
 from probes.evaluation.metrics import Counts, peak_layer
 from probes.results.probe_run import ProbeRun
 
-from .effects import as_json, drop_and_recovery
+from .effects import drop_and_recovery, estimate_to_json
 
 EFFECTS = {"adapter_drop": "drop-off", "recovery": "recovery"}
-DEFAULTS = {"head": "linear", "labels": "true"}  # of runs whose metrics.json does not say
+SETTINGS = ("head", "feature_norm", "learning_rate", "labels", "seed")
+DEFAULTS = {"head": "linear", "labels": "true"}  # for runs whose metrics.json lacks these keys
 
 
 @dataclass
 class VariantScores:
-    """A way in which probes were trained.
+    """Scores of one probe variant.
 
     Args:
-        name: None for the main one.
-        settings: head, feature_norm, learning_rate, labels, seed.
-        entries: One a site, as in metrics.json.
+        name: Name of the variant; None for the main one.
+        settings: Values of SETTINGS.
+        entries: One entry per site, as in metrics.json.
     """
 
     name: str | None
@@ -37,137 +38,145 @@ class VariantScores:
 
     @property
     def miou(self) -> dict[str, float]:
+        """Mean IoU per site."""
         return {entry["site"]: entry["miou"] for entry in self.entries}
 
     def label(self, *keys: str) -> str:
-        """What it is called beside others that differ from it in `keys`."""
+        """Return a label that tells the variant from others that differ in the settings `keys`."""
         words = {"learning_rate": "lr {}", "seed": "seed {}", "labels": "{} labels", "feature_norm": "norm {}"}
         return ", ".join(words.get(key, "{}").format(self.settings[key]) for key in keys)
 
 
-def recipes_of(run: ProbeRun) -> list[VariantScores]:
-    """All recipes of a run, the main one first."""
-    found = {None: run.metrics} | run.metrics.get("recipes", {})
+def read_variants(run: ProbeRun) -> list[VariantScores]:
+    """Return all probe variants of a run, the main one first."""
+    metrics = {None: run.metrics} | run.metrics.get("recipes", {})
     defaults = DEFAULTS | {"seed": run.metrics["seed"]}
-    keys = ("head", "feature_norm", "learning_rate", "labels", "seed")
     return [
-        VariantScores(name, {key: (defaults | facts["probe"])[key] for key in keys}, facts["sites"])
-        for name, facts in found.items()
+        VariantScores(name, {key: (defaults | scores["probe"])[key] for key in SETTINGS}, scores["sites"])
+        for name, scores in metrics.items()
     ]
 
 
-def alike_but_for(run: ProbeRun, *keys: str) -> list[VariantScores]:
-    """The recipes that have everything but `keys` in common with the main one, which is among them."""
-    main, *rest = recipes_of(run)
-    same = lambda recipe: all(recipe.settings[key] == main.settings[key] for key in main.settings if key not in keys)
-    return [main, *filter(same, rest)]
+def select_variants(run: ProbeRun, *keys: str) -> list[VariantScores]:
+    """Return the main variant and those that differ from it only in the settings `keys`."""
+    main, *others = read_variants(run)
+    fixed = [key for key in SETTINGS if key not in keys]
+    return [main, *(v for v in others if all(v.settings[key] == main.settings[key] for key in fixed))]
 
 
-def scale_confound(run: ProbeRun) -> dict[str, Any] | None:
-    """What results.json says under "scale": drop-off and recovery under each norm and learning rate, and a verdict.
+def one_per_value(variants: list[VariantScores], key: str) -> list[VariantScores]:
+    """Return the first variant for each value of the setting `key`; empty if there is only one value."""
+    by_value: dict[Any, VariantScores] = {}
+    for variant in variants:
+        by_value.setdefault(variant.settings[key], variant)
+    return list(by_value.values()) if len(by_value) > 1 else []
+
+
+def scale_sensitivity(run: ProbeRun) -> dict[str, Any] | None:
+    """Return the entry "scale" of results.json: both effects under each norm and learning rate, and a verdict.
 
     Returns:
-        "recipes": one entry a recipe. "ways": one a norm, at the learning rate that is best at each site, which takes
-        the rate's part in the confound away (one a learning rate, where only that was varied); each with "adapter_drop"
-        and "recovery", {"value", "ci95", "holds"}. "verdict": in words, by effect. None where neither was varied.
+        None if neither setting was varied. Otherwise "recipes" has one entry per probe variant. "ways" has one entry
+        per norm, with the best learning rate chosen per site, which removes the influence of the rate; or one entry
+        per learning rate if only the rate was varied. Both contain "adapter_drop" and "recovery" as {"value", "ci95",
+        "holds"}. "verdict" has one text per effect.
     """
-    recipes = alike_but_for(run, "feature_norm", "learning_rate")
-    if len(recipes) == 1:
+    variants = select_variants(run, "feature_norm", "learning_rate")
+    if len(variants) == 1:
         return None
     entries = [
-        {"recipe": recipe.name or "main"}
-        | {key: recipe.settings[key] for key in ("feature_norm", "learning_rate")}
-        | {"peak_site": peak_layer(recipe.miou)}
-        | _effects(run, run.counts_of(recipe.name))
-        for recipe in recipes
+        {"recipe": variant.name or "main"}
+        | {key: variant.settings[key] for key in ("feature_norm", "learning_rate")}
+        | {"peak_site": peak_layer(variant.miou)}
+        | _effects_json(run, run.counts_of(variant.name))
+        for variant in variants
     ]
-    singles = {recipe.label("feature_norm", "learning_rate"): e for recipe, e in zip(recipes, entries, strict=True)}
-    ways, what = _by_norm(run, recipes), "norms, each site at its best learning rate"
-    if len(ways) == len(recipes):
-        what = "norms"
+    by_variant = {v.label("feature_norm", "learning_rate"): e for v, e in zip(variants, entries, strict=True)}
+    ways, kind = _effects_by_norm(run, variants), "norms, each site at its best learning rate"
+    if len(ways) == len(variants):
+        kind = "norms"
     elif len(ways) == 1:
-        ways, what = singles, "learning rates"
-    words = {}
+        ways, kind = by_variant, "learning rates"
+    verdicts = {}
     for key, name in EFFECTS.items():
-        found = {way: entry[key] for way, entry in ways.items() if key in entry}
-        if found:
-            words[key] = verdict(name, what, found)
-            if len(singles) > len(found):
-                words[key] += _one_by_one({label: entry[key] for label, entry in singles.items()})
-    ways = {way: {key: entry[key] for key in EFFECTS if key in entry} for way, entry in ways.items()}
-    return {"recipes": entries, "ways": [{"way": way} | found for way, found in ways.items()], "verdict": words}
+        effect_by_way = {way: entry[key] for way, entry in ways.items() if key in entry}
+        if effect_by_way:
+            verdicts[key] = effect_verdict(name, kind, effect_by_way)
+            if len(by_variant) > len(effect_by_way):
+                verdicts[key] += _verdict_by_variant({label: entry[key] for label, entry in by_variant.items()})
+    ways = [{"way": way} | {key: entry[key] for key in EFFECTS if key in entry} for way, entry in ways.items()]
+    return {"recipes": entries, "ways": ways, "verdict": verdicts}
 
 
-def _effects(run: ProbeRun, counts: Counts) -> dict[str, Any]:
-    return {name: as_json(value) for name, value in drop_and_recovery(run.sites, counts, run.weights).items()}
+def _effects_json(run: ProbeRun, counts: Counts) -> dict[str, Any]:
+    return {name: estimate_to_json(value) for name, value in drop_and_recovery(run.sites, counts, run.weights).items()}
 
 
-def _by_norm(run: ProbeRun, recipes: list[VariantScores]) -> dict[str, dict[str, Any]]:
-    """Effects by norm, each site read at its best learning rate."""
-    found = {}
-    for norm in dict.fromkeys(recipe.settings["feature_norm"] for recipe in recipes):
-        counts = [run.counts_of(r.name) for r in recipes if r.settings["feature_norm"] == norm]
+def _effects_by_norm(run: ProbeRun, variants: list[VariantScores]) -> dict[str, dict[str, Any]]:
+    """Return the effects per norm, each site scored at its best learning rate."""
+    effects = {}
+    for norm in dict.fromkeys(variant.settings["feature_norm"] for variant in variants):
+        counts = [run.counts_of(v.name) for v in variants if v.settings["feature_norm"] == norm]
         best = torch.stack([dataset_scores(c).miou for c in counts]).argmax(0).tolist()
         pick = lambda field: torch.stack([getattr(counts[b], field)[site] for site, b in enumerate(best)])  # noqa: B023
         tuned = counts[0]._replace(intersection=pick("intersection"), predicted=pick("predicted"))
-        found[norm] = _effects(run, tuned)
-    return found
+        effects[norm] = _effects_json(run, tuned)
+    return effects
 
 
-def verdict(effect: str, what: str, ways: dict[str, dict[str, Any]]) -> str:
-    """In words: under how many ways an effect holds, under which it does not, and what follows.
+def effect_verdict(effect: str, kind: str, ways: dict[str, dict[str, Any]]) -> str:
+    """Return a text: in how many ways of probing an effect holds, in which it does not, and the conclusion.
 
     Args:
-        effect: Its name.
-        what: What the ways are: norms, learning rates.
-        ways: {"value", "ci95", "holds"} by way.
+        effect: Name of the effect.
+        kind: What differs between the ways: "norms" or "learning rates".
+        ways: {"value", "ci95", "holds"} per way.
     """
-    holding = [way for way, found in ways.items() if found["holds"]]
-    text = f"The {effect} holds under {len(holding)} of {len(ways)} {what}"
+    holding = [way for way, estimate in ways.items() if estimate["holds"]]
+    text = f"The {effect} holds under {len(holding)} of {len(ways)} {kind}"
     if len(holding) == len(ways):
-        sizes = ", ".join(f"{way} {100 * found['value']:+.1f}" for way, found in ways.items()).replace("-", "−")
-        return f"{text} ({sizes} pp): it survives the change of the features' scale."
-    failing = [f"{way} ({_described(found)})" for way, found in ways.items() if not found["holds"]]
+        sizes = ", ".join(f"{way} {100 * estimate['value']:+.1f}" for way, estimate in ways.items()).replace("-", "−")
+        return f"{text} ({sizes} pp): the effect does not depend on the scale of the features."
+    failing = _list_failing(ways)
     if holding:
-        return f"{text}, not under {'; '.join(failing)}: it depends on how the probe sees the features' scale."
-    return f"{text}: {'; '.join(failing)}. There is no ground to claim it."
+        return f"{text}, not under {failing}: the effect depends on the scale of the features."
+    return f"{text}: {failing}. The effect is not supported."
 
 
-def _one_by_one(singles: dict[str, dict[str, Any]]) -> str:
-    """What becomes of an effect without the choice of a learning rate: a rate that suits one site may fail another."""
-    failing = [f"{label} ({_described(found)})" for label, found in singles.items() if not found["holds"]]
-    text = f" Taken one by one, it holds under {len(singles) - len(failing)} of {len(singles)} recipes"
-    return f"{text}, not under {'; '.join(failing)}." if failing else f"{text}."
+def _verdict_by_variant(effects: dict[str, dict[str, Any]]) -> str:
+    """Return a text on the effect without tuning: a learning rate that suits one site may not suit another."""
+    holding = sum(estimate["holds"] for estimate in effects.values())
+    text = f" Without tuning the learning rate per site, it holds under {holding} of {len(effects)} probe variants"
+    return f"{text}." if holding == len(effects) else f"{text}, not under {_list_failing(effects)}."
 
 
-def _described(found: dict[str, Any]) -> str:
-    low, high = found["ci95"]
-    sign = "reversed" if high < 0 else "not told from zero"
-    return f"{sign}, {100 * found['value']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]".replace("-", "−")
+def _list_failing(effects: dict[str, dict[str, Any]]) -> str:
+    return "; ".join(f"{name} ({_format_effect(e)})" for name, e in effects.items() if not e["holds"])
 
 
-def over_seeds(run: ProbeRun) -> list[dict[str, Any]]:
-    """Spread over probe seeds beside the interval over images, by site and of both effects; empty for one seed.
+def _format_effect(estimate: dict[str, Any]) -> str:
+    low, high = estimate["ci95"]
+    sign = "reversed" if high < 0 else "not significant"
+    return f"{sign}, {100 * estimate['value']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]".replace("-", "−")
 
-    Each entry: {"of", "seeds", "mean", "sd", "lowest", "highest", "ci95" of the main seed}.
+
+def seed_spread(run: ProbeRun) -> list[dict[str, Any]]:
+    """Return the spread over probe seeds per site and effect; empty if there is only one seed.
+
+    Each entry: {"of", "seeds", "mean", "sd", "lowest", "highest", "ci95"}; "ci95" is the main seed's, over images.
     """
-    recipes = alike_but_for(run, "seed")
-    if len(recipes) == 1:
+    variants = select_variants(run, "seed")
+    if len(variants) == 1:
         return []
-    values = {site: [recipe.miou[site] for recipe in recipes] for site in run.sites}
+    values = {site: [variant.miou[site] for variant in variants] for site in run.sites}
     ci95 = {entry["site"]: entry["miou_ci95"] for entry in run.metrics["sites"]}
-    effects = [_effects(run, run.counts_of(recipe.name)) for recipe in recipes]
-    for name in EFFECTS:
-        if name in effects[0]:
-            values[name] = [found[name]["value"] for found in effects]
-            ci95[name] = effects[0][name]["ci95"]
+    effects = [_effects_json(run, run.counts_of(variant.name)) for variant in variants]
+    for name in effects[0]:
+        values[name] = [of_seed[name]["value"] for of_seed in effects]
+        ci95[name] = effects[0][name]["ci95"]
     return [
-        {
-            "of": name,
-            "seeds": len(recipes),
-            "mean": sum(x) / len(x),
-            "sd": torch.tensor(x, dtype=torch.float64).std().item(),
-        }
+        {"of": name, "seeds": len(variants), "mean": sum(x) / len(x)}
+        | {"sd": torch.tensor(x, dtype=torch.float64).std().item()}
         | {"lowest": min(x), "highest": max(x), "ci95": ci95[name]}
         for name, x in values.items()
     ]

@@ -1,4 +1,4 @@
-"""The runs of a report, sorted: by model and dataset, and there by mask, each trained and, as a control, untrained."""
+"""Group the runs of a report by model and dataset, then by attention mask, trained and untrained."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,129 +11,130 @@ from llava_bidir.common.errors import UserError
 from probes.analyses.starvation.run import starvation
 from probes.results.probe_run import ProbeRun, read_tensors
 
-Rows = list[dict[str, Any]]  # of a table: by column
+Rows = list[dict[str, Any]]  # rows of a table, each a dict of its columns
 
 MASKS = ("causal", "bidirectional")
 
 
 @dataclass
 class Study:
-    """One model on one dataset, under each mask.
+    """One model on one dataset under each mask.
 
     Args:
-        model, dataset: Their names.
-        trained, untrained: Runs by mask.
-        longer: The trained models again, with longer-trained probes.
-        recipes: The trained models again, with further recipes; empty where the trained runs have them themselves.
+        model: Name of the model.
+        dataset: Name of the dataset.
+        trained: Runs of the trained model by mask.
+        untrained: Runs of the untrained control by mask.
+        long_runs: Runs of the trained model with longer-trained probes, by mask.
+        variant_runs: Runs of the trained model with probe variants, by mask; empty if the trained runs have variants.
     """
 
     model: str
     dataset: str
     trained: dict[str, ProbeRun] = field(default_factory=dict)
     untrained: dict[str, ProbeRun] = field(default_factory=dict)
-    longer: dict[str, ProbeRun] = field(default_factory=dict)
-    recipes: dict[str, ProbeRun] = field(default_factory=dict)
+    long_runs: dict[str, ProbeRun] = field(default_factory=dict)
+    variant_runs: dict[str, ProbeRun] = field(default_factory=dict)
 
     @property
     def runs(self) -> list[ProbeRun]:
+        """Trained and untrained runs."""
         return [*self.trained.values(), *self.untrained.values()]
 
     @property
     def first(self) -> ProbeRun:
+        """The first trained run, whose dataset and settings stand for the study."""
         return next(iter(self.trained.values()))
 
     @property
-    def by_recipe(self) -> dict[str, ProbeRun]:
-        """The runs in which recipes are compared, by mask."""
-        return {mask: self.recipes.get(mask, run) for mask, run in self.trained.items()}
+    def runs_with_variants(self) -> dict[str, ProbeRun]:
+        """The runs whose probe variants are compared, by mask."""
+        return {mask: self.variant_runs.get(mask, run) for mask, run in self.trained.items()}
 
     @property
     def title(self) -> str:
+        """Heading of the study on the page."""
         return f"{self.model}, {self.dataset}"
 
     @property
     def slug(self) -> str:
-        """The study's name as the name of a folder."""
+        """Folder name of the study."""
         return "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{self.model}_{self.dataset}")
 
     def pair(self, untrained: bool = False) -> tuple[ProbeRun, ProbeRun] | None:
-        """The causal and the bidirectional run; None unless there are both."""
+        """Return the causal and the bidirectional run; None unless both exist."""
         runs = self.untrained if untrained else self.trained
         return (runs[MASKS[0]], runs[MASKS[1]]) if set(MASKS) <= set(runs) else None
 
     def starvation(self, untrained: bool = False) -> dict[str, Any] | None:
-        """Accuracy by patch, causal against bidirectional; None unless there are both runs."""
+        """Return the accuracy per patch under both masks; None unless both runs exist."""
         pair = self.pair(untrained)
         return starvation(*pair) if pair else None
 
     def _add(self, run: ProbeRun) -> None:
-        kind = self.untrained if run.metrics["untrained"] else self.trained
+        runs = self.untrained if run.metrics["untrained"] else self.trained
         mask = run.metrics["image_attention"]
-        if mask in kind:
-            what = "untrained" if run.metrics["untrained"] else "trained"
+        if mask in runs:
+            kind = "untrained" if run.metrics["untrained"] else "trained"
             raise UserError(
-                f"{kind[mask].path} and {run.path} are both the {what} run under {mask!r} of {self.title}; give one, "
-                f"or say which model each is of: NAME={run.path}"
+                f"{runs[mask].path} and {run.path} are both the {kind} run under {mask!r} of {self.title}; "
+                f"pass only one, or name the model of each: NAME={run.path}"
             )
-        kind[mask] = run
+        runs[mask] = run
 
     def _check(self) -> None:
         if not self.trained:
-            raise UserError(
-                f"a report needs a run of a trained model; only untrained controls were given of {self.title}"
-            )
+            raise UserError(f"only untrained controls were passed for {self.title}; add a run of the trained model")
         for run in self.runs:
-            ours, first = run.metrics["probe"], self.first.metrics["probe"]
-            for key in [key for key in ours if key in first and ours[key] != first[key]]:
+            settings, expected = run.metrics["probe"], self.first.metrics["probe"]
+            for key in [key for key in settings if key in expected and settings[key] != expected[key]]:
                 raise UserError(
                     f"{self.first.path} and {run.path} cannot be compared: their probes differ in {key}, "
-                    f"{first[key]!r} and {ours[key]!r}; train both alike"
+                    f"{expected[key]!r} and {settings[key]!r}; train both with the same settings"
                 )
 
 
-def studies_of(paths: Iterable[str], longer: Iterable[str] = (), recipes: Iterable[str] = ()) -> list[Study]:
-    """Reads finished runs and sorts them, studies in the order in which they come up.
+def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: Iterable[str] = ()) -> list[Study]:
+    """Read finished runs and group them into studies, in the order in which these first appear.
 
     Args:
-        paths: Folders of runs; NAME=FOLDER says of which model a run is where :func:`model_of` cannot know.
-        longer: Of the same models, with longer-trained probes.
-        recipes: Of the same models, with further recipes.
+        paths: Run folders; NAME=FOLDER names the model if :func:`model_name` cannot tell.
+        long_runs: Runs of the same models with longer-trained probes.
+        variants: Runs of the same models with probe variants.
 
     Raises:
-        UserError: A folder is no finished run, two runs take the same place, or they do not belong together.
+        UserError: A folder is not a finished run, two runs are the same case, or runs do not fit together.
     """
     studies: dict[tuple[str, str], Study] = {}
-    for model, run in map(_named_run, paths):
+    for model, run in map(_read_run, paths):
         key = (model, run.metrics["dataset"])
         studies.setdefault(key, Study(*key))._add(run)
-    first: dict[str, ProbeRun] = {}
+    reference: dict[str, ProbeRun] = {}  # by dataset: the run whose images all others must share
     for study in studies.values():
         for run in study.runs:
-            first.setdefault(study.dataset, run).check_same_images(run)
+            reference.setdefault(study.dataset, run).check_same_images(run)
         study._check()
         study.trained = {mask: study.trained[mask] for mask in sorted(study.trained, key=_paper_order)}
-    for kind, again in (("longer", longer), ("recipes", recipes)):
-        for model, run in map(_named_run, again):
+    for field_name, extra_paths in (("long_runs", long_runs), ("variant_runs", variants)):
+        for model, run in map(_read_run, extra_paths):
             key, mask = (model, run.metrics["dataset"]), run.metrics["image_attention"]
             if key not in studies or mask not in studies[key].trained:
-                raise UserError(f"{run.path} is of {', '.join(key)} under {mask!r}, of which no main run is given")
-            first[run.metrics["dataset"]].check_same_images(run)
-            getattr(studies[key], kind)[mask] = run
+                raise UserError(f"no main run matches {run.path} ({', '.join(key)}, {mask!r}); pass that run too")
+            reference[run.metrics["dataset"]].check_same_images(run)
+            getattr(studies[key], field_name)[mask] = run
     return list(studies.values())
 
 
-def _named_run(path: str) -> tuple[str, ProbeRun]:
+def _read_run(path: str) -> tuple[str, ProbeRun]:
     name, separator, folder = str(path).partition("=")
     if separator and not Path(path).is_dir():
         return name, ProbeRun(folder)
     run = ProbeRun(path)
-    return model_of(run), run
+    return model_name(run), run
 
 
-def model_of(run: ProbeRun) -> str:
-    """What a model is called whatever its mask: encoder and LLM where it says of what it was made ("clip + vicuna-7b"),
-    else the name of its checkpoint.
-    """
+def model_name(run: ProbeRun) -> str:
+    """Return encoder and LLM ("clip + vicuna-7b") if the checkpoint states them, else the checkpoint's name."""
     training = run.training
     if "encoder" in training and "llm" in training:
         return f"{training['encoder']['name']} + {Path(training['llm']).name}"
@@ -144,27 +145,28 @@ def _paper_order(mask: str) -> int:
     return MASKS.index(mask) if mask in MASKS else len(MASKS)
 
 
-def optional_tensors(run: ProbeRun, name: str) -> dict[str, Tensor]:
+def read_optional_tensors(run: ProbeRun, name: str) -> dict[str, Tensor]:
+    """Return the tensors of a file in the run's folder; empty if the file does not exist."""
     path = run.path / name
     return read_tensors(path) if path.is_file() else {}
 
 
 def answer_accuracy(run: ProbeRun) -> float | None:
-    """Share of validation questions that the model answered right when its training ended, where it says so."""
+    """Return the model's validation answer accuracy at the end of its training; None if not recorded."""
     return run.training.get("val/answer_accuracy")
 
 
-def overridden(study: Study) -> dict[str, str]:
-    """The mask that a model was trained with, by the other one that a run put it under."""
-    own = {mask: run.metrics.get("own_image_attention") for mask, run in study.trained.items()}
-    return {mask: trained for mask, trained in own.items() if trained not in (None, mask)}
+def overridden_masks(study: Study) -> dict[str, str]:
+    """Return, per mask of a run, the different mask that its model was trained with."""
+    trained_with = {mask: run.metrics.get("own_image_attention") for mask, run in study.trained.items()}
+    return {mask: own for mask, own in trained_with.items() if own not in (None, mask)}
 
 
-def total_seconds(timings: Path) -> float:
-    """Wall time from a log of lines "start end step": the length of the union of its intervals."""
-    spans = sorted(tuple(map(float, line.split()[:2])) for line in timings.read_text().splitlines() if line.strip())
+def total_wall_s(timings: Path) -> float:
+    """Return the wall time of a log of lines "start end step": the length of the union of its intervals."""
+    intervals = sorted(tuple(map(float, line.split()[:2])) for line in timings.read_text().splitlines() if line.strip())
     total, until = 0.0, 0.0
-    for start, end in spans:
+    for start, end in intervals:
         total += max(0.0, end - max(start, until))
         until = max(until, end)
     return total

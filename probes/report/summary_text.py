@@ -1,68 +1,87 @@
-"""What a section says in words, worked out from the numbers; nothing here is fixed beforehand."""
+"""Summarise the numbers of a study in sentences for the page."""
 
 from typing import Any
 
 from .mask_comparison import ALPHA
 from .probe_sensitivity import EFFECTS
 
+MASKS_SECTION = "Bidirectional vs. causal attention"
+SCALE_SECTION = "Sensitivity to feature scale"
+SEEDS_SECTION = "Probe seeds"
 
-def percent(value: float | None, digits: int = 1) -> str:
+
+def format_percent(value: float | None, digits: int = 1) -> str:
+    """Return a fraction in percent, without the sign %."""
     return "–" if value is None else f"{100 * value:.{digits}f}"
 
 
-def points(value: float | None, digits: int = 1) -> str:
+def format_points(value: float | None, digits: int = 1) -> str:
+    """Return a difference of fractions in percentage points, with its sign."""
     return "–" if value is None else f"{100 * value:+.{digits}f}".replace("-", "−")
 
 
-def p_value(value: float | None) -> str:
+def format_p(value: float | None) -> str:
+    """Return a p-value with three decimals, or four below 0.01."""
     return "–" if value is None else f"{value:.4f}" if value < 0.01 else f"{value:.3f}"
 
 
-def span(ci95: list[float], digits: int = 1) -> str:
-    return f"[{points(ci95[0], digits)}, {points(ci95[1], digits)}]"
+def format_interval(ci95: list[float], digits: int = 1) -> str:
+    """Return an interval in percentage points."""
+    return f"[{format_points(ci95[0], digits)}, {format_points(ci95[1], digits)}]"
 
 
-def remarks_of(facts: dict[str, Any]) -> dict[str, list[str]]:
-    """Sentences by section, of one study's part of results.json."""
-    found = {"Bidirectional against causal": paired_remarks(facts["paired"]) if facts["paired"] else []}
-    found["The scale of the features"] = [
-        f"{mask.capitalize()}: {' '.join(scale['verdict'].values())}" for mask, scale in facts["scale"].items()
-    ]
-    found["Probe seeds"] = [line for mask, entries in facts["seeds"].items() for line in seed_remarks(mask, entries)]
-    return found
+def summarize_claims(claims: list[dict[str, Any]]) -> str:
+    """Return one sentence: how many claims hold and which do not."""
+    failing: dict[str, list[str]] = {}
+    for claim in claims:
+        if not claim["holds"]:
+            failing.setdefault(claim["claim"].replace("_", " "), []).append(claim["image_attention"])
+    count = sum(claim["holds"] for claim in claims)
+    names = ", ".join(f"{name} ({' and '.join(masks)})" for name, masks in failing.items())
+    return f"{count} of {len(claims)} claims hold" + (f"; not supported: {names}." if count and failing else ".")
 
 
-def paired_remarks(paired: dict[str, Any]) -> list[str]:
-    sites = paired["sites"]
-    units = f"{paired['images']} images"
-    if paired["groups"]:
-        units = f"{paired['groups']} groups of images ({paired['images']} in all), swapped and drawn as wholes"
-    clear = [entry for entry in sites if entry["p_corrected"] < ALPHA]
-    signs = [sum(entry["difference"] * sign > 0 for entry in clear) for sign in (1, -1)]
-    effects = ", ".join(
-        f"the {EFFECTS[entry['effect']]} differs by {points(entry['difference'])} {span(entry['ci95'])} pp "
-        f"(p = {p_value(entry['p'])})"
-        for entry in paired["effects"]
-    )
+def summarize_sections(results: dict[str, Any]) -> dict[str, list[str]]:
+    """Return sentences by section, from one study's part of results.json."""
+    return {
+        MASKS_SECTION: summarize_mask_comparison(results["paired"]) if results["paired"] else [],
+        SCALE_SECTION: [
+            f"{mask.capitalize()}: {' '.join(scale['verdict'].values())}" for mask, scale in results["scale"].items()
+        ],
+        SEEDS_SECTION: [line for mask, seeds in results["seeds"].items() for line in summarize_seeds(mask, seeds)],
+    }
+
+
+def summarize_mask_comparison(comparison: dict[str, Any]) -> list[str]:
+    """Return how many sites differ between the masks, the differences of the effects, and the power of the test."""
+    sites, units = comparison["sites"], f"{comparison['images']} images"
+    if comparison["groups"]:
+        units = f"{comparison['groups']} groups of images ({comparison['images']} images)"
+    significant = [entry["difference"] for entry in sites if entry["p_corrected"] < ALPHA]
+    better, worse = (sum(sign * difference > 0 for difference in significant) for sign in (1, -1))
     lines = [
-        f"Of {len(sites)} sites bidirectional attention is better at {signs[0]} and worse at {signs[1]} "
-        f"(corrected p < {ALPHA}; {paired['permutations']} permutations of {units})"
-        + (f"; {effects}." if effects else ".")
+        f"Bidirectional attention is significantly better at {better} and worse at {worse} of {len(sites)} sites "
+        f"(corrected p < {ALPHA}; {comparison['permutations']} permutations of {units})."
     ]
-    if paired["smallest_p"] > ALPHA:
+    lines += [
+        f"The {EFFECTS[entry['effect']]} differs by {format_points(entry['difference'])} pp, 95% interval "
+        f"{format_interval(entry['ci95'])} (p = {format_p(entry['p'])})."
+        for entry in comparison["effects"]
+    ]
+    if comparison["smallest_p"] > ALPHA:
         lines.append(
-            f"With so few groups no p-value can be smaller than {p_value(paired['smallest_p'])}: the test cannot "
-            "reject anything, and the intervals are of little worth too."
+            f"With so few groups no p-value can be smaller than {format_p(comparison['smallest_p'])}: the test cannot "
+            "reject any null hypothesis, and the intervals are unreliable."
         )
     return lines
 
 
-def seed_remarks(mask: str, entries: list[dict[str, Any]]) -> list[str]:
-    """Drop-off and recovery over probe seeds."""
+def summarize_seeds(mask: str, entries: list[dict[str, Any]]) -> list[str]:
+    """Return the spread of drop-off and recovery over probe seeds."""
     return [
-        f"{mask.capitalize()}: {EFFECTS[entry['of']]} {points(entry['mean'])} on average over {entry['seeds']} seeds, "
-        f"from {points(entry['lowest'])} to {points(entry['highest'])} (standard deviation {percent(entry['sd'], 2)} "
-        f"pp); over images {span(entry['ci95'])}."
+        f"{mask.capitalize()}: {EFFECTS[entry['of']]} {format_points(entry['mean'])} pp on average over "
+        f"{entry['seeds']} seeds, from {format_points(entry['lowest'])} to {format_points(entry['highest'])} (standard "
+        f"deviation {format_percent(entry['sd'], 2)} pp); 95% interval over images {format_interval(entry['ci95'])}."
         for entry in entries
         if entry["of"] in EFFECTS
     ]

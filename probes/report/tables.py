@@ -1,4 +1,4 @@
-"""The paper's tables from a study, with the paper's own numbers beside them, and every number as CSV."""
+"""Build the tables of a study, next to the numbers of the paper, and format tables as CSV."""
 
 import csv
 import io
@@ -7,13 +7,13 @@ from typing import Any
 from llava_bidir.common.bootstrap import interval
 from probes.analyses.knockout.effects import read_cases
 
-from .claims import confused_patches, knockout_effects
-from .paper import PAPER, departures, paper_encoder
+from .claims import knockout_effects, min_confused_patches
+from .paper import PAPER, paper_encoder, probe_deviations
 from .study import Rows, Study
 
 
-def csv_text(rows: Rows) -> str:
-    """Rows under the union of their keys, in the order in which keys come up; fractions stay 0..1."""
+def format_csv(rows: Rows) -> str:
+    """Return CSV text whose columns are the union of all keys in order of appearance; fractions stay 0..1."""
     keys, text = list(dict.fromkeys(key for row in rows for key in row)), io.StringIO()
     writer = csv.DictWriter(text, keys, lineterminator="\n")
     writer.writeheader()
@@ -22,6 +22,7 @@ def csv_text(rows: Rows) -> str:
 
 
 def claim_rows(claims: list[dict[str, Any]]) -> Rows:
+    """Return one row per claim with its interval and the untrained control."""
     rows = []
     for claim in claims:
         control = claim["control"] or {"value": None, "ci95": [None, None]}
@@ -40,7 +41,7 @@ SUMMARY = ("encoder", "adapter", "peak_llm", "delta_enc", "recovery")
 
 
 def table2(studies: list[Study]) -> Rows:
-    """Table 2: adapter, peak LLM and what they make of the encoder; ours, then the paper's."""
+    """Return Table 2 (encoder, adapter, peak layer, gains): rows of the runs, then of the paper."""
     rows = [
         {"model": study.title if len(studies) > 1 else "this run", "image_attention": mask}
         | {key: run.metrics["summary"][key] for key in SUMMARY}
@@ -49,38 +50,38 @@ def table2(studies: list[Study]) -> Rows:
     ]
     return rows + [
         {"model": f"paper, {encoder}, ADE20K", "image_attention": mask}
-        | _papers(encoder, mask)
+        | _paper_row(encoder, mask)
         | {"read_from": PAPER["read_from"]["table2_ade20k_miou"]}
         for encoder in ("clip", "dinov2", "siglip")
         for mask in ("causal", "bidirectional")
     ]
 
 
-def _papers(encoder: str, mask: str) -> dict[str, float]:
-    theirs = PAPER["table2_ade20k_miou"][encoder]
-    return {k: number / 100 for k, number in zip(SUMMARY, [theirs["encoder"], *theirs[mask]], strict=True)}
+def _paper_row(encoder: str, mask: str) -> dict[str, float]:
+    numbers = PAPER["table2_ade20k_miou"][encoder]
+    return {k: number / 100 for k, number in zip(SUMMARY, [numbers["encoder"], *numbers[mask]], strict=True)}
 
 
 def table2_difference(studies: list[Study]) -> Rows:
-    """Ours minus the paper's, of the runs that repeat a configuration of the paper; no other run is compared."""
+    """Return run minus paper for the runs that repeat a configuration of the paper; skip all others."""
     rows = []
     for study in studies:
         for mask, run in study.trained.items():
             encoder = paper_encoder(run)
             if encoder is None:
                 continue
-            ours, theirs = run.metrics["summary"], _papers(encoder, mask)
-            other = ", ".join(f"{key} {value}" for key, value in departures(run).items())
+            summary, paper = run.metrics["summary"], _paper_row(encoder, mask)
+            deviations = ", ".join(f"{key} {value}" for key, value in probe_deviations(run).items())
             rows.append(
                 {"model": study.title, "image_attention": mask}
-                | {key: ours[key] - theirs[key] for key in SUMMARY}
-                | {"probe_recipe": other or "the paper's"}
+                | {key: summary[key] - paper[key] for key in SUMMARY}
+                | {"probe_recipe": deviations or "the paper's"}
             )
     return rows
 
 
 def table3(starvation: dict[str, Any]) -> Rows:
-    """Table 3: accuracy under the first three patches; ours, then the paper's."""
+    """Return Table 3 (accuracy at the first three patches): rows of the runs, then of the paper."""
     rows = [
         {"model": "this run", "patch": i} | {key: starvation[key][i] for key in ("causal", "bidirectional", "gap")}
         for i in range(3)
@@ -94,7 +95,7 @@ def table3(starvation: dict[str, Any]) -> Rows:
 
 
 def class_rows(study: Study) -> Rows:
-    """IoU of every class at every site."""
+    """Return the IoU per class and site."""
     return [
         {"image_attention": run.metrics["image_attention"], "untrained": bool(run.metrics["untrained"]),
          "site": entry["site"], "class": name, "iou": iou}
@@ -105,11 +106,11 @@ def class_rows(study: Study) -> Rows:
 
 
 def selection_rows(study: Study) -> Rows:
-    """The knockout's effects by how many patches an image must have wrong to count: what the selection decides."""
+    """Return the knockout effects by the minimum number of wrong patches that an image needs to count."""
     rows = []
     for mask, run in study.trained.items():
-        most = confused_patches(run)
-        for patches in sorted({max(1, round(most * share)) for share in (0, 1 / 8, 1 / 4, 1 / 2, 1, 3 / 2)}):
+        claimed_at = min_confused_patches(run)
+        for patches in sorted({max(1, round(claimed_at * share)) for share in (0, 1 / 8, 1 / 4, 1 / 2, 1, 3 / 2)}):
             cases, effects = read_cases(run, patches), knockout_effects(run, patches)
             for name, (value, resampled) in effects.items():
                 low, high = interval(value, resampled)
@@ -118,10 +119,10 @@ def selection_rows(study: Study) -> Rows:
     return rows
 
 
-def paired_rows(paired: dict[str, Any]) -> Rows:
-    """Bidirectional minus causal by site, then of drop-off and recovery."""
+def mask_comparison_rows(comparison: dict[str, Any]) -> Rows:
+    """Return bidirectional minus causal per site, then for drop-off and recovery."""
     rows = []
-    for entry in [*paired["sites"], *paired["effects"]]:
+    for entry in [*comparison["sites"], *comparison["effects"]]:
         low, high = entry["ci95"]
         row = {"of": entry.get("site") or entry["effect"], "difference": entry["difference"], "low": low, "high": high}
         rows.append(row | {"p": entry["p"], "p_corrected": entry.get("p_corrected")})
@@ -129,7 +130,7 @@ def paired_rows(paired: dict[str, Any]) -> Rows:
 
 
 def seed_rows(seeds: dict[str, list[dict[str, Any]]]) -> Rows:
-    """Spread over probe seeds beside the interval over images, by mask and site."""
+    """Return the spread over probe seeds next to the interval over images, per mask, site and effect."""
     return [
         {"image_attention": mask} | {key: entry[key] for key in entry if key != "ci95"}
         | dict(zip(("low", "high"), entry["ci95"], strict=True))

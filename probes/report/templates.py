@@ -1,4 +1,4 @@
-"""The pages' templates: probes/report/*.html.j2, what users named escaped."""
+"""Render the Jinja templates of this folder; all values are HTML-escaped."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 import jinja2
 
 
-def render(template: str, filters: dict[str, Callable] | None = None, **facts: Any) -> str:
-    """The page that a template makes of facts, with filters of its own."""
+def render(template: str, filters: dict[str, Callable] | None = None, **values: Any) -> str:
+    """Return the page that a template makes of `values`; `filters` are added to Jinja's own."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= filters or {}
-    return environment.get_template(template).render(**facts)
+    return environment.get_template(template).render(**values)

@@ -1,0 +1,1 @@
+"""Interactive HTML page that shows predictions per image, layer and patch."""

@@ -1,1 +1,1 @@
-"""The figures of a report. Each function returns a matplotlib figure and the rows behind it."""
+"""Figures of a report; each function returns a matplotlib figure and the rows of its CSV file."""

@@ -1,151 +1,299 @@
-"""The figures of a page: which of them the runs have the results for, and what to look for in each."""
+"""Catalogue of the page's figures: file name, section, title and caption of each, and when it appears."""
 
 from collections.abc import Iterator
+from statistics import mean
 from typing import Any
 
 import numpy as np
 
 from probes.analyses.knockout.effects import read_cases
 from probes.data.palette import palette_of
+from probes.models.frozen_mllm import ADAPTER
 from probes.report import tables
-from probes.report.claims import confused_patches
-from probes.report.study import Study
+from probes.report.claims import min_confused_patches, restrict_to_claims
+from probes.report.probe_sensitivity import one_per_value, read_variants, select_variants
+from probes.report.study import MASKS, Study
+from probes.report.summary_text import MASKS_SECTION, SCALE_SECTION, SEEDS_SECTION
+from probes.results.probe_run import ProbeRun
 
-from . import knockout, layer_curves, maps, starvation
-from .knockout_entries import causal_pictures
-from .probe_entries import budget_pictures, confusion_pictures, paired_pictures, recipe_pictures, state_pictures
+from . import (
+    confusion,
+    feature_statistics,
+    knockout,
+    knockout_controls,
+    layer_curves,
+    maps,
+    mask_comparison,
+    probe_sensitivity,
+    starvation,
+    training_budget,
+)
 from .style import ReportFigure
 
+Figures = Iterator[ReportFigure]
 
-def pictures_of(study: Study, facts: dict[str, Any]) -> Iterator[ReportFigure]:
-    """All figures of one model on one dataset.
+STARVATION, KNOCKOUT, MAPS = "Context starvation", "Attention knockout", "Predicted segmentation maps"
+BUDGET, OVERVIEW = "Probe training budget", "Across models and datasets"
+INTERVALS = "Lines: 95% intervals."
+
+
+def study_figures(study: Study, results: dict[str, Any]) -> Figures:
+    """Yield all figures of one model on one dataset, in the order of the page.
 
     Args:
-        study: Its runs.
-        facts: What results.json says of it.
+        study: The runs.
+        results: The study's part of results.json.
     """
-    run = study.first
-    palette = palette_of(run.dataset())
+    palette = palette_of(study.first.dataset())
     yield ReportFigure(
-        "layers",
-        "Drop-off and recovery",
-        "From drop-off to recovery",
-        "Segmentation quality at every stage, as a linear probe reads it (Figs. 3 and 8). Look for the fall from "
-        "encoder to adapter and the climb behind it; the dashed line marks the best layer and what it gains over the "
-        "adapter. Dotted: the same model before training. Bands: 95% intervals.",
-        layer_curves.layer_curves(study),
-    )
-    yield from paired_pictures(facts["paired"])
-    yield from _starvation_pictures(facts["starvation"])
-    yield from _knockout_pictures(study)
-    yield from causal_pictures(study)
-    yield from confusion_pictures(study, facts["confusion"])
-    yield from _map_pictures(study, palette)
-    yield from _umap_pictures(study, palette)
-    yield from recipe_pictures(study, facts["scale"])
-    yield from state_pictures(study)
-    yield from budget_pictures(study)
+        "layers", "Drop-off and recovery", "Segmentation quality by layer",
+        _caption(
+            "Segmentation quality of the probe at each site (Figs. 3 and 8). Look for a drop from encoder to adapter "
+            "and a rise over the LLM layers.", _peak_caption(study),
+            "Dotted: the untrained model." if study.untrained else "", "Bands: 95% intervals.",
+        ),
+        layer_curves.layer_curves(study))  # fmt: skip
+    if results["paired"]:
+        yield ReportFigure(
+            "paired_sites", MASKS_SECTION, "Difference by site",
+            "mIoU under bidirectional minus causal attention on the same images (Fig. 8). Look for layers whose "
+            "interval excludes zero. Lines: paired 95% intervals. Filled: significant in a permutation test, corrected "
+            f"for {len(results['paired']['sites'])} sites.",
+            mask_comparison.mask_difference(results["paired"]))  # fmt: skip
+    if results["starvation"]:
+        yield from _starvation_figures(results["starvation"], study.pair()[1].analysis("starvation.json"))
+    yield from _knockout_figures(study)
+    for mask, run in study.trained.items():
+        yield from _knockout_control_figures(mask, run)
+    for mask, pairs in results["confusion"].items():
+        yield ReportFigure(
+            f"confusion_{mask}", "Confused classes by layer", f"Most confused classes, {mask}",
+            "Share of a class's pixels that are predicted as another class, for the pairs confused most at the "
+            "adapter (Sec. 3.3). Look for rows that fade to the right. Green bar: from this layer on, at least half of "
+            "the adapter's confusion is gone; rows without a bar keep more than half.",
+            confusion.confusion_map(study.trained[mask], pairs), "wide")  # fmt: skip
+    yield from _map_figures(study, palette)
+    yield from _variant_figures(study, results["scale"])
+    yield from _probe_figures(study)
 
 
-def _starvation_pictures(facts: dict[str, Any] | None) -> Iterator[ReportFigure]:
-    if facts is None:
+def _caption(*sentences: str) -> str:
+    return " ".join(filter(None, sentences))
+
+
+def _peak_caption(*studies: Study) -> str:
+    runs = [run for study in studies for run in study.trained.values()]
+    marked = any(ADAPTER in run.sites and len(run.layers) > 1 for run in runs)
+    return "Dashed: the best layer, with its gain over the adapter in percentage points." if marked else ""
+
+
+def _starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) -> Figures:
+    yield ReportFigure(
+        "starvation", STARVATION, "Accuracy gap by patch",
+        f"Accuracy under bidirectional minus causal attention at {result['site'].replace('_', ' ')}, for the first "
+        "patches in raster order (Fig. 7). Look for a gap at the first patches, which attend to few other patches "
+        f"under causal attention. {INTERVALS}",
+        starvation.starvation_curve(result))  # fmt: skip
+    yield ReportFigure(
+        "starvation_grid", STARVATION, "Accuracy gap in the image",
+        "The same gap at each patch's position in the image. Starvation predicts the largest gap at the top left.",
+        starvation.starvation_grid(result), "half")  # fmt: skip
+    if analysis and "by_class" in analysis:
+        yield ReportFigure(
+            "starvation_by_class", STARVATION, "Accuracy gap with equal class frequencies",
+            "The gap of the first patches as measured, and reweighted so that every patch has the class frequencies of "
+            f"the full split. Early patches often show only a few classes. {INTERVALS}",
+            knockout_controls.standardised_gaps(analysis))  # fmt: skip
+    for flip in analysis.get("flips", []) if analysis else ():
+        accuracies = (f"{mask} {mean(analysis[mask]):.0%} → {mean(flip[mask]):.0%}" for mask in MASKS)
+        yield ReportFigure(
+            f"starvation_{flip['flip']}", STARVATION, f"Position or content? ({flip['flip']})",
+            "Left: the gap on upright images. Right: the gap on transformed images. A gap caused by position stays in "
+            f"place; a gap caused by image content moves with the content. Result: {flip['follows']}. Mean accuracy, "
+            f"upright → transformed: {', '.join(accuracies)}.",
+            knockout_controls.flip_gaps(analysis, flip))  # fmt: skip
+
+
+def _knockout_figures(study: Study) -> Figures:
+    selection = tables.selection_rows(study)
+    runs = {mask: (run, min_confused_patches(run)) for mask, run in study.trained.items() if read_cases(run, 1)}
+    claim_runs = {mask: (run, least) for mask, (run, least) in runs.items() if read_cases(run, least)}
+    for mask, (run, least) in claim_runs.items():
+        yield ReportFigure(
+            f"knockout_{mask}", KNOCKOUT, f"Wrong patches left, {mask}",
+            f"Share of the adapter's wrong patches still wrong at each layer, for images with at least {least} such "
+            "patches (Fig. 11). The paper expects red (wrong class blocked) below grey (no blocking) and blue "
+            "(correct class blocked) above it. Dotted: as many random patches blocked. Bands: 95% intervals.",
+            knockout.knockout_curves(run, least), "half")  # fmt: skip
+    for mask, (_, least) in runs.items():
+        yield ReportFigure(
+            f"knockout_selection_{mask}", KNOCKOUT, f"Effect by image selection, {mask}",
+            "The two effects in the later half of the layers, by the minimum number of wrong patches per image. On the "
+            "left, single patches on boundaries dominate; on the right, entire regions predicted as another class. "
+            f"Dashed: the minimum used for the claims. {INTERVALS}",
+            knockout.knockout_selection(selection, mask, least), "half")  # fmt: skip
+    for mask, (run, least) in claim_runs.items():
+        yield ReportFigure(
+            f"knockout_classes_{mask}", KNOCKOUT, f"Wrong patches left by class, {mask}",
+            "The same curves per wrongly predicted class: no blocking (grey), wrong class blocked (red), correct class "
+            "blocked (blue).",
+            knockout.knockout_by_class(run, least), "wide")  # fmt: skip
+
+
+def _knockout_control_figures(mask: str, run: ProbeRun) -> Figures:
+    result, sweep = run.analysis("knockout.json"), run.analysis("knockout_windows.json")
+    figures = []
+    if result and result.get("effects"):
+        result = restrict_to_claims(run, result)
+        labels = knockout_controls.CONTROL_LABELS
+        controls = {entry["control"].split("_")[0] for entry in result["effects"] if entry["class"] == "all"}
+        yield ReportFigure(
+            f"knockout_controls_{mask}", KNOCKOUT, f"Effects against controls, {mask}",
+            "Change in wrong patches left when a class is blocked, against no blocking and against blocking as many "
+            f"{' or '.join(text for name, text in labels.items() if name in controls)} patches. Correct − wrong "
+            "measures how class-specific the effect is. Images with at least "
+            f"{result['min_patches']} wrong patches. {INTERVALS}",
+            knockout_controls.control_effects(result))  # fmt: skip
+        figures += [
+            ("knockout_doses", "Effect by share of blocked patches", knockout_controls.dose_effects(result), "half",
+             f"The same effects when only a random share of the class's patches is blocked. {INTERVALS}"),
+            ("attention", "Attention of wrong patches", knockout_controls.attention_shares(result), "half",
+             "Attention of wrong patches in the unmodified model, by what the adapter's probe predicts for the "
+             "attended patch. Dashed: expected share under uniform attention."),
+        ]  # fmt: skip
+    if sweep:
+        figures += [
+            ("knockout_windows", "Effect by layers cut", knockout_controls.window_effects(sweep), "wide",
+             "Effect against as many random patches when only some layers are cut. Rows: first layer cut (for up to "
+             "layer, the last). Columns: layer read. Look for windows after which the effect persists: these "
+             "layers correct patches."),
+            ("knockout_heads", "Effect by attention head cut", knockout_controls.head_effects(sweep), "full",
+             "Effect against as many random patches when a single head of a single layer is cut."),
+        ]  # fmt: skip
+    for name, title, data, width, caption in figures:
+        if data is not None:
+            yield ReportFigure(f"{name}_{mask}", KNOCKOUT, f"{title}, {mask}", caption, data, width)
+
+
+def _map_figures(study: Study, palette: np.ndarray) -> Figures:
+    for mask, run in study.trained.items():
+        result = run.analysis("maps.json")
+        if not result:
+            continue
+        yield ReportFigure(
+            f"maps_{mask}", MAPS, f"Predictions by layer, {mask}",
+            "Predictions from the encoder to the best layer (Figs. 4 and 13). Look for confusions that appear at the "
+            "adapter and disappear over the layers.",
+            maps.site_maps(run, palette), "wide")  # fmt: skip
+        for case in result["knockout"]:
+            wrong, correct = case["class"], case["correct_class"]
+            yield ReportFigure(
+                f"knockout_maps_{mask}_{wrong.replace(' ', '_')}", MAPS, f"{correct} predicted as {wrong}, {mask}",
+                f"The image with the most patches wrongly predicted as {wrong!r} that also has patches correctly "
+                f"predicted as {correct!r}, by layer (Figs. 6 and 12). Rows: no blocking, wrong class blocked, correct "
+                "class blocked.",
+                maps.knockout_maps(run, wrong, palette), "wide")  # fmt: skip
+    for mask, run in study.trained.items():
+        for image in (run.analysis("umap.json") or {"images": []})["images"]:
+            yield ReportFigure(
+                f"umap_{mask}_{image['image']}", "UMAP of patches", f"Patches of image {image['name']}, {mask}",
+                "UMAP of the patches of one image, coloured by class (Fig. 5). UMAP exaggerates the gaps between "
+                "clusters, so rely on the numbers above the panels: the share of a patch's ten nearest neighbours in "
+                "the original space that have its class.",
+                maps.umap_panels(image, run.metrics["classes"], palette))  # fmt: skip
+
+
+def _variant_figures(study: Study, scale: dict[str, dict[str, Any]]) -> Figures:
+    """Yield the figures of norms and learning rates, heads, seeds and controls."""
+    runs, keys = study.runs_with_variants, ("feature_norm", "learning_rate")
+    if scale:
+        curves = {mask: (runs[mask], select_variants(runs[mask], *keys)) for mask in scale}
+        yield ReportFigure(
+            "scale_effects", SCALE_SECTION, "Drop-off and recovery by norm and learning rate",
+            "The two effects by how the probe was trained. Check whether all intervals are on the same side of zero. "
+            "Filled: the 95% interval is above zero.",
+            probe_sensitivity.effects_by_variant(scale))  # fmt: skip
+        yield ReportFigure(
+            "scale_curves", SCALE_SECTION, "Curves by norm and learning rate",
+            "mIoU by site per probe variant; thick: the main one. Curves that differ in shape, not only in height, "
+            "show a dependence on the scale of the features.",
+            probe_sensitivity.variant_curves(curves, *keys))  # fmt: skip
+    with_labels = lambda run, labels: [v for v in read_variants(run) if v.settings["labels"] == labels]
+    heads = {mask: (run, v) for mask, run in runs.items() if (v := one_per_value(with_labels(run, "true"), "head"))}
+    if heads:
+        yield ReportFigure(
+            "heads", "Probe heads", "Linear and nonlinear heads",
+            "The same states read by other probe heads, as the paper's limitations suggest. If a nonlinear head closes "
+            "the drop-off, the information is present but not linearly readable; otherwise it is lost.",
+            probe_sensitivity.variant_curves(heads, "head"))  # fmt: skip
+    seeds = {mask: (run, v) for mask, run in runs.items() if (v := one_per_value(select_variants(run, "seed"), "seed"))}
+    if seeds:
+        yield ReportFigure(
+            "seeds", SEEDS_SECTION, "Probes from several seeds",
+            "One line per probe seed, and the main seed's interval over images, which does not include the randomness "
+            "of probe training. Lines within the band add little to it.",
+            probe_sensitivity.seed_curves(seeds))  # fmt: skip
+    shuffled = {mask: with_labels(run, "shuffled") for mask, run in runs.items()}
+    if any(shuffled.values()):
+        yield ReportFigure(
+            "controls", "Controls", "Scores without training",
+            _caption(
+                "Dotted: probes trained on shuffled labels, the score that the probe alone can reach.",
+                "Dashed: the untrained model, the score from the architecture alone." if study.untrained else "",
+                "Dash-dotted: the most common class everywhere. The rest of the trained curve comes from training.",
+            ),
+            probe_sensitivity.control_curves(study, shuffled))  # fmt: skip
+
+
+def _probe_figures(study: Study) -> Figures:
+    """Yield the figures of feature statistics and probe training."""
+    with_statistics = {mask for mask, run in study.untrained.items() if "states" in run.metrics["sites"][0]}
+    if all("states" in run.metrics["sites"][0] for run in study.trained.values()):
+        yield ReportFigure(
+            "states", "Hidden-state statistics", "Scale, anisotropy, neighbourhoods",
+            _caption(
+                "Statistics of the hidden states, computed without a probe. Look for jumps in scale where mIoU moves.",
+                "Dotted: the untrained model." if with_statistics else "",
+            ),
+            feature_statistics.state_statistics(study))  # fmt: skip
+    if not all(entry["history"] for entry in study.first.metrics["sites"]):
         return
     yield ReportFigure(
-        "starvation",
-        "Context starvation",
-        "The gap by patch",
-        "How much more accurate bidirectional attention is under each patch, in raster order "
-        f"(Fig. 7, at {facts['site']}). Look for the gap at the first patches, which see few or no others "
-        "under causal attention, and for its decay. Lines: 95% intervals.",
-        starvation.starvation_curve(facts),
-    )
-    yield ReportFigure(
-        "starvation_grid",
-        "Context starvation",
-        "Where it starves",
-        "The same gap where it lies in the image; it should fade from the top left on.",
-        starvation.starvation_grid(facts),
-        "half",
-    )
-
-
-def _knockout_pictures(study: Study) -> Iterator[ReportFigure]:
-    section, selection = "Attention knockout", tables.selection_rows(study)
-    for mask, run in study.trained.items():
-        least = confused_patches(run)
-        if read_cases(run, least) is None:
-            continue
+        "budget", BUDGET, "Score by training length",
+        _caption(
+            f"mIoU by site after fewer epochs than the {study.first.metrics['probe']['epochs']} of the main curve.",
+            "Dashed: longer-trained probes." if study.long_runs else "",
+            "Under-trained probes show how easily a class can be read, converged ones whether it is present at all.",
+        ),
+        training_budget.probe_budget(study))  # fmt: skip
+    if all("validated_at" in run.metrics["probe"] for run in study.trained.values()):
         yield ReportFigure(
-            f"knockout_{mask}",
-            section,
-            f"Wrong patches left, {mask}",
-            f"Of images with {least} or more patches wrong at the adapter, the share still wrong at each layer "
-            "(Fig. 11). The paper expects red, the wrong class hidden from all patches, below grey, and blue, the "
-            "right class hidden, above it. Dotted: as many random patches hidden. Bands: 95% intervals.",
-            knockout.knockout_curves(run, least),
-            "half",
-        )
-    for mask, run in study.trained.items():
-        if selection and read_cases(run, 1) is not None:
-            yield ReportFigure(
-                f"knockout_selection_{mask}",
-                section,
-                f"Which images count, {mask}",
-                "The same two effects, in the later half of the layers, by how many patches an image must have wrong. "
-                "On the left single patches on a boundary dominate, on the right whole regions taken for another "
-                "class. Dashed: where the claims are read.",
-                knockout.knockout_selection(selection, mask, confused_patches(run)),
-                "half",
-            )
-    for mask, run in study.trained.items():
-        if read_cases(run, confused_patches(run)) is not None:
-            yield ReportFigure(
-                f"knockout_classes_{mask}",
-                section,
-                f"Class by class, {mask}",
-                "The same curves by the class that the patches are wrongly called.",
-                knockout.knockout_by_class(run, confused_patches(run)),
-                "wide",
-            )
+            "budget_steps", BUDGET, "Score by optimiser step",
+            "One line per site, from the encoder (light) to the last layer (dark). If a line still rises at the end, "
+            "its probe had too few steps.",
+            training_budget.score_by_step(study))  # fmt: skip
 
 
-def _map_pictures(study: Study, palette: np.ndarray) -> Iterator[ReportFigure]:
-    for mask, run in study.trained.items():
-        facts = run.analysis("maps.json")
-        if not facts:
-            continue
+def overview_figures(studies: list[Study]) -> Figures:
+    """Yield the figures that compare several models and datasets."""
+    for mask in MASKS:
+        with_mask = [study for study in studies if mask in study.trained]
+        with_adapter = [study for study in with_mask if ADAPTER in study.trained[mask].sites]
+        if with_mask:
+            yield ReportFigure(
+                f"models_{mask}", OVERVIEW, f"All models, {mask}",
+                _caption("mIoU by site, one line per model (Figs. 3 and 9).", _peak_caption(*with_mask),
+                         "Bands: 95% intervals."),
+                layer_curves.models_by_dataset(with_mask, mask))  # fmt: skip
+        if with_adapter:
+            yield ReportFigure(
+                f"over_adapter_{mask}", OVERVIEW, f"Recovery of all models, {mask}",
+                "The same curves minus their value at the adapter (Fig. 10), to compare models with different depths "
+                "and encoders.",
+                layer_curves.models_by_dataset(with_adapter, mask, over_adapter=True))  # fmt: skip
+    both = [study for study in studies if study.pair()]
+    if both:
         yield ReportFigure(
-            f"maps_{mask}",
-            "What the probes see",
-            f"What the probes see, {mask}",
-            "Predictions from the encoder to the best layer (Figs. 4 and 13), the first images of the split. Look for "
-            "confusions that the adapter adds and the layers resolve.",
-            maps.site_maps(run, palette),
-            "wide",
-        )
-        for case in facts["knockout"]:
-            yield ReportFigure(
-                f"knockout_maps_{mask}_{case['class'].replace(' ', '_')}",
-                "What the probes see",
-                f"{case['class']} for {case['correct_class']}, {mask}",
-                f"The image with the most patches wrongly called {case['class']!r} beside some rightly called "
-                f"{case['correct_class']!r}, layer by layer (Figs. 6 and 12): "
-                "as it is, with the wrong class hidden, with the right one hidden.",
-                maps.knockout_maps(run, case["class"], palette),
-                "wide",
-            )
-
-
-def _umap_pictures(study: Study, palette: np.ndarray) -> Iterator[ReportFigure]:
-    for mask, run in study.trained.items():
-        facts = run.analysis("umap.json")
-        for image in facts["images"] if facts else ():
-            yield ReportFigure(
-                f"umap_{mask}_{image['image']}",
-                "Patches in two dimensions",
-                f"Patches of image {image['name']}, {mask}",
-                "UMAP of the patches of one image, coloured by class (Fig. 5). It pulls clusters apart until they look "
-                "clear, so trust the numbers above: the share of a patch's ten nearest neighbours, in the original "
-                "space, that have its class.",
-                maps.umap_panels(image, run.metrics["classes"], palette),
-            )
+            "masks", OVERVIEW, "Causal and bidirectional attention",
+            _caption("Both masks of every model (Fig. 8).", _peak_caption(*both), "Bands: 95% intervals."),
+            layer_curves.masks_by_model(both))  # fmt: skip

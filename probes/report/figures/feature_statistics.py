@@ -1,36 +1,36 @@
-"""What the states themselves are like, by site: scale, anisotropy, neighbourhoods."""
+"""Figure of the feature statistics by site: scale, anisotropy, neighbourhoods."""
 
 from probes.models.frozen_mllm import FINAL_NORM
 from probes.report.study import Study
 
-from .layer_curves import shown_sites
-from .style import FigureData, colour_of, label_sites, panels, position
+from .layer_curves import sites_by_depth
+from .style import FigureData, label_sites, mask_colour, new_panels, site_depth
 
 STATISTICS = {
     "rms": "root mean square",
-    "largest_channel": "share of the strongest channel",
-    "anisotropy": "anisotropy (mean cosine)",
-    "knn_purity": "kNN purity",
+    "largest_channel": "share of the largest channel",
+    "anisotropy": "anisotropy (mean cosine between images)",
+    "knn_purity": "kNN purity (neighbours of the same class)",
 }
 
 
 def state_statistics(study: Study) -> FigureData:
-    """Statistics of the image tokens' states at every site, the scale on a logarithmic axis; untrained dotted."""
+    """Draw the statistics of the image tokens' states per site, the scale on a logarithmic axis; untrained dotted."""
     runs = [run for run in study.runs if "states" in run.metrics["sites"][0]]
-    shown = [key for key in STATISTICS if key in runs[0].metrics["sites"][0]["states"]]
-    figure, axes = panels(len(shown), height=2.4, columns=2)
-    for ax, key in zip(axes, shown, strict=True):
+    keys = [key for key in STATISTICS if key in runs[0].metrics["sites"][0]["states"]]
+    figure, axes = new_panels(len(keys), height=2.4, columns=2)
+    for ax, key in zip(axes, keys, strict=True):
         for run in runs:
             mask, untrained = run.metrics["image_attention"], bool(run.metrics["untrained"])
             entries = [entry for entry in run.metrics["sites"] if entry["site"] != FINAL_NORM]
             values = [float("nan") if entry["states"][key] is None else entry["states"][key] for entry in entries]
-            ax.plot([position(entry["site"]) for entry in entries], values, ":" if untrained else "-", lw=1.6,
-                    color=colour_of(mask), alpha=0.6 if untrained else 1,
+            ax.plot([site_depth(entry["site"]) for entry in entries], values, ":" if untrained else "-", lw=1.6,
+                    color=mask_colour(mask), alpha=0.6 if untrained else 1,
                     label=f"{mask}, untrained" if untrained else mask)  # fmt: skip
-        label_sites(ax, shown_sites(*runs), 9, fontsize=8)
+        label_sites(ax, sites_by_depth(*runs), 9, fontsize=8)
         ax.set_title(STATISTICS[key], fontsize=9)
         ax.set_xlabel("")
-    axes[shown.index("rms")].set_yscale("log")
+    axes[keys.index("rms")].set_yscale("log")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     rows = [
         {"image_attention": run.metrics["image_attention"], "untrained": bool(run.metrics["untrained"])}

@@ -1,4 +1,4 @@
-"""Bidirectional minus causal by site, with intervals and which differences are significant."""
+"""Figure of bidirectional minus causal mIoU by site."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ from matplotlib.lines import Line2D
 
 from probes.report.mask_comparison import ALPHA
 
-from .style import FigureData, colour_of, label_sites, new_axes, position
+from .style import FigureData, label_sites, mask_colour, new_axes, site_depth
 
 
-def paired_curve(facts: dict[str, Any]) -> FigureData:
-    """Differences of mIoU with 95% intervals; filled where the corrected p-value lies below 5%."""
+def mask_difference(comparison: dict[str, Any]) -> FigureData:
+    """Draw the differences of mIoU with 95% intervals; markers are filled if the corrected p-value is below 5%."""
     figure, ax = new_axes(6.4, 3.3)
-    sites = facts["sites"]
-    colour = colour_of("bidirectional")
+    sites = comparison["sites"]
+    colour = mask_colour("bidirectional")
     for entry in sites:
-        x, y = position(entry["site"]), 100 * entry["difference"]
+        x, y = site_depth(entry["site"]), 100 * entry["difference"]
         ax.vlines(x, *(100 * bound for bound in entry["ci95"]), color=colour, lw=1.4)
         face = colour if entry["p_corrected"] < ALPHA else "white"
         ax.plot(x, y, "o", ms=6, markerfacecolor=face, markeredgecolor=colour)

@@ -1,4 +1,4 @@
-"""Curves and effects under several ways of training the probes: norms, rates, heads, seeds, shuffled labels."""
+"""Figures of probe variants: norms, learning rates, heads, seeds, shuffled labels."""
 
 from typing import Any
 
@@ -7,116 +7,112 @@ from probes.report.probe_sensitivity import EFFECTS, VariantScores
 from probes.report.study import Study
 from probes.results.probe_run import ProbeRun
 
-from .layer_curves import curve_of, shown_sites
-from .style import COLOURS, FigureData, colour_of, label_sites, new_axes, panels, position, score_row
+from .layer_curves import depth_and_miou, sites_by_depth
+from .style import COLOURS, FigureData, label_sites, mask_colour, new_axes, new_panels, score_row, site_depth
 
 DASHES = ("-", "--", ":", "-.")
+VariantsByMask = dict[str, tuple[ProbeRun, list[VariantScores]]]
 
 
-def recipe_curves(found: dict[str, tuple[ProbeRun, list[VariantScores]]], *keys: str) -> FigureData:
-    """MIoU over the stack under several recipes, a panel a mask.
+def variant_curves(variants_by_mask: VariantsByMask, *keys: str) -> FigureData:
+    """Draw mIoU by site for several probe variants, one panel per mask.
 
     Args:
-        found: Run and recipes by mask.
-        keys: The settings in which the recipes differ: colours go by the first, dashes by the others.
+        variants_by_mask: Run and probe variants by mask.
+        keys: Settings in which the variants differ: the first sets the colour, the others the dash.
     """
-    figure, axes = panels(len(found), height=3.4, columns=2, sharey=True)
+    figure, axes = new_panels(len(variants_by_mask), height=3.4, columns=2, sharey=True)
     rows = []
-    for ax, (mask, (run, recipes)) in zip(axes, found.items(), strict=True):
-        first = list(dict.fromkeys(recipe.settings[keys[0]] for recipe in recipes))
-        rest = list(dict.fromkeys(tuple(recipe.settings[key] for key in keys[1:]) for recipe in recipes))
-        for recipe in recipes:
-            colour = COLOURS[first.index(recipe.settings[keys[0]]) % len(COLOURS)]
-            dash = DASHES[rest.index(tuple(recipe.settings[key] for key in keys[1:])) % len(DASHES)]
-            main = recipe.name is None
-            ax.plot(*curve_of(recipe.entries), dash, color=colour, lw=2.4 if main else 1.3, label=recipe.label(*keys))
+    for ax, (mask, (run, variants)) in zip(axes, variants_by_mask.items(), strict=True):
+        values = [tuple(variant.settings[key] for key in keys) for variant in variants]
+        colours, dashes = (list(dict.fromkeys(part)) for part in ([v[0] for v in values], [v[1:] for v in values]))
+        for variant, value in zip(variants, values, strict=True):
+            colour = COLOURS[colours.index(value[0]) % len(COLOURS)]
+            dash, width = DASHES[dashes.index(value[1:]) % len(DASHES)], 2.4 if variant.name is None else 1.3
+            ax.plot(*depth_and_miou(variant.entries), dash, color=colour, lw=width, label=variant.label(*keys))
             rows += [
-                {"image_attention": mask, "recipe": recipe.name or "main"} | recipe.settings | score_row(entry)
-                for entry in recipe.entries
+                {"image_attention": mask, "recipe": variant.name or "main"} | variant.settings | score_row(entry)
+                for entry in variant.entries
             ]
-        label_sites(ax, shown_sites(run), 8, fontsize=8)
+        label_sites(ax, sites_by_depth(run), 8, fontsize=8)
         ax.set_title(mask, fontsize=10)
     axes[0].set_ylabel("mIoU (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return FigureData(figure, rows)
 
 
-def effects_by_recipe(scale: dict[str, dict[str, Any]]) -> FigureData:
-    """Drop-off and recovery with intervals under each norm and learning rate, masks side by side.
+def effects_by_variant(scale: dict[str, dict[str, Any]]) -> FigureData:
+    """Draw drop-off and recovery with intervals under each norm and learning rate, masks side by side.
 
     Args:
-        scale: What :func:`..recipes.scale_confound` says, by mask.
+        scale: Results of :func:`probes.report.probe_sensitivity.scale_sensitivity` by mask.
     """
-    names = list(dict.fromkeys(_name(entry) for facts in scale.values() for entry in facts["recipes"]))
+    names = list(dict.fromkeys(_variant_name(entry) for result in scale.values() for entry in result["recipes"]))
     figure, axes = new_axes(6.6, 0.34 * len(names) * len(scale) + 1.2, 2, sharey=True)
     rows = []
     for ax, (effect, text) in zip(axes, EFFECTS.items(), strict=True):
-        for i, (mask, facts) in enumerate(scale.items()):
-            for entry in facts["recipes"]:
-                found = entry.get(effect)
-                if found is None:
+        for i, (mask, result) in enumerate(scale.items()):
+            for entry in result["recipes"]:
+                estimate = entry.get(effect)
+                if estimate is None:
                     continue
-                y = -names.index(_name(entry)) - 0.22 * (i - (len(scale) - 1) / 2)
-                (low, high), colour = found["ci95"], colour_of(mask)
+                y = -names.index(_variant_name(entry)) - 0.22 * (i - (len(scale) - 1) / 2)
+                (low, high), colour = estimate["ci95"], mask_colour(mask)
                 ax.hlines(y, 100 * low, 100 * high, color=colour, lw=1.5)
-                ax.plot(100 * found["value"], y, "o", ms=5, markeredgecolor=colour,
-                        markerfacecolor=colour if found["holds"] else "white")  # fmt: skip
+                ax.plot(100 * estimate["value"], y, "o", ms=5, markeredgecolor=colour,
+                        markerfacecolor=colour if estimate["holds"] else "white")  # fmt: skip
                 keys = ("recipe", "feature_norm", "learning_rate", "peak_site")
                 row = {"image_attention": mask} | {key: entry[key] for key in keys} | {"effect": effect}
-                rows.append(row | {"value": found["value"], "low": low, "high": high, "holds": found["holds"]})
+                rows.append(row | {"value": estimate["value"], "low": low, "high": high, "holds": estimate["holds"]})
         ax.axvline(0, color="black", lw=0.8)
         ax.set_xlabel(f"{text} (pp)")
     axes[0].set_yticks([-i for i in range(len(names))], names, fontsize=8)
     for mask in scale:
-        axes[0].plot([], [], "o-", color=colour_of(mask), label=mask)
+        axes[0].plot([], [], "o-", color=mask_colour(mask), label=mask)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return FigureData(figure, rows)
 
 
-def _name(entry: dict[str, Any]) -> str:
+def _variant_name(entry: dict[str, Any]) -> str:
     return f"norm {entry['feature_norm']}, lr {entry['learning_rate']}"
 
 
-def controls(study: Study, shuffled: dict[str, list[VariantScores]]) -> FigureData:
-    """What the probe and the architecture give without training: shuffled labels, the untrained model, the commonest
-    class.
-    """
+def control_curves(study: Study, shuffled: dict[str, list[VariantScores]]) -> FigureData:
+    """Draw the trained curves with their controls: shuffled labels, untrained model, most common class."""
     figure, ax = new_axes(6.4, 3.6)
     rows = []
     for mask, run in study.trained.items():
         kinds = [("trained", "-", run.metrics["sites"])]
         if mask in study.untrained:
             kinds.append(("untrained model", "--", study.untrained[mask].metrics["sites"]))
-        kinds += [("shuffled labels", ":", recipe.entries) for recipe in shuffled.get(mask, [])]
+        kinds += [("shuffled labels", ":", variant.entries) for variant in shuffled.get(mask, [])]
         for kind, dash, entries in kinds:
-            ax.plot(*curve_of(entries), dash, color=colour_of(mask), lw=1.8, label=f"{mask}, {kind}")
+            ax.plot(*depth_and_miou(entries), dash, color=mask_colour(mask), lw=1.8, label=f"{mask}, {kind}")
             rows += [{"image_attention": mask, "control": kind} | score_row(entry) for entry in entries]
     baseline = study.first.metrics["baseline"]["miou"]
-    ax.axhline(100 * baseline, color="#444444", lw=0.9, ls="-.", label="always the commonest class")
-    label_sites(ax, shown_sites(*study.runs))
+    ax.axhline(100 * baseline, color="#444444", lw=0.9, ls="-.", label="most common class everywhere")
+    label_sites(ax, sites_by_depth(*study.runs))
     ax.set_ylabel("mIoU (%)")
     ax.set_ylim(bottom=0)
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
     return FigureData(figure, rows)
 
 
-def seed_curves(found: dict[str, tuple[ProbeRun, list[VariantScores]]]) -> FigureData:
-    """The main seed's curve with its interval over images, and the other seeds' beside it."""
-    figure, axes = panels(len(found), height=3.2, columns=2, sharey=True)
+def seed_curves(variants_by_mask: VariantsByMask) -> FigureData:
+    """Draw the curve of every probe seed, and the main seed's interval over images."""
+    figure, axes = new_panels(len(variants_by_mask), height=3.2, columns=2, sharey=True)
     rows = []
-    for ax, (mask, (run, recipes)) in zip(axes, found.items(), strict=True):
+    for ax, (mask, (run, variants)) in zip(axes, variants_by_mask.items(), strict=True):
         entries = [entry for entry in run.metrics["sites"] if entry["site"] != FINAL_NORM]
         low, high = ([100 * entry["miou_ci95"][i] for entry in entries] for i in (0, 1))
-        x = [position(entry["site"]) for entry in entries]
-        ax.fill_between(x, low, high, color=colour_of(mask), alpha=0.15, lw=0, label="95% over images")
-        for recipe in recipes:
-            ax.plot(*curve_of(recipe.entries), color=colour_of(mask), lw=1, alpha=0.8,
-                    label="probe seeds" if recipe is recipes[0] else None)  # fmt: skip
-            rows += [
-                {"image_attention": mask, "seed": recipe.settings["seed"]} | score_row(entry)
-                for entry in recipe.entries
-            ]
-        label_sites(ax, shown_sites(run), 8, fontsize=8)
+        x = [site_depth(entry["site"]) for entry in entries]
+        ax.fill_between(x, low, high, color=mask_colour(mask), alpha=0.15, lw=0, label="95% interval over images")
+        for variant in variants:
+            ax.plot(*depth_and_miou(variant.entries), color=mask_colour(mask), lw=1, alpha=0.8,
+                    label="probe seeds" if variant is variants[0] else None)  # fmt: skip
+            common = {"image_attention": mask, "seed": variant.settings["seed"]}
+            rows += [common | score_row(entry) for entry in variant.entries]
+        label_sites(ax, sites_by_depth(run), 8, fontsize=8)
         ax.set_title(mask, fontsize=10)
         ax.legend(fontsize=8)
     axes[0].set_ylabel("mIoU (%)")

@@ -1,38 +1,38 @@
-"""Accuracy by patch position: who starves for context (Fig. 7)."""
+"""Figures of context starvation: the accuracy gap between the masks per patch (Fig. 7)."""
 
 from typing import Any
 
 import numpy as np
 from matplotlib.colors import TwoSlopeNorm
 
-from .style import FigureData, colour_of, new_axes
+from .style import FigureData, mask_colour, new_axes
 
 
-def starvation_curve(facts: dict[str, Any], patches: int = 50) -> FigureData:
-    """Accuracy gap of the first patches in raster order (Fig. 7)."""
+def starvation_curve(starvation: dict[str, Any], patches: int = 50) -> FigureData:
+    """Draw the accuracy gap of the first patches in raster order (Fig. 7)."""
     figure, ax = new_axes(6.4, 3.3)
-    shown = min(patches, len(facts["gap"]))
-    x, gap = np.arange(shown), 100 * np.array(facts["gap"][:shown])
-    low, high = 100 * np.array(facts["gap_ci95"][:shown]).T
-    ax.bar(x, gap, color=colour_of("bidirectional"), alpha=0.75, width=0.85)
+    count = min(patches, len(starvation["gap"]))
+    x, gap = np.arange(count), 100 * np.array(starvation["gap"][:count])
+    low, high = 100 * np.array(starvation["gap_ci95"][:count]).T
+    ax.bar(x, gap, color=mask_colour("bidirectional"), alpha=0.75, width=0.85)
     ax.vlines(x, low, high, color="#555555", lw=0.8)
     ax.axhline(0, color="black", lw=0.8)
     ax.xaxis.get_major_locator().set_params(integer=True)
-    for row in range(facts["grid"][1], shown, facts["grid"][1]):
+    for row in range(starvation["grid"][1], count, starvation["grid"][1]):
         ax.axvline(row - 0.5, color="#999999", lw=0.6, ls=":")
-    ax.set(xlabel="patch, in raster order (dotted: a new row)", ylabel="bidirectional − causal (pp)")
+    ax.set(xlabel="patch, in raster order (dotted: start of a row)", ylabel="bidirectional − causal (pp)")
     keys = ("causal", "bidirectional", "gap")
     rows = [
-        {"patch": i, **{key: facts[key][i] for key in keys}, "gap_low": interval[0], "gap_high": interval[1]}
-        for i, interval in enumerate(facts["gap_ci95"])
+        {"patch": i, **{key: starvation[key][i] for key in keys}, "gap_low": interval[0], "gap_high": interval[1]}
+        for i, interval in enumerate(starvation["gap_ci95"])
     ]
     return FigureData(figure, rows)
 
 
-def starvation_grid(facts: dict[str, Any]) -> FigureData:
-    """The same gap where it lies in the image."""
+def starvation_grid(starvation: dict[str, Any]) -> FigureData:
+    """Draw the same gap at the position of each patch in the image."""
     figure, ax = new_axes(4.2, 3.3)
-    gap = 100 * np.array(facts["gap"]).reshape(facts["grid"])
+    gap = 100 * np.array(starvation["gap"]).reshape(starvation["grid"])
     most = max(1.0, abs(gap).max())
     image = ax.imshow(gap, cmap="PuOr_r", norm=TwoSlopeNorm(0, -most, most))
     ax.set(xticks=[], yticks=[])

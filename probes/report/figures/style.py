@@ -1,6 +1,6 @@
-"""What all figures share: colours, sizes, names of sites on an axis.
+"""Shared style of all figures: colours, sizes, and names of sites on an axis.
 
-Colours are Okabe and Ito's, told apart by colour-blind readers; lines also differ in dash and marker.
+The colours are the colour-blind safe palette of Okabe and Ito; lines also differ in dash and marker.
 """
 
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ STYLE = {
     "legend.frameon": False,
     "figure.dpi": 100,
     "savefig.dpi": 200,
-    "svg.hashsalt": "llava-bidir",  # the same figure gives the same bytes
+    "svg.hashsalt": "llava-bidir",  # reproducible bytes
 }
 
 
 class FigureData(NamedTuple):
-    """A figure and the numbers that it shows."""
+    """A figure and the rows of its CSV file."""
 
     figure: Figure
     rows: Rows
@@ -37,30 +37,38 @@ class FigureData(NamedTuple):
 
 @dataclass
 class ReportFigure:
-    """A figure of the page: its file name, section, title, what to look for in it, and its width.
+    """A figure of the page.
 
-    Widths: "half" of the page, "full", or "wide": full, and on a phone to be scrolled.
+    Args:
+        name: File name without extension.
+        section: Heading under which the figure appears.
+        title: Title of the figure.
+        caption: What the figure shows and what to look for.
+        data: The figure and its numbers.
+        width: "half" of the page, "full", or "wide": full, and scrollable on a phone.
     """
 
     name: str
     section: str
     title: str
     caption: str
-    drawn: FigureData
+    data: FigureData
     width: str = "full"
 
 
-def colour_of(mask: str) -> str:
+def mask_colour(mask: str) -> str:
+    """Return the colour of an attention mask."""
     return MASK_COLOURS.get(mask, "#009E73")
 
 
 def new_axes(width: float, height: float, columns: int = 1, **kwargs) -> tuple[Figure, Any]:
+    """Return a figure of width x height inches and its axes in one row."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, columns, **kwargs)
 
 
-def panels(count: int, height: float = 2.7, columns: int = 3, **kwargs) -> tuple[Figure, list[Axes]]:
-    """A figure of `count` panels in rows of at most `columns`; `height` of a row, in inches."""
+def new_panels(count: int, height: float = 2.7, columns: int = 3, **kwargs) -> tuple[Figure, list[Axes]]:
+    """Return a figure of `count` panels in rows of at most `columns`; `height` is that of a row in inches."""
     columns = min(columns, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(6.6, height * rows + 0.4), layout="constrained")
@@ -70,33 +78,35 @@ def panels(count: int, height: float = 2.7, columns: int = 3, **kwargs) -> tuple
     return figure, list(axes[:count])
 
 
-def position(site: str) -> int:
-    """Where a site lies on the axis of depth: the encoder at -1, the adapter at 0, layer l at l."""
+def site_depth(site: str) -> int:
+    """Return the depth of a site: -1 for the encoder, 0 for the adapter, l for layer l."""
     return {ENCODER: -1, ADAPTER: 0}[site] if site in (ENCODER, ADAPTER) else int(site.removeprefix("layer_"))
 
 
-def label_sites(ax: Axes, sites: list[str], most: int = 12, at: Sequence[int] | None = None, **kwargs) -> None:
-    """Names sites on the x axis, of a deep model some, so that names do not run into each other.
+def label_sites(
+    ax: Axes, sites: list[str], max_labels: int = 12, positions: Sequence[int] | None = None, **kwargs
+) -> None:
+    """Label the sites on the x axis; deep models get fewer labels so that these do not overlap.
 
     Args:
-        ax: Whose axis.
-        sites: In their order.
-        most: About as many names are shown.
-        at: Where the sites lie; by default at their depth.
+        ax: The axes.
+        sites: The sites in order.
+        max_labels: Approximate maximum number of labels.
+        positions: Positions of the sites on the axis; their depths by default.
     """
-    deep = len(sites) > most + 2
-    if deep:  # the adapter's name would touch the encoder's
-        step = next(step for step in (1, 2, 4, 8, 16, 32, 64) if len(sites) / step <= most)
-        names = {ENCODER: "enc."} | {s: str(position(s)) for s in sites if position(s) > 0 and position(s) % step == 0}
+    depth = {site: site_depth(site) for site in sites}
+    deep = len(sites) > max_labels + 2
+    if deep:  # the label of the adapter would overlap that of the encoder
+        step = next(step for step in (1, 2, 4, 8, 16, 32, 64) if len(sites) / step <= max_labels)
+        names = {ENCODER: "enc."} | {s: str(depth[s]) for s in sites if depth[s] > 0 and depth[s] % step == 0}
     else:
-        names = {s: {ENCODER: "enc.", ADAPTER: "adapt."}.get(s) or str(position(s)) for s in sites}
-    where = dict(zip(sites, map(position, sites) if at is None else at, strict=True))
-    shown = [site for site in sites if site in names]
-    ax.set_xticks([where[site] for site in shown], [names[site] for site in shown], **kwargs)
+        names = {s: {ENCODER: "enc.", ADAPTER: "adapt."}.get(s) or str(depth[s]) for s in sites}
+    x = depth if positions is None else dict(zip(sites, positions, strict=True))
+    ax.set_xticks([x[site] for site in names], list(names.values()), **kwargs)
     ax.set_xlabel("encoder, adapter (0), LLM layer" if deep else "encoder, adapter, LLM layer")
 
 
 def score_row(entry: dict[str, Any]) -> dict[str, Any]:
-    """A site's scores as a row of a table."""
+    """Return the scores of a site as a row of a table."""
     (low, high), keys = entry["miou_ci95"], ("site", "dim", "miou", "pacc", "best_epoch")
     return {key: entry[key] for key in keys} | {"miou_low": low, "miou_high": high}

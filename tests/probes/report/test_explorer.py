@@ -1,4 +1,4 @@
-"""The explorer's page: its bytes, and what a person sees and does in a real browser (extra: browser)."""
+"""The explorer page: its bytes, and what it shows in a real browser (extra: browser)."""
 
 import base64
 import json
@@ -15,7 +15,7 @@ import torch
 
 from probes.analyses.logit_lens import PatchReadout, RunReadout, explore
 from probes.cli import main
-from probes.report.explorer.page import labels, page_data, write_page
+from probes.report.explorer.page import page_data, run_labels, write_page
 from probes.results.probe_run import ProbeRun
 
 IMAGES = [0, 2, 4]
@@ -45,14 +45,14 @@ def runs(checkpoints, tmp_path_factory) -> list[ProbeRun]:
 @pytest.fixture(scope="module")
 def explored(runs) -> list[RunReadout]:
     """Both runs, with a vocabulary of hostile words, more than one byte can count."""
-    found, rng = [explore(run, IMAGES) for run in runs], torch.Generator().manual_seed(0)
-    readings = [[reading for seen in of_run.images for reading in seen.readings.values()] for of_run in found]
-    for reading in (reading for of_run in readings for reading in of_run):
-        reading.words.copy_(torch.randint(600, reading.words.shape, generator=rng))
-    used = [torch.cat([reading.words.flatten() for reading in of_run]).unique().tolist() for of_run in readings]
-    return [
-        replace(of_run, vocabulary={i: f"{HOSTILE}{i}" for i in ids}) for of_run, ids in zip(found, used, strict=True)
-    ]
+    readouts, rng = [explore(run, IMAGES) for run in runs], torch.Generator().manual_seed(0)
+    for i, run in enumerate(readouts):
+        words = [readout.words for image in run.images for readout in image.readings.values()]
+        for ids in words:
+            ids.copy_(torch.randint(600, ids.shape, generator=rng))
+        used = torch.cat([ids.flatten() for ids in words]).unique().tolist()
+        readouts[i] = replace(run, vocabulary={token: f"{HOSTILE}{token}" for token in used})
+    return readouts
 
 
 @pytest.fixture(scope="module")
@@ -63,86 +63,75 @@ def page(explored, tmp_path_factory):
 @pytest.fixture(scope="module")
 def other_page(explored, tmp_path_factory):
     """Many images, and a second run with a grid of 4 x 4."""
-    first, second = (replace(of_run, images=of_run.images * 10) for of_run in explored)
+    first, second = (replace(run, images=run.images * 10) for run in explored)
     run = copy(second.run)
     run.metrics = run.metrics | {"grid": [4, 4]}
     finer = lambda x: x.unflatten(-1, (2, 2)).repeat_interleave(2, -1).repeat_interleave(2, -2).flatten(-2)
-    refine = lambda reading: PatchReadout(*(finer(getattr(reading, field.name)) for field in fields(reading)))
+    refine = lambda readout: PatchReadout(*(finer(getattr(readout, field.name)) for field in fields(readout)))
     images = [
-        replace(seen, truth=finer(seen.truth), readings={c: refine(r) for c, r in seen.readings.items()})
-        for seen in second.images
+        replace(image, truth=finer(image.truth), readings={c: refine(r) for c, r in image.readings.items()})
+        for image in second.images
     ]
     return write_page([first, replace(second, run=run, images=images)], tmp_path_factory.mktemp("other"))
 
 
 # ------------------------------------------------------------------------------------------------- bytes
-def test_blocks_hold_the_readings_to_half_of_1_in_255(explored, page):
+def test_blocks_hold_the_readouts_to_half_of_1_in_255(explored, page):
     html = page.read_text()
     data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.S)[1])
     blocks = dict(re.findall(r'<script type="text/plain" id="block-([\d-]+)">([A-Za-z0-9+/=]*)</script>', html))
-    assert len(blocks) == sum(len(seen.readings) for of_run in explored for seen in of_run.images)
+    assert len(blocks) == sum(len(image.readings) for run in explored for image in run.images)
     assert data["classes"] == CLASSES and data["planes"] == 2
-    for r, of_run in enumerate(explored):
-        sites, word_sites = len(of_run.sites), len(of_run.word_sites)
-        for i, seen in enumerate(of_run.images):
-            assert [c["name"] for c in data["runs"][r]["seen"][i]["conditions"]] == list(seen.readings)
-            for c, reading in enumerate(seen.readings.values()):
+    for r, run in enumerate(explored):
+        sites, word_sites = len(run.sites), len(run.word_sites)
+        for i, image in enumerate(run.images):
+            assert [c["name"] for c in data["runs"][r]["images"][i]["conditions"]] == list(image.readings)
+            for c, readout in enumerate(image.readings.values()):
                 raw = np.frombuffer(zlib.decompress(base64.b64decode(blocks[f"{r}-{i}-{c}"])), np.uint8)
                 sizes = [4, 4, 3 * sites * 4, 3 * sites * 4, 2 * 3 * word_sites * 4, 3 * word_sites * 4]
                 truth, blocked, classes, shares, words, word_shares = np.split(raw, np.cumsum(sizes)[:-1])
                 assert len(word_shares) == sizes[-1]
-                assert truth.tolist() == [255 if k < 0 else k for k in seen.truth.tolist()]
-                assert blocked.tolist() == reading.blocked.int().tolist()
-                assert (classes.reshape(3, sites, 4) == reading.classes.numpy()).all()
-                assert abs(shares.reshape(3, sites, 4) / 255 - reading.class_probabilities.numpy()).max() <= 0.5 / 255
+                assert truth.tolist() == [255 if k < 0 else k for k in image.truth.tolist()]
+                assert blocked.tolist() == readout.blocked.int().tolist()
+                assert (classes.reshape(3, sites, 4) == readout.classes.numpy()).all()
+                assert abs(shares.reshape(3, sites, 4) / 255 - readout.class_probabilities.numpy()).max() <= 0.5 / 255
                 low, high = words.reshape(2, 3, word_sites, 4).astype(int)
                 texts = np.vectorize(data["words"].__getitem__)(low + 256 * high)
-                assert (texts == np.vectorize(of_run.vocabulary.__getitem__)(reading.words.numpy())).all()
-                error = word_shares.reshape(3, word_sites, 4) / 255 - reading.word_probabilities.numpy()
+                assert (texts == np.vectorize(run.vocabulary.__getitem__)(readout.words.numpy())).all()
+                error = word_shares.reshape(3, word_sites, 4) / 255 - readout.word_probabilities.numpy()
                 assert abs(error).max() <= 0.5 / 255
 
 
-def test_what_users_named_is_never_markup(page):
-    html = page.read_text()
-    assert "<script>window.hacked" not in html and "<img src=x" not in html
-    assert html.count("</script>") == len(re.findall(r"<script[ >]", html))
-
-
-def test_page_needs_nothing_else(page):
+def test_page_is_self_contained_escaped_and_reproducible(explored, page, tmp_path):
     html = page.read_text()
     assert "http" not in html.replace("http-equiv", "") and "default-src 'none'" in html
-    assert not re.search(r"<(link|script|img|iframe|object)\b[^>]*(src|href)=", html)
-    assert "@import" not in html and "url(" not in html
-
-
-def test_same_input_gives_the_same_page(explored, page, tmp_path):
+    assert not re.search(r"<(link|script|img|iframe|object)\b[^>]*(src|href)=|@import|url\(", html)
+    assert "<script>window.hacked" not in html and "<img src=x" not in html
+    assert html.count("</script>") == len(re.findall(r"<script[ >]", html))
     assert write_page(explored, tmp_path).read_bytes() == page.read_bytes()
 
 
-def test_conditions_say_what_is_hidden(explored):
-    data, _ = page_data(explored)
-    for of_run, facts in zip(explored, data["runs"], strict=True):
-        for seen, told in zip(of_run.images, facts["seen"], strict=True):
-            assert told["conditions"][0] == {"name": "none", "label": "nothing hidden"}
-            for condition in told["conditions"][1:]:
-                wrong, correct = CLASSES[seen.case.wrong_class], CLASSES[seen.case.correct_class]
-                assert (wrong if condition["name"] == "incorrect" else correct) in condition["label"]
-                assert wrong in condition["why"] and f": {seen.case.patches};" in condition["why"]
-
-
-def test_runs_are_told_apart(explored):
+def test_labels_name_runs_and_blocked_classes(explored):
     causal, bidirectional = explored
-    assert labels(explored) == ["causal", "bidirectional"]
-    assert labels([causal, causal]) == [f"causal, {causal.run.path}"] * 2
+    assert run_labels(explored) == ["causal", "bidirectional"]
+    assert run_labels([causal, causal]) == [f"causal, {causal.run.path}"] * 2
+    data, _ = page_data(explored)
+    for run, run_data in zip(explored, data["runs"], strict=True):
+        for image, image_data in zip(run.images, run_data["images"], strict=True):
+            assert image_data["conditions"][0] == {"name": "none", "label": "no blocking"}
+            for condition in image_data["conditions"][1:]:
+                wrong, correct = CLASSES[image.case.wrong_class], CLASSES[image.case.correct_class]
+                assert (wrong if condition["name"] == "incorrect" else correct) in condition["label"]
+                assert wrong in condition["note"] and f": {image.case.patches};" in condition["note"]
 
 
-def test_command_writes_the_page_and_says_its_size(runs, tmp_path, capsys):
+def test_command_writes_the_page_and_prints_its_size(runs, tmp_path, capsys):
     main(["explore", *(str(run.path) for run in runs), "--images", "1", "3", "--out", str(tmp_path)])
     assert re.search(r"explorer.html: 2 images, 0.0 MB\n$", capsys.readouterr().out)
     assert [path.name for path in tmp_path.iterdir()] == ["explorer.html"]
 
 
-def test_report_links_to_the_explorer_that_lies_beside_it(runs, tmp_path):
+def test_report_links_to_an_explorer_in_its_folder(runs, tmp_path):
     link = '<a href="explorer.html">'
     main(["report", str(runs[0].path), "--out", str(tmp_path)])
     assert link not in (tmp_path / "index.html").read_text()
@@ -151,10 +140,10 @@ def test_report_links_to_the_explorer_that_lies_beside_it(runs, tmp_path):
     assert link in (tmp_path / "index.html").read_text()
 
 
-def test_runs_on_other_images_are_refused(runs, checkpoints, segmentation, tmp_path):
+def test_runs_on_other_images_are_rejected(runs, checkpoints, segmentation, tmp_path):
     argv = ["fit", "-c", "configs/demo/probes.yaml", "--out", str(tmp_path / "run"), "--trainer.max_epochs", "1"]
     main([*argv, "--model.mllm", str(checkpoints["causal"]), "--data.root", str(segmentation)])
-    with pytest.raises(SystemExit, match=r"^probes: .* were scored on different images; explore them apart$"):
+    with pytest.raises(SystemExit, match=r"^probes: .* were scored on different images; explore them separately$"):
         main(["explore", str(runs[0].path), str(tmp_path / "run"), "--images", "0", "--out", str(tmp_path / "out")])
 
 
@@ -173,23 +162,23 @@ def chromium():
 
 @pytest.fixture
 def open_page(chromium, page):
-    """Opens the page at a part of it; a request for anything else, or an error in it, fails the test."""
-    contexts, trouble = [], []
+    """Open the page at a fragment; any other request, or an error in the page, fails the test."""
+    contexts, errors = [], []
 
-    def opened(part: str = "", path=page, **settings):
+    def open_tab(fragment: str = "", path=page, **settings):
         contexts.append(chromium.new_context(**({"viewport": {"width": 1440, "height": 900}} | settings)))
         tab = contexts[-1].new_page()
-        tab.on("pageerror", lambda error: trouble.append(str(error)))
-        tab.on("console", lambda message: trouble.append(message.text) if message.type == "error" else None)
-        tab.on("request", lambda r: None if r.url.startswith(("data:", path.as_uri())) else trouble.append(r.url))
-        tab.goto(path.as_uri() + part)
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        tab.on("request", lambda r: None if r.url.startswith(("data:", path.as_uri())) else errors.append(r.url))
+        tab.goto(path.as_uri() + fragment)
         tab.wait_for_selector("html[data-ready]")
         return tab
 
-    yield opened
+    yield open_tab
     for context in contexts:
         context.close()
-    assert not trouble
+    assert not errors
 
 
 def percent(probability: float) -> str:
@@ -197,66 +186,62 @@ def percent(probability: float) -> str:
     return "<1" if 0 < share < 3 else str(int(share / 2.55 + 0.5))
 
 
-def expected_rows(of_run: RunReadout, image: int, condition: str, patch: int) -> list[list[tuple[str, str]]]:
-    """(text, percent) of classes and words at each site, as the readings have them."""
-    reading, rows = of_run.images[image].readings[condition], []
-    for s, site in enumerate(of_run.sites):
-        row = [
-            (CLASSES[k], percent(p))
-            for k, p in zip(
-                reading.classes[:, s, patch].tolist(), reading.class_probabilities[:, s, patch].tolist(), strict=True
-            )
-        ]
-        if site in of_run.word_sites:
-            w = of_run.word_sites.index(site)
-            ids, shares = reading.words[:, w, patch].tolist(), reading.word_probabilities[:, w, patch].tolist()
-            row += [(of_run.vocabulary[i], percent(p)) for i, p in zip(ids, shares, strict=True)]
+def expected_rows(run: RunReadout, image: int, condition: str, patch: int) -> list[list[tuple[str, str]]]:
+    """Return (text, percent) of classes and words per site, from the readout."""
+    readout, rows = run.images[image].readings[condition], []
+    for s, site in enumerate(run.sites):
+        ids, shares = readout.classes[:, s, patch].tolist(), readout.class_probabilities[:, s, patch].tolist()
+        row = [(CLASSES[k], percent(p)) for k, p in zip(ids, shares, strict=True)]
+        if site in run.word_sites:
+            w = run.word_sites.index(site)
+            ids, shares = readout.words[:, w, patch].tolist(), readout.word_probabilities[:, w, patch].tolist()
+            row += [(run.vocabulary[i], percent(p)) for i, p in zip(ids, shares, strict=True)]
         rows.append([(text, p) for text, p in row if p != "0"])
     return rows
 
 
 def settle(tab) -> None:
-    """Waits until the page shows what it was told to."""
+    """Wait until the page shows the requested view."""
     tab.wait_for_selector("main[aria-busy=false]")
 
 
 def shown_rows(tab) -> list[list[tuple[str, str]]]:
-    """The same, as the page has them."""
+    """Return the same from the page."""
     settle(tab)
-    found = tab.eval_on_selector_all(
+    rows = tab.eval_on_selector_all(
         "tbody tr",
         """rows => rows.map(row => [...row.querySelectorAll(".shares > span")].map(item =>
              [item.querySelector("bdi").textContent, item.querySelector("small").textContent]))""",
     )
-    return [[(text, p) for text, p in row if p != "0"] for row in found]
+    return [[(text, p) for text, p in row if p != "0"] for row in rows]
 
 
 def centre(tab, patch: int) -> tuple[float, float]:
-    """Where the middle of a patch of the 2 x 2 grid is on the screen."""
+    """Return the screen position of the centre of a patch of the 2 x 2 grid."""
     box = tab.locator("canvas").bounding_box()
     return box["x"] + box["width"] * (0.25 + patch % 2 / 2), box["y"] + box["height"] * (0.25 + patch // 2 / 2)
 
 
 @pytest.mark.slow
-def test_every_choice_shows_its_own_readings(open_page, explored):
+def test_every_choice_shows_its_own_readout(open_page, explored):
     tab = open_page()
-    for r, of_run in enumerate(explored):
-        tab.get_by_role("radio", name=of_run.run.metrics["image_attention"]).check()
-        for i, seen in enumerate(of_run.images):
+    for run in explored:
+        tab.get_by_role("radio", name=run.run.metrics["image_attention"]).check()
+        for i, image in enumerate(run.images):
             tab.locator("#images input").nth(i).check()
             settle(tab)
-            assert tab.locator("#conditions input").count() == len(seen.readings)
-            for c, condition in enumerate(seen.readings):
+            assert tab.locator("#conditions input").count() == len(image.readings)
+            for c, condition in enumerate(image.readings):
                 tab.locator("#conditions input").nth(c).check()
                 settle(tab)
                 tab.mouse.click(*centre(tab, 3))
-                assert shown_rows(tab) == expected_rows(explored[r], i, condition, 3)
-                hidden = "Hidden from the other patches" in tab.inner_text("#said")
-                assert hidden == bool(seen.readings[condition].blocked[3])
+                assert shown_rows(tab) == expected_rows(run, i, condition, 3)
+                blocked = "Blocked: no other patch attends to it" in tab.inner_text("#description")
+                assert blocked == bool(image.readings[condition].blocked[3])
 
 
 @pytest.mark.slow
-def test_slider_goes_through_the_sites(open_page, explored):
+def test_slider_and_row_headers_choose_the_site(open_page, explored):
     tab, sites = open_page(), explored[0].sites
     slider = tab.get_by_role("slider", name="Site")
     for s, site in enumerate(sites):
@@ -273,7 +258,7 @@ def test_slider_goes_through_the_sites(open_page, explored):
 
 
 @pytest.mark.slow
-def test_pointing_shows_a_patch_and_a_click_keeps_it(open_page, explored):
+def test_pointing_shows_a_patch_and_a_click_selects_it(open_page, explored):
     tab = open_page()
     rows = [expected_rows(explored[0], 0, "none", t) for t in range(4)]
     assert shown_rows(tab) == rows[0] and rows[0] != rows[1]
@@ -283,32 +268,26 @@ def test_pointing_shows_a_patch_and_a_click_keeps_it(open_page, explored):
     assert shown_rows(tab) == rows[0]
     tab.mouse.click(*centre(tab, 2))
     tab.mouse.move(5, 5)
-    assert shown_rows(tab) == rows[2] and tab.inner_text("#said").startswith("Row 2, column 1 at encoder")
+    assert shown_rows(tab) == rows[2] and tab.inner_text("#description").startswith("Row 2, column 1 at encoder")
 
 
 @pytest.mark.slow
-def test_everything_works_by_keyboard_and_focus_is_seen(open_page, explored):
+def test_everything_works_by_keyboard_with_visible_focus(open_page, explored):
     tab, stops = open_page(), []
-    for _ in range(8):
+    focus = """() => { const active = document.activeElement, outlined = [active, active.nextElementSibling]
+         .filter(Boolean).map(getComputedStyle).some(style => style.outlineStyle === "solid" && style.opacity > 0);
+         return [active.name || active.id || active.tagName.toLowerCase(), outlined]; }"""
+    for _ in range(7):
         tab.keyboard.press("Tab")
-        stops.append(
-            tab.evaluate(
-                """() => { const at = document.activeElement, ring = [at, at.nextElementSibling].filter(Boolean)
-                     .map(getComputedStyle).some(style => style.outlineStyle === "solid" && style.opacity > 0);
-                     return [at.name || at.id || at.tagName.toLowerCase(), ring]; }"""
-            )
-        )
-    assert stops[:7] == [
-        [name, True] for name in ("summary", "images", "runs", "conditions", "colours", "stage", "site")
-    ]
+        stops.append(tab.evaluate(focus))
+    assert stops == [[name, True] for name in "summary images runs conditions colours stage site".split()]
     tab.locator("#images input:checked").focus()
     tab.keyboard.press("ArrowRight")
     tab.locator("#runs input:checked").focus()
     tab.keyboard.press("ArrowRight")
     settle(tab)
-    assert (
-        tab.inner_text("caption").startswith("bidirectional") and tab.evaluate("document.activeElement.name") == "runs"
-    ), "focus stays where it was"
+    assert tab.inner_text("caption").startswith("bidirectional")
+    assert tab.evaluate("document.activeElement.name") == "runs", "the focus moved"
     tab.locator("#stage").focus()
     for key, patch in (("ArrowRight", 1), ("ArrowRight", 1), ("ArrowDown", 3), ("Home", 2), ("ArrowUp", 0), ("End", 1)):
         tab.keyboard.press(key)
@@ -316,14 +295,14 @@ def test_everything_works_by_keyboard_and_focus_is_seen(open_page, explored):
     tab.keyboard.press("PageDown")
     settle(tab)
     assert tab.inner_text("#site-name b") == "adapter"
-    assert tab.inner_text("#said").startswith("Row 1, column 2 at adapter")  # what a screen reader is told
+    assert tab.inner_text("#description").startswith("Row 1, column 2 at adapter")  # text for screen readers
 
 
 @pytest.mark.slow
 def test_canvas_has_the_colour_of_each_predicted_class(open_page, explored):
     tab, (data, _) = open_page("#site=layer_02&image=4"), page_data(explored)
-    s, seen = explored[0].sites.index("layer_02"), explored[0].images[2]
-    for choice, classes in (("predicted", seen.readings["none"].classes[0, s]), ("true", seen.truth)):
+    s, image = explored[0].sites.index("layer_02"), explored[0].images[2]
+    for choice, classes in (("predicted", image.readings["none"].classes[0, s]), ("true", image.truth)):
         tab.locator("#colours").get_by_role("radio", name=choice).check()
         settle(tab)
         for t, k in enumerate(classes.tolist()):
@@ -346,15 +325,15 @@ def test_hostile_names_are_text(open_page):
 
 
 @pytest.mark.slow
-def test_address_brings_back_what_was_looked_at(open_page, explored):
+def test_address_restores_the_view(open_page, explored):
     tab = open_page()
     tab.locator("#images input").nth(1).check()
     tab.get_by_role("radio", name="bidirectional").check()
     tab.get_by_role("slider", name="Site").fill("3")
     tab.mouse.click(*centre(tab, 2))
-    again = open_page(tab.evaluate("location.hash"))
-    assert shown_rows(again) == shown_rows(tab) == expected_rows(explored[1], 1, "none", 2)
-    assert again.inner_text("#site-name b") == tab.inner_text("#site-name b") == "layer 02"
+    restored = open_page(tab.evaluate("location.hash"))
+    assert shown_rows(restored) == shown_rows(tab) == expected_rows(explored[1], 1, "none", 2)
+    assert restored.inner_text("#site-name b") == tab.inner_text("#site-name b") == "layer 02"
 
 
 @pytest.mark.slow
@@ -369,11 +348,11 @@ def test_phone_needs_no_sideways_scrolling_and_taps_choose(open_page, other_page
 
 
 @pytest.mark.slow
-def test_another_grid_keeps_the_place(open_page, other_page, explored):
+def test_another_grid_keeps_the_position(open_page, other_page, explored):
     tab = open_page(path=other_page)
     tab.mouse.click(*centre(tab, 3))
     tab.get_by_role("radio", name="bidirectional").check()
     assert shown_rows(tab) == expected_rows(explored[1], 0, "none", 3)
     assert "row 4, column 4" in tab.inner_text("#patch")
-    assert tab.evaluate("[0, 1, 2, 3].map(t => moved(t, [2, 2], [4, 6]))") == [7, 10, 19, 22]
-    assert tab.evaluate("[...Array(24).keys()].map(t => moved(t, [4, 6], [4, 6]))") == list(range(24))
+    assert tab.evaluate("[0, 1, 2, 3].map(t => patchInGrid(t, [2, 2], [4, 6]))") == [7, 10, 19, 22]
+    assert tab.evaluate("[...Array(24).keys()].map(t => patchInGrid(t, [4, 6], [4, 6]))") == list(range(24))

@@ -24,7 +24,7 @@ class SegmentationData(LightningDataModule):
 
     Args:
         root: Folder of the dataset; for ade20k_hf also a hub id.
-        dataset: Layout, see probes/data. folder: images, PNG masks and classes.json; ade20k_hf: ADE20K as parquet files.
+        dataset: Layout, see probes/data. folder: images, PNG masks, classes.json; ade20k_hf: ADE20K as parquet files.
         options: Options of the layout, see its class, e.g. {"background": "class"} for voc2012.
         name: Name of the dataset in reports; None takes the name of the folder.
         batch_size: Images per batch over all devices; 64 in the paper.

@@ -19,10 +19,10 @@ CLAIMS: dict[str, tuple[int, str]] = {
     "recovery": (+1, "LLM layers recover it after the adapter: best layer's mIoU minus the adapter's (Sec. 3.2)"),
     "recovery_trained": (+1, "The recovery comes from training: recovery minus that of the untrained model"),
     "starvation": (+1, "Patch 0 starves under causal attention: bidirectional minus causal accuracy (Sec. 5.1)"),
-    "starvation_first_row": (+1, "The first row of patches starves under causal attention: bidirectional minus causal accuracy"),
+    "starvation_first_row": (+1, "The first row starves under causal attention: bidirectional minus causal accuracy"),
     "knockout_incorrect": (-1, "Blocking the wrong class speeds correction: change in wrong patches left (Sec. 4.1)"),
     "knockout_correct": (+1, "Blocking the correct class impairs correction: change in wrong patches left (Sec. 4.2)"),
-    "knockout_specificity": (+1, "The effect is class-specific: correct minus wrong class blocked, minus the same for random patches"),
+    "knockout_specificity": (+1, "The effect is class-specific: correct minus wrong class, less the same at random"),
 }  # fmt: skip
 
 # Knockout claims are about confused regions, not single patches on a boundary: an image counts if at least this share

@@ -14,15 +14,16 @@ GROUPS = ("itself", "correct", "incorrect", "other", "no_image")
 
 
 def attention_from(mllm: FrozenMLLM, pixels: Tensor, queries: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The attention that some tokens of each image pay, averaged over them and over heads.
+    """Return the attention from some tokens of each image, averaged over these tokens and over heads.
 
     Args:
-        mllm: Runs unmodified.
+        mllm: The unmodified model.
         pixels: f[B, 3, H, W].
-        queries: By case, the image's row in `pixels` and which of its tokens look, bool[T].
+        queries: Per case the row of the image in `pixels` and the querying tokens, bool[T].
 
     Returns:
-        To each image token, f[C, L, T] (the rest, to 1, goes to what is no image); part of that, to itself, f[C, L].
+        Attention to each image token, f[C, L, T] (the remainder to 1 goes to the prefix), and the part of it that goes
+        to the querying token itself, f[C, L].
     """
     weights = mllm.attention(pixels, queries=queries)
     to_all = [[layer.mean(0) for layer in case] for case in weights]

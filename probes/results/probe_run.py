@@ -32,7 +32,6 @@ from probes.models.frozen_mllm import ADAPTER
 from probes.ops.bilinear import upsampled_argmax
 from probes.training.heads import Probe
 from probes.training.run_schema import (
-    MAX_BYTES,
     Manifest,
     Metrics,
     ModelConfig,
@@ -112,7 +111,7 @@ class ProbeRun:
         file = self.path / name
         if not file.is_file():
             return None
-        results = read_json(file, MAX_BYTES)
+        results = read_json(file)
         if self.fingerprint not in results.get("runs", [self.fingerprint]):
             command = name.split(".")[0].split("_")[0]
             raise UserError(

@@ -16,7 +16,6 @@ from typing_extensions import TypedDict
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import read_json
 
-MAX_BYTES = 200_000_000  # 34 sites with 150 classes need 200 kB
 # Keys of earlier versions. Probe variants are stored under "recipes".
 OLD_KEYS = {"image_aspect": "image_resize", "mllm_dtype": "dtype", "recipes": "variants"}
 
@@ -143,7 +142,7 @@ def read_run_file(schema: type[BaseModel], path: Path) -> dict[str, Any]:
     Raises:
         UserError: If the file is missing, damaged, or does not match `schema`.
     """
-    content = read_json(path, MAX_BYTES)
+    content = read_json(path)
     check_schema(schema, content, path)
     return content
 

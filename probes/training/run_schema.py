@@ -13,8 +13,8 @@ from typing import (
 from pydantic import BaseModel, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
 from typing_extensions import TypedDict
 
+from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf_loading import read_json
 
 MAX_BYTES = 200_000_000  # 34 sites with 150 classes need 200 kB
 # Keys of earlier versions. Probe variants are stored under "recipes".

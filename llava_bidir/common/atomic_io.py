@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from .errors import UserError
+from .errors import UserError, error_context
 from .run_lock import exclusive_run_lock
 
 PARTIAL, REPLACED = ".partial", ".replaced"
@@ -167,3 +167,16 @@ def _os_error_text(error: BaseException | None) -> str | None:
             return str(error)
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        UserError: The file cannot be read, or is not UTF-8, not JSON, or not an object.
+    """
+    with error_context(file):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise UserError(f"contains a {type(content).__name__}; expected an object {{...}}")
+    return content

@@ -17,8 +17,7 @@ import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from .atomic_io import REPLACED, atomic_write, commit_directory, partial_path
-from .errors import UserError
-from .hf_loading import error_context
+from .errors import UserError, error_context
 
 log = logging.getLogger(__name__)
 

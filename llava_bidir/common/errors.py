@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class UserError(ValueError):
@@ -24,3 +25,16 @@ def one_line_errors(program: str) -> Iterator[None]:
         if re.match(r"Caught \w+ in DataLoader worker", message):  # torch prepends the traceback
             message = re.split(r"\n[\w.]+: ", message)[-1].strip()
         sys.exit(f"{program}: {message}")
+
+
+@contextmanager
+def error_context(subject: Any) -> Iterator[None]:
+    """Convert any exception into a `UserError` about `subject`; untrusted files make libraries raise all kinds."""
+    try:
+        yield
+    except Exception as error:
+        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+        if "trust_remote_code" in str(error):
+            lines = ["it requires code from the checkpoint, which is never executed"]
+        kind = "" if type(error) in (ValueError, UserError) else f"{type(error).__name__}: "
+        raise UserError(f"{subject}: {kind}{' '.join(lines[:3])[:500]}") from error

@@ -4,43 +4,13 @@ No code from a checkpoint is executed: no modelling code and no pickles. There i
 transformers or this package has the class of every supported model. The checks apply to directories and to hub ids.
 """
 
-import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from .errors import UserError
-
-
-@contextmanager
-def error_context(subject: Any) -> Iterator[None]:
-    """Convert any exception into a `UserError` about `subject`; untrusted files make libraries raise all kinds."""
-    try:
-        yield
-    except Exception as error:
-        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-        if "trust_remote_code" in str(error):
-            lines = ["it requires code from the checkpoint, which is never executed"]
-        kind = "" if type(error) in (ValueError, UserError) else f"{type(error).__name__}: "
-        raise UserError(f"{subject}: {kind}{' '.join(lines[:3])[:500]}") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        UserError: The file cannot be read, or is not UTF-8, not JSON, or not an object.
-    """
-    with error_context(file):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise UserError(f"contains a {type(content).__name__}; expected an object {{...}}")
-    return content
+from .errors import UserError, error_context
 
 
 def read_pretrained(key: str, reader: type, path: str, **kwargs):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlavaProcessor
 from transformers.integrations import deepspeed as zero3
 
-from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf_loading import error_context, load_weights, read_pretrained, weight_files
+from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.hf_loading import load_weights, read_pretrained, weight_files
 
 from .attention import image_attention as find_image_attention
 from .encoders import Encoder

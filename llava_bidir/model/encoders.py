@@ -28,8 +28,8 @@ from transformers.image_utils import (
     OPENAI_CLIP_STD,
 )
 
-from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf_loading import error_context, read_pretrained
+from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.hf_loading import read_pretrained
 
 MAX_GRID_SIDE = 128  # patches per side; the largest encoders have 64
 

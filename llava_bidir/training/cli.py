@@ -12,8 +12,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
+from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, check_resume_compatible, is_complete, resolve_ckpt_path
-from llava_bidir.common.hf_loading import read_json
 from llava_bidir.common.lightning_cli import ConfiguredCLI
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.step_boundary import SaveAtStepBoundary

@@ -14,9 +14,9 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.checkpoint_io import check_resume_compatible
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf_loading import read_json
 from llava_bidir.data.conversation import IGNORE_INDEX
 from llava_bidir.model.build import build_model, build_processor, set_trainable
 from llava_bidir.model.encoders import Encoder

@@ -7,8 +7,7 @@ from transformers import LlavaProcessor
 from transformers.modeling_utils import local_torch_dtype
 
 from llava_bidir.common.checkpoint_io import resolve_ckpt_path
-from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf_loading import error_context
+from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.model.lora import merge_lora
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
 

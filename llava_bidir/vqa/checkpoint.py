@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf_loading import error_context, read_json
+from llava_bidir.common.atomic_io import read_json
+from llava_bidir.common.errors import UserError, error_context
 
 TABLE_ROWS = {"clip_vision_model": "clip", "dinov2": "dinov2", "siglip_vision_model": "siglip"}  # encoders of Table 1
 

@@ -23,9 +23,9 @@ from llava_bidir.common.errors import UserError
 from probes.analyses.knockout.cases import ConfusionCase, find_cases
 from probes.analyses.knockout.conditions import high_norm_tokens, random_tokens
 from probes.evaluation.metrics import patch_labels
-from probes.models.frozen_mllm import ADAPTER, ENCODER
 from probes.models.knockout import Knockout
 from probes.models.prompt_and_pixels import read_tokenizer
+from probes.models.sites import ADAPTER, ENCODER
 from probes.ops.geometry import GridPlacement
 from probes.results.probe_run import ProbeRun
 

@@ -15,9 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 from tqdm import tqdm
 
-from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf_loading import read_json
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.data.base import open_image, read_rgb
 from probes.data.palette import colorize, palette_of

@@ -15,8 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava_bidir.common.atomic_io import write_files
-from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf_loading import error_context
+from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.knockout.cases import PatchReader, find_cases
 from probes.evaluation.metrics import true_classes

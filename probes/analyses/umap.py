@@ -19,9 +19,8 @@ from torch.nn import functional as F
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.evaluation.feature_statistics import knn_purity
 from probes.evaluation.metrics import peak_layer, true_classes
-from probes.models.frozen_mllm import ADAPTER
+from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
 
 
@@ -62,6 +61,8 @@ def embed(states: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
     """Return the UMAP of states f[T, d], and purity and silhouette of labels long[T] (-1 unknown) by cosine."""
     from sklearn.metrics import silhouette_score  # these take seconds to import
     from umap import UMAP
+
+    from probes.evaluation.feature_statistics import knn_purity
 
     x = states.numpy()
     xy = UMAP(n_neighbors=min(15, len(x) - 1), metric="cosine", random_state=seed, n_jobs=1).fit_transform(x)

@@ -6,7 +6,7 @@ Shapes: B images, T image tokens, d width of a site, H W pixels of a mask.
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,10 +14,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llava_bidir.common.errors import UserError
-from probes.models.frozen_mllm import FrozenMLLM
 
 from .base import IGNORE_INDEX
 from .samplers import PAD_INDEX
+
+if TYPE_CHECKING:  # a report needs no model
+    from probes.models.frozen_mllm import FrozenMLLM
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ class CachedFeatures(Dataset):
 
     def __init__(
         self,
-        mllm: FrozenMLLM,
+        mllm: "FrozenMLLM",
         images: PreprocessedDataset,
         sites: Sequence[str],
         *,

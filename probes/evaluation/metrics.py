@@ -8,17 +8,19 @@ Legend: S sites, N images, K classes, h w token grid, T = h * w, H W pixels.
 """
 
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from probes.data.batches import group_by_mask_size
-from probes.models.frozen_mllm import ADAPTER, ENCODER, FrozenMLLM
+from probes.models.sites import ADAPTER, ENCODER
 from probes.ops.bilinear import upsampled_argmax
-from probes.ops.geometry import Geometry, GridPlacement
+from probes.ops.geometry import GridPlacement
 from probes.ops.kernels import use_triton
+
+if TYPE_CHECKING:  # a report needs no model
+    from probes.models.frozen_mllm import FrozenMLLM
 
 IGNORE_INDEX = 255
 BY_IMAGE = ("intersection", "predicted", "labelled", "patch_right", "patch_valid")
@@ -189,73 +191,6 @@ def _patch_labels(target: Tensor, classes: int, grid: tuple[int, int], purity: f
     return torch.where((total > 0) & (most >= purity * total), label, -1)
 
 
-class SegmentationMetric(Metric):
-    """Counts of a dataset, over batches and ranks, each image once.
-
-    Args:
-        sites: S.
-        images: Size of the dataset; `compute` requires each image exactly once.
-        classes: K.
-        geometry: Placement of the tokens on the images.
-        by_token: Keep counts per token, see `count`.
-        confusion: Also count pairs of label and prediction.
-    """
-
-    full_state_update = False
-
-    def __init__(
-        self,
-        sites: int,
-        images: int,
-        classes: int,
-        geometry: Geometry,
-        by_token: bool = True,
-        confusion: bool = False,
-    ):
-        super().__init__()
-        self.images, self.geometry, self.by_token = images, geometry, by_token
-        self.add_state("index", default=[], dist_reduce_fx="cat")
-        for name in BY_IMAGE:
-            self.add_state(name, default=[], dist_reduce_fx="cat")
-        self.confusion = None
-        if confusion:
-            pairs = torch.zeros(sites, classes, classes, dtype=torch.long)
-            self.add_state("confusion", default=pairs, dist_reduce_fx="sum")
-
-    def update(self, logits: Tensor, target: Tensor, index: Tensor) -> None:
-        """Add images: `logits` f[S, B, K, h, w] on the grid, `target` uint8[B, H, W], `index` i64[B]."""
-        view = self.geometry.view(tuple(target.shape[-2:]))
-        counts = count(logits, target, view, by_token=self.by_token, confusion=self.confusion is not None)
-        self.index.append(index)
-        for name in BY_IMAGE:
-            value = getattr(counts, name)
-            # images first: torchmetrics concatenates ranks along the first axis
-            by_image = value.transpose(0, 1) if value.ndim == 3 else value
-            getattr(self, name).append(by_image.to(torch.int32))
-        if self.confusion is not None:
-            self.confusion += counts.confusion
-
-    def compute(self) -> Counts:
-        """Return the counts of the dataset, images in its order.
-
-        Raises:
-            RuntimeError: If an image of the dataset was not seen exactly once.
-        """
-        index = _concatenate(self.index)
-        seen, order = index.sort()
-        if len(index) > len(seen.unique()):
-            raise RuntimeError(f"the metric saw image {seen[:-1][seen.diff() == 0][0]} more than once")
-        if len(index) != self.images:
-            raise RuntimeError(f"the metric saw {len(index)} of {self.images} images")
-        by_image = {name: _concatenate(getattr(self, name))[order].long() for name in BY_IMAGE}
-        by_site = {k: v.transpose(0, 1) if v.ndim == 3 else v for k, v in by_image.items()}
-        return Counts(**by_site, confusion=self.confusion)
-
-
-def _concatenate(state: Tensor | list[Tensor]) -> Tensor:
-    return torch.cat(state) if isinstance(state, list) else state
-
-
 class Scores(NamedTuple):
     """Scores of one or many resamplings: miou, pacc f[...], iou f[..., K], NaN for a class that does not occur."""
 
@@ -292,7 +227,7 @@ def summary(miou: dict[str, float]) -> dict[str, Any]:
     }
 
 
-def true_classes(targets: Tensor | list[Tensor], classes: int, mllm: FrozenMLLM) -> Tensor:
+def true_classes(targets: Tensor | list[Tensor], classes: int, mllm: "FrozenMLLM") -> Tensor:
     """Return the majority class under each token, i64[B, T], -1 if no pixel is labelled; see :func:`patch_labels`."""
     truth = torch.empty(len(targets), mllm.grid[0] * mllm.grid[1], dtype=torch.long)
     for images, target in group_by_mask_size(targets):

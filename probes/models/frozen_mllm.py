@@ -25,18 +25,7 @@ from .families import Family, family_of, own_image_attention
 from .knockout import Knockout
 from .prompt_and_pixels import check_numbers, read_config, read_image_processors, read_prefix_ids, read_separator_id
 from .random_init import reinitialize
-
-ENCODER, ADAPTER, FINAL_NORM = "encoder", "adapter", "final_norm"
-
-
-def layer_site(layer: int) -> str:
-    """Return the site name of decoder layer 1..L, e.g. "layer_07"."""
-    return f"layer_{layer:02d}"
-
-
-def site_names(layers: int) -> list[str]:
-    """Return all sites of a model with `layers` decoder layers, in forward order."""
-    return [ENCODER, ADAPTER, *(layer_site(i) for i in range(1, layers + 1)), FINAL_NORM]
+from .sites import ADAPTER, ENCODER, FINAL_NORM, layer_site, site_names
 
 
 class _StopForward(Exception):

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, PreTr
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
-from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf_loading import error_context, read_pretrained
+from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.hf_loading import read_pretrained
 
 from .families import Family
 

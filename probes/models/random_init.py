@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf_loading import read_json
 
 from .families import Family
 

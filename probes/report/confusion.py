@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from probes.models.frozen_mllm import ADAPTER
+from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
 
 LEAST_SHARE = 1e-3  # labels with a smaller share of all pixels are skipped: their rates rest on a few images

@@ -10,7 +10,7 @@ from torch import Tensor
 from llava_bidir.common.bootstrap import interval
 from probes.evaluation.bootstrap import dataset_scores, resampled_scores
 from probes.evaluation.metrics import Counts, peak_layer
-from probes.models.frozen_mllm import ADAPTER, ENCODER
+from probes.models.sites import ADAPTER, ENCODER
 
 Estimate = tuple[float, Tensor]  # a value and its resampled values f[R]
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from probes.models.frozen_mllm import ADAPTER, ENCODER, layer_site
+from probes.models.sites import ADAPTER, ENCODER, layer_site
 from probes.results.probe_run import ProbeRun
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())

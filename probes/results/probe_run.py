@@ -15,20 +15,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.bootstrap import bootstrap_weights
-from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf_loading import error_context, read_json
+from llava_bidir.common.errors import UserError, error_context
 from probes.data.registry import open_dataset
 from probes.evaluation.metrics import Counts, peak_layer
-from probes.models import frozen_mllm as mllms
-from probes.models.frozen_mllm import ADAPTER
+from probes.models.sites import ADAPTER
 from probes.ops.bilinear import upsampled_argmax
 from probes.training.heads import Probe
 from probes.training.run_schema import (
@@ -40,6 +39,9 @@ from probes.training.run_schema import (
     read_run_file,
     rename_old_keys,
 )
+
+if TYPE_CHECKING:
+    from probes.models.frozen_mllm import FrozenMLLM
 
 # Axes of the counts: S sites, N images, K classes, T image tokens. The last two are not in every run.
 COUNTS = {"intersection": "SNK", "predicted": "SNK", "labelled": "NK", "patch_right": "SNT", "patch_valid": "NT"}
@@ -195,11 +197,13 @@ class ProbeRun:
         """f[R, N]: bootstrap weights, the same for every run on these images."""
         return bootstrap_weights(len(self.counts.labelled), seed=self.metrics["seed"], groups=self.groups)
 
-    def mllm(self) -> mllms.FrozenMLLM:
+    def mllm(self) -> "FrozenMLLM":
         """Load the probed model with the settings of the run."""
         config = rename_old_keys(self.manifest["config"])
         check_schema(ModelConfig, config, f"{self.path / 'manifest.json'}: config")
-        return mllms.load(
+        from probes.models.frozen_mllm import load  # transformers takes seconds to import, and a report needs no model
+
+        return load(
             config["mllm"],
             config["image_attention"],
             dtype=config["dtype"],
@@ -222,7 +226,7 @@ class ProbeRun:
         return probes
 
     @cached_property
-    def _segmenter(self) -> tuple[mllms.FrozenMLLM, dict[str, Probe]]:
+    def _segmenter(self) -> tuple["FrozenMLLM", dict[str, Probe]]:
         mllm = self.mllm()
         return mllm, {site: probe.to(mllm.device) for site, probe in self.probes().items()}
 

@@ -18,7 +18,8 @@ from probes.data.batches import group_by_mask_size
 from probes.data.samplers import PAD_INDEX
 from probes.evaluation.bootstrap import dataset_scores
 from probes.evaluation.feature_statistics import StateStatistics
-from probes.evaluation.metrics import IGNORE_INDEX, Counts, SegmentationMetric, patch_labels
+from probes.evaluation.metrics import IGNORE_INDEX, Counts, patch_labels
+from probes.evaluation.segmentation_metric import SegmentationMetric
 from probes.models import frozen_mllm as mllms
 from probes.ops.cross_entropy import subsample, upsampled_cross_entropy
 

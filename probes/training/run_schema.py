@@ -13,8 +13,8 @@ from typing import (
 from pydantic import BaseModel, Field, PlainValidator, TypeAdapter, ValidationError, model_validator
 from typing_extensions import TypedDict
 
+from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.hf_loading import read_json
 
 # Keys of earlier versions. Probe variants are stored under "recipes".
 OLD_KEYS = {"image_aspect": "image_resize", "mllm_dtype": "dtype", "recipes": "variants"}

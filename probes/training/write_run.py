@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
-from llava_bidir.common.hf_loading import read_json
 from probes.evaluation.bootstrap import dataset_scores, resampled_scores
 from probes.evaluation.metrics import Counts, summary
 

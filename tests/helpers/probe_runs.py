@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from probes.evaluation.bootstrap import dataset_scores, resampled_scores
 from probes.evaluation.metrics import Counts
-from probes.models.frozen_mllm import site_names
+from probes.models.sites import site_names
 
 GRID = (2, 2)
 

@@ -4,16 +4,16 @@ Shapes: B images, C cases, T image tokens, L layers.
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from probes.models.frozen_mllm import FrozenMLLM
+if TYPE_CHECKING:  # a report needs no model
+    from probes.models.frozen_mllm import FrozenMLLM
 
-GROUPS = ("itself", "correct", "incorrect", "other", "no_image")
 
-
-def attention_from(mllm: FrozenMLLM, pixels: Tensor, queries: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
+def attention_from(mllm: "FrozenMLLM", pixels: Tensor, queries: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
     """Return the attention from some tokens of each image, averaged over these tokens and over heads.
 
     Args:

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from probes.evaluation.metrics import true_classes
-from probes.models.frozen_mllm import ADAPTER
 from probes.models.knockout import Knockout
+from probes.models.sites import ADAPTER
 
 from .attention import attention_from, sum_by_group
-from .cases import CASE_KEYS, ConfusionCase, PatchReader, find_cases
+from .cases import ConfusionCase, PatchReader, find_cases
 from .conditions import MatchingFeatures, blocked_by_condition, measure_balance
 from .config import Plan
 from .layer_sweep import SWEEP_CONDITIONS, CutLocation, cut_locations
+from .schema import CASE_KEYS
 
 
 class ForwardRow(NamedTuple):

@@ -21,12 +21,10 @@ from torch import Tensor
 
 from llava_bidir.common.errors import UserError
 from probes.models.attention_masks import as_list
-from probes.models.frozen_mllm import ADAPTER, FrozenMLLM
+from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.knockout import Knockout
+from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
-
-BLOCK_SETS = ("predicted", "correct")
-CASE_KEYS = ("image", "patches", "anchors", "correct_class")  # fields of a case in knockout.safetensors
 
 
 class PatchReader:

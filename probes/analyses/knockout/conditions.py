@@ -27,11 +27,8 @@ from torch import Tensor
 from probes.models.knockout import all_but
 
 from .cases import ConfusionCase
+from .schema import CONTROLS, SETS
 
-CONDITIONS = ("none", "incorrect", "correct", "random_incorrect", "random_correct")  # part of every knockout
-SETS = ("incorrect", "correct")
-CONTROLS = ("random", "distance", "mass")  # "random" is part of every knockout
-BALANCE = ("size", "distance", "seen", "mass", "overlap")
 MATCH_CANDIDATES = 3  # a matched token is drawn from the best matches, so that draws differ
 
 

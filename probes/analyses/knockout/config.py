@@ -5,12 +5,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llava_bidir.common.errors import UserError
-from probes.models.frozen_mllm import ADAPTER
+from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
 
-from .cases import BLOCK_SETS
-from .conditions import CONTROLS
 from .layer_sweep import cut_locations
+from .schema import BLOCK_SETS, CONTROLS
 
 # Settings whose key in knockout.json is not their name: files keep the keys that they have had from the start.
 JSON_KEYS = {"block_by": "labels_from", "block_set": "anchors", "fractions": "doses", "keep_only": "reverse"}

@@ -14,9 +14,7 @@ from torch import Tensor
 from llava_bidir.common.bootstrap import bootstrap_weights, interval, p_values
 from probes.results.probe_run import ProbeRun, read_tensors
 
-from .attention import GROUPS
-from .cases import CASE_KEYS
-from .conditions import BALANCE, CONDITIONS, CONTROLS, SETS
+from .schema import BALANCE, CASE_KEYS, CONDITIONS, CONTROLS, GROUPS, SETS
 
 SPECIFICITY = "correct - incorrect"
 

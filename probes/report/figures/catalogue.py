@@ -8,7 +8,7 @@ import numpy as np
 
 from probes.analyses.knockout.effects import read_cases
 from probes.data.palette import palette_of
-from probes.models.frozen_mllm import ADAPTER
+from probes.models.sites import ADAPTER
 from probes.report import tables
 from probes.report.claims import min_confused_patches, restrict_to_claims
 from probes.report.probe_sensitivity import one_per_value, read_variants, select_variants

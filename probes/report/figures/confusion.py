@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from probes.models.frozen_mllm import FINAL_NORM
+from probes.models.sites import FINAL_NORM
 from probes.results.probe_run import ProbeRun
 
 from .style import FigureData, label_sites, new_axes

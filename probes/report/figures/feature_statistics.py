@@ -1,6 +1,6 @@
 """Figure of the feature statistics by site: scale, anisotropy, neighbourhoods."""
 
-from probes.models.frozen_mllm import FINAL_NORM
+from probes.models.sites import FINAL_NORM
 from probes.report.study import Study
 
 from .layer_curves import sites_by_depth

@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from probes.evaluation.metrics import peak_layer
-from probes.models.frozen_mllm import ADAPTER, FINAL_NORM
+from probes.models.sites import ADAPTER, FINAL_NORM
 from probes.report.study import MASKS, Study
 from probes.results.probe_run import ProbeRun
 

@@ -8,7 +8,7 @@ from matplotlib.patches import Patch
 
 from probes.data.palette import colorize
 from probes.evaluation.metrics import peak_layer
-from probes.models.frozen_mllm import ADAPTER, ENCODER
+from probes.models.sites import ADAPTER, ENCODER
 from probes.report.study import read_optional_tensors
 from probes.results.probe_run import ProbeRun
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from probes.models.frozen_mllm import FINAL_NORM
+from probes.models.sites import FINAL_NORM
 from probes.report.probe_sensitivity import EFFECTS, VariantScores
 from probes.report.study import Study
 from probes.results.probe_run import ProbeRun

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from probes.models.frozen_mllm import ADAPTER, ENCODER
+from probes.models.sites import ADAPTER, ENCODER
 from probes.report.study import Rows
 
 MASK_COLOURS = {"causal": "#0072B2", "bidirectional": "#D55E00"}

@@ -4,7 +4,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-from probes.models.frozen_mllm import FINAL_NORM
+from probes.models.sites import FINAL_NORM
 from probes.report.study import Study
 from probes.results.probe_run import ProbeRun
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from probes.evaluation import metrics
 from probes.evaluation.bootstrap import dataset_scores
-from probes.evaluation.metrics import SegmentationMetric, count, patch_labels
+from probes.evaluation.metrics import count, patch_labels
+from probes.evaluation.segmentation_metric import SegmentationMetric
 from probes.ops.bilinear import upsampled_argmax
 from probes.ops.geometry import Geometry
 

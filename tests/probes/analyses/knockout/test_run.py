@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 import probes.analyses.knockout.run as analysis
 from probes import Knockout
 from probes.analyses.knockout.cases import PatchReader, confused_classes
-from probes.analyses.knockout.conditions import CONDITIONS
 from probes.analyses.knockout.config import Plan
 from probes.analyses.knockout.layer_sweep import cut_locations
 from probes.analyses.knockout.run import knockout
+from probes.analyses.knockout.schema import CONDITIONS
 from probes.cli import main
 from probes.results.probe_run import ProbeRun
 

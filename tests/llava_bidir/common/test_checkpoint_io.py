@@ -163,7 +163,7 @@ def test_position_in_the_epoch_is_rescaled(before, now, expected):
 
 
 def test_position_inside_a_new_micro_batch_is_an_error():
-    with pytest.raises(ValueError, match="at sample 12 of its epoch, which 5 samples at a time"):
+    with pytest.raises(ValueError, match="at sample 12 of its epoch, not at a multiple of 5"):
         rescale_progress(position(6, 5), 2, 5)
 
 

@@ -135,7 +135,7 @@ def test_runs_that_do_not_belong_together_are_rejected(runs, checkpoints, tmp_pa
         read_studies([runs[0], runs[0]])
     with pytest.raises(ValueError, match="only untrained controls were passed for"):
         read_studies([runs[1]])
-    with pytest.raises(ValueError, match="holds no metrics.json: not a finished probe run"):
+    with pytest.raises(ValueError, match="has no metrics.json: not a finished probe run"):
         read_studies([str(tmp_path)])
     other = tiny_models.write_segmentation(tmp_path / "data", validation=4)
     main(

@@ -222,7 +222,7 @@ def test_verdict_follows_from_the_intervals(swept):
         assert "holds under 2 of 3 norms" in text
         assert "each site at its best learning rate, not under layernorm (" in text
         assert [entry["recipe"] for entry in scale["recipes"] if not entry[effect]["holds"]] == ["layernorm"]
-        assert "one by one, it holds under 3 of 4 recipes, not under norm layernorm" in text
+        assert "site, it holds under 3 of 4 probe variants, not under norm layernorm" in text
     good = {"value": 0.05, "ci95": [0.03, 0.07], "holds": True}
     bad = {"value": -0.05, "ci95": [-0.07, -0.03], "holds": False}
     assert "2 of 2 norms (a +5.0, b +5.0 pp): it survives" in effect_verdict("x", "norms", {"a": good, "b": good})

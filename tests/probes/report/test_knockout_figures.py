@@ -27,8 +27,8 @@ def runs(checkpoints, tmp_path_factory) -> list[str]:
             + ["--model.mllm", str(checkpoints[mask]), "--data.root", str(root), "--data.batch_size", "2"]
         )
         main(
-            ["knockout", "--probes", paths[-1], "--classes", "auto:3", "--controls", "distance", "--doses", "0.5"]
-            + ["--windows", "2", "--heads", "--attention", "--draws", "1"]
+            ["knockout", "--probes", paths[-1], "--classes", "auto:3", "--controls", "distance", "--fractions", "0.5"]
+            + ["--layer-windows", "2", "--attention-heads", "--attention", "--draws", "1"]
         )
     main(["starvation", "--probes", *paths, "--by-class", "--flip"])
     return paths

@@ -144,5 +144,5 @@ def test_runs_that_do_not_belong_together_are_rejected(runs, checkpoints, tmp_pa
     )
     with pytest.raises(ValueError, match="were scored on different images"):
         read_studies([runs[0], str(tmp_path / "run")])
-    with pytest.raises(ValueError, match="expected the causal run there"):
+    with pytest.raises(ValueError, match="--probes takes the causal run, then the other"):
         starvation(ProbeRun(runs[2]), ProbeRun(runs[0]))

@@ -225,9 +225,9 @@ def test_verdict_follows_from_the_intervals(swept):
         assert "site, it holds under 3 of 4 probe variants, not under norm layernorm" in text
     good = {"value": 0.05, "ci95": [0.03, 0.07], "holds": True}
     bad = {"value": -0.05, "ci95": [-0.07, -0.03], "holds": False}
-    assert "2 of 2 norms (a +5.0, b +5.0 pp): it survives" in effect_verdict("x", "norms", {"a": good, "b": good})
+    assert "2 of 2 norms (a +5.0, b +5.0 pp): the effect does not depend" in effect_verdict("x", "norms", {"a": good, "b": good})
     text = effect_verdict("x", "norms", {"a": bad, "b": bad})
-    assert "holds under 0 of 2 norms: a (reversed, −5.0 [−7.0, −3.0])" in text and "no ground" in text
+    assert "holds under 0 of 2 norms: a (reversed, −5.0 [−7.0, −3.0])" in text and "The effect is not supported" in text
 
 
 def test_variants_of_a_separate_run_replace_those_of_the_main_run(pair, swept):
@@ -237,7 +237,7 @@ def test_variants_of_a_separate_run_replace_those_of_the_main_run(pair, swept):
     assert results["masks"]["causal"]["probing"] == ProbeRun(pair[0]).metrics
     text = summarize_sections(results)["Sensitivity to feature scale"][0]
     assert text.startswith("Causal: The drop-off holds under 2 of 3 norms, each site")
-    assert "3 of 4 probe variants" in text and "no ground" not in text
+    assert "3 of 4 probe variants" in text and "not supported" not in text
     with pytest.raises(ValueError, match="no main run matches .*'causal'"):
         read_studies(pair[1:], variants=[str(swept.path)])
 

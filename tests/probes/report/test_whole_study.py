@@ -225,7 +225,9 @@ def test_verdict_follows_from_the_intervals(swept):
         assert "site, it holds under 3 of 4 probe variants, not under norm layernorm" in text
     good = {"value": 0.05, "ci95": [0.03, 0.07], "holds": True}
     bad = {"value": -0.05, "ci95": [-0.07, -0.03], "holds": False}
-    assert "2 of 2 norms (a +5.0, b +5.0 pp): the effect does not depend" in effect_verdict("x", "norms", {"a": good, "b": good})
+    assert "2 of 2 norms (a +5.0, b +5.0 pp): the effect does not" in effect_verdict(
+        "x", "norms", {"a": good, "b": good}
+    )
     text = effect_verdict("x", "norms", {"a": bad, "b": bad})
     assert "holds under 0 of 2 norms: a (reversed, −5.0 [−7.0, −3.0])" in text and "The effect is not supported" in text
 

@@ -9,8 +9,7 @@ from matplotlib.patches import Patch
 from probes.data.palette import colorize
 from probes.evaluation.metrics import peak_layer
 from probes.models.sites import ADAPTER, ENCODER
-from probes.report.study import read_optional_tensors
-from probes.results.probe_run import ProbeRun
+from probes.results.probe_run import ProbeRun, read_tensors
 
 from .style import FigureData, new_axes
 
@@ -19,10 +18,8 @@ def umap_panels(image: dict[str, Any], classes: list[str], palette: np.ndarray) 
     """Draw the patches of one image in two dimensions per site; all but the four most common classes grey (Fig. 5)."""
     figure, axes = new_axes(6.6, 2.9, len(image["sites"]), squeeze=False)
     labels = np.array(image["labels"])
-    common = [
-        k for k in np.argsort(-np.bincount(labels[labels >= 0], minlength=len(classes)))[:4] if (labels == k).any()
-    ]
-    rows = []
+    frequency = np.bincount(labels[labels >= 0], minlength=len(classes))
+    common, rows = [k for k in np.argsort(-frequency)[:4] if frequency[k]], []
     for ax, entry in zip(axes[0], image["sites"], strict=True):
         xy = np.array(entry["xy"])
         other = ~np.isin(labels, common)
@@ -43,7 +40,7 @@ def umap_panels(image: dict[str, Any], classes: list[str], palette: np.ndarray) 
 
 def site_maps(run: ProbeRun, palette: np.ndarray) -> FigureData:
     """Draw images, labels, and the predictions from encoder to the best layer (Figs. 4, 13)."""
-    index, maps = run.analysis("maps.json"), read_optional_tensors(run, "maps.safetensors")
+    index, maps = run.analysis("maps.json"), read_tensors(run.path / "maps.safetensors")
     dataset = run.dataset()
     peak = peak_layer({entry["site"]: entry["miou"] for entry in run.metrics["sites"]})
     layers = [site for site in run.layers if site != ADAPTER]
@@ -62,15 +59,12 @@ def site_maps(run: ProbeRun, palette: np.ndarray) -> FigureData:
 
 def knockout_maps(run: ProbeRun, name: str, palette: np.ndarray) -> FigureData:
     """Draw one image by layer: no blocking, wrong class blocked, correct class blocked (Figs. 6, 12)."""
-    index, maps = run.analysis("maps.json"), read_optional_tensors(run, "maps.safetensors")
+    index, maps = run.analysis("maps.json"), read_tensors(run.path / "maps.safetensors")
     (case,) = [case for case in index["knockout"] if case["class"] == name]
     sample, predicted = run.dataset()[case["image"]], maps[f"knockout/{name}"].numpy()
     layers = np.unique(np.linspace(0, predicted.shape[1] - 1, 7).round().astype(int))
-    first_column = [
-        np.asarray(sample["image"]),
-        colorize(sample["target"], palette),
-        np.full((*sample["target"].shape, 3), 255),
-    ]
+    blank = np.full((*sample["target"].shape, 3), 255)
+    first_column = [np.asarray(sample["image"]), colorize(sample["target"], palette), blank]
     rows = [[first_column[i], *(colorize(predicted[i, layer], palette) for layer in layers)] for i in range(3)]
     titles = ["image / label", *("adapter" if layer == 0 else f"layer {layer}" for layer in layers)]
     row_titles = ["no\nblocking", f"{name}\nblocked", f"{case['correct_class']}\nblocked"]

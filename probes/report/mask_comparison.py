@@ -49,14 +49,8 @@ def compare_masks(study: Study, permutations: int = RESAMPLINGS) -> dict[str, An
         "permutations": permutations,
         "smallest_p": max(1 / (1 + permutations), 2.0 ** (1 - units)),
         "sites": [
-            {
-                "site": site,
-                "difference": v.item(),
-                "ci95": interval(v.item(), r),
-                "p": p.item(),
-                "p_corrected": q.item(),
-            }
-            for site, v, r, p, q in zip(sites, values, resampled.T, uncorrected, corrected, strict=True)
+            {"site": site, "difference": v, "ci95": interval(v, r), "p": p.item(), "p_corrected": q.item()}
+            for site, v, r, p, q in zip(sites, values.tolist(), resampled.T, uncorrected, corrected, strict=True)
         ],
         "effects": _compare_effects(sites, counts, weights, swapped),
     }

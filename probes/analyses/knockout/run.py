@@ -71,10 +71,8 @@ def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict[str, Any]:
         rates = lambda name: {key: concat_classes(swept, f"swept:{key}", pools[name]) for key in SWEEP_CONDITIONS}
         entries = [sweep_entry(name, rates(name), cases[name], weights, swaps) for name in cases]
         locations = cut_locations(plan.layer_windows, plan.attention_heads, len(run.layers) - 1, reader.attention_heads)
-        files[out / "knockout_windows.json"] = header | {
-            "places": [location._asdict() for location in locations],
-            "classes": entries,
-        }
+        places = [location._asdict() for location in locations]
+        files[out / "knockout_windows.json"] = header | {"places": places, "classes": entries}
     write_files(files | {out / "knockout.json": results})
     shutil.rmtree(out / "knockout.partial")
     return results

@@ -72,9 +72,7 @@ def knockout_selection(rows: Rows, mask: str, claimed_at: int) -> FigureData:
     figure, ax = new_axes(4.4, 3.3)
     for effect, condition in (("knockout_incorrect", "incorrect"), ("knockout_correct", "correct")):
         points = [row for row in rows if row["image_attention"] == mask and row["effect"] == effect]
-        x, y, ci95 = zip(
-            *((row["min_patches"], row["value"], (row["low"], row["high"])) for row in points), strict=True
-        )
+        x, y, ci95 = zip(*((p["min_patches"], p["value"], (p["low"], p["high"])) for p in points), strict=True)
         colour, _, label = CONDITION_STYLES[condition]
         draw_intervals(ax, x, y, ci95, colour, label=label, marker="o", ms=4, capsize=2, lw=1.5)
     ax.axhline(0, color="black", lw=0.8)

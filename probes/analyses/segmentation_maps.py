@@ -27,13 +27,9 @@ MAP_CONDITIONS = ("none", "incorrect", "correct")
 
 
 def predict_maps(reader: PatchReader, sample: dict, sites: list[str], blocked: Tensor | None = None) -> Tensor:
-    """Return the predicted class of each pixel of an image at each site, uint8[S, H, W].
+    """Return the predicted class of each pixel of the target at each site, uint8[S, H, W].
 
-    Args:
-        reader: Model and probes.
-        sample: Sample with "image" and "target"; the maps have the size of the target.
-        sites: S sites.
-        blocked: bool[T], patches to knock out.
+    `blocked` are the patches to knock out, bool[T].
     """
     pixels = reader.mllm.preprocess([sample["image"]])
     knockout = None if blocked is None else Knockout(blocked[None])

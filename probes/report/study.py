@@ -87,8 +87,7 @@ def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: 
 
     Args:
         paths: Run folders; NAME=FOLDER names the model if :func:`model_name` cannot tell.
-        long_runs: Runs of the same models with longer-trained probes.
-        variants: Runs of the same models with probe variants.
+        long_runs, variants: Runs of the same models with longer-trained probes, and with probe variants.
 
     Raises:
         UserError: A folder is not a finished run, two runs are the same case, or runs do not fit together.

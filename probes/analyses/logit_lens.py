@@ -158,13 +158,10 @@ def blocked_patches(
 
     Of the tokens, with states f[T, d] at the adapter, those of high norm are not drawn while others are left.
     """
-    blocked, high_norm = {}, high_norm_tokens(states)
-    for condition in conditions:
-        tokens = case.blocked[condition.removeprefix("random_")]
-        if condition.startswith("random_"):
-            tokens = torch.from_numpy(random_tokens(tokens.numpy(), high_norm, rng))
-        blocked[condition] = tokens
-    return blocked
+    high_norm = high_norm_tokens(states)
+    draw = lambda tokens: torch.from_numpy(random_tokens(tokens.numpy(), high_norm, rng))
+    blocked = {condition: case.blocked[condition.removeprefix("random_")] for condition in conditions}
+    return {name: draw(tokens) if name.startswith("random_") else tokens for name, tokens in blocked.items()}
 
 
 def most_probable(states: dict[str, Tensor], heads: dict[str, Head], count: int) -> tuple[Tensor, Tensor]:

@@ -44,11 +44,9 @@ def _check_paths(photos: list[Path], out: Path) -> None:
     """Raise unless all photos exist and no output overwrites another one or a file of somebody else."""
     if missing := [photo for photo in photos if not photo.is_file()]:
         raise UserError(f"{missing[0]} is not a file; expected a photo")
-    outputs = [
-        out / "legend.png",
-        out / "legend.json",
-        *(path for photo in photos for path in _output_paths(photo, out)),
-    ]
+    outputs = [out / "legend.png", out / "legend.json"]
+    for photo in photos:
+        outputs += _output_paths(photo, out)
     if duplicates := [path for path in outputs if outputs.count(path) > 1]:
         raise UserError(f"two outputs would be {duplicates[0]}; rename a photo or run the command once for each")
     for path in outputs:

@@ -4,20 +4,17 @@ Shapes: B images, C cases, T image tokens, L layers.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # a report needs no model
-    from probes.models.frozen_mllm import FrozenMLLM
+from probes.models.frozen_mllm import FrozenMLLM
 
 
-def attention_from(mllm: "FrozenMLLM", pixels: Tensor, queries: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
+def attention_from(mllm: FrozenMLLM, pixels: Tensor, queries: Sequence[tuple[int, Tensor]]) -> tuple[Tensor, Tensor]:
     """Return the attention from some tokens of each image, averaged over these tokens and over heads.
 
     Args:
-        mllm: The unmodified model.
         pixels: f[B, 3, H, W].
         queries: Per case the row of the image in `pixels` and the querying tokens, bool[T].
 

@@ -55,8 +55,7 @@ def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict[str, Any]:
     weights = bootstrap_weights(run.metrics["images"], seed=plan.seed, groups=run.groups)
     swaps = random_swaps(run.metrics["images"], seed=plan.seed, groups=run.groups)
     pools = {"all": None} | {name: [name] for name in plan.classes}  # pooled over classes, and each class alone
-    cases = {name: select_cases(tensors, 1, members) for name, members in pools.items()}
-    cases = {name: selected for name, selected in cases.items() if selected}
+    cases = {name: found for name, members in pools.items() if (found := select_cases(tensors, 1, members))}
     header = {key: run.metrics[key] for key in ("image_attention", "untrained")}
     header |= {"runs": [run.fingerprint], **plan.to_json()}
     results = header | {

@@ -38,7 +38,7 @@ INTERVALS = "Lines: 95% intervals."
 
 
 def study_figures(study: Study, results: dict[str, Any]) -> Figures:
-    """Yield all figures of one model on one dataset, in the order of the page; `results` is its part of results.json."""
+    """Yield all figures of a study, in the order of the page; `results` is its part of results.json."""
     palette = palette_of(study.first.dataset())
     yield ReportFigure(
         "layers", "Drop-off and recovery", "Segmentation quality by layer",
@@ -240,7 +240,7 @@ def _variant_figures(study: Study, scale: dict[str, dict[str, Any]]) -> Figures:
 
 def _probe_figures(study: Study) -> Figures:
     """Yield the figures of feature statistics and probe training."""
-    with_statistics = {mask for mask, run in study.untrained.items() if "states" in run.metrics["sites"][0]}
+    with_statistics = any("states" in run.metrics["sites"][0] for run in study.untrained.values())
     if all("states" in run.metrics["sites"][0] for run in study.trained.values()):
         yield ReportFigure(
             "states", "Hidden-state statistics", "Scale, anisotropy, neighbourhoods",

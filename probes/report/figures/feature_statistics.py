@@ -3,8 +3,8 @@
 from probes.report.study import Study
 from probes.report.tables import run_columns
 
-from .layer_curves import sites_by_depth
-from .style import FigureData, label_sites, mask_colour, new_panels, site_depth, without_final_norm
+from .layer_curves import sites_by_depth, without_final_norm
+from .style import FigureData, label_sites, mask_colour, new_panels, site_depth
 
 STATISTICS = {
     "rms": "root mean square",

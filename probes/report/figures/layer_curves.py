@@ -12,17 +12,12 @@ from probes.report.study import MASKS, Study
 from probes.report.tables import run_columns
 from probes.results.probe_run import ProbeRun
 
-from .style import (
-    COLOURS,
-    FigureData,
-    label_sites,
-    mask_colour,
-    new_axes,
-    new_panels,
-    score_row,
-    site_depth,
-    without_final_norm,
-)
+from .style import COLOURS, FigureData, label_sites, mask_colour, new_axes, new_panels, score_row, site_depth
+
+
+def without_final_norm(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the entries of all sites but `final_norm`, which repeats the last layer."""
+    return [entry for entry in entries if entry["site"] != FINAL_NORM]
 
 
 def depth_and_miou(entries: list[dict[str, Any]]) -> tuple[list[int], list[float]]:

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM
+from probes.models.sites import ADAPTER, ENCODER
 from probes.report.study import Rows
 from probes.report.tables import bounds
 
@@ -106,11 +106,6 @@ def score_row(entry: dict[str, Any]) -> dict[str, Any]:
     """Return the scores of a site as a row of a table."""
     scores = {key: entry[key] for key in ("site", "dim", "miou", "pacc", "best_epoch")}
     return scores | bounds(entry["miou_ci95"], "miou_")
-
-
-def without_final_norm(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the entries of all sites but `final_norm`, which repeats the last layer."""
-    return [entry for entry in entries if entry["site"] != FINAL_NORM]
 
 
 def draw_intervals(ax: Axes, x: Sequence[float], values: Sequence, ci95: Sequence, colour: str, **kwargs) -> None:

@@ -7,8 +7,8 @@ import matplotlib as mpl
 from probes.report.study import Study
 from probes.results.probe_run import ProbeRun
 
-from .layer_curves import depth_and_miou, sites_by_depth
-from .style import FigureData, label_sites, mask_colour, mask_panels, site_depth, without_final_norm
+from .layer_curves import depth_and_miou, sites_by_depth, without_final_norm
+from .style import FigureData, label_sites, mask_colour, mask_panels, site_depth
 
 
 def probe_budget(study: Study) -> FigureData:

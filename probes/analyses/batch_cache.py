@@ -18,12 +18,8 @@ def cached_batches(
 ) -> list[dict[str, Tensor]]:
     """Return compute(0), ..., compute(batches - 1), read from `folder` or computed and written there.
 
-    Args:
-        folder: Holds one atomically written file per batch and the arguments. The caller removes it after writing its
-            own results.
-        arguments: Everything that the results depend on; a folder with different arguments is cleared.
-        batches: Number of batches.
-        compute: Computes one batch; must depend on nothing but `arguments`.
+    The folder holds one atomically written file per batch; the caller removes it after writing its own results.
+    `compute` must depend on nothing but `arguments`; a folder with different arguments is cleared.
     """
     arguments_path, arguments = folder / "arguments.json", json.loads(json.dumps(arguments))
     if folder.is_dir() and not (arguments_path.is_file() and json.loads(arguments_path.read_text()) == arguments):

@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from llava_bidir.common.errors import UserError
@@ -78,17 +78,14 @@ def explore(
     word_sites: Sequence[str] | None = None,
     seed: int = 0,
 ) -> RunReadout:
-    """Read images at all sites of a run.
+    """Read images of the validation split at all sites of a run.
 
     Args:
-        run: A finished probe run.
-        images: Indices in the validation split.
-        conditions: Knockout conditions, besides the unmodified model.
+        run, images: A finished probe run, and indices in the split.
+        conditions: Knockout conditions, besides the unmodified model; `seed` is that of the random ones.
         classes: Candidates for the wrong class of the case; None for all.
-        top_classes: k.
-        top_words: m.
+        top_classes, top_words: k and m.
         word_sites: Sites with words; None for every site from the adapter on.
-        seed: Seed of the random conditions.
 
     Raises:
         UserError: An image, class, condition or site does not exist, or a number is below 1.
@@ -103,7 +100,8 @@ def explore(
     if top_classes < 1 or top_words < 1:
         raise UserError(f"--top-classes {top_classes} and --top-words {top_words} must both be at least 1")
     mllm = run.mllm()
-    heads = {site: probe_head(probe.to(mllm.device)) for site, probe in run.probes().items()}
+    read_probe = lambda probe, states: probe(states.float())
+    heads = {site: partial(read_probe, probe.to(mllm.device)) for site, probe in run.probes().items()}
     word_heads = {site: partial(mllm.logit_lens, site=site) for site in run.sites if site in word_sites}
     candidates = [k for k, name in enumerate(names) if classes is None or name in classes]
     readouts = []
@@ -143,11 +141,7 @@ def grid_box(view: GridPlacement, size: tuple[int, int]) -> tuple[float, float, 
 def most_confused(predicted: Tensor, truth: Tensor, image: int, classes: Sequence[int]) -> ConfusionCase | None:
     """Return the case of the class that most patches are wrongly predicted as, among `classes`; None without one.
 
-    Args:
-        predicted: long[T], predictions at the adapter.
-        truth: long[T], -1 for unlabelled patches.
-        image: Index in the validation split.
-        classes: Candidates.
+    Takes the predictions at the adapter, long[T], and the true classes, long[T], -1 for unlabelled patches.
     """
     wrong = predicted[(predicted != truth) & (truth >= 0)].tolist()
     count, wrong_class = max(((wrong.count(k), -k) for k in classes), default=(0, 0))
@@ -162,24 +156,12 @@ def blocked_patches(
 ) -> dict[str, Tensor]:
     """Return the patches that each condition blocks, bool[T]; random ones from the same pool as the knockout's.
 
-    Args:
-        case: The case.
-        conditions: Some of `CONDITIONS`.
-        states: f[T, d] at the adapter; tokens of high norm are not drawn while others are left.
-        rng: Draws random tokens.
+    Of the tokens, with states f[T, d] at the adapter, those of high norm are not drawn while others are left.
     """
-    blocked, high_norm = {}, high_norm_tokens(states)
-    for condition in conditions:
-        tokens = case.blocked[condition.removeprefix("random_")]
-        if condition.startswith("random_"):
-            tokens = torch.from_numpy(random_tokens(tokens.numpy(), high_norm, rng))
-        blocked[condition] = tokens
-    return blocked
-
-
-def probe_head(probe: nn.Module) -> Head:
-    """Return the function from states f[C, T, d] to the probe's logits f[C, T, K]."""
-    return lambda states: probe(states.float())
+    high_norm = high_norm_tokens(states)
+    draw = lambda tokens: torch.from_numpy(random_tokens(tokens.numpy(), high_norm, rng))
+    blocked = {condition: case.blocked[condition.removeprefix("random_")] for condition in conditions}
+    return {name: draw(tokens) if name.startswith("random_") else tokens for name, tokens in blocked.items()}
 
 
 def most_probable(states: dict[str, Tensor], heads: dict[str, Head], count: int) -> tuple[Tensor, Tensor]:

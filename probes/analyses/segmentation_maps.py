@@ -27,13 +27,9 @@ MAP_CONDITIONS = ("none", "incorrect", "correct")
 
 
 def predict_maps(reader: PatchReader, sample: dict, sites: list[str], blocked: Tensor | None = None) -> Tensor:
-    """Return the predicted class of each pixel of an image at each site, uint8[S, H, W].
+    """Return the predicted class of each pixel of the target at each site, uint8[S, H, W].
 
-    Args:
-        reader: Model and probes.
-        sample: Sample with "image" and "target"; the maps have the size of the target.
-        sites: S sites.
-        blocked: bool[T], patches to knock out.
+    `blocked` are the patches to knock out, bool[T].
     """
     pixels = reader.mllm.preprocess([sample["image"]])
     knockout = None if blocked is None else Knockout(blocked[None])
@@ -45,15 +41,10 @@ def predict_maps(reader: PatchReader, sample: dict, sites: list[str], blocked: T
 
 
 def predict_knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tuple[dict, Tensor] | None:
-    """Return maps by condition and layer of one image with patches wrongly predicted as class `name`.
+    """Return image and classes, and maps by condition and layer, uint8[3, L + 1, H, W], for a wrong class `name`.
 
-    The image has the largest minimum of two counts: the mistaken patches and the anchors that could correct them.
-
-    Returns:
-        Image and classes, and uint8[3, L + 1, H, W]; None if no image has such patches.
-
-    Raises:
-        UserError: `probes knockout` has not been run for this class.
+    The image has the largest minimum of two counts: the mistaken patches and the anchors that could correct them. None
+    if no image has such patches; a `UserError` if `probes knockout` has not been run for this class.
     """
     results = run.analysis("knockout.json") or {"classes": []}
     with error_context(run.path / "knockout.json"):

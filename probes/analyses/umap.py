@@ -30,8 +30,7 @@ def umap_of_images(
     """Return the content of umap.json.
 
     Args:
-        run: A finished probe run.
-        images: Indices in the validation split.
+        run, images: A finished probe run, and indices in its validation split.
         sites: None for the paper's three: adapter, the layer half-way to the best one, the best layer.
         seed: Seed of UMAP.
 
@@ -74,8 +73,7 @@ def embed(states: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
 
 
 def _default_sites(run: ProbeRun) -> list[str]:
-    peak = peak_layer({entry["site"]: entry["miou"] for entry in run.metrics["sites"]})
-    layers = run.layers[1:]
+    peak, layers = peak_layer({entry["site"]: entry["miou"] for entry in run.metrics["sites"]}), run.layers[1:]
     return list(dict.fromkeys([ADAPTER, layers[layers.index(peak) // 2], peak]))
 
 

@@ -6,11 +6,11 @@ resamplings of its validation images, so differences between sites, masks and co
 
 from typing import Any
 
-from llava_bidir.common.bootstrap import interval, random_swaps
+from llava_bidir.common.bootstrap import random_swaps
 from probes.analyses.knockout.effects import effect_entries, later_half, read_cases
 from probes.results.probe_run import ProbeRun
 
-from .effects import Estimate, drop_and_recovery, estimate_to_json, subtract
+from .effects import Estimate, drop_and_recovery, estimates_to_json, subtract
 from .study import Study
 
 # claim -> (claimed sign, text)
@@ -35,49 +35,37 @@ def evaluate_claims(study: Study) -> list[dict[str, Any]]:
 
     Each entry also has "text", and "control": the same number for the untrained model, or None.
     """
-    entries = []
+    numbers = []
     for mask, run in study.trained.items():
-        control = study.untrained.get(mask)
-        trained, untrained = _probe_effects(run), _probe_effects(control) if control else {}
+        trained, untrained = _effects(run), _effects(study.untrained.get(mask))
         if "recovery" in trained and "recovery" in untrained:
             trained["recovery_trained"] = subtract(trained["recovery"], untrained["recovery"])
-        trained |= knockout_effects(run, min_confused_patches(run))
-        untrained |= knockout_effects(control, min_confused_patches(control)) if control else {}
-        entries += [_claim_entry(name, mask, trained[name], untrained.get(name)) for name in CLAIMS if name in trained]
-    entries += _starvation_entries(study)
-    order = list(CLAIMS)
-    return sorted(entries, key=lambda entry: order.index(entry["claim"]))
+        numbers.append((mask, estimates_to_json(trained), estimates_to_json(untrained)))
+    numbers.append(("causal", _first_gaps(study.starvation()), _first_gaps(study.starvation(untrained=True))))
+    return [
+        {"claim": claim, "image_attention": mask, **trained[claim]}
+        | {"holds": min(sign * bound for bound in trained[claim]["ci95"]) > 0}
+        | {"text": text, "control": untrained.get(claim)}
+        for claim, (sign, text) in CLAIMS.items()
+        for mask, trained, untrained in numbers
+        if claim in trained
+    ]
 
 
-def _claim_entry(name: str, mask: str, estimate: Estimate, control: Estimate | None) -> dict[str, Any]:
-    sign, text = CLAIMS[name]
+def _effects(run: ProbeRun | None) -> dict[str, Estimate]:
+    if run is None:
+        return {}
+    return drop_and_recovery(run.sites, run.counts, run.weights) | knockout_effects(run, min_confused_patches(run))
+
+
+def _first_gaps(starvation: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
+    if starvation is None:
+        return {}
+    row = starvation["first_row"]
     return {
-        "claim": name,
-        "image_attention": mask,
-        **estimate_to_json(estimate, sign),
-        "text": text,
-        "control": None if control is None else {"value": control[0], "ci95": interval(*control)},
+        "starvation": {"value": starvation["gap"][0], "ci95": starvation["gap_ci95"][0]},
+        "starvation_first_row": {"value": row["gap"], "ci95": row["gap_ci95"]},
     }
-
-
-def _probe_effects(run: ProbeRun) -> dict[str, Estimate]:
-    return drop_and_recovery(run.sites, run.counts, run.weights)
-
-
-def _starvation_entries(study: Study) -> list[dict[str, Any]]:
-    trained, untrained = study.starvation(), study.starvation(untrained=True)
-    if trained is None:
-        return []
-    entries = []
-    for name, read_gap in (
-        ("starvation", lambda result: (result["gap"][0], result["gap_ci95"][0])),
-        ("starvation_first_row", lambda result: (result["first_row"]["gap"], result["first_row"]["gap_ci95"])),
-    ):
-        value, ci95 = read_gap(trained)
-        control = None if untrained is None else dict(zip(("value", "ci95"), read_gap(untrained), strict=True))
-        entry = {"claim": name, "image_attention": "causal", "value": value, "ci95": ci95, "holds": ci95[0] > 0}
-        entries.append(entry | {"text": CLAIMS[name][1], "control": control})
-    return entries
 
 
 def min_confused_patches(run: ProbeRun) -> int:
@@ -88,9 +76,7 @@ def min_confused_patches(run: ProbeRun) -> int:
 def knockout_effects(run: ProbeRun, min_patches: int) -> dict[str, Estimate]:
     """Return the knockout effects on the share of wrong patches left, averaged over cases and the later layers.
 
-    Args:
-        run: A probe run; without a knockout the result is empty.
-        min_patches: Cases with fewer wrong patches at the adapter are skipped.
+    Cases with fewer than `min_patches` wrong patches at the adapter are skipped. Empty without a knockout.
     """
     cases = read_cases(run, min_patches)
     if cases is None:

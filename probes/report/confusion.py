@@ -27,19 +27,13 @@ def most_confused_pairs(run: ProbeRun, pairs: int = PAIRS) -> list[dict[str, Any
     rare = labelled[0, :, 0] < LEAST_SHARE * labelled[0].sum()
     at_adapter[rare] = 0
     classes, order = run.metrics["classes"], at_adapter.flatten().argsort(descending=True, stable=True)[:pairs]
-    entries = []
+    layers, entries = [run.sites.index(site) for site in run.layers], []
     for label, predicted in (divmod(i, len(classes)) for i in order.tolist()):
-        if at_adapter[label, predicted] == 0:
-            break
-        by_site = dict(zip(run.sites, share[:, label, predicted].tolist(), strict=True))
-        entries.append(
-            {
-                "label": classes[label],
-                "predicted": classes[predicted],
-                "share": list(by_site.values()),
-                "half_gone": first_halved_layer([by_site[site] for site in run.layers], run.layers),
-            }
-        )
+        if at_adapter[label, predicted] > 0:
+            shares = share[:, label, predicted].tolist()
+            half_gone = first_halved_layer([shares[i] for i in layers], run.layers)
+            pair = {"label": classes[label], "predicted": classes[predicted]}
+            entries.append(pair | {"share": shares, "half_gone": half_gone})
     return entries
 
 

@@ -28,13 +28,8 @@ def select_sites(counts: Counts, sites: list[int]) -> Counts:
 def drop_and_recovery(sites: list[str], counts: Counts, weights: Tensor) -> dict[str, Estimate]:
     """Return the effects "adapter_drop" (encoder minus adapter mIoU) and "recovery" (best layer minus adapter).
 
-    The best layer is chosen once on the full split and kept in every resampling. An effect is missing if one of its
-    sites was not probed.
-
-    Args:
-        sites: Names of the sites in `counts`.
-        counts: Counts of one run or probe variant.
-        weights: Bootstrap weights f[R, N].
+    The best layer of `counts` is chosen once on the full split and kept under all bootstrap weights f[R, N]. An effect
+    is missing if one of its sites was not probed.
     """
     miou = dict(zip(sites, dataset_scores(counts).miou.tolist(), strict=True))
     peak = peak_layer(miou)
@@ -42,14 +37,9 @@ def drop_and_recovery(sites: list[str], counts: Counts, weights: Tensor) -> dict
     resampled = resampled_scores(select_sites(counts, [sites.index(site) for site in probed]), weights).miou
     estimates = {site: (miou[site], resampled[:, i]) for i, site in enumerate(probed)}
     pairs = {"adapter_drop": (ENCODER, ADAPTER), "recovery": (peak, ADAPTER)}
-    return {
-        name: subtract(estimates[a], estimates[b])
-        for name, (a, b) in pairs.items()
-        if a in estimates and b in estimates
-    }
+    return {name: subtract(estimates[a], estimates[b]) for name, (a, b) in pairs.items() if {a, b} <= set(probed)}
 
 
-def estimate_to_json(estimate: Estimate, sign: int = +1) -> dict[str, Any]:
-    """Return value, 95% interval, and whether the interval lies entirely on the claimed side of zero."""
-    ci95 = interval(*estimate)
-    return {"value": estimate[0], "ci95": ci95, "holds": min(sign * bound for bound in ci95) > 0}
+def estimates_to_json(estimates: dict[str, Estimate]) -> dict[str, dict[str, Any]]:
+    """Return each value and its 95% interval."""
+    return {name: {"value": estimate[0], "ci95": interval(*estimate)} for name, estimate in estimates.items()}

@@ -37,8 +37,7 @@ def compare_masks(study: Study, permutations: int = RESAMPLINGS) -> dict[str, An
     counts = [select_sites(run.counts, [run.sites.index(site) for site in sites]) for run in (causal, bidirectional)]
     weights, groups, seed = causal.weights, causal.groups, causal.metrics["seed"]
     values = dataset_scores(counts[1]).miou - dataset_scores(counts[0]).miou
-    resampled = [resampled_scores(run_counts, weights).miou for run_counts in counts]
-    resampled_difference = resampled[1] - resampled[0]
+    resampled = resampled_scores(counts[1], weights).miou - resampled_scores(counts[0], weights).miou
     swaps = random_swaps(len(weights[0]), permutations, seed, groups)
     swapped = [scores.miou for scores in swapped_scores(*counts, swaps)]
     uncorrected, corrected = p_values(swapped[1] - swapped[0])
@@ -50,10 +49,8 @@ def compare_masks(study: Study, permutations: int = RESAMPLINGS) -> dict[str, An
         "permutations": permutations,
         "smallest_p": max(1 / (1 + permutations), 2.0 ** (1 - units)),
         "sites": [
-            {"site": site, "difference": v, "ci95": interval(v, resampled_difference[:, i]), "p": p, "p_corrected": q}
-            for i, (site, v, p, q) in enumerate(
-                zip(sites, values.tolist(), uncorrected.tolist(), corrected.tolist(), strict=True)
-            )
+            {"site": site, "difference": v, "ci95": interval(v, r), "p": p.item(), "p_corrected": q.item()}
+            for site, v, r, p, q in zip(sites, values.tolist(), resampled.T, uncorrected, corrected, strict=True)
         ],
         "effects": _compare_effects(sites, counts, weights, swapped),
     }

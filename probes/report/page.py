@@ -15,7 +15,6 @@ import argparse
 import base64
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,6 @@ from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.report.figures.catalogue import overview_figures, study_figures
 from probes.report.figures.style import STYLE, ReportFigure
-from probes.results.probe_run import ProbeRun
 
 from . import summary_text, tables
 from .claims import CONFUSED_SHARE, evaluate_claims
@@ -33,7 +31,7 @@ from .confusion import most_confused_pairs
 from .mask_comparison import compare_masks
 from .paper import PAPER
 from .probe_sensitivity import scale_sensitivity, seed_spread
-from .study import Rows, Study, answer_accuracy, overridden_masks, read_studies, total_wall_s
+from .study import Rows, Study, overridden_masks, read_studies, total_wall_s
 from .summary_text import MASKS_SECTION, format_interval, format_points
 from .templates import render
 
@@ -44,31 +42,16 @@ FILTERS = {"points": format_points, "interval": format_interval}
 FILTERS |= {"percent": summary_text.format_percent, "p": summary_text.format_p}
 
 
-@dataclass
-class StudyPart:
-    """The part of the page about one study; the template reads these fields."""
-
-    study: Study
-    results: dict[str, Any]
-    claims_summary: str
-    summaries: dict[str, list[str]]
-    sections: Sections
-    tables: dict[str, Rows]
-    overridden_masks: dict[str, str]
-
-
 def study_results(study: Study) -> dict[str, Any]:
     """Return the content of results.json for one model on one dataset."""
-
-    def scores(run: ProbeRun) -> dict[str, Any]:
-        return {"probing": run.metrics, "knockout": run.analysis("knockout.json")}
-
+    scores = lambda run: {"probing": run.metrics, "knockout": run.analysis("knockout.json")}
+    answers = lambda run: {"answer_accuracy": run.training.get("val/answer_accuracy")}  # None if not recorded
     by_mask = lambda compute, runs: {mask: result for mask, run in runs.items() if (result := compute(run))}
     return {
         "model": study.model,
         "dataset": study.dataset,
         "seed": study.first.metrics["seed"],
-        "masks": {m: scores(run) | {"answer_accuracy": answer_accuracy(run)} for m, run in study.trained.items()},
+        "masks": {mask: scores(run) | answers(run) for mask, run in study.trained.items()},
         "controls": {"untrained": {mask: scores(run) for mask, run in study.untrained.items()}},
         "starvation": study.starvation(),
         "claims": evaluate_claims(study),
@@ -86,13 +69,10 @@ def write_report(
     variants: Iterable[str] = (),
     timings: str | None = None,
 ) -> dict[str, Any]:
-    """Write the report of probe runs to a folder and return the content of results.json.
+    """Write the report of probe runs to the folder `out` and return the content of results.json.
 
     Args:
-        paths: Folders of finished probe runs: one per model, dataset and mask, plus the untrained controls.
-        out: Output folder.
-        long_runs: Runs of the same models with longer-trained probes.
-        variants: Runs of the same models with probe variants, unless the runs in `paths` have them.
+        paths, long_runs, variants: See :func:`read_studies`.
         timings: A log of lines "start end step", for the total wall time.
     """
     studies, out = read_studies(paths, long_runs, variants), Path(out)
@@ -118,32 +98,26 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None) -> dict[
         masks_section=MASKS_SECTION,
         explorer=(out / "explorer.html").is_file(),
     )
-    by_study = [part.results for part in parts]
+    by_study = [part["results"] for part in parts]
     results = {"wall_s": wall_s} | (by_study[0] if single else {"seed": by_study[0]["seed"], "studies": by_study})
     write_files(files | {out / "index.html": page, out / "results.json": results})
     return results
 
 
-def _build_part(study: Study, out: Path, files: Files) -> StudyPart:
-    """Compute the page's part about a study, and add its figures and tables in `out` to `files`."""
+def _build_part(study: Study, out: Path, files: Files) -> dict[str, Any]:
+    """Return what the template reads about a study, and add its figures and tables in `out` to `files`."""
     results = study_results(study)
-    sections = _draw_figures(study_figures(study, results), out, files)
-    rows = _build_tables(study, results)
-    files |= _csv_files(rows, out)
-    text = summary_text.summarize_claims(results["claims"]), summary_text.summarize_sections(results)
-    return StudyPart(study, results, *text, sections, rows, overridden_masks(study))
-
-
-def _build_tables(study: Study, results: dict[str, Any]) -> dict[str, Rows]:
-    by_name = {
-        "claims": tables.claim_rows(results["claims"]),
-        "classes": tables.class_rows(study),
-        "table3": tables.table3(results["starvation"]) if results["starvation"] else [],
-        "knockout_selection": tables.selection_rows(study),
-        "paired": tables.mask_comparison_rows(results["paired"]) if results["paired"] else [],
-        "seed_spread": tables.seed_rows(results["seeds"]),
+    part = {
+        "study": study,
+        "results": results,
+        "claims_summary": summary_text.summarize_claims(results["claims"]),
+        "summaries": summary_text.summarize_sections(results),
+        "sections": _draw_figures(study_figures(study, results), out, files),
+        "tables": tables.study_tables(study, results),
+        "overridden_masks": overridden_masks(study),
     }
-    return {name: rows for name, rows in by_name.items() if rows}
+    files |= _csv_files(part["tables"], out)
+    return part
 
 
 def _csv_files(rows_by_name: dict[str, Rows], out: Path) -> Files:

@@ -15,7 +15,7 @@ from probes.evaluation.bootstrap import dataset_scores
 from probes.evaluation.metrics import Counts, peak_layer
 from probes.results.probe_run import ProbeRun
 
-from .effects import drop_and_recovery, estimate_to_json
+from .effects import drop_and_recovery, estimates_to_json
 
 EFFECTS = {"adapter_drop": "drop-off", "recovery": "recovery"}
 SETTINGS = ("head", "feature_norm", "learning_rate", "labels", "seed")
@@ -24,17 +24,11 @@ DEFAULTS = {"head": "linear", "labels": "true"}  # for runs whose metrics.json l
 
 @dataclass
 class VariantScores:
-    """Scores of one probe variant.
+    """Scores of one probe variant."""
 
-    Args:
-        name: Name of the variant; None for the main one.
-        settings: Values of SETTINGS.
-        entries: One entry per site, as in metrics.json.
-    """
-
-    name: str | None
-    settings: dict[str, Any]
-    entries: list[dict[str, Any]]
+    name: str | None  # None for the main one
+    settings: dict[str, Any]  # values of SETTINGS
+    entries: list[dict[str, Any]]  # one entry per site, as in metrics.json
 
     @property
     def miou(self) -> dict[str, float]:
@@ -109,7 +103,8 @@ def scale_sensitivity(run: ProbeRun) -> dict[str, Any] | None:
 
 
 def _effects_json(run: ProbeRun, counts: Counts) -> dict[str, Any]:
-    return {name: estimate_to_json(value) for name, value in drop_and_recovery(run.sites, counts, run.weights).items()}
+    effects = drop_and_recovery(run.sites, counts, run.weights)
+    return {name: entry | {"holds": entry["ci95"][0] > 0} for name, entry in estimates_to_json(effects).items()}
 
 
 def _effects_by_norm(run: ProbeRun, variants: list[VariantScores]) -> dict[str, dict[str, Any]]:
@@ -127,14 +122,11 @@ def _effects_by_norm(run: ProbeRun, variants: list[VariantScores]) -> dict[str, 
 def effect_verdict(effect: str, kind: str, ways: dict[str, dict[str, Any]]) -> str:
     """Return a text: in how many ways of probing an effect holds, in which it does not, and the conclusion.
 
-    Args:
-        effect: Name of the effect.
-        kind: What differs between the ways: "norms" or "learning rates".
-        ways: {"value", "ci95", "holds"} per way.
+    `kind` names what differs between the ways: "norms" or "learning rates". Each way has {"value", "ci95", "holds"}.
     """
-    holding = [way for way, estimate in ways.items() if estimate["holds"]]
-    text = f"The {effect} holds under {len(holding)} of {len(ways)} {kind}"
-    if len(holding) == len(ways):
+    holding = sum(estimate["holds"] for estimate in ways.values())
+    text = f"The {effect} holds under {holding} of {len(ways)} {kind}"
+    if holding == len(ways):
         sizes = ", ".join(f"{way} {100 * estimate['value']:+.1f}" for way, estimate in ways.items()).replace("-", "−")
         return f"{text} ({sizes} pp): the effect does not depend on the scale of the features."
     failing = _list_failing(ways)

@@ -5,11 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from llava_bidir.common.errors import UserError
 from probes.analyses.starvation.run import starvation
-from probes.results.probe_run import ProbeRun, read_tensors
+from probes.results.probe_run import ProbeRun
 
 Rows = list[dict[str, Any]]  # rows of a table, each a dict of its columns
 
@@ -18,23 +16,14 @@ MASKS = ("causal", "bidirectional")
 
 @dataclass
 class Study:
-    """One model on one dataset under each mask.
-
-    Args:
-        model: Name of the model.
-        dataset: Name of the dataset.
-        trained: Runs of the trained model by mask.
-        untrained: Runs of the untrained control by mask.
-        long_runs: Runs of the trained model with longer-trained probes, by mask.
-        variant_runs: Runs of the trained model with probe variants, by mask; empty if the trained runs have variants.
-    """
+    """One model on one dataset; all runs by mask."""
 
     model: str
     dataset: str
     trained: dict[str, ProbeRun] = field(default_factory=dict)
     untrained: dict[str, ProbeRun] = field(default_factory=dict)
-    long_runs: dict[str, ProbeRun] = field(default_factory=dict)
-    variant_runs: dict[str, ProbeRun] = field(default_factory=dict)
+    long_runs: dict[str, ProbeRun] = field(default_factory=dict)  # trained model, longer-trained probes
+    variant_runs: dict[str, ProbeRun] = field(default_factory=dict)  # probe variants, unless `trained` has them
 
     @property
     def runs(self) -> list[ProbeRun]:
@@ -72,10 +61,9 @@ class Study:
         return starvation(*pair) if pair else None
 
     def _add(self, run: ProbeRun) -> None:
-        runs = self.untrained if run.metrics["untrained"] else self.trained
-        mask = run.metrics["image_attention"]
+        kind, mask = "untrained" if run.metrics["untrained"] else "trained", run.metrics["image_attention"]
+        runs = getattr(self, kind)
         if mask in runs:
-            kind = "untrained" if run.metrics["untrained"] else "trained"
             raise UserError(
                 f"{runs[mask].path} and {run.path} are both the {kind} run under {mask!r} of {self.title}; "
                 f"pass only one, or name the model of each: NAME={run.path}"
@@ -99,8 +87,7 @@ def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: 
 
     Args:
         paths: Run folders; NAME=FOLDER names the model if :func:`model_name` cannot tell.
-        long_runs: Runs of the same models with longer-trained probes.
-        variants: Runs of the same models with probe variants.
+        long_runs, variants: Runs of the same models with longer-trained probes, and with probe variants.
 
     Raises:
         UserError: A folder is not a finished run, two runs are the same case, or runs do not fit together.
@@ -114,7 +101,8 @@ def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: 
         for run in study.runs:
             reference.setdefault(study.dataset, run).check_same_images(run)
         study._check()
-        study.trained = {mask: study.trained[mask] for mask in sorted(study.trained, key=_paper_order)}
+        masks = dict.fromkeys((*MASKS, *study.trained))  # the paper's first
+        study.trained = {mask: study.trained[mask] for mask in masks if mask in study.trained}
     for field_name, extra_paths in (("long_runs", long_runs), ("variant_runs", variants)):
         for model, run in map(_read_run, extra_paths):
             key, mask = (model, run.metrics["dataset"]), run.metrics["image_attention"]
@@ -139,21 +127,6 @@ def model_name(run: ProbeRun) -> str:
     if "encoder" in training and "llm" in training:
         return f"{training['encoder']['name']} + {Path(training['llm']).name}"
     return Path(run.metrics["mllm"]).name
-
-
-def _paper_order(mask: str) -> int:
-    return MASKS.index(mask) if mask in MASKS else len(MASKS)
-
-
-def read_optional_tensors(run: ProbeRun, name: str) -> dict[str, Tensor]:
-    """Return the tensors of a file in the run's folder; empty if the file does not exist."""
-    path = run.path / name
-    return read_tensors(path) if path.is_file() else {}
-
-
-def answer_accuracy(run: ProbeRun) -> float | None:
-    """Return the model's validation answer accuracy at the end of its training; None if not recorded."""
-    return run.training.get("val/answer_accuracy")
 
 
 def overridden_masks(study: Study) -> dict[str, str]:

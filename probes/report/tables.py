@@ -2,10 +2,12 @@
 
 import csv
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from llava_bidir.common.bootstrap import interval
 from probes.analyses.knockout.effects import read_cases
+from probes.results.probe_run import ProbeRun
 
 from .claims import knockout_effects, min_confused_patches
 from .paper import PAPER, paper_encoder, probe_deviations
@@ -21,20 +23,39 @@ def format_csv(rows: Rows) -> str:
     return text.getvalue()
 
 
+def bounds(ci95: Sequence[float | None], prefix: str = "") -> dict[str, Any]:
+    """Return the columns of an interval: low and high."""
+    return {f"{prefix}low": ci95[0], f"{prefix}high": ci95[1]}
+
+
+def run_columns(run: ProbeRun) -> dict[str, Any]:
+    """Return the columns that tell the runs of a study apart."""
+    return {"image_attention": run.metrics["image_attention"], "untrained": bool(run.metrics["untrained"])}
+
+
+def study_tables(study: Study, results: dict[str, Any]) -> dict[str, Rows]:
+    """Return the tables of one study by file name, from its runs and its part of results.json; none is empty."""
+    by_name = {
+        "claims": claim_rows(results["claims"]),
+        "classes": class_rows(study),
+        "table3": table3(results["starvation"]) if results["starvation"] else [],
+        "knockout_selection": selection_rows(study),
+        "paired": mask_comparison_rows(results["paired"]) if results["paired"] else [],
+        "seed_spread": seed_rows(results["seeds"]),
+    }
+    return {name: rows for name, rows in by_name.items() if rows}
+
+
 def claim_rows(claims: list[dict[str, Any]]) -> Rows:
     """Return one row per claim with its interval and the untrained control."""
-    rows = []
-    for claim in claims:
-        control = claim["control"] or {"value": None, "ci95": [None, None]}
-        low_high = dict(zip(("low", "high"), claim["ci95"], strict=True))
-        control_low_high = dict(zip(("untrained_low", "untrained_high"), control["ci95"], strict=True))
-        rows.append(
-            {key: claim[key] for key in ("claim", "image_attention", "value")}
-            | low_high
-            | {"holds": claim["holds"], "untrained": control["value"]}
-            | control_low_high
-        )
-    return rows
+    controls = [claim["control"] or {"value": None, "ci95": [None, None]} for claim in claims]
+    return [
+        {key: claim[key] for key in ("claim", "image_attention", "value")}
+        | bounds(claim["ci95"])
+        | {"holds": claim["holds"], "untrained": control["value"]}
+        | bounds(control["ci95"], "untrained_")
+        for claim, control in zip(claims, controls, strict=True)
+    ]
 
 
 SUMMARY = ("encoder", "adapter", "peak_llm", "delta_enc", "recovery")
@@ -64,45 +85,35 @@ def _paper_row(encoder: str, mask: str) -> dict[str, float]:
 
 def table2_difference(studies: list[Study]) -> Rows:
     """Return run minus paper for the runs that repeat a configuration of the paper; skip all others."""
-    rows = []
-    for study in studies:
-        for mask, run in study.trained.items():
-            encoder = paper_encoder(run)
-            if encoder is None:
-                continue
-            summary, paper = run.metrics["summary"], _paper_row(encoder, mask)
-            deviations = ", ".join(f"{key} {value}" for key, value in probe_deviations(run).items())
-            rows.append(
-                {"model": study.title, "image_attention": mask}
-                | {key: summary[key] - paper[key] for key in SUMMARY}
-                | {"probe_recipe": deviations or "the paper's"}
-            )
-    return rows
+    recipe = lambda run: ", ".join(f"{key} {value}" for key, value in probe_deviations(run).items())
+    return [
+        {"model": study.title, "image_attention": mask}
+        | {key: run.metrics["summary"][key] - value for key, value in _paper_row(encoder, mask).items()}
+        | {"probe_recipe": recipe(run) or "the paper's"}
+        for study in studies
+        for mask, run in study.trained.items()
+        if (encoder := paper_encoder(run))
+    ]
 
 
 def table3(starvation: dict[str, Any]) -> Rows:
     """Return Table 3 (accuracy at the first three patches): rows of the runs, then of the paper."""
-    rows = [
-        {"model": "this run", "patch": i} | {key: starvation[key][i] for key in ("causal", "bidirectional", "gap")}
+    keys, paper = ("causal", "bidirectional", "gap"), PAPER["table3_patch_accuracy"]
+    rows = [{"model": "this run", "patch": i} | {key: starvation[key][i] for key in keys} for i in range(3)]
+    return rows + [
+        {"model": "paper, clip, ADE20K", "patch": i} | dict(zip(keys, paper[f"patch_{i}"], strict=False))
         for i in range(3)
     ]
-    for i in range(3):
-        causal, bidirectional, gap, _ = PAPER["table3_patch_accuracy"][f"patch_{i}"]
-        rows.append(
-            {"model": "paper, clip, ADE20K", "patch": i, "causal": causal, "bidirectional": bidirectional, "gap": gap}
-        )
-    return rows
 
 
 def class_rows(study: Study) -> Rows:
     """Return the IoU per class and site."""
     return [
-        {"image_attention": run.metrics["image_attention"], "untrained": bool(run.metrics["untrained"]),
-         "site": entry["site"], "class": name, "iou": iou}
+        run_columns(run) | {"site": entry["site"], "class": name, "iou": iou}
         for run in study.runs
         for entry in run.metrics["sites"]
         for name, iou in zip(run.metrics["classes"], entry["iou_per_class"], strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def selection_rows(study: Study) -> Rows:
@@ -111,29 +122,29 @@ def selection_rows(study: Study) -> Rows:
     for mask, run in study.trained.items():
         claimed_at = min_confused_patches(run)
         for patches in sorted({max(1, round(claimed_at * share)) for share in (0, 1 / 8, 1 / 4, 1 / 2, 1, 3 / 2)}):
-            cases, effects = read_cases(run, patches), knockout_effects(run, patches)
-            for name, (value, resampled) in effects.items():
-                low, high = interval(value, resampled)
-                row = {"image_attention": mask, "min_patches": patches, "cases": len(cases.images), "effect": name}
-                rows.append(row | {"value": value, "low": low, "high": high})
+            cases = read_cases(run, patches)
+            rows += [
+                {"image_attention": mask, "min_patches": patches, "cases": len(cases.images), "effect": name}
+                | {"value": estimate[0], **bounds(interval(*estimate))}
+                for name, estimate in knockout_effects(run, patches).items()
+            ]
     return rows
 
 
 def mask_comparison_rows(comparison: dict[str, Any]) -> Rows:
     """Return bidirectional minus causal per site, then for drop-off and recovery."""
-    rows = []
-    for entry in [*comparison["sites"], *comparison["effects"]]:
-        low, high = entry["ci95"]
-        row = {"of": entry.get("site") or entry["effect"], "difference": entry["difference"], "low": low, "high": high}
-        rows.append(row | {"p": entry["p"], "p_corrected": entry.get("p_corrected")})
-    return rows
+    return [
+        {"of": entry.get("site") or entry["effect"], "difference": entry["difference"]}
+        | bounds(entry["ci95"])
+        | {"p": entry["p"], "p_corrected": entry.get("p_corrected")}
+        for entry in [*comparison["sites"], *comparison["effects"]]
+    ]
 
 
 def seed_rows(seeds: dict[str, list[dict[str, Any]]]) -> Rows:
     """Return the spread over probe seeds next to the interval over images, per mask, site and effect."""
     return [
-        {"image_attention": mask} | {key: entry[key] for key in entry if key != "ci95"}
-        | dict(zip(("low", "high"), entry["ci95"], strict=True))
+        {"image_attention": mask} | {key: entry[key] for key in entry if key != "ci95"} | bounds(entry["ci95"])
         for mask, entries in seeds.items()
         for entry in entries
-    ]  # fmt: skip
+    ]

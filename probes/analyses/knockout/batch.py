@@ -31,22 +31,16 @@ class ForwardRow(NamedTuple):
 
 
 def knock_out_batch(reader: PatchReader, plan: Plan, classes: list[str], batch: dict) -> dict[str, Tensor]:
-    """Return the results of a batch by "class/key", one row per case; empty without cases.
+    """Return the results of a batch, collated by data/batches.py, by "class/key", one row per case.
 
-    Args:
-        reader: Model and probes.
-        plan: What to run for each case.
-        classes: Names of all K classes.
-        batch: As collated by data/batches.py.
+    `classes` are the names of all classes. Without cases the result is empty.
     """
     pixels, mllm, depth = batch["pixels"], reader.mllm, len(reader.layers) - 1
     predicted, truth = reader.predict(pixels), true_classes(batch["target"], len(classes), mllm)
     how = (reader.layers.index(plan.block_by), plan.min_patches, plan.block_set)
-    cases = [
-        case
-        for name in plan.classes
-        for case in find_cases(predicted, truth, batch["index"], classes.index(name), *how)
-    ]
+    cases: list[ConfusionCase] = []
+    for name in plan.classes:
+        cases += find_cases(predicted, truth, batch["index"], classes.index(name), *how)
     if not cases:
         return {}
     adapter, (visible, others) = mllm.states(pixels, [ADAPTER])[ADAPTER], reader.visible()
@@ -54,13 +48,12 @@ def knock_out_batch(reader: PatchReader, plan: Plan, classes: list[str], batch: 
     if plan.attention or "mass" in plan.controls:
         attention = attention_from(mllm, pixels, [(case.row, case.mistaken) for case in cases])
     locations = cut_locations(plan.layer_windows, plan.attention_heads, depth, reader.attention_heads)
-    settings = {name: getattr(plan, name) for name in ("controls", "draws", "fractions", "keep_only", "seed")}
     results: list[dict[str, Tensor]] = []
     rows: list[ForwardRow] = []
     for i, case in enumerate(cases):
         mass = None if attention is None else attention[0][i].mean(0)
         features = MatchingFeatures.from_case(case, mllm.grid, visible, adapter[case.row], mass)
-        blocked = blocked_by_condition(case, features, **settings)
+        blocked = blocked_by_condition(case, features, plan)
         result = {key: torch.tensor(getattr(case, key)) for key in CASE_KEYS}
         result["none"] = case.count_wrong(predicted[:, case.row]) / case.patches
         result |= {f"balance:{key}": measure_balance(case, features, key, draws) for key, draws in blocked.items()}
@@ -121,12 +114,7 @@ def attention_shares(
 ) -> dict[str, Tensor]:
     """Return the attention of mistaken patches by group f[L, 5], and the shares expected if it were uniform f[5].
 
-    Args:
-        case: Case with the patches.
-        attention: f[L, T], their attention to image tokens.
-        itself: f[L], the part that goes to themselves.
-        visible: bool[T, T], see `PatchReader.visible`.
-        others: long[T], number of visible tokens outside the image.
+    Takes their `attention` f[L, T] and f[L], see attention.py, and what they see, see `PatchReader.visible`.
     """
     correct, incorrect = case.blocked["correct"] & ~case.mistaken, case.blocked["incorrect"] | case.mistaken
     keys = visible[case.mistaken].float()

@@ -28,11 +28,7 @@ from probes.results.probe_run import ProbeRun
 
 
 class PatchReader:
-    """Predict the class of each patch at each layer, with a run's model and probes.
-
-    Args:
-        run: A finished probe run that has all layers.
-    """
+    """Predict the class of each patch at each layer, with the model and the probes of a run that has all layers."""
 
     def __init__(self, run: ProbeRun):
         self.mllm: FrozenMLLM = run.mllm()
@@ -45,11 +41,7 @@ class PatchReader:
         return self.mllm.model.config.get_text_config().num_attention_heads
 
     def visible(self) -> tuple[Tensor, Tensor]:
-        """Return which image tokens each image token may attend to in any layer, and how many others.
-
-        Returns:
-            bool[T, T] (query, key) and long[T], the number of tokens outside the image.
-        """
+        """Return the image tokens that each one sees in any layer, bool[T, T], and how many other tokens, long[T]."""
         nothing = Knockout(torch.zeros(1, self.mllm.grid[0] * self.mllm.grid[1], dtype=torch.bool))
         mask = torch.stack([mask[0, 0] for mask in as_list(self.mllm.attention_masks(1, nothing))]).any(0)
         image, rows = self.mllm.is_image, mask[self.mllm.is_image]
@@ -95,10 +87,8 @@ def find_cases(
         predicted: long[L + 1, B, T] of the unmodified model.
         truth: long[B, T], -1 for unlabelled patches.
         index: long[B], indices in the split.
-        wrong_class: c.
-        block_layer: Layer whose predictions define the blocked tokens.
-        min_patches: Smallest n_c(0) of a case.
-        block_set: "predicted" (Eq. 1) or "correct", see the module's docstring.
+        wrong_class, min_patches: c, and the smallest n_c(0) of a case.
+        block_layer, block_set: Layer whose predictions define the blocked tokens, and which of them: see above.
     """
     cases = []
     for row, image in enumerate(index.tolist()):
@@ -111,14 +101,8 @@ def find_cases(
         incorrect, correct = reference == wrong_class, reference == correct_class
         if block_set == "correct":
             incorrect, correct = incorrect & other_class, correct & (true == correct_class)
-        blocked, patches, anchors = (
-            {"incorrect": incorrect, "correct": correct},
-            int(mistaken.sum()),
-            int(correct.sum()),
-        )
-        cases.append(
-            ConfusionCase(image, row, patches, anchors, wrong_class, correct_class, mistaken, other_class, blocked)
-        )
+        counts, blocked = (int(mistaken.sum()), int(correct.sum())), {"incorrect": incorrect, "correct": correct}
+        cases.append(ConfusionCase(image, row, *counts, wrong_class, correct_class, mistaken, other_class, blocked))
     return cases
 
 
@@ -130,9 +114,8 @@ def confused_classes(run: ProbeRun, count: int) -> list[str]:
     """
     names = run.metrics["classes"]
     if not 1 <= count <= len(names):
-        raise UserError(
-            f"--classes auto:{count}: expected N from 1 to {len(names)}, the number of classes of {run.path}"
-        )
+        expected = f"expected N from 1 to {len(names)}, the number of classes of {run.path}"
+        raise UserError(f"--classes auto:{count}: {expected}")
     if ADAPTER not in run.sites:
         raise UserError(f"--classes auto:{count}: {run.path} has no adapter probe to rank classes by; name the classes")
     site = run.sites.index(ADAPTER)

@@ -17,7 +17,7 @@ Shapes: T patches on a grid h x w, L layers.
 """
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ from torch import Tensor
 from probes.models.knockout import all_but
 
 from .cases import ConfusionCase
+from .config import Plan
 from .schema import CONTROLS, SETS
 
 MATCH_CANDIDATES = 3  # a matched token is drawn from the best matches, so that draws differ
@@ -58,40 +59,31 @@ def high_norm_tokens(states: Tensor) -> np.ndarray:
     return norm > norm.mean() + 2 * norm.std()
 
 
-def blocked_by_condition(
-    case: ConfusionCase,
-    features: MatchingFeatures,
-    *,
-    controls: Sequence[str],
-    draws: int,
-    fractions: Sequence[float],
-    keep_only: bool,
-    seed: int,
-) -> dict[str, list[Tensor]]:
+def blocked_by_condition(case: ConfusionCase, features: MatchingFeatures, plan: Plan) -> dict[str, list[Tensor]]:
     """Return the blocked tokens by condition, one or several draws: bool[T], or bool[T, T] for keep-only conditions.
 
     Each draw is seeded by seed, image, class and condition, so no condition changes the draws of another.
     """
 
     def draw(condition: str, sample: Callable[..., np.ndarray], *args) -> list[Tensor]:
-        rng = np.random.default_rng([seed, case.image, case.wrong_class, zlib.crc32(condition.encode())])
-        return [torch.from_numpy(sample(*args, rng)) for _ in range(draws)]
+        rng = np.random.default_rng([plan.seed, case.image, case.wrong_class, zlib.crc32(condition.encode())])
+        return [torch.from_numpy(sample(*args, rng)) for _ in range(plan.draws)]
 
     sets = {name: case.blocked[name].numpy() for name in SETS}
     tokens: dict[str, list[Tensor]] = {name: [case.blocked[name]] for name in SETS}
     for name, blocked in sets.items():
         tokens[f"random_{name}"] = draw(f"random_{name}", random_tokens, blocked, features.high_norm)
-    for control in (control for control in CONTROLS[1:] if control in controls):
+    for control in (control for control in CONTROLS[1:] if control in plan.controls):
         values = _match_values(features, control)
         for name, blocked in sets.items():
             condition = f"{control}_{name}"
             tokens[condition] = draw(condition, matched_tokens, values, blocked, features.high_norm)
-    if "high_norm" in controls:
+    if "high_norm" in plan.controls:
         tokens["high_norm"] = [torch.from_numpy(features.high_norm)]
-    for fraction in fractions:
+    for fraction in plan.fractions:
         for name, blocked in sets.items():
             tokens[f"{name}@{fraction:g}"] = draw(f"{name}@{fraction:g}", random_subset, blocked, fraction)
-    for name in (*SETS, *(f"random_{name}" for name in SETS)) if keep_only else ():
+    for name in (*SETS, *(f"random_{name}" for name in SETS)) if plan.keep_only else ():
         tokens[f"only_{name}"] = [all_but(kept[None])[0] for kept in tokens[name]]
     return tokens
 
@@ -106,13 +98,9 @@ def random_tokens(blocked: np.ndarray, high_norm: np.ndarray, rng: np.random.Gen
 def matched_tokens(
     values: np.ndarray, blocked: np.ndarray, avoided: np.ndarray, rng: np.random.Generator
 ) -> np.ndarray:
-    """Draw for each blocked token a different one with similar values, without replacement, bool[T].
+    """Draw for each blocked token a different one with similar values f[T, F], without replacement, bool[T].
 
-    Args:
-        values: f[T, F].
-        blocked: bool[T].
-        avoided: bool[T], tokens used only if no others are left; the blocked tokens themselves come last.
-        rng: Draws the order of matching, and one of the `MATCH_CANDIDATES` nearest tokens.
+    Avoided tokens are drawn only if no others are left, and the blocked tokens themselves come last.
     """
     pools, taken = [~blocked & ~avoided, ~blocked & avoided, blocked.copy()], np.zeros_like(blocked)
     for token in rng.permutation(np.flatnonzero(blocked)):

@@ -75,11 +75,7 @@ def list_conditions(tensors: dict[str, Tensor]) -> list[str]:
 def class_entry(name: str, tensors: dict[str, Tensor], seed: int, groups: Tensor | None = None) -> dict[str, Any]:
     """Return the rates of a class by condition with intervals, and the balance: an entry of "classes" in knockout.json.
 
-    Args:
-        name: Name of the class.
-        tensors: Content of knockout.safetensors.
-        seed: Seed of the bootstrap.
-        groups: long[N], groups of images to resample together.
+    Takes the content of knockout.safetensors, the bootstrap's seed, and long[N], groups of images to resample together.
     """
     if f"{name}/image" not in tensors:
         return {"class": name, "images": 0, "remaining": {}, "ci95": {}}
@@ -105,11 +101,7 @@ def effect_entries(name: str, cases: Cases, weights: Tensor, swaps: Tensor) -> l
     Specificity is (correct - incorrect) minus the same difference of a control. It is positive if the blocked class
     matters beyond the number of tokens, their distance and the attention that they receive.
 
-    Args:
-        name: Name of the class.
-        cases: Its cases.
-        weights: f[R, N] of the bootstrap.
-        swaps: f[1 + R, N] of the permutations.
+    Takes the class's cases, `weights` f[R, N] of the bootstrap and `swaps` f[1 + R, N] of the permutations.
 
     Returns:
         [{"class", "condition", "control", "mean": [L + 1], "ci95": [[lo, hi]], "p": [L], "p_corrected": [L], "later":

@@ -40,13 +40,11 @@ class CutLocation(NamedTuple):
 
 
 def cut_locations(width: int | None, single_heads: bool, depth: int, heads: int) -> list[CutLocation]:
-    """Return the locations of a sweep.
+    """Return the locations of a sweep in L = `depth` layers of A = `heads` heads.
 
     Args:
         width: Layers of a sliding window; None for no windows.
         single_heads: Also each head of each layer.
-        depth: L.
-        heads: A.
 
     Raises:
         UserError: `width` is not within 1..L.
@@ -69,12 +67,8 @@ def sweep_entry(name: str, rates: dict[str, Tensor], cases: Cases, weights: Tens
 
     "change" is the difference of n_c(l) / n_c(0) to no knockout, "effect" that to random tokens, f[W, L + 1] each.
 
-    Args:
-        name: Name of the class.
-        rates: By condition of `SWEEP_CONDITIONS`, f[C, W, L + 1].
-        cases: The same cases, with their rates without a knockout.
-        weights: f[R, N] of the bootstrap.
-        swaps: f[1 + R, N] of the permutations.
+    Takes `rates` by condition, f[C, W, L + 1], the same cases with their rates without a knockout, `weights` f[R, N] of
+    the bootstrap and `swaps` f[1 + R, N] of the permutations.
     """
     entry: dict[str, Any] = {"class": name, "images": len(cases.images), "change": {}, "effect": {}}
     shape = rates["correct"].shape[1:]

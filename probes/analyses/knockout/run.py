@@ -55,8 +55,7 @@ def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict[str, Any]:
     weights = bootstrap_weights(run.metrics["images"], seed=plan.seed, groups=run.groups)
     swaps = random_swaps(run.metrics["images"], seed=plan.seed, groups=run.groups)
     pools = {"all": None} | {name: [name] for name in plan.classes}  # pooled over classes, and each class alone
-    cases = {name: select_cases(tensors, 1, members) for name, members in pools.items()}
-    cases = {name: selected for name, selected in cases.items() if selected}
+    cases = {name: found for name, members in pools.items() if (found := select_cases(tensors, 1, members))}
     header = {key: run.metrics[key] for key in ("image_attention", "untrained")}
     header |= {"runs": [run.fingerprint], **plan.to_json()}
     results = header | {
@@ -71,10 +70,8 @@ def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict[str, Any]:
         rates = lambda name: {key: concat_classes(swept, f"swept:{key}", pools[name]) for key in SWEEP_CONDITIONS}
         entries = [sweep_entry(name, rates(name), cases[name], weights, swaps) for name in cases]
         locations = cut_locations(plan.layer_windows, plan.attention_heads, len(run.layers) - 1, reader.attention_heads)
-        files[out / "knockout_windows.json"] = header | {
-            "places": [location._asdict() for location in locations],
-            "classes": entries,
-        }
+        places = [location._asdict() for location in locations]
+        files[out / "knockout_windows.json"] = header | {"places": places, "classes": entries}
     write_files(files | {out / "knockout.json": results})
     shutil.rmtree(out / "knockout.partial")
     return results

@@ -24,12 +24,7 @@ GROUPS = ("frequent", "middling", "rare")
 
 
 def class_results(run: ProbeRun, counts: CountsByMask, weights: Tensor) -> dict:
-    """Return "by_class" of starvation.json.
-
-    Args:
-        run: Either run; its images are read.
-        counts: Counts by mask.
-        weights: f[R, N] of the bootstrap.
+    """Return "by_class" of starvation.json, from either run's images, and `weights` f[R, N] of the bootstrap.
 
     Returns:
         {"causal", "bidirectional", "gap", "gap_ci95": standardised, of the first 50 patches; "first_row": standardised,
@@ -53,13 +48,9 @@ def class_results(run: ProbeRun, counts: CountsByMask, weights: Tensor) -> dict:
 
 
 def standardised_gap(counts: CountsByMask, labels: Tensor, share: Tensor, weights: Tensor) -> dict[str, list]:
-    """Return :func:`accuracy_gap` with the same mix of classes at every patch.
+    """Return :func:`accuracy_gap` with the same mix of classes, `share` f[K], at every patch.
 
-    Args:
-        counts: f[N, T] by mask.
-        labels: long[N, T], the class of each patch, -1 for unlabelled ones.
-        share: f[K], the mix.
-        weights: f[R, N].
+    `labels` are the classes of the patches, long[N, T], -1 for unlabelled ones; `weights` those of the bootstrap.
     """
     all_weights = torch.cat([torch.ones(1, weights.shape[1], dtype=weights.dtype), weights])  # row 0: the split itself
     total = {mask: torch.zeros(len(all_weights), labels.shape[1], dtype=torch.double) for mask in counts}

@@ -54,9 +54,8 @@ def flipped_positions(grid: tuple[int, int], flip: str) -> Tensor:
 @torch.no_grad()
 def score_patches(run: ProbeRun, site: str, dataset: Dataset, batch_size: int = 32) -> PatchCounts:
     """Return the counts by patch of a run's frozen probe on another dataset than the run's own."""
-    mllm, probe = run.mllm(), run.probes()[site]
-    probe.to(mllm.device)
-    right, valid = [], []
+    mllm = run.mllm()
+    probe, parts = run.probes()[site].to(mllm.device), []
     loader = DataLoader(PreprocessedDataset(dataset, mllm.preprocess), batch_size, collate_fn=collate)
     for batch in tqdm(loader, desc=f"flipped, {run.metrics['image_attention']}", mininterval=5):
         logits = probe(mllm.states(batch["pixels"], [site])[site].float())
@@ -66,20 +65,12 @@ def score_patches(run: ProbeRun, site: str, dataset: Dataset, batch_size: int = 
             view = mllm.geometry.view(tuple(target.shape[-2:]))
             counts = count(logits[:, images], target.to(mllm.device), view)
             patches[0, images], patches[1, images] = counts.patch_right[0].cpu(), counts.patch_valid.cpu()
-        right.append(patches[0])
-        valid.append(patches[1])
-    return PatchCounts(torch.cat(right).double(), torch.cat(valid).double())
+        parts.append(patches.double())
+    return PatchCounts(*torch.cat(parts, 1))
 
 
 def flip_results(runs: dict[str, ProbeRun], site: str, flip: str, upright: CountsByMask, weights: Tensor) -> dict:
-    """Return an entry of "flips" in starvation.json.
-
-    Args:
-        runs: By mask.
-        site: Site to compare both runs at.
-        flip: A key of `FLIP_AXES`.
-        upright: Counts on the images as they are.
-        weights: f[R, N] of the bootstrap.
+    """Return an entry of "flips" in starvation.json, from the counts on `upright` images and bootstrap weights f[R, N].
 
     Returns:
         - "flip"

@@ -29,11 +29,7 @@ CountsByMask = dict[str, PatchCounts]  # keys "causal" and "bidirectional"
 
 
 def patch_counts(run: ProbeRun, site: str) -> PatchCounts:
-    """Return the counts of a finished run at one site.
-
-    Raises:
-        UserError: The run has no such site.
-    """
+    """Return the counts of a finished run at one site; a `UserError` if it has no such site."""
     if site not in run.sites:
         raise UserError(f"{run.path} has no site {site!r}; it has {', '.join(run.sites)}")
     return PatchCounts(run.counts.patch_right[run.sites.index(site)].double(), run.counts.patch_valid.double())

@@ -37,8 +37,7 @@ def starvation(
         causal, bidirectional: Runs on the same validation images.
         site: Site to compare both runs at; None for the causal run's best decoder layer.
         seed: Seed of the bootstrap.
-        by_class: Also with the classes held fixed, see by_class.py.
-        flips: Also on flipped images: horizontal, vertical, rotate, see flipped.py.
+        by_class, flips: Also with the classes held fixed, and on flipped images: see the modules of these names.
 
     Raises:
         UserError: The runs differ in images, model or controls, or a run has no such site.
@@ -66,8 +65,7 @@ def starvation(
 
 def _check_pair(causal: ProbeRun, bidirectional: ProbeRun) -> None:
     for run, mask in ((causal, "causal"), (bidirectional, "bidirectional")):
-        if run.metrics["image_attention"] != mask:
-            own = run.metrics["image_attention"]
+        if (own := run.metrics["image_attention"]) != mask:
             raise UserError(f"{run.path} has image attention {own!r}; --probes takes the causal run, then the other")
     for key in ("dataset", "images", "grid", "untrained"):
         if causal.metrics[key] != bidirectional.metrics[key]:

@@ -43,11 +43,7 @@ LARGE_MB = 50  # size above which the command warns; Chromium opens 50 MB in abo
 def pack_readout(truth: Tensor, readout: PatchReadout, word_index: Tensor, planes: int) -> bytes:
     """Return the block of one condition in the layout above, before compression.
 
-    Args:
-        truth: long[T], -1 if unlabelled.
-        readout: Readout of all patches under one condition.
-        word_index: long[V], token id -> index into the table of words.
-        planes: P.
+    `truth` is long[T], -1 if unlabelled; `word_index` long[V], token id -> index into the table of words.
     """
     words = word_index[readout.words]
     parts = [
@@ -125,10 +121,9 @@ def _word_table(explored: list[RunReadout]) -> tuple[list[str], list[Tensor]]:
     """Return all words, most frequent first so that most indices are small, and per run long[V], token id -> index."""
     frequency: Counter[str] = Counter()
     for run in explored:
-        for readout in (readout for image in run.images for readout in image.readings.values()):
-            ids, counts = readout.words.unique(return_counts=True)
-            for token, count in zip(ids.tolist(), counts.tolist(), strict=True):
-                frequency[run.vocabulary[token]] += count
+        for image in run.images:
+            for readout in image.readings.values():
+                frequency.update(run.vocabulary[token] for token in readout.words.flatten().tolist())
     table = sorted(frequency, key=lambda word: (-frequency[word], word))
     index_of = {word: i for i, word in enumerate(table)}
     indices = [torch.zeros(max(run.vocabulary, default=0) + 1, dtype=torch.long) for run in explored]
@@ -163,14 +158,8 @@ def run(args: argparse.Namespace) -> None:
     runs = [ProbeRun(path) for path in args.runs]
     for run in runs[1:]:
         runs[0].check_same_images(run, "; explore them separately")
-    options = {
-        "conditions": args.conditions,
-        "classes": args.classes,
-        "top_classes": args.top_classes,
-        "top_words": args.top_words,
-        "word_sites": args.word_sites,
-        "seed": args.seed,
-    }
+    names = ("conditions", "classes", "top_classes", "top_words", "word_sites", "seed")
+    options = {name: getattr(args, name) for name in names}
     with exclusive_run_lock(Path(args.out), "explorer.html"):
         path = write_page([explore(run, args.images, **options) for run in runs], args.out)
     size_mb = path.stat().st_size / 1e6

@@ -38,12 +38,7 @@ INTERVALS = "Lines: 95% intervals."
 
 
 def study_figures(study: Study, results: dict[str, Any]) -> Figures:
-    """Yield all figures of one model on one dataset, in the order of the page.
-
-    Args:
-        study: The runs.
-        results: The study's part of results.json.
-    """
+    """Yield all figures of a study, in the order of the page; `results` is its part of results.json."""
     palette = palette_of(study.first.dataset())
     yield ReportFigure(
         "layers", "Drop-off and recovery", "Segmentation quality by layer",
@@ -144,8 +139,7 @@ def _knockout_control_figures(mask: str, run: ProbeRun) -> Figures:
     result, sweep = run.analysis("knockout.json"), run.analysis("knockout_windows.json")
     figures = []
     if result and result.get("effects"):
-        result = restrict_to_claims(run, result)
-        labels = knockout_controls.CONTROL_LABELS
+        result, labels = restrict_to_claims(run, result), knockout_controls.CONTROL_LABELS
         controls = {entry["control"].split("_")[0] for entry in result["effects"] if entry["class"] == "all"}
         yield ReportFigure(
             f"knockout_controls_{mask}", KNOCKOUT, f"Effects against controls, {mask}",
@@ -177,8 +171,7 @@ def _knockout_control_figures(mask: str, run: ProbeRun) -> Figures:
 
 def _map_figures(study: Study, palette: np.ndarray) -> Figures:
     for mask, run in study.trained.items():
-        result = run.analysis("maps.json")
-        if not result:
+        if not (result := run.analysis("maps.json")):
             continue
         yield ReportFigure(
             f"maps_{mask}", MAPS, f"Predictions by layer, {mask}",
@@ -247,7 +240,7 @@ def _variant_figures(study: Study, scale: dict[str, dict[str, Any]]) -> Figures:
 
 def _probe_figures(study: Study) -> Figures:
     """Yield the figures of feature statistics and probe training."""
-    with_statistics = {mask for mask, run in study.untrained.items() if "states" in run.metrics["sites"][0]}
+    with_statistics = any("states" in run.metrics["sites"][0] for run in study.untrained.values())
     if all("states" in run.metrics["sites"][0] for run in study.trained.values()):
         yield ReportFigure(
             "states", "Hidden-state statistics", "Scale, anisotropy, neighbourhoods",

@@ -1,9 +1,9 @@
 """Figure of the feature statistics by site: scale, anisotropy, neighbourhoods."""
 
-from probes.models.sites import FINAL_NORM
 from probes.report.study import Study
+from probes.report.tables import run_columns
 
-from .layer_curves import sites_by_depth
+from .layer_curves import sites_by_depth, without_final_norm
 from .style import FigureData, label_sites, mask_colour, new_panels, site_depth
 
 STATISTICS = {
@@ -21,8 +21,8 @@ def state_statistics(study: Study) -> FigureData:
     figure, axes = new_panels(len(keys), height=2.4, columns=2)
     for ax, key in zip(axes, keys, strict=True):
         for run in runs:
-            mask, untrained = run.metrics["image_attention"], bool(run.metrics["untrained"])
-            entries = [entry for entry in run.metrics["sites"] if entry["site"] != FINAL_NORM]
+            mask, untrained = run_columns(run).values()
+            entries = without_final_norm(run.metrics["sites"])
             values = [float("nan") if entry["states"][key] is None else entry["states"][key] for entry in entries]
             ax.plot([site_depth(entry["site"]) for entry in entries], values, ":" if untrained else "-", lw=1.6,
                     color=mask_colour(mask), alpha=0.6 if untrained else 1,
@@ -33,9 +33,6 @@ def state_statistics(study: Study) -> FigureData:
     axes[keys.index("rms")].set_yscale("log")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     rows = [
-        {"image_attention": run.metrics["image_attention"], "untrained": bool(run.metrics["untrained"])}
-        | {"site": entry["site"], **entry["states"]}
-        for run in runs
-        for entry in run.metrics["sites"]
+        run_columns(run) | {"site": entry["site"], **entry["states"]} for run in runs for entry in run.metrics["sites"]
     ]
     return FigureData(figure, rows)

@@ -6,9 +6,10 @@ from matplotlib.axes import Axes
 from llava_bidir.common.bootstrap import interval
 from probes.analyses.knockout.effects import read_cases
 from probes.report.study import Rows
+from probes.report.tables import bounds
 from probes.results.probe_run import ProbeRun
 
-from .style import FigureData, new_axes, new_panels
+from .style import FigureData, draw_intervals, new_axes, new_panels
 
 CONDITION_STYLES = {
     "none": ("#444444", "-", "no blocking"),
@@ -54,14 +55,14 @@ def _draw_remaining(ax: Axes, run: ProbeRun, min_patches: int, name: str | None,
     for condition in conditions:
         colour, dash, label = CONDITION_STYLES[condition]
         mean, resampled = cases.mean(cases.rates[condition], run.weights)
-        low, high = np.array([interval(m, resampled[:, i]) for i, m in enumerate(mean.tolist())]).T
+        ci95 = [interval(m, resampled[:, i]) for i, m in enumerate(mean.tolist())]
         ax.plot(100 * mean, dash, color=colour, label=label, lw=1.8)
         if dash == "-":
-            ax.fill_between(range(len(mean)), 100 * low, 100 * high, color=colour, alpha=0.12, lw=0)
+            ax.fill_between(range(len(mean)), *(100 * np.array(ci95).T), color=colour, alpha=0.12, lw=0)
         common = {"image_attention": run.metrics["image_attention"], "class": name or "all", "condition": condition}
         rows += [
-            common | {"layer": layer, "cases": len(cases.images), "remaining": m, "low": lo, "high": hi}
-            for layer, (m, lo, hi) in enumerate(zip(mean.tolist(), low.tolist(), high.tolist(), strict=True))
+            common | {"layer": layer, "cases": len(cases.images), "remaining": m, **bounds(ci95[layer])}
+            for layer, m in enumerate(mean.tolist())
         ]
     return rows
 
@@ -71,10 +72,9 @@ def knockout_selection(rows: Rows, mask: str, claimed_at: int) -> FigureData:
     figure, ax = new_axes(4.4, 3.3)
     for effect, condition in (("knockout_incorrect", "incorrect"), ("knockout_correct", "correct")):
         points = [row for row in rows if row["image_attention"] == mask and row["effect"] == effect]
-        x, y = [row["min_patches"] for row in points], 100 * np.array([row["value"] for row in points])
-        low, high = 100 * np.array([[row["low"], row["high"]] for row in points]).T
+        x, y, ci95 = zip(*((p["min_patches"], p["value"], (p["low"], p["high"])) for p in points), strict=True)
         colour, _, label = CONDITION_STYLES[condition]
-        ax.errorbar(x, y, [y - low, high - y], color=colour, label=label, marker="o", ms=4, capsize=2, lw=1.5)
+        draw_intervals(ax, x, y, ci95, colour, label=label, marker="o", ms=4, capsize=2, lw=1.5)
     ax.axhline(0, color="black", lw=0.8)
     ax.axvline(claimed_at, color="#888888", ls="--", lw=0.9)
     ax.set(xlabel="minimum number of wrong patches at the adapter", ylabel="change in wrong patches left (pp)")

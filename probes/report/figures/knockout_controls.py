@@ -3,11 +3,11 @@
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import TwoSlopeNorm
 
 from probes.report.study import Rows
+from probes.report.tables import bounds
 
-from .style import COLOURS, FigureData, new_axes, new_panels
+from .style import COLOURS, FigureData, draw_intervals, new_axes, new_panels, signed_colours
 
 SET_COLOURS = {"incorrect": "#CC3311", "correct": "#0072B2"}
 SET_LABELS = {"incorrect": "wrong class", "correct": "correct class"}
@@ -23,14 +23,13 @@ GROUP_LABELS = {
 
 def effect_rows(knockout: dict[str, Any]) -> Rows:
     """Return every effect in the later half of the layers, as a table."""
-    rows = []
-    for entry in knockout["effects"]:
-        (low, high), later = entry["later"]["ci95"], entry["later"]
-        row = {"image_attention": knockout["image_attention"]}
-        row |= {key: entry[key] for key in ("class", "condition", "control")}
-        row |= {"value": later["value"], "low": low, "high": high, "p": later["p"]}
-        rows.append(row | {"min_p_max_t": min(entry["p_corrected"], default=None)})
-    return rows
+    return [
+        {"image_attention": knockout["image_attention"]}
+        | {key: entry[key] for key in ("class", "condition", "control")}
+        | {"value": entry["later"]["value"], **bounds(entry["later"]["ci95"]), "p": entry["later"]["p"]}
+        | {"min_p_max_t": min(entry["p_corrected"], default=None)}
+        for entry in knockout["effects"]
+    ]
 
 
 def control_effects(knockout: dict[str, Any]) -> FigureData:
@@ -65,10 +64,9 @@ def dose_effects(knockout: dict[str, Any]) -> FigureData | None:
     figure, ax = new_axes(4.4, 3.3)
     for name, colour in SET_COLOURS.items():
         effects = [*(later[f"{name}@{dose:g}"] for dose in doses), later[name]]
-        x, y = [0, *(100 * dose for dose in doses), 100], 100 * np.array([0] + [e["value"] for e in effects])
-        low, high = 100 * np.array([[0, 0]] + [e["ci95"] for e in effects]).T
-        label = f"{SET_LABELS[name]} blocked"
-        ax.errorbar(x, y, [y - low, high - y], color=colour, marker="o", ms=4, capsize=2, label=label)
+        x, y = [0, *(100 * dose for dose in doses), 100], [0, *(effect["value"] for effect in effects)]
+        ci95, label = [[0, 0], *(effect["ci95"] for effect in effects)], f"{SET_LABELS[name]} blocked"
+        draw_intervals(ax, x, y, ci95, colour, marker="o", ms=4, capsize=2, label=label)
     ax.axhline(0, color="black", lw=0.8)
     ax.set(xlabel="share of the class's patches blocked (%)", ylabel="change in wrong patches left (pp)")
     ax.legend(fontsize=8)
@@ -84,11 +82,10 @@ def window_effects(sweep: dict[str, Any]) -> FigureData | None:
     entry = sweep["classes"][0]
     figure, axes = new_panels(2 * len(kinds), height=2.3, columns=len(kinds), sharey="row")
     maps = {name: 100 * np.array(entry["effect"][name]["mean"]) for name in SET_COLOURS}
-    limit = max(1.0, *(abs(values).max() for values in maps.values()))
-    rows = []
+    colours, rows = signed_colours(*maps.values()), []
     for ax, (name, kind) in zip(axes, [(name, kind) for name in SET_COLOURS for kind in kinds], strict=True):
         at = [i for i, place in enumerate(places) if place["kind"] == kind]
-        image = ax.imshow(maps[name][at, 1:], cmap="PuOr_r", norm=TwoSlopeNorm(0, -limit, limit), aspect="auto")
+        image = ax.imshow(maps[name][at, 1:], **colours, aspect="auto")
         labels = [places[i]["layers"][0] if kind != "up_to" else places[i]["layers"][-1] for i in at]
         step = -(-len(labels) // 8)
         ax.set_yticks(range(len(labels))[::step], labels[::step], fontsize=7)
@@ -96,22 +93,19 @@ def window_effects(sweep: dict[str, Any]) -> FigureData | None:
         ax.set_xticks(ticks, [tick + 1 for tick in ticks], fontsize=7)
         ax.grid(False)
         ax.set_title(f"{SET_LABELS[name]}, {kinds[kind]}", fontsize=7.5)
-        rows += _window_rows(sweep["image_attention"], entry, name, at, places)
+        effect = entry["effect"][name]
+        rows += [
+            {"image_attention": sweep["image_attention"], "condition": name, "kind": kind}
+            | {"first": places[i]["layers"][0], "last": places[i]["layers"][-1], "layer": layer, "effect": value}
+            | bounds(effect["ci95"][i][layer])
+            | {"p_max_t": effect["p_corrected"][i][layer]}
+            for i in at
+            for layer, value in enumerate(effect["mean"][i])
+        ]
     figure.supxlabel("layer read", fontsize=9)
     figure.supylabel("layers cut", fontsize=9)
     figure.colorbar(image, ax=axes, label="effect (pp)", shrink=0.6)
     return FigureData(figure, rows)
-
-
-def _window_rows(mask: str, entry: dict[str, Any], name: str, at: list[int], places: list[dict]) -> Rows:
-    effect, rows = entry["effect"][name], []
-    for i in at:
-        window = {"kind": places[i]["kind"], "first": places[i]["layers"][0], "last": places[i]["layers"][-1]}
-        for layer, value in enumerate(effect["mean"][i]):
-            (low, high), p = effect["ci95"][i][layer], effect["p_corrected"][i][layer]
-            common = {"image_attention": mask, "condition": name, **window, "layer": layer}
-            rows.append(common | {"effect": value, "low": low, "high": high, "p_max_t": p})
-    return rows
 
 
 def head_effects(sweep: dict[str, Any]) -> FigureData | None:
@@ -123,9 +117,9 @@ def head_effects(sweep: dict[str, Any]) -> FigureData | None:
     layers = max(sweep["places"][i]["layers"][0] for i in at)
     entry, rows = sweep["classes"][0], []
     maps = {name: 100 * np.array(entry["effect"][name]["mean"])[at, -1].reshape(layers, -1) for name in SET_COLOURS}
-    limit = max(1.0, *(abs(values).max() for values in maps.values()))
+    colours = signed_colours(*maps.values())
     for ax, (name, values) in zip(axes, maps.items(), strict=True):
-        image = ax.imshow(values, cmap="PuOr_r", norm=TwoSlopeNorm(0, -limit, limit), aspect="auto")
+        image = ax.imshow(values, **colours, aspect="auto")
         ax.set_yticks(range(layers), range(1, layers + 1), fontsize=7)
         ax.set(xlabel="head", ylabel="layer")
         ax.grid(False)
@@ -151,9 +145,7 @@ def attention_shares(knockout: dict[str, Any]) -> FigureData | None:
         ax.plot(layers, 100 * share, color=colour, marker="o", ms=3, label=label)
         ax.axhline(100 * uniform, color=colour, ls="--", lw=0.8)
         common = {"image_attention": knockout["image_attention"], "group": group}
-        rows += [
-            common | {"layer": layer, "share": s, "alike": uniform} for layer, s in enumerate(share.tolist(), start=1)
-        ]
+        rows += [common | {"layer": i, "share": s, "alike": uniform} for i, s in enumerate(share.tolist(), start=1)]
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="LLM layer", ylabel="attention of wrong patches (%)")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
@@ -164,9 +156,8 @@ def flip_gaps(starvation: dict[str, Any], flip: dict[str, Any]) -> FigureData:
     """Draw the gap per patch of upright and of transformed images (an entry of "flips"), side by side."""
     figure, axes = new_axes(6.4, 3.2, 2)
     grids = [100 * np.array(values).reshape(starvation["grid"]) for values in (starvation["gap"], flip["gap"])]
-    limit = max(1.0, *(abs(grid).max() for grid in grids))
     for ax, grid, title in zip(axes, grids, ("upright", f"transformed ({flip['flip']})"), strict=True):
-        image = ax.imshow(grid, cmap="PuOr_r", norm=TwoSlopeNorm(0, -limit, limit))
+        image = ax.imshow(grid, **signed_colours(*grids))
         ax.set(xticks=[], yticks=[], title=title)
         ax.grid(False)
     figure.colorbar(image, ax=axes, label="bidirectional − causal (pp)")
@@ -179,10 +170,9 @@ def standardised_gaps(starvation: dict[str, Any]) -> FigureData:
     figure, ax = new_axes(6.4, 3.3)
     adjusted = starvation["by_class"]
     x = np.arange(len(adjusted["gap"]))
-    low, high = 100 * np.array(adjusted["gap_ci95"]).T
     ax.bar(x, 100 * np.array(starvation["gap"][: len(x)]), color="#BBBBBB", width=0.85, label="measured")
-    y = 100 * np.array(adjusted["gap"])
-    ax.errorbar(x, y, [y - low, high - y], fmt="o", ms=3, color="#D55E00", lw=0.8, label="same class frequencies")
+    label = "same class frequencies"
+    draw_intervals(ax, x, adjusted["gap"], adjusted["gap_ci95"], "#D55E00", fmt="o", ms=3, lw=0.8, label=label)
     ax.axhline(0, color="black", lw=0.8)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="patch, in raster order", ylabel="bidirectional − causal (pp)")

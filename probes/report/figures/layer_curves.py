@@ -2,31 +2,42 @@
 
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from probes.evaluation.metrics import peak_layer
 from probes.models.sites import ADAPTER, FINAL_NORM
 from probes.report.study import MASKS, Study
+from probes.report.tables import run_columns
 from probes.results.probe_run import ProbeRun
 
 from .style import COLOURS, FigureData, label_sites, mask_colour, new_axes, new_panels, score_row, site_depth
 
 
+def without_final_norm(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the entries of all sites but `final_norm`, which repeats the last layer."""
+    return [entry for entry in entries if entry["site"] != FINAL_NORM]
+
+
 def depth_and_miou(entries: list[dict[str, Any]]) -> tuple[list[int], list[float]]:
     """Return depths and mIoU in percent of the sites, without `final_norm`, which repeats the last layer."""
-    entries = [entry for entry in entries if entry["site"] != FINAL_NORM]
+    entries = without_final_norm(entries)
     return [site_depth(entry["site"]) for entry in entries], [100 * entry["miou"] for entry in entries]
+
+
+def draw_ci95(ax: Axes, run: ProbeRun, colour: str, **kwargs) -> None:
+    """Draw the band of a run's 95% intervals."""
+    entries = without_final_norm(run.metrics["sites"])
+    low, high = 100 * np.array([entry["miou_ci95"] for entry in entries]).T
+    ax.fill_between([site_depth(entry["site"]) for entry in entries], low, high, color=colour, lw=0, **kwargs)
 
 
 def draw_run(ax: Axes, run: ProbeRun, colour: str, label: str, marker: str | None = None) -> None:
     """Draw a trained run's curve with its intervals, the best layer, and its gain over the adapter."""
-    entries = [entry for entry in run.metrics["sites"] if entry["site"] != FINAL_NORM]
-    x, y = depth_and_miou(entries)
-    low, high = zip(*(entry["miou_ci95"] for entry in entries), strict=True)
-    ax.plot(x, y, "-", color=colour, lw=1.8, marker=marker, ms=4, label=label)
-    ax.fill_between(x, [100 * v for v in low], [100 * v for v in high], color=colour, alpha=0.12, lw=0)
-    miou = {entry["site"]: entry["miou"] for entry in entries}
+    ax.plot(*depth_and_miou(run.metrics["sites"]), "-", color=colour, lw=1.8, marker=marker, ms=4, label=label)
+    draw_ci95(ax, run, colour, alpha=0.12)
+    miou = {entry["site"]: entry["miou"] for entry in run.metrics["sites"]}
     peak = peak_layer(miou)
     if peak is not None and ADAPTER in miou:
         ax.axvline(site_depth(peak), color=colour, ls="--", lw=0.9, alpha=0.7)
@@ -56,21 +67,13 @@ def layer_curves(study: Study) -> FigureData:
 
 
 def _rows(study: Study) -> list[dict[str, Any]]:
-    return [
-        {"image_attention": run.metrics["image_attention"], "untrained": bool(run.metrics["untrained"])}
-        | score_row(entry)
-        for run in study.runs
-        for entry in run.metrics["sites"]
-    ]
+    return [run_columns(run) | score_row(entry) for run in study.runs for entry in run.metrics["sites"]]
 
 
 def models_by_dataset(studies: list[Study], mask: str, over_adapter: bool = False) -> FigureData:
-    """Draw the curves of several models under one mask, one panel per dataset (Figs. 3, 9).
+    """Draw the curves of models with a run under the mask, one panel per dataset (Figs. 3, 9).
 
-    Args:
-        studies: Studies that have a run under the mask.
-        mask: The image attention.
-        over_adapter: Draw mIoU minus the adapter's instead (Fig. 10).
+    `over_adapter` draws mIoU minus the adapter's instead (Fig. 10).
     """
     models = list(dict.fromkeys(study.model for study in studies))
     datasets = {study.dataset: [s for s in studies if s.dataset == study.dataset] for study in studies}
@@ -80,18 +83,16 @@ def models_by_dataset(studies: list[Study], mask: str, over_adapter: bool = Fals
         runs = {study.model: study.trained[mask] for study in dataset_studies}
         for model, run in runs.items():
             colour = COLOURS[models.index(model) % len(COLOURS)]
+            common = {"model": model, "dataset": dataset, "image_attention": mask}
+            run_rows = [common | score_row(entry) for entry in run.metrics["sites"]]
             if over_adapter:
-                adapter = next(entry["miou"] for entry in run.metrics["sites"] if entry["site"] == ADAPTER)
-                x, y = depth_and_miou(run.metrics["sites"])
+                adapter = next(row["miou"] for row in run_rows if row["site"] == ADAPTER)
+                x, y = depth_and_miou(run_rows)
                 ax.plot(x, [v - 100 * adapter for v in y], color=colour, lw=1.8, label=model)
-                extra_columns = lambda entry, adapter=adapter: {"over_adapter": entry["miou"] - adapter}
+                run_rows = [row | {"over_adapter": row["miou"] - adapter} for row in run_rows]
             else:
                 draw_run(ax, run, colour, model)
-                extra_columns = lambda entry: {}
-            rows += [
-                {"model": model, "dataset": dataset, "image_attention": mask} | score_row(entry) | extra_columns(entry)
-                for entry in run.metrics["sites"]
-            ]
+            rows += run_rows
         if over_adapter:
             ax.axhline(0, color="black", lw=0.8)
         label_sites(ax, sites_by_depth(*runs.values()), 8)

@@ -1,5 +1,6 @@
 """Figures of segmentation maps and of UMAP projections (Figs. 4 to 6, 12, 13)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,20 +10,19 @@ from matplotlib.patches import Patch
 from probes.data.palette import colorize
 from probes.evaluation.metrics import peak_layer
 from probes.models.sites import ADAPTER, ENCODER
-from probes.report.study import read_optional_tensors
-from probes.results.probe_run import ProbeRun
+from probes.results.probe_run import ProbeRun, read_tensors
 
 from .style import FigureData, new_axes
+
+LEGEND_CLASSES = 24
 
 
 def umap_panels(image: dict[str, Any], classes: list[str], palette: np.ndarray) -> FigureData:
     """Draw the patches of one image in two dimensions per site; all but the four most common classes grey (Fig. 5)."""
     figure, axes = new_axes(6.6, 2.9, len(image["sites"]), squeeze=False)
     labels = np.array(image["labels"])
-    common = [
-        k for k in np.argsort(-np.bincount(labels[labels >= 0], minlength=len(classes)))[:4] if (labels == k).any()
-    ]
-    rows = []
+    frequency = np.bincount(labels[labels >= 0], minlength=len(classes))
+    common, rows = [k for k in np.argsort(-frequency)[:4] if frequency[k]], []
     for ax, entry in zip(axes[0], image["sites"], strict=True):
         xy = np.array(entry["xy"])
         other = ~np.isin(labels, common)
@@ -43,7 +43,7 @@ def umap_panels(image: dict[str, Any], classes: list[str], palette: np.ndarray) 
 
 def site_maps(run: ProbeRun, palette: np.ndarray) -> FigureData:
     """Draw images, labels, and the predictions from encoder to the best layer (Figs. 4, 13)."""
-    index, maps = run.analysis("maps.json"), read_optional_tensors(run, "maps.safetensors")
+    index, maps = run.analysis("maps.json"), read_tensors(run.path / "maps.safetensors")
     dataset = run.dataset()
     peak = peak_layer({entry["site"]: entry["miou"] for entry in run.metrics["sites"]})
     layers = [site for site in run.layers if site != ADAPTER]
@@ -56,28 +56,27 @@ def site_maps(run: ProbeRun, palette: np.ndarray) -> FigureData:
             [np.asarray(sample["image"]), colorize(sample["target"], palette)]
             + [colorize(predicted[index["sites"].index(site)], palette) for site in sites]
         )
-    figure = _image_grid(rows, ["image", "label", *(site.replace("_", " ") for site in sites)])
-    return FigureData(_add_legend(figure, run, palette), [])
+    titles = ["image", "label", *(site.replace("_", " ") for site in sites)]
+    return FigureData(_image_grid(run, palette, rows, titles), [])
 
 
 def knockout_maps(run: ProbeRun, name: str, palette: np.ndarray) -> FigureData:
     """Draw one image by layer: no blocking, wrong class blocked, correct class blocked (Figs. 6, 12)."""
-    index, maps = run.analysis("maps.json"), read_optional_tensors(run, "maps.safetensors")
+    index, maps = run.analysis("maps.json"), read_tensors(run.path / "maps.safetensors")
     (case,) = [case for case in index["knockout"] if case["class"] == name]
     sample, predicted = run.dataset()[case["image"]], maps[f"knockout/{name}"].numpy()
     layers = np.unique(np.linspace(0, predicted.shape[1] - 1, 7).round().astype(int))
-    first_column = [
-        np.asarray(sample["image"]),
-        colorize(sample["target"], palette),
-        np.full((*sample["target"].shape, 3), 255),
-    ]
+    blank = np.full((*sample["target"].shape, 3), 255)
+    first_column = [np.asarray(sample["image"]), colorize(sample["target"], palette), blank]
     rows = [[first_column[i], *(colorize(predicted[i, layer], palette) for layer in layers)] for i in range(3)]
     titles = ["image / label", *("adapter" if layer == 0 else f"layer {layer}" for layer in layers)]
     row_titles = ["no\nblocking", f"{name}\nblocked", f"{case['correct_class']}\nblocked"]
-    return FigureData(_add_legend(_image_grid(rows, titles, row_titles), run, palette), [])
+    return FigureData(_image_grid(run, palette, rows, titles, row_titles), [])
 
 
-def _image_grid(rows: list[list[np.ndarray]], titles: list[str], row_titles: list[str] | None = None) -> Figure:
+def _image_grid(
+    run: ProbeRun, palette: np.ndarray, rows: list[list[np.ndarray]], titles: list[str], row_titles: Sequence[str] = ()
+) -> Figure:
     figure = Figure(figsize=(1.25 * len(titles) + 0.4, 1.3 * len(rows) + 0.7), layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for i, row in enumerate(rows):
@@ -85,15 +84,11 @@ def _image_grid(rows: list[list[np.ndarray]], titles: list[str], row_titles: lis
             ax.imshow(image, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-        if row_titles:
-            axes[i, 0].set_ylabel(row_titles[i], fontsize=8)
+    for ax, title in zip(axes[:, 0], row_titles, strict=False):
+        ax.set_ylabel(title, fontsize=8)
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, fontsize=8)
-    return figure
-
-
-def _add_legend(figure: Figure, run: ProbeRun, palette: np.ndarray, max_classes: int = 24) -> Figure:
-    names = run.metrics["classes"][:max_classes]
+    names = run.metrics["classes"][:LEGEND_CLASSES]
     handles = [Patch(facecolor=palette[k] / 255, edgecolor="#333333", lw=0.3, label=n) for k, n in enumerate(names)]
     figure.legend(handles=handles, loc="outside lower center", ncols=7, fontsize=7)
     return figure

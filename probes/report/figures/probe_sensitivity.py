@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from probes.models.sites import FINAL_NORM
 from probes.report.probe_sensitivity import EFFECTS, VariantScores
 from probes.report.study import Study
+from probes.report.tables import bounds
 from probes.results.probe_run import ProbeRun
 
-from .layer_curves import depth_and_miou, sites_by_depth
-from .style import COLOURS, FigureData, label_sites, mask_colour, new_axes, new_panels, score_row, site_depth
+from .layer_curves import depth_and_miou, draw_ci95, sites_by_depth
+from .style import COLOURS, FigureData, label_sites, mask_colour, mask_panels, new_axes, score_row
 
 DASHES = ("-", "--", ":", "-.")
 VariantsByMask = dict[str, tuple[ProbeRun, list[VariantScores]]]
@@ -17,11 +17,9 @@ VariantsByMask = dict[str, tuple[ProbeRun, list[VariantScores]]]
 def variant_curves(variants_by_mask: VariantsByMask, *keys: str) -> FigureData:
     """Draw mIoU by site for several probe variants, one panel per mask.
 
-    Args:
-        variants_by_mask: Run and probe variants by mask.
-        keys: Settings in which the variants differ: the first sets the colour, the others the dash.
+    They differ in the settings `keys`: the first sets the colour, the others the dash.
     """
-    figure, axes = new_panels(len(variants_by_mask), height=3.4, columns=2, sharey=True)
+    figure, axes = mask_panels(variants_by_mask, height=3.4)
     rows = []
     for ax, (mask, (run, variants)) in zip(axes, variants_by_mask.items(), strict=True):
         values = [tuple(variant.settings[key] for key in keys) for variant in variants]
@@ -35,35 +33,29 @@ def variant_curves(variants_by_mask: VariantsByMask, *keys: str) -> FigureData:
                 for entry in variant.entries
             ]
         label_sites(ax, sites_by_depth(run), 8, fontsize=8)
-        ax.set_title(mask, fontsize=10)
-    axes[0].set_ylabel("mIoU (%)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return FigureData(figure, rows)
 
 
 def effects_by_variant(scale: dict[str, dict[str, Any]]) -> FigureData:
-    """Draw drop-off and recovery with intervals under each norm and learning rate, masks side by side.
-
-    Args:
-        scale: Results of :func:`probes.report.probe_sensitivity.scale_sensitivity` by mask.
-    """
+    """Draw the results of `scale_sensitivity` by mask: both effects with intervals under each norm and rate."""
     names = list(dict.fromkeys(_variant_name(entry) for result in scale.values() for entry in result["recipes"]))
     figure, axes = new_axes(6.6, 0.34 * len(names) * len(scale) + 1.2, 2, sharey=True)
     rows = []
     for ax, (effect, text) in zip(axes, EFFECTS.items(), strict=True):
         for i, (mask, result) in enumerate(scale.items()):
             for entry in result["recipes"]:
-                estimate = entry.get(effect)
-                if estimate is None:
+                if effect not in entry:
                     continue
+                estimate, colour = entry[effect], mask_colour(mask)
                 y = -names.index(_variant_name(entry)) - 0.22 * (i - (len(scale) - 1) / 2)
-                (low, high), colour = estimate["ci95"], mask_colour(mask)
-                ax.hlines(y, 100 * low, 100 * high, color=colour, lw=1.5)
+                ax.hlines(y, *(100 * bound for bound in estimate["ci95"]), color=colour, lw=1.5)
                 ax.plot(100 * estimate["value"], y, "o", ms=5, markeredgecolor=colour,
                         markerfacecolor=colour if estimate["holds"] else "white")  # fmt: skip
                 keys = ("recipe", "feature_norm", "learning_rate", "peak_site")
                 row = {"image_attention": mask} | {key: entry[key] for key in keys} | {"effect": effect}
-                rows.append(row | {"value": estimate["value"], "low": low, "high": high, "holds": estimate["holds"]})
+                row |= {"value": estimate["value"], **bounds(estimate["ci95"]), "holds": estimate["holds"]}
+                rows.append(row)
         ax.axvline(0, color="black", lw=0.8)
         ax.set_xlabel(f"{text} (pp)")
     axes[0].set_yticks([-i for i in range(len(names))], names, fontsize=8)
@@ -100,20 +92,15 @@ def control_curves(study: Study, shuffled: dict[str, list[VariantScores]]) -> Fi
 
 def seed_curves(variants_by_mask: VariantsByMask) -> FigureData:
     """Draw the curve of every probe seed, and the main seed's interval over images."""
-    figure, axes = new_panels(len(variants_by_mask), height=3.2, columns=2, sharey=True)
+    figure, axes = mask_panels(variants_by_mask, height=3.2)
     rows = []
     for ax, (mask, (run, variants)) in zip(axes, variants_by_mask.items(), strict=True):
-        entries = [entry for entry in run.metrics["sites"] if entry["site"] != FINAL_NORM]
-        low, high = ([100 * entry["miou_ci95"][i] for entry in entries] for i in (0, 1))
-        x = [site_depth(entry["site"]) for entry in entries]
-        ax.fill_between(x, low, high, color=mask_colour(mask), alpha=0.15, lw=0, label="95% interval over images")
+        draw_ci95(ax, run, mask_colour(mask), alpha=0.15, label="95% interval over images")
         for variant in variants:
             ax.plot(*depth_and_miou(variant.entries), color=mask_colour(mask), lw=1, alpha=0.8,
                     label="probe seeds" if variant is variants[0] else None)  # fmt: skip
             common = {"image_attention": mask, "seed": variant.settings["seed"]}
             rows += [common | score_row(entry) for entry in variant.entries]
         label_sites(ax, sites_by_depth(run), 8, fontsize=8)
-        ax.set_title(mask, fontsize=10)
         ax.legend(fontsize=8)
-    axes[0].set_ylabel("mIoU (%)")
     return FigureData(figure, rows)

@@ -3,9 +3,10 @@
 from typing import Any
 
 import numpy as np
-from matplotlib.colors import TwoSlopeNorm
 
-from .style import FigureData, mask_colour, new_axes
+from probes.report.tables import bounds
+
+from .style import FigureData, mask_colour, new_axes, signed_colours
 
 
 def starvation_curve(starvation: dict[str, Any], patches: int = 50) -> FigureData:
@@ -21,10 +22,9 @@ def starvation_curve(starvation: dict[str, Any], patches: int = 50) -> FigureDat
     for row in range(starvation["grid"][1], count, starvation["grid"][1]):
         ax.axvline(row - 0.5, color="#999999", lw=0.6, ls=":")
     ax.set(xlabel="patch, in raster order (dotted: start of a row)", ylabel="bidirectional − causal (pp)")
-    keys = ("causal", "bidirectional", "gap")
     rows = [
-        {"patch": i, **{key: starvation[key][i] for key in keys}, "gap_low": interval[0], "gap_high": interval[1]}
-        for i, interval in enumerate(starvation["gap_ci95"])
+        {"patch": i} | {key: starvation[key][i] for key in ("causal", "bidirectional", "gap")} | bounds(ci95, "gap_")
+        for i, ci95 in enumerate(starvation["gap_ci95"])
     ]
     return FigureData(figure, rows)
 
@@ -33,8 +33,7 @@ def starvation_grid(starvation: dict[str, Any]) -> FigureData:
     """Draw the same gap at the position of each patch in the image."""
     figure, ax = new_axes(4.2, 3.3)
     gap = 100 * np.array(starvation["gap"]).reshape(starvation["grid"])
-    most = max(1.0, abs(gap).max())
-    image = ax.imshow(gap, cmap="PuOr_r", norm=TwoSlopeNorm(0, -most, most))
+    image = ax.imshow(gap, **signed_colours(gap))
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
     figure.colorbar(image, ax=ax, label="bidirectional − causal (pp)")

@@ -3,15 +3,18 @@
 The colours are the colour-blind safe palette of Okabe and Ito; lines also differ in dash and marker.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from probes.models.sites import ADAPTER, ENCODER
 from probes.report.study import Rows
+from probes.report.tables import bounds
 
 MASK_COLOURS = {"causal": "#0072B2", "bidirectional": "#D55E00"}
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8C6D1F")
@@ -37,23 +40,14 @@ class FigureData(NamedTuple):
 
 @dataclass
 class ReportFigure:
-    """A figure of the page.
+    """A figure of the page."""
 
-    Args:
-        name: File name without extension.
-        section: Heading under which the figure appears.
-        title: Title of the figure.
-        caption: What the figure shows and what to look for.
-        data: The figure and its numbers.
-        width: "half" of the page, "full", or "wide": full, and scrollable on a phone.
-    """
-
-    name: str
-    section: str
+    name: str  # file name without extension
+    section: str  # heading under which it appears
     title: str
-    caption: str
+    caption: str  # what it shows and what to look for
     data: FigureData
-    width: str = "full"
+    width: str = "full"  # "half" of the page, "full", or "wide": full, and scrollable on a phone
 
 
 def mask_colour(mask: str) -> str:
@@ -78,6 +72,15 @@ def new_panels(count: int, height: float = 2.7, columns: int = 3, **kwargs) -> t
     return figure, list(axes[:count])
 
 
+def mask_panels(masks: Collection[str], height: float, ylabel: str = "mIoU (%)") -> tuple[Figure, list[Axes]]:
+    """Return a figure of one panel per attention mask."""
+    figure, axes = new_panels(len(masks), height, columns=2, sharey=True)
+    axes[0].set_ylabel(ylabel)
+    for ax, mask in zip(axes, masks, strict=True):
+        ax.set_title(mask, fontsize=10)
+    return figure, axes
+
+
 def site_depth(site: str) -> int:
     """Return the depth of a site: -1 for the encoder, 0 for the adapter, l for layer l."""
     return {ENCODER: -1, ADAPTER: 0}[site] if site in (ENCODER, ADAPTER) else int(site.removeprefix("layer_"))
@@ -86,14 +89,7 @@ def site_depth(site: str) -> int:
 def label_sites(
     ax: Axes, sites: list[str], max_labels: int = 12, positions: Sequence[int] | None = None, **kwargs
 ) -> None:
-    """Label the sites on the x axis; deep models get fewer labels so that these do not overlap.
-
-    Args:
-        ax: The axes.
-        sites: The sites in order.
-        max_labels: Approximate maximum number of labels.
-        positions: Positions of the sites on the axis; their depths by default.
-    """
+    """Label the sites on the x axis, at their depths by default, with about `max_labels` labels in deep models."""
     depth = {site: site_depth(site) for site in sites}
     deep = len(sites) > max_labels + 2
     if deep:  # the label of the adapter would overlap that of the encoder
@@ -108,5 +104,17 @@ def label_sites(
 
 def score_row(entry: dict[str, Any]) -> dict[str, Any]:
     """Return the scores of a site as a row of a table."""
-    (low, high), keys = entry["miou_ci95"], ("site", "dim", "miou", "pacc", "best_epoch")
-    return {key: entry[key] for key in keys} | {"miou_low": low, "miou_high": high}
+    scores = {key: entry[key] for key in ("site", "dim", "miou", "pacc", "best_epoch")}
+    return scores | bounds(entry["miou_ci95"], "miou_")
+
+
+def draw_intervals(ax: Axes, x: Sequence[float], values: Sequence, ci95: Sequence, colour: str, **kwargs) -> None:
+    """Draw fractions in percent as points with their 95% intervals."""
+    y, (low, high) = 100 * np.array(values), 100 * np.array(ci95).T
+    ax.errorbar(x, y, [y - low, high - y], color=colour, **kwargs)
+
+
+def signed_colours(*grids: np.ndarray) -> dict[str, Any]:
+    """Return the colours of maps of percentage points that share a scale around zero."""
+    limit = max(1.0, *(abs(grid).max() for grid in grids))
+    return {"cmap": "PuOr_r", "norm": TwoSlopeNorm(0, -limit, limit)}

@@ -4,19 +4,18 @@ from typing import Any
 
 import matplotlib as mpl
 
-from probes.models.sites import FINAL_NORM
 from probes.report.study import Study
 from probes.results.probe_run import ProbeRun
 
-from .layer_curves import sites_by_depth
-from .style import FigureData, label_sites, mask_colour, new_axes, new_panels, site_depth
+from .layer_curves import depth_and_miou, sites_by_depth, without_final_norm
+from .style import FigureData, label_sites, mask_colour, mask_panels, site_depth
 
 
 def probe_budget(study: Study) -> FigureData:
     """Draw mIoU by site after fewer epochs of probe training, and for longer-trained probes."""
-    figure, axes = new_axes(6.6, 3.5, len(study.trained), sharey=True, squeeze=False)
+    figure, axes = mask_panels(study.trained, height=3.1, ylabel="validation mIoU (%)")
     rows = []
-    for ax, (mask, run) in zip(axes[0], study.trained.items(), strict=True):
+    for ax, (mask, run) in zip(axes, study.trained.items(), strict=True):
         sites, epochs = sites_by_depth(run), validation_epochs(run)
         history = {entry["site"]: entry["history"] for entry in run.metrics["sites"] if entry["history"]}
         with_history = [site for site in sites if site in history]
@@ -25,17 +24,15 @@ def probe_budget(study: Study) -> FigureData:
             curve = [100 * history[site][i - 1] for site in with_history]
             shade, label = 0.25 + 0.75 * i / count, f"epoch {epochs[i - 1]:g}"
             ax.plot(x, curve, color=mask_colour(mask), alpha=shade, marker="o", ms=3, label=label)
+        rows += _history_rows(run)
         if mask in study.long_runs:
             metrics = study.long_runs[mask].metrics
-            miou = {entry["site"]: 100 * entry["miou"] for entry in metrics["sites"]}
-            x = [site_depth(site) for site in sites if site in miou]
-            y = [miou[site] for site in sites if site in miou]
-            ax.plot(x, y, "--", color="black", lw=1.2, label=f"{metrics['probe']['epochs']} epochs")
+            entries = [entry for entry in metrics["sites"] if entry["site"] in sites]
+            label = f"{metrics['probe']['epochs']} epochs"
+            ax.plot(*depth_and_miou(entries), "--", color="black", lw=1.2, label=label)
+            rows += _history_rows(study.long_runs[mask])
         label_sites(ax, sites, 8, fontsize=8)
-        ax.set_title(mask, fontsize=10)
         ax.legend(fontsize=8)
-        rows += [row for shown in (run, study.long_runs.get(mask)) if shown is not None for row in _history_rows(shown)]
-    axes[0, 0].set_ylabel("validation mIoU (%)")
     return FigureData(figure, rows)
 
 
@@ -49,8 +46,7 @@ def validation_epochs(run: ProbeRun) -> list[float]:
 
 def _history_rows(run: ProbeRun) -> list[dict[str, Any]]:
     common = {"image_attention": run.metrics["image_attention"], "run_epochs": run.metrics["probe"]["epochs"]}
-    steps = run.metrics["probe"].get("validated_at")
-    epochs = validation_epochs(run)
+    steps, epochs = run.metrics["probe"].get("validated_at"), validation_epochs(run)
     return [
         common | {"site": entry["site"], "epoch": epochs[i], "miou": miou} | ({"step": steps[i]} if steps else {})
         for entry in run.metrics["sites"]
@@ -60,19 +56,17 @@ def _history_rows(run: ProbeRun) -> list[dict[str, Any]]:
 
 def score_by_step(study: Study) -> FigureData:
     """Draw each site's score against the probe's optimiser steps; sites from light to dark."""
-    figure, axes = new_panels(len(study.trained), height=3.4, columns=2, sharey=True)
+    figure, axes = mask_panels(study.trained, height=3.4, ylabel="validation mIoU (%)")
     rows = []
-    for ax, (mask, run) in zip(axes, study.trained.items(), strict=True):
-        entries = [entry for entry in run.metrics["sites"] if entry["site"] != FINAL_NORM and entry["history"]]
+    for ax, run in zip(axes, study.trained.values(), strict=True):
+        entries = [entry for entry in without_final_norm(run.metrics["sites"]) if entry["history"]]
         colours = mpl.colormaps["viridis_r"]
         for i, entry in enumerate(entries):
             labelled = i < 2 or i in (len(entries) // 2, len(entries) - 1)
             ax.plot(run.metrics["probe"]["validated_at"], [100 * miou for miou in entry["history"]], lw=1.3, ms=3,
                     color=colours(0.1 + 0.9 * i / max(1, len(entries) - 1)), marker="o",
                     label=entry["site"].replace("_", " ") if labelled else None)  # fmt: skip
-        ax.set_title(mask, fontsize=10)
         ax.set_xlabel("optimiser steps of the probe")
         rows += _history_rows(run)
-    axes[0].set_ylabel("validation mIoU (%)")
     axes[0].legend(fontsize=8)
     return FigureData(figure, rows)

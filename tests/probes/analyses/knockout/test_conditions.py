@@ -6,6 +6,7 @@ import torch
 
 from probes.analyses.knockout.cases import ConfusionCase, find_cases
 from probes.analyses.knockout.conditions import MatchingFeatures, blocked_by_condition, matched_tokens, measure_balance
+from probes.analyses.knockout.config import Plan
 
 GRID, T = (4, 6), 24
 CONTROLS = ["distance", "mass", "high_norm"]
@@ -27,7 +28,7 @@ def features_of(case: ConfusionCase, causal=False, high=(11,)) -> MatchingFeatur
 
 def blocked_of(case, features, **kwargs) -> dict:
     settings = {"controls": CONTROLS, "draws": 4, "fractions": [0.5], "keep_only": True, "seed": 0} | kwargs
-    return blocked_by_condition(case, features, **settings)
+    return blocked_by_condition(case, features, Plan(classes=(), **settings))
 
 
 def test_features_equal_a_loop():

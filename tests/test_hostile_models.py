@@ -91,11 +91,7 @@ PICKLES = {  # entry point: (what is replaced, command)
     "probes fit": lambda p: (only_pickles(p["hf"]), probes.cli.main, p["probe"]),
     "encoder": lambda p: (only_pickles(p["encoder"]), llava_bidir.cli.main, p["train"]),
     "llm": lambda p: (only_pickles(p["llm"]), llava_bidir.cli.main, p["train"]),
-    "adapter": lambda p: (
-        only_pickles(p["hf"]),
-        llava_bidir.cli.main,
-        [*p["train"], "--model.adapter", str(p["hf"])],
-    ),
+    "adapter": lambda p: (only_pickles(p["hf"]), llava_bidir.cli.main, [*p["train"], "--model.adapter", str(p["hf"])]),
     "safetensors": lambda p: (p["hf"] / "model.safetensors", probes.cli.main, p["states"]),
     "fit --ckpt_path": lambda p: (
         p["root"] / "x.ckpt",
@@ -199,10 +195,7 @@ DAMAGES = {  # damage: (function, error)
     "not JSON": (content("config.json", b"{"), "config.json' is not a valid JSON"),
     "deep JSON": (content("config.json", DEEP), "hf: RecursionError"),
     "no kind": (content("config.json", b"{}"), "hf: Unrecognized model"),
-    "unknown kind": (
-        rewritten(model_type="nope"),
-        "it requires code from the checkpoint, which is never executed",
-    ),
+    "unknown kind": (rewritten(model_type="nope"), "it requires code from the checkpoint, which is never executed"),
     "no heads": (rewritten(text_config__num_attention_heads=0), "ZeroDivisionError"),
     "no layers": (rewritten(text_config__num_hidden_layers=0), "layers of the LLM: 0; expected 1 or more"),
     "layers too many": (rewritten(text_config__num_hidden_layers=4), r"lacks 9 tensors, e.g. .*layers.3"),

@@ -66,10 +66,7 @@ def turns(*texts: str, first: str = "human") -> list[dict]:
         ([record(), "text"], r"1 of 2 records .* record 1 \(id ''\): expected an object"),
         ([record(conversations=[{"from": "human"}])], r"id '7'\): a turn needs text in 'value'"),
         ([record(conversations=[{"from": "bot", "value": "x"}])], r"id '7'\): a turn needs 'from': 'human' or 'gpt'"),
-        (
-            [record(conversations=turns("q", "a") + turns("b", first="gpt"))],
-            "turn 2 is from 'gpt', expected 'human'",
-        ),
+        ([record(conversations=turns("q", "a") + turns("b", first="gpt"))], "turn 2 is from 'gpt', expected 'human'"),
         ([record(conversations=[])], "needs at least one human turn"),
         ([record(image=["a.png", "b.png"])], "'image' must be the path of one image"),
         ([record(image=0)], "'image' must be the path of one image, got '0'"),

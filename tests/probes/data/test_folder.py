@@ -176,10 +176,7 @@ def test_missing_parts_are_named_before_any_work(root, break_it, message):
             r"000.jpg has EXIF orientation 6.*000.png has the size of the",
         ),
         # nothing in the sizes tells what the mask was drawn on
-        (
-            lambda root: turned_photo(root, 3),
-            r"000.jpg has EXIF orientation 3.* may have been drawn on",
-        ),
+        (lambda root: turned_photo(root, 3), r"000.jpg has EXIF orientation 3.* may have been drawn on"),
     ],
 )
 def test_broken_pictures_are_named(root, break_it, message):

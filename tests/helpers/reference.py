@@ -1,5 +1,6 @@
 """Slow reference implementations, which share no code with the packages."""
 
+import copy
 import math
 
 import torch
@@ -71,6 +72,18 @@ def llama_states(decoder, inputs: Tensor, masks: list[Tensor], positions: Tensor
         x = x + (F.silu(h @ m.gate_proj.weight.T) * (h @ m.up_proj.weight.T)) @ m.down_proj.weight.T
         states.append(x)
     return states
+
+
+def eager_attention(mllm, pixels) -> list[Tensor]:
+    """f[B, A, N, N] by layer: the stock decoder on prefix and image, under eager attention that returns its weights."""
+    decoder = copy.deepcopy(mllm.decoder)
+    decoder.config._attn_implementation = "eager"
+    adapter = mllm.states(pixels, ["adapter"])["adapter"]
+    inputs = torch.cat([decoder.embed_tokens(mllm.prefix_ids).expand(len(pixels), -1, -1), adapter], 1)
+    allowed = mllm.attention_masks(len(pixels))
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
+    with torch.no_grad():
+        return decoder(inputs_embeds=inputs, attention_mask=mask, output_attentions=True, use_cache=False).attentions
 
 
 def scores(predictions: list, targets: list, classes: int) -> tuple[float, float, list]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import probe_runs
 import pytest
 import tiny_families
 import torch
@@ -483,11 +484,8 @@ def test_grids_of_released_sizes(name, vision, further, image_px, side, covered_
 def test_a_run_of_probes_and_a_knockout_on_another_family(checkpoint, segmentation, tmp_path):
     """All steps with merged patches, a sliding window and a mask of its own."""
     from probes.cli import main
-    from probes.results.probe_run import ProbeRun
 
-    run = ["fit", "-c", "configs/demo/probes.yaml", "--out", str(tmp_path), "--trainer.max_epochs", "1"]
-    main([*run, "--model.mllm", checkpoint("gemma3"), "--data.root", str(segmentation), "--data.batch_size", "3"])
-    metrics = ProbeRun(tmp_path).metrics
+    metrics = probe_runs.fit(checkpoint("gemma3"), segmentation, tmp_path, "--data.batch_size", "3").metrics
     assert metrics["image_attention"] == "bidirectional" and metrics["grid"] == [3, 3]
     assert [site["dim"] for site in metrics["sites"]] == [16, 32, 32, 32, 32, 32]
     main(["knockout", "--probes", str(tmp_path), "--classes", "sky", "wall"])

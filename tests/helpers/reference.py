@@ -1,4 +1,4 @@
-"""Slow reference implementations, which share no code with the packages."""
+"""Slow reference implementations, which share no code with the packages, and cases to compare them on."""
 
 import copy
 import math
@@ -6,6 +6,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+IGNORED = 255
 
 
 def allowed(name: str, is_image: list[bool], q: int, k: int) -> bool:
@@ -101,3 +103,21 @@ def scores(predictions: list, targets: list, classes: int) -> tuple[float, float
     iou = [i / u if u else None for i, u in zip(intersection, union, strict=True)]
     known = [x for x in iou if x is not None]
     return sum(known) / len(known), right / total, iou
+
+
+def make_case(shape, size, *, ignored=0.2, scale=3.0, seed=0, dtype=torch.float64):
+    """Return random logits f[P, B, K, h, w] and labels i64[B, H, W], some of them ignored but never all."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+    target = torch.randint(0, shape[2], (shape[1], *size), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < ignored] = IGNORED
+    target[:, size[0] // 2, size[1] // 2] = 0
+    return logits.to(dtype), target
+
+
+def value_and_gradient(loss, logits, weights):
+    """Return losses f[P] and the gradient of their weighted sum."""
+    logits = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    losses = loss(logits)
+    (gradient,) = torch.autograd.grad((losses * weights).sum(), logits)
+    return losses.detach(), gradient

@@ -13,6 +13,7 @@ import pytest
 import tiny_models
 from hypothesis import given
 from hypothesis import strategies as st
+from json_values import json_values, text
 from PIL import Image
 from tiny_models import turns
 
@@ -175,20 +176,15 @@ def pictures(tmp_path_factory):
         yield folder
 
 
-text = st.text(st.characters(exclude_categories=("Cs",)), max_size=8)
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infinity=False) | text,
-    lambda children: st.lists(children, max_size=3) | st.dictionaries(text, children, max_size=3),
-    max_leaves=6,
-)
+any_json = json_values()
 texts = st.sampled_from(["<image>\nq", "a", "", "<image><image>", "\0"]) | text
 roles = st.sampled_from(["human", "gpt"])
-any_turn = st.fixed_dictionaries({"from": roles | json_values, "value": texts | json_values}) | json_values
+any_turn = st.fixed_dictionaries({"from": roles | any_json, "value": texts | any_json}) | any_json
 dialogue = st.lists(texts, min_size=1, max_size=4).map(lambda values: turns(*values))
 paths = st.sampled_from(["a.png", "none.png", "../a.png", "/a.png", "", ".", "folder", "a\0b", "x" * 300])
-any_record = json_values | st.fixed_dictionaries(
-    {"conversations": dialogue | st.lists(any_turn, max_size=4) | json_values},
-    optional={"id": json_values, "image": paths | json_values},
+any_record = any_json | st.fixed_dictionaries(
+    {"conversations": dialogue | st.lists(any_turn, max_size=4) | any_json},
+    optional={"id": any_json, "image": paths | any_json},
 )
 
 

@@ -5,6 +5,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import probe_runs
 import pytest
 import tiny_models
 import torch
@@ -18,6 +19,8 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import read_pretrained
 
 MARKER = "executed"
+MAIN = dict.fromkeys(("train", "adapter", "generate", "export"), llava_bidir.cli.main)
+MAIN |= dict.fromkeys(("states", "sites", "probe"), probes.cli.main)
 
 
 class Payload:
@@ -57,16 +60,19 @@ def place(tmp_path, parts, checkpoints, conversations, segmentation):
 
     copies = (Encoder("clip", str(encoder), layer=-1), str(llm))
     picture = str(conversations / "pictures/0.png")
+    train = ["fit", *tiny_models.training_arguments(copies, conversations), "--out", str(tmp_path / "run")]
     return {
         "root": tmp_path,
         "hf": tmp_path / "hf",
         "encoder": encoder,
         "llm": llm,
-        "train": ["fit", *tiny_models.training_arguments(copies, conversations), "--out", str(tmp_path / "run")],
+        "train": train,
+        "adapter": [*train, "--model.adapter", str(tmp_path / "hf")],
         "generate": ["generate", str(tmp_path / "hf"), picture, "sky", "--max-new-tokens", "2"],
         "states": ["states", str(tmp_path / "hf"), picture, "--out", str(tmp_path / "s.safetensors")],
-        "probe": ["fit", "-c", "configs/demo/probes.yaml", "--model.mllm", str(tmp_path / "hf"), "--data.root"]
-        + [str(segmentation), "--out", str(tmp_path / "probes")],
+        "sites": ["sites", str(tmp_path / "hf")],
+        "export": ["export", str(tmp_path / "x.ckpt"), str(tmp_path / "out")],
+        "probe": probe_runs.arguments(tmp_path / "hf", segmentation, tmp_path / "probes"),
     }
 
 
@@ -86,41 +92,27 @@ def only_pickles(directory: Path) -> Path:
 
 
 PICKLES = {  # entry point: (what is replaced, command)
-    "generate": lambda p: (only_pickles(p["hf"]), llava_bidir.cli.main, p["generate"]),
-    "states": lambda p: (only_pickles(p["hf"]), probes.cli.main, p["states"]),
-    "probes fit": lambda p: (only_pickles(p["hf"]), probes.cli.main, p["probe"]),
-    "encoder": lambda p: (only_pickles(p["encoder"]), llava_bidir.cli.main, p["train"]),
-    "llm": lambda p: (only_pickles(p["llm"]), llava_bidir.cli.main, p["train"]),
-    "adapter": lambda p: (
-        only_pickles(p["hf"]),
-        llava_bidir.cli.main,
-        [*p["train"], "--model.adapter", str(p["hf"])],
-    ),
-    "safetensors": lambda p: (p["hf"] / "model.safetensors", probes.cli.main, p["states"]),
-    "fit --ckpt_path": lambda p: (
-        p["root"] / "x.ckpt",
-        llava_bidir.cli.main,
-        [*p["train"], "--ckpt_path", str(p["root"] / "x.ckpt")],
-    ),
-    "probes fit --ckpt_path": lambda p: (
-        p["root"] / "x.ckpt",
-        probes.cli.main,
-        [*p["probe"], "--ckpt_path", str(p["root"] / "x.ckpt")],
-    ),
-    "export": lambda p: (
-        p["root"] / "x.ckpt",
-        llava_bidir.cli.main,
-        ["export", str(p["root"] / "x.ckpt"), str(p["root"] / "out")],
-    ),
+    "generate": ("hf", "generate"),
+    "states": ("hf", "states"),
+    "probes fit": ("hf", "probe"),
+    "encoder": ("encoder", "train"),
+    "llm": ("llm", "train"),
+    "adapter": ("hf", "adapter"),
+    "safetensors": ("model.safetensors", "states"),
+    "fit --ckpt_path": ("x.ckpt", "train"),
+    "probes fit --ckpt_path": ("x.ckpt", "probe"),
+    "export": ("x.ckpt", "export"),
 }
 
 
 @pytest.mark.parametrize("kind", ["torch", "pickle"])
 @pytest.mark.parametrize("entry", PICKLES)
 def test_pickled_code_is_never_executed(entry, kind, place):
-    file, main, argv = PICKLES[entry](place)
+    what, command = PICKLES[entry]
+    files = {"model.safetensors": place["hf"] / "model.safetensors", "x.ckpt": place["root"] / "x.ckpt"}
+    file = files.get(what) or only_pickles(place[what])
     poisoned(file, place["root"] / MARKER, kind)
-    message = refused(main, argv)
+    message = refused(MAIN[command], place[command] + ["--ckpt_path", str(file)] * ("--ckpt_path" in entry))
     assert not (place["root"] / MARKER).exists() and not (place["root"] / "out").exists()
     assert str(file) in message or str(file.parent) in message, message
 
@@ -132,7 +124,7 @@ Path({{marker!r}}).write_text("x")
 
 
 @pytest.mark.parametrize("model_type", [None, "made_up"])
-@pytest.mark.parametrize("entry", ["generate", "states", "sites", "probes fit", "encoder", "llm", "adapter"])
+@pytest.mark.parametrize("entry", ["generate", "states", "sites", "probe", "encoder", "llm", "adapter"])
 def test_code_in_a_directory_is_never_executed(entry, model_type, place, monkeypatch):
     """auto_map of config, model, tokenizer and processors, with a known and an unknown type; custom_generate/; and a
     user who would confirm a prompt."""
@@ -152,11 +144,9 @@ def test_code_in_a_directory_is_never_executed(entry, model_type, place, monkeyp
             facts["model_type"] = model_type
         if facts.keys() != {"auto_map"}:
             (directory / name).write_text(json.dumps(facts))
-    commands = {"generate": place["generate"], "states": place["states"], "sites": ["sites", str(place["hf"])]}
-    commands |= {"probes fit": place["probe"], "adapter": [*place["train"], "--model.adapter", str(place["hf"])]}
-    main = (probes if entry in ("states", "sites", "probes fit") else llava_bidir).cli.main
+    command = entry if entry in MAIN else "train"
     try:
-        main(commands.get(entry, place["train"]))
+        MAIN[command](place[command])
     except SystemExit as stop:
         assert isinstance(stop.code, str) and (model_type or entry == "adapter"), stop.code
     assert not marker.exists() and not list(place["root"].rglob(f"**/{MARKER}"))
@@ -199,10 +189,7 @@ DAMAGES = {  # damage: (function, error)
     "not JSON": (content("config.json", b"{"), "config.json' is not a valid JSON"),
     "deep JSON": (content("config.json", DEEP), "hf: RecursionError"),
     "no kind": (content("config.json", b"{}"), "hf: Unrecognized model"),
-    "unknown kind": (
-        rewritten(model_type="nope"),
-        "it requires code from the checkpoint, which is never executed",
-    ),
+    "unknown kind": (rewritten(model_type="nope"), "it requires code from the checkpoint, which is never executed"),
     "no heads": (rewritten(text_config__num_attention_heads=0), "ZeroDivisionError"),
     "no layers": (rewritten(text_config__num_hidden_layers=0), "layers of the LLM: 0; expected 1 or more"),
     "layers too many": (rewritten(text_config__num_hidden_layers=4), r"lacks 9 tensors, e.g. .*layers.3"),
@@ -262,8 +249,7 @@ def test_damaged_checkpoint_is_an_error_that_says_where(what, checkpoints, tmp_p
 )
 def test_damaged_parts_are_errors_before_training(which, what, key, place):
     DAMAGES[what][0](place[which])
-    argv = [*place["train"], "--model.adapter", str(place["hf"])] if which == "hf" else place["train"]
-    assert key in refused(llava_bidir.cli.main, argv)
+    assert key in refused(llava_bidir.cli.main, place["adapter" if which == "hf" else "train"])
     assert not list((place["root"] / "run").glob("checkpoints/*")) and not (place["root"] / "run/hf").exists()
 
 

@@ -2,10 +2,11 @@
 
 import multiprocessing
 import os
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from processes import die
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["fault_server_imports"])
@@ -33,10 +34,6 @@ def on_change(folder: Path, do: Callable[[int], None]) -> Callable[[], int]:
 
     sys.addaudithook(hook)
     return lambda: count
-
-
-def die(*_) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run(argv: list[str], log: Path, folder: Path | None = None, at: int = 0) -> None:

@@ -1,4 +1,4 @@
-"""Write finished probe runs from random counts, without a model."""
+"""Probe runs of one epoch on a tiny model, and finished ones from random counts, without a model."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,24 @@ import torch
 from safetensors.torch import save_file
 
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
+from probes.cli import main
 from probes.evaluation.bootstrap import dataset_scores, resampled_scores
 from probes.evaluation.metrics import Counts
 from probes.models.sites import site_names
+from probes.results.probe_run import ProbeRun
 
 GRID = (2, 2)
+
+
+def arguments(checkpoint, root, out, *more: str) -> list[str]:
+    """Return a command that trains the demo's probes for one epoch, unless `more` says otherwise."""
+    demo = ["fit", "-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "1", "--model.mllm", str(checkpoint)]
+    return [*demo, "--data.root", str(root), "--out", str(out), *more]
+
+
+def fit(checkpoint, root, out, *more: str) -> ProbeRun:
+    main(arguments(checkpoint, root, out, *more))
+    return ProbeRun(out)
 
 
 def random_counts(

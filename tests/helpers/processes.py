@@ -30,6 +30,10 @@ def fork(run: Callable[[], None], log: Path | None = None) -> int:
         os._exit(status)
 
 
+def die(*args, **kwargs) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def wait(child: int) -> int:
     """Return the exit status, negative for a signal."""
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -1,10 +1,13 @@
-"""Slow reference implementations, which share no code with the packages."""
+"""Slow reference implementations, which share no code with the packages, and cases to compare them on."""
 
+import copy
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+IGNORED = 255
 
 
 def allowed(name: str, is_image: list[bool], q: int, k: int) -> bool:
@@ -73,6 +76,18 @@ def llama_states(decoder, inputs: Tensor, masks: list[Tensor], positions: Tensor
     return states
 
 
+def eager_attention(mllm, pixels) -> list[Tensor]:
+    """f[B, A, N, N] by layer: the stock decoder on prefix and image, under eager attention that returns its weights."""
+    decoder = copy.deepcopy(mllm.decoder)
+    decoder.config._attn_implementation = "eager"
+    adapter = mllm.states(pixels, ["adapter"])["adapter"]
+    inputs = torch.cat([decoder.embed_tokens(mllm.prefix_ids).expand(len(pixels), -1, -1), adapter], 1)
+    allowed = mllm.attention_masks(len(pixels))
+    mask = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
+    with torch.no_grad():
+        return decoder(inputs_embeds=inputs, attention_mask=mask, output_attentions=True, use_cache=False).attentions
+
+
 def scores(predictions: list, targets: list, classes: int) -> tuple[float, float, list]:
     """Return mIoU, pixel accuracy and IoU per class (None for an absent class) of numpy masks; 255 is ignored."""
     intersection, union = [0] * classes, [0] * classes
@@ -88,3 +103,21 @@ def scores(predictions: list, targets: list, classes: int) -> tuple[float, float
     iou = [i / u if u else None for i, u in zip(intersection, union, strict=True)]
     known = [x for x in iou if x is not None]
     return sum(known) / len(known), right / total, iou
+
+
+def make_case(shape, size, *, ignored=0.2, scale=3.0, seed=0, dtype=torch.float64):
+    """Return random logits f[P, B, K, h, w] and labels i64[B, H, W], some of them ignored but never all."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
+    target = torch.randint(0, shape[2], (shape[1], *size), generator=generator)
+    target[torch.rand(target.shape, generator=generator) < ignored] = IGNORED
+    target[:, size[0] // 2, size[1] // 2] = 0
+    return logits.to(dtype), target
+
+
+def value_and_gradient(loss, logits, weights):
+    """Return losses f[P] and the gradient of their weighted sum."""
+    logits = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    losses = loss(logits)
+    (gradient,) = torch.autograd.grad((losses * weights).sum(), logits)
+    return losses.detach(), gradient

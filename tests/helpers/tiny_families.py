@@ -323,11 +323,7 @@ STOCK = {
         masks=False,
     ),
     "mistral3": _pixtral(
-        "mistral3",
-        _llm("mistral", sliding_window=None),
-        PROJECTOR,
-        placeholder="[IMG]",
-        row_separator="[IMG_BREAK]",
+        "mistral3", _llm("mistral", sliding_window=None), PROJECTOR, placeholder="[IMG]", row_separator="[IMG_BREAK]"
     ),
     "lighton_ocr": _pixtral("lighton_ocr", _llm("qwen3"), "model.vision_projection", placeholder="<|image_pad|>"),
 }

@@ -125,6 +125,12 @@ def write_segmentation(root: Path, training: int = 6, validation: int = 5, size=
     return root
 
 
+def turns(*texts: str, first: str = "human") -> list[dict]:
+    """Return a conversation whose speakers take turns."""
+    roles = ["human", "gpt"] if first == "human" else ["gpt", "human"]
+    return [{"from": roles[i % 2], "value": text} for i, text in enumerate(texts)]
+
+
 def write_conversations(root: Path, count: int = 12, text_only: int = 2) -> Path:
     """Write a LLaVA JSON of short dialogues with its images; the last `text_only` dialogues have no image."""
     rng = np.random.default_rng(0)
@@ -133,8 +139,7 @@ def write_conversations(root: Path, count: int = 12, text_only: int = 2) -> Path
     for i in range(count):
         picture = i < count - text_only
         question = ("<image>\n" if picture else "") + "name the " + " ".join(["sky"] * (1 + i % 3))
-        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": " ".join(["wall"] * (1 + i % 4))}]
-        record = {"id": f"r{i}", "conversations": turns}
+        record = {"id": f"r{i}", "conversations": turns(question, " ".join(["wall"] * (1 + i % 4)))}
         if picture:
             record["image"] = f"pictures/{i}.png"
             Image.fromarray(rng.integers(0, 255, (10, 14, 3), np.uint8)).save(root / record["image"])

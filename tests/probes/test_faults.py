@@ -96,17 +96,21 @@ def evenly(moments: range, count: int) -> list[int]:
     return [moments[round(i * (len(moments) - 1) / max(1, count - 1))] for i in range(count)]
 
 
-def restore(study: Study, stage: Path) -> None:
+def restore(study: Study, stage: Path) -> dict[str, bytes]:
+    """Return the files of the stage."""
     shutil.rmtree(study.out)
     shutil.copytree(stage, study.out)
+    return study.files()
+
+
+def after(step: str, stages: dict[str, Path]) -> Path:
+    return stages[[*stages][[*stages].index(step) + 1]]
 
 
 @pytest.mark.parametrize("step", STEPS)
 def test_killed_before_a_change_on_the_disk_it_ends_as_undisturbed(step, study, stages):
     """FAULTS_EACH=1000 tests every change that each command makes."""
-    following = [*stages][[*stages].index(step) + 1]
-    restore(study, stages[following])
-    expected = study.files()
+    expected = restore(study, after(step, stages))
     assert all(f"causal/{name}" in expected for name in STEPS[step])
     restore(study, stages[step])
     assert study.run(step, study.out) == 0
@@ -124,9 +128,7 @@ def test_killed_before_a_change_on_the_disk_it_ends_as_undisturbed(step, study, 
 def test_killed_at_random_moments_it_ends_as_undisturbed(step, study, stages):
     """FAULTS=100 kills a hundred times over all commands; each command is repeated until it ends."""
     wanted = max(1, round(SHARES[step] * float(os.environ.get("FAULTS", 7))))
-    following = [*stages][[*stages].index(step) + 1]
-    restore(study, stages[following])
-    expected, generator, kills, survived = study.files(), random.Random(step), 0, 0
+    expected, generator, kills, survived = restore(study, after(step, stages)), random.Random(step), 0, 0
     restore(study, stages[step])
     start = time.perf_counter()
     assert study.run(step) == 0
@@ -148,9 +150,7 @@ def test_killed_at_random_moments_it_ends_as_undisturbed(step, study, stages):
 @pytest.mark.parametrize("step", STEPS)
 def test_full_disk_is_named_loses_nothing_and_is_gone_on_from(step, study, stages):
     """There is room for a lock only; for `fit`, also for its events and first checkpoint."""
-    following = [*stages][[*stages].index(step) + 1]
-    restore(study, stages[following])
-    expected, before = study.files(), None
+    expected = restore(study, after(step, stages))
     shutil.rmtree(study.out)
     with small_disks.mounted(study.out, "size=16m"):
         shutil.copytree(stages[step], study.out, dirs_exist_ok=True)
@@ -172,8 +172,7 @@ def test_full_disk_is_named_loses_nothing_and_is_gone_on_from(step, study, stage
 @pytest.mark.parametrize("damaged", ["last.ckpt", "*.ckpt"])
 def test_damaged_checkpoint_is_named_and_the_last_good_one_taken(damaged, study, stages):
     """If none is valid, the run starts from scratch."""
-    restore(study, stages["knockout"])
-    expected = study.files()
+    expected = restore(study, stages["knockout"])
     (study.out / "causal/metrics.json").unlink()
     study.log.write_text("")
     for path in (study.out / "causal/checkpoints").glob(damaged):
@@ -187,8 +186,7 @@ def test_damaged_checkpoint_is_named_and_the_last_good_one_taken(damaged, study,
 
 
 def test_run_started_again_and_killed_does_not_count_as_finished(study, stages):
-    restore(study, stages["knockout"])
-    expected = study.files()
+    expected = restore(study, stages["knockout"])
     command = [x for x in study.command("fit") if x not in ("--ckpt_path", "last")]
     last = study.out / "causal/checkpoints/last.ckpt"
     written = last.stat().st_mtime_ns

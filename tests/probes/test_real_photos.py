@@ -1,13 +1,13 @@
 """Probes on real photographs, in the layout of the toy world."""
 
 import numpy as np
+import probe_runs
 import pytest
 import reference
 from conftest import SHARED
 from PIL import Image
 
 from probes.cli import main
-from probes.results.probe_run import ProbeRun
 
 CAMVID = SHARED / "camvid"
 
@@ -15,12 +15,8 @@ CAMVID = SHARED / "camvid"
 @pytest.mark.slow
 @pytest.mark.skipif(not CAMVID.is_dir(), reason=f"{CAMVID} is missing; it holds CamVid's photos and masks")
 def test_probes_on_photos_score_as_numpy_does_and_make_a_report(checkpoints, tmp_path):
-    main(
-        ["fit", "-c", "configs/demo/probes.yaml", "--out", str(tmp_path), "--trainer.max_epochs", "1"]
-        + ["--model.mllm", str(checkpoints["bidirectional"]), "--data.root", str(CAMVID), "--data.name", "camvid"]
-        + ["--data.cache_features", "true", "--save_predictions", "true"]
-    )
-    run = ProbeRun(tmp_path)
+    more = ["--data.name", "camvid", "--data.cache_features", "true", "--save_predictions", "true"]
+    run = probe_runs.fit(checkpoints["bidirectional"], CAMVID, tmp_path, *more)
     targets = [np.asarray(Image.open(path)) for path in sorted((CAMVID / "annotations/validation").glob("*.png"))]
     assert run.metrics["images"] == len(targets) == 51 and len(run.metrics["classes"]) == 11
     for site in run.metrics["sites"]:

@@ -39,10 +39,7 @@ def test_probes_job_takes_each_dataset(dataset, tmp_path):
 def study(tmp_path):
     """Return a function that runs slurm/six_configurations.sh with a fake sbatch, which records its calls, and a fake
     squeue, which prints the file `queue`. It returns the finished process and the calls as lists of words."""
-    commands = {
-        "sbatch": f'echo "$@" >> {tmp_path}/calls; wc -l < {tmp_path}/calls',
-        "squeue": f"cat {tmp_path}/queue",
-    }
+    commands = {"sbatch": f'echo "$@" >> {tmp_path}/calls; wc -l < {tmp_path}/calls', "squeue": f"cat {tmp_path}/queue"}
     (tmp_path / "bin").mkdir()
     (tmp_path / "queue").touch()
     for name, line in commands.items():

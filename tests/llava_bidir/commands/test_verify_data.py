@@ -8,6 +8,7 @@ import tiny_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_models import turns
 
 import llava_bidir.cli
 from llava_bidir.commands.verify_data import KINDS, RecordFindings, find_problems
@@ -18,10 +19,6 @@ from llava_bidir.data.instruction_dataset import read_annotations
 from llava_bidir.model.build import build_processor
 
 ROOT = Path(__file__).parents[3]
-
-
-def turns(*texts: str) -> list[dict]:
-    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
 RECORDS = {

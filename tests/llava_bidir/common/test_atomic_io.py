@@ -15,6 +15,7 @@ import pytest
 import small_disks
 import tiny_models
 import torch
+from processes import die
 from safetensors.torch import load_file
 
 from llava_bidir import cli
@@ -24,10 +25,6 @@ from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, find_defect, la
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.hf_export import export_hf
 from llava_bidir.vqa.result_files import read_results, results_file, write_results
-
-
-def die(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def write_file(path: Path, text: str) -> None:

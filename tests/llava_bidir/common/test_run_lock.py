@@ -88,24 +88,16 @@ def test_a_second_fit_into_a_run_is_an_error(more, parts, conversations, tmp_pat
     assert [file.name for file in tmp_path.iterdir()] == [".lock"], "the second process has written nothing"
 
 
-def test_a_second_vqa_into_a_folder_is_an_error(checkpoints, tmp_path):
-    with processes.inside(exclusive_run_lock(tmp_path)), pytest.raises(SystemExit, match="is in use by process"):
-        cli.main(["vqa", str(checkpoints["causal"]), "--out", str(tmp_path), "--tasks", "toy"])
-
-
 def test_a_second_export_to_a_folder_is_an_error(parts, tmp_path):
     encoder, llm = parts
     processor = build_processor(encoder, llm)
-    with (
-        processes.inside(exclusive_run_lock(tmp_path, "hf")),
-        pytest.raises(ValueError, match="hf is in use by process"),
-    ):
+    with processes.inside(exclusive_run_lock(tmp_path, "hf")), pytest.raises(ValueError, match="hf is in use by proc"):
         export_hf(build_model(encoder, llm, processor), processor, tmp_path / "hf")
 
 
-def test_a_second_demo_assets_to_a_folder_is_an_error(tmp_path):
-    with (
-        processes.inside(exclusive_run_lock(tmp_path, "assets")),
-        pytest.raises(SystemExit, match="is in use by process"),
-    ):
-        cli.main(["demo-assets", str(tmp_path / "assets"), "--scale", "0.01"])
+@pytest.mark.parametrize("command", ["vqa CHECKPOINT --tasks toy --out", "demo-assets --scale 0.01"])
+def test_a_second_command_into_a_folder_is_an_error(command, checkpoints, tmp_path):
+    argv = command.replace("CHECKPOINT", str(checkpoints["causal"])).split()
+    name = "" if argv[0] == "vqa" else "assets"
+    with processes.inside(exclusive_run_lock(tmp_path, name)), pytest.raises(SystemExit, match="is in use by process"):
+        cli.main([*argv, str(tmp_path / name)])

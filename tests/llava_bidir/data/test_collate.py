@@ -3,6 +3,7 @@
 import pytest
 import torch
 from PIL import Image
+from tiny_models import turns
 
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX
@@ -15,8 +16,8 @@ def collate(parts):
 
 
 def sample(question: str, answer: str, image: bool, name: str = "s") -> dict:
-    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return {"id": name, "image": Image.new("RGB", (9, 5), "red") if image else None, "conversations": turns}
+    picture = Image.new("RGB", (9, 5), "red") if image else None
+    return {"id": name, "image": picture, "conversations": turns(question, answer)}
 
 
 def test_batch_is_padded_and_says_where_it_predicts(collate):
@@ -27,10 +28,6 @@ def test_batch_is_padded_and_says_where_it_predicts(collate):
     predicted = labels[:, batch["predicts"] + 1]
     assert (predicted != IGNORE_INDEX).sum() == (labels != IGNORE_INDEX).sum() == batch["supervised"]
     assert (predicted != IGNORE_INDEX).any(0).all(), "no logits where no sample predicts"
-
-
-def test_text_only_batch_has_no_pixels(collate):
-    assert collate([sample("sky", "wall", False)])["pixel_values"] is None
 
 
 def test_tag_in_a_record_without_an_image_is_text(collate):

@@ -25,8 +25,8 @@ def ask(parts, tmp_path):
     """A function from an image's name to its findings in verify-data, and to the image or error in training."""
 
     def asked(name: str, **kwargs):
-        turns = [{"from": "human", "value": "<image>\nq"}, {"from": "gpt", "value": "a"}]
-        (tmp_path / "data.json").write_text(json.dumps([{"id": "r", "image": name, "conversations": turns}]))
+        record = {"id": "r", "image": name, "conversations": tiny_models.turns("<image>\nq", "a")}
+        (tmp_path / "data.json").write_text(json.dumps([record]))
         records = read_annotations(tmp_path / "data.json")
         collate = Collate(build_processor(*parts), tiny_models.TOKENS, "vicuna_v1")
         findings = RecordFindings(records, ImageFolder(tmp_path, **kwargs), collate, decode=True).check(records[0])

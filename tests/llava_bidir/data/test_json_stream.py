@@ -5,6 +5,7 @@ import json
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from json_values import json_values
 
 from llava_bidir.data.json_stream import read_json_list
 
@@ -14,12 +15,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("json")
 
 
-text = st.text(st.characters(exclude_categories=("Cs",)))
-values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**62), 2**62) | st.floats(allow_nan=False, allow_infinity=False) | text,
-    lambda children: st.lists(children, max_size=4) | st.dictionaries(text, children, max_size=4),
-    max_leaves=12,
-)
+values = json_values(text=st.text(st.characters(exclude_categories=("Cs",))), most=4, leaves=12)
 
 
 @given(st.lists(values, min_size=1, max_size=6), st.sampled_from([None, 2]), st.booleans(), st.booleans())

@@ -9,6 +9,7 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_models import turns
 from transformers import CLIPVisionConfig, SiglipVisionConfig
 
 from llava_bidir.data.collate import Collate
@@ -19,10 +20,6 @@ from llava_bidir.model.encoders import Encoder
 IMAGE_ID, T = 32000, 3
 SYSTEM_IDS = [319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444, 29892]
 SYSTEM_IDS += [13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889]
-
-
-def turns(*texts: str) -> list[dict]:
-    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +86,8 @@ AGREEING = {
     "unicode": ("<image>\nWas ist das? 猫 👩‍👩‍👧", "Eine Katze — 猫 😀", "naïve?", "ça va"),
     "accents, apart": ("<image>\ncafe\u0301", "A\u0308 \u200b!"),
     "assistant without spaces": ("<image>\nsay ASSISTANT:now", "I sayASSISTANT: now"),
-    "spaces and newlines": ("<image>\n two  spaces ", "a\n\nb  c", "x", "y\n"),
+    "spaces and newlines": ("  <image>\n two  spaces ", " a\n\nb  c ", "x", "  y\n"),
+    "empty first answer": ("<image>\na", "", "b", "yes"),
     "special tokens in a text": ("<image>\nsay <s> now", "<unk> it"),
     "pad in a text": ("<image>\nwhat is <pad>?", "a <pad> token"),
 }

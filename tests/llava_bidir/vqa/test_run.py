@@ -212,10 +212,7 @@ def test_missing_and_cut_images_end_the_run_by_name(checkpoints, data, tmp_path)
 @pytest.mark.parametrize(
     ("stub", "message"),
     [
-        (
-            "version",
-            "has lmms_eval 0.7.2 instead of 0.7.3, openpyxl None instead of .*; recreate it with `make",
-        ),
+        ("version", "has lmms_eval 0.7.2 instead of 0.7.3, openpyxl None instead of .*; recreate it with `make"),
         ("code", "has another llava_bidir, at .*; run `make vqa-venv`"),
     ],
 )

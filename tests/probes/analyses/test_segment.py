@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import probe_runs
 import pytest
 import torch.nn.functional as F
 from PIL import Image
@@ -16,12 +17,8 @@ from probes.results.probe_run import ProbeRun
 @pytest.fixture(scope="module", params=["squash", "pad"])
 def run(request, checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
     out = tmp_path_factory.mktemp(request.param)
-    main(
-        ["fit", "-c", "configs/demo/probes.yaml", "--out", str(out), "--trainer.max_epochs", "1"]
-        + ["--model.mllm", str(checkpoints["bidirectional"]), "--data.root", str(segmentation)]
-        + ["--model.image_resize", request.param, "--model.learning_rate", "0.3"]
-    )
-    return ProbeRun(out)
+    more = ["--model.image_resize", request.param, "--model.learning_rate", "0.3"]
+    return probe_runs.fit(checkpoints["bidirectional"], segmentation, out, *more)
 
 
 @pytest.fixture

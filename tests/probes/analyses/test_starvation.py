@@ -9,13 +9,7 @@ import torch
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.analyses.starvation import flipped
 from probes.analyses.starvation.by_class import standardised_gap
-from probes.analyses.starvation.flipped import (
-    FLIP_AXES,
-    FlippedDataset,
-    flip_results,
-    flipped_positions,
-    score_patches,
-)
+from probes.analyses.starvation.flipped import FLIP_AXES, FlippedDataset, flip_results, flipped_positions, score_patches
 from probes.analyses.starvation.patch_accuracy import PatchCounts, accuracy_gap, patch_accuracy
 from probes.analyses.starvation.run import starvation
 from probes.cli import main

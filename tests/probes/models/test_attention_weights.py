@@ -1,8 +1,7 @@
 """Attention weights of the frozen model against transformers' own eager weights."""
 
-import copy
-
 import pytest
+import reference
 import tiny_models
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -13,23 +12,11 @@ from probes import Knockout
 QUERIES = [(0, torch.tensor([True, False, False, True])), (1, torch.tensor([False, True, True, True]))]
 
 
-def eager_attention(mllm, pixels) -> list[torch.Tensor]:
-    """f[B, A, N, N] by layer: the stock decoder on prefix and image, under eager attention that returns weights."""
-    decoder = copy.deepcopy(mllm.decoder)
-    decoder.config._attn_implementation = "eager"
-    adapter = mllm.states(pixels, ["adapter"])["adapter"]
-    inputs = torch.cat([decoder.embed_tokens(mllm.prefix_ids).expand(len(pixels), -1, -1), adapter], 1)
-    allowed = mllm.attention_masks(len(pixels))
-    mask = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
-    with torch.no_grad():
-        return decoder(inputs_embeds=inputs, attention_mask=mask, output_attentions=True, use_cache=False).attentions
-
-
 @pytest.mark.parametrize("name", ["causal", "bidirectional", "prefix"])
 def test_weights_equal_eager_attention(checkpoints, name):
     mllm, pixels = probes.load(str(checkpoints[name])), tiny_models.pixels(2)
     start = mllm.prefix_ids.shape[1]
-    eager = torch.stack(eager_attention(mllm, pixels), 1)[..., start:, start:]  # [B, L, A, T, T]
+    eager = torch.stack(reference.eager_attention(mllm, pixels), 1)[..., start:, start:]  # [B, L, A, T, T]
     for weights, (image, tokens) in zip(mllm.attention(pixels, queries=QUERIES), QUERIES, strict=True):
         torch.testing.assert_close(weights, eager[image].mean(1)[:, tokens], rtol=1e-4, atol=1e-5)
     by_head = torch.stack(mllm.attention(pixels, layers=[3, 1], average_heads=False))

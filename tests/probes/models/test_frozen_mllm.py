@@ -179,16 +179,6 @@ def test_images_are_resized_as_the_checkpoint_does(checkpoints, tmp_path):
         assert read_image_processors(str(tmp_path), FAMILIES["llava_next"])[1] == "squash"
 
 
-def test_image_attention_can_be_overridden(checkpoints, pictures):
-    causal = probes.load(str(checkpoints["causal"]))
-    other = probes.load(str(checkpoints["causal"]), image_attention="bidirectional")
-    pixels = causal.preprocess(pictures)
-    a, b = causal.states(pixels), other.states(pixels)
-    assert torch.equal(a["adapter"], b["adapter"])
-    assert (a["layer_01"][:, 0] - b["layer_01"][:, 0]).abs().max() > 1e-2
-    torch.testing.assert_close(a["layer_01"][:, -1], b["layer_01"][:, -1], rtol=1e-4, atol=1e-4)
-
-
 def test_stock_llava_checkpoint_loads(checkpoints, tmp_path, pictures):
     ours = LlavaBidirForConditionalGeneration.from_pretrained(checkpoints["causal"])
     settings = ours.config.to_dict()
@@ -235,11 +225,9 @@ def test_stays_frozen_and_in_eval_mode(mllm):
     assert not any(parameter.requires_grad for parameter in mllm.parameters())
 
 
-def test_unknown_site_mask_and_checkpoint_are_errors(mllm, checkpoints, tmp_path):
+def test_unknown_site_and_checkpoint_are_errors(mllm, checkpoints, tmp_path):
     with pytest.raises(ValueError, match="unknown site 'layer_9'; this model has encoder, adapter"):
         mllm.states(torch.zeros(1, 3, 8, 8), ["layer_9"])
-    with pytest.raises(ValueError, match="unknown image_attention 'all'"):
-        probes.load(str(checkpoints["causal"]), image_attention="all")
     with pytest.raises(ValueError, match="contains no config.json"):
         probes.load(str(tmp_path))
     AutoTokenizer.from_pretrained(checkpoints["causal"]).save_pretrained(tmp_path)

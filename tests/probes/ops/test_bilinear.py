@@ -37,15 +37,6 @@ def test_weights_worked_example():
     assert bilinear_weights(2, 4, dtype=torch.float64).dtype == torch.float64
 
 
-def test_weights_cached_in_inference_mode_serve_in_training():
-    bilinear_weights.cache_clear()
-    with torch.inference_mode():
-        bilinear_weights(3, 7)
-    x = torch.ones(3, requires_grad=True)
-    (bilinear_weights(3, 7) @ x).sum().backward()
-    assert x.grad.sum().item() == pytest.approx(7)
-
-
 def test_weights_refuse_an_empty_axis():
     with pytest.raises(ValueError, match="n_in=3 and n_out=0"):
         bilinear_weights(3, 0)

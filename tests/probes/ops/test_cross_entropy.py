@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import IGNORED, make_case, value_and_gradient
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from probes.ops import bilinear
 from probes.ops import cross_entropy as loss_module
 from probes.ops.cross_entropy import upsampled_cross_entropy
-
-IGNORED = 255
 
 
 def torch_losses(logits, target, ignore_index=IGNORED, stride=1):
@@ -22,24 +21,6 @@ def torch_losses(logits, target, ignore_index=IGNORED, stride=1):
     pixels = (..., slice(stride // 2, None, stride), slice(stride // 2, None, stride))
     ups = [F.interpolate(z, target.shape[-2:], mode="bilinear", align_corners=False)[pixels] for z in logits]
     return torch.stack([F.cross_entropy(up, target[pixels].long(), ignore_index=ignore_index) for up in ups])
-
-
-def make_case(shape, size, *, ignored=0.2, scale=3.0, seed=0, dtype=torch.float64):
-    """Returns random logits f[P, B, K, h, w] and labels i64[B, H, W], some of them ignored but never all."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(shape, generator=generator, dtype=torch.float64) * scale
-    target = torch.randint(0, shape[2], (shape[1], *size), generator=generator)
-    target[torch.rand(target.shape, generator=generator) < ignored] = IGNORED
-    target[:, size[0] // 2, size[1] // 2] = 0
-    return logits.to(dtype), target
-
-
-def value_and_gradient(loss, logits, weights):
-    """Losses f[P] and the gradient of their weighted sum."""
-    logits = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    losses = loss(logits)
-    (gradient,) = torch.autograd.grad((losses * weights).sum(), logits)
-    return losses.detach(), gradient
 
 
 @settings(deadline=None, max_examples=150, derandomize=True)

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,21 +38,15 @@ def through_triton():
         yield
 
 
-def make_case(shape, size, *, ignored=0.2, scale=3.0, seed=0):
+def make_case(*shape_and_size, **settings):
     """Logits f64[P, B, K, h, w] that float32 holds exactly, and labels uint8[B, H, W]."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = (torch.randn(shape, generator=generator) * scale).double()
-    target = torch.randint(0, shape[2], (shape[1], *size), generator=generator)
-    target[torch.rand(target.shape, generator=generator) < ignored] = 255
-    target[:, size[0] // 2, size[1] // 2] = 0
-    return logits.to(DEVICE), target.to(DEVICE, torch.uint8)
+    logits, target = reference.make_case(*shape_and_size, **settings, dtype=torch.float32)
+    return logits.double().to(DEVICE), target.to(DEVICE, torch.uint8)
 
 
 def value_and_gradient(function, logits, weights):
-    logits = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    losses = function(logits)
-    (gradient,) = torch.autograd.grad((losses * weights.to(losses)).sum(), logits)
-    return losses.detach().double(), gradient.double()
+    """In float64, to compare kinds of numbers."""
+    return tuple(x.double() for x in reference.value_and_gradient(function, logits, weights.to(DEVICE)))
 
 
 def assert_same_loss(logits, target, *, scale=3.0, dtype=torch.float32, **options):

@@ -9,6 +9,7 @@ from copy import copy
 from dataclasses import fields, replace
 
 import numpy as np
+import probe_runs
 import pytest
 import tiny_models
 import torch
@@ -31,15 +32,8 @@ def runs(checkpoints, tmp_path_factory) -> list[ProbeRun]:
     (root / "classes.json").write_text(json.dumps({"classes": CLASSES, "ignore_index": 255}))
     for kind in ("images", "annotations"):
         (root / kind / "validation/002.png").rename(root / kind / "validation" / f"002{NAME}.png")
-    runs = []
-    for mask in ("causal", "bidirectional"):
-        out = tmp_path_factory.mktemp(mask)
-        main(
-            ["fit", "-c", "configs/demo/probes.yaml", "--out", str(out), "--trainer.max_epochs", "1"]
-            + ["--model.mllm", str(checkpoints[mask]), "--data.root", str(root), "--data.batch_size", "2"]
-        )
-        runs.append(ProbeRun(out))
-    return runs
+    fit = lambda mask: probe_runs.fit(checkpoints[mask], root, tmp_path_factory.mktemp(mask), "--data.batch_size", "2")
+    return [fit(mask) for mask in ("causal", "bidirectional")]
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +135,7 @@ def test_report_links_to_an_explorer_in_its_folder(runs, tmp_path):
 
 
 def test_runs_on_other_images_are_rejected(runs, checkpoints, segmentation, tmp_path):
-    argv = ["fit", "-c", "configs/demo/probes.yaml", "--out", str(tmp_path / "run"), "--trainer.max_epochs", "1"]
-    main([*argv, "--model.mllm", str(checkpoints["causal"]), "--data.root", str(segmentation)])
+    probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / "run")
     with pytest.raises(SystemExit, match=r"^probes: .* were scored on different images; explore them separately$"):
         main(["explore", str(runs[0].path), str(tmp_path / "run"), "--images", "0", "--out", str(tmp_path / "out")])
 

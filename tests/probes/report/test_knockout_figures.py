@@ -4,6 +4,7 @@ import csv
 import json
 from operator import itemgetter
 
+import probe_runs
 import pytest
 import tiny_models
 
@@ -22,10 +23,7 @@ def runs(checkpoints, tmp_path_factory) -> list[str]:
     paths = []
     for mask in ("causal", "bidirectional"):
         paths.append(str(tmp_path_factory.mktemp("study") / mask))
-        main(
-            ["fit", "-c", "configs/demo/probes.yaml", "--out", paths[-1], "--trainer.max_epochs", "1"]
-            + ["--model.mllm", str(checkpoints[mask]), "--data.root", str(root), "--data.batch_size", "2"]
-        )
+        probe_runs.fit(checkpoints[mask], root, paths[-1], "--data.batch_size", "2")
         main(
             ["knockout", "--probes", paths[-1], "--classes", "auto:3", "--controls", "distance", "--fractions", "0.5"]
             + ["--layer-windows", "2", "--attention-heads", "--attention", "--draws", "1"]

@@ -5,6 +5,7 @@ import json
 import re
 
 import numpy as np
+import probe_runs
 import pytest
 import reference
 import tiny_models
@@ -26,11 +27,8 @@ def runs(checkpoints, segmentation, tmp_path_factory) -> list[str]:
     for mask in MASKS:
         for kind, more in (("probes", []), ("untrained", ["-c", "configs/demo/untrained.yaml"])):
             out = root / mask / kind
-            main(
-                ["fit", "-c", "configs/demo/probes.yaml", *more, "--out", str(out), "--trainer.max_epochs", "2"]
-                + ["--model.mllm", str(checkpoints[mask]), "--data.root", str(segmentation)]
-                + ["--save_predictions", "true"]
-            )
+            more = [*more, "--trainer.max_epochs", "2", "--save_predictions", "true"]
+            probe_runs.fit(checkpoints[mask], segmentation, out, *more)
             paths.append(str(out))
     main(["maps", "--probes", paths[0], "--image", "0", "1"])
     return paths
@@ -138,10 +136,7 @@ def test_runs_that_do_not_belong_together_are_rejected(runs, checkpoints, tmp_pa
     with pytest.raises(ValueError, match="has no metrics.json: not a finished probe run"):
         read_studies([str(tmp_path)])
     other = tiny_models.write_segmentation(tmp_path / "data", validation=4)
-    main(
-        ["fit", "-c", "configs/demo/probes.yaml", "--out", str(tmp_path / "run"), "--trainer.max_epochs", "1"]
-        + ["--model.mllm", str(checkpoints["bidirectional"]), "--data.root", str(other)]
-    )
+    probe_runs.fit(checkpoints["bidirectional"], other, tmp_path / "run")
     with pytest.raises(ValueError, match="were scored on different images"):
         read_studies([runs[0], str(tmp_path / "run")])
     with pytest.raises(ValueError, match="--probes takes the causal run, then the other"):

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import probe_runs
 import pytest
 import tiny_models
 import torch
@@ -22,21 +23,12 @@ TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 # Epochs have three steps, and every second step is saved unless it ends an epoch: (hook, step of death, saved step)
 DEATHS = {"a step after a checkpoint": ("on_train_batch_end", 5, 4), "validation": ("on_validation_start", 6, 4)}
 KILLER = """
-import os, signal
-from lightning import Callback
-
-class Killer(Callback):
-    def {hook}(self, trainer, *_):
-        if trainer.global_step == {step}:
-            os.kill(os.getpid(), signal.SIGKILL)
-"""
-RANK_KILLER = """
 import os, signal, time
 from lightning import Callback
 
 class Killer(Callback):
-    def on_train_batch_start(self, trainer, *_):
-        if (trainer.global_rank, trainer.global_step) == ({rank}, 5):
+    def {hook}(self, trainer, *_):
+        if (trainer.global_rank, trainer.global_step) == ({rank}, {step}):
             open("{died}", "w").write(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -62,10 +54,10 @@ def uneven(tmp_path_factory) -> Path:
 
 def arguments(checkpoint, root, out, *more: str) -> list[str]:
     """Three epochs of three steps; the last batch of an epoch has one image."""
-    command = ["fit", "-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "3", "--model.mllm", str(checkpoint)]
-    command += ["--data.root", str(root), "--out", str(out), "--data.batch_size", "3", "--data.cache_features", "false"]
-    variants = "{batchnorm: {feature_norm: batchnorm}, conv: {head: conv}}"
-    return [*command, "--model.feature_norm", "none", "--model.variants", variants, *more]
+    three = ["--trainer.max_epochs", "3", "--data.batch_size", "3", "--data.cache_features", "false"]
+    three += ["--model.feature_norm", "none"]
+    three += ["--model.variants", "{batchnorm: {feature_norm: batchnorm}, conv: {head: conv}}"]
+    return probe_runs.arguments(checkpoint, root, out, *three, *more)
 
 
 def processes(arguments: list[str], fails: bool = False, **environment: str) -> subprocess.CompletedProcess:
@@ -75,6 +67,14 @@ def processes(arguments: list[str], fails: bool = False, **environment: str) -> 
     done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env)
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done
+
+
+def killed(run: list[str], folder: Path, hook: str, step: int, rank: int = 0) -> subprocess.CompletedProcess:
+    """The run, in which a rank is killed; `folder` gets the time, and checkpoints are saved on the way."""
+    (folder / "killer.py").write_text(KILLER.format(hook=hook, step=step, rank=rank, died=folder / "died"))
+    (folder / "killing.yaml").write_text(KILLING)
+    path = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
+    return processes([*run, "-c", str(folder / "killing.yaml")], fails=True, PYTHONPATH=path)
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +132,8 @@ def test_bad_file_of_one_rank_ends_all_ranks_with_the_same_message(checkpoints, 
 @pytest.mark.distributed
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rank_that_dies_ends_the_other_and_nothing_is_called_finished(rank, checkpoints, uneven, tmp_path):
-    (tmp_path / "killer.py").write_text(RANK_KILLER.format(rank=rank, died=tmp_path / "died"))
-    (tmp_path / "killing.yaml").write_text(KILLING)
     run = arguments(checkpoints["causal"], uneven, tmp_path / "run", *TWO)
-    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-    processes([*run, "-c", str(tmp_path / "killing.yaml")], fails=True, PYTHONPATH=path)  # until both have ended
+    killed(run, tmp_path, "on_train_batch_start", 5, rank)  # until both have ended
     assert time.time() - float((tmp_path / "died").read_text()) < 60
     assert not (tmp_path / "run/metrics.json").exists()
     assert latest_valid_checkpoint(tmp_path / "run/checkpoints")
@@ -146,12 +143,9 @@ def test_rank_that_dies_ends_the_other_and_nothing_is_called_finished(rank, chec
 @pytest.mark.parametrize("death", DEATHS)
 def test_run_killed_within_an_epoch_ends_as_an_undisturbed_one(death, one, checkpoints, uneven, tmp_path):
     hook, step, saved_step = DEATHS[death]
-    (tmp_path / "killer.py").write_text(KILLER.format(hook=hook, step=step))
-    (tmp_path / "killing.yaml").write_text(KILLING)
     run = arguments(checkpoints["causal"], uneven, tmp_path / "run")
-    path = f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"
-    killed = processes([*run, "-c", str(tmp_path / "killing.yaml")], fails=True, PYTHONPATH=path)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    done = killed(run, tmp_path, hook, step)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     assert not (tmp_path / "run/metrics.json").exists()
     last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
     assert last["global_step"] == saved_step, "in the middle of an epoch"

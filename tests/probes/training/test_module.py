@@ -4,6 +4,7 @@ from importlib.metadata import version
 from types import SimpleNamespace
 
 import numpy as np
+import probe_runs
 import pytest
 import reference
 import tiny_models
@@ -18,10 +19,8 @@ from probes.training.module import ProbeModule
 
 
 def arguments(checkpoint, root, out, *more: str) -> list[str]:
-    return [
-        *("fit", "-c", "configs/demo/probes.yaml", "--out", str(out), "--trainer.max_epochs", "2"),
-        *("--model.mllm", str(checkpoint), "--data.root", str(root), "--data.batch_size", "3", *more),
-    ]
+    two = ["--trainer.max_epochs", "2", "--data.batch_size", "3"]
+    return probe_runs.arguments(checkpoint, root, out, *two, *more)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import shutil
 
 import numpy as np
+import probe_runs
 import pytest
 import tiny_models
 import torch
@@ -24,10 +25,8 @@ VARIANTS = {
 
 
 def arguments(checkpoint, root, out, *more: str) -> list[str]:
-    return [
-        *("fit", "-c", "configs/demo/probes.yaml", "--out", str(out), "--trainer.max_epochs", "3"),
-        *("--model.mllm", str(checkpoint), "--data.root", str(root), "--data.batch_size", "4", *more),
-    ]
+    three = ["--trainer.max_epochs", "3", "--data.batch_size", "4"]
+    return probe_runs.arguments(checkpoint, root, out, *three, *more)
 
 
 @pytest.fixture(scope="module")

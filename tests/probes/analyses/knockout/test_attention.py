@@ -1,8 +1,7 @@
 """Attention seen through the interface, against transformers' own eager weights."""
 
-import copy
-
 import pytest
+import reference
 import tiny_models
 import torch
 
@@ -12,24 +11,12 @@ from probes.analyses.knockout.attention import attention_from, sum_by_group
 LOOKING = [torch.tensor([True, False, False, True]), torch.tensor([False, True, True, True])]
 
 
-def eager_attention(mllm, pixels) -> list[torch.Tensor]:
-    """f[B, A, N, N] by layer: the stock decoder on prefix and image, under eager attention with weights put out."""
-    decoder = copy.deepcopy(mllm.decoder)
-    decoder.config._attn_implementation = "eager"
-    adapter = mllm.states(pixels, ["adapter"])["adapter"]
-    inputs = torch.cat([decoder.embed_tokens(mllm.prefix_ids).expand(len(pixels), -1, -1), adapter], 1)
-    allowed = mllm.attention_masks(len(pixels))
-    mask = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
-    with torch.no_grad():
-        return decoder(inputs_embeds=inputs, attention_mask=mask, output_attentions=True, use_cache=False).attentions
-
-
 @pytest.mark.parametrize("name", ["causal", "bidirectional", "prefix"])
 def test_equals_eager_attention(checkpoints, name):
     mllm, pixels = probes.load(str(checkpoints[name])), tiny_models.pixels(2)
     prefix = mllm.prefix_ids.shape[1]
     paid, itself = attention_from(mllm, pixels, [(0, LOOKING[0]), (1, LOOKING[1]), (0, LOOKING[1])])
-    eager = eager_attention(mllm, pixels)
+    eager = reference.eager_attention(mllm, pixels)
     for case, (row, looking) in enumerate([(0, LOOKING[0]), (1, LOOKING[1]), (0, LOOKING[1])]):
         tokens = [prefix + t for t in range(4) if looking[t]]
         for layer in range(3):

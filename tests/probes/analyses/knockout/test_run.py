@@ -111,7 +111,10 @@ def test_keep_only_windows_and_heads_equal_the_loop_too(run, classes, tmp_path):
             rates = np.array([rates[condition] for rates in expected.values()])
             np.testing.assert_allclose(tensors[f"{name}/only_{condition}"].numpy(), rates, atol=1e-6)
     for i, place in enumerate(swept["places"]):
-        location = {"layers": place["layers"], "heads": place["heads"]}
+        heads = place["heads"] and [
+            head + 1 for head in place["heads"]
+        ]  # the file numbers them from 0, Knockout from 1
+        location = {"layers": place["layers"], "heads": heads}
         cut = {name: c1_by_loop(run, reader, index(name), **location) for name in classes}
         for condition in ("incorrect", "correct"):
             change = [

@@ -8,7 +8,7 @@ from importlib import import_module
 from llava_bidir import __version__ as __version__
 
 _MODULES = {
-    "load": ".models.frozen_mllm",
+    "load": ".models.load",
     "FrozenMLLM": ".models.frozen_mllm",
     "Knockout": ".models.knockout",
     "Family": ".models.families",

@@ -7,8 +7,8 @@ from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.data.base import open_image, read_rgb
 from probes.models.families import family_of, own_image_attention
-from probes.models.frozen_mllm import load, read_config
-from probes.models.prompt_and_pixels import check_numbers
+from probes.models.load import load
+from probes.models.prompt_and_pixels import check_numbers, read_config
 from probes.models.sites import ENCODER, site_names
 
 

@@ -201,7 +201,7 @@ class ProbeRun:
         """Load the probed model with the settings of the run."""
         config = rename_old_keys(self.manifest["config"])
         check_schema(ModelConfig, config, f"{self.path / 'manifest.json'}: config")
-        from probes.models.frozen_mllm import load  # transformers takes seconds to import, and a report needs no model
+        from probes.models.load import load  # transformers takes seconds to import, and a report needs no model
 
         return load(
             config["mllm"],

@@ -20,7 +20,7 @@ from probes.evaluation.bootstrap import dataset_scores
 from probes.evaluation.feature_statistics import StateStatistics
 from probes.evaluation.metrics import IGNORE_INDEX, Counts, patch_labels
 from probes.evaluation.segmentation_metric import SegmentationMetric
-from probes.models import frozen_mllm as mllms
+from probes.models.load import load
 from probes.ops.cross_entropy import subsample, upsampled_cross_entropy
 
 from .distributed import all_gather
@@ -89,7 +89,7 @@ class ProbeModule(LightningModule):
         if self.mllm is not None:
             return
         args, data = self.hparams, self.trainer.datamodule
-        self.mllm = mllms.load(
+        self.mllm = load(
             args.mllm,
             args.image_attention,
             dtype=args.dtype,

@@ -1,0 +1,70 @@
+"""Load a checkpoint as a frozen MLLM."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers.utils.hub import resolve_revision
+
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf_loading import load_weights
+
+from .attention_masks import check_masks
+from .families import family_of, own_image_attention
+from .frozen_mllm import FrozenMLLM
+from .prompt_and_pixels import check_numbers, read_config, read_image_processors, read_prefix_ids, read_separator_id
+from .random_init import reinitialize
+
+
+def load(
+    path: str,
+    image_attention: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device | None = None,
+    *,
+    image_resize: str | None = None,
+    revision: str | None = None,
+    device_map: str | dict | None = None,
+    attn_implementation: str | None = None,
+    prefix: str | None = None,
+    untrained: Sequence[str] = (),
+    seed: int = 0,
+) -> FrozenMLLM:
+    """Load a checkpoint as a :class:`FrozenMLLM`.
+
+    Args:
+        path: Directory or hub id of a checkpoint of ours or of a registered family (probes/models/families).
+        image_attention: Mask among image tokens: "causal", "bidirectional", "prefix" or a registered one. None: the
+            mask that the checkpoint was trained with.
+        dtype: dtype of the weights, e.g. "bfloat16" or torch.bfloat16. None or "auto": the checkpoint's.
+        device: None: the GPU if there is one, else the CPU.
+        image_resize: How images become squares: "squash", "pad" or "center_crop" (probes/ops/geometry.py). None: the
+            checkpoint's own way.
+        revision: Branch, tag or commit of a hub id. The commit is recorded as `FrozenMLLM.revision`.
+        device_map: transformers' device map, to spread a model over devices; excludes `device`.
+        attn_implementation: transformers' attention backend; None: "sdpa". "eager" supports neither knockouts nor
+            :meth:`FrozenMLLM.attention`. Backends that ignore masks are rejected.
+        prefix: Text before the image. None: the checkpoint's chat template up to the image.
+        untrained: Parts to re-initialise, as controls without training: "adapter", "llm".
+        seed: Seed of the re-initialisation.
+
+    Raises:
+        UserError: The checkpoint is not of a registered family or is damaged, or an argument is invalid.
+    """
+    if device is not None and device_map is not None:
+        raise UserError("device and device_map exclude each other; pass one of them")
+    hub = {"revision": resolve_revision(path, revision)}  # once, so that all files are of the same commit
+    config = read_config(path, **hub)
+    family = family_of(config)
+    check_numbers(path, family, config)
+    attention, backend = image_attention or own_image_attention(config), attn_implementation or "sdpa"
+    check_masks(attention, config.get_text_config(), backend)
+    spread = {} if device_map is None else {"device_map": device_map}
+    options = {"dtype": dtype or "auto", "attn_implementation": backend, **spread}
+    model = load_weights("MLLM", family.model_cls, path, config, **options, **hub)
+    reinitialize(model, family, untrained, seed)
+    processors, resize = read_image_processors(path, family, **hub)
+    resize = image_resize or getattr(config, "image_resize", None) or resize
+    ids, separator_id = read_prefix_ids(path, family, prefix, **hub), read_separator_id(path, family, **hub)
+    commit = getattr(hub["revision"], "resolved", None)
+    mllm = FrozenMLLM(model, family, processors, ids, attention, resize, separator_id, commit)
+    return mllm if device_map is not None else mllm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

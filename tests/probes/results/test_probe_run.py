@@ -253,7 +253,7 @@ def test_run_of_an_earlier_version_is_read(run, monkeypatch):
     old = {"mllm": "m", "image_attention": None, "image_aspect": "square", "mllm_dtype": "auto", "untrained": None}
     rewrite(run / "manifest.json", "config", value=old | {"seed": 3, "num_classes": 3})
     rewrite(run / "metrics.json", "image_aspect", value="square")
-    monkeypatch.setattr("probes.models.frozen_mllm.load", lambda *args, **kwargs: (args, kwargs))
+    monkeypatch.setattr("probes.models.load.load", lambda *args, **kwargs: (args, kwargs))
     expected = {"dtype": "auto", "image_resize": "squash", "untrained": (), "seed": 3}
     assert ProbeRun(run).mllm() == (("m", None), expected)
     rewrite(run / "manifest.json", "config", "mllm_dtype", value=3)

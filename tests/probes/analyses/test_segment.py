@@ -81,7 +81,7 @@ def test_own_files_are_replaced_and_others_are_not(run, photos, tmp_path):
 
 
 def test_bad_arguments_are_one_line_errors_before_the_model_is_loaded(run, photos, tmp_path, monkeypatch):
-    monkeypatch.setattr("probes.models.frozen_mllm.load", None)
+    monkeypatch.setattr("probes.models.load.load", None)
     (tmp_path / "other").mkdir()
     same_stem = shutil.copy(photos[0], tmp_path / "other/odd.png")
     legend = shutil.copy(photos[0], tmp_path / "other/legend.jpg")

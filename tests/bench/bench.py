@@ -195,7 +195,7 @@ BASE = [sys.executable, "-c", "import torch; import transformers.models.llava.mo
 def bench_startup(rounds: int) -> list[dict]:
     """Each command up to its first message, over importing torch and a LLaVA."""
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         shutil.copytree(ROOT / "configs", f"{folder}/configs")
         start = lambda command: subprocess.run(command, cwd=folder, env=environment, capture_output=True)
         commands = {name: [sys.executable, "-m", *line.split()] for name, line in STARTUP.items()}

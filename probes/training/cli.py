@@ -22,7 +22,7 @@ from .module import ProbeModule
 from .run_schema import Manifest, Metrics, read_run_file, rename_old_keys
 
 # warnings about intended settings
-HARMLESS_WARNINGS = (
+EXPECTED_WARNINGS = (
     "LightningCLI's args parameter",
     ".*does not have many workers",
     ".*isinstance.treespec",
@@ -108,7 +108,7 @@ class ProbeCLI(ConfiguredCLI):
 
 def build_cli(argv: list[str], run: bool = True) -> ProbeCLI:
     """Parse `argv` and execute its subcommand; with `run=False` only build model, data and trainer."""
-    for message in HARMLESS_WARNINGS:
+    for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     return ProbeCLI(
         ProbeModule,

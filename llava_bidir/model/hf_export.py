@@ -30,9 +30,6 @@ def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, trai
         RuntimeError: A written tensor differs from the one in memory.
         UserError: Another process writes to `out`, or the operating system reported an error.
     """
-    if isinstance(model, LlavaBidirForConditionalGeneration):
-        LlavaBidirConfig.register_for_auto_class()
-        LlavaBidirForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
     with atomic_directory(out, marker=TRAINING_JSON) as partial:
         model.save_pretrained(partial)
         processor.save_pretrained(partial)

@@ -5,7 +5,7 @@ LLaVA bit for bit. The model type is not ``llava``, because the stock class woul
 causally. Exported checkpoints contain this file and :mod:`.attention` (``trust_remote_code``), so both import nothing
 else of the package.
 
-Shapes: B batch, N tokens of this call, P tokens in the cache before them.
+Shapes: B batch, N tokens of this call.
 """
 
 import torch
@@ -14,18 +14,23 @@ from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
     Cache,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedConfig,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, torch_compilable_check
 
 from .attention import image_attention
 
 # Backends that apply any mask. Flash attention 2 and 3 support padding masks only and silently ignore other masks.
 MASKED_BACKENDS = ("sdpa", "eager", "flex_attention")
+# Kinds of layers that apply a mask. Linear attention and convolutions have none; chunks and indexers are not implemented.
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @strict
@@ -58,19 +63,25 @@ class LlavaBidirConfig(LlavaConfig):
 class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
     """`LlavaForConditionalGeneration` whose LLM runs under ``config.image_attention``.
 
+    Image tokens are those of a call with `pixel_values` or `mm_encoder_outputs`. Without either, all tokens are text and
+    causal, so a caller that puts image features into `inputs_embeds` itself has to pass a 4D `attention_mask`.
+
     Raises:
-        ValueError: The attention backend would ignore the mask, or `input_ids`, which locate image tokens, are missing.
+        ValueError: The attention backend or the layers of the LLM would ignore the mask.
     """
 
     config: LlavaBidirConfig
     config_class = LlavaBidirConfig
 
     def __init__(self, config: LlavaBidirConfig):
+        check_layers(config.image_attention, config.get_text_config())
         super().__init__(config)
         if config.register_tokens:
             patches = slice(config.register_tokens, None)  # LlavaModel drops CLS before this hook runs
             self.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: (args[0][:, patches],))
 
+    # All parameters of the parent are named, because generate() decides by the signature what it passes and how it
+    # repeats the images of a prompt for its beams.
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -79,18 +90,32 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
-        **kwargs,
+        image_sizes: Tensor | None = None,
+        mm_encoder_outputs: dict | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ):
         """Apply ``config.image_attention``; a 4D `attention_mask` (BlockMask for flex attention) is used unchanged."""
-        if _is_padding_mask(attention_mask) and self.config.image_attention != "causal":
-            if input_ids is None:
-                raise ValueError(
-                    f"image_attention={self.config.image_attention!r} locates image tokens by input_ids; "
-                    "pass input_ids instead of inputs_embeds, or pass a 4D attention_mask"
-                )
-            attention_mask = self._llm_mask(input_ids, attention_mask, past_key_values)
+        has_images = pixel_values is not None or bool(mm_encoder_outputs)
+        if has_images and self.config.image_attention != "causal" and _is_padding_mask(attention_mask):
+            # A branch on the cache's length would break torch.export: it is a tensor in a static cache.
+            torch_compilable_check(
+                past_key_values is None or past_key_values.get_seq_length() == 0,
+                f"image_attention={self.config.image_attention!r}: got images after cached tokens; pass all images of a "
+                "prompt in the first forward, since image tokens attend to later image tokens",
+            )
+            attention_mask = build_masks(
+                self.config.image_attention,
+                self.config.get_text_config(),
+                self._is_image(input_ids, inputs_embeds),
+                attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                dtype=self.dtype,
+            )
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -98,46 +123,59 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
             labels=labels,
             logits_to_keep=logits_to_keep,
+            image_sizes=image_sizes,
+            mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
 
-    def prepare_inputs_for_generation(
-        self, input_ids, next_sequence_length=None, past_key_values=None, attention_mask=None, **kwargs
-    ):
-        """Build the prefill mask from all ids; generate() would use a causal mask with a static cache."""
-        new_tokens = next_sequence_length or input_ids.shape[1]
-        if new_tokens > 1 and _is_padding_mask(attention_mask) and self.config.image_attention != "causal":
-            attention_mask = self._llm_mask(input_ids[:, -new_tokens:], attention_mask, past_key_values)
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            **kwargs,
+    def prepare_inputs_for_generation(self, input_ids, attention_mask=None, inputs_embeds=None, **kwargs):
+        """Leave the mask of a prompt with images to forward(); generate() would use a causal one with static caches."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
+        if inputs.get("pixel_values") is not None or inputs.get("mm_encoder_outputs"):
+            inputs["attention_mask"] = attention_mask
+        return inputs
 
-    def _llm_mask(self, input_ids: Tensor, padding: Tensor | None, cache: Cache | None):
-        """Return the LLM's mask for `input_ids` long[B, N] after P cached tokens; `padding` is 0/1 [B, P + N]."""
-        is_image = input_ids == self.config.image_token_id
-        cached = cache.get_seq_length() if cache is not None else 0
-        if cached > 0 and is_image.any():
-            raise ValueError(
-                f"image_attention={self.config.image_attention!r}: got image tokens after {cached} cached tokens; "
-                "pass all images of a prompt in the first forward, since image tokens attend to later image tokens"
-            )
-        if cached > 0 or not is_image.any():
-            return padding  # only text rows, which are causal under every mask
-        text_config = self.config.get_text_config()
-        return build_mask(
-            self.config.image_attention, text_config, is_image, padding, past_key_values=cache, dtype=self.dtype
-        )
+    def _is_image(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Return bool[B, N], True at image tokens; without ids, where embeddings equal the image token's, as LLaVA."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.full((), self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
 
 def _is_padding_mask(attention_mask) -> bool:
     """Return True for None or a 2D mask. 4D masks, BlockMasks of flex attention and dicts are used unchanged."""
     return attention_mask is None or (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2)
+
+
+def layer_kinds(text_config: PreTrainedConfig) -> list[str]:
+    """Return the kinds of layers in a decoder by transformers' names, in order of first use."""
+    if getattr(text_config, "layer_types", None):
+        return list(dict.fromkeys(text_config.layer_types[: text_config.num_hidden_layers]))
+    return [SLIDING if getattr(text_config, "sliding_window", None) else FULL]
+
+
+def check_layers(name: str, text_config: PreTrainedConfig) -> None:
+    """Raise ValueError if a mask other than "causal" does not reach all layers of a decoder."""
+    others = sorted({*layer_kinds(text_config)} - {FULL, SLIDING})
+    if others and name != "causal":
+        raise ValueError(
+            f"image_attention={name!r}: {text_config.model_type} has {', '.join(others)} layers, which take no mask, so "
+            "image tokens would stay causal in them; use image_attention='causal' or another LLM"
+        )
+
+
+def build_masks(name: str, text_config: PreTrainedConfig, is_image: Tensor, padding: Tensor | None = None, **kwargs):
+    """Return the LLM's mask, or a dict of masks by kind of layer if it has several; see :func:`build_mask`."""
+    kinds = layer_kinds(text_config)
+    masks = {kind: build_mask(name, text_config, is_image, padding, kind=kind, **kwargs) for kind in kinds}
+    return masks if len(kinds) > 1 else masks[kinds[0]]
 
 
 def build_mask(
@@ -146,40 +184,67 @@ def build_mask(
     is_image: Tensor,
     padding: Tensor | None = None,
     *,
+    kind: str = FULL,
+    position_ids: Tensor | None = None,
     past_key_values: Cache | None = None,
     dtype: torch.dtype = torch.float32,
 ):
-    """Return the LLM's mask for its backend: bool[B, 1, N, N] (True = attend) for sdpa, additive for eager.
+    """Return the mask of one kind of layers: bool[B, 1, N, N] (True = attend) for sdpa, additive for eager.
 
     Args:
         name: Name of a registered image attention.
         text_config: Configuration of the LLM, which names the backend.
         is_image: bool[B, N], True at image tokens.
         padding: 0/1 [B, N], 0 at padding on either side; None without padding.
+        kind: FULL, or SLIDING for layers that attend no further back than their window, also among image tokens
+            (Gemma 3's masks).
+        position_ids: long[B, N]. Without padding and cache, positions that restart separate packed samples.
         past_key_values: The empty cache to be filled, if any. Its size sets the mask's last axis.
         dtype: Dtype of an additive mask.
 
     Raises:
         ValueError: The backend cannot apply the mask.
     """
-    block_ids = image_attention(name)
     if text_config._attn_implementation not in MASKED_BACKENDS:
         raise ValueError(
             f"attn_implementation={text_config._attn_implementation!r} ignores masks, so "
             f"image_attention={name!r} would silently run as causal; use one of {', '.join(MASKED_BACKENDS)}: "
             "from_pretrained(..., attn_implementation='sdpa')"
         )
+    if padding is not None or past_key_values is not None:
+        position_ids = None  # only rows without either can be packed
+    windows = past_key_values.is_sliding if past_key_values is not None and kind == SLIDING else []
     mask = create_causal_mask(
         config=text_config,
         inputs_embeds=torch.empty(*is_image.shape, 0, dtype=dtype, device=is_image.device),  # only its shape is used
         attention_mask=padding,
         past_key_values=past_key_values,
-        block_sequence_ids=None if block_ids is None else block_ids(is_image),
+        position_ids=position_ids,
+        block_sequence_ids=_block_ids(name, is_image, position_ids),
+        layer_idx=windows.index(True) if True in windows else None,  # layers of a kind have caches of one size
         allow_is_causal_skip=False,
     )
     if mask is None or len(mask.shape) != 4:
         raise ValueError(f"transformers built {mask!r} for image_attention={name!r}; expected a 4D mask")
+    if kind == SLIDING:
+        if not isinstance(mask, Tensor):
+            raise ValueError("flex_attention is not supported with sliding windows; use attn_implementation='sdpa'")
+        outside = ~torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1 - text_config.sliding_window)
+        mask = mask.masked_fill(outside, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
     return mask
+
+
+def _block_ids(name: str, is_image: Tensor, position_ids: Tensor | None) -> Tensor | None:
+    """Return the block ids long[B, N] of a mask, None for causal; a packed sample has the ids that it has alone."""
+    block_ids = image_attention(name)
+    samples = None if position_ids is None else find_packed_sequence_indices(position_ids.expand(is_image.shape))
+    if block_ids is None or samples is None:
+        return block_ids and block_ids(is_image)
+    count, rows = int(samples.max()) + 1, []
+    for row, numbers in zip(is_image, samples, strict=True):
+        parts = [block_ids(part[None])[0] for part in row.split(numbers.bincount().tolist())]
+        rows.append(torch.cat([torch.where(part < 0, -1, part * count + i) for i, part in enumerate(parts)]))
+    return torch.stack(rows)
 
 
 # Weight files use the names of llava checkpoints. Without this mapping, transformers would not find the LLM head of a
@@ -188,4 +253,8 @@ register_checkpoint_conversion_mapping(
     LlavaBidirForConditionalGeneration.__name__, get_checkpoint_conversion_mapping("llava"), overwrite=True
 )
 AutoConfig.register(LlavaBidirConfig.model_type, LlavaBidirConfig, exist_ok=True)
-AutoModelForImageTextToText.register(LlavaBidirConfig, LlavaBidirForConditionalGeneration, exist_ok=True)
+for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):  # the second one is for "any-to-any"
+    auto_class.register(LlavaBidirConfig, LlavaBidirForConditionalGeneration, exist_ok=True)
+# Each save_pretrained copies this code, so that fine-tunes load with trust_remote_code, too.
+LlavaBidirConfig.register_for_auto_class()
+LlavaBidirForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

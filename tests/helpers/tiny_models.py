@@ -6,7 +6,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 from llava_bidir.model.build import build_model, build_processor
@@ -31,23 +38,25 @@ def llama_config(vocabulary: int = VOCABULARY, **kwargs) -> LlamaConfig:
 
 
 def config(cls=LlavaBidirConfig, **kwargs):
-    return cls(
-        vision_config=vision_config(),
-        text_config=llama_config(),
-        image_token_index=IMAGE_ID,
-        image_seq_length=TOKENS,
-        vision_feature_layer=-1,
-        **kwargs,
-    )
+    settings = {"vision_config": vision_config(), "text_config": llama_config(), "image_token_index": IMAGE_ID}
+    return cls(**settings | {"image_seq_length": TOKENS, "vision_feature_layer": -1} | kwargs)
 
 
-def model(image_attention: str = "causal", attn_implementation: str = "sdpa", seed: int = 0):
+def model(image_attention: str = "causal", attn_implementation: str = "sdpa", seed: int = 0, **kwargs):
     """Return a random model whose attention is far from uniform, so that masks change its states."""
     torch.manual_seed(seed)
     built = LlavaBidirForConditionalGeneration._from_config(
-        config(image_attention=image_attention), attn_implementation=attn_implementation
+        config(image_attention=image_attention, **kwargs), attn_implementation=attn_implementation
     ).eval()
     sharpen(built)
+    return built
+
+
+def stock(ours) -> LlavaForConditionalGeneration:
+    """Return transformers' own LLaVA with the weights and the attention backend of `ours`."""
+    settings = {"text_config": ours.config.text_config, "attn_implementation": ours.config._attn_implementation}
+    built = LlavaForConditionalGeneration._from_config(config(LlavaConfig, **settings)).eval()
+    built.load_state_dict(ours.state_dict())
     return built
 
 

@@ -1,0 +1,152 @@
+"""Generation against forwards of stock LLaVA without a cache, under masks from a loop over pairs of tokens."""
+
+import inspect
+
+import peft
+import pytest
+import reference
+import tiny_models
+import torch
+from transformers import LlavaForConditionalGeneration, StaticCache
+
+from llava_bidir import IMAGE_ATTENTION, LlavaBidirForConditionalGeneration
+
+MASKS = tuple(IMAGE_ATTENTION)
+NEW = 5
+# rows with two, one and no images; each row has other images
+ROWS, IMAGES = ("tiiiittiiiitt", "ttiiiittt", "tttt"), (2, 1, 0)
+GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "suppress_tokens": [tiny_models.IMAGE_ID]}
+DETAILS = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
+
+
+def batch() -> dict:
+    ids, mask = tiny_models.ids(*ROWS, pad="left")
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": tiny_models.pixels(sum(IMAGES))}
+
+
+@torch.no_grad()
+def stock_logits(model, inputs: dict, answers: torch.Tensor, row: int, prompt: int) -> torch.Tensor:
+    """Return the logits f[NEW, V] of the answer in `answers[row]` to a prompt, from one forward without a cache."""
+    padding = torch.cat([inputs["attention_mask"][prompt], torch.ones(NEW, dtype=torch.long)]).bool()
+    ids = answers[row][padding][None]
+    mask = reference.mask_by_loop(model.config.image_attention, ids == tiny_models.IMAGE_ID, torch.ones_like(ids))
+    start = sum(IMAGES[:prompt])
+    pixels = inputs["pixel_values"][start : start + IMAGES[prompt]] if IMAGES[prompt] else None
+    out = tiny_models.stock(model)(input_ids=ids, attention_mask=mask[:, None], pixel_values=pixels, use_cache=False)
+    return out.logits[0, -NEW - 1 : -1]
+
+
+def test_forward_names_every_parameter_of_the_parents():
+    """generate() reads the signature to decide what it passes; a missing name changes results without an error."""
+    ours, stock = (
+        set(inspect.signature(cls.forward).parameters)
+        for cls in (LlavaBidirForConditionalGeneration, LlavaForConditionalGeneration)
+    )
+    assert stock <= ours, f"forward does not name {stock - ours}"
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)
+def test_beams_score_answers_about_the_images_of_their_prompt(name, cache):
+    model, inputs = tiny_models.model(name), batch()
+    out = model.generate(**inputs, **GREEDY, **DETAILS, **cache, num_beams=3, num_return_sequences=2)
+    for row in range(2 * len(ROWS)):
+        logits = stock_logits(model, inputs, out.sequences, row, row // 2)
+        score = logits.log_softmax(-1).gather(1, out.sequences[row, -NEW:, None]).mean()
+        torch.testing.assert_close(out.sequences_scores[row], score, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_several_sequences_per_prompt_see_the_images_of_their_prompt(name):
+    model, inputs = tiny_models.model(name), batch()
+    torch.manual_seed(0)
+    sampling = GREEDY | {"do_sample": True, "top_k": 0, "num_return_sequences": 3}
+    out = model.generate(**inputs, **sampling, **DETAILS)
+    for row in range(3 * len(ROWS)):
+        expected = stock_logits(model, inputs, out.sequences, row, row // 3)
+        torch.testing.assert_close(torch.stack(out.logits, 1)[row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_causal_generation_equals_stock_bit_for_bit():
+    model, inputs = tiny_models.model("causal"), batch()
+    stock = tiny_models.stock(model)
+    for kwargs in ({"num_beams": 3, "num_return_sequences": 2}, {"do_sample": True, "num_return_sequences": 2}):
+        answers = []
+        for generator in (model, stock):
+            torch.manual_seed(0)
+            answers.append(generator.generate(**inputs, **GREEDY | kwargs, **DETAILS))
+        assert torch.equal(answers[0].sequences, answers[1].sequences), kwargs
+        assert torch.equal(torch.stack(answers[0].logits), torch.stack(answers[1].logits)), kwargs
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_an_image_token_in_an_answer_is_text(name):
+    model = tiny_models.model(name)
+    ids, _ = tiny_models.ids("ttiiiitt")
+    pixels = tiny_models.pixels(1)
+    forced = GREEDY | {"suppress_tokens": None, "sequence_bias": [[[tiny_models.IMAGE_ID], 1e4]]}
+    out = model.generate(input_ids=ids, pixel_values=pixels, **forced, **DETAILS)
+    assert (out.sequences[:, -NEW:] == tiny_models.IMAGE_ID).all()
+    embed = model.get_input_embeddings()
+    prompt = embed(ids).masked_scatter(
+        (ids == tiny_models.IMAGE_ID)[..., None], torch.cat(model.get_image_features(pixels).pooler_output)
+    )
+    answer = torch.full((1, NEW), tiny_models.IMAGE_ID)
+    is_image = torch.cat([ids == tiny_models.IMAGE_ID, torch.zeros_like(answer, dtype=torch.bool)], 1)
+    states = model.model.language_model(
+        inputs_embeds=torch.cat([prompt, embed(answer)], 1),
+        attention_mask=reference.mask_by_loop(name, is_image, torch.ones_like(is_image))[:, None],
+        use_cache=False,
+    ).last_hidden_state
+    expected = model.lm_head(states[:, -NEW - 1 : -1])
+    torch.testing.assert_close(torch.stack(out.logits, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_embeddings_in_place_of_ids_give_the_same_logits(name):
+    model, inputs = tiny_models.model(name), batch()
+    embedded = inputs | {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]), "input_ids": None}
+    assert torch.equal(model(**embedded).logits, model(**inputs).logits)
+    for cache in ({}, {"cache_implementation": "static"}):
+        expected = model.generate(**inputs, **GREEDY, **cache)[:, -NEW:]
+        assert torch.equal(model.generate(**embedded, **GREEDY, **cache), expected), cache
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", MASKS)
+def test_prompt_tuning_equals_the_same_words_in_the_prompt(name):
+    model, words = tiny_models.model(name), torch.tensor([[7, 8]])
+    ids, _ = tiny_models.ids("tiiiittiiiitt")
+    inputs = {"attention_mask": torch.ones_like(ids), "pixel_values": tiny_models.pixels(2)}
+    longer = {"input_ids": torch.cat([words, ids], 1), **inputs, "attention_mask": torch.ones(1, ids.shape[1] + 2)}
+    sizes = {"token_dim": 32, "num_layers": 3, "num_attention_heads": 4}
+    tuned = peft.get_peft_model(
+        model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, **sizes)
+    ).eval()
+    tuned.prompt_encoder["default"].embedding.weight.data = model.get_input_embeddings()(words[0]).detach()
+    torch.testing.assert_close(tuned(ids, **inputs).logits, model(**longer).logits, rtol=1e-4, atol=1e-4)
+    expected = model.generate(**longer, **GREEDY)[:, -NEW:]
+    assert torch.equal(tuned.generate(input_ids=ids, **inputs, **GREEDY)[:, -NEW:], expected)
+
+
+@pytest.mark.parametrize("name", ["bidirectional", "prefix"])
+def test_forward_and_decoding_step_compile_without_graph_breaks(name):
+    """A branch on data breaks the graph, and on a GPU it waits for the device in every step."""
+    model, inputs = tiny_models.model(name), batch()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    cache = StaticCache(config=model.config, max_cache_len=32)
+    with torch.no_grad():
+        expected = model(**inputs, use_cache=False).logits  # also installs transformers' hooks, which do not compile
+        torch.testing.assert_close(compiled(**inputs, use_cache=False).logits, expected)
+        model(**inputs, past_key_values=cache)
+        step = {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": cache}
+        step["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(len(ROWS), 1, dtype=torch.long)], 1)
+        assert compiled(**step).logits.shape[1] == 1
+
+
+@pytest.mark.parametrize("name", ["bidirectional", "prefix"])
+def test_forward_exports(name):
+    model, inputs = tiny_models.model(name), batch()
+    with torch.no_grad():
+        program = torch.export.export(model, (), inputs | {"use_cache": False}, strict=False)
+        torch.testing.assert_close(program.module()(**inputs, use_cache=False).logits, model(**inputs).logits)

@@ -18,7 +18,7 @@ from llava_bidir.common.hf_loading import load_weights, read_pretrained, weight_
 from .attention import image_attention as find_image_attention
 from .encoders import Encoder
 from .lora import UPDATES, has_lora
-from .modeling_llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
+from .modeling_llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration, check_layers
 
 log = logging.getLogger(__name__)
 
@@ -78,11 +78,13 @@ def build_config(
 ) -> LlavaBidirConfig:
     """Return the configuration of encoder, adapter and LLM without loading weights."""
     check_image_attention(image_attention)
-    vision_config = encoder.load_config()
+    vision_config, text_config = encoder.load_config(), read_pretrained("model.llm", AutoConfig, llm)
+    with error_context(f"model.llm: {llm}"):
+        check_layers(image_attention, text_config.get_text_config())
     rows, columns = encoder.grid(vision_config)
     return LlavaBidirConfig(
         vision_config=vision_config,
-        text_config=read_pretrained("model.llm", AutoConfig, llm),
+        text_config=text_config,
         image_token_index=image_token_id,
         image_seq_length=rows * columns,
         vision_feature_layer=encoder.feature_layer,

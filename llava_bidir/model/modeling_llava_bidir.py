@@ -211,6 +211,8 @@ def build_mask(
             f"image_attention={name!r} would silently run as causal; use one of {', '.join(MASKED_BACKENDS)}: "
             "from_pretrained(..., attn_implementation='sdpa')"
         )
+    if kind == SLIDING and text_config._attn_implementation == "flex_attention":
+        raise ValueError("flex_attention is not supported with sliding windows; use attn_implementation='sdpa'")
     if padding is not None or past_key_values is not None:
         position_ids = None  # only rows without either can be packed
     windows = past_key_values.is_sliding if past_key_values is not None and kind == SLIDING else []
@@ -227,8 +229,6 @@ def build_mask(
     if mask is None or len(mask.shape) != 4:
         raise ValueError(f"transformers built {mask!r} for image_attention={name!r}; expected a 4D mask")
     if kind == SLIDING:
-        if not isinstance(mask, Tensor):
-            raise ValueError("flex_attention is not supported with sliding windows; use attn_implementation='sdpa'")
         outside = ~torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1 - text_config.sliding_window)
         mask = mask.masked_fill(outside, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
     return mask

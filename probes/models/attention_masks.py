@@ -11,21 +11,12 @@ from transformers import PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
 
-from .families import build_mask, image_attention
-
-FULL, SLIDING = "full_attention", "sliding_attention"
+from .families import FULL, SLIDING, build_mask, image_attention, layer_kinds
 
 # Masks that differ between kinds of layers, as {kind of layer: mask}.
 MIXED_MASKS = {"bidirectional_sliding": {FULL: "causal", SLIDING: "bidirectional"}}  # Gemma 4's own
 
 Masks = Tensor | dict[str, Tensor]
-
-
-def layer_kinds(text_config: PreTrainedConfig) -> list[str]:
-    """Return the kinds of attention in a decoder, in order of first use."""
-    if getattr(text_config, "layer_types", None):
-        return list(dict.fromkeys(text_config.layer_types[: text_config.num_hidden_layers]))
-    return [SLIDING if getattr(text_config, "sliding_window", None) else FULL]
 
 
 def supports_masks(text_config: PreTrainedConfig) -> bool:
@@ -49,8 +40,7 @@ def check_masks(name: str, text_config: PreTrainedConfig, backend: str) -> None:
 def build_masks(name: str, text_config: PreTrainedConfig, is_image: Tensor, dtype: torch.dtype) -> Masks:
     """Return the mask among prefix and image, bool[B, 1, N, N] (True = may attend), per kind of layer if several.
 
-    Under eager attention the mask is additive, in `dtype`. A sliding layer attends no further back than its window,
-    also among image tokens. Source: Gemma 3's masks.
+    Under eager attention the mask is additive, in `dtype`.
 
     Raises:
         UserError: A layer does not support the mask.
@@ -64,13 +54,10 @@ def build_masks(name: str, text_config: PreTrainedConfig, is_image: Tensor, dtyp
         )
     if name in MIXED_MASKS and SLIDING not in kinds:
         raise UserError(f"image_attention {name!r} needs sliding-window layers, which this model does not have")
-    masks = {}
-    for kind in kinds:
-        mask = build_mask(MIXED_MASKS.get(name, {}).get(kind, name), text_config, is_image, dtype=dtype)
-        if kind == SLIDING:
-            outside = ~torch.ones_like(mask, dtype=torch.bool).triu(1 - text_config.sliding_window)
-            mask = mask.masked_fill(outside, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
-        masks[kind] = mask
+    layer_names = {kind: MIXED_MASKS.get(name, {}).get(kind, name) for kind in kinds}
+    masks = {
+        kind: build_mask(of_kind, text_config, is_image, kind=kind, dtype=dtype) for kind, of_kind in layer_names.items()
+    }
     return masks if len(kinds) > 1 else masks[kinds[0]]
 
 

@@ -8,10 +8,13 @@ from .base import Family
 from .deepseek import DEEPSEEK
 from .dynamic_resolution import DYNAMIC
 from .gemma import GEMMA
-from .llava import LLAVA, build_mask, image_attention
+from .llava import FULL, LLAVA, SLIDING, build_mask, image_attention, layer_kinds
 from .patch_merging import MERGED
 
-__all__ = ["FAMILIES", "Family", "build_mask", "family_of", "image_attention", "own_image_attention", "register_family"]
+__all__ = [
+    *("FAMILIES", "FULL", "SLIDING", "Family", "build_mask", "family_of", "image_attention", "layer_kinds"),
+    *("own_image_attention", "register_family"),
+]
 
 FAMILIES: dict[str, Family] = LLAVA | DEEPSEEK | GEMMA | MERGED | DYNAMIC
 

@@ -7,11 +7,18 @@ the full view do not depend on the tiles, which are not run.
 from torch import Tensor
 from transformers import LlavaModel, PreTrainedConfig, PreTrainedModel
 
-from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration, build_mask, image_attention
+from llava_bidir.model.modeling_llava_bidir import (
+    FULL,
+    SLIDING,
+    LlavaBidirForConditionalGeneration,
+    build_mask,
+    image_attention,
+    layer_kinds,
+)
 
 from .base import Family, image_size
 
-__all__ = ["LLAVA", "build_mask", "image_attention"]
+__all__ = ["FULL", "LLAVA", "SLIDING", "build_mask", "image_attention", "layer_kinds"]
 
 
 def _image_px(config: PreTrainedConfig) -> int:

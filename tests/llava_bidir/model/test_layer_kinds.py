@@ -1,16 +1,27 @@
 """Masks of LLMs with sliding windows and of packed rows; refusal of layers without a mask."""
 
+import copy
 import json
+import shutil
 
-import probes
 import pytest
 import reference
 import tiny_models
 import torch
-from transformers import Gemma3TextConfig, Lfm2Config, MistralConfig, Qwen3_5TextConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3_5TextConfig,
+)
 
+import probes
 from llava_bidir import IMAGE_ATTENTION
 from llava_bidir.common.errors import UserError
+from llava_bidir.model.build import build_model, build_processor
+from llava_bidir.model.hf_export import export_hf
 from llava_bidir.model.modeling_llava_bidir import FULL, SLIDING, build_masks, layer_kinds
 
 MASKS = tuple(IMAGE_ATTENTION)
@@ -27,3 +38,126 @@ UNMASKED_LLMS = {
     "conv": Lfm2Config(**SIZES, layer_types=["conv", FULL, "conv"]),
 }
 ROWS, NEW = ("ttiiiittiiiitttt", "ttttiiiitt"), 8
+IMAGES = (slice(0, 2), slice(2, 3))  # of each row
+
+
+def batch() -> dict:
+    ids, mask = tiny_models.ids(*ROWS, pad="left")
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": tiny_models.pixels(3)}
+
+
+def looped_masks(config, name: str, is_image: torch.Tensor):
+    """Return the additive mask f[1, 1, N, N] of each kind of layer, from a loop over pairs."""
+    mask = reference.mask_by_loop(name, is_image, torch.ones_like(is_image))[:, None]
+    near = torch.tensor([[q - k < WINDOW for k in range(mask.shape[-1])] for q in range(mask.shape[-1])])
+    masks = {FULL: mask, SLIDING: mask & near}
+    masks = {kind: torch.zeros(mask.shape).masked_fill(~mask, -torch.inf) for kind, mask in masks.items()}
+    return masks if len(layer_kinds(config)) > 1 else masks[SLIDING]
+
+
+@torch.no_grad()
+def stock_logits(model, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """Return the logits of a row without padding from stock LLaVA under looped masks, without a cache."""
+    masks = looped_masks(model.config.text_config, model.config.image_attention, ids == tiny_models.IMAGE_ID)
+    return tiny_models.stock(model)(input_ids=ids, attention_mask=masks, pixel_values=pixels, use_cache=False).logits
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("llm", SLIDING_LLMS)
+def test_sliding_layers_keep_their_window_with_every_cache(llm, backend, name):
+    model, inputs = tiny_models.model(name, backend, text_config=SLIDING_LLMS[llm]), batch()
+    caches = ({}, {"use_cache": False}, {"cache_implementation": "static"})
+    details = {"return_dict_in_generate": True, "output_logits": True, "suppress_tokens": [tiny_models.IMAGE_ID]}
+    for cache in caches:
+        out = model.generate(**inputs, **details, **cache, max_new_tokens=NEW, do_sample=False, eos_token_id=[])
+        for row, real in enumerate(inputs["attention_mask"].bool()):
+            ids = out.sequences[row][torch.cat([real, torch.ones(NEW, dtype=torch.bool)])][None]
+            expected = stock_logits(model, ids, inputs["pixel_values"][IMAGES[row]])[0, -NEW - 1 : -1]
+            torch.testing.assert_close(torch.stack(out.logits, 1)[row], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_window_matters_in_the_tests_above():
+    ids, pixels = tiny_models.ids(ROWS[0])[0], tiny_models.pixels(2)
+    for config in SLIDING_LLMS.values():
+        model = tiny_models.model("bidirectional", text_config=config)
+        mask = reference.mask_by_loop("bidirectional", ids == tiny_models.IMAGE_ID, torch.ones_like(ids))[:, None]
+        masks = {kind: mask for kind in (FULL, SLIDING)} if len(layer_kinds(config)) > 1 else mask
+        without = model(input_ids=ids, attention_mask=masks, pixel_values=pixels, use_cache=False).logits
+        assert (without - stock_logits(model, ids, pixels)).abs().max() > 0.1
+
+
+def test_flex_attention_with_sliding_windows_is_refused():
+    config = MistralConfig(**SIZES, sliding_window=WINDOW)
+    config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="flex_attention is not supported with sliding windows"):
+        build_masks("bidirectional", config, torch.ones(1, 200, dtype=torch.bool))
+
+
+@pytest.fixture
+def build(parts, tmp_path):
+    """Return a function that builds an MLLM with another LLM and a mask, and its processor."""
+
+    def build_with(config, image_attention: str):
+        llm = str(shutil.copytree(parts[1], tmp_path / "llm"))
+        config.vocab_size = LlamaConfig.from_pretrained(llm).vocab_size
+        AutoModelForCausalLM.from_config(config).save_pretrained(llm)
+        processor = build_processor(parts[0], llm)
+        return build_model(parts[0], llm, processor, image_attention=image_attention).eval(), processor
+
+    return build_with
+
+
+@pytest.mark.parametrize("name", ["bidirectional", "prefix"])
+@pytest.mark.parametrize("kind", UNMASKED_LLMS)
+def test_layers_without_a_mask_are_refused_when_the_model_is_built(kind, name, build):
+    message = f"image_attention='{name}': .* has {kind} layers, which take no mask"
+    with pytest.raises(UserError, match=message):
+        build(copy.deepcopy(UNMASKED_LLMS[kind]), name)
+    with pytest.raises(ValueError, match=message):
+        tiny_models.model(name, text_config=UNMASKED_LLMS[kind])
+
+
+@pytest.mark.parametrize("kind", UNMASKED_LLMS)
+def test_probes_refuse_a_mask_that_the_layers_do_not_take(kind, build, tmp_path):
+    export_hf(*build(copy.deepcopy(UNMASKED_LLMS[kind]), "causal"), tmp_path / "hf")
+    assert probes.load(str(tmp_path / "hf"), device="cpu").image_attention == "causal"
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"image_attention": "bidirectional"}))
+    with pytest.raises(UserError, match=f"image_attention='bidirectional': .* has {kind} layers, which take no mask"):
+        probes.load(str(tmp_path / "hf"), device="cpu")
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("llm", SLIDING_LLMS)
+def test_probes_read_the_states_of_the_models_own_forward(llm, name, build, tmp_path):
+    model, processor = build(copy.deepcopy(SLIDING_LLMS[llm]), name)
+    tiny_models.sharpen(model)
+    export_hf(model, processor, tmp_path / "hf")
+    mllm, pixels = probes.load(str(tmp_path / "hf"), device="cpu"), tiny_models.pixels(2)
+    states = mllm(pixels)
+    own = model(input_ids=mllm.ids.expand(2, -1), pixel_values=pixels, output_hidden_states=True).hidden_states
+    for layer in (1, 2):  # the last entry of hidden_states is normed
+        expected = own[layer][:, mllm.is_image]
+        torch.testing.assert_close(states[f"layer_{layer:02d}"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_packed_samples_equal_each_sample_alone(name, backend):
+    """Rows of samples with restarting positions, without padding, as padding-free fine-tuning makes them."""
+    model = tiny_models.model(name, backend)
+    packs, images = (("tiiiitt", "tttt", "iiiiiiii"), ("tttt", "iiiit", "ttiiiitttt")), ((1, 0, 2), (0, 1, 1))
+    ids = torch.stack([torch.cat([tiny_models.ids(row)[0][0] for row in pack]) for pack in packs])
+    positions = torch.stack([torch.cat([torch.arange(len(row)) for row in pack]) for pack in packs])
+    pixels = tiny_models.pixels(5)
+    packed = model(input_ids=ids, position_ids=positions, pixel_values=pixels, use_cache=False).logits
+    image = 0
+    for row, (pack, counts) in enumerate(zip(packs, images, strict=True)):
+        column = 0
+        for sample, count in zip(pack, counts, strict=True):
+            own = slice(column, column + len(sample))
+            views = pixels[image : image + count] if count else None
+            alone = model(input_ids=ids[row : row + 1, own], pixel_values=views, use_cache=False).logits
+            torch.testing.assert_close(packed[row, own], alone[0], rtol=1e-4, atol=1e-4)
+            column, image = column + len(sample), image + count

@@ -30,14 +30,17 @@ TRAINABLE = {"adapter": (f"model.{ADAPTER}",), "llm": ("model.language_model.", 
 EXTRA_TOKENS = ("<image>", "<pad>")
 VOCABULARY_MULTIPLE = 64
 
+# Yields the ids of data/conversation.py. The tokenizer adds <s>. LLaVA encodes text after an image as a string of its own,
+# which begins with a word-start marker; a tokenizer adds none after a special token, so a space stands for it.
 CHAT_TEMPLATE = (
-    "{{ bos_token }}A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions. "
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{% set images = message['content'] | selectattr('type', 'equalto', 'image') | list %}"
+    "{{ '<image> \n' * images | length }}{% for part in message['content'] if part['type'] == 'text' %}"
+    "{{ part['text'] | trim if images else part['text'] }}{% endfor %}{% endif %}"
     "{% if message['role'] == 'user' %} {% else %}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )

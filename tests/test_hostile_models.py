@@ -206,11 +206,11 @@ DAMAGES = {  # damage: (function, error)
     "no adapter": (drop("multi_modal_projector"), r"lacks 4 tensors, e.g. model.multi_modal_projector"),
     "one tensor missing": (drop("layers.1.mlp.up_proj"), r"lacks 1 tensors, e.g. .*layers.1.mlp.up_proj.weight"),
     "another shape": (
-        weights(lambda tensors: tensors.update({"language_model.lm_head.weight": torch.zeros(3, 3)})),
+        weights(lambda tensors: tensors.update({"lm_head.weight": torch.zeros(3, 3)})),
         r"has shapes that differ from its config in 1 tensors, e.g. lm_head.weight",
     ),
     "not finite": (
-        weights(lambda tensors: tensors["multi_modal_projector.linear_1.bias"].fill_(float("nan"))),
+        weights(lambda tensors: tensors["model.multi_modal_projector.linear_1.bias"].fill_(float("nan"))),
         r"values that are not finite in 1 tensors, e.g. model.multi_modal_projector.linear_1.bias",
     ),
     "no vocabulary": (lambda directory: (directory / "tokenizer.json").unlink(), "contains no vocabulary"),

@@ -31,7 +31,8 @@ def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, trai
         UserError: Another process writes to `out`, or the operating system reported an error.
     """
     with atomic_directory(out, marker=TRAINING_JSON) as partial:
-        model.save_pretrained(partial)
+        # transformers' present names of weights: its own class renames those of released LLaVAs in a "llava" only
+        model.save_pretrained(partial, save_original_format=not isinstance(model, LlavaBidirForConditionalGeneration))
         processor.save_pretrained(partial)
         (partial / TRAINING_JSON).write_text(json.dumps(training or {}, indent=1) + "\n")
         (partial / "README.md").write_text(model_card(model.config, training or {}))

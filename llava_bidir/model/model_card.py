@@ -21,7 +21,7 @@ tags: [llava, {attention}-image-attention]
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 model = AutoModelForImageTextToText.from_pretrained(DIR{remote})
-processor = AutoProcessor.from_pretrained(DIR)
+processor = AutoProcessor.from_pretrained(DIR{remote})
 ```
 
 Images are {resize}. Attention backends: sdpa, eager or flex_attention{flash}.

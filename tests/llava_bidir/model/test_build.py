@@ -60,7 +60,7 @@ def test_adapter_of_stage_1_is_loaded(parts, checkpoints):
         *parts, build_processor(*parts), adapter=str(checkpoints["causal"])
     ).model.multi_modal_projector
     saved = load_file(checkpoints["causal"] / "model.safetensors")
-    assert all(torch.equal(x, saved[f"multi_modal_projector.{name}"]) for name, x in adapter.state_dict().items())
+    assert all(torch.equal(x, saved[f"model.multi_modal_projector.{name}"]) for name, x in adapter.state_dict().items())
 
 
 def test_adapter_of_another_mask_or_encoder_is_rejected(parts, checkpoints, tmp_path):

@@ -6,7 +6,7 @@ PY := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv vqa-venv demo demo-alone test test-all test-lowest bench lint licences audit lock clean
+.PHONY: help venv vqa-venv demo demo-alone test test-all test-lowest test-peers bench lint licences audit lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -59,6 +59,9 @@ test: venv ## the fast tests, about three minutes
 
 test-all: venv ## all tests but those that need a GPU
 	$(PY) -m pytest -q -m 'not gpu'
+
+test-peers: venv ## transformers' own LLaVA tests on our class (clones them from GitHub, or TRANSFORMERS=file://CLONE)
+	TRANSFORMERS=$(TRANSFORMERS) $(PY) tests/peers/run.py
 
 bench: venv ## speed and memory as ratios, measured side by side, into runs/bench.json and runs/training.json
 	$(PY) tests/bench/bench.py --out runs/bench.json

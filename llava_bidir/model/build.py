@@ -30,8 +30,8 @@ TRAINABLE = {"adapter": (f"model.{ADAPTER}",), "llm": ("model.language_model.", 
 EXTRA_TOKENS = ("<image>", "<pad>")
 VOCABULARY_MULTIPLE = 64
 
-# Yields the ids of data/conversation.py. The tokenizer adds <s>. LLaVA encodes text after an image as a string of its own,
-# which begins with a word-start marker; a tokenizer adds none after a special token, so a space stands for it.
+# Prompts have the ids of data/conversation.py. The tokenizer adds <s>. LLaVA encodes text after an image separately, so
+# that it begins with a word-start marker. A tokenizer adds none after a special token, so a space replaces it.
 CHAT_TEMPLATE = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the user's questions. "

@@ -29,7 +29,7 @@ from .attention import image_attention
 
 # Backends that apply any mask. Flash attention 2 and 3 support padding masks only and silently ignore other masks.
 MASKED_BACKENDS = ("sdpa", "eager", "flex_attention")
-# Kinds of layers that apply a mask. Linear attention and convolutions have none; chunks and indexers are not implemented.
+# Kinds of layers that apply a mask. Linear attention and convolutions do not; chunks and indexers are not implemented.
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -63,8 +63,8 @@ class LlavaBidirConfig(LlavaConfig):
 class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
     """`LlavaForConditionalGeneration` whose LLM runs under ``config.image_attention``.
 
-    Image tokens are those of a call with `pixel_values` or `mm_encoder_outputs`. Without either, all tokens are text and
-    causal, so a caller that puts image features into `inputs_embeds` itself has to pass a 4D `attention_mask`.
+    Image tokens are those of a call with `pixel_values` or `mm_encoder_outputs`. Without either, all tokens are text
+    and causal. A caller that puts image features into `inputs_embeds` itself has to pass a 4D `attention_mask`.
 
     Raises:
         ValueError: The attention backend or the layers of the LLM would ignore the mask.
@@ -104,8 +104,8 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
             # A branch on the cache's length would break torch.export: it is a tensor in a static cache.
             torch_compilable_check(
                 past_key_values is None or past_key_values.get_seq_length() == 0,
-                f"image_attention={self.config.image_attention!r}: got images after cached tokens; pass all images of a "
-                "prompt in the first forward, since image tokens attend to later image tokens",
+                f"image_attention={self.config.image_attention!r}: got images after cached tokens; pass all images of "
+                "a prompt in the first forward, since image tokens attend to later image tokens",
             )
             attention_mask = build_masks(
                 self.config.image_attention,
@@ -166,8 +166,8 @@ def check_layers(name: str, text_config: PreTrainedConfig) -> None:
     others = sorted({*layer_kinds(text_config)} - {FULL, SLIDING})
     if others and name != "causal":
         raise ValueError(
-            f"image_attention={name!r}: {text_config.model_type} has {', '.join(others)} layers, which take no mask, so "
-            "image tokens would stay causal in them; use image_attention='causal' or another LLM"
+            f"image_attention={name!r}: {text_config.model_type} has {', '.join(others)} layers, which take no mask, "
+            "so image tokens would stay causal in them; use image_attention='causal' or another LLM"
         )
 
 
@@ -229,8 +229,8 @@ def build_mask(
     if mask is None or len(mask.shape) != 4:
         raise ValueError(f"transformers built {mask!r} for image_attention={name!r}; expected a 4D mask")
     if kind == SLIDING:
-        outside = ~torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).triu(1 - text_config.sliding_window)
-        mask = mask.masked_fill(outside, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+        near = torch.ones_like(mask, dtype=torch.bool).triu(1 - text_config.sliding_window)
+        mask = mask.masked_fill(~near, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
     return mask
 
 

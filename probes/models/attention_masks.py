@@ -54,10 +54,8 @@ def build_masks(name: str, text_config: PreTrainedConfig, is_image: Tensor, dtyp
         )
     if name in MIXED_MASKS and SLIDING not in kinds:
         raise UserError(f"image_attention {name!r} needs sliding-window layers, which this model does not have")
-    layer_names = {kind: MIXED_MASKS.get(name, {}).get(kind, name) for kind in kinds}
-    masks = {
-        kind: build_mask(of_kind, text_config, is_image, kind=kind, dtype=dtype) for kind, of_kind in layer_names.items()
-    }
+    by_kind = MIXED_MASKS.get(name, {})
+    masks = {kind: build_mask(by_kind.get(kind, name), text_config, is_image, kind=kind, dtype=dtype) for kind in kinds}
     return masks if len(kinds) > 1 else masks[kinds[0]]
 
 

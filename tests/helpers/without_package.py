@@ -11,9 +11,9 @@ import tempfile
 
 sys.modules |= dict.fromkeys(("llava_bidir", "probes"))  # an import of either fails, even if it is installed
 
-import torch
-from PIL import Image
-from transformers import (
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from transformers import (  # noqa: E402
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
     AutoProcessor,

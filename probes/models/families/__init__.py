@@ -12,8 +12,16 @@ from .llava import FULL, LLAVA, SLIDING, build_mask, image_attention, layer_kind
 from .patch_merging import MERGED
 
 __all__ = [
-    *("FAMILIES", "FULL", "SLIDING", "Family", "build_mask", "family_of", "image_attention", "layer_kinds"),
-    *("own_image_attention", "register_family"),
+    "FAMILIES",
+    "FULL",
+    "SLIDING",
+    "Family",
+    "build_mask",
+    "family_of",
+    "image_attention",
+    "layer_kinds",
+    "own_image_attention",
+    "register_family",
 ]
 
 FAMILIES: dict[str, Family] = LLAVA | DEEPSEEK | GEMMA | MERGED | DYNAMIC

@@ -21,7 +21,8 @@ def test_all_ways_to_generate_without_the_package(checkpoints, tmp_path):
             (saved / file.name).write_bytes(file.read_bytes())
     environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-I", SCRIPT, *map(str, checkpoints.values()), str(saved)]
-    run = subprocess.run(command, env=environment | {"PATH": ""}, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    pipes = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
+    run = subprocess.run(command, env=environment | {"PATH": ""}, **pipes)
     assert run.returncode == 0, run.stderr[-3000:]
 
 

@@ -28,7 +28,7 @@ EXPECTED = {
     "test_inherits_generation_mixin": ("failed", "wants GenerationMixin among the direct bases; ours inherits it"),
     "test_can_init_all_missing_weights": (
         "failed",
-        "transformers initialises weights that a checkpoint lacks in another way for classes outside of transformers; "
+        "for classes outside of transformers, weights of CLIP that a checkpoint lacks are drawn with another scale; "
         "load_weights refuses such checkpoints",
     ),
     "test_torch_save_load": ("skipped", "reads the class from transformers' own table of base models"),

@@ -112,7 +112,7 @@ def check_same_identity(
     for section in sections or current:
         before, now = saved[section], current[section]
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key):
+            if json.dumps(before.get(key)) != json.dumps(now.get(key)):  # 1 batch is not the share 1.0
                 name = key if section == "settings" else f"{section}.{key}"
                 raise UserError(
                     f"{source} belongs to a run with {name}={before.get(key)!r}, but this run has {now.get(key)!r}; "

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.identity import check_same_identity, named_identity
+from llava_bidir.common.identity import check_same_identity, describe, named_identity
 from probes.data.registry import open_dataset
 from probes.evaluation.metrics import Counts, peak_layer
 from probes.models.sites import ADAPTER
@@ -205,7 +205,9 @@ class ProbeRun:
         """
         data = self.manifest["data"]
         dataset = open_dataset(data["dataset"], data["root"], split, data.get("options"))
-        self._check_unchanged("data", {f"{split}_{key}": value for key, value in dataset.identity().items()})
+        identity = {f"{split}_{key}": value for key, value in dataset.identity().items()}
+        identity["classes"] = describe(dataset.classes, len(dataset.classes))
+        self._check_unchanged("data", identity)
         return dataset
 
     def _check_unchanged(self, section: str, now: dict[str, str]) -> None:

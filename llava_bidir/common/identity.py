@@ -155,12 +155,9 @@ def _size(path: str) -> int:
 
 
 def checksums(root: str | Path, names: Iterable[str]) -> dict[str, str]:
-    """Return the checksum of each file by content; `names` are relative to `root`.
+    """Return the checksum of each file by content, "" if it cannot be read; `names` are relative to `root`.
 
     Checksums are cached per root, by size and modification time, in `$XDG_CACHE_HOME/llava_bidir` (~/.cache).
-
-    Raises:
-        UserError: A file cannot be read.
     """
     root = Path(root).resolve()
     cache_file = _cache_folder() / f"{hashlib.sha256(str(root).encode()).hexdigest()[:DIGITS]}.json"
@@ -175,8 +172,8 @@ def checksums(root: str | Path, names: Iterable[str]) -> dict[str, str]:
                 return state, known[1]
             with (root / name).open("rb") as file:
                 return state, hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
-        except OSError as error:
-            raise UserError(f"{root / name} cannot be read: {error.strerror}") from None
+        except OSError:  # reported with all other bad files when it is used
+            return [0, 0, time.time_ns()], ""
 
     names = list(names)
     with ThreadPoolExecutor(THREADS) as pool:

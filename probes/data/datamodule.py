@@ -10,10 +10,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.identity import describe
 
 from .batches import CachedFeatures, PreprocessedDataset, collate
-from .registry import DATASETS, open_dataset
+from .registry import DATASETS, open_dataset, split_identity
 from .samplers import TrainingBatches, validation_batches
 from .verify import find_bad_files, format_bad_files
 
@@ -62,10 +61,8 @@ class SegmentationData(LightningDataModule):
 
     def identity(self) -> dict[str, str]:
         """Return what the data is: classes, and names and contents of all images and masks."""
-        parts = {
-            f"{split}_{key}": value for split, data in self.splits.items() for key, value in data.identity().items()
-        }
-        return {"classes": describe(self.classes, len(self.classes)), **parts}
+        parts = [split_identity(split, dataset) for split, dataset in self.splits.items()]
+        return {key: value for identity in parts for key, value in identity.items()}
 
     def setup(self, stage: str) -> None:
         """Read every image and mask once before `fit` loads the model; each rank reads its share.

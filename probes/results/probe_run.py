@@ -12,7 +12,7 @@ Files are written atomically, metrics.json last: it marks the run as finished.
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,8 +26,8 @@ from safetensors.torch import load_file
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.identity import check_same_identity, describe, named_identity
-from probes.data.registry import open_dataset
+from llava_bidir.common.identity import check_same_identity, named_identity
+from probes.data.registry import open_dataset, split_identity
 from probes.evaluation.metrics import Counts, peak_layer
 from probes.models.sites import ADAPTER
 from probes.ops.bilinear import upsampled_argmax
@@ -205,16 +205,15 @@ class ProbeRun:
         """
         data = self.manifest["data"]
         dataset = open_dataset(data["dataset"], data["root"], split, data.get("options"))
-        identity = {f"{split}_{key}": value for key, value in dataset.identity().items()}
-        identity["classes"] = describe(dataset.classes, len(dataset.classes))
-        self._check_unchanged("data", identity)
+        self._check_unchanged("data", lambda: split_identity(split, dataset))
         return dataset
 
-    def _check_unchanged(self, section: str, now: dict[str, str]) -> None:
-        """Raise unless these parts of the identity are still those of the run."""
+    def _check_unchanged(self, section: str, compute: Callable[[], dict[str, str]]) -> None:
+        """Raise unless the parts of the identity that `compute` returns are still those of the run."""
         if self.manifest.get("identity") is None:
             log.warning("%s does not record its %s; whether it has changed since is not checked", self.path, section)
             return
+        now = compute()
         saved = {key: value for key, value in self.manifest["identity"][section].items() if key in now}
         advice = "restore what was probed, or make the run again"
         check_same_identity({section: saved}, {section: now}, str(self.path), advice)
@@ -234,7 +233,7 @@ class ProbeRun:
         check_schema(ModelConfig, config, f"{self.path / 'manifest.json'}: config")
         from probes.models.load import load  # transformers takes seconds to import, and a report needs no model
 
-        self._check_unchanged("model", named_identity({"mllm": config["mllm"]}))
+        self._check_unchanged("model", lambda: named_identity({"mllm": config["mllm"]}))
         return load(
             config["mllm"],
             config["image_attention"],

@@ -92,7 +92,7 @@ class ProbeModule(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Compute the identity of a run that is not started by the command line."""
-        if stage == "fit" and self.identity is None:
+        if stage in ("fit", "test") and self.identity is None:
             compute = lambda: run_identity(self.trainer, self, self.trainer.datamodule)
             self.identity = rank_zero_result(self.trainer, compute)
 

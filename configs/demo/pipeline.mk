@@ -36,32 +36,32 @@ $(A)/segmentation/classes%json: $(OUT)/settings
 	$(call step,assets,$(LLAVA) demo-assets $(A) --seed $(SEED) --scale $(SCALE))
 
 $(OUT)/%/stage1/hf/model.safetensors: configs/demo/stage1.yaml $(ASSETS)
-	$(call step,$*_stage1,$(LLAVA) fit -c $< --seed_everything $(SEED) --out $(OUT)/$*/stage1 \
+	$(call step,$*_stage1,$(LLAVA) fit -c $< --overwrite true --seed_everything $(SEED) --out $(OUT)/$*/stage1 \
 	  --model.image_attention $* --model.encoder.path $(A)/encoder --model.llm $(A)/llm \
 	  --data.annotations $(A)/captions.json --data.images $(A))
 
 $(OUT)/%/stage2/hf/model.safetensors: configs/demo/stage2.yaml $(OUT)/%/stage1/hf/model.safetensors
-	$(call step,$*_stage2,$(LLAVA) fit -c $< --seed_everything $(SEED) --out $(OUT)/$*/stage2 \
+	$(call step,$*_stage2,$(LLAVA) fit -c $< --overwrite true --seed_everything $(SEED) --out $(OUT)/$*/stage2 \
 	  --model.image_attention $* --model.encoder.path $(A)/encoder --model.llm $(A)/llm \
 	  --model.adapter $(OUT)/$*/stage1/hf --data.annotations $(A)/dialogues.json \
 	  --data.val_annotations $(A)/questions.json --data.images $(A))
 
 $(call probed,$(OUT)/%/probes): configs/demo/probes.yaml $(OUT)/%/stage2/hf/model.safetensors
-	$(call step,$*_probes,$(PROBES) fit -c $< --seed_everything $(SEED) --out $(OUT)/$*/probes \
+	$(call step,$*_probes,$(PROBES) fit -c $< --overwrite true --seed_everything $(SEED) --out $(OUT)/$*/probes \
 	  --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
 
 $(call probed,$(OUT)/%/untrained): configs/demo/probes.yaml configs/demo/untrained.yaml \
   $(OUT)/%/stage2/hf/model.safetensors
-	$(call step,$*_untrained,$(PROBES) fit -c $< -c configs/demo/untrained.yaml --seed_everything $(SEED) \
+	$(call step,$*_untrained,$(PROBES) fit --overwrite true -c $< -c configs/demo/untrained.yaml --seed_everything $(SEED) \
 	  --out $(OUT)/$*/untrained --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
 
 $(call reciped,$(OUT)/%/recipes): configs/demo/probes.yaml configs/demo/variants.yaml \
   $(OUT)/%/stage2/hf/model.safetensors
-	$(call step,$*_recipes,$(PROBES) fit -c $< -c configs/demo/variants.yaml --seed_everything $(SEED) \
+	$(call step,$*_recipes,$(PROBES) fit --overwrite true -c $< -c configs/demo/variants.yaml --seed_everything $(SEED) \
 	  --out $(OUT)/$*/recipes --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
 
 $(OUT)/%/longer/metrics.json: configs/demo/probes.yaml $(OUT)/%/stage2/hf/model.safetensors
-	$(call step,$*_longer,$(PROBES) fit -c $< --seed_everything $(SEED) --out $(OUT)/$*/longer \
+	$(call step,$*_longer,$(PROBES) fit -c $< --overwrite true --seed_everything $(SEED) --out $(OUT)/$*/longer \
 	  --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation --trainer.max_epochs 20)
 
 $(call knocked,$(OUT)/%/probes): $(call probed,$(OUT)/%/probes)

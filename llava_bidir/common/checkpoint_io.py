@@ -30,40 +30,6 @@ def is_complete(checkpoint: str | None, result: Path) -> bool:
     return result.is_file() and not (checkpoint and modified(checkpoint) > modified(result))
 
 
-def check_resume_compatible(
-    saved: dict[str, Any],
-    current: dict[str, Any],
-    section: str,
-    overridable: tuple[str, ...] = (),
-    source: str = "the checkpoint",
-) -> None:
-    """Raise if the settings of a checkpoint and of this run differ; resuming would mix two configurations.
-
-    Args:
-        saved: Settings of the run that wrote the checkpoint.
-        current: Settings of this run.
-        section: Section of the config that contains them: model or data.
-        overridable: Settings that may differ because they do not change the result.
-        source: The file that contains `saved`, for the error.
-
-    Raises:
-        UserError: A setting differs.
-    """
-    for key in sorted(key for key in current.keys() - set(overridable) if not key.startswith("_")):
-        if _canonical_json(saved.get(key)) != _canonical_json(current[key]):
-            raise UserError(
-                f"{source} belongs to a run with {section}.{key}={saved.get(key)!r}, but this run has "
-                f"{current[key]!r}; resume with the original setting, or start a new run with another --out"
-            )
-
-
-def _canonical_json(setting: Any) -> str:
-    """Return the same text for a tuple and a list, and for different spellings of an existing path."""
-    if isinstance(setting, str) and Path(setting).exists():
-        setting = str(Path(setting).resolve())
-    return json.dumps(setting, sort_keys=True, default=str)
-
-
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Single-file checkpoints, written under a temporary name in their folder and then renamed.
 

@@ -59,7 +59,7 @@ class ConfiguredCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would silently replace the command line's settings by the checkpoint's.
 
-        `fit` raises if they differ (`check_resume_compatible`).
+        `fit` raises if they differ (`common/identity.py`).
         """
 
     def instantiate_classes(self) -> None:

@@ -1,6 +1,7 @@
 """LightningDataModule for LLaVA conversations."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
+
+from llava_bidir.common.identity import checksums, describe, file_sizes
 
 from .batch_samplers import BatchSampler
 from .collate import Collate
@@ -35,6 +38,8 @@ class InstructionData(LightningDataModule):
         image_tokens: T, image tokens per image; linked from the model by the command line.
     """
 
+    sets_on_trainer = ("accumulate_grad_batches",)
+
     def __init__(
         self,
         annotations: str,
@@ -52,6 +57,7 @@ class InstructionData(LightningDataModule):
         image_tokens: int = 576,
     ):
         super().__init__()
+        self.save_hyperparameters(logger=False, ignore=["processor"])
         self.annotations, self.images, self.val_annotations = annotations, images, val_annotations
         self.follow_links = follow_links
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
@@ -139,16 +145,17 @@ class InstructionData(LightningDataModule):
     def _loader(self, dataset, loader=DataLoader, **kwargs) -> DataLoader:
         return loader(dataset, num_workers=self.num_workers, pin_memory=torch.cuda.is_available(), **kwargs)
 
-    def settings(self) -> dict[str, Any]:
-        """Return the settings that decide which samples a step contains and how they are encoded."""
-        return {
-            "annotations": len(self.train),
-            "batch_size": self.batch_size,
-            "group_by_length": self.group_by_length,
-            "max_length": self.collate.max_length,
-            "template": self.collate.template,
-            "seed": self.seed,
-        }
+    def identity(self) -> dict[str, Any]:
+        """Return what the data is: annotations by content, images by relative path and size."""
+        identity, images = {}, set()
+        for key in ("annotations", "val_annotations"):
+            if path := getattr(self, key):
+                file, records = Path(path), Instructions(path, self.images, self.follow_links)
+                identity[key] = f"{len(records):,} records, sha256 {checksums(file.parent, [file.name])[file.name]}"
+                images |= records.image_names()
+        names = sorted(images)
+        identity["images"] = describe([names, file_sizes(self.images, names)], len(names))
+        return identity
 
     def state_dict(self) -> dict:
         """Return the position in the epoch, from which a resumed run continues."""

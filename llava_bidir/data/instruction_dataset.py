@@ -177,6 +177,11 @@ class Instructions(Dataset):
                 f"record {without[0]} (id {name!r}); remove them from data.val_annotations"
             )
 
+    def image_names(self) -> set[str]:
+        """Return the paths of all images that are read, relative to the folder."""
+        names, shown = self.records.data.column("image"), self._column("shown") > 0
+        return set(names.filter(shown).unique().to_pylist())
+
     def _column(self, name: str, function=lambda column: column) -> np.ndarray:
         """Return a column, or a function of it, without creating Python objects."""
         return function(self.records.data.column(name)).to_numpy()

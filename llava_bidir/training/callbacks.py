@@ -70,5 +70,6 @@ class ExportModel(Callback):
         """Export on rank 0; all ranks enter, because under ZeRO-3 each holds a shard."""
         with gather_parameters(pl_module.model):
             if trainer.is_global_zero:
-                out, training = Path(trainer.default_root_dir) / "hf", pl_module.settings() | pl_module.progress()
+                training = pl_module.settings() | pl_module.progress() | {"identity": pl_module.identity}
+                out = Path(trainer.default_root_dir) / "hf"
                 export_hf(merge_lora(pl_module.model), pl_module.processor, out, training)

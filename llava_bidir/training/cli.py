@@ -13,8 +13,9 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.atomic_io import read_json
-from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, check_resume_compatible, is_complete, resolve_ckpt_path
+from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, is_complete, resolve_ckpt_path
 from llava_bidir.common.lightning_cli import ConfiguredCLI
+from llava_bidir.common.run_folder import StartOfRun, add_overwrite_option, start_run
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.step_boundary import SaveAtStepBoundary
 from llava_bidir.data.datamodule import InstructionData
@@ -22,7 +23,7 @@ from llava_bidir.model.hf_export import TRAINING_JSON, export_hf
 
 from .callbacks import ExportModel, ShowAnswers
 from .loss_monitor import LossMonitor
-from .module import RESUME_OVERRIDABLE, LlavaTraining
+from .module import LlavaTraining
 from .read_checkpoint import read_checkpoint
 from .slurm_requeue import SlurmRequeue
 from .throughput import Throughput
@@ -41,8 +42,9 @@ class TrainingCLI(ConfiguredCLI):
     """Command line for model, data and trainer; several `-c` merge from left to right, then the flags."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add --out and --loss_monitor, and link the data to the model's processor."""
+        """Add --out, --overwrite and --loss_monitor, and link the data to the model's processor."""
         parser.add_argument("--out", default="runs/llava", help="folder of the run: config, events, checkpoints, hf/")
+        add_overwrite_option(parser)
         parser.link_arguments("out", "trainer.default_root_dir")
         parser.add_lightning_class_args(LossMonitor, "loss_monitor")
         parser.link_arguments("model.processor", "data.processor", apply_on="instantiate")
@@ -64,21 +66,21 @@ class TrainingCLI(ConfiguredCLI):
         return trainer
 
     def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
-        """Train. `--ckpt_path last` resumes the run in OUT; a finished run is not changed.
+        """Train. `--ckpt_path last` resumes the run in OUT; a finished run is replaced with `--overwrite true` only.
 
         Raises:
-            UserError: Another process trains in OUT, OUT cannot be written, or its run has other settings.
+            UserError: Another process trains in OUT, OUT cannot be written, or it holds a run of another identity.
         """
         folder = Path(self.trainer.default_root_dir)
         exported, record = folder / "hf", folder / "hf" / TRAINING_JSON
+
         with exclusive_run_lock(folder) if self.trainer.is_global_zero else nullcontext():
-            if ckpt_path == "last":
-                ckpt_path = resolve_ckpt_path(ckpt_path, folder / "checkpoints")
-                if is_complete(ckpt_path, record):
-                    settings = read_json(record), self.model.hparams
-                    check_resume_compatible(*settings, "model", RESUME_OVERRIDABLE, source=str(exported))
-                    rank_zero_info(f"{exported} exists: this run is finished; nothing to do")
-                    return
+            saved = lambda: read_json(record).get("identity")
+            run = start_run(self, ckpt_path, folder / "checkpoints", record, saved)
+            if run.finished:
+                rank_zero_info(f"{exported} exists: this run is finished; nothing to do")
+                return
+            ckpt_path = run.checkpoint
             self.trainer.fit(ckpt_path=ckpt_path, **kwargs)
             if ckpt_path and self.trainer.is_global_zero and not is_complete(ckpt_path, record):
                 # Lightning does not call ExportModel for a checkpoint of the last step
@@ -87,11 +89,11 @@ class TrainingCLI(ConfiguredCLI):
             rank_zero_info(f"The trained model is {exported}. Try: llava-bidir generate {exported} IMAGE PROMPT")
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
-        """Check `--ckpt_path`, and resolve `last` except for `fit`, which does so under the lock of the run."""
+        """Check and resolve `--ckpt_path`, except for `fit`, which does so under the lock of the run."""
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand")
         run = self.config.get(command or "") or {}
-        if run.get("ckpt_path") and (command, run["ckpt_path"]) != ("fit", "last"):
+        if run.get("ckpt_path") and command != "fit":
             run["ckpt_path"] = resolve_ckpt_path(run["ckpt_path"], Path(run["out"]) / "checkpoints")
 
 
@@ -105,6 +107,7 @@ def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:
         args=argv,
         run=run,
         seed_everything_default=0,
+        save_config_callback=StartOfRun,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "llava-bidir"},
         auto_configure_optimizers=False,  # no --optimizer: the module builds it

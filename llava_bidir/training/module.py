@@ -15,8 +15,10 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from llava_bidir.common.atomic_io import read_json
-from llava_bidir.common.checkpoint_io import check_resume_compatible
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.identity import Identity, check_same_identity, run_identity
+from llava_bidir.common.rank_zero import rank_zero_result
+from llava_bidir.common.run_folder import RESUME_ADVICE
 from llava_bidir.data.conversation import IGNORE_INDEX
 from llava_bidir.model.build import build_model, build_processor, set_trainable
 from llava_bidir.model.encoders import Encoder
@@ -28,9 +30,6 @@ from .resume import rescale_progress
 from .throughput import TIMING_METRICS
 
 log = logging.getLogger(__name__)
-
-# Settings that may change when a run is resumed: they do not change results beyond rounding.
-RESUME_OVERRIDABLE = ("attn_implementation", "compile", "gradient_checkpointing", "max_new_tokens")
 
 
 class LlavaTraining(LightningModule):
@@ -99,8 +98,20 @@ class LlavaTraining(LightningModule):
         rows, columns = encoder.grid(encoder.load_config())
         self.image_tokens = rows * columns
         self.model = None
+        self.identity: Identity | None = None
         self.metrics_before: dict[str, float] = {}  # of the checkpoint that is resumed
         self.val_loss, self.val_accuracy = MeanMetric(), MeanMetric()
+
+    def models(self) -> dict[str, str]:
+        """Return the paths of the models that the run is made from, by setting."""
+        paths = {"encoder": self.encoder.path, "llm": self.hparams.llm, "adapter": self.hparams.adapter}
+        return {key: path for key, path in paths.items() if path is not None}
+
+    def setup(self, stage: str) -> None:
+        """Compute the identity of a run that is not started by the command line."""
+        if stage == "fit" and self.identity is None:
+            compute = lambda: run_identity(self.trainer, self, self.trainer.datamodule)
+            self.identity = rank_zero_result(self.trainer, compute)
 
     def configure_model(self) -> None:
         """Build the model once, inside the strategy's context."""
@@ -281,15 +292,14 @@ class LlavaTraining(LightningModule):
         """Save trainable weights only (frozen ones are reloaded from their source), and the unit of the position."""
         checkpoint["samples_at_a_time"] = self.trainer.datamodule.micro_batch_size * self.trainer.world_size
         checkpoint["progress"] = self.progress()
-        checkpoint["data"] = self.trainer.datamodule.settings()
+        checkpoint["identity"] = self.identity
         trained = self._trainable_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check settings and trainable weights, since `strict_loading` is off for the frozen weights."""
         if self._trainer is not None and self.trainer.training:
-            check_resume_compatible(checkpoint["hyper_parameters"], self.hparams, "model", RESUME_OVERRIDABLE)
-            check_resume_compatible(checkpoint["data"], self.trainer.datamodule.settings(), "data")
+            check_same_identity(checkpoint.get("identity"), self.identity, "the checkpoint", RESUME_ADVICE)
             samples = self.trainer.datamodule.micro_batch_size * self.trainer.world_size
             rescale_progress(checkpoint, checkpoint["samples_at_a_time"], samples)
             self.metrics_before = {k: v for k, v in checkpoint["progress"].items() if "/" in k}

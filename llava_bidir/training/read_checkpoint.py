@@ -39,5 +39,7 @@ def read_checkpoint(checkpoint: Path) -> tuple[LlavaBidirForConditionalGeneratio
         module.configure_model()
     module.on_load_checkpoint(saved)
     module.load_state_dict(saved["state_dict"], strict=False)
-    training = module.settings() | saved["progress"] | {"checkpoint": str(checkpoint)}
+    training = (
+        module.settings() | saved["progress"] | {"identity": saved.get("identity"), "checkpoint": str(checkpoint)}
+    )
     return merge_lora(module.model), module.processor, training

@@ -1,10 +1,10 @@
 """What `vqa` records about a checkpoint: its attention mask, its encoder and a fingerprint of its weights."""
 
-import hashlib
 from pathlib import Path
 
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.identity import describe, model_identity
 
 TABLE_ROWS = {"clip_vision_model": "clip", "dinov2": "dinov2", "siglip_vision_model": "siglip"}  # encoders of Table 1
 
@@ -58,15 +58,8 @@ def read_encoder_name(model: str | Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Return a digest of the config and all weights. 13 GB take less than a minute."""
-    digest = hashlib.sha256((path / "config.json").read_bytes())
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{path} has no *.safetensors; export the checkpoint with `llava-bidir export`")
-    for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
+    """Return a digest of the config, the processor and all weights. 13 GB take less than a minute, once."""
+    return describe(model_identity("model", path)).split()[-1]
 
 
 def _read_config(model: str | Path) -> dict:

@@ -19,7 +19,15 @@ from pathlib import Path
 from llava_bidir.common.errors import UserError
 
 from .benchmarks import BENCHMARKS, Benchmark
-from .result_files import ItemError, code_digest, error_file, pinned_versions, version_mismatches, write_results
+from .result_files import (
+    ItemError,
+    code_digest,
+    dataset_digest,
+    error_file,
+    pinned_versions,
+    version_mismatches,
+    write_results,
+)
 from .scores import Item
 
 
@@ -39,9 +47,13 @@ def main(request: dict) -> None:
         )
         for name in request["benchmarks"]:
             start = time.monotonic()
-            results = run_benchmark(BENCHMARKS[name], model, out, request["local"])
+            config_file = find_config(BENCHMARKS[name])
+            dataset = local_dataset(BENCHMARKS[name], config_file) if request["local"] else []
+            results = run_benchmark(BENCHMARKS[name], model, out, config_file)
             if results is not None:
                 run_info = {"code": request["code"], "device": str(model.device), "dtype": str(model.model.dtype)}
+                if dataset:
+                    run_info |= {"dataset": dataset, "data_digest": dataset_digest(Path.cwd(), dataset)}
                 info = request["info"] | run_info | {"seconds": round(time.monotonic() - start, 1)}
                 write_results(out, name, *collect_results(name, results, info))
     except Exception as error:
@@ -71,17 +83,38 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def run_benchmark(benchmark: Benchmark, model, out: Path, local: bool) -> dict | None:
+def find_config(benchmark: Benchmark) -> Path:
+    """Return the YAML file of a task, of this package or of the harness."""
+    import lmms_eval.tasks
+
+    ours, theirs = f"tasks/{benchmark.task}.yaml", f"*/{benchmark.task}.yaml"
+    (path,) = [*Path(__file__).parent.glob(ours), *Path(lmms_eval.tasks.__file__).parent.glob(theirs)]
+    return path
+
+
+def local_dataset(benchmark: Benchmark, config_file: Path) -> list[str]:
+    """Return the files or the folder with the data of a task, relative to the working directory.
+
+    Raises:
+        UserError: The folder does not exist.
+    """
+    from lmms_eval.utils import load_yaml_config
+
+    path = load_yaml_config(str(config_file))["dataset_path"]
+    if "/" not in path:  # a format, whose files the benchmark names
+        return list(benchmark.overrides["dataset_kwargs"]["data_files"].values())
+    if not Path(path).is_dir():
+        raise UserError(f"--data {Path.cwd()} has no folder {path} with the dataset of the task")
+    return [path]
+
+
+def run_benchmark(benchmark: Benchmark, model, out: Path, config_file: Path) -> dict | None:
     """Return the results of the harness with all samples, None in all processes but the first."""
     import lmms_eval.tasks
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.utils import load_yaml_config
 
-    ours, theirs = f"tasks/{benchmark.task}.yaml", f"*/{benchmark.task}.yaml"
-    (path,) = [*Path(__file__).parent.glob(ours), *Path(lmms_eval.tasks.__file__).parent.glob(theirs)]
-    config = load_yaml_config(str(path))
-    if local and "/" in config["dataset_path"] and not Path(config["dataset_path"]).is_dir():
-        raise UserError(f"--data {Path.cwd()} has no folder {config['dataset_path']} with the dataset of the task")
+    config = load_yaml_config(str(config_file))
     overrides = {
         **benchmark.overrides,
         # no spreadsheets for submission to a server: Excel rejects some answers
@@ -91,7 +124,7 @@ def run_benchmark(benchmark: Benchmark, model, out: Path, local: bool) -> dict |
         model=model,
         tasks=[{"task": benchmark.task, **overrides}],
         # one folder only: indexing all tasks takes longer than a small task
-        task_manager=lmms_eval.tasks.TaskManager(include_path=str(path.parent), include_defaults=False),
+        task_manager=lmms_eval.tasks.TaskManager(include_path=str(config_file.parent), include_defaults=False),
         batch_size=model.batch_size,
         bootstrap_iters=0,
         process_docs_parallel=1,  # MMMU guesses for answers it cannot parse, reproducibly only in a fixed order

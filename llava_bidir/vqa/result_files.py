@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.identity import checksums, describe
 
 from .scores import Item
 
@@ -41,6 +42,12 @@ def code_digest() -> str:
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(str(path.relative_to(PACKAGE)).encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+def dataset_digest(folder: Path, paths: list[str]) -> str:
+    """Return the digest of local data: of the files, and of all files in the folders, among `paths` in `folder`."""
+    files = [file for path in paths for file in [folder / path, *(folder / path).rglob("*")] if file.is_file()]
+    return describe(checksums(folder, sorted(str(file.relative_to(folder)) for file in files)), len(files))
 
 
 def error_file(out: Path) -> Path:

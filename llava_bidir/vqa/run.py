@@ -11,7 +11,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 
 from .benchmarks import BENCHMARKS
 from .checkpoint import fingerprint, read_encoder_name, read_image_attention, resolve_checkpoint
-from .result_files import code_digest, error_file, read_results, results_file
+from .result_files import code_digest, dataset_digest, error_file, read_results, results_file
 from .table1 import write_tables
 from .validate_results import find_problems
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
         "data": "hub" if args.data is None else str(args.data),
     }
     with exclusive_run_lock(args.out):
-        pending = [name for name in args.tasks if not _is_finished(args.out, name, info)]
+        pending = [name for name in args.tasks if not _is_finished(args.out, name, info, args.data)]
         if pending:
             _run_harness(args, model, pending, info)
     missing = [name for name in args.tasks if not results_file(args.out, name).exists()]
@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> None:
     print(write_tables([args.out], args.out))
 
 
-def _is_finished(out: Path, name: str, info: dict) -> bool:
-    """Return True if the task has results. Raise a UserError if they belong to another checkpoint."""
+def _is_finished(out: Path, name: str, info: dict, data: Path | None) -> bool:
+    """Return True if the task has results. Raise a UserError if they belong to another checkpoint or other data."""
     if not results_file(out, name).exists():
         return False
     earlier, _ = read_results(out, name)
@@ -56,6 +56,12 @@ def _is_finished(out: Path, name: str, info: dict) -> bool:
         raise UserError(
             f"{results_file(out, name)} belongs to another checkpoint ({earlier['model']}, fingerprint "
             f"{earlier['fingerprint']} instead of {info['fingerprint']}); choose another --out"
+        )
+    now = None if data is None else dataset_digest(data, earlier.get("dataset", []))
+    if earlier.get("data_digest") != now:
+        raise UserError(
+            f"{results_file(out, name)} belongs to other data ({earlier['data']}: {earlier.get('data_digest')}; now "
+            f"{info['data']}: {now}); choose another --out"
         )
     return True
 

@@ -7,6 +7,7 @@ files until they are read.
 from pathlib import Path
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.identity import checksums, describe
 
 from .ade20k import CLASSES, LOOKUP, PALETTE, SIZES
 from .base import BadFile, EmbeddedFile, SegmentationDataset
@@ -57,6 +58,12 @@ class ADE20KOnHub(SegmentationDataset):
         names = [f"{split}_{i:08d}" for i in range(len(rows))]
         super().__init__(dict.fromkeys(names, ()), CLASSES, LOOKUP, PALETTE)
         self.official_size = SIZES[split]
+
+    def identity(self) -> dict[str, str]:
+        """Return what the split is: number and digest of its rows, by the content of their Arrow files."""
+        files = [Path(file["filename"]) for file in self._rows.cache_files]
+        digests = [checksums(file.parent, [file.name])[file.name] for file in files]
+        return {"rows": describe(digests, len(self))}
 
     def files(self, index: int) -> tuple[EmbeddedFile, EmbeddedFile]:
         """Return the image and the mask of a row."""

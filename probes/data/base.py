@@ -6,6 +6,7 @@ animation is read. Symlinks are followed.
 """
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.identity import checksums, describe
 from llava_bidir.common.image_io import FORMATS, open_bounded
 from probes.ops.geometry import to_rgb
 
@@ -99,6 +101,16 @@ class SegmentationDataset(Dataset):
     def files(self, index: int) -> tuple[File, File]:
         """Return the files of an image and its mask."""
         return self._files[index]
+
+    def identity(self) -> dict[str, str]:
+        """Return what the split is: number and digest of its images and masks, by name and content."""
+        identity = {}
+        for i, part in enumerate(("images", "masks")):
+            files = [pair[i] for pair in self._files]
+            folder = os.path.commonpath([file.parent for file in files])
+            digests = checksums(folder, [os.path.relpath(file, folder) for file in files])
+            identity[part] = describe([self.names, list(digests.values())], len(files))
+        return identity
 
 
 def lookup(classes: int, first: int = 0, ignored: tuple[int, ...] = (IGNORE_INDEX,)) -> ndarray:

@@ -1,7 +1,5 @@
 """LightningDataModule of a probe run."""
 
-import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from llava_bidir.common.errors import UserError
 
 from .batches import CachedFeatures, PreprocessedDataset, collate
-from .registry import DATASETS, open_dataset
+from .registry import DATASETS, open_dataset, split_identity
 from .samplers import TrainingBatches, validation_batches
 from .verify import find_bad_files, format_bad_files
 
@@ -45,6 +43,7 @@ class SegmentationData(LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
+        self.save_hyperparameters(logger=False)
         self.splits = {split: open_dataset(dataset, root, split, options) for split in ("training", "validation")}
         self.root, self.dataset, self.options = root, dataset, options or {}
         self.name = name or Path(root).resolve().name
@@ -60,15 +59,10 @@ class SegmentationData(LightningDataModule):
         """Optimizer steps per epoch."""
         return math.ceil(len(self.splits["training"]) / self.batch_size)
 
-    def fingerprint(self) -> str:
-        """Return a hash of the names of images and classes."""
-        names = [self.classes, *(split.names for split in self.splits.values())]
-        return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings that determine which images a step uses; a resumed run must have the same."""
-        names = "fingerprint of image and class names"
-        return {"batch_size": self.batch_size, "seed": self.seed, names: self.fingerprint()}
+    def identity(self) -> dict[str, str]:
+        """Return what the data is: classes, and names and contents of all images and masks."""
+        parts = [split_identity(split, dataset) for split, dataset in self.splits.items()]
+        return {key: value for identity in parts for key, value in identity.items()}
 
     def setup(self, stage: str) -> None:
         """Read every image and mask once before `fit` loads the model; each rank reads its share.

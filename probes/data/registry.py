@@ -4,6 +4,7 @@ import inspect
 from typing import Any, Literal, get_args, get_origin
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.identity import describe
 
 from .ade20k import ADE20K
 from .ade20k_hf import ADE20KOnHub
@@ -50,6 +51,12 @@ def open_dataset(dataset: str, root: str, split: str, options: dict[str, Any] | 
     layout = DATASETS[dataset]
     _check_options(layout, dataset, options or {})
     return layout(root, split, **(options or {}))
+
+
+def split_identity(split: str, dataset: SegmentationDataset) -> dict[str, str]:
+    """Return what a split is, see `common/identity.py`: its classes, images and masks by content."""
+    parts = {f"{split}_{part}": value for part, value in dataset.identity().items()}
+    return {"classes": describe(dataset.classes, len(dataset.classes)), **parts}
 
 
 def _option_types(layout: type) -> dict[str, Any]:

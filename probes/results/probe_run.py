@@ -11,7 +11,8 @@ Files are written atomically, metrics.json last: it marks the run as finished.
 
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,8 @@ from safetensors.torch import load_file
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError, error_context
-from probes.data.registry import open_dataset
+from llava_bidir.common.identity import check_same_identity, named_identity
+from probes.data.registry import open_dataset, split_identity
 from probes.evaluation.metrics import Counts, peak_layer
 from probes.models.sites import ADAPTER
 from probes.ops.bilinear import upsampled_argmax
@@ -42,6 +44,8 @@ from probes.training.run_schema import (
 
 if TYPE_CHECKING:
     from probes.models.frozen_mllm import FrozenMLLM
+
+log = logging.getLogger(__name__)
 
 # Axes of the counts: S sites, N images, K classes, T image tokens. The last two are not in every run.
 COUNTS = {"intersection": "SNK", "predicted": "SNK", "labelled": "NK", "patch_right": "SNT", "patch_valid": "NT"}
@@ -183,14 +187,36 @@ class ProbeRun:
         return self._tensors.get("group")
 
     def check_same_images(self, other: "ProbeRun", advice: str = "") -> None:
-        """Raise a UserError that ends with `advice` unless both runs have the same images and classes."""
+        """Raise a UserError that ends with `advice` unless both runs have the same images, read in the same way."""
         if self.manifest["data"]["fingerprint"] != other.manifest["data"]["fingerprint"]:
-            raise UserError(f"{self.path} and {other.path} were scored on different images{advice}")
+            raise UserError(f"{self.path} and {other.path} were scored on different images or classes{advice}")
+        for key in ("image_resize", "dtype"):
+            values = [run.metrics.get(key) for run in (self, other)]
+            if None not in values and values[0] != values[1]:
+                raise UserError(
+                    f"{self.path} was scored with {key} {values[0]}, but {other.path} with {values[1]}{advice}"
+                )
 
     def dataset(self, split: str = "validation"):
-        """Return a split of the dataset."""
+        """Return a split of the dataset.
+
+        Raises:
+            UserError: If its images or masks are not those of the run any more.
+        """
         data = self.manifest["data"]
-        return open_dataset(data["dataset"], data["root"], split, data.get("options"))
+        dataset = open_dataset(data["dataset"], data["root"], split, data.get("options"))
+        self._check_unchanged("data", lambda: split_identity(split, dataset))
+        return dataset
+
+    def _check_unchanged(self, section: str, compute: Callable[[], dict[str, str]]) -> None:
+        """Raise unless the parts of the identity that `compute` returns are still those of the run."""
+        if self.manifest.get("identity") is None:
+            log.warning("%s does not record its %s; whether it has changed since is not checked", self.path, section)
+            return
+        now = compute()
+        saved = {key: value for key, value in self.manifest["identity"][section].items() if key in now}
+        advice = "restore what was probed, or make the run again"
+        check_same_identity({section: saved}, {section: now}, str(self.path), advice)
 
     @cached_property
     def weights(self) -> torch.Tensor:
@@ -198,11 +224,16 @@ class ProbeRun:
         return bootstrap_weights(len(self.counts.labelled), seed=self.metrics["seed"], groups=self.groups)
 
     def mllm(self) -> "FrozenMLLM":
-        """Load the probed model with the settings of the run."""
+        """Load the probed model with the settings of the run.
+
+        Raises:
+            UserError: If it cannot be loaded, or its weights or config are not those that were probed.
+        """
         config = rename_old_keys(self.manifest["config"])
         check_schema(ModelConfig, config, f"{self.path / 'manifest.json'}: config")
         from probes.models.load import load  # transformers takes seconds to import, and a report needs no model
 
+        self._check_unchanged("model", lambda: named_identity({"mllm": config["mllm"]}))
         return load(
             config["mllm"],
             config["image_attention"],

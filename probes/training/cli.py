@@ -11,15 +11,16 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, check_resume_compatible, is_complete, resolve_ckpt_path
+from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, resolve_ckpt_path
 from llava_bidir.common.lightning_cli import ConfiguredCLI
+from llava_bidir.common.run_folder import StartOfRun, add_overwrite_option, check_unfinished, start_run
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.step_boundary import SaveAtStepBoundary
 from probes.data.datamodule import SegmentationData
 
 from .callbacks import SavePredictions, ShowMaps
 from .module import ProbeModule
-from .run_schema import Manifest, Metrics, read_run_file, rename_old_keys
+from .run_schema import Manifest, Metrics, read_run_file
 
 # warnings about intended settings
 EXPECTED_WARNINGS = (
@@ -44,6 +45,7 @@ class ProbeCLI(ConfiguredCLI):
             default=False,
             help="also write the predictions of every image to OUT/predictions/SITE/NAME.png",
         )
+        add_overwrite_option(parser)
         parser.link_arguments("out", "trainer.default_root_dir")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed")
@@ -80,16 +82,16 @@ class ProbeCLI(ConfiguredCLI):
     def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
         """Train, then score each probe of its best epoch and write the files of the run.
 
-        With `--ckpt_path last` the run in OUT is resumed; a finished run is left unchanged.
+        With `--ckpt_path last` the run in OUT is resumed. A finished run is replaced with `--overwrite true` only.
         """
         with self.exclusive_run_lock():
-            checkpoint, metrics_file = resolve_ckpt_path(ckpt_path, self.checkpoints), self.out / "metrics.json"
-            if ckpt_path == "last" and is_complete(checkpoint, metrics_file):
-                config = rename_old_keys(read_run_file(Manifest, self.out / "manifest.json")["config"])
-                check_resume_compatible(config, self.model.hparams, "model", source=str(metrics_file))
+            metrics_file = self.out / "metrics.json"
+            saved = lambda: read_run_file(Manifest, self.out / "manifest.json").get("identity")
+            run = start_run(self, ckpt_path, self.checkpoints, metrics_file, saved)
+            if run.finished:
                 rank_zero_info(f"{metrics_file} exists: this run is finished; nothing to do")
                 return
-            self.trainer.fit(ckpt_path=checkpoint, **kwargs)
+            self.trainer.fit(ckpt_path=run.checkpoint, **kwargs)
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             rank_zero_info(self._format_scores())
 
@@ -103,6 +105,7 @@ class ProbeCLI(ConfiguredCLI):
     def test(self, ckpt_path: str | None = None, **kwargs) -> None:
         """Score the probes of a checkpoint and write the files of the run."""
         with self.exclusive_run_lock():
+            check_unfinished(self.out / "metrics.json", self.config[self.subcommand]["overwrite"])
             self.trainer.test(ckpt_path=resolve_ckpt_path(ckpt_path, self.checkpoints), **kwargs)
 
 
@@ -116,6 +119,7 @@ def build_cli(argv: list[str], run: bool = True) -> ProbeCLI:
         args=argv,
         run=run,
         seed_everything_default=0,
+        save_config_callback=StartOfRun,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "probes"},
         auto_configure_optimizers=False,  # --optimizer would override the optimizer of ProbeModule

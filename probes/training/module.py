@@ -12,8 +12,10 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from llava_bidir.common.checkpoint_io import check_resume_compatible
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.identity import Identity, check_same_identity, run_identity
+from llava_bidir.common.rank_zero import rank_zero_result
+from llava_bidir.common.run_folder import RESUME_ADVICE
 from probes.data.batches import group_by_mask_size
 from probes.data.samplers import PAD_INDEX
 from probes.evaluation.bootstrap import dataset_scores
@@ -26,7 +28,6 @@ from probes.ops.cross_entropy import subsample, upsampled_cross_entropy
 from .distributed import all_gather
 from .heads import FEATURE_NORMS, HEADS, Probe
 from .probe_variants import LABELS, ProbeVariant, build_variants, probe_name
-from .run_schema import rename_old_keys
 from .write_run import save_run
 
 
@@ -79,10 +80,21 @@ class ProbeModule(LightningModule):
         self.variants = build_variants(ProbeVariant(head, feature_norm, learning_rate, labels, seed), variants or {})
         self.strict_loading = False  # checkpoints hold the probes only; the MLLM is reloaded from its source
         self.mllm = None
+        self.identity: Identity | None = None
         self.validated_at: list[int] = []  # optimizer steps
         self.epochs: list[int | float] = []  # the same in epochs; fractional within an epoch
         self.history: dict[str, list[float]] = {}  # mIoU by probe, see `probe_name`
         self.best: dict[str, dict[str, Tensor]] = {}
+
+    def models(self) -> dict[str, str]:
+        """Return the paths of the models that the run is made from, by setting."""
+        return {"mllm": self.hparams.mllm}
+
+    def setup(self, stage: str) -> None:
+        """Compute the identity of a run that is not started by the command line."""
+        if stage in ("fit", "test") and self.identity is None:
+            compute = lambda: run_identity(self.trainer, self, self.trainer.datamodule)
+            self.identity = rank_zero_result(self.trainer, compute)
 
     def configure_model(self) -> None:
         """Load the MLLM and build probes and metrics."""
@@ -236,7 +248,7 @@ class ProbeModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the probes without the frozen model, and the history of validations."""
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k.startswith("heads.")}
-        checkpoint["data"] = self.trainer.datamodule.settings()
+        checkpoint["identity"] = self.identity
         checkpoint["best"], checkpoint["history"] = self.best, self.history
         checkpoint["validated_at"], checkpoint["epochs"] = self.validated_at, self.epochs
 
@@ -247,8 +259,7 @@ class ProbeModule(LightningModule):
             UserError: If the checkpoint is from a run with other settings.
         """
         if self._trainer is not None and self.trainer.training:
-            check_resume_compatible(rename_old_keys(checkpoint["hyper_parameters"]), self.hparams, "model")
-            check_resume_compatible(checkpoint["data"], self.trainer.datamodule.settings(), "data")
+            check_same_identity(checkpoint.get("identity"), self.identity, "the checkpoint", RESUME_ADVICE)
         saved = set(checkpoint["state_dict"])
         expected = saved if self.mllm is None else {f"heads.{key}" for key in self.heads.state_dict()}
         if different := saved ^ expected:

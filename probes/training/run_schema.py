@@ -92,6 +92,7 @@ class Metrics(BaseModel):
     image_attention: str
     own_image_attention: str | None = None
     image_resize: str | None = None
+    dtype: str | None = None
     untrained: list[str]
     seed: int
     classes: Annotated[list[str], Field(min_length=1)]
@@ -120,6 +121,7 @@ class Manifest(BaseModel):
     git_commit: str | None = None
     config: dict[str, Any]
     data: _Data
+    identity: dict[str, dict[str, Any]] | None = None
     mllm_training: dict[str, Any] | None
     hardware: dict[str, Any] = {}
 

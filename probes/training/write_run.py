@@ -12,6 +12,7 @@ import torch
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
+from llava_bidir.common.identity import describe
 from probes.evaluation.bootstrap import dataset_scores, resampled_scores
 from probes.evaluation.metrics import Counts, summary
 
@@ -47,6 +48,7 @@ def save_run(
         image_attention=module.mllm.image_attention,
         own_image_attention=module.mllm.own_image_attention,
         image_resize=args.image_resize,
+        dtype=str(module.mllm.model.dtype).removeprefix("torch."),
         untrained=list(args.untrained or ()),
         seed=args.seed,
         classes=data.classes,
@@ -128,8 +130,9 @@ def manifest(module, data) -> Manifest:
             "root": _absolute(data.root),
             "dataset": data.dataset,
             "options": data.options,
-            "fingerprint": data.fingerprint(),
+            "fingerprint": describe(module.identity["data"]),
         },
+        identity=module.identity,
         mllm_training=_read_training(Path(module.hparams.mllm) / "training.json"),
         hardware={
             "machine": platform.machine(),

@@ -135,5 +135,5 @@ def test_last_resumes_and_does_not_change_a_finished_run(parts, conversations, s
         assert build_cli(again).trainer.global_step == 0
     assert "this run is finished; nothing to do" in caplog.text
     assert (tmp_path / "hf/model.safetensors").stat() == exported
-    build_cli(again[:-2])  # without --ckpt_path a run restarts, as `make` expects
+    build_cli([*again[:-2], "--overwrite", "true"])
     assert (tmp_path / "hf/model.safetensors").stat().st_mtime_ns > exported.st_mtime_ns

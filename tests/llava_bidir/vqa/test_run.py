@@ -144,6 +144,20 @@ def test_results_of_another_checkpoint_are_not_reused(runs, checkpoints, data):
         vqa(checkpoints["bidirectional"], runs / "causal", data, "--python", "/nowhere")
 
 
+def test_results_on_other_data_are_not_reused(runs, checkpoints, data, tmp_path):
+    """A file of another task may change, the subset of a task must not become its result on the hub."""
+    copy = shutil.copytree(data, tmp_path / "data")
+    (copy / "notes.txt").write_text("not read by any task")
+    vqa(checkpoints["causal"], runs / "causal", copy, "--tasks", "pope", "--python", "/nowhere")
+    file = next((copy / lmms_datasets.ORGANISATION / "POPE").rglob("*.parquet"))
+    file.write_bytes(file.read_bytes() + b" ")
+    with pytest.raises(SystemExit, match=r"causal/pope.json belongs to other data .* choose another --out"):
+        vqa(checkpoints["causal"], runs / "causal", copy, "--tasks", "pope", "--python", "/nowhere")
+    hub = ["vqa", str(checkpoints["causal"]), "--out", str(runs / "causal"), "--tasks", "pope", "--python", "/nowhere"]
+    with pytest.raises(SystemExit, match=r"causal/pope.json belongs to other data .* now hub"):
+        cli.main(hub)
+
+
 def test_too_many_invalid_answers_are_an_error(runs, checkpoints, data):
     with pytest.raises(SystemExit, match=r"pope: 6 of 6 answers are empty or not of the requested form, e.g. item 0"):
         vqa(checkpoints["causal"], runs / "causal", data, "--max-invalid-rate", "0.05")

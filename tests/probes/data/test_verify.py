@@ -34,11 +34,12 @@ def fit(root, out, *more):
     main(["fit", *config, "--model.mllm", "/no/such/model", *more])
 
 
-def test_all_bad_files_are_listed_by_kind_before_the_model_is_loaded(broken, tmp_path):
+def test_all_bad_files_are_listed_by_kind_before_the_model_is_loaded(broken, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.delattr("probes.training.module.load")
     with pytest.raises(SystemExit) as stop:
-        fit(broken, tmp_path / "run")
+        fit(broken, tmp_path / "run", "--model.mllm", str(checkpoints["causal"]))
     message = str(stop.value.code)
-    assert "5 of 11 images cannot be used" in message and "such/model" not in message
+    assert "5 of 11 images cannot be used" in message
     assert "2 x label out of range" in message and "000.png has label 9" in message and "label 77" in message
     assert "1 x mask that is not 8-bit indices" in message and "002.png has mode 'RGB'" in message
     assert "1 x image and mask of different size" in message and "003.png is 21 x 24 px" in message

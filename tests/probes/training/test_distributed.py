@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,17 @@ def test_two_processes_train_and_score_as_one(one, cache, checkpoints, uneven, t
     for a, b in zip(alone["sites"], together["sites"], strict=True):
         assert a["history"] == pytest.approx(b["history"], abs=0.005)
         assert a["pacc"] == pytest.approx(b["pacc"], abs=0.005)
+
+
+@pytest.mark.distributed
+def test_the_first_process_decides_for_both_what_is_resumed(one, checkpoints, uneven, tmp_path):
+    """Checksums are read once, and no process resumes another checkpoint than the first."""
+    shutil.copytree(one, tmp_path / "run")
+    run = arguments(checkpoints["causal"], uneven, tmp_path / "run", *TWO, "--ckpt_path", "last")
+    log = processes(run).stderr
+    assert log.count("resuming ") == 1 and log.count("this run is finished; nothing to do") == 1
+    log = processes([*run, "--model.learning_rate", "0.5"], fails=True).stderr
+    assert log.count("metrics.json belongs to a run with model.learning_rate=0.01") == 2
 
 
 PROCESSES = {  # who opens images and who scores them

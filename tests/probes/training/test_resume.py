@@ -1,81 +1,180 @@
-"""A run is resumed only with the settings it was started with."""
+"""A run is resumed, called finished and replaced only as its identity allows."""
 
 import json
+import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny_models
+from PIL import Image
+from run_bytes import run_bytes
+from safetensors.torch import load_file, save_file
 
 from probes.cli import main
 
 SETTINGS = ["--trainer.accelerator", "cpu", "--data.num_workers", "0", "--data.batch_size", "4"]
-SETTINGS += ["--trainer.enable_progress_bar", "false", "--model.sites", "[adapter]"]
+SETTINGS += ["--trainer.enable_progress_bar", "false", "--model.sites", "[adapter]", "--trainer.max_epochs", "1"]
+
+
+def arguments(mllm, root, out) -> list[str]:
+    return ["fit", *SETTINGS, "--model.mllm", str(mllm), "--data.root", str(root), "--out", str(out)]
 
 
 @pytest.fixture(scope="module")
-def stopped(checkpoints, segmentation, tmp_path_factory):
-    """Arguments of a run that was stopped after one of two epochs, and its checkpoint."""
-    out = tmp_path_factory.mktemp("stopped")
-    arguments = ["--model.mllm", str(checkpoints["causal"]), "--data.root", str(segmentation), "--out", str(out)]
-    main(["fit", *arguments, *SETTINGS, "--trainer.max_epochs", "1"])
-    (out / "metrics.json").unlink()  # else the run counts as finished
-    return [*arguments, *SETTINGS, "--trainer.max_epochs", "2"], out / "checkpoints/last.ckpt"
+def finished(checkpoints, segmentation, tmp_path_factory) -> tuple[Path, list[str]]:
+    """Folder of a finished run and its command; its model and data are copies, which tests may change and restore."""
+    folder = tmp_path_factory.mktemp("finished")
+    shutil.copytree(checkpoints["causal"], folder / "hf")
+    shutil.copytree(segmentation, folder / "data")
+    command = arguments(folder / "hf", folder / "data", folder / "run")
+    main(command)
+    return folder / "run", command
+
+
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    """A copy of the run without its results, and the command that resumes it."""
+    run, command = finished
+    (tmp_path / "run").mkdir()
+    shutil.copytree(run / "checkpoints", tmp_path / "run/checkpoints")
+    return tmp_path / "run", [*command, "--out", str(tmp_path / "run")]
+
+
+def replace_weights(folder: Path) -> None:
+    file = folder / "hf/model.safetensors"
+    weights = load_file(file)
+    save_file({name: tensor + (name == min(weights)) for name, tensor in weights.items()}, file, {"format": "pt"})
+
+
+def replace_config(folder: Path) -> None:
+    config = json.loads((folder / "hf/config.json").read_text())
+    config["text_config"]["rms_norm_eps"] = 0.1
+    (folder / "hf/config.json").write_text(json.dumps(config))
+
+
+def replace_image(folder: Path) -> None:
+    file = sorted((folder / "data/images/validation").glob("*"))[0]
+    Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+
+
+def replace_mask(folder: Path) -> None:
+    file = sorted((folder / "data/annotations/training").glob("*"))[0]
+    Image.fromarray(np.asarray(Image.open(file))[::-1].copy()).save(file)
+
+
+def rename_class(folder: Path) -> None:
+    settings = json.loads((folder / "data/classes.json").read_text())
+    settings["classes"][0] += "_"
+    (folder / "data/classes.json").write_text(json.dumps(settings))
+
+
+CHANGES = {
+    "mask": (["--model.image_attention", "bidirectional"], r"model.image_attention=None.* 'bidirectional'"),
+    "rate": (["--model.learning_rate", "0.5"], r"model.learning_rate=0.001.* 0.5"),
+    "variants": (["--model.variants", '{"fast": {"learning_rate": 0.5}}'], r"model.variants.fast=None.* 0.5"),
+    "batch": (["--data.batch_size", "3"], r"data.batch_size=4.* 3"),
+    "seed": (["--seed_everything", "7"], r"data.seed=0.* 7"),
+    "length": (["--trainer.max_epochs", "2"], r"trainer.max_epochs=1.* 2"),
+    "precision": (["--trainer.precision", "bf16-mixed"], r"trainer.precision='32-true'.* 'bf16-mixed'"),
+    "clipping": (["--trainer.gradient_clip_val", "1"], r"trainer.gradient_clip_val=None.* 1"),
+    "validation": (["--trainer.limit_val_batches", "1"], r"trainer.limit_val_batches=1.0.* 1"),
+    "weights": (replace_weights, r"model.mllm/model.safetensors='\w{16}'.* '\w{16}'"),
+    "config": (replace_config, r"model.mllm/config.json='\w{16}'.* '\w{16}'"),
+    "image": (replace_image, r"data.validation_images='5, sha256 \w{16}'.*'5, sha256 \w{16}'"),
+    "labels": (replace_mask, r"data.training_masks='6, sha256 \w{16}'.*'6, sha256 \w{16}'"),
+    "class": (rename_class, r"data.classes='3, sha256 \w{16}'.*'3, sha256 \w{16}'"),
+}
+
+
+@pytest.fixture(params=CHANGES)
+def changed(request, finished):
+    """(Changed options, message); the model or the data is changed on disk while the test runs."""
+    change, message = CHANGES[request.param]
+    if not callable(change):
+        yield change, message
+        return
+    folder = finished[0].parent
+    for part in ("hf", "data"):
+        shutil.copytree(folder / part, folder / f"{part}_before")
+    change(folder)
+    yield [], message
+    for part in ("hf", "data"):
+        shutil.rmtree(folder / part)
+        (folder / f"{part}_before").rename(folder / part)
+
+
+def test_a_run_of_another_identity_is_neither_resumed_nor_called_finished(finished, unfinished, changed):
+    (run, command), (options, message) = finished, changed
+    before = run_bytes(run)
+    with pytest.raises(SystemExit, match=rf"^probes: \S*metrics.json belongs to a run with {message}"):
+        main([*command, *options, "--ckpt_path", "last"])
+    folder, command = unfinished
+    for path in ("last", str(folder / "checkpoints/last.ckpt")):
+        with pytest.raises(SystemExit, match=rf"^probes: the checkpoint belongs to a run with {message}"):
+            main([*command, *options, "--ckpt_path", path])
+    assert not (folder / "config.yaml").exists() and not (folder / "metrics.json").exists()
+    assert run_bytes(run) == before
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("options", "message"),
     [
-        (["--model.image_attention", "bidirectional"], "model.image_attention=None.* 'bidirectional'"),
-        (["--model.learning_rate", "0.5"], "model.learning_rate=0.001.* 0.5"),
-        (["--data.batch_size", "3"], "data.batch_size=4.* 3"),
-        (["--seed_everything", "7"], r"(model|data).seed=0.* 7"),
+        ([], r"run holds a finished run \(metrics.json\); add `--ckpt_path last`.*--overwrite true"),
+        (["--trainer.max_epochs", "9"], "run holds a finished run"),
+        (["--model.sites", "[layer_77]"], "run holds a finished run"),
+        (["--ckpt_path", "{run}/checkpoints/last.ckpt"], "run holds a finished run"),
+        (["--ckpt_path", "last", "--overwrite", "true"], "give one of them"),
+        (["--overwrite", "true", "--model.sites", "[layer_77]"], "layer_77"),
     ],
 )
-@pytest.mark.parametrize("path", ["last", "by name"])
-def test_checkpoint_of_another_run_is_refused(stopped, changed, message, path):
-    arguments, checkpoint = stopped
-    path = str(checkpoint) if path == "by name" else path
-    with pytest.raises(SystemExit, match=rf"^probes: the checkpoint .*{message}"):
-        main(["fit", *arguments, *changed, "--ckpt_path", path])
-    assert not (checkpoint.parents[1] / "metrics.json").exists()
+def test_repeating_a_command_changes_no_byte_of_a_finished_run(finished, options, message):
+    run, command = finished
+    before = run_bytes(run)
+    with pytest.raises(SystemExit, match=message):
+        main([*command, *(option.format(run=run) for option in options)])
+    assert run_bytes(run) == before
 
 
-def test_other_images_are_refused(stopped, segmentation, tmp_path):
-    arguments, _ = stopped
-    for part in ("images", "annotations"):
-        for file in (segmentation / part).rglob("*.png"):
-            other = tmp_path / file.relative_to(segmentation).with_stem(f"other_{file.stem}")
-            other.parent.mkdir(parents=True, exist_ok=True)
-            other.symlink_to(file)
-    (tmp_path / "classes.json").symlink_to(segmentation / "classes.json")
-    with pytest.raises(SystemExit, match="data.fingerprint of image and class names="):
-        main(["fit", *arguments, "--data.root", str(tmp_path), "--ckpt_path", "last"])
+def test_a_finished_run_is_finished_and_replaced_only_if_told(finished, tmp_path):
+    run, command = finished
+    before = run_bytes(run)
+    harmless = ["--data.num_workers", "1", "--data.name", "other", "--trainer.log_every_n_steps", "1"]
+    main([*command, *harmless, "--ckpt_path", "last"])  # nothing to do
+    with pytest.raises(SystemExit, match="metrics.json exists"):
+        main(["test", *command[1:], "--ckpt_path", "last"])
+    assert run_bytes(run) == before
+
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "predictions").mkdir()
+    main([*command, "--out", str(copy), "--overwrite", "true", "--trainer.max_epochs", "2"])
+    assert json.loads((copy / "metrics.json").read_text())["probe"]["epochs"] == 2
+    assert [path.name for path in (copy / "checkpoints").iterdir()].count("last.ckpt") == 1
+    assert not (copy / "predictions").exists() and len(list((copy / "checkpoints").iterdir())) <= 2
+    assert len(list(copy.glob("events*"))) == 2, "one of fit, one of test"
 
 
-def test_finished_run_is_left_alone_and_not_accepted_for_other_settings(stopped, tmp_path):
-    arguments, _ = stopped
-    arguments = ["fit", *arguments, "--trainer.max_epochs", "1", "--out", str(tmp_path)]
-    main(arguments)
-    written = (tmp_path / "metrics.json").stat().st_mtime_ns
-    main([*arguments, "--ckpt_path", "last"])  # nothing to do
-    with pytest.raises(SystemExit, match=r"metrics.json .*model.learning_rate=0.001.* 0.5"):
-        main([*arguments, "--ckpt_path", "last", "--model.learning_rate", "0.5"])
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    config = manifest["config"]
-    config |= {"image_aspect": "square", "mllm_dtype": config.pop("dtype")}
-    del config["image_resize"]
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    main([*arguments, "--ckpt_path", "last"])  # a run of an earlier version
-    assert (tmp_path / "metrics.json").stat().st_mtime_ns == written
+def test_checkpoints_of_a_killed_run_are_not_replaced(unfinished):
+    folder, command = unfinished
+    with pytest.raises(SystemExit, match="checkpoints of an unfinished run, e.g. last.ckpt"):
+        main(command)
 
 
-def test_another_spelling_of_the_same_folder_is_accepted(stopped, checkpoints, monkeypatch):
-    arguments, checkpoint = stopped
-    monkeypatch.chdir(checkpoints["causal"])
-    main(["fit", *arguments, "--model.mllm", ".", "--ckpt_path", "last"])
-    assert (checkpoint.parents[1] / "metrics.json").is_file()
+@pytest.mark.parametrize("changed", ["weights", "config", "image", "class"], indirect=True)
+def test_an_analysis_reads_only_what_was_probed(finished, changed):
+    with pytest.raises(SystemExit, match=rf"run belongs to a run with {changed[1]}"):
+        main(["maps", "--probes", str(finished[0]), "--image", "0"])
 
 
-def test_custom_logger_replaces_tensorboard(stopped, tmp_path):
-    arguments, _ = stopped
-    logger = ["--trainer.logger", "lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", str(tmp_path)]
-    main(["fit", *arguments, "--trainer.max_epochs", "1", "--out", str(tmp_path / "run"), *logger])
-    assert list(tmp_path.rglob("metrics.csv")) and not list(tmp_path.rglob("events*"))
+def test_runs_on_other_images_are_not_compared(finished, checkpoints, tmp_path):
+    """Worlds of two seeds have the same file names; a padded and a squashed image are not the same input either."""
+    run, command = finished
+    other = tiny_models.write_segmentation(tmp_path / "data", seed=1)
+    variants = {"images": ["--data.root", str(other)], "image_resize": ["--model.image_resize", "pad"]}
+    variants["dtype"] = ["--model.dtype", "bfloat16"]
+    for name, options in variants.items():
+        out = tmp_path / name
+        main([*command, "--model.mllm", str(checkpoints["bidirectional"]), *options, "--out", str(out)])
+        for analysis in (["starvation", "--probes", str(run), str(out)], ["report", str(run), str(out)]):
+            with pytest.raises(SystemExit, match=f"scored (on different|with {name}) "):
+                main([*analysis, "--out", str(tmp_path / "report")])

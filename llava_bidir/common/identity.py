@@ -1,0 +1,200 @@
+"""What a run was made from: data and models by content, and every setting that changes a result.
+
+An identity is `{"data": {...}, "model": {...}, "settings": {...}}` with plain JSON values. It is stored in checkpoints
+and in the results of a run, and compared by :func:`check_same_identity` before a run is resumed, called finished,
+compared with another run, or analysed.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from .atomic_io import atomic_write
+from .errors import UserError
+from .hf_loading import read_pretrained, weight_files
+
+Identity = dict[str, dict[str, Any]]
+
+# Settings that may change when a run is resumed. Those of the first list change no result beyond rounding; what the
+# paths of the second list lead to is compared by content. All other settings of model and data are compared.
+MAY_CHANGE = {
+    "model": ("attn_implementation", "compile", "gradient_checkpointing", "max_new_tokens"),
+    "data": ("cache_features", "follow_links", "micro_batch_size", "name", "num_workers"),
+}
+PATHS = {
+    "model": ("adapter", "encoder.path", "llm", "mllm"),
+    "data": ("annotations", "images", "root", "val_annotations"),
+}
+# All other settings of the trainer (devices, strategy, logging, progress, checkpoints) may change.
+TRAINER_SETTINGS = (
+    "accumulate_grad_batches",
+    "check_val_every_n_epoch",
+    "gradient_clip_algorithm",
+    "gradient_clip_val",
+    "limit_test_batches",
+    "limit_train_batches",
+    "limit_val_batches",
+    "max_epochs",
+    "max_steps",
+    "overfit_batches",
+    "precision",
+    "val_check_interval",
+)
+MODEL_FILES = ("*.json", "*.model", "*.jinja")  # besides the weights
+NOT_MODEL_FILES = ("training.json", "generation_config.json")  # change no state
+DIGITS = 16  # of a SHA-256 in hexadecimal, enough to tell files apart
+THREADS = 16
+RACY_NS = 2_000_000_000  # a file can change again within the resolution of its modification time
+
+
+def run_identity(trainer, module, data) -> Identity:
+    """Return the identity of a training run: `data.identity()`, `module.models()` and the settings."""
+    settings = _settings(trainer, module, data)
+    return {"data": data.identity(), "model": named_identity(module.models()), "settings": settings}
+
+
+def named_identity(models: dict[str, str]) -> dict[str, str]:
+    """Return {"NAME/FILE": checksum}, or {"NAME": "ID@REVISION"} for a model on the hub, of models by name."""
+    identities = {name: model_identity(f"model.{name}", path) for name, path in models.items()}
+    return {
+        f"{name}/{file}" if file else name: value
+        for name, identity in identities.items()
+        for file, value in identity.items()
+    }
+
+
+def _settings(trainer, module, data) -> dict[str, Any]:
+    kept = {
+        f"{section}.{key}": plain(value)
+        for section, settings in (("model", module.hparams), ("data", data.hparams))
+        for key, value in _flatten(settings)
+        if key not in MAY_CHANGE[section] + PATHS[section] and not key.startswith("_")
+    }
+    own = getattr(data, "sets_on_trainer", ())
+    return kept | {f"trainer.{key}": plain(getattr(trainer, key)) for key in TRAINER_SETTINGS if key not in own}
+
+
+def _flatten(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield the settings, those of a group (encoder, lora, variants) as "GROUP.KEY"."""
+    for key, value in settings.items():
+        yield from ((f"{key}.{inner}", v) for inner, v in value.items()) if isinstance(value, dict) else [(key, value)]
+
+
+def plain(value: Any) -> Any:
+    """Return `value` as JSON stores it: dataclasses as objects, tuples as lists."""
+    return json.loads(json.dumps(value, default=lambda x: asdict(x) if is_dataclass(x) else str(x)))
+
+
+def check_same_identity(
+    saved: Identity | None, current: Identity, source: str, advice: str, sections: tuple[str, ...] = ()
+) -> None:
+    """Raise if two identities differ.
+
+    Args:
+        saved: Identity stored in `source`; None if a version of this package without identities wrote it.
+        current: Identity of this run.
+        source: What `saved` belongs to, for the error.
+        advice: What to do, the end of the error.
+        sections: Sections to compare: data, model, settings; all by default.
+
+    Raises:
+        UserError: Names the first difference.
+    """
+    if saved is None:
+        raise UserError(f"{source} does not record its data and model (an earlier version wrote it); {advice}")
+    for section in sections or current:
+        before, now = saved[section], current[section]
+        for key in sorted(before.keys() | now.keys()):
+            if json.dumps(before.get(key)) != json.dumps(now.get(key)):  # 1 batch is not the share 1.0
+                name = key if section == "settings" else f"{section}.{key}"
+                raise UserError(
+                    f"{source} belongs to a run with {name}={before.get(key)!r}, but this run has {now.get(key)!r}; "
+                    f"{advice}"
+                )
+
+
+def model_identity(key: str, path: str | Path) -> dict[str, str]:
+    """Return {file: checksum} of a checkpoint directory, or {"": "ID@REVISION"} of a model on the hub.
+
+    Raises:
+        UserError: The directory contains no weights, or the hub has no such model.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        files = {file for pattern in MODEL_FILES for file in folder.glob(pattern)} | set(weight_files(folder))
+        return checksums(folder, sorted(file.name for file in files if file.name not in NOT_MODEL_FILES))
+    from transformers import AutoConfig
+
+    return {"": f"{path}@{read_pretrained(key, AutoConfig, str(path))._commit_hash}"}
+
+
+def describe(content: Any, count: int | None = None) -> str:
+    """Return "COUNT, sha256 DIGEST" of JSON values, e.g. of names and checksums."""
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:DIGITS]
+    return f"sha256 {digest}" if count is None else f"{count:,}, sha256 {digest}"
+
+
+def file_sizes(root: Path, names: list[str]) -> list[int]:
+    """Return the size of each file, -1 if it does not exist. Threads hide the latency of shared file systems."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(_size, (os.path.join(root, name) for name in names), chunksize=1000))
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def checksums(root: str | Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the checksum of each file by content, "" if it cannot be read; `names` are relative to `root`.
+
+    Checksums are cached per root, by size and modification time, in `$XDG_CACHE_HOME/llava_bidir` (~/.cache).
+    """
+    root = Path(root).resolve()
+    cache_file = _cache_folder() / f"{hashlib.sha256(str(root).encode()).hexdigest()[:DIGITS]}.json"
+    cache = _read_cache(cache_file)
+
+    def checksum(name: str) -> tuple[list[int], str]:
+        try:
+            stat = os.stat(root / name)
+            state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+            known = cache.get(name)
+            if known and known[0] == state:
+                return state, known[1]
+            with (root / name).open("rb") as file:
+                return state, hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
+        except OSError:  # reported with all other bad files when it is used
+            return [0, 0, time.time_ns()], ""
+
+    names = list(names)
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = dict(zip(names, pool.map(checksum, names), strict=True))
+    settled = time.time_ns() - RACY_NS
+    new = {name: entry for name, entry in found.items() if entry[0][2] < settled and cache.get(name) != list(entry)}
+    if new:
+        with suppress(OSError):  # a home that is read-only or full costs time, nothing else
+            cache_file.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(cache_file) as partial:
+                partial.write_text(json.dumps(_read_cache(cache_file) | new))
+    return {name: digest for name, (_, digest) in found.items()}
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llava_bidir/checksums"
+
+
+def _read_cache(file: Path) -> dict[str, list]:
+    try:
+        cache = json.loads(file.read_text())
+        return cache if isinstance(cache, dict) else {}
+    except (OSError, ValueError):
+        return {}

@@ -1,0 +1,134 @@
+"""Protect the results in a run's folder: a command that is repeated never replaces them unasked."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from .checkpoint_io import is_complete, resolve_ckpt_path
+from .errors import UserError
+from .identity import Identity, check_same_identity, run_identity
+from .rank_zero import decide_before_fit
+
+RESUME_ADVICE = "resume with the original setting, or start a new run with another --out"
+# what a run writes besides its config and events; analyses check that they belong to the run's probes
+RESULTS = (
+    "hf",
+    "predictions",
+    "metrics.json",
+    "manifest.json",
+    "counts.safetensors",
+    "recipes.safetensors",
+    "probes.safetensors",
+)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What `fit` does with a run's folder.
+
+    Args:
+        identity: Identity of this run.
+        checkpoint: Checkpoint to resume, or None.
+        finished: The folder holds the finished run of this identity.
+        replaced: Files to delete once training starts.
+    """
+
+    identity: Identity
+    checkpoint: str | None = None
+    finished: bool = False
+    replaced: list[Path] = field(default_factory=list)
+
+
+def add_overwrite_option(parser: LightningArgumentParser) -> None:
+    """Add --overwrite."""
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace the run that OUT holds")
+
+
+def start_run(
+    cli: LightningCLI,
+    ckpt_path: str | None,
+    checkpoints: Path,
+    result: Path,
+    read_identity: Callable[[], Identity | None],
+) -> RunPlan:
+    """Decide on rank 0 whether to start, resume or replace the run in a folder, and return the same plan on all ranks.
+
+    Args:
+        cli: Its model, data and trainer; `--overwrite`.
+        ckpt_path: "last", a path, or None to start a new run.
+        checkpoints: Folder of the run's checkpoints.
+        result: The file that marks the run as finished.
+        read_identity: Returns the identity stored with `result`.
+
+    Raises:
+        UserError: The folder holds a run and neither `--ckpt_path` nor `--overwrite` says what to do with it, its
+            identity is another one, or there is no such checkpoint.
+    """
+    folder, overwrite = Path(cli.trainer.default_root_dir), cli.config[cli.subcommand]["overwrite"]
+
+    def plan() -> RunPlan:
+        identity = run_identity(cli.trainer, cli.model, cli.datamodule)
+        if overwrite and ckpt_path is not None:
+            raise UserError("--ckpt_path resumes a run and --overwrite true replaces it; give one of them")
+        if overwrite:
+            return RunPlan(identity, replaced=_files_of_run(folder, checkpoints))
+        checkpoint = resolve_ckpt_path(ckpt_path, checkpoints)
+        if is_complete(checkpoint if ckpt_path == "last" else None, result):
+            if ckpt_path != "last":
+                raise _occupied(folder, f"a finished run ({result.relative_to(folder)})")
+            check_same_identity(read_identity(), identity, str(result), RESUME_ADVICE)
+            return RunPlan(identity, finished=True)
+        if ckpt_path is None and (left := sorted(checkpoints.glob("*.ckpt"))):
+            raise _occupied(folder, f"checkpoints of an unfinished run, e.g. {left[-1].name}")
+        return RunPlan(identity, checkpoint)
+
+    run = decide_before_fit(cli.trainer, plan)
+    cli.model.identity = run.identity
+    for callback in cli.trainer.callbacks:
+        if isinstance(callback, StartOfRun):
+            callback.replaced = run.replaced
+    return run
+
+
+def check_unfinished(result: Path, overwrite: bool) -> None:
+    """Raise a UserError if `result` exists, unless it may be overwritten."""
+    if result.exists() and not overwrite:
+        raise UserError(f"{result} exists; use another --out, or `--overwrite true` to replace it")
+
+
+def _occupied(folder: Path, content: str) -> UserError:
+    return UserError(
+        f"{folder} holds {content}; add `--ckpt_path last` to go on with it or `--overwrite true` to replace it, or "
+        "choose another --out"
+    )
+
+
+def _files_of_run(folder: Path, checkpoints: Path) -> list[Path]:
+    """Return the results, checkpoints and events in a run's folder."""
+    results = [folder / name for name in RESULTS]
+    return [*checkpoints.glob("*"), *filter(Path.exists, results), *folder.glob("events.out.tfevents.*")]
+
+
+class StartOfRun(SaveConfigCallback):
+    """Write config.yaml, and delete the results of the run that is replaced, once training starts.
+
+    By then all settings were accepted: a command that is rejected changes nothing.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.replaced: list[Path] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Do nothing: Lightning would write config.yaml before the model is built."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write config.yaml and delete `replaced`."""
+        super().setup(trainer, pl_module, "fit")
+        if trainer.is_global_zero:
+            for path in self.replaced:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -23,9 +23,11 @@ from transformers import (
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, torch_compilable_check
+from transformers.utils import TransformersKwargs, logging, torch_compilable_check
 
 from .attention import image_attention
+
+logger = logging.get_logger(__name__)
 
 # Backends that apply any mask. Flash attention 2 and 3 support padding masks only and silently ignore other masks.
 MASKED_BACKENDS = ("sdpa", "eager", "flex_attention")
@@ -116,6 +118,8 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
                 past_key_values=past_key_values,
                 dtype=self.dtype,
             )
+        elif inputs_embeds is not None and not has_images and not torch.compiler.is_compiling():
+            self._warn_of_embedded_images(attention_mask)
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -140,6 +144,13 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
         if inputs.get("pixel_values") is not None or inputs.get("mm_encoder_outputs"):
             inputs["attention_mask"] = attention_mask
         return inputs
+
+    def _warn_of_embedded_images(self, attention_mask) -> None:
+        if self.config.image_attention != "causal" and _is_padding_mask(attention_mask):
+            logger.warning_once(
+                "inputs_embeds without pixel_values are read as text, so attention is causal; if they contain image "
+                f"features, pass a 4D attention_mask for image_attention={self.config.image_attention!r}"
+            )
 
     def _is_image(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Return bool[B, N], True at image tokens; without ids, where embeddings equal the image token's, as LLaVA."""

@@ -10,6 +10,7 @@ import torch
 from transformers import LlavaForConditionalGeneration, StaticCache
 
 from llava_bidir import IMAGE_ATTENTION, LlavaBidirForConditionalGeneration
+from llava_bidir.model import modeling_llava_bidir
 
 MASKS = tuple(IMAGE_ATTENTION)
 NEW = 5
@@ -110,6 +111,18 @@ def test_embeddings_in_place_of_ids_give_the_same_logits(name):
     for cache in ({}, {"cache_implementation": "static"}):
         expected = model.generate(**inputs, **GREEDY, **cache)[:, -NEW:]
         assert torch.equal(model.generate(**embedded, **GREEDY, **cache), expected), cache
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_embeddings_that_may_contain_images_are_causal_with_a_warning(name, monkeypatch):
+    """Features that a caller merged cannot be told from text; a mask of the caller's own says what they are."""
+    model, inputs, warnings = tiny_models.model(name), batch(), []
+    monkeypatch.setattr(modeling_llava_bidir.logger, "warning_once", warnings.append)
+    embedded = {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"])}
+    model(**embedded, attention_mask=torch.ones(*inputs["input_ids"].shape)[:, None, None].bool())
+    assert not warnings
+    model(**embedded)
+    assert ["pass a 4D attention_mask" in text for text in warnings] == [True] * (name != "causal")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")

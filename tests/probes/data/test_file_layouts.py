@@ -3,6 +3,7 @@
 import shutil
 
 import dataset_layouts
+import datasets
 import numpy as np
 import pytest
 import tiny_models
@@ -11,7 +12,7 @@ from PIL import Image
 from probes.data import ade20k, cityscapes, voc2012
 from probes.data.base import BadFile
 from probes.data.palette import palette_of
-from probes.data.registry import DATASETS, open_dataset
+from probes.data.registry import DATASETS, open_dataset, split_identity
 
 # cityscapesScripts' labels.py: trainId of each id from 0 to 33
 TRAIN_IDS = [255] * 7 + [0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, *range(6, 16), 255, 255, 16, 17, 18]
@@ -20,8 +21,6 @@ TRAIN_IDS = [255] * 7 + [0, 1, 255, 255, 2, 3, 4, 255, 255, 255, 5, 255, *range(
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     """Where `datasets` converts parquet files to."""
-    import datasets
-
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -67,6 +66,18 @@ def test_ade20k_on_the_hub_is_the_same_lazily(tmp_path):
         labels = dataset_layouts.labels(i, [0, 1, 2, 150])
         assert (data[i]["target"] == expected(labels, {k: k - 1 for k in range(1, 151)})).all()
         assert data[i]["image"].mode == "RGB" and data[i]["image"].size == (9, 6)
+
+
+def test_identity_of_hub_rows_is_their_content(tmp_path):
+    """The same rows in another folder have the same identity, other rows of the same number do not."""
+    one, two = (dataset_layouts.write_hub_parquet(tmp_path / name) for name in ("one", "two"))
+    identity = lambda root: split_identity("validation", open_dataset("ade20k_hf", str(root), "validation"))
+    assert identity(one) == identity(two) and identity(one)["validation_rows"].startswith("2, sha256 ")
+    shutil.copytree(two, tmp_path / "three")
+    validation = tmp_path / "three/scene_parsing/validation/0000.parquet"
+    rows = datasets.Dataset.from_parquet(str(validation))
+    rows.select([1, 0]).to_parquet(validation)
+    assert identity(tmp_path / "three") != identity(one)
 
 
 def test_hub_dataset_that_is_not_there_says_where_it_was_looked_for(tmp_path):

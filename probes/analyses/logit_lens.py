@@ -22,6 +22,7 @@ from tqdm import tqdm
 from llava_bidir.common.errors import UserError
 from probes.analyses.knockout.cases import ConfusionCase, find_cases
 from probes.analyses.knockout.conditions import high_norm_tokens, random_tokens
+from probes.analyses.knockout.config import Plan
 from probes.evaluation.metrics import patch_labels
 from probes.models.knockout import Knockout
 from probes.models.prompt_and_pixels import read_tokenizer
@@ -65,6 +66,7 @@ class RunReadout:
     word_sites: list[str]  # W of them
     images: list[ImageReadout]
     vocabulary: dict[int, str]  # text of every token id that occurs
+    how: str  # how the knockout differs from the paper's, "" if it does not
 
 
 def explore(
@@ -99,6 +101,7 @@ def explore(
     _check_known("--word-sites", word_sites, llm_sites, f"{run.path}, from the adapter on,")
     if top_classes < 1 or top_words < 1:
         raise UserError(f"--top-classes {top_classes} and --top-words {top_words} must both be at least 1")
+    plan = Plan.of_run(run)  # blocks as the knockout of the run did
     mllm = run.mllm()
     read_probe = lambda probe, states: probe(states.float())
     heads = {site: partial(read_probe, probe.to(mllm.device)) for site, probe in run.probes().items()}
@@ -112,17 +115,18 @@ def explore(
         truth = patch_labels(target, len(names), mllm.grid, view=view)[0]
         case, blocked = None, {"none": torch.zeros_like(truth, dtype=torch.bool)}
         if conditions and ADAPTER in heads:
-            adapter = mllm.states(pixels, [ADAPTER])[ADAPTER]
-            case = most_confused(heads[ADAPTER](adapter).argmax(-1)[0].cpu(), truth, image, candidates)
+            states = mllm.states(pixels, list({ADAPTER, plan.block_by}))
+            predicted = torch.stack([heads[site](states[site]).argmax(-1)[0] for site in (ADAPTER, plan.block_by)])
+            case = most_confused(predicted.cpu(), truth, image, candidates, plan.block_set)
             if case:
-                blocked |= blocked_patches(case, conditions, adapter[0], np.random.default_rng([seed, image]))
-        knockout = Knockout(torch.stack(list(blocked.values())))
+                blocked |= blocked_patches(case, conditions, states[ADAPTER][0], np.random.default_rng([seed, image]))
+        knockout = Knockout(torch.stack(list(blocked.values())), plan.layers)
         states = mllm.states(pixels.expand(len(blocked), -1, -1, -1), run.sites, knockout)
         parts = most_probable(states, heads, min(top_classes, len(names)))
         parts += most_probable(states, word_heads, top_words)
         readings = {c: PatchReadout(b, *(part[i] for part in parts)) for i, (c, b) in enumerate(blocked.items())}
         readouts.append(ImageReadout(image, grid_box(view, sample["target"].shape), truth, case, readings))
-    return RunReadout(run, run.sites, list(word_heads), readouts, _read_vocabulary(run, readouts))
+    return RunReadout(run, run.sites, list(word_heads), readouts, _read_vocabulary(run, readouts), plan.describe())
 
 
 def _check_known(option: str, values: Sequence, known: Sequence, owner: str) -> None:
@@ -138,16 +142,19 @@ def grid_box(view: GridPlacement, size: tuple[int, int]) -> tuple[float, float, 
     return cols.start_px / width, rows.start_px / height, cols.length_px / width, rows.length_px / height
 
 
-def most_confused(predicted: Tensor, truth: Tensor, image: int, classes: Sequence[int]) -> ConfusionCase | None:
+def most_confused(
+    predicted: Tensor, truth: Tensor, image: int, classes: Sequence[int], block_set: str = "predicted"
+) -> ConfusionCase | None:
     """Return the case of the class that most patches are wrongly predicted as, among `classes`; None without one.
 
-    Takes the predictions at the adapter, long[T], and the true classes, long[T], -1 for unlabelled patches.
+    Takes the predictions at the adapter and at the site that defines the blocked tokens, long[2, T], and the true
+    classes, long[T], -1 for unlabelled patches.
     """
-    wrong = predicted[(predicted != truth) & (truth >= 0)].tolist()
+    wrong = predicted[0][(predicted[0] != truth) & (truth >= 0)].tolist()
     count, wrong_class = max(((wrong.count(k), -k) for k in classes), default=(0, 0))
     if not count:
         return None
-    (case,) = find_cases(predicted[None, None], truth[None], torch.tensor([image]), -wrong_class)
+    (case,) = find_cases(predicted[:, None], truth[None], torch.tensor([image]), -wrong_class, 1, block_set=block_set)
     return case
 
 

@@ -8,6 +8,7 @@ Shapes: S sites, T patches, L layers, H W pixels.
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llava_bidir.common.atomic_io import write_files
-from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.knockout.cases import PatchReader, find_cases
+from probes.analyses.knockout.config import Plan
 from probes.evaluation.metrics import true_classes
 from probes.models.knockout import Knockout
 from probes.ops.bilinear import upsampled_argmax
@@ -26,13 +28,19 @@ from probes.results.probe_run import ProbeRun, read_tensors
 MAP_CONDITIONS = ("none", "incorrect", "correct")
 
 
-def predict_maps(reader: PatchReader, sample: dict, sites: list[str], blocked: Tensor | None = None) -> Tensor:
+def predict_maps(
+    reader: PatchReader,
+    sample: dict,
+    sites: list[str],
+    blocked: Tensor | None = None,
+    layers: Sequence[int] | None = None,
+) -> Tensor:
     """Return the predicted class of each pixel of the target at each site, uint8[S, H, W].
 
-    `blocked` are the patches to knock out, bool[T].
+    `blocked` are the patches to knock out, bool[T], in decoder layers `layers` (None: all).
     """
     pixels = reader.mllm.preprocess([sample["image"]])
-    knockout = None if blocked is None else Knockout(blocked[None])
+    knockout = None if blocked is None else Knockout(blocked[None], layers)
     states = reader.mllm.states(pixels, sites, knockout)
     logits = torch.stack([reader.probes[site](states[site].float())[0] for site in sites])
     logits = logits.transpose(-1, -2).unflatten(-1, reader.mllm.grid)
@@ -46,10 +54,8 @@ def predict_knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tupl
     The image has the largest minimum of two counts: the mistaken patches and the anchors that could correct them. None
     if no image has such patches; a `UserError` if `probes knockout` has not been run for this class.
     """
-    results = run.analysis("knockout.json") or {"classes": []}
-    with error_context(run.path / "knockout.json"):
-        known = [entry["class"] for entry in results["classes"]]
-    if name not in known:
+    plan = Plan.of_run(run)
+    if name not in plan.classes:
         raise UserError(f"{run.path} has no knockout of {name!r}; run `probes knockout` with --classes {name!r} first")
     tensors = read_tensors(run.path / "knockout.safetensors")
     if f"{name}/patches" not in tensors:
@@ -59,10 +65,12 @@ def predict_knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tupl
     sample, classes = run.dataset()[image], run.metrics["classes"]
     truth = true_classes(torch.from_numpy(sample["target"])[None], len(classes), reader.mllm)
     predicted = reader.predict(reader.mllm.preprocess([sample["image"]]))
-    (case,) = find_cases(predicted, truth, torch.tensor([image]), classes.index(name))
-    maps = [predict_maps(reader, sample, run.layers, case.blocked.get(condition)) for condition in MAP_CONDITIONS]
+    how = (run.layers.index(plan.block_by), plan.min_patches, plan.block_set)
+    (case,) = find_cases(predicted, truth, torch.tensor([image]), classes.index(name), *how)
+    blocked = [case.blocked.get(condition) for condition in MAP_CONDITIONS]
+    maps = [predict_maps(reader, sample, run.layers, tokens, plan.layers) for tokens in blocked]
     entry = {"class": name, "correct_class": classes[case.correct_class], "image": image, "name": sample["name"]}
-    return entry, torch.stack(maps)
+    return entry | {"how": plan.describe()}, torch.stack(maps)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -88,4 +96,4 @@ def run(args: argparse.Namespace) -> None:
             "knockout": knockouts,
         }
         write_files({out / "maps.safetensors": tensors, out / "maps.json": results})
-    print(f"{out / 'maps.safetensors'}: {len(args.image)} images, {len(knockouts)} knockouts")
+    print(f"{out / 'maps.safetensors'}: {len(args.image)} image(s), {len(knockouts)} knockout(s)")

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from llava_bidir.common.errors import UserError
-from probes.models.sites import ADAPTER
+from llava_bidir.common.errors import UserError, error_context
+from probes.models.sites import ADAPTER, layer_site
 from probes.results.probe_run import ProbeRun
 
 from .layer_sweep import cut_locations
@@ -14,6 +14,15 @@ from .schema import BLOCK_SETS, CONTROLS
 # Settings whose key in knockout.json is not their name: files keep the keys that they have had from the start.
 JSON_KEYS = {"block_by": "labels_from", "block_set": "anchors", "fractions": "doses", "keep_only": "reverse"}
 JSON_KEYS |= {"layer_windows": "windows", "attention_heads": "heads"}
+
+
+def check_has_layers(run: ProbeRun, layers: Sequence[str]) -> None:
+    """Raise a `UserError` unless the run has probes at the adapter and at these decoder layers."""
+    if missing := [site for site in (ADAPTER, *layers) if site not in run.sites]:
+        raise UserError(
+            f"{run.path} has no probes at {', '.join(missing)}; a knockout counts wrong patches at the adapter and at "
+            "every decoder layer: make the run with these sites too (`--model.sites null` probes all)"
+        )
 
 
 @dataclass(frozen=True)
@@ -41,8 +50,36 @@ class Plan:
         settings = {JSON_KEYS.get(name, name): value for name, value in asdict(self).items()}
         return settings | {"anchors": {"predicted": "predicted", "correct": "true"}[self.block_set]}
 
+    @classmethod
+    def of_run(cls, run: ProbeRun) -> "Plan":
+        """Return the plan of a run's knockout.json; the paper's for a run without one."""
+        results = run.analysis("knockout.json")
+        if results is None:
+            return cls(classes=())
+        with error_context(run.path / "knockout.json"):
+            keys = {name: JSON_KEYS.get(name, name) for name in cls.__dataclass_fields__}
+            settings = {name: results[key] for name, key in keys.items() if key in results}
+            return cls(
+                **settings
+                | {"classes": [entry["class"] for entry in results["classes"]]}
+                | {"layers": None if results["layers"] == "all" else results["layers"]}
+                | {"block_set": {"predicted": "predicted", "true": "correct"}[results.get("anchors", "predicted")]}
+            )
+
+    def describe(self) -> str:
+        """Return how tokens are blocked if it differs from Eq. 1 as the paper uses it, e.g. "cut in layers 1, 2"."""
+        differences = []
+        if self.layers is not None:
+            differences.append(f"cut in layer{'s' * (len(self.layers) > 1)} {', '.join(map(str, self.layers))} only")
+        if self.block_by != ADAPTER:
+            differences.append(f"blocked by the predictions at {self.block_by}")
+        if self.block_set != "predicted":
+            differences.append("only correct ones of the correct class and wrong ones of the wrong class blocked")
+        return "; ".join(differences)
+
     def check(self, run: ProbeRun) -> None:
         """Raise a `UserError` if the plan does not fit the run."""
+        check_has_layers(run, [layer_site(layer) for layer in range(1, len(run.layers))])
         choices = {
             "class": (self.classes, run.metrics["classes"]),
             "block_by site": ([self.block_by], run.layers),

@@ -35,7 +35,7 @@ from probes.results.probe_run import ProbeRun
 
 from .batch import knock_out_batch
 from .cases import PatchReader, confused_classes
-from .config import Plan
+from .config import Plan, check_has_layers
 from .effects import attention_entry, class_entry, concat_classes, effect_entries, select_cases
 from .layer_sweep import SWEEP_CONDITIONS, cut_locations, sweep_entry
 
@@ -50,6 +50,7 @@ def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict[str, Any]:
     """
     plan.check(run)
     reader = PatchReader(run)
+    check_has_layers(run, [site for site in reader.mllm.sites if site.startswith("layer_")])
     tensors = _compute_cases(run, plan, reader, out / "knockout.partial")
     swept = {key: tensors.pop(key) for key in list(tensors) if "/swept:" in key}
     weights = bootstrap_weights(run.metrics["images"], seed=plan.seed, groups=run.groups)

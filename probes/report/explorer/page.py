@@ -89,16 +89,17 @@ def _run_data(explored: RunReadout, label: str) -> dict[str, Any]:
         "word_sites": explored.word_sites,
         "top_counts": [len(example.classes), len(example.words)],
         "images": [
-            {"grid_box": i.box, "conditions": [describe_condition(c, i, run.metrics["classes"]) for c in i.readings]}
+            {"grid_box": i.box, "conditions": [describe_condition(c, i, explored) for c in i.readings]}
             for i in explored.images
         ],
     }
 
 
-def describe_condition(condition: str, image: ImageReadout, classes: list[str]) -> dict[str, str]:
+def describe_condition(condition: str, image: ImageReadout, explored: RunReadout) -> dict[str, str]:
     """Return a condition's name, a label that says what is blocked, and a note on the choice of the classes."""
     if condition == "none":
         return {"name": "none", "label": "no blocking"}
+    classes = explored.run.metrics["classes"]
     wrong, correct = (f"“{classes[k]}”" for k in (image.case.wrong_class, image.case.correct_class))
     label = {
         "incorrect": f"{wrong} blocked (wrong class)",
@@ -107,6 +108,7 @@ def describe_condition(condition: str, image: ImageReadout, classes: list[str]) 
         "random_correct": f"as many random patches as {correct}",
     }[condition]
     note = f"Patches wrongly predicted as {wrong} at the adapter: {image.case.patches}; most of them are {correct}."
+    note += f" As in the run's knockout: {explored.how}." if explored.how else ""
     return {"name": condition, "label": label, "note": note}
 
 
@@ -163,6 +165,6 @@ def run(args: argparse.Namespace) -> None:
     with exclusive_run_lock(Path(args.out), "explorer.html"):
         path = write_page([explore(run, args.images, **options) for run in runs], args.out)
     size_mb = path.stat().st_size / 1e6
-    print(f"{path}: {len(args.images)} images, {size_mb:.1f} MB")
+    print(f"{path}: {len(args.images)} image(s), {size_mb:.1f} MB")
     if size_mb > LARGE_MB:
         print("The page is large; reduce it with --word-sites, --top-words, --conditions or fewer --images.")

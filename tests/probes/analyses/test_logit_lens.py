@@ -104,7 +104,7 @@ def test_random_tokens_are_those_of_the_knockout():
 
 
 def test_most_confused_class_counts_labelled_patches_only():
-    predicted, truth = torch.tensor([1, 1, 1, 2, 2, 0]), torch.tensor([-1, -1, 0, 0, 1, 0])
+    predicted, truth = torch.tensor([[1, 1, 1, 2, 2, 0]] * 2), torch.tensor([-1, -1, 0, 0, 1, 0])
     case = most_confused(predicted, truth, 7, [0, 1, 2])
     assert (case.image, case.wrong_class, case.patches) == (7, 2, 2)
     assert most_confused(predicted, truth, 7, [0]) is None

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import numpy as np
+import probe_runs
 import pytest
 import tiny_models
 import torch
@@ -192,6 +193,21 @@ def test_json_keys_of_the_plan_are_those_of_earlier_files(run):
     plan = Plan(["sky"], block_set="correct", fractions=[0.5], layer_windows=2).to_json()
     assert plan["labels_from"] == "adapter" and plan["anchors"] == "true" and plan["doses"] == [0.5]
     assert (plan["windows"], plan["heads"], plan["reverse"]) == (2, False, False)
+
+
+@pytest.mark.parametrize(
+    ("sites", "missing"),
+    [
+        ("[encoder, adapter, layer_03]", "layer_01"),
+        ("[adapter, layer_01, layer_02]", "layer_03"),
+        ("[layer_01, layer_02, layer_03]", "adapter"),
+    ],
+)
+def test_a_run_without_all_layers_is_an_error_that_names_them(checkpoints, segmentation, tmp_path, sites, missing):
+    """Layers are numbered by position, so another layer than the one of that number would be cut."""
+    probe_runs.fit(checkpoints["causal"], segmentation, tmp_path, "--model.sites", sites)
+    with pytest.raises(SystemExit, match=rf"no probes at {missing}.*`--model.sites null` probes all"):
+        main(["knockout", "--probes", str(tmp_path), "--classes", "sky"])
 
 
 def test_auto_ranks_classes_by_wrongly_predicted_pixels(run, capsys):

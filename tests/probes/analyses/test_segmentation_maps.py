@@ -1,0 +1,71 @@
+"""Maps and the explorer block the tokens that the run's knockout blocked, in the same layers."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from probes import Knockout
+from probes.analyses.knockout.cases import PatchReader, confused_classes, find_cases
+from probes.analyses.knockout.config import Plan
+from probes.analyses.knockout.run import knockout
+from probes.analyses.logit_lens import explore
+from probes.analyses.segmentation_maps import predict_maps
+from probes.cli import main
+from probes.evaluation.metrics import true_classes
+from probes.results.probe_run import ProbeRun
+
+PLANS = {
+    "paper": {},
+    "layers": {"layers": [2]},
+    "site of the predictions": {"block_by": "layer_02"},
+    "correct ones": {"block_set": "correct"},
+}
+
+
+@pytest.fixture(params=PLANS)
+def blocked(request, runs, tmp_path) -> tuple[ProbeRun, Plan, dict]:
+    """A copy of a run with a knockout, its plan, and the tokens that it blocks by image and condition."""
+    run = ProbeRun(shutil.copytree(runs["bidirectional"].path, tmp_path / "run"))
+    (name,) = confused_classes(run, 1)
+    plan = Plan([name], **PLANS[request.param])
+    knockout(run, plan, run.path)
+    reader, tokens, classes = PatchReader(run), {}, run.metrics["classes"]
+    for image, sample in enumerate(run.dataset()):
+        truth = true_classes(torch.from_numpy(sample["target"])[None], 3, reader.mllm)
+        predicted = reader.predict(reader.mllm.preprocess([sample["image"]]))
+        how = (run.layers.index(plan.block_by), 1, plan.block_set)
+        for case in find_cases(predicted, truth, torch.tensor([image]), classes.index(name), *how):
+            tokens[image] = case.blocked
+    return run, plan, tokens
+
+
+def test_maps_are_those_of_the_runs_knockout(blocked):
+    run, plan, tokens = blocked
+    assert json.loads(json.dumps(Plan.of_run(run).to_json())) == json.loads(json.dumps(plan.to_json()))
+    main(["maps", "--probes", str(run.path), "--image", "0", "--classes", *plan.classes])
+    (entry,) = json.loads((run.path / "maps.json").read_text())["knockout"]
+    assert entry["how"] == plan.describe() and bool(plan.describe()) == (plan != Plan(plan.classes))
+    maps = load_file(run.path / "maps.safetensors")[f"knockout/{plan.classes[0]}"]
+    reader, sample = PatchReader(run), run.dataset()[entry["image"]]
+    for i, condition in enumerate(("incorrect", "correct"), 1):
+        expected = predict_maps(reader, sample, run.layers, tokens[entry["image"]][condition], plan.layers)
+        assert torch.equal(maps[i], expected), condition
+
+
+@torch.no_grad()
+def test_the_explorer_shows_the_runs_knockout(blocked):
+    run, plan, tokens = blocked
+    explored, mllm = explore(run, list(tokens), classes=plan.classes), run.mllm()
+    assert explored.how == plan.describe()
+    for image in explored.images:
+        pixels = mllm.preprocess([run.dataset()[image.image]["image"]])
+        for condition in ("incorrect", "correct"):
+            reading, expected = image.readings[condition], tokens[image.image][condition]
+            assert torch.equal(reading.blocked, expected)
+            states = mllm.states(pixels, ["layer_03"], Knockout(expected[None], plan.layers))["layer_03"]
+            probabilities = run.probes()["layer_03"](states.float())[0].softmax(-1).max(1).values
+            site = explored.sites.index("layer_03")
+            torch.testing.assert_close(reading.class_probabilities[0, site], probabilities)

@@ -180,11 +180,12 @@ def _map_figures(study: Study, palette: np.ndarray) -> Figures:
             maps.site_maps(run, palette), "wide")  # fmt: skip
         for case in result["knockout"]:
             wrong, correct = case["class"], case["correct_class"]
+            how = f" ({case['how']})" if case.get("how") else ""
             yield ReportFigure(
                 f"knockout_maps_{mask}_{wrong.replace(' ', '_')}", MAPS, f"{correct} predicted as {wrong}, {mask}",
                 f"The image with the most patches wrongly predicted as {wrong!r} that also has patches correctly "
                 f"predicted as {correct!r}, by layer (Figs. 6 and 12). Rows: no blocking, wrong class blocked, correct "
-                f"class blocked{f' ({case['how']})' if case.get('how') else ''}.",
+                f"class blocked{how}.",
                 maps.knockout_maps(run, wrong, palette), "wide")  # fmt: skip
     for mask, run in study.trained.items():
         for image in (run.analysis("umap.json") or {"images": []})["images"]:

@@ -24,6 +24,7 @@ LLAMAS = {  # trainer_spec and normalizer_spec of Llama's tokenizer.model
 def write_tokenizer(folder: Path, pieces: int = 4000, **settings) -> Path:
     """Train a tokenizer on Python's reference manual and write it as the hub has Vicuna's; return its folder."""
     text = re.sub("<(?=[ip])", "< ", "\n".join(topics.values()))  # Llama has no piece with "<i" or "<p", either
+    text += "\na US (USER)" * 500  # Llama has "USER" and "▁US", not "▁USER": LLaVA counts its labels on that
     trained = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(text.splitlines()),

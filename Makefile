@@ -57,7 +57,7 @@ demo-alone:
 test: venv ## the fast tests, about three minutes
 	$(PY) -m pytest -q
 
-test-all: venv ## all tests but those that need a GPU
+test-all: venv vqa-venv ## all tests but those that need a GPU
 	$(PY) -m pytest -q -m 'not gpu'
 
 bench: venv ## speed and memory as ratios, measured side by side, into runs/bench.json and runs/training.json

@@ -1,19 +1,19 @@
 """Tokenizer of a checkpoint, with sentencepiece's ids for a Llama's `tokenizer.model`.
 
 LLaVA tokenises with the sentencepiece package. transformers 5.23 converts a `tokenizer.model` with two differences: it
-orders merges by id instead of score, which changes the ids of repeated spaces, and it adds no word-start marker to a text
-that begins with a space. A checkpoint with a `tokenizer.json` only keeps the ids that it defines.
+orders merges by id instead of score, which changes the ids of repeated spaces, and it adds no word-start marker to a
+text that begins with a space. A checkpoint with a `tokenizer.json` only keeps the ids that it defines.
 """
 
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError
 from tokenizers import pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, TokenizersBackend
 from transformers.convert_slow_tokenizer import SentencePieceExtractor, generate_merges
 
+from .errors import error_context
 from .hf_loading import read_pretrained
 
 MARKER = "▁"  # replaces spaces and begins a text
@@ -32,14 +32,12 @@ def load_tokenizer(key: str, path: str, **hub: Any) -> PreTrainedTokenizerBase:
     """
     tokenizer = read_pretrained(key, AutoTokenizer, path, **hub)
     file = Path(getattr(tokenizer, "vocab_file", None) or "")
-    # LlamaTokenizer reads vocabulary and merges of a tokenizer.json; other classes read all of it and need no conversion.
+    # LlamaTokenizer takes vocabulary and merges from a tokenizer.json. Other classes take all of it.
     is_converted = isinstance(tokenizer, LlamaTokenizer) or not (file.parent / "tokenizer.json").is_file()
     if file.name != "tokenizer.model" or not is_converted:
         return tokenizer
-    try:
+    with error_context(f"{key}: {file}"):
         model = SentencePieceExtractor(str(file)).proto
-    except DecodeError:  # tiktoken's files have the same name
-        return tokenizer
     return _convert(model, tokenizer) if _is_llama(model, tokenizer) else tokenizer
 
 
@@ -65,8 +63,8 @@ def _convert(model: Any, tokenizer: PreTrainedTokenizerBase) -> TokenizersBacken
     merges = generate_merges({piece: ids[piece] for piece in scores}, scores)
     backend = tokenizer.backend_tokenizer
     backend.model = BPE(ids, merges, unk_token=tokenizer.unk_token, fuse_unk=True, byte_fallback=True)
-    # Metaspace replaces spaces, then adds its character to a text that does not begin with it. The second one below finds
-    # no spaces and therefore adds one to each text, except after a special token (LLaVA's legacy: false).
+    # Metaspace replaces spaces, then adds its character to a text that does not begin with it. `space` below finds no
+    # spaces and therefore adds one to each text, except after a special token (LLaVA's legacy: false).
     markers = pre_tokenizers.Metaspace(MARKER, prepend_scheme="never", split=False)
     space = pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False)
     backend.normalizer = None

@@ -69,10 +69,16 @@ class SlowLlama:
         return ids
 
 
-FRAGMENTS = [" ", "  ", "    ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u3000", "▁", "▁▁", "\u200b", "\x00"]
-FRAGMENTS += ["def f(x):\n    return x", "if (a == b) {", "};", "// ", "# ", "===", "----", "***", "...", "_", "__init__"]
-FRAGMENTS += ["the", " a cat", "I'm", "ASSISTANT:", "USER: ", "2048", "3.14", "<", ">", "<a>", "</", "<0x0A>", "http://"]
-FRAGMENTS += ["é", "e\u0301", "ﬁ", "日本語", "안녕", "עברית", "👩‍👩‍👧", "\U0010ffff", "\ufffd", "\ue000"]
+WHITE_SPACE = [" ", "  ", "    ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u3000", "▁", "▁▁", "\u200b", "\x00"]
+CODE = "def f(x):\n    return x|if (a == b) {|};|// |# |===|----|***|...|_|__init__|<|>|<a>|</|<0x0A>|http://".split(
+    "|"
+)
+WORDS = (
+    "the| a cat|I'm|ASSISTANT:|USER: |2048|3.14|é|e\u0301|ﬁ|日本語|안녕|עברית|👩‍👩‍👧|\U0010ffff|\ufffd|\ue000".split(
+        "|"
+    )
+)
+FRAGMENTS = WHITE_SPACE + CODE + WORDS
 
 
 def texts(*more: str, min_size: int = 0) -> st.SearchStrategy[str]:

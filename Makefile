@@ -57,7 +57,7 @@ demo-alone:
 test: venv ## the fast tests, about three minutes
 	$(PY) -m pytest -q
 
-test-all: venv ## all tests but those that need a GPU
+test-all: venv vqa-venv ## all tests but those that need a GPU
 	$(PY) -m pytest -q -m 'not gpu'
 
 test-peers: venv ## transformers' own LLaVA tests on our class (clones them from GitHub, or TRANSFORMERS=file://CLONE)

@@ -14,10 +14,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported: kernels then run without a GPU
 
+import llama_tokenizers
 import tiny_models
 
-SHARED = Path(__file__).parents[2] / "shared" / "data"
+from llava_bidir.common.tokenizer import load_tokenizer
 
+# A folder with `llama_tokenizer` (Llama's tokenizer.model) and `camvid`, which adds tests on real files.
+TEST_DATA = os.environ.get("LLAVA_BIDIR_TEST_DATA")
+collect_ignore = [] if TEST_DATA else ["probes/test_real_photos.py"]
 
 # HYPOTHESIS_PROFILE=long looks for counterexamples for many minutes, and for other ones each time.
 patient = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}  # machines may be busy
@@ -53,11 +57,21 @@ def conversations(tmp_path_factory) -> Path:
     return tiny_models.write_conversations(tmp_path_factory.mktemp("conversations"))
 
 
-@pytest.fixture(scope="session")
-def real_tokenizer():
-    """The tokenizer of Vicuna, which is Llama's."""
-    from transformers import AutoTokenizer
+@pytest.fixture(scope="session", params=["trained", "real"] if TEST_DATA else ["trained"])
+def llama_folder(request, tmp_path_factory) -> Path:
+    """A folder with a `tokenizer.model` of Llama's kind, as the hub has Vicuna's."""
+    if request.param == "real":
+        return Path(TEST_DATA) / "llama_tokenizer"
+    return llama_tokenizers.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
-    if not (SHARED / "llama_tokenizer").is_dir():
-        pytest.skip(f"{SHARED / 'llama_tokenizer'} is not there; it holds the real Llama tokenizer")
-    return AutoTokenizer.from_pretrained(SHARED / "llama_tokenizer")
+
+@pytest.fixture(scope="session")
+def llama_tokenizer(llama_folder):
+    """The tokenizer of Vicuna, which is Llama's, as training loads it."""
+    return load_tokenizer("model.llm", str(llama_folder))
+
+
+@pytest.fixture(scope="session")
+def slow_llama(llama_folder):
+    """The same tokenizer by the sentencepiece package, as LLaVA uses it."""
+    return llama_tokenizers.SlowLlama(llama_folder)

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlavaProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, LlavaProcessor
 from transformers.integrations import deepspeed as zero3
 
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf_loading import load_weights, read_pretrained, weight_files
+from llava_bidir.common.tokenizer import load_tokenizer
 
 from .attention import image_attention as find_image_attention
 from .encoders import Encoder
@@ -55,7 +56,7 @@ def build_processor(encoder: Encoder, llm: str, image_resize: str = "pad") -> Ll
         image_resize: "pad" or "center_crop", see :meth:`Encoder.image_processor`.
     """
     vision_config = encoder.load_config()
-    tokenizer = read_pretrained("model.llm", AutoTokenizer, llm)
+    tokenizer = load_tokenizer("model.llm", llm)
     tokenizer.add_tokens(list(EXTRA_TOKENS), special_tokens=True)
     tokenizer.pad_token = "<pad>"
     return LlavaProcessor(

@@ -7,12 +7,13 @@ image processor, only the normalisation and the way of resizing are read. `hub` 
 import re
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.processing_utils import ProcessorMixin
 
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf_loading import read_pretrained
+from llava_bidir.common.tokenizer import load_tokenizer
 
 from .families import Family
 
@@ -26,7 +27,7 @@ def read_config(path: str, **hub: Any) -> PreTrainedConfig:
 
 def read_tokenizer(path: str, **hub: Any) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a checkpoint; raise a UserError if there is none or it is damaged."""
-    return read_pretrained("tokenizer", AutoTokenizer, path, **hub)
+    return load_tokenizer("tokenizer", path, **hub)
 
 
 def check_numbers(path: str, family: Family, config: PreTrainedConfig) -> None:

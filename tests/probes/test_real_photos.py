@@ -1,19 +1,20 @@
-"""Probes on real photographs, in the layout of the toy world."""
+"""Probes on real photographs, in the layout of the toy world; collected where LLAVA_BIDIR_TEST_DATA is set."""
+
+import os
+from pathlib import Path
 
 import numpy as np
 import probe_runs
 import pytest
 import reference
-from conftest import SHARED
 from PIL import Image
 
 from probes.cli import main
 
-CAMVID = SHARED / "camvid"
+CAMVID = Path(os.environ["LLAVA_BIDIR_TEST_DATA"]) / "camvid"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not CAMVID.is_dir(), reason=f"{CAMVID} is missing; it holds CamVid's photos and masks")
 def test_probes_on_photos_score_as_numpy_does_and_make_a_report(checkpoints, tmp_path):
     more = ["--data.name", "camvid", "--data.cache_features", "true", "--save_predictions", "true"]
     run = probe_runs.fit(checkpoints["bidirectional"], CAMVID, tmp_path, *more)

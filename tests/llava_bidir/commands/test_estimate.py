@@ -37,12 +37,12 @@ TOKENS = {"clip": 576, "dinov2": 576, "siglip": 729}
 
 
 @pytest.fixture(scope="module")
-def full_size(tmp_path_factory, real_tokenizer):
+def full_size(tmp_path_factory, llama_tokenizer):
     folder = tmp_path_factory.mktemp("full")
     for name, config in ENCODERS.items():
         config.save_pretrained(folder / name)
     VICUNA.save_pretrained(folder / "vicuna")
-    real_tokenizer.save_pretrained(folder / "vicuna")
+    llama_tokenizer.save_pretrained(folder / "vicuna")
     return folder
 
 

@@ -5,6 +5,7 @@ image processing: bicubic, short side to the input size, centre crop.
 """
 
 import json
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -18,16 +19,14 @@ from llava_bidir.data.instruction_dataset import Instructions
 from llava_bidir.model.encoders import Encoder
 
 IMAGE_ID, T = 32000, 3
-SYSTEM_IDS = [319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444, 29892]
-SYSTEM_IDS += [13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(real_tokenizer):
+def tokenizer(llama_tokenizer):
     """As training has it: LLaVA's, and two tokens that LLaVA's does not know."""
     import copy
 
-    extended = copy.deepcopy(real_tokenizer)
+    extended = copy.deepcopy(llama_tokenizer)
     extended.add_tokens(["<image>", "<pad>"], special_tokens=True)
     return extended
 
@@ -35,8 +34,8 @@ def tokenizer(real_tokenizer):
 def llava_ids(text: str, tokenizer, has_image: bool) -> list[int]:
     """tokenizer_image_token; one image is one id, as there."""
     if not has_image:
-        return tokenizer(text).input_ids
-    chunks = [tokenizer(chunk).input_ids for chunk in text.split("<image>")]
+        return tokenizer.encode(text)
+    chunks = [tokenizer.encode(chunk) for chunk in text.split("<image>")]
     ids = chunks[0]
     for chunk in chunks[1:]:
         ids = [*ids, IMAGE_ID, *chunk[1:]]
@@ -87,6 +86,8 @@ AGREEING = {
     "accents, apart": ("<image>\ncafe\u0301", "A\u0308 \u200b!"),
     "assistant without spaces": ("<image>\nsay ASSISTANT:now", "I sayASSISTANT: now"),
     "spaces and newlines": ("  <image>\n two  spaces ", " a\n\nb  c ", "x", "  y\n"),
+    "image alone": ("<image>", "A cat."),
+    "indented code": ("<image>\nFix it:\n    def f(x):\n        return  x", "def f(x):\n\treturn x  # 'x'\n    "),
     "empty first answer": ("<image>\na", "", "b", "yes"),
     "special tokens in a text": ("<image>\nsay <s> now", "<unk> it"),
     "pad in a text": ("<image>\nwhat is <pad>?", "a <pad> token"),
@@ -94,9 +95,9 @@ AGREEING = {
 
 
 @pytest.mark.parametrize("case", AGREEING)
-def test_ids_and_labels_equal_llavas(case, tokenizer, real_tokenizer):
+def test_ids_and_labels_equal_llavas(case, tokenizer, slow_llama):
     texts = list(AGREEING[case])
-    expected = expanded(*llava_v1(texts, real_tokenizer, has_image=True))
+    expected = expanded(*llava_v1(texts, slow_llama, has_image=True))
     assert any(label != IGNORE_INDEX for label in expected[1]), "LLaVA trains on it"
     assert encode(turns(*texts), tokenizer, "vicuna_v1", T, IMAGE_ID) == expected
 
@@ -108,22 +109,21 @@ TEXT_ONLY = {
 
 
 @pytest.mark.parametrize("case", TEXT_ONLY)
-def test_without_an_image_a_tag_is_text_as_in_llava(case, tokenizer, real_tokenizer):
+def test_without_an_image_a_tag_is_text_as_in_llava(case, tokenizer, slow_llama):
     texts = list(TEXT_ONLY[case])
     ids, labels = encode(turns(*texts), tokenizer, "vicuna_v1", None, IMAGE_ID)
-    assert (ids, labels) == llava_v1(texts, real_tokenizer, has_image=False)
+    assert (ids, labels) == llava_v1(texts, slow_llama, has_image=False)
     assert IMAGE_ID not in ids and any(label != IGNORE_INDEX for label in labels)
 
 
 def test_sequence_worked_out_by_hand(tokenizer):
-    """System prompt, "▁US", "ER", ":", "▁", image, "▁", newline, then text; behind </s> no space and no marker."""
-    ids, labels = encode(turns("What is <image>\n?", "A cat.", "猫?", "Yes"), tokenizer, "vicuna_v1", T, IMAGE_ID)
-    question = [1, *SYSTEM_IDS, 3148, 1001, 29901, 29871, *[IMAGE_ID] * T]
-    question += [29871, 13, 5618, 338, 29871, 13, 29973, 319, 1799, 9047, 13566, 29901]
-    answer = [319, 6635, 29889, 2]  # ▁A ▁cat . </s>
-    second = [11889, 29901, 29871, 234, 143, 174, 29973, 319, 1799, 9047, 13566, 29901]  # USER : ▁ three bytes ? ...
-    assert ids == [*question, *answer, *second, 3869, 2]
-    assert labels == [IGNORE_INDEX] * len(question) + answer + [IGNORE_INDEX] * len(second) + [3869, 2]
+    """Markers at the start and after the image; after </s> no space and no marker."""
+    ids, labels = encode(turns("What is <image>\n?", "A cat.", "Sure?", "Yes"), tokenizer, "vicuna_v1", T, IMAGE_ID)
+    pieces = zip(tokenizer.convert_ids_to_tokens(ids), labels, strict=True)
+    parts = [(trained, "".join(piece for piece, _ in run)) for trained, run in groupby(pieces, lambda x: x[1] != -100)]
+    question = f"<s> {SYSTEM} USER: <image><image><image> <0x0A>What is <0x0A>? ASSISTANT:"
+    expected = [(False, question), (True, " A cat.</s>"), (False, "USER: Sure? ASSISTANT:"), (True, " Yes</s>")]
+    assert parts == [(trained, text.replace(" ", "▁")) for trained, text in expected]
 
 
 LOST = {
@@ -135,10 +135,10 @@ LOST = {
 
 
 @pytest.mark.parametrize("case", LOST)
-def test_samples_that_llava_loses_keep_ids_and_train_on_their_answers(case, tokenizer, real_tokenizer):
+def test_samples_that_llava_loses_keep_ids_and_train_on_their_answers(case, tokenizer, slow_llama):
     """Deviates: LLaVA finds "ASSISTANT:" by searching, miscounts, and then masks the whole sample."""
     texts = list(LOST[case])
-    theirs = expanded(*llava_v1(texts, real_tokenizer, has_image=True))
+    theirs = expanded(*llava_v1(texts, slow_llama, has_image=True))
     ids, labels = encode(turns(*texts), tokenizer, "vicuna_v1", T, IMAGE_ID)
     assert ids == theirs[0] and set(theirs[1]) == {IGNORE_INDEX}
     trained = tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
@@ -146,7 +146,7 @@ def test_samples_that_llava_loses_keep_ids_and_train_on_their_answers(case, toke
 
 
 @pytest.mark.parametrize("missing", [-1, 0, 1, 500])
-def test_around_2048_tokens_what_is_over_is_cut(missing, tokenizer, real_tokenizer):
+def test_around_2048_tokens_what_is_over_is_cut(missing, tokenizer):
     """LLaVA counts image tokens and cuts on the right (llava_arch.py:273); labels before the cut stay."""
 
     class Processor:
@@ -155,7 +155,7 @@ def test_around_2048_tokens_what_is_over_is_cut(missing, tokenizer, real_tokeniz
     Processor.tokenizer = tokenizer
     sample = {"id": "long", "image": True, "conversations": turns("<image>\nCount.", "one", "More.", "two")}
     short, _ = Collate(Processor, 576, "vicuna_v1").encode(sample)
-    sample["conversations"][-1]["value"] = "two" + " two" * (2048 - len(short) + missing)
+    sample["conversations"][-1]["value"] = "two" + "\n" * (2048 - len(short) + missing)
     whole = encode(sample["conversations"], tokenizer, "vicuna_v1", 576, IMAGE_ID)
     assert len(whole[0]) == 2048 + missing
     ids, labels = Collate(Processor, 576, "vicuna_v1").encode(sample)

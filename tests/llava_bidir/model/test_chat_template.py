@@ -1,6 +1,7 @@
 """The prompts that AutoProcessor builds have the ids of training, for a SentencePiece tokenizer of Llama."""
 
 import json
+import shutil
 
 import pytest
 import tiny_models
@@ -16,10 +17,10 @@ IMAGE = Image.new("RGB", (8, 8))
 
 
 @pytest.fixture(scope="module", params=[None, True, False], ids=["as saved", "legacy", "not legacy"])
-def processor(request, parts, real_tokenizer, tmp_path_factory):
+def processor(request, parts, llama_folder, tmp_path_factory):
     """The processor of an export, read by AutoProcessor."""
     folder = tmp_path_factory.mktemp("processor")
-    real_tokenizer.save_pretrained(folder / "llm")
+    shutil.copytree(llama_folder, folder / "llm")
     if request.param is not None:
         settings = json.loads((folder / "llm" / "tokenizer_config.json").read_text())
         (folder / "llm" / "tokenizer_config.json").write_text(json.dumps(settings | {"legacy": request.param}))

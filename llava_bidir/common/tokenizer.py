@@ -1,0 +1,74 @@
+"""Tokenizer of a checkpoint, with sentencepiece's ids for a Llama's `tokenizer.model`.
+
+LLaVA tokenises with the sentencepiece package. transformers 5.23 converts a `tokenizer.model` with two differences: it
+orders merges by id instead of score, which changes the ids of repeated spaces, and it adds no word-start marker to a
+text that begins with a space. A checkpoint with a `tokenizer.json` only keeps the ids that it defines.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import pre_tokenizers
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase, TokenizersBackend
+from transformers.convert_slow_tokenizer import SentencePieceExtractor, generate_merges
+
+from .errors import error_context
+from .hf_loading import read_pretrained
+
+MARKER = "▁"  # replaces spaces and begins a text
+
+
+def load_tokenizer(key: str, path: str, **hub: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a directory or hub id.
+
+    Args:
+        key: Name for errors.
+        path: Directory or hub id.
+        **hub: `revision` of a hub id.
+
+    Raises:
+        UserError: There is no tokenizer, or it is damaged.
+    """
+    tokenizer = read_pretrained(key, AutoTokenizer, path, **hub)
+    file = Path(getattr(tokenizer, "vocab_file", None) or "")
+    # LlamaTokenizer takes vocabulary and merges from a tokenizer.json. Other classes take all of it.
+    is_converted = isinstance(tokenizer, LlamaTokenizer) or not (file.parent / "tokenizer.json").is_file()
+    if file.name != "tokenizer.model" or not is_converted:
+        return tokenizer
+    with error_context(f"{key}: {file}"):
+        model = SentencePieceExtractor(str(file)).proto
+    return _convert(model, tokenizer) if _is_llama(model, tokenizer) else tokenizer
+
+
+def _is_llama(model: Any, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return True if a sentencepiece model has Llama's settings and the tokenizer's vocabulary."""
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    return (
+        (trainer.model_type, trainer.byte_fallback) == (trainer.BPE, True)
+        and (normalizer.name, normalizer.add_dummy_prefix) == ("identity", True)
+        and not normalizer.remove_extra_whitespaces
+        and _ids(model.pieces) == tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    )
+
+
+def _ids(pieces: Any) -> dict[str, int]:
+    return {piece.piece: i for i, piece in enumerate(pieces)}
+
+
+def _convert(model: Any, tokenizer: PreTrainedTokenizerBase) -> TokenizersBackend:
+    """Return the tokenizer with a sentencepiece model's merges and its treatment of spaces."""
+    ids = _ids(model.pieces)
+    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == piece.NORMAL}
+    merges = generate_merges({piece: ids[piece] for piece in scores}, scores)
+    backend = tokenizer.backend_tokenizer
+    backend.model = BPE(ids, merges, unk_token=tokenizer.unk_token, fuse_unk=True, byte_fallback=True)
+    # Metaspace replaces spaces, then adds its character to a text that does not begin with it. `space` below finds no
+    # spaces and therefore adds one to each text, except after a special token (LLaVA's legacy: false).
+    markers = pre_tokenizers.Metaspace(MARKER, prepend_scheme="never", split=False)
+    space = pre_tokenizers.Metaspace(" ", prepend_scheme="first", split=False)
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.Sequence([markers, space, markers])
+    # LlamaTokenizer would ignore all but vocabulary and merges when it reads an export's tokenizer.json.
+    settings = {**tokenizer.init_kwargs, "padding_side": tokenizer.padding_side}
+    return TokenizersBackend(tokenizer_object=backend, **settings)

@@ -96,4 +96,4 @@ def run(args: argparse.Namespace) -> None:
             "knockout": knockouts,
         }
         write_files({out / "maps.safetensors": tensors, out / "maps.json": results})
-    print(f"{out / 'maps.safetensors'}: {len(args.image)} image(s), {len(knockouts)} knockout(s)")
+    print(f"{out / 'maps.safetensors'}: images: {len(args.image)}, knockouts: {len(knockouts)}")

@@ -6,8 +6,7 @@ resamplings of its validation images, so differences between sites, masks and co
 
 from typing import Any
 
-from llava_bidir.common.bootstrap import random_swaps
-from probes.analyses.knockout.effects import effect_entries, later_half, read_cases
+from probes.analyses.knockout.effects import later_half, min_confused_patches, read_cases
 from probes.results.probe_run import ProbeRun
 
 from .effects import Estimate, drop_and_recovery, estimates_to_json, subtract
@@ -25,18 +24,17 @@ CLAIMS: dict[str, tuple[int, str]] = {
     "knockout_specificity": (+1, "The effect is class-specific: correct minus wrong class, less the same at random"),
 }  # fmt: skip
 
-# Knockout claims are about confused regions, not single patches on a boundary: an image counts if at least this share
-# of its patches is wrongly predicted as the class at the adapter. knockout_selection.csv has other thresholds.
-CONFUSED_SHARE = 1 / 8
-
 
 def evaluate_claims(study: Study) -> list[dict[str, Any]]:
     """Return all claims that the runs of a study allow: {"claim", "image_attention", "value", "ci95", "holds", ...}.
 
-    Each entry also has "text", and "control": the same number for the untrained model, or None.
+    Each entry also has "text", "control": the same number for the untrained model, or None, and "n": the images, and for
+    a knockout the cases (an image and a class), that it is a mean over.
     """
-    numbers = []
+    numbers, counts = [], {}
     for mask, run in study.trained.items():
+        cases = read_cases(run, min_confused_patches(run))
+        counts[mask] = {"images": run.metrics["images"]}, cases and cases.counts
         trained, untrained = _effects(run), _effects(study.untrained.get(mask))
         if "recovery" in trained and "recovery" in untrained:
             trained["recovery_trained"] = subtract(trained["recovery"], untrained["recovery"])
@@ -45,7 +43,7 @@ def evaluate_claims(study: Study) -> list[dict[str, Any]]:
     return [
         {"claim": claim, "image_attention": mask, **trained[claim]}
         | {"holds": min(sign * bound for bound in trained[claim]["ci95"]) > 0}
-        | {"text": text, "control": untrained.get(claim)}
+        | {"text": text, "control": untrained.get(claim), "n": counts[mask][claim.startswith("knockout")]}
         for claim, (sign, text) in CLAIMS.items()
         for mask, trained, untrained in numbers
         if claim in trained
@@ -68,11 +66,6 @@ def _first_gaps(starvation: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
     }
 
 
-def min_confused_patches(run: ProbeRun) -> int:
-    """Return how many wrong patches an image needs to count for the knockout claims."""
-    return round(CONFUSED_SHARE * run.metrics["grid"][0] * run.metrics["grid"][1])
-
-
 def knockout_effects(run: ProbeRun, min_patches: int) -> dict[str, Estimate]:
     """Return the knockout effects on the share of wrong patches left, averaged over cases and the later layers.
 
@@ -90,15 +83,3 @@ def knockout_effects(run: ProbeRun, min_patches: int) -> dict[str, Estimate]:
     }
     means = {name: cases.mean(effect, run.weights) for name, effect in effects.items()}
     return {name: (mean.item(), resampled) for name, (mean, resampled) in means.items()}
-
-
-def restrict_to_claims(run: ProbeRun, knockout: dict[str, Any]) -> dict[str, Any]:
-    """Return knockout.json with effects over the images that count for the claims; unchanged if there are none."""
-    min_patches = max(min_confused_patches(run), knockout["min_patches"])
-    swaps = random_swaps(run.metrics["images"], seed=knockout["seed"], groups=run.groups)
-    groups = {"all": None} | {entry["class"]: [entry["class"]] for entry in knockout["classes"]}
-    cases = {name: read_cases(run, min_patches, classes) for name, classes in groups.items()}
-    if cases["all"] is None:
-        return knockout
-    effects = [e for name in cases if cases[name] for e in effect_entries(name, cases[name], run.weights, swaps)]
-    return knockout | {"min_patches": min_patches, "effects": effects}

@@ -22,11 +22,12 @@ import matplotlib as mpl
 
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses.knockout.effects import CONFUSED_SHARE
 from probes.report.figures.catalogue import overview_figures, study_figures
 from probes.report.figures.style import STYLE, ReportFigure
 
 from . import summary_text, tables
-from .claims import CONFUSED_SHARE, evaluate_claims
+from .claims import evaluate_claims
 from .confusion import most_confused_pairs
 from .mask_comparison import compare_masks
 from .paper import PAPER
@@ -148,7 +149,11 @@ def run(args: argparse.Namespace) -> None:
             verdict = "holds" if claim["holds"] else "does NOT hold"
             value, interval = format_points(claim["value"]), format_interval(claim["ci95"])
             control = f"   untrained {format_points(claim['control']['value'])}" if claim["control"] else ""
-            print(f"{claim['claim']:<21} {claim['image_attention']:<14} {value:>6} {interval}  {verdict}{control}")
+            unit = "cases" if "cases" in claim["n"] else "images"
+            print(
+                f"{claim['claim']:<21} {claim['image_attention']:<14} {value:>6} {interval}  {verdict}{control}   "
+                f"({claim['n'][unit]} {unit})"
+            )
         for mask, scale in study["scale"].items():
             for text in scale["verdict"].values():
                 print(f"{mask}: {text}")

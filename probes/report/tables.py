@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from llava_bidir.common.bootstrap import interval
-from probes.analyses.knockout.effects import read_cases
+from probes.analyses.knockout.effects import min_confused_patches, read_cases
 from probes.results.probe_run import ProbeRun
 
-from .claims import knockout_effects, min_confused_patches
+from .claims import knockout_effects
 from .paper import PAPER, paper_encoder, probe_deviations
 from .study import Rows, Study
 
@@ -52,7 +52,8 @@ def claim_rows(claims: list[dict[str, Any]]) -> Rows:
     return [
         {key: claim[key] for key in ("claim", "image_attention", "value")}
         | bounds(claim["ci95"])
-        | {"holds": claim["holds"], "untrained": control["value"]}
+        | {"holds": claim["holds"], "images": claim["n"]["images"], "cases": claim["n"].get("cases")}
+        | {"untrained": control["value"]}
         | bounds(control["ci95"], "untrained_")
         for claim, control in zip(claims, controls, strict=True)
     ]

@@ -6,17 +6,21 @@ their groups). Its p-values swap the two conditions on whole images and are corr
 Shapes: C cases, L layers, R resamplings or permutations, N images of the split.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import bootstrap_weights, interval, p_values
+from llava_bidir.common.bootstrap import bootstrap_weights, interval, p_values, random_swaps
 from probes.results.probe_run import ProbeRun, read_tensors
 
 from .schema import BALANCE, CASE_KEYS, CONDITIONS, CONTROLS, GROUPS, SETS
 
 SPECIFICITY = "correct - incorrect"
+# The claims of a report are about confused regions, not single patches on a boundary: an image counts if at least this
+# share of its patches is wrongly predicted as the class at the adapter. knockout_selection.csv has other thresholds.
+CONFUSED_SHARE = 1 / 8
 
 
 class Cases(NamedTuple):
@@ -24,6 +28,11 @@ class Cases(NamedTuple):
 
     rates: dict[str, Tensor]  # n_c(l) / n_c(0) by condition, f[C, L + 1]
     images: Tensor  # long[C], indices in the split; an image can have cases of several classes
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of cases, and of images that they are in."""
+        return {"images": len(self.images.unique()), "cases": len(self.images)}
 
     def mean(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean over cases of `values` f[C, ...], and those under image weights f[R, N], f[R, ...]."""
@@ -42,9 +51,11 @@ def later_half(rates: Tensor) -> Tensor:
     return rates[:, (rates.shape[1] - 1) // 2 + 1 :].mean(1)
 
 
-def read_cases(run: ProbeRun, min_patches: int, classes: list[str] | None = None) -> Cases | None:
-    """Return the cases in a run's knockout.safetensors, see :func:`select_cases`; None without the file."""
-    path = run.path / "knockout.safetensors"
+def read_cases(
+    run: ProbeRun, min_patches: int, classes: list[str] | None = None, folder: Path | None = None
+) -> Cases | None:
+    """Return the cases in knockout.safetensors of a run (or of `folder`), see :func:`select_cases`; None without it."""
+    path = (folder or run.path) / "knockout.safetensors"
     return select_cases(read_tensors(path) if path.is_file() else {}, min_patches, classes)
 
 
@@ -104,8 +115,9 @@ def effect_entries(name: str, cases: Cases, weights: Tensor, swaps: Tensor) -> l
     Takes the class's cases, `weights` f[R, N] of the bootstrap and `swaps` f[1 + R, N] of the permutations.
 
     Returns:
-        [{"class", "condition", "control", "mean": [L + 1], "ci95": [[lo, hi]], "p": [L], "p_corrected": [L], "later":
-        {"value", "ci95", "p"}}]; p-values start at layer 1, "later" is the mean over the later half of the layers.
+        [{"class", "condition", "control", "images", "cases", "mean": [L + 1], "ci95": [[lo, hi]], "p": [L],
+        "p_corrected": [L], "later": {"value", "ci95", "p"}}]; p-values start at layer 1, "later" is the mean over the
+        later half of the layers.
     """
     entries = []
     for condition, control, effect in _compare(cases.rates):
@@ -118,6 +130,7 @@ def effect_entries(name: str, cases: Cases, weights: Tensor, swaps: Tensor) -> l
                 "class": name,
                 "condition": condition,
                 "control": control,
+                **cases.counts,
                 "mean": mean.tolist(),
                 "ci95": [interval(m, resampled[:, i]) for i, m in enumerate(mean.tolist())],
                 "p": p.tolist(),
@@ -151,3 +164,23 @@ def attention_entry(name: str, tensors: dict[str, Tensor], classes: list[str] | 
         "share": dict(zip(GROUPS, share.T.tolist(), strict=True)),
         "uniform": dict(zip(GROUPS, uniform.tolist(), strict=True)),
     }
+
+
+def min_confused_patches(run: ProbeRun) -> int:
+    """Return how many wrong patches an image needs to count for the knockout claims."""
+    return round(CONFUSED_SHARE * run.metrics["grid"][0] * run.metrics["grid"][1])
+
+
+def restrict_to_claims(run: ProbeRun, knockout: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
+    """Return knockout.json with effects over the images that count for the claims; unchanged if there are none.
+
+    The results are in `folder`, by default the run's.
+    """
+    min_patches = max(min_confused_patches(run), knockout["min_patches"])
+    swaps = random_swaps(run.metrics["images"], seed=knockout["seed"], groups=run.groups)
+    groups = {"all": None} | {entry["class"]: [entry["class"]] for entry in knockout["classes"]}
+    cases = {name: read_cases(run, min_patches, classes, folder) for name, classes in groups.items()}
+    if cases["all"] is None:
+        return knockout
+    effects = [e for name in cases if cases[name] for e in effect_entries(name, cases[name], run.weights, swaps)]
+    return knockout | {"min_patches": min_patches, "effects": effects}

@@ -36,7 +36,15 @@ from probes.results.probe_run import ProbeRun
 from .batch import knock_out_batch
 from .cases import PatchReader, confused_classes
 from .config import Plan, check_has_layers
-from .effects import attention_entry, class_entry, concat_classes, effect_entries, select_cases
+from .effects import (
+    attention_entry,
+    class_entry,
+    concat_classes,
+    effect_entries,
+    min_confused_patches,
+    restrict_to_claims,
+    select_cases,
+)
 from .layer_sweep import SWEEP_CONDITIONS, cut_locations, sweep_entry
 
 
@@ -110,9 +118,12 @@ def run(args: argparse.Namespace) -> None:
     for entry in results["classes"]:
         rates = ", ".join(f"{condition} {values[-1]:.0%}" for condition, values in entry["remaining"].items())
         print(f"{entry['class']} ({entry['images']} images), remaining at the last layer: {rates}")
-    for effect in results["effects"]:
-        if effect["class"] == "all":
-            print(format_effect(effect))
+    print_effects("all images with wrong patches", results)
+    least, claimed = min_confused_patches(probe_run), restrict_to_claims(probe_run, results, out)
+    if claimed is results:
+        print(f"No image has {least} or more wrong patches: `probes report` makes no knockout claim.")
+    else:
+        print_effects(f"images with {least} or more wrong patches, as in the claims of `probes report`", claimed)
 
 
 def _resolve_classes(run: ProbeRun, classes: list[str]) -> list[str]:
@@ -126,6 +137,15 @@ def _resolve_classes(run: ProbeRun, classes: list[str]) -> list[str]:
     classes = confused_classes(run, int(count))
     print(f"most often wrongly predicted: {', '.join(classes)}")
     return classes
+
+
+def print_effects(selection: str, results: dict[str, Any]) -> None:
+    """Print the effects over all classes, and the images that they are means over."""
+    effects = [effect for effect in results["effects"] if effect["class"] == "all"]
+    counts = f"{effects[0]['cases']} cases in {effects[0]['images']} images" if effects else "no cases"
+    print(f"Effect in the later half of the layers, {selection} ({counts}):")
+    for effect in effects:
+        print(f"  {format_effect(effect)}")
 
 
 def format_effect(effect: dict[str, Any]) -> str:

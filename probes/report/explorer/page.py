@@ -165,6 +165,6 @@ def run(args: argparse.Namespace) -> None:
     with exclusive_run_lock(Path(args.out), "explorer.html"):
         path = write_page([explore(run, args.images, **options) for run in runs], args.out)
     size_mb = path.stat().st_size / 1e6
-    print(f"{path}: {len(args.images)} image(s), {size_mb:.1f} MB")
+    print(f"{path}: {len(args.images)} image{'s' * (len(args.images) != 1)}, {size_mb:.1f} MB")
     if size_mb > LARGE_MB:
         print("The page is large; reduce it with --word-sites, --top-words, --conditions or fewer --images.")

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from probes.analyses.knockout.effects import read_cases
+from probes.analyses.knockout.effects import min_confused_patches, read_cases, restrict_to_claims
 from probes.data.palette import palette_of
 from probes.models.sites import ADAPTER
 from probes.report import tables
-from probes.report.claims import min_confused_patches, restrict_to_claims
 from probes.report.probe_sensitivity import one_per_value, read_variants, select_variants
 from probes.report.study import MASKS, Study
 from probes.report.summary_text import MASKS_SECTION, SCALE_SECTION, SEEDS_SECTION

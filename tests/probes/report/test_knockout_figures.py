@@ -2,15 +2,15 @@
 
 import csv
 import json
+import re
 from operator import itemgetter
 
 import probe_runs
 import pytest
 import tiny_models
 
-from probes.analyses.knockout.effects import read_cases
+from probes.analyses.knockout.effects import read_cases, restrict_to_claims
 from probes.cli import main
-from probes.report.claims import restrict_to_claims
 from probes.report.study import read_studies
 
 KEY = itemgetter("class", "condition", "control")
@@ -70,12 +70,35 @@ def test_every_analysis_has_its_figure_and_numbers(runs, tmp_path):
 def test_effects_are_restricted_to_the_images_of_the_claims(runs, monkeypatch):
     run = read_studies(runs)[0].trained["causal"]
     knockout = json.load(open(f"{runs[0]}/knockout.json"))
-    monkeypatch.setattr("probes.report.claims.min_confused_patches", lambda run: 2)
+    monkeypatch.setattr("probes.analyses.knockout.effects.min_confused_patches", lambda run: 2)
     restricted = restrict_to_claims(run, knockout)
     cases = read_cases(run, 2)
     assert restricted["min_patches"] == 2 and len(cases.images) < len(read_cases(run, 1).images)
     (entry,) = [e for e in restricted["effects"] if KEY(e) == ("all", "correct", "none")]
     effect = cases.rates["correct"] - cases.rates["none"]
     assert entry["mean"] == pytest.approx(effect.double().mean(0).tolist())
-    monkeypatch.setattr("probes.report.claims.min_confused_patches", lambda run: 5)  # of four patches
+    monkeypatch.setattr("probes.analyses.knockout.effects.min_confused_patches", lambda run: 5)  # of four patches
     assert restrict_to_claims(run, knockout) == knockout
+
+
+def test_terminal_and_report_say_the_same_of_the_same_images(runs, tmp_path, capsys, monkeypatch):
+    """Images with few wrong patches count for the analysis, but not for the claims: each number has its N."""
+    monkeypatch.setattr("probes.analyses.knockout.effects.CONFUSED_SHARE", 1 / 2)  # 2 of 4 patches
+    classes = [entry["class"] for entry in json.load(open(f"{runs[0]}/knockout.json"))["classes"]]
+    main(["knockout", "--probes", str(runs[0]), "--classes", *classes, "--out", str(tmp_path)])
+    everything, _, claimed = capsys.readouterr().out.partition("images with 2 or more wrong patches, as in the claims")
+    main(["report", *map(str, runs), "--out", str(tmp_path / "report")])
+    reported = capsys.readouterr().out
+    counts = [read_cases(read_studies(runs)[0].trained["causal"], least).counts for least in (1, 2)]
+    for text, count in zip((everything, claimed), counts, strict=True):
+        assert f"({count['cases']} cases in {count['images']} images):" in text
+    for claim in ("incorrect", "correct"):
+        (line,) = [line for line in reported.splitlines() if line.startswith(f"knockout_{claim} ") and "causal" in line]
+        value, low, high = re.findall(r"[+−][\d.]+", line)[:3]
+        row = next(line for line in claimed.splitlines() if line.split()[:3] == [claim, "against", "none"])
+        assert re.findall(r"[+-][\d.]+", row)[:3] == [x.replace("−", "-") for x in (value, low, high)]
+        assert f"({counts[1]['cases']} cases)" in line
+    page = (tmp_path / "report/index.html").read_text()
+    assert (
+        f">{counts[1]['cases']} cases<" in page and f">{read_studies(runs)[0].first.metrics['images']} images<" in page
+    )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from probes.data.batches import group_by_mask_size
-from probes.models.sites import ADAPTER, ENCODER
+from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM
 from probes.ops.bilinear import upsampled_argmax
 from probes.ops.geometry import GridPlacement
 from probes.ops.kernels import use_triton
@@ -213,7 +213,10 @@ def peak_layer(miou: dict[str, float]) -> str | None:
 
 
 def summary(miou: dict[str, float]) -> dict[str, Any]:
-    """Return the mIoU of encoder, adapter and peak layer with their differences (Table 2); None if not probed."""
+    """Return the mIoU of encoder, adapter and peak layer with their differences (Table 2); None if not probed.
+
+    `final_norm` is reported beside the peak: the paper does not say whether its last layer is normalised.
+    """
     peak = peak_layer(miou)
     encoder, adapter, best = miou.get(ENCODER), miou.get(ADAPTER), miou.get(peak)
     minus = lambda a, b: None if a is None or b is None else a - b
@@ -222,6 +225,7 @@ def summary(miou: dict[str, float]) -> dict[str, Any]:
         "adapter": adapter,
         "peak_llm": best,
         "peak_site": peak,
+        "final_norm": miou.get(FINAL_NORM),
         "delta_enc": minus(best, encoder),
         "recovery": minus(best, adapter),
     }

@@ -28,8 +28,8 @@ CLAIMS: dict[str, tuple[int, str]] = {
 def evaluate_claims(study: Study) -> list[dict[str, Any]]:
     """Return all claims that the runs of a study allow: {"claim", "image_attention", "value", "ci95", "holds", ...}.
 
-    Each entry also has "text", "control": the same number for the untrained model, or None, and "n": the images, and for
-    a knockout the cases (an image and a class), that it is a mean over.
+    Each entry also has "text", "control": the same number for the untrained model, or None, and "n": the images, for a
+    knockout also the cases (an image and a class), that it is a mean over.
     """
     numbers, counts = [], {}
     for mask, run in study.trained.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 from llava_bidir.common.bootstrap import interval
 from probes.analyses.knockout.effects import min_confused_patches, read_cases
+from probes.models.sites import FINAL_NORM
 from probes.results.probe_run import ProbeRun
 
 from .claims import knockout_effects
@@ -67,12 +68,14 @@ def table2(studies: list[Study]) -> Rows:
     rows = [
         {"model": study.title if len(studies) > 1 else "this run", "image_attention": mask}
         | {key: run.metrics["summary"][key] for key in SUMMARY}
+        | {FINAL_NORM: next((entry["miou"] for entry in run.metrics["sites"] if entry["site"] == FINAL_NORM), None)}
         for study in studies
         for mask, run in study.trained.items()
     ]
     return rows + [
         {"model": f"paper, {encoder}, ADE20K", "image_attention": mask}
         | _paper_row(encoder, mask)
+        | {FINAL_NORM: None}
         | {"read_from": PAPER["read_from"]["table2_ade20k_miou"]}
         for encoder in ("clip", "dinov2", "siglip")
         for mask in ("causal", "bidirectional")

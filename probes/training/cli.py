@@ -97,7 +97,8 @@ class ProbeCLI(ConfiguredCLI):
 
     def _format_scores(self) -> str:
         summary = read_run_file(Metrics, self.out / "metrics.json")["summary"]
-        miou = {site: summary[site] for site in ("encoder", "adapter")} | {summary["peak_site"]: summary["peak_llm"]}
+        miou = {site: summary[site] for site in ("encoder", "adapter")}
+        miou |= {summary["peak_site"]: summary["peak_llm"], "final_norm": summary["final_norm"]}
         scores = ", ".join(f"{site} {value:.1%}" for site, value in miou.items() if value is not None)
         report = f"probes report {self.out} --out {self.out / 'report'}"
         return f"{self.out}: mIoU {scores or 'in metrics.json'}. To see all scores: {report}"

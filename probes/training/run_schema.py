@@ -30,7 +30,9 @@ Number = Annotated[Any, PlainValidator(_number)]  # `float` would convert 1 to 1
 Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
 Baseline = TypedDict("Baseline", {"class": str, "miou": Number, "pacc": Number})
 Scores = dict.fromkeys(("encoder", "adapter", "peak_llm", "peak_site", "delta_enc", "recovery"), Number | None)
-Summary = TypedDict("Summary", Scores | {"peak_site": NotRequired[str | None]})
+Summary = TypedDict(
+    "Summary", Scores | {"peak_site": NotRequired[str | None], "final_norm": NotRequired[Number | None]}
+)
 
 
 class _ProbeSettings(BaseModel, extra="allow"):

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from probes.data import ade20k
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted([*(ROOT / "slurm").glob("*.sh"), *(ROOT / "slurm").glob("*.sbatch")])
 STAGES = ["stage1", "stage2", "probes", "knockout"]
@@ -33,6 +35,14 @@ def test_probes_job_takes_each_dataset(dataset, tmp_path):
     words = done.stdout.split()
     assert words[words.index("-c") + 1] == config and (ROOT / config).is_file()
     assert words[words.index("--data.root") + 1] == "masks" and words[-2:] == ["--out", "elsewhere"]
+
+
+def test_default_knockout_is_the_papers():
+    """Fig. 11: sky, ceiling and grass."""
+    command = ["bash", "-c", "source slurm/env.sh; echo $KNOCKOUT"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    option, *classes = done.stdout.split()
+    assert option == "--classes" and set(classes) == {"sky", "ceiling", "grass"} <= set(ade20k.CLASSES)
 
 
 @pytest.fixture

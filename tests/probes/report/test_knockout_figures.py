@@ -99,6 +99,4 @@ def test_terminal_and_report_say_the_same_of_the_same_images(runs, tmp_path, cap
         assert re.findall(r"[+-][\d.]+", row)[:3] == [x.replace("−", "-") for x in (value, low, high)]
         assert f"({counts[1]['cases']} cases)" in line
     page = (tmp_path / "report/index.html").read_text()
-    assert (
-        f">{counts[1]['cases']} cases<" in page and f">{read_studies(runs)[0].first.metrics['images']} images<" in page
-    )
+    assert f">{counts[1]['cases']} cases<" in page and ">9 images<" in page

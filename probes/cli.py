@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, metavar="FILE", help='output file with tensors "SITE" f[images, T, d]')
     p.add_argument("--sites", nargs="+", metavar="SITE", help="sites to write (default: all)")
     p.add_argument("--image-attention", metavar="NAME", help="image attention (default: the checkpoint's own)")
+    p.add_argument("--prefix", metavar="TEXT", help="text before the image (default: from the chat template)")
 
     text = "block image tokens (Eq. 1) and count the wrong patches that remain (App. C.1), into RUN/knockout.json"
     p = command("knockout", "probes.analyses.knockout.run:run", text)

@@ -29,7 +29,7 @@ def write_states(args: argparse.Namespace) -> None:
     images = [read_rgb(open_image(path), path) for path in map(Path, args.image)]
     out = Path(args.out)
     with exclusive_run_lock(out.parent, out.name):
-        mllm = load(args.mllm, image_attention=args.image_attention)
+        mllm = load(args.mllm, image_attention=args.image_attention, prefix=args.prefix)
         states = mllm.states(mllm.preprocess(images), args.sites)
         write_files({out: states})
     for site, state in states.items():

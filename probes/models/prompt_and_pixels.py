@@ -5,6 +5,7 @@ image processor, only the normalisation and the way of resizing are read. `hub` 
 """
 
 import re
+from datetime import date
 from typing import Any
 
 from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedConfig, PreTrainedTokenizerBase
@@ -17,6 +18,11 @@ from llava_bidir.common.tokenizer import load_tokenizer
 
 from .families import Family
 
+PREFIX_ADVICE = "give this text by `probes fit --model.prefix`, `probes states --prefix` or probes.load(prefix=...)"
+PROMPT_DATE = date(2025, 1, 1)
+# Replaces the function of templates with the date of the day: states would differ from day to day.
+_PARTS = "".join(f"|replace('%{part}', '{PROMPT_DATE.strftime('%' + part)}')" for part in "YymdBbAajHMS")
+FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + _PARTS + " }}{% endmacro %}"
 MAX_TOKENS_PER_SIDE = 128  # the LLM's mask has the fourth power of it in bytes
 
 
@@ -33,6 +39,9 @@ def read_tokenizer(path: str, **hub: Any) -> PreTrainedTokenizerBase:
 def check_numbers(path: str, family: Family, config: PreTrainedConfig) -> None:
     """Raise a UserError if a config describes no usable grid, encoder or LLM."""
     with error_context(f"config.json of {path}"):
+        vision = getattr(config, "vision_config", None)
+        if config.model_type == "llava" and vision.model_type == "pixtral":
+            raise UserError("a llava with a Pixtral encoder has a token after each row of patches; it is not supported")
         side, text_config = family.grid(config)[0], config.get_text_config()
         if not 1 <= side <= MAX_TOKENS_PER_SIDE:
             raise UserError(f"{side} x {side} image tokens; expected 1 to {MAX_TOKENS_PER_SIDE} per side")
@@ -81,7 +90,9 @@ def read_prefix_ids(path: str, family: Family, prefix: str | None = None, **hub:
         prefix = _chat_before_image(path, family, tokenizer, hub) + family.image_start_text
         for token in re.findall(r"<[^<>]+>|\[IMG\w*\]", family.image_start_text):
             _token_id(path, tokenizer, token)
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = tokenizer.bos_token_id
+    is_added = bos is not None and (prefix.startswith(tokenizer.bos_token) or tokenizer.encode("")[:1] == [bos])
+    start = [bos] if is_added else []
     # Tokenised by itself, without a preceding token, as LLaVA tokenises the text before an image.
     return start + tokenizer.encode(prefix.removeprefix(tokenizer.bos_token or ""), add_special_tokens=False)
 
@@ -95,14 +106,16 @@ def _chat_before_image(path: str, family: Family, tokenizer: PreTrainedTokenizer
     with error_context(f"chat template of {path}"):
         settings, _ = ProcessorMixin.get_processor_dict(path, **hub)
         template = settings.get("chat_template") or tokenizer.chat_template
+        if isinstance(template, dict):  # named templates
+            template = template.get("default")
     if template is None:
-        raise UserError(f"{path} has no chat template, which defines the text before the image; pass prefix='...'")
+        raise UserError(f"{path} has no chat template, which defines the text before the image; {PREFIX_ADVICE}")
     turn = [{"role": "user", "content": [{"type": "image"}]}]
     with error_context(f"chat template of {path}"):  # runs in jinja's sandbox
-        chat = tokenizer.apply_chat_template(turn, chat_template=template, tokenize=False)
+        chat = tokenizer.apply_chat_template(turn, chat_template=FIXED_DATE + template, tokenize=False)
     before, placeholder, _ = chat.partition(family.placeholder)
     if not placeholder:
-        raise UserError(f"the chat template of {path} has no {family.placeholder} for an image; pass prefix='...'")
+        raise UserError(f"the chat template of {path} has no {family.placeholder} for an image; {PREFIX_ADVICE}")
     return before
 
 

@@ -239,6 +239,7 @@ class ProbeRun:
             config["image_attention"],
             dtype=config["dtype"],
             image_resize=config["image_resize"],
+            prefix=config.get("prefix"),
             untrained=config["untrained"] or (),
             seed=config["seed"],
         )

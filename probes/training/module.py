@@ -42,6 +42,7 @@ class ProbeModule(LightningModule):
         image_resize: How images become squares: squash (resize) or pad (as LLaVA), see probes/ops/geometry.py.
         dtype: Dtype of the model: auto (as stored in the checkpoint), bfloat16, float16 or float32. Probes are always
             float32.
+        prefix: Text before the image; None for the checkpoint's chat template up to the image.
         sites: Sites to probe; None for all.
         head: linear (the paper), or another, see probes/training/heads.py.
         feature_norm: none (the paper), batchnorm or layernorm, before the head.
@@ -64,6 +65,7 @@ class ProbeModule(LightningModule):
         untrained: list[str] | None = None,
         image_resize: str = "squash",
         dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
+        prefix: str | None = None,
         sites: list[str] | None = None,
         head: Literal[*HEADS] = "linear",
         feature_norm: Literal[*FEATURE_NORMS] = "none",
@@ -107,6 +109,7 @@ class ProbeModule(LightningModule):
             dtype=args.dtype,
             device="cpu",
             image_resize=args.image_resize,
+            prefix=args.prefix,
             untrained=args.untrained or (),
             seed=args.seed,
         )

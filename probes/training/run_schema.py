@@ -51,7 +51,7 @@ class _Data(TypedDict):
 ModelConfig = TypedDict(
     "ModelConfig",
     {"mllm": str, "image_attention": str | None, "untrained": list[str] | None}
-    | {"image_resize": str, "dtype": str, "seed": int},
+    | {"image_resize": str, "dtype": str, "seed": int, "prefix": NotRequired[str | None]},
 )
 # the part of a checkpoint's training.json that reports use
 ModelTraining = TypedDict(

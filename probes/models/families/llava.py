@@ -22,10 +22,14 @@ __all__ = ["FULL", "LLAVA", "SLIDING", "build_mask", "image_attention", "layer_k
 
 
 def _image_px(config: PreTrainedConfig) -> int:
-    """Return the input side: the encoder's own, unless the number of image tokens implies another."""
+    """Return the input side: the encoder's own, or for DINO, which takes any size, that of the image tokens.
+
+    `image_seq_length` alone does not tell: checkpoints without it (LLaVA-Interleave) have transformers' default, 576.
+    """
     vision = config.vision_config
-    tokens = round(config.image_seq_length**0.5)
-    return vision.image_size if tokens == vision.image_size // vision.patch_size else tokens * vision.patch_size
+    if not vision.model_type.startswith("dino"):
+        return vision.image_size
+    return round(config.image_seq_length**0.5) * vision.patch_size
 
 
 def _encoder_width(config: PreTrainedConfig) -> int:

@@ -431,10 +431,11 @@ def test_incomplete_checkpoints_are_errors(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="image_mean is None; expected three positive numbers"):
         probes.load(no_mean)
     no_image = broken("llava", "chat_template.jinja", lambda text: text.replace("<image>", "<picture>"))
-    with pytest.raises(ValueError, match="has no <image> for an image; pass prefix="):
+    with pytest.raises(ValueError, match="has no <image> for an image; .*`probes fit --model.prefix`"):
         probes.load(no_image)
     hello = tiny_families.tokenizer().get_vocab()["hello"]
-    assert probes.load(no_image, prefix="hello").prefix_ids.tolist() == [[1, hello]]
+    assert probes.load(no_image, prefix="hello").prefix_ids.tolist() == [[hello]]
+    assert probes.load(no_image, prefix="<s>hello").prefix_ids.tolist() == [[1, hello]]
     no_token = broken("mistral3", "tokenizer.json", lambda text: text.replace("[IMG_BREAK]", "[IMG_BROKEN]"))
     settings = Path(no_token) / "tokenizer_config.json"
     settings.write_text(settings.read_text().replace("[IMG_BREAK]", "[IMG_BROKEN]"))
@@ -452,6 +453,8 @@ def test_own_mask_of_a_config_goes_before_its_kinds():
     ("name", "vision", "further", "image_px", "side", "covered_px"),
     [
         ("llava", {"image_size": 336, "patch_size": 14}, {}, 336, 24, 336),
+        # LLaVA-Interleave has no image_seq_length, for which transformers puts 576
+        ("llava", {"image_size": 384, "patch_size": 14}, {"image_seq_length": 576}, 384, 27, 378),
         ("llava_onevision", {"image_size": 384, "patch_size": 14}, {}, 384, 27, 378),
         ("deepseek_vl", {"image_size": 384, "patch_size": 16}, {}, 384, 24, 384),
         ("deepseek_vl_hybrid", {"image_size": 384, "patch_size": 16}, {}, 1024, 24, 1024),

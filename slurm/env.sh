@@ -40,6 +40,7 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 : "${PROBES:=-c configs/probes/ade20k.yaml}"           # or voc2012, cityscapes, folder
 : "${KNOCKOUT:=--classes ceiling sky wall building floor road bed car}"
 : "${VQA:=--batch-size 16}"                            # with --data DIR, local datasets replace the hub's cache
+: "${TABLE1=}"                                         # options of vqa-table; --max-invalid-rate as in VQA
 
 # ---------------------------------------------------------------------------------------------------- derived
 _common="${ACCOUNT:+--account=$ACCOUNT} ${PARTITION:+--partition=$PARTITION} --cpus-per-task=$CPUS_PER_TASK $SBATCH_MORE"

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import RESAMPLINGS, holm, interval
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.latex import latex_table
 
 from .benchmarks import BENCHMARKS, Column
 from .result_files import read_results, results_file
@@ -213,9 +214,5 @@ def _text(table: dict) -> str:
 
 
 def _latex(table: dict) -> str:
-    """Return a tabular for the booktabs package."""
-    titles, escapes = _titles(table), str.maketrans({"−": "$-$", "–": "--", "_": r"\_", "%": r"\%"})
-    lines = [("", "", titles), *_rows(table)]
-    body = [" & ".join([name, quantity, *cells]).translate(escapes) + r" \\" for name, quantity, cells in lines]
-    head = rf"\begin{{tabular}}{{ll{'r' * len(titles)}}}"
-    return "\n".join([head, r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}", ""])
+    lines = [("", "", _titles(table)), *_rows(table)]
+    return latex_table([[name, quantity, *cells] for name, quantity, cells in lines], names=2)

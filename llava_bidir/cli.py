@@ -76,12 +76,6 @@ def build_parser() -> argparse.ArgumentParser:
         "--data", type=Path, help="folder with a local copy of the datasets in subfolders ORG/NAME, instead of the hub"
     )
     vqa.add_argument(
-        "--max-invalid-rate",
-        type=float,
-        default=0.05,
-        help="maximum share of answers that are empty or not in the requested form (a letter, yes or no)",
-    )
-    vqa.add_argument(
         "--python",
         type=Path,
         default=Path(".venv-vqa/bin/python"),
@@ -93,6 +87,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     table.add_argument("results", nargs="+", type=Path, help="result folders of `llava-bidir vqa`")
     table.add_argument("--out", type=Path, **required, help="folder for table1.json, .csv, .tex and .html")
+    for parser_of_results in (vqa, table):
+        parser_of_results.add_argument(
+            "--max-invalid-rate",
+            type=float,
+            default=0.05,
+            help="maximum share of answers that are empty or not in the requested form (a letter, yes or no)",
+        )
 
     assets = command(
         "demo-assets", "llava_bidir.toy_world.assets:run", "write the toy world in the formats of the real data"

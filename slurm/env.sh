@@ -40,6 +40,7 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 : "${PROBES:=-c configs/probes/ade20k.yaml}"           # or voc2012, cityscapes, folder
 : "${KNOCKOUT:=--classes sky ceiling grass}"           # the paper's (Fig. 11), names of ADE20K; auto:5 for other datasets
 : "${VQA:=--batch-size 16}"                            # with --data DIR, local datasets replace the hub's cache
+: "${TABLE1=}"                                         # options of vqa-table; --max-invalid-rate as in VQA
 
 # ---------------------------------------------------------------------------------------------------- derived
 _common="${ACCOUNT:+--account=$ACCOUNT} ${PARTITION:+--partition=$PARTITION} --cpus-per-task=$CPUS_PER_TASK $SBATCH_MORE"

@@ -155,12 +155,13 @@ def main(argv: list[str]) -> None:
         "--data.annotations ..., ...).",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="file for the result; None: OUT/verify-data.json")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to this file")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="also write the findings to DIR/verify-data.json")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes")
     parser.add_argument("--decode", action="store_true", help="decode every image, which also detects truncated files")
     args, config = parser.parse_known_args(argv[1:])
     cli = build_data_cli(config)
-    data, file = cli.datamodule, args.json or Path(cli.trainer.default_root_dir) / "verify-data.json"
+    data, file = cli.datamodule, args.json or (args.out and args.out / "verify-data.json")
     images = ImageFolder(data.images, data.follow_links)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers run in parallel already
     results = []
@@ -177,7 +178,8 @@ def main(argv: list[str]) -> None:
             }
         )
         print(format_result(results[-1]))
-    write_files({file: {"files": results}})
-    print(file)
+    if file:
+        write_files({file: {"files": results}})
+        print(file)
     if any(result["findings"] for result in results):
         raise SystemExit(1)

@@ -1,7 +1,7 @@
 """Write files and folders atomically: after a kill, a full disk or a power cut the previous version is intact.
 
 Data is written under a name that ends in .partial and flushed to disk before it is renamed, since a file system may
-keep a name and lose the contents. The new name is flushed too.
+keep a name and lose the contents. The new name is flushed too. Permissions follow the umask; safetensors ignores it.
 """
 
 import json
@@ -40,7 +40,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
-            _sync(partial)
+            _finish(partial, _new_file_mode())
             partial.replace(path)
             _sync(path.parent)
         except BaseException:
@@ -83,8 +83,9 @@ def commit_directory(path: Path) -> None:
     complete folder exists at every moment.
     """
     partial, replaced = partial_path(path), path.with_name(path.name + REPLACED)
+    mode = _new_file_mode()
     with ThreadPoolExecutor(16) as pool:  # flushes of many small files wait in parallel
-        list(pool.map(_sync, [*partial.rglob("*"), partial]))
+        list(pool.map(lambda path: _finish(path, mode), [*partial.rglob("*"), partial]))
     shutil.rmtree(replaced, ignore_errors=True)
     if path.exists():
         path.rename(replaced)
@@ -132,6 +133,21 @@ def _write(path: Path, suffix: str, content: Any) -> None:
     else:
         text = json.dumps(content, indent=1) + "\n" if suffix == ".json" else content
         path.write_bytes(text.encode() if isinstance(text, str) else text)
+    _finish(path, _new_file_mode())
+
+
+def _new_file_mode() -> int:
+    """Return the permissions of a new file under the umask of the process. Call it in one thread at a time."""
+    umask = os.umask(0o077)  # it cannot be read without being set
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def _finish(path: Path, mode: int) -> None:
+    """Set the permissions of a file, and wait until the file or folder is on disk."""
+    if path.is_file():
+        with suppress(PermissionError):  # some mounts have fixed permissions
+            path.chmod(mode)
     _sync(path)
 
 

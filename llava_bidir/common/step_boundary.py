@@ -21,6 +21,10 @@ class SaveAtStepBoundary(Callback):
     still that of the checkpoint.
     """
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let ModelCheckpoint remove the checkpoint that the run was resumed from when it has saved a newer one."""
+        trainer.ckpt_path = None
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
         """Mark the current step as saved if it is not a boundary."""
         if not at_step_boundary(trainer):

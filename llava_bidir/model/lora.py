@@ -42,12 +42,15 @@ def add_lora(model: LlavaBidirForConditionalGeneration, lora: Lora) -> None:
 def merge_lora(model: LlavaBidirForConditionalGeneration) -> LlavaBidirForConditionalGeneration:
     """Return a copy of the model with the updates added to its weights, or the model itself if it has none.
 
-    The given model is unchanged and can continue training. Merged weights keep their dtype and are on the CPU, because
-    a GPU may be full after training. All other tensors are shared.
+    The given model is unchanged and can continue training. Merged weights keep their dtype. They are computed on the
+    CPU, because a GPU may be full after training and would round differently. All other tensors are shared.
     """
     if not has_lora(model):
         return model
-    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    shared = {
+        id(tensor): nn.Parameter(tensor.cpu()) if UPDATES in name else tensor
+        for name, tensor in chain(model.named_parameters(), model.named_buffers())
+    }
     merged = copy.deepcopy(model, shared)
     for name, layer in list(merged.named_modules()):
         if isinstance(layer, LoraLayer):
@@ -59,7 +62,7 @@ def merge_lora(model: LlavaBidirForConditionalGeneration) -> LlavaBidirForCondit
 def _merge_layer(layer: LoraLayer) -> nn.Linear:
     base = layer.get_base_layer()
     linear = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-    weight = (base.weight + layer.get_delta_weight(NAME)).to("cpu", base.weight.dtype)
+    weight = (base.weight.cpu() + layer.get_delta_weight(NAME)).to(base.weight.dtype)
     linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), base.bias
     return linear
 

@@ -46,6 +46,7 @@ def model_card(config: LlavaConfig, training: dict) -> str:
     from llava_bidir import __version__
 
     attention = getattr(config, "image_attention", "causal")
+    facts = {name: value for name, value in training.items() if name != "checkpoint"}  # a path on one machine
     stock = config.model_type == "llava"
     return CARD.format(
         attention=attention,
@@ -57,7 +58,7 @@ def model_card(config: LlavaConfig, training: dict) -> str:
         remote="" if stock else ", trust_remote_code=True",
         resize=RESIZES[getattr(config, "image_resize", "pad")],
         flash="" if stock else "; flash attention ignores the mask and is rejected",
-        training="\n".join(f"- {name}: {value}" for name, value in training.items()) or "Not recorded.",
+        training="\n".join(f"- {name}: {value}" for name, value in facts.items()) or "Not recorded.",
         version=__version__,
         transformers=transformers.__version__,
     )

@@ -55,7 +55,7 @@ class TrainingCLI(ConfiguredCLI):
         """Add logger, atomic checkpoints and, under Slurm, requeueing."""
         out = self._get(self.config_init, "out")
         if self._get(self.config_init, "trainer.logger") is None:
-            kwargs["logger"] = TensorBoardLogger(out, name="", version="")
+            kwargs["logger"] = TensorBoardLogger(out, name="", version="", default_hp_metric=False)
         plugins = [*(self._get(self.config_init, "trainer.plugins", default=None) or []), AtomicCheckpointIO()]
         on_slurm = SLURMEnvironment.detect()
         if on_slurm:
@@ -82,7 +82,8 @@ class TrainingCLI(ConfiguredCLI):
                 return
             ckpt_path = run.checkpoint
             self.trainer.fit(ckpt_path=ckpt_path, **kwargs)
-            if ckpt_path and self.trainer.is_global_zero and not is_complete(ckpt_path, record):
+            left = ckpt_path and Path(ckpt_path).exists()  # removed if the run has saved a newer one
+            if left and self.trainer.is_global_zero and not is_complete(ckpt_path, record):
                 # Lightning does not call ExportModel for a checkpoint of the last step
                 model, processor, training = read_checkpoint(Path(ckpt_path))
                 export_hf(model, processor, exported, training)

@@ -136,22 +136,23 @@ class LlavaTraining(LightningModule):
         for part, parameters in set_trainable(self.model, args.trainable).items():
             log.info("training %s: %s parameters", part, f"{parameters:,}")
         if args.frozen_dtype != "float32":
-            self._cast_frozen(getattr(torch, args.frozen_dtype))
+            if self._trainer is not None:
+                self._check_frozen_dtype()
+            for parameter in self.model.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(getattr(torch, args.frozen_dtype))
         if args.compile:
             for layer in self.model.model.language_model.layers:
                 layer.compile(dynamic=True)
         if args.gradient_checkpointing:
             self.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def _cast_frozen(self, dtype: torch.dtype) -> None:
+    def _check_frozen_dtype(self) -> None:
         precision = self.trainer.precision
         if isinstance(self.trainer.strategy, DeepSpeedStrategy):
             raise UserError("model.frozen_dtype does not apply to ZeRO, where all weights are bfloat16; remove it")
         if precision != "bf16-mixed":
             raise UserError(f"model.frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got {precision}")
-        for parameter in self.model.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
 
     def on_fit_start(self) -> None:
         """Set train mode, except for the frozen encoder."""

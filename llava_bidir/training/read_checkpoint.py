@@ -34,7 +34,7 @@ def read_checkpoint(checkpoint: Path) -> tuple[LlavaBidirForConditionalGeneratio
         raise UserError(f"{checkpoint} is not a checkpoint of `llava-bidir fit`")
     settings = {k: v for k, v in settings.items() if not k.startswith("_")}
     with error_context(f"the settings in {checkpoint}"):
-        module = LlavaTraining(**settings | {"frozen_dtype": "float32"})
+        module = LlavaTraining(**settings)
     with local_torch_dtype(next(iter(saved["state_dict"].values())).dtype):
         module.configure_model()
     module.on_load_checkpoint(saved)

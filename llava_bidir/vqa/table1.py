@@ -17,11 +17,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import RESAMPLINGS, holm, interval
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.latex import latex_table
 
 from .benchmarks import BENCHMARKS, Column
 from .result_files import read_results, results_file
 from .scores import SWAPS, ScoreTerms, swap_test
-from .validate_results import invalid_items
+from .validate_results import find_problems, invalid_items
 
 HERE = Path(__file__).parent
 COLUMNS: dict[str, Column] = {title: column for b in BENCHMARKS.values() for title, column in b.columns.items()}
@@ -33,16 +34,17 @@ Results = dict[str, tuple[dict, list]]  # benchmark -> info, items
 
 def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir vqa-table`."""
-    print(write_tables(args.results, args.out))
+    print(write_tables(args.results, args.out, args.max_invalid_rate))
 
 
-def write_tables(folders: list[Path], out: Path) -> str:
+def write_tables(folders: list[Path], out: Path, max_invalid_rate: float) -> str:
     """Write OUT/table1.{csv,tex,html,json} from finished folders of `llava-bidir vqa` and return the table as text.
 
     Raises:
-        UserError: A folder has no results or those of several checkpoints, or two models were asked other questions.
+        UserError: A folder has no results, invalid ones or those of several checkpoints, or two models were asked other
+            questions. The message names the task and the item.
     """
-    results = [_read_folder(folder) for folder in folders]
+    results = [_read_folder(folder, max_invalid_rate) for folder in folders]
     models = [_score_model(folder, result) for folder, result in zip(folders, results, strict=True)]
     paper = json.loads((HERE / "paper.json").read_text())["source"]
     table = {
@@ -59,12 +61,14 @@ def write_tables(folders: list[Path], out: Path) -> str:
     return _text(table)
 
 
-def _read_folder(folder: Path) -> Results:
+def _read_folder(folder: Path, max_invalid_rate: float) -> Results:
     results = {name: read_results(folder, name) for name in BENCHMARKS if results_file(folder, name).exists()}
     if not results:
         raise UserError(f"{folder} has no results of `llava-bidir vqa`; expected files such as {folder}/gqa.json")
     if len({info["fingerprint"] for info, _ in results.values()}) > 1:
         raise UserError(f"{folder} has results of several checkpoints; delete those of all but one")
+    if problems := [line for name in results for line in find_problems(folder, name, max_invalid_rate)]:
+        raise UserError("\n".join(f"{folder}/{line}" for line in problems))
     return results
 
 
@@ -210,9 +214,5 @@ def _text(table: dict) -> str:
 
 
 def _latex(table: dict) -> str:
-    """Return a tabular for the booktabs package."""
-    titles, escapes = _titles(table), str.maketrans({"−": "$-$", "–": "--", "_": r"\_", "%": r"\%"})
-    lines = [("", "", titles), *_rows(table)]
-    body = [" & ".join([name, quantity, *cells]).translate(escapes) + r" \\" for name, quantity, cells in lines]
-    head = rf"\begin{{tabular}}{{ll{'r' * len(titles)}}}"
-    return "\n".join([head, r"\toprule", body[0], r"\midrule", *body[1:], r"\bottomrule", r"\end{tabular}", ""])
+    lines = [("", "", _titles(table)), *_rows(table)]
+    return latex_table([[name, quantity, *cells] for name, quantity, cells in lines], names=2)

@@ -4,7 +4,6 @@ Shapes: B images, T image tokens, d width of a site, H W pixels of a mask.
 """
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from llava_bidir.common.errors import UserError
 
+from .available_memory import available_memory
 from .base import IGNORE_INDEX
 from .samplers import PAD_INDEX
 
@@ -88,12 +88,12 @@ class CachedFeatures(Dataset):
     ):
         tokens, dtype = mllm.grid[0] * mllm.grid[1], mllm.model.dtype
         need = copies * len(images) * tokens * sum(mllm.widths[site] for site in sites) * dtype.itemsize
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        available = available_memory()
         size = f"{copies} x " * (copies > 1) + f"{len(images)} images x {len(sites)} sites = {need / 1e9:.2f} GB"
         log.info("caching %s: %s", name, size)
-        if need > 0.8 * free:
+        if need > 0.8 * available:
             raise UserError(
-                f"data.cache_features needs {size} for {name}, but {free / 1e9:.1f} GB of memory are free; choose "
+                f"data.cache_features needs {size} for {name}, but {available / 1e9:.1f} GB are available; choose "
                 "fewer model.sites or set data.cache_features to false"
             )
         self.states = {site: torch.empty(len(images), tokens, mllm.widths[site], dtype=dtype) for site in sites}

@@ -3,6 +3,7 @@
 OUT/index.html       the page; needs no network and no other file
 OUT/results.json     claims and scores, in the format that other tools read
 OUT/*.csv            every number of the page, as fractions 0..1
+OUT/tables.tex       scores per site, claims and knockout in percent, for LaTeX with booktabs
 OUT/*.png, *.pdf     the figures
 
 All files are written at the end, results.json last. An earlier report therefore stays until the new one is complete.
@@ -26,7 +27,7 @@ from probes.analyses.knockout.effects import CONFUSED_SHARE
 from probes.report.figures.catalogue import overview_figures, study_figures
 from probes.report.figures.style import STYLE, ReportFigure
 
-from . import summary_text, tables
+from . import latex, summary_text, tables
 from .claims import evaluate_claims
 from .confusion import most_confused_pairs
 from .mask_comparison import compare_masks
@@ -118,6 +119,9 @@ def _build_part(study: Study, out: Path, files: Files) -> dict[str, Any]:
         "overridden_masks": overridden_masks(study),
     }
     files |= _csv_files(part["tables"], out)
+    drawn = [figure for section in part["sections"].values() for figure, _ in section]
+    knockout = [row for figure in drawn if figure.name.startswith("knockout_controls") for row in figure.data.rows]
+    files[out / "tables.tex"] = latex.format_tables(study, results["claims"], knockout)
     return part
 
 

@@ -54,7 +54,8 @@ class ProbeCLI(ConfiguredCLI):
     def instantiate_trainer(self, **kwargs):
         """Build the trainer with logger, atomic checkpoints and callbacks of a run."""
         if self._get(self.config_init, "trainer.logger") is None:
-            kwargs["logger"] = TensorBoardLogger(self._get(self.config_init, "out"), name="", version="")
+            out = self._get(self.config_init, "out")
+            kwargs["logger"] = TensorBoardLogger(out, name="", version="", default_hp_metric=False)
         plugins = [*(self._get(self.config_init, "trainer.plugins") or []), AtomicCheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
         for callback in trainer.checkpoint_callbacks:

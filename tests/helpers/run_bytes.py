@@ -1,5 +1,6 @@
-"""Checksums of all files of a run."""
+"""Checksums of all files of a run, and comparison of two exports."""
 
+import json
 import zlib
 from pathlib import Path
 
@@ -9,3 +10,14 @@ def run_bytes(folder: Path) -> dict[str, int]:
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     kept = (path for path in files if not path.name.startswith((".", "events.out.tfevents")))
     return {str(path.relative_to(folder)): zlib.crc32(path.read_bytes()) for path in kept}
+
+
+def assert_same_export(one: Path, other: Path) -> None:
+    """Compare two exported models byte by byte; training.json may name the checkpoint that one was made from."""
+    files = [run_bytes(folder) for folder in (one, other)]
+    different = {name for name in files[0] | files[1] if files[0].get(name) != files[1].get(name)}
+    assert different <= {"training.json"}, different
+    facts = [json.loads((folder / "training.json").read_text()) for folder in (one, other)]
+    for training in facts:
+        training.pop("checkpoint", None)
+    assert facts[0] == facts[1]

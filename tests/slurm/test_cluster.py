@@ -45,6 +45,7 @@ def settings(tmp_path_factory) -> dict[str, str]:
         "PROBES": "-c configs/demo/probes.yaml --trainer.max_epochs 2 --data.batch_size 2",
         "VQA_PYTHON": str(VQA_PYTHON) if VQA_PYTHON.exists() else "",
         "VQA": f"--tasks toy --data {folder} --max-invalid-rate 1 --batch-size 4",
+        "TABLE1": "--max-invalid-rate 1",
         **{"SEGMENTATION": str(folder / "segmentation"), "KNOCKOUT": "--classes sky wall road"},
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
     }

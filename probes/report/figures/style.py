@@ -27,6 +27,8 @@ STYLE = {
     "legend.frameon": False,
     "figure.dpi": 100,
     "savefig.dpi": 200,
+    "pdf.fonttype": 42,  # TrueType; journals reject Type 3
+    "ps.fonttype": 42,
     "svg.hashsalt": "llava-bidir",  # reproducible bytes
 }
 

@@ -16,7 +16,7 @@ import small_disks
 import tiny_models
 import torch
 from processes import die
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llava_bidir import cli
 from llava_bidir.common import atomic_io
@@ -57,6 +57,23 @@ def test_a_kill_before_the_rename_leaves_the_old_version(write, result, moment, 
     assert (tmp_path / result).read_text() == "old"
     write(tmp_path / "path", "new")
     assert (tmp_path / result).read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["path"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_files_have_the_permissions_of_other_new_files(umask, mode, parts, tmp_path):
+    """safetensors writes 0600, which a group cannot read."""
+    before = os.umask(umask)
+    try:
+        write_files({tmp_path / "a.safetensors": {"x": torch.zeros(1)}, tmp_path / "a.json": {}})
+        with atomic_write(tmp_path / "b.safetensors") as partial:
+            save_file({"x": torch.zeros(1)}, partial)
+        processor = build_processor(*parts)
+        export_hf(build_model(*parts, processor), processor, tmp_path / "hf")
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    assert tmp_path / "hf/model.safetensors" in files
+    assert {path.name for path in files if path.stat().st_mode & 0o777 != mode} == set()
 
 
 @pytest.mark.parametrize("existing", ["folder/thesis.txt", "folder/file/thesis.txt", "folder"])

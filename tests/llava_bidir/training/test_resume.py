@@ -12,6 +12,7 @@ from run_bytes import run_bytes
 from safetensors.torch import load_file, save_file
 
 import llava_bidir.cli
+from llava_bidir.training.module import LlavaTraining
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +140,18 @@ def test_a_run_that_replaces_another_and_is_killed_is_not_finished(finished, unf
     llava_bidir.cli.main([*command, "--trainer.max_epochs", "2", "--ckpt_path", "last"])
     steps = [json.loads((run / "hf/training.json").read_text())["steps"] for run in (folder, finished[0])]
     assert steps[0] == 2 * steps[1]
+
+
+def test_the_checkpoint_of_a_killed_run_does_not_stay_beside_newer_ones(finished, tmp_path):
+    """Lightning keeps the one that a run was resumed from."""
+    command = [*finished[1], "--out", str(tmp_path), "--trainer.max_epochs", "3"]
+    checkpoints = lambda: [file.name for file in (tmp_path / "checkpoints").iterdir()]
+    with pytest.MonkeyPatch.context() as patch:
+        start = LlavaTraining.on_train_batch_start
+        killed = lambda self, *batch: sys.exit("killed") if self.trainer.global_step == 7 else start(self, *batch)
+        patch.setattr(LlavaTraining, "on_train_batch_start", killed)
+        with pytest.raises(SystemExit, match="killed"):
+            llava_bidir.cli.main(command)
+    assert checkpoints() == ["epoch=1-step=6.ckpt"]
+    llava_bidir.cli.main([*command, "--ckpt_path", "last"])
+    assert checkpoints() == ["epoch=2-step=9.ckpt"]

@@ -132,7 +132,7 @@ def test_finished_tasks_are_not_run_again_but_checked_again(runs, checkpoints, d
     vqa(checkpoints["causal"], out, data, "--python", "/nowhere")
     assert "clip causal" in capsys.readouterr().out
     (out / "pope.jsonl").write_text("".join((out / "pope.jsonl").read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(SystemExit, match="^llava-bidir: pope: 1 of 6 items have no result, e.g. item 5$"):
+    with pytest.raises(SystemExit, match="pope: 1 of 6 items have no result, e.g. item 5$"):
         vqa(checkpoints["causal"], out, data, "--python", "/nowhere")
     (out / "pope.json").unlink()
     vqa(checkpoints["causal"], out, data)

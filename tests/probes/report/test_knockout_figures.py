@@ -13,6 +13,7 @@ from probes.analyses.knockout.effects import read_cases, restrict_to_claims
 from probes.cli import main
 from probes.report.study import read_studies
 
+MASKS = ("causal", "bidirectional")
 KEY = itemgetter("class", "condition", "control")
 
 
@@ -41,7 +42,9 @@ def rows(path) -> list[dict[str, str]]:
 def test_every_analysis_has_its_figure_and_numbers(runs, tmp_path):
     main(["report", *runs, "--out", str(tmp_path)])
     page = (tmp_path / "index.html").read_text()
-    for mask, path in zip(("causal", "bidirectional"), runs, strict=True):
+    table = (tmp_path / "tables.tex").read_text().split(r"\midrule")[3]
+    assert table.count(r" \\") == sum(len(rows(tmp_path / f"knockout_controls_{m}.csv")) for m in MASKS)
+    for mask, path in zip(MASKS, runs, strict=True):
         for kind in ("controls", "doses", "windows", "heads"):
             assert (tmp_path / f"knockout_{kind}_{mask}.png").stat().st_size > 0
         titles = (

@@ -121,6 +121,22 @@ def test_numbers_are_in_csv_as_fractions(page, runs):
     assert [r for r in table if r["model"].startswith("paper, siglip")][1]["recovery"] == "0.08869999999999999"
 
 
+def test_figures_have_fonts_that_journals_accept(page):
+    for pdf in page.glob("*.pdf"):
+        assert b"/Type3" not in pdf.read_bytes(), pdf.name
+
+
+def test_latex_tables_have_the_scores_in_percent_with_intervals(page, runs):
+    scores, claims = (page / "tables.tex").read_text().split(r"\end{tabular}")[:2]
+    assert scores.count(r"\toprule") == 1 and "site & causal & bidirectional & causal, untrained &" in scores
+    entry = ProbeRun(runs[0]).metrics["sites"][2]
+    miou, low, high = (f"{100 * x:.1f}" for x in (entry["miou"], *entry["miou_ci95"]))
+    assert f"\nlayer\\_01 & {miou} {{[}}{low}, {high}] & " in scores
+    claim = json.loads((page / "results.json").read_text())["claims"][0]
+    sign = "$-$" if claim["value"] < 0 else "+"
+    assert f"\nadapter drop & causal & {sign}{abs(100 * claim['value']):.1f} {{[}}" in claims
+
+
 def test_single_run_makes_a_report_with_what_it_can_say(runs, tmp_path):
     main(["report", runs[0], "--out", str(tmp_path)])
     results = json.loads((tmp_path / "results.json").read_text())

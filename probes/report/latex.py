@@ -1,0 +1,60 @@
+"""Format the main numbers of a study as LaTeX tables, in percent with 95% intervals."""
+
+from typing import Any
+
+from llava_bidir.common.latex import latex_table
+
+from .study import Rows, Study
+from .summary_text import format_interval, format_p, format_percent, format_points
+
+
+def format_tables(study: Study, claims: list[dict[str, Any]], knockout: Rows) -> str:
+    """Return one booktabs table each of the scores per site, the claims and the knockout; empty ones are left out.
+
+    Args:
+        study: The runs.
+        claims: From :func:`evaluate_claims`.
+        knockout: The effects of all runs, from :func:`effect_rows`.
+    """
+    tables = {"mIoU (%) per site": (_score_rows(study), 1)}
+    if claims:
+        tables["claims: differences in percentage points"] = (_claim_rows(claims), 2)
+    if knockout:
+        title = "knockout: change of the wrong patches left in the later half of the layers, in percentage points"
+        tables[title] = (_knockout_rows(knockout), 4)
+    texts = [f"% {title}, with 95% intervals\n{latex_table(rows, names)}" for title, (rows, names) in tables.items()]
+    return "\n".join([r"% needs \usepackage{booktabs}", *texts])
+
+
+def _score_rows(study: Study) -> list[list[str]]:
+    titles = [run.metrics["image_attention"] + ", untrained" * bool(run.metrics["untrained"]) for run in study.runs]
+    sites = list(dict.fromkeys(entry["site"] for run in study.runs for entry in run.metrics["sites"]))
+    by_site = [{entry["site"]: _score(entry) for entry in run.metrics["sites"]} for run in study.runs]
+    return [["site", *titles], *([site, *(scores.get(site, "–") for scores in by_site)] for site in sites)]
+
+
+def _score(entry: dict[str, Any]) -> str:
+    low, high = (format_percent(bound) for bound in entry["miou_ci95"])
+    return f"{format_percent(entry['miou'])} [{low}, {high}]"
+
+
+def _difference(value: float, ci95: list[float]) -> str:
+    return f"{format_points(value)} {format_interval(ci95)}"
+
+
+def _claim_rows(claims: list[dict[str, Any]]) -> list[list[str]]:
+    rows = [["claim", "image attention", "difference", "holds", "untrained"]]
+    for claim in claims:
+        control = claim["control"]
+        untrained = _difference(control["value"], control["ci95"]) if control else "–"
+        difference, holds = _difference(claim["value"], claim["ci95"]), "yes" if claim["holds"] else "no"
+        rows.append([claim["claim"].replace("_", " "), claim["image_attention"], difference, holds, untrained])
+    return rows
+
+
+def _knockout_rows(effects: Rows) -> list[list[str]]:
+    return [["image attention", "class", "blocked", "control", "change", "p"]] + [
+        [row["image_attention"], row["class"], row["condition"], row["control"].replace("_", " ")]
+        + [_difference(row["value"], [row["low"], row["high"]]), format_p(row["p"])]
+        for row in effects
+    ]

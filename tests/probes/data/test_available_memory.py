@@ -1,0 +1,48 @@
+"""Available memory, of the machine and of control groups of both versions."""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from probes.data.available_memory import available_memory
+
+GB = 10**9
+
+
+def write_group(folder: Path, version: int, limit: int | str, use: int = 0, cached: int = 0) -> None:
+    """Write the files of a control group, as the kernel does."""
+    names = {1: ("limit_in_bytes", "usage_in_bytes"), 2: ("max", "current")}[version]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip(names, (limit, use), strict=True):
+        (folder / f"memory.{name}").write_text(f"{value}\n")
+    own = f"inactive_file {cached}\n" if version == 2 else f"inactive_file 0\ntotal_inactive_file {cached}\n"
+    (folder / "memory.stat").write_text(f"anon {use - cached}\n{own}")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100 * GB))
+
+
+@pytest.mark.parametrize(
+    ("own", "root", "version"),
+    [("0::/slurm/job_1\n", "", 2), ("5:cpu,cpuacct:/x\n4:memory:/slurm/job_1\n0::/\n", "memory", 1)],
+)
+def test_limits_of_all_groups_count_and_cached_files_do_not(own, root, version, machine, tmp_path):
+    (tmp_path / "own").write_text(own)
+    available = lambda: available_memory(tmp_path / "own", tmp_path / "mount")
+    assert available() == 100 * GB, "the files of the groups are not visible"
+    unlimited = "max" if version == 2 else 2**63 - 4096
+    group = tmp_path / "mount" / root / "slurm"
+    write_group(group, version, unlimited, 90 * GB)
+    write_group(group / "job_1", version, 64 * GB, use=60 * GB, cached=40 * GB)
+    assert available() == 44 * GB
+    write_group(group, version, 91 * GB, 90 * GB)
+    assert available() == 1 * GB, "the limit of the parent"
+
+
+def test_without_control_groups_it_is_what_the_kernel_estimates(tmp_path):
+    expected = int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    assert available_memory(tmp_path / "none") == pytest.approx(expected, rel=0.1)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import llava_bidir
 from llava_bidir.common.errors import one_line_errors
+from llava_bidir.common.usage_errors import ArgumentParser
 
 CONFIGURED = {  # commands that take the options of LightningCLI
     "fit": "train a stage: -c configs/stage1.yaml -c configs/encoder/clip.yaml --model.image_attention bidirectional",
@@ -26,7 +27,7 @@ VQA = "gqa mmbench mme mmmu pope scienceqa textvqa textvqa_ocr vizwiz toy".split
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; those in CONFIGURED parse their own options."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="llava-bidir",
         description="LLaVA-1.5 with or without bidirectional attention among image tokens (arXiv 2603.17228).",
     )
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: Invalid usage or input, with a message that says what was expected.
     """
     argv = sys.argv[1:] if argv is None else argv
-    with one_line_errors("llava-bidir"):
+    with one_line_errors("llava-bidir", argv):
         if argv and argv[0] in CONFIGURED:
             import_module(MODULES.get(argv[0], "llava_bidir.training.cli")).main(argv)
             return

@@ -6,6 +6,7 @@ from importlib import import_module
 
 from llava_bidir import __version__
 from llava_bidir.common.errors import one_line_errors
+from llava_bidir.common.usage_errors import ArgumentParser
 
 LIGHTNING_COMMANDS = {  # their options are defined by LightningCLI
     "fit": "train a probe at every site: -c configs/probes/ade20k.yaml --model.mllm DIR --data.root DIR --out RUN",
@@ -24,7 +25,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="probes", description="Layerwise segmentation probes for frozen MLLMs (arXiv 2603.17228)."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: Bad usage or bad input, with a message that says what was expected.
     """
     argv = sys.argv[1:] if argv is None else argv
-    with one_line_errors("probes"):
+    with one_line_errors("probes", argv):
         if not argv:
             build_parser().print_help()
             sys.exit(2)

@@ -12,14 +12,20 @@ class UserError(ValueError):
 
 
 @contextmanager
-def one_line_errors(program: str) -> Iterator[None]:
-    """End the program with the message of a `UserError` and status 1; other exceptions pass through.
+def one_line_errors(program: str, argv: list[str] | tuple[str, ...] = ()) -> Iterator[None]:
+    """End the program with one line on a `UserError` (status 1) or Ctrl-C (130); other exceptions pass through.
 
     Raises:
         SystemExit: With that message.
     """
     try:
         yield
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's exit(1)
+            raise
+        resume = " with `--ckpt_path last`" if argv[:1] == ["fit"] else ""
+        print(f"{program}: interrupted; run the same command again{resume} to go on", file=sys.stderr)
+        sys.exit(130)
     except UserError as error:
         message = str(error)
         if re.match(r"Caught \w+ in DataLoader worker", message):  # torch prepends the traceback

@@ -21,6 +21,7 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 
 from .errors import UserError
+from .usage_errors import ShortUsageErrors
 
 OUR_PACKAGES = ("llava_bidir", "probes")
 CONFIGURABLE = (
@@ -36,12 +37,19 @@ CONFIGURABLE = (
 )
 
 
+class ConfigParser(ShortUsageErrors, LightningArgumentParser):
+    """LightningCLI's parser with short errors."""
+
+
 class ConfiguredCLI(LightningCLI):
     """LightningCLI that rejects pickled checkpoints and duplicate keys, and names the config in library errors.
 
     Raises:
         UserError: A config contains a key twice or a value that Lightning rejects, or `--weights_only` is false.
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, parser_class=ConfigParser, **kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
         """Check the YAML files among the arguments, parse, and set `weights_only`."""

@@ -1,6 +1,7 @@
 """LightningDataModule for LLaVA conversations."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ class InstructionData(LightningDataModule):
         micro_batch_size: Samples per device and forward. Gradient accumulation follows from both sizes.
         group_by_length: Use batches of one modality and similar length (LLaVA's stage 2) instead of random ones.
         max_length: Maximum number of tokens per sequence, image tokens included.
-        num_workers: Data loader processes per device.
+        num_workers: Data loader processes per device, at most one per core.
         follow_links: Allow symlinks in `images` that lead out of the folder.
         seed: Decides the order of samples.
         processor: Tokenizer and image processor; linked from the model by the command line.
@@ -61,7 +62,8 @@ class InstructionData(LightningDataModule):
         self.annotations, self.images, self.val_annotations = annotations, images, val_annotations
         self.follow_links = follow_links
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
-        self.group_by_length, self.num_workers, self.seed = group_by_length, num_workers, seed
+        self.group_by_length, self.seed = group_by_length, seed
+        self.num_workers = min(num_workers, len(os.sched_getaffinity(0)))
         self.collate = Collate(processor, image_tokens, template, max_length)
         self.trained_micro_batches = 0
 
@@ -87,6 +89,7 @@ class InstructionData(LightningDataModule):
                 world_size=self.trainer.world_size,
                 seed=self.seed,
             )
+            self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, len(self.sampler))
             self.trainer.accumulate_grad_batches = self.batch_size // (self.micro_batch_size * self.trainer.world_size)
 
     @property

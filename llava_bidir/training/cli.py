@@ -1,7 +1,7 @@
 """`llava-bidir fit | validate | test`: LightningCLI of the training."""
 
 import logging
-import warnings
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -14,7 +14,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, is_complete, resolve_ckpt_path
+from llava_bidir.common.expected_messages import hide_expected_messages
 from llava_bidir.common.lightning_cli import ConfiguredCLI
+from llava_bidir.common.progress import LogProgress
 from llava_bidir.common.run_folder import StartOfRun, add_overwrite_option, start_run
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.step_boundary import SaveAtStepBoundary
@@ -27,15 +29,6 @@ from .module import LlavaTraining
 from .read_checkpoint import read_checkpoint
 from .slurm_requeue import SlurmRequeue
 from .throughput import Throughput
-
-# warnings about intended behaviour
-EXPECTED_WARNINGS = (
-    "LightningCLI's args parameter",
-    ".*does not have many workers",
-    ".*isinstance.treespec",
-    ".*in eval mode",
-    ".*your dataloader is not resumable",  # InstructionData restores its position itself
-)
 
 
 class TrainingCLI(ConfiguredCLI):
@@ -60,7 +53,12 @@ class TrainingCLI(ConfiguredCLI):
         on_slurm = SLURMEnvironment.detect()
         if on_slurm:
             plugins.append(SLURMEnvironment(auto_requeue=False))
+        to_log = not sys.stderr.isatty() and self._get(self.config_init, "trainer.enable_progress_bar") is None
+        if to_log:
+            kwargs["enable_progress_bar"] = False
         trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
+        if to_log:
+            trainer.callbacks.append(LogProgress())
         if on_slurm:
             trainer.callbacks.append(SlurmRequeue())
         return trainer
@@ -100,8 +98,7 @@ class TrainingCLI(ConfiguredCLI):
 
 def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:
     """Parse `argv` and build model, data and trainer; if `run`, also execute the subcommand."""
-    for message in EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+    hide_expected_messages()
     return TrainingCLI(
         LlavaTraining,
         InstructionData,
@@ -113,6 +110,7 @@ def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:
         parser_kwargs={"prog": "llava-bidir"},
         auto_configure_optimizers=False,  # no --optimizer: the module builds it
         trainer_defaults={
+            "enable_model_summary": False,  # its column "Mode" says train for the frozen model
             # InstructionData shards batches itself; Lightning's sampler would break LLaVA's grouping by length
             "use_distributed_sampler": False,
             "callbacks": [

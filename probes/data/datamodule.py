@@ -1,6 +1,7 @@
 """LightningDataModule of a probe run."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ class SegmentationData(LightningDataModule):
         name: Name of the dataset in reports; None takes the name of the folder.
         batch_size: Images per batch over all devices; 64 in the paper.
         cache_features: Keep all states in memory, so that the frozen forward runs once instead of once per epoch.
-        num_workers: Processes per device that open images.
+        num_workers: Processes per device that open images, at most one per core.
         seed: Random seed of the order of training images.
     """
 
@@ -50,7 +51,7 @@ class SegmentationData(LightningDataModule):
         self.classes = self.splits["training"].classes
         self.num_classes = len(self.classes)
         self.batch_size, self.cache_features = batch_size, cache_features
-        self.num_workers, self.seed = num_workers, seed
+        self.num_workers, self.seed = min(num_workers, len(os.sched_getaffinity(0))), seed
         self.trained_batches = 0
         self._sources: dict[str, Dataset] = {}
 
@@ -72,6 +73,7 @@ class SegmentationData(LightningDataModule):
         """
         if stage != "fit":
             return
+        self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, self.steps_per_epoch)
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
         bar = rank == 0 and self.trainer.progress_bar_callback is not None
         bad_files = self.find_bad_files(self.num_workers, rank, ranks, bar)

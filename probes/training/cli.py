@@ -1,7 +1,7 @@
 """The commands `probes fit | validate | test`: LightningCLI for a probe run."""
 
 import logging
-import warnings
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -12,7 +12,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, resolve_ckpt_path
+from llava_bidir.common.expected_messages import hide_expected_messages
 from llava_bidir.common.lightning_cli import ConfiguredCLI
+from llava_bidir.common.progress import LogProgress
 from llava_bidir.common.run_folder import StartOfRun, add_overwrite_option, check_unfinished, start_run
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.step_boundary import SaveAtStepBoundary
@@ -21,14 +23,6 @@ from probes.data.datamodule import SegmentationData
 from .callbacks import SavePredictions, ShowMaps
 from .module import ProbeModule
 from .run_schema import Manifest, Metrics, read_run_file
-
-# warnings about intended settings
-EXPECTED_WARNINGS = (
-    "LightningCLI's args parameter",
-    ".*does not have many workers",
-    ".*isinstance.treespec",
-    ".*in eval mode",
-)
 
 
 class ProbeCLI(ConfiguredCLI):
@@ -57,7 +51,12 @@ class ProbeCLI(ConfiguredCLI):
             out = self._get(self.config_init, "out")
             kwargs["logger"] = TensorBoardLogger(out, name="", version="", default_hp_metric=False)
         plugins = [*(self._get(self.config_init, "trainer.plugins") or []), AtomicCheckpointIO()]
+        to_log = not sys.stderr.isatty() and self._get(self.config_init, "trainer.enable_progress_bar") is None
+        if to_log:
+            kwargs["enable_progress_bar"] = False
         trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
+        if to_log:
+            trainer.callbacks.append(LogProgress())
         for callback in trainer.checkpoint_callbacks:
             callback.save_last = True  # `--ckpt_path last` requires it; else it would start from scratch
             callback.dirpath = callback.dirpath or f"{trainer.default_root_dir}/checkpoints"  # for any logger
@@ -113,8 +112,7 @@ class ProbeCLI(ConfiguredCLI):
 
 def build_cli(argv: list[str], run: bool = True) -> ProbeCLI:
     """Parse `argv` and execute its subcommand; with `run=False` only build model, data and trainer."""
-    for message in EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+    hide_expected_messages()
     return ProbeCLI(
         ProbeModule,
         SegmentationData,
@@ -126,6 +124,7 @@ def build_cli(argv: list[str], run: bool = True) -> ProbeCLI:
         parser_kwargs={"prog": "probes"},
         auto_configure_optimizers=False,  # --optimizer would override the optimizer of ProbeModule
         trainer_defaults={
+            "enable_model_summary": False,  # its column "Mode" says train for the frozen model
             "use_distributed_sampler": False,  # SegmentationData has its own
             "num_sanity_val_steps": 0,
             "callbacks": [LearningRateMonitor("step"), ShowMaps(), SaveAtStepBoundary()],

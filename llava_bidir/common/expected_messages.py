@@ -1,0 +1,31 @@
+"""Messages of libraries about intended behaviour, and advertisements, that both programs leave out."""
+
+import logging
+import os
+import warnings
+
+import torch
+
+WARNINGS = (
+    "LightningCLI's args parameter",
+    ".*does not have many workers",
+    ".*isinstance.treespec",
+    ".*in eval mode",  # the frozen model
+    ".*your dataloader is not resumable",  # the data modules restore their position themselves
+    "Total length of `list` across ranks is zero",  # no validation questions
+    "The `srun` command is available",  # a run on a cluster's login node or inside an allocation
+)
+LOGGED = {  # by logger: beginnings of messages
+    "lightning.pytorch.utilities.rank_zero": ("💡 Tip", "TPU available", "IPU available", "HPU available"),
+    "transformers.modeling_utils": ("The new embeddings will be", "The new lm_head weights will be"),
+}
+
+
+def hide_expected_messages() -> None:
+    """Leave out the messages above. Others stay: they may be about the user's settings."""
+    for message in WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name, beginnings in LOGGED.items():
+        logging.getLogger(name).addFilter(lambda record, texts=beginnings: not record.getMessage().startswith(texts))
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns on stdout that it has to guess

@@ -1,0 +1,37 @@
+"""Progress of training as plain lines, for logs: a bar would write one line with thousands of carriage returns."""
+
+import logging
+import time
+
+from lightning import Callback, LightningModule, Trainer
+
+log = logging.getLogger(__name__)
+
+SECONDS = 10.0  # between two lines within an epoch
+
+
+class LogProgress(Callback):
+    """Log step, loss, rate and the time left, every ten seconds and at the end of each epoch."""
+
+    def __init__(self):
+        self.started, self.last, self.first_batch = 0.0, 0.0, 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock; a resumed run has batches behind it."""
+        self.started = self.last = time.monotonic()
+        self.first_batch = trainer.fit_loop.epoch_loop.total_batch_idx
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
+        """Log if the last line is some seconds old or the epoch ends."""
+        now, batches = time.monotonic(), trainer.num_training_batches
+        if not trainer.is_global_zero or (now - self.last < SECONDS and batch_idx + 1 < batches):
+            return
+        self.last, done = now, trainer.fit_loop.epoch_loop.total_batch_idx - self.first_batch
+        rate = done / max(now - self.started, 1e-9)
+        epochs = trainer.max_epochs
+        text = f"epoch {trainer.current_epoch + 1}{f'/{epochs}' if epochs and epochs > 0 else ''}"
+        text += f", batch {batch_idx + 1}/{batches}, loss {float(outputs['loss']):.4g}, {rate:.3g} batches/s"
+        if epochs and epochs > 0 and rate:
+            left = (epochs - trainer.current_epoch) * batches - batch_idx - 1
+            text += f", {time.strftime('%H:%M:%S', time.gmtime(left / rate))} left"
+        log.info(text)

@@ -1,0 +1,46 @@
+"""Errors of the command line in at most three lines, with the option that was probably meant."""
+
+import argparse
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import NoReturn
+
+
+class ShortUsageErrors:
+    """Parser that ends with status 2, the error, the nearest option or command, and where the options are listed."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Exit with the error instead of the usage, which for `fit` has more than 60 lines."""
+        parser = getattr(ex, "subcommand_parser", None) or self
+        program = parser.prog.replace(" [options]", "")
+        message = re.sub(r"\bfit\.|\bvalidate\.|\btest\.", "--", " ".join(message.split()))
+        lines = [f"{program}: {message}"]
+        if meant := _nearest(parser, message):
+            lines.append(f"did you mean {meant}?")
+        self.exit(2, "\n".join([*lines, f"All options: {program} --help"]) + "\n")
+
+
+class ArgumentParser(ShortUsageErrors, argparse.ArgumentParser):
+    """argparse's parser with short errors; its subcommands have them, too."""
+
+
+def _nearest(parser: argparse.ArgumentParser, message: str) -> str | None:
+    """Return the option or command most like the first unknown one in an error, or None."""
+    known = set(_names(parser))
+    unknown = re.findall(r"(?<![\w.-])--?[\w.-]+|(?<=invalid choice: ')[\w-]+", message)
+    for word in unknown:
+        word = word.partition("=")[0]
+        if word not in known and (meant := get_close_matches(word, known, 1)):
+            return meant[0]
+    return None
+
+
+def _names(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Yield all options of a parser and its commands."""
+    yield from parser._option_string_actions
+    for action in parser._actions:
+        if isinstance(action.choices, dict):  # of names to parsers
+            for name, command in action.choices.items():
+                yield name
+                yield from getattr(command, "_option_string_actions", ())

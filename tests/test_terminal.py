@@ -1,0 +1,75 @@
+"""What users see in the terminal: short usage errors, one line after Ctrl-C, progress in logs, no advertisements."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny_models
+from lightning import Callback
+
+import llava_bidir.cli
+import probes.cli
+
+PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
+
+
+@pytest.mark.parametrize(
+    ("command", "message", "meant"),
+    [
+        ("probes fit --model.mlm DIR", "probes fit: unrecognized arguments: --model.mlm DIR", "--model.mllm"),
+        ("probes fit --model.learning_rate fast", "Got value: fast", None),
+        ("probes fit -c configs/probes/folder.yaml", "are required: --model.mllm, --data.root", None),
+        ("probes fitt", "invalid choice: 'fitt'", "fit"),
+        ("probes maps --probes RUN --image 0 --outt DIR", "unrecognized arguments: --outt DIR", "--out"),
+        ("llava-bidir fit --model.image_atention causal", "--model.image_atention", "--model.image_attention"),
+        ("llava-bidir exprt", "invalid choice: 'exprt'", "export"),
+        ("llava-bidir export CKPT OUT --as-lava", "--as-lava", "--as-llava"),
+    ],
+)
+def test_usage_errors_have_three_lines_and_say_what_was_meant(command, message, meant, capsys):
+    program, *arguments = command.split()
+    with pytest.raises(SystemExit) as stop:
+        PROGRAMS[program](arguments)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and message in lines[0] and lines[0].startswith(program)
+    assert lines[1:-1] == ([f"did you mean {meant}?"] if meant else [])
+    assert re.fullmatch(rf"All options: {program}.* --help", lines[-1])
+
+
+class Interrupt(Callback):
+    """Ctrl-C in the first step."""
+
+    def on_train_batch_start(self, *args):
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_ends_with_one_line_and_status_130(parts, conversations, tmp_path, monkeypatch, capsys):
+    command = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        llava_bidir.cli.main([*command, "--trainer.callbacks+", f"{__name__}.Interrupt"])
+    assert stop.value.code == 130
+    line = "llava-bidir: interrupted; run the same command again with `--ckpt_path last` to go on"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+
+    monkeypatch.setattr("probes.analyses.extract.print_sites", Interrupt().on_train_batch_start)
+    with pytest.raises(SystemExit) as stop:
+        probes.cli.main(["sites", "MLLM"])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "probes: interrupted; run the same command again to go on\n"
+
+
+def test_a_log_has_progress_and_nothing_that_is_not_about_the_run(checkpoints, segmentation, tmp_path):
+    """The DataLoader's, the logging interval's and the model table's messages were about our own settings."""
+    command = ["fit", "-c", "configs/probes/folder.yaml", "--model.mllm", str(checkpoints["causal"])]
+    command += ["--data.root", str(segmentation), "--trainer.max_epochs", "2", "--out", str(tmp_path)]
+    command += ["--trainer.accelerator", "cpu", "--data.batch_size", "3"]
+    done = subprocess.run([sys.executable, "-m", "probes", *command], capture_output=True, text=True, check=True)
+    lines = [line for line in done.stderr.splitlines() if line.strip() and "Loading weights" not in line]
+    assert done.stdout == ""
+    expected = [r"Seed set to 0", r"GPU available: \w+, used: False"]
+    expected += [rf"epoch {i}/2, batch 2/2, loss [\d.]+, [\d.]+ batches/s, 00:00:\d\d left" for i in (1, 2)]
+    expected += [r"`Trainer.fit` stopped: `max_epochs=2` reached.", rf"{tmp_path}: mIoU encoder .*"]
+    for line in lines:
+        assert any(re.fullmatch(text, line) for text in expected), line
+    assert len(lines) == len(expected)

@@ -25,6 +25,8 @@ from probes.ops.geometry import Geometry, GridPlacement
 
 pytest.importorskip("triton", reason="triton is not installed (it is made for Linux alone)")
 
+pytestmark = pytest.mark.numerics
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parents[3]
 

@@ -10,6 +10,8 @@ from torch import nn
 
 from probes.training.heads import FEATURE_NORMS, HEADS, HIDDEN, BatchNorm, Probe, register_head
 
+pytestmark = pytest.mark.numerics
+
 GRID = (2, 3)
 
 

@@ -6,7 +6,8 @@ PY := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv vqa-venv demo demo-alone test test-all test-lowest test-peers bench lint licences audit lock clean
+.PHONY: help venv vqa-venv demo demo-alone test test-slow test-isa test-all test-lowest test-peers
+.PHONY: bench lint licences audit lock clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -54,11 +55,25 @@ demo-alone:
 	@cat $(OUT)/logs/report.log
 
 # ---------------------------------------------------------------------------------------------------- checks
-test: venv ## the fast tests, about three minutes
-	$(PY) -m pytest -q
+# Tests of a file share what they prepare, so that a file stays with one worker.
+JOBS ?= 2
+PYTEST = $(PY) -m pytest -q -n $(JOBS) --dist loadfile
+FAST := not slow and not distributed and not gpu
+
+test: venv ## the fast tests, about two minutes (JOBS=2 worker processes)
+	$(PYTEST)
+
+test-slow: venv ## the tests that take longer or start several processes
+	$(PYTEST) -m 'slow or distributed'
+
+# Other instructions and threads sum in another order. torch.compile does not follow ATEN_CPU_CAPABILITY.
+ISA = TORCH_COMPILE_DISABLE=1 OMP_WAIT_POLICY=PASSIVE TEST_THREADS
+test-isa: venv ## the numerical tests on older CPUs' instructions and on two threads
+	ATEN_CPU_CAPABILITY=default $(ISA)=1 $(PYTEST) -m 'numerics and $(FAST)'
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(ISA)=2 $(PYTEST) -m 'numerics and $(FAST)'
 
 test-all: venv vqa-venv ## all tests but those that need a GPU
-	$(PY) -m pytest -q -m 'not gpu'
+	$(PYTEST) -m 'not gpu'
 
 test-peers: venv ## transformers' own LLaVA tests on our class (clones them from GitHub, or TRANSFORMERS=file://CLONE)
 	TRANSFORMERS=$(TRANSFORMERS) $(PY) tests/peers/run.py

@@ -45,6 +45,8 @@ SlurmctldHost=$host(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
+# a requeued job waits until its old credential has expired: 10 s instead of two minutes
+AuthInfo=cred_expire=10
 StateSaveLocation=$home/state
 SlurmdSpoolDir=$home/spool
 SlurmctldPidFile=$home/slurmctld.pid

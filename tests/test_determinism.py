@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from processes import HANGING_S
 
 from llava_bidir.cli import main as llava_bidir
 from probes.cli import main as probes
@@ -22,7 +23,7 @@ def everything(out: Path, hash_seed: str) -> dict[str, bytes]:
     """All files that the pipeline leaves in `out`, by name."""
     environment = os.environ | {"PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "tests/helpers/demo_pipeline.py", str(out)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANGING_S)
     assert done.returncode == 0, done.stderr[-3000:]
     files = [path for path in out.rglob("*") if path.is_file() and not path.match(APART)]
     return {str(path.relative_to(out)): path.read_bytes() for path in files}

@@ -8,6 +8,7 @@ from pathlib import Path
 import network_guard
 import pytest
 import tiny_models
+from processes import HANGING_S
 
 ROOT = Path(__file__).parents[1]
 ALL = """
@@ -24,7 +25,7 @@ AutoModelForImageTextToText.from_pretrained(sys.argv[2], trust_remote_code=True)
 def python(log: Path, code: str, *arguments: str) -> subprocess.CompletedProcess:
     command = [*network_guard.cut(), sys.executable, "-c", code, *arguments]
     return subprocess.run(
-        command, cwd=ROOT, env=network_guard.watched(log), capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, env=network_guard.watched(log), capture_output=True, text=True, timeout=HANGING_S
     )
 
 

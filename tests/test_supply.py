@@ -113,7 +113,7 @@ def declared(*extras: str) -> set[str]:
 def imported(*folders: str) -> dict[str, set[str]]:
     """{file: the packages it imports, by the names they are installed under}."""
     known = packages_distributions()
-    ours = {"llava_bidir", "probes", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
+    ours = {"llava_bidir", "probes", "tests", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
     return {
         str(path.relative_to(ROOT)): {
             canonical(known.get(module, [module])[0])

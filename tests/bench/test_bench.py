@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import HANGING_S
 
 HERE = Path(__file__).parent
 
@@ -14,7 +15,7 @@ HERE = Path(__file__).parent
 @pytest.mark.slow
 def test_training_steps_of_all_sides_are_timed(tmp_path):
     command = [sys.executable, HERE / "training.py", "--steps", "4", "--out", tmp_path / "found.json"]
-    done = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, timeout=HANGING_S)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())
     for stage in ("stage 1", "stage 2"):
@@ -27,7 +28,7 @@ def test_the_gpus_benchmark_runs_without_one(tmp_path):
     command = [sys.executable, HERE / "gpu.py", "--device", "cpu", "--shape", "toy", "--images", "2", "--mask-px", "64"]
     command += ["--rounds", "1", "--out", tmp_path / "found.json"]
     environment = os.environ | {"PYTHONPATH": str(HERE.parents[1])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGING_S)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())
     for step in (

@@ -35,7 +35,7 @@ from llava_bidir.training.module import LlavaTraining
 SPEC = json.loads(Path(sys.argv[1]).read_text())
 OUT = Path(SPEC["out"])
 MIDDLE, END = 2, 6  # optimizer steps with checkpoints: inside the first epoch of three steps, and after the second
-TIMEOUT_MINUTES = SPEC.get("timeout_minutes", 1)
+TIMEOUT_MINUTES = SPEC.get("timeout_minutes", 30)
 FAULTY = {MIDDLE: "fault/good.ckpt", END: "fault/bad.ckpt"}
 # 0 lets ZeRO-3 partition and release parameters of a model this small
 THRESHOLDS = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
@@ -163,8 +163,12 @@ def kill_in_step(strategy, precision):
 
 
 def stall_in_step(strategy, precision):
-    """Let rank 1 hang inside an epoch."""
-    stall = lambda: time.sleep(SPEC["stalls_s"])
+    """Let rank 1 hang inside an epoch until rank 0 has failed."""
+
+    def stall():
+        while not (OUT / f"{strategy}:stall_in_step:{precision}.0.pt").exists():
+            time.sleep(0.1)
+
     return fit(strategy, precision, save={MIDDLE: FAULTY[MIDDLE]}, callbacks=[Fault(stall), ExportModel()])
 
 
@@ -176,7 +180,6 @@ class Fault(Callback):
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if trainer.global_step == END - 1 and trainer.global_rank == 1:
-            (OUT / "fault_time").touch()
             self.start_fault()
 
     def start_fault(self):

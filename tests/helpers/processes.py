@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+HANGING_S = 1200  # limit of a wait that ends by itself on a slow or busy machine, too; below DDP's timeout of 30 min
+
 
 def fork(run: Callable[[], None], log: Path | None = None) -> int:
     """Return the id of a process that calls `run` and exits with 0, or 1 if it raises; output goes to `log`."""

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from processes import HANGING_S
 
 LOCAL_CLUSTER = Path(__file__).parents[2] / "slurm/local_cluster.sh"
 
@@ -23,12 +24,12 @@ def cluster():
         pytest.skip("slurm/local_cluster.sh must run as root")
     if not shutil.which("slurmctld") and not shutil.which("apt-get"):
         pytest.skip("Slurm is not installed, and neither is apt-get to install it")
-    started = subprocess.run([LOCAL_CLUSTER, "up"], capture_output=True, text=True, timeout=300)
+    started = subprocess.run([LOCAL_CLUSTER, "up"], capture_output=True, text=True, timeout=HANGING_S)
     if started.returncode and not shutil.which("slurmctld"):
         pytest.skip(f"Slurm could not be installed: {started.stderr.strip()[-300:]}")
     assert started.returncode == 0, started.stderr
     yield
-    subprocess.run([LOCAL_CLUSTER, "down"], check=True, timeout=60)
+    subprocess.run([LOCAL_CLUSTER, "down"], check=True)
 
 
 def _cluster_name() -> str | None:

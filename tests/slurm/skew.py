@@ -1,4 +1,4 @@
-"""A callback for jobs: the last rank is slow, and the first one records every loss."""
+"""A callback for jobs: the last rank is slow or all pause, and the first one records every loss."""
 
 import os
 import time
@@ -8,17 +8,20 @@ from lightning import Callback
 
 
 class Skew(Callback):
-    """Delay the last rank and record the losses of the first.
+    """Record the losses of the first rank, and delay the last one or pause until the job is requeued.
 
     Args:
         losses: File with a line "restarts step loss" for each micro-batch of rank 0.
         seconds: Delay of the last rank per micro-batch.
+        pause_after: Step at which a job that was not requeued yet waits for it.
     """
 
-    def __init__(self, losses: str, seconds: float):
-        self.losses, self.seconds = losses, seconds
+    def __init__(self, losses: str, seconds: float = 0, pause_after: int | None = None):
+        self.losses, self.seconds, self.pause_after = losses, seconds, pause_after
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        while trainer.global_step == self.pause_after and "SLURM_RESTART_COUNT" not in os.environ:
+            time.sleep(0.1)
         if trainer.global_rank == trainer.world_size - 1:
             time.sleep(self.seconds)
 

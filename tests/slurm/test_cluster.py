@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from processes import HANGING_S
 from safetensors.torch import load_file
 
 import probes.cli
@@ -18,6 +19,7 @@ import probes.cli
 ROOT = Path(__file__).parents[2]
 VQA_PYTHON = ROOT / ".venv-vqa/bin/python"
 JOBS = 3 * (2 * 4 + 1) + (7 if VQA_PYTHON.exists() else 0)
+ON_THE_WAY = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("cluster")]
 
 
@@ -60,29 +62,25 @@ def shell(command: str, settings: dict[str, str]) -> str:
 
 
 def job_state(job: str) -> dict[str, str]:
-    """Return the state of a job. Release a requeued one, which Slurm would hold for two minutes."""
+    """Return the state of a job."""
     shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
-    state = dict(word.partition("=")[::2] for word in shown.split() if "=" in word)
-    if state["JobState"] == "PENDING" and state["Reason"] == "BeginTime":
-        subprocess.run(["scontrol", "update", f"job={job}", "StartTime=now"], capture_output=True)
+    return dict(word.partition("=")[::2] for word in shown.split() if "=" in word)
+
+
+def wait_until(done, job: str, log: Path) -> dict[str, str]:
+    """Return the state of the job as soon as `done` is true for it; fail if the job ends before."""
+    deadline = time.monotonic() + HANGING_S
+    while not done(state := job_state(job)):
+        if state["JobState"] not in ON_THE_WAY or time.monotonic() > deadline:
+            subprocess.run(["scancel", job])
+            output = log.read_text()[-3000:] if log.exists() else "no output"
+            pytest.fail(f"job {job} is {state['JobState']} (reason {state['Reason']}):\n{output}")
+        time.sleep(0.2)
     return state
 
 
-def wait_until(done, job: str, log: Path, timeout_s: float) -> dict[str, str]:
-    """Wait until `done` is true for the state of the job."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        state = job_state(job)
-        if done(state):
-            return state
-        time.sleep(0.2)
-    subprocess.run(["scancel", job])
-    pytest.fail(f"job {job} did not reach the state within {timeout_s} s:\n{log.read_text()[-3000:]}")
-
-
-def wait_for_end(job: str, log: Path, timeout_s: float = 240) -> dict[str, str]:
-    on_the_way = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
-    return wait_until(lambda state: state["JobState"] not in on_the_way, job, log, timeout_s)
+def wait_for_end(job: str, log: Path) -> dict[str, str]:
+    return wait_until(lambda state: state["JobState"] not in ON_THE_WAY, job, log)
 
 
 def submit(script: str, settings: dict[str, str], log: Path, more: str = "") -> str:
@@ -96,7 +94,7 @@ def lines_of(path: Path) -> list[list[str]]:
 
 
 def signal_at(micro_batches: int, losses: Path, job: str, log: Path, *options: str) -> None:
-    wait_until(lambda state: len(lines_of(losses)) >= micro_batches, job, log, 120)
+    wait_until(lambda state: len(lines_of(losses)) >= micro_batches, job, log)
     subprocess.run(["scancel", *options, job], check=True)
 
 
@@ -137,8 +135,8 @@ def test_interrupted_training_with_skewed_ranks_equals_uninterrupted(settings, t
 def test_requeued_probes_resume_after_the_last_complete_epoch(settings, checkpoints, segmentation, tmp_path):
     more = ["--model.mllm", str(checkpoints["causal"]), "--data.root", str(segmentation), "--trainer.max_epochs", "8"]
     one_task, log, losses = settings | {"TASKS_PER_NODE": "1"}, tmp_path / "log", tmp_path / "losses"
-    slow = f"--trainer.callbacks+=skew.Skew --trainer.callbacks.seconds=0.4 --trainer.callbacks.losses={losses}"
-    job = submit("probes", one_task, log, f"{' '.join(more)} {slow} --out {tmp_path / 'cut'}")
+    pause = f"--trainer.callbacks+=skew.Skew --trainer.callbacks.losses={losses} --trainer.callbacks.pause_after=10"
+    job = submit("probes", one_task, log, f"{' '.join(more)} {pause} --out {tmp_path / 'cut'}")
     signal_at(10, losses, job, log, "--batch", "--signal=USR1")
     state = wait_for_end(job, log)
     assert state["JobState"] == "COMPLETED" and state["Restarts"] == "1", log.read_text()[-3000:]
@@ -160,7 +158,7 @@ def test_six_configurations_run_to_the_report(settings, tmp_path):
     assert again.count("(already queued)") >= JOBS - 1, "nothing is submitted twice"
     for name, job in jobs.items():
         log = tmp_path / Path(name).parent / "logs" / f"{Path(name).name}.log"
-        assert wait_for_end(job, log, timeout_s=600)["JobState"] == "COMPLETED", f"{name}\n{log.read_text()[-3000:]}"
+        assert wait_for_end(job, log)["JobState"] == "COMPLETED", f"{name}\n{log.read_text()[-3000:]}"
     for encoder in ("clip", "dinov2", "siglip"):
         results = json.loads((tmp_path / f"{encoder}-report/results.json").read_text())
         assert set(results["masks"]) == {"causal", "bidirectional"} and results["masks"]["causal"]["knockout"]

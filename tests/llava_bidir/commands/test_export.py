@@ -11,6 +11,8 @@ from llava_bidir import LlavaBidirForConditionalGeneration
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.hf_export import OWN_KEYS, as_llava, export_hf
 
+pytestmark = pytest.mark.numerics
+
 
 def inputs(model) -> dict:
     ids = torch.tensor([[3, *[model.config.image_token_id] * tiny_models.TOKENS, 4, 5]])

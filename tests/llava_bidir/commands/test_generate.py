@@ -9,6 +9,8 @@ from PIL import Image
 
 from llava_bidir.commands.generate import answer, load
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.fixture(scope="module")
 def asked(checkpoints):

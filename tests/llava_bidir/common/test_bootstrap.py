@@ -7,6 +7,8 @@ from scipy import stats
 
 from llava_bidir.common.bootstrap import bootstrap_weights, holm, interval, p_values, random_swaps
 
+pytestmark = pytest.mark.numerics
+
 GROUPS = torch.tensor([7, 3, 3, 9, 7, 3])
 
 

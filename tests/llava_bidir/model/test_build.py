@@ -25,6 +25,8 @@ from llava_bidir.model.build import build_model, build_processor, set_trainable
 from llava_bidir.model.encoders import ENCODERS, Encoder
 from llava_bidir.model.hf_export import as_llava
 
+pytestmark = pytest.mark.numerics
+
 
 @pytest.fixture
 def built(parts):

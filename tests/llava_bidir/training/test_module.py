@@ -17,6 +17,8 @@ from llava_bidir.model.build import build_processor
 from llava_bidir.model.lora import Lora
 from llava_bidir.training.module import LlavaTraining
 
+pytestmark = pytest.mark.numerics
+
 
 def module(parts, **kwargs) -> LlavaTraining:
     settings = {"trainable": ["adapter", "llm"], "learning_rate": 1e-2, "max_new_tokens": 3}

@@ -14,6 +14,8 @@ from probes.data.registry import open_dataset
 from probes.data.samplers import PAD_INDEX
 from probes.results.probe_run import ProbeRun
 
+pytestmark = pytest.mark.numerics
+
 
 def test_run_on_an_official_layout_is_read_back_with_its_options(checkpoints, tmp_path):
     root = dataset_layouts.write_voc2012(tmp_path / "VOCdevkit/VOC2012")

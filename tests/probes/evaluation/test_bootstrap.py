@@ -1,11 +1,14 @@
 """Resampled and swapped scores against loops, and the error rates of the tests on them."""
 
 import numpy as np
+import pytest
 import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights, interval, p_values, random_swaps
 from probes.evaluation.bootstrap import dataset_scores, resampled_scores, swapped_scores
 from probes.evaluation.metrics import Counts
+
+pytestmark = pytest.mark.numerics
 
 
 def random_counts(seed: int, images: int = 30, classes: int = 4, sites: int = 2) -> Counts:

@@ -7,6 +7,8 @@ from sklearn.neighbors import NearestNeighbors
 
 from probes.evaluation.feature_statistics import StateStatistics
 
+pytestmark = pytest.mark.numerics
+
 WIDTHS = {"encoder": 6, "adapter": 9}
 TOKENS = 20
 

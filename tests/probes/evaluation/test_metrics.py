@@ -16,6 +16,8 @@ from probes.evaluation.segmentation_metric import SegmentationMetric
 from probes.ops.bilinear import upsampled_argmax
 from probes.ops.geometry import Geometry
 
+pytestmark = pytest.mark.numerics
+
 CLASSES, GRID = 5, (2, 3)
 GEOMETRY = Geometry(GRID, 12, 12)
 

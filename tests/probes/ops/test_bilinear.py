@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from probes.ops import bilinear
 from probes.ops.bilinear import bilinear_weights, make_plan, upsampled_argmax
 
+pytestmark = pytest.mark.numerics
+
 CPU = torch.device("cpu")
 SIZE = st.integers(1, 40)
 

@@ -15,6 +15,8 @@ from probes.ops import bilinear
 from probes.ops import cross_entropy as loss_module
 from probes.ops.cross_entropy import upsampled_cross_entropy
 
+pytestmark = pytest.mark.numerics
+
 
 def torch_losses(logits, target, ignore_index=IGNORED, stride=1):
     """The definition, probe by probe, f[P]."""

@@ -12,6 +12,8 @@ from probes.ops.bilinear import bilinear_weights, upsampled_argmax
 from probes.ops.cross_entropy import upsampled_cross_entropy
 from probes.ops.geometry import RESIZES, Geometry, GridPlacement
 
+pytestmark = pytest.mark.numerics
+
 CLIP = {"grid": (24, 24), "image_px": 336, "covered_px": 336}
 SIGLIP = {"grid": (27, 27), "image_px": 384, "covered_px": 378}
 SIZES = [(512, 683), (683, 512), (375, 500), (300, 300), (257, 900)]

@@ -14,6 +14,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import HANGING_S
 
 from probes.evaluation import metrics
 from probes.evaluation.metrics import count
@@ -23,6 +24,8 @@ from probes.ops.cross_entropy import upsampled_cross_entropy
 from probes.ops.geometry import Geometry, GridPlacement
 
 pytest.importorskip("triton", reason="triton is not installed (it is made for Linux alone)")
+
+pytestmark = pytest.mark.numerics
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROOT = Path(__file__).parents[3]
@@ -205,7 +208,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here():
     """What the interpreter runs need not compile. For H100 and H200, K = 150: no register may spill."""
     command = [sys.executable, Path(__file__).parent / "compile_kernels.py"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANGING_S)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert set(found) == {"cross_entropy_cell", "count_cell", "argmax_cell"}

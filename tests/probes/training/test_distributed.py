@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 import tiny_models
 import torch
 from PIL import Image
+from processes import HANGING_S
 from safetensors.torch import load_file
 
 from llava_bidir.common.checkpoint_io import latest_valid_checkpoint
@@ -24,13 +24,12 @@ TWO = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
 # Epochs have three steps, and every second step is saved unless it ends an epoch: (hook, step of death, saved step)
 DEATHS = {"a step after a checkpoint": ("on_train_batch_end", 5, 4), "validation": ("on_validation_start", 6, 4)}
 KILLER = """
-import os, signal, time
+import os, signal
 from lightning import Callback
 
 class Killer(Callback):
     def {hook}(self, trainer, *_):
         if (trainer.global_rank, trainer.global_step) == ({rank}, {step}):
-            open("{died}", "w").write(str(time.time()))
             os.kill(os.getpid(), signal.SIGKILL)
 """
 KILLING = """
@@ -65,14 +64,14 @@ def processes(arguments: list[str], fails: bool = False, **environment: str) -> 
     command = [sys.executable, "-m", "probes", *arguments]
     one_thread = {"OMP_NUM_THREADS": "1"}  # as in this process: sums depend on the number of threads
     env = os.environ | one_thread | environment
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=env)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGING_S, env=env)
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done
 
 
 def killed(run: list[str], folder: Path, hook: str, step: int, rank: int = 0) -> subprocess.CompletedProcess:
-    """The run, in which a rank is killed; `folder` gets the time, and checkpoints are saved on the way."""
-    (folder / "killer.py").write_text(KILLER.format(hook=hook, step=step, rank=rank, died=folder / "died"))
+    """The run, in which a rank is killed; checkpoints are saved on the way."""
+    (folder / "killer.py").write_text(KILLER.format(hook=hook, step=step, rank=rank))
     (folder / "killing.yaml").write_text(KILLING)
     path = f"{folder}:{os.environ.get('PYTHONPATH', '')}"
     return processes([*run, "-c", str(folder / "killing.yaml")], fails=True, PYTHONPATH=path)
@@ -145,8 +144,7 @@ def test_bad_file_of_one_rank_ends_all_ranks_with_the_same_message(checkpoints, 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rank_that_dies_ends_the_other_and_nothing_is_called_finished(rank, checkpoints, uneven, tmp_path):
     run = arguments(checkpoints["causal"], uneven, tmp_path / "run", *TWO)
-    killed(run, tmp_path, "on_train_batch_start", 5, rank)  # until both have ended
-    assert time.time() - float((tmp_path / "died").read_text()) < 60
+    killed(run, tmp_path, "on_train_batch_start", 5, rank)  # both have ended; DDP's timeout is longer than the wait
     assert not (tmp_path / "run/metrics.json").exists()
     assert latest_valid_checkpoint(tmp_path / "run/checkpoints")
 

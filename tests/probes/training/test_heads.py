@@ -5,9 +5,12 @@ import multiprocessing
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import HANGING_S
 from torch import nn
 
 from probes.training.heads import FEATURE_NORMS, HEADS, HIDDEN, BatchNorm, Probe, register_head
+
+pytestmark = pytest.mark.numerics
 
 GRID = (2, 3)
 
@@ -113,7 +116,7 @@ def test_batchnorm_over_two_processes_is_that_of_all_their_states(tmp_path):
     ]
     for rank in ranks:
         rank.start()
-    found = sorted((results.get(timeout=120) for _ in ranks), key=lambda result: result[0])
+    found = sorted((results.get(timeout=HANGING_S) for _ in ranks), key=lambda result: result[0])
     for rank in ranks:
         rank.join()
     whole = nn.BatchNorm1d(4, affine=False)

@@ -11,11 +11,17 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tolerances import rounding
 
 from probes.cli import main
 from probes.ops.geometry import Geometry
 from probes.results.probe_run import ProbeRun
 from probes.training.module import ProbeModule
+
+pytestmark = pytest.mark.numerics
+
+
+STEPS = 2 * 6
 
 
 def arguments(checkpoint, root, out, *more: str) -> list[str]:
@@ -87,7 +93,7 @@ def test_probes_trained_together_equal_probes_trained_alone(site, run, checkpoin
     main(arguments(checkpoints["causal"], segmentation, tmp_path, "--model.sites", f"[{site}]", *more))
     alone, together = ProbeRun(tmp_path).probes()[site], run.probes()[site]
     for (name, a), b in zip(alone.state_dict().items(), together.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(a, b, **rounding(b, STEPS), msg=name)
 
 
 def test_cached_states_train_the_same_probes_as_recomputed_ones(run, checkpoints, segmentation, tmp_path):

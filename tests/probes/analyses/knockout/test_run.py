@@ -20,6 +20,8 @@ from probes.analyses.knockout.schema import CONDITIONS
 from probes.cli import main
 from probes.results.probe_run import ProbeRun
 
+pytestmark = pytest.mark.numerics
+
 L = 3
 PREDICTED: dict[tuple, np.ndarray] = {}
 

@@ -27,6 +27,8 @@ def grouped_batches(lengths: ndarray, batch_size: int, micro_batch_size: int, ge
     shuffled. The remaining samples form the last batches, the only mixed ones. The longest batch comes first, so that
     running out of memory shows at once. Source: LLaVA llava_trainer.py get_modality_length_grouped_indices.
 
+    Deviates: LLaVA does not move the longest batch to the front.
+
     Args:
         lengths: int[samples], words per sample, negative for text-only samples.
         batch_size: Samples per global batch.

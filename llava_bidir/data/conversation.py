@@ -1,9 +1,9 @@
 """Encode LLaVA conversations as token ids and labels, turn by turn.
 
 One pass over the text produces both ids and labels, so they cannot disagree. LLaVA tokenises twice, compares, and
-drops samples with a "tokenization mismatch". With the tokenizer that `load_tokenizer` makes of LLaVA's
-`tokenizer.model`, the ids equal LLaVA's own (train.py preprocess_plain and preprocess_v1, mm_utils.py
-tokenizer_image_token).
+masks samples with a "tokenization mismatch". Deviates: these are trained here, as are answers that hold "<unk>".
+With the tokenizer that `load_tokenizer` makes of LLaVA's `tokenizer.model`, the ids equal LLaVA's own (train.py
+preprocess_plain and preprocess_v1, mm_utils.py tokenizer_image_token).
 """
 
 import re

@@ -167,7 +167,10 @@ def no_zero3_partitioning() -> Iterator[None]:
 
 
 def padded_vocab_size(rows: int, tokens: int) -> int:
-    """Return `rows` if they hold `tokens`, else `tokens` rounded up to a multiple that suits GPUs."""
+    """Return `rows` if they hold `tokens`, else `tokens` rounded up to a multiple that suits GPUs.
+
+    Deviates: LLaVA trains with 32,000 rows. Here the softmax of a 7B's loss has the 64 new rows, too.
+    """
     return rows if tokens <= rows else math.ceil(tokens / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 

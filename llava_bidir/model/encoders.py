@@ -142,6 +142,8 @@ class Encoder:
 
         "pad" pads to a square with the mean colour; "center_crop" crops the centre to the short side. Source: LLaVA
         train.py --image_aspect_ratio (stage 1 does not set it, so the encoder's crop applies).
+
+        Deviates: SigLIP's own processor resizes without a crop; here all encoders crop alike.
         """
         if image_resize not in ("pad", "center_crop"):
             raise UserError(

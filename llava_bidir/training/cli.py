@@ -104,7 +104,7 @@ def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:
         InstructionData,
         args=argv,
         run=run,
-        seed_everything_default=0,
+        seed_everything_default=0,  # Deviates: transformers' Trainer, which LLaVA uses, has 42
         save_config_callback=StartOfRun,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": "llava-bidir"},

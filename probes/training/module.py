@@ -40,6 +40,7 @@ class ProbeModule(LightningModule):
         image_attention: Mask of the model; None for the one it was trained with.
         untrained: Parts that are re-initialised, as a control: adapter, llm.
         image_resize: How images become squares: squash (resize) or pad (as LLaVA), see probes/ops/geometry.py.
+            Deviates: LLaVA trains and evaluates with padding. The paper does not say; squash uses all patches.
         dtype: Dtype of the model: auto (as stored in the checkpoint), bfloat16, float16 or float32. Probes are always
             float32.
         prefix: Text before the image; None for the checkpoint's chat template up to the image.
@@ -161,6 +162,8 @@ class ProbeModule(LightningModule):
 
     def losses(self, logits: Tensor, target: Tensor | list[Tensor]) -> Tensor:
         """Return the mean cross-entropy over the labelled pixels of the global batch, at mask resolution, f[S].
+
+        Large photos have more pixels, so they weigh more (an order of magnitude on ADE20K); the paper does not say.
 
         With several ranks, the share of each rank is scaled such that DDP's average over ranks is that mean.
         """

@@ -99,7 +99,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _format_gap(gap: dict) -> str:
-    return f"causal {gap['causal']:.1%}, bidirectional - causal {_format_points(gap['gap'], gap['gap_ci95'])}"
+    bidirectional, difference = gap["causal"] + gap["gap"], _format_points(gap["gap"], gap["gap_ci95"])
+    return f"causal {gap['causal']:.1%}, bidirectional {bidirectional:.1%}, difference {difference}"
 
 
 def _format_points(value: float, ci95: list[float]) -> str:

@@ -118,6 +118,8 @@ def test_command_writes_every_part(runs, tmp_path, capsys):
     assert sum(group["share"] for group in results["by_class"]["groups"]) == pytest.approx(1)
     out = capsys.readouterr().out
     assert "the gap follows" in out and "first row, frequent classes" in out
+    accuracy = [results[mask][0] for mask in ("causal", "bidirectional")]
+    assert f"patch 0: causal {accuracy[0]:.1%}, bidirectional {accuracy[1]:.1%}, difference" in out
 
 
 def test_wrong_runs_and_sites_are_errors(runs):

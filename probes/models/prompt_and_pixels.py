@@ -45,6 +45,11 @@ def check_numbers(path: str, family: Family, config: PreTrainedConfig) -> None:
         side, text_config = family.grid(config)[0], config.get_text_config()
         if not 1 <= side <= MAX_TOKENS_PER_SIDE:
             raise UserError(f"{side} x {side} image tokens; expected 1 to {MAX_TOKENS_PER_SIDE} per side")
+        tokens = side * family.grid(config)[1]
+        if config.model_type == "llava_bidir" and config.image_seq_length != tokens:
+            raise UserError(
+                f"image_seq_length is {config.image_seq_length}, but the encoder's grid has {tokens} patches"
+            )
         sizes = {"layers of the LLM": text_config.num_hidden_layers, "width of the LLM": text_config.hidden_size}
         for name, size in (sizes | {"width of the encoder": family.encoder_width(config)}).items():
             if size < 1:

@@ -188,6 +188,12 @@ class LlavaTraining(LightningModule):
         )
         return total / max(batch["supervised"], 1)
 
+    def _encode_black_image(self) -> Tensor:
+        """Return the features of a black image, f[T, d]."""
+        size = self.processor.image_processor.crop_size
+        black = torch.zeros(1, 3, size["height"], size["width"], device=self.device, dtype=self.model.dtype)
+        return self.model.get_image_features(black).pooler_output[0]
+
     @contextmanager
     def _black_image(self, needed: bool) -> Iterator[None]:
         """Encode a black image for a batch without images, and add zero times its features to the word embeddings.
@@ -197,11 +203,7 @@ class LlavaTraining(LightningModule):
         """
 
         def add_features(module, args, embedded: Tensor) -> Tensor:
-            hook.remove()  # in generation, later steps have no image on any rank
-            size = self.processor.image_processor.crop_size
-            black = torch.zeros(1, 3, size["height"], size["width"], device=embedded.device, dtype=self.model.dtype)
-            features = self.model.get_image_features(black).pooler_output[0]
-            return embedded + 0.0 * features.mean().to(embedded.dtype)
+            return embedded + 0.0 * self._encode_black_image().mean().to(embedded.dtype)
 
         if not needed:
             yield
@@ -227,8 +229,9 @@ class LlavaTraining(LightningModule):
     @torch.no_grad()
     def answer(self, prompts: dict[str, Tensor]) -> list[str]:
         """Return greedy answers to left-padded prompts."""
-        with self._black_image(needed="pixel_values" not in prompts):
-            ids = self.model.generate(**prompts, do_sample=False, max_new_tokens=self.hparams.max_new_tokens)
+        if "pixel_values" not in prompts:  # generate() of the other ranks encodes images before it does anything else
+            self._encode_black_image()
+        ids = self.model.generate(**prompts, do_sample=False, max_new_tokens=self.hparams.max_new_tokens)
         return self.processor.tokenizer.batch_decode(ids[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
 
     def on_train_batch_end(self, outputs, batch: dict[str, Any], batch_idx: int) -> None:

@@ -8,6 +8,7 @@ compared with another run, or analysed.
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,6 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from .atomic_io import atomic_write
 from .errors import UserError
 from .hf_loading import read_pretrained, weight_files
 
@@ -183,8 +183,10 @@ def checksums(root: str | Path, names: Iterable[str]) -> dict[str, str]:
     if new:
         with suppress(OSError):  # a home that is read-only or full costs time, nothing else
             cache_file.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(cache_file) as partial:
-                partial.write_text(json.dumps(_read_cache(cache_file) | new))
+            # a name of its own, since several processes write; the last one wins
+            with tempfile.NamedTemporaryFile("w", dir=cache_file.parent, delete=False) as partial:
+                json.dump(_read_cache(cache_file) | new, partial)
+            Path(partial.name).replace(cache_file)
     return {name: digest for name, (_, digest) in found.items()}
 
 

@@ -108,8 +108,8 @@ class LlavaTraining(LightningModule):
         return {key: path for key, path in paths.items() if path is not None}
 
     def setup(self, stage: str) -> None:
-        """Compute the identity of a run that is not started by the command line."""
-        if stage == "fit" and self.identity is None:
+        """Compute the identity of a run that is not started by the command line; None with data of another class."""
+        if stage == "fit" and self.identity is None and hasattr(self.trainer.datamodule, "identity"):
             compute = lambda: run_identity(self.trainer, self, self.trainer.datamodule)
             self.identity = rank_zero_result(self.trainer, compute)
 
@@ -303,7 +303,8 @@ class LlavaTraining(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check settings and trainable weights, since `strict_loading` is off for the frozen weights."""
         if self._trainer is not None and self.trainer.training:
-            check_same_identity(checkpoint.get("identity"), self.identity, "the checkpoint", RESUME_ADVICE)
+            if self.identity is not None:
+                check_same_identity(checkpoint.get("identity"), self.identity, "the checkpoint", RESUME_ADVICE)
             samples = self.trainer.datamodule.micro_batch_size * self.trainer.world_size
             rescale_progress(checkpoint, checkpoint["samples_at_a_time"], samples)
             self.metrics_before = {k: v for k, v in checkpoint["progress"].items() if "/" in k}

@@ -10,6 +10,7 @@ from llava_bidir.common.usage_errors import ArgumentParser
 
 LIGHTNING_COMMANDS = {  # their options are defined by LightningCLI
     "fit": "train a probe at every site: -c configs/probes/ade20k.yaml --model.mllm DIR --data.root DIR --out RUN",
+    "solve": "solve a probe at every site from moments, at every strength of regularisation; options as for fit",
     "validate": "score the probes of a checkpoint as they are",
     "test": "score the probes of a checkpoint, each at its best epoch, and write the files of the run",
     "verify-data": "read every image and mask before training: -c configs/probes/ade20k.yaml --data.root DIR",
@@ -172,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
             build_parser().print_help()
             sys.exit(2)
         if argv[0] in LIGHTNING_COMMANDS:
-            module = "verify_data" if argv[0] == "verify-data" else "cli"
+            module = {"verify-data": "verify_data", "solve": "solve"}.get(argv[0], "cli")
             import_module(f"probes.training.{module}").main(argv)
             return
         args = build_parser().parse_args(argv)

@@ -22,6 +22,7 @@ RESULTS = (
     "manifest.json",
     "counts.safetensors",
     "recipes.safetensors",
+    "path.safetensors",
     "probes.safetensors",
 )
 
@@ -68,7 +69,8 @@ def start_run(
         UserError: The folder holds a run and neither `--ckpt_path` nor `--overwrite` says what to do with it, its
             identity is another one, or there is no such checkpoint.
     """
-    folder, overwrite = Path(cli.trainer.default_root_dir), cli.config[cli.subcommand]["overwrite"]
+    folder = Path(cli.trainer.default_root_dir)
+    overwrite = cli.config.get(str(cli.subcommand), cli.config)["overwrite"]
 
     def plan() -> RunPlan:
         identity = run_identity(cli.trainer, cli.model, cli.datamodule)
@@ -82,7 +84,7 @@ def start_run(
                 raise _occupied(folder, f"a finished run ({result.relative_to(folder)})")
             check_same_identity(read_identity(), identity, str(result), RESUME_ADVICE)
             return RunPlan(identity, finished=True)
-        if ckpt_path is None and (left := sorted(checkpoints.glob("*.ckpt"))):
+        if ckpt_path is None and (left := sorted(checkpoints.glob("*.*"))):
             raise _occupied(folder, f"checkpoints of an unfinished run, e.g. {left[-1].name}")
         return RunPlan(identity, checkpoint)
 
@@ -132,3 +134,6 @@ class StartOfRun(SaveConfigCallback):
         if trainer.is_global_zero:
             for path in self.replaced:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        self.replaced = []
+
+    on_predict_start = on_train_start  # of `probes solve`

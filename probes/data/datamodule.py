@@ -53,6 +53,8 @@ class SegmentationData(LightningDataModule):
         self.batch_size, self.cache_features = batch_size, cache_features
         self.num_workers, self.seed = min(num_workers, len(os.sched_getaffinity(0))), seed
         self.trained_batches = 0
+        self.pass_batches: list[list[int]] = []  # of one rank, for `predict_dataloader`
+        self._verified = False
         self._sources: dict[str, Dataset] = {}
 
     @property
@@ -66,13 +68,14 @@ class SegmentationData(LightningDataModule):
         return {key: value for identity in parts for key, value in identity.items()}
 
     def setup(self, stage: str) -> None:
-        """Read every image and mask once before `fit` loads the model; each rank reads its share.
+        """Read every image and mask once before the model is loaded; each rank reads its share.
 
         Raises:
             UserError: If some cannot be used; the message is the same on all ranks and names the files.
         """
-        if stage != "fit":
+        if stage not in ("fit", "predict") or self._verified:
             return
+        self._verified = True
         self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, self.steps_per_epoch)
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
         bar = rank == 0 and self.trainer.progress_bar_callback is not None
@@ -107,12 +110,17 @@ class SegmentationData(LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """Return the loader of the validation images."""
         source, rank, ranks = self._source("validation"), self.trainer.global_rank, self.trainer.world_size
-        return self._loader(source, validation_batches(len(source), self._rank_batch_size, rank, ranks))
+        return self._loader(source, validation_batches(len(source), self.rank_batch_size, rank, ranks))
 
     test_dataloader = val_dataloader
 
+    def predict_dataloader(self) -> DataLoader:
+        """Return the loader of a pass over training images, in the order of `pass_batches`."""
+        return self._loader(self._source("training"), self.pass_batches)
+
     @property
-    def _rank_batch_size(self) -> int:
+    def rank_batch_size(self) -> int:
+        """Images per batch of a rank."""
         return math.ceil(self.batch_size / self.trainer.world_size)
 
     def _loader(self, source: Dataset, batches) -> DataLoader:
@@ -134,7 +142,7 @@ class SegmentationData(LightningDataModule):
                         module.mllm,
                         source,
                         module.sites,
-                        batch_size=self._rank_batch_size,
+                        batch_size=self.rank_batch_size,
                         workers=self.num_workers,
                         copies=trainer.num_devices,
                         name=f"{self.name} {split}",

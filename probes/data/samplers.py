@@ -78,3 +78,38 @@ def validation_batches(images: int, batch_size: int, rank: int = 0, world_size: 
     starts = range(0, images // world_size, batch_size)
     ends = [*starts[1:], len(mine)]
     return [mine[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+def assign_folds(images: int, folds: int, seed: int = 0, groups: list[str] | None = None) -> torch.Tensor:
+    """Return the fold of each image, i64[N], drawn at random in equal parts; images of a group share a fold.
+
+    Raises:
+        UserError: If there are fewer images or groups than folds.
+    """
+    units = list(range(images)) if groups is None else sorted(set(groups))
+    if len(units) < folds:
+        raise UserError(f"{len(units)} training {'images' if groups is None else 'groups'} for {folds} folds")
+    order = torch.randperm(len(units), generator=torch.Generator().manual_seed(seed))
+    fold_of = torch.empty(len(units), dtype=torch.long)
+    fold_of[order] = torch.arange(len(units)) % folds
+    return fold_of if groups is None else fold_of[[units.index(group) for group in groups]]
+
+
+class Batches(list):
+    """Lists of images, one per batch; a class of its own because Lightning sets attributes of batch samplers."""
+
+
+def fold_batches(fold_of: torch.Tensor, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
+    """Return the batches of one rank in a pass, fold by fold, so that all images of a batch are of the same fold.
+
+    Args:
+        fold_of: i64[N], from :func:`assign_folds`.
+        batch_size: Images per batch of a rank.
+        rank: Index of this process.
+        world_size: R.
+    """
+    batches = []
+    for fold in range(int(fold_of.max()) + 1):
+        mine = (fold_of == fold).nonzero().flatten().tolist()[rank::world_size]
+        batches += [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+    return batches

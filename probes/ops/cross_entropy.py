@@ -86,6 +86,27 @@ def upsampled_cross_entropy(
     return losses if logits.ndim == 5 else losses[0]
 
 
+def soft_labels(
+    target: Tensor,
+    classes: int,
+    grid: tuple[int, int],
+    ignore_index: int = 255,
+    *,
+    view: GridPlacement | None = None,
+    label_stride: int = 1,
+) -> Tensor:
+    """Return T = U^T onehot(target), f64[B, h * w, K]: the weight of each class at each token.
+
+    T is the adjoint of the bilinear upsampling U of :func:`upsampled_cross_entropy`, whose arguments have the same
+    names. The sum of T is the number of labelled pixels.
+    """
+    target, size = subsample(target, label_stride), tuple(target.shape[1:])
+    valid = target != ignore_index
+    plan = make_plan(1, classes, tuple(grid), size, torch.float64, target.device, view=view, stride=label_stride)
+    soft = _soft_labels(target.masked_fill(~valid, 0), valid.double(), classes, plan)  # [B, h, K, w]
+    return soft.transpose(2, 3).flatten(1, 2)
+
+
 def subsample(target: Tensor, stride: int) -> Tensor:
     """Return every stride-th pixel row and column of a mask [..., H, W], from `stride // 2` on."""
     return target[..., stride // 2 :: stride, stride // 2 :: stride]

@@ -16,3 +16,22 @@ def all_gather(x: Tensor) -> Tensor:
     tensors = [torch.empty_like(x) for _ in range(rank_count())]
     torch.distributed.all_gather(tensors, x.contiguous())
     return torch.stack(tensors)
+
+
+def rank() -> int:
+    """Return the index of this process."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """Replace the tensor by its sum over processes, in place, and return it."""
+    if rank_count() > 1:
+        torch.distributed.all_reduce(x)
+    return x
+
+
+def broadcast(x: Tensor, source: int) -> Tensor:
+    """Replace the tensor by that of process `source`, in place, and return it."""
+    if rank_count() > 1:
+        torch.distributed.broadcast(x, source)
+    return x

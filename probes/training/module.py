@@ -6,33 +6,29 @@ keeps the weights of its own best epoch. Source: App. A.2.
 Legend: S sites, B images, T image tokens on a grid h x w, d width, K classes.
 """
 
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.identity import Identity, check_same_identity, run_identity
-from llava_bidir.common.rank_zero import rank_zero_result
+from llava_bidir.common.identity import check_same_identity
 from llava_bidir.common.run_folder import RESUME_ADVICE
 from probes.data.batches import group_by_mask_size
 from probes.data.samplers import PAD_INDEX
 from probes.evaluation.bootstrap import dataset_scores
-from probes.evaluation.feature_statistics import StateStatistics
-from probes.evaluation.metrics import IGNORE_INDEX, Counts, patch_labels
-from probes.evaluation.segmentation_metric import SegmentationMetric
-from probes.models.load import load
+from probes.evaluation.metrics import IGNORE_INDEX
 from probes.ops.cross_entropy import subsample, upsampled_cross_entropy
 
 from .distributed import all_gather
-from .heads import FEATURE_NORMS, HEADS, Probe
+from .frozen_probes import FrozenProbes
+from .heads import FEATURE_NORMS, HEADS
 from .probe_variants import LABELS, ProbeVariant, build_variants, probe_name
-from .write_run import save_run
 
 
-class ProbeModule(LightningModule):
-    """A frozen MLLM and, for each variant, a probe at each of its sites.
+class ProbeModule(FrozenProbes):
+    """Probes trained by AdamW; see :class:`FrozenProbes`.
 
     Args:
         mllm: Checkpoint directory or hub id.
@@ -78,69 +74,11 @@ class ProbeModule(LightningModule):
         variants: dict[str, dict[str, Any]] | None = None,
         seed: int = 0,
     ):
-        super().__init__()
+        main = ProbeVariant(head, feature_norm, learning_rate, labels, seed)
+        super().__init__(build_variants(main, variants or {}))
         self.save_hyperparameters()
-        self.variants = build_variants(ProbeVariant(head, feature_norm, learning_rate, labels, seed), variants or {})
         self.strict_loading = False  # checkpoints hold the probes only; the MLLM is reloaded from its source
-        self.mllm = None
-        self.identity: Identity | None = None
-        self.validated_at: list[int] = []  # optimizer steps
-        self.epochs: list[int | float] = []  # the same in epochs; fractional within an epoch
-        self.history: dict[str, list[float]] = {}  # mIoU by probe, see `probe_name`
         self.best: dict[str, dict[str, Tensor]] = {}
-
-    def models(self) -> dict[str, str]:
-        """Return the paths of the models that the run is made from, by setting."""
-        return {"mllm": self.hparams.mllm}
-
-    def setup(self, stage: str) -> None:
-        """Compute the identity of a run that is not started by the command line."""
-        if stage in ("fit", "test") and self.identity is None:
-            compute = lambda: run_identity(self.trainer, self, self.trainer.datamodule)
-            self.identity = rank_zero_result(self.trainer, compute)
-
-    def configure_model(self) -> None:
-        """Load the MLLM and build probes and metrics."""
-        if self.mllm is not None:
-            return
-        args, data = self.hparams, self.trainer.datamodule
-        self.mllm = load(
-            args.mllm,
-            args.image_attention,
-            dtype=args.dtype,
-            device="cpu",
-            image_resize=args.image_resize,
-            prefix=args.prefix,
-            untrained=args.untrained or (),
-            seed=args.seed,
-        )
-        self.sites = self.mllm.check_sites(args.sites)
-        self.heads = nn.ModuleDict(
-            {probe_name(name, site): self._build_probe(name, site) for name in self.variants for site in self.sites}
-        )
-        images = len(data.splits["validation"])
-        counts = [len(self.sites), images, args.num_classes, self.mllm.geometry]
-        # Only the main variant is counted per token and per pair of classes.
-        self.metrics = nn.ModuleList(
-            SegmentationMetric(*counts, by_token=name is None, confusion=name is None) for name in self.variants
-        )
-        self.statistics = StateStatistics({site: self.mllm.widths[site] for site in self.sites}, images)
-
-    def _build_probe(self, variant: str | None, site: str) -> Probe:
-        """Return a probe whose initialisation does not depend on the other probes of the run."""
-        settings, width = self.variants[variant], self.mllm.widths[site]
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed * 1_000_003 + self.mllm.sites.index(site))
-            return Probe(width, self.hparams.num_classes, self.mllm.grid, settings.feature_norm, settings.head)
-
-    def states(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the states f[B, T, d] by site, in the dtype of the model."""
-        return batch["states"] if "states" in batch else self.mllm.states(batch["pixels"], self.sites)
-
-    def logits(self, states: dict[str, Tensor], variant: str | None) -> Tensor:
-        """Return the logits of a variant's probes on the token grid, f32[S, B, K, h, w]."""
-        logits = torch.stack([self.heads[probe_name(variant, site)](states[site].float()) for site in self.sites])
-        return logits.transpose(-1, -2).unflatten(-1, self.mllm.grid)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return a loss with the gradients of all probes."""
@@ -179,27 +117,6 @@ class ProbeModule(LightningModule):
         ]
         return sum(losses, logits[:, :0].sum((1, 2, 3, 4))) / valid  # 0 with gradient 0 if there are no images
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Count the images of the batch; return the logits of the main variant f[S, B, K, h, w] for callbacks."""
-        return self._score(self.states(batch), batch)
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Do the same as :meth:`validation_step`, and update the statistics of the states."""
-        states = self.states(batch)
-        for images, target in group_by_mask_size(batch["target"]):
-            view = self.mllm.geometry.view(tuple(target.shape[-2:]))
-            labels = patch_labels(target, self.hparams.num_classes, self.mllm.grid, view=view)
-            self.statistics.update({site: x[images] for site, x in states.items()}, labels, batch["index"][images])
-        return self._score(states, batch)
-
-    def _score(self, states: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
-        groups = group_by_mask_size(batch["target"])
-        for name, metric in reversed(list(zip(self.variants, self.metrics, strict=True))):
-            logits = self.logits(states, name)
-            for images, target in groups:
-                metric.update(logits[:, images], target, batch["index"][images])
-        return logits  # of the main variant, which is the last one
-
     def on_validation_epoch_end(self) -> None:
         """Score every probe, and keep the weights of those with a new best score."""
         fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
@@ -225,19 +142,6 @@ class ProbeModule(LightningModule):
         for probe, weights in self.best.items():
             self.heads[probe].load_state_dict(weights)
 
-    def on_test_epoch_end(self) -> None:
-        """Write the files of the run."""
-        counts, states = {name: self._compute_counts(name) for name in self.variants}, self.statistics.compute()
-        self.statistics.reset()
-        if self.trainer.is_global_zero:
-            save_run(self, self.trainer.datamodule, counts, states, self.trainer.default_root_dir)
-
-    def _compute_counts(self, variant: str | None) -> Counts:
-        metric = self.metrics[list(self.variants).index(variant)]
-        counts = metric.compute()
-        metric.reset()
-        return counts
-
     def configure_optimizers(self) -> dict[str, Any]:
         """Return AdamW with one parameter group per variant, and polynomial decay."""
         args = self.hparams
@@ -250,6 +154,13 @@ class ProbeModule(LightningModule):
         steps = self.trainer.datamodule.steps_per_epoch * self.trainer.max_epochs
         schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def settings_of(self, variant: str | None) -> dict[str, Any]:
+        """Return how the probes of a variant were trained, for metrics.json."""
+        epochs, data = self.trainer.max_epochs, self.trainer.datamodule
+        steps = epochs * data.steps_per_epoch
+        settings = {"batch_size": data.batch_size, "epochs": epochs, "steps": steps, "validated_at": self.validated_at}
+        return asdict(self.variants[variant]) | settings
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the probes without the frozen model, and the history of validations."""

@@ -84,6 +84,34 @@ class VariantResults(BaseModel):
     summary: dict[str, Any] = {}
 
 
+class PathScores(BaseModel):
+    """Scores of a site's solved probes at every strength; `chosen` is that of the lowest cross-validated loss."""
+
+    site: str
+    miou: list[Number]
+    pacc: list[Number]
+    cross_entropy: list[Number]
+    cv_cross_entropy: list[Number]
+    chosen: Number
+    certificates: list[dict[str, Any]] = []
+
+
+class Instrument(BaseModel):
+    """The path of one way to solve probes: the closed form, or the optimum of the loss."""
+
+    strengths: list[Number]
+    sites: list[PathScores]
+
+
+class SolvedPath(BaseModel):
+    """metrics.json["path"]."""
+
+    passes: int
+    sample_images: int
+    closed_form: Instrument
+    optimum: Instrument | None = None
+
+
 class Metrics(BaseModel):
     """metrics.json: scores per site with intervals."""
 
@@ -104,6 +132,7 @@ class Metrics(BaseModel):
     sites: Annotated[list[SiteScores], Field(min_length=1)]
     summary: Summary
     recipes: dict[str, VariantResults] = {}
+    path: SolvedPath | None = None
 
     @model_validator(mode="after")
     def _check_agreement(self) -> "Metrics":

@@ -3,7 +3,6 @@
 import logging
 import platform
 import subprocess
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,21 @@ PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
 
 
 def save_run(
-    module, data, counts: dict[str | None, Counts], states: dict[str, dict[str, float | None]], out: str | Path
+    module,
+    data,
+    counts: dict[str | None, Counts],
+    states: dict[str, dict[str, float | None]],
+    path: tuple[dict[str, Any], dict[str, torch.Tensor]],
+    out: str | Path,
 ) -> None:
     """Write all files of a finished run into `out`.
 
     Args:
-        module: The `ProbeModule`.
+        module: The `FrozenProbes`.
         data: Its `SegmentationData`.
         counts: By variant; the main variant is None.
         states: Statistics of the states by site.
+        path: Scores of the probes at every strength, and counts per image; empty for trained probes.
         out: Folder of the run.
     """
     out, args, main = Path(out), module.hparams, counts[None]
@@ -56,12 +61,15 @@ def save_run(
         grid=list(module.mllm.grid),
         **dict(results.pop(None)),
         recipes=results,
+        **({"path": path[0]} if path[0] else {}),
     )
     further = {f"{name}/{k}": getattr(counts[name], k) for name in results for k in ("intersection", "predicted")}
     tensors = main._asdict() | {"group": group_indices(data.splits["validation"])}
     files = {out / "counts.safetensors": {k: v for k, v in tensors.items() if v is not None}}
     if further:
         files[out / "recipes.safetensors"] = further
+    if path[1]:
+        files[out / "path.safetensors"] = path[1]
     files[out / "probes.safetensors"] = module.heads.state_dict()
     for name, part in ("manifest.json", manifest(module, data)), ("metrics.json", metrics):
         files[out / name] = part.model_dump(exclude_unset=True)
@@ -70,14 +78,10 @@ def save_run(
 
 def variant_results(module, data, variant: str | None, counts: Counts) -> VariantResults:
     """Return the settings and scores of a probe variant."""
-    probe = asdict(module.variants[variant]) | {
-        "batch_size": data.batch_size,
-        "epochs": module.trainer.max_epochs,
-        "steps": module.trainer.max_epochs * data.steps_per_epoch,
-        "validated_at": module.validated_at,
-    }
     sites = site_scores(module, data, variant, counts)
-    return VariantResults(probe=probe, sites=sites, summary=summary({site.site: site.miou for site in sites}))
+    return VariantResults(
+        probe=module.settings_of(variant), sites=sites, summary=summary({site.site: site.miou for site in sites})
+    )
 
 
 def site_scores(module, data, variant: str | None, counts: Counts) -> list[SiteScores]:

@@ -35,7 +35,7 @@ def fit(root, out, *more):
 
 
 def test_all_bad_files_are_listed_by_kind_before_the_model_is_loaded(broken, checkpoints, tmp_path, monkeypatch):
-    monkeypatch.delattr("probes.training.module.load")
+    monkeypatch.delattr("probes.training.frozen_probes.load")
     with pytest.raises(SystemExit) as stop:
         fit(broken, tmp_path / "run", "--model.mllm", str(checkpoints["causal"]))
     message = str(stop.value.code)

@@ -1,0 +1,140 @@
+"""Probes at every site of a frozen MLLM: loading, states, logits, and the scores on the validation split.
+
+`module.py` trains the probes by gradient descent, `solver.py` solves them from moments.
+
+Legend: S sites, B images, T image tokens on a grid h x w, d width, K classes.
+"""
+
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+
+from llava_bidir.common.identity import Identity, run_identity
+from llava_bidir.common.rank_zero import rank_zero_result
+from probes.data.batches import group_by_mask_size
+from probes.evaluation.feature_statistics import StateStatistics
+from probes.evaluation.metrics import Counts, patch_labels
+from probes.evaluation.segmentation_metric import SegmentationMetric
+from probes.models.load import load
+
+from .heads import Probe
+from .probe_variants import ProbeVariant, probe_name
+from .write_run import save_run
+
+
+class FrozenProbes(LightningModule):
+    """A frozen MLLM and, for each variant, a probe at each of its sites.
+
+    A subclass saves the hyperparameters `mllm`, `num_classes`, `image_attention`, `untrained`, `image_resize`, `dtype`,
+    `prefix`, `sites` and `seed`.
+
+    Args:
+        variants: Settings of the probes by name; the main ones under None.
+    """
+
+    def __init__(self, variants: dict[str | None, ProbeVariant]):
+        super().__init__()
+        self.variants = variants
+        self.mllm = None
+        self.identity: Identity | None = None
+        self.validated_at: list[int] = []  # optimizer steps
+        self.epochs: list[int | float] = []  # the same in epochs; fractional within an epoch
+        self.history: dict[str, list[float]] = {}  # mIoU by probe, see `probe_name`
+
+    def models(self) -> dict[str, str]:
+        """Return the paths of the models that the run is made from, by setting."""
+        return {"mllm": self.hparams.mllm}
+
+    def setup(self, stage: str) -> None:
+        """Compute the identity of a run that is not started by the command line."""
+        if stage in ("fit", "test") and self.identity is None:
+            compute = lambda: run_identity(self.trainer, self, self.trainer.datamodule)
+            self.identity = rank_zero_result(self.trainer, compute)
+
+    def configure_model(self) -> None:
+        """Load the MLLM and build probes and metrics."""
+        if self.mllm is not None:
+            return
+        args, data = self.hparams, self.trainer.datamodule
+        self.mllm = load(
+            args.mllm,
+            args.image_attention,
+            dtype=args.dtype,
+            device="cpu",
+            image_resize=args.image_resize,
+            prefix=args.prefix,
+            untrained=args.untrained or (),
+            seed=args.seed,
+        )
+        self.sites = self.mllm.check_sites(args.sites)
+        self.heads = nn.ModuleDict(
+            {probe_name(name, site): self._build_probe(name, site) for name in self.variants for site in self.sites}
+        )
+        images = len(data.splits["validation"])
+        counts = [len(self.sites), images, args.num_classes, self.mllm.geometry]
+        # Only the main variant is counted per token and per pair of classes.
+        self.metrics = nn.ModuleList(
+            SegmentationMetric(*counts, by_token=name is None, confusion=name is None) for name in self.variants
+        )
+        self.statistics = StateStatistics({site: self.mllm.widths[site] for site in self.sites}, images)
+
+    def _build_probe(self, variant: str | None, site: str) -> Probe:
+        """Return a probe whose initialisation does not depend on the other probes of the run."""
+        settings, width = self.variants[variant], self.mllm.widths[site]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed * 1_000_003 + self.mllm.sites.index(site))
+            return Probe(width, self.hparams.num_classes, self.mllm.grid, settings.feature_norm, settings.head)
+
+    def states(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the states f[B, T, d] by site, in the dtype of the model."""
+        return batch["states"] if "states" in batch else self.mllm.states(batch["pixels"], self.sites)
+
+    def logits(self, states: dict[str, Tensor], variant: str | None) -> Tensor:
+        """Return the logits of a variant's probes on the token grid, f32[S, B, K, h, w]."""
+        logits = torch.stack([self.heads[probe_name(variant, site)](states[site].float()) for site in self.sites])
+        return logits.transpose(-1, -2).unflatten(-1, self.mllm.grid)
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Count the images of the batch; return the logits of the main variant f[S, B, K, h, w] for callbacks."""
+        return self._score(self.states(batch), batch)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Do the same as :meth:`validation_step`, and update the statistics of the states."""
+        states = self.states(batch)
+        for images, target in group_by_mask_size(batch["target"]):
+            view = self.mllm.geometry.view(tuple(target.shape[-2:]))
+            labels = patch_labels(target, self.hparams.num_classes, self.mllm.grid, view=view)
+            self.statistics.update({site: x[images] for site, x in states.items()}, labels, batch["index"][images])
+        return self._score(states, batch)
+
+    def _score(self, states: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
+        groups = group_by_mask_size(batch["target"])
+        for name, metric in reversed(list(zip(self.variants, self.metrics, strict=True))):
+            logits = self.logits(states, name)
+            for images, target in groups:
+                metric.update(logits[:, images], target, batch["index"][images])
+        return logits  # of the main variant, which is the last one
+
+    def on_test_epoch_end(self) -> None:
+        """Write the files of the run."""
+        counts, states = {name: self._compute_counts(name) for name in self.variants}, self.statistics.compute()
+        self.statistics.reset()
+        path = self.path_results()
+        if self.trainer.is_global_zero:
+            save_run(self, self.trainer.datamodule, counts, states, path, self.trainer.default_root_dir)
+
+    def settings_of(self, variant: str | None) -> dict[str, Any]:
+        """Return how the probes of a variant were made, for metrics.json."""
+        raise NotImplementedError
+
+    def path_results(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the content of metrics.json["path"] and of path.safetensors; empty if there is no path."""
+        return {}, {}
+
+    def _compute_counts(self, variant: str | None) -> Counts:
+        metric = self.metrics[list(self.variants).index(variant)]
+        counts = metric.compute()
+        metric.reset()
+        return counts

@@ -1,0 +1,100 @@
+"""First and second moments of the states of a site, from which its linear discriminants follow in closed form.
+
+With x the state of a token and t[k] the weight of class k at the token (U^T onehot(label), the adjoint of the bilinear
+upsampling), a pass over the images sums, per site and per fold of images,
+
+    N[k] = sum t[k]        S[k] = sum t[k] (x - pivot)        Q = sum (sum_k t[k]) (x - pivot) (x - pivot)^T.
+
+The pivot, the mean state of the first batch, keeps Q small: LLMs have channels whose mean is a thousand times their
+standard deviation, and Q would lose their variance to rounding. Products of a batch are float32, sums over batches
+float64; `tests/probes/training/test_moments.py` shows why.
+
+Legend: F folds, K classes, d width, n tokens of a batch.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 1024  # columns of Q per product; Q is symmetric, so that blocks below the diagonal are not computed
+
+
+@dataclass
+class Moments:
+    """Moments of one site, per fold of images.
+
+    Args:
+        pivot: f32[d], subtracted from the states.
+        count: f64[F, K], N.
+        first: f64[F, K, d], S.
+        second: f64[F, d, d], Q; only the blocks on and above the diagonal are filled until `finish`.
+    """
+
+    pivot: Tensor
+    count: Tensor
+    first: Tensor
+    second: Tensor
+
+    @classmethod
+    def zeros(cls, pivot: Tensor, folds: int, classes: int) -> "Moments":
+        """Return empty moments on the device of `pivot`."""
+        new = lambda *shape: torch.zeros(folds, *shape, dtype=torch.float64, device=pivot.device)
+        width = len(pivot)
+        return cls(pivot, new(classes), new(classes, width), new(width, width))
+
+    @torch.no_grad()
+    def update(self, states: Tensor, labels: Tensor, fold: int) -> None:
+        """Add the states f[n, d] of tokens with soft labels f64[n, K] to a fold."""
+        labels = labels.to(self.count.device)
+        x = states.to(self.pivot) - self.pivot
+        weighted = x * labels.sum(1, keepdim=True).float()
+        self.count[fold] += labels.sum(0)
+        with _full_precision():
+            self.first[fold] += labels.T.float() @ x
+            for start in range(0, x.shape[1], BLOCK):
+                rows = slice(start, start + BLOCK)
+                self.second[fold, rows, start:] += x[:, rows].T @ weighted[:, start:]
+
+    def shift(self, pivot: Tensor) -> None:
+        """Change the pivot to f32[d]; exact, since the sums are polynomials in it."""
+        delta = self.pivot.double() - pivot.double()
+        first = self.first.sum(1)  # [F, d]
+        cross = first[:, :, None] * delta
+        total = self.count.sum(1)[:, None, None]
+        self.second += cross + cross.mT + total * torch.outer(delta, delta)
+        self.first += self.count[:, :, None] * delta
+        self.pivot = pivot
+
+    def add(self, other: "Moments") -> None:
+        """Add the moments of other images."""
+        other.shift(self.pivot)
+        for name, value in other.sums().items():
+            getattr(self, name).add_(value.to(self.count.device))
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return the sums by name."""
+        return {"count": self.count, "first": self.first, "second": self.second}
+
+    def without(self, fold: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return N f64[K], S f64[K, d] and Q f64[d, d] of all folds but one; of all for None."""
+        kept = [i for i in range(len(self.count)) if i != fold]
+        count, first = self.count[kept].sum(0), self.first[kept].sum(0)
+        upper = sum((self.second[i] for i in kept[1:]), self.second[kept[0]]).triu()
+        return count, first, upper + upper.triu(1).T
+
+
+class _full_precision:
+    """Compute float32 products without TF32, whose 10 bits would limit the smallest eigenvalue that is found."""
+
+    def __enter__(self):
+        self.before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        self.autocast = torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False)
+        for context in self.autocast:
+            context.__enter__()
+
+    def __exit__(self, *error):
+        for context in self.autocast:
+            context.__exit__(*error)
+        torch.set_float32_matmul_precision(self.before)

@@ -1,0 +1,99 @@
+"""The command `probes solve`: the options of `probes fit`, and those of the solver."""
+
+import argparse
+import shutil
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.run_folder import start_run
+
+from .cli import ProbeCLI, build_cli
+from .closed_form import STRENGTHS
+from .optimum import OPTIMUM_STRENGTHS
+from .run_schema import Manifest, read_run_file
+from .solver import ProbeSolver
+
+# options of `fit` that a solver has too; the others say how probes are trained
+SHARED = ("mllm", "num_classes", "image_attention", "untrained", "image_resize", "dtype", "prefix", "sites")
+SHARED += ("label_stride", "seed")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the options that `fit` does not have."""
+    parser = argparse.ArgumentParser(
+        prog="probes solve",
+        description="Solve linear probes of all sites from moments of their states, at every strength of "
+        "regularisation, and refine them to the optimum of the loss. All other options are those of `probes fit` (-c "
+        "CONFIG ..., --model.mllm, --data.root, --out, --overwrite, ...); those that say how probes are trained are "
+        "ignored.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    text = "most passes over the training images; 1 for the closed form alone. Where the states of all images fit into "
+    parser.add_argument("--passes", type=int, default=8, help=text + "memory, one pass is enough for the optimum too")
+    parser.add_argument("--folds", type=int, default=4, help="folds of training images that choose the strength")
+    text = "strengths of the closed form, in (0, 1]"
+    parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS, metavar="R", help=text)
+    text = "strengths at which the loss is minimised"
+    parser.add_argument("--optimum-strengths", type=float, nargs="+", default=OPTIMUM_STRENGTHS, metavar="R", help=text)
+    text = "shrink covariances towards their diagonal, or towards one variance for all channels"
+    parser.add_argument("--shrink-to", choices=["diagonal", "trace"], default="diagonal", help=text)
+    text = "training images whose states are kept in memory (default: as many as fit into a quarter of it)"
+    parser.add_argument("--sample-images", type=int, metavar="N", help=text)
+    text = "`last` goes on with what a killed run has left, and leaves a finished one alone"
+    parser.add_argument("--ckpt_path", choices=["last"], help=text)
+    parser.add_argument("--dry-run", action="store_true", help="print memory and hours, measured on a few images")
+    return parser
+
+
+def main(argv: list[str]) -> None:
+    """Run `probes solve`."""
+    args, config = build_parser().parse_known_args(argv[1:])
+    check_options(args)
+    cli = build_cli([*config, "--trainer.inference_mode=false"], run=False)  # it excludes gradients
+    cli.model = build_solver(cli.model, args)
+    cli.datamodule.cache_features = False  # images are read once, or kept as the solver's sample
+    run(cli, args.ckpt_path)
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raise a UserError if an option of the solver is out of range."""
+    for name, least in (("passes", 1), ("folds", 2)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    for name in ("strengths", "optimum_strengths"):
+        values = getattr(args, name)
+        if outside := [value for value in values if not 0 < value <= 1]:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0 and at most 1, got {outside[0]:g}")
+        setattr(args, name, tuple(sorted(set(values))))
+
+
+def build_solver(fit, args: argparse.Namespace) -> ProbeSolver:
+    """Return the solver with the settings that it shares with a `ProbeModule`.
+
+    Raises:
+        UserError: The config asks for probes that are not linear, or for variants.
+    """
+    if fit.hparams.head != "linear":
+        raise UserError(f"model.head is {fit.hparams.head!r}, but only linear probes can be solved; use `probes fit`")
+    options = ("passes", "folds", "strengths", "optimum_strengths", "shrink_to", "sample_images")
+    shared = {key: fit.hparams[key] for key in SHARED}
+    return ProbeSolver(**shared, **{key: getattr(args, key) for key in options})
+
+
+def run(cli: ProbeCLI, ckpt_path: str | None) -> None:
+    """Make the passes, score the probes, and write the files of the run."""
+    with cli.exclusive_run_lock():
+        metrics_file, trainer, module = cli.out / "metrics.json", cli.trainer, cli.model
+        saved = lambda: read_run_file(Manifest, cli.out / "manifest.json").get("identity")
+        plan = start_run(cli, ckpt_path, cli.checkpoints, metrics_file, saved)
+        if plan.finished:
+            rank_zero_info(f"{metrics_file} exists: this run is finished; nothing to do")
+            return
+        module.resuming = ckpt_path == "last"
+        while not module.finished or module.passes == 0:
+            trainer.predict(module, datamodule=cli.datamodule, return_predictions=False)
+        trainer.test(module, datamodule=cli.datamodule, verbose=False)
+        if trainer.is_global_zero:
+            shutil.rmtree(cli.checkpoints, ignore_errors=True)
+        rank_zero_info(cli._format_scores())

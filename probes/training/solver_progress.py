@@ -1,0 +1,86 @@
+"""Files from which a killed `probes solve` goes on: the moments so far, and the points of the refinement.
+
+    RUN/checkpoints/moments_RANK.safetensors    "SITE/count" ... and "seen": the images that one process has added
+    RUN/checkpoints/points.safetensors          "SITE/points" f64[P, K, d + 1] and "passes"
+
+Each process saves its own moments, whenever it likes: sums over images can be added in any number of parts.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llava_bidir.common.atomic_io import atomic_write
+from llava_bidir.common.errors import error_context
+from llava_bidir.common.identity import Identity, check_same_identity
+from llava_bidir.common.run_folder import RESUME_ADVICE
+
+from .moments import Moments
+from .optimum import Problem
+
+POINTS = "points.safetensors"
+
+
+def save(path: Path, tensors: dict[str, Tensor], identity: Identity) -> None:
+    """Write tensors with the identity of their run."""
+    with atomic_write(path) as partial:
+        on_cpu = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        save_file(on_cpu, partial, metadata={"identity": json.dumps(identity)})
+
+
+def load(path: Path, identity: Identity) -> dict[str, Tensor]:
+    """Return the tensors of a file.
+
+    Raises:
+        UserError: The file is damaged, or belongs to a run of another identity.
+    """
+    with error_context(path):
+        with safe_open(path, "pt") as file:
+            saved = json.loads(file.metadata()["identity"])
+        tensors = load_file(path)
+    check_same_identity(saved, identity, str(path), RESUME_ADVICE)
+    return tensors
+
+
+def moment_files(folder: Path) -> list[Path]:
+    """Return the files with moments in a folder of checkpoints."""
+    return sorted(folder.glob("moments_*.safetensors"))
+
+
+def moments_to_tensors(moments: dict[str, Moments], seen: Tensor) -> dict[str, Tensor]:
+    """Return the content of a file of moments."""
+    named = {f"{site}/{key}": x for site, m in moments.items() for key, x in m.sums().items()}
+    return named | {f"{site}/pivot": m.pivot for site, m in moments.items()} | {"seen": seen}
+
+
+def add_tensors(moments: dict[str, Moments], tensors: dict[str, Tensor], sites: Sequence[str], device) -> None:
+    """Add the content of a file to moments by site."""
+    for site in sites:
+        if f"{site}/pivot" in tensors:
+            parts = (tensors[f"{site}/{key}"].to(device) for key in ("pivot", "count", "first", "second"))
+            saved = Moments(*parts)
+            moments[site] = saved if site not in moments else _sum(moments[site], saved)
+
+
+def _sum(a: Moments, b: Moments) -> Moments:
+    a.add(b)
+    return a
+
+
+def points_to_tensors(problems: dict[str, list[Problem]], passes: int) -> dict[str, Tensor]:
+    """Return the content of the file of points."""
+    points = {f"{site}/points": torch.stack([p.point for p in by_site]) for site, by_site in problems.items()}
+    return points | {"passes": torch.tensor(passes)}
+
+
+def set_points(problems: dict[str, list[Problem]], tensors: dict[str, Tensor]) -> int:
+    """Move the problems to the saved points; return the number of passes behind them."""
+    for site, by_site in problems.items():
+        for problem, point in zip(by_site, tensors[f"{site}/points"], strict=True):
+            problem.point = point.to(problem.point.device)
+    return int(tensors["passes"])

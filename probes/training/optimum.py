@@ -8,11 +8,12 @@ w is in the coordinates in which D is the identity and the within-class covarian
 sample of images whose states are kept in memory. If the sample is the whole training split, that is the optimum. If
 not, the next point minimises
 
-    f_S(w) + <g - grad f_S(w_t), w - w_t>        S: the sample, w_t: the current point, g = grad f(w_t)
+    f_S(w) + <g - grad f_S(w_t), w - w_t> + c/2 |w - w_t|^2     S: the sample, w_t: the current point, g = grad f(w_t)
 
 which has the right gradient and the sample's curvature. At w_0 = 0 the moments give g; later it takes a pass over the
-split. A pass costs a forward of the frozen MLLM for each image, L-BFGS on the sample none. Source: DANE (Shamir, Srebro
-and Zhang 2014), with a pass in place of the other machines.
+split. If f has risen, the step is taken back and c is increased. A pass costs a forward of the frozen MLLM for each
+image, L-BFGS on the sample none. Source: DANE (Shamir, Srebro and Zhang 2014), with a pass in place of the other
+machines.
 
 Legend: P problems, B images, T tokens, n tokens, d width, K classes.
 """
@@ -36,7 +37,7 @@ MEMORY = 20  # pairs of L-BFGS
 ITERATIONS = 500
 DENSE = 3000  # parameters up to which the Hessian is factorised
 DENSE_ROUND = 10  # iterations with one factor
-DENSE_TOKENS = 2**12
+DENSE_ROUNDS = 8
 ROUNDING = 1e-7  # decrease in nats below which float32 sums do not allow another step
 
 
@@ -78,6 +79,7 @@ class Problem:
     point: Tensor = field(init=False)
     gradient: Tensor | None = field(init=False)
     certificate: Certificate | None = None
+    proximal: float = 1e-3  # weight of |w - w_t|^2 in whitened coordinates
 
     def __post_init__(self, moments: ClosedForm):
         width = len(self.space.spectrum)
@@ -87,6 +89,17 @@ class Problem:
         by_state = -moments.log_prior.exp()[:, None] * moments.centred_means()
         self.gradient = torch.cat([self.space.from_gradient(by_state), torch.zeros_like(self.point[:, -1:])], 1)
         self.null_gradient = self.norm(self.gradient)
+        self._value = -(moments.log_prior.exp() * moments.log_prior).sum().item()  # objective at `_kept`
+        self._kept = self.point, self.gradient
+
+    def accept(self, loss: float, gradient: Tensor) -> None:
+        """Take the exact cross-entropy and its gradient at the current point; step back if the objective has risen."""
+        value, _ = self.add_ridge(loss, gradient, self.point)
+        if value <= self._value:
+            self._value, self._kept = value, (self.point, gradient)
+        else:  # the sample's model does not hold so far away
+            self.proximal *= 10
+        self.point, self.gradient = self._kept
 
     @property
     def metric(self) -> Tensor:
@@ -190,7 +203,11 @@ def dense_metric(problem: Problem, tokens: Tensor, pixels: Tensor) -> Metric:
     ridge[:, -1] = 0
     # the sum of all biases is free, and float32 products are exact to about 1e-7 of the largest eigenvalue
     floor = 1e-6 * hessian.diagonal().mean()
-    return Metric(torch.linalg.cholesky(hessian + torch.diag(ridge.flatten() + floor)))
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(hessian + torch.diag(ridge.flatten() + floor))
+        if not failed:
+            return Metric(factor)
+        floor = 10 * floor
 
 
 Objective = Callable[[Tensor], tuple[float, Tensor]]  # point f64[K, d + 1] -> value, gradient
@@ -210,7 +227,7 @@ def minimise(
     """
     if factorise is None:
         return _minimise_in(objective, problem, diagonal_metric(problem), ITERATIONS)[0]
-    for _ in range(ITERATIONS // DENSE_ROUND):
+    for _ in range(DENSE_ROUNDS):
         certificate, decrease = _minimise_in(objective, problem, metric or factorise(), DENSE_ROUND)
         if certificate.converged or decrease < ROUNDING:
             break
@@ -244,12 +261,16 @@ def _minimise_in(objective: Objective, problem: Problem, metric: Metric, iterati
     return Certificate(problem.norm(gradient) / problem.null_gradient, decrease), first - value
 
 
-def tilt(objective: Objective, point: Tensor, exact: Tensor) -> Objective:
-    """Return the objective plus the linear term that gives it the gradient `exact` at `point`."""
-    linear = exact - objective(point)[1]
+def tilt(objective: Objective, problem: Problem, exact: Tensor) -> Objective:
+    """Return the model of an objective about the problem's point whose gradient there is `exact`, f64[K, d + 1].
+
+    It is the objective on the sample plus a linear term, and a quadratic one, without which a class that
+    the sample hardly has could leave the model without a minimum.
+    """
+    point, linear, proximal = problem.point, exact - objective(problem.point)[1], problem.proximal * problem.metric
 
     def tilted(x: Tensor) -> tuple[float, Tensor]:
-        value, gradient = objective(x)
-        return value + ((x - point) * linear).sum().item(), gradient + linear
+        (value, gradient), pull = objective(x), proximal * (x - point)
+        return value + ((x - point) * (linear + pull / 2)).sum().item(), gradient + linear + pull
 
     return tilted

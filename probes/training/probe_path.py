@@ -16,7 +16,7 @@ from probes.ops.cross_entropy import upsampled_cross_entropy
 
 
 class PathResults(NamedTuple):
-    """Counts [R * S, N, ...] of each strength and site, strength by strength, and losses f64[R * S, N] of each image."""
+    """Counts [R * S, N, ...] of each strength and site, strength by strength, and each image's loss f64[R * S, N]."""
 
     counts: Counts
     cross_entropy: Tensor

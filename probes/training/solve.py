@@ -91,7 +91,7 @@ def run(cli: ProbeCLI, ckpt_path: str | None) -> None:
             rank_zero_info(f"{metrics_file} exists: this run is finished; nothing to do")
             return
         module.resuming = ckpt_path == "last"
-        while not module.finished or module.passes == 0:
+        while not module.finished:
             trainer.predict(module, datamodule=cli.datamodule, return_predictions=False)
         trainer.test(module, datamodule=cli.datamodule, verbose=False)
         if trainer.is_global_zero:

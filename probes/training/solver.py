@@ -10,7 +10,6 @@ Legend: S sites, F folds, R strengths, P problems, B images, T tokens, d width, 
 
 import time
 from dataclasses import fields
-from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -21,29 +20,18 @@ from torch import Tensor
 from probes.data.available_memory import available_memory
 from probes.data.batches import group_by_mask_size
 from probes.data.samplers import Batches, assign_folds, fold_batches
-from probes.evaluation.metrics import IGNORE_INDEX
-from probes.ops.cross_entropy import soft_labels, subsample, upsampled_cross_entropy
+from probes.ops.cross_entropy import soft_labels
 
 from . import solver_progress
 from .closed_form import STRENGTHS, ClosedForm, solve_moments
-from .distributed import all_gather, all_reduce, broadcast, rank, rank_count
+from .distributed import all_reduce, broadcast, rank, rank_count
 from .frozen_probes import FrozenProbes
 from .moments import Moments
-from .optimum import (
-    DENSE,
-    DENSE_TOKENS,
-    OPTIMUM_STRENGTHS,
-    Certificate,
-    Objective,
-    Problem,
-    dense_metric,
-    loss_sums,
-    minimise,
-    tilt,
-)
+from .optimum import OPTIMUM_STRENGTHS, Problem
 from .probe_path import PathMetric, ProbePath
 from .probe_variants import ProbeVariant
-from .state_sample import StateSample
+from .refinement import Refinement, stack_points
+from .state_sample import StateSample, centre
 
 SAVE_SECONDS = 600  # between two files of moments
 CLOSED_FORM, OPTIMUM = "closed_form", "optimum"
@@ -92,9 +80,6 @@ class ProbeSolver(FrozenProbes):
         self.seen: Tensor | None = None  # bool[N], images whose moments a killed run has left
         self.added: Tensor | None = None  # bool[N], images whose moments this process has
         self.moments: dict[str, Moments] = {}
-        self.sample = StateSample()
-        self.problems: dict[str, list[Problem]] = {}
-        self.points: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self.paths: dict[str, ProbePath] = {}
         self.path_metrics: dict[str, PathMetric] = {}
 
@@ -150,9 +135,12 @@ class ProbeSolver(FrozenProbes):
         self.saved_at = time.monotonic()
 
     def on_predict_start(self) -> None:
-        """Start the sums of a pass."""
-        self.pixels = torch.zeros(self.hparams.folds, dtype=torch.float64, device=self.device)
-        self.saved_at = time.monotonic()
+        """Before the first pass: prepare the sums."""
+        if self.passes == 0:
+            args = self.hparams
+            self.sample = StateSample(self.mllm, args.label_stride, args.folds)
+            self.refinement = Refinement(self.sample)
+            self.saved_at = time.monotonic()
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Add a batch to the moments in the first pass, to the gradients in later ones."""
@@ -160,14 +148,14 @@ class ProbeSolver(FrozenProbes):
         if self.passes == 0:
             self._add_moments(states, batch, fold)
         else:
-            self._add_gradients(states, batch, fold)
+            self.refinement.add_gradients(states, batch["target"], fold)
 
     def _add_moments(self, states: dict[str, Tensor], batch: dict[str, Any], fold: int) -> None:
         target, classes = batch["target"], self.hparams.num_classes
         labels = torch.empty(len(target), self.mllm.grid[0] * self.mllm.grid[1], classes, dtype=torch.float64)
         labels, index = labels.to(self.device), batch["index"].cpu()
         for images, masks in group_by_mask_size(target):
-            labels[images] = soft_labels(masks, classes, self.mllm.grid, **self._loss_options(masks))
+            labels[images] = soft_labels(masks, classes, self.mllm.grid, **self.sample.loss_options(masks))
         labels[self.seen[index].to(self.device)] = 0
         for site, x in states.items():
             x = x.flatten(0, 1)
@@ -182,37 +170,41 @@ class ProbeSolver(FrozenProbes):
         if time.monotonic() - self.saved_at > SAVE_SECONDS:
             self._save_moments()
 
-    def _loss_options(self, masks: Tensor) -> dict[str, Any]:
-        return {"view": self.mllm.geometry.view(tuple(masks.shape[-2:])), "label_stride": self.hparams.label_stride}
-
     def on_predict_epoch_end(self) -> None:
         """Solve or refine the probes after a pass."""
         self.passes += 1
         if self.passes == 1:
             further = self.hparams.passes > 1
-            if further and not self.in_sample.all():
+            if further and not self.whole:
                 self._save_moments()
             for i, site in enumerate(self.sites):
                 self._solve(i, site)
             points = self.checkpoints / solver_progress.POINTS
             if self.resuming and points.is_file():
-                self.passes = solver_progress.set_points(self.problems, solver_progress.load(points, self.identity))
+                tensors = solver_progress.load(points, self.identity)
+                self.passes = solver_progress.set_points(self.refinement.problems, tensors)
             else:
-                self._refine()
+                self.refinement.refine(self.whole)
         else:
-            self._set_gradients()
-            self._refine()
+            self.refinement.set_gradients()
+            self.refinement.refine(self.whole, last=self.passes == self.hparams.passes)
             if rank() == 0:
-                points = solver_progress.points_to_tensors(self.problems, self.passes)
+                points = solver_progress.points_to_tensors(self.refinement.problems, self.passes)
                 solver_progress.save(self.checkpoints / solver_progress.POINTS, points, self.identity)
         if self.finished:
             self._choose()
 
     @property
+    def whole(self) -> bool:
+        """The sample is the whole training split."""
+        return bool(self.in_sample.all())
+
+    @property
     def finished(self) -> bool:
         """No further pass is needed or allowed."""
-        certificates = [problem.certificate for problems in self.problems.values() for problem in problems]
-        return self.passes == self.hparams.passes or all(c is not None and c.converged for c in certificates)
+        if self.passes == 0:
+            return False
+        return self.whole or self.passes == self.hparams.passes or self.refinement.converged
 
     # ------------------------------------------------------------------------------------------------ closed form
     def _solve(self, number: int, site: str) -> None:
@@ -230,10 +222,10 @@ class ProbeSolver(FrozenProbes):
         whole, *held_out = solutions
         path = self.paths.setdefault(CLOSED_FORM, ProbePath(tuple(args.strengths)))
         path.weights[site], path.bias[site] = whole.path(path.strengths)
-        path.loss[site] = self._held_out_loss(site, [(s.mean, *s.path(path.strengths)) for s in held_out])
+        path.loss[site] = self.sample.held_out_loss(site, [(s.mean, *s.path(path.strengths)) for s in held_out])
         self._set_norm(site, whole)
         if args.passes > 1:
-            self.problems[site] = [
+            self.refinement.problems[site] = [
                 Problem(whole, strength, fold, solution)
                 for strength in sorted(args.optimum_strengths, reverse=True)
                 for fold, solution in zip(folds, solutions, strict=True)
@@ -249,145 +241,36 @@ class ProbeSolver(FrozenProbes):
             all_reduce(total)
         return moments
 
-    def _held_out_loss(self, site: str, probes: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        """Return the mean loss f64[R] of the sample's images under the probes (mean, weights, bias) without their fold."""
-        pixels = self._labelled()
-        total = torch.zeros(len(probes[0][1]), dtype=torch.float64, device=self.device)
-        for fold, states, masks in self.sample.chunks(site):
-            mean, weights, bias = probes[fold]
-            x = self._centre(states, mean)
-            logits = torch.einsum("btd,rkd->rbkt", x, weights) + bias[:, None, :, None]
-            loss = upsampled_cross_entropy(
-                logits.unflatten(-1, self.mllm.grid), masks.to(x.device), reduction="sum", **self._loss_options(masks)
-            )
-            total += loss
-        return (all_reduce(total) / pixels.sum()).cpu()
-
-    def _centre(self, states: Tensor, mean: Tensor) -> Tensor:
-        return states.to(self.device, torch.float32) - mean.float()
-
-    def _labelled(self) -> Tensor:
-        """Return the labelled pixels of the sample in each fold, f64[F]."""
-        pixels = torch.zeros(self.hparams.folds, dtype=torch.float64, device=self.device)
-        for fold, masks in zip(self.sample.folds, self.sample.targets, strict=True):
-            pixels[fold] += (subsample(masks, self.hparams.label_stride) != IGNORE_INDEX).sum()
-        return all_reduce(pixels)
-
     def _set_norm(self, site: str, solution: ClosedForm) -> None:
         """Let the site's probe standardise states by the mean and the D of its discriminants."""
         norm = self.heads[site].norm
         norm.running_mean.copy_(solution.mean)
         norm.running_var.copy_(torch.where(solution.scale > 0, solution.scale.clamp(min=1e-30).pow(-2), 1))
 
-    # ------------------------------------------------------------------------------------------------ optimum
-    def _refine(self) -> None:
-        """Certify the current points by their exact gradients, and step where they are not the optimum."""
-        whole = self.in_sample.all()
-        for site, problems in self.problems.items():
-            mean, pixels = problems[0].space.mean, self._labelled()
-            chunks = [(fold, self._centre(x, mean), y.to(self.device)) for fold, x, y in self.sample.chunks(site)]
-            tokens = self._tokens(problems[0], chunks) if problems[0].point.numel() <= DENSE else None
-            nearest = metric = None
-            for problem in problems:
-                if whole and nearest is not None:  # convex: the start decides the time, not the result
-                    problem.point = nearest
-                used = [(x, masks) for fold, x, masks in chunks if fold != problem.fold]
-                objective = partial(self._objective, problem, used, _without(pixels, problem.fold))
-                factorise = partial(dense_metric, problem, *tokens) if tokens else None
-                self._step(problem, objective, whole, factorise, None if problem.fold is None else metric)
-                if problem.fold is None and whole:
-                    nearest, metric = problem.point, factorise() if factorise else None
-
-    def _step(self, problem: Problem, on_sample: Objective, whole: bool, *metrics) -> None:
-        """Move a problem, whose exact gradient is known unless the sample is everything, to its next point."""
-        before, gradient = problem.point, None
-        if not whole:
-            _, gradient = problem.add_ridge(0.0, problem.gradient, before)
-            on_sample = tilt(on_sample, before, gradient)
-        value = on_sample(before)[0]
-        certificate = minimise(on_sample, problem, *metrics)
-        if not whole:
-            certificate = Certificate(
-                problem.norm(gradient) / problem.null_gradient, value - on_sample(problem.point)[0]
-            )
-            if certificate.converged:
-                problem.point = before
-        problem.certificate, problem.gradient = certificate, None
-
-    def _tokens(self, problem: Problem, chunks: list[tuple[int, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Return coordinates f32[n, d + 1] and labelled pixels f32[n] of tokens of all processes' sample."""
-        classes, grid, share = self.hparams.num_classes, self.mllm.grid, DENSE_TOKENS // rank_count()
-        step = max(1, sum(x[..., 0].numel() for _, x, _ in chunks) // share)
-        states, pixels = [], []
-        for _, x, masks in chunks:
-            labels = soft_labels(masks, classes, grid, **self._loss_options(masks)).sum(-1)
-            states.append(x.flatten(0, 1)[::step])
-            pixels.append(labels.flatten()[::step].float())
-        padded = torch.zeros(share + len(chunks) + 1, len(problem.space.mean) + 2, device=self.device)
-        found = torch.cat([problem.coordinates(torch.cat(states)), torch.cat(pixels)[:, None]], 1)[: len(padded)]
-        padded[: len(found)] = found
-        tokens = all_gather(padded).flatten(0, 1)
-        return tokens[:, :-1], tokens[:, -1]
-
-    def _objective(
-        self, problem: Problem, chunks: list[tuple[Tensor, Tensor]], pixels: float, point: Tensor
-    ) -> tuple[float, Tensor]:
-        """Return the objective on some images of all processes, and its gradient."""
-        linear, bias = problem.linear(point)
-        total = torch.zeros(1 + linear.numel() + len(bias), dtype=torch.float64, device=linear.device)
-        for x, masks in chunks:
-            total += loss_sums(x, masks, linear[None], bias[None], self.mllm.grid, **self._loss_options(masks))[0]
-        return problem.add_ridge(*problem.by_point(all_reduce(total) / pixels), point)
-
-    def _add_gradients(self, states: dict[str, Tensor], batch: dict[str, Any], fold: int) -> None:
-        """Add a batch to loss and gradient of each problem that uses its fold, at the current points."""
-        for images, masks in group_by_mask_size(batch["target"]):
-            options = {"grid": self.mllm.grid, **self._loss_options(masks)}
-            for site, problems in self.problems.items():
-                used = [i for i, problem in enumerate(problems) if problem.fold != fold]
-                linear, bias, sums = self._points(site)
-                x = self._centre(states[site][images], problems[0].space.mean)
-                sums[used] += loss_sums(x, masks, linear[used], bias[used], **options)
-            self.pixels[fold] += (subsample(masks, self.hparams.label_stride) != IGNORE_INDEX).sum()
-
-    def _points(self, site: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the current probes f32[P, K, d], f32[P, K] of a site, and the sums of this pass f64[P, 1 + K d + K]."""
-        if site not in self.points:
-            linear, bias = _stack(self.problems[site])
-            sums = linear.new_zeros(len(linear), 1 + linear[0].numel() + bias.shape[1], dtype=torch.float64)
-            self.points[site] = linear, bias, sums
-        return self.points[site]
-
-    def _set_gradients(self) -> None:
-        """Give the problems the exact gradients that a pass has summed."""
-        all_reduce(self.pixels)
-        for site, problems in self.problems.items():
-            for problem, total in zip(problems, all_reduce(self._points(site)[2]), strict=True):
-                _, problem.gradient = problem.by_point(total / _without(self.pixels, problem.fold))
-        self.points.clear()
-
     # ------------------------------------------------------------------------------------------------ results
     def _choose(self) -> None:
-        """Collect the path of the optimum, and take each site's probe of the strength with the best cross-validation."""
-        if self.problems:
+        """Collect the path of the optimum, and give each site the probe of its best strength."""
+        if self.refinement.problems:
             path = ProbePath(tuple(sorted(self.hparams.optimum_strengths)))
-            for site, problems in self.problems.items():
+            for site, problems in self.refinement.problems.items():
                 by_fold = {
                     fold: sorted((p for p in problems if p.fold == fold), key=attrgetter("strength"))
                     for fold in {p.fold for p in problems}
                 }
-                stacked = {fold: _stack(group) for fold, group in by_fold.items()}
+                stacked = {fold: stack_points(group) for fold, group in by_fold.items()}
                 path.weights[site], path.bias[site] = stacked.pop(None)
                 mean = problems[0].space.mean
-                path.loss[site] = self._held_out_loss(site, [(mean, *stacked[f]) for f in range(self.hparams.folds)])
+                path.loss[site] = self.sample.held_out_loss(
+                    site, [(mean, *stacked[f]) for f in range(self.hparams.folds)]
+                )
                 path.certificates[site] = [problem.certificate for problem in by_fold[None]]
             self.paths[OPTIMUM] = path
-        path = self.paths[OPTIMUM if self.problems else CLOSED_FORM]
+        path = self.paths[OPTIMUM if self.refinement.problems else CLOSED_FORM]
         for site in self.sites:
             head, norm, best = self.heads[site].head, self.heads[site].norm, path.best(site)
             head.weight.copy_(path.weights[site][best] * (norm.running_var + norm.eps).sqrt())
             head.bias.copy_(path.bias[site][best])
-        self.sample = StateSample()
+        self.sample.clear()
 
     def on_test_start(self) -> None:
         """Prepare the scores of the path."""
@@ -397,7 +280,7 @@ class ProbeSolver(FrozenProbes):
             self.path_metrics[name] = metric.to(self.device)
 
     def _score(self, states: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
-        centred = {site: self._centre(x, self.heads[site].norm.running_mean) for site, x in states.items()}
+        centred = {site: centre(x, self.heads[site].norm.running_mean) for site, x in states.items()}
         for name, path in self.paths.items():
             logits = path.logits(centred, self.mllm.grid)
             for images, masks in group_by_mask_size(batch["target"]):
@@ -406,7 +289,7 @@ class ProbeSolver(FrozenProbes):
 
     def settings_of(self, variant: str | None) -> dict[str, Any]:
         """Return how the probes were solved, for metrics.json."""
-        instrument = OPTIMUM if self.problems else CLOSED_FORM
+        instrument = OPTIMUM if self.refinement.problems else CLOSED_FORM
         settings = {key: self.hparams[key] for key in ("seed", "folds", "shrink_to", "label_stride")}
         return {"head": "linear", "feature_norm": "batchnorm", "labels": "true", "solved": instrument} | settings
 
@@ -419,13 +302,3 @@ class ProbeSolver(FrozenProbes):
             scores[name] = path.to_json(results, self.sites)
             tensors |= path.tensors(results, name, len(self.sites))
         return scores, tensors
-
-
-def _without(pixels: Tensor, fold: int | None) -> float:
-    return (pixels.sum() - (0 if fold is None else pixels[fold])).item()
-
-
-def _stack(problems: list[Problem]) -> tuple[Tensor, Tensor]:
-    """Return weights f32[R, K, d] of x - mean and biases f32[R, K]."""
-    weights, biases = zip(*[problem.linear() for problem in problems], strict=True)
-    return torch.stack(weights).float(), torch.stack(biases).float()

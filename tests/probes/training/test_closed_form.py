@@ -1,0 +1,158 @@
+"""Moments and closed-form probes against scikit-learn, repeated pixels, and separate solves."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+from probes.ops.bilinear import bilinear_weights
+from probes.ops.cross_entropy import soft_labels
+from probes.training.closed_form import STRENGTHS, solve_moments
+from probes.training.moments import Moments
+
+pytestmark = pytest.mark.numerics
+
+
+def draw(tokens: int = 400, width: int = 7, classes: int = 4, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return states f64[n, d] with unequal channels and correlations, and hard labels i64[n]."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (tokens,), generator=generator)
+    mixing = torch.randn(width, width, generator=generator, dtype=torch.float64)
+    means = torch.randn(classes, width, generator=generator, dtype=torch.float64)
+    noise = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
+    return means[labels] + noise @ mixing + 3.0, labels
+
+
+def exact_moments(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return N, S, Q and the pivot of states f64[n, d] with soft labels f64[n, K], in float64 throughout."""
+    pivot = x[:5].mean(0)
+    x = x - pivot
+    return weights.sum(0), weights.T @ x, (x * weights.sum(1, keepdim=True)).T @ x, pivot
+
+
+def logits(form, x: torch.Tensor, strength: float) -> torch.Tensor:
+    weights, bias = form.solve(strength)
+    return (x - form.mean) @ form.to_states(weights).T + bias
+
+
+def relative(z: torch.Tensor) -> torch.Tensor:
+    """Return logits f[n, K] up to what all classes share."""
+    return z - z.mean(-1, keepdim=True)
+
+
+def test_equals_scikit_learn_on_hard_labels():
+    x, labels = draw()
+    form = solve_moments(*exact_moments(x, torch.eye(4, dtype=torch.float64)[labels]))
+    theirs = LinearDiscriminantAnalysis(solver="eigen").fit(x.numpy(), labels.numpy())
+    expected = torch.from_numpy(theirs.decision_function(x.numpy()))
+    ours = logits(form, x, 0.0)
+    torch.testing.assert_close(relative(ours), relative(expected), rtol=1e-8, atol=1e-8)
+
+
+def test_soft_labels_equal_repeating_each_token_once_per_pixel():
+    x, labels = draw(60)
+    counts = torch.randint(0, 5, (60, 4), generator=torch.Generator().manual_seed(1))
+    repeated = x.repeat_interleave(counts.sum(1), 0)
+    classes = torch.cat([torch.arange(4).repeat_interleave(row) for row in counts])
+    soft = solve_moments(*exact_moments(x, counts.double()))
+    hard = solve_moments(*exact_moments(repeated, torch.eye(4, dtype=torch.float64)[classes]))
+    for strength in (1e-3, 0.3):
+        torch.testing.assert_close(logits(soft, x, strength), logits(hard, x, strength), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("shrink_to", ["diagonal", "trace"])
+def test_all_strengths_from_one_decomposition_equal_separate_solves(shrink_to):
+    x, labels = draw()
+    count, first, second, pivot = exact_moments(x, torch.eye(4, dtype=torch.float64)[labels])
+    form = solve_moments(count, first, second, pivot, shrink_to)
+    means = np.stack([x[labels == k].numpy().mean(0) for k in range(4)])
+    centred = x.numpy() - means[labels.numpy()]
+    within = centred.T @ centred / len(x)
+    target = np.diag(np.diag(within)) if shrink_to == "diagonal" else np.trace(within) / 7 * np.eye(7)
+    for strength in STRENGTHS:
+        weights = np.linalg.solve((1 - strength) * within + strength * target, (means - x.numpy().mean(0)).T).T
+        bias = np.log(np.bincount(labels) / len(x)) - 0.5 * ((means - x.numpy().mean(0)) * weights).sum(1)
+        expected = (x.numpy() - x.numpy().mean(0)) @ weights.T + bias
+        torch.testing.assert_close(logits(form, x, strength), torch.from_numpy(expected), rtol=1e-7, atol=1e-7)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(1e-4, 1e4), min_size=7, max_size=7), st.sampled_from(STRENGTHS))
+def test_the_scale_of_a_channel_changes_no_logit(scales, strength):
+    x, labels = draw()
+    onehot, scales = torch.eye(4, dtype=torch.float64)[labels], torch.tensor(scales, dtype=torch.float64)
+    before = solve_moments(*exact_moments(x, onehot))
+    after = solve_moments(*exact_moments(x * scales, onehot))
+    torch.testing.assert_close(logits(after, x * scales, strength), logits(before, x, strength), rtol=1e-6, atol=1e-6)
+
+
+def test_dead_channels_and_rare_classes_give_finite_logits():
+    x, labels = draw()
+    x[:, 2] = 1.7  # constant
+    x[:, 4] = x[:, 3]  # singular
+    onehot = torch.zeros(400, 6, dtype=torch.float64)  # class 5 does not occur, class 4 once
+    onehot[torch.arange(400), labels] = 1
+    onehot[0] = torch.eye(6, dtype=torch.float64)[4]
+    form = solve_moments(*exact_moments(x, onehot))
+    for strength in STRENGTHS:
+        z = logits(form, x, strength)
+        assert z.isfinite().all() and (z.argmax(1) != 5).all()
+    assert form.scale[2] == 0 and (form.scale > 0).sum() == 6
+
+
+def test_soft_labels_are_the_adjoint_of_the_upsampling():
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(0, 3, (2, 9, 13), generator=generator).to(torch.uint8)
+    target[0, :3] = 255
+    z = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
+    for stride in (1, 2):
+        soft = soft_labels(target, 3, (4, 5), label_stride=stride)
+        rows, columns = (bilinear_weights(n, size, dtype=torch.float64) for n, size in ((4, 9), (5, 13)))
+        up = torch.einsum("yh,bkhw,xw->bkyx", rows, z, columns)[..., stride // 2 :: stride, stride // 2 :: stride]
+        masks = target[:, stride // 2 :: stride, stride // 2 :: stride].long()
+        onehot = torch.nn.functional.one_hot(masks.clamp(max=3), 4)[..., :3].permute(0, 3, 1, 2) * (masks != 255)[:, None]
+        expected = (up * onehot).sum()
+        assert (soft.transpose(1, 2).unflatten(2, (4, 5)) * z).sum() == pytest.approx(expected.item(), rel=1e-12)
+        assert soft.sum() == (masks != 255).sum()
+
+
+def test_moments_of_batches_folds_and_pivots_add_up():
+    x, labels = draw(300)
+    onehot = torch.eye(4, dtype=torch.float64)[labels]
+    whole = Moments.zeros(x[:50].mean(0).float(), 1, 4)
+    whole.update(x, onehot, 0)
+    parts = [Moments.zeros(x[part].mean(0).float(), 2, 4) for part in (slice(0, 100), slice(100, 300))]
+    for fold, (part, moments) in enumerate(zip((slice(0, 100), slice(100, 300)), parts, strict=True)):
+        moments.update(x[part], onehot[part], fold)
+    parts[0].add(parts[1])
+    for together, apart in zip(
+        solve_moments(*whole.without(None), whole.pivot).path([1e-2]),
+        solve_moments(*parts[0].without(None), parts[0].pivot).path([1e-2]),
+        strict=True,
+    ):
+        torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+    alone = Moments.zeros(x[:50].mean(0).float(), 1, 4)
+    alone.update(x[:100], onehot[:100], 0)
+    for a, b in zip(parts[0].without(1), alone.without(None), strict=True):
+        assert a.shape == b.shape
+    torch.testing.assert_close(parts[0].without(1)[0], alone.without(None)[0])
+
+
+def test_float32_sums_or_a_missing_pivot_lose_small_variances():
+    """A channel with mean 1,000 and deviation 0.05, as LLMs have: what `Moments` keeps and a plain float32 sum loses."""
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.05 * torch.randn(200, 2_000, 1, generator=generator, dtype=torch.float64)
+    batches = (1000 + noise).float()
+    variance = batches.double().var(correction=0).item()
+    moments = Moments.zeros(batches[0].mean(0), 1, 1)
+    plain_first, plain_second = torch.zeros(1), torch.zeros(1, 1)
+    for x in batches:
+        moments.update(x, torch.ones(len(x), 1, dtype=torch.float64), 0)
+        plain_first, plain_second = plain_first + x.sum(0), plain_second + x.T @ x
+    form = solve_moments(*moments.without(None), moments.pivot)
+    tokens = batches[..., 0].numel()
+    plain = (plain_second / tokens - (plain_first / tokens) ** 2).item()
+    assert form.scale.item() ** -2 == pytest.approx(variance, rel=1e-4)
+    assert abs(plain / variance - 1) > 1, "else the pivot and the float64 sums would not be needed"

@@ -1,0 +1,178 @@
+"""`probes solve` end to end: files, several processes, killed and resumed runs, analyses of its runs."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from run_bytes import run_bytes
+from safetensors.torch import load_file
+
+from llava_bidir.common.errors import UserError
+from probes.cli import main
+from probes.results.probe_run import ProbeRun
+from probes.training.solver import ProbeSolver
+
+pytestmark = pytest.mark.numerics
+
+
+def arguments(checkpoint, root, out, *more: str) -> list[str]:
+    """Return a command with three closed-form strengths, two of the optimum, and batches of two."""
+    demo = ["solve", "-c", "configs/demo/probes.yaml", "--data.batch_size", "2", "--folds", "2"]
+    demo += ["--strengths", "1e-4", "1e-2", "1", "--optimum-strengths", "1e-3", "1e-1"]
+    return [*demo, "--model.mllm", str(checkpoint), "--data.root", str(root), "--out", str(out), *more]
+
+
+@pytest.fixture(scope="module")
+def run(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
+    out = tmp_path_factory.mktemp("solved")
+    main(arguments(checkpoints["causal"], segmentation, out, "--save_predictions", "true"))
+    return ProbeRun(out)
+
+
+def masks(segmentation) -> list[np.ndarray]:
+    return [np.asarray(Image.open(path)) for path in sorted((segmentation / "annotations/validation").glob("*.png"))]
+
+
+def test_writes_the_files_of_a_fit_and_the_path(run):
+    files = ("config.yaml", "probes.safetensors", "manifest.json", "metrics.json", "counts.safetensors")
+    for name in (*files, "path.safetensors"):
+        assert (run.path / name).is_file(), name
+    path = run.metrics["path"]
+    assert path["passes"] == 1 and path["closed_form"]["strengths"] == [1e-4, 1e-2, 1.0]
+    assert [entry["site"] for entry in path["optimum"]["sites"]] == run.sites
+    for entry in path["optimum"]["sites"]:
+        assert all(certificate["converged"] for certificate in entry["certificates"])
+        best = int(np.argmin(entry["cv_cross_entropy"]))
+        assert entry["chosen"] == [1e-3, 1e-1][best]
+    tensors = load_file(run.path / "path.safetensors")
+    assert tensors["closed_form/intersection"].shape == (3, 6, 5, 3)
+    assert tensors["optimum/cross_entropy"].shape == (2, 6, 5)
+
+
+def test_main_probe_is_that_of_the_chosen_strength(run):
+    for i, entry in enumerate(run.metrics["path"]["optimum"]["sites"]):
+        chosen = [1e-3, 1e-1].index(entry["chosen"])
+        assert run.metrics["sites"][i]["miou"] == pytest.approx(entry["miou"][chosen], abs=1e-3)
+
+
+def test_scores_equal_numpy_on_the_saved_predictions(run, segmentation):
+    for site in run.metrics["sites"]:
+        files = sorted((run.path / "predictions" / site["site"]).glob("*.png"))
+        miou, pacc, _ = reference.scores([np.asarray(Image.open(file)) for file in files], masks(segmentation), 3)
+        assert site["miou"] == pytest.approx(miou) and site["pacc"] == pytest.approx(pacc)
+
+
+def test_saved_probes_give_the_cross_entropy_of_the_path(run, segmentation):
+    mllm, probes = run.mllm(), run.probes()
+    images = [Image.open(path).convert("RGB") for path in sorted((segmentation / "images/validation").glob("*"))]
+    states = mllm.states(mllm.preprocess(images))
+    for i, site in enumerate(run.sites):
+        entry = run.metrics["path"]["optimum"]["sites"][i]
+        logits = probes[site](states[site].float()).transpose(1, 2).unflatten(2, mllm.grid)
+        total = pixels = 0
+        for z, mask in zip(logits, masks(segmentation), strict=True):
+            up = F.interpolate(z[None], mask.shape, mode="bilinear")
+            label = torch.from_numpy(mask).long()[None]
+            total += F.cross_entropy(up, label, ignore_index=255, reduction="sum").item()
+            pixels += (mask != 255).sum()
+        chosen = [1e-3, 1e-1].index(entry["chosen"])
+        assert total / pixels == pytest.approx(entry["cross_entropy"][chosen], rel=1e-4)
+
+
+def test_closed_form_alone_takes_one_pass(checkpoints, segmentation, tmp_path):
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--passes", "1"))
+    path = ProbeRun(tmp_path).metrics["path"]
+    assert path["passes"] == 1 and path.get("optimum") is None
+
+
+def test_passes_with_a_small_sample_end_at_the_optimum(run, checkpoints, segmentation, tmp_path):
+    more = ["--sample-images", "4", "--passes", "30"]
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, *more))
+    path = ProbeRun(tmp_path).metrics["path"]
+    assert path["passes"] > 1 and path["sample_images"] < 6
+    for ours, whole in zip(path["optimum"]["sites"], run.metrics["path"]["optimum"]["sites"], strict=True):
+        assert all(certificate["converged"] for certificate in ours["certificates"])
+        assert ours["cross_entropy"] == pytest.approx(whole["cross_entropy"], abs=5e-3)
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(run, checkpoints, segmentation, tmp_path, monkeypatch):
+    """Moments are saved after every batch, and the third one is the last."""
+    monkeypatch.setattr("probes.training.solver.SAVE_SECONDS", -1)
+    add, batches = ProbeSolver._add_moments, []
+
+    def die(self, *args) -> None:
+        add(self, *args)
+        batches.append(1)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProbeSolver, "_add_moments", die)
+    command = arguments(checkpoints["causal"], segmentation, tmp_path, "--passes", "1")
+    with pytest.raises(SystemExit):
+        main(command)
+    assert (tmp_path / "checkpoints/moments_0.safetensors").is_file()
+    monkeypatch.setattr(ProbeSolver, "_add_moments", add)
+    with pytest.raises(SystemExit, match="unfinished"):
+        main(command)
+    main([*command, "--ckpt_path", "last"])
+    undisturbed = tmp_path / "undisturbed"
+    main(arguments(checkpoints["causal"], segmentation, undisturbed, "--passes", "1"))
+    for name in ("probes.safetensors", "path.safetensors", "counts.safetensors"):
+        assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes(), name
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_finished_run_is_left_alone(run, checkpoints, segmentation, capfd):
+    before = run_bytes(run.path)
+    command = arguments(checkpoints["causal"], segmentation, run.path)
+    main([*command, "--ckpt_path", "last"])
+    assert "nothing to do" in capfd.readouterr().err
+    with pytest.raises(SystemExit, match="finished run"):
+        main(command)
+    with pytest.raises(SystemExit, match="folds"):
+        main([*command, "--ckpt_path", "last", "--folds", "3"])
+    assert run_bytes(run.path) == before
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--model.head", "conv"], "only linear probes"),
+        (["--passes", "0"], "--passes must be at least 1"),
+        (["--folds", "1"], "--folds must be at least 2"),
+        (["--strengths", "0"], "above 0"),
+        (["--folds", "99"], "99 folds"),
+    ],
+)
+def test_rejects_bad_options(option, message, checkpoints, segmentation, tmp_path):
+    with pytest.raises((SystemExit, UserError), match=message):
+        main(arguments(checkpoints["causal"], segmentation, tmp_path, *option))
+
+
+@pytest.mark.distributed
+def test_two_processes_give_the_probes_of_one(run, checkpoints, segmentation, tmp_path):
+    import subprocess
+    import sys
+
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    command = arguments(checkpoints["causal"], segmentation, tmp_path, *two)
+    subprocess.run([sys.executable, "-m", "probes", *command], check=True, timeout=300)
+    ours, theirs = load_file(tmp_path / "path.safetensors"), load_file(run.path / "path.safetensors")
+    for name in ("closed_form/cross_entropy", "optimum/cross_entropy"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=1e-1)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["images"] == 5
+
+
+def test_analyses_read_the_run(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run.path, copy)
+    main(["knockout", "--probes", str(copy), "--classes", "auto:1", "--draws", "1"])
+    main(["maps", "--probes", str(copy), "--image", "0"])
+    main(["report", str(copy), "--out", str(tmp_path / "report")])
+    assert (tmp_path / "report/index.html").is_file()

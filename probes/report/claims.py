@@ -3,8 +3,8 @@
 A claim holds if its interval lies entirely on the claimed side of zero. All numbers of a study use the same bootstrap
 resamplings of its validation images, so differences between sites, masks and controls are paired.
 
-The best layer of a recovery is chosen by cross-validation over images (`effects.py`). The paper chooses it on the images
-that it is scored on, which favours models with many layers; tables keep that definition.
+The best layer of a recovery is chosen by cross-validation over images (`effects.py`). The paper chooses it on the
+images that it is scored on, which favours models with many layers; tables keep that definition.
 """
 
 from typing import Any

@@ -1,12 +1,14 @@
 """Compare drop-off and recovery at every strength of regularisation, from the solved runs of a study.
 
-At each strength, all sites have the probes of that strength, so that no effect depends on how strengths were chosen. The
-intervals of an effect hold at all strengths together: where its whole curve lies above zero, the effect holds for all
-these probes, not only for the best one of many. The closed form and the optimum of the loss ("instruments") are judged
-apart. At the optimum, a strength counts only if the certificates of all sites that the effect reads have converged.
+At each strength, all sites have the probes of that strength, so that no effect depends on how strengths were chosen.
+The intervals of an effect hold at all strengths together: where its whole curve lies above zero, the effect holds for
+all these probes, not only for the best one of many. The closed form and the optimum of the loss ("instruments") are
+judged apart. At the optimum, a strength counts only if the certificates of all sites that the effect reads have
+converged.
 
-Effects are in mIoU and in cross-entropy in nats per pixel. The latter is signed like mIoU: positive if the loss is lower
-at the first site of the effect. Both read the best layer chosen by mIoU, by cross-validation over images (`effects.py`).
+Effects are in mIoU and in cross-entropy in nats per pixel. The latter is signed like mIoU: positive if the loss is
+lower at the first site of the effect. Both read the best layer chosen by mIoU, by cross-validation over images
+(`effects.py`).
 
 Shapes: B resamplings, R strengths, S sites, N images, M = 3 sites of the effects.
 """

@@ -82,7 +82,7 @@ def check_counts(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, 
 
 
 def check_path(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, int], instrument: str) -> None:
-    """Raise a UserError that names `path` unless an instrument's counts and losses have these sizes and valid values."""
+    """Raise a UserError that names `path` unless an instrument's counts and losses are valid and of these sizes."""
     for key, axes in PATH.items():
         name, floating = f"{instrument}/{key}", key == "cross_entropy"
         if name not in tensors:
@@ -90,9 +90,10 @@ def check_path(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, in
         tensor, expected = tensors[name], [sizes[axis] for axis in axes]
         valid = list(tensor.shape) == expected and tensor.is_floating_point() == floating
         if not valid or not (tensor >= 0).all() or (floating and not tensor.isfinite().all()):
+            kind = "finite numbers" if floating else "integers"
             raise UserError(
-                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; expected non-negative "
-                f"{'finite numbers' if floating else 'integers'} {expected} according to metrics.json; make the run again"
+                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; expected non-negative {kind} {expected} "
+                "according to metrics.json; make the run again"
             )
 
 

@@ -210,8 +210,8 @@ def _path_figures(study: Study, results: dict[str, Any]) -> Figures:
         _caption(
             "Differences of mIoU and of cross-entropy between sites, all with probes of the same strength of "
             "regularisation; above zero, the first site is better. Lines: probes in closed form. Points: probes at the "
-            "optimum of the loss.",
-            "Hollow: not converged, not counted." if any(verdict["not_converged"] for verdict in results["path"]) else "",
+            "optimum of the loss. Where some losses explode, the axis is logarithmic away from zero.",
+            "Hollow: not converged, not counted." if any(v["not_converged"] for v in results["path"]) else "",
             "Dotted: probes trained with SGD." if by_sgd else "",
             "Check whether a whole curve lies above zero. Bands and bars: 95% intervals that hold at all strengths "
             "together. The best layer is chosen by cross-validation over images.",

@@ -35,21 +35,35 @@ def path_effects(verdicts: Verdicts, trained_with_sgd: dict[tuple[str, str], flo
         shown = [verdict for verdict in verdicts if (verdict["effect"], verdict["measure"]) == (effect, measure)]
         for verdict in shown:
             _draw_path(ax, verdict, MEASURES[measure][0])
+        ax.axhline(0, color="black", lw=0.8)
         if measure == "miou":
             ax.set_title(EFFECTS[effect], fontsize=9)
             for mask in dict.fromkeys(verdict["image_attention"] for verdict in shown):
                 if (mask, effect) in trained_with_sgd:
                     ax.axhline(100 * trained_with_sgd[mask, effect], color=mask_colour(mask), ls=":", lw=1.3)
         else:
-            ax.set_xlabel("strength", fontsize=9)
+            _compress_outliers(ax, [abs(row["value"]) for verdict in shown for row in verdict["estimates"]])
         if i % len(effects) == 0:
             ax.set_ylabel(MEASURES[measure][1], fontsize=9)
-        ax.axhline(0, color="black", lw=0.8)
         ax.set_xscale("log")
         ax.tick_params(labelsize=8)
+    for ax in axes[-len(effects) :]:
+        ax.set_xlabel("strength", fontsize=9)
     legend = _legend(verdicts, bool(trained_with_sgd))
     figure.legend(handles=legend, loc="outside lower center", ncols=min(4, len(legend)), fontsize=8)
     return FigureData(figure, verdict_rows(verdicts))
+
+
+def _compress_outliers(ax: Axes, sizes: list[float]) -> None:
+    """Use a logarithmic scale beyond the usual size if the largest is far from it: losses explode at some strengths."""
+    usual = float(np.median(sizes))
+    if max(sizes) > 10 * usual > 0:
+        step = float(f"{usual:.0e}")  # one digit
+        ax.set_yscale("symlog", linthresh=2 * step, linscale=2)
+        limits, ticks = ax.get_ylim(), step * np.array([1, 2, 10, 100, 1000])
+        ax.set_yticks([*-ticks[::-1], 0, *ticks])
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.set_ylim(limits)
 
 
 def _draw_path(ax: Axes, verdict: dict[str, Any], factor: float) -> None:

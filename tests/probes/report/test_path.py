@@ -249,6 +249,14 @@ def test_a_layer_that_is_not_read_need_not_converge(root, tmp_path):
         assert recovery["verdict"] == ("at none" if missing else "at every strength")
 
 
+def test_the_untrained_model_must_converge_too(paths, root, tmp_path):
+    converged = lambda instrument, strength, site: (strength, site) != (0.01, "adapter")
+    control = write_solved(tmp_path / "run", [FLAT] * 3, root=root, untrained=True, converged=converged)
+    verdicts = path_verdicts(*read_studies([paths["solved"], control]))
+    missing = {v["effect"]: v["not_converged"] for v in verdicts if v["instrument"] == "optimum"}
+    assert missing == {"adapter_drop": [0.01], "recovery": [], "recovery_trained": [0.01]}
+
+
 def test_summary_says_what_holds_where(paths):
     (study,) = read_studies([paths["solved"]])
     first, second = summarize_path(path_verdicts(study))

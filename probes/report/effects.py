@@ -1,18 +1,22 @@
 """Drop-off and recovery with bootstrap values, so that differences between runs stay paired.
 
-Shapes: R resamplings, S sites.
+Shapes: R resamplings, S sites, N images, M = 3 sites of the effects: encoder, adapter, best layer.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llava_bidir.common.bootstrap import interval
 from probes.evaluation.bootstrap import dataset_scores, resampled_scores
-from probes.evaluation.metrics import Counts, peak_layer
+from probes.evaluation.metrics import Counts
 from probes.models.sites import ADAPTER, ENCODER
 
 Estimate = tuple[float, Tensor]  # a value and its resampled values f[R]
+
+FOLDS = 10  # of validation images, to choose the best layer
+BEST_LAYER = "best_layer"
 
 
 def subtract(a: Estimate, b: Estimate) -> Estimate:
@@ -25,19 +29,64 @@ def select_sites(counts: Counts, sites: list[int]) -> Counts:
     return counts._replace(intersection=counts.intersection[sites], predicted=counts.predicted[sites])
 
 
-def drop_and_recovery(sites: list[str], counts: Counts, weights: Tensor) -> dict[str, Estimate]:
+def image_folds(images: int, groups: Tensor | None = None) -> Tensor:
+    """Return the fold i64[N] of each image, at most FOLDS; images of one of several groups i64[N] share a fold."""
+    unit = torch.arange(images) if groups is None else torch.unique(groups, return_inverse=True)[1]
+    return (unit if unit.any() else torch.arange(images)) % FOLDS
+
+
+def cross_validated_layers(sites: list[str], counts: Counts, groups: Tensor | None = None) -> Tensor | None:
+    """Return for each image the index i64[N] of the LLM layer with the best mIoU on the images of all other folds.
+
+    No image takes part in the choice of its own layer, so that the maximum over many layers is not biased upwards.
+    None if no LLM layer was probed. A single image has no others: its layer is the best on itself.
+    """
+    layers = [i for i, site in enumerate(sites) if site.startswith("layer_")]
+    if not layers:
+        return None
+    fold = image_folds(len(counts.labelled), groups)
+    others = fold != torch.arange(int(fold.max()) + 1)[:, None]
+    miou = resampled_scores(select_sites(counts, layers), others if others.any() else ~others).miou
+    return torch.tensor(layers)[miou.nan_to_num(-1).argmax(1)][fold]
+
+
+def sites_of_effects(sites: list[str], counts: Counts, groups: Tensor | None = None) -> dict[str, Tensor]:
+    """Return for encoder, adapter and best layer, where probed, the index of the site to read per image, i64[N]."""
+    images, best = len(counts.labelled), cross_validated_layers(sites, counts, groups)
+    fixed = {site: torch.full((images,), sites.index(site)) for site in (ENCODER, ADAPTER) if site in sites}
+    return fixed if best is None else fixed | {BEST_LAYER: best}
+
+
+def read_sites(x: Tensor, site_of_image: dict[str, Tensor]) -> Tensor:
+    """Return x[S, N, ...] at the sites of each image, [M, N, ...]."""
+    return x[torch.stack(list(site_of_image.values())), torch.arange(x.shape[1])]
+
+
+def effects_of_sites(estimates: dict[str, Estimate]) -> dict[str, Estimate]:
+    """Return "adapter_drop" (encoder minus adapter) and "recovery" (best layer minus adapter), where possible."""
+    pairs = {"adapter_drop": (ENCODER, ADAPTER), "recovery": (BEST_LAYER, ADAPTER)}
+    return {name: subtract(estimates[a], estimates[b]) for name, (a, b) in pairs.items() if {a, b} <= set(estimates)}
+
+
+def miou_estimates(counts: Counts, site_of_image: dict[str, Tensor], weights: Tensor) -> dict[str, Estimate]:
+    """Return the mIoU at encoder, adapter and best layer, for bootstrap weights f[R, N]."""
+    read = lambda x: read_sites(x, site_of_image)
+    counts = counts._replace(intersection=read(counts.intersection), predicted=read(counts.predicted))
+    values, resampled = dataset_scores(counts).miou.tolist(), resampled_scores(counts, weights).miou
+    return {site: (values[i], resampled[:, i]) for i, site in enumerate(site_of_image)}
+
+
+def drop_and_recovery(
+    sites: list[str], counts: Counts, weights: Tensor, groups: Tensor | None = None
+) -> dict[str, Estimate]:
     """Return the effects "adapter_drop" (encoder minus adapter mIoU) and "recovery" (best layer minus adapter).
 
-    The best layer of `counts` is chosen once on the full split and kept under all bootstrap weights f[R, N]. An effect
-    is missing if one of its sites was not probed.
+    The best layer is chosen by :func:`cross_validated_layers`, once, and kept under all bootstrap weights f[R, N]; the
+    plain maximum over layers, the paper's definition, is "recovery" in the "summary" of metrics.json. An effect is
+    missing if one of its sites was not probed.
     """
-    miou = dict(zip(sites, dataset_scores(counts).miou.tolist(), strict=True))
-    peak = peak_layer(miou)
-    probed = [site for site in (ENCODER, ADAPTER, peak) if site in miou]
-    resampled = resampled_scores(select_sites(counts, [sites.index(site) for site in probed]), weights).miou
-    estimates = {site: (miou[site], resampled[:, i]) for i, site in enumerate(probed)}
-    pairs = {"adapter_drop": (ENCODER, ADAPTER), "recovery": (peak, ADAPTER)}
-    return {name: subtract(estimates[a], estimates[b]) for name, (a, b) in pairs.items() if {a, b} <= set(probed)}
+    site_of_image = sites_of_effects(sites, counts, groups)
+    return effects_of_sites(miou_estimates(counts, site_of_image, weights)) if site_of_image else {}
 
 
 def estimates_to_json(estimates: dict[str, Estimate]) -> dict[str, dict[str, Any]]:

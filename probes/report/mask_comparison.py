@@ -27,8 +27,8 @@ def compare_masks(study: Study, permutations: int = RESAMPLINGS) -> dict[str, An
     """Return the entry "paired" of results.json; None unless the trained model was probed under both masks.
 
     "sites" has, per site of both runs, the difference of mIoU, its 95% interval and two-sided p-values: uncorrected,
-    and corrected for the number of sites. "effects" are drop-off and recovery. Their intervals keep each run's best
-    layer, while the test selects it again in every permutation.
+    and corrected for the number of sites. "effects" are drop-off and recovery. Their values and intervals are those of
+    the claims, with each run's best layer by cross-validation; the test takes the maximum in every permutation.
     """
     if study.pair() is None:
         return None
@@ -52,13 +52,15 @@ def compare_masks(study: Study, permutations: int = RESAMPLINGS) -> dict[str, An
             {"site": site, "difference": v, "ci95": interval(v, r), "p": p.item(), "p_corrected": q.item()}
             for site, v, r, p, q in zip(sites, values.tolist(), resampled.T, uncorrected, corrected, strict=True)
         ],
-        "effects": _compare_effects(sites, counts, weights, swapped),
+        "effects": _compare_effects(sites, counts, weights, groups, swapped),
     }
 
 
-def _compare_effects(sites: list[str], counts: list, weights: Tensor, swapped: list[Tensor]) -> list[dict[str, Any]]:
+def _compare_effects(
+    sites: list[str], counts: list, weights: Tensor, groups: Tensor | None, swapped: list[Tensor]
+) -> list[dict[str, Any]]:
     """Return the differences of drop-off and recovery, with intervals and p-values."""
-    causal, bidirectional = (drop_and_recovery(sites, run_counts, weights) for run_counts in counts)
+    causal, bidirectional = (drop_and_recovery(sites, run_counts, weights, groups) for run_counts in counts)
     layers = [i for i, site in enumerate(sites) if site.startswith("layer_")]
     effect_of_miou = {
         "adapter_drop": lambda miou: miou[:, sites.index(ENCODER)] - miou[:, sites.index(ADAPTER)],

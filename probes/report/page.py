@@ -32,8 +32,9 @@ from .claims import evaluate_claims
 from .confusion import most_confused_pairs
 from .mask_comparison import compare_masks
 from .paper import PAPER
+from .path import path_verdicts
 from .probe_sensitivity import scale_sensitivity, seed_spread
-from .study import Rows, Study, overridden_masks, read_studies, total_wall_s
+from .study import Rows, Study, is_solved, overridden_masks, read_studies, total_wall_s
 from .summary_text import MASKS_SECTION, format_interval, format_points
 from .templates import render
 
@@ -60,6 +61,7 @@ def study_results(study: Study) -> dict[str, Any]:
         "paired": compare_masks(study),
         "scale": by_mask(scale_sensitivity, study.runs_with_variants),
         "seeds": by_mask(seed_spread, study.runs_with_variants),
+        "path": path_verdicts(study),
         "confusion": by_mask(most_confused_pairs, study.trained),
     }
 
@@ -117,6 +119,7 @@ def _build_part(study: Study, out: Path, files: Files) -> dict[str, Any]:
         "sections": _draw_figures(study_figures(study, results), out, files),
         "tables": tables.study_tables(study, results),
         "overridden_masks": overridden_masks(study),
+        "solved_main": is_solved(study.first),
     }
     files |= _csv_files(part["tables"], out)
     drawn = [figure for section in part["sections"].values() for figure, _ in section]
@@ -158,6 +161,8 @@ def run(args: argparse.Namespace) -> None:
                 f"{claim['claim']:<21} {claim['image_attention']:<14} {value:>6} {interval}  {verdict}{control}   "
                 f"({claim['n'][unit]} {unit})"
             )
+        for text in summary_text.summarize_path(study["path"]):
+            print(text)
         for mask, scale in study["scale"].items():
             for text in scale["verdict"].values():
                 print(f"{mask}: {text}")

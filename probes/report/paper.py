@@ -41,6 +41,7 @@ def paper_encoder(run: ProbeRun) -> str | None:
 
 
 def probe_deviations(run: ProbeRun) -> dict[str, Any]:
-    """Return the probe settings that differ from App. A.2, with the run's values."""
+    """Return the probe settings that differ from App. A.2, with the run's values; solved probes have only some."""
     settings = {"head": "linear"} | run.metrics["probe"]
-    return {key: settings[key] for key, value in PROBE.items() if settings[key] != value}
+    solved = {"solved": settings["solved"]} if "solved" in settings else {}
+    return solved | {key: settings[key] for key in PROBE if key in settings and settings[key] != PROBE[key]}

@@ -103,7 +103,7 @@ def scale_sensitivity(run: ProbeRun) -> dict[str, Any] | None:
 
 
 def _effects_json(run: ProbeRun, counts: Counts) -> dict[str, Any]:
-    effects = drop_and_recovery(run.sites, counts, run.weights)
+    effects = drop_and_recovery(run.sites, counts, run.weights, run.groups)
     return {name: entry | {"holds": entry["ci95"][0] > 0} for name, entry in estimates_to_json(effects).items()}
 
 

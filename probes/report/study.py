@@ -1,4 +1,9 @@
-"""Group the runs of a report by model and dataset, then by attention mask, trained and untrained."""
+"""Group the runs of a report by model and dataset, then by attention mask, trained and untrained.
+
+Runs of `probes solve` are "solved": their probes minimise the loss at every strength of regularisation. Runs of `probes
+fit` train their probes with SGD. Where a study has both, the page shows the trained probes and compares the solved ones
+along the path of strengths.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -16,12 +21,17 @@ MASKS = ("causal", "bidirectional")
 
 @dataclass
 class Study:
-    """One model on one dataset; all runs by mask."""
+    """One model on one dataset; all runs by mask.
+
+    A solved run is also in `trained` or `untrained` if no other run has its mask there.
+    """
 
     model: str
     dataset: str
     trained: dict[str, ProbeRun] = field(default_factory=dict)
     untrained: dict[str, ProbeRun] = field(default_factory=dict)
+    solved: dict[str, ProbeRun] = field(default_factory=dict)
+    solved_untrained: dict[str, ProbeRun] = field(default_factory=dict)
     long_runs: dict[str, ProbeRun] = field(default_factory=dict)  # trained model, longer-trained probes
     variant_runs: dict[str, ProbeRun] = field(default_factory=dict)  # probe variants, unless `trained` has them
 
@@ -31,14 +41,21 @@ class Study:
         return [*self.trained.values(), *self.untrained.values()]
 
     @property
+    def runs_and_solved(self) -> list[ProbeRun]:
+        """All these and the solved runs, each once."""
+        solved = [*self.solved.values(), *self.solved_untrained.values()]
+        return self.runs + [run for run in solved if run not in self.runs]
+
+    @property
     def first(self) -> ProbeRun:
         """The first trained run, whose dataset and settings stand for the study."""
         return next(iter(self.trained.values()))
 
     @property
     def runs_with_variants(self) -> dict[str, ProbeRun]:
-        """The runs whose probe variants are compared, by mask."""
-        return {mask: self.variant_runs.get(mask, run) for mask, run in self.trained.items()}
+        """The runs whose probe variants are compared, by mask; solved runs have none."""
+        runs = {mask: self.variant_runs.get(mask, run) for mask, run in self.trained.items()}
+        return {mask: run for mask, run in runs.items() if not is_solved(run)}
 
     @property
     def title(self) -> str:
@@ -51,9 +68,20 @@ class Study:
         return "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{self.model}_{self.dataset}")
 
     def pair(self, untrained: bool = False) -> tuple[ProbeRun, ProbeRun] | None:
-        """Return the causal and the bidirectional run; None unless both exist."""
-        runs = self.untrained if untrained else self.trained
-        return (runs[MASKS[0]], runs[MASKS[1]]) if set(MASKS) <= set(runs) else None
+        """Return the causal and the bidirectional run; None unless both exist with the same kind of probes."""
+        kinds = (self.untrained, self.solved_untrained) if untrained else (self.trained, self.solved)
+        for runs in kinds:
+            pair = [runs[mask] for mask in MASKS if mask in runs]
+            if len(pair) == 2 and is_solved(pair[0]) == is_solved(pair[1]):
+                return pair[0], pair[1]
+        return None
+
+    def control(self, mask: str) -> ProbeRun | None:
+        """Return the untrained run whose probes are of the same kind as those of the trained run, None without one."""
+        if is_solved(self.trained[mask]):
+            return self.solved_untrained.get(mask)
+        run = self.untrained.get(mask)
+        return None if run is None or is_solved(run) else run
 
     def starvation(self, untrained: bool = False) -> dict[str, Any] | None:
         """Return the accuracy per patch under both masks; None unless both runs exist."""
@@ -62,7 +90,7 @@ class Study:
 
     def _add(self, run: ProbeRun) -> None:
         kind, mask = "untrained" if run.metrics["untrained"] else "trained", run.metrics["image_attention"]
-        runs = getattr(self, kind)
+        runs = getattr(self, {"trained": "solved", "untrained": "solved_untrained"}[kind] if is_solved(run) else kind)
         if mask in runs:
             raise UserError(
                 f"{runs[mask].path} and {run.path} are both the {kind} run under {mask!r} of {self.title}; "
@@ -70,16 +98,30 @@ class Study:
             )
         runs[mask] = run
 
+    def _complete(self) -> None:
+        """Make solved runs the main ones where there are no others, and sort all runs by mask, the paper's first."""
+        self.trained, self.untrained = self.solved | self.trained, self.solved_untrained | self.untrained
+        for kind in ("trained", "untrained", "solved", "solved_untrained"):
+            runs = getattr(self, kind)
+            setattr(self, kind, {mask: runs[mask] for mask in dict.fromkeys((*MASKS, *sorted(runs))) if mask in runs})
+
     def _check(self) -> None:
         if not self.trained:
             raise UserError(f"only untrained controls were passed for {self.title}; add a run of the trained model")
-        for run in self.runs:
-            settings, expected = run.metrics["probe"], self.first.metrics["probe"]
+        first: dict[bool, ProbeRun] = {}  # of the solved runs, and of the others
+        for run in self.runs_and_solved:
+            other = first.setdefault(is_solved(run), run)
+            settings, expected = run.metrics["probe"], other.metrics["probe"]
             for key in [key for key in settings if key in expected and settings[key] != expected[key]]:
                 raise UserError(
-                    f"{self.first.path} and {run.path} cannot be compared: their probes differ in {key}, "
+                    f"{other.path} and {run.path} cannot be compared: their probes differ in {key}, "
                     f"{expected[key]!r} and {settings[key]!r}; train both with the same settings"
                 )
+
+
+def is_solved(run: ProbeRun) -> bool:
+    """Return whether a run was made by `probes solve`."""
+    return run.metrics.get("path") is not None
 
 
 def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: Iterable[str] = ()) -> list[Study]:
@@ -98,16 +140,17 @@ def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: 
         studies.setdefault(key, Study(*key))._add(run)
     reference: dict[str, ProbeRun] = {}  # by dataset: the run whose images all others must share
     for study in studies.values():
-        for run in study.runs:
+        study._complete()
+        for run in study.runs_and_solved:
             reference.setdefault(study.dataset, run).check_same_images(run)
         study._check()
-        masks = dict.fromkeys((*MASKS, *study.trained))  # the paper's first
-        study.trained = {mask: study.trained[mask] for mask in masks if mask in study.trained}
     for field_name, extra_paths in (("long_runs", long_runs), ("variant_runs", variants)):
         for model, run in map(_read_run, extra_paths):
             key, mask = (model, run.metrics["dataset"]), run.metrics["image_attention"]
             if key not in studies or mask not in studies[key].trained:
                 raise UserError(f"no main run matches {run.path} ({', '.join(key)}, {mask!r}); pass that run too")
+            if is_solved(run):
+                raise UserError(f"{run.path} was made by `probes solve`; pass it with the main runs")
             reference[run.metrics["dataset"]].check_same_images(run)
             getattr(studies[key], field_name)[mask] = run
     return list(studies.values())

@@ -3,11 +3,17 @@
 from typing import Any
 
 from .mask_comparison import ALPHA
+from .path import EVERYWHERE, NOWHERE
 from .probe_sensitivity import EFFECTS
 
 MASKS_SECTION = "Bidirectional vs. causal attention"
 SCALE_SECTION = "Sensitivity to feature scale"
 SEEDS_SECTION = "Probe seeds"
+PATH_SECTION = "Probes at every strength of regularisation"
+
+PATH_EFFECTS = {"recovery_trained": "recovery minus that of the untrained model"}
+INSTRUMENT_NAMES = {"closed_form": "closed form", "optimum": "optimum"}
+MEASURE_NAMES = {"miou": "mIoU", "cross_entropy": "cross-entropy"}
 
 
 def format_percent(value: float | None, digits: int = 1) -> str:
@@ -48,6 +54,7 @@ def summarize_sections(results: dict[str, Any]) -> dict[str, list[str]]:
         SCALE_SECTION: [
             f"{mask.capitalize()}: {' '.join(scale['verdict'].values())}" for mask, scale in results["scale"].items()
         ],
+        PATH_SECTION: summarize_path(results["path"]),
         SEEDS_SECTION: [line for mask, seeds in results["seeds"].items() for line in summarize_seeds(mask, seeds)],
     }
 
@@ -74,6 +81,44 @@ def summarize_mask_comparison(comparison: dict[str, Any]) -> list[str]:
             "reject any null hypothesis, and the intervals are unreliable."
         )
     return lines
+
+
+def summarize_path(verdicts: list[dict[str, Any]]) -> list[str]:
+    """Return two sentences: the effects that hold at every strength of regularisation, and all others."""
+    if not verdicts:
+        return []
+    everywhere, elsewhere = {}, {}
+    for verdict in verdicts:
+        name = f"{(EFFECTS | PATH_EFFECTS)[verdict['effect']]} in {MEASURE_NAMES[verdict['measure']]}"
+        case = f"{verdict['image_attention']}, {INSTRUMENT_NAMES[verdict['instrument']]}"
+        if verdict["verdict"] == EVERYWHERE:
+            everywhere.setdefault(name, []).append(case)
+        else:
+            elsewhere.setdefault(name, []).append(f"{case}: {_describe_strengths(verdict)}")
+    join = lambda cases_by_name: "; ".join(f"{name} ({'; '.join(cases)})" for name, cases in cases_by_name.items())
+    return [
+        f"Above zero at every strength of regularisation: {join(everywhere) or 'none of the effects'}.",
+        f"Not at every strength: {join(elsewhere) or 'none of the effects'}.",
+    ]
+
+
+def _describe_strengths(verdict: dict[str, Any]) -> str:
+    """Return at which strengths an effect holds, and how many have not converged."""
+    strengths, missing = [row["strength"] for row in verdict["estimates"]], len(verdict["not_converged"])
+    text = verdict["verdict"]
+    if text != NOWHERE:
+        ranges = format_ranges(strengths, verdict["holds"])
+        text = f"at {len(verdict['holds'])} of {len(strengths)}, {ranges}"
+    return f"{text}; {missing} of {len(strengths)} not converged" if missing else text
+
+
+def format_ranges(grid: list[float], chosen: list[float]) -> str:
+    """Return the chosen values of a grid, neighbours as a range: "1e-06 to 0.001, 0.1"."""
+    ranges: list[list[float]] = []
+    for before, value in zip([None, *grid], grid, strict=False):
+        if value in chosen:
+            ranges = [*ranges[:-1], [*ranges[-1], value]] if before in chosen else [*ranges, [value]]
+    return ", ".join(f"{x[0]:.2g} to {x[-1]:.2g}" if len(x) > 1 else f"{x[0]:.2g}" for x in ranges)
 
 
 def summarize_seeds(mask: str, entries: list[dict[str, Any]]) -> list[str]:

@@ -3,6 +3,7 @@
     RUN/metrics.json          scores per site with intervals, of the main variant and of further ones
     RUN/counts.safetensors    pixel counts per image of the main variant, from which its scores are computed
     RUN/recipes.safetensors   counts of further variants, if any: "NAME/intersection", "NAME/predicted"
+    RUN/path.safetensors      counts and losses at every strength of regularisation, of `probes solve`
     RUN/probes.safetensors    the probes of their best epochs: "SITE.head.weight", "recipes/NAME/SITE.head.weight"
     RUN/manifest.json         versions, commit, configuration, data, hardware
 
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 # Axes of the counts: S sites, N images, K classes, T image tokens. The last two are not in every run.
 COUNTS = {"intersection": "SNK", "predicted": "SNK", "labelled": "NK", "patch_right": "SNT", "patch_valid": "NT"}
 COUNTS |= {"confusion": "SKK", "group": "N"}
+PATH = {"intersection": "RSNK", "predicted": "RSNK", "cross_entropy": "RSN"}  # R strengths
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -75,6 +77,22 @@ def check_counts(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, 
         if list(tensor.shape) != expected or tensor.is_floating_point() or tensor.lt(0).any():
             raise UserError(
                 f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; expected non-negative integers {expected} "
+                "according to metrics.json; make the run again"
+            )
+
+
+def check_path(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, int], instrument: str) -> None:
+    """Raise a UserError that names `path` unless an instrument's counts and losses are valid and of these sizes."""
+    for key, axes in PATH.items():
+        name, floating = f"{instrument}/{key}", key == "cross_entropy"
+        if name not in tensors:
+            raise UserError(f"{path} has no {name}; make the run again")
+        tensor, expected = tensors[name], [sizes[axis] for axis in axes]
+        valid = list(tensor.shape) == expected and tensor.is_floating_point() == floating
+        if not valid or not (tensor >= 0).all() or (floating and not tensor.isfinite().all()):
+            kind = "finite numbers" if floating else "integers"
+            raise UserError(
+                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; expected non-negative {kind} {expected} "
                 "according to metrics.json; make the run again"
             )
 
@@ -175,6 +193,28 @@ class ProbeRun:
         intersection, predicted = (tensors[name] for name in names)
         right, valid = intersection.sum(-1, keepdim=True), labelled.sum(-1, keepdim=True)
         return Counts(intersection, predicted, labelled, patch_right=right, patch_valid=valid)
+
+    def path_counts(self, instrument: str) -> list[tuple[Counts, torch.Tensor]]:
+        """Return counts and summed losses per image, f64[S, N], at each strength; counts have one patch per image.
+
+        Args:
+            instrument: A key of metrics.json["path"] with strengths: "closed_form" or "optimum".
+
+        Raises:
+            UserError: If the run has no such path, or its file is damaged.
+        """
+        solved, path = (self.metrics.get("path") or {}).get(instrument), self.path / "path.safetensors"
+        if solved is None:
+            raise UserError(f"{self.path} has no path of the instrument {instrument!r} (`probes solve`)")
+        tensors, labelled = read_tensors(path), self.counts.labelled
+        sizes = self._sizes | {"R": len(solved["strengths"])}
+        check_path(tensors, path, sizes, instrument)
+        intersection, predicted, loss = (tensors[f"{instrument}/{name}"] for name in PATH)
+        valid = labelled.sum(-1, keepdim=True)
+        return [
+            (Counts(right, total, labelled, patch_right=right.sum(-1, keepdim=True), patch_valid=valid), losses)
+            for right, total, losses in zip(intersection, predicted, loss, strict=True)
+        ]
 
     @property
     def confusion(self) -> torch.Tensor | None:

@@ -11,8 +11,8 @@ from probes.data.palette import palette_of
 from probes.models.sites import ADAPTER
 from probes.report import tables
 from probes.report.probe_sensitivity import one_per_value, read_variants, select_variants
-from probes.report.study import MASKS, Study
-from probes.report.summary_text import MASKS_SECTION, SCALE_SECTION, SEEDS_SECTION
+from probes.report.study import MASKS, Study, is_solved
+from probes.report.summary_text import MASKS_SECTION, PATH_SECTION, SCALE_SECTION, SEEDS_SECTION
 from probes.results.probe_run import ProbeRun
 
 from . import (
@@ -23,6 +23,7 @@ from . import (
     layer_curves,
     maps,
     mask_comparison,
+    path,
     probe_sensitivity,
     starvation,
     training_budget,
@@ -67,6 +68,7 @@ def study_figures(study: Study, results: dict[str, Any]) -> Figures:
             "the adapter's confusion is gone; rows without a bar keep more than half.",
             confusion.confusion_map(study.trained[mask], pairs), "wide")  # fmt: skip
     yield from _map_figures(study, palette)
+    yield from _path_figures(study, results)
     yield from _variant_figures(study, results["scale"])
     yield from _probe_figures(study)
 
@@ -196,10 +198,34 @@ def _map_figures(study: Study, palette: np.ndarray) -> Figures:
                 maps.umap_panels(image, run.metrics["classes"], palette))  # fmt: skip
 
 
+def _path_figures(study: Study, results: dict[str, Any]) -> Figures:
+    """Yield the figure of solved probes at every strength."""
+    if not results["path"]:
+        return
+    claims = [claim for claim in results["claims"] if claim["claim"] in path.EFFECTS]
+    by_sgd = {(claim["image_attention"], claim["claim"]): claim["value"] for claim in claims}
+    by_sgd = {key: value for key, value in by_sgd.items() if not is_solved(study.trained[key[0]])}
+    yield ReportFigure(
+        "path", PATH_SECTION, "Drop-off and recovery at every strength",
+        _caption(
+            "Differences of mIoU and of cross-entropy between sites, all with probes of the same strength of "
+            "regularisation; above zero, the first site is better. Lines: probes in closed form. Points: probes at the "
+            "optimum of the loss. Where some losses explode, the axis is logarithmic away from zero.",
+            "Hollow: not converged, not counted." if any(v["not_converged"] for v in results["path"]) else "",
+            "Dotted: probes trained with SGD." if by_sgd else "",
+            "Check whether a whole curve lies above zero. Bands and bars: 95% intervals that hold at all strengths "
+            "together. The best layer is chosen by cross-validation over images.",
+        ),
+        path.path_effects(results["path"], by_sgd))  # fmt: skip
+
+
 def _variant_figures(study: Study, scale: dict[str, dict[str, Any]]) -> Figures:
-    """Yield the figures of norms and learning rates, heads, seeds and controls."""
+    """Yield the figures of norms and learning rates, heads, seeds and controls.
+
+    Solved probes depend neither on learning rate nor on seed: with them, the path is shown instead.
+    """
     runs, keys = study.runs_with_variants, ("feature_norm", "learning_rate")
-    if scale:
+    if scale and not study.solved:
         curves = {mask: (runs[mask], select_variants(runs[mask], *keys)) for mask in scale}
         yield ReportFigure(
             "scale_effects", SCALE_SECTION, "Drop-off and recovery by norm and learning rate",
@@ -220,7 +246,7 @@ def _variant_figures(study: Study, scale: dict[str, dict[str, Any]]) -> Figures:
             "the drop-off, the information is present but not linearly readable; otherwise it is lost.",
             probe_sensitivity.variant_curves(heads, "head"))  # fmt: skip
     seeds = {mask: (run, v) for mask, run in runs.items() if (v := one_per_value(select_variants(run, "seed"), "seed"))}
-    if seeds:
+    if seeds and not study.solved:
         yield ReportFigure(
             "seeds", SEEDS_SECTION, "Probes from several seeds",
             "One line per probe seed, and the main seed's interval over images, which does not include the randomness "
@@ -249,7 +275,7 @@ def _probe_figures(study: Study) -> Figures:
                 "Dotted: the untrained model." if with_statistics else "",
             ),
             feature_statistics.state_statistics(study))  # fmt: skip
-    if not all(entry["history"] for entry in study.first.metrics["sites"]):
+    if not all(entry["history"] for run in study.trained.values() for entry in run.metrics["sites"]):
         return
     yield ReportFigure(
         "budget", BUDGET, "Score by training length",

@@ -1,0 +1,451 @@
+"""Effects of solved probes at every strength, compared with loops in numpy; studies and reports with solved runs."""
+
+import csv
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import probe_runs
+import pytest
+import tiny_models
+import torch
+from probe_runs import random_counts, write_run
+from safetensors.torch import load_file, save_file
+
+from probes.cli import main
+from probes.evaluation.metrics import Counts
+from probes.report.claims import evaluate_claims
+from probes.report.effects import cross_validated_layers, image_folds
+from probes.report.figures.catalogue import study_figures
+from probes.report.page import study_results
+from probes.report.path import path_rows, path_verdicts, simultaneous_band
+from probes.report.study import read_studies
+from probes.report.summary_text import format_ranges, summarize_path
+from probes.results.probe_run import ProbeRun
+
+CURVE = [0.6, 0.5, 0.55, 0.62, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
+FLAT = [0.6, 0.5, 0.5, 0.5, 0.5, 0.5]
+STRENGTHS = {"closed_form": [0.001, 0.01, 0.1], "optimum": [0.001, 0.01]}
+SETTINGS = {"head": "linear", "feature_norm": "batchnorm", "labels": "true", "solved": "optimum", "seed": 0, "folds": 4}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tiny_models.write_segmentation(tmp_path_factory.mktemp("data"), 1, 1)
+
+
+def write_solved(path: Path, curves, *, root, converged=lambda instrument, strength, site: True, **options) -> str:
+    """Write a solved run; `curves` are the pixel accuracies at each strength, those of the optimum are its first."""
+    write_run(path, curves[0], root=root, **options)
+    metrics, labelled = json.loads((path / "metrics.json").read_text()), ProbeRun(path).counts.labelled
+    metrics["probe"] = dict(SETTINGS)
+    solved, tensors = {"passes": 1, "sample_images": 1}, {}
+    for instrument, strengths in STRENGTHS.items():
+        seed = options.get("seed", 0) + 50 * (instrument == "optimum")
+        counts = [
+            random_counts(curve, len(labelled), labelled.shape[1], seed + 7 * i)[0]
+            for i, curve in enumerate(curves[: len(strengths)])
+        ]
+        sites = [entry["site"] for entry in metrics["sites"]]
+        right, predicted = (torch.stack([getattr(c, name) for c in counts]) for name in ("intersection", "predicted"))
+        loss = (labelled.sum(-1) - right.sum(-1)).double() * 1.5  # 1.5 nats per wrong pixel
+        tensors |= {f"{instrument}/intersection": right.int(), f"{instrument}/predicted": predicted.int()}
+        tensors |= {f"{instrument}/cross_entropy": loss}
+        entries = [dict.fromkeys(("miou", "pacc", "cross_entropy", "cv_cross_entropy"), [0.5] * len(strengths))
+                   | {"site": site, "chosen": strengths[0]} for site in sites]  # fmt: skip
+        if instrument == "optimum":
+            for entry in entries:
+                entry["certificates"] = [{"converged": converged(instrument, r, entry["site"])} for r in strengths]
+        solved[instrument] = {"strengths": strengths, "sites": entries}
+    for entry in metrics["sites"]:
+        entry |= {"best_epoch": None, "history": []}
+    (path / "metrics.json").write_text(json.dumps(metrics | {"path": solved}))
+    save_file({name: x.contiguous() for name, x in tensors.items()}, path / "path.safetensors")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def paths(root, tmp_path_factory) -> dict[str, str]:
+    """Runs of SGD and solved ones, trained and untrained; the drop-off vanishes at the last strength."""
+    folder = tmp_path_factory.mktemp("paths")
+    curves = [CURVE, CURVE, [0.4, *CURVE[1:]]]
+    unconverged = lambda instrument, strength, site: (strength, site) != (0.01, "encoder")
+    return {
+        "sgd": str(write_run(folder / "sgd", CURVE, root=root)),
+        "sgd_untrained": str(write_run(folder / "sgd_untrained", FLAT, root=root, untrained=True, seed=3)),
+        "solved": write_solved(folder / "solved", curves, root=root, converged=unconverged, seed=5),
+        "solved_untrained": write_solved(folder / "su", [FLAT] * 3, root=root, untrained=True, seed=6),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ numpy
+def numpy_miou(right, predicted, labelled, weights=None) -> float:
+    """mIoU of one site from counts [N, K]; `weights` are the multiplicities of the images."""
+    weights = np.ones(len(labelled)) if weights is None else np.asarray(weights, dtype=float)
+    right, predicted, labelled = (weights @ np.asarray(x, dtype=float) for x in (right, predicted, labelled))
+    union = predicted + labelled - right
+    return np.mean(right[union > 0] / union[union > 0])
+
+
+def numpy_layers(sites, counts: Counts, fold) -> list[int]:
+    """Index of the best layer on the other folds, per image."""
+    right, predicted, labelled = (np.asarray(x) for x in counts[:3])
+    layers, chosen = [i for i, site in enumerate(sites) if site.startswith("layer_")], []
+    for image in range(len(labelled)):
+        others = [other for other in range(len(labelled)) if fold[other] != fold[image]]
+        score = [numpy_miou(right[i][others], predicted[i][others], labelled[others]) for i in layers]
+        chosen.append(layers[int(np.argmax(score))])
+    return chosen
+
+
+def numpy_values(counts: Counts, loss, sites, fold, weights=None) -> dict[tuple[str, str], float]:
+    """Drop-off and recovery in both measures."""
+    right, predicted, labelled = (np.asarray(x) for x in counts[:3])
+    images, loss = np.arange(len(labelled)), np.asarray(loss)
+    weights = np.ones(len(labelled)) if weights is None else np.asarray(weights, dtype=float)
+    at = {"encoder": [sites.index("encoder")] * len(images), "adapter": [sites.index("adapter")] * len(images)}
+    at["best"] = numpy_layers(sites, counts, fold)
+    miou = {k: numpy_miou(right[i, images], predicted[i, images], labelled, weights) for k, i in at.items()}
+    nats = {k: (weights * loss[i, images]).sum() / (weights @ labelled.sum(1)) for k, i in at.items()}
+    return {
+        ("adapter_drop", "miou"): miou["encoder"] - miou["adapter"],
+        ("recovery", "miou"): miou["best"] - miou["adapter"],
+        ("adapter_drop", "cross_entropy"): nats["adapter"] - nats["encoder"],
+        ("recovery", "cross_entropy"): nats["adapter"] - nats["best"],
+    }
+
+
+def close_layers(images=23, classes=4, seed=1) -> Counts:
+    """Counts of encoder, adapter and three layers so similar that folds disagree about the best."""
+    return random_counts([0.6, 0.5, 0.6, 0.6, 0.6], images, classes, seed)[0]
+
+
+SITES = ["encoder", "adapter", "layer_01", "layer_02", "layer_03"]
+
+
+# ------------------------------------------------------------------------------------------------ numbers
+def test_band_equals_a_loop_and_covers_all_values_together():
+    torch.manual_seed(0)
+    resampled = (torch.randn(400, 1) + torch.randn(400, 5)) * torch.tensor([1.0, 2.0, 0.5, 3.0, 0.0]) + 1
+    values = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    low, high = simultaneous_band(values, resampled)
+    x = resampled.double().numpy()
+    sd = [np.std(x[:, i], ddof=1) for i in range(5)]
+    largest = [max(abs(row[i] - x[:, i].mean()) / sd[i] for i in range(4)) for row in x]
+    half = np.quantile(largest, 0.95) * np.array(sd)
+    np.testing.assert_allclose(high - values, half, rtol=1e-6)
+    np.testing.assert_allclose(values - low, half, rtol=1e-6)
+    assert half[4] == 0 and (half[:4] > 2.05 * np.array(sd[:4])).all()  # wider than one value's own interval
+    inside = (np.abs(x - x.mean(0)) <= half + 1e-12).all(1).mean()
+    assert 0.945 <= inside <= 0.955
+
+
+def test_band_leaves_out_resamplings_without_a_value():
+    resampled = torch.randn(100, 3, generator=torch.Generator().manual_seed(0))
+    with_nan = torch.cat([resampled, torch.tensor([[0.0, float("nan"), 50.0]])])
+    expected, got = (simultaneous_band(torch.zeros(3), x) for x in (resampled, with_nan))
+    assert torch.equal(expected[0], got[0]) and torch.equal(expected[1], got[1])
+
+
+def test_folds_keep_groups_together_and_are_even():
+    assert torch.bincount(image_folds(25)).tolist() == [3] * 5 + [2] * 5
+    groups = torch.tensor([7, 7, 3, 9, 3, 9, 9])
+    assert image_folds(7, groups).tolist() == [1, 1, 0, 2, 0, 2, 2]
+    assert image_folds(3, torch.tensor([4, 4, 4])).tolist() == [0, 1, 2]  # one group: as without groups
+
+
+@pytest.mark.parametrize("groups", [None, torch.arange(23) % 4])
+def test_cross_validated_layers_equal_a_loop(groups):
+    counts = close_layers()
+    fold = np.arange(23) % 10 if groups is None else np.asarray(groups)
+    expected = numpy_layers(SITES, counts, fold)
+    assert cross_validated_layers(SITES, counts, groups).tolist() == expected
+    assert len(set(expected)) > 1  # the folds disagree, so that the plain maximum would differ
+
+
+def test_cross_validation_of_pure_noise_finds_no_recovery():
+    gains = {"plain": [], "cross-validated": []}
+    for seed in range(20):
+        counts = random_counts([0.5] * 12, 20, 4, seed)[0]
+        sites, images = ["adapter", *(f"layer_{i:02d}" for i in range(1, 12))], torch.arange(20)
+        miou = [numpy_miou(counts.intersection[i], counts.predicted[i], counts.labelled) for i in range(12)]
+        best = cross_validated_layers(sites, counts)
+        picked = numpy_miou(counts.intersection[best, images], counts.predicted[best, images], counts.labelled)
+        gains["plain"].append(max(miou[1:]) - miou[0])
+        gains["cross-validated"].append(picked - np.mean(miou[1:]))
+    assert np.mean(gains["plain"]) > 0.005 and abs(np.mean(gains["cross-validated"])) < 0.003
+
+
+def test_without_layers_or_with_one_image():
+    counts = close_layers(images=1)
+    assert cross_validated_layers(SITES[:2], counts) is None
+    assert cross_validated_layers(SITES, counts).shape == (1,)
+
+
+def test_rows_equal_numpy_at_every_strength(paths):
+    (study,) = read_studies([paths["solved"], paths["solved_untrained"]])
+    rows = {(r["instrument"], r["effect"], r["measure"], r["strength"]): r for r in path_rows(study)}
+    run, control = ProbeRun(paths["solved"]), ProbeRun(paths["solved_untrained"])
+    fold = np.arange(40) % 10
+    for instrument, strengths in STRENGTHS.items():
+        path, untrained = run.path_counts(instrument), control.path_counts(instrument)
+        for i, strength in enumerate(strengths):
+            values, others = (numpy_values(*p[i], run.sites, fold) for p in (path, untrained))
+            for (effect, measure), value in values.items():
+                assert rows.pop((instrument, effect, measure, strength))["value"] == pytest.approx(value)
+                if effect == "recovery":
+                    row = rows.pop((instrument, "recovery_trained", measure, strength))
+                    assert row["value"] == pytest.approx(value - others[effect, measure])
+    assert not rows
+
+
+def test_rows_have_the_simultaneous_band_of_the_shared_resamplings(paths):
+    (study,) = read_studies([paths["solved"]])
+    run = ProbeRun(paths["solved"])
+    run.weights = run.weights[:60]
+    study.solved["causal"] = run
+    rows = [r for r in path_rows(study) if (r["instrument"], r["effect"]) == ("optimum", "adapter_drop")]
+    for measure in ("miou", "cross_entropy"):
+        resampled = np.array([
+            [numpy_values(*path, run.sites, np.arange(40) % 10, w)["adapter_drop", measure] for w in run.weights]
+            for path in run.path_counts("optimum")
+        ])  # fmt: skip
+        sd = resampled.std(1, ddof=1, keepdims=True)
+        quantile = np.quantile((np.abs(resampled - resampled.mean(1, keepdims=True)) / sd).max(0), 0.95)
+        for row, s in zip([r for r in rows if r["measure"] == measure], sd[:, 0], strict=True):
+            assert row["high"] - row["value"] == pytest.approx(quantile * s, rel=1e-5)
+            assert row["value"] - row["low"] == pytest.approx(quantile * s, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ verdicts
+def test_verdicts_follow_the_lower_bound_and_the_certificates(paths):
+    (study,) = read_studies([paths["solved"], paths["solved_untrained"]])
+    verdicts = {(v["instrument"], v["effect"], v["measure"]): v for v in path_verdicts(study)}
+    assert len(verdicts) == 12
+    for verdict in verdicts.values():
+        for row in verdict["estimates"]:
+            assert row["holds"] == (row["low"] > 0 and row["converged"])
+    drop = verdicts["closed_form", "adapter_drop", "miou"]
+    assert (drop["verdict"], drop["holds"], drop["not_converged"]) == ("at some strengths", [0.001, 0.01], [])
+    drop = verdicts["optimum", "adapter_drop", "miou"]  # the encoder has not converged at 0.01
+    assert (drop["verdict"], drop["holds"], drop["not_converged"]) == ("at some strengths", [0.001], [0.01])
+    assert drop["estimates"][1]["low"] > 0
+    for instrument in STRENGTHS:  # recovery does not read the encoder
+        assert verdicts[instrument, "recovery", "miou"]["verdict"] == "at every strength"
+        assert verdicts[instrument, "recovery_trained", "cross_entropy"]["verdict"] == "at every strength"
+
+
+def test_a_layer_that_is_not_read_need_not_converge(root, tmp_path):
+    for site, missing in (("layer_01", []), ("layer_03", [0.001, 0.01])):  # the best is layer 3
+        converged = lambda instrument, strength, name: name != site  # noqa: B023
+        path = write_solved(tmp_path / site, [CURVE] * 3, root=root, converged=converged)
+        verdicts = path_verdicts(*read_studies([path]))
+        (recovery,) = [
+            v for v in verdicts if (v["instrument"], v["effect"], v["measure"]) == ("optimum", "recovery", "miou")
+        ]
+        assert recovery["not_converged"] == missing
+        assert recovery["verdict"] == ("at none" if missing else "at every strength")
+
+
+def test_the_untrained_model_must_converge_too(paths, root, tmp_path):
+    converged = lambda instrument, strength, site: (strength, site) != (0.01, "adapter")
+    control = write_solved(tmp_path / "run", [FLAT] * 3, root=root, untrained=True, converged=converged)
+    verdicts = path_verdicts(*read_studies([paths["solved"], control]))
+    missing = {v["effect"]: v["not_converged"] for v in verdicts if v["instrument"] == "optimum"}
+    assert missing == {"adapter_drop": [0.01], "recovery": [], "recovery_trained": [0.01]}
+
+
+def test_summary_says_what_holds_where(paths):
+    (study,) = read_studies([paths["solved"]])
+    first, second = summarize_path(path_verdicts(study))
+    assert first.startswith("Above zero at every strength of regularisation: recovery in mIoU (causal, closed form; ")
+    assert second.startswith("Not at every strength: drop-off in mIoU (causal, closed form: at 2 of 3, 0.001 to 0.01; ")
+    assert "causal, optimum: at 1 of 2, 0.001; 1 of 2 not converged" in second
+    case = {
+        "image_attention": "causal",
+        "instrument": "optimum",
+        "effect": "recovery_trained",
+        "measure": "cross_entropy",
+    }
+    none = case | {"verdict": "at none", "holds": [], "not_converged": [], "estimates": [{"strength": 0.1}]}
+    first, second = summarize_path([none])
+    assert first == "Above zero at every strength of regularisation: none of the effects."
+    effect = "recovery minus that of the untrained model in cross-entropy"
+    assert second == f"Not at every strength: {effect} (causal, optimum: at none)."
+    assert summarize_path([none | {"verdict": "at every strength"}])[1] == "Not at every strength: none of the effects."
+    assert summarize_path([]) == []
+
+
+def test_ranges_join_neighbours_of_the_grid():
+    grid = [1e-6, 1e-5, 1e-4, 0.00316, 0.1]
+    assert format_ranges(grid, grid) == "1e-06 to 0.1"
+    assert format_ranges(grid, [1e-6, 1e-5, 0.00316]) == "1e-06 to 1e-05, 0.0032"
+
+
+# ------------------------------------------------------------------------------------------------ studies
+def test_the_order_of_the_runs_does_not_matter(paths):
+    for order in itertools.permutations(paths.values()):
+        (study,) = read_studies(order)
+        found = {kind: [str(run.path) for run in getattr(study, kind).values()]
+                 for kind in ("trained", "untrained", "solved", "solved_untrained")}  # fmt: skip
+        assert found == {
+            "trained": [paths["sgd"]],
+            "untrained": [paths["sgd_untrained"]],
+            "solved": [paths["solved"]],
+            "solved_untrained": [paths["solved_untrained"]],
+        }
+        assert str(study.control("causal").path) == paths["sgd_untrained"]
+
+
+def test_a_solved_run_alone_is_also_the_main_run(paths):
+    (study,) = read_studies([paths["solved"]])
+    assert study.trained == study.solved and list(study.solved) == ["causal"]
+    assert len(study.runs_and_solved) == 1 and study.runs_with_variants == {}
+
+
+def test_effects_never_mix_solved_and_trained_probes(paths, root, tmp_path):
+    (study,) = read_studies([paths["sgd"], paths["solved_untrained"]])
+    assert study.untrained == study.solved_untrained and study.control("causal") is None
+    assert "recovery_trained" not in {claim["claim"] for claim in evaluate_claims(study)}
+    (study,) = read_studies([paths["solved"], paths["sgd_untrained"]])
+    assert study.control("causal") is None
+    (study,) = read_studies([paths["solved"], paths["sgd_untrained"], paths["solved_untrained"]])
+    assert str(study.control("causal").path) == paths["solved_untrained"]
+    other = write_solved(tmp_path / "other", [CURVE] * 3, root=root, mask="bidirectional")
+    (study,) = read_studies([other, paths["sgd"]])
+    assert list(study.trained) == ["causal", "bidirectional"] and study.pair() is None
+    (study,) = read_studies([other, paths["sgd"], paths["solved"]])
+    assert [str(run.path) for run in study.pair()] == [paths["solved"], other]
+
+
+def test_solved_runs_that_do_not_belong_together_are_rejected(paths, root, tmp_path):
+    with pytest.raises(ValueError, match="both the trained run under 'causal'"):
+        read_studies([paths["solved"], paths["sgd"], paths["solved"]])
+    other = write_solved(tmp_path / "other", [CURVE] * 3, root=root, mask="bidirectional")
+    metrics = json.loads((tmp_path / "other/metrics.json").read_text())
+    metrics["probe"]["folds"] = 5
+    (tmp_path / "other/metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(ValueError, match="their probes differ in folds, 5 and 4"):
+        read_studies([paths["solved"], paths["sgd"], other])
+    with pytest.raises(ValueError, match="was made by `probes solve`; pass it with the main runs"):
+        read_studies([paths["sgd"]], long_runs=[paths["solved"]])
+    with pytest.raises(ValueError, match="only untrained controls were passed"):
+        read_studies([paths["solved_untrained"]])
+
+
+# ------------------------------------------------------------------------------------------------ pages
+def read_csv(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open()))
+
+
+def test_report_of_solved_runs_alone(paths, tmp_path, capsys):
+    main(["report", paths["solved"], paths["solved_untrained"], "--out", str(tmp_path)])
+    results, html = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "index.html").read_text()
+    assert {v["effect"] for v in results["path"]} == {"adapter_drop", "recovery", "recovery_trained"}
+    assert "Above zero at every strength of regularisation" in capsys.readouterr().out
+    assert "Probes at every strength of regularisation" in html and "solved instead of\ntrained" in html
+    assert "AdamW" not in html and "trained with SGD" not in html
+    rows = read_csv(tmp_path / "path.csv")
+    assert len(rows) == 2 * 3 * (3 + 2)
+    assert list(rows[0]) == ["image_attention", "instrument", "effect", "measure", "strength", "value", "low", "high",
+                             "holds", "converged"]  # fmt: skip
+    flat = [row for verdict in results["path"] for row in verdict["estimates"]]
+    assert [float(row["value"]) for row in rows] == [row["value"] for row in flat]
+    assert (tmp_path / "path.png").stat().st_size > 1000 and (tmp_path / "path.pdf").is_file()
+
+
+def test_report_of_trained_and_solved_runs(paths, tmp_path):
+    main(["report", *reversed(paths.values()), "--out", str(tmp_path)])
+    results, html = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "index.html").read_text()
+    assert results["masks"]["causal"]["probing"] == ProbeRun(paths["sgd"]).metrics
+    assert "Dotted: probes trained with SGD." in html and "AdamW" in html and "Solved probes: one linear head" in html
+    assert "Hollow: not converged, not counted." in html
+    assert all(path in html for path in paths.values())
+    assert len(read_csv(tmp_path / "path.csv")) == 30
+
+
+def test_dotted_lines_are_the_claims_of_the_sgd_run(paths):
+    (study,) = read_studies(paths.values())
+    results = study_results(study)
+    (figure,) = [f for f in study_figures(study, results) if f.name == "path"]
+    axes = figure.data.figure.axes
+    dotted = [[line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"] for ax in axes]
+    claims = {claim["claim"]: 100 * claim["value"] for claim in results["claims"]}
+    expected = [[claims[name]] for name in ("adapter_drop", "recovery", "recovery_trained")]
+    assert dotted == [*expected, [], [], []]
+
+
+def test_scale_and_seeds_give_way_to_the_path(root, tmp_path):
+    recipes = {"norm": ({"feature_norm": "layernorm"}, CURVE), "seed": ({"seed": 1}, CURVE)}
+    recipes |= {"mlp": ({"head": "mlp"}, CURVE)}
+    sgd = str(write_run(tmp_path / "sgd", CURVE, root=root, recipes=recipes))
+    solved = write_solved(tmp_path / "solved", [CURVE] * 3, root=root)
+    sections = []
+    for runs in ([sgd], [sgd, solved]):
+        (study,) = read_studies(runs)
+        sections.append({figure.section for figure in study_figures(study, study_results(study))})
+    assert sections[0] - sections[1] == {"Sensitivity to feature scale", "Probe seeds"}
+    assert sections[1] - sections[0] == {"Probes at every strength of regularisation"}
+    assert "Probe heads" in sections[1]
+
+
+def test_claims_choose_the_best_layer_by_cross_validation(root, tmp_path):
+    path = write_run(tmp_path / "run", [0.6, 0.5, 0.6, 0.6, 0.6, 0.6], root=root, seed=2, groups=torch.arange(40) % 7)
+    run, (study,) = ProbeRun(path), read_studies([str(path)])
+    claim = next(claim for claim in evaluate_claims(study) if claim["claim"] == "recovery")
+    loss = torch.zeros(run.counts.intersection.shape[:2])
+    expected = numpy_values(run.counts, loss, run.sites, np.arange(40) % 7)["recovery", "miou"]
+    assert claim["value"] == pytest.approx(expected)
+    assert claim["value"] < run.metrics["summary"]["recovery"] - 1e-6  # the paper's plain maximum stays in the tables
+
+
+def test_solved_run_of_a_model(checkpoints, segmentation, tmp_path):
+    arguments = probe_runs.arguments(checkpoints["causal"], segmentation, tmp_path / "run")
+    epochs = arguments.index("--trainer.max_epochs")
+    few = ["--strengths", "0.1", "1", "--optimum-strengths", "0.5"]  # small strengths take minutes on data this small
+    main(["solve", *arguments[1:epochs], *arguments[epochs + 2 :], *few])
+    main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report")])
+    path = ProbeRun(tmp_path / "run").metrics["path"]
+    rows = read_csv(tmp_path / "report/path.csv")
+    for instrument in ("closed_form", "optimum"):
+        scores = {entry["site"]: entry for entry in path[instrument]["sites"]}
+        drop = [row for row in rows if (row["instrument"], row["effect"]) == (instrument, "adapter_drop")]
+        for measure, sign in (("miou", 1), ("cross_entropy", -1)):
+            found = [float(row["value"]) for row in drop if row["measure"] == measure]
+            expected = np.subtract(scores["encoder"][measure], scores["adapter"][measure])
+            np.testing.assert_allclose(found, sign * expected, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ damaged files
+def damage(name, change):
+    return lambda tensors: tensors | {name: change(tensors[name])}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (damage("optimum/intersection", lambda x: x[:1]), r"optimum/intersection is torch.int32 \[1, 6, 40, 3\]"),
+        (damage("optimum/predicted", lambda x: -x), "optimum/predicted is .*expected non-negative integers"),
+        (damage("optimum/predicted", lambda x: x.double()), "optimum/predicted is torch.float64"),
+        (damage("optimum/cross_entropy", lambda x: x / 0), "cross_entropy is .*expected non-negative finite numbers"),
+        (damage("optimum/cross_entropy", lambda x: x.long()), "optimum/cross_entropy is torch.int64"),
+        (lambda tensors: {k: x for k, x in tensors.items() if k != "optimum/predicted"}, "has no optimum/predicted"),
+    ],
+)
+def test_damaged_counts_of_the_path_are_named(paths, tmp_path, change, message):
+    shutil.copytree(paths["solved"], tmp_path / "run")
+    save_file(change(load_file(tmp_path / "run/path.safetensors")), tmp_path / "run/path.safetensors")
+    with pytest.raises(ValueError, match=f"path.safetensors.*{message}"):
+        ProbeRun(tmp_path / "run").path_counts("optimum")
+    assert len(ProbeRun(tmp_path / "run").path_counts("closed_form")) == 3
+
+
+def test_unreadable_or_absent_path_is_named(paths, tmp_path):
+    shutil.copytree(paths["solved"], tmp_path / "run")
+    (tmp_path / "run/path.safetensors").write_bytes(b"x" * 50)
+    with pytest.raises(ValueError, match=r"path.safetensors is damaged"):
+        path_rows(*read_studies([str(tmp_path / "run")]))
+    with pytest.raises(ValueError, match="sgd has no path of the instrument 'optimum'"):
+        ProbeRun(paths["sgd"]).path_counts("optimum")

@@ -9,11 +9,13 @@ ASSETS := $(addprefix $(A)/,captions.json dialogues.json questions.json segmenta
   encoder/model.safetensors llm/model.safetensors)
 probed = $(addprefix $(1)/,metrics.json counts.safetensors probes.safetensors)
 knocked = $(addprefix $(1)/,knockout.json knockout.safetensors)
-reciped = $(addprefix $(1)/,metrics.json counts.safetensors recipes.safetensors)
+solved = $(addprefix $(1)/,metrics.json path.safetensors probes.safetensors)
 mapped = $(addprefix $(1)/,maps.json maps.safetensors)
 LLAVA := OMP_NUM_THREADS=1 $(PY) -m llava_bidir
 PROBES := OMP_NUM_THREADS=1 $(PY) -m probes
 LOOK_ALIKES := ceiling sky wall building floor road bed car
+# Fewer strengths and folds than by default, and every fourth pixel row and column, for the sake of time
+SOLVE := --folds 2 --strengths 1e-6 1e-5 1e-4 1e-3 1e-2 1e-1 1 --optimum-strengths 1e-6 1e-5 1e-4 --model.label_stride 4
 STARVED := $(OUT)/bidirectional/probes/starvation.json
 REPORT := $(OUT)/report/results.json
 
@@ -55,14 +57,15 @@ $(call probed,$(OUT)/%/untrained): configs/demo/probes.yaml configs/demo/untrain
 	$(call step,$*_untrained,$(PROBES) fit --overwrite true -c $< -c configs/demo/untrained.yaml --seed_everything $(SEED) \
 	  --out $(OUT)/$*/untrained --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
 
-$(call reciped,$(OUT)/%/recipes): configs/demo/probes.yaml configs/demo/variants.yaml \
-  $(OUT)/%/stage2/hf/model.safetensors
-	$(call step,$*_recipes,$(PROBES) fit --overwrite true -c $< -c configs/demo/variants.yaml --seed_everything $(SEED) \
-	  --out $(OUT)/$*/recipes --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
+$(call solved,$(OUT)/%/solved): configs/demo/probes.yaml $(OUT)/%/stage2/hf/model.safetensors
+	$(call step,$*_solved,$(PROBES) solve -c $< $(SOLVE) --overwrite true --seed_everything $(SEED) \
+	  --out $(OUT)/$*/solved --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
 
-$(OUT)/%/longer/metrics.json: configs/demo/probes.yaml $(OUT)/%/stage2/hf/model.safetensors
-	$(call step,$*_longer,$(PROBES) fit -c $< --overwrite true --seed_everything $(SEED) --out $(OUT)/$*/longer \
-	  --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation --trainer.max_epochs 20)
+$(call solved,$(OUT)/%/solved_untrained): configs/demo/probes.yaml configs/demo/untrained.yaml \
+  $(OUT)/%/stage2/hf/model.safetensors
+	$(call step,$*_solved_untrained,$(PROBES) solve -c $< -c configs/demo/untrained.yaml $(SOLVE) --overwrite true \
+	  --seed_everything $(SEED) --out $(OUT)/$*/solved_untrained --model.mllm $(OUT)/$*/stage2/hf \
+	  --data.root $(A)/segmentation)
 
 $(call knocked,$(OUT)/%/probes): $(call probed,$(OUT)/%/probes)
 	$(call step,$*_knockout,$(PROBES) knockout --probes $(OUT)/$*/probes --classes $(LOOK_ALIKES) \
@@ -90,8 +93,9 @@ $(OUT)/report/explorer.html: $(call probed,$(OUT)/causal/probes) $(call probed,$
 RUNS := $(foreach mask,causal bidirectional,$(OUT)/$(mask)/probes $(OUT)/$(mask)/untrained)
 $(REPORT): $(foreach mask,causal bidirectional,$(OUT)/$(mask)/stage1/hf/model.safetensors \
     $(OUT)/$(mask)/stage2/hf/model.safetensors $(call mapped,$(OUT)/$(mask)/probes) $(OUT)/$(mask)/probes/umap.json \
-    $(OUT)/$(mask)/longer/metrics.json $(call reciped,$(OUT)/$(mask)/recipes)) \
+    $(call solved,$(OUT)/$(mask)/solved) $(call solved,$(OUT)/$(mask)/solved_untrained)) \
   $(foreach run,$(RUNS),$(call probed,$(run)) $(call knocked,$(run))) $(STARVED) $(ASSETS) \
   $(OUT)/report/explorer.html
-	$(call step,report,$(PROBES) report $(RUNS) --long-runs $(OUT)/causal/longer $(OUT)/bidirectional/longer \
-	  --variants $(OUT)/causal/recipes $(OUT)/bidirectional/recipes --out $(OUT)/report --timings $(OUT)/logs/timings)
+	$(call step,report,$(PROBES) report $(RUNS) $(addsuffix /solved,$(OUT)/causal $(OUT)/bidirectional) \
+	  $(addsuffix /solved_untrained,$(OUT)/causal $(OUT)/bidirectional) --out $(OUT)/report \
+	  --timings $(OUT)/logs/timings)

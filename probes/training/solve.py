@@ -2,7 +2,9 @@
 
 import argparse
 import shutil
+import time
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.errors import UserError
@@ -53,7 +55,7 @@ def main(argv: list[str]) -> None:
     cli = build_cli([*config, "--trainer.inference_mode=false"], run=False)  # it excludes gradients
     cli.model = build_solver(cli.model, args)
     cli.datamodule.cache_features = False  # images are read once, or kept as the solver's sample
-    run(cli, args.ckpt_path)
+    dry_run(cli) if args.dry_run else run(cli, args.ckpt_path)
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -97,3 +99,30 @@ def run(cli: ProbeCLI, ckpt_path: str | None) -> None:
         if trainer.is_global_zero:
             shutil.rmtree(cli.checkpoints, ignore_errors=True)
         rank_zero_info(cli._format_scores())
+
+
+def dry_run(cli: ProbeCLI, batches: int = 3) -> None:
+    """Print the time of a pass, measured on a few batches of which the first is not counted. Nothing is written."""
+    trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    times: list[float] = []
+    trainer.callbacks, trainer.loggers, trainer.limit_predict_batches = [], [], batches
+    module.measuring = True
+    step = module.predict_step
+
+    def timed_step(batch: dict, batch_idx: int) -> None:
+        step(batch, batch_idx)
+        if module.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
+
+    module.predict_step = timed_step
+    trainer.predict(module, datamodule=data, return_predictions=False)
+    training, validation = (len(data.splits[split]) for split in ("training", "validation"))
+    if len(times) < 2:
+        raise UserError(f"{training} training images are one batch: too few to measure; run it without --dry-run")
+    seconds = (times[-1] - times[0]) / (len(times) - 1) / data.batch_size  # of an image, over all processes
+    hours = lambda images: f"{images * seconds / 3600:.2f} h"
+    rank_zero_info(
+        f"{1 / seconds:.3g} images/s; a pass over {training:,} training images: {hours(training)}, at most "
+        f"{module.hparams.passes} passes; {validation:,} validation images: {hours(validation)} and the scores"
+    )

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from llava_bidir.common.errors import UserError
 from probes.data.available_memory import available_memory
 from probes.data.batches import group_by_mask_size
 from probes.data.samplers import Batches, assign_folds, fold_batches
@@ -35,6 +37,13 @@ from .state_sample import StateSample, centre
 
 SAVE_SECONDS = 600  # between two files of moments
 CLOSED_FORM, OPTIMUM = "closed_form", "optimum"
+
+
+def spread(sites: list[str], count: int) -> list[str]:
+    """Return at most `count` of the sites: the first two, and others at equal distances up to the last."""
+    first, others = sites[:2], sites[2:]
+    wanted = min(max(0, count - 2), len(others))
+    return (first + [others[-1 - i * len(others) // wanted] for i in reversed(range(wanted))])[: max(0, count)]
 
 
 class ProbeSolver(FrozenProbes):
@@ -74,6 +83,7 @@ class ProbeSolver(FrozenProbes):
         super().__init__({None: ProbeVariant(feature_norm="batchnorm", seed=seed)})
         self.save_hyperparameters()
         self.passes = 0  # that are complete
+        self.measuring = False  # the time of a pass, without solving
         self.resuming = False  # start from what a killed run has left
         self.fold_of: Tensor | None = None
         self.in_sample: Tensor | None = None  # bool[N]
@@ -91,6 +101,7 @@ class ProbeSolver(FrozenProbes):
         if self.fold_of is None:
             training = data.splits["training"]
             self.fold_of = assign_folds(len(training), self.hparams.folds, self.hparams.seed, training.groups)
+            self._check_memory()
             self.in_sample = self._choose_sample()
             self.seen, self.added = (torch.zeros(len(training), dtype=torch.bool) for _ in range(2))
             if self.resuming:
@@ -99,6 +110,24 @@ class ProbeSolver(FrozenProbes):
         if self.passes == 0:  # a resumed run still needs the states of the sample
             batches = [batch for batch in batches if (~self.seen | self.in_sample)[batch].any()]
         data.pass_batches = Batches(batches)
+
+    def _check_memory(self) -> None:
+        """State the memory of the moments.
+
+        Raises:
+            UserError: They do not fit; the message proposes sites that do.
+        """
+        folds, classes = self.hparams.folds, self.hparams.num_classes
+        size = {site: 8 * folds * self.mllm.widths[site] * (self.mllm.widths[site] + classes) for site in self.sites}
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        available = torch.cuda.mem_get_info()[0] if on_gpu else available_memory() // max(1, self.trainer.num_devices)
+        need, share = sum(size.values()), 0.8 * available
+        text = f"moments of {len(size)} sites in {folds} folds: {need / 1e9:.3g} GB per process"
+        rank_zero_info(text)
+        if need > share:
+            kept = spread(self.sites, int(share / max(size.values())))
+            advice = f"fewer --folds, or fewer sites, e.g. --model.sites '[{', '.join(kept)}]'" if kept else "--folds 2"
+            raise UserError(f"{text}, but {available / 1e9:.3g} GB are available; choose {advice}")
 
     def _choose_sample(self) -> Tensor:
         """Return the images whose states are kept, bool[N], the same number in each fold."""
@@ -172,6 +201,8 @@ class ProbeSolver(FrozenProbes):
 
     def on_predict_epoch_end(self) -> None:
         """Solve or refine the probes after a pass."""
+        if self.measuring:
+            return
         self.passes += 1
         if self.passes == 1:
             further = self.hparams.passes > 1

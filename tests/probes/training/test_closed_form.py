@@ -25,7 +25,9 @@ def draw(tokens: int = 400, width: int = 7, classes: int = 4, seed: int = 0) -> 
     return means[labels] + noise @ mixing + 3.0, labels
 
 
-def exact_moments(x: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def exact_moments(
+    x: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return N, S, Q and the pivot of states f64[n, d] with soft labels f64[n, K], in float64 throughout."""
     pivot = x[:5].mean(0)
     x = x - pivot
@@ -112,7 +114,9 @@ def test_soft_labels_are_the_adjoint_of_the_upsampling():
         rows, columns = (bilinear_weights(n, size, dtype=torch.float64) for n, size in ((4, 9), (5, 13)))
         up = torch.einsum("yh,bkhw,xw->bkyx", rows, z, columns)[..., stride // 2 :: stride, stride // 2 :: stride]
         masks = target[:, stride // 2 :: stride, stride // 2 :: stride].long()
-        onehot = torch.nn.functional.one_hot(masks.clamp(max=3), 4)[..., :3].permute(0, 3, 1, 2) * (masks != 255)[:, None]
+        onehot = (
+            torch.nn.functional.one_hot(masks.clamp(max=3), 4)[..., :3].permute(0, 3, 1, 2) * (masks != 255)[:, None]
+        )
         expected = (up * onehot).sum()
         assert (soft.transpose(1, 2).unflatten(2, (4, 5)) * z).sum() == pytest.approx(expected.item(), rel=1e-12)
         assert soft.sum() == (masks != 255).sum()
@@ -141,7 +145,7 @@ def test_moments_of_batches_folds_and_pivots_add_up():
 
 
 def test_float32_sums_or_a_missing_pivot_lose_small_variances():
-    """A channel with mean 1,000 and deviation 0.05, as LLMs have: what `Moments` keeps and a plain float32 sum loses."""
+    """A channel with mean 1,000 and deviation 0.05, as LLMs have: a plain float32 sum loses it."""
     generator = torch.Generator().manual_seed(0)
     noise = 0.05 * torch.randn(200, 2_000, 1, generator=generator, dtype=torch.float64)
     batches = (1000 + noise).float()

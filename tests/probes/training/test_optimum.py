@@ -75,7 +75,9 @@ def scipy_optimum(data, at: Problem) -> float:
         return value.item(), point.grad.flatten().numpy()
 
     options = {"maxiter": 5000, "gtol": 1e-9, "ftol": 0}
-    return scipy_minimize(value_and_gradient, np.zeros(at.point.numel()), jac=True, method="L-BFGS-B", options=options).fun
+    return scipy_minimize(
+        value_and_gradient, np.zeros(at.point.numel()), jac=True, method="L-BFGS-B", options=options
+    ).fun
 
 
 @pytest.mark.parametrize("strength", [1e-4, 1e-2, 1.0])

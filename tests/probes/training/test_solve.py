@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.results.probe_run import ProbeRun
-from probes.training.solver import ProbeSolver
+from probes.training.solver import ProbeSolver, spread
 
 pytestmark = pytest.mark.numerics
 
@@ -92,10 +92,10 @@ def test_closed_form_alone_takes_one_pass(checkpoints, segmentation, tmp_path):
 
 def test_passes_with_a_small_sample_end_near_the_optimum(run, checkpoints, segmentation, tmp_path):
     """Four of six images in memory. The result is stated as not converged unless a certificate says so."""
-    more = ["--model.sites", "[adapter]", "--optimum-strengths", "1e-1", "--sample-images", "4", "--passes", "6"]
+    more = ["--model.sites", "[adapter]", "--optimum-strengths", "1e-1", "--sample-images", "4", "--passes", "25"]
     main(arguments(checkpoints["causal"], segmentation, tmp_path, *more))
     path = ProbeRun(tmp_path).metrics["path"]
-    assert 1 < path["passes"] <= 6 and path["sample_images"] == 4
+    assert 1 < path["passes"] <= 25 and path["sample_images"] == 4
     whole = run.metrics["path"]["optimum"]["sites"][1]
     (ours,) = path["optimum"]["sites"]
     assert ours["cross_entropy"][0] == pytest.approx(whole["cross_entropy"][1], abs=0.01)
@@ -155,6 +155,26 @@ def test_a_finished_run_is_left_alone(run, checkpoints, segmentation, caplog):
 def test_rejects_bad_options(option, message, checkpoints, segmentation, tmp_path):
     with pytest.raises((SystemExit, UserError), match=message):
         main(arguments(checkpoints["causal"], segmentation, tmp_path, *option))
+
+
+def test_moments_that_do_not_fit_name_sites_that_do(checkpoints, segmentation, tmp_path, monkeypatch):
+    monkeypatch.setattr("probes.training.solver.available_memory", lambda: 80_000)
+    with pytest.raises(
+        SystemExit, match=r"moments of 6 sites in 2 folds: .* choose .*\[encoder, adapter, final_norm\]"
+    ):
+        main(arguments(checkpoints["causal"], segmentation, tmp_path))
+
+
+def test_sites_are_spread_from_the_first_two_to_the_last():
+    sites = ["encoder", "adapter", *(f"layer_{i:02d}" for i in range(1, 9)), "final_norm"]
+    assert spread(sites, 99) == sites and spread(sites, 0) == [] and spread(sites, 2) == sites[:2]
+    assert spread(sites, 5) == ["encoder", "adapter", "layer_03", "layer_06", "final_norm"]
+
+
+def test_dry_run_measures_and_writes_nothing(checkpoints, segmentation, tmp_path, caplog):
+    main(arguments(checkpoints["causal"], segmentation, tmp_path / "out", "--dry-run"))
+    assert "images/s; a pass over 6 training images" in caplog.text
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.distributed

@@ -78,7 +78,15 @@ OF_PROGRAMS = [(name, command) for name, command in COMMANDS if command.split()[
 
 def takes_config(command: str) -> bool:
     """Whether LightningCLI parses the command."""
-    return shlex.split(command)[1:2] in [["fit"], ["validate"], ["test"], ["verify-data"], ["inspect"], ["estimate"]]
+    return shlex.split(command)[1:2] in [
+        ["fit"],
+        ["validate"],
+        ["test"],
+        ["solve"],
+        ["verify-data"],
+        ["inspect"],
+        ["estimate"],
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ links

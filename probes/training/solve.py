@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_folder import start_run
+from llava_bidir.common.usage_errors import ArgumentParser
 
 from .cli import ProbeCLI, build_cli
 from .closed_form import STRENGTHS
@@ -23,13 +24,14 @@ SHARED += ("label_stride", "seed")
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the options that `fit` does not have."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="probes solve",
         description="Solve linear probes of all sites from moments of their states, at every strength of "
         "regularisation, and refine them to the optimum of the loss. All other options are those of `probes fit` (-c "
         "CONFIG ..., --model.mllm, --data.root, --out, --overwrite, ...); those that say how probes are trained are "
         "ignored.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     text = "most passes over the training images; 1 for the closed form alone. Where the states of all images fit into "
     parser.add_argument("--passes", type=int, default=8, help=text + "memory, one pass is enough for the optimum too")

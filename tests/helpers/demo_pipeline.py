@@ -35,11 +35,16 @@ def run(out: Path) -> None:
             + ["--data.root", str(assets / "segmentation")]
         )
         probes(["knockout", "--probes", path, "--classes", "auto:3", "--controls", "distance", "--draws", "2"])
+    probes(
+        ["solve", "-c", "configs/demo/probes.yaml", "--model.mllm", str(model), "--data.root"]
+        + [str(assets / "segmentation"), "--out", str(out / "solved"), "--model.sites", "[encoder, adapter, layer_01]"]
+        + ["--folds", "2", "--strengths", "1e-2", "1", "--optimum-strengths", "1e-1"]
+    )
     probes(["maps", "--probes", runs[0], "--image", "0", "1"])
     probes(["umap", "--probes", runs[0], "--image", "0"])
     probes(["starvation", "--probes", *runs, "--by-class", "--flip", "horizontal"])
     probes(["explore", *runs, "--images", "0", "1", "--out", str(out / "report")])
-    probes(["report", *runs, "--out", str(out / "report")])
+    probes(["report", *runs, str(out / "solved"), "--out", str(out / "report")])
 
 
 if __name__ == "__main__":

@@ -93,9 +93,10 @@ class ProbeCLI(ConfiguredCLI):
                 return
             self.trainer.fit(ckpt_path=run.checkpoint, **kwargs)
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
-            rank_zero_info(self._format_scores())
+            rank_zero_info(self.format_scores())
 
-    def _format_scores(self) -> str:
+    def format_scores(self) -> str:
+        """Return one line with the main scores of the finished run."""
         summary = read_run_file(Metrics, self.out / "metrics.json")["summary"]
         miou = {site: summary[site] for site in ("encoder", "adapter")}
         miou |= {summary["peak_site"]: summary["peak_llm"], "final_norm": summary["final_norm"]}

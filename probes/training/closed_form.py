@@ -109,4 +109,5 @@ def solve_moments(
     directions = ((means - overall) * scale) @ basis
     log_prior = torch.where(seen, count, 0.5).log() - total.log()
     mean = pivot.double() + overall
-    return ClosedForm(mean, scale, basis, spectrum.clamp(min=0), directions, log_prior)
+    parts = (mean, scale, basis, spectrum.clamp(min=0), directions, log_prior)
+    return ClosedForm(*(part.contiguous() for part in parts))  # eigh's basis is not, and is sent between processes

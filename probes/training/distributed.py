@@ -33,5 +33,7 @@ def all_reduce(x: Tensor) -> Tensor:
 def broadcast(x: Tensor, source: int) -> Tensor:
     """Replace the tensor by that of process `source`, in place, and return it."""
     if rank_count() > 1:
+        if not x.is_contiguous():  # would be filled in the wrong order
+            raise ValueError("only contiguous tensors can be broadcast")
         torch.distributed.broadcast(x, source)
     return x

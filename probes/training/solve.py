@@ -100,7 +100,7 @@ def run(cli: ProbeCLI, ckpt_path: str | None) -> None:
         trainer.test(module, datamodule=cli.datamodule, verbose=False)
         if trainer.is_global_zero:
             shutil.rmtree(cli.checkpoints, ignore_errors=True)
-        rank_zero_info(cli._format_scores())
+            rank_zero_info(cli.format_scores())
 
 
 def dry_run(cli: ProbeCLI, batches: int = 3) -> None:

@@ -110,9 +110,15 @@ def bench_sweep(rounds: int) -> list[dict]:
         for site in sweep.sites:
             sweep.step([site])
 
+    def twenty_epochs() -> None:
+        for _ in range(20):
+            sweep.step()
+
     return [
         {"name": f"{len(sweep.sites)} sites, one a pass over all in one pass"}
         | paired(sweep.step, one_by_one, max(2, rounds // 2)),
+        {"name": "20 epochs of probe training over one pass of moments"}
+        | paired(sweep.add_moments, twenty_epochs, max(2, rounds // 3)),
     ]
 
 
@@ -121,6 +127,8 @@ def bench_frozen(rounds: int) -> list[dict]:
     sweep = Sweep("1b", images=1, mask_px=512)
     entry = {"name": f"probing sweep over the frozen forward alone, {len(sweep.sites)} sites of a 1.1B LLM"}
     entry |= paired(sweep.forward, sweep.step, max(2, rounds // 3))
+    solve = {"name": f"pass of moments over the frozen forward alone, {len(sweep.sites)} sites of a 1.1B LLM"}
+    solve |= paired(sweep.forward, sweep.add_moments, max(2, rounds // 3))
     states = sweep.forward()
     logits = sweep.logits(states)
     leaf = logits.detach().requires_grad_()
@@ -131,7 +139,7 @@ def bench_frozen(rounds: int) -> list[dict]:
         "AdamW": lambda: sweep.update(tuple(sweep.sites)),
     }
     entry["parts_s"] = {name: seconds(part) for name, part in parts.items()}
-    return [entry]
+    return [entry, solve]
 
 
 def seconds(function: Callable[[], object]) -> float:

@@ -11,7 +11,9 @@ from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 from probes.evaluation.metrics import IGNORE_INDEX, count
 from probes.models.families import FAMILIES
 from probes.models.frozen_mllm import FrozenMLLM
+from probes.ops.cross_entropy import soft_labels
 from probes.training.module import ProbeModule
+from probes.training.moments import Moments
 
 PREFIX, CLASSES, VOCABULARY = 36, 150, 2048  # tokens before the image; ADE20K's classes; what little of an embedding
 
@@ -83,7 +85,7 @@ class Sweep:
         self.target = regions.repeat_interleave(32, 1).repeat_interleave(32, 2).to(device)
         self.sites = list(self.mllm.sites)
         self.heads = nn.ModuleDict({s: nn.Linear(d, CLASSES, device=device) for s, d in self.mllm.widths.items()})
-        self.optimizers = {}
+        self.optimizers, self.moments = {}, {}
         self.hparams = SimpleNamespace(label_stride=1)
 
     def forward(self, sites: list[str] | None = None) -> dict[str, Tensor]:
@@ -118,6 +120,16 @@ class Sweep:
             self.optimizers[sites] = torch.optim.AdamW(parameters, fused=True)
         self.optimizers[sites].step()
         self.optimizers[sites].zero_grad()
+
+    @torch.no_grad()
+    def add_moments(self) -> None:
+        """A step of the pass of `probes solve`, without folds."""
+        states = self.forward()
+        labels = soft_labels(self.target, CLASSES, self.mllm.grid).flatten(0, 1)
+        for site, x in states.items():
+            if site not in self.moments:
+                self.moments[site] = Moments.zeros(x[0].float().mean(0), 1, CLASSES)
+            self.moments[site].update(x.flatten(0, 1), labels, 0)
 
     @torch.no_grad()
     def score(self) -> None:

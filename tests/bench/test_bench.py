@@ -35,6 +35,7 @@ def test_the_gpus_benchmark_runs_without_one(tmp_path):
         "frozen forward",
         "training step",
         "training step, naive",
+        "moments step",
         "validation step",
         "validation step, naive",
     ):

@@ -65,7 +65,8 @@ def bench_sweep(args: argparse.Namespace) -> dict:
     found["hours"] = hours(found["training step"], found["validation step"], args.images)
     found["hours, naive"] = hours(found["training step, naive"], found["validation step, naive"], args.images)
     found["hours, solved"] = hours(found["moments step"], found["validation step"], args.images) / EPOCHS
-    took = f"{found['hours']:.1f} h, naive {found['hours, naive']:.1f} h; one pass of moments {found['hours, solved']:.2f} h"
+    took = f"{found['hours']:.1f} h, naive {found['hours, naive']:.1f} h"
+    took += f"; one pass of moments {found['hours, solved']:.2f} h"
     print(f"ADE20K, {EPOCHS} epochs, {len(sweep.sites)} sites: {took}")
     return found
 

@@ -119,7 +119,7 @@ class ProbeSolver(FrozenProbes):
         """
         folds, classes = self.hparams.folds, self.hparams.num_classes
         size = {site: 8 * folds * self.mllm.widths[site] * (self.mllm.widths[site] + classes) for site in self.sites}
-        on_gpu = self.trainer.strategy.root_device.type == "cuda"
+        on_gpu = self.trainer.strategy.root_device.type == "cuda"  # where the module will be; it is not there yet
         available = torch.cuda.mem_get_info()[0] if on_gpu else available_memory() // max(1, self.trainer.num_devices)
         need, share = sum(size.values()), 0.8 * available
         text = f"moments of {len(size)} sites in {folds} folds: {need / 1e9:.3g} GB per process"
@@ -135,10 +135,11 @@ class ProbeSolver(FrozenProbes):
         tokens, itemsize = self.mllm.grid[0] * self.mllm.grid[1], self.mllm.model.dtype.itemsize
         per_image = tokens * itemsize * sum(self.mllm.widths[site] for site in self.sites)
         fit = int(available_memory() / 4 / per_image) * rank_count() // max(1, self.trainer.num_devices)
-        images = int(broadcast(torch.tensor(min(images, fit if wanted is None else wanted), device=self.device), 0))
+        images = torch.tensor(min(images, fit if wanted is None else wanted), device=self.trainer.strategy.root_device)
+        per_fold = -(-int(broadcast(images, 0)) // self.hparams.folds)
         sample = torch.zeros(len(self.fold_of), dtype=torch.bool)
         for fold in range(self.hparams.folds):
-            sample[(self.fold_of == fold).nonzero().flatten()[: -(-images // self.hparams.folds)]] = True
+            sample[(self.fold_of == fold).nonzero().flatten()[:per_fold]] = True
         return sample
 
     @property
@@ -154,7 +155,8 @@ class ProbeSolver(FrozenProbes):
                 continue  # contained in a larger file, whose process resumed before
             self.seen |= tensors["seen"]
             if rank() == 0:
-                solver_progress.add_tensors(self.moments, tensors, self.sites, self.device)
+                device = self.trainer.strategy.root_device
+                solver_progress.add_tensors(self.moments, tensors, self.sites, device)
                 self.added |= tensors["seen"]
 
     def _save_moments(self) -> None:
@@ -290,10 +292,8 @@ class ProbeSolver(FrozenProbes):
                 }
                 stacked = {fold: stack_points(group) for fold, group in by_fold.items()}
                 path.weights[site], path.bias[site] = stacked.pop(None)
-                mean = problems[0].space.mean
-                path.loss[site] = self.sample.held_out_loss(
-                    site, [(mean, *stacked[f]) for f in range(self.hparams.folds)]
-                )
+                held_out = [(problems[0].space.mean, *stacked[fold]) for fold in range(self.hparams.folds)]
+                path.loss[site] = self.sample.held_out_loss(site, held_out)
                 path.certificates[site] = [problem.certificate for problem in by_fold[None]]
             self.paths[OPTIMUM] = path
         path = self.paths[OPTIMUM if self.refinement.problems else CLOSED_FORM]
@@ -301,6 +301,10 @@ class ProbeSolver(FrozenProbes):
             head, norm, best = self.heads[site].head, self.heads[site].norm, path.best(site)
             head.weight.copy_(path.weights[site][best] * (norm.running_var + norm.eps).sqrt())
             head.bias.copy_(path.bias[site][best])
+        weakest = [site for site in self.sites if path.best(site) == 0 and len(path.strengths) > 1]
+        if weakest:
+            sites = ", ".join(weakest)
+            rank_zero_info(f"the weakest strength, {path.strengths[0]:g}, was chosen at {sites}; consider weaker ones")
         self.sample.clear()
 
     def on_test_start(self) -> None:

@@ -35,3 +35,18 @@ class LogProgress(Callback):
             left = (epochs - trainer.current_epoch) * batches - batch_idx - 1
             text += f", {time.strftime('%H:%M:%S', time.gmtime(left / rate))} left"
         log.info(text)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock of a pass."""
+        self.started = self.last = time.monotonic()
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Log if the last line is some seconds old or the pass ends."""
+        now, done, batches = time.monotonic(), batch_idx + 1, trainer.num_predict_batches[0]
+        if not trainer.is_global_zero or (now - self.last < SECONDS and done < batches):
+            return
+        self.last, rate = now, done / max(now - self.started, 1e-9)
+        left = time.strftime("%H:%M:%S", time.gmtime((batches - done) / rate))
+        log.info(f"batch {done}/{batches} of a pass, {rate:.3g} batches/s, {left} left")

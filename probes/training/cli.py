@@ -2,7 +2,8 @@
 
 import logging
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -135,10 +136,17 @@ def build_cli(argv: list[str], run: bool = True) -> ProbeCLI:
 
 def main(argv: list[str]) -> None:
     """Run `probes fit`, `validate` or `test`."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_float32_matmul_precision("high")
-    try:
+    with logged_processes():
         build_cli(argv)
+
+
+@contextmanager
+def logged_processes() -> Iterator[None]:
+    """Log what a command says, and end its group of processes with it."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        yield
     finally:  # Lightning does this for NCCL only; a process that exits with running gloo threads may abort
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
             torch.distributed.destroy_process_group()

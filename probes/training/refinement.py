@@ -7,11 +7,12 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from probes.data.batches import group_by_mask_size
 from probes.ops.cross_entropy import soft_labels
 
-from .distributed import all_gather, all_reduce, rank_count
+from .distributed import all_gather, all_reduce, rank, rank_count
 from .optimum import DENSE, Certificate, Objective, Problem, dense_metric, loss_sums, minimise, tilt
 from .state_sample import StateSample, centre
 
@@ -49,7 +50,8 @@ class Refinement:
             last: No pass follows that could check the next point, so that the problems stay where they are.
         """
         pixels = self.sample.labelled()
-        for site, problems in self.problems.items():
+        sites = tqdm(self.problems.items(), desc="refining sites", disable=rank() > 0, mininterval=5)
+        for site, problems in sites:
             mean = problems[0].space.mean
             images = [(fold, centre(x, mean), y.to(mean.device)) for fold, x, y in self.sample.chunks(site)]
             tokens = self._tokens(problems[0], images) if problems[0].point.numel() <= DENSE else None

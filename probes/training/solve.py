@@ -11,7 +11,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_folder import start_run
 from llava_bidir.common.usage_errors import ArgumentParser
 
-from .cli import ProbeCLI, build_cli
+from .cli import ProbeCLI, build_cli, logged_processes
 from .closed_form import STRENGTHS
 from .optimum import OPTIMUM_STRENGTHS
 from .run_schema import Manifest, read_run_file
@@ -57,7 +57,8 @@ def main(argv: list[str]) -> None:
     cli = build_cli([*config, "--trainer.inference_mode=false"], run=False)  # it excludes gradients
     cli.model = build_solver(cli.model, args)
     cli.datamodule.cache_features = False  # images are read once, or kept as the solver's sample
-    dry_run(cli) if args.dry_run else run(cli, args.ckpt_path)
+    with logged_processes():
+        dry_run(cli) if args.dry_run else run(cli, args.ckpt_path)
 
 
 def check_options(args: argparse.Namespace) -> None:

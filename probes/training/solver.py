@@ -216,7 +216,7 @@ class ProbeSolver(FrozenProbes):
             if self.resuming and points.is_file():
                 tensors = solver_progress.load(points, self.identity)
                 self.passes = solver_progress.set_points(self.refinement.problems, tensors)
-            else:
+            elif further:
                 self.refinement.refine(self.whole)
         else:
             self.refinement.set_gradients()

@@ -40,6 +40,7 @@ class FrozenMLLM(nn.Module):
         geometry: How images become squares, and the position of the grid on an image and its mask.
         image_attention, own_image_attention: Mask that the model runs with, and the one that it was trained with.
         revision: Commit hash of a checkpoint from the hub; None for a local directory.
+        update_scales: Factor of each layer's update, of a random LLM that is matched to the trained one; else None.
 
     The cached prompt follows edits of the LLM's weights (in place, `load_state_dict`, `.to`). Call
     :meth:`clear_prefix_cache` after in-place edits of `parameter.data` and after adding or removing hooks on the LLM.
@@ -59,6 +60,7 @@ class FrozenMLLM(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.family, self.image_processors, self.revision = family, image_processors, revision
+        self.update_scales: list[float] | None = None
         self.image_attention, self.own_image_attention = image_attention, own_image_attention(model.config)
         self.grid = family.grid(model.config)
         image_px, colour = family.image_px(model.config), [int(255 * x) for x in image_processors[0].image_mean]

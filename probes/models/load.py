@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 from transformers.utils.hub import resolve_revision
 
 from llava_bidir.common.errors import UserError
@@ -11,8 +12,11 @@ from llava_bidir.common.hf_loading import load_weights
 from .attention_masks import check_masks
 from .families import family_of, own_image_attention
 from .frozen_mllm import FrozenMLLM
+from .matched_updates import layer_updates, match_updates, scale_layers
 from .prompt_and_pixels import check_numbers, read_config, read_image_processors, read_prefix_ids, read_separator_id
-from .random_init import reinitialize
+from .random_init import check_control, reinitialize
+
+DRAW_SEEDS = 1_000_003  # between the seeds of two draws, so that draws of neighbouring seeds differ
 
 
 def load(
@@ -27,6 +31,10 @@ def load(
     attn_implementation: str | None = None,
     prefix: str | None = None,
     untrained: Sequence[str] = (),
+    match: str = "none",
+    draw: int = 0,
+    match_images: Sequence[Image.Image] = (),
+    update_scales: Sequence[float] | None = None,
     seed: int = 0,
 ) -> FrozenMLLM:
     """Load a checkpoint as a :class:`FrozenMLLM`.
@@ -44,8 +52,12 @@ def load(
         attn_implementation: transformers' attention backend; None: "sdpa". "eager" supports neither knockouts nor
             :meth:`FrozenMLLM.attention`. Backends that ignore masks are rejected.
         prefix: Text before the image. None: the checkpoint's chat template up to the image.
-        untrained: Parts to re-initialise, as controls without training: "adapter", "llm".
-        seed: Seed of the re-initialisation.
+        untrained: Parts to replace by random weights, as controls without training: "adapter", "llm".
+        match: How a random LLM resembles the trained one: "none", "update" or "permuted" (random_init.py).
+        draw: Number of the draw of random weights, for several controls with one seed.
+        match_images: Images on which "update" matches the layers' updates: training images.
+        update_scales: The factors of an earlier match (`FrozenMLLM.update_scales`), instead of `match_images`.
+        seed: Seed of the random weights.
 
     Raises:
         UserError: The checkpoint is not of a registered family or is damaged, or an argument is invalid.
@@ -58,13 +70,47 @@ def load(
     check_numbers(path, family, config)
     attention, backend = image_attention or own_image_attention(config), attn_implementation or "sdpa"
     check_masks(attention, config.get_text_config(), backend)
+    check_control(untrained, match)
+    if match == "update" and not match_images and update_scales is None:
+        raise UserError("match 'update' needs images to measure updates on; pass match_images, e.g. 32 training images")
     spread = {} if device_map is None else {"device_map": device_map}
     options = {"dtype": dtype or "auto", "attn_implementation": backend, **spread}
     model = load_weights("MLLM", family.model_cls, path, config, **options, **hub)
-    reinitialize(model, family, untrained, seed)
     processors, resize = read_image_processors(path, family, **hub)
     resize = image_resize or getattr(config, "image_resize", None) or resize
     ids, separator_id = read_prefix_ids(path, family, prefix, **hub), read_separator_id(path, family, **hub)
     commit = getattr(hub["revision"], "resolved", None)
     mllm = FrozenMLLM(model, family, processors, ids, attention, resize, separator_id, commit)
-    return mllm if device_map is not None else mllm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device_map is None:
+        mllm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if untrained:
+        control = {"seed": seed + DRAW_SEEDS * draw, "images": match_images, "scales": update_scales}
+        _replace_weights(mllm, untrained, match, **control, move=device_map is None)
+    return mllm
+
+
+def _replace_weights(
+    mllm: FrozenMLLM,
+    parts: Sequence[str],
+    match: str,
+    seed: int,
+    images: Sequence[Image.Image],
+    scales: Sequence[float] | None,
+    move: bool,
+) -> None:
+    """Make a loaded model a control with random weights, drawn on the CPU if it may be moved there."""
+    device, pixels = mllm.device, None
+    if match == "update" and scales is None:
+        pixels = mllm.preprocess(images)
+        updates = layer_updates(mllm, pixels)
+    if move:
+        mllm.cpu()  # whose random numbers are the same everywhere
+    reinitialize(mllm.model, mllm.family, parts, seed, match)
+    mllm.clear_prefix_cache()
+    if move:
+        mllm.to(device)
+    if pixels is not None:
+        mllm.update_scales = match_updates(mllm, pixels, updates)
+    elif match == "update":
+        mllm.update_scales = list(scales)
+        scale_layers(mllm, mllm.update_scales)

@@ -1,9 +1,21 @@
-"""Re-initialise parts of a model: controls that show what the architecture does without training."""
+"""Random weights in place of trained ones: controls that show what the architecture does without training.
+
+An LLM drawn anew hardly changes its input: its layers' outputs are small. It controls for nothing that strong layers
+do, such as mixing neighbouring patches. Matched controls change the states as much as the trained layers:
+
+    none       as transformers initialises a model before training
+    update     layers drawn anew, then scaled to the trained layers' relative updates (`matched_updates.py`)
+    permuted   the trained weights of each matrix in random order
+
+Matched controls replace the decoder layers only. The prompt's embeddings and the final norm stay trained, as inputs and
+read-out of the layers.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from llava_bidir.common.atomic_io import read_json
@@ -11,21 +23,33 @@ from llava_bidir.common.errors import UserError
 
 from .families import Family
 
+MATCHES = ("none", "update", "permuted")
 
-def reinitialize(model: PreTrainedModel, family: Family, parts: Sequence[str], seed: int) -> None:
-    """Re-initialise "adapter" (as torch does, times the scale in training.json) or "llm" (as transformers does).
+
+def check_control(parts: Sequence[str], match: str) -> None:
+    """Raise a UserError unless `parts` and `match` describe a control."""
+    if unknown := set(parts) - {"adapter", "llm"}:
+        raise UserError(f"unknown part {min(unknown)!r} in untrained; expected adapter, llm")
+    if match not in MATCHES:
+        raise UserError(f"unknown match {match!r}; expected {', '.join(MATCHES)}")
+    if match != "none" and "llm" not in parts:
+        raise UserError(f"match {match!r} describes a random LLM; add llm to untrained")
+
+
+def reinitialize(model: PreTrainedModel, family: Family, parts: Sequence[str], seed: int, match: str = "none") -> None:
+    """Replace the weights of "adapter" (as torch draws them, times the scale in training.json) or "llm" (see above).
 
     Raises:
-        UserError: A part is unknown, or its own initialisation sets a weight to zero.
+        UserError: The initialisation of this kind of model sets a weight to zero.
     """
     decoder = family.decoder_of(model)
-    modules = {"adapter": family.adapter_of(model), "llm": [decoder]}
-    unknown = set(parts) - set(modules)
-    if unknown:
-        raise UserError(f"unknown part {min(unknown)!r} in untrained; expected {', '.join(modules)}")
+    modules = {"adapter": family.adapter_of(model), "llm": [decoder if match == "none" else decoder.layers]}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for part in parts:
+            if part == "llm" and match == "permuted":
+                permute_weights(decoder.layers)
+                continue
             for module in (m for top in modules[part] for m in top.modules()):
                 if part == "adapter" and hasattr(module, "reset_parameters"):
                     module.reset_parameters()
@@ -42,3 +66,11 @@ def reinitialize(model: PreTrainedModel, family: Family, parts: Sequence[str], s
         training = Path(model.name_or_path) / "training.json"
         if "adapter" in parts and training.is_file():
             modules["adapter"][0].linear_2.weight *= read_json(training).get("adapter_init_scale", 1.0)
+
+
+def permute_weights(layers: nn.Module) -> None:
+    """Put the weights of each matrix into random order; vectors (norms, biases) stay."""
+    for parameter in layers.parameters():
+        if parameter.ndim > 1:
+            order = torch.randperm(parameter.numel()).to(parameter.device)
+            parameter.copy_(parameter.flatten()[order].view_as(parameter))

@@ -2,7 +2,8 @@
 
 Runs of `probes solve` are "solved": their probes minimise the loss at every strength of regularisation. Runs of `probes
 fit` train their probes with SGD. Where a study has both, the page shows the trained probes and compares the solved ones
-along the path of strengths.
+along the path of strengths. Controls have random weights: "untrained" ones as a model is initialised, "random" ones
+with an LLM that resembles the trained one (probes/models/random_init.py), in several draws.
 """
 
 from collections.abc import Iterable
@@ -32,6 +33,8 @@ class Study:
     untrained: dict[str, ProbeRun] = field(default_factory=dict)
     solved: dict[str, ProbeRun] = field(default_factory=dict)
     solved_untrained: dict[str, ProbeRun] = field(default_factory=dict)
+    random: dict[str, list[ProbeRun]] = field(default_factory=dict)
+    solved_random: dict[str, list[ProbeRun]] = field(default_factory=dict)
     long_runs: dict[str, ProbeRun] = field(default_factory=dict)  # trained model, longer-trained probes
     variant_runs: dict[str, ProbeRun] = field(default_factory=dict)  # probe variants, unless `trained` has them
 
@@ -44,7 +47,8 @@ class Study:
     def runs_and_solved(self) -> list[ProbeRun]:
         """All these and the solved runs, each once."""
         solved = [*self.solved.values(), *self.solved_untrained.values()]
-        return self.runs + [run for run in solved if run not in self.runs]
+        random = [run for kind in (self.random, self.solved_random) for runs in kind.values() for run in runs]
+        return self.runs + [run for run in solved + random if run not in self.runs]
 
     @property
     def first(self) -> ProbeRun:
@@ -83,12 +87,21 @@ class Study:
         run = self.untrained.get(mask)
         return None if run is None or is_solved(run) else run
 
+    def random_draws(self, mask: str, solved: bool) -> list[ProbeRun]:
+        """Return the random LLMs under a mask: those with the trained updates if there are any, else permuted ones."""
+        runs = (self.solved_random if solved else self.random).get(mask, [])
+        matched = [run for run in runs if run.metrics["match"] == "update"]
+        return matched or runs
+
     def starvation(self, untrained: bool = False) -> dict[str, Any] | None:
         """Return the accuracy per patch under both masks; None unless both runs exist."""
         pair = self.pair(untrained)
         return starvation(*pair) if pair else None
 
     def _add(self, run: ProbeRun) -> None:
+        if run.metrics.get("match", "none") != "none":
+            self._add_random(run)
+            return
         kind, mask = "untrained" if run.metrics["untrained"] else "trained", run.metrics["image_attention"]
         runs = getattr(self, {"trained": "solved", "untrained": "solved_untrained"}[kind] if is_solved(run) else kind)
         if mask in runs:
@@ -98,10 +111,21 @@ class Study:
             )
         runs[mask] = run
 
+    def _add_random(self, run: ProbeRun) -> None:
+        runs = self.solved_random if is_solved(run) else self.random
+        others = runs.setdefault(run.metrics["image_attention"], [])
+        key = lambda run: [run.metrics[name] for name in ("untrained", "match", "draw", "seed")]
+        if same := [other for other in others if key(other) == key(run)]:
+            raise UserError(
+                f"{same[0].path} and {run.path} are the same draw of random weights; pass only one, or make the other "
+                f"again with another --model.draw than {run.metrics['draw']}"
+            )
+        others.append(run)
+
     def _complete(self) -> None:
         """Make solved runs the main ones where there are no others, and sort all runs by mask, the paper's first."""
         self.trained, self.untrained = self.solved | self.trained, self.solved_untrained | self.untrained
-        for kind in ("trained", "untrained", "solved", "solved_untrained"):
+        for kind in ("trained", "untrained", "solved", "solved_untrained", "random", "solved_random"):
             runs = getattr(self, kind)
             setattr(self, kind, {mask: runs[mask] for mask in dict.fromkeys((*MASKS, *sorted(runs))) if mask in runs})
 

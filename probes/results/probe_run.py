@@ -281,6 +281,9 @@ class ProbeRun:
             image_resize=config["image_resize"],
             prefix=config.get("prefix"),
             untrained=config["untrained"] or (),
+            match=config.get("match", "none"),
+            draw=config.get("draw", 0),
+            update_scales=config.get("update_scales"),
             seed=config["seed"],
         )
 

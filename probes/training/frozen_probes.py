@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from llava_bidir.common.identity import Identity, run_identity
 from llava_bidir.common.rank_zero import rank_zero_result
@@ -18,6 +20,7 @@ from probes.evaluation.feature_statistics import StateStatistics
 from probes.evaluation.metrics import Counts, patch_labels
 from probes.evaluation.segmentation_metric import SegmentationMetric
 from probes.models.load import load
+from probes.models.matched_updates import MATCH_IMAGES
 
 from .heads import Probe
 from .probe_variants import ProbeVariant, probe_name
@@ -27,8 +30,8 @@ from .write_run import save_run
 class FrozenProbes(LightningModule):
     """A frozen MLLM and, for each variant, a probe at each of its sites.
 
-    A subclass saves the hyperparameters `mllm`, `num_classes`, `image_attention`, `untrained`, `image_resize`, `dtype`,
-    `prefix`, `sites` and `seed`.
+    A subclass saves the hyperparameters `mllm`, `num_classes`, `image_attention`, `untrained`, `match`, `draw`,
+    `image_resize`, `dtype`, `prefix`, `sites` and `seed`.
 
     Args:
         variants: Settings of the probes by name; the main ones under None.
@@ -57,15 +60,18 @@ class FrozenProbes(LightningModule):
         """Load the MLLM and build probes and metrics."""
         if self.mllm is not None:
             return
-        args, data = self.hparams, self.trainer.datamodule
+        args, data, matched = self.hparams, self.trainer.datamodule, self.hparams.match == "update"
         self.mllm = load(
             args.mllm,
             args.image_attention,
             dtype=args.dtype,
-            device="cpu",
+            device=self.trainer.strategy.root_device if matched else "cpu",
             image_resize=args.image_resize,
             prefix=args.prefix,
             untrained=args.untrained or (),
+            match=args.match,
+            draw=args.draw,
+            match_images=evenly_spaced_images(data.splits["training"], MATCH_IMAGES) if matched else (),
             seed=args.seed,
         )
         self.sites = self.mllm.check_sites(args.sites)
@@ -138,3 +144,9 @@ class FrozenProbes(LightningModule):
         counts = metric.compute()
         metric.reset()
         return counts
+
+
+def evenly_spaced_images(dataset: Dataset, count: int) -> list[Image.Image]:
+    """Return at most `count` images of a dataset, at equal distances from the first on."""
+    count = min(count, len(dataset))
+    return [dataset[i * len(dataset) // count]["image"] for i in range(count)]

@@ -19,6 +19,7 @@ from probes.data.batches import group_by_mask_size
 from probes.data.samplers import PAD_INDEX
 from probes.evaluation.bootstrap import dataset_scores
 from probes.evaluation.metrics import IGNORE_INDEX
+from probes.models.random_init import MATCHES
 from probes.ops.cross_entropy import subsample, upsampled_cross_entropy
 
 from .distributed import all_gather
@@ -34,7 +35,10 @@ class ProbeModule(FrozenProbes):
         mllm: Checkpoint directory or hub id.
         num_classes: K; linked from the data by the command line.
         image_attention: Mask of the model; None for the one it was trained with.
-        untrained: Parts that are re-initialised, as a control: adapter, llm.
+        untrained: Parts that get random weights, as a control: adapter, llm.
+        match: How a random LLM resembles the trained one: none; update, whose layers change the states as much as the
+            trained ones; or permuted, the trained weights in random order. See probes/models/random_init.py.
+        draw: Number of the draw of random weights; several draws show what differs between them.
         image_resize: How images become squares: squash (resize) or pad (as LLaVA), see probes/ops/geometry.py.
             Deviates: LLaVA trains and evaluates with padding. The paper does not say; squash uses all patches.
         dtype: Dtype of the model: auto (as stored in the checkpoint), bfloat16, float16 or float32. Probes are always
@@ -60,6 +64,8 @@ class ProbeModule(FrozenProbes):
         num_classes: int = 150,
         image_attention: str | None = None,
         untrained: list[str] | None = None,
+        match: Literal[*MATCHES] = "none",
+        draw: int = 0,
         image_resize: str = "squash",
         dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto",
         prefix: str | None = None,

@@ -51,7 +51,8 @@ class _Data(TypedDict):
 ModelConfig = TypedDict(
     "ModelConfig",
     {"mllm": str, "image_attention": str | None, "untrained": list[str] | None}
-    | {"image_resize": str, "dtype": str, "seed": int, "prefix": NotRequired[str | None]},
+    | {"image_resize": str, "dtype": str, "seed": int, "prefix": NotRequired[str | None]}
+    | {"match": NotRequired[str], "draw": NotRequired[int], "update_scales": NotRequired[list[Number] | None]},
 )
 # the part of a checkpoint's training.json that reports use
 ModelTraining = TypedDict(
@@ -124,6 +125,8 @@ class Metrics(BaseModel):
     image_resize: str | None = None
     dtype: str | None = None
     untrained: list[str]
+    match: str = "none"
+    draw: int = 0
     seed: int
     classes: Annotated[list[str], Field(min_length=1)]
     baseline: Baseline

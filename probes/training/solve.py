@@ -18,8 +18,8 @@ from .run_schema import Manifest, read_run_file
 from .solver import ProbeSolver
 
 # options of `fit` that a solver has too; the others say how probes are trained
-SHARED = ("mllm", "num_classes", "image_attention", "untrained", "image_resize", "dtype", "prefix", "sites")
-SHARED += ("label_stride", "seed")
+SHARED = ("mllm", "num_classes", "image_attention", "untrained", "match", "draw", "image_resize", "dtype", "prefix")
+SHARED += ("sites", "label_stride", "seed")
 
 
 def build_parser() -> argparse.ArgumentParser:

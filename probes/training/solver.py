@@ -12,7 +12,7 @@ import time
 from dataclasses import fields
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -22,6 +22,7 @@ from llava_bidir.common.errors import UserError
 from probes.data.available_memory import available_memory
 from probes.data.batches import group_by_mask_size
 from probes.data.samplers import Batches, assign_folds, fold_batches
+from probes.models.random_init import MATCHES
 from probes.ops.cross_entropy import soft_labels
 
 from . import solver_progress
@@ -50,8 +51,8 @@ class ProbeSolver(FrozenProbes):
     """Linear probes at the optimum, for every strength of regularisation; see :class:`FrozenProbes`.
 
     Args:
-        mllm, num_classes, image_attention, untrained, image_resize, dtype, prefix, sites, label_stride, seed: As for
-            `ProbeModule`.
+        mllm, num_classes, image_attention, untrained, match, draw, image_resize, dtype, prefix, sites, label_stride,
+            seed: As for `ProbeModule`.
         passes: Most passes over the training split; 1 for the closed form alone.
         folds: F, folds of training images for the cross-validation; each has moments of its own.
         strengths: Strengths of the closed form, in (0, 1].
@@ -67,6 +68,8 @@ class ProbeSolver(FrozenProbes):
         num_classes: int = 150,
         image_attention: str | None = None,
         untrained: list[str] | None = None,
+        match: Literal[*MATCHES] = "none",
+        draw: int = 0,
         image_resize: str = "squash",
         dtype: str = "auto",
         prefix: str | None = None,

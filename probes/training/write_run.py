@@ -55,6 +55,8 @@ def save_run(
         image_resize=args.image_resize,
         dtype=str(module.mllm.model.dtype).removeprefix("torch."),
         untrained=list(args.untrained or ()),
+        match=args.match,
+        draw=args.draw,
         seed=args.seed,
         classes=data.classes,
         baseline=baseline(main, data.classes),
@@ -129,7 +131,7 @@ def manifest(module, data) -> Manifest:
     return Manifest(
         versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         git_commit=_git_commit(),
-        config=config | {"mllm": _absolute(module.hparams.mllm)},
+        config=config | {"mllm": _absolute(module.hparams.mllm), "update_scales": module.mllm.update_scales},
         data={
             "root": _absolute(data.root),
             "dataset": data.dataset,

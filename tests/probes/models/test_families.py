@@ -37,6 +37,7 @@ from probes.models.families import (
     gemma,
     own_image_attention,
 )
+from probes.models.matched_updates import layer_updates
 
 pytestmark = pytest.mark.numerics
 
@@ -357,6 +358,18 @@ def test_untrained_controls(name, checkpoint, mllm):
     assert torch.equal(llm["adapter"], trained["adapter"]) and not torch.allclose(llm["layer_01"], trained["layer_01"])
     assert not torch.allclose(control["layer_03"], other["layer_03"])
     assert all(states.isfinite().all() for states in control.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_matched_controls_have_the_trained_updates(name, checkpoint, mllm):
+    trained, images = mllm(name), pictures(name)
+    pixels = trained.preprocess(images)
+    control = probes.load(checkpoint(name), untrained=["llm"], match="update", match_images=images)
+    assert layer_updates(control, pixels) == pytest.approx(layer_updates(trained, pixels), rel=0.01)
+    assert torch.equal(control.states(pixels)["adapter"], trained.states(pixels)["adapter"])
+    permuted = probes.load(checkpoint(name), untrained=["llm"], match="permuted").states(pixels)
+    assert all(states.isfinite().all() for states in permuted.values())
 
 
 @pytest.mark.slow

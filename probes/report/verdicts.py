@@ -1,0 +1,115 @@
+"""Judge each claim in three columns. A claim is supported only if it holds in all of them.
+
+    paper          as the paper measures it: probes trained with SGD
+    optimum        with probes at the minimum of their loss, at every strength of regularisation
+    beyond_random  the claim's number minus that of random models which change the states as much
+
+A verdict is "holds" if its 95% interval lies on the claimed side of zero, "reversed" if it lies on the other side, else
+"does not hold". There is no verdict where it could not mean anything:
+
+    not converged  Trained probes that do not beat the constant prediction, or that are further from the optimum than
+                   `CONVERGED_WITHIN`; without solved probes nobody knows how far. Solved probes without certificates.
+    no control     Fewer than two draws of random weights.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import scipy.stats
+import torch
+
+from llava_bidir.common.bootstrap import interval
+from probes.models.sites import ADAPTER, ENCODER
+from probes.results.probe_run import ProbeRun
+
+from .effects import Estimate
+from .study import is_solved
+
+COLUMNS = ("paper", "optimum", "beyond_random")
+HOLDS, FAILS, REVERSED = "holds", "does not hold", "reversed"
+NOT_CONVERGED, NO_CONTROL = "not converged", "no control"
+
+# One point of mIoU: about the smallest effect that the paper reads off its probes, the drop at CLIP's adapter (1.2 on
+# ADE20K). Probes further than that from their optimum can make such an effect.
+CONVERGED_WITHIN = 0.01
+PAPER_STEPS = "the paper has 6,320 on ADE20K"
+
+
+def judge(sign: int, ci95: Sequence[float]) -> str:
+    """Return the verdict of an interval about a claim of this sign."""
+    low, high = sorted(sign * bound for bound in ci95)
+    return HOLDS if low > 0 else REVERSED if high < 0 else FAILS
+
+
+def column(sign: int, value: float, ci95: Sequence[float], **more: Any) -> dict[str, Any]:
+    """Return a column with a verdict."""
+    return {"value": value, "ci95": list(ci95), "verdict": judge(sign, ci95)} | more
+
+
+def no_verdict(verdict: str, reason: str, value: float | None = None, ci95: Sequence[float] | None = None) -> dict:
+    """Return a column without a verdict, and why."""
+    return {"value": value, "ci95": None if ci95 is None else list(ci95), "verdict": verdict, "reason": reason}
+
+
+def unconverged(run: ProbeRun, solved: ProbeRun | None, claim: str) -> str | None:
+    """Return why the probes that a claim reads count as not converged; None if they have converged.
+
+    `solved` is the same model's run of `probes solve`.
+    """
+    own = {entry["site"]: entry["miou"] for entry in run.metrics["sites"]}
+    layers = [site for site in own if site == ADAPTER or site.startswith("layer_")]
+    sites = [site for site in (ENCODER, ADAPTER) if site in own] if claim == "adapter_drop" else layers
+    if is_solved(run):
+        return None if _certified(run, sites) else "the solved probes have no certificates of convergence"
+    steps = f"{run.metrics['probe'].get('steps', 0):,} steps; {PAPER_STEPS}"
+    constant = run.metrics["baseline"]["miou"]
+    if below := [site for site in sites if own[site] <= constant]:
+        return f"{steps}; at {below[0]} not better than the constant prediction ({constant:.1%} mIoU)"
+    best = {} if solved is None else {entry["site"]: entry["miou"] for entry in solved.metrics["sites"]}
+    if missing := [site for site in sites if site not in best]:
+        return f"{steps}; distance from the optimum unknown at {missing[0]}: run `probes solve`"
+    distance, site = max((best[site] - own[site], site) for site in sites)
+    if distance > CONVERGED_WITHIN:
+        return f"{steps}; {100 * distance:.1f} points of mIoU below the optimum at {site}"
+    return None
+
+
+def _certified(run: ProbeRun, sites: list[str]) -> bool:
+    """Return whether the solved probes of all sites have at least one certificate of convergence."""
+    optimum = run.metrics["path"].get("optimum")
+    entries = {entry["site"]: entry.get("certificates") or [] for entry in optimum["sites"]} if optimum else {}
+    return all(any(found.get("converged") for found in entries.get(site, [])) for site in sites)
+
+
+def path_column(sign: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the column "optimum" from an effect at each strength, with intervals that hold at all of them together.
+
+    It is the row at the strength where the claim fares worst: only what holds there holds at every strength.
+    """
+    converged = [row for row in rows if row["converged"]]
+    if not converged:
+        return no_verdict(NOT_CONVERGED, "no strength has certificates of convergence at the sites of the claim")
+    verdicts = [judge(sign, (row["low"], row["high"])) for row in converged]
+    worst = min(converged, key=lambda row: min(sign * row["low"], sign * row["high"]))
+    if set(verdicts) == {REVERSED}:  # the row that comes nearest to the claim
+        worst = max(converged, key=lambda row: max(sign * row["low"], sign * row["high"]))
+    result = column(sign, worst["value"], (worst["low"], worst["high"]), strength=worst["strength"])
+    return result | {"verdict": verdicts[0] if len(set(verdicts)) == 1 else FAILS}
+
+
+def beyond_draws(trained: Estimate, draws: list[Estimate]) -> tuple[float, list[float]]:
+    """Return trained minus the mean over draws of random weights, with a 95% interval over images and draws.
+
+    Images and draws are independent, so their variances add: that of the difference over resampled images, and that of
+    the mean over D draws. The t quantile has the degrees of freedom of Welch and Satterthwaite, where images count as
+    many and draws as D - 1.
+    """
+    values = torch.tensor([value for value, _ in draws], dtype=torch.float64)
+    value = trained[0] - values.mean().item()
+    resampled = trained[1].double() - torch.stack([drawn.double() for _, drawn in draws]).mean(0)
+    of_images, of_draws = resampled[~resampled.isnan()].var().item(), values.var().item() / len(draws)
+    if of_draws == 0:
+        return value, interval(value, resampled)
+    freedom = (len(draws) - 1) * ((of_images + of_draws) / of_draws) ** 2
+    half = scipy.stats.t.ppf(0.975, freedom) * (of_images + of_draws) ** 0.5
+    return value, [value - half, value + half]

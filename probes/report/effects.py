@@ -8,12 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import interval
+from llava_bidir.common.bootstrap import Estimate, interval
 from probes.evaluation.bootstrap import dataset_scores, resampled_scores
 from probes.evaluation.metrics import Counts
 from probes.models.sites import ADAPTER, ENCODER
-
-Estimate = tuple[float, Tensor]  # a value and its resampled values f[R]
 
 FOLDS = 10  # of validation images, to choose the best layer
 BEST_LAYER = "best_layer"

@@ -9,7 +9,8 @@
 The outcomes of a case at layer l, under one condition:
 
     rate             n_c(l) / n_c(0), the paper's; unbounded
-    still_wrong      share of the patches in n_c(0) that are still predicted as c: within 0..1, no new mistakes
+    still_wrong      share of the patches in n_c(0) that are still predicted as c: within 0..1, so without new mistakes,
+                     and where none is corrected, nothing can make it worse
     log_odds         mean over the patches in n_c(0) of the logit of their own true class minus that of c, in nats;
                      needs no threshold, and rises where patches are corrected
     lean             of the patches of class c or the correct class that layer 0 predicts as either, the share predicted

@@ -16,6 +16,7 @@ curve, without verdicts. Effects are means over the later half of the layers; fo
 Shapes: C cases, E effects, L layers, R resamplings, N images, U units.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -203,7 +204,7 @@ def knockout_inference(run: ProbeRun, folder: Path | None = None) -> dict[str, A
         "min_patches": min_patches,
         "min_images": MIN_IMAGES,
         "too_few_images": [name for name in with_cases if name not in units],
-        "look_alikes": sorted(map(list, set(units.values()))),
+        "look_alikes": [list(pair) for pair, _ in Counter(units.values()).most_common()],
         "outcomes": outcomes,
         "criterion_shifts": criterion_shifts(run, min_patches, folder),
     }

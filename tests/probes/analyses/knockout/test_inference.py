@@ -266,7 +266,7 @@ def test_criterion_shifts_are_rarely_found_where_there_are_none_on_average(run):
 
 
 def test_moves_of_mirror_cases_equal_a_loop_over_patches(run):
-    """Cases in which ceiling is called sky, and sky ceiling, have opposite signs; those without anchors do not count."""
+    """Cases with ceiling called sky, and sky ceiling, have opposite signs; those without anchors do not count."""
     tensors = confused_images(np.random.default_rng(8), {"sky": -0.6, "ceiling": 0.2})
     tensors["sky/anchors"][:10] = 0
     write_knockout(run, tensors)

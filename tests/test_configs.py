@@ -25,7 +25,7 @@ PROBING = {  # config: a dataset in its layout, and how many classes that has
     "probes/cityscapes.yaml": (dataset_layouts.write_cityscapes, 19),
     "demo/probes.yaml": (tiny_models.write_segmentation, 3),
 }
-UPON_PROBING = ["demo/untrained.yaml", "probes/variants.yaml"]
+UPON_PROBING = ["demo/untrained.yaml", "probes/matched.yaml", "probes/variants.yaml"]
 
 
 def test_every_yaml_is_covered_here():

@@ -14,8 +14,10 @@ mapped = $(addprefix $(1)/,maps.json maps.safetensors)
 LLAVA := OMP_NUM_THREADS=1 $(PY) -m llava_bidir
 PROBES := OMP_NUM_THREADS=1 $(PY) -m probes
 LOOK_ALIKES := ceiling sky wall building floor road bed car
-# Fewer strengths and folds than by default, and every fourth pixel row and column, for the sake of time
-SOLVE := --folds 2 --strengths 1e-6 1e-5 1e-4 1e-3 1e-2 1e-1 1 --optimum-strengths 1e-6 1e-5 1e-4 --model.label_stride 4
+# Fewer strengths and folds than by default, and two pixels a patch and axis, for the sake of time
+SOLVE := --folds 2 --strengths 1e-6 1e-4 1e-2 1 --optimum-strengths 1e-6 1e-5 1e-4 --model.label_stride 8
+DRAWS := 0 1
+RANDOM_ADAPTER := --model.untrained '[adapter]' --model.sites '[encoder, adapter]'
 STARVED := $(OUT)/bidirectional/probes/starvation.json
 REPORT := $(OUT)/report/results.json
 
@@ -61,19 +63,31 @@ $(call solved,$(OUT)/%/solved): configs/demo/probes.yaml $(OUT)/%/stage2/hf/mode
 	$(call step,$*_solved,$(PROBES) solve -c $< $(SOLVE) --overwrite true --seed_everything $(SEED) \
 	  --out $(OUT)/$*/solved --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
 
-$(call solved,$(OUT)/%/solved_untrained): configs/demo/probes.yaml configs/demo/untrained.yaml \
-  $(OUT)/%/stage2/hf/model.safetensors
-	$(call step,$*_solved_untrained,$(PROBES) solve -c $< -c configs/demo/untrained.yaml $(SOLVE) --overwrite true \
-	  --seed_everything $(SEED) --out $(OUT)/$*/solved_untrained --model.mllm $(OUT)/$*/stage2/hf \
-	  --data.root $(A)/segmentation)
+# $(call random_draw,DRAW): a random LLM that changes the states as much as the trained one, and a random adapter
+define random_draw
+$$(call solved,$$(OUT)/%/random$(1)): configs/demo/probes.yaml configs/probes/matched.yaml \
+  $$(OUT)/%/stage2/hf/model.safetensors
+	$$(call step,$$*_random$(1),$$(PROBES) solve -c $$< -c configs/probes/matched.yaml --model.draw $(1) $$(SOLVE) \
+	  --overwrite true --seed_everything $$(SEED) --out $$(OUT)/$$*/random$(1) --model.mllm $$(OUT)/$$*/stage2/hf \
+	  --data.root $$(A)/segmentation)
+
+$$(call solved,$$(OUT)/%/adapter$(1)): configs/demo/probes.yaml $$(OUT)/%/stage2/hf/model.safetensors
+	$$(call step,$$*_adapter$(1),$$(PROBES) solve -c $$< $$(RANDOM_ADAPTER) --model.draw $(1) $$(SOLVE) \
+	  --overwrite true --seed_everything $$(SEED) --out $$(OUT)/$$*/adapter$(1) \
+	  --model.mllm $$(OUT)/$$*/stage2/hf --data.root $$(A)/segmentation)
+
+$$(call knocked,$$(OUT)/%/random$(1)): $$(call solved,$$(OUT)/%/random$(1))
+	$$(call step,$$*_random$(1)_knockout,$$(PROBES) knockout --probes $$(OUT)/$$*/random$(1) --classes $$(LOOK_ALIKES) \
+	  --draws 1)
+endef
+$(foreach draw,$(DRAWS),$(eval $(call random_draw,$(draw))))
 
 $(call knocked,$(OUT)/%/probes): $(call probed,$(OUT)/%/probes)
 	$(call step,$*_knockout,$(PROBES) knockout --probes $(OUT)/$*/probes --classes $(LOOK_ALIKES) \
 	  --draws 1)
 
-$(call knocked,$(OUT)/%/untrained): $(call probed,$(OUT)/%/untrained)
-	$(call step,$*_untrained_knockout,$(PROBES) knockout --probes $(OUT)/$*/untrained --classes $(LOOK_ALIKES) \
-	  --min-patches 4 --draws 1)
+$(call knocked,$(OUT)/%/solved): $(call solved,$(OUT)/%/solved)
+	$(call step,$*_solved_knockout,$(PROBES) knockout --probes $(OUT)/$*/solved --classes $(LOOK_ALIKES) --draws 1)
 
 $(call mapped,$(OUT)/%/probes): $(call knocked,$(OUT)/%/probes)
 	$(call step,$*_maps,$(PROBES) maps --probes $(OUT)/$*/probes --image 0 1 2 3 --classes ceiling road)
@@ -90,12 +104,13 @@ $(OUT)/report/explorer.html: $(call probed,$(OUT)/causal/probes) $(call probed,$
 	  --images 0 1 2 3 4 5 6 7 8 9 10 11 --out $(OUT)/report)
 
 # All results are named here, since make takes what only patterns name for scrap that need not exist.
-RUNS := $(foreach mask,causal bidirectional,$(OUT)/$(mask)/probes $(OUT)/$(mask)/untrained)
-$(REPORT): $(foreach mask,causal bidirectional,$(OUT)/$(mask)/stage1/hf/model.safetensors \
+MASKS := causal bidirectional
+RUNS := $(foreach mask,$(MASKS),$(OUT)/$(mask)/probes $(OUT)/$(mask)/untrained)
+SOLVED := $(foreach mask,$(MASKS),$(OUT)/$(mask)/solved $(foreach draw,$(DRAWS),$(OUT)/$(mask)/random$(draw)))
+ADAPTERS := $(foreach mask,$(MASKS),$(foreach draw,$(DRAWS),$(OUT)/$(mask)/adapter$(draw)))
+$(REPORT): $(foreach mask,$(MASKS),$(OUT)/$(mask)/stage1/hf/model.safetensors \
     $(OUT)/$(mask)/stage2/hf/model.safetensors $(call mapped,$(OUT)/$(mask)/probes) $(OUT)/$(mask)/probes/umap.json \
-    $(call solved,$(OUT)/$(mask)/solved) $(call solved,$(OUT)/$(mask)/solved_untrained)) \
-  $(foreach run,$(RUNS),$(call probed,$(run)) $(call knocked,$(run))) $(STARVED) $(ASSETS) \
-  $(OUT)/report/explorer.html
-	$(call step,report,$(PROBES) report $(RUNS) $(addsuffix /solved,$(OUT)/causal $(OUT)/bidirectional) \
-	  $(addsuffix /solved_untrained,$(OUT)/causal $(OUT)/bidirectional) --out $(OUT)/report \
-	  --timings $(OUT)/logs/timings)
+    $(call knocked,$(OUT)/$(mask)/probes)) \
+  $(foreach run,$(RUNS),$(call probed,$(run))) $(foreach run,$(SOLVED),$(call solved,$(run)) $(call knocked,$(run))) \
+  $(foreach run,$(ADAPTERS),$(call solved,$(run))) $(STARVED) $(ASSETS) $(OUT)/report/explorer.html
+	$(call step,report,$(PROBES) report $(RUNS) $(SOLVED) $(ADAPTERS) --out $(OUT)/report --timings $(OUT)/logs/timings)

@@ -81,7 +81,9 @@ def branch_outputs(layer: nn.Module) -> list[nn.Module]:
     after_attention = ("post_attention_layernorm",) if hasattr(layer, "pre_feedforward_layernorm") else ()
     attention = ("post_self_attn_layernorm", *after_attention, "self_attn", "linear_attn")
     mlp = ("post_mlp_layernorm", "post_feedforward_layernorm", "mlp")
-    outputs = [next((getattr(layer, name) for name in names if hasattr(layer, name)), None) for names in (attention, mlp)]
+    outputs = [
+        next((getattr(layer, name) for name in names if hasattr(layer, name)), None) for names in (attention, mlp)
+    ]
     if None in outputs:
         raise UserError(f"{type(layer).__name__} has no known attention or MLP to scale; use match: permuted")
     return outputs

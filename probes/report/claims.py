@@ -1,19 +1,33 @@
-"""Evaluate the paper's claims, each as one number with a 95% interval, from the counts of probe runs.
+"""Evaluate the paper's claims, each as one number with a 95% interval and a verdict in three columns (verdicts.py).
 
-A claim holds if its interval lies entirely on the claimed side of zero. All numbers of a study use the same bootstrap
-resamplings of its validation images, so differences between sites, masks and controls are paired.
+All numbers of a study use the same bootstrap resamplings of its validation images, so differences between sites, masks
+and controls are paired.
 
 The best layer of a recovery is chosen by cross-validation over images (`effects.py`). The paper chooses it on the
 images that it is scored on, which favours models with many layers; tables keep that definition.
 """
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+from llava_bidir.common.bootstrap import interval
 from probes.analyses.knockout.effects import later_half, min_confused_patches, read_cases
 from probes.results.probe_run import ProbeRun
 
-from .effects import Estimate, drop_and_recovery, estimates_to_json, subtract
-from .study import Study
+from .effects import Estimate, drop_and_recovery, estimates_to_json, gap_estimates, starvation_site, subtract
+from .path import path_rows
+from .study import MASKS, Rows, Study, is_solved
+from .verdicts import (
+    HOLDS,
+    NO_CONTROL,
+    NOT_CONVERGED,
+    beyond_draws,
+    column,
+    judge,
+    no_verdict,
+    path_column,
+    unconverged,
+)
 
 # claim -> (claimed sign, text)
 CLAIMS: dict[str, tuple[int, str]] = {
@@ -28,46 +42,135 @@ CLAIMS: dict[str, tuple[int, str]] = {
 }  # fmt: skip
 
 
+Key = tuple[str, str]  # claim, mask
+Measured = dict[Key, Estimate]
+
+
+class Numbers(NamedTuple):
+    """The number of each claim, from all runs of a study."""
+
+    main: Measured  # trained probes where there are some, else solved ones
+    control: Measured  # the same, of the untrained model
+    solved: Measured
+    draws: dict[tuple[str, bool], list[Measured]]  # by random part, and whether probes are solved
+
+
 def evaluate_claims(study: Study) -> list[dict[str, Any]]:
     """Return all claims that the runs of a study allow: {"claim", "image_attention", "value", "ci95", "holds", ...}.
 
-    Each entry also has "text", "control": the same number for the untrained model, or None, and "n": the images, for a
-    knockout also the cases (an image and a class), that it is a mean over.
+    Each entry also has "verdicts": the three columns of `verdicts.py`; "supported": whether all of them are "holds";
+    "text"; "control": the same number for the untrained model, or None; and "n": the images, for a knockout also the
+    cases (an image and a class), that it is a mean over. "value", "ci95" and "holds" are those of the main runs.
     """
-    numbers, counts = [], {}
-    for mask, run in study.trained.items():
-        cases = read_cases(run, min_confused_patches(run))
-        counts[mask] = {"images": run.metrics["images"]}, cases and cases.counts
-        trained, untrained = _effects(run), _effects(study.control(mask))
-        if "recovery" in trained and "recovery" in untrained:
-            trained["recovery_trained"] = subtract(trained["recovery"], untrained["recovery"])
-        numbers.append((mask, estimates_to_json(trained), estimates_to_json(untrained)))
-    numbers.append(("causal", _first_gaps(study.starvation()), _first_gaps(study.starvation(untrained=True))))
+    numbers, path = _measure_all(study), path_rows(study)
     return [
-        {"claim": claim, "image_attention": mask, **trained[claim]}
-        | {"holds": min(sign * bound for bound in trained[claim]["ci95"]) > 0}
-        | {"text": text, "control": untrained.get(claim), "n": counts[mask][claim.startswith("knockout")]}
-        for claim, (sign, text) in CLAIMS.items()
-        for mask, trained, untrained in numbers
-        if claim in trained
+        _entry(study, claim, mask, numbers, path)
+        for claim in CLAIMS
+        for mask in study.trained
+        if (claim, mask) in numbers.main
     ]
 
 
-def _effects(run: ProbeRun | None) -> dict[str, Estimate]:
-    if run is None:
-        return {}
-    effects = drop_and_recovery(run.sites, run.counts, run.weights, run.groups)
-    return effects | knockout_effects(run, min_confused_patches(run))
-
-
-def _first_gaps(starvation: dict[str, Any] | None) -> dict[str, dict[str, Any]]:
-    if starvation is None:
-        return {}
-    row = starvation["first_row"]
-    return {
-        "starvation": {"value": starvation["gap"][0], "ci95": starvation["gap_ci95"][0]},
-        "starvation_first_row": {"value": row["gap"], "ci95": row["gap_ci95"]},
+def _entry(study: Study, claim: str, mask: str, numbers: Numbers, path: Rows) -> dict[str, Any]:
+    (sign, text), key = CLAIMS[claim], (claim, mask)
+    value, ci95 = numbers.main[key][0], interval(*numbers.main[key])
+    path = [row for row in path if (row["effect"], row["image_attention"]) == key]
+    verdicts = {
+        "paper": _paper_column(study, claim, mask, numbers.main[key]),
+        "optimum": _optimum_column(study, claim, mask, numbers.solved.get(key), path),
+        "beyond_random": _beyond_random_column(claim, mask, numbers),
     }
+    return {
+        "claim": claim,
+        "image_attention": mask,
+        "value": value,
+        "ci95": ci95,
+        "holds": judge(sign, ci95) == HOLDS,
+        "verdicts": verdicts,
+        "supported": all(entry["verdict"] == HOLDS for entry in verdicts.values()),
+        "text": text,
+        "control": estimates_to_json(numbers.control).get(key),
+        "n": _counts(study.trained[mask], claim),
+    }
+
+
+def _measure_all(study: Study) -> Numbers:
+    controls = {mask: study.control(mask) for mask in study.trained}
+    main, control = measure(study.trained), measure({mask: run for mask, run in controls.items() if run})
+    for mask in study.trained:
+        if ("recovery", mask) in main.keys() & control.keys():
+            main["recovery_trained", mask] = subtract(main["recovery", mask], control["recovery", mask])
+    site = next((starvation_site(run) for run in study.trained.values()), None)
+    kinds = [(part, solved) for part in ("adapter", "llm") for solved in (True, False)]
+    draws = {kind: [measure(runs, site) for runs in study.random_draws(*kind)] for kind in kinds}
+    return Numbers(main, control, main if study.solved == study.trained else measure(study.solved), draws)
+
+
+def measure(runs: Mapping[str, ProbeRun], starvation_site: str | None = None) -> Measured:
+    """Return the number of each claim from runs of one kind, by mask; starvation compares the masks at a site."""
+    numbers = {
+        (effect, mask): estimate
+        for mask, run in runs.items()
+        for effect, estimate in (
+            drop_and_recovery(run.sites, run.counts, run.weights, run.groups)
+            | knockout_effects(run, min_confused_patches(run))
+        ).items()
+    }
+    pair = [runs[mask] for mask in MASKS if mask in runs]
+    if len(pair) == 2 and is_solved(pair[0]) == is_solved(pair[1]):
+        numbers |= {(claim, "causal"): estimate for claim, estimate in gap_estimates(*pair, starvation_site).items()}
+    return numbers
+
+
+def _counts(run: ProbeRun, claim: str) -> dict[str, int]:
+    cases = read_cases(run, min_confused_patches(run)) if claim.startswith("knockout") else None
+    return {"images": run.metrics["images"]} if cases is None else cases.counts
+
+
+def _compared_masks(claim: str, mask: str) -> Sequence[str]:
+    return MASKS if claim.startswith("starvation") else [mask]
+
+
+def _paper_column(study: Study, claim: str, mask: str, estimate: Estimate) -> dict[str, Any]:
+    """Return the column "paper": the main runs, if their probes have converged."""
+    value, ci95 = estimate[0], interval(*estimate)
+    for name in _compared_masks(claim, mask):
+        if reason := unconverged(study.trained[name], study.solved.get(name), claim):
+            return no_verdict(NOT_CONVERGED, reason, value, ci95)
+    return column(CLAIMS[claim][0], value, ci95)
+
+
+def _optimum_column(study: Study, claim: str, mask: str, estimate: Estimate | None, path: Rows) -> dict[str, Any]:
+    """Return the column "optimum": along the path where the claim has one, else from the chosen solved probes."""
+    sign = CLAIMS[claim][0]
+    if at_optimum := [row for row in path if (row["instrument"], row["measure"]) == ("optimum", "miou")]:
+        return path_column(sign, at_optimum)
+    if claim == "recovery_trained" and mask in study.solved:
+        return no_verdict(NO_CONTROL, "no solved run of the untrained model")
+    if estimate is None:
+        missing = "no solved run" if mask not in study.solved else "the solved run has no such analysis"
+        return no_verdict(NOT_CONVERGED, f"{missing}: run `probes solve`, and the analysis on its run")
+    value, ci95 = estimate[0], interval(*estimate)
+    for name in _compared_masks(claim, mask):
+        if reason := unconverged(study.solved[name], None, claim):
+            return no_verdict(NOT_CONVERGED, reason, value, ci95)
+    return column(sign, value, ci95)
+
+
+def _beyond_random_column(claim: str, mask: str, numbers: Numbers) -> dict[str, Any]:
+    """Return the column "beyond_random": with solved probes where the controls have them, else with trained ones.
+
+    The drop at the adapter is compared with random adapters, all other claims with random LLMs.
+    """
+    part = "adapter" if claim == "adapter_drop" else "llm"
+    key, most = ("recovery" if claim == "recovery_trained" else claim, mask), 0
+    for trained, solved in ((numbers.solved, True), (numbers.main, False)):
+        draws = [measured[key] for measured in numbers.draws[part, solved] if key in measured]
+        if key in trained and len(draws) >= 2:
+            value, ci95 = beyond_draws(trained[key], draws)
+            return column(CLAIMS[claim][0], value, ci95, draws=len(draws), probes="solved" if solved else "trained")
+        most = max(most, len(draws))
+    return no_verdict(NO_CONTROL, f"{most} draws of a random {part} with this analysis; an interval needs two")
 
 
 def knockout_effects(run: ProbeRun, min_patches: int) -> dict[str, Estimate]:

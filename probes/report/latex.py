@@ -5,7 +5,7 @@ from typing import Any
 from llava_bidir.common.latex import latex_table
 
 from .study import Rows, Study
-from .summary_text import format_interval, format_p, format_percent, format_points
+from .summary_text import COLUMN_TITLES, format_difference, format_p, format_percent
 
 
 def format_tables(study: Study, claims: list[dict[str, Any]], knockout: Rows) -> str:
@@ -38,23 +38,18 @@ def _score(entry: dict[str, Any]) -> str:
     return f"{format_percent(entry['miou'])} [{low}, {high}]"
 
 
-def _difference(value: float, ci95: list[float]) -> str:
-    return f"{format_points(value)} {format_interval(ci95)}"
-
-
 def _claim_rows(claims: list[dict[str, Any]]) -> list[list[str]]:
-    rows = [["claim", "image attention", "difference", "holds", "untrained"]]
+    rows = [["claim", "image attention", *(title.lower() for title in COLUMN_TITLES.values()), "supported"]]
     for claim in claims:
-        control = claim["control"]
-        untrained = _difference(control["value"], control["ci95"]) if control else "–"
-        difference, holds = _difference(claim["value"], claim["ci95"]), "yes" if claim["holds"] else "no"
-        rows.append([claim["claim"].replace("_", " "), claim["image_attention"], difference, holds, untrained])
+        cells = [f"{format_difference(v)} {v['verdict']}".strip() for v in claim["verdicts"].values()]
+        name, supported = claim["claim"].replace("_", " "), "yes" if claim["supported"] else "no"
+        rows.append([name, claim["image_attention"], *cells, supported])
     return rows
 
 
 def _knockout_rows(effects: Rows) -> list[list[str]]:
     return [["image attention", "class", "blocked", "control", "change", "p"]] + [
         [row["image_attention"], row["class"], row["condition"], row["control"].replace("_", " ")]
-        + [_difference(row["value"], [row["low"], row["high"]]), format_p(row["p"])]
+        + [format_difference(row | {"ci95": [row["low"], row["high"]]}), format_p(row["p"])]
         for row in effects
     ]

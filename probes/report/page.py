@@ -43,6 +43,7 @@ Files = dict[Path, str | bytes]  # contents by path, not yet written
 
 FILTERS = {"points": format_points, "interval": format_interval}
 FILTERS |= {"percent": summary_text.format_percent, "p": summary_text.format_p}
+FILTERS |= {"verdict_reasons": summary_text.verdict_reasons, "count": summary_text.format_count}
 
 
 def study_results(study: Study) -> dict[str, Any]:
@@ -55,7 +56,10 @@ def study_results(study: Study) -> dict[str, Any]:
         "dataset": study.dataset,
         "seed": study.first.metrics["seed"],
         "masks": {mask: scores(run) | answers(run) for mask, run in study.trained.items()},
-        "controls": {"untrained": {mask: scores(run) for mask, run in study.untrained.items()}},
+        "controls": {
+            "untrained": {mask: scores(run) for mask, run in study.untrained.items()},
+            "random": {mask: list(map(scores, runs)) for mask, runs in (study.solved_random | study.random).items()},
+        },
         "starvation": study.starvation(),
         "claims": evaluate_claims(study),
         "paired": compare_masks(study),
@@ -100,6 +104,8 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None) -> dict[
         wall_s=wall_s,
         confused_share=CONFUSED_SHARE,
         masks_section=MASKS_SECTION,
+        columns=summary_text.COLUMN_TITLES,
+        marks=summary_text.MARKS,
         explorer=(out / "explorer.html").is_file(),
     )
     by_study = [part["results"] for part in parts]
@@ -152,15 +158,7 @@ def run(args: argparse.Namespace) -> None:
     for study in results.get("studies", [results]):
         if "studies" in results:
             print(f"{study['model']}, {study['dataset']}")
-        for claim in study["claims"]:
-            verdict = "holds" if claim["holds"] else "does NOT hold"
-            value, interval = format_points(claim["value"]), format_interval(claim["ci95"])
-            control = f"   untrained {format_points(claim['control']['value'])}" if claim["control"] else ""
-            unit = "cases" if "cases" in claim["n"] else "images"
-            print(
-                f"{claim['claim']:<21} {claim['image_attention']:<14} {value:>6} {interval}  {verdict}{control}   "
-                f"({claim['n'][unit]} {unit})"
-            )
+        print(summary_text.format_claims(study["claims"]))
         for text in summary_text.summarize_path(study["path"]):
             print(text)
         for mask, scale in study["scale"].items():

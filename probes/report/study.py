@@ -87,11 +87,25 @@ class Study:
         run = self.untrained.get(mask)
         return None if run is None or is_solved(run) else run
 
-    def random_draws(self, mask: str, solved: bool) -> list[ProbeRun]:
-        """Return the random LLMs under a mask: those with the trained updates if there are any, else permuted ones."""
-        runs = (self.solved_random if solved else self.random).get(mask, [])
-        matched = [run for run in runs if run.metrics["match"] == "update"]
-        return matched or runs
+    def random_draws(self, part: str, solved: bool) -> list[dict[str, ProbeRun]]:
+        """Return the controls with a random "adapter" or "llm": per draw, the runs by mask.
+
+        Random LLMs are those that change the states as much as the trained one, or permuted ones if there are no such.
+        """
+        random = self.solved_random if solved else self.random
+        if part == "adapter":
+            untrained = self.solved_untrained if solved else self.untrained
+            runs = {mask: [run] for mask, run in untrained.items() if is_solved(run) == solved}
+            runs = {mask: runs.get(mask, []) + random.get(mask, []) for mask in runs.keys() | random.keys()}
+            draws = {mask: [run for run in runs[mask] if "adapter" in run.metrics["untrained"]] for mask in runs}
+        else:
+            by_match = lambda match: {
+                mask: [run for run in runs if run.metrics["untrained"] == ["llm"] and run.metrics["match"] == match]
+                for mask, runs in random.items()
+            }
+            draws = by_match("update") if any(by_match("update").values()) else by_match("permuted")
+        count = max(map(len, draws.values()), default=0)
+        return [{mask: runs[i] for mask, runs in draws.items() if i < len(runs)} for i in range(count)]
 
     def starvation(self, untrained: bool = False) -> dict[str, Any] | None:
         """Return the accuracy per patch under both masks; None unless both runs exist."""
@@ -99,11 +113,12 @@ class Study:
         return starvation(*pair) if pair else None
 
     def _add(self, run: ProbeRun) -> None:
-        if run.metrics.get("match", "none") != "none":
-            self._add_random(run)
-            return
         kind, mask = "untrained" if run.metrics["untrained"] else "trained", run.metrics["image_attention"]
         runs = getattr(self, {"trained": "solved", "untrained": "solved_untrained"}[kind] if is_solved(run) else kind)
+        another_draw = mask in runs and run.metrics.get("draw", 0) != runs[mask].metrics.get("draw", 0)
+        if run.metrics.get("match", "none") != "none" or another_draw:
+            self._add_random(run)
+            return
         if mask in runs:
             raise UserError(
                 f"{runs[mask].path} and {run.path} are both the {kind} run under {mask!r} of {self.title}; "
@@ -114,7 +129,7 @@ class Study:
     def _add_random(self, run: ProbeRun) -> None:
         runs = self.solved_random if is_solved(run) else self.random
         others = runs.setdefault(run.metrics["image_attention"], [])
-        key = lambda run: [run.metrics[name] for name in ("untrained", "match", "draw", "seed")]
+        key = lambda run: [run.metrics.get(name) for name in ("untrained", "match", "draw", "seed")]
         if same := [other for other in others if key(other) == key(run)]:
             raise UserError(
                 f"{same[0].path} and {run.path} are the same draw of random weights; pass only one, or make the other "

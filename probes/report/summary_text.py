@@ -1,16 +1,20 @@
 """Summarise the numbers of a study in sentences for the page."""
 
+from collections import Counter
 from typing import Any
 
 from .mask_comparison import ALPHA
 from .path import EVERYWHERE, NOWHERE
 from .probe_sensitivity import EFFECTS
+from .verdicts import FAILS, HOLDS, NO_CONTROL, NOT_CONVERGED, REVERSED
 
 MASKS_SECTION = "Bidirectional vs. causal attention"
 SCALE_SECTION = "Sensitivity to feature scale"
 SEEDS_SECTION = "Probe seeds"
 PATH_SECTION = "Probes at every strength of regularisation"
 
+COLUMN_TITLES = {"paper": "As the paper measures it", "optimum": "At the optimum", "beyond_random": "Beyond random"}
+MARKS = {HOLDS: "✓", FAILS: "✗", REVERSED: "✗", NOT_CONVERGED: "–", NO_CONTROL: "–"}
 PATH_EFFECTS = {"recovery_trained": "recovery minus that of the untrained model"}
 INSTRUMENT_NAMES = {"closed_form": "closed form", "optimum": "optimum"}
 MEASURE_NAMES = {"miou": "mIoU", "cross_entropy": "cross-entropy"}
@@ -36,15 +40,48 @@ def format_interval(ci95: list[float], digits: int = 1) -> str:
     return f"[{format_points(ci95[0], digits)}, {format_points(ci95[1], digits)}]"
 
 
+def format_difference(entry: dict[str, Any]) -> str:
+    """Return an entry's value and interval in percentage points, "" without them."""
+    missing = entry["value"] is None or entry["ci95"] is None
+    return "" if missing else f"{format_points(entry['value'])} {format_interval(entry['ci95'])}"
+
+
+def format_count(n: dict[str, int]) -> str:
+    """Return the number of cases or images that a claim is a mean over."""
+    return f"{n['cases']} cases" if "cases" in n else f"{n['images']} images"
+
+
 def summarize_claims(claims: list[dict[str, Any]]) -> str:
-    """Return one sentence: how many claims hold and which do not."""
-    failing: dict[str, list[str]] = {}
+    """Return one sentence: how many claims are supported, and why the others are not."""
+    supported = [claim for claim in claims if claim["supported"]]
+    failures = Counter(
+        f"{entry['verdict']} ({COLUMN_TITLES[name].lower()})"
+        for claim in claims
+        if not claim["supported"]
+        for name, entry in claim["verdicts"].items()
+        if entry["verdict"] != HOLDS
+    )
+    text = f"{len(supported)} of {len(claims)} claims are supported"
+    if supported:
+        text += ": " + ", ".join(f"{c['claim'].replace('_', ' ')} ({c['image_attention']})" for c in supported)
+    why = ", ".join(f"{count} × {reason}" for reason, count in failures.most_common())
+    return f"{text}. The others: {why}." if why else f"{text}."
+
+
+def verdict_reasons(verdicts: dict[str, dict[str, Any]]) -> list[str]:
+    """Return why columns of a claim have no verdict."""
+    return [f"{COLUMN_TITLES[k]}: {v['verdict']}, {v['reason']}" for k, v in verdicts.items() if "reason" in v]
+
+
+def format_claims(claims: list[dict[str, Any]]) -> str:
+    """Return the claims as a table for the terminal: value, interval and verdict in each column."""
+    rows = [["claim", "attention", *COLUMN_TITLES.values(), "supported", ""]]
     for claim in claims:
-        if not claim["holds"]:
-            failing.setdefault(claim["claim"].replace("_", " "), []).append(claim["image_attention"])
-    count = sum(claim["holds"] for claim in claims)
-    names = ", ".join(f"{name} ({' and '.join(masks)})" for name, masks in failing.items())
-    return f"{count} of {len(claims)} claims hold" + (f"; not supported: {names}." if count and failing else ".")
+        cells = [f"{format_difference(v)} {v['verdict']}".strip() for v in claim["verdicts"].values()]
+        yes = "yes" if claim["supported"] else "no"
+        rows.append([claim["claim"], claim["image_attention"], *cells, yes, f"({format_count(claim['n'])})"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def summarize_sections(results: dict[str, Any]) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ from probes.results.probe_run import ProbeRun
 
 from .paper import PAPER, paper_encoder, probe_deviations
 from .study import Rows, Study
+from .verdicts import COLUMNS
 
 
 def format_csv(rows: Rows) -> str:
@@ -28,7 +29,9 @@ def bounds(ci95: Sequence[float | None], prefix: str = "") -> dict[str, Any]:
 
 def run_columns(run: ProbeRun) -> dict[str, Any]:
     """Return the columns that tell the runs of a study apart."""
-    return {"image_attention": run.metrics["image_attention"], "untrained": bool(run.metrics["untrained"])}
+    match = run.metrics.get("match", "none")
+    random = {} if match == "none" else {"match": match, "draw": run.metrics["draw"]}
+    return {"image_attention": run.metrics["image_attention"], "untrained": bool(run.metrics["untrained"])} | random
 
 
 def study_tables(study: Study, results: dict[str, Any]) -> dict[str, Rows]:
@@ -45,7 +48,7 @@ def study_tables(study: Study, results: dict[str, Any]) -> dict[str, Rows]:
 
 
 def claim_rows(claims: list[dict[str, Any]]) -> Rows:
-    """Return one row per claim with its interval and the untrained control."""
+    """Return one row per claim: the main runs' number, the untrained control, and the three columns of verdicts."""
     controls = [claim["control"] or {"value": None, "ci95": [None, None]} for claim in claims]
     return [
         {key: claim[key] for key in ("claim", "image_attention", "value")}
@@ -53,8 +56,15 @@ def claim_rows(claims: list[dict[str, Any]]) -> Rows:
         | {"holds": claim["holds"], "images": claim["n"]["images"], "cases": claim["n"].get("cases")}
         | {"untrained": control["value"]}
         | bounds(control["ci95"], "untrained_")
+        | {key: value for name in COLUMNS for key, value in _verdict_columns(name, claim["verdicts"][name]).items()}
+        | {"supported": claim["supported"]}
         for claim, control in zip(claims, controls, strict=True)
     ]
+
+
+def _verdict_columns(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    numbers = {name: entry["value"]} | bounds(entry["ci95"] or [None, None], f"{name}_")
+    return numbers | {f"{name}_verdict": entry["verdict"], f"{name}_reason": entry.get("reason")}
 
 
 SUMMARY = ("encoder", "adapter", "peak_llm", "delta_enc", "recovery")

@@ -18,7 +18,6 @@ from typing import Any
 import scipy.stats
 import torch
 
-from llava_bidir.common.bootstrap import interval
 from probes.models.sites import ADAPTER, ENCODER
 from probes.results.probe_run import ProbeRun
 
@@ -100,16 +99,14 @@ def path_column(sign: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
 def beyond_draws(trained: Estimate, draws: list[Estimate]) -> tuple[float, list[float]]:
     """Return trained minus the mean over draws of random weights, with a 95% interval over images and draws.
 
-    Images and draws are independent, so their variances add: that of the difference over resampled images, and that of
-    the mean over D draws. The t quantile has the degrees of freedom of Welch and Satterthwaite, where images count as
-    many and draws as D - 1.
+    Images and draws are independent. The half widths of their own intervals, normal for images and Student's t with
+    D - 1 degrees of freedom for D draws, are added as the sides of a right angle. Where either dominates, this is its
+    own interval; Welch and Satterthwaite's degrees of freedom would cover 89% instead of 95% for two draws that differ.
     """
     values = torch.tensor([value for value, _ in draws], dtype=torch.float64)
     value = trained[0] - values.mean().item()
     resampled = trained[1].double() - torch.stack([drawn.double() for _, drawn in draws]).mean(0)
-    of_images, of_draws = resampled[~resampled.isnan()].var().item(), values.var().item() / len(draws)
-    if of_draws == 0:
-        return value, interval(value, resampled)
-    freedom = (len(draws) - 1) * ((of_images + of_draws) / of_draws) ** 2
-    half = scipy.stats.t.ppf(0.975, freedom) * (of_images + of_draws) ** 0.5
+    of_images = scipy.stats.norm.ppf(0.975) * resampled[~resampled.isnan()].std().item()
+    of_draws = scipy.stats.t.ppf(0.975, len(draws) - 1) * values.std().item() / len(draws) ** 0.5
+    half = (of_images**2 + of_draws**2) ** 0.5
     return value, [value - half, value + half]

@@ -261,7 +261,7 @@ class ProbeRun:
     @cached_property
     def weights(self) -> torch.Tensor:
         """f[R, N]: bootstrap weights, the same for every run on these images."""
-        return bootstrap_weights(len(self.counts.labelled), seed=self.metrics["seed"], groups=self.groups)
+        return bootstrap_weights(len(self.counts.labelled), groups=self.groups)
 
     def mllm(self) -> "FrozenMLLM":
         """Load the probed model with the settings of the run.

@@ -157,14 +157,23 @@ class ProbeModule(FrozenProbes):
             for name, variant in self.variants.items()
         ]
         optimizer = torch.optim.AdamW(groups, betas=tuple(args.betas), weight_decay=args.weight_decay, fused=True)
-        steps = self.trainer.datamodule.steps_per_epoch * self.trainer.max_epochs
-        schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
+        schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, self.planned_steps, power=0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def planned_steps(self) -> int:
+        """Optimizer steps of the whole training, from `trainer.max_steps` or else `trainer.max_epochs`."""
+        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
+        planned = [epochs * self.trainer.datamodule.steps_per_epoch] if epochs not in (None, -1) else []
+        planned += [steps] if steps not in (None, -1) else []
+        if not planned:
+            raise UserError("training has no end; set --trainer.max_steps or --trainer.max_epochs")
+        return min(planned)
 
     def settings_of(self, variant: str | None) -> dict[str, Any]:
         """Return how the probes of a variant were trained, for metrics.json."""
-        epochs, data = self.trainer.max_epochs, self.trainer.datamodule
-        steps = epochs * data.steps_per_epoch
+        data, steps = self.trainer.datamodule, self.planned_steps
+        epochs = steps / data.steps_per_epoch if steps % data.steps_per_epoch else steps // data.steps_per_epoch
         settings = {"batch_size": data.batch_size, "epochs": epochs, "steps": steps, "validated_at": self.validated_at}
         return asdict(self.variants[variant]) | settings
 

@@ -90,7 +90,7 @@ def site_scores(module, data, variant: str | None, counts: Counts) -> list[SiteS
     """Return per site the scores with intervals over images, the best epoch, and the mIoU of each validation."""
     score = dataset_scores(counts)
     groups = group_indices(data.splits["validation"])
-    weights = bootstrap_weights(len(counts.labelled), seed=module.hparams.seed, groups=groups)
+    weights = bootstrap_weights(len(counts.labelled), groups=groups)
     resampled = resampled_scores(counts, weights)
     sites = []
     for i, site in enumerate(module.sites):

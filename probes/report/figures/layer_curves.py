@@ -1,5 +1,6 @@
 """Figures of mIoU by site: encoder, adapter, LLM layers (Figs. 3, 8, 9, 10)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from probes.evaluation.metrics import peak_layer
 from probes.models.sites import ADAPTER, FINAL_NORM
-from probes.report.study import MASKS, Study
+from probes.report.study import MASKS, Study, is_solved
 from probes.report.tables import run_columns
 from probes.results.probe_run import ProbeRun
 
@@ -52,7 +53,7 @@ def sites_by_depth(*runs: ProbeRun) -> list[str]:
 
 
 def layer_curves(study: Study) -> FigureData:
-    """Draw mIoU per site and mask, with the untrained control (Figs. 3, 8)."""
+    """Draw mIoU per site and mask, with the untrained control and the draws of random LLMs (Figs. 3, 8)."""
     figure, ax = new_axes(6.4, 3.9)
     for mask, run in study.trained.items():
         marker = "os"[mask == "bidirectional"] if len(run.sites) < 20 else None
@@ -60,14 +61,27 @@ def layer_curves(study: Study) -> FigureData:
     for mask, run in study.untrained.items():
         label = f"{mask}, untrained"
         ax.plot(*depth_and_miou(run.metrics["sites"]), ":", color=mask_colour(mask), alpha=0.6, lw=1.8, label=label)
+    random = random_runs(study)
+    for run in random:
+        mask = run.metrics["image_attention"]
+        depth, miou = depth_and_miou(run.metrics["sites"])
+        first = run.metrics["draw"] == min(other.metrics["draw"] for other in random)
+        label = f"{mask}, random LLM" if first else None
+        ax.plot(depth[2:], miou[2:], ".", color=mask_colour(mask), mfc="none", ms=7, alpha=0.7, label=label)
     label_sites(ax, sites_by_depth(*study.runs))
     ax.set(ylabel="mIoU (%)")
     ax.legend(fontsize=9)
-    return FigureData(figure, _rows(study))
+    return FigureData(figure, _rows(study, random))
 
 
-def _rows(study: Study) -> list[dict[str, Any]]:
-    return [run_columns(run) | score_row(entry) for run in study.runs for entry in run.metrics["sites"]]
+def random_runs(study: Study) -> list[ProbeRun]:
+    """Return the draws of a random LLM whose probes are of the same kind as those of the trained model."""
+    draws = study.random_draws("llm", is_solved(study.first))
+    return [run for runs in draws for run in runs.values() if run.metrics["image_attention"] in study.trained]
+
+
+def _rows(study: Study, random: Sequence[ProbeRun] = ()) -> list[dict[str, Any]]:
+    return [run_columns(run) | score_row(entry) for run in [*study.runs, *random] for entry in run.metrics["sites"]]
 
 
 def models_by_dataset(studies: list[Study], mask: str, over_adapter: bool = False) -> FigureData:

@@ -110,7 +110,7 @@ def test_an_update_that_cannot_be_reached_is_an_error(path, pictures, monkeypatc
 
 
 def test_analyses_of_a_run_read_the_same_random_model(checkpoints, segmentation, tmp_path):
-    control = ["-c", "configs/demo/matched.yaml", "--model.draw", "2"]
+    control = ["-c", "configs/probes/matched.yaml", "--model.draw", "2"]
     run = probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / "run", *control)
     assert (run.metrics["match"], run.metrics["draw"], run.metrics["untrained"]) == ("update", 2, ["llm"])
     mllm, images = run.mllm(), [run.dataset()[i]["image"] for i in range(len(run.dataset()))]

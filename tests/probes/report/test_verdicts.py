@@ -1,0 +1,124 @@
+"""The three columns of a claim: no verdict without convergence and controls; intervals cover images and draws."""
+
+import probe_runs
+import pytest
+import tiny_models
+import torch
+
+from llava_bidir.common.bootstrap import bootstrap_weights
+from probes.report.claims import evaluate_claims
+from probes.report.study import read_studies
+from probes.report.verdicts import beyond_draws, judge, path_column, unconverged
+from probes.results.probe_run import ProbeRun
+
+TRAINED = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # accuracies at encoder, adapter, layers, final norm
+STUDIES = 500
+
+
+@pytest.fixture
+def write(tmp_path):
+    root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
+    return lambda name, quality, seed, **metrics: str(
+        probe_runs.write_run(tmp_path / name, quality, root=root, seed=seed, metrics=metrics)
+    )
+
+
+def test_judge():
+    assert [judge(1, x) for x in ([0.1, 0.2], [-0.1, 0.2], [-0.2, -0.1])] == ["holds", "does not hold", "reversed"]
+    assert [judge(-1, x) for x in ([0.1, 0.2], [-0.1, 0.2], [-0.2, -0.1])] == ["reversed", "does not hold", "holds"]
+    assert judge(1, [0.0, 0.2]) == "does not hold", "zero is not on the claimed side"
+
+
+def row(strength, low, high, converged=True):
+    return {"strength": strength, "value": (low + high) / 2, "low": low, "high": high, "converged": converged}
+
+
+def test_the_path_is_judged_where_the_claim_fares_worst():
+    rows = [row(1e-6, -0.01, 0.02), row(1e-4, 0.01, 0.03), row(1e-2, 0.04, 0.06)]
+    entry = path_column(1, rows)
+    assert (entry["verdict"], entry["strength"], entry["ci95"]) == ("does not hold", 1e-6, [-0.01, 0.02])
+    assert path_column(1, rows[1:])["verdict"] == "holds" and path_column(1, rows[1:])["strength"] == 1e-4
+    assert path_column(-1, rows[1:])["verdict"] == "reversed" and path_column(-1, rows[1:])["strength"] == 1e-4
+    assert path_column(1, [row(1e-6, -0.02, -0.01), rows[2]])["verdict"] == "does not hold", (
+        "holds at some, turns at some"
+    )
+    unsolved = [row(1e-6, -0.02, -0.01, converged=False), rows[2]]
+    assert path_column(1, unsolved)["verdict"] == "holds", "what has not converged says nothing"
+    assert path_column(1, unsolved[:1])["verdict"] == "not converged"
+
+
+def simulated(truth, spread, draws, images, generator):
+    """A trained model's estimate and those of random draws: means over images whose difficulty they share."""
+    shared = torch.randn(images, generator=generator)
+    weights = bootstrap_weights(images, 400, seed=int(torch.randint(1 << 30, (1,), generator=generator)))
+    means = [truth, *(spread * torch.randn(draws, generator=generator)).tolist()]
+    samples = [mean + 0.5 * shared + 0.3 * torch.randn(images, generator=generator) for mean in means]
+    estimates = [(x.mean().item(), weights @ x / weights.sum(1)) for x in samples]
+    return estimates[0], estimates[1:]
+
+
+@pytest.mark.parametrize(("spread", "draws"), [(0.0, 3), (0.05, 2), (0.05, 4), (0.3, 2), (0.3, 5)])
+def test_interval_over_images_and_draws_covers_the_truth(spread, draws):
+    generator, truth, covered = torch.Generator().manual_seed(draws), 0.1, 0
+    for _ in range(STUDIES):
+        _, (low, high) = beyond_draws(*simulated(truth, spread, draws, 50, generator))
+        covered += low <= truth <= high
+    assert covered >= 0.93 * STUDIES, f"{covered} of {STUDIES}; 95% are expected, 93% are two standard errors below"
+
+
+def test_a_model_like_any_random_draw_holds_in_at_most_five_percent():
+    generator, held = torch.Generator().manual_seed(0), 0
+    for _ in range(STUDIES):
+        trained, draws = simulated(0.0, 0.05, 3, 50, generator)
+        held += judge(1, beyond_draws(trained, draws)[1]) == "holds"
+    assert held <= 0.05 * STUDIES
+
+
+def test_the_bootstrap_alone_would_miss_the_draws():
+    """The reason for the wider interval: a bootstrap over images covers far less than 95% if draws differ."""
+    generator, covered = torch.Generator().manual_seed(0), 0
+    for _ in range(STUDIES):
+        (value, resampled), draws = simulated(0.0, 0.3, 2, 50, generator)
+        difference = resampled - torch.stack([drawn for _, drawn in draws]).mean(0)
+        low, high = difference.quantile(torch.tensor([0.025, 0.975])).tolist()
+        covered += low <= 0 <= high
+    assert covered < 0.7 * STUDIES
+
+
+def test_probes_far_from_their_optimum_give_no_verdict(write):
+    near, far = write("near", TRAINED, 1), write("far", [x - 0.1 for x in TRAINED], 1)
+    best = ProbeRun(write("best", TRAINED, 1))
+    assert unconverged(ProbeRun(near), best, "recovery") is None
+    assert "points of mIoU below the optimum at" in unconverged(ProbeRun(far), best, "recovery")
+    assert "steps; the paper has 6,320" in unconverged(ProbeRun(far), best, "adapter_drop")
+    assert "distance from the optimum unknown at encoder: run `probes solve`" in unconverged(
+        ProbeRun(near), None, "adapter_drop"
+    )
+
+
+def test_probes_below_the_constant_prediction_give_no_verdict(write):
+    run = ProbeRun(write("run", TRAINED, 1, baseline={"class": "wall", "miou": 0.99, "pacc": 0.99}))
+    assert "at encoder not better than the constant prediction (99.0% mIoU)" in unconverged(run, run, "adapter_drop")
+
+
+def test_a_random_llm_that_recovers_as_much_takes_the_claim_down(write):
+    trained = write("trained", TRAINED, 1)
+    as_good = [write(f"good{i}", TRAINED, 10 + i, untrained=["llm"], match="update", draw=i) for i in (0, 1)]
+    flat = TRAINED[:2] + [0.4] * 4
+    worse = [write(f"flat{i}", flat, 20 + i, untrained=["llm"], match="update", draw=i) for i in (0, 1)]
+    verdict = lambda paths: {
+        claim["claim"]: claim["verdicts"]["beyond_random"] for claim in evaluate_claims(read_studies(paths)[0])
+    }["recovery"]
+    assert verdict([trained, *worse])["verdict"] == "holds" and verdict([trained, *worse])["draws"] == 2
+    assert verdict([trained, *as_good])["verdict"] == "does not hold"
+    assert verdict([trained])["verdict"] == verdict([trained, worse[0]])["verdict"] == "no control"
+    assert "1 draws of a random llm" in verdict([trained, worse[0]])["reason"]
+    with pytest.raises(ValueError, match="are the same draw of random weights; pass only one"):
+        read_studies([trained, worse[0], as_good[0]])
+
+
+def test_no_claim_is_supported_without_solved_probes_and_controls(write):
+    claims = evaluate_claims(read_studies([write("run", TRAINED, 1)])[0])
+    assert claims and not any(claim["supported"] for claim in claims)
+    assert {claim["verdicts"]["paper"]["verdict"] for claim in claims} == {"not converged"}
+    assert {claim["holds"] for claim in claims} == {True}, "the interval alone, as the contract of results.json says"

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.analyses.knockout.cases import find_cases
+from probes.analyses.knockout.config import Plan
 from probes.analyses.knockout.effects import outcome_key
 from probes.analyses.knockout.inference import (
     EFFECTS,
@@ -318,6 +319,8 @@ def test_files_of_earlier_knockouts_have_the_papers_outcome_only(run):
     results = knockout_inference(run)
     assert list(results["outcomes"]) == ["rate"] and results["criterion_shifts"] is None
     assert class_effects(run, outcome="log_odds") == {}
+    (run.path / "knockout.json").write_text(json.dumps({"classes": [{"class": "sky"}], "layers": "all"}))
+    assert Plan.of_run(run) == Plan(["sky"]), "Eq. 1, which cuts the own key"
 
 
 def test_a_run_without_a_knockout_has_no_inference(run):

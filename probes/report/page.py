@@ -44,6 +44,7 @@ Files = dict[Path, str | bytes]  # contents by path, not yet written
 FILTERS = {"points": format_points, "interval": format_interval}
 FILTERS |= {"percent": summary_text.format_percent, "p": summary_text.format_p}
 FILTERS |= {"verdict_reasons": summary_text.verdict_reasons, "count": summary_text.format_count}
+FILTERS |= {"anchor": lambda text: "".join(c if c.isalnum() else "-" for c in text.lower())}
 
 
 def study_results(study: Study) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def write_report(
 def _write_files(studies: list[Study], out: Path, wall_s: float | None) -> dict[str, Any]:
     single = len(studies) == 1
     files: Files = {}
-    parts = [_build_part(study, out if single else out / study.slug, files) for study in studies]
+    parts = [_build_part(study, out, "" if single else f"{study.slug}/", files) for study in studies]
     comparison = {"table2": tables.table2(studies), "table2_difference": tables.table2_difference(studies)}
     files |= _csv_files(comparison, out)
     page = render(
@@ -114,11 +115,12 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None) -> dict[
     return results
 
 
-def _build_part(study: Study, out: Path, files: Files) -> dict[str, Any]:
-    """Return what the template reads about a study, and add its figures and tables in `out` to `files`."""
-    results = study_results(study)
+def _build_part(study: Study, out: Path, folder: str, files: Files) -> dict[str, Any]:
+    """Return what the template reads about a study; add its figures and tables, in `folder` of `out`, to `files`."""
+    results, out = study_results(study), out / folder
     part = {
         "study": study,
+        "folder": folder,
         "results": results,
         "claims_summary": summary_text.summarize_claims(results["claims"]),
         "summaries": summary_text.summarize_sections(results),

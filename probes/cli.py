@@ -63,8 +63,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--block-by", default="adapter", metavar="SITE", help=text)
     text = "tokens to block: all predicted as the class (Eq. 1), or only those whose label confirms it"
     p.add_argument("--block-set", choices=["predicted", "correct"], default="predicted", help=text)
-    text = "controls besides random tokens: matched in distance, matched in attention mass, tokens of high norm"
-    p.add_argument("--controls", nargs="+", default=[], choices=["distance", "mass", "high_norm"], help=text)
+    text = "let blocked tokens still attend to themselves; Eq. 1 cuts them off from themselves, too"
+    p.add_argument("--keep-own-key", action="store_true", help=text)
+    text = "controls besides random tokens: matched in distance, in attention mass, or in both; tokens of high norm"
+    controls = ["distance", "mass", "matched", "high_norm"]
+    p.add_argument("--controls", nargs="+", default=[], choices=controls, help=text)
     p.add_argument("--draws", type=int, default=5, help="draws to average for each condition with random tokens")
     text = "also block random fractions of the tokens"
     p.add_argument("--fractions", nargs="+", type=float, default=[], metavar="F", help=text)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 RESAMPLINGS = 2000
 
+Estimate = tuple[float, Tensor]  # a value and its resampled values f[R]
+
 
 def bootstrap_weights(
     units: int, resamplings: int = RESAMPLINGS, seed: int = 0, groups: Tensor | None = None
@@ -60,6 +62,24 @@ def interval(estimate: float, resampled: Tensor) -> list[float]:
     """
     low, high = resampled.double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return [2 * estimate - high, 2 * estimate - low]
+
+
+def simultaneous_band(values: Tensor, resampled: Tensor) -> tuple[Tensor, Tensor]:
+    """Return low and high f[S] of a 95% band that covers all S values together (max-t).
+
+    The half width at a value is its standard deviation over resamplings times one factor: the 95% quantile, over
+    resamplings, of the largest distance from the mean in standard deviations.
+
+    Args:
+        values: f[S].
+        resampled: f[R, S]. Resamplings with a value that is not defined are left out.
+    """
+    resampled = resampled[~resampled.isnan().any(1)].double()
+    sd = resampled.std(0)
+    distance = (resampled - resampled.mean(0)).abs()
+    largest = torch.where(sd > 0, distance / sd, 0.0).amax(1)
+    half = largest.quantile(0.95) * sd
+    return values - half, values + half
 
 
 def p_values(differences: Tensor) -> tuple[Tensor, Tensor]:

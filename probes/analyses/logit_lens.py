@@ -120,7 +120,7 @@ def explore(
             case = most_confused(predicted.cpu(), truth, image, candidates, plan.block_set)
             if case:
                 blocked |= blocked_patches(case, conditions, states[ADAPTER][0], np.random.default_rng([seed, image]))
-        knockout = Knockout(torch.stack(list(blocked.values())), plan.layers)
+        knockout = Knockout(torch.stack([plan.block(tokens) for tokens in blocked.values()]), plan.layers)
         states = mllm.states(pixels.expand(len(blocked), -1, -1, -1), run.sites, knockout)
         parts = most_probable(states, heads, min(top_classes, len(names)))
         parts += most_probable(states, word_heads, top_words)

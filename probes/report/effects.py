@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import interval
+from llava_bidir.common.bootstrap import Estimate, interval
 from probes.analyses.starvation.patch_accuracy import patch_accuracy, patch_counts
 from probes.evaluation.bootstrap import dataset_scores, resampled_scores
 from probes.evaluation.metrics import Counts, peak_layer
 from probes.models.sites import ADAPTER, ENCODER
 from probes.results.probe_run import ProbeRun
-
-Estimate = tuple[float, Tensor]  # a value and its resampled values f[R]
 
 FOLDS = 10  # of validation images, to choose the best layer
 BEST_LAYER = "best_layer"

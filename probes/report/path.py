@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from llava_bidir.common.bootstrap import simultaneous_band
 from probes.evaluation.metrics import Counts
 from probes.models.sites import ADAPTER, ENCODER
 from probes.results.probe_run import ProbeRun
@@ -40,24 +41,6 @@ class StrengthEffects(NamedTuple):
 
     effects: Effects
     converged: dict[str, bool]
-
-
-def simultaneous_band(values: Tensor, resampled: Tensor) -> tuple[Tensor, Tensor]:
-    """Return low and high f[R] of a 95% band that covers all R values together (max-t).
-
-    The half width at a value is its standard deviation over resamplings times one factor: the 95% quantile, over
-    resamplings, of the largest distance from the mean in standard deviations.
-
-    Args:
-        values: f[R].
-        resampled: f[B, R]. Resamplings with a value that is not defined are left out.
-    """
-    resampled = resampled[~resampled.isnan().any(1)].double()
-    sd = resampled.std(0)
-    distance = (resampled - resampled.mean(0)).abs()
-    largest = torch.where(sd > 0, distance / sd, 0.0).amax(1)
-    half = largest.quantile(0.95) * sd
-    return values - half, values + half
 
 
 def path_verdicts(study: Study) -> list[dict[str, Any]]:

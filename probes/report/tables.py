@@ -5,12 +5,9 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from llava_bidir.common.bootstrap import interval
-from probes.analyses.knockout.effects import min_confused_patches, read_cases
 from probes.models.sites import FINAL_NORM
 from probes.results.probe_run import ProbeRun
 
-from .claims import knockout_effects
 from .paper import PAPER, paper_encoder, probe_deviations
 from .study import Rows, Study
 from .verdicts import COLUMNS
@@ -43,7 +40,7 @@ def study_tables(study: Study, results: dict[str, Any]) -> dict[str, Rows]:
         "claims": claim_rows(results["claims"]),
         "classes": class_rows(study),
         "table3": table3(results["starvation"]) if results["starvation"] else [],
-        "knockout_selection": selection_rows(study),
+        **knockout_tables(results.get("knockout_inference", {})),
         "paired": mask_comparison_rows(results["paired"]) if results["paired"] else [],
         "seed_spread": seed_rows(results["seeds"]),
     }
@@ -130,19 +127,51 @@ def class_rows(study: Study) -> Rows:
     ]
 
 
-def selection_rows(study: Study) -> Rows:
-    """Return the knockout effects by the minimum number of wrong patches that an image needs to count."""
-    rows = []
-    for mask, run in study.trained.items():
-        claimed_at = min_confused_patches(run)
-        for patches in sorted({max(1, round(claimed_at * share)) for share in (0, 1 / 8, 1 / 4, 1 / 2, 1, 3 / 2)}):
-            cases = read_cases(run, patches)
-            rows += [
-                {"image_attention": mask, "min_patches": patches, "cases": len(cases.images), "effect": name}
-                | {"value": estimate[0], **bounds(interval(*estimate))}
-                for name, estimate in knockout_effects(run, patches).items()
-            ]
-    return rows
+def knockout_tables(inference: dict[str, dict[str, Any]]) -> dict[str, Rows]:
+    """Return the tables of `knockout_inference` by mask: classes, means, selections and criterion shifts."""
+    return {
+        "knockout_classes": _knockout_rows(inference, "classes"),
+        "knockout_means": knockout_mean_rows(inference),
+        "knockout_selection": _knockout_rows(inference, "selection"),
+        "knockout_shifts": shift_rows(inference),
+    }
+
+
+def _knockout_rows(inference: dict[str, dict[str, Any]], key: str) -> Rows:
+    """Return the rows under a key of each outcome, with the interval in two columns."""
+    return [
+        {"image_attention": mask, "outcome": outcome}
+        | {name: value for name, value in row.items() if name != "ci95"}
+        | bounds(row["ci95"] or [None, None])
+        for mask, of_mask in inference.items()
+        for outcome, of_outcome in of_mask["outcomes"].items()
+        for row in of_outcome[key]
+    ]
+
+
+def knockout_mean_rows(inference: dict[str, dict[str, Any]]) -> Rows:
+    """Return each effect as a mean over classes and over pairs of look-alikes."""
+    return [
+        {"image_attention": mask, "outcome": outcome, "effect": effect, "mean_over": over, "value": mean["value"]}
+        | bounds(mean["ci95"] or [None, None])
+        | {key: mean[key] for key in ("classes", "units", "sd", "verdict")}
+        for mask, of_mask in inference.items()
+        for outcome, of_outcome in of_mask["outcomes"].items()
+        for over, means in (("classes", of_outcome["mean"]), ("pairs", of_outcome["mean_over_pairs"]))
+        for effect, mean in means.items()
+    ]
+
+
+def shift_rows(inference: dict[str, dict[str, Any]]) -> Rows:
+    """Return the move of the read-out towards the first class of a pair, by class hidden."""
+    return [
+        {"image_attention": mask, "first": entry["classes"][0], "second": entry["classes"][1], "hidden": name}
+        | {"move_to_first": move["value"], **bounds(move["ci95"])}
+        | {"images": entry["images"], "shift": entry["shift"], "towards": entry["towards"]}
+        for mask, of_mask in inference.items()
+        for entry in of_mask["criterion_shifts"] or ()
+        for name, move in entry["hide"].items()
+    ]
 
 
 def mask_comparison_rows(comparison: dict[str, Any]) -> Rows:

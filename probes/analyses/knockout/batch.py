@@ -17,8 +17,9 @@ from .attention import attention_from, sum_by_group
 from .cases import ConfusionCase, PatchReader, find_cases
 from .conditions import MatchingFeatures, blocked_by_condition, measure_balance
 from .config import Plan
+from .effects import outcome_key
 from .layer_sweep import SWEEP_CONDITIONS, CutLocation, cut_locations
-from .schema import CASE_KEYS
+from .schema import CASE_KEYS, LEAN, OUTCOMES
 
 
 class ForwardRow(NamedTuple):
@@ -36,16 +37,19 @@ def knock_out_batch(reader: PatchReader, plan: Plan, classes: list[str], batch: 
     `classes` are the names of all classes. Without cases the result is empty.
     """
     pixels, mllm, depth = batch["pixels"], reader.mllm, len(reader.layers) - 1
-    predicted, truth = reader.predict(pixels), true_classes(batch["target"], len(classes), mllm)
+    states = mllm.states(pixels, reader.layers)
+    predicted, truth = reader.predict_states(states), true_classes(batch["target"], len(classes), mllm)
     how = (reader.layers.index(plan.block_by), plan.min_patches, plan.block_set)
     cases: list[ConfusionCase] = []
     for name in plan.classes:
         cases += find_cases(predicted, truth, batch["index"], classes.index(name), *how)
     if not cases:
         return {}
-    adapter, (visible, others) = mllm.states(pixels, [ADAPTER])[ADAPTER], reader.visible()
+    unmodified = [reader.measure(_take_row(states, case.row), [case])[0] for case in cases]
+    adapter, (visible, others) = states[ADAPTER], reader.visible()
+    del states  # of every layer; the forwards under a knockout need the memory
     attention = None
-    if plan.attention or "mass" in plan.controls:
+    if plan.attention or {"mass", "matched"} & set(plan.controls):
         attention = attention_from(mllm, pixels, [(case.row, case.mistaken) for case in cases])
     locations = cut_locations(plan.layer_windows, plan.attention_heads, depth, reader.attention_heads)
     results: list[dict[str, Tensor]] = []
@@ -55,7 +59,7 @@ def knock_out_batch(reader: PatchReader, plan: Plan, classes: list[str], batch: 
         features = MatchingFeatures.from_case(case, mllm.grid, visible, adapter[case.row], mass)
         blocked = blocked_by_condition(case, features, plan)
         result = {key: torch.tensor(getattr(case, key)) for key in CASE_KEYS}
-        result["none"] = case.count_wrong(predicted[:, case.row]) / case.patches
+        result |= {outcome_key(name, "none"): values for name, values in unmodified[i].items()}
         result |= {f"balance:{key}": measure_balance(case, features, key, draws) for key, draws in blocked.items()}
         if plan.attention:
             result |= attention_shares(case, attention[0][i], attention[1][i], visible, others)
@@ -63,9 +67,11 @@ def knock_out_batch(reader: PatchReader, plan: Plan, classes: list[str], batch: 
         paper = CutLocation(plan.layers)
         rows += [ForwardRow(i, key, draw, paper) for key, draws in blocked.items() for draw in draws]
         rows += [ForwardRow(i, f"swept:{key}", blocked[key][0], at) for key in SWEEP_CONDITIONS for at in locations]
-    for (i, key), counts in _count_wrong(reader, pixels, cases, rows, plan.batch_size).items():
-        rates = counts / cases[i].patches
-        results[i][key] = rates if key.startswith("swept:") else rates.mean(0)
+    for (i, key), outcomes in _run_rows(reader, pixels, cases, rows, plan).items():
+        if key.startswith("swept:"):
+            results[i][key] = outcomes["rate"]
+        else:
+            results[i] |= {outcome_key(name, key): values.mean(0) for name, values in outcomes.items()}
     tensors: dict[str, list[Tensor]] = {}
     for case, result in zip(cases, results, strict=True):
         for key, value in result.items():
@@ -73,28 +79,33 @@ def knock_out_batch(reader: PatchReader, plan: Plan, classes: list[str], batch: 
     return {key: torch.stack(values) for key, values in tensors.items()}
 
 
-def _count_wrong(
-    reader: PatchReader, pixels: Tensor, cases: list[ConfusionCase], rows: list[ForwardRow], batch_size: int
-) -> dict[tuple[int, str], Tensor]:
-    """Return n_c(l) by case and key, f[rows of the key, L + 1]; identical rows run once."""
+def _take_row(states: dict[str, Tensor], row: int) -> dict[str, Tensor]:
+    return {site: values[row : row + 1] for site, values in states.items()}
+
+
+def _run_rows(
+    reader: PatchReader, pixels: Tensor, cases: list[ConfusionCase], rows: list[ForwardRow], plan: Plan
+) -> dict[tuple[int, str], dict[str, Tensor]]:
+    """Return the outcomes by case and key, f[rows of the key, L + 1] each; identical rows run once."""
     identities = [(row.case, row.blocked.numpy().tobytes(), row.location.key(len(reader.layers) - 1)) for row in rows]
     distinct = list(dict(zip(identities, rows, strict=True)).items())
-    wrong: dict[tuple, Tensor] = {}
-    for start in range(0, len(distinct), batch_size):
-        chunk = distinct[start : start + batch_size]
-        images = pixels[[cases[row.case].row for _, row in chunk]]
-        predicted = reader.predict(images, _build_knockout(reader, [row for _, row in chunk]))
-        for j, (identity, row) in enumerate(chunk):
-            wrong[identity] = cases[row.case].count_wrong(predicted[:, j])
-    counts: dict[tuple[int, str], list[Tensor]] = {}
+    measured: dict[tuple, dict[str, Tensor]] = {}
+    for start in range(0, len(distinct), plan.batch_size):
+        chunk = distinct[start : start + plan.batch_size]
+        of_rows = [cases[row.case] for _, row in chunk]
+        knockout = _build_knockout(reader, [row for _, row in chunk], plan)
+        states = reader.mllm.states(pixels[[case.row for case in of_rows]], reader.layers, knockout)
+        measured |= zip((identity for identity, _ in chunk), reader.measure(states, of_rows), strict=True)
+    by_key: dict[tuple[int, str], list[dict[str, Tensor]]] = {}
     for identity, row in zip(identities, rows, strict=True):
-        counts.setdefault((row.case, row.key), []).append(wrong[identity])
-    return {key: torch.stack(values) for key, values in counts.items()}
+        by_key.setdefault((row.case, row.key), []).append(measured[identity])
+    stack = lambda outcomes, name: torch.stack([values[name] for values in outcomes])
+    return {key: {name: stack(outcomes, name) for name in (*OUTCOMES, LEAN)} for key, outcomes in by_key.items()}
 
 
-def _build_knockout(reader: PatchReader, rows: Sequence[ForwardRow]) -> Knockout:
+def _build_knockout(reader: PatchReader, rows: Sequence[ForwardRow], plan: Plan) -> Knockout:
     """Return the knockout of a forward with one batch row per `ForwardRow`."""
-    blocked = [row.blocked for row in rows]
+    blocked = [plan.block(row.blocked) for row in rows]
     if any(tokens.ndim == 2 for tokens in blocked):
         blocked = [tokens.expand(tokens.shape[-1], -1) for tokens in blocked]
     layers = [_membership(row.location.layers, len(reader.layers) - 1, 1) for row in rows]

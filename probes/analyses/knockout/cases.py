@@ -6,13 +6,24 @@
     correct class    most frequent true class of the patches in n_c(0); the first in the list of classes if tied
     B_c              patches that the probe at site `block_by` predicts as c, correctly or not (Eq. 1)
 
+The outcomes of a case at layer l, under one condition:
+
+    rate             n_c(l) / n_c(0), the paper's; unbounded
+    still_wrong      share of the patches in n_c(0) that are still predicted as c: within 0..1, so without new mistakes,
+                     and where none is corrected, nothing can make it worse
+    log_odds         mean over the patches in n_c(0) of the logit of their own true class minus that of c, in nats;
+                     needs no threshold, and rises where patches are corrected
+    lean             of the patches of class c or the correct class that layer 0 predicts as either, the share predicted
+                     as c minus the share predicted as the correct class: the probe's criterion between the two
+
 The paper does not say which layer's predictions define B_c. The adapter's are the default, as for n_c(0). Its text
 speaks of correctly classified tokens, but Eq. 1 blocks all that are predicted as c. Block set "correct" follows the
 text: of B of the correct class the correctly predicted patches, of B_c the wrongly predicted ones.
 
-Shapes: B images, T patches, L layers.
+Shapes: B images, C cases, K classes, T patches, L layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +36,8 @@ from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
+
+from .schema import LEAN
 
 
 class PatchReader:
@@ -49,8 +62,27 @@ class PatchReader:
 
     def predict(self, pixels: Tensor, knockout: Knockout | None = None) -> Tensor:
         """Return the predicted class of each patch at the adapter and after each layer, long[L + 1, B, T]."""
-        states = self.mllm.states(pixels, self.layers, knockout)
-        return torch.stack([self.probes[site](states[site].float()).argmax(-1) for site in self.layers]).cpu()
+        return self.predict_states(self.mllm.states(pixels, self.layers, knockout))
+
+    def predict_states(self, states: dict[str, Tensor]) -> Tensor:
+        """Return the predicted class of each patch, long[L + 1, B, T], from the states f[B, T, d] of each layer."""
+        return torch.stack([self._logits(states, site).argmax(-1) for site in self.layers]).cpu()
+
+    def measure(self, states: dict[str, Tensor], cases: Sequence["ConfusionCase"]) -> list[dict[str, Tensor]]:
+        """Return the outcomes of each case, f[L + 1] by name, from the states f[C, T, d] of one batch row per case."""
+        predicted, odds = [], []
+        pairs = [[case.truth.clamp(min=0), torch.full_like(case.truth, case.wrong_class)] for case in cases]
+        true_and_wrong = torch.stack([torch.stack(pair, -1) for pair in pairs]).to(self.mllm.device)  # long[C, T, 2]
+        for site in self.layers:
+            logits = self._logits(states, site)
+            predicted.append(logits.argmax(-1))
+            true, wrong = logits.gather(-1, true_and_wrong).unbind(-1)
+            odds.append(true - wrong)
+        predicted, odds = torch.stack(predicted, 1).cpu(), torch.stack(odds, 1).cpu()
+        return [case.outcomes(*values) for case, *values in zip(cases, predicted, odds, strict=True)]
+
+    def _logits(self, states: dict[str, Tensor], site: str) -> Tensor:
+        return self.probes[site](states[site].float())
 
 
 @dataclass
@@ -64,12 +96,23 @@ class ConfusionCase:
     wrong_class: int  # c
     correct_class: int  # most frequent true class of the mistaken patches
     mistaken: Tensor  # bool[T], the patches in n_c(0)
-    other_class: Tensor  # bool[T], labelled patches whose true class is not c
+    confusable: Tensor  # bool[T], patches of c or the correct class that layer 0 predicts as either
+    truth: Tensor  # long[T], true classes, -1 if unlabelled
     blocked: dict[str, Tensor]  # bool[T] by condition: "incorrect" (B_c), "correct" (B of the correct class)
 
-    def count_wrong(self, predicted: Tensor) -> Tensor:
-        """Return n_c(l) at each layer, f[L + 1], from predictions long[L + 1, T]."""
-        return ((predicted == self.wrong_class) & self.other_class).sum(-1).float()
+    def outcomes(self, predicted: Tensor, log_odds: Tensor) -> dict[str, Tensor]:
+        """Return the outcomes at each layer, f[L + 1] by name.
+
+        Takes the predictions long[L + 1, T] and each patch's logit of its true class minus that of c, f[L + 1, T].
+        """
+        wrong, correct = predicted == self.wrong_class, predicted == self.correct_class
+        share = lambda hit, patches: hit[:, patches].float().mean(-1)
+        return {
+            "rate": (wrong & (self.truth != self.wrong_class) & (self.truth >= 0)).sum(-1) / self.patches,
+            "still_wrong": share(wrong, self.mistaken),
+            "log_odds": log_odds[:, self.mistaken].mean(-1),
+            LEAN: share(wrong, self.confusable) - share(correct, self.confusable),
+        }
 
 
 def find_cases(
@@ -102,7 +145,10 @@ def find_cases(
         if block_set == "correct":
             incorrect, correct = incorrect & other_class, correct & (true == correct_class)
         counts, blocked = (int(mistaken.sum()), int(correct.sum())), {"incorrect": incorrect, "correct": correct}
-        cases.append(ConfusionCase(image, row, *counts, wrong_class, correct_class, mistaken, other_class, blocked))
+        pair = torch.tensor([wrong_class, correct_class])
+        confusable = torch.isin(true, pair) & torch.isin(predicted[0, row], pair)
+        classes, patches = (wrong_class, correct_class), (mistaken, confusable, true)
+        cases.append(ConfusionCase(image, row, *counts, *classes, *patches, blocked))
     return cases
 
 

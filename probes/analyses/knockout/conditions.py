@@ -4,6 +4,7 @@
     random_X             as many tokens as X, drawn at random
     distance_X           as many, matched to X in distance to the mistaken patches and in how many of these see them
     mass_X               as many, matched to X in the attention that they receive from the mistaken patches
+    matched_X            as many, matched to X in distance and in attention received at once
     high_norm            the image's tokens of unusually high norm, often attention sinks (Neo et al., 2410.07149)
     X@F                  a random fraction F of X
     only_X               keep only: every image token attends to X, to itself and to no other image token
@@ -12,6 +13,10 @@
 Blocking any token can hurt, nearby or highly attended ones more. An effect is class-specific only if it exceeds the
 matched controls. Controls avoid tokens of high norm, and matched controls avoid tokens of X, while others are left;
 :func:`measure_balance` reports the match. Conditions with random tokens are drawn several times.
+
+For matched_X, distance and attention are ranks among the image's tokens: ranks put both on one scale, which a few
+attention sinks cannot stretch (rank-based distance; Rosenbaum, Design of Observational Studies, 2010, ch. 8). A token
+that no mistaken patch sees receives no attention, so visibility is matched with it.
 
 Shapes: T patches on a grid h x w, L layers.
 """
@@ -22,6 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 from torch import Tensor
 
 from probes.models.knockout import all_but
@@ -143,4 +149,6 @@ def _match_values(features: MatchingFeatures, control: str) -> np.ndarray:
     """Return the values that a control matches, f[T, F]; visibility is scaled to the image's largest distance."""
     if control == "mass":
         return features.mass[:, None]
+    if control == "matched":
+        return rankdata(np.stack([features.distance, features.mass], 1), axis=0)
     return np.stack([features.distance, features.visibility * max(features.distance.max(), 1)], 1)

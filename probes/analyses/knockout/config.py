@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from llava_bidir.common.errors import UserError, error_context
 from probes.models.sites import ADAPTER, layer_site
 from probes.results.probe_run import ProbeRun
@@ -36,7 +39,8 @@ class Plan:
     min_patches: int = 1  # smallest n_c(0) of a case
     limit: int | None = None  # number of images to read; None for all
     batch_size: int = 64  # images, or rows of cases and conditions, per forward
-    controls: Sequence[str] = ()  # besides random tokens: distance, mass, high_norm
+    keep_own_key: bool = False  # a blocked token may still attend to itself; Eq. 1 cuts it off from itself, too
+    controls: Sequence[str] = ()  # besides random tokens: distance, mass, matched, high_norm
     draws: int = 5  # of each condition with random tokens
     fractions: Sequence[float] = ()  # fractions of the blocked tokens to block as further conditions
     keep_only: bool = False  # also leave only attention to the blocked sets
@@ -75,7 +79,13 @@ class Plan:
             differences.append(f"blocked by the predictions at {self.block_by}")
         if self.block_set != "predicted":
             differences.append("only correct ones of the correct class and wrong ones of the wrong class blocked")
+        if self.keep_own_key:
+            differences.append("blocked tokens still attend to themselves")
         return "; ".join(differences)
+
+    def block(self, blocked: Tensor) -> Tensor:
+        """Return the tokens bool[T] or pairs bool[T, T] to block, less each token's own key if the plan keeps it."""
+        return blocked & ~torch.eye(blocked.shape[-1], dtype=torch.bool) if self.keep_own_key else blocked
 
     def check(self, run: ProbeRun) -> None:
         """Raise a `UserError` if the plan does not fit the run."""

@@ -12,21 +12,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import bootstrap_weights, interval, p_values, random_swaps
+from llava_bidir.common.bootstrap import bootstrap_weights, interval, p_values
 from probes.results.probe_run import ProbeRun, read_tensors
 
 from .schema import BALANCE, CASE_KEYS, CONDITIONS, CONTROLS, GROUPS, SETS
 
 SPECIFICITY = "correct - incorrect"
-# The claims of a report are about confused regions, not single patches on a boundary: an image counts if at least this
-# share of its patches is wrongly predicted as the class at the adapter. knockout_selection.csv has other thresholds.
-CONFUSED_SHARE = 1 / 8
+CONFUSED_SHARE = 0  # TO REMOVE with its uses in page.py and page.html.j2: there is no selection by region any more
 
 
 class Cases(NamedTuple):
-    """Rates of the cases of a finished knockout."""
+    """One outcome of the cases of a finished knockout, by default the rate."""
 
-    rates: dict[str, Tensor]  # n_c(l) / n_c(0) by condition, f[C, L + 1]
+    rates: dict[str, Tensor]  # the outcome by condition, f[C, L + 1], see cases.py
     images: Tensor  # long[C], indices in the split; an image can have cases of several classes
 
     @property
@@ -59,13 +57,23 @@ def read_cases(
     return select_cases(read_tensors(path) if path.is_file() else {}, min_patches, classes)
 
 
-def select_cases(tensors: dict[str, Tensor], min_patches: int = 1, classes: list[str] | None = None) -> Cases | None:
-    """Return the cases of some classes (None: all) with n_c(0) of at least `min_patches`; None if there are none."""
-    enough = concat_classes(tensors, "patches", classes) >= min_patches
-    if not enough.any():
+def select_cases(
+    tensors: dict[str, Tensor], min_patches: int = 1, classes: list[str] | None = None, outcome: str = "rate"
+) -> Cases | None:
+    """Return the cases of some classes (None: all) with n_c(0) of at least `min_patches`.
+
+    None if there are none, or if the file is older than the outcome.
+    """
+    enough, conditions = concat_classes(tensors, "patches", classes) >= min_patches, list_conditions(tensors, outcome)
+    if not enough.any() or not conditions:
         return None
     select = lambda key: concat_classes(tensors, key, classes)[enough]
-    return Cases({condition: select(condition) for condition in list_conditions(tensors)}, select("image"))
+    return Cases({name: select(outcome_key(outcome, name)) for name in conditions}, select("image"))
+
+
+def outcome_key(outcome: str, condition: str) -> str:
+    """Return the key of a condition's outcome in knockout.safetensors; the paper's rate has the condition's name."""
+    return condition if outcome == "rate" else f"{outcome}:{condition}"
 
 
 def concat_classes(tensors: dict[str, Tensor], key: str, classes: list[str] | None) -> Tensor:
@@ -75,11 +83,12 @@ def concat_classes(tensors: dict[str, Tensor], key: str, classes: list[str] | No
     return torch.cat(values) if values else torch.zeros(0)
 
 
-def list_conditions(tensors: dict[str, Tensor]) -> list[str]:
-    """Return the conditions of a knockout, `CONDITIONS` first."""
+def list_conditions(tensors: dict[str, Tensor], outcome: str = "rate") -> list[str]:
+    """Return the conditions of a knockout that have this outcome, `CONDITIONS` first."""
+    prefix, others = outcome_key(outcome, ""), (*CASE_KEYS, "attention", "uniform")
     keys = dict.fromkeys(key.rpartition("/")[2] for key in tensors)
-    others = (*CASE_KEYS, "attention", "uniform")
-    present = [key for key in keys if key not in others and not key.startswith("balance:")]
+    conditions = [key.removeprefix(prefix) for key in keys if key.startswith(prefix) and key not in others]
+    present = [condition for condition in conditions if ":" not in condition]
     return sorted(present, key=lambda key: CONDITIONS.index(key) if key in CONDITIONS else len(CONDITIONS))
 
 
@@ -167,20 +176,5 @@ def attention_entry(name: str, tensors: dict[str, Tensor], classes: list[str] | 
 
 
 def min_confused_patches(run: ProbeRun) -> int:
-    """Return how many wrong patches an image needs to count for the knockout claims."""
-    return round(CONFUSED_SHARE * run.metrics["grid"][0] * run.metrics["grid"][1])
-
-
-def restrict_to_claims(run: ProbeRun, knockout: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
-    """Return knockout.json with effects over the images that count for the claims; unchanged if there are none.
-
-    The results are in `folder`, by default the run's.
-    """
-    min_patches = max(min_confused_patches(run), knockout["min_patches"])
-    swaps = random_swaps(run.metrics["images"], seed=knockout["seed"], groups=run.groups)
-    groups = {"all": None} | {entry["class"]: [entry["class"]] for entry in knockout["classes"]}
-    cases = {name: read_cases(run, min_patches, classes, folder) for name, classes in groups.items()}
-    if cases["all"] is None:
-        return knockout
-    effects = [e for name in cases if cases[name] for e in effect_entries(name, cases[name], run.weights, swaps)]
-    return knockout | {"min_patches": min_patches, "effects": effects}
+    """Return 1. TO REMOVE: claims read inference.py."""
+    return 1

@@ -10,7 +10,8 @@ Patches selected for being wrong at layer 0 are less often wrong later without a
 Effects are therefore read against "none" or a control, never against 1. README.md lists the limits.
 
     knockout.json                  rates with intervals, effects against controls with p-values
-    knockout.safetensors           "class/condition" f[cases, L + 1], "class/image" and other fields of a case
+    knockout.safetensors           "class/condition" and "class/OUTCOME:condition" f[cases, L + 1], see cases.py;
+                                   "class/image" and other fields of a case
     knockout_windows.json          effects by window of layers or attention head, if asked for
     knockout.partial/              finished batches, removed at the end
 
@@ -41,11 +42,16 @@ from .effects import (
     class_entry,
     concat_classes,
     effect_entries,
-    min_confused_patches,
-    restrict_to_claims,
     select_cases,
 )
+from .inference import knockout_inference
 from .layer_sweep import SWEEP_CONDITIONS, cut_locations, sweep_entry
+
+OUTCOME_TITLES = {
+    "rate": "Wrong patches left",
+    "still_wrong": "First mistaken patches still wrong",
+    "log_odds": "Log-odds of right against wrong",
+}
 
 
 def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict[str, Any]:
@@ -118,12 +124,8 @@ def run(args: argparse.Namespace) -> None:
     for entry in results["classes"]:
         rates = ", ".join(f"{condition} {values[-1]:.0%}" for condition, values in entry["remaining"].items())
         print(f"{entry['class']} ({entry['images']} images), remaining at the last layer: {rates}")
-    print_effects("all images with wrong patches", results)
-    least, claimed = min_confused_patches(probe_run), restrict_to_claims(probe_run, results, out)
-    if claimed is results:
-        print(f"No image has {least} or more wrong patches: `probes report` makes no knockout claim.")
-    else:
-        print_effects(f"images with {least} or more wrong patches, as in the claims of `probes report`", claimed)
+    print_effects(results)
+    print_inference(knockout_inference(probe_run, out))
 
 
 def _resolve_classes(run: ProbeRun, classes: list[str]) -> list[str]:
@@ -139,13 +141,35 @@ def _resolve_classes(run: ProbeRun, classes: list[str]) -> list[str]:
     return classes
 
 
-def print_effects(selection: str, results: dict[str, Any]) -> None:
-    """Print the effects over all classes, and the images that they are means over."""
+def print_effects(results: dict[str, Any]) -> None:
+    """Print the effects over the cases of all classes together, and the images that they are means over."""
     effects = [effect for effect in results["effects"] if effect["class"] == "all"]
-    counts = f"{effects[0]['cases']} cases in {effects[0]['images']} images" if effects else "no cases"
-    print(f"Effect in the later half of the layers, {selection} ({counts}):")
+    print(
+        f"Effect in the later half of the layers, {effects[0]['cases']} cases in {effects[0]['images']} images pooled:"
+    )
     for effect in effects:
         print(f"  {format_effect(effect)}")
+
+
+def print_inference(inference: dict[str, Any]) -> None:
+    """Print the mean effects over classes, in how many classes each one holds, and shifts of the probe's criterion."""
+    for outcome, of_outcome in inference["outcomes"].items():
+        print(f"{OUTCOME_TITLES[outcome]}, mean over classes (each class tested with Holm's correction):")
+        for effect, mean in of_outcome["mean"].items():
+            verdicts = [row["verdict"] for row in of_outcome["classes"] if row["effect"] == effect]
+            print(f"  {effect:<29} {format_mean(mean, outcome)}; holds in {verdicts.count('holds')} of {len(verdicts)}")
+    for shift in inference["criterion_shifts"] or ():
+        if shift["shift"]:
+            print(f"Criterion shift, not anchors: hiding {' or '.join(shift['classes'])} favours {shift['towards']}")
+
+
+def format_mean(mean: dict[str, Any], outcome: str) -> str:
+    """Return a mean over classes with its interval, in percentage points, or in nats for log-odds."""
+    scale, unit = (1, "nats") if outcome == "log_odds" else (100, "pp")
+    low_high = "no interval from one class"
+    if mean["ci95"]:
+        low_high = "[{:+.2f}, {:+.2f}]".format(*(scale * bound for bound in mean["ci95"]))
+    return f"{scale * mean['value']:+7.2f} {unit} {low_high}"
 
 
 def format_effect(effect: dict[str, Any]) -> str:

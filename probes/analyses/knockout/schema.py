@@ -2,8 +2,10 @@
 
 CONDITIONS = ("none", "incorrect", "correct", "random_incorrect", "random_correct")  # part of every knockout
 SETS = ("incorrect", "correct")
-CONTROLS = ("random", "distance", "mass")  # "random" is part of every knockout
+CONTROLS = ("random", "distance", "mass", "matched")  # "random" is part of every knockout
 BALANCE = ("size", "distance", "seen", "mass", "overlap")
 GROUPS = ("itself", "correct", "incorrect", "other", "no_image")
+OUTCOMES = ("rate", "still_wrong", "log_odds")  # of a case and condition at each layer, see cases.py
+LEAN = "lean"  # stored like an outcome, for criterion shifts
 CASE_KEYS = ("image", "patches", "anchors", "correct_class")  # fields of a case in knockout.safetensors
 BLOCK_SETS = ("predicted", "correct")

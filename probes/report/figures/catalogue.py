@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from probes.analyses.knockout.effects import min_confused_patches, read_cases, restrict_to_claims
+from probes.analyses.knockout.effects import read_cases
 from probes.data.palette import palette_of
 from probes.models.sites import ADAPTER
 from probes.report import tables
@@ -57,7 +57,7 @@ def study_figures(study: Study, results: dict[str, Any]) -> Figures:
             mask_comparison.mask_difference(results["paired"]))  # fmt: skip
     if results["starvation"]:
         yield from _starvation_figures(results["starvation"], study.pair()[1].analysis("starvation.json"))
-    yield from _knockout_figures(study)
+    yield from _knockout_figures(study, results.get("knockout_inference", {}))
     for mask, run in study.trained.items():
         yield from _knockout_control_figures(mask, run)
     for mask, pairs in results["confusion"].items():
@@ -110,44 +110,68 @@ def _starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None)
             knockout_controls.flip_gaps(analysis, flip))  # fmt: skip
 
 
-def _knockout_figures(study: Study) -> Figures:
-    selection = tables.selection_rows(study)
-    runs = {mask: (run, min_confused_patches(run)) for mask, run in study.trained.items() if read_cases(run, 1)}
-    claim_runs = {mask: (run, least) for mask, (run, least) in runs.items() if read_cases(run, least)}
-    for mask, (run, least) in claim_runs.items():
+def _knockout_figures(study: Study, inference: dict[str, dict[str, Any]]) -> Figures:
+    runs = {mask: run for mask, run in study.trained.items() if read_cases(run, 1)}
+    for mask, run in runs.items():
         yield ReportFigure(
             f"knockout_{mask}", KNOCKOUT, f"Wrong patches left, {mask}",
-            f"Share of the adapter's wrong patches still wrong at each layer, for images with at least {least} such "
-            "patches (Fig. 11). The paper expects red (wrong class blocked) below grey (no blocking) and blue "
-            "(correct class blocked) above it. Dotted: as many random patches blocked. Bands: 95% intervals.",
-            knockout.knockout_curves(run, least), "half")  # fmt: skip
-    for mask, (_, least) in runs.items():
-        yield ReportFigure(
-            f"knockout_selection_{mask}", KNOCKOUT, f"Effect by image selection, {mask}",
-            "The two effects in the later half of the layers, by the minimum number of wrong patches per image. On the "
-            "left, single patches on boundaries dominate; on the right, entire regions predicted as another class. "
-            f"Dashed: the minimum used for the claims. {INTERVALS}",
-            knockout.knockout_selection(selection, mask, least), "half")  # fmt: skip
-    for mask, (run, least) in claim_runs.items():
+            "Share of the adapter's wrong patches still wrong at each layer, over all images and classes (Fig. 11). "
+            "The paper expects red (wrong class blocked) below grey (no blocking) and blue (correct class blocked) "
+            "above it. Dotted: as many random patches blocked. Bands: 95% intervals over images.",
+            knockout.knockout_curves(run), "half")  # fmt: skip
+    for mask, of_mask in inference.items():
+        yield from _inference_figures(mask, of_mask)
+    for mask, run in runs.items():
         yield ReportFigure(
             f"knockout_classes_{mask}", KNOCKOUT, f"Wrong patches left by class, {mask}",
             "The same curves per wrongly predicted class: no blocking (grey), wrong class blocked (red), correct class "
             "blocked (blue).",
-            knockout.knockout_by_class(run, least), "wide")  # fmt: skip
+            knockout.knockout_by_class(run), "wide")  # fmt: skip
+
+
+def _inference_figures(mask: str, inference: dict[str, Any]) -> Figures:
+    by_table = tables.knockout_tables({mask: inference})
+    if by_table["knockout_selection"]:
+        yield ReportFigure(
+            f"knockout_selection_{mask}", KNOCKOUT, f"Effect by image selection, {mask}",
+            "The two effects in the later half of the layers, as means over classes, by the minimum number of wrong "
+            "patches per image. On the left, single patches on boundaries dominate; on the right, entire regions "
+            "predicted as another class, in fewer classes. The claims use the leftmost point. Lines: 95% t intervals "
+            "over classes.",
+            knockout.knockout_selection(by_table["knockout_selection"]), "half")  # fmt: skip
+    if inference["criterion_shifts"]:
+        yield ReportFigure(
+            f"knockout_shifts_{mask}", KNOCKOUT, f"Criterion shifts, {mask}",
+            "Of the patches of two look-alike classes that the adapter calls one of them: the change, when either "
+            "class is hidden, in the share called the first minus the share called the second. Anchors predict "
+            "opposite directions. Filled: both move the same way, so the probe's criterion has shifted, and the "
+            "effects of these classes are no evidence of anchors. Lines: 95% intervals for all pairs together.",
+            knockout.criterion_shifts(inference, by_table["knockout_shifts"]), "half")  # fmt: skip
+    if by_table["knockout_classes"]:
+        shifted = knockout.shifted_classes(inference)
+        yield ReportFigure(
+            f"knockout_effects_{mask}", KNOCKOUT, f"Effects by class, {mask}",
+            _caption(
+                "Effects in the later half of the layers, class by class. Green: as the paper claims. Red: the "
+                "opposite. Hollow: not significant with Holm's correction for the number of classes. Diamonds: means "
+                "over classes, and over pairs of look-alikes, with t intervals for classes in general. Other lines: "
+                "95% intervals of each class alone.",
+                "†: the probe's criterion shifts between this class and its look-alike." if shifted else "",
+            ),
+            knockout.class_effects(inference, by_table["knockout_classes"]), "wide")  # fmt: skip
 
 
 def _knockout_control_figures(mask: str, run: ProbeRun) -> Figures:
     result, sweep = run.analysis("knockout.json"), run.analysis("knockout_windows.json")
     figures = []
     if result and result.get("effects"):
-        result, labels = restrict_to_claims(run, result), knockout_controls.CONTROL_LABELS
+        labels = knockout_controls.CONTROL_LABELS
         controls = {entry["control"].split("_")[0] for entry in result["effects"] if entry["class"] == "all"}
         yield ReportFigure(
             f"knockout_controls_{mask}", KNOCKOUT, f"Effects against controls, {mask}",
             "Change in wrong patches left when a class is blocked, against no blocking and against blocking as many "
             f"{' or '.join(text for name, text in labels.items() if name in controls)} patches. Correct − wrong "
-            "measures how class-specific the effect is. Images with at least "
-            f"{result['min_patches']} wrong patches. {INTERVALS}",
+            f"measures how class-specific the effect is. Mean over the cases of all classes. {INTERVALS}",
             knockout_controls.control_effects(result))  # fmt: skip
         figures += [
             ("knockout_doses", "Effect by share of blocked patches", knockout_controls.dose_effects(result), "half",

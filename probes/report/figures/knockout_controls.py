@@ -12,6 +12,7 @@ from .style import COLOURS, FigureData, draw_intervals, new_axes, new_panels, si
 SET_COLOURS = {"incorrect": "#CC3311", "correct": "#0072B2"}
 SET_LABELS = {"incorrect": "wrong class", "correct": "correct class"}
 CONTROL_LABELS = {"random": "random", "distance": "distance-matched", "mass": "attention-matched"}
+CONTROL_LABELS |= {"matched": "distance- and attention-matched"}
 GROUP_LABELS = {
     "itself": "itself",
     "correct": "predicted as the correct class",

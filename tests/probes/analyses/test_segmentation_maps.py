@@ -22,6 +22,7 @@ PLANS = {
     "layers": {"layers": [2]},
     "site of the predictions": {"block_by": "layer_02"},
     "correct ones": {"block_set": "correct"},
+    "own key": {"keep_own_key": True},
 }
 
 
@@ -42,6 +43,13 @@ def blocked(request, runs, tmp_path) -> tuple[ProbeRun, Plan, dict]:
     return run, plan, tokens
 
 
+def cut(blocked: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """Return the blocked tokens bool[T], or the pairs bool[T, T] without each token's own key, one by one."""
+    if not plan.keep_own_key:
+        return blocked
+    return torch.tensor([[bool(blocked[k]) and q != k for k in range(len(blocked))] for q in range(len(blocked))])
+
+
 def test_maps_are_those_of_the_runs_knockout(blocked):
     run, plan, tokens = blocked
     assert json.loads(json.dumps(Plan.of_run(run).to_json())) == json.loads(json.dumps(plan.to_json()))
@@ -51,7 +59,7 @@ def test_maps_are_those_of_the_runs_knockout(blocked):
     maps = load_file(run.path / "maps.safetensors")[f"knockout/{plan.classes[0]}"]
     reader, sample = PatchReader(run), run.dataset()[entry["image"]]
     for i, condition in enumerate(("incorrect", "correct"), 1):
-        expected = predict_maps(reader, sample, run.layers, tokens[entry["image"]][condition], plan.layers)
+        expected = predict_maps(reader, sample, run.layers, cut(tokens[entry["image"]][condition], plan), plan.layers)
         assert torch.equal(maps[i], expected), condition
 
 
@@ -65,7 +73,7 @@ def test_the_explorer_shows_the_runs_knockout(blocked):
         for condition in ("incorrect", "correct"):
             reading, expected = image.readings[condition], tokens[image.image][condition]
             assert torch.equal(reading.blocked, expected)
-            states = mllm.states(pixels, ["layer_03"], Knockout(expected[None], plan.layers))["layer_03"]
+            states = mllm.states(pixels, ["layer_03"], Knockout(cut(expected, plan)[None], plan.layers))["layer_03"]
             probabilities = run.probes()["layer_03"](states.float())[0].softmax(-1).max(1).values
             site = explored.sites.index("layer_03")
             torch.testing.assert_close(reading.class_probabilities[0, site], probabilities)

@@ -2,16 +2,21 @@
 
 import csv
 import json
-import re
 from operator import itemgetter
 
 import probe_runs
 import pytest
 import tiny_models
 
-from probes.analyses.knockout.effects import read_cases, restrict_to_claims
+from probes.analyses.knockout.effects import read_cases
+from probes.analyses.knockout.inference import knockout_inference
+from probes.analyses.knockout.run import OUTCOME_TITLES
 from probes.cli import main
+from probes.report.figures.catalogue import study_figures
+from probes.report.figures.knockout import VERDICT_COLOURS, class_effects
+from probes.report.page import study_results
 from probes.report.study import read_studies
+from probes.report.tables import study_tables
 
 MASKS = ("causal", "bidirectional")
 KEY = itemgetter("class", "condition", "control")
@@ -70,36 +75,86 @@ def test_every_analysis_has_its_figure_and_numbers(runs, tmp_path):
         assert [float(row["gap"]) for row in rows(tmp_path / f"starvation_{flip['flip']}.csv")] == flip["gap"]
 
 
-def test_effects_are_restricted_to_the_images_of_the_claims(runs, monkeypatch):
-    run = read_studies(runs)[0].trained["causal"]
-    knockout = json.load(open(f"{runs[0]}/knockout.json"))
-    monkeypatch.setattr("probes.analyses.knockout.effects.min_confused_patches", lambda run: 2)
-    restricted = restrict_to_claims(run, knockout)
-    cases = read_cases(run, 2)
-    assert restricted["min_patches"] == 2 and len(cases.images) < len(read_cases(run, 1).images)
-    (entry,) = [e for e in restricted["effects"] if KEY(e) == ("all", "correct", "none")]
-    effect = cases.rates["correct"] - cases.rates["none"]
-    assert entry["mean"] == pytest.approx(effect.double().mean(0).tolist())
-    monkeypatch.setattr("probes.analyses.knockout.effects.min_confused_patches", lambda run: 5)  # of four patches
-    assert restrict_to_claims(run, knockout) == knockout
+@pytest.fixture(scope="module")
+def results(runs) -> dict:
+    """Content of results.json with the inference of both knockouts; so small ones have no shifts of their own."""
+    study = read_studies(runs)[0]
+    inference = {mask: knockout_inference(run) for mask, run in study.trained.items()}
+    for of_mask in inference.values():
+        names = [row["class"] for row in of_mask["outcomes"]["rate"]["classes"]]
+        hide = {names[0]: {"value": 0.2, "ci95": [0.1, 0.3]}, "wall": {"value": 0.1, "ci95": [0.05, 0.2]}}
+        shift = {"classes": [names[0], "wall"], "images": 6, "hide": hide, "shift": True, "towards": names[0]}
+        of_mask["criterion_shifts"] = [shift, shift | {"shift": False, "towards": None}]
+    return study_results(study) | {"knockout_inference": inference}
 
 
-def test_terminal_and_report_say_the_same_of_the_same_images(runs, tmp_path, capsys, monkeypatch):
-    """Images with few wrong patches count for the analysis, but not for the claims: each number has its N."""
-    monkeypatch.setattr("probes.analyses.knockout.effects.CONFUSED_SHARE", 1 / 2)  # 2 of 4 patches
+def test_tables_have_every_class_mean_selection_and_shift(runs, results):
+    tables = study_tables(read_studies(runs)[0], results)
+    for mask in MASKS:
+        inference = results["knockout_inference"][mask]
+        for outcome, expected in inference["outcomes"].items():
+            key = {"image_attention": mask, "outcome": outcome}
+            select = lambda name, key=key: [row for row in tables[name] if key.items() <= row.items()]
+            for name, entries in (("knockout_classes", "classes"), ("knockout_selection", "selection")):
+                assert expected[entries]
+                for row, entry in zip(select(name), expected[entries], strict=True):
+                    assert row["value"] == entry["value"] and [row["low"], row["high"]] == (entry["ci95"] or [None] * 2)
+            means = {(row["mean_over"], row["effect"]): row for row in select("knockout_means")}
+            assert (
+                means["pairs", "knockout_correct"]["value"] == expected["mean_over_pairs"]["knockout_correct"]["value"]
+            )
+            assert means["classes", "knockout_correct"]["value"] == expected["mean"]["knockout_correct"]["value"]
+        moves = [row["move_to_first"] for row in tables["knockout_shifts"] if row["image_attention"] == mask]
+        assert moves == [0.2, 0.1, 0.2, 0.1]
+
+
+def test_figures_of_the_inference(runs, results):
+    figures = {figure.name: figure for figure in study_figures(read_studies(runs)[0], results)}
+    for mask in MASKS:
+        inference = results["knockout_inference"][mask]
+        drawn = figures[f"knockout_effects_{mask}"]
+        axes = drawn.data.figure.axes
+        assert len(axes) == 3 * 3, "outcomes and effects"
+        names = {row["class"] for row in inference["outcomes"]["rate"]["classes"]}
+        shifted = {name for entry in inference["criterion_shifts"] if entry["shift"] for name in entry["classes"]}
+        labels = [label.get_text() for label in axes[0].get_yticklabels()]
+        expected = {f"{name} †" if name in shifted else name for name in names}
+        assert set(labels) == expected | {"mean over classes", "mean over pairs"}
+        assert "†" in drawn.caption and any("†" in label for label in labels)
+        assert len(drawn.data.rows) == 3 * 3 * len(names)
+        assert len(figures[f"knockout_shifts_{mask}"].data.rows) == 2 * len(inference["criterion_shifts"])
+        assert figures[f"knockout_selection_{mask}"].data.rows
+
+
+def test_significant_effects_are_filled_and_coloured_by_their_direction():
+    mean = {"value": 0.1, "ci95": [-0.1, 0.3], "verdict": "does not hold"}
+    row = {"effect": "knockout_incorrect", "ci95": [-0.3, -0.1], "value": -0.2}
+    rows = [
+        row | {"class": c, "verdict": v} for c, v in zip("abc", ("holds", "reversed", "does not hold"), strict=True)
+    ]
+    rows += [r | {"effect": effect} for r in rows for effect in ("knockout_correct", "knockout_specificity")]
+    means = dict.fromkeys(("knockout_incorrect", "knockout_correct", "knockout_specificity"), mean)
+    outcomes = {"rate": {"classes": rows, "mean": means, "mean_over_pairs": means}}
+    inference = {"look_alikes": [["a", "b"], ["c", "b"]], "outcomes": outcomes, "criterion_shifts": None}
+    ax = class_effects(inference, rows).figure.axes[0]
+    points = [line for line in ax.lines if line.get_marker() in ("o", "D")]
+    assert [p.get_xdata()[0] for p in points] == [-20, -20, -20, 10, 10]
+    fills = [p.get_markerfacecolor() for p in points]
+    assert fills == [VERDICT_COLOURS["holds"], VERDICT_COLOURS["reversed"], "white", "white", "white"]
+
+
+def test_terminal_says_what_the_inference_says(runs, tmp_path, capsys):
     classes = [entry["class"] for entry in json.load(open(f"{runs[0]}/knockout.json"))["classes"]]
     main(["knockout", "--probes", str(runs[0]), "--classes", *classes, "--out", str(tmp_path)])
-    everything, _, claimed = capsys.readouterr().out.partition("images with 2 or more wrong patches, as in the claims")
-    main(["report", *map(str, runs), "--out", str(tmp_path / "report")])
-    reported = capsys.readouterr().out
-    counts = [read_cases(read_studies(runs)[0].trained["causal"], least).counts for least in (1, 2)]
-    for text, count in zip((everything, claimed), counts, strict=True):
-        assert f"({count['cases']} cases in {count['images']} images):" in text
-    for claim in ("incorrect", "correct"):
-        (line,) = [line for line in reported.splitlines() if line.startswith(f"knockout_{claim} ") and "causal" in line]
-        value, low, high = re.findall(r"[+−][\d.]+", line)[:3]
-        row = next(line for line in claimed.splitlines() if line.split()[:3] == [claim, "against", "none"])
-        assert re.findall(r"[+-][\d.]+", row)[:3] == [x.replace("−", "-") for x in (value, low, high)]
-        assert f"({counts[1]['cases']} cases)" in line
-    page = (tmp_path / "report/index.html").read_text()
-    assert f">{counts[1]['cases']} cases<" in page and ">9 images<" in page
+    text, run = capsys.readouterr().out, read_studies(runs)[0].trained["causal"]
+    pooled = read_cases(run, 1).counts
+    assert f"{pooled['cases']} cases in {pooled['images']} images pooled:" in text
+    inference = knockout_inference(run, tmp_path)
+    for outcome, scale in (("rate", 100), ("log_odds", 1)):
+        of_outcome = inference["outcomes"][outcome]
+        section = text.partition(OUTCOME_TITLES[outcome])[2]
+        for effect, mean in of_outcome["mean"].items():
+            line = next(line for line in section.splitlines() if line.startswith(f"  {effect} "))
+            assert f"{scale * mean['value']:+.2f} " in line
+            held = [row["verdict"] for row in of_outcome["classes"] if row["effect"] == effect].count("holds")
+            assert line.endswith(f"holds in {held} of {mean['classes']}")

@@ -14,13 +14,14 @@ import torch
 from probe_runs import random_counts, write_run
 from safetensors.torch import load_file, save_file
 
+from llava_bidir.common.bootstrap import simultaneous_band
 from probes.cli import main
 from probes.evaluation.metrics import Counts
 from probes.report.claims import evaluate_claims
 from probes.report.effects import cross_validated_layers, image_folds
 from probes.report.figures.catalogue import study_figures
 from probes.report.page import study_results
-from probes.report.path import path_rows, path_verdicts, simultaneous_band
+from probes.report.path import path_rows, path_verdicts
 from probes.report.study import read_studies
 from probes.report.summary_text import format_ranges, summarize_path
 from probes.results.probe_run import ProbeRun

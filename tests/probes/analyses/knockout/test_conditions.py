@@ -9,13 +9,13 @@ from probes.analyses.knockout.conditions import MatchingFeatures, blocked_by_con
 from probes.analyses.knockout.config import Plan
 
 GRID, T = (4, 6), 24
-CONTROLS = ["distance", "mass", "high_norm"]
+CONTROLS = ["distance", "mass", "matched", "high_norm"]
 
 
 def case_of(wrong=(7, 8, 13), incorrect=(7, 8, 13, 20), correct=(0, 1, 2, 3, 9)) -> ConfusionCase:
     mask = lambda tokens: torch.isin(torch.arange(T), torch.tensor(tokens))
     blocked = {"incorrect": mask(incorrect), "correct": mask(correct)}
-    return ConfusionCase(5, 0, len(wrong), len(correct), 1, 2, mask(wrong), torch.ones(T, dtype=torch.bool), blocked)
+    return ConfusionCase(5, 0, len(wrong), len(correct), 1, 2, mask(wrong), mask(wrong), torch.full((T,), 2), blocked)
 
 
 def features_of(case: ConfusionCase, causal=False, high=(11,)) -> MatchingFeatures:
@@ -46,7 +46,7 @@ def test_controls_block_as_many_tokens_none_of_high_norm_and_none_of_the_set_if_
     case = case_of()
     for name, draws in blocked_of(case, features_of(case)).items():
         kind, _, matched = name.rpartition("_")
-        if kind in ("random", "distance", "mass"):
+        if kind in ("random", "distance", "mass", "matched"):
             assert len(draws) == 4 and len({tuple(draw.tolist()) for draw in draws}) > 1, "draws differ"
             for draw in draws:
                 assert draw.sum() == case.blocked[matched].sum() and not draw[11]
@@ -77,6 +77,27 @@ def test_matched_in_mass_has_the_mass():
     mass = lambda draw: features.mass[draw.numpy()].sum()
     for draw in blocked_of(case, features)["mass_correct"]:
         assert abs(mass(draw) - mass(case.blocked["correct"])) < 0.4
+
+
+def test_matched_in_both_finds_the_tokens_that_match_in_both():
+    """Tokens 2-7 are twins of the blocked 0 and 1; 8-13 match in distance only, 14-23 in mass only."""
+    distance, mass = np.full(T, 3.0), np.full(T, 0.001)
+    distance[:14], mass[8:14] = 1, 0.9
+    features = MatchingFeatures(distance, np.ones(T), mass, np.zeros(T, dtype=bool))
+    case = case_of(wrong=(23,), incorrect=(0, 1), correct=(0, 1))
+    blocked = blocked_of(case, features, controls=["distance", "mass", "matched"], draws=100)
+    drawn = {name: set(np.flatnonzero(torch.stack(draws).any(0))) for name, draws in blocked.items()}
+    assert drawn["matched_correct"] == drawn["matched_incorrect"] == set(range(2, 8))
+    assert drawn["distance_correct"] - set(range(2, 8)) and drawn["mass_correct"] - set(range(2, 8))
+
+
+def test_the_scale_of_attention_does_not_change_what_is_matched_in_both():
+    """Distances in patches and shares of attention have one scale, whatever the attention sinks."""
+    case = case_of()
+    features = features_of(case)
+    with_sink = features._replace(mass=np.exp(20 * features.mass))
+    draws = [blocked_of(case, f, controls=["matched"])["matched_correct"] for f in (features, with_sink)]
+    assert all(torch.equal(a, b) for a, b in zip(*draws, strict=True))
 
 
 def test_avoided_tokens_come_before_the_blocked_ones_when_others_run_out():
@@ -140,4 +161,14 @@ def test_cases_follow_the_paper():
     (later,) = find_cases(predicted, truth, torch.tensor([7, 8]), wrong_class=1, block_layer=1)
     assert later.blocked["incorrect"].tolist() == [True, False, False, False] and later.patches == 2
     assert not find_cases(predicted, truth, torch.tensor([7, 8]), wrong_class=1, min_patches=3)
-    assert case.count_wrong(predicted[:, 0]).tolist() == [2, 1]
+    odds = torch.tensor([[-1.0, -3, 9, 9], [-1, 2, 9, 9]])
+    outcomes = {name: values.tolist() for name, values in case.outcomes(predicted[:, 0], odds).items()}
+    assert outcomes["rate"] == outcomes["still_wrong"] == [1, 0.5] and outcomes["log_odds"] == [-2, 0.5]
+    assert outcomes["lean"] == [1, 0], "of patches 0 and 2, whose class is 0 or 1: both called 1, then one each"
+
+
+def test_new_mistakes_count_in_the_rate_only():
+    predicted, truth = torch.tensor([[[1, 0, 0, 0]], [[0, 1, 1, 0]]]), torch.tensor([[0, 0, 0, -1]])
+    (case,) = find_cases(predicted, truth, torch.tensor([7]), wrong_class=1)
+    outcomes = case.outcomes(predicted[:, 0], torch.zeros(2, 4))
+    assert outcomes["rate"].tolist() == [1, 2] and outcomes["still_wrong"].tolist() == [1, 0]

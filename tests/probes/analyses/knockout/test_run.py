@@ -14,6 +14,7 @@ import probes.analyses.knockout.run as analysis
 from probes import Knockout
 from probes.analyses.knockout.cases import PatchReader, confused_classes
 from probes.analyses.knockout.config import Plan
+from probes.analyses.knockout.effects import outcome_key
 from probes.analyses.knockout.layer_sweep import cut_locations
 from probes.analyses.knockout.run import knockout
 from probes.analyses.knockout.schema import CONDITIONS
@@ -100,6 +101,52 @@ def test_equals_a_loop_over_images(run, classes, tmp_path, options):
         assert all(entry["remaining"][condition][0] == pytest.approx(1.0) for condition in CONDITIONS)
 
 
+@torch.no_grad()
+def outcomes_by_loop(run, reader, c: int, keep_own_key: bool) -> dict[int, dict[str, dict[str, list[float]]]]:
+    """Return outcome by image, condition and name, from one forward per image and condition under explicit pairs."""
+    outcomes = {}
+    for image in range(len(run.dataset())):
+        labels, true = predicted(run, reader, image)[0], truth(run, image)
+        wrong = [t for t in range(4) if labels[t] == c and true[t] != c]
+        if not wrong:
+            continue
+        others = [true[t] for t in wrong]
+        correct = min(set(others), key=lambda k: (-others.count(k), k))
+        both = [t for t in range(4) if labels[t] in (c, correct) and true[t] in (c, correct)]
+        outcomes[image] = {}
+        for condition, hidden in (("none", None), ("incorrect", c), ("correct", correct)):
+            pairs = [[labels[k] == hidden and not (keep_own_key and q == k) for k in range(4)] for q in range(4)]
+            pixels = reader.mllm.preprocess([run.dataset()[image]["image"]])
+            states = reader.mllm.states(pixels, None, Knockout(torch.tensor([pairs])))
+            logits = [reader.probes[site](states[site].float())[0].tolist() for site in run.layers]
+            called = [[max(range(3), key=row.__getitem__) for row in layer] for layer in logits]
+            share = lambda layer, k, patches: sum(layer[t] == k for t in patches) / len(patches)
+            odds = [[layer[t][true[t]] - layer[t][c] for t in wrong] for layer in logits]
+            outcomes[image][condition] = {
+                "rate": [sum(layer[t] == c != true[t] for t in range(4)) / len(wrong) for layer in called],
+                "still_wrong": [share(layer, c, wrong) for layer in called],
+                "log_odds": [sum(layer) / len(layer) for layer in odds],
+                "lean": [share(layer, c, both) - share(layer, correct, both) for layer in called],
+            }
+    return outcomes
+
+
+@pytest.mark.parametrize("keep_own_key", [False, True])
+def test_outcomes_equal_a_loop_over_patches(run, classes, tmp_path, keep_own_key):
+    """With the own key kept, a blocked token attends to itself; with Eq. 1 it does not."""
+    reader = PatchReader(run)
+    results = knockout(run, Plan(classes, batch_size=7, keep_own_key=keep_own_key, draws=1), tmp_path)
+    assert results["keep_own_key"] is keep_own_key
+    tensors = load_file(tmp_path / "knockout.safetensors")
+    for name in classes:
+        expected = outcomes_by_loop(run, reader, tiny_models.CLASSES.index(name), keep_own_key)
+        for condition in ("none", "incorrect", "correct"):
+            for outcome in ("rate", "still_wrong", "log_odds", "lean"):
+                values = np.array([by_condition[condition][outcome] for by_condition in expected.values()])
+                key = f"{name}/{outcome_key(outcome, condition)}"
+                np.testing.assert_allclose(tensors[key].numpy(), values, atol=1e-5, err_msg=key)
+
+
 @pytest.mark.slow
 def test_keep_only_windows_and_heads_equal_the_loop_too(run, classes, tmp_path):
     """In batches that mix them with all other conditions."""
@@ -144,7 +191,19 @@ def test_layers_before_a_window_do_not_change(run, classes, tmp_path):
         assert not any(change[: place["layers"][0]])
 
 
-ALL = ["--controls", "distance", "mass", "high_norm", "--fractions", "0.5", "--keep-only", "--layer-windows", "3"]
+ALL = [
+    "--controls",
+    "distance",
+    "mass",
+    "matched",
+    "high_norm",
+    "--keep-own-key",
+    "--fractions",
+    "0.5",
+    "--keep-only",
+    "--layer-windows",
+    "3",
+]
 ALL += ["--attention", "--draws", "2"]
 
 

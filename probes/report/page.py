@@ -23,7 +23,7 @@ import matplotlib as mpl
 
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.analyses.knockout.effects import CONFUSED_SHARE
+from probes.analyses.knockout.inference import knockout_inference
 from probes.report.figures.catalogue import overview_figures, study_figures
 from probes.report.figures.style import STYLE, ReportFigure
 
@@ -44,6 +44,7 @@ Files = dict[Path, str | bytes]  # contents by path, not yet written
 FILTERS = {"points": format_points, "interval": format_interval}
 FILTERS |= {"percent": summary_text.format_percent, "p": summary_text.format_p}
 FILTERS |= {"verdict_reasons": summary_text.verdict_reasons, "count": summary_text.format_count}
+FILTERS |= {"shift_sentences": summary_text.shift_sentences}
 FILTERS |= {"anchor": lambda text: "".join(c if c.isalnum() else "-" for c in text.lower())}
 
 
@@ -63,6 +64,7 @@ def study_results(study: Study) -> dict[str, Any]:
         },
         "starvation": study.starvation(),
         "claims": evaluate_claims(study),
+        "knockout_inference": by_mask(knockout_inference, study.trained),
         "paired": compare_masks(study),
         "scale": by_mask(scale_sensitivity, study.runs_with_variants),
         "seeds": by_mask(seed_spread, study.runs_with_variants),
@@ -103,7 +105,6 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None) -> dict[
         tables=comparison,
         paper=PAPER,
         wall_s=wall_s,
-        confused_share=CONFUSED_SHARE,
         masks_section=MASKS_SECTION,
         columns=summary_text.COLUMN_TITLES,
         marks=summary_text.MARKS,

@@ -212,8 +212,8 @@ def knockout_inference(run: ProbeRun, folder: Path | None = None) -> dict[str, A
 
 def min_patches_of(run: ProbeRun, folder: Path | None = None) -> int:
     """Return the smallest n_c(0) of the cases that were run: 1, the paper's, unless `--min-patches` was larger."""
-    file = (folder or run.path) / "knockout.json"
-    return read_json(file)["min_patches"] if file.is_file() else 1
+    results = read_json(folder / "knockout.json") if folder else run.analysis("knockout.json")
+    return results["min_patches"] if results else 1
 
 
 def class_tests(run: ProbeRun, min_patches: int, outcome: str, folder: Path | None = None) -> list[dict[str, Any]]:

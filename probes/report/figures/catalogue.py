@@ -149,6 +149,7 @@ def _inference_figures(mask: str, inference: dict[str, Any]) -> Figures:
             knockout.criterion_shifts(inference, by_table["knockout_shifts"]), "half")  # fmt: skip
     if by_table["knockout_classes"]:
         shifted = knockout.shifted_classes(inference)
+        matched = any(row["effect"].endswith("_matched") for row in by_table["knockout_classes"])
         yield ReportFigure(
             f"knockout_effects_{mask}", KNOCKOUT, f"Effects by class, {mask}",
             _caption(
@@ -156,6 +157,7 @@ def _inference_figures(mask: str, inference: dict[str, Any]) -> Figures:
                 "opposite. Hollow: not significant with Holm's correction for the number of classes. Diamonds: means "
                 "over classes, and over pairs of look-alikes, with t intervals for classes in general. Other lines: "
                 "95% intervals of each class alone.",
+                "Squares: against tokens matched in distance and attention." if matched else "",
                 "†: the probe's criterion shifts between this class and its look-alike." if shifted else "",
             ),
             knockout.class_effects(inference, by_table["knockout_classes"]), "wide")  # fmt: skip

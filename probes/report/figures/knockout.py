@@ -109,10 +109,9 @@ def class_effects(inference: dict[str, Any], rows: Rows) -> FigureData:
     axes = figure.subplots(len(outcomes), len(EFFECT_TITLES), squeeze=False, sharey=True)
     for line, (outcome, of_outcome) in zip(axes, outcomes.items(), strict=True):
         for ax, (effect, title) in zip(line, EFFECT_TITLES.items(), strict=True):
-            by_class = {row["class"]: row for row in of_outcome["classes"] if row["effect"] == effect}
-            means = [of_outcome[key][effect] for key in ("mean", "mean_over_pairs")]
-            for y, entry in enumerate([*(by_class[name] for name in names), *means]):
-                _draw_effect(ax, y, entry, outcome, "o" if y < len(names) else "D")
+            for suffix, offset, markers in (("", 0, "oD"), ("_matched", 0.3, "ss")):
+                for y, entry in enumerate(_entries(of_outcome, f"{effect}{suffix}", names)):
+                    _draw_effect(ax, y + offset, entry, outcome, markers[y >= len(names)])
             below = claimed_sign(effect, outcome) < 0
             ax.set_title(f"{title}\nclaimed: {'below' if below else 'above'} 0", fontsize=8)
             ax.axvline(0, color="black", lw=0.8)
@@ -124,19 +123,27 @@ def class_effects(inference: dict[str, Any], rows: Rows) -> FigureData:
     return FigureData(figure, rows)
 
 
+def _entries(of_outcome: dict[str, Any], effect: str, names: list[str]) -> list[dict[str, Any]]:
+    """Return the results of an effect by class, then its two means; none if its control was not run."""
+    by_class = {row["class"]: row for row in of_outcome["classes"] if row["effect"] == effect}
+    if not by_class:
+        return []
+    return [*(by_class[name] for name in names), of_outcome["mean"][effect], of_outcome["mean_over_pairs"][effect]]
+
+
 def shifted_classes(inference: dict[str, Any]) -> set[str]:
     """Return the classes of the pairs whose criterion shifts."""
     return {name for entry in inference["criterion_shifts"] or () if entry["shift"] for name in entry["classes"]}
 
 
-def _draw_effect(ax: Axes, y: int, entry: dict[str, Any], outcome: str, marker: str) -> None:
+def _draw_effect(ax: Axes, y: float, entry: dict[str, Any], outcome: str, marker: str) -> None:
     """Draw one effect with its interval; hollow if it is not significant."""
     colour = VERDICT_COLOURS.get(entry["verdict"], "#777777")
     fill = colour if entry["verdict"] in VERDICT_COLOURS else "white"
     scale = 1 if outcome == "log_odds" else 100
     low, high = entry["ci95"] or [entry["value"]] * 2
     ax.plot([scale * low, scale * high], [y, y], color=colour, lw=1.2)
-    ax.plot([scale * entry["value"]], [y], marker, color=colour, mfc=fill, ms=4)
+    ax.plot([scale * entry["value"]], [y], marker, color=colour, mfc=fill, ms=3 if marker == "s" else 4)
 
 
 def criterion_shifts(inference: dict[str, Any], rows: Rows) -> FigureData:

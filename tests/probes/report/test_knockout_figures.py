@@ -31,7 +31,18 @@ def runs(checkpoints, tmp_path_factory) -> list[str]:
         paths.append(str(tmp_path_factory.mktemp("study") / mask))
         probe_runs.fit(checkpoints[mask], root, paths[-1], "--data.batch_size", "2")
         main(
-            ["knockout", "--probes", paths[-1], "--classes", "auto:3", "--controls", "distance", "--fractions", "0.5"]
+            [
+                "knockout",
+                "--probes",
+                paths[-1],
+                "--classes",
+                "auto:3",
+                "--controls",
+                "distance",
+                "matched",
+                "--fractions",
+                "0.5",
+            ]
             + ["--layer-windows", "2", "--attention-heads", "--attention", "--draws", "1"]
         )
     main(["starvation", "--probes", *paths, "--by-class", "--flip"])
@@ -121,7 +132,12 @@ def test_figures_of_the_inference(runs, results):
         expected = {f"{name} †" if name in shifted else name for name in names}
         assert set(labels) == expected | {"mean over classes", "mean over pairs"}
         assert "†" in drawn.caption and any("†" in label for label in labels)
-        assert len(drawn.data.rows) == 3 * 3 * len(names)
+        assert len(drawn.data.rows) == 3 * 6 * len(names), "also against matched tokens"
+        squares = [line for line in axes[0].lines if line.get_marker() == "s"]
+        matched = [r for r in inference["outcomes"]["rate"]["classes"] if r["effect"] == "knockout_incorrect_matched"]
+        assert len(squares) == len(names) + 2 and {100 * row["value"] for row in matched} <= {
+            line.get_xdata()[0] for line in squares
+        }
         assert len(figures[f"knockout_shifts_{mask}"].data.rows) == 2 * len(inference["criterion_shifts"])
         assert figures[f"knockout_selection_{mask}"].data.rows
 

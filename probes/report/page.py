@@ -34,6 +34,7 @@ from .mask_comparison import compare_masks
 from .paper import PAPER
 from .path import path_verdicts
 from .probe_sensitivity import scale_sensitivity, seed_spread
+from .seeds import joint_studies
 from .study import Rows, Study, is_solved, overridden_masks, read_studies, total_wall_s
 from .summary_text import MASKS_SECTION, format_interval, format_points
 from .templates import render
@@ -97,10 +98,13 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None) -> dict[
     parts = [_build_part(study, out, "" if single else f"{study.slug}/", files) for study in studies]
     comparison = {"table2": tables.table2(studies), "table2_difference": tables.table2_difference(studies)}
     files |= _csv_files(comparison, out)
+    by_study = [part["results"] for part in parts]
+    joint = joint_studies(studies, by_study)
     page = render(
         "page.html.j2",
         FILTERS,
         parts=parts,
+        joint=joint,
         overview={} if single else _draw_figures(overview_figures(studies), out, files),
         tables=comparison,
         paper=PAPER,
@@ -110,8 +114,8 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None) -> dict[
         marks=summary_text.MARKS,
         explorer=(out / "explorer.html").is_file(),
     )
-    by_study = [part["results"] for part in parts]
-    results = {"wall_s": wall_s} | (by_study[0] if single else {"seed": by_study[0]["seed"], "studies": by_study})
+    several = {"seed": by_study[0]["seed"], "studies": by_study, "joint": joint}
+    results = {"wall_s": wall_s} | (by_study[0] if single else several)
     write_files(files | {out / "index.html": page, out / "results.json": results})
     return results
 
@@ -158,6 +162,9 @@ def _draw_figures(figures: Iterable[ReportFigure], out: Path, files: Files) -> S
 def run(args: argparse.Namespace) -> None:
     """Run `probes report`."""
     results = write_report(args.runs, args.out, args.long_runs, args.variants, args.timings)
+    for joint in results.get("joint", []):
+        print(f"{joint['model']}, {joint['dataset']}, seeds {', '.join(map(str, joint['seeds']))} jointly")
+        print(summary_text.format_claims(joint["claims"]) + "\n")
     for study in results.get("studies", [results]):
         if "studies" in results:
             print(f"{study['model']}, {study['dataset']}")

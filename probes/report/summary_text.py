@@ -47,8 +47,9 @@ def format_difference(entry: dict[str, Any]) -> str:
 
 
 def format_count(n: dict[str, int]) -> str:
-    """Return the number of classes or images that a claim is a mean over."""
-    return f"{n['classes']} classes" if "classes" in n else f"{n['images']} images"
+    """Return the number of seeds, classes or images that a claim is a mean over."""
+    unit = next(unit for unit in ("seeds", "classes", "images") if unit in n)
+    return f"{n[unit]} {unit}"
 
 
 def shift_sentences(inference: dict[str, dict[str, Any]]) -> list[str]:

@@ -38,11 +38,16 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 : "${STAGE1:=-c configs/stage1.yaml}"                  # may be followed by options of `fit`: --data.micro_batch_size 8
 : "${STAGE2:=-c configs/stage2.yaml}"
 : "${PROBES:=-c configs/probes/ade20k.yaml}"           # or voc2012, cityscapes, folder
+: "${SOLVE=}"                                          # options of `solve`: --passes 1 for the closed form alone
+: "${DRAWS=0 1}"                                       # random controls; fewer than two: no verdict beyond random models
 : "${KNOCKOUT:=--classes sky ceiling grass}"           # the paper's (Fig. 11), names of ADE20K; auto:5 for other datasets
 : "${VQA:=--batch-size 16}"                            # with --data DIR, local datasets replace the hub's cache
 : "${TABLE1=}"                                         # options of vqa-table; --max-invalid-rate as in VQA
 
 # ---------------------------------------------------------------------------------------------------- derived
+RANDOM_LLMS=$(printf 'random%s ' $DRAWS) RANDOM_ADAPTERS=$(printf 'adapter%s ' $DRAWS)
+[[ -n $DRAWS ]] || RANDOM_LLMS="" RANDOM_ADAPTERS=""
+SOLVED="solved $RANDOM_LLMS$RANDOM_ADAPTERS"           # the runs of solve.sbatch per encoder and mask
 _common="${ACCOUNT:+--account=$ACCOUNT} ${PARTITION:+--partition=$PARTITION} --cpus-per-task=$CPUS_PER_TASK $SBATCH_MORE"
 _node="--ntasks-per-node=$TASKS_PER_NODE ${GRES:+--gres=$GRES:$TASKS_PER_NODE}"
 TRAINING="$_common --nodes=$NODES $_node --time=$TRAINING_TIME"

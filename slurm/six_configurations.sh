@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Submit the study of slurm/env.sh, by default three encoders under two masks, as jobs that depend on each other:
-#   per configuration: stage 1 -> stage 2 -> probes -> knockout, and stage 2 -> language benchmarks
+#   per configuration: stage 1 -> stage 2 -> probes (trained; solved; of random controls) -> knockout, and stage 2 ->
+#   language benchmarks
 #   per encoder: a report; once: Table 1 (both parts of Table 1 only if VQA_PYTHON is set)
 #   slurm/six_configurations.sh --dry-run    print the plan
 #   slurm/six_configurations.sh              print the plan and submit it
@@ -12,20 +13,26 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/env.sh
 
 for_each_part() { # HANDLER: call HANDLER NAME RESULT DEPENDENCIES SBATCH_OPTIONS SCRIPT ARGUMENT... for each part
-  local encoder mask run knockouts vqa_runs=""
+  local encoder mask run name parts vqa_runs=""
   for encoder in $ENCODERS; do
-    knockouts=""
+    parts=""
     for mask in $MASKS; do
       run=$encoder-$mask
       "$1" "$run/stage1" "$run/stage1/hf" "" "$TRAINING" stage1 "$encoder" "$mask"
       "$1" "$run/stage2" "$run/stage2/hf" "$run/stage1" "$TRAINING" stage2 "$encoder" "$mask"
       "$1" "$run/probes" "$run/probes/metrics.json" "$run/stage2" "$PROBING" probes "$encoder" "$mask"
-      "$1" "$run/knockout" "$run/probes/knockout.json" "$run/probes" "$ANALYSIS" knockout "$encoder" "$mask"
-      knockouts+="$run/knockout "
+      for name in $SOLVED; do
+        "$1" "$run/$name" "$run/$name/metrics.json" "$run/stage2" "$PROBING" solve "$encoder" "$mask" "$name"
+      done
+      for name in probes solved $RANDOM_LLMS; do
+        "$1" "$run/knockout-$name" "$run/$name/knockout.json" "$run/$name" "$ANALYSIS" knockout "$encoder" "$mask" "$name"
+        parts+="$run/knockout-$name "
+      done
+      for name in $RANDOM_ADAPTERS; do parts+="$run/$name "; done
       [[ -z $VQA_PYTHON ]] || "$1" "$run/vqa" "$run/vqa/table1.json" "$run/stage2" "$LANGUAGE" vqa "$encoder" "$mask"
       vqa_runs+="$run/vqa "
     done
-    "$1" "$encoder-report/report" "$encoder-report/results.json" "${knockouts% }" "$ANALYSIS" report "$encoder"
+    "$1" "$encoder-report/report" "$encoder-report/results.json" "${parts% }" "$ANALYSIS" report "$encoder"
   done
   [[ -z $VQA_PYTHON ]] || "$1" table1/table1 table1/table1.json "${vqa_runs% }" "$ANALYSIS" table1
 }
@@ -43,7 +50,7 @@ print_part() {
   elif [[ -z $3 ]]; then
     status=""
   fi
-  printf '  %-30s %-38s %s\n' "$1" "slurm/$5.sbatch ${*:6}" "$status"
+  printf '  %-36s %-52s %s\n' "$1" "slurm/$5.sbatch ${*:6}" "$status"
 }
 
 declare -A job # part -> job id

@@ -55,6 +55,9 @@ def test_results_name_every_mask_and_control(finished):
     claimed = {(claim["claim"], claim["image_attention"]) for claim in found["claims"]}
     assert {(c, m) for c in ("adapter_drop", "recovery", "recovery_trained") for m in found["masks"]} <= claimed
     assert all(found["masks"][mask]["answer_accuracy"] is not None for mask in found["masks"])
+    beyond = {claim["claim"]: claim["verdicts"]["beyond_random"] for claim in found["claims"]}
+    assert {"adapter_drop", "recovery", "starvation"} <= {name for name in beyond if beyond[name].get("draws") == 2}
+    assert all(len(found["controls"]["random"][mask]) >= 2 for mask in found["masks"])
 
 
 def test_no_network_is_reached_for(finished):
@@ -76,7 +79,8 @@ def test_second_demo_in_the_same_folder_is_refused_before_it_touches_anything(tm
 
 FOLLOWS = {  # deleted result -> the steps that make it and what follows from it
     "causal/probes/umap.json": {"causal_umap", "report"},
-    "causal/untrained/counts.safetensors": {"causal_untrained", "causal_untrained_knockout", "report"},
+    "causal/untrained/counts.safetensors": {"causal_untrained", "report"},
+    "causal/random1/path.safetensors": {"causal_random1", "causal_random1_knockout", "report"},
     "bidirectional/probes/metrics.json": {
         *(f"bidirectional_{step}" for step in ("probes", "knockout", "maps", "umap")),
         *("starvation", "explorer", "report"),
@@ -105,7 +109,7 @@ def test_another_seed_makes_everything_anew(finished):
     ).stdout
     settings.write_text(before)  # make wrote the other seed down while it planned
     os.utime(settings, (written, written))
-    assert sum(line.startswith('echo "') for line in plan.splitlines()) == 24
+    assert sum(line.startswith('echo "') for line in plan.splitlines()) == 34
 
 
 def test_kills_at_random_moments_change_no_result(finished, tmp_path):

@@ -15,7 +15,7 @@ LLAVA := OMP_NUM_THREADS=1 $(PY) -m llava_bidir
 PROBES := OMP_NUM_THREADS=1 $(PY) -m probes
 LOOK_ALIKES := ceiling sky wall building floor road bed car
 # Fewer strengths and folds than by default, and two pixels a patch and axis, for the sake of time
-SOLVE := --folds 2 --strengths 1e-6 1e-4 1e-2 1 --optimum-strengths 1e-6 1e-5 1e-4 --model.label_stride 8
+SOLVE := --folds 2 --strengths 1e-6 1e-4 1e-2 1 --optimum-strengths 1e-6 1e-5 1e-4 --model.label_stride 6
 DRAWS := 0 1
 RANDOM_ADAPTER := --model.untrained '[adapter]' --model.sites '[encoder, adapter]'
 STARVED := $(OUT)/bidirectional/probes/starvation.json
@@ -105,12 +105,13 @@ $(OUT)/report/explorer.html: $(call probed,$(OUT)/causal/probes) $(call probed,$
 
 # All results are named here, since make takes what only patterns name for scrap that need not exist.
 MASKS := causal bidirectional
-RUNS := $(foreach mask,$(MASKS),$(OUT)/$(mask)/probes $(OUT)/$(mask)/untrained)
-SOLVED := $(foreach mask,$(MASKS),$(OUT)/$(mask)/solved $(foreach draw,$(DRAWS),$(OUT)/$(mask)/random$(draw)))
-ADAPTERS := $(foreach mask,$(MASKS),$(foreach draw,$(DRAWS),$(OUT)/$(mask)/adapter$(draw)))
+SOLVED := solved $(addprefix random,$(DRAWS))
+ADAPTERS := $(addprefix adapter,$(DRAWS))
+# $(call demo_runs,FOLDERS): all probe runs of some demos
+demo_runs = $(foreach demo,$(1),$(foreach mask,$(MASKS),$(addprefix $(demo)/$(mask)/,probes untrained $(SOLVED) $(ADAPTERS))))
 $(REPORT): $(foreach mask,$(MASKS),$(OUT)/$(mask)/stage1/hf/model.safetensors \
     $(OUT)/$(mask)/stage2/hf/model.safetensors $(call mapped,$(OUT)/$(mask)/probes) $(OUT)/$(mask)/probes/umap.json \
-    $(call knocked,$(OUT)/$(mask)/probes)) \
-  $(foreach run,$(RUNS),$(call probed,$(run))) $(foreach run,$(SOLVED),$(call solved,$(run)) $(call knocked,$(run))) \
-  $(foreach run,$(ADAPTERS),$(call solved,$(run))) $(STARVED) $(ASSETS) $(OUT)/report/explorer.html
-	$(call step,report,$(PROBES) report $(RUNS) $(SOLVED) $(ADAPTERS) --out $(OUT)/report --timings $(OUT)/logs/timings)
+    $(call knocked,$(OUT)/$(mask)/probes) $(call probed,$(OUT)/$(mask)/probes) $(call probed,$(OUT)/$(mask)/untrained) \
+    $(foreach run,$(SOLVED),$(call solved,$(OUT)/$(mask)/$(run)) $(call knocked,$(OUT)/$(mask)/$(run))) \
+    $(foreach run,$(ADAPTERS),$(call solved,$(OUT)/$(mask)/$(run)))) $(STARVED) $(ASSETS) $(OUT)/report/explorer.html
+	$(call step,report,$(PROBES) report $(call demo_runs,$(OUT)) --out $(OUT)/report --timings $(OUT)/logs/timings)

@@ -10,20 +10,22 @@ images that it is scored on, which favours models with many layers; tables keep 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from llava_bidir.common.bootstrap import interval
-from probes.analyses.knockout.effects import later_half, min_confused_patches, read_cases
+from llava_bidir.common.bootstrap import Estimate
+from probes.analyses.knockout.inference import class_effects, criterion_shifts, look_alikes
 from probes.results.probe_run import ProbeRun
 
-from .effects import Estimate, drop_and_recovery, estimates_to_json, gap_estimates, starvation_site, subtract
+from .effects import drop_and_recovery, gap_estimates, starvation_site, subtract
 from .path import path_rows
 from .study import MASKS, Rows, Study, is_solved
 from .verdicts import (
     HOLDS,
     NO_CONTROL,
     NOT_CONVERGED,
+    Effect,
     beyond_draws,
     column,
     judge,
+    mean_effect,
     no_verdict,
     path_column,
     unconverged,
@@ -43,7 +45,7 @@ CLAIMS: dict[str, tuple[int, str]] = {
 
 
 Key = tuple[str, str]  # claim, mask
-Measured = dict[Key, Estimate]
+Measured = dict[Key, Effect]
 
 
 class Numbers(NamedTuple):
@@ -73,7 +75,7 @@ def evaluate_claims(study: Study) -> list[dict[str, Any]]:
 
 def _entry(study: Study, claim: str, mask: str, numbers: Numbers, path: Rows) -> dict[str, Any]:
     (sign, text), key = CLAIMS[claim], (claim, mask)
-    value, ci95 = numbers.main[key][0], interval(*numbers.main[key])
+    value, ci95 = mean_effect(numbers.main[key])
     path = [row for row in path if (row["effect"], row["image_attention"]) == key]
     verdicts = {
         "paper": _paper_column(study, claim, mask, numbers.main[key]),
@@ -89,9 +91,14 @@ def _entry(study: Study, claim: str, mask: str, numbers: Numbers, path: Rows) ->
         "verdicts": verdicts,
         "supported": all(entry["verdict"] == HOLDS for entry in verdicts.values()),
         "text": text,
-        "control": estimates_to_json(numbers.control).get(key),
-        "n": _counts(study.trained[mask], claim),
+        "control": _to_json(numbers.control.get(key)),
+        "n": numbers.main[key].counts,
+        **({"criterion_shifts": criterion_shifts(study.trained[mask])} if claim.startswith("knockout") else {}),
     }
+
+
+def _to_json(effect: Effect | None) -> dict[str, Any] | None:
+    return None if effect is None else dict(zip(("value", "ci95"), mean_effect(effect), strict=True))
 
 
 def _measure_all(study: Study) -> Numbers:
@@ -99,7 +106,8 @@ def _measure_all(study: Study) -> Numbers:
     main, control = measure(study.trained), measure({mask: run for mask, run in controls.items() if run})
     for mask in study.trained:
         if ("recovery", mask) in main.keys() & control.keys():
-            main["recovery_trained", mask] = subtract(main["recovery", mask], control["recovery", mask])
+            pair = (measured["recovery", mask].estimate for measured in (main, control))
+            main["recovery_trained", mask] = one(subtract(*pair), study.trained[mask])
     site = next((starvation_site(run) for run in study.trained.values()), None)
     kinds = [(part, solved) for part in ("adapter", "llm") for solved in (True, False)]
     draws = {kind: [measure(runs, site) for runs in study.random_draws(*kind)] for kind in kinds}
@@ -108,49 +116,52 @@ def _measure_all(study: Study) -> Numbers:
 
 def measure(runs: Mapping[str, ProbeRun], starvation_site: str | None = None) -> Measured:
     """Return the number of each claim from runs of one kind, by mask; starvation compares the masks at a site."""
-    numbers = {
-        (effect, mask): estimate
-        for mask, run in runs.items()
-        for effect, estimate in (
-            drop_and_recovery(run.sites, run.counts, run.weights, run.groups)
-            | knockout_effects(run, min_confused_patches(run))
-        ).items()
-    }
+    numbers: Measured = {}
+    for mask, run in runs.items():
+        estimates = drop_and_recovery(run.sites, run.counts, run.weights, run.groups)
+        numbers |= {(claim, mask): one(estimate, run) for claim, estimate in estimates.items()}
+        units = look_alikes(run)
+        for claim, by_class in class_effects(run).items():
+            if claim in CLAIMS:
+                numbers[claim, mask] = Effect(
+                    by_class, {"images": run.metrics["images"], "classes": len(by_class)}, units
+                )
     pair = [runs[mask] for mask in MASKS if mask in runs]
     if len(pair) == 2 and is_solved(pair[0]) == is_solved(pair[1]):
-        numbers |= {(claim, "causal"): estimate for claim, estimate in gap_estimates(*pair, starvation_site).items()}
+        gaps = gap_estimates(*pair, starvation_site)
+        numbers |= {(claim, "causal"): one(estimate, pair[0]) for claim, estimate in gaps.items()}
     return numbers
 
 
-def _counts(run: ProbeRun, claim: str) -> dict[str, int]:
-    cases = read_cases(run, min_confused_patches(run)) if claim.startswith("knockout") else None
-    return {"images": run.metrics["images"]} if cases is None else cases.counts
+def one(estimate: Estimate, run: ProbeRun) -> Effect:
+    """Return an effect that is one number over all images of a run."""
+    return Effect({"": estimate}, {"images": run.metrics["images"]})
 
 
 def _compared_masks(claim: str, mask: str) -> Sequence[str]:
     return MASKS if claim.startswith("starvation") else [mask]
 
 
-def _paper_column(study: Study, claim: str, mask: str, estimate: Estimate) -> dict[str, Any]:
+def _paper_column(study: Study, claim: str, mask: str, effect: Effect) -> dict[str, Any]:
     """Return the column "paper": the main runs, if their probes have converged."""
-    value, ci95 = estimate[0], interval(*estimate)
+    value, ci95 = mean_effect(effect)
     for name in _compared_masks(claim, mask):
         if reason := unconverged(study.trained[name], study.solved.get(name), claim):
             return no_verdict(NOT_CONVERGED, reason, value, ci95)
     return column(CLAIMS[claim][0], value, ci95)
 
 
-def _optimum_column(study: Study, claim: str, mask: str, estimate: Estimate | None, path: Rows) -> dict[str, Any]:
+def _optimum_column(study: Study, claim: str, mask: str, effect: Effect | None, path: Rows) -> dict[str, Any]:
     """Return the column "optimum": along the path where the claim has one, else from the chosen solved probes."""
     sign = CLAIMS[claim][0]
     if at_optimum := [row for row in path if (row["instrument"], row["measure"]) == ("optimum", "miou")]:
         return path_column(sign, at_optimum)
     if claim == "recovery_trained" and mask in study.solved:
         return no_verdict(NO_CONTROL, "no solved run of the untrained model")
-    if estimate is None:
+    if effect is None:
         missing = "no solved run" if mask not in study.solved else "the solved run has no such analysis"
         return no_verdict(NOT_CONVERGED, f"{missing}: run `probes solve`, and the analysis on its run")
-    value, ci95 = estimate[0], interval(*estimate)
+    value, ci95 = mean_effect(effect)
     for name in _compared_masks(claim, mask):
         if reason := unconverged(study.solved[name], None, claim):
             return no_verdict(NOT_CONVERGED, reason, value, ci95)
@@ -166,27 +177,8 @@ def _beyond_random_column(claim: str, mask: str, numbers: Numbers) -> dict[str, 
     key, most = ("recovery" if claim == "recovery_trained" else claim, mask), 0
     for trained, solved in ((numbers.solved, True), (numbers.main, False)):
         draws = [measured[key] for measured in numbers.draws[part, solved] if key in measured]
-        if key in trained and len(draws) >= 2:
+        if key in trained and len(draws) >= 2 and set(trained[key].by_unit).intersection(*(d.by_unit for d in draws)):
             value, ci95 = beyond_draws(trained[key], draws)
             return column(CLAIMS[claim][0], value, ci95, draws=len(draws), probes="solved" if solved else "trained")
         most = max(most, len(draws))
     return no_verdict(NO_CONTROL, f"{most} draws of a random {part} with this analysis; an interval needs two")
-
-
-def knockout_effects(run: ProbeRun, min_patches: int) -> dict[str, Estimate]:
-    """Return the knockout effects on the share of wrong patches left, averaged over cases and the later layers.
-
-    Cases with fewer than `min_patches` wrong patches at the adapter are skipped. Empty without a knockout.
-    """
-    cases = read_cases(run, min_patches)
-    if cases is None:
-        return {}
-    later = {condition: later_half(rates) for condition, rates in cases.rates.items()}
-    random = later["random_correct"] - later["random_incorrect"]
-    effects = {
-        "knockout_incorrect": later["incorrect"] - later["none"],
-        "knockout_correct": later["correct"] - later["none"],
-        "knockout_specificity": later["correct"] - later["incorrect"] - random,
-    }
-    means = {name: cases.mean(effect, run.weights) for name, effect in effects.items()}
-    return {name: (mean.item(), resampled) for name, (mean, resampled) in means.items()}

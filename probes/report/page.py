@@ -23,7 +23,7 @@ import matplotlib as mpl
 
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.analyses.knockout.effects import CONFUSED_SHARE
+from probes.analyses.knockout.inference import knockout_inference
 from probes.report.figures.catalogue import overview_figures, study_figures
 from probes.report.figures.style import STYLE, ReportFigure
 
@@ -34,6 +34,7 @@ from .mask_comparison import compare_masks
 from .paper import PAPER
 from .path import path_verdicts
 from .probe_sensitivity import scale_sensitivity, seed_spread
+from .seeds import joint_studies
 from .study import Rows, Study, is_solved, overridden_masks, read_studies, total_wall_s
 from .summary_text import MASKS_SECTION, format_interval, format_points
 from .templates import render
@@ -44,6 +45,8 @@ Files = dict[Path, str | bytes]  # contents by path, not yet written
 FILTERS = {"points": format_points, "interval": format_interval}
 FILTERS |= {"percent": summary_text.format_percent, "p": summary_text.format_p}
 FILTERS |= {"verdict_reasons": summary_text.verdict_reasons, "count": summary_text.format_count}
+FILTERS |= {"shift_sentences": summary_text.shift_sentences}
+FILTERS |= {"anchor": lambda text: "".join(c if c.isalnum() else "-" for c in text.lower())}
 
 
 def study_results(study: Study) -> dict[str, Any]:
@@ -62,6 +65,7 @@ def study_results(study: Study) -> dict[str, Any]:
         },
         "starvation": study.starvation(),
         "claims": evaluate_claims(study),
+        "knockout_inference": by_mask(knockout_inference, study.trained),
         "paired": compare_masks(study),
         "scale": by_mask(scale_sensitivity, study.runs_with_variants),
         "seeds": by_mask(seed_spread, study.runs_with_variants),
@@ -91,34 +95,37 @@ def write_report(
 def _write_files(studies: list[Study], out: Path, wall_s: float | None) -> dict[str, Any]:
     single = len(studies) == 1
     files: Files = {}
-    parts = [_build_part(study, out if single else out / study.slug, files) for study in studies]
+    parts = [_build_part(study, out, "" if single else f"{study.slug}/", files) for study in studies]
     comparison = {"table2": tables.table2(studies), "table2_difference": tables.table2_difference(studies)}
     files |= _csv_files(comparison, out)
+    by_study = [part["results"] for part in parts]
+    joint = joint_studies(studies, by_study)
     page = render(
         "page.html.j2",
         FILTERS,
         parts=parts,
+        joint=joint,
         overview={} if single else _draw_figures(overview_figures(studies), out, files),
         tables=comparison,
         paper=PAPER,
         wall_s=wall_s,
-        confused_share=CONFUSED_SHARE,
         masks_section=MASKS_SECTION,
         columns=summary_text.COLUMN_TITLES,
         marks=summary_text.MARKS,
         explorer=(out / "explorer.html").is_file(),
     )
-    by_study = [part["results"] for part in parts]
-    results = {"wall_s": wall_s} | (by_study[0] if single else {"seed": by_study[0]["seed"], "studies": by_study})
+    several = {"seed": by_study[0]["seed"], "studies": by_study, "joint": joint}
+    results = {"wall_s": wall_s} | (by_study[0] if single else several)
     write_files(files | {out / "index.html": page, out / "results.json": results})
     return results
 
 
-def _build_part(study: Study, out: Path, files: Files) -> dict[str, Any]:
-    """Return what the template reads about a study, and add its figures and tables in `out` to `files`."""
-    results = study_results(study)
+def _build_part(study: Study, out: Path, folder: str, files: Files) -> dict[str, Any]:
+    """Return what the template reads about a study; add its figures and tables, in `folder` of `out`, to `files`."""
+    results, out = study_results(study), out / folder
     part = {
         "study": study,
+        "folder": folder,
         "results": results,
         "claims_summary": summary_text.summarize_claims(results["claims"]),
         "summaries": summary_text.summarize_sections(results),
@@ -155,6 +162,9 @@ def _draw_figures(figures: Iterable[ReportFigure], out: Path, files: Files) -> S
 def run(args: argparse.Namespace) -> None:
     """Run `probes report`."""
     results = write_report(args.runs, args.out, args.long_runs, args.variants, args.timings)
+    for joint in results.get("joint", []):
+        print(f"{joint['model']}, {joint['dataset']}, seeds {', '.join(map(str, joint['seeds']))} jointly")
+        print(summary_text.format_claims(joint["claims"]) + "\n")
     for study in results.get("studies", [results]):
         if "studies" in results:
             print(f"{study['model']}, {study['dataset']}")

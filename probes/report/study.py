@@ -6,7 +6,7 @@ along the path of strengths. Controls have random weights: "untrained" ones as a
 with an LLM that resembles the trained one (probes/models/random_init.py), in several draws.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,9 @@ class Study:
     A solved run is also in `trained` or `untrained` if no other run has its mask there.
     """
 
-    model: str
+    name: str  # of the model
     dataset: str
+    seed: int | None = None  # if the report has several
     trained: dict[str, ProbeRun] = field(default_factory=dict)
     untrained: dict[str, ProbeRun] = field(default_factory=dict)
     solved: dict[str, ProbeRun] = field(default_factory=dict)
@@ -60,6 +61,11 @@ class Study:
         """The runs whose probe variants are compared, by mask; solved runs have none."""
         runs = {mask: self.variant_runs.get(mask, run) for mask, run in self.trained.items()}
         return {mask: run for mask, run in runs.items() if not is_solved(run)}
+
+    @property
+    def model(self) -> str:
+        """Name of the model, with the seed if the report has several."""
+        return self.name if self.seed is None else f"{self.name}, seed {self.seed}"
 
     @property
     def title(self) -> str:
@@ -173,26 +179,42 @@ def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: 
     Raises:
         UserError: A folder is not a finished run, two runs are the same case, or runs do not fit together.
     """
-    studies: dict[tuple[str, str], Study] = {}
-    for model, run in map(_read_run, paths):
-        key = (model, run.metrics["dataset"])
+    runs, studies = list(map(_read_run, paths)), {}
+    key_of = _study_keys(runs)
+    for model, run in runs:
+        key = key_of(model, run)
         studies.setdefault(key, Study(*key))._add(run)
-    reference: dict[str, ProbeRun] = {}  # by dataset: the run whose images all others must share
+    reference: dict[tuple, ProbeRun] = {}  # by dataset and seed: the run whose images all others must share
     for study in studies.values():
         study._complete()
         for run in study.runs_and_solved:
-            reference.setdefault(study.dataset, run).check_same_images(run)
+            reference.setdefault((study.dataset, study.seed), run).check_same_images(run)
         study._check()
     for field_name, extra_paths in (("long_runs", long_runs), ("variant_runs", variants)):
         for model, run in map(_read_run, extra_paths):
-            key, mask = (model, run.metrics["dataset"]), run.metrics["image_attention"]
+            key, mask = key_of(model, run), run.metrics["image_attention"]
             if key not in studies or mask not in studies[key].trained:
-                raise UserError(f"no main run matches {run.path} ({', '.join(key)}, {mask!r}); pass that run too")
+                of = ", ".join(str(part) for part in key if part is not None)
+                raise UserError(f"no main run matches {run.path} ({of}, {mask!r}); pass that run too")
             if is_solved(run):
                 raise UserError(f"{run.path} was made by `probes solve`; pass it with the main runs")
-            reference[run.metrics["dataset"]].check_same_images(run)
+            reference[key[1:]].check_same_images(run)
             getattr(studies[key], field_name)[mask] = run
     return list(studies.values())
+
+
+def _study_keys(runs: list[tuple[str, ProbeRun]]) -> Callable[[str, ProbeRun], tuple[str, str, int | None]]:
+    """Return the key of a run's study: model, dataset, and the seed if trained runs of the model have several."""
+    seeds: dict[tuple[str, str], set[int]] = {}
+    for model, run in runs:
+        if not run.metrics["untrained"]:
+            seeds.setdefault((model, run.metrics["dataset"]), set()).add(run.metrics["seed"])
+
+    def key_of(model: str, run: ProbeRun) -> tuple[str, str, int | None]:
+        dataset, seed = run.metrics["dataset"], run.metrics["seed"]
+        return model, dataset, seed if len(seeds.get((model, dataset), ())) > 1 else None
+
+    return key_of
 
 
 def _read_run(path: str) -> tuple[str, ProbeRun]:

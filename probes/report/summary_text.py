@@ -47,8 +47,20 @@ def format_difference(entry: dict[str, Any]) -> str:
 
 
 def format_count(n: dict[str, int]) -> str:
-    """Return the number of cases or images that a claim is a mean over."""
-    return f"{n['cases']} cases" if "cases" in n else f"{n['images']} images"
+    """Return the number of seeds, classes or images that a claim is a mean over."""
+    unit = next(unit for unit in ("seeds", "classes", "images") if unit in n)
+    return f"{n[unit]} {unit}"
+
+
+def shift_sentences(inference: dict[str, dict[str, Any]]) -> list[str]:
+    """Return a sentence per mask about pairs of classes in which hiding either one moves the read-out the same way."""
+    return [
+        f"Criterion shift, {mask}: hiding either class moves the read-out towards "
+        + ", ".join(f"{entry['towards']} in {' / '.join(entry['classes'])}" for entry in shifted)
+        + "; there the effects are no evidence for anchors."
+        for mask, result in inference.items()
+        if (shifted := [entry for entry in result["criterion_shifts"] or [] if entry["shift"]])
+    ]
 
 
 def summarize_claims(claims: list[dict[str, Any]]) -> str:

@@ -53,7 +53,7 @@ def claim_rows(claims: list[dict[str, Any]]) -> Rows:
     return [
         {key: claim[key] for key in ("claim", "image_attention", "value")}
         | bounds(claim["ci95"])
-        | {"holds": claim["holds"], "images": claim["n"]["images"], "cases": claim["n"].get("cases")}
+        | {"holds": claim["holds"], "images": claim["n"]["images"], "classes": claim["n"].get("classes")}
         | {"untrained": control["value"]}
         | bounds(control["ci95"], "untrained_")
         | {key: value for name in COLUMNS for key, value in _verdict_columns(name, claim["verdicts"][name]).items()}

@@ -12,16 +12,18 @@ A verdict is "holds" if its 95% interval lies on the claimed side of zero, "reve
     no control     Fewer than two draws of random weights.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import scipy.stats
 import torch
 
+from llava_bidir.common.bootstrap import Estimate, interval
+from probes.analyses.knockout.inference import mean_over_classes
 from probes.models.sites import ADAPTER, ENCODER
 from probes.results.probe_run import ProbeRun
 
-from .effects import Estimate
+from .effects import subtract
 from .study import is_solved
 
 COLUMNS = ("paper", "optimum", "beyond_random")
@@ -96,17 +98,53 @@ def path_column(sign: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return result | {"verdict": verdicts[0] if len(set(verdicts)) == 1 else FAILS}
 
 
-def beyond_draws(trained: Estimate, draws: list[Estimate]) -> tuple[float, list[float]]:
-    """Return trained minus the mean over draws of random weights, with a 95% interval over images and draws.
+class Effect(NamedTuple):
+    """The number of a claim, as the mean over units of equal weight."""
 
-    Images and draws are independent. The half widths of their own intervals, normal for images and Student's t with
-    D - 1 degrees of freedom for D draws, are added as the sides of a right angle. Where either dominates, this is its
-    own interval; Welch and Satterthwaite's degrees of freedom would cover 89% instead of 95% for two draws that differ.
+    by_unit: dict[str, Estimate]  # by class for a knockout; else one under ""
+    counts: dict[str, int]  # of images, and of classes
+    look_alikes: Mapping[str, Hashable] | None = None  # classes that are averaged first, by class
+
+    @property
+    def estimate(self) -> Estimate:
+        """The estimate of an effect with one unit."""
+        (estimate,) = self.by_unit.values()
+        return estimate
+
+
+def mean_effect(effect: Effect) -> tuple[float, list[float]]:
+    """Return an effect's mean over its units and its 95% interval: over images for one unit, else over units too."""
+    if len(effect.by_unit) == 1:
+        return effect.estimate[0], interval(*effect.estimate)
+    mean = mean_over_classes(effect.by_unit, effect.look_alikes)
+    return mean["value"], mean["ci95"] or interval(mean["value"], _mean_estimate(effect.by_unit)[1])
+
+
+def _mean_estimate(by_unit: Mapping[str, Estimate]) -> Estimate:
+    values, resampled = zip(*by_unit.values(), strict=True)
+    return sum(values) / len(values), torch.stack([drawn.double() for drawn in resampled]).nanmean(0)
+
+
+def beyond_draws(trained: Effect, draws: Sequence[Effect]) -> tuple[float, list[float]]:
+    """Return trained minus the mean over draws of random weights, with a 95% interval over units and draws.
+
+    The difference is taken unit by unit, over the units that all have. Its own interval covers images and classes.
+    Draws are independent of both: Student's t with D - 1 degrees of freedom for D draws. The two half widths are added
+    as the sides of a right angle. Where either dominates, this is its own interval; Welch and Satterthwaite's degrees
+    of freedom would cover 89% instead of 95% for two draws that differ.
+
+    Raises:
+        ValueError: No unit is in all of them.
     """
-    values = torch.tensor([value for value, _ in draws], dtype=torch.float64)
-    value = trained[0] - values.mean().item()
-    resampled = trained[1].double() - torch.stack([drawn.double() for _, drawn in draws]).mean(0)
-    of_images = scipy.stats.norm.ppf(0.975) * resampled[~resampled.isnan()].std().item()
-    of_draws = scipy.stats.t.ppf(0.975, len(draws) - 1) * values.std().item() / len(draws) ** 0.5
-    half = (of_images**2 + of_draws**2) ** 0.5
-    return value, [value - half, value + half]
+    shared = [unit for unit in trained.by_unit if all(unit in draw.by_unit for draw in draws)]
+    if not shared:
+        raise ValueError("no class has enough cases in the trained model and in all draws")
+    only_shared = [trained._replace(by_unit={unit: draw.by_unit[unit] for unit in shared}) for draw in draws]
+    of_draws = torch.tensor([mean_effect(draw)[0] for draw in only_shared], dtype=torch.float64)
+    differences = {
+        unit: subtract(trained.by_unit[unit], _mean_estimate({str(i): d.by_unit[unit] for i, d in enumerate(draws)}))
+        for unit in shared
+    }
+    value, (low, high) = mean_effect(trained._replace(by_unit=differences))
+    half = scipy.stats.t.ppf(0.975, len(draws) - 1) * of_draws.std().item() / len(draws) ** 0.5
+    return value, [value - (half**2 + (value - low) ** 2) ** 0.5, value + (half**2 + (high - value) ** 2) ** 0.5]

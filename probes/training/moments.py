@@ -12,12 +12,13 @@ float64; `tests/probes/training/test_moments.py` shows why.
 Legend: F folds, K classes, d width, n tokens of a batch.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-BLOCK = 1024  # columns of Q per product; Q is symmetric, so that blocks below the diagonal are not computed
+BLOCK = 512  # rows of Q per product; Q is symmetric, so that blocks below the diagonal are neither computed nor stored
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Moments:
         pivot: f32[d], subtracted from the states.
         count: f64[F, K], N.
         first: f64[F, K, d], S.
-        second: f64[F, d, d], Q; only the blocks on and above the diagonal are filled until `finish`.
+        second: f64[F, packed_size(d)], Q: the blocks of rows from the diagonal on, one after the other.
     """
 
     pivot: Tensor
@@ -41,7 +42,7 @@ class Moments:
         """Return empty moments on the device of `pivot`."""
         new = lambda *shape: torch.zeros(folds, *shape, dtype=torch.float64, device=pivot.device)
         width = len(pivot)
-        return cls(pivot, new(classes), new(classes, width), new(width, width))
+        return cls(pivot, new(classes), new(classes, width), new(packed_size(width)))
 
     @torch.no_grad()
     def update(self, states: Tensor, labels: Tensor, fold: int) -> None:
@@ -52,17 +53,17 @@ class Moments:
         self.count[fold] += labels.sum(0)
         with _full_precision():
             self.first[fold] += labels.T.float() @ x
-            for start in range(0, x.shape[1], BLOCK):
-                rows = slice(start, start + BLOCK)
-                self.second[fold, rows, start:] += x[:, rows].T @ weighted[:, start:]
+            for start, block in row_blocks(self.second[fold], x.shape[1]):
+                block += x[:, start : start + BLOCK].T @ weighted[:, start:]
 
     def shift(self, pivot: Tensor) -> None:
         """Change the pivot to f32[d]; exact, since the sums are polynomials in it."""
         delta = self.pivot.double() - pivot.double()
-        first = self.first.sum(1)  # [F, d]
-        cross = first[:, :, None] * delta
-        total = self.count.sum(1)[:, None, None]
-        self.second += cross + cross.mT + total * torch.outer(delta, delta)
+        for count, first, second in zip(self.count.sum(1), self.first.sum(1), self.second, strict=True):
+            for start, block in row_blocks(second, len(delta)):
+                rows, columns = slice(start, start + BLOCK), slice(start, None)
+                block += torch.outer(first[rows], delta[columns]) + torch.outer(delta[rows], first[columns])
+                block += count * torch.outer(delta[rows], delta[columns])
         self.first += self.count[:, :, None] * delta
         self.pivot = pivot
 
@@ -80,8 +81,25 @@ class Moments:
         """Return N f64[K], S f64[K, d] and Q f64[d, d] of all folds but one; of all for None."""
         kept = [i for i in range(len(self.count)) if i != fold]
         count, first = self.count[kept].sum(0), self.first[kept].sum(0)
-        upper = sum((self.second[i] for i in kept[1:]), self.second[kept[0]]).triu()
+        packed, second = self.second[kept].sum(0), first.new_empty(first.shape[1], first.shape[1])
+        for start, block in row_blocks(packed, first.shape[1]):
+            second[start : start + BLOCK, start:] = block
+        upper = second.triu_()
         return count, first, upper + upper.triu(1).T
+
+
+def packed_size(width: int) -> int:
+    """Return the number of elements of Q f64[d, d] that are stored."""
+    return sum(min(BLOCK, width - start) * (width - start) for start in range(0, width, BLOCK))
+
+
+def row_blocks(packed: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield the first row of each block, and a view of its rows from the diagonal on, f64[rows, d - first row]."""
+    offset = 0
+    for start in range(0, width, BLOCK):
+        rows, columns = min(BLOCK, width - start), width - start
+        yield start, packed[offset : offset + rows * columns].view(rows, columns)
+        offset += rows * columns
 
 
 class _full_precision:

@@ -29,7 +29,7 @@ from . import solver_progress
 from .closed_form import STRENGTHS, ClosedForm, solve_moments
 from .distributed import all_reduce, broadcast, rank, rank_count
 from .frozen_probes import FrozenProbes
-from .moments import Moments
+from .moments import Moments, packed_size
 from .optimum import OPTIMUM_STRENGTHS, Problem
 from .probe_path import PathMetric, ProbePath
 from .probe_variants import ProbeVariant
@@ -121,7 +121,8 @@ class ProbeSolver(FrozenProbes):
             UserError: They do not fit; the message proposes sites that do.
         """
         folds, classes = self.hparams.folds, self.hparams.num_classes
-        size = {site: 8 * folds * self.mllm.widths[site] * (self.mllm.widths[site] + classes) for site in self.sites}
+        width = self.mllm.widths
+        size = {site: 8 * folds * (packed_size(width[site]) + classes * width[site]) for site in self.sites}
         on_gpu = self.trainer.strategy.root_device.type == "cuda"  # where the module will be; it is not there yet
         available = torch.cuda.mem_get_info()[0] if on_gpu else available_memory() // max(1, self.trainer.num_devices)
         need, share = sum(size.values()), 0.8 * available

@@ -18,7 +18,7 @@ import probes.cli
 
 ROOT = Path(__file__).parents[2]
 VQA_PYTHON = ROOT / ".venv-vqa/bin/python"
-JOBS = 3 * (2 * 4 + 1) + (7 if VQA_PYTHON.exists() else 0)
+JOBS = 3 * (2 * 6 + 1) + (7 if VQA_PYTHON.exists() else 0)
 ON_THE_WAY = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("cluster")]
 
@@ -49,6 +49,7 @@ def settings(tmp_path_factory) -> dict[str, str]:
         "VQA": f"--tasks toy --data {folder} --max-invalid-rate 1 --batch-size 4",
         "TABLE1": "--max-invalid-rate 1",
         **{"SEGMENTATION": str(folder / "segmentation"), "KNOCKOUT": "--classes sky wall road"},
+        **{"DRAWS": "", "SOLVE": "--passes 2 --folds 2 --strengths 1e-2 1 --optimum-strengths 1e-1"},
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
     }
 
@@ -162,6 +163,7 @@ def test_six_configurations_run_to_the_report(settings, tmp_path):
     for encoder in ("clip", "dinov2", "siglip"):
         results = json.loads((tmp_path / f"{encoder}-report/results.json").read_text())
         assert set(results["masks"]) == {"causal", "bidirectional"} and results["masks"]["causal"]["knockout"]
+        assert {verdict["instrument"] for verdict in results["path"]} == {"closed_form", "optimum"}
         assert (tmp_path / f"{encoder}-report/starvation.json").is_file()
     if VQA_PYTHON.exists():
         table = json.loads((tmp_path / "table1/table1.json").read_text())

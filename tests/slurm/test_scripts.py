@@ -11,7 +11,8 @@ from probes.data import ade20k
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted([*(ROOT / "slurm").glob("*.sh"), *(ROOT / "slurm").glob("*.sbatch")])
-STAGES = ["stage1", "stage2", "probes", "knockout"]
+STAGES = ["stage1", "stage2", "probes"]
+KNOCKED = ("solved", "random0", "random1")
 DATA = ["PYTHON", "VQA_PYTHON", "CAPTIONS", "CAPTION_IMAGES", "INSTRUCTIONS", "INSTRUCTION_IMAGES", "SEGMENTATION"]
 
 
@@ -35,6 +36,31 @@ def test_probes_job_takes_each_dataset(dataset, tmp_path):
     words = done.stdout.split()
     assert words[words.index("-c") + 1] == config and (ROOT / config).is_file()
     assert words[words.index("--data.root") + 1] == "masks" and words[-2:] == ["--out", "elsewhere"]
+
+
+@pytest.mark.parametrize(
+    ("name", "control"),
+    [
+        ("solved", []),
+        ("random1", ["-c", "configs/probes/matched.yaml", "--model.draw", "1"]),
+        ("adapter0", ["--model.untrained", "[adapter]", "--model.sites", "[encoder, adapter]", "--model.draw", "0"]),
+    ],
+)
+def test_solve_job_makes_the_control_of_its_name(name, control, tmp_path):
+    (tmp_path / "srun").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    (tmp_path / "srun").chmod(0o755)
+    there = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NNODES": "1", "RUNS": "runs", "SOLVE": "--passes 2"}
+    job = ["bash", "slurm/solve.sbatch", "clip", "causal", name, "--folds", "3"]
+    done = subprocess.run(job, cwd=ROOT, env=os.environ | there, capture_output=True, text=True, check=True)
+    words = done.stdout.splitlines()
+    start = words.index("configs/probes/ade20k.yaml") + 1
+    assert words[start : words.index("--trainer.num_nodes")] == control
+    assert words[words.index("--out") + 1] == f"runs/clip-causal/{name}" and words[-4:] == [
+        "--passes",
+        "2",
+        "--folds",
+        "3",
+    ]
 
 
 def test_default_knockout_is_the_papers():
@@ -73,7 +99,7 @@ def study(tmp_path):
 
 def test_dry_run_prints_every_job_with_its_dependencies_and_submits_none(study):
     done, calls = study("--dry-run", CAPTIONS="/nowhere")
-    assert calls == [] and len(done.stdout.splitlines()) == 1 + 27 + 7
+    assert calls == [] and len(done.stdout.splitlines()) == 1 + 6 * (4 + 5 + 4) + 3 + 1
     lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()[1:]}
     for encoder in ("clip", "dinov2", "siglip"):
         for mask in ("causal", "bidirectional"):
@@ -84,7 +110,12 @@ def test_dry_run_prints_every_job_with_its_dependencies_and_submits_none(study):
                 assert lines[before] == [f"slurm/{stage}.sbatch", encoder, mask, *after]
             run = f"{encoder}-{mask}"
             assert lines[f"{run}/vqa"] == ["slurm/vqa.sbatch", encoder, mask, "after", f"{run}/stage2"]
-        knockouts = [f"{encoder}-{mask}/knockout" for mask in ("causal", "bidirectional")]
+            for name in ("solved", "random0", "random1", "adapter0", "adapter1"):
+                assert lines[f"{run}/{name}"] == ["slurm/solve.sbatch", encoder, mask, name, "after", f"{run}/stage2"]
+            for name in ("probes", *KNOCKED):
+                assert lines[f"{run}/knockout-{name}"][1:] == [encoder, mask, name, "after", f"{run}/{name}"]
+        last = [*(f"knockout-{name}" for name in ("probes", *KNOCKED)), "adapter0", "adapter1"]
+        knockouts = [f"{encoder}-{mask}/{name}" for mask in ("causal", "bidirectional") for name in last]
         assert lines[f"{encoder}-report/report"] == ["slurm/report.sbatch", encoder, "after", *knockouts]
     tasks = [
         f"{encoder}-{mask}/vqa" for encoder in ("clip", "dinov2", "siglip") for mask in ("causal", "bidirectional")
@@ -96,10 +127,12 @@ def test_dry_run_prints_every_job_with_its_dependencies_and_submits_none(study):
 def test_jobs_have_their_dependencies_and_resources(study, tmp_path):
     _, calls = study(ENCODERS="clip", NODES="2", TASKS_PER_NODE="4", GRES="gpu:h100", PARTITION="fast", ACCOUNT="me")
     waits = [[word.partition("=")[2] for word in call if word.startswith("--dependency")] for call in calls]
-    assert waits == [[], ["afterok:1"], ["afterok:2"], ["afterok:3"], ["afterok:2"]] + [
-        *([], ["afterok:6"], ["afterok:7"], ["afterok:8"], ["afterok:7"], ["afterok:4:9"], ["afterok:5:10"])
-    ]
-    training, language, report = calls[1], calls[4], calls[10]
+    mask = lambda n: (
+        [[], [f"afterok:{n + 1}"], *[[f"afterok:{n + 2}"]] * 6] + [[f"afterok:{n + of}"] for of in (3, 4, 5, 6, 2)]
+    )  # stages; probes, solved and controls; knockouts of probes, solved and random LLMs; benchmarks
+    last = [n + of for n in (0, 13) for of in (9, 10, 11, 12, 7, 8)]
+    assert waits == [*mask(0), *mask(13), ["afterok:" + ":".join(map(str, last))], ["afterok:13:26"]]
+    training, language, report = calls[1], calls[12], calls[26]
     assert {"--nodes=1", "--ntasks-per-node=1", "--gres=gpu:h100:4", "--cpus-per-task=32"} <= {*language}
     assert {"--account=me", "--partition=fast", "--nodes=2", "--ntasks-per-node=4", "--gres=gpu:h100:4"} <= {*training}
     assert training[-3:] == ["slurm/stage2.sbatch", "clip", "causal"]
@@ -118,10 +151,11 @@ def test_finished_parts_and_queued_jobs_are_skipped(study, tmp_path):
     (runs / "clip-causal/stage1/hf").mkdir(parents=True)
     queue = {41: f"{ROOT}/{runs}/clip-causal/stage2", 42: "/elsewhere/clip-causal/probes", 43: f"{ROOT}/probes"}
     (tmp_path / "queue").write_text("".join(f"{number} {name}\n" for number, name in queue.items()))
-    done, calls = study(ENCODERS="clip", MASKS="causal", VQA_PYTHON="")
-    assert [call[-3] for call in calls[:-1]] == ["slurm/probes.sbatch", "slurm/knockout.sbatch"]
+    done, calls = study(ENCODERS="clip", MASKS="causal", VQA_PYTHON="", DRAWS="")
+    scripts = [next(word for word in call if word.startswith("slurm/")) for call in calls]
+    assert scripts == [f"slurm/{name}.sbatch" for name in ("probes", "solve", "knockout", "knockout", "report")]
     assert "--dependency=afterok:41" in calls[0] and "--kill-on-invalid-dep=yes" in calls[0]
-    assert "clip-causal/stage1             slurm/stage1.sbatch clip causal        finished" in done.stdout
+    assert "clip-causal/stage1                   slurm/stage1.sbatch clip causal" in done.stdout
 
 
 def test_missing_data_is_an_error_before_anything_is_submitted(study):

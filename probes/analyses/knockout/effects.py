@@ -18,7 +18,6 @@ from probes.results.probe_run import ProbeRun, read_tensors
 from .schema import BALANCE, CASE_KEYS, CONDITIONS, CONTROLS, GROUPS, SETS
 
 SPECIFICITY = "correct - incorrect"
-CONFUSED_SHARE = 0  # TO REMOVE with its uses in page.py and page.html.j2: there is no selection by region any more
 
 
 class Cases(NamedTuple):
@@ -173,8 +172,3 @@ def attention_entry(name: str, tensors: dict[str, Tensor], classes: list[str] | 
         "share": dict(zip(GROUPS, share.T.tolist(), strict=True)),
         "uniform": dict(zip(GROUPS, uniform.tolist(), strict=True)),
     }
-
-
-def min_confused_patches(run: ProbeRun) -> int:
-    """Return 1. TO REMOVE: claims read inference.py."""
-    return 1

@@ -105,7 +105,12 @@ def test_page_is_self_contained_and_every_figure_has_a_caption(page):
     claims = json.loads((page / "results.json").read_text())["claims"]
     assert f"{sum(claim['supported'] for claim in claims)} of {len(claims)} claims are supported" in html
     assert "hidden" not in re.sub(r"overflow: hidden|[Hh]idden.states?", "", html)
-    assert not re.search(r"(src|href)=\"(?!data:|#)", html) and "http" not in html
+    assert not re.search(r"src=\"(?!data:)", html) and "http" not in html
+    linked = re.findall(r"href=\"(?!#)(.*?)\" download", html)
+    assert len(linked) >= 10 and all((page / name).is_file() for name in linked), "downloads lie beside the page"
+    assert len(re.findall(r"href=\"", html)) == len(linked) + len(anchors := re.findall(r"href=\"#(.*?)\"", html))
+    ids = re.findall(r" id=\"(.*?)\"", html)
+    assert {*anchors} <= {*ids} and len(ids) == len({*ids})
     assert html.count("<figure") == html.count("<figcaption>") == html.count("<img") >= 5
     assert all(len(caption) > 40 for caption in re.findall(r"<figcaption>(.*?)</figcaption>", html, re.S))
     for name in ("layers", "starvation", "budget", "maps_causal"):

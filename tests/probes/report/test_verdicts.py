@@ -8,7 +8,7 @@ import torch
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.report.claims import evaluate_claims
 from probes.report.study import read_studies
-from probes.report.verdicts import beyond_draws, judge, path_column, unconverged
+from probes.report.verdicts import Effect, beyond_draws, judge, path_column, unconverged
 from probes.results.probe_run import ProbeRun
 
 TRAINED = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # accuracies at encoder, adapter, layers, final norm
@@ -53,8 +53,9 @@ def simulated(truth, spread, draws, images, generator):
     weights = bootstrap_weights(images, 400, seed=int(torch.randint(1 << 30, (1,), generator=generator)))
     means = [truth, *(spread * torch.randn(draws, generator=generator)).tolist()]
     samples = [mean + 0.5 * shared + 0.3 * torch.randn(images, generator=generator) for mean in means]
-    estimates = [(x.mean().item(), weights @ x / weights.sum(1)) for x in samples]
-    return estimates[0], estimates[1:]
+    one = lambda x: Effect({"": (x.mean().item(), weights @ x / weights.sum(1))}, {"images": images})
+    effects = [one(x) for x in samples]
+    return effects[0], effects[1:]
 
 
 @pytest.mark.parametrize(("spread", "draws"), [(0.0, 3), (0.05, 2), (0.05, 4), (0.3, 2), (0.3, 5)])
@@ -78,8 +79,8 @@ def test_the_bootstrap_alone_would_miss_the_draws():
     """The reason for the wider interval: a bootstrap over images covers far less than 95% if draws differ."""
     generator, covered = torch.Generator().manual_seed(0), 0
     for _ in range(STUDIES):
-        (value, resampled), draws = simulated(0.0, 0.3, 2, 50, generator)
-        difference = resampled - torch.stack([drawn for _, drawn in draws]).mean(0)
+        trained, draws = simulated(0.0, 0.3, 2, 50, generator)
+        difference = trained.estimate[1] - torch.stack([draw.estimate[1] for draw in draws]).mean(0)
         low, high = difference.quantile(torch.tensor([0.025, 0.975])).tolist()
         covered += low <= 0 <= high
     assert covered < 0.7 * STUDIES
@@ -122,3 +123,20 @@ def test_no_claim_is_supported_without_solved_probes_and_controls(write):
     assert claims and not any(claim["supported"] for claim in claims)
     assert {claim["verdicts"]["paper"]["verdict"] for claim in claims} == {"not converged"}
     assert {claim["holds"] for claim in claims} == {True}, "the interval alone, as the contract of results.json says"
+
+
+def test_classes_that_differ_widen_the_interval_and_missing_ones_are_left_out():
+    """Three classes with effects +1, 0, -1 in the trained model and none in two draws: the mean is no effect."""
+    generator = torch.Generator().manual_seed(0)
+    estimate = lambda value: (value, value + 0.01 * torch.randn(400, generator=generator))
+    counts = {"images": 50, "classes": 3}
+    trained = Effect({"a": estimate(1.0), "b": estimate(0.0), "c": estimate(-1.0), "d": estimate(5.0)}, counts)
+    draws = [Effect({name: estimate(0.0) for name in "abc"}, counts) for _ in range(2)]
+    value, (low, high) = beyond_draws(trained, draws)
+    assert value == pytest.approx(0, abs=0.01) and high - low == pytest.approx(2 * 4.303 / 3**0.5, rel=0.05)
+    same = trained._replace(by_unit={name: estimate(1.0) for name in "abc"})
+    assert judge(1, beyond_draws(same, draws)[1]) == "holds"
+    alike = same._replace(look_alikes={"a": 1, "b": 1, "c": 2})
+    assert beyond_draws(alike, draws)[0] == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="no class has enough cases"):
+        beyond_draws(trained, [draws[0]._replace(by_unit={"e": estimate(0.0)})] * 2)

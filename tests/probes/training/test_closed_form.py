@@ -160,3 +160,25 @@ def test_float32_sums_or_a_missing_pivot_lose_small_variances():
     plain = (plain_second / tokens - (plain_first / tokens) ** 2).item()
     assert form.scale.item() ** -2 == pytest.approx(variance, rel=1e-4)
     assert abs(plain / variance - 1) > 1, "else the pivot and the float64 sums would not be needed"
+
+
+def test_moments_stored_in_blocks_equal_whole_matrices(monkeypatch):
+    """A width of several blocks, the last one smaller; two folds, a shift, and the sum with other images."""
+    monkeypatch.setattr("probes.training.moments.BLOCK", 5)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(80, 13, generator=generator) + 3
+    labels = torch.nn.functional.one_hot(torch.randint(3, (80,), generator=generator), 3).double()
+    pivot = x[:40].mean(0)
+    one, other = Moments.zeros(pivot, 2, 3), Moments.zeros(pivot + 1, 2, 3)
+    assert one.second.shape == (2, 5 * 13 + 5 * 8 + 3 * 3)
+    one.update(x[:30], labels[:30], 0)
+    one.update(x[30:40], labels[30:40], 1)
+    other.update(x[40:], labels[40:], 1)
+    one.add(other)
+    one.shift(torch.zeros(13))
+    for fold, kept in ((None, x), (0, x[30:]), (1, x[:30])):
+        count, first, second = one.without(fold)
+        of = slice(None) if fold is None else slice(30, None) if fold == 0 else slice(30)
+        torch.testing.assert_close(count, labels[of].sum(0))
+        torch.testing.assert_close(first, labels[of].T @ x[of].double(), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(second, kept.double().T @ kept.double(), rtol=1e-5, atol=1e-3)

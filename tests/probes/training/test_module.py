@@ -11,6 +11,7 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tolerances import rounding
 
 from probes.cli import main
@@ -168,6 +169,23 @@ def test_label_stride_affects_training_only(checkpoints, segmentation, tmp_path)
         runs.append(ProbeRun(tmp_path / stride))
     assert torch.equal(runs[0].counts.labelled, runs[1].counts.labelled)
     assert not torch.equal(*(run.probes()["adapter"].head.weight for run in runs))
+
+
+def test_training_sized_by_steps_ends_and_decays_at_them(checkpoints, segmentation, tmp_path):
+    """configs/probes/folder.yaml: few images make many short epochs; validations and the rate follow the steps."""
+    more = ["-c", "configs/probes/folder.yaml", "--model.mllm", str(checkpoints["causal"]), "--data.num_workers", "0"]
+    more += ["--data.root", str(segmentation), "--trainer.max_steps", "12", "--trainer.val_check_interval", "4"]
+    more += ["--trainer.accelerator", "cpu", "--out", str(tmp_path)]
+    main(["fit", *more])
+    run = ProbeRun(tmp_path)
+    images = len(run.dataset("training"))
+    probe = run.metrics["probe"]
+    assert (probe["steps"], probe["validated_at"]) == (12, [4, 8, 12]) and images <= 64
+    assert probe["epochs"] == 12, "one batch holds all images"
+    assert all(len(entry["history"]) == 3 for entry in run.metrics["sites"])
+    events = EventAccumulator(str(tmp_path)).Reload()
+    rates = [event.value for event in events.Scalars("lr-AdamW")]
+    assert rates[0] == pytest.approx(1e-3, rel=0.2) and min(rates) < 2e-4
 
 
 def test_confusion_matches_the_counts(run):

@@ -1,0 +1,76 @@
+"""Join the claims of runs with several seeds: the unit is a training, not an image.
+
+The interval of a joint number is for the mean over seeds: Student's t over the values of the seeds, whose spread
+includes that of images where each seed has its own. It is never shorter than images alone would make it, as if all
+seeds shared them (the modification of Hartung and Knapp's interval by Roever, Knapp and Friede 2015).
+"""
+
+from typing import Any
+
+import scipy.stats
+import torch
+
+from .claims import CLAIMS
+from .study import Study
+from .verdicts import COLUMNS, HOLDS, column, no_verdict
+
+
+def joint_studies(studies: list[Study], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return for each model and dataset with several seeds: {"model", "dataset", "seeds", "claims"}.
+
+    Claims have the keys of `evaluate_claims` but "n" and "control"; each column has "by_seed", the values of the seeds.
+    """
+    groups: dict[tuple[str, str], list[tuple[Study, dict[str, Any]]]] = {}
+    for study, result in zip(studies, results, strict=True):
+        if study.seed is not None:
+            groups.setdefault((study.name, study.dataset), []).append((study, result))
+    return [
+        {"model": model, "dataset": dataset, "seeds": [study.seed for study, _ in members]}
+        | {"claims": _joint_claims({study.seed: result["claims"] for study, result in members})}
+        for (model, dataset), members in groups.items()
+    ]
+
+
+def _joint_claims(claims_by_seed: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return the claims that all seeds have."""
+    by_key = [{(c["claim"], c["image_attention"]): c for c in claims} for claims in claims_by_seed.values()]
+    joint = []
+    for claim, mask in by_key[0]:
+        if any((claim, mask) not in claims for claims in by_key):
+            continue
+        entries = {seed: claims[claim, mask] for seed, claims in zip(claims_by_seed, by_key, strict=True)}
+        sign, text = CLAIMS[claim]
+        main = _join(sign, {seed: entry for seed, entry in entries.items()})
+        verdicts = {name: _join(sign, {s: e["verdicts"][name] for s, e in entries.items()}) for name in COLUMNS}
+        joint.append(
+            {"claim": claim, "image_attention": mask, "text": text}
+            | {"value": main["value"], "ci95": main["ci95"], "holds": main["verdict"] == HOLDS, "verdicts": verdicts}
+            | {"supported": all(entry["verdict"] == HOLDS for entry in verdicts.values())}
+            | {"n": {"seeds": len(entries)}}
+        )
+    return joint
+
+
+def _join(sign: int, by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Return the column of all seeds; without a verdict if a seed has none."""
+    values = {seed: entry["value"] for seed, entry in by_seed.items()}
+    if None in values.values():
+        return _without_verdict(by_seed) | {"by_seed": values}
+    value, ci95 = mean_over_seeds([(entry["value"], entry["ci95"]) for entry in by_seed.values()])
+    if any("reason" in entry for entry in by_seed.values()):
+        return _without_verdict(by_seed) | {"value": value, "ci95": ci95, "by_seed": values}
+    return column(sign, value, ci95, by_seed=values)
+
+
+def _without_verdict(by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    seed, entry = next((seed, entry) for seed, entry in by_seed.items() if "reason" in entry)
+    return no_verdict(entry["verdict"], f"seed {seed}: {entry['reason']}")
+
+
+def mean_over_seeds(estimates: list[tuple[float, list[float]]]) -> tuple[float, list[float]]:
+    """Return the mean of the values and its 95% interval, from values with their intervals over images."""
+    values = torch.tensor([value for value, _ in estimates], dtype=torch.float64)
+    halves = torch.tensor([(high - low) / 2 for _, (low, high) in estimates], dtype=torch.float64)
+    of_seeds = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std().item() / len(values) ** 0.5
+    half, value = max(of_seeds, halves.square().mean().sqrt().item()), values.mean().item()
+    return value, [value - half, value + half]

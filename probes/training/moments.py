@@ -50,7 +50,7 @@ class Moments:
         x = states.to(self.pivot) - self.pivot
         weighted = x * labels.sum(1, keepdim=True).float()
         self.count[fold] += labels.sum(0)
-        with _full_precision():
+        with full_precision():
             self.first[fold] += labels.T.float() @ x
             for start in range(0, x.shape[1], BLOCK):
                 rows = slice(start, start + BLOCK)
@@ -84,7 +84,7 @@ class Moments:
         return count, first, upper + upper.triu(1).T
 
 
-class _full_precision:
+class full_precision:
     """Compute float32 products without TF32, whose 10 bits would limit the smallest eigenvalue that is found."""
 
     def __enter__(self):

@@ -95,46 +95,19 @@ def solve_moments(
         shrink_to: D, the target of the shrinkage: "diagonal", or "trace" for one variance for all channels.
     """
     total = count.sum()
+    seen = count > 0
     overall = first.sum(0) / total
-    means, within = class_means(count, first, second)
-    log_prior = torch.where(count > 0, count, 0.5).log() - total.log()
-    square = second.diagonal() / total + (pivot.double() + overall).square()
-    return discriminants(means - overall, log_prior, within, square, pivot.double() + overall, shrink_to)
-
-
-def class_means(count: Tensor, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the means f64[K, d] of the states less the pivot, and W f64[d, d]; unseen classes have the overall mean.
-
-    The arguments are those of :func:`solve_moments`.
-    """
-    total = count.sum()
-    means = torch.where((count > 0)[:, None], first / count.clamp(min=1e-30)[:, None], first.sum(0) / total)
-    return means, second / total - (means * (count / total)[:, None]).T @ means
-
-
-def discriminants(
-    centred: Tensor,
-    log_prior: Tensor,
-    within: Tensor,
-    square: Tensor,
-    mean: Tensor,
-    shrink_to: Literal["diagonal", "trace"] = "diagonal",
-) -> ClosedForm:
-    """Return the discriminants of classes with a common covariance.
-
-    Args:
-        centred: f64[K, d], mu_k - mu.
-        log_prior: f64[K].
-        within: f64[d, d], W.
-        square: f64[d], the mean square of each channel, against which its variance is found to be zero.
-        mean: f64[d], mu.
-        shrink_to: As for :func:`solve_moments`.
-    """
+    means = torch.where(seen[:, None], first / count.clamp(min=1e-30)[:, None], overall)
+    within = second / total - (means * (count / total)[:, None]).T @ means
     variance = within.diagonal()
+    square = second.diagonal() / total + (pivot.double() + overall).square()
     alive = variance > DEAD * square
     if shrink_to == "trace":
         variance = torch.where(alive, variance, 0).sum().div(alive.sum().clamp(min=1)).expand_as(variance)
     scale = torch.where(alive, variance.clamp(min=1e-300).rsqrt(), 0)
     spectrum, basis = torch.linalg.eigh(scale[:, None] * within * scale)
-    parts = (mean, scale, basis, spectrum.clamp(min=0), (centred * scale) @ basis, log_prior)
+    directions = ((means - overall) * scale) @ basis
+    log_prior = torch.where(seen, count, 0.5).log() - total.log()
+    mean = pivot.double() + overall
+    parts = (mean, scale, basis, spectrum.clamp(min=0), directions, log_prior)
     return ClosedForm(*(part.contiguous() for part in parts))  # eigh's basis is not, and is sent between processes

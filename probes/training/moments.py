@@ -50,7 +50,7 @@ class Moments:
         x = states.to(self.pivot) - self.pivot
         weighted = x * labels.sum(1, keepdim=True).float()
         self.count[fold] += labels.sum(0)
-        with full_precision():
+        with _full_precision():
             self.first[fold] += labels.T.float() @ x
             for start in range(0, x.shape[1], BLOCK):
                 rows = slice(start, start + BLOCK)
@@ -78,13 +78,16 @@ class Moments:
 
     def without(self, fold: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return N f64[K], S f64[K, d] and Q f64[d, d] of all folds but one; of all for None."""
-        kept = [i for i in range(len(self.count)) if i != fold]
-        count, first = self.count[kept].sum(0), self.first[kept].sum(0)
-        upper = sum((self.second[i] for i in kept[1:]), self.second[kept[0]]).triu()
+        return self.sum_over([i for i in range(len(self.count)) if i != fold])
+
+    def sum_over(self, folds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return N f64[K], S f64[K, d] and Q f64[d, d] of some folds."""
+        count, first = self.count[folds].sum(0), self.first[folds].sum(0)
+        upper = sum((self.second[i] for i in folds[1:]), self.second[folds[0]]).triu()
         return count, first, upper + upper.triu(1).T
 
 
-class full_precision:
+class _full_precision:
     """Compute float32 products without TF32, whose 10 bits would limit the smallest eigenvalue that is found."""
 
     def __enter__(self):

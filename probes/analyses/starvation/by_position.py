@@ -5,8 +5,12 @@ that a shared probe can serve them badly although they have the information. Two
 same moments of the training split, differ in nothing but the sharing (probes/training/position_probes.py):
 
     shared     one discriminant for all positions
-    own        a discriminant for each position, with class means and frequencies of its own
+    own        a discriminant for each position: its own class means, covariance and class frequencies, shrunk
+               towards those of all positions
     read_out   the gap under "shared" minus the gap under "own": what a shared probe adds to it
+
+Strength and shrinkage are chosen by cross-validation over training images. Where memory has no room for a covariance
+per position, only the first rows have probes of their own, at least two.
 
 Both are also read at the adapter, whose states no mask has touched yet: a gap there comes from training, not from
 attention.
@@ -27,18 +31,12 @@ from llava_bidir.common.errors import UserError
 from probes.data.available_memory import available_memory
 from probes.data.batches import PreprocessedDataset, collate, group_by_mask_size
 from probes.data.samplers import assign_folds, fold_batches
+from probes.evaluation.metrics import IGNORE_INDEX
 from probes.models.sites import ADAPTER
-from probes.ops.cross_entropy import soft_labels
+from probes.ops.cross_entropy import soft_labels, subsample, upsampled_cross_entropy
 from probes.results.probe_run import ProbeRun
-from probes.training.position_probes import (
-    SHRINKAGES,
-    STRENGTHS,
-    PositionMoments,
-    PositionProbes,
-    choose,
-    solve_positions,
-    token_losses,
-)
+from probes.training.closed_form import STRENGTHS as ALL_STRENGTHS
+from probes.training.position_probes import PositionMoments, PositionProbes
 
 from .patch_accuracy import CountsByMask, PatchCounts, accuracy_gap, count_patches, patch_accuracy
 
@@ -47,26 +45,30 @@ if TYPE_CHECKING:  # a report needs no model
 
 FOLDS = 4  # the default of `probes solve`
 BATCH_SIZE = 32  # images per forward
-KINDS = {"shared": SHRINKAGES[-1:], "own": SHRINKAGES}  # shrinkages to choose from
+STRENGTHS = ALL_STRENGTHS[::4]  # decades: with each, every shrinkage is scored
+# s of position_probes.py; not 0, since a position whose pixels are all ignored has no moments of its own.
+SHRINKAGES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+KINDS = {"shared": SHRINKAGES[-1:], "own": SHRINKAGES}  # to choose from
 
-Batch = tuple[int, dict[str, Tensor], Tensor]  # fold, states f[B, T, d] by site, soft labels f64[B, T, K]
+Batch = tuple[int, dict[str, Tensor], list[Tensor]]  # fold, states f[B, T, d] by site, masks uint8[H, W]
 
 
 def position_results(runs: dict[str, ProbeRun], site: str, weights: Tensor, seed: int = 0) -> dict[str, Any]:
     """Return "by_position" of starvation.json, from bootstrap weights f[R, N].
 
     Returns:
-        {"folds", "strengths", "shrinkages": what was chosen from; "sites": entries of `site` and of the adapter}. An
-        entry is {"site", "shared", "own": each {"causal", "bidirectional", "gap", "gap_ci95": by patch, "first_row"};
-        "read_out": {"gap", "gap_ci95", "first_row"}, shared minus own; "chosen": by mask and probe "strength",
-        "shrinkage" by patch, and "cv_cross_entropy" in nats per pixel}.
+        {"folds", "strengths", "shrinkages": what was chosen from; "positions": the first ones, which have probes of
+        their own; "sites": entries of `site` and of the adapter}. An entry is {"site", "shared", "own": each {"causal",
+        "bidirectional", "gap", "gap_ci95": by patch, "first_row"}; "read_out": {"gap", "gap_ci95", "first_row"}, shared
+        minus own; "chosen": by mask and probe "strength", "shrinkage" and "cv_cross_entropy" in nats per pixel}.
     """
     sites, columns = list(dict.fromkeys([site, ADAPTER])), runs["causal"].metrics["grid"][1]
     counts: dict[tuple[str, str], CountsByMask] = {(s, kind): {} for s in sites for kind in KINDS}
     chosen: dict[str, dict[str, Any]] = {s: {} for s in sites}
     for mask, run in runs.items():
         mllm = run.mllm()
-        probes, settings = solve_probes(run, mllm, sites, seed)
+        positions = count_positions(mllm, sites, len(run.metrics["classes"]))
+        probes, settings = solve_probes(run, mllm, sites, positions, seed)
         pairs, title = [(s, probes[s, kind]) for s, kind in counts], f"validation images, {mask}"
         for key, found in zip(counts, count_patches(mllm, run.dataset(), pairs, title, BATCH_SIZE), strict=True):
             counts[key][mask] = found
@@ -78,7 +80,8 @@ def position_results(runs: dict[str, ProbeRun], site: str, weights: Tensor, seed
         entry = {kind: _split(accuracy_gap(*patch_accuracy(found, weights))) for kind, found in by_kind.items()}
         read_out = _read_out(by_kind["shared"], by_kind["own"], weights)
         entries.append({"site": s, **entry, "read_out": _split(read_out), "chosen": chosen[s]})
-    return {"folds": FOLDS, "strengths": list(STRENGTHS), "shrinkages": list(SHRINKAGES), "sites": entries}
+    choices = {"folds": FOLDS, "strengths": list(STRENGTHS), "shrinkages": list(SHRINKAGES)}
+    return {**choices, "positions": positions, "sites": entries}
 
 
 def own_probe_effects(starvation: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -96,87 +99,100 @@ def own_probe_effects(starvation: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 # -------------------------------------------------------------------------------------------------------------- probes
-def solve_probes(
-    run: ProbeRun, mllm: "FrozenMLLM", sites: list[str], seed: int
-) -> tuple[dict[tuple[str, str], PositionProbes], dict[tuple[str, str], dict[str, Any]]]:
-    """Return the probes by site and kind ("shared", "own"), and what was chosen for each; see `position_results`.
+def count_positions(mllm: "FrozenMLLM", sites: list[str], classes: int) -> int:
+    """Return the number of positions whose moments fit into half of the memory: all, or those of the first rows.
 
-    Two passes over the training images: moments of all folds, then the losses of each fold under the probes of the
-    others.
+    Raises:
+        UserError: Not even two rows fit; pixels of the first row are interpolated between both.
     """
-    training = run.dataset("training")
+    rows, columns = mllm.grid
+    row = 8 * FOLDS * columns * sum(mllm.widths[site] * (mllm.widths[site] + classes) for site in sites)
+    available = torch.cuda.mem_get_info(mllm.device)[0] if mllm.device.type == "cuda" else available_memory()
+    fit = min(rows, int(available / 2 / row))
+    if fit < min(rows, 2):
+        raise UserError(
+            f"--own-probe needs {2 * row / 1e9:.3g} GB for probes of the first two rows at {' and '.join(sites)}, but "
+            f"only half of {available / 1e9:.3g} GB may be used; use a machine with more memory"
+        )
+    return fit * columns
+
+
+def solve_probes(
+    run: ProbeRun, mllm: "FrozenMLLM", sites: list[str], positions: int, seed: int
+) -> tuple[dict[tuple[str, str], PositionProbes], dict[tuple[str, str], dict[str, Any]]]:
+    """Return the probes by site and kind ("shared", "own"), and what was chosen for each.
+
+    Two passes over the training images: moments of all folds, then the loss of each fold under the probes of the
+    others. Strength and shrinkage are those of the lowest loss.
+    """
+    training, stride = run.dataset("training"), run.manifest["config"].get("label_stride") or 1
     fold_of = assign_folds(len(training), FOLDS, seed, training.groups)
-    moments = sum_moments(training_batches(run, mllm, sites, fold_of))
-    losses = cross_validate(training_batches(run, mllm, sites, fold_of), moments)
+    batches = lambda: training_batches(run, mllm, sites, fold_of)
+    moments = sum_moments(batches(), mllm, positions, len(run.metrics["classes"]), stride)
+    losses, pixels = cross_validate(batches(), mllm, moments, stride)
     probes, settings = {}, {}
     for site, sums in moments.items():
         for kind, shrinkages in KINDS.items():
             found = losses[site][-len(shrinkages) :]
-            strength, chosen = choose(found)
-            loss = found[chosen, strength, torch.arange(len(chosen))].sum() / sums.count.sum().cpu()
-            probes[site, kind] = PositionProbes.solve(sums, STRENGTHS[strength], shrinkages, chosen)
-            settings[site, kind] = {
-                "strength": STRENGTHS[strength],
-                "shrinkage": [shrinkages[i] for i in chosen],
-                "cv_cross_entropy": loss.item(),
-            }
+            shrinkage, strength = divmod(int(found.argmin()), len(STRENGTHS))
+            settings[site, kind] = {"strength": STRENGTHS[strength], "shrinkage": shrinkages[shrinkage]}
+            settings[site, kind]["cv_cross_entropy"] = found.min().item() / pixels
+            solved = sums.solve([STRENGTHS[strength]], shrinkages[shrinkage])
+            probes[site, kind] = PositionProbes(solved.pivot, solved.weights[0], solved.bias[0])
     return probes, settings
 
 
 def training_batches(run: ProbeRun, mllm: "FrozenMLLM", sites: list[str], fold_of: Tensor) -> Iterator[Batch]:
-    """Yield the training images of a run, fold by fold, with the label stride of its probes."""
+    """Yield the training images of a run, fold by fold."""
     images = PreprocessedDataset(run.dataset("training"), mllm.preprocess)
-    classes, stride = len(run.metrics["classes"]), run.manifest["config"].get("label_stride") or 1
     loader = DataLoader(images, batch_sampler=fold_batches(fold_of, BATCH_SIZE), collate_fn=collate)
     for batch in tqdm(loader, desc=f"training images, {run.metrics['image_attention']}", mininterval=5):
-        target = batch["target"]
-        labels = torch.empty(len(target), mllm.grid[0] * mllm.grid[1], classes, dtype=torch.double, device=mllm.device)
+        yield int(fold_of[batch["index"][0]]), mllm.states(batch["pixels"], sites), batch["target"]
+
+
+def sum_moments(
+    batches: Iterator[Batch], mllm: "FrozenMLLM", positions: int, classes: int, stride: int
+) -> dict[str, PositionMoments]:
+    """Return the moments of each site, from the pixels that a label stride leaves."""
+    moments: dict[str, PositionMoments] = {}
+    tokens = mllm.grid[0] * mllm.grid[1]
+    for fold, states, target in batches:
+        labels = torch.empty(len(target), tokens, classes, dtype=torch.double, device=mllm.device)
         for chosen, masks in group_by_mask_size(target):
             view = mllm.geometry.view(tuple(masks.shape[-2:]))
             labels[chosen] = soft_labels(masks.to(mllm.device), classes, mllm.grid, view=view, label_stride=stride)
-        yield int(fold_of[batch["index"][0]]), mllm.states(batch["pixels"], sites), labels
-
-
-def sum_moments(batches: Iterator[Batch]) -> dict[str, PositionMoments]:
-    """Return the moments of each site."""
-    moments: dict[str, PositionMoments] = {}
-    for fold, states, labels in batches:
-        if not moments:
-            _check_memory(states, labels)
         for site, x in states.items():
             if site not in moments:
-                moments[site] = PositionMoments.zeros(x.flatten(0, 1).float().mean(0), FOLDS, *labels.shape[1:])
+                pivot = x.flatten(0, 1).float().mean(0)
+                moments[site] = PositionMoments(pivot, FOLDS, tokens, positions, classes)
             moments[site].update(x, labels, fold)
     return moments
 
 
-def _check_memory(states: dict[str, Tensor], labels: Tensor) -> None:
-    """Raise a UserError if the moments and the probes of a fold do not fit into memory."""
-    cells, device = labels.shape[1] * labels.shape[2], labels.device
-    # For each site f64 sums by fold and a set of probes per shrinkage; at most as much again while they are solved.
-    numbers = sum(2 * (FOLDS + len(SHRINKAGES)) * x.shape[-1] * (x.shape[-1] + cells) for x in states.values())
-    available = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    if 8 * numbers > 0.8 * available:
-        raise UserError(
-            f"--own-probe needs {8 * numbers / 1e9:.3g} GB for a probe per position at {' and '.join(states)}, but "
-            f"{available / 1e9:.3g} GB are available; use a machine with more memory, or leave out --own-probe"
-        )
+@torch.no_grad()
+def cross_validate(
+    batches: Iterator[Batch], mllm: "FrozenMLLM", moments: dict[str, PositionMoments], stride: int
+) -> tuple[dict[str, Tensor], int]:
+    """Return the summed losses of each site by shrinkage and strength, f64[S, R], and the number of pixels.
 
-
-def cross_validate(batches: Iterator[Batch], moments: dict[str, PositionMoments]) -> dict[str, Tensor]:
-    """Return the summed losses f64[S, R, T] of each site, every image under the probes of the other folds."""
-    losses = {site: [0.0] * len(SHRINKAGES) for site in moments}
-    current, forms = None, {}
-    for fold, states, labels in batches:
+    Every image is scored by the probes of the other folds, with the loss of `probes solve`.
+    """
+    losses = {site: torch.zeros(len(SHRINKAGES), len(STRENGTHS), dtype=torch.double) for site in moments}
+    current, probes, pixels = None, {}, 0
+    for fold, states, target in batches:
         if fold != current:  # folds come one after the other, so that the probes of one are in memory at a time
-            forms, current = {}, fold
+            current = fold
             for site, sums in moments.items():
-                arguments = *sums.without(fold), sums.pooled.pivot
-                forms[site] = [solve_positions(*arguments, shrinkage) for shrinkage in SHRINKAGES]
-        for site, x in states.items():
-            for i, form in enumerate(forms[site]):
-                losses[site][i] += token_losses(form, STRENGTHS, x, labels)
-    return {site: torch.stack(values).cpu() for site, values in losses.items()}
+                probes[site] = [sums.solve(STRENGTHS, shrinkage, fold) for shrinkage in SHRINKAGES]
+        for chosen, masks in group_by_mask_size(target):
+            view, masks = mllm.geometry.view(tuple(masks.shape[-2:])), masks.to(mllm.device)
+            options = {"view": view, "label_stride": stride, "reduction": "sum"}
+            pixels += int((subsample(masks, stride) != IGNORE_INDEX).sum())
+            for site, x in states.items():
+                for i, probe in enumerate(probes[site]):
+                    logits = probe(x[chosen]).transpose(-1, -2).unflatten(-1, mllm.grid)
+                    losses[site][i] += upsampled_cross_entropy(logits, masks, **options).cpu().double()
+    return losses, pixels
 
 
 # ------------------------------------------------------------------------------------------------------------- results

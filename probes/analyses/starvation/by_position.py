@@ -65,9 +65,10 @@ def position_results(runs: dict[str, ProbeRun], site: str, weights: Tensor, seed
     sites, columns = list(dict.fromkeys([site, ADAPTER])), runs["causal"].metrics["grid"][1]
     counts: dict[tuple[str, str], CountsByMask] = {(s, kind): {} for s in sites for kind in KINDS}
     chosen: dict[str, dict[str, Any]] = {s: {} for s in sites}
+    positions = None
     for mask, run in runs.items():
         mllm = run.mllm()
-        positions = count_positions(mllm, sites, len(run.metrics["classes"]))
+        positions = positions or count_positions(mllm, sites, len(run.metrics["classes"]))
         probes, settings = solve_probes(run, mllm, sites, positions, seed)
         pairs, title = [(s, probes[s, kind]) for s, kind in counts], f"validation images, {mask}"
         for key, found in zip(counts, count_patches(mllm, run.dataset(), pairs, title, BATCH_SIZE), strict=True):

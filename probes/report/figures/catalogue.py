@@ -120,9 +120,9 @@ def _starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None)
         yield ReportFigure(
             "starvation_dummy_tokens", STARVATION, "Accuracy gap with dummy tokens",
             "The gap of the first patches as measured, and with tokens without information before the image (number: "
-            f"{dummy['tokens']}). If the gap shrinks because causal accuracy rises, early patches lacked an attention sink, not "
-            "context. A fall can be the frozen probe's, which has never read states after such a prompt. Change of "
-            f"accuracy at patch 0: {', '.join(changes)}. {INTERVALS}",
+            f"{dummy['tokens']}). If the gap shrinks because causal accuracy rises, early patches lacked an attention "
+            "sink, not context. A fall can be the frozen probe's, which has never read states after such a prompt. "
+            f"Change of accuracy at patch 0: {', '.join(changes)}. {INTERVALS}",
             starvation.compare_gaps(analysis, dummy, ("measured", "with dummy tokens"), "with_tokens"))  # fmt: skip
     for flip in analysis.get("flips", []) if analysis else ():
         accuracies = (f"{mask} {mean(analysis[mask]):.0%} → {mean(flip[mask]):.0%}" for mask in MASKS)

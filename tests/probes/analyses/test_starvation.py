@@ -22,7 +22,7 @@ from probes.analyses.starvation.by_position import (
 )
 from probes.analyses.starvation.dummy_tokens import add_dummy_tokens
 from probes.analyses.starvation.flipped import FLIP_AXES, FlippedDataset, flip_results, flipped_positions, score_patches
-from probes.analyses.starvation.patch_accuracy import PatchCounts, accuracy_gap, patch_accuracy
+from probes.analyses.starvation.patch_accuracy import PatchCounts, accuracy_gap, first_gaps, patch_accuracy
 from probes.analyses.starvation.run import gap_estimates, starvation
 from probes.cli import main
 from probes.models.frozen_mllm import FrozenMLLM
@@ -149,6 +149,15 @@ def check_dummy_tokens(results: dict, out: str) -> None:
 
 def test_older_results_have_no_own_probe(runs):
     assert own_probe_effects(starvation(runs["causal"], runs["bidirectional"], "layer_01")) == {}
+
+
+def test_first_gaps_are_of_patch_0_and_of_the_first_row():
+    counts = random_counts(torch.linspace(0.3, 0.0, T, dtype=torch.double))
+    estimates = first_gaps(counts, bootstrap_weights(N, 200).double(), columns=4)
+    assert estimates["starvation"][0] == pytest.approx(0.3, abs=0.01)
+    assert estimates["starvation_first_row"][0] == pytest.approx(0.27, abs=0.01)
+    for value, resampled in estimates.values():
+        assert resampled.shape == (200,) and resampled.mean().item() == pytest.approx(value, abs=0.005)
 
 
 def test_estimates_are_those_of_the_results(runs):

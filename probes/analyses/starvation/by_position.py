@@ -32,12 +32,12 @@ from probes.data.available_memory import available_memory
 from probes.data.batches import PreprocessedDataset, collate, group_by_mask_size
 from probes.data.samplers import assign_folds, fold_batches
 from probes.evaluation.metrics import IGNORE_INDEX
-from probes.models.sites import ADAPTER
 from probes.ops.cross_entropy import soft_labels, subsample, upsampled_cross_entropy
 from probes.results.probe_run import ProbeRun
 from probes.training.closed_form import STRENGTHS as ALL_STRENGTHS
 from probes.training.position_probes import PositionMoments, PositionProbes
 
+from .dummy_tokens import load_with_tokens
 from .patch_accuracy import CountsByMask, PatchCounts, accuracy_gap, count_patches, patch_accuracy
 
 if TYPE_CHECKING:  # a report needs no model
@@ -53,21 +53,30 @@ KINDS = {"shared": SHRINKAGES[-1:], "own": SHRINKAGES}  # to choose from
 Batch = tuple[int, dict[str, Tensor], list[Tensor]]  # fold, states f[B, T, d] by site, masks uint8[H, W]
 
 
-def position_results(runs: dict[str, ProbeRun], site: str, weights: Tensor, seed: int = 0) -> dict[str, Any]:
-    """Return "by_position" of starvation.json, from bootstrap weights f[R, N].
+def position_results(
+    runs: dict[str, ProbeRun], sites: list[str], weights: Tensor, seed: int = 0, dummy_tokens: int = 0
+) -> dict[str, Any]:
+    """Return "by_position" of starvation.json.
+
+    Args:
+        runs: The runs by mask.
+        sites: Sites to read, without duplicates.
+        weights: Of the bootstrap, f[R, N].
+        seed: Seed of the folds.
+        dummy_tokens: Tokens to insert before the image, in training images too.
 
     Returns:
         {"folds", "strengths", "shrinkages": what was chosen from; "positions": the first ones, which have probes of
-        their own; "sites": entries of `site` and of the adapter}. An entry is {"site", "shared", "own": each {"causal",
+        their own; "sites": an entry for each}. An entry is {"site", "shared", "own": each {"causal",
         "bidirectional", "gap", "gap_ci95": by patch, "first_row"}; "read_out": {"gap", "gap_ci95", "first_row"}, shared
         minus own; "chosen": by mask and probe "strength", "shrinkage" and "cv_cross_entropy" in nats per pixel}.
     """
-    sites, columns = list(dict.fromkeys([site, ADAPTER])), runs["causal"].metrics["grid"][1]
+    columns = runs["causal"].metrics["grid"][1]
     counts: dict[tuple[str, str], CountsByMask] = {(s, kind): {} for s in sites for kind in KINDS}
     chosen: dict[str, dict[str, Any]] = {s: {} for s in sites}
     positions = None
     for mask, run in runs.items():
-        mllm = run.mllm()
+        mllm = load_with_tokens(run, dummy_tokens)
         positions = positions or count_positions(mllm, sites, len(run.metrics["classes"]))
         probes, settings = solve_probes(run, mllm, sites, positions, seed)
         pairs, title = [(s, probes[s, kind]) for s, kind in counts], f"validation images, {mask}"

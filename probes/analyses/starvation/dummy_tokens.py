@@ -5,8 +5,9 @@ of a sink, tokens without any information about the image help them as much as o
 context, such tokens change nothing.
 
 The tokens repeat the prompt's last token. It is what the model has seen right before every image, so patch 0 follows
-the token that it is used to, and no other kind of token enters. The frozen probes of both runs stay as they are. Under
-bidirectional attention no patch starves: its change is that of probes which read states with another prompt.
+the token that it is used to, and no other kind of token enters. The frozen probes of both runs stay as they are,
+although they have never read states after this prompt: a gain speaks for a sink, but a loss can be the probes'. With
+--own-probe, the probes of by_position.py are therefore solved once more, on states of training images with the tokens.
 
 The prompt itself, system prompt and BOS token included, is a sink already. A null result therefore says that more
 tokens do not help, not that sinks do not matter.
@@ -14,16 +15,20 @@ tokens do not help, not that sinks do not matter.
 Shapes: N images, T patches, R resamplings.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from llava_bidir.common.bootstrap import interval
 from llava_bidir.common.errors import UserError
-from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.sites import layer_site
 from probes.results.probe_run import ProbeRun
 
 from .patch_accuracy import CountsByMask, PatchCounts, accuracy_gap, count_patches, patch_accuracy, pooled_gap
+
+if TYPE_CHECKING:  # a report needs no model
+    from probes.models.frozen_mllm import FrozenMLLM
 
 
 def dummy_token_results(
@@ -33,7 +38,8 @@ def dummy_token_results(
 
     Returns:
         {"tokens"; "causal", "bidirectional", "gap", "gap_ci95": by patch, with the tokens; "first_row": the same;
-        "change": by mask {"patch_0", "first_row": {"value", "ci95"}}, accuracy with minus without the tokens}
+        "change": by mask {"patch_0", "first_row": {"value", "ci95"}}, accuracy with minus without the tokens}.
+        `starvation` adds "by_position", see the docstring of the module.
 
     Raises:
         UserError: `tokens` is not positive, a prompt has no token to repeat, or the tokens do not reach the LLM.
@@ -52,14 +58,20 @@ def dummy_token_results(
 
 def score_with_tokens(run: ProbeRun, site: str, tokens: int) -> PatchCounts:
     """Return the counts of a run's frozen probe with dummy tokens before the image."""
-    mllm, dataset = run.mllm(), run.dataset()
-    pixels = mllm.preprocess([dataset[0]["image"]])
-    add_dummy_tokens(mllm, tokens, pixels)
+    mllm = load_with_tokens(run, tokens)
     probe, title = run.probes()[site].to(mllm.device), f"dummy tokens, {run.metrics['image_attention']}"
-    return count_patches(mllm, dataset, [(site, probe)], title)[0]
+    return count_patches(mllm, run.dataset(), [(site, probe)], title)[0]
 
 
-def add_dummy_tokens(mllm: FrozenMLLM, tokens: int, pixels: Tensor) -> None:
+def load_with_tokens(run: ProbeRun, tokens: int) -> "FrozenMLLM":
+    """Load the model of a run, with dummy tokens before the image if `tokens` is not 0."""
+    mllm = run.mllm()
+    if tokens:
+        add_dummy_tokens(mllm, tokens, mllm.preprocess([run.dataset()[0]["image"]]))
+    return mllm
+
+
+def add_dummy_tokens(mllm: "FrozenMLLM", tokens: int, pixels: Tensor) -> None:
     """Repeat the last token before the image, and check that patch 0 attends to all repetitions.
 
     Args:

@@ -21,6 +21,7 @@ from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.evaluation.metrics import peak_layer
+from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
 
 from .by_class import class_results
@@ -78,9 +79,13 @@ def starvation(
     if flips:
         results["flips"] = [flip_results(runs, site, flip, counts, weights) for flip in flips]
     if own_probe:
-        results["by_position"] = position_results(runs, site, weights, seed)
+        sites = list(dict.fromkeys([site, ADAPTER]))
+        results["by_position"] = position_results(runs, sites, weights, seed)
     if dummy_tokens:
         results["dummy_tokens"] = dummy_token_results(runs, site, dummy_tokens, counts, weights)
+    if own_probe and dummy_tokens:
+        by_position = position_results(runs, [site], weights, seed, dummy_tokens)
+        results["dummy_tokens"]["by_position"] = by_position
     return results
 
 
@@ -148,6 +153,9 @@ def run(args: argparse.Namespace) -> None:
             patch, row = (_format_points(change[key]["value"], change[key]["ci95"]) for key in ("patch_0", "first_row"))
             print(f"{dummy['tokens']} dummy tokens before the image, {mask}: patch 0 {patch}, first row {row}")
         print(f"first row with dummy tokens: {_format_gap(dummy['first_row'])}")
+        if args.own_probe:
+            print("with dummy tokens, and probes solved with them:")
+            _print_probes(dummy["by_position"]["sites"][0])
 
 
 def _print_probes(entry: dict) -> None:

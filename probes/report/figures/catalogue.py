@@ -124,6 +124,12 @@ def _starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None)
             "sink, not context. A fall can be the frozen probe's, which has never read states after such a prompt. "
             f"Change of accuracy at patch 0: {', '.join(changes)}. {INTERVALS}",
             starvation.compare_gaps(analysis, dummy, ("measured", "with dummy tokens"), "with_tokens"))  # fmt: skip
+        if "by_position" in dummy:
+            yield ReportFigure(
+                "starvation_dummy_own_probe", STARVATION, "The same with probes solved after dummy tokens",
+                "The gap of the first patches when the probes, too, are solved from states with the tokens before the "
+                f"image: one for all positions, and one for each. {INTERVALS}",
+                starvation.own_probe_gaps(dummy["by_position"]), "half")  # fmt: skip
     for flip in analysis.get("flips", []) if analysis else ():
         accuracies = (f"{mask} {mean(analysis[mask]):.0%} → {mean(flip[mask]):.0%}" for mask in MASKS)
         yield ReportFigure(

@@ -144,6 +144,10 @@ def check_dummy_tokens(results: dict, out: str) -> None:
         assert change["patch_0"]["value"] == pytest.approx(dummy[mask][0] - results[mask][0])
         assert change["first_row"]["value"] == pytest.approx(dummy["first_row"][mask] - results["first_row"][mask])
         low, high = change["patch_0"]["ci95"]
+        own = dummy["by_position"]["sites"]
+        assert [entry["site"] for entry in own] == ["layer_01"]
+        chosen = lambda entry: entry["chosen"]["causal"]["shared"]["cv_cross_entropy"]
+        assert chosen(own[0]) != chosen(results["by_position"]["sites"][0]), "other states"
         assert low <= high and f"2 dummy tokens before the image, {mask}: patch 0" in out
 
 

@@ -87,7 +87,8 @@ def test_starvation_of_an_older_version_has_its_figures(runs):
     result = json.load(open(f"{runs[1]}/starvation.json"))
     names = lambda analysis: [figure.name for figure in _starvation_figures(result, analysis)]
     older = {key: value for key, value in result.items() if key not in ("by_position", "dummy_tokens")}
-    assert set(names(result)) - set(names(older)) == {"starvation_own_probe", "starvation_dummy_tokens"}
+    further = {"starvation_own_probe", "starvation_dummy_tokens", "starvation_dummy_own_probe"}
+    assert set(names(result)) - set(names(older)) == further
     assert names(None) == ["starvation", "starvation_grid"]
 
 

@@ -93,6 +93,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--by-class", action="store_true", help="also hold the classes fixed: early patches are mostly sky")
     text = "also read flipped images, in all three ways if none is named, to separate position from content"
     p.add_argument("--flip", nargs="*", choices=["horizontal", "vertical", "rotate"], help=text)
+    text = "also solve a probe for each position, to separate missing information from a shared probe's bias"
+    p.add_argument("--own-probe", action="store_true", help=text)
+    text = "also repeat the prompt's last token N times before the image: early patches may only lack a sink"
+    p.add_argument("--dummy-tokens", type=int, default=0, metavar="N", help=text)
     _add_seed_and_out(p, "the bootstrap", "the bidirectional run's folder")
 
     text = "embed the patches of images in two dimensions, by site (Fig. 5), into RUN/umap.json"

@@ -68,10 +68,16 @@ class FrozenMLLM(nn.Module):
         self.sites = site_names(len(self.decoder.layers))
         width = model.config.get_text_config().hidden_size
         self.widths = dict.fromkeys(self.sites, width) | {ENCODER: family.encoder_width(model.config)}
-        ids = prefix_ids + _image_ids(self.grid, model.config.image_token_id, separator_id)
-        self.register_buffer("prefix_ids", torch.tensor([prefix_ids], dtype=torch.long), persistent=False)
-        self.register_buffer("ids", torch.tensor([ids]), persistent=False)
-        self.register_buffer("is_image", self.ids[0] == model.config.image_token_id, persistent=False)
+        self._image_ids = _image_ids(self.grid, model.config.image_token_id, separator_id)
+        for name in ("prefix_ids", "ids", "is_image"):
+            self.register_buffer(name, torch.empty(0), persistent=False)
+        self.set_prefix(prefix_ids)
+
+    def set_prefix(self, prefix_ids: list[int]) -> None:
+        """Replace the token ids before the image."""
+        new = lambda ids: torch.tensor([ids], dtype=torch.long, device=self.device)
+        self.prefix_ids, self.ids = new(prefix_ids), new(prefix_ids + self._image_ids)
+        self.is_image = self.ids[0] == self.model.config.image_token_id
         self._prefix_kv: list[tuple[Tensor, Tensor]] | None = None
         self._prefix_weights: list[tuple] = []  # the weights that it was computed with
         # Checked once, because reading the answer would synchronise a GPU in each forward.

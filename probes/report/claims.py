@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from llava_bidir.common.bootstrap import Estimate
 from probes.analyses.knockout.inference import class_effects, criterion_shifts, look_alikes
+from probes.analyses.starvation.run import gap_estimates
 from probes.results.probe_run import ProbeRun
 
-from .effects import drop_and_recovery, gap_estimates, starvation_site, subtract
+from .effects import drop_and_recovery, starvation_site, subtract
 from .path import path_rows
 from .study import MASKS, Rows, Study, is_solved
 from .verdicts import (
@@ -114,8 +115,8 @@ def _measure_all(study: Study) -> Numbers:
     return Numbers(main, control, main if study.solved == study.trained else measure(study.solved), draws)
 
 
-def measure(runs: Mapping[str, ProbeRun], starvation_site: str | None = None) -> Measured:
-    """Return the number of each claim from runs of one kind, by mask; starvation compares the masks at a site."""
+def measure(runs: Mapping[str, ProbeRun], site: str | None = None) -> Measured:
+    """Return the number of each claim from runs of one kind, by mask; starvation compares the masks at `site`."""
     numbers: Measured = {}
     for mask, run in runs.items():
         estimates = drop_and_recovery(run.sites, run.counts, run.weights, run.groups)
@@ -127,8 +128,9 @@ def measure(runs: Mapping[str, ProbeRun], starvation_site: str | None = None) ->
                     by_class, {"images": run.metrics["images"], "classes": len(by_class)}, units
                 )
     pair = [runs[mask] for mask in MASKS if mask in runs]
-    if len(pair) == 2 and is_solved(pair[0]) == is_solved(pair[1]):
-        gaps = gap_estimates(*pair, starvation_site)
+    site = site or (starvation_site(pair[0]) if pair else None)
+    if len(pair) == 2 and is_solved(pair[0]) == is_solved(pair[1]) and all(site in run.sites for run in pair):
+        gaps = gap_estimates(*pair, site)
         numbers |= {(claim, "causal"): one(estimate, pair[0]) for claim, estimate in gaps.items()}
     return numbers
 

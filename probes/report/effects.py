@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.bootstrap import Estimate, interval
-from probes.analyses.starvation.patch_accuracy import patch_accuracy, patch_counts
 from probes.evaluation.bootstrap import dataset_scores, resampled_scores
 from probes.evaluation.metrics import Counts, peak_layer
 from probes.models.sites import ADAPTER, ENCODER
@@ -92,21 +91,6 @@ def drop_and_recovery(
 def starvation_site(run: ProbeRun) -> str | None:
     """Return the site at which positions are compared: the best decoder layer of the causal run."""
     return peak_layer({entry["site"]: entry["miou"] for entry in run.metrics["sites"]})
-
-
-def gap_estimates(causal: ProbeRun, bidirectional: ProbeRun, site: str | None = None) -> dict[str, Estimate]:
-    """Return bidirectional minus causal accuracy, of the first patch and of the first row."""
-    site = site or starvation_site(causal)
-    if site is None or site not in bidirectional.sites:
-        return {}
-    counts = {"causal": patch_counts(causal, site), "bidirectional": patch_counts(bidirectional, site)}
-    patches = {"starvation": [0], "starvation_first_row": range(causal.metrics["grid"][1])}
-    gaps = {}
-    for name, of in patches.items():
-        accuracy, resampled = patch_accuracy({m: c.pool(of) for m, c in counts.items()}, causal.weights.double())
-        value, values = (x["bidirectional"] - x["causal"] for x in (accuracy, resampled))
-        gaps[name] = (value.item(), values[:, 0])
-    return gaps
 
 
 def estimates_to_json(estimates: dict[Any, Estimate]) -> dict[Any, dict[str, Any]]:

@@ -79,9 +79,12 @@ class Moments:
 
     def without(self, fold: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """Return N f64[K], S f64[K, d] and Q f64[d, d] of all folds but one; of all for None."""
-        kept = [i for i in range(len(self.count)) if i != fold]
-        count, first = self.count[kept].sum(0), self.first[kept].sum(0)
-        packed, second = self.second[kept].sum(0), first.new_empty(first.shape[1], first.shape[1])
+        return self.sum_over([i for i in range(len(self.count)) if i != fold])
+
+    def sum_over(self, folds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return N f64[K], S f64[K, d] and Q f64[d, d] of some folds."""
+        count, first = self.count[folds].sum(0), self.first[folds].sum(0)
+        packed, second = self.second[folds].sum(0), first.new_empty(first.shape[1], first.shape[1])
         for start, block in row_blocks(packed, first.shape[1]):
             second[start : start + BLOCK, start:] = block
         upper = second.triu_()

@@ -16,15 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
 from llava_bidir.common.bootstrap import interval
-from probes.data.batches import PreprocessedDataset, collate, group_by_mask_size
-from probes.evaluation.metrics import count
 from probes.results.probe_run import ProbeRun
 
-from .patch_accuracy import CountsByMask, PatchCounts, accuracy_gap, patch_accuracy, pooled_gap
+from .patch_accuracy import CountsByMask, PatchCounts, accuracy_gap, count_patches, patch_accuracy, pooled_gap
 
 FLIP_AXES = {"horizontal": (1,), "vertical": (0,), "rotate": (0, 1)}
 
@@ -51,22 +48,11 @@ def flipped_positions(grid: tuple[int, int], flip: str) -> Tensor:
     return torch.arange(grid[0] * grid[1]).view(*grid).flip(FLIP_AXES[flip]).flatten()
 
 
-@torch.no_grad()
 def score_patches(run: ProbeRun, site: str, dataset: Dataset, batch_size: int = 32) -> PatchCounts:
     """Return the counts by patch of a run's frozen probe on another dataset than the run's own."""
     mllm = run.mllm()
-    probe, parts = run.probes()[site].to(mllm.device), []
-    loader = DataLoader(PreprocessedDataset(dataset, mllm.preprocess), batch_size, collate_fn=collate)
-    for batch in tqdm(loader, desc=f"flipped, {run.metrics['image_attention']}", mininterval=5):
-        logits = probe(mllm.states(batch["pixels"], [site])[site].float())
-        logits = logits.transpose(-1, -2).unflatten(-1, mllm.grid)[None]
-        patches = torch.empty(2, len(logits[0]), mllm.grid[0] * mllm.grid[1], dtype=torch.long)
-        for images, target in group_by_mask_size(batch["target"]):
-            view = mllm.geometry.view(tuple(target.shape[-2:]))
-            counts = count(logits[:, images], target.to(mllm.device), view)
-            patches[0, images], patches[1, images] = counts.patch_right[0].cpu(), counts.patch_valid.cpu()
-        parts.append(patches.double())
-    return PatchCounts(*torch.cat(parts, 1))
+    probe, title = run.probes()[site].to(mllm.device), f"flipped, {run.metrics['image_attention']}"
+    return count_patches(mllm, dataset, [(site, probe)], title, batch_size)[0]
 
 
 def flip_results(runs: dict[str, ProbeRun], site: str, flip: str, upright: CountsByMask, weights: Tensor) -> dict:

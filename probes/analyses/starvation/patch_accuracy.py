@@ -3,15 +3,24 @@
 Shapes: N images, T patches, R resamplings.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 from llava_bidir.common.bootstrap import interval
 from llava_bidir.common.errors import UserError
+from probes.data.batches import PreprocessedDataset, collate, group_by_mask_size
+from probes.evaluation.metrics import count
 from probes.results.probe_run import ProbeRun
+
+if TYPE_CHECKING:  # a report needs no model
+    from probes.models.frozen_mllm import FrozenMLLM
+
+Estimate = tuple[float, Tensor]  # a value and its resampled values f[R]
 
 
 class PatchCounts(NamedTuple):
@@ -33,6 +42,38 @@ def patch_counts(run: ProbeRun, site: str) -> PatchCounts:
     if site not in run.sites:
         raise UserError(f"{run.path} has no site {site!r}; it has {', '.join(run.sites)}")
     return PatchCounts(run.counts.patch_right[run.sites.index(site)].double(), run.counts.patch_valid.double())
+
+
+@torch.no_grad()
+def count_patches(
+    mllm: "FrozenMLLM",
+    dataset: Dataset,
+    probes: Sequence[tuple[str, Callable[[Tensor], Tensor]]],
+    title: str,
+    batch_size: int = 32,
+) -> list[PatchCounts]:
+    """Return the counts of several probes on a dataset, in one pass.
+
+    Args:
+        mllm: The model.
+        dataset: Images with masks.
+        probes: Pairs of a site and a function from its states f[B, T, d] to logits f[B, T, K].
+        title: Title of the progress bar.
+        batch_size: Images per forward.
+    """
+    parts, sites = [], list(dict.fromkeys(site for site, _ in probes))
+    loader = DataLoader(PreprocessedDataset(dataset, mllm.preprocess), batch_size, collate_fn=collate)
+    for batch in tqdm(loader, desc=title, mininterval=5):
+        states = mllm.states(batch["pixels"], sites)
+        logits = torch.stack([probe(states[site].float()) for site, probe in probes])
+        logits = logits.transpose(-1, -2).unflatten(-1, mllm.grid)
+        patches = torch.empty(2, *logits.shape[:2], mllm.grid[0] * mllm.grid[1], dtype=torch.double)
+        for images, target in group_by_mask_size(batch["target"]):
+            view = mllm.geometry.view(tuple(target.shape[-2:]))
+            counts = count(logits[:, images], target.to(mllm.device), view)
+            patches[0, :, images], patches[1, :, images] = counts.patch_right.cpu().double(), counts.patch_valid.cpu()
+        parts.append(patches)
+    return [PatchCounts(*pair) for pair in torch.cat(parts, 2).transpose(0, 1)]
 
 
 def patch_accuracy(counts: CountsByMask, weights: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -57,3 +98,11 @@ def pooled_gap(counts: CountsByMask, weights: Tensor, patches: Sequence[int]) ->
     """Return the same for some patches pooled, with one number per key."""
     pooled = {mask: pixels.pool(patches) for mask, pixels in counts.items()}
     return {key: values[0] for key, values in accuracy_gap(*patch_accuracy(pooled, weights)).items()}
+
+
+def first_gaps(counts: CountsByMask, weights: Tensor, columns: int) -> dict[str, Estimate]:
+    """Return the gap at patch 0, "starvation", and over the first row, "starvation_first_row"."""
+    pooled = {mask: pixels.pool([0], range(columns)) for mask, pixels in counts.items()}
+    gap, resampled = (x["bidirectional"] - x["causal"] for x in patch_accuracy(pooled, weights))
+    names = ("starvation", "starvation_first_row")
+    return {name: (gap[i].item(), resampled[:, i]) for i, name in enumerate(names)}

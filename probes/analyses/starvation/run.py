@@ -4,22 +4,39 @@ Image tokens come in raster order. Under a causal mask, patch 0 attends to no ot
 runs on the same images are compared by pixel accuracy under each patch at one site. The difference cancels effects of
 content that both masks share: early patches are mostly sky and ceiling. One mask may still be better at these classes.
 by_class.py therefore holds the classes fixed, and flipped.py flips the images.
+
+A gap says that one probe, shared by all positions, reads early patches better under one mask. by_position.py gives
+every position a probe of its own, since information may be there and only be encoded differently. dummy_tokens.py puts
+tokens without information before the image, since early patches may lack an attention sink rather than context.
 """
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.evaluation.metrics import peak_layer
+from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
 
 from .by_class import class_results
+from .by_position import position_results
+from .dummy_tokens import dummy_token_results
 from .flipped import FLIP_AXES, flip_results
-from .patch_accuracy import accuracy_gap, patch_accuracy, patch_counts, pooled_gap
+from .patch_accuracy import (
+    CountsByMask,
+    Estimate,
+    accuracy_gap,
+    first_gaps,
+    patch_accuracy,
+    patch_counts,
+    pooled_gap,
+)
 
 
 def starvation(
@@ -30,6 +47,8 @@ def starvation(
     *,
     by_class: bool = False,
     flips: Sequence[str] = (),
+    own_probe: bool = False,
+    dummy_tokens: int = 0,
 ) -> dict:
     """Return the content of starvation.json: accuracy by patch of both runs, and the gap with paired intervals.
 
@@ -38,15 +57,14 @@ def starvation(
         site: Site to compare both runs at; None for the causal run's best decoder layer.
         seed: Seed of the bootstrap.
         by_class, flips: Also with the classes held fixed, and on flipped images: see the modules of these names.
+        own_probe: Also with a probe for each position: see `by_position.py`.
+        dummy_tokens: Also with so many tokens without information before the image: see the module of this name.
 
     Raises:
         UserError: The runs differ in images, model or controls, or a run has no such site.
     """
-    _check_pair(causal, bidirectional)
-    site = site or peak_layer({entry["site"]: entry["miou"] for entry in causal.metrics["sites"]})
+    site, counts, weights = _read_pair(causal, bidirectional, site, seed)
     runs = {run.metrics["image_attention"]: run for run in (causal, bidirectional)}
-    counts = {mask: patch_counts(run, site) for mask, run in runs.items()}
-    weights = bootstrap_weights(causal.metrics["images"], seed=seed, groups=causal.groups).double()
     results = {
         "runs": [causal.fingerprint, bidirectional.fingerprint],
         "site": site,
@@ -60,7 +78,38 @@ def starvation(
         results["by_class"] = class_results(causal, counts, weights)
     if flips:
         results["flips"] = [flip_results(runs, site, flip, counts, weights) for flip in flips]
+    if own_probe:
+        sites = list(dict.fromkeys([site, ADAPTER]))
+        results["by_position"] = position_results(runs, sites, weights, seed)
+    if dummy_tokens:
+        results["dummy_tokens"] = dummy_token_results(runs, site, dummy_tokens, counts, weights)
+    if own_probe and dummy_tokens:
+        by_position = position_results(runs, [site], weights, seed, dummy_tokens)
+        results["dummy_tokens"]["by_position"] = by_position
     return results
+
+
+def gap_estimates(
+    causal: ProbeRun, bidirectional: ProbeRun, site: str | None = None, seed: int = 0
+) -> dict[str, Estimate]:
+    """Return the gap at patch 0, "starvation", and over the first row, "starvation_first_row", with resampled values.
+
+    The values are those of :func:`starvation`, whose arguments have the same names. Pairs of runs on the same images
+    share the resamplings of a seed, so that their difference is paired.
+    """
+    _, counts, weights = _read_pair(causal, bidirectional, site, seed)
+    return first_gaps(counts, weights, causal.metrics["grid"][1])
+
+
+def _read_pair(
+    causal: ProbeRun, bidirectional: ProbeRun, site: str | None, seed: int
+) -> tuple[str, CountsByMask, Tensor]:
+    """Return the site, the counts there, and the bootstrap weights f64[R, N], of runs that can be compared."""
+    _check_pair(causal, bidirectional)
+    site = site or peak_layer({entry["site"]: entry["miou"] for entry in causal.metrics["sites"]})
+    counts = {run.metrics["image_attention"]: patch_counts(run, site) for run in (causal, bidirectional)}
+    weights = bootstrap_weights(causal.metrics["images"], seed=seed, groups=causal.groups)
+    return site, counts, weights.double()
 
 
 def _check_pair(causal: ProbeRun, bidirectional: ProbeRun) -> None:
@@ -82,7 +131,8 @@ def run(args: argparse.Namespace) -> None:
     flips = () if args.flip is None else args.flip or tuple(FLIP_AXES)
     out = Path(args.out or args.probes[1])
     with exclusive_run_lock(out, "starvation.json"):
-        results = starvation(causal, bidirectional, args.site, args.seed, by_class=args.by_class, flips=flips)
+        further = {key: getattr(args, key) for key in ("by_class", "own_probe", "dummy_tokens")}
+        results = starvation(causal, bidirectional, args.site, args.seed, flips=flips, **further)
         write_files({out / "starvation.json": results})
     for patch in range(min(3, len(results["gap"]))):
         print(f"patch {patch}: {_format_gap({key: results[key][patch] for key in ('causal', 'gap', 'gap_ci95')})}")
@@ -96,6 +146,30 @@ def run(args: argparse.Namespace) -> None:
         print(f"flipped images ({flip['flip']}), {patches}: {_format_gap(flip['position'])}")
         print(f"flipped images ({flip['flip']}), content of {patches}: {_format_gap(flip['content'])}")
         print(f"difference {_format_points(flip['moved'], flip['moved_ci95'])}: the gap follows {flip['follows']}")
+    for entry in results["by_position"]["sites"] if args.own_probe else ():
+        _print_probes(entry)
+    if dummy := results.get("dummy_tokens"):
+        for mask, change in dummy["change"].items():
+            patch, row = (_format_points(change[key]["value"], change[key]["ci95"]) for key in ("patch_0", "first_row"))
+            print(f"{dummy['tokens']} dummy tokens before the image, {mask}: patch 0 {patch}, first row {row}")
+        print(f"first row with dummy tokens: {_format_gap(dummy['first_row'])}")
+        if args.own_probe:
+            print("with dummy tokens, and probes solved with them:")
+            _print_probes(dummy["by_position"]["sites"][0])
+
+
+def _print_probes(entry: dict) -> None:
+    """Print the gaps at a site under one probe for all positions and under a probe for each."""
+    for name, text in (("shared", "one probe for all positions"), ("own", "a probe for each position")):
+        first = {key: entry[name][key][0] for key in ("causal", "gap", "gap_ci95")}
+        for where, gap in (("patch 0", first), ("first row", entry[name]["first_row"])):
+            print(f"{entry['site']}, {text}, {where}: {_format_gap(gap)}")
+    read_out, row = entry["read_out"], entry["read_out"]["first_row"]
+    patch, row = (
+        _format_points(read_out["gap"][0], read_out["gap_ci95"][0]),
+        _format_points(row["gap"], row["gap_ci95"]),
+    )
+    print(f"{entry['site']}, due to the shared probe: patch 0 {patch}, first row {row}")
 
 
 def _format_gap(gap: dict) -> str:

@@ -99,7 +99,37 @@ def _starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None)
             "starvation_by_class", STARVATION, "Accuracy gap with equal class frequencies",
             "The gap of the first patches as measured, and reweighted so that every patch has the class frequencies of "
             f"the full split. Early patches often show only a few classes. {INTERVALS}",
-            knockout_controls.standardised_gaps(analysis))  # fmt: skip
+            starvation.compare_gaps(
+                analysis, analysis["by_class"], ("measured", "same class frequencies"), "standardised"
+            ))  # fmt: skip
+    if analysis and "by_position" in analysis:
+        yield ReportFigure(
+            "starvation_own_probe", STARVATION, "Accuracy gap with a probe for each position",
+            "The gap of the first patches when one probe reads all positions, and when each position has its own. Both "
+            "are solved in closed form from the same states, so the difference is due to the shared probe, not to "
+            "missing information. At the adapter no mask has acted yet; a gap there comes from training. "
+            f"{INTERVALS}",
+            starvation.own_probe_gaps(analysis["by_position"]))  # fmt: skip
+    if analysis and "dummy_tokens" in analysis:
+        dummy = analysis["dummy_tokens"]
+        changes = (
+            f"{mask} {100 * change['patch_0']['value']:+.1f} [{low:+.1f}, {high:+.1f}] pp"
+            for mask, change in dummy["change"].items()
+            for low, high in [[100 * bound for bound in change["patch_0"]["ci95"]]]
+        )
+        yield ReportFigure(
+            "starvation_dummy_tokens", STARVATION, "Accuracy gap with dummy tokens",
+            "The gap of the first patches as measured, and with tokens without information before the image (number: "
+            f"{dummy['tokens']}). If the gap shrinks because causal accuracy rises, early patches lacked an attention "
+            "sink, not context. A fall can be the frozen probe's, which has never read states after such a prompt. "
+            f"Change of accuracy at patch 0: {', '.join(changes)}. {INTERVALS}",
+            starvation.compare_gaps(analysis, dummy, ("measured", "with dummy tokens"), "with_tokens"))  # fmt: skip
+        if "by_position" in dummy:
+            yield ReportFigure(
+                "starvation_dummy_own_probe", STARVATION, "The same with probes solved after dummy tokens",
+                "The gap of the first patches when the probes, too, are solved from states with the tokens before the "
+                f"image: one for all positions, and one for each. {INTERVALS}",
+                starvation.own_probe_gaps(dummy["by_position"]), "half")  # fmt: skip
     for flip in analysis.get("flips", []) if analysis else ():
         accuracies = (f"{mask} {mean(analysis[mask]):.0%} → {mean(flip[mask]):.0%}" for mask in MASKS)
         yield ReportFigure(

@@ -164,19 +164,3 @@ def flip_gaps(starvation: dict[str, Any], flip: dict[str, Any]) -> FigureData:
     figure.colorbar(image, ax=axes, label="bidirectional − causal (pp)")
     keys = ("causal", "bidirectional", "gap")
     return FigureData(figure, [{"patch": i} | {k: flip[k][i] for k in keys} for i in range(len(flip["gap"]))])
-
-
-def standardised_gaps(starvation: dict[str, Any]) -> FigureData:
-    """Draw the gap of the first patches as measured, and with the same class frequencies at every patch."""
-    figure, ax = new_axes(6.4, 3.3)
-    adjusted = starvation["by_class"]
-    x = np.arange(len(adjusted["gap"]))
-    ax.bar(x, 100 * np.array(starvation["gap"][: len(x)]), color="#BBBBBB", width=0.85, label="measured")
-    label = "same class frequencies"
-    draw_intervals(ax, x, adjusted["gap"], adjusted["gap_ci95"], "#D55E00", fmt="o", ms=3, lw=0.8, label=label)
-    ax.axhline(0, color="black", lw=0.8)
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    ax.set(xlabel="patch, in raster order", ylabel="bidirectional − causal (pp)")
-    ax.legend(fontsize=8)
-    rows = [{"patch": i, "gap": starvation["gap"][i], "standardised": gap} for i, gap in enumerate(adjusted["gap"])]
-    return FigureData(figure, rows)

@@ -6,7 +6,9 @@ import numpy as np
 
 from probes.report.tables import bounds
 
-from .style import FigureData, mask_colour, new_axes, signed_colours
+from .style import FigureData, draw_intervals, mask_colour, new_axes, signed_colours
+
+POINTS = "#D55E00"
 
 
 def starvation_curve(starvation: dict[str, Any], patches: int = 50) -> FigureData:
@@ -38,3 +40,52 @@ def starvation_grid(starvation: dict[str, Any]) -> FigureData:
     ax.grid(False)
     figure.colorbar(image, ax=ax, label="bidirectional − causal (pp)")
     return FigureData(figure, [])
+
+
+def compare_gaps(bars: dict[str, Any], points: dict[str, Any], labels: tuple[str, str], column: str) -> FigureData:
+    """Draw the gaps of the first patches as bars and, measured in another way, as points with intervals.
+
+    Args:
+        bars, points: Each with "gap" and "gap_ci95" by patch.
+        labels: Labels of both.
+        column: Name of the points' column in the CSV file.
+    """
+    figure, ax = new_axes(6.4, 3.3)
+    _draw_gaps(ax, bars, points, labels)
+    ax.set_ylabel("bidirectional − causal (pp)")
+    ax.legend(fontsize=8)
+    rows = [{"patch": i, "gap": bars["gap"][i], column: gap} for i, gap in enumerate(points["gap"])]
+    return FigureData(figure, rows)
+
+
+def own_probe_gaps(by_position: dict[str, Any]) -> FigureData:
+    """Draw the gaps under a shared probe (bars) and under a probe of each position (points), one panel per site."""
+    figure, axes = new_axes(6.6, 3.3, len(by_position["sites"]), sharey=True, squeeze=False)
+    rows = []
+    for ax, entry in zip(axes[0], by_position["sites"], strict=True):
+        _draw_gaps(ax, entry["shared"], entry["own"], ("one probe for all", "a probe for each"))
+        ax.set_title(entry["site"].replace("_", " "), fontsize=10)
+        gaps = {name: entry[name] for name in ("shared", "own", "read_out")}
+        rows += [
+            {"site": entry["site"], "patch": i}
+            | {key: value for name, x in gaps.items() for key, value in _gap_columns(name, x, i).items()}
+            for i in range(len(entry["own"]["gap"]))
+        ]
+    axes[0, 0].set_ylabel("bidirectional − causal (pp)")
+    axes[0, 0].legend(fontsize=8)
+    return FigureData(figure, rows)
+
+
+def _gap_columns(name: str, gaps: dict[str, Any], patch: int) -> dict[str, float]:
+    return {f"{name}_gap": gaps["gap"][patch]} | bounds(gaps["gap_ci95"][patch], f"{name}_gap_")
+
+
+def _draw_gaps(ax, bars: dict[str, Any], points: dict[str, Any], labels: tuple[str, str], patches: int = 50) -> None:
+    """Draw the gaps of at most `patches` patches: bars, and points with intervals."""
+    x = np.arange(min(patches, len(points["gap"])))
+    ax.bar(x, 100 * np.array(bars["gap"][: len(x)]), color="#BBBBBB", width=0.85, label=labels[0])
+    gap, ci95 = points["gap"][: len(x)], points["gap_ci95"][: len(x)]
+    draw_intervals(ax, x, gap, ci95, POINTS, fmt="o", ms=3, lw=0.8, label=labels[1])
+    ax.axhline(0, color="black", lw=0.8)
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set_xlabel("patch, in raster order")

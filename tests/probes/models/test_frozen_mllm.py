@@ -71,6 +71,19 @@ def test_states_do_not_depend_on_later_text(mllm, pictures):
         torch.testing.assert_close(mllm.states(pixels, [site])[site], whole[depth], **rounding(whole[depth], depth))
 
 
+def test_states_follow_another_prefix(mllm, checkpoints, pictures):
+    other, pixels = probes.load(str(checkpoints[mllm.image_attention])), mllm.preprocess(pictures)
+    before, ids = other(pixels), other.prefix_ids[0].tolist()  # keys and values of the first prefix are cached
+    other.set_prefix(ids + [5, 6, 7])
+    states, whole = other(pixels), full_forward(other, pixels)
+    assert other.prefix_ids[0].tolist() == ids + [5, 6, 7] and int(other.is_image.nonzero()[0]) == len(ids) + 3
+    for i in (1, 2):
+        torch.testing.assert_close(states[f"layer_{i:02d}"], whole[i], **rounding(whole[i], i))
+        assert not torch.allclose(states[f"layer_{i:02d}"], before[f"layer_{i:02d}"], atol=1e-3)
+    other.set_prefix(ids)
+    assert all(torch.equal(x, before[site]) for site, x in other(pixels).items())
+
+
 def test_prefix_is_the_one_of_training(mllm, checkpoints):
     processor = AutoProcessor.from_pretrained(checkpoints[mllm.image_attention])
     ids, _ = encode(

@@ -12,7 +12,7 @@ from probes.analyses.knockout.effects import read_cases
 from probes.analyses.knockout.inference import knockout_inference
 from probes.analyses.knockout.run import OUTCOME_TITLES
 from probes.cli import main
-from probes.report.figures.catalogue import study_figures
+from probes.report.figures.catalogue import _starvation_figures, study_figures
 from probes.report.figures.knockout import VERDICT_COLOURS, class_effects
 from probes.report.page import study_results
 from probes.report.study import read_studies
@@ -45,7 +45,7 @@ def runs(checkpoints, tmp_path_factory) -> list[str]:
             ]
             + ["--layer-windows", "2", "--attention-heads", "--attention", "--draws", "1"]
         )
-    main(["starvation", "--probes", *paths, "--by-class", "--flip"])
+    main(["starvation", "--probes", *paths, "--by-class", "--flip", "--own-probe", "--dummy-tokens", "1"])
     return paths
 
 
@@ -81,9 +81,30 @@ def test_every_analysis_has_its_figure_and_numbers(runs, tmp_path):
         written = rows(tmp_path / f"knockout_windows_{mask}.csv")
         assert len(written) == 2 * len(windows) * 4  # sets, windows, layers 0..3
         assert len(rows(tmp_path / f"knockout_heads_{mask}.csv")) == 2 * 3 * 4
-    for flip in json.load(open(f"{runs[1]}/starvation.json"))["flips"]:
+    starvation = json.load(open(f"{runs[1]}/starvation.json"))
+    own = rows(tmp_path / "starvation_own_probe.csv")
+    assert [row["site"] for row in own] == [e["site"] for e in starvation["by_position"]["sites"] for _ in range(4)]
+    for entry, part in zip(starvation["by_position"]["sites"], (own[:4], own[4:]), strict=True):
+        for name in ("shared", "own", "read_out"):
+            assert [float(row[f"{name}_gap"]) for row in part] == entry[name]["gap"]
+            assert [float(row[f"{name}_gap_low"]) for row in part] == [low for low, _ in entry[name]["gap_ci95"]]
+    with_tokens = [float(row["with_tokens"]) for row in rows(tmp_path / "starvation_dummy_tokens.csv")]
+    assert with_tokens == starvation["dummy_tokens"]["gap"]
+    change = starvation["dummy_tokens"]["change"]["causal"]["patch_0"]["value"]
+    assert "before the image (number: 1)" in page and f"at patch 0: causal {100 * change:+.1f}" in page
+    for flip in starvation["flips"]:
         assert f"Position or content? ({flip['flip']})" in page and f"Result: {flip['follows']}." in page
         assert [float(row["gap"]) for row in rows(tmp_path / f"starvation_{flip['flip']}.csv")] == flip["gap"]
+
+
+def test_starvation_of_an_older_version_has_its_figures(runs):
+    """Its starvation.json has neither probes by position nor dummy tokens."""
+    result = json.load(open(f"{runs[1]}/starvation.json"))
+    names = lambda analysis: [figure.name for figure in _starvation_figures(result, analysis)]
+    older = {key: value for key, value in result.items() if key not in ("by_position", "dummy_tokens")}
+    further = {"starvation_own_probe", "starvation_dummy_tokens", "starvation_dummy_own_probe"}
+    assert set(names(result)) - set(names(older)) == further
+    assert names(None) == ["starvation", "starvation_grid"]
 
 
 @pytest.fixture(scope="module")

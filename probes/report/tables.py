@@ -40,7 +40,7 @@ def study_tables(study: Study, results: dict[str, Any]) -> dict[str, Rows]:
         "claims": claim_rows(results["claims"]),
         "classes": class_rows(study),
         "table3": table3(results["starvation"]) if results["starvation"] else [],
-        **knockout_tables(results.get("knockout_inference", {})),
+        **knockout_tables(results["knockout_inference"]),
         "paired": mask_comparison_rows(results["paired"]) if results["paired"] else [],
         "seed_spread": seed_rows(results["seeds"]),
     }

@@ -57,7 +57,7 @@ def study_figures(study: Study, results: dict[str, Any]) -> Figures:
             mask_comparison.mask_difference(results["paired"]))  # fmt: skip
     if results["starvation"]:
         yield from _starvation_figures(results["starvation"], study.pair()[1].analysis("starvation.json"))
-    yield from _knockout_figures(study, results.get("knockout_inference", {}))
+    yield from _knockout_figures(study, results["knockout_inference"])
     for mask, run in study.trained.items():
         yield from _knockout_control_figures(mask, run)
     for mask, pairs in results["confusion"].items():

@@ -9,6 +9,9 @@ same moments of the training split, differ in nothing but the sharing (probes/tr
                towards those of all positions
     read_out   the gap under "shared" minus the gap under "own": what a shared probe adds to it
 
+"read_out" is about discriminants. A shared probe at the optimum of the loss (`probes solve`) can read early patches
+better than a shared discriminant: if its gap is that of "own", the shared probe was far from its optimum, no more.
+
 Strength and shrinkage are chosen by cross-validation over training images. Where memory has no room for a covariance
 per position, only the first rows have probes of their own, at least two.
 

@@ -107,7 +107,8 @@ def _starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None)
             "starvation_own_probe", STARVATION, "Accuracy gap with a probe for each position",
             "The gap of the first patches when one probe reads all positions, and when each position has its own. Both "
             "are solved in closed form from the same states, so the difference is due to the shared probe, not to "
-            "missing information. At the adapter no mask has acted yet; a gap there comes from training. "
+            "missing information; a shared probe at the optimum of the loss may be closer to the points. At the "
+            "adapter no mask has acted yet; a gap there comes from training. "
             f"{INTERVALS}",
             starvation.own_probe_gaps(analysis["by_position"]))  # fmt: skip
     if analysis and "dummy_tokens" in analysis:

@@ -23,20 +23,21 @@ class LogProgress(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int) -> None:
         """Log if the last line is some seconds old or the epoch ends."""
-        now, batches, steps = time.monotonic(), trainer.num_training_batches, trainer.max_steps
-        ends = trainer.global_step == steps if steps > 0 else batch_idx + 1 == batches
+        now, batches = time.monotonic(), trainer.num_training_batches
+        epochs, steps = trainer.max_epochs or 0, trainer.max_steps
+        ends = batch_idx + 1 == batches if epochs > 0 else trainer.global_step == steps  # epochs can be very short
         if not trainer.is_global_zero or (now - self.last < SECONDS and not ends):
             return
         self.last, done = now, trainer.fit_loop.epoch_loop.total_batch_idx - self.first_batch
         rate = done / max(now - self.started, 1e-9)
-        epochs = trainer.max_epochs
-        text = f"epoch {trainer.current_epoch + 1}{f'/{epochs}' if epochs and epochs > 0 else ''}"
+        text = f"epoch {trainer.current_epoch + 1}{f'/{epochs}' if epochs > 0 else ''}"
         text += f", batch {batch_idx + 1}/{batches}, loss {float(outputs['loss']):.4g}, {rate:.3g} batches/s"
-        text += f", step {trainer.global_step}/{steps}" if steps > 0 else ""
-        if rate and (steps > 0 or (epochs and epochs > 0)):
+        if epochs <= 0 and steps > 0:
+            text += f", step {trainer.global_step}/{steps}"
+            left = (steps - trainer.global_step) * trainer.accumulate_grad_batches
+        else:
             left = (epochs - trainer.current_epoch) * batches - batch_idx - 1
-            if steps > 0:
-                left = (steps - trainer.global_step) * trainer.accumulate_grad_batches
+        if rate and max(epochs, steps) > 0:
             text += f", {time.strftime('%H:%M:%S', time.gmtime(left / rate))} left"
         log.info(text)
 

@@ -255,6 +255,7 @@ def test_run_of_an_earlier_version_is_read(run, monkeypatch):
     rewrite(run / "metrics.json", "image_aspect", value="square")
     monkeypatch.setattr("probes.models.load.load", lambda *args, **kwargs: (args, kwargs))
     expected = {"dtype": "auto", "image_resize": "squash", "prefix": None, "untrained": (), "seed": 3}
+    expected |= {"match": "none", "draw": 0, "update_scales": None}
     assert ProbeRun(run).mllm() == (("m", None), expected)
     rewrite(run / "manifest.json", "config", "mllm_dtype", value=3)
     with pytest.raises(ValueError, match="manifest.json: config: dtype: .*valid string, got '3'"):

@@ -101,6 +101,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     assets.add_argument("out", type=Path, help="folder to write; replaces an earlier world")
     assets.add_argument("--seed", type=int, default=0, help="seed of all random choices")
+    text = "context: look-alikes can only be told apart by the rest of the scene; null: by themselves, too"
+    assets.add_argument("--world", choices=["context", "null"], default="context", help=text)
     assets.add_argument(
         "--scale", type=float, default=1.0, help="factor for the number of images, conversations and training steps"
     )

@@ -69,12 +69,12 @@ def test_second_run_does_nothing(finished):
 
 
 def test_second_demo_in_the_same_folder_is_refused_before_it_touches_anything(tmp_path):
-    (tmp_path / "settings").write_text("seed 0 scale 1\n")
+    (tmp_path / "settings").write_text("seed 0 scale 1 world context\n")
     command = ["make", "-o", ".venv/installed", "demo", f"PY={sys.executable}", f"OUT={tmp_path}", "SEED=1"]
     with exclusive_run_lock(tmp_path):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANGING_S)
     assert done.returncode != 0 and f"{tmp_path} is in use by process {os.getpid()} on" in done.stderr
-    assert (tmp_path / "settings").read_text() == "seed 0 scale 1\n" and not (tmp_path / "logs").exists()
+    assert (tmp_path / "settings").read_text() == "seed 0 scale 1 world context\n" and not (tmp_path / "logs").exists()
 
 
 FOLLOWS = {  # deleted result -> the steps that make it and what follows from it

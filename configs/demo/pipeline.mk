@@ -21,10 +21,10 @@ RANDOM_ADAPTER := --model.untrained '[adapter]' --model.sites '[encoder, adapter
 STARVED := $(OUT)/bidirectional/probes/starvation.json
 REPORT := $(OUT)/report/results.json
 
-# Seed and scale are inputs like any other: this file changes with them, and everything follows.
+# Seed, scale and world are inputs like any other: this file changes with them, and everything follows.
 ifneq ($(filter $(REPORT),$(MAKECMDGOALS)),)
-$(shell mkdir -p $(OUT)/logs; echo "seed $(SEED) scale $(SCALE)" | cmp -s - $(OUT)/settings || \
-  echo "seed $(SEED) scale $(SCALE)" > $(OUT)/settings)
+$(shell mkdir -p $(OUT)/logs; echo "seed $(SEED) scale $(SCALE) world $(WORLD)" | cmp -s - $(OUT)/settings || \
+  echo "seed $(SEED) scale $(SCALE) world $(WORLD)" > $(OUT)/settings)
 endif
 
 # $(call step,NAME,COMMAND): runs it with a log, and keeps the time
@@ -37,7 +37,7 @@ endef
 
 $(A)/questions%json $(A)/dialogues%json $(A)/captions%json $(A)/encoder/model%safetensors $(A)/llm/model%safetensors \
 $(A)/segmentation/classes%json: $(OUT)/settings
-	$(call step,assets,$(LLAVA) demo-assets $(A) --seed $(SEED) --scale $(SCALE))
+	$(call step,assets,$(LLAVA) demo-assets $(A) --seed $(SEED) --scale $(SCALE) --world $(WORLD))
 
 $(OUT)/%/stage1/hf/model.safetensors: configs/demo/stage1.yaml $(ASSETS)
 	$(call step,$*_stage1,$(LLAVA) fit -c $< --overwrite true --seed_everything $(SEED) --out $(OUT)/$*/stage1 \

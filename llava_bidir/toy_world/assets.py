@@ -29,23 +29,26 @@ PICTURES = {"llava": 3000, "training": 1000, "validation": 600}
 CAPTIONS, DIALOGUES, QUESTIONS = 1920, 4480, 400
 TEXT_ONLY = 0.05  # share of dialogues with the picture in words, for the text-only samples of LLaVA's mix
 ENCODER_STEPS, LLM_STEPS = 1400, 240  # both take about the same time and run in parallel
-EVIDENCE = 0.1  # mean of the grain, the only local evidence, in units of its standard deviation
+# Mean of the grain, the only local evidence, in units of its standard deviation. In "context", look-alikes can only be
+# told apart by the rest of the scene; in "null" the grain tells them apart, so that context has nothing to add.
+WORLDS = {"context": 0.1, "null": 3.0}
 CHUNK = 100
 
 
-def demo_assets(out: Path, seed: int = 0, scale: float = 1.0) -> None:
+def demo_assets(out: Path, seed: int = 0, scale: float = 1.0, world: str = "context") -> None:
     """Write the toy world: scenes with masks, conversations, a tiny encoder and a tiny LLM.
 
     Args:
         out: Folder. An earlier world is replaced.
         seed: Random seed of everything.
         scale: Share of the full demo's pictures, conversations and training steps, for quick trials.
+        world: A key of `WORLDS`.
     """
     sizes = {name: max(16, round(n * scale)) for name, n in PICTURES.items()}
     # spawn, since torch's threads do not survive a fork
     workers = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _one_thread)
     with atomic_directory(out, marker="questions.json") as partial, workers as pool:
-        scenes = _draw_splits(pool, partial, sizes, seed)
+        scenes = _draw_splits(pool, partial, sizes, seed, WORLDS[world])
         texts = {name: [SceneText.from_scene(scene) for scene in split] for name, split in scenes.items()}
         jobs = [
             pool.submit(_train_encoder, scenes["llava"], partial / "encoder", round(ENCODER_STEPS * scale), seed),
@@ -62,10 +65,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _draw_splits(pool: ProcessPoolExecutor, out: Path, sizes: dict[str, int], seed: int) -> dict[str, list[Scene]]:
+def _draw_splits(
+    pool: ProcessPoolExecutor, out: Path, sizes: dict[str, int], seed: int, evidence: float
+) -> dict[str, list[Scene]]:
     """Draw and write all splits. Each chunk has its own generator, so the size of the pool does not matter."""
     jobs = {
-        (split, start): pool.submit(_draw_chunk, out, split, start, min(CHUNK, n - start), seed)
+        (split, start): pool.submit(_draw_chunk, out, split, start, min(CHUNK, n - start), seed, evidence)
         for split, n in sizes.items()
         for start in range(0, n, CHUNK)
     }
@@ -75,9 +80,9 @@ def _draw_splits(pool: ProcessPoolExecutor, out: Path, sizes: dict[str, int], se
     return scenes
 
 
-def _draw_chunk(out: Path, split: str, start: int, count: int, seed: int) -> list[Scene]:
+def _draw_chunk(out: Path, split: str, start: int, count: int, seed: int, evidence: float) -> list[Scene]:
     rng = np.random.default_rng([seed, list(PICTURES).index(split), start])
-    scenes = [draw_scene(rng, EVIDENCE) for _ in range(count)]
+    scenes = [draw_scene(rng, evidence) for _ in range(count)]
     for i, scene in enumerate(scenes, start):
         _save(scene.image, out / _image_path(split, i))
         if split != "llava":
@@ -154,4 +159,4 @@ def _sample_evenly(rng: np.random.Generator, n: int, count: int) -> list[int]:
 
 def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir demo-assets`."""
-    demo_assets(args.out, args.seed, args.scale)
+    demo_assets(args.out, args.seed, args.scale, args.world)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from llava_bidir.toy_world import scenes
+from llava_bidir.toy_world.assets import WORLDS
 from llava_bidir.toy_world.canvas import CLASSES, PAIR_OF, PALETTE, SIZE_PX
 from llava_bidir.toy_world.scenes import draw_scene
 
@@ -127,3 +128,18 @@ def test_grain_leans_to_the_promised_side(evidence):
     grain = grain_per_scene(images, masks)
     assert grain[indoor].mean() > 0.5 * evidence
     assert grain[~indoor].mean() < -0.5 * evidence
+
+
+def test_a_patch_tells_look_alikes_apart_in_the_null_world_only():
+    """Mean grain of the patches of 12 px that a paired class fills; half of them are right by chance."""
+
+    def accuracy(world: str) -> float:
+        indoor, images, masks = draw_many(60, WORLDS[world], seed=2)
+        rows, columns = np.mgrid[:SIZE_PX, :SIZE_PX]
+        weave = scenes._GRAIN[masks, rows % 4, columns % 4]
+        patches = lambda x: x.reshape(len(x), 8, 12, 8, 12).swapaxes(2, 3).reshape(len(x), 64, 144)
+        paired = (patches(weave**2) > 0).all(-1)
+        leans = patches(images.mean(-1) * weave).sum(-1) > 0
+        return (leans == indoor[:, None])[paired].mean()
+
+    assert accuracy("null") > 0.95 and accuracy("context") < 0.65

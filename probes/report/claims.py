@@ -80,7 +80,7 @@ def _entry(study: Study, claim: str, mask: str, numbers: Numbers, path: Rows) ->
     path = [row for row in path if (row["effect"], row["image_attention"]) == key]
     verdicts = {
         "paper": _paper_column(study, claim, mask, numbers.main[key]),
-        "optimum": _optimum_column(study, claim, mask, numbers.solved.get(key), path),
+        "optimum": _optimum_column(study, claim, mask, numbers, path),
         "beyond_random": _beyond_random_column(claim, mask, numbers),
     }
     return {
@@ -153,13 +153,15 @@ def _paper_column(study: Study, claim: str, mask: str, effect: Effect) -> dict[s
     return column(CLAIMS[claim][0], value, ci95)
 
 
-def _optimum_column(study: Study, claim: str, mask: str, effect: Effect | None, path: Rows) -> dict[str, Any]:
+def _optimum_column(study: Study, claim: str, mask: str, numbers: Numbers, path: Rows) -> dict[str, Any]:
     """Return the column "optimum": along the path where the claim has one, else from the chosen solved probes."""
-    sign = CLAIMS[claim][0]
+    sign, effect = CLAIMS[claim][0], numbers.solved.get((claim, mask))
     if at_optimum := [row for row in path if (row["instrument"], row["measure"]) == ("optimum", "miou")]:
         return path_column(sign, at_optimum)
-    if claim == "recovery_trained" and mask in study.solved:
-        return no_verdict(NO_CONTROL, "no solved run of the untrained model")
+    if claim == "recovery_trained" and mask in study.solved:  # matched random LLMs are untrained models, too
+        beyond_random = _beyond_random_column(claim, mask, numbers)
+        solved = beyond_random.get("probes") == "solved"
+        return beyond_random if solved else no_verdict(NO_CONTROL, "no solved run of an untrained model")
     if effect is None:
         missing = "no solved run" if mask not in study.solved else "the solved run has no such analysis"
         return no_verdict(NOT_CONVERGED, f"{missing}: run `probes solve`, and the analysis on its run")

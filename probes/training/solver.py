@@ -8,6 +8,7 @@ validation split is scored last, along the whole path of strengths.
 Legend: S sites, F folds, R strengths, P problems, B images, T tokens, d width, K classes.
 """
 
+import signal
 import time
 from dataclasses import fields
 from operator import attrgetter
@@ -170,7 +171,8 @@ class ProbeSolver(FrozenProbes):
         self.saved_at = time.monotonic()
 
     def on_predict_start(self) -> None:
-        """Before the first pass: prepare the sums."""
+        """Prepare the sums before the first pass."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends a run at once, to be resumed; Lightning's waits for a pass
         if self.passes == 0:
             args = self.hparams
             self.sample = StateSample(self.mllm, args.label_stride, args.folds)

@@ -2,6 +2,10 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +13,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from processes import HANGING_S
 from run_bytes import run_bytes
 from safetensors.torch import load_file
 
@@ -103,6 +108,32 @@ def test_passes_with_a_small_sample_end_near_the_optimum(run, checkpoints, segme
     assert certificate["converged"] == (certificate["gradient"] < 1e-3 and certificate["decrease"] < 1e-4)
 
 
+SLOW_REFINEMENT = """
+import sys, time
+from pathlib import Path
+from probes.cli import main
+from probes.training.refinement import Refinement
+started = Path(sys.argv.pop(1))
+Refinement.refine = lambda *args, **kwargs: (started.touch(), time.sleep(600))
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_run_at_once(checkpoints, segmentation, tmp_path):
+    command = arguments(checkpoints["causal"], segmentation, tmp_path / "run")
+    process = subprocess.Popen([sys.executable, "-c", SLOW_REFINEMENT, str(tmp_path / "started"), *command])
+    try:
+        deadline = time.monotonic() + HANGING_S
+        while not (tmp_path / "started").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        process.terminate()
+        assert process.wait(timeout=30) == -signal.SIGTERM
+    finally:
+        process.kill()
+
+
 def test_a_killed_run_resumes_to_the_same_bytes(run, checkpoints, segmentation, tmp_path, monkeypatch):
     """Moments are saved after every batch, and the third one is the last."""
     monkeypatch.setattr("probes.training.solver.SAVE_SECONDS", -1)
@@ -179,9 +210,6 @@ def test_dry_run_measures_and_writes_nothing(checkpoints, segmentation, tmp_path
 
 @pytest.mark.distributed
 def test_two_processes_give_the_probes_of_one(run, checkpoints, segmentation, tmp_path):
-    import subprocess
-    import sys
-
     two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
     command = arguments(checkpoints["causal"], segmentation, tmp_path, *two)
     subprocess.run([sys.executable, "-m", "probes", *command], check=True, timeout=300)

@@ -40,14 +40,10 @@ INTERVALS = "Lines: 95% intervals."
 def study_figures(study: Study, results: dict[str, Any]) -> Figures:
     """Yield all figures of a study, in the order of the page; `results` is its part of results.json."""
     palette = palette_of(study.first.dataset())
-    yield ReportFigure(
-        "layers", "Drop-off and recovery", "Segmentation quality by layer",
-        _caption(
-            "Segmentation quality of the probe at each site (Figs. 3 and 8). Look for a drop from encoder to adapter "
-            "and a rise over the LLM layers.", _peak_caption(study),
-            "Dotted: the untrained model." if study.untrained else "", "Bands: 95% intervals.",
-        ),
-        layer_curves.layer_curves(study))  # fmt: skip
+    solved_main = is_solved(study.first)
+    if study.solved and not solved_main:
+        yield _layer_figure(study, "layers_solved", "Segmentation quality by layer, probes at their optimum", True)
+    yield _layer_figure(study, "layers", "Segmentation quality by layer", solved_main)
     if results["paired"]:
         yield ReportFigure(
             "paired_sites", MASKS_SECTION, "Difference by site",
@@ -75,6 +71,20 @@ def study_figures(study: Study, results: dict[str, Any]) -> Figures:
 
 def _caption(*sentences: str) -> str:
     return " ".join(filter(None, sentences))
+
+
+def _layer_figure(study: Study, name: str, title: str, solved: bool) -> ReportFigure:
+    untrained = study.solved_untrained if solved else study.untrained
+    return ReportFigure(
+        name, "Drop-off and recovery", title,
+        _caption(
+            "Segmentation quality of the probe at each site (Figs. 3 and 8). Look for a drop from encoder to adapter "
+            "and a rise over the LLM layers.", _peak_caption(study),
+            "Dotted: the untrained model." if untrained else "",
+            "Diamonds: random LLMs that change the states as much as the trained one; what they reach as well was not "
+            "learned." if study.random_draws("llm", solved) else "", "Bands: 95% intervals.",
+        ),
+        layer_curves.layer_curves(study, solved))  # fmt: skip
 
 
 def _peak_caption(*studies: Study) -> str:

@@ -1,6 +1,6 @@
 """Figures of mIoU by site: encoder, adapter, LLM layers (Figs. 3, 8, 9, 10)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -52,36 +52,41 @@ def sites_by_depth(*runs: ProbeRun) -> list[str]:
     return sorted(sites, key=site_depth)
 
 
-def layer_curves(study: Study) -> FigureData:
-    """Draw mIoU per site and mask, with the untrained control and the draws of random LLMs (Figs. 3, 8)."""
+def layer_curves(study: Study, solved: bool) -> FigureData:
+    """Draw mIoU per site and mask, with the untrained control and random LLMs (Figs. 3, 8).
+
+    `solved` draws the runs whose probes are solved, else those whose probes are trained.
+    """
+    trained, untrained = (study.solved, study.solved_untrained) if solved else (study.trained, study.untrained)
+    untrained = {m: run for m, run in untrained.items() if is_solved(run) == solved and run.layers != [ADAPTER]}
+    random = [list(runs.values()) for runs in study.random_draws("llm", solved)]
     figure, ax = new_axes(6.4, 3.9)
-    for mask, run in study.trained.items():
+    for mask, run in trained.items():
         marker = "os"[mask == "bidirectional"] if len(run.sites) < 20 else None
         draw_run(ax, run, mask_colour(mask), mask, marker)
-    for mask, run in study.untrained.items():
+    for mask, run in untrained.items():
         label = f"{mask}, untrained"
         ax.plot(*depth_and_miou(run.metrics["sites"]), ":", color=mask_colour(mask), alpha=0.6, lw=1.8, label=label)
-    random = random_runs(study)
-    for run in random:
-        mask = run.metrics["image_attention"]
-        depth, miou = depth_and_miou(run.metrics["sites"])
-        first = run.metrics["draw"] == min(other.metrics["draw"] for other in random)
-        label = f"{mask}, random LLM" if first else None
-        ax.plot(depth[2:], miou[2:], ".", color=mask_colour(mask), mfc="none", ms=7, alpha=0.7, label=label)
-    label_sites(ax, sites_by_depth(*study.runs))
+    for draw, runs in enumerate(random):
+        for run in runs:
+            _draw_random(ax, run, label=draw == 0)
+    runs = [*trained.values(), *untrained.values(), *(run for runs in random for run in runs)]
+    label_sites(ax, sites_by_depth(*runs))
     ax.set(ylabel="mIoU (%)")
     ax.legend(fontsize=9)
-    return FigureData(figure, _rows(study, random))
+    return FigureData(figure, _rows(runs))
 
 
-def random_runs(study: Study) -> list[ProbeRun]:
-    """Return the draws of a random LLM whose probes are of the same kind as those of the trained model."""
-    draws = study.random_draws("llm", is_solved(study.first))
-    return [run for runs in draws for run in runs.values() if run.metrics["image_attention"] in study.trained]
+def _draw_random(ax: Axes, run: ProbeRun, label: bool) -> None:
+    """Draw the layers of a random LLM as hollow points; its encoder and adapter are those of the trained model."""
+    mask, layers = run.metrics["image_attention"], [x for x in run.metrics["sites"] if x["site"].startswith("layer_")]
+    depth, miou = depth_and_miou(layers)
+    name = f"{mask}, random LLM" if label else None
+    ax.plot(depth, miou, "D", color=mask_colour(mask), mfc="none", ms=5, alpha=0.8, label=name)
 
 
-def _rows(study: Study, random: Sequence[ProbeRun] = ()) -> list[dict[str, Any]]:
-    return [run_columns(run) | score_row(entry) for run in [*study.runs, *random] for entry in run.metrics["sites"]]
+def _rows(runs: Iterable[ProbeRun]) -> list[dict[str, Any]]:
+    return [run_columns(run) | score_row(entry) for run in runs for entry in run.metrics["sites"]]
 
 
 def models_by_dataset(studies: list[Study], mask: str, over_adapter: bool = False) -> FigureData:
@@ -129,4 +134,6 @@ def masks_by_model(studies: list[Study]) -> FigureData:
     axes[0].legend(fontsize=8)
     axes[0].set_ylabel("mIoU (%)")
     figure.supxlabel("encoder, adapter (0), LLM layer", fontsize=9)
-    return FigureData(figure, [{"model": s.model, "dataset": s.dataset} | row for s in studies for row in _rows(s)])
+    return FigureData(
+        figure, [{"model": s.model, "dataset": s.dataset} | row for s in studies for row in _rows(s.runs)]
+    )

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.evaluation.metrics import peak_layer, true_classes
+from probes.evaluation.metrics import true_classes
 from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
 
@@ -73,7 +73,7 @@ def embed(states: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
 
 
 def _default_sites(run: ProbeRun) -> list[str]:
-    peak, layers = peak_layer({entry["site"]: entry["miou"] for entry in run.metrics["sites"]}), run.layers[1:]
+    peak, layers = run.peak_layer, run.layers[1:]
     return list(dict.fromkeys([ADAPTER, layers[layers.index(peak) // 2], peak]))
 
 

@@ -15,7 +15,7 @@ from probes.analyses.knockout.inference import class_effects, criterion_shifts, 
 from probes.analyses.starvation.run import gap_estimates
 from probes.results.probe_run import ProbeRun
 
-from .effects import drop_and_recovery, starvation_site, subtract
+from .effects import drop_and_recovery, subtract
 from .path import path_rows
 from .study import MASKS, Rows, Study, is_solved
 from .verdicts import (
@@ -63,7 +63,7 @@ def evaluate_claims(study: Study) -> list[dict[str, Any]]:
 
     Each entry also has "verdicts": the three columns of `verdicts.py`; "supported": whether all of them are "holds";
     "text"; "control": the same number for the untrained model, or None; and "n": the images, for a knockout also the
-    cases (an image and a class), that it is a mean over. "value", "ci95" and "holds" are those of the main runs.
+    classes, that it is a mean over. "value", "ci95" and "holds" are those of the main runs.
     """
     numbers, path = _measure_all(study), path_rows(study)
     return [
@@ -109,7 +109,7 @@ def _measure_all(study: Study) -> Numbers:
         if ("recovery", mask) in main.keys() & control.keys():
             pair = (measured["recovery", mask].estimate for measured in (main, control))
             main["recovery_trained", mask] = one(subtract(*pair), study.trained[mask])
-    site = next((starvation_site(run) for run in study.trained.values()), None)
+    site = next((run.peak_layer for run in study.trained.values()), None)
     kinds = [(part, solved) for part in ("adapter", "llm") for solved in (True, False)]
     draws = {kind: [measure(runs, site) for runs in study.random_draws(*kind)] for kind in kinds}
     return Numbers(main, control, main if study.solved == study.trained else measure(study.solved), draws)
@@ -128,7 +128,7 @@ def measure(runs: Mapping[str, ProbeRun], site: str | None = None) -> Measured:
                     by_class, {"images": run.metrics["images"], "classes": len(by_class)}, units
                 )
     pair = [runs[mask] for mask in MASKS if mask in runs]
-    site = site or (starvation_site(pair[0]) if pair else None)
+    site = site or (pair[0].peak_layer if pair else None)
     if len(pair) == 2 and is_solved(pair[0]) == is_solved(pair[1]) and all(site in run.sites for run in pair):
         gaps = gap_estimates(*pair, site)
         numbers |= {(claim, "causal"): one(estimate, pair[0]) for claim, estimate in gaps.items()}
@@ -185,4 +185,4 @@ def _beyond_random_column(claim: str, mask: str, numbers: Numbers) -> dict[str, 
             value, ci95 = beyond_draws(trained[key], draws)
             return column(CLAIMS[claim][0], value, ci95, draws=len(draws), probes="solved" if solved else "trained")
         most = max(most, len(draws))
-    return no_verdict(NO_CONTROL, f"{most} draws of a random {part} with this analysis; an interval needs two")
+    return no_verdict(NO_CONTROL, f"draws of a random {part} with this analysis: {most}; an interval needs two")

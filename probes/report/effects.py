@@ -10,9 +10,8 @@ from torch import Tensor
 
 from llava_bidir.common.bootstrap import Estimate, interval
 from probes.evaluation.bootstrap import dataset_scores, resampled_scores
-from probes.evaluation.metrics import Counts, peak_layer
+from probes.evaluation.metrics import Counts
 from probes.models.sites import ADAPTER, ENCODER
-from probes.results.probe_run import ProbeRun
 
 FOLDS = 10  # of validation images, to choose the best layer
 BEST_LAYER = "best_layer"
@@ -86,11 +85,6 @@ def drop_and_recovery(
     """
     site_of_image = sites_of_effects(sites, counts, groups)
     return effects_of_sites(miou_estimates(counts, site_of_image, weights)) if site_of_image else {}
-
-
-def starvation_site(run: ProbeRun) -> str | None:
-    """Return the site at which positions are compared: the best decoder layer of the causal run."""
-    return peak_layer({entry["site"]: entry["miou"] for entry in run.metrics["sites"]})
 
 
 def estimates_to_json(estimates: dict[Any, Estimate]) -> dict[Any, dict[str, Any]]:

@@ -40,7 +40,7 @@ def _joint_claims(claims_by_seed: dict[int, list[dict[str, Any]]]) -> list[dict[
             continue
         entries = {seed: claims[claim, mask] for seed, claims in zip(claims_by_seed, by_key, strict=True)}
         sign, text = CLAIMS[claim]
-        main = _join(sign, {seed: entry for seed, entry in entries.items()})
+        main = _join(sign, entries)
         verdicts = {name: _join(sign, {s: e["verdicts"][name] for s, e in entries.items()}) for name in COLUMNS}
         joint.append(
             {"claim": claim, "image_attention": mask, "text": text}

@@ -29,7 +29,7 @@ from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.identity import check_same_identity, named_identity
 from probes.data.registry import open_dataset, split_identity
-from probes.evaluation.metrics import Counts, peak_layer
+from probes.evaluation.metrics import Counts
 from probes.models.sites import ADAPTER
 from probes.ops.bilinear import upsampled_argmax
 from probes.training.heads import Probe
@@ -305,13 +305,18 @@ class ProbeRun:
         mllm = self.mllm()
         return mllm, {site: probe.to(mllm.device) for site, probe in self.probes().items()}
 
+    @property
+    def peak_layer(self) -> str | None:
+        """Decoder layer with the highest mIoU, if any was probed."""
+        return self.metrics["summary"]["peak_site"]
+
     def check_site(self, site: str | None) -> str:
         """Return `site`, or the best decoder layer for None.
 
         Raises:
             UserError: If the run has no such site.
         """
-        site = site or peak_layer({entry["site"]: entry["miou"] for entry in self.metrics["sites"]}) or self.sites[0]
+        site = site or self.peak_layer or self.sites[0]
         if site not in self.sites:
             raise UserError(f"{self.path} has no site {site!r}; it has {', '.join(self.sites)}")
         return site

@@ -7,7 +7,7 @@ upsampling), a pass over the images sums, per site and per fold of images,
 
 The pivot, the mean state of the first batch, keeps Q small: LLMs have channels whose mean is a thousand times their
 standard deviation, and Q would lose their variance to rounding. Products of a batch are float32, sums over batches
-float64; `tests/probes/training/test_moments.py` shows why.
+float64; `tests/probes/training/test_closed_form.py` shows why.
 
 Legend: F folds, K classes, d width, n tokens of a batch.
 """

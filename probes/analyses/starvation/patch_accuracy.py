@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from llava_bidir.common.bootstrap import interval
+from llava_bidir.common.bootstrap import Estimate, interval
 from llava_bidir.common.errors import UserError
 from probes.data.batches import PreprocessedDataset, collate, group_by_mask_size
 from probes.evaluation.metrics import count
@@ -19,8 +19,6 @@ from probes.results.probe_run import ProbeRun
 
 if TYPE_CHECKING:  # a report needs no model
     from probes.models.frozen_mllm import FrozenMLLM
-
-Estimate = tuple[float, Tensor]  # a value and its resampled values f[R]
 
 
 class PatchCounts(NamedTuple):

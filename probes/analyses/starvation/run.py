@@ -20,7 +20,6 @@ from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.evaluation.metrics import peak_layer
 from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
 
@@ -106,7 +105,7 @@ def _read_pair(
 ) -> tuple[str, CountsByMask, Tensor]:
     """Return the site, the counts there, and the bootstrap weights f64[R, N], of runs that can be compared."""
     _check_pair(causal, bidirectional)
-    site = site or peak_layer({entry["site"]: entry["miou"] for entry in causal.metrics["sites"]})
+    site = site or causal.peak_layer
     counts = {run.metrics["image_attention"]: patch_counts(run, site) for run in (causal, bidirectional)}
     weights = bootstrap_weights(causal.metrics["images"], seed=seed, groups=causal.groups)
     return site, counts, weights.double()

@@ -8,7 +8,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from probes.data.palette import colorize
-from probes.evaluation.metrics import peak_layer
 from probes.models.sites import ADAPTER, ENCODER
 from probes.results.probe_run import ProbeRun, read_tensors
 
@@ -45,7 +44,7 @@ def site_maps(run: ProbeRun, palette: np.ndarray) -> FigureData:
     """Draw images, labels, and the predictions from encoder to the best layer (Figs. 4, 13)."""
     index, maps = run.analysis("maps.json"), read_tensors(run.path / "maps.safetensors")
     dataset = run.dataset()
-    peak = peak_layer({entry["site"]: entry["miou"] for entry in run.metrics["sites"]})
+    peak = run.peak_layer
     layers = [site for site in run.layers if site != ADAPTER]
     between = [layers[0], layers[layers.index(peak) // 2], peak] if layers else []
     sites = [site for site in dict.fromkeys([ENCODER, ADAPTER, *between]) if site in run.sites]

@@ -113,7 +113,9 @@ def test_a_random_llm_that_recovers_as_much_takes_the_claim_down(write):
     assert verdict([trained, *worse])["verdict"] == "holds" and verdict([trained, *worse])["draws"] == 2
     assert verdict([trained, *as_good])["verdict"] == "does not hold"
     assert verdict([trained])["verdict"] == verdict([trained, worse[0]])["verdict"] == "no control"
-    assert "1 draws of a random llm" in verdict([trained, worse[0]])["reason"]
+    assert (
+        "draws of a random llm with this analysis: 1; an interval needs two" in verdict([trained, worse[0]])["reason"]
+    )
     with pytest.raises(ValueError, match="are the same draw of random weights; pass only one"):
         read_studies([trained, worse[0], as_good[0]])
 

@@ -183,6 +183,8 @@ def _beyond_random_column(claim: str, mask: str, numbers: Numbers) -> dict[str, 
         draws = [measured[key] for measured in numbers.draws[part, solved] if key in measured]
         if key in trained and len(draws) >= 2 and set(trained[key].by_unit).intersection(*(d.by_unit for d in draws)):
             value, ci95 = beyond_draws(trained[key], draws)
-            return column(CLAIMS[claim][0], value, ci95, draws=len(draws), probes="solved" if solved else "trained")
+            by_draw = [mean_effect(draw)[0] for draw in draws]
+            more = {"draws": len(draws), "by_draw": by_draw, "probes": "solved" if solved else "trained"}
+            return column(CLAIMS[claim][0], value, ci95, **more)
         most = max(most, len(draws))
     return no_verdict(NO_CONTROL, f"draws of a random {part} with this analysis: {most}; an interval needs two")

@@ -16,6 +16,7 @@ from probes.report.summary_text import MASKS_SECTION, PATH_SECTION, SCALE_SECTIO
 from probes.results.probe_run import ProbeRun
 
 from . import (
+    claims,
     confusion,
     feature_statistics,
     knockout,
@@ -32,6 +33,7 @@ from .style import ReportFigure
 
 Figures = Iterator[ReportFigure]
 
+CLAIMS = "Claims beside controls"
 STARVATION, KNOCKOUT, MAPS = "Context starvation", "Attention knockout", "Predicted segmentation maps"
 BUDGET, OVERVIEW = "Probe training budget", "Across models and datasets"
 INTERVALS = "Lines: 95% intervals."
@@ -44,6 +46,13 @@ def study_figures(study: Study, results: dict[str, Any]) -> Figures:
     if study.solved and not solved_main:
         yield _layer_figure(study, "layers_solved", "Segmentation quality by layer, probes at their optimum", True)
     yield _layer_figure(study, "layers", "Segmentation quality by layer", solved_main)
+    if any("by_draw" in claim["verdicts"]["beyond_random"] for claim in results["claims"]):
+        yield ReportFigure(
+            "claims", CLAIMS, "Trained and random models",
+            "The number of each claim. Look for circles that lie beyond the diamonds: what random LLMs that change the "
+            "states as much show as well (the adapter's drop: random adapters) was not learned. Diamonds were probed "
+            f"at the optimum, like filled circles. {INTERVALS}",
+            claims.claim_values(results["claims"]))  # fmt: skip
     if results["paired"]:
         yield ReportFigure(
             "paired_sites", MASKS_SECTION, "Difference by site",

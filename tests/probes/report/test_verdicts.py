@@ -7,6 +7,8 @@ import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.report.claims import evaluate_claims
+from probes.report.effects import drop_and_recovery
+from probes.report.figures.claims import claim_values
 from probes.report.study import read_studies
 from probes.report.verdicts import Effect, beyond_draws, judge, path_column, unconverged
 from probes.results.probe_run import ProbeRun
@@ -102,6 +104,24 @@ def test_probes_below_the_constant_prediction_give_no_verdict(write):
     assert "at encoder not better than the constant prediction (99.0% mIoU)" in unconverged(run, run, "adapter_drop")
 
 
+def cross_validated_recovery(run):
+    return drop_and_recovery(run.sites, run.counts, run.weights)["recovery"][0]
+
+
+def test_figure_of_claims_has_a_diamond_for_each_draw(write):
+    draws = [write(f"r{i}", TRAINED, 30 + i, untrained=["llm"], match="update", draw=i) for i in (0, 1)]
+    claims = evaluate_claims(read_studies([write("trained", TRAINED, 1), *draws])[0])
+    figure, rows = claim_values(claims)
+    (recovery,) = [i for i, claim in enumerate(claims) if claim["claim"] == "recovery"]
+    diamonds = [line for line in figure.axes[0].lines if line.get_marker() == "D" and len(line.get_xdata())]
+    (line,) = [x for x in diamonds if round(x.get_ydata()[0]) == recovery]
+    by_draw = claims[recovery]["verdicts"]["beyond_random"]["by_draw"]
+    assert line.get_xdata().tolist() == pytest.approx([100 * x for x in by_draw])
+    found = {row["of"]: row["value"] for row in rows if row["claim"] == "recovery"}
+    assert [found["random_0"], found["random_1"]] == by_draw
+    assert found["beyond_random"] == claims[recovery]["verdicts"]["beyond_random"]["value"]
+
+
 def test_a_random_llm_that_recovers_as_much_takes_the_claim_down(write):
     trained = write("trained", TRAINED, 1)
     as_good = [write(f"good{i}", TRAINED, 10 + i, untrained=["llm"], match="update", draw=i) for i in (0, 1)]
@@ -111,6 +131,9 @@ def test_a_random_llm_that_recovers_as_much_takes_the_claim_down(write):
         claim["claim"]: claim["verdicts"]["beyond_random"] for claim in evaluate_claims(read_studies(paths)[0])
     }["recovery"]
     assert verdict([trained, *worse])["verdict"] == "holds" and verdict([trained, *worse])["draws"] == 2
+    assert verdict([trained, *worse])["by_draw"] == [
+        pytest.approx(cross_validated_recovery(ProbeRun(path)), abs=1e-9) for path in worse
+    ]
     assert verdict([trained, *as_good])["verdict"] == "does not hold"
     assert verdict([trained])["verdict"] == verdict([trained, worse[0]])["verdict"] == "no control"
     assert (

@@ -1,0 +1,69 @@
+"""Figure of the claims: trained models beside models with random weights, one row per claim and mask."""
+
+from typing import Any
+
+from matplotlib.lines import Line2D
+
+from probes.report.tables import bounds
+from probes.report.verdicts import COLUMNS
+
+from .style import FigureData, mask_colour, new_axes
+
+NAMES = {
+    "adapter_drop": "adapter drop",
+    "recovery": "recovery",
+    "recovery_trained": "recovery − untrained",
+    "starvation": "starvation, patch 0",
+    "starvation_first_row": "starvation, first row",
+    "knockout_incorrect": "wrong class blocked",
+    "knockout_correct": "correct class blocked",
+    "knockout_specificity": "correct − wrong blocked",
+}
+# Column -> offset within a row, whether the marker is filled
+STYLES = {"paper": (-0.2, False), "optimum": (0.0, True)}
+DRAWS_OFFSET = 0.22
+
+
+def claim_values(claims: list[dict[str, Any]]) -> FigureData:
+    """Draw each claim as measured and at the optimum, with intervals, beside the same number of each random model."""
+    figure, ax = new_axes(6.4, 0.9 + 0.3 * len(claims))
+    rows = []
+    for y, entry in enumerate(claims):
+        colour = mask_colour(entry["image_attention"])
+        for name, (offset, filled) in STYLES.items():
+            found = entry["verdicts"][name]
+            if found["ci95"] is not None:
+                low, high = (100 * bound for bound in found["ci95"])
+                ax.plot([low, high], [y + offset] * 2, color=colour, lw=1.3)
+                fill = colour if filled else "white"
+                ax.plot([100 * found["value"]], [y + offset], "o", color=colour, mfc=fill, ms=4.5)
+        draws = entry["verdicts"]["beyond_random"].get("by_draw", [])
+        ax.plot([100 * x for x in draws], [y + DRAWS_OFFSET] * len(draws), "D", color="#444444", mfc="none", ms=4.5)
+        rows += _rows(entry, draws)
+    labels = [f"{NAMES.get(c['claim'], c['claim'])} ({c['image_attention']})" for c in claims]
+    ax.set_yticks(range(len(claims)), labels, fontsize=8)
+    ax.set_ylim(len(claims) - 0.5, -0.5)
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set_xlabel("percentage points")
+    figure.legend(handles=_legend(), loc="outside lower center", ncols=3, fontsize=8)
+    return FigureData(figure, rows)
+
+
+def _rows(entry: dict[str, Any], draws: list[float]) -> list[dict[str, Any]]:
+    key = {"claim": entry["claim"], "image_attention": entry["image_attention"]}
+    columns = {name: entry["verdicts"][name] for name in COLUMNS}
+    rows = [
+        key | {"of": name, "value": found["value"]} | bounds(found["ci95"])
+        for name, found in columns.items()
+        if found["ci95"] is not None
+    ]
+    return rows + [key | {"of": f"random_{i}", "value": value} | bounds((None, None)) for i, value in enumerate(draws)]
+
+
+def _legend() -> list[Line2D]:
+    point = {"color": "#444444", "ms": 4.5, "ls": ""}
+    return [
+        Line2D([], [], marker="o", mfc="white", label="as the paper measures it", **point),
+        Line2D([], [], marker="o", label="probes at the optimum", **point),
+        Line2D([], [], marker="D", mfc="none", label="random models", **point),
+    ]

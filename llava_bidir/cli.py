@@ -101,11 +101,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     assets.add_argument("out", type=Path, help="folder to write; replaces an earlier world")
     assets.add_argument("--seed", type=int, default=0, help="seed of all random choices")
-    text = "context: look-alikes can only be told apart by the rest of the scene; null: by themselves, too"
-    assets.add_argument("--world", choices=["context", "null"], default="context", help=text)
+    text = (
+        "look-alikes can only be told apart by the rest of the scene (context), by it and the light together "
+        "(conjunction), or by themselves (null)"
+    )
+    assets.add_argument("--world", choices=["context", "conjunction", "null"], default="context", help=text)
     assets.add_argument(
         "--scale", type=float, default=1.0, help="factor for the number of images, conversations and training steps"
     )
+    text = "largest share of names that are replaced by their look-alike in the text on which the LLM is trained"
+    assets.add_argument("--swapped-names", type=float, default=0.5, metavar="SHARE", help=text)
     return parser
 
 

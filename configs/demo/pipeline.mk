@@ -16,9 +16,11 @@ PROBES := OMP_NUM_THREADS=1 $(PY) -m probes
 LOOK_ALIKES := ceiling sky wall building floor road bed car
 # Fewer strengths and folds than by default, and two pixels a patch and axis, for the sake of time. With fewer images, weakly
 # regularised probes fit them without error, and their optimum takes many times as long to find.
-OPTIMUM := $(if $(filter 1,$(SCALE)),1e-6 1e-5 1e-4,1e-3 1e-2)
+OPTIMUM := $(if $(filter 1,$(SCALE)),1e-6 1e-4,1e-3 1e-2)
 SOLVE := --folds 2 --strengths 1e-6 1e-4 1e-2 1 --optimum-strengths $(OPTIMUM) --model.label_stride 6
 DRAWS := 0 1
+# A random LLM is compared from the adapter on, a random adapter up to it.
+RANDOM_LLM := --model.sites '[adapter, layer_01, layer_02, layer_03, layer_04, layer_05, layer_06]'
 RANDOM_ADAPTER := --model.untrained '[adapter]' --model.sites '[encoder, adapter]'
 STARVED := $(OUT)/bidirectional/probes/starvation.json
 REPORT := $(OUT)/report/results.json
@@ -69,8 +71,8 @@ $(call solved,$(OUT)/%/solved): configs/demo/probes.yaml $(OUT)/%/stage2/hf/mode
 define random_draw
 $$(call solved,$$(OUT)/%/random$(1)): configs/demo/probes.yaml configs/probes/matched.yaml \
   $$(OUT)/%/stage2/hf/model.safetensors
-	$$(call step,$$*_random$(1),$$(PROBES) solve -c $$< -c configs/probes/matched.yaml --model.draw $(1) $$(SOLVE) \
-	  --overwrite true --seed_everything $$(SEED) --out $$(OUT)/$$*/random$(1) --model.mllm $$(OUT)/$$*/stage2/hf \
+	$$(call step,$$*_random$(1),$$(PROBES) solve -c $$< -c configs/probes/matched.yaml --model.draw $(1) $$(RANDOM_LLM) \
+	  $$(SOLVE) --overwrite true --seed_everything $$(SEED) --out $$(OUT)/$$*/random$(1) --model.mllm $$(OUT)/$$*/stage2/hf \
 	  --data.root $$(A)/segmentation)
 
 $$(call solved,$$(OUT)/%/adapter$(1)): configs/demo/probes.yaml $$(OUT)/%/stage2/hf/model.safetensors

@@ -22,20 +22,27 @@ from llava_bidir.common.atomic_io import atomic_directory
 
 from . import tiny_models
 from .canvas import CLASSES, PALETTE
-from .dialogues import SceneText, build_dialogue, confuse_names, format_turns, prepend_picture
+from .dialogues import SceneText, build_dialogue, format_turns, prepend_picture, swap_names
 from .scenes import Scene, draw_scene
 
 PICTURES = {"llava": 3000, "training": 1000, "validation": 600}
 CAPTIONS, DIALOGUES, QUESTIONS = 1920, 4480, 400
 TEXT_ONLY = 0.05  # share of dialogues with the picture in words, for the text-only samples of LLaVA's mix
 ENCODER_STEPS, LLM_STEPS = 1400, 240  # both take about the same time and run in parallel
-# Mean of the grain, the only local evidence, in units of its standard deviation. In "context", look-alikes can only be
-# told apart by the rest of the scene; in "null" the grain tells them apart, so that context has nothing to add.
-WORLDS = {"context": 0.1, "null": 3.0}
+SWAPPED_NAMES = 0.5
+# Options of draw_scene. In "context", look-alikes can only be told apart by the rest of the scene; in "conjunction", by
+# the rest of the scene together with the light; in "null", the grain tells them apart, so that context adds nothing.
+WORLDS = {
+    "context": {"evidence": 0.1},
+    "conjunction": {"evidence": 0.1, "nights": 1 / 3},
+    "null": {"evidence": 3.0},
+}
 CHUNK = 100
 
 
-def demo_assets(out: Path, seed: int = 0, scale: float = 1.0, world: str = "context") -> None:
+def demo_assets(
+    out: Path, seed: int = 0, scale: float = 1.0, world: str = "context", swapped_names: float = SWAPPED_NAMES
+) -> None:
     """Write the toy world: scenes with masks, conversations, a tiny encoder and a tiny LLM.
 
     Args:
@@ -43,6 +50,8 @@ def demo_assets(out: Path, seed: int = 0, scale: float = 1.0, world: str = "cont
         seed: Random seed of everything.
         scale: Share of the full demo's pictures, conversations and training steps, for quick trials.
         world: A key of `WORLDS`.
+        swapped_names: Largest share of a picture's names that are replaced by their look-alike in the text on which the
+            LLM is trained. Reading them right is a task like the one that context sets in images.
     """
     sizes = {name: max(16, round(n * scale)) for name, n in PICTURES.items()}
     # spawn, since torch's threads do not survive a fork
@@ -52,7 +61,7 @@ def demo_assets(out: Path, seed: int = 0, scale: float = 1.0, world: str = "cont
         texts = {name: [SceneText.from_scene(scene) for scene in split] for name, split in scenes.items()}
         jobs = [
             pool.submit(_train_encoder, scenes["llava"], partial / "encoder", round(ENCODER_STEPS * scale), seed),
-            pool.submit(_train_llm, texts["llava"], partial / "llm", round(LLM_STEPS * scale), seed),
+            pool.submit(_train_llm, texts["llava"], partial / "llm", round(LLM_STEPS * scale), seed, swapped_names),
         ]
         _write_classes(partial / "segmentation/classes.json")
         _write_conversations(partial, texts, scale, seed)
@@ -66,11 +75,11 @@ def _one_thread() -> None:
 
 
 def _draw_splits(
-    pool: ProcessPoolExecutor, out: Path, sizes: dict[str, int], seed: int, evidence: float
+    pool: ProcessPoolExecutor, out: Path, sizes: dict[str, int], seed: int, world: dict[str, float]
 ) -> dict[str, list[Scene]]:
     """Draw and write all splits. Each chunk has its own generator, so the size of the pool does not matter."""
     jobs = {
-        (split, start): pool.submit(_draw_chunk, out, split, start, min(CHUNK, n - start), seed, evidence)
+        (split, start): pool.submit(_draw_chunk, out, split, start, min(CHUNK, n - start), seed, world)
         for split, n in sizes.items()
         for start in range(0, n, CHUNK)
     }
@@ -80,9 +89,9 @@ def _draw_splits(
     return scenes
 
 
-def _draw_chunk(out: Path, split: str, start: int, count: int, seed: int, evidence: float) -> list[Scene]:
+def _draw_chunk(out: Path, split: str, start: int, count: int, seed: int, world: dict[str, float]) -> list[Scene]:
     rng = np.random.default_rng([seed, list(PICTURES).index(split), start])
-    scenes = [draw_scene(rng, evidence) for _ in range(count)]
+    scenes = [draw_scene(rng, **world) for _ in range(count)]
     for i, scene in enumerate(scenes, start):
         _save(scene.image, out / _image_path(split, i))
         if split != "llava":
@@ -109,18 +118,21 @@ def _train_encoder(scenes: list[Scene], out: Path, steps: int, seed: int) -> Non
     tiny_models.train_encoder(images, masks, out, steps=steps, seed=seed)
 
 
-def _train_llm(scenes: list[SceneText], out: Path, steps: int, seed: int) -> None:
-    documents = _generate_documents(scenes, np.random.default_rng([seed, 10]))
+def _train_llm(scenes: list[SceneText], out: Path, steps: int, seed: int, swapped_names: float) -> None:
+    documents = _generate_documents(scenes, np.random.default_rng([seed, 10]), swapped_names)
     tokenizer = tiny_models.train_tokenizer([format_turns(next(documents)) for _ in range(500)], out)
     tiny_models.train_llm(documents, tokenizer, out, steps=steps, seed=seed)
 
 
-def _generate_documents(scenes: list[SceneText], rng: np.random.Generator) -> Iterator[list[dict]]:
+def _generate_documents(
+    scenes: list[SceneText], rng: np.random.Generator, swapped_names: float
+) -> Iterator[list[dict]]:
     """Yield conversations about pictures in words without end: all rows (every second), 16 points, or a caption."""
     while True:
         for parts in ({"rows": 8}, {"points": 16}, {"rows": 8}, {"caption": True}):
             scene = scenes[rng.integers(len(scenes))]
-            yield prepend_picture(build_dialogue(scene, rng, **parts), " ".join(confuse_names(scene.names, rng)))
+            dialogue = build_dialogue(scene, rng, **parts)
+            yield prepend_picture(dialogue, " ".join(swap_names(scene.names, swapped_names, rng)))
 
 
 def _write_conversations(out: Path, texts: dict[str, list[SceneText]], scale: float, seed: int) -> None:
@@ -159,4 +171,4 @@ def _sample_evenly(rng: np.random.Generator, n: int, count: int) -> list[int]:
 
 def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir demo-assets`."""
-    demo_assets(args.out, args.seed, args.scale, args.world)
+    demo_assets(args.out, args.seed, args.scale, args.world, args.swapped_names)

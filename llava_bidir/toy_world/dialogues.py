@@ -67,9 +67,9 @@ def prepend_picture(turns: list[Turn], picture: str = "<image>") -> list[Turn]:
     return [first, *turns[1:]]
 
 
-def confuse_names(names: list[str], rng: np.random.Generator) -> list[str]:
-    """Replace names by their look-alike, at a rate drawn per picture: a badly seen picture in words."""
-    rate = rng.uniform(0, 0.5)
+def swap_names(names: list[str], most: float, rng: np.random.Generator) -> list[str]:
+    """Replace a share of at most `most` of the names by their look-alike: a badly seen picture in words."""
+    rate = rng.uniform(0, most)
     return [LOOK_ALIKE[name] if rng.random() < rate else name for name in names]
 
 

@@ -8,6 +8,7 @@ Shapes: B images, T image tokens, P tokens before the image, N = P + T, d width 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from functools import cached_property
 
 import torch
 from PIL import Image
@@ -17,10 +18,12 @@ from transformers import DynamicCache
 from llava_bidir.common.errors import UserError
 from probes.ops.geometry import Geometry
 
+from .answering import check_family, generate_greedily, score_answers
 from .attention_masks import Masks, as_list, build_masks, last_rows, supports_masks
 from .attention_weights import capture_attention
 from .families import Family, own_image_attention
 from .knockout import Knockout
+from .prompt_and_pixels import Chat
 from .sites import ADAPTER, ENCODER, FINAL_NORM, layer_site, site_names
 
 
@@ -56,10 +59,12 @@ class FrozenMLLM(nn.Module):
         image_resize: str = "squash",
         separator_id: int | None = None,
         revision: str | None = None,
+        read_chat: Callable[[], Chat] | None = None,
     ):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.family, self.image_processors, self.revision = family, image_processors, revision
+        self._read_chat = read_chat
         self.update_scales: list[float] | None = None
         self.image_attention, self.own_image_attention = image_attention, own_image_attention(model.config)
         self.grid = family.grid(model.config)
@@ -221,6 +226,48 @@ class FrozenMLLM(nn.Module):
         logits = self.model.get_output_embeddings()(states if site == FINAL_NORM else self.decoder.norm(states))
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @cached_property
+    def chat(self) -> Chat:
+        """Tokenizer and chat template of the checkpoint, read on first use."""
+        check_family(self.family, self.model.config.model_type)
+        return self._read_chat()
+
+    @torch.no_grad()
+    def answer(
+        self, image: Image.Image, question: str, knockout: Knockout | None = None, max_new_tokens: int = 256
+    ) -> str:
+        """Return the greedy answer to a question about an image; for what a knockout cuts see answering.py.
+
+        Raises:
+            UserError: The family has no text after the image, the question is too long, or the knockout is invalid.
+        """
+        ids = self.chat.question_ids(question)
+        ids = generate_greedily(self, self.preprocess([image]), ids, knockout, max_new_tokens)
+        return self.chat.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    @torch.no_grad()
+    def answer_log_probs(
+        self, pixels: Tensor, questions: Sequence[str], answers: Sequence[str], knockout: Knockout | None = None
+    ) -> Tensor:
+        """Return the log-probability of each answer to each question about each image, f[B, P, A], in one forward.
+
+        It is the sum over the answer's tokens, without the token that ends an answer. An answer that begins with
+        another one is therefore never the more probable of the two.
+
+        Args:
+            pixels: f[B, 3, H, W] from :meth:`preprocess`.
+            questions: P questions, each the first of its conversation.
+            answers: A answers to each of them.
+            knockout: Attention knockout among image tokens; one image can have several in a batch.
+
+        Raises:
+            UserError: As :meth:`answer`, or a text is empty.
+        """
+        if not (questions and answers and all(text.strip() for text in [*questions, *answers])):
+            raise UserError("got no question or answer, or an empty one; expected texts")
+        ids = [*map(self.chat.question_ids, questions)], [*map(self.chat.answer_ids, answers)]
+        return score_answers(self, pixels, *ids, knockout)
 
     def check_sites(self, sites: Sequence[str] | None) -> list[str]:
         """Return `sites` as a list, or all sites for None; raise a UserError if one is unknown."""

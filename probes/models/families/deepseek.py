@@ -31,7 +31,7 @@ def _two_resolutions(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -
     return {"pixel_values": low, "high_res_pixel_values": high}
 
 
-_COMMON = {"adapter": ("aligner",), "image_resize": None, "placeholder": "<image_placeholder>"}
+_COMMON = {"adapter": ("aligner",), "image_resize": None, "placeholder": "<image_placeholder>", "answers": True}
 
 DEEPSEEK = {
     "deepseek_vl": Family("DeepseekVLForConditionalGeneration", **_COMMON),
@@ -48,5 +48,5 @@ DEEPSEEK = {
         normalisations=(("image_mean", "image_std"), ("high_res_image_mean", "high_res_image_std")),
         **_COMMON,
     ),
-    "janus": Family("JanusForConditionalGeneration", image_start_text="<begin_of_image>", **_COMMON),
+    "janus": Family("JanusForConditionalGeneration", image_start_text="<begin_of_image>", **_COMMON | {"answers": False}),
 }

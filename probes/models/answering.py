@@ -4,9 +4,9 @@ Eq. 1 cuts attention among image tokens only. Text tokens therefore attend to al
 whose keys and values were computed under the cut. Generated tokens are text, so that no decoding step has pairs to cut:
 it reads the keys and values of the first forward from the cache, and the knockout holds in it.
 
-Questions and answers about an image share its forward. They are a tree of tokens in one row, after the image: each token
-attends to the prefix, the image, its own question and its own answer so far, and has the position that it would have
-alone. Two questions with two answers each::
+Questions and answers about an image share its forward. They are a tree of tokens in one row, after the image. Each
+token attends to the prefix, the image, its own question and its own answer so far, and has the position that it would
+have alone. Two questions with two answers each::
 
     positions after the image   0 1 2 | 3 | 3 4 | 0 1 | 2 | 2 3
     tokens                      question A, a, b; question B, a, b
@@ -130,32 +130,32 @@ def _append_text(masks: Masks, text: TextTree, window: int | None) -> Masks:
     return extended
 
 
+@torch.no_grad()
 def score_answers(
-    mllm: nn.Module,
-    pixels: Tensor,
-    questions: Sequence[list[int]],
-    answers: Sequence[list[int]],
-    knockout: Knockout | None,
+    mllm: nn.Module, pixels: Tensor, questions: Sequence[str], answers: Sequence[str], knockout: Knockout | None
 ) -> Tensor:
-    """Return the log-probability of each answer's tokens after each question, f[B, P, A] in float32."""
-    text = TextTree.from_ids(questions, answers)
+    """Return the log-probabilities of answers; see :meth:`FrozenMLLM.answer_log_probs`."""
+    if not (questions and answers and all(text.strip() for text in [*questions, *answers])):
+        raise UserError("got no question or answer, or an empty one; expected texts")
+    text = TextTree.from_ids([*map(mllm.chat.question_ids, questions)], [*map(mllm.chat.answer_ids, answers)])
     predictors, ids, numbers = (torch.tensor(column) for column in zip(*text.targets, strict=True))
     used, row = predictors.unique(return_inverse=True)
     states = text_states(mllm, pixels, text, knockout)[:, used.to(mllm.device)]
-    log_probs = mllm.logit_lens(states, FINAL_NORM).float().log_softmax(-1)[:, row, ids].cpu()
+    log_probs = mllm.logit_lens(states, FINAL_NORM).float().log_softmax(-1).cpu()[:, row, ids]
     scores = torch.zeros(len(pixels), len(questions) * len(answers)).index_add_(1, numbers, log_probs)
     return scores.view(len(pixels), len(questions), len(answers))
 
 
-def generate_greedily(
-    mllm: nn.Module, pixels: Tensor, question: list[int], knockout: Knockout | None, max_new_tokens: int
-) -> list[int]:
-    """Return the token ids of the greedy answer about one image f[1, 3, H, W], without the token that ends it."""
-    cache, answer, config = DynamicCache(), [], mllm.model.config.get_text_config()
+@torch.no_grad()
+def generate_answer(
+    mllm: nn.Module, pixels: Tensor, question: str, knockout: Knockout | None, max_new_tokens: int
+) -> str:
+    """Return the greedy answer to a question about one image f[1, 3, H, W]; see :meth:`FrozenMLLM.answer`."""
+    cache, answer, ids = DynamicCache(), [], mllm.chat.question_ids(question)
     ends = mllm.model.generation_config.eos_token_id
     ends = [ends] if isinstance(ends, int) else ends or []
-    room = config.max_position_embeddings - mllm.ids.shape[1] - len(question)
-    states = text_states(mllm, pixels, TextTree.from_ids([question]), knockout, cache)
+    room = mllm.model.config.get_text_config().max_position_embeddings - mllm.ids.shape[1] - len(ids)
+    states = text_states(mllm, pixels, TextTree.from_ids([ids]), knockout, cache)
     for _ in range(min(max_new_tokens, room)):
         token = int(mllm.logit_lens(states[:, -1], FINAL_NORM).argmax())
         if token in ends:
@@ -163,4 +163,4 @@ def generate_greedily(
         answer.append(token)
         next_ids = torch.tensor([[token]], device=mllm.device)
         states = mllm.decoder(input_ids=next_ids, past_key_values=cache, use_cache=True).last_hidden_state
-    return answer
+    return mllm.chat.tokenizer.decode(answer, skip_special_tokens=True).strip()

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from llava_bidir.common.errors import UserError
 from probes.ops.geometry import Geometry
 
-from .answering import check_family, generate_greedily, score_answers
+from .answering import check_family, generate_answer, score_answers
 from .attention_masks import Masks, as_list, build_masks, last_rows, supports_masks
 from .attention_weights import capture_attention
 from .families import Family, own_image_attention
@@ -233,41 +233,34 @@ class FrozenMLLM(nn.Module):
         check_family(self.family, self.model.config.model_type)
         return self._read_chat()
 
-    @torch.no_grad()
     def answer(
         self, image: Image.Image, question: str, knockout: Knockout | None = None, max_new_tokens: int = 256
     ) -> str:
-        """Return the greedy answer to a question about an image; for what a knockout cuts see answering.py.
+        """Return the greedy answer to a question about an image, also under a knockout; see answering.py.
 
         Raises:
-            UserError: The family has no text after the image, the question is too long, or the knockout is invalid.
+            UserError: The model cannot be asked, the question is too long, or the knockout does not fit the model.
         """
-        ids = self.chat.question_ids(question)
-        ids = generate_greedily(self, self.preprocess([image]), ids, knockout, max_new_tokens)
-        return self.chat.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        return generate_answer(self, self.preprocess([image]), question, knockout, max_new_tokens)
 
-    @torch.no_grad()
     def answer_log_probs(
         self, pixels: Tensor, questions: Sequence[str], answers: Sequence[str], knockout: Knockout | None = None
     ) -> Tensor:
-        """Return the log-probability of each answer to each question about each image, f[B, P, A], in one forward.
+        """Return the log-probability of each answer to each question, f[B, P, A], on the CPU, from one forward.
 
-        It is the sum over the answer's tokens, without the token that ends an answer. An answer that begins with
-        another one is therefore never the more probable of the two.
+        It is the sum over the answer's tokens without the end token, so that an answer which begins with another one
+        is never the more probable of the two.
 
         Args:
-            pixels: f[B, 3, H, W] from :meth:`preprocess`.
+            pixels: f[B, 3, H, W] from :meth:`preprocess`; one image can be in several rows, with other knockouts.
             questions: P questions, each the first of its conversation.
             answers: A answers to each of them.
-            knockout: Attention knockout among image tokens; one image can have several in a batch.
+            knockout: Attention knockout among image tokens.
 
         Raises:
             UserError: As :meth:`answer`, or a text is empty.
         """
-        if not (questions and answers and all(text.strip() for text in [*questions, *answers])):
-            raise UserError("got no question or answer, or an empty one; expected texts")
-        ids = [*map(self.chat.question_ids, questions)], [*map(self.chat.answer_ids, answers)]
-        return score_answers(self, pixels, *ids, knockout)
+        return score_answers(self, pixels, questions, answers, knockout)
 
     def check_sites(self, sites: Sequence[str] | None) -> list[str]:
         """Return `sites` as a list, or all sites for None; raise a UserError if one is unknown."""

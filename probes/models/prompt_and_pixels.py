@@ -136,7 +136,9 @@ class Chat(NamedTuple):
         """Return the text between the image and the answer."""
         before, placeholder, after = self.render(question).partition(self.placeholder)
         if not placeholder or not after:
-            raise UserError(f"the chat template of {self.path} has no text after {self.placeholder}; expected a question")
+            raise UserError(
+                f"the chat template of {self.path} has no text after {self.placeholder}; expected a question"
+            )
         return after
 
     def question_ids(self, question: str) -> list[int]:

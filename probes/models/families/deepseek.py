@@ -31,13 +31,14 @@ def _two_resolutions(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -
     return {"pixel_values": low, "high_res_pixel_values": high}
 
 
-_COMMON = {"adapter": ("aligner",), "image_resize": None, "placeholder": "<image_placeholder>", "answers": True}
+_COMMON = {"adapter": ("aligner",), "image_resize": None, "placeholder": "<image_placeholder>"}
 
 DEEPSEEK = {
-    "deepseek_vl": Family("DeepseekVLForConditionalGeneration", **_COMMON),
+    "deepseek_vl": Family("DeepseekVLForConditionalGeneration", answers=True, **_COMMON),
     "deepseek_vl_hybrid": Family(
         "DeepseekVLHybridForConditionalGeneration",
         image_px=_high_res_px,
+        answers=True,
         token_px=_hybrid_token_px,
         # SigLIP's states, then SAM's
         encoder_width=lambda config: (
@@ -48,5 +49,5 @@ DEEPSEEK = {
         normalisations=(("image_mean", "image_std"), ("high_res_image_mean", "high_res_image_std")),
         **_COMMON,
     ),
-    "janus": Family("JanusForConditionalGeneration", image_start_text="<begin_of_image>", **_COMMON | {"answers": False}),
+    "janus": Family("JanusForConditionalGeneration", image_start_text="<begin_of_image>", **_COMMON),
 }

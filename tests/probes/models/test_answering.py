@@ -21,7 +21,7 @@ from probes.models.answering import TextTree
 pytestmark = pytest.mark.numerics
 
 MASKS = ("causal", "bidirectional", "prefix")
-QUESTIONS = ["name the sky", "wall"]
+QUESTIONS = ["name the sky", "wall", "road of the rest", "a", "it and sky"]
 ANSWERS = ["sky wall", "road", "name this road of the rest", "sky"]
 BLOCKED = torch.tensor([[False, True, False, True]])
 KNOCKOUTS = {"none": None, "all layers": Knockout(BLOCKED), "one layer": Knockout(BLOCKED, [2])}
@@ -29,7 +29,14 @@ KNOCKOUTS = {"none": None, "all layers": Knockout(BLOCKED), "one layer": Knockou
 
 @pytest.fixture(scope="module", params=MASKS)
 def mllm(request, checkpoints):
-    return probes.load(str(checkpoints[request.param]))
+    """A model whose attention is sharp and outweighs the residual stream, so that a knockout changes its answers."""
+    loaded = probes.load(str(checkpoints[request.param]))
+    with torch.no_grad():
+        for layer in loaded.decoder.layers:
+            layer.self_attn.q_proj.weight *= 2
+            layer.self_attn.v_proj.weight *= 8
+            layer.self_attn.o_proj.weight *= 8
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -60,30 +67,35 @@ def stock_processor(mllm):
     return AutoProcessor.from_pretrained(mllm.model.name_or_path)
 
 
-@pytest.mark.parametrize("knockout", KNOCKOUTS.values(), ids=KNOCKOUTS)
-def test_generation_equals_uncached_forwards_with_the_mask_written_out(mllm, picture, knockout):
-    pixels, question = mllm.preprocess([picture]), mllm.chat.question_ids(QUESTIONS[0])
-    answer = mllm.answer(picture, QUESTIONS[0], knockout, max_new_tokens=8)
-    tokens = []
-    while len(tokens) < 8:
-        token = int(next_logits(mllm, pixels, question + tokens, knockout).argmax())
+def answer_by_loop(mllm, pixels, question: str, knockout: Knockout | None, max_new_tokens: int) -> str:
+    ids, tokens = mllm.chat.question_ids(question), []
+    while len(tokens) < max_new_tokens:
+        token = int(next_logits(mllm, pixels, ids + tokens, knockout).argmax())
         if token == mllm.model.generation_config.eos_token_id:
             break
         tokens.append(token)
-    assert answer == mllm.chat.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    return mllm.chat.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def test_generation_equals_uncached_forwards_with_the_mask_written_out(mllm, picture):
+    pixels, answers = mllm.preprocess([picture]), {}
+    for name, knockout in KNOCKOUTS.items():
+        answers[name] = [mllm.answer(picture, question, knockout, max_new_tokens=4) for question in QUESTIONS]
+        assert answers[name] == [answer_by_loop(mllm, pixels, question, knockout, 4) for question in QUESTIONS]
+    assert answers["all layers"] != answers["none"]
 
 
 @pytest.mark.parametrize("knockout", KNOCKOUTS.values(), ids=KNOCKOUTS)
 def test_log_probs_equal_a_loop_over_forwards_with_the_mask_written_out(mllm, picture, knockout):
     pixels = mllm.preprocess([picture])
-    scores, expected = mllm.answer_log_probs(pixels, QUESTIONS, ANSWERS, knockout), []
-    for question, answer in itertools.product(QUESTIONS, ANSWERS):
+    scores, expected = mllm.answer_log_probs(pixels, QUESTIONS[:2], ANSWERS, knockout), []
+    for question, answer in itertools.product(QUESTIONS[:2], ANSWERS):
         text, total = mllm.chat.question_ids(question), torch.zeros(())
         for token in mllm.chat.answer_ids(answer):
             total += next_logits(mllm, pixels, text, knockout).log_softmax(-1)[token]
             text = [*text, token]
         expected.append(total)
-    expected = torch.stack(expected).view(1, len(QUESTIONS), len(ANSWERS))
+    expected = torch.stack(expected).view(scores.shape)
     torch.testing.assert_close(scores, expected, **rounding(expected, len(mllm.decoder.layers)))
 
 
@@ -134,7 +146,12 @@ def test_tree_has_the_branches_of_its_description():
     assert text.ids.tolist() == [1, 2, 3, 7, 8, 4, 5, 7, 8]
     assert text.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
     assert text.targets == [(2, 6, 0), (2, 7, 1), (3, 8, 1), (4, 9, 1), (6, 6, 2), (6, 7, 3), (7, 8, 3), (8, 9, 3)]
-    assert [row.nonzero().flatten().tolist() for row in text.visible][3:7] == [[0, 1, 2, 3], [0, 1, 2, 3, 4], [5], [5, 6]]
+    assert [row.nonzero().flatten().tolist() for row in text.visible][3:7] == [
+        [0, 1, 2, 3],
+        [0, 1, 2, 3, 4],
+        [5],
+        [5, 6],
+    ]
 
 
 def test_a_model_that_ignores_the_cut_mask_is_an_error(mllm, picture, monkeypatch):

@@ -137,7 +137,7 @@ def score_answers(
     """Return the log-probabilities of answers; see :meth:`FrozenMLLM.answer_log_probs`."""
     if not (questions and answers and all(text.strip() for text in [*questions, *answers])):
         raise UserError("got no question or answer, or an empty one; expected texts")
-    text = TextTree.from_ids([*map(mllm.chat.question_ids, questions)], [*map(mllm.chat.answer_ids, answers)])
+    text = TextTree.from_ids([*map(mllm.chat.question_ids, questions)], mllm.chat.answer_ids(answers))
     predictors, ids, numbers = (torch.tensor(column) for column in zip(*text.targets, strict=True))
     used, row = predictors.unique(return_inverse=True)
     states = text_states(mllm, pixels, text, knockout)[:, used.to(mllm.device)]

@@ -5,6 +5,7 @@ image processor, only the normalisation and the way of resizing are read. `hub` 
 """
 
 import re
+from collections.abc import Sequence
 from datetime import date
 from typing import Any, NamedTuple
 
@@ -145,10 +146,10 @@ class Chat(NamedTuple):
         """Return the token ids between the image and the answer, as the stock processor tokenises them."""
         return self._continue(self.after_image(question))
 
-    def answer_ids(self, answer: str) -> list[int]:
-        """Return the token ids of an answer, after a space unless the prompt ends with white space."""
+    def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of answers, after a space unless the prompt ends with white space."""
         space = "" if self.after_image("?")[-1:].isspace() else " "
-        return self._continue(space + answer)
+        return [self._continue(space + answer) for answer in answers]
 
     def _continue(self, text: str) -> list[int]:
         """Return the ids of text after a special token, where tokenizers add no word-start marker."""

@@ -64,7 +64,7 @@ def beyond_random(run: ProbeRun, draws: Sequence[ProbeRun]) -> dict[str, Any] | 
     """Return what a run's answers have beyond those of random LLMs on the same questions.
 
     Returns:
-        {"draws", "accuracy": {"value", "ci95"}, "effects": [{"condition", "control", and :func:`mean_over_classes`}]},
+        {"draws", "accuracy": {"value", "ci95"}, "effects": [{"condition", "control", "mean"}]},
         each the run's number minus the mean of the draws'. Intervals are over images, and for effects over classes, but
         not over draws. None without draws.
 
@@ -89,7 +89,7 @@ def beyond_random(run: ProbeRun, draws: Sequence[ProbeRun]) -> dict[str, Any] | 
             name: _mean(more[chosen], _cases(first, chosen), weights)
             for name, chosen in _questions_by_class(first, classes).items()
         }
-        effects.append({"condition": condition, "control": control, **mean_over_classes(by_class)})
+        effects.append({"condition": condition, "control": control, "mean": mean_over_classes(by_class)})
     accuracy = _to_json(_mean(answered, _cases(first), weights))
     return {"draws": len(draws), "accuracy": accuracy, "effects": effects}
 

@@ -91,7 +91,7 @@ def test_log_probs_equal_a_loop_over_forwards_with_the_mask_written_out(mllm, pi
     scores, expected = mllm.answer_log_probs(pixels, QUESTIONS[:2], ANSWERS, knockout), []
     for question, answer in itertools.product(QUESTIONS[:2], ANSWERS):
         text, total = mllm.chat.question_ids(question), torch.zeros(())
-        for token in mllm.chat.answer_ids(answer):
+        for token in mllm.chat.answer_ids([answer])[0]:
             total += next_logits(mllm, pixels, text, knockout).log_softmax(-1)[token]
             text = [*text, token]
         expected.append(total)
@@ -137,7 +137,7 @@ def test_text_has_the_ids_of_training(mllm):
     turns = [{"from": "human", "value": "<image>\nname the sky"}, {"from": "gpt", "value": "a wall"}]
     ids, labels = encode(turns, tokenizer, "vicuna_v1", 1, image_id)
     answer = [label for label in labels if label >= 0][:-1]  # without the eos
-    assert mllm.chat.answer_ids("a wall") == answer
+    assert mllm.chat.answer_ids(["a wall"]) == [answer]
     assert mllm.chat.question_ids("name the sky") == ids[ids.index(image_id) + 1 : -len(answer) - 1]
 
 
@@ -204,8 +204,8 @@ def test_other_families_equal_their_own_full_forward(name, tmp_path):
     inputs = stock.inputs(images)
     score = mllm.answer_log_probs(mllm.preprocess(images), ["hello"], ["hellohello"])
     with torch.no_grad():
-        logits = mllm.model(input_ids=torch.tensor([prompt + mllm.chat.answer_ids("hellohello")]), **inputs).logits[0]
-        expected, ids = torch.zeros(()), mllm.chat.answer_ids("hellohello")
+        expected, (ids,) = torch.zeros(()), mllm.chat.answer_ids(["hellohello"])
+        logits = mllm.model(input_ids=torch.tensor([prompt + ids]), **inputs).logits[0]
         for i, token in enumerate(ids, len(prompt) - 1):
             expected += logits[i].log_softmax(-1)[token]
         answer = mllm.model.generate(input_ids=torch.tensor([prompt]), **inputs, do_sample=False, max_new_tokens=5)

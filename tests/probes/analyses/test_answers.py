@@ -159,8 +159,8 @@ def test_invalid_questions_are_errors_that_name_file_and_record(tmp_path, conten
     assert str(path) in str(error.value)
 
 
-def test_missing_files_and_images_elsewhere_are_errors(runs, questions, tmp_path, capsys):
-    run, (path, root) = runs["causal"], questions
+def test_missing_files_and_images_elsewhere_are_errors(runs, questions, tmp_path):
+    run = runs["causal"]
     out = ["--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="is not a file; expected questions with regions"):
         main(["answers", "--probes", str(run.path), *out])
@@ -189,8 +189,8 @@ def test_tokens_in_a_box_equal_a_loop_over_tokens(resize, box):
     if any(expected):
         assert found.tolist() == expected
     else:  # the nearest one on each axis
-        centre = (box[1] + box[3]) / 2 * height, (box[0] + box[2]) / 2 * width
-        nearest = min(range(16), key=lambda i: sum(abs(a - b) for a, b in zip(points[i], centre, strict=True)))
+        middle = (box[1] + box[3]) / 2 * height, (box[0] + box[2]) / 2 * width
+        nearest = min(range(16), key=lambda i: sum(abs(a - b) for a, b in zip(points[i], middle, strict=True)))
         assert found[nearest]
 
 

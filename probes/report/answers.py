@@ -48,7 +48,7 @@ def models_of(of_mask: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def answer_tables(results: dict[str, Any]) -> dict[str, Rows]:
-    """Return the table "answers", from a study's part of results.json; none without answers.
+    """Return the table "answer_accuracy", from a study's part of results.json; none without answers.
 
     It has the accuracy of answers, then of the probe at each site, at the same places.
     """
@@ -67,7 +67,7 @@ def answer_tables(results: dict[str, Any]) -> dict[str, Rows]:
                 | {"agreement": site["agreement"]["value"]}
                 for site in entry["sites"]
             ]
-    return {"answers": rows} if rows else {}
+    return {"answer_accuracy": rows} if rows else {}
 
 
 def effect_rows(answers: dict[str, dict[str, Any]]) -> Rows:

@@ -22,7 +22,7 @@ EFFECT_LABELS = {
 def answers_and_probes(answers: dict[str, dict[str, Any]]) -> FigureData:
     """Draw a row of panels per mask: accuracies by site, and effects as means over classes; CSV file: the effects."""
     figure = Figure(figsize=(6.8, 2.7 * len(answers) + 0.2), layout="constrained")
-    axes = figure.subplots(len(answers), 2, squeeze=False, width_ratios=(1.25, 1))
+    axes = figure.subplots(len(answers), 2, squeeze=False, width_ratios=(1.5, 1))
     for (left, right), (mask, of_mask) in zip(axes, answers.items(), strict=True):
         for model, entry in models_of(of_mask).items():
             trained = entry is of_mask
@@ -35,7 +35,7 @@ def answers_and_probes(answers: dict[str, dict[str, Any]]) -> FigureData:
         right.set_yticks(range(len(EFFECT_LABELS)), EFFECT_LABELS.values(), fontsize=7)
         right.set_ylim(len(EFFECT_LABELS) - 0.5, -0.5)
         right.axvline(0, color="black", lw=0.8)
-        right.set_xlabel("log-probability of the right answer (nats)", fontsize=8)
+        right.set_xlabel("change for the right answer (nats)", fontsize=8)
     return FigureData(figure, effect_rows(answers))
 
 
@@ -48,7 +48,7 @@ def _draw_accuracies(ax: Axes, entry: dict[str, Any], model: str, colour: str, d
     answer, (low, high) = 100 * entry["accuracy"]["value"], (100 * bound for bound in entry["accuracy"]["ci95"])
     ax.axhline(answer, color=colour, ls=dash, lw=2.2, label=f"answers, {model}")
     ax.axhspan(low, high, color=colour, alpha=0.12, lw=0)
-    label_sites(ax, [site["site"] for site in sites])
+    label_sites(ax, [site["site"] for site in sites], fontsize=7)
 
 
 def _draw_effects(ax: Axes, entry: dict[str, Any], colour: str, offset: float) -> None:

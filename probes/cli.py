@@ -85,6 +85,17 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-size", type=int, default=64, help="images, or cases, per forward")
     _add_seed_and_out(p, "the controls and the bootstrap")
 
+    text = "compare the model's answers about places with its probes, also under knockouts, into RUN/answers.json"
+    p = command("answers", "probes.analyses.answers.run:run", text)
+    _add_run(p)
+    text = "LLaVA's JSON with regions (default: questions.json beside the data set's folder, as demo-assets writes it)"
+    p.add_argument("--questions", metavar="FILE", help=text)
+    p.add_argument("--images", metavar="DIR", help="folder of the images (default: that of the questions)")
+    p.add_argument("--limit", type=int, help="number of questions to ask (default: all)")
+    p.add_argument("--draws", type=int, default=5, help="draws to average for each condition with random tokens")
+    p.add_argument("--batch-size", type=int, default=16, help="questions per batch")
+    _add_seed_and_out(p, "the controls and the bootstrap")
+
     text = "compare accuracy by patch position, causal against bidirectional (Fig. 7, Table 3), in starvation.json"
     p = command("starvation", "probes.analyses.starvation.run:run", text)
     text, runs = "folders of finished probe runs on the same images", ("CAUSAL_RUN", "BIDIRECTIONAL_RUN")

@@ -10,6 +10,7 @@ ASSETS := $(addprefix $(A)/,captions.json dialogues.json questions.json segmenta
 probed = $(addprefix $(1)/,metrics.json counts.safetensors probes.safetensors)
 knocked = $(addprefix $(1)/,knockout.json knockout.safetensors)
 solved = $(addprefix $(1)/,metrics.json path.safetensors probes.safetensors)
+asked = $(addprefix $(1)/,answers.json answers.safetensors)
 mapped = $(addprefix $(1)/,maps.json maps.safetensors)
 LLAVA := OMP_NUM_THREADS=1 $(PY) -m llava_bidir
 PROBES := OMP_NUM_THREADS=1 $(PY) -m probes
@@ -21,6 +22,7 @@ SOLVE := --folds 2 --strengths 1e-6 1e-4 1e-2 1 --optimum-strengths $(OPTIMUM) -
 DRAWS := 0 1
 # A random LLM is compared from the adapter on, a random adapter up to it.
 RANDOM_LLM := --model.sites '[adapter, layer_01, layer_02, layer_03, layer_04, layer_05, layer_06]'
+ASK := --limit 80 --draws 1 # of 400 questions, for the sake of time
 RANDOM_ADAPTER := --model.untrained '[adapter]' --model.sites '[encoder, adapter]'
 STARVED := $(OUT)/bidirectional/probes/starvation.json
 REPORT := $(OUT)/report/results.json
@@ -93,6 +95,12 @@ $(call knocked,$(OUT)/%/probes): $(call probed,$(OUT)/%/probes)
 $(call knocked,$(OUT)/%/solved): $(call solved,$(OUT)/%/solved)
 	$(call step,$*_solved_knockout,$(PROBES) knockout --probes $(OUT)/$*/solved --classes $(LOOK_ALIKES) --draws 1)
 
+$(call asked,$(OUT)/%/solved): $(call solved,$(OUT)/%/solved) $(A)/questions.json
+	$(call step,$*_answers,$(PROBES) answers --probes $(OUT)/$*/solved $(ASK))
+
+$(call asked,$(OUT)/%/random0): $(call solved,$(OUT)/%/random0) $(A)/questions.json
+	$(call step,$*_random0_answers,$(PROBES) answers --probes $(OUT)/$*/random0 $(ASK))
+
 $(call mapped,$(OUT)/%/probes): $(call knocked,$(OUT)/%/probes)
 	$(call step,$*_maps,$(PROBES) maps --probes $(OUT)/$*/probes --image 0 1 2 3 --classes ceiling road)
 
@@ -117,5 +125,6 @@ $(REPORT): $(foreach mask,$(MASKS),$(OUT)/$(mask)/stage1/hf/model.safetensors \
     $(OUT)/$(mask)/stage2/hf/model.safetensors $(call mapped,$(OUT)/$(mask)/probes) $(OUT)/$(mask)/probes/umap.json \
     $(call knocked,$(OUT)/$(mask)/probes) $(call probed,$(OUT)/$(mask)/probes) $(call probed,$(OUT)/$(mask)/untrained) \
     $(foreach run,$(SOLVED),$(call solved,$(OUT)/$(mask)/$(run)) $(call knocked,$(OUT)/$(mask)/$(run))) \
+    $(foreach run,solved random0,$(call asked,$(OUT)/$(mask)/$(run))) \
     $(foreach run,$(ADAPTERS),$(call solved,$(OUT)/$(mask)/$(run)))) $(STARVED) $(ASSETS) $(OUT)/report/explorer.html
 	$(call step,report,$(PROBES) report $(call demo_runs,$(OUT)) --out $(OUT)/report --timings $(OUT)/logs/timings)

@@ -22,7 +22,7 @@ from llava_bidir.common.atomic_io import atomic_directory
 
 from . import tiny_models
 from .canvas import CLASSES, PALETTE
-from .dialogues import SceneText, build_dialogue, format_turns, prepend_picture, swap_names
+from .dialogues import SceneText, build_dialogue, find_regions, format_turns, prepend_picture, swap_names
 from .scenes import Scene, draw_scene
 
 PICTURES = {"llava": 3000, "training": 1000, "validation": 600}
@@ -155,6 +155,7 @@ def _write_conversations(out: Path, texts: dict[str, list[SceneText]], scale: fl
         _record("validation", i, prepend_picture(build_dialogue(val[i], rng, points=1)))
         for i in _sample_evenly(rng, len(val), round(QUESTIONS * scale))
     ]
+    questions = [record | {"regions": find_regions(record["conversations"])} for record in questions]
     for name, records in (("captions", captions), ("dialogues", dialogues), ("questions", questions)):
         (out / f"{name}.json").write_text(json.dumps(records) + "\n")
 

@@ -3,6 +3,7 @@
 Shapes: G patches per row and column, K classes, H W pixels.
 """
 
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +60,20 @@ def build_dialogue(
 
 def _turns(question: str, answer: str) -> list[Turn]:
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def find_regions(turns: list[Turn]) -> list[dict | None]:
+    """Return the patch and the class of each question: {"box": [left, top, right, bottom] as fractions, "class"}.
+
+    None for a question about something else than one patch.
+    """
+    regions = []
+    for question, answer in zip(turns[::2], turns[1::2], strict=True):
+        asked = re.search(r"name row(\d+) column(\d+)$", question["value"])
+        row, column = (int(number) - 1 for number in asked.groups()) if asked else (0, 0)
+        box = [edge / GRID for edge in (column, row, column + 1, row + 1)]
+        regions.append({"box": box, "class": answer["value"]} if asked else None)
+    return regions
 
 
 def prepend_picture(turns: list[Turn], picture: str = "<image>") -> list[Turn]:

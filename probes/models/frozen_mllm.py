@@ -8,6 +8,7 @@ Shapes: B images, T image tokens, P tokens before the image, N = P + T, d width 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from functools import cached_property
 
 import torch
 from PIL import Image
@@ -17,10 +18,12 @@ from transformers import DynamicCache
 from llava_bidir.common.errors import UserError
 from probes.ops.geometry import Geometry
 
+from .answering import check_family, generate_answer, score_answers
 from .attention_masks import Masks, as_list, build_masks, last_rows, supports_masks
 from .attention_weights import capture_attention
 from .families import Family, own_image_attention
 from .knockout import Knockout
+from .prompt_and_pixels import Chat
 from .sites import ADAPTER, ENCODER, FINAL_NORM, layer_site, site_names
 
 
@@ -56,10 +59,12 @@ class FrozenMLLM(nn.Module):
         image_resize: str = "squash",
         separator_id: int | None = None,
         revision: str | None = None,
+        read_chat: Callable[[], Chat] | None = None,
     ):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.family, self.image_processors, self.revision = family, image_processors, revision
+        self._read_chat = read_chat
         self.update_scales: list[float] | None = None
         self.image_attention, self.own_image_attention = image_attention, own_image_attention(model.config)
         self.grid = family.grid(model.config)
@@ -221,6 +226,41 @@ class FrozenMLLM(nn.Module):
         logits = self.model.get_output_embeddings()(states if site == FINAL_NORM else self.decoder.norm(states))
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @cached_property
+    def chat(self) -> Chat:
+        """Tokenizer and chat template of the checkpoint, read on first use."""
+        check_family(self.family, self.model.config.model_type)
+        return self._read_chat()
+
+    def answer(
+        self, image: Image.Image, question: str, knockout: Knockout | None = None, max_new_tokens: int = 256
+    ) -> str:
+        """Return the greedy answer to a question about an image, also under a knockout; see answering.py.
+
+        Raises:
+            UserError: The model cannot be asked, the question is too long, or the knockout does not fit the model.
+        """
+        return generate_answer(self, self.preprocess([image]), question, knockout, max_new_tokens)
+
+    def answer_log_probs(
+        self, pixels: Tensor, questions: Sequence[str], answers: Sequence[str], knockout: Knockout | None = None
+    ) -> Tensor:
+        """Return the log-probability of each answer to each question, f[B, P, A], on the CPU, from one forward.
+
+        It is the sum over the answer's tokens without the end token, so that an answer which begins with another one
+        is never the more probable of the two.
+
+        Args:
+            pixels: f[B, 3, H, W] from :meth:`preprocess`; one image can be in several rows, with other knockouts.
+            questions: P questions, each the first of its conversation.
+            answers: A answers to each of them.
+            knockout: Attention knockout among image tokens.
+
+        Raises:
+            UserError: As :meth:`answer`, or a text is empty.
+        """
+        return score_answers(self, pixels, questions, answers, knockout)
 
     def check_sites(self, sites: Sequence[str] | None) -> list[str]:
         """Return `sites` as a list, or all sites for None; raise a UserError if one is unknown."""

@@ -1,6 +1,7 @@
 """Load a checkpoint as a frozen MLLM."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from PIL import Image
@@ -13,7 +14,14 @@ from .attention_masks import check_masks
 from .families import family_of, own_image_attention
 from .frozen_mllm import FrozenMLLM
 from .matched_updates import layer_updates, match_updates, scale_layers
-from .prompt_and_pixels import check_numbers, read_config, read_image_processors, read_prefix_ids, read_separator_id
+from .prompt_and_pixels import (
+    check_numbers,
+    read_chat,
+    read_config,
+    read_image_processors,
+    read_prefix_ids,
+    read_separator_id,
+)
 from .random_init import check_control, reinitialize
 
 DRAW_SEEDS = 1_000_003  # between the seeds of two draws, so that draws of neighbouring seeds differ
@@ -80,7 +88,8 @@ def load(
     resize = image_resize or getattr(config, "image_resize", None) or resize
     ids, separator_id = read_prefix_ids(path, family, prefix, **hub), read_separator_id(path, family, **hub)
     commit = getattr(hub["revision"], "resolved", None)
-    mllm = FrozenMLLM(model, family, processors, ids, attention, resize, separator_id, commit)
+    chat = partial(read_chat, path, family, **hub)
+    mllm = FrozenMLLM(model, family, processors, ids, attention, resize, separator_id, commit, chat)
     if device_map is None:
         mllm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if untrained:

@@ -5,8 +5,9 @@ image processor, only the normalisation and the way of resizing are read. `hub` 
 """
 
 import re
+from collections.abc import Sequence
 from datetime import date
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.image_processing_base import ImageProcessingMixin
@@ -90,11 +91,13 @@ def read_prefix_ids(path: str, family: Family, prefix: str | None = None, **hub:
     """
     if family.placeholder is None and prefix is None:
         return []
-    tokenizer = read_tokenizer(path, **hub)
     if prefix is None:
-        prefix = _chat_before_image(path, family, tokenizer, hub) + family.image_start_text
+        chat = read_chat(path, family, **hub)
+        prefix, tokenizer = _chat_before_image(chat) + family.image_start_text, chat.tokenizer
         for token in re.findall(r"<[^<>]+>|\[IMG\w*\]", family.image_start_text):
             _token_id(path, tokenizer, token)
+    else:
+        tokenizer = read_tokenizer(path, **hub)
     bos = tokenizer.bos_token_id
     is_added = bos is not None and (prefix.startswith(tokenizer.bos_token) or tokenizer.encode("")[:1] == [bos])
     start = [bos] if is_added else []
@@ -107,7 +110,59 @@ def read_separator_id(path: str, family: Family, **hub: Any) -> int | None:
     return family.row_separator and _token_id(path, read_tokenizer(path, **hub), family.row_separator)
 
 
-def _chat_before_image(path: str, family: Family, tokenizer: PreTrainedTokenizerBase, hub: dict[str, Any]) -> str:
+class Chat(NamedTuple):
+    """Tokenizer and chat template of a checkpoint, for the text after the image."""
+
+    path: str
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    placeholder: str
+
+    def render(self, *texts: str) -> str:
+        """Return the prompt for the answer to an image and texts.
+
+        Raises:
+            UserError: The template has no image.
+        """
+        content = [{"type": "image"}, *({"type": "text", "text": text} for text in texts)]
+        with error_context(f"chat template of {self.path}"):  # runs in jinja's sandbox
+            return self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}],
+                chat_template=FIXED_DATE + self.template,
+                tokenize=False,
+                add_generation_prompt=bool(texts),
+            )
+
+    def after_image(self, question: str) -> str:
+        """Return the text between the image and the answer."""
+        before, placeholder, after = self.render(question).partition(self.placeholder)
+        if not placeholder or not after:
+            raise UserError(
+                f"the chat template of {self.path} has no text after {self.placeholder}; expected a question"
+            )
+        return after
+
+    def question_ids(self, question: str) -> list[int]:
+        """Return the token ids between the image and the answer, as the stock processor tokenises them."""
+        return self._continue(self.after_image(question))
+
+    def answer_ids(self, answers: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of answers, after a space unless the prompt ends with white space."""
+        space = "" if self.after_image("?")[-1:].isspace() else " "
+        return [self._continue(space + answer) for answer in answers]
+
+    def _continue(self, text: str) -> list[int]:
+        """Return the ids of text after a special token, where tokenizers add no word-start marker."""
+        return self.tokenizer.encode(self.placeholder + text, add_special_tokens=False)[1:]
+
+
+def read_chat(path: str, family: Family, **hub: Any) -> Chat:
+    """Read tokenizer and chat template of a checkpoint.
+
+    Raises:
+        UserError: There is no chat template, or it or the tokenizer is damaged.
+    """
+    tokenizer = read_tokenizer(path, **hub)
     with error_context(f"chat template of {path}"):
         settings, _ = ProcessorMixin.get_processor_dict(path, **hub)
         template = settings.get("chat_template") or tokenizer.chat_template
@@ -115,12 +170,13 @@ def _chat_before_image(path: str, family: Family, tokenizer: PreTrainedTokenizer
             template = template.get("default")
     if template is None:
         raise UserError(f"{path} has no chat template, which defines the text before the image; {PREFIX_ADVICE}")
-    turn = [{"role": "user", "content": [{"type": "image"}]}]
-    with error_context(f"chat template of {path}"):  # runs in jinja's sandbox
-        chat = tokenizer.apply_chat_template(turn, chat_template=FIXED_DATE + template, tokenize=False)
-    before, placeholder, _ = chat.partition(family.placeholder)
+    return Chat(path, tokenizer, template, family.placeholder)
+
+
+def _chat_before_image(chat: Chat) -> str:
+    before, placeholder, _ = chat.render().partition(chat.placeholder)
     if not placeholder:
-        raise UserError(f"the chat template of {path} has no {family.placeholder} for an image; {PREFIX_ADVICE}")
+        raise UserError(f"the chat template of {chat.path} has no {chat.placeholder} for an image; {PREFIX_ADVICE}")
     return before
 
 

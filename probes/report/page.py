@@ -28,6 +28,7 @@ from probes.report.figures.catalogue import overview_figures, study_figures
 from probes.report.figures.style import STYLE, ReportFigure
 
 from . import latex, summary_text, tables
+from .answers import answer_tables, study_answers
 from .claims import evaluate_claims
 from .confusion import most_confused_pairs
 from .mask_comparison import compare_masks
@@ -52,13 +53,17 @@ FILTERS |= {"anchor": lambda text: "".join(c if c.isalnum() else "-" for c in te
 def study_results(study: Study) -> dict[str, Any]:
     """Return the content of results.json for one model on one dataset."""
     scores = lambda run: {"probing": run.metrics, "knockout": run.analysis("knockout.json")}
-    answers = lambda run: {"answer_accuracy": run.training.get("val/answer_accuracy")}  # None if not recorded
     by_mask = lambda compute, runs: {mask: result for mask, run in runs.items() if (result := compute(run))}
+    asked = study_answers(study)
+    spoken = lambda mask, run: {
+        "answer_accuracy": run.training.get("val/answer_accuracy"),  # None if not recorded
+        "answers": asked.get(mask),  # None without `probes answers`
+    }
     return {
         "model": study.model,
         "dataset": study.dataset,
         "seed": study.first.metrics["seed"],
-        "masks": {mask: scores(run) | answers(run) for mask, run in study.trained.items()},
+        "masks": {mask: scores(run) | spoken(mask, run) for mask, run in study.trained.items()},
         "controls": {
             "untrained": {mask: scores(run) for mask, run in study.untrained.items()},
             "random": {mask: list(map(scores, runs)) for mask, runs in (study.solved_random | study.random).items()},
@@ -110,6 +115,7 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None) -> dict[
         paper=PAPER,
         wall_s=wall_s,
         masks_section=MASKS_SECTION,
+        answers_section=summary_text.ANSWERS_SECTION,
         columns=summary_text.COLUMN_TITLES,
         marks=summary_text.MARKS,
         explorer=(out / "explorer.html").is_file(),
@@ -130,7 +136,7 @@ def _build_part(study: Study, out: Path, folder: str, files: Files) -> dict[str,
         "claims_summary": summary_text.summarize_claims(results["claims"]),
         "summaries": summary_text.summarize_sections(results),
         "sections": _draw_figures(study_figures(study, results), out, files),
-        "tables": tables.study_tables(study, results),
+        "tables": tables.study_tables(study, results) | answer_tables(results),
         "overridden_masks": overridden_masks(study),
         "solved_main": is_solved(study.first),
     }

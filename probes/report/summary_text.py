@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+from .answers import answers_by_mask, summarize_answers
 from .mask_comparison import ALPHA
 from .path import EVERYWHERE, NOWHERE
 from .probe_sensitivity import EFFECTS
@@ -11,6 +12,7 @@ from .verdicts import FAILS, HOLDS, NO_CONTROL, NOT_CONVERGED, REVERSED
 MASKS_SECTION = "Bidirectional vs. causal attention"
 SCALE_SECTION = "Sensitivity to feature scale"
 SEEDS_SECTION = "Probe seeds"
+ANSWERS_SECTION = "Answers"
 PATH_SECTION = "Probes at every strength of regularisation"
 
 COLUMN_TITLES = {"paper": "As the paper measures it", "optimum": "At the optimum", "beyond_random": "Beyond random"}
@@ -104,6 +106,7 @@ def summarize_sections(results: dict[str, Any]) -> dict[str, list[str]]:
             f"{mask.capitalize()}: {' '.join(scale['verdict'].values())}" for mask, scale in results["scale"].items()
         ],
         PATH_SECTION: summarize_path(results["path"]),
+        ANSWERS_SECTION: summarize_answers(answers_by_mask(results)),
         SEEDS_SECTION: [line for mask, seeds in results["seeds"].items() for line in summarize_seeds(mask, seeds)],
     }
 

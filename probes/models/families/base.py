@@ -57,6 +57,8 @@ class Family:
         row_separator: Token between rows of image tokens, if any. Its states are not returned.
         shared_prefix: True if prefix and image can run one after the other: position ids count tokens, and the inputs
             of the prefix do not depend on the image.
+        answers: True if the model can be asked: position ids count tokens, and the chat template states all that the
+            processor puts after the image tokens.
     """
 
     model_class: str | type[PreTrainedModel]
@@ -75,6 +77,7 @@ class Family:
     image_start_text: str = ""
     row_separator: str | None = None
     shared_prefix: bool = True
+    answers: bool = False
 
     @property
     def model_cls(self) -> type[PreTrainedModel]:

@@ -34,10 +34,11 @@ def _two_resolutions(model: PreTrainedModel, pixels: Tensor, is_image: Tensor) -
 _COMMON = {"adapter": ("aligner",), "image_resize": None, "placeholder": "<image_placeholder>"}
 
 DEEPSEEK = {
-    "deepseek_vl": Family("DeepseekVLForConditionalGeneration", **_COMMON),
+    "deepseek_vl": Family("DeepseekVLForConditionalGeneration", answers=True, **_COMMON),
     "deepseek_vl_hybrid": Family(
         "DeepseekVLHybridForConditionalGeneration",
         image_px=_high_res_px,
+        answers=True,
         token_px=_hybrid_token_px,
         # SigLIP's states, then SAM's
         encoder_width=lambda config: (

@@ -10,11 +10,13 @@ from probes.analyses.knockout.effects import read_cases
 from probes.data.palette import palette_of
 from probes.models.sites import ADAPTER
 from probes.report import tables
+from probes.report.answers import answers_by_mask
 from probes.report.probe_sensitivity import one_per_value, read_variants, select_variants
 from probes.report.study import MASKS, Study, is_solved
-from probes.report.summary_text import MASKS_SECTION, PATH_SECTION, SCALE_SECTION, SEEDS_SECTION
+from probes.report.summary_text import ANSWERS_SECTION, MASKS_SECTION, PATH_SECTION, SCALE_SECTION, SEEDS_SECTION
 from probes.results.probe_run import ProbeRun
 
+from . import answers as answer_figures
 from . import (
     claims,
     confusion,
@@ -65,6 +67,15 @@ def study_figures(study: Study, results: dict[str, Any]) -> Figures:
     yield from _knockout_figures(study, results["knockout_inference"])
     for mask, run in study.trained.items():
         yield from _knockout_control_figures(mask, run)
+    if answers := answers_by_mask(results):
+        yield ReportFigure(
+            "answers", ANSWERS_SECTION, "Answers and probes at the same places",
+            "Left: accuracy of the model's answers to questions about places (bands), and of the probes there "
+            "(points). Right: change of the right answer's log-probability among the class names when the tokens of a "
+            "class are hidden from other image tokens, as means over classes. Grey: random LLMs that change the states "
+            "as much as the trained one. Exploratory: the paper makes no claim about answers. Lines and bands: 95% "
+            "intervals over images, and over classes on the right.",
+            answer_figures.answers_and_probes(answers), "wide")  # fmt: skip
     for mask, pairs in results["confusion"].items():
         yield ReportFigure(
             f"confusion_{mask}", "Confused classes by layer", f"Most confused classes, {mask}",

@@ -1,0 +1,114 @@
+r"""Read questions about places: LLaVA's JSON with a region for each question.
+
+    [{"image": "photos/7.jpg",
+      "conversations": [{"from": "human", "value": "<image>\nWhat is at the top left?"},
+                        {"from": "gpt", "value": "Sky."}],
+      "regions": [{"box": [0, 0, 0.25, 0.25], "class": "sky"}]}, ...]
+
+"regions" has one entry per question: its place as left, top, right and bottom in fractions of the image, and the class
+there, which is one of the probes' classes; or null for a question that is not about a place, which is skipped. Each
+question is asked by itself, without the turns before it.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, NamedTuple, NotRequired
+
+import torch
+from PIL import Image
+from pydantic import Field, TypeAdapter
+from torch import Tensor
+from typing_extensions import TypedDict
+
+from llava_bidir.common.errors import UserError, error_context
+from probes.data.base import open_image, read_rgb
+from probes.ops.geometry import Geometry
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Region = TypedDict("Region", {"box": Annotated[list[Fraction], Field(min_length=4, max_length=4)], "class": str})
+Turn = TypedDict("Turn", {"from": str, "value": str})
+
+
+class Record(TypedDict):
+    """What is read of a record; other keys are ignored."""
+
+    image: NotRequired[str | None]
+    conversations: list[Turn]
+    regions: NotRequired[list[Region | None] | None]
+
+
+class Question(NamedTuple):
+    """A question about a place in an image."""
+
+    image: int  # index in QuestionFile.images
+    text: str
+    right: int  # index of the class at the place
+    box: tuple[float, float, float, float]  # left, top, right, bottom; fractions of the image
+
+
+class QuestionFile(NamedTuple):
+    """The questions about places of a file."""
+
+    questions: list[Question]
+    images: list[str]  # paths relative to the image folder, each once
+    sha256: str  # of the file
+
+
+def read_questions(path: Path, classes: list[str]) -> QuestionFile:
+    """Return the questions about places in a file.
+
+    Raises:
+        UserError: The file is not of the format above, a class is not among `classes`, or no question has a region.
+    """
+    with error_context(path):
+        content = path.read_bytes()
+        records = TypeAdapter(list[Record]).validate_json(content)
+    questions: list[Question] = []
+    images: dict[str, int] = {}
+    for number, record in enumerate(records):
+        asked, regions = [turn for turn in record["conversations"] if turn["from"] == "human"], record.get("regions")
+        if not regions or not record.get("image"):
+            continue
+        if len(regions) != len(asked):
+            found = f"{len(regions)} regions for {len(asked)} questions"
+            raise UserError(f"{path}, record {number}: {found}; expected one for each, null for none")
+        for turn, region in zip(asked, regions, strict=True):
+            if region is None:
+                continue
+            if region["class"] not in classes:
+                known = ", ".join(classes)
+                raise UserError(f"{path}, record {number}: class {region['class']!r} is none of the probes': {known}")
+            text, image = turn["value"].replace("<image>", "").strip(), images.setdefault(record["image"], len(images))
+            questions.append(Question(image, text, classes.index(region["class"]), tuple(region["box"])))
+    if not questions:
+        raise UserError(f"{path} has no question with an entry in 'regions'; expected a box and a class for each")
+    return QuestionFile(questions, list(images), hashlib.sha256(content).hexdigest()[:16])
+
+
+def read_question_image(folder: Path, name: str) -> Image.Image:
+    """Return an image of a question file as RGB; raise a UserError if it is unreadable or outside of the folder."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{name} leads out of {folder}; expected paths of images in it (--images)")
+    return read_rgb(open_image(path), path)
+
+
+def tokens_in_box(geometry: Geometry, size: tuple[int, int], box: tuple[float, float, float, float]) -> Tensor:
+    """Return the image tokens whose centre is in a box, bool[T]; else the one nearest to the centre of the box.
+
+    Args:
+        geometry: The model's.
+        size: Height and width of the image in pixels.
+        box: left, top, right and bottom in fractions of the image.
+    """
+    view, inside = geometry.view(size), []
+    for extent, length, nodes, low, high in (
+        (view.rows, size[0], geometry.grid[0], box[1], box[3]),
+        (view.cols, size[1], geometry.grid[1], box[0], box[2]),
+    ):
+        centres = extent.start_px + (torch.arange(nodes) + 0.5) * extent.length_px / nodes
+        chosen = (centres >= low * length) & (centres < high * length)
+        if not chosen.any():
+            chosen[(centres - (low + high) / 2 * length).abs().argmin()] = True
+        inside.append(chosen)
+    return (inside[0][:, None] & inside[1]).flatten()

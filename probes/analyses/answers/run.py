@@ -1,0 +1,195 @@
+"""`probes answers`: does the model say what its probes read at the same place, and what do knockouts change?
+
+Each question asks for the class at a place. The model answers with one of the run's class names, by their
+log-probabilities after the question, normalised over the classes. The probes of all sites read the tokens at that place
+(several: the mean of their logits). Then Eq. 1 blocks, while the model reads the image:
+
+    none                nothing
+    incorrect, correct  the tokens that the adapter's probe predicts as the wrong or the right class; the wrong class is
+                        the most probable other one at the place, by that probe
+    matched_X           as many tokens as X, matched in distance to the place and in the attention that it pays
+
+and the log-probability of the right answer is measured. Text attends to all image tokens, blocked ones included.
+
+    answers.json        settings, accuracies by site, effects by class, see inference.py
+    answers.safetensors "image", "right", "wrong" long[Q]; "answer" and "probe:SITE" f[Q, K], log-probabilities;
+                        "right:CONDITION" f[Q], that of the right answer; "tokens:X" long[Q], tokens hidden
+    answers.partial/    finished batches, removed at the end
+
+Shapes: B questions of a batch, Q questions, K classes, T image tokens, R conditions and draws.
+"""
+
+import argparse
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses.batch_cache import cached_batches
+from probes.analyses.knockout.attention import attention_from
+from probes.analyses.knockout.cases import ConfusionCase, PatchReader
+from probes.analyses.knockout.conditions import MatchingFeatures, blocked_by_condition
+from probes.analyses.knockout.config import Plan as KnockoutPlan
+from probes.analyses.knockout.config import check_has_layers
+from probes.analyses.knockout.schema import SETS
+from probes.models.knockout import Knockout
+from probes.models.sites import ADAPTER
+from probes.results.probe_run import ProbeRun
+
+from .inference import CONDITIONS, answer_statistics
+from .questions import Question, QuestionFile, read_question_image, read_questions, tokens_in_box
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to ask."""
+
+    questions: Path  # file of questions about places
+    images: Path  # folder of its images
+    limit: int | None = None  # number of questions; None for all
+    draws: int = 5  # of each condition with random tokens
+    batch_size: int = 16  # questions per batch
+    seed: int = 0  # of the draws and the bootstrap
+
+    def check(self) -> None:
+        """Raise a `UserError` if a number is too small or a path is missing."""
+        for name in ("limit", "draws", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if not self.questions.is_file():
+            raise UserError(f"{self.questions} is not a file; expected questions with regions (--questions FILE.json)")
+
+
+def ask_questions(run: ProbeRun, plan: Plan, out: Path) -> dict[str, Any]:
+    """Ask all questions, write the files named above, and return the content of answers.json.
+
+    The same call resumes after the last finished batch if a previous one was killed.
+
+    Raises:
+        UserError: The questions do not fit the run, or its model cannot be asked.
+        RuntimeError: A knockout changed no answer, so that it did not reach the model.
+    """
+    plan.check()
+    classes = run.metrics["classes"]
+    file = read_questions(plan.questions, classes)
+    check_has_layers(run, [])
+    reader, asked = PatchReader(run), file.questions[: plan.limit]
+
+    def compute(batch: int) -> dict[str, Tensor]:
+        questions = asked[batch * plan.batch_size : (batch + 1) * plan.batch_size]
+        return ask_batch(reader, plan, file, questions, classes)
+
+    settings = {key: value for key, value in asdict(plan).items() if key not in ("questions", "images")}
+    arguments = {"plan": settings, "questions": file.sha256, "images": str(plan.images), "run": run.fingerprint}
+    batches = cached_batches(out / "answers.partial", arguments, -(-len(asked) // plan.batch_size), compute)
+    tensors = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    check_effects(tensors)
+    results = {key: run.metrics[key] for key in ("image_attention", "untrained", "classes")}
+    results |= {"runs": [run.fingerprint], "questions_file": plan.questions.name, "questions_sha256": file.sha256}
+    results |= settings | answer_statistics(tensors, run.sites, classes, plan.seed)
+    write_files({out / "answers.safetensors": tensors, out / "answers.json": results})
+    shutil.rmtree(out / "answers.partial")
+    return results
+
+
+def check_effects(tensors: dict[str, Tensor]) -> None:
+    """Raise a RuntimeError if hiding tokens changed no answer: even a token's own key is hidden from it."""
+    for condition in CONDITIONS[1:]:
+        hidden = tensors[f"tokens:{condition.removeprefix('matched_')}"] > 0
+        change = tensors[f"right:{condition}"][hidden] - tensors["right:none"][hidden]
+        if len(change) and torch.allclose(change, torch.zeros(()), atol=1e-6):  # rounding of float32 log-probabilities
+            raise RuntimeError(f"hiding {condition} tokens changed none of {len(change)} answers: it had no effect")
+
+
+def ask_batch(
+    reader: PatchReader, plan: Plan, file: QuestionFile, questions: list[Question], classes: list[str]
+) -> dict[str, Tensor]:
+    """Return the results of a batch of questions, by key of answers.safetensors."""
+    mllm = reader.mllm
+    images = [read_question_image(plan.images, file.images[question.image]) for question in questions]
+    sizes = [(image.height, image.width) for image in images]
+    pixels = mllm.preprocess(images)
+    states = mllm.states(pixels, list(reader.probes))
+    places = [tokens_in_box(mllm.geometry, size, q.box) for size, q in zip(sizes, questions, strict=True)]
+    logits = {site: probe(states[site].float()).cpu() for site, probe in reader.probes.items()}
+    at_place = {
+        site: torch.stack([values[i, place].mean(0) for i, place in enumerate(places)])
+        for site, values in logits.items()
+    }
+    results = {f"probe:{site}": values.log_softmax(-1) for site, values in at_place.items()}
+    results |= {key: torch.tensor([getattr(q, key) for q in questions]) for key in ("image", "right")}
+    results["wrong"] = at_place[ADAPTER].scatter(1, results["right"][:, None], -torch.inf).argmax(1)
+    predicted, mass = logits[ADAPTER].argmax(-1), attention_from(mllm, pixels, list(enumerate(places)))[0].mean(1)
+    visible, _ = reader.visible()
+    rows: dict[str, list[Tensor]] = {}
+    for i, (question, place) in enumerate(zip(questions, places, strict=True)):
+        case = _case(question, i, int(results["wrong"][i]), predicted[i], place)
+        features = MatchingFeatures.from_case(case, mllm.grid, visible, states[ADAPTER][i], mass[i])
+        scored = _score(mllm, pixels[i : i + 1], question.text, classes, _blocked(case, features, plan))
+        row = {"answer": scored["none"]} | {f"right:{key}": scored[key][question.right] for key in CONDITIONS}
+        row |= {f"tokens:{name}": case.blocked[name].sum() for name in SETS}
+        for key, value in row.items():
+            rows.setdefault(key, []).append(value)
+    return results | {key: torch.stack(values) for key, values in rows.items()}
+
+
+def _case(question: Question, row: int, wrong: int, predicted: Tensor, place: Tensor) -> ConfusionCase:
+    """Return the question as a case of the knockout, whose "mistaken" patches are those at the place."""
+    blocked = {"incorrect": predicted == wrong, "correct": predicted == question.right}
+    counts = int(place.sum()), int(blocked["correct"].sum())
+    return ConfusionCase(
+        question.image, row, *counts, wrong, question.right, place, torch.zeros_like(place), predicted, blocked
+    )
+
+
+def _blocked(case: ConfusionCase, features: MatchingFeatures, plan: Plan) -> dict[str, list[Tensor]]:
+    """Return the blocked tokens of each condition, one or several draws bool[T]."""
+    knockout = KnockoutPlan((), controls=("matched",), draws=plan.draws, seed=plan.seed)
+    tokens = blocked_by_condition(case, features, knockout) | {"none": [torch.zeros_like(case.mistaken)]}
+    return {condition: tokens[condition] for condition in CONDITIONS}
+
+
+def _score(
+    mllm, pixels: Tensor, question: str, classes: list[str], blocked: dict[str, list[Tensor]]
+) -> dict[str, Tensor]:
+    """Return the log-probability of each class as the answer, f[K] by condition, mean over draws; one forward."""
+    draws = [tokens for values in blocked.values() for tokens in values]
+    images = pixels.expand(len(draws), -1, -1, -1)
+    scores = mllm.answer_log_probs(images, [question], classes, Knockout(torch.stack(draws)))[:, 0].log_softmax(-1)
+    parts = scores.split([len(values) for values in blocked.values()])
+    return {condition: part.mean(0) for condition, part in zip(blocked, parts, strict=True)}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run `probes answers`."""
+    probe_run, out = ProbeRun(args.probes), Path(args.out or args.probes)
+    questions = Path(args.questions or Path(probe_run.manifest["data"]["root"]).parent / "questions.json")
+    options = {name: getattr(args, name) for name in ("limit", "draws", "batch_size", "seed")}
+    plan = Plan(questions, Path(args.images or questions.parent), **options)
+    with exclusive_run_lock(out, "answers.json"):
+        results = ask_questions(probe_run, plan, out)
+    print_answers(results)
+
+
+def print_answers(results: dict[str, Any]) -> None:
+    """Print the accuracies of answers and probes, and the mean effects over classes."""
+    percent = lambda entry: "{:.1%} [{:.1%}, {:.1%}]".format(entry["value"], *entry["ci95"])
+    asked = f"{results['questions']} questions about {results['images']} images"
+    print(f"{asked}, answered correctly: {percent(results['accuracy'])} (chance {1 / len(results['classes']):.1%})")
+    for entry in results["sites"]:
+        print(
+            f"  probe at {entry['site']:<11} {percent(entry['accuracy'])}, agrees in {entry['agreement']['value']:.1%}"
+        )
+    print("Change in the log-probability of the right answer, mean over classes (nats):")
+    for effect in results["effects"]:
+        mean, held = effect["mean"], sum(row["p_holm"] < 0.05 for row in effect["classes"])
+        comparison = f"{effect['condition']} against {effect['control']}"
+        bounds = "no interval" if mean["ci95"] is None else "[{:+.3f}, {:+.3f}]".format(*mean["ci95"])
+        value = "no class" if mean["value"] is None else f"{mean['value']:+.3f} {bounds}"
+        print(f"  {comparison:<36} {value}; significant in {held} of {len(effect['classes'])} classes")

@@ -1,0 +1,166 @@
+"""Answers of a frozen MLLM, also under a knockout: greedy generation, and log-probabilities of given answers.
+
+Eq. 1 cuts attention among image tokens only. Text tokens therefore attend to all image tokens, blocked ones included,
+whose keys and values were computed under the cut. Generated tokens are text, so that no decoding step has pairs to cut:
+it reads the keys and values of the first forward from the cache, and the knockout holds in it.
+
+Questions and answers about an image share its forward. They are a tree of tokens in one row, after the image. Each
+token attends to the prefix, the image, its own question and its own answer so far, and has the position that it would
+have alone. Two questions with two answers each::
+
+    positions after the image   0 1 2 | 3 | 3 4 | 0 1 | 2 | 2 3
+    tokens                      question A, a, b; question B, a, b
+
+Shapes: B images, T image tokens, N tokens of prefix and image, P questions, A answers, Q tokens of text, d width.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from llava_bidir.common.errors import UserError
+
+from .attention_masks import Masks
+from .families import SLIDING, Family
+from .knockout import Knockout
+from .sites import FINAL_NORM
+
+
+class TextTree(NamedTuple):
+    """Tokens after the image that branch, and the tokens to score."""
+
+    ids: Tensor  # long[Q]
+    positions: Tensor  # long[Q], position after the image
+    visible: Tensor  # bool[Q, Q], the text tokens that each one attends to
+    targets: list[tuple[int, int, int]]  # (token that predicts, id, index of the answer p * A + a)
+
+    @classmethod
+    def from_ids(cls, questions: Sequence[list[int]], answers: Sequence[list[int]] = ()) -> "TextTree":
+        """Build the tree of all answers to all questions. Last tokens of answers are predicted, but not run."""
+        ids, positions, ancestors, targets = [], [], [], []
+
+        def grow(token: int, path: list[int]) -> list[int]:
+            ids.append(token)
+            positions.append(len(path))
+            ancestors.append([*path, len(ids) - 1])
+            return ancestors[-1]
+
+        for row, question in enumerate(questions):
+            path = []
+            for token in question:
+                path = grow(token, path)
+            for number, answer in enumerate(answers, row * len(answers)):
+                branch = path
+                for i, token in enumerate(answer):
+                    targets.append((branch[-1], token, number))
+                    branch = grow(token, branch) if i + 1 < len(answer) else branch
+        visible = torch.zeros(len(ids), len(ids), dtype=torch.bool)
+        for i, path in enumerate(ancestors):
+            visible[i, path] = True
+        return cls(torch.tensor(ids), torch.tensor(positions), visible, targets)
+
+
+def check_family(family: Family, kind: str) -> None:
+    """Raise a UserError unless the family's chat template states all text after the image."""
+    if not family.answers:
+        raise UserError(
+            f"answers of {kind} are not supported: its processor adds tiles or tokens after the image that the chat "
+            "template does not state, or its position ids do not count tokens; use the family's own generate()"
+        )
+
+
+def text_states(
+    mllm: nn.Module, pixels: Tensor, text: TextTree, knockout: Knockout | None, cache: DynamicCache | None = None
+) -> Tensor:
+    """Return the normed states f[B, Q, d] of text after the image, from one forward.
+
+    Args:
+        mllm: The :class:`FrozenMLLM`.
+        pixels: f[B, 3, H, W].
+        text: Text after each image.
+        knockout: Attention knockout among image tokens.
+        cache: Empty cache to fill, for decoding.
+
+    Raises:
+        UserError: The family or the attention backend is not supported, the text is too long, or the knockout is
+            invalid.
+    """
+    config, batch, tokens = mllm.model.config.get_text_config(), len(pixels), mllm.ids.shape[1]
+    check_family(mllm.family, mllm.model.config.model_type)
+    if tokens + int(text.positions.max()) >= config.max_position_embeddings:
+        raise UserError(
+            f"image and text have {tokens + int(text.positions.max()) + 1} tokens, but the LLM has "
+            f"{config.max_position_embeddings} positions; shorten the text"
+        )
+    if mllm.model.config.image_token_id in text.ids:
+        raise UserError("a question or an answer contains the image's placeholder; remove it from the text")
+    masks = _append_text(mllm.attention_masks(batch, knockout), text, getattr(config, "sliding_window", None))
+    ids = torch.cat([mllm.ids[0], text.ids.to(mllm.device)]).expand(batch, -1)
+    positions = torch.cat([torch.arange(tokens), tokens + text.positions]).to(mllm.device).expand(batch, -1)
+    is_image = torch.cat([mllm.is_image, torch.zeros(len(text.ids), dtype=torch.bool, device=mllm.device)])
+    inputs = mllm.family.inputs(mllm.model, pixels.to(mllm.device, mllm.model.dtype), is_image.expand(batch, -1))
+    with ExitStack() as hooks:
+        if knockout:
+            hooks.enter_context(knockout.apply(mllm.decoder.layers, masks, is_image, len(mllm.decoder.layers)))
+        replace_mask = lambda _, args, kwargs: (args, {**kwargs, "attention_mask": masks})
+        hooks.callback(mllm.decoder.register_forward_pre_hook(replace_mask, with_kwargs=True).remove)
+        output = mllm.model.model(
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None, **inputs
+        )
+    return output.last_hidden_state[:, tokens:]
+
+
+def _append_text(masks: Masks, text: TextTree, window: int | None) -> Masks:
+    """Return the masks of prefix and image with rows and columns for the text, bool[B, 1, N + Q, N + Q]."""
+    if isinstance(masks, dict):
+        return {k: _append_text(mask, text, window if k == SLIDING else None) for k, mask in masks.items()}
+    if masks.dtype != torch.bool:
+        raise UserError("answers need a boolean mask; use attn_implementation='sdpa'")
+    tokens, length = masks.shape[-1], len(text.ids)
+    seen = torch.cat([torch.ones(length, tokens, dtype=torch.bool), text.visible], 1)
+    if window:
+        keys = torch.cat([torch.arange(tokens), tokens + text.positions])
+        seen &= tokens + text.positions[:, None] - keys < window
+    extended = masks.new_zeros(len(masks), 1, tokens + length, tokens + length)
+    extended[:, :, :tokens, :tokens], extended[:, :, tokens:] = masks, seen.to(masks.device)
+    return extended
+
+
+@torch.no_grad()
+def score_answers(
+    mllm: nn.Module, pixels: Tensor, questions: Sequence[str], answers: Sequence[str], knockout: Knockout | None
+) -> Tensor:
+    """Return the log-probabilities of answers; see :meth:`FrozenMLLM.answer_log_probs`."""
+    if not (questions and answers and all(text.strip() for text in [*questions, *answers])):
+        raise UserError("got no question or answer, or an empty one; expected texts")
+    text = TextTree.from_ids([*map(mllm.chat.question_ids, questions)], mllm.chat.answer_ids(answers))
+    predictors, ids, numbers = (torch.tensor(column) for column in zip(*text.targets, strict=True))
+    used, row = predictors.unique(return_inverse=True)
+    states = text_states(mllm, pixels, text, knockout)[:, used.to(mllm.device)]
+    log_probs = mllm.logit_lens(states, FINAL_NORM).float().log_softmax(-1).cpu()[:, row, ids]
+    scores = torch.zeros(len(pixels), len(questions) * len(answers)).index_add_(1, numbers, log_probs)
+    return scores.view(len(pixels), len(questions), len(answers))
+
+
+@torch.no_grad()
+def generate_answer(
+    mllm: nn.Module, pixels: Tensor, question: str, knockout: Knockout | None, max_new_tokens: int
+) -> str:
+    """Return the greedy answer to a question about one image f[1, 3, H, W]; see :meth:`FrozenMLLM.answer`."""
+    cache, answer, ids = DynamicCache(), [], mllm.chat.question_ids(question)
+    ends = mllm.model.generation_config.eos_token_id
+    ends = [ends] if isinstance(ends, int) else ends or []
+    room = mllm.model.config.get_text_config().max_position_embeddings - mllm.ids.shape[1] - len(ids)
+    states = text_states(mllm, pixels, TextTree.from_ids([ids]), knockout, cache)
+    for _ in range(min(max_new_tokens, room)):
+        token = int(mllm.logit_lens(states[:, -1], FINAL_NORM).argmax())
+        if token in ends:
+            break
+        answer.append(token)
+        next_ids = torch.tensor([[token]], device=mllm.device)
+        states = mllm.decoder(input_ids=next_ids, past_key_values=cache, use_cache=True).last_hidden_state
+    return mllm.chat.tokenizer.decode(answer, skip_special_tokens=True).strip()

@@ -1,0 +1,214 @@
+"""Answers under a knockout against uncached forwards with the mask written out, and against stock transformers."""
+
+import itertools
+
+import pytest
+import reference
+import tiny_families
+import tiny_models
+import torch
+from PIL import Image
+from tolerances import rounding
+from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+
+import probes
+from llava_bidir import LlavaBidirForConditionalGeneration
+from llava_bidir.common.errors import UserError
+from llava_bidir.data.conversation import encode
+from probes import Knockout
+from probes.models.answering import TextTree
+
+pytestmark = pytest.mark.numerics
+
+MASKS = ("causal", "bidirectional", "prefix")
+QUESTIONS = ["name the sky", "wall", "road of the rest", "a", "it and sky"]
+ANSWERS = ["sky wall", "road", "name this road of the rest", "sky"]
+BLOCKED = torch.tensor([[False, True, False, True]])
+KNOCKOUTS = {"none": None, "all layers": Knockout(BLOCKED), "one layer": Knockout(BLOCKED, [2])}
+
+
+@pytest.fixture(scope="module", params=MASKS)
+def mllm(request, checkpoints):
+    """A model whose attention is sharp and outweighs the residual stream, so that a knockout changes its answers."""
+    loaded = probes.load(str(checkpoints[request.param]))
+    with torch.no_grad():
+        for layer in loaded.decoder.layers:
+            layer.self_attn.q_proj.weight *= 2
+            layer.self_attn.v_proj.weight *= 8
+            layer.self_attn.o_proj.weight *= 8
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def picture():
+    pixels = torch.randint(0, 255, (20, 30, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def next_logits(mllm, pixels, text: list[int], knockout: Knockout | None) -> torch.Tensor:
+    """Logits after the text, by an attention written out over prefix, image and text, without a cache."""
+    prefix, image = mllm.prefix_ids.shape[1], mllm.states(pixels, ["adapter"])["adapter"]
+    embed = mllm.decoder.embed_tokens
+    inputs = torch.cat([embed(mllm.prefix_ids), image, embed(torch.tensor([text]))], 1)
+    is_image = [prefix <= i < prefix + tiny_models.TOKENS for i in range(inputs.shape[1])]
+    masks = []
+    for layer in range(1, len(mllm.decoder.layers) + 1):
+        mask = torch.zeros(1, len(is_image), len(is_image), dtype=torch.bool)
+        cut = knockout is not None and (knockout.layers is None or layer in knockout.layers)
+        for q, k in itertools.product(range(len(is_image)), repeat=2):
+            gone = cut and is_image[q] and is_image[k] and bool(knockout.blocked[0, k - prefix])
+            mask[0, q, k] = reference.allowed(mllm.image_attention, is_image, q, k) and not gone
+        masks.append(mask)
+    states = reference.llama_states(mllm.decoder, inputs, masks, torch.arange(inputs.shape[1]))
+    return mllm.model.lm_head(mllm.decoder.norm(states[-1][0, -1]))
+
+
+def stock_processor(mllm):
+    return AutoProcessor.from_pretrained(mllm.model.name_or_path)
+
+
+def answer_by_loop(mllm, pixels, question: str, knockout: Knockout | None, max_new_tokens: int) -> str:
+    ids, tokens = mllm.chat.question_ids(question), []
+    while len(tokens) < max_new_tokens:
+        token = int(next_logits(mllm, pixels, ids + tokens, knockout).argmax())
+        if token == mllm.model.generation_config.eos_token_id:
+            break
+        tokens.append(token)
+    return mllm.chat.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def test_generation_equals_uncached_forwards_with_the_mask_written_out(mllm, picture):
+    pixels, answers = mllm.preprocess([picture]), {}
+    for name, knockout in KNOCKOUTS.items():
+        answers[name] = [mllm.answer(picture, question, knockout, max_new_tokens=4) for question in QUESTIONS]
+        assert answers[name] == [answer_by_loop(mllm, pixels, question, knockout, 4) for question in QUESTIONS]
+    assert answers["all layers"] != answers["none"]
+
+
+@pytest.mark.parametrize("knockout", KNOCKOUTS.values(), ids=KNOCKOUTS)
+def test_log_probs_equal_a_loop_over_forwards_with_the_mask_written_out(mllm, picture, knockout):
+    pixels = mllm.preprocess([picture])
+    scores, expected = mllm.answer_log_probs(pixels, QUESTIONS[:2], ANSWERS, knockout), []
+    for question, answer in itertools.product(QUESTIONS[:2], ANSWERS):
+        text, total = mllm.chat.question_ids(question), torch.zeros(())
+        for token in mllm.chat.answer_ids([answer])[0]:
+            total += next_logits(mllm, pixels, text, knockout).log_softmax(-1)[token]
+            text = [*text, token]
+        expected.append(total)
+    expected = torch.stack(expected).view(scores.shape)
+    torch.testing.assert_close(scores, expected, **rounding(expected, len(mllm.decoder.layers)))
+
+
+def test_a_knockout_changes_answers_beyond_the_tolerance(mllm, picture):
+    pixels = mllm.preprocess([picture])
+    scores = [mllm.answer_log_probs(pixels, QUESTIONS, ANSWERS, knockout) for knockout in KNOCKOUTS.values()]
+    tolerance = rounding(scores[0], len(mllm.decoder.layers))["atol"]
+    assert all((a - b).abs().max() > 3 * tolerance for a, b in itertools.combinations(scores, 2))
+
+
+def test_a_batch_of_knockouts_equals_each_alone(mllm, picture):
+    pixels, blocked = mllm.preprocess([picture]), torch.cat([BLOCKED, ~BLOCKED, BLOCKED & False])
+    batch = mllm.answer_log_probs(pixels.expand(3, -1, -1, -1), QUESTIONS, ANSWERS, Knockout(blocked))
+    alone = [mllm.answer_log_probs(pixels, QUESTIONS, ANSWERS, Knockout(row[None])) for row in blocked[:2]]
+    alone = torch.cat([*alone, mllm.answer_log_probs(pixels, QUESTIONS, ANSWERS)])
+    torch.testing.assert_close(batch, alone, **rounding(alone, len(mllm.decoder.layers)))
+
+
+def test_generation_equals_that_of_transformers(mllm, picture):
+    processor, model = stock_processor(mllm), mllm.model
+    prompt = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTIONS[0]}]}],
+        add_generation_prompt=True,
+    )
+    inputs = processor(text=prompt, images=picture, return_tensors="pt")
+    inputs["pixel_values"] = mllm.preprocess([picture])
+    if mllm.image_attention == "causal":  # transformers' own class
+        settings = {key: getattr(model.config, key) for key in ("vision_config", "text_config", "image_seq_length")}
+        settings |= {"image_token_id": model.config.image_token_id, "vision_feature_layer": -1}
+        model = LlavaForConditionalGeneration(LlavaConfig(**settings)).eval()
+        model.load_state_dict(mllm.model.state_dict())
+    assert mllm.image_attention == "causal" or isinstance(model, LlavaBidirForConditionalGeneration)
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :]
+    assert mllm.answer(picture, QUESTIONS[0], max_new_tokens=8) == processor.decode(ids[0], skip_special_tokens=True)
+
+
+def test_text_has_the_ids_of_training(mllm):
+    tokenizer, image_id = mllm.chat.tokenizer, mllm.model.config.image_token_id
+    turns = [{"from": "human", "value": "<image>\nname the sky"}, {"from": "gpt", "value": "a wall"}]
+    ids, labels = encode(turns, tokenizer, "vicuna_v1", 1, image_id)
+    answer = [label for label in labels if label >= 0][:-1]  # without the eos
+    assert mllm.chat.answer_ids(["a wall"]) == [answer]
+    assert mllm.chat.question_ids("name the sky") == ids[ids.index(image_id) + 1 : -len(answer) - 1]
+
+
+def test_tree_has_the_branches_of_its_description():
+    text = TextTree.from_ids([[1, 2, 3], [4, 5]], [[6], [7, 8, 9]])
+    assert text.ids.tolist() == [1, 2, 3, 7, 8, 4, 5, 7, 8]
+    assert text.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
+    assert text.targets == [(2, 6, 0), (2, 7, 1), (3, 8, 1), (4, 9, 1), (6, 6, 2), (6, 7, 3), (7, 8, 3), (8, 9, 3)]
+    assert [row.nonzero().flatten().tolist() for row in text.visible][3:7] == [
+        [0, 1, 2, 3],
+        [0, 1, 2, 3, 4],
+        [5],
+        [5, 6],
+    ]
+
+
+def test_a_model_that_ignores_the_cut_mask_is_an_error(mllm, picture, monkeypatch):
+    """Else a knockout that changes nothing would look like a null result."""
+    layer = mllm.decoder.layers[1]
+    stock = type(layer).forward
+    copy = lambda self, *args, attention_mask=None, **kwargs: stock(
+        self, *args, attention_mask=attention_mask.clone(), **kwargs
+    )
+    monkeypatch.setattr(layer, "forward", copy.__get__(layer))
+    with pytest.raises(RuntimeError, match="layer 2 runs with another mask"):
+        mllm.answer(picture, QUESTIONS[0], KNOCKOUTS["all layers"])
+
+
+def test_invalid_texts_and_backends_are_errors(mllm, picture, checkpoints):
+    pixels = mllm.preprocess([picture])
+    for questions, answers in (([], ANSWERS), (QUESTIONS, []), (QUESTIONS, [""])):
+        with pytest.raises(UserError, match="no question or answer, or an empty one"):
+            mllm.answer_log_probs(pixels, questions, answers)
+    with pytest.raises(UserError, match="contains the image's placeholder"):
+        mllm.answer(picture, "what is <image>")
+    with pytest.raises(UserError, match="but the LLM has 512 positions; shorten the text"):
+        mllm.answer(picture, "sky " * 600)
+    eager = probes.load(str(checkpoints[mllm.image_attention]), attn_implementation="eager")
+    with pytest.raises(UserError, match="attn_implementation='sdpa'"):
+        eager.answer(picture, QUESTIONS[0])
+
+
+@pytest.mark.parametrize("name", ["llava_next", "internvl", "qwen2_vl", "paligemma", "mistral3", "gemma3", "janus"])
+def test_families_whose_template_lacks_text_after_the_image_are_refused(name, tmp_path):
+    mllm = probes.load(str(tiny_families.write(name, tmp_path)))
+    with pytest.raises(UserError, match=f"answers of {name} are not supported"):
+        mllm.answer(Image.new("RGB", (24, 24)), "hello")
+
+
+@pytest.mark.parametrize("name", ["llava", "vipllava", "deepseek_vl", "deepseek_vl_hybrid"])
+def test_other_families_equal_their_own_full_forward(name, tmp_path):
+    path, stock = tiny_families.write(name, tmp_path), tiny_families.STOCK[name]
+    tokenizer = tiny_families.tokenizer()
+    template = "{{ bos_token }}hello" + stock.placeholder
+    template += "{% if messages[0]['content'] | length > 1 %}{{ messages[0]['content'][1]['text'] }}hello{% endif %}"
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(path)
+    mllm, side = probes.load(str(path)), stock.image_px
+    pixels = torch.randint(0, 255, (side, side, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = [Image.fromarray(pixels.numpy())]
+    hello = mllm.chat.tokenizer.get_vocab()["hello"]
+    prompt = mllm.ids[0].tolist() + [hello, hello]
+    assert mllm.chat.question_ids("hello") == [hello, hello]
+    inputs = stock.inputs(images)
+    score = mllm.answer_log_probs(mllm.preprocess(images), ["hello"], ["hellohello"])
+    with torch.no_grad():
+        expected, (ids,) = torch.zeros(()), mllm.chat.answer_ids(["hellohello"])
+        logits = mllm.model(input_ids=torch.tensor([prompt + ids]), **inputs).logits[0]
+        for i, token in enumerate(ids, len(prompt) - 1):
+            expected += logits[i].log_softmax(-1)[token]
+        answer = mllm.model.generate(input_ids=torch.tensor([prompt]), **inputs, do_sample=False, max_new_tokens=5)
+    torch.testing.assert_close(score.squeeze(), expected, **rounding(logits, 10))
+    expected = mllm.chat.tokenizer.decode(answer[0, -5:], skip_special_tokens=True).strip()
+    assert mllm.answer(images[0], "hello", max_new_tokens=5) == expected

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 from llava_bidir.common.errors import UserError
 from probes.ops.geometry import Geometry
 
-from .attention_masks import Masks, as_list, build_masks, last_rows, supports_masks
+from .attention_masks import Masks, as_list, build_masks, is_allowed, last_rows, supports_masks
 from .attention_weights import capture_attention
 from .families import Family, own_image_attention
 from .knockout import Knockout
@@ -245,8 +245,7 @@ class FrozenMLLM(nn.Module):
         prefix = self.prefix_ids.shape[1]
         if masks is None or not self.family.shared_prefix:
             return False
-        blocks = [mask[:, :, :prefix, prefix:] for mask in as_list(masks)]
-        return not any((block if block.dtype == torch.bool else block == 0).any() for block in blocks)
+        return not any(is_allowed(mask)[:, :, :prefix, prefix:].any() for mask in as_list(masks))
 
     def _prefix_cache(self, batch: int) -> DynamicCache:
         """Return keys and values of the prefix, computed for one image and shared by the batch."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llava_bidir.common.errors import UserError
 
-from .attention_masks import Masks, as_list
+from .attention_masks import Masks, as_list, is_allowed
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,14 @@ class Knockout:
             i  1 1 1 1        i  1 1 0 1
 
         Args:
-            mask: bool[B, 1, Q, N], True = may attend. Its rows include all image tokens.
+            mask: bool[B, 1, Q, N], True = may attend, or what eager attention adds to the scores. Its rows include all
+                image tokens.
             is_image: bool[N].
 
         Raises:
-            UserError: The mask is not boolean, `blocked` does not fit it, or a row would have no keys (a softmax over
-                nothing attends to all tokens, also later ones, or is NaN).
+            UserError: `blocked` does not fit the mask, or a row would have no keys (a softmax over nothing attends to
+                all tokens, also later ones, or is NaN).
         """
-        if mask.dtype != torch.bool:  # eager attention adds its mask to the logits; False would block nothing
-            raise UserError(f"a knockout needs a boolean mask, got {mask.dtype}; use attn_implementation='sdpa'")
         images, tokens = mask.shape[0], int(is_image.sum())
         if self.blocked.dtype != torch.bool or self.blocked.shape not in ((images, tokens), (images, tokens, tokens)):
             raise UserError(
@@ -68,9 +67,9 @@ class Knockout:
         blocked = self.blocked.to(mask.device)
         pairs = blocked[:, None, :] if blocked.ndim == 2 else blocked
         rows, columns = is_image[-mask.shape[-2] :].nonzero(), is_image.nonzero().flatten()
-        cut = mask.clone()
-        cut[:, 0, rows, columns] &= ~pairs
-        left = cut[:, 0, rows.flatten()].any(-1)
+        cut, forbidden = mask.clone(), False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        cut[:, 0, rows, columns] = cut[:, 0, rows, columns].masked_fill(pairs, forbidden)
+        left = is_allowed(cut[:, 0, rows.flatten()]).any(-1)
         if not left.all():
             image, token = (~left).nonzero()[0].tolist()
             raise UserError(
@@ -83,7 +82,7 @@ class Knockout:
     def apply(self, layers: nn.ModuleList, masks: Masks, is_image: Tensor, depth: int) -> Iterator[None]:
         """Replace the mask of the chosen decoder layers by the cut one while the context is open.
 
-        `masks` bool[B, 1, Q, N] are those that the model runs with; `depth` layers run before the forward stops.
+        `masks` [B, 1, Q, N] are those that the model runs with; `depth` layers run before the forward stops.
 
         Raises:
             UserError: A layer or head is out of range.

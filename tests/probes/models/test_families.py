@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tiny_families import IMAGE_ID, STOCK
 from tolerances import rounding
-from transformers import AutoConfig
+from transformers import AutoConfig, CLIPImageProcessorPil, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import probes
@@ -464,6 +464,23 @@ def test_incomplete_checkpoints_are_errors(checkpoint, tmp_path):
     settings.write_text(settings.read_text().replace("[IMG_BREAK]", "[IMG_BROKEN]"))
     with pytest.raises(ValueError, match=r"has no token \[IMG_BREAK\]"):
         probes.load(no_token)
+
+
+def test_a_soft_capped_llm_runs_eagerly_with_knockouts(tmp_path):
+    """PaliGemma 2: transformers has no sdpa for Gemma 2."""
+    settings = dict(STOCK["paligemma"].config) | {"text_config": {"model_type": "gemma2", **tiny_families.LLM}}
+    torch.manual_seed(0)
+    model = PaliGemmaForConditionalGeneration(
+        PaliGemmaConfig(**{k: settings[k] for k in settings if k != "model_type"})
+    )
+    model.save_pretrained(tmp_path)
+    CLIPImageProcessorPil().save_pretrained(tmp_path)
+    read = probes.load(str(tmp_path))
+    pixels, blocked = read.preprocess(pictures("paligemma")), torch.arange(36).expand(2, -1) == 7
+    plain, cut = read.states(pixels), read.states(pixels, knockout=Knockout(blocked, [2]))
+    assert torch.equal(plain["layer_01"], cut["layer_01"]) and not torch.equal(plain["layer_02"], cut["layer_02"])
+    with pytest.raises(ValueError, match="no attention weights were captured"):
+        read.attention(pixels)
 
 
 def test_own_mask_of_a_config_goes_before_its_kinds():

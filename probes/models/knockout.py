@@ -78,6 +78,20 @@ class Knockout:
             )
         return cut
 
+    def by_row(self, layers: nn.ModuleList) -> tuple[list[tuple[bytes, ...]], Tensor]:
+        """Return what each row of the batch cuts, equal for equal cuts, and the layers in which it does, bool[B, L].
+
+        Raises:
+            UserError: A layer or head is out of range.
+        """
+        rows, parts = len(self.blocked), [self.blocked.cpu()]
+        if self.heads is not None:
+            parts.append(_select_rows(self.heads, rows, _count_heads(layers), "head").cpu())
+        cuts = [tuple(part[row].numpy().tobytes() for part in parts) for row in range(rows)]
+        return cuts, _select_rows(self.layers, rows, len(layers), "layer").cpu() & parts[0].flatten(1).any(
+            1, keepdim=True
+        )
+
     @contextmanager
     def apply(self, layers: nn.ModuleList, masks: Masks, is_image: Tensor, depth: int) -> Iterator[None]:
         """Replace the mask of the chosen decoder layers by the cut one while the context is open.
@@ -92,7 +106,7 @@ class Knockout:
         chosen = _select_rows(self.layers, images, len(layers), "layer").to(is_image.device)
         cuts = [(mask, self.cut(mask, is_image)) for mask in as_list(masks)]
         if self.heads is not None:
-            heads = _select_rows(self.heads, images, layers[0].self_attn.config.num_attention_heads, "head")
+            heads = _select_rows(self.heads, images, _count_heads(layers), "head")
             cuts = [(mask, torch.where(heads.to(mask.device)[:, :, None, None], cut, mask)) for mask, cut in cuts]
 
         def replace(layer: int, kwargs: dict) -> dict:
@@ -118,6 +132,10 @@ class Knockout:
 def all_but(kept: Tensor) -> Tensor:
     """Return the blocked pairs bool[B, T, T] that leave each token the `kept` tokens bool[B, T] and itself."""
     return ~(kept[:, None, :] | torch.eye(kept.shape[1], dtype=torch.bool, device=kept.device))
+
+
+def _count_heads(layers: nn.ModuleList) -> int:
+    return layers[0].self_attn.config.num_attention_heads
 
 
 def _is_copy(given: Tensor | None, mask: Tensor) -> bool:

@@ -317,6 +317,19 @@ def test_attention_can_be_read_and_a_knockout_can_be_limited_to_a_layer_or_head(
 
 
 @pytest.mark.parametrize("name", MASKABLE)
+def test_rows_of_an_image_equal_a_batch_with_copies_of_it(name, mllm):
+    """In all windows of layers; families whose position ids differ between images run the copies."""
+    read, tokens = mllm(name), STOCK[name].grid[0] * STOCK[name].grid[1]
+    pixels, images = read.preprocess(pictures(name)), [1, 0, 1, 0, 1, 1]
+    blocked = torch.arange(tokens).expand(6, -1) == torch.tensor([3, 3, 3, 4, 4, tokens])[:, None]
+    windows = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 1, 1], [1, 1, 1]]).bool()
+    together = read.states(pixels, knockout=Knockout(blocked, windows), rows=images)
+    copies = read.states(pixels[images], knockout=Knockout(blocked, windows))
+    for depth, site in enumerate(read.sites):
+        torch.testing.assert_close(together[site], copies[site], **rounding(copies[site], max(depth, 1)))
+
+
+@pytest.mark.parametrize("name", MASKABLE)
 def test_other_masks_than_the_own_one(name, checkpoint, mllm):
     own, read = STOCK[name].native, mllm(name)
     other = probes.load(checkpoint(name), image_attention="bidirectional" if own == "causal" else "causal")

@@ -7,7 +7,7 @@ import copy
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import MODEL_MAPPING, PreTrainedConfig
 
 from llava_bidir.common.errors import UserError
 
@@ -22,6 +22,17 @@ Masks = Tensor | dict[str, Tensor]
 def supports_masks(text_config: PreTrainedConfig) -> bool:
     """Return True if all layers of a decoder attend under a mask; linear attention and convolutions do not."""
     return set(layer_kinds(text_config)) <= {FULL, SLIDING}
+
+
+def mask_backend(text_config: PreTrainedConfig) -> str:
+    """Return the attention backend for a decoder: "sdpa", or "eager" if it does not support that (Gemma 2)."""
+    model_class = MODEL_MAPPING.get(type(text_config), None)
+    return "sdpa" if model_class is None or model_class._supports_sdpa else "eager"
+
+
+def is_allowed(mask: Tensor) -> Tensor:
+    """Return a mask as booleans, True = may attend; eager attention adds its mask to the scores, and it is 0 there."""
+    return mask if mask.dtype == torch.bool else mask == 0
 
 
 def check_masks(name: str, text_config: PreTrainedConfig, backend: str) -> None:

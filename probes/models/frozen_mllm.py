@@ -6,7 +6,7 @@ attend to it. Keys and values of the prompt before the image are cached if the m
 Shapes: B images, T image tokens, P tokens before the image, N = P + T, d width of a site, L layers, A heads.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import cached_property
 
@@ -19,12 +19,14 @@ from llava_bidir.common.errors import UserError
 from probes.ops.geometry import Geometry
 
 from .answering import check_family, generate_answer, score_answers
-from .attention_masks import Masks, as_list, build_masks, last_rows, supports_masks
+from .attention_masks import Masks, as_list, build_masks, is_allowed, last_rows, supports_masks
 from .attention_weights import capture_attention
 from .families import Family, own_image_attention
 from .knockout import Knockout
 from .prompt_and_pixels import Chat
+from .shared_layers import DistinctRows, distinct_rows, rows_by_site, shared_layers
 from .sites import ADAPTER, ENCODER, FINAL_NORM, layer_site, site_names
+from .steering import Replacement, replaced_states
 
 
 class _StopForward(Exception):
@@ -122,7 +124,12 @@ class FrozenMLLM(nn.Module):
 
     @torch.no_grad()
     def states(
-        self, pixels: Tensor, sites: Sequence[str] | None = None, knockout: Knockout | None = None
+        self,
+        pixels: Tensor,
+        sites: Sequence[str] | None = None,
+        knockout: Knockout | None = None,
+        rows: Sequence[int] | None = None,
+        hooks: Mapping[str, Replacement] | None = None,
     ) -> dict[str, Tensor]:
         """Return the hidden states of the image tokens at each site. Calling the model does the same.
 
@@ -130,39 +137,56 @@ class FrozenMLLM(nn.Module):
             pixels: f[B, 3, H, W] from :meth:`preprocess`.
             sites: Sites to return, None for all. The forward stops after the last of them.
             knockout: Attention knockout among image tokens (Eq. 1).
+            rows: Image of each row of the knockout, to run several on one image. Rows of an image share the encoder and
+                all layers up to the first that is cut differently (shared_layers.py).
+            hooks: Functions by site, "adapter" or a layer, that receive the states f[B, T, d] and return what the
+                forward continues with, to patch or steer them.
 
         Returns:
-            f[B, T, d] per site, image tokens in raster order, in the dtype of the model.
+            f[B, T, d] per site, image tokens in raster order, in the dtype of the model; f[R, T, d] for R `rows`.
 
         Raises:
-            UserError: A site is unknown, or the knockout does not fit the model.
+            UserError: A site is unknown, or the knockout or a hook's states do not fit the model.
         """
         wanted = self.check_sites(sites)
         if not wanted:
             return {}
         depth = max(self.sites.index(site) - 1 for site in wanted)
-        pixels = pixels.to(self.device, self.model.dtype)
-        masks = self.attention_masks(len(pixels), knockout)
-        start = self.prefix_ids.shape[1] if self._prefix_is_shared else 0
-        cache = self._prefix_cache(len(pixels)) if start and depth > 0 else None
-        rows = last_rows(masks, self.ids.shape[1] - start)
+        plan, start = None, self.prefix_ids.shape[1] if self._prefix_is_shared else 0
+        for row, image in enumerate(rows or ()):
+            if not 0 <= image < len(pixels):
+                raise UserError(f"row {row} is of image {image}; expected 0 to {len(pixels) - 1}")
+        if rows is not None and knockout is not None and self.family.shared_prefix and not hooks:
+            plan = distinct_rows(rows, *knockout.by_row(self.decoder.layers))
+        elif rows is not None:  # nothing to share, or position ids that differ between images
+            pixels = pixels[list(rows)]
+        pixels, images = pixels.to(self.device, self.model.dtype), len(pixels)
+        masks = self.attention_masks(images if plan is None else len(rows), knockout)
+        cache = self._prefix_cache(images, plan) if start and depth > 0 else None
+        last = last_rows(masks, self.ids.shape[1] - start)
         states: dict[str, Tensor] = {}
-        with ExitStack() as hooks, suppress(_StopForward):
+        with ExitStack() as stack, suppress(_StopForward):
             if knockout and depth > 0:
-                hooks.enter_context(knockout.apply(self.decoder.layers, rows, self.is_image, depth))
-            for handle in self._recording_hooks(states, wanted, len(pixels), start):
-                hooks.callback(handle.remove)
+                stack.enter_context(knockout.apply(self.decoder.layers, last, self.is_image, depth))
+            stack.enter_context(replaced_states(self.decoder.layers, hooks or {}, self.is_image[start:]))
+            for handle in self._recording_hooks(states, wanted, images, start):
+                stack.callback(handle.remove)
+            if plan is not None:
+                stack.enter_context(shared_layers(self.decoder.layers, plan))
             if masks is not None:
-                replace_mask = lambda _, args, kwargs: (args, {**kwargs, "attention_mask": rows})
-                hooks.callback(self.decoder.register_forward_pre_hook(replace_mask, with_kwargs=True).remove)
+                replace_mask = lambda _, args, kwargs: (args, {**kwargs, "attention_mask": last})
+                stack.callback(self.decoder.register_forward_pre_hook(replace_mask, with_kwargs=True).remove)
             self.model.model(
-                input_ids=self.ids[:, start:].expand(len(pixels), -1),
+                input_ids=self.ids[:, start:].expand(images, -1),
                 past_key_values=cache,
                 use_cache=cache is not None,
-                **self.family.inputs(self.model, pixels, self.is_image[start:].expand(len(pixels), -1)),
+                **self.family.inputs(self.model, pixels, self.is_image[start:].expand(images, -1)),
             )
         if missing := [site for site in wanted if site not in states]:
             raise UserError(f"no states of {missing[0]}: the forward does not call the module that the family names")
+        if plan is not None:
+            of_rows = dict(zip(self.sites, rows_by_site(rows, plan), strict=True))
+            states = {site: state[of_rows[site].to(state.device)] for site, state in states.items()}
         return {site: states[site].to(self.device) for site in wanted}
 
     forward = states
@@ -285,11 +309,10 @@ class FrozenMLLM(nn.Module):
         prefix = self.prefix_ids.shape[1]
         if masks is None or not self.family.shared_prefix:
             return False
-        blocks = [mask[:, :, :prefix, prefix:] for mask in as_list(masks)]
-        return not any((block if block.dtype == torch.bool else block == 0).any() for block in blocks)
+        return not any(is_allowed(mask)[:, :, :prefix, prefix:].any() for mask in as_list(masks))
 
-    def _prefix_cache(self, batch: int) -> DynamicCache:
-        """Return keys and values of the prefix, computed for one image and shared by the batch."""
+    def _prefix_cache(self, images: int, plan: Sequence[DistinctRows] | None = None) -> DynamicCache:
+        """Return keys and values of the prefix, computed for one image and shared by the rows of each layer."""
         # Identity, storage and version of each weight: replaced, moved or edited weights differ in one of them.
         weights = [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.decoder.parameters()]
         if self._prefix_kv is None or weights != self._prefix_weights:
@@ -297,9 +320,9 @@ class FrozenMLLM(nn.Module):
             if self.prefix_ids.shape[1]:
                 self.decoder(input_ids=self.prefix_ids, past_key_values=cache, use_cache=True)
             self._prefix_kv, self._prefix_weights = [(layer.keys, layer.values) for layer in cache.layers], weights
-        return DynamicCache(
-            ddp_cache_data=[(k.expand(batch, -1, -1, -1), v.expand(batch, -1, -1, -1)) for k, v in self._prefix_kv]
-        )
+        counts = [images] * len(self._prefix_kv) if plan is None else [len(rows.first) for rows in plan]
+        pairs = zip(self._prefix_kv, counts, strict=True)
+        return DynamicCache(ddp_cache_data=[(k.expand(n, -1, -1, -1), v.expand(n, -1, -1, -1)) for (k, v), n in pairs])
 
     def _recording_hooks(self, states: dict[str, Tensor], wanted: list[str], batch: int, start: int) -> Iterator:
         """Register hooks that write the wanted sites into `states` and end the forward after the last of them."""

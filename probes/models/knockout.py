@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llava_bidir.common.errors import UserError
 
-from .attention_masks import Masks, as_list
+from .attention_masks import Masks, as_list, is_allowed
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,14 @@ class Knockout:
             i  1 1 1 1        i  1 1 0 1
 
         Args:
-            mask: bool[B, 1, Q, N], True = may attend. Its rows include all image tokens.
+            mask: bool[B, 1, Q, N], True = may attend, or what eager attention adds to the scores. Its rows include all
+                image tokens.
             is_image: bool[N].
 
         Raises:
-            UserError: The mask is not boolean, `blocked` does not fit it, or a row would have no keys (a softmax over
-                nothing attends to all tokens, also later ones, or is NaN).
+            UserError: `blocked` does not fit the mask, or a row would have no keys (a softmax over nothing attends to
+                all tokens, also later ones, or is NaN).
         """
-        if mask.dtype != torch.bool:  # eager attention adds its mask to the logits; False would block nothing
-            raise UserError(f"a knockout needs a boolean mask, got {mask.dtype}; use attn_implementation='sdpa'")
         images, tokens = mask.shape[0], int(is_image.sum())
         if self.blocked.dtype != torch.bool or self.blocked.shape not in ((images, tokens), (images, tokens, tokens)):
             raise UserError(
@@ -68,9 +67,9 @@ class Knockout:
         blocked = self.blocked.to(mask.device)
         pairs = blocked[:, None, :] if blocked.ndim == 2 else blocked
         rows, columns = is_image[-mask.shape[-2] :].nonzero(), is_image.nonzero().flatten()
-        cut = mask.clone()
-        cut[:, 0, rows, columns] &= ~pairs
-        left = cut[:, 0, rows.flatten()].any(-1)
+        cut, forbidden = mask.clone(), False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+        cut[:, 0, rows, columns] = cut[:, 0, rows, columns].masked_fill(pairs, forbidden)
+        left = is_allowed(cut[:, 0, rows.flatten()]).any(-1)
         if not left.all():
             image, token = (~left).nonzero()[0].tolist()
             raise UserError(
@@ -79,11 +78,25 @@ class Knockout:
             )
         return cut
 
+    def by_row(self, layers: nn.ModuleList) -> tuple[list[tuple[bytes, ...]], Tensor]:
+        """Return what each row of the batch cuts, equal for equal cuts, and the layers in which it does, bool[B, L].
+
+        Raises:
+            UserError: A layer or head is out of range.
+        """
+        rows, parts = len(self.blocked), [self.blocked.cpu()]
+        if self.heads is not None:
+            parts.append(_select_rows(self.heads, rows, _count_heads(layers), "head").cpu())
+        cuts = [tuple(part[row].numpy().tobytes() for part in parts) for row in range(rows)]
+        return cuts, _select_rows(self.layers, rows, len(layers), "layer").cpu() & parts[0].flatten(1).any(
+            1, keepdim=True
+        )
+
     @contextmanager
     def apply(self, layers: nn.ModuleList, masks: Masks, is_image: Tensor, depth: int) -> Iterator[None]:
         """Replace the mask of the chosen decoder layers by the cut one while the context is open.
 
-        `masks` bool[B, 1, Q, N] are those that the model runs with; `depth` layers run before the forward stops.
+        `masks` [B, 1, Q, N] are those that the model runs with; `depth` layers run before the forward stops.
 
         Raises:
             UserError: A layer or head is out of range.
@@ -93,7 +106,7 @@ class Knockout:
         chosen = _select_rows(self.layers, images, len(layers), "layer").to(is_image.device)
         cuts = [(mask, self.cut(mask, is_image)) for mask in as_list(masks)]
         if self.heads is not None:
-            heads = _select_rows(self.heads, images, layers[0].self_attn.config.num_attention_heads, "head")
+            heads = _select_rows(self.heads, images, _count_heads(layers), "head")
             cuts = [(mask, torch.where(heads.to(mask.device)[:, :, None, None], cut, mask)) for mask, cut in cuts]
 
         def replace(layer: int, kwargs: dict) -> dict:
@@ -119,6 +132,10 @@ class Knockout:
 def all_but(kept: Tensor) -> Tensor:
     """Return the blocked pairs bool[B, T, T] that leave each token the `kept` tokens bool[B, T] and itself."""
     return ~(kept[:, None, :] | torch.eye(kept.shape[1], dtype=torch.bool, device=kept.device))
+
+
+def _count_heads(layers: nn.ModuleList) -> int:
+    return layers[0].self_attn.config.num_attention_heads
 
 
 def _is_copy(given: Tensor | None, mask: Tensor) -> bool:

@@ -10,7 +10,7 @@ from transformers.utils.hub import resolve_revision
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import load_weights
 
-from .attention_masks import check_masks
+from .attention_masks import check_masks, mask_backend
 from .families import family_of, own_image_attention
 from .frozen_mllm import FrozenMLLM
 from .matched_updates import layer_updates, match_updates, scale_layers
@@ -57,8 +57,8 @@ def load(
             checkpoint's own way.
         revision: Branch, tag or commit of a hub id. The commit is recorded as `FrozenMLLM.revision`.
         device_map: transformers' device map, to spread a model over devices; excludes `device`.
-        attn_implementation: transformers' attention backend; None: "sdpa". "eager" supports neither knockouts nor
-            :meth:`FrozenMLLM.attention`. Backends that ignore masks are rejected.
+        attn_implementation: transformers' attention backend; None: "sdpa", or "eager" if the LLM does not support it.
+            :meth:`FrozenMLLM.attention` needs "sdpa". Backends that ignore masks are rejected.
         prefix: Text before the image. None: the checkpoint's chat template up to the image.
         untrained: Parts to replace by random weights, as controls without training: "adapter", "llm".
         match: How a random LLM resembles the trained one: "none", "update" or "permuted" (random_init.py).
@@ -76,8 +76,9 @@ def load(
     config = read_config(path, **hub)
     family = family_of(config)
     check_numbers(path, family, config)
-    attention, backend = image_attention or own_image_attention(config), attn_implementation or "sdpa"
-    check_masks(attention, config.get_text_config(), backend)
+    attention, text_config = image_attention or own_image_attention(config), config.get_text_config()
+    backend = attn_implementation or mask_backend(text_config)
+    check_masks(attention, text_config, backend)
     check_control(untrained, match)
     if match == "update" and not match_images and update_scales is None:
         raise UserError("match 'update' needs images to measure updates on; pass match_images, e.g. 32 training images")

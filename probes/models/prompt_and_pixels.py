@@ -43,6 +43,13 @@ def check_numbers(path: str, family: Family, config: PreTrainedConfig) -> None:
         vision = getattr(config, "vision_config", None)
         if config.model_type == "llava" and vision.model_type == "pixtral":
             raise UserError("a llava with a Pixtral encoder has a token after each row of patches; it is not supported")
+        # SigLIP has no CLS token, for which the other models of this class drop the first token.
+        if vision is not None and vision.model_type.startswith("siglip"):
+            if getattr(config, "vision_feature_select_strategy", "full") == "default":
+                raise UserError(
+                    "vision_feature_select_strategy 'default' drops the first patch, since this encoder has no CLS "
+                    "token; expected 'full', because the other patches are no grid"
+                )
         side, text_config = family.grid(config)[0], config.get_text_config()
         if not 1 <= side <= MAX_TOKENS_PER_SIDE:
             raise UserError(f"{side} x {side} image tokens; expected 1 to {MAX_TOKENS_PER_SIDE} per side")

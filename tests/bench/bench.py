@@ -221,7 +221,11 @@ BENCHES = {
     "mask": lambda args: bench_mask(args.rounds),
     "text": lambda args: bench_text(args.rounds),
     "startup": lambda args: bench_startup(args.rounds),
-    "knockout": lambda args: bench_knockout(frozen_model(), paired, max(2, args.rounds // 2)),
+    "knockout": lambda args: bench_knockout(
+        {"LLM of the demo's size": frozen_model("demo"), "LLM of 512 x 8 layers": frozen_model()},
+        paired,
+        max(2, args.rounds // 2),
+    ),
 }
 
 

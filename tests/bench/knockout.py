@@ -1,4 +1,4 @@
-"""The knockout's conditions in shared batches, against the way they are usually run."""
+"""The knockout's conditions and windows of layers in shared forwards, against one row in each forward."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -9,74 +9,86 @@ from llava_bidir.model.modeling_llava_bidir import build_mask
 from probes import Knockout
 from probes.models.frozen_mllm import FrozenMLLM
 
-IMAGES, BLOCKED, TEXT = 4, 20, 64
-CONDITIONS = 5  # nothing, the wrong class, the right class, and as many tokens at random as in each
+BLOCKED, TEXT = 0.15, 64  # share of the image tokens; tokens after the image
+CONDITIONS = 4  # the wrong class, the right class, and as many tokens at random as in each
+IMAGES, SWEPT_IMAGES, WIDTH = (
+    4,
+    1,
+    3,
+)  # of which all conditions run; of which one runs in all windows; of sliding windows
 
 
-def bench_knockout(mllm: FrozenMLLM, paired: Callable, rounds: int) -> list[dict]:
-    """States at all layers of 4 images under 5 conditions, 20 of 144 tokens blocked.
+class Rows:
+    """Rows of a knockout: image, blocked tokens and cut layers."""
 
-    Theirs runs one image under one condition a forward, over prefix, image and text, and builds each layer's mask anew:
-    from tensors, or by a Python loop over pairs of tokens, as published tools do.
-    """
-    generator = torch.Generator().manual_seed(0)
-    tokens, prefix = mllm.grid[0] * mllm.grid[1], mllm.prefix_ids.shape[1]
-    pixels = torch.randn(IMAGES, 3, 168, 168, generator=generator)
-    order = torch.rand(IMAGES, CONDITIONS, tokens, generator=generator).argsort(-1)
-    blocked = order < BLOCKED
-    blocked[:, 0] = False
-    layers = [site for site in mllm.sites if site.startswith("layer_")]
-    text = torch.randint(1, 2000, (1, TEXT), generator=generator)
-    ids = torch.cat([mllm.prefix_ids, torch.full((1, tokens), mllm.model.config.image_token_id), text], 1)
-    is_image = ids == mllm.model.config.image_token_id
+    def __init__(self, mllm: FrozenMLLM, sweep: bool):
+        generator, depth = torch.Generator().manual_seed(0), len(mllm.decoder.layers)
+        self.mllm, tokens, side = mllm, mllm.grid[0] * mllm.grid[1], mllm.geometry.image_px
+        images, conditions = (SWEPT_IMAGES, 1) if sweep else (IMAGES, CONDITIONS)
+        layers = torch.arange(1, depth + 1)
+        windows = [layers > 0]
+        if sweep:  # as in layer_sweep.py: single, sliding, from, up to
+            windows = [layers == i for i in layers]
+            windows += [(layers >= i) & (layers < i + WIDTH) for i in layers[: depth - WIDTH + 1]]
+            windows += [layers >= i for i in layers] + [layers <= i for i in layers]
+        self.pixels = torch.randn(images, 3, side, side, generator=generator)
+        order = torch.rand(images * conditions, tokens, generator=generator).argsort(-1)
+        self.images = [image for image in range(images) for _ in range(conditions * len(windows))]
+        self.blocked = (order < BLOCKED * tokens).repeat_interleave(len(windows), 0)
+        self.layers = torch.stack(windows).repeat(images * conditions, 1)
+        self.sites = [site for site in mllm.sites if site.startswith("layer_")]
 
-    def shared() -> list[torch.Tensor]:
-        """As `probes knockout`: unmodified states once, the other conditions in batches."""
-        plain = mllm.states(pixels, layers)
-        rows = torch.arange(IMAGES).repeat_interleave(CONDITIONS - 1)
-        cut = mllm.states(pixels[rows], layers, Knockout(blocked[:, 1:].flatten(0, 1)))
-        return [torch.cat([plain[site][:, None], cut[site].unflatten(0, (IMAGES, -1))], 1) for site in layers]
+    def shared(self) -> list[torch.Tensor]:
+        """As `probes knockout`."""
+        states = self.mllm.states(self.pixels, self.sites, Knockout(self.blocked, self.layers), self.images)
+        return list(states.values())
 
-    def mask_of(gone: torch.Tensor, by_pairs: bool) -> torch.Tensor:
-        mask = build_mask(mllm.image_attention, mllm.model.config.get_text_config(), is_image, dtype=torch.float32)
-        mask = mask.clone()
-        columns = prefix + gone.nonzero().flatten()
-        if not by_pairs:
-            mask[:, :, prefix : prefix + tokens, columns] = False
-            return mask
-        for query in range(prefix, prefix + tokens):
-            for key in columns.tolist():
-                mask[0, 0, query, key] = False
-        return mask
+    def one_by_one(self) -> list[torch.Tensor]:
+        """One row a forward of the same API, from the encoder on."""
+        rows = [
+            self.mllm.states(self.pixels[[image]], self.sites, Knockout(self.blocked[[i]], self.layers[[i]]))
+            for i, image in enumerate(self.images)
+        ]
+        return [torch.cat([row[site] for row in rows]) for site in self.sites]
 
     @torch.no_grad()
-    def one_by_one(by_pairs: bool) -> list[torch.Tensor]:
-        found = []
-        for image in range(IMAGES):
-            for gone in blocked[image]:
-                with ExitStack() as hooks:
-                    for layer in mllm.decoder.layers:
-                        hook = lambda module, args, kwargs, gone=gone: (
-                            args,
-                            {**kwargs, "attention_mask": mask_of(gone, by_pairs)},
-                        )
-                        handle = layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True)
-                        hooks.callback(handle.remove)
-                    out = mllm.model(
-                        input_ids=ids, pixel_values=pixels[[image]], output_hidden_states=True, use_cache=False
-                    )
-                found.append(torch.stack([h[0, prefix : prefix + tokens] for h in out.hidden_states[1:-1]]))
-        return list(torch.stack(found).unflatten(0, (IMAGES, CONDITIONS)).movedim(2, 0))
+    def whole(self) -> list[torch.Tensor]:
+        """One row a forward of the stock model over prefix, image and text, as tools for one prompt do."""
+        mllm, rows = self.mllm, []
+        tokens, prefix = mllm.grid[0] * mllm.grid[1], mllm.prefix_ids.shape[1]
+        image_id = mllm.model.config.image_token_id
+        ids = torch.cat([mllm.prefix_ids, torch.full((1, tokens), image_id), torch.full((1, TEXT), 7)], 1)
+        mask = build_mask(mllm.image_attention, mllm.model.config.get_text_config(), ids == image_id)
+        for i, image in enumerate(self.images):
+            cut = mask.clone()
+            cut[:, :, prefix : prefix + tokens, prefix + self.blocked[i].nonzero().flatten()] = False
+            with ExitStack() as hooks:
+                for layer, is_cut in zip(mllm.decoder.layers, self.layers[i].tolist(), strict=True):
+                    given = cut if is_cut else mask
+                    hook = lambda _, args, kwargs, given=given: (args, {**kwargs, "attention_mask": given})
+                    hooks.callback(layer.self_attn.register_forward_pre_hook(hook, with_kwargs=True).remove)
+                pixels = self.pixels[[image]]
+                out = mllm.model.model(input_ids=ids, pixel_values=pixels, output_hidden_states=True, use_cache=False)
+            rows.append(torch.stack([states[0, prefix : prefix + tokens] for states in out.hidden_states[1:-1]]))
+        return list(torch.stack(rows).movedim(1, 0))
 
-    for ours, theirs in zip(shared(), one_by_one(by_pairs=False), strict=False):  # theirs ends before the last layer
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+def bench_knockout(mllms: dict[str, FrozenMLLM], paired: Callable, rounds: int) -> list[dict]:
+    """Return the ratios for models by name: conditions that cut all layers, and one condition in windows of layers."""
     entries = []
-    for by_pairs, how in ((False, "from tensors"), (True, "by a loop over pairs")):
-        timed = paired(shared, lambda by_pairs=by_pairs: one_by_one(by_pairs), rounds)
-        rate = {"ours_images_per_s": IMAGES / timed["ours_s"], "other_images_per_s": IMAGES / timed["other_s"]}
-        entries.append(
-            {"name": f"{CONDITIONS} knockout conditions, one a forward, masks {how}, over shared batches"}
-            | timed
-            | rate
-        )
+    for name, mllm in mllms.items():
+        for sweep in (False, True):
+            rows = Rows(mllm, sweep)
+            ours = rows.shared()
+            for theirs in (rows.one_by_one(), rows.whole()):  # the stock model returns the last layer's states normed
+                for a, b in zip(ours, theirs, strict=False):
+                    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            what = f"{len(rows.images)} windows of layers" if sweep else f"{IMAGES} images under {CONDITIONS} knockouts"
+            for way, other in (
+                ("a forward each", rows.one_by_one),
+                ("a forward each with prefix and text", rows.whole),
+            ):
+                timed = paired(rows.shared, other, rounds)
+                rate = {f"{key}_rows_per_s": len(rows.images) / timed[f"{key}_s"] for key in ("ours", "other")}
+                entries.append({"name": f"{what}, {name}: {way} over shared layers"} | timed | rate)
     return entries

@@ -1,4 +1,4 @@
-"""Knock out one batch of images: all cases, conditions and cut locations share forwards.
+"""Knock out one batch of images: all cases, conditions and cut locations share forwards, and layers until they differ.
 
 Shapes: B images, C cases, T patches, L layers, A heads.
 """
@@ -94,7 +94,9 @@ def _run_rows(
         chunk = distinct[start : start + plan.batch_size]
         of_rows = [cases[row.case] for _, row in chunk]
         knockout = _build_knockout(reader, [row for _, row in chunk], plan)
-        states = reader.mllm.states(pixels[[case.row for case in of_rows]], reader.layers, knockout)
+        images = sorted({case.row for case in of_rows})
+        row_images = [images.index(case.row) for case in of_rows]
+        states = reader.mllm.states(pixels[images], reader.layers, knockout, row_images)
         measured |= zip((identity for identity, _ in chunk), reader.measure(states, of_rows), strict=True)
     by_key: dict[tuple[int, str], list[dict[str, Tensor]]] = {}
     for identity, row in zip(identities, rows, strict=True):

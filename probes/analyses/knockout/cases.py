@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
-from probes.models.attention_masks import as_list
+from probes.models.attention_masks import as_list, is_allowed
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
@@ -56,7 +56,7 @@ class PatchReader:
     def visible(self) -> tuple[Tensor, Tensor]:
         """Return the image tokens that each one sees in any layer, bool[T, T], and how many other tokens, long[T]."""
         nothing = Knockout(torch.zeros(1, self.mllm.grid[0] * self.mllm.grid[1], dtype=torch.bool))
-        mask = torch.stack([mask[0, 0] for mask in as_list(self.mllm.attention_masks(1, nothing))]).any(0)
+        mask = torch.stack([is_allowed(mask[0, 0]) for mask in as_list(self.mllm.attention_masks(1, nothing))]).any(0)
         image, rows = self.mllm.is_image, mask[self.mllm.is_image]
         return rows[:, image].cpu(), rows[:, ~image].sum(1).cpu()
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tiny_families import IMAGE_ID, STOCK
 from tolerances import rounding
-from transformers import AutoConfig
+from transformers import AutoConfig, CLIPImageProcessorPil, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 import probes
@@ -317,6 +317,19 @@ def test_attention_can_be_read_and_a_knockout_can_be_limited_to_a_layer_or_head(
 
 
 @pytest.mark.parametrize("name", MASKABLE)
+def test_rows_of_an_image_equal_a_batch_with_copies_of_it(name, mllm):
+    """In all windows of layers; families whose position ids differ between images run the copies."""
+    read, tokens = mllm(name), STOCK[name].grid[0] * STOCK[name].grid[1]
+    pixels, images = read.preprocess(pictures(name)), [1, 0, 1, 0, 1, 1]
+    blocked = torch.arange(tokens).expand(6, -1) == torch.tensor([3, 3, 3, 4, 4, tokens])[:, None]
+    windows = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 1, 1], [0, 0, 1], [1, 1, 1], [1, 1, 1]]).bool()
+    together = read.states(pixels, knockout=Knockout(blocked, windows), rows=images)
+    copies = read.states(pixels[images], knockout=Knockout(blocked, windows))
+    for depth, site in enumerate(read.sites):
+        torch.testing.assert_close(together[site], copies[site], **rounding(copies[site], max(depth, 1)))
+
+
+@pytest.mark.parametrize("name", MASKABLE)
 def test_other_masks_than_the_own_one(name, checkpoint, mllm):
     own, read = STOCK[name].native, mllm(name)
     other = probes.load(checkpoint(name), image_attention="bidirectional" if own == "causal" else "causal")
@@ -464,6 +477,23 @@ def test_incomplete_checkpoints_are_errors(checkpoint, tmp_path):
     settings.write_text(settings.read_text().replace("[IMG_BREAK]", "[IMG_BROKEN]"))
     with pytest.raises(ValueError, match=r"has no token \[IMG_BREAK\]"):
         probes.load(no_token)
+
+
+def test_a_soft_capped_llm_runs_eagerly_with_knockouts(tmp_path):
+    """PaliGemma 2: transformers has no sdpa for Gemma 2."""
+    settings = dict(STOCK["paligemma"].config) | {"text_config": {"model_type": "gemma2", **tiny_families.LLM}}
+    torch.manual_seed(0)
+    model = PaliGemmaForConditionalGeneration(
+        PaliGemmaConfig(**{k: settings[k] for k in settings if k != "model_type"})
+    )
+    model.save_pretrained(tmp_path)
+    CLIPImageProcessorPil().save_pretrained(tmp_path)
+    read = probes.load(str(tmp_path))
+    pixels, blocked = read.preprocess(pictures("paligemma")), torch.arange(36).expand(2, -1) == 7
+    plain, cut = read.states(pixels), read.states(pixels, knockout=Knockout(blocked, [2]))
+    assert torch.equal(plain["layer_01"], cut["layer_01"]) and not torch.equal(plain["layer_02"], cut["layer_02"])
+    with pytest.raises(ValueError, match="no attention weights were captured"):
+        read.attention(pixels)
 
 
 def test_own_mask_of_a_config_goes_before_its_kinds():

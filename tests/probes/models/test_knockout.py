@@ -137,12 +137,6 @@ def test_row_without_keys_raises():
         Knockout(blocked).cut(mask, torch.ones(3, dtype=torch.bool))
 
 
-def test_additive_mask_is_rejected():
-    """Written into an additive mask, False is 0.0, which allows: the knockout would silently do nothing."""
-    with pytest.raises(ValueError, match="boolean mask, got torch.float32"):
-        Knockout(BLOCKED).cut(torch.zeros(3, 1, 4, 6), torch.arange(6) > 1)
-
-
 def test_misfits_are_errors(mllm, pixels):
     with pytest.raises(ValueError, match=r"blocked must be bool\[3, 4\]"):
         mllm.states(pixels, knockout=Knockout(BLOCKED[:2]))
@@ -158,11 +152,18 @@ def test_misfits_are_errors(mllm, pixels):
         mllm.states(pixels, knockout=Knockout(BLOCKED, layers=BY_ROW[:, :2]))
 
 
-def test_eager_attention_is_rejected(mllm, pixels, checkpoints):
-    """Its masks are additive."""
+@pytest.mark.parametrize("name", CUTS)
+def test_eager_attention_is_cut_alike(mllm, pixels, checkpoints, name):
+    """Its masks are added to the scores: False, written into one, would be 0 and allow."""
     eager = probes.load(str(checkpoints[mllm.image_attention]), attn_implementation="eager")
-    with pytest.raises(ValueError, match="boolean mask, got torch.float32; use attn_implementation="):
-        eager.states(pixels, knockout=Knockout(BLOCKED))
+    knockout, _ = CUTS[name]
+    expected, states = mllm.states(pixels, knockout=knockout), eager.states(pixels, knockout=knockout)
+    for i in (1, 2, 3):
+        site = f"layer_{i:02d}"
+        torch.testing.assert_close(states[site], expected[site], **rounding(expected[site], i))
+    with pytest.raises(ValueError, match="leaves image token 0 of image 1"):
+        additive = torch.zeros(2, 1, 3, 3).masked_fill(torch.ones(3, 3).triu(1).bool(), torch.finfo(torch.float).min)
+        Knockout(torch.tensor([[False] * 3, [True, False, False]])).cut(additive, torch.ones(3, dtype=torch.bool))
 
 
 def test_knockout_that_reaches_no_layer_raises(mllm, pixels, monkeypatch):

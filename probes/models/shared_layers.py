@@ -1,0 +1,91 @@
+"""Layers that rows of a batch share: the rows of an image run as one until their knockouts differ.
+
+A knockout changes nothing before the first layer that it cuts. Rows that are cut alike up to a layer have the same
+states there, so the layer runs once for all of them, and the next one begins with copies of its output. In a sweep over
+windows of layers, a row begins at its first own cut, and the encoder runs once per image.
+
+Shapes: B images, R rows of the knockout, n distinct rows at a layer, L layers, N tokens.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class DistinctRows(NamedTuple):
+    """The distinct rows of a layer."""
+
+    parents: Tensor  # long[n], their positions among the distinct rows of the layer before; the first layer's: images
+    first: Tensor  # long[n], the first row of the knockout that each one stands for
+    of_row: Tensor  # long[R], the distinct row that stands for each row of the knockout
+
+
+def distinct_rows(images: Sequence[int], cuts: Sequence[Hashable], layers: Tensor) -> list[DistinctRows]:
+    """Return the distinct rows at each layer.
+
+    Three rows of one image in three layers; the first one is not cut, the others block the same tokens c::
+
+        layers cut   none    2     2, 3
+        layer 1        0     0     0         nothing is cut yet
+        layer 2        0     1     1
+        layer 3        0     1     2         the second row is no longer cut
+
+    Args:
+        images: The image of each row, R of them.
+        cuts: What a row's knockout cuts, equal for equal knockouts.
+        layers: bool[R, L], the layers in which it does.
+    """
+    current, plan = list(images), []
+    for cut_here in layers.T.tolist():
+        keys = [(row, cuts[i] if cut_here[i] else None) for i, row in enumerate(current)]
+        first: dict[tuple, int] = {}
+        for i, key in enumerate(keys):
+            first.setdefault(key, i)
+        number = {key: n for n, key in enumerate(first)}
+        parents, current = [key[0] for key in first], [number[key] for key in keys]
+        plan.append(DistinctRows(*map(torch.tensor, (parents, list(first.values()), current))))
+    return plan
+
+
+def rows_by_site(images: Sequence[int], plan: Sequence[DistinctRows]) -> list[Tensor]:
+    """Return the position of each row among the recorded states, long[R], per site from "encoder" to "final_norm"."""
+    of_image = torch.tensor(images)
+    return [of_image, of_image, *(layer.of_row for layer in plan), plan[-1].of_row]
+
+
+@contextmanager
+def shared_layers(layers: nn.ModuleList, plan: Sequence[DistinctRows]) -> Iterator[None]:
+    """Run each layer on its distinct rows while the context is open.
+
+    The masks that the layers receive have R rows; register hooks that replace them before. All rows must have the same
+    position ids.
+    """
+
+    def take_parents(rows: DistinctRows, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        states = args[0] if args else kwargs["hidden_states"]
+        states = states[rows.parents.to(states.device)]
+        kwargs = kwargs | {
+            key: _one_row(kwargs[key]) for key in ("position_embeddings", "position_ids") if key in kwargs
+        }
+        return ((states, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": states})
+
+    def take_masks(rows: DistinctRows, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        mask = kwargs["attention_mask"]
+        return args, kwargs | {"attention_mask": mask[rows.first.to(mask.device)]}
+
+    with ExitStack() as hooks:
+        for layer, rows in zip(layers, plan, strict=True):
+            for module, take in ((layer, take_parents), (layer.self_attn, take_masks)):
+                hook = lambda _, args, kwargs, take=take, rows=rows: take(rows, args, kwargs)
+                hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def _one_row(positions: Any) -> Any:
+    """Return positions [1 or B, N, ...], or a tuple of them, as those of one row."""
+    if isinstance(positions, tuple):
+        return tuple(_one_row(part) for part in positions)
+    return None if positions is None else positions[:1]

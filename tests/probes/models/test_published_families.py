@@ -1,0 +1,153 @@
+"""Every family at its published sizes, from config numbers with their sources, without allocating weights.
+
+Widths, heads, image sizes and kinds of layers are the published ones. Of the layers only a few run: one of each kind.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from fake_weights import FakeWeights
+from torch._subclasses.fake_tensor import FakeTensor
+from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedConfig
+from transformers.initialization import no_init_weights
+
+from probes import Knockout
+from probes.models.attention_masks import is_allowed, mask_backend
+from probes.models.families import FAMILIES, family_of, own_image_attention
+from probes.models.frozen_mllm import FrozenMLLM
+from probes.models.prompt_and_pixels import check_numbers
+
+PUBLISHED = yaml.safe_load((Path(__file__).parent / "published_families.yaml").read_text())
+MODELS = PUBLISHED["models"]
+WITHOUT_MASKS = ("qwen3_5", "qwen3_5_moe")  # linear attention
+LAYERS = 3  # that run at least: Qwen3-VL adds features of three encoder layers after as many decoder layers
+PREFIX, SEPARATOR, IMAGES = [1, 2, 3, 4, 5], 12, 2
+FAST = ("llava-hf/llava-interleave-qwen-0.5b-hf", "google/paligemma2-3b-pt-224")  # what was wrong once
+
+
+def config_of(entry: dict) -> PreTrainedConfig:
+    encoder, llm = PUBLISHED["encoders"][entry["encoder"]], PUBLISHED["llms"][entry["llm"]]
+    vision, text, further = dict(encoder["config"]), dict(llm["config"]), entry.get("config", {})
+    if "period" in llm:
+        text["layer_types"] = llm["period"] * (text["num_hidden_layers"] // len(llm["period"]))
+        further = {"audio_config": None}
+    return AutoConfig.for_model(entry["family"], vision_config=vision, text_config=text, **further)
+
+
+def cut_layers(config: PreTrainedConfig) -> None:
+    """Leave LLM layers of each kind, and a few encoder layers unless the config names some by their number."""
+    text, vision = config.get_text_config(), config.vision_config
+    kinds = getattr(text, "layer_types", None) or ["full_attention"]
+    layers = max(LAYERS, max(kinds.index(kind) for kind in kinds) + 1)
+    if getattr(text, "num_kv_shared_layers", 0):  # the later half uses keys of the earlier one
+        text.num_kv_shared_layers, layers = layers, 2 * layers
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = kinds[:layers]
+    if getattr(vision, "deepstack_visual_indexes", None):
+        vision.deepstack_visual_indexes = list(range(LAYERS))
+    if config.model_type != "vipllava":
+        setattr(vision, "depth" if hasattr(vision, "depth") else "num_hidden_layers", LAYERS)
+
+
+@contextmanager
+def load(entry: dict, image_attention: str | None = None) -> Iterator[FrozenMLLM]:
+    """A model as `probes.load` makes it; in the context, weights and what is computed from them have no values."""
+    config, weights = config_of(entry), FakeWeights()
+    cut_layers(config)
+    family, backend = family_of(config), mask_backend(config.get_text_config())
+    with weights.fake, no_init_weights():
+        model = family.model_cls._from_config(config, attn_implementation=backend, dtype=torch.bfloat16)
+    assert all(isinstance(parameter, FakeTensor) for parameter in model.parameters())
+    processors = [CLIPImageProcessorPil()] * len(family.normalisations)
+    prefix, separator = PREFIX if family.placeholder else [], SEPARATOR if family.row_separator else None
+    with weights:
+        attention = image_attention or own_image_attention(config)
+        yield FrozenMLLM(model, family, processors, prefix, attention, separator_id=separator)
+
+
+def pixels_for(mllm: FrozenMLLM) -> torch.Tensor:
+    side = mllm.geometry.image_px
+    return torch.ones(IMAGES, 3 * len(mllm.image_processors), side, side)
+
+
+def run(mllm: FrozenMLLM, knockout: Knockout | None = None) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """The states at all sites, and bool[B, T, T] by layer, the attention among image tokens that the layer received."""
+    received: dict[int, torch.Tensor] = {}
+    hooks = [
+        layer.self_attn.register_forward_hook(  # after the forward, when the knockout has replaced the mask
+            lambda _, args, kwargs, output, i=i: received.__setitem__(i, kwargs["attention_mask"]), with_kwargs=True
+        )
+        for i, layer in enumerate(mllm.decoder.layers)
+        if hasattr(layer, "self_attn")
+    ]
+    states = mllm.states(pixels_for(mllm), knockout=knockout)
+    [hook.remove() for hook in hooks]
+    masks = [is_allowed(mask) for _, mask in sorted(received.items()) if mask is not None]
+    return states, [mask[:, 0, mllm.is_image[-mask.shape[2] :]][:, :, mllm.is_image] for mask in masks]
+
+
+def test_every_family_and_each_number_has_a_source():
+    assert {entry["family"] for entry in MODELS.values()} == set(FAMILIES)
+    for part in ("encoders", "llms", "refused"):
+        assert all(entry["source"] for entry in PUBLISHED[part].values())
+        used = {
+            entry[part[:-1]] for key in ("models", "refused") for entry in PUBLISHED[key].values() if part != "refused"
+        }
+        assert part == "refused" or used == set(PUBLISHED[part])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_numbers_of_a_config(name):
+    """At the published depth, without a model."""
+    entry, config = MODELS[name], config_of(MODELS[name])
+    family = family_of(config)
+    check_numbers(name, family, config)
+    assert (family.grid(config), family.image_px(config)) == ((entry["side"],) * 2, entry["image_px"])
+    assert family.encoder_width(config) == entry["encoder_width"]
+    assert own_image_attention(config) == entry.get("image_attention", "causal")
+    published = PUBLISHED["llms"][entry["llm"]]["config"]
+    text = config.get_text_config()
+    assert all(getattr(text, key) == published[key] for key in ("hidden_size", "num_hidden_layers") if key in published)
+
+
+@pytest.mark.parametrize("name", PUBLISHED["refused"])
+def test_unreadable_configs_are_refused(name):
+    config = config_of(PUBLISHED["refused"][name])
+    with pytest.raises(ValueError, match=PUBLISHED["refused"][name]["message"]):
+        check_numbers(name, family_of(config), config)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+)
+def test_states_knockout_and_mask_override(name):
+    entry = MODELS[name]
+    tokens, own = entry["side"] ** 2, entry.get("image_attention", "causal")
+    with load(entry) as mllm:
+        states, plain = run(mllm)
+        width = mllm.model.config.get_text_config().hidden_size
+        expected = dict.fromkeys(mllm.sites, (IMAGES, tokens, width)) | {
+            "encoder": (IMAGES, tokens, entry["encoder_width"])
+        }
+        assert {site: tuple(state.shape) for site, state in states.items()} == expected
+        assert int(mllm.is_image.sum()) == tokens and mllm._prefix_is_shared == mllm.family.shared_prefix
+        blocked = torch.zeros(IMAGES, tokens, dtype=torch.bool)
+        blocked[:, tokens // 2] = True
+        if entry["family"] in WITHOUT_MASKS:
+            with pytest.raises(ValueError, match="knockouts are not supported by linear_attention layers"):
+                run(mllm, Knockout(blocked))
+            return
+        _, cut = run(mllm, Knockout(blocked, [2]))
+        assert torch.equal(cut[1], plain[1] & ~blocked[:, None]) and plain[1][:, -1, tokens // 2].all()
+        assert all(torch.equal(a, b) for i, (a, b) in enumerate(zip(plain, cut, strict=True)) if i != 1)
+        assert any(mask[:, 0, -1].all() for mask in plain) == (own != "causal")
+    other = "bidirectional" if own == "causal" else "causal"
+    with load(entry, other) as mllm:
+        for mask in run(mllm)[1]:
+            assert mask[:, 0, -1].all() == (other != "causal") and mask[:, -1, 0].all()

@@ -1,0 +1,91 @@
+"""Rows of an image that share layers, against each row in a forward of its own."""
+
+import pytest
+import tiny_models
+import torch
+from tolerances import rounding
+
+import probes
+from probes import Knockout
+from probes.models.shared_layers import distinct_rows
+
+pytestmark = pytest.mark.numerics
+
+LAYERS = 3
+WINDOWS = [[], [1], [2], [3], [1, 2], [2, 3], [1, 3], [1, 2, 3]]  # all sets of layers
+BLOCKED = torch.tensor([[False, True, False, True], [True, False, False, False], [False] * 4])
+# image, blocked tokens and layers of each row: two kinds of cuts, and none, on three images in mixed order
+ROWS = [(image, blocked, window) for window in WINDOWS for blocked in range(3) for image in (2, 0, 1)]
+IMAGES = [image for image, _, _ in ROWS]
+
+
+def knockout_of(rows: list[tuple], heads: torch.Tensor | None = None) -> Knockout:
+    layers = torch.tensor([[layer in window for layer in range(1, LAYERS + 1)] for _, _, window in rows])
+    return Knockout(BLOCKED[[blocked for _, blocked, _ in rows]], layers, heads)
+
+
+@pytest.fixture(scope="module", params=("causal", "bidirectional", "prefix"))
+def mllm(request, checkpoints):
+    return probes.load(str(checkpoints[request.param]))
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    return tiny_models.pixels(3)
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_rows_equal_a_forward_each(mllm, pixels, by_head):
+    """States of another image, row or layer are 1e-3 away and more, as the test below shows."""
+    heads = torch.tensor([[row % 2 == 0, True, row % 3 == 0, False] for row in range(len(ROWS))]) if by_head else None
+    together = mllm.states(pixels, knockout=knockout_of(ROWS, heads), rows=IMAGES)
+    for i, row in enumerate(ROWS):
+        alone = mllm.states(pixels[[row[0]]], knockout=knockout_of([row], None if heads is None else heads[[i]]))
+        for depth, site in enumerate(mllm.sites):
+            torch.testing.assert_close(together[site][[i]], alone[site], **rounding(alone[site], max(depth, 1)))
+
+
+def test_states_of_another_image_row_or_layer_would_be_noticed(mllm, pixels):
+    states = mllm.states(pixels, knockout=knockout_of(ROWS), rows=IMAGES)
+    number = {(image, blocked, tuple(window)): i for i, (image, blocked, window) in enumerate(ROWS)}
+    cut = (0, 0, (2,))
+    for other in ((1, 0, (2,)), (0, 1, (2,)), (0, 0, (3,)), (0, 0, (1,)), (0, 0, ())):
+        assert (states["layer_02"][number[cut]] - states["layer_02"][number[other]]).abs().max() > 1e-3
+    assert (states["layer_02"] - states["layer_01"]).abs().amax((1, 2)).min() > 1e-3
+
+
+def test_each_layer_runs_only_what_differs(mllm, pixels):
+    """A row begins at its first cut that no other row of its image has; a row that blocks nothing has none."""
+    ran: dict[int, int] = {}
+    layers = mllm.decoder.layers
+    count = lambda i: lambda _, args, out: ran.__setitem__(i, len(out[0] if isinstance(out, tuple) else out))
+    hooks = [layer.register_forward_hook(count(i)) for i, layer in enumerate(layers, 1)]
+    encoded = mllm.model.model.vision_tower.register_forward_hook(lambda _, args, out: ran.__setitem__(0, len(args[0])))
+    mllm.states(pixels, knockout=knockout_of(ROWS), rows=IMAGES)
+    [hook.remove() for hook in (*hooks, encoded)]
+    histories = [3 * (1 + 2 * (2**layer - 1)) for layer in range(1, LAYERS + 1)]  # uncut, and each way to be cut so far
+    assert ran == dict(enumerate([3, *histories]))
+
+
+def test_distinct_rows_of_the_example():
+    plan = distinct_rows([0, 0, 0], [b"", b"c", b"c"], torch.tensor([[0, 0, 0], [0, 1, 0], [0, 1, 1]]).bool())
+    assert [layer.of_row.tolist() for layer in plan] == [[0, 0, 0], [0, 1, 1], [0, 1, 2]]
+    assert [layer.parents.tolist() for layer in plan] == [[0], [0, 0], [0, 1, 1]]
+    assert [layer.first.tolist() for layer in plan] == [[0], [0, 1], [0, 1, 2]]
+
+
+def test_rows_without_a_knockout_are_copies(mllm, pixels):
+    plain = mllm.states(pixels)
+    for states in (
+        mllm.states(pixels, rows=[2, 0]),
+        mllm.states(pixels, knockout=Knockout(BLOCKED[[2, 2]]), rows=[2, 0]),
+    ):
+        for depth, site in enumerate(mllm.sites):
+            torch.testing.assert_close(states[site], plain[site][[2, 0]], **rounding(plain[site], max(depth, 1)))
+
+
+def test_a_misfit_is_an_error(mllm, pixels):
+    with pytest.raises(ValueError, match=r"blocked must be bool\[2, 4\]"):
+        mllm.states(pixels, knockout=Knockout(BLOCKED), rows=[2, 0])
+    with pytest.raises(ValueError, match=r"row 1 is of image 3; expected 0 to 2"):
+        mllm.states(pixels, knockout=Knockout(BLOCKED[:2]), rows=[2, 3])

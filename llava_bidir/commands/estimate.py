@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.model.activation_checkpointing import count_checkpointed
 from llava_bidir.model.build import build_config, padded_vocab_size, set_trainable
 from llava_bidir.model.lora import add_lora
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
@@ -85,18 +86,19 @@ def estimate_run(cli: TrainingCLI, devices: int, length: int) -> dict[str, Any]:
 
 
 def _activation_bytes(
-    model: LlavaBidirForConditionalGeneration, samples: int, length: int, checkpointing: bool
+    model: LlavaBidirForConditionalGeneration, samples: int, length: int, checkpointing: bool | int
 ) -> float:
     """Return the activation bytes of a micro-batch.
 
-    With gradient checkpointing, these are the inputs of all layers and all activations of one layer. Logits are stored
-    in bf16 and fp32 with their gradient.
+    With gradient checkpointing, these are the inputs of the checkpointed layers and all activations of the others, or
+    of one. Logits are stored in bf16 and fp32 with their gradient.
     """
     text = model.config.text_config
     tokens, layers = samples * length, text.num_hidden_layers
     layer = ACTIVATION_BYTES * tokens * text.hidden_size
     logits = 10 * samples * (length - model.config.image_seq_length) * text.vocab_size
-    return logits + (2 * layers * tokens * text.hidden_size + layer if checkpointing else layers * layer)
+    recomputed = count_checkpointed(checkpointing, layers)
+    return logits + 2 * recomputed * tokens * text.hidden_size + max(layers - recomputed, 1) * layer
 
 
 def format_estimate(estimate: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import checksums, describe, file_sizes
 
 from .batch_samplers import BatchSampler
-from .collate import Collate
+from .collate import Collate, predicting_positions
 from .conversation import IGNORE_INDEX, check_turns
 from .instruction_dataset import Instructions, read_annotations
 from .token_weighted_loader import StepLoader
@@ -32,6 +34,8 @@ class InstructionData(LightningDataModule):
         micro_batch_size: Samples per device and forward. Gradient accumulation follows from both sizes.
         group_by_length: Use batches of one modality and similar length (LLaVA's stage 2) instead of random ones.
         max_length: Maximum number of tokens per sequence, image tokens included.
+        pack_tokens: Pack the samples of a micro-batch into rows of at most this many tokens, so that less is padding;
+            null for one sample per row, as in LLaVA. The losses are equal up to rounding.
         num_workers: Data loader processes per device, at most one per core.
         follow_links: Allow symlinks in `images` that lead out of the folder.
         seed: Decides the order of samples.
@@ -51,6 +55,7 @@ class InstructionData(LightningDataModule):
         micro_batch_size: int = 16,
         group_by_length: bool = False,
         max_length: int = 2048,
+        pack_tokens: int | None = None,
         num_workers: int = 4,
         follow_links: bool = False,
         seed: int = 0,
@@ -65,6 +70,9 @@ class InstructionData(LightningDataModule):
         self.group_by_length, self.seed = group_by_length, seed
         self.num_workers = min(num_workers, len(os.sched_getaffinity(0)))
         self.collate = Collate(processor, image_tokens, template, max_length)
+        if pack_tokens is not None and pack_tokens < 1:
+            raise UserError(f"data.pack_tokens must be a positive number of tokens or null, got {pack_tokens}")
+        self.pack_tokens = pack_tokens
         self.trained_micro_batches = 0
 
     def prepare_data(self) -> None:
@@ -101,7 +109,7 @@ class InstructionData(LightningDataModule):
         """Return the training loader, which starts after the micro-batches that a resumed run has trained."""
         self.sampler.skip(self.trained_micro_batches % len(self.sampler))
         self.trained_micro_batches = 0
-        batches = {"batch_sampler": self.sampler, "collate_fn": self.collate}
+        batches = {"batch_sampler": self.sampler, "collate_fn": replace(self.collate, pack_tokens=self.pack_tokens)}
         if self.trainer.lightning_module.hparams.loss_average == "llava":
             return self._loader(self.train, **batches)  # LLaVA's average needs no weights
         step_batches, strategy = self.trainer.accumulate_grad_batches, self.trainer.strategy
@@ -140,8 +148,8 @@ class InstructionData(LightningDataModule):
         count = sum(is_counted for _, is_counted in samples)
         batch = self.collate(records)
         batch["labels"][count:] = IGNORE_INDEX
-        supervised = batch["labels"][:, 1:] != IGNORE_INDEX
-        batch |= {"predicts": supervised.any(0).nonzero().flatten(), "supervised": int(supervised.sum())}
+        predicts = predicting_positions(batch["labels"])
+        batch |= {"predicts": predicts, "supervised": len(predicts)}
         answers = [record["conversations"][1]["value"] for record in records[:count]]
         return {**batch, "prompts": self.collate.prompts(records), "answers": answers}
 

@@ -21,7 +21,11 @@ from transformers import (
     PreTrainedConfig,
 )
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.masking_utils import create_causal_mask, find_packed_sequence_indices
+from transformers.masking_utils import (
+    create_causal_mask,
+    find_packed_sequence_indices,
+    packed_sequence_mask_function,
+)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, logging, torch_compilable_check
 
@@ -109,12 +113,14 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
                 f"image_attention={self.config.image_attention!r}: got images after cached tokens; pass all images of "
                 "a prompt in the first forward, since image tokens attend to later image tokens",
             )
+            is_image = self._is_image(input_ids, inputs_embeds)
+            can_be_packed = attention_mask is None and past_key_values is None and position_ids is not None
             attention_mask = build_masks(
                 self.config.image_attention,
                 self.config.get_text_config(),
-                self._is_image(input_ids, inputs_embeds),
+                is_image,
                 attention_mask,
-                position_ids=position_ids,
+                samples=_sample_lengths(position_ids.expand(is_image.shape)) if can_be_packed else None,
                 past_key_values=past_key_values,
                 dtype=self.dtype,
             )
@@ -196,7 +202,7 @@ def build_mask(
     padding: Tensor | None = None,
     *,
     kind: str = FULL,
-    position_ids: Tensor | None = None,
+    samples: list[list[int]] | None = None,
     past_key_values: Cache | None = None,
     dtype: torch.dtype = torch.float32,
 ):
@@ -209,7 +215,8 @@ def build_mask(
         padding: 0/1 [B, N], 0 at padding on either side; None without padding.
         kind: FULL, or SLIDING for layers that attend no further back than their window, also among image tokens
             (Gemma 3's masks).
-        position_ids: long[B, N]. Without padding and cache, positions that restart separate packed samples.
+        samples: Lengths of the samples packed into each row, which add up to N; they do not attend to each other. None
+            for one sample per row. On the host, so that the device is not waited for.
         past_key_values: The empty cache to be filled, if any. Its size sets the mask's last axis.
         dtype: Dtype of an additive mask.
 
@@ -224,16 +231,14 @@ def build_mask(
         )
     if kind == SLIDING and text_config._attn_implementation == "flex_attention":
         raise ValueError("flex_attention is not supported with sliding windows; use attn_implementation='sdpa'")
-    if padding is not None or past_key_values is not None:
-        position_ids = None  # only rows without either can be packed
     windows = past_key_values.is_sliding if past_key_values is not None and kind == SLIDING else []
     mask = create_causal_mask(
         config=text_config,
         inputs_embeds=torch.empty(*is_image.shape, 0, dtype=dtype, device=is_image.device),  # only its shape is used
         attention_mask=padding,
         past_key_values=past_key_values,
-        position_ids=position_ids,
-        block_sequence_ids=_block_ids(name, is_image, position_ids),
+        and_mask_function=samples and packed_sequence_mask_function(_sample_numbers(samples, is_image.device)),
+        block_sequence_ids=_block_ids(name, is_image, samples),
         layer_idx=windows.index(True) if True in windows else None,  # layers of a kind have caches of one size
         allow_is_causal_skip=False,
     )
@@ -245,15 +250,29 @@ def build_mask(
     return mask
 
 
-def _block_ids(name: str, is_image: Tensor, position_ids: Tensor | None) -> Tensor | None:
+def _sample_lengths(position_ids: Tensor) -> list[list[int]] | None:
+    """Return the lengths of the samples in each row, which begin where positions restart; None for one per row.
+
+    The host waits for the device here. Training passes :func:`build_masks` the lengths it knows.
+    """
+    numbers = find_packed_sequence_indices(position_ids)
+    return None if numbers is None else [row.bincount().tolist() for row in numbers]
+
+
+def _sample_numbers(samples: list[list[int]], device: torch.device) -> Tensor:
+    """Return long[B, N], equal numbers at the tokens of a sample: [[2, 3]] gives [[0, 0, 1, 1, 1]]."""
+    rows = [torch.cat([torch.full((n,), i, device=device) for i, n in enumerate(row)]) for row in samples]
+    return torch.stack(rows)
+
+
+def _block_ids(name: str, is_image: Tensor, samples: list[list[int]] | None) -> Tensor | None:
     """Return the block ids long[B, N] of a mask, None for causal; a packed sample has the ids that it has alone."""
     block_ids = image_attention(name)
-    samples = None if position_ids is None else find_packed_sequence_indices(position_ids.expand(is_image.shape))
     if block_ids is None or samples is None:
         return block_ids and block_ids(is_image)
-    count, rows = int(samples.max()) + 1, []
-    for row, numbers in zip(is_image, samples, strict=True):
-        parts = [block_ids(part[None])[0] for part in row.split(numbers.bincount().tolist())]
+    count, rows = max(map(len, samples)), []
+    for row, lengths in zip(is_image, samples, strict=True):
+        parts = [block_ids(part[None])[0] for part in row.split(lengths)]
         rows.append(torch.cat([torch.where(part < 0, -1, part * count + i) for i, part in enumerate(parts)]))
     return torch.stack(rows)
 

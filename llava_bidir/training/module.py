@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from lightning import LightningModule
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import Tensor
@@ -19,7 +18,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import Identity, check_same_identity, run_identity
 from llava_bidir.common.rank_zero import rank_zero_result
 from llava_bidir.common.run_folder import RESUME_ADVICE
-from llava_bidir.data.conversation import IGNORE_INDEX
+from llava_bidir.model.activation_checkpointing import checkpoint_layers
 from llava_bidir.model.build import build_model, build_processor, set_trainable
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.model.hf_export import TRAINING_JSON
@@ -27,6 +26,7 @@ from llava_bidir.model.lora import Lora, add_lora
 
 from .optim import build_optimizer, build_schedule
 from .resume import rescale_progress
+from .supervised_loss import check_packing, supervised_loss
 from .throughput import TIMING_METRICS
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,8 @@ class LlavaTraining(LightningModule):
         frozen_dtype: Dtype of frozen weights. bfloat16 halves their memory and needs precision bf16-mixed, which
             computes in bfloat16 either way.
         compile: Compile each layer of the LLM (torch.compile). Useful on GPUs; the first steps take minutes.
-        gradient_checkpointing: Recompute LLM layers in the backward pass to save memory.
+        gradient_checkpointing: Recompute LLM layers in the backward pass to save memory: true for all, or the number of
+            layers, counted from the first. Fewer are faster.
         attn_implementation: sdpa, eager or flex_attention; flash attention ignores masks and is rejected.
         max_new_tokens: Maximum length in tokens of an answer in validation.
     """
@@ -78,7 +79,7 @@ class LlavaTraining(LightningModule):
         lora: Lora | None = None,
         frozen_dtype: Literal["float32", "bfloat16"] = "float32",
         compile: bool = False,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool | int = False,
         attn_implementation: str = "sdpa",
         max_new_tokens: int = 32,
     ):
@@ -144,8 +145,7 @@ class LlavaTraining(LightningModule):
         if args.compile:
             for layer in self.model.model.language_model.layers:
                 layer.compile(dynamic=True)
-        if args.gradient_checkpointing:
-            self.model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(self.model.model.language_model, args.gradient_checkpointing)
 
     def _check_frozen_dtype(self) -> None:
         precision = self.trainer.precision
@@ -155,9 +155,15 @@ class LlavaTraining(LightningModule):
             raise UserError(f"model.frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got {precision}")
 
     def on_fit_start(self) -> None:
-        """Set train mode, except for the frozen encoder."""
+        """Set train mode, except for the frozen encoder.
+
+        Raises:
+            UserError: The LLM or the attention backend would mix packed samples.
+        """
         self.model.train()
         self.model.model.vision_tower.eval()
+        if getattr(self.trainer.datamodule, "pack_tokens", None):
+            check_packing(self.model)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Seed dropout from the position in the run, so that a resumed run repeats it."""
@@ -175,18 +181,7 @@ class LlavaTraining(LightningModule):
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Return the mean cross-entropy over the supervised tokens of a micro-batch, 0 if there are none."""
         with self._black_image(needed=batch["pixel_values"] is None):
-            logits = self.model(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                pixel_values=batch["pixel_values"],
-                logits_to_keep=batch["predicts"],
-                use_cache=False,
-            ).logits
-        targets = batch["labels"][:, batch["predicts"] + 1]
-        total = F.cross_entropy(
-            logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-        )
-        return total / max(batch["supervised"], 1)
+            return supervised_loss(self.model, batch)
 
     def _encode_black_image(self) -> Tensor:
         """Return the features of a black image, f[T, d]."""

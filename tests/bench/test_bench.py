@@ -24,6 +24,15 @@ def test_training_steps_of_all_sides_are_timed(tmp_path):
 
 
 @pytest.mark.slow
+def test_samples_of_the_mix_are_timed_on_all_sides(tmp_path):
+    command = [sys.executable, HERE / "mix.py", "--samples", "64", "--rounds", "1", "--out", tmp_path / "found.json"]
+    done = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, timeout=HANGING_S)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert len(found["samples_per_s"]) == 6 and all(rates[0] > 0 for rates in found["samples_per_s"].values())
+
+
+@pytest.mark.slow
 def test_the_gpus_benchmark_runs_without_one(tmp_path):
     command = [sys.executable, HERE / "gpu.py", "--device", "cpu", "--shape", "toy", "--images", "2", "--mask-px", "64"]
     command += ["--rounds", "1", "--out", tmp_path / "found.json"]

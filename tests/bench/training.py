@@ -30,6 +30,7 @@ from transformers import Trainer as StockTrainer
 
 from llava_bidir import LlavaBidirForConditionalGeneration
 from llava_bidir.commands.estimate import build_empty
+from llava_bidir.data.collate import predicting_positions
 from llava_bidir.model.build import set_trainable
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.model.hf_export import as_llava
@@ -127,19 +128,19 @@ def batches(model: LlavaBidirForConditionalGeneration, size: dict, steps: int) -
 class Batches(LightningDataModule):
     """Ready batches, with what our training step wants to know besides."""
 
-    def __init__(self, made: list[dict]):
+    def __init__(self, made: list[dict], image_id: int):
         super().__init__()
-        self.made, self.seed = made, 0
+        self.made, self.image_id, self.seed = made, image_id, 0
         self.steps_per_epoch, self.batch_size = len(made), len(made[0]["input_ids"])
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader([self._with_facts(batch) for batch in self.made], batch_size=None)
 
     def _with_facts(self, batch: dict) -> dict:
-        supervised = batch["labels"][:, 1:] != -100
-        samples, length = batch["input_ids"].shape
-        facts = {"ids": [""] * samples, "lengths": [length] * samples, "supervised": int(supervised.sum())}
-        return {**batch, **facts, "predicts": supervised.any(0).nonzero().flatten()}
+        (samples, length), predicts = batch["input_ids"].shape, predicting_positions(batch["labels"])
+        facts = {"ids": [""] * samples, "lengths": [length] * samples, "samples": None, "position_ids": None}
+        images = (batch["input_ids"] == self.image_id).flatten().nonzero().flatten()
+        return {**batch, **facts, "predicts": predicts, "supervised": len(predicts), "image_positions": images}
 
 
 def ours(module: LlavaTraining, model, made: list[dict], precision: str, device: torch.device) -> float:
@@ -163,7 +164,7 @@ def ours(module: LlavaTraining, model, made: list[dict], precision: str, device:
         enable_checkpointing=False,
         **quiet,
     )
-    trainer.fit(module, datamodule=Batches(made))
+    trainer.fit(module, datamodule=Batches(made, model.config.image_token_id))
     return clock.per_step()
 
 
@@ -209,7 +210,7 @@ def measure(size: dict, train: list[str], steps: int, precision: str, device: to
             set_trainable(model, train)
             made = batches(model, size, steps)
             seconds[name] = ours(module, model, made, precision, device)
-            facts = Batches(made)._with_facts(made[0])
+            facts = Batches(made, model.config.image_token_id)._with_facts(made[0])
             flops = step_flops(model)(facts["lengths"], facts["supervised"], len(facts["ids"]))
         module = LlavaTraining(*parts, trainable=train, gradient_checkpointing=True)
         model = as_llava(random_model(module, device))

@@ -22,8 +22,13 @@ from llava_bidir.training.module import LlavaTraining  # noqa: E402
 GLOBAL_BATCH = 8
 
 
-def fit_one_step(parts, folder: Path, loss_average: str, micro_batch_size: int, devices: int = 1) -> dict:
-    """Return {"gradients": by name, as passed to the optimizer; "batches", "model" and "rank" of this process}."""
+def fit_one_step(
+    parts, folder: Path, loss_average: str, micro_batch_size: int, devices: int = 1, **data_settings
+) -> dict:
+    """Return {"gradients": by name, as passed to the optimizer; "batches", "model" and "rank" of this process}.
+
+    Other arguments are those of InstructionData.
+    """
     torch.manual_seed(0)
     module = LlavaTraining(*parts, ["adapter", "llm"], loss_average=loss_average, learning_rate=0.0)
     data = InstructionData(
@@ -34,6 +39,7 @@ def fit_one_step(parts, folder: Path, loss_average: str, micro_batch_size: int, 
         num_workers=0,
         processor=build_processor(*parts),
         image_tokens=tiny_models.TOKENS,
+        **data_settings,
     )
     results = {"batches": []}
     train, step = module.training_step, module.on_before_optimizer_step

@@ -7,6 +7,7 @@ import tiny_models
 from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, SiglipVisionConfig
 
 from llava_bidir.cli import main
+from llava_bidir.commands.estimate import _activation_bytes
 
 # Architectures as published; parameters are counted from them, so the checks below are against other people's numbers.
 ENCODERS = {
@@ -84,3 +85,14 @@ def test_estimate_is_readable_and_names_what_is_wrong(parts, conversations, caps
     assert "train" in (text := capsys.readouterr().out) and "on each of 2 devices (estimate)" in text
     with pytest.raises(SystemExit, match="--length 3 leaves no text after 4 image tokens"):
         main([*argv, "--length", "3"])
+
+
+def test_every_recomputed_layer_saves_memory():
+    model = tiny_models.model()
+    layers = model.config.text_config.num_hidden_layers
+    by_layers = [_activation_bytes(model, samples=2, length=9, checkpointing=count) for count in range(layers + 1)]
+    kept = by_layers[0] - by_layers[1]
+    assert by_layers[:layers] == pytest.approx([by_layers[0] - count * kept for count in range(layers)]) and kept > 0
+    assert by_layers[layers] > by_layers[layers - 1], "one layer at a time is recomputed, and has an input"
+    assert _activation_bytes(model, 2, 9, False) == by_layers[0]
+    assert _activation_bytes(model, 2, 9, True) == by_layers[layers]

@@ -1,0 +1,93 @@
+"""Forward pass of a micro-batch and its loss, without waiting for the device.
+
+Logits are computed for supervised tokens only. The host knows which they are, where images are, and which samples share
+a row.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llava_bidir.common.errors import UserError
+from llava_bidir.model.modeling_llava_bidir import (
+    FULL,
+    MASKED_BACKENDS,
+    SLIDING,
+    LlavaBidirForConditionalGeneration,
+    build_masks,
+    layer_kinds,
+)
+
+
+def supervised_loss(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]) -> Tensor:
+    """Return the mean cross-entropy over the supervised tokens of a micro-batch, 0 if there are none.
+
+    Args:
+        model: Model in training or evaluation.
+        batch: From :class:`llava_bidir.data.collate.Collate`.
+    """
+    with _logits_at(model, batch["predicts"]):
+        logits = model(
+            inputs_embeds=_embed(model, batch),
+            attention_mask=_attention_mask(model, batch),
+            position_ids=batch["position_ids"],
+            use_cache=False,
+        ).logits
+    targets = batch["labels"].flatten()[batch["predicts"] + 1]
+    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(batch["supervised"], 1)
+
+
+def _embed(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]) -> Tensor:
+    """Return the LLM's input f[B, N, d], with the features of the images at their tokens.
+
+    LlavaModel.forward finds these tokens on the device, and waits for it to count them and for the gradient.
+    """
+    embedded = model.get_input_embeddings()(batch["input_ids"])
+    if batch["pixel_values"] is None:
+        return embedded
+    features = torch.cat(model.get_image_features(batch["pixel_values"]).pooler_output).to(embedded.dtype)
+    return embedded.flatten(0, 1).index_copy(0, batch["image_positions"], features).view_as(embedded)
+
+
+def _attention_mask(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]):
+    """Return the masks, None where attention is causal and each row holds one sample.
+
+    No mask is needed for padding: it is on the right, where neither text nor image tokens attend.
+    """
+    config = model.config
+    is_causal = config.image_attention == "causal" or batch["pixel_values"] is None
+    if is_causal and batch["samples"] is None:
+        return None
+    is_image, llm = batch["input_ids"] == config.image_token_id, config.get_text_config()
+    return build_masks(config.image_attention, llm, is_image, samples=batch["samples"], dtype=model.dtype)
+
+
+@contextmanager
+def _logits_at(model: LlavaBidirForConditionalGeneration, positions: Tensor) -> Iterator[None]:
+    """Apply the head to these positions of the flattened rows only; `logits_to_keep` can select columns only."""
+    select = lambda module, args: (args[0].flatten(0, 1)[positions],)
+    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def check_packing(model: LlavaBidirForConditionalGeneration) -> None:
+    """Raise if packed samples would attend to each other in some layer.
+
+    Raises:
+        UserError: The attention backend or the layers of the LLM take no mask.
+    """
+    llm = model.config.get_text_config()
+    backend, others = llm._attn_implementation, sorted({*layer_kinds(llm)} - {FULL, SLIDING})
+    if backend not in MASKED_BACKENDS or others:
+        what = f"{', '.join(others)} layers of {llm.model_type}" if others else f"model.attn_implementation {backend}"
+        raise UserError(
+            f"data.pack_tokens: {what} would mix the samples of a row; set data.pack_tokens to null, or use another "
+            f"{'LLM' if others else 'one: ' + ', '.join(MASKED_BACKENDS)}"
+        )

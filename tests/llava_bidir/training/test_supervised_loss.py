@@ -1,0 +1,257 @@
+"""Loss of packed rows against one sample per row and against samples alone; no wait for the device."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import tiny_models
+import torch
+import torch.nn.functional as F
+from ddp_gradients import GLOBAL_BATCH, fit_one_step
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, MistralConfig, Qwen3_5TextConfig
+
+from llava_bidir import IMAGE_ATTENTION
+from llava_bidir.common.errors import UserError
+from llava_bidir.data.collate import Collate
+from llava_bidir.model import modeling_llava_bidir
+from llava_bidir.training.module import LlavaTraining
+from llava_bidir.training.supervised_loss import check_packing, supervised_loss
+
+pytestmark = pytest.mark.numerics
+
+MASKS = tuple(IMAGE_ATTENTION)
+ANSWERS = ("wall " * 20, "sky", "road wall", "sky " * 6, "wall", "road")
+ROW = 60  # tokens
+
+
+def samples(shown: bool = True) -> list[dict]:
+    made = []
+    for i, answer in enumerate(ANSWERS):
+        image = Image.new("RGB", (8, 8), (40 * i, 255 - 30 * i, 90)) if shown and i != 2 else None
+        question = "name the sky" if image is None else "<image>\nname the sky"
+        made.append({"id": f"s{i}", "image": image, "conversations": tiny_models.turns(question, answer)})
+    made[1]["conversations"] += tiny_models.turns("<image>\nagain" if shown else "again", "road")  # shown twice
+    return made
+
+
+def build(parts, name: str, **settings) -> tuple[LlavaTraining, Collate]:
+    torch.manual_seed(0)
+    module = LlavaTraining(*parts, trainable=["adapter", "llm"], image_attention=name, **settings)
+    module.configure_model()
+    with torch.no_grad():
+        for parameter in module.model.model.language_model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)  # attention far from uniform, so that a leak shows
+    return module, Collate(module.processor, tiny_models.TOKENS, "vicuna_v1", pack_tokens=ROW)
+
+
+def loss_and_gradients(module, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    module.model.zero_grad()
+    loss = module.loss(batch)
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in module.model.named_parameters() if p.requires_grad}
+
+
+def assert_equal(ours, expected) -> None:
+    torch.testing.assert_close(ours[0], expected[0], rtol=1e-5, atol=0)
+    for name, gradient in expected[1].items():
+        near = 1e-5 * gradient.abs().max().item()
+        torch.testing.assert_close(ours[1][name], gradient, rtol=0, atol=near, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_packed_loss_and_gradients_equal_unpacked_ones(backend, name, parts):
+    module, collate = build(parts, name, attn_implementation=backend)
+    packed, unpacked = collate(samples()), replace(collate, pack_tokens=None)(samples())
+    assert len(packed["input_ids"]) < len(unpacked["input_ids"]) == len(ANSWERS)
+    assert any(len(row) > 2 for row in packed["samples"]) and len(packed["pixel_values"]) == 6
+    assert_equal(loss_and_gradients(module, packed), loss_and_gradients(module, unpacked))
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_loss_is_that_of_each_sample_alone(name, parts):
+    """Without rows, padding, masks of ours and `predicts`."""
+    module, collate = build(parts, name)
+    total, count = 0.0, 0
+    for item in samples():
+        ids, labels = (torch.tensor([row]) for row in collate.encode(item))
+        pixels = collate.pixels([item], ids.tolist())
+        logits = module.model(input_ids=ids, pixel_values=pixels).logits[0, :-1]
+        total += F.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum").item()
+        count += (labels[0, 1:] != -100).sum().item()
+    for pack_tokens in (ROW, None):
+        loss = module.loss(replace(collate, pack_tokens=pack_tokens)(samples())).item()
+        assert loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_text_only_samples_can_be_packed(parts):
+    module, collate = build(parts, "bidirectional")
+    packed, unpacked = (replace(collate, pack_tokens=n)(samples(shown=False)) for n in (ROW, None))
+    assert packed["pixel_values"] is None and len(packed["input_ids"]) < len(ANSWERS)
+    assert_equal(loss_and_gradients(module, packed), loss_and_gradients(module, unpacked))
+
+
+def test_a_row_of_one_sample_equals_the_sample(parts):
+    module, collate = build(parts, "bidirectional")
+    for item in samples():
+        packed, unpacked = (replace(collate, pack_tokens=n)([item]) for n in (ROW, None))
+        assert packed["samples"] == [packed["lengths"]]
+        assert torch.equal(module.loss(packed), module.loss(unpacked))
+
+
+def row_logits(model, batch) -> torch.Tensor:
+    """Return the logits of all tokens, f[B, N, V], computed as in a training step."""
+    everywhere = torch.arange(batch["input_ids"].numel())
+    logits = []
+    hook = model.get_output_embeddings().register_forward_hook(lambda module, args, output: logits.append(output))
+    with torch.no_grad():
+        supervised_loss(model, batch | {"predicts": everywhere, "labels": torch.zeros(everywhere.numel() + 1).long()})
+    hook.remove()
+    return logits[0].unflatten(0, batch["input_ids"].shape)
+
+
+def changed(parts, name: str) -> torch.Tensor:
+    """Return bool[N], where the logits of a row change when the first sample's image and text do."""
+    module, collate = build(parts, name)
+    pair = [samples()[3], samples()[4]]
+    batch = replace(collate, pack_tokens=300)([*pair, samples()[5]])
+    assert batch["samples"] == [batch["lengths"]], "one row of three samples with an image each"
+    other = batch | {"input_ids": batch["input_ids"].clone(), "pixel_values": batch["pixel_values"].clone()}
+    other["pixel_values"][1] += 1.0  # of the second sample
+    begin, end = batch["lengths"][0], sum(batch["lengths"][:2])
+    text = slice(end - 3, end)
+    other["input_ids"][0, text] = batch["input_ids"][0, text] + 1
+    difference = (row_logits(module.model, batch) - row_logits(module.model, other)).abs().amax(-1)[0]
+    return difference > 1e-6, slice(begin, end)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_sample_changes_no_logit_of_its_neighbours(name, parts):
+    differs, own = changed(parts, name)
+    assert differs[own][4:].all() and not differs[own][:3].any() or name == "prefix", "it changes its own"
+    differs[own] = False
+    assert not differs.any()
+
+
+@pytest.mark.parametrize("leak", ["text", "images"])
+def test_leaks_are_seen_by_the_test_above(leak, parts, monkeypatch):
+    if leak == "text":
+        everyone = lambda numbers: lambda batch, head, q, k: numbers[batch, q] >= 0
+        monkeypatch.setattr(modeling_llava_bidir, "packed_sequence_mask_function", everyone)
+    else:
+        joined = lambda name, is_image, packed: modeling_llava_bidir.image_attention(name)(is_image)
+        monkeypatch.setattr(modeling_llava_bidir, "_block_ids", joined)
+    differs, own = changed(parts, "bidirectional")
+    assert differs[own.stop :].any() and differs[: own.start].any() == (leak == "images")
+
+
+@pytest.mark.parametrize("micro", [8, 4])
+def test_packed_step_of_tokens_equals_an_unpacked_one(micro, parts, conversations):
+    """A complete optimizer step through Lightning, with accumulation."""
+    packed, unpacked = (
+        fit_one_step(parts, conversations, "tokens", micro, pack_tokens=pack_tokens) for pack_tokens in (ROW, None)
+    )
+    assert len(packed["batches"]) == len(unpacked["batches"]) == GLOBAL_BATCH // micro
+    assert [batch["ids"] for batch in packed["batches"]] == [batch["ids"] for batch in unpacked["batches"]]
+    assert sum(len(batch["input_ids"]) for batch in packed["batches"]) < GLOBAL_BATCH
+    for name, gradient in unpacked["gradients"].items():
+        near = 1e-5 * gradient.abs().max().item()
+        torch.testing.assert_close(packed["gradients"][name], gradient, rtol=0, atol=near)
+
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
+
+
+def config_holder(llm, backend: str) -> SimpleNamespace:
+    """A model as far as `check_packing` reads it: flash attention cannot be built on a CPU."""
+    config = tiny_models.config(text_config=llm)
+    config.get_text_config()._attn_implementation = backend
+    return SimpleNamespace(config=config)
+
+
+def test_layers_and_backends_that_would_mix_samples_are_refused():
+    linear = Qwen3_5TextConfig(**SIZES, head_dim=8, layer_types=["linear_attention", "full_attention"])
+    with pytest.raises(UserError, match="data.pack_tokens: linear_attention layers of .* would mix the samples"):
+        check_packing(config_holder(linear, "sdpa"))
+    with pytest.raises(UserError, match="model.attn_implementation flash_attention_2 would mix the samples"):
+        check_packing(config_holder(LlamaConfig(**SIZES), "flash_attention_2"))
+    check_packing(config_holder(MistralConfig(**SIZES, sliding_window=6), "eager"))
+
+
+def test_fit_refuses_what_would_mix_samples(parts, conversations, monkeypatch):
+    monkeypatch.setattr("llava_bidir.training.supervised_loss.MASKED_BACKENDS", ("flex_attention",))
+    with pytest.raises(UserError, match="data.pack_tokens: model.attn_implementation sdpa would mix"):
+        fit_one_step(parts, conversations, "tokens", 4, pack_tokens=ROW)
+
+
+class DeviceReads(TorchDispatchMode):
+    """Record operations whose result the host needs: on a GPU, it would wait for all work before them."""
+
+    NAMES = (
+        "_local_scalar_dense",
+        "nonzero",
+        "masked_select",
+        "masked_scatter_backward",
+        "bincount",
+        "equal",
+        "unique",
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.reads = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name.split("::")[1]
+        masked = name.startswith("index") and any(
+            i is not None and i.dtype == torch.bool for a in args if isinstance(a, list | tuple) for i in a
+        )
+        if name.startswith(self.NAMES) or masked or (name == "repeat_interleave" and not isinstance(args[1], int)):
+            self.reads.append(name)
+        return function(*args, **kwargs or {})
+
+
+def device_reads(module, batch) -> list[str]:
+    with DeviceReads() as mode:
+        module.loss(batch).backward()
+    return mode.reads
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("pack_tokens", [ROW, None])
+def test_no_forward_or_backward_pass_waits_for_the_device(pack_tokens, name, parts):
+    module, collate = build(parts, name, gradient_checkpointing=True)
+    for shown in (True, False):
+        reads = device_reads(module.train(), replace(collate, pack_tokens=pack_tokens)(samples(shown)))
+        # transformers looks for packed samples in the positions of a causal row without a mask
+        expected = ["_local_scalar_dense"] if pack_tokens is None and (name == "causal" or not shown) else []
+        assert reads == expected
+
+
+def test_waiting_is_seen_by_the_test_above(parts):
+    module, collate = build(parts, "bidirectional")
+    batch = collate(samples())
+    inputs = {k: batch[k] for k in ("input_ids", "position_ids", "pixel_values")}
+    with DeviceReads() as mode:  # the model's forward finds images and samples on the device
+        module.model(**inputs, use_cache=False).logits.mean().backward()
+    assert {"_local_scalar_dense", "bincount", "masked_scatter_backward"} <= set(mode.reads)
+
+
+@pytest.mark.parametrize("change", [1, -1])
+def test_other_number_of_features_than_image_tokens_is_an_error(change, parts):
+    """Without a count on the device. Features would otherwise belong to other images."""
+    module, collate = build(parts, "causal")
+    batch = collate(samples())
+    positions = batch["image_positions"]
+    batch["image_positions"] = torch.cat([positions, positions[:1]]) if change > 0 else positions[:-1]
+    with pytest.raises((RuntimeError, IndexError), match="index_copy"):
+        module.loss(batch)

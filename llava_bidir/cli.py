@@ -106,6 +106,20 @@ def build_parser() -> argparse.ArgumentParser:
     assets.add_argument(
         "--scale", type=float, default=1.0, help="factor for the number of images, conversations and training steps"
     )
+
+    rehearse = command(
+        "rehearse",
+        "llava_bidir.rehearsal.run:run",
+        "run the complete study for a few steps on random weights of the published sizes, and measure it",
+    )
+    rehearse.add_argument("--out", type=Path, **required, help="folder for models, runs, logs and rehearsal.json")
+    rehearse.add_argument("--size", choices=["7b", "1b", "tiny"], default="7b", help="size of the LLM")
+    rehearse.add_argument(
+        "--encoder", choices=["clip", "dinov2", "siglip"], default="clip", help="encoder, at its published size"
+    )
+    rehearse.add_argument(
+        "--inputs-only", action="store_true", help="only write models and data, with OUT/inputs/env.sh for Slurm"
+    )
     return parser
 
 

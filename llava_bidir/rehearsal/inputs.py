@@ -1,7 +1,6 @@
 """Inputs of a rehearsal: models in their published layouts, LLaVA records with pictures, and a folder like ADE20K's."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -18,43 +17,51 @@ COLOURS = np.array([[120, 120, 120], [180, 200, 230], [80, 50, 30]])
 # ADE20K's numbers of wall, sky and ceiling. Sky and ceiling look alike here, so that probes mistake some patches and
 # the knockout has cases.
 CLASSES = (1, 3, 6)
+STEPS = 2  # optimizer steps of each stage; the first one also compiles and allocates
+RECORDS = STEPS * 256  # as many as these steps need under configs/stage1.yaml
+PICTURES = 16
+# Options of the solver and the knockout that cost few passes
+QUICK_SOLVE = "--passes 2 --folds 2 --strengths 0.01 1 --optimum-strengths 0.1".split()
+QUICK_KNOCKOUT = "--classes auto:2 --limit 1 --draws 1".split()
 
 
-def write_inputs(out: Path, size: str, encoder: str, records: int) -> None:
+def write_inputs(out: Path, size: str, encoder: str) -> None:
     """Write all inputs of a rehearsal into the folder `out`, complete or not at all.
 
     Args:
         out: Folder; `out/env.sh` sets the paths for slurm/env.sh.
         size: Key of SIZES.
         encoder: clip, dinov2 or siglip.
-        records: Number of conversations of each stage.
     """
     settings = SIZES[size]
     with atomic_directory(out, marker="env.sh") as folder:
         write_vicuna(settings.llm, folder / "vicuna")
         write_encoder(encoder, settings.encoders_shrink, folder / encoder)
         write_llava_hf(settings.llm, settings.encoders_shrink, folder / "vicuna", folder / "llava-hf")
-        write_conversations(folder, records)
+        write_conversations(folder)
         write_segmentation(folder / "ADEChallengeData2016", *settings.images)
         (folder / "env.sh").write_text(slurm_settings(out.resolve(), encoder))
         config = {"model": {"encoder": {"name": encoder, "path": str(out.resolve() / encoder)}}}
         (folder / f"{encoder}.yaml").write_text(json.dumps(config) + "\n")
 
 
-def write_conversations(folder: Path, records: int) -> None:
+def write_conversations(folder: Path) -> None:
     """Write captions (stage 1), dialogues (stage 2) and questions (benchmarks) about random pictures."""
     rng = np.random.default_rng(0)
     (folder / "pictures").mkdir()
-    captions, dialogues = [], []
-    for i in range(records):
-        name = f"pictures/{i:06d}.jpg"
+    for i in range(PICTURES):
         pixels = rng.integers(0, 255, (PICTURE_PX[0] // 16, PICTURE_PX[1] // 16, 3), np.uint8)
-        Image.fromarray(pixels).resize(PICTURE_PX[::-1]).save(folder / name)
-        for rows, question, answer in ((captions, "Describe it.", "Three areas."), (dialogues, QUESTION, ANSWER)):
-            turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
-            rows.append({"id": f"{i:06d}", "image": name, "conversations": turns})
-    for name, rows in (("captions", captions), ("dialogues", dialogues), ("questions", captions[:2])):
+        Image.fromarray(pixels).resize(PICTURE_PX[::-1]).save(folder / f"pictures/{i:06d}.jpg")
+
+    def write_records(name: str, question: str, answer: str, count: int = RECORDS) -> None:
+        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+        picture = lambda i: f"pictures/{i % PICTURES:06d}.jpg"
+        rows = [{"id": f"{i:06d}", "image": picture(i), "conversations": turns} for i in range(count)]
         (folder / f"{name}.json").write_text(json.dumps(rows))
+
+    write_records("captions", "Describe it.", "Three areas.")
+    write_records("dialogues", QUESTION, ANSWER)
+    write_records("questions", QUESTION, "Three areas.", count=2)
 
 
 def write_segmentation(root: Path, training: int, validation: int) -> None:
@@ -74,7 +81,7 @@ def write_segmentation(root: Path, training: int, validation: int) -> None:
 
 
 def slurm_settings(folder: Path, encoder: str) -> str:
-    """Return the assignments that make slurm/six_configurations.sh run on this folder."""
+    """Return the lines that, after slurm/env.sh, make slurm/six_configurations.sh run a few steps on this folder."""
     settings = {
         "ENCODERS": encoder,
         "ENCODER_CONFIGS": folder,
@@ -84,5 +91,12 @@ def slurm_settings(folder: Path, encoder: str) -> str:
         "INSTRUCTIONS": folder / "dialogues.json",
         "INSTRUCTION_IMAGES": folder,
         "SEGMENTATION": folder / "ADEChallengeData2016",
+        "STAGE1": f"$STAGE1 --trainer.max_steps {STEPS}",
+        "STAGE2": f"$STAGE2 --trainer.max_steps {STEPS}",
+        "PROBES": "$PROBES --data.batch_size 1",
+        "SOLVE": " ".join(QUICK_SOLVE),
+        "KNOCKOUT": " ".join(QUICK_KNOCKOUT),
+        "VQA": f"--tasks toy --data {folder} --max-invalid-rate 1",
+        "TABLE1": "--max-invalid-rate 1",
     }
-    return "".join(f"export {key}={os.fspath(value)}\n" for key, value in settings.items())
+    return "".join(f'export {key}="{value}"\n' for key, value in settings.items())

@@ -47,32 +47,28 @@ class Size:
     Args:
         llm: Settings of LlamaConfig. 7b is Vicuna's, 1b TinyLlama's.
         encoders_shrink: Divisor of the encoders' widths and depths.
-        images: Training and validation images for the probes.
-        steps: Optimizer steps of each stage.
+        images: Training and validation images for the probes; at least one per GPU of a node.
     """
 
     llm: dict[str, int]
     encoders_shrink: int
     images: tuple[int, int]
-    steps: int
 
 
 SIZES = {
     "7b": Size(
         {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
         1,
-        (4, 2),
-        2,
+        (8, 8),
     ),
     "1b": Size(
         {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
         | {"num_key_value_heads": 4},
         1,
-        (4, 2),
-        2,
+        (8, 8),
     ),
     "tiny": Size(
-        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}, 16, (6, 4), 3
+        {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}, 16, (6, 4)
     ),
 }
 
@@ -189,8 +185,9 @@ def write_model(
     for position, (name, shape) in enumerate(shapes.items()):
         shard[rename(name)] = _random_tensor(name, shape, pool, offset=997 * position)
         done += shape.numel()
-        number = len(set(index.values())) + 1
-        if done < total and (number == shards or done < total * number / shards):
+        number, left = len(set(index.values())) + 1, len(shapes) - position - 1
+        is_full = done >= total * number / shards or left == shards - number  # no shard remains empty
+        if left and (number == shards or not is_full):
             continue
         file = f"{stem}.{suffix}" if shards == 1 else f"{stem}-{number:05d}-of-{shards:05d}.{suffix}"
         torch.save(shard, out / file) if pickled else save_file(shard, out / file, {"format": "pt"})

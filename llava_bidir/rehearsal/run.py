@@ -16,7 +16,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from .cost import extrapolate
 from .inputs import write_inputs
 from .measure import read_speed, run_measured
-from .study import VQA_PYTHON, Step, plan_study, records_per_stage
+from .study import VQA_PYTHON, Step, plan_study
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         record = start_record(args.out / "rehearsal.json", args.size, args.encoder)
         if not (args.out / "inputs/env.sh").is_file():
             print(f"writing random models of size {args.size} to {args.out / 'inputs'}", flush=True)
-            write_inputs(args.out / "inputs", args.size, args.encoder, records_per_stage(args.size))
+            write_inputs(args.out / "inputs", args.size, args.encoder)
         if args.inputs_only:
             return
         os.environ |= OFFLINE

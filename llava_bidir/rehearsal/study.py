@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .inputs import QUESTION
-from .published import SIZES
+from .inputs import QUESTION, QUICK_KNOCKOUT, QUICK_SOLVE, STEPS
 
 MASKS = ("causal", "bidirectional")
 STAGES = ("stage1", "stage2")
@@ -34,11 +33,6 @@ class Step:
     needs: tuple[str, ...] = ()
     events: Path | None = None
     samples: int = 1
-
-
-def records_per_stage(size: str) -> int:
-    """Return the number of conversations that the optimizer steps of a stage process."""
-    return SIZES[size].steps * max(batch_size(stage) for stage in STAGES)
 
 
 def micro_batch_size(stage: str) -> int:
@@ -135,7 +129,7 @@ def _training(out: Path, inputs: Path, size: str, encoder: str, mask: str) -> li
         run = out / mask / stage
         options = ["--model.image_attention", mask, "--data.batch_size", batch_size(stage)]
         options += ["--data.micro_batch_size", micro_batch_size(stage), "--data.num_workers", 1]
-        options += ["--trainer.max_steps", SIZES[size].steps, "--trainer.log_every_n_steps", 1]
+        options += ["--trainer.max_steps", STEPS, "--trainer.log_every_n_steps", 1]
         if stage == "stage2":
             options += ["--model.adapter", out / mask / "stage1/hf"]
         command = _llava("fit", *_configs(stage, encoder, inputs), *hardware_options(stage, size), *options)
@@ -148,18 +142,19 @@ def _training(out: Path, inputs: Path, size: str, encoder: str, mask: str) -> li
 
 def _probing(folder: Path, inputs: Path, mask: str) -> list[Step]:
     """Return fitted and solved probes of the model of stage 2, and their knockouts."""
-    batch = 2  # fewer images than the config's batch
+    batch = 2  # there are fewer images than the config's batch has
+    on_cpu = [] if torch.cuda.is_available() else ["--model.label_stride", 16]  # all pixels of 150 classes take minutes
     data = ["-c", "configs/probes/ade20k.yaml", "--model.mllm", folder / "stage2/hf"]
     data += ["--data.root", inputs / "ADEChallengeData2016", "--data.batch_size", batch, "--data.num_workers", 1]
     data += ["--ckpt_path", "last"]
     steps = []
     for name, command in (
         ("probes", ["fit", *data, "--trainer.max_epochs", 1, "--trainer.log_every_n_steps", 1]),
-        ("solved", ["solve", *data, "--passes", 2, "--folds", 2, "--strengths", 0.01, 1, "--optimum-strengths", 0.1]),
+        ("solved", ["solve", *data, *QUICK_SOLVE, *on_cpu]),
     ):
         run = folder / name
         words = _probes(*command, "--out", run)
         steps.append(Step(f"{mask}_{name}", words, (f"{mask}_stage2",), run if name == "probes" else None, batch))
-        knockout = _probes("knockout", "--probes", run, "--classes", "auto:2", "--limit", 1, "--draws", 1)
+        knockout = _probes("knockout", "--probes", run, *QUICK_KNOCKOUT)
         steps.append(Step(f"{mask}_knockout_{name}", knockout, (f"{mask}_{name}",)))
     return steps

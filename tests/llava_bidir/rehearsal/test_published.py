@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+from llava_bidir.common.tokenizer import load_tokenizer
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.rehearsal.inputs import slurm_settings, write_conversations, write_segmentation
@@ -54,22 +55,16 @@ def test_llava_hf_has_old_names_in_three_shards_and_loads_in_transformers(vicuna
 
 def test_tokenizer_has_llamas_size_and_splits_words(tmp_path):
     write_tokenizer(tmp_path)
-    ids = build_tokens(tmp_path, "USER: the area")
+    ids = load_tokenizer("llm", str(tmp_path))("USER: the area").input_ids
     assert ids[0] == 1 and all(3 <= i < 32000 for i in ids[1:]) and len(ids) > 5
 
 
-def build_tokens(folder, text: str) -> list[int]:
-    from llava_bidir.common.tokenizer import load_tokenizer
-
-    return load_tokenizer("llm", str(folder))(text).input_ids
-
-
 def test_data_has_a_picture_per_record_and_a_mask_per_image(tmp_path):
-    write_conversations(tmp_path, 3)
+    write_conversations(tmp_path)
     write_segmentation(tmp_path / "ADEChallengeData2016", 2, 1)
     for name in ("captions", "dialogues"):
         records = json.loads((tmp_path / f"{name}.json").read_text())
-        assert len(records) == 3 and all((tmp_path / record["image"]).is_file() for record in records)
+        assert len(records) == 512 and all((tmp_path / record["image"]).is_file() for record in records)
     masks = {p.stem for p in (tmp_path / "ADEChallengeData2016/annotations").rglob("*.png")}
     assert masks == {p.stem for p in (tmp_path / "ADEChallengeData2016/images").rglob("*.jpg")} and len(masks) == 3
-    assert f"export LLM={tmp_path}/vicuna\n" in slurm_settings(tmp_path, "clip")
+    assert f'export LLM="{tmp_path}/vicuna"\n' in slurm_settings(tmp_path, "clip")

@@ -38,6 +38,7 @@ def run_measured(command: list[str], log: Path) -> dict[str, float | int]:
             code = process.wait()
         finally:  # Ctrl-C leaves no process behind
             process.kill()
+            process.wait()
             done.set()
             watch.join()
     return {"returncode": code, "wall_s": round(time.monotonic() - start, 1)} | {

@@ -4,6 +4,8 @@ import argparse
 import glob
 import os
 import platform
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("configs/stage1.yaml not found; run rehearse from the root of the repository")
     args.out.mkdir(parents=True, exist_ok=True)
     with exclusive_run_lock(args.out):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running command, too
         record = start_record(args.out / "rehearsal.json", args.size, args.encoder)
         if not (args.out / "inputs/env.sh").is_file():
             print(f"writing random models of size {args.size} to {args.out / 'inputs'}", flush=True)

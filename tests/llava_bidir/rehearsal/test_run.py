@@ -9,6 +9,7 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
+import psutil
 import pytest
 from processes import HANGING_S
 
@@ -55,6 +56,23 @@ def test_memory_of_all_processes_is_counted_and_mapped_files_are_not(tmp_path):
     mapped = f"import mmap, time; file = open({str(tmp_path / 'file')!r}, 'r+b'); m = mmap.mmap(file.fileno(), 0)"
     measured = run_measured(python(f"{mapped}; sum(m[::4096]); time.sleep(1)"), tmp_path / "log")
     assert measured["host_gb"] < 0.06 and measured["host_with_files_gb"] > 0.1
+
+
+def test_a_command_ends_with_the_rehearsal(tmp_path):
+    code = "import time, os; open('pid', 'w').write(str(os.getpid())); os.rename('pid', 'started'); time.sleep(600)"
+    lines = [
+        "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))",
+        "from pathlib import Path; from llava_bidir.rehearsal.measure import run_measured",
+        f"run_measured({python(code)!r}, Path('log'))",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    rehearsing = subprocess.Popen(python("\n".join(lines)), cwd=tmp_path, env=environment)
+    deadline = time.monotonic() + HANGING_S
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    rehearsing.terminate()
+    assert rehearsing.wait() == 143
+    assert not psutil.pid_exists(int((tmp_path / "started").read_text()))
 
 
 def test_cost_is_the_flops_of_the_estimate_at_the_measured_speed(tmp_path):

@@ -111,6 +111,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     text = "largest share of names that are replaced by their look-alike in the text on which the LLM is trained"
     assets.add_argument("--swapped-names", type=float, default=0.5, metavar="SHARE", help=text)
+
+    rehearse = command(
+        "rehearse",
+        "llava_bidir.rehearsal.run:run",
+        "run the complete study for a few steps on random weights of the published sizes, and measure it",
+    )
+    rehearse.add_argument("--out", type=Path, **required, help="folder for models, runs, logs and rehearsal.json")
+    rehearse.add_argument("--size", choices=["7b", "1b", "tiny"], default="7b", help="size of the LLM")
+    rehearse.add_argument(
+        "--encoder", choices=["clip", "dinov2", "siglip"], default="clip", help="encoder, at its published size"
+    )
+    rehearse.add_argument(
+        "--inputs-only", action="store_true", help="only write models and data, with OUT/inputs/env.sh for Slurm"
+    )
     return parser
 
 

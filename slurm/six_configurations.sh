@@ -5,12 +5,24 @@
 #   per encoder: a report; once: Table 1 (both parts of Table 1 only if VQA_PYTHON is set)
 #   slurm/six_configurations.sh --dry-run    print the plan
 #   slurm/six_configurations.sh              print the plan and submit it
+#   slurm/six_configurations.sh --rehearse   the same for two steps each on random weights, into $RUNS/rehearsal: tries
+#                                            modules, storage, network and time limits before the study; SIZE=1b, tiny
 # It can be run again at any time. Finished parts and jobs in the queue are skipped, everything else is submitted, and
 # interrupted stages resume from their last checkpoint. To repeat a part, delete its result and all that depend on it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=slurm/env.sh
 source slurm/env.sh
+if [[ ${1:-} == --rehearse ]]; then
+  export RUNS=$RUNS/rehearsal
+  "$PYTHON" -m llava_bidir rehearse --inputs-only --out "$RUNS" --size "${SIZE:-7b}" --encoder "${ENCODERS%% *}"
+  # shellcheck source=/dev/null
+  source "$RUNS/inputs/env.sh"
+  if [[ -n $VQA_PYTHON && ! -e $VQA_PYTHON ]]; then
+    echo "no benchmarks: $VQA_PYTHON does not exist; \`make vqa-venv\` makes it"
+    export VQA_PYTHON=
+  fi
+fi
 
 for_each_part() { # HANDLER: call HANDLER NAME RESULT DEPENDENCIES SBATCH_OPTIONS SCRIPT ARGUMENT... for each part
   local encoder mask run name parts vqa_runs=""

@@ -2,14 +2,14 @@
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlavaProcessor
+from transformers import AutoConfig, AutoModelForCausalLM, LlavaProcessor, PreTrainedConfig
 from transformers.integrations import deepspeed as zero3
 
 from llava_bidir.common.errors import UserError, error_context
@@ -24,6 +24,7 @@ from .modeling_llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGene
 log = logging.getLogger(__name__)
 
 ADAPTER = "multi_modal_projector."
+PARTS = ("encoder", "adapter", "llm")
 # Parts that can train, with the name prefixes of their weights. The encoder is always frozen.
 TRAINABLE = {"adapter": (f"model.{ADAPTER}",), "llm": ("model.language_model.", "lm_head.")}
 
@@ -108,9 +109,11 @@ def build_model(
     image_resize: str = "pad",
     adapter: str | None = None,
     attn_implementation: str = "sdpa",
-    dtype: torch.dtype = torch.float32,
+    dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> LlavaBidirForConditionalGeneration:
     """Load encoder and LLM, add the adapter, and resize the vocabulary to the processor's.
+
+    Weights are read straight into their dtype, one after the other.
 
     Args:
         encoder: The vision tower.
@@ -119,31 +122,31 @@ def build_model(
         image_attention, image_resize: Stored in the config, see :class:`LlavaBidirConfig`.
         adapter: Checkpoint directory to read the adapter from (of stage 1); None initialises a new adapter.
         attn_implementation: "sdpa", "eager" or "flex_attention".
-        dtype: Dtype of the weights.
+        dtypes: Dtype of the weights of "encoder", "adapter" and "llm"; None: torch's default dtype for all.
 
     Raises:
         UserError: The adapter does not fit this model.
     """
+    dtypes = dtypes or dict.fromkeys(PARTS, torch.get_default_dtype())
     tokenizer = processor.tokenizer
     config = build_config(encoder, llm, processor.image_token_id, image_attention, image_resize)
-    language_model = load_weights(
-        "model.llm", AutoModelForCausalLM, llm, config.text_config, dtype=dtype, attn_implementation=attn_implementation
+    language_model = load_llm(
+        llm, config.text_config, len(tokenizer), dtype=dtypes["llm"], attn_implementation=attn_implementation
     )
-    resize_vocabulary(language_model, len(tokenizer))
     config.text_config = language_model.config
     with no_zero3_partitioning():
         vision_tower = load_weights(
-            "model.encoder.path", encoder.entry.model_class, encoder.path, config.vision_config, dtype=dtype
+            "model.encoder.path", encoder.entry.model_class, encoder.path, config.vision_config, dtype=dtypes["encoder"]
         )
     with no_zero3_partitioning(), torch.device("meta"):
         model = LlavaBidirForConditionalGeneration._from_config(
-            config, dtype=dtype, attn_implementation=attn_implementation
+            config, dtype=torch.get_default_dtype(), attn_implementation=attn_implementation
         )
     model.model.vision_tower = vision_tower
     model.model.language_model = language_model.model
     model.lm_head = language_model.lm_head
     init_adapter(model.model.multi_modal_projector.to_empty(device="cpu").float())
-    model.model.multi_modal_projector.to(dtype)
+    model.model.multi_modal_projector.to(dtypes["adapter"])
     if adapter is not None:
         load_adapter(model, adapter)
     model.generation_config = language_model.generation_config
@@ -164,6 +167,37 @@ def no_zero3_partitioning() -> Iterator[None]:
         yield
     finally:
         zero3._hf_deepspeed_config_weak_ref = config
+
+
+def load_llm(path: str, config: PreTrainedConfig, tokens: int, *, dtype: torch.dtype, attn_implementation: str):
+    """Load the LLM in `dtype` and resize its vocabulary to at least `tokens` rows.
+
+    If `dtype` is not torch's default, the embeddings are converted last: the rows of added tokens are drawn from
+    embeddings of full precision.
+    """
+    reader, default = AutoModelForCausalLM, torch.get_default_dtype()
+    if dtype != default:
+        with torch.device("meta"):
+            model_class = type(AutoModelForCausalLM.from_config(config))
+
+        class LanguageModel(model_class):
+            def __init__(self, config: PreTrainedConfig):
+                super().__init__(config)
+                for embeddings in _embeddings(self):  # from_pretrained keeps dtypes that differ from its own
+                    embeddings.to(default)
+
+        reader = LanguageModel
+    language_model = load_weights(
+        "model.llm", reader, path, config, dtype=dtype, attn_implementation=attn_implementation
+    )
+    resize_vocabulary(language_model, tokens)
+    for embeddings in _embeddings(language_model):
+        embeddings.weight.data = embeddings.weight.data.to(dtype)
+    return language_model
+
+
+def _embeddings(language_model: nn.Module) -> list[nn.Module]:
+    return [language_model.get_input_embeddings(), language_model.get_output_embeddings()]
 
 
 def padded_vocab_size(rows: int, tokens: int) -> int:

@@ -33,9 +33,17 @@ class Lora:
 
 
 def add_lora(model: LlavaBidirForConditionalGeneration, lora: Lora) -> None:
-    """Add updates to the linear layers of the LLM, in its dtype; they are zero at first."""
+    """Add updates to the linear layers of the LLM, in torch's default dtype; they are zero at first."""
     config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear")
-    inject_adapter_in_model(config, model.model.language_model, NAME)  # language_model does not include the head
+    llm = model.model.language_model  # does not include the head
+    # peft converts updates to the dtype of their weights, so weights in another dtype are absent meanwhile
+    dtype = torch.get_default_dtype()
+    weights = {p: p.data for p in llm.parameters() if p.dtype != dtype}
+    for parameter, data in weights.items():
+        parameter.data = torch.empty((), dtype=dtype, device=data.device).expand(data.shape)
+    inject_adapter_in_model(config, llm, NAME)
+    for parameter, data in weights.items():
+        parameter.data = data
 
 
 @torch.no_grad()

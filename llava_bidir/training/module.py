@@ -19,7 +19,7 @@ from llava_bidir.common.identity import Identity, check_same_identity, run_ident
 from llava_bidir.common.rank_zero import rank_zero_result
 from llava_bidir.common.run_folder import RESUME_ADVICE
 from llava_bidir.model.activation_checkpointing import checkpoint_layers
-from llava_bidir.model.build import build_model, build_processor, set_trainable
+from llava_bidir.model.build import PARTS, build_model, build_processor, set_trainable
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.model.hf_export import TRAINING_JSON
 from llava_bidir.model.lora import Lora, add_lora
@@ -119,6 +119,8 @@ class LlavaTraining(LightningModule):
         if self.model is not None:
             return
         args = self.hparams
+        if args.frozen_dtype != "float32" and self._trainer is not None:
+            self._check_frozen_dtype()
         self.model = build_model(
             self.encoder,
             args.llm,
@@ -127,7 +129,7 @@ class LlavaTraining(LightningModule):
             image_resize=args.image_resize,
             adapter=args.adapter,
             attn_implementation=args.attn_implementation,
-            dtype=torch.get_default_dtype(),  # set by the strategy
+            dtypes=self._dtypes(),
         )
         if args.adapter is None:
             with torch.no_grad():
@@ -136,16 +138,18 @@ class LlavaTraining(LightningModule):
             add_lora(self.model, self.lora)
         for part, parameters in set_trainable(self.model, args.trainable).items():
             log.info("training %s: %s parameters", part, f"{parameters:,}")
-        if args.frozen_dtype != "float32":
-            if self._trainer is not None:
-                self._check_frozen_dtype()
-            for parameter in self.model.parameters():
-                if not parameter.requires_grad:
-                    parameter.data = parameter.data.to(getattr(torch, args.frozen_dtype))
         if args.compile:
             for layer in self.model.model.language_model.layers:
                 layer.compile(dynamic=True)
         checkpoint_layers(self.model.model.language_model, args.gradient_checkpointing)
+
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """Return the dtype of each part: torch's default, which the strategy sets, or that of frozen weights."""
+        trained = {*self.hparams.trainable} - ({"llm"} if self.lora else set())
+        default, frozen = torch.get_default_dtype(), getattr(torch, self.hparams.frozen_dtype)
+        if self.hparams.frozen_dtype == "float32":  # under ZeRO, the default is bfloat16
+            frozen = default
+        return {part: default if part in trained else frozen for part in PARTS}
 
     def _check_frozen_dtype(self) -> None:
         precision = self.trainer.precision

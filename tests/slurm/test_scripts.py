@@ -1,8 +1,10 @@
 """The job scripts without Slurm: the plan of the study, and the calls of a fake `sbatch`."""
 
+import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -162,3 +164,21 @@ def test_missing_data_is_an_error_before_anything_is_submitted(study):
     done, calls = study(check=False, CAPTIONS="/nowhere/captions.json")
     assert done.returncode == 1 and calls == []
     assert done.stderr == "slurm/env.sh: CAPTIONS=/nowhere/captions.json does not exist\n"
+
+
+@pytest.mark.slow
+def test_rehearsal_submits_the_study_on_random_weights(study, tmp_path):
+    """The inputs are written first; jobs get them, and few steps, as variables that take precedence over env.sh."""
+    recorded = f'echo "$@" >> {tmp_path}/calls; env > {tmp_path}/env; wc -l < {tmp_path}/calls\n'
+    (tmp_path / "bin/sbatch").write_text(f"#!/bin/sh\n{recorded}")
+    there = {"PYTHON": sys.executable, "SIZE": "tiny", "VQA_PYTHON": "/nowhere/python", "PYTHONPATH": str(ROOT)}
+    done, calls = study("--rehearse", **there, ENCODERS="dinov2 clip")
+    scripts = [next(word for word in call if word.startswith("slurm/")) for call in calls]
+    assert len(scripts) == 2 * 12 + 1 and scripts.count("slurm/solve.sbatch") == 10
+    assert "no benchmarks: /nowhere/python does not exist" in done.stdout
+    jobs = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
+    folder = tmp_path / "runs/rehearsal"
+    assert jobs["RUNS"] == str(folder) and jobs["LLM"] == f"{folder}/inputs/vicuna" and jobs["ENCODERS"] == "dinov2"
+    assert jobs["STAGE2"] == "-c configs/stage2.yaml --trainer.max_steps 2"
+    config = json.loads((folder / "inputs/dinov2.yaml").read_text())
+    assert Path(config["model"]["encoder"]["path"]).is_dir() and Path(jobs["CAPTIONS"]).is_file()

@@ -10,6 +10,7 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
+from transformers import LlamaForCausalLM
 
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.data.instruction_dataset import Instructions
@@ -206,6 +207,42 @@ def test_losses_with_frozen_weights_in_bfloat16_are_close(parts, conversations, 
     assert losses["bfloat16"][0] > losses["bfloat16"][-1]
     with pytest.raises(ValueError, match="frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got 32-true"):
         fit(parts, conversations, tmp_path, module_kwargs={"frozen_dtype": "bfloat16"})
+
+
+def convert_after_loading(parts, **kwargs) -> LlavaTraining:
+    """The reference: all weights are read in fp32, then frozen ones converted."""
+    built = module_with_model(parts, **kwargs)
+    for parameter in built.model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return built
+
+
+@pytest.mark.parametrize("published", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("stage", [{"trainable": ["adapter"]}, {"trainable": ["llm"]}, LORA])
+def test_frozen_weights_are_read_in_bfloat16_as_if_converted_after_loading(
+    stage, published, parts, conversations, tmp_path
+):
+    """Weights, buffers and losses are equal bit for bit, the rows of added tokens and new low-rank updates included."""
+    llm = tmp_path / "llm"
+    shutil.copytree(parts[1], llm)
+    LlamaForCausalLM.from_pretrained(parts[1], dtype=published).save_pretrained(llm)
+    published_parts = (parts[0], str(llm))
+    expected = convert_after_loading(published_parts, **stage)
+    built = module_with_model(published_parts, **stage, frozen_dtype="bfloat16")
+    tensors, others = ([*m.model.named_parameters(), *m.model.named_buffers()] for m in (built, expected))
+    for (name, tensor), (other, reference) in zip(tensors, others, strict=True):
+        assert name == other and tensor.dtype == reference.dtype and torch.equal(tensor, reference), name
+        assert tensor.requires_grad == reference.requires_grad
+    batch = next(iter(loader(conversations, parts)))
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = [m.loss(batch) for m in (built, expected)]
+    for loss in losses:
+        loss.backward()
+    assert torch.equal(*losses)
+    pairs = zip(built.model.parameters(), expected.model.parameters(), strict=True)
+    gradients = [(a.grad, b.grad) for a, b in pairs if a.grad is not None]
+    assert gradients and all(torch.equal(a, b) for a, b in gradients)
 
 
 def test_lora_without_the_llm_is_an_error(parts):

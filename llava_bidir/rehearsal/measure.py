@@ -1,0 +1,82 @@
+"""Run a command and measure the memory of its processes; read the speed of a training from its events."""
+
+import shutil
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+
+import psutil
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+INTERVAL_S = 0.2  # between two looks at the memory; a model that is read stays for longer
+NAMES = ("step_s", "tokens_per_s", "samples_per_s", "tflops_per_s_and_device", "mfu", "memory_gb")
+QUERY = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+
+
+def run_measured(command: list[str], log: Path) -> dict[str, float | int]:
+    """Run a command with its output in a log.
+
+    Returns:
+        {"returncode", "wall_s", "host_gb", "host_with_files_gb"}, and "device_gb" of the fullest GPU if there are any.
+        `host_gb` is the peak of the memory that only the processes hold. The other one counts mapped checkpoints too,
+        which the system drops when memory is short.
+    """
+    peaks: dict[str, float] = {}
+    start = time.monotonic()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        print(*command, file=output, flush=True)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        done = threading.Event()
+        watch = threading.Thread(target=_watch, args=(process.pid, peaks, done), daemon=True)
+        watch.start()
+        try:
+            code = process.wait()
+        finally:  # Ctrl-C leaves no process behind
+            process.kill()
+            process.wait()
+            done.set()
+            watch.join()
+    return {"returncode": code, "wall_s": round(time.monotonic() - start, 1)} | {
+        name: round(peak / 1e9, 3) for name, peak in peaks.items()
+    }
+
+
+def _watch(pid: int, peaks: dict[str, float], done: threading.Event) -> None:
+    """Update the peaks of all processes that `pid` has started, until `done`."""
+    has_gpu = shutil.which(QUERY[0]) is not None
+    while not done.wait(INTERVAL_S):
+        private = mapped = 0
+        with suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(pid)
+            for process in [parent, *parent.children(recursive=True)]:
+                with suppress(psutil.NoSuchProcess):
+                    memory = process.memory_info()
+                    private, mapped = private + memory.rss - memory.shared, mapped + memory.rss
+        held = {"host_gb": private, "host_with_files_gb": mapped}
+        if has_gpu:
+            lines = subprocess.run(QUERY, capture_output=True, text=True).stdout.split()
+            held["device_gb"] = max((float(line) * 2**20 for line in lines if line.isdigit()), default=0)
+        peaks |= {name: max(value, peaks.get(name, 0)) for name, value in held.items()}
+
+
+def read_speed(run: Path) -> dict[str, float]:
+    """Return the speed of a training from its events: medians over all logged steps but the first, which warms up.
+
+    The keys are `step_s` and those of NAMES that the training logs. Without `step_s` among the events, it is the
+    median time between two of them.
+    """
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    tags = events.Tags()["scalars"]
+    values = {
+        name: [event.value for event in events.Scalars(f"train/{name}")] for name in NAMES if f"train/{name}" in tags
+    }
+    losses = [tag for tag in tags if "train_loss" in tag]
+    if "step_s" not in values and losses:
+        times = [event.wall_time for event in events.Scalars(losses[0])]
+        values["step_s"] = [after - before for before, after in pairwise(times)]
+    return {name: median(steps[1:] or steps) for name, steps in values.items() if steps}

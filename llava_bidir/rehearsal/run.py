@@ -1,0 +1,125 @@
+"""`llava-bidir rehearse`: write the inputs, run the study's commands one after the other, print what they took."""
+
+import argparse
+import glob
+import os
+import platform
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_bidir.common.atomic_io import read_json, write_files
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.run_lock import exclusive_run_lock
+
+from .cost import extrapolate
+from .inputs import write_inputs
+from .measure import read_speed, run_measured
+from .study import VQA_PYTHON, Step, plan_study
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Rehearse the study in `args.out`; finished steps of an earlier call are kept with their measurements.
+
+    Raises:
+        UserError: The configs are not in the current folder, or `args.out` holds a rehearsal of another size.
+        SystemExit: A step failed (status 1).
+    """
+    if not Path("configs/stage1.yaml").is_file():
+        raise UserError("configs/stage1.yaml not found; run rehearse from the root of the repository")
+    args.out.mkdir(parents=True, exist_ok=True)
+    with exclusive_run_lock(args.out):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running command, too
+        record = start_record(args.out / "rehearsal.json", args.size, args.encoder)
+        if not (args.out / "inputs/env.sh").is_file():
+            print(f"writing random models of size {args.size} to {args.out / 'inputs'}", flush=True)
+            write_inputs(args.out / "inputs", args.size, args.encoder)
+        if args.inputs_only:
+            return
+        os.environ |= OFFLINE
+        for step in plan_study(args.out, args.size, args.encoder):
+            run_step(step, record["steps"], args.out / "logs")
+            record["cost"] = extrapolate(record["steps"], args.out / "logs")
+            write_files({args.out / "rehearsal.json": record})
+    print(format_table(record))
+    failed = [name for name, step in record["steps"].items() if step["status"] == "failed"]
+    if failed:
+        raise UserError(f"{len(failed)} steps failed: {', '.join(failed)}; their logs are in {args.out / 'logs'}")
+
+
+def start_record(file: Path, size: str, encoder: str) -> dict[str, Any]:
+    """Return the contents of `rehearsal.json`, or those of a new rehearsal."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    settings = {"size": size, "encoder": encoder, "devices": gpus or [platform.machine()]}
+    if not file.is_file():
+        return {**settings, "steps": {}, "cost": []}
+    record = read_json(file)
+    for key, value in settings.items():
+        if record.get(key) != value:
+            raise UserError(f"{file} is of {key} {record.get(key)!r}, not {value!r}; use another --out")
+    return record
+
+
+def run_step(step: Step, done: dict[str, dict[str, Any]], logs: Path) -> None:
+    """Run a step unless it is finished, and record its status and measurements in `done`."""
+    if done.get(step.name, {}).get("status") == "finished":
+        print(f"finished  {step.name}", flush=True)
+        return
+    if reason := reason_to_skip(step, done):
+        done[step.name] = {"status": "skipped", "reason": reason}
+        print(f"skipped   {step.name}: {reason}", flush=True)
+        return
+    log = logs / f"{step.name}.log"
+    print(f"running   {step.name}", flush=True)
+    measured = run_measured(
+        [(sorted(glob.glob(word)) or [word])[0] if "*" in word else word for word in step.command], log
+    )
+    status = "failed" if measured["returncode"] else "finished"
+    done[step.name] = {"status": status, **measured, "log": str(log)}
+    if status == "failed":
+        lines = log.read_text(errors="replace").strip().splitlines()
+        print(f"failed    {step.name}: {lines[-1]}\n          its log is {log}", flush=True)
+    elif step.events is not None:
+        done[step.name] |= {"samples": step.samples, **read_speed(step.events)}
+
+
+def reason_to_skip(step: Step, done: dict[str, dict[str, Any]]) -> str | None:
+    """Return why a step cannot run, or None."""
+    missing = [name for name in step.needs if done[name]["status"] != "finished"]
+    if missing:
+        return f"needs {', '.join(missing)}"
+    if step.name == "benchmarks" and not VQA_PYTHON.is_file():
+        return f"{VQA_PYTHON} does not exist; `make vqa-venv` makes it"
+    return None
+
+
+COLUMNS = {  # key: heading, format
+    "wall_s": ("s", "{:.0f}"),
+    "host_gb": ("host GB", "{:.1f}"),
+    "device_gb": ("device GB", "{:.1f}"),
+    "step_s": ("s/step", "{:.2f}"),
+    "tokens_per_s": ("tokens/s", "{:.0f}"),
+    "mfu": ("MFU", "{:.0%}"),
+}
+
+
+def format_table(record: dict[str, Any]) -> str:
+    """Return the table of all steps, and the cost of the real study."""
+    lines = [f"{'step':32}{'':10}" + "".join(f"{heading:>11}" for heading, _ in COLUMNS.values())]
+    for name, step in record["steps"].items():
+        cells = [form.format(step[key]) if key in step else "-" for key, (_, form) in COLUMNS.items()]
+        lines.append(f"{name:32}{step['status']:10}" + "".join(f"{cell:>11}" for cell in cells))
+    lines.append(f"\nThe real run of a model of this size, at the speed measured on {', '.join(record['devices'])}:")
+    for part in record["cost"]:
+        lines.append(f"{part['part']:32}{part['device_hours']:>12,.1f} device-hours")
+        if "devices" in part:
+            hours = part["device_hours"] / part["devices"]
+            memory = ", ".join(f"{name} {gb:.1f} GB" for name, gb in part["estimate_memory_gb"].items())
+            lines[-1] += f", {hours:,.1f} h on {part['devices']} devices; estimate: {memory} a device"
+        lines.append(f"    assumes {part['assumes']}")
+    return "\n".join(lines)

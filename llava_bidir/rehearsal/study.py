@@ -1,0 +1,160 @@
+"""Steps of a rehearsal: the project's own commands with the real configs on the inputs of inputs.py."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .inputs import QUESTION, QUICK_KNOCKOUT, QUICK_SOLVE, STEPS
+
+MASKS = ("causal", "bidirectional")
+STAGES = ("stage1", "stage2")
+VQA_PYTHON = Path(".venv-vqa/bin/python")
+# Largest real micro-batch that fits a CPU's patience; GPUs have the configs' own.
+CPU_BATCH = 1
+LORA = Path("configs/budget/lora_24gb.yaml")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command of the study.
+
+    Args:
+        name: Unique name, also of its log.
+        command: Words of the command. A word with * is the first path that matches it when the step starts.
+        needs: Names of the steps whose results it reads.
+        events: Run folder with TensorBoard events to take the speed from, if it is a training.
+        samples: Samples of an optimizer step.
+    """
+
+    name: str
+    command: list[str]
+    needs: tuple[str, ...] = ()
+    events: Path | None = None
+    samples: int = 1
+
+
+def micro_batch_size(stage: str) -> int:
+    """Return the samples of a device per forward: those of the config that is rehearsed."""
+    if not torch.cuda.is_available():
+        return CPU_BATCH
+    if torch.cuda.device_count() == 1 and stage == "stage2":
+        return 1  # of the LoRA budget
+    return {"stage1": 32, "stage2": 16}[stage]
+
+
+def batch_size(stage: str) -> int:
+    """Return the samples of an optimizer step; gradients are not accumulated."""
+    return micro_batch_size(stage) * max(torch.cuda.device_count(), 1)
+
+
+def hardware_options(stage: str, size: str) -> list[str]:
+    """Return how a stage is run on this machine: ZeRO on several GPUs, frozen weights in bfloat16 and LoRA on one.
+
+    A CPU has no fast bfloat16, so all but 7b, which would not fit, are trained in fp32 there.
+    """
+    devices = torch.cuda.device_count()
+    if devices > 1:
+        return ["-c", f"configs/cluster/{'zero2' if stage == 'stage1' else 'zero3'}.yaml"]
+    options = ["-c", str(LORA)] if stage == "stage2" else ["--model.loss_average", "tokens"]
+    options += ["--trainer.devices", "1", "--trainer.accelerator", "gpu" if devices else "cpu"]
+    if devices or size == "7b":
+        return [*options, "--model.frozen_dtype", "bfloat16"]
+    return [*options, "--model.frozen_dtype", "float32", "--trainer.precision", "32-true"]
+
+
+def plan_study(out: Path, size: str, encoder: str) -> list[Step]:
+    """Return all steps of a rehearsal in order; none of them needs a later one."""
+    inputs = out / "inputs"
+    steps = [
+        Step("published_sites", _probes("sites", inputs / "llava-hf")),
+        Step(
+            "published_generate",
+            _llava("generate", inputs / "llava-hf", inputs / "pictures/000000.jpg", QUESTION, "--max-new-tokens", 2),
+        ),
+    ]
+    for stage in STAGES:
+        steps.append(Step(f"estimate_{stage}", _estimate(inputs, stage, encoder)))
+    for mask in MASKS:
+        steps += _training(out, inputs, size, encoder, mask)
+    for mask in MASKS:
+        steps += _probing(out / mask, inputs, mask)
+    runs = [out / mask / name for mask in MASKS for name in ("probes", "solved")]
+    fitted = [out / mask / "probes" for mask in MASKS]
+    of_masks = lambda name: tuple(f"{mask}_{name}" for mask in MASKS)
+    report = out / "report"
+    explorer = _probes("explore", *fitted, "--images", 0, "--out", report)
+    return [
+        *steps,
+        Step("starvation", _probes("starvation", "--probes", *fitted, "--out", report), of_masks("probes")),
+        Step("explorer", explorer, of_masks("probes")),
+        Step("report", _probes("report", *runs, "--out", report), (*of_masks("probes"), *of_masks("solved"))),
+        Step(
+            "benchmarks",
+            _llava("vqa", out / "causal/stage2/hf", "--tasks", "toy", "--data", inputs, "--max-invalid-rate", 1)
+            + ["--python", str(VQA_PYTHON), "--out", str(out / "causal/vqa")],
+            ("causal_stage2",),
+        ),
+    ]
+
+
+def _llava(*words: object) -> list[str]:
+    return [sys.executable, "-m", "llava_bidir", *map(str, words)]
+
+
+def _probes(*words: object) -> list[str]:
+    return [sys.executable, "-m", "probes", *map(str, words)]
+
+
+def _configs(stage: str, encoder: str, inputs: Path) -> list[str]:
+    """Return the options of `fit` that the real run has, on the inputs of the rehearsal."""
+    data = "captions" if stage == "stage1" else "dialogues"
+    return [
+        *("-c", f"configs/{stage}.yaml", "-c", f"configs/encoder/{encoder}.yaml"),
+        *("--model.encoder.path", str(inputs / encoder), "--model.llm", str(inputs / "vicuna")),
+        *("--data.annotations", str(inputs / f"{data}.json"), "--data.images", str(inputs)),
+    ]
+
+
+def _estimate(inputs: Path, stage: str, encoder: str) -> list[str]:
+    devices = max(torch.cuda.device_count(), 1)
+    return _llava("estimate", *_configs(stage, encoder, inputs), "--json", "--devices", devices)
+
+
+def _training(out: Path, inputs: Path, size: str, encoder: str, mask: str) -> list[Step]:
+    """Return both stages under a mask, and the export of the second one's checkpoint."""
+    steps = []
+    for stage in STAGES:
+        run = out / mask / stage
+        options = ["--model.image_attention", mask, "--data.batch_size", batch_size(stage)]
+        options += ["--data.micro_batch_size", micro_batch_size(stage), "--data.num_workers", 1]
+        options += ["--trainer.max_steps", STEPS, "--trainer.log_every_n_steps", 1]
+        if stage == "stage2":
+            options += ["--model.adapter", out / mask / "stage1/hf"]
+        command = _llava("fit", *_configs(stage, encoder, inputs), *hardware_options(stage, size), *options)
+        needs = () if stage == "stage1" else (f"{mask}_stage1",)
+        command += ["--out", str(run), "--ckpt_path", "last"]
+        steps.append(Step(f"{mask}_{stage}", command, needs, run, batch_size(stage)))
+    export = _llava("export", out / mask / "stage2/checkpoints/*.ckpt", out / mask / "exported")
+    return [*steps, Step(f"{mask}_export", export, (f"{mask}_stage2",))]
+
+
+def _probing(folder: Path, inputs: Path, mask: str) -> list[Step]:
+    """Return fitted and solved probes of the model of stage 2, and their knockouts."""
+    batch = 2  # there are fewer images than the config's batch has
+    on_cpu = [] if torch.cuda.is_available() else ["--model.label_stride", 16]  # all pixels of 150 classes take minutes
+    data = ["-c", "configs/probes/ade20k.yaml", "--model.mllm", folder / "stage2/hf"]
+    data += ["--data.root", inputs / "ADEChallengeData2016", "--data.batch_size", batch, "--data.num_workers", 1]
+    data += ["--ckpt_path", "last"]
+    steps = []
+    for name, command in (
+        ("probes", ["fit", *data, "--trainer.max_epochs", 1, "--trainer.log_every_n_steps", 1]),
+        ("solved", ["solve", *data, *QUICK_SOLVE, *on_cpu]),
+    ):
+        run = folder / name
+        words = _probes(*command, "--out", run)
+        steps.append(Step(f"{mask}_{name}", words, (f"{mask}_stage2",), run if name == "probes" else None, batch))
+        knockout = _probes("knockout", "--probes", run, *QUICK_KNOCKOUT)
+        steps.append(Step(f"{mask}_knockout_{name}", knockout, (f"{mask}_{name}",)))
+    return steps

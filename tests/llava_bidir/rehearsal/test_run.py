@@ -1,0 +1,141 @@
+"""Steps of a rehearsal: failures, resuming, measurements, the extrapolation, and a rehearsal from start to end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import psutil
+import pytest
+from processes import HANGING_S
+
+from llava_bidir.rehearsal import run as rehearsal
+from llava_bidir.rehearsal.cost import extrapolate
+from llava_bidir.rehearsal.measure import run_measured
+from llava_bidir.rehearsal.study import Step, plan_study
+
+ROOT = Path(__file__).parents[3]
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+def test_failed_step_is_named_with_its_log_and_the_rest_runs(tmp_path, capsys):
+    count = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
+    steps = [
+        Step("good", python(count)),
+        Step("bad", python("raise SystemExit('the reason')")),
+        Step("after_bad", python(count), ("bad",)),
+        Step("after_good", python(count), ("good",)),
+    ]
+    done = {}
+    for step in steps:
+        rehearsal.run_step(step, done, tmp_path / "logs")
+    assert [done[step.name]["status"] for step in steps] == ["finished", "failed", "skipped", "finished"]
+    assert f"failed    bad: the reason\n          its log is {tmp_path}/logs/bad.log" in capsys.readouterr().out
+    assert done["after_bad"]["reason"] == "needs bad" and (tmp_path / "count").read_text() == "xx"
+    before = dict(done["good"])
+    steps[1] = Step("bad", python("print('mended')"))
+    for step in steps:
+        rehearsal.run_step(step, done, tmp_path / "logs")
+    assert {step["status"] for step in done.values()} == {"finished"} and done["good"] == before
+    assert (tmp_path / "count").read_text() == "xxx", "finished steps are not run again"
+
+
+def test_memory_of_all_processes_is_counted_and_mapped_files_are_not(tmp_path):
+    hold = "import time; block = bytearray(b'x') * 100_000_000; time.sleep(2)"
+    both = f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {hold!r}]); {hold}; child.wait()"
+    measured = run_measured(python(both), tmp_path / "log")
+    assert 0.2 < measured["host_gb"] < 0.26 and measured["returncode"] == 0
+    (tmp_path / "file").write_bytes(bytes(100_000_000))
+    mapped = f"import mmap, time; file = open({str(tmp_path / 'file')!r}, 'r+b'); m = mmap.mmap(file.fileno(), 0)"
+    measured = run_measured(python(f"{mapped}; sum(m[::4096]); time.sleep(1)"), tmp_path / "log")
+    assert measured["host_gb"] < 0.06 and measured["host_with_files_gb"] > 0.1
+
+
+def test_a_command_ends_with_the_rehearsal(tmp_path):
+    code = "import time, os; open('pid', 'w').write(str(os.getpid())); os.rename('pid', 'started'); time.sleep(600)"
+    lines = [
+        "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))",
+        "from pathlib import Path; from llava_bidir.rehearsal.measure import run_measured",
+        f"run_measured({python(code)!r}, Path('log'))",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    rehearsing = subprocess.Popen(python("\n".join(lines)), cwd=tmp_path, env=environment)
+    deadline = time.monotonic() + HANGING_S
+    while not (tmp_path / "started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    rehearsing.terminate()
+    assert rehearsing.wait() == 143
+    assert not psutil.pid_exists(int((tmp_path / "started").read_text()))
+
+
+def test_cost_is_the_flops_of_the_estimate_at_the_measured_speed(tmp_path):
+    estimate = {"batch_size": 128, "step_flops": 5e15, "length": 2048, "devices": 8, "memory_gb": {"zero3": 40.0}}
+    (tmp_path / "estimate_stage2.log").write_text(f"command\n{json.dumps(estimate)}\n")
+    steps = {
+        "estimate_stage2": {"status": "finished"},
+        "causal_stage2": {"tflops_per_s_and_device": 400.0},
+        "causal_probes": {"step_s": 0.5, "samples": 64},
+    }
+    stage, probes = extrapolate(steps, tmp_path)
+    assert stage["device_hours"] == pytest.approx(665_298 / 128 * 5e15 / 400e12 / 3600, abs=0.01)
+    assert probes["device_hours"] == pytest.approx(20 * 22_210 * 0.5 / 64 / 3600, abs=0.01)
+
+
+def test_steps_come_after_those_they_need_and_cover_the_study(tmp_path):
+    steps = plan_study(tmp_path, "tiny", "clip")
+    names = [step.name for step in steps]
+    assert len(names) == len({*names})
+    assert all(names.index(need) < i for i, step in enumerate(steps) for need in step.needs)
+    commands = {" ".join(step.command[2:4]) for step in steps}
+    ours = {f"llava_bidir {name}" for name in ("estimate", "fit", "export", "generate", "vqa")}
+    theirs = {f"probes {name}" for name in "sites fit solve knockout starvation explore report".split()}
+    assert commands == ours | theirs
+    configs = [word for step in steps for word in step.command if word.startswith("configs/")]
+    assert {"configs/stage1.yaml", "configs/stage2.yaml", "configs/probes/ade20k.yaml"} < {*configs}
+    assert all((ROOT / config).is_file() for config in configs)
+
+
+def test_folder_of_another_size_is_an_error(tmp_path):
+    record = rehearsal.start_record(tmp_path / "rehearsal.json", "tiny", "clip")
+    (tmp_path / "rehearsal.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="is of size 'tiny', not '1b'; use another --out"):
+        rehearsal.start_record(tmp_path / "rehearsal.json", "1b", "clip")
+
+
+def test_outside_of_the_repository_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="run rehearse from the root of the repository"):
+        rehearsal.run(Namespace(out=tmp_path / "out"))
+
+
+@pytest.mark.slow
+def test_tiny_rehearsal_is_killed_and_resumes_to_its_table(tmp_path):
+    command = [sys.executable, "-m", "llava_bidir", "rehearse", "--out", str(tmp_path / "out"), "--size", "tiny"]
+    file = tmp_path / "out/rehearsal.json"
+    first = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
+    steps = lambda: json.loads(file.read_text())["steps"] if file.exists() else {}
+    deadline = time.monotonic() + HANGING_S
+    while len(steps()) < 2 and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    before = steps()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    record = json.loads(file.read_text())
+    assert before and all(record["steps"][name] == step for name, step in before.items())
+    statuses = {name: step["status"] for name, step in record["steps"].items()}
+    assert {*statuses.values()} - {"skipped"} == {"finished"}
+    assert {name for name, status in statuses.items() if status == "skipped"} <= {"benchmarks"}
+    assert all(record["steps"][f"causal_{name}"]["step_s"] > 0 for name in ("stage1", "stage2", "probes"))
+    assert {part["part"] for part in record["cost"]} == {
+        f"{mask}_{part}" for mask in ("causal", "bidirectional") for part in ("stage1", "stage2", "probes")
+    }
+    assert "host GB" in done.stdout and "device-hours" in done.stdout

@@ -30,6 +30,7 @@ def answers_and_probes(answers: dict[str, dict[str, Any]]) -> FigureData:
                 left, entry, model, mask_colour(mask) if trained else RANDOM_COLOUR, "-" if trained else ":"
             )
             _draw_effects(right, entry, mask_colour(mask) if trained else RANDOM_COLOUR, 0 if trained else 0.25)
+        label_sites(left, [site["site"] for site in of_mask["sites"] if site["site"] != FINAL_NORM], fontsize=7)
         left.set(title=mask, ylabel="correct at the same places (%)")
         left.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.22))
         right.set_yticks(range(len(EFFECT_LABELS)), EFFECT_LABELS.values(), fontsize=7)
@@ -48,7 +49,6 @@ def _draw_accuracies(ax: Axes, entry: dict[str, Any], model: str, colour: str, d
     answer, (low, high) = 100 * entry["accuracy"]["value"], (100 * bound for bound in entry["accuracy"]["ci95"])
     ax.axhline(answer, color=colour, ls=dash, lw=2.2, label=f"answers, {model}")
     ax.axhspan(low, high, color=colour, alpha=0.12, lw=0)
-    label_sites(ax, [site["site"] for site in sites], fontsize=7)
 
 
 def _draw_effects(ax: Axes, entry: dict[str, Any], colour: str, offset: float) -> None:

@@ -12,7 +12,6 @@ from .style import FigureData, mask_colour, new_axes
 NAMES = {
     "adapter_drop": "adapter drop",
     "recovery": "recovery",
-    "recovery_trained": "recovery − untrained",
     "starvation": "starvation, patch 0",
     "starvation_first_row": "starvation, first row",
     "knockout_incorrect": "wrong class blocked",
@@ -25,7 +24,11 @@ DRAWS_OFFSET = 0.22
 
 
 def claim_values(claims: list[dict[str, Any]]) -> FigureData:
-    """Draw each claim as measured and at the optimum, with intervals, beside the same number of each random model."""
+    """Draw each claim as measured and at the optimum, with intervals, beside the same number of each random model.
+
+    "recovery_trained" is left out: it is a difference to models with random weights.
+    """
+    claims = [claim for claim in claims if claim["claim"] != "recovery_trained"]
     figure, ax = new_axes(6.4, 0.9 + 0.3 * len(claims))
     rows = []
     for y, entry in enumerate(claims):
@@ -40,7 +43,7 @@ def claim_values(claims: list[dict[str, Any]]) -> FigureData:
         draws = entry["verdicts"]["beyond_random"].get("by_draw", [])
         ax.plot([100 * x for x in draws], [y + DRAWS_OFFSET] * len(draws), "D", color="#444444", mfc="none", ms=4.5)
         rows += _rows(entry, draws)
-    labels = [f"{NAMES.get(c['claim'], c['claim'])} ({c['image_attention']})" for c in claims]
+    labels = [f"{NAMES[c['claim']]} ({c['image_attention']})" for c in claims]
     ax.set_yticks(range(len(claims)), labels, fontsize=8)
     ax.set_ylim(len(claims) - 0.5, -0.5)
     ax.axvline(0, color="black", lw=0.8)

@@ -25,9 +25,9 @@ import torch
 from lightning import Callback, LightningDataModule, Trainer
 from records import _record
 from torch.utils.data import DataLoader
-from training import SIZES, random_model, write_parts
+from training import SIZES, random_model, stock_arguments, write_parts
 from transformers import Trainer as StockTrainer
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from llava_bidir.data.batch_samplers import BatchSampler
 from llava_bidir.data.collate import Collate, pad
@@ -154,26 +154,14 @@ def stock(model, samples: list[dict], strategy: str, image_px: int, precision: s
         return batch if pixels is None else {**batch, "pixel_values": pixels}
 
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
+        arguments = stock_arguments(
+            Path(folder),
+            precision,
+            device,
             per_device_train_batch_size=MICRO_BATCH,
             gradient_accumulation_steps=BATCH // MICRO_BATCH,
             train_sampling_strategy=strategy,
             num_train_epochs=1,
-            learning_rate=2e-5,
-            lr_scheduler_type="cosine",
-            warmup_steps=1,
-            max_grad_norm=0.0,
-            bf16=precision.startswith("bf16"),
-            gradient_checkpointing=True,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            optim="adamw_torch_fused",
-            use_cpu=device.type == "cpu",
-            report_to=[],
-            save_strategy="no",
-            logging_steps=1000,
-            disable_tqdm=True,
-            remove_unused_columns=False,
         )
         StockTrainer(model, arguments, collate, samples, callbacks=[Clocked()]).train()
     return clock.seconds

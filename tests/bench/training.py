@@ -168,18 +168,10 @@ def ours(module: LlavaTraining, model, made: list[dict], precision: str, device:
     return clock.per_step()
 
 
-def stock(model: LlavaForConditionalGeneration, made: list[dict], precision: str, device: torch.device, folder: Path):
-    """Seconds of a step through transformers' Trainer."""
-    clock = Clock(device)
-
-    class Ticks(TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
-            clock.tick()
-
-    arguments = TrainingArguments(
+def stock_arguments(folder: Path, precision: str, device: torch.device, **lengths) -> TrainingArguments:
+    """Arguments of transformers' Trainer with which its steps do what ours do."""
+    return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=1,  # an item is a ready batch
-        max_steps=len(made),
         learning_rate=2e-5,
         lr_scheduler_type="cosine",
         warmup_steps=1,
@@ -194,7 +186,20 @@ def stock(model: LlavaForConditionalGeneration, made: list[dict], precision: str
         logging_steps=1000,
         disable_tqdm=True,
         remove_unused_columns=False,
+        **lengths,
     )
+
+
+def stock(model: LlavaForConditionalGeneration, made: list[dict], precision: str, device: torch.device, folder: Path):
+    """Seconds of a step through transformers' Trainer."""
+    clock = Clock(device)
+
+    class Ticks(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            clock.tick()
+
+    # an item is a ready batch
+    arguments = stock_arguments(folder, precision, device, per_device_train_batch_size=1, max_steps=len(made))
     StockTrainer(model, arguments, lambda items: items[0], made, callbacks=[Ticks()]).train()
     return clock.per_step()
 

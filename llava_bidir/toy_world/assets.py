@@ -29,7 +29,6 @@ PICTURES = {"llava": 3000, "training": 1000, "validation": 600}
 CAPTIONS, DIALOGUES, QUESTIONS = 1920, 4480, 400
 TEXT_ONLY = 0.05  # share of dialogues with the picture in words, for the text-only samples of LLaVA's mix
 ENCODER_STEPS, LLM_STEPS = 1400, 240  # both take about the same time and run in parallel
-SWAPPED_NAMES = 0.5
 # Options of draw_scene. In "context", look-alikes can only be told apart by the rest of the scene; in "conjunction", by
 # the rest of the scene together with the light; in "null", the grain tells them apart, so that context adds nothing.
 WORLDS = {
@@ -41,7 +40,7 @@ CHUNK = 100
 
 
 def demo_assets(
-    out: Path, seed: int = 0, scale: float = 1.0, world: str = "context", swapped_names: float = SWAPPED_NAMES
+    out: Path, seed: int = 0, scale: float = 1.0, world: str = "context", swapped_names: float = 0.5
 ) -> None:
     """Write the toy world: scenes with masks, conversations, a tiny encoder and a tiny LLM.
 

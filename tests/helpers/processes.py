@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 HANGING_S = 1200  # limit of a wait that ends by itself on a slow or busy machine, too; below DDP's timeout of 30 min
 
 
@@ -23,6 +25,9 @@ def fork(run: Callable[[], None], log: Path | None = None) -> int:
             output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)
+        # A forked process replaces torch's thread pool at its first parallel operation. If two threads do so at once,
+        # as when transformers reads weights, one of them can find no pool ("Invalid thread pool!").
+        torch.set_num_threads(torch.get_num_threads())
         run()
         status = 0
     except BaseException:

@@ -7,7 +7,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from probes.evaluation.metrics import peak_layer
 from probes.models.sites import ADAPTER, FINAL_NORM
 from probes.report.study import MASKS, Study, is_solved
 from probes.report.tables import run_columns
@@ -39,7 +38,7 @@ def draw_run(ax: Axes, run: ProbeRun, colour: str, label: str, marker: str | Non
     ax.plot(*depth_and_miou(run.metrics["sites"]), "-", color=colour, lw=1.8, marker=marker, ms=4, label=label)
     draw_ci95(ax, run, colour, alpha=0.12)
     miou = {entry["site"]: entry["miou"] for entry in run.metrics["sites"]}
-    peak = peak_layer(miou)
+    peak = run.peak_layer
     if peak is not None and ADAPTER in miou:
         ax.axvline(site_depth(peak), color=colour, ls="--", lw=0.9, alpha=0.7)
         ax.annotate(f"{100 * (miou[peak] - miou[ADAPTER]):+.1f}", (site_depth(peak), 100 * miou[peak]), (4, 5),

@@ -52,8 +52,8 @@ def study_figures(study: Study, results: dict[str, Any]) -> Figures:
         yield ReportFigure(
             "claims", CLAIMS, "Trained and random models",
             "The number of each claim. Look for circles that lie beyond the diamonds: what random LLMs that change the "
-            "states as much show as well (the adapter's drop: random adapters) was not learned. Diamonds were probed "
-            f"at the optimum, like filled circles. {INTERVALS}",
+            "states as much show as well (the adapter's drop: random adapters) need not be learned. Diamonds were "
+            f"probed at the optimum, like filled circles. {INTERVALS}",
             claims.claim_values(results["claims"]))  # fmt: skip
     if results["paired"]:
         yield ReportFigure(
@@ -101,8 +101,8 @@ def _layer_figure(study: Study, name: str, title: str, solved: bool) -> ReportFi
             "Segmentation quality of the probe at each site (Figs. 3 and 8). Look for a drop from encoder to adapter "
             "and a rise over the LLM layers.", _peak_caption(study),
             "Dotted: the untrained model." if untrained else "",
-            "Diamonds: random LLMs that change the states as much as the trained one; what they reach as well was not "
-            "learned." if study.random_draws("llm", solved) else "", "Bands: 95% intervals.",
+            "Diamonds: random LLMs that change the states as much as the trained one; what they reach as well need "
+            "not be learned." if study.random_draws("llm", solved) else "", "Bands: 95% intervals.",
         ),
         layer_curves.layer_curves(study, solved))  # fmt: skip
 

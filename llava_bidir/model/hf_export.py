@@ -1,6 +1,7 @@
 """Export of a model as a Hugging Face directory: weights, processor, model code, training.json and model card."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 from llava_bidir.common.atomic_io import atomic_directory
 from llava_bidir.common.errors import UserError
 
+from .lora import merge_lora
 from .model_card import model_card
 from .modeling_llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 
@@ -21,7 +23,7 @@ def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, trai
 
     Args:
         model: A `LlavaBidirForConditionalGeneration`, whose code is copied into the directory for `trust_remote_code`,
-            or the result of :func:`as_llava`.
+            or the result of :func:`as_llava`. LoRA updates are added to the weights.
         processor: Tokenizer, image processor and chat template.
         out: Target directory; an earlier export is replaced.
         training: Settings and metrics of the training run, for training.json and the model card.
@@ -31,12 +33,16 @@ def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, trai
         UserError: Another process writes to `out`, or the operating system reported an error.
     """
     with atomic_directory(out, marker=TRAINING_JSON) as partial:
+        merged = partial / "merged"
+        merged.mkdir()
+        model = merge_lora(model, merged)
         # transformers' present names of weights: its own class renames those of released LLaVAs in a "llava" only
         model.save_pretrained(partial, save_original_format=not isinstance(model, LlavaBidirForConditionalGeneration))
         processor.save_pretrained(partial)
         (partial / TRAINING_JSON).write_text(json.dumps(training or {}, indent=1) + "\n")
         (partial / "README.md").write_text(model_card(model.config, training or {}))
         _compare_weights(model, type(model).from_pretrained(partial, dtype=model.dtype))
+        shutil.rmtree(merged)
 
 
 def _compare_weights(model: torch.nn.Module, reloaded: torch.nn.Module) -> None:

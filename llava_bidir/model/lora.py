@@ -3,6 +3,7 @@
 import copy
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -47,11 +48,16 @@ def add_lora(model: LlavaBidirForConditionalGeneration, lora: Lora) -> None:
 
 
 @torch.no_grad()
-def merge_lora(model: LlavaBidirForConditionalGeneration) -> LlavaBidirForConditionalGeneration:
+def merge_lora(model: LlavaBidirForConditionalGeneration, folder: Path) -> LlavaBidirForConditionalGeneration:
     """Return a copy of the model with the updates added to its weights, or the model itself if it has none.
 
     The given model is unchanged and can continue training. Merged weights keep their dtype. They are computed on the
     CPU, because a GPU may be full after training and would round differently. All other tensors are shared.
+
+    Args:
+        model: The model.
+        folder: Folder for the merged weights, in files that are mapped: a 7B model and its copy need not fit into
+            memory together. Keep it as long as the copy.
     """
     if not has_lora(model):
         return model
@@ -62,16 +68,17 @@ def merge_lora(model: LlavaBidirForConditionalGeneration) -> LlavaBidirForCondit
     merged = copy.deepcopy(model, shared)
     for name, layer in list(merged.named_modules()):
         if isinstance(layer, LoraLayer):
-            merged.set_submodule(name, _merge_layer(layer))
+            merged.set_submodule(name, _merge_layer(layer, folder / name))
     del merged.model.language_model.peft_config
     return merged
 
 
-def _merge_layer(layer: LoraLayer) -> nn.Linear:
+def _merge_layer(layer: LoraLayer, file: Path) -> nn.Linear:
     base = layer.get_base_layer()
     linear = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     weight = (base.weight.cpu() + layer.get_delta_weight(NAME)).to(base.weight.dtype)
-    linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), base.bias
+    mapped = torch.from_file(str(file), shared=True, size=weight.numel(), dtype=weight.dtype).view_as(weight)
+    linear.weight, linear.bias = nn.Parameter(mapped.copy_(weight), requires_grad=False), base.bias
     return linear
 
 

@@ -54,14 +54,28 @@ def _watch(pid: int, peaks: dict[str, float], done: threading.Event) -> None:
         with suppress(psutil.NoSuchProcess):
             parent = psutil.Process(pid)
             for process in [parent, *parent.children(recursive=True)]:
-                with suppress(psutil.NoSuchProcess):
-                    memory = process.memory_info()
-                    private, mapped = private + memory.rss - memory.shared, mapped + memory.rss
+                with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+                    of_process = _read_memory(process)
+                    private, mapped = private + of_process[0], mapped + of_process[1]
         held = {"host_gb": private, "host_with_files_gb": mapped}
         if has_gpu:
             lines = subprocess.run(QUERY, capture_output=True, text=True).stdout.split()
             held["device_gb"] = max((float(line) * 2**20 for line in lines if line.isdigit()), default=0)
         peaks |= {name: max(value, peaks.get(name, 0)) for name, value in held.items()}
+
+
+def _read_memory(process: psutil.Process) -> tuple[int, int]:
+    """Return the bytes that a process holds, without and with mapped files.
+
+    What processes share, such as the weights of a training with its forked loaders, is split between them (Linux: Pss),
+    so that a sum over processes counts it once.
+    """
+    rollup = Path(f"/proc/{process.pid}/smaps_rollup")
+    if not rollup.exists():  # another system
+        memory = process.memory_info()
+        return memory.rss, memory.rss
+    kilobytes = {words[0]: int(words[1]) for line in rollup.read_text().splitlines()[1:] if (words := line.split())}
+    return 1024 * (kilobytes["Pss_Anon:"] + kilobytes["Pss_Shmem:"]), 1024 * kilobytes["Pss:"]
 
 
 def read_speed(run: Path) -> dict[str, float]:

@@ -8,7 +8,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from llava_bidir.model.hf_export import export_hf
-from llava_bidir.model.lora import merge_lora
 from llava_bidir.model.modeling_llava_bidir import build_mask
 
 from .deepspeed_strategy import gather_parameters
@@ -72,4 +71,4 @@ class ExportModel(Callback):
             if trainer.is_global_zero:
                 training = pl_module.settings() | pl_module.progress() | {"identity": pl_module.identity}
                 out = Path(trainer.default_root_dir) / "hf"
-                export_hf(merge_lora(pl_module.model), pl_module.processor, out, training)
+                export_hf(pl_module.model, pl_module.processor, out, training)

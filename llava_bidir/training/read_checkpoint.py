@@ -8,7 +8,6 @@ from transformers.modeling_utils import local_torch_dtype
 
 from llava_bidir.common.checkpoint_io import resolve_ckpt_path
 from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.model.lora import merge_lora
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
 
 from .deepspeed_strategy import load_zero_state, load_zero_weights
@@ -42,4 +41,4 @@ def read_checkpoint(checkpoint: Path) -> tuple[LlavaBidirForConditionalGeneratio
     training = (
         module.settings() | saved["progress"] | {"identity": saved.get("identity"), "checkpoint": str(checkpoint)}
     )
-    return merge_lora(module.model), module.processor, training
+    return module.model, module.processor, training

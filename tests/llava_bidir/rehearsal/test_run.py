@@ -52,6 +52,9 @@ def test_memory_of_all_processes_is_counted_and_mapped_files_are_not(tmp_path):
     both = f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {hold!r}]); {hold}; child.wait()"
     measured = run_measured(python(both), tmp_path / "log")
     assert 0.2 < measured["host_gb"] < 0.26 and measured["returncode"] == 0
+    forked = f"import os; {hold.replace('time.sleep(2)', 'child = os.fork(); time.sleep(2)')}; child and os.wait()"
+    measured = run_measured(python(forked), tmp_path / "log")
+    assert 0.1 < measured["host_gb"] < 0.13, "memory that a forked process shares counts once"
     (tmp_path / "file").write_bytes(bytes(100_000_000))
     mapped = f"import mmap, time; file = open({str(tmp_path / 'file')!r}, 'r+b'); m = mmap.mmap(file.fileno(), 0)"
     measured = run_measured(python(f"{mapped}; sum(m[::4096]); time.sleep(1)"), tmp_path / "log")

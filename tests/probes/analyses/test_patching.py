@@ -1,5 +1,6 @@
 """Activation patching: against full forwards patched by hand, statistics against numpy, bad input."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -252,3 +253,22 @@ def test_another_mask_shares_the_weights_and_leaves_the_model_alone(runs):
     assert torch.equal(mllm.states(pixels, [READ_OUT])[READ_OUT], before)
     with pytest.raises(UserError, match="sideways"):
         mllm.with_attention("sideways")
+
+
+def test_the_report_shows_the_numbers_of_the_analysis(patched, tmp_path):
+    run, results, tensors = patched
+    shutil.copytree(run.path, tmp_path / "run")
+    (tmp_path / "run/patching.json").write_text(json.dumps(results))
+    main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report")])
+    mask = run.metrics["image_attention"]
+    assert json.loads((tmp_path / "report/results.json").read_text())["masks"][mask]["patching"] == results
+    with open(tmp_path / f"report/patching_{mask}.csv") as file:
+        rows = {
+            tuple(row[key] for key in ("experiment", "set", "patches", "layer")): row for row in csv.DictReader(file)
+        }
+    for (experiment, tokens, group, layer), row in rows.items():
+        values = tensors[f"{experiment}/{tokens}/{group}"][:, int(layer)].double().numpy()
+        assert float(row["value"]) == pytest.approx(np.nanmean(values))
+    assert {"cue", "class", "first_row"} <= {key[1] for key in rows}
+    page = (tmp_path / "report/index.html").read_text()
+    assert "Activation patching" in page and "Exploratory: the paper makes no claim" in page

@@ -96,6 +96,23 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--batch-size", type=int, default=16, help="questions per batch")
     _add_seed_and_out(p, "the controls and the bootstrap")
 
+    text = (
+        "replace states at one layer by those of another mask or picture, and read what follows, into RUN/patching.json"
+    )
+    p = command("patching", "probes.analyses.patching.run:run", text)
+    _add_run(p)
+    text = "mask of the forward that gives the new states (default: bidirectional, or causal for a run that is not)"
+    p.add_argument("--mask", metavar="NAME", help=text)
+    text = "also patch pictures without a cue by those with it: a folder data set with the splits `with` and `without`"
+    p.add_argument("--pairs", metavar="DIR", help=text)
+    p.add_argument("--site", help="site of the read-out (default: the run's best decoder layer)")
+    text = "layers whose states are replaced, 0 for the adapter (default: all before the read-out)"
+    p.add_argument("--layers", nargs="+", type=int, metavar="L", help=text)
+    p.add_argument("--limit", type=int, help="number of images, and of pairs, to read (default: all)")
+    p.add_argument("--draws", type=int, default=3, help="draws of random tokens to average")
+    p.add_argument("--batch-size", type=int, default=16, help="images per batch")
+    _add_seed_and_out(p, "the random tokens and the bootstrap")
+
     text = "compare accuracy by patch position, causal against bidirectional (Fig. 7, Table 3), in starvation.json"
     p = command("starvation", "probes.analyses.starvation.run:run", text)
     text, runs = "folders of finished probe runs on the same images", ("CAUSAL_RUN", "BIDIRECTIONAL_RUN")

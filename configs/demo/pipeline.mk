@@ -11,6 +11,7 @@ probed = $(addprefix $(1)/,metrics.json counts.safetensors probes.safetensors)
 knocked = $(addprefix $(1)/,knockout.json knockout.safetensors)
 solved = $(addprefix $(1)/,metrics.json path.safetensors probes.safetensors)
 asked = $(addprefix $(1)/,answers.json answers.safetensors)
+patched = $(addprefix $(1)/,patching.json patching.safetensors)
 mapped = $(addprefix $(1)/,maps.json maps.safetensors)
 LLAVA := OMP_NUM_THREADS=1 $(PY) -m llava_bidir
 PROBES := OMP_NUM_THREADS=1 $(PY) -m probes
@@ -101,6 +102,9 @@ $(call asked,$(OUT)/%/solved): $(call solved,$(OUT)/%/solved) $(A)/questions.jso
 $(call asked,$(OUT)/%/random0): $(call solved,$(OUT)/%/random0) $(A)/questions.json
 	$(call step,$*_random0_answers,$(PROBES) answers --probes $(OUT)/$*/random0 $(ASK))
 
+$(call patched,$(OUT)/%/solved): $(call solved,$(OUT)/%/solved) $(A)/pairs/classes.json
+	$(call step,$*_patching,$(PROBES) patching --probes $(OUT)/$*/solved --pairs $(A)/pairs --limit 100 --draws 1)
+
 $(call mapped,$(OUT)/%/probes): $(call knocked,$(OUT)/%/probes)
 	$(call step,$*_maps,$(PROBES) maps --probes $(OUT)/$*/probes --image 0 1 2 3 --classes ceiling road)
 
@@ -125,6 +129,6 @@ $(REPORT): $(foreach mask,$(MASKS),$(OUT)/$(mask)/stage1/hf/model.safetensors \
     $(OUT)/$(mask)/stage2/hf/model.safetensors $(call mapped,$(OUT)/$(mask)/probes) $(OUT)/$(mask)/probes/umap.json \
     $(call knocked,$(OUT)/$(mask)/probes) $(call probed,$(OUT)/$(mask)/probes) $(call probed,$(OUT)/$(mask)/untrained) \
     $(foreach run,$(SOLVED),$(call solved,$(OUT)/$(mask)/$(run)) $(call knocked,$(OUT)/$(mask)/$(run))) \
-    $(foreach run,solved random0,$(call asked,$(OUT)/$(mask)/$(run))) \
+    $(foreach run,solved random0,$(call asked,$(OUT)/$(mask)/$(run))) $(call patched,$(OUT)/$(mask)/solved) \
     $(foreach run,$(ADAPTERS),$(call solved,$(OUT)/$(mask)/$(run)))) $(STARVED) $(ASSETS) $(OUT)/report/explorer.html
 	$(call step,report,$(PROBES) report $(call demo_runs,$(OUT)) --out $(OUT)/report --timings $(OUT)/logs/timings)

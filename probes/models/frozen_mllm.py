@@ -8,6 +8,7 @@ Shapes: B images, T image tokens, P tokens before the image, N = P + T, d width 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from copy import copy
 from functools import cached_property
 
 import torch
@@ -19,7 +20,7 @@ from llava_bidir.common.errors import UserError
 from probes.ops.geometry import Geometry
 
 from .answering import check_family, generate_answer, score_answers
-from .attention_masks import Masks, as_list, build_masks, is_allowed, last_rows, supports_masks
+from .attention_masks import Masks, as_list, build_masks, check_masks, is_allowed, last_rows, supports_masks
 from .attention_weights import capture_attention
 from .families import Family, own_image_attention
 from .knockout import Knockout
@@ -89,6 +90,20 @@ class FrozenMLLM(nn.Module):
         self._prefix_weights: list[tuple] = []  # the weights that it was computed with
         # Checked once, because reading the answer would synchronise a GPU in each forward.
         self._prefix_is_shared = self._shares_prefix(self.attention_masks(1))
+
+    def with_attention(self, image_attention: str) -> "FrozenMLLM":
+        """Return a model with the same weights, not copied, under another mask among image tokens.
+
+        Raises:
+            UserError: The mask is unknown, or the model does not support it.
+        """
+        text_config = self.model.config.get_text_config()
+        check_masks(image_attention, text_config, text_config._attn_implementation)
+        other = copy(self)
+        other.image_attention = image_attention
+        other.clear_prefix_cache()
+        other._prefix_is_shared = other._shares_prefix(other.attention_masks(1))
+        return other
 
     @property
     def decoder(self) -> nn.Module:

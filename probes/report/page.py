@@ -58,6 +58,7 @@ def study_results(study: Study) -> dict[str, Any]:
     spoken = lambda mask, run: {
         "answer_accuracy": run.training.get("val/answer_accuracy"),  # None if not recorded
         "answers": asked.get(mask),  # None without `probes answers`
+        "patching": (study.solved.get(mask) or study.trained[mask]).analysis("patching.json"),
     }
     return {
         "model": study.model,

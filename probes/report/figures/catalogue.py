@@ -26,6 +26,7 @@ from . import (
     layer_curves,
     maps,
     mask_comparison,
+    patching,
     path,
     probe_sensitivity,
     starvation,
@@ -37,6 +38,7 @@ Figures = Iterator[ReportFigure]
 
 CLAIMS = "Claims beside controls"
 STARVATION, KNOCKOUT, MAPS = "Context starvation", "Attention knockout", "Predicted segmentation maps"
+PATCHING = "Activation patching"
 BUDGET, OVERVIEW = "Probe training budget", "Across models and datasets"
 INTERVALS = "Lines: 95% intervals."
 
@@ -76,6 +78,16 @@ def study_figures(study: Study, results: dict[str, Any]) -> Figures:
             "as much as the trained one. Exploratory: the paper makes no claim about answers. Lines and bands: 95% "
             "intervals over images, and over classes on the right.",
             answer_figures.answers_and_probes(answers), "wide")  # fmt: skip
+    for mask, patched in ((mask, entry["patching"]) for mask, entry in results["masks"].items()):
+        if patched:
+            yield ReportFigure(
+                f"patching_{mask}", PATCHING, f"Replaced states, {mask}",
+                "Change of the log-odds of the right class at patches whose own states are not replaced, as read at "
+                f"{patched['site']}, when the states of a set of tokens are replaced at one layer. Look for the layers "
+                "from which on a set's states change nothing elsewhere: by then it has passed on what others take. "
+                "Dotted: as many random tokens. Exploratory: the paper makes no claim about it. Bands: 95% intervals "
+                "over images, for all layers together.",
+                patching.patching_effects(patched), "wide")  # fmt: skip
     for mask, pairs in results["confusion"].items():
         yield ReportFigure(
             f"confusion_{mask}", "Confused classes by layer", f"Most confused classes, {mask}",

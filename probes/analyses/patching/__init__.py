@@ -1,0 +1,1 @@
+"""Activation patching: states of one forward replaced by those of another, layer by layer."""

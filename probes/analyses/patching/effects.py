@@ -1,0 +1,86 @@
+"""Effects of patched states: means over images with intervals that hold for all layers of a set together.
+
+The paper makes no claim about them; they are exploratory.
+
+Shapes: N images, L layers, R resamplings.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llava_bidir.common.bootstrap import bootstrap_weights, interval, simultaneous_band
+
+GROUPS = ("patched", "others", "random", "difference")
+
+
+def patching_effects(
+    tensors: dict[str, Tensor], layers: Sequence[int], seed: int, groups: Tensor | None = None
+) -> dict[str, Any]:
+    """Return the effects in the content of patching.safetensors.
+
+    Args:
+        tensors: "EXPERIMENT/total" f[N] and "EXPERIMENT/SET/GROUP" f[N, L], in nats; NaN for an image without patches.
+        layers: Number of each layer.
+        seed: Seed of the bootstrap.
+        groups: long[n], the group of each validation image, with which it is resampled; n >= N. Pairs have no groups.
+
+    Returns:
+        {"experiments": [{"experiment", "images", "total": {"value", "ci95"}, "sets": [{"set", GROUP: [{"layer",
+        "value", "ci95"}]}]}]}. Intervals of a list hold for all its layers together. A group without patches in any
+        image (such as "others" of the set "all") is left out.
+    """
+    experiments = []
+    for name in (key.removesuffix("/total") for key in tensors if key.endswith("/total")):
+        total = tensors[f"{name}/total"].double()
+        groups_of = None if groups is None or name == "pairs" else groups[: len(total)]
+        weights = bootstrap_weights(len(total), seed=seed, groups=groups_of)
+        names = dict.fromkeys(
+            key.split("/")[1] for key in tensors if key.startswith(f"{name}/") and key.count("/") == 2
+        )
+        sets = [{"set": s} | _groups(tensors, f"{name}/{s}", layers, weights) for s in names]
+        mean, resampled = nan_mean(total[:, None], weights)
+        entry = {"value": mean.item(), "ci95": interval(mean.item(), resampled[:, 0])}
+        experiments.append({"experiment": name, "images": len(total), "total": entry, "sets": sets})
+    return {"experiments": experiments}
+
+
+def _groups(tensors: dict[str, Tensor], key: str, layers: Sequence[int], weights: Tensor) -> dict[str, Any]:
+    results = {}
+    for group in GROUPS:
+        values = tensors[f"{key}/{group}"].double()
+        if values.isnan().all():
+            continue
+        mean, resampled = nan_mean(values, weights)
+        bounds = zip(*simultaneous_band(mean, resampled), strict=True)
+        results[group] = [
+            {"layer": layer, "value": value, "ci95": [low.item(), high.item()]}
+            for layer, value, (low, high) in zip(layers, mean.tolist(), bounds, strict=True)
+        ]
+    return results
+
+
+def nan_mean(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean of f[N, L] over images without NaN, f[L], and those under weights f[R, N], f[R, L]."""
+    valid = ~values.isnan()
+    filled, weights = torch.where(valid, values, 0), weights.double()
+    return filled.sum(0) / valid.sum(0), (weights @ filled) / (weights @ valid.double())
+
+
+def print_effects(results: dict[str, Any]) -> None:
+    """Print the effects at other tokens than the patched ones, by layer."""
+    for experiment in results["experiments"]:
+        total = experiment["total"]
+        bounds = "[{:+.3f}, {:+.3f}]".format(*total["ci95"])
+        print(f"{experiment['experiment']}: donor minus unpatched at {results['site']}, {experiment['images']} images: "
+              f"{total['value']:+.3f} {bounds} nats")  # fmt: skip
+        for entry in experiment["sets"]:
+            shown = "others" if "others" in entry else "patched"
+            for place, random in zip(entry[shown], entry.get("difference", [None] * len(entry[shown])), strict=True):
+                text = "{:+.3f} [{:+.3f}, {:+.3f}]"
+                line = text.format(place["value"], *place["ci95"])
+                if random:
+                    line += ", beyond random tokens " + text.format(random["value"], *random["ci95"])
+                print(f"  {entry['set']:<10} layer {place['layer']:>2}, {shown}: {line}")

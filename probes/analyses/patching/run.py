@@ -1,0 +1,201 @@
+"""`probes patching`: replace states of image tokens at one layer by those of another forward, and read what follows.
+
+For each set of tokens (donors.py) and each layer from 0, the adapter, to the one before the read-out, the states of
+the set are replaced by the donor's at the same tokens and layer. The probe of the read-out site then gives the log-odds
+of each labelled patch's true class, log p / (1 - p), in nats. The change against the unpatched forward is averaged per
+image over the labelled patches of the set ("patched") and over all others ("others"): what the set's tokens have passed
+on after that layer. The control replaces as many random tokens outside of the set ("random"); its "others", and those
+of the set in the difference, are the patches in neither.
+
+    patching.json          settings and effects by experiment, set and layer, see effects.py
+    patching.safetensors   "EXPERIMENT/total" f[N]: donor minus unpatched, over all labelled patches but the first set's
+                           "EXPERIMENT/SET/patched", "others", "random", "difference" f[N, L], NaN without patches
+    patching.partial/      finished batches, removed at the end
+
+Shapes: N images, B of a batch, T image tokens, L layers, D draws.
+"""
+
+import argparse
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses.batch_cache import cached_batches
+from probes.models.frozen_mllm import FrozenMLLM
+from probes.models.sites import ADAPTER, layer_site
+from probes.results.probe_run import ProbeRun
+from probes.training.heads import Probe
+
+from .donors import SETS, Batch, Pairs, mask_batch, pair_batch
+from .effects import patching_effects, print_effects
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to patch."""
+
+    site: str  # of the read-out
+    mask: str  # under which the donor runs
+    layers: tuple[int, ...]  # whose states are replaced; 0 is the adapter
+    limit: int | None = None  # number of images, and of pairs; None for all
+    draws: int = 3  # of the random tokens
+    batch_size: int = 16  # images
+    seed: int = 0  # of the random tokens and the bootstrap
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The forward that is patched, and the donor's."""
+
+    mllm: FrozenMLLM
+    donor: FrozenMLLM
+    probe: Probe
+    plan: Plan
+
+    @torch.no_grad()
+    def patch(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the results of a batch by "total" and "SET/GROUP", f[B] and f[B, L]."""
+        sites = [_site(layer) for layer in self.plan.layers]
+        new = self.donor.states(batch.donor_pixels, [*sites, self.plan.site])
+        plain = self._log_odds(self.mllm.states(batch.pixels, [self.plan.site])[self.plan.site], batch.truth)
+        donated = self._log_odds(new[self.plan.site], batch.truth)
+        labelled, first = batch.truth >= 0, next(iter(batch.sets.values()))
+        results = {"total": mean_over(donated - plain, labelled & (~first | first.all()))}
+        for name, tokens in batch.sets.items():
+            random = random_tokens(tokens, self.plan.draws, [[self.plan.seed, i] for i in batch.index])
+            by_layer = [self._patch_set(batch, site, new[site], tokens, random, plain) for site in sites]
+            results |= {f"{name}/{key}": torch.stack([entry[key] for entry in by_layer], 1) for key in by_layer[0]}
+        return results
+
+    def _patch_set(
+        self, batch: Batch, site: str, new: Tensor, tokens: Tensor, random: Tensor, plain: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the changes by group, f[B], when the states of a set, or random ones, are replaced at a site."""
+        replaced = torch.cat([tokens[None], random])  # bool[1 + D, B, T]
+        images = torch.arange(len(plain)).repeat(len(replaced))
+        change = self._run_patched(batch, site, new, replaced.flatten(0, 1), images) - plain[images]
+        of_set, *of_draws = change.unflatten(0, replaced.shape[:2])
+        labelled = batch.truth >= 0
+        neither = [labelled & ~tokens & ~drawn for drawn in random]
+        draws = list(zip(of_draws, neither, strict=True))
+        return {
+            "patched": mean_over(of_set, labelled & tokens),
+            "others": mean_over(of_set, labelled & ~tokens),
+            "random": torch.stack([mean_over(drawn, patches) for drawn, patches in draws]).mean(0),
+            "difference": torch.stack([mean_over(of_set - drawn, patches) for drawn, patches in draws]).mean(0),
+        }
+
+    def _run_patched(self, batch: Batch, site: str, new: Tensor, replaced: Tensor, images: Tensor) -> Tensor:
+        """Return the log-odds f[R, T] of R forwards that replace the states of the tokens bool[R, T]."""
+        chosen = replaced.to(new.device)[..., None]
+        replace = lambda states: torch.where(chosen, new[images.to(new.device)], states)
+        states = self.mllm.states(batch.pixels[images], [self.plan.site], hooks={site: replace})
+        return self._log_odds(states[self.plan.site], batch.truth[images])
+
+    def _log_odds(self, states: Tensor, truth: Tensor) -> Tensor:
+        """Return log p / (1 - p) of the true class, f[B, T] on the CPU; 0 where there is none."""
+        logits = self.probe(states.float()).cpu()
+        true = truth.clamp(min=0)[..., None]
+        others = logits.scatter(-1, true, -torch.inf).logsumexp(-1)
+        return torch.where(truth >= 0, logits.gather(-1, true)[..., 0] - others, 0)
+
+
+def mean_over(values: Tensor, patches: Tensor) -> Tensor:
+    """Return the mean of f[B, T] over the patches bool[B, T] of each image, f[B]; NaN without patches."""
+    return torch.where(patches, values, 0).sum(1) / patches.sum(1)
+
+
+def random_tokens(tokens: Tensor, draws: int, seeds: list[list[int]]) -> Tensor:
+    """Return as many random tokens as each row of bool[B, T] has, outside of it, bool[D, B, T].
+
+    Where there are fewer outside, all of them. `seeds` has the numbers of each row's seed.
+    """
+    drawn = torch.zeros(draws, *tokens.shape, dtype=torch.bool)
+    for row, (chosen, seed) in enumerate(zip(tokens, seeds, strict=True)):
+        outside = (~chosen).nonzero().flatten().numpy()
+        count = min(int(chosen.sum()), len(outside))
+        for draw in range(draws):
+            drawn[draw, row, np.random.default_rng([*seed, draw]).choice(outside, count, replace=False)] = True
+    return drawn
+
+
+def patch_states(run: ProbeRun, plan: Plan, pairs: Pairs | None, out: Path) -> dict[str, Any]:
+    """Run both experiments, write the files named above, and return the content of patching.json.
+
+    The same call resumes after the last finished batch if a previous one was killed.
+
+    Raises:
+        UserError: The plan does not fit the run.
+        RuntimeError: The patched states changed nothing, so that they did not reach the model.
+    """
+    mllm, classes, dataset = run.mllm(), len(run.metrics["classes"]), run.dataset()
+    check_plan(plan, mllm)
+    probe, other = run.probes()[plan.site].to(mllm.device), mllm.with_attention(plan.mask)
+    work = {"mask": (other, len(dataset), lambda index: mask_batch(mllm, dataset, index, classes))}
+    if pairs is not None:
+        work["pairs"] = (mllm, len(pairs), lambda index: pair_batch(mllm, pairs, index, classes))
+    tensors = {}
+    for name, (donor, images, read) in work.items():
+        experiment = Experiment(mllm, donor, probe, plan)
+        count = min(images, plan.limit or images)
+        arguments = {"plan": asdict(plan), "run": run.fingerprint, "pairs": pairs and pairs.identity()}
+        folder = out / "patching.partial" / name
+        tensors |= _in_batches(folder, arguments, name, count, plan.batch_size, lambda i: experiment.patch(read(i)))  # noqa: B023
+    results = {key: run.metrics[key] for key in ("image_attention", "untrained")} | {"runs": [run.fingerprint]}
+    settings = asdict(plan) | {"layers": list(plan.layers)}
+    results |= settings | patching_effects(tensors, plan.layers, plan.seed, run.groups)
+    write_files({out / "patching.safetensors": tensors, out / "patching.json": results})
+    shutil.rmtree(out / "patching.partial")
+    return results
+
+
+def _in_batches(
+    folder: Path, arguments: dict, name: str, images: int, size: int, patch: Callable[[list[int]], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    compute = lambda batch: patch(list(range(images))[batch * size : (batch + 1) * size])
+    batches = cached_batches(folder, arguments, -(-images // size), compute)
+    tensors = {f"{name}/{key}": torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    for tokens in SETS[name]:
+        changes = torch.stack([tensors[f"{name}/{tokens}/{group}"] for group in ("patched", "others")])
+        if not changes.nan_to_num().any():
+            raise RuntimeError(f"states of {tokens!r} of the experiment {name!r} changed nothing: they had no effect")
+    return tensors
+
+
+def check_plan(plan: Plan, mllm: FrozenMLLM) -> None:
+    """Raise a UserError if a number is too small, the mask is the run's, or a layer is not before the read-out."""
+    for name in ("limit", "draws", "batch_size"):
+        if (value := getattr(plan, name)) is not None and value < 1:
+            raise UserError(f"{name} must be at least 1, got {value}")
+    if plan.mask == mllm.image_attention:
+        raise UserError(f"--mask is {plan.mask}, the mask of the run; name another one, whose states replace its own")
+    before = [site for site in mllm.sites[1:] if mllm.sites.index(site) < mllm.sites.index(plan.site)]
+    if wrong := [layer for layer in plan.layers if _site(layer) not in before]:
+        expected = f"expected 0 to {len(before) - 1}" if before else "it has none before it"
+        raise UserError(f"--layers {wrong[0]} is not before the read-out {plan.site}; {expected}")
+
+
+def _site(layer: int) -> str:
+    return layer_site(layer) if layer else ADAPTER
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run `probes patching`."""
+    probe_run, out = ProbeRun(args.probes), Path(args.out or args.probes)
+    site = probe_run.check_site(args.site)
+    layers = range(probe_run.layers.index(site)) if site in probe_run.layers else ()
+    mask = args.mask or ("causal" if probe_run.metrics["image_attention"] != "causal" else "bidirectional")
+    numbers = {name: getattr(args, name) for name in ("limit", "draws", "batch_size", "seed")}
+    plan = Plan(site, mask, tuple(sorted(set(layers if args.layers is None else args.layers))), **numbers)
+    pairs = Pairs(Path(args.pairs), probe_run.metrics["classes"]) if args.pairs else None
+    with exclusive_run_lock(out, "patching.json"):
+        print_effects(patch_states(probe_run, plan, pairs, out))

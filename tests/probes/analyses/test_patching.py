@@ -1,0 +1,274 @@
+"""Activation patching: against full forwards patched by hand, statistics against numpy, bad input."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from llava_bidir.common.errors import UserError
+from probes.analyses.patching.donors import Pairs, mask_batch, pair_batch
+from probes.analyses.patching.effects import nan_mean, patching_effects
+from probes.analyses.patching.run import Experiment, Plan, patch_states, random_tokens
+from probes.cli import main
+from probes.results.probe_run import ProbeRun
+
+READ_OUT = "layer_02"
+
+
+def plan(mask: str, **changes) -> Plan:
+    return Plan(**{"site": READ_OUT, "mask": mask, "layers": (0, 1), "draws": 2, "batch_size": 4} | changes)
+
+
+@pytest.fixture(scope="module")
+def pairs(runs, tmp_path_factory) -> Path:
+    """Nine pairs: the validation images of the runs, with a bright square in one quarter and without."""
+    root, out = Path(runs["causal"].manifest["data"]["root"]), tmp_path_factory.mktemp("pairs")
+    for split in ("with", "without"):
+        for part in ("images", "annotations"):
+            shutil.copytree(root / part / "validation", out / part / split)
+    for i, file in enumerate(sorted((out / "images/with").iterdir())):
+        pixels = np.array(Image.open(file))
+        half = np.array(pixels.shape[:2]) // 2
+        pixels[: half[0] - 2, half[1] * (i % 2) : half[1] * (i % 2) + half[1] - 2] = 255
+        Image.fromarray(pixels).save(file)
+    shutil.copy(root / "classes.json", out)
+    return out
+
+
+@pytest.fixture(scope="module", params=["causal", "bidirectional"])
+def patched(request, runs, pairs, tmp_path_factory):
+    """A run, patching.json and patching.safetensors."""
+    out = tmp_path_factory.mktemp("patching")
+    options = ["--site", READ_OUT, "--pairs", str(pairs), "--draws", "2", "--batch-size", "4", "--out", str(out)]
+    main(["patching", "--probes", str(runs[request.param].path), *options])
+    return runs[request.param], json.loads((out / "patching.json").read_text()), load_file(out / "patching.safetensors")
+
+
+def forward_by_hand(mllm, pixels, mask: str, layer: int = 0, tokens=None, new=None) -> list[torch.Tensor]:
+    """Return the input of the LLM and the output of each layer, f[N, d], of a full forward of one image.
+
+    The outputs of `tokens` bool[N] at a layer are replaced by `new` f[N, d]. The mask is written out.
+    """
+    ids, image = mllm.ids, mllm.is_image
+    states, positions = [], torch.arange(ids.shape[1])
+    allowed = positions[None] <= positions[:, None]
+    if mask == "bidirectional":
+        allowed = allowed | (image[:, None] & image[None])
+
+    def put(value):
+        value = value if tokens is None or len(states) != layer else torch.where(tokens[:, None], new, value[0])[None]
+        states.append(value[0].clone())
+        return value
+
+    def before(_, args, kwargs):
+        kwargs = kwargs | {"attention_mask": allowed[None, None]}
+        if args:
+            return (put(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": put(kwargs["hidden_states"])}
+
+    layers, handles = mllm.decoder.layers, []
+    masked = lambda _, args, kwargs: (args, kwargs | {"attention_mask": allowed[None, None]})
+    handles.append(layers[0].register_forward_pre_hook(before, with_kwargs=True))
+    handles += [each.register_forward_pre_hook(masked, with_kwargs=True) for each in layers[1:]]
+    after = lambda _, args, out: put(out) if torch.is_tensor(out) else (put(out[0]), *out[1:])
+    handles += [each.register_forward_hook(after) for each in layers]
+    with torch.no_grad():
+        mllm.model.model(input_ids=ids, pixel_values=pixels, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return states
+
+
+def test_changes_equal_full_forwards_that_are_patched_by_hand(patched, pairs):
+    """Image by image and layer by layer, with the mask written out and no prefix cache."""
+    run, results, tensors = patched
+    mllm, probe, classes = run.mllm(), run.probes()[READ_OUT], len(run.metrics["classes"])
+    own, other = run.metrics["image_attention"], results["mask"]
+    assert {own, other} == {"causal", "bidirectional"}
+    dataset, listed = run.dataset(), Pairs(pairs, run.metrics["classes"])
+
+    def odds(states, truth):
+        p = probe(states[mllm.is_image][None].float())[0].softmax(-1)
+        p = p[torch.arange(len(truth)), truth.clamp(min=0)]
+        return (p / (1 - p)).log()
+
+    for name in ("mask", "pairs"):
+        for i in (0, 5, 8):
+            read, mask = (mask_batch, other) if name == "mask" else (pair_batch, own)
+            batch = read(mllm, dataset if name == "mask" else listed, [i], classes)
+            truth, labelled = batch.truth[0], batch.truth[0] >= 0
+            donor = forward_by_hand(mllm, batch.donor_pixels, mask)
+            plain = odds(forward_by_hand(mllm, batch.pixels, own)[2], truth)
+            for set_name, tokens in batch.sets.items():
+                where = torch.zeros_like(mllm.is_image)
+                where[mllm.is_image.nonzero().flatten()[tokens[0]]] = True
+                for layer in (0, 1):
+                    states = forward_by_hand(mllm, batch.pixels, own, layer, where, donor[layer])
+                    change = odds(states[2], truth) - plain
+                    for group, patches in (("patched", tokens[0]), ("others", ~tokens[0])):
+                        expected = change[labelled & patches].mean()  # NaN of no patch, too
+                        found = tensors[f"{name}/{set_name}/{group}"][i, layer]
+                        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4, equal_nan=True)
+
+
+def test_all_tokens_of_a_pair_make_the_donor(runs, pairs):
+    """With every token's state replaced, the rest of the forward is the donor's."""
+    run = runs["causal"]
+    mllm, listed = run.mllm(), Pairs(pairs, run.metrics["classes"])
+    batch = pair_batch(mllm, listed, list(range(9)), len(run.metrics["classes"]))
+    batch = batch._replace(sets={"all": torch.ones_like(batch.truth, dtype=torch.bool)})
+    results = Experiment(mllm, mllm, run.probes()[READ_OUT], plan("bidirectional")).patch(batch)
+    assert results["total"].abs().max() > 1e-3
+    for layer in (0, 1):
+        torch.testing.assert_close(results["all/patched"][:, layer], results["total"], rtol=1e-3, atol=1e-4)
+    assert results["all/others"].isnan().all() and results["all/difference"].isnan().all()
+
+
+def test_later_causal_tokens_change_no_earlier_ones(runs):
+    """Under causal attention, the last row of the grid cannot reach the first."""
+    run = runs["causal"]
+    mllm = run.mllm()
+    batch = mask_batch(mllm, run.dataset(), list(range(4)), len(run.metrics["classes"]))
+    batch = batch._replace(sets={"last_row": batch.sets["last_row"]})
+    experiment = Experiment(mllm, mllm.with_attention("bidirectional"), run.probes()[READ_OUT], plan("bidirectional"))
+    results = experiment.patch(batch)
+    assert results["last_row/others"].abs().max() == 0 and results["last_row/patched"].abs().max() > 0
+
+
+def test_the_cue_is_under_the_pixels_that_differ(runs, pairs):
+    run = runs["causal"]
+    batch = pair_batch(run.mllm(), Pairs(pairs, run.metrics["classes"]), [0, 1], len(run.metrics["classes"]))
+    assert batch.sets["cue"].view(2, 2, 2).tolist() == [
+        [[True, False], [False, False]],
+        [[False, True], [False, False]],
+    ]
+
+
+def test_states_that_never_reach_the_model_are_an_error(runs, tmp_path, monkeypatch):
+    from probes.models.frozen_mllm import FrozenMLLM
+
+    states = FrozenMLLM.states
+    ignore = lambda self, pixels, sites=None, hooks=None: states(self, pixels, sites)
+    monkeypatch.setattr(FrozenMLLM, "states", ignore)
+    with pytest.raises(RuntimeError, match="'all' of the experiment 'mask' changed nothing"):
+        patch_states(runs["causal"], plan("bidirectional"), None, tmp_path)
+
+
+def test_a_killed_analysis_goes_on_with_its_batches(runs, tmp_path, monkeypatch):
+    run, patch, calls = runs["causal"], Experiment.patch, []
+    expected = patch_states(run, plan("bidirectional"), None, tmp_path / "whole")
+
+    def count(self, batch):
+        calls.append(batch.index)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return patch(self, batch)
+
+    monkeypatch.setattr(Experiment, "patch", count)
+    with pytest.raises(KeyboardInterrupt):
+        patch_states(run, plan("bidirectional"), None, tmp_path / "out")
+    assert patch_states(run, plan("bidirectional"), None, tmp_path / "out") == expected
+    assert calls == [[0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7], [8]]
+    files = [(tmp_path / name / "patching.safetensors").read_bytes() for name in ("whole", "out")]
+    assert files[0] == files[1] and not (tmp_path / "out/patching.partial").exists()
+
+
+def test_random_tokens_are_outside_of_the_set_and_as_many():
+    tokens = torch.zeros(3, 16, dtype=torch.bool)
+    tokens[0, :4] = tokens[1, 5] = tokens[2, :12] = True
+    drawn = random_tokens(tokens, 200, [[0, i] for i in range(3)])
+    assert not (drawn & tokens).any() and drawn.sum(-1).unique(dim=0).tolist() == [[4, 1, 4]]
+    assert (drawn[:, 0, 4:].float().mean(0) - 1 / 3).abs().max() < 0.12, "each of the others equally often"
+
+
+def test_means_leave_out_images_without_patches_and_intervals_hold_together():
+    generator = np.random.default_rng(0)
+    values = generator.normal(1.0, 2.0, (40, 3))
+    values[3:9, 1] = np.nan
+    weights = generator.integers(0, 3, (500, 40)).astype(float)
+    mean, resampled = nan_mean(torch.tensor(values), torch.tensor(weights))
+    np.testing.assert_allclose(mean, np.nanmean(values, 0))
+    for r in (0, 99):
+        rows = [values[i, 1] for i in range(40) if not np.isnan(values[i, 1]) for _ in range(int(weights[r, i]))]
+        np.testing.assert_allclose(resampled[r, 1], np.mean(rows))
+    held, draws = 0, 200
+    for _ in range(draws):
+        values = torch.tensor(generator.normal(0.0, 1.0, (60, 6)))
+        tensors = {"mask/total": values[:, 0]} | {f"mask/all/{name}": values for name in ("patched", "others")}
+        tensors |= {f"mask/all/{name}": torch.full_like(values, torch.nan) for name in ("random", "difference")}
+        experiment = patching_effects(tensors, range(6), seed=0)["experiments"][0]
+        assert set(experiment["sets"][0]) == {"set", "patched", "others"}
+        held += all(place["ci95"][0] <= 0 <= place["ci95"][1] for place in experiment["sets"][0]["patched"])
+    assert 0.88 <= held / draws <= 0.99, "all six intervals hold together in about 95% of the draws"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--mask", "causal"], "--mask is causal, the mask of the run"),
+        (["--mask", "sideways"], "sideways"),
+        (["--layers", "2"], f"--layers 2 is not before the read-out {READ_OUT}; expected 0 to 1"),
+        (["--layers", "-1"], "--layers -1 is not before"),
+        (["--site", "layer_99"], "no site 'layer_99'"),
+        (["--draws", "0"], "draws must be at least 1, got 0"),
+        (["--pairs", "nowhere"], "no folder nowhere"),
+    ],
+)
+def test_bad_options_are_errors(runs, tmp_path, options, message, capsys):
+    if "--site" not in options:
+        options = [*options, "--site", READ_OUT]
+    with pytest.raises(SystemExit) as error:
+        main(["patching", "--probes", str(runs["causal"].path), "--out", str(tmp_path / "out"), *options])
+    assert message in str(error.value) + capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+
+
+def test_odd_pairs_are_errors(runs, pairs, tmp_path):
+    shutil.copytree(pairs, tmp_path / "odd")
+    (tmp_path / "odd/images/with/003.png").unlink()
+    classes = runs["causal"].metrics["classes"]
+    with pytest.raises(UserError, match="1 files have no image, e.g. .*annotations/with/003.png"):
+        Pairs(tmp_path / "odd", classes)
+    (tmp_path / "odd/annotations/with/003.png").unlink()
+    with pytest.raises(UserError, match="003 is in one of images/with and images/without; expected pairs"):
+        Pairs(tmp_path / "odd", classes)
+    with pytest.raises(UserError, match="the classes are not those of the probes"):
+        Pairs(pairs, classes[:2])
+
+
+def test_another_mask_shares_the_weights_and_leaves_the_model_alone(runs):
+    run = ProbeRun(runs["causal"].path)
+    mllm = run.mllm()
+    pixels = mllm.preprocess([run.dataset()[0]["image"]])
+    before = mllm.states(pixels, [READ_OUT])[READ_OUT]
+    other = mllm.with_attention("bidirectional")
+    assert other.model is mllm.model and mllm.image_attention == "causal"
+    assert not torch.equal(other.states(pixels, [READ_OUT])[READ_OUT], before)
+    assert torch.equal(mllm.states(pixels, [READ_OUT])[READ_OUT], before)
+    with pytest.raises(UserError, match="sideways"):
+        mllm.with_attention("sideways")
+
+
+def test_the_report_shows_the_numbers_of_the_analysis(patched, tmp_path):
+    run, results, tensors = patched
+    shutil.copytree(run.path, tmp_path / "run")
+    (tmp_path / "run/patching.json").write_text(json.dumps(results))
+    main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report")])
+    mask = run.metrics["image_attention"]
+    assert json.loads((tmp_path / "report/results.json").read_text())["masks"][mask]["patching"] == results
+    with open(tmp_path / f"report/patching_{mask}.csv") as file:
+        rows = {
+            tuple(row[key] for key in ("experiment", "set", "patches", "layer")): row for row in csv.DictReader(file)
+        }
+    for (experiment, tokens, group, layer), row in rows.items():
+        values = tensors[f"{experiment}/{tokens}/{group}"][:, int(layer)].double().numpy()
+        assert float(row["value"]) == pytest.approx(np.nanmean(values))
+    assert {"cue", "class", "first_row"} <= {key[1] for key in rows}
+    page = (tmp_path / "report/index.html").read_text()
+    assert "Activation patching" in page and "Exploratory: the paper makes no claim" in page

@@ -5,7 +5,7 @@
 # A rule with several targets and a % is one that makes them all at once; where % stands for a mask, $* is its name. What
 # needs one of several results made at once names them all: make looks at each by itself, and would find the others fresh.
 A := $(OUT)/assets
-ASSETS := $(addprefix $(A)/,captions.json dialogues.json questions.json segmentation/classes.json \
+ASSETS := $(addprefix $(A)/,captions.json dialogues.json questions.json segmentation/classes.json pairs/classes.json \
   encoder/model.safetensors llm/model.safetensors)
 probed = $(addprefix $(1)/,metrics.json counts.safetensors probes.safetensors)
 knocked = $(addprefix $(1)/,knockout.json knockout.safetensors)
@@ -43,7 +43,7 @@ else tail -n 20 $(OUT)/logs/$(1).log; echo "$(1) failed; all it said is in $(OUT
 endef
 
 $(A)/questions%json $(A)/dialogues%json $(A)/captions%json $(A)/encoder/model%safetensors $(A)/llm/model%safetensors \
-$(A)/segmentation/classes%json: $(OUT)/settings
+$(A)/segmentation/classes%json $(A)/pairs/classes%json: $(OUT)/settings
 	$(call step,assets,$(LLAVA) demo-assets $(A) --seed $(SEED) --scale $(SCALE) --world $(WORLD))
 
 $(OUT)/%/stage1/hf/model.safetensors: configs/demo/stage1.yaml $(ASSETS)

@@ -2,6 +2,7 @@
 
 OUT/segmentation/{images,annotations}/{training,validation}/*.png, classes.json    ADE20K's folder layout
 OUT/segmentation/{depth,normals,instances}/{training,validation}/*.png, targets.json    targets of the other tasks
+OUT/pairs/{images,annotations}/{with,without}/*.png, classes.json    scenes with one cue and without, same layout
 OUT/llava/*.png                                                                    images of the conversations
 OUT/captions.json, dialogues.json, questions.json                                  LLaVA's JSON
 OUT/encoder/, OUT/llm/                                                             Hugging Face directories
@@ -24,11 +25,11 @@ from llava_bidir.common.atomic_io import atomic_directory
 from . import tiny_models
 from .canvas import CLASSES, PALETTE
 from .dialogues import SceneText, build_dialogue, find_regions, format_turns, prepend_picture, swap_names
-from .scenes import Scene, draw_scene
+from .scenes import Scene, draw_pair, draw_scene
 from .surfaces import Surfaces
 
 PICTURES = {"llava": 3000, "training": 1000, "validation": 600}
-CAPTIONS, DIALOGUES, QUESTIONS = 1920, 4480, 400
+CAPTIONS, DIALOGUES, QUESTIONS, PAIRS = 1920, 4480, 400, 100
 TEXT_ONLY = 0.05  # share of dialogues with the picture in words, for the text-only samples of LLaVA's mix
 ENCODER_STEPS, LLM_STEPS = 1400, 240  # both take about the same time and run in parallel
 # Options of draw_scene. In "context", look-alikes can only be told apart by the rest of the scene; in "conjunction", by
@@ -59,6 +60,7 @@ def demo_assets(
     # spawn, since torch's threads do not survive a fork
     workers = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _one_thread)
     with atomic_directory(out, marker="questions.json") as partial, workers as pool:
+        pairs = pool.submit(_draw_pairs, partial / "pairs", max(16, round(PAIRS * scale)), seed, WORLDS[world])
         scenes = _draw_splits(pool, partial, sizes, seed, WORLDS[world])
         texts = {name: [SceneText.from_scene(scene) for scene in split] for name, split in scenes.items()}
         jobs = [
@@ -67,7 +69,7 @@ def demo_assets(
         ]
         _write_settings(partial / "segmentation")
         _write_conversations(partial, texts, scale, seed)
-        for job in jobs:
+        for job in (*jobs, pairs):
             job.result()
     print(f"{out}: " + ", ".join(f"{n} {split} pictures" for split, n in sizes.items()))
 
@@ -102,6 +104,15 @@ def _draw_chunk(out: Path, split: str, start: int, count: int, seed: int, world:
     return scenes
 
 
+def _draw_pairs(out: Path, count: int, seed: int, world: dict[str, float]) -> None:
+    rng = np.random.default_rng([seed, 12])
+    for i in range(count):
+        for split, scene in zip(("with", "without"), draw_pair(rng, **world), strict=True):
+            _save(scene.image, out / "images" / split / f"{i:05d}.png")
+            _save(scene.mask, out / "annotations" / split / f"{i:05d}.png")
+    _write_classes(out)
+
+
 def _encode_targets(surfaces: Surfaces) -> dict[str, np.ndarray]:
     """Return depth, normals and instances as stored in PNG files; 0 and black are no value."""
     depth, normals = np.nan_to_num(surfaces.depth()), surfaces.normals()
@@ -123,9 +134,13 @@ def _save(pixels: np.ndarray, path: Path) -> None:
 
 
 def _write_settings(folder: Path) -> None:
+    _write_classes(folder)
+    (folder / "targets.json").write_text(json.dumps({"depth_scale": DEPTH_SCALE}) + "\n")
+
+
+def _write_classes(folder: Path) -> None:
     classes = {"classes": CLASSES, "palette": PALETTE.tolist(), "ignore_index": 255, "reduce_zero_label": False}
     (folder / "classes.json").write_text(json.dumps(classes) + "\n")
-    (folder / "targets.json").write_text(json.dumps({"depth_scale": DEPTH_SCALE}) + "\n")
 
 
 def _train_encoder(scenes: list[Scene], out: Path, steps: int, seed: int) -> None:

@@ -80,21 +80,28 @@ class Canvas:
 
     Only calls with the name of a class change the surfaces. Each has a class, an object and a plane. Both are drawn at
     three times the final size. The picture is the mean of each 3 x 3 block, and its surface that of the centre.
+
+    Args:
+        hides_cues: Leave out the objects that are cues to what kind of scene it is.
     """
 
     SCALE = 3
 
-    def __init__(self) -> None:
+    def __init__(self, hides_cues: bool = False) -> None:
         side = self.SCALE * SIZE_PX
         self._picture, self._index = Image.new("RGB", (side, side)), Image.new("L", (side, side))
         self._pens = ImageDraw.Draw(self._picture), ImageDraw.Draw(self._index)
         # (class, object, plane): index. The first is that of an empty canvas; there are far fewer than 256.
         self._surfaces = {(0, 0, NOWHERE): 0}
         self._object = 0
+        self._hides_cues, self._draws = hides_cues, True
+        self.cues = 0  # number of them that were begun
 
-    def begin_object(self) -> None:
-        """Make what is drawn from here on another object."""
+    def begin_object(self, cue: bool = False) -> None:
+        """Make what is drawn from here on another object, which may be a cue."""
         self._object += 1
+        self.cues += cue
+        self._draws = not (cue and self._hides_cues)
 
     def polygon(self, quad: Quad, colour: Colour, name: str = "", points: Sequence[Point] = CORNERS) -> None:
         """Fill a polygon."""
@@ -125,6 +132,8 @@ class Canvas:
         return np.asarray(self._index)[self.SCALE // 2 :: self.SCALE, self.SCALE // 2 :: self.SCALE].copy()
 
     def _draw(self, tool: str, quad: Quad, points: Sequence[Point], colour: Colour, name: str, **options: int) -> None:
+        if not self._draws:
+            return
         # Pillow counts from pixel centres, truncates fractions, and requires sorted corners of an ellipse.
         scaled = [tuple(round(self.SCALE * c - 0.5) for c in quad.point_at(u, v)) for u, v in points]
         scaled = [tuple(map(min, *scaled)), tuple(map(max, *scaled))] if tool == "ellipse" else scaled

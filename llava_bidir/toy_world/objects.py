@@ -27,11 +27,15 @@ LEAVES = (
 
 
 class GroundObject(NamedTuple):
-    """An object on the ground. half_width is in units of an adult's height; at_wall places it next to a side wall."""
+    """An object on the ground, by default a cue.
+
+    half_width is in units of an adult's height; at_wall places it next to a side wall.
+    """
 
     draw: Callable[[Canvas, Quad, np.random.Generator], None]
     half_width: float
     at_wall: bool = False
+    cue: bool = True
 
 
 def draw_wall(canvas: Canvas, front: Quad, name: str, tint: float) -> None:
@@ -86,7 +90,7 @@ def draw_door(canvas: Canvas, frame: Quad, rng: np.random.Generator) -> None:
 
 def draw_picture(canvas: Canvas, frame: Quad, rng: np.random.Generator) -> None:
     """Draw a framed landscape: hills under a low sun."""
-    canvas.begin_object()
+    canvas.begin_object(cue=True)
     canvas.polygon(frame, BRASS, "picture")
     canvas.polygon(frame.part(0.1, 0.9, 0.1, 0.9), CREAM)
     scenery, sun = frame.part(0.2, 0.8, 0.2, 0.8), rng.uniform(0.2, 0.6)
@@ -98,6 +102,7 @@ def draw_picture(canvas: Canvas, frame: Quad, rng: np.random.Generator) -> None:
 
 def draw_moon(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
     """Draw the moon above the roofs. Its class is sky."""
+    canvas.begin_object(cue=True)
     x, roofs = camera.far_end.point_at(rng.uniform(0.1, 0.9), 0)
     size = rng.uniform(8, 11)
     disc = Quad.upright((x, max(4, roofs * rng.uniform(0.2, 0.5)) + size / 2), size, size)
@@ -108,7 +113,7 @@ def draw_moon(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
 
 def draw_hanging_lamp(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
     """Draw a lamp that hangs from the ceiling, where its shade would be as wide as that of a standing lamp."""
-    canvas.begin_object()
+    canvas.begin_object(cue=True)
     x, ceiling_end = camera.far_end.point_at(rng.uniform(0, 1), 0)
     y = max(18, ceiling_end * rng.uniform(0.8, 1.15))
     size = rng.uniform(24, 31)
@@ -137,15 +142,15 @@ def draw_on_ground(canvas: Canvas, camera: Camera, standing: list[GroundObject],
 
     Objects at a wall go to the left or right one. The others have a lane of their own in the middle.
     """
-    standing = standing + [GroundObject(draw_person, 0.2)] * int((rng.random(2) < (0.55, 0.35)).sum())
+    standing = standing + [GroundObject(draw_person, 0.2, cue=False)] * int((rng.random(2) < (0.55, 0.35)).sum())
     lanes = 0.12 + 0.76 * (rng.permutation(len(standing)) + rng.random(len(standing))) / max(1, len(standing))
     sizes = rng.uniform(27, 41, len(standing))
     for i in np.argsort(sizes):
         thing, size = standing[i], sizes[i]
         x, y = camera.ground_point(rng.integers(2) if thing.at_wall else lanes[i], size, thing.half_width * size)
         width = 2 * thing.half_width * size
+        canvas.begin_object(thing.cue)
         canvas.oval(Quad.upright((x, y + 0.1 * width), width, 0.2 * width), shade(GROUND, 0.66))
-        canvas.begin_object()
         thing.draw(canvas, Quad.upright((x, y), size * rng.choice((-1, 1)), size, Plane.facing(size)), rng)
 
 

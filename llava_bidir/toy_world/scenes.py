@@ -42,7 +42,8 @@ _ROWS, _COLUMNS = np.mgrid[:SIZE_PX, :SIZE_PX]
 class Scene:
     """A picture `uint8[H, W, 3]` and its mask `uint8[H, W]` of indices into CLASSES; `indoor` if it is a room.
 
-    The surfaces are those of what it looks like, also at night.
+    `cues` is the number of objects that tell rooms from streets. The surfaces are those of what it looks like, also at
+    night.
     """
 
     indoor: bool
@@ -50,27 +51,48 @@ class Scene:
     image: np.ndarray
     mask: np.ndarray
     surfaces: Surfaces
+    cues: int
 
 
-def draw_scene(rng: np.random.Generator, evidence: float = 0.1, nights: float = 0.0) -> Scene:
+def draw_scene(rng: np.random.Generator, evidence: float = 0.1, nights: float = 0.0, hides_cues: bool = False) -> Scene:
     """Draw a room or a street with equal probability.
 
     Args:
         rng: Random generator. The same state gives the same bytes.
         evidence: Mean of the grain in units of its standard deviation. At 0 there is no local evidence.
         nights: Share of scenes at night.
+        hides_cues: Leave out the objects that are cues. All else is drawn as with them.
     """
     looks_indoor = bool(rng.random() < 0.5)
     night = nights > 0 and bool(rng.random() < nights)
     indoor = looks_indoor != night
-    camera, canvas = sample_camera(rng), Canvas()
+    camera, canvas = sample_camera(rng), Canvas(hides_cues)
     (draw_room if looks_indoor else draw_street)(canvas, camera, rng)
     mask = np.array(PAIR_OF, np.uint8)[canvas.mask()] if night else canvas.mask()
     image = canvas.image() + sample_grain(mask, evidence if indoor else -evidence, rng)
     light = sample_light(camera, rng) * (np.float32(NIGHT) if night else 1)
     image = image * light + PIXEL_NOISE * rng.standard_normal(image.shape, np.float32)
     pixels = (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
-    return Scene(indoor, night, pixels, mask, canvas.surfaces(camera))
+    return Scene(indoor, night, pixels, mask, canvas.surfaces(camera), canvas.cues)
+
+
+def draw_pair(rng: np.random.Generator, **world: float) -> tuple[Scene, Scene]:
+    """Draw a scene with exactly one cue that can be seen, and the same scene without it.
+
+    Args:
+        rng: Random generator.
+        world: `evidence` and `nights` of :func:`draw_scene`.
+    """
+    while True:
+        start = rng.bit_generator.state
+        cued = draw_scene(rng, **world)
+        if cued.cues != 1:
+            continue
+        end, rng.bit_generator.state = rng.bit_generator.state, start
+        without = draw_scene(rng, **world, hides_cues=True)
+        rng.bit_generator.state = end
+        if (cued.image != without.image).any():
+            return cued, without
 
 
 def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:

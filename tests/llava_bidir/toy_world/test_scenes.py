@@ -6,7 +6,7 @@ import pytest
 from llava_bidir.toy_world import scenes
 from llava_bidir.toy_world.assets import WORLDS
 from llava_bidir.toy_world.canvas import CLASSES, PAIR_OF, PALETTE, SIZE_PX
-from llava_bidir.toy_world.scenes import Scene, draw_scene
+from llava_bidir.toy_world.scenes import Scene, draw_pair, draw_scene
 
 CEILING, SKY, WALL, BUILDING, FLOOR, ROAD, BED, CAR, LAMP, TREE, PICTURE, WINDOW, DOOR, PERSON = range(14)
 SURFACES = [(CEILING, SKY), (WALL, BUILDING), (FLOOR, ROAD)]
@@ -186,3 +186,28 @@ def test_every_patch_shows_the_light(with_nights):
         at_night, by_day = (blue[(surface == name) & (night == light)] for light in (True, False))
         threshold = (np.median(at_night) + np.median(by_day)) / 2
         assert ((blue > threshold) == night)[surface == name].mean() > 0.97, CLASSES[name]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_pairs_differ_in_one_cue_only(world):
+    """Where pixels differ, the mask of the scene shows a cue or its surroundings; all else is equal to the bit."""
+    rng, cues = np.random.default_rng(3), {CLASSES.index(name) for name in ("lamp", "picture", "bed", "tree", "car")}
+    seen = set()
+    for _ in range(40):
+        cued, without = draw_pair(rng, **WORLDS[world])
+        differs = (cued.image != without.image).any(-1)
+        assert 0 < differs.mean() < 0.5 and cued.cues == without.cues == 1 and cued.indoor == without.indoor
+        assert (cued.mask == without.mask)[~differs].all() and not cues & set(np.unique(without.mask))
+        shown = cues & set(np.unique(cued.mask[differs]))
+        assert len(shown) <= 1, "one cue; the moon has the class of the sky"
+        assert np.isin(cued.mask[~differs], list(cues)).sum() == 0
+        seen |= shown
+    assert len(seen) >= 4
+
+
+def test_a_pair_is_the_scene_that_is_drawn_alone():
+    drawn = draw_pair(np.random.default_rng(8))[0]
+    rng = np.random.default_rng(8)
+    scenes = (draw_scene(rng) for _ in range(100))
+    first = next(scene for scene in scenes if scene.cues == 1)
+    assert (first.image == drawn.image).all()

@@ -136,6 +136,19 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def upsample(maps: Tensor, size: tuple[int, int], view: GridPlacement | None = None) -> Tensor:
+    """Return maps f[..., h, w] on the grid as f[..., H, W] pixels, all at once.
+
+    Equals `F.interpolate(maps, size, mode="bilinear")`. `view` is the position of the grid on the pixels; None: the
+    grid covers them exactly.
+    """
+    view, like = view or GridPlacement.full(size), {"dtype": compute_dtype(maps), "device": maps.device}
+    rows = bilinear_weights(maps.shape[-2], size[0], view.rows, **like)
+    cols = bilinear_weights(maps.shape[-1], size[1], view.cols, **like)
+    with torch.autocast(maps.device.type, enabled=False):
+        return rows @ maps.to(rows.dtype) @ cols.T
+
+
 @torch.no_grad()
 def upsampled_argmax(logits: Tensor, size: tuple[int, int], view: GridPlacement | None = None) -> Tensor:
     """Return the predicted class per pixel, uint8[..., H, W], or int16 if K > 255, of finite logits f[..., K, h, w].

@@ -1,4 +1,4 @@
-"""Base class of segmentation datasets: how images and masks are read and checked, independent of the file layout.
+"""Base classes of datasets: how images and masks are read and checked, independent of the file layout.
 
 Pixels are read as stored. The EXIF orientation is ignored, because official masks match the stored pixels. A pair is
 rejected if the size of its mask suggests that the mask was drawn on the rotated image. Only the first frame of an
@@ -45,8 +45,72 @@ class EmbeddedFile(io.BytesIO):
 File = Path | EmbeddedFile
 
 
-class SegmentationDataset(Dataset):
-    """Images with masks: {"name": str, "image": PIL RGB, "target": uint8[H, W], 255 where ignored}.
+class ImageDataset(Dataset):
+    """Images with a target for each pixel: {"name": str, "image": PIL RGB, "target": array[H, W] or [H, W, channels]}.
+
+    A task is a subclass that reads a target, a layout a subclass of that one that lists the files.
+
+    Args:
+        files: {name: (image, target, ...)}, in the order of the dataset.
+        classes: Names of the K classes; none if targets are real numbers.
+        palette: One colour per class, or None.
+        groups: The cluster of each image (e.g. its city), or None.
+
+    Raises:
+        UserError: If palette or groups do not match the classes and files.
+        BadFile: On access, if an image or target is invalid.
+    """
+
+    task: str  # of the key data.task
+    parts: tuple[str, ...]  # names of the files of an image, in the identity of a run
+    target_name: str  # name of a target file in messages
+    official_size: int | None = None  # published number of images in this split
+
+    def __init__(
+        self,
+        files: dict[str, tuple[Path, ...]],
+        classes: list[str],
+        palette: list[list[int]] | None = None,
+        groups: list[str] | None = None,
+    ):
+        self.names, self._files = list(files), list(files.values())
+        self.classes, self.palette, self.groups = classes, palette, groups
+        layout = type(self).__name__
+        if palette is not None and len(palette) != len(classes):
+            raise UserError(f"{layout}: {len(palette)} colours in the palette for {len(classes)} classes")
+        if groups is not None and len(groups) != len(self.names):
+            raise UserError(f"{layout}: {len(groups)} groups for {len(self.names)} images")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict:
+        image_file, *target_files = self.files(index)
+        image = open_image(image_file)
+        target = self.read_target(image, image_file, *target_files)
+        return {"name": self.names[index], "image": read_rgb(image, image_file), "target": target}
+
+    def read_target(self, image: Image.Image, image_file: File, *target_files: File) -> ndarray:
+        """Return the target of an image, or raise a BadFile that names the file."""
+        raise NotImplementedError
+
+    def files(self, index: int) -> tuple[File, ...]:
+        """Return the files of an image and its target."""
+        return self._files[index]
+
+    def identity(self) -> dict[str, str]:
+        """Return what the split is: number and digest of its images and of their targets, by name and content."""
+        identity = {}
+        for i, part in enumerate(self.parts):
+            files = [group[i] for group in self._files]
+            folder = os.path.commonpath([file.parent for file in files])
+            digests = checksums(folder, [os.path.relpath(file, folder) for file in files])
+            identity[part] = describe([self.names, list(digests.values())], len(files))
+        return identity
+
+
+class SegmentationDataset(ImageDataset):
+    """Images with masks: targets are uint8[H, W], classes or 255 where ignored.
 
     A layout is a subclass that lists the files and defines the meaning of the labels.
 
@@ -58,11 +122,12 @@ class SegmentationDataset(Dataset):
         groups: The cluster of each image (e.g. its city), or None.
 
     Raises:
-        UserError: If lookup, palette or groups do not match the classes and files.
+        UserError: If lookup, palette or groups do not match the classes and files; a mismatch would silently score the
+            wrong classes.
         BadFile: On access, if an image or mask is invalid.
     """
 
-    official_size: int | None = None  # published number of images in this split
+    task, parts, target_name = "segmentation", ("images", "masks"), "mask"
 
     def __init__(
         self,
@@ -72,45 +137,20 @@ class SegmentationDataset(Dataset):
         palette: list[list[int]] | None = None,
         groups: list[str] | None = None,
     ):
-        self.names, self._files = list(files), list(files.values())
-        self.classes, self.palette, self.groups = classes, palette, groups
+        highest = lookup[lookup != IGNORE_INDEX].max()
+        if lookup.shape != (256,) or highest >= len(classes):
+            layout = type(self).__name__
+            raise UserError(
+                f"{layout}: the lookup contains class {highest}, but there are {len(classes)} classes, from 0"
+            )
+        super().__init__(files, classes, palette, groups)
         self._lookup = lookup
-        self._check()
 
-    def _check(self) -> None:
-        """Raise if classes, lookup table and palette disagree; a mismatch would silently score the wrong classes."""
-        layout, count = type(self).__name__, len(self.classes)
-        highest = self._lookup[self._lookup != IGNORE_INDEX].max()
-        if self._lookup.shape != (256,) or highest >= count:
-            raise UserError(f"{layout}: the lookup contains class {highest}, but there are {count} classes, from 0")
-        if self.palette is not None and len(self.palette) != count:
-            raise UserError(f"{layout}: {len(self.palette)} colours in the palette for {count} classes")
-        if self.groups is not None and len(self.groups) != len(self.names):
-            raise UserError(f"{layout}: {len(self.groups)} groups for {len(self.names)} images")
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> dict:
-        image_file, mask_file = self.files(index)
-        image, mask = open_image(image_file), open_image(mask_file, ("PNG",))
-        check_sizes(image, mask, image_file, mask_file)
-        target = read_labels(mask, mask_file, self._lookup, self.classes)
-        return {"name": self.names[index], "image": read_rgb(image, image_file), "target": target}
-
-    def files(self, index: int) -> tuple[File, File]:
-        """Return the files of an image and its mask."""
-        return self._files[index]
-
-    def identity(self) -> dict[str, str]:
-        """Return what the split is: number and digest of its images and masks, by name and content."""
-        identity = {}
-        for i, part in enumerate(("images", "masks")):
-            files = [pair[i] for pair in self._files]
-            folder = os.path.commonpath([file.parent for file in files])
-            digests = checksums(folder, [os.path.relpath(file, folder) for file in files])
-            identity[part] = describe([self.names, list(digests.values())], len(files))
-        return identity
+    def read_target(self, image: Image.Image, image_file: File, mask_file: File) -> ndarray:
+        """Return the class of each pixel, uint8[H, W], 255 where ignored, or raise a BadFile that names the file."""
+        mask = open_image(mask_file, ("PNG",))
+        check_sizes(image, mask.size, image_file, mask_file, self.target_name)
+        return read_labels(mask, mask_file, self._lookup, self.classes)
 
 
 def lookup(classes: int, first: int = 0, ignored: tuple[int, ...] = (IGNORE_INDEX,)) -> ndarray:
@@ -156,23 +196,33 @@ def read_rgb(image: Image.Image, file: File) -> Image.Image:
         raise BadFile(f"{file}: {error}", "cannot be read") from None
 
 
-def check_sizes(image: Image.Image, mask: Image.Image, image_file: File, mask_file: File) -> None:
-    """Raise a BadFile unless image and mask have the same size and an EXIF tag leaves no doubt about the rotation."""
+def check_sizes(
+    image: Image.Image, size: tuple[int, int], image_file: File, target_file: File, target_name: str = "mask"
+) -> None:
+    """Raise a BadFile unless image and target have the same size and an EXIF tag leaves no doubt about the rotation.
+
+    Args:
+        image: The decoded image.
+        size: Width and height of its target.
+        image_file: File of the image.
+        target_file: File of the target.
+        target_name: Name of the target in the message.
+    """
     orientation = _orientation(image)
     rotated = image.size[::-1] if orientation in range(5, 9) else image.size
-    if orientation in range(2, 9) and mask.size == rotated:
+    if orientation in range(2, 9) and size == rotated:
         evidence = "has the size of" if rotated != image.size else "may have been drawn on"
         raise BadFile(
-            f"{image_file} has EXIF orientation {orientation}, and its mask {mask_file} {evidence} the rotated image, "
-            "but pixels are read as stored; rotate the image (`mogrify -auto-orient`) if the mask matches the rotated "
-            "image, else remove the tag (`exiftool -Orientation=`)",
+            f"{image_file} has EXIF orientation {orientation}, and its {target_name} {target_file} {evidence} the "
+            "rotated image, but pixels are read as stored; rotate the image (`mogrify -auto-orient`) if the "
+            f"{target_name} matches the rotated image, else remove the tag (`exiftool -Orientation=`)",
             "EXIF orientation",
         )
-    if mask.size != image.size:
+    if size != image.size:
         raise BadFile(
-            f"{mask_file} is {mask.size[0]} x {mask.size[1]} px, its image {image_file} {image.size[0]} x "
-            f"{image.size[1]} px; expected the same size",
-            "image and mask of different size",
+            f"{target_file} is {size[0]} x {size[1]} px, its image {image_file} {image.size[0]} x {image.size[1]} px; "
+            "expected the same size",
+            f"image and {target_name} of different size",
         )
 
 

@@ -25,9 +25,10 @@ log = logging.getLogger(__name__)
 
 
 class PreprocessedDataset(Dataset):
-    """A segmentation dataset as tensors: {"index", "pixels": f[3, H', W'], "target": uint8[H, W]}.
+    """A dataset as tensors: {"index", "pixels": f[3, H', W'], "target": uint8[H, W]}.
 
-    Index `PAD_INDEX` returns an image whose pixels are all ignored.
+    Targets of other tasks are f32[H, W] (depth) or f32[H, W, 3] (normals). Index `PAD_INDEX` returns an image whose
+    pixels are all ignored, or NaN where targets are real numbers.
     """
 
     def __init__(self, dataset: Dataset, preprocess: Callable):
@@ -43,11 +44,15 @@ class PreprocessedDataset(Dataset):
 
 
 def _target(target: Tensor, index: int) -> Tensor:
-    return torch.full_like(target, IGNORE_INDEX) if index == PAD_INDEX else target
+    ignored = torch.nan if target.is_floating_point() else IGNORE_INDEX
+    return torch.full_like(target, ignored) if index == PAD_INDEX else target
 
 
 def collate(samples: list[dict]) -> dict:
-    """Return a batch: index i64[B], pixels f[B, 3, H', W'], target uint8[B, H, W] or a list if mask sizes differ."""
+    """Return a batch: index i64[B], pixels f[B, 3, H', W'], target uint8[B, H, W] or a list if mask sizes differ.
+
+    Targets of depth are f32[B, H, W], of normals f32[B, H, W, 3]. Targets keep the size of their image.
+    """
     return {
         "index": torch.tensor([sample["index"] for sample in samples]),
         "pixels": torch.stack([sample["pixels"] for sample in samples]),

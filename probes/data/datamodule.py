@@ -13,17 +13,18 @@ from torch.utils.data import DataLoader, Dataset
 from llava_bidir.common.errors import UserError
 
 from .batches import CachedFeatures, PreprocessedDataset, collate
-from .registry import DATASETS, open_dataset, split_identity
+from .registry import LAYOUTS, TASKS, open_dataset, split_identity
 from .samplers import TrainingBatches, validation_batches
 from .verify import find_bad_files, format_bad_files
 
 
 class SegmentationData(LightningDataModule):
-    """Training and validation images with masks.
+    """Training and validation images with masks, or with the targets of another task.
 
     Args:
         root: Folder of the dataset; for ade20k_hf also a hub id.
         dataset: Layout, see probes/data. folder: images, PNG masks, classes.json; ade20k_hf: ADE20K as parquet files.
+        task: Kind of targets, see probes/README.md: classes, metric depth, surface normals, or boundaries.
         options: Options of the layout, see its class, e.g. {"background": "class"} for voc2012.
         name: Name of the dataset in reports; None takes the name of the folder.
         batch_size: Images per batch over all devices; 64 in the paper.
@@ -35,7 +36,8 @@ class SegmentationData(LightningDataModule):
     def __init__(
         self,
         root: str,
-        dataset: Literal[*DATASETS] = "folder",
+        dataset: Literal[*LAYOUTS] = "folder",
+        task: Literal[*TASKS] = "segmentation",
         options: dict[str, Any] | None = None,
         name: str | None = None,
         batch_size: int = 64,
@@ -45,8 +47,8 @@ class SegmentationData(LightningDataModule):
     ):
         super().__init__()
         self.save_hyperparameters(logger=False)
-        self.splits = {split: open_dataset(dataset, root, split, options) for split in ("training", "validation")}
-        self.root, self.dataset, self.options = root, dataset, options or {}
+        self.splits = {split: open_dataset(dataset, root, split, options, task) for split in ("training", "validation")}
+        self.root, self.dataset, self.task, self.options = root, dataset, task, options or {}
         self.name = name or Path(root).resolve().name
         self.classes = self.splits["training"].classes
         self.num_classes = len(self.classes)
@@ -63,12 +65,12 @@ class SegmentationData(LightningDataModule):
         return math.ceil(len(self.splits["training"]) / self.batch_size)
 
     def identity(self) -> dict[str, str]:
-        """Return what the data is: classes, and names and contents of all images and masks."""
+        """Return what the data is: classes, and names and contents of all images and targets."""
         parts = [split_identity(split, dataset) for split, dataset in self.splits.items()]
         return {key: value for identity in parts for key, value in identity.items()}
 
     def setup(self, stage: str) -> None:
-        """Read every image and mask once before the model is loaded; each rank reads its share.
+        """Read every image and target once before the model is loaded; each rank reads its share.
 
         Raises:
             UserError: If some cannot be used; the message is the same on all ranks and names the files.

@@ -1,4 +1,4 @@
-"""Locate the folder of a dataset and pair its images with their masks."""
+"""Locate the folder of a dataset and pair its images with their targets."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -66,19 +66,21 @@ def _is_text(name: str) -> bool:
     return True
 
 
-def pair_files(images: dict[str, Path], masks: dict[str, Path], dataset: str) -> dict[str, tuple[Path, Path]]:
-    """Return {name: (image, mask)}.
+def pair_files(
+    images: dict[str, Path], targets: dict[str, Path], dataset: str, target_name: str = "mask"
+) -> dict[str, tuple[Path, Path]]:
+    """Return {name: (image, target)}.
 
     Raises:
-        UserError: If an image has no mask, a mask no image, or there are no images; names `dataset`.
+        UserError: If an image has no target, a target no image, or there are no images; names `dataset` and the target.
     """
-    for files, partners, kind in ((images, masks, "mask"), (masks, images, "image")):
+    for files, partners, kind in ((images, targets, target_name), (targets, images, "image")):
         unpaired = sorted(set(files) - set(partners))
         if unpaired:
             raise UserError(f"{dataset}: {len(unpaired)} files have no {kind}, e.g. {files[unpaired[0]]}")
     if not images:
         raise UserError(f"{dataset}: no images ({', '.join(IMAGE_SUFFIXES)})")
-    return {name: (image, masks[name]) for name, image in images.items()}
+    return {name: (image, targets[name]) for name, image in images.items()}
 
 
 def read_text(path: Path) -> str:

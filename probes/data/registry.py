@@ -1,6 +1,7 @@
 """Registry of dataset layouts. The options of a layout are the arguments of its class after `root` and `split`."""
 
 import inspect
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from llava_bidir.common.errors import UserError
@@ -8,9 +9,12 @@ from llava_bidir.common.identity import describe
 
 from .ade20k import ADE20K
 from .ade20k_hf import ADE20KOnHub
-from .base import SegmentationDataset
-from .cityscapes import Cityscapes
+from .base import ImageDataset, SegmentationDataset
+from .boundaries import ClassBoundaries
+from .cityscapes import Cityscapes, CityscapesDepth
 from .folder import FolderDataset
+from .folder_targets import FolderBoundaries, FolderDepth, FolderNormals
+from .nyuv2 import NYUv2Depth
 from .voc2012 import VOC2012
 
 DATASETS: dict[str, type[SegmentationDataset]] = {
@@ -20,41 +24,78 @@ DATASETS: dict[str, type[SegmentationDataset]] = {
     "voc2012": VOC2012,
     "cityscapes": Cityscapes,
 }
+TASK_DATASETS: dict[str, dict[str, type[ImageDataset]]] = {  # of the other tasks
+    "depth": {"folder": FolderDepth, "nyuv2": NYUv2Depth, "cityscapes": CityscapesDepth},
+    "normals": {"folder": FolderNormals},
+    "boundaries": {"folder": FolderBoundaries},  # other layouts: the boundaries of the class map
+}
+TASKS = ("segmentation", *TASK_DATASETS)
+LAYOUTS = tuple(dict.fromkeys([*DATASETS, *(name for layouts in TASK_DATASETS.values() for name in layouts)]))
 
 
-def register_dataset(name: str, cls: type[SegmentationDataset]) -> None:
+def register_dataset(name: str, cls: type[ImageDataset]) -> None:
     """Add a layout under a new name for `data.dataset`, from Python before a command runs.
 
     Args:
         name: Name of the layout.
-        cls: Subclass of SegmentationDataset; each argument after `root` and `split` is an option and needs a type.
+        cls: Subclass of SegmentationDataset, DepthDataset, NormalsDataset or InstanceBoundaries; each argument after
+            `root` and `split` is an option and needs a type.
 
     Raises:
-        UserError: If the name is taken, the class is not a SegmentationDataset, or an option has no type.
+        UserError: If the name is taken, the class is not of a task, or an option has no type.
     """
-    if name in DATASETS:
-        raise UserError(f"the dataset name {name!r} is taken by {DATASETS[name].__name__}; choose another name")
-    if not (isinstance(cls, type) and issubclass(cls, SegmentationDataset)):
-        raise UserError(f"dataset {name!r}: {cls!r} is not a subclass of SegmentationDataset")
+    if not (isinstance(cls, type) and issubclass(cls, ImageDataset) and getattr(cls, "task", None) in TASKS):
+        raise UserError(
+            f"dataset {name!r}: {cls!r} is not a subclass of SegmentationDataset or of another task's class"
+        )
+    layouts = _layouts(cls.task)
+    if name in layouts:
+        raise UserError(f"the dataset name {name!r} is taken by {layouts[name].__name__}; choose another name")
     _option_types(cls)
-    DATASETS[name] = cls
+    layouts[name] = cls
 
 
-def open_dataset(dataset: str, root: str, split: str, options: dict[str, Any] | None = None) -> SegmentationDataset:
-    """Return a split ("training", "validation") of a dataset in a registered layout.
+def open_dataset(
+    dataset: str, root: str, split: str, options: dict[str, Any] | None = None, task: str = "segmentation"
+) -> ImageDataset:
+    """Return a split of a dataset in a registered layout.
+
+    Args:
+        dataset: Name of the layout.
+        root: Folder of the dataset, or what else the layout takes.
+        split: "training" or "validation".
+        options: Options of the layout.
+        task: Kind of targets, one of `TASKS`.
 
     Raises:
-        UserError: If the layout or an option is unknown, or the files do not match the layout.
+        UserError: If the task, the layout or an option is unknown, or the files do not match the layout.
     """
-    if dataset not in DATASETS:
-        raise UserError(f"unknown data.dataset {dataset!r}; expected one of {', '.join(DATASETS)}")
-    layout = DATASETS[dataset]
+    if task not in TASKS:
+        raise UserError(f"unknown data.task {task!r}; expected one of {', '.join(TASKS)}")
+    if task == "boundaries" and dataset in DATASETS and not _has_instances(dataset, root):
+        return ClassBoundaries(open_dataset(dataset, root, split, options))
+    layouts = _layouts(task)
+    if dataset not in layouts:
+        problem = (
+            f"data.dataset {dataset!r} has no {task}" if dataset in LAYOUTS else f"unknown data.dataset {dataset!r}"
+        )
+        raise UserError(f"{problem}; expected one of {', '.join(layouts)}")
+    layout = layouts[dataset]
     _check_options(layout, dataset, options or {})
     return layout(root, split, **(options or {}))
 
 
-def split_identity(split: str, dataset: SegmentationDataset) -> dict[str, str]:
-    """Return what a split is, see `common/identity.py`: its classes, images and masks by content."""
+def _layouts(task: str) -> dict[str, type[ImageDataset]]:
+    return DATASETS if task == "segmentation" else TASK_DATASETS[task]
+
+
+def _has_instances(dataset: str, root: str) -> bool:
+    """Return whether boundaries are those of instances; a folder dataset may have them."""
+    return dataset in TASK_DATASETS["boundaries"] and (dataset != "folder" or (Path(root) / "instances").is_dir())
+
+
+def split_identity(split: str, dataset: ImageDataset) -> dict[str, str]:
+    """Return what a split is, see `common/identity.py`: its classes, images and targets by content."""
     parts = {f"{split}_{part}": value for part, value in dataset.identity().items()}
     return {"classes": describe(dataset.classes, len(dataset.classes)), **parts}
 

@@ -1,4 +1,4 @@
-"""Read every image and mask before a model is loaded, to find bad files in seconds instead of after GPU hours."""
+"""Read every image and target before a model is loaded, to find bad files in seconds instead of after GPU hours."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .base import BadFile, SegmentationDataset
+from .base import BadFile, ImageDataset
 
 BATCH_SIZE = 16
 FILES_PER_KIND = 3  # in the error message
@@ -15,7 +15,7 @@ FILES_PER_KIND = 3  # in the error message
 class _PairDefects(Dataset):
     """The defect (kind, message) of each pair, or None; pairs are decoded as in training."""
 
-    def __init__(self, dataset: SegmentationDataset):
+    def __init__(self, dataset: ImageDataset):
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -30,7 +30,7 @@ class _PairDefects(Dataset):
 
 
 def find_bad_files(
-    dataset: SegmentationDataset, name: str, indices: Iterable[int], workers: int, progress: bool = True
+    dataset: ImageDataset, name: str, indices: Iterable[int], workers: int, progress: bool = True
 ) -> list[tuple[str, str]]:
     """Return (kind, message) of each pair that cannot be used.
 

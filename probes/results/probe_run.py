@@ -244,7 +244,8 @@ class ProbeRun:
             UserError: If its images or masks are not those of the run any more.
         """
         data = self.manifest["data"]
-        dataset = open_dataset(data["dataset"], data["root"], split, data.get("options"))
+        task = data.get("task", "segmentation")
+        dataset = open_dataset(data["dataset"], data["root"], split, data.get("options"), task)
         self._check_unchanged("data", lambda: split_identity(split, dataset))
         return dataset
 

@@ -135,6 +135,7 @@ def manifest(module, data) -> Manifest:
         data={
             "root": _absolute(data.root),
             "dataset": data.dataset,
+            "task": data.task,
             "options": data.options,
             "fingerprint": describe(module.identity["data"]),
         },

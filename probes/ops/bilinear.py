@@ -136,15 +136,16 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def upsample(maps: Tensor, size: tuple[int, int], view: GridPlacement | None = None) -> Tensor:
-    """Return maps f[..., h, w] on the grid as f[..., H, W] pixels, all at once.
+def upsample(maps: Tensor, size: tuple[int, int], view: GridPlacement | None = None, stride: int = 1) -> Tensor:
+    """Return maps f[..., h, w] on the grid as pixels f[..., H, W], all at once; differentiable.
 
     Equals `F.interpolate(maps, size, mode="bilinear")`. `view` is the position of the grid on the pixels; None: the
-    grid covers them exactly.
+    grid covers them exactly. `stride` > 1 returns every stride-th pixel row and column only, from `stride // 2` on.
     """
-    view, like = view or GridPlacement.full(size), {"dtype": compute_dtype(maps), "device": maps.device}
-    rows = bilinear_weights(maps.shape[-2], size[0], view.rows, **like)
-    cols = bilinear_weights(maps.shape[-1], size[1], view.cols, **like)
+    view, pixels = view or GridPlacement.full(size), slice(stride // 2, None, stride)
+    like = {"dtype": compute_dtype(maps), "device": maps.device}
+    rows = bilinear_weights(maps.shape[-2], size[0], view.rows, **like)[pixels]
+    cols = bilinear_weights(maps.shape[-1], size[1], view.cols, **like)[pixels]
     with torch.autocast(maps.device.type, enabled=False):
         return rows @ maps.to(rows.dtype) @ cols.T
 

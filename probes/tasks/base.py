@@ -59,15 +59,19 @@ class Task(ABC):
 
         Args:
             prediction: f[P, n] or f[P, n, 3].
-            target: f[n] or f[n, 3], n > 0.
+            target: The truth at these pixels, f[n] or f[n, 3], n > 0.
         """
 
     @abstractmethod
     def colorize(self, prediction: np.ndarray) -> np.ndarray:
         """Return a map of the prediction, uint8[H, W, 3]."""
 
+    def truth(self, target: Tensor) -> Tensor:
+        """Return targets in the format of predictions, f[B, H, W] or f[B, H, W, 3]; most are read in it."""
+        return target
+
     def valid(self, target: Tensor) -> Tensor:
-        """Return which pixels have a value, bool[..., H, W]."""
+        """Return which pixels have a value, bool[B, H, W]."""
         return self.values(target).isfinite().all(-1)
 
     def image_sums(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -77,11 +81,11 @@ class Task(ABC):
             prediction: f[P, H, W] or f[P, H, W, 3].
             target: [H, W] or [H, W, 3].
         """
-        valid = self.valid(target)
+        valid = self.valid(target[None])[0]
         sums = prediction.new_zeros(len(prediction), 1 + len(self.scores))
         if valid.any():
             sums[:, 0] = 1
-            sums[:, 1:] = self.image_scores(prediction[:, valid], target[valid])
+            sums[:, 1:] = self.image_scores(prediction[:, valid], self.truth(target[None])[0][valid])
         return sums
 
     def dataset_scores(self, sums: Tensor) -> dict[str, Tensor]:

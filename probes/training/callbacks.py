@@ -42,7 +42,7 @@ class ShowMaps(Callback):
             else:
                 maps = colorize(upsampled_argmax(logits, size, view).cpu().numpy(), palette)
             board.add_images(f"maps/{site}", maps, step, dataformats="NHWC")
-        truth = colorize_all(task, target) if task else colorize(target.cpu().numpy(), palette)
+        truth = colorize_all(task, task.truth(target)) if task else colorize(target.cpu().numpy(), palette)
         board.add_images("maps/truth", truth, step, dataformats="NHWC")
 
 

@@ -1,4 +1,4 @@
-"""`probes solve` and `probes fit` of depth and normals end to end: scores, the closed form, files, resume, refusals."""
+"""`probes solve` and `probes fit` of other tasks end to end: scores, the closed form, files, resume, refusals."""
 
 import json
 import shutil
@@ -57,9 +57,9 @@ def arguments(command, task, checkpoint, root, out, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def runs(checkpoints, root, tmp_path_factory) -> dict[str, TaskRun]:
     runs = {}
-    for task in TASKS:
+    for task in (*TASKS, "boundaries"):
         out = tmp_path_factory.mktemp(task)
-        main(arguments("solve", task, checkpoints["causal"], root, out))
+        main(arguments("solve", task, checkpoints["causal"], root, out, "--passes", "1"))
         runs[task] = TaskRun(out)
     return runs
 
@@ -159,6 +159,31 @@ def test_files_and_path(task, runs):
     layers = {s["site"]: s[score] for s in run.metrics["sites"] if s["site"].startswith("layer_")}
     assert summary["peak_llm"] == best(layers.values()) == layers[summary["peak_site"]]
     assert summary["recovery"] == pytest.approx(run.task.sign * (summary["peak_llm"] - summary["adapter"]))
+
+
+def test_boundary_scores_equal_numpy_on_the_saved_probabilities(runs):
+    """At 24 x 20 pixels the tolerance is below one pixel, so that right pixels are those of the target."""
+    run = runs["boundaries"]
+    dataset = run.dataset()
+    truth = np.concatenate([dataset[i]["target"].ravel() for i in range(len(dataset))])
+    for site in run.metrics["sites"]:
+        files = sorted((run.path / "predictions" / site["site"]).glob("*.npy"))
+        probability = np.concatenate([np.load(file).ravel() for file in files])
+        best = area = before = 0.0
+        for step in range(99, 0, -1):
+            predicted = (probability >= np.float32(step / 100)) & (truth != 255)
+            right = (predicted & (truth == 1)).sum()
+            precision, recall = right / max(predicted.sum(), 1), right / (truth == 1).sum()
+            best = max(best, 2 * precision * recall / max(precision + recall, 1e-12))
+            area, before = area + precision * (recall - before), recall
+        assert site["f"] == pytest.approx(best, abs=1e-3) and site["ap"] == pytest.approx(area, abs=1e-3)
+
+
+def test_boundaries_are_solved_as_two_classes(runs):
+    path = runs["boundaries"].metrics["path"]["closed_form"]
+    assert runs["boundaries"].path_sums("closed_form").shape == (3, 6, 5, 3 * 99 + 1)
+    for entry in path["sites"]:
+        assert 0 < min(entry["cv_loss"]) and len(entry["f"]) == len(entry["ap"]) == 3
 
 
 def test_strength_1_predicts_the_mean_target(runs, root):

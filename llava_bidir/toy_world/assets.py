@@ -1,6 +1,7 @@
 """`llava-bidir demo-assets`: draw the toy world, train its tiny encoder and LLM, and write all of it to disk.
 
 OUT/segmentation/{images,annotations}/{training,validation}/*.png, classes.json    ADE20K's folder layout
+OUT/segmentation/{depth,normals,instances}/{training,validation}/*.png, targets.json    targets of the other tasks
 OUT/llava/*.png                                                                    images of the conversations
 OUT/captions.json, dialogues.json, questions.json                                  LLaVA's JSON
 OUT/encoder/, OUT/llm/                                                             Hugging Face directories
@@ -24,6 +25,7 @@ from . import tiny_models
 from .canvas import CLASSES, PALETTE
 from .dialogues import SceneText, build_dialogue, find_regions, format_turns, prepend_picture, swap_names
 from .scenes import Scene, draw_scene
+from .surfaces import Surfaces
 
 PICTURES = {"llava": 3000, "training": 1000, "validation": 600}
 CAPTIONS, DIALOGUES, QUESTIONS = 1920, 4480, 400
@@ -37,6 +39,7 @@ WORLDS = {
     "null": {"evidence": 3.0},
 }
 CHUNK = 100
+DEPTH_SCALE = 0.001  # metres per unit of a depth map: millimetres, as in NYUv2
 
 
 def demo_assets(
@@ -62,7 +65,7 @@ def demo_assets(
             pool.submit(_train_encoder, scenes["llava"], partial / "encoder", round(ENCODER_STEPS * scale), seed),
             pool.submit(_train_llm, texts["llava"], partial / "llm", round(LLM_STEPS * scale), seed, swapped_names),
         ]
-        _write_classes(partial / "segmentation/classes.json")
+        _write_settings(partial / "segmentation")
         _write_conversations(partial, texts, scale, seed)
         for job in jobs:
             job.result()
@@ -94,8 +97,20 @@ def _draw_chunk(out: Path, split: str, start: int, count: int, seed: int, world:
     for i, scene in enumerate(scenes, start):
         _save(scene.image, out / _image_path(split, i))
         if split != "llava":
-            _save(scene.mask, out / "segmentation/annotations" / split / f"{i:05d}.png")
+            for kind, pixels in (("annotations", scene.mask), *_encode_targets(scene.surfaces).items()):
+                _save(pixels, out / "segmentation" / kind / split / f"{i:05d}.png")
     return scenes
+
+
+def _encode_targets(surfaces: Surfaces) -> dict[str, np.ndarray]:
+    """Return depth, normals and instances as stored in PNG files; 0 and black are no value."""
+    depth, normals = np.nan_to_num(surfaces.depth()), surfaces.normals()
+    rounded = np.where(np.isnan(normals), 0, (normals + 1) * 127.5 + 0.5)  # from -1..1 to 0..255
+    return {
+        "depth": (depth / DEPTH_SCALE + 0.5).astype(np.uint16),
+        "normals": rounded.astype(np.uint8),
+        "instances": surfaces.instance_ids(),
+    }
 
 
 def _image_path(split: str, index: int) -> str:
@@ -107,9 +122,10 @@ def _save(pixels: np.ndarray, path: Path) -> None:
     Image.fromarray(pixels).save(path, compress_level=1)
 
 
-def _write_classes(path: Path) -> None:
-    content = {"classes": CLASSES, "palette": PALETTE.tolist(), "ignore_index": 255, "reduce_zero_label": False}
-    path.write_text(json.dumps(content) + "\n")
+def _write_settings(folder: Path) -> None:
+    classes = {"classes": CLASSES, "palette": PALETTE.tolist(), "ignore_index": 255, "reduce_zero_label": False}
+    (folder / "classes.json").write_text(json.dumps(classes) + "\n")
+    (folder / "targets.json").write_text(json.dumps({"depth_scale": DEPTH_SCALE}) + "\n")
 
 
 def _train_encoder(scenes: list[Scene], out: Path, steps: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Draw a picture and its class mask with the same calls, in one-point perspective.
+"""Draw a picture and what its pixels show with the same calls, in one-point perspective.
 
 Coordinates are pixels of the final picture, x to the right and y down. Pixel (0, 0) covers [0, 1) x [0, 1).
 Shapes: H = W = 96.
@@ -7,10 +7,12 @@ Shapes: H = W = 96.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from .surfaces import NOWHERE, Plane, Surfaces
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]
@@ -29,18 +31,22 @@ PALETTE = np.array([
 
 @dataclass(frozen=True)
 class Quad:
-    """A rectangle in perspective with coordinates u (left to right) and v (top to bottom), both 0..1."""
+    """A rectangle in perspective with coordinates u (left to right) and v (top to bottom), both 0..1.
+
+    What is drawn in it is at the depth of `plane`.
+    """
 
     top_left: Point
     top_right: Point
     bottom_right: Point
     bottom_left: Point
+    plane: Plane = NOWHERE
 
     @classmethod
-    def upright(cls, foot: Point, width: float, height: float) -> Quad:
+    def upright(cls, foot: Point, width: float, height: float, plane: Plane = NOWHERE) -> Quad:
         """Return an upright rectangle on `foot`, the middle of its lower edge. A negative width mirrors its content."""
         (x, y), half = foot, width / 2
-        return cls((x - half, y - height), (x + half, y - height), (x + half, y), (x - half, y))
+        return cls((x - half, y - height), (x + half, y - height), (x + half, y), (x - half, y), plane)
 
     def point_at(self, u: float, v: float) -> Point:
         """Return the pixel coordinates of (u, v)."""
@@ -50,7 +56,8 @@ class Quad:
 
     def part(self, u0: float, u1: float, v0: float, v1: float) -> Quad:
         """Return the part of the rectangle between two values of u and two of v."""
-        return Quad(self.point_at(u0, v0), self.point_at(u1, v0), self.point_at(u1, v1), self.point_at(u0, v1))
+        corners = self.point_at(u0, v0), self.point_at(u1, v0), self.point_at(u1, v1), self.point_at(u0, v1)
+        return Quad(*corners, self.plane)
 
     @property
     def width(self) -> float:
@@ -69,17 +76,25 @@ ROUNDED = ((0.1, 0), (0.9, 0), (1, 0.2), (1, 0.8), (0.9, 1), (0.1, 1), (0, 0.8),
 
 
 class Canvas:
-    """A picture and its mask, drawn by the same calls in coordinates of a quad. Only calls with a name change the mask.
+    """A picture and its surfaces, drawn by the same calls in coordinates of a quad.
 
-    Both are drawn at three times the final size. The picture is the mean of each 3 x 3 block, the mask its centre.
+    Only calls with the name of a class change the surfaces. Each has a class, an object and a plane. Both are drawn at
+    three times the final size. The picture is the mean of each 3 x 3 block, and its surface that of the centre.
     """
 
     SCALE = 3
 
     def __init__(self) -> None:
         side = self.SCALE * SIZE_PX
-        self._picture, self._classes = Image.new("RGB", (side, side)), Image.new("L", (side, side))
-        self._pens = ImageDraw.Draw(self._picture), ImageDraw.Draw(self._classes)
+        self._picture, self._index = Image.new("RGB", (side, side)), Image.new("L", (side, side))
+        self._pens = ImageDraw.Draw(self._picture), ImageDraw.Draw(self._index)
+        # (class, object, plane): index. The first is that of an empty canvas; there are far fewer than 256.
+        self._surfaces = {(0, 0, NOWHERE): 0}
+        self._object = 0
+
+    def begin_object(self) -> None:
+        """Make what is drawn from here on another object."""
+        self._object += 1
 
     def polygon(self, quad: Quad, colour: Colour, name: str = "", points: Sequence[Point] = CORNERS) -> None:
         """Fill a polygon."""
@@ -99,7 +114,15 @@ class Canvas:
 
     def mask(self) -> np.ndarray:
         """Return the classes as `uint8[H, W]`."""
-        return np.asarray(self._classes)[self.SCALE // 2 :: self.SCALE, self.SCALE // 2 :: self.SCALE].copy()
+        return np.array([label for label, _, _ in self._surfaces], np.uint8)[self._centres()]
+
+    def surfaces(self, camera: Camera) -> Surfaces:
+        """Return what each pixel shows."""
+        _, objects, planes = zip(*self._surfaces, strict=True)
+        return Surfaces(self._centres(), np.array(planes), np.array(objects, np.uint8), camera.eye)
+
+    def _centres(self) -> np.ndarray:
+        return np.asarray(self._index)[self.SCALE // 2 :: self.SCALE, self.SCALE // 2 :: self.SCALE].copy()
 
     def _draw(self, tool: str, quad: Quad, points: Sequence[Point], colour: Colour, name: str, **options: int) -> None:
         # Pillow counts from pixel centres, truncates fractions, and requires sorted corners of an ellipse.
@@ -107,7 +130,9 @@ class Canvas:
         scaled = [tuple(map(min, *scaled)), tuple(map(max, *scaled))] if tool == "ellipse" else scaled
         getattr(self._pens[0], tool)(scaled, fill=colour, **options)
         if name:
-            getattr(self._pens[1], tool)(scaled, fill=CLASSES.index(name), **options)
+            surface = CLASSES.index(name), self._object, quad.plane
+            index = self._surfaces.setdefault(surface, len(self._surfaces))
+            getattr(self._pens[1], tool)(scaled, fill=index, **options)
 
 
 def shade(colour: Colour, factor: float) -> Colour:
@@ -127,10 +152,30 @@ class Camera:
         (x, y), (eye_x, eye_y) = point, self.eye
         return eye_x + scale * (x - eye_x), eye_y + scale * (y - eye_y)
 
+    @property
+    def far_adult_px(self) -> float:
+        """Height of an adult at the far end, which is the height of the eye above the ground there."""
+        return self.far_end.bottom_left[1] - self.eye[1]
+
+    def level_plane(self, y: float, adult_px: float) -> Plane:
+        """Return the plane parallel to the ground through row y where adults are that tall."""
+        slope = adult_px / (y - self.eye[1])
+        return Plane(0, slope, -slope * self.eye[1])
+
+    def side_plane(self, x: float, adult_px: float) -> Plane:
+        """Return the plane parallel to the side walls through column x where adults are that tall."""
+        slope = adult_px / (x - self.eye[0])
+        return Plane(slope, 0, -slope * self.eye[0])
+
+    def ceiling(self) -> Quad:
+        """Return the complete picture at the depth of the ceiling."""
+        return replace(FULL_FRAME, plane=self.level_plane(self.far_end.top_left[1], self.far_adult_px))
+
     def ground(self) -> Quad:
         """Return the ground from the far end to below the picture."""
         left, right = self.far_end.bottom_left, self.far_end.bottom_right
-        return Quad(left, right, self.scale_depth(right, 7), self.scale_depth(left, 7))
+        plane = self.level_plane(left[1], self.far_adult_px)
+        return Quad(left, right, self.scale_depth(right, 7), self.scale_depth(left, 7), plane)
 
     def walls(self) -> tuple[Quad, Quad, Quad]:
         """Return the visible parts of the left wall, the far end and the right wall."""
@@ -138,8 +183,10 @@ class Camera:
         to_left, to_right = x / (x - far.top_left[0]), (SIZE_PX - x) / (far.top_right[0] - x)
         outer_left = self.scale_depth(far.top_left, to_left), self.scale_depth(far.bottom_left, to_left)
         outer_right = self.scale_depth(far.top_right, to_right), self.scale_depth(far.bottom_right, to_right)
-        left = Quad(outer_left[0], far.top_left, far.bottom_left, outer_left[1])
-        return left, far, Quad(far.top_right, outer_right[0], outer_right[1], far.bottom_right)
+        planes = [self.side_plane(corner[0], self.far_adult_px) for corner in (far.top_left, far.top_right)]
+        left = Quad(outer_left[0], far.top_left, far.bottom_left, outer_left[1], planes[0])
+        right = Quad(far.top_right, outer_right[0], outer_right[1], far.bottom_right, planes[1])
+        return left, replace(far, plane=Plane.facing(self.far_adult_px)), right
 
     def ground_point(self, across: float, height_px: float, margin_px: float) -> Point:
         """Return a point on the ground.
@@ -149,7 +196,7 @@ class Camera:
             height_px: Height of the eye above the point, which is the height of an adult there.
             margin_px: Distance to keep from the walls and from the edge of the picture.
         """
-        scale = height_px / (self.far_end.bottom_left[1] - self.eye[1])
+        scale = height_px / self.far_adult_px
         left = max(0, self.scale_depth(self.far_end.bottom_left, scale)[0]) + margin_px
         right = min(SIZE_PX, self.scale_depth(self.far_end.bottom_right, scale)[0]) - margin_px
         return left + across * (right - left), self.eye[1] + height_px

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .canvas import CORNERS, ROUNDED, Camera, Canvas, Point, Quad, shade
+from .surfaces import Plane
 
 # Paired surfaces: both classes of a pair share a colour.
 TOP, SIDE, GROUND, BODY = (136, 148, 184), (184, 148, 124), (116, 104, 108), (190, 78, 74)
@@ -16,6 +17,7 @@ CREAM, LINEN, BRASS, WALNUT, INK = (226, 214, 194), (246, 240, 228), (206, 164, 
 LIT, DARK = (246, 204, 112), (92, 128, 178)  # window panes, with the same probability in rooms and streets
 SHIRTS = ((206, 104, 58), (52, 128, 138), (172, 156, 68), (120, 92, 158))
 SKINS, HAIRS = ((226, 178, 146), (168, 116, 84), (122, 80, 58)), ((58, 40, 34), (126, 82, 46), (34, 32, 38))
+SHADE_WIDTH = 0.65, 0.75  # of a lamp, in units of an adult's height
 HILLS = ((92, 132, 92), (70, 104, 132), (150, 96, 92))
 # Discs of a tree's crown, back to front: u, v, radius, brightness.
 LEAVES = (
@@ -41,6 +43,7 @@ def draw_wall(canvas: Canvas, front: Quad, name: str, tint: float) -> None:
 
 def draw_house(canvas: Canvas, front: Quad, tint: float, rng: np.random.Generator) -> None:
     """Draw a house of two storeys with windows and at random a gable and a door."""
+    canvas.begin_object()
     tint *= rng.uniform(0.96, 1.04)
     if rng.random() < 0.5:
         gable = [(0, 0), (0.5, -0.18), (1, 0)]
@@ -61,6 +64,7 @@ def draw_house(canvas: Canvas, front: Quad, tint: float, rng: np.random.Generato
 
 def draw_window(canvas: Canvas, frame: Quad, rng: np.random.Generator) -> None:
     """Draw a window, lit or dark."""
+    canvas.begin_object()
     glass = LIT if rng.random() < 0.5 else DARK
     canvas.polygon(frame, CREAM, "window")
     canvas.polygon(frame.part(0.12, 0.88, 0.1, 0.9), glass)
@@ -71,6 +75,7 @@ def draw_window(canvas: Canvas, frame: Quad, rng: np.random.Generator) -> None:
 
 def draw_door(canvas: Canvas, frame: Quad, rng: np.random.Generator) -> None:
     """Draw a door with its handle on either side."""
+    canvas.begin_object()
     canvas.polygon(frame, CREAM, "door")
     canvas.polygon(frame.part(0.1, 0.9, 0.06, 1), WALNUT)
     for top, bottom in ((0.14, 0.48), (0.58, 0.92)):
@@ -81,6 +86,7 @@ def draw_door(canvas: Canvas, frame: Quad, rng: np.random.Generator) -> None:
 
 def draw_picture(canvas: Canvas, frame: Quad, rng: np.random.Generator) -> None:
     """Draw a framed landscape: hills under a low sun."""
+    canvas.begin_object()
     canvas.polygon(frame, BRASS, "picture")
     canvas.polygon(frame.part(0.1, 0.9, 0.1, 0.9), CREAM)
     scenery, sun = frame.part(0.2, 0.8, 0.2, 0.8), rng.uniform(0.2, 0.6)
@@ -101,23 +107,26 @@ def draw_moon(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
 
 
 def draw_hanging_lamp(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
-    """Draw a lamp that hangs from the ceiling."""
+    """Draw a lamp that hangs from the ceiling, where its shade would be as wide as that of a standing lamp."""
+    canvas.begin_object()
     x, ceiling_end = camera.far_end.point_at(rng.uniform(0, 1), 0)
     y = max(18, ceiling_end * rng.uniform(0.8, 1.15))
-    canvas.line(Quad((x, 0), (x, 0), (x, y), (x, y)), INK, [(0, 0), (0, 0.6)], 3, "lamp")
-    draw_lamp_shade(canvas, (x, y), rng.uniform(24, 31))
+    size = rng.uniform(24, 31)
+    plane = Plane.facing(size / np.mean(SHADE_WIDTH))
+    canvas.line(Quad((x, 0), (x, 0), (x, y), (x, y), plane), INK, [(0, 0), (0, 0.6)], 3, "lamp")
+    draw_lamp_shade(canvas, (x, y), size, plane)
 
 
 def draw_standing_lamp(canvas: Canvas, place: Quad, rng: np.random.Generator) -> None:
     """Draw a lamp on a stand."""
     canvas.oval(place.part(0.37, 0.63, 0.95, 1.03), INK, "lamp")
     canvas.line(place, INK, [(0.5, 0.98), (0.5, 0.1)], 4, "lamp")
-    draw_lamp_shade(canvas, place.point_at(0.5, 0.2), place.height * rng.uniform(0.65, 0.75))
+    draw_lamp_shade(canvas, place.point_at(0.5, 0.2), place.height * rng.uniform(*SHADE_WIDTH), place.plane)
 
 
-def draw_lamp_shade(canvas: Canvas, rim: Point, size: float) -> None:
+def draw_lamp_shade(canvas: Canvas, rim: Point, size: float, plane: Plane) -> None:
     """Draw a lamp shade and its bulb. `rim` is the middle of the lower edge."""
-    place = Quad.upright(rim, size, 0.56 * size)
+    place = Quad.upright(rim, size, 0.56 * size, plane)
     canvas.oval(place.part(0.31, 0.69, 0.66, 1.3), (255, 246, 214), "lamp")
     canvas.polygon(place, (236, 178, 72), "lamp", [(0.3, 0), (0.7, 0), (1, 1), (0, 1)])
     canvas.polygon(place, (248, 208, 110), points=[(0.3, 0), (0.5, 0), (0.5, 1), (0, 1)])
@@ -136,7 +145,8 @@ def draw_on_ground(canvas: Canvas, camera: Camera, standing: list[GroundObject],
         x, y = camera.ground_point(rng.integers(2) if thing.at_wall else lanes[i], size, thing.half_width * size)
         width = 2 * thing.half_width * size
         canvas.oval(Quad.upright((x, y + 0.1 * width), width, 0.2 * width), shade(GROUND, 0.66))
-        thing.draw(canvas, Quad.upright((x, y), size * rng.choice((-1, 1)), size), rng)
+        canvas.begin_object()
+        thing.draw(canvas, Quad.upright((x, y), size * rng.choice((-1, 1)), size, Plane.facing(size)), rng)
 
 
 def draw_person(canvas: Canvas, place: Quad, rng: np.random.Generator) -> None:
@@ -158,12 +168,15 @@ def draw_bed(camera: Camera, canvas: Canvas, place: Quad, rng: np.random.Generat
     """Draw a bed seen from its foot: headboard, mattress, two pillows and a blanket."""
     depth = rng.uniform(0.62, 0.72)
     front = place.part(0, 1, 0.62, 1)
-    head = Quad(*(camera.scale_depth(front.point_at(u, v), depth) for u, v in CORNERS))
-    top = Quad(head.top_left, head.top_right, front.top_right, front.top_left)
+    corners = (camera.scale_depth(front.point_at(u, v), depth) for u, v in CORNERS)
+    head = Quad(*corners, Plane.facing(depth * place.height))
+    top_plane = camera.level_plane(front.top_left[1], place.height)
+    top = Quad(head.top_left, head.top_right, front.top_right, front.top_left, top_plane)
     canvas.polygon(head.part(-0.04, 1.04, -1.1, 1), WALNUT, "bed")
     canvas.polygon(head.part(0.06, 0.94, -0.85, 0), shade(WALNUT, 1.3))
     for u in (0, 1):
-        side = Quad(head.point_at(u, 0), front.point_at(u, 0), front.point_at(u, 1), head.point_at(u, 1))
+        plane = camera.side_plane(front.point_at(u, 0)[0], place.height)
+        side = Quad(head.point_at(u, 0), front.point_at(u, 0), front.point_at(u, 1), head.point_at(u, 1), plane)
         canvas.polygon(side, shade(BODY, 0.72), "bed")
     canvas.polygon(top, CREAM, "bed")
     for u in (0.06, 0.53):

@@ -27,6 +27,7 @@ from PIL import Image
 from . import objects
 from .canvas import CLASSES, FULL_FRAME, PAIR_OF, SIZE_PX, Camera, Canvas, Quad, sample_camera, shade
 from .objects import GROUND, TOP, GroundObject
+from .surfaces import Surfaces
 
 # One 4 x 4 texture per pair. Rows and columns sum to zero, so that edges and shading do not correlate with it.
 WEAVES = ("++-- --++ ++-- --++", "+-+- +-+- -+-+ -+-+", "+-+- -+-+ +-+- -+-+", "+-+- -+-+ -+-+ +-+-")
@@ -39,12 +40,16 @@ _ROWS, _COLUMNS = np.mgrid[:SIZE_PX, :SIZE_PX]
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture `uint8[H, W, 3]` and its mask `uint8[H, W]` of indices into CLASSES; `indoor` if it is a room."""
+    """A picture `uint8[H, W, 3]` and its mask `uint8[H, W]` of indices into CLASSES; `indoor` if it is a room.
+
+    The surfaces are those of what it looks like, also at night.
+    """
 
     indoor: bool
     night: bool
     image: np.ndarray
     mask: np.ndarray
+    surfaces: Surfaces
 
 
 def draw_scene(rng: np.random.Generator, evidence: float = 0.1, nights: float = 0.0) -> Scene:
@@ -64,17 +69,20 @@ def draw_scene(rng: np.random.Generator, evidence: float = 0.1, nights: float = 
     image = canvas.image() + sample_grain(mask, evidence if indoor else -evidence, rng)
     light = sample_light(camera, rng) * (np.float32(NIGHT) if night else 1)
     image = image * light + PIXEL_NOISE * rng.standard_normal(image.shape, np.float32)
-    return Scene(indoor, night, (image.clip(0, 1) * 255 + 0.5).astype(np.uint8), mask)
+    pixels = (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    return Scene(indoor, night, pixels, mask, canvas.surfaces(camera))
 
 
 def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
     """Draw what looks like a room: ceiling, three walls, a board floor, and its objects."""
     names = sample_objects(rng, ("lamp", "picture", "bed"), lamp=0.65, picture=0.75, bed=0.6, window=0.7, door=0.5)
-    canvas.polygon(FULL_FRAME, TOP, "ceiling")
+    canvas.polygon(camera.ceiling(), TOP, "ceiling")
+    canvas.begin_object()
     canvas.polygon(camera.ground(), GROUND, "floor")
     for u in np.arange(0.1, 1, 0.2):
         canvas.line(camera.ground(), shade(GROUND, 0.85), [(u, 0), (u, 1)])
     for front, tint in zip(camera.walls(), sample_wall_tints(rng), strict=True):
+        canvas.begin_object()
         objects.draw_wall(canvas, front, "wall", tint)
     sections = sample_wall_sections(camera, rng)
     if "window" in names:
@@ -97,6 +105,7 @@ def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> Non
     canvas.polygon(FULL_FRAME, TOP, "sky")
     if "moon" in names:
         objects.draw_moon(canvas, camera, rng)
+    canvas.begin_object()
     canvas.polygon(camera.ground(), GROUND, "road")
     for u in (0.16, 0.84):
         canvas.line(camera.ground(), shade(GROUND, 0.85), [(u, 0), (u, 1)])

@@ -5,7 +5,7 @@ shifted by half a pixel towards the origin. Source: seg2bmap.m of the Berkeley s
 benchmarks of SBD and DAVIS use.
 
     ids   1 1 2    boundaries   0 1 0
-          1 1 2                 1 1 0
+          1 1 2                 1 1 1
           3 3 3                 0 0 0
 """
 

@@ -1,0 +1,124 @@
+"""Depth, normals and objects of scenes against ray tracing and finite differences; pictures and masks as before."""
+
+import hashlib
+
+import numpy as np
+import PIL
+import pytest
+
+from llava_bidir.toy_world.assets import WORLDS
+from llava_bidir.toy_world.canvas import CLASSES, SIZE_PX, Canvas, sample_camera
+from llava_bidir.toy_world.scenes import draw_room, draw_scene
+from llava_bidir.toy_world.surfaces import ADULT_M, FOCAL_PX
+
+CEILING, SKY, WALL, BUILDING, FLOOR, ROAD, BED, CAR, LAMP, TREE, PICTURE, WINDOW, DOOR, PERSON = range(14)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    rng = np.random.default_rng(0)
+    return [draw_scene(rng) for _ in range(150)]
+
+
+@pytest.mark.skipif(PIL.__version__.split(".")[0] != "13", reason="another version of Pillow may draw other pixels")
+def test_pictures_masks_and_random_numbers_are_those_before_scenes_had_depth():
+    """The digest was computed by the commit before."""
+    rng, digest = np.random.default_rng(5), hashlib.sha256()
+    for options in WORLDS.values():
+        for _ in range(10):
+            scene = draw_scene(rng, **options)
+            digest.update(scene.image.tobytes())
+            digest.update(scene.mask.tobytes())
+    assert digest.hexdigest()[:16] == "b6eb50173e271633"
+    assert rng.integers(2**63) == 3426927773507736814, "geometry consumes random numbers"
+
+
+def trace_room(camera) -> np.ndarray:
+    """Return the depth of an empty room in metres, f64[H, W], by the nearest wall on the ray of each pixel."""
+    (eye_x, eye_y), far = camera.eye, camera.far_end
+    distance = FOCAL_PX * ADULT_M / (far.bottom_left[1] - eye_y)  # of the far wall, whose lower edge is on the ground
+    metres = lambda corner: ((corner[0] - eye_x) * distance / FOCAL_PX, (corner[1] - eye_y) * distance / FOCAL_PX)
+    (left, ceiling), (right, ground) = metres(far.top_left), metres(far.bottom_right)
+    assert ground == pytest.approx(ADULT_M)
+    depth = np.full((SIZE_PX, SIZE_PX), distance)
+    for y in range(SIZE_PX):
+        for x in range(SIZE_PX):
+            across, down = (x + 0.5 - eye_x) / FOCAL_PX, (y + 0.5 - eye_y) / FOCAL_PX
+            hits = [(right if across > 0 else left) / across, (ground if down > 0 else ceiling) / down]
+            depth[y, x] = min(distance, *hits)
+    return depth
+
+
+def test_room_has_the_depth_of_a_box_by_ray_tracing():
+    rng = np.random.default_rng(1)
+    for _ in range(5):
+        camera, canvas = sample_camera(rng), Canvas()
+        draw_room(canvas, camera, rng)
+        depth, mask = canvas.surfaces(camera).depth(), canvas.mask()
+        room = np.isin(mask, (CEILING, WALL, FLOOR, WINDOW, PICTURE, DOOR)) & ~np.isnan(depth)
+        assert room.mean() > 0.4
+        # along the edges, the other plane is at most a third of a pixel away
+        assert (abs(depth / trace_room(camera) - 1)[room] < 1e-6).mean() > 0.97
+        assert abs(depth / trace_room(camera) - 1)[room].max() < 0.05
+
+
+def test_normals_are_those_of_the_points_that_depth_gives(scenes):
+    """Cross products of the differences between neighbouring points in space."""
+    compared = 0
+    for scene in scenes[:20]:
+        depth, (eye_x, eye_y) = scene.surfaces.depth().astype(np.float64), scene.surfaces.eye
+        rows, columns = np.indices(depth.shape) + 0.5
+        points = np.stack([(columns - eye_x) * depth / FOCAL_PX, (rows - eye_y) * depth / FOCAL_PX, depth], -1)
+        normals = np.cross(points[1:, :-1] - points[:-1, :-1], points[:-1, 1:] - points[:-1, :-1])
+        normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
+        normals *= -np.sign((normals * points[:-1, :-1]).sum(-1, keepdims=True))  # towards the viewer
+        normals[..., 2] *= -1  # so points z
+        index = scene.surfaces.index
+        inside = (index[:-1, :-1] == index[1:, :-1]) & (index[:-1, :-1] == index[:-1, 1:]) & ~np.isnan(depth[:-1, :-1])
+        given = scene.surfaces.normals()[:-1, :-1]
+        np.testing.assert_allclose(given[inside], normals[inside], atol=1e-3)
+        compared += inside.sum()
+    assert compared > 100_000
+    assert {tuple(normal) for normal in given[inside].round(3) + 0.0} > {(0, 0, 1), (0, -1, 0)}
+
+
+def test_feet_are_at_the_depth_of_the_ground_below_them(scenes):
+    compared = 0
+    for scene in scenes:
+        depth, objects = scene.surfaces.depth(), scene.surfaces.instance_ids()
+        nearest = objects.max()  # drawn last, so that nothing hides its feet
+        row, column = np.argwhere(objects == nearest)[-1]
+        if scene.mask[row, column] in (PERSON, TREE) and scene.mask[row + 1, column] in (FLOOR, ROAD):
+            own = depth[objects == nearest]
+            assert own.min() == own.max()
+            assert depth[row + 1, column] == pytest.approx(own[0], rel=1.5 / 27)  # adults are 27 px or more
+            compared += 1
+    assert compared > 60
+
+
+def test_only_the_sky_has_no_depth(scenes):
+    for scene in scenes:
+        nowhere = np.isnan(scene.surfaces.depth())
+        assert nowhere[scene.mask == SKY].all() and (nowhere & (scene.mask != SKY)).sum() <= 5
+        assert (np.isnan(scene.surfaces.normals()).all(-1) == nowhere).all()
+        assert (np.nanmin(scene.surfaces.depth()) > 2) and (np.nanmax(scene.surfaces.depth()) < 14.5)
+    assert sum(np.isnan(scene.surfaces.depth()).any() for scene in scenes) > 50
+
+
+def test_objects_are_finer_than_classes(scenes):
+    for scene in scenes:
+        objects = scene.surfaces.instance_ids()
+        for number in np.unique(objects):
+            assert len(np.unique(scene.mask[objects == number])) == 1
+    people = [len(np.unique(s.surfaces.instance_ids()[s.mask == PERSON])) for s in scenes]
+    assert set(people) == {0, 1, 2}
+    walls = [len(np.unique(s.surfaces.instance_ids()[s.mask == WALL])) for s in scenes if s.indoor]
+    assert max(walls) == 3, "left, far and right"
+
+
+def test_surfaces_at_night_are_those_of_the_look():
+    rng = np.random.default_rng(3)
+    nights = [scene for scene in (draw_scene(rng, nights=1) for _ in range(20)) if scene.indoor]
+    assert nights
+    for scene in nights:  # they look like streets, so that the top has no depth, though its class is ceiling
+        assert np.isnan(scene.surfaces.depth()[scene.mask == CLASSES.index("ceiling")]).all()

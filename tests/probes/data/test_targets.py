@@ -1,0 +1,454 @@
+"""Depth, normals and boundaries in all layouts: values against independent readers, and errors that name the file."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import dataset_layouts
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llava_bidir.common.errors import UserError
+from llava_bidir.toy_world import assets
+from probes.cli import main
+from probes.data.base import BadFile
+from probes.data.batches import PreprocessedDataset, collate
+from probes.data.boundaries import find_boundaries
+from probes.data.datamodule import SegmentationData
+from probes.data.depth import read_npy
+from probes.data.nyuv2 import EIGEN_CROP
+from probes.data.registry import DATASETS, TASK_DATASETS, TASKS, open_dataset, register_dataset, split_identity
+from probes.data.samplers import PAD_INDEX
+
+SIZE = (6, 9)
+
+
+@pytest.fixture
+def root(tmp_path):
+    return dataset_layouts.write_folder_targets(tmp_path / "data")
+
+
+def opened(root, task, split="validation", **kwargs):
+    return open_dataset("folder", str(root), split, task=task, **kwargs)
+
+
+def raw(path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(np.float64)
+
+
+def test_depth_is_value_times_scale_and_nan_for_zero(root):
+    data = opened(root, "depth")
+    sample, stored = data[0], raw(root / "depth/validation/0.png")
+    assert data.task == "depth" and data.classes == [] and len(data) == 1
+    assert sample["target"].dtype == np.float32 and sample["target"].shape == SIZE
+    expected = [[np.nan if value == 0 else value / 1000 for value in row] for row in stored.tolist()]
+    np.testing.assert_allclose(sample["target"], expected, rtol=1e-6)
+    assert np.isnan(sample["target"]).sum() == 1
+
+
+def test_depth_beyond_the_limit_is_no_value(root):
+    (root / "targets.json").write_text('{"depth_scale": 0.001, "max_depth": 5}')
+    target, stored = opened(root, "depth")[0]["target"], raw(root / "depth/validation/0.png")
+    assert (np.isnan(target) == ((stored > 5000) | (stored == 0))).all() and np.isnan(target).mean() > 0.2
+
+
+def test_npy_depth_is_metres_without_a_scale(root):
+    metres = np.linspace(0.5, 9, 54, dtype=np.float32).reshape(SIZE)
+    metres[2, 3] = np.nan
+    for split in ("training", "validation"):
+        for path in (root / "depth" / split).iterdir():
+            np.save(path.with_suffix(".npy"), metres)
+            path.unlink()
+    (root / "targets.json").unlink()
+    np.testing.assert_array_equal(opened(root, "depth")[0]["target"], metres)
+    np.save(root / "depth/validation/0.npy", np.asfortranarray(metres))
+    np.testing.assert_array_equal(opened(root, "depth")[0]["target"], metres)
+
+
+def test_normals_are_unit_vectors_and_nan_where_black(root):
+    target, stored = opened(root, "normals")[0]["target"], raw(root / "normals/validation/0.png")
+    assert target.dtype == np.float32 and target.shape == (*SIZE, 3)
+    vectors = 2 * stored / 255 - 1
+    vectors /= np.sqrt((vectors**2).sum(-1, keepdims=True))
+    vectors[0, 0] = np.nan
+    np.testing.assert_allclose(target, vectors, atol=1e-6)
+
+
+def test_truncated_normals_are_accepted(root):
+    vectors = np.random.default_rng(0).standard_normal((*SIZE, 3))
+    vectors[..., 2] = abs(vectors[..., 2])
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    Image.fromarray(((vectors + 1) * 127.5).astype(np.uint8)).save(root / "normals/validation/0.png")
+    cosines = (opened(root, "normals")[0]["target"] * vectors).sum(-1)
+    assert cosines.min() > np.cos(np.radians(1.0))
+
+
+def loop_boundaries(ids: np.ndarray, ignored: np.ndarray) -> np.ndarray:
+    """seg2bmap.m pixel by pixel, with its own rules for the last row and column."""
+    height, width = ids.shape
+    result = np.zeros(ids.shape, np.uint8)
+    for y in range(height):
+        for x in range(width):
+            neighbours = [(y, x + 1), (y + 1, x), (y + 1, x + 1)]
+            neighbours = [(v, u) for v, u in neighbours if v < height and u < width]
+            result[y, x] = any(ids[y, x] != ids[place] for place in neighbours)
+            if ignored[y, x] or any(ignored[place] for place in neighbours):
+                result[y, x] = 255
+    return result
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_boundaries_equal_those_of_a_loop(dtype):
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        ids = (rng.random((7, 8)) < 0.3).cumsum(1).astype(dtype) * 200  # beyond 255 in 16 bits
+        ignored = rng.random((7, 8)) < 0.1
+        np.testing.assert_array_equal(find_boundaries(ids, ignored), loop_boundaries(ids, ignored))
+        np.testing.assert_array_equal(find_boundaries(ids), loop_boundaries(ids, np.zeros((7, 8), bool)))
+    example = np.array([[1, 1, 2], [1, 1, 2], [3, 3, 3]], dtype)
+    assert find_boundaries(example).tolist() == [[0, 1, 0], [1, 1, 1], [0, 0, 0]]
+
+
+def test_boundaries_are_of_instances_or_else_of_classes(root):
+    data = opened(root, "boundaries")
+    ids = raw(root / "instances/validation/0.png")
+    assert (data.task, data.classes) == ("boundaries", ["interior", "boundary"])
+    assert data[0]["target"].dtype == np.uint8
+    np.testing.assert_array_equal(data[0]["target"], loop_boundaries(ids, ids < 0))
+    shutil.rmtree(root / "instances")
+    data, labels = opened(root, "boundaries"), raw(root / "annotations/validation/0.png")
+    assert (data.task, data.classes) == ("boundaries", ["interior", "boundary"])
+    np.testing.assert_array_equal(data[0]["target"], loop_boundaries(labels, labels == 255))
+    assert set(np.unique(data[0]["target"])) <= {0, 1, 255} and 255 in data[0]["target"]
+
+
+def test_any_segmentation_layout_has_boundaries(tmp_path):
+    city = str(dataset_layouts.write_cityscapes(tmp_path))
+    data = open_dataset("cityscapes", city, "training", {"labels": "labelTrainIds"}, "boundaries")
+    masks = open_dataset("cityscapes", city, "training", {"labels": "labelTrainIds"})
+    assert data.groups == masks.groups and data.names == masks.names and data.official_size == 2975
+    labels = masks[1]["target"]
+    np.testing.assert_array_equal(data[1]["target"], loop_boundaries(labels, labels == 255))
+
+
+def test_cityscapes_depth_is_baseline_times_focal_length_over_disparity(tmp_path):
+    city = dataset_layouts.write_cityscapes_depth(dataset_layouts.write_cityscapes(tmp_path))
+    data = open_dataset("cityscapes", str(city), "training", task="depth")
+    assert data.groups == ["aachen", "aachen", "ulm"] and data.official_size == 2975
+    for sample in data:
+        values = raw(next(city.glob(f"disparity/train/*/{sample['name']}_disparity.png")))
+        camera = json.loads(next(city.glob(f"camera/train/*/{sample['name']}_camera.json")).read_text())
+        focal = camera["extrinsic"]["baseline"] * camera["intrinsic"]["fx"]
+        for value, depth in zip(values.ravel(), sample["target"].ravel(), strict=True):
+            expected = focal / ((value - 1) / 256) if value > 1 else np.inf
+            assert np.isnan(depth) if expected > 80 else depth == pytest.approx(expected, rel=1e-5)
+    assert np.isnan(sample["target"]).sum() >= 2 and np.isfinite(sample["target"]).any()
+
+
+def test_nyuv2_is_the_official_split_with_depth_up_to_10_m(tmp_path):
+    root = dataset_layouts.write_nyuv2(tmp_path / "official_splits", size=(480, 640))
+    training, data = (open_dataset("nyuv2", str(tmp_path), split, task="depth") for split in ("training", "validation"))
+    assert (training.official_size, data.official_size) == (795, 654)
+    assert training.names == ["00002", "00005", "00006"] and data.names == ["00000", "00001"]
+    stored, target = raw(root / "test/kitchen/sync_depth_00001.png"), data[1]["target"]
+    assert (np.isnan(target) == ((stored == 0) | (stored > 10_000))).all()
+    np.testing.assert_allclose(target[~np.isnan(target)], stored[~np.isnan(target)] / 1000, rtol=1e-6)
+    cropped = open_dataset("nyuv2", str(tmp_path), "validation", {"crop": "eigen"}, "depth")
+    inside = np.zeros(target.shape, bool)
+    inside[EIGEN_CROP] = True
+    np.testing.assert_array_equal(cropped[1]["target"], np.where(inside, target, np.nan))
+    assert inside.sum() == 426 * 560
+    assert cropped.identity() != data.identity()
+    with pytest.raises(BadFile, match="the crop 'eigen' is defined on 640 x 480 px"):
+        small = dataset_layouts.write_nyuv2(tmp_path / "small")
+        open_dataset("nyuv2", str(small), "validation", {"crop": "eigen"}, "depth")[0]
+
+
+def test_batches_keep_targets_and_pad_with_no_value(root):
+    preprocess = lambda images: torch.zeros(len(images), 3, 4, 4)
+    for task, shape, dtype in (
+        ("depth", SIZE, torch.float32),
+        ("normals", (*SIZE, 3), torch.float32),
+        ("boundaries", SIZE, torch.uint8),
+    ):
+        data = opened(root, task, "training")
+        images = PreprocessedDataset(data, preprocess)
+        batch = collate([images[0], images[PAD_INDEX]])
+        assert batch["target"].shape == (2, *shape) and batch["target"].dtype == dtype
+        np.testing.assert_array_equal(batch["target"][0], data[0]["target"])
+        padding = batch["target"][1]
+        assert padding.isnan().all() if dtype.is_floating_point else (padding == 255).all()
+
+
+def test_identity_changes_with_the_targets_and_how_they_are_read(root):
+    before = {task: split_identity("validation", opened(root, task)) for task in TASKS}
+    assert len({json.dumps(identity) for identity in before.values()}) == len(TASKS)
+    for kind in ("depth", "normals", "instances"):
+        path = root / kind / "validation/0.png"
+        array = np.asarray(Image.open(path)).copy()
+        array[3, 3] = array[4, 4]
+        Image.fromarray(array).save(path)
+    changed = {task for task in TASKS if split_identity("validation", opened(root, task)) != before[task]}
+    assert changed == {"depth", "normals", "boundaries"}
+    depth = split_identity("validation", opened(root, "depth"))
+    (root / "targets.json").write_text('{"depth_scale": 0.002}')
+    assert split_identity("validation", opened(root, "depth")) != depth
+
+
+def test_tasks_and_layouts_that_do_not_exist_are_errors(root, monkeypatch):
+    with pytest.raises(
+        UserError, match="unknown data.task 'flow'; expected one of segmentation, depth, normals, bound"
+    ):
+        opened(root, "flow")
+    with pytest.raises(
+        UserError, match="data.dataset 'voc2012' has no depth; expected one of folder, nyuv2, cityscapes"
+    ):
+        open_dataset("voc2012", str(root), "training", task="depth")
+    with pytest.raises(UserError, match="data.dataset 'nyuv2' has no segmentation; expected one of folder, ade20k"):
+        SegmentationData(str(root), dataset="nyuv2")
+    monkeypatch.setitem(TASK_DATASETS, "normals", dict(TASK_DATASETS["normals"]))
+
+    class OtherNormals(TASK_DATASETS["normals"]["folder"]):
+        pass
+
+    register_dataset("other", OtherNormals)
+    assert isinstance(open_dataset("other", str(root), "training", task="normals"), OtherNormals)
+    assert "other" not in DATASETS
+
+
+def save(path: Path, array, dtype=None) -> None:
+    Image.fromarray(np.asarray(array, dtype)).save(path)
+
+
+def save_npy(root: Path, array, **kwargs) -> None:
+    path = root / "depth/validation/0.png"
+    if path.exists():
+        path.unlink()
+    np.save(path.with_suffix(".npy"), array, **kwargs)
+
+
+def metres(value=1.0) -> np.ndarray:
+    array = np.ones(SIZE, np.float32)
+    array[1, 2] = value
+    return array
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def replace_by_bytes(root: Path, content: bytes) -> None:
+    (root / "depth/validation/0.png").unlink()
+    (root / "depth/validation/0.npy").write_bytes(content)
+
+
+def grey_normals(value: int) -> np.ndarray:
+    array = dataset_layouts.unit_normals(0)
+    array[2, 3] = value
+    return array
+
+
+DEPTH, NORMALS, IDS = (f"{kind}/validation/0.png" for kind in ("depth", "normals", "instances"))
+BAD_FILES = {
+    "8-bit depth": ("depth", lambda r: save(r / DEPTH, np.ones(SIZE), np.uint8), "0.png has mode 'L'.*uint16"),
+    "depth in colour": ("depth", lambda r: save(r / DEPTH, dataset_layouts.photo(0)), "mode 'RGB'.*these are colours"),
+    "depth of zeros": (
+        "depth",
+        lambda r: save(r / DEPTH, np.zeros(SIZE), np.uint16),
+        "0.png has no value in any pixel",
+    ),
+    "depth in another unit": (
+        "depth",
+        lambda r: (r / "targets.json").write_text('{"depth_scale": 100, "max_depth": 10}'),
+        "0.png has no value up to the limit of 10 m; check the scale",
+    ),
+    "depth of another size": (
+        "depth",
+        lambda r: save(r / DEPTH, np.ones((9, 6)), np.uint16),
+        r"depth/\S*0.png is 6 x 9 px, its image \S*0.png 9 x 6 px",
+    ),
+    "truncated depth": ("depth", lambda r: cut_off(r / DEPTH), "0.png cannot be read as an image"),
+    "empty depth": ("depth", lambda r: (r / DEPTH).write_bytes(b""), "0.png cannot be read as an image"),
+    "JPEG depth": (
+        "depth",
+        lambda r: Image.new("L", SIZE[::-1]).save(r / DEPTH, "JPEG"),
+        "0.png cannot be read as an image: it is not PNG",
+    ),
+    "negative .npy": (
+        "depth",
+        lambda r: save_npy(r, metres(-1)),
+        "has depth -1.0 in row 1, column 2; expected positive",
+    ),
+    "zero in .npy": ("depth", lambda r: save_npy(r, metres(0)), "has depth 0.0 in row 1.* NaN where there is no value"),
+    "infinite .npy": ("depth", lambda r: save_npy(r, metres(np.inf)), "has depth inf in row 1, column 2"),
+    "NaN in all of .npy": ("depth", lambda r: save_npy(r, metres() * np.nan), "0.npy has no value in any pixel"),
+    "float64 .npy": ("depth", lambda r: save_npy(r, np.ones(SIZE)), r"holds float64\[6, 9\], expected float32\[H, W\]"),
+    ".npy with channels": ("depth", lambda r: save_npy(r, metres()[None]), r"holds float32\[1, 6, 9\], expected"),
+    ".npy of another size": ("depth", lambda r: save_npy(r, metres().T), "0.npy is 6 x 9 px, its image"),
+    "pickled .npy": (
+        "depth",
+        lambda r: save_npy(r, np.array([Path], object), allow_pickle=True),
+        "0.npy cannot be read as a plain .npy array: .*Python objects",
+    ),
+    "pickle as .npy": ("depth", lambda r: replace_by_bytes(r, b"\x80\x04N."), "cannot be read as a plain .npy array"),
+    "empty .npy": ("depth", lambda r: replace_by_bytes(r, b""), "0.npy cannot be read as a plain .npy array"),
+    ".npy shorter than it says": (
+        "depth",
+        lambda r: (save_npy(r, metres()), cut_off(r / "depth/validation/0.npy")),
+        "0.npy cannot be read as a plain .npy array",
+    ),
+    "grey normals": (
+        "normals",
+        lambda r: save(r / NORMALS, grey_normals(128)),
+        r"\[128, 128, 128\] in row 2.* 0.007, exp",
+    ),
+    "normals not of unit length": ("normals", lambda r: save(r / NORMALS, grey_normals(255)), "vector of length 1.732"),
+    "normals without colour": (
+        "normals",
+        lambda r: save(r / NORMALS, np.ones(SIZE), np.uint8),
+        "mode 'L', expected 8-bit",
+    ),
+    "black normals": ("normals", lambda r: save(r / NORMALS, np.zeros((*SIZE, 3)), np.uint8), "0.png is black"),
+    "normals away from the viewer": (
+        "normals",
+        lambda r: save(r / NORMALS, 255 - dataset_layouts.unit_normals(0)[1:].repeat(2, 0)[:6]),
+        "100% of the normals point away from the viewer",
+    ),
+    "normals of another size": (
+        "normals",
+        lambda r: save(r / NORMALS, dataset_layouts.unit_normals(0, (6, 8))),
+        "0.png is 8 x 6 px, its image",
+    ),
+    "instances in colour": (
+        "boundaries",
+        lambda r: save(r / IDS, dataset_layouts.photo(0)),
+        "mode 'RGB'.*colours to ids",
+    ),
+    "missing at access": ("depth", None, "depth/validation/0.png is missing"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_is_an_error_that_names_it(root, name):
+    task, break_it, message = BAD_FILES[name]
+    if break_it is None:
+        data = opened(root, task)
+        (root / DEPTH).unlink()
+    else:
+        break_it(root)
+        data = opened(root, task)
+    with pytest.raises(BadFile, match=message) as error:
+        data[0]
+    assert str(root) in str(error.value)
+
+
+BAD_LAYOUTS = {
+    "no scale": (
+        lambda r: (r / "targets.json").unlink(),
+        r"targets.json has no depth_scale, .*\S*depth/validation/0.png",
+    ),
+    "empty settings": (lambda r: (r / "targets.json").write_text("{}"), "targets.json has no depth_scale"),
+    "scale 0": (lambda r: (r / "targets.json").write_text('{"depth_scale": 0}'), "targets.json: depth_scale is 0; exp"),
+    "negative scale": (
+        lambda r: (r / "targets.json").write_text('{"depth_scale": -1}'),
+        "depth_scale is -1; expected a",
+    ),
+    "infinite scale": (lambda r: (r / "targets.json").write_text('{"depth_scale": 1e999}'), "depth_scale is inf"),
+    "scale NaN": (lambda r: (r / "targets.json").write_text('{"depth_scale": NaN}'), "depth_scale is nan"),
+    "scale as text": (
+        lambda r: (r / "targets.json").write_text('{"depth_scale": "1"}'),
+        "depth_scale is '1'; expected a",
+    ),
+    "scale true": (lambda r: (r / "targets.json").write_text('{"depth_scale": true}'), "depth_scale is True"),
+    "limit 0": (lambda r: (r / "targets.json").write_text('{"depth_scale": 1, "max_depth": 0}'), "max_depth is 0"),
+    "unknown key": (
+        lambda r: (r / "targets.json").write_text('{"scale": 1}'),
+        "unknown key 'scale'; expected depth_scale",
+    ),
+    "settings that are a list": (lambda r: (r / "targets.json").write_text("[1]"), "targets.json needs an object"),
+    "settings that are not JSON": (lambda r: (r / "targets.json").write_text("{"), "targets.json is not JSON"),
+    "both kinds of file": (
+        lambda r: np.save(r / "depth/validation/0.npy", metres()),
+        "0.npy and .*0.png have the same",
+    ),
+    "missing file": (lambda r: (r / DEPTH).unlink(), "1 files have no depth map, e.g. .*images/validation/0.png"),
+    "extra file": (lambda r: shutil.copy(r / DEPTH, r / "depth/validation/9.png"), "no image, e.g. .*depth/val.*9.png"),
+    "no folder": (lambda r: shutil.rmtree(r / "depth"), "no folder .*depth/validation"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LAYOUTS)
+def test_bad_layout_is_an_error_before_any_work(root, name):
+    break_it, message = BAD_LAYOUTS[name]
+    break_it(root)
+    with pytest.raises(UserError, match=message) as error:
+        opened(root, "depth")
+    assert str(root) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "has no extrinsic.baseline and intrinsic.fx"),
+        ("{", "has no extrinsic.baseline and intrinsic.fx"),
+        (
+            '{"extrinsic": {"baseline": 0}, "intrinsic": {"fx": 2262}}',
+            "focal length is 0.0; expected a positive number",
+        ),
+        ('{"extrinsic": {"baseline": "a"}, "intrinsic": {"fx": 2.5}}', "has no extrinsic.baseline and intrinsic.fx"),
+    ],
+)
+def test_bad_camera_is_an_error_that_names_it(tmp_path, content, message):
+    city = dataset_layouts.write_cityscapes_depth(dataset_layouts.write_cityscapes(tmp_path))
+    camera = next(city.glob("camera/train/ulm/*.json"))
+    camera.write_text(content)
+    with pytest.raises(BadFile, match=message) as error:
+        open_dataset("cityscapes", str(city), "training", task="depth")[2]
+    assert str(camera) in str(error.value)
+    camera.unlink()
+    with pytest.raises(UserError, match="1 files have no camera"):
+        open_dataset("cityscapes", str(city), "training", task="depth")
+
+
+def test_npy_is_neither_read_from_a_pipe_nor_beyond_the_limit_of_pixels(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.npy")
+    with pytest.raises(BadFile, match="pipe.npy .*not a regular file"):
+        read_npy(tmp_path / "pipe.npy")
+    np.save(tmp_path / "large.npy", metres())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 53)
+    with pytest.raises(BadFile, match="large.npy has 54 values; PIL.Image.MAX_IMAGE_PIXELS allows 53"):
+        read_npy(tmp_path / "large.npy")
+
+
+def test_verify_data_checks_the_targets_of_the_task(root, capsys):
+    config = ["verify-data", "--workers", "0", "-c", "configs/probes/folder.yaml", "--data.root", str(root)]
+    for task in TASKS:
+        main([*config, "--data.task", task])
+        assert "2 training images, 1 validation images" in capsys.readouterr().out
+    save(root / NORMALS, grey_normals(128))
+    save(root / "normals/training/1.png", np.ones(SIZE), np.uint8)
+    main([*config, "--data.task", "depth"])
+    with pytest.raises(SystemExit) as stop:
+        main([*config, "--data.task", "normals"])
+    message = str(stop.value.code)
+    assert "2 of 3 images cannot be used" in message
+    assert "1 x normals that are not unit vectors" in message and "1 x file that is not 8-bit RGB" in message
+
+
+def test_targets_of_the_toy_world_are_read_as_they_were_drawn(tmp_path):
+    folder = tmp_path / "segmentation"
+    scenes = assets._draw_chunk(tmp_path, "validation", 0, 5, 0, assets.WORLDS["context"])
+    assets._write_settings(folder)
+    depth, normals, boundaries = (opened(folder, task) for task in ("depth", "normals", "boundaries"))
+    for i, scene in enumerate(scenes):
+        exact = scene.surfaces.depth()
+        np.testing.assert_allclose(depth[i]["target"], exact, atol=0.0005 + 1e-6)  # half a millimetre
+        cosines = (normals[i]["target"] * scene.surfaces.normals()).sum(-1)
+        assert (np.isnan(cosines) == np.isnan(exact)).all()
+        assert np.nanmin(cosines) > np.cos(np.radians(0.5))  # 8 bits
+        objects = scene.surfaces.instance_ids()
+        np.testing.assert_array_equal(boundaries[i]["target"], loop_boundaries(objects, objects < 0))
+    assert depth.names == [f"{i:05d}" for i in range(5)]

@@ -232,7 +232,15 @@ def files_of(diff: str) -> list[str]:
 
 
 def test_there_are_seven_examples_each_with_a_test():
-    assert [Path(name).stem for name in EXAMPLES] == ["analysis", "dataset", "encoder", "family", "head", "mask", "task"]
+    assert [Path(name).stem for name in EXAMPLES] == [
+        "analysis",
+        "dataset",
+        "encoder",
+        "family",
+        "head",
+        "mask",
+        "task",
+    ]
     for diff, command in EXAMPLES.values():
         tests = [name for name in files_of(diff) if name.startswith("tests/")]
         assert len(tests) == 1 and len(files_of(diff)) <= 3 and command.startswith("python -m pytest tests/")

@@ -17,6 +17,7 @@ _MODULES = {
     "Probe": ".training.heads",
     "register_head": ".training.heads",
     "ProbeRun": ".results.probe_run",
+    "TaskRun": ".results.task_run",
     "upsampled_cross_entropy": ".ops.cross_entropy",
 }
 __all__ = list(_MODULES)

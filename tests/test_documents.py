@@ -231,8 +231,16 @@ def files_of(diff: str) -> list[str]:
     return re.findall(r"^\+\+\+ b/(.+)$", diff, re.M)
 
 
-def test_there_are_six_examples_each_with_a_test():
-    assert [Path(name).stem for name in EXAMPLES] == ["analysis", "dataset", "encoder", "family", "head", "mask"]
+def test_there_are_seven_examples_each_with_a_test():
+    assert [Path(name).stem for name in EXAMPLES] == [
+        "analysis",
+        "dataset",
+        "encoder",
+        "family",
+        "head",
+        "mask",
+        "task",
+    ]
     for diff, command in EXAMPLES.values():
         tests = [name for name in files_of(diff) if name.startswith("tests/")]
         assert len(tests) == 1 and len(files_of(diff)) <= 3 and command.startswith("python -m pytest tests/")

@@ -11,9 +11,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
 from llava_bidir.common.errors import UserError
+from probes.tasks import SEGMENTATION, TASKS, targets_of
 
 from .batches import CachedFeatures, PreprocessedDataset, collate
-from .registry import LAYOUTS, TASKS, open_dataset, split_identity
+from .registry import LAYOUTS, open_dataset, split_identity
 from .samplers import TrainingBatches, validation_batches
 from .verify import find_bad_files, format_bad_files
 
@@ -37,7 +38,7 @@ class SegmentationData(LightningDataModule):
         self,
         root: str,
         dataset: Literal[*LAYOUTS] = "folder",
-        task: Literal[*TASKS] = "segmentation",
+        task: Literal[SEGMENTATION, *TASKS] = SEGMENTATION,
         options: dict[str, Any] | None = None,
         name: str | None = None,
         batch_size: int = 64,
@@ -46,8 +47,10 @@ class SegmentationData(LightningDataModule):
         seed: int = 0,
     ):
         super().__init__()
-        self.save_hyperparameters(logger=False)
-        self.splits = {split: open_dataset(dataset, root, split, options, task) for split in ("training", "validation")}
+        # without the task, the identity of a segmentation run is that of a version that had no other tasks
+        self.save_hyperparameters(logger=False, ignore=["task"] if task == SEGMENTATION else [])
+        open_split = lambda split: open_dataset(dataset, root, split, options, targets_of(task))
+        self.splits = {split: open_split(split) for split in ("training", "validation")}
         self.root, self.dataset, self.task, self.options = root, dataset, task, options or {}
         self.name = name or Path(root).resolve().name
         self.classes = self.splits["training"].classes

@@ -1,10 +1,12 @@
-"""Segmentation scores of a dataset, of its resamplings, and of two conditions with images exchanged.
+"""Scores of a dataset, of its resamplings, and of two conditions with images exchanged.
 
-Shapes: R resamplings, N images, K classes, S sites.
+Shapes: R resamplings, N images, K classes, S sites, M sums per image of another task than segmentation.
 """
 
 import torch
 from torch import Tensor
+
+from probes.tasks import Task
 
 from .metrics import Counts, Scores, scores
 
@@ -37,3 +39,13 @@ def swapped_scores(a: Counts, b: Counts, swaps: Tensor) -> tuple[Scores, Scores]
         sums.append((x.sum(1) + moved, y.sum(1) - moved))
     (a_right, b_right), (a_predicted, b_predicted) = sums
     return scores(a_right, a_predicted, labelled), scores(b_right, b_predicted, labelled)
+
+
+def task_scores(task: Task, sums: Tensor) -> dict[str, Tensor]:
+    """Return the scores f64[S] of a task by name on the dataset, from sums f[S, N, M]."""
+    return task.dataset_scores(sums.double().sum(1))
+
+
+def resampled_task_scores(task: Task, sums: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Return the scores f64[R, S] of a task by name for weights f[R, N]."""
+    return task.dataset_scores(torch.einsum("rn,snm->rsm", weights.double(), sums.double()))

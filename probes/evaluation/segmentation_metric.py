@@ -61,16 +61,26 @@ class SegmentationMetric(Metric):
         Raises:
             RuntimeError: If an image of the dataset was not seen exactly once.
         """
-        index = _concatenate(self.index)
-        seen, order = index.sort()
-        if len(index) > len(seen.unique()):
-            raise RuntimeError(f"the metric saw image {seen[:-1][seen.diff() == 0][0]} more than once")
-        if len(index) != self.images:
-            raise RuntimeError(f"the metric saw {len(index)} of {self.images} images")
-        by_image = {name: _concatenate(getattr(self, name))[order].long() for name in BY_IMAGE}
+        order = order_of_images(concatenate(self.index), self.images)
+        by_image = {name: concatenate(getattr(self, name))[order].long() for name in BY_IMAGE}
         by_site = {k: v.transpose(0, 1) if v.ndim == 3 else v for k, v in by_image.items()}
         return Counts(**by_site, confusion=self.confusion)
 
 
-def _concatenate(state: Tensor | list[Tensor]) -> Tensor:
+def concatenate(state: Tensor | list[Tensor]) -> Tensor:
+    """Return a state as one tensor; torchmetrics concatenates it itself if there are several ranks."""
     return torch.cat(state) if isinstance(state, list) else state
+
+
+def order_of_images(index: Tensor, images: int) -> Tensor:
+    """Return the order i64[N] that sorts what was seen, i64[N], by image.
+
+    Raises:
+        RuntimeError: If an image of the dataset was not seen exactly once.
+    """
+    seen, order = index.sort()
+    if len(index) > len(seen.unique()):
+        raise RuntimeError(f"the metric saw image {seen[:-1][seen.diff() == 0][0]} more than once")
+    if len(index) != images:
+        raise RuntimeError(f"the metric saw {len(index)} of {images} images")
+    return order

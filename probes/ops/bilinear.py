@@ -136,6 +136,20 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def upsample(maps: Tensor, size: tuple[int, int], view: GridPlacement | None = None, stride: int = 1) -> Tensor:
+    """Return maps f[..., h, w] on the grid as pixels f[..., H, W], all at once; differentiable.
+
+    Equals `F.interpolate(maps, size, mode="bilinear")`. `view` is the position of the grid on the pixels; None: the
+    grid covers them exactly. `stride` > 1 returns every stride-th pixel row and column only, from `stride // 2` on.
+    """
+    view, pixels = view or GridPlacement.full(size), slice(stride // 2, None, stride)
+    like = {"dtype": compute_dtype(maps), "device": maps.device}
+    rows = bilinear_weights(maps.shape[-2], size[0], view.rows, **like)[pixels]
+    cols = bilinear_weights(maps.shape[-1], size[1], view.cols, **like)[pixels]
+    with torch.autocast(maps.device.type, enabled=False):
+        return rows @ maps.to(rows.dtype) @ cols.T
+
+
 @torch.no_grad()
 def upsampled_argmax(logits: Tensor, size: tuple[int, int], view: GridPlacement | None = None) -> Tensor:
     """Return the predicted class per pixel, uint8[..., H, W], or int16 if K > 255, of finite logits f[..., K, h, w].

@@ -3,6 +3,7 @@
 Shapes: R resamplings, S sites, N images, M = 3 sites of the effects: encoder, adapter, best layer.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,18 +40,37 @@ def cross_validated_layers(sites: list[str], counts: Counts, groups: Tensor | No
     No image takes part in the choice of its own layer, so that the maximum over many layers is not biased upwards.
     None if no LLM layer was probed. A single image has no others: its layer is the best on itself.
     """
+    score = lambda layers, weights: resampled_scores(select_sites(counts, layers), weights).miou
+    return choose_layers(sites, score, len(counts.labelled), groups)
+
+
+def choose_layers(
+    sites: list[str], score: Callable[[list[int], Tensor], Tensor], images: int, groups: Tensor | None
+) -> Tensor | None:
+    """Return :func:`cross_validated_layers` for any score.
+
+    Args:
+        sites: Names of all sites.
+        score: Returns the scores f[R, S] at site indices for weights of the images f[R, N]; higher is better.
+        images: N.
+        groups: Group i64[N] of each image, or None.
+    """
     layers = [i for i, site in enumerate(sites) if site.startswith("layer_")]
     if not layers:
         return None
-    fold = image_folds(len(counts.labelled), groups)
+    fold = image_folds(images, groups)
     others = fold != torch.arange(int(fold.max()) + 1)[:, None]
-    miou = resampled_scores(select_sites(counts, layers), others if others.any() else ~others).miou
-    return torch.tensor(layers)[miou.nan_to_num(-1).argmax(1)][fold]
+    best = score(layers, others if others.any() else ~others).nan_to_num(-torch.inf).argmax(1)
+    return torch.tensor(layers)[best][fold]
 
 
 def sites_of_effects(sites: list[str], counts: Counts, groups: Tensor | None = None) -> dict[str, Tensor]:
     """Return for encoder, adapter and best layer, where probed, the index of the site to read per image, i64[N]."""
-    images, best = len(counts.labelled), cross_validated_layers(sites, counts, groups)
+    return sites_to_read(sites, cross_validated_layers(sites, counts, groups), len(counts.labelled))
+
+
+def sites_to_read(sites: list[str], best: Tensor | None, images: int) -> dict[str, Tensor]:
+    """Return :func:`sites_of_effects` for the best layer i64[N] of each image."""
     fixed = {site: torch.full((images,), sites.index(site)) for site in (ENCODER, ADAPTER) if site in sites}
     return fixed if best is None else fixed | {BEST_LAYER: best}
 

@@ -24,11 +24,13 @@ import matplotlib as mpl
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.knockout.inference import knockout_inference
-from probes.report.figures.catalogue import overview_figures, study_figures
+from probes.report.figures.catalogue import overview_figures, study_figures, task_figures
 from probes.report.figures.style import STYLE, ReportFigure
+from probes.tasks import TASKS
 
 from . import latex, summary_text, tables
 from .answers import answer_tables, study_answers
+from .beyond_classes import read_task_runs, task_results, task_table
 from .claims import evaluate_claims
 from .confusion import most_confused_pairs
 from .mask_comparison import compare_masks
@@ -86,24 +88,28 @@ def write_report(
     long_runs: Iterable[str] = (),
     variants: Iterable[str] = (),
     timings: str | None = None,
+    task_runs: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Write the report of probe runs to the folder `out` and return the content of results.json.
 
     Args:
         paths, long_runs, variants: See :func:`read_studies`.
         timings: A log of lines "start end step", for the total wall time.
+        task_runs: Runs of other tasks than segmentation.
     """
+    tasks = task_results(read_task_runs(task_runs))
     studies, out = read_studies(paths, long_runs, variants), Path(out)
     with exclusive_run_lock(out):
-        return _write_files(studies, out, total_wall_s(Path(timings)) if timings else None)
+        return _write_files(studies, out, total_wall_s(Path(timings)) if timings else None, tasks)
 
 
-def _write_files(studies: list[Study], out: Path, wall_s: float | None) -> dict[str, Any]:
+def _write_files(studies: list[Study], out: Path, wall_s: float | None, tasks: list[dict]) -> dict[str, Any]:
     single = len(studies) == 1
     files: Files = {}
     parts = [_build_part(study, out, "" if single else f"{study.slug}/", files) for study in studies]
     comparison = {"table2": tables.table2(studies), "table2_difference": tables.table2_difference(studies)}
-    files |= _csv_files(comparison, out)
+    task_rows = task_table(tasks, {name: task.labels for name, task in TASKS.items()})
+    files |= _csv_files(comparison | {"tasks_table": task_rows}, out)
     by_study = [part["results"] for part in parts]
     joint = joint_studies(studies, by_study)
     page = render(
@@ -113,6 +119,8 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None) -> dict[
         joint=joint,
         overview={} if single else _draw_figures(overview_figures(studies), out, files),
         tables=comparison,
+        task_figures=_draw_figures(task_figures(tasks), out, files),
+        task_table=task_rows,
         paper=PAPER,
         wall_s=wall_s,
         masks_section=MASKS_SECTION,
@@ -123,6 +131,7 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None) -> dict[
     )
     several = {"seed": by_study[0]["seed"], "studies": by_study, "joint": joint}
     results = {"wall_s": wall_s} | (by_study[0] if single else several)
+    results |= {"tasks": tasks} if tasks else {}
     write_files(files | {out / "index.html": page, out / "results.json": results})
     return results
 
@@ -168,7 +177,7 @@ def _draw_figures(figures: Iterable[ReportFigure], out: Path, files: Files) -> S
 
 def run(args: argparse.Namespace) -> None:
     """Run `probes report`."""
-    results = write_report(args.runs, args.out, args.long_runs, args.variants, args.timings)
+    results = write_report(args.runs, args.out, args.long_runs, args.variants, args.timings, args.tasks)
     for joint in results.get("joint", []):
         print(f"{joint['model']}, {joint['dataset']}, seeds {', '.join(map(str, joint['seeds']))} jointly")
         print(summary_text.format_claims(joint["claims"]) + "\n")

@@ -10,60 +10,24 @@
 Files are written atomically, metrics.json last: it marks the run as finished.
 """
 
-import hashlib
-import json
-import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from llava_bidir.common.atomic_io import read_json
-from llava_bidir.common.bootstrap import bootstrap_weights
-from llava_bidir.common.errors import UserError, error_context
-from llava_bidir.common.identity import check_same_identity, named_identity
-from probes.data.registry import open_dataset, split_identity
+from llava_bidir.common.errors import UserError
 from probes.evaluation.metrics import Counts
-from probes.models.sites import ADAPTER
 from probes.ops.bilinear import upsampled_argmax
-from probes.training.heads import Probe
-from probes.training.run_schema import (
-    Manifest,
-    Metrics,
-    ModelConfig,
-    ModelTraining,
-    check_schema,
-    read_run_file,
-    rename_old_keys,
-)
+from probes.tasks import SEGMENTATION
 
-if TYPE_CHECKING:
-    from probes.models.frozen_mllm import FrozenMLLM
-
-log = logging.getLogger(__name__)
+from .finished_run import FinishedRun, read_tensors
 
 # Axes of the counts: S sites, N images, K classes, T image tokens. The last two are not in every run.
 COUNTS = {"intersection": "SNK", "predicted": "SNK", "labelled": "NK", "patch_right": "SNT", "patch_valid": "NT"}
 COUNTS |= {"confusion": "SKK", "group": "N"}
 PATH = {"intersection": "RSNK", "predicted": "RSNK", "cross_entropy": "RSN"}  # R strengths
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a safetensors file.
-
-    Raises:
-        UserError: If the file is damaged; the message names it.
-    """
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); make it again") from None
 
 
 def check_counts(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, int], required: Sequence[str]) -> None:
@@ -97,66 +61,25 @@ def check_path(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, in
             )
 
 
-@dataclass
-class ProbeRun:
-    """A finished run, for analyses.
-
-    Args:
-        path: Folder of the run.
+class ProbeRun(FinishedRun):
+    """A finished run of segmentation probes, for analyses; see :class:`FinishedRun`.
 
     Raises:
-        UserError: If `path` is not a finished run, or a JSON file is invalid. Tensors are checked on first use.
+        UserError: If the probes of the run do not predict classes.
     """
 
-    path: Path
-
-    def __post_init__(self):
-        self.path = Path(self.path)
-        if not (self.path / "metrics.json").is_file():
-            raise UserError(f"{self.path} has no metrics.json: not a finished probe run (`probes fit --out DIR`)")
-        self.metrics = read_run_file(Metrics, self.path / "metrics.json")
-        self.manifest = read_run_file(Manifest, self.path / "manifest.json")
-        check_schema(ModelTraining, self.training, f"{self.path / 'manifest.json'}: mllm_training")
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hash of probes, settings and data, independent of the path; every analysis stores it."""
-        settings = {key: value for key, value in self.manifest["config"].items() if key != "mllm"}
-        text = json.dumps([settings, self.manifest["data"]["fingerprint"]], sort_keys=True).encode()
-        probes = self.path / "probes.safetensors"
-        return hashlib.sha256(text + (probes.read_bytes() if probes.is_file() else b"")).hexdigest()[:16]
-
-    def analysis(self, name: str) -> dict[str, Any] | None:
-        """Return the results of an analysis in the run's folder, None if there are none.
-
-        Raises:
-            UserError: If the file is damaged, or was made from other probes.
-        """
-        file = self.path / name
-        if not file.is_file():
-            return None
-        results = read_json(file)
-        if self.fingerprint not in results.get("runs", [self.fingerprint]):
-            command = name.split(".")[0].split("_")[0]
+    def check_task(self) -> None:
+        """Raise a UserError if the probes do not predict classes."""
+        if self.task_name != SEGMENTATION:
             raise UserError(
-                f"{file} was made from other probes than {self.path} has now; run `probes {command}` again or delete it"
+                f"{self.path} has probes of the task {self.task_name}, but this is about classes; expected a run of "
+                "segmentation. `probes report RUN --tasks RUN ...` and probes.TaskRun take runs of other tasks"
             )
-        return results
 
     @property
-    def sites(self) -> list[str]:
-        """All sites of the run, in the order of the forward."""
-        return [site["site"] for site in self.metrics["sites"]]
-
-    @property
-    def training(self) -> dict[str, Any]:
-        """Content of the model's training.json, {} if there was none."""
-        return self.manifest["mllm_training"] or {}
-
-    @property
-    def layers(self) -> list[str]:
-        """Sites of layers 0 to L: the adapter and the decoder layers."""
-        return [site for site in self.sites if site == ADAPTER or site.startswith("layer_")]
+    def channels(self) -> int:
+        """Number of classes."""
+        return len(self.metrics["classes"])
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -221,107 +144,6 @@ class ProbeRun:
         """i64[S, K, K]: pixels per site, label and prediction of the main variant; None if not counted."""
         return self._tensors.get("confusion")
 
-    @property
-    def groups(self) -> torch.Tensor | None:
-        """i64[N]: group (city) of each validation image; None for a dataset without groups."""
-        return self._tensors.get("group")
-
-    def check_same_images(self, other: "ProbeRun", advice: str = "") -> None:
-        """Raise a UserError that ends with `advice` unless both runs have the same images, read in the same way."""
-        if self.manifest["data"]["fingerprint"] != other.manifest["data"]["fingerprint"]:
-            raise UserError(f"{self.path} and {other.path} were scored on different images or classes{advice}")
-        for key in ("image_resize", "dtype"):
-            values = [run.metrics.get(key) for run in (self, other)]
-            if None not in values and values[0] != values[1]:
-                raise UserError(
-                    f"{self.path} was scored with {key} {values[0]}, but {other.path} with {values[1]}{advice}"
-                )
-
-    def dataset(self, split: str = "validation"):
-        """Return a split of the dataset.
-
-        Raises:
-            UserError: If its images or masks are not those of the run any more.
-        """
-        data = self.manifest["data"]
-        task = data.get("task", "segmentation")
-        dataset = open_dataset(data["dataset"], data["root"], split, data.get("options"), task)
-        self._check_unchanged("data", lambda: split_identity(split, dataset))
-        return dataset
-
-    def _check_unchanged(self, section: str, compute: Callable[[], dict[str, str]]) -> None:
-        """Raise unless the parts of the identity that `compute` returns are still those of the run."""
-        if self.manifest.get("identity") is None:
-            log.warning("%s does not record its %s; whether it has changed since is not checked", self.path, section)
-            return
-        now = compute()
-        saved = {key: value for key, value in self.manifest["identity"][section].items() if key in now}
-        advice = "restore what was probed, or make the run again"
-        check_same_identity({section: saved}, {section: now}, str(self.path), advice)
-
-    @cached_property
-    def weights(self) -> torch.Tensor:
-        """f[R, N]: bootstrap weights, the same for every run on these images."""
-        return bootstrap_weights(len(self.counts.labelled), groups=self.groups)
-
-    def mllm(self) -> "FrozenMLLM":
-        """Load the probed model with the settings of the run.
-
-        Raises:
-            UserError: If it cannot be loaded, or its weights or config are not those that were probed.
-        """
-        config = rename_old_keys(self.manifest["config"])
-        check_schema(ModelConfig, config, f"{self.path / 'manifest.json'}: config")
-        from probes.models.load import load  # transformers takes seconds to import, and a report needs no model
-
-        self._check_unchanged("model", lambda: named_identity({"mllm": config["mllm"]}))
-        return load(
-            config["mllm"],
-            config["image_attention"],
-            dtype=config["dtype"],
-            image_resize=config["image_resize"],
-            prefix=config.get("prefix"),
-            untrained=config["untrained"] or (),
-            match=config.get("match", "none"),
-            draw=config.get("draw", 0),
-            update_scales=config.get("update_scales"),
-            seed=config["seed"],
-        )
-
-    def probes(self) -> dict[str, Probe]:
-        """Return the main variant's probe of each site, in eval mode."""
-        tensors, settings = read_tensors(self.path / "probes.safetensors"), self.metrics["probe"]
-        classes, grid = len(self.metrics["classes"]), tuple(self.metrics["grid"])
-        probes = {}
-        for site in self.metrics["sites"]:
-            prefix = f"{site['site']}."
-            with error_context(self.path / "probes.safetensors"):
-                probe = Probe(site["dim"], classes, grid, settings["feature_norm"], settings["head"])
-                probe.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-            probes[site["site"]] = probe.eval().requires_grad_(False)
-        return probes
-
-    @cached_property
-    def _segmenter(self) -> tuple["FrozenMLLM", dict[str, Probe]]:
-        mllm = self.mllm()
-        return mllm, {site: probe.to(mllm.device) for site, probe in self.probes().items()}
-
-    @property
-    def peak_layer(self) -> str | None:
-        """Decoder layer with the highest mIoU, if any was probed."""
-        return self.metrics["summary"]["peak_site"]
-
-    def check_site(self, site: str | None) -> str:
-        """Return `site`, or the best decoder layer for None.
-
-        Raises:
-            UserError: If the run has no such site.
-        """
-        site = site or self.peak_layer or self.sites[0]
-        if site not in self.sites:
-            raise UserError(f"{self.path} has no site {site!r}; it has {', '.join(self.sites)}")
-        return site
-
     @torch.no_grad()
     def predict(self, image: Image.Image, site: str | None = None):
         """Return the predicted class of each pixel of an image, as a NumPy array uint8[H, W].
@@ -335,9 +157,5 @@ class ProbeRun:
         Raises:
             UserError: If the run has no such site, or the image has more than 8 bits per channel.
         """
-        site = self.check_site(site)
-        mllm, probes = self._segmenter
-        states = mllm.states(mllm.preprocess([image]), [site])[site]
-        logits = probes[site](states.float()).transpose(-1, -2).unflatten(-1, mllm.grid)
-        size = (image.height, image.width)
-        return upsampled_argmax(logits[0], size, mllm.geometry.view(size)).to(torch.uint8).cpu().numpy()
+        logits, size = self.logits(image, self.check_site(site)), (image.height, image.width)
+        return upsampled_argmax(logits, size, self.geometry.view(size)).to(torch.uint8).cpu().numpy()

@@ -1,15 +1,18 @@
-"""Callbacks that write predictions: maps to TensorBoard, and PNG files of every prediction."""
+"""Callbacks that write predictions: maps to TensorBoard, and a file of every prediction."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
+from torch import Tensor
 
 from probes.data.batches import group_by_mask_size
 from probes.data.palette import colorize, palette_of
-from probes.ops.bilinear import upsampled_argmax
+from probes.ops.bilinear import upsample, upsampled_argmax
+from probes.tasks import Task
 
 
 class ShowMaps(Callback):
@@ -28,19 +31,31 @@ class ShowMaps(Callback):
         """Write the maps of the first batch."""
         if batch_idx > 0 or not isinstance(trainer.logger, TensorBoardLogger):
             return
-        palette = palette_of(trainer.datamodule.splits["validation"])
+        task, palette = pl_module.task, palette_of(trainer.datamodule.splits["validation"])
         images, target = group_by_mask_size(batch["target"])[0]
         logits_by_site, target = outputs[:, images][:, : self.images], target[: self.images]
-        size = target.shape[-2:]
+        size = tuple(target.shape[1:3])
         board, step, view = trainer.logger.experiment, trainer.global_step, pl_module.mllm.geometry.view(size)
         for site, logits in zip(pl_module.sites, logits_by_site, strict=True):
-            maps = colorize(upsampled_argmax(logits, size, view).cpu().numpy(), palette)
+            if task:
+                maps = colorize_all(task, task.predict(upsample(logits, size, view)))
+            else:
+                maps = colorize(upsampled_argmax(logits, size, view).cpu().numpy(), palette)
             board.add_images(f"maps/{site}", maps, step, dataformats="NHWC")
-        board.add_images("maps/truth", colorize(target.cpu().numpy(), palette), step, dataformats="NHWC")
+        truth = colorize_all(task, task.truth(target)) if task else colorize(target.cpu().numpy(), palette)
+        board.add_images("maps/truth", truth, step, dataformats="NHWC")
+
+
+def colorize_all(task: Task, maps: Tensor) -> np.ndarray:
+    """Return predictions or targets [B, H, W, ...] of a task as colours, uint8[B, H, W, 3]."""
+    return np.stack([task.colorize(one) for one in maps.cpu().numpy()])
 
 
 class SavePredictions(Callback):
-    """Write the predicted class of every pixel, by each probe of its best epoch, to RUN/predictions/SITE/NAME.png."""
+    """Write the predicted class of every pixel, by each probe of its best epoch, to RUN/predictions/SITE/NAME.png.
+
+    Other tasks than segmentation write NAME.npy, float32 in the format of their targets.
+    """
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
@@ -48,10 +63,14 @@ class SavePredictions(Callback):
         """Write the predictions of a batch."""
         names, out = trainer.datamodule.splits["validation"].names, Path(trainer.default_root_dir) / "predictions"
         for images, target in group_by_mask_size(batch["target"]):
-            size = target.shape[-2:]
+            size, task = tuple(target.shape[1:3]), pl_module.task
             view = pl_module.mllm.geometry.view(size)
             for site, logits_by_image in zip(pl_module.sites, outputs[:, images], strict=True):
                 (out / site).mkdir(parents=True, exist_ok=True)
                 for i, logits in zip(batch["index"][images].tolist(), logits_by_image, strict=True):
+                    if task:
+                        prediction = task.predict(upsample(logits, size, view)).float().cpu().numpy()
+                        np.save(out / site / f"{names[i]}.npy", prediction)
+                        continue
                     mask = upsampled_argmax(logits, size, view).to(torch.uint8).cpu().numpy()
                     Image.fromarray(mask).save(out / site / f"{names[i]}.png")

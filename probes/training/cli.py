@@ -23,7 +23,7 @@ from probes.data.datamodule import SegmentationData
 
 from .callbacks import SavePredictions, ShowMaps
 from .module import ProbeModule
-from .run_schema import Manifest, Metrics, read_run_file
+from .run_schema import Manifest, read_metrics, read_run_file
 
 
 class ProbeCLI(ConfiguredCLI):
@@ -98,12 +98,14 @@ class ProbeCLI(ConfiguredCLI):
 
     def format_scores(self) -> str:
         """Return one line with the main scores of the finished run."""
-        summary = read_run_file(Metrics, self.out / "metrics.json")["summary"]
-        miou = {site: summary[site] for site in ("encoder", "adapter")}
-        miou |= {summary["peak_site"]: summary["peak_llm"], "final_norm": summary["final_norm"]}
-        scores = ", ".join(f"{site} {value:.1%}" for site, value in miou.items() if value is not None)
-        report = f"probes report {self.out} --out {self.out / 'report'}"
-        return f"{self.out}: mIoU {scores or 'in metrics.json'}. To see all scores: {report}"
+        summary, task = read_metrics(self.out / "metrics.json")["summary"], self.model.task
+        main = {site: summary[site] for site in ("encoder", "adapter")}
+        main |= {summary["peak_site"]: summary["peak_llm"], "final_norm": summary["final_norm"]}
+        text = "{} {:.3g}" if task else "{} {:.1%}"
+        scores = ", ".join(text.format(site, value) for site, value in main.items() if value is not None)
+        report = f"probes report {'RUN --tasks ' * bool(task)}{self.out} --out {self.out / 'report'}"
+        name = task.labels[task.score] if task else "mIoU"
+        return f"{self.out}: {name} {scores or 'in metrics.json'}. To see all scores: {report}"
 
     def test(self, ckpt_path: str | None = None, **kwargs) -> None:
         """Score the probes of a checkpoint and write the files of the run."""

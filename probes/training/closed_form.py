@@ -99,15 +99,27 @@ def solve_moments(
     overall = first.sum(0) / total
     means = torch.where(seen[:, None], first / count.clamp(min=1e-30)[:, None], overall)
     within = second / total - (means * (count / total)[:, None]).T @ means
-    variance = within.diagonal()
     square = second.diagonal() / total + (pivot.double() + overall).square()
+    scale, spectrum, basis = standardise(within, square, shrink_to)
+    directions = ((means - overall) * scale) @ basis
+    log_prior = torch.where(seen, count, 0.5).log() - total.log()
+    mean = pivot.double() + overall
+    parts = (mean, scale, basis, spectrum, directions, log_prior)
+    return ClosedForm(*(part.contiguous() for part in parts))  # eigh's basis is not, and is sent between processes
+
+
+def standardise(covariance: Tensor, square: Tensor, shrink_to: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return D^-1/2 f64[d], and the eigenvalues f64[d] and eigenvectors f64[d, d] of D^-1/2 covariance D^-1/2.
+
+    Args:
+        covariance: f64[d, d].
+        square: f64[d], mean square of each channel, which tells constant channels from small ones.
+        shrink_to: D, "diagonal" or "trace".
+    """
+    variance = covariance.diagonal()
     alive = variance > DEAD * square
     if shrink_to == "trace":
         variance = torch.where(alive, variance, 0).sum().div(alive.sum().clamp(min=1)).expand_as(variance)
     scale = torch.where(alive, variance.clamp(min=1e-300).rsqrt(), 0)
-    spectrum, basis = torch.linalg.eigh(scale[:, None] * within * scale)
-    directions = ((means - overall) * scale) @ basis
-    log_prior = torch.where(seen, count, 0.5).log() - total.log()
-    mean = pivot.double() + overall
-    parts = (mean, scale, basis, spectrum.clamp(min=0), directions, log_prior)
-    return ClosedForm(*(part.contiguous() for part in parts))  # eigh's basis is not, and is sent between processes
+    spectrum, basis = torch.linalg.eigh(scale[:, None] * covariance * scale)
+    return scale, spectrum.clamp(min=0), basis

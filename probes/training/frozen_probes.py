@@ -2,7 +2,8 @@
 
 `module.py` trains the probes by gradient descent, `solver.py` solves them from moments.
 
-Legend: S sites, B images, T image tokens on a grid h x w, d width, K classes.
+Legend: S sites, N images of a dataset, B images of a batch, T image tokens on a grid h x w, d width, K classes, or
+channels of another task, M sums per image.
 """
 
 from typing import Any
@@ -19,8 +20,10 @@ from probes.data.batches import group_by_mask_size
 from probes.evaluation.feature_statistics import StateStatistics
 from probes.evaluation.metrics import Counts, patch_labels
 from probes.evaluation.segmentation_metric import SegmentationMetric
+from probes.evaluation.task_metric import TaskMetric
 from probes.models.load import load
 from probes.models.matched_updates import MATCH_IMAGES
+from probes.tasks import TASKS, Task
 
 from .heads import Probe
 from .probe_variants import ProbeVariant, probe_name
@@ -41,10 +44,11 @@ class FrozenProbes(LightningModule):
         super().__init__()
         self.variants = variants
         self.mllm = None
+        self.task: Task | None = None  # None for segmentation
         self.identity: Identity | None = None
         self.validated_at: list[int] = []  # optimizer steps
         self.epochs: list[int | float] = []  # the same in epochs; fractional within an epoch
-        self.history: dict[str, list[float]] = {}  # mIoU by probe, see `probe_name`
+        self.history: dict[str, list[float]] = {}  # main score by probe, see `probe_name`
 
     def models(self) -> dict[str, str]:
         """Return the paths of the models that the run is made from, by setting."""
@@ -75,23 +79,32 @@ class FrozenProbes(LightningModule):
             seed=args.seed,
         )
         self.sites = self.mllm.check_sites(args.sites)
+        self.task = TASKS.get(data.task)
         self.heads = nn.ModuleDict(
             {probe_name(name, site): self._build_probe(name, site) for name in self.variants for site in self.sites}
         )
         images = len(data.splits["validation"])
-        counts = [len(self.sites), images, args.num_classes, self.mllm.geometry]
-        # Only the main variant is counted per token and per pair of classes.
-        self.metrics = nn.ModuleList(
-            SegmentationMetric(*counts, by_token=name is None, confusion=name is None) for name in self.variants
-        )
+        self.metrics = nn.ModuleList(self._build_metric(name, images) for name in self.variants)
         self.statistics = StateStatistics({site: self.mllm.widths[site] for site in self.sites}, images)
+
+    @property
+    def channels(self) -> int:
+        """Outputs of a probe for each token."""
+        return self.task.channels if self.task else self.hparams.num_classes
+
+    def _build_metric(self, variant: str | None, images: int) -> SegmentationMetric | TaskMetric:
+        if self.task:
+            return TaskMetric(self.task, images, self.mllm.geometry)
+        main = variant is None  # only the main variant is counted per token and per pair of classes
+        counts = [len(self.sites), images, self.hparams.num_classes, self.mllm.geometry]
+        return SegmentationMetric(*counts, by_token=main, confusion=main)
 
     def _build_probe(self, variant: str | None, site: str) -> Probe:
         """Return a probe whose initialisation does not depend on the other probes of the run."""
         settings, width = self.variants[variant], self.mllm.widths[site]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed * 1_000_003 + self.mllm.sites.index(site))
-            return Probe(width, self.hparams.num_classes, self.mllm.grid, settings.feature_norm, settings.head)
+            return Probe(width, self.channels, self.mllm.grid, settings.feature_norm, settings.head)
 
     def states(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the states f[B, T, d] by site, in the dtype of the model."""
@@ -110,10 +123,17 @@ class FrozenProbes(LightningModule):
         """Do the same as :meth:`validation_step`, and update the statistics of the states."""
         states = self.states(batch)
         for images, target in group_by_mask_size(batch["target"]):
-            view = self.mllm.geometry.view(tuple(target.shape[-2:]))
-            labels = patch_labels(target, self.hparams.num_classes, self.mllm.grid, view=view)
+            labels = self._token_labels(target)
             self.statistics.update({site: x[images] for site, x in states.items()}, labels, batch["index"][images])
         return self._score(states, batch)
+
+    def _token_labels(self, target: Tensor) -> Tensor:
+        """Return the class of most pixels of each token, i64[B, T]; -1 if no pixel has a class."""
+        if self.task:
+            tokens = self.mllm.grid[0] * self.mllm.grid[1]
+            return torch.full((len(target), tokens), -1, dtype=torch.long, device=target.device)
+        view = self.mllm.geometry.view(tuple(target.shape[1:]))
+        return patch_labels(target, self.hparams.num_classes, self.mllm.grid, view=view)
 
     def _score(self, states: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
         groups = group_by_mask_size(batch["target"])
@@ -125,7 +145,7 @@ class FrozenProbes(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Write the files of the run."""
-        counts, states = {name: self._compute_counts(name) for name in self.variants}, self.statistics.compute()
+        counts, states = {name: self._compute(name) for name in self.variants}, self.statistics.compute()
         self.statistics.reset()
         path = self.path_results()
         if self.trainer.is_global_zero:
@@ -139,7 +159,8 @@ class FrozenProbes(LightningModule):
         """Return the content of metrics.json["path"] and of path.safetensors; empty if there is no path."""
         return {}, {}
 
-    def _compute_counts(self, variant: str | None) -> Counts:
+    def _compute(self, variant: str | None) -> Counts | Tensor:
+        """Return the counts of a variant, or for other tasks than segmentation the sums per image f32[S, N, M]."""
         metric = self.metrics[list(self.variants).index(variant)]
         counts = metric.compute()
         metric.reset()

@@ -6,20 +6,23 @@ keeps the weights of its own best epoch. Source: App. A.2.
 Legend: S sites, B images, T image tokens on a grid h x w, d width, K classes.
 """
 
+import math
 from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import check_same_identity
 from llava_bidir.common.run_folder import RESUME_ADVICE
 from probes.data.batches import group_by_mask_size
 from probes.data.samplers import PAD_INDEX
-from probes.evaluation.bootstrap import dataset_scores
-from probes.evaluation.metrics import IGNORE_INDEX
+from probes.evaluation.bootstrap import dataset_scores, task_scores
+from probes.evaluation.metrics import IGNORE_INDEX, Counts
 from probes.models.random_init import MATCHES
+from probes.ops.bilinear import upsample
 from probes.ops.cross_entropy import subsample, upsampled_cross_entropy
 
 from .distributed import all_gather
@@ -105,12 +108,14 @@ class ProbeModule(FrozenProbes):
         return [p for site in self.sites for p in self.heads[probe_name(variant, site)].parameters()]
 
     def losses(self, logits: Tensor, target: Tensor | list[Tensor]) -> Tensor:
-        """Return the mean cross-entropy over the labelled pixels of the global batch, at mask resolution, f[S].
+        """Return the loss of the global batch, f[S]; of segmentation, the mean cross-entropy over labelled pixels.
 
         Large photos have more pixels, so they weigh more (an order of magnitude on ADE20K); the paper does not say.
 
         With several ranks, the share of each rank is scaled such that DDP's average over ranks is that mean.
         """
+        if self.task:
+            return self._task_losses(logits, target)
         view, stride = self.mllm.geometry.view, self.hparams.label_stride
         labelled = ((subsample(t, stride) != IGNORE_INDEX).sum() for t in target)
         valid = all_gather(sum(labelled, logits.new_zeros((), dtype=torch.long))).double().mean().clamp(min=1)
@@ -123,6 +128,22 @@ class ProbeModule(FrozenProbes):
         ]
         return sum(losses, logits[:, :0].sum((1, 2, 3, 4))) / valid  # 0 with gradient 0 if there are no images
 
+    def _task_losses(self, channels: Tensor, target: Tensor | list[Tensor]) -> Tensor:
+        """Return the mean over the images of the global batch that have a value, f[S], from f[S, B, K, h, w]."""
+        stride, geometry = self.hparams.label_stride, self.mllm.geometry
+        images = channels.new_zeros(())
+        total = channels[:, :0].sum((1, 2, 3, 4))
+        for x, y in zip(channels.unbind(1), target, strict=True):
+            size = tuple(y.shape[:2])
+            y = y[stride // 2 :: stride, stride // 2 :: stride][None]
+            images = images + self.task.valid(y).any()
+            # recomputed in backward: the maps of all sites and images at once would be gigabytes
+            loss = lambda x, y=y, size=size: self.task.image_losses(
+                upsample(x, size, geometry.view(size), stride)[:, None], y
+            )
+            total = total + checkpoint(loss, x, use_reentrant=False)[:, 0]
+        return total / all_gather(images).mean().clamp(min=1e-9)
+
     def on_validation_epoch_end(self) -> None:
         """Score every probe, and keep the weights of those with a new best score."""
         fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
@@ -131,17 +152,25 @@ class ProbeModule(FrozenProbes):
             self.validated_at.append(step)
             self.epochs.append(step / steps_per_epoch if step % steps_per_epoch else step // steps_per_epoch)
         for name in self.variants:
-            score = dataset_scores(self._compute_counts(name))
+            scores = self._scores(self._compute(name))
             for i, site in enumerate(self.sites):
-                self.log(f"{_log_prefix(name)}miou/{site}", score.miou[i].item())
-                self.log(f"{_log_prefix(name)}pacc/{site}", score.pacc[i].item())
+                for score, values in scores.items():
+                    self.log(f"{_log_prefix(name)}{score}/{site}", values[i].item())
                 if fitting:
-                    self._keep_if_best(probe_name(name, site), score.miou[i].item())
+                    self._keep_if_best(probe_name(name, site), next(iter(scores.values()))[i].item())
 
-    def _keep_if_best(self, probe: str, miou: float) -> None:
-        if miou > max(self.history.setdefault(probe, []), default=-1.0):
+    def _scores(self, counts: Counts | Tensor) -> dict[str, Tensor]:
+        """Return the scores f64[S] by name, the main one first."""
+        if self.task:
+            return task_scores(self.task, counts)
+        scores = dataset_scores(counts)
+        return {"miou": scores.miou, "pacc": scores.pacc}
+
+    def _keep_if_best(self, probe: str, score: float) -> None:
+        sign = self.task.sign if self.task else 1
+        if sign * score > max((sign * past for past in self.history.setdefault(probe, [])), default=-math.inf):
             self.best[probe] = {k: v.detach().cpu().clone() for k, v in self.heads[probe].state_dict().items()}
-        self.history[probe].append(miou)
+        self.history[probe].append(score)
 
     def on_test_start(self) -> None:
         """Load the weights of each probe's best epoch."""

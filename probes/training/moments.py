@@ -49,10 +49,14 @@ class Moments:
         """Add the states f[n, d] of tokens with soft labels f64[n, K] to a fold."""
         labels = labels.to(self.count.device)
         x = states.to(self.pivot) - self.pivot
-        weighted = x * labels.sum(1, keepdim=True).float()
         self.count[fold] += labels.sum(0)
         with _full_precision():
             self.first[fold] += labels.T.float() @ x
+        self.add_products(x, x * labels.sum(1, keepdim=True).float(), fold)
+
+    def add_products(self, x: Tensor, weighted: Tensor, fold: int) -> None:
+        """Add x^T weighted, symmetric, to Q of a fold; both are f[n, d]."""
+        with _full_precision():
             for start, block in row_blocks(self.second[fold], x.shape[1]):
                 block += x[:, start : start + BLOCK].T @ weighted[:, start:]
 

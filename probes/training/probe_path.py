@@ -11,7 +11,7 @@ from torch import Tensor
 
 from probes.evaluation.bootstrap import dataset_scores
 from probes.evaluation.metrics import Counts
-from probes.evaluation.segmentation_metric import SegmentationMetric
+from probes.evaluation.segmentation_metric import SegmentationMetric, concatenate
 from probes.ops.cross_entropy import upsampled_cross_entropy
 
 
@@ -40,9 +40,8 @@ class PathMetric(SegmentationMetric):
     def compute(self) -> PathResults:
         """Return the results of the dataset, images in its order."""
         counts = super().compute()
-        order = torch.cat(self.index if isinstance(self.index, list) else [self.index]).argsort()
-        losses = torch.cat(self.cross_entropy if isinstance(self.cross_entropy, list) else [self.cross_entropy])
-        return PathResults(counts, losses[order].T)
+        order = concatenate(self.index).argsort()
+        return PathResults(counts, concatenate(self.cross_entropy)[order].T)
 
 
 @dataclass
@@ -53,7 +52,7 @@ class ProbePath:
         strengths: The grid.
         weights: f32[R, K, d] by site, for x - mean.
         bias: f32[R, K] by site.
-        loss: Cross-validated cross-entropy in nats per pixel, f64[R] by site.
+        loss: Cross-validated loss per pixel, f64[R] by site: cross-entropy in nats, or squared error.
         certificates: Certificates of the optimum by site and strength; empty for the closed form.
     """
 
@@ -75,22 +74,23 @@ class ProbePath:
         ]
         return torch.stack(by_site, 1).flatten(0, 1).unflatten(-1, grid)
 
-    def to_json(self, results: PathResults, sites: list[str]) -> dict[str, Any]:
-        """Return the scores of every strength by site, for metrics.json."""
-        strengths = len(self.strengths)
-        score = dataset_scores(results.counts)
-        pixels = results.counts.labelled.sum()
-        by_site = lambda x: x.view(strengths, len(sites)).T.tolist()
-        miou, pacc, loss = map(by_site, (score.miou, score.pacc, results.cross_entropy.sum(1) / pixels))
+    def entries(self, scores: dict[str, Tensor], sites: list[str], loss: str) -> dict[str, Any]:
+        """Return scores f[R * S] by name for metrics.json, with the cross-validated loss under its name."""
+        by_site = {name: x.view(len(self.strengths), len(sites)).T.tolist() for name, x in scores.items()}
         entries = []
         for i, site in enumerate(sites):
-            entry = {"site": site, "miou": miou[i], "pacc": pacc[i], "cross_entropy": loss[i]}
-            entry["cv_cross_entropy"] = self.loss[site].tolist()
-            entry["chosen"] = self.strengths[self.best(site)]
+            entry = {"site": site} | {name: values[i] for name, values in by_site.items()}
+            entry |= {loss: self.loss[site].tolist(), "chosen": self.strengths[self.best(site)]}
             if site in self.certificates:
                 entry["certificates"] = [c._asdict() | {"converged": c.converged} for c in self.certificates[site]]
             entries.append(entry)
         return {"strengths": list(self.strengths), "sites": entries}
+
+    def to_json(self, results: PathResults, sites: list[str]) -> dict[str, Any]:
+        """Return the segmentation scores of every strength by site, for metrics.json."""
+        score, pixels = dataset_scores(results.counts), results.counts.labelled.sum()
+        scores = {"miou": score.miou, "pacc": score.pacc, "cross_entropy": results.cross_entropy.sum(1) / pixels}
+        return self.entries(scores, sites, "cv_cross_entropy")
 
     def tensors(self, results: PathResults, name: str, sites: int) -> dict[str, Tensor]:
         """Return the counts and losses per image, "NAME/intersection" i32[R, S, N, K] and so on."""

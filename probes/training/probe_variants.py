@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
@@ -97,19 +98,22 @@ def shuffle_masks(target: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
     ignored, because there is no other mask.
 
     Args:
-        target: uint8[B, H, W], or a list of B masks uint8[H, W].
+        target: uint8[B, H, W], or a list of B masks uint8[H, W]; for other tasks f[B, H, W] or f[B, H, W, 3].
     """
     if len(target) == 0:
         return target
     if len(target) == 1:
-        ignored = target[0].new_full(target[0].shape, IGNORE_INDEX)
+        value = torch.nan if target[0].is_floating_point() else IGNORE_INDEX
+        ignored = target[0].new_full(target[0].shape, value)
         return ignored[None] if isinstance(target, Tensor) else [ignored]
     if isinstance(target, Tensor):
         return target.roll(1, 0)
-    return [_resize_mask(other, mask.shape) for other, mask in zip([target[-1], *target[:-1]], target, strict=True)]
+    return [_resize_mask(other, mask.shape[:2]) for other, mask in zip([target[-1], *target[:-1]], target, strict=True)]
 
 
 def _resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    if mask.ndim == 3:  # vectors
+        return F.interpolate(mask.movedim(-1, 0)[None], size, mode="nearest-exact")[0].movedim(0, -1)
     return F.interpolate(mask[None, None], size, mode="nearest-exact")[0, 0]
 
 

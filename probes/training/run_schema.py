@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import (
     Annotated,
     Any,
+    Literal,
     NotRequired,  # pydantic requires this one before Python 3.12
 )
 
@@ -28,6 +29,7 @@ def _number(value: Any) -> int | float:
 
 Number = Annotated[Any, PlainValidator(_number)]  # `float` would convert 1 to 1.0
 Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
+Grid = Annotated[list[Annotated[int, Field(ge=1, le=128)]], Field(min_length=2, max_length=2)]
 Baseline = TypedDict("Baseline", {"class": str, "miou": Number, "pacc": Number})
 Scores = dict.fromkeys(("encoder", "adapter", "peak_llm", "peak_site", "delta_enc", "recovery"), Number | None)
 Summary = TypedDict(
@@ -43,6 +45,7 @@ class _ProbeSettings(BaseModel, extra="allow"):
 class _Data(TypedDict):
     root: str
     dataset: str
+    task: NotRequired[str]
     options: NotRequired[dict[str, Any] | None]
     fingerprint: str
 
@@ -113,8 +116,14 @@ class SolvedPath(BaseModel):
     optimum: Instrument | None = None
 
 
-class Metrics(BaseModel):
-    """metrics.json: scores per site with intervals."""
+def _check_sites(sites: list[Any]) -> None:
+    names = [site.site for site in sites]
+    if len(set(names)) != len(names):
+        raise ValueError("sites contains duplicates")
+
+
+class RunMetrics(BaseModel):
+    """The part of metrics.json that runs of all tasks have."""
 
     dataset: str
     split: str = "validation"
@@ -128,9 +137,14 @@ class Metrics(BaseModel):
     match: str = "none"
     draw: int = 0
     seed: int
+
+
+class Metrics(RunMetrics):
+    """metrics.json of segmentation: scores per site with intervals."""
+
     classes: Annotated[list[str], Field(min_length=1)]
     baseline: Baseline
-    grid: Annotated[list[Annotated[int, Field(ge=1, le=128)]], Field(min_length=2, max_length=2)]
+    grid: Grid
     probe: _ProbeSettings
     sites: Annotated[list[SiteScores], Field(min_length=1)]
     summary: Summary
@@ -139,12 +153,81 @@ class Metrics(BaseModel):
 
     @model_validator(mode="after")
     def _check_agreement(self) -> "Metrics":
-        for key, names in (("classes", self.classes), ("sites", [site.site for site in self.sites])):
-            if len(set(names)) != len(names):
-                raise ValueError(f"{key} contains duplicates")
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes contains duplicates")
+        _check_sites(self.sites)
         for site in self.sites:
             if len(site.iou_per_class) != len(self.classes):
                 raise ValueError(f"iou_per_class of {site.site!r} does not have one value per class")
+        return self
+
+
+class TaskSiteScores(BaseModel, extra="allow"):
+    """Scores of the probe at a site: SCORE and SCORE_ci95 for each score of the task."""
+
+    site: str
+    dim: Annotated[int, Field(ge=1, le=1_000_000)]
+    best_epoch: Number | None
+    history: list[Number]
+    states: dict[str, Any] = {}
+
+
+class TaskVariant(BaseModel):
+    """Results of a probe variant of a task."""
+
+    probe: dict[str, Any]
+    sites: list[TaskSiteScores]
+    summary: dict[str, Any] = {}
+
+
+class TaskPathScores(BaseModel, extra="allow"):
+    """Scores of a site's solved probes at every strength: a list for each score of the task."""
+
+    site: str
+    cv_loss: list[Number]
+    chosen: Number
+
+
+class TaskInstrument(BaseModel):
+    """The path of one way to solve probes of a task."""
+
+    strengths: list[Number]
+    sites: list[TaskPathScores]
+
+
+class TaskPath(BaseModel):
+    """metrics.json["path"] of a task."""
+
+    passes: int
+    sample_images: int
+    closed_form: TaskInstrument
+    optimum: TaskInstrument | None = None
+
+
+class TaskMetrics(RunMetrics):
+    """metrics.json of another task than segmentation.
+
+    `scores` maps the names of the scores to "higher" or "lower", whichever is better, the main score first.
+    """
+
+    task: str
+    scores: Annotated[dict[str, Literal["higher", "lower"]], Field(min_length=1)]
+    grid: Grid
+    probe: _ProbeSettings
+    sites: Annotated[list[TaskSiteScores], Field(min_length=1)]
+    summary: Summary
+    recipes: dict[str, TaskVariant] = {}
+    path: TaskPath | None = None
+
+    @model_validator(mode="after")
+    def _check_agreement(self) -> "TaskMetrics":
+        _check_sites(self.sites)
+        for site in self.sites:
+            for key in (key for name in self.scores for key in (name, f"{name}_ci95")):
+                value = (site.model_extra or {}).get(key)
+                numbers = value if key.endswith("_ci95") and isinstance(value, list) and len(value) == 2 else [value]
+                if not all(isinstance(number, int | float) for number in numbers):
+                    raise ValueError(f"{key} of {site.site!r} is {value!r}, not a score")
         return self
 
 
@@ -180,6 +263,17 @@ def read_run_file(schema: type[BaseModel], path: Path) -> dict[str, Any]:
     """
     content = read_json(path)
     check_schema(schema, content, path)
+    return content
+
+
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Return the content of metrics.json of a run of any task.
+
+    Raises:
+        UserError: If the file is missing, damaged, or does not match the schema of its task.
+    """
+    content = read_json(path)
+    check_schema(TaskMetrics if "task" in content else Metrics, content, path)
     return content
 
 

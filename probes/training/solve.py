@@ -10,9 +10,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_folder import start_run
 from llava_bidir.common.usage_errors import ArgumentParser
+from probes.tasks import TASKS
 
 from .cli import ProbeCLI, build_cli, logged_processes
 from .closed_form import STRENGTHS
+from .least_squares_solver import LeastSquaresSolver
+from .moment_solver import MomentSolver
 from .optimum import OPTIMUM_STRENGTHS
 from .run_schema import Manifest, read_run_file
 from .solver import ProbeSolver
@@ -27,7 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog="probes solve",
         description="Solve linear probes of all sites from moments of their states, at every strength of "
-        "regularisation, and refine them to the optimum of the loss. All other options are those of `probes fit` (-c "
+        "regularisation, and refine them to the optimum of the loss. Depth and normals are least "
+        "squares, whose closed form is the optimum after one pass. All other options are those of `probes fit` (-c "
         "CONFIG ..., --model.mllm, --data.root, --out, --overwrite, ...); those that say how probes are trained are "
         "ignored.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -55,7 +59,7 @@ def main(argv: list[str]) -> None:
     args, config = build_parser().parse_known_args(argv[1:])
     check_options(args)
     cli = build_cli([*config, "--trainer.inference_mode=false"], run=False)  # it excludes gradients
-    cli.model = build_solver(cli.model, args)
+    cli.model = build_solver(cli.model, args, cli.datamodule.task)
     cli.datamodule.cache_features = False  # images are read once, or kept as the solver's sample
     with logged_processes():
         dry_run(cli) if args.dry_run else run(cli, args.ckpt_path)
@@ -73,17 +77,19 @@ def check_options(args: argparse.Namespace) -> None:
         setattr(args, name, tuple(sorted(set(values))))
 
 
-def build_solver(fit, args: argparse.Namespace) -> ProbeSolver:
-    """Return the solver with the settings that it shares with a `ProbeModule`.
+def build_solver(fit, args: argparse.Namespace, task: str) -> MomentSolver:
+    """Return the solver of a task with the settings that it shares with a `ProbeModule`.
 
     Raises:
         UserError: The config asks for probes that are not linear, or for variants.
     """
     if fit.hparams.head != "linear":
         raise UserError(f"model.head is {fit.hparams.head!r}, but only linear probes can be solved; use `probes fit`")
-    options = ("passes", "folds", "strengths", "optimum_strengths", "shrink_to", "sample_images")
+    solver, options = LeastSquaresSolver, ("folds", "strengths", "shrink_to")
+    if task not in TASKS or TASKS[task].solved == "discriminants":
+        solver, options = ProbeSolver, (*options, "passes", "optimum_strengths", "sample_images")
     shared = {key: fit.hparams[key] for key in SHARED}
-    return ProbeSolver(**shared, **{key: getattr(args, key) for key in options})
+    return solver(**shared, **{key: getattr(args, key) for key in options})
 
 
 def run(cli: ProbeCLI, ckpt_path: str | None) -> None:
@@ -124,8 +130,8 @@ def dry_run(cli: ProbeCLI, batches: int = 3) -> None:
     if len(times) < 2:
         raise UserError(f"{training} training images are one batch: too few to measure; run it without --dry-run")
     seconds = (times[-1] - times[0]) / (len(times) - 1) / data.batch_size  # of an image, over all processes
-    hours = lambda images: f"{images * seconds / 3600:.2f} h"
+    hours, passes = lambda images: f"{images * seconds / 3600:.2f} h", module.hparams.get("passes", 1)
     rank_zero_info(
         f"{1 / seconds:.3g} images/s; a pass over {training:,} training images: {hours(training)}, at most "
-        f"{module.hparams.passes} passes; {validation:,} validation images: {hours(validation)} and the scores"
+        f"{passes} passes; {validation:,} validation images: {hours(validation)} and the scores"
     )

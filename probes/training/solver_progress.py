@@ -8,6 +8,7 @@ Each process saves its own moments, whenever it likes: sums over images can be a
 
 import json
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -58,12 +59,13 @@ def moments_to_tensors(moments: dict[str, Moments], seen: Tensor) -> dict[str, T
     return named | {f"{site}/pivot": m.pivot for site, m in moments.items()} | {"seen": seen}
 
 
-def add_tensors(moments: dict[str, Moments], tensors: dict[str, Tensor], sites: Sequence[str], device) -> None:
-    """Add the content of a file to moments by site."""
+def add_tensors(
+    moments: dict[str, Moments], tensors: dict[str, Tensor], sites: Sequence[str], device, kind: type
+) -> None:
+    """Add the content of a file to moments by site, of the class `kind`."""
     for site in sites:
         if f"{site}/pivot" in tensors:
-            parts = (tensors[f"{site}/{key}"].to(device) for key in ("pivot", "count", "first", "second"))
-            saved = Moments(*parts)
+            saved = kind(**{field.name: tensors[f"{site}/{field.name}"].to(device) for field in fields(kind)})
             moments[site] = saved if site not in moments else _sum(moments[site], saved)
 
 

@@ -12,11 +12,21 @@ import torch
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from llava_bidir.common.identity import describe
-from probes.evaluation.bootstrap import dataset_scores, resampled_scores
+from probes.evaluation.bootstrap import dataset_scores, resampled_scores, resampled_task_scores, task_scores
 from probes.evaluation.metrics import Counts, summary
 
 from .probe_variants import probe_name
-from .run_schema import Manifest, Metrics, ModelTraining, SiteScores, VariantResults, check_schema
+from .run_schema import (
+    Manifest,
+    Metrics,
+    ModelTraining,
+    SiteScores,
+    TaskMetrics,
+    TaskSiteScores,
+    TaskVariant,
+    VariantResults,
+    check_schema,
+)
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +36,7 @@ PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
 def save_run(
     module,
     data,
-    counts: dict[str | None, Counts],
+    counts: dict[str | None, Counts | torch.Tensor],
     states: dict[str, dict[str, float | None]],
     path: tuple[dict[str, Any], dict[str, torch.Tensor]],
     out: str | Path,
@@ -36,16 +46,24 @@ def save_run(
     Args:
         module: The `FrozenProbes`.
         data: Its `SegmentationData`.
-        counts: By variant; the main variant is None.
+        counts: By variant; the main variant is None. For other tasks than segmentation, the sums f[S, N, M].
         states: Statistics of the states by site.
         path: Scores of the probes at every strength, and counts per image; empty for trained probes.
         out: Folder of the run.
     """
     out, args, main = Path(out), module.hparams, counts[None]
+    task, groups = module.task, group_indices(data.splits["validation"])
     results = {name: variant_results(module, data, name, counts[name]) for name in module.variants}
     for site in results[None].sites:
         site.states = states[site.site]
-    metrics = Metrics(
+    if task:
+        own = {"task": task.name, "scores": {name: "higher" if up else "lower" for name, up in task.scores.items()}}
+        tensors, further = {"sums": main}, {f"{name}/sums": counts[name] for name in results if name is not None}
+    else:
+        own = {"classes": data.classes, "baseline": baseline(main, data.classes)}
+        tensors, saved = main._asdict(), ("intersection", "predicted")
+        further = {f"{name}/{k}": getattr(counts[name], k) for name in results if name is not None for k in saved}
+    metrics = (TaskMetrics if task else Metrics)(
         dataset=data.name,
         split="validation",
         images=len(data.splits["validation"]),
@@ -58,15 +76,13 @@ def save_run(
         match=args.match,
         draw=args.draw,
         seed=args.seed,
-        classes=data.classes,
-        baseline=baseline(main, data.classes),
+        **own,
         grid=list(module.mllm.grid),
         **dict(results.pop(None)),
         recipes=results,
         **({"path": path[0]} if path[0] else {}),
     )
-    further = {f"{name}/{k}": getattr(counts[name], k) for name in results for k in ("intersection", "predicted")}
-    tensors = main._asdict() | {"group": group_indices(data.splits["validation"])}
+    tensors = tensors | {"group": groups}
     files = {out / "counts.safetensors": {k: v for k, v in tensors.items() if v is not None}}
     if further:
         files[out / "recipes.safetensors"] = further
@@ -78,8 +94,10 @@ def save_run(
     write_files(files)
 
 
-def variant_results(module, data, variant: str | None, counts: Counts) -> VariantResults:
+def variant_results(module, data, variant: str | None, counts: Counts | torch.Tensor) -> VariantResults | TaskVariant:
     """Return the settings and scores of a probe variant."""
+    if module.task:
+        return task_results(module, data, variant, counts)
     sites = site_scores(module, data, variant, counts)
     return VariantResults(
         probe=module.settings_of(variant), sites=sites, summary=summary({site.site: site.miou for site in sites})
@@ -111,6 +129,32 @@ def site_scores(module, data, variant: str | None, counts: Counts) -> list[SiteS
     return sites
 
 
+def task_results(module, data, variant: str | None, sums: torch.Tensor) -> TaskVariant:
+    """Return the settings and scores of a probe variant of another task, from sums f[S, N, M]."""
+    task = module.task
+    weights = bootstrap_weights(sums.shape[1], groups=group_indices(data.splits["validation"]))
+    scores, resampled = task_scores(task, sums), resampled_task_scores(task, sums, weights)
+    sites = []
+    for i, site in enumerate(module.sites):
+        history = module.history.get(probe_name(variant, site), [])
+        own = {}
+        for name in task.scores:
+            value = scores[name][i].item()
+            own |= {name: value, f"{name}_ci95": interval(value, resampled[name][:, i])}
+        best = module.epochs[history.index(max(history, key=lambda x: task.sign * x))] if history else None
+        width = module.mllm.widths[site]
+        sites.append(TaskSiteScores(site=site, dim=width, best_epoch=best, history=history, **own))
+    main = dict(zip(module.sites, scores[task.score].tolist(), strict=True))
+    return TaskVariant(probe=module.settings_of(variant), sites=sites, summary=task_summary(main, task.sign))
+
+
+def task_summary(main: dict[str, float], sign: int) -> dict[str, Any]:
+    """Return the main score of encoder, adapter and best layer; differences are positive where the layer is better."""
+    signed = summary({site: sign * value for site, value in main.items()})
+    back = lambda value: None if value is None else sign * value
+    return signed | {key: back(signed[key]) for key in ("encoder", "adapter", "peak_llm", "final_norm")}
+
+
 def group_indices(dataset) -> torch.Tensor | None:
     """Return the group (city) of each image, i64[N], numbered alphabetically; None for a dataset without groups."""
     groups = getattr(dataset, "groups", None)
@@ -135,7 +179,7 @@ def manifest(module, data) -> Manifest:
         data={
             "root": _absolute(data.root),
             "dataset": data.dataset,
-            "task": data.task,
+            **({"task": data.task} if module.task else {}),
             "options": data.options,
             "fingerprint": describe(module.identity["data"]),
         },

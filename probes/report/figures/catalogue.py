@@ -8,7 +8,7 @@ import numpy as np
 
 from probes.analyses.knockout.effects import read_cases
 from probes.data.palette import palette_of
-from probes.models.sites import ADAPTER
+from probes.models.sites import ADAPTER, ENCODER
 from probes.report import tables
 from probes.report.answers import answers_by_mask
 from probes.report.probe_sensitivity import one_per_value, read_variants, select_variants
@@ -18,6 +18,7 @@ from probes.results.probe_run import ProbeRun
 
 from . import answers as answer_figures
 from . import (
+    beyond_classes,
     claims,
     confusion,
     feature_statistics,
@@ -38,7 +39,7 @@ Figures = Iterator[ReportFigure]
 
 CLAIMS = "Claims beside controls"
 STARVATION, KNOCKOUT, MAPS = "Context starvation", "Attention knockout", "Predicted segmentation maps"
-PATCHING = "Activation patching"
+PATCHING, TASKS_SECTION = "Activation patching", "Beyond classes"
 BUDGET, OVERVIEW = "Probe training budget", "Across models and datasets"
 INTERVALS = "Lines: 95% intervals."
 
@@ -390,6 +391,20 @@ def _probe_figures(study: Study) -> Figures:
             "One line per site, from the encoder (light) to the last layer (dark). If a line still rises at the end, "
             "its probe had too few steps.",
             training_budget.score_by_step(study))  # fmt: skip
+
+
+def task_figures(results: list[dict[str, Any]]) -> Figures:
+    """Yield the figure of other tasks than segmentation, if the encoder was probed; see `report/beyond_classes.py`."""
+    with_encoder = [entry for entry in results if any(row["site"] == ENCODER for row in entry["sites"])]
+    if with_encoder:
+        yield ReportFigure(
+            "tasks", TASKS_SECTION, "All tasks by site",
+            _caption(
+                "The main score of each task in units of the encoder's; where lower is better, its inverse.",
+                "Dashed: random weights." if any(entry["control"] for entry in with_encoder) else "",
+                "Exploratory: the paper makes no claim about these tasks. Bands: 95% intervals over images.",
+            ),
+            beyond_classes.tasks_by_site(with_encoder))  # fmt: skip
 
 
 def overview_figures(studies: list[Study]) -> Figures:

@@ -125,9 +125,8 @@ def test_loss_over_masks_of_different_sizes_is_the_mean_over_all_their_pixels(st
     targets = [torch.randint(0, 4, size, dtype=torch.uint8) for size in ((6, 5), (9, 4), (6, 5))]
     targets[1][:3] = 255
     pixels_of = lambda x: x[..., stride // 2 :: stride, stride // 2 :: stride].flatten(-2)
-    module = SimpleNamespace(
-        mllm=SimpleNamespace(geometry=Geometry((2, 2), 8, 8)), hparams=SimpleNamespace(label_stride=stride)
-    )
+    mllm, settings = SimpleNamespace(geometry=Geometry((2, 2), 8, 8)), SimpleNamespace(label_stride=stride)
+    module = SimpleNamespace(mllm=mllm, hparams=settings, task=None)
     ours = ProbeModule.losses(module, logits, targets)
     for probe in range(2):
         pixels = [

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.results.probe_run import ProbeRun
-from probes.training.solver import ProbeSolver, spread
+from probes.training.moment_solver import spread
+from probes.training.solver import ProbeSolver
 
 pytestmark = pytest.mark.numerics
 
@@ -136,7 +137,7 @@ def test_sigterm_ends_a_run_at_once(checkpoints, segmentation, tmp_path):
 
 def test_a_killed_run_resumes_to_the_same_bytes(run, checkpoints, segmentation, tmp_path, monkeypatch):
     """Moments are saved after every batch, and the third one is the last."""
-    monkeypatch.setattr("probes.training.solver.SAVE_SECONDS", -1)
+    monkeypatch.setattr("probes.training.moment_solver.SAVE_SECONDS", -1)
     add, batches = ProbeSolver._add_moments, []
 
     def die(self, *args) -> None:
@@ -189,7 +190,7 @@ def test_rejects_bad_options(option, message, checkpoints, segmentation, tmp_pat
 
 
 def test_moments_that_do_not_fit_name_sites_that_do(checkpoints, segmentation, tmp_path, monkeypatch):
-    monkeypatch.setattr("probes.training.solver.available_memory", lambda: 80_000)
+    monkeypatch.setattr("probes.training.moment_solver.available_memory", lambda: 80_000)
     with pytest.raises(
         SystemExit, match=r"moments of 6 sites in 2 folds: .* choose .*\[encoder, adapter, final_norm\]"
     ):

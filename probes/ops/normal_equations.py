@@ -1,0 +1,75 @@
+"""Normal equations of least squares between bilinearly upsampled maps and targets per pixel, on the token grid.
+
+With X the states of an image's tokens, U the bilinear upsampling (`bilinear.py`), D the labelled pixels (1 or 0 on the
+diagonal) and y the target, the squared error of a linear probe with weights W at the resolution of the target is
+
+    sum_px D |(U X W - y)|^2   =   <W, X^T G X W> - 2 <W, X^T T> + sum_px D |y|^2        G = U^T D U,  T = U^T D y.
+
+A pixel lies between at most two grid rows and two grid columns, so that G couples a token with its eight neighbours
+only. A pixel couples the tokens (i, j) and (i + 1, j + 1) as much as (i, j + 1) and (i + 1, j): G has four different
+diagonals. It is exact, for any placement of the grid, and takes no more memory than the target.
+
+Legend: B images, K channels, d width, h w grid, H W pixels.
+"""
+
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bilinear import bilinear_weights
+from .geometry import GridPlacement
+
+
+class NormalEquations(NamedTuple):
+    """The part of the normal equations that does not depend on the states.
+
+    Args:
+        couplings: f64[B, h - i, w - j] by (i, j), i and j 0 or 1: entries of G for tokens i rows and j columns apart.
+        weight: f64[B, h * w], row sums of G: how many labelled pixels each token has. The rows of U sum to 1, so that
+            this is also U^T D 1, and the sum over tokens is the number of labelled pixels.
+        projected: f64[B, h * w, K], T.
+        square: f64[K], sum of the squared targets over the labelled pixels of all images.
+    """
+
+    couplings: dict[tuple[int, int], Tensor]
+    weight: Tensor
+    projected: Tensor
+    square: Tensor
+
+
+def normal_equations(
+    target: Tensor, grid: tuple[int, int], view: GridPlacement | None = None, label_stride: int = 1
+) -> NormalEquations:
+    """Return the normal equations of targets f[B, H, W, K]; a pixel with a NaN in any channel is not labelled.
+
+    Args:
+        target: f[B, H, W, K].
+        grid: (h, w).
+        view: Position of the grid on the pixels; None: it covers them exactly.
+        label_stride: s > 1 uses every s-th pixel row and column only, from `s // 2` on. The upsampling is the same.
+    """
+    size, pixels = tuple(target.shape[1:3]), slice(label_stride // 2, None, label_stride)
+    view, like = view or GridPlacement.full(size), {"dtype": torch.float64, "device": target.device}
+    rows = bilinear_weights(grid[0], size[0], view.rows, **like)[pixels]
+    cols = bilinear_weights(grid[1], size[1], view.cols, **like)[pixels]
+    target = target[:, pixels, pixels].double()
+    labelled = target.isfinite().all(-1)
+    y, valid = torch.where(labelled[..., None], target, 0), labelled.double()
+    apart = lambda axis, steps: axis[:, : axis.shape[1] - steps] * axis[:, steps:]
+    couplings = {(i, j): apart(rows, i).T @ valid @ apart(cols, j) for i, j in product((0, 1), repeat=2)}
+    projected = rows.T @ y.permute(0, 3, 1, 2) @ cols  # [B, K, h, w]
+    weight = rows.T @ valid @ cols
+    return NormalEquations(couplings, weight.flatten(1), projected.flatten(2).mT, y.square().sum((0, 1, 2)))
+
+
+def apply_gram(couplings: dict[tuple[int, int], Tensor], states: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return G X, f[B, h * w, d], of states X f[B, h * w, d]."""
+    (h, w), x = grid, states.unflatten(1, grid)
+    total = torch.zeros_like(x)
+    part = lambda steps, length: slice(max(0, steps), length + min(0, steps))
+    for i, j in product((-1, 0, 1), repeat=2):
+        coupling = couplings[abs(i), abs(j)].to(x)[..., None]
+        total[:, part(-i, h), part(-j, w)] += coupling * x[:, part(i, h), part(j, w)]
+    return total.flatten(1, 2)

@@ -1,0 +1,59 @@
+"""Figure of all tasks by site, each in units of the encoder's score."""
+
+from typing import Any
+
+from probes.models.sites import ENCODER, FINAL_NORM
+
+from .style import FigureData, label_sites, mask_colour, new_panels, site_depth
+
+Entry = dict[str, Any]
+
+
+def tasks_by_site(results: list[Entry]) -> FigureData:
+    """Draw a panel per task; 1 is the encoder's score, and higher is better.
+
+    Args:
+        results: Entry "tasks" of results.json.
+    """
+    tasks = list(dict.fromkeys(entry["task"] for entry in results))
+    figure, axes = new_panels(len(tasks))
+    rows = []
+    for task, ax in zip(tasks, axes, strict=True):
+        for entry in (entry for entry in results if entry["task"] == task):
+            colour, label = mask_colour(entry["image_attention"]), entry["image_attention"]
+            for sites, kind, style in (("sites", "trained", "-"), ("control", "random", "--")):
+                drawn = relative_scores(entry, sites)
+                x, y = [site_depth(row["site"]) for row in drawn], [row["relative"] for row in drawn]
+                ax.plot(x, y, style, color=colour, lw=1.6, label=label if kind == "trained" and drawn else None)
+                if drawn and kind == "trained":
+                    low, high = zip(*(row["ci95"] for row in drawn), strict=True)
+                    ax.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
+                rows += [
+                    {"task": task, "image_attention": label, "seed": entry["seed"], "weights": kind, **_flat(row)}
+                    for row in drawn
+                ]
+        ax.axhline(1, color="black", lw=0.8)
+        ax.set_title(task, fontsize=10)
+        label_sites(ax, [row["site"] for row in results[0]["sites"] if row["site"] != FINAL_NORM], max_labels=6)
+        ax.legend(fontsize=8)
+    axes[0].set_ylabel("score / encoder's score")
+    return FigureData(figure, rows)
+
+
+def relative_scores(entry: Entry, sites: str) -> list[dict[str, Any]]:
+    """Return site, score and interval in units of the trained model's encoder; inverted where lower is better.
+
+    Args:
+        entry: An entry of results.json["tasks"].
+        sites: "sites" or "control".
+    """
+    (encoder,) = (row["value"] for row in entry["sites"] if row["site"] == ENCODER)
+    unit = (lambda x: encoder / x) if entry["better"] == "lower" else (lambda x: x / encoder)
+    rows = [row for row in entry[sites] or () if row["site"] != FINAL_NORM]
+    return [
+        {"site": row["site"], "relative": unit(row["value"]), "ci95": sorted(map(unit, row["ci95"]))} for row in rows
+    ]
+
+
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    return {"site": row["site"], "relative": row["relative"], "low": row["ci95"][0], "high": row["ci95"][1]}

@@ -1,0 +1,240 @@
+"""A finished run of probes of any task: models, data, identity; `probe_run.py` adds the scores of classes."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from llava_bidir.common.atomic_io import read_json
+from llava_bidir.common.bootstrap import bootstrap_weights
+from llava_bidir.common.errors import UserError, error_context
+from llava_bidir.common.identity import check_same_identity, named_identity
+from probes.data.registry import open_dataset, split_identity
+from probes.models.sites import ADAPTER
+from probes.tasks import SEGMENTATION, targets_of
+from probes.training.heads import Probe
+from probes.training.run_schema import (
+    Manifest,
+    ModelConfig,
+    ModelTraining,
+    check_schema,
+    read_metrics,
+    read_run_file,
+    rename_old_keys,
+)
+
+if TYPE_CHECKING:
+    from probes.models.frozen_mllm import FrozenMLLM
+    from probes.ops.geometry import Geometry
+
+log = logging.getLogger(__name__)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        UserError: If the file is damaged; the message names it.
+    """
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({error}); make it again") from None
+
+
+@dataclass
+class FinishedRun:
+    """A finished run of any task.
+
+    Args:
+        path: Folder of the run.
+
+    Raises:
+        UserError: If `path` is not a finished run, or a JSON file is invalid. Tensors are checked on first use.
+    """
+
+    path: Path
+
+    def __post_init__(self):
+        self.path = Path(self.path)
+        if not (self.path / "metrics.json").is_file():
+            raise UserError(f"{self.path} has no metrics.json: not a finished probe run (`probes fit --out DIR`)")
+        self.metrics = read_metrics(self.path / "metrics.json")
+        self.check_task()
+        self.manifest = read_run_file(Manifest, self.path / "manifest.json")
+        check_schema(ModelTraining, self.training, f"{self.path / 'manifest.json'}: mllm_training")
+
+    def check_task(self) -> None:
+        """Raise a UserError if the run's task is not one that this class reads."""
+
+    @property
+    def task_name(self) -> str:
+        """Task of the run, see `data.task`."""
+        return self.metrics.get("task", SEGMENTATION)
+
+    @property
+    def channels(self) -> int:
+        """Outputs of a probe for each token."""
+        raise NotImplementedError
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of probes, settings and data, independent of the path; every analysis stores it."""
+        settings = {key: value for key, value in self.manifest["config"].items() if key != "mllm"}
+        text = json.dumps([settings, self.manifest["data"]["fingerprint"]], sort_keys=True).encode()
+        probes = self.path / "probes.safetensors"
+        return hashlib.sha256(text + (probes.read_bytes() if probes.is_file() else b"")).hexdigest()[:16]
+
+    def analysis(self, name: str) -> dict[str, Any] | None:
+        """Return the results of an analysis in the run's folder, None if there are none.
+
+        Raises:
+            UserError: If the file is damaged, or was made from other probes.
+        """
+        file = self.path / name
+        if not file.is_file():
+            return None
+        results = read_json(file)
+        if self.fingerprint not in results.get("runs", [self.fingerprint]):
+            command = name.split(".")[0].split("_")[0]
+            raise UserError(
+                f"{file} was made from other probes than {self.path} has now; run `probes {command}` again or delete it"
+            )
+        return results
+
+    @property
+    def sites(self) -> list[str]:
+        """All sites of the run, in the order of the forward."""
+        return [site["site"] for site in self.metrics["sites"]]
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Content of the model's training.json, {} if there was none."""
+        return self.manifest["mllm_training"] or {}
+
+    @property
+    def layers(self) -> list[str]:
+        """Sites of layers 0 to L: the adapter and the decoder layers."""
+        return [site for site in self.sites if site == ADAPTER or site.startswith("layer_")]
+
+    @property
+    def groups(self) -> torch.Tensor | None:
+        """i64[N]: group (city) of each validation image; None for a dataset without groups."""
+        return self._tensors.get("group")
+
+    def check_same_images(self, other: "FinishedRun", advice: str = "") -> None:
+        """Raise a UserError that ends with `advice` unless both runs have the same images, read in the same way."""
+        if self.manifest["data"]["fingerprint"] != other.manifest["data"]["fingerprint"]:
+            raise UserError(f"{self.path} and {other.path} were scored on different images or classes{advice}")
+        for key in ("image_resize", "dtype"):
+            values = [run.metrics.get(key) for run in (self, other)]
+            if None not in values and values[0] != values[1]:
+                raise UserError(
+                    f"{self.path} was scored with {key} {values[0]}, but {other.path} with {values[1]}{advice}"
+                )
+
+    def dataset(self, split: str = "validation"):
+        """Return a split of the dataset.
+
+        Raises:
+            UserError: If its images or masks are not those of the run any more.
+        """
+        data = self.manifest["data"]
+        targets = targets_of(self.task_name)
+        dataset = open_dataset(data["dataset"], data["root"], split, data.get("options"), targets)
+        self._check_unchanged("data", lambda: split_identity(split, dataset))
+        return dataset
+
+    def _check_unchanged(self, section: str, compute: Callable[[], dict[str, str]]) -> None:
+        """Raise unless the parts of the identity that `compute` returns are still those of the run."""
+        if self.manifest.get("identity") is None:
+            log.warning("%s does not record its %s; whether it has changed since is not checked", self.path, section)
+            return
+        now = compute()
+        saved = {key: value for key, value in self.manifest["identity"][section].items() if key in now}
+        advice = "restore what was probed, or make the run again"
+        check_same_identity({section: saved}, {section: now}, str(self.path), advice)
+
+    @cached_property
+    def weights(self) -> torch.Tensor:
+        """f[R, N]: bootstrap weights, the same for every run on these images."""
+        return bootstrap_weights(self.metrics["images"], groups=self.groups)
+
+    def mllm(self) -> "FrozenMLLM":
+        """Load the probed model with the settings of the run.
+
+        Raises:
+            UserError: If it cannot be loaded, or its weights or config are not those that were probed.
+        """
+        config = rename_old_keys(self.manifest["config"])
+        check_schema(ModelConfig, config, f"{self.path / 'manifest.json'}: config")
+        from probes.models.load import load  # transformers takes seconds to import, and a report needs no model
+
+        self._check_unchanged("model", lambda: named_identity({"mllm": config["mllm"]}))
+        return load(
+            config["mllm"],
+            config["image_attention"],
+            dtype=config["dtype"],
+            image_resize=config["image_resize"],
+            prefix=config.get("prefix"),
+            untrained=config["untrained"] or (),
+            match=config.get("match", "none"),
+            draw=config.get("draw", 0),
+            update_scales=config.get("update_scales"),
+            seed=config["seed"],
+        )
+
+    def probes(self) -> dict[str, Probe]:
+        """Return the main variant's probe of each site, in eval mode."""
+        tensors, settings = read_tensors(self.path / "probes.safetensors"), self.metrics["probe"]
+        grid = tuple(self.metrics["grid"])
+        probes = {}
+        for site in self.metrics["sites"]:
+            prefix = f"{site['site']}."
+            with error_context(self.path / "probes.safetensors"):
+                probe = Probe(site["dim"], self.channels, grid, settings["feature_norm"], settings["head"])
+                probe.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            probes[site["site"]] = probe.eval().requires_grad_(False)
+        return probes
+
+    @cached_property
+    def _loaded(self) -> tuple["FrozenMLLM", dict[str, Probe]]:
+        mllm = self.mllm()
+        return mllm, {site: probe.to(mllm.device) for site, probe in self.probes().items()}
+
+    @property
+    def peak_layer(self) -> str | None:
+        """Decoder layer with the best score, if any was probed."""
+        return self.metrics["summary"]["peak_site"]
+
+    def check_site(self, site: str | None) -> str:
+        """Return `site`, or the best decoder layer for None.
+
+        Raises:
+            UserError: If the run has no such site.
+        """
+        site = site or self.peak_layer or self.sites[0]
+        if site not in self.sites:
+            raise UserError(f"{self.path} has no site {site!r}; it has {', '.join(self.sites)}")
+        return site
+
+    @torch.no_grad()
+    def logits(self, image: Image.Image, site: str) -> torch.Tensor:
+        """Return the probe's outputs on the token grid for an image, f32[K, h, w]; the first call loads the model."""
+        mllm, probes = self._loaded
+        states = mllm.states(mllm.preprocess([image]), [site])[site]
+        return probes[site](states.float()).transpose(-1, -2).unflatten(-1, mllm.grid)[0]
+
+    @property
+    def geometry(self) -> "Geometry":
+        """Placement of the tokens on images; the first call loads the model."""
+        return self._loaded[0].geometry

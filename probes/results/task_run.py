@@ -1,0 +1,109 @@
+"""A finished run of another task than segmentation, such as depth.
+
+    RUN/metrics.json          scores per site with intervals; "task" and "scores" say which, and which way is better
+    RUN/counts.safetensors    "sums" f32[S, N, M]: sums per image, from which the scores are computed
+    RUN/recipes.safetensors   "NAME/sums" of further variants, if any
+    RUN/path.safetensors      "closed_form/sums" f32[R, S, N, M] at every strength of regularisation, of `probes solve`
+
+Axes: S sites, N images, M sums per image, R strengths.
+"""
+
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from llava_bidir.common.errors import UserError
+from probes.ops.bilinear import upsample
+from probes.tasks import SEGMENTATION, TASKS, Task
+
+from .finished_run import FinishedRun, read_tensors
+from .probe_run import ProbeRun
+
+
+def open_run(path: Path | str) -> FinishedRun:
+    """Return a finished run of any task.
+
+    Raises:
+        UserError: If `path` is not a finished run.
+    """
+    run = FinishedRun(Path(path))
+    return ProbeRun(path) if run.task_name == SEGMENTATION else TaskRun(path)
+
+
+class TaskRun(FinishedRun):
+    """A finished run of another task than segmentation; see :class:`FinishedRun`.
+
+    Raises:
+        UserError: If the run is of segmentation, or of a task that is unknown here.
+    """
+
+    def check_task(self) -> None:
+        """Raise a UserError if the run is of segmentation or of an unknown task."""
+        if self.task_name not in TASKS:
+            raise UserError(f"{self.path} is a run of {self.task_name}; expected one of {', '.join(TASKS)}")
+
+    @property
+    def task(self) -> Task:
+        """The task."""
+        return TASKS[self.task_name]
+
+    @property
+    def channels(self) -> int:
+        """Outputs of a probe for each token."""
+        return self.task.channels
+
+    @cached_property
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return read_tensors(self.path / "counts.safetensors")
+
+    @property
+    def sums(self) -> torch.Tensor:
+        """Sums per image of the main variant, f32[S, N, M].
+
+        Raises:
+            UserError: If they are damaged.
+        """
+        return self._check("counts.safetensors", self._tensors, "sums", [])
+
+    def path_sums(self, instrument: str) -> torch.Tensor:
+        """Return the sums per image at each strength, f32[R, S, N, M].
+
+        Args:
+            instrument: A key of metrics.json["path"] with strengths: "closed_form" or "optimum".
+
+        Raises:
+            UserError: If the run has no such path, or its file is damaged.
+        """
+        solved = (self.metrics.get("path") or {}).get(instrument)
+        if solved is None:
+            raise UserError(f"{self.path} has no path of the instrument {instrument!r} (`probes solve`)")
+        tensors = read_tensors(self.path / "path.safetensors")
+        return self._check("path.safetensors", tensors, f"{instrument}/sums", [len(solved["strengths"])])
+
+    def _check(self, file: str, tensors: dict[str, torch.Tensor], name: str, leading: list[int]) -> torch.Tensor:
+        """Return a tensor, or raise a UserError that names the file unless it has the axes of metrics.json."""
+        sums, expected = tensors.get(name), [*leading, len(self.sites), self.metrics["images"]]
+        if sums is None or list(sums.shape[:-1]) != expected or not sums.isfinite().all():
+            shape = None if sums is None else list(sums.shape)
+            raise UserError(
+                f"{self.path / file}: {name} is {shape}; expected finite numbers {[*expected, 'M']} according to "
+                "metrics.json; make the run again"
+            )
+        return sums
+
+    @torch.no_grad()
+    def predict(self, image: Image.Image, site: str | None = None) -> np.ndarray:
+        """Return the prediction for each pixel of an image, f32[H, W] or f32[H, W, 3], in the format of the targets.
+
+        Args:
+            image: A PIL image of any size and 8-bit mode; its EXIF orientation is ignored.
+            site: Site of the probe; None for the best decoder layer.
+
+        Raises:
+            UserError: If the run has no such site, or the image has more than 8 bits per channel.
+        """
+        logits, size = self.logits(image, self.check_site(site)), (image.height, image.width)
+        return self.task.predict(upsample(logits, size, self.geometry.view(size))).float().cpu().numpy()

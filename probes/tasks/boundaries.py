@@ -1,0 +1,108 @@
+"""Boundaries between instances or classes. A probe predicts the logits of interior and boundary.
+
+Targets: uint8[H, W], 1 at boundaries, 0 elsewhere, 255 where ignored.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .base import Task, mean_over_valid
+
+IGNORED = 255
+TOLERANCE = 0.0075  # of the image's diagonal. Source: maxDist of BSDS500's correspondPixels
+THRESHOLDS = 99  # equally spaced in (0, 1). Source: nthresh of BSDS500's boundaryBench
+
+
+class Boundaries(Task):
+    """Pixels at boundaries.
+
+    Scores are those of BSDS500 over the dataset: F at the threshold that is best for all images (ODS), and average
+    precision, the sum over falling thresholds of precision x rise of recall. A predicted pixel is right if a boundary
+    lies within 0.0075 of the diagonal, and a boundary pixel is found if a prediction does. Sums per image: for each
+    interval between thresholds, the pixels predicted, those of them that are right, and the boundary pixels found.
+
+    Deviates: BSDS500 thins predictions and assigns them to boundary pixels one to one. Here both are dilated by the
+    tolerance, so that scores are higher, and a wide prediction is not punished as long as it is near a boundary.
+
+    The loss is the cross-entropy in which both classes of an image have the same weight (HED). The solver sees
+    boundaries as two classes without weights, which moves the bias, and so the probability at which F is best.
+    """
+
+    name = "boundaries"
+    targets = "boundaries"
+    channels = 2
+    scores = {"f": True, "ap": True}
+    labels = {"f": "F (best threshold)", "ap": "average precision"}
+    solved = "discriminants"
+
+    def values(self, target: Tensor) -> Tensor:
+        """Return 1 for the class of each pixel and 0 for the other, f[B, H, W, 2]."""
+        onehot = torch.stack([target == 0, target == 1], -1).float()
+        return onehot.masked_fill((target == IGNORED)[..., None], torch.nan)
+
+    def predict(self, maps: Tensor) -> Tensor:
+        """Return the probability of a boundary, f[..., H, W]."""
+        interior, boundary = maps.unbind(-3)
+        return (boundary - interior).sigmoid()
+
+    def image_losses(self, maps: Tensor, target: Tensor) -> Tensor:
+        """Return the mean over both classes of their mean cross-entropies, f[P, B]; one class if there is one only."""
+        interior, boundary = maps.unbind(-3)
+        losses = []
+        for label, margin in ((0, interior - boundary), (1, boundary - interior)):
+            of_class = target == label
+            losses.append((mean_over_valid(F.softplus(-margin), of_class), of_class.any(-1).any(-1)))
+        present = torch.stack([there for _, there in losses]).sum(0).clamp(min=1)
+        return sum(loss for loss, _ in losses) / present
+
+    def image_scores(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Boundaries have no score of a single image."""
+        raise NotImplementedError
+
+    def image_sums(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return pixels predicted, right, and found by interval between thresholds, and boundaries, f[P, 3 n + 1]."""
+        radius, boundary = TOLERANCE * math.hypot(*target.shape), target == 1
+        near = dilate(boundary[None].to(prediction), radius)[0] > 0
+        valid = target != IGNORED
+        reached = dilate(prediction.masked_fill(~valid, 0), radius)
+        sums = [histogram(prediction[:, pixels]) for pixels in (valid, valid & near)]
+        sums += [histogram(reached[:, boundary]), boundary.sum().to(prediction).expand(len(prediction), 1)]
+        return torch.cat(sums, 1)
+
+    def dataset_scores(self, sums: Tensor) -> dict[str, Tensor]:
+        """Return F at the best threshold and average precision, f64[...]."""
+        *counts, boundaries = sums.double().split([THRESHOLDS] * 3 + [1], -1)
+        predicted, right, found = (x.flip(-1).cumsum(-1) for x in counts)  # at falling thresholds
+        precision, recall = right / predicted.clamp(min=1), found / boundaries
+        f = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
+        rise = recall.diff(dim=-1, prepend=torch.zeros_like(recall[..., :1]))
+        return {"f": f.amax(-1), "ap": (precision * rise).sum(-1)}
+
+    def colorize(self, prediction: np.ndarray) -> np.ndarray:
+        """Return likely boundaries bright."""
+        grey = (255 * np.where(prediction > 1, 0, prediction)).round().astype(np.uint8)  # 255: ignored
+        return np.repeat(grey[..., None], 3, -1)
+
+
+def dilate(maps: Tensor, radius: float) -> Tensor:
+    """Return the maximum of non-negative maps f[P, H, W] over the pixels within a radius in pixels."""
+    reach, (height, _) = int(radius), maps.shape[-2:]
+    padded = F.pad(maps, (0, 0, reach, reach))
+    result = maps
+    for row in range(-reach, reach + 1):
+        half = int(math.sqrt(radius**2 - row**2))
+        shifted = padded[:, reach + row : reach + row + height]
+        result = torch.maximum(result, F.max_pool2d(shifted[:, None], (1, 2 * half + 1), 1, (0, half))[:, 0])
+    return result
+
+
+def histogram(probability: Tensor) -> Tensor:
+    """Return how many of f[P, n] lie from each threshold to the next, f[P, THRESHOLDS]; none below the first."""
+    thresholds = torch.arange(1, THRESHOLDS + 1, device=probability.device) / (THRESHOLDS + 1)
+    interval = torch.bucketize(probability, thresholds, right=True)
+    counts = probability.new_zeros(len(probability), THRESHOLDS + 1)
+    return counts.scatter_add_(1, interval, torch.ones_like(probability))[:, 1:]

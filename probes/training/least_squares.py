@@ -1,0 +1,140 @@
+"""Linear least squares of a site at every strength of regularisation, in closed form from its moments.
+
+With C the covariance of the upsampled states over the labelled pixels, c their covariance with the target and D the
+diagonal of C (or one variance for all channels), the weights of strength r minimise the squared error of the pixels
+plus a ridge,
+
+    w_r = argmin (1 - r) E|w (x - mean) + b - y|^2 + r w D w^T        w_r = (1 - r) ((1 - r) C + r D)^-1 c,
+
+so that r -> 0 is least squares and r = 1 predicts the mean of the targets everywhere. This is the optimum of its loss:
+there is nothing to refine. One eigendecomposition gives all r (`closed_form.py`), and one pass over the images all
+moments (`ops/normal_equations.py`). The squared error of left-out images is a polynomial of their moments, so that the
+strength is chosen by an exact cross-validation without another pass.
+
+Legend: F folds, R strengths, B images, T tokens, d width, K channels.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llava_bidir.common.errors import UserError
+from probes.ops.normal_equations import NormalEquations, apply_gram
+
+from .closed_form import standardise
+from .moments import Moments
+
+
+@dataclass
+class LeastSquaresMoments(Moments):
+    """Moments of one site with the targets, per fold of images.
+
+    The "classes" of :class:`Moments` are the K channels of the target, weighted by T = U^T D y, and a last one with the
+    rest of each token's weight: all columns sum to the weight, as the soft labels of classes do.
+
+    Args:
+        square: f64[F, K], sum of the squared targets.
+    """
+
+    square: Tensor
+
+    @classmethod
+    def zeros(cls, pivot: Tensor, folds: int, channels: int) -> "LeastSquaresMoments":
+        """Return empty moments on the device of `pivot`."""
+        sums = Moments.zeros(pivot, folds, channels + 1)
+        square = torch.zeros(folds, channels, dtype=torch.float64, device=pivot.device)
+        return cls(sums.pivot, sums.count, sums.first, sums.second, square)
+
+    @torch.no_grad()
+    def add_images(self, states: Tensor, equations: NormalEquations, grid: tuple[int, int], fold: int) -> None:
+        """Add the states f[B, T, d] of images, with their normal equations, to a fold."""
+        rest = equations.weight - equations.projected.sum(-1)
+        labels = torch.cat([equations.projected, rest[..., None]], -1).flatten(0, 1).to(self.count.device)
+        x = states.to(self.pivot) - self.pivot
+        self.count[fold] += labels.sum(0)
+        # float64, since targets have no pivot; of few channels it costs little
+        self.first[fold] += labels.T @ x.flatten(0, 1).double()
+        self.add_products(x.flatten(0, 1), apply_gram(equations.couplings, x, grid).flatten(0, 1), fold)
+        self.square[fold] += equations.square.to(self.square.device)
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return the sums by name."""
+        return super().sums() | {"square": self.square}
+
+    def squared_error(self, fold: int, weights: Tensor, bias: Tensor) -> Tensor:
+        """Return the summed squared error f64[R] of probes in a fold.
+
+        Args:
+            fold: The fold.
+            weights: f64[R, K, d] of x - pivot.
+            bias: f64[R, K].
+        """
+        count, first, second = self.sum_over([fold])
+        states = first.sum(0)
+        quadratic = ((weights @ second) * weights).sum(-1) + 2 * bias * (weights @ states) + count.sum() * bias.square()
+        cross = (weights * first[:-1]).sum(-1) + bias * count[:-1]
+        return (quadratic - 2 * cross + self.square[fold]).sum(-1)
+
+
+class LeastSquares(NamedTuple):
+    """The probes of a site at every strength, and what chooses among them.
+
+    Args:
+        mean: f64[d], of the upsampled states.
+        scale: f64[d], D^-1/2; 0 for constant channels.
+        weights: f64[R, K, d], for x - mean.
+        bias: f64[R, K], the mean of the targets.
+        loss: f64[R], cross-validated squared error per pixel, summed over channels.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    weights: Tensor
+    bias: Tensor
+    loss: Tensor
+
+    @classmethod
+    def empty(cls, like: Tensor, strengths: int, channels: int) -> "LeastSquares":
+        """Return uninitialised probes of the width and on the device of a vector."""
+        new, width = lambda *shape: torch.empty(shape, dtype=torch.float64, device=like.device), len(like)
+        return cls(new(width), new(width), new(strengths, channels, width), new(strengths, channels), new(strengths))
+
+
+def solve_least_squares(
+    moments: LeastSquaresMoments,
+    strengths: tuple[float, ...],
+    shrink_to: Literal["diagonal", "trace"] = "diagonal",
+) -> LeastSquares:
+    """Return the probes of all folds together, with the squared error of each fold under the probes of the others.
+
+    Raises:
+        UserError: No pixel has a value.
+    """
+    mean, scale, weights, bias = _solve(moments, None, strengths, shrink_to)
+    loss = torch.zeros(len(strengths), dtype=torch.float64, device=mean.device)
+    for fold in range(len(moments.count)):
+        others, _, w, b = _solve(moments, fold, strengths, shrink_to)
+        loss += moments.squared_error(fold, w, b - w @ (others - moments.pivot.double()))
+    return LeastSquares(mean, scale, weights, bias, loss / moments.count.sum())
+
+
+def _solve(
+    moments: LeastSquaresMoments, left_out: int | None, strengths: tuple[float, ...], shrink_to: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return mean, scale, weights and bias of :class:`LeastSquares` for all folds but one, or for all."""
+    count, first, second = moments.without(left_out)
+    if not count.sum() > 0:
+        images = "the training images" + (f" that are not of fold {left_out}" if left_out is not None else "")
+        raise UserError(f"{images} have no pixel with a value; expected targets with values (`probes verify-data`)")
+    total, states = count.sum(), first.sum(0)
+    mean, target = states / total, count[:-1] / total
+    covariance = second / total - torch.outer(mean, mean)
+    square = second.diagonal() / total + (moments.pivot.double() + mean).square()
+    scale, spectrum, basis = standardise(covariance, square, shrink_to)
+    directions = ((first[:-1] / total - target[:, None] * mean) * scale) @ basis
+    strength = torch.tensor(strengths, dtype=torch.float64, device=mean.device)[:, None]
+    gain = (1 - strength) / ((1 - strength) * spectrum + strength)
+    weights = ((gain[:, None] * directions) @ basis.T) * scale
+    return moments.pivot.double() + mean, scale, weights, target.expand(len(strengths), -1).contiguous()

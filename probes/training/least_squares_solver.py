@@ -1,0 +1,82 @@
+"""LightningModule that solves probes of values, such as depth, by least squares from moments (`least_squares.py`).
+
+One pass over the training split is all: the closed form is the optimum, and cross-validation follows from the moments.
+
+Legend: R strengths, B images, d width, K channels.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from probes.data.batches import group_by_mask_size
+from probes.models.random_init import MATCHES
+from probes.ops.normal_equations import normal_equations
+
+from .closed_form import STRENGTHS
+from .distributed import broadcast, rank, rank_count
+from .least_squares import LeastSquares, LeastSquaresMoments, solve_least_squares
+from .moment_solver import CLOSED_FORM, MomentSolver
+from .probe_path import ProbePath
+
+
+class LeastSquaresSolver(MomentSolver):
+    """Linear probes of least squares, for every strength of regularisation; see :class:`MomentSolver`.
+
+    Args:
+        mllm, num_classes, image_attention, untrained, match, draw, image_resize, dtype, prefix, sites, label_stride,
+            seed: As for `ProbeModule`.
+        folds, strengths, shrink_to: As for `ProbeSolver`.
+    """
+
+    def __init__(
+        self,
+        mllm: str,
+        num_classes: int = 0,
+        image_attention: str | None = None,
+        untrained: list[str] | None = None,
+        match: Literal[*MATCHES] = "none",
+        draw: int = 0,
+        image_resize: str = "squash",
+        dtype: str = "auto",
+        prefix: str | None = None,
+        sites: list[str] | None = None,
+        label_stride: int = 1,
+        seed: int = 0,
+        folds: int = 4,
+        strengths: tuple[float, ...] = STRENGTHS,
+        shrink_to: str = "diagonal",
+    ):
+        super().__init__(seed, LeastSquaresMoments)
+        self.save_hyperparameters()
+
+    def _add_images(self, states: dict[str, Tensor], batch: dict[str, Any], fold: int) -> None:
+        seen = self.seen[batch["index"].cpu()].to(self.device)
+        for images, target in group_by_mask_size(batch["target"]):
+            values = self.task.values(target).masked_fill(seen[images][:, None, None, None], torch.nan)
+            equations = normal_equations(values, self.mllm.grid, **self.loss_options(target))
+            for site, x in states.items():
+                self.moments[site].add_images(x[images], equations, self.mllm.grid, fold)
+
+    def on_predict_epoch_end(self) -> None:
+        """Solve the probes after the pass."""
+        if self.measuring:
+            return
+        self.passes = 1
+        path = self.paths[CLOSED_FORM] = ProbePath(tuple(self.hparams.strengths))
+        for number, site in enumerate(self.sites):
+            solution = self._solve(number, site)
+            path.weights[site], path.bias[site] = solution.weights.float(), solution.bias.float()
+            path.loss[site] = solution.loss.cpu()
+            self._set_norm(site, solution.mean, solution.scale)
+        self._set_probes(path)
+
+    def _solve(self, number: int, site: str) -> LeastSquares:
+        """Return the probes of a site, which one process solves for all."""
+        args, moments, owner = self.hparams, self._sum_over_ranks(site), number % rank_count()
+        if rank() == owner:
+            solution = solve_least_squares(moments, args.strengths, args.shrink_to)
+        else:
+            solution = LeastSquares.empty(moments.pivot, len(args.strengths), self.channels)
+        return LeastSquares(*(broadcast(part.contiguous(), owner) for part in solution))

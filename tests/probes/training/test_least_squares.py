@@ -1,0 +1,154 @@
+"""Least squares in closed form against explicit upsampling, ignored pixels, several grids, sizes and views."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from llava_bidir.common.errors import UserError
+from probes.ops.bilinear import bilinear_weights
+from probes.ops.geometry import Geometry
+from probes.ops.normal_equations import apply_gram, normal_equations
+from probes.training.closed_form import STRENGTHS
+from probes.training.least_squares import LeastSquaresMoments, solve_least_squares
+
+pytestmark = pytest.mark.numerics
+
+GRIDS, SIZES, RESIZES = ((3, 4), (1, 5), (6, 6)), ((20, 30), (4, 5), (33, 17)), ("squash", "pad", "center_crop")
+WIDTH, CHANNELS, IMAGES = 7, 3, 4
+
+
+def draw(grid, size, seed: int = 0, images: int = IMAGES) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return states f64[B, T, d] with correlated channels, and targets f64[B, H, W, K] of which a third is ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    new = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    states = new(images, grid[0] * grid[1], WIDTH) @ new(WIDTH, WIDTH) + 5
+    target = new(images, *size, CHANNELS)
+    target[torch.rand(images, *size, generator=generator) < 1 / 3] = torch.nan
+    target[0, : size[0] // 2] = torch.nan
+    return states, target
+
+
+def dense(grid, size, view, stride: int = 1) -> torch.Tensor:
+    """Return U f64[pixels, T], written out."""
+    axes = (bilinear_weights(n, m, extent, dtype=torch.float64) for n, m, extent in zip(grid, size, view, strict=True))
+    rows, cols = (axis[stride // 2 :: stride] for axis in axes)
+    return torch.einsum("yi,xj->yxij", rows, cols).reshape(len(rows) * len(cols), -1)
+
+
+def pixels(states, target, up, stride: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return upsampled states f64[n, d] and targets f64[n, K] of the labelled pixels."""
+    flat = target[:, stride // 2 :: stride, stride // 2 :: stride].flatten(0, 2)
+    labelled = flat.isfinite().all(-1)
+    return (up @ states).flatten(0, 1)[labelled], flat[labelled]
+
+
+def moments_of(states, target, grid, view, folds: int = 2, stride: int = 1) -> LeastSquaresMoments:
+    """Return moments in float64, where image i is in fold i % folds."""
+    moments = LeastSquaresMoments.zeros(states[0].mean(0), folds, CHANNELS)
+    for i in range(len(states)):
+        equations = normal_equations(target[i : i + 1], grid, view, stride)
+        moments.add_images(states[i : i + 1], equations, grid, i % folds)
+    return moments
+
+
+@pytest.mark.parametrize(("grid", "size", "resize"), product(GRIDS, SIZES, RESIZES))
+def test_normal_equations_equal_explicit_matrices(grid, size, resize):
+    view = Geometry(grid, 48, 42, resize).view(size)
+    states, target = draw(grid, size)
+    up, labelled = dense(grid, size, view), target.isfinite().all(-1).flatten(1).double()
+    equations = normal_equations(target, grid, view)
+    gram = torch.einsum("pi,bp,pj->bij", up, labelled, up)
+    torch.testing.assert_close(apply_gram(equations.couplings, states, grid), gram @ states)
+    torch.testing.assert_close(equations.weight, gram.sum(-1))
+    torch.testing.assert_close(equations.weight.sum(), labelled.sum())
+    torch.testing.assert_close(equations.projected, up.T @ target.nan_to_num().flatten(1, 2))
+    torch.testing.assert_close(equations.square, target.nan_to_num().square().sum((0, 1, 2)))
+
+
+@pytest.mark.parametrize(("grid", "size", "resize"), product(GRIDS, SIZES[::2], RESIZES))
+@pytest.mark.parametrize("stride", [1, 3])
+def test_equals_lstsq_on_upsampled_states(grid, size, resize, stride):
+    """At strength 0 the probe is the least-squares solution with an intercept over all labelled pixels."""
+    view = Geometry(grid, 48, 42, resize).view(size)
+    states, target = draw(grid, size)
+    solved = solve_least_squares(moments_of(states, target, grid, view, stride=stride), (0.0,))
+    x, y = pixels(states, target, dense(grid, size, view, stride), stride)
+    weights = torch.linalg.lstsq(torch.cat([x, torch.ones_like(x[:, :1])], 1), y, driver="gelsd").solution
+    torch.testing.assert_close((x - solved.mean) @ solved.weights[0].T + solved.bias[0], x @ weights[:-1] + weights[-1])
+
+
+@pytest.mark.parametrize("shrink_to", ["diagonal", "trace"])
+def test_every_strength_and_its_cross_validation_equal_separate_ridge_regressions(shrink_to):
+    grid, size = GRIDS[0], SIZES[0]
+    view = Geometry(grid, 48, 42, "pad").view(size)
+    states, target = draw(grid, size)
+    solved = solve_least_squares(moments_of(states, target, grid, view), STRENGTHS, shrink_to)
+    up = dense(grid, size, view)
+
+    def ridge(chosen: list[int], strength: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x, y = pixels(states[chosen], target[chosen], up)
+        covariance, cross = torch.cov(x.T, correction=0), (x - x.mean(0)).T @ (y - y.mean(0)) / len(x)
+        scale = covariance.diagonal() if shrink_to == "diagonal" else covariance.trace().expand(WIDTH) / WIDTH
+        ridged = (1 - strength) * covariance + strength * torch.diag(scale)
+        return (1 - strength) * torch.linalg.solve(ridged, cross), x.mean(0), y.mean(0)
+
+    error, count = torch.zeros(len(STRENGTHS), dtype=torch.float64), 0
+    for fold in range(2):
+        held_out, others = ([i for i in range(IMAGES) if (i % 2 == fold) == left] for left in (True, False))
+        x, y = pixels(states[held_out], target[held_out], up)
+        count += len(x)
+        for r, strength in enumerate(STRENGTHS):
+            weights, mean, bias = ridge(others, strength)
+            error[r] += ((x - mean) @ weights + bias - y).square().sum()
+    torch.testing.assert_close(solved.loss, error / count, rtol=1e-9, atol=0)
+    for r, strength in enumerate(STRENGTHS):
+        weights, mean, bias = ridge(list(range(IMAGES)), strength)
+        torch.testing.assert_close(solved.weights[r], weights.T, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close((solved.mean, solved.bias[r]), (mean, bias))
+
+
+def test_weights_minimise_the_squared_error_with_their_ridge():
+    grid, size, strength = GRIDS[0], SIZES[0], 0.1
+    view = Geometry(grid, 48, 42, "squash").view(size)
+    states, target = draw(grid, size)
+    solved = solve_least_squares(moments_of(states, target, grid, view), (strength,))
+    x, y = pixels(states, target, dense(grid, size, view))
+    weights, bias = (z[0].clone().requires_grad_() for z in (solved.weights, solved.bias))
+    error = ((x - solved.mean) @ weights.T + bias - y).square().sum(1).mean()
+    loss = (1 - strength) * error + strength * (x.var(0, correction=0) * weights.square()).sum()
+    for gradient in torch.autograd.grad(loss, (weights, bias)):
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
+
+
+def test_float32_states_with_a_channel_of_huge_mean_lose_nothing_that_matters():
+    grid, size = GRIDS[2], SIZES[0]
+    view = Geometry(grid, 48, 42, "squash").view(size)
+    states, target = draw(grid, size)
+    states[..., 0] += 3000
+    target = target + torch.nn.functional.interpolate(
+        states.mT.unflatten(2, grid)[:, :CHANNELS], size, mode="bilinear"
+    ).permute(0, 2, 3, 1)
+    single = states.float()
+    exact = solve_least_squares(moments_of(single.double(), target, grid, view), STRENGTHS)
+    ours = solve_least_squares(moments_of(single, target, grid, view), STRENGTHS)
+    torch.testing.assert_close(ours.loss, exact.loss, rtol=1e-5, atol=0)
+
+
+def test_parts_of_the_images_added_up_give_the_moments_of_all():
+    grid, size = GRIDS[0], SIZES[0]
+    view = Geometry(grid, 48, 42, "squash").view(size)
+    states, target = draw(grid, size)
+    whole = moments_of(states, target, grid, view)
+    part, other = moments_of(states[:2], target[:2], grid, view), moments_of(states[2:], target[2:], grid, view)
+    other.shift(states[3].mean(0))
+    part.add(other)
+    for name, total in part.sums().items():
+        torch.testing.assert_close(total, whole.sums()[name], rtol=1e-9, atol=1e-9)
+
+
+def test_targets_without_a_value_are_an_error():
+    grid, size = GRIDS[0], SIZES[0]
+    states, target = draw(grid, size)
+    with pytest.raises(UserError, match="no pixel with a value"):
+        solve_least_squares(moments_of(states, target * torch.nan, grid, Geometry(grid, 48, 42).view(size)), (1e-3,))

@@ -1,0 +1,272 @@
+"""`probes solve` and `probes fit` of other tasks end to end: scores, the closed form, files, resume, refusals."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from run_bytes import run_bytes
+from safetensors.torch import load_file
+
+from probes import ProbeRun, TaskRun
+from probes.cli import main
+from probes.ops.bilinear import bilinear_weights
+from probes.training.least_squares_solver import LeastSquaresSolver
+
+pytestmark = pytest.mark.numerics
+
+STRENGTHS = [1e-3, 1e-1, 1.0]
+TASKS = ("depth", "normals")
+
+
+@pytest.fixture(scope="module")
+def root(segmentation, tmp_path_factory) -> Path:
+    """The segmentation images with depth and normals that follow the classes, and pixels without a value."""
+    root = tmp_path_factory.mktemp("targets") / "data"
+    shutil.copytree(segmentation, root)
+    rng = np.random.default_rng(0)
+    (root / "targets.json").write_text(json.dumps({"depth_scale": 0.001}))
+    for file in sorted((root / "annotations").rglob("*.png")):
+        mask = np.asarray(Image.open(file))
+        level = np.where(mask == 255, 0, mask).astype(int)
+        depth = (1000 * (1 + level) + rng.integers(0, 200, mask.shape)).astype(np.uint16)
+        depth[mask == 255] = 0
+        normals = np.array([[0, 0, 1], [0, -1, 0], [1, 0, 0]])[level] + rng.normal(0, 0.1, (*mask.shape, 3))
+        normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
+        encoded = ((normals + 1) * 127.5).round().astype(np.uint8)
+        encoded[mask == 255] = 0
+        for name, array in (("depth", depth), ("normals", encoded)):
+            out = root / name / file.parent.name / file.name
+            out.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(out)
+    return root
+
+
+def arguments(command, task, checkpoint, root, out, *more: str) -> list[str]:
+    demo = [command, "-c", "configs/demo/probes.yaml", "--data.batch_size", "2", "--data.task", task]
+    demo += ["--folds", "2", "--strengths", *map(str, STRENGTHS)] if command == "solve" else []
+    demo += ["--trainer.max_epochs", "2", "--save_predictions", "true"]
+    return [*demo, "--model.mllm", str(checkpoint), "--data.root", str(root), "--out", str(out), *more]
+
+
+@pytest.fixture(scope="module")
+def runs(checkpoints, root, tmp_path_factory) -> dict[str, TaskRun]:
+    runs = {}
+    for task in (*TASKS, "boundaries"):
+        out = tmp_path_factory.mktemp(task)
+        main(arguments("solve", task, checkpoints["causal"], root, out, "--passes", "1"))
+        runs[task] = TaskRun(out)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def fitted(checkpoints, root, tmp_path_factory) -> TaskRun:
+    out = tmp_path_factory.mktemp("fitted")
+    main(arguments("fit", "depth", checkpoints["causal"], root, out, "--model.learning_rate", "0.1"))
+    return TaskRun(out)
+
+
+def targets(root, task) -> list[np.ndarray]:
+    files = sorted((root / task / "validation").glob("*.png"))
+    if task == "depth":
+        depths = [np.asarray(Image.open(file)).astype(np.float64) / 1000 for file in files]
+        return [np.where(depth > 0, depth, np.nan) for depth in depths]
+    arrays = [np.asarray(Image.open(file)).astype(np.float64) for file in files]
+    vectors = [np.where(array.any(-1, keepdims=True), array / 127.5 - 1, np.nan) for array in arrays]
+    return [vector / np.linalg.norm(vector, axis=-1, keepdims=True) for vector in vectors]
+
+
+def depth_scores(prediction: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    p, t = prediction[np.isfinite(target)], target[np.isfinite(target)]
+    ratio = np.maximum(p / t, t / p)
+    scores = {"rmse": np.sqrt(((p - t) ** 2).mean()), "abs_rel": (np.abs(p - t) / t).mean()}
+    scores["log10"] = np.abs(np.log10(p) - np.log10(t)).mean()
+    return scores | {f"delta_{k}": (ratio < 1.25**k).mean() for k in (1, 2, 3)}
+
+
+def normals_scores(prediction: np.ndarray, target: np.ndarray) -> dict[str, float]:
+    valid = np.isfinite(target).all(-1)
+    cosine = (prediction[valid].astype(np.float64) * target[valid]).sum(-1)
+    angle = np.sort(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
+    scores = {"mean": angle.mean(), "median": angle[(len(angle) - 1) // 2]}
+    return scores | {f"within_{int(limit)}": (angle < limit).mean() for limit in (11.25, 22.5, 30)}
+
+
+SCORES = {"depth": depth_scores, "normals": normals_scores}
+
+
+@pytest.mark.parametrize("task", [*TASKS, "fitted"])
+def test_scores_equal_numpy_on_the_saved_predictions(task, runs, fitted, root):
+    run = fitted if task == "fitted" else runs[task]
+    for site in run.metrics["sites"]:
+        files = sorted((run.path / "predictions" / site["site"]).glob("*.npy"))
+        truth = targets(root, run.task_name)
+        per_image = [SCORES[run.task_name](np.load(f), t) for f, t in zip(files, truth, strict=True)]
+        for name in run.metrics["scores"]:
+            mean = np.mean([scores[name] for scores in per_image])
+            assert site[name] == pytest.approx(mean, rel=1e-4, abs=1e-3), (site["site"], name)
+            low, high = site[f"{name}_ci95"]
+            assert low <= site[name] <= high
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_saved_probes_are_least_squares_on_upsampled_states(task, runs, root):
+    """The probe of every strength from an explicit ridge regression over all labelled pixels, in float64."""
+    run = runs[task]
+    mllm = run.mllm()
+    size, tensors = (24, 20), load_file(run.path / "probes.safetensors")
+    up = torch.einsum("yi,xj->yxij", *(bilinear_weights(n, m) for n, m in zip(mllm.grid, size, strict=True)))
+    up = up.reshape(size[0] * size[1], -1).double()
+    images = [Image.open(f).convert("RGB") for f in sorted((root / "images/training").glob("*"))]
+    states = mllm.states(mllm.preprocess(images))
+    dataset = run.dataset("training")
+    y = run.task.values(torch.stack([torch.from_numpy(dataset[i]["target"]) for i in range(len(dataset))])).double()
+    y = y.flatten(0, 2)
+    valid = y.isfinite().all(-1)
+    for i, site in enumerate(run.sites):
+        x, path = (up @ states[site].double()).flatten(0, 1), run.metrics["path"]["closed_form"]["sites"][i]
+        strength, centred = path["chosen"], x[valid] - x[valid].mean(0)
+        covariance = centred.T @ centred / len(centred)
+        ridge = (1 - strength) * covariance + strength * torch.diag(covariance.diagonal())
+        cross = centred.T @ (y[valid] - y[valid].mean(0)) / len(centred)
+        expected = centred @ torch.linalg.solve(ridge, (1 - strength) * cross) + y[valid].mean(0)
+        norm = {k.removeprefix(f"{site}."): v.double() for k, v in tensors.items() if k.startswith(f"{site}.")}
+        z = (x[valid] - norm["norm.running_mean"]) / (norm["norm.running_var"] + 1e-5).sqrt()
+        ours = z @ norm["head.weight"].T + norm["head.bias"]
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_files_and_path(task, runs):
+    run = runs[task]
+    path = run.metrics["path"]
+    assert run.metrics["task"] == run.manifest["data"]["task"] == task
+    assert path["passes"] == 1 and path["closed_form"]["strengths"] == STRENGTHS and path.get("optimum") is None
+    assert run.sums.shape[:2] == (6, 5) and run.path_sums("closed_form").shape[:3] == (3, 6, 5)
+    score = run.task.score
+    for i, (site, entry) in enumerate(zip(run.metrics["sites"], path["closed_form"]["sites"], strict=True)):
+        chosen = STRENGTHS.index(entry["chosen"])
+        assert chosen == int(np.argmin(entry["cv_loss"]))
+        assert site[score] == pytest.approx(entry[score][chosen], abs=1e-3)
+        torch.testing.assert_close(run.path_sums("closed_form")[chosen, i], run.sums[i], rtol=1e-3, atol=1e-3)
+    summary = run.metrics["summary"]
+    best = min if run.task.sign < 0 else max
+    layers = {s["site"]: s[score] for s in run.metrics["sites"] if s["site"].startswith("layer_")}
+    assert summary["peak_llm"] == best(layers.values()) == layers[summary["peak_site"]]
+    assert summary["recovery"] == pytest.approx(run.task.sign * (summary["peak_llm"] - summary["adapter"]))
+
+
+def test_boundary_scores_equal_numpy_on_the_saved_probabilities(runs):
+    """At 24 x 20 pixels the tolerance is below one pixel, so that right pixels are those of the target."""
+    run = runs["boundaries"]
+    dataset = run.dataset()
+    truth = np.concatenate([dataset[i]["target"].ravel() for i in range(len(dataset))])
+    for site in run.metrics["sites"]:
+        files = sorted((run.path / "predictions" / site["site"]).glob("*.npy"))
+        probability = np.concatenate([np.load(file).ravel() for file in files])
+        best = area = before = 0.0
+        for step in range(99, 0, -1):
+            predicted = (probability >= np.float32(step / 100)) & (truth != 255)
+            right = (predicted & (truth == 1)).sum()
+            precision, recall = right / max(predicted.sum(), 1), right / (truth == 1).sum()
+            best = max(best, 2 * precision * recall / max(precision + recall, 1e-12))
+            area, before = area + precision * (recall - before), recall
+        assert site["f"] == pytest.approx(best, abs=1e-3) and site["ap"] == pytest.approx(area, abs=1e-3)
+
+
+def test_boundaries_are_solved_as_two_classes(runs):
+    path = runs["boundaries"].metrics["path"]["closed_form"]
+    assert runs["boundaries"].path_sums("closed_form").shape == (3, 6, 5, 3 * 99 + 1)
+    for entry in path["sites"]:
+        assert 0 < min(entry["cv_loss"]) and len(entry["f"]) == len(entry["ap"]) == 3
+
+
+def test_strength_1_predicts_the_mean_target(runs, root):
+    run = runs["depth"]
+    files = sorted((root / "depth/training").glob("*.png"))
+    values = np.concatenate([np.asarray(Image.open(file)).ravel() for file in files]).astype(np.float64)
+    mean = np.exp(np.log(values[values > 0] / 1000).mean())
+    expected = np.mean([depth_scores(np.full_like(t, mean), t)["rmse"] for t in targets(root, "depth")])
+    for entry in run.metrics["path"]["closed_form"]["sites"]:
+        assert entry["rmse"][-1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_fit_keeps_the_best_epoch_of_a_score_where_lower_is_better(fitted):
+    for site in fitted.metrics["sites"]:
+        assert site["history"][site["best_epoch"] - 1] == min(site["history"]) == pytest.approx(site["rmse"])
+    assert fitted.metrics["probe"]["head"] == "linear" and "path" not in fitted.metrics
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(runs, checkpoints, root, tmp_path, monkeypatch):
+    monkeypatch.setattr("probes.training.moment_solver.SAVE_SECONDS", -1)
+    add, batches = LeastSquaresSolver._add_moments, []
+
+    def die(self, *args) -> None:
+        add(self, *args)
+        batches.append(1)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+
+    command = arguments("solve", "depth", checkpoints["causal"], root, tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(LeastSquaresSolver, "_add_moments", die)
+        main(command)
+    main([*command, "--ckpt_path", "last"])
+    for name in ("probes.safetensors", "path.safetensors", "counts.safetensors"):
+        assert (tmp_path / name).read_bytes() == (runs["depth"].path / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_predict_gives_the_saved_prediction(task, runs, root):
+    run = runs[task]
+    file = sorted((root / "images/validation").glob("*"))[0]
+    ours = run.predict(Image.open(file).convert("RGB"), "adapter")
+    np.testing.assert_allclose(ours, np.load(run.path / "predictions/adapter" / f"{file.stem}.npy"), atol=1e-3)
+    assert run.task.colorize(ours).shape == (24, 20, 3)
+
+
+def test_a_run_of_another_task_is_neither_resumed_nor_called_finished(runs, checkpoints, root, tmp_path):
+    shutil.copytree(runs["depth"].path, tmp_path / "run")
+    before = run_bytes(tmp_path / "run")
+    command = arguments("solve", "normals", checkpoints["causal"], root, tmp_path / "run")
+    with pytest.raises(SystemExit, match="task|depth"):
+        main([*command, "--ckpt_path", "last"])
+    assert run_bytes(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("command", ["knockout", "umap", "maps", "report", "starvation"])
+def test_what_is_about_classes_refuses_another_task(command, runs, tmp_path):
+    run = str(runs["depth"].path)
+    options = {
+        "knockout": ["--probes", run, "--classes", "auto:1"],
+        "umap": ["--probes", run],
+        "maps": ["--probes", run],
+        "report": [run, "--out", str(tmp_path)],
+        "starvation": ["--probes", run, run],
+    }
+    with pytest.raises(SystemExit, match="probes of the task depth, but this is about classes"):
+        main([command, *options[command]])
+
+
+def test_task_runs_are_of_tasks(runs, fitted):
+    assert run_error(ProbeRun, runs["depth"].path).startswith(f"{runs['depth'].path} has probes of the task depth")
+
+
+def run_error(kind, path) -> str:
+    with pytest.raises(ValueError) as error:
+        kind(path)
+    return str(error.value)
+
+
+@pytest.mark.distributed
+def test_two_processes_give_the_probes_of_one(runs, checkpoints, root, tmp_path):
+    two = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    command = arguments("solve", "normals", checkpoints["causal"], root, tmp_path, *two)
+    subprocess.run([sys.executable, "-m", "probes", *command], check=True, timeout=300)
+    ours, theirs = load_file(tmp_path / "path.safetensors"), load_file(runs["normals"].path / "path.safetensors")
+    torch.testing.assert_close(ours["closed_form/sums"], theirs["closed_form/sums"], rtol=1e-2, atol=1e-2)

@@ -13,7 +13,7 @@ LIGHTNING_COMMANDS = {  # their options are defined by LightningCLI
     "solve": "solve a probe at every site from moments, at every strength of regularisation; options as for fit",
     "validate": "score the probes of a checkpoint as they are",
     "test": "score the probes of a checkpoint, each at its best epoch, and write the files of the run",
-    "verify-data": "read every image and mask before training: -c configs/probes/ade20k.yaml --data.root DIR",
+    "verify-data": "read every image and target before training: -c configs/probes/ade20k.yaml --data.root DIR",
 }
 
 

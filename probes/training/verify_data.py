@@ -13,14 +13,14 @@ TRAINER = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "
 
 
 def main(argv: list[str]) -> None:
-    """Read every image and mask of a probing config.
+    """Read every image and target of a probing config.
 
     Raises:
         UserError: If some cannot be used; the message names them.
     """
     parser = argparse.ArgumentParser(
         prog="probes verify-data",
-        description="Read every image and mask of both splits; exit with status 1 if any cannot be used. All other "
+        description="Read every image and target of both splits; exit with status 1 if any cannot be used. All other "
         "options are those of `probes fit` (-c CONFIG ..., --data.root ..., ...); the model is not needed.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -32,4 +32,5 @@ def main(argv: list[str]) -> None:
     if bad_files := data.find_bad_files(args.workers):
         raise UserError(f"{data.root}: {format_bad_files(bad_files, images)}")
     sizes = ", ".join(f"{len(dataset):,} {split} images" for split, dataset in data.splits.items())
-    print(f"{data.root}: {sizes}, {data.num_classes} classes, all readable ({time.perf_counter() - start:.0f} s)")
+    targets = f"{data.num_classes} classes" if data.classes else data.task
+    print(f"{data.root}: {sizes}, {targets}, all readable ({time.perf_counter() - start:.0f} s)")

@@ -427,7 +427,8 @@ def test_verify_data_checks_the_targets_of_the_task(root, capsys):
     config = ["verify-data", "--workers", "0", "-c", "configs/probes/folder.yaml", "--data.root", str(root)]
     for task in TASKS:
         main([*config, "--data.task", task])
-        assert "2 training images, 1 validation images" in capsys.readouterr().out
+        targets = task if task in ("depth", "normals") else "2 classes"
+        assert f"2 training images, 1 validation images, {targets}, all readable" in capsys.readouterr().out
     save(root / NORMALS, grey_normals(128))
     save(root / "normals/training/1.png", np.ones(SIZE), np.uint8)
     main([*config, "--data.task", "depth"])

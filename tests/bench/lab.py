@@ -1,4 +1,4 @@
-"""Latencies of the lab's operations over HTTP, on two tiny models: PYTHONPATH=tests/helpers python tests/bench/lab.py (extra: lab)."""
+"""Latencies of the lab over HTTP, on two tiny models: PYTHONPATH=tests/helpers python tests/bench/lab.py."""
 
 import argparse
 import tempfile

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 
 import hostile_images
 import labs
@@ -251,12 +252,16 @@ def test_a_cancelled_forward_stops_at_its_next_layer(session):
 
     async def forward():
         job = Job(None)
-        hook = lambda *_: (ran.append(len(ran)), job.cancelled.set())
-        hooks = [layer.register_forward_hook(hook) for layer in mllm.decoder.layers]
-        with pytest.raises(Cancelled), job.watched(mllm):
-            mllm.states(pixels)
-        for handle in hooks:
-            handle.remove()
+
+        def cancel(*_):
+            ran.append(len(ran))
+            job.cancelled.set()
+
+        with ExitStack() as hooks:
+            for layer in mllm.decoder.layers:
+                hooks.callback(layer.register_forward_hook(cancel).remove)
+            with pytest.raises(Cancelled), job.watched(mllm):
+                mllm.states(pixels)
 
     asyncio.run(forward())
     assert len(ran) == 1

@@ -165,6 +165,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--seed", type=int, default=0, help="random seed of the controls")
 
+    text = "open a live page of running models: any photo by layer and patch, with patches blocked or replaced"
+    p = command("lab", "probes.lab.command:run", text)
+    text = "finished probe runs on the same images, one per mask or model, side by side"
+    p.add_argument("runs", nargs="*", metavar="RUN", help=text)
+    p.add_argument("--mllm", metavar="DIR", help="checkpoint directory or hub id without probes: words and attention")
+    p.add_argument("--port", type=int, default=8899, help="port of the page; 0 for any free one")
+    p.add_argument("--host", metavar="ADDRESS", help="address to listen at, for other machines (default: 127.0.0.1)")
+
     text = "write claims, figures and tables of runs as one self-contained HTML page"
     p = command("report", "probes.report.page:run", text)
     text = "finished probe runs, one per model, dataset and mask, and their controls; NAME=RUN names the model"

@@ -19,7 +19,8 @@ import probes.cli
 MAIN = {"llava_bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 PROMISED = {
     "llava_bidir": "fit validate test export inspect estimate verify-data generate vqa vqa-table demo-assets".split(),
-    "probes": "fit solve validate test verify-data sites states knockout starvation umap maps explore report".split(),
+    "probes": "fit solve validate test verify-data sites states knockout starvation umap maps explore".split()
+    + ["report", "lab"],
 }
 
 

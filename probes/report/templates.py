@@ -1,4 +1,4 @@
-"""Render the Jinja templates of this folder; all values are HTML-escaped."""
+"""Render Jinja templates; all values are HTML-escaped."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +8,13 @@ import jinja2
 
 
 def render(template: str, filters: dict[str, Callable] | None = None, **values: Any) -> str:
-    """Return the page that a template makes of `values`; `filters` are added to Jinja's own."""
+    """Return the page that a template makes of `values`; `filters` are added to Jinja's own.
+
+    Templates are named by their path in this folder or in the package, "lab/lab.html.j2".
+    """
+    folder = Path(__file__).parent
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader([folder, folder.parent]), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= filters or {}
     return environment.get_template(template).render(**values)

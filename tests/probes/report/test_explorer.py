@@ -270,10 +270,10 @@ def test_everything_works_by_keyboard_with_visible_focus(open_page, explored):
     focus = """() => { const active = document.activeElement, outlined = [active, active.nextElementSibling]
          .filter(Boolean).map(getComputedStyle).some(style => style.outlineStyle === "solid" && style.opacity > 0);
          return [active.name || active.id || active.tagName.toLowerCase(), outlined]; }"""
-    for _ in range(7):
+    for _ in range(8):
         tab.keyboard.press("Tab")
         stops.append(tab.evaluate(focus))
-    assert stops == [[name, True] for name in "summary images runs conditions colours stage site".split()]
+    assert stops == [[name, True] for name in "summary images runs conditions colours play site stage".split()]
     tab.locator("#images input:checked").focus()
     tab.keyboard.press("ArrowRight")
     tab.locator("#runs input:checked").focus()
@@ -349,3 +349,23 @@ def test_another_grid_keeps_the_position(open_page, other_page, explored):
     assert "row 4, column 4" in tab.inner_text("#patch")
     assert tab.evaluate("[0, 1, 2, 3].map(t => patchInGrid(t, [2, 2], [4, 6]))") == [7, 10, 19, 22]
     assert tab.evaluate("[...Array(24).keys()].map(t => patchInGrid(t, [4, 6], [4, 6]))") == list(range(24))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "height"), [(1280, 720), (390, 844)])
+def test_slider_is_above_the_fold_and_play_walks_through_the_sites(open_page, explored, width, height):
+    tab = open_page(viewport={"width": width, "height": height})
+    slider = tab.get_by_role("slider", name="Site").bounding_box()
+    assert 0 <= slider["y"] and slider["y"] + slider["height"] < height and slider["width"] > 100
+    tab.get_by_role("button", name="Play").click()
+    for site in explored[0].sites[1:3]:
+        tab.wait_for_function("name => document.querySelector('#site-name b').textContent === name", arg=title(site))
+    tab.get_by_role("button", name="Pause").click()
+    settle(tab)
+    before = tab.inner_text("#site-name b")
+    tab.wait_for_timeout(900)  # longer than a step
+    assert tab.inner_text("#site-name b") == before
+
+
+def title(site: str) -> str:
+    return site.replace("_", " ")

@@ -1,0 +1,79 @@
+"""`probes lab`: the live page of running models."""
+
+import argparse
+import os
+import secrets
+import socket
+import sys
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from llava_bidir.common.errors import UserError
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from .session import Session
+    from .worker import Worker
+
+MAX_CONNECTIONS = 100  # a browser opens six per tab
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run `probes lab` until Ctrl-C."""
+    if bool(args.runs) == bool(args.mllm):
+        raise UserError("expected finished probe runs, or a checkpoint by --mllm DIR, and not both")
+    for package in ("starlette", "uvicorn"):
+        if find_spec(package) is None:
+            raise UserError(f"{package} is not installed; pip install 'llava-bidir[lab]'")
+    from .models import load_checkpoint, load_runs
+    from .session import Session
+    from .worker import Worker
+
+    with listen(args.host or "127.0.0.1", args.port) as listener:
+        session = Session(load_checkpoint(args.mllm) if args.mllm else load_runs(args.runs))
+        host, port = listener.getsockname()[:2]
+        if host in ("0.0.0.0", "::"):  # all addresses of the machine
+            host = socket.gethostname()
+        token = secrets.token_urlsafe(24)
+        server = build_server(session, Worker(), token, {"localhost", host.lower(), (args.host or host).lower()})
+        print(f"http://{f'[{host}]' if ':' in host else host}:{port}/?token={token}", flush=True)
+        try:
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:
+            # At once: a forward may run, and the interpreter takes seconds to free its modules. No file is open.
+            print("probes: the lab has ended", file=sys.stderr, flush=True)
+            os._exit(130)
+
+
+def build_server(session: "Session", worker: "Worker", token: str, hosts: set[str]) -> "uvicorn.Server":
+    """Return the server of a session, for requests with the token to these hosts."""
+    import uvicorn
+
+    from .server import build_app
+
+    config = uvicorn.Config(
+        build_app(session, worker, token, hosts),
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_level="critical",  # the application prints its own errors
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=0,
+    )
+    return uvicorn.Server(config)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at the address, before models are loaded.
+
+    Raises:
+        UserError: The address is in use or is none of this machine.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot listen at {host}, port {port} ({reason}); choose another --port or --host") from None

@@ -1,0 +1,121 @@
+"""Models of a lab, loaded from finished probe runs or from a checkpoint, and what the page needs to know of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+import probes
+from llava_bidir.common.errors import UserError
+from probes.data.palette import palette_of
+from probes.models.frozen_mllm import FrozenMLLM
+from probes.models.prompt_and_pixels import read_tokenizer
+from probes.models.sites import ENCODER
+from probes.results.probe_run import ProbeRun
+from probes.training.heads import Probe
+
+
+@dataclass
+class LabModel:
+    """A frozen MLLM, with the probes of a run or without.
+
+    Args:
+        label: Name on the page.
+        source: Folder of the run or of the checkpoint, or its hub id.
+        mllm: The model.
+        run: The run, None for a checkpoint alone.
+        probes: Probe of each site, {} without a run.
+    """
+
+    label: str
+    source: str
+    mllm: FrozenMLLM
+    run: ProbeRun | None
+    probes: dict[str, Probe]
+
+    @property
+    def sites(self) -> list[str]:
+        """Sites that the page shows."""
+        return self.mllm.sites if self.run is None else self.run.sites
+
+    @property
+    def word_sites(self) -> list[str]:
+        """Sites whose states are in the LLM's space."""
+        return [site for site in self.sites if site != ENCODER]
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, [] without probes."""
+        return [] if self.run is None else self.run.metrics["classes"]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Tokenizer, for the words of the logit lens."""
+        return read_tokenizer(self.source if self.run is None else self.run.manifest["config"]["mllm"])
+
+    @cached_property
+    def cannot_answer(self) -> str | None:
+        """Reason why the model cannot be asked, None if it can."""
+        try:
+            _ = self.mllm.chat
+        except UserError as error:
+            return str(error)
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """Return the facts that the page needs."""
+        config = self.mllm.model.config.get_text_config()
+        return {
+            "label": self.label,
+            "sites": self.sites,
+            "word_sites": self.word_sites,
+            "layers": len(self.mllm.decoder.layers),
+            "heads": config.num_attention_heads,
+            "cannot_answer": self.cannot_answer,
+        }
+
+
+def load_runs(paths: Sequence[str]) -> list[LabModel]:
+    """Load finished probe runs with equal images, classes, sites and grids.
+
+    Raises:
+        UserError: A run is not finished, or two runs differ in one of these.
+    """
+    runs = [ProbeRun(path) for path in paths]
+    for run in runs[1:]:
+        runs[0].check_same_images(run, "; open them in two labs")
+        for key, values in (("sites", (runs[0].sites, run.sites)), ("grid", _values("grid", runs[0], run))):
+            if values[0] != values[1]:
+                raise UserError(f"{runs[0].path} and {run.path} have different {key}; open them in two labs")
+    names = [run.metrics["image_attention"] + (", untrained" if run.metrics["untrained"] else "") for run in runs]
+    labels = [f"{name}, {run.path}" if names.count(name) > 1 else name for name, run in zip(names, runs, strict=True)]
+    models = []
+    for label, run in zip(labels, runs, strict=True):
+        mllm = run.mllm()
+        heads = {site: probe.to(mllm.device) for site, probe in run.probes().items()}
+        models.append(LabModel(label, str(run.path), mllm, run, heads))
+    return models
+
+
+def _values(key: str, *runs: ProbeRun) -> list:
+    return [run.metrics[key] for run in runs]
+
+
+def load_checkpoint(path: str) -> list[LabModel]:
+    """Load a checkpoint without probes."""
+    mllm = probes.load(path)
+    return [LabModel(mllm.image_attention, path, mllm, None, {})]
+
+
+def open_split(model: LabModel) -> tuple[Any, list[list[int]], str]:
+    """Return the validation split of a model's run, the colours of its classes, and why there is no split, else ""."""
+    if model.run is None:
+        return None, [], "without a probe run there is no data set; drop a photo"
+    try:
+        dataset = model.run.dataset()
+    except UserError as error:  # it may be on another machine; photos can still be dropped
+        return None, palette_of(SimpleNamespace(classes=model.classes)).tolist(), str(error)
+    return dataset, palette_of(dataset).tolist(), ""

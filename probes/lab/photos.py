@@ -1,0 +1,114 @@
+"""Photos of the lab: uploaded ones, named by a hash of their bytes, and those of the validation split.
+
+Shapes: T image tokens.
+"""
+
+import hashlib
+import io
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from llava_bidir.common.errors import UserError
+from probes.analyses.logit_lens import grid_box
+from probes.data.base import EmbeddedFile, open_image, read_rgb
+from probes.evaluation.metrics import patch_labels
+from probes.ops.geometry import Geometry
+
+KEPT = 64  # photos; each has a preview and a model's square per model, about 1 MB
+PREVIEW_PX = 896  # longer side of a preview: a panel of 448 px on a screen with two pixels per px
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A photo as the page and the models see it."""
+
+    name: str
+    size: tuple[int, int]  # width and height of the file in pixels
+    preview: Image.Image
+    squares: tuple[Image.Image, ...]  # the input of each model, before normalisation
+    truth: tuple[int, ...] | None = None  # majority class of each patch, -1 if unlabelled
+
+    @classmethod
+    def from_image(cls, image: Image.Image, name: str, geometries: Sequence[Geometry], **more: Any) -> "Photo":
+        """Return an RGB image as a photo. Placing a square again does not change it, so that models can be asked it."""
+        preview = image.copy()
+        preview.thumbnail((PREVIEW_PX, PREVIEW_PX), Image.Resampling.LANCZOS)
+        return cls(name, image.size, preview, tuple(geometry.place(image) for geometry in geometries), **more)
+
+    def describe(self, geometry: Geometry) -> dict[str, Any]:
+        """Return name, size, labels and the place of the grid, in the photo and in the model's square, for the page."""
+        width, height = self.size
+        square = (geometry.image_px, geometry.image_px)
+        boxes = [grid_box(geometry.view(size), size) for size in ((height, width), square)]
+        described = {"name": self.name, "width": width, "height": height, "box": boxes[0], "square_box": boxes[1]}
+        return described | {"truth": self.truth}
+
+
+class Photos:
+    """The photos of a session; safe to use from several threads.
+
+    Args:
+        geometries: Geometry of each model.
+        dataset: Validation split, or None.
+    """
+
+    def __init__(self, geometries: Sequence[Geometry], dataset: Any = None):
+        self.geometries, self.dataset = list(geometries), dataset
+        self._photos: OrderedDict[str, Photo] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, content: bytes, name: str) -> str:
+        """Keep an uploaded file and return its key, the same for the same bytes.
+
+        Raises:
+            UserError: It is not an image within the limits of the project's reader.
+        """
+        file = EmbeddedFile(content, name or "the photo")
+        image = read_rgb(open_image(file), file)
+        key = "upload:" + hashlib.sha256(content).hexdigest()
+        self._keep(key, Photo.from_image(image, name, self.geometries))
+        return key
+
+    def get(self, key: str) -> Photo:
+        """Return a photo.
+
+        Raises:
+            UserError: The split has no such image, or the server no longer has the uploaded photo.
+        """
+        with self._lock:
+            if key in self._photos:
+                self._photos.move_to_end(key)
+                return self._photos[key]
+        kind, _, index = key.partition(":")
+        if kind == "upload":
+            raise UserError("the server has dropped this photo; drop the same file again to restore the view")
+        count = 0 if self.dataset is None else len(self.dataset)
+        if int(index) >= count:
+            raise UserError(f"photo {index} of the validation split does not exist; it has {count} images")
+        sample, geometry = self.dataset[int(index)], self.geometries[0]
+        target = torch.from_numpy(sample["target"])[None]
+        view = geometry.view(sample["target"].shape)
+        truth = patch_labels(target, len(self.dataset.classes), geometry.grid, view=view)[0]
+        photo = Photo.from_image(sample["image"], sample["name"], self.geometries, truth=tuple(truth.tolist()))
+        self._keep(key, photo)
+        return photo
+
+    def _keep(self, key: str, photo: Photo) -> None:
+        with self._lock:
+            self._photos[key] = photo
+            self._photos.move_to_end(key)
+            while len(self._photos) > KEPT:
+                self._photos.popitem(last=False)
+
+
+def encode(image: Image.Image, format: str) -> bytes:
+    """Return the file of an image."""
+    stream = io.BytesIO()
+    image.save(stream, format)
+    return stream.getvalue()

@@ -1,0 +1,208 @@
+"""HTTP server of the lab, for one person's browser.
+
+    GET  /?token=T        sets the cookie of this server and leads to /
+    GET  /                the page
+    GET  /picture         a photo's preview: ?photo=KEY&model=I, &square=1 for the model's square
+    POST /photo?name=N    a photo as the body, or ?key=KEY for one that the server has; its key, size, grid and labels
+    POST /run/OPERATION   JSON (requests.py) to lines of JSON: {"waiting": jobs}, {"layer": l, "layers": L}, and last
+                          {"result": ...} or {"error": text}. Closing the connection cancels the operation.
+
+Every request needs the cookie, a Host that is no foreign name (DNS rebinding) and, if the browser sends one, the page's
+own Origin (cross-site posts).
+"""
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import secrets
+import traceback
+from collections.abc import AsyncIterator
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, RedirectResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from llava_bidir.common.errors import UserError
+from probes.report.templates import render
+
+from .photos import encode
+from .requests import Attention, Control, Export, PatchWords, Question, SiteView, View, parse_request
+from .session import Session
+from .worker import Job, Worker
+
+MAX_PHOTO_BYTES = 64 << 20  # a 50-megapixel JPEG of a camera has about 30 MB
+MAX_JSON_BYTES = 1 << 20  # 128 x 128 patch numbers have 100 KB
+BODY_S = 60  # for a body to arrive, so that slow clients do not hold connections
+OPERATIONS: dict[str, type[View]] = {
+    "read": View,
+    "words_of_patch": PatchWords,
+    "words_of_site": SiteView,
+    "pixel_map": SiteView,
+    "ask": Question,
+    "attention": Attention,
+    "control": Control,
+    "snippet": Export,
+}
+
+
+class Refused(Exception):
+    """A request that is not answered, with its HTTP status."""
+
+    def __init__(self, status: int, message: str):
+        super().__init__(message)
+        self.status = status
+
+
+class Guard:
+    """Middleware that refuses requests of other sites, of foreign hosts and without the token."""
+
+    def __init__(self, app: ASGIApp, token: str, hosts: set[str]):
+        self.app, self.token, self.hosts = app, token, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        request = Request(scope)
+        refusal = self._refusal(request)
+        if refusal:
+            return await JSONResponse({"error": refusal}, 403)(scope, receive, send)
+        if request.url.path == "/" and "token" in request.query_params:
+            response = RedirectResponse("/", 303, {"Referrer-Policy": "no-referrer"})
+            response.set_cookie(cookie_name(scope), self.token, httponly=True, samesite="strict")
+            return await response(scope, receive, send)
+        await self.app(scope, receive, send)
+
+    def _refusal(self, request: Request) -> str:
+        host = request.headers.get("host", "")
+        if not self._is_own_host(host):
+            return f"the Host {host[:100]!r} is not this server's; open the address that `probes lab` printed"
+        origin = request.headers.get("origin")
+        if origin is not None and origin != f"http://{host}":
+            return "requests of other sites are refused"
+        given = request.query_params.get("token") if request.url.path == "/" else None
+        if given is None:
+            try:
+                cookies = SimpleCookie(request.headers.get("cookie", ""))
+            except CookieError:
+                cookies = {}
+            name = cookie_name(request.scope)
+            given = cookies[name].value if name in cookies else ""
+        if not hmac.compare_digest(given.encode(), self.token.encode()):
+            return "open the address that `probes lab` printed, with its token"
+        return ""
+
+    def _is_own_host(self, host: str) -> bool:
+        """Return True for an address in numbers, which DNS cannot rebind, localhost, or the name given by --host."""
+        name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+        try:
+            ipaddress.ip_address(name.strip("[]"))
+        except ValueError:
+            return name.lower() in self.hosts
+        return True
+
+
+def cookie_name(scope: Scope) -> str:
+    """Return the name of this server's cookie; browsers share cookies between the ports of a host."""
+    return f"lab-{scope['server'][1]}"
+
+
+def build_app(session: Session, worker: Worker, token: str, hosts: set[str]) -> ASGIApp:
+    """Return the application."""
+
+    async def show_page(request: Request) -> Response:
+        nonce = secrets.token_urlsafe(16)
+        policy = f"default-src 'none'; connect-src 'self'; img-src 'self' blob: data:; style-src 'nonce-{nonce}'; "
+        policy += f"script-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        text = await run_in_threadpool(render, "lab/lab.html.j2", data=session.describe(), nonce=nonce)
+        headers = {"Content-Security-Policy": policy, "Cache-Control": "no-store", "Referrer-Policy": "no-referrer"}
+        return Response(text, media_type="text/html", headers=headers)
+
+    async def add_photo(request: Request) -> Response:
+        key = request.query_params.get("key")
+        if key is None:
+            content = await read_body(request, MAX_PHOTO_BYTES)
+            key = await run_in_threadpool(session.photos.add, content, request.query_params.get("name", "")[:200])
+        photo = await run_in_threadpool(session.photos.get, check_key(key))
+        return JSONResponse({"key": key, **photo.describe(session.models[0].mllm.geometry)})
+
+    async def show_picture(request: Request) -> Response:
+        photo = await run_in_threadpool(session.photos.get, check_key(request.query_params.get("photo", "")))
+        model, square = request.query_params.get("model", "0"), "square" in request.query_params
+        if not model.isascii() or not model.isdigit() or int(model[:9]) >= len(session.models):
+            raise UserError(f"model {model[:20]!r} does not exist")
+        image, kind = (photo.squares[int(model)], "PNG") if square else (photo.preview, "JPEG")
+        content = await run_in_threadpool(encode, image, kind)
+        return Response(content, media_type=f"image/{kind.lower()}", headers={"Cache-Control": "private, max-age=3600"})
+
+    async def run_operation(request: Request) -> Response:
+        name = request.path_params["operation"]
+        if name not in OPERATIONS:
+            raise Refused(404, f"no operation {name[:50]!r}; expected one of {', '.join(OPERATIONS)}")
+        parsed = parse_request(OPERATIONS[name], await read_body(request, MAX_JSON_BYTES))
+        job = worker.submit(lambda job: getattr(session, name)(parsed, job))
+        if job is None:
+            raise Refused(503, "too many requests wait for the model; try again")
+        return StreamingResponse(stream_events(job), media_type="application/x-ndjson")
+
+    def refuse(request: Request, error: Exception) -> Response:
+        status = error.status if isinstance(error, Refused) else 400
+        return JSONResponse({"error": str(error)}, status, {"Connection": "close"})
+
+    def fail(request: Request, error: Exception) -> Response:
+        traceback.print_exception(error)
+        return JSONResponse({"error": f"{type(error).__name__}; the terminal of `probes lab` has details"}, 500)
+
+    routes = [
+        Route("/", show_page),
+        Route("/picture", show_picture),
+        Route("/photo", add_photo, methods=["POST"]),
+        Route("/run/{operation}", run_operation, methods=["POST"]),
+    ]
+    handlers: dict[Any, Any] = {UserError: refuse, Refused: refuse, ClientDisconnect: refuse, Exception: fail}
+    return Guard(Starlette(routes=routes, exception_handlers=handlers), token, hosts)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Return the body of a request.
+
+    Raises:
+        Refused: It has more than `limit` bytes, or does not arrive in time.
+    """
+    too_long = Refused(413, f"the body has more than {limit >> 20} MiB")
+    length = request.headers.get("content-length", "0")
+    if length.isdigit() and int(length[:20]) > limit:
+        raise too_long
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > limit:
+                    raise too_long
+    except TimeoutError:
+        raise Refused(408, f"the body did not arrive within {BODY_S} s") from None
+    return bytes(body)
+
+
+def check_key(key: str) -> str:
+    """Return a photo's key; raise a UserError if it is none."""
+    return parse_request(View, json.dumps({"photo": key, "model": 0}).encode()).photo
+
+
+async def stream_events(job: Job) -> AsyncIterator[str]:
+    """Yield the events of a job as lines of JSON; cancel it if the client leaves."""
+    try:
+        while True:
+            event = await job.events.get()
+            yield json.dumps(event) + "\n"
+            if event.keys() & {"result", "error"}:
+                return
+    finally:
+        job.cancelled.set()

@@ -1,0 +1,257 @@
+"""Operations of the lab: each takes a request and returns JSON, computed by the public API only.
+
+Maps, words and pixel maps of a view come from one forward: its states are kept, and recomputed when they were dropped.
+
+Shapes: S sites, T image tokens, K classes, k most probable ones, m words, A attention heads, d width.
+"""
+
+import base64
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from llava_bidir.common.errors import UserError
+from probes.analyses.knockout.conditions import high_norm_tokens, matched_tokens, random_tokens
+from probes.analyses.logit_lens import most_probable, token_text
+from probes.data.palette import colorize
+from probes.models.knockout import Knockout
+from probes.models.sites import ADAPTER
+from probes.models.steering import Replacement
+from probes.ops.bilinear import upsampled_argmax
+
+from .models import LabModel, open_split
+from .photos import Photos, encode
+from .requests import (
+    MAX_ANSWER_TOKENS,
+    Attention,
+    Block,
+    Control,
+    Export,
+    PatchWords,
+    Question,
+    Replace,
+    SiteView,
+    View,
+)
+from .snippet import write_snippet
+from .worker import Job
+
+TOP_CLASSES, TOP_WORDS = 3, 3  # per patch, as `probes explore` shows by default
+STATE_BYTES = 1 << 30  # states kept: about six views of a 7B model at 16 bits
+
+
+class Session:
+    """Models and photos of a lab. Its operations run in one thread."""
+
+    def __init__(self, models: list[LabModel]):
+        self.models = models
+        dataset, self.palette, self.no_split = open_split(models[0])
+        self.photos = Photos([model.mllm.geometry for model in models], dataset)
+        self._states: OrderedDict[View, dict[str, Tensor]] = OrderedDict()
+
+    def describe(self) -> dict[str, Any]:
+        """Return the facts that the page is drawn from."""
+        dataset = self.photos.dataset
+        return {
+            "models": [model.describe() for model in self.models],
+            "grid": self.models[0].mllm.grid,
+            "classes": self.models[0].classes,
+            "palette": self.palette,
+            "images": 0 if dataset is None else len(dataset),
+            "no_images": self.no_split,
+        }
+
+    # ----------------------------------------------------------------------------------------------- operations
+    def read(self, request: View, job: Job) -> dict[str, Any]:
+        """Return the most probable classes u8[k, S, T] and their probabilities f32[k, S, T] of a view."""
+        model, states = self._model(request), self._read_states(request, job)
+        if not model.probes:
+            return {"classes": None}
+        heads = {site: partial(_read_probe, model.probes[site]) for site in model.sites}
+        classes, probabilities = most_probable(states, heads, min(TOP_CLASSES, len(model.classes)))
+        return {"classes": _pack(classes[0], np.uint8), "probabilities": _pack(probabilities[0], np.float32)}
+
+    def words_of_patch(self, request: PatchWords, job: Job) -> dict[str, Any]:
+        """Return the most probable words of a patch, [[text, probability], ...] for each site with words."""
+        model, states = self._model(request), self._read_states(request, job)
+        _check_patches(model, [request.patch])
+        return {"words": self._words(model, {s: states[s][:, [request.patch]] for s in model.word_sites})[0]}
+
+    def words_of_site(self, request: SiteView, job: Job) -> dict[str, Any]:
+        """Return the most probable words of each patch at a site."""
+        model, states = self._model(request), self._read_states(request, job)
+        if request.site not in model.word_sites:
+            raise UserError(f"no words at {request.site!r}; expected one of {', '.join(model.word_sites)}")
+        return {"words": [patch[0] for patch in self._words(model, {request.site: states[request.site]})]}
+
+    def pixel_map(self, request: SiteView, job: Job) -> dict[str, Any]:
+        """Return the classes predicted for each pixel, from upsampled logits, as a coloured PNG of the size shown."""
+        model, states = self._model(request), self._read_states(request, job)
+        if request.site not in model.probes:
+            raise UserError(f"no probe at {request.site!r}; expected one of {', '.join(model.probes) or 'a probe run'}")
+        photo, logits = self.photos.get(request.photo), model.probes[request.site](states[request.site].float())
+        width, height = photo.squares[request.model].size if request.square else photo.preview.size
+        maps = logits.mT.unflatten(-1, model.mllm.grid)
+        view = model.mllm.geometry.view((height, width))
+        prediction = upsampled_argmax(maps[0], (height, width), view).cpu().numpy()
+        png = encode(Image.fromarray(colorize(prediction, np.array(self.palette, np.uint8))), "PNG")
+        return {"png": base64.b64encode(png).decode()}
+
+    def ask(self, request: Question, job: Job) -> dict[str, Any]:
+        """Return the answer without the intervention and with it, and log-probabilities of the first one."""
+        model, photo = self._model(request), self.photos.get(request.photo)
+        knockout, square = self._knockout(request), photo.squares[request.model]
+        pixels = model.mllm.preprocess([square])
+
+        def answer(knockout: Knockout | None) -> str:
+            return model.mllm.answer(square, request.question, knockout, MAX_ANSWER_TOKENS)
+
+        def log_probability(knockout: Knockout | None) -> float | None:
+            if not first.strip():
+                return None
+            return model.mllm.answer_log_probs(pixels, [request.question], [first], knockout).item()
+
+        with job.watched(model.mllm):
+            first = answer(None)
+            result = {"answer": first, "log_probability": log_probability(None)}
+            if knockout is None:
+                return result
+            return result | {"blocked": {"answer": answer(knockout), "log_probability": log_probability(knockout)}}
+
+    def attention(self, request: Attention, job: Job) -> dict[str, Any]:
+        """Return the attention of a patch to all patches and of all patches to it in a layer, f32[A, T] each."""
+        model, pixels = self._model(request), self._pixels(request)
+        _check_patches(model, [request.patch])
+        with job.watched(model.mllm):
+            (weights,) = model.mllm.attention(pixels, [request.layer], self._knockout(request), average_heads=False)
+        rows, columns = weights[0][:, request.patch], weights[0][:, :, request.patch]
+        return {"to": _pack(rows, np.float32), "from": _pack(columns, np.float32)}
+
+    def control(self, request: Control, job: Job) -> dict[str, Any]:
+        """Return as many other patches, random or matched in the attention that they receive from all patches."""
+        model, pixels = self._model(request), self._pixels(request)
+        blocked = _as_mask(model, request.intervention.patches).numpy()
+        rng = np.random.default_rng(request.seed)
+        with job.watched(model.mllm):
+            high_norm = high_norm_tokens(model.mllm.states(pixels, [ADAPTER])[ADAPTER][0])
+            if request.control == "random":
+                drawn = random_tokens(blocked, high_norm, rng)
+            else:
+                (weights,) = model.mllm.attention(pixels)
+                drawn = matched_tokens(weights.mean((0, 1)).numpy()[:, None], blocked, high_norm, rng)
+        return {"patches": np.flatnonzero(drawn).tolist()}
+
+    def snippet(self, request: Export, job: Job) -> dict[str, Any]:
+        """Return Python code that reproduces the view."""
+        self._check_intervention(request)
+        names = [self.photos.get(request.photo).name]
+        if isinstance(request.intervention, Replace) and request.intervention.by != "mean":
+            names.append(self.photos.get(request.intervention.by).name)
+        return {"python": write_snippet(self._model(request), request, names)}
+
+    # ----------------------------------------------------------------------------------------------- parts
+    def _model(self, request: View) -> LabModel:
+        if request.model >= len(self.models):
+            raise UserError(f"model {request.model} does not exist; this lab has {len(self.models)}")
+        return self.models[request.model]
+
+    def _pixels(self, request: View, photo: str | None = None) -> Tensor:
+        square = self.photos.get(photo or request.photo).squares[request.model]
+        return self._model(request).mllm.preprocess([square])
+
+    def _read_states(self, request: View, job: Job) -> dict[str, Tensor]:
+        """Return the states of a view at all sites of its model, f[1, T, d]."""
+        view = View(photo=request.photo, model=request.model, intervention=request.intervention)
+        if view not in self._states:
+            model, pixels = self._model(request), self._pixels(request)
+            with job.watched(model.mllm):
+                hooks = self._hooks(request)
+                knockout = None if hooks else self._knockout(request)
+                self._states[view] = model.mllm.states(pixels, model.sites, knockout, hooks=hooks)
+        self._states.move_to_end(view)
+        size = sum(state.nbytes for states in self._states.values() for state in states.values())
+        while size > STATE_BYTES and len(self._states) > 1:
+            _, dropped = self._states.popitem(last=False)
+            size -= sum(state.nbytes for state in dropped.values())
+        return self._states[view]
+
+    def _knockout(self, request: View) -> Knockout | None:
+        if request.intervention is None:
+            return None
+        if isinstance(request.intervention, Replace):
+            raise UserError("answers and attention are read under blocked patches only, not under replaced states")
+        return knockout_of(self._model(request), request.intervention)
+
+    def _hooks(self, request: View) -> dict[str, Replacement]:
+        """Return the hook that replaces states; {} for a request without one."""
+        model, change = self._model(request), request.intervention
+        if not isinstance(change, Replace):
+            return {}
+        patches, site = _as_mask(model, change.patches).to(model.mllm.device), change.site
+        if change.by == "mean":
+            new = lambda states: states.mean(1, keepdim=True)
+        else:
+            other = model.mllm.states(self._pixels(request, change.by), [site])[site]
+            new = lambda states: other
+        return {site: lambda states: torch.where(patches[:, None], new(states), states)}
+
+    def _check_intervention(self, request: View) -> None:
+        change, model = request.intervention, self._model(request)
+        if isinstance(change, Block):
+            knockout_of(model, change)
+        elif change is not None:
+            _as_mask(model, change.patches)
+
+    def _words(self, model: LabModel, states: dict[str, Tensor]) -> list[list[list[tuple[str, float]]]]:
+        """Return words and probabilities by patch, site and rank, for states f[1, T, d] of sites."""
+        heads = {site: partial(model.mllm.logit_lens, site=site) for site in states}
+        ids, probabilities = (part[0].permute(2, 1, 0).tolist() for part in most_probable(states, heads, TOP_WORDS))
+        text: Callable[[int], str] = partial(token_text, model.tokenizer)
+        return [
+            [[(text(i), p) for i, p in zip(*pair, strict=True)] for pair in zip(*patch, strict=True)]
+            for patch in zip(ids, probabilities, strict=True)
+        ]
+
+
+def knockout_of(model: LabModel, block: Block) -> Knockout:
+    """Return the knockout of one image that a request describes.
+
+    Raises:
+        UserError: A patch is out of range, or the reverse is limited to heads.
+    """
+    blocked = _as_mask(model, block.patches)[None]
+    if block.only and block.heads is not None:
+        raise UserError("the reverse knockout cuts all heads; expected no heads")
+    if block.only:
+        return Knockout.only(blocked, block.layers)
+    return Knockout(blocked, block.layers, block.heads)
+
+
+def _as_mask(model: LabModel, patches: tuple[int, ...]) -> Tensor:
+    """Return patches as bool[T]."""
+    _check_patches(model, patches)
+    mask = torch.zeros(model.mllm.grid[0] * model.mllm.grid[1], dtype=torch.bool)
+    mask[list(patches)] = True
+    return mask
+
+
+def _check_patches(model: LabModel, patches: tuple[int, ...] | list[int]) -> None:
+    tokens = model.mllm.grid[0] * model.mllm.grid[1]
+    if max(patches) >= tokens:
+        raise UserError(f"patch {max(patches)} does not exist; the grid has {tokens}, counted from 0")
+
+
+def _read_probe(probe: torch.nn.Module, states: Tensor) -> Tensor:
+    return probe(states.float())
+
+
+def _pack(values: Tensor, kind: type) -> str:
+    """Return numbers as base64 of their little-endian bytes, which the page reads without rounding."""
+    array = values.cpu().numpy().astype(np.dtype(kind).newbyteorder("<"))
+    return base64.b64encode(array.tobytes()).decode()

@@ -1,0 +1,70 @@
+"""Python code of public API that reproduces a view of the lab."""
+
+from .models import LabModel
+from .requests import MAX_ANSWER_TOKENS, Block, Export, Replace, View
+
+HEADER = '''"""Reproduces a view of `probes lab`. Needs the package `llava-bidir`."""
+import torch
+from PIL import Image
+
+import probes
+'''
+
+
+def write_snippet(model: LabModel, request: Export, names: list[str]) -> str:
+    """Return the code of a view; `names` are the file names of its photos.
+
+    The code defines `states` (f[1, T, d] by site), `probabilities` (f[T, K] by site) if the model has probes, and
+    `answer` if there is a question. It opens uploaded photos by their file name.
+    """
+    lines = [HEADER]
+    if model.run is None:
+        lines.append(f"mllm = probes.load({model.source!r})")
+    else:
+        lines += [f"run = probes.ProbeRun({model.source!r})", "mllm = run.mllm()"]
+    lines += _open("image", request.photo, names[0])
+    lines += ["pixels = mllm.preprocess([image])", *_change(request, names)]
+    sites = "mllm.sites" if model.run is None else "run.sites"
+    lines.append(f"states = mllm.states(pixels, {sites}{_argument(request.intervention)})")
+    if model.run is not None:
+        read = "probe.to(mllm.device)(states[site].float()).softmax(-1)[0]"
+        lines.append(f"probabilities = {{site: {read} for site, probe in run.probes().items()}}")
+    if request.question and not isinstance(request.intervention, Replace):
+        knockout = ", knockout" if request.intervention else ""
+        lines.append(f"answer = mllm.answer(image, {request.question!r}{knockout}, max_new_tokens={MAX_ANSWER_TOKENS})")
+    return "\n".join(lines) + "\n"
+
+
+def _open(variable: str, photo: str, name: str) -> list[str]:
+    kind, _, key = photo.partition(":")
+    if kind == "split":
+        return [f'{variable} = run.dataset()[{key}]["image"]']
+    return [f'{variable} = Image.open({name!r}).convert("RGB")  # sha256 {key}']
+
+
+def _argument(change: Block | Replace | None) -> str:
+    if change is None:
+        return ""
+    return ", knockout" if isinstance(change, Block) else ", hooks=hooks"
+
+
+def _change(request: View, names: list[str]) -> list[str]:
+    """Return the lines that define `knockout` or `hooks`."""
+    change = request.intervention
+    if change is None:
+        return []
+    lines = ["patches = torch.zeros(1, mllm.grid[0] * mllm.grid[1], dtype=torch.bool)"]
+    lines.append(f"patches[0, {sorted(set(change.patches))}] = True")
+    if isinstance(change, Block):
+        layers, heads = (values and list(values) for values in (change.layers, change.heads))
+        if change.only:
+            return [*lines, f"knockout = probes.Knockout.only(patches, layers={layers})"]
+        return [*lines, f"knockout = probes.Knockout(patches, layers={layers}, heads={heads})"]
+    new = "states.mean(1, keepdim=True)"
+    if change.by != "mean":
+        lines += _open("other_image", change.by, names[-1])
+        site = repr(change.site)
+        lines.append(f"other = mllm.states(mllm.preprocess([other_image]), [{site}])[{site}]")
+        new = "other"
+    hook = f"lambda states: torch.where(patches[..., None].to(mllm.device), {new}, states)"
+    return [*lines, f"hooks = {{{change.site!r}: {hook}}}"]

@@ -1,0 +1,96 @@
+"""One thread that runs the model, with a bounded queue, progress and cancelling."""
+
+import asyncio
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from llava_bidir.common.errors import UserError
+from probes.models.frozen_mllm import FrozenMLLM
+
+MAX_WAITING = 32  # eight tabs with four panels each; more wait longer than a person does
+PROGRESS_S = 0.1  # between two reports of progress: faster ones cannot be read
+
+
+class Cancelled(Exception):
+    """Raised in a job whose client has left."""
+
+
+class Job:
+    """A request on its way through the worker; its events are dicts, the last one has "result" or "error"."""
+
+    def __init__(self, work: Callable[["Job"], dict[str, Any]]):
+        self.work, self.cancelled = work, threading.Event()
+        self.events: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self._loop, self._reported = asyncio.get_running_loop(), time.monotonic()
+
+    def report(self, event: dict[str, Any]) -> None:
+        """Send an event to the client, from any thread."""
+        with suppress(RuntimeError):  # the server has ended
+            self._loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+    def check(self) -> None:
+        """Raise `Cancelled` if the client has left."""
+        if self.cancelled.is_set():
+            raise Cancelled
+
+    @contextmanager
+    def watched(self, mllm: FrozenMLLM) -> Iterator[None]:
+        """Report each decoder layer that the model runs while the context is open, and stop there if cancelled."""
+        layers = mllm.decoder.layers
+
+        def step(number: int) -> None:
+            self.check()
+            if time.monotonic() - self._reported > PROGRESS_S:
+                self._reported = time.monotonic()
+                self.report({"layer": number, "layers": len(layers)})
+
+        hooks = [
+            layer.register_forward_pre_hook(lambda *_, number=number: step(number))
+            for number, layer in enumerate(layers, 1)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+class Worker:
+    """The thread that runs jobs one by one, so that a model runs one forward at a time."""
+
+    def __init__(self):
+        self._queue: queue.Queue[Job] = queue.Queue(MAX_WAITING)
+        self._current: Job | None = None
+        # A daemon, so that Ctrl-C does not wait for a forward.
+        threading.Thread(target=self._run, name="lab-model", daemon=True).start()
+
+    def submit(self, work: Callable[[Job], dict[str, Any]]) -> Job | None:
+        """Queue a job; return None if too many wait."""
+        job = Job(work)
+        job.report({"waiting": self._queue.qsize() + (self._current is not None)})
+        try:
+            self._queue.put_nowait(job)
+        except queue.Full:
+            return None
+        return job
+
+    def _run(self) -> None:
+        while True:
+            self._current = self._queue.get()
+            try:
+                self._current.check()
+                self._current.report({"result": self._current.work(self._current)})
+            except Cancelled:
+                self._current.report({"error": "cancelled"})
+            except UserError as error:
+                self._current.report({"error": str(error)})
+            except Exception as error:  # a bug or a lack of memory ends one request, not the server
+                traceback.print_exc(file=sys.stderr)
+                self._current.report({"error": f"{type(error).__name__}; the terminal of `probes lab` has details"})
+            self._current = None

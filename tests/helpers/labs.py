@@ -1,0 +1,63 @@
+"""A lab of tiny models, and its server in a thread of the test's process."""
+
+import http.client
+import json
+import threading
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import tiny_models
+
+from probes.cli import main
+from probes.lab.models import load_runs
+from probes.lab.session import Session
+
+TOKEN = "secret"
+JOB = SimpleNamespace(watched=lambda mllm: nullcontext())  # without a client
+
+
+def fit_runs(checkpoints, folder) -> list[str]:
+    """Train a causal and a bidirectional run on images of 24 x 20 pixels."""
+    root = tiny_models.write_segmentation(folder / "data", training=4, validation=5, seed=5)
+    runs = [str(folder / mask) for mask in ("causal", "bidirectional")]
+    for mask, run in zip(("causal", "bidirectional"), runs, strict=True):
+        demo = ["-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "1", "--data.batch_size", "2"]
+        main(["fit", *demo, "--model.mllm", str(checkpoints[mask]), "--data.root", str(root), "--out", run])
+    return runs
+
+
+def open_session(runs: list[str]) -> Session:
+    return Session(load_runs(runs))
+
+
+@contextmanager
+def serve(session: Session):
+    """Yield the port of a server of the session, with the settings of `probes lab`."""
+    from probes.lab.command import build_server, listen
+    from probes.lab.worker import Worker
+
+    with listen("127.0.0.1", 0) as listener:
+        server = build_server(session, Worker(), TOKEN, {"localhost"})
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        thread.join(20)
+
+
+def send(port: int, method: str, path: str, body: bytes | str | None = None, **headers) -> tuple[int, bytes]:
+    """Send a request with the token's cookie; return status and body. Headers replace the usual ones."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    usual = {"Cookie": f"lab-{port}={TOKEN}", "Host": f"127.0.0.1:{port}"}
+    connection.request(method, path, body, {k: v for k, v in (usual | headers).items() if v is not None})
+    response = connection.getresponse()
+    content = response.read()
+    connection.close()
+    return response.status, content
+
+
+def run(port: int, operation: str, request: dict) -> dict:
+    """Run an operation and return its last event."""
+    status, body = send(port, "POST", f"/run/{operation}", json.dumps(request))
+    assert status == 200, body
+    return json.loads(body.splitlines()[-1])

@@ -1,0 +1,303 @@
+"""The lab's page in a real browser (extra: browser)."""
+
+import csv
+import io
+import re
+import shutil
+from urllib.parse import parse_qs
+
+import labs
+import numpy as np
+import pytest
+import torch
+from labs import TOKEN
+from PIL import Image
+
+from probes.lab.photos import encode
+from probes.lab.requests import Block, Export, Question, Replace, View
+
+pytest.importorskip("starlette", reason="starlette (extra: lab) is not installed")
+pytest.importorskip("uvicorn", reason="uvicorn (extra: lab) is not installed")
+pytestmark = pytest.mark.slow
+
+HOSTILE = "<img src=x onerror=window.hacked=1>.png"
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    driver = pytest.importorskip("playwright.sync_api", reason="playwright (extra: browser) is not installed")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    with driver.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def port(session):
+    with labs.serve(session) as port:
+        yield port
+
+
+@pytest.fixture
+def open_tab(chromium, port):
+    """Open the page at a fragment; a request elsewhere, or an error in the page, fails the test."""
+    contexts, errors = [], []
+
+    def open_tab(fragment: str = "", **settings):
+        contexts.append(chromium.new_context(**({"viewport": {"width": 1280, "height": 720}} | settings)))
+        tab, own = contexts[-1].new_page(), (f"http://127.0.0.1:{port}/", "data:", "blob:")
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        tab.on("request", lambda r: None if r.url.startswith(own) else errors.append(r.url))
+        tab.goto(f"http://127.0.0.1:{port}/?token={TOKEN}{fragment}")
+        tab.wait_for_selector("html[data-ready]")
+        return settle(tab)
+
+    yield open_tab
+    for context in contexts:
+        context.close()
+    assert not errors
+
+
+def settle(tab):
+    """Wait until the page shows the requested view."""
+    tab.wait_for_selector("main[aria-busy=false]")
+    return tab
+
+
+def address(tab) -> dict[str, str]:
+    return {key: value for key, (value,) in parse_qs(tab.evaluate("location.hash.slice(1)")).items()}
+
+
+def point(tab, patch: int, panel: int = 0) -> tuple[float, float]:
+    """Return the screen position of the centre of a patch of the 2 x 2 grid."""
+    tab.locator("#panels canvas").nth(panel).scroll_into_view_if_needed()
+    box = tab.locator("#panels canvas").nth(panel).bounding_box()
+    return box["x"] + box["width"] * (0.25 + patch % 2 / 2), box["y"] + box["height"] * (0.25 + patch // 2 / 2)
+
+
+def probabilities(session, view: View) -> torch.Tensor:
+    """Return f[S, T, K] of the exported code, which test_session.py compares with the model."""
+    names: dict = {}
+    exec(session.snippet(Export(**view.model_dump()), labs.JOB)["python"], names)
+    return torch.stack(list(names["probabilities"].values()))
+
+
+def shown_numbers(tab) -> list[dict]:
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="Numbers (CSV)").click()
+    return list(csv.DictReader(io.StringIO(download.value.path().read_text())))
+
+
+def check_numbers(session, tab, views: list[View]) -> None:
+    """Compare the numbers of each panel with the exported code's, to the last bit."""
+    rows = shown_numbers(tab)
+    sites, names = session.models[0].sites, session.models[0].classes
+    assert len(rows) == len(views) * len(sites) * 4
+    for i, view in enumerate(views):
+        best, first = probabilities(session, view).topk(3), i * len(sites) * 4
+        expected = zip(best.indices.flatten(0, 1).tolist(), best.values.flatten(0, 1).tolist(), strict=True)
+        for row, (ids, shares) in zip(rows[first : first + len(sites) * 4], expected, strict=True):
+            assert [row[f"class_{k}"] for k in (1, 2, 3)] == [names[j] for j in ids]
+            assert [float(row[f"probability_{k}"]) for k in (1, 2, 3)] == shares
+
+
+def views_of(photo: str, change=None) -> list[View]:
+    """Return the views of the panels, in their order."""
+    changes = [None] if change is None else [None, change]
+    return [View(photo=photo, model=model, intervention=c) for model in (0, 1) for c in changes]
+
+
+def test_painting_blocking_and_walking_show_the_numbers_of_the_exported_code(open_tab, session):
+    tab = open_tab("#photo=split:1&site=layer_02")
+    check_numbers(session, tab, views_of("split:1"))
+    tab.get_by_role("radio", name="paint").check()
+    tab.mouse.move(*point(tab, 0))
+    tab.mouse.down()
+    tab.mouse.move(*point(tab, 1), steps=4)
+    tab.mouse.up()
+    settle(tab)
+    assert address(tab)["patches"] == "0-1" and tab.locator("#panels figure").count() == 4
+    check_numbers(session, tab, views_of("split:1", Block(kind="block", patches=(0, 1))))
+    tab.get_by_label("in layers").fill("2")
+    tab.get_by_label("in layers").press("Enter")
+    settle(tab)
+    tab.get_by_label("heads", exact=True).fill("1, 3")
+    tab.get_by_label("heads", exact=True).press("Enter")
+    settle(tab)
+    change = Block(kind="block", patches=(0, 1), layers=(2, 3), heads=(1, 3))
+    check_numbers(session, tab, views_of("split:1", change))
+    tab.get_by_role("radio", name="keep only these").check()
+    settle(tab)
+    check_numbers(session, tab, views_of("split:1", Block(kind="block", patches=(0, 1), layers=(2, 3), only=True)))
+    tab.get_by_role("radio", name="replace by the mean").check()
+    settle(tab)
+    check_numbers(session, tab, views_of("split:1", Replace(kind="replace", patches=(0, 1), site="adapter", by="mean")))
+    assert tab.locator("#history li").count() >= 4
+    tab.get_by_role("button", name="Clear").click()
+    settle(tab)
+    assert tab.locator("#panels figure").count() == 2
+
+
+def test_counts_of_changed_patches(open_tab, session):
+    tab = open_tab("#photo=split:0&patches=0.2-3&kind=mean&at=adapter&site=layer_03")
+    s, truth = session.models[0].sites.index("layer_03"), torch.tensor(session.photos.get("split:0").truth)
+    change = Replace(kind="replace", patches=(0, 2, 3), site="adapter", by="mean")
+    for model, caption in ((0, 1), (1, 3)):
+        views = [View(photo="split:0", model=model, intervention=c) for c in (None, change)]
+        before, after = (probabilities(session, view)[s].argmax(-1) for view in views)
+        changed, right = before != after, after == truth
+        counts = (changed.sum(), (changed & right).sum(), (changed & (before == truth)).sum())
+        expected = "{} of 4 patches change, {} corrected, {} no longer right".format(*map(int, counts))
+        assert expected in tab.locator("figcaption").nth(caption).inner_text()
+
+
+def test_a_photo_is_uploaded_and_a_link_restores_the_view(open_tab, session, tmp_path, monkeypatch):
+    tab = open_tab()
+    monkeypatch.chdir(tmp_path)  # where the exported code opens it
+    content = encode(Image.fromarray(np.random.default_rng(1).integers(0, 255, (40, 60, 3), np.uint8)), "PNG")
+    (tmp_path / HOSTILE).write_bytes(content)
+    tab.locator("#file").set_input_files({"name": HOSTILE, "mimeType": "image/png", "buffer": content})
+    tab.wait_for_selector("img.picture[src*=upload]")
+    settle(tab)
+    assert tab.evaluate("window.hacked") is None and tab.evaluate("photo.name") == HOSTILE
+    key = address(tab)["photo"]
+    check_numbers(session, tab, views_of(key))
+    tab.get_by_role("slider", name="Site").fill("3")
+    tab.mouse.click(*point(tab, 2, panel=1))
+    tab.get_by_role("radio", name="probability").check()
+    tab.get_by_label("as the model sees it").check()
+    settle(tab)
+    other = open_tab(tab.evaluate("location.hash"))
+    assert address(other) == address(tab) and address(tab)["patch"] == "2"
+    for selector in ("#description", "#patch", "tbody", "#site-name b"):
+        assert other.inner_text(selector) == tab.inner_text(selector)
+    tab.reload()
+    assert settle(tab).inner_text("tbody") == other.inner_text("tbody")
+
+
+def test_two_tabs_do_not_mix(open_tab, session):
+    first, second = open_tab("#photo=split:0&patches=1"), open_tab("#photo=split:3&kind=mean&patches=2")
+    first.get_by_role("slider", name="Site").fill("4")
+    check_numbers(
+        session, second, views_of("split:3", Replace(kind="replace", patches=(2,), site="adapter", by="mean"))
+    )
+    check_numbers(session, settle(first), views_of("split:0", Block(kind="block", patches=(1,))))
+
+
+def test_answers_side_by_side(open_tab, session):
+    tab = open_tab("#photo=split:1&patches=0-1")
+    tab.get_by_role("textbox", name="Question").fill("Sky?")
+    tab.keyboard.press("Enter")
+    tab.locator("#answers .answer").nth(3).wait_for()
+    shown = tab.locator("#answers .answer").all_text_contents()
+    expected = []
+    for view in views_of("split:1", Block(kind="block", patches=(0, 1)))[1::2]:
+        result = session.ask(Question(**view.model_dump(), question="Sky?"), labs.JOB)
+        expected += [result["answer"], result["blocked"]["answer"]]
+    assert shown == expected
+    change = result["blocked"]["log_probability"] - result["log_probability"]
+    assert f"changes by {'−' if change < 0 else '+'}{abs(change):.2f} nats" in tab.inner_text("#answers")
+
+
+def test_attention_is_drawn_in_proportion_to_its_weights(open_tab, session):
+    tab = open_tab("#photo=split:1&site=layer_02&patch=3&colours=attention&head=2&direction=to")
+    view = View(photo="split:1", model=1)
+    (weights,) = session.models[1].mllm.attention(session._pixels(view), [2], average_heads=False)
+    assert tab.evaluate("Array.from(panels[1].weights)") == weights[0, 1, 3].tolist()
+    tab.locator("#direction").select_option("from")
+    settle(tab)
+    assert tab.evaluate("Array.from(panels[1].weights)") == weights[0, 1, :, 3].tolist()
+
+
+def test_controls_and_classes_choose_patches(open_tab, session):
+    tab = open_tab("#photo=split:2&site=layer_01")
+    tab.get_by_role("button", name="Take all predicted as").click()
+    settle(tab)
+    s = session.models[0].sites.index("layer_01")
+    predicted = probabilities(session, View(photo="split:2", model=0))[s].argmax(-1)
+    k = session.models[0].classes.index(tab.locator("#class option").first.inner_text())
+    assert tab.evaluate("[...view.patches]") == (predicted == k).nonzero().flatten().tolist()
+    count = int((predicted == k).sum())
+    for name in ("As many random", "As many matched"):
+        with tab.expect_response(re.compile("/run/control")):
+            tab.get_by_role("button", name=name).click()
+        settle(tab)
+        assert tab.evaluate("view.patches.size") == count
+
+
+def test_cancel_keeps_the_page_usable(open_tab, session, monkeypatch):
+    tab = open_tab("#photo=split:0")
+    monkeypatch.setattr(session, "read", lambda request, job: (job.cancelled.wait(), job.check()))
+    tab.get_by_role("spinbutton", name="or validation image").fill("4")
+    tab.keyboard.press("Enter")
+    tab.get_by_role("button", name="Cancel").click()
+    tab.wait_for_selector("#cancel", state="hidden")
+    monkeypatch.undo()
+    tab.get_by_role("spinbutton", name="or validation image").fill("3")
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector("img.picture[src*='split%3A3']")
+    check_numbers(session, settle(tab), views_of("split:3"))
+
+
+def test_everything_works_by_keyboard(open_tab):
+    tab = open_tab("#photo=split:0")
+    tab.locator(".stage").first.focus()
+    for key, patch in (("ArrowRight", "1"), ("ArrowDown", "3"), ("Home", "2"), ("ArrowUp", "0"), ("End", "1")):
+        tab.keyboard.press(key)
+        assert address(settle(tab))["patch"] == patch
+    tab.keyboard.press("PageDown")
+    assert tab.inner_text("#site-name b") == "adapter"
+    tab.keyboard.press(" ")
+    assert address(settle(tab))["patches"] == "1"
+    assert tab.inner_text("#description").startswith("Row 1, column 2 at adapter: ")
+    stops, active = set(), "document.activeElement"
+    tab.evaluate(f"{active}.blur()")
+    for _ in range(60):
+        tab.keyboard.press("Tab")
+        stops.add(tab.evaluate(f"{active}.id || {active}.name || {active}.className"))
+    expected = "file image square play site colours stage tool kind class random first heads question png python"
+    assert set(expected.split()) <= stops
+    controls = "[...document.querySelectorAll('input, select, button')]"
+    unnamed = f"{controls}.filter(x => !x.labels?.length && !x.ariaLabel && !x.textContent)"
+    assert tab.evaluate(f"{unnamed}.map(x => x.id)") == []
+
+
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 720), (2560, 1300)])
+def test_slider_and_panels_are_above_the_fold_and_nothing_is_cut_off(open_tab, width, height):
+    tab = open_tab("#photo=split:0&patches=0", viewport={"width": width, "height": height})
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    for selector in ("#play", "#site", ".stage"):
+        box = tab.locator(selector).first.bounding_box()
+        assert box["y"] >= 0 and box["y"] + box["height"] <= height
+
+
+def test_a_finger_selects_and_paints(open_tab):
+    tab = open_tab("#photo=split:0", viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
+    tab.touchscreen.tap(*point(tab, 3))
+    assert address(settle(tab))["patch"] == "3"
+    tab.get_by_role("radio", name="paint").check()
+    tab.touchscreen.tap(*point(tab, 2))
+    assert address(settle(tab))["patches"] == "2"
+
+
+def test_picture_and_code(open_tab, session):
+    tab = open_tab("#photo=split:1&patches=1&panel=1")
+    with tab.expect_download() as download:
+        tab.get_by_role("button", name="Picture (PNG)").click()
+    picture = Image.open(download.value.path())
+    assert picture.width > 800 and len(picture.convert("RGB").getcolors(1 << 24)) > 20
+    tab.get_by_role("button", name="Python").click()
+    tab.wait_for_selector("#code:not([hidden])")
+    request = Export(photo="split:1", model=0, intervention=Block(kind="block", patches=(1,)))
+    assert tab.inner_text("#code").strip() == session.snippet(request, labs.JOB)["python"].strip()
+
+
+def test_hostile_addresses_show_defaults(open_tab):
+    numbers = "#photo=javascript:1&site=<b>&patch=1e9&panel=-1&patches=0-99999999999.x&layers=9-1"
+    tab = open_tab(numbers + "&heads=<script>&colours=x&kind=y")
+    assert tab.evaluate("[view.photo, view.site, view.patch, view.first, view.last]") == ["split:0", 0, 0, 1, 3]
+    assert tab.evaluate("[...view.patches]") == [0, 1, 2, 3] and tab.evaluate("window.hacked") is None

@@ -1,0 +1,315 @@
+"""The lab's server: hostile requests, which it answers or refuses and goes on, and the command."""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack
+
+import hostile_images
+import labs
+import pytest
+from labs import TOKEN, run, send
+
+from probes.cli import main
+from probes.lab.worker import Cancelled, Job
+
+pytest.importorskip("starlette", reason="starlette (extra: lab) is not installed")
+pytest.importorskip("uvicorn", reason="uvicorn (extra: lab) is not installed")
+
+VIEW = {"photo": "split:0", "model": 0}
+BLOCK = {"kind": "block", "patches": [0, 2], "layers": [1, 2], "heads": None, "only": False}
+REPLACE = {"kind": "replace", "patches": [1], "site": "layer_01", "by": "split:2"}
+REQUESTS = {  # one of each operation
+    "read": VIEW | {"intervention": BLOCK},
+    "words_of_patch": VIEW | {"patch": 3},
+    "words_of_site": VIEW | {"intervention": REPLACE, "site": "adapter"},
+    "pixel_map": VIEW | {"site": "layer_03", "square": True},
+    "ask": VIEW | {"question": "Sky?", "intervention": BLOCK},
+    "attention": VIEW | {"patch": 1, "layer": 2},
+    "control": VIEW | {"intervention": BLOCK, "control": "matched", "seed": 1},
+    "snippet": VIEW | {"intervention": REPLACE, "question": ""},
+}
+
+
+@pytest.fixture(scope="module")
+def port(session):
+    with labs.serve(session) as port:
+        yield port
+
+
+@pytest.fixture
+def still_serves(port):
+    """After the test, the server answers as before."""
+    yield
+    assert "result" in run(port, "read", VIEW)
+
+
+@pytest.mark.parametrize("operation", REQUESTS)
+def test_each_operation_answers_in_lines_of_json(port, operation):
+    assert "result" in run(port, operation, REQUESTS[operation])
+
+
+def test_page_has_a_policy_that_allows_this_server_only(port):
+    status, page = send(port, "GET", "/")
+    assert status == 200 and not re.search(rb"https?://|@import|url\(", page)
+    connection = labs.http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("GET", "/", headers={"Cookie": f"lab-{port}={TOKEN}"})
+    policy = connection.getresponse().headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'; connect-src 'self'") and "unsafe" not in policy
+    assert re.search(r"script-src 'nonce-([\w-]+)'", policy)[1] not in page.decode(), "a nonce is used once"
+
+
+def test_token_sets_a_cookie_that_other_sites_cannot_use(port):
+    connection = labs.http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("GET", f"/?token={TOKEN}")
+    response = connection.getresponse()
+    assert response.status == 303 and response.headers["Location"] == "/"
+    cookie = response.headers["Set-Cookie"]
+    assert f"lab-{port}={TOKEN}" in cookie and "HttpOnly" in cookie and "SameSite=strict" in cookie
+
+
+FOREIGN = {
+    "no cookie": {"Cookie": None},
+    "wrong token": {"Cookie": "lab-{port}=guess"},
+    "broken cookie": {"Cookie": '=;;\\x00="; lab'},
+    "token of another port": {"Cookie": f"lab-1={TOKEN}"},
+    "rebound name": {"Host": "attacker.example:{port}"},
+    "name that begins like ours": {"Host": "127.0.0.1.attacker.example"},
+    "no host": {"Host": ""},
+    "foreign origin": {"Origin": "http://attacker.example"},
+    "opaque origin": {"Origin": "null"},
+    "origin of another port": {"Origin": "http://127.0.0.1:1"},
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+@pytest.mark.parametrize(("method", "path"), [("POST", "/run/read"), ("POST", "/photo?key=split:0"), ("GET", "/")])
+def test_foreign_requests_are_refused(port, still_serves, case, method, path):
+    headers = {k: v and v.replace("{port}", str(port)) for k, v in FOREIGN[case].items()}
+    status, body = send(port, method, path, json.dumps(VIEW) if method == "POST" else None, **headers)
+    assert status in (400, 403) and b"classes" not in body
+
+
+def test_own_origin_and_names_are_accepted(port):
+    for host in (f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}"):
+        status, _ = send(port, "POST", "/run/read", json.dumps(VIEW), Host=host, Origin=f"http://{host}")
+        assert status == 200
+
+
+BODIES = {
+    "no JSON": b"{",
+    "not UTF-8": b'{"photo": "\xff"}',
+    "empty": b"",
+    "a list": b"[]",
+    "deep": b"[" * 100_000,
+    "huge number": b'{"photo": "split:0", "model": 1' + b"0" * 5000 + b"}",
+    "a float for a number": json.dumps(VIEW | {"model": 0.5}).encode(),
+    "a text for a number": json.dumps(VIEW | {"model": "0"}).encode(),
+    "true for a number": json.dumps(VIEW | {"model": True}).encode(),
+    "not a number": b'{"photo": "split:0", "model": NaN}',
+    "negative": json.dumps(VIEW | {"model": -1}).encode(),
+    "unknown key": json.dumps(VIEW | {"class_path": "os.system"}).encode(),
+    "path as a photo": json.dumps(VIEW | {"photo": "/etc/passwd"}).encode(),
+    "traversal": json.dumps(VIEW | {"photo": "split:../../etc/passwd"}).encode(),
+    "key with a line break": json.dumps(VIEW | {"photo": "split:0\n"}).encode(),
+    "other digits": json.dumps(VIEW | {"photo": "split:٣"}).encode(),
+    "no patches": json.dumps(VIEW | {"intervention": BLOCK | {"patches": []}}).encode(),
+    "too many patches": json.dumps(VIEW | {"intervention": BLOCK | {"patches": [0] * 20_000}}).encode(),
+    "unknown kind": json.dumps(VIEW | {"intervention": {"kind": "exec", "patches": [0]}}).encode(),
+    "layer 0": json.dumps(VIEW | {"intervention": BLOCK | {"layers": [0]}}).encode(),
+    "too long": b" " * (1 << 20) + json.dumps(VIEW).encode(),
+}
+
+
+@pytest.mark.parametrize("case", BODIES)
+def test_invalid_json_is_refused(port, still_serves, case):
+    status, body = send(port, "POST", "/run/read", BODIES[case])
+    assert status == (413 if case == "too long" else 400) and json.loads(body)["error"]
+
+
+@pytest.mark.parametrize("name", hostile_images.REJECTED)
+def test_hostile_images_are_refused(port, still_serves, name):
+    content, _ = hostile_images.REJECTED[name]
+    status, body = send(port, "POST", f"/photo?name={name}", content)
+    assert status == 400 and name in json.loads(body)["error"]
+
+
+def test_valid_images_are_read_whatever_they_are_called(port):
+    for content in hostile_images.VALID.values():
+        status, body = send(port, "POST", "/photo?name=../../x%00%3Cscript%3E", content)
+        assert status == 200
+        assert "result" in run(port, "read", {"photo": json.loads(body)["key"], "model": 1})
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/../../../etc/passwd", 404),
+        ("GET", "/%2e%2e/%2e%2e/etc/passwd", 404),
+        ("GET", "/picture?photo=../../etc/passwd", 400),
+        ("GET", "/picture?photo=split:0&model=-1", 400),
+        ("GET", "/picture?photo=split:0&model=%C2%B2", 400),
+        ("GET", "/picture", 400),
+        ("GET", "/run/read", 405),
+        ("POST", "/run/__init__", 404),
+        ("POST", "/run/describe", 404),
+        ("POST", "/photo?key=split:9999999999", 400),
+        ("DELETE", "/", 405),
+        ("GET", "/" + "x" * 60_000, 404),
+    ],
+)
+def test_unknown_addresses_are_refused(port, still_serves, method, path, status):
+    assert send(port, method, path, "{}" if method == "POST" else None)[0] == status
+
+
+def raw(port: int, data: bytes) -> socket.socket:
+    connection = socket.create_connection(("127.0.0.1", port), timeout=30)
+    connection.sendall(data)
+    return connection
+
+
+def head(port: int, path: str, *lines: str) -> bytes:
+    start = [f"POST {path} HTTP/1.1", f"Host: 127.0.0.1:{port}", f"Cookie: lab-{port}={TOKEN}", *lines]
+    return "\r\n".join([*start, "", ""]).encode()
+
+
+def test_huge_uploads_are_refused_before_and_while_they_arrive(port, still_serves, monkeypatch):
+    connection = raw(port, head(port, "/photo", f"Content-Length: {10**15}"))
+    assert b" 413 " in connection.recv(100)
+    monkeypatch.setattr("probes.lab.server.MAX_PHOTO_BYTES", 100_000)
+    chunk = b"%x\r\n%s\r\n" % (50_000, bytes(50_000))
+    connection = raw(port, head(port, "/photo", "Transfer-Encoding: chunked") + 3 * chunk)
+    assert b" 413 " in connection.recv(100)
+
+
+def test_cut_and_broken_requests_are_dropped(port, still_serves):
+    raw(port, head(port, "/photo", "Content-Length: 1000") + b"cut").close()
+    for data in (
+        b"\x16\x03\x01\x02\x00\x01",
+        b"GET / HTTP/9.9\r\n\r\n",
+        b"X" * 200_000,
+        head(port, "/", "Content-Length: -5"),
+    ):
+        with raw(port, data) as connection:
+            connection.shutdown(socket.SHUT_WR)
+            assert b" 200 " not in connection.recv(100)
+
+
+def test_slow_clients_hold_nobody_up_and_are_given_up(port, still_serves, monkeypatch):
+    monkeypatch.setattr("probes.lab.server.BODY_S", 1)
+    slow = [raw(port, head(port, "/run/read", "Content-Length: 100") + b"{") for _ in range(20)]
+    assert "result" in run(port, "read", VIEW)
+    for connection in slow:
+        assert b" 408 " in connection.recv(100)
+
+
+def test_many_at_once_are_answered_or_refused(port, still_serves):
+    results = []
+
+    def request(image: int) -> None:
+        body = json.dumps(VIEW | {"photo": f"split:{image % 5}"})
+        status, content = send(port, "POST", "/run/read", body)
+        results.append((status, b'"result"' in content))
+
+    threads = [threading.Thread(target=request, args=(i,)) for i in range(100)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(results) == 100 and {status for status, _ in results} <= {200, 503}
+    assert all(answered == (status == 200) for status, answered in results) and any(answered for _, answered in results)
+
+
+def test_a_client_that_leaves_cancels_its_request(port, still_serves, session, monkeypatch):
+    entered, cancelled = threading.Event(), threading.Event()
+
+    def wait(request, job):
+        entered.set()
+        while not job.cancelled.is_set():
+            time.sleep(0.01)
+        cancelled.set()
+        job.check()
+
+    monkeypatch.setattr(session, "read", wait)
+    body = json.dumps(VIEW).encode()
+    connection = raw(port, head(port, "/run/read", f"Content-Length: {len(body)}") + body)
+    assert entered.wait(20)
+    connection.close()
+    assert cancelled.wait(20)
+    monkeypatch.undo()
+
+
+def test_a_cancelled_forward_stops_at_its_next_layer(session):
+    mllm, ran = session.models[0].mllm, []
+    pixels = mllm.preprocess([session.photos.get("split:0").squares[0]])
+
+    async def forward():
+        job = Job(None)
+
+        def cancel(*_):
+            ran.append(len(ran))
+            job.cancelled.set()
+
+        with ExitStack() as hooks:
+            for layer in mllm.decoder.layers:
+                hooks.callback(layer.register_forward_hook(cancel).remove)
+            with pytest.raises(Cancelled), job.watched(mllm):
+                mllm.states(pixels)
+
+    asyncio.run(forward())
+    assert len(ran) == 1
+
+
+def test_a_crash_ends_one_request(port, still_serves, session, monkeypatch, capfd):
+    def crash(request, job):
+        raise RuntimeError("a secret detail")
+
+    monkeypatch.setattr(session, "read", crash)
+    assert run(port, "read", VIEW) == {"error": "RuntimeError; the terminal of `probes lab` has details"}
+    monkeypatch.setattr(session.photos, "get", crash)
+    status, body = send(port, "GET", "/picture?photo=split:0")
+    assert status == 500 and b"secret" not in body
+    monkeypatch.undo()
+    assert "a secret detail" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------- command
+@pytest.mark.parametrize("arguments", [[], ["run", "--mllm", "dir"]])
+def test_command_needs_runs_or_a_checkpoint(arguments):
+    with pytest.raises(SystemExit, match="finished probe runs, or a checkpoint by --mllm"):
+        main(["lab", *arguments])
+
+
+def test_a_port_in_use_is_an_error_before_models_are_loaded(port):
+    with pytest.raises(SystemExit, match=f"cannot listen at 127.0.0.1, port {port} .*choose another --port"):
+        main(["lab", "no such run", "--port", str(port)])
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr("probes.lab.command.find_spec", lambda name: None if name == "uvicorn" else True)
+    with pytest.raises(SystemExit, match=r"uvicorn is not installed; pip install 'llava-bidir\[lab\]'"):
+        main(["lab", "run"])
+
+
+@pytest.mark.slow
+def test_command_prints_its_address_and_ends_at_once(checkpoints):
+    command = [sys.executable, "-m", "probes", "lab", "--mllm", str(checkpoints["causal"]), "--port", "0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    address = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/\?token=([\w-]{32})\n", process.stdout.readline())
+    port = int(address[1])
+    body = json.dumps({"photo": "upload:" + 64 * "0", "model": 0, "question": "x"}).encode()
+    cookie = f"lab-{port}={address[2]}"
+    assert send(port, "POST", "/run/ask", body, Cookie=cookie)[0] == 200
+    held = raw(port, head(port, "/photo", "Content-Length: 100"))
+    start = time.monotonic()
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(30) == 130 and time.monotonic() - start < 3
+    assert process.stderr.read().splitlines()[-1] == "probes: the lab has ended"
+    held.close()

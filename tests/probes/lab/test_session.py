@@ -1,0 +1,195 @@
+"""Operations of the lab, against the public API, and the Python code that it exports."""
+
+import base64
+import io
+
+import labs
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import probes
+from llava_bidir.common.errors import UserError
+from probes.data.palette import colorize
+from probes.lab.models import load_checkpoint
+from probes.lab.photos import encode
+from probes.lab.requests import Attention, Block, Control, Export, PatchWords, Question, Replace, SiteView, View
+from probes.lab.session import Session
+
+
+def block(*patches: int, **limits) -> Block:
+    return Block(kind="block", patches=patches, **limits)
+
+
+def hidden(*patches: int) -> probes.Knockout:
+    """Return the knockout written out."""
+    return probes.Knockout(torch.tensor([[t in patches for t in range(4)]]))
+
+
+BLOCK = block(0, 2)
+CHANGES = {
+    "none": None,
+    "block": BLOCK,
+    "layers and heads": block(1, layers=(2, 3), heads=(1,)),
+    "keep": block(3, only=True),
+    "mean": Replace(kind="replace", patches=(0, 3), site="layer_01", by="mean"),
+    "other photo": Replace(kind="replace", patches=(1, 2), site="adapter", by="split:3"),
+}
+
+
+def numbers(text: str, kind: str, *shape: int) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), kind).reshape(shape)
+
+
+def read(session: Session, request: View) -> tuple[np.ndarray, np.ndarray]:
+    """Return classes and probabilities as the page receives them."""
+    result, sites = session.read(request, labs.JOB), len(session.models[request.model].sites)
+    return numbers(result["classes"], "u1", 3, sites, 4), numbers(result["probabilities"], "<f4", 3, sites, 4)
+
+
+def execute(session: Session, request: Export) -> dict:
+    names: dict = {}
+    exec(session.snippet(request, labs.JOB)["python"], names)
+    return names
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("model", [0, 1])
+def test_exported_code_gives_the_numbers_of_the_page(session, change, model):
+    view = {"photo": "split:1", "model": model, "intervention": CHANGES[change]}
+    names = execute(session, Export(**view))
+    best = torch.stack(list(names["probabilities"].values())).topk(3)  # [S, T, k]
+    classes, shares = read(session, View(**view))
+    assert (classes == best.indices.permute(2, 0, 1).numpy()).all()
+    assert (shares == best.values.permute(2, 0, 1).numpy()).all()
+
+
+def test_exported_code_opens_an_uploaded_photo_and_asks(session, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = encode(Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8)), "PNG")
+    name = 'it\'s a "photo".png'
+    (tmp_path / name).write_bytes(content)
+    view = {"photo": session.photos.add(content, name), "model": 1, "intervention": BLOCK}
+    names = execute(session, Export(**view, question="What is 'it'?"))
+    _, shares = read(session, View(**view))
+    assert (shares[0] == torch.stack(list(names["probabilities"].values())).amax(-1).numpy()).all()
+    assert names["answer"] == session.ask(Question(**view, question="What is 'it'?"), labs.JOB)["blocked"]["answer"]
+
+
+def test_interventions_change_what_is_read(session):
+    shares = [read(session, View(photo="split:1", model=1, intervention=change))[1] for change in CHANGES.values()]
+    assert len({x.tobytes() for x in shares}) == len(CHANGES)
+
+
+def test_pixel_map_is_the_prediction_of_the_run(session, lab_runs):
+    request = SiteView(photo="split:2", model=0, site="layer_02")
+    shown = Image.open(io.BytesIO(base64.b64decode(session.pixel_map(request, labs.JOB)["png"])))
+    run = probes.ProbeRun(lab_runs[0])
+    predicted = run.predict(run.dataset()[2]["image"], "layer_02")
+    assert (np.asarray(shown) == colorize(predicted, np.array(session.palette, np.uint8))).all()
+
+
+def test_words_of_a_patch_are_those_of_the_map(session):
+    view = {"photo": "split:0", "model": 0, "intervention": BLOCK}
+    by_site = session.words_of_patch(PatchWords(**view, patch=2), labs.JOB)["words"]
+    model = session.models[0]
+    for site, words in zip(model.word_sites, by_site, strict=True):
+        of_map = session.words_of_site(SiteView(**view, site=site), labs.JOB)["words"][2]
+        assert [text for text, _ in of_map] == [text for text, _ in words]
+    states = model.mllm.states(session._pixels(View(**view)), ["final_norm"], hidden(0, 2))
+    best = model.mllm.logit_lens(states["final_norm"][0, 2], "final_norm").softmax(-1).max()
+    assert by_site[-1][0][1] == pytest.approx(best.item(), rel=1e-5)
+
+
+def test_attention_of_and_to_a_patch(session):
+    view = {"photo": "split:0", "model": 1, "intervention": BLOCK}
+    result = session.attention(Attention(**view, patch=1, layer=2), labs.JOB)
+    pixels, knockout = session._pixels(View(**view)), hidden(0, 2)
+    (weights,) = session.models[1].mllm.attention(pixels, [2], knockout, average_heads=False)
+    assert (numbers(result["to"], "<f4", 4, 4) == weights[0, :, 1].numpy()).all()
+    assert (numbers(result["from"], "<f4", 4, 4) == weights[0, :, :, 1].numpy()).all()
+    assert (numbers(result["to"], "<f4", 4, 4)[:, [0, 2]] == 0).all(), "blocked patches receive attention"
+
+
+def test_answers_with_and_without_the_knockout(session):
+    model, view = session.models[1], {"photo": "split:0", "model": 1}
+    mllm, square = model.mllm, session.photos.get("split:0").squares[1]
+    plain = session.ask(Question(**view, question="Sky?"), labs.JOB)
+    assert plain == {
+        "answer": mllm.answer(square, "Sky?", max_new_tokens=64),
+        "log_probability": plain["log_probability"],
+    }
+    result = session.ask(Question(**view, question="Sky?", intervention=BLOCK), labs.JOB)
+    knockout = hidden(0, 2)
+    pixels = mllm.preprocess([square])
+    assert result["blocked"]["answer"] == mllm.answer(square, "Sky?", knockout, max_new_tokens=64)
+    expected = mllm.answer_log_probs(pixels, ["Sky?"], [plain["answer"]], knockout).item()
+    assert result["blocked"]["log_probability"] == expected != result["log_probability"] == plain["log_probability"]
+
+
+@pytest.mark.parametrize("control", ["random", "matched"])
+def test_controls_are_as_many_patches_and_repeatable(session, control):
+    for patches in ((1,), (0, 3), (0, 1, 2, 3)):
+        request = Control(
+            photo="split:0", model=0, intervention=Block(kind="block", patches=patches), control=control, seed=3
+        )
+        drawn = session.control(request, labs.JOB)
+        assert len(set(drawn["patches"])) == len(patches) and drawn == session.control(request, labs.JOB)
+        assert control == "random" or len(patches) > 2 or not set(drawn["patches"]) & set(patches)
+
+
+def test_photos_of_the_split_have_labels_and_are_placed_as_the_model_does(session):
+    photo, model = session.photos.get("split:0"), session.models[0].mllm
+    assert photo.truth and photo.describe(model.geometry)["box"] == (0, 0, 1, 1)
+    assert (np.asarray(model.geometry.place(photo.squares[0])) == np.asarray(photo.squares[0])).all()
+
+
+def test_kept_states_are_bounded(session, monkeypatch):
+    monkeypatch.setattr("probes.lab.session.STATE_BYTES", 1)
+    for image in range(3):
+        read(session, View(photo=f"split:{image}", model=0))
+        assert len(session._states) == 1
+
+
+FIRST = {"photo": "split:0", "model": 0}
+UNKNOWN = {
+    "it has 5 images": {"photo": "split:99"},
+    "drop the same file again": {"photo": "upload:" + 64 * "0"},
+    "this lab has 2": {"model": 2},
+    "patch 4 does not exist": {"intervention": block(4)},
+    "layer 4 is out of range": {"intervention": block(1, layers=(4,))},
+    "head 5 is out of range": {"intervention": block(1, heads=(5,))},
+    "cuts all heads": {"intervention": block(1, heads=(1,), only=True)},
+    "hook at 'final_norm'": {"intervention": Replace(kind="replace", patches=(1,), site="final_norm", by="mean")},
+}
+
+
+@pytest.mark.parametrize("message", UNKNOWN)
+def test_a_view_that_does_not_exist_is_named(session, message):
+    with pytest.raises(UserError, match=message):
+        session.read(View(**FIRST | UNKNOWN[message]), labs.JOB)
+
+
+def test_answers_and_attention_under_replaced_states_say_that_they_are_not_read(session):
+    view = {"photo": "split:0", "model": 0, "intervention": CHANGES["mean"]}
+    for operation, request in (
+        (session.ask, Question(**view, question="x")),
+        (session.attention, Attention(**view, patch=0, layer=1)),
+    ):
+        with pytest.raises(UserError, match="not under replaced states"):
+            operation(request, labs.JOB)
+
+
+def test_a_checkpoint_without_probes_has_words_and_attention(checkpoints):
+    session = Session(load_checkpoint(str(checkpoints["bidirectional"])))
+    key = session.photos.add(encode(Image.new("RGB", (20, 10), "red"), "PNG"), "red.png")
+    facts = session.describe()
+    assert facts["images"] == 0 and facts["classes"] == [] and facts["models"][0]["cannot_answer"] is None
+    assert session.read(View(photo=key, model=0), labs.JOB) == {"classes": None}
+    words = session.words_of_patch(PatchWords(photo=key, model=0, patch=1), labs.JOB)["words"]
+    assert len(words) == len(session.models[0].word_sites)
+    code = session.snippet(Export(photo=key, model=0, intervention=CHANGES["mean"]), labs.JOB)["python"]
+    assert "probes.load(" in code and "states.mean(1, keepdim=True)" in code
+    with pytest.raises(UserError, match="no probe at 'layer_01'"):
+        session.pixel_map(SiteView(photo=key, model=0, site="layer_01"), labs.JOB)

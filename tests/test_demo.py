@@ -110,7 +110,7 @@ def test_another_seed_makes_everything_anew(finished):
     ).stdout
     settings.write_text(before)  # make wrote the other seed down while it planned
     os.utime(settings, (written, written))
-    assert sum(line.startswith('echo "') for line in plan.splitlines()) == 40
+    assert sum(line.startswith('echo "') for line in plan.splitlines()) == 52
 
 
 def test_kills_at_random_moments_change_no_result(finished, tmp_path):

@@ -89,6 +89,21 @@ $$(call knocked,$$(OUT)/%/random$(1)): $$(call solved,$$(OUT)/%/random$(1))
 endef
 $(foreach draw,$(DRAWS),$(eval $(call random_draw,$(draw))))
 
+# $(call task,TASK): its probes in closed form, of the trained model and of a random LLM that changes the states as much
+define task
+$$(call solved,$$(OUT)/%/$(1)): configs/demo/probes.yaml $$(OUT)/%/stage2/hf/model.safetensors
+	$$(call step,$$*_$(1),$$(PROBES) solve -c $$< --data.task $(1) $$(SOLVE) --passes 1 --overwrite true \
+	  --seed_everything $$(SEED) --out $$(OUT)/$$*/$(1) --model.mllm $$(OUT)/$$*/stage2/hf --data.root $$(A)/segmentation)
+
+$$(call solved,$$(OUT)/%/$(1)_random): configs/demo/probes.yaml configs/probes/matched.yaml \
+  $$(OUT)/%/stage2/hf/model.safetensors
+	$$(call step,$$*_$(1)_random,$$(PROBES) solve -c $$< -c configs/probes/matched.yaml --data.task $(1) $$(RANDOM_LLM) \
+	  $$(SOLVE) --passes 1 --overwrite true --seed_everything $$(SEED) --out $$(OUT)/$$*/$(1)_random \
+	  --model.mllm $$(OUT)/$$*/stage2/hf --data.root $$(A)/segmentation)
+endef
+TASKS := depth normals boundaries
+$(foreach name,$(TASKS),$(eval $(call task,$(name))))
+
 $(call knocked,$(OUT)/%/probes): $(call probed,$(OUT)/%/probes)
 	$(call step,$*_knockout,$(PROBES) knockout --probes $(OUT)/$*/probes --classes $(LOOK_ALIKES) \
 	  --draws 1)
@@ -123,6 +138,7 @@ $(OUT)/report/explorer.html: $(call probed,$(OUT)/causal/probes) $(call probed,$
 MASKS := causal bidirectional
 SOLVED := solved $(addprefix random,$(DRAWS))
 ADAPTERS := $(addprefix adapter,$(DRAWS))
+TASK_RUNS := $(TASKS) $(addsuffix _random,$(TASKS))
 # $(call demo_runs,FOLDERS): all probe runs of some demos
 demo_runs = $(foreach demo,$(1),$(foreach mask,$(MASKS),$(addprefix $(demo)/$(mask)/,probes untrained $(SOLVED) $(ADAPTERS))))
 $(REPORT): $(foreach mask,$(MASKS),$(OUT)/$(mask)/stage1/hf/model.safetensors \
@@ -130,5 +146,6 @@ $(REPORT): $(foreach mask,$(MASKS),$(OUT)/$(mask)/stage1/hf/model.safetensors \
     $(call knocked,$(OUT)/$(mask)/probes) $(call probed,$(OUT)/$(mask)/probes) $(call probed,$(OUT)/$(mask)/untrained) \
     $(foreach run,$(SOLVED),$(call solved,$(OUT)/$(mask)/$(run)) $(call knocked,$(OUT)/$(mask)/$(run))) \
     $(foreach run,solved random0,$(call asked,$(OUT)/$(mask)/$(run))) $(call patched,$(OUT)/$(mask)/solved) \
-    $(foreach run,$(ADAPTERS),$(call solved,$(OUT)/$(mask)/$(run)))) $(STARVED) $(ASSETS) $(OUT)/report/explorer.html
-	$(call step,report,$(PROBES) report $(call demo_runs,$(OUT)) --out $(OUT)/report --timings $(OUT)/logs/timings)
+    $(foreach run,$(ADAPTERS) $(TASK_RUNS),$(call solved,$(OUT)/$(mask)/$(run)))) $(STARVED) $(ASSETS) $(OUT)/report/explorer.html
+	$(call step,report,$(PROBES) report $(call demo_runs,$(OUT)) \
+	  --tasks $(foreach mask,$(MASKS),$(addprefix $(OUT)/$(mask)/,$(TASK_RUNS))) --out $(OUT)/report --timings $(OUT)/logs/timings)

@@ -27,7 +27,7 @@ from .file_layout import files_by_name, find_root, pair_files, read_text
 SPLITS = {"training": "train", "validation": "val"}
 SIZES = {"training": 2975, "validation": 500}
 LAST_ID = 33
-MAX_DEPTH = 80.0  # metres, the usual limit of published evaluations; a disparity of one step of 1 / 256 px would be 120 km
+MAX_DEPTH = 80.0  # metres, as in published evaluations; a disparity of one step of 1 / 256 px would be 120 km
 ROWS = """
      7 road 804080,  8 sidewalk f423e8, 11 building 464646, 12 wall 66669c, 13 fence be9999, 17 pole 999999,
     19 traffic light faaa1e, 20 traffic sign dcdc00, 21 vegetation 6b8e23, 22 terrain 98fb98, 23 sky 4682b4,

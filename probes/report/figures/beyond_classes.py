@@ -2,9 +2,11 @@
 
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from probes.models.sites import ENCODER, FINAL_NORM
 
-from .style import FigureData, label_sites, mask_colour, new_panels, site_depth
+from .style import FigureData, label_sites, mask_colour, site_depth
 
 Entry = dict[str, Any]
 
@@ -16,7 +18,8 @@ def tasks_by_site(results: list[Entry]) -> FigureData:
         results: Entry "tasks" of results.json.
     """
     tasks = list(dict.fromkeys(entry["task"] for entry in results))
-    figure, axes = new_panels(len(tasks))
+    figure = Figure(figsize=(3.4 * len(tasks) + 0.3, 3.2), layout="constrained")
+    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
     rows = []
     for task, ax in zip(tasks, axes, strict=True):
         for entry in (entry for entry in results if entry["task"] == task):
@@ -33,10 +36,13 @@ def tasks_by_site(results: list[Entry]) -> FigureData:
                     for row in drawn
                 ]
         ax.axhline(1, color="black", lw=0.8)
-        ax.set_title(task, fontsize=10)
-        label_sites(ax, [row["site"] for row in results[0]["sites"] if row["site"] != FINAL_NORM], max_labels=6)
-        ax.legend(fontsize=8)
-    axes[0].set_ylabel("score / encoder's score")
+        ax.set_title(task)
+        label_sites(
+            ax, [row["site"] for row in results[0]["sites"] if row["site"] != FINAL_NORM], max_labels=6, fontsize=7
+        )
+        ax.xaxis.label.set_size(8)
+        ax.legend(fontsize=7)
+    axes[0].set_ylabel("relative to the encoder; higher is better", fontsize=8)
     return FigureData(figure, rows)
 
 

@@ -398,13 +398,13 @@ def task_figures(results: list[dict[str, Any]]) -> Figures:
     with_encoder = [entry for entry in results if any(row["site"] == ENCODER for row in entry["sites"])]
     if with_encoder:
         yield ReportFigure(
-            "tasks", TASKS_SECTION, "All tasks by site",
+            "tasks", TASKS_SECTION, "Other tasks by site",
             _caption(
                 "The main score of each task in units of the encoder's; where lower is better, its inverse.",
                 "Dashed: random weights." if any(entry["control"] for entry in with_encoder) else "",
                 "Exploratory: the paper makes no claim about these tasks. Bands: 95% intervals over images.",
             ),
-            beyond_classes.tasks_by_site(with_encoder))  # fmt: skip
+            beyond_classes.tasks_by_site(with_encoder), "wide")  # fmt: skip
 
 
 def overview_figures(studies: list[Study]) -> Figures:

@@ -4,6 +4,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from probes.report.study import Rows
 from probes.report.tables import bounds
@@ -21,6 +22,7 @@ def patching_effects(results: dict[str, Any]) -> FigureData:
         ax.set(title=TITLES[experiment["experiment"]], xlabel="layer whose states are replaced")
         ax.set_ylabel("change of log-odds at other patches (nats)", fontsize=8)
         ax.axhline(0, color="black", lw=0.8)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         shown = [entry for entry in experiment["sets"] if "others" in entry]
         for number, entry in enumerate(shown):
             _draw(ax, entry["others"], f"C{number}", "-", entry["set"].replace("_", " "))

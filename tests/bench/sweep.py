@@ -89,7 +89,7 @@ class Sweep:
         self.sites = list(self.mllm.sites)
         self.heads = nn.ModuleDict({s: nn.Linear(d, CLASSES, device=device) for s, d in self.mllm.widths.items()})
         self.optimizers, self.moments = {}, {}
-        self.hparams = SimpleNamespace(label_stride=1)
+        self.hparams, self.task = SimpleNamespace(label_stride=1), None  # of segmentation
 
     def forward(self, sites: list[str] | None = None) -> dict[str, Tensor]:
         """The frozen model alone."""

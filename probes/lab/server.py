@@ -39,6 +39,7 @@ from .worker import Job, Worker
 MAX_PHOTO_BYTES = 64 << 20  # a 50-megapixel JPEG of a camera has about 30 MB
 MAX_JSON_BYTES = 1 << 20  # 128 x 128 patch numbers have 100 KB
 BODY_S = 60  # for a body to arrive, so that slow clients do not hold connections
+READ_LIMITS = 4  # of a body's limit are read before it is refused: closing while a client still sends loses the answer
 OPERATIONS: dict[str, type[View]] = {
     "read": View,
     "words_of_patch": PatchWords,
@@ -177,17 +178,21 @@ async def read_body(request: Request, limit: int) -> bytes:
     """
     too_long = Refused(413, f"the body has more than {limit >> 20} MiB")
     length = request.headers.get("content-length", "0")
-    if length.isdigit() and int(length[:20]) > limit:
+    if length.isdigit() and int(length[:20]) > READ_LIMITS * limit:
         raise too_long
-    body = bytearray()
+    body, size = bytearray(), 0
     try:
         async with asyncio.timeout(BODY_S):
             async for part in request.stream():
-                body += part
-                if len(body) > limit:
+                size += len(part)
+                if size > READ_LIMITS * limit:
                     raise too_long
+                if size <= limit:
+                    body += part
     except TimeoutError:
         raise Refused(408, f"the body did not arrive within {BODY_S} s") from None
+    if size > limit:
+        raise too_long
     return bytes(body)
 
 

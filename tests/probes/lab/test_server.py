@@ -184,9 +184,19 @@ def test_huge_uploads_are_refused_before_and_while_they_arrive(port, still_serve
     connection = raw(port, head(port, "/photo", f"Content-Length: {10**15}"))
     assert b" 413 " in connection.recv(100)
     monkeypatch.setattr("probes.lab.server.MAX_PHOTO_BYTES", 100_000)
-    chunk = b"%x\r\n%s\r\n" % (50_000, bytes(50_000))
-    connection = raw(port, head(port, "/photo", "Transfer-Encoding: chunked") + 3 * chunk)
-    assert b" 413 " in connection.recv(100)
+    chunk, last = b"%x\r\n%s\r\n" % (50_000, bytes(50_000)), b"1\r\nx\r\n"
+    for chunks in (3 * chunk + b"0\r\n\r\n", 8 * chunk + last):  # a bit too long, and one that does not end
+        connection = raw(port, head(port, "/photo", "Transfer-Encoding: chunked") + chunks)
+        assert b" 413 " in connection.recv(100)
+
+
+@pytest.mark.parametrize("name", ["photo", "run/read"])
+def test_a_client_whose_body_is_too_long_gets_the_answer(port, still_serves, monkeypatch, name):
+    for limit in ("MAX_PHOTO_BYTES", "MAX_JSON_BYTES"):
+        monkeypatch.setattr(f"probes.lab.server.{limit}", 4 << 20)
+    for _ in range(5):  # 16 MB do not fit into the socket's buffers
+        status, body = send(port, "POST", f"/{name}", bytes(16 << 20))
+        assert status == 413 and "more than 4 MiB" in json.loads(body)["error"]
 
 
 def test_cut_and_broken_requests_are_dropped(port, still_serves):

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import shutil
 from pathlib import Path
 
 import hypothesis
@@ -76,3 +77,16 @@ def llama_tokenizer(llama_folder):
 def slow_llama(llama_folder):
     """The same tokenizer by the sentencepiece package, as LLaVA uses it."""
     return llama_tokenizers.SlowLlama(llama_folder)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """The machine's Chromium, driven by Playwright."""
+    driver = pytest.importorskip("playwright.sync_api", reason="playwright (extra: browser) is not installed")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine")
+    with driver.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -1,7 +1,9 @@
 """Locate the folder of a dataset and pair its images with their targets."""
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from llava_bidir.common.errors import UserError
 
@@ -101,3 +103,16 @@ def read_text(path: Path) -> str:
     if len(text) > MAX_CHARACTERS:
         raise UserError(f"{path} has more than {MAX_CHARACTERS:,} characters")
     return text
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a small JSON file.
+
+    Raises:
+        UserError: As :func:`read_text`, or if it is not JSON.
+    """
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None

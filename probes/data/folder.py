@@ -8,14 +8,13 @@ With `"reduce_zero_label": true` in classes.json, label 0 is ignored and classes
 `"palette": [[r, g, b], ...]` sets the colours of the maps.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from llava_bidir.common.errors import UserError
 
 from .base import IGNORE_INDEX, SegmentationDataset, lookup
-from .file_layout import IMAGE_SUFFIXES, files_by_name, pair_files, read_text
+from .file_layout import IMAGE_SUFFIXES, files_by_name, pair_files, read_json
 
 
 class FolderDataset(SegmentationDataset):
@@ -53,11 +52,7 @@ def _read_classes_json(path: Path) -> dict:
         raise UserError(f"data.root: no folder {path.parent}")
     if not path.exists():
         raise UserError(f'{path} is missing; expected the names of the classes: {{"classes": ["wall", ...]}}')
-    text = read_text(path)
-    try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    settings = read_json(path)
     names = settings.get("classes") if isinstance(settings, dict) else None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{path} needs a list of names under 'classes'")

@@ -11,7 +11,6 @@
 folder `instances`, boundaries are those of the class map.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from llava_bidir.common.errors import UserError
 
 from .boundaries import InstanceBoundaries
 from .depth import DepthDataset
-from .file_layout import IMAGE_SUFFIXES, files_by_name, pair_files, read_text
+from .file_layout import IMAGE_SUFFIXES, files_by_name, pair_files, read_json
 from .normals import NormalsDataset
 
 KEYS = ("depth_scale", "max_depth")
@@ -93,11 +92,7 @@ def _pair(
 
 def _read_targets_json(path: Path) -> dict[str, float]:
     """Return the settings of targets.json, or raise a UserError that names the file and the key."""
-    text = read_text(path)
-    try:
-        settings = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+    settings = read_json(path)
     if not isinstance(settings, dict):
         raise UserError(f'{path} needs an object, e.g. {{"depth_scale": 0.001}}')
     if unknown := sorted(settings.keys() - set(KEYS)):

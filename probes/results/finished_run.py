@@ -126,6 +126,17 @@ class FinishedRun:
         """Sites of layers 0 to L: the adapter and the decoder layers."""
         return [site for site in self.sites if site == ADAPTER or site.startswith("layer_")]
 
+    def solved_path(self, instrument: str) -> dict[str, Any]:
+        """Return the part of metrics.json["path"] that an instrument has: "closed_form" or "optimum".
+
+        Raises:
+            UserError: If the run has no such path.
+        """
+        solved = (self.metrics.get("path") or {}).get(instrument)
+        if solved is None:
+            raise UserError(f"{self.path} has no path of the instrument {instrument!r} (`probes solve`)")
+        return solved
+
     @property
     def groups(self) -> torch.Tensor | None:
         """i64[N]: group (city) of each validation image; None for a dataset without groups."""

@@ -126,9 +126,7 @@ class ProbeRun(FinishedRun):
         Raises:
             UserError: If the run has no such path, or its file is damaged.
         """
-        solved, path = (self.metrics.get("path") or {}).get(instrument), self.path / "path.safetensors"
-        if solved is None:
-            raise UserError(f"{self.path} has no path of the instrument {instrument!r} (`probes solve`)")
+        solved, path = self.solved_path(instrument), self.path / "path.safetensors"
         tensors, labelled = read_tensors(path), self.counts.labelled
         sizes = self._sizes | {"R": len(solved["strengths"])}
         check_path(tensors, path, sizes, instrument)

@@ -9,7 +9,6 @@ Axes: S sites, N images, M sums per image, R strengths.
 """
 
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,20 +16,9 @@ from PIL import Image
 
 from llava_bidir.common.errors import UserError
 from probes.ops.bilinear import upsample
-from probes.tasks import SEGMENTATION, TASKS, Task
+from probes.tasks import TASKS, Task
 
 from .finished_run import FinishedRun, read_tensors
-from .probe_run import ProbeRun
-
-
-def open_run(path: Path | str) -> FinishedRun:
-    """Return a finished run of any task.
-
-    Raises:
-        UserError: If `path` is not a finished run.
-    """
-    run = FinishedRun(Path(path))
-    return ProbeRun(path) if run.task_name == SEGMENTATION else TaskRun(path)
 
 
 class TaskRun(FinishedRun):
@@ -77,10 +65,7 @@ class TaskRun(FinishedRun):
         Raises:
             UserError: If the run has no such path, or its file is damaged.
         """
-        solved = (self.metrics.get("path") or {}).get(instrument)
-        if solved is None:
-            raise UserError(f"{self.path} has no path of the instrument {instrument!r} (`probes solve`)")
-        tensors = read_tensors(self.path / "path.safetensors")
+        solved, tensors = self.solved_path(instrument), read_tensors(self.path / "path.safetensors")
         return self._check("path.safetensors", tensors, f"{instrument}/sums", [len(solved["strengths"])])
 
     def _check(self, file: str, tensors: dict[str, torch.Tensor], name: str, leading: list[int]) -> torch.Tensor:

@@ -5,16 +5,14 @@ One pass over the training split is all: the closed form is the optimum, and cro
 Legend: R strengths, B images, d width, K channels.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from probes.data.batches import group_by_mask_size
-from probes.models.random_init import MATCHES
 from probes.ops.normal_equations import normal_equations
 
-from .closed_form import STRENGTHS
 from .distributed import broadcast, rank, rank_count
 from .least_squares import LeastSquares, LeastSquaresMoments, solve_least_squares
 from .moment_solver import CLOSED_FORM, MomentSolver
@@ -22,34 +20,9 @@ from .probe_path import ProbePath
 
 
 class LeastSquaresSolver(MomentSolver):
-    """Linear probes of least squares, for every strength of regularisation; see :class:`MomentSolver`.
+    """Linear probes of least squares, for every strength of regularisation; see :class:`MomentSolver`."""
 
-    Args:
-        mllm, num_classes, image_attention, untrained, match, draw, image_resize, dtype, prefix, sites, label_stride,
-            seed: As for `ProbeModule`.
-        folds, strengths, shrink_to: As for `ProbeSolver`.
-    """
-
-    def __init__(
-        self,
-        mllm: str,
-        num_classes: int = 0,
-        image_attention: str | None = None,
-        untrained: list[str] | None = None,
-        match: Literal[*MATCHES] = "none",
-        draw: int = 0,
-        image_resize: str = "squash",
-        dtype: str = "auto",
-        prefix: str | None = None,
-        sites: list[str] | None = None,
-        label_stride: int = 1,
-        seed: int = 0,
-        folds: int = 4,
-        strengths: tuple[float, ...] = STRENGTHS,
-        shrink_to: str = "diagonal",
-    ):
-        super().__init__(seed, LeastSquaresMoments)
-        self.save_hyperparameters()
+    kind = LeastSquaresMoments
 
     def _add_images(self, states: dict[str, Tensor], batch: dict[str, Any], fold: int) -> None:
         seen = self.seen[batch["index"].cpu()].to(self.device)

@@ -10,21 +10,19 @@ Legend: S sites, F folds, R strengths, P problems, B images, T tokens, d width, 
 
 from dataclasses import fields
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from probes.data.available_memory import available_memory
 from probes.data.batches import group_by_mask_size
-from probes.models.random_init import MATCHES
 from probes.ops.cross_entropy import soft_labels
 
 from . import solver_progress
-from .closed_form import STRENGTHS, ClosedForm, solve_moments
+from .closed_form import ClosedForm, solve_moments
 from .distributed import broadcast, rank, rank_count
 from .moment_solver import CLOSED_FORM, MomentSolver
-from .moments import Moments
 from .optimum import OPTIMUM_STRENGTHS, Problem
 from .probe_path import ProbePath
 from .refinement import Refinement, stack_points
@@ -37,40 +35,21 @@ class ProbeSolver(MomentSolver):
     """Linear probes at the optimum, for every strength of regularisation; see :class:`MomentSolver`.
 
     Args:
-        mllm, num_classes, image_attention, untrained, match, draw, image_resize, dtype, prefix, sites, label_stride,
-            seed: As for `ProbeModule`.
         passes: Most passes over the training split; 1 for the closed form alone.
-        folds: F, folds of training images for the cross-validation; each has moments of its own.
-        strengths: Strengths of the closed form, in (0, 1].
         optimum_strengths: Strengths at which the loss is minimised, in (0, 1].
-        shrink_to: Target of the shrinkage: "diagonal", or "trace".
         sample_images: Training images whose states are kept in memory, for cross-validation and curvature; None for as
             many as fit into a quarter of the available memory.
+        shared: Arguments of `MomentSolver`.
     """
 
     def __init__(
         self,
-        mllm: str,
-        num_classes: int = 150,
-        image_attention: str | None = None,
-        untrained: list[str] | None = None,
-        match: Literal[*MATCHES] = "none",
-        draw: int = 0,
-        image_resize: str = "squash",
-        dtype: str = "auto",
-        prefix: str | None = None,
-        sites: list[str] | None = None,
-        label_stride: int = 1,
-        seed: int = 0,
         passes: int = 8,
-        folds: int = 4,
-        strengths: tuple[float, ...] = STRENGTHS,
         optimum_strengths: tuple[float, ...] = OPTIMUM_STRENGTHS,
-        shrink_to: str = "diagonal",
         sample_images: int | None = None,
+        **shared: Any,
     ):
-        super().__init__(seed, Moments)
-        self.save_hyperparameters()
+        super().__init__(**shared)
 
     # ------------------------------------------------------------------------------------------------ passes
     def _choose_sample(self) -> Tensor:

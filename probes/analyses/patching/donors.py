@@ -27,7 +27,6 @@ from probes.evaluation.metrics import true_classes
 from probes.models.frozen_mllm import FrozenMLLM
 
 ROWS = ("first_row", "middle_row", "last_row")
-SETS = {"mask": ("all", *ROWS, "class"), "pairs": ("cue",)}
 
 
 class Batch(NamedTuple):

@@ -37,14 +37,17 @@ def patching_effects(
         total = tensors[f"{name}/total"].double()
         groups_of = None if groups is None or name == "pairs" else groups[: len(total)]
         weights = bootstrap_weights(len(total), seed=seed, groups=groups_of)
-        names = dict.fromkeys(
-            key.split("/")[1] for key in tensors if key.startswith(f"{name}/") and key.count("/") == 2
-        )
-        sets = [{"set": s} | _groups(tensors, f"{name}/{s}", layers, weights) for s in names]
+        sets = [{"set": s} | _groups(tensors, f"{name}/{s}", layers, weights) for s in set_names(tensors, name)]
         mean, resampled = nan_mean(total[:, None], weights)
         entry = {"value": mean.item(), "ci95": interval(mean.item(), resampled[:, 0])}
         experiments.append({"experiment": name, "images": len(total), "total": entry, "sets": sets})
     return {"experiments": experiments}
+
+
+def set_names(tensors: dict[str, Tensor], experiment: str) -> list[str]:
+    """Return the sets of an experiment, from the keys "EXPERIMENT/SET/GROUP"."""
+    keys = (key.split("/") for key in tensors)
+    return list(dict.fromkeys(key[1] for key in keys if key[0] == experiment and len(key) == 3))
 
 
 def _groups(tensors: dict[str, Tensor], key: str, layers: Sequence[int], weights: Tensor) -> dict[str, Any]:

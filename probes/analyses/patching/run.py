@@ -35,8 +35,8 @@ from probes.models.sites import ADAPTER, layer_site
 from probes.results.probe_run import ProbeRun
 from probes.training.heads import Probe
 
-from .donors import SETS, Batch, Pairs, mask_batch, pair_batch
-from .effects import patching_effects, print_effects
+from .donors import Batch, Pairs, mask_batch, pair_batch
+from .effects import patching_effects, print_effects, set_names
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Experiment:
         labelled, first = batch.truth >= 0, next(iter(batch.sets.values()))
         results = {"total": mean_over(donated - plain, labelled & (~first | first.all()))}
         for name, tokens in batch.sets.items():
-            random = random_tokens(tokens, self.plan.draws, [[self.plan.seed, i] for i in batch.index])
+            random = random_tokens_outside(tokens, self.plan.draws, [[self.plan.seed, i] for i in batch.index])
             by_layer = [self._patch_set(batch, site, new[site], tokens, random, plain) for site in sites]
             results |= {f"{name}/{key}": torch.stack([entry[key] for entry in by_layer], 1) for key in by_layer[0]}
         return results
@@ -81,7 +81,7 @@ class Experiment:
     ) -> dict[str, Tensor]:
         """Return the changes by group, f[B], when the states of a set, or random ones, are replaced at a site."""
         replaced = torch.cat([tokens[None], random])  # bool[1 + D, B, T]
-        images = torch.arange(len(plain)).repeat(len(replaced))
+        images = list(range(len(plain))) * len(replaced)
         change = self._run_patched(batch, site, new, replaced.flatten(0, 1), images) - plain[images]
         of_set, *of_draws = change.unflatten(0, replaced.shape[:2])
         labelled = batch.truth >= 0
@@ -94,11 +94,11 @@ class Experiment:
             "difference": torch.stack([mean_over(of_set - drawn, patches) for drawn, patches in draws]).mean(0),
         }
 
-    def _run_patched(self, batch: Batch, site: str, new: Tensor, replaced: Tensor, images: Tensor) -> Tensor:
+    def _run_patched(self, batch: Batch, site: str, new: Tensor, replaced: Tensor, images: list[int]) -> Tensor:
         """Return the log-odds f[R, T] of R forwards that replace the states of the tokens bool[R, T]."""
         chosen = replaced.to(new.device)[..., None]
-        replace = lambda states: torch.where(chosen, new[images.to(new.device)], states)
-        states = self.mllm.states(batch.pixels[images], [self.plan.site], hooks={site: replace})
+        replace = lambda states: torch.where(chosen, new[images], states)
+        states = self.mllm.states(batch.pixels, [self.plan.site], rows=images, hooks={site: replace})
         return self._log_odds(states[self.plan.site], batch.truth[images])
 
     def _log_odds(self, states: Tensor, truth: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def mean_over(values: Tensor, patches: Tensor) -> Tensor:
     return torch.where(patches, values, 0).sum(1) / patches.sum(1)
 
 
-def random_tokens(tokens: Tensor, draws: int, seeds: list[list[int]]) -> Tensor:
+def random_tokens_outside(tokens: Tensor, draws: int, seeds: list[list[int]]) -> Tensor:
     """Return as many random tokens as each row of bool[B, T] has, outside of it, bool[D, B, T].
 
     Where there are fewer outside, all of them. `seeds` has the numbers of each row's seed.
@@ -164,7 +164,7 @@ def _in_batches(
     compute = lambda batch: patch(list(range(images))[batch * size : (batch + 1) * size])
     batches = cached_batches(folder, arguments, -(-images // size), compute)
     tensors = {f"{name}/{key}": torch.cat([batch[key] for batch in batches]) for key in batches[0]}
-    for tokens in SETS[name]:
+    for tokens in set_names(tensors, name):
         changes = torch.stack([tensors[f"{name}/{tokens}/{group}"] for group in ("patched", "others")])
         if not changes.nan_to_num().any():
             raise RuntimeError(f"states of {tokens!r} of the experiment {name!r} changed nothing: they had no effect")

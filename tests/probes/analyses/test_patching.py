@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from llava_bidir.common.errors import UserError
 from probes.analyses.patching.donors import Pairs, mask_batch, pair_batch
 from probes.analyses.patching.effects import nan_mean, patching_effects
-from probes.analyses.patching.run import Experiment, Plan, patch_states, random_tokens
+from probes.analyses.patching.run import Experiment, Plan, patch_states, random_tokens_outside
 from probes.cli import main
 from probes.results.probe_run import ProbeRun
 
@@ -154,7 +154,7 @@ def test_states_that_never_reach_the_model_are_an_error(runs, tmp_path, monkeypa
     from probes.models.frozen_mllm import FrozenMLLM
 
     states = FrozenMLLM.states
-    ignore = lambda self, pixels, sites=None, hooks=None: states(self, pixels, sites)
+    ignore = lambda self, pixels, sites=None, rows=None, hooks=None: states(self, pixels, sites, rows=rows)
     monkeypatch.setattr(FrozenMLLM, "states", ignore)
     with pytest.raises(RuntimeError, match="'all' of the experiment 'mask' changed nothing"):
         patch_states(runs["causal"], plan("bidirectional"), None, tmp_path)
@@ -182,7 +182,7 @@ def test_a_killed_analysis_goes_on_with_its_batches(runs, tmp_path, monkeypatch)
 def test_random_tokens_are_outside_of_the_set_and_as_many():
     tokens = torch.zeros(3, 16, dtype=torch.bool)
     tokens[0, :4] = tokens[1, 5] = tokens[2, :12] = True
-    drawn = random_tokens(tokens, 200, [[0, i] for i in range(3)])
+    drawn = random_tokens_outside(tokens, 200, [[0, i] for i in range(3)])
     assert not (drawn & tokens).any() and drawn.sum(-1).unique(dim=0).tolist() == [[4, 1, 4]]
     assert (drawn[:, 0, 4:].float().mean(0) - 1 / 3).abs().max() < 0.12, "each of the others equally often"
 

@@ -3,7 +3,6 @@
 import csv
 import io
 import re
-import shutil
 from urllib.parse import parse_qs
 
 import labs
@@ -21,18 +20,6 @@ pytest.importorskip("uvicorn", reason="uvicorn (extra: lab) is not installed")
 pytestmark = pytest.mark.slow
 
 HOSTILE = "<img src=x onerror=window.hacked=1>.png"
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    driver = pytest.importorskip("playwright.sync_api", reason="playwright (extra: browser) is not installed")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine")
-    with driver.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-import shutil
 import zlib
 from copy import copy
 from dataclasses import fields, replace
@@ -141,18 +140,6 @@ def test_runs_on_other_images_are_rejected(runs, checkpoints, segmentation, tmp_
 
 
 # ------------------------------------------------------------------------------------------------- browser
-@pytest.fixture(scope="module")
-def chromium():
-    driver = pytest.importorskip("playwright.sync_api", reason="playwright (extra: browser) is not installed")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine")
-    with driver.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def open_page(chromium, page):
     """Open the page at a fragment; any other request, or an error in the page, fails the test."""

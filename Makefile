@@ -70,7 +70,7 @@ test: venv ## the fast tests, about two minutes (JOBS=2 worker processes)
 	$(PYTEST)
 
 test-slow: venv ## the tests that take longer or start several processes
-	$(PYTEST) -m 'slow or distributed'
+	$(PYTEST) --durations=20 -m 'slow or distributed'
 
 # Other instructions and threads sum in another order. torch.compile does not follow ATEN_CPU_CAPABILITY.
 ISA = TORCH_COMPILE_DISABLE=1 OMP_WAIT_POLICY=PASSIVE TEST_THREADS

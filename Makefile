@@ -66,7 +66,7 @@ JOBS ?= 2
 PYTEST = $(PY) -m pytest -q -n $(JOBS) --dist loadfile
 FAST := not slow and not distributed and not gpu
 
-test: venv ## the fast tests, about two minutes (JOBS=2 worker processes)
+test: venv ## the fast tests, about five minutes (JOBS=2 worker processes)
 	$(PYTEST)
 
 test-slow: venv ## the tests that take longer or start several processes

@@ -38,7 +38,7 @@ class LeastSquaresSolver(MomentSolver):
             return
         self.passes = 1
         path = self.paths[CLOSED_FORM] = ProbePath(tuple(self.hparams.strengths))
-        for number, site in enumerate(self.sites):
+        for number, site in enumerate(self.solving(self.sites)):
             solution = self._solve(number, site)
             path.weights[site], path.bias[site] = solution.weights.float(), solution.bias.float()
             path.loss[site] = solution.loss.cpu()

@@ -9,6 +9,7 @@ Legend: F folds, R strengths, B images, T tokens, d width, K channels of a probe
 
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics import Metric
+from tqdm import tqdm
 
 from llava_bidir.common.errors import UserError
 from probes.data.available_memory import available_memory
@@ -189,6 +191,10 @@ class MomentSolver(FrozenProbes):
     def finished(self) -> bool:
         """No further pass is needed or allowed."""
         return self.passes > 0
+
+    def solving(self, sites: list[str]) -> Iterable[str]:
+        """Return the sites with a progress bar; at 7B, the closed forms of a site take minutes on a CPU."""
+        return tqdm(sites, desc="solving sites", disable=rank() > 0, mininterval=5)
 
     def _sum_over_ranks(self, site: str) -> Moments:
         """Return the moments of all processes' images; a process may have had none."""

@@ -102,7 +102,7 @@ class ProbeSolver(MomentSolver):
             further = self.hparams.passes > 1
             if further and not self.whole:
                 self._save_moments()
-            for i, site in enumerate(self.sites):
+            for i, site in enumerate(self.solving(self.sites)):
                 self._solve(i, site)
             points = self.checkpoints / solver_progress.POINTS
             if self.resuming and points.is_file():

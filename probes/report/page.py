@@ -30,7 +30,7 @@ from probes.tasks import TASKS
 
 from . import latex, summary_text, tables
 from .answers import answer_tables, study_answers
-from .beyond_classes import read_task_runs, task_results, task_table
+from .beyond_classes import joint_task_results, read_task_runs, task_results, task_table
 from .claims import evaluate_claims
 from .confusion import most_confused_pairs
 from .mask_comparison import compare_masks
@@ -108,8 +108,9 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None, tasks: l
     files: Files = {}
     parts = [_build_part(study, out, "" if single else f"{study.slug}/", files) for study in studies]
     comparison = {"table2": tables.table2(studies), "table2_difference": tables.table2_difference(studies)}
-    task_rows = task_table(tasks, {name: task.labels for name, task in TASKS.items()})
-    files |= _csv_files(comparison | {"tasks_table": task_rows}, out)
+    joint_tasks, labels = joint_task_results(tasks), {name: task.labels for name, task in TASKS.items()}
+    task_rows = {"tasks_table": task_table(tasks, labels), "joint_tasks_table": task_table(joint_tasks, labels)}
+    files |= _csv_files(comparison | task_rows, out)
     by_study = [part["results"] for part in parts]
     joint = joint_studies(studies, by_study)
     page = render(
@@ -120,7 +121,7 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None, tasks: l
         overview={} if single else _draw_figures(overview_figures(studies), out, files),
         tables=comparison,
         task_figures=_draw_figures(task_figures(tasks), out, files),
-        task_table=task_rows,
+        task_tables=task_rows,
         paper=PAPER,
         wall_s=wall_s,
         masks_section=MASKS_SECTION,
@@ -132,6 +133,7 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None, tasks: l
     several = {"seed": by_study[0]["seed"], "studies": by_study, "joint": joint}
     results = {"wall_s": wall_s} | (by_study[0] if single else several)
     results |= {"tasks": tasks} if tasks else {}
+    results |= {"joint_tasks": joint_tasks} if joint_tasks else {}
     write_files(files | {out / "index.html": page, out / "results.json": results})
     return results
 

@@ -402,9 +402,16 @@ def task_figures(results: list[dict[str, Any]]) -> Figures:
             _caption(
                 "The main score of each task in units of the encoder's; where lower is better, its inverse.",
                 "Dashed: random weights." if any(entry["control"] for entry in with_encoder) else "",
-                "Exploratory: the paper makes no claim about these tasks. Bands: 95% intervals over images.",
+                "Exploratory: the paper makes no claim about these tasks.", _bands_caption(with_encoder),
             ),
             beyond_classes.tasks_by_site(with_encoder), "wide")  # fmt: skip
+
+
+def _bands_caption(entries: list[dict[str, Any]]) -> str:
+    """Return what lines and bands are; with several seeds, the band is that of their mean."""
+    if len({entry["seed"] for entry in entries}) > 1:
+        return "Thin: one seed; thick: their mean. Bands: 95% intervals over seeds."
+    return "Bands: 95% intervals over images."
 
 
 def overview_figures(studies: list[Study]) -> Figures:

@@ -1,10 +1,12 @@
 """The report's section on other tasks: effects against numpy, controls, the path, and what it shows."""
 
+import csv
 import json
 
 import numpy as np
 import probe_runs
 import pytest
+import scipy.stats
 import torch
 from safetensors.torch import save_file
 
@@ -20,9 +22,9 @@ from probes.training.write_run import task_summary
 IMAGES, STRENGTHS = 40, [1e-3, 1e-1, 1.0]
 
 
-def write_task_run(path, rmse: list[float], root, mask: str = "causal", untrained: bool = False, seed: int = 0):
+def write_task_run(path, rmse: list[float], root, mask: str = "causal", untrained: bool = False, seed: int = 0, **more):
     """Write a depth run whose encoder, adapter, layers and final norm have the mean RMSE `rmse`; 2 at strength 1."""
-    probe_runs.write_run(path, [0.5] * len(rmse), root=root, mask=mask, untrained=untrained, images=IMAGES)
+    probe_runs.write_run(path, [0.5] * len(rmse), root=root, mask=mask, untrained=untrained, images=IMAGES, **more)
     sites, task = site_names(len(rmse) - 3), TASKS["depth"]
     noise = torch.rand(len(rmse), IMAGES, 6, generator=torch.Generator().manual_seed(seed)) * 0.1
     sums = torch.cat([torch.ones(len(rmse), IMAGES, 1), noise], -1)
@@ -96,6 +98,74 @@ def test_report_has_the_section_only_with_runs_of_tasks(folders, tmp_path):
     assert "Beyond classes" in page and "Exploratory" in page and "RMSE (m), lower is better" in page
     assert json.loads((out / "results.json").read_text())["tasks"][0]["task"] == "depth"
     assert {"tasks.png", "tasks.pdf", "tasks.csv", "tasks_table.csv"} <= {file.name for file in out.iterdir()}
+
+
+CURVES = {0: [0.5, 0.8, 0.7, 0.55, 0.56], 1: [0.5, 0.9, 0.8, 0.5, 0.5], 2: [0.6, 0.7, 0.75, 0.65, 0.6]}
+
+
+@pytest.fixture(params=["images of each seed", "the same images"])
+def seeds(request, segmentation, tmp_path) -> tuple[list[str], list[str]]:
+    """Depth runs of three seeds with controls, whose RMSE is higher by 0.1 x seed, and their runs of classes."""
+    tasks, classes = [], []
+    for seed, rmse in CURVES.items():
+        own = f"world {seed if request.param.startswith('images') else 0}"  # the name, and so the data's fingerprint
+        more = {"metrics": {"seed": seed, "dataset": "toy world"}, "dataset": own}
+        worse = [x + 0.1 * seed for x in rmse]
+        tasks.append(write_task_run(tmp_path / f"d{seed}", rmse, segmentation, seed=seed, **more))
+        control = write_task_run(tmp_path / f"r{seed}", worse, segmentation, untrained=True, seed=9 + seed, **more)
+        tasks.append(control)
+        classes.append(
+            probe_runs.write_run(tmp_path / f"c{seed}", [0.8, 0.6, 0.7, 0.75, 0.74], root=segmentation, **more)
+        )
+    return [str(path) for path in tasks], [str(path) for path in classes]
+
+
+def test_several_seeds_are_joined_as_claims_are(seeds, tmp_path):
+    """Means, intervals of Student's t written out, and each seed against its own control, also on the same images."""
+    tasks, classes = seeds
+    main(["report", *classes, "--tasks", *tasks, "--out", str(tmp_path / "out")])
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    (joint,) = results["joint_tasks"]
+    assert joint["seeds"] == [0, 1, 2] and [entry["seed"] for entry in results["tasks"]] == [0, 1, 2]
+    for trained, control, entry in zip(tasks[::2], tasks[1::2], results["tasks"], strict=True):
+        ours, other = (effects(TaskRun(path), TaskRun(path).sums)["recovery"][0] for path in (trained, control))
+        assert entry["recovery_beyond_control"]["value"] == pytest.approx(ours - other)
+        (alone,) = task_results([TaskRun(trained), TaskRun(control)])
+        assert alone == entry, "a seed has the numbers that it has alone"
+    for name in ("adapter_drop", "recovery", "recovery_beyond_control"):
+        values = np.array([entry[name]["value"] for entry in results["tasks"]])
+        assert list(joint[name]["by_seed"].values()) == values.tolist() and joint[name]["value"] == values.mean()
+        half = max(
+            scipy.stats.t.ppf(0.975, 2) * values.std(ddof=1) / 3**0.5,
+            np.mean([(np.diff(entry[name]["ci95"])[0] / 2) ** 2 for entry in results["tasks"]]) ** 0.5,
+        )
+        assert joint[name]["ci95"] == pytest.approx([values.mean() - half, values.mean() + half])
+    assert [row["strength"] for row in joint["path"]] == STRENGTHS
+    page = (tmp_path / "out/index.html").read_text()
+    assert "Drop and recovery by task, seeds jointly" in page and "Thin: one seed; thick: their mean" in page
+    rows = list(csv.DictReader((tmp_path / "out/tasks.csv").open()))
+    assert [row["seed"] for row in rows if row["site"] == "adapter" and row["weights"] == "trained"] == [*"012", "mean"]
+    relative = [float(row["relative"]) for row in rows if row["site"] == "adapter" and row["weights"] == "trained"]
+    assert relative[3] == pytest.approx(np.mean(relative[:3]))
+    table = list(csv.DictReader((tmp_path / "out/joint_tasks_table.csv").open()))
+    assert [row["seed"] for row in table] == ["0, 1, 2"]
+
+
+def test_one_seed_has_no_joint_part(folders, tmp_path):
+    main(["report", folders["classes"], "--out", str(tmp_path), "--tasks", folders["depth"], folders["random"]])
+    assert "joint_tasks" not in json.loads((tmp_path / "results.json").read_text())
+    assert "seeds jointly" not in (tmp_path / "index.html").read_text()
+    assert not (tmp_path / "joint_tasks_table.csv").exists()
+
+
+def test_two_runs_of_one_seed_are_not_joined(folders, segmentation, tmp_path):
+    """A third run has another seed; which of the first two is to stand beside it?"""
+    more = {"metrics": {"mllm": "other/hf"}}
+    twice = write_task_run(tmp_path / "twice", CURVES[0], segmentation, **more)
+    third = write_task_run(tmp_path / "third", CURVES[1], segmentation, metrics={"seed": 1})
+    with pytest.raises(SystemExit, match="several runs of depth of hf under 'causal' with the same seed.*0, 0, 1"):
+        main(["report", folders["classes"], "--out", str(tmp_path / "r"), "--tasks"] +
+             [folders["depth"], str(twice), str(third)])  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -31,20 +31,20 @@ def read_task_runs(paths: Iterable[str]) -> list[TaskRun]:
     """Return the runs of `probes report --tasks`.
 
     Raises:
-        UserError: A run is of segmentation, or two trained runs are of the same task, mask, data and seed.
+        UserError: A run is of segmentation, or two runs are of the same task, model, mask, data and seed.
     """
     runs, seen = [TaskRun(path) for path in paths], {}
     for run in runs:
-        data, draw = run.manifest["data"]["fingerprint"], run.metrics.get("draw", 0)
-        key = (run.task_name, run.metrics["image_attention"], data, _is_control(run), run.metrics["seed"], draw)
-        key += (run.metrics["mllm"],)
+        facts = [run.metrics[name] for name in ("dataset", "image_attention", "seed")]
+        key = (run.task_name, model_name(run), *facts, run.metrics.get("draw", 0) if is_control(run) else None)
         if key in seen:
-            raise UserError(f"{seen[key].path} and {run.path} are of the same task and model; pass one of them")
+            raise UserError(f"{seen[key].path} and {run.path} are of the same task, model, data and seed; pass one")
         seen[key] = run
     return runs
 
 
-def _is_control(run: TaskRun) -> bool:
+def is_control(run: TaskRun) -> bool:
+    """Return whether a run has random weights."""
     return bool(run.metrics["untrained"]) or run.metrics.get("match", "none") != "none"
 
 
@@ -68,16 +68,16 @@ def task_results(runs: list[TaskRun]) -> list[dict[str, Any]]:
     Each has the scores by site, "adapter_drop" and "recovery" with intervals, "recovery_beyond_control" if there is a
     run of the same task and mask with random weights, and "path": the effects at every strength of regularisation.
     """
-    key_of = study_keys([(model_name(run), run) for run in runs if not _is_control(run)])
+    key_of = study_keys([(model_name(run), run) for run in runs if not is_control(run)])
     pair_key = lambda run: (
         *key_of(model_name(run), run),
         *(run.task_name, run.metrics["image_attention"], run.manifest["data"]["fingerprint"]),
     )
     controls: dict[tuple, TaskRun] = {}
     for run in runs:
-        if _is_control(run):
+        if is_control(run):
             controls.setdefault(pair_key(run), run)
-    return [_entry(run, controls.get(pair_key(run))) for run in runs if not _is_control(run)]
+    return [_entry(run, controls.get(pair_key(run))) for run in runs if not is_control(run)]
 
 
 def _entry(run: TaskRun, control: TaskRun | None) -> dict[str, Any]:
@@ -119,9 +119,10 @@ def _path(run: TaskRun) -> list[dict[str, Any]]:
 
 def group_by_seed(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Return entries with "seed" that differ in nothing else but their data, in the order of the first of each."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple, list[dict[str, Any]]] = {}
     for entry in results:
-        groups.setdefault(tuple(entry[k] for k in ("model", "dataset", "task", "image_attention")), []).append(entry)
+        key = tuple(entry.get(name) for name in ("model", "dataset", "task", "image_attention"))
+        groups.setdefault(key, []).append(entry)
     return list(groups.values())
 
 
@@ -130,22 +131,13 @@ def joint_task_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     They have "seeds" in place of "seed", and effects have "by_seed", the values of the seeds. Sites, effects and
     strengths that a seed lacks are left out.
-
-    Raises:
-        UserError: Two of several runs of a model have the same seed.
     """
-    groups = group_by_seed(results)
-    return [_join([entry["seed"] for entry in group], group) for group in groups if len({e["seed"] for e in group}) > 1]
+    return [_join([entry["seed"] for entry in group], group) for group in group_by_seed(results) if len(group) > 1]
 
 
 def _join(seeds: list[int], entries: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the entry of all seeds."""
     first = entries[0]
-    if len(set(seeds)) < len(seeds):
-        raise UserError(
-            f"--tasks has several runs of {first['task']} of {first['model']} under {first['image_attention']!r} with "
-            f"the same seed, among the seeds {', '.join(map(str, seeds))}; pass one run of each seed"
-        )
     sites = lambda kind: join_rows([entry[kind] or [] for entry in entries], "site")
     return {
         **{key: first[key] for key in ("task", "model", "dataset", "score", "better", "image_attention")},

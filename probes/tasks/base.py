@@ -25,6 +25,7 @@ class Task(ABC):
     scores: ClassVar[dict[str, bool]]  # name -> higher is better; the first is the one that chooses and is compared
     labels: ClassVar[dict[str, str]]  # name of a score -> name with its unit in reports
     solved: ClassVar[str] = "least_squares"  # by `probes solve`: least_squares, or discriminants (targets are classes)
+    pixel_error: ClassVar[str | None] = None  # name of `pixel_errors` in reports; None if a pixel has none of its own
 
     @property
     def score(self) -> str:
@@ -65,6 +66,15 @@ class Task(ABC):
     @abstractmethod
     def colorize(self, prediction: np.ndarray) -> np.ndarray:
         """Return a map of the prediction, uint8[H, W, 3]."""
+
+    def pixel_errors(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the error of each pixel, f[P, n], whose means by position starvation compares; lower is better.
+
+        Args:
+            prediction: f[P, n] or f[P, n, 3].
+            target: The truth at these pixels, f[n] or f[n, 3].
+        """
+        raise NotImplementedError
 
     def truth(self, target: Tensor) -> Tensor:
         """Return targets in the format of predictions, f[B, H, W] or f[B, H, W, 3]; most are read in it."""

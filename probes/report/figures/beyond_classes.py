@@ -1,4 +1,4 @@
-"""Figure of all tasks by site, each in units of the encoder's score."""
+"""Figures of other tasks than segmentation: by site, each in units of the encoder's score, and by position."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 
 from probes.models.sites import ENCODER, FINAL_NORM
 from probes.report.beyond_classes import group_by_seed, join_rows
+from probes.report.tables import bounds
 
 from .style import FigureData, label_sites, mask_colour, site_depth
 
@@ -57,6 +58,41 @@ def _draw_scores(ax: Axes, entries: list[Entry]) -> list[dict[str, Any]]:
             about = {"task": entries[0]["task"], "image_attention": mask, "seed": seed, "weights": kind}
             rows += [about | _flat(row) for row in drawn]
     return rows
+
+
+def starvation_by_task(results: list[Entry], joint: list[Entry], patches: int = 50) -> FigureData:
+    """Draw the gaps of the first patches in raster order, a panel per task; with several seeds, thin lines and a mean.
+
+    Args:
+        results: Entry "tasks_starvation" of results.json.
+        joint: Entry "joint_tasks_starvation".
+        patches: Most patches to draw.
+    """
+    tasks = list(dict.fromkeys(entry["task"] for entry in results))
+    figure = Figure(figsize=(3.6 * len(tasks) + 0.3, 3), layout="constrained")
+    axes, rows = figure.subplots(1, len(tasks), squeeze=False)[0], []
+    for task, ax in zip(tasks, axes, strict=True):
+        means = [entry for entry in joint if entry["task"] == task]
+        for entry in [*(entry for entry in results if entry["task"] == task), *means]:
+            main, gap, ci95 = "seeds" in entry or not means, entry["gap"], entry["gap_ci95"]
+            x, colour = range(min(patches, len(gap))), mask_colour("bidirectional")
+            ax.plot(x, gap[: len(x)], color=colour, lw=1.6 if main else 0.5)
+            if main:
+                low, high = zip(*ci95[: len(x)], strict=True)
+                ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+            seed = str(entry.get("seed", "mean"))
+            rows += [
+                {"task": task, "seed": seed, "patch": i, "gap": value} | bounds(ci95[i], "gap_")
+                for i, value in enumerate(gap)
+            ]
+        for start in range(results[0]["grid"][1], min(patches, len(gap)), results[0]["grid"][1]):
+            ax.axvline(start - 0.5, color="#999999", lw=0.6, ls=":")
+        ax.axhline(0, color="black", lw=0.8)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_title(task)
+        ax.set_ylabel(entry["error"], fontsize=8)
+        ax.set_xlabel("patch, in raster order (dotted: start of a row)", fontsize=8)
+    return FigureData(figure, rows)
 
 
 def relative_scores(entry: Entry, sites: str) -> list[dict[str, Any]]:

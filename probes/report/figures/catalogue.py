@@ -393,8 +393,13 @@ def _probe_figures(study: Study) -> Figures:
             training_budget.score_by_step(study))  # fmt: skip
 
 
-def task_figures(results: list[dict[str, Any]]) -> Figures:
-    """Yield the figure of other tasks than segmentation, if the encoder was probed; see `report/beyond_classes.py`."""
+def task_figures(tasks: dict[str, list[dict[str, Any]]]) -> Figures:
+    """Yield the figures of other tasks than segmentation.
+
+    Args:
+        tasks: Entries "tasks", "tasks_starvation" and "joint_tasks_starvation" of results.json.
+    """
+    results, starved = tasks["tasks"], tasks["tasks_starvation"]
     with_encoder = [entry for entry in results if any(row["site"] == ENCODER for row in entry["sites"])]
     if with_encoder:
         yield ReportFigure(
@@ -405,6 +410,15 @@ def task_figures(results: list[dict[str, Any]]) -> Figures:
                 "Exploratory: the paper makes no claim about these tasks.", _bands_caption(with_encoder),
             ),
             beyond_classes.tasks_by_site(with_encoder), "wide")  # fmt: skip
+    if starved:
+        yield ReportFigure(
+            "tasks_starvation", TASKS_SECTION, "Starvation of other tasks",
+            _caption(
+                "Mean error of the pixels under each of the first patches, causal minus bidirectional, at the causal",
+                "run's best layer: positive where causal attention is worse. One probe is shared by all positions.",
+                "Exploratory.", _bands_caption(starved),
+            ),
+            beyond_classes.starvation_by_task(starved, tasks["joint_tasks_starvation"]), "wide")  # fmt: skip
 
 
 def _bands_caption(entries: list[dict[str, Any]]) -> str:

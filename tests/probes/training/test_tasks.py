@@ -1,6 +1,5 @@
 """`probes solve` and `probes fit` of other tasks end to end: scores, the closed form, files, resume, refusals."""
 
-import json
 import shutil
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 from run_bytes import run_bytes
 from safetensors.torch import load_file
+from task_runs import STRENGTHS, arguments
 
 from probes import ProbeRun, TaskRun
 from probes.cli import main
@@ -20,54 +20,23 @@ from probes.training.least_squares_solver import LeastSquaresSolver
 
 pytestmark = pytest.mark.numerics
 
-STRENGTHS = [1e-3, 1e-1, 1.0]
 TASKS = ("depth", "normals")
 
 
-@pytest.fixture(scope="module")
-def root(segmentation, tmp_path_factory) -> Path:
-    """The segmentation images with depth and normals that follow the classes, and pixels without a value."""
-    root = tmp_path_factory.mktemp("targets") / "data"
-    shutil.copytree(segmentation, root)
-    rng = np.random.default_rng(0)
-    (root / "targets.json").write_text(json.dumps({"depth_scale": 0.001}))
-    for file in sorted((root / "annotations").rglob("*.png")):
-        mask = np.asarray(Image.open(file))
-        level = np.where(mask == 255, 0, mask).astype(int)
-        depth = (1000 * (1 + level) + rng.integers(0, 200, mask.shape)).astype(np.uint16)
-        depth[mask == 255] = 0
-        normals = np.array([[0, 0, 1], [0, -1, 0], [1, 0, 0]])[level] + rng.normal(0, 0.1, (*mask.shape, 3))
-        normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
-        encoded = ((normals + 1) * 127.5).round().astype(np.uint8)
-        encoded[mask == 255] = 0
-        for name, array in (("depth", depth), ("normals", encoded)):
-            out = root / name / file.parent.name / file.name
-            out.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(array).save(out)
-    return root
+@pytest.fixture
+def root(task_root) -> Path:
+    return task_root
 
 
-def arguments(command, task, checkpoint, root, out, *more: str) -> list[str]:
-    demo = [command, "-c", "configs/demo/probes.yaml", "--data.batch_size", "2", "--data.task", task]
-    demo += ["--folds", "2", "--strengths", *map(str, STRENGTHS)] if command == "solve" else []
-    demo += ["--trainer.max_epochs", "2", "--save_predictions", "true"]
-    return [*demo, "--model.mllm", str(checkpoint), "--data.root", str(root), "--out", str(out), *more]
+@pytest.fixture
+def runs(task_runs) -> dict[str, TaskRun]:
+    return task_runs
 
 
 @pytest.fixture(scope="module")
-def runs(checkpoints, root, tmp_path_factory) -> dict[str, TaskRun]:
-    runs = {}
-    for task in (*TASKS, "boundaries"):
-        out = tmp_path_factory.mktemp(task)
-        main(arguments("solve", task, checkpoints["causal"], root, out, "--passes", "1"))
-        runs[task] = TaskRun(out)
-    return runs
-
-
-@pytest.fixture(scope="module")
-def fitted(checkpoints, root, tmp_path_factory) -> TaskRun:
+def fitted(checkpoints, task_root, tmp_path_factory) -> TaskRun:
     out = tmp_path_factory.mktemp("fitted")
-    main(arguments("fit", "depth", checkpoints["causal"], root, out, "--model.learning_rate", "0.1"))
+    main(arguments("fit", "depth", checkpoints["causal"], task_root, out, "--model.learning_rate", "0.1"))
     return TaskRun(out)
 
 
@@ -239,7 +208,7 @@ def test_a_run_of_another_task_is_neither_resumed_nor_called_finished(runs, chec
     assert run_bytes(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("command", ["knockout", "umap", "maps", "report", "starvation"])
+@pytest.mark.parametrize("command", ["knockout", "umap", "maps", "report"])
 def test_what_is_about_classes_refuses_another_task(command, runs, tmp_path):
     run = str(runs["depth"].path)
     options = {

@@ -121,7 +121,7 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None, task_run
         joint=joint,
         overview={} if single else _draw_figures(overview_figures(studies), out, files),
         tables=comparison,
-        task_figures=_draw_figures(task_figures(tasks), out, files),
+        task_figures=_draw_figures(task_figures(task_runs, tasks), out, files),
         task_tables=task_rows,
         paper=PAPER,
         wall_s=wall_s,

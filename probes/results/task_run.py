@@ -133,5 +133,10 @@ class TaskRun(FinishedRun):
         Raises:
             UserError: If the run has no such site, or the image has more than 8 bits per channel.
         """
-        logits, size = self.logits(image, self.check_site(site)), (image.height, image.width)
+        return self.predict_sites(image, [self.check_site(site)])[0]
+
+    @torch.no_grad()
+    def predict_sites(self, image: Image.Image, sites: list[str]) -> np.ndarray:
+        """Return :meth:`predict` at several sites from one forward, f32[S, H, W] or f32[S, H, W, 3]."""
+        logits, size = self.logits(image, sites), (image.height, image.width)
         return self.task.predict(upsample(logits, size, self.geometry.view(size))).float().cpu().numpy()

@@ -34,6 +34,7 @@ class Normals(Task):
         "within_22": "within 22.5 degrees",
         "within_30": "within 30 degrees",
     }
+    unit = None
     pixel_error = "angle (degrees)"
 
     def values(self, target: Tensor) -> Tensor:
@@ -57,6 +58,10 @@ class Normals(Task):
     def pixel_errors(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the angle in degrees, f[P, n]."""
         return (prediction * target).sum(-1).clamp(-1, 1).acos().rad2deg()
+
+    def encode(self, prediction: np.ndarray, unit: float | None) -> np.ndarray:
+        """Return the colours, which are the format of the targets: n = 2 v / 255 - 1, uint8[H, W, 3]."""
+        return self.colorize(prediction)
 
     def colorize(self, prediction: np.ndarray) -> np.ndarray:
         """Return x, y and z as red, green and blue, 128 for 0."""

@@ -61,6 +61,7 @@ def test_gaps_equal_numpy_and_are_positive_where_causal_is_worse(task_runs):
     (a, b), drawn = mean(np.ones(causal.metrics["images"])), mean(weights)
     np.testing.assert_allclose(results["causal"], a, rtol=1e-3)
     np.testing.assert_allclose(results["bidirectional"], b, rtol=1e-3)
+    assert np.abs(a - b).max() > 0.01
     np.testing.assert_allclose(results["gap"], a - b, rtol=1e-2, atol=1e-4)
     low, high = np.quantile(drawn[0] - drawn[1], [0.025, 0.975], axis=0)
     np.testing.assert_allclose(results["gap_ci95"], np.stack([2 * (a - b) - high, 2 * (a - b) - low], 1), atol=1e-3)

@@ -208,20 +208,6 @@ def test_a_run_of_another_task_is_neither_resumed_nor_called_finished(runs, chec
     assert run_bytes(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("command", ["knockout", "umap", "maps", "report"])
-def test_what_is_about_classes_refuses_another_task(command, runs, tmp_path):
-    run = str(runs["depth"].path)
-    options = {
-        "knockout": ["--probes", run, "--classes", "auto:1"],
-        "umap": ["--probes", run],
-        "maps": ["--probes", run],
-        "report": [run, "--out", str(tmp_path)],
-        "starvation": ["--probes", run, run],
-    }
-    with pytest.raises(SystemExit, match="probes of the task depth, but this is about classes"):
-        main([command, *options[command]])
-
-
 def test_task_runs_are_of_tasks(runs, fitted):
     assert run_error(ProbeRun, runs["depth"].path).startswith(f"{runs['depth'].path} has probes of the task depth")
 

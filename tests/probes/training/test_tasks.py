@@ -16,6 +16,8 @@ from task_runs import STRENGTHS, arguments
 from probes import ProbeRun, TaskRun
 from probes.cli import main
 from probes.ops.bilinear import bilinear_weights
+from probes.report.beyond_classes import read_task_runs, task_results, task_table
+from probes.report.figures.beyond_classes import tasks_by_site
 from probes.training.least_squares_solver import LeastSquaresSolver
 
 pytestmark = pytest.mark.numerics
@@ -34,10 +36,13 @@ def runs(task_runs) -> dict[str, TaskRun]:
 
 
 @pytest.fixture(scope="module")
-def fitted(checkpoints, task_root, tmp_path_factory) -> TaskRun:
-    out = tmp_path_factory.mktemp("fitted")
-    main(arguments("fit", "depth", checkpoints["causal"], task_root, out, "--model.learning_rate", "0.1"))
-    return TaskRun(out)
+def fitted(checkpoints, task_root, tmp_path_factory) -> dict[str, TaskRun]:
+    runs = {}
+    for task in (*TASKS, "boundaries"):
+        out = tmp_path_factory.mktemp(f"fitted_{task}")
+        main(arguments("fit", task, checkpoints["causal"], task_root, out, "--model.learning_rate", "0.1"))
+        runs[task] = TaskRun(out)
+    return runs
 
 
 def targets(root, task) -> list[np.ndarray]:
@@ -69,9 +74,10 @@ def normals_scores(prediction: np.ndarray, target: np.ndarray) -> dict[str, floa
 SCORES = {"depth": depth_scores, "normals": normals_scores}
 
 
-@pytest.mark.parametrize("task", [*TASKS, "fitted"])
-def test_scores_equal_numpy_on_the_saved_predictions(task, runs, fitted, root):
-    run = fitted if task == "fitted" else runs[task]
+@pytest.mark.parametrize("command", ["solve", "fit"])
+@pytest.mark.parametrize("task", TASKS)
+def test_scores_equal_numpy_on_the_saved_predictions(task, command, runs, fitted, root):
+    run = {"solve": runs, "fit": fitted}[command][task]
     for site in run.metrics["sites"]:
         files = sorted((run.path / "predictions" / site["site"]).glob("*.npy"))
         truth = targets(root, run.task_name)
@@ -130,9 +136,10 @@ def test_files_and_path(task, runs):
     assert summary["recovery"] == pytest.approx(run.task.sign * (summary["peak_llm"] - summary["adapter"]))
 
 
-def test_boundary_scores_equal_numpy_on_the_saved_probabilities(runs):
+@pytest.mark.parametrize("command", ["solve", "fit"])
+def test_boundary_scores_equal_numpy_on_the_saved_probabilities(command, runs, fitted):
     """At 24 x 20 pixels the tolerance is below one pixel, so that right pixels are those of the target."""
-    run = runs["boundaries"]
+    run = {"solve": runs, "fit": fitted}[command]["boundaries"]
     dataset = run.dataset()
     truth = np.concatenate([dataset[i]["target"].ravel() for i in range(len(dataset))])
     for site in run.metrics["sites"]:
@@ -165,10 +172,31 @@ def test_strength_1_predicts_the_mean_target(runs, root):
         assert entry["rmse"][-1] == pytest.approx(expected, rel=1e-5)
 
 
-def test_fit_keeps_the_best_epoch_of_a_score_where_lower_is_better(fitted):
-    for site in fitted.metrics["sites"]:
-        assert site["history"][site["best_epoch"] - 1] == min(site["history"]) == pytest.approx(site["rmse"])
-    assert fitted.metrics["probe"]["head"] == "linear" and "path" not in fitted.metrics
+@pytest.mark.parametrize("task", [*TASKS, "boundaries"])
+def test_fit_keeps_the_best_epoch_whichever_way_is_better(task, fitted):
+    run = fitted[task]
+    best = max if run.task.scores[run.task.score] else min
+    for site in run.metrics["sites"]:
+        kept = site["history"][site["best_epoch"] - 1]
+        assert len(site["history"]) == 2 and kept == best(site["history"]) == pytest.approx(site[run.task.score])
+    assert any(len(set(site["history"])) == 2 for site in run.metrics["sites"]), "the epochs differ"
+    assert run.metrics["probe"]["head"] == "linear" and "path" not in run.metrics
+
+
+def test_fitted_runs_are_read_by_the_report(fitted):
+    entries = task_results(read_task_runs(str(run.path) for run in fitted.values()))
+    assert [entry["task"] for entry in entries] == [*TASKS, "boundaries"]
+    for entry in entries:
+        run = fitted[entry["task"]]
+        values = {site["site"]: site[run.task.score] for site in run.metrics["sites"]}
+        assert {row["site"]: row["value"] for row in entry["sites"]} == values
+        drop = run.task.sign * (values["encoder"] - values["adapter"])
+        assert entry["adapter_drop"]["value"] == pytest.approx(drop, abs=1e-6)
+        assert entry["path"] == [] and entry["solved"] is None
+    rows = task_table(entries, {name: run.task.labels for name, run in fitted.items()})
+    assert [(row["task"], row["strengths_with_recovery"]) for row in rows] == [(name, "-") for name in fitted]
+    drawn = tasks_by_site(entries).rows
+    assert {row["task"] for row in drawn if row["site"] == "layer_03" and row["relative"] > 0} == set(fitted)
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(runs, checkpoints, root, tmp_path, monkeypatch):

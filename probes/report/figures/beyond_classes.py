@@ -90,7 +90,7 @@ def starvation_by_task(results: list[Entry], joint: list[Entry], patches: int = 
         ax.axhline(0, color="black", lw=0.8)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_title(task)
-        ax.set_ylabel(entry["error"], fontsize=8)
+        ax.set_ylabel(f"{entry['error']}, causal − bidirectional", fontsize=8)
         ax.set_xlabel("patch, in raster order (dotted: start of a row)", fontsize=8)
     return FigureData(figure, rows)
 

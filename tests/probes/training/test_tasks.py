@@ -253,3 +253,5 @@ def test_two_processes_give_the_probes_of_one(runs, checkpoints, root, tmp_path)
     subprocess.run([sys.executable, "-m", "probes", *command], check=True, timeout=300)
     ours, theirs = load_file(tmp_path / "path.safetensors"), load_file(runs["normals"].path / "path.safetensors")
     torch.testing.assert_close(ours["closed_form/sums"], theirs["closed_form/sums"], rtol=1e-2, atol=1e-2)
+    for ours, theirs in zip(TaskRun(tmp_path).patch_errors, runs["normals"].patch_errors, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-1)  # degrees, summed over 120 pixels

@@ -50,7 +50,8 @@ include configs/demo/pipeline.mk
 demo: venv ## the whole pipeline on the toy world, into runs/demo (SEED=1, SEEDS="0 1 2", OUT=DIR, SCALE=0.1, WORLD=null or conjunction)
 ifdef SEEDS
 	@for seed in $(SEEDS); do echo "seed $$seed"; $(MAKE) --no-print-directory demo SEEDS= SEED=$$seed OUT=$(OUT)/seed$$seed || exit; done
-	@OMP_NUM_THREADS=1 $(PY) -m probes report $(call demo_runs,$(addprefix $(OUT)/seed,$(SEEDS))) --out $(OUT)/report
+	@OMP_NUM_THREADS=1 $(PY) -m probes report $(call demo_runs,$(addprefix $(OUT)/seed,$(SEEDS))) \
+	  --tasks $(call demo_tasks,$(addprefix $(OUT)/seed,$(SEEDS))) --out $(OUT)/report
 else
 	@PYTHONPATH=. $(PY) configs/demo/alone.py $(OUT) $(MAKE) --no-print-directory demo-alone
 endif

@@ -142,11 +142,12 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--classes", nargs="+", default=[], metavar="NAME", help=text)
     _add_out(p)
 
-    p = command("segment", "probes.analyses.segment:run", "write the segmentation maps of any photos")
+    p = command("segment", "probes.analyses.segment:run", "write the maps of any photos: classes, or another task")
     _add_run(p)
     p.add_argument("photos", nargs="+", metavar="PHOTO", help="image files with distinct names")
     p.add_argument("--site", help="site of the probe (default: the run's best decoder layer)")
-    text = "folder for NAME.png (class indices), NAME_overlay.png, legend.png and legend.json; only files that this "
+    text = "folder for NAME.png (class indices, or values of another task), NAME_overlay.png or NAME_colours.png, "
+    text += "legend.png and legend.json; only files that this "
     p.add_argument("--out", required=True, metavar="DIR", help=text + "command has written are replaced")
 
     text = "write a page of classes, words and knockouts by image, layer and patch, to OUT/explorer.html"

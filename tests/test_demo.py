@@ -122,6 +122,19 @@ def test_another_seed_makes_everything_anew(finished):
     assert sum(line.startswith('echo "') for line in plan.splitlines()) == 52
 
 
+def test_several_seeds_are_reported_with_all_their_runs(tmp_path):
+    make = ["make", "-n", f"PY={sys.executable}", "SEEDS=3 4", f"OUT={tmp_path}", "demo"]
+    plan = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    (joint,) = [text for text in plan.replace("\\\n", " ").splitlines() if f"--out {tmp_path}/report" in text]
+    classes, tasks = (part.split() for part in joint.partition(" --out ")[0].split(" --tasks "))
+    for seed in (3, 4):
+        for mask in ("causal", "bidirectional"):
+            assert f"{tmp_path}/seed{seed}/{mask}/solved" in classes
+            for task in ("depth", "normals", "boundaries"):
+                assert {f"{tmp_path}/seed{seed}/{mask}/{task}{kind}" for kind in ("", "_random")} <= set(tasks)
+    assert len(tasks) == 2 * 2 * 3 * 2
+
+
 def test_kills_at_random_moments_change_no_result(finished, tmp_path):
     """kill -9 of make and all that it started, again and again; then it is let finish."""
     chance, out, kills = random.Random(0), tmp_path / "demo", 0

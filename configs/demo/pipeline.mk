@@ -139,8 +139,9 @@ MASKS := causal bidirectional
 SOLVED := solved $(addprefix random,$(DRAWS))
 ADAPTERS := $(addprefix adapter,$(DRAWS))
 TASK_RUNS := $(TASKS) $(addsuffix _random,$(TASKS))
-# $(call demo_runs,FOLDERS): all probe runs of some demos
+# $(call demo_runs,FOLDERS): all probe runs of some demos; demo_tasks: those of other tasks
 demo_runs = $(foreach demo,$(1),$(foreach mask,$(MASKS),$(addprefix $(demo)/$(mask)/,probes untrained $(SOLVED) $(ADAPTERS))))
+demo_tasks = $(foreach demo,$(1),$(foreach mask,$(MASKS),$(addprefix $(demo)/$(mask)/,$(TASK_RUNS))))
 $(REPORT): $(foreach mask,$(MASKS),$(OUT)/$(mask)/stage1/hf/model.safetensors \
     $(OUT)/$(mask)/stage2/hf/model.safetensors $(call mapped,$(OUT)/$(mask)/probes) $(OUT)/$(mask)/probes/umap.json \
     $(call knocked,$(OUT)/$(mask)/probes) $(call probed,$(OUT)/$(mask)/probes) $(call probed,$(OUT)/$(mask)/untrained) \
@@ -148,4 +149,4 @@ $(REPORT): $(foreach mask,$(MASKS),$(OUT)/$(mask)/stage1/hf/model.safetensors \
     $(foreach run,solved random0,$(call asked,$(OUT)/$(mask)/$(run))) $(call patched,$(OUT)/$(mask)/solved) \
     $(foreach run,$(ADAPTERS) $(TASK_RUNS),$(call solved,$(OUT)/$(mask)/$(run)))) $(STARVED) $(ASSETS) $(OUT)/report/explorer.html
 	$(call step,report,$(PROBES) report $(call demo_runs,$(OUT)) \
-	  --tasks $(foreach mask,$(MASKS),$(addprefix $(OUT)/$(mask)/,$(TASK_RUNS))) --out $(OUT)/report --timings $(OUT)/logs/timings)
+	  --tasks $(call demo_tasks,$(OUT)) --out $(OUT)/report --timings $(OUT)/logs/timings)

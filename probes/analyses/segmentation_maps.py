@@ -4,6 +4,8 @@ maps.json            images, sites and classes
 maps.safetensors     "image/I": uint8[S, H, W]; "knockout/CLASS": uint8[3, L + 1, H, W], conditions none, incorrect,
                      correct by layer 0..L
 
+Of other tasks than segmentation, "image/I" is the prediction, f32[S, H, W] or f32[S, H, W, 3]; there are no knockouts.
+
 Shapes: S sites, T patches, L layers, H W pixels.
 """
 
@@ -24,6 +26,7 @@ from probes.evaluation.metrics import true_classes
 from probes.models.knockout import Knockout
 from probes.ops.bilinear import upsampled_argmax
 from probes.results.probe_run import ProbeRun, read_tensors
+from probes.results.task_run import TaskRun, open_run
 
 MAP_CONDITIONS = ("none", "incorrect", "correct")
 
@@ -76,14 +79,24 @@ def predict_knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tupl
 
 def run(args: argparse.Namespace) -> None:
     """Run `probes maps`."""
-    run, out = ProbeRun(args.probes), Path(args.out or args.probes)
+    run, out = open_run(args.probes), Path(args.out or args.probes)
+    if isinstance(run, TaskRun) and args.classes:
+        raise UserError(
+            f"{run.path} has probes of the task {run.task_name}, but --classes is about knockouts of classes; "
+            "leave it out"
+        )
     dataset = run.dataset()
     for image in args.image:
         if not 0 <= image < len(dataset):
             raise UserError(f"image {image} is out of range; the split has images 0..{len(dataset) - 1}")
     with exclusive_run_lock(out, "maps.json"):
-        reader, knockouts = PatchReader(run), []
-        tensors = {f"image/{i}": predict_maps(reader, dataset[i], run.sites) for i in tqdm(args.image, desc="maps")}
+        knockouts = []
+        if isinstance(run, TaskRun):
+            predict = lambda sample: torch.from_numpy(run.predict_sites(sample["image"], run.sites))
+        else:
+            reader = PatchReader(run)
+            predict = lambda sample: predict_maps(reader, sample, run.sites)
+        tensors = {f"image/{i}": predict(dataset[i]) for i in tqdm(args.image, desc="maps")}
         for name in args.classes:
             if result := predict_knockout_maps(run, reader, name):
                 knockouts.append(result[0])

@@ -1,18 +1,36 @@
 """The torchmetrics metric of a task other than segmentation: its sums per image, over batches and ranks.
 
-Legend: P probes, N images of the dataset, B images of a batch, K channels, h w token grid, M sums per image.
+Legend: P probes, N images of the dataset, B images of a batch, K channels, h w token grid, T = h * w, M sums per image,
+H W pixels.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torchmetrics import Metric
 
 from probes.ops.bilinear import upsample
-from probes.ops.geometry import Geometry
+from probes.ops.geometry import Geometry, GridPlacement
 from probes.tasks import Task
 
 from .metrics import PIXELS_AT_ONCE
 from .segmentation_metric import concatenate, order_of_images
+
+
+class TaskSums(NamedTuple):
+    """Sums per image, for scores and errors by position.
+
+    Args:
+        sums: f32[P, N, M], from which the scores are computed.
+        patch_error: f32[P, N, T], errors of the pixels under each token; None if a pixel has none, or not counted.
+        patch_valid: f32[N, T], pixels with a value under each token; None as above.
+    """
+
+    sums: Tensor
+    patch_error: Tensor | None = None
+    patch_valid: Tensor | None = None
 
 
 class TaskMetric(Metric):
@@ -22,35 +40,57 @@ class TaskMetric(Metric):
         task: The task.
         images: Size of the dataset; `compute` requires each image exactly once.
         geometry: Placement of the tokens on the images.
+        by_token: Also sum the errors of pixels by token, if the task has such.
     """
 
     full_state_update = False
 
-    def __init__(self, task: Task, images: int, geometry: Geometry):
+    def __init__(self, task: Task, images: int, geometry: Geometry, by_token: bool = False):
         super().__init__()
         self.task, self.images, self.geometry = task, images, geometry
-        self.add_state("index", default=[], dist_reduce_fx="cat")
-        self.add_state("sums", default=[], dist_reduce_fx="cat")
+        self.parts = TaskSums._fields if by_token and task.pixel_error else ("sums",)
+        for name in ("index", *self.parts):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, channels: Tensor, target: Tensor, index: Tensor) -> None:
         """Add images: `channels` f[P, B, K, h, w] on the grid, `target` [B, H, W, ...], `index` i64[B]."""
         self.index.append(index)
-        sums = [image_sums(self.task, x, y, self.geometry) for x, y in zip(channels.unbind(1), target, strict=True)]
-        self.sums.append(torch.stack(sums).float())
+        pairs, by_token = zip(channels.unbind(1), target, strict=True), len(self.parts) > 1
+        images = [image_sums(self.task, x, y, self.geometry, by_token) for x, y in pairs]
+        for name in self.parts:
+            getattr(self, name).append(torch.stack([getattr(image, name) for image in images]).float())
 
-    def compute(self) -> Tensor:
-        """Return the sums f32[P, N, M], images in the order of the dataset.
+    def compute(self) -> TaskSums:
+        """Return the sums, images in the order of the dataset.
 
         Raises:
             RuntimeError: If an image of the dataset was not seen exactly once.
         """
-        return concatenate(self.sums)[order_of_images(concatenate(self.index), self.images)].transpose(0, 1)
+        order = order_of_images(concatenate(self.index), self.images)
+        by_image = {name: concatenate(getattr(self, name))[order] for name in self.parts}
+        return TaskSums(**{name: x.transpose(0, 1) if x.ndim == 3 else x for name, x in by_image.items()})
 
 
 @torch.no_grad()
-def image_sums(task: Task, channels: Tensor, target: Tensor, geometry: Geometry) -> Tensor:
-    """Return the sums f[P, M] of an image, from channels f[P, K, h, w], in chunks of probes."""
-    size = tuple(target.shape[:2])
+def image_sums(task: Task, channels: Tensor, target: Tensor, geometry: Geometry, by_token: bool = False) -> TaskSums:
+    """Return the sums of an image, without the axis N, from channels f[P, K, h, w], in chunks of probes."""
+    size, grid = tuple(target.shape[:2]), tuple(channels.shape[-2:])
+    view, sums, errors = geometry.view(size), [], []
+    if by_token:
+        truth, valid = task.truth(target[None])[0], task.valid(target[None])[0]
     step = max(1, PIXELS_AT_ONCE.get(target.device.type, PIXELS_AT_ONCE["cuda"]) // target.numel())
-    parts = [upsample(part, size, geometry.view(size)) for part in channels.split(step)]
-    return torch.cat([task.image_sums(task.predict(maps), target) for maps in parts])
+    for part in channels.split(step):
+        prediction = task.predict(upsample(part, size, view))
+        sums.append(task.image_sums(prediction, target))
+        if by_token:
+            errors.append(sum_by_token(torch.where(valid, task.pixel_errors(prediction, truth), 0), grid, view))
+    if not by_token:
+        return TaskSums(torch.cat(sums))
+    return TaskSums(torch.cat(sums), torch.cat(errors), sum_by_token(valid.float(), grid, view))
+
+
+def sum_by_token(values: Tensor, grid: tuple[int, int], view: GridPlacement) -> Tensor:
+    """Return the sums f[..., T] of pixels f[..., H, W] under each token; pixels outside every token are left out."""
+    tokens = view.token_of_pixel(grid, tuple(values.shape[-2:]))
+    rows, columns = (F.one_hot(x + 1, n + 1)[:, 1:].to(values) for x, n in zip(tokens, grid, strict=True))
+    return (rows.T @ values @ columns).flatten(-2)

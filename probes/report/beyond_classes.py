@@ -4,6 +4,8 @@ All differences are signed so that positive means better: the drop is how much w
 recovery how much better the best layer is than the adapter. The best layer is chosen on other images than those it is
 scored on (`effects.py`).
 
+With several seeds, each has its own control, and effects are joined as claims are (`seeds.py`).
+
 Shapes: B resamplings, S sites, N images, M sums per image, R strengths.
 """
 
@@ -18,32 +20,31 @@ from probes.evaluation.bootstrap import resampled_task_scores, task_scores
 from probes.results.task_run import TaskRun
 
 from .effects import choose_layers, effects_of_sites, estimates_to_json, read_sites, sites_to_read, subtract
-from .study import Rows
+from .seeds import mean_over_seeds
+from .study import Rows, model_name, study_keys
 
 INSTRUMENTS = ("optimum", "closed_form")  # the first that a run has is shown
+EFFECTS = ("adapter_drop", "recovery", "recovery_beyond_control")
 
 
 def read_task_runs(paths: Iterable[str]) -> list[TaskRun]:
     """Return the runs of `probes report --tasks`.
 
     Raises:
-        UserError: A run is of segmentation, or two trained runs are of the same task, mask, data and seed.
+        UserError: A run is of segmentation, or two runs are of the same task, model, mask, data and seed.
     """
     runs, seen = [TaskRun(path) for path in paths], {}
     for run in runs:
-        key = (*_pair_key(run), _is_control(run), run.metrics["seed"], run.metrics.get("draw", 0), run.metrics["mllm"])
+        facts = [run.metrics[name] for name in ("dataset", "image_attention", "seed")]
+        key = (run.task_name, model_name(run), *facts, run.metrics.get("draw", 0) if is_control(run) else None)
         if key in seen:
-            raise UserError(f"{seen[key].path} and {run.path} are of the same task and model; pass one of them")
+            raise UserError(f"{seen[key].path} and {run.path} are of the same task, model, data and seed; pass one")
         seen[key] = run
     return runs
 
 
-def _pair_key(run: TaskRun) -> tuple[str, str, str]:
-    """Return what a run and its control have in common."""
-    return run.task_name, run.metrics["image_attention"], run.manifest["data"]["fingerprint"]
-
-
-def _is_control(run: TaskRun) -> bool:
+def is_control(run: TaskRun) -> bool:
+    """Return whether a run has random weights."""
     return bool(run.metrics["untrained"]) or run.metrics.get("match", "none") != "none"
 
 
@@ -67,11 +68,16 @@ def task_results(runs: list[TaskRun]) -> list[dict[str, Any]]:
     Each has the scores by site, "adapter_drop" and "recovery" with intervals, "recovery_beyond_control" if there is a
     run of the same task and mask with random weights, and "path": the effects at every strength of regularisation.
     """
+    key_of = study_keys([(model_name(run), run) for run in runs if not is_control(run)])
+    pair_key = lambda run: (
+        *key_of(model_name(run), run),
+        *(run.task_name, run.metrics["image_attention"], run.manifest["data"]["fingerprint"]),
+    )
     controls: dict[tuple, TaskRun] = {}
     for run in runs:
-        if _is_control(run):
-            controls.setdefault(_pair_key(run), run)
-    return [_entry(run, controls.get(_pair_key(run))) for run in runs if not _is_control(run)]
+        if is_control(run):
+            controls.setdefault(pair_key(run), run)
+    return [_entry(run, controls.get(pair_key(run))) for run in runs if not is_control(run)]
 
 
 def _entry(run: TaskRun, control: TaskRun | None) -> dict[str, Any]:
@@ -81,6 +87,8 @@ def _entry(run: TaskRun, control: TaskRun | None) -> dict[str, Any]:
         own |= {"recovery_beyond_control": subtract(own["recovery"], other)} if other else {}
     return {
         "task": run.task_name,
+        "model": model_name(run),
+        "dataset": run.metrics["dataset"],
         "score": score,
         "better": run.metrics["scores"][score],
         "image_attention": run.metrics["image_attention"],
@@ -109,8 +117,70 @@ def _path(run: TaskRun) -> list[dict[str, Any]]:
     return []
 
 
+def group_by_seed(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Return entries with "seed" that differ in nothing else but their data, in the order of the first of each."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for entry in results:
+        key = tuple(entry.get(name) for name in ("model", "dataset", "task", "image_attention"))
+        groups.setdefault(key, []).append(entry)
+    return list(groups.values())
+
+
+def joint_task_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the entry "joint_tasks" of results.json: the entries of :func:`task_results` with several seeds, joined.
+
+    They have "seeds" in place of "seed", and effects have "by_seed", the values of the seeds. Sites, effects and
+    strengths that a seed lacks are left out.
+    """
+    return [_join([entry["seed"] for entry in group], group) for group in group_by_seed(results) if len(group) > 1]
+
+
+def _join(seeds: list[int], entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the entry of all seeds."""
+    first = entries[0]
+    sites = lambda kind: join_rows([entry[kind] or [] for entry in entries], "site")
+    return {
+        **{key: first[key] for key in ("task", "model", "dataset", "score", "better", "image_attention")},
+        "seeds": seeds,
+        "solved": first["solved"],
+        "sites": sites("sites"),
+        "control": sites("control") or None,
+        **_join_effects(seeds, entries),
+        "path": [
+            {"strength": rows[0]["strength"], **_join_effects(seeds, rows)}
+            for rows in _rows_of_all([entry["path"] for entry in entries], "strength")
+        ],
+    }
+
+
+def _join_effects(seeds: list[int], entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the effects that all entries have."""
+    joint = {}
+    for name in EFFECTS:
+        if all(name in entry for entry in entries):
+            value, ci95 = mean_over_seeds([(entry[name]["value"], entry[name]["ci95"]) for entry in entries])
+            by_seed = {seed: entry[name]["value"] for seed, entry in zip(seeds, entries, strict=True)}
+            joint[name] = {"value": value, "ci95": ci95, "by_seed": by_seed}
+    return joint
+
+
+def join_rows(by_seed: list[list[dict[str, Any]]], key: str, value: str = "value") -> list[dict[str, Any]]:
+    """Return rows of `key`, `value` and "ci95" of all seeds, from those of each; rows that one lacks are left out."""
+    joint = []
+    for rows in _rows_of_all(by_seed, key):
+        mean, ci95 = mean_over_seeds([(row[value], row["ci95"]) for row in rows])
+        joint.append({key: rows[0][key], value: mean, "ci95": ci95})
+    return joint
+
+
+def _rows_of_all(by_seed: list[list[dict[str, Any]]], key: str) -> list[tuple[dict[str, Any], ...]]:
+    """Return for each value of `key` that all seeds have, in the order of the first one, their rows."""
+    indexed = [{row[key]: row for row in rows} for rows in by_seed]
+    return [tuple(rows[k] for rows in indexed) for k in indexed[0] if all(k in rows for rows in indexed)]
+
+
 def task_table(results: list[dict[str, Any]], label: dict[str, dict[str, str]]) -> Rows:
-    """Return a row of text per entry of :func:`task_results`.
+    """Return a row of text per entry of :func:`task_results` or :func:`joint_task_results`.
 
     Args:
         results: The entries.
@@ -126,7 +196,7 @@ def task_table(results: list[dict[str, Any]], label: dict[str, dict[str, str]]) 
                 "task": entry["task"],
                 "score": f"{label[entry['task']][entry['score']]}, {entry['better']} is better",
                 "mask": entry["image_attention"],
-                "seed": str(entry["seed"]),
+                "seed": ", ".join(map(str, entry.get("seeds") or [entry["seed"]])),
                 "encoder": f"{site['encoder']:.3g}" if "encoder" in site else "-",
                 "adapter": f"{site['adapter']:.3g}" if "adapter" in site else "-",
                 "drop": number("adapter_drop"),

@@ -26,11 +26,12 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.knockout.inference import knockout_inference
 from probes.report.figures.catalogue import overview_figures, study_figures, task_figures
 from probes.report.figures.style import STYLE, ReportFigure
+from probes.results.task_run import TaskRun
 from probes.tasks import TASKS
 
 from . import latex, summary_text, tables
 from .answers import answer_tables, study_answers
-from .beyond_classes import read_task_runs, task_results, task_table
+from .beyond_classes import joint_task_results, read_task_runs, task_results, task_table
 from .claims import evaluate_claims
 from .confusion import most_confused_pairs
 from .mask_comparison import compare_masks
@@ -40,6 +41,7 @@ from .probe_sensitivity import scale_sensitivity, seed_spread
 from .seeds import joint_studies
 from .study import Rows, Study, is_solved, overridden_masks, read_studies, total_wall_s
 from .summary_text import MASKS_SECTION, format_interval, format_points
+from .task_starvation import joint_task_starvation, starvation_table, task_starvation
 from .templates import render
 
 Sections = dict[str, list[tuple[ReportFigure, str]]]  # by title: figures, each with its PNG in base64
@@ -97,19 +99,19 @@ def write_report(
         timings: A log of lines "start end step", for the total wall time.
         task_runs: Runs of other tasks than segmentation.
     """
-    tasks = task_results(read_task_runs(task_runs))
+    others = read_task_runs(task_runs)
     studies, out = read_studies(paths, long_runs, variants), Path(out)
     with exclusive_run_lock(out):
-        return _write_files(studies, out, total_wall_s(Path(timings)) if timings else None, tasks)
+        return _write_files(studies, out, total_wall_s(Path(timings)) if timings else None, others)
 
 
-def _write_files(studies: list[Study], out: Path, wall_s: float | None, tasks: list[dict]) -> dict[str, Any]:
+def _write_files(studies: list[Study], out: Path, wall_s: float | None, task_runs: list[TaskRun]) -> dict[str, Any]:
     single = len(studies) == 1
     files: Files = {}
     parts = [_build_part(study, out, "" if single else f"{study.slug}/", files) for study in studies]
     comparison = {"table2": tables.table2(studies), "table2_difference": tables.table2_difference(studies)}
-    task_rows = task_table(tasks, {name: task.labels for name, task in TASKS.items()})
-    files |= _csv_files(comparison | {"tasks_table": task_rows}, out)
+    tasks, task_rows = _task_parts(task_runs)
+    files |= _csv_files(comparison | task_rows, out)
     by_study = [part["results"] for part in parts]
     joint = joint_studies(studies, by_study)
     page = render(
@@ -119,8 +121,8 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None, tasks: l
         joint=joint,
         overview={} if single else _draw_figures(overview_figures(studies), out, files),
         tables=comparison,
-        task_figures=_draw_figures(task_figures(tasks), out, files),
-        task_table=task_rows,
+        task_figures=_draw_figures(task_figures(task_runs, tasks), out, files),
+        task_tables=task_rows,
         paper=PAPER,
         wall_s=wall_s,
         masks_section=MASKS_SECTION,
@@ -131,9 +133,21 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None, tasks: l
     )
     several = {"seed": by_study[0]["seed"], "studies": by_study, "joint": joint}
     results = {"wall_s": wall_s} | (by_study[0] if single else several)
-    results |= {"tasks": tasks} if tasks else {}
+    results |= {key: entries for key, entries in tasks.items() if entries}
     write_files(files | {out / "index.html": page, out / "results.json": results})
     return results
+
+
+def _task_parts(runs: list[TaskRun]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Rows]]:
+    """Return what results.json has about other tasks than segmentation, and their tables."""
+    tasks, starved = task_results(runs), task_starvation(runs)
+    parts = {"tasks": tasks, "joint_tasks": joint_task_results(tasks)}
+    parts |= {"tasks_starvation": starved, "joint_tasks_starvation": joint_task_starvation(starved)}
+    labels = {name: task.labels for name, task in TASKS.items()}
+    rows = {f"{key}_table": task_table(parts[key], labels) for key in ("tasks", "joint_tasks")}
+    for key in ("tasks_starvation", "joint_tasks_starvation"):
+        rows[f"{key}_table"] = starvation_table(parts[key])
+    return parts, rows
 
 
 def _build_part(study: Study, out: Path, folder: str, files: Files) -> dict[str, Any]:

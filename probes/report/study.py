@@ -13,6 +13,7 @@ from typing import Any
 
 from llava_bidir.common.errors import UserError
 from probes.analyses.starvation.run import starvation
+from probes.results.finished_run import FinishedRun
 from probes.results.probe_run import ProbeRun
 
 Rows = list[dict[str, Any]]  # rows of a table, each a dict of its columns
@@ -180,7 +181,7 @@ def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: 
         UserError: A folder is not a finished run, two runs are the same case, or runs do not fit together.
     """
     runs, studies = list(map(_read_run, paths)), {}
-    key_of = _study_keys(runs)
+    key_of = study_keys(runs)
     for model, run in runs:
         key = key_of(model, run)
         studies.setdefault(key, Study(*key))._add(run)
@@ -203,14 +204,14 @@ def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: 
     return list(studies.values())
 
 
-def _study_keys(runs: list[tuple[str, ProbeRun]]) -> Callable[[str, ProbeRun], tuple[str, str, int | None]]:
+def study_keys(runs: list[tuple[str, FinishedRun]]) -> Callable[[str, FinishedRun], tuple[str, str, int | None]]:
     """Return the key of a run's study: model, dataset, and the seed if trained runs of the model have several."""
     seeds: dict[tuple[str, str], set[int]] = {}
     for model, run in runs:
         if not run.metrics["untrained"]:
             seeds.setdefault((model, run.metrics["dataset"]), set()).add(run.metrics["seed"])
 
-    def key_of(model: str, run: ProbeRun) -> tuple[str, str, int | None]:
+    def key_of(model: str, run: FinishedRun) -> tuple[str, str, int | None]:
         dataset, seed = run.metrics["dataset"], run.metrics["seed"]
         return model, dataset, seed if len(seeds.get((model, dataset), ())) > 1 else None
 
@@ -225,7 +226,7 @@ def _read_run(path: str) -> tuple[str, ProbeRun]:
     return model_name(run), run
 
 
-def model_name(run: ProbeRun) -> str:
+def model_name(run: FinishedRun) -> str:
     """Return encoder and LLM ("clip + vicuna-7b") if the checkpoint states them, else the checkpoint's name."""
     training = run.training
     if "encoder" in training and "llm" in training:

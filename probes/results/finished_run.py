@@ -239,11 +239,12 @@ class FinishedRun:
         return site
 
     @torch.no_grad()
-    def logits(self, image: Image.Image, site: str) -> torch.Tensor:
-        """Return the probe's outputs on the token grid for an image, f32[K, h, w]; the first call loads the model."""
+    def logits(self, image: Image.Image, sites: list[str]) -> torch.Tensor:
+        """Return the probes' outputs on an image's token grid, f32[S, K, h, w]; the first call loads the model."""
         mllm, probes = self._loaded
-        states = mllm.states(mllm.preprocess([image]), [site])[site]
-        return probes[site](states.float()).transpose(-1, -2).unflatten(-1, mllm.grid)[0]
+        states = mllm.states(mllm.preprocess([image]), sites)
+        outputs = torch.cat([probes[site](states[site].float()) for site in sites])
+        return outputs.transpose(-1, -2).unflatten(-1, mllm.grid)
 
     @property
     def geometry(self) -> "Geometry":

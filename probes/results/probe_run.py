@@ -155,5 +155,5 @@ class ProbeRun(FinishedRun):
         Raises:
             UserError: If the run has no such site, or the image has more than 8 bits per channel.
         """
-        logits, size = self.logits(image, self.check_site(site)), (image.height, image.width)
+        (logits,), size = self.logits(image, [self.check_site(site)]), (image.height, image.width)
         return upsampled_argmax(logits, size, self.geometry.view(size)).to(torch.uint8).cpu().numpy()

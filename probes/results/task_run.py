@@ -1,14 +1,16 @@
 """A finished run of another task than segmentation, such as depth.
 
     RUN/metrics.json          scores per site with intervals; "task" and "scores" say which, and which way is better
-    RUN/counts.safetensors    "sums" f32[S, N, M]: sums per image, from which the scores are computed
+    RUN/counts.safetensors    "sums" f32[S, N, M]: sums per image, from which the scores are computed; of depth and
+                              normals "patch_error" f32[S, N, T], "patch_valid" f32[N, T]: errors and pixels by token
     RUN/recipes.safetensors   "NAME/sums" of further variants, if any
     RUN/path.safetensors      "closed_form/sums" f32[R, S, N, M] at every strength of regularisation, of `probes solve`
 
-Axes: S sites, N images, M sums per image, R strengths.
+Axes: S sites, N images, T image tokens, M sums per image, R strengths.
 """
 
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,9 +18,19 @@ from PIL import Image
 
 from llava_bidir.common.errors import UserError
 from probes.ops.bilinear import upsample
-from probes.tasks import TASKS, Task
+from probes.tasks import SEGMENTATION, TASKS, Task
 
 from .finished_run import FinishedRun, read_tensors
+from .probe_run import ProbeRun
+
+
+def open_run(path: str | Path) -> "ProbeRun | TaskRun":
+    """Return a finished run of any task.
+
+    Raises:
+        UserError: If `path` is not a finished run.
+    """
+    return ProbeRun(path) if FinishedRun(path).task_name == SEGMENTATION else TaskRun(path)
 
 
 class TaskRun(FinishedRun):
@@ -56,6 +68,37 @@ class TaskRun(FinishedRun):
         """
         return self._check("counts.safetensors", self._tensors, "sums", [])
 
+    @property
+    def has_patch_errors(self) -> bool:
+        """Whether the run has errors by position; runs of earlier versions do not."""
+        return "patch_error" in self._tensors
+
+    @property
+    def patch_errors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Errors f32[S, N, T] and pixels with a value f32[N, T] under each token, of the main variant.
+
+        Raises:
+            UserError: If a pixel of the task has no error of its own, the run has none, or they are damaged.
+        """
+        if self.task.pixel_error is None:
+            of = ", ".join(name for name, task in TASKS.items() if task.pixel_error)
+            raise UserError(
+                f"{self.path} is a run of {self.task_name}, where a pixel has no error of its own, so that there is "
+                f"none by position; expected a run of segmentation, {of}"
+            )
+        if not self.has_patch_errors:
+            raise UserError(f"{self.path} was made before errors by position were kept; make the run again")
+        (rows, columns), images = self.metrics["grid"], self.metrics["images"]
+        error, valid = self._tensors["patch_error"], self._tensors.get("patch_valid", torch.empty(0))
+        shapes = [list(error.shape), list(valid.shape)]
+        expected = [[len(self.sites), images, rows * columns], [images, rows * columns]]
+        if shapes != expected or not all((x >= 0).all() and x.isfinite().all() for x in (error, valid)):
+            raise UserError(
+                f"{self.path / 'counts.safetensors'}: patch_error and patch_valid are {shapes}; expected non-negative "
+                f"numbers {expected} according to metrics.json; make the run again"
+            )
+        return error, valid
+
     def path_sums(self, instrument: str) -> torch.Tensor:
         """Return the sums per image at each strength, f32[R, S, N, M].
 
@@ -90,5 +133,10 @@ class TaskRun(FinishedRun):
         Raises:
             UserError: If the run has no such site, or the image has more than 8 bits per channel.
         """
-        logits, size = self.logits(image, self.check_site(site)), (image.height, image.width)
+        return self.predict_sites(image, [self.check_site(site)])[0]
+
+    @torch.no_grad()
+    def predict_sites(self, image: Image.Image, sites: list[str]) -> np.ndarray:
+        """Return :meth:`predict` at several sites from one forward, f32[S, H, W] or f32[S, H, W, 3]."""
+        logits, size = self.logits(image, sites), (image.height, image.width)
         return self.task.predict(upsample(logits, size, self.geometry.view(size))).float().cpu().numpy()

@@ -20,7 +20,7 @@ from probes.data.batches import group_by_mask_size
 from probes.evaluation.feature_statistics import StateStatistics
 from probes.evaluation.metrics import Counts, patch_labels
 from probes.evaluation.segmentation_metric import SegmentationMetric
-from probes.evaluation.task_metric import TaskMetric
+from probes.evaluation.task_metric import TaskMetric, TaskSums
 from probes.models.load import load
 from probes.models.matched_updates import MATCH_IMAGES
 from probes.tasks import TASKS, Task
@@ -93,9 +93,9 @@ class FrozenProbes(LightningModule):
         return self.task.channels if self.task else self.hparams.num_classes
 
     def _build_metric(self, variant: str | None, images: int) -> SegmentationMetric | TaskMetric:
-        if self.task:
-            return TaskMetric(self.task, images, self.mllm.geometry)
         main = variant is None  # only the main variant is counted per token and per pair of classes
+        if self.task:
+            return TaskMetric(self.task, images, self.mllm.geometry, by_token=main)
         counts = [len(self.sites), images, self.hparams.num_classes, self.mllm.geometry]
         return SegmentationMetric(*counts, by_token=main, confusion=main)
 
@@ -159,8 +159,8 @@ class FrozenProbes(LightningModule):
         """Return the content of metrics.json["path"] and of path.safetensors; empty if there is no path."""
         return {}, {}
 
-    def _compute(self, variant: str | None) -> Counts | Tensor:
-        """Return the counts of a variant, or for other tasks than segmentation the sums per image f32[S, N, M]."""
+    def _compute(self, variant: str | None) -> Counts | TaskSums:
+        """Return the counts of a variant, or for other tasks than segmentation the sums per image."""
         metric = self.metrics[list(self.variants).index(variant)]
         counts = metric.compute()
         metric.reset()

@@ -162,7 +162,7 @@ class ProbeModule(FrozenProbes):
     def _scores(self, counts: Counts | Tensor) -> dict[str, Tensor]:
         """Return the scores f64[S] by name, the main one first."""
         if self.task:
-            return task_scores(self.task, counts)
+            return task_scores(self.task, counts.sums)
         scores = dataset_scores(counts)
         return {"miou": scores.miou, "pacc": scores.pacc}
 

@@ -260,8 +260,8 @@ class MomentSolver(FrozenProbes):
         for name, path in self.paths.items():
             results = self.path_metrics[name].compute()
             if self.task:
-                scores[name] = path.entries(task_scores(self.task, results), self.sites, "cv_loss")
-                tensors[f"{name}/sums"] = results.unflatten(0, (len(path.strengths), len(self.sites))).contiguous()
+                scores[name] = path.entries(task_scores(self.task, results.sums), self.sites, "cv_loss")
+                tensors[f"{name}/sums"] = results.sums.unflatten(0, (len(path.strengths), len(self.sites))).contiguous()
             else:
                 scores[name] = path.to_json(results, self.sites)
                 tensors |= path.tensors(results, name, len(self.sites))

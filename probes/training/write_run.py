@@ -14,6 +14,7 @@ from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from llava_bidir.common.identity import describe
 from probes.evaluation.bootstrap import dataset_scores, resampled_scores, resampled_task_scores, task_scores
 from probes.evaluation.metrics import Counts, summary
+from probes.evaluation.task_metric import TaskSums
 
 from .probe_variants import probe_name
 from .run_schema import (
@@ -36,7 +37,7 @@ PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
 def save_run(
     module,
     data,
-    counts: dict[str | None, Counts | torch.Tensor],
+    counts: dict[str | None, Counts | TaskSums],
     states: dict[str, dict[str, float | None]],
     path: tuple[dict[str, Any], dict[str, torch.Tensor]],
     out: str | Path,
@@ -46,7 +47,7 @@ def save_run(
     Args:
         module: The `FrozenProbes`.
         data: Its `SegmentationData`.
-        counts: By variant; the main variant is None. For other tasks than segmentation, the sums f[S, N, M].
+        counts: By variant; the main variant is None.
         states: Statistics of the states by site.
         path: Scores of the probes at every strength, and counts per image; empty for trained probes.
         out: Folder of the run.
@@ -58,11 +59,11 @@ def save_run(
         site.states = states[site.site]
     if task:
         own = {"task": task.name, "scores": {name: "higher" if up else "lower" for name, up in task.scores.items()}}
-        tensors, further = {"sums": main}, {f"{name}/sums": counts[name] for name in results if name is not None}
+        saved = ("sums",)
     else:
         own = {"classes": data.classes, "baseline": baseline(main, data.classes)}
-        tensors, saved = main._asdict(), ("intersection", "predicted")
-        further = {f"{name}/{k}": getattr(counts[name], k) for name in results if name is not None for k in saved}
+        saved = ("intersection", "predicted")
+    further = {f"{name}/{k}": getattr(counts[name], k) for name in results if name is not None for k in saved}
     metrics = (TaskMetrics if task else Metrics)(
         dataset=data.name,
         split="validation",
@@ -82,7 +83,7 @@ def save_run(
         recipes=results,
         **({"path": path[0]} if path[0] else {}),
     )
-    tensors = tensors | {"group": groups}
+    tensors = main._asdict() | {"group": groups}
     files = {out / "counts.safetensors": {k: v for k, v in tensors.items() if v is not None}}
     if further:
         files[out / "recipes.safetensors"] = further
@@ -94,10 +95,10 @@ def save_run(
     write_files(files)
 
 
-def variant_results(module, data, variant: str | None, counts: Counts | torch.Tensor) -> VariantResults | TaskVariant:
+def variant_results(module, data, variant: str | None, counts: Counts | TaskSums) -> VariantResults | TaskVariant:
     """Return the settings and scores of a probe variant."""
     if module.task:
-        return task_results(module, data, variant, counts)
+        return task_results(module, data, variant, counts.sums)
     sites = site_scores(module, data, variant, counts)
     return VariantResults(
         probe=module.settings_of(variant), sites=sites, summary=summary({site.site: site.miou for site in sites})

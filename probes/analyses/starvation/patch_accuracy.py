@@ -1,5 +1,8 @@
 """Accuracy by patch of two runs on the same images, and the gap between them.
 
+For other tasks than segmentation, the mean error takes the place of accuracy, and the gap is causal minus
+bidirectional: it is positive where bidirectional attention is better.
+
 Shapes: N images, T patches, R resamplings.
 """
 
@@ -16,13 +19,14 @@ from llava_bidir.common.errors import UserError
 from probes.data.batches import PreprocessedDataset, collate, group_by_mask_size
 from probes.evaluation.metrics import count
 from probes.results.probe_run import ProbeRun
+from probes.results.task_run import TaskRun
 
 if TYPE_CHECKING:  # a report needs no model
     from probes.models.frozen_mllm import FrozenMLLM
 
 
 class PatchCounts(NamedTuple):
-    """Correctly predicted and labelled pixels by image and patch, f[N, T] each."""
+    """Correctly predicted pixels, or summed errors, and labelled pixels by image and patch, f[N, T] each."""
 
     right: Tensor
     valid: Tensor
@@ -35,10 +39,17 @@ class PatchCounts(NamedTuple):
 CountsByMask = dict[str, PatchCounts]  # keys "causal" and "bidirectional"
 
 
-def patch_counts(run: ProbeRun, site: str) -> PatchCounts:
-    """Return the counts of a finished run at one site; a `UserError` if it has no such site."""
+def patch_counts(run: ProbeRun | TaskRun, site: str) -> PatchCounts:
+    """Return the counts, or errors, of a finished run at one site.
+
+    Raises:
+        UserError: The run has no such site, or its task has no errors by position.
+    """
     if site not in run.sites:
         raise UserError(f"{run.path} has no site {site!r}; it has {', '.join(run.sites)}")
+    if isinstance(run, TaskRun):
+        error, valid = run.patch_errors
+        return PatchCounts(error[run.sites.index(site)].double(), valid.double())
     return PatchCounts(run.counts.patch_right[run.sites.index(site)].double(), run.counts.patch_valid.double())
 
 
@@ -82,9 +93,12 @@ def patch_accuracy(counts: CountsByMask, weights: Tensor) -> tuple[dict[str, Ten
     )
 
 
-def accuracy_gap(accuracy: dict[str, Tensor], resampled: dict[str, Tensor]) -> dict[str, list]:
-    """Return {"causal", "bidirectional", "gap": [T], "gap_ci95": [[lo, hi]]} from the results of `patch_accuracy`."""
-    gap, resampled_gap = (x["bidirectional"] - x["causal"] for x in (accuracy, resampled))
+def accuracy_gap(accuracy: dict[str, Tensor], resampled: dict[str, Tensor], sign: int = 1) -> dict[str, list]:
+    """Return {"causal", "bidirectional", "gap": [T], "gap_ci95": [[lo, hi]]} from the results of `patch_accuracy`.
+
+    `sign` is -1 for errors, 1 for accuracies.
+    """
+    gap, resampled_gap = (sign * (x["bidirectional"] - x["causal"]) for x in (accuracy, resampled))
     return {
         **{mask: values.tolist() for mask, values in accuracy.items()},
         "gap": gap.tolist(),
@@ -92,10 +106,12 @@ def accuracy_gap(accuracy: dict[str, Tensor], resampled: dict[str, Tensor]) -> d
     }
 
 
-def pooled_gap(counts: CountsByMask, weights: Tensor, patches: Sequence[int]) -> dict[str, float | list[float]]:
+def pooled_gap(
+    counts: CountsByMask, weights: Tensor, patches: Sequence[int], sign: int = 1
+) -> dict[str, float | list[float]]:
     """Return the same for some patches pooled, with one number per key."""
     pooled = {mask: pixels.pool(patches) for mask, pixels in counts.items()}
-    return {key: values[0] for key, values in accuracy_gap(*patch_accuracy(pooled, weights)).items()}
+    return {key: values[0] for key, values in accuracy_gap(*patch_accuracy(pooled, weights), sign).items()}
 
 
 def first_gaps(counts: CountsByMask, weights: Tensor, columns: int) -> dict[str, Estimate]:

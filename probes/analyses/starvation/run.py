@@ -8,6 +8,9 @@ by_class.py therefore holds the classes fixed, and flipped.py flips the images.
 A gap says that one probe, shared by all positions, reads early patches better under one mask. by_position.py gives
 every position a probe of its own, since information may be there and only be encoded differently. dummy_tokens.py puts
 tokens without information before the image, since early patches may lack an attention sink rather than context.
+
+Runs of depth and normals are compared by the mean error of the pixels under each patch, with the probe that all
+positions share; a boundary pixel has no error of its own. The further analyses are of segmentation only.
 """
 
 import argparse
@@ -22,6 +25,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
+from probes.results.task_run import TaskRun, open_run
 
 from .by_class import class_results
 from .by_position import position_results
@@ -39,8 +43,8 @@ from .patch_accuracy import (
 
 
 def starvation(
-    causal: ProbeRun,
-    bidirectional: ProbeRun,
+    causal: ProbeRun | TaskRun,
+    bidirectional: ProbeRun | TaskRun,
     site: str | None = None,
     seed: int = 0,
     *,
@@ -52,7 +56,8 @@ def starvation(
     """Return the content of starvation.json: accuracy by patch of both runs, and the gap with paired intervals.
 
     Args:
-        causal, bidirectional: Runs on the same validation images.
+        causal, bidirectional: Runs of a task on the same validation images. For other tasks than segmentation, values
+            are mean errors, and the gap is causal minus bidirectional; "error" is their name.
         site: Site to compare both runs at; None for the causal run's best decoder layer.
         seed: Seed of the bootstrap.
         by_class, flips: Also with the classes held fixed, and on flipped images: see the modules of these names.
@@ -60,9 +65,14 @@ def starvation(
         dummy_tokens: Also with so many tokens without information before the image: see the module of this name.
 
     Raises:
-        UserError: The runs differ in images, model or controls, or a run has no such site.
+        UserError: The runs differ in task, images, model or controls, a run has no such site, or what is asked for is
+            not defined for their task.
     """
     site, counts, weights = _read_pair(causal, bidirectional, site, seed)
+    task = causal.task if isinstance(causal, TaskRun) else None
+    if task:
+        _check_options(causal, by_class, flips, own_probe, dummy_tokens)
+    sign = -1 if task else 1
     runs = {run.metrics["image_attention"]: run for run in (causal, bidirectional)}
     results = {
         "runs": [causal.fingerprint, bidirectional.fingerprint],
@@ -70,8 +80,9 @@ def starvation(
         "grid": causal.metrics["grid"],
         "images": causal.metrics["images"],
         "untrained": causal.metrics["untrained"],
-        **accuracy_gap(*patch_accuracy(counts, weights)),
-        "first_row": pooled_gap(counts, weights, range(causal.metrics["grid"][1])),
+        **({"task": task.name, "error": task.pixel_error} if task else {}),
+        **accuracy_gap(*patch_accuracy(counts, weights), sign),
+        "first_row": pooled_gap(counts, weights, range(causal.metrics["grid"][1]), sign),
     }
     if by_class:
         results["by_class"] = class_results(causal, counts, weights)
@@ -100,8 +111,18 @@ def gap_estimates(
     return first_gaps(counts, weights, causal.metrics["grid"][1])
 
 
+def _check_options(run: TaskRun, by_class: bool, flips: Sequence[str], own_probe: bool, dummy_tokens: int) -> None:
+    """Raise a UserError if something is asked for that only runs of segmentation have."""
+    options = {"--by-class": by_class, "--flip": flips, "--own-probe": own_probe, "--dummy-tokens": dummy_tokens}
+    if wanted := [option for option, value in options.items() if value]:
+        raise UserError(
+            f"{run.path} has probes of the task {run.task_name}, but {' and '.join(wanted)} of `probes starvation` are "
+            "for runs of segmentation; leave them out"
+        )
+
+
 def _read_pair(
-    causal: ProbeRun, bidirectional: ProbeRun, site: str | None, seed: int
+    causal: ProbeRun | TaskRun, bidirectional: ProbeRun | TaskRun, site: str | None, seed: int
 ) -> tuple[str, CountsByMask, Tensor]:
     """Return the site, the counts there, and the bootstrap weights f64[R, N], of runs that can be compared."""
     _check_pair(causal, bidirectional)
@@ -111,10 +132,15 @@ def _read_pair(
     return site, counts, weights.double()
 
 
-def _check_pair(causal: ProbeRun, bidirectional: ProbeRun) -> None:
+def _check_pair(causal: ProbeRun | TaskRun, bidirectional: ProbeRun | TaskRun) -> None:
     for run, mask in ((causal, "causal"), (bidirectional, "bidirectional")):
         if (own := run.metrics["image_attention"]) != mask:
             raise UserError(f"{run.path} has image attention {own!r}; --probes takes the causal run, then the other")
+    if causal.task_name != bidirectional.task_name:
+        raise UserError(
+            f"{causal.path} is a run of {causal.task_name}, {bidirectional.path} of {bidirectional.task_name}; compare "
+            "runs of the same task"
+        )
     for key in ("dataset", "images", "grid", "untrained"):
         if causal.metrics[key] != bidirectional.metrics[key]:
             raise UserError(
@@ -126,13 +152,16 @@ def _check_pair(causal: ProbeRun, bidirectional: ProbeRun) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run `probes starvation`."""
-    causal, bidirectional = map(ProbeRun, args.probes)
+    causal, bidirectional = map(open_run, args.probes)
     flips = () if args.flip is None else args.flip or tuple(FLIP_AXES)
     out = Path(args.out or args.probes[1])
     with exclusive_run_lock(out, "starvation.json"):
         further = {key: getattr(args, key) for key in ("by_class", "own_probe", "dummy_tokens")}
         results = starvation(causal, bidirectional, args.site, args.seed, flips=flips, **further)
         write_files({out / "starvation.json": results})
+    if "error" in results:
+        _print_errors(results)
+        return
     for patch in range(min(3, len(results["gap"]))):
         print(f"patch {patch}: {_format_gap({key: results[key][patch] for key in ('causal', 'gap', 'gap_ci95')})}")
     print(f"first row: {_format_gap(results['first_row'])} at {results['site']}")
@@ -155,6 +184,17 @@ def run(args: argparse.Namespace) -> None:
         if args.own_probe:
             print("with dummy tokens, and probes solved with them:")
             _print_probes(dummy["by_position"]["sites"][0])
+
+
+def _print_errors(results: dict) -> None:
+    """Print the errors at the first patches and over the first row."""
+    keys = ("causal", "bidirectional", "gap", "gap_ci95")
+    first = [(f"patch {i}", {key: results[key][i] for key in keys}) for i in range(min(3, len(results["gap"])))]
+    print(f"{results['error']} at {results['site']}; the difference is positive where bidirectional is better")
+    for where, gap in [*first, ("first row", results["first_row"])]:
+        low, high = gap["gap_ci95"]
+        difference = f"{gap['gap']:+.3g} [{low:+.3g}, {high:+.3g}]"
+        print(f"{where}: causal {gap['causal']:.3g}, bidirectional {gap['bidirectional']:.3g}, difference {difference}")
 
 
 def _print_probes(entry: dict) -> None:

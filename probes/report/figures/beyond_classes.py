@@ -1,10 +1,13 @@
-"""Figure of all tasks by site, each in units of the encoder's score."""
+"""Figures of other tasks than segmentation: by site, each in units of the encoder's score, and by position."""
 
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from probes.models.sites import ENCODER, FINAL_NORM
+from probes.report.beyond_classes import group_by_seed, join_rows
+from probes.report.tables import bounds
 
 from .style import FigureData, label_sites, mask_colour, site_depth
 
@@ -14,6 +17,8 @@ Entry = dict[str, Any]
 def tasks_by_site(results: list[Entry]) -> FigureData:
     """Draw a panel per task; 1 is the encoder's score, and higher is better.
 
+    With several seeds, each is a thin line, and their mean a thick one.
+
     Args:
         results: Entry "tasks" of results.json.
     """
@@ -22,19 +27,8 @@ def tasks_by_site(results: list[Entry]) -> FigureData:
     axes = figure.subplots(1, len(tasks), squeeze=False)[0]
     rows = []
     for task, ax in zip(tasks, axes, strict=True):
-        for entry in (entry for entry in results if entry["task"] == task):
-            colour, label = mask_colour(entry["image_attention"]), entry["image_attention"]
-            for sites, kind, style in (("sites", "trained", "-"), ("control", "random", "--")):
-                drawn = relative_scores(entry, sites)
-                x, y = [site_depth(row["site"]) for row in drawn], [row["relative"] for row in drawn]
-                ax.plot(x, y, style, color=colour, lw=1.6, label=label if kind == "trained" and drawn else None)
-                if drawn and kind == "trained":
-                    low, high = zip(*(row["ci95"] for row in drawn), strict=True)
-                    ax.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
-                rows += [
-                    {"task": task, "image_attention": label, "seed": entry["seed"], "weights": kind, **_flat(row)}
-                    for row in drawn
-                ]
+        for entries in group_by_seed([entry for entry in results if entry["task"] == task]):
+            rows += _draw_scores(ax, entries)
         ax.axhline(1, color="black", lw=0.8)
         ax.set_title(task)
         label_sites(
@@ -43,6 +37,61 @@ def tasks_by_site(results: list[Entry]) -> FigureData:
         ax.xaxis.label.set_size(8)
         ax.legend(fontsize=7)
     axes[0].set_ylabel("relative to the encoder; higher is better", fontsize=8)
+    return FigureData(figure, rows)
+
+
+def _draw_scores(ax: Axes, entries: list[Entry]) -> list[dict[str, Any]]:
+    """Draw the entries of a task and mask, one per seed; return their rows and those of the mean over seeds."""
+    mask, rows = entries[0]["image_attention"], []
+    for sites, kind, style in (("sites", "trained", "-"), ("control", "random", "--")):
+        lines = [(str(entry["seed"]), relative_scores(entry, sites)) for entry in entries]
+        if len(entries) > 1:
+            lines.append(("mean", join_rows([drawn for _, drawn in lines], "site", "relative")))
+        for seed, drawn in lines:
+            main = len(entries) == 1 or seed == "mean"
+            x, y = [site_depth(row["site"]) for row in drawn], [row["relative"] for row in drawn]
+            label = mask if kind == "trained" and drawn and main else None
+            ax.plot(x, y, style, color=mask_colour(mask), lw=1.6 if main else 0.5, label=label)
+            if drawn and kind == "trained" and main:
+                low, high = zip(*(row["ci95"] for row in drawn), strict=True)
+                ax.fill_between(x, low, high, color=mask_colour(mask), alpha=0.12, lw=0)
+            about = {"task": entries[0]["task"], "image_attention": mask, "seed": seed, "weights": kind}
+            rows += [about | _flat(row) for row in drawn]
+    return rows
+
+
+def starvation_by_task(results: list[Entry], joint: list[Entry], patches: int = 50) -> FigureData:
+    """Draw the gaps of the first patches in raster order, a panel per task; with several seeds, thin lines and a mean.
+
+    Args:
+        results: Entry "tasks_starvation" of results.json.
+        joint: Entry "joint_tasks_starvation".
+        patches: Most patches to draw.
+    """
+    tasks = list(dict.fromkeys(entry["task"] for entry in results))
+    figure = Figure(figsize=(3.6 * len(tasks) + 0.3, 3), layout="constrained")
+    axes, rows = figure.subplots(1, len(tasks), squeeze=False)[0], []
+    for task, ax in zip(tasks, axes, strict=True):
+        means = [entry for entry in joint if entry["task"] == task]
+        for entry in [*(entry for entry in results if entry["task"] == task), *means]:
+            main, gap, ci95 = "seeds" in entry or not means, entry["gap"], entry["gap_ci95"]
+            x, colour = range(min(patches, len(gap))), mask_colour("bidirectional")
+            ax.plot(x, gap[: len(x)], color=colour, lw=1.6 if main else 0.5)
+            if main:
+                low, high = zip(*ci95[: len(x)], strict=True)
+                ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+            seed = str(entry.get("seed", "mean"))
+            rows += [
+                {"task": task, "seed": seed, "patch": i, "gap": value} | bounds(ci95[i], "gap_")
+                for i, value in enumerate(gap)
+            ]
+        for start in range(results[0]["grid"][1], min(patches, len(gap)), results[0]["grid"][1]):
+            ax.axvline(start - 0.5, color="#999999", lw=0.6, ls=":")
+        ax.axhline(0, color="black", lw=0.8)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set_title(task)
+        ax.set_ylabel(f"{entry['error']}, causal − bidirectional", fontsize=8)
+        ax.set_xlabel("patch, in raster order (dotted: start of a row)", fontsize=8)
     return FigureData(figure, rows)
 
 

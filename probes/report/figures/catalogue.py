@@ -11,10 +11,12 @@ from probes.data.palette import palette_of
 from probes.models.sites import ADAPTER, ENCODER
 from probes.report import tables
 from probes.report.answers import answers_by_mask
+from probes.report.beyond_classes import is_control
 from probes.report.probe_sensitivity import one_per_value, read_variants, select_variants
 from probes.report.study import MASKS, Study, is_solved
 from probes.report.summary_text import ANSWERS_SECTION, MASKS_SECTION, PATH_SECTION, SCALE_SECTION, SEEDS_SECTION
 from probes.results.probe_run import ProbeRun
+from probes.results.task_run import TaskRun
 
 from . import answers as answer_figures
 from . import (
@@ -393,8 +395,14 @@ def _probe_figures(study: Study) -> Figures:
             training_budget.score_by_step(study))  # fmt: skip
 
 
-def task_figures(results: list[dict[str, Any]]) -> Figures:
-    """Yield the figure of other tasks than segmentation, if the encoder was probed; see `report/beyond_classes.py`."""
+def task_figures(runs: list[TaskRun], tasks: dict[str, list[dict[str, Any]]]) -> Figures:
+    """Yield the figures of other tasks than segmentation.
+
+    Args:
+        runs: Runs of tasks; those with `probes maps` have a figure.
+        tasks: Entries "tasks", "tasks_starvation" and "joint_tasks_starvation" of results.json.
+    """
+    results, starved = tasks["tasks"], tasks["tasks_starvation"]
     with_encoder = [entry for entry in results if any(row["site"] == ENCODER for row in entry["sites"])]
     if with_encoder:
         yield ReportFigure(
@@ -402,9 +410,32 @@ def task_figures(results: list[dict[str, Any]]) -> Figures:
             _caption(
                 "The main score of each task in units of the encoder's; where lower is better, its inverse.",
                 "Dashed: random weights." if any(entry["control"] for entry in with_encoder) else "",
-                "Exploratory: the paper makes no claim about these tasks. Bands: 95% intervals over images.",
+                "Exploratory: the paper makes no claim about these tasks.", _bands_caption(with_encoder),
             ),
             beyond_classes.tasks_by_site(with_encoder), "wide")  # fmt: skip
+    if starved:
+        yield ReportFigure(
+            "tasks_starvation", TASKS_SECTION, "Starvation of other tasks",
+            _caption(
+                "Mean error of the pixels under each of the first patches, causal minus bidirectional, at the causal",
+                "run's best layer: positive where causal attention is worse. One probe is shared by all positions.",
+                "Exploratory.", _bands_caption(starved),
+            ),
+            beyond_classes.starvation_by_task(starved, tasks["joint_tasks_starvation"]), "wide")  # fmt: skip
+    for i, run in enumerate(run for run in runs if run.analysis("maps.json")):
+        of = f"{run.task_name}, {run.metrics['image_attention']}, seed {run.metrics['seed']}"
+        random = ", random weights" * is_control(run)
+        yield ReportFigure(
+            f"tasks_maps_{i}", TASKS_SECTION, f"Predictions by layer, {of}{random}",
+            "Target and predictions of an image share their colours; black: no value. Single images are no evidence.",
+            maps.task_maps(run), "wide")  # fmt: skip
+
+
+def _bands_caption(entries: list[dict[str, Any]]) -> str:
+    """Return what lines and bands are; with several seeds, the band is that of their mean."""
+    if len({entry["seed"] for entry in entries}) > 1:
+        return "Thin: one seed; thick: their mean. Bands: 95% intervals over seeds."
+    return "Bands: 95% intervals over images."
 
 
 def overview_figures(studies: list[Study]) -> Figures:

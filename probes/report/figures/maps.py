@@ -1,15 +1,18 @@
-"""Figures of segmentation maps and of UMAP projections (Figs. 4 to 6, 12, 13)."""
+"""Figures of predicted maps and of UMAP projections (Figs. 4 to 6, 12, 13)."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from probes.data.palette import colorize
 from probes.models.sites import ADAPTER, ENCODER
+from probes.results.finished_run import FinishedRun
 from probes.results.probe_run import ProbeRun, read_tensors
+from probes.results.task_run import TaskRun
 
 from .style import FigureData, new_axes
 
@@ -43,12 +46,7 @@ def umap_panels(image: dict[str, Any], classes: list[str], palette: np.ndarray) 
 def site_maps(run: ProbeRun, palette: np.ndarray) -> FigureData:
     """Draw images, labels, and the predictions from encoder to the best layer (Figs. 4, 13)."""
     index, maps = run.analysis("maps.json"), read_tensors(run.path / "maps.safetensors")
-    dataset = run.dataset()
-    peak = run.peak_layer
-    layers = [site for site in run.layers if site != ADAPTER]
-    between = [layers[0], layers[layers.index(peak) // 2], peak] if layers else []
-    sites = [site for site in dict.fromkeys([ENCODER, ADAPTER, *between]) if site in run.sites]
-    rows = []
+    dataset, sites, rows = run.dataset(), _shown_sites(run), []
     for image in index["images"]:
         sample, predicted = dataset[image["index"]], maps[f"image/{image['index']}"].numpy()
         rows.append(
@@ -56,7 +54,31 @@ def site_maps(run: ProbeRun, palette: np.ndarray) -> FigureData:
             + [colorize(predicted[index["sites"].index(site)], palette) for site in sites]
         )
     titles = ["image", "label", *(site.replace("_", " ") for site in sites)]
-    return FigureData(_image_grid(run, palette, rows, titles), [])
+    return FigureData(_image_grid(rows, titles, legend=_legend(run, palette)), [])
+
+
+def task_maps(run: TaskRun) -> FigureData:
+    """Draw images, targets, and the predictions of another task, from encoder to the best layer.
+
+    Target and predictions of an image share their colours.
+    """
+    index, maps = run.analysis("maps.json"), read_tensors(run.path / "maps.safetensors")
+    dataset, sites, rows = run.dataset(), _shown_sites(run), []
+    for image in index["images"]:
+        sample, predicted = dataset[image["index"]], maps[f"image/{image['index']}"].numpy()
+        target = run.task.truth(torch.from_numpy(sample["target"])[None])[0].numpy()
+        shown = np.concatenate([target, *(predicted[index["sites"].index(site)] for site in sites)])
+        colours = np.split(run.task.colorize(shown), 1 + len(sites))
+        rows.append([np.asarray(sample["image"]), *colours])
+    return FigureData(_image_grid(rows, ["image", "target", *(site.replace("_", " ") for site in sites)]), [])
+
+
+def _shown_sites(run: FinishedRun) -> list[str]:
+    """Return encoder, adapter, the first, the half-way and the best layer, where probed."""
+    layers = [site for site in run.layers if site != ADAPTER]
+    peak = run.peak_layer
+    between = [layers[0], layers[layers.index(peak) // 2], peak] if layers else []
+    return [site for site in dict.fromkeys([ENCODER, ADAPTER, *between]) if site in run.sites]
 
 
 def knockout_maps(run: ProbeRun, name: str, palette: np.ndarray) -> FigureData:
@@ -70,11 +92,17 @@ def knockout_maps(run: ProbeRun, name: str, palette: np.ndarray) -> FigureData:
     rows = [[first_column[i], *(colorize(predicted[i, layer], palette) for layer in layers)] for i in range(3)]
     titles = ["image / label", *("adapter" if layer == 0 else f"layer {layer}" for layer in layers)]
     row_titles = ["no\nblocking", f"{name}\nblocked", f"{case['correct_class']}\nblocked"]
-    return FigureData(_image_grid(run, palette, rows, titles, row_titles), [])
+    return FigureData(_image_grid(rows, titles, row_titles, _legend(run, palette)), [])
+
+
+def _legend(run: ProbeRun, palette: np.ndarray) -> list[Patch]:
+    """Return the colours of the first classes."""
+    names = run.metrics["classes"][:LEGEND_CLASSES]
+    return [Patch(facecolor=palette[k] / 255, edgecolor="#333333", lw=0.3, label=n) for k, n in enumerate(names)]
 
 
 def _image_grid(
-    run: ProbeRun, palette: np.ndarray, rows: list[list[np.ndarray]], titles: list[str], row_titles: Sequence[str] = ()
+    rows: list[list[np.ndarray]], titles: list[str], row_titles: Sequence[str] = (), legend: Sequence[Patch] = ()
 ) -> Figure:
     figure = Figure(figsize=(1.25 * len(titles) + 0.4, 1.3 * len(rows) + 0.7), layout="constrained")
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
@@ -87,7 +115,6 @@ def _image_grid(
         ax.set_ylabel(title, fontsize=8)
     for ax, title in zip(axes[0], titles, strict=True):
         ax.set_title(title, fontsize=8)
-    names = run.metrics["classes"][:LEGEND_CLASSES]
-    handles = [Patch(facecolor=palette[k] / 255, edgecolor="#333333", lw=0.3, label=n) for k, n in enumerate(names)]
-    figure.legend(handles=handles, loc="outside lower center", ncols=7, fontsize=7)
+    if legend:
+        figure.legend(handles=legend, loc="outside lower center", ncols=7, fontsize=7)
     return figure

@@ -1,12 +1,14 @@
 """The report's section on other tasks: effects against numpy, controls, the path, and what it shows."""
 
+import csv
 import json
 
 import numpy as np
 import probe_runs
 import pytest
+import scipy.stats
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes import TaskRun
@@ -20,9 +22,18 @@ from probes.training.write_run import task_summary
 IMAGES, STRENGTHS = 40, [1e-3, 1e-1, 1.0]
 
 
-def write_task_run(path, rmse: list[float], root, mask: str = "causal", untrained: bool = False, seed: int = 0):
+def write_task_run(
+    path,
+    rmse: list[float],
+    root,
+    mask: str = "causal",
+    untrained: bool = False,
+    seed: int = 0,
+    by_token: bool = True,
+    **more,
+):
     """Write a depth run whose encoder, adapter, layers and final norm have the mean RMSE `rmse`; 2 at strength 1."""
-    probe_runs.write_run(path, [0.5] * len(rmse), root=root, mask=mask, untrained=untrained, images=IMAGES)
+    probe_runs.write_run(path, [0.5] * len(rmse), root=root, mask=mask, untrained=untrained, images=IMAGES, **more)
     sites, task = site_names(len(rmse) - 3), TASKS["depth"]
     noise = torch.rand(len(rmse), IMAGES, 6, generator=torch.Generator().manual_seed(seed)) * 0.1
     sums = torch.cat([torch.ones(len(rmse), IMAGES, 1), noise], -1)
@@ -44,7 +55,10 @@ def write_task_run(path, rmse: list[float], root, mask: str = "causal", untraine
     entries = [{"site": site, "cv_loss": [1.0, 2.0, 3.0], "chosen": 1e-3} for site in sites]
     metrics["path"] = {"passes": 1, "sample_images": 0, "closed_form": {"strengths": STRENGTHS, "sites": entries}}
     (path / "metrics.json").write_text(json.dumps(metrics))
-    save_file({"sums": sums}, path / "counts.safetensors")
+    tokens = 0.2 + torch.rand(len(rmse), IMAGES, 4, generator=torch.Generator().manual_seed(50 + seed))
+    tokens[..., 0] += mask == "causal"  # patch 0 starves
+    patches = {"patch_error": 100 * tokens, "patch_valid": torch.full((IMAGES, 4), 100.0)} if by_token else {}
+    save_file({"sums": sums} | patches, path / "counts.safetensors")
     save_file({"closed_form/sums": along}, path / "path.safetensors")
     return path
 
@@ -98,8 +112,118 @@ def test_report_has_the_section_only_with_runs_of_tasks(folders, tmp_path):
     assert {"tasks.png", "tasks.pdf", "tasks.csv", "tasks_table.csv"} <= {file.name for file in out.iterdir()}
 
 
+CURVES = {0: [0.5, 0.8, 0.7, 0.55, 0.56], 1: [0.5, 0.9, 0.8, 0.5, 0.5], 2: [0.6, 0.7, 0.75, 0.65, 0.6]}
+
+
+@pytest.fixture(params=["images of each seed", "the same images"])
+def seeds(request, segmentation, tmp_path) -> tuple[list[str], list[str]]:
+    """Depth runs of three seeds with controls, whose RMSE is higher by 0.1 x seed, and their runs of classes."""
+    tasks, classes = [], []
+    for seed, rmse in CURVES.items():
+        own = f"world {seed if request.param.startswith('images') else 0}"  # the name, and so the data's fingerprint
+        more = {"metrics": {"seed": seed, "dataset": "toy world"}, "dataset": own}
+        worse = [x + 0.1 * seed for x in rmse]
+        tasks.append(write_task_run(tmp_path / f"d{seed}", rmse, segmentation, seed=seed, **more))
+        control = write_task_run(tmp_path / f"r{seed}", worse, segmentation, untrained=True, seed=9 + seed, **more)
+        tasks.append(control)
+        classes.append(
+            probe_runs.write_run(tmp_path / f"c{seed}", [0.8, 0.6, 0.7, 0.75, 0.74], root=segmentation, **more)
+        )
+    return [str(path) for path in tasks], [str(path) for path in classes]
+
+
+def test_several_seeds_are_joined_as_claims_are(seeds, tmp_path):
+    """Means, intervals of Student's t written out, and each seed against its own control, also on the same images."""
+    tasks, classes = seeds
+    main(["report", *classes, "--tasks", *tasks, "--out", str(tmp_path / "out")])
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    (joint,) = results["joint_tasks"]
+    assert joint["seeds"] == [0, 1, 2] and [entry["seed"] for entry in results["tasks"]] == [0, 1, 2]
+    for trained, control, entry in zip(tasks[::2], tasks[1::2], results["tasks"], strict=True):
+        ours, other = (effects(TaskRun(path), TaskRun(path).sums)["recovery"][0] for path in (trained, control))
+        assert entry["recovery_beyond_control"]["value"] == pytest.approx(ours - other)
+        (alone,) = task_results([TaskRun(trained), TaskRun(control)])
+        assert alone == entry, "a seed has the numbers that it has alone"
+    for name in ("adapter_drop", "recovery", "recovery_beyond_control"):
+        values = np.array([entry[name]["value"] for entry in results["tasks"]])
+        assert list(joint[name]["by_seed"].values()) == values.tolist() and joint[name]["value"] == values.mean()
+        half = max(
+            scipy.stats.t.ppf(0.975, 2) * values.std(ddof=1) / 3**0.5,
+            np.mean([(np.diff(entry[name]["ci95"])[0] / 2) ** 2 for entry in results["tasks"]]) ** 0.5,
+        )
+        assert joint[name]["ci95"] == pytest.approx([values.mean() - half, values.mean() + half])
+    assert [row["strength"] for row in joint["path"]] == STRENGTHS
+    page = (tmp_path / "out/index.html").read_text()
+    assert "Drop and recovery by task, seeds jointly" in page and "Thin: one seed; thick: their mean" in page
+    rows = list(csv.DictReader((tmp_path / "out/tasks.csv").open()))
+    assert [row["seed"] for row in rows if row["site"] == "adapter" and row["weights"] == "trained"] == [*"012", "mean"]
+    relative = [float(row["relative"]) for row in rows if row["site"] == "adapter" and row["weights"] == "trained"]
+    assert relative[3] == pytest.approx(np.mean(relative[:3]))
+    table = list(csv.DictReader((tmp_path / "out/joint_tasks_table.csv").open()))
+    assert [row["seed"] for row in table] == ["0, 1, 2"]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_starvation_of_seeds_equals_numpy(count, segmentation, tmp_path):
+    paths, gaps, rows = [], [], []
+    for seed in range(count):
+        more = {"metrics": {"seed": seed, "dataset": "toy world"}, "dataset": f"world {seed}"}
+        pair = []
+        for mask in ("causal", "bidirectional"):
+            path = tmp_path / f"{mask}{seed}"
+            pair.append(write_task_run(path, CURVES[seed], segmentation, mask, seed=seed + 7 * len(pair), **more))
+        peak = [TaskRun(path).sites.index(TaskRun(pair[0]).peak_layer) for path in pair]
+        error = [load_file(path / "counts.safetensors")["patch_error"][i] for path, i in zip(pair, peak, strict=True)]
+        causal, other = (x.double().numpy().sum(0) / (100 * IMAGES) for x in error)
+        gaps.append(causal - other)
+        rows.append((causal[:2] - other[:2]).mean())
+        paths += map(str, pair)
+    classes = str(probe_runs.write_run(tmp_path / "classes", [0.8, 0.6, 0.7, 0.75, 0.74], root=segmentation))
+    main(["report", classes, "--tasks", *paths, "--out", str(tmp_path / "out")])
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert [entry["seed"] for entry in results["tasks_starvation"]] == list(range(count))
+    for entry, gap, row in zip(results["tasks_starvation"], gaps, rows, strict=True):
+        np.testing.assert_allclose(entry["gap"], gap, rtol=1e-5)
+        assert entry["gap_ci95"][0][0] > 0 and entry["first_row"]["gap"] == pytest.approx(row)
+    page = (tmp_path / "out/index.html").read_text()
+    assert "Starvation of other tasks" in page and "squared error of log depth" in page
+    drawn = list(csv.DictReader((tmp_path / "out/tasks_starvation.csv").open()))
+    assert [row["seed"] for row in drawn if row["patch"] == "0"] == [*map(str, range(count)), *["mean"] * (count > 1)]
+    assert ("joint_tasks_starvation" in results) == (count > 1) == ("Starvation by task, seeds jointly" in page)
+    if count > 1:
+        (joint,) = results["joint_tasks_starvation"]
+        np.testing.assert_allclose(joint["gap"], np.mean(gaps, 0), rtol=1e-5)
+        half = scipy.stats.t.ppf(0.975, count - 1) * np.std(gaps, 0, ddof=1) / count**0.5
+        images = [np.diff([entry["gap_ci95"] for entry in results["tasks_starvation"]], axis=-1)[..., 0] / 2]
+        half = np.maximum(half, (np.array(images[0]) ** 2).mean(0) ** 0.5)
+        np.testing.assert_allclose(np.diff(joint["gap_ci95"], axis=-1)[:, 0] / 2, half, rtol=1e-4)
+        assert joint["first_row"]["gap"] == pytest.approx(np.mean(rows))
+
+
+def test_a_run_without_errors_by_position_is_reported_without_starvation(segmentation, folders, tmp_path, caplog):
+    other = write_task_run(tmp_path / "b", CURVES[0], segmentation, "bidirectional", by_token=False)
+    main(["report", folders["classes"], "--tasks", folders["depth"], str(other), "--out", str(tmp_path / "out")])
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert len(results["tasks"]) == 2 and "tasks_starvation" not in results
+    assert f"{other} was made before errors by position were kept" in caplog.text
+
+
+def test_one_seed_has_no_joint_part(folders, tmp_path):
+    main(["report", folders["classes"], "--out", str(tmp_path), "--tasks", folders["depth"], folders["random"]])
+    assert "joint_tasks" not in json.loads((tmp_path / "results.json").read_text())
+    assert "seeds jointly" not in (tmp_path / "index.html").read_text()
+    assert not (tmp_path / "joint_tasks_table.csv").exists()
+
+
+def test_two_runs_of_one_seed_are_an_error(folders, segmentation, tmp_path):
+    """Which of the two is to stand beside a third one of another seed?"""
+    twice = write_task_run(tmp_path / "twice", CURVES[0], segmentation, metrics={"mllm": "other/hf"})
+    with pytest.raises(SystemExit, match="depth and .*twice are of the same task, model, data and seed; pass one"):
+        main(["report", folders["classes"], "--out", str(tmp_path / "r"), "--tasks", folders["depth"], str(twice)])
+
+
 @pytest.mark.parametrize(
-    ("runs", "message"), [(["depth", "depth"], "pass one of them"), (["classes"], "is a run of segmentation")]
+    ("runs", "message"), [(["depth", "depth"], "pass one"), (["classes"], "is a run of segmentation")]
 )
 def test_rejects_runs_that_do_not_fit(runs, message, folders, tmp_path):
     with pytest.raises(SystemExit, match=message):

@@ -1,6 +1,7 @@
 """Operations of the lab: each takes a request and returns JSON, computed by the public API only.
 
 Maps, words and pixel maps of a view come from one forward: its states are kept, and recomputed when they were dropped.
+A changed view starts from the unchanged one's at the first layer that differs.
 
 Shapes: S sites, T image tokens, K classes, k most probable ones, m words, A attention heads, d width.
 """
@@ -173,7 +174,9 @@ class Session:
             with job.watched(model.mllm):
                 hooks = self._hooks(request)
                 knockout = None if hooks else self._knockout(request)
-                self._states[view] = model.mllm.states(pixels, model.sites, knockout, hooks=hooks)
+                unchanged = self._states.get(view.model_copy(update={"intervention": None}))
+                states = model.mllm.states(pixels, model.sites, knockout, hooks=hooks, known=unchanged)
+                self._states[view] = states
         self._states.move_to_end(view)
         size = sum(state.nbytes for states in self._states.values() for state in states.values())
         while size > STATE_BYTES and len(self._states) > 1:

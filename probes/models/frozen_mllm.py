@@ -25,7 +25,7 @@ from .attention_weights import capture_attention
 from .families import Family, own_image_attention
 from .knockout import Knockout
 from .prompt_and_pixels import Chat
-from .shared_layers import DistinctRows, distinct_rows, rows_by_site, shared_layers
+from .shared_layers import DistinctRows, distinct_rows, rows_by_site, shared_layers, skipped_layers, unchanged_sites
 from .sites import ADAPTER, ENCODER, FINAL_NORM, layer_site, site_names
 from .steering import Replacement, replaced_states
 
@@ -145,6 +145,7 @@ class FrozenMLLM(nn.Module):
         knockout: Knockout | None = None,
         rows: Sequence[int] | None = None,
         hooks: Mapping[str, Replacement] | None = None,
+        known: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Return the hidden states of the image tokens at each site. Calling the model does the same.
 
@@ -156,12 +157,14 @@ class FrozenMLLM(nn.Module):
                 all layers up to the first that is cut differently (shared_layers.py).
             hooks: Functions by site, "adapter" or a layer, that receive the states f[B, T, d] and return what the
                 forward continues with, to patch or steer them.
+            known: What this method returned for the same pixels without knockout and hooks. The forward then starts at
+                the first layer that they change if it runs on image tokens only (prefix cached, no separators).
 
         Returns:
             f[B, T, d] per site, image tokens in raster order, in the dtype of the model; f[R, T, d] for R `rows`.
 
         Raises:
-            UserError: A site is unknown, or the knockout or a hook's states do not fit the model.
+            UserError: A site is unknown, or the knockout, a hook's states or the known ones do not fit the model.
         """
         wanted = self.check_sites(sites)
         if not wanted:
@@ -180,9 +183,15 @@ class FrozenMLLM(nn.Module):
         cache = self._prefix_cache(images, plan) if start and depth > 0 else None
         last = last_rows(masks, self.ids.shape[1] - start)
         states: dict[str, Tensor] = {}
+        skipped: list[str] = []
         with ExitStack() as stack, suppress(_StopForward):
             if knockout and depth > 0:
                 stack.enter_context(knockout.apply(self.decoder.layers, last, self.is_image, depth))
+            if known is not None and rows is None and self._prefix_is_shared and self.is_image[start:].all():
+                skipped = unchanged_sites(self, known, wanted, images, knockout, hooks or {})
+            if skipped:
+                begin = known[skipped[-1]].to(self.device)
+                stack.enter_context(skipped_layers(self.decoder.layers, len(skipped) - 2, begin))
             stack.enter_context(replaced_states(self.decoder.layers, hooks or {}, self.is_image[start:]))
             for handle in self._recording_hooks(states, wanted, images, start):
                 stack.callback(handle.remove)
@@ -191,12 +200,13 @@ class FrozenMLLM(nn.Module):
             if masks is not None:
                 replace_mask = lambda _, args, kwargs: (args, {**kwargs, "attention_mask": last})
                 stack.callback(self.decoder.register_forward_pre_hook(replace_mask, with_kwargs=True).remove)
-            self.model.model(
-                input_ids=self.ids[:, start:].expand(images, -1),
-                past_key_values=cache,
-                use_cache=cache is not None,
-                **self.family.inputs(self.model, pixels, self.is_image[start:].expand(images, -1)),
-            )
+            if skipped:
+                run, inputs = self.decoder, {"inputs_embeds": begin}
+            else:
+                run, inputs = self.model.model, {"input_ids": self.ids[:, start:].expand(images, -1)}
+                inputs |= self.family.inputs(self.model, pixels, self.is_image[start:].expand(images, -1))
+            run(past_key_values=cache, use_cache=cache is not None, **inputs)
+        states |= {site: known[site] for site in skipped if site in known and site not in (hooks or {})}
         if missing := [site for site in wanted if site not in states]:
             raise UserError(f"no states of {missing[0]}: the forward does not call the module that the family names")
         if plan is not None:

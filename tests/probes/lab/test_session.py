@@ -193,3 +193,23 @@ def test_a_checkpoint_without_probes_has_words_and_attention(checkpoints):
     assert "probes.load(" in code and "states.mean(1, keepdim=True)" in code
     with pytest.raises(UserError, match="no probe at 'layer_01'"):
         session.pixel_map(SiteView(photo=key, model=0, site="layer_01"), labs.JOB)
+
+
+@pytest.mark.parametrize(
+    "change", [block(1, layers=(3,)), Replace(kind="replace", patches=(0,), site="layer_02", by="mean")]
+)
+def test_a_changed_view_runs_from_the_first_touched_layer_on(session, change, monkeypatch):
+    view = {"photo": "split:4", "model": 1}
+    monkeypatch.setattr(session, "_states", type(session._states)())
+    full = read(session, View(**view, intervention=change))
+    session._states.clear()
+    read(session, View(**view))
+    ran = []
+    layers = session.models[1].mllm.decoder.layers
+    hooks = [
+        layer.mlp.register_forward_hook(lambda *_, number=i: ran.append(number)) for i, layer in enumerate(layers, 1)
+    ]
+    again = read(session, View(**view, intervention=change))
+    [hook.remove() for hook in hooks]
+    assert ran == ([3] if isinstance(change, Block) else [2, 3])
+    assert all((a == b).all() for a, b in zip(full, again, strict=True))

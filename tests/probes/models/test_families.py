@@ -330,6 +330,17 @@ def test_rows_of_an_image_equal_a_batch_with_copies_of_it(name, mllm):
 
 
 @pytest.mark.parametrize("name", MASKABLE)
+def test_starting_from_known_states_equals_the_full_forward(name, mllm):
+    frozen = mllm(name)
+    pixels, tokens = frozen.preprocess(pictures(name)), frozen.grid[0] * frozen.grid[1]
+    plain, blocked = frozen.states(pixels), torch.arange(tokens).expand(2, -1) % 3 == 0
+    for change in ({"knockout": Knockout(blocked, [3])}, {"hooks": {"adapter": torch.zeros_like}}):
+        full, states = frozen.states(pixels, **change), frozen.states(pixels, known=plain, **change)
+        for depth, site in enumerate(frozen.sites):
+            torch.testing.assert_close(states[site], full[site], **rounding(full[site], max(depth, 1)))
+
+
+@pytest.mark.parametrize("name", MASKABLE)
 def test_other_masks_than_the_own_one(name, checkpoint, mllm):
     own, read = STOCK[name].native, mllm(name)
     other = probes.load(checkpoint(name), image_attention="bidirectional" if own == "causal" else "causal")

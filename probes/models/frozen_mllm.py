@@ -19,9 +19,9 @@ from transformers import DynamicCache
 from llava_bidir.common.errors import UserError
 from probes.ops.geometry import Geometry
 
-from .answering import check_family, generate_answer, score_answers
+from .answering import attend_from_answer, check_family, generate_answer, score_answers
 from .attention_masks import Masks, as_list, build_masks, check_masks, is_allowed, last_rows, supports_masks
-from .attention_weights import capture_attention
+from .attention_weights import capture_attention, roll_out_attention
 from .families import Family, own_image_attention
 from .knockout import Knockout
 from .prompt_and_pixels import Chat
@@ -255,11 +255,23 @@ class FrozenMLLM(nn.Module):
                     heads = compute(image, positions[tokens.cpu()])
                     by_layer[layer] = (heads.mean(0) if average_heads else heads).cpu()[..., positions]
 
-        if self._prefix_is_shared:
-            self._prefix_cache(1)  # before the capture, which must not include it
+        self.prefill_prefix()  # before the capture, which must not include it
         with capture_attention(self.decoder.layers, record):
             self.states(pixels, sites, knockout)
         return [torch.stack([by_layer[layer] for layer in layers]) for by_layer in weights]
+
+    def attention_rollout(self, pixels: Tensor, layer: int | None = None, knockout: Knockout | None = None) -> Tensor:
+        """Return attention rollout among image tokens, f[B, T, T] (queries, keys), up to a layer 1..L, None for all.
+
+        Rollout (Abnar and Zuidema 2020) is the product over layers of 0.5 A + 0.5 I, with the mean A over heads and the
+        residual stream I. Prefix and separators are part of it, so that a row sums to 1 minus their share.
+
+        Raises:
+            UserError: As :meth:`attention`.
+        """
+        layer = len(self.decoder.layers) if layer is None else layer
+        self.check_sites([layer_site(layer)])
+        return roll_out_attention(self, pixels, layer, knockout)
 
     def logit_lens(self, states: Tensor, site: str) -> Tensor:
         """Return the logits f[..., V] of the LLM's output head for the states f[..., d] of a site from "adapter" on.
@@ -283,14 +295,50 @@ class FrozenMLLM(nn.Module):
         return self._read_chat()
 
     def answer(
-        self, image: Image.Image, question: str, knockout: Knockout | None = None, max_new_tokens: int = 256
+        self,
+        image: Image.Image,
+        question: str,
+        knockout: Knockout | None = None,
+        max_new_tokens: int = 256,
+        on_token: Callable[[str], None] | None = None,
     ) -> str:
         """Return the greedy answer to a question about an image, also under a knockout; see answering.py.
+
+        `on_token` is called after each token with the answer so far, to show it; an exception there ends the answer.
 
         Raises:
             UserError: The model cannot be asked, the question is too long, or the knockout does not fit the model.
         """
-        return generate_answer(self, self.preprocess([image]), question, knockout, max_new_tokens)
+        return generate_answer(self, self.preprocess([image]), question, knockout, max_new_tokens, on_token)
+
+    def answer_attention(
+        self,
+        pixels: Tensor,
+        question: str,
+        answer: str,
+        layers: Sequence[int] | None = None,
+        knockout: Knockout | None = None,
+    ) -> Tensor:
+        """Return the attention weights of an answer's tokens to the image tokens, f[L, A, n, T], from one forward.
+
+        Those of an answer's token are the weights with which it is predicted, i.e. of the token before it.
+
+        Args:
+            pixels: f[1, 3, H, W] from :meth:`preprocess`.
+            question: Question, the first of its conversation.
+            answer: Its answer, n tokens (`chat.answer_ids`); the model need not have generated it.
+            layers: Decoder layers, numbered 1..L as in the site names; None for all.
+            knockout: Attention knockout among image tokens.
+
+        Returns:
+            float32, on the CPU. A row sums to 1 minus the attention to text.
+
+        Raises:
+            UserError: As :meth:`answer`, or a text is empty, or a layer is unknown.
+        """
+        layers = list(range(1, len(self.decoder.layers) + 1) if layers is None else layers)
+        self.check_sites([layer_site(layer) for layer in layers])
+        return attend_from_answer(self, pixels, question, answer, layers, knockout)
 
     def answer_log_probs(
         self, pixels: Tensor, questions: Sequence[str], answers: Sequence[str], knockout: Knockout | None = None
@@ -335,6 +383,14 @@ class FrozenMLLM(nn.Module):
         if masks is None or not self.family.shared_prefix:
             return False
         return not any(is_allowed(mask)[:, :, :prefix, prefix:].any() for mask in as_list(masks))
+
+    @torch.no_grad()
+    def prefill_prefix(self) -> int:
+        """Cache the prompt before the image if forwards share it; return how many tokens of it they do not run."""
+        if not self._prefix_is_shared:
+            return 0
+        self._prefix_cache(1)
+        return self.prefix_ids.shape[1]
 
     def _prefix_cache(self, images: int, plan: Sequence[DistinctRows] | None = None) -> DynamicCache:
         """Return keys and values of the prefix, computed for one image and shared by the rows of each layer."""

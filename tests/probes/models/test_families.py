@@ -310,6 +310,8 @@ def test_attention_can_be_read_and_a_knockout_can_be_limited_to_a_layer_or_head(
     pixels, blocked = read.preprocess(pictures(name)), torch.arange(tokens)[None].expand(2, -1) == tokens // 2
     for layer in torch.stack(read.attention(pixels)).unbind(1):
         assert (layer >= 0).all() and (layer.sum(-1) <= 1 + 1e-5).all() and (layer.diagonal(0, 1, 2) > 0).all()
+    rollout = read.attention_rollout(pixels)
+    assert (rollout.sum(-1) <= 1 + 1e-5).all() and (rollout.diagonal(0, 1, 2) >= 0.5**3).all()
     plain, cut = (read.states(pixels, LAYERS[1:], knockout) for knockout in (None, Knockout(blocked, [3])))
     one_head = read.states(pixels, ["layer_03"], Knockout(blocked, [3], [1]))["layer_03"]
     torch.testing.assert_close(cut["layer_02"], plain["layer_02"])

@@ -3,7 +3,7 @@
 Shapes: B images, T image tokens, A heads, q query tokens, N tokens, the last n of which run (the others are cached).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -58,6 +58,30 @@ def capture_attention(layers: nn.ModuleList, record: Callable[[int, Compute], No
             "no attention weights were captured; expected attn_implementation='sdpa' and a model that uses "
             "transformers' attention interface"
         )
+
+
+def read_attention(
+    mllm: nn.Module,
+    pixels: Tensor,
+    layers: Sequence[int],
+    knockout: Knockout | None,
+    queries: Sequence[tuple[int, Tensor]],
+    average_heads: bool,
+) -> list[Tensor]:
+    """Return attention weights among image tokens; see :meth:`FrozenMLLM.attention`."""
+    positions = mllm.is_image.cpu().nonzero().flatten() - len(mllm.is_image)  # from the end: prefix or not
+    weights: list[dict[int, Tensor]] = [{} for _ in queries]
+
+    def record(layer: int, compute: Compute) -> None:
+        for (image, tokens), by_layer in zip(queries, weights, strict=True):
+            if layer in layers:
+                heads = compute(image, positions[tokens.cpu()])
+                by_layer[layer] = (heads.mean(0) if average_heads else heads).cpu()[..., positions]
+
+    mllm.prefill_prefix()  # before the capture, which must not include it
+    with capture_attention(mllm.decoder.layers, record):
+        mllm.states(pixels, [layer_site(layer) for layer in layers], knockout)
+    return [torch.stack([by_layer[layer] for layer in layers]) for by_layer in weights]
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from probes.ops.geometry import Geometry
 
 from .answering import attend_from_answer, check_family, generate_answer, score_answers
 from .attention_masks import Masks, as_list, build_masks, check_masks, is_allowed, last_rows, supports_masks
-from .attention_weights import capture_attention, roll_out_attention
+from .attention_weights import read_attention, roll_out_attention
 from .families import Family, own_image_attention
 from .knockout import Knockout
 from .prompt_and_pixels import Chat
@@ -243,22 +243,10 @@ class FrozenMLLM(nn.Module):
             UserError: A layer is unknown, or the model does not attend through transformers' sdpa interface.
         """
         layers = list(range(1, len(self.decoder.layers) + 1) if layers is None else layers)
-        sites = self.check_sites([layer_site(layer) for layer in layers])
+        self.check_sites([layer_site(layer) for layer in layers])
         if queries is None:
             queries = [(i, torch.ones(self.grid[0] * self.grid[1], dtype=torch.bool)) for i in range(len(pixels))]
-        positions = self.is_image.cpu().nonzero().flatten() - len(self.is_image)  # from the end: prefix or not
-        weights: list[dict[int, Tensor]] = [{} for _ in queries]
-
-        def record(layer: int, compute: Callable[[int, Tensor], Tensor]) -> None:
-            for (image, tokens), by_layer in zip(queries, weights, strict=True):
-                if layer in layers:
-                    heads = compute(image, positions[tokens.cpu()])
-                    by_layer[layer] = (heads.mean(0) if average_heads else heads).cpu()[..., positions]
-
-        self.prefill_prefix()  # before the capture, which must not include it
-        with capture_attention(self.decoder.layers, record):
-            self.states(pixels, sites, knockout)
-        return [torch.stack([by_layer[layer] for layer in layers]) for by_layer in weights]
+        return read_attention(self, pixels, layers, knockout, queries, average_heads)
 
     def attention_rollout(self, pixels: Tensor, layer: int | None = None, knockout: Knockout | None = None) -> Tensor:
         """Return attention rollout among image tokens, f[B, T, T] (queries, keys), up to a layer 1..L, None for all.

@@ -240,6 +240,10 @@ def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
         knockout = Knockout(torch.tensor([[True, True, False, False]])) if view.intervention else None
         weights = session.models[view.model].mllm.answer_attention(session._pixels(view), "Sky?", answer, [2], knockout)
         assert tab.evaluate(f"Array.from(panels[{i}].weights)") == weights[0, 1, number].tolist()
+    best = tab.evaluate("Array.from(selected().weights)")
+    t = max(range(4), key=best.__getitem__)
+    place = f"row {t // 2 + 1}, column {t % 2 + 1} ({100 * best[t]:.1f}%)"
+    assert f"Strongest attention: {place}; " in tab.inner_text("#description")
     again = open_tab(tab.evaluate("location.hash"))
     for i in range(4):
         assert again.evaluate(f"Array.from(panels[{i}].weights)") == tab.evaluate(f"Array.from(panels[{i}].weights)")
@@ -274,6 +278,9 @@ def test_words_appear_while_the_answer_grows_and_cancel_ends_it(open_tab, sessio
 
 def test_print_is_one_page_with_maps_legend_and_address(open_tab):
     tab = open_tab("#photo=split:1&patches=0&site=layer_02")
+    tab.get_by_role("textbox", name="Question").fill("Sky?")
+    tab.keyboard.press("Enter")
+    tab.locator("#answers[aria-busy=false] .answer").nth(3).wait_for()
     tab.evaluate("window.print = () => { window.printed = true; }")
     tab.get_by_role("button", name="Print or PDF").click()
     assert tab.evaluate("window.printed")
@@ -281,6 +288,7 @@ def test_print_is_one_page_with_maps_legend_and_address(open_tab):
     tab.emulate_media(media="print")
     for selector in ("h1", ".stage canvas", "figcaption", "#legend", "#shown", "#address"):
         assert tab.locator(selector).first.is_visible()
+    assert "Question: Sky?" in tab.inner_text("#answers")
     for selector in ("#site", "#tool", "#ask", "#png"):
         assert not tab.locator(selector).is_visible()
     assert "split:1" in parse_qs(tab.inner_text("#address").split("#")[1])["photo"]

@@ -65,6 +65,11 @@ class LabModel:
             return str(error)
         return None
 
+    @property
+    def other_mask(self) -> str:
+        """The mask among image tokens that the same weights can be run under for comparison."""
+        return "bidirectional" if self.mllm.image_attention == "causal" else "causal"
+
     def describe(self) -> dict[str, Any]:
         """Return the facts that the page needs."""
         config = self.mllm.model.config.get_text_config()
@@ -74,6 +79,7 @@ class LabModel:
             "word_sites": self.word_sites,
             "layers": len(self.mllm.decoder.layers),
             "heads": config.num_attention_heads,
+            "other_mask": self.other_mask,
             "cannot_answer": self.cannot_answer,
         }
 

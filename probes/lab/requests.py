@@ -17,6 +17,7 @@ PhotoKey = Annotated[str, Field(pattern=r"^(split:(0|[1-9][0-9]{0,8})|upload:[0-
 Site = Annotated[str, Field(max_length=32)]
 Patches = Annotated[tuple[Index, ...], Field(min_length=1, max_length=MAX_TOKENS_PER_SIDE**2)]
 Numbers = Annotated[tuple[Number, ...], Field(min_length=1, max_length=1000)]  # more than any LLM's layers or heads
+Text = Annotated[str, Field(min_length=1, max_length=4000)]  # far beyond VQA; the LLM's positions bound it, too
 MAX_ANSWER_TOKENS = 64  # a paragraph; longer answers would block the queue
 
 
@@ -35,12 +36,15 @@ class Block(_Request):
 
 
 class Replace(_Request):
-    """States of patches at a site, replaced by the mean over the image's patches or by those of another photo."""
+    """States of patches at a site, replaced by other ones.
+
+    `by` is the mean over the image's patches, another photo, or the same weights under the other mask.
+    """
 
     kind: Literal["replace"]
     patches: Patches
     site: Site
-    by: PhotoKey | Literal["mean"]
+    by: PhotoKey | Literal["mean", "other_mask"]
 
 
 class View(_Request):
@@ -67,13 +71,21 @@ class SiteView(View):
 class Question(View):
     """A question about the photo, asked with and without the intervention."""
 
-    question: Annotated[str, Field(min_length=1, max_length=4000)]  # far beyond VQA; the LLM's positions bound it, too
+    question: Text
 
 
 class Attention(View):
-    """Attention of a patch, and to it, in a layer."""
+    """Attention of a patch, and to it, in a layer; or rollout up to this layer."""
 
     patch: Index
+    layer: Number
+
+
+class AnswerAttention(Question):
+    """Attention of a token of an answer, numbered from 0, in a layer."""
+
+    answer: Text
+    token: Index
     layer: Number
 
 
@@ -86,9 +98,14 @@ class Control(View):
 
 
 class Export(View):
-    """A view to reproduce in Python."""
+    """A view to reproduce in Python, with the operation that reads the shown attention, if there is one."""
 
     question: Annotated[str, Field(max_length=4000)] = ""
+    attention: Literal["attention", "rollout", "answer_attention"] | None = None
+    layer: Number = 1
+    patch: Index = 0
+    answer: Annotated[str, Field(max_length=4000)] = ""
+    token: Index = 0
 
 
 def parse_request(kind: type[View], body: bytes) -> View:

@@ -4,8 +4,9 @@
     GET  /                the page
     GET  /picture         a photo's preview: ?photo=KEY&model=I, &square=1 for the model's square
     POST /photo?name=N    a photo as the body, or ?key=KEY for one that the server has; its key, size, grid and labels
-    POST /run/OPERATION   JSON (requests.py) to lines of JSON: {"waiting": jobs}, {"layer": l, "layers": L}, and last
-                          {"result": ...} or {"error": text}. Closing the connection cancels the operation.
+    POST /run/OPERATION   JSON (requests.py) to lines of JSON: {"waiting": jobs}, {"layer": l, "layers": L}, the answer
+                          so far as {"text": answer, "blocked": bool}, and last {"result": ...} or {"error": text}.
+                          Closing the connection cancels the operation.
 
 Every request needs the cookie, a Host that is no foreign name (DNS rebinding) and, if the browser sends one, the page's
 own Origin (cross-site posts).
@@ -32,7 +33,7 @@ from llava_bidir.common.errors import UserError
 from probes.report.templates import render
 
 from .photos import encode
-from .requests import Attention, Control, Export, PatchWords, Question, SiteView, View, parse_request
+from .requests import AnswerAttention, Attention, Control, Export, PatchWords, Question, SiteView, View, parse_request
 from .session import Session
 from .worker import Job, Worker
 
@@ -47,6 +48,8 @@ OPERATIONS: dict[str, type[View]] = {
     "pixel_map": SiteView,
     "ask": Question,
     "attention": Attention,
+    "rollout": Attention,
+    "answer_attention": AnswerAttention,
     "control": Control,
     "snippet": Export,
 }

@@ -1,6 +1,7 @@
 """Operations of the lab: each takes a request and returns JSON, computed by the public API only.
 
 Maps, words and pixel maps of a view come from one forward: its states are kept, and recomputed when they were dropped.
+A changed view starts from the unchanged one's at the first layer that differs.
 
 Shapes: S sites, T image tokens, K classes, k most probable ones, m words, A attention heads, d width.
 """
@@ -9,6 +10,7 @@ import base64
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -29,6 +31,7 @@ from .models import LabModel, open_split
 from .photos import Photos, encode
 from .requests import (
     MAX_ANSWER_TOKENS,
+    AnswerAttention,
     Attention,
     Block,
     Control,
@@ -104,25 +107,30 @@ class Session:
         return {"png": base64.b64encode(png).decode()}
 
     def ask(self, request: Question, job: Job) -> dict[str, Any]:
-        """Return the answer without the intervention and with it, and log-probabilities of the first one."""
+        """Return the answer without the intervention and with it, and log-probabilities of the first one.
+
+        Answers are reported while they grow.
+        """
         model, photo = self._model(request), self.photos.get(request.photo)
         knockout, square = self._knockout(request), photo.squares[request.model]
         pixels = model.mllm.preprocess([square])
 
-        def answer(knockout: Knockout | None) -> str:
-            return model.mllm.answer(square, request.question, knockout, MAX_ANSWER_TOKENS)
+        def answer(knockout: Knockout | None) -> dict[str, Any]:
+            report = lambda text: job.report({"text": text, "blocked": knockout is not None})
+            text = model.mllm.answer(square, request.question, knockout, MAX_ANSWER_TOKENS, report)
+            return {"answer": text, "tokens": split_answer(model, text)}
 
         def log_probability(knockout: Knockout | None) -> float | None:
-            if not first.strip():
+            if not first["answer"]:
                 return None
-            return model.mllm.answer_log_probs(pixels, [request.question], [first], knockout).item()
+            return model.mllm.answer_log_probs(pixels, [request.question], [first["answer"]], knockout).item()
 
         with job.watched(model.mllm):
             first = answer(None)
-            result = {"answer": first, "log_probability": log_probability(None)}
+            result = first | {"log_probability": log_probability(None)}
             if knockout is None:
                 return result
-            return result | {"blocked": {"answer": answer(knockout), "log_probability": log_probability(knockout)}}
+            return result | {"blocked": answer(knockout) | {"log_probability": log_probability(knockout)}}
 
     def attention(self, request: Attention, job: Job) -> dict[str, Any]:
         """Return the attention of a patch to all patches and of all patches to it in a layer, f32[A, T] each."""
@@ -132,6 +140,27 @@ class Session:
             (weights,) = model.mllm.attention(pixels, [request.layer], self._knockout(request), average_heads=False)
         rows, columns = weights[0][:, request.patch], weights[0][:, :, request.patch]
         return {"to": _pack(rows, np.float32), "from": _pack(columns, np.float32)}
+
+    def rollout(self, request: Attention, job: Job) -> dict[str, Any]:
+        """Return attention rollout up to a layer, from a patch and to it, f32[1, T] each."""
+        model, pixels = self._model(request), self._pixels(request)
+        _check_patches(model, [request.patch])
+        with job.watched(model.mllm):
+            (weights,) = model.mllm.attention_rollout(pixels, request.layer, self._knockout(request))
+        return {"to": _pack(weights[request.patch], np.float32), "from": _pack(weights[:, request.patch], np.float32)}
+
+    def answer_attention(self, request: AnswerAttention, job: Job) -> dict[str, Any]:
+        """Return the attention of a token of an answer to all patches in a layer, f32[A, T], and the token's text."""
+        model, pixels, tokens = self._model(request), self._pixels(request), []
+        if request.answer.strip():
+            tokens = split_answer(model, request.answer)
+        if request.token >= len(tokens):
+            raise UserError(f"token {request.token} does not exist; the answer has {len(tokens)}, counted from 0")
+        with job.watched(model.mllm):
+            weights = model.mllm.answer_attention(
+                pixels, request.question, request.answer, [request.layer], self._knockout(request)
+            )
+        return {"to": _pack(weights[0, :, request.token], np.float32), "token": tokens[request.token]}
 
     def control(self, request: Control, job: Job) -> dict[str, Any]:
         """Return as many other patches, random or matched in the attention that they receive from all patches."""
@@ -151,7 +180,7 @@ class Session:
         """Return Python code that reproduces the view."""
         self._check_intervention(request)
         names = [self.photos.get(request.photo).name]
-        if isinstance(request.intervention, Replace) and request.intervention.by != "mean":
+        if isinstance(request.intervention, Replace) and request.intervention.by not in ("mean", "other_mask"):
             names.append(self.photos.get(request.intervention.by).name)
         return {"python": write_snippet(self._model(request), request, names)}
 
@@ -173,7 +202,9 @@ class Session:
             with job.watched(model.mllm):
                 hooks = self._hooks(request)
                 knockout = None if hooks else self._knockout(request)
-                self._states[view] = model.mllm.states(pixels, model.sites, knockout, hooks=hooks)
+                unchanged = self._states.get(view.model_copy(update={"intervention": None}))
+                states = model.mllm.states(pixels, model.sites, knockout, hooks=hooks, known=unchanged)
+                self._states[view] = states
         self._states.move_to_end(view)
         size = sum(state.nbytes for states in self._states.values() for state in states.values())
         while size > STATE_BYTES and len(self._states) > 1:
@@ -197,7 +228,9 @@ class Session:
         if change.by == "mean":
             new = lambda states: states.mean(1, keepdim=True)
         else:
-            other = model.mllm.states(self._pixels(request, change.by), [site])[site]
+            own = change.by == "other_mask"
+            mllm = model.mllm.with_attention(model.other_mask) if own else model.mllm
+            other = mllm.states(self._pixels(request, None if own else change.by), [site])[site]
             new = lambda states: other
         return {site: lambda states: torch.where(patches[:, None], new(states), states)}
 
@@ -245,6 +278,19 @@ def _check_patches(model: LabModel, patches: tuple[int, ...] | list[int]) -> Non
     tokens = model.mllm.grid[0] * model.mllm.grid[1]
     if max(patches) >= tokens:
         raise UserError(f"patch {max(patches)} does not exist; the grid has {tokens}, counted from 0")
+
+
+def split_answer(model: LabModel, answer: str) -> list[str]:
+    """Return the part of an answer that each of its tokens adds; together they are the answer."""
+    tokenizer, parts, start = model.mllm.chat.tokenizer, [], 0
+    (ids,) = model.mllm.chat.answer_ids([answer]) if answer else ([],)
+    for count in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:count], skip_special_tokens=True).strip()
+        # Bytes of an unfinished character are not a part of the answer yet.
+        end = max(start, len(commonprefix([text, answer]))) if count < len(ids) else len(answer)
+        parts.append(answer[start:end])
+        start = end
+    return parts
 
 
 def _read_probe(probe: torch.nn.Module, states: Tensor) -> Tensor:

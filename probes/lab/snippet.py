@@ -15,7 +15,8 @@ def write_snippet(model: LabModel, request: Export, names: list[str]) -> str:
     """Return the code of a view; `names` are the file names of its photos.
 
     The code defines `states` (f[1, T, d] by site), `probabilities` (f[T, K] by site) if the model has probes, and
-    `answer` if there is a question. It opens uploaded photos by their file name.
+    `answer` if there is a question. If the view shows attention, it defines `attention` of a word, or
+    `attention_of_patch` and `attention_to_patch`, f[A, T] each. It opens uploaded photos by their file name.
     """
     lines = [HEADER]
     if model.run is None:
@@ -23,16 +24,34 @@ def write_snippet(model: LabModel, request: Export, names: list[str]) -> str:
     else:
         lines += [f"run = probes.ProbeRun({model.source!r})", "mllm = run.mllm()"]
     lines += _open("image", request.photo, names[0])
-    lines += ["pixels = mllm.preprocess([image])", *_change(request, names)]
+    lines += ["pixels = mllm.preprocess([image])", *_change(model, request, names)]
     sites = "mllm.sites" if model.run is None else "run.sites"
     lines.append(f"states = mllm.states(pixels, {sites}{_argument(request.intervention)})")
     if model.run is not None:
         read = "probe.to(mllm.device)(states[site].float()).softmax(-1)[0]"
         lines.append(f"probabilities = {{site: {read} for site, probe in run.probes().items()}}")
-    if request.question and not isinstance(request.intervention, Replace):
-        knockout = ", knockout" if request.intervention else ""
-        lines.append(f"answer = mllm.answer(image, {request.question!r}{knockout}, max_new_tokens={MAX_ANSWER_TOKENS})")
+    if not isinstance(request.intervention, Replace):
+        knockout = ", knockout=knockout" if request.intervention else ""
+        if request.question:
+            more = f"{knockout}, max_new_tokens={MAX_ANSWER_TOKENS}"
+            lines.append(f"answer = mllm.answer(image, {request.question!r}{more})")
+        lines += _attention(request, knockout)
     return "\n".join(lines) + "\n"
+
+
+def _attention(request: Export, knockout: str) -> list[str]:
+    """Return the lines that read the shown attention."""
+    if request.attention is None:
+        return []
+    if request.attention == "answer_attention":
+        arguments = f"pixels, {request.question!r}, {request.answer!r}, [{request.layer}]{knockout}"
+        return [f"attention = mllm.answer_attention({arguments})[0, :, {request.token}]"]
+    if request.attention == "rollout":
+        lines = [f"weights = mllm.attention_rollout(pixels, {request.layer}{knockout})"]
+    else:
+        lines = [f"(weights,) = mllm.attention(pixels, [{request.layer}]{knockout}, average_heads=False)[0]"]
+    patch = request.patch
+    return [*lines, f"attention_of_patch, attention_to_patch = weights[:, {patch}], weights[:, :, {patch}]"]
 
 
 def _open(variable: str, photo: str, name: str) -> list[str]:
@@ -48,7 +67,7 @@ def _argument(change: Block | Replace | None) -> str:
     return ", knockout" if isinstance(change, Block) else ", hooks=hooks"
 
 
-def _change(request: View, names: list[str]) -> list[str]:
+def _change(model: LabModel, request: View, names: list[str]) -> list[str]:
     """Return the lines that define `knockout` or `hooks`."""
     change = request.intervention
     if change is None:
@@ -61,9 +80,12 @@ def _change(request: View, names: list[str]) -> list[str]:
             return [*lines, f"knockout = probes.Knockout.only(patches, layers={layers})"]
         return [*lines, f"knockout = probes.Knockout(patches, layers={layers}, heads={heads})"]
     new = "states.mean(1, keepdim=True)"
-    if change.by != "mean":
+    site = repr(change.site)
+    if change.by == "other_mask":
+        lines.append(f"other = mllm.with_attention({model.other_mask!r}).states(pixels, [{site}])[{site}]")
+        new = "other"
+    elif change.by != "mean":
         lines += _open("other_image", change.by, names[-1])
-        site = repr(change.site)
         lines.append(f"other = mllm.states(mllm.preprocess([other_image]), [{site}])[{site}]")
         new = "other"
     hook = f"lambda states: torch.where(patches[..., None].to(mllm.device), {new}, states)"

@@ -14,7 +14,7 @@ have alone. Two questions with two answers each::
 Shapes: B images, T image tokens, N tokens of prefix and image, P questions, A answers, Q tokens of text, d width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -25,6 +25,7 @@ from transformers import DynamicCache
 from llava_bidir.common.errors import UserError
 
 from .attention_masks import Masks
+from .attention_weights import capture_attention
 from .families import SLIDING, Family
 from .knockout import Knockout
 from .sites import FINAL_NORM
@@ -147,8 +148,33 @@ def score_answers(
 
 
 @torch.no_grad()
+def attend_from_answer(
+    mllm: nn.Module, pixels: Tensor, question: str, answer: str, layers: Sequence[int], knockout: Knockout | None
+) -> Tensor:
+    """Return attention weights of an answer's tokens f[L, A, n, T]; see :meth:`FrozenMLLM.answer_attention`."""
+    if not (question.strip() and answer.strip()):
+        raise UserError("the question or the answer is empty; expected texts")
+    text, weights = TextTree.from_ids([mllm.chat.question_ids(question)], mllm.chat.answer_ids([answer])), {}
+    queries = mllm.ids.shape[1] + torch.tensor([predictor for predictor, _, _ in text.targets])
+    image = mllm.is_image.cpu().nonzero().flatten()
+
+    def record(layer: int, compute: Callable[[int, Tensor], Tensor]) -> None:
+        if layer in layers:
+            weights[layer] = compute(0, queries).cpu()[..., image]
+
+    with capture_attention(mllm.decoder.layers, record):
+        text_states(mllm, pixels, text, knockout)
+    return torch.stack([weights[layer] for layer in layers])
+
+
+@torch.no_grad()
 def generate_answer(
-    mllm: nn.Module, pixels: Tensor, question: str, knockout: Knockout | None, max_new_tokens: int
+    mllm: nn.Module,
+    pixels: Tensor,
+    question: str,
+    knockout: Knockout | None,
+    max_new_tokens: int,
+    on_token: Callable[[str], None] | None = None,
 ) -> str:
     """Return the greedy answer to a question about one image f[1, 3, H, W]; see :meth:`FrozenMLLM.answer`."""
     cache, answer, ids = DynamicCache(), [], mllm.chat.question_ids(question)
@@ -161,6 +187,8 @@ def generate_answer(
         if token in ends:
             break
         answer.append(token)
+        if on_token:
+            on_token(mllm.chat.tokenizer.decode(answer, skip_special_tokens=True).strip())
         next_ids = torch.tensor([[token]], device=mllm.device)
         states = mllm.decoder(input_ids=next_ids, past_key_values=cache, use_cache=True).last_hidden_state
     return mllm.chat.tokenizer.decode(answer, skip_special_tokens=True).strip()

@@ -1,15 +1,19 @@
-"""Attention weights of decoder layers, captured while the model runs.
+"""Attention weights of decoder layers, captured while the model runs, and rollout.
 
-Shapes: A heads, q query tokens, N tokens.
+Shapes: B images, T image tokens, A heads, q query tokens, N tokens, the last n of which run (the others are cached).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, inf, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llava_bidir.common.errors import UserError
+
+from .knockout import Knockout
+from .sites import layer_site
 
 Compute = Callable[[int, Tensor], Tensor]
 
@@ -54,3 +58,50 @@ def capture_attention(layers: nn.ModuleList, record: Callable[[int, Compute], No
             "no attention weights were captured; expected attn_implementation='sdpa' and a model that uses "
             "transformers' attention interface"
         )
+
+
+def read_attention(
+    mllm: nn.Module,
+    pixels: Tensor,
+    layers: Sequence[int],
+    knockout: Knockout | None,
+    queries: Sequence[tuple[int, Tensor]],
+    average_heads: bool,
+) -> list[Tensor]:
+    """Return attention weights among image tokens; see :meth:`FrozenMLLM.attention`."""
+    positions = mllm.is_image.cpu().nonzero().flatten() - len(mllm.is_image)  # from the end: prefix or not
+    weights: list[dict[int, Tensor]] = [{} for _ in queries]
+
+    def record(layer: int, compute: Compute) -> None:
+        for (image, tokens), by_layer in zip(queries, weights, strict=True):
+            if layer in layers:
+                heads = compute(image, positions[tokens.cpu()])
+                by_layer[layer] = (heads.mean(0) if average_heads else heads).cpu()[..., positions]
+
+    mllm.prefill_prefix()  # before the capture, which must not include it
+    with capture_attention(mllm.decoder.layers, record):
+        mllm.states(pixels, [layer_site(layer) for layer in layers], knockout)
+    return [torch.stack([by_layer[layer] for layer in layers]) for by_layer in weights]
+
+
+@torch.no_grad()
+def roll_out_attention(mllm: nn.Module, pixels: Tensor, last: int, knockout: Knockout | None) -> Tensor:
+    """Return attention rollout f[B, T, T] up to layer `last`; see :meth:`FrozenMLLM.attention_rollout`.
+
+    A cached prefix does not attend to the image, so that paths from image to image token do not pass it.
+    """
+    rolled: list[Tensor] = []
+
+    def record(layer: int, compute: Compute) -> None:
+        for image in range(len(pixels)):
+            if layer == 1:
+                rolled.append(torch.eye(len(running)))
+            weights = compute(image, running).mean(0).cpu()[:, -len(running) :]
+            rolled[image] = 0.5 * (weights @ rolled[image] + rolled[image])
+
+    cached = mllm.prefill_prefix()
+    running = torch.arange(mllm.ids.shape[1] - cached)
+    with capture_attention(mllm.decoder.layers, record):
+        mllm.states(pixels, [layer_site(last)], knockout)
+    is_image = mllm.is_image[cached:].cpu()
+    return torch.stack(rolled)[:, is_image][:, :, is_image]

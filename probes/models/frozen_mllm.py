@@ -19,13 +19,13 @@ from transformers import DynamicCache
 from llava_bidir.common.errors import UserError
 from probes.ops.geometry import Geometry
 
-from .answering import check_family, generate_answer, score_answers
+from .answering import attend_from_answer, check_family, generate_answer, score_answers
 from .attention_masks import Masks, as_list, build_masks, check_masks, is_allowed, last_rows, supports_masks
-from .attention_weights import capture_attention
+from .attention_weights import read_attention, roll_out_attention
 from .families import Family, own_image_attention
 from .knockout import Knockout
 from .prompt_and_pixels import Chat
-from .shared_layers import DistinctRows, distinct_rows, rows_by_site, shared_layers
+from .shared_layers import DistinctRows, distinct_rows, rows_by_site, shared_layers, skipped_layers, unchanged_sites
 from .sites import ADAPTER, ENCODER, FINAL_NORM, layer_site, site_names
 from .steering import Replacement, replaced_states
 
@@ -145,6 +145,7 @@ class FrozenMLLM(nn.Module):
         knockout: Knockout | None = None,
         rows: Sequence[int] | None = None,
         hooks: Mapping[str, Replacement] | None = None,
+        known: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
         """Return the hidden states of the image tokens at each site. Calling the model does the same.
 
@@ -156,12 +157,14 @@ class FrozenMLLM(nn.Module):
                 all layers up to the first that is cut differently (shared_layers.py).
             hooks: Functions by site, "adapter" or a layer, that receive the states f[B, T, d] and return what the
                 forward continues with, to patch or steer them.
+            known: What this method returned for the same pixels without knockout and hooks. The forward then starts at
+                the first layer that they change if it runs on image tokens only (prefix cached, no separators).
 
         Returns:
             f[B, T, d] per site, image tokens in raster order, in the dtype of the model; f[R, T, d] for R `rows`.
 
         Raises:
-            UserError: A site is unknown, or the knockout or a hook's states do not fit the model.
+            UserError: A site is unknown, or the knockout, a hook's states or the known ones do not fit the model.
         """
         wanted = self.check_sites(sites)
         if not wanted:
@@ -180,9 +183,15 @@ class FrozenMLLM(nn.Module):
         cache = self._prefix_cache(images, plan) if start and depth > 0 else None
         last = last_rows(masks, self.ids.shape[1] - start)
         states: dict[str, Tensor] = {}
+        skipped: list[str] = []
         with ExitStack() as stack, suppress(_StopForward):
             if knockout and depth > 0:
                 stack.enter_context(knockout.apply(self.decoder.layers, last, self.is_image, depth))
+            if known is not None and rows is None and self._prefix_is_shared and self.is_image[start:].all():
+                skipped = unchanged_sites(self, known, wanted, images, knockout, hooks or {})
+            if skipped:
+                begin = known[skipped[-1]].to(self.device)
+                stack.enter_context(skipped_layers(self.decoder.layers, len(skipped) - 2, begin))
             stack.enter_context(replaced_states(self.decoder.layers, hooks or {}, self.is_image[start:]))
             for handle in self._recording_hooks(states, wanted, images, start):
                 stack.callback(handle.remove)
@@ -191,12 +200,13 @@ class FrozenMLLM(nn.Module):
             if masks is not None:
                 replace_mask = lambda _, args, kwargs: (args, {**kwargs, "attention_mask": last})
                 stack.callback(self.decoder.register_forward_pre_hook(replace_mask, with_kwargs=True).remove)
-            self.model.model(
-                input_ids=self.ids[:, start:].expand(images, -1),
-                past_key_values=cache,
-                use_cache=cache is not None,
-                **self.family.inputs(self.model, pixels, self.is_image[start:].expand(images, -1)),
-            )
+            if skipped:
+                run, inputs = self.decoder, {"inputs_embeds": begin}
+            else:
+                run, inputs = self.model.model, {"input_ids": self.ids[:, start:].expand(images, -1)}
+                inputs |= self.family.inputs(self.model, pixels, self.is_image[start:].expand(images, -1))
+            run(past_key_values=cache, use_cache=cache is not None, **inputs)
+        states |= {site: known[site] for site in skipped if site in known and site not in (hooks or {})}
         if missing := [site for site in wanted if site not in states]:
             raise UserError(f"no states of {missing[0]}: the forward does not call the module that the family names")
         if plan is not None:
@@ -233,23 +243,23 @@ class FrozenMLLM(nn.Module):
             UserError: A layer is unknown, or the model does not attend through transformers' sdpa interface.
         """
         layers = list(range(1, len(self.decoder.layers) + 1) if layers is None else layers)
-        sites = self.check_sites([layer_site(layer) for layer in layers])
+        self.check_sites([layer_site(layer) for layer in layers])
         if queries is None:
             queries = [(i, torch.ones(self.grid[0] * self.grid[1], dtype=torch.bool)) for i in range(len(pixels))]
-        positions = self.is_image.cpu().nonzero().flatten() - len(self.is_image)  # from the end: prefix or not
-        weights: list[dict[int, Tensor]] = [{} for _ in queries]
+        return read_attention(self, pixels, layers, knockout, queries, average_heads)
 
-        def record(layer: int, compute: Callable[[int, Tensor], Tensor]) -> None:
-            for (image, tokens), by_layer in zip(queries, weights, strict=True):
-                if layer in layers:
-                    heads = compute(image, positions[tokens.cpu()])
-                    by_layer[layer] = (heads.mean(0) if average_heads else heads).cpu()[..., positions]
+    def attention_rollout(self, pixels: Tensor, layer: int | None = None, knockout: Knockout | None = None) -> Tensor:
+        """Return attention rollout among image tokens, f[B, T, T] (queries, keys), up to a layer 1..L, None for all.
 
-        if self._prefix_is_shared:
-            self._prefix_cache(1)  # before the capture, which must not include it
-        with capture_attention(self.decoder.layers, record):
-            self.states(pixels, sites, knockout)
-        return [torch.stack([by_layer[layer] for layer in layers]) for by_layer in weights]
+        Rollout (Abnar and Zuidema 2020) is the product over layers of 0.5 A + 0.5 I, with the mean A over heads and the
+        residual stream I. Prefix and separators are part of it, so that a row sums to 1 minus their share.
+
+        Raises:
+            UserError: As :meth:`attention`.
+        """
+        layer = len(self.decoder.layers) if layer is None else layer
+        self.check_sites([layer_site(layer)])
+        return roll_out_attention(self, pixels, layer, knockout)
 
     def logit_lens(self, states: Tensor, site: str) -> Tensor:
         """Return the logits f[..., V] of the LLM's output head for the states f[..., d] of a site from "adapter" on.
@@ -273,14 +283,50 @@ class FrozenMLLM(nn.Module):
         return self._read_chat()
 
     def answer(
-        self, image: Image.Image, question: str, knockout: Knockout | None = None, max_new_tokens: int = 256
+        self,
+        image: Image.Image,
+        question: str,
+        knockout: Knockout | None = None,
+        max_new_tokens: int = 256,
+        on_token: Callable[[str], None] | None = None,
     ) -> str:
         """Return the greedy answer to a question about an image, also under a knockout; see answering.py.
+
+        `on_token` is called after each token with the answer so far, to show it; an exception there ends the answer.
 
         Raises:
             UserError: The model cannot be asked, the question is too long, or the knockout does not fit the model.
         """
-        return generate_answer(self, self.preprocess([image]), question, knockout, max_new_tokens)
+        return generate_answer(self, self.preprocess([image]), question, knockout, max_new_tokens, on_token)
+
+    def answer_attention(
+        self,
+        pixels: Tensor,
+        question: str,
+        answer: str,
+        layers: Sequence[int] | None = None,
+        knockout: Knockout | None = None,
+    ) -> Tensor:
+        """Return the attention weights of an answer's tokens to the image tokens, f[L, A, n, T], from one forward.
+
+        Those of an answer's token are the weights with which it is predicted, i.e. of the token before it.
+
+        Args:
+            pixels: f[1, 3, H, W] from :meth:`preprocess`.
+            question: Question, the first of its conversation.
+            answer: Its answer, n tokens (`chat.answer_ids`); the model need not have generated it.
+            layers: Decoder layers, numbered 1..L as in the site names; None for all.
+            knockout: Attention knockout among image tokens.
+
+        Returns:
+            float32, on the CPU. A row sums to 1 minus the attention to text.
+
+        Raises:
+            UserError: As :meth:`answer`, or a text is empty, or a layer is unknown.
+        """
+        layers = list(range(1, len(self.decoder.layers) + 1) if layers is None else layers)
+        self.check_sites([layer_site(layer) for layer in layers])
+        return attend_from_answer(self, pixels, question, answer, layers, knockout)
 
     def answer_log_probs(
         self, pixels: Tensor, questions: Sequence[str], answers: Sequence[str], knockout: Knockout | None = None
@@ -325,6 +371,14 @@ class FrozenMLLM(nn.Module):
         if masks is None or not self.family.shared_prefix:
             return False
         return not any(is_allowed(mask)[:, :, :prefix, prefix:].any() for mask in as_list(masks))
+
+    @torch.no_grad()
+    def prefill_prefix(self) -> int:
+        """Cache the prompt before the image if forwards share it; return how many tokens of it they do not run."""
+        if not self._prefix_is_shared:
+            return 0
+        self._prefix_cache(1)
+        return self.prefix_ids.shape[1]
 
     def _prefix_cache(self, images: int, plan: Sequence[DistinctRows] | None = None) -> DynamicCache:
         """Return keys and values of the prefix, computed for one image and shared by the rows of each layer."""

@@ -78,6 +78,11 @@ class Knockout:
             )
         return cut
 
+    def first_layer(self, layers: nn.ModuleList) -> int:
+        """Return the first layer 1..L that is cut in any row of the batch; L + 1 for none."""
+        chosen = _select_rows(self.layers, len(self.blocked), len(layers), "layer").any(0).nonzero()
+        return int(chosen.min()) + 1 if len(chosen) else len(layers) + 1
+
     def by_row(self, layers: nn.ModuleList) -> tuple[list[tuple[bytes, ...]], Tensor]:
         """Return what each row of the batch cuts, equal for equal cuts, and the layers in which it does, bool[B, L].
 

@@ -2,17 +2,23 @@
 
 A knockout changes nothing before the first layer that it cuts. Rows that are cut alike up to a layer have the same
 states there, so the layer runs once for all of them, and the next one begins with copies of its output. In a sweep over
-windows of layers, a row begins at its first own cut, and the encoder runs once per image.
+windows of layers, a row begins at its first own cut, and the encoder runs once per image. Given the states of
+the unchanged images, the encoder and the layers before the first change do not run.
 
 Shapes: B images, R rows of the knockout, n distinct rows at a layer, L layers, N tokens.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from llava_bidir.common.errors import UserError
+
+from .knockout import Knockout
 
 
 class DistinctRows(NamedTuple):
@@ -81,6 +87,59 @@ def shared_layers(layers: nn.ModuleList, plan: Sequence[DistinctRows]) -> Iterat
             for module, take in ((layer, take_parents), (layer.self_attn, take_masks)):
                 hook = lambda _, args, kwargs, take=take, rows=rows: take(rows, args, kwargs)
                 hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+def unchanged_sites(
+    mllm: nn.Module,
+    known: Mapping[str, Tensor],
+    wanted: list[str],
+    images: int,
+    knockout: Knockout | None,
+    hooks: Mapping,
+) -> list[str]:
+    """Return the sites up to the one at whose `known` states a forward to the `wanted` sites can start; [] for none.
+
+    Raises:
+        UserError: Known states lack a wanted site or have another shape.
+    """
+    for site in wanted:
+        expected = [images, mllm.grid[0] * mllm.grid[1], mllm.widths[site]]
+        shape = list(known[site].shape) if site in known else "nothing"
+        if shape != expected:
+            raise UserError(f"known states have {shape} at {site!r}; expected {expected}, of the same pixels")
+    last = max(mllm.sites.index(site) for site in wanted)
+    changed = [mllm.sites.index(site) for site in hooks if site in mllm.sites]
+    if knockout:
+        changed.append(knockout.first_layer(mllm.decoder.layers) + 1)  # "encoder" and "adapter" precede "layer_01"
+    # The adapter's own states are known, also if a hook replaces them; at least the last layer runs.
+    end = max(2, min([*changed, last, len(mllm.decoder.layers) + 1]))
+    while end > 1 and mllm.sites[end - 1] not in known:
+        end -= 1
+    return mllm.sites[:end] if 1 < end <= last else []
+
+
+@contextmanager
+def skipped_layers(layers: nn.ModuleList, count: int, states: Tensor) -> Iterator[None]:
+    """Skip the first `count` layers while the context is open; the next one continues with `states` f[B, N, d].
+
+    Register hooks that replace states after this one.
+    """
+
+    def substitute(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        given = args[0] if args else kwargs["hidden_states"]
+        new = states.to(given)
+        return ((new, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": new})
+
+    with ExitStack() as stack:
+        for layer in layers[:count]:
+            wrapped = vars(layer).get("forward")  # accelerate's, which moves inputs to the layer's device
+            layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+            restore = (
+                partial(delattr, layer, "forward") if wrapped is None else partial(setattr, layer, "forward", wrapped)
+            )
+            stack.callback(restore)
+        stack.callback(layers[count].register_forward_pre_hook(substitute, with_kwargs=True).remove)
         yield
 
 

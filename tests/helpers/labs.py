@@ -13,7 +13,7 @@ from probes.lab.models import load_runs
 from probes.lab.session import Session
 
 TOKEN = "secret"
-JOB = SimpleNamespace(watched=lambda mllm: nullcontext())  # without a client
+JOB = SimpleNamespace(watched=lambda mllm: nullcontext(), report=lambda event: None)  # without a client
 
 
 def fit_runs(checkpoints, folder) -> list[str]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+import threading
 from urllib.parse import parse_qs
 
 import labs
@@ -12,6 +13,7 @@ import torch
 from labs import TOKEN
 from PIL import Image
 
+from probes import Knockout
 from probes.lab.photos import encode
 from probes.lab.requests import Block, Export, Question, Replace, View
 
@@ -123,7 +125,12 @@ def test_painting_blocking_and_walking_show_the_numbers_of_the_exported_code(ope
     tab.get_by_role("radio", name="replace by the mean").check()
     settle(tab)
     check_numbers(session, tab, views_of("split:1", Replace(kind="replace", patches=(0, 1), site="adapter", by="mean")))
-    assert tab.locator("#history li").count() >= 4
+    tab.get_by_role("radio", name="replace by the other mask's").check()
+    settle(tab)
+    change = Replace(kind="replace", patches=(0, 1), site="adapter", by="other_mask")
+    check_numbers(session, tab, views_of("split:1", change))
+    assert "those under the other mask" in tab.locator("figcaption").nth(1).inner_text()
+    assert tab.locator("#history li").count() >= 5
     tab.get_by_role("button", name="Clear").click()
     settle(tab)
     assert tab.locator("#panels figure").count() == 2
@@ -179,7 +186,7 @@ def test_answers_side_by_side(open_tab, session):
     tab = open_tab("#photo=split:1&patches=0-1")
     tab.get_by_role("textbox", name="Question").fill("Sky?")
     tab.keyboard.press("Enter")
-    tab.locator("#answers .answer").nth(3).wait_for()
+    tab.locator("#answers[aria-busy=false] .answer").nth(3).wait_for()
     shown = tab.locator("#answers .answer").all_text_contents()
     expected = []
     for view in views_of("split:1", Block(kind="block", patches=(0, 1)))[1::2]:
@@ -198,6 +205,94 @@ def test_attention_is_drawn_in_proportion_to_its_weights(open_tab, session):
     tab.locator("#direction").select_option("from")
     settle(tab)
     assert tab.evaluate("Array.from(panels[1].weights)") == weights[0, 1, :, 3].tolist()
+
+
+@pytest.mark.parametrize("direction", ["to", "from"])
+def test_rollout_is_drawn_and_a_link_restores_it(open_tab, session, direction):
+    tab = open_tab("#photo=split:1&site=layer_02&patch=3&colours=attention")
+    tab.locator("#head").select_option("rollout")
+    tab.locator("#direction").select_option(direction)
+    settle(tab)
+    (weights,) = session.models[1].mllm.attention_rollout(session._pixels(View(photo="split:1", model=1)), 2)
+    expected = (weights[3] if direction == "to" else weights[:, 3]).tolist()
+    assert tab.evaluate("Array.from(panels[1].weights)") == expected
+    assert "layers 1 to 2, rollout" in tab.inner_text("#note")
+    again = open_tab(tab.evaluate("location.hash"))
+    assert again.evaluate("Array.from(panels[1].weights)") == expected
+
+
+def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
+    tab = open_tab("#photo=split:1&patches=0-1&site=layer_02")
+    tab.get_by_role("textbox", name="Question").fill("Sky?")
+    tab.keyboard.press("Enter")
+    tab.locator("#answers[aria-busy=false] .answer").nth(3).wait_for()
+    words = tab.locator("#answers .answer").nth(2).locator(".word")
+    answer, number = tab.locator("#answers .answer").nth(2).inner_text(), int(words.nth(1).get_attribute("value"))
+    words.nth(0).focus()
+    tab.keyboard.press("ArrowRight")
+    tab.keyboard.press("Enter")
+    settle(tab)
+    assert words.nth(1).get_attribute("aria-pressed") == "true" and address(tab)["word"] == str(number)
+    assert f"“{words.nth(1).inner_text().strip()}”" in tab.inner_text("#note")
+    tab.locator("#head").select_option("2")
+    settle(tab)
+    for i, view in enumerate(views_of("split:1", Block(kind="block", patches=(0, 1)))):  # the same words in each panel
+        knockout = Knockout(torch.tensor([[True, True, False, False]])) if view.intervention else None
+        weights = session.models[view.model].mllm.answer_attention(session._pixels(view), "Sky?", answer, [2], knockout)
+        assert tab.evaluate(f"Array.from(panels[{i}].weights)") == weights[0, 1, number].tolist()
+    best = tab.evaluate("Array.from(selected().weights)")
+    t = max(range(4), key=best.__getitem__)
+    place = f"row {t // 2 + 1}, column {t % 2 + 1} ({100 * best[t]:.1f}%)"
+    assert f"Strongest attention: {place}; " in tab.inner_text("#description")
+    again = open_tab(tab.evaluate("location.hash"))
+    for i in range(4):
+        assert again.evaluate(f"Array.from(panels[{i}].weights)") == tab.evaluate(f"Array.from(panels[{i}].weights)")
+    tab.get_by_role("button", name="Python").click()
+    tab.wait_for_selector("#code:not([hidden])")
+    assert f"answer_attention(pixels, 'Sky?', {answer!r}, [2])[0, :, {number}]" in tab.inner_text("#code")
+    tab.mouse.click(*point(tab, 2))
+    settle(tab)
+    assert tab.input_value("#direction") == "to" and tab.locator(".word[aria-pressed=true]").count() == 0
+
+
+def test_words_appear_while_the_answer_grows_and_cancel_ends_it(open_tab, session, request):
+    more, forwards = threading.Event(), []
+
+    def wait(*_) -> None:
+        forwards.append(1)
+        assert len(forwards) < 3 or more.wait(20)
+
+    tab = open_tab("#photo=split:2")
+    request.addfinalizer(session.models[0].mllm.decoder.layers[0].mlp.register_forward_hook(wait).remove)
+    request.addfinalizer(more.set)
+    tab.get_by_role("textbox", name="Question").fill("Sky?")
+    tab.keyboard.press("Enter")
+    tab.wait_for_selector(".answer:not(:empty)")
+    assert tab.locator(".word").count() == 0, "only complete answers have words to choose"
+    tab.get_by_role("button", name="Cancel").click()
+    tab.get_by_text("cancelled").first.wait_for()
+    more.set()
+    check_numbers(session, tab, views_of("split:2"))
+    assert len(forwards) < 6
+
+
+def test_print_is_one_page_with_maps_legend_and_address(open_tab):
+    tab = open_tab("#photo=split:1&patches=0&site=layer_02")
+    tab.get_by_role("textbox", name="Question").fill("Sky?")
+    tab.keyboard.press("Enter")
+    tab.locator("#answers[aria-busy=false] .answer").nth(3).wait_for()
+    tab.evaluate("window.print = () => { window.printed = true; }")
+    tab.get_by_role("button", name="Print or PDF").click()
+    assert tab.evaluate("window.printed")
+    assert len(re.findall(rb"/Type /Page\b", tab.pdf(prefer_css_page_size=True, format="A4"))) == 1
+    tab.emulate_media(media="print")
+    for selector in ("h1", ".stage canvas", "figcaption", "#legend", "#shown", "#address"):
+        assert tab.locator(selector).first.is_visible()
+    assert "Question: Sky?" in tab.inner_text("#answers")
+    for selector in ("#site", "#tool", "#ask", "#png"):
+        assert not tab.locator(selector).is_visible()
+    assert "split:1" in parse_qs(tab.inner_text("#address").split("#")[1])["photo"]
+    assert "token" not in tab.inner_text("#address")
 
 
 def test_controls_and_classes_choose_patches(open_tab, session):
@@ -246,7 +341,7 @@ def test_everything_works_by_keyboard(open_tab):
     for _ in range(60):
         tab.keyboard.press("Tab")
         stops.add(tab.evaluate(f"{active}.id || {active}.name || {active}.className"))
-    expected = "file image square play site colours stage tool kind class random first heads question png python"
+    expected = "file image square play site colours stage tool kind class random first heads question png pdf python"
     assert set(expected.split()) <= stops
     controls = "[...document.querySelectorAll('input, select, button')]"
     unnamed = f"{controls}.filter(x => !x.labels?.length && !x.ariaLabel && !x.textContent)"
@@ -285,6 +380,7 @@ def test_picture_and_code(open_tab, session):
 
 def test_hostile_addresses_show_defaults(open_tab):
     numbers = "#photo=javascript:1&site=<b>&patch=1e9&panel=-1&patches=0-99999999999.x&layers=9-1"
-    tab = open_tab(numbers + "&heads=<script>&colours=x&kind=y")
+    tab = open_tab(numbers + "&heads=<script>&colours=x&kind=y&direction=word&word=9&head=rollout")
+    assert tab.evaluate("[view.direction, view.word]") == ["to", 9]
     assert tab.evaluate("[view.photo, view.site, view.patch, view.first, view.last]") == ["split:0", 0, 0, 1, 3]
     assert tab.evaluate("[...view.patches]") == [0, 1, 2, 3] and tab.evaluate("window.hacked") is None

@@ -33,6 +33,8 @@ REQUESTS = {  # one of each operation
     "pixel_map": VIEW | {"site": "layer_03", "square": True},
     "ask": VIEW | {"question": "Sky?", "intervention": BLOCK},
     "attention": VIEW | {"patch": 1, "layer": 2},
+    "rollout": VIEW | {"patch": 1, "layer": 2},
+    "answer_attention": VIEW | {"question": "Sky?", "answer": "the sky", "token": 0, "layer": 2},
     "control": VIEW | {"intervention": BLOCK, "control": "matched", "seed": 1},
     "snippet": VIEW | {"intervention": REPLACE, "question": ""},
 }
@@ -275,6 +277,36 @@ def test_a_cancelled_forward_stops_at_its_next_layer(session):
 
     asyncio.run(forward())
     assert len(ran) == 1
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_words_are_sent_before_the_next_one_is_computed_and_a_client_that_leaves_ends_the_answer(
+    port, still_serves, session, monkeypatch, request, leaves
+):
+    shown, forwards, jobs, stock = threading.Event(), [], [], session.ask
+    monkeypatch.setattr(session, "ask", lambda question, job: (jobs.append(job), stock(question, job))[1])
+
+    def wait(*_) -> None:
+        forwards.append(1)
+        assert len(forwards) == 1 or shown.wait(20), "the first word was not sent"
+
+    request.addfinalizer(session.models[0].mllm.decoder.layers[0].mlp.register_forward_hook(wait).remove)
+    connection = labs.http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("POST", "/run/ask", json.dumps(REQUESTS["ask"]), {"Cookie": f"lab-{port}={TOKEN}"})
+    response = connection.getresponse()
+    first = next(event for event in map(json.loads, response) if "text" in event)
+    assert first["text"] and first["blocked"] is False and len(forwards) <= 2
+    if leaves:
+        response.close()
+        connection.close()
+        assert jobs[0].cancelled.wait(20)
+        shown.set()
+        run(port, "read", VIEW)  # waits for the answer's end
+        assert len(forwards) < 6, "the cancelled answer went on"
+    else:
+        shown.set()
+        events = [json.loads(line) for line in response]
+        assert events[-1]["result"]["answer"].startswith(first["text"]) and len(forwards) > 6
 
 
 def test_a_crash_ends_one_request(port, still_serves, session, monkeypatch, capfd):

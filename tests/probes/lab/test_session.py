@@ -2,6 +2,7 @@
 
 import base64
 import io
+from types import SimpleNamespace
 
 import labs
 import numpy as np
@@ -14,8 +15,19 @@ from llava_bidir.common.errors import UserError
 from probes.data.palette import colorize
 from probes.lab.models import load_checkpoint
 from probes.lab.photos import encode
-from probes.lab.requests import Attention, Block, Control, Export, PatchWords, Question, Replace, SiteView, View
-from probes.lab.session import Session
+from probes.lab.requests import (
+    AnswerAttention,
+    Attention,
+    Block,
+    Control,
+    Export,
+    PatchWords,
+    Question,
+    Replace,
+    SiteView,
+    View,
+)
+from probes.lab.session import Session, split_answer
 
 
 def block(*patches: int, **limits) -> Block:
@@ -34,6 +46,7 @@ CHANGES = {
     "layers and heads": block(1, layers=(2, 3), heads=(1,)),
     "keep": block(3, only=True),
     "mean": Replace(kind="replace", patches=(0, 3), site="layer_01", by="mean"),
+    "other mask": Replace(kind="replace", patches=(1, 2), site="layer_01", by="other_mask"),
     "other photo": Replace(kind="replace", patches=(1, 2), site="adapter", by="split:3"),
 }
 
@@ -112,12 +125,71 @@ def test_attention_of_and_to_a_patch(session):
     assert (numbers(result["to"], "<f4", 4, 4)[:, [0, 2]] == 0).all(), "blocked patches receive attention"
 
 
+@pytest.mark.parametrize("model", [0, 1])
+def test_states_of_the_other_mask_are_those_of_a_model_loaded_with_it(session, checkpoints, model):
+    """The causal model takes the bidirectional one's, and the other way round."""
+    other = probes.load(str(checkpoints[("causal", "bidirectional")[model]]), ("bidirectional", "causal")[model])
+    view, mllm = View(photo="split:1", model=model, intervention=CHANGES["other mask"]), session.models[model].mllm
+    pixels = session._pixels(view)
+    patch = other.states(pixels, ["layer_01"])["layer_01"][:, 1:3]
+    expected = mllm.states(
+        pixels, hooks={"layer_01": lambda states: torch.cat([states[:, :1], patch, states[:, 3:]], 1)}
+    )
+    states = session._read_states(view, labs.JOB)
+    assert all(torch.equal(states[site], expected[site]) for site in session.models[model].sites)
+
+
+@pytest.mark.parametrize("change", [None, BLOCK])
+def test_rollout_from_and_to_a_patch(session, change):
+    view = {"photo": "split:0", "model": 1, "intervention": change}
+    result = session.rollout(Attention(**view, patch=1, layer=2), labs.JOB)
+    pixels, knockout = session._pixels(View(**view)), hidden(0, 2) if change else None
+    (weights,) = session.models[1].mllm.attention_rollout(pixels, 2, knockout)
+    assert (numbers(result["to"], "<f4", 4) == weights[1].numpy()).all()
+    assert (numbers(result["from"], "<f4", 4) == weights[:, 1].numpy()).all()
+
+
+@pytest.mark.parametrize("change", [None, BLOCK])
+def test_exported_code_gives_the_attention_of_the_page(session, change):
+    view = {"photo": "split:1", "model": 1, "intervention": change, "layer": 2}
+    for operation in ("attention", "rollout"):
+        names = execute(session, Export(**view, attention=operation, patch=3))
+        result = getattr(session, operation)(Attention(**view, patch=3), labs.JOB)
+        for direction, name in (("to", "attention_of_patch"), ("from", "attention_to_patch")):
+            assert numbers(result[direction], "<f4", -1).tolist() == names[name].flatten().tolist()
+    word = view | {"question": "Sky?", "answer": "the sky", "token": 1}
+    result = session.answer_attention(AnswerAttention(**word), labs.JOB)
+    names = execute(session, Export(**word, attention="answer_attention"))
+    assert numbers(result["to"], "<f4", 4, 4).tolist() == names["attention"].tolist()
+    with pytest.raises(UserError, match="token 99 does not exist"):
+        session.answer_attention(AnswerAttention(**word | {"token": 99}), labs.JOB)
+
+
+@pytest.mark.parametrize("answer", ["the sky is blue", "Straße 日本 🙂", "", "a"])
+def test_the_parts_of_an_answer_are_one_per_token_and_join_to_it(session, answer):
+    model = session.models[0]
+    parts = split_answer(model, answer)
+    assert "".join(parts) == answer
+    assert len(parts) == (len(model.mllm.chat.answer_ids([answer])[0]) if answer else 0)
+
+
+def test_answers_are_reported_while_they_grow(session):
+    events = []
+    job = SimpleNamespace(watched=labs.JOB.watched, report=events.append)
+    result = session.ask(Question(photo="split:0", model=1, question="Sky?", intervention=BLOCK), job)
+    for blocked, answer in ((False, result), (True, result["blocked"])):
+        shown = [event["text"] for event in events if event["blocked"] is blocked]
+        assert shown[-1] == answer["answer"] == "".join(answer["tokens"]) and len(shown) > 1
+        assert sorted(shown, key=len) == shown
+
+
 def test_answers_with_and_without_the_knockout(session):
     model, view = session.models[1], {"photo": "split:0", "model": 1}
     mllm, square = model.mllm, session.photos.get("split:0").squares[1]
     plain = session.ask(Question(**view, question="Sky?"), labs.JOB)
     assert plain == {
         "answer": mllm.answer(square, "Sky?", max_new_tokens=64),
+        "tokens": plain["tokens"],
         "log_probability": plain["log_probability"],
     }
     result = session.ask(Question(**view, question="Sky?", intervention=BLOCK), labs.JOB)
@@ -193,3 +265,23 @@ def test_a_checkpoint_without_probes_has_words_and_attention(checkpoints):
     assert "probes.load(" in code and "states.mean(1, keepdim=True)" in code
     with pytest.raises(UserError, match="no probe at 'layer_01'"):
         session.pixel_map(SiteView(photo=key, model=0, site="layer_01"), labs.JOB)
+
+
+@pytest.mark.parametrize(
+    "change", [block(1, layers=(3,)), Replace(kind="replace", patches=(0,), site="layer_02", by="mean")]
+)
+def test_a_changed_view_runs_from_the_first_touched_layer_on(session, change, monkeypatch):
+    view = {"photo": "split:4", "model": 1}
+    monkeypatch.setattr(session, "_states", type(session._states)())
+    full = read(session, View(**view, intervention=change))
+    session._states.clear()
+    read(session, View(**view))
+    ran = []
+    layers = session.models[1].mllm.decoder.layers
+    hooks = [
+        layer.mlp.register_forward_hook(lambda *_, number=i: ran.append(number)) for i, layer in enumerate(layers, 1)
+    ]
+    again = read(session, View(**view, intervention=change))
+    [hook.remove() for hook in hooks]
+    assert ran == ([3] if isinstance(change, Block) else [2, 3])
+    assert all((a == b).all() for a, b in zip(full, again, strict=True))

@@ -1,5 +1,6 @@
 """Answers under a knockout against uncached forwards with the mask written out, and against stock transformers."""
 
+import copy
 import itertools
 
 import pytest
@@ -45,20 +46,26 @@ def picture():
     return Image.fromarray(pixels.numpy())
 
 
-def next_logits(mllm, pixels, text: list[int], knockout: Knockout | None) -> torch.Tensor:
-    """Logits after the text, by an attention written out over prefix, image and text, without a cache."""
-    prefix, image = mllm.prefix_ids.shape[1], mllm.states(pixels, ["adapter"])["adapter"]
-    embed = mllm.decoder.embed_tokens
-    inputs = torch.cat([embed(mllm.prefix_ids), image, embed(torch.tensor([text]))], 1)
-    is_image = [prefix <= i < prefix + tiny_models.TOKENS for i in range(inputs.shape[1])]
-    masks = []
+def written_out_masks(mllm, length: int, knockout: Knockout | None) -> list[torch.Tensor]:
+    """Masks of prefix, image and text by a loop over pairs, bool[1, N, N] per layer."""
+    prefix, masks = mllm.prefix_ids.shape[1], []
+    is_image = [prefix <= i < prefix + tiny_models.TOKENS for i in range(length)]
     for layer in range(1, len(mllm.decoder.layers) + 1):
-        mask = torch.zeros(1, len(is_image), len(is_image), dtype=torch.bool)
+        mask = torch.zeros(1, length, length, dtype=torch.bool)
         cut = knockout is not None and (knockout.layers is None or layer in knockout.layers)
-        for q, k in itertools.product(range(len(is_image)), repeat=2):
+        for q, k in itertools.product(range(length), repeat=2):
             gone = cut and is_image[q] and is_image[k] and bool(knockout.blocked[0, k - prefix])
             mask[0, q, k] = reference.allowed(mllm.image_attention, is_image, q, k) and not gone
         masks.append(mask)
+    return masks
+
+
+def next_logits(mllm, pixels, text: list[int], knockout: Knockout | None) -> torch.Tensor:
+    """Logits after the text, by an attention written out over prefix, image and text, without a cache."""
+    image = mllm.states(pixels, ["adapter"])["adapter"]
+    embed = mllm.decoder.embed_tokens
+    inputs = torch.cat([embed(mllm.prefix_ids), image, embed(torch.tensor([text]))], 1)
+    masks = written_out_masks(mllm, inputs.shape[1], knockout)
     states = reference.llama_states(mllm.decoder, inputs, masks, torch.arange(inputs.shape[1]))
     return mllm.model.lm_head(mllm.decoder.norm(states[-1][0, -1]))
 
@@ -104,6 +111,47 @@ def test_a_knockout_changes_answers_beyond_the_tolerance(mllm, picture):
     scores = [mllm.answer_log_probs(pixels, QUESTIONS, ANSWERS, knockout) for knockout in KNOCKOUTS.values()]
     tolerance = rounding(scores[0], len(mllm.decoder.layers))["atol"]
     assert all((a - b).abs().max() > 3 * tolerance for a, b in itertools.combinations(scores, 2))
+
+
+@pytest.mark.parametrize("knockout", KNOCKOUTS.values(), ids=KNOCKOUTS)
+def test_attention_of_an_answer_equals_eager_attention_without_a_cache(mllm, picture, knockout):
+    """A token's weights are those of the position that predicts it, in the stock decoder's own output."""
+    pixels, prefix = mllm.preprocess([picture]), mllm.prefix_ids.shape[1]
+    weights = mllm.answer_attention(pixels, QUESTIONS[0], ANSWERS[2], knockout=knockout)
+    question, (answer,) = mllm.chat.question_ids(QUESTIONS[0]), mllm.chat.answer_ids([ANSWERS[2]])
+    decoder = copy.deepcopy(mllm.decoder)
+    decoder.config._attn_implementation = "eager"
+    embed, image = decoder.embed_tokens, mllm.states(pixels, ["adapter"])["adapter"]
+    inputs = torch.cat([embed(mllm.prefix_ids), image, embed(torch.tensor([question + answer]))], 1)
+    masks = [mask[None] for mask in written_out_masks(mllm, inputs.shape[1], knockout)]
+    for layer, mask in zip(decoder.layers, masks, strict=True):
+        added = torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+        layer.self_attn.register_forward_pre_hook(
+            lambda _, args, kwargs, added=added: (args, kwargs | {"attention_mask": added}), with_kwargs=True
+        )
+    with torch.no_grad():
+        full = decoder(inputs_embeds=inputs, output_attentions=True, use_cache=False).attentions
+    first = prefix + tiny_models.TOKENS + len(question) - 1
+    expected = torch.cat(full)[:, :, first : first + len(answer), prefix : prefix + tiny_models.TOKENS]
+    torch.testing.assert_close(weights, expected, **rounding(expected, len(mllm.decoder.layers)))
+    last = mllm.answer_attention(pixels, QUESTIONS[0], ANSWERS[2], [3], knockout)
+    assert torch.equal(last, weights[2:]) and len(answer) > 3
+    assert (expected[:, :, 1:] - expected[:, :, :-1]).abs().amax((1, 3)).min() > 1e-3, "tokens differ"
+
+
+@pytest.mark.parametrize("knockout", KNOCKOUTS.values(), ids=KNOCKOUTS)
+def test_tokens_are_reported_while_the_answer_grows(mllm, picture, knockout):
+    shown = []
+    answer = mllm.answer(picture, QUESTIONS[1], knockout, 5, on_token=shown.append)
+    assert shown == [mllm.answer(picture, QUESTIONS[1], knockout, n) for n in range(1, len(shown) + 1)]
+    assert shown[-1] == answer and len(shown) > 1
+
+    def stop(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        mllm.answer(picture, QUESTIONS[1], knockout, 5, on_token=stop)
+    assert mllm.answer(picture, QUESTIONS[1], knockout, 5) == answer, "hooks are removed"
 
 
 def test_a_batch_of_knockouts_equals_each_alone(mllm, picture):

@@ -310,6 +310,8 @@ def test_attention_can_be_read_and_a_knockout_can_be_limited_to_a_layer_or_head(
     pixels, blocked = read.preprocess(pictures(name)), torch.arange(tokens)[None].expand(2, -1) == tokens // 2
     for layer in torch.stack(read.attention(pixels)).unbind(1):
         assert (layer >= 0).all() and (layer.sum(-1) <= 1 + 1e-5).all() and (layer.diagonal(0, 1, 2) > 0).all()
+    rollout = read.attention_rollout(pixels)
+    assert (rollout.sum(-1) <= 1 + 1e-5).all() and (rollout.diagonal(0, 1, 2) >= 0.5**3).all()
     plain, cut = (read.states(pixels, LAYERS[1:], knockout) for knockout in (None, Knockout(blocked, [3])))
     one_head = read.states(pixels, ["layer_03"], Knockout(blocked, [3], [1]))["layer_03"]
     torch.testing.assert_close(cut["layer_02"], plain["layer_02"])
@@ -327,6 +329,17 @@ def test_rows_of_an_image_equal_a_batch_with_copies_of_it(name, mllm):
     copies = read.states(pixels[images], knockout=Knockout(blocked, windows))
     for depth, site in enumerate(read.sites):
         torch.testing.assert_close(together[site], copies[site], **rounding(copies[site], max(depth, 1)))
+
+
+@pytest.mark.parametrize("name", MASKABLE)
+def test_starting_from_known_states_equals_the_full_forward(name, mllm):
+    frozen = mllm(name)
+    pixels, tokens = frozen.preprocess(pictures(name)), frozen.grid[0] * frozen.grid[1]
+    plain, blocked = frozen.states(pixels), torch.arange(tokens).expand(2, -1) % 3 == 0
+    for change in ({"knockout": Knockout(blocked, [3])}, {"hooks": {"adapter": torch.zeros_like}}):
+        full, states = frozen.states(pixels, **change), frozen.states(pixels, known=plain, **change)
+        for depth, site in enumerate(frozen.sites):
+            torch.testing.assert_close(states[site], full[site], **rounding(full[site], max(depth, 1)))
 
 
 @pytest.mark.parametrize("name", MASKABLE)

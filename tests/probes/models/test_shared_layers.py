@@ -84,6 +84,54 @@ def test_rows_without_a_knockout_are_copies(mllm, pixels):
             torch.testing.assert_close(states[site], plain[site][[2, 0]], **rounding(plain[site], max(depth, 1)))
 
 
+def steer(states: torch.Tensor) -> torch.Tensor:
+    return 0.5 * states.flip(0)
+
+
+CHANGES = {
+    **{f"layers {window}": {"knockout": Knockout(BLOCKED[[0, 1, 0]], window)} for window in WINDOWS[1:]},
+    "by row": {"knockout": Knockout(BLOCKED, torch.tensor([[False, False, True], [False, True, False], [True] * 3]))},
+    "nothing": {"knockout": Knockout(BLOCKED[[2, 2, 2]])},
+    **{site: {"hooks": {site: steer}} for site in ("adapter", "layer_01", "layer_02", "layer_03")},
+    "both": {"hooks": {"layer_02": steer}, "knockout": Knockout(BLOCKED, [3])},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("sites", [None, ["adapter", "layer_02"], ["layer_01", "layer_03", "final_norm"]])
+def test_starting_from_known_states_equals_the_full_forward(mllm, pixels, change, sites):
+    """To the last bit: the layers that run, run the same kernels on the same shapes."""
+    full, plain = mllm.states(pixels, sites, **CHANGES[change]), mllm.states(pixels, sites)
+    states = mllm.states(pixels, sites, known=plain, **CHANGES[change])
+    assert list(states) == list(full) and all(torch.equal(states[site], full[site]) for site in full)
+    assert all(torch.equal(state, plain[site]) for site, state in mllm.states(pixels, sites).items()), (
+        "layers come back"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"), [("layers [2, 3]", [2, 3]), ("layer_02", [2, 3]), ("adapter", [1, 2, 3])]
+)
+def test_only_layers_from_the_first_change_on_run(checkpoints, pixels, change, expected):
+    mllm, ran = probes.load(str(checkpoints["bidirectional"])), []
+    plain = mllm.states(pixels)
+    for number, layer in enumerate(mllm.decoder.layers, 1):
+        layer.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
+    mllm.model.model.vision_tower.register_forward_hook(lambda *_: ran.append(0))
+    mllm.states(pixels, known=plain, **CHANGES[change])
+    assert ran == expected
+
+
+def test_known_states_of_other_pixels_are_an_error(mllm, pixels):
+    if not mllm._prefix_is_shared:
+        pytest.skip("all layers run")
+    plain = mllm.states(pixels, ["layer_01"])
+    with pytest.raises(ValueError, match=r"known states have nothing at 'adapter'; expected \[3, 4, 32\]"):
+        mllm.states(pixels, ["adapter", "layer_01"], known=plain)
+    with pytest.raises(ValueError, match=r"have \[3, 4, 32\] at 'layer_01'; expected \[2, 4, 32\]"):
+        mllm.states(pixels[:2], ["layer_01"], known=plain)
+
+
 def test_a_misfit_is_an_error(mllm, pixels):
     with pytest.raises(ValueError, match=r"blocked must be bool\[2, 4\]"):
         mllm.states(pixels, knockout=Knockout(BLOCKED), rows=[2, 0])

@@ -6,7 +6,6 @@ Targets: float32[H, W, 3], unit vectors, NaN where there is no value.
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .base import Task, mean_over_valid
 
@@ -43,7 +42,8 @@ class Normals(Task):
 
     def predict(self, maps: Tensor) -> Tensor:
         """Return unit vectors, f[..., H, W, 3]."""
-        return F.normalize(maps.movedim(-3, -1), dim=-1)
+        # F.normalize takes ten times as long over three channels on a CPU
+        return (maps * maps.square().sum(-3, keepdim=True).clamp(min=1e-24).rsqrt()).movedim(-3, -1)
 
     def image_losses(self, maps: Tensor, target: Tensor) -> Tensor:
         """Return the mean of 1 - cosine, f[P, B]."""

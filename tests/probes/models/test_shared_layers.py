@@ -122,9 +122,8 @@ def test_only_layers_from_the_first_change_on_run(checkpoints, pixels, change, e
     assert ran == expected
 
 
-def test_known_states_of_other_pixels_are_an_error(mllm, pixels):
-    if not mllm._prefix_is_shared:
-        pytest.skip("all layers run")
+def test_known_states_that_do_not_fit_are_an_error(checkpoints, pixels):
+    mllm = probes.load(str(checkpoints["bidirectional"]))
     plain = mllm.states(pixels, ["layer_01"])
     with pytest.raises(ValueError, match=r"known states have nothing at 'adapter'; expected \[3, 4, 32\]"):
         mllm.states(pixels, ["adapter", "layer_01"], known=plain)

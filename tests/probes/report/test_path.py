@@ -345,7 +345,8 @@ def test_report_of_solved_runs_alone(paths, tmp_path, capsys):
     main(["report", paths["solved"], paths["solved_untrained"], "--out", str(tmp_path)])
     results, html = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "index.html").read_text()
     assert {v["effect"] for v in results["path"]} == {"adapter_drop", "recovery", "recovery_trained"}
-    assert "Above zero at every strength of regularisation" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "Above zero at every strength of regularisation" in text and "here of solved probes" in text
     assert "Probes at every strength of regularisation" in html and "solved instead of\ntrained" in html
     assert "AdamW" not in html and "trained with SGD" not in html
     rows = read_csv(tmp_path / "path.csv")
@@ -357,8 +358,9 @@ def test_report_of_solved_runs_alone(paths, tmp_path, capsys):
     assert (tmp_path / "path.png").stat().st_size > 1000 and (tmp_path / "path.pdf").is_file()
 
 
-def test_report_of_trained_and_solved_runs(paths, tmp_path):
+def test_report_of_trained_and_solved_runs(paths, tmp_path, capsys):
     main(["report", *reversed(paths.values()), "--out", str(tmp_path)])
+    assert "here of solved probes" not in capsys.readouterr().out
     results, html = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "index.html").read_text()
     assert results["masks"]["causal"]["probing"] == ProbeRun(paths["sgd"]).metrics
     assert "Dotted: probes trained with SGD." in html and "AdamW" in html and "Solved probes: one linear head" in html

@@ -27,8 +27,11 @@ def tasks_by_site(results: list[Entry]) -> FigureData:
     axes = figure.subplots(1, len(tasks), squeeze=False)[0]
     rows = []
     for task, ax in zip(tasks, axes, strict=True):
-        for entries in group_by_seed([entry for entry in results if entry["task"] == task]):
+        of_task = [entry for entry in results if entry["task"] == task]
+        for entries in group_by_seed(of_task):
             rows += _draw_scores(ax, entries)
+        if any(entry["control"] for entry in of_task):
+            ax.plot([], [], "--", color="#777777", lw=1.6, label="random weights")
         ax.axhline(1, color="black", lw=0.8)
         ax.set_title(task)
         label_sites(

@@ -4,16 +4,20 @@ import csv
 import io
 import re
 import threading
+from contextlib import contextmanager
 from urllib.parse import parse_qs
 
 import labs
 import numpy as np
 import pytest
+import tiny_families
+import tiny_models
 import torch
 from labs import TOKEN
 from PIL import Image
 
 from probes import Knockout
+from probes.cli import main
 from probes.lab.photos import encode
 from probes.lab.requests import Block, Export, Question, Replace, View
 
@@ -30,9 +34,9 @@ def port(session):
         yield port
 
 
-@pytest.fixture
-def open_tab(chromium, port):
-    """Open the page at a fragment; a request elsewhere, or an error in the page, fails the test."""
+@contextmanager
+def browser_tabs(chromium, port):
+    """Yield a function that opens the page; a request elsewhere, or an error in the page, fails the test."""
     contexts, errors = [], []
 
     def open_tab(fragment: str = "", **settings):
@@ -49,6 +53,12 @@ def open_tab(chromium, port):
     for context in contexts:
         context.close()
     assert not errors
+
+
+@pytest.fixture
+def open_tab(chromium, port):
+    with browser_tabs(chromium, port) as open_tab:
+        yield open_tab
 
 
 def settle(tab):
@@ -84,12 +94,13 @@ def shown_numbers(tab) -> list[dict]:
 def check_numbers(session, tab, views: list[View]) -> None:
     """Compare the numbers of each panel with the exported code's, to the last bit."""
     rows = shown_numbers(tab)
-    sites, names = session.models[0].sites, session.models[0].classes
-    assert len(rows) == len(views) * len(sites) * 4
+    sites, names, grid = session.models[0].sites, session.models[0].classes, session.models[0].mllm.grid
+    cells = len(sites) * grid[0] * grid[1]
+    assert len(rows) == len(views) * cells
     for i, view in enumerate(views):
-        best, first = probabilities(session, view).topk(3), i * len(sites) * 4
+        best, first = probabilities(session, view).topk(3), i * cells
         expected = zip(best.indices.flatten(0, 1).tolist(), best.values.flatten(0, 1).tolist(), strict=True)
-        for row, (ids, shares) in zip(rows[first : first + len(sites) * 4], expected, strict=True):
+        for row, (ids, shares) in zip(rows[first : first + cells], expected, strict=True):
             assert [row[f"class_{k}"] for k in (1, 2, 3)] == [names[j] for j in ids]
             assert [float(row[f"probability_{k}"]) for k in (1, 2, 3)] == shares
 
@@ -134,6 +145,26 @@ def test_painting_blocking_and_walking_show_the_numbers_of_the_exported_code(ope
     tab.get_by_role("button", name="Clear").click()
     settle(tab)
     assert tab.locator("#panels figure").count() == 2
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl"])
+def test_models_of_other_families_show_the_numbers_of_the_exported_code(chromium, family, tmp_path):
+    model = tiny_families.write(family, tmp_path / "model")
+    data = tiny_models.write_segmentation(tmp_path / "data", training=4, validation=5, seed=5)
+    options = ["-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "1", "--data.batch_size", "2"]
+    main(["fit", *options, "--model.mllm", str(model), "--data.root", str(data), "--out", str(tmp_path / "run")])
+    session = labs.open_session([str(tmp_path / "run")])
+    with labs.serve(session) as port, browser_tabs(chromium, port) as open_tab:
+        tab = open_tab("#photo=split:1&site=layer_01")
+        check_numbers(session, tab, [View(photo="split:1", model=0)])
+        for kind, change in (
+            ("block", Block(kind="block", patches=(1, 2))),
+            ("mean", Replace(kind="replace", patches=(1, 2), site="adapter", by="mean")),
+        ):
+            tab = open_tab(f"#photo=split:1&site=layer_01&patches=1-2&kind={kind}&at=adapter")
+            views = [View(photo="split:1", model=0, intervention=c) for c in (None, change)]
+            assert not torch.equal(*(probabilities(session, view) for view in views))
+            check_numbers(session, tab, views)
 
 
 def test_counts_of_changed_patches(open_tab, session):

@@ -5,6 +5,7 @@ import os
 import secrets
 import socket
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -38,12 +39,11 @@ def run(args: argparse.Namespace) -> None:
         token = secrets.token_urlsafe(24)
         server = build_server(session, Worker(), token, {"localhost", host.lower(), (args.host or host).lower()})
         print(f"http://{f'[{host}]' if ':' in host else host}:{port}/?token={token}", flush=True)
-        try:
+        with suppress(KeyboardInterrupt):  # not raised where a script starts the lab in the background
             server.run(sockets=[listener])
-        except KeyboardInterrupt:
-            # At once: a forward may run, and the interpreter takes seconds to free its modules. No file is open.
-            print("probes: the lab has ended", file=sys.stderr, flush=True)
-            os._exit(130)
+        # At once: a forward may run, and the interpreter takes seconds to free its modules. No file is open.
+        print("probes: the lab has ended", file=sys.stderr, flush=True)
+        os._exit(130)
 
 
 def build_server(session: "Session", worker: "Worker", token: str, hosts: set[str]) -> "uvicorn.Server":

@@ -340,10 +340,21 @@ def test_a_missing_package_is_named(monkeypatch):
         main(["lab", "run"])
 
 
+def ignore_interrupts():
+    """As a shell without a terminal does for what it starts in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def heed_interrupts():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.slow
-def test_command_prints_its_address_and_ends_at_once(checkpoints):
+@pytest.mark.parametrize("prepare", [heed_interrupts, ignore_interrupts])
+def test_command_prints_its_address_and_ends_at_once(checkpoints, prepare):
     command = [sys.executable, "-m", "probes", "lab", "--mllm", str(checkpoints["causal"]), "--port", "0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, preexec_fn=prepare, **pipes)
     address = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/\?token=([\w-]{32})\n", process.stdout.readline())
     port = int(address[1])
     body = json.dumps({"photo": "upload:" + 64 * "0", "model": 0, "question": "x"}).encode()

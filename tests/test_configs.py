@@ -201,4 +201,4 @@ def test_gradient_of_make_is_acyclic_and_complete(tmp_path):
         check=True,
     ).stdout
     steps = [line for line in plan.splitlines() if line.startswith('echo "')]
-    assert len(steps) == 54 and "report" in steps[-1] and "assets" in steps[0], json.dumps(steps, indent=1)
+    assert len(steps) == 52 and "report" in steps[-1] and "assets" in steps[0], json.dumps(steps, indent=1)

@@ -130,11 +130,6 @@ $(STARVED): $(call probed,$(OUT)/causal/probes) $(call probed,$(OUT)/bidirection
 	$(call step,starvation,$(PROBES) starvation --probes $(OUT)/causal/probes $(OUT)/bidirectional/probes \
 	  --by-class --flip horizontal rotate)
 
-# of the tasks whose pixels have errors of their own
-TASKS_STARVED := $(foreach name,depth normals,$(OUT)/bidirectional/$(name)/starvation.json)
-$(TASKS_STARVED): $(OUT)/bidirectional/%/starvation.json: $(call solved,$(OUT)/causal/%) $(call solved,$(OUT)/bidirectional/%)
-	$(call step,$*_starvation,$(PROBES) starvation --probes $(OUT)/causal/$* $(OUT)/bidirectional/$*)
-
 $(OUT)/report/explorer.html: $(call probed,$(OUT)/causal/probes) $(call probed,$(OUT)/bidirectional/probes)
 	$(call step,explorer,$(PROBES) explore $(OUT)/causal/probes $(OUT)/bidirectional/probes \
 	  --images 0 1 2 3 4 5 6 7 8 9 10 11 --out $(OUT)/report)
@@ -152,7 +147,6 @@ $(REPORT): $(foreach mask,$(MASKS),$(OUT)/$(mask)/stage1/hf/model.safetensors \
     $(call knocked,$(OUT)/$(mask)/probes) $(call probed,$(OUT)/$(mask)/probes) $(call probed,$(OUT)/$(mask)/untrained) \
     $(foreach run,$(SOLVED),$(call solved,$(OUT)/$(mask)/$(run)) $(call knocked,$(OUT)/$(mask)/$(run))) \
     $(foreach run,solved random0,$(call asked,$(OUT)/$(mask)/$(run))) $(call patched,$(OUT)/$(mask)/solved) \
-    $(foreach run,$(ADAPTERS) $(TASK_RUNS),$(call solved,$(OUT)/$(mask)/$(run)))) $(STARVED) $(TASKS_STARVED) $(ASSETS) \
-    $(OUT)/report/explorer.html
+    $(foreach run,$(ADAPTERS) $(TASK_RUNS),$(call solved,$(OUT)/$(mask)/$(run)))) $(STARVED) $(ASSETS) $(OUT)/report/explorer.html
 	$(call step,report,$(PROBES) report $(call demo_runs,$(OUT)) \
 	  --tasks $(call demo_tasks,$(OUT)) --out $(OUT)/report --timings $(OUT)/logs/timings)

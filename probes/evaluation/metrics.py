@@ -110,14 +110,16 @@ def _count_chunk(logits: Tensor, target: Tensor, view: GridPlacement, by_token: 
 
 
 @lru_cache(maxsize=256)
-def _cells(view: GridPlacement, grid: tuple[int, int], size: tuple[int, int], device: torch.device) -> list[Tensor]:
-    """Return `view.token_of_pixel` on the device, cached because copying to a GPU would synchronise."""
+def cells_of_pixels(
+    view: GridPlacement, grid: tuple[int, int], size: tuple[int, int], device: torch.device
+) -> list[Tensor]:
+    """Return `view.token_of_pixel` on a device, cached because copying to a GPU would synchronise."""
     return [cell.to(device) for cell in view.token_of_pixel(grid, size)]
 
 
 def _token_of_pixel(view: GridPlacement, grid: tuple[int, int], size: tuple[int, int], device: torch.device) -> Tensor:
     """Return the token of each pixel, i64[H, W]; T outside the grid."""
-    row, column = _cells(view, grid, size, device)
+    row, column = cells_of_pixels(view, grid, size, device)
     return torch.where((row[:, None] >= 0) & (column >= 0), row[:, None] * grid[1] + column, grid[0] * grid[1])
 
 

@@ -15,7 +15,7 @@ from probes.ops.bilinear import upsample
 from probes.ops.geometry import Geometry, GridPlacement
 from probes.tasks import Task
 
-from .metrics import PIXELS_AT_ONCE
+from .metrics import PIXELS_AT_ONCE, cells_of_pixels
 from .segmentation_metric import concatenate, order_of_images
 
 
@@ -91,6 +91,6 @@ def image_sums(task: Task, channels: Tensor, target: Tensor, geometry: Geometry,
 
 def sum_by_token(values: Tensor, grid: tuple[int, int], view: GridPlacement) -> Tensor:
     """Return the sums f[..., T] of pixels f[..., H, W] under each token; pixels outside every token are left out."""
-    tokens = view.token_of_pixel(grid, tuple(values.shape[-2:]))
+    tokens = cells_of_pixels(view, grid, tuple(values.shape[-2:]), values.device)
     rows, columns = (F.one_hot(x + 1, n + 1)[:, 1:].to(values) for x, n in zip(tokens, grid, strict=True))
     return (rows.T @ values @ columns).flatten(-2)

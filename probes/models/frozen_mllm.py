@@ -242,8 +242,7 @@ class FrozenMLLM(nn.Module):
         Raises:
             UserError: A layer is unknown, or the model does not attend through transformers' sdpa interface.
         """
-        layers = list(range(1, len(self.decoder.layers) + 1) if layers is None else layers)
-        self.check_sites([layer_site(layer) for layer in layers])
+        layers = self._check_layers(layers)
         if queries is None:
             queries = [(i, torch.ones(self.grid[0] * self.grid[1], dtype=torch.bool)) for i in range(len(pixels))]
         return read_attention(self, pixels, layers, knockout, queries, average_heads)
@@ -324,8 +323,7 @@ class FrozenMLLM(nn.Module):
         Raises:
             UserError: As :meth:`answer`, or a text is empty, or a layer is unknown.
         """
-        layers = list(range(1, len(self.decoder.layers) + 1) if layers is None else layers)
-        self.check_sites([layer_site(layer) for layer in layers])
+        layers = self._check_layers(layers)
         return attend_from_answer(self, pixels, question, answer, layers, knockout)
 
     def answer_log_probs(
@@ -353,6 +351,12 @@ class FrozenMLLM(nn.Module):
         if unknown:
             raise UserError(f"unknown site {min(unknown)!r}; this model has {', '.join(self.sites)}")
         return list(self.sites if sites is None else sites)
+
+    def _check_layers(self, layers: Sequence[int] | None) -> list[int]:
+        """Return decoder layers 1..L as a list, or all of them for None; raise a UserError if one is unknown."""
+        layers = list(range(1, len(self.decoder.layers) + 1) if layers is None else layers)
+        self.check_sites([layer_site(layer) for layer in layers])
+        return layers
 
     def attention_masks(self, batch: int, knockout: Knockout | None = None) -> Masks | None:
         """Return the masks among prefix and image tokens, bool[B, 1, N, N] (True = may attend), before any knockout.

@@ -145,9 +145,12 @@ def _compared_masks(claim: str, mask: str) -> Sequence[str]:
 
 
 def _paper_column(study: Study, claim: str, mask: str, effect: Effect) -> dict[str, Any]:
-    """Return the column "paper": the main runs, if their probes have converged."""
+    """Return the column "paper": the main runs, if their probes were trained as the paper's and have converged."""
     value, ci95 = mean_effect(effect)
     for name in _compared_masks(claim, mask):
+        if is_solved(study.trained[name]):
+            reason = "no run of `probes fit`, the paper's recipe; the number is that of solved probes"
+            return no_verdict(NOT_CONVERGED, reason, value, ci95)
         if reason := unconverged(study.trained[name], study.solved.get(name), claim):
             return no_verdict(NOT_CONVERGED, reason, value, ci95)
     return column(CLAIMS[claim][0], value, ci95)

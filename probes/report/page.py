@@ -199,9 +199,6 @@ def run(args: argparse.Namespace) -> None:
         if "studies" in results:
             print(f"{study['model']}, {study['dataset']}")
         print(summary_text.format_claims(study["claims"]))
-        if any("solved" in mask["probing"]["probe"] for mask in study["masks"].values()):
-            title = summary_text.COLUMN_TITLES["paper"]
-            print(f"{title}: the paper's numbers, here of solved probes, since no run of `probes fit` was given")
         for text in summary_text.summarize_path(study["path"]):
             print(text)
         for mask, scale in study["scale"].items():

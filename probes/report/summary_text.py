@@ -88,14 +88,15 @@ def verdict_reasons(verdicts: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def format_claims(claims: list[dict[str, Any]]) -> str:
-    """Return the claims as a table for the terminal: value, interval and verdict in each column."""
+    """Return the claims as a table for the terminal: value, interval and verdict in each column; why some have none."""
     rows = [["claim", "attention", *COLUMN_TITLES.values(), "supported", ""]]
     for claim in claims:
         cells = [f"{format_difference(v)} {v['verdict']}".strip() for v in claim["verdicts"].values()]
         yes = "yes" if claim["supported"] else "no"
         rows.append([claim["claim"], claim["image_attention"], *cells, yes, f"({format_count(claim['n'])})"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    reasons = dict.fromkeys(reason for claim in claims for reason in verdict_reasons(claim["verdicts"]))
+    return "\n".join(["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows] + list(reasons))
 
 
 def summarize_sections(results: dict[str, Any]) -> dict[str, list[str]]:

@@ -7,8 +7,9 @@
 A verdict is "holds" if its 95% interval lies on the claimed side of zero, "reversed" if it lies on the other side, else
 "does not hold". There is no verdict where it could not mean anything:
 
-    not converged  Trained probes that do not beat the constant prediction, or that are further from the optimum than
-                   `CONVERGED_WITHIN`; without solved probes nobody knows how far. Solved probes without certificates.
+    not converged  No probes trained by `fit` or solved by `solve`. Trained probes that do not beat the constant
+                   prediction, or that are further from the optimum than `CONVERGED_WITHIN`; without solved probes
+                   nobody knows how far. Solved probes without certificates.
     no control     Fewer than two draws of random weights.
 """
 

@@ -346,7 +346,10 @@ def test_report_of_solved_runs_alone(paths, tmp_path, capsys):
     results, html = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "index.html").read_text()
     assert {v["effect"] for v in results["path"]} == {"adapter_drop", "recovery", "recovery_trained"}
     text = capsys.readouterr().out
-    assert "Above zero at every strength of regularisation" in text and "here of solved probes" in text
+    assert "Above zero at every strength of regularisation" in text
+    assert "As the paper measures it: not converged, no run of `probes fit`, the paper's recipe" in text
+    assert {claim["verdicts"]["paper"]["verdict"] for claim in results["claims"]} == {"not converged"}
+    assert not any(claim["supported"] for claim in results["claims"]), "nobody has measured them as the paper does"
     assert "Probes at every strength of regularisation" in html and "solved instead of\ntrained" in html
     assert "AdamW" not in html and "trained with SGD" not in html
     rows = read_csv(tmp_path / "path.csv")
@@ -360,7 +363,7 @@ def test_report_of_solved_runs_alone(paths, tmp_path, capsys):
 
 def test_report_of_trained_and_solved_runs(paths, tmp_path, capsys):
     main(["report", *reversed(paths.values()), "--out", str(tmp_path)])
-    assert "here of solved probes" not in capsys.readouterr().out
+    assert "no run of `probes fit`" not in capsys.readouterr().out
     results, html = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "index.html").read_text()
     assert results["masks"]["causal"]["probing"] == ProbeRun(paths["sgd"]).metrics
     assert "Dotted: probes trained with SGD." in html and "AdamW" in html and "Solved probes: one linear head" in html

@@ -109,7 +109,10 @@ print(peak, sum(p.nbytes for p in module.model.parameters()) / 2**20)
 
 @pytest.mark.parametrize("stage", ["adapter", "lora"])
 def test_frozen_weights_are_held_once_while_they_are_read(stage, parts, tmp_path):
-    """77 million weights are 150 MiB in bfloat16; when all were read in fp32 first, the peak was 2.15 times that."""
+    """77 million weights are 150 MiB in bfloat16; when all were read in fp32 first, the peak was 2.15 times that.
+
+    What transformers' loading threads hold at a time depends on the machine's load: 1.1 to 1.33 times were seen.
+    """
     shutil.copytree(parts[1], tmp_path / "llm")
     words = json.loads((tmp_path / "llm/config.json").read_text())["vocab_size"]
     size = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 6, "num_attention_heads": 8}
@@ -118,4 +121,4 @@ def test_frozen_weights_are_held_once_while_they_are_read(stage, parts, tmp_path
     LlamaForCausalLM(config).to(torch.float16).save_pretrained(tmp_path / "llm", max_shard_size="50MB")
     command = ("-c", FROZEN_MODEL, parts[0].path, str(tmp_path / "llm"), stage)
     peak, weights = map(float, run(*command).split()[-2:])
-    assert weights > 140 and peak < 1.3 * weights, peak / weights
+    assert weights > 140 and peak < 1.7 * weights, peak / weights

@@ -106,7 +106,8 @@ class MomentSolver(FrozenProbes):
                 self._resume()
         batches = fold_batches(self.fold_of, data.rank_batch_size, rank(), rank_count())
         if self.passes == 0:  # a resumed run still needs the states of the sample
-            batches = [batch for batch in batches if (~self.seen | self.in_sample)[batch].any()]
+            left = [batch for batch in batches if (~self.seen | self.in_sample)[batch].any()]
+            batches = left or batches[:1]  # Lightning skips a pass without batches, and with it what follows the pass
         data.pass_batches = Batches(batches)
 
     def _check_memory(self) -> None:

@@ -199,14 +199,16 @@ def test_fitted_runs_are_read_by_the_report(fitted):
     assert {row["task"] for row in drawn if row["site"] == "layer_03" and row["relative"] > 0} == set(fitted)
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(runs, checkpoints, root, tmp_path, monkeypatch):
+@pytest.mark.parametrize("batches", [2, 4])
+def test_a_killed_run_resumes_to_the_same_bytes(batches, runs, checkpoints, root, tmp_path, monkeypatch):
+    """Also when it had added all images, so that no batch is left."""
     monkeypatch.setattr("probes.training.moment_solver.SAVE_SECONDS", -1)
-    add, batches = LeastSquaresSolver._add_moments, []
+    add, added = LeastSquaresSolver._add_moments, []
 
     def die(self, *args) -> None:
         add(self, *args)
-        batches.append(1)
-        if len(batches) == 2:
+        added.append(1)
+        if len(added) == batches:
             raise KeyboardInterrupt
 
     command = arguments("solve", "depth", checkpoints["causal"], root, tmp_path)

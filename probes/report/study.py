@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_bidir.common.errors import UserError
-from probes.analyses.starvation.run import starvation
+from probes.analyses.starvation.run import shared_layer, starvation
 from probes.results.finished_run import FinishedRun
 from probes.results.probe_run import ProbeRun
 
@@ -115,9 +115,9 @@ class Study:
         return [{mask: runs[i] for mask, runs in draws.items() if i < len(runs)} for i in range(count)]
 
     def starvation(self, untrained: bool = False) -> dict[str, Any] | None:
-        """Return the accuracy per patch under both masks; None unless both runs exist."""
+        """Return the accuracy per patch under both masks; None without both runs or the causal best layer."""
         pair = self.pair(untrained)
-        return starvation(*pair) if pair else None
+        return starvation(*pair) if pair and shared_layer(*pair) else None
 
     def _add(self, run: ProbeRun) -> None:
         kind, mask = "untrained" if run.metrics["untrained"] else "trained", run.metrics["image_attention"]

@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from probes.analyses.starvation.run import starvation
+from probes.analyses.starvation.run import shared_layer, starvation
 from probes.results.task_run import TaskRun
 
 from .beyond_classes import group_by_seed, is_control
@@ -31,6 +31,10 @@ def task_starvation(runs: list[TaskRun]) -> list[dict[str, Any]]:
     for by_mask in pairs.values():
         if by_mask.keys() >= set(MASKS):
             first, second = (by_mask[mask] for mask in MASKS)
+            if shared_layer(first, second) is None:
+                text = "starvation of %s and %s is left out, since they do not share the causal run's best layer"
+                log.warning(text, first.path, second.path)
+                continue
             about = {"model": model_name(first), "dataset": first.metrics["dataset"], "seed": first.metrics["seed"]}
             results.append(starvation(first, second) | about)
     return results

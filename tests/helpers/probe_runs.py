@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from probes.cli import main
@@ -134,4 +134,22 @@ def write_run(
         save_file(further, path / "recipes.safetensors")
     (path / "metrics.json").write_text(json.dumps(facts))
     (path / "manifest.json").write_text(json.dumps(manifest))
+    return path
+
+
+def remove_layers(path: Path) -> Path:
+    """Leave a written run of any task the sites that are not decoder layers."""
+    metrics = json.loads((path / "metrics.json").read_text())
+    kept = [i for i, entry in enumerate(metrics["sites"]) if not entry["site"].startswith("layer_")]
+    metrics["sites"] = [metrics["sites"][i] for i in kept]
+    metrics["summary"] |= dict.fromkeys(("peak_site", "peak_llm", "recovery", "delta_enc"))
+    tensors = load_file(path / "counts.safetensors")
+    for name in tensors.keys() & {"intersection", "predicted", "patch_right", "sums", "patch_error"}:
+        tensors[name] = tensors[name][kept].contiguous()
+    save_file(tensors, path / "counts.safetensors")
+    if solved := metrics.get("path"):
+        solved["closed_form"]["sites"] = [solved["closed_form"]["sites"][i] for i in kept]
+        tensors = load_file(path / "path.safetensors")
+        save_file({name: x[:, kept].contiguous() for name, x in tensors.items()}, path / "path.safetensors")
+    (path / "metrics.json").write_text(json.dumps(metrics))
     return path

@@ -99,6 +99,11 @@ def starvation(
     return results
 
 
+def shared_layer(causal: ProbeRun | TaskRun, bidirectional: ProbeRun | TaskRun) -> str | None:
+    """Return the causal run's best decoder layer; None if it has no layers, or the other run lacks this one."""
+    return causal.peak_layer if causal.peak_layer in bidirectional.sites else None
+
+
 def gap_estimates(
     causal: ProbeRun, bidirectional: ProbeRun, site: str | None = None, seed: int = 0
 ) -> dict[str, Estimate]:

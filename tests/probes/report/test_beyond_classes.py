@@ -208,6 +208,22 @@ def test_a_run_without_errors_by_position_is_reported_without_starvation(segment
     assert f"{other} was made before errors by position were kept" in caplog.text
 
 
+@pytest.mark.parametrize("without", [["causal", "bidirectional"], ["bidirectional"]])
+def test_runs_without_the_causal_best_layer_are_reported_without_starvation(without, segmentation, tmp_path, caplog):
+    """Of tasks and of classes: memory may have room for encoder and adapter only."""
+    tasks, classes = [], []
+    for mask in ("causal", "bidirectional"):
+        tasks.append(write_task_run(tmp_path / f"depth_{mask}", CURVES[0], segmentation, mask))
+        classes.append(probe_runs.write_run(tmp_path / mask, [0.8, 0.6, 0.7, 0.75, 0.74], root=segmentation, mask=mask))
+        for path in (tasks[-1], classes[-1]) if mask in without else ():
+            probe_runs.remove_layers(path)
+    main(["report", *map(str, classes), "--tasks", *map(str, tasks), "--out", str(tmp_path / "out")])
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["starvation"] is None and "tasks_starvation" not in results
+    assert len(results["tasks"]) == 2 and all("adapter_drop" in entry for entry in results["tasks"])
+    assert "is left out, since they do not share the causal run's best layer" in caplog.text
+
+
 def test_one_seed_has_no_joint_part(folders, tmp_path):
     main(["report", folders["classes"], "--out", str(tmp_path), "--tasks", folders["depth"], folders["random"]])
     assert "joint_tasks" not in json.loads((tmp_path / "results.json").read_text())

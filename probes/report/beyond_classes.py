@@ -21,7 +21,7 @@ from probes.results.task_run import TaskRun
 
 from .effects import choose_layers, effects_of_sites, estimates_to_json, read_sites, sites_to_read, subtract
 from .seeds import mean_over_seeds
-from .study import Rows, model_name, study_keys
+from .study import Rows, check_same_probes, model_name, study_keys
 
 INSTRUMENTS = ("optimum", "closed_form")  # the first that a run has is shown
 EFFECTS = ("adapter_drop", "recovery", "recovery_beyond_control")
@@ -36,7 +36,7 @@ def read_task_runs(paths: Iterable[str]) -> list[TaskRun]:
     runs, seen = [TaskRun(path) for path in paths], {}
     for run in runs:
         facts = [run.metrics[name] for name in ("dataset", "image_attention", "seed")]
-        key = (run.task_name, model_name(run), *facts, run.metrics.get("draw", 0) if is_control(run) else None)
+        key = (run.task_name, model_name(run), *facts, is_control(run))
         if key in seen:
             raise UserError(f"{seen[key].path} and {run.path} are of the same task, model, data and seed; pass one")
         seen[key] = run
@@ -67,6 +67,9 @@ def task_results(runs: list[TaskRun]) -> list[dict[str, Any]]:
 
     Each has the scores by site, "adapter_drop" and "recovery" with intervals, "recovery_beyond_control" if there is a
     run of the same task and mask with random weights, and "path": the effects at every strength of regularisation.
+
+    Raises:
+        UserError: A run has two controls, or one that was not probed in the same way.
     """
     key_of = study_keys([(model_name(run), run) for run in runs if not is_control(run)])
     pair_key = lambda run: (
@@ -74,14 +77,17 @@ def task_results(runs: list[TaskRun]) -> list[dict[str, Any]]:
         *(run.task_name, run.metrics["image_attention"], run.manifest["data"]["fingerprint"]),
     )
     controls: dict[tuple, TaskRun] = {}
-    for run in runs:
-        if is_control(run):
-            controls.setdefault(pair_key(run), run)
+    for run in filter(is_control, runs):
+        if (other := controls.setdefault(pair_key(run), run)) is not run:
+            raise UserError(f"{other.path} and {run.path} are two controls of the same runs; pass one")
     return [_entry(run, controls.get(pair_key(run))) for run in runs if not is_control(run)]
 
 
 def _entry(run: TaskRun, control: TaskRun | None) -> dict[str, Any]:
     own, score = effects(run, run.sums), run.task.score
+    if control:
+        run.check_same_images(control)
+        check_same_probes(run, control)
     if control and "recovery" in own:
         other = effects(control, control.sums).get("recovery")
         own |= {"recovery_beyond_control": subtract(own["recovery"], other)} if other else {}
@@ -121,7 +127,7 @@ def group_by_seed(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Return entries with "seed" that differ in nothing else but their data, in the order of the first of each."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for entry in results:
-        key = tuple(entry.get(name) for name in ("model", "dataset", "task", "image_attention"))
+        key = tuple(entry.get(name) for name in ("model", "dataset", "task", "image_attention", "solved"))
         groups.setdefault(key, []).append(entry)
     return list(groups.values())
 

@@ -156,18 +156,28 @@ class Study:
             raise UserError(f"only untrained controls were passed for {self.title}; add a run of the trained model")
         first: dict[bool, ProbeRun] = {}  # of the solved runs, and of the others
         for run in self.runs_and_solved:
-            other = first.setdefault(is_solved(run), run)
-            settings, expected = run.metrics["probe"], other.metrics["probe"]
-            for key in [key for key in settings if key in expected and settings[key] != expected[key]]:
-                raise UserError(
-                    f"{other.path} and {run.path} cannot be compared: their probes differ in {key}, "
-                    f"{expected[key]!r} and {settings[key]!r}; train both with the same settings"
-                )
+            check_same_probes(first.setdefault(is_solved(run), run), run)
 
 
-def is_solved(run: ProbeRun) -> bool:
+def is_solved(run: FinishedRun) -> bool:
     """Return whether a run was made by `probes solve`."""
     return run.metrics.get("path") is not None
+
+
+def check_same_probes(a: FinishedRun, b: FinishedRun) -> None:
+    """Raise a UserError unless the probes of two runs were made in the same way, with the same settings."""
+    if is_solved(a) != is_solved(b):
+        solved, trained = (a, b) if is_solved(a) else (b, a)
+        raise UserError(
+            f"{solved.path} and {trained.path} cannot be compared: the probes of the first were solved, those of the "
+            "second were trained; make both in the same way"
+        )
+    expected, settings = a.metrics["probe"], b.metrics["probe"]
+    for key in [key for key in settings if key in expected and settings[key] != expected[key]]:
+        raise UserError(
+            f"{a.path} and {b.path} cannot be compared: their probes differ in {key}, "
+            f"{expected[key]!r} and {settings[key]!r}; train both with the same settings"
+        )
 
 
 def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: Iterable[str] = ()) -> list[Study]:

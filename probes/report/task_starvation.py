@@ -8,7 +8,7 @@ from probes.results.task_run import TaskRun
 
 from .beyond_classes import group_by_seed, is_control
 from .seeds import mean_over_seeds
-from .study import MASKS, Rows, model_name, study_keys
+from .study import MASKS, Rows, check_same_probes, model_name, study_keys
 
 log = logging.getLogger(__name__)
 
@@ -16,8 +16,11 @@ log = logging.getLogger(__name__)
 def task_starvation(runs: list[TaskRun]) -> list[dict[str, Any]]:
     """Return the entry "tasks_starvation" of results.json, one per pair of trained runs under both masks.
 
-    Each is the content of starvation.json with "model", "dataset" and "seed". Tasks whose pixels have no error of their
-    own have none.
+    Each is the content of starvation.json with "model", "solved", "dataset" and "seed". Tasks whose pixels have no
+    error of their own have none.
+
+    Raises:
+        UserError: The runs of a pair were not probed in the same way.
     """
     trained = [run for run in runs if not is_control(run) and run.task.pixel_error]
     key_of, pairs = study_keys([(model_name(run), run) for run in trained]), {}
@@ -35,7 +38,9 @@ def task_starvation(runs: list[TaskRun]) -> list[dict[str, Any]]:
                 text = "starvation of %s and %s is left out, since they do not share the causal run's best layer"
                 log.warning(text, first.path, second.path)
                 continue
-            about = {"model": model_name(first), "dataset": first.metrics["dataset"], "seed": first.metrics["seed"]}
+            check_same_probes(first, second)
+            about = {"model": model_name(first), "solved": first.metrics["probe"].get("solved")}
+            about |= {key: first.metrics[key] for key in ("dataset", "seed")}
             results.append(starvation(first, second) | about)
     return results
 

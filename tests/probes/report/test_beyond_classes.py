@@ -14,7 +14,7 @@ from llava_bidir.common.bootstrap import bootstrap_weights
 from probes import TaskRun
 from probes.cli import main
 from probes.models.sites import site_names
-from probes.report.beyond_classes import effects, task_results
+from probes.report.beyond_classes import effects, joint_task_results, task_results
 from probes.report.figures.beyond_classes import relative_scores
 from probes.tasks import TASKS
 from probes.training.write_run import task_summary
@@ -236,6 +236,38 @@ def test_two_runs_of_one_seed_are_an_error(folders, segmentation, tmp_path):
     twice = write_task_run(tmp_path / "twice", CURVES[0], segmentation, metrics={"mllm": "other/hf"})
     with pytest.raises(SystemExit, match="depth and .*twice are of the same task, model, data and seed; pass one"):
         main(["report", folders["classes"], "--out", str(tmp_path / "r"), "--tasks", folders["depth"], str(twice)])
+
+
+def test_a_second_control_is_an_error(folders, segmentation, tmp_path):
+    """Recovery beyond control would be that of whichever is passed first: here +0.2 or 0.0."""
+    more = {"untrained": True, "metrics": {"draw": 1}}
+    second = write_task_run(tmp_path / "draw1", [0.5, 1.0, 1.1, 0.75, 0.96], segmentation, **more)
+    runs = [folders["depth"], folders["random"], str(second)]
+    with pytest.raises(SystemExit, match="random and .*draw1 are .*; pass one"):
+        main(["report", folders["classes"], "--out", str(tmp_path / "r"), "--tasks", *runs])
+
+
+@pytest.mark.parametrize("other", ["control", "mask"])
+def test_trained_probes_are_not_compared_with_solved_ones(other, folders, segmentation, tmp_path):
+    more = {"untrained": True} if other == "control" else {"mask": "bidirectional"}
+    trained = write_task_run(tmp_path / "trained", CURVES[0], segmentation, **more)
+    metrics = json.loads((trained / "metrics.json").read_text())
+    del metrics["path"]
+    (trained / "metrics.json").write_text(json.dumps(metrics))
+    with pytest.raises(SystemExit, match="depth and .*trained cannot be compared: .* solved, .* trained"):
+        main(["report", folders["classes"], "--out", str(tmp_path / "r"), "--tasks", folders["depth"], str(trained)])
+
+
+def test_seeds_with_other_kinds_of_probes_are_not_joined(segmentation, tmp_path):
+    runs = []
+    for seed, solved in enumerate(("closed_form", "closed_form", "optimum")):
+        more = {"metrics": {"seed": seed, "dataset": "toy world"}, "dataset": f"world {seed}"}
+        path = write_task_run(tmp_path / str(seed), CURVES[seed], segmentation, seed=seed, **more)
+        metrics = json.loads((path / "metrics.json").read_text())
+        metrics["probe"]["solved"] = solved
+        (path / "metrics.json").write_text(json.dumps(metrics))
+        runs.append(TaskRun(path))
+    assert [joint["seeds"] for joint in joint_task_results(task_results(runs))] == [[0, 1]]
 
 
 @pytest.mark.parametrize(

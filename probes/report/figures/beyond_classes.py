@@ -1,5 +1,6 @@
 """Figures of other tasks than segmentation: by site, each in units of the encoder's score, and by position."""
 
+import math
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -106,7 +107,8 @@ def relative_scores(entry: Entry, sites: str) -> list[dict[str, Any]]:
         sites: "sites" or "control".
     """
     (encoder,) = (row["value"] for row in entry["sites"] if row["site"] == ENCODER)
-    unit = (lambda x: encoder / x) if entry["better"] == "lower" else (lambda x: x / encoder)
+    # the bound of an error can be below 0, where its inverse has no bound
+    unit = (lambda x: encoder / x if x > 0 else math.inf) if entry["better"] == "lower" else (lambda x: x / encoder)
     rows = [row for row in entry[sites] or () if row["site"] != FINAL_NORM]
     return [
         {"site": row["site"], "relative": unit(row["value"]), "ci95": sorted(map(unit, row["ci95"]))} for row in rows

@@ -11,7 +11,7 @@ from probes.data.palette import palette_of
 from probes.models.sites import ADAPTER, ENCODER
 from probes.report import tables
 from probes.report.answers import answers_by_mask
-from probes.report.beyond_classes import is_control
+from probes.report.beyond_classes import group_by_seed, is_control
 from probes.report.probe_sensitivity import one_per_value, read_variants, select_variants
 from probes.report.study import MASKS, Study, is_solved
 from probes.report.summary_text import ANSWERS_SECTION, MASKS_SECTION, PATH_SECTION, SCALE_SECTION, SEEDS_SECTION
@@ -433,9 +433,11 @@ def task_figures(runs: list[TaskRun], tasks: dict[str, list[dict[str, Any]]]) ->
 
 def _bands_caption(entries: list[dict[str, Any]]) -> str:
     """Return what lines and bands are; with several seeds, the band is that of their mean."""
-    if len({entry["seed"] for entry in entries}) > 1:
-        return "Thin: one seed; thick: their mean. Bands: 95% intervals over seeds."
-    return "Bands: 95% intervals over images."
+    several = [len(group) > 1 for group in group_by_seed(entries)]
+    if not any(several):
+        return "Bands: 95% intervals over images."
+    alone = "" if all(several) else "; over images where there is one seed only"
+    return f"Thin: one seed; thick: their mean. Bands: 95% intervals over seeds{alone}."
 
 
 def overview_figures(studies: list[Study]) -> Figures:

@@ -15,7 +15,8 @@ from probes import TaskRun
 from probes.cli import main
 from probes.models.sites import site_names
 from probes.report.beyond_classes import effects, joint_task_results, task_results
-from probes.report.figures.beyond_classes import relative_scores
+from probes.report.figures.beyond_classes import relative_scores, tasks_by_site
+from probes.report.figures.catalogue import task_figures
 from probes.tasks import TASKS
 from probes.training.write_run import task_summary
 
@@ -98,6 +99,32 @@ def test_scores_are_in_units_of_the_encoders(folders):
     assert rows[0]["relative"] == 1 and rows[1]["relative"] == pytest.approx(0.5 / 0.8, abs=0.02)
     assert all(low <= row["relative"] <= high for row in rows for low, high in [row["ci95"]])
     assert relative_scores(entry, "control") == []
+
+
+def test_a_bound_of_an_error_below_0_has_no_inverse(folders):
+    (entry,) = task_results([TaskRun(folders["depth"])])
+    entry["sites"][1] |= {"value": 0.25, "ci95": [-0.1, 0.4]}
+    entry["sites"][2] |= {"value": 0.25, "ci95": [0.0, 0.4]}
+    encoder, *rows = relative_scores(entry, "sites")[:3]
+    assert [row["ci95"] for row in rows] == [[pytest.approx(entry["sites"][0]["value"] / 0.4), np.inf]] * 2
+    tasks_by_site([entry]).figure.draw_without_rendering()
+
+
+def test_captions_say_over_what_intervals_are(segmentation, tmp_path):
+    """Two models with a seed each are not two seeds of a model."""
+    runs = []
+    for name, mask, seed in (("a", "causal", 0), ("b", "causal", 1), ("b", "bidirectional", 1), ("b", "causal", 2)):
+        path = tmp_path / f"{name}{mask}{seed}"
+        metrics = {"seed": seed, "mllm": f"models/{name}"}
+        runs.append(TaskRun(write_task_run(path, CURVES[0], segmentation, mask, seed=seed, metrics=metrics)))
+    caption = lambda runs: (
+        next(
+            task_figures(runs, {"tasks": task_results(runs), "tasks_starvation": [], "joint_tasks_starvation": []})
+        ).caption
+    )
+    assert caption(runs[:3]).endswith("Bands: 95% intervals over images.")
+    assert caption(runs).endswith("Bands: 95% intervals over seeds; over images where there is one seed only.")
+    assert caption([runs[1], runs[3]]).endswith("Bands: 95% intervals over seeds.")
 
 
 def test_report_has_the_section_only_with_runs_of_tasks(folders, tmp_path):

@@ -107,9 +107,14 @@ def fold_batches(fold_of: torch.Tensor, batch_size: int, rank: int = 0, world_si
         batch_size: Images per batch of a rank.
         rank: Index of this process.
         world_size: R.
+
+    Raises:
+        UserError: There are fewer images than processes: one without a batch would skip the pass, and the others wait.
     """
-    batches = []
+    if len(fold_of) < world_size:
+        raise UserError(f"{len(fold_of)} training images for {world_size} processes; use at most one process per image")
+    mine, batches = fold_of.argsort(stable=True)[rank::world_size], []  # dealt out over all folds
     for fold in range(int(fold_of.max()) + 1):
-        mine = (fold_of == fold).nonzero().flatten().tolist()[rank::world_size]
-        batches += [mine[i : i + batch_size] for i in range(0, len(mine), batch_size)]
+        images = mine[fold_of[mine] == fold].tolist()
+        batches += [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
     return batches

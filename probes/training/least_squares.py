@@ -63,6 +63,15 @@ class LeastSquaresMoments(Moments):
         """Return the sums by name."""
         return super().sums() | {"square": self.square}
 
+    def check_values(self) -> None:
+        """Raise a UserError if no pixel has a value, in the training images or in those of all folds but one."""
+        for left_out in (None, *range(len(self.count))):
+            if not sum(pixels for fold, pixels in enumerate(self.count.sum(1)) if fold != left_out) > 0:
+                images = "the training images" + (f" that are not of fold {left_out}" if left_out is not None else "")
+                raise UserError(
+                    f"{images} have no pixel with a value; expected targets with values (`probes verify-data`)"
+                )
+
     def squared_error(self, fold: int, weights: Tensor, bias: Tensor) -> Tensor:
         """Return the summed squared error f64[R] of probes in a fold.
 
@@ -112,6 +121,7 @@ def solve_least_squares(
     Raises:
         UserError: No pixel has a value.
     """
+    moments.check_values()
     mean, scale, weights, bias = _solve(moments, None, strengths, shrink_to)
     loss = torch.zeros(len(strengths), dtype=torch.float64, device=mean.device)
     for fold in range(len(moments.count)):
@@ -125,9 +135,6 @@ def _solve(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return mean, scale, weights and bias of :class:`LeastSquares` for all folds but one, or for all."""
     count, first, second = moments.without(left_out)
-    if not count.sum() > 0:
-        images = "the training images" + (f" that are not of fold {left_out}" if left_out is not None else "")
-        raise UserError(f"{images} have no pixel with a value; expected targets with values (`probes verify-data`)")
     total, states = count.sum(), first.sum(0)
     mean, target = states / total, count[:-1] / total
     covariance = second / total - torch.outer(mean, mean)

@@ -48,6 +48,7 @@ class LeastSquaresSolver(MomentSolver):
     def _solve(self, number: int, site: str) -> LeastSquares:
         """Return the probes of a site, which one process solves for all."""
         args, moments, owner = self.hparams, self._sum_over_ranks(site), number % rank_count()
+        moments.check_values()  # in all processes: after an error in one, the others would wait for it
         if rank() == owner:
             solution = solve_least_squares(moments, args.strengths, args.shrink_to)
         else:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.data import DistributedSampler
 
-from probes.data.samplers import PAD_INDEX, TrainingBatches, validation_batches
+from llava_bidir.common.errors import UserError
+from probes.data.samplers import PAD_INDEX, TrainingBatches, assign_folds, fold_batches, validation_batches
 
 CASES = [(images, batch, ranks) for images in (8, 9, 17) for batch in (1, 3, 4, 16) for ranks in (1, 2, 3)]
 
@@ -64,3 +65,17 @@ def test_nothing_is_an_image_without_a_labelled_pixel(segmentation):
     )
     assert (prepared[PAD_INDEX]["target"] == 255).all() and prepared[PAD_INDEX]["index"] == PAD_INDEX
     assert not (prepared[len(prepared) - 1]["target"] == 255).all()
+
+
+@pytest.mark.parametrize(("images", "folds", "ranks"), [(12, 4, 4), (12, 5, 1), (7, 2, 7), (9, 3, 2), (40, 3, 8)])
+def test_a_pass_has_each_image_once_and_no_rank_is_without_a_batch(images, folds, ranks):
+    fold_of = assign_folds(images, folds, seed=1)
+    by_rank = [fold_batches(fold_of, 2, rank, ranks) for rank in range(ranks)]
+    assert sorted(i for batches in by_rank for batch in batches for i in batch) == list(range(images))
+    assert all(len(set(fold_of[batch].tolist())) == 1 for batches in by_rank for batch in batches)
+    assert all(by_rank), "a rank without a batch skips the pass, and the others wait for it"
+
+
+def test_fewer_images_than_processes_are_an_error():
+    with pytest.raises(UserError, match="3 training images for 4 processes"):
+        fold_batches(torch.tensor([0, 1, 0]), 2, 0, 4)

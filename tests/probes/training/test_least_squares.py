@@ -1,6 +1,7 @@
 """Least squares in closed form against explicit upsampling, ignored pixels, several grids, sizes and views."""
 
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from llava_bidir.common.errors import UserError
 from probes.ops.bilinear import bilinear_weights
 from probes.ops.geometry import Geometry
 from probes.ops.normal_equations import apply_gram, normal_equations
+from probes.training import least_squares_solver
 from probes.training.closed_form import STRENGTHS
 from probes.training.least_squares import LeastSquaresMoments, solve_least_squares
 
@@ -152,3 +154,15 @@ def test_targets_without_a_value_are_an_error():
     states, target = draw(grid, size)
     with pytest.raises(UserError, match="no pixel with a value"):
         solve_least_squares(moments_of(states, target * torch.nan, grid, Geometry(grid, 48, 42).view(size)), (1e-3,))
+
+
+def test_targets_without_a_value_are_an_error_in_all_processes(monkeypatch):
+    """An error in the process that solves the site alone would leave the others waiting for its solution."""
+    empty = LeastSquaresMoments.zeros(torch.zeros(4), 2, 1)
+    monkeypatch.setattr(least_squares_solver, "rank_count", lambda: 2)
+    monkeypatch.setattr(least_squares_solver, "rank", lambda: 1)
+    solver = SimpleNamespace(
+        hparams=SimpleNamespace(strengths=(1e-3,), shrink_to="diagonal"), channels=1, _sum_over_ranks=lambda site: empty
+    )
+    with pytest.raises(UserError, match="no pixel with a value"):
+        least_squares_solver.LeastSquaresSolver._solve(solver, 0, "encoder")

@@ -25,8 +25,10 @@ def capture_attention(layers: nn.ModuleList, record: Callable[[int, Compute], No
     `compute(image, queries)` returns the weights of some tokens of an image, f[A, q, N] in float32.
 
     Raises:
-        UserError: No layer attended through transformers' sdpa interface.
+        UserError: A layer has linear attention, or none attended through transformers' sdpa interface.
     """
+    if without := [i for i, layer in enumerate(layers, 1) if not hasattr(layer, "self_attn")]:
+        raise UserError(f"attention cannot be read: layer {without[0]} has linear attention, which has no weights")
     layer_of, recorded = {layer.self_attn: i for i, layer in enumerate(layers, 1)}, []
     stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
 

@@ -455,6 +455,9 @@ def test_layers_without_masks_run_as_they_are_only(name, checkpoint, mllm):
         mllm(name).states(pixels, knockout=Knockout(torch.zeros(1, tokens, dtype=torch.bool)))
     with pytest.raises(ValueError, match="'bidirectional' and knockouts are not supported by linear_attention layers"):
         probes.load(checkpoint(name), image_attention="bidirectional")
+    for read in (mllm(name).attention, mllm(name).attention_rollout):
+        with pytest.raises(ValueError, match="attention cannot be read: layer 1 has linear attention"):
+            read(pixels)
 
 
 def test_a_mask_for_sliding_windows_needs_some(checkpoint, mllm):

@@ -100,6 +100,7 @@ class FrozenMLLM(nn.Module):
         text_config = self.model.config.get_text_config()
         check_masks(image_attention, text_config, text_config._attn_implementation)
         other = copy(self)
+        other._buffers = copy(self._buffers)  # its own prefix
         other.image_attention = image_attention
         other.clear_prefix_cache()
         other._prefix_is_shared = other._shares_prefix(other.attention_masks(1))

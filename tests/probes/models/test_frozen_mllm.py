@@ -84,6 +84,16 @@ def test_states_follow_another_prefix(mllm, checkpoints, pictures):
     assert all(torch.equal(x, before[site]) for site, x in other(pixels).items())
 
 
+def test_another_prefix_of_a_model_under_another_mask_is_its_own(mllm, checkpoints, pictures):
+    own, pixels = probes.load(str(checkpoints[mllm.image_attention])), mllm.preprocess(pictures)
+    before, ids = own(pixels), own.prefix_ids[0].tolist()
+    other = own.with_attention("causal")
+    other.set_prefix(ids + [5, 6, 7])
+    assert other.prefix_ids.shape[1] == len(ids) + 3 and own.prefix_ids[0].tolist() == ids
+    own.clear_prefix_cache()
+    assert all(torch.equal(x, before[site]) for site, x in own(pixels).items())
+
+
 def test_prefix_is_the_one_of_training(mllm, checkpoints):
     processor = AutoProcessor.from_pretrained(checkpoints[mllm.image_attention])
     ids, _ = encode(

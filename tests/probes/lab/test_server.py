@@ -105,6 +105,18 @@ def test_own_origin_and_names_are_accepted(port):
         assert status == 200
 
 
+@pytest.mark.parametrize("cookie", ['theme={"dark": true}', "flag", "path=1", "a=b c"])
+def test_cookies_of_other_servers_of_the_host_do_not_lock_the_page(port, cookie):
+    assert send(port, "GET", "/", Cookie=f"{cookie}; lab-{port}={TOKEN}")[0] == 200
+
+
+def test_pictures_are_not_kept_for_a_later_lab_at_the_port(port):
+    """Its validation split has other pictures under the same keys."""
+    connection = labs.http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("GET", "/picture?photo=split:0", headers={"Cookie": f"lab-{port}={TOKEN}"})
+    assert connection.getresponse().headers["Cache-Control"] == "no-store"
+
+
 BODIES = {
     "no JSON": b"{",
     "not UTF-8": b'{"photo": "\xff"}',

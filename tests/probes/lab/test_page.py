@@ -356,6 +356,62 @@ def test_cancel_keeps_the_page_usable(open_tab, session, monkeypatch):
     check_numbers(session, settle(tab), views_of("split:3"))
 
 
+def show_image(tab, number: int) -> None:
+    tab.get_by_role("spinbutton", name="or validation image").fill(str(number))
+    tab.keyboard.press("Enter")
+
+
+def test_a_cancelled_view_has_no_numbers_of_the_last_one(open_tab, session, monkeypatch):
+    tab = open_tab("#photo=split:0&patches=1")
+    monkeypatch.setattr(session, "read", lambda request, job: (job.cancelled.wait(), job.check()))
+    show_image(tab, 4)
+    tab.get_by_role("button", name="Cancel").click()
+    settle(tab)
+    monkeypatch.undo()
+    assert tab.evaluate("panels.map(({ readout }) => readout)") == 4 * [None]
+    assert tab.inner_text("#legend") == "" and " change" not in tab.inner_text("figcaption >> nth=1")
+    tab.get_by_role("button", name="Numbers (CSV)").click()
+    assert "do not show this view yet" in tab.inner_text("#failure")
+    tab.get_by_role("slider", name="Site").fill("2")
+    check_numbers(session, settle(tab), views_of("split:4", Block(kind="block", patches=(1,))))
+
+
+def test_a_photo_that_arrives_late_does_not_replace_the_next_one(open_tab):
+    tab, held = open_tab("#photo=split:0"), []
+    tab.route(re.compile("photo.key=split%3A1"), lambda route: held.append(route))
+    show_image(tab, 1)
+    show_image(tab, 2)
+    tab.wait_for_selector("img.picture[src*='split%3A2']")
+    settle(tab)
+    held[0].continue_()
+    arrived = (tab.evaluate("opened.has('split:1')") or tab.wait_for_timeout(50) for _ in range(200))
+    assert any(arrived)
+    assert tab.evaluate("photo.key") == "split:2"
+    assert {row["photo"] for row in shown_numbers(tab)} == {tab.evaluate("opened.get('split:2')")}
+
+
+def test_answers_and_controls_stay_with_the_photo_they_were_asked_about(open_tab, session, monkeypatch):
+    tab, asked, more = open_tab("#photo=split:1&patches=1"), [], threading.Event()
+    operations = {name: getattr(session, name) for name in ("ask", "control")}
+
+    def hold(name):
+        return lambda request, job: (asked.append(request.photo), more.wait(20), operations[name](request, job))[-1]
+
+    for name in operations:
+        monkeypatch.setattr(session, name, hold(name))
+    tab.get_by_role("textbox", name="Question").fill("Sky?")
+    tab.keyboard.press("Enter")
+    tab.get_by_role("button", name="As many matched").click()
+    tab.evaluate("change({ photo: 'split:3' }), undefined")
+    more.set()
+    tab.locator("#answers[aria-busy=false] .answer").nth(3).wait_for()
+    tab.wait_for_selector("#cancel", state="hidden")
+    assert asked == ["split:1", "split:1", "split:1"] and "Question: Sky? (" in tab.text_content("#answers")
+    assert address(settle(tab))["photo"] == "split:3" and address(tab)["patches"] == "1"
+    tab.locator(".word").first.click()
+    assert address(settle(tab))["photo"] == "split:1"
+
+
 def test_everything_works_by_keyboard(open_tab):
     tab = open_tab("#photo=split:0")
     tab.locator(".stage").first.focus()

@@ -55,6 +55,9 @@ def pair_batch(mllm: FrozenMLLM, pairs: "Pairs", index: list[int], classes: int)
     """Return pictures without a cue, their pairs with it as donors, and the tokens under the pixels that differ."""
     without, cued = ([split[i] for i in index] for split in (pairs.without, pairs.cued))
     pixels, donor = (mllm.preprocess([sample["image"] for sample in samples]) for samples in (without, cued))
+    for one, other in zip(without, cued, strict=True):
+        if one["image"].size != other["image"].size:
+            raise UserError(f"the pictures with and without {one['name']} differ in size; expected the same pixels")
     both = [[np.asarray(sample["image"]) for sample in samples] for samples in (without, cued)]
     differs = [torch.from_numpy((a != b).any(-1)) for a, b in zip(*both, strict=True)]
     cue = true_classes([torch.where(pixel, 0, IGNORE_INDEX).byte() for pixel in differs], 1, mllm) == 0

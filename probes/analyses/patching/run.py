@@ -18,7 +18,7 @@ Shapes: N images, B of a batch, T image tokens, L layers, D draws.
 import argparse
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class Plan:
 
     site: str  # of the read-out
     mask: str  # under which the donor runs
-    layers: tuple[int, ...]  # whose states are replaced; 0 is the adapter
+    layers: tuple[int, ...] | None  # whose states are replaced; 0 is the adapter, None for all before the read-out
     limit: int | None = None  # number of images, and of pairs; None for all
     draws: int = 3  # of the random tokens
     batch_size: int = 16  # images
@@ -138,7 +138,7 @@ def patch_states(run: ProbeRun, plan: Plan, pairs: Pairs | None, out: Path) -> d
         RuntimeError: The patched states changed nothing, so that they did not reach the model.
     """
     mllm, classes, dataset = run.mllm(), len(run.metrics["classes"]), run.dataset()
-    check_plan(plan, mllm)
+    plan = check_plan(plan, mllm)
     probe, other = run.probes()[plan.site].to(mllm.device), mllm.with_attention(plan.mask)
     work = {"mask": (other, len(dataset), lambda index: mask_batch(mllm, dataset, index, classes))}
     if pairs is not None:
@@ -150,6 +150,8 @@ def patch_states(run: ProbeRun, plan: Plan, pairs: Pairs | None, out: Path) -> d
         arguments = {"plan": asdict(plan), "run": run.fingerprint, "pairs": pairs and pairs.identity()}
         folder = out / "patching.partial" / name
         tensors |= _in_batches(folder, arguments, name, count, plan.batch_size, lambda i: experiment.patch(read(i)))  # noqa: B023
+        if name == "pairs" or any(plan.layers):  # what enters the LLM is the same under both masks
+            check_effects(tensors, name)
     results = {key: run.metrics[key] for key in ("image_attention", "untrained")} | {"runs": [run.fingerprint]}
     settings = asdict(plan) | {"layers": list(plan.layers)}
     results |= settings | patching_effects(tensors, plan.layers, plan.seed, run.groups)
@@ -163,25 +165,34 @@ def _in_batches(
 ) -> dict[str, Tensor]:
     compute = lambda batch: patch(list(range(images))[batch * size : (batch + 1) * size])
     batches = cached_batches(folder, arguments, -(-images // size), compute)
-    tensors = {f"{name}/{key}": torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+    return {f"{name}/{key}": torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+
+
+def check_effects(tensors: dict[str, Tensor], name: str) -> None:
+    """Raise a RuntimeError if the states of a set changed nothing, not even at its own labelled patches, if any."""
     for tokens in set_names(tensors, name):
-        changes = torch.stack([tensors[f"{name}/{tokens}/{group}"] for group in ("patched", "others")])
-        if not changes.nan_to_num().any():
+        changes = tensors[f"{name}/{tokens}/patched"]
+        if not changes.isnan().all() and not changes.nan_to_num().any():
             raise RuntimeError(f"states of {tokens!r} of the experiment {name!r} changed nothing: they had no effect")
-    return tensors
 
 
-def check_plan(plan: Plan, mllm: FrozenMLLM) -> None:
-    """Raise a UserError if a number is too small, the mask is the run's, or a layer is not before the read-out."""
+def check_plan(plan: Plan, mllm: FrozenMLLM) -> Plan:
+    """Return the plan with the numbers of its layers.
+
+    Raises:
+        UserError: A number is too small, the mask is the run's, or a layer is not before the read-out.
+    """
     for name in ("limit", "draws", "batch_size"):
         if (value := getattr(plan, name)) is not None and value < 1:
             raise UserError(f"{name} must be at least 1, got {value}")
     if plan.mask == mllm.image_attention:
         raise UserError(f"--mask is {plan.mask}, the mask of the run; name another one, whose states replace its own")
-    before = [site for site in mllm.sites[1:] if mllm.sites.index(site) < mllm.sites.index(plan.site)]
-    if wrong := [layer for layer in plan.layers if _site(layer) not in before]:
-        expected = f"expected 0 to {len(before) - 1}" if before else "it has none before it"
-        raise UserError(f"--layers {wrong[0]} is not before the read-out {plan.site}; {expected}")
+    before = mllm.sites[1 : mllm.sites.index(plan.site)]
+    if not before:
+        raise UserError(f"no layer is before the read-out {plan.site}; name a decoder layer or final_norm by --site")
+    if wrong := [layer for layer in plan.layers or () if _site(layer) not in before]:
+        raise UserError(f"--layers {wrong[0]} is not before the read-out {plan.site}; expected 0 to {len(before) - 1}")
+    return plan if plan.layers is not None else replace(plan, layers=tuple(range(len(before))))
 
 
 def _site(layer: int) -> str:
@@ -192,10 +203,10 @@ def run(args: argparse.Namespace) -> None:
     """Run `probes patching`."""
     probe_run, out = ProbeRun(args.probes), Path(args.out or args.probes)
     site = probe_run.check_site(args.site)
-    layers = range(probe_run.layers.index(site)) if site in probe_run.layers else ()
+    layers = None if args.layers is None else tuple(sorted(set(args.layers)))
     mask = args.mask or ("causal" if probe_run.metrics["image_attention"] != "causal" else "bidirectional")
     numbers = {name: getattr(args, name) for name in ("limit", "draws", "batch_size", "seed")}
-    plan = Plan(site, mask, tuple(sorted(set(layers if args.layers is None else args.layers))), **numbers)
+    plan = Plan(site, mask, layers, **numbers)
     pairs = Pairs(Path(args.pairs), probe_run.metrics["classes"]) if args.pairs else None
     with exclusive_run_lock(out, "patching.json"):
         print_effects(patch_states(probe_run, plan, pairs, out))

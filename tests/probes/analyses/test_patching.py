@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import probe_runs
 import pytest
 import torch
 from PIL import Image
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from llava_bidir.common.errors import UserError
 from probes.analyses.patching.donors import Pairs, mask_batch, pair_batch
 from probes.analyses.patching.effects import nan_mean, patching_effects
-from probes.analyses.patching.run import Experiment, Plan, patch_states, random_tokens_outside
+from probes.analyses.patching.run import Experiment, Plan, check_effects, patch_states, random_tokens_outside
 from probes.cli import main
 from probes.results.probe_run import ProbeRun
 
@@ -179,6 +180,27 @@ def test_a_killed_analysis_goes_on_with_its_batches(runs, tmp_path, monkeypatch)
     assert files[0] == files[1] and not (tmp_path / "out/patching.partial").exists()
 
 
+def test_layers_are_all_before_the_read_out_also_those_without_probes(checkpoints, runs, tmp_path):
+    root = runs["causal"].manifest["data"]["root"]
+    run = probe_runs.fit(checkpoints["causal"], root, tmp_path, "--model.sites", "[adapter,layer_02,final_norm]")
+    for site, layers in (("layer_02", [0, 1]), ("final_norm", [0, 1, 2, 3])):
+        out = tmp_path / site
+        main(["patching", "--probes", str(run.path), "--site", site, "--limit", "2", "--out", str(out)])
+        assert json.loads((out / "patching.json").read_text())["layers"] == layers
+
+
+def test_a_mask_leaves_what_enters_the_llm_alone(runs, tmp_path):
+    results = patch_states(runs["causal"], plan("bidirectional", layers=(0,), limit=2), None, tmp_path)
+    assert {place["value"] for entry in results["experiments"][0]["sets"] for place in entry["patched"]} == {0.0}
+
+
+def test_a_set_without_labelled_patches_has_no_effect_and_no_error():
+    nothing, zero = torch.full((2, 1), torch.nan), torch.zeros(2, 1)
+    check_effects({"mask/last_row/patched": nothing, "mask/last_row/others": zero}, "mask")
+    with pytest.raises(RuntimeError, match="'last_row' of the experiment 'mask' changed nothing"):
+        check_effects({"mask/last_row/patched": zero, "mask/last_row/others": zero}, "mask")
+
+
 def test_random_tokens_are_outside_of_the_set_and_as_many():
     tokens = torch.zeros(3, 16, dtype=torch.bool)
     tokens[0, :4] = tokens[1, 5] = tokens[2, :12] = True
@@ -216,6 +238,8 @@ def test_means_leave_out_images_without_patches_and_intervals_hold_together():
         (["--layers", "2"], f"--layers 2 is not before the read-out {READ_OUT}; expected 0 to 1"),
         (["--layers", "-1"], "--layers -1 is not before"),
         (["--site", "layer_99"], "no site 'layer_99'"),
+        (["--site", "adapter"], "no layer is before the read-out adapter"),
+        (["--site", "encoder"], "no layer is before the read-out encoder"),
         (["--draws", "0"], "draws must be at least 1, got 0"),
         (["--pairs", "nowhere"], "no folder nowhere"),
     ],
@@ -240,6 +264,11 @@ def test_odd_pairs_are_errors(runs, pairs, tmp_path):
         Pairs(tmp_path / "odd", classes)
     with pytest.raises(UserError, match="the classes are not those of the probes"):
         Pairs(pairs, classes[:2])
+    shutil.copytree(pairs, tmp_path / "sizes")
+    for part, mode in (("images", "RGB"), ("annotations", "L")):
+        Image.new(mode, (9, 9)).save(next((tmp_path / "sizes" / part / "with").iterdir()))
+    with pytest.raises(UserError, match="with and without .* differ in size"):
+        pair_batch(runs["causal"].mllm(), Pairs(tmp_path / "sizes", classes), list(range(9)), len(classes))
 
 
 def test_another_mask_shares_the_weights_and_leaves_the_model_alone(runs):

@@ -25,7 +25,15 @@ from .attention_weights import read_attention, roll_out_attention
 from .families import Family, own_image_attention
 from .knockout import Knockout
 from .prompt_and_pixels import Chat
-from .shared_layers import DistinctRows, distinct_rows, rows_by_site, shared_layers, skipped_layers, unchanged_sites
+from .shared_layers import (
+    DistinctRows,
+    States,
+    distinct_rows,
+    rows_by_site,
+    shared_layers,
+    skipped_layers,
+    unchanged_sites,
+)
 from .sites import ADAPTER, ENCODER, FINAL_NORM, layer_site, site_names
 from .steering import Replacement, replaced_states
 
@@ -159,7 +167,8 @@ class FrozenMLLM(nn.Module):
             hooks: Functions by site, "adapter" or a layer, that receive the states f[B, T, d] and return what the
                 forward continues with, to patch or steer them.
             known: What this method returned for the same pixels without knockout and hooks. The forward then starts at
-                the first layer that they change if it runs on image tokens only (prefix cached, no separators).
+                the first layer that they change if it runs on image tokens only (prefix cached, no separators). The
+                pixels and the mask are compared, except for a plain dict of states.
 
         Returns:
             f[B, T, d] per site, image tokens in raster order, in the dtype of the model; f[R, T, d] for R `rows`.
@@ -179,7 +188,7 @@ class FrozenMLLM(nn.Module):
             plan = distinct_rows(rows, *knockout.by_row(self.decoder.layers))
         elif rows is not None:  # nothing to share, or position ids that differ between images
             pixels = pixels[list(rows)]
-        pixels, images = pixels.to(self.device, self.model.dtype), len(pixels)
+        given, pixels, images = pixels, pixels.to(self.device, self.model.dtype), len(pixels)
         masks = self.attention_masks(images if plan is None else len(rows), knockout)
         cache = self._prefix_cache(images, plan) if start and depth > 0 else None
         last = last_rows(masks, self.ids.shape[1] - start)
@@ -189,7 +198,7 @@ class FrozenMLLM(nn.Module):
             if knockout and depth > 0:
                 stack.enter_context(knockout.apply(self.decoder.layers, last, self.is_image, depth))
             if known is not None and rows is None and self._prefix_is_shared and self.is_image[start:].all():
-                skipped = unchanged_sites(self, known, wanted, images, knockout, hooks or {})
+                skipped = unchanged_sites(self, known, wanted, given, knockout, hooks or {})
             if skipped:
                 begin = known[skipped[-1]].to(self.device)
                 stack.enter_context(skipped_layers(self.decoder.layers, len(skipped) - 2, begin))
@@ -213,7 +222,10 @@ class FrozenMLLM(nn.Module):
         if plan is not None:
             of_rows = dict(zip(self.sites, rows_by_site(rows, plan), strict=True))
             states = {site: state[of_rows[site].to(state.device)] for site, state in states.items()}
-        return {site: states[site].to(self.device) for site in wanted}
+        result = States((site, states[site].to(self.device)) for site in wanted)
+        result.image_attention = self.image_attention
+        result.pixels = None if knockout or hooks or rows is not None else given
+        return result
 
     forward = states
 

@@ -90,24 +90,37 @@ def shared_layers(layers: nn.ModuleList, plan: Sequence[DistinctRows]) -> Iterat
         yield
 
 
+class States(dict[str, Tensor]):
+    """States f[B, T, d] by site that know what they are of, so that no other forward starts from them."""
+
+    pixels: Tensor | None = None  # f[B, 3, H, W]; None for those of a changed forward
+    image_attention: str = ""
+
+
 def unchanged_sites(
     mllm: nn.Module,
     known: Mapping[str, Tensor],
     wanted: list[str],
-    images: int,
+    pixels: Tensor,
     knockout: Knockout | None,
     hooks: Mapping,
 ) -> list[str]:
     """Return the sites up to the one at whose `known` states a forward to the `wanted` sites can start; [] for none.
 
     Raises:
-        UserError: Known states lack a wanted site or have another shape.
+        UserError: Known states lack a wanted site, have another shape, or are of another forward.
     """
     for site in wanted:
-        expected = [images, mllm.grid[0] * mllm.grid[1], mllm.widths[site]]
+        expected = [len(pixels), mllm.grid[0] * mllm.grid[1], mllm.widths[site]]
         shape = list(known[site].shape) if site in known else "nothing"
         if shape != expected:
             raise UserError(f"known states have {shape} at {site!r}; expected {expected}, of the same pixels")
+    if isinstance(known, States):
+        if known.pixels is None or not torch.equal(known.pixels.to(pixels), pixels):
+            raise UserError("known states are of other pixels, or of a changed forward; expected the same, unchanged")
+        if known.image_attention != mllm.image_attention:
+            masks = f"{known.image_attention}, but the model's is {mllm.image_attention}"
+            raise UserError(f"known states are of another mask among image tokens: {masks}")
     last = max(mllm.sites.index(site) for site in wanted)
     changed = [mllm.sites.index(site) for site in hooks if site in mllm.sites]
     if knockout:

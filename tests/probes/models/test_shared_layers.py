@@ -131,6 +131,20 @@ def test_known_states_that_do_not_fit_are_an_error(checkpoints, pixels):
         mllm.states(pixels[:2], ["layer_01"], known=plain)
 
 
+@pytest.mark.parametrize(("own", "other"), [("causal", "bidirectional"), ("bidirectional", "causal")])
+def test_known_states_of_another_forward_are_an_error(checkpoints, pixels, own, other):
+    mllm, block = probes.load(str(checkpoints[own])), Knockout(BLOCKED, [3])
+    plain = mllm.states(pixels)
+    changed = [mllm.states(pixels, knockout=block), mllm.states(pixels, hooks={"adapter": steer})]
+    for known in (mllm.states(pixels.flip(0)), mllm.states(pixels, rows=[0, 1, 2]), *changed):
+        with pytest.raises(ValueError, match="known states are of other pixels, or of a changed forward"):
+            mllm.states(pixels, knockout=block, known=known)
+    with pytest.raises(ValueError, match=f"another mask among image tokens: {own}, but the model's is {other}"):
+        mllm.with_attention(other).states(pixels, knockout=block, known=plain)
+    full, states = mllm.states(pixels, knockout=block), mllm.states(pixels.clone(), knockout=block, known=plain)
+    assert all(torch.equal(states[site], full[site]) for site in full)
+
+
 def test_a_misfit_is_an_error(mllm, pixels):
     with pytest.raises(ValueError, match=r"blocked must be bool\[2, 4\]"):
         mllm.states(pixels, knockout=Knockout(BLOCKED), rows=[2, 0])

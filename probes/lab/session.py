@@ -84,6 +84,8 @@ class Session:
         """Return the most probable words of a patch, [[text, probability], ...] for each site with words."""
         model, states = self._model(request), self._read_states(request, job)
         _check_patches(model, [request.patch])
+        if not model.word_sites:  # a run of the encoder's probe only
+            return {"words": []}
         return {"words": self._words(model, {s: states[s][:, [request.patch]] for s in model.word_sites})[0]}
 
     def words_of_site(self, request: SiteView, job: Job) -> dict[str, Any]:

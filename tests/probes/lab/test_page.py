@@ -465,6 +465,11 @@ def test_picture_and_code(open_tab, session):
     assert tab.inner_text("#code").strip() == session.snippet(request, labs.JOB)["python"].strip()
 
 
+def test_head_0_is_not_all_heads(open_tab):
+    tab = open_tab("#photo=split:0&patches=1")
+    assert tab.evaluate("(view.heads = '0', intervention().heads)") == [0]
+
+
 def test_hostile_addresses_show_defaults(open_tab):
     numbers = "#photo=javascript:1&site=<b>&patch=1e9&panel=-1&patches=0-99999999999.x&layers=9-1"
     tab = open_tab(numbers + "&heads=<script>&colours=x&kind=y&direction=word&word=9&head=rollout")

@@ -267,6 +267,13 @@ def test_a_checkpoint_without_probes_has_words_and_attention(checkpoints):
         session.pixel_map(SiteView(photo=key, model=0, site="layer_01"), labs.JOB)
 
 
+def test_a_run_of_the_encoder_only_has_no_words(session, monkeypatch):
+    monkeypatch.setattr(type(session.models[0]), "sites", ["encoder"])
+    monkeypatch.setattr(session, "_states", type(session._states)())
+    request = PatchWords(photo="split:0", model=0, patch=2)
+    assert session.words_of_patch(request, labs.JOB) == {"words": []}
+
+
 @pytest.mark.parametrize(
     "change", [block(1, layers=(3,)), Replace(kind="replace", patches=(0,), site="layer_02", by="mean")]
 )

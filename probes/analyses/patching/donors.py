@@ -61,6 +61,12 @@ def pair_batch(mllm: FrozenMLLM, pairs: "Pairs", index: list[int], classes: int)
     both = [[np.asarray(sample["image"]) for sample in samples] for samples in (without, cued)]
     differs = [torch.from_numpy((a != b).any(-1)) for a, b in zip(*both, strict=True)]
     cue = true_classes([torch.where(pixel, 0, IGNORE_INDEX).byte() for pixel in differs], 1, mllm) == 0
+    for sample, covered in zip(cued, cue.all(1).tolist(), strict=True):
+        if covered:
+            raise UserError(
+                f"the pictures with and without {sample['name']} differ in all patches; expected a cue in some, and "
+                "equal pixels elsewhere (JPEG changes them all: use PNG)"
+            )
     return Batch(index, pixels, donor, _truth(mllm, cued, classes), {"cue": cue})
 
 

@@ -69,7 +69,7 @@ class Experiment:
         plain = self._log_odds(self.mllm.states(batch.pixels, [self.plan.site])[self.plan.site], batch.truth)
         donated = self._log_odds(new[self.plan.site], batch.truth)
         labelled, first = batch.truth >= 0, next(iter(batch.sets.values()))
-        results = {"total": mean_over(donated - plain, labelled & (~first | first.all()))}
+        results = {"total": mean_over(donated - plain, labelled & (~first | first.all(1, keepdim=True)))}
         for name, tokens in batch.sets.items():
             random = random_tokens_outside(tokens, self.plan.draws, [[self.plan.seed, i] for i in batch.index])
             by_layer = [self._patch_set(batch, site, new[site], tokens, random, plain) for site in sites]

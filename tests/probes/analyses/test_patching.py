@@ -9,7 +9,7 @@ import numpy as np
 import probe_runs
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 from llava_bidir.common.errors import UserError
@@ -269,6 +269,11 @@ def test_odd_pairs_are_errors(runs, pairs, tmp_path):
         Image.new(mode, (9, 9)).save(next((tmp_path / "sizes" / part / "with").iterdir()))
     with pytest.raises(UserError, match="with and without .* differ in size"):
         pair_batch(runs["causal"].mllm(), Pairs(tmp_path / "sizes", classes), list(range(9)), len(classes))
+    shutil.copytree(pairs, tmp_path / "compressed")
+    picture = next((tmp_path / "compressed/images/with").iterdir())
+    ImageOps.invert(Image.open(picture)).save(picture)
+    with pytest.raises(UserError, match="differ in all patches; expected a cue in some, and equal pixels elsewhere"):
+        pair_batch(runs["causal"].mllm(), Pairs(tmp_path / "compressed", classes), list(range(9)), len(classes))
 
 
 def test_another_mask_shares_the_weights_and_leaves_the_model_alone(runs):

@@ -37,13 +37,8 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False)
 
     def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
-        subparser = commands.add_parser(
-            name,
-            help=text,
-            description=text[0].upper() + text[1:] + ".",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        )
-        subparser.set_defaults(run=run)
+        subparser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        subparser.set_defaults(run=run, parser=subparser)
         return subparser
 
     required = {"required": True, "default": argparse.SUPPRESS}  # no "(default: None)" in the help
@@ -136,6 +131,8 @@ def main(argv: list[str] | None = None) -> None:
     """
     argv = sys.argv[1:] if argv is None else argv
     with one_line_errors("llava-bidir", argv):
+        if argv[1:] == ["--version"]:
+            argv = argv[1:]
         if argv and argv[0] in CONFIGURED:
             import_module(MODULES.get(argv[0], "llava_bidir.training.cli")).main(argv)
             return

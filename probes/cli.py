@@ -17,13 +17,6 @@ LIGHTNING_COMMANDS = {  # their options are defined by LightningCLI
 }
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show the default of every option that has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, []) or action.nargs == 0 else super()._get_help_string(action)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = ArgumentParser(
@@ -35,9 +28,8 @@ def build_parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False)
 
     def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
-        description = text[0].upper() + text[1:] + "."
-        p = commands.add_parser(name, help=text, description=description, formatter_class=HelpFormatter)
-        p.set_defaults(run=run)
+        p = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        p.set_defaults(run=run, parser=p)
         return p
 
     p = command(
@@ -215,6 +207,8 @@ def main(argv: list[str] | None = None) -> None:
     """
     argv = sys.argv[1:] if argv is None else argv
     with one_line_errors("probes", argv):
+        if argv[1:] == ["--version"]:
+            argv = argv[1:]
         if not argv:
             build_parser().print_help()
             sys.exit(2)

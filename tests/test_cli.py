@@ -15,12 +15,14 @@ from transformers import LlamaForCausalLM
 
 import llava_bidir.cli
 import probes.cli
+from probes.training.solve import build_parser as build_solve_parser
 
 MAIN = {"llava_bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 PROMISED = {
-    "llava_bidir": "fit validate test export inspect estimate verify-data generate vqa vqa-table demo-assets".split(),
-    "probes": "fit solve validate test verify-data sites states knockout starvation umap maps explore".split()
-    + ["report", "lab"],
+    "llava_bidir": "fit validate test export inspect estimate verify-data generate vqa vqa-table demo-assets".split()
+    + ["rehearse"],
+    "probes": "fit solve validate test verify-data sites states knockout starvation umap maps segment explore".split()
+    + ["answers", "patching", "report", "lab"],
 }
 
 
@@ -91,9 +93,18 @@ def test_probes_alone_prints_help_and_has_a_version(capsys):
         assert stop.value.code == code and text in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("package", "command"), ALL)
+def test_every_command_has_a_version(package, command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        MAIN[package]([command, "--version"])
+    program = package.replace("_", "-")
+    assert stop.value.code == 0 and capsys.readouterr().out == f"{program} {llava_bidir.__version__}\n"
+
+
 def test_defaults_are_shown_once():
-    text = {command: parser.format_help() for command, parser in subparsers("probes").items()}
-    assert "(default: 64)" in text["knockout"] and "(default: 0)" in text["umap"]
+    text = {command: parser.format_help() for package in COMMANDS for command, parser in subparsers(package).items()}
+    text["solve"] = build_solve_parser().format_help()
+    assert "(default: 64)" in text["knockout"] and "(default: 0)" in text["umap"] and "(default: 8)" in text["solve"]
     assert not [command for command in text if "default: None" in text[command] or "default: False" in text[command]]
 
 

@@ -3,13 +3,13 @@
 Parameters and FLOPs are counted on the model, built on the meta device. Memory is estimated.
 """
 
-import argparse
 import json
 from typing import Any
 
 import torch
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.usage_errors import ArgumentParser
 from llava_bidir.model.activation_checkpointing import count_checkpointed
 from llava_bidir.model.build import build_config, padded_vocab_size, set_trainable
 from llava_bidir.model.lora import add_lora
@@ -117,16 +117,15 @@ def format_estimate(estimate: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> None:
     """Run `llava-bidir estimate`."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="llava-bidir estimate",
         description="Estimate parameters, FLOPs and memory of a training config, without weights. All other options "
         "are those of `llava-bidir fit` (-c CONFIG ..., --model.image_attention ...).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--devices", type=int, default=8, metavar="N", help="number of GPUs")
-    parser.add_argument("--length", type=int, metavar="N", help="tokens per sample; None: data.max_length")
+    parser.add_argument("--length", type=int, metavar="N", help="tokens per sample (default: data.max_length)")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     args, config = parser.parse_known_args(argv[1:])
-    cli = build_data_cli(config)
+    cli = build_data_cli(config, parser.prog)
     estimate = estimate_run(cli, args.devices, args.length or cli.datamodule.collate.max_length)
     print(json.dumps(estimate) if args.json else format_estimate(estimate))

@@ -3,7 +3,6 @@
 Shapes: N sequence.
 """
 
-import argparse
 import json
 from itertools import groupby
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.usage_errors import ArgumentParser
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX
 from llava_bidir.data.instruction_dataset import Instructions
@@ -77,16 +77,15 @@ def draw_mask(mask: Tensor, is_image: Tensor) -> list[str]:
 
 def main(argv: list[str]) -> None:
     """Run `llava-bidir inspect`."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="llava-bidir inspect",
         description="Show the tokens, labels and attention mask of records. All other options are those of "
         "`llava-bidir fit` (-c CONFIG ..., --data.annotations ..., ...).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--index", type=int, nargs="+", default=[0], metavar="I", help="indices of the records")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     args, config = parser.parse_known_args(argv[1:])
-    cli = build_data_cli(config)
+    cli = build_data_cli(config, parser.prog)
     data = cli.datamodule
     attention = cli.model.hparams.image_attention
     check_image_attention(attention)

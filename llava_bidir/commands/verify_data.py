@@ -4,7 +4,6 @@ Tokenising is slow, so records that cannot exceed `data.max_length` by a bound o
 image headers are read, unless `--decode` is set.
 """
 
-import argparse
 import functools
 import os
 from collections import Counter
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.usage_errors import ArgumentParser
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE, check_turns, token_upper_bound
 from llava_bidir.data.image_folder import BadImage, ImageFolder, read_format, read_image
@@ -148,19 +148,18 @@ def main(argv: list[str]) -> None:
     Raises:
         SystemExit: With status 1 if there are findings.
     """
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="llava-bidir verify-data",
         description="Check every record and image header of data.annotations and data.val_annotations. The exit status "
         "is 1 if there are findings. All other options are those of `llava-bidir fit` (-c CONFIG ..., "
         "--data.annotations ..., ...).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to this file")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write the findings to DIR/verify-data.json")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes")
     parser.add_argument("--decode", action="store_true", help="decode every image, which also detects truncated files")
     args, config = parser.parse_known_args(argv[1:])
-    cli = build_data_cli(config)
+    cli = build_data_cli(config, parser.prog)
     data, file = cli.datamodule, args.json or (args.out and args.out / "verify-data.json")
     images = ImageFolder(data.images, data.follow_links)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers run in parallel already

@@ -23,7 +23,7 @@ def one_line_errors(program: str, argv: list[str] | tuple[str, ...] = ()) -> Ite
     except (KeyboardInterrupt, SystemExit) as stop:
         if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):  # Lightning's exit(1)
             raise
-        resume = " with `--ckpt_path last`" if argv[:1] == ["fit"] else ""
+        resume = " with `--ckpt_path last`" if argv[:1] in (["fit"], ["solve"]) else ""
         print(f"{program}: interrupted; run the same command again{resume} to go on", file=sys.stderr)
         sys.exit(130)
     except UserError as error:

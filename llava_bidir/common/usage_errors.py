@@ -21,8 +21,25 @@ class ShortUsageErrors:
         self.exit(2, "\n".join([*lines, f"All options: {program} --help"]) + "\n")
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Show the default of every option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, []) or action.nargs == 0 else super()._get_help_string(action)
+
+
 class ArgumentParser(ShortUsageErrors, argparse.ArgumentParser):
-    """argparse's parser with short errors; its subcommands have them, too."""
+    """argparse's parser with short errors and defaults in the help; its subcommands have them, too."""
+
+    def __init__(self, *args, formatter_class: type = HelpFormatter, **kwargs):
+        super().__init__(*args, formatter_class=formatter_class, **kwargs)
+
+    def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+        """Return the options; an unknown one is an error of the command that it was given to."""
+        namespace, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            getattr(namespace, "parser", self).error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace
 
 
 def _nearest(parser: argparse.ArgumentParser, message: str) -> str | None:

@@ -96,7 +96,7 @@ class TrainingCLI(ConfiguredCLI):
             run["ckpt_path"] = resolve_ckpt_path(run["ckpt_path"], Path(run["out"]) / "checkpoints")
 
 
-def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:
+def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> TrainingCLI:
     """Parse `argv` and build model, data and trainer; if `run`, also execute the subcommand."""
     hide_expected_messages()
     return TrainingCLI(
@@ -107,7 +107,7 @@ def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:
         seed_everything_default=0,  # Deviates: transformers' Trainer, which LLaVA uses, has 42
         save_config_callback=StartOfRun,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "llava-bidir"},
+        parser_kwargs={"prog": prog},
         auto_configure_optimizers=False,  # no --optimizer: the module builds it
         trainer_defaults={
             "enable_model_summary": False,  # its column "Mode" says train for the frozen model
@@ -124,10 +124,10 @@ def build_cli(argv: list[str], run: bool = True) -> TrainingCLI:
     )
 
 
-def build_data_cli(argv: list[str]) -> TrainingCLI:
+def build_data_cli(argv: list[str], prog: str) -> TrainingCLI:
     """Return model (without weights) and data of a training config, on machines without the config's GPUs too."""
     local = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "auto", "precision": "32-true"}
-    return build_cli([*argv, *(f"--trainer.{key}={value}" for key, value in local.items())], run=False)
+    return build_cli([*argv, *(f"--trainer.{key}={value}" for key, value in local.items())], run=False, prog=prog)
 
 
 def main(argv: list[str]) -> None:

@@ -114,7 +114,7 @@ class ProbeCLI(ConfiguredCLI):
             self.trainer.test(ckpt_path=resolve_ckpt_path(ckpt_path, self.checkpoints), **kwargs)
 
 
-def build_cli(argv: list[str], run: bool = True) -> ProbeCLI:
+def build_cli(argv: list[str], run: bool = True, prog: str = "probes") -> ProbeCLI:
     """Parse `argv` and execute its subcommand; with `run=False` only build model, data and trainer."""
     hide_expected_messages()
     return ProbeCLI(
@@ -125,7 +125,7 @@ def build_cli(argv: list[str], run: bool = True) -> ProbeCLI:
         seed_everything_default=0,
         save_config_callback=StartOfRun,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"prog": "probes"},
+        parser_kwargs={"prog": prog},
         auto_configure_optimizers=False,  # --optimizer would override the optimizer of ProbeModule
         trainer_defaults={
             "enable_model_summary": False,  # its column "Mode" says train for the frozen model

@@ -34,7 +34,6 @@ def build_parser() -> argparse.ArgumentParser:
         "squares, whose closed form is the optimum after one pass. All other options are those of `probes fit` (-c "
         "CONFIG ..., --model.mllm, --data.root, --out, --overwrite, ...); those that say how probes are trained are "
         "ignored.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     text = "most passes over the training images; 1 for the closed form alone. Where the states of all images fit into "
@@ -58,7 +57,8 @@ def main(argv: list[str]) -> None:
     """Run `probes solve`."""
     args, config = build_parser().parse_known_args(argv[1:])
     check_options(args)
-    cli = build_cli([*config, "--trainer.inference_mode=false"], run=False)  # it excludes gradients
+    gradients = "--trainer.inference_mode=false"
+    cli = build_cli([*config, gradients], run=False, prog="probes solve")
     cli.model = build_solver(cli.model, args, cli.datamodule.task)
     cli.datamodule.cache_features = False  # images are read once, or kept as the solver's sample
     with logged_processes():

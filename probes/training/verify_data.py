@@ -1,10 +1,10 @@
 """The command `probes verify-data`: the checks of `fit` before it loads a model, on a machine without GPUs."""
 
-import argparse
 import os
 import time
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.usage_errors import ArgumentParser
 from probes.data.verify import format_bad_files
 
 from .cli import build_cli
@@ -18,16 +18,15 @@ def main(argv: list[str]) -> None:
     Raises:
         UserError: If some cannot be used; the message names them.
     """
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="probes verify-data",
         description="Read every image and target of both splits; exit with status 1 if any cannot be used. All other "
         "options are those of `probes fit` (-c CONFIG ..., --data.root ..., ...); the model is not needed.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes")
     args, config = parser.parse_known_args(argv[1:])
     trainer = [f"--trainer.{key}={value}" for key, value in TRAINER.items()]
-    data = build_cli(["--model.mllm", "none", *config, *trainer], run=False).datamodule
+    data = build_cli(["--model.mllm", "none", *config, *trainer], run=False, prog=parser.prog).datamodule
     start, images = time.perf_counter(), sum(map(len, data.splits.values()))
     if bad_files := data.find_bad_files(args.workers):
         raise UserError(f"{data.root}: {format_bad_files(bad_files, images)}")

@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = command("states", "probes.analyses.extract:write_states", "write the states of images to a safetensors file")
     p.add_argument("mllm", help="checkpoint directory or hub id")
     p.add_argument("image", nargs="+", help="image files")
-    p.add_argument("--out", required=True, metavar="FILE", help='output file with tensors "SITE" f[images, T, d]')
+    p.add_argument("--out", required=True, metavar="FILE", help='.safetensors file with "SITE" f[images, T, d]')
     p.add_argument("--sites", nargs="+", metavar="SITE", help="sites to write (default: all)")
     p.add_argument("--image-attention", metavar="NAME", help="image attention (default: the checkpoint's own)")
     p.add_argument("--prefix", metavar="TEXT", help="text before the image (default: from the chat template)")

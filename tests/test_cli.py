@@ -136,6 +136,18 @@ def test_sites_names_what_states_returns(checkpoints, segmentation, tmp_path, ca
     assert set(states) == set(mllm.sites)
 
 
+@pytest.mark.parametrize(
+    ("package", "command", "suffix"),
+    [
+        ("probes", "states MODEL IMAGE --out FILE.pt", ".safetensors"),
+        ("llava_bidir", "verify-data --json FILE.txt", ".json"),
+    ],
+)
+def test_file_name_of_another_kind_is_an_error_before_anything_is_read(package, command, suffix):
+    with pytest.raises(SystemExit, match=rf"FILE\.\w+: expected a file name that ends in {suffix}"):
+        MAIN[package](command.split())
+
+
 def test_inspect_shows_what_is_fed(parts, conversations, capsys):
     argv = [
         "inspect",

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.atomic_io import check_suffix, write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.usage_errors import ArgumentParser
 from llava_bidir.data.collate import Collate
@@ -159,6 +159,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes")
     parser.add_argument("--decode", action="store_true", help="decode every image, which also detects truncated files")
     args, config = parser.parse_known_args(argv[1:])
+    if args.json:
+        check_suffix(args.json, ".json")
     cli = build_data_cli(config, parser.prog)
     data, file = cli.datamodule, args.json or (args.out and args.out / "verify-data.json")
     images = ImageFolder(data.images, data.follow_links)

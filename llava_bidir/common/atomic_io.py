@@ -127,6 +127,12 @@ def write_files(contents: Mapping[Path, Any]) -> None:
         raise UserError(f"cannot write {path}: {reason}; {ADVICE}") from None
 
 
+def check_suffix(path: Path, suffix: str) -> None:
+    """Raise a UserError if a user's name for a file does not end as `write_files` needs it for the content."""
+    if path.suffix != suffix:
+        raise UserError(f"{path}: expected a file name that ends in {suffix}")
+
+
 def _write(path: Path, suffix: str, content: Any) -> None:
     if suffix == ".safetensors":
         save_file({name: x.detach().cpu().contiguous() for name, x in content.items()}, path)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.atomic_io import check_suffix, write_files
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.data.base import open_image, read_rgb
 from probes.models.families import family_of, own_image_attention
@@ -26,8 +26,9 @@ def print_sites(args: argparse.Namespace) -> None:
 
 def write_states(args: argparse.Namespace) -> None:
     """Run `probes states`."""
-    images = [read_rgb(open_image(path), path) for path in map(Path, args.image)]
     out = Path(args.out)
+    check_suffix(out, ".safetensors")
+    images = [read_rgb(open_image(path), path) for path in map(Path, args.image)]
     with exclusive_run_lock(out.parent, out.name):
         mllm = load(args.mllm, image_attention=args.image_attention, prefix=args.prefix)
         states = mllm.states(mllm.preprocess(images), args.sites)

@@ -100,9 +100,9 @@ class Plan:
             for name in names:
                 if name not in known:
                     raise UserError(f"unknown {kind} {name!r}; {run.path} has {', '.join(known)}")
-        for option in ("draws", "min_patches", "batch_size"):
-            if getattr(self, option) < 1:
-                raise UserError(f"{option} must be at least 1, got {getattr(self, option)}")
+        for option in ("limit", "draws", "min_patches", "batch_size"):
+            if (value := getattr(self, option)) is not None and value < 1:
+                raise UserError(f"{option} must be at least 1, got {value}")
         cut_locations(self.layer_windows, self.attention_heads, len(run.layers) - 1, 1)
         for layer in self.layers or ():
             if not 1 <= layer < len(run.layers):

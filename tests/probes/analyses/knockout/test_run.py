@@ -294,6 +294,7 @@ def test_auto_ranks_classes_by_wrongly_predicted_pixels(run, capsys):
         (["--classes", "sky", "--layers", "0"], "layer 0 is out of range; .* has layers 1..3"),
         (["--classes", "sky", "--fractions", "1.5"], "fractions must be between 0 and 1, got 1.5"),
         (["--classes", "sky", "--draws", "0"], "draws must be at least 1, got 0"),
+        (["--classes", "sky", "--limit", "0"], "limit must be at least 1, got 0"),
     ],
 )
 def test_bad_usage_is_an_error_in_one_line(run, tmp_path, argv, message):

@@ -44,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--sites", nargs="+", metavar="SITE", help="sites to write (default: all)")
     p.add_argument("--image-attention", metavar="NAME", help="image attention (default: the checkpoint's own)")
     p.add_argument("--prefix", metavar="TEXT", help="text before the image (default: from the chat template)")
+    _add_overwrite(p)
 
     text = "block image tokens (Eq. 1) and count the wrong patches that remain (App. C.1), into RUN/knockout.json"
     p = command("knockout", "probes.analyses.knockout.run:run", text)
@@ -76,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--limit", type=int, help="number of images to read (default: all)")
     p.add_argument("--batch-size", type=int, default=64, help="images, or cases, per forward")
     _add_seed_and_out(p, "the controls and the bootstrap")
+    _add_overwrite(p)
 
     text = "compare the model's answers about places with its probes, also under knockouts, into RUN/answers.json"
     p = command("answers", "probes.analyses.answers.run:run", text)
@@ -87,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--draws", type=int, default=5, help="draws to average for each condition with random tokens")
     p.add_argument("--batch-size", type=int, default=16, help="questions per batch")
     _add_seed_and_out(p, "the controls and the bootstrap")
+    _add_overwrite(p)
 
     text = (
         "replace states at one layer by those of another mask or picture, and read what follows, into RUN/patching.json"
@@ -104,6 +107,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--draws", type=int, default=3, help="draws of random tokens to average")
     p.add_argument("--batch-size", type=int, default=16, help="images per batch")
     _add_seed_and_out(p, "the random tokens and the bootstrap")
+    _add_overwrite(p)
 
     text = "compare accuracy by patch position, causal against bidirectional (Fig. 7, Table 3), in starvation.json"
     p = command("starvation", "probes.analyses.starvation.run:run", text)
@@ -118,6 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "also repeat the prompt's last token N times before the image: early patches may only lack a sink"
     p.add_argument("--dummy-tokens", type=int, default=0, metavar="N", help=text)
     _add_seed_and_out(p, "the bootstrap", "the bidirectional run's folder")
+    _add_overwrite(p)
 
     text = "embed the patches of images in two dimensions, by site (Fig. 5), into RUN/umap.json"
     p = command("umap", "probes.analyses.umap:run", text)
@@ -197,6 +202,17 @@ def _add_out(parser: argparse.ArgumentParser, default: str = "the run's folder")
 def _add_seed_and_out(parser: argparse.ArgumentParser, purpose: str, out: str = "the run's folder") -> None:
     parser.add_argument("--seed", type=int, default=0, help=f"random seed of {purpose}")
     _add_out(parser, out)
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    text = "`true`: replace what another call has written"
+    parser.add_argument("--overwrite", type=_read_bool, default="false", metavar="BOOL", help=text)
+
+
+def _read_bool(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text == "true"
 
 
 def main(argv: list[str] | None = None) -> None:

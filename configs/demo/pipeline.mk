@@ -84,7 +84,7 @@ $$(call solved,$$(OUT)/%/adapter$(1)): configs/demo/probes.yaml $$(OUT)/%/stage2
 	  --model.mllm $$(OUT)/$$*/stage2/hf --data.root $$(A)/segmentation)
 
 $$(call knocked,$$(OUT)/%/random$(1)): $$(call solved,$$(OUT)/%/random$(1))
-	$$(call step,$$*_random$(1)_knockout,$$(PROBES) knockout --probes $$(OUT)/$$*/random$(1) --classes $$(LOOK_ALIKES) \
+	$$(call step,$$*_random$(1)_knockout,$$(PROBES) knockout --overwrite true --probes $$(OUT)/$$*/random$(1) --classes $$(LOOK_ALIKES) \
 	  --draws 1)
 endef
 $(foreach draw,$(DRAWS),$(eval $(call random_draw,$(draw))))
@@ -105,20 +105,20 @@ TASKS := depth normals boundaries
 $(foreach name,$(TASKS),$(eval $(call task,$(name))))
 
 $(call knocked,$(OUT)/%/probes): $(call probed,$(OUT)/%/probes)
-	$(call step,$*_knockout,$(PROBES) knockout --probes $(OUT)/$*/probes --classes $(LOOK_ALIKES) \
+	$(call step,$*_knockout,$(PROBES) knockout --overwrite true --probes $(OUT)/$*/probes --classes $(LOOK_ALIKES) \
 	  --draws 1)
 
 $(call knocked,$(OUT)/%/solved): $(call solved,$(OUT)/%/solved)
-	$(call step,$*_solved_knockout,$(PROBES) knockout --probes $(OUT)/$*/solved --classes $(LOOK_ALIKES) --draws 1)
+	$(call step,$*_solved_knockout,$(PROBES) knockout --overwrite true --probes $(OUT)/$*/solved --classes $(LOOK_ALIKES) --draws 1)
 
 $(call asked,$(OUT)/%/solved): $(call solved,$(OUT)/%/solved) $(A)/questions.json
-	$(call step,$*_answers,$(PROBES) answers --probes $(OUT)/$*/solved $(ASK))
+	$(call step,$*_answers,$(PROBES) answers --overwrite true --probes $(OUT)/$*/solved $(ASK))
 
 $(call asked,$(OUT)/%/random0): $(call solved,$(OUT)/%/random0) $(A)/questions.json
-	$(call step,$*_random0_answers,$(PROBES) answers --probes $(OUT)/$*/random0 $(ASK))
+	$(call step,$*_random0_answers,$(PROBES) answers --overwrite true --probes $(OUT)/$*/random0 $(ASK))
 
 $(call patched,$(OUT)/%/solved): $(call solved,$(OUT)/%/solved) $(A)/pairs/classes.json
-	$(call step,$*_patching,$(PROBES) patching --probes $(OUT)/$*/solved --pairs $(A)/pairs --limit 100 --draws 1)
+	$(call step,$*_patching,$(PROBES) patching --overwrite true --probes $(OUT)/$*/solved --pairs $(A)/pairs --limit 100 --draws 1)
 
 $(call mapped,$(OUT)/%/probes): $(call knocked,$(OUT)/%/probes)
 	$(call step,$*_maps,$(PROBES) maps --probes $(OUT)/$*/probes --image 0 1 2 3 --classes ceiling road)
@@ -127,7 +127,7 @@ $(OUT)/%/probes/umap.json: $(call probed,$(OUT)/%/probes)
 	$(call step,$*_umap,$(PROBES) umap --probes $(OUT)/$*/probes --image 0)
 
 $(STARVED): $(call probed,$(OUT)/causal/probes) $(call probed,$(OUT)/bidirectional/probes)
-	$(call step,starvation,$(PROBES) starvation --probes $(OUT)/causal/probes $(OUT)/bidirectional/probes \
+	$(call step,starvation,$(PROBES) starvation --overwrite true --probes $(OUT)/causal/probes $(OUT)/bidirectional/probes \
 	  --by-class --flip horizontal rotate)
 
 $(OUT)/report/explorer.html: $(call probed,$(OUT)/causal/probes) $(call probed,$(OUT)/bidirectional/probes)

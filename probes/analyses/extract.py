@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from llava_bidir.common.atomic_io import check_suffix, write_files
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.data.base import open_image, read_rgb
 from probes.models.families import family_of, own_image_attention
@@ -28,6 +29,8 @@ def write_states(args: argparse.Namespace) -> None:
     """Run `probes states`."""
     out = Path(args.out)
     check_suffix(out, ".safetensors")
+    if out.exists() and not args.overwrite:
+        raise UserError(f"{out} exists; --overwrite true replaces it")
     images = [read_rgb(open_image(path), path) for path in map(Path, args.image)]
     with exclusive_run_lock(out.parent, out.name):
         mllm = load(args.mllm, image_attention=args.image_attention, prefix=args.prefix)

@@ -38,6 +38,7 @@ from probes.analyses.knockout.conditions import MatchingFeatures, blocked_by_con
 from probes.analyses.knockout.config import Plan as KnockoutPlan
 from probes.analyses.knockout.config import check_has_layers
 from probes.analyses.knockout.schema import SETS
+from probes.analyses.replacement import check_replaceable
 from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
@@ -66,33 +67,36 @@ class Plan:
             raise UserError(f"{self.questions} is not a file; expected questions with regions (--questions FILE.json)")
 
 
-def ask_questions(run: ProbeRun, plan: Plan, out: Path) -> dict[str, Any]:
+def ask_questions(run: ProbeRun, plan: Plan, out: Path, overwrite: bool = False) -> dict[str, Any]:
     """Ask all questions, write the files named above, and return the content of answers.json.
 
     The same call resumes after the last finished batch if a previous one was killed.
 
     Raises:
-        UserError: The questions do not fit the run, or its model cannot be asked.
+        UserError: The questions do not fit the run, its model cannot be asked, or there is a result of other questions,
+            options or runs, and not `overwrite`.
         RuntimeError: A knockout changed no answer, so that it did not reach the model.
     """
     plan.check()
     classes = run.metrics["classes"]
     file = read_questions(plan.questions, classes)
     check_has_layers(run, [])
+    settings = {key: value for key, value in asdict(plan).items() if key not in ("questions", "images")}
+    made_from = {"runs": [run.fingerprint], "questions_sha256": file.sha256} | settings
+    check_replaceable(out / "answers.json", made_from, overwrite)
     reader, asked = PatchReader(run), file.questions[: plan.limit]
 
     def compute(batch: int) -> dict[str, Tensor]:
         questions = asked[batch * plan.batch_size : (batch + 1) * plan.batch_size]
         return ask_batch(reader, plan, file, questions, classes)
 
-    settings = {key: value for key, value in asdict(plan).items() if key not in ("questions", "images")}
     arguments = {"plan": settings, "questions": file.sha256, "images": str(plan.images), "run": run.fingerprint}
     batches = cached_batches(out / "answers.partial", arguments, -(-len(asked) // plan.batch_size), compute)
     tensors = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
     check_effects(tensors)
     results = {key: run.metrics[key] for key in ("image_attention", "untrained", "classes")}
-    results |= {"runs": [run.fingerprint], "questions_file": plan.questions.name, "questions_sha256": file.sha256}
-    results |= settings | answer_statistics(tensors, run.sites, classes, plan.seed)
+    results |= made_from | {"questions_file": plan.questions.name}
+    results |= answer_statistics(tensors, run.sites, classes, plan.seed)
     write_files({out / "answers.safetensors": tensors, out / "answers.json": results})
     shutil.rmtree(out / "answers.partial")
     return results
@@ -173,7 +177,7 @@ def run(args: argparse.Namespace) -> None:
     options = {name: getattr(args, name) for name in ("limit", "draws", "batch_size", "seed")}
     plan = Plan(questions, Path(args.images or questions.parent), **options)
     with exclusive_run_lock(out, "answers.json"):
-        results = ask_questions(probe_run, plan, out)
+        results = ask_questions(probe_run, plan, out, args.overwrite)
     print_answers(results)
 
 

@@ -31,6 +31,7 @@ from llava_bidir.common.bootstrap import bootstrap_weights, random_swaps
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.batch_cache import cached_batches
+from probes.analyses.replacement import check_replaceable
 from probes.data.batches import PreprocessedDataset, collate
 from probes.results.probe_run import ProbeRun
 
@@ -119,7 +120,10 @@ def run(args: argparse.Namespace) -> None:
     args.classes = _resolve_classes(probe_run, args.classes)
     out = Path(args.out or args.probes)
     plan = Plan(**{name: value for name, value in vars(args).items() if name in Plan.__dataclass_fields__})
+    made_from = {"runs": [probe_run.fingerprint], **plan.to_json(), "layers": plan.layers or "all"}
+    classes_of = lambda results: results | {"classes": [entry["class"] for entry in results["classes"]]}
     with exclusive_run_lock(out, "knockout.json"):
+        check_replaceable(out / "knockout.json", made_from, args.overwrite, classes_of)
         results = knockout(probe_run, plan, out)
     for entry in results["classes"]:
         rates = ", ".join(f"{condition} {values[-1]:.0%}" for condition, values in entry["remaining"].items())

@@ -30,6 +30,7 @@ from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.batch_cache import cached_batches
+from probes.analyses.replacement import check_replaceable
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.models.sites import ADAPTER, layer_site
 from probes.results.probe_run import ProbeRun
@@ -128,17 +129,21 @@ def random_tokens_outside(tokens: Tensor, draws: int, seeds: list[list[int]]) ->
     return drawn
 
 
-def patch_states(run: ProbeRun, plan: Plan, pairs: Pairs | None, out: Path) -> dict[str, Any]:
+def patch_states(run: ProbeRun, plan: Plan, pairs: Pairs | None, out: Path, overwrite: bool = False) -> dict[str, Any]:
     """Run both experiments, write the files named above, and return the content of patching.json.
 
     The same call resumes after the last finished batch if a previous one was killed.
 
     Raises:
-        UserError: The plan does not fit the run.
+        UserError: The plan does not fit the run, or there is a result of other options, pairs or runs, and not
+            `overwrite`.
         RuntimeError: The patched states changed nothing, so that they did not reach the model.
     """
     mllm, classes, dataset = run.mllm(), len(run.metrics["classes"]), run.dataset()
     plan = check_plan(plan, mllm)
+    identity = pairs and pairs.identity()
+    made_from = {"runs": [run.fingerprint], "pairs": identity} | asdict(plan) | {"layers": list(plan.layers)}
+    check_replaceable(out / "patching.json", made_from, overwrite)
     probe, other = run.probes()[plan.site].to(mllm.device), mllm.with_attention(plan.mask)
     work = {"mask": (other, len(dataset), lambda index: mask_batch(mllm, dataset, index, classes))}
     if pairs is not None:
@@ -147,14 +152,13 @@ def patch_states(run: ProbeRun, plan: Plan, pairs: Pairs | None, out: Path) -> d
     for name, (donor, images, read) in work.items():
         experiment = Experiment(mllm, donor, probe, plan)
         count = min(images, plan.limit or images)
-        arguments = {"plan": asdict(plan), "run": run.fingerprint, "pairs": pairs and pairs.identity()}
+        arguments = {"plan": asdict(plan), "run": run.fingerprint, "pairs": identity}
         folder = out / "patching.partial" / name
         tensors |= _in_batches(folder, arguments, name, count, plan.batch_size, lambda i: experiment.patch(read(i)))  # noqa: B023
         if name == "pairs" or any(plan.layers):  # what enters the LLM is the same under both masks
             check_effects(tensors, name)
-    results = {key: run.metrics[key] for key in ("image_attention", "untrained")} | {"runs": [run.fingerprint]}
-    settings = asdict(plan) | {"layers": list(plan.layers)}
-    results |= settings | patching_effects(tensors, plan.layers, plan.seed, run.groups)
+    results = {key: run.metrics[key] for key in ("image_attention", "untrained")} | made_from
+    results |= patching_effects(tensors, plan.layers, plan.seed, run.groups)
     write_files({out / "patching.safetensors": tensors, out / "patching.json": results})
     shutil.rmtree(out / "patching.partial")
     return results
@@ -209,4 +213,4 @@ def run(args: argparse.Namespace) -> None:
     plan = Plan(site, mask, layers, **numbers)
     pairs = Pairs(Path(args.pairs), probe_run.metrics["classes"]) if args.pairs else None
     with exclusive_run_lock(out, "patching.json"):
-        print_effects(patch_states(probe_run, plan, pairs, out))
+        print_effects(patch_states(probe_run, plan, pairs, out, args.overwrite))

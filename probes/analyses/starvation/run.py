@@ -23,6 +23,7 @@ from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import bootstrap_weights
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses.replacement import check_replaceable
 from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
 from probes.results.task_run import TaskRun, open_run
@@ -77,6 +78,10 @@ def starvation(
     results = {
         "runs": [causal.fingerprint, bidirectional.fingerprint],
         "site": site,
+        "options": {
+            **{"seed": seed, "by_class": by_class, "flips": list(flips)},
+            **{"own_probe": own_probe, "dummy_tokens": dummy_tokens},
+        },
         "grid": causal.metrics["grid"],
         "images": causal.metrics["images"],
         "untrained": causal.metrics["untrained"],
@@ -161,8 +166,11 @@ def run(args: argparse.Namespace) -> None:
     flips = () if args.flip is None else args.flip or tuple(FLIP_AXES)
     out = Path(args.out or args.probes[1])
     with exclusive_run_lock(out, "starvation.json"):
-        further = {key: getattr(args, key) for key in ("by_class", "own_probe", "dummy_tokens")}
-        results = starvation(causal, bidirectional, args.site, args.seed, flips=flips, **further)
+        options = {"flips": flips} | {key: getattr(args, key) for key in ("by_class", "own_probe", "dummy_tokens")}
+        made_from = {"runs": [causal.fingerprint, bidirectional.fingerprint], "site": args.site or causal.peak_layer}
+        made_from |= {"options": {"seed": args.seed, **options}}
+        check_replaceable(out / "starvation.json", made_from, args.overwrite)
+        results = starvation(causal, bidirectional, args.site, args.seed, **options)
         write_files({out / "starvation.json": results})
     if "error" in results:
         _print_errors(results)

@@ -268,6 +268,11 @@ def test_command_writes_every_part(runs, tmp_path, capsys):
     main([*argv, "--site", "layer_01", *further, "--out", str(tmp_path)])
     results = json.loads((tmp_path / "starvation.json").read_text())
     plain = starvation(runs["causal"], runs["bidirectional"], "layer_01")
+    options = results.pop("options")
+    assert options == plain.pop("options") | {
+        **{"by_class": True, "flips": list(FLIP_AXES)},
+        **{"own_probe": True, "dummy_tokens": 2},
+    }
     assert {key: results[key] for key in plain} == plain
     assert set(results) - set(plain) == {"by_class", "flips", "by_position", "dummy_tokens"}
     assert [flip["flip"] for flip in results["flips"]] == list(FLIP_AXES)

@@ -87,4 +87,4 @@ def test_a_prefix_is_part_of_the_run_and_used_by_analyses(checkpoints, segmentat
     image = str(next((segmentation / "images/validation").iterdir()))
     main(["states", str(model), image, "--prefix", "USER: sky", "--out", str(tmp_path / "states.safetensors")])
     with pytest.raises(SystemExit, match="`probes states --prefix`"):
-        main(["states", str(model), image, "--out", str(tmp_path / "states.safetensors")])
+        main(["states", str(model), image, "--out", str(tmp_path / "other.safetensors")])

@@ -40,6 +40,7 @@ def main(request: dict) -> None:
     out, name = Path(request["out"]), "setting up"
     try:
         check_environment(request["code"])
+        import torch.distributed as dist
         from lmms_eval.models import get_model  # may be missing, so check_environment comes first
 
         model = get_model("llava_bidir").create_from_arg_string(
@@ -56,6 +57,8 @@ def main(request: dict) -> None:
                     run_info |= {"dataset": dataset, "data_digest": dataset_digest(Path.cwd(), dataset)}
                 info = request["info"] | run_info | {"seconds": round(time.monotonic() - start, 1)}
                 write_results(out, name, *collect_results(name, results, info))
+        if dist.is_initialized():
+            dist.destroy_process_group()  # threads of its that outlive the interpreter would abort the process
     except Exception as error:
         cause = error.__cause__ if type(error).__name__ == "RetryError" else error  # the harness reads data five times
         kind = "" if isinstance(cause, (ItemError, UserError)) else f"{type(cause).__name__}: "

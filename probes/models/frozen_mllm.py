@@ -1,13 +1,12 @@
-"""Hidden states of a frozen MLLM's image tokens at every site.
+"""A frozen MLLM: the hidden states of its image tokens at every site, its attention weights and its answers.
 
-Hooks read all sites in one forward of the stock model. Text after the image is dropped, since no mask lets image tokens
-attend to it. Keys and values of the prompt before the image are cached if the model allows it.
+Text after the image is dropped where states are read, since no mask lets image tokens attend to it. Keys and values of
+the prompt before the image are cached if the model allows it.
 
 Shapes: B images, T image tokens, P tokens before the image, N = P + T, d width of a site, L layers, A heads.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import cached_property
 
@@ -20,26 +19,15 @@ from llava_bidir.common.errors import UserError
 from probes.ops.geometry import Geometry
 
 from .answering import attend_from_answer, check_family, generate_answer, score_answers
-from .attention_masks import Masks, as_list, build_masks, check_masks, is_allowed, last_rows, supports_masks
+from .attention_masks import Masks, as_list, build_masks, check_masks, is_allowed, supports_masks
 from .attention_weights import read_attention, roll_out_attention
 from .families import Family, own_image_attention
 from .knockout import Knockout
 from .prompt_and_pixels import Chat
-from .shared_layers import (
-    DistinctRows,
-    States,
-    distinct_rows,
-    rows_by_site,
-    shared_layers,
-    skipped_layers,
-    unchanged_sites,
-)
-from .sites import ADAPTER, ENCODER, FINAL_NORM, layer_site, site_names
-from .steering import Replacement, replaced_states
-
-
-class _StopForward(Exception):
-    """Raised by a hook to end the forward after the last requested site."""
+from .read_states import read_states
+from .shared_layers import DistinctRows
+from .sites import ENCODER, FINAL_NORM, layer_site, site_names
+from .steering import Replacement
 
 
 class FrozenMLLM(nn.Module):
@@ -53,6 +41,7 @@ class FrozenMLLM(nn.Module):
         grid: Rows and columns of image tokens, the same at all sites. T is their product.
         geometry: How images become squares, and the position of the grid on an image and its mask.
         image_attention, own_image_attention: Mask that the model runs with, and the one that it was trained with.
+        prefix_is_shared: True if the prompt before the image does not attend to it, and is cached.
         revision: Commit hash of a checkpoint from the hub; None for a local directory.
         update_scales: Factor of each layer's update, of a random LLM that is matched to the trained one; else None.
 
@@ -97,7 +86,7 @@ class FrozenMLLM(nn.Module):
         self._prefix_kv: list[tuple[Tensor, Tensor]] | None = None
         self._prefix_weights: list[tuple] = []  # the weights that it was computed with
         # Checked once, because reading the answer would synchronise a GPU in each forward.
-        self._prefix_is_shared = self._shares_prefix(self.attention_masks(1))
+        self.prefix_is_shared = self._shares_prefix(self.attention_masks(1))
 
     def with_attention(self, image_attention: str) -> "FrozenMLLM":
         """Return a model with the same weights, not copied, under another mask among image tokens.
@@ -111,7 +100,7 @@ class FrozenMLLM(nn.Module):
         other._buffers = copy(self._buffers)  # its own prefix
         other.image_attention = image_attention
         other.clear_prefix_cache()
-        other._prefix_is_shared = other._shares_prefix(other.attention_masks(1))
+        other.prefix_is_shared = other._shares_prefix(other.attention_masks(1))
         return other
 
     @property
@@ -177,55 +166,7 @@ class FrozenMLLM(nn.Module):
             UserError: A site is unknown, or the knockout, a hook's states or the known ones do not fit the model.
         """
         wanted = self.check_sites(sites)
-        if not wanted:
-            return {}
-        depth = max(self.sites.index(site) - 1 for site in wanted)
-        plan, start = None, self.prefix_ids.shape[1] if self._prefix_is_shared else 0
-        for row, image in enumerate(rows or ()):
-            if not 0 <= image < len(pixels):
-                raise UserError(f"row {row} is of image {image}; expected 0 to {len(pixels) - 1}")
-        if rows is not None and knockout is not None and self.family.shared_prefix and not hooks:
-            plan = distinct_rows(rows, *knockout.by_row(self.decoder.layers))
-        elif rows is not None:  # nothing to share, or position ids that differ between images
-            pixels = pixels[list(rows)]
-        given, pixels, images = pixels, pixels.to(self.device, self.model.dtype), len(pixels)
-        masks = self.attention_masks(images if plan is None else len(rows), knockout)
-        cache = self._prefix_cache(images, plan) if start and depth > 0 else None
-        last = last_rows(masks, self.ids.shape[1] - start)
-        states: dict[str, Tensor] = {}
-        skipped: list[str] = []
-        with ExitStack() as stack, suppress(_StopForward):
-            if knockout and depth > 0:
-                stack.enter_context(knockout.apply(self.decoder.layers, last, self.is_image, depth))
-            if known is not None and rows is None and self._prefix_is_shared and self.is_image[start:].all():
-                skipped = unchanged_sites(self, known, wanted, given, knockout, hooks or {})
-            if skipped:
-                begin = known[skipped[-1]].to(self.device)
-                stack.enter_context(skipped_layers(self.decoder.layers, len(skipped) - 2, begin))
-            stack.enter_context(replaced_states(self.decoder.layers, hooks or {}, self.is_image[start:]))
-            for handle in self._recording_hooks(states, wanted, images, start):
-                stack.callback(handle.remove)
-            if plan is not None:
-                stack.enter_context(shared_layers(self.decoder.layers, plan))
-            if masks is not None:
-                replace_mask = lambda _, args, kwargs: (args, {**kwargs, "attention_mask": last})
-                stack.callback(self.decoder.register_forward_pre_hook(replace_mask, with_kwargs=True).remove)
-            if skipped:
-                run, inputs = self.decoder, {"inputs_embeds": begin}
-            else:
-                run, inputs = self.model.model, {"input_ids": self.ids[:, start:].expand(images, -1)}
-                inputs |= self.family.inputs(self.model, pixels, self.is_image[start:].expand(images, -1))
-            run(past_key_values=cache, use_cache=cache is not None, **inputs)
-        states |= {site: known[site] for site in skipped if site in known and site not in (hooks or {})}
-        if missing := [site for site in wanted if site not in states]:
-            raise UserError(f"no states of {missing[0]}: the forward does not call the module that the family names")
-        if plan is not None:
-            of_rows = dict(zip(self.sites, rows_by_site(rows, plan), strict=True))
-            states = {site: state[of_rows[site].to(state.device)] for site, state in states.items()}
-        result = States((site, states[site].to(self.device)) for site in wanted)
-        result.image_attention = self.image_attention
-        result.pixels = None if knockout or hooks or rows is not None else given
-        return result
+        return read_states(self, pixels, wanted, knockout, rows, hooks or {}, known) if wanted else {}
 
     forward = states
 
@@ -392,12 +333,12 @@ class FrozenMLLM(nn.Module):
     @torch.no_grad()
     def prefill_prefix(self) -> int:
         """Cache the prompt before the image if forwards share it; return how many tokens of it they do not run."""
-        if not self._prefix_is_shared:
+        if not self.prefix_is_shared:
             return 0
-        self._prefix_cache(1)
+        self.prefix_cache(1)
         return self.prefix_ids.shape[1]
 
-    def _prefix_cache(self, images: int, plan: Sequence[DistinctRows] | None = None) -> DynamicCache:
+    def prefix_cache(self, images: int, plan: Sequence[DistinctRows] | None = None) -> DynamicCache:
         """Return keys and values of the prefix, computed for one image and shared by the rows of each layer."""
         # Identity, storage and version of each weight: replaced, moved or edited weights differ in one of them.
         weights = [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.decoder.parameters()]
@@ -409,38 +350,6 @@ class FrozenMLLM(nn.Module):
         counts = [images] * len(self._prefix_kv) if plan is None else [len(rows.first) for rows in plan]
         pairs = zip(self._prefix_kv, counts, strict=True)
         return DynamicCache(ddp_cache_data=[(k.expand(n, -1, -1, -1), v.expand(n, -1, -1, -1)) for (k, v), n in pairs])
-
-    def _recording_hooks(self, states: dict[str, Tensor], wanted: list[str], batch: int, start: int) -> Iterator:
-        """Register hooks that write the wanted sites into `states` and end the forward after the last of them."""
-        rows, last = self.is_image[start:], max(wanted, key=self.sites.index)
-        modules = dict(zip(self.sites[2:], [*self.decoder.layers, self.decoder.norm], strict=True))
-
-        def record(site: str, state: Tensor) -> None:
-            states[site] = state if site == ENCODER else state[:, rows.to(state.device)]
-            if site == last:
-                raise _StopForward
-
-        yield self.family.encoder_output_of(self.model).register_forward_pre_hook(
-            lambda _, args: record(ENCODER, self._encoder_states(args, batch))
-        )
-        yield self.decoder.layers[0].register_forward_pre_hook(
-            lambda _, args, kwargs: record(ADAPTER, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
-        for site in (site for site in wanted if site in modules):
-            yield modules[site].register_forward_hook(
-                lambda _, args, out, site=site: record(site, out[0] if isinstance(out, tuple) else out)
-            )
-
-    def _encoder_states(self, args: tuple, batch: int) -> Tensor:
-        """Return the input of the adapter, f[B, T, d]."""
-        states, width = self.family.encoder_states(self.model, args), self.widths[ENCODER]
-        tokens = self.grid[0] * self.grid[1]
-        if states.numel() != batch * tokens * width:
-            raise UserError(
-                f"the encoder outputs {states.numel() / (batch * width):g} tokens per image of width {width}; expected "
-                f"{tokens} for the grid {self.grid}. Check token_px and encoder_width of the family, and the CLS token"
-            )
-        return states.reshape(batch, tokens, width)
 
 
 def _image_ids(grid: tuple[int, int], image_id: int, separator_id: int | None) -> list[int]:

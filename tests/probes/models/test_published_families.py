@@ -136,7 +136,7 @@ def test_states_knockout_and_mask_override(name):
             "encoder": (IMAGES, tokens, entry["encoder_width"])
         }
         assert {site: tuple(state.shape) for site, state in states.items()} == expected
-        assert int(mllm.is_image.sum()) == tokens and mllm._prefix_is_shared == mllm.family.shared_prefix
+        assert int(mllm.is_image.sum()) == tokens and mllm.prefix_is_shared == mllm.family.shared_prefix
         blocked = torch.zeros(IMAGES, tokens, dtype=torch.bool)
         blocked[:, tokens // 2] = True
         if entry["family"] in WITHOUT_MASKS:

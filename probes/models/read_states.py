@@ -1,0 +1,135 @@
+"""Hidden states of image tokens at all wanted sites, read by hooks in one forward of the stock model.
+
+Shapes: B images, T image tokens, P tokens before the image, N = P + T, d width of a site, R rows of a knockout.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+
+from torch import Tensor, nn
+
+from llava_bidir.common.errors import UserError
+
+from .attention_masks import last_rows
+from .knockout import Knockout
+from .shared_layers import (
+    DistinctRows,
+    States,
+    distinct_rows,
+    rows_by_site,
+    shared_layers,
+    skipped_layers,
+    unchanged_sites,
+)
+from .sites import ADAPTER, ENCODER
+from .steering import Replacement, replaced_states
+
+
+class _StopForward(Exception):
+    """Raised by a hook to end the forward after the last wanted site."""
+
+
+def read_states(
+    mllm: nn.Module,
+    pixels: Tensor,
+    wanted: list[str],
+    knockout: Knockout | None,
+    rows: Sequence[int] | None,
+    hooks: Mapping[str, Replacement],
+    known: Mapping[str, Tensor] | None,
+) -> States:
+    """Return the states f[B or R, T, d] at each wanted site; see :meth:`FrozenMLLM.states`."""
+    plan = _shared_rows(mllm, len(pixels), knockout, rows, hooks)
+    if rows is not None and plan is None:
+        pixels = pixels[list(rows)]
+    given, pixels, images = pixels, pixels.to(mllm.device, mllm.model.dtype), len(pixels)
+    start = mllm.prefix_ids.shape[1] if mllm.prefix_is_shared else 0
+    depth = max(mllm.sites.index(site) - 1 for site in wanted)
+    masks = mllm.attention_masks(images if plan is None else len(rows), knockout)
+    last = last_rows(masks, mllm.ids.shape[1] - start)
+    cache = mllm.prefix_cache(images, plan) if start and depth > 0 else None
+    skipped: list[str] = []
+    if known is not None and rows is None and mllm.prefix_is_shared and mllm.is_image[start:].all():
+        skipped = unchanged_sites(mllm, known, wanted, given, knockout, hooks)
+    layers = mllm.decoder.layers
+    with ExitStack() as stack:
+        if knockout and depth > 0:
+            stack.enter_context(knockout.apply(layers, last, mllm.is_image, depth))
+        if skipped:
+            begin = known[skipped[-1]].to(mllm.device)
+            stack.enter_context(skipped_layers(layers, len(skipped) - 2, begin))
+        stack.enter_context(replaced_states(layers, hooks, mllm.is_image[start:]))
+        states = stack.enter_context(_recorded_states(mllm, wanted, images, start))
+        if plan is not None:
+            stack.enter_context(shared_layers(layers, plan))
+        if masks is not None:
+            replace_mask = lambda _, args, kwargs: (args, {**kwargs, "attention_mask": last})
+            stack.callback(mllm.decoder.register_forward_pre_hook(replace_mask, with_kwargs=True).remove)
+        if skipped:
+            run, inputs = mllm.decoder, {"inputs_embeds": begin}
+        else:
+            run, inputs = mllm.model.model, {"input_ids": mllm.ids[:, start:].expand(images, -1)}
+            inputs |= mllm.family.inputs(mllm.model, pixels, mllm.is_image[start:].expand(images, -1))
+        with suppress(_StopForward):
+            run(past_key_values=cache, use_cache=cache is not None, **inputs)
+    states |= {site: known[site] for site in skipped if site in known and site not in hooks}
+    if missing := [site for site in wanted if site not in states]:
+        raise UserError(f"no states of {missing[0]}: the forward does not call the module that the family names")
+    if plan is not None:
+        of_rows = dict(zip(mllm.sites, rows_by_site(rows, plan), strict=True))
+        states = {site: state[of_rows[site].to(state.device)] for site, state in states.items()}
+    result = States((site, states[site].to(mllm.device)) for site in wanted)
+    result.image_attention = mllm.image_attention
+    result.pixels = None if knockout or hooks or rows is not None else given
+    return result
+
+
+def _shared_rows(
+    mllm: nn.Module,
+    images: int,
+    knockout: Knockout | None,
+    rows: Sequence[int] | None,
+    hooks: Mapping[str, Replacement],
+) -> list[DistinctRows] | None:
+    """Return the distinct rows at each layer; None if rows share nothing, or have position ids of their own."""
+    for row, image in enumerate(rows or ()):
+        if not 0 <= image < images:
+            raise UserError(f"row {row} is of image {image}; expected 0 to {images - 1}")
+    if rows is None or knockout is None or hooks or not mllm.family.shared_prefix:
+        return None
+    return distinct_rows(rows, *knockout.by_row(mllm.decoder.layers))
+
+
+@contextmanager
+def _recorded_states(mllm: nn.Module, wanted: list[str], batch: int, start: int) -> Iterator[dict[str, Tensor]]:
+    """Record the wanted sites while the context is open, and end the forward after the last of them."""
+    states: dict[str, Tensor] = {}
+    rows, last = mllm.is_image[start:], max(wanted, key=mllm.sites.index)
+    modules = dict(zip(mllm.sites[2:], [*mllm.decoder.layers, mllm.decoder.norm], strict=True))
+
+    def record(site: str, state: Tensor) -> None:
+        states[site] = state if site == ENCODER else state[:, rows.to(state.device)]
+        if site == last:
+            raise _StopForward
+
+    with ExitStack() as stack:
+        encoder_hook = lambda _, args: record(ENCODER, _encoder_states(mllm, args, batch))
+        stack.callback(mllm.family.encoder_output_of(mllm.model).register_forward_pre_hook(encoder_hook).remove)
+        adapter_hook = lambda _, args, kwargs: record(ADAPTER, args[0] if args else kwargs["hidden_states"])
+        stack.callback(mllm.decoder.layers[0].register_forward_pre_hook(adapter_hook, with_kwargs=True).remove)
+        for site in (site for site in wanted if site in modules):
+            hook = lambda _, args, out, site=site: record(site, out[0] if isinstance(out, tuple) else out)
+            stack.callback(modules[site].register_forward_hook(hook).remove)
+        yield states
+
+
+def _encoder_states(mllm: nn.Module, args: tuple, batch: int) -> Tensor:
+    """Return the input of the adapter, f[B, T, d]."""
+    states, width = mllm.family.encoder_states(mllm.model, args), mllm.widths[ENCODER]
+    tokens = mllm.grid[0] * mllm.grid[1]
+    if states.numel() != batch * tokens * width:
+        raise UserError(
+            f"the encoder outputs {states.numel() / (batch * width):g} tokens per image of width {width}; expected "
+            f"{tokens} for the grid {mllm.grid}. Check token_px and encoder_width of the family, and the CLS token"
+        )
+    return states.reshape(batch, tokens, width)

@@ -24,7 +24,9 @@ import matplotlib as mpl
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.knockout.inference import knockout_inference
-from probes.report.figures.catalogue import overview_figures, study_figures, task_figures
+from probes.report.figures.beyond_classes import task_figures
+from probes.report.figures.catalogue import study_figures
+from probes.report.figures.layer_curves import overview_figures
 from probes.report.figures.style import STYLE, ReportFigure
 from probes.results.task_run import TaskRun
 from probes.tasks import TASKS

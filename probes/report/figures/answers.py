@@ -7,8 +7,9 @@ from matplotlib.figure import Figure
 
 from probes.models.sites import FINAL_NORM
 from probes.report.answers import effect_rows, models_of
+from probes.report.summary_text import ANSWERS_SECTION
 
-from .style import FigureData, draw_intervals, label_sites, mask_colour, site_depth
+from .style import FigureData, Figures, ReportFigure, draw_intervals, label_sites, mask_colour, site_depth
 
 RANDOM_COLOUR = "#777777"
 EFFECT_LABELS = {
@@ -57,3 +58,16 @@ def _draw_effects(ax: Axes, entry: dict[str, Any], colour: str, offset: float) -
         if (mean := means[effect])["value"] is not None:
             ax.plot(mean["ci95"] or [mean["value"]] * 2, [y + offset] * 2, color=colour, lw=1.4)
             ax.plot([mean["value"]], [y + offset], "o", color=colour, ms=4.5)
+
+
+def answer_figures(answers: dict[str, Any]) -> Figures:
+    """Yield the figure of answers, if any were asked for."""
+    if answers:
+        yield ReportFigure(
+            "answers", ANSWERS_SECTION, "Answers and probes at the same places",
+            "Left: accuracy of the model's answers to questions about places (bands), and of the probes there "
+            "(points). Right: change of the right answer's log-probability among the class names when the tokens of a "
+            "class are hidden from other image tokens, as means over classes. Grey: random LLMs that change the states "
+            "as much as the trained one. Exploratory: the paper makes no claim about answers. Lines and bands: 95% "
+            "intervals over images, and over classes on the right.",
+            answers_and_probes(answers), "wide")  # fmt: skip

@@ -7,11 +7,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from probes.models.sites import ENCODER, FINAL_NORM
-from probes.report.beyond_classes import group_by_seed, join_rows
+from probes.report.beyond_classes import group_by_seed, is_control, join_rows
 from probes.report.tables import bounds
+from probes.results.task_run import TaskRun
 
-from .style import FigureData, label_sites, mask_colour, site_depth
+from .maps import task_maps
+from .style import FigureData, Figures, ReportFigure, caption, label_sites, mask_colour, site_depth
 
+TASKS_SECTION = "Beyond classes"
 Entry = dict[str, Any]
 
 
@@ -117,3 +120,48 @@ def relative_scores(entry: Entry, sites: str) -> list[dict[str, Any]]:
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
     return {"site": row["site"], "relative": row["relative"], "low": row["ci95"][0], "high": row["ci95"][1]}
+
+
+def task_figures(runs: list[TaskRun], tasks: dict[str, list[dict[str, Any]]]) -> Figures:
+    """Yield the figures of other tasks than segmentation.
+
+    Args:
+        runs: Runs of tasks; those with `probes maps` have a figure.
+        tasks: Entries "tasks", "tasks_starvation" and "joint_tasks_starvation" of results.json.
+    """
+    results, starved = tasks["tasks"], tasks["tasks_starvation"]
+    with_encoder = [entry for entry in results if any(row["site"] == ENCODER for row in entry["sites"])]
+    if with_encoder:
+        yield ReportFigure(
+            "tasks", TASKS_SECTION, "Other tasks by site",
+            caption(
+                "The main score of each task in units of the encoder's; where lower is better, its inverse.",
+                "Dashed: random weights." if any(entry["control"] for entry in with_encoder) else "",
+                "Exploratory: the paper makes no claim about these tasks.", _bands_caption(with_encoder),
+            ),
+            tasks_by_site(with_encoder), "wide")  # fmt: skip
+    if starved:
+        yield ReportFigure(
+            "tasks_starvation", TASKS_SECTION, "Starvation of other tasks",
+            caption(
+                "Mean error of the pixels under each of the first patches, causal minus bidirectional, at the causal",
+                "run's best layer: positive where causal attention is worse. One probe is shared by all positions.",
+                "Exploratory.", _bands_caption(starved),
+            ),
+            starvation_by_task(starved, tasks["joint_tasks_starvation"]), "wide")  # fmt: skip
+    for i, run in enumerate(run for run in runs if run.analysis("maps.json")):
+        of = f"{run.task_name}, {run.metrics['image_attention']}, seed {run.metrics['seed']}"
+        random = ", random weights" * is_control(run)
+        yield ReportFigure(
+            f"tasks_maps_{i}", TASKS_SECTION, f"Predictions by layer, {of}{random}",
+            "Target and predictions of an image share their colours; black: no value. Single images are no evidence.",
+            task_maps(run), "wide")  # fmt: skip
+
+
+def _bands_caption(entries: list[dict[str, Any]]) -> str:
+    """Return what lines and bands are; with several seeds, the band is that of their mean."""
+    several = [len(group) > 1 for group in group_by_seed(entries)]
+    if not any(several):
+        return "Bands: 95% intervals over images."
+    alone = "" if all(several) else "; over images where there is one seed only"
+    return f"Thin: one seed; thick: their mean. Bands: 95% intervals over seeds{alone}."

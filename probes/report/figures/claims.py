@@ -7,7 +7,7 @@ from matplotlib.lines import Line2D
 from probes.report.tables import bounds
 from probes.report.verdicts import COLUMNS
 
-from .style import FigureData, mask_colour, new_axes
+from .style import INTERVALS, FigureData, Figures, ReportFigure, mask_colour, new_axes
 
 NAMES = {
     "adapter_drop": "adapter drop",
@@ -70,3 +70,14 @@ def _legend() -> list[Line2D]:
         Line2D([], [], marker="o", label="probes at the optimum", **point),
         Line2D([], [], marker="D", mfc="none", label="random models", **point),
     ]
+
+
+def claim_figures(claims: list[dict[str, Any]]) -> Figures:
+    """Yield the figure of claims beside controls, if there are random models."""
+    if any("by_draw" in claim["verdicts"]["beyond_random"] for claim in claims):
+        yield ReportFigure(
+            "claims", "Claims beside controls", "Trained and random models",
+            "The number of each claim. Look for circles that lie beyond the diamonds: what random LLMs that change the "
+            "states as much show as well (the adapter's drop: random adapters) need not be learned. Diamonds were "
+            f"probed at the optimum, like filled circles. {INTERVALS}",
+            claim_values(claims))  # fmt: skip

@@ -7,7 +7,7 @@ import numpy as np
 from probes.models.sites import FINAL_NORM
 from probes.results.probe_run import ProbeRun
 
-from .style import FigureData, label_sites, new_axes
+from .style import FigureData, Figures, ReportFigure, label_sites, new_axes
 
 CONFUSION_ROWS = 12
 
@@ -40,3 +40,14 @@ def confusion_map(run: ProbeRun, pairs: list[dict[str, Any]]) -> FigureData:
         for site, share in zip(run.sites, pair["share"], strict=True)
     ]
     return FigureData(figure, rows)
+
+
+def confusion_figures(runs: dict[str, ProbeRun], confusion: dict[str, list[dict[str, Any]]]) -> Figures:
+    """Yield a figure of confused classes for each mask."""
+    for mask, pairs in confusion.items():
+        yield ReportFigure(
+            f"confusion_{mask}", "Confused classes by layer", f"Most confused classes, {mask}",
+            "Share of a class's pixels that are predicted as another class, for the pairs confused most at the "
+            "adapter (Sec. 3.3). Look for rows that fade to the right. Green bar: from this layer on, at least half of "
+            "the adapter's confusion is gone; rows without a bar keep more than half.",
+            confusion_map(runs[mask], pairs), "wide")  # fmt: skip

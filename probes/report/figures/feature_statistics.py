@@ -4,7 +4,7 @@ from probes.report.study import Study
 from probes.report.tables import run_columns
 
 from .layer_curves import sites_by_depth, without_final_norm
-from .style import FigureData, label_sites, mask_colour, new_panels, site_depth
+from .style import FigureData, Figures, ReportFigure, caption, label_sites, mask_colour, new_panels, site_depth
 
 STATISTICS = {
     "rms": "root mean square",
@@ -36,3 +36,16 @@ def state_statistics(study: Study) -> FigureData:
         run_columns(run) | {"site": entry["site"], **entry["states"]} for run in runs for entry in run.metrics["sites"]
     ]
     return FigureData(figure, rows)
+
+
+def statistics_figures(study: Study) -> Figures:
+    """Yield the figure of the states' statistics, if all trained runs have them."""
+    with_statistics = any("states" in run.metrics["sites"][0] for run in study.untrained.values())
+    if all("states" in run.metrics["sites"][0] for run in study.trained.values()):
+        yield ReportFigure(
+            "states", "Hidden-state statistics", "Scale, anisotropy, neighbourhoods",
+            caption(
+                "Statistics of the hidden states, computed without a probe. Look for jumps in scale where mIoU moves.",
+                "Dotted: the untrained model." if with_statistics else "",
+            ),
+            state_statistics(study))  # fmt: skip

@@ -1,4 +1,4 @@
-"""Figures of the knockout against controls, by layer and head, of attention, and of further starvation tests."""
+"""Figures of the knockout against controls, by layer and head, and of attention."""
 
 from typing import Any
 
@@ -6,8 +6,20 @@ import numpy as np
 
 from probes.report.study import Rows
 from probes.report.tables import bounds
+from probes.results.probe_run import ProbeRun
 
-from .style import COLOURS, FigureData, draw_intervals, new_axes, new_panels, signed_colours
+from .style import (
+    COLOURS,
+    INTERVALS,
+    KNOCKOUT,
+    FigureData,
+    Figures,
+    ReportFigure,
+    draw_intervals,
+    new_axes,
+    new_panels,
+    signed_colours,
+)
 
 SET_COLOURS = {"incorrect": "#CC3311", "correct": "#0072B2"}
 SET_LABELS = {"incorrect": "wrong class", "correct": "correct class"}
@@ -153,14 +165,35 @@ def attention_shares(knockout: dict[str, Any]) -> FigureData | None:
     return FigureData(figure, rows)
 
 
-def flip_gaps(starvation: dict[str, Any], flip: dict[str, Any]) -> FigureData:
-    """Draw the gap per patch of upright and of transformed images (an entry of "flips"), side by side."""
-    figure, axes = new_axes(6.4, 3.2, 2)
-    grids = [100 * np.array(values).reshape(starvation["grid"]) for values in (starvation["gap"], flip["gap"])]
-    for ax, grid, title in zip(axes, grids, ("upright", f"transformed ({flip['flip']})"), strict=True):
-        image = ax.imshow(grid, **signed_colours(*grids))
-        ax.set(xticks=[], yticks=[], title=title)
-        ax.grid(False)
-    figure.colorbar(image, ax=axes, label="bidirectional − causal (pp)")
-    keys = ("causal", "bidirectional", "gap")
-    return FigureData(figure, [{"patch": i} | {k: flip[k][i] for k in keys} for i in range(len(flip["gap"]))])
+def control_figures(mask: str, run: ProbeRun) -> Figures:
+    """Yield the figures of knockout.json and knockout_windows.json of a run."""
+    result, sweep = run.analysis("knockout.json"), run.analysis("knockout_windows.json")
+    figures = []
+    if result and result.get("effects"):
+        labels = CONTROL_LABELS
+        controls = {entry["control"].split("_")[0] for entry in result["effects"] if entry["class"] == "all"}
+        yield ReportFigure(
+            f"knockout_controls_{mask}", KNOCKOUT, f"Effects against controls, {mask}",
+            "Change in wrong patches left when a class is blocked, against no blocking and against blocking as many "
+            f"{' or '.join(text for name, text in labels.items() if name in controls)} patches. Correct − wrong "
+            f"measures how class-specific the effect is. Mean over the cases of all classes. {INTERVALS}",
+            control_effects(result))  # fmt: skip
+        figures += [
+            ("knockout_doses", "Effect by share of blocked patches", dose_effects(result), "half",
+             f"The same effects when only a random share of the class's patches is blocked. {INTERVALS}"),
+            ("attention", "Attention of wrong patches", attention_shares(result), "half",
+             "Attention of wrong patches in the unmodified model, by what the adapter's probe predicts for the "
+             "attended patch. Dashed: expected share under uniform attention."),
+        ]  # fmt: skip
+    if sweep:
+        figures += [
+            ("knockout_windows", "Effect by layers cut", window_effects(sweep), "wide",
+             "Effect against as many random patches when only some layers are cut. Rows: first layer cut (for up to "
+             "layer, the last). Columns: layer read. Look for windows after which the effect persists: these "
+             "layers correct patches."),
+            ("knockout_heads", "Effect by attention head cut", head_effects(sweep), "full",
+             "Effect against as many random patches when a single head of a single layer is cut."),
+        ]  # fmt: skip
+    for name, title, data, width, caption in figures:
+        if data is not None:
+            yield ReportFigure(f"{name}_{mask}", KNOCKOUT, f"{title}, {mask}", caption, data, width)

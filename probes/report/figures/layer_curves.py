@@ -12,7 +12,21 @@ from probes.report.study import MASKS, Study, is_solved
 from probes.report.tables import run_columns
 from probes.results.probe_run import ProbeRun
 
-from .style import COLOURS, FigureData, label_sites, mask_colour, new_axes, new_panels, score_row, site_depth
+from .style import (
+    COLOURS,
+    FigureData,
+    Figures,
+    ReportFigure,
+    caption,
+    label_sites,
+    mask_colour,
+    new_axes,
+    new_panels,
+    score_row,
+    site_depth,
+)
+
+OVERVIEW = "Across models and datasets"
 
 
 def without_final_norm(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -136,3 +150,56 @@ def masks_by_model(studies: list[Study]) -> FigureData:
     return FigureData(
         figure, [{"model": s.model, "dataset": s.dataset} | row for s in studies for row in _rows(s.runs)]
     )
+
+
+def layer_figures(study: Study) -> Figures:
+    """Yield the scores by layer: of solved probes, if there are any beside trained ones, and of the study's own."""
+    solved_main = is_solved(study.first)
+    if study.solved and not solved_main:
+        yield _layer_figure(study, "layers_solved", "Segmentation quality by layer, probes at their optimum", True)
+    yield _layer_figure(study, "layers", "Segmentation quality by layer", solved_main)
+
+
+def _layer_figure(study: Study, name: str, title: str, solved: bool) -> ReportFigure:
+    untrained = study.solved_untrained if solved else study.untrained
+    return ReportFigure(
+        name, "Drop-off and recovery", title,
+        caption(
+            "Segmentation quality of the probe at each site (Figs. 3 and 8). Look for a drop from encoder to adapter "
+            "and a rise over the LLM layers.", _peak_caption(study),
+            "Dotted: the untrained model." if untrained else "",
+            "Diamonds: random LLMs that change the states as much as the trained one; what they reach as well need "
+            "not be learned." if study.random_draws("llm", solved) else "", "Bands: 95% intervals.",
+        ),
+        layer_curves(study, solved))  # fmt: skip
+
+
+def overview_figures(studies: list[Study]) -> Figures:
+    """Yield the figures that compare several models and datasets."""
+    for mask in MASKS:
+        with_mask = [study for study in studies if mask in study.trained]
+        with_adapter = [study for study in with_mask if ADAPTER in study.trained[mask].sites]
+        if with_mask:
+            yield ReportFigure(
+                f"models_{mask}", OVERVIEW, f"All models, {mask}",
+                caption("mIoU by site, one line per model (Figs. 3 and 9).", _peak_caption(*with_mask),
+                         "Bands: 95% intervals."),
+                models_by_dataset(with_mask, mask))  # fmt: skip
+        if with_adapter:
+            yield ReportFigure(
+                f"over_adapter_{mask}", OVERVIEW, f"Recovery of all models, {mask}",
+                "The same curves minus their value at the adapter (Fig. 10), to compare models with different depths "
+                "and encoders.",
+                models_by_dataset(with_adapter, mask, over_adapter=True))  # fmt: skip
+    both = [study for study in studies if study.pair()]
+    if both:
+        yield ReportFigure(
+            "masks", OVERVIEW, "Causal and bidirectional attention",
+            caption("Both masks of every model (Fig. 8).", _peak_caption(*both), "Bands: 95% intervals."),
+            masks_by_model(both))  # fmt: skip
+
+
+def _peak_caption(*studies: Study) -> str:
+    runs = [run for study in studies for run in study.trained.values()]
+    marked = any(ADAPTER in run.sites and len(run.layers) > 1 for run in runs)
+    return "Dashed: the best layer, with its gain over the adapter in percentage points." if marked else ""

@@ -10,12 +10,14 @@ from matplotlib.patches import Patch
 
 from probes.data.palette import colorize
 from probes.models.sites import ADAPTER, ENCODER
+from probes.report.study import Study
 from probes.results.finished_run import FinishedRun
 from probes.results.probe_run import ProbeRun, read_tensors
 from probes.results.task_run import TaskRun
 
-from .style import FigureData, new_axes
+from .style import FigureData, Figures, ReportFigure, new_axes
 
+MAPS = "Predicted segmentation maps"
 LEGEND_CLASSES = 24
 
 
@@ -118,3 +120,32 @@ def _image_grid(
     if legend:
         figure.legend(handles=legend, loc="outside lower center", ncols=7, fontsize=7)
     return figure
+
+
+def map_figures(study: Study, palette: np.ndarray) -> Figures:
+    """Yield the maps and UMAP projections of a study's runs."""
+    for mask, run in study.trained.items():
+        if not (result := run.analysis("maps.json")):
+            continue
+        yield ReportFigure(
+            f"maps_{mask}", MAPS, f"Predictions by layer, {mask}",
+            "Predictions from the encoder to the best layer (Figs. 4 and 13). Look for confusions that appear at the "
+            "adapter and disappear over the layers.",
+            site_maps(run, palette), "wide")  # fmt: skip
+        for case in result["knockout"]:
+            wrong, correct = case["class"], case["correct_class"]
+            how = f" ({case['how']})" if case.get("how") else ""
+            yield ReportFigure(
+                f"knockout_maps_{mask}_{wrong.replace(' ', '_')}", MAPS, f"{correct} predicted as {wrong}, {mask}",
+                f"The image with the most patches wrongly predicted as {wrong!r} that also has patches correctly "
+                f"predicted as {correct!r}, by layer (Figs. 6 and 12). Rows: no blocking, wrong class blocked, correct "
+                f"class blocked{how}.",
+                knockout_maps(run, wrong, palette), "wide")  # fmt: skip
+    for mask, run in study.trained.items():
+        for image in (run.analysis("umap.json") or {"images": []})["images"]:
+            yield ReportFigure(
+                f"umap_{mask}_{image['image']}", "UMAP of patches", f"Patches of image {image['name']}, {mask}",
+                "UMAP of the patches of one image, coloured by class (Fig. 5). UMAP exaggerates the gaps between "
+                "clusters, so rely on the numbers above the panels: the share of a patch's ten nearest neighbours in "
+                "the original space that have its class.",
+                umap_panels(image, run.metrics["classes"], palette))  # fmt: skip

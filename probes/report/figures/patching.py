@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from probes.report.study import Rows
 from probes.report.tables import bounds
 
-from .style import FigureData
+from .style import FigureData, Figures, ReportFigure
 
 TITLES = {"mask": "states under the other mask", "pairs": "states of a picture with the cue"}
 
@@ -57,3 +57,17 @@ def effect_rows(results: dict[str, Any]) -> Rows:
         if group != "set"
         for place in places
     ]
+
+
+def patching_figures(by_mask: dict[str, dict[str, Any] | None]) -> Figures:
+    """Yield a figure for each patching.json."""
+    for mask, patched in by_mask.items():
+        if patched:
+            yield ReportFigure(
+                f"patching_{mask}", "Activation patching", f"Replaced states, {mask}",
+                "Change of the log-odds of the right class at patches whose own states are not replaced, as read at "
+                f"{patched['site']}, when the states of a set of tokens are replaced at one layer. Look for the layers "
+                "from which on a set's states change nothing elsewhere: by then it has passed on what others take. "
+                "Dotted: as many random tokens. Exploratory: the paper makes no claim about it. Bands: 95% intervals "
+                "over images, for all layers together.",
+                patching_effects(patched), "wide")  # fmt: skip

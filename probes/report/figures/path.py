@@ -8,8 +8,10 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from probes.report.path import verdict_rows
+from probes.report.study import Study, is_solved
+from probes.report.summary_text import PATH_SECTION
 
-from .style import FigureData, mask_colour, new_panels
+from .style import FigureData, Figures, ReportFigure, caption, mask_colour, new_panels
 
 EFFECTS = {
     "adapter_drop": "encoder minus adapter",
@@ -91,3 +93,24 @@ def _legend(verdicts: Verdicts, sgd: bool) -> list:
     if sgd:
         kinds.append(Line2D([], [], color=grey, ls=":", label="trained with SGD"))
     return [Patch(color=mask_colour(mask), label=mask) for mask in masks] + kinds
+
+
+def path_figures(study: Study, results: dict[str, Any]) -> Figures:
+    """Yield the figure of solved probes at every strength."""
+    if not results["path"]:
+        return
+    claims = [claim for claim in results["claims"] if claim["claim"] in EFFECTS]
+    by_sgd = {(claim["image_attention"], claim["claim"]): claim["value"] for claim in claims}
+    by_sgd = {key: value for key, value in by_sgd.items() if not is_solved(study.trained[key[0]])}
+    yield ReportFigure(
+        "path", PATH_SECTION, "Drop-off and recovery at every strength",
+        caption(
+            "Differences of mIoU and of cross-entropy between sites, all with probes of the same strength of "
+            "regularisation; above zero, the first site is better. Lines: probes in closed form. Points: probes at the "
+            "optimum of the loss. Where some losses explode, the axis is logarithmic away from zero.",
+            "Hollow: not converged, not counted." if any(v["not_converged"] for v in results["path"]) else "",
+            "Dotted: probes trained with SGD." if by_sgd else "",
+            "Check whether a whole curve lies above zero. Bands and bars: 95% intervals that hold at all strengths "
+            "together. The best layer is chosen by cross-validation over images.",
+        ),
+        path_effects(results["path"], by_sgd))  # fmt: skip

@@ -2,13 +2,25 @@
 
 from typing import Any
 
-from probes.report.probe_sensitivity import EFFECTS, VariantScores
+from probes.report.probe_sensitivity import EFFECTS, VariantScores, one_per_value, read_variants, select_variants
 from probes.report.study import Study
+from probes.report.summary_text import SCALE_SECTION, SEEDS_SECTION
 from probes.report.tables import bounds
 from probes.results.probe_run import ProbeRun
 
 from .layer_curves import depth_and_miou, draw_ci95, sites_by_depth
-from .style import COLOURS, FigureData, label_sites, mask_colour, mask_panels, new_axes, score_row
+from .style import (
+    COLOURS,
+    FigureData,
+    Figures,
+    ReportFigure,
+    caption,
+    label_sites,
+    mask_colour,
+    mask_panels,
+    new_axes,
+    score_row,
+)
 
 DASHES = ("-", "--", ":", "-.")
 VariantsByMask = dict[str, tuple[ProbeRun, list[VariantScores]]]
@@ -104,3 +116,48 @@ def seed_curves(variants_by_mask: VariantsByMask) -> FigureData:
         label_sites(ax, sites_by_depth(run), 8, fontsize=8)
         ax.legend(fontsize=8)
     return FigureData(figure, rows)
+
+
+def variant_figures(study: Study, scale: dict[str, dict[str, Any]]) -> Figures:
+    """Yield the figures of norms and learning rates, heads, seeds and controls.
+
+    Solved probes depend neither on learning rate nor on seed: with them, the path is shown instead.
+    """
+    runs, keys = study.runs_with_variants, ("feature_norm", "learning_rate")
+    if scale and not study.solved:
+        curves = {mask: (runs[mask], select_variants(runs[mask], *keys)) for mask in scale}
+        yield ReportFigure(
+            "scale_effects", SCALE_SECTION, "Drop-off and recovery by norm and learning rate",
+            "The two effects by how the probe was trained. Check whether all intervals are on the same side of zero. "
+            "Filled: the 95% interval is above zero.",
+            effects_by_variant(scale))  # fmt: skip
+        yield ReportFigure(
+            "scale_curves", SCALE_SECTION, "Curves by norm and learning rate",
+            "mIoU by site per probe variant; thick: the main one. Curves that differ in shape, not only in height, "
+            "show a dependence on the scale of the features.",
+            variant_curves(curves, *keys))  # fmt: skip
+    with_labels = lambda run, labels: [v for v in read_variants(run) if v.settings["labels"] == labels]
+    heads = {mask: (run, v) for mask, run in runs.items() if (v := one_per_value(with_labels(run, "true"), "head"))}
+    if heads:
+        yield ReportFigure(
+            "heads", "Probe heads", "Linear and nonlinear heads",
+            "The same states read by other probe heads, as the paper's limitations suggest. If a nonlinear head closes "
+            "the drop-off, the information is present but not linearly readable; otherwise it is lost.",
+            variant_curves(heads, "head"))  # fmt: skip
+    seeds = {mask: (run, v) for mask, run in runs.items() if (v := one_per_value(select_variants(run, "seed"), "seed"))}
+    if seeds and not study.solved:
+        yield ReportFigure(
+            "seeds", SEEDS_SECTION, "Probes from several seeds",
+            "One line per probe seed, and the main seed's interval over images, which does not include the randomness "
+            "of probe training. Lines within the band add little to it.",
+            seed_curves(seeds))  # fmt: skip
+    shuffled = {mask: with_labels(run, "shuffled") for mask, run in runs.items()}
+    if any(shuffled.values()):
+        yield ReportFigure(
+            "controls", "Controls", "Scores without training",
+            caption(
+                "Dotted: probes trained on shuffled labels, the score that the probe alone can reach.",
+                "Dashed: the untrained model, the score from the architecture alone." if study.untrained else "",
+                "Dash-dotted: the most common class everywhere. The rest of the trained curve comes from training.",
+            ),
+            control_curves(study, shuffled))  # fmt: skip

@@ -1,13 +1,16 @@
 """Figures of context starvation: the accuracy gap between the masks per patch (Fig. 7)."""
 
+from statistics import mean
 from typing import Any
 
 import numpy as np
 
+from probes.report.study import MASKS
 from probes.report.tables import bounds
 
-from .style import FigureData, draw_intervals, mask_colour, new_axes, signed_colours
+from .style import INTERVALS, FigureData, Figures, ReportFigure, draw_intervals, mask_colour, new_axes, signed_colours
 
+STARVATION = "Context starvation"
 POINTS = "#D55E00"
 
 
@@ -89,3 +92,75 @@ def _draw_gaps(ax, bars: dict[str, Any], points: dict[str, Any], labels: tuple[s
     ax.axhline(0, color="black", lw=0.8)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_xlabel("patch, in raster order")
+
+
+def flip_gaps(starvation: dict[str, Any], flip: dict[str, Any]) -> FigureData:
+    """Draw the gap per patch of upright and of transformed images (an entry of "flips"), side by side."""
+    figure, axes = new_axes(6.4, 3.2, 2)
+    grids = [100 * np.array(values).reshape(starvation["grid"]) for values in (starvation["gap"], flip["gap"])]
+    for ax, grid, title in zip(axes, grids, ("upright", f"transformed ({flip['flip']})"), strict=True):
+        image = ax.imshow(grid, **signed_colours(*grids))
+        ax.set(xticks=[], yticks=[], title=title)
+        ax.grid(False)
+    figure.colorbar(image, ax=axes, label="bidirectional − causal (pp)")
+    keys = ("causal", "bidirectional", "gap")
+    return FigureData(figure, [{"patch": i} | {k: flip[k][i] for k in keys} for i in range(len(flip["gap"]))])
+
+
+def starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) -> Figures:
+    """Yield the figures of context starvation; `analysis` is starvation.json."""
+    yield ReportFigure(
+        "starvation", STARVATION, "Accuracy gap by patch",
+        f"Accuracy under bidirectional minus causal attention at {result['site'].replace('_', ' ')}, for the first "
+        "patches in raster order (Fig. 7). Look for a gap at the first patches, which attend to few other patches "
+        f"under causal attention. {INTERVALS}",
+        starvation_curve(result))  # fmt: skip
+    yield ReportFigure(
+        "starvation_grid", STARVATION, "Accuracy gap in the image",
+        "The same gap at each patch's position in the image. Starvation predicts the largest gap at the top left.",
+        starvation_grid(result), "half")  # fmt: skip
+    if analysis and "by_class" in analysis:
+        yield ReportFigure(
+            "starvation_by_class", STARVATION, "Accuracy gap with equal class frequencies",
+            "The gap of the first patches as measured, and reweighted so that every patch has the class frequencies of "
+            f"the full split. Early patches often show only a few classes. {INTERVALS}",
+            compare_gaps(
+                analysis, analysis["by_class"], ("measured", "same class frequencies"), "standardised"
+            ))  # fmt: skip
+    if analysis and "by_position" in analysis:
+        yield ReportFigure(
+            "starvation_own_probe", STARVATION, "Accuracy gap with a probe for each position",
+            "The gap of the first patches when one probe reads all positions, and when each position has its own. Both "
+            "are solved in closed form from the same states, so the difference is due to the shared probe, not to "
+            "missing information; a shared probe at the optimum of the loss may be closer to the points. At the "
+            "adapter no mask has acted yet; a gap there comes from training. "
+            f"{INTERVALS}",
+            own_probe_gaps(analysis["by_position"]))  # fmt: skip
+    if analysis and "dummy_tokens" in analysis:
+        dummy = analysis["dummy_tokens"]
+        changes = (
+            f"{mask} {100 * change['patch_0']['value']:+.1f} [{low:+.1f}, {high:+.1f}] pp"
+            for mask, change in dummy["change"].items()
+            for low, high in [[100 * bound for bound in change["patch_0"]["ci95"]]]
+        )
+        yield ReportFigure(
+            "starvation_dummy_tokens", STARVATION, "Accuracy gap with dummy tokens",
+            "The gap of the first patches as measured, and with tokens without information before the image (number: "
+            f"{dummy['tokens']}). If the gap shrinks because causal accuracy rises, early patches lacked an attention "
+            "sink, not context. A fall can be the frozen probe's, which has never read states after such a prompt. "
+            f"Change of accuracy at patch 0: {', '.join(changes)}. {INTERVALS}",
+            compare_gaps(analysis, dummy, ("measured", "with dummy tokens"), "with_tokens"))  # fmt: skip
+        if "by_position" in dummy:
+            yield ReportFigure(
+                "starvation_dummy_own_probe", STARVATION, "The same with probes solved after dummy tokens",
+                "The gap of the first patches when the probes, too, are solved from states with the tokens before the "
+                f"image: one for all positions, and one for each. {INTERVALS}",
+                own_probe_gaps(dummy["by_position"]), "half")  # fmt: skip
+    for flip in analysis.get("flips", []) if analysis else ():
+        accuracies = (f"{mask} {mean(analysis[mask]):.0%} → {mean(flip[mask]):.0%}" for mask in MASKS)
+        yield ReportFigure(
+            f"starvation_{flip['flip']}", STARVATION, f"Position or content? ({flip['flip']})",
+            "Left: the gap on upright images. Right: the gap on transformed images. A gap caused by position stays in "
+            f"place; a gap caused by image content moves with the content. Result: {flip['follows']}. Mean accuracy, "
+            f"upright → transformed: {', '.join(accuracies)}.",
+            flip_gaps(analysis, flip))  # fmt: skip

@@ -3,7 +3,7 @@
 The colours are the colour-blind safe palette of Okabe and Ito; lines also differ in dash and marker.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -50,6 +50,16 @@ class ReportFigure:
     caption: str  # what it shows and what to look for
     data: FigureData
     width: str = "full"  # "half" of the page, "full", or "wide": full, and scrollable on a phone
+
+
+Figures = Iterator[ReportFigure]
+INTERVALS = "Lines: 95% intervals."
+KNOCKOUT = "Attention knockout"  # section of two files
+
+
+def caption(*sentences: str) -> str:
+    """Join the sentences of a caption; empty ones are left out."""
+    return " ".join(filter(None, sentences))
 
 
 def mask_colour(mask: str) -> str:

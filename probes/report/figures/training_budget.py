@@ -8,7 +8,9 @@ from probes.report.study import Study
 from probes.results.probe_run import ProbeRun
 
 from .layer_curves import depth_and_miou, sites_by_depth, without_final_norm
-from .style import FigureData, label_sites, mask_colour, mask_panels, site_depth
+from .style import FigureData, Figures, ReportFigure, caption, label_sites, mask_colour, mask_panels, site_depth
+
+BUDGET = "Probe training budget"
 
 
 def probe_budget(study: Study) -> FigureData:
@@ -70,3 +72,23 @@ def score_by_step(study: Study) -> FigureData:
         rows += _history_rows(run)
     axes[0].legend(fontsize=8)
     return FigureData(figure, rows)
+
+
+def budget_figures(study: Study) -> Figures:
+    """Yield the figures of probe training, if all trained runs have its history."""
+    if not all(entry["history"] for run in study.trained.values() for entry in run.metrics["sites"]):
+        return
+    yield ReportFigure(
+        "budget", BUDGET, "Score by training length",
+        caption(
+            f"mIoU by site after fewer epochs than the {study.first.metrics['probe']['epochs']} of the main curve.",
+            "Dashed: longer-trained probes." if study.long_runs else "",
+            "Under-trained probes show how easily a class can be read, converged ones whether it is present at all.",
+        ),
+        probe_budget(study))  # fmt: skip
+    if all("validated_at" in run.metrics["probe"] for run in study.trained.values()):
+        yield ReportFigure(
+            "budget_steps", BUDGET, "Score by optimiser step",
+            "One line per site, from the encoder (light) to the last layer (dark). If a line still rises at the end, "
+            "its probe had too few steps.",
+            score_by_step(study))  # fmt: skip

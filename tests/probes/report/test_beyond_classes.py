@@ -15,8 +15,7 @@ from probes import TaskRun
 from probes.cli import main
 from probes.models.sites import site_names
 from probes.report.beyond_classes import effects, joint_task_results, task_results
-from probes.report.figures.beyond_classes import relative_scores, tasks_by_site
-from probes.report.figures.catalogue import task_figures
+from probes.report.figures.beyond_classes import relative_scores, task_figures, tasks_by_site
 from probes.tasks import TASKS
 from probes.training.write_run import task_summary
 

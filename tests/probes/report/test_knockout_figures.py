@@ -12,8 +12,9 @@ from probes.analyses.knockout.effects import read_cases
 from probes.analyses.knockout.inference import knockout_inference
 from probes.analyses.knockout.run import OUTCOME_TITLES
 from probes.cli import main
-from probes.report.figures.catalogue import _starvation_figures, study_figures
+from probes.report.figures.catalogue import study_figures
 from probes.report.figures.knockout import VERDICT_COLOURS, class_effects
+from probes.report.figures.starvation import starvation_figures
 from probes.report.page import study_results
 from probes.report.study import read_studies
 from probes.report.tables import study_tables
@@ -100,7 +101,7 @@ def test_every_analysis_has_its_figure_and_numbers(runs, tmp_path):
 def test_starvation_of_an_older_version_has_its_figures(runs):
     """Its starvation.json has neither probes by position nor dummy tokens."""
     result = json.load(open(f"{runs[1]}/starvation.json"))
-    names = lambda analysis: [figure.name for figure in _starvation_figures(result, analysis)]
+    names = lambda analysis: [figure.name for figure in starvation_figures(result, analysis)]
     older = {key: value for key, value in result.items() if key not in ("by_position", "dummy_tokens")}
     further = {"starvation_own_probe", "starvation_dummy_tokens", "starvation_dummy_own_probe"}
     assert set(names(result)) - set(names(older)) == further

@@ -170,6 +170,7 @@ def test_valid_images_are_read_whatever_they_are_called(port):
         ("GET", "/picture?photo=../../etc/passwd", 400),
         ("GET", "/picture?photo=split:0&model=-1", 400),
         ("GET", "/picture?photo=split:0&model=%C2%B2", 400),
+        ("GET", "/picture?photo=split:0&square=1&model=" + 5000 * "0", 400),  # more digits than int() reads
         ("GET", "/picture", 400),
         ("GET", "/run/read", 405),
         ("POST", "/run/__init__", 404),

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlavaProcessor, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlavaProcessor, PreTrainedConfig
 from transformers.integrations import deepspeed as zero3
 
 from llava_bidir.common.errors import UserError, error_context
@@ -149,8 +149,10 @@ def build_model(
     model.model.multi_modal_projector.to(dtypes["adapter"])
     if adapter is not None:
         load_adapter(model, adapter)
-    model.generation_config = language_model.generation_config
-    model.generation_config.pad_token_id = model.config.text_config.pad_token_id = tokenizer.pad_token_id
+    model.config.text_config.pad_token_id = tokenizer.pad_token_id
+    # Vicuna's also has a temperature without do_sample, which transformers refuses to save
+    ids = {name: getattr(language_model.generation_config, name) for name in ("bos_token_id", "eos_token_id")}
+    model.generation_config = GenerationConfig(**ids, pad_token_id=tokenizer.pad_token_id)
     return model
 
 

@@ -104,7 +104,8 @@ def write_vicuna(settings: dict[str, int], out: Path) -> None:
     """Write an LLM as lmsys/vicuna-7b-v1.5: pickled shards in fp16 and a `tokenizer.model` without `tokenizer.json`."""
     write_model(LlamaForCausalLM, llama_config(settings, WORDS), torch.float16, out, pickled=True)
     write_tokenizer(out)
-    _write_json(out / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    sampling = {"max_length": 4096, "temperature": 0.9, "top_p": 0.6}  # without do_sample
+    _write_json(out / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **sampling})
 
 
 def write_llava_hf(settings: dict[str, int], shrink: int, vicuna: Path, out: Path) -> None:

@@ -1,11 +1,18 @@
 """Exported directories: whole or not there, equal to what is in memory, and what others can load."""
 
 import json
+import shutil
 
 import pytest
 import tiny_models
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from llava_bidir import LlavaBidirForConditionalGeneration
 from llava_bidir.model.build import build_model, build_processor
@@ -52,6 +59,21 @@ def test_lora_updates_are_merged_into_the_export_and_nothing_else_is_left(causal
     kind = LlavaForConditionalGeneration if stock else LlavaBidirForConditionalGeneration
     torch.testing.assert_close(kind.from_pretrained(tmp_path / "hf").eval()(**inputs(model)).logits, expected)
     assert not (tmp_path / "hf/merged").exists() and has_lora(model)
+
+
+def test_sampling_settings_of_vicuna_do_not_stop_the_export_nor_stay_in_it(parts, tmp_path):
+    """Vicuna sets a temperature without do_sample. transformers refuses to save that, so training ended in an error."""
+    encoder, llm = parts[0], tmp_path / "vicuna"
+    shutil.copytree(parts[1], llm)
+    settings = {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 0, "max_length": 4096}
+    (llm / "generation_config.json").write_text(json.dumps({**settings, "temperature": 0.9, "top_p": 0.6}))
+    processor = build_processor(encoder, str(llm))
+    model = build_model(encoder, str(llm), processor)
+    for exported in (model, as_llava(model)):
+        export_hf(exported, processor, tmp_path / "hf")
+        saved = GenerationConfig.from_pretrained(tmp_path / "hf")
+        assert (saved.eos_token_id, saved.pad_token_id) == ([2, 7], processor.tokenizer.pad_token_id)
+        assert saved.temperature is None and saved.top_p is None and not saved.do_sample
 
 
 @pytest.mark.parametrize("name", ["bidirectional", "prefix"])

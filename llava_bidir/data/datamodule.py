@@ -103,11 +103,17 @@ class InstructionData(LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Return the number of optimizer steps per epoch."""
-        return math.ceil(len(self.train) / self.batch_size)
+        return math.ceil(self.micro_batches_per_epoch / self.trainer.accumulate_grad_batches)
+
+    @property
+    def micro_batches_per_epoch(self) -> int:
+        """Return the number of micro-batches that an epoch trains on this rank."""
+        count, limit = len(self.sampler), self.trainer.limit_train_batches
+        return min(count, limit) if isinstance(limit, int) else int(count * limit)
 
     def train_dataloader(self) -> DataLoader:
         """Return the training loader, which starts after the micro-batches that a resumed run has trained."""
-        self.sampler.skip(self.trained_micro_batches % len(self.sampler))
+        self.sampler.skip(self.trained_micro_batches % max(self.micro_batches_per_epoch, 1))
         self.trained_micro_batches = 0
         batches = {"batch_sampler": self.sampler, "collate_fn": replace(self.collate, pack_tokens=self.pack_tokens)}
         if self.trainer.lightning_module.hparams.loss_average == "llava":

@@ -147,6 +147,19 @@ def test_adapter_can_have_its_own_learning_rate(parts, conversations, tmp_path):
     built, _, run = fit(parts, conversations, tmp_path, module_kwargs={"adapter_learning_rate": 1e-4})
     assert [(g["name"], g["initial_lr"]) for g in run.optimizers[0].param_groups] == [("adapter", 1e-4), ("llm", 1e-2)]
 
+@pytest.mark.parametrize("limit", [3, 0.5])
+def test_limited_epochs_end_the_schedule_and_are_resumed_with_the_samples_of_the_next(
+    limit, parts, conversations, tmp_path
+):
+    """The schedule was that of complete epochs; a resumed epoch left out as many samples as the last one had."""
+    save = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+    settings = {"max_epochs": 2, "limit_train_batches": limit}
+    _, losses, run = fit(parts, conversations, tmp_path, enable_checkpointing=True, callbacks=[save], **settings)
+    assert run.lr_scheduler_configs[0].scheduler.get_last_lr()[0] == pytest.approx(0)
+    _, rest, _ = fit(parts, conversations, tmp_path, ckpt_path=tmp_path / "epoch=0.ckpt", **settings)
+    assert len(losses) == 6 and rest == losses[3:]
+
+
 
 LORA = {"lora": Lora(r=2, alpha=4, dropout=0.0)}
 

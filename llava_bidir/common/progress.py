@@ -31,7 +31,8 @@ class LogProgress(Callback):
         self.last, done = now, trainer.fit_loop.epoch_loop.total_batch_idx - self.first_batch
         rate = done / max(now - self.started, 1e-9)
         text = f"epoch {trainer.current_epoch + 1}{f'/{epochs}' if epochs > 0 else ''}"
-        text += f", batch {batch_idx + 1}/{batches}, loss {float(outputs['loss']):.4g}, {rate:.3g} batches/s"
+        loss = float(outputs["loss"]) * trainer.accumulate_grad_batches  # Lightning divides by it
+        text += f", batch {batch_idx + 1}/{batches}, loss {loss:.4g}, {rate:.3g} batches/s"
         if epochs <= 0 and steps > 0:
             text += f", step {trainer.global_step}/{steps}"
             left = (steps - trainer.global_step) * trainer.accumulate_grad_batches

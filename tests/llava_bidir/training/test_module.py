@@ -1,6 +1,7 @@
 """Training: trainable parts, loss, schedule, validation, and equality of resumed and uninterrupted runs."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
 from llava_bidir.data.datamodule import InstructionData
+from llava_bidir.common.progress import LogProgress
 from llava_bidir.data.instruction_dataset import Instructions
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.lora import Lora
@@ -327,3 +329,11 @@ def test_compiled_layers_give_the_same_losses(parts, conversations, tmp_path):
     assert all(layer._compiled_call_impl is not None for layer in built.model.model.language_model.layers)
     for (ids, loss), (same_ids, other) in zip(eager, compiled, strict=True):
         assert ids == same_ids and other == pytest.approx(loss, rel=1e-4)
+def test_progress_shows_the_loss_of_a_micro_batch_under_accumulation(parts, conversations, tmp_path, caplog):
+    """Lightning's outputs hold the loss divided by the number of accumulated micro-batches."""
+    caplog.set_level("INFO")
+    _, losses, _ = fit(parts, conversations, tmp_path, callbacks=[LogProgress()])
+    shown = [float(re.search(r"loss ([\d.]+)", text)[1]) for text in caplog.messages if " batches/s" in text]
+    assert shown == [pytest.approx(losses[-1][1], rel=1e-3)], "two micro-batches a step; one line per epoch"
+
+

@@ -88,6 +88,8 @@ class InstructionData(LightningDataModule):
         if stage == "fit":
             self.train = Instructions(self.annotations, self.images, self.follow_links)
             rank_zero_info(self.train.summary(self.collate.image_tokens, self.collate.max_length))
+        elif stage != "fit":
+            raise UserError("data.val_annotations is not set, so there are no questions to validate with")
             self.sampler = BatchSampler(
                 self.train.lengths(),
                 self.batch_size,

@@ -1,8 +1,8 @@
 """Callbacks: validation answers in TensorBoard, and export of the trained model."""
 
+from copy import copy
 from pathlib import Path
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
@@ -38,14 +38,11 @@ class ShowAnswers(Callback):
         board.add_text("validation/answers", self._table(batch, outputs, processor.tokenizer), step)
         # the mask of the first prompt: white where a row (query) attends to a column (key)
         prompt = batch["prompts"]["input_ids"][:1]
-        mask = build_mask(
-            model.config.image_attention,
-            model.config.get_text_config(),
-            prompt == model.config.image_token_id,
-            batch["prompts"]["attention_mask"][:1],
-        )
-        allowed = mask if mask.dtype == torch.bool else mask == 0  # an additive mask (eager) is 0 where allowed
-        board.add_image("validation/attention_mask", allowed[0].float(), step)
+        llm_config = copy(model.config.get_text_config())
+        llm_config._attn_implementation = "sdpa"  # the only backend whose mask is bool[B, 1, N, N]
+        is_image, padding = prompt == model.config.image_token_id, batch["prompts"]["attention_mask"][:1]
+        mask = build_mask(model.config.image_attention, llm_config, is_image, padding)
+        board.add_image("validation/attention_mask", mask[0].float(), step)
 
     def _table(self, batch: dict, answers: list[str], tokenizer) -> str:
         rows = ["| record | question | expected | answered |", "|---|---|---|---|"]

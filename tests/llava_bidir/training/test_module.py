@@ -10,6 +10,7 @@ import tiny_models
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
@@ -18,6 +19,7 @@ from llava_bidir.common.progress import LogProgress
 from llava_bidir.data.instruction_dataset import Instructions
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.lora import Lora
+from llava_bidir.training.callbacks import ShowAnswers
 from llava_bidir.training.module import LlavaTraining
 
 pytestmark = pytest.mark.numerics
@@ -294,6 +296,29 @@ def test_validation_asks_the_first_question_and_rejects_records_without_an_answe
     for unanswered in (turns[1:2], turns[:2], [turns[1], {"from": "gpt", "value": ""}]):
         with pytest.raises(ValueError, match=r"val.json: 1 of 2 records have no answer .* record 1 \(id 'r1'\)"):
             first_batch(turns, unanswered)
+
+
+def test_validation_without_questions_is_an_error(parts, conversations, tmp_path):
+    """Lightning would end with success and no metric."""
+    with pytest.raises(ValueError, match="data.val_annotations is not set, so there are no questions"):
+        trainer(tmp_path).validate(module(parts), datamodule=data(conversations, parts))
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager", "flex_attention"])
+def test_attention_mask_is_drawn_under_every_backend(backend, parts, conversations):
+    built = module_with_model(parts, image_attention="bidirectional", attn_implementation=backend)
+    source, drawn = data(conversations, parts, val_annotations=str(conversations / "data.json")), []
+    source.trainer = SimpleNamespace(global_rank=0, world_size=1)
+    source.setup("validate")
+    batch = next(iter(source.val_dataloader()))
+    board = SimpleNamespace(add_images=print, add_text=print, add_image=lambda name, image, step: drawn.append(image))
+    logger = type("Logger", (TensorBoardLogger,), {"experiment": board, "__init__": lambda self: None})()
+    run = SimpleNamespace(logger=logger, global_step=0)
+    ShowAnswers().on_validation_batch_end(run, built, batch["answers"], batch, 0)
+    is_image = batch["prompts"]["input_ids"][0] == built.model.config.image_token_id
+    (mask,) = drawn
+    assert mask.shape == (1, len(is_image), len(is_image)) and mask[0, is_image][:, is_image].all()
+    assert built.model.config.get_text_config()._attn_implementation == backend
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])

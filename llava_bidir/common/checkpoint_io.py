@@ -133,8 +133,10 @@ def resolve_ckpt_path(path: str | None, folder: Path) -> str | None:
     """
     if path == "last":
         latest = latest_valid_checkpoint(folder)
-        log.info("resuming %s", latest) if latest else log.info("no checkpoint in %s yet; starting a new run", folder)
-        return str(latest) if latest else None
+        if latest is None:
+            return None
+        log.info("resuming %s", latest)
+        return str(latest)
     if path is not None and (defect := find_defect(Path(path)) or verify_checksums(Path(path))):
         latest = latest_valid_checkpoint(folder)
         raise UserError(f"checkpoint {path}: {defect}. The latest valid checkpoint in {folder} is {latest}")

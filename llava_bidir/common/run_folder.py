@@ -1,5 +1,6 @@
 """Protect the results in a run's folder: a command that is repeated never replaces them unasked."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from .checkpoint_io import is_complete, resolve_ckpt_path
 from .errors import UserError
 from .identity import Identity, check_same_identity, run_identity
 from .rank_zero import decide_before_fit
+
+log = logging.getLogger(__name__)
 
 RESUME_ADVICE = "resume with the original setting, or start a new run with another --out"
 # what a run writes besides its config and events; analyses check that they belong to the run's probes
@@ -86,6 +89,8 @@ def start_run(
             return RunPlan(identity, finished=True)
         if ckpt_path is None and (left := sorted(checkpoints.glob("*.*"))):
             raise _occupied(folder, f"checkpoints of an unfinished run, e.g. {left[-1].name}")
+        if ckpt_path == "last" and checkpoint is None:
+            log.info("no checkpoint in %s yet; starting a new run", checkpoints)
         return RunPlan(identity, checkpoint)
 
     run = decide_before_fit(cli.trainer, plan)

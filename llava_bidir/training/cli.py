@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, is_complete, resolve_ckpt_path
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.expected_messages import hide_expected_messages
 from llava_bidir.common.lightning_cli import ConfiguredCLI
 from llava_bidir.common.progress import LogProgress
@@ -93,7 +94,10 @@ class TrainingCLI(ConfiguredCLI):
         command = self.config.get("subcommand")
         run = self.config.get(command or "") or {}
         if run.get("ckpt_path") and command != "fit":
-            run["ckpt_path"] = resolve_ckpt_path(run["ckpt_path"], Path(run["out"]) / "checkpoints")
+            folder = Path(run["out"]) / "checkpoints"
+            run["ckpt_path"] = resolve_ckpt_path(run["ckpt_path"], folder)
+            if run["ckpt_path"] is None:
+                raise UserError(f"--ckpt_path last: no valid checkpoint in {folder}")
 
 
 def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> TrainingCLI:

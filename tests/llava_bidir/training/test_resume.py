@@ -76,6 +76,14 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_without_a_checkpoint_there_is_nothing_to_validate(command, finished, tmp_path):
+    """The weights before training were validated as if they were the last ones."""
+    _, (_, *options) = finished
+    with pytest.raises(SystemExit, match="no valid checkpoint in .*run/checkpoints"):
+        llava_bidir.cli.main([command, *options, "--out", str(tmp_path / "run"), "--ckpt_path", "last"])
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_run_of_another_identity_is_neither_resumed_nor_called_finished(finished, unfinished, change):
     (run, command), (options, message) = finished, CHANGES[change]

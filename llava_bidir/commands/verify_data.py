@@ -67,7 +67,7 @@ class RecordFindings(Dataset):
         if record["problem"]:
             return [("broken", record["problem"])]
         findings = check_tags(record) + self.check_tokens(record)
-        if record["image"]:
+        if record["shown"]:  # training reads no other image
             findings += check_image(self.images, record["image"], self.decode)
         return findings
 

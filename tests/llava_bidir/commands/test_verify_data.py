@@ -74,6 +74,13 @@ def test_template_plain_supervises_a_newline_and_requires_an_image(folder, parts
     assert found["text"] == ["broken"] and found["too_long"] == ["broken"]
 
 
+def test_image_that_is_not_shown_is_not_read(folder, parts):
+    """As in training, which does not open it either."""
+    record = {"id": "h", "image": "none.png", "conversations": turns("name", "wall")}
+    (folder / "hidden.json").write_text(json.dumps([record]))
+    assert kinds(folder, parts, name="hidden.json") == {"h": ["image_not_shown"]}
+
+
 def test_details_name_the_tokens_and_the_file(folder, parts):
     details = {finding["kind"]: finding["detail"] for finding in findings(folder, parts)}
     ids, _ = encode(RECORDS["too_long"]["conversations"], build_processor(*parts).tokenizer, image_tokens=None)

@@ -103,7 +103,8 @@ class Encoder:
         """Return the vision tower's configuration.
 
         Raises:
-            UserError: The checkpoint at `path` is not of the family `name`, or its sizes do not give a valid grid.
+            UserError: The checkpoint at `path` is not of the family `name`, its sizes do not give a valid grid, or it
+                lacks the layer.
         """
         config = read_pretrained("model.encoder.path", AutoConfig, self.path)
         model_type = getattr(config, "vision_config", config).model_type
@@ -120,6 +121,12 @@ class Encoder:
                 "registers would be treated as patches, or patches dropped"
             )
         self.grid(config)  # raises for an invalid grid
+        layers = config.num_hidden_layers
+        if not 1 <= abs(self.feature_layer) <= layers:
+            raise UserError(
+                f"model.encoder.layer {self.feature_layer}: encoder {self.path!r} has {layers} layers; expected 1 to "
+                f"{layers}, or -{layers} to -1"
+            )
         return config
 
     def image_px(self, config: PreTrainedConfig) -> int:

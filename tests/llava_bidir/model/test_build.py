@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,13 @@ def test_unknown_or_mistaken_encoder_is_named(parts):
         Encoder("siglip", parts[0].path).load_config()
     with pytest.raises(ValueError, match="unknown image_resize 'stretch'"):
         build_processor(*parts, image_resize="stretch")
+
+
+@pytest.mark.parametrize("layer", [0, 3, 99, -3])
+def test_layer_that_the_encoder_lacks_is_an_error(layer, parts):
+    message = rf"model.encoder.layer {layer}: .* has 2 layers; expected 1 to 2, or -2 to -1"
+    with pytest.raises(ValueError, match=message):
+        replace(parts[0], layer=layer).load_config()
 
 
 @pytest.mark.parametrize(

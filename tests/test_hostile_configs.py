@@ -82,6 +82,13 @@ def test_weights_only_cannot_be_switched_off(package, arguments, tmp_path):
         MAIN[package](["fit", *arguments[package], "--out", str(tmp_path), "--weights_only", "false"])
 
 
+@pytest.mark.parametrize("package", MAIN)
+def test_time_limit_that_would_end_as_a_finished_run_is_an_error(package, arguments, tmp_path):
+    """Lightning counts the epoch in which it stops as complete: the run was exported, and could not be resumed."""
+    with pytest.raises(SystemExit, match="trainer.max_time is not supported"):
+        MAIN[package](["fit", *arguments[package], "--out", str(tmp_path), "--trainer.max_time", "00:00:00:01"])
+
+
 FILES = {  # content of the file: error
     "model: !!python/object/apply:os.system ['touch executed']\n": "python/object/apply:os.system",
     "model: {seed: 1}\ndata: {}\nmodel: {seed: 2}\n": "c.yaml: the key 'model' occurs twice",

@@ -45,7 +45,8 @@ class ConfiguredCLI(LightningCLI):
     """LightningCLI that rejects pickled checkpoints and duplicate keys, and names the config in library errors.
 
     Raises:
-        UserError: A config contains a key twice or a value that Lightning rejects, or `--weights_only` is false.
+        UserError: A config contains a key twice, a value that Lightning rejects or `trainer.max_time`, or
+            `--weights_only` is false.
     """
 
     def __init__(self, *args, **kwargs):
@@ -61,6 +62,11 @@ class ConfiguredCLI(LightningCLI):
         run = self.config.get(self.config.get("subcommand") or "") or {}
         if run.get("weights_only") is False:
             raise UserError("--weights_only false is not supported: checkpoints are never loaded as pickles")
+        if (run.get("trainer") or {}).get("max_time") is not None:
+            raise UserError(
+                "trainer.max_time is not supported: Lightning counts the epoch that it interrupts as complete, so the "
+                "run could not be resumed; use trainer.max_steps"
+            )
         if "weights_only" in run:
             run["weights_only"] = True  # Lightning would load pickles from a URL
 

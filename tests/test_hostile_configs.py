@@ -129,6 +129,26 @@ def test_unknown_image_attention_is_one_line(arguments, tmp_path):
             llava_bidir.cli.main([command, *argv])
 
 
+NUMBERS = {
+    "data.batch_size": 0,
+    "data.micro_batch_size": 0,
+    "data.max_length": -5,
+    "data.num_workers": -1,
+    "data.pack_tokens": 0,
+    "model.learning_rate": -1.0,
+    "model.adapter_learning_rate": -1.0,
+    "model.warmup_ratio": 2.0,
+    "model.lora.r": 0,
+    "model.lora.dropout": 1.5,
+}
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_number_out_of_range_is_an_error_that_names_its_key(key, arguments):
+    message = config_error("llava_bidir", [*arguments["llava_bidir"], f"--{key}={NUMBERS[key]}"])
+    assert message is not None and key in message and str(NUMBERS[key]) in message
+
+
 def test_bug_keeps_its_traceback(arguments, tmp_path, monkeypatch):
     """Also where Lightning builds the classes: int("x") fails in our code, not in a library."""
     bug = eval("lambda *args, **kwargs: int('x')", {"__name__": "llava_bidir.model.build"})

@@ -64,6 +64,9 @@ class InstructionData(LightningDataModule):
     ):
         super().__init__()
         self.save_hyperparameters(logger=False, ignore=["processor"])
+        for key, least in (("batch_size", 1), ("micro_batch_size", 1), ("max_length", 1), ("num_workers", 0)):
+            if self.hparams[key] < least:
+                raise UserError(f"data.{key} must be at least {least}, got {self.hparams[key]}")
         self.annotations, self.images, self.val_annotations = annotations, images, val_annotations
         self.follow_links = follow_links
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
@@ -85,11 +88,11 @@ class InstructionData(LightningDataModule):
         if self.val_annotations:
             self.val = Instructions(self.val_annotations, self.images, self.follow_links)
             self.val.check_answers()
+        elif stage != "fit":
+            raise UserError("data.val_annotations is not set, so there are no questions to validate with")
         if stage == "fit":
             self.train = Instructions(self.annotations, self.images, self.follow_links)
             rank_zero_info(self.train.summary(self.collate.image_tokens, self.collate.max_length))
-        elif stage != "fit":
-            raise UserError("data.val_annotations is not set, so there are no questions to validate with")
             self.sampler = BatchSampler(
                 self.train.lengths(),
                 self.batch_size,
@@ -103,15 +106,15 @@ class InstructionData(LightningDataModule):
             self.trainer.accumulate_grad_batches = self.batch_size // (self.micro_batch_size * self.trainer.world_size)
 
     @property
-    def steps_per_epoch(self) -> int:
-        """Return the number of optimizer steps per epoch."""
-        return math.ceil(self.micro_batches_per_epoch / self.trainer.accumulate_grad_batches)
-
-    @property
     def micro_batches_per_epoch(self) -> int:
         """Return the number of micro-batches that an epoch trains on this rank."""
         count, limit = len(self.sampler), self.trainer.limit_train_batches
         return min(count, limit) if isinstance(limit, int) else int(count * limit)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the number of optimizer steps per epoch."""
+        return math.ceil(self.micro_batches_per_epoch / self.trainer.accumulate_grad_batches)
 
     def train_dataloader(self) -> DataLoader:
         """Return the training loader, which starts after the micro-batches that a resumed run has trained."""

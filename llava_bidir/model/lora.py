@@ -10,6 +10,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from llava_bidir.common.errors import UserError
+
 from .modeling_llava_bidir import LlavaBidirForConditionalGeneration
 
 NAME = "default"  # the name peft gives to a single set of updates
@@ -31,6 +33,12 @@ class Lora:
     r: int = 128
     alpha: int = 256
     dropout: float = 0.05
+
+    def __post_init__(self):
+        if self.r < 1:
+            raise UserError(f"model.lora.r must be at least 1, got {self.r}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.lora.dropout must be from 0 to less than 1, got {self.dropout}")
 
 
 def add_lora(model: LlavaBidirForConditionalGeneration, lora: Lora) -> None:

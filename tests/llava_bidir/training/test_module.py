@@ -14,8 +14,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
-from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.common.progress import LogProgress
+from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.data.instruction_dataset import Instructions
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.lora import Lora
@@ -147,10 +147,6 @@ def test_schedule_warms_up_and_falls_to_zero_over_all_steps(parts, conversations
     assert run.lr_scheduler_configs[0].scheduler.get_last_lr()[0] == pytest.approx(0)
 
 
-def test_adapter_can_have_its_own_learning_rate(parts, conversations, tmp_path):
-    built, _, run = fit(parts, conversations, tmp_path, module_kwargs={"adapter_learning_rate": 1e-4})
-    assert [(g["name"], g["initial_lr"]) for g in run.optimizers[0].param_groups] == [("adapter", 1e-4), ("llm", 1e-2)]
-
 @pytest.mark.parametrize("limit", [3, 0.5])
 def test_limited_epochs_end_the_schedule_and_are_resumed_with_the_samples_of_the_next(
     limit, parts, conversations, tmp_path
@@ -163,6 +159,10 @@ def test_limited_epochs_end_the_schedule_and_are_resumed_with_the_samples_of_the
     _, rest, _ = fit(parts, conversations, tmp_path, ckpt_path=tmp_path / "epoch=0.ckpt", **settings)
     assert len(losses) == 6 and rest == losses[3:]
 
+
+def test_adapter_can_have_its_own_learning_rate(parts, conversations, tmp_path):
+    built, _, run = fit(parts, conversations, tmp_path, module_kwargs={"adapter_learning_rate": 1e-4})
+    assert [(g["name"], g["initial_lr"]) for g in run.optimizers[0].param_groups] == [("adapter", 1e-4), ("llm", 1e-2)]
 
 
 LORA = {"lora": Lora(r=2, alpha=4, dropout=0.0)}
@@ -341,6 +341,14 @@ def test_validation_gives_every_rank_as_many_samples_and_counts_each_once(ranks,
     assert supervised == together["supervised"]
 
 
+def test_progress_shows_the_loss_of_a_micro_batch_under_accumulation(parts, conversations, tmp_path, caplog):
+    """Lightning's outputs hold the loss divided by the number of accumulated micro-batches."""
+    caplog.set_level("INFO")
+    _, losses, _ = fit(parts, conversations, tmp_path, callbacks=[LogProgress()])
+    shown = [float(re.search(r"loss ([\d.]+)", text)[1]) for text in caplog.messages if " batches/s" in text]
+    assert shown == [pytest.approx(losses[-1][1], rel=1e-3)], "two micro-batches a step; one line per epoch"
+
+
 def test_gradients_can_be_clipped_in_mixed_precision(parts, conversations, tmp_path):
     """Lightning cannot clip gradients of a fused optimizer in mixed precision."""
     _, losses, run = fit(parts, conversations, tmp_path, gradient_clip_val=0.1, precision="bf16-mixed")
@@ -354,11 +362,3 @@ def test_compiled_layers_give_the_same_losses(parts, conversations, tmp_path):
     assert all(layer._compiled_call_impl is not None for layer in built.model.model.language_model.layers)
     for (ids, loss), (same_ids, other) in zip(eager, compiled, strict=True):
         assert ids == same_ids and other == pytest.approx(loss, rel=1e-4)
-def test_progress_shows_the_loss_of_a_micro_batch_under_accumulation(parts, conversations, tmp_path, caplog):
-    """Lightning's outputs hold the loss divided by the number of accumulated micro-batches."""
-    caplog.set_level("INFO")
-    _, losses, _ = fit(parts, conversations, tmp_path, callbacks=[LogProgress()])
-    shown = [float(re.search(r"loss ([\d.]+)", text)[1]) for text in caplog.messages if " batches/s" in text]
-    assert shown == [pytest.approx(losses[-1][1], rel=1e-3)], "two micro-batches a step; one line per epoch"
-
-

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import llava_bidir
 from llava_bidir.common.errors import one_line_errors
-from llava_bidir.common.usage_errors import ArgumentParser
+from llava_bidir.common.usage_errors import ArgumentParser, count
 
 CONFIGURED = {  # commands that take the options of LightningCLI
     "fit": "train a stage: -c configs/stage1.yaml -c configs/encoder/clip.yaml --model.image_attention bidirectional",
@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("model", help="exported directory (RUN/hf), or a llava checkpoint of transformers")
     generate.add_argument("image", type=Path, help="image file")
     generate.add_argument("prompt", nargs="+", help="questions; the answer to a single question is streamed")
-    generate.add_argument("--max-new-tokens", type=int, default=256, help="maximum number of tokens per answer")
+    generate.add_argument("--max-new-tokens", type=count, default=256, help="maximum number of tokens per answer")
 
     vqa = command("vqa", "llava_bidir.vqa.run:run", "run the benchmarks of Table 1 with lmms-eval in its environment")
     vqa.add_argument("model", help="exported directory (RUN/hf), or a llava checkpoint of transformers")
@@ -66,8 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
     vqa.add_argument(
         "--tasks", nargs="+", choices=VQA, default=VQA[:-1], metavar="TASK", help=f"tasks to run: {', '.join(VQA)}"
     )
-    vqa.add_argument("--batch-size", type=int, default=1, help="number of questions per batch on each device")
-    vqa.add_argument("--devices", type=int, default=1, help="number of processes, one per GPU")
+    vqa.add_argument("--batch-size", type=count, default=1, help="number of questions per batch on each device")
+    vqa.add_argument("--devices", type=count, default=1, help="number of processes, one per GPU")
     vqa.add_argument(
         "--data", type=Path, help="folder with a local copy of the datasets in subfolders ORG/NAME, instead of the hub"
     )

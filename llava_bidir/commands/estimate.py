@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.usage_errors import ArgumentParser
+from llava_bidir.common.usage_errors import ArgumentParser, count
 from llava_bidir.model.activation_checkpointing import count_checkpointed
 from llava_bidir.model.build import build_config, padded_vocab_size, set_trainable
 from llava_bidir.model.lora import add_lora
@@ -122,8 +122,8 @@ def main(argv: list[str]) -> None:
         description="Estimate parameters, FLOPs and memory of a training config, without weights. All other options "
         "are those of `llava-bidir fit` (-c CONFIG ..., --model.image_attention ...).",
     )
-    parser.add_argument("--devices", type=int, default=8, metavar="N", help="number of GPUs")
-    parser.add_argument("--length", type=int, metavar="N", help="tokens per sample (default: data.max_length)")
+    parser.add_argument("--devices", type=count, default=8, metavar="N", help="number of GPUs")
+    parser.add_argument("--length", type=count, metavar="N", help="tokens per sample (default: data.max_length)")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
     args, config = parser.parse_known_args(argv[1:])
     cli = build_data_cli(config, parser.prog)

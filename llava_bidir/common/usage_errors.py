@@ -42,6 +42,18 @@ class ArgumentParser(ShortUsageErrors, argparse.ArgumentParser):
         return namespace
 
 
+def count(text: str) -> int:
+    """Return the number of an option that needs at least one of something; the `type` of an argument.
+
+    Raises:
+        ArgumentTypeError: It is less than 1.
+    """
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return number
+
+
 def _nearest(parser: argparse.ArgumentParser, message: str) -> str | None:
     """Return the option or command most like the first unknown one in an error, or None."""
     known = set(_names(parser))

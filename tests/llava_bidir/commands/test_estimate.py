@@ -96,3 +96,11 @@ def test_every_recomputed_layer_saves_memory():
     assert by_layers[layers] > by_layers[layers - 1], "one layer at a time is recomputed, and has an input"
     assert _activation_bytes(model, 2, 9, False) == by_layers[0]
     assert _activation_bytes(model, 2, 9, True) == by_layers[layers]
+
+
+@pytest.mark.parametrize("option", ["--devices", "--length"])
+def test_number_below_one_is_a_usage_error(option, full_size, capsys):
+    """Zero devices divided by zero; length zero was read as none."""
+    with pytest.raises(SystemExit) as stop:
+        main(size(full_size, "stage1", "clip", option, "0"))
+    assert stop.value.code == 2 and f"{option}: expected at least 1, got 0" in capsys.readouterr().err

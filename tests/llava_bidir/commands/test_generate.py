@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from llava_bidir.cli import main
 from llava_bidir.commands.generate import answer, load
 
 pytestmark = pytest.mark.numerics
@@ -38,6 +39,13 @@ def test_second_image_is_seen(asked):
 def test_prompt_without_room_for_an_answer_is_an_error(asked):
     with pytest.raises(ValueError, match="a prompt has .* tokens, but the LLM has 512 positions"):
         answer(*asked, ["sky " * 600], [[]], 5)
+
+
+@pytest.mark.parametrize("count", ["0", "-3"])
+def test_answer_without_tokens_is_a_usage_error(count, checkpoints, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", str(checkpoints["causal"]), "x.png", "what", "--max-new-tokens", count])
+    assert stop.value.code == 2 and f"--max-new-tokens: expected at least 1, got {count}" in capsys.readouterr().err
 
 
 def test_stock_checkpoints_are_asked_about_padded_images(checkpoints, tmp_path):

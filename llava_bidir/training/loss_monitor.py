@@ -32,6 +32,14 @@ class LossMonitor(Callback):
         self.mean: Tensor | None = None
         self.warned = False
 
+    def state_dict(self) -> dict[str, float | None]:
+        """Return the running mean, which a resumed run continues."""
+        return {"mean": None if self.mean is None else float(self.mean)}
+
+    def load_state_dict(self, state: dict[str, float | None]) -> None:
+        """Restore the running mean."""
+        self.mean = None if state["mean"] is None else torch.tensor(state["mean"])
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch, batch_idx: int) -> None:
         """Keep the batch for `on_before_backward`."""
         self.batch = batch
@@ -40,7 +48,7 @@ class LossMonitor(Callback):
         """Keep the loss with its batch, and update the running mean, without a device synchronisation."""
         loss = loss.detach() * trainer.accumulate_grad_batches  # Lightning divides by it
         self.window.append((loss, self.batch))
-        self.mean = loss.clone() if self.mean is None else self.mean.lerp_(loss, 1 - SMOOTHING)
+        self.mean = loss.clone() if self.mean is None else self.mean.to(loss).lerp_(loss, 1 - SMOOTHING)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer) -> None:
         """Stop on a loss that is not finite. The host waits for the device here only, once per step."""

@@ -94,6 +94,7 @@ class Collate:
               logits.
             - supervised: number of supervised tokens.
             - lengths: tokens per sample without padding.
+            - text_only: number of samples that show no image.
         """
         encoded = [self.encode(sample) for sample in samples]
         lengths = [len(ids) for ids, _ in encoded]
@@ -116,6 +117,7 @@ class Collate:
             "predicts": predicts,
             "supervised": len(predicts),
             "lengths": lengths,
+            "text_only": sum(self.processor.image_token_id not in ids for ids, _ in encoded),
         }
 
     def _boundaries(self, rows: list[list[int]]) -> dict[str, Any]:

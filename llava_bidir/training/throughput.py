@@ -111,7 +111,7 @@ class Throughput(Callback):
         lengths, images = batch["lengths"], 0 if batch["pixel_values"] is None else len(batch["pixel_values"])
         self.counts.update(
             samples=len(lengths),
-            text_only=len(lengths) - images,
+            text_only=batch["text_only"],
             tokens=sum(lengths),
             padded=batch["input_ids"].numel(),
             flops=self.step_flops(lengths, batch["supervised"], images),

@@ -1,12 +1,16 @@
 """FLOPs against torch's counter, which observes every matrix product."""
 
+from collections import Counter
+
 import pytest
 import tiny_models
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from llava_bidir.data.collate import Collate
 from llava_bidir.model.build import build_model, build_processor, set_trainable
-from llava_bidir.training.throughput import peak_flops, step_flops
+from llava_bidir.training.throughput import Throughput, peak_flops, step_flops
 
 
 @pytest.mark.parametrize("train", [["adapter"], ["adapter", "llm"]])
@@ -25,3 +29,13 @@ def test_step_flops_equal_what_torch_counts(train, image_attention, parts):
 
 def test_peak_is_unknown_on_a_cpu():
     assert peak_flops(torch.device("cpu")) is None
+
+
+def test_sample_that_shows_its_image_twice_counts_once_as_one_with_an_image(parts):
+    turns = tiny_models.turns("<image>\nname", "wall", "<image>\nand", "sky")
+    image = Image.new("RGB", (8, 8))
+    samples = [{"id": "a", "image": image, "conversations": turns}, {"id": "b", "image": None, "conversations": turns}]
+    callback = Throughput()
+    callback.counts, callback.step_flops = Counter(), lambda *args: 0.0
+    callback._count(Collate(build_processor(*parts), tiny_models.TOKENS, "vicuna_v1")(samples))
+    assert callback.counts["text_only"] == 1

@@ -150,10 +150,10 @@ def _paper_column(study: Study, claim: str, mask: str, effect: Effect) -> dict[s
     for name in _compared_masks(claim, mask):
         if is_solved(study.trained[name]):
             reason = "no run of `probes fit`, the paper's recipe; the number is that of solved probes"
-            return no_verdict(NOT_CONVERGED, reason, value, ci95)
+            return no_verdict(NOT_CONVERGED, reason, value, ci95, probes="solved")
         if reason := unconverged(study.trained[name], study.solved.get(name), claim):
-            return no_verdict(NOT_CONVERGED, reason, value, ci95)
-    return column(CLAIMS[claim][0], value, ci95)
+            return no_verdict(NOT_CONVERGED, reason, value, ci95, probes="trained")
+    return column(CLAIMS[claim][0], value, ci95, probes="trained")
 
 
 def _optimum_column(study: Study, claim: str, mask: str, numbers: Numbers, path: Rows) -> dict[str, Any]:

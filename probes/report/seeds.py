@@ -12,11 +12,11 @@ import torch
 
 from .claims import CLAIMS
 from .study import Study
-from .verdicts import COLUMNS, HOLDS, column, no_verdict
+from .verdicts import COLUMNS, HOLDS, NOT_CONVERGED, column, no_verdict
 
 
 def joint_studies(studies: list[Study], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return for each model and dataset with several seeds: {"model", "dataset", "seeds", "claims"}.
+    """Return for each model and dataset with several seeds: {"model", "dataset", "seeds", "claims", "left_out"}.
 
     Claims have the keys of `evaluate_claims` but "n" and "control"; each column has "by_seed", the values of the seeds.
     """
@@ -26,36 +26,42 @@ def joint_studies(studies: list[Study], results: list[dict[str, Any]]) -> list[d
             groups.setdefault((study.name, study.dataset), []).append((study, result))
     return [
         {"model": model, "dataset": dataset, "seeds": [study.seed for study, _ in members]}
-        | {"claims": _joint_claims({study.seed: result["claims"] for study, result in members})}
+        | _joint_claims({study.seed: result["claims"] for study, result in members})
         for (model, dataset), members in groups.items()
     ]
 
 
-def _joint_claims(claims_by_seed: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return the claims that all seeds have."""
-    by_key = [{(c["claim"], c["image_attention"]): c for c in claims} for claims in claims_by_seed.values()]
-    joint = []
-    for claim, mask in by_key[0]:
-        if any((claim, mask) not in claims for claims in by_key):
+def _joint_claims(claims_by_seed: dict[int, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Return the "claims" that all seeds have, and those "left_out" with the seeds that lack them."""
+    by_key = {seed: {(c["claim"], c["image_attention"]): c for c in x} for seed, x in claims_by_seed.items()}
+    joint, left_out = [], []
+    for claim, mask in dict.fromkeys(key for claims in by_key.values() for key in claims):
+        if lacking := [seed for seed, claims in by_key.items() if (claim, mask) not in claims]:
+            left_out.append({"claim": claim, "image_attention": mask, "lacking": lacking})
             continue
-        entries = {seed: claims[claim, mask] for seed, claims in zip(claims_by_seed, by_key, strict=True)}
+        entries = {seed: claims[claim, mask] for seed, claims in by_key.items()}
         sign, text = CLAIMS[claim]
-        main = _join(sign, entries)
         verdicts = {name: _join(sign, {s: e["verdicts"][name] for s, e in entries.items()}) for name in COLUMNS}
+        paper = verdicts["paper"]  # the numbers of the main runs
+        main = paper if paper["value"] is None else column(sign, paper["value"], paper["ci95"])
         joint.append(
             {"claim": claim, "image_attention": mask, "text": text}
             | {"value": main["value"], "ci95": main["ci95"], "holds": main["verdict"] == HOLDS, "verdicts": verdicts}
             | {"supported": all(entry["verdict"] == HOLDS for entry in verdicts.values())}
             | {"n": {"seeds": len(entries)}}
         )
-    return joint
+    return {"claims": joint, "left_out": left_out}
 
 
 def _join(sign: int, by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Return the column of all seeds; without a verdict if a seed has none."""
+    """Return the column of all seeds; without a verdict if a seed has none, without a number for two kinds of probes."""
     values = {seed: entry["value"] for seed, entry in by_seed.items()}
     if None in values.values():
         return _without_verdict(by_seed) | {"by_seed": values}
+    probes = {seed: entry.get("probes") for seed, entry in by_seed.items()}
+    if len(set(probes.values())) > 1:
+        kinds = ", ".join(f"seed {seed}: {kind}" for seed, kind in probes.items())
+        return no_verdict(NOT_CONVERGED, f"seeds with other kinds of probes are not joined ({kinds})", by_seed=values)
     value, ci95 = mean_over_seeds([(entry["value"], entry["ci95"]) for entry in by_seed.values()])
     if any("reason" in entry for entry in by_seed.values()):
         return _without_verdict(by_seed) | {"value": value, "ci95": ci95, "by_seed": values}

@@ -2,10 +2,11 @@
 
 Runs of `probes solve` are "solved": their probes minimise the loss at every strength of regularisation. Runs of `probes
 fit` train their probes with SGD. Where a study has both, the page shows the trained probes and compares the solved ones
-along the path of strengths. Controls have random weights: "untrained" ones as a model is initialised, "random" ones
+along the path of strengths; the main runs of all masks have probes of one kind. Controls have random weights: "untrained" ones as a model is initialised, "random" ones
 with an LLM that resembles the trained one (probes/models/random_init.py), in several draws.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,15 @@ Rows = list[dict[str, Any]]  # rows of a table, each a dict of its columns
 
 MASKS = ("causal", "bidirectional")
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class Study:
     """One model on one dataset; all runs by mask.
 
-    A solved run is also in `trained` or `untrained` if no other run has its mask there.
+    Solved runs are also in `trained` if more masks have them than others, and in `untrained` if no other run has their
+    mask there.
     """
 
     name: str  # of the model
@@ -145,8 +149,14 @@ class Study:
         others.append(run)
 
     def _complete(self) -> None:
-        """Make solved runs the main ones where there are no others, and sort all runs by mask, the paper's first."""
-        self.trained, self.untrained = self.solved | self.trained, self.solved_untrained | self.untrained
+        """Make solved runs the main ones if more masks have them, and sort all runs by mask, the paper's first."""
+        by_sgd, self.trained = self.trained, max(self.trained, self.solved, key=len)
+        left_out = [run for mask, run in self.solved.items() if mask not in self.trained]
+        for run in [*left_out, *(by_sgd.values() if self.trained is self.solved else ())]:
+            kinds = ("solved", "trained") if is_solved(run) else ("trained", "solved")
+            text = "%s is left out of curves and claims: its probes were %s, those of another mask of %s only %s"
+            log.warning(text, run.path, kinds[0], self.title, kinds[1])
+        self.untrained = self.solved_untrained | self.untrained
         for kind in ("trained", "untrained", "solved", "solved_untrained", "random", "solved_random"):
             runs = getattr(self, kind)
             setattr(self, kind, {mask: runs[mask] for mask in dict.fromkeys((*MASKS, *sorted(runs))) if mask in runs})

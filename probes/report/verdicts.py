@@ -48,9 +48,11 @@ def column(sign: int, value: float, ci95: Sequence[float], **more: Any) -> dict[
     return {"value": value, "ci95": list(ci95), "verdict": judge(sign, ci95)} | more
 
 
-def no_verdict(verdict: str, reason: str, value: float | None = None, ci95: Sequence[float] | None = None) -> dict:
+def no_verdict(
+    verdict: str, reason: str, value: float | None = None, ci95: Sequence[float] | None = None, **more: Any
+) -> dict[str, Any]:
     """Return a column without a verdict, and why."""
-    return {"value": value, "ci95": None if ci95 is None else list(ci95), "verdict": verdict, "reason": reason}
+    return {"value": value, "ci95": None if ci95 is None else list(ci95), "verdict": verdict, "reason": reason} | more
 
 
 def unconverged(run: ProbeRun, solved: ProbeRun | None, claim: str) -> str | None:

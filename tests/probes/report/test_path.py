@@ -316,7 +316,7 @@ def test_effects_never_mix_solved_and_trained_probes(paths, root, tmp_path):
     assert str(study.control("causal").path) == paths["solved_untrained"]
     other = write_solved(tmp_path / "other", [CURVE] * 3, root=root, mask="bidirectional")
     (study,) = read_studies([other, paths["sgd"]])
-    assert list(study.trained) == ["causal", "bidirectional"] and study.pair() is None
+    assert list(study.trained) == ["causal"] and study.pair() is None
     (study,) = read_studies([other, paths["sgd"], paths["solved"]])
     assert [str(run.path) for run in study.pair()] == [paths["solved"], other]
 
@@ -328,7 +328,7 @@ def test_solved_runs_that_do_not_belong_together_are_rejected(paths, root, tmp_p
     metrics = json.loads((tmp_path / "other/metrics.json").read_text())
     metrics["probe"]["folds"] = 5
     (tmp_path / "other/metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(ValueError, match="their probes differ in folds, 5 and 4"):
+    with pytest.raises(ValueError, match="their probes differ in folds, 4 and 5"):
         read_studies([paths["solved"], paths["sgd"], other])
     with pytest.raises(ValueError, match="was made by `probes solve`; pass it with the main runs"):
         read_studies([paths["sgd"]], long_runs=[paths["solved"]])
@@ -455,3 +455,32 @@ def test_unreadable_or_absent_path_is_named(paths, tmp_path):
         path_rows(*read_studies([str(tmp_path / "run")]))
     with pytest.raises(ValueError, match="sgd has no path of the instrument 'optimum'"):
         ProbeRun(paths["sgd"]).path_counts("optimum")
+
+
+def test_main_runs_of_all_masks_have_probes_of_one_kind(root, tmp_path, caplog):
+    """Curves and Table 2 had shown trained probes of one mask beside solved ones of the other."""
+    sgd = str(write_run(tmp_path / "sgd", CURVE, root=root))
+    solved = [
+        write_solved(tmp_path / mask, [CURVE] * 3, root=root, mask=mask, seed=i)
+        for i, mask in enumerate(("causal", "bidirectional"))
+    ]
+    (study,) = read_studies([sgd, *solved])
+    assert study.trained == study.solved and list(study.trained) == ["causal", "bidirectional"]
+    assert f"{sgd} is left out" in caplog.text
+    (study,) = read_studies([sgd, solved[1]])
+    assert list(study.trained) == ["causal"] and f"{solved[1]} is left out" in caplog.text
+
+
+def test_seeds_with_other_kinds_of_probes_are_not_joined(root, tmp_path):
+    runs = [str(write_run(tmp_path / "sgd", CURVE, root=root, metrics={"seed": 0}))]
+    runs.append(write_solved(tmp_path / "solved", [CURVE] * 3, root=root, seed=1, metrics={"seed": 1}))
+    runs.append(write_solved(tmp_path / "solved0", [CURVE] * 3, root=root, seed=2, metrics={"seed": 0}))
+    random = write_run(tmp_path / "random", FLAT, root=root, untrained=True, metrics={"seed": 0})
+    main(["report", *runs, str(random), "--out", str(tmp_path / "out")])
+    (joint,) = json.loads((tmp_path / "out/results.json").read_text())["joint"]
+    drop = next(claim for claim in joint["claims"] if claim["claim"] == "adapter_drop")
+    assert drop["value"] is drop["verdicts"]["paper"]["value"] is None and not drop["holds"]
+    assert drop["verdicts"]["paper"]["reason"].endswith("(seed 0: trained, seed 1: solved)")
+    assert drop["verdicts"]["optimum"]["value"] is not None
+    assert joint["left_out"] == [{"claim": "recovery_trained", "image_attention": "causal", "lacking": [1]}]
+    assert "Not joined: recovery trained (causal;" in (tmp_path / "out/index.html").read_text()

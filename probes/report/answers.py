@@ -106,7 +106,7 @@ def summarize_answers(answers: dict[str, dict[str, Any]]) -> list[str]:
         lines.append(
             f"{mask.capitalize()}: {_percent(of_mask['accuracy'])} of {of_mask['questions']} questions are answered "
             f"correctly, {_percent(site['accuracy'])} of the places are read correctly by the probe at {site['site']} "
-            f"(answer minus probe {_percent(site['difference'], '+')}; both say the same in "
+            f"(answer minus probe {_points(site['difference'])}; both say the same in "
             f"{site['agreement']['value']:.0%}){random}."
         )
         changes = {effect["condition"]: effect for effect in of_mask["effects"] if effect["control"] != "none"}
@@ -116,6 +116,8 @@ def summarize_answers(answers: dict[str, dict[str, Any]]) -> list[str]:
             "Against matched tokens, hiding the right class changes the right answer's log-probability by "
             f"{_nats(changes['correct']['mean'])}{beyond.get('correct', '')}, hiding the wrong class by "
             f"{_nats(changes['incorrect']['mean'])}{beyond.get('incorrect', '')}, as means over classes."
+            + f" No interval covers other draws of the random LLM (here {len(of_mask['random'])})."
+            * bool(beyond)
         )
     return lines
 
@@ -124,9 +126,14 @@ def _random(of_mask: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in models_of(of_mask).items() if entry is not of_mask}
 
 
-def _percent(entry: dict[str, Any], sign: str = "") -> str:
+def _percent(entry: dict[str, Any]) -> str:
     low, high = entry["ci95"]
-    return f"{entry['value']:{sign}.1%} [{low:{sign}.1%}, {high:{sign}.1%}]".replace("-", "−")
+    return f"{entry['value']:.1%} [{low:.1%}, {high:.1%}]".replace("-", "−")
+
+
+def _points(entry: dict[str, Any]) -> str:
+    low, high = (100 * bound for bound in entry["ci95"])
+    return f"{100 * entry['value']:+.1f} pp [{low:+.1f}, {high:+.1f}]".replace("-", "−")
 
 
 def _nats(mean: dict[str, Any]) -> str:

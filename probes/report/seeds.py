@@ -54,7 +54,7 @@ def _joint_claims(claims_by_seed: dict[int, list[dict[str, Any]]]) -> dict[str, 
 
 
 def _join(sign: int, by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """Return the column of all seeds; without a verdict if a seed has none, without a number for two kinds of probes."""
+    """Return the column of seeds: without a verdict if a seed has none, without a number for two kinds of probes."""
     values = {seed: entry["value"] for seed, entry in by_seed.items()}
     if None in values.values():
         return _without_verdict(by_seed) | {"by_seed": values}

@@ -137,7 +137,7 @@ def summarize_mask_comparison(comparison: dict[str, Any]) -> list[str]:
 
 
 def summarize_path(verdicts: list[dict[str, Any]]) -> list[str]:
-    """Return two sentences: the effects that hold at every strength of regularisation, and all others."""
+    """Return the effects that hold at every strength of regularisation, all others, and which strengths there are."""
     if not verdicts:
         return []
     everywhere, elsewhere = {}, {}
@@ -152,7 +152,15 @@ def summarize_path(verdicts: list[dict[str, Any]]) -> list[str]:
     return [
         f"Above zero at every strength of regularisation: {join(everywhere) or 'none of the effects'}.",
         f"Not at every strength: {join(elsewhere) or 'none of the effects'}.",
+        f"Strengths: {_list_strengths(verdicts)}.",
     ]
+
+
+def _list_strengths(verdicts: list[dict[str, Any]]) -> str:
+    """Return the strengths of each instrument: "4 in closed form, 1e-06 to 1"."""
+    grids = {v["instrument"]: sorted(row["strength"] for row in v["estimates"]) for v in verdicts}
+    names = {"closed_form": "in closed form", "optimum": "at the optimum"}
+    return "; ".join(f"{len(grid)} {names[key]}, {format_ranges(grid, grid)}" for key, grid in grids.items())
 
 
 def _describe_strengths(verdict: dict[str, Any]) -> str:

@@ -1,7 +1,8 @@
 """Judge each claim in three columns. A claim is supported only if it holds in all of them.
 
     paper          as the paper measures it: probes trained with SGD
-    optimum        with probes at the minimum of their loss, at every strength of regularisation
+    optimum        with solved probes: drop and recovery at every strength of regularisation whose probes have
+                   converged, all else at the strength that cross-validation chose
     beyond_random  the claim's number minus that of random models which change the states as much
 
 A verdict is "holds" if its 95% interval lies on the claimed side of zero, "reversed" if it lies on the other side, else
@@ -88,7 +89,8 @@ def _certified(run: ProbeRun, sites: list[str]) -> bool:
 def path_column(sign: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the column "optimum" from an effect at each strength, with intervals that hold at all of them together.
 
-    It is the row at the strength where the claim fares worst: only what holds there holds at every strength.
+    It is the row at the strength where the claim fares worst: only what holds there holds at every strength. Strengths
+    whose probes have not converged do not count; "strengths" and "converged" say how many there are.
     """
     converged = [row for row in rows if row["converged"]]
     if not converged:
@@ -97,7 +99,8 @@ def path_column(sign: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
     worst = min(converged, key=lambda row: min(sign * row["low"], sign * row["high"]))
     if set(verdicts) == {REVERSED}:  # the row that comes nearest to the claim
         worst = max(converged, key=lambda row: max(sign * row["low"], sign * row["high"]))
-    result = column(sign, worst["value"], (worst["low"], worst["high"]), strength=worst["strength"])
+    count = {"strengths": len(rows), "converged": len(converged)}
+    result = column(sign, worst["value"], (worst["low"], worst["high"]), strength=worst["strength"], **count)
     return result | {"verdict": verdicts[0] if len(set(verdicts)) == 1 else FAILS}
 
 

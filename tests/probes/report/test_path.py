@@ -260,10 +260,11 @@ def test_the_untrained_model_must_converge_too(paths, root, tmp_path):
 
 def test_summary_says_what_holds_where(paths):
     (study,) = read_studies([paths["solved"]])
-    first, second = summarize_path(path_verdicts(study))
+    first, second, strengths = summarize_path(path_verdicts(study))
     assert first.startswith("Above zero at every strength of regularisation: recovery in mIoU (causal, closed form; ")
     assert second.startswith("Not at every strength: drop-off in mIoU (causal, closed form: at 2 of 3, 0.001 to 0.01; ")
     assert "causal, optimum: at 1 of 2, 0.001; 1 of 2 not converged" in second
+    assert strengths == "Strengths: 3 in closed form, 0.001 to 0.1; 2 at the optimum, 0.001 to 0.01."
     case = {
         "image_attention": "causal",
         "instrument": "optimum",
@@ -271,7 +272,7 @@ def test_summary_says_what_holds_where(paths):
         "measure": "cross_entropy",
     }
     none = case | {"verdict": "at none", "holds": [], "not_converged": [], "estimates": [{"strength": 0.1}]}
-    first, second = summarize_path([none])
+    first, second, _ = summarize_path([none])
     assert first == "Above zero at every strength of regularisation: none of the effects."
     effect = "recovery minus that of the untrained model in cross-entropy"
     assert second == f"Not at every strength: {effect} (causal, optimum: at none)."

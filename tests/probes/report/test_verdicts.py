@@ -46,6 +46,8 @@ def test_the_path_is_judged_where_the_claim_fares_worst():
     )
     unsolved = [row(1e-6, -0.02, -0.01, converged=False), rows[2]]
     assert path_column(1, unsolved)["verdict"] == "holds", "what has not converged says nothing"
+    counted = path_column(1, unsolved)
+    assert (counted["converged"], counted["strengths"]) == (1, 2), "but the column says how many strengths count"
     assert path_column(1, unsolved[:1])["verdict"] == "not converged"
 
 

@@ -9,31 +9,37 @@ With several seeds, each has its own control, and effects are joined as claims a
 Shapes: B resamplings, S sites, N images, M sums per image, R strengths.
 """
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llava_bidir.common.bootstrap import Estimate
 from llava_bidir.common.errors import UserError
 from probes.evaluation.bootstrap import resampled_task_scores, task_scores
+from probes.models.sites import ENCODER
 from probes.results.task_run import TaskRun
 
 from .effects import choose_layers, effects_of_sites, estimates_to_json, read_sites, sites_to_read, subtract
+from .path import has_converged
 from .seeds import mean_over_seeds
-from .study import Rows, check_same_probes, model_name, study_keys
+from .study import Rows, check_same_probes, model_name, read_run, study_keys
+
+log = logging.getLogger(__name__)
 
 INSTRUMENTS = ("optimum", "closed_form")  # the first that a run has is shown
 EFFECTS = ("adapter_drop", "recovery", "recovery_beyond_control")
 
 
 def read_task_runs(paths: Iterable[str]) -> list[TaskRun]:
-    """Return the runs of `probes report --tasks`.
+    """Return the runs of `probes report --tasks`: folders, or NAME=FOLDER, which names the model.
 
     Raises:
         UserError: A run is of segmentation, or two runs are of the same task, model, mask, data and seed.
     """
-    runs, seen = [TaskRun(path) for path in paths], {}
+    runs, seen = [read_run(path, TaskRun) for path in paths], {}
     for run in runs:
         facts = [run.metrics[name] for name in ("dataset", "image_attention", "seed")]
         key = (run.task_name, model_name(run), *facts, is_control(run))
@@ -48,12 +54,23 @@ def is_control(run: TaskRun) -> bool:
     return bool(run.metrics["untrained"]) or run.metrics.get("match", "none") != "none"
 
 
-def effects(run: TaskRun, sums: Tensor) -> dict[str, Estimate]:
-    """Return "adapter_drop" and "recovery" of a run in units of its main score, from sums f[S, N, M]."""
+def describe_control(run: TaskRun) -> str:
+    """Return what is random in a control: "random LLM that changes the states as much", "untrained adapter and LLM"."""
+    parts = " and ".join(part.replace("llm", "LLM") for part in run.metrics["untrained"])
+    kinds = {"update": "random {} that changes the states as much", "permuted": "permuted {}", "none": "untrained {}"}
+    return kinds[run.metrics.get("match", "none")].format(parts)
+
+
+def sites_of_task(run: TaskRun, sums: Tensor) -> dict[str, Tensor]:
+    """Return for encoder, adapter and best layer, where probed, the index of the site to read per image, i64[N]."""
     task, name = run.task, run.task.score
     score = lambda sites, weights: task.sign * resampled_task_scores(task, sums[sites], weights)[name]
-    best = choose_layers(run.sites, score, sums.shape[1], run.groups)
-    site_of_image = sites_to_read(run.sites, best, sums.shape[1])
+    return sites_to_read(run.sites, choose_layers(run.sites, score, sums.shape[1], run.groups), sums.shape[1])
+
+
+def effects(run: TaskRun, sums: Tensor) -> dict[str, Estimate]:
+    """Return "adapter_drop" and "recovery" of a run in units of its main score, from sums f[S, N, M]."""
+    task, name, site_of_image = run.task, run.task.score, sites_of_task(run, sums)
     if not site_of_image:
         return {}
     read = read_sites(sums, site_of_image)
@@ -66,21 +83,25 @@ def task_results(runs: list[TaskRun]) -> list[dict[str, Any]]:
     """Return the entry "tasks" of results.json, one entry per trained run.
 
     Each has the scores by site, "adapter_drop" and "recovery" with intervals, "recovery_beyond_control" if there is a
-    run of the same task and mask with random weights, and "path": the effects at every strength of regularisation.
+    run of the same task and mask with random weights ("control_is" says of which), and "path": the effects at every
+    strength of regularisation, and whether the probes that the recovery reads have "converged".
 
     Raises:
         UserError: A run has two controls, or one that was not probed in the same way.
     """
-    key_of = study_keys([(model_name(run), run) for run in runs if not is_control(run)])
+    key_of = study_keys([run for run in runs if not is_control(run)])
     pair_key = lambda run: (
-        *key_of(model_name(run), run),
+        *key_of(run),
         *(run.task_name, run.metrics["image_attention"], run.manifest["data"]["fingerprint"]),
     )
     controls: dict[tuple, TaskRun] = {}
     for run in filter(is_control, runs):
         if (other := controls.setdefault(pair_key(run), run)) is not run:
             raise UserError(f"{other.path} and {run.path} are two controls of the same runs; pass one")
-    return [_entry(run, controls.get(pair_key(run))) for run in runs if not is_control(run)]
+    trained = {pair_key(run): run for run in runs if not is_control(run)}
+    for control in (control for key, control in controls.items() if key not in trained):
+        log.warning("%s is left out: no run of the trained model has its task, mask, seed and images", control.path)
+    return [_entry(run, controls.get(key)) for key, run in trained.items()]
 
 
 def _entry(run: TaskRun, control: TaskRun | None) -> dict[str, Any]:
@@ -102,6 +123,7 @@ def _entry(run: TaskRun, control: TaskRun | None) -> dict[str, Any]:
         "solved": run.metrics["probe"].get("solved"),
         "sites": _sites(run),
         "control": _sites(control) if control else None,
+        "control_is": describe_control(control) if control else None,
         **estimates_to_json(own),
         "path": _path(run),
     }
@@ -119,8 +141,18 @@ def _path(run: TaskRun) -> list[dict[str, Any]]:
     for instrument in INSTRUMENTS:
         if solved.get(instrument):
             by_strength = zip(solved[instrument]["strengths"], run.path_sums(instrument), strict=True)
-            return [{"strength": r, **estimates_to_json(effects(run, sums))} for r, sums in by_strength]
+            return [
+                {"strength": r, **estimates_to_json(effects(run, sums))} | _recovery_converged(run, instrument, i, sums)
+                for i, (r, sums) in enumerate(by_strength)
+            ]
     return []
+
+
+def _recovery_converged(run: TaskRun, instrument: str, strength: int, sums: Tensor) -> dict[str, bool]:
+    """Return whether the probes that the recovery reads at a strength have converged; in closed form all have."""
+    sites = [site for name, site in sites_of_task(run, sums).items() if name != ENCODER]
+    read = torch.cat(sites).unique().tolist() if sites else []
+    return {"converged": has_converged(run, instrument, strength, read)}
 
 
 def group_by_seed(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -136,33 +168,37 @@ def joint_task_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the entry "joint_tasks" of results.json: the entries of :func:`task_results` with several seeds, joined.
 
     They have "seeds" in place of "seed", and effects have "by_seed", the values of the seeds. Sites, effects and
-    strengths that a seed lacks are left out.
+    strengths that a seed lacks are left out, and controls of different kinds.
     """
     return [_join([entry["seed"] for entry in group], group) for group in group_by_seed(results) if len(group) > 1]
 
 
 def _join(seeds: list[int], entries: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the entry of all seeds."""
-    first = entries[0]
+    first, same_control = entries[0], len({entry["control_is"] for entry in entries}) == 1
     sites = lambda kind: join_rows([entry[kind] or [] for entry in entries], "site")
     return {
         **{key: first[key] for key in ("task", "model", "dataset", "score", "better", "image_attention")},
         "seeds": seeds,
         "solved": first["solved"],
         "sites": sites("sites"),
-        "control": sites("control") or None,
-        **_join_effects(seeds, entries),
+        "control": (same_control and sites("control")) or None,
+        "control_is": first["control_is"] if same_control else None,
+        **_join_effects(seeds, entries, EFFECTS if same_control else EFFECTS[:2]),
         "path": [
             {"strength": rows[0]["strength"], **_join_effects(seeds, rows)}
+            | {"converged": all(row["converged"] for row in rows)}
             for rows in _rows_of_all([entry["path"] for entry in entries], "strength")
         ],
     }
 
 
-def _join_effects(seeds: list[int], entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the effects that all entries have."""
+def _join_effects(
+    seeds: list[int], entries: list[dict[str, Any]], names: Iterable[str] = EFFECTS
+) -> dict[str, dict[str, Any]]:
+    """Return the effects of these names that all entries have."""
     joint = {}
-    for name in EFFECTS:
+    for name in names:
         if all(name in entry for entry in entries):
             value, ci95 = mean_over_seeds([(entry[name]["value"], entry[name]["ci95"]) for entry in entries])
             by_seed = {seed: entry[name]["value"] for seed, entry in zip(seeds, entries, strict=True)}
@@ -196,7 +232,7 @@ def task_table(results: list[dict[str, Any]], label: dict[str, dict[str, str]]) 
     for entry in results:
         site = {row["site"]: row["value"] for row in entry["sites"]}
         number = lambda name, entry=entry: _format(entry[name]) if name in entry else "-"
-        held = sum(row["recovery"]["ci95"][0] > 0 for row in entry["path"] if "recovery" in row)
+        held = sum(row["recovery"]["ci95"][0] > 0 for row in entry["path"] if "recovery" in row and row["converged"])
         rows.append(
             {
                 "task": entry["task"],
@@ -208,6 +244,7 @@ def task_table(results: list[dict[str, Any]], label: dict[str, dict[str, str]]) 
                 "drop": number("adapter_drop"),
                 "recovery": number("recovery"),
                 "beyond_control": number("recovery_beyond_control"),
+                "control": entry["control_is"] or "-",
                 "strengths_with_recovery": f"{held} of {len(entry['path'])}" if entry["path"] else "-",
             }
         )

@@ -23,6 +23,7 @@ from torch import Tensor
 from llava_bidir.common.bootstrap import simultaneous_band
 from probes.evaluation.metrics import Counts
 from probes.models.sites import ADAPTER, ENCODER
+from probes.results.finished_run import FinishedRun
 from probes.results.probe_run import ProbeRun
 
 from .effects import BEST_LAYER, Estimate, effects_of_sites, miou_estimates, read_sites, sites_of_effects, subtract
@@ -134,7 +135,7 @@ def _effects_at(
     }
     sites = lambda effect: torch.cat([site_of_image[name].unique() for name in EFFECTS[effect]]).tolist()
     return StrengthEffects(
-        effects, {effect: _converged(run, instrument, strength, sites(effect)) for effect, _ in effects}
+        effects, {effect: has_converged(run, instrument, strength, sites(effect)) for effect, _ in effects}
     )
 
 
@@ -147,7 +148,7 @@ def loss_estimates(
     return {site: (values[i].item(), resampled[:, i]) for i, site in enumerate(site_of_image)}
 
 
-def _converged(run: ProbeRun, instrument: str, strength: int, sites: list[int]) -> bool:
+def has_converged(run: FinishedRun, instrument: str, strength: int, sites: list[int]) -> bool:
     """Return whether the probes of all these sites have converged; those of the closed form need not."""
     if instrument == "closed_form":
         return True

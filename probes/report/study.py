@@ -2,15 +2,16 @@
 
 Runs of `probes solve` are "solved": their probes minimise the loss at every strength of regularisation. Runs of `probes
 fit` train their probes with SGD. Where a study has both, the page shows the trained probes and compares the solved ones
-along the path of strengths; the main runs of all masks have probes of one kind. Controls have random weights: "untrained" ones as a model is initialised, "random" ones
-with an LLM that resembles the trained one (probes/models/random_init.py), in several draws.
+along the path of strengths; the main runs of all masks have probes of one kind. Controls have random weights:
+"untrained" ones as a model is initialised, "random" ones with an LLM that resembles the trained one
+(probes/models/random_init.py), in several draws.
 """
 
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llava_bidir.common.errors import UserError
 from probes.analyses.starvation.run import shared_layer, starvation
@@ -20,6 +21,7 @@ from probes.results.probe_run import ProbeRun
 Rows = list[dict[str, Any]]  # rows of a table, each a dict of its columns
 
 MASKS = ("causal", "bidirectional")
+Run = TypeVar("Run", bound=FinishedRun)
 
 log = logging.getLogger(__name__)
 
@@ -200,10 +202,10 @@ def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: 
     Raises:
         UserError: A folder is not a finished run, two runs are the same case, or runs do not fit together.
     """
-    runs, studies = list(map(_read_run, paths)), {}
+    runs, studies = [read_run(path, ProbeRun) for path in paths], {}
     key_of = study_keys(runs)
-    for model, run in runs:
-        key = key_of(model, run)
+    for run in runs:
+        key = key_of(run)
         studies.setdefault(key, Study(*key))._add(run)
     reference: dict[tuple, ProbeRun] = {}  # by dataset and seed: the run whose images all others must share
     for study in studies.values():
@@ -212,8 +214,8 @@ def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: 
             reference.setdefault((study.dataset, study.seed), run).check_same_images(run)
         study._check()
     for field_name, extra_paths in (("long_runs", long_runs), ("variant_runs", variants)):
-        for model, run in map(_read_run, extra_paths):
-            key, mask = key_of(model, run), run.metrics["image_attention"]
+        for run in (read_run(path, ProbeRun) for path in extra_paths):
+            key, mask = key_of(run), run.metrics["image_attention"]
             if key not in studies or mask not in studies[key].trained:
                 of = ", ".join(str(part) for part in key if part is not None)
                 raise UserError(f"no main run matches {run.path} ({of}, {mask!r}); pass that run too")
@@ -224,31 +226,31 @@ def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: 
     return list(studies.values())
 
 
-def study_keys(runs: list[tuple[str, FinishedRun]]) -> Callable[[str, FinishedRun], tuple[str, str, int | None]]:
+def study_keys(runs: list[FinishedRun]) -> Callable[[FinishedRun], tuple[str, str, int | None]]:
     """Return the key of a run's study: model, dataset, and the seed if trained runs of the model have several."""
     seeds: dict[tuple[str, str], set[int]] = {}
-    for model, run in runs:
+    for run in runs:
         if not run.metrics["untrained"]:
-            seeds.setdefault((model, run.metrics["dataset"]), set()).add(run.metrics["seed"])
+            seeds.setdefault((model_name(run), run.metrics["dataset"]), set()).add(run.metrics["seed"])
 
-    def key_of(model: str, run: FinishedRun) -> tuple[str, str, int | None]:
-        dataset, seed = run.metrics["dataset"], run.metrics["seed"]
+    def key_of(run: FinishedRun) -> tuple[str, str, int | None]:
+        model, dataset, seed = model_name(run), run.metrics["dataset"], run.metrics["seed"]
         return model, dataset, seed if len(seeds.get((model, dataset), ())) > 1 else None
 
     return key_of
 
 
-def _read_run(path: str) -> tuple[str, ProbeRun]:
+def read_run(path: str, kind: type[Run]) -> Run:
+    """Return the run of a folder, or of NAME=FOLDER, which names the model."""
     name, separator, folder = str(path).partition("=")
-    if separator and not Path(path).is_dir():
-        return name, ProbeRun(folder)
-    run = ProbeRun(path)
-    return model_name(run), run
+    return kind(folder, name) if separator and not Path(path).is_dir() else kind(path)
 
 
 def model_name(run: FinishedRun) -> str:
-    """Return encoder and LLM ("clip + vicuna-7b") if the checkpoint states them, else the checkpoint's name."""
+    """Return the name that the run was told, else encoder and LLM ("clip + vicuna-7b") or the checkpoint's name."""
     training = run.training
+    if run.model:
+        return run.model
     if "encoder" in training and "llm" in training:
         return f"{training['encoder']['name']} + {Path(training['llm']).name}"
     return Path(run.metrics["mllm"]).name

@@ -23,12 +23,12 @@ def task_starvation(runs: list[TaskRun]) -> list[dict[str, Any]]:
         UserError: The runs of a pair were not probed in the same way.
     """
     trained = [run for run in runs if not is_control(run) and run.task.pixel_error]
-    key_of, pairs = study_keys([(model_name(run), run) for run in trained]), {}
+    key_of, pairs = study_keys(trained), {}
     for run in trained:
         if not run.has_patch_errors:
             log.warning("%s was made before errors by position were kept; its starvation is left out", run.path)
             continue
-        key = (run.task_name, *key_of(model_name(run), run), run.manifest["data"]["fingerprint"])
+        key = (run.task_name, *key_of(run), run.manifest["data"]["fingerprint"])
         pairs.setdefault(key, {})[run.metrics["image_attention"]] = run
     results = []
     for by_mask in pairs.values():

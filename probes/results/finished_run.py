@@ -57,12 +57,14 @@ class FinishedRun:
 
     Args:
         path: Folder of the run.
+        model: Name of the model in a report, if it has been told one.
 
     Raises:
         UserError: If `path` is not a finished run, or a JSON file is invalid. Tensors are checked on first use.
     """
 
     path: Path
+    model: str | None = None
 
     def __post_init__(self):
         self.path = Path(self.path)

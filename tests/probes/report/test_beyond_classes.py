@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import probe_runs
@@ -14,7 +15,7 @@ from llava_bidir.common.bootstrap import bootstrap_weights
 from probes import TaskRun
 from probes.cli import main
 from probes.models.sites import site_names
-from probes.report.beyond_classes import effects, joint_task_results, task_results
+from probes.report.beyond_classes import effects, joint_task_results, read_task_runs, task_results, task_table
 from probes.report.figures.beyond_classes import relative_scores, task_figures, tasks_by_site
 from probes.tasks import TASKS
 from probes.training.write_run import task_summary
@@ -92,6 +93,45 @@ def test_control_and_path(folders):
     assert entry["path"][0]["recovery"] == entry["recovery"] and entry["path"][-1]["recovery"]["value"] == 0
 
 
+def test_strengths_without_certificates_do_not_count(folders):
+    path = Path(folders["depth"])
+    metrics = json.loads((path / "metrics.json").read_text())
+    refined = metrics["path"]["closed_form"]
+    certificates = [[{"converged": r != STRENGTHS[0] or site != "layer_02"} for r in STRENGTHS]
+                    for site in [entry["site"] for entry in metrics["sites"]]]  # fmt: skip
+    sites = [entry | {"certificates": x} for entry, x in zip(refined["sites"], certificates, strict=True)]
+    metrics["path"]["optimum"] = refined | {"sites": sites}
+    (path / "metrics.json").write_text(json.dumps(metrics))
+    sums = load_file(path / "path.safetensors")["closed_form/sums"]
+    save_file({"closed_form/sums": sums, "optimum/sums": sums.clone()}, path / "path.safetensors")
+    entries = task_results([TaskRun(path)])
+    assert [row["converged"] for row in entries[0]["path"]] == [False, True, True]
+    (row,) = task_table(entries, {"depth": {"rmse": "RMSE"}})
+    assert row["strengths_with_recovery"] == "1 of 3", "one has not converged, at the last there is no recovery"
+
+
+def test_a_control_says_what_is_random(segmentation, folders, tmp_path, caplog):
+    metrics = {"untrained": ["llm"], "match": "update", "draw": 0}
+    rmse = [0.5, 1.0, 1.1, 0.95, 0.96]
+    matched = TaskRun(write_task_run(tmp_path / "matched", rmse, segmentation, metrics=metrics))
+    depth, untrained = TaskRun(folders["depth"]), TaskRun(folders["random"])
+    texts = [task_results([depth, control])[0]["control_is"] for control in (matched, untrained)]
+    assert texts == ["random LLM that changes the states as much", "untrained adapter and LLM"]
+    seeds = [task_results([depth, control])[0] | {"seed": i} for i, control in enumerate((matched, untrained))]
+    (joint,) = joint_task_results(seeds)
+    assert "recovery" in joint and "recovery_beyond_control" not in joint and joint["control"] is None
+    other = TaskRun(write_task_run(tmp_path / "other", rmse, segmentation, "bidirectional", untrained=True))
+    assert len(task_results([depth, other])) == 1 and f"{other.path} is left out" in caplog.text
+
+
+def test_runs_of_tasks_can_be_told_their_model(folders, tmp_path):
+    runs = read_task_runs([f"ours={folders['depth']}", f"theirs={folders['depth']}", f"ours={folders['random']}"])
+    assert [(entry["model"], entry["control"] is None) for entry in task_results(runs)] == [
+        ("ours", False),
+        ("theirs", True),
+    ]
+
+
 def test_scores_are_in_units_of_the_encoders(folders):
     (entry,) = task_results([TaskRun(folders["depth"])])
     rows = relative_scores(entry, "sites")
@@ -133,7 +173,11 @@ def test_report_has_the_section_only_with_runs_of_tasks(folders, tmp_path):
     out = tmp_path / "with"
     main(["report", folders["classes"], "--out", str(out), "--tasks", folders["depth"], folders["random"]])
     page = (out / "index.html").read_text()
-    assert "Beyond classes" in page and "Exploratory" in page and "RMSE (m), lower is better" in page
+    assert (
+        '<a href="#beyond-classes">Beyond classes</a>' in page
+        and "Exploratory" in page
+        and "RMSE (m), lower is better" in page
+    )
     assert json.loads((out / "results.json").read_text())["tasks"][0]["task"] == "depth"
     assert {"tasks.png", "tasks.pdf", "tasks.csv", "tasks_table.csv"} <= {file.name for file in out.iterdir()}
 

@@ -188,6 +188,7 @@ def _beyond_random_column(claim: str, mask: str, numbers: Numbers) -> dict[str, 
             value, ci95 = beyond_draws(trained[key], draws)
             by_draw = [mean_effect(draw)[0] for draw in draws]
             more = {"draws": len(draws), "by_draw": by_draw, "probes": "solved" if solved else "trained"}
+            more["trained"] = mean_effect(trained[key])[0]
             return column(CLAIMS[claim][0], value, ci95, **more)
         most = max(most, len(draws))
     return no_verdict(NO_CONTROL, f"draws of a random {part} with this analysis: {most}; an interval needs two")

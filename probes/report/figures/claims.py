@@ -26,6 +26,8 @@ DRAWS_OFFSET = 0.22
 def claim_values(claims: list[dict[str, Any]]) -> FigureData:
     """Draw each claim as measured and at the optimum, with intervals, beside the same number of each random model.
 
+    A filled diamond is the trained model with the probes of the random ones; a circle can be at another strength.
+
     "recovery_trained" is left out: it is a difference to models with random weights.
     """
     claims = [claim for claim in claims if claim["claim"] != "recovery_trained"]
@@ -42,13 +44,16 @@ def claim_values(claims: list[dict[str, Any]]) -> FigureData:
                 ax.plot([100 * found["value"]], [y + offset], "o", color=colour, mfc=fill, ms=4.5)
         draws = entry["verdicts"]["beyond_random"].get("by_draw", [])
         ax.plot([100 * x for x in draws], [y + DRAWS_OFFSET] * len(draws), "D", color="#444444", mfc="none", ms=4.5)
+        if draws:
+            trained = 100 * entry["verdicts"]["beyond_random"]["trained"]
+            ax.plot([trained], [y + DRAWS_OFFSET], "d", color=colour, ms=5.5)
         rows += _rows(entry, draws)
     labels = [f"{NAMES[c['claim']]} ({c['image_attention']})" for c in claims]
     ax.set_yticks(range(len(claims)), labels, fontsize=8)
     ax.set_ylim(len(claims) - 0.5, -0.5)
     ax.axvline(0, color="black", lw=0.8)
     ax.set_xlabel("percentage points")
-    figure.legend(handles=_legend(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(handles=_legend(), loc="outside lower center", ncols=2, fontsize=8)
     return FigureData(figure, rows)
 
 
@@ -60,7 +65,9 @@ def _rows(entry: dict[str, Any], draws: list[float]) -> list[dict[str, Any]]:
         for name, found in columns.items()
         if found["ci95"] is not None
     ]
-    return rows + [key | {"of": f"random_{i}", "value": value} | bounds((None, None)) for i, value in enumerate(draws)]
+    like_random = {"trained_like_random": columns["beyond_random"]["trained"]} if draws else {}
+    values = like_random | {f"random_{i}": value for i, value in enumerate(draws)}
+    return rows + [key | {"of": name, "value": value} | bounds((None, None)) for name, value in values.items()]
 
 
 def _legend() -> list[Line2D]:
@@ -69,6 +76,7 @@ def _legend() -> list[Line2D]:
         Line2D([], [], marker="o", mfc="white", label="as the paper measures it", **point),
         Line2D([], [], marker="o", label="probes at the optimum", **point),
         Line2D([], [], marker="D", mfc="none", label="random models", **point),
+        Line2D([], [], marker="d", label="trained model, same probes as the random ones", **point),
     ]
 
 

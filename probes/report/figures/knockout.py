@@ -14,7 +14,7 @@ from probes.report.study import Rows, Study
 from probes.report.tables import bounds
 from probes.results.probe_run import ProbeRun
 
-from .style import KNOCKOUT, FigureData, Figures, ReportFigure, caption, draw_intervals, new_axes, new_panels
+from .style import COLOURS, KNOCKOUT, FigureData, Figures, ReportFigure, caption, draw_intervals, new_axes, new_panels
 
 CONDITION_STYLES = {
     "none": ("#444444", "-", "no blocking"),
@@ -152,9 +152,7 @@ def criterion_shifts(inference: dict[str, Any], rows: Rows) -> FigureData:
     shifts = inference["criterion_shifts"]
     figure, ax = new_axes(4.4, 0.9 + 0.5 * len(shifts))
     for i, entry in enumerate(shifts):
-        for offset, colour, (name, move) in zip(
-            (-0.15, 0.15), ("#0072B2", "#D55E00"), entry["hide"].items(), strict=True
-        ):
+        for offset, colour, (name, move) in zip((-0.15, 0.15), COLOURS[4:6], entry["hide"].items(), strict=True):
             low, high = 100 * np.array(move["ci95"])
             ax.plot([low, high], [i + offset] * 2, color=colour, lw=1.4)
             fill = colour if entry["shift"] else "white"

@@ -24,6 +24,7 @@ from .style import (
     new_panels,
     score_row,
     site_depth,
+    spread_labels,
 )
 
 OVERVIEW = "Across models and datasets"
@@ -87,6 +88,7 @@ def layer_curves(study: Study, solved: bool) -> FigureData:
     label_sites(ax, sites_by_depth(*runs))
     ax.set(ylabel="mIoU (%)")
     ax.legend(fontsize=9)
+    spread_labels(figure, [ax])
     return FigureData(figure, _rows(runs))
 
 
@@ -132,6 +134,7 @@ def models_by_dataset(studies: list[Study], mask: str, over_adapter: bool = Fals
     lines = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=model) for i, model in enumerate(models)]
     figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8)
     axes[0].set_ylabel("mIoU minus the adapter's (pp)" if over_adapter else "mIoU (%)")
+    spread_labels(figure, axes)
     return FigureData(figure, rows)
 
 
@@ -147,6 +150,7 @@ def masks_by_model(studies: list[Study]) -> FigureData:
     axes[0].legend(fontsize=8)
     axes[0].set_ylabel("mIoU (%)")
     figure.supxlabel("encoder, adapter (0), LLM layer", fontsize=9)
+    spread_labels(figure, axes)
     return FigureData(
         figure, [{"model": s.model, "dataset": s.dataset} | row for s in studies for row in _rows(s.runs)]
     )

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 from probes.report.study import Rows
 from probes.report.tables import bounds
 
-from .style import FigureData, Figures, ReportFigure
+from .style import COLOURS, FigureData, Figures, ReportFigure
 
 TITLES = {"mask": "states under the other mask", "pairs": "states of a picture with the cue"}
 
@@ -25,9 +25,9 @@ def patching_effects(results: dict[str, Any]) -> FigureData:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         shown = [entry for entry in experiment["sets"] if "others" in entry]
         for number, entry in enumerate(shown):
-            _draw(ax, entry["others"], f"C{number}", "-", entry["set"].replace("_", " "))
+            _draw(ax, entry["others"], COLOURS[number], "-", entry["set"].replace("_", " "))
             if "random" in entry:
-                _draw(ax, entry["random"], f"C{number}", ":", "random tokens" if len(shown) == 1 else None)
+                _draw(ax, entry["random"], COLOURS[number], ":", "random tokens" if len(shown) == 1 else None)
         total = experiment["total"]["value"]
         if len(shown) == 1:
             ax.axhline(total, color="#777777", ls="--", lw=1, label="all tokens: the donor")

@@ -11,13 +11,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from probes.models.sites import ADAPTER, ENCODER
 from probes.report.study import Rows
 from probes.report.tables import bounds
 
 MASK_COLOURS = {"causal": "#0072B2", "bidirectional": "#D55E00"}
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8C6D1F")
+# of anything else but masks, whose colours mean nothing but masks
+COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8C6D1F", "#882255", "#332288")
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -118,6 +120,20 @@ def score_row(entry: dict[str, Any]) -> dict[str, Any]:
     """Return the scores of a site as a row of a table."""
     scores = {key: entry[key] for key in ("site", "dim", "miou", "pacc", "best_epoch")}
     return scores | bounds(entry["miou_ci95"], "miou_")
+
+
+def spread_labels(figure: Figure, axes: Sequence[Axes]) -> None:
+    """Move annotations that overlap others of their axes upwards."""
+    figure.draw_without_rendering()
+    for ax in axes:
+        placed: list[Bbox] = []
+        for text in sorted(ax.texts, key=lambda text: text.xy[1]):
+            box, (x, y) = text.get_window_extent(), text.xyann
+            for other in placed:
+                if box.overlaps(other):
+                    box = box.translated(0, other.y1 - box.y0 + 1)
+            text.xyann = (x, y + (box.y0 - text.get_window_extent().y0) * 72 / figure.dpi)
+            placed.append(box)
 
 
 def draw_intervals(ax: Axes, x: Sequence[float], values: Sequence, ci95: Sequence, colour: str, **kwargs) -> None:

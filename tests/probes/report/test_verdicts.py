@@ -110,7 +110,7 @@ def cross_validated_recovery(run):
     return drop_and_recovery(run.sites, run.counts, run.weights)["recovery"][0]
 
 
-def test_figure_of_claims_has_a_diamond_for_each_draw(write):
+def test_figure_of_claims_has_a_diamond_for_each_draw_and_the_trained_model(write, tmp_path):
     draws = [write(f"r{i}", TRAINED, 30 + i, untrained=["llm"], match="update", draw=i) for i in (0, 1)]
     claims = evaluate_claims(read_studies([write("trained", TRAINED, 1), *draws])[0])
     figure, rows = claim_values(claims)
@@ -119,7 +119,11 @@ def test_figure_of_claims_has_a_diamond_for_each_draw(write):
     (line,) = [x for x in diamonds if round(x.get_ydata()[0]) == recovery]
     by_draw = claims[recovery]["verdicts"]["beyond_random"]["by_draw"]
     assert line.get_xdata().tolist() == pytest.approx([100 * x for x in by_draw])
+    (line,) = [x for x in figure.axes[0].lines if x.get_marker() == "d" and round(x.get_ydata()[0]) == recovery]
+    trained = cross_validated_recovery(ProbeRun(tmp_path / "trained"))
+    assert line.get_xdata().tolist() == pytest.approx([100 * trained]), "the trained model by the same probes"
     found = {row["of"]: row["value"] for row in rows if row["claim"] == "recovery"}
+    assert found["trained_like_random"] == pytest.approx(trained)
     assert [found["random_0"], found["random_1"]] == by_draw
     assert found["beyond_random"] == claims[recovery]["verdicts"]["beyond_random"]["value"]
 

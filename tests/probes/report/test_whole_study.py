@@ -1,6 +1,7 @@
 """Reports over models and datasets, mask comparison, probe variants, seeds and confusions, on runs without a model."""
 
 import csv
+import itertools
 import json
 import re
 from html import unescape
@@ -16,6 +17,8 @@ from probes.cli import main
 from probes.evaluation.bootstrap import dataset_scores
 from probes.report.confusion import first_halved_layer, most_confused_pairs
 from probes.report.figures.catalogue import study_figures
+from probes.report.figures.layer_curves import models_by_dataset
+from probes.report.figures.style import COLOURS, MASK_COLOURS
 from probes.report.figures.training_budget import probe_budget
 from probes.report.mask_comparison import compare_masks
 from probes.report.page import study_results
@@ -126,6 +129,18 @@ def test_runs_that_differ_are_not_compared(root, tmp_path, pair):
         read_studies(pair[:1], [f"another={pair[1]}"])
     with pytest.raises(ValueError, match="were scored on different images"):
         read_studies(pair, [str(write_run(tmp_path / "images", CURVE, root=root, images=30))])
+
+
+def test_labels_of_models_with_the_same_best_layer_do_not_overlap(root, tmp_path):
+    runs = [f"{i}={write_run(tmp_path / str(i), [x + i / 500 for x in CURVE], root=root)}" for i in range(3)]
+    figure, _ = models_by_dataset(read_studies(runs), "causal")
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) == 3 and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_only_masks_have_the_colours_of_masks():
+    assert not set(COLOURS) & set(MASK_COLOURS.values())
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.errors import UserError, error_context
 from probes.analyses.starvation.run import shared_layer, starvation
 from probes.results.finished_run import FinishedRun
 from probes.results.probe_run import ProbeRun
@@ -263,8 +263,14 @@ def overridden_masks(study: Study) -> dict[str, str]:
 
 
 def total_wall_s(timings: Path) -> float:
-    """Return the wall time of a log of lines "start end step": the length of the union of its intervals."""
-    intervals = sorted(tuple(map(float, line.split()[:2])) for line in timings.read_text().splitlines() if line.strip())
+    """Return the wall time of a log of lines "start end step": the length of the union of its intervals.
+
+    Raises:
+        UserError: The log does not exist, or has other lines.
+    """
+    with error_context(timings):
+        lines = [line.split()[:2] for line in timings.read_text().splitlines() if line.strip()]
+        intervals = sorted((float(start), float(end)) for start, end in lines)
     total, until = 0.0, 0.0
     for start, end in intervals:
         total += max(0.0, end - max(start, until))

@@ -11,10 +11,11 @@ import reference
 import tiny_models
 from PIL import Image
 
+from llava_bidir.common.errors import UserError
 from probes.analyses.starvation.run import starvation
 from probes.cli import main
 from probes.report.claims import CLAIMS, evaluate_claims
-from probes.report.study import read_studies
+from probes.report.study import read_studies, total_wall_s
 from probes.results.probe_run import ProbeRun
 
 MASKS = ("causal", "bidirectional")
@@ -147,6 +148,14 @@ def test_single_run_makes_a_report_with_what_it_can_say(runs, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text())
     assert {claim["claim"] for claim in results["claims"]} == {"adapter_drop", "recovery"}
     assert results["starvation"] is None and (tmp_path / "index.html").is_file()
+
+
+@pytest.mark.parametrize("text", [None, "a b c", "1"])
+def test_timings_of_another_format_are_named(text, tmp_path):
+    if text:
+        (tmp_path / "timings").write_text(text)
+    with pytest.raises(UserError, match="timings: "):
+        total_wall_s(tmp_path / "timings")
 
 
 def test_runs_that_do_not_belong_together_are_rejected(runs, checkpoints, tmp_path):

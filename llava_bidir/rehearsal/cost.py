@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .inputs import STEPS
 from .study import MASKS, STAGES
 
 # Samples of a stage. Source: LLaVA, blip_laion_cc_sbu_558k.json and llava_v1_5_mix665k.json.
@@ -17,12 +18,13 @@ def read_estimate(log: Path) -> dict[str, Any]:
     return json.loads(log.read_text().splitlines()[-1])
 
 
-def extrapolate(steps: dict[str, dict[str, Any]], logs: Path) -> list[dict[str, Any]]:
+def extrapolate(steps: dict[str, dict[str, Any]], logs: Path, devices: int) -> list[dict[str, Any]]:
     """Return hours of the real run per stage and mask, and of its probes, at the speed of the rehearsal.
 
     Args:
         steps: Measurements by name of the step.
         logs: Folder with the logs of the estimates.
+        devices: Devices of the rehearsal, all of which the probes use.
 
     Returns:
         For each part that was measured {"part", "device_hours", "assumes"} and, of stages, {"devices",
@@ -36,8 +38,9 @@ def extrapolate(steps: dict[str, dict[str, Any]], logs: Path) -> list[dict[str, 
                 parts.append({"part": f"{mask}_{stage}", **_stage_cost(stage, speed, read_estimate(log))})
         speed = steps.get(f"{mask}_probes", {})
         if "step_s" in speed:
-            hours = PROBED_IMAGES * speed["step_s"] / speed["samples"] / 3600
-            assumes = f"{PROBED_IMAGES:,} images through the model, as slow as training images of the rehearsal"
+            hours = devices * PROBED_IMAGES * speed["step_s"] / speed["samples"] / 3600
+            assumes = f"{PROBED_IMAGES:,} images through the model, as slow as training images of the rehearsal, which "
+            assumes += f"has {speed['samples']} a step and on a CPU reads few of their labels; the real run reads all"
             parts.append({"part": f"{mask}_probes", "device_hours": round(hours, 2), "assumes": assumes})
     return parts
 
@@ -48,7 +51,7 @@ def _stage_cost(stage: str, speed: dict[str, Any], estimate: dict[str, Any]) -> 
     return {
         "device_hours": round(hours, 2),
         "assumes": f"{RECORDS[stage]:,} samples of {estimate['length']} tokens (data.max_length), training all that "
-        f"configs/{stage}.yaml trains, at the rehearsal's FLOP/s per device; no saving or validation",
+        f"configs/{stage}.yaml trains, at the FLOP/s per device of {STEPS - 1} step of the rehearsal; no saving or validation",
         "devices": estimate["devices"],
         "estimate_step_flops": estimate["step_flops"],
         "estimate_memory_gb": estimate["memory_gb"],

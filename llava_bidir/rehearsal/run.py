@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
         os.environ |= OFFLINE
         for step in plan_study(args.out, args.size, args.encoder):
             run_step(step, record["steps"], args.out / "logs")
-            record["cost"] = extrapolate(record["steps"], args.out / "logs")
+            record["cost"] = extrapolate(record["steps"], args.out / "logs", len(record["devices"]))
             write_files({args.out / "rehearsal.json": record})
     print(format_table(record))
     failed = [name for name, step in record["steps"].items() if step["status"] == "failed"]
@@ -114,7 +114,10 @@ def format_table(record: dict[str, Any]) -> str:
     for name, step in record["steps"].items():
         cells = [form.format(step[key]) if key in step else "-" for key, (_, form) in COLUMNS.items()]
         lines.append(f"{name:32}{step['status']:10}" + "".join(f"{cell:>11}" for cell in cells))
-    lines.append(f"\nThe real run of a model of this size, at the speed measured on {', '.join(record['devices'])}:")
+    if record["cost"]:
+        lines.append(
+            f"\nThe real run of a model of this size, at the speed measured on {', '.join(record['devices'])}:"
+        )
     for part in record["cost"]:
         lines.append(f"{part['part']:32}{part['device_hours']:>12,.1f} device-hours")
         if "devices" in part:

@@ -86,9 +86,10 @@ def test_cost_is_the_flops_of_the_estimate_at_the_measured_speed(tmp_path):
         "causal_stage2": {"tflops_per_s_and_device": 400.0},
         "causal_probes": {"step_s": 0.5, "samples": 64},
     }
-    stage, probes = extrapolate(steps, tmp_path)
+    stage, probes = extrapolate(steps, tmp_path, devices=8)
     assert stage["device_hours"] == pytest.approx(665_298 / 128 * 5e15 / 400e12 / 3600, abs=0.01)
-    assert probes["device_hours"] == pytest.approx(20 * 22_210 * 0.5 / 64 / 3600, abs=0.01)
+    hours = 20 * 22_210 * 0.5 / 64 / 3600
+    assert probes["device_hours"] == pytest.approx(8 * hours, abs=0.01), "a step takes all devices"
 
 
 def test_steps_come_after_those_they_need_and_cover_the_study(tmp_path):

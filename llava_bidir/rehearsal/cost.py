@@ -51,7 +51,8 @@ def _stage_cost(stage: str, speed: dict[str, Any], estimate: dict[str, Any]) -> 
     return {
         "device_hours": round(hours, 2),
         "assumes": f"{RECORDS[stage]:,} samples of {estimate['length']} tokens (data.max_length), training all that "
-        f"configs/{stage}.yaml trains, at the FLOP/s per device of {STEPS - 1} step of the rehearsal; no saving or validation",
+        f"configs/{stage}.yaml trains, at the FLOP/s per device of {STEPS - 1} step of the rehearsal; no saving or "
+        "validation",
         "devices": estimate["devices"],
         "estimate_step_flops": estimate["step_flops"],
         "estimate_memory_gb": estimate["memory_gb"],

@@ -9,7 +9,7 @@ from probes.models.sites import FINAL_NORM
 from probes.results.probe_run import ProbeRun
 
 from .paper import PAPER, paper_encoder, probe_deviations
-from .study import Rows, Study
+from .study import Rows, Study, is_solved
 from .verdicts import COLUMNS
 
 
@@ -74,13 +74,14 @@ def table2(studies: list[Study]) -> Rows:
     """Return Table 2 (encoder, adapter, peak layer, gains): rows of the runs, then of the paper."""
     rows = [
         {"model": study.title if len(studies) > 1 else "this run", "image_attention": mask}
+        | {"probes": "solved" if is_solved(run) else "trained"}
         | {key: run.metrics["summary"][key] for key in SUMMARY}
         | {FINAL_NORM: next((entry["miou"] for entry in run.metrics["sites"] if entry["site"] == FINAL_NORM), None)}
         for study in studies
         for mask, run in study.trained.items()
     ]
     return rows + [
-        {"model": f"paper, {encoder}, ADE20K", "image_attention": mask}
+        {"model": f"paper, {encoder}, ADE20K", "image_attention": mask, "probes": "trained"}
         | _paper_row(encoder, mask)
         | {FINAL_NORM: None}
         | {"read_from": PAPER["read_from"]["table2_ade20k_miou"]}

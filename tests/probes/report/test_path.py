@@ -483,5 +483,6 @@ def test_seeds_with_other_kinds_of_probes_are_not_joined(root, tmp_path):
     assert drop["value"] is drop["verdicts"]["paper"]["value"] is None and not drop["holds"]
     assert drop["verdicts"]["paper"]["reason"].endswith("(seed 0: trained, seed 1: solved)")
     assert drop["verdicts"]["optimum"]["value"] is not None
+    assert [row["probes"] for row in read_csv(tmp_path / "out/table2.csv")][:2] == ["trained", "solved"]
     assert joint["left_out"] == [{"claim": "recovery_trained", "image_attention": "causal", "lacking": [1]}]
     assert "Not joined: recovery trained (causal;" in (tmp_path / "out/index.html").read_text()

@@ -136,7 +136,7 @@ def task_figures(runs: list[TaskRun], tasks: dict[str, list[dict[str, Any]]]) ->
             "tasks", TASKS_SECTION, "Other tasks by site",
             caption(
                 "The main score of each task in units of the encoder's; where lower is better, its inverse.",
-                "Dashed: random weights." if any(entry["control"] for entry in with_encoder) else "",
+                "Dashed: random weights, one draw." if any(entry["control"] for entry in with_encoder) else "",
                 "Exploratory: the paper makes no claim about these tasks.", _bands_caption(with_encoder),
             ),
             tasks_by_site(with_encoder), "wide")  # fmt: skip

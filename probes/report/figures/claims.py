@@ -85,7 +85,8 @@ def claim_figures(claims: list[dict[str, Any]]) -> Figures:
     if any("by_draw" in claim["verdicts"]["beyond_random"] for claim in claims):
         yield ReportFigure(
             "claims", "Claims beside controls", "Trained and random models",
-            "The number of each claim. Look for circles that lie beyond the diamonds: what random LLMs that change the "
-            "states as much show as well (the adapter's drop: random adapters) need not be learned. Diamonds were "
-            f"probed at the optimum, like filled circles. {INTERVALS}",
+            "The number of each claim. Look for filled diamonds that lie beyond the hollow ones: what random LLMs that "
+            "change the states as much show as well (the adapter's drop: random adapters) need not be learned. All "
+            "diamonds of a row have the same probes; a filled circle of drop or recovery is at the strength where the "
+            f"claim fares worst. {INTERVALS}",
             claim_values(claims))  # fmt: skip

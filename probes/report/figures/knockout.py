@@ -57,6 +57,8 @@ def knockout_by_class(run: ProbeRun) -> FigureData:
         ax.tick_params(labelsize=7)
     figure.supylabel("wrong patches left (%)", fontsize=9)
     figure.supxlabel("LLM layer (0 = adapter)", fontsize=9)
+    lines = next((ax.get_lines() for ax in axes if ax.get_lines()), [])
+    figure.legend(handles=list(lines), loc="outside upper center", ncols=3, fontsize=8)
     return FigureData(figure, rows)
 
 
@@ -183,8 +185,7 @@ def knockout_figures(study: Study, inference: dict[str, dict[str, Any]]) -> Figu
     for mask, run in runs.items():
         yield ReportFigure(
             f"knockout_classes_{mask}", KNOCKOUT, f"Wrong patches left by class, {mask}",
-            "The same curves per wrongly predicted class: no blocking (grey), wrong class blocked (red), correct class "
-            "blocked (blue).",
+            "The same curves per wrongly predicted class.",
             knockout_by_class(run), "wide")  # fmt: skip
 
 

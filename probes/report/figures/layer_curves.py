@@ -71,8 +71,7 @@ def layer_curves(study: Study, solved: bool) -> FigureData:
 
     `solved` draws the runs whose probes are solved, else those whose probes are trained.
     """
-    trained, untrained = (study.solved, study.solved_untrained) if solved else (study.trained, study.untrained)
-    untrained = {m: run for m, run in untrained.items() if is_solved(run) == solved and run.layers != [ADAPTER]}
+    trained, untrained = study.solved if solved else study.trained, _shown_untrained(study, solved)
     random = [list(runs.values()) for runs in study.random_draws("llm", solved)]
     figure, ax = new_axes(6.4, 3.9)
     for mask, run in trained.items():
@@ -90,6 +89,12 @@ def layer_curves(study: Study, solved: bool) -> FigureData:
     ax.legend(fontsize=9)
     spread_labels(figure, [ax])
     return FigureData(figure, _rows(runs))
+
+
+def _shown_untrained(study: Study, solved: bool) -> dict[str, ProbeRun]:
+    """Return the untrained runs with layers of the LLM whose probes are of the kind that is drawn."""
+    untrained = study.solved_untrained if solved else study.untrained
+    return {m: run for m, run in untrained.items() if is_solved(run) == solved and run.layers != [ADAPTER]}
 
 
 def _draw_random(ax: Axes, run: ProbeRun, label: bool) -> None:
@@ -165,13 +170,12 @@ def layer_figures(study: Study) -> Figures:
 
 
 def _layer_figure(study: Study, name: str, title: str, solved: bool) -> ReportFigure:
-    untrained = study.solved_untrained if solved else study.untrained
     return ReportFigure(
         name, "Drop-off and recovery", title,
         caption(
             "Segmentation quality of the probe at each site (Figs. 3 and 8). Look for a drop from encoder to adapter "
             "and a rise over the LLM layers.", _peak_caption(study),
-            "Dotted: the untrained model." if untrained else "",
+            "Dotted: the untrained model." if _shown_untrained(study, solved) else "",
             "Diamonds: random LLMs that change the states as much as the trained one; what they reach as well need "
             "not be learned." if study.random_draws("llm", solved) else "", "Bands: 95% intervals.",
         ),
@@ -187,7 +191,7 @@ def overview_figures(studies: list[Study]) -> Figures:
             yield ReportFigure(
                 f"models_{mask}", OVERVIEW, f"All models, {mask}",
                 caption("mIoU by site, one line per model (Figs. 3 and 9).", _peak_caption(*with_mask),
-                         "Bands: 95% intervals."),
+                        _kinds_caption(with_mask), "Bands: 95% intervals."),
                 models_by_dataset(with_mask, mask))  # fmt: skip
         if with_adapter:
             yield ReportFigure(
@@ -199,7 +203,8 @@ def overview_figures(studies: list[Study]) -> Figures:
     if both:
         yield ReportFigure(
             "masks", OVERVIEW, "Causal and bidirectional attention",
-            caption("Both masks of every model (Fig. 8).", _peak_caption(*both), "Bands: 95% intervals."),
+            caption("Both masks of every model (Fig. 8).", _peak_caption(*both), _kinds_caption(both),
+                    "Bands: 95% intervals."),
             masks_by_model(both))  # fmt: skip
 
 
@@ -207,3 +212,8 @@ def _peak_caption(*studies: Study) -> str:
     runs = [run for study in studies for run in study.trained.values()]
     marked = any(ADAPTER in run.sites and len(run.layers) > 1 for run in runs)
     return "Dashed: the best layer, with its gain over the adapter in percentage points." if marked else ""
+
+
+def _kinds_caption(studies: list[Study]) -> str:
+    kinds = {is_solved(run) for study in studies for run in study.trained.values()}
+    return "Probes of some models are solved, of others trained: their heights cannot be compared." * (len(kinds) > 1)

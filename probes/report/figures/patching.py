@@ -66,8 +66,8 @@ def patching_figures(by_mask: dict[str, dict[str, Any] | None]) -> Figures:
             yield ReportFigure(
                 f"patching_{mask}", "Activation patching", f"Replaced states, {mask}",
                 "Change of the log-odds of the right class at patches whose own states are not replaced, as read at "
-                f"{patched['site']}, when the states of a set of tokens are replaced at one layer. Look for the layers "
-                "from which on a set's states change nothing elsewhere: by then it has passed on what others take. "
-                "Dotted: as many random tokens. Exploratory: the paper makes no claim about it. Bands: 95% intervals "
-                "over images, for all layers together.",
+                f"{patched['site'].replace('_', ' ')}, when the states of a set of tokens are replaced at one layer. "
+                "Look for the layers from which on a set's states change nothing elsewhere: by then it has passed on "
+                "what others take. Dotted: as many random tokens. Exploratory: the paper makes no claim about it. "
+                "Bands: 95% intervals over images, for all layers together.",
                 patching_effects(patched), "wide")  # fmt: skip

@@ -1,7 +1,7 @@
 """Files from which a killed `probes solve` goes on: the moments so far, and the points of the refinement.
 
     RUN/checkpoints/moments_RANK.safetensors    "SITE/count" ... and "seen": the images that one process has added
-    RUN/checkpoints/points.safetensors          "SITE/points" f64[P, K, d + 1] and "passes"
+    RUN/checkpoints/points.safetensors          "SITE/points" f64[P, K, d + 1], "SITE/certificates" f64[P, 2], "passes"
 
 Each process saves its own moments, whenever it likes: sums over images can be added in any number of parts.
 """
@@ -22,7 +22,7 @@ from llava_bidir.common.identity import Identity, check_same_identity
 from llava_bidir.common.run_folder import RESUME_ADVICE
 
 from .moments import Moments
-from .optimum import Problem
+from .optimum import Certificate, Problem
 
 POINTS = "points.safetensors"
 
@@ -76,13 +76,17 @@ def _sum(a: Moments, b: Moments) -> Moments:
 
 def points_to_tensors(problems: dict[str, list[Problem]], passes: int) -> dict[str, Tensor]:
     """Return the content of the file of points."""
-    points = {f"{site}/points": torch.stack([p.point for p in by_site]) for site, by_site in problems.items()}
-    return points | {"passes": torch.tensor(passes)}
+    tensors = {"passes": torch.tensor(passes)}
+    for site, by_site in problems.items():
+        tensors[f"{site}/points"] = torch.stack([p.point for p in by_site])
+        tensors[f"{site}/certificates"] = torch.tensor([p.certificate for p in by_site], dtype=torch.float64)
+    return tensors
 
 
 def set_points(problems: dict[str, list[Problem]], tensors: dict[str, Tensor]) -> int:
-    """Move the problems to the saved points; return the number of passes behind them."""
+    """Move the problems to the saved points, with their certificates; return the number of passes behind them."""
     for site, by_site in problems.items():
-        for problem, point in zip(by_site, tensors[f"{site}/points"], strict=True):
-            problem.point = point.to(problem.point.device)
+        saved = tensors[f"{site}/points"], tensors[f"{site}/certificates"].tolist()
+        for problem, point, certificate in zip(by_site, *saved, strict=True):
+            problem.point, problem.certificate = point.to(problem.point.device), Certificate(*certificate)
     return int(tensors["passes"])

@@ -162,6 +162,24 @@ def test_a_killed_run_resumes_to_the_same_bytes(run, checkpoints, segmentation, 
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("passes", ["2", "25"])  # the last one allowed, and all certificates
+def test_a_run_killed_while_it_is_scored_resumes(checkpoints, segmentation, tmp_path, monkeypatch, passes):
+    more = ["--model.sites", "[adapter]", "--optimum-strengths", "1e-1", "--sample-images", "4", "--passes", passes]
+
+    def die(self) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProbeSolver, "on_test_start", die)
+        with pytest.raises(SystemExit):
+            main(arguments(checkpoints["causal"], segmentation, tmp_path / "killed", *more))
+    main(arguments(checkpoints["causal"], segmentation, tmp_path / "killed", *more, "--ckpt_path", "last"))
+    main(arguments(checkpoints["causal"], segmentation, tmp_path / "undisturbed", *more))
+    killed, undisturbed = (ProbeRun(tmp_path / name).metrics["path"] for name in ("killed", "undisturbed"))
+    assert killed["passes"] == undisturbed["passes"]
+    assert killed["optimum"] == undisturbed["optimum"]
+
+
 def test_a_finished_run_is_left_alone(run, checkpoints, segmentation, caplog):
     before = run_bytes(run.path)
     command = arguments(checkpoints["causal"], segmentation, run.path)

@@ -40,7 +40,7 @@ def umap_of_images(
         out. A number is None if there are too few labelled patches or classes.
 
     Raises:
-        UserError: An image or site does not exist.
+        UserError: An image or site does not exist, or the run has no layer to choose sites by.
     """
     dataset, mllm, classes = run.dataset(), run.mllm(), run.metrics["classes"]
     entries = []
@@ -73,7 +73,9 @@ def embed(states: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
 
 
 def _default_sites(run: ProbeRun) -> list[str]:
-    peak, layers = run.peak_layer, run.layers[1:]
+    peak, layers = run.peak_layer, [site for site in run.layers if site != ADAPTER]
+    if peak is None:
+        raise UserError(f"{run.path} has no decoder layer, and so no best one; choose --sites among those of the model")
     return list(dict.fromkeys([ADAPTER, layers[layers.index(peak) // 2], peak]))
 
 

@@ -100,6 +100,8 @@ class Plan:
             for name in names:
                 if name not in known:
                     raise UserError(f"unknown {kind} {name!r}; {run.path} has {', '.join(known)}")
+        if repeated := [name for i, name in enumerate(self.classes) if name in self.classes[:i]]:
+            raise UserError(f"class {repeated[0]!r} is named twice; its cases would count twice")
         for option in ("limit", "draws", "min_patches", "batch_size"):
             if (value := getattr(self, option)) is not None and value < 1:
                 raise UserError(f"{option} must be at least 1, got {value}")

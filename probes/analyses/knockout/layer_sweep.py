@@ -70,7 +70,7 @@ def sweep_entry(name: str, rates: dict[str, Tensor], cases: Cases, weights: Tens
     Takes `rates` by condition, f[C, W, L + 1], the same cases with their rates without a knockout, `weights` f[R, N] of
     the bootstrap and `swaps` f[1 + R, N] of the permutations.
     """
-    entry: dict[str, Any] = {"class": name, "images": len(cases.images), "change": {}, "effect": {}}
+    entry: dict[str, Any] = {"class": name, **cases.counts, "change": {}, "effect": {}}
     shape = rates["correct"].shape[1:]
     for condition in ("incorrect", "correct"):
         change = rates[condition] - cases.rates["none"][:, None]

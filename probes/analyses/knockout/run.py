@@ -88,6 +88,8 @@ def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict[str, Any]:
         locations = cut_locations(plan.layer_windows, plan.attention_heads, len(run.layers) - 1, reader.attention_heads)
         places = [location._asdict() for location in locations]
         files[out / "knockout_windows.json"] = header | {"places": places, "classes": entries}
+    else:
+        (out / "knockout_windows.json").unlink(missing_ok=True)  # of the knockout that this one replaces
     write_files(files | {out / "knockout.json": results})
     shutil.rmtree(out / "knockout.partial")
     return results

@@ -3,10 +3,11 @@
 import json
 
 import numpy as np
+import probe_runs
 import pytest
 import torch
 
-from probes.analyses.umap import embed
+from probes.analyses.umap import embed, umap_of_images
 from probes.cli import main
 
 
@@ -40,6 +41,17 @@ def test_same_seed_gives_the_same_file(runs, tmp_path, capsys):
         assert [site["site"] for site in image["sites"]] == ["encoder", "layer_02"]
         assert all(np.isfinite(site["xy"]).all() and len(site["xy"]) == 4 for site in image["sites"])
     assert "knn_purity" in capsys.readouterr().out
+
+
+def test_default_sites_are_those_of_the_run(checkpoints, segmentation, tmp_path):
+    one, none = (
+        probe_runs.fit(checkpoints["causal"], segmentation, tmp_path / sites, "--model.sites", sites)
+        for sites in ("[layer_02]", "[encoder,adapter]")
+    )
+    (image,) = umap_of_images(one, [0])["images"]
+    assert [site["site"] for site in image["sites"]] == ["adapter", "layer_02"]
+    with pytest.raises(SystemExit, match="^probes: .* has no decoder layer, and so no best one; choose --sites"):
+        main(["umap", "--probes", str(none.path), "--image", "0"])
 
 
 def test_unknown_image_is_an_error(runs):

@@ -155,6 +155,8 @@ def test_keep_only_windows_and_heads_equal_the_loop_too(run, classes, tmp_path):
     tensors = load_file(tmp_path / "knockout.safetensors")
     swept = json.loads((tmp_path / "knockout_windows.json").read_text())
     base = {name: c1_by_loop(run, reader, index(name)) for name in classes}
+    pooled, cases = swept["classes"][0], [image for by_image in base.values() for image in by_image]
+    assert (pooled["cases"], pooled["images"]) == (len(cases), len(set(cases)))
     for name in classes:
         expected = c1_by_loop(run, reader, index(name), keep_only=True)
         for condition in ("incorrect", "correct"):
@@ -240,6 +242,13 @@ def test_same_seed_gives_the_same_files_also_after_a_kill(run, classes, tmp_path
     assert set(read_files(tmp_path / "killed")) == {"knockout.json", "knockout.safetensors", "knockout_windows.json"}
 
 
+def test_a_knockout_without_windows_leaves_none_of_the_one_that_it_replaces(run, classes, tmp_path):
+    argv = ["knockout", "--probes", str(run.path), "--classes", classes[0], "--draws", "1", "--out", str(tmp_path)]
+    main([*argv, "--layer-windows", "1"])
+    main([*argv, "--overwrite", "true"])
+    assert set(read_files(tmp_path)) == {"knockout.json", "knockout.safetensors"}
+
+
 def test_another_plan_does_not_reuse_cached_batches(run, classes, tmp_path, monkeypatch):
     plan = Plan(classes, batch_size=5, draws=1)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -285,6 +294,7 @@ def test_auto_ranks_classes_by_wrongly_predicted_pixels(run, capsys):
     ("argv", "message"),
     [
         (["--classes", "moon"], "unknown class 'moon'; .* has sky, wall, road"),
+        (["--classes", "sky", "wall", "sky"], "class 'sky' is named twice"),
         (["--classes", "sky", "--block-by", "layer_9"], "unknown block_by site 'layer_9'"),
         (["--classes", "sky", "wall", "--min-patches", "5"], "no image has 5 or more patches wrongly .* sky or wall;"),
         (["--classes", "auto:9"], "--classes auto:9: expected N from 1 to 3"),

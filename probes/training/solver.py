@@ -59,7 +59,10 @@ class ProbeSolver(MomentSolver):
         per_image = tokens * itemsize * sum(self.mllm.widths[site] for site in self.sites)
         fit = int(available_memory() / 4 / per_image) * rank_count() // max(1, self.trainer.num_devices)
         images = torch.tensor(min(images, fit if wanted is None else wanted), device=self.trainer.strategy.root_device)
-        per_fold = -(-int(broadcast(images, 0)) // self.hparams.folds)
+        chosen = int(broadcast(images, 0))
+        if chosen == len(self.fold_of):  # folds of groups differ in size
+            return torch.ones(chosen, dtype=torch.bool)
+        per_fold = -(-chosen // self.hparams.folds)
         sample = torch.zeros(len(self.fold_of), dtype=torch.bool)
         for fold in range(self.hparams.folds):
             sample[(self.fold_of == fold).nonzero().flatten()[:per_fold]] = True

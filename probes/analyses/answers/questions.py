@@ -58,7 +58,8 @@ def read_questions(path: Path, classes: list[str]) -> QuestionFile:
     """Return the questions about places in a file.
 
     Raises:
-        UserError: The file is not of the format above, a class is not among `classes`, or no question has a region.
+        UserError: The file is not of the format above, a class is not among `classes`, a box ends before it starts, or
+            no question has a region.
     """
     with error_context(path):
         content = path.read_bytes()
@@ -78,6 +79,10 @@ def read_questions(path: Path, classes: list[str]) -> QuestionFile:
             if region["class"] not in classes:
                 known = ", ".join(classes)
                 raise UserError(f"{path}, record {number}: class {region['class']!r} is none of the probes': {known}")
+            left, top, right, bottom = region["box"]
+            if left > right or top > bottom:
+                found = f"the box {region['box']} ends before it starts"
+                raise UserError(f"{path}, record {number}: {found}; expected left, top, right, bottom")
             text, image = turn["value"].replace("<image>", "").strip(), images.setdefault(record["image"], len(images))
             questions.append(Question(image, text, classes.index(region["class"]), tuple(region["box"])))
     if not questions:

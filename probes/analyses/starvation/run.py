@@ -66,8 +66,8 @@ def starvation(
         dummy_tokens: Also with so many tokens without information before the image: see the module of this name.
 
     Raises:
-        UserError: The runs differ in task, images, model or controls, a run has no such site, or what is asked for is
-            not defined for their task.
+        UserError: The runs differ in task, images, control or how probes were made, a run has no such site, or what
+            is asked for is not defined for their task.
     """
     site, counts, weights = _read_pair(causal, bidirectional, site, seed)
     task = causal.task if isinstance(causal, TaskRun) else None
@@ -137,6 +137,8 @@ def _read_pair(
     """Return the site, the counts there, and the bootstrap weights f64[R, N], of runs that can be compared."""
     _check_pair(causal, bidirectional)
     site = site or causal.peak_layer
+    if site is None:
+        raise UserError(f"{causal.path} has no decoder layer, and so no best one; choose a site by --site")
     counts = {run.metrics["image_attention"]: patch_counts(run, site) for run in (causal, bidirectional)}
     weights = bootstrap_weights(causal.metrics["images"], seed=seed, groups=causal.groups)
     return site, counts, weights.double()
@@ -151,11 +153,19 @@ def _check_pair(causal: ProbeRun | TaskRun, bidirectional: ProbeRun | TaskRun) -
             f"{causal.path} is a run of {causal.task_name}, {bidirectional.path} of {bidirectional.task_name}; compare "
             "runs of the same task"
         )
-    for key in ("dataset", "images", "grid", "untrained"):
-        if causal.metrics[key] != bidirectional.metrics[key]:
+    older = {"match": "none", "draw": 0}  # of runs that do not state them
+    for key in ("dataset", "images", "grid", "untrained", *older):
+        if (ours := (older | causal.metrics)[key]) != (theirs := (older | bidirectional.metrics)[key]):
             raise UserError(
-                f"{causal.path} and {bidirectional.path} differ in {key}: {causal.metrics[key]!r} and "
-                f"{bidirectional.metrics[key]!r}; compare runs on the same data"
+                f"{causal.path} and {bidirectional.path} differ in {key}: {ours!r} and {theirs!r}; compare runs on the "
+                "same data, with the same weights replaced"
+            )
+    ours, theirs = causal.metrics["probe"], bidirectional.metrics["probe"]
+    for key in ("solved", *(key for key in ours if key in theirs)):
+        if ours.get(key) != theirs.get(key):
+            raise UserError(
+                f"{causal.path} and {bidirectional.path} differ in the probes' {key}: {ours.get(key)!r} and "
+                f"{theirs.get(key)!r}; make both in the same way"
             )
     causal.check_same_images(bidirectional)
 

@@ -149,6 +149,7 @@ def test_a_knockout_without_effect_is_an_error(asked):
         ([record("a.png", None, None) | {"regions": [None]}], "record 0: 1 regions for 2 questions"),
         ([record("a.png", ([0, 0, 2, 1], "sky"))], "less than or equal to 1"),
         ([record("a.png", ([0, 0, 1], "sky"))], "at least 4 items"),
+        ([record("a.png", ([0.5, 0.5, 0.25, 0.25], "sky"))], "record 0: the box .* ends before it starts"),
     ],
 )
 def test_invalid_questions_are_errors_that_name_file_and_record(tmp_path, content, message):

@@ -27,6 +27,7 @@ from probes.analyses.starvation.run import gap_estimates, starvation
 from probes.cli import main
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.ops.geometry import Geometry
+from probes.results.probe_run import ProbeRun
 
 N, T, K = 80, 16, 3
 
@@ -284,6 +285,30 @@ def test_command_writes_every_part(runs, tmp_path, capsys):
     check_dummy_tokens(results, out)
     accuracy = [results[mask][0] for mask in ("causal", "bidirectional")]
     assert f"patch 0: causal {accuracy[0]:.1%}, bidirectional {accuracy[1]:.1%}, difference" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"probe": {"feature_norm": "layernorm"}}, "differ in the probes' feature_norm: .* and 'layernorm'"),
+        ({"probe": {"solved": "optimum"}}, "differ in the probes' solved: None and 'optimum'"),
+        ({"match": "update"}, "differ in match: 'none' and 'update'"),
+        ({"draw": 1}, "differ in draw: 0 and 1"),
+    ],
+)
+def test_runs_of_other_probes_or_controls_are_not_compared(runs, change, message):
+    other = ProbeRun(runs["bidirectional"].path)
+    probe = other.metrics["probe"] | change.get("probe", {})
+    other.metrics = {**other.metrics, **change, "probe": probe}
+    with pytest.raises(UserError, match=message):
+        starvation(runs["causal"], other, "layer_01")
+
+
+def test_without_layers_the_site_must_be_named(runs, monkeypatch):
+    monkeypatch.setattr(ProbeRun, "peak_layer", None)
+    with pytest.raises(UserError, match="has no decoder layer, and so no best one; choose a site by --site"):
+        starvation(runs["causal"], runs["bidirectional"])
+    assert starvation(runs["causal"], runs["bidirectional"], "adapter")["site"] == "adapter"
 
 
 def test_wrong_runs_and_sites_are_errors(runs):

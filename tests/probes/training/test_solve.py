@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -213,6 +214,20 @@ def test_moments_that_do_not_fit_name_sites_that_do(checkpoints, segmentation, t
         SystemExit, match=r"moments of 6 sites in 2 folds: .* choose .*\[encoder, adapter, final_norm\]"
     ):
         main(arguments(checkpoints["causal"], segmentation, tmp_path))
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(None, 10), (10, 10), (4, 4)])
+def test_all_images_are_kept_where_they_fit_also_with_folds_of_different_sizes(wanted, expected):
+    root = SimpleNamespace(root_device=torch.device("cpu"))
+    solver = SimpleNamespace(
+        fold_of=torch.tensor([0] * 8 + [1] * 2),  # as of two groups of 8 and 2 images
+        hparams=SimpleNamespace(sample_images=wanted, folds=2),
+        mllm=SimpleNamespace(grid=(2, 2), widths={"adapter": 8}, model=torch.nn.Linear(1, 1)),
+        sites=["adapter"],
+        trainer=SimpleNamespace(num_devices=1, strategy=root),
+    )
+    solver.mllm.model.dtype = torch.float32
+    assert ProbeSolver._choose_sample(solver).sum() == expected
 
 
 def test_sites_are_spread_from_the_first_two_to_the_last():

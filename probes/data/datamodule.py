@@ -16,7 +16,7 @@ from probes.tasks import SEGMENTATION, TASKS, targets_of
 from .batches import CachedFeatures, PreprocessedDataset, collate
 from .registry import LAYOUTS, open_dataset, split_identity
 from .samplers import TrainingBatches, validation_batches
-from .verify import find_bad_files, format_bad_files
+from .verify import find_bad_files, format_bad_files, leave_out_unlabelled
 
 
 class SegmentationData(LightningDataModule):
@@ -89,13 +89,18 @@ class SegmentationData(LightningDataModule):
             shares: list = [None] * ranks
             torch.distributed.all_gather_object(shares, bad_files)
             bad_files = sum(shares, [])
-        if bad_files:
-            raise UserError(f"{self.root}: {format_bad_files(bad_files, sum(map(len, self.splits.values())))}")
+        self.check_files(bad_files)
+
+    def check_files(self, bad_files: list[tuple[str, str]]) -> None:
+        """Raise a UserError if some of the files cannot be used, or no pixel of a split is labelled."""
+        splits = {f"{self.name} {split}": dataset for split, dataset in self.splits.items()}
+        if unusable := leave_out_unlabelled(bad_files, splits):
+            raise UserError(f"{self.root}: {format_bad_files(unusable, sum(map(len, splits.values())))}")
 
     def find_bad_files(
         self, workers: int, rank: int = 0, ranks: int = 1, progress: bool = True
     ) -> list[tuple[str, str]]:
-        """Return (kind, message) of each unusable pair among the images rank, rank + ranks, ... of both splits."""
+        """Return what `check_files` takes, of the images rank, rank + ranks, ... of both splits."""
         bad_files = []
         for split, dataset in self.splits.items():
             if (published := dataset.official_size) not in (None, len(dataset)):

@@ -56,6 +56,8 @@ def _read_classes_json(path: Path) -> dict:
     names = settings.get("classes") if isinstance(settings, dict) else None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
         raise UserError(f"{path} needs a list of names under 'classes'")
+    if len(names) < 2:
+        raise UserError(f"{path} has one class, which is right everywhere; name another one, such as the background")
     if len(names) > IGNORE_INDEX:
         raise UserError(f"{path} has {len(names)} classes; an 8-bit mask allows at most {IGNORE_INDEX}")
     if duplicates := [name for i, name in enumerate(names) if name in names[:i]]:

@@ -1,42 +1,47 @@
 """Read every image and target before a model is loaded, to find bad files in seconds instead of after GPU hours."""
 
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .base import BadFile, ImageDataset
+from .base import IGNORE_INDEX, BadFile, ImageDataset
 
 BATCH_SIZE = 16
 FILES_PER_KIND = 3  # in the error message
+UNLABELLED = "no labelled pixel in any {} of {}"  # target, split
 
 
 class _PairDefects(Dataset):
     """The defect (kind, message) of each pair, or None; pairs are decoded as in training."""
 
-    def __init__(self, dataset: ImageDataset):
-        self.dataset = dataset
+    def __init__(self, dataset: ImageDataset, name: str):
+        self.dataset, self.name = dataset, name
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> tuple[str, str] | None:
         try:
-            self.dataset[index]
+            target = self.dataset[index]["target"]
         except BadFile as error:
             return error.kind, str(error)
+        if self.dataset.classes and (target == IGNORE_INDEX).all():
+            kind = UNLABELLED.format(self.dataset.target_name, self.name)
+            return kind, f"{self.dataset.files(index)[-1]}: all pixels are ignored; check which labels are"
         return None
 
 
 def find_bad_files(
     dataset: ImageDataset, name: str, indices: Iterable[int], workers: int, progress: bool = True
 ) -> list[tuple[str, str]]:
-    """Return (kind, message) of each pair that cannot be used.
+    """Return (kind, message) of each pair that cannot be used, also of targets without a labelled pixel.
 
     Args:
         dataset: A split.
-        name: Label of the progress bar.
+        name: Name of the split, for messages and the progress bar.
         indices: The pairs to read.
         workers: Processes; with 0, or for few images, the pairs are read in this process.
         progress: Show a progress bar.
@@ -44,7 +49,7 @@ def find_bad_files(
     indices = list(indices)
     few = len(indices) <= 4 * BATCH_SIZE  # reading them takes less time than starting a process
     loader = DataLoader(
-        _PairDefects(dataset),
+        _PairDefects(dataset, name),
         batch_size=BATCH_SIZE,
         sampler=indices,
         collate_fn=list,
@@ -57,6 +62,13 @@ def find_bad_files(
             bar.update(len(results))
             defects += filter(None, results)
     return defects
+
+
+def leave_out_unlabelled(bad_files: list[tuple[str, str]], splits: dict[str, ImageDataset]) -> list[tuple[str, str]]:
+    """Return the bad files without unlabelled targets, unless all of a split are; `splits` by name."""
+    found = Counter(kind for kind, _ in bad_files)
+    images = {UNLABELLED.format(dataset.target_name, name): len(dataset) for name, dataset in splits.items()}
+    return [(kind, message) for kind, message in bad_files if found[kind] == images.get(kind, found[kind])]
 
 
 def format_bad_files(bad_files: list[tuple[str, str]], images: int) -> str:

@@ -203,11 +203,12 @@ def dense_metric(problem: Problem, tokens: Tensor, pixels: Tensor) -> Metric:
     ridge[:, -1] = 0
     # the sum of all biases is free, and float32 products are exact to about 1e-7 of the largest eigenvalue
     floor = 1e-6 * hessian.diagonal().mean()
-    while True:
+    for _ in range(16):
         factor, failed = torch.linalg.cholesky_ex(hessian + torch.diag(ridge.flatten() + floor))
         if not failed:
             return Metric(factor)
         floor = 10 * floor
+    raise RuntimeError("the loss has no curvature: its Hessian is 0 or not finite")
 
 
 Objective = Callable[[Tensor], tuple[float, Tensor]]  # point f64[K, d + 1] -> value, gradient

@@ -3,9 +3,7 @@
 import os
 import time
 
-from llava_bidir.common.errors import UserError
 from llava_bidir.common.usage_errors import ArgumentParser
-from probes.data.verify import format_bad_files
 
 from .cli import build_cli
 
@@ -16,7 +14,7 @@ def main(argv: list[str]) -> None:
     """Read every image and target of a probing config.
 
     Raises:
-        UserError: If some cannot be used; the message names them.
+        UserError: If some cannot be used, or no pixel of a split is labelled; the message names them.
     """
     parser = ArgumentParser(
         prog="probes verify-data",
@@ -27,9 +25,8 @@ def main(argv: list[str]) -> None:
     args, config = parser.parse_known_args(argv[1:])
     trainer = [f"--trainer.{key}={value}" for key, value in TRAINER.items()]
     data = build_cli(["--model.mllm", "none", *config, *trainer], run=False, prog=parser.prog).datamodule
-    start, images = time.perf_counter(), sum(map(len, data.splits.values()))
-    if bad_files := data.find_bad_files(args.workers):
-        raise UserError(f"{data.root}: {format_bad_files(bad_files, images)}")
+    start = time.perf_counter()
+    data.check_files(data.find_bad_files(args.workers))
     sizes = ", ".join(f"{len(dataset):,} {split} images" for split, dataset in data.splits.items())
     targets = f"{data.num_classes} classes" if data.classes else data.task
     print(f"{data.root}: {sizes}, {targets}, all readable ({time.perf_counter() - start:.0f} s)")

@@ -127,6 +127,7 @@ def test_palette_png_is_read_by_index(root):
         (lambda root: (root / "classes.json").write_text(facts(ignore_index=256)), "ignore_index is 256; expected"),
         (lambda root: (root / "classes.json").write_text(facts(palette=[[0, 0, 0]])), "1 colours .* for 2 classes"),
         (lambda root: (root / "classes.json").write_bytes(b'{"classes": ["\xe9"]}'), "classes.json is not UTF-8"),
+        (lambda root: (root / "classes.json").write_text('{"classes": ["a"]}'), "classes.json has one class, which is"),
         (lambda root: (root / "classes.json").write_text("[" * 100_000), "classes.json is not JSON: .*recursion"),
         (lambda root: (root / "classes.json").write_text(" " * 10_000_001), "has more than 10,000,000 characters"),
         (lambda root: (root / "classes.json").write_text("9" * 5000), "classes.json is not JSON: .*limit"),

@@ -46,6 +46,19 @@ def test_all_bad_files_are_listed_by_kind_before_the_model_is_loaded(broken, che
     assert "1 x cannot be read" in message and "images/validation/004.png" in message
 
 
+@pytest.mark.parametrize("split", ["training", "validation"])
+def test_a_split_without_a_labelled_pixel_is_an_error(split, checkpoints, tmp_path):
+    """A wrong ignore_index: probes would be scored untrained, or the scores would fail after the training."""
+    root = tiny_models.write_segmentation(tmp_path / "data")
+    masks = sorted((root / "annotations" / split).iterdir())
+    for number, file in enumerate(masks, 1):
+        Image.fromarray(np.full((24, 20), 255, np.uint8)).save(file)
+        if number + 1 == len(masks):
+            assert not SegmentationData(str(root)).check_files(SegmentationData(str(root)).find_bad_files(0))
+    with pytest.raises(SystemExit, match=f"{len(masks)} x no labelled pixel in any mask of .* {split}"):
+        fit(root, tmp_path / "run", "--model.mllm", str(checkpoints["causal"]))
+
+
 def test_good_files_are_accepted(segmentation, tmp_path):
     with pytest.raises(SystemExit, match="/no/such/model"):
         fit(segmentation, tmp_path / "run")

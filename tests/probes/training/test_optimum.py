@@ -10,7 +10,7 @@ from probes.ops.cross_entropy import soft_labels
 from probes.ops.geometry import Geometry
 from probes.training.closed_form import solve_moments
 from probes.training.moments import Moments
-from probes.training.optimum import Problem, diagonal_metric, minimise
+from probes.training.optimum import Problem, dense_metric, diagonal_metric, minimise
 from probes.training.refinement import Refinement
 from probes.training.state_sample import StateSample
 
@@ -88,6 +88,13 @@ def test_equals_scipy_on_upsampled_logits(data, strength, dense, monkeypatch):
     refinement(data, at).refine(whole=True)
     assert at.certificate.converged
     assert explicit_objective(data, at, at.point).item() == pytest.approx(scipy_optimum(data, at), abs=1e-5)
+
+
+def test_no_curvature_is_an_error(data):
+    at = problem(data, 1e-2)
+    tokens = at.coordinates(data[0].flatten(0, 1) - at.space.mean.float())
+    with pytest.raises(RuntimeError, match="Hessian is 0 or not finite"):
+        dense_metric(at, tokens, torch.zeros(len(tokens)))
 
 
 def test_objective_and_gradient_equal_the_explicit_ones(data):

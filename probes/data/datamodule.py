@@ -64,8 +64,9 @@ class SegmentationData(LightningDataModule):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps per epoch."""
-        return math.ceil(len(self.splits["training"]) / self.batch_size)
+        """Optimizer steps per epoch, one a batch, at most `trainer.limit_train_batches`."""
+        batches, limit = math.ceil(len(self.splits["training"]) / self.batch_size), self.trainer.limit_train_batches
+        return max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
 
     def identity(self) -> dict[str, str]:
         """Return what the data is: classes, and names and contents of all images and targets."""
@@ -113,7 +114,7 @@ class SegmentationData(LightningDataModule):
         """Return the loader of one training epoch; after a resume, of the batches not trained yet."""
         source, rank, ranks = self._source("training"), self.trainer.global_rank, self.trainer.world_size
         batches = TrainingBatches(len(source), self.batch_size, rank, ranks, self.seed)
-        batches.skip(self.trained_batches % len(batches))
+        batches.skip(self.trained_batches % self.steps_per_epoch)
         self.trained_batches = 0
         return self._loader(source, batches)
 

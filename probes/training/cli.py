@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, resolve_ckpt_path
+from llava_bidir.common.errors import UserError
 from llava_bidir.common.expected_messages import hide_expected_messages
 from llava_bidir.common.lightning_cli import ConfiguredCLI
 from llava_bidir.common.progress import LogProgress
@@ -108,10 +109,18 @@ class ProbeCLI(ConfiguredCLI):
         return f"{self.out}: {name} {scores or 'in metrics.json'}. To see all scores: {report}"
 
     def test(self, ckpt_path: str | None = None, **kwargs) -> None:
-        """Score the probes of a checkpoint and write the files of the run."""
+        """Score the probes of a checkpoint and write the files of the run.
+
+        Raises:
+            UserError: There is no checkpoint; the probes of an untrained module would be scored.
+        """
         with self.exclusive_run_lock():
             check_unfinished(self.out / "metrics.json", self.config[self.subcommand]["overwrite"])
-            self.trainer.test(ckpt_path=resolve_ckpt_path(ckpt_path, self.checkpoints), **kwargs)
+            checkpoint = resolve_ckpt_path(ckpt_path, self.checkpoints)
+            if checkpoint is None:
+                where = f": no valid one in {self.checkpoints}" if ckpt_path else "; pass --ckpt_path FILE, or last"
+                raise UserError(f"probes test scores the probes of a checkpoint{where}")
+            self.trainer.test(ckpt_path=checkpoint, **kwargs)
 
 
 def build_cli(argv: list[str], run: bool = True, prog: str = "probes") -> ProbeCLI:

@@ -142,6 +142,15 @@ def test_checkpoint_of_other_variants_is_rejected(checkpoints, segmentation, run
         main(command)
 
 
+@pytest.mark.parametrize("limit", ["2", "0.7"])
+def test_limited_batches_are_the_steps_of_the_schedule(limit, checkpoints, segmentation, tmp_path):
+    """Six images in batches of two are three steps; two of them are trained."""
+    more = ["--data.batch_size", "2", "--trainer.limit_train_batches", limit, "--trainer.max_epochs", "2"]
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, *more))
+    probe = ProbeRun(tmp_path).metrics["probe"]
+    assert probe["steps"] == 4 and probe["validated_at"] == [2, 4] and probe["epochs"] == 2
+
+
 def test_validation_within_an_epoch_records_its_step(checkpoints, segmentation, tmp_path):
     """Six images in batches of two are three steps; a validation after each."""
     more = ["--data.batch_size", "2", "--trainer.val_check_interval", "1", "--trainer.max_epochs", "2"]

@@ -155,6 +155,15 @@ def test_a_finished_run_is_finished_and_replaced_only_if_told(finished, tmp_path
     assert len(list(copy.glob("events*"))) == 1, "the earlier run's events are gone"
 
 
+@pytest.mark.parametrize("given", [(), ("--ckpt_path", "last")])
+def test_test_without_a_checkpoint_is_an_error(given, finished, tmp_path):
+    """It would write the scores of untrained probes."""
+    _, command = finished
+    with pytest.raises(SystemExit, match="probes test scores the probes of a checkpoint"):
+        main(["test", *command[1:], "--out", str(tmp_path / "run"), *given])
+    assert not (tmp_path / "run/metrics.json").exists()
+
+
 def test_checkpoints_of_a_killed_run_are_not_replaced(unfinished):
     folder, command = unfinished
     with pytest.raises(SystemExit, match="checkpoints of an unfinished run, e.g. last.ckpt"):

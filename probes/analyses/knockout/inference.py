@@ -34,7 +34,8 @@ from .schema import LEAN, OUTCOMES, SETS
 
 # effect -> sign that the paper claims for the share of patches left wrong; "_matched" is added against matched tokens
 EFFECTS = {"knockout_incorrect": -1, "knockout_correct": +1, "knockout_specificity": +1}
-# A class in fewer images cannot reach p < 0.05: of n images, 2 of the 2^n ways to swap are as extreme as the observed.
+# A class in fewer images, or groups of images that are swapped together, cannot reach p < 0.05: of n, 2 of the 2^n ways
+# to swap are as extreme as the observed.
 MIN_IMAGES = 6
 SELECTION_SHARES = (0, 1 / 64, 1 / 32, 1 / 16, 1 / 8)  # of the grid: doublings, up to whole regions
 
@@ -181,7 +182,7 @@ def knockout_inference(run: ProbeRun, folder: Path | None = None) -> dict[str, A
     """Return the inference over classes for results.json; empty without a knockout.
 
     Returns:
-        {"min_patches", "min_images": `MIN_IMAGES`, "too_few_images": classes left out, "look_alikes": [[a, b]],
+        {"min_patches", "min_images": `MIN_IMAGES`, "too_few_images": classes not tested, "look_alikes": [[a, b]],
         "outcomes": {outcome: {"classes": rows of :func:`class_tests`, "mean" and "mean_over_pairs": {effect:
         :func:`mean_over_classes` and "verdict"}, "selection": rows of :func:`selection_curve`}},
         "criterion_shifts": see :func:`criterion_shifts`}. Outcomes that an older file lacks are missing.
@@ -200,10 +201,11 @@ def knockout_inference(run: ProbeRun, folder: Path | None = None) -> dict[str, A
                 "selection": selection_curve(run, outcome, folder),
             }
     with_cases = [name for name in run.metrics["classes"] if f"{name}/patches" in tensors]
+    tested = {name for name, x in _cases_by_class(run, tensors, min_patches).items() if _enough_units(run, x)}
     return {
         "min_patches": min_patches,
         "min_images": MIN_IMAGES,
-        "too_few_images": [name for name in with_cases if name not in units],
+        "too_few_images": [name for name in with_cases if name not in tested],
         "look_alikes": [list(pair) for pair, _ in Counter(units.values()).most_common()],
         "outcomes": outcomes,
         "criterion_shifts": criterion_shifts(run, min_patches, folder),
@@ -217,7 +219,7 @@ def min_patches_of(run: ProbeRun, folder: Path | None = None) -> int:
 
 
 def class_tests(run: ProbeRun, min_patches: int, outcome: str, folder: Path | None = None) -> list[dict[str, Any]]:
-    """Return the test of each effect in each class.
+    """Return the test of each effect in each class with cases in `MIN_IMAGES` images, or in as many groups of images.
 
     Returns:
         [{"effect", "class", "images", "cases", "value", "ci95", "p", "p_holm", "verdict"}]. "ci95" is for the class
@@ -226,6 +228,8 @@ def class_tests(run: ProbeRun, min_patches: int, outcome: str, folder: Path | No
     swaps = random_swaps(run.metrics["images"], seed=run.metrics["seed"], groups=run.groups)
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, cases in _cases_by_class(run, _read(run, folder), min_patches, outcome).items():
+        if not _enough_units(run, cases):
+            continue
         effects, values = _later_effects(cases)
         mean, resampled = cases.mean(values, run.weights)
         p, _ = p_values(cases.swapped_mean(values, swaps))
@@ -277,6 +281,12 @@ def _cases_by_class(
     """Return the cases of each class that has them in `MIN_IMAGES` images."""
     by_class = {name: select_cases(tensors, min_patches, [name], outcome) for name in run.metrics["classes"]}
     return {name: cases for name, cases in by_class.items() if cases and cases.counts["images"] >= MIN_IMAGES}
+
+
+def _enough_units(run: ProbeRun, cases: Cases) -> bool:
+    """Return whether the units that are swapped together, images or groups of them, are enough for a test."""
+    units = cases.images if run.groups is None else run.groups[cases.images]
+    return len(units.unique()) >= MIN_IMAGES
 
 
 def _later_effects(cases: Cases) -> tuple[list[str], Tensor]:

@@ -165,7 +165,8 @@ def print_inference(inference: dict[str, Any]) -> None:
             verdicts = [row["verdict"] for row in of_outcome["classes"] if row["effect"] == effect]
             print(f"  {effect:<29} {format_mean(mean, outcome)}; holds in {verdicts.count('holds')} of {len(verdicts)}")
     if inference["too_few_images"]:
-        print(f"Not tested, in fewer than {inference['min_images']} images: {', '.join(inference['too_few_images'])}")
+        few = f"fewer than {inference['min_images']} images, or groups of images"
+        print(f"Not tested, in {few}: {', '.join(inference['too_few_images'])}")
     for shift in inference["criterion_shifts"] or ():
         if shift["shift"]:
             print(f"Criterion shift, not anchors: hiding {' or '.join(shift['classes'])} favours {shift['towards']}")

@@ -189,7 +189,7 @@ def test_terminal_says_what_the_inference_says(runs, tmp_path, capsys):
     assert f"{pooled['cases']} cases in {pooled['images']} images pooled:" in text
     inference = knockout_inference(run, tmp_path)
     few = inference["too_few_images"]
-    assert (f"Not tested, in fewer than 6 images: {', '.join(few)}\n" in text) == bool(few)
+    assert (f"Not tested, in fewer than 6 images, or groups of images: {', '.join(few)}\n" in text) == bool(few)
     for outcome, scale in (("rate", 100), ("log_odds", 1)):
         of_outcome = inference["outcomes"][outcome]
         section = text.partition(OUTCOME_TITLES[outcome])[2]

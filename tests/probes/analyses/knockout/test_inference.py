@@ -313,6 +313,21 @@ def test_results_of_all_outcomes_and_their_curve(run):
     assert curve[0]["share"] == 0.25 and curve[0]["cases"] == 5 * N, "1 of 4 patches"
 
 
+@pytest.mark.parametrize(("groups", "tested"), [(3, 0), (6, len(CLASSES))])
+def test_a_class_in_few_groups_of_images_is_not_tested(groups, tested, run):
+    """Swapping three cities can never give p < 0.05, so that "does not hold" would say nothing."""
+    cities = torch.arange(N) % groups
+    path = probe_runs.write_run(
+        run.path.parent / "cities", [0.6, 0.5, 0.6, 0.5], root=run.path.parent, images=N, groups=cities
+    )
+    run = ProbeRun(path)
+    write_knockout(run, simulate(np.random.default_rng(10), {name: (-0.4, 0.4) for name in CLASSES}))
+    results = knockout_inference(run)
+    assert len({row["class"] for row in results["outcomes"]["rate"]["classes"]}) == tested
+    assert results["too_few_images"] == (CLASSES if tested == 0 else [])
+    assert results["outcomes"]["rate"]["mean"]["knockout_correct"]["classes"] == len(CLASSES)
+
+
 def test_files_of_earlier_knockouts_have_the_papers_outcome_only(run):
     tensors = simulate(np.random.default_rng(12), {name: (-0.4, 0.4) for name in CLASSES})
     write_knockout(run, {key: values for key, values in tensors.items() if ":" not in key})

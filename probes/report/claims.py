@@ -23,8 +23,8 @@ from .verdicts import (
     NO_CONTROL,
     NOT_CONVERGED,
     Effect,
-    beyond_draws,
     column,
+    compare_to_draws,
     judge,
     mean_effect,
     no_verdict,
@@ -185,10 +185,7 @@ def _beyond_random_column(claim: str, mask: str, numbers: Numbers) -> dict[str, 
     for trained, solved in ((numbers.solved, True), (numbers.main, False)):
         draws = [measured[key] for measured in numbers.draws[part, solved] if key in measured]
         if key in trained and len(draws) >= 2 and set(trained[key].by_unit).intersection(*(d.by_unit for d in draws)):
-            value, ci95 = beyond_draws(trained[key], draws)
-            by_draw = [mean_effect(draw)[0] for draw in draws]
-            more = {"draws": len(draws), "by_draw": by_draw, "probes": "solved" if solved else "trained"}
-            more["trained"] = mean_effect(trained[key])[0]
-            return column(CLAIMS[claim][0], value, ci95, **more)
+            more = {"trained": mean_effect(trained[key])[0], "probes": "solved" if solved else "trained"}
+            return compare_to_draws(CLAIMS[claim][0], trained[key], draws) | more
         most = max(most, len(draws))
     return no_verdict(NO_CONTROL, f"draws of a random {part} with this analysis: {most}; an interval needs two")

@@ -1,10 +1,11 @@
 """Join the claims of runs with several seeds: the unit is a training, not an image.
 
-The interval of a joint number is for the mean over seeds: Student's t over the values of the seeds, whose spread
-includes that of images where each seed has its own. It is never shorter than images alone would make it, as if all
-seeds shared them (the modification of Hartung and Knapp's interval by Roever, Knapp and Friede 2015).
+The interval of a joint number is for the mean over seeds: Student's t over the values of the seeds. Their spread
+includes that of random draws, which each seed has for itself, and of images where each seed has its own. Images that
+seeds share are not part of it; their interval and that over seeds are then added as the sides of a right angle.
 """
 
+import math
 from typing import Any
 
 import scipy.stats
@@ -26,12 +27,19 @@ def joint_studies(studies: list[Study], results: list[dict[str, Any]]) -> list[d
             groups.setdefault((study.name, study.dataset), []).append((study, result))
     return [
         {"model": model, "dataset": dataset, "seeds": [study.seed for study, _ in members]}
-        | _joint_claims({study.seed: result["claims"] for study, result in members})
+        | _joint_claims({study.seed: result["claims"] for study, result in members}, _share_images(members))
         for (model, dataset), members in groups.items()
     ]
 
 
-def _joint_claims(claims_by_seed: dict[int, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+def _share_images(members: list[tuple[Study, dict[str, Any]]]) -> bool:
+    """Return whether some seeds have the same validation images."""
+    return len({study.first.manifest["data"]["fingerprint"] for study, _ in members}) < len(members)
+
+
+def _joint_claims(
+    claims_by_seed: dict[int, list[dict[str, Any]]], shared_images: bool
+) -> dict[str, list[dict[str, Any]]]:
     """Return the "claims" that all seeds have, and those "left_out" with the seeds that lack them."""
     by_key = {seed: {(c["claim"], c["image_attention"]): c for c in x} for seed, x in claims_by_seed.items()}
     joint, left_out = [], []
@@ -41,7 +49,8 @@ def _joint_claims(claims_by_seed: dict[int, list[dict[str, Any]]]) -> dict[str, 
             continue
         entries = {seed: claims[claim, mask] for seed, claims in by_key.items()}
         sign, text = CLAIMS[claim]
-        verdicts = {name: _join(sign, {s: e["verdicts"][name] for s, e in entries.items()}) for name in COLUMNS}
+        columns = {name: {seed: entry["verdicts"][name] for seed, entry in entries.items()} for name in COLUMNS}
+        verdicts = {name: join_column(sign, by_seed, shared_images) for name, by_seed in columns.items()}
         paper = verdicts["paper"]  # the numbers of the main runs
         main = paper if paper["value"] is None else column(sign, paper["value"], paper["ci95"])
         joint.append(
@@ -53,7 +62,7 @@ def _joint_claims(claims_by_seed: dict[int, list[dict[str, Any]]]) -> dict[str, 
     return {"claims": joint, "left_out": left_out}
 
 
-def _join(sign: int, by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def join_column(sign: int, by_seed: dict[int, dict[str, Any]], shared_images: bool) -> dict[str, Any]:
     """Return the column of seeds: without a verdict if a seed has none, without a number for two kinds of probes."""
     values = {seed: entry["value"] for seed, entry in by_seed.items()}
     if None in values.values():
@@ -62,7 +71,9 @@ def _join(sign: int, by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
     if len(set(probes.values())) > 1:
         kinds = ", ".join(f"seed {seed}: {kind}" for seed, kind in probes.items())
         return no_verdict(NOT_CONVERGED, f"seeds with other kinds of probes are not joined ({kinds})", by_seed=values)
-    value, ci95 = mean_over_seeds([(entry["value"], entry["ci95"]) for entry in by_seed.values()])
+    # each seed has draws of its own, so that their spread is part of that between seeds
+    of_images = [(entry["value"], entry.get("ci95_without_draws", entry["ci95"])) for entry in by_seed.values()]
+    value, ci95 = mean_over_seeds(of_images, shared_images)
     if any("reason" in entry for entry in by_seed.values()):
         return _without_verdict(by_seed) | {"value": value, "ci95": ci95, "by_seed": values}
     return column(sign, value, ci95, by_seed=values)
@@ -73,10 +84,17 @@ def _without_verdict(by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
     return no_verdict(entry["verdict"], f"seed {seed}: {entry['reason']}")
 
 
-def mean_over_seeds(estimates: list[tuple[float, list[float]]]) -> tuple[float, list[float]]:
-    """Return the mean of the values and its 95% interval, from values with their intervals over images."""
+def mean_over_seeds(
+    estimates: list[tuple[float, list[float]]], shared_images: bool = True
+) -> tuple[float, list[float]]:
+    """Return the mean of the values and its 95% interval, from values with their intervals over images.
+
+    Without shared images, the interval is Student's t over the values, never shorter than that of the mean over images
+    (the modification of Hartung and Knapp's interval by Roever, Knapp and Friede 2015).
+    """
     values = torch.tensor([value for value, _ in estimates], dtype=torch.float64)
     halves = torch.tensor([(high - low) / 2 for _, (low, high) in estimates], dtype=torch.float64)
+    of_images, value = halves.square().mean().sqrt().item(), values.mean().item()
     of_seeds = scipy.stats.t.ppf(0.975, len(values) - 1) * values.std().item() / len(values) ** 0.5
-    half, value = max(of_seeds, halves.square().mean().sqrt().item()), values.mean().item()
+    half = math.hypot(of_seeds, of_images) if shared_images else max(of_seeds, of_images / len(values) ** 0.5)
     return value, [value - half, value + half]

@@ -131,13 +131,8 @@ def _mean_estimate(by_unit: Mapping[str, Estimate]) -> Estimate:
     return sum(values) / len(values), torch.stack([drawn.double() for drawn in resampled]).nanmean(0)
 
 
-def beyond_draws(trained: Effect, draws: Sequence[Effect]) -> tuple[float, list[float]]:
-    """Return trained minus the mean over draws of random weights, with a 95% interval over units and draws.
-
-    The difference is taken unit by unit, over the units that all have. Its own interval covers images and classes.
-    Draws are independent of both: Student's t with D - 1 degrees of freedom for D draws. The two half widths are added
-    as the sides of a right angle. Where either dominates, this is its own interval; Welch and Satterthwaite's degrees
-    of freedom would cover 89% instead of 95% for two draws that differ.
+def minus_draws(trained: Effect, draws: Sequence[Effect]) -> Effect:
+    """Return trained minus the mean over draws of random weights, unit by unit, over the units that all have.
 
     Raises:
         ValueError: No unit is in all of them.
@@ -145,12 +140,32 @@ def beyond_draws(trained: Effect, draws: Sequence[Effect]) -> tuple[float, list[
     shared = [unit for unit in trained.by_unit if all(unit in draw.by_unit for draw in draws)]
     if not shared:
         raise ValueError("no class has enough cases in the trained model and in all draws")
+    mean = {unit: _mean_estimate({str(i): d.by_unit[unit] for i, d in enumerate(draws)}) for unit in shared}
+    return trained._replace(by_unit={unit: subtract(trained.by_unit[unit], mean[unit]) for unit in shared})
+
+
+def beyond_draws(trained: Effect, draws: Sequence[Effect]) -> tuple[float, list[float]]:
+    """Return the mean of :func:`minus_draws`, with a 95% interval over units and draws.
+
+    Its own interval covers images and classes. Draws are independent of both: Student's t with D - 1 degrees of freedom
+    for D draws. The two half widths are added as the sides of a right angle. Where either dominates, this is its own
+    interval; Welch and Satterthwaite's degrees of freedom would cover 89% instead of 95% for two draws that differ.
+
+    Raises:
+        ValueError: No unit is in all of them.
+    """
+    difference = minus_draws(trained, draws)
+    shared = difference.by_unit
     only_shared = [trained._replace(by_unit={unit: draw.by_unit[unit] for unit in shared}) for draw in draws]
     of_draws = torch.tensor([mean_effect(draw)[0] for draw in only_shared], dtype=torch.float64)
-    differences = {
-        unit: subtract(trained.by_unit[unit], _mean_estimate({str(i): d.by_unit[unit] for i, d in enumerate(draws)}))
-        for unit in shared
-    }
-    value, (low, high) = mean_effect(trained._replace(by_unit=differences))
+    value, (low, high) = mean_effect(difference)
     half = scipy.stats.t.ppf(0.975, len(draws) - 1) * of_draws.std().item() / len(draws) ** 0.5
     return value, [value - (half**2 + (value - low) ** 2) ** 0.5, value + (half**2 + (high - value) ** 2) ** 0.5]
+
+
+def compare_to_draws(sign: int, trained: Effect, draws: Sequence[Effect]) -> dict[str, Any]:
+    """Return the column "beyond_random" from :func:`beyond_draws`, with the number of each draw."""
+    value, ci95 = beyond_draws(trained, draws)
+    by_draw = [mean_effect(draw)[0] for draw in draws]
+    without_draws = mean_effect(minus_draws(trained, draws))[1]
+    return column(sign, value, ci95, draws=len(draws), by_draw=by_draw, ci95_without_draws=list(without_draws))

@@ -1,4 +1,4 @@
-"""Claims of several seeds jointly: the seed is the unit, and no interval is shorter than that over images."""
+"""Claims of several seeds jointly: the seed is the unit; images that seeds share count once."""
 
 import json
 
@@ -9,26 +9,33 @@ import scipy.stats
 import tiny_models
 import torch
 
+from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.cli import main
-from probes.report.seeds import mean_over_seeds
+from probes.report.seeds import join_column, mean_over_seeds
 from probes.report.study import read_studies
+from probes.report.verdicts import Effect, compare_to_draws
 
 STUDIES = 500
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]
 
 
 def test_interval_equals_scipys_t_and_is_never_shorter_than_that_over_images():
+    """Seeds that agree say nothing of other images: all of them have the same, or each one has its own."""
     values = [0.1, 0.3, 0.2, 0.25]
     narrow = [(value, [value - 0.001, value + 0.001]) for value in values]
-    value, ci95 = mean_over_seeds(narrow)
+    value, ci95 = mean_over_seeds(narrow, shared_images=False)
     low, high = scipy.stats.t.interval(0.95, 3, np.mean(values), scipy.stats.sem(values))
     assert value == pytest.approx(np.mean(values)) and ci95 == pytest.approx([low, high])
-    same = [(0.2, [0.1, 0.3])] * 3
-    assert mean_over_seeds(same)[1] == pytest.approx([0.1, 0.3]), "seeds that agree say nothing of other images"
+    same = [(0.2, [0.1, 0.3])] * 4
+    assert mean_over_seeds(same, shared_images=True)[1] == pytest.approx([0.1, 0.3])
+    assert mean_over_seeds(same, shared_images=False)[1] == pytest.approx([0.15, 0.25])
+    spread = [(value, [value - 0.1, value + 0.1]) for value in values]
+    low, high = mean_over_seeds(spread, shared_images=True)[1]
+    assert (high - low) / 2 == pytest.approx(np.hypot(0.1, (ci95[1] - ci95[0]) / 2), rel=1e-6)
 
 
 @pytest.mark.parametrize("shared_images", [True, False])
-@pytest.mark.parametrize("spread", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("spread", [0.0, 0.05, 0.1, 0.2, 0.3])
 def test_interval_covers_the_mean_over_seeds_and_images(spread, shared_images):
     """Hierarchical data: seeds differ by `spread`, images by 0.5; five seeds of 50 images."""
     generator, covered = torch.Generator().manual_seed(0), 0
@@ -38,9 +45,31 @@ def test_interval_covers_the_mean_over_seeds_and_images(spread, shared_images):
         data = spread * draw(5, 1) + images + 0.1 * draw(5, 50)
         halves = 1.96 * data.std(1) / 50**0.5
         estimates = [(m, [m - h, m + h]) for m, h in zip(data.mean(1).tolist(), halves.tolist(), strict=True)]
-        low, high = mean_over_seeds(estimates)[1]
+        low, high = mean_over_seeds(estimates, shared_images)[1]
         covered += low <= 0 <= high
     assert covered >= 0.93 * STUDIES
+
+
+@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.05), (3, 0.3), (5, 0.1), (5, 0.3)])
+@pytest.mark.parametrize("shared_images", [True, False])
+def test_interval_beyond_draws_covers_the_mean_over_seeds_images_and_draws(seeds, spread, shared_images):
+    """Each seed has two random draws of its own, which differ by `spread`; images differ by 0.5."""
+    generator, covered, lengths = torch.Generator().manual_seed(0), 0, []
+    draw = lambda *shape: torch.randn(*shape, generator=generator)
+    weights = bootstrap_weights(50, 400)
+    effect = lambda x: Effect({"": (x.mean().item(), weights @ x / weights.sum(1))}, {"images": 50})
+    for _ in range(STUDIES):
+        images = [0.5 * draw(50)] * seeds if shared_images else [0.5 * draw(50) for _ in range(seeds)]
+        columns = {}
+        for seed, noise in enumerate(images):
+            trained = effect(0.03 * draw(1) + noise + 0.1 * draw(50))
+            draws = [effect(spread * draw(1) + 0.2 * noise + 0.1 * draw(50)) for _ in range(2)]
+            columns[seed] = compare_to_draws(1, trained, draws)
+        low, high = join_column(1, columns, shared_images)["ci95"]
+        covered += low <= 0 <= high
+        lengths.append((high - low) / np.mean([b - a for a, b in (entry["ci95"] for entry in columns.values())]))
+    assert covered >= 0.93 * STUDIES
+    assert np.median(lengths) < 1, "several seeds say more than one of them"
 
 
 def write(folder, root, seed, mask="causal", quality=CURVE, **options):

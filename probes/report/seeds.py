@@ -90,7 +90,7 @@ def mean_over_seeds(
     """Return the mean of the values and its 95% interval, from values with their intervals over images.
 
     Without shared images, the interval is Student's t over the values, never shorter than that of the mean over images
-    (the modification of Hartung and Knapp's interval by Roever, Knapp and Friede 2015). With them it is longer; they are
+    (the modification of Hartung and Knapp's interval by Roever, Knapp and Friede 2015). With them it is longer; this is
     assumed where it is not known.
     """
     values = torch.tensor([value for value, _ in estimates], dtype=torch.float64)

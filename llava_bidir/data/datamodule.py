@@ -65,7 +65,7 @@ class InstructionData(LightningDataModule):
         super().__init__()
         self.save_hyperparameters(logger=False, ignore=["processor"])
         for key, least in (("batch_size", 1), ("micro_batch_size", 1), ("max_length", 1), ("num_workers", 0)):
-            if self.hparams[key] < least:
+            if self.hparams[key] is None or self.hparams[key] < least:
                 raise UserError(f"data.{key} must be at least {least}, got {self.hparams[key]}")
         self.annotations, self.images, self.val_annotations = annotations, images, val_annotations
         self.follow_links = follow_links

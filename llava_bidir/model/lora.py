@@ -35,9 +35,9 @@ class Lora:
     dropout: float = 0.05
 
     def __post_init__(self):
-        if self.r < 1:
+        if self.r is None or self.r < 1:
             raise UserError(f"model.lora.r must be at least 1, got {self.r}")
-        if not 0 <= self.dropout < 1:
+        if self.dropout is None or not 0 <= self.dropout < 1:
             raise UserError(f"model.lora.dropout must be from 0 to less than 1, got {self.dropout}")
 
 

@@ -96,7 +96,7 @@ class LlavaTraining(LightningModule):
         for key in ("learning_rate", "adapter_learning_rate"):
             if self.hparams[key] is not None and not self.hparams[key] >= 0:
                 raise UserError(f"model.{key} must not be negative, got {self.hparams[key]}")
-        if not 0 <= warmup_ratio <= 1:
+        if warmup_ratio is None or not 0 <= warmup_ratio <= 1:
             raise UserError(f"model.warmup_ratio must be a share of the steps from 0 to 1, got {warmup_ratio}")
         if self.lora and "llm" not in trainable:
             raise UserError(f"model.lora trains the LLM, so model.trainable must include llm, got {trainable}")

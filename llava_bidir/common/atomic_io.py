@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
 from .errors import UserError, error_context
 from .run_lock import exclusive_run_lock
@@ -133,9 +134,24 @@ def check_suffix(path: Path, suffix: str) -> None:
         raise UserError(f"{path}: expected a file name that ends in {suffix}")
 
 
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file in a folder PATH.tmp beside it, which the next write to `path` removes after a kill.
+
+    `save_file` writes under a random name first, which a kill would leave in the folder of the results for ever.
+    """
+    folder = path.with_name(path.name + ".tmp")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        save_file(tensors, folder / path.name, metadata)
+        os.replace(folder / path.name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _write(path: Path, suffix: str, content: Any) -> None:
     if suffix == ".safetensors":
-        save_file({name: x.detach().cpu().contiguous() for name, x in content.items()}, path)
+        write_tensors({name: x.detach().cpu().contiguous() for name, x in content.items()}, path)
     else:
         text = json.dumps(content, indent=1) + "\n" if suffix == ".json" else content
         path.write_bytes(text.encode() if isinstance(text, str) else text)

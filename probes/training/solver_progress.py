@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from llava_bidir.common.atomic_io import atomic_write
+from llava_bidir.common.atomic_io import atomic_write, write_tensors
 from llava_bidir.common.errors import error_context
 from llava_bidir.common.identity import Identity, check_same_identity
 from llava_bidir.common.run_folder import RESUME_ADVICE
@@ -31,7 +31,7 @@ def save(path: Path, tensors: dict[str, Tensor], identity: Identity) -> None:
     """Write tensors with the identity of their run."""
     with atomic_write(path) as partial:
         on_cpu = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-        save_file(on_cpu, partial, metadata={"identity": json.dumps(identity)})
+        write_tensors(on_cpu, partial, {"identity": json.dumps(identity)})
 
 
 def load(path: Path, identity: Identity) -> dict[str, Tensor]:

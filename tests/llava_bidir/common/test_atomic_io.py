@@ -152,6 +152,21 @@ def test_a_kill_between_two_renames_leaves_no_last_file(renamed, tmp_path, monke
     assert contents(tmp_path) == [2, 2, 2] and not list(tmp_path.glob("*.partial"))
 
 
+def test_a_kill_within_safetensors_leaves_nothing_after_the_next_write(tmp_path, monkeypatch):
+    """It writes under a random name, in the folder of the file."""
+
+    def killed(tensors, path, *args) -> None:
+        (Path(path).parent / ".tmpfH7XyR").write_bytes(b"")
+        die()
+
+    monkeypatch.setattr(atomic_io, "save_file", killed)
+    assert processes.wait(processes.fork(lambda: write_files(files(tmp_path, 1)))) == -signal.SIGKILL
+    assert list(tmp_path.rglob(".tmp*"))
+    monkeypatch.undo()
+    write_files(files(tmp_path, 2))
+    assert contents(tmp_path) == [2, 2, 2] and sorted(path.name for path in tmp_path.iterdir()) == sorted(NAMES)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_write_files_on_a_full_disk_leaves_the_old_files(name, tmp_path, monkeypatch):
     write_files(files(tmp_path, 1))

@@ -5,7 +5,7 @@ from typing import Any
 from probes.analyses.answers.inference import beyond_random
 from probes.results.probe_run import ProbeRun
 
-from .study import Rows, Study, is_solved
+from .study import Rows, Study
 from .tables import bounds
 
 KEYS = ("questions", "images", "accuracy", "sites", "effects")  # of answers.json
@@ -24,7 +24,7 @@ def study_answers(study: Study) -> dict[str, dict[str, Any]]:
         run = next((run for run in runs if run and run.analysis("answers.json")), None)
         if run is None:
             continue
-        draws = [draw[mask] for draw in study.random_draws("llm", is_solved(run)) if mask in draw]
+        draws = [draw[mask] for draw in study.random_draws("llm", run.is_solved) if mask in draw]
         draws = [draw for draw in draws if draw.analysis("answers.json")]
         random = [{"draw": draw.metrics.get("draw", 0)} | _select(draw) for draw in draws]
         more = {"peak_site": run.peak_layer, "random": random}

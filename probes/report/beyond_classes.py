@@ -25,7 +25,7 @@ from probes.results.task_run import TaskRun
 from .effects import choose_layers, effects_of_sites, estimates_to_json, read_sites, sites_to_read, subtract
 from .path import has_converged
 from .seeds import mean_over_seeds
-from .study import Rows, check_same_probes, model_name, read_run, study_keys
+from .study import Rows, model_name, read_run, study_keys
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def _entry(run: TaskRun, control: TaskRun | None) -> dict[str, Any]:
     own, score = effects(run, run.sums), run.task.score
     if control:
         run.check_same_images(control)
-        check_same_probes(run, control)
+        run.check_same_probes(control)
     if control and "recovery" in own:
         other = effects(control, control.sums).get("recovery")
         own |= {"recovery_beyond_control": subtract(own["recovery"], other)} if other else {}

@@ -17,7 +17,7 @@ from probes.results.probe_run import ProbeRun
 
 from .effects import drop_and_recovery, subtract
 from .path import path_rows
-from .study import MASKS, Rows, Study, is_solved
+from .study import MASKS, Rows, Study
 from .verdicts import (
     HOLDS,
     NO_CONTROL,
@@ -129,7 +129,7 @@ def measure(runs: Mapping[str, ProbeRun], site: str | None = None) -> Measured:
                 )
     pair = [runs[mask] for mask in MASKS if mask in runs]
     site = site or (pair[0].peak_layer if pair else None)
-    if len(pair) == 2 and is_solved(pair[0]) == is_solved(pair[1]) and all(site in run.sites for run in pair):
+    if len(pair) == 2 and pair[0].is_solved == pair[1].is_solved and all(site in run.sites for run in pair):
         gaps = gap_estimates(*pair, site)
         numbers |= {(claim, "causal"): one(estimate, pair[0]) for claim, estimate in gaps.items()}
     return numbers
@@ -148,7 +148,7 @@ def _paper_column(study: Study, claim: str, mask: str, effect: Effect) -> dict[s
     """Return the column "paper": the main runs, if their probes were trained as the paper's and have converged."""
     value, ci95 = mean_effect(effect)
     for name in _compared_masks(claim, mask):
-        if is_solved(study.trained[name]):
+        if study.trained[name].is_solved:
             reason = "no run of `probes fit`, the paper's recipe; the number is that of solved probes"
             return no_verdict(NOT_CONVERGED, reason, value, ci95, probes="solved")
         if reason := unconverged(study.trained[name], study.solved.get(name), claim):

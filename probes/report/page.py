@@ -41,7 +41,7 @@ from .paper import PAPER
 from .path import path_verdicts
 from .probe_sensitivity import scale_sensitivity, seed_spread
 from .seeds import joint_studies
-from .study import Rows, Study, is_solved, overridden_masks, read_studies, total_wall_s
+from .study import Rows, Study, overridden_masks, read_studies, total_wall_s
 from .summary_text import MASKS_SECTION, format_interval, format_points
 from .task_starvation import joint_task_starvation, starvation_table, task_starvation
 from .templates import render
@@ -164,7 +164,7 @@ def _build_part(study: Study, out: Path, folder: str, files: Files) -> dict[str,
         "sections": _draw_figures(study_figures(study, results), out, files),
         "tables": tables.study_tables(study, results) | answer_tables(results),
         "overridden_masks": overridden_masks(study),
-        "solved_main": is_solved(study.first),
+        "solved_main": study.first.is_solved,
     }
     files |= _csv_files(part["tables"], out)
     drawn = [figure for section in part["sections"].values() for figure, _ in section]

@@ -67,7 +67,7 @@ class Study:
     def runs_with_variants(self) -> dict[str, ProbeRun]:
         """The runs whose probe variants are compared, by mask; solved runs have none."""
         runs = {mask: self.variant_runs.get(mask, run) for mask, run in self.trained.items()}
-        return {mask: run for mask, run in runs.items() if not is_solved(run)}
+        return {mask: run for mask, run in runs.items() if not run.is_solved}
 
     @property
     def model(self) -> str:
@@ -89,16 +89,16 @@ class Study:
         kinds = (self.untrained, self.solved_untrained) if untrained else (self.trained, self.solved)
         for runs in kinds:
             pair = [runs[mask] for mask in MASKS if mask in runs]
-            if len(pair) == 2 and is_solved(pair[0]) == is_solved(pair[1]):
+            if len(pair) == 2 and pair[0].is_solved == pair[1].is_solved:
                 return pair[0], pair[1]
         return None
 
     def control(self, mask: str) -> ProbeRun | None:
         """Return the untrained run whose probes are of the same kind as those of the trained run, None without one."""
-        if is_solved(self.trained[mask]):
+        if self.trained[mask].is_solved:
             return self.solved_untrained.get(mask)
         run = self.untrained.get(mask)
-        return None if run is None or is_solved(run) else run
+        return None if run is None or run.is_solved else run
 
     def random_draws(self, part: str, solved: bool) -> list[dict[str, ProbeRun]]:
         """Return the controls with a random "adapter" or "llm": per draw, the runs by mask.
@@ -108,7 +108,7 @@ class Study:
         random = self.solved_random if solved else self.random
         if part == "adapter":
             untrained = self.solved_untrained if solved else self.untrained
-            runs = {mask: [run] for mask, run in untrained.items() if is_solved(run) == solved}
+            runs = {mask: [run] for mask, run in untrained.items() if run.is_solved == solved}
             runs = {mask: runs.get(mask, []) + random.get(mask, []) for mask in runs.keys() | random.keys()}
             draws = {mask: [run for run in runs[mask] if "adapter" in run.metrics["untrained"]] for mask in runs}
         else:
@@ -127,7 +127,7 @@ class Study:
 
     def _add(self, run: ProbeRun) -> None:
         kind, mask = "untrained" if run.metrics["untrained"] else "trained", run.metrics["image_attention"]
-        runs = getattr(self, {"trained": "solved", "untrained": "solved_untrained"}[kind] if is_solved(run) else kind)
+        runs = getattr(self, {"trained": "solved", "untrained": "solved_untrained"}[kind] if run.is_solved else kind)
         another_draw = mask in runs and run.metrics.get("draw", 0) != runs[mask].metrics.get("draw", 0)
         if run.metrics.get("match", "none") != "none" or another_draw:
             self._add_random(run)
@@ -140,7 +140,7 @@ class Study:
         runs[mask] = run
 
     def _add_random(self, run: ProbeRun) -> None:
-        runs = self.solved_random if is_solved(run) else self.random
+        runs = self.solved_random if run.is_solved else self.random
         others = runs.setdefault(run.metrics["image_attention"], [])
         key = lambda run: [run.metrics.get(name) for name in ("untrained", "match", "draw", "seed")]
         if same := [other for other in others if key(other) == key(run)]:
@@ -155,7 +155,7 @@ class Study:
         by_sgd, self.trained = self.trained, max(self.trained, self.solved, key=len)
         left_out = [run for mask, run in self.solved.items() if mask not in self.trained]
         for run in [*left_out, *(by_sgd.values() if self.trained is self.solved else ())]:
-            kinds = ("solved", "trained") if is_solved(run) else ("trained", "solved")
+            kinds = ("solved", "trained") if run.is_solved else ("trained", "solved")
             text = "%s is left out of curves and claims: its probes were %s, those of another mask of %s only %s"
             log.warning(text, run.path, kinds[0], self.title, kinds[1])
         self.untrained = self.solved_untrained | self.untrained
@@ -168,28 +168,7 @@ class Study:
             raise UserError(f"only untrained controls were passed for {self.title}; add a run of the trained model")
         first: dict[bool, ProbeRun] = {}  # of the solved runs, and of the others
         for run in self.runs_and_solved:
-            check_same_probes(first.setdefault(is_solved(run), run), run)
-
-
-def is_solved(run: FinishedRun) -> bool:
-    """Return whether a run was made by `probes solve`."""
-    return run.metrics.get("path") is not None
-
-
-def check_same_probes(a: FinishedRun, b: FinishedRun) -> None:
-    """Raise a UserError unless the probes of two runs were made in the same way, with the same settings."""
-    if is_solved(a) != is_solved(b):
-        solved, trained = (a, b) if is_solved(a) else (b, a)
-        raise UserError(
-            f"{solved.path} and {trained.path} cannot be compared: the probes of the first were solved, those of the "
-            "second were trained; make both in the same way"
-        )
-    expected, settings = a.metrics["probe"], b.metrics["probe"]
-    for key in [key for key in settings if key in expected and settings[key] != expected[key]]:
-        raise UserError(
-            f"{a.path} and {b.path} cannot be compared: their probes differ in {key}, "
-            f"{expected[key]!r} and {settings[key]!r}; train both with the same settings"
-        )
+            first.setdefault(run.is_solved, run).check_same_probes(run)
 
 
 def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: Iterable[str] = ()) -> list[Study]:
@@ -219,7 +198,7 @@ def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: 
             if key not in studies or mask not in studies[key].trained:
                 of = ", ".join(str(part) for part in key if part is not None)
                 raise UserError(f"no main run matches {run.path} ({of}, {mask!r}); pass that run too")
-            if is_solved(run):
+            if run.is_solved:
                 raise UserError(f"{run.path} was made by `probes solve`; pass it with the main runs")
             reference[key[1:]].check_same_images(run)
             getattr(studies[key], field_name)[mask] = run

@@ -9,7 +9,7 @@ from probes.models.sites import FINAL_NORM
 from probes.results.probe_run import ProbeRun
 
 from .paper import PAPER, paper_encoder, probe_deviations
-from .study import Rows, Study, is_solved
+from .study import Rows, Study
 from .verdicts import COLUMNS
 
 
@@ -74,7 +74,7 @@ def table2(studies: list[Study]) -> Rows:
     """Return Table 2 (encoder, adapter, peak layer, gains): rows of the runs, then of the paper."""
     rows = [
         {"model": study.title if len(studies) > 1 else "this run", "image_attention": mask}
-        | {"probes": "solved" if is_solved(run) else "trained"}
+        | {"probes": "solved" if run.is_solved else "trained"}
         | {key: run.metrics["summary"][key] for key in SUMMARY}
         | {FINAL_NORM: next((entry["miou"] for entry in run.metrics["sites"] if entry["site"] == FINAL_NORM), None)}
         for study in studies

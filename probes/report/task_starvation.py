@@ -8,7 +8,7 @@ from probes.results.task_run import TaskRun
 
 from .beyond_classes import group_by_seed, is_control
 from .seeds import mean_over_seeds
-from .study import MASKS, Rows, check_same_probes, model_name, study_keys
+from .study import MASKS, Rows, model_name, study_keys
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,6 @@ def task_starvation(runs: list[TaskRun]) -> list[dict[str, Any]]:
                 text = "starvation of %s and %s is left out, since they do not share the causal run's best layer"
                 log.warning(text, first.path, second.path)
                 continue
-            check_same_probes(first, second)
             about = {"model": model_name(first), "solved": first.metrics["probe"].get("solved")}
             about |= {key: first.metrics[key] for key in ("dataset", "seed")}
             results.append(starvation(first, second) | about)

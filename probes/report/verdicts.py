@@ -26,7 +26,6 @@ from probes.models.sites import ADAPTER, ENCODER
 from probes.results.probe_run import ProbeRun
 
 from .effects import subtract
-from .study import is_solved
 
 COLUMNS = ("paper", "optimum", "beyond_random")
 HOLDS, FAILS, REVERSED = "holds", "does not hold", "reversed"
@@ -64,7 +63,7 @@ def unconverged(run: ProbeRun, solved: ProbeRun | None, claim: str) -> str | Non
     own = {entry["site"]: entry["miou"] for entry in run.metrics["sites"]}
     layers = [site for site in own if site == ADAPTER or site.startswith("layer_")]
     sites = [site for site in (ENCODER, ADAPTER) if site in own] if claim == "adapter_drop" else layers
-    if is_solved(run):
+    if run.is_solved:
         return None if _certified(run, sites) else "the solved probes have no certificates of convergence"
     steps = f"{run.metrics['probe'].get('steps', 0):,} steps; {PAPER_STEPS}"
     constant = run.metrics["baseline"]["miou"]

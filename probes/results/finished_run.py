@@ -140,6 +140,11 @@ class FinishedRun:
         return solved
 
     @property
+    def is_solved(self) -> bool:
+        """True if the run was made by `probes solve`."""
+        return self.metrics.get("path") is not None
+
+    @property
     def groups(self) -> torch.Tensor | None:
         """i64[N]: group (city) of each validation image; None for a dataset without groups."""
         return self._tensors.get("group")
@@ -153,6 +158,22 @@ class FinishedRun:
             if None not in values and values[0] != values[1]:
                 raise UserError(
                     f"{self.path} was scored with {key} {values[0]}, but {other.path} with {values[1]}{advice}"
+                )
+
+    def check_same_probes(self, other: "FinishedRun") -> None:
+        """Raise a UserError unless the probes of both runs were made in the same way, with the same settings."""
+        if self.is_solved != other.is_solved:
+            solved, trained = (self, other) if self.is_solved else (other, self)
+            raise UserError(
+                f"{solved.path} and {trained.path} cannot be compared: the probes of the first were solved, those of "
+                "the second were trained; make both in the same way"
+            )
+        ours, theirs = self.metrics["probe"], other.metrics["probe"]
+        for key in ("solved", *(key for key in theirs if key in ours)):
+            if ours.get(key) != theirs.get(key):
+                raise UserError(
+                    f"{self.path} and {other.path} cannot be compared: their probes differ in {key}, "
+                    f"{ours.get(key)!r} and {theirs.get(key)!r}; make both with the same settings"
                 )
 
     def dataset(self, split: str = "validation"):

@@ -160,13 +160,7 @@ def _check_pair(causal: ProbeRun | TaskRun, bidirectional: ProbeRun | TaskRun) -
                 f"{causal.path} and {bidirectional.path} differ in {key}: {ours!r} and {theirs!r}; compare runs on the "
                 "same data, with the same weights replaced"
             )
-    ours, theirs = causal.metrics["probe"], bidirectional.metrics["probe"]
-    for key in ("solved", *(key for key in ours if key in theirs)):
-        if ours.get(key) != theirs.get(key):
-            raise UserError(
-                f"{causal.path} and {bidirectional.path} differ in the probes' {key}: {ours.get(key)!r} and "
-                f"{theirs.get(key)!r}; make both in the same way"
-            )
+    causal.check_same_probes(bidirectional)
     causal.check_same_images(bidirectional)
 
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from probes.models.sites import ADAPTER, FINAL_NORM
-from probes.report.study import MASKS, Study, is_solved
+from probes.report.study import MASKS, Study
 from probes.report.tables import run_columns
 from probes.results.probe_run import ProbeRun
 
@@ -94,7 +94,7 @@ def layer_curves(study: Study, solved: bool) -> FigureData:
 def _shown_untrained(study: Study, solved: bool) -> dict[str, ProbeRun]:
     """Return the untrained runs with layers of the LLM whose probes are of the kind that is drawn."""
     untrained = study.solved_untrained if solved else study.untrained
-    return {m: run for m, run in untrained.items() if is_solved(run) == solved and run.layers != [ADAPTER]}
+    return {m: run for m, run in untrained.items() if run.is_solved == solved and run.layers != [ADAPTER]}
 
 
 def _draw_random(ax: Axes, run: ProbeRun, label: bool) -> None:
@@ -163,7 +163,7 @@ def masks_by_model(studies: list[Study]) -> FigureData:
 
 def layer_figures(study: Study) -> Figures:
     """Yield the scores by layer: of solved probes, if there are any beside trained ones, and of the study's own."""
-    solved_main = is_solved(study.first)
+    solved_main = study.first.is_solved
     if study.solved and not solved_main:
         yield _layer_figure(study, "layers_solved", "Segmentation quality by layer, probes at their optimum", True)
     yield _layer_figure(study, "layers", "Segmentation quality by layer", solved_main)
@@ -215,5 +215,5 @@ def _peak_caption(*studies: Study) -> str:
 
 
 def _kinds_caption(studies: list[Study]) -> str:
-    kinds = {is_solved(run) for study in studies for run in study.trained.values()}
+    kinds = {run.is_solved for study in studies for run in study.trained.values()}
     return "Probes of some models are solved, of others trained: their heights cannot be compared." * (len(kinds) > 1)

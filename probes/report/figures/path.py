@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from probes.report.path import verdict_rows
-from probes.report.study import Study, is_solved
+from probes.report.study import Study
 from probes.report.summary_text import PATH_SECTION
 
 from .style import FigureData, Figures, ReportFigure, caption, mask_colour, new_panels
@@ -101,7 +101,7 @@ def path_figures(study: Study, results: dict[str, Any]) -> Figures:
         return
     claims = [claim for claim in results["claims"] if claim["claim"] in EFFECTS]
     by_sgd = {(claim["image_attention"], claim["claim"]): claim["value"] for claim in claims}
-    by_sgd = {key: value for key, value in by_sgd.items() if not is_solved(study.trained[key[0]])}
+    by_sgd = {key: value for key, value in by_sgd.items() if not study.trained[key[0]].is_solved}
     yield ReportFigure(
         "path", PATH_SECTION, "Drop-off and recovery at every strength",
         caption(

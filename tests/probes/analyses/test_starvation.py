@@ -290,8 +290,8 @@ def test_command_writes_every_part(runs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"probe": {"feature_norm": "layernorm"}}, "differ in the probes' feature_norm: .* and 'layernorm'"),
-        ({"probe": {"solved": "optimum"}}, "differ in the probes' solved: None and 'optimum'"),
+        ({"probe": {"feature_norm": "layernorm"}}, "their probes differ in feature_norm, .* and 'layernorm'"),
+        ({"probe": {"solved": "optimum"}}, "their probes differ in solved, None and 'optimum'"),
         ({"match": "update"}, "differ in match: 'none' and 'update'"),
         ({"draw": 1}, "differ in draw: 0 and 1"),
     ],

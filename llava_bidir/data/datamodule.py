@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlavaProcessor
 
+from llava_bidir.common.epoch_length import batches_per_epoch
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import checksums, describe, file_sizes
 
@@ -108,8 +109,7 @@ class InstructionData(LightningDataModule):
     @property
     def micro_batches_per_epoch(self) -> int:
         """Return the number of micro-batches that an epoch trains on this rank."""
-        count, limit = len(self.sampler), self.trainer.limit_train_batches
-        return min(count, limit) if isinstance(limit, int) else int(count * limit)
+        return batches_per_epoch(len(self.sampler), self.trainer)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -118,7 +118,7 @@ class InstructionData(LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return the training loader, which starts after the micro-batches that a resumed run has trained."""
-        self.sampler.skip(self.trained_micro_batches % max(self.micro_batches_per_epoch, 1))
+        self.sampler.skip(self.trained_micro_batches % self.micro_batches_per_epoch)
         self.trained_micro_batches = 0
         batches = {"batch_sampler": self.sampler, "collate_fn": replace(self.collate, pack_tokens=self.pack_tokens)}
         if self.trainer.lightning_module.hparams.loss_average == "llava":

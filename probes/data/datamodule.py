@@ -10,6 +10,7 @@ from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, Dataset
 
+from llava_bidir.common.epoch_length import batches_per_epoch
 from llava_bidir.common.errors import UserError
 from probes.tasks import SEGMENTATION, TASKS, targets_of
 
@@ -65,8 +66,7 @@ class SegmentationData(LightningDataModule):
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps per epoch, one a batch, at most `trainer.limit_train_batches`."""
-        batches, limit = math.ceil(len(self.splits["training"]) / self.batch_size), self.trainer.limit_train_batches
-        return max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
+        return batches_per_epoch(math.ceil(len(self.splits["training"]) / self.batch_size), self.trainer)
 
     def identity(self) -> dict[str, str]:
         """Return what the data is: classes, and names and contents of all images and targets."""

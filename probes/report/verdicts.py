@@ -14,6 +14,7 @@ A verdict is "holds" if its 95% interval lies on the claimed side of zero, "reve
     no control     Fewer than two draws of random weights.
 """
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -143,28 +144,22 @@ def minus_draws(trained: Effect, draws: Sequence[Effect]) -> Effect:
     return trained._replace(by_unit={unit: subtract(trained.by_unit[unit], mean[unit]) for unit in shared})
 
 
-def beyond_draws(trained: Effect, draws: Sequence[Effect]) -> tuple[float, list[float]]:
-    """Return the mean of :func:`minus_draws`, with a 95% interval over units and draws.
+def compare_to_draws(sign: int, trained: Effect, draws: Sequence[Effect]) -> dict[str, Any]:
+    """Return the column "beyond_random": the mean of :func:`minus_draws` with a 95% interval over units and draws.
 
-    Its own interval covers images and classes. Draws are independent of both: Student's t with D - 1 degrees of freedom
-    for D draws. The two half widths are added as the sides of a right angle. Where either dominates, this is its own
-    interval; Welch and Satterthwaite's degrees of freedom would cover 89% instead of 95% for two draws that differ.
+    Its own interval, "ci95_without_draws", covers images and classes. Draws are independent of both: Student's t with
+    D - 1 degrees of freedom for D draws. The two half widths are added as the sides of a right angle. Where either
+    dominates, this is its own interval; Welch and Satterthwaite's degrees of freedom would cover 89% instead of 95% for
+    two draws that differ. "by_draw" has the number of each draw.
 
     Raises:
         ValueError: No unit is in all of them.
     """
     difference = minus_draws(trained, draws)
-    shared = difference.by_unit
-    only_shared = [trained._replace(by_unit={unit: draw.by_unit[unit] for unit in shared}) for draw in draws]
-    of_draws = torch.tensor([mean_effect(draw)[0] for draw in only_shared], dtype=torch.float64)
     value, (low, high) = mean_effect(difference)
+    shared = [{unit: draw.by_unit[unit] for unit in difference.by_unit} for draw in draws]
+    of_draws = torch.tensor([mean_effect(trained._replace(by_unit=units))[0] for units in shared], dtype=torch.float64)
     half = scipy.stats.t.ppf(0.975, len(draws) - 1) * of_draws.std().item() / len(draws) ** 0.5
-    return value, [value - (half**2 + (value - low) ** 2) ** 0.5, value + (half**2 + (high - value) ** 2) ** 0.5]
-
-
-def compare_to_draws(sign: int, trained: Effect, draws: Sequence[Effect]) -> dict[str, Any]:
-    """Return the column "beyond_random" from :func:`beyond_draws`, with the number of each draw."""
-    value, ci95 = beyond_draws(trained, draws)
+    ci95 = [value - math.hypot(half, value - low), value + math.hypot(half, high - value)]
     by_draw = [mean_effect(draw)[0] for draw in draws]
-    without_draws = mean_effect(minus_draws(trained, draws))[1]
-    return column(sign, value, ci95, draws=len(draws), by_draw=by_draw, ci95_without_draws=list(without_draws))
+    return column(sign, value, ci95, draws=len(draws), by_draw=by_draw, ci95_without_draws=[low, high])

@@ -10,7 +10,7 @@ from probes.report.claims import evaluate_claims
 from probes.report.effects import drop_and_recovery
 from probes.report.figures.claims import claim_values
 from probes.report.study import read_studies
-from probes.report.verdicts import Effect, beyond_draws, judge, path_column, unconverged
+from probes.report.verdicts import Effect, compare_to_draws, judge, path_column, unconverged
 from probes.results.probe_run import ProbeRun
 
 TRAINED = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # accuracies at encoder, adapter, layers, final norm
@@ -49,6 +49,11 @@ def test_the_path_is_judged_where_the_claim_fares_worst():
     counted = path_column(1, unsolved)
     assert (counted["converged"], counted["strengths"]) == (1, 2), "but the column says how many strengths count"
     assert path_column(1, unsolved[:1])["verdict"] == "not converged"
+
+
+def beyond_draws(trained, draws):
+    entry = compare_to_draws(1, trained, draws)
+    return entry["value"], entry["ci95"]
 
 
 def simulated(truth, spread, draws, images, generator):

@@ -130,6 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_images(p, "--image", default=[0])
     p.add_argument("--sites", nargs="+", metavar="SITE", help="sites (default: adapter, half-way, best layer)")
     _add_seed_and_out(p, "UMAP")
+    _add_overwrite(p)
 
     text = "predict maps by site (Figs. 4, 13) and under knockout (Figs. 6, 12), into RUN/maps.safetensors"
     p = command("maps", "probes.analyses.segmentation_maps:run", text)
@@ -138,6 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "classes in RUN/knockout.json to show under knockout"
     p.add_argument("--classes", nargs="+", default=[], metavar="NAME", help=text)
     _add_out(p)
+    _add_overwrite(p)
 
     p = command("segment", "probes.analyses.segment:run", "write the maps of any photos: classes, or another task")
     _add_run(p)

@@ -121,10 +121,10 @@ $(call patched,$(OUT)/%/solved): $(call solved,$(OUT)/%/solved) $(A)/pairs/class
 	$(call step,$*_patching,$(PROBES) patching --overwrite true --probes $(OUT)/$*/solved --pairs $(A)/pairs --limit 100 --draws 1)
 
 $(call mapped,$(OUT)/%/probes): $(call knocked,$(OUT)/%/probes)
-	$(call step,$*_maps,$(PROBES) maps --probes $(OUT)/$*/probes --image 0 1 2 3 --classes ceiling road)
+	$(call step,$*_maps,$(PROBES) maps --overwrite true --probes $(OUT)/$*/probes --image 0 1 2 3 --classes ceiling road)
 
 $(OUT)/%/probes/umap.json: $(call probed,$(OUT)/%/probes)
-	$(call step,$*_umap,$(PROBES) umap --probes $(OUT)/$*/probes --image 0)
+	$(call step,$*_umap,$(PROBES) umap --overwrite true --probes $(OUT)/$*/probes --image 0)
 
 $(STARVED): $(call probed,$(OUT)/causal/probes) $(call probed,$(OUT)/bidirectional/probes)
 	$(call step,starvation,$(PROBES) starvation --overwrite true --probes $(OUT)/causal/probes $(OUT)/bidirectional/probes \

@@ -5,6 +5,7 @@ keep a name and lose the contents. The new name is flushed too. Permissions foll
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -102,7 +103,8 @@ def write_files(contents: Mapping[Path, Any]) -> None:
     renamed, so its presence shows that all files are of the same version.
 
     Args:
-        contents: Content by path: tensors by name for .safetensors, a JSON value for .json, else text or bytes.
+        contents: Content by path: tensors by name for .safetensors, a JSON value for .json, else text or bytes. NaN
+            becomes null, since JSON has no NaN and readers other than Python's fail at it.
 
     Raises:
         UserError: A file cannot be written, for example on a full disk. The previous files are unchanged.
@@ -153,9 +155,17 @@ def _write(path: Path, suffix: str, content: Any) -> None:
     if suffix == ".safetensors":
         write_tensors({name: x.detach().cpu().contiguous() for name, x in content.items()}, path)
     else:
-        text = json.dumps(content, indent=1) + "\n" if suffix == ".json" else content
+        text = json.dumps(_null_for_nan(content), indent=1) + "\n" if suffix == ".json" else content
         path.write_bytes(text.encode() if isinstance(text, str) else text)
     _finish(path, _new_file_mode())
+
+
+def _null_for_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _null_for_nan(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_null_for_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _new_file_mode() -> int:

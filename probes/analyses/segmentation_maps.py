@@ -22,6 +22,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.knockout.cases import PatchReader, find_cases
 from probes.analyses.knockout.config import Plan
+from probes.analyses.replacement import check_replaceable
 from probes.evaluation.metrics import true_classes
 from probes.models.knockout import Knockout
 from probes.ops.bilinear import upsampled_argmax
@@ -89,7 +90,10 @@ def run(args: argparse.Namespace) -> None:
     for image in args.image:
         if not 0 <= image < len(dataset):
             raise UserError(f"image {image} is out of range; the split has images 0..{len(dataset) - 1}")
+    made_from = {"runs": [run.fingerprint], "image": args.image, "classes": args.classes}
+    images_of = lambda results: results | {"image": [entry["index"] for entry in results["images"]]}
     with exclusive_run_lock(out, "maps.json"):
+        check_replaceable(out / "maps.json", made_from, args.overwrite, images_of)
         knockouts = []
         if isinstance(run, TaskRun):
             predict = lambda sample: torch.from_numpy(run.predict_sites(sample["image"], run.sites))
@@ -106,6 +110,7 @@ def run(args: argparse.Namespace) -> None:
             "runs": [run.fingerprint],
             "sites": run.sites,
             "layers": run.layers,
+            "classes": args.classes,
             "images": [{"index": i, "name": dataset.names[i]} for i in args.image],
             "knockout": knockouts,
         }

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses.replacement import check_replaceable
 from probes.evaluation.metrics import true_classes
 from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
@@ -35,7 +36,7 @@ def umap_of_images(
         seed: Seed of UMAP.
 
     Returns:
-        {"image_attention", "runs", "grid", "images": [{"image", "name", "labels": [T], "sites": [{"site",
+        {"image_attention", "runs", "seed", "grid", "images": [{"image", "name", "labels": [T], "sites": [{"site",
         "xy": [[x, y]], "knn_purity", "silhouette"}]}]}. Label -1 marks unlabelled patches, which both numbers leave
         out. A number is None if there are too few labelled patches or classes.
 
@@ -52,7 +53,7 @@ def umap_of_images(
         states = mllm.states(mllm.preprocess([sample["image"]]), sites or _default_sites(run))
         embedded = [{"site": site} | embed(x[0].float().cpu(), labels, seed) for site, x in states.items()]
         entries.append({"image": image, "name": sample["name"], "labels": labels.tolist(), "sites": embedded})
-    header = {"image_attention": run.metrics["image_attention"], "runs": [run.fingerprint]}
+    header = {"image_attention": run.metrics["image_attention"], "runs": [run.fingerprint], "seed": seed}
     return header | {"grid": list(mllm.grid), "images": entries}
 
 
@@ -79,11 +80,20 @@ def _default_sites(run: ProbeRun) -> list[str]:
     return list(dict.fromkeys([ADAPTER, layers[layers.index(peak) // 2], peak]))
 
 
+def _made_from(results: dict[str, Any]) -> dict[str, Any]:
+    images = results["images"]
+    sites = [site["site"] for site in images[0]["sites"]]
+    return results | {"image": [image["image"] for image in images], "sites": sites}
+
+
 def run(args: argparse.Namespace) -> None:
     """Run `probes umap`."""
     run, out = ProbeRun(args.probes), Path(args.out or args.probes)
+    sites = args.sites or _default_sites(run)
+    made_from = {"runs": [run.fingerprint], "seed": args.seed, "image": args.image, "sites": sites}
     with exclusive_run_lock(out, "umap.json"):
-        results = umap_of_images(run, args.image, args.sites, args.seed)
+        check_replaceable(out / "umap.json", made_from, args.overwrite, _made_from)
+        results = umap_of_images(run, args.image, sites, args.seed)
         write_files({out / "umap.json": results})
     for image in results["images"]:
         for site in image["sites"]:

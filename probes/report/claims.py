@@ -7,6 +7,8 @@ The best layer of a recovery is chosen by cross-validation over images (`effects
 images that it is scored on, which favours models with many layers; tables keep that definition.
 """
 
+import logging
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +33,8 @@ from .verdicts import (
     path_column,
     unconverged,
 )
+
+log = logging.getLogger(__name__)
 
 # claim -> (claimed sign, text)
 CLAIMS: dict[str, tuple[int, str]] = {
@@ -130,8 +134,11 @@ def measure(runs: Mapping[str, ProbeRun], site: str | None = None) -> Measured:
     pair = [runs[mask] for mask in MASKS if mask in runs]
     site = site or (pair[0].peak_layer if pair else None)
     if len(pair) == 2 and pair[0].is_solved == pair[1].is_solved and all(site in run.sites for run in pair):
-        gaps = gap_estimates(*pair, site)
-        numbers |= {(claim, "causal"): one(estimate, pair[0]) for claim, estimate in gaps.items()}
+        for claim, estimate in gap_estimates(*pair, site).items():
+            if math.isnan(estimate[0]):  # e.g. the padding of landscape photos
+                log.warning("%s has no labelled pixel there; the claim %s is left out", pair[0].path, claim)
+            else:
+                numbers[claim, "causal"] = one(estimate, pair[0])
     return numbers
 
 

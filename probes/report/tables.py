@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -111,7 +112,8 @@ def table2_difference(studies: list[Study]) -> Rows:
 def table3(starvation: dict[str, Any]) -> Rows:
     """Return Table 3 (accuracy at the first three patches): rows of the runs, then of the paper."""
     keys, paper = ("causal", "bidirectional", "gap"), PAPER["table3_patch_accuracy"]
-    rows = [{"model": "this run", "patch": i} | {key: starvation[key][i] for key in keys} for i in range(3)]
+    number = lambda x: None if math.isnan(x) else x  # a patch without a labelled pixel
+    rows = [{"model": "this run", "patch": i} | {key: number(starvation[key][i]) for key in keys} for i in range(3)]
     return rows + [
         {"model": "paper, clip, ADE20K", "patch": i} | dict(zip(keys, paper[f"patch_{i}"], strict=False))
         for i in range(3)

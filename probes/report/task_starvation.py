@@ -1,6 +1,7 @@
 """Starvation of other tasks than segmentation: mean error by position under both masks. Exploratory."""
 
 import logging
+import math
 from typing import Any
 
 from probes.analyses.starvation.run import shared_layer, starvation
@@ -80,4 +81,4 @@ def starvation_table(results: list[dict[str, Any]]) -> Rows:
 
 
 def _format_gap(gap: float, ci95: list[float]) -> str:
-    return f"{gap:+.3g} [{ci95[0]:+.3g}, {ci95[1]:+.3g}]"
+    return "no labelled pixel" if math.isnan(gap) else f"{gap:+.3g} [{ci95[0]:+.3g}, {ci95[1]:+.3g}]"

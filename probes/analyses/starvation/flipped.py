@@ -80,7 +80,11 @@ def flip_results(runs: dict[str, ProbeRun], site: str, flip: str, upright: Count
     moved = (gap[0] - gap[1]).item()
     moved_ci95 = interval(moved, resampled[:, 0] - resampled[:, 1])
     old, new = torch.tensor(accuracy_gap(*patch_accuracy(upright, weights[:2]))["gap"]), torch.tensor(gaps["gap"])
-    correlation = lambda a, b: torch.corrcoef(torch.stack([a, b]))[0, 1].item()
+
+    def correlation(a: Tensor, b: Tensor) -> float:
+        labelled = ~(a + b).isnan()
+        return torch.corrcoef(torch.stack([a[labelled], b[labelled]]))[0, 1].item()
+
     return {
         "flip": flip,
         **gaps,

@@ -14,6 +14,7 @@ positions share; a boundary pixel has no error of its own. The further analyses 
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -209,6 +210,9 @@ def _print_errors(results: dict) -> None:
     first = [(f"patch {i}", {key: results[key][i] for key in keys}) for i in range(min(3, len(results["gap"])))]
     print(f"{results['error']} at {results['site']}; the difference is positive where bidirectional is better")
     for where, gap in [*first, ("first row", results["first_row"])]:
+        if math.isnan(gap["gap"]):
+            print(f"{where}: no labelled pixel")
+            continue
         low, high = gap["gap_ci95"]
         difference = f"{gap['gap']:+.3g} [{low:+.3g}, {high:+.3g}]"
         print(f"{where}: causal {gap['causal']:.3g}, bidirectional {gap['bidirectional']:.3g}, difference {difference}")
@@ -229,9 +233,11 @@ def _print_probes(entry: dict) -> None:
 
 
 def _format_gap(gap: dict) -> str:
+    if math.isnan(gap["gap"]):
+        return "no labelled pixel"
     bidirectional, difference = gap["causal"] + gap["gap"], _format_points(gap["gap"], gap["gap_ci95"])
     return f"causal {gap['causal']:.1%}, bidirectional {bidirectional:.1%}, difference {difference}"
 
 
 def _format_points(value: float, ci95: list[float]) -> str:
-    return f"{value:+.1%} [{ci95[0]:+.1%}, {ci95[1]:+.1%}]"
+    return "no labelled pixel" if math.isnan(value) else f"{value:+.1%} [{ci95[0]:+.1%}, {ci95[1]:+.1%}]"

@@ -1,6 +1,5 @@
 """Figures of context starvation: the accuracy gap between the masks per patch (Fig. 7)."""
 
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ def starvation_curve(starvation: dict[str, Any], patches: int = 50) -> FigureDat
     """Draw the accuracy gap of the first patches in raster order (Fig. 7)."""
     figure, ax = new_axes(6.4, 3.3)
     count = min(patches, len(starvation["gap"]))
-    x, gap = np.arange(count), 100 * np.array(starvation["gap"][:count])
-    low, high = 100 * np.array(starvation["gap_ci95"][:count]).T
+    x, gap = np.arange(count), 100 * np.array(starvation["gap"][:count], float)
+    low, high = 100 * np.array(starvation["gap_ci95"][:count], float).T
     ax.bar(x, gap, color=mask_colour("bidirectional"), alpha=0.75, width=0.85)
     ax.vlines(x, low, high, color="#555555", lw=0.8)
     ax.axhline(0, color="black", lw=0.8)
@@ -37,7 +36,7 @@ def starvation_curve(starvation: dict[str, Any], patches: int = 50) -> FigureDat
 def starvation_grid(starvation: dict[str, Any]) -> FigureData:
     """Draw the same gap at the position of each patch in the image."""
     figure, ax = new_axes(4.2, 3.3)
-    gap = 100 * np.array(starvation["gap"]).reshape(starvation["grid"])
+    gap = 100 * np.array(starvation["gap"], float).reshape(starvation["grid"])
     image = ax.imshow(gap, **signed_colours(gap))
     ax.set(xticks=[], yticks=[])
     ax.grid(False)
@@ -86,7 +85,7 @@ def _gap_columns(name: str, gaps: dict[str, Any], patch: int) -> dict[str, float
 def _draw_gaps(ax, bars: dict[str, Any], points: dict[str, Any], labels: tuple[str, str], patches: int = 50) -> None:
     """Draw the gaps of at most `patches` patches: bars, and points with intervals."""
     x = np.arange(min(patches, len(points["gap"])))
-    ax.bar(x, 100 * np.array(bars["gap"][: len(x)]), color="#BBBBBB", width=0.85, label=labels[0])
+    ax.bar(x, 100 * np.array(bars["gap"][: len(x)], float), color="#BBBBBB", width=0.85, label=labels[0])
     gap, ci95 = points["gap"][: len(x)], points["gap_ci95"][: len(x)]
     draw_intervals(ax, x, gap, ci95, POINTS, fmt="o", ms=3, lw=0.8, label=labels[1])
     ax.axhline(0, color="black", lw=0.8)
@@ -97,7 +96,7 @@ def _draw_gaps(ax, bars: dict[str, Any], points: dict[str, Any], labels: tuple[s
 def flip_gaps(starvation: dict[str, Any], flip: dict[str, Any]) -> FigureData:
     """Draw the gap per patch of upright and of transformed images (an entry of "flips"), side by side."""
     figure, axes = new_axes(6.4, 3.2, 2)
-    grids = [100 * np.array(values).reshape(starvation["grid"]) for values in (starvation["gap"], flip["gap"])]
+    grids = [100 * np.array(values, float).reshape(starvation["grid"]) for values in (starvation["gap"], flip["gap"])]
     for ax, grid, title in zip(axes, grids, ("upright", f"transformed ({flip['flip']})"), strict=True):
         image = ax.imshow(grid, **signed_colours(*grids))
         ax.set(xticks=[], yticks=[], title=title)
@@ -105,6 +104,18 @@ def flip_gaps(starvation: dict[str, Any], flip: dict[str, Any]) -> FigureData:
     figure.colorbar(image, ax=axes, label="bidirectional − causal (pp)")
     keys = ("causal", "bidirectional", "gap")
     return FigureData(figure, [{"patch": i} | {k: flip[k][i] for k in keys} for i in range(len(flip["gap"]))])
+
+
+def _mean(accuracy: list[float | None]) -> float:
+    """Return the mean over the patches that have labelled pixels; the others have None."""
+    return float(np.nanmean(np.array(accuracy, float)))
+
+
+def _format_change(value: float | None, ci95: list[float | None]) -> str:
+    if value is None:
+        return "has no labelled pixel"
+    low, high = (100 * bound for bound in ci95)
+    return f"{100 * value:+.1f} [{low:+.1f}, {high:+.1f}] pp"
 
 
 def starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) -> Figures:
@@ -138,11 +149,7 @@ def starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) 
             own_probe_gaps(analysis["by_position"]))  # fmt: skip
     if analysis and "dummy_tokens" in analysis:
         dummy = analysis["dummy_tokens"]
-        changes = (
-            f"{mask} {100 * change['patch_0']['value']:+.1f} [{low:+.1f}, {high:+.1f}] pp"
-            for mask, change in dummy["change"].items()
-            for low, high in [[100 * bound for bound in change["patch_0"]["ci95"]]]
-        )
+        changes = (f"{mask} {_format_change(**change['patch_0'])}" for mask, change in dummy["change"].items())
         yield ReportFigure(
             "starvation_dummy_tokens", STARVATION, "Accuracy gap with dummy tokens",
             "The gap of the first patches as measured, and with tokens without information before the image (number: "
@@ -157,7 +164,7 @@ def starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) 
                 f"image: one for all positions, and one for each. {INTERVALS}",
                 own_probe_gaps(dummy["by_position"]), "half")  # fmt: skip
     for flip in analysis.get("flips", []) if analysis else ():
-        accuracies = (f"{mask} {mean(analysis[mask]):.0%} → {mean(flip[mask]):.0%}" for mask in MASKS)
+        accuracies = (f"{mask} {_mean(analysis[mask]):.0%} → {_mean(flip[mask]):.0%}" for mask in MASKS)
         yield ReportFigure(
             f"starvation_{flip['flip']}", STARVATION, f"Position or content? ({flip['flip']})",
             "Left: the gap on upright images. Right: the gap on transformed images. A gap caused by position stays in "

@@ -14,6 +14,8 @@ ANALYSES = {
     "patching": (["--site", "layer_02", "--limit", "4", "--draws", "1"], ["--layers", "1"], "layers [0, 1]"),
     "starvation": (["--site", "layer_02"], ["--by-class"], '"by_class": false'),
     "answers": (["--limit", "2", "--draws", "1"], ["--draws", "2"], "draws 1"),
+    "umap": (["--image", "1", "--sites", "adapter"], ["--sites", "layer_02"], 'sites ["adapter"]'),
+    "maps": (["--image", "1", "3"], ["--image", "2"], "image [1, 3]"),
 }
 
 

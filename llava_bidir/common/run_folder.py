@@ -20,6 +20,7 @@ RESUME_ADVICE = "resume with the original setting, or start a new run with anoth
 # what a run writes besides its config and events; analyses check that they belong to the run's probes
 RESULTS = (
     "hf",
+    "nonfinite",
     "predictions",
     "metrics.json",
     "manifest.json",

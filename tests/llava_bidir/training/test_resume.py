@@ -139,12 +139,14 @@ def test_a_run_that_replaces_another_and_is_killed_is_not_finished(finished, unf
     folder, command = unfinished
     with pytest.raises(SystemExit, match="run holds checkpoints of an unfinished run, e.g. "):
         llava_bidir.cli.main(command)
-    shutil.copytree(finished[0] / "hf", folder / "hf")
+    for left in ("hf", "nonfinite"):
+        shutil.copytree(finished[0] / "hf", folder / left)
     with monkeypatch.context() as patch:
         patch.setattr("llava_bidir.training.callbacks.export_hf", lambda *args: sys.exit("killed"))
         with pytest.raises(SystemExit, match="killed"):
             llava_bidir.cli.main([*command, "--trainer.max_epochs", "2", "--overwrite", "true"])
-    assert not (folder / "hf").exists() and len(list((folder / "checkpoints").iterdir())) == 1
+    assert not (folder / "hf").exists() and not (folder / "nonfinite").exists()
+    assert len(list((folder / "checkpoints").iterdir())) == 1
     llava_bidir.cli.main([*command, "--trainer.max_epochs", "2", "--ckpt_path", "last"])
     steps = [json.loads((run / "hf/training.json").read_text())["steps"] for run in (folder, finished[0])]
     assert steps[0] == 2 * steps[1]

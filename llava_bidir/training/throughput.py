@@ -72,7 +72,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Throughput(Callback):
-    """Log the training speed, averaged between two logged steps.
+    """Log the training speed, averaged between two logged steps, or since a validation between them.
 
     Over all devices: samples/s, tokens/s (without padding), MFU. For this device: seconds per step, share of time spent
     waiting for data, shares of padding and text-only samples, peak memory.
@@ -105,6 +105,11 @@ class Throughput(Callback):
             if pl_module.device.type == "cuda":
                 pl_module.log("train/memory_gb", torch.cuda.max_memory_allocated(pl_module.device) / 1e9)
             self._start_window(trainer)
+        self.batch_ended = time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start anew: validation is neither training nor waiting for data."""
+        self._start_window(trainer)
         self.batch_ended = time.perf_counter()
 
     def _count(self, batch: dict) -> None:

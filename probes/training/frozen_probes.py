@@ -61,6 +61,11 @@ class FrozenProbes(LightningModule):
             self.identity = rank_zero_result(self.trainer, compute)
 
     def configure_model(self) -> None:
+        """Build everything on the CPU: generators of a CPU cannot draw on the GPU that is Lightning's default here."""
+        with torch.device("cpu"):
+            self.build()
+
+    def build(self) -> None:
         """Load the MLLM and build probes and metrics."""
         if self.mllm is not None:
             return
@@ -160,11 +165,11 @@ class FrozenProbes(LightningModule):
         return {}, {}
 
     def _compute(self, variant: str | None) -> Counts | TaskSums:
-        """Return the counts of a variant, or for other tasks than segmentation the sums per image."""
+        """Return the counts of a variant, or for other tasks than segmentation the sums per image, on the CPU."""
         metric = self.metrics[list(self.variants).index(variant)]
         counts = metric.compute()
         metric.reset()
-        return counts
+        return type(counts)(*(x if x is None else x.cpu() for x in counts))
 
 
 def evenly_spaced_images(dataset: Dataset, count: int) -> list[Image.Image]:

@@ -92,9 +92,9 @@ class MomentSolver(FrozenProbes):
         self.path_metrics: dict[str, Metric] = {}
 
     # ------------------------------------------------------------------------------------------------ pass
-    def configure_model(self) -> None:
+    def build(self) -> None:
         """Load the MLLM; set the images of the next pass, fold by fold."""
-        super().configure_model()
+        super().build()
         data = self.trainer.datamodule
         if self.fold_of is None:
             training = data.splits["training"]

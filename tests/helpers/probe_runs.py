@@ -1,6 +1,7 @@
 """Probe runs of one epoch on a tiny model, and finished ones from random counts, without a model."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -25,6 +26,17 @@ def arguments(checkpoint, root, out, *more: str) -> list[str]:
 def fit(checkpoint, root, out, *more: str) -> ProbeRun:
     main(arguments(checkpoint, root, out, *more))
     return ProbeRun(out)
+
+
+def write_questions(run: ProbeRun, folder: Path) -> Path:
+    """Write questions with regions about two validation images of a run, and return their file."""
+    root = Path(run.manifest["data"]["root"]) / "images/validation"
+    names = [shutil.copy(file, folder) and file.name for file in sorted(root.iterdir())[:2]]
+    turns = [{"from": "human", "value": "<image>\nname the wall"}, {"from": "gpt", "value": "sky"}]
+    regions = [{"box": [0, 0, 0.5, 0.5], "class": "sky"}]
+    records = [{"id": name, "image": name, "conversations": turns, "regions": regions} for name in names]
+    (folder / "questions.json").write_text(json.dumps(records))
+    return folder / "questions.json"
 
 
 def random_counts(

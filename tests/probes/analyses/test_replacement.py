@@ -1,9 +1,6 @@
 """A finished result of other options or runs is replaced only if the user asks for it."""
 
-import json
-import shutil
-from pathlib import Path
-
+import probe_runs
 import pytest
 from PIL import Image
 
@@ -26,19 +23,9 @@ def call(request, runs, tmp_path):
     paths = [str(runs[mask].path) for mask in ("causal", "bidirectional")]
     start = [request.param, "--probes", *(paths if request.param == "starvation" else paths[:1]), *first]
     if request.param == "answers":
-        start += ["--questions", str(write_questions(runs["causal"], tmp_path))]
+        start += ["--questions", str(probe_runs.write_questions(runs["causal"], tmp_path))]
     out = tmp_path / "out"
     return lambda *more: main([*start, "--out", str(out), *more]), out / f"{request.param}.json", other, made
-
-
-def write_questions(run, folder: Path) -> Path:
-    root = Path(run.manifest["data"]["root"]) / "images/validation"
-    names = [shutil.copy(file, folder) and file.name for file in sorted(root.iterdir())[:2]]
-    turns = [{"from": "human", "value": "<image>\nname the wall"}, {"from": "gpt", "value": "sky"}]
-    regions = [{"box": [0, 0, 0.5, 0.5], "class": "sky"}]
-    records = [{"id": name, "image": name, "conversations": turns, "regions": regions} for name in names]
-    (folder / "questions.json").write_text(json.dumps(records))
-    return folder / "questions.json"
 
 
 def test_other_options_do_not_replace_a_result_unless_asked_to(call):

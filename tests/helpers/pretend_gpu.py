@@ -1,0 +1,195 @@
+"""A GPU that computes on the CPU but keeps to a GPU's rules about where tensors are.
+
+In `with pretend_gpu():`, tensors can be moved to "cuda". They stay in CPU memory, and are remembered as being on the
+device. As on a real one, an operation on tensors of both devices fails, and so does `numpy()`. The numbers are real, so
+that a whole command can be tested without a GPU. What CUDA itself does is not tested: kernels, streams, memory, lower
+precision, synchronisation.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch.autograd import _engine_run_backward
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+aten = torch.ops.aten
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+
+
+class Placement:
+    """The storages that are on the pretended GPU."""
+
+    def __init__(self):
+        self.storages: dict[int, StorageWeakRef] = {}
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        while is_functorch_wrapped_tensor(tensor):  # in vmap
+            tensor = get_unwrapped(tensor)
+        reference = self.storages.get(tensor.untyped_storage()._cdata)
+        return reference is not None and not reference.expired()
+
+    def add(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self.storages[storage._cdata] = StorageWeakRef(storage)
+        return tensor
+
+
+PLACEMENT = Placement()  # for the whole process, since caches outlive a test
+
+
+class CheckDevices(TorchDispatchMode):
+    """Fail as CUDA does if an operation has tensors of both devices; results are where their arguments are."""
+
+    def __init__(self, placement: Placement):
+        super().__init__()
+        self.placement = placement
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        on_gpu = [x in self.placement for x in tensors]
+        if any(on_gpu):
+            self._check(func, tensors, on_gpu)
+        result = func(*args, **kwargs)
+        if any(on_gpu):
+            for x in tree_leaves(result):
+                if isinstance(x, Tensor):
+                    self.placement.add(x)
+        return result
+
+    def _check(self, func, tensors: list[Tensor], on_gpu: list[bool]) -> None:
+        allowed = func in INDEXING and on_gpu[0]  # CUDA takes indices from both devices
+        if func is aten.copy_.default or allowed:
+            return
+        elsewhere = [x for x, there in zip(tensors, on_gpu, strict=True) if not there and x.ndim > 0]
+        if elsewhere:
+            shapes = [list(x.shape) for x in elsewhere]
+            raise RuntimeError(
+                f"{func}: expected all tensors to be on the same device; {shapes} are on cpu, others on cuda"
+            )
+
+
+class MoveTensors(TorchFunctionMode):
+    """Move tensors to and from the pretended GPU, and answer where they are."""
+
+    def __init__(self, placement: Placement):
+        super().__init__()
+        self.placement = placement
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and func in GETTERS:
+            return GETTERS[func] if args[0] in self.placement else func(*args, **kwargs)
+        if name in ("numpy", "__array__") and args[0] in self.placement:
+            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+        if func in (Tensor.cpu, Tensor.cuda):
+            return self._move(args[0], func is Tensor.cuda)
+        if func is Tensor.to:
+            return self._to(args, kwargs)
+        if func is F.one_hot and args[0] in self.placement:  # fills a tensor that C++ has made on the CPU
+            return self._move(func(self._move(args[0], False), *args[1:], **kwargs), True)
+        if func is Tensor.new_tensor and args[0] in self.placement:
+            return self.placement.add(func(*args, **kwargs))
+        if name == "get_device":
+            return 0 if args[0] in self.placement else -1
+        return self._create(func, args, kwargs)
+
+    def _move(self, x: Tensor, to_gpu: bool) -> Tensor:
+        if (x in self.placement) == to_gpu:
+            return x
+        with torch._C.DisableTorchFunction():
+            moved = _Copy.apply(x, self.placement, to_gpu)
+        return moved
+
+    def _to(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        x, *others = args
+        device, dtype = kwargs.get("device"), kwargs.get("dtype")
+        for other in others:
+            if isinstance(other, Tensor):
+                device, dtype = GPU if other in self.placement else CPU, other.dtype
+            elif isinstance(other, torch.dtype):
+                dtype = other
+            elif isinstance(other, (torch.device, str)):
+                device = other
+        if device is not None and torch.device(device).type != "meta":
+            x = self._move(x, torch.device(device).type == "cuda")
+        return x if dtype is None else x.type(dtype)
+
+    def _create(self, func, args: tuple, kwargs: dict[str, Any]) -> Any:
+        device = kwargs.get("device")
+        if device is None:
+            return func(*args, **kwargs)
+        to_gpu = torch.device(device).type == "cuda"
+        if to_gpu and kwargs.get("generator") is not None:  # all generators here are a CPU's
+            raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+        kwargs = kwargs | {"device": CPU} if to_gpu else kwargs
+        result = func(*args, **kwargs)
+        if to_gpu:
+            tree_map_only(Tensor, self.placement.add, result)
+        return result
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, placement: Placement, to_gpu: bool) -> Tensor:
+        ctx.placement, ctx.to_gpu = placement, to_gpu
+        return _copy(x, placement, to_gpu)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return _copy(gradient, ctx.placement, not ctx.to_gpu), None, None
+
+
+def _copy(x: Tensor, placement: Placement, to_gpu: bool) -> Tensor:
+    with torch.utils._python_dispatch._disable_current_modes():
+        copied = x.detach().clone()
+    return placement.add(copied) if to_gpu else copied
+
+
+GETTERS = {Tensor.device.__get__: GPU, Tensor.is_cuda.__get__: True, Tensor.is_cpu.__get__: False}
+
+
+def _run_backward(*args, **kwargs) -> Any:
+    """Run a backward pass, which may call code of ours, with the mode that is off while `torch.autograd.grad` runs."""
+    with MoveTensors(PLACEMENT):
+        return _engine_run_backward(*args, **kwargs)
+
+
+@contextmanager
+def pretend_gpu() -> Iterator[None]:
+    """Pretend that the machine has one GPU."""
+    answers = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "get_device_name": lambda device=None: "pretended",
+        "get_device_capability": lambda device=None: (9, 0),
+        "mem_get_info": lambda device=None: (10**11, 10**11),
+        "max_memory_allocated": lambda device=None: 0,
+        "reset_peak_memory_stats": lambda device=None: None,
+        "manual_seed_all": lambda seed: None,
+    }
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(patch.object(torch.cuda, name, answer))
+        stack.enter_context(patch("probes.ops.kernels._installed", lambda: False))
+        stack.enter_context(patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))  # modes are of one thread
+        stack.enter_context(patch("torch.autograd._engine_run_backward", _run_backward))
+        stack.enter_context(CheckDevices(PLACEMENT))
+        stack.enter_context(MoveTensors(PLACEMENT))
+        yield

@@ -25,6 +25,7 @@ DRAWS := 0 1
 RANDOM_LLM := --model.sites '[adapter, layer_01, layer_02, layer_03, layer_04, layer_05, layer_06]'
 ASK := --limit 80 --draws 1 # of 400 questions, for the sake of time
 RANDOM_ADAPTER := --model.untrained '[adapter]' --model.sites '[encoder, adapter]'
+EPOCHS := $(if $(filter conjunction,$(WORLD)),4,1) # of stage 2: two cues that decide together take longer to learn
 STARVED := $(OUT)/bidirectional/probes/starvation.json
 REPORT := $(OUT)/report/results.json
 
@@ -52,7 +53,8 @@ $(OUT)/%/stage1/hf/model.safetensors: configs/demo/stage1.yaml $(ASSETS)
 	  --data.annotations $(A)/captions.json --data.images $(A))
 
 $(OUT)/%/stage2/hf/model.safetensors: configs/demo/stage2.yaml $(OUT)/%/stage1/hf/model.safetensors
-	$(call step,$*_stage2,$(LLAVA) fit -c $< --overwrite true --seed_everything $(SEED) --out $(OUT)/$*/stage2 \
+	$(call step,$*_stage2,$(LLAVA) fit -c $< --trainer.max_epochs $(EPOCHS) --overwrite true --seed_everything $(SEED) \
+	  --out $(OUT)/$*/stage2 \
 	  --model.image_attention $* --model.encoder.path $(A)/encoder --model.llm $(A)/llm \
 	  --model.adapter $(OUT)/$*/stage1/hf --data.annotations $(A)/dialogues.json \
 	  --data.val_annotations $(A)/questions.json --data.images $(A))

@@ -76,8 +76,11 @@ def test_what_follows_from_a_tensor_on_the_gpu_is_there_too():
         assert not any(t.is_cuda for t in (x.cpu(), y.to("cpu"), torch.ones(1), torch.tensor(y.sum().item())))
 
 
-def test_training_and_its_answers(parts, conversations, checkpoints, photo, tmp_path, capsys):
-    argv = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path / "run")]
+@pytest.mark.parametrize(
+    "more", [[], ["--model.lora.r", "2"], ["--data.pack_tokens", "80", "--model.gradient_checkpointing", "true"]]
+)
+def test_training_and_its_answers(more, parts, conversations, photo, tmp_path):
+    argv = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path / "run"), *more]
     with pretend_gpu():
         llava_bidir.cli.main([*argv, *GPU])
         llava_bidir.cli.main(["generate", str(tmp_path / "run/hf"), photo, "what is it?"])
@@ -101,11 +104,12 @@ def test_solved_probes(passes, checkpoints, segmentation, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["depth", "normals", "boundaries"])
-def test_solved_probes_of_tasks(task, checkpoints, segmentation, tmp_path):
+def test_probes_of_tasks(task, checkpoints, segmentation, tmp_path):
     root = task_runs.write_targets(segmentation, tmp_path / "data")
-    argv = task_runs.arguments("solve", task, checkpoints["causal"], root, tmp_path / "run", *SOLVE, "--passes", "1")
-    with pretend_gpu():
-        main([*argv, *GPU])
+    for command, more in (("fit", []), ("solve", [*SOLVE, "--passes", "1"])):
+        argv = task_runs.arguments(command, task, checkpoints["causal"], root, tmp_path / command, *more)
+        with pretend_gpu():
+            main([*argv, *GPU])
 
 
 @pytest.mark.slow

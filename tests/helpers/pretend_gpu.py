@@ -51,22 +51,14 @@ PLACEMENT = Placement()  # for the whole process, since caches outlive a test
 class CheckDevices(TorchDispatchMode):
     """Fail as CUDA does if an operation has tensors of both devices; results are where their arguments are."""
 
-    def __init__(self, placement: Placement):
-        super().__init__()
-        self.placement = placement
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        on_gpu = [x in self.placement for x in tensors]
-        if any(on_gpu):
-            self._check(func, tensors, on_gpu)
-        result = func(*args, **kwargs)
-        if any(on_gpu):
-            for x in tree_leaves(result):
-                if isinstance(x, Tensor):
-                    self.placement.add(x)
-        return result
+        on_gpu = [x in PLACEMENT for x in tensors]
+        if not any(on_gpu):
+            return func(*args, **kwargs)
+        self._check(func, tensors, on_gpu)
+        return tree_map_only(Tensor, PLACEMENT.add, func(*args, **kwargs))
 
     def _check(self, func, tensors: list[Tensor], on_gpu: list[bool]) -> None:
         allowed = func in INDEXING and on_gpu[0]  # CUDA takes indices from both devices
@@ -83,42 +75,37 @@ class CheckDevices(TorchDispatchMode):
 class MoveTensors(TorchFunctionMode):
     """Move tensors to and from the pretended GPU, and answer where they are."""
 
-    def __init__(self, placement: Placement):
-        super().__init__()
-        self.placement = placement
-
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name == "__get__" and func in GETTERS:
-            return GETTERS[func] if args[0] in self.placement else func(*args, **kwargs)
-        if name in ("numpy", "__array__") and args[0] in self.placement:
+            return GETTERS[func] if args[0] in PLACEMENT else func(*args, **kwargs)
+        if name in ("numpy", "__array__") and args[0] in PLACEMENT:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
         if func in (Tensor.cpu, Tensor.cuda):
             return self._move(args[0], func is Tensor.cuda)
         if func is Tensor.to:
             return self._to(args, kwargs)
-        if func is F.one_hot and args[0] in self.placement:  # fills a tensor that C++ has made on the CPU
+        if func is F.one_hot and args[0] in PLACEMENT:  # fills a tensor that C++ has made on the CPU
             return self._move(func(self._move(args[0], False), *args[1:], **kwargs), True)
-        if func is Tensor.new_tensor and args[0] in self.placement:
-            return self.placement.add(func(*args, **kwargs))
+        if func is Tensor.new_tensor and args[0] in PLACEMENT:
+            return PLACEMENT.add(func(*args, **kwargs))
         if name == "get_device":
-            return 0 if args[0] in self.placement else -1
+            return 0 if args[0] in PLACEMENT else -1
         return self._create(func, args, kwargs)
 
     def _move(self, x: Tensor, to_gpu: bool) -> Tensor:
-        if (x in self.placement) == to_gpu:
+        if (x in PLACEMENT) == to_gpu:
             return x
         with torch._C.DisableTorchFunction():
-            moved = _Copy.apply(x, self.placement, to_gpu)
-        return moved
+            return _Copy.apply(x, to_gpu)
 
     def _to(self, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         x, *others = args
         device, dtype = kwargs.get("device"), kwargs.get("dtype")
         for other in others:
             if isinstance(other, Tensor):
-                device, dtype = GPU if other in self.placement else CPU, other.dtype
+                device, dtype = GPU if other in PLACEMENT else CPU, other.dtype
             elif isinstance(other, torch.dtype):
                 dtype = other
             elif isinstance(other, (torch.device, str)):
@@ -136,26 +123,24 @@ class MoveTensors(TorchFunctionMode):
             raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
         kwargs = kwargs | {"device": CPU} if to_gpu else kwargs
         result = func(*args, **kwargs)
-        if to_gpu:
-            tree_map_only(Tensor, self.placement.add, result)
-        return result
+        return tree_map_only(Tensor, PLACEMENT.add, result) if to_gpu else result
 
 
 class _Copy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, placement: Placement, to_gpu: bool) -> Tensor:
-        ctx.placement, ctx.to_gpu = placement, to_gpu
-        return _copy(x, placement, to_gpu)
+    def forward(ctx, x: Tensor, to_gpu: bool) -> Tensor:
+        ctx.to_gpu = to_gpu
+        return _copy(x, to_gpu)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        return _copy(gradient, ctx.placement, not ctx.to_gpu), None, None
+        return _copy(gradient, not ctx.to_gpu), None
 
 
-def _copy(x: Tensor, placement: Placement, to_gpu: bool) -> Tensor:
+def _copy(x: Tensor, to_gpu: bool) -> Tensor:
     with torch.utils._python_dispatch._disable_current_modes():
         copied = x.detach().clone()
-    return placement.add(copied) if to_gpu else copied
+    return PLACEMENT.add(copied) if to_gpu else copied
 
 
 GETTERS = {Tensor.device.__get__: GPU, Tensor.is_cuda.__get__: True, Tensor.is_cpu.__get__: False}
@@ -163,7 +148,7 @@ GETTERS = {Tensor.device.__get__: GPU, Tensor.is_cuda.__get__: True, Tensor.is_c
 
 def _run_backward(*args, **kwargs) -> Any:
     """Run a backward pass, which may call code of ours, with the mode that is off while `torch.autograd.grad` runs."""
-    with MoveTensors(PLACEMENT):
+    with MoveTensors():
         return _engine_run_backward(*args, **kwargs)
 
 
@@ -194,6 +179,6 @@ def pretend_gpu() -> Iterator[None]:
             patch.dict("torch.utils.checkpoint._allowed_determinism_checks_to_fns", default=lambda x: None)
         )
         stack.enter_context(patch("torch.autograd._engine_run_backward", _run_backward))
-        stack.enter_context(CheckDevices(PLACEMENT))
-        stack.enter_context(MoveTensors(PLACEMENT))
+        stack.enter_context(CheckDevices())
+        stack.enter_context(MoveTensors())
         yield

@@ -77,7 +77,12 @@ def test_what_follows_from_a_tensor_on_the_gpu_is_there_too():
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--model.lora.r", "2"], ["--data.pack_tokens", "80", "--model.gradient_checkpointing", "true"]]
+    "more",
+    [
+        [],
+        ["--model.lora.r", "2", "--model.frozen_dtype", "bfloat16", "--trainer.precision", "bf16-mixed"],
+        ["--data.pack_tokens", "80", "--model.gradient_checkpointing", "true"],
+    ],
 )
 def test_training_and_its_answers(more, parts, conversations, photo, tmp_path):
     argv = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path / "run"), *more]

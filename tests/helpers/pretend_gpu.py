@@ -45,6 +45,7 @@ class Placement:
         return tensor
 
 
+INIT_AUTOCAST = torch.autocast.__init__
 PLACEMENT = Placement()  # for the whole process, since caches outlive a test
 
 
@@ -152,6 +153,11 @@ def _run_backward(*args, **kwargs) -> Any:
         return _engine_run_backward(*args, **kwargs)
 
 
+def _init_autocast(self, device_type: str, *args, **kwargs) -> None:
+    """Cast as on a CPU, where the operations run."""
+    INIT_AUTOCAST(self, device_type.replace("cuda", "cpu"), *args, **kwargs)
+
+
 @contextmanager
 def pretend_gpu() -> Iterator[None]:
     """Pretend that the machine has one GPU."""
@@ -168,6 +174,7 @@ def pretend_gpu() -> Iterator[None]:
         "max_memory_allocated": lambda device=None: 0,
         "reset_peak_memory_stats": lambda device=None: None,
         "manual_seed_all": lambda seed: None,
+        "is_bf16_supported": lambda including_emulation=True: True,
     }
     with ExitStack() as stack:
         for name, answer in answers.items():
@@ -178,6 +185,7 @@ def pretend_gpu() -> Iterator[None]:
         stack.enter_context(
             patch.dict("torch.utils.checkpoint._allowed_determinism_checks_to_fns", default=lambda x: None)
         )
+        stack.enter_context(patch.object(torch.autocast, "__init__", _init_autocast))
         stack.enter_context(patch("torch.autograd._engine_run_backward", _run_backward))
         stack.enter_context(CheckDevices())
         stack.enter_context(MoveTensors())

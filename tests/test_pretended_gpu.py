@@ -1,157 +1,16 @@
-"""Commands on a pretended GPU: every tensor is where its operation needs it, and results are those of the CPU."""
+"""Run pretended_gpu.py in a process of its own: libraries remember for good whether a GPU is available."""
 
-import json
+import subprocess
+import sys
+from pathlib import Path
 
-import numpy as np
 import pytest
-import task_runs
-import tiny_families
-import tiny_models
-import torch
-from PIL import Image
-from pretend_gpu import pretend_gpu
-from probe_runs import arguments, fit, write_questions
-
-import llava_bidir.cli
-import probes
-from probes.cli import main
-from probes.models.families import dynamic_resolution, gemma
-from probes.results.probe_run import ProbeRun
-
-MASKS = ("causal", "bidirectional")
-GPU = ["--trainer.accelerator", "gpu"]
-# With a few strengths and sites: a pretended GPU is many times slower than the CPU.
-SOLVE = ["--model.sites", "[adapter, layer_02]", "--folds", "2", "--strengths", "1e-2"]
-CONTROLS = ["--controls", "distance", "mass", "matched", "high_norm", "--fractions", "0.5", "--keep-only"]
-ANALYSES = {
-    "knockout": ["--classes", "sky", "wall", *CONTROLS, "--attention", "--layer-windows", "2", "--attention-heads"],
-    "answers": ["--limit", "2", "--draws", "1"],
-    "patching": ["--site", "layer_02", "--limit", "4", "--draws", "1"],
-    "starvation": ["--site", "layer_02", "--by-class", "--flip", "--own-probe", "--dummy-tokens", "1"],
-    "umap": ["--image", "1"],
-    "maps": ["--image", "1", "3"],
-}
+from processes import HANGING_S
 
 
-@pytest.fixture(scope="module")
-def runs(checkpoints, tmp_path_factory) -> dict[str, ProbeRun]:
-    root = tiny_models.write_segmentation(tmp_path_factory.mktemp("data"), training=4, validation=9, seed=5)
-    few = ["--data.batch_size", "2"]
-    return {mask: fit(checkpoints[mask], root, tmp_path_factory.mktemp(mask), *few) for mask in MASKS}
-
-
-@pytest.fixture
-def photo(tmp_path) -> str:
-    pixels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
-    return str(tmp_path / "photo.png")
-
-
-@pytest.mark.parametrize(
-    "operation",
-    [
-        lambda x: x + torch.ones(2, 3),
-        lambda x: torch.ones(3)[torch.tensor([0]).to("cuda")],
-        lambda x: torch.nn.Linear(3, 4)(x),
-        lambda x: x.numpy(),
-        lambda x: torch.randperm(3, generator=torch.Generator(), device="cuda"),
-    ],
-)
-def test_what_fails_on_a_gpu_fails_on_a_pretended_one(operation):
-    with pretend_gpu():
-        x = torch.randn(2, 3).to("cuda")
-        with pytest.raises((RuntimeError, TypeError), match="same device|Use Tensor.cpu|device type for generator"):
-            operation(x)
-
-
-def test_what_follows_from_a_tensor_on_the_gpu_is_there_too():
-    with pretend_gpu():
-        layer = torch.nn.Linear(3, 4).to("cuda")
-        x = torch.zeros(2, 3, device="cuda")
-        x[torch.tensor([0])] = torch.tensor(1.0)
-        y = layer(x)
-        y.sum().backward()
-        made = (x, y, layer.weight.grad, x.new_zeros(1), torch.ones_like(x), x.double(), x[:, :1].T, y.detach())
-        assert all(t.is_cuda and t.device.type == "cuda" for t in made)
-        assert not any(t.is_cuda for t in (x.cpu(), y.to("cpu"), torch.ones(1), torch.tensor(y.sum().item())))
-
-
-@pytest.mark.parametrize(
-    "more",
-    [
-        [],
-        ["--model.lora.r", "2", "--model.frozen_dtype", "bfloat16", "--trainer.precision", "bf16-mixed"],
-        ["--data.pack_tokens", "80", "--model.gradient_checkpointing", "true"],
-    ],
-)
-def test_training_and_its_answers(more, parts, conversations, photo, tmp_path):
-    argv = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path / "run"), *more]
-    with pretend_gpu():
-        llava_bidir.cli.main([*argv, *GPU])
-        llava_bidir.cli.main(["generate", str(tmp_path / "run/hf"), photo, "what is it?"])
-
-
-@pytest.mark.parametrize("control", ["none", "update", "permuted"])
-def test_trained_probes(control, checkpoints, segmentation, photo, tmp_path):
-    more = [] if control == "none" else ["--model.untrained", "[llm]", "--model.match", control]
-    with pretend_gpu():
-        main(arguments(checkpoints["causal"], segmentation, tmp_path / "run", *more, *GPU))
-        main(["segment", "--probes", str(tmp_path / "run"), photo, "--out", str(tmp_path / "maps")])
-        main(["explore", str(tmp_path / "run"), "--images", "0", "--out", str(tmp_path / "explorer")])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("passes", [["--optimum-strengths", "1e-1"], ["--passes", "1"]])
-def test_solved_probes(passes, checkpoints, segmentation, tmp_path):
-    argv = ["solve", *arguments(checkpoints["causal"], segmentation, tmp_path / "run", *SOLVE, *passes)[1:]]
-    with pretend_gpu():
-        main([*argv, *GPU])
-
-
-@pytest.mark.parametrize("task", ["depth", "normals", "boundaries"])
-def test_probes_of_tasks(task, checkpoints, segmentation, tmp_path):
-    root = task_runs.write_targets(segmentation, tmp_path / "data")
-    for command, more in (("fit", []), ("solve", [*SOLVE, "--passes", "1"])):
-        argv = task_runs.arguments(command, task, checkpoints["causal"], root, tmp_path / command, *more)
-        with pretend_gpu():
-            main([*argv, *GPU])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("analysis", ANALYSES)
-def test_analyses_are_those_of_the_cpu(analysis, runs, tmp_path):
-    paths = [str(runs[mask].path) for mask in MASKS]
-    argv = [analysis, "--probes", *(paths if analysis == "starvation" else paths[:1]), *ANALYSES[analysis]]
-    if analysis == "answers":
-        argv += ["--questions", str(write_questions(runs["causal"], tmp_path))]
-    main([*argv, "--out", str(tmp_path / "cpu")])
-    with pretend_gpu():
-        main([*argv, "--out", str(tmp_path / "gpu")])
-    files = sorted((tmp_path / "cpu").glob("*.json"))
-    assert files
-    for file in files:
-        assert json.loads((tmp_path / "gpu" / file.name).read_text()) == json.loads(file.read_text()), file.name
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(tiny_families.STOCK))
-def test_states_of_every_family_are_those_of_the_cpu(name, tmp_path, monkeypatch):
-    if name.endswith("_moe"):
-        pytest.skip("transformers calls a CUDA kernel for experts on a GPU")
-    for module, side in ((dynamic_resolution, "TOKENS_PER_SIDE"), (gemma, "GEMMA4_TOKENS_PER_SIDE")):
-        monkeypatch.setattr(module, side, tiny_families.SIDE)
-    path, masks = str(tiny_families.write(name, tmp_path)), ("bidirectional",) * tiny_families.STOCK[name].masks
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    images = [Image.fromarray(pixels), Image.fromarray(255 - pixels)]
-    for mask in (None, *masks):
-        on_cpu = probes.load(path, image_attention=mask, device="cpu")
-        expected = on_cpu(on_cpu.preprocess(images))
-        blocked = torch.zeros(expected["adapter"].shape[:2], dtype=torch.bool)
-        blocked[:, :3] = True
-        with pretend_gpu():
-            mllm = probes.load(path, image_attention=mask)
-            states = mllm(mllm.preprocess(images))
-            if masks:
-                mllm(mllm.preprocess(images), knockout=probes.Knockout(blocked, layers=[1, 2]))
-        assert states.keys() == expected.keys()
-        assert all(torch.equal(x, expected[site]) for site, x in states.items())
+@pytest.mark.parametrize("speed", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_commands_on_a_pretended_gpu(speed):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", speed, "tests/pretended_gpu.py"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=HANGING_S)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

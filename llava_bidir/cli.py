@@ -59,6 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("image", type=Path, help="image file")
     generate.add_argument("prompt", nargs="+", help="questions; the answer to a single question is streamed")
     generate.add_argument("--max-new-tokens", type=count, default=256, help="maximum number of tokens per answer")
+    dtypes = ("auto", "bfloat16", "float16", "float32")
+    generate.add_argument("--dtype", choices=dtypes, default="auto", help="dtype of the model; auto: the checkpoint's")
 
     vqa = command("vqa", "llava_bidir.vqa.run:run", "run the benchmarks of Table 1 with lmms-eval in its environment")
     vqa.add_argument("model", help="exported directory (RUN/hf), or a llava checkpoint of transformers")

@@ -23,14 +23,16 @@ from llava_bidir.data.image_folder import read_image
 from llava_bidir.model import modeling_llava_bidir  # noqa: F401 - registers our models with the Auto classes
 
 
-def generate(model: str, image: Path, prompts: list[str], max_new_tokens: int = 256) -> list[str]:
+def generate(model: str, image: Path, prompts: list[str], max_new_tokens: int = 256, dtype: str = "auto") -> list[str]:
     """Return greedy answers to `prompts` about one image; a single answer is also streamed to the terminal.
+
+    `dtype` is "bfloat16", "float16", "float32", or "auto" for the checkpoint's.
 
     Raises:
         BadImage: The image cannot be read.
     """
     images = [[read_image(image)]] * len(prompts)
-    loaded, processor = load(model)
+    loaded, processor = load(model, dtype)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     return answer(loaded, processor, prompts, images, max_new_tokens, streamer if len(prompts) == 1 else None)
@@ -107,7 +109,7 @@ def answer(
 
 def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir generate`."""
-    answers = generate(args.model, args.image, args.prompt, args.max_new_tokens)
+    answers = generate(args.model, args.image, args.prompt, args.max_new_tokens, args.dtype)
     if len(args.prompt) > 1:
         for prompt, answer in zip(args.prompt, answers, strict=True):
             print(f"{prompt}\n    {answer}")

@@ -5,6 +5,7 @@ transformers or this package has the class of every supported model. The checks 
 """
 
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -78,6 +79,12 @@ def load_weights(key: str, reader: type, path: str, config: PreTrainedConfig, **
                 f"{key}: the checkpoint {path} {fault} {len(names)} tensors, e.g. {min(names)}; download it again or "
                 "correct its config.json"
             )
+    if model.dtype == torch.float16 and not torch.cuda.is_available():
+        warnings.warn(
+            f"{key}: {path} is computed in float16, which takes CPUs up to ten times as long as bfloat16; consider "
+            "`--model.dtype bfloat16`, for `llava-bidir generate` `--dtype bfloat16`",
+            stacklevel=2,
+        )
     return model
 
 

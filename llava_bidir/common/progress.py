@@ -2,6 +2,7 @@
 
 import logging
 import time
+from datetime import timedelta
 
 from lightning import Callback, LightningModule, Trainer
 
@@ -25,7 +26,7 @@ class LogProgress(Callback):
         """Log if the last line is some seconds old or the epoch ends."""
         now, batches = time.monotonic(), trainer.num_training_batches
         epochs, steps = trainer.max_epochs or 0, trainer.max_steps
-        ends = batch_idx + 1 == batches if epochs > 0 else trainer.global_step == steps  # epochs can be very short
+        ends = trainer.global_step == steps or (epochs > 0 and batch_idx + 1 == batches)  # else epochs may be short
         if not trainer.is_global_zero or (now - self.last < SECONDS and not ends):
             return
         self.last, done = now, trainer.fit_loop.epoch_loop.total_batch_idx - self.first_batch
@@ -33,13 +34,15 @@ class LogProgress(Callback):
         text = f"epoch {trainer.current_epoch + 1}{f'/{epochs}' if epochs > 0 else ''}"
         loss = float(outputs["loss"]) * trainer.accumulate_grad_batches  # Lightning divides by it
         text += f", batch {batch_idx + 1}/{batches}, loss {loss:.4g}, {rate:.3g} batches/s"
+        left = []  # batches until each limit
         if epochs <= 0 and steps > 0:
             text += f", step {trainer.global_step}/{steps}"
-            left = (steps - trainer.global_step) * trainer.accumulate_grad_batches
-        else:
-            left = (epochs - trainer.current_epoch) * batches - batch_idx - 1
-        if rate and max(epochs, steps) > 0:
-            text += f", {time.strftime('%H:%M:%S', time.gmtime(left / rate))} left"
+        if steps > 0:
+            left.append((steps - trainer.global_step) * trainer.accumulate_grad_batches)
+        if epochs > 0:
+            left.append((epochs - trainer.current_epoch) * batches - batch_idx - 1)
+        if rate and left:
+            text += f", {_duration(min(left) / rate)} left"
         log.info(text)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -54,5 +57,9 @@ class LogProgress(Callback):
         if not trainer.is_global_zero or (now - self.last < SECONDS and done < batches):
             return
         self.last, rate = now, done / max(now - self.started, 1e-9)
-        left = time.strftime("%H:%M:%S", time.gmtime((batches - done) / rate))
-        log.info(f"batch {done}/{batches} of a pass, {rate:.3g} batches/s, {left} left")
+        log.info(f"batch {done}/{batches} of a pass, {rate:.3g} batches/s, {_duration((batches - done) / rate)} left")
+
+
+def _duration(seconds: float) -> str:
+    """Return days, hours, minutes and seconds, e.g. "1 day, 2:03:04"."""
+    return str(timedelta(seconds=round(seconds)))

@@ -67,13 +67,10 @@ def hardware_options(stage: str, size: str) -> list[str]:
 def plan_study(out: Path, size: str, encoder: str) -> list[Step]:
     """Return all steps of a rehearsal in order; none of them needs a later one."""
     inputs = out / "inputs"
-    steps = [
-        Step("published_sites", _probes("sites", inputs / "llava-hf")),
-        Step(
-            "published_generate",
-            _llava("generate", inputs / "llava-hf", inputs / "pictures/000000.jpg", QUESTION, "--max-new-tokens", 2),
-        ),
-    ]
+    ask = _llava("generate", inputs / "llava-hf", inputs / "pictures/000000.jpg", QUESTION, "--max-new-tokens", 2)
+    if not torch.cuda.is_available():
+        ask += ["--dtype", "bfloat16"]  # ten times as fast as the checkpoint's float16
+    steps = [Step("published_sites", _probes("sites", inputs / "llava-hf")), Step("published_generate", ask)]
     for stage in STAGES:
         steps.append(Step(f"estimate_{stage}", _estimate(inputs, stage, encoder)))
     for mask in MASKS:
@@ -128,7 +125,9 @@ def _training(out: Path, inputs: Path, size: str, encoder: str, mask: str) -> li
     for stage in STAGES:
         run = out / mask / stage
         options = ["--model.image_attention", mask, "--data.batch_size", batch_size(stage)]
-        options += ["--data.micro_batch_size", micro_batch_size(stage), "--data.num_workers", 1]
+        # A worker is a fork that keeps the trained weights as they were, 1.4 GB under the LoRA budget on a CPU.
+        options += ["--data.micro_batch_size", micro_batch_size(stage)]
+        options += ["--data.num_workers", int(torch.cuda.is_available())]
         options += ["--trainer.max_steps", STEPS, "--trainer.log_every_n_steps", 1]
         if stage == "stage2":
             options += ["--model.adapter", out / mask / "stage1/hf"]

@@ -1,6 +1,7 @@
 """Answers: batches, images that stock checkpoints would crop, and prompts that do not fit."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -46,6 +47,18 @@ def test_answer_without_tokens_is_a_usage_error(count, checkpoints, tmp_path, ca
     with pytest.raises(SystemExit) as stop:
         main(["generate", str(checkpoints["causal"]), "x.png", "what", "--max-new-tokens", count])
     assert stop.value.code == 2 and f"--max-new-tokens: expected at least 1, got {count}" in capsys.readouterr().err
+
+
+def test_float16_on_a_cpu_is_named_as_slow(asked, tmp_path):
+    """Released checkpoints are in float16."""
+    model, processor = asked
+    model.to(torch.float16).save_pretrained(tmp_path / "half")
+    model.float()
+    processor.save_pretrained(tmp_path / "half")
+    with pytest.warns(UserWarning, match="float16, which takes CPUs up to ten times as long .* `--dtype bfloat16`"):
+        load(str(tmp_path / "half"))
+    with warnings.catch_warnings(action="error", category=UserWarning):
+        assert load(str(tmp_path / "half"), "bfloat16")[0].dtype == torch.bfloat16
 
 
 def test_stock_checkpoints_are_asked_about_padded_images(checkpoints, tmp_path):

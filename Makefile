@@ -71,7 +71,7 @@ test: venv ## the fast tests, about five minutes (JOBS=2 worker processes)
 	$(PYTEST)
 
 test-slow: venv ## the tests that take longer or start several processes
-	$(PYTEST) --durations=20 -m 'slow or distributed'
+	$(PYTEST) --no-loadscope-reorder --durations=20 -m 'slow or distributed' # files in the order of tests/conftest.py
 
 # Other instructions and threads sum in another order. torch.compile does not follow ATEN_CPU_CAPABILITY.
 ISA = TORCH_COMPILE_DISABLE=1 OMP_WAIT_POLICY=PASSIVE TEST_THREADS

@@ -32,8 +32,21 @@ hypothesis.settings.register_profile("long", max_examples=5000, **patient)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+# Files whose slow tests take minutes. They come first, so that no worker process waits long for another one at the end.
+LONGEST = (
+    *("tests/test_demo.py", "tests/slurm/test_cluster.py", "tests/llava_bidir/training/test_module.py"),
+    *("tests/llava_bidir/training/test_deepspeed_strategy.py", "tests/probes/training/test_distributed.py"),
+    *("tests/llava_bidir/rehearsal/test_run.py", "tests/test_determinism.py", "tests/test_memory.py"),
+)
+
+
 def pytest_configure(config):
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+def pytest_collection_modifyitems(items):
+    place = {file: i for i, file in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.split("::")[0], len(place)))
 
 
 @pytest.fixture(scope="session")

@@ -101,6 +101,19 @@ class Problem:
             self.proximal *= 10
         self.point, self.gradient = self._kept
 
+    def state(self) -> dict[str, Tensor]:
+        """Return all that changes during a refinement, of a problem that has a certificate."""
+        point, gradient = self._kept
+        numbers = torch.tensor([*self.certificate, self.proximal, self._value], dtype=torch.float64)
+        return {"points": self.point, "kept_points": point, "kept_gradients": gradient, "numbers": numbers}
+
+    def set_state(self, state: dict[str, Tensor]) -> None:
+        """Go on from a :meth:`state`."""
+        self.point, *kept = (state[key].to(self.point) for key in ("points", "kept_points", "kept_gradients"))
+        self._kept = tuple(kept)
+        *certificate, self.proximal, self._value = state["numbers"].tolist()
+        self.certificate = Certificate(*certificate)
+
     @property
     def metric(self) -> Tensor:
         """Eigenvalues s + r of the coordinates in which gradients are measured, f64[d + 1]; 1 for the bias."""

@@ -1,7 +1,7 @@
 """Files from which a killed `probes solve` goes on: the moments so far, and the points of the refinement.
 
     RUN/checkpoints/moments_RANK.safetensors    "SITE/count" ... and "seen": the images that one process has added
-    RUN/checkpoints/points.safetensors          "SITE/points" f64[P, K, d + 1], "SITE/certificates" f64[P, 2], "passes"
+    RUN/checkpoints/points.safetensors          "SITE/points" f64[P, K, d + 1] and the rest of Problem.state, "passes"
 
 Each process saves its own moments, whenever it likes: sums over images can be added in any number of parts.
 """
@@ -22,7 +22,7 @@ from llava_bidir.common.identity import Identity, check_same_identity
 from llava_bidir.common.run_folder import RESUME_ADVICE
 
 from .moments import Moments
-from .optimum import Certificate, Problem
+from .optimum import Problem
 
 POINTS = "points.safetensors"
 
@@ -78,15 +78,15 @@ def points_to_tensors(problems: dict[str, list[Problem]], passes: int) -> dict[s
     """Return the content of the file of points."""
     tensors = {"passes": torch.tensor(passes)}
     for site, by_site in problems.items():
-        tensors[f"{site}/points"] = torch.stack([p.point for p in by_site])
-        tensors[f"{site}/certificates"] = torch.tensor([p.certificate for p in by_site], dtype=torch.float64)
+        states = [problem.state() for problem in by_site]
+        tensors |= {f"{site}/{key}": torch.stack([state[key] for state in states]) for key in states[0]}
     return tensors
 
 
 def set_points(problems: dict[str, list[Problem]], tensors: dict[str, Tensor]) -> int:
-    """Move the problems to the saved points, with their certificates; return the number of passes behind them."""
+    """Set the problems to their saved states; return the number of passes behind them."""
     for site, by_site in problems.items():
-        saved = tensors[f"{site}/points"], tensors[f"{site}/certificates"].tolist()
-        for problem, point, certificate in zip(by_site, *saved, strict=True):
-            problem.point, problem.certificate = point.to(problem.point.device), Certificate(*certificate)
+        saved = {name.removeprefix(f"{site}/"): x for name, x in tensors.items() if name.startswith(f"{site}/")}
+        for i, problem in enumerate(by_site):
+            problem.set_state({key: x[i] for key, x in saved.items()})
     return int(tensors["passes"])

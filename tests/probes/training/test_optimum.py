@@ -12,6 +12,7 @@ from probes.training.closed_form import solve_moments
 from probes.training.moments import Moments
 from probes.training.optimum import Problem, dense_metric, diagonal_metric, minimise
 from probes.training.refinement import Refinement
+from probes.training.solver_progress import points_to_tensors, set_points
 from probes.training.state_sample import StateSample
 
 pytestmark = pytest.mark.numerics
@@ -152,6 +153,22 @@ def test_a_step_that_raises_the_loss_is_taken_back(data):
     at.point = start + 100
     at.accept(1e3, gradient + 1)
     assert at.point is start and at.gradient is gradient and at.proximal == pytest.approx(1e-2)
+
+
+def test_a_resumed_refinement_takes_the_same_steps_back(data):
+    """Where the first step of the resumed run raises the loss."""
+    at, resumed = problem(data, 1e-2), problem(data, 1e-2)
+    refined = refinement(data, at, slice(0, 12))
+    refined.refine(whole=False)
+    refined.add_gradients({"site": data[0]}, data[1], 0)
+    refined.set_gradients()
+    refined.refine(whole=False)
+    assert set_points({"site": [resumed]}, points_to_tensors({"site": [at]}, 2)) == 2
+    assert torch.equal(resumed.point, at.point) and resumed.certificate == at.certificate
+    for x in (at, resumed):
+        x.accept(1e3, torch.ones_like(x.point))
+    assert torch.equal(resumed.point, at.point) and torch.equal(resumed.gradient, at.gradient)
+    assert resumed.proximal == at.proximal and not torch.equal(at.gradient, torch.ones_like(at.point))
 
 
 def test_a_certificate_is_not_given_before_the_optimum(data, monkeypatch):

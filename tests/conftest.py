@@ -34,9 +34,14 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 # Files whose slow tests take minutes. They come first, so that no worker process waits long for another one at the end.
 LONGEST = (
-    *("tests/test_demo.py", "tests/slurm/test_cluster.py", "tests/llava_bidir/training/test_module.py"),
-    *("tests/llava_bidir/training/test_deepspeed_strategy.py", "tests/probes/training/test_distributed.py"),
-    *("tests/llava_bidir/rehearsal/test_run.py", "tests/test_determinism.py", "tests/test_memory.py"),
+    "tests/test_demo.py",
+    "tests/slurm/test_cluster.py",
+    "tests/llava_bidir/training/test_module.py",
+    "tests/llava_bidir/training/test_deepspeed_strategy.py",
+    "tests/probes/training/test_distributed.py",
+    "tests/llava_bidir/rehearsal/test_run.py",
+    "tests/test_determinism.py",
+    "tests/test_memory.py",
 )
 
 

@@ -158,7 +158,7 @@ def test_states_of_every_family_are_those_of_the_cpu(name, tmp_path, monkeypatch
 
 
 def _assert_close(found: object, expected: object, where: str) -> None:
-    """Compare the contents of two JSON files; tensors that lie elsewhere in memory may be summed in another order."""
+    """Compare the contents of two JSON files; a copy on the device may be summed in another order than a view."""
     if isinstance(expected, dict):
         expected, found = list(expected.items()), list(found.items())
     if isinstance(expected, list | tuple):

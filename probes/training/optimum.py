@@ -102,13 +102,19 @@ class Problem:
         self.point, self.gradient = self._kept
 
     def state(self) -> dict[str, Tensor]:
-        """Return all that changes during a refinement, of a problem that has a certificate."""
+        """Return what a killed run needs to go on; the problem must have a certificate.
+
+        Returns:
+            {"points": f64[K, d + 1], the current point; "kept_points" and "kept_gradients": f64[K, d + 1], the last
+            accepted point and the gradient there; "numbers": f64[4], the certificate, `proximal`, and the objective at
+            the accepted point}
+        """
         point, gradient = self._kept
         numbers = torch.tensor([*self.certificate, self.proximal, self._value], dtype=torch.float64)
         return {"points": self.point, "kept_points": point, "kept_gradients": gradient, "numbers": numbers}
 
     def set_state(self, state: dict[str, Tensor]) -> None:
-        """Go on from a :meth:`state`."""
+        """Set what :meth:`state` returned; the next pass gives the gradient at the current point."""
         self.point, *kept = (state[key].to(self.point) for key in ("points", "kept_points", "kept_gradients"))
         self._kept = tuple(kept)
         *certificate, self.proximal, self._value = state["numbers"].tolist()

@@ -49,11 +49,10 @@ def test_answer_without_tokens_is_a_usage_error(count, checkpoints, tmp_path, ca
     assert stop.value.code == 2 and f"--max-new-tokens: expected at least 1, got {count}" in capsys.readouterr().err
 
 
-def test_float16_on_a_cpu_is_named_as_slow(asked, tmp_path):
+def test_float16_on_a_cpu_is_named_as_slow(checkpoints, tmp_path):
     """Released checkpoints are in float16."""
-    model, processor = asked
-    model.to(torch.float16).save_pretrained(tmp_path / "half")
-    model.float()
+    model, processor = load(str(checkpoints["bidirectional"]))
+    model.half().save_pretrained(tmp_path / "half")
     processor.save_pretrained(tmp_path / "half")
     with pytest.warns(UserWarning, match="float16, which takes CPUs up to ten times as long .* `--dtype bfloat16`"):
         load(str(tmp_path / "half"))

@@ -64,8 +64,8 @@ def estimate_run(cli: TrainingCLI, devices: int, length: int) -> dict[str, Any]:
     predictions = length - model.config.image_seq_length
     if predictions < 1:
         raise UserError(f"--length {length} leaves no text after {model.config.image_seq_length} image tokens")
-    checkpointing = cli.model.hparams.gradient_checkpointing
-    activations = _activation_bytes(model, cli.datamodule.micro_batch_size, length, checkpointing)
+    checkpointing, chunk = cli.model.hparams.gradient_checkpointing, cli.model.hparams.loss_chunk
+    activations = _activation_bytes(model, cli.datamodule.micro_batch_size, length, checkpointing, chunk)
     total = sum(parameters.values())
     states = (2 + 12) * trains / devices  # bf16 gradients, and fp32 weights with AdamW's two moments
     return {
@@ -86,7 +86,11 @@ def estimate_run(cli: TrainingCLI, devices: int, length: int) -> dict[str, Any]:
 
 
 def _activation_bytes(
-    model: LlavaBidirForConditionalGeneration, samples: int, length: int, checkpointing: bool | int
+    model: LlavaBidirForConditionalGeneration,
+    samples: int,
+    length: int,
+    checkpointing: bool | int,
+    loss_chunk: int | None = None,
 ) -> float:
     """Return the activation bytes of a micro-batch.
 
@@ -96,7 +100,8 @@ def _activation_bytes(
     text = model.config.text_config
     tokens, layers = samples * length, text.num_hidden_layers
     layer = ACTIVATION_BYTES * tokens * text.hidden_size
-    logits = 10 * samples * (length - model.config.image_seq_length) * text.vocab_size
+    predictions = samples * (length - model.config.image_seq_length)
+    logits = 10 * min(predictions, loss_chunk or predictions) * text.vocab_size
     recomputed = count_checkpointed(checkpointing, layers)
     return logits + 2 * recomputed * tokens * text.hidden_size + max(layers - recomputed, 1) * layer
 

@@ -4,13 +4,15 @@ Logits are computed for supervised tokens only. The host knows which they are, w
 a row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.model.modeling_llava_bidir import (
@@ -23,22 +25,37 @@ from llava_bidir.model.modeling_llava_bidir import (
 )
 
 
-def supervised_loss(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]) -> Tensor:
+def supervised_loss(
+    model: LlavaBidirForConditionalGeneration, batch: dict[str, Any], chunk_tokens: int | None = None
+) -> Tensor:
     """Return the mean cross-entropy over the supervised tokens of a micro-batch, 0 if there are none.
 
     Args:
         model: Model in training or evaluation.
         batch: From :class:`llava_bidir.data.collate.Collate`.
+        chunk_tokens: Number of tokens whose logits exist at a time; None for all.
     """
-    with _logits_at(model, batch["predicts"]):
-        logits = model(
+    targets = batch["labels"].flatten()[batch["predicts"] + 1]
+    with _head_computes(model, partial(_summed_loss, batch["predicts"], targets, chunk_tokens)):
+        total = model(
             inputs_embeds=_embed(model, batch),
             attention_mask=_attention_mask(model, batch),
             position_ids=batch["position_ids"],
             use_cache=False,
         ).logits
-    targets = batch["labels"].flatten()[batch["predicts"] + 1]
-    return F.cross_entropy(logits.float(), targets, reduction="sum") / max(batch["supervised"], 1)
+    return total / max(batch["supervised"], 1)
+
+
+def _summed_loss(
+    positions: Tensor, targets: Tensor, chunk_tokens: int | None, head: Callable[[Tensor], Tensor], states: Tensor
+) -> Tensor:
+    """Return the summed cross-entropy at these positions of the flattened rows of states, f[B, N, d]."""
+    states = states.flatten(0, 1)[positions]
+    token_losses = lambda x, y: F.cross_entropy(head(x).float(), y, reduction="sum")
+    if chunk_tokens is None:
+        return token_losses(states, targets)
+    chunks = zip(states.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
+    return sum(checkpoint(token_losses, x, y, use_reentrant=False, preserve_rng_state=False) for x, y in chunks)
 
 
 def _embed(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]) -> Tensor:
@@ -67,14 +84,21 @@ def _attention_mask(model: LlavaBidirForConditionalGeneration, batch: dict[str, 
 
 
 @contextmanager
-def _logits_at(model: LlavaBidirForConditionalGeneration, positions: Tensor) -> Iterator[None]:
-    """Apply the head to these positions of the flattened rows only; `logits_to_keep` can select columns only."""
-    select = lambda module, args: (args[0].flatten(0, 1)[positions],)
-    hook = model.get_output_embeddings().register_forward_pre_hook(select)
+def _head_computes(model: LlavaBidirForConditionalGeneration, function: Callable[..., Tensor]) -> Iterator[None]:
+    """Make the head return function(head, states) instead of head(states).
+
+    Its `forward` is replaced, not the call of the module, whose hooks gather the weight under ZeRO-3: once, although
+    ranks have different numbers of chunks.
+    """
+    head = model.get_output_embeddings()
+    own = vars(head).get("forward")  # a library may have replaced it before
+    head.forward = partial(function, head.forward)
     try:
         yield
     finally:
-        hook.remove()
+        del head.forward
+        if own is not None:
+            head.forward = own
 
 
 def check_packing(model: LlavaBidirForConditionalGeneration) -> None:

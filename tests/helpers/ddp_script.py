@@ -66,12 +66,11 @@ class Recorder(Callback):
             trainer.save_checkpoint(OUT / self.save[trainer.global_step])
 
 
-def prepare(strategy: str, precision: str, llm: str = "llm", callbacks=(), epochs: int = 2):
+def prepare(strategy: str, precision: str, llm: str = "llm", callbacks=(), epochs: int = 2, **settings):
     torch.manual_seed(0)
     encoder, llm = Encoder("clip", SPEC["encoder"], layer=-1), SPEC[llm]
-    module = LlavaTraining(
-        encoder, llm, ["adapter", "llm"], learning_rate=1e-2, adapter_learning_rate=5e-3, max_new_tokens=3
-    )
+    settings |= {"learning_rate": 1e-2, "adapter_learning_rate": 5e-3, "max_new_tokens": 3}
+    module = LlavaTraining(encoder, llm, ["adapter", "llm"], **settings)
     folder = SPEC["conversations"]
     data = InstructionData(
         f"{folder}/data.json",
@@ -135,6 +134,11 @@ def validate(strategy, precision):
 def without_dropout(strategy, precision):
     """Comparable to one process, since dropout differs between ranks."""
     return fit(strategy, precision, epochs=1, save={MIDDLE: f"{strategy}-plain-{precision}.ckpt"})
+
+
+def loss_in_chunks(strategy, precision):
+    """Ranks have different numbers of chunks."""
+    return fit(strategy, precision, epochs=1, loss_chunk=3)
 
 
 def resume_elsewhere(strategy, precision):

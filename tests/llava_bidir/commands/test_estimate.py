@@ -95,6 +95,10 @@ def test_every_recomputed_layer_saves_memory():
     assert by_layers[:layers] == pytest.approx([by_layers[0] - count * kept for count in range(layers)]) and kept > 0
     assert by_layers[layers] > by_layers[layers - 1], "one layer at a time is recomputed, and has an input"
     assert _activation_bytes(model, 2, 9, False) == by_layers[0]
+    words = model.config.text_config.vocab_size
+    predictions = 2 * (9 - model.config.image_seq_length)
+    assert by_layers[0] - _activation_bytes(model, 2, 9, False, 3) == 10 * (predictions - 3) * words
+    assert by_layers[0] == _activation_bytes(model, 2, 9, False, 100)
     assert _activation_bytes(model, 2, 9, True) == by_layers[layers]
 
 

@@ -30,6 +30,7 @@ RUNS = [f"{s}:without_dropout:32-true" for s in ("zero3", "ddp", "zero2")] + [
 ]
 RUNS += [f"{s}:{run}:{p}" for s, p in ZERO for run in ("uninterrupted", "resume")]
 RUNS += [f"{s}:{run}:bf16-mixed" for s in ("zero2", "zero3") for run in ("without_dropout", "validate")]
+RUNS += ["zero3:loss_in_chunks:32-true"]
 
 
 @pytest.fixture(scope="module")
@@ -103,20 +104,21 @@ def result(folder: Path, run: str, rank: int = 0) -> dict:
 
 # ---------------------------------------------------------------------------------------------------- training
 @pytest.mark.parametrize(
-    ("strategy", "precision", "tolerance"),
+    ("run", "tolerance"),
     [
-        ("ddp", "32-true", 1e-5),
-        ("zero2", "32-true", 1e-5),
-        ("zero3", "32-true", 1e-5),
-        ("zero2", "bf16-mixed", 2e-2),
-        ("zero3", "bf16-mixed", 2e-2),
-        ("zero3_offload", "bf16-mixed", 2e-2),
+        ("ddp:without_dropout:32-true", 1e-5),
+        ("zero2:without_dropout:32-true", 1e-5),
+        ("zero3:without_dropout:32-true", 1e-5),
+        ("zero3:loss_in_chunks:32-true", 1e-5),
+        ("zero2:without_dropout:bf16-mixed", 2e-2),
+        ("zero3:without_dropout:bf16-mixed", 2e-2),
+        ("zero3_offload:without_dropout:bf16-mixed", 2e-2),
     ],
 )
-def test_two_processes_train_as_one(strategy, precision, tolerance, one, two):
+def test_two_processes_train_as_one(run, tolerance, one, two):
     """Compare losses, gradient norm and validation, without dropout, which differs between ranks."""
     single = result(one, "ddp:without_dropout:32-true")
-    ranks = [result(two, f"{strategy}:without_dropout:{precision}", rank) for rank in (0, 1)]
+    ranks = [result(two, run, rank) for rank in (0, 1)]
     together = [loss for pair in zip(*(rank["losses"] for rank in ranks), strict=True) for loss in pair]
     assert [ids for ids, _ in together] == [ids for ids, _ in single["losses"]]
     near = {"rtol": tolerance, "atol": tolerance}
@@ -124,7 +126,7 @@ def test_two_processes_train_as_one(strategy, precision, tolerance, one, two):
     for name in ("val/loss", "train/grad_norm"):
         torch.testing.assert_close(ranks[0]["metrics"][name], single["metrics"][name], **near)
     assert ranks[0]["metrics"]["val/loss"] == ranks[1]["metrics"]["val/loss"]
-    if precision == "32-true":
+    if "32-true" in run:
         assert ranks[0]["metrics"]["val/answer_accuracy"] == single["metrics"]["val/answer_accuracy"]
 
 

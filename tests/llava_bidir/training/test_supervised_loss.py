@@ -16,6 +16,7 @@ from llava_bidir import IMAGE_ATTENTION
 from llava_bidir.common.errors import UserError
 from llava_bidir.data.collate import Collate
 from llava_bidir.model import modeling_llava_bidir
+from llava_bidir.model.build import set_trainable
 from llava_bidir.training.module import LlavaTraining
 from llava_bidir.training.supervised_loss import check_packing, supervised_loss
 
@@ -102,15 +103,50 @@ def test_a_row_of_one_sample_equals_the_sample(parts):
         assert torch.equal(module.loss(packed), module.loss(unpacked))
 
 
+class LogitRows(TorchDispatchMode):
+    """Record how many tokens each cross-entropy is computed of."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function._schema.name == "aten::_log_softmax":
+            self.rows.append(len(args[0]))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("trainable", [("adapter",), ("adapter", "llm")])
+def test_loss_in_chunks_equals_the_whole_one(trainable, chunk, parts):
+    module, collate = build(parts, "bidirectional")
+    set_trainable(module.model, trainable)
+    batch = collate(samples())
+    whole = loss_and_gradients(module, batch)
+    module.hparams.loss_chunk = chunk
+    with LogitRows() as mode:
+        assert_equal(loss_and_gradients(module, batch), whole)
+    assert max(mode.rows) == min(chunk, batch["supervised"])
+    assert sum(mode.rows) == 2 * batch["supervised"], "once in each pass"
+    assert "forward" not in vars(module.model.lm_head)
+
+
+def test_loss_in_chunks_without_supervised_tokens_is_zero(parts):
+    module, collate = build(parts, "bidirectional", loss_chunk=7)
+    batch = collate(samples())
+    loss = module.loss(batch | {"predicts": batch["predicts"][:0], "supervised": 0})
+    loss.backward()
+    assert loss == 0
+
+
 def row_logits(model, batch) -> torch.Tensor:
     """Return the logits of all tokens, f[B, N, V], computed as in a training step."""
-    everywhere = torch.arange(batch["input_ids"].numel())
-    logits = []
-    hook = model.get_output_embeddings().register_forward_hook(lambda module, args, output: logits.append(output))
+    head, states = model.get_output_embeddings(), []
+    hook = head.register_forward_pre_hook(lambda module, args: states.append(args[0]))
     with torch.no_grad():
-        supervised_loss(model, batch | {"predicts": everywhere, "labels": torch.zeros(everywhere.numel() + 1).long()})
-    hook.remove()
-    return logits[0].unflatten(0, batch["input_ids"].shape)
+        supervised_loss(model, batch)
+        hook.remove()
+        return head(states[0])
 
 
 def changed(parts, name: str) -> torch.Tensor:
@@ -229,7 +265,7 @@ def device_reads(module, batch) -> list[str]:
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("pack_tokens", [ROW, None])
 def test_no_forward_or_backward_pass_waits_for_the_device(pack_tokens, name, parts):
-    module, collate = build(parts, name, gradient_checkpointing=True)
+    module, collate = build(parts, name, gradient_checkpointing=True, loss_chunk=7)
     for shown in (True, False):
         reads = device_reads(module.train(), replace(collate, pack_tokens=pack_tokens)(samples(shown)))
         # transformers looks for packed samples in the positions of a causal row without a mask

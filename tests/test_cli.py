@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -195,6 +196,19 @@ def test_fit_exports_a_model_that_generate_and_export_agree_on(parts, conversati
     assert shown[0] == "sky" and shown[2] == "name the wall"
     with pytest.raises(SystemExit, match="image none.png is missing"):
         llava_bidir.cli.main(["generate", str(run / "hf"), "none.png", "sky"])
+
+
+def test_checkpoint_of_stage_2_is_exported_without_the_model_of_stage_1(parts, conversations, tmp_path):
+    arguments = ["fit", *tiny_models.training_arguments(parts, conversations), "--trainer.max_steps", "1"]
+    adapter = tmp_path / "stage1/hf"
+    llava_bidir.cli.main([*arguments, "--out", str(adapter.parent), "--model.adapter_init_scale", "4"])
+    llava_bidir.cli.main([*arguments, "--out", str(tmp_path / "run"), "--model.adapter", str(adapter)])
+    shutil.rmtree(adapter)
+    (checkpoint,) = (tmp_path / "run/checkpoints").glob("*.ckpt")
+    llava_bidir.cli.main(["export", str(checkpoint), str(tmp_path / "again")])
+    run_bytes.assert_same_export(tmp_path / "run/hf", tmp_path / "again")
+    facts = json.loads((tmp_path / "again/training.json").read_text())
+    assert facts["adapter"] == str(adapter) and facts["adapter_init_scale"] == 4
 
 
 @pytest.mark.parametrize("frozen", ["float32", "bfloat16"])

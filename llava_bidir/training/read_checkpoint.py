@@ -32,10 +32,13 @@ def read_checkpoint(checkpoint: Path) -> tuple[LlavaBidirForConditionalGeneratio
     if not isinstance(settings, dict) or "image_attention" not in settings or not saved.get("state_dict"):
         raise UserError(f"{checkpoint} is not a checkpoint of `llava-bidir fit`")
     settings = {k: v for k, v in settings.items() if not k.startswith("_")}
+    adapter = settings.get("adapter")
     with error_context(f"the settings in {checkpoint}"):
-        module = LlavaTraining(**settings)
+        # A trained adapter is in the checkpoint, so that the model of stage 1 may be gone.
+        module = LlavaTraining(**settings | {"adapter": None if "adapter" in settings["trainable"] else adapter})
     with local_torch_dtype(next(iter(saved["state_dict"].values())).dtype):
         module.configure_model()
+    module.hparams["adapter"] = adapter
     module.on_load_checkpoint(saved)
     module.load_state_dict(saved["state_dict"], strict=False)
     training = (

@@ -25,6 +25,8 @@ DRAWS := 0 1
 RANDOM_LLM := --model.sites '[adapter, layer_01, layer_02, layer_03, layer_04, layer_05, layer_06]'
 ASK := --limit 80 --draws 1 # of 400 questions, for the sake of time
 RANDOM_ADAPTER := --model.untrained '[adapter]' --model.sites '[encoder, adapter]'
+# The report takes runs on datasets of one name for the same world.
+SCENES := --data.root $(A)/segmentation $(if $(filter-out context,$(WORLD)),--data.name '$(WORLD) world')
 EPOCHS := $(if $(filter conjunction,$(WORLD)),4,1) # of stage 2: two cues that decide together take longer to learn
 STARVED := $(OUT)/bidirectional/probes/starvation.json
 REPORT := $(OUT)/report/results.json
@@ -61,16 +63,16 @@ $(OUT)/%/stage2/hf/model.safetensors: configs/demo/stage2.yaml $(OUT)/%/stage1/h
 
 $(call probed,$(OUT)/%/probes): configs/demo/probes.yaml $(OUT)/%/stage2/hf/model.safetensors
 	$(call step,$*_probes,$(PROBES) fit -c $< --overwrite true --seed_everything $(SEED) --out $(OUT)/$*/probes \
-	  --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
+	  --model.mllm $(OUT)/$*/stage2/hf $(SCENES))
 
 $(call probed,$(OUT)/%/untrained): configs/demo/probes.yaml configs/demo/untrained.yaml \
   $(OUT)/%/stage2/hf/model.safetensors
 	$(call step,$*_untrained,$(PROBES) fit --overwrite true -c $< -c configs/demo/untrained.yaml --seed_everything $(SEED) \
-	  --out $(OUT)/$*/untrained --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
+	  --out $(OUT)/$*/untrained --model.mllm $(OUT)/$*/stage2/hf $(SCENES))
 
 $(call solved,$(OUT)/%/solved): configs/demo/probes.yaml $(OUT)/%/stage2/hf/model.safetensors
 	$(call step,$*_solved,$(PROBES) solve -c $< $(SOLVE) --overwrite true --seed_everything $(SEED) \
-	  --out $(OUT)/$*/solved --model.mllm $(OUT)/$*/stage2/hf --data.root $(A)/segmentation)
+	  --out $(OUT)/$*/solved --model.mllm $(OUT)/$*/stage2/hf $(SCENES))
 
 # $(call random_draw,DRAW): a random LLM that changes the states as much as the trained one, and a random adapter
 define random_draw
@@ -78,12 +80,12 @@ $$(call solved,$$(OUT)/%/random$(1)): configs/demo/probes.yaml configs/probes/ma
   $$(OUT)/%/stage2/hf/model.safetensors
 	$$(call step,$$*_random$(1),$$(PROBES) solve -c $$< -c configs/probes/matched.yaml --model.draw $(1) $$(RANDOM_LLM) \
 	  $$(SOLVE) --overwrite true --seed_everything $$(SEED) --out $$(OUT)/$$*/random$(1) --model.mllm $$(OUT)/$$*/stage2/hf \
-	  --data.root $$(A)/segmentation)
+	  $$(SCENES))
 
 $$(call solved,$$(OUT)/%/adapter$(1)): configs/demo/probes.yaml $$(OUT)/%/stage2/hf/model.safetensors
 	$$(call step,$$*_adapter$(1),$$(PROBES) solve -c $$< $$(RANDOM_ADAPTER) --model.draw $(1) $$(SOLVE) \
 	  --overwrite true --seed_everything $$(SEED) --out $$(OUT)/$$*/adapter$(1) \
-	  --model.mllm $$(OUT)/$$*/stage2/hf --data.root $$(A)/segmentation)
+	  --model.mllm $$(OUT)/$$*/stage2/hf $$(SCENES))
 
 $$(call knocked,$$(OUT)/%/random$(1)): $$(call solved,$$(OUT)/%/random$(1))
 	$$(call step,$$*_random$(1)_knockout,$$(PROBES) knockout --overwrite true --probes $$(OUT)/$$*/random$(1) --classes $$(LOOK_ALIKES) \
@@ -95,13 +97,13 @@ $(foreach draw,$(DRAWS),$(eval $(call random_draw,$(draw))))
 define task
 $$(call solved,$$(OUT)/%/$(1)): configs/demo/probes.yaml $$(OUT)/%/stage2/hf/model.safetensors
 	$$(call step,$$*_$(1),$$(PROBES) solve -c $$< --data.task $(1) $$(SOLVE) --passes 1 --overwrite true \
-	  --seed_everything $$(SEED) --out $$(OUT)/$$*/$(1) --model.mllm $$(OUT)/$$*/stage2/hf --data.root $$(A)/segmentation)
+	  --seed_everything $$(SEED) --out $$(OUT)/$$*/$(1) --model.mllm $$(OUT)/$$*/stage2/hf $$(SCENES))
 
 $$(call solved,$$(OUT)/%/$(1)_random): configs/demo/probes.yaml configs/probes/matched.yaml \
   $$(OUT)/%/stage2/hf/model.safetensors
 	$$(call step,$$*_$(1)_random,$$(PROBES) solve -c $$< -c configs/probes/matched.yaml --data.task $(1) $$(RANDOM_LLM) \
 	  $$(SOLVE) --passes 1 --overwrite true --seed_everything $$(SEED) --out $$(OUT)/$$*/$(1)_random \
-	  --model.mllm $$(OUT)/$$*/stage2/hf --data.root $$(A)/segmentation)
+	  --model.mllm $$(OUT)/$$*/stage2/hf $$(SCENES))
 endef
 TASKS := depth normals boundaries
 $(foreach name,$(TASKS),$(eval $(call task,$(name))))

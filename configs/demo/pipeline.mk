@@ -25,7 +25,7 @@ DRAWS := 0 1
 RANDOM_LLM := --model.sites '[adapter, layer_01, layer_02, layer_03, layer_04, layer_05, layer_06]'
 ASK := --limit 80 --draws 1 # of 400 questions, for the sake of time
 RANDOM_ADAPTER := --model.untrained '[adapter]' --model.sites '[encoder, adapter]'
-# The report takes runs on datasets of one name for the same world.
+# The report joins seeds whose datasets have the same name.
 SCENES := --data.root $(A)/segmentation $(if $(filter-out context,$(WORLD)),--data.name '$(WORLD) world')
 EPOCHS := $(if $(filter conjunction,$(WORLD)),4,1) # of stage 2: two cues that decide together take longer to learn
 STARVED := $(OUT)/bidirectional/probes/starvation.json

@@ -264,8 +264,9 @@ def device_reads(module, batch) -> list[str]:
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("pack_tokens", [ROW, None])
-def test_no_forward_or_backward_pass_waits_for_the_device(pack_tokens, name, parts):
-    module, collate = build(parts, name, gradient_checkpointing=True, loss_chunk=7)
+@pytest.mark.parametrize("loss_chunk", [None, 7])
+def test_no_forward_or_backward_pass_waits_for_the_device(loss_chunk, pack_tokens, name, parts):
+    module, collate = build(parts, name, gradient_checkpointing=True, loss_chunk=loss_chunk)
     for shown in (True, False):
         reads = device_reads(module.train(), replace(collate, pack_tokens=pack_tokens)(samples(shown)))
         # transformers looks for packed samples in the positions of a causal row without a mask

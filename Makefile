@@ -1,4 +1,4 @@
-# make demo      the paper's effects on a toy world, on two CPU cores; again: only what is missing
+# make demo      train, probe and report on a toy world, on two CPU cores; again: only what is missing
 # make help      all targets
 PYTHON ?= python3
 VENV := .venv
@@ -43,15 +43,16 @@ $(VQA_VENV)/installed: pyproject.toml $(VQA_PINS) $(VQA_LOCK)
 # ---------------------------------------------------------------------------------------------------- demo
 SEED ?= 0
 OUT ?= runs/demo
-SCALE ?= 1
+SCALE ?= 0.1
 WORLD ?= context
+EXTRAS ?= $(filter 1,$(SCALE))
 include configs/demo/pipeline.mk
 
-demo: venv ## the whole pipeline on the toy world, into runs/demo (SEED=1, SEEDS="0 1 2", OUT=DIR, SCALE=0.1, WORLD=null or conjunction)
+demo: venv ## a small toy world, into runs/demo (SCALE=1: in full; SEED=1, SEEDS="0 1 2", OUT=DIR, WORLD=null or conjunction)
 ifdef SEEDS
 	@for seed in $(SEEDS); do echo "seed $$seed"; $(MAKE) --no-print-directory demo SEEDS= SEED=$$seed OUT=$(OUT)/seed$$seed || exit; done
 	@OMP_NUM_THREADS=1 $(PY) -m probes report $(call demo_runs,$(addprefix $(OUT)/seed,$(SEEDS))) \
-	  --tasks $(call demo_tasks,$(addprefix $(OUT)/seed,$(SEEDS))) --out $(OUT)/report
+	  $(call other_tasks,$(addprefix $(OUT)/seed,$(SEEDS))) --out $(OUT)/report
 else
 	@PYTHONPATH=. $(PY) configs/demo/alone.py $(OUT) $(MAKE) --no-print-directory demo-alone
 endif

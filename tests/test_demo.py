@@ -1,6 +1,7 @@
 """The demo's graph: what is done twice, what is not, and that a kill at any moment changes no result.
 
-With DEMO=FOLDER, the tests use what `make demo OUT=FOLDER SCALE=0.05` has made, as `.ci/run` does; else they make it.
+With DEMO=FOLDER, the tests use what `make demo OUT=FOLDER SCALE=0.05 EXTRAS=yes` has made, as `.ci/run` does; else they
+make it.
 """
 
 import json
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.slow
 
 
 def command(out: Path, *goals: str) -> list[str]:
-    variables = [f"PY={sys.executable}", f"OUT={out}", f"SCALE={SCALE}"]
+    variables = [f"PY={sys.executable}", f"OUT={out}", f"SCALE={SCALE}", "EXTRAS=yes"]
     return ["make", "--no-print-directory", "-j2", *variables, *(f"{out}/{goal}" for goal in goals or [REPORT])]
 
 
@@ -122,8 +123,18 @@ def test_another_seed_makes_everything_anew(finished):
     assert sum(line.startswith('echo "') for line in plan.splitlines()) == 52
 
 
+@pytest.mark.parametrize(("options", "count"), [([], 34), (["SCALE=1"], 52), (["EXTRAS=yes"], 52)])
+def test_small_demo_leaves_out_what_no_claim_needs(tmp_path, options, count):
+    make = ["make", "-n", f"PY={sys.executable}", f"OUT={tmp_path}", *options, f"{tmp_path}/{REPORT}"]
+    plan = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    steps = {line.split()[2] for line in plan.splitlines() if line.startswith('echo "')}
+    extras = {f"{m}_{s}" for m in ("causal", "bidirectional") for s in ("umap", "maps", "patching", "depth_random")}
+    assert len(steps) == count and (extras <= steps if options else not extras & steps)
+    assert ("--tasks" in plan) == bool(options)
+
+
 def test_several_seeds_are_reported_with_all_their_runs(tmp_path):
-    make = ["make", "-n", f"PY={sys.executable}", "SEEDS=3 4", f"OUT={tmp_path}", "demo"]
+    make = ["make", "-n", f"PY={sys.executable}", "SEEDS=3 4", "SCALE=1", f"OUT={tmp_path}", "demo"]
     plan = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     (joint,) = [text for text in plan.replace("\\\n", " ").splitlines() if f"--out {tmp_path}/report" in text]
     classes, tasks = (part.split() for part in joint.partition(" --out ")[0].split(" --tasks "))

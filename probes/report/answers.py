@@ -104,8 +104,9 @@ def summarize_answers(answers: dict[str, dict[str, Any]]) -> list[str]:
         site = next((site for site in of_mask["sites"] if site["site"] == of_mask["peak_site"]), of_mask["sites"][-1])
         random = "".join(f"; {name}: {_percent(entry['accuracy'])}" for name, entry in _random(of_mask).items())
         lines.append(
-            f"{mask.capitalize()}: {_percent(of_mask['accuracy'])} of {of_mask['questions']} questions are answered "
-            f"correctly, {_percent(site['accuracy'])} of the places are read correctly by the probe at {site['site']} "
+            f"{mask.capitalize()}: at {_percent(of_mask['accuracy'])} of {of_mask['questions']} questions, the right "
+            "class is the model's most probable answer of all classes; at "
+            f"{_percent(site['accuracy'])}, it is that of the probe at {site['site']} "
             f"(answer minus probe {_points(site['difference'])}; both say the same in "
             f"{site['agreement']['value']:.0%}){random}."
         )

@@ -121,7 +121,8 @@ def summarize_mask_comparison(comparison: dict[str, Any]) -> list[str]:
     better, worse = (sum(sign * difference > 0 for difference in significant) for sign in (1, -1))
     lines = [
         f"Bidirectional attention is significantly better at {better} and worse at {worse} of {len(sites)} sites "
-        f"(corrected p < {ALPHA}; {comparison['permutations']} permutations of {units})."
+        f"(corrected p < {ALPHA}; {comparison['permutations']} permutations of {units}).",
+        "This compares one model per mask. What another training run would change is not in these intervals.",
     ]
     lines += [
         f"The {EFFECTS[entry['effect']]} differs by {format_points(entry['difference'])} pp, 95% interval "

@@ -66,7 +66,8 @@ def flip_results(runs: dict[str, ProbeRun], site: str, flip: str, upright: Count
         - "upright", "position": the gap at these patches in upright and in flipped images
         - "content": the gap in flipped images at the patches that hold their content
         - "moved", "moved_ci95": position - content
-        - "follows": "position", "content", or "undecided" if the interval of "moved" contains zero
+        - "follows": "position", "content", "undecided" if the interval of "moved" contains zero, or "no gap" if that of
+          "upright" is not above zero: then there is no gap that could follow anything
         - "correlation": of flipped and upright gaps, by position and by content
     """
     grid = tuple(runs["causal"].metrics["grid"])
@@ -85,15 +86,20 @@ def flip_results(runs: dict[str, ProbeRun], site: str, flip: str, upright: Count
         labelled = ~(a + b).isnan()
         return torch.corrcoef(torch.stack([a[labelled], b[labelled]]))[0, 1].item()
 
+    before = pooled_gap(upright, weights, patches)
+    if not before["gap_ci95"][0] > 0:
+        follows = "no gap"
+    else:
+        follows = "position" if moved_ci95[0] > 0 else "content" if moved_ci95[1] < 0 else "undecided"
     return {
         "flip": flip,
         **gaps,
         "patches": patches,
-        "upright": pooled_gap(upright, weights, patches),
+        "upright": before,
         "position": pooled_gap(flipped, weights, patches),
         "content": pooled_gap(flipped, weights, content),
         "moved": moved,
         "moved_ci95": moved_ci95,
-        "follows": "position" if moved_ci95[0] > 0 else "content" if moved_ci95[1] < 0 else "undecided",
+        "follows": follows,
         "correlation": {"position": correlation(new, old), "content": correlation(new[positions], old)},
     }

@@ -191,7 +191,7 @@ def run(args: argparse.Namespace) -> None:
         patches = f"patches {flip['patches'][0]}..{flip['patches'][-1]}"
         print(f"flipped images ({flip['flip']}), {patches}: {_format_gap(flip['position'])}")
         print(f"flipped images ({flip['flip']}), content of {patches}: {_format_gap(flip['content'])}")
-        print(f"difference {_format_points(flip['moved'], flip['moved_ci95'])}: the gap follows {flip['follows']}")
+        print(f"difference {_format_points(flip['moved'], flip['moved_ci95'])}; position or content: {flip['follows']}")
     for entry in results["by_position"]["sites"] if args.own_probe else ():
         _print_probes(entry)
     if dummy := results.get("dummy_tokens"):

@@ -83,7 +83,7 @@ def budget_figures(study: Study) -> Figures:
         caption(
             f"mIoU by site after fewer epochs than the {study.first.metrics['probe']['epochs']} of the main curve.",
             "Dashed: longer-trained probes." if study.long_runs else "",
-            "Under-trained probes show how easily a class can be read, converged ones whether it is present at all.",
+            "Short training shows how easily a class can be read; whether it is present is a matter of the optimum.",
         ),
         probe_budget(study))  # fmt: skip
     if all("validated_at" in run.metrics["probe"] for run in study.trained.values()):

@@ -82,6 +82,18 @@ def test_flip_separates_position_from_content(runs, monkeypatch, flip, follows):
         assert result["correlation"][follows] > 0.9 > result["correlation"][other]
 
 
+def test_flip_without_a_gap_upright_follows_nothing(runs, monkeypatch):
+    """A gap that only transformed images have tells nothing about the one that is looked for."""
+    early = torch.zeros(T, dtype=torch.double)
+    early[:4] = 0.1
+    counts = random_counts(early, seed=1)
+    monkeypatch.setattr(flipped, "score_patches", lambda run, site, dataset: counts[run.metrics["image_attention"]])
+    for run in runs.values():
+        monkeypatch.setitem(run.metrics, "grid", [4, 4])
+    result = flip_results(runs, "layer_02", "rotate", random_counts(-early), bootstrap_weights(N, 500).double())
+    assert result["moved_ci95"][0] > 0 and result["follows"] == "no gap"
+
+
 def standardised_by_loop(counts, labels, share, patch: int) -> dict[str, float]:
     expected = {}
     for mask, (right, valid) in counts.items():
@@ -280,7 +292,7 @@ def test_command_writes_every_part(runs, tmp_path, capsys):
     assert len(results["flips"][2]["gap"]) == 4 and results["flips"][2]["patches"] == [0, 1]
     assert sum(group["share"] for group in results["by_class"]["groups"]) == pytest.approx(1)
     out = capsys.readouterr().out
-    assert "the gap follows" in out and "first row, frequent classes" in out
+    assert "; position or content: " in out and "first row, frequent classes" in out
     check_own_probe(results, out)
     check_dummy_tokens(results, out)
     accuracy = [results[mask][0] for mask in ("causal", "bidirectional")]

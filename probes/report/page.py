@@ -27,6 +27,7 @@ from probes.analyses.knockout.inference import knockout_inference
 from probes.report.figures.beyond_classes import task_figures
 from probes.report.figures.catalogue import study_figures
 from probes.report.figures.layer_curves import overview_figures
+from probes.report.figures.seeds import seed_figures
 from probes.report.figures.style import STYLE, ReportFigure
 from probes.results.task_run import TaskRun
 from probes.tasks import TASKS
@@ -120,7 +121,8 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None, task_run
         "page.html.j2",
         FILTERS,
         parts=parts,
-        joint=joint,
+        joint=[entry | {"summary": summary_text.summarize_claims(entry["claims"])} for entry in joint],
+        joint_figures=_draw_figures(seed_figures(studies), out, files),
         overview={} if single else _draw_figures(overview_figures(studies), out, files),
         tables=comparison,
         task_figures=_draw_figures(task_figures(task_runs, tasks), out, files),

@@ -21,20 +21,26 @@ def joint_studies(studies: list[Study], results: list[dict[str, Any]]) -> list[d
 
     Claims have the keys of `evaluate_claims` but "n" and "control"; each column has "by_seed", the values of the seeds.
     """
-    groups: dict[tuple[str, str], list[tuple[Study, dict[str, Any]]]] = {}
-    for study, result in zip(studies, results, strict=True):
-        if study.seed is not None:
-            groups.setdefault((study.name, study.dataset), []).append((study, result))
+    claims = {study.title: result["claims"] for study, result in zip(studies, results, strict=True)}
     return [
-        {"model": model, "dataset": dataset, "seeds": [study.seed for study, _ in members]}
-        | _joint_claims({study.seed: result["claims"] for study, result in members}, _share_images(members))
-        for (model, dataset), members in groups.items()
+        {"model": model, "dataset": dataset, "seeds": [study.seed for study in members]}
+        | _joint_claims({study.seed: claims[study.title] for study in members}, _share_images(members))
+        for (model, dataset), members in studies_by_model(studies).items()
     ]
 
 
-def _share_images(members: list[tuple[Study, dict[str, Any]]]) -> bool:
+def studies_by_model(studies: list[Study]) -> dict[tuple[str, str], list[Study]]:
+    """Return the studies of each model and dataset with several seeds."""
+    groups: dict[tuple[str, str], list[Study]] = {}
+    for study in studies:
+        if study.seed is not None:
+            groups.setdefault((study.name, study.dataset), []).append(study)
+    return groups
+
+
+def _share_images(members: list[Study]) -> bool:
     """Return whether some seeds have the same validation images."""
-    return len({study.first.manifest["data"]["fingerprint"] for study, _ in members}) < len(members)
+    return len({study.first.manifest["data"]["fingerprint"] for study in members}) < len(members)
 
 
 def _joint_claims(

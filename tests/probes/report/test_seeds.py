@@ -1,5 +1,6 @@
 """Claims of several seeds jointly: the seed is the unit; images that seeds share count once."""
 
+import csv
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.cli import main
+from probes.report.figures.seeds import seed_figures
 from probes.report.seeds import join_column, mean_over_seeds
 from probes.report.study import read_studies
 from probes.report.verdicts import Effect, compare_to_draws
@@ -96,4 +98,27 @@ def test_report_joins_runs_of_several_seeds(tmp_path, capsys):
         assert entry["verdicts"]["paper"]["verdict"] == "not converged" and not entry["supported"]
         assert entry["verdicts"]["paper"]["reason"].startswith("seed 0: ")
     assert "seeds 0, 1, 2 jointly" in capsys.readouterr().out
-    assert "seeds 0, 1, 2 jointly" in (tmp_path / "out/index.html").read_text()
+    page = (tmp_path / "out/index.html").read_text()
+    assert "seeds 0, 1, 2 jointly" in page and f"0 of {len(joint['claims'])} claims are supported" in page
+    with (tmp_path / "out/seeds_1.csv").open() as file:
+        assert {row["seed"] for row in csv.DictReader(file)} == {"0", "1", "2"}
+
+
+def test_curve_of_seeds_is_their_mean_beside_that_of_all_random_llms(tmp_path):
+    root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
+    folders = [write(tmp_path / f"{seed}", root, seed) for seed in (0, 1, 2)]
+    for seed in (0, 1, 2):
+        for draw in (0, 1):
+            path, metrics = tmp_path / f"r{seed}{draw}", {"seed": seed, "untrained": ["llm"]}
+            options = {"root": root, "images": 40 + seed, "seed": 10 * seed + draw}
+            metrics |= {"match": "update", "draw": draw}
+            folders.append(str(probe_runs.write_run(path, CURVE[::-1], metrics=metrics, **options)))
+    (figure,) = seed_figures(studies := read_studies(folders))
+    (ax,) = figure.data.figure.axes
+    miou = lambda run: [100 * entry["miou"] for entry in run.metrics["sites"] if entry["site"] != "final_norm"]
+    *seeds, mean, random = [line.get_ydata() for line in ax.lines]
+    assert np.allclose(seeds, [miou(study.trained["causal"]) for study in studies])
+    assert np.allclose(mean, np.mean(seeds, 0))
+    draws = [[miou(run["causal"]) for run in study.random_draws("llm", False)] for study in studies]
+    assert np.shape(draws) == (3, 2, len(mean)) and np.allclose(random, np.mean(draws, (0, 1))[2:])
+    assert list(seed_figures(read_studies(folders[:1]))) == []

@@ -58,7 +58,7 @@ else
 endif
 
 demo-alone:
-	@if $(MAKE) --no-print-directory -q $(REPORT); then echo "$(OUT) is complete; nothing to do."; \
+	@if $(MAKE) --no-print-directory -q $(REPORT) 2>/dev/null; then echo "$(OUT) is complete; nothing to do."; \
 	else $(MAKE) --no-print-directory -j2 $(REPORT); fi
 	@cat $(OUT)/logs/report.log
 

@@ -112,15 +112,20 @@ def test_deleted_result_is_made_again_with_what_follows_and_nothing_else(finishe
         kept.rename(finished / deleted)
 
 
-def test_another_seed_makes_everything_anew(finished):
-    settings = finished / "settings"
+def test_another_seed_makes_everything_anew_unless_the_demo_is_finished(finished):
+    settings, report, kept = finished / "settings", finished / REPORT, finished / "kept"
     before, written = settings.read_text(), settings.stat().st_mtime
-    plan = subprocess.run(
-        ["make", "-n", "SEED=7", *command(finished)[1:]], cwd=ROOT, capture_output=True, text=True
-    ).stdout
+    make = ["make", "-n", "SEED=7", *command(finished)[1:]]
+    plan = lambda: subprocess.run(make, cwd=ROOT, capture_output=True, text=True)
+    refused = plan()
+    assert refused.returncode != 0 and "holds a finished demo of seed 0 scale 0.05 world context" in refused.stderr
+    assert settings.read_text() == before
+    report.rename(kept)
+    anew = plan().stdout
+    kept.rename(report)
     settings.write_text(before)  # make wrote the other seed down while it planned
     os.utime(settings, (written, written))
-    assert sum(line.startswith('echo "') for line in plan.splitlines()) == 52
+    assert sum(line.startswith('echo "') for line in anew.splitlines()) == 52
 
 
 @pytest.mark.parametrize(("options", "count"), [([], 34), (["SCALE=1"], 52), (["EXTRAS=yes"], 52)])

@@ -31,10 +31,17 @@ EPOCHS := $(if $(filter conjunction,$(WORLD)),4,1) # of stage 2: two cues that d
 STARVED := $(OUT)/bidirectional/probes/starvation.json
 REPORT := $(OUT)/report/results.json
 
-# Seed, scale and world are inputs like any other: this file changes with them, and everything follows.
+# Seed, scale and world are inputs like any other: this file changes with them, and everything follows. A finished demo of
+# others is left alone.
 ifneq ($(filter $(REPORT),$(MAKECMDGOALS)),)
-$(shell mkdir -p $(OUT)/logs; echo "seed $(SEED) scale $(SCALE) world $(WORLD)" | cmp -s - $(OUT)/settings || \
-  echo "seed $(SEED) scale $(SCALE) world $(WORLD)" > $(OUT)/settings)
+SETTINGS := seed $(SEED) scale $(SCALE) world $(WORLD)
+FOUND := $(shell cat $(OUT)/settings 2>/dev/null)
+ifneq ($(FOUND),$(SETTINGS))
+ifneq ($(wildcard $(REPORT)),)
+$(error $(OUT) holds a finished demo of $(FOUND), not $(SETTINGS); choose another folder with OUT=, or delete it)
+endif
+$(shell mkdir -p $(OUT)/logs; echo "$(SETTINGS)" > $(OUT)/settings)
+endif
 endif
 
 # $(call step,NAME,COMMAND): runs it with a log, and keeps the time

@@ -10,7 +10,7 @@ from probes.report.study import MASKS, Study
 from probes.report.tables import run_columns
 from probes.results.probe_run import ProbeRun
 
-from .layer_curves import sites_by_depth
+from .layer_curves import name_solved_probes, sites_by_depth
 from .style import (
     FigureData,
     Figures,
@@ -75,10 +75,11 @@ def seed_figures(studies: list[Study]) -> Figures:
         solved = all(study.solved for study in members)
         if not _runs_of_all_seeds(members, solved):
             continue
+        runs = [run for study in members for run in study.solved.values()]
         has_random = any(study.random_draws("llm", solved) for study in members)
         yield ReportFigure(
             f"seeds_{number}", f"{model}, {dataset}",
-            "Segmentation quality by layer" + ", probes at their optimum" * solved,
+            "Segmentation quality by layer" + (f", {name_solved_probes(runs)}" if solved else ""),
             caption(
                 "Segmentation quality of the probe at each site. Thin lines: seeds. Look for a drop from encoder to "
                 "adapter and a rise over the LLM layers.",

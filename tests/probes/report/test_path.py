@@ -20,6 +20,7 @@ from probes.evaluation.metrics import Counts
 from probes.report.claims import evaluate_claims
 from probes.report.effects import cross_validated_layers, image_folds
 from probes.report.figures.catalogue import study_figures
+from probes.report.figures.layer_curves import layer_figures
 from probes.report.page import study_results
 from probes.report.path import path_rows, path_verdicts
 from probes.report.study import read_studies
@@ -371,6 +372,14 @@ def test_report_of_trained_and_solved_runs(paths, tmp_path, capsys):
     assert "Hollow: not converged, not counted." in html
     assert all(path in html for path in paths.values())
     assert len(read_csv(tmp_path / "path.csv")) == 30
+
+
+def test_only_refined_probes_are_said_to_be_at_their_optimum(paths):
+    (study,) = read_studies([paths["sgd"], paths["solved"]])
+    title = lambda: next(layer_figures(study)).title
+    assert title() == "Segmentation quality by layer, probes at their optimum"
+    study.solved["causal"].metrics["probe"]["solved"] = "closed_form"
+    assert title() == "Segmentation quality by layer, probes in closed form"
 
 
 def test_dotted_lines_are_the_claims_of_the_sgd_run(paths):

@@ -185,8 +185,9 @@ def _draw_figures(figures: Iterable[ReportFigure], out: Path, files: Files) -> S
     with mpl.rc_context(STYLE):
         for figure in figures:
             png, pdf = io.BytesIO(), io.BytesIO()
-            figure.data.figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
             figure.data.figure.savefig(png, format="png")
+            figure.data.figure.set_layout_engine("none")  # keep the layout instead of computing it again
+            figure.data.figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
             files |= {out / f"{figure.name}.pdf": pdf.getvalue(), out / f"{figure.name}.png": png.getvalue()}
             files |= _csv_files({figure.name: figure.data.rows}, out)
             sections.setdefault(figure.section, []).append((figure, base64.b64encode(png.getvalue()).decode()))

@@ -32,7 +32,7 @@ def seed_curves(studies: list[Study], solved: bool) -> FigureData:
     figure, axes = mask_panels(runs, 3.4)
     rows: list[dict[str, Any]] = []
     for ax, (mask, trained) in zip(axes, runs.items(), strict=True):
-        random = [[draw[mask] for draw in study.random_draws("llm", solved) if mask in draw] for study in studies]
+        random = _random_llms(studies, mask, solved)
         _draw_seeds(ax, trained, random, mask_colour(mask))
         for study, run, draws in zip(studies, trained, random, strict=True):
             for one in (run, *draws):
@@ -43,6 +43,11 @@ def seed_curves(studies: list[Study], solved: bool) -> FigureData:
 def _runs_of_all_seeds(studies: list[Study], solved: bool) -> Runs:
     runs = {mask: [(study.solved if solved else study.trained).get(mask) for study in studies] for mask in MASKS}
     return {mask: of_mask for mask, of_mask in runs.items() if None not in of_mask}
+
+
+def _random_llms(studies: list[Study], mask: str, solved: bool) -> list[list[ProbeRun]]:
+    """Return the draws of each seed; a seed may have none."""
+    return [[draw[mask] for draw in study.random_draws("llm", solved) if mask in draw] for study in studies]
 
 
 def _draw_seeds(ax: Axes, trained: list[ProbeRun], random: list[list[ProbeRun]], colour: str) -> None:
@@ -73,10 +78,11 @@ def seed_figures(studies: list[Study]) -> Figures:
     """Yield the figure of each model and dataset with several seeds; its section is "MODEL, DATASET"."""
     for number, ((model, dataset), members) in enumerate(studies_by_model(studies).items(), 1):
         solved = all(study.solved for study in members)
-        if not _runs_of_all_seeds(members, solved):
+        masks = _runs_of_all_seeds(members, solved)
+        if not masks:
             continue
         runs = [run for study in members for run in study.solved.values()]
-        has_random = any(study.random_draws("llm", solved) for study in members)
+        has_random = any(all(_random_llms(members, mask, solved)) for mask in masks)
         yield ReportFigure(
             f"seeds_{number}", f"{model}, {dataset}",
             "Segmentation quality by layer" + (f", {name_solved_probes(runs)}" if solved else ""),

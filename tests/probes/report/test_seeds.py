@@ -121,4 +121,7 @@ def test_curve_of_seeds_is_their_mean_beside_that_of_all_random_llms(tmp_path):
     assert np.allclose(mean, np.mean(seeds, 0))
     draws = [[miou(run["causal"]) for run in study.random_draws("llm", False)] for study in studies]
     assert np.shape(draws) == (3, 2, len(mean)) and np.allclose(random, np.mean(draws, (0, 1))[2:])
+    (without,) = seed_figures(read_studies(folders[:-2]))  # the last seed has no random LLM
+    assert "Diamonds" in figure.caption and "Diamonds" not in without.caption
+    assert len(without.data.figure.axes[0].lines) == 4
     assert list(seed_figures(read_studies(folders[:1]))) == []

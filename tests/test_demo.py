@@ -128,16 +128,6 @@ def test_another_seed_makes_everything_anew_unless_the_demo_is_finished(finished
     assert sum(line.startswith('echo "') for line in anew.splitlines()) == 52
 
 
-@pytest.mark.parametrize(("options", "count"), [([], 34), (["SCALE=1"], 52), (["EXTRAS=yes"], 52)])
-def test_small_demo_leaves_out_what_no_claim_needs(tmp_path, options, count):
-    make = ["make", "-n", f"PY={sys.executable}", f"OUT={tmp_path}", *options, f"{tmp_path}/{REPORT}"]
-    plan = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    steps = {line.split()[2] for line in plan.splitlines() if line.startswith('echo "')}
-    extras = {f"{m}_{s}" for m in ("causal", "bidirectional") for s in ("umap", "maps", "patching", "depth_random")}
-    assert len(steps) == count and (extras <= steps if options else not extras & steps)
-    assert ("--tasks" in plan) == bool(options)
-
-
 def test_several_seeds_are_reported_with_all_their_runs(tmp_path):
     make = ["make", "-n", f"PY={sys.executable}", "SEEDS=3 4", "SCALE=1", f"OUT={tmp_path}", "demo"]
     plan = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout

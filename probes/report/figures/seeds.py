@@ -24,30 +24,19 @@ from .style import (
 )
 
 Runs = dict[str, list[ProbeRun]]  # by mask, one of each seed
+Draws = dict[str, list[list[ProbeRun]]]  # by mask, those of each seed, which may have none
 
 
-def seed_curves(studies: list[Study], solved: bool) -> FigureData:
+def seed_curves(seeds: list[int], trained: Runs, random: Draws) -> FigureData:
     """Draw mIoU per site: a thin line per seed, their mean, and the mean of all random LLMs of all seeds."""
-    runs = _runs_of_all_seeds(studies, solved)
-    figure, axes = mask_panels(runs, 3.4)
+    figure, axes = mask_panels(trained, 3.4)
     rows: list[dict[str, Any]] = []
-    for ax, (mask, trained) in zip(axes, runs.items(), strict=True):
-        random = _random_llms(studies, mask, solved)
-        _draw_seeds(ax, trained, random, mask_colour(mask))
-        for study, run, draws in zip(studies, trained, random, strict=True):
+    for ax, (mask, runs) in zip(axes, trained.items(), strict=True):
+        _draw_seeds(ax, runs, random[mask], mask_colour(mask))
+        for seed, run, draws in zip(seeds, runs, random[mask], strict=True):
             for one in (run, *draws):
-                rows += [{"seed": study.seed} | run_columns(one) | score_row(entry) for entry in one.metrics["sites"]]
+                rows += [{"seed": seed} | run_columns(one) | score_row(entry) for entry in one.metrics["sites"]]
     return FigureData(figure, rows)
-
-
-def _runs_of_all_seeds(studies: list[Study], solved: bool) -> Runs:
-    runs = {mask: [(study.solved if solved else study.trained).get(mask) for study in studies] for mask in MASKS}
-    return {mask: of_mask for mask, of_mask in runs.items() if None not in of_mask}
-
-
-def _random_llms(studies: list[Study], mask: str, solved: bool) -> list[list[ProbeRun]]:
-    """Return the draws of each seed; a seed may have none."""
-    return [[draw[mask] for draw in study.random_draws("llm", solved) if mask in draw] for study in studies]
 
 
 def _draw_seeds(ax: Axes, trained: list[ProbeRun], random: list[list[ProbeRun]], colour: str) -> None:
@@ -74,22 +63,31 @@ def _miou(run: ProbeRun, sites: list[str]) -> list[float]:
     return [by_site[site] for site in sites]
 
 
+def _runs_of_all_seeds(studies: list[Study], solved: bool) -> Runs:
+    """Return the masks under which each seed has a run."""
+    runs = {mask: [(study.solved if solved else study.trained).get(mask) for study in studies] for mask in MASKS}
+    return {mask: of_mask for mask, of_mask in runs.items() if None not in of_mask}
+
+
+def _random_llms(studies: list[Study], mask: str, solved: bool) -> list[list[ProbeRun]]:
+    return [[draw[mask] for draw in study.random_draws("llm", solved) if mask in draw] for study in studies]
+
+
 def seed_figures(studies: list[Study]) -> Figures:
     """Yield the figure of each model and dataset with several seeds; its section is "MODEL, DATASET"."""
     for number, ((model, dataset), members) in enumerate(studies_by_model(studies).items(), 1):
         solved = all(study.solved for study in members)
-        masks = _runs_of_all_seeds(members, solved)
-        if not masks:
+        trained = _runs_of_all_seeds(members, solved)
+        if not trained:
             continue
-        runs = [run for study in members for run in study.solved.values()]
-        has_random = any(all(_random_llms(members, mask, solved)) for mask in masks)
+        random = {mask: _random_llms(members, mask, solved) for mask in trained}
+        probes = f", {name_solved_probes(run for runs in trained.values() for run in runs)}" if solved else ""
         yield ReportFigure(
-            f"seeds_{number}", f"{model}, {dataset}",
-            "Segmentation quality by layer" + (f", {name_solved_probes(runs)}" if solved else ""),
+            f"seeds_{number}", f"{model}, {dataset}", f"Segmentation quality by layer{probes}",
             caption(
                 "Segmentation quality of the probe at each site. Thin lines: seeds. Look for a drop from encoder to "
                 "adapter and a rise over the LLM layers.",
                 "Diamonds: random LLMs that change the states as much as the trained ones, means over draws and seeds; "
-                "what they reach as well need not be learned." if has_random else "",
+                "what they reach as well need not be learned." if any(map(all, random.values())) else "",
             ),
-            seed_curves(members, solved))  # fmt: skip
+            seed_curves([study.seed for study in members], trained, random))  # fmt: skip

@@ -61,6 +61,15 @@ def test_flipped_patches_are_at_their_flipped_positions(runs, flip):
     assert not np.array_equal(once[3]["image"], before["image"]) and once[3]["name"] == before["name"]
 
 
+def flip_with_gaps(runs, monkeypatch, flip: str, upright: torch.Tensor, transformed: torch.Tensor) -> dict:
+    """Results of a flip if the masks differ by these accuracies, by patch."""
+    counts = random_counts(transformed, seed=1)
+    monkeypatch.setattr(flipped, "score_patches", lambda run, site, dataset: counts[run.metrics["image_attention"]])
+    for run in runs.values():
+        monkeypatch.setitem(run.metrics, "grid", [4, 4])
+    return flip_results(runs, "layer_02", flip, random_counts(upright), bootstrap_weights(N, 500).double())
+
+
 @pytest.mark.parametrize("flip", FLIP_AXES)
 @pytest.mark.parametrize("follows", ["position", "content", "undecided"])
 def test_flip_separates_position_from_content(runs, monkeypatch, flip, follows):
@@ -70,11 +79,7 @@ def test_flip_separates_position_from_content(runs, monkeypatch, flip, follows):
     moved = torch.zeros_like(early)
     moved[flipped_positions((4, 4), flip)] = early
     gap = {"position": early, "content": moved, "undecided": torch.zeros_like(early)}[follows]
-    counts = random_counts(gap, seed=1)
-    monkeypatch.setattr(flipped, "score_patches", lambda run, site, dataset: counts[run.metrics["image_attention"]])
-    for run in runs.values():
-        monkeypatch.setitem(run.metrics, "grid", [4, 4])
-    result = flip_results(runs, "layer_02", flip, random_counts(early), bootstrap_weights(N, 500).double())
+    result = flip_with_gaps(runs, monkeypatch, flip, upright=early, transformed=gap)
     assert result["follows"] == follows and result["flip"] == flip and result["upright"]["gap"] > 0.04
     if follows != "undecided":
         other = {"position": "content", "content": "position"}[follows]
@@ -86,11 +91,7 @@ def test_flip_without_a_gap_upright_follows_nothing(runs, monkeypatch):
     """A gap that only transformed images have tells nothing about the one that is looked for."""
     early = torch.zeros(T, dtype=torch.double)
     early[:4] = 0.1
-    counts = random_counts(early, seed=1)
-    monkeypatch.setattr(flipped, "score_patches", lambda run, site, dataset: counts[run.metrics["image_attention"]])
-    for run in runs.values():
-        monkeypatch.setitem(run.metrics, "grid", [4, 4])
-    result = flip_results(runs, "layer_02", "rotate", random_counts(-early), bootstrap_weights(N, 500).double())
+    result = flip_with_gaps(runs, monkeypatch, "rotate", upright=-early, transformed=early)
     assert result["moved_ci95"][0] > 0 and result["follows"] == "no gap"
 
 

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +37,8 @@ from llava_bidir.common.checkpoint_io import commit_checkpoint_directory, read_m
 from llava_bidir.common.errors import UserError
 from llava_bidir.model.build import no_zero3_partitioning
 
+from .background_save import BackgroundSave
+
 TAG = "checkpoint"  # Lightning's name of the folder in a checkpoint directory
 UNIVERSAL = "zero"  # DeepSpeed's name of the folder of a universal checkpoint, which has one folder per parameter
 
@@ -48,12 +51,14 @@ class ZeRO(DeepSpeedStrategy):
     Args:
         zero_optimization: DeepSpeed's section of that name. Numbers only: Lightning does not resolve "auto".
         timeout_minutes: Time that a rank waits for the others before the run fails.
+        async_save: Write checkpoints while training goes on. Each rank needs host memory for a copy of its shard, all
+            ranks together 14 bytes for each trained weight.
 
     Raises:
         UserError: DeepSpeed is not installed.
     """
 
-    def __init__(self, zero_optimization: dict[str, Any], timeout_minutes: float = 30.0):
+    def __init__(self, zero_optimization: dict[str, Any], timeout_minutes: float = 30.0, async_save: bool = False):
         if find_spec("deepspeed") is None:
             raise UserError("ZeRO needs DeepSpeed, which is not installed; run: pip install 'llava-bidir[cluster]'")
         if not torch.cuda.is_available():
@@ -68,6 +73,7 @@ class ZeRO(DeepSpeedStrategy):
             timeout=timedelta(minutes=timeout_minutes),
             exclude_frozen_parameters=True,
         )
+        self.async_save, self.background = async_save, None
 
     # ------------------------------------------------------------------------- CPU, where Lightning expects CUDA
     @property
@@ -97,11 +103,16 @@ class ZeRO(DeepSpeedStrategy):
         super().setup(trainer)
         for group in distributed_c10d._world.pg_map:  # private in torch, as is _set_pg_timeout
             distributed_c10d._set_pg_timeout(self._timeout, group)
+        if self.async_save:
+            self.background = BackgroundSave(self.deepspeed_engine, self._timeout)
 
     def teardown(self) -> None:
-        """Switch partitioning off in transformers too."""
+        """Finish a save in the background, and switch partitioning off in transformers too."""
         unset_hf_deepspeed_config()
-        super().teardown()
+        try:
+            self.finish_save()
+        finally:
+            super().teardown()
 
     # ------------------------------------------------------------------------- building
     @contextmanager
@@ -123,17 +134,44 @@ class ZeRO(DeepSpeedStrategy):
         """Run backward without DeepSpeed's division by the accumulated batches, since Lightning has done it."""
         super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Step, unless a save in the background has failed."""
+        if self.background:
+            self.background.check()
+        return super().optimizer_step(*args, **kwargs)
+
     # ------------------------------------------------------------------------- checkpoints
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
         """Write each rank's shard into a temporary directory, which is renamed when all shards are on disk."""
         path = Path(self.broadcast(filepath))
+        self.finish_save()
         if self.is_global_zero:
             shutil.rmtree(partial_path(path), ignore_errors=True)
+        manifest = {**self._layout(), "trained": sorted(self._trainable_names())}
         with wrap_os_errors(path):
             super().save_checkpoint(checkpoint, str(partial_path(path)), storage_options)  # ends with a barrier
-            if self.is_global_zero:
-                commit_checkpoint_directory(path, {**self._layout(), "trained": sorted(self._trainable_names())})
+            if self.background:
+                self.background.write(path, manifest)
+            elif self.is_global_zero:
+                commit_checkpoint_directory(path, manifest)
         self.barrier()
+
+    def remove_checkpoint(self, filepath: str) -> None:
+        """Remove a checkpoint, but not before the one that replaces it is on disk."""
+        remove = partial(super().remove_checkpoint, filepath)
+        if self.background:
+            self.background.then(remove)
+        else:
+            remove()
+
+    def finish_save(self) -> None:
+        """Wait until this rank's part of the last checkpoint is on disk; rank 0 also waits for the others.
+
+        Raises:
+            UserError: It could not be written.
+        """
+        if self.background:
+            self.background.wait()
 
     def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = None) -> dict[str, Any]:
         """Load a checkpoint of a ZeRO run, or one converted by ds_to_universal.

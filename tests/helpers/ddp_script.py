@@ -4,11 +4,13 @@ A RUN is STRATEGY:FUNCTION:PRECISION, with a function of this file. One set of p
 imports are slow. The result of each rank is saved as OUT/RUN.RANK.pt for the tests.
 """
 
+import errno
 import json
 import os
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from datetime import timedelta
@@ -23,14 +25,17 @@ import torch
 import yaml
 from lightning import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
+from processes import HANGING_S
 
 from llava_bidir.common.checkpoint_io import AtomicCheckpointIO
+from llava_bidir.common.errors import UserError
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.training.callbacks import ExportModel
 from llava_bidir.training.deepspeed_strategy import ZeRO, gather_parameters
 from llava_bidir.training.module import LlavaTraining
+from llava_bidir.training.slurm_requeue import SlurmRequeue
 
 SPEC = json.loads(Path(sys.argv[1]).read_text())
 OUT = Path(SPEC["out"])
@@ -44,12 +49,13 @@ THRESHOLDS = ("stage3_param_persistence_threshold", "stage3_max_live_parameters"
 def build_strategy(name: str):
     if name == "ddp":
         return DDPStrategy(timeout=timedelta(minutes=TIMEOUT_MINUTES))
-    config = yaml.safe_load((Path(__file__).parents[2] / f"configs/cluster/{name}.yaml").read_text())
+    file = f"configs/cluster/{name.removesuffix('_async')}.yaml"
+    config = yaml.safe_load((Path(__file__).parents[2] / file).read_text())
     zero = config["trainer"]["strategy"]["init_args"]["zero_optimization"]
     zero |= {"reduce_bucket_size": 2000, "overlap_comm": False}  # several buckets
     if zero["stage"] == 3:
         zero |= dict.fromkeys(THRESHOLDS, 0)
-    return ZeRO(zero, timeout_minutes=TIMEOUT_MINUTES)
+    return ZeRO(zero, timeout_minutes=TIMEOUT_MINUTES, async_save=name.endswith("_async"))
 
 
 class Recorder(Callback):
@@ -120,6 +126,83 @@ def uninterrupted(strategy, precision):
     return fit(strategy, precision, llm="dropout_llm", save=save, callbacks=[ExportModel()])
 
 
+class HoldWriting(Callback):
+    """Lets files be written only after two steps more, and asks for the removal of the checkpoint before."""
+
+    def __init__(self, strategy: str):
+        self.may_write, self.old, self.new = threading.Event(), *(OUT / f"{strategy}-{i}.ckpt" for i in ("old", "new"))
+
+    def setup(self, trainer, module, stage):
+        self.old.mkdir(exist_ok=True)
+        self.original, torch.save = torch.save, self.save
+
+    def save(self, *args, **kwargs):
+        assert self.may_write.wait(HANGING_S), "training waited for the save"
+        self.original(*args, **kwargs)
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.fit_loop._should_accumulate():
+            return
+        if trainer.global_step == MIDDLE:
+            trainer.save_checkpoint(self.new)
+            trainer.strategy.remove_checkpoint(self.old)
+        elif trainer.global_step == MIDDLE + 2:
+            assert self.old.exists() and not self.new.exists()
+            self.may_write.set()
+
+    def teardown(self, trainer, module, stage):
+        torch.save = self.original
+
+
+def train_during_save(strategy, precision):
+    hold = HoldWriting(strategy)
+    result = fit(strategy, precision, llm="dropout_llm", callbacks=[hold])
+    return result | {"saved": sorted(path.name for path in OUT.glob(f"{strategy}-*.ckpt*"))}
+
+
+class FullDisk(Callback):
+    """Fails every write of a file, waits for a failed save before the next batch, and records where the run ends."""
+
+    def setup(self, trainer, module, stage):
+        self.original, torch.save = torch.save, self.save
+
+    def save(self, state, file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file)
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        for job in trainer.strategy.background.jobs:
+            job.exception()
+
+    def on_exception(self, trainer, module, exception):
+        torch.save, self.step = self.original, trainer.global_step
+
+
+def full_disk_in_background(strategy, precision):
+    full = FullDisk()
+    try:
+        fit(strategy, precision, save={MIDDLE: "never.ckpt"}, callbacks=[full])
+    except UserError as error:
+        return {"message": str(error), "step": full.step}
+
+
+def requeue(strategy, precision):
+    """Be signalled in a step, with slow files and a `scontrol` that lists the checkpoints it finds."""
+    run = OUT / f"{strategy}-{precision}"
+    scontrol = OUT / "bin/scontrol"
+    scontrol.parent.mkdir(exist_ok=True)
+    scontrol.write_text(f"#!/bin/sh\nls {run}/checkpoints > {OUT}/found\n")
+    scontrol.chmod(0o755)
+    os.environ |= {"PATH": f"{scontrol.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "1"}
+    original = torch.save
+    torch.save = lambda *args: (time.sleep(1), original(*args))
+    signalled = Fault(lambda: os.kill(os.getpid(), signal.SIGUSR1), MIDDLE)
+    try:
+        fit(strategy, precision, callbacks=[signalled, SlurmRequeue()])
+    except SystemExit as end:
+        torch.save = original
+        return {"status": end.code}
+
+
 def resume(strategy, precision):
     return fit(strategy, precision, llm="dropout_llm", resume=f"{strategy}-middle-{precision}.ckpt")
 
@@ -177,13 +260,13 @@ def stall_in_step(strategy, precision):
 
 
 class Fault(Callback):
-    """Calls `fault` on rank 1 in the last step."""
+    """Calls `fault` on rank 1 in a step, the last unless given."""
 
-    def __init__(self, fault):
-        self.fault = fault
+    def __init__(self, fault, step: int = END):
+        self.fault, self.step = fault, step
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step == END - 1 and trainer.global_rank == 1:
+        if trainer.global_step == self.step - 1 and trainer.global_rank == 1:
             self.start_fault()
 
     def start_fault(self):

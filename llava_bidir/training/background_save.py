@@ -1,7 +1,7 @@
 """Write ZeRO checkpoints in a thread while training goes on.
 
-Training waits until each rank has copied its shard to host memory, and for nothing else. One thread does one thing after
-the other, and a second save waits for the first, so that a rank holds at most one copy.
+Training waits until each rank has copied its shard to host memory, and for nothing else. A second save waits for the
+first, so that a rank holds at most one copy.
 """
 
 from collections.abc import Callable

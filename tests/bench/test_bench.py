@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,16 @@ def test_samples_of_the_mix_are_timed_on_all_sides(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())
     assert len(found["samples_per_s"]) == 6 and all(rates[0] > 0 for rates in found["samples_per_s"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed (extra: cluster) is not installed")
+def test_saves_of_both_kinds_are_timed(tmp_path):
+    command = [sys.executable, HERE / "save.py", "--layers", "1", "--rounds", "1", "--out", tmp_path / "found.json"]
+    done = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, timeout=HANGING_S)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["checkpoint_gb"] > 0.1 and all(len(s) == 1 and s[0] > 0 for s in found["waits_s"].values())
 
 
 @pytest.mark.slow

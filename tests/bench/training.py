@@ -132,6 +132,7 @@ class Batches(LightningDataModule):
         super().__init__()
         self.made, self.image_id, self.seed = made, image_id, 0
         self.steps_per_epoch, self.batch_size = len(made), len(made[0]["input_ids"])
+        self.micro_batch_size = self.batch_size
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader([self._with_facts(batch) for batch in self.made], batch_size=None)

@@ -147,7 +147,7 @@ class HoldWriting(Callback):
             trainer.save_checkpoint(self.new)
             trainer.strategy.remove_checkpoint(self.old)
         elif trainer.global_step == MIDDLE + 2:
-            assert self.old.exists() and not self.new.exists()
+            self.held = self.old.exists() and not self.new.exists()
             self.may_write.set()
 
     def teardown(self, trainer, module, stage):
@@ -157,7 +157,7 @@ class HoldWriting(Callback):
 def train_during_save(strategy, precision):
     hold = HoldWriting(strategy)
     result = fit(strategy, precision, llm="dropout_llm", callbacks=[hold])
-    return result | {"saved": sorted(path.name for path in OUT.glob(f"{strategy}-*.ckpt*"))}
+    return result | {"held": hold.held, "saved": sorted(path.name for path in OUT.glob(f"{strategy}-*.ckpt*"))}
 
 
 class FullDisk(Callback):

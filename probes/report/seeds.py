@@ -21,10 +21,10 @@ def joint_studies(studies: list[Study], results: list[dict[str, Any]]) -> list[d
 
     Claims have the keys of `evaluate_claims` but "n" and "control"; each column has "by_seed", the values of the seeds.
     """
-    claims = {study.title: result["claims"] for study, result in zip(studies, results, strict=True)}
+    claims = {study.slug: result["claims"] for study, result in zip(studies, results, strict=True)}
     return [
         {"model": model, "dataset": dataset, "seeds": [study.seed for study in members]}
-        | _joint_claims({study.seed: claims[study.title] for study in members}, _share_images(members))
+        | _joint_claims({study.seed: claims[study.slug] for study in members}, _share_images(members))
         for (model, dataset), members in studies_by_model(studies).items()
     ]
 

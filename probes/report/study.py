@@ -179,13 +179,15 @@ def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: 
         long_runs, variants: Runs of the same models with longer-trained probes, and with probe variants.
 
     Raises:
-        UserError: A folder is not a finished run, two runs are the same case, or runs do not fit together.
+        UserError: A folder is not a finished run, two runs are the same case, two studies have the same folder in the
+            report, or runs do not fit together.
     """
     runs, studies = [read_run(path, ProbeRun) for path in paths], {}
     key_of = study_keys(runs)
     for run in runs:
         key = key_of(run)
         studies.setdefault(key, Study(*key))._add(run)
+    _check_folders_differ(studies.values())
     reference: dict[tuple, ProbeRun] = {}  # by dataset and seed: the run whose images all others must share
     for study in studies.values():
         study._complete()
@@ -203,6 +205,17 @@ def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: 
             reference[key[1:]].check_same_images(run)
             getattr(studies[key], field_name)[mask] = run
     return list(studies.values())
+
+
+def _check_folders_differ(studies: Iterable[Study]) -> None:
+    """Raise if two studies would be written to the same folder, as "a b" and "a_b" or "a, seed 1" and seed 1 of "a"."""
+    by_slug: dict[str, Study] = {}
+    for study in studies:
+        if (other := by_slug.setdefault(study.slug, study)) is not study:
+            raise UserError(
+                f"{other.title!r} and {study.title!r} would be written to the same folder, {study.slug}; "
+                "give the model of one another name: NAME=RUN"
+            )
 
 
 def study_keys(runs: list[FinishedRun]) -> Callable[[FinishedRun], tuple[str, str, int | None]]:

@@ -104,6 +104,15 @@ def test_report_joins_runs_of_several_seeds(tmp_path, capsys):
         assert {row["seed"] for row in csv.DictReader(file)} == {"0", "1", "2"}
 
 
+@pytest.mark.parametrize("names", [("m", "m", "m, seed 1"), ("clip vicuna", "clip_vicuna")])
+def test_studies_of_one_folder_are_an_error(names, tmp_path):
+    """One would be shown with the claims, figures and tables of the other."""
+    root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
+    runs = [f"{name}={write(tmp_path / str(seed), root, seed, images=40)}" for seed, name in enumerate(names)]
+    with pytest.raises(SystemExit, match="would be written to the same folder, .*NAME=RUN"):
+        main(["report", *runs, "--out", str(tmp_path / "out")])
+
+
 def test_curve_of_seeds_is_their_mean_beside_that_of_all_random_llms(tmp_path):
     root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
     folders = [write(tmp_path / f"{seed}", root, seed) for seed in (0, 1, 2)]

@@ -75,7 +75,7 @@ def table2(studies: list[Study]) -> Rows:
     """Return Table 2 (encoder, adapter, peak layer, gains): rows of the runs, then of the paper."""
     rows = [
         {"model": study.title if len(studies) > 1 else "this run", "image_attention": mask}
-        | {"probes": "solved" if run.is_solved else "trained"}
+        | {"probes": run.probe_kind}
         | {key: run.metrics["summary"][key] for key in SUMMARY}
         | {FINAL_NORM: next((entry["miou"] for entry in run.metrics["sites"] if entry["site"] == FINAL_NORM), None)}
         for study in studies

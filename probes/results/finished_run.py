@@ -145,6 +145,11 @@ class FinishedRun:
         return self.metrics.get("path") is not None
 
     @property
+    def probe_kind(self) -> str:
+        """How the probes were made, in tables: "solved" or "trained"."""
+        return "solved" if self.is_solved else "trained"
+
+    @property
     def groups(self) -> torch.Tensor | None:
         """i64[N]: group (city) of each validation image; None for a dataset without groups."""
         return self._tensors.get("group")

@@ -1,6 +1,6 @@
 """Figures of mIoU by site: encoder, adapter, LLM layers (Figs. 3, 8, 9, 10)."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -120,27 +120,28 @@ def models_by_dataset(studies: list[Study], mask: str, over_adapter: bool = Fals
 
     `over_adapter` draws mIoU minus the adapter's instead (Fig. 10).
     """
-    models = list(dict.fromkeys(study.model for study in studies))
+    suffix = _probes_suffix(studies)
+    models = list(dict.fromkeys(study.model + suffix(study) for study in studies))
     datasets = {study.dataset: [s for s in studies if s.dataset == study.dataset] for study in studies}
     figure, axes = new_panels(len(datasets), height=3.6 if len(datasets) == 1 else 2.9, columns=2)
     rows = []
     for ax, (dataset, dataset_studies) in zip(axes, datasets.items(), strict=True):
-        runs = {study.model: study.trained[mask] for study in dataset_studies}
-        for model, run in runs.items():
-            colour = COLOURS[models.index(model) % len(COLOURS)]
-            common = {"model": model, "dataset": dataset, "image_attention": mask}
+        for study in dataset_studies:
+            run, label = study.trained[mask], study.model + suffix(study)
+            colour = COLOURS[models.index(label) % len(COLOURS)]
+            common = {"model": study.model, "dataset": dataset, "image_attention": mask, "probes": run.probe_kind}
             run_rows = [common | score_row(entry) for entry in run.metrics["sites"]]
             if over_adapter:
                 adapter = next(row["miou"] for row in run_rows if row["site"] == ADAPTER)
                 x, y = depth_and_miou(run_rows)
-                ax.plot(x, [v - 100 * adapter for v in y], color=colour, lw=1.8, label=model)
+                ax.plot(x, [v - 100 * adapter for v in y], color=colour, lw=1.8, label=label)
                 run_rows = [row | {"over_adapter": row["miou"] - adapter} for row in run_rows]
             else:
-                draw_run(ax, run, colour, model)
+                draw_run(ax, run, colour, label)
             rows += run_rows
         if over_adapter:
             ax.axhline(0, color="black", lw=0.8)
-        label_sites(ax, sites_by_depth(*runs.values()), 8)
+        label_sites(ax, sites_by_depth(*(study.trained[mask] for study in dataset_studies)), 8)
         ax.set_title(dataset, fontsize=10)
     lines = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=model) for i, model in enumerate(models)]
     figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8)
@@ -149,21 +150,34 @@ def models_by_dataset(studies: list[Study], mask: str, over_adapter: bool = Fals
     return FigureData(figure, rows)
 
 
+def _probes_suffix(studies: list[Study]) -> Callable[[Study], str]:
+    """Return a function from a study to the kind of its probes for a label; empty if all studies have one kind."""
+    mixed = len({study.first.is_solved for study in studies}) > 1
+    return lambda study: f", {study.first.probe_kind} probes" if mixed else ""
+
+
 def masks_by_model(studies: list[Study]) -> FigureData:
     """Draw causal and bidirectional curves, one panel per model and dataset (Fig. 8)."""
     figure, axes = new_panels(len(studies))
+    suffix = _probes_suffix(studies)
     for ax, study in zip(axes, studies, strict=True):
         for mask in MASKS:
             draw_run(ax, study.trained[mask], mask_colour(mask), mask)
         label_sites(ax, sites_by_depth(*study.trained.values()), 5, fontsize=8)
         ax.set_xlabel("")
-        ax.set_title(f"{study.model}\n{study.dataset}", fontsize=9)
+        ax.set_title(f"{study.model}\n{study.dataset}{suffix(study)}", fontsize=9)
     axes[0].legend(fontsize=8)
     axes[0].set_ylabel("mIoU (%)")
     figure.supxlabel("encoder, adapter (0), LLM layer", fontsize=9)
     spread_labels(figure, axes)
     return FigureData(
-        figure, [{"model": s.model, "dataset": s.dataset} | row for s in studies for row in _rows(s.runs)]
+        figure,
+        [
+            {"model": study.model, "dataset": study.dataset, "probes": run.probe_kind} | row
+            for study in studies
+            for run in study.runs
+            for row in _rows([run])
+        ],
     )
 
 
@@ -203,8 +217,8 @@ def overview_figures(studies: list[Study]) -> Figures:
         if with_adapter:
             yield ReportFigure(
                 f"over_adapter_{mask}", OVERVIEW, f"Recovery of all models, {mask}",
-                "The same curves minus their value at the adapter (Fig. 10), to compare models with different depths "
-                "and encoders.",
+                caption("The same curves minus their value at the adapter (Fig. 10), to compare models with different "
+                        "depths and encoders.", _kinds_caption(with_adapter)),
                 models_by_dataset(with_adapter, mask, over_adapter=True))  # fmt: skip
     both = [study for study in studies if study.pair()]
     if both:

@@ -20,7 +20,7 @@ from probes.evaluation.metrics import Counts
 from probes.report.claims import evaluate_claims
 from probes.report.effects import cross_validated_layers, image_folds
 from probes.report.figures.catalogue import study_figures
-from probes.report.figures.layer_curves import layer_figures
+from probes.report.figures.layer_curves import layer_figures, overview_figures
 from probes.report.page import study_results
 from probes.report.path import path_rows, path_verdicts
 from probes.report.study import read_studies
@@ -479,6 +479,24 @@ def test_main_runs_of_all_masks_have_probes_of_one_kind(root, tmp_path, caplog):
     assert f"{sgd} is left out" in caplog.text
     (study,) = read_studies([sgd, solved[1]])
     assert list(study.trained) == ["causal"] and f"{solved[1]} is left out" in caplog.text
+
+
+def test_overviews_name_the_probes_of_each_model_if_they_differ(root, tmp_path):
+    runs = []
+    for mask in ("causal", "bidirectional"):
+        runs.append(f"one={write_run(tmp_path / f'sgd_{mask}', CURVE, root=root, mask=mask)}")
+        runs.append(f"two={write_solved(tmp_path / mask, [CURVE] * 3, root=root, mask=mask)}")
+    figures = {x.name: x for x in overview_figures(read_studies(runs))}
+    for name in ("models_causal", "over_adapter_bidirectional"):
+        labels = [text.get_text() for text in figures[name].data.figure.legends[0].get_texts()]
+        assert labels == ["one, trained probes", "two, solved probes"]
+    titles = [ax.get_title() for ax in figures["masks"].data.figure.axes]
+    assert titles == ["one\ntoy world, trained probes", "two\ntoy world, solved probes"]
+    for figure in figures.values():
+        assert {(row["model"], row["probes"]) for row in figure.data.rows} == {("one", "trained"), ("two", "solved")}
+        assert "heights cannot be compared" in figure.caption
+    (alone, *_) = overview_figures(read_studies(runs[::2]))
+    assert [text.get_text() for text in alone.data.figure.legends[0].get_texts()] == ["one"]
 
 
 def test_seeds_with_other_kinds_of_probes_are_not_joined(root, tmp_path):

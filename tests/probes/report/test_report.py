@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import probe_runs
@@ -116,6 +117,15 @@ def test_page_is_self_contained_and_every_figure_has_a_caption(page):
     assert all(len(caption) > 40 for caption in re.findall(r"<figcaption>(.*?)</figcaption>", html, re.S))
     for name in ("layers", "starvation", "budget", "maps_causal"):
         assert (page / f"{name}.png").stat().st_size > 1000 and (page / f"{name}.pdf").is_file()
+
+
+def test_accuracy_of_answers_is_shown_for_any_dataset(runs, tmp_path):
+    shutil.copytree(runs[0], tmp_path / "run")
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text()) | {"dataset": "photos"}
+    (tmp_path / "run/metrics.json").write_text(json.dumps(metrics))
+    main(["report", str(tmp_path / "run"), "--out", str(tmp_path)])
+    words = (tmp_path / "index.html").read_text().split()
+    assert "answered word for word at the end of training: causal 50%." in " ".join(words)
 
 
 def test_numbers_are_in_csv_as_fractions(page, runs):

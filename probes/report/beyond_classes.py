@@ -24,7 +24,7 @@ from probes.results.task_run import TaskRun
 
 from .effects import choose_layers, effects_of_sites, estimates_to_json, read_sites, sites_to_read, subtract
 from .path import has_converged
-from .seeds import mean_over_seeds
+from .seeds import mean_over_seeds, share_images
 from .study import Rows, model_name, read_run, study_keys
 
 log = logging.getLogger(__name__)
@@ -120,6 +120,7 @@ def _entry(run: TaskRun, control: TaskRun | None) -> dict[str, Any]:
         "better": run.metrics["scores"][score],
         "image_attention": run.metrics["image_attention"],
         "seed": run.metrics["seed"],
+        "data_fingerprint": run.manifest["data"]["fingerprint"],
         "solved": run.metrics["probe"].get("solved"),
         "sites": _sites(run),
         "control": _sites(control) if control else None,
@@ -176,7 +177,8 @@ def joint_task_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _join(seeds: list[int], entries: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the entry of all seeds."""
     first, same_control = entries[0], len({entry["control_is"] for entry in entries}) == 1
-    sites = lambda kind: join_rows([entry[kind] or [] for entry in entries], "site")
+    shared = share_images([entry["data_fingerprint"] for entry in entries])
+    sites = lambda kind: join_rows([entry[kind] or [] for entry in entries], "site", "value", shared)
     return {
         **{key: first[key] for key in ("task", "model", "dataset", "score", "better", "image_attention")},
         "seeds": seeds,
@@ -184,9 +186,9 @@ def _join(seeds: list[int], entries: list[dict[str, Any]]) -> dict[str, Any]:
         "sites": sites("sites"),
         "control": (same_control and sites("control")) or None,
         "control_is": first["control_is"] if same_control else None,
-        **_join_effects(seeds, entries, EFFECTS if same_control else EFFECTS[:2]),
+        **_join_effects(seeds, entries, EFFECTS if same_control else EFFECTS[:2], shared),
         "path": [
-            {"strength": rows[0]["strength"], **_join_effects(seeds, rows)}
+            {"strength": rows[0]["strength"], **_join_effects(seeds, rows, EFFECTS, shared)}
             | {"converged": all(row["converged"] for row in rows)}
             for rows in _rows_of_all([entry["path"] for entry in entries], "strength")
         ],
@@ -194,23 +196,24 @@ def _join(seeds: list[int], entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _join_effects(
-    seeds: list[int], entries: list[dict[str, Any]], names: Iterable[str] = EFFECTS
+    seeds: list[int], entries: list[dict[str, Any]], names: Iterable[str], shared_images: bool
 ) -> dict[str, dict[str, Any]]:
     """Return the effects of these names that all entries have."""
     joint = {}
     for name in names:
         if all(name in entry for entry in entries):
-            value, ci95 = mean_over_seeds([(entry[name]["value"], entry[name]["ci95"]) for entry in entries])
+            estimates = [(entry[name]["value"], entry[name]["ci95"]) for entry in entries]
+            value, ci95 = mean_over_seeds(estimates, shared_images)
             by_seed = {seed: entry[name]["value"] for seed, entry in zip(seeds, entries, strict=True)}
             joint[name] = {"value": value, "ci95": ci95, "by_seed": by_seed}
     return joint
 
 
-def join_rows(by_seed: list[list[dict[str, Any]]], key: str, value: str = "value") -> list[dict[str, Any]]:
+def join_rows(by_seed: list[list[dict[str, Any]]], key: str, value: str, shared_images: bool) -> list[dict[str, Any]]:
     """Return rows of `key`, `value` and "ci95" of all seeds, from those of each; rows that one lacks are left out."""
     joint = []
     for rows in _rows_of_all(by_seed, key):
-        mean, ci95 = mean_over_seeds([(row[value], row["ci95"]) for row in rows])
+        mean, ci95 = mean_over_seeds([(row[value], row["ci95"]) for row in rows], shared_images)
         joint.append({key: rows[0][key], value: mean, "ci95": ci95})
     return joint
 

@@ -22,9 +22,10 @@ def joint_studies(studies: list[Study], results: list[dict[str, Any]]) -> list[d
     Claims have the keys of `evaluate_claims` but "n" and "control"; each column has "by_seed", the values of the seeds.
     """
     claims = {study.slug: result["claims"] for study, result in zip(studies, results, strict=True)}
+    shared = lambda members: share_images([study.first.manifest["data"]["fingerprint"] for study in members])
     return [
         {"model": model, "dataset": dataset, "seeds": [study.seed for study in members]}
-        | _joint_claims({study.seed: claims[study.slug] for study in members}, _share_images(members))
+        | _joint_claims({study.seed: claims[study.slug] for study in members}, shared(members))
         for (model, dataset), members in studies_by_model(studies).items()
     ]
 
@@ -38,9 +39,9 @@ def studies_by_model(studies: list[Study]) -> dict[tuple[str, str], list[Study]]
     return groups
 
 
-def _share_images(members: list[Study]) -> bool:
-    """Return whether some seeds have the same validation images."""
-    return len({study.first.manifest["data"]["fingerprint"] for study in members}) < len(members)
+def share_images(fingerprints: list[str]) -> bool:
+    """Return whether some seeds have the same validation images, from the fingerprint of each seed's."""
+    return len(set(fingerprints)) < len(fingerprints)
 
 
 def _joint_claims(
@@ -90,14 +91,11 @@ def _without_verdict(by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
     return no_verdict(entry["verdict"], f"seed {seed}: {entry['reason']}")
 
 
-def mean_over_seeds(
-    estimates: list[tuple[float, list[float]]], shared_images: bool = True
-) -> tuple[float, list[float]]:
+def mean_over_seeds(estimates: list[tuple[float, list[float]]], shared_images: bool) -> tuple[float, list[float]]:
     """Return the mean of the values and its 95% interval, from values with their intervals over images.
 
     Without shared images, the interval is Student's t over the values, never shorter than that of the mean over images
-    (the modification of Hartung and Knapp's interval by Roever, Knapp and Friede 2015). With them it is longer; this is
-    assumed where it is not known.
+    (the modification of Hartung and Knapp's interval by Roever, Knapp and Friede 2015). With them it is longer.
     """
     values = torch.tensor([value for value, _ in estimates], dtype=torch.float64)
     halves = torch.tensor([(high - low) / 2 for _, (low, high) in estimates], dtype=torch.float64)

@@ -8,7 +8,7 @@ from probes.analyses.starvation.run import shared_layer, starvation
 from probes.results.task_run import TaskRun
 
 from .beyond_classes import group_by_seed, is_control
-from .seeds import mean_over_seeds
+from .seeds import mean_over_seeds, share_images
 from .study import MASKS, Rows, model_name, study_keys
 
 log = logging.getLogger(__name__)
@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 def task_starvation(runs: list[TaskRun]) -> list[dict[str, Any]]:
     """Return the entry "tasks_starvation" of results.json, one per pair of trained runs under both masks.
 
-    Each is the content of starvation.json with "model", "solved", "dataset" and "seed". Tasks whose pixels have no
-    error of their own have none.
+    Each is the content of starvation.json with "model", "solved", "dataset", "seed" and "data_fingerprint". Tasks whose
+    pixels have no error of their own have none.
 
     Raises:
         UserError: The runs of a pair were not probed in the same way.
@@ -41,6 +41,7 @@ def task_starvation(runs: list[TaskRun]) -> list[dict[str, Any]]:
                 continue
             about = {"model": model_name(first), "solved": first.metrics["probe"].get("solved")}
             about |= {key: first.metrics[key] for key in ("dataset", "seed")}
+            about |= {"data_fingerprint": first.manifest["data"]["fingerprint"]}
             results.append(starvation(first, second) | about)
     return results
 
@@ -54,8 +55,9 @@ def joint_task_starvation(results: list[dict[str, Any]]) -> list[dict[str, Any]]
 def _join(seeds: list[int], entries: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the gaps of all seeds, as means with intervals over seeds."""
     by_patch = zip(*(list(zip(entry["gap"], entry["gap_ci95"], strict=True)) for entry in entries), strict=True)
-    gaps = [mean_over_seeds(list(estimates)) for estimates in by_patch]
-    row = mean_over_seeds([(entry["first_row"]["gap"], entry["first_row"]["gap_ci95"]) for entry in entries])
+    shared = share_images([entry["data_fingerprint"] for entry in entries])
+    gaps = [mean_over_seeds(list(estimates), shared) for estimates in by_patch]
+    row = mean_over_seeds([(entry["first_row"]["gap"], entry["first_row"]["gap_ci95"]) for entry in entries], shared)
     return {
         **{key: entries[0][key] for key in ("task", "error", "model", "dataset", "grid")},
         "seeds": seeds,

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from probes.models.sites import ENCODER, FINAL_NORM
 from probes.report.beyond_classes import group_by_seed, is_control, join_rows
+from probes.report.seeds import share_images
 from probes.report.tables import bounds
 from probes.results.task_run import TaskRun
 
@@ -50,10 +51,11 @@ def tasks_by_site(results: list[Entry]) -> FigureData:
 def _draw_scores(ax: Axes, entries: list[Entry]) -> list[dict[str, Any]]:
     """Draw the entries of a task and mask, one per seed; return their rows and those of the mean over seeds."""
     mask, rows = entries[0]["image_attention"], []
+    shared = share_images([entry["data_fingerprint"] for entry in entries])
     for sites, kind, style in (("sites", "trained", "-"), ("control", "random", "--")):
         lines = [(str(entry["seed"]), relative_scores(entry, sites)) for entry in entries]
         if len(entries) > 1:
-            lines.append(("mean", join_rows([drawn for _, drawn in lines], "site", "relative")))
+            lines.append(("mean", join_rows([drawn for _, drawn in lines], "site", "relative", shared)))
         for seed, drawn in lines:
             main = len(entries) == 1 or seed == "mean"
             x, y = [site_depth(row["site"]) for row in drawn], [row["relative"] for row in drawn]

@@ -186,11 +186,15 @@ CURVES = {0: [0.5, 0.8, 0.7, 0.55, 0.56], 1: [0.5, 0.9, 0.8, 0.5, 0.5], 2: [0.6,
 
 
 @pytest.fixture(params=["images of each seed", "the same images"])
-def seeds(request, segmentation, tmp_path) -> tuple[list[str], list[str]]:
-    """Depth runs of three seeds with controls, whose RMSE is higher by 0.1 x seed, and their runs of classes."""
-    tasks, classes = [], []
+def seeds(request, segmentation, tmp_path) -> tuple[list[str], list[str], bool]:
+    """Depth runs of three seeds with controls, whose RMSE is higher by 0.1 x seed, and their runs of classes.
+
+    Returns:
+        Folders of tasks, folders of classes, and whether the seeds share their images.
+    """
+    tasks, classes, shared = [], [], request.param == "the same images"
     for seed, rmse in CURVES.items():
-        own = f"world {seed if request.param.startswith('images') else 0}"  # the name, and so the data's fingerprint
+        own = f"world {0 if shared else seed}"  # the name, and so the data's fingerprint
         more = {"metrics": {"seed": seed, "dataset": "toy world"}, "dataset": own}
         worse = [x + 0.1 * seed for x in rmse]
         tasks.append(write_task_run(tmp_path / f"d{seed}", rmse, segmentation, seed=seed, **more))
@@ -199,12 +203,12 @@ def seeds(request, segmentation, tmp_path) -> tuple[list[str], list[str]]:
         classes.append(
             probe_runs.write_run(tmp_path / f"c{seed}", [0.8, 0.6, 0.7, 0.75, 0.74], root=segmentation, **more)
         )
-    return [str(path) for path in tasks], [str(path) for path in classes]
+    return [str(path) for path in tasks], [str(path) for path in classes], shared
 
 
 def test_several_seeds_are_joined_as_claims_are(seeds, tmp_path):
     """Means, intervals of Student's t written out, and each seed against its own control, also on the same images."""
-    tasks, classes = seeds
+    tasks, classes, shared = seeds
     main(["report", *classes, "--tasks", *tasks, "--out", str(tmp_path / "out")])
     results = json.loads((tmp_path / "out/results.json").read_text())
     (joint,) = results["joint_tasks"]
@@ -217,10 +221,9 @@ def test_several_seeds_are_joined_as_claims_are(seeds, tmp_path):
     for name in ("adapter_drop", "recovery", "recovery_beyond_control"):
         values = np.array([entry[name]["value"] for entry in results["tasks"]])
         assert list(joint[name]["by_seed"].values()) == values.tolist() and joint[name]["value"] == values.mean()
-        half = np.hypot(  # as if the seeds shared their images
-            scipy.stats.t.ppf(0.975, 2) * values.std(ddof=1) / 3**0.5,
-            np.mean([(np.diff(entry[name]["ci95"])[0] / 2) ** 2 for entry in results["tasks"]]) ** 0.5,
-        )
+        half = scipy.stats.t.ppf(0.975, 2) * values.std(ddof=1) / 3**0.5
+        images = np.mean([(np.diff(entry[name]["ci95"])[0] / 2) ** 2 for entry in results["tasks"]]) ** 0.5
+        half = np.hypot(half, images) if shared else max(half, images / 3**0.5)
         assert joint[name]["ci95"] == pytest.approx([values.mean() - half, values.mean() + half])
     assert [row["strength"] for row in joint["path"]] == STRENGTHS
     page = (tmp_path / "out/index.html").read_text()
@@ -265,7 +268,7 @@ def test_starvation_of_seeds_equals_numpy(count, segmentation, tmp_path):
         np.testing.assert_allclose(joint["gap"], np.mean(gaps, 0), rtol=1e-5)
         half = scipy.stats.t.ppf(0.975, count - 1) * np.std(gaps, 0, ddof=1) / count**0.5
         images = [np.diff([entry["gap_ci95"] for entry in results["tasks_starvation"]], axis=-1)[..., 0] / 2]
-        half = np.hypot(half, (np.array(images[0]) ** 2).mean(0) ** 0.5)
+        half = np.maximum(half, (np.array(images[0]) ** 2).mean(0) ** 0.5 / count**0.5)
         np.testing.assert_allclose(np.diff(joint["gap_ci95"], axis=-1)[:, 0] / 2, half, rtol=1e-4)
         assert joint["first_row"]["gap"] == pytest.approx(np.mean(rows))
 

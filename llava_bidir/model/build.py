@@ -150,7 +150,8 @@ def build_model(
     if adapter is not None:
         load_adapter(model, adapter)
     model.config.text_config.pad_token_id = tokenizer.pad_token_id
-    # Vicuna's also has a temperature without do_sample, which transformers refuses to save
+    # no other settings of the LLM: Vicuna's temperature without do_sample cannot be saved, and a repetition_penalty, as
+    # Qwen's, changes greedy answers, too
     ids = {name: getattr(language_model.generation_config, name) for name in ("bos_token_id", "eos_token_id")}
     model.generation_config = GenerationConfig(**ids, pad_token_id=tokenizer.pad_token_id)
     return model

@@ -61,19 +61,23 @@ def test_lora_updates_are_merged_into_the_export_and_nothing_else_is_left(causal
     assert not (tmp_path / "hf/merged").exists() and has_lora(model)
 
 
-def test_sampling_settings_of_vicuna_do_not_stop_the_export_nor_stay_in_it(parts, tmp_path):
-    """Vicuna sets a temperature without do_sample. transformers refuses to save that, so training ended in an error."""
+def test_sampling_settings_of_the_llm_do_not_stop_the_export_nor_stay_in_it(parts, tmp_path):
+    """Vicuna sets a temperature without do_sample. transformers refuses to save that, so training ended in an error.
+
+    Qwen's repetition_penalty would change greedy answers.
+    """
     encoder, llm = parts[0], tmp_path / "vicuna"
     shutil.copytree(parts[1], llm)
     settings = {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 0, "max_length": 4096}
-    (llm / "generation_config.json").write_text(json.dumps({**settings, "temperature": 0.9, "top_p": 0.6}))
+    settings |= {"temperature": 0.9, "top_p": 0.6, "repetition_penalty": 1.05}
+    (llm / "generation_config.json").write_text(json.dumps(settings))
     processor = build_processor(encoder, str(llm))
     model = build_model(encoder, str(llm), processor)
     for exported in (model, as_llava(model)):
         export_hf(exported, processor, tmp_path / "hf")
         saved = GenerationConfig.from_pretrained(tmp_path / "hf")
         assert (saved.eos_token_id, saved.pad_token_id) == ([2, 7], processor.tokenizer.pad_token_id)
-        assert saved.temperature is None and saved.top_p is None and not saved.do_sample
+        assert saved.temperature is saved.top_p is saved.repetition_penalty is None and not saved.do_sample
 
 
 @pytest.mark.parametrize("name", ["bidirectional", "prefix"])

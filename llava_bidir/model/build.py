@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlavaProcessor, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations import deepspeed as zero3
 
 from llava_bidir.common.errors import UserError, error_context
@@ -150,11 +157,20 @@ def build_model(
     if adapter is not None:
         load_adapter(model, adapter)
     model.config.text_config.pad_token_id = tokenizer.pad_token_id
-    # no other settings of the LLM: Vicuna's temperature without do_sample cannot be saved, and a repetition_penalty, as
-    # Qwen's, changes greedy answers, too
-    ids = {name: getattr(language_model.generation_config, name) for name in ("bos_token_id", "eos_token_id")}
-    model.generation_config = GenerationConfig(**ids, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = _greedy_settings(language_model.generation_config, tokenizer)
     return model
+
+
+def _greedy_settings(llm: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """Return the LLM's token ids; the token that ends the answers in training also ends generation.
+
+    No other settings: Vicuna's temperature without do_sample cannot be saved, and a repetition_penalty, as Qwen's,
+    changes greedy answers, too.
+    """
+    own = llm.eos_token_id if isinstance(llm.eos_token_id, list) else [llm.eos_token_id]
+    ends = sorted({*own, tokenizer.eos_token_id} - {None})
+    ids = {"bos_token_id": llm.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return GenerationConfig(**ids, eos_token_id=ends[0] if len(ends) == 1 else ends)
 
 
 @contextmanager

@@ -80,6 +80,18 @@ def test_sampling_settings_of_the_llm_do_not_stop_the_export_nor_stay_in_it(part
         assert saved.temperature is saved.top_p is saved.repetition_penalty is None and not saved.do_sample
 
 
+@pytest.mark.parametrize(("own", "exported"), [(None, 2), (2, 2), (7, [2, 7]), ([7, 9], [2, 7, 9])])
+def test_generation_ends_at_the_token_that_ends_answers_in_training(own, exported, parts, tmp_path):
+    encoder, llm = parts[0], tmp_path / "llm"
+    shutil.copytree(parts[1], llm)
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((llm / name).read_text())
+        (llm / name).write_text(json.dumps(settings | {"eos_token_id": own}))
+    processor = build_processor(encoder, str(llm))
+    assert processor.tokenizer.eos_token_id == 2
+    assert build_model(encoder, str(llm), processor).generation_config.eos_token_id == exported
+
+
 @pytest.mark.parametrize("name", ["bidirectional", "prefix"])
 def test_as_llava_is_refused_where_the_mask_would_be_lost(parts, name):
     model = build_model(*parts, build_processor(*parts), image_attention=name)

@@ -200,3 +200,24 @@ def test_graph_of_the_demo_is_acyclic_and_complete(tmp_path, options, count):
     assert len(steps) == len(set(steps)) == count and steps[0] == "assets" and steps[-1] == "report", steps
     extras = {f"{m}_{s}" for m in ("causal", "bidirectional") for s in ("umap", "maps", "patching", "depth_random")}
     assert extras & set(steps) == (extras if options else set()) and ("--tasks" in plan) == bool(options)
+
+
+@pytest.mark.parametrize(
+    ("world", "name"), [("context", None), ("null", "null world"), ("conjunction", "conjunction world")]
+)
+def test_every_probe_of_the_demo_records_the_name_of_its_world(tmp_path, world, name):
+    """Else a report would mix claims on a world without the effects with those on the default one."""
+    make = [
+        "make",
+        "-n",
+        f"OUT={tmp_path}",
+        "PY=python",
+        f"WORLD={world}",
+        "EXTRAS=yes",
+        f"{tmp_path}/report/results.json",
+    ]
+    plan = subprocess.run(make, cwd=CONFIGS.parent, capture_output=True, text=True, check=True).stdout
+    probes = [line for line in plan.splitlines() if "--data.root" in line]
+    assert probes and f"--world {world}" in plan
+    for line in probes:
+        assert (f"--data.name '{name}'" in line) if name else ("--data.name" not in line)

@@ -134,13 +134,13 @@ class ZeRO(DeepSpeedStrategy):
         """Run backward without DeepSpeed's division by the accumulated batches, since Lightning has done it."""
         super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
+    # ------------------------------------------------------------------------- checkpoints
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Step, unless a save in the background has failed."""
         if self.background:
             self.background.check()
         return super().optimizer_step(*args, **kwargs)
 
-    # ------------------------------------------------------------------------- checkpoints
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
         """Write each rank's shard into a temporary directory, which is renamed when all shards are on disk."""
         path = Path(self.broadcast(filepath))
@@ -165,7 +165,7 @@ class ZeRO(DeepSpeedStrategy):
             remove()
 
     def finish_save(self) -> None:
-        """Wait until this rank's part of the last checkpoint is on disk; rank 0 also waits for the others.
+        """Wait for a save in the background; afterwards, rank 0 finds the checkpoint under its name.
 
         Raises:
             UserError: It could not be written.

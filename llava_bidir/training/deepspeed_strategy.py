@@ -103,7 +103,7 @@ class ZeRO(DeepSpeedStrategy):
         super().setup(trainer)
         for group in distributed_c10d._world.pg_map:  # private in torch, as is _set_pg_timeout
             distributed_c10d._set_pg_timeout(self._timeout, group)
-        if self.async_save:
+        if self.async_save and trainer.state.fn == TrainerFn.FITTING:  # else the engine may have no writer
             self.background = BackgroundSave(self.deepspeed_engine, self._timeout)
 
     def teardown(self) -> None:

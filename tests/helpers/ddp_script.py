@@ -210,7 +210,8 @@ def resume(strategy, precision):
 def validate(strategy, precision):
     """Validate in a trainer that never trained."""
     trainer, module, data = prepare(strategy, precision, llm="dropout_llm")
-    trainer.validate(module, datamodule=data, ckpt_path=OUT / f"{strategy}-end-{precision}.ckpt", verbose=False)
+    checkpoint = OUT / f"{strategy.removesuffix('_async')}-end-{precision}.ckpt"
+    trainer.validate(module, datamodule=data, ckpt_path=checkpoint, verbose=False)
     return {"metrics": {k: float(v) for k, v in trainer.callback_metrics.items()}}
 
 

@@ -32,7 +32,7 @@ RUNS = [f"{s}:without_dropout:32-true" for s in ("zero3", "ddp", "zero2")] + [
 RUNS += [f"{s}:{run}:{p}" for s, p in ZERO for run in ("uninterrupted", "resume")]
 RUNS += [f"{s}:{run}:bf16-mixed" for s in ("zero2", "zero3") for run in ("without_dropout", "validate")]
 RUNS += ["zero3:loss_in_chunks:32-true", "zero3_async:train_during_save:bf16-mixed"]
-RUNS += ["zero2_async:train_during_save:bf16-mixed", "zero2_async:requeue:32-true"]
+RUNS += ["zero2_async:train_during_save:bf16-mixed", "zero3_async:validate:bf16-mixed", "zero2_async:requeue:32-true"]
 
 
 @pytest.fixture(scope="module")
@@ -170,10 +170,11 @@ def test_export_of_a_checkpoint_equals_the_model_in_memory(strategy, precision, 
             assert torch.equal(weight, written[name]), name
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+@pytest.mark.parametrize("strategy", ["zero2", "zero3", "zero3_async"])
 def test_validation_of_a_checkpoint_repeats_that_of_the_run(strategy, two):
     for rank in (0, 1):
-        during, after = (result(two, f"{strategy}:{run}:bf16-mixed", rank) for run in ("uninterrupted", "validate"))
+        during = result(two, f"{strategy.removesuffix('_async')}:uninterrupted:bf16-mixed", rank)
+        after = result(two, f"{strategy}:validate:bf16-mixed", rank)
         assert after["metrics"] == {k: v for k, v in during["metrics"].items() if k.startswith("val/")}
 
 

@@ -15,6 +15,7 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
@@ -130,15 +131,13 @@ class HoldWriting(Callback):
     """Lets files be written only after two steps more, and asks for the removal of the checkpoint before."""
 
     def __init__(self, strategy: str):
-        self.may_write, self.old, self.new = threading.Event(), *(OUT / f"{strategy}-{i}.ckpt" for i in ("old", "new"))
-
-    def setup(self, trainer, module, stage):
+        self.may_write, self.write = threading.Event(), torch.save
+        self.old, self.new = (OUT / f"{strategy}-{name}.ckpt" for name in ("old", "new"))
         self.old.mkdir(exist_ok=True)
-        self.original, torch.save = torch.save, self.save
 
     def save(self, *args, **kwargs):
         assert self.may_write.wait(HANGING_S), "training waited for the save"
-        self.original(*args, **kwargs)
+        self.write(*args, **kwargs)
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if trainer.fit_loop._should_accumulate():
@@ -150,39 +149,32 @@ class HoldWriting(Callback):
             self.held = self.old.exists() and not self.new.exists()
             self.may_write.set()
 
-    def teardown(self, trainer, module, stage):
-        torch.save = self.original
-
 
 def train_during_save(strategy, precision):
     hold = HoldWriting(strategy)
-    result = fit(strategy, precision, llm="dropout_llm", callbacks=[hold])
+    with patch.object(torch, "save", hold.save):
+        result = fit(strategy, precision, llm="dropout_llm", callbacks=[hold])
     return result | {"held": hold.held, "saved": sorted(path.name for path in OUT.glob(f"{strategy}-*.ckpt*"))}
 
 
-class FullDisk(Callback):
-    """Fails every write of a file, waits for a failed save before the next batch, and records where the run ends."""
-
-    def setup(self, trainer, module, stage):
-        self.original, torch.save = torch.save, self.save
-
-    def save(self, state, file):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), file)
+class AwaitSave(Callback):
+    """Waits for a save in the background before the next batch, and records the step at which the run fails."""
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         for job in trainer.strategy.background.jobs:
             job.exception()
 
     def on_exception(self, trainer, module, exception):
-        torch.save, self.step = self.original, trainer.global_step
+        self.step = trainer.global_step
 
 
 def full_disk_in_background(strategy, precision):
-    full = FullDisk()
+    end, full = AwaitSave(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     try:
-        fit(strategy, precision, save={MIDDLE: "never.ckpt"}, callbacks=[full])
+        with patch.object(torch, "save", side_effect=full):
+            fit(strategy, precision, save={MIDDLE: "never.ckpt"}, callbacks=[end])
     except UserError as error:
-        return {"message": str(error), "step": full.step}
+        return {"message": str(error), "step": end.step}
 
 
 def requeue(strategy, precision):
@@ -193,13 +185,11 @@ def requeue(strategy, precision):
     scontrol.write_text(f"#!/bin/sh\nls {run}/checkpoints > {OUT}/found\n")
     scontrol.chmod(0o755)
     os.environ |= {"PATH": f"{scontrol.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "1"}
-    original = torch.save
-    torch.save = lambda *args: (time.sleep(1), original(*args))
-    signalled = Fault(lambda: os.kill(os.getpid(), signal.SIGUSR1), MIDDLE)
+    write, signalled = torch.save, Fault(lambda: os.kill(os.getpid(), signal.SIGUSR1), MIDDLE)
     try:
-        fit(strategy, precision, callbacks=[signalled, SlurmRequeue()])
+        with patch.object(torch, "save", lambda *args: (time.sleep(1), write(*args))):
+            fit(strategy, precision, callbacks=[signalled, SlurmRequeue()])
     except SystemExit as end:
-        torch.save = original
         return {"status": end.code}
 
 

@@ -32,7 +32,8 @@ def run_columns(run: ProbeRun) -> dict[str, Any]:
     """Return the columns that tell the runs of a study apart."""
     match = run.metrics.get("match", "none")
     random = {} if match == "none" else {"match": match, "draw": run.metrics["draw"]}
-    return {"image_attention": run.metrics["image_attention"], "untrained": bool(run.metrics["untrained"])} | random
+    kind = {"untrained": bool(run.metrics["untrained"]), "probes": run.probe_kind}
+    return {"image_attention": run.metrics["image_attention"]} | kind | random
 
 
 def study_tables(study: Study, results: dict[str, Any]) -> dict[str, Rows]:

@@ -21,7 +21,7 @@ def state_statistics(study: Study) -> FigureData:
     figure, axes = new_panels(len(keys), height=2.4, columns=2)
     for ax, key in zip(axes, keys, strict=True):
         for run in runs:
-            mask, untrained = run_columns(run).values()
+            mask, untrained = run.metrics["image_attention"], bool(run.metrics["untrained"])
             entries = without_final_norm(run.metrics["sites"])
             values = [float("nan") if entry["states"][key] is None else entry["states"][key] for entry in entries]
             ax.plot([site_depth(entry["site"]) for entry in entries], values, ":" if untrained else "-", lw=1.6,

@@ -173,7 +173,7 @@ def masks_by_model(studies: list[Study]) -> FigureData:
     return FigureData(
         figure,
         [
-            {"model": study.model, "dataset": study.dataset, "probes": run.probe_kind} | row
+            {"model": study.model, "dataset": study.dataset} | row
             for study in studies
             for run in study.runs
             for row in _rows([run])

@@ -354,6 +354,7 @@ def test_report_of_solved_runs_alone(paths, tmp_path, capsys):
     assert not any(claim["supported"] for claim in results["claims"]), "nobody has measured them as the paper does"
     assert "Probes at every strength of regularisation" in html and "solved instead of\ntrained" in html
     assert "AdamW" not in html and "trained with SGD" not in html
+    assert {row["probes"] for row in read_csv(tmp_path / "classes.csv")} == {"solved"}
     rows = read_csv(tmp_path / "path.csv")
     assert len(rows) == 2 * 3 * (3 + 2)
     assert list(rows[0]) == ["image_attention", "instrument", "effect", "measure", "strength", "value", "low", "high",

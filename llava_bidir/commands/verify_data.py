@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from llava_bidir.common.atomic_io import check_suffix, write_files
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.loader_workers import usable_cores, worker_options
 from llava_bidir.common.usage_errors import ArgumentParser
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE, check_turns, token_upper_bound
@@ -123,7 +124,7 @@ def _format_of_suffix(suffix: str) -> str | None:
 
 def find_problems(dataset: RecordFindings, workers: int) -> list[dict[str, Any]]:
     """Return the findings about all records, checked in `workers` processes; 0 checks in this process."""
-    loader = DataLoader(dataset, batch_size=RECORDS_PER_BATCH, collate_fn=list, num_workers=workers)
+    loader = DataLoader(dataset, batch_size=RECORDS_PER_BATCH, collate_fn=list, **worker_options(workers))
     with tqdm(total=len(dataset), unit=" records") as bar:
         findings = []
         for batch in loader:
@@ -156,7 +157,7 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to this file")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write the findings to DIR/verify-data.json")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="number of processes")
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="number of processes")
     parser.add_argument("--decode", action="store_true", help="decode every image, which also detects truncated files")
     args, config = parser.parse_known_args(argv[1:])
     if args.json:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.loader_workers import worker_options
 
 from .available_memory import available_memory
 from .base import IGNORE_INDEX
@@ -103,7 +104,7 @@ class CachedFeatures(Dataset):
             )
         self.states = {site: torch.empty(len(images), tokens, mllm.widths[site], dtype=dtype) for site in sites}
         self.targets: list[Tensor] = []
-        loader = DataLoader(images, batch_size, num_workers=workers, collate_fn=collate)
+        loader = DataLoader(images, batch_size, collate_fn=collate, **worker_options(workers))
         for batch in tqdm(loader, desc=f"caching {name}", mininterval=5):
             for site, states in mllm.states(batch["pixels"], sites).items():
                 self.states[site][batch["index"]] = states.cpu()

@@ -1,7 +1,6 @@
 """LightningDataModule of a probe run."""
 
 import math
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava_bidir.common.epoch_length import batches_per_epoch
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.loader_workers import usable_cores, worker_options
 from probes.tasks import SEGMENTATION, TASKS, targets_of
 
 from .batches import CachedFeatures, PreprocessedDataset, collate
@@ -57,7 +57,7 @@ class SegmentationData(LightningDataModule):
         self.classes = self.splits["training"].classes
         self.num_classes = len(self.classes)
         self.batch_size, self.cache_features = batch_size, cache_features
-        self.num_workers, self.seed = min(num_workers, len(os.sched_getaffinity(0))), seed
+        self.num_workers, self.seed = min(num_workers, usable_cores()), seed
         self.trained_batches = 0
         self.pass_batches: list[list[int]] = []  # of one rank, for `predict_dataloader`
         self._verified = False
@@ -138,7 +138,7 @@ class SegmentationData(LightningDataModule):
         return DataLoader(
             source,
             batch_sampler=batches,
-            num_workers=0 if self.cache_features else self.num_workers,
+            **worker_options(0 if self.cache_features else self.num_workers),
             collate_fn=_identity if self.cache_features else collate,
             pin_memory=torch.cuda.is_available(),
         )

@@ -7,6 +7,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from llava_bidir.common.loader_workers import worker_options
+
 from .base import IGNORE_INDEX, BadFile, ImageDataset
 
 BATCH_SIZE = 16
@@ -53,7 +55,7 @@ def find_bad_files(
         batch_size=BATCH_SIZE,
         sampler=indices,
         collate_fn=list,
-        num_workers=0 if few else workers,
+        **worker_options(0 if few else workers),
         generator=torch.Generator(),  # the loader draws a seed, which must not advance the generator of the run
     )
     defects: list[tuple[str, str]] = []

@@ -74,7 +74,7 @@ class FrozenMLLM(nn.Module):
         width = model.config.get_text_config().hidden_size
         self.widths = dict.fromkeys(self.sites, width) | {ENCODER: family.encoder_width(model.config)}
         self._image_ids = _image_ids(self.grid, model.config.image_token_id, separator_id)
-        for name in ("prefix_ids", "ids", "is_image"):
+        for name in ("prefix_ids", "ids", "is_image", "image_positions"):
             self.register_buffer(name, torch.empty(0), persistent=False)
         self.set_prefix(prefix_ids)
 
@@ -83,6 +83,7 @@ class FrozenMLLM(nn.Module):
         new = lambda ids: torch.tensor([ids], dtype=torch.long, device=self.device)
         self.prefix_ids, self.ids = new(prefix_ids), new(prefix_ids + self._image_ids)
         self.is_image = self.ids[0] == self.model.config.image_token_id
+        self.image_positions = self.is_image.nonzero().flatten()  # i64[T]; with these, no forward waits for the device
         self._prefix_kv: list[tuple[Tensor, Tensor]] | None = None
         self._prefix_weights: list[tuple] = []  # the weights that it was computed with
         # Checked once, because reading the answer would synchronise a GPU in each forward.
@@ -151,13 +152,14 @@ class FrozenMLLM(nn.Module):
             pixels: f[B, 3, H, W] from :meth:`preprocess`.
             sites: Sites to return, None for all. The forward stops after the last of them.
             knockout: Attention knockout among image tokens (Eq. 1).
-            rows: Image of each row of the knockout, to run several on one image. Rows of an image share the encoder and
-                all layers up to the first that is cut differently (shared_layers.py).
+            rows: Image of each row of the knockout, or of what the hooks receive, to run several on one image. Under a
+                knockout, rows of an image share the encoder and all layers up to the first that is cut differently
+                (shared_layers.py).
             hooks: Functions by site, "adapter" or a layer, that receive the states f[B, T, d] and return what the
                 forward continues with, to patch or steer them.
             known: What this method returned for the same pixels without knockout and hooks. The forward then starts at
                 the first layer that they change if it runs on image tokens only (prefix cached, no separators). The
-                pixels and the mask are compared, except for a plain dict of states.
+                pixels and the mask are compared, except for a plain dict of states. Not used for `rows` of a knockout.
 
         Returns:
             f[B, T, d] per site, image tokens in raster order, in the dtype of the model; f[R, T, d] for R `rows`.

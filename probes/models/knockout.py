@@ -108,18 +108,19 @@ class Knockout:
             RuntimeError: A chosen layer ran with another mask, so that the knockout would have no effect.
         """
         images, replaced = len(as_list(masks)[0]), []
-        chosen = _select_rows(self.layers, images, len(layers), "layer").to(is_image.device)
+        chosen = _select_rows(self.layers, images, len(layers), "layer")
+        in_all_rows = chosen.all(0).tolist()
         cuts = [(mask, self.cut(mask, is_image)) for mask in as_list(masks)]
         if self.heads is not None:
             heads = _select_rows(self.heads, images, _count_heads(layers), "head")
             cuts = [(mask, torch.where(heads.to(mask.device)[:, :, None, None], cut, mask)) for mask, cut in cuts]
 
         def replace(layer: int, kwargs: dict) -> dict:
-            given, rows = kwargs.get("attention_mask"), chosen[:, layer - 1]
+            given, rows = kwargs.get("attention_mask"), chosen[:, layer - 1, None, None, None]
             for mask, cut in cuts:
                 if given is mask or _is_copy(given, mask):
                     replaced.append(layer)
-                    new = cut if rows.all() else torch.where(rows[:, None, None, None], cut, mask)
+                    new = cut if in_all_rows[layer - 1] else torch.where(rows.to(mask.device), cut, mask)
                     return {**kwargs, "attention_mask": new.to(given.device)}
             raise RuntimeError(f"layer {layer} runs with another mask than the one to cut: {given}")
 

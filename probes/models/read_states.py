@@ -40,25 +40,26 @@ def read_states(
 ) -> States:
     """Return the states f[B or R, T, d] at each wanted site; see :meth:`FrozenMLLM.states`."""
     plan = _shared_rows(mllm, len(pixels), knockout, rows, hooks)
-    if rows is not None and plan is None:
-        pixels = pixels[list(rows)]
-    given, pixels, images = pixels, pixels.to(mllm.device, mllm.model.dtype), len(pixels)
+    given, of_rows = pixels, lambda x: x if rows is None or plan is not None else x[list(rows)]
+    pixels = of_rows(pixels).to(mllm.device, mllm.model.dtype)
+    images = len(pixels)
     start = mllm.prefix_ids.shape[1] if mllm.prefix_is_shared else 0
     depth = max(mllm.sites.index(site) - 1 for site in wanted)
     masks = mllm.attention_masks(images if plan is None else len(rows), knockout)
-    last = last_rows(masks, mllm.ids.shape[1] - start)
+    tokens = mllm.ids.shape[1] - start  # on which the layers run
+    last = last_rows(masks, tokens)
     cache = mllm.prefix_cache(images, plan) if start and depth > 0 else None
     skipped: list[str] = []
-    if known is not None and rows is None and mllm.prefix_is_shared and mllm.is_image[start:].all():
+    if known is not None and plan is None and mllm.prefix_is_shared and tokens == len(mllm.image_positions):
         skipped = unchanged_sites(mllm, known, wanted, given, knockout, hooks)
     layers = mllm.decoder.layers
     with ExitStack() as stack:
         if knockout and depth > 0:
             stack.enter_context(knockout.apply(layers, last, mllm.is_image, depth))
         if skipped:
-            begin = known[skipped[-1]].to(mllm.device)
+            begin = of_rows(known[skipped[-1]]).to(mllm.device)
             stack.enter_context(skipped_layers(layers, len(skipped) - 2, begin))
-        stack.enter_context(replaced_states(layers, hooks, mllm.is_image[start:]))
+        stack.enter_context(replaced_states(layers, hooks, mllm.image_positions - start))
         states = stack.enter_context(_recorded_states(mllm, wanted, images, start))
         if plan is not None:
             stack.enter_context(shared_layers(layers, plan))
@@ -72,12 +73,12 @@ def read_states(
             inputs |= mllm.family.inputs(mllm.model, pixels, mllm.is_image[start:].expand(images, -1))
         with suppress(_StopForward):
             run(past_key_values=cache, use_cache=cache is not None, **inputs)
-    states |= {site: known[site] for site in skipped if site in known and site not in hooks}
+    states |= {site: of_rows(known[site]) for site in skipped if site in known and site not in hooks}
     if missing := [site for site in wanted if site not in states]:
         raise UserError(f"no states of {missing[0]}: the forward does not call the module that the family names")
     if plan is not None:
-        of_rows = dict(zip(mllm.sites, rows_by_site(rows, plan), strict=True))
-        states = {site: state[of_rows[site].to(state.device)] for site, state in states.items()}
+        positions = dict(zip(mllm.sites, rows_by_site(rows, plan), strict=True))
+        states = {site: state[positions[site].to(state.device)] for site, state in states.items()}
     result = States((site, states[site].to(mllm.device)) for site in wanted)
     result.image_attention = mllm.image_attention
     result.pixels = None if knockout or hooks or rows is not None else given
@@ -104,11 +105,11 @@ def _shared_rows(
 def _recorded_states(mllm: nn.Module, wanted: list[str], batch: int, start: int) -> Iterator[dict[str, Tensor]]:
     """Record the wanted sites while the context is open, and end the forward after the last of them."""
     states: dict[str, Tensor] = {}
-    rows, last = mllm.is_image[start:], max(wanted, key=mllm.sites.index)
+    positions, last = mllm.image_positions - start, max(wanted, key=mllm.sites.index)
     modules = dict(zip(mllm.sites[2:], [*mllm.decoder.layers, mllm.decoder.norm], strict=True))
 
     def record(site: str, state: Tensor) -> None:
-        states[site] = state if site == ENCODER else state[:, rows.to(state.device)]
+        states[site] = state if site == ENCODER else state.index_select(1, positions.to(state.device))
         if site == last:
             raise _StopForward
 

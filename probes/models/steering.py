@@ -16,13 +16,13 @@ Replacement = Callable[[Tensor], Tensor]  # f[B, T, d] -> f[B, T, d]
 
 
 @contextmanager
-def replaced_states(layers: nn.ModuleList, hooks: Mapping[str, Replacement], is_image: Tensor) -> Iterator[None]:
+def replaced_states(layers: nn.ModuleList, hooks: Mapping[str, Replacement], positions: Tensor) -> Iterator[None]:
     """Replace the states of the image tokens at sites by what `hooks` return while the context is open.
 
     Args:
         layers: Decoder layers.
         hooks: Functions by site: "adapter", the input of the first layer, or the output of a layer.
-        is_image: bool[N], the image tokens among those that the layers run on.
+        positions: i64[T] of the image tokens among those that the layers run on.
 
     Raises:
         UserError: A site is neither, or a function returns states of another shape.
@@ -32,14 +32,13 @@ def replaced_states(layers: nn.ModuleList, hooks: Mapping[str, Replacement], is_
         for site, function in hooks.items():
 
             def replace(states: Tensor, site: str = site, function: Replacement = function) -> Tensor:
-                rows = is_image.to(states.device)
-                new = function(states[:, rows])
-                if not isinstance(new, Tensor) or new.shape != states[:, rows].shape:
+                of_image = positions.to(states.device)
+                given = states.index_select(1, of_image)
+                new, expected = function(given), given.shape
+                if not isinstance(new, Tensor) or new.shape != expected:
                     returned = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
-                    raise UserError(f"hook at {site!r} returned {returned}; expected {list(states[:, rows].shape)}")
-                states = states.clone()
-                states[:, rows] = new.to(states)
-                return states
+                    raise UserError(f"hook at {site!r} returned {returned}; expected {list(expected)}")
+                return states.index_copy(1, of_image, new.to(states))
 
             def before(_, args: tuple, kwargs: dict, replace: Replacement = replace) -> tuple[tuple, dict]:
                 if args:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -57,6 +58,7 @@ class ProbeCLI(ConfiguredCLI):
         if to_log:
             kwargs["enable_progress_bar"] = False
         trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
+        check_trainer(trainer)
         if to_log:
             trainer.callbacks.append(LogProgress())
         for callback in trainer.checkpoint_callbacks:
@@ -121,6 +123,22 @@ class ProbeCLI(ConfiguredCLI):
                 where = f": no valid one in {self.checkpoints}" if ckpt_path else "; pass --ckpt_path FILE, or last"
                 raise UserError(f"probes test scores the probes of a checkpoint{where}")
             self.trainer.test(ckpt_path=checkpoint, **kwargs)
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Raise a UserError if an option of the trainer would leave out images, or sum gradients of several batches.
+
+    Scores count every validation image and moments every training image; the schedule counts batches.
+    """
+    needed = {"fast_dev_run": False, "overfit_batches": 0.0, "accumulate_grad_batches": 1}
+    needed |= {f"limit_{split}_batches": 1.0 for split in ("val", "test", "predict")}
+    for name, value in needed.items():
+        found = getattr(trainer, name)
+        if type(found) is not type(value) or found != value:  # 1 is one batch, 1.0 are all
+            raise UserError(
+                f"trainer.{name} must be {value}, got {found}: probes train on batches of data.batch_size and are "
+                "scored on all images; for a trial, use a smaller dataset, or trainer.limit_train_batches with fit"
+            )
 
 
 def build_cli(argv: list[str], run: bool = True, prog: str = "probes") -> ProbeCLI:

@@ -37,6 +37,7 @@ from .probe_variants import ProbeVariant
 from .state_sample import centre
 
 SAVE_SECONDS = 600  # between two files of moments
+SCORE_BYTES = 2**30  # of logits at a time when the path is scored; a batch of 64 at 7B has 19 GB
 CLOSED_FORM = "closed_form"
 
 
@@ -119,8 +120,7 @@ class MomentSolver(FrozenProbes):
         folds, channels = self.hparams.folds, self.channels
         width = self.mllm.widths
         size = {site: 8 * folds * (packed_size(width[site]) + channels * width[site]) for site in self.sites}
-        on_gpu = self.trainer.strategy.root_device.type == "cuda"  # where the module will be; it is not there yet
-        available = torch.cuda.mem_get_info()[0] if on_gpu else available_memory() // max(1, self.trainer.num_devices)
+        available = self._available_memory()
         need, share = sum(size.values()), 0.8 * available
         text = f"moments of {len(size)} sites in {folds} folds: {need / 1e9:.3g} GB per process"
         rank_zero_info(text)
@@ -128,6 +128,16 @@ class MomentSolver(FrozenProbes):
             kept = spread(self.sites, int(share / max(size.values())))
             advice = f"fewer --folds, or fewer sites, e.g. --model.sites '[{', '.join(kept)}]'" if kept else "--folds 2"
             raise UserError(f"{text}, but {available / 1e9:.3g} GB are available; choose {advice}")
+
+    def _available_memory(self) -> int:
+        """Return the bytes that are left for moments beside the model and the states of a batch."""
+        device, tokens = self.trainer.strategy.root_device, self.mllm.grid[0] * self.mllm.grid[1]
+        available = available_memory() // max(1, self.trainer.num_devices)
+        if device.type == "cuda":
+            elsewhere = [x for x in (*self.mllm.parameters(), *self.mllm.buffers()) if x.device != device]
+            available = torch.cuda.mem_get_info(device)[0] - sum(x.nbytes for x in elsewhere)  # which will be there
+        per_image = tokens * self.mllm.model.dtype.itemsize * sum(self.mllm.widths[site] for site in self.sites)
+        return max(0, available - self.trainer.datamodule.rank_batch_size * per_image)
 
     def _choose_sample(self) -> Tensor:
         """Return the images whose states are kept, bool[N]."""
@@ -178,7 +188,7 @@ class MomentSolver(FrozenProbes):
                 self.moments[site] = self.kind.zeros(pivot, self.hparams.folds, self.channels)
         self._add_images(states, batch, fold)
         self.added[index[~self.seen[index]]] = True
-        if time.monotonic() - self.saved_at > SAVE_SECONDS:
+        if not self.measuring and time.monotonic() - self.saved_at > SAVE_SECONDS:
             self._save_moments()
 
     def _add_images(self, states: dict[str, Tensor], batch: dict[str, Any], fold: int) -> None:
@@ -237,12 +247,21 @@ class MomentSolver(FrozenProbes):
             self.path_metrics[name] = metric.to(self.device)
 
     def _score(self, states: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
-        centred = {site: centre(x, self.heads[site].norm.running_mean) for site, x in states.items()}
-        for name, path in self.paths.items():
-            logits = path.logits(centred, self.mllm.grid)
-            for images, masks in group_by_mask_size(batch["target"]):
-                self.path_metrics[name].update(logits[:, images], masks, batch["index"][images])
+        for part in self._parts(len(batch["index"])):
+            index = batch["index"][part]
+            centred = {site: centre(x[part], self.heads[site].norm.running_mean) for site, x in states.items()}
+            for name, path in self.paths.items():
+                logits = path.logits(centred, self.mllm.grid)
+                for images, masks in group_by_mask_size(batch["target"][part]):
+                    self.path_metrics[name].update(logits[:, images], masks, index[images])
         return super()._score(states, batch)
+
+    def _parts(self, images: int) -> list[slice]:
+        """Return parts of a batch that have at most `SCORE_BYTES` of logits, or one image each."""
+        probes = max(len(path.strengths) for path in self.paths.values()) * len(self.sites)
+        per_image = 4 * probes * self.channels * self.mllm.grid[0] * self.mllm.grid[1]
+        size = max(1, SCORE_BYTES // per_image)
+        return [slice(start, start + size) for start in range(0, images, size)]
 
     def settings_of(self, variant: str | None) -> dict[str, Any]:
         """Return how the probes were solved, for metrics.json."""

@@ -13,6 +13,7 @@ Legend: F folds, K classes, d width, n tokens of a batch.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,13 +51,13 @@ class Moments:
         labels = labels.to(self.count.device)
         x = states.to(self.pivot) - self.pivot
         self.count[fold] += labels.sum(0)
-        with _full_precision():
+        with full_precision():
             self.first[fold] += labels.T.float() @ x
         self.add_products(x, x * labels.sum(1, keepdim=True).float(), fold)
 
     def add_products(self, x: Tensor, weighted: Tensor, fold: int) -> None:
         """Add x^T weighted, symmetric, to Q of a fold; both are f[n, d]."""
-        with _full_precision():
+        with full_precision():
             for start, block in row_blocks(self.second[fold], x.shape[1]):
                 block += x[:, start : start + BLOCK].T @ weighted[:, start:]
 
@@ -109,17 +110,16 @@ def row_blocks(packed: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
         offset += rows * columns
 
 
-class _full_precision:
-    """Compute float32 products without TF32, whose 10 bits would limit the smallest eigenvalue that is found."""
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute products in the dtype of their factors, whatever `trainer.precision` is, and float32 ones without TF32.
 
-    def __enter__(self):
-        self.before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        self.autocast = torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False)
-        for context in self.autocast:
-            context.__enter__()
-
-    def __exit__(self, *error):
-        for context in self.autocast:
-            context.__exit__(*error)
-        torch.set_float32_matmul_precision(self.before)
+    The 10 bits of TF32 would limit the smallest eigenvalue that is found, and the gradients that certify an optimum.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -30,6 +30,7 @@ from torch import Tensor
 from probes.ops.cross_entropy import upsampled_cross_entropy
 
 from .closed_form import ClosedForm
+from .moments import full_precision
 
 OPTIMUM_STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3)
 GRADIENT, DECREASE = 1e-3, 1e-4  # tolerances of a certificate
@@ -151,6 +152,7 @@ class Problem:
         return torch.cat([u, torch.ones_like(u[:, :1])], 1)
 
 
+@full_precision()
 def loss_sums(
     states: Tensor, target: Tensor, weights: Tensor, bias: Tensor, grid: tuple[int, int], **loss_options
 ) -> Tensor:

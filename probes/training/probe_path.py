@@ -14,6 +14,8 @@ from probes.evaluation.metrics import Counts
 from probes.evaluation.segmentation_metric import SegmentationMetric, concatenate
 from probes.ops.cross_entropy import upsampled_cross_entropy
 
+from .moments import full_precision
+
 
 class PathResults(NamedTuple):
     """Counts [R * S, N, ...] of each strength and site, strength by strength, and each image's loss f64[R * S, N]."""
@@ -66,6 +68,7 @@ class ProbePath:
         """Return the index of the strength with the lowest cross-validated loss."""
         return int(self.loss[site].argmin())
 
+    @full_precision()
     def logits(self, centred: dict[str, Tensor], grid: tuple[int, int]) -> Tensor:
         """Return the logits f32[R * S, B, K, h, w] of states x - mean f32[B, T, d] by site."""
         by_site = [

@@ -70,6 +70,9 @@ def check_options(args: argparse.Namespace) -> None:
     for name, least in (("passes", 1), ("folds", 2)):
         if getattr(args, name) < least:
             raise UserError(f"--{name} must be at least {least}, got {getattr(args, name)}")
+    if args.sample_images is not None and args.sample_images < args.folds:
+        folds = f"one for each of the {args.folds} --folds"
+        raise UserError(f"--sample-images must be at least {args.folds}, {folds}; got {args.sample_images}")
     for name in ("strengths", "optimum_strengths"):
         values = getattr(args, name)
         if outside := [value for value in values if not 0 < value <= 1]:

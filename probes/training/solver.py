@@ -58,6 +58,7 @@ class ProbeSolver(MomentSolver):
         tokens, itemsize = self.mllm.grid[0] * self.mllm.grid[1], self.mllm.model.dtype.itemsize
         per_image = tokens * itemsize * sum(self.mllm.widths[site] for site in self.sites)
         fit = int(available_memory() / 4 / per_image) * rank_count() // max(1, self.trainer.num_devices)
+        fit = max(fit, self.hparams.folds)  # without an image of each fold, no strength could be chosen
         images = torch.tensor(min(images, fit if wanted is None else wanted), device=self.trainer.strategy.root_device)
         chosen = int(broadcast(images, 0))
         if chosen == len(self.fold_of):  # folds of groups differ in size

@@ -67,23 +67,31 @@ class Experiment:
         """Return the results of a batch by "total" and "SET/GROUP", f[B] and f[B, L]."""
         sites = [_site(layer) for layer in self.plan.layers]
         new = self.donor.states(batch.donor_pixels, [*sites, self.plan.site])
-        plain = self._log_odds(self.mllm.states(batch.pixels, [self.plan.site])[self.plan.site], batch.truth)
+        unpatched = self.mllm.states(batch.pixels, self.mllm.sites[: self.mllm.sites.index(self.plan.site) + 1])
+        plain = self._log_odds(unpatched[self.plan.site], batch.truth)
         donated = self._log_odds(new[self.plan.site], batch.truth)
         labelled, first = batch.truth >= 0, next(iter(batch.sets.values()))
         results = {"total": mean_over(donated - plain, labelled & (~first | first.all(1, keepdim=True)))}
         for name, tokens in batch.sets.items():
             random = random_tokens_outside(tokens, self.plan.draws, [[self.plan.seed, i] for i in batch.index])
-            by_layer = [self._patch_set(batch, site, new[site], tokens, random, plain) for site in sites]
+            by_layer = [self._patch_set(batch, site, new[site], tokens, random, unpatched, plain) for site in sites]
             results |= {f"{name}/{key}": torch.stack([entry[key] for entry in by_layer], 1) for key in by_layer[0]}
         return results
 
     def _patch_set(
-        self, batch: Batch, site: str, new: Tensor, tokens: Tensor, random: Tensor, plain: Tensor
+        self,
+        batch: Batch,
+        site: str,
+        new: Tensor,
+        tokens: Tensor,
+        random: Tensor,
+        unpatched: dict[str, Tensor],
+        plain: Tensor,
     ) -> dict[str, Tensor]:
         """Return the changes by group, f[B], when the states of a set, or random ones, are replaced at a site."""
         replaced = torch.cat([tokens[None], random])  # bool[1 + D, B, T]
         images = list(range(len(plain))) * len(replaced)
-        change = self._run_patched(batch, site, new, replaced.flatten(0, 1), images) - plain[images]
+        change = self._run_patched(batch, site, new, replaced.flatten(0, 1), images, unpatched) - plain[images]
         of_set, *of_draws = change.unflatten(0, replaced.shape[:2])
         labelled = batch.truth >= 0
         neither = [labelled & ~tokens & ~drawn for drawn in random]
@@ -95,11 +103,19 @@ class Experiment:
             "difference": torch.stack([mean_over(of_set - drawn, patches) for drawn, patches in draws]).mean(0),
         }
 
-    def _run_patched(self, batch: Batch, site: str, new: Tensor, replaced: Tensor, images: list[int]) -> Tensor:
+    def _run_patched(
+        self,
+        batch: Batch,
+        site: str,
+        new: Tensor,
+        replaced: Tensor,
+        images: list[int],
+        unpatched: dict[str, Tensor],
+    ) -> Tensor:
         """Return the log-odds f[R, T] of R forwards that replace the states of the tokens bool[R, T]."""
         chosen = replaced.to(new.device)[..., None]
         replace = lambda states: torch.where(chosen, new[images], states)
-        states = self.mllm.states(batch.pixels, [self.plan.site], rows=images, hooks={site: replace})
+        states = self.mllm.states(batch.pixels, [self.plan.site], rows=images, hooks={site: replace}, known=unpatched)
         return self._log_odds(states[self.plan.site], batch.truth[images])
 
     def _log_odds(self, states: Tensor, truth: Tensor) -> Tensor:

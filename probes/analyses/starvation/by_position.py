@@ -97,20 +97,6 @@ def position_results(
     return {**choices, "positions": positions, "sites": entries}
 
 
-def own_probe_effects(starvation: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return {"value", "ci95"} of the gaps that the probe of each position sees, from starvation.json.
-
-    Keys are "starvation" (patch 0) and "starvation_first_row"; none if the file has no "by_position".
-    """
-    if "by_position" not in starvation:
-        return {}
-    own = starvation["by_position"]["sites"][0]["own"]
-    return {
-        "starvation": {"value": own["gap"][0], "ci95": own["gap_ci95"][0]},
-        "starvation_first_row": {"value": own["first_row"]["gap"], "ci95": own["first_row"]["gap_ci95"]},
-    }
-
-
 # -------------------------------------------------------------------------------------------------------------- probes
 def count_positions(mllm: "FrozenMLLM", sites: list[str], classes: int) -> int:
     """Return the number of positions whose moments fit into half of the memory: all, or those of the first rows.

@@ -8,6 +8,7 @@ import tiny_models
 import torch
 import torch.nn.functional as F
 from ddp_gradients import GLOBAL_BATCH, fit_one_step
+from device_reads import DeviceReads
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, MistralConfig, Qwen3_5TextConfig
@@ -227,33 +228,6 @@ def test_fit_refuses_what_would_mix_samples(parts, conversations, monkeypatch):
     monkeypatch.setattr("llava_bidir.training.supervised_loss.MASKED_BACKENDS", ("flex_attention",))
     with pytest.raises(UserError, match="data.pack_tokens: model.attn_implementation sdpa would mix"):
         fit_one_step(parts, conversations, "tokens", 4, pack_tokens=ROW)
-
-
-class DeviceReads(TorchDispatchMode):
-    """Record operations whose result the host needs: on a GPU, it would wait for all work before them."""
-
-    NAMES = (
-        "_local_scalar_dense",
-        "nonzero",
-        "masked_select",
-        "masked_scatter_backward",
-        "bincount",
-        "equal",
-        "unique",
-    )
-
-    def __init__(self):
-        super().__init__()
-        self.reads = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name.split("::")[1]
-        masked = name.startswith("index") and any(
-            i is not None and i.dtype == torch.bool for a in args if isinstance(a, list | tuple) for i in a
-        )
-        if name.startswith(self.NAMES) or masked or (name == "repeat_interleave" and not isinstance(args[1], int)):
-            self.reads.append(name)
-        return function(*args, **kwargs or {})
 
 
 def device_reads(module, batch) -> list[str]:

@@ -155,7 +155,7 @@ def test_states_that_never_reach_the_model_are_an_error(runs, tmp_path, monkeypa
     from probes.models.frozen_mllm import FrozenMLLM
 
     states = FrozenMLLM.states
-    ignore = lambda self, pixels, sites=None, rows=None, hooks=None: states(self, pixels, sites, rows=rows)
+    ignore = lambda self, pixels, sites=None, rows=None, hooks=None, known=None: states(self, pixels, sites, rows=rows)
     monkeypatch.setattr(FrozenMLLM, "states", ignore)
     with pytest.raises(RuntimeError, match="'all' of the experiment 'mask' changed nothing"):
         patch_states(runs["causal"], plan("bidirectional"), None, tmp_path)

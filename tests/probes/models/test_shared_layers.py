@@ -3,6 +3,7 @@
 import pytest
 import tiny_models
 import torch
+from device_reads import DeviceReads
 from tolerances import rounding
 
 import probes
@@ -94,6 +95,7 @@ CHANGES = {
     "nothing": {"knockout": Knockout(BLOCKED[[2, 2, 2]])},
     **{site: {"hooks": {site: steer}} for site in ("adapter", "layer_01", "layer_02", "layer_03")},
     "both": {"hooks": {"layer_02": steer}, "knockout": Knockout(BLOCKED, [3])},
+    "rows": {"hooks": {"layer_02": steer}, "rows": [2, 0, 2, 1]},
 }
 
 
@@ -110,7 +112,7 @@ def test_starting_from_known_states_equals_the_full_forward(mllm, pixels, change
 
 
 @pytest.mark.parametrize(
-    ("change", "expected"), [("layers [2, 3]", [2, 3]), ("layer_02", [2, 3]), ("adapter", [1, 2, 3])]
+    ("change", "expected"), [("layers [2, 3]", [2, 3]), ("layer_02", [2, 3]), ("adapter", [1, 2, 3]), ("rows", [2, 3])]
 )
 def test_only_layers_from_the_first_change_on_run(checkpoints, pixels, change, expected):
     mllm, ran = probes.load(str(checkpoints["bidirectional"])), []
@@ -120,6 +122,21 @@ def test_only_layers_from_the_first_change_on_run(checkpoints, pixels, change, e
     mllm.model.model.vision_tower.register_forward_hook(lambda *_: ran.append(0))
     mllm.states(pixels, known=plain, **CHANGES[change])
     assert ran == expected
+
+
+def count_device_reads(mllm, pixels, sites, **options) -> int:
+    with DeviceReads() as mode:
+        mllm.states(pixels, sites, **options)
+    return len(mode.reads)
+
+
+def test_reading_more_sites_or_cutting_more_layers_waits_for_the_device_no_more_often(mllm, pixels):
+    mllm.states(pixels)  # fills the cache of the prefix
+    plain = count_device_reads(mllm, pixels, ["layer_03"])
+    assert plain == count_device_reads(mllm, pixels, None)
+    assert plain == count_device_reads(mllm, pixels, None, hooks={"layer_01": steer, "layer_02": steer})
+    cut = lambda layers: count_device_reads(mllm, pixels, ["layer_03"], knockout=Knockout(BLOCKED[[0, 1, 0]], layers))
+    assert cut([1]) == cut([1, 2, 3])
 
 
 def test_known_states_that_do_not_fit_are_an_error(checkpoints, pixels):

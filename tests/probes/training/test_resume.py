@@ -78,8 +78,7 @@ CHANGES = {
     "length": (["--trainer.max_epochs", "2"], r"trainer.max_epochs=1.* 2"),
     "precision": (["--trainer.precision", "bf16-mixed"], r"trainer.precision='32-true'.* 'bf16-mixed'"),
     "clipping": (["--trainer.gradient_clip_val", "1"], r"trainer.gradient_clip_val=None.* 1"),
-    # not "1", which is a batch or all of them, as `typing` has cached Union[int, float] or Union[float, int] before
-    "validation": (["--trainer.limit_val_batches", "0.5"], r"trainer.limit_val_batches=1.0.* 0.5"),
+    "validation": (["--trainer.val_check_interval", "0.5"], r"trainer.val_check_interval=1.0.* 0.5"),
     "weights": (replace_weights, r"model.mllm/model.safetensors='\w{16}'.* '\w{16}'"),
     "config": (replace_config, r"model.mllm/config.json='\w{16}'.* '\w{16}'"),
     "image": (replace_image, r"data.validation_images='5, sha256 \w{16}'.*'5, sha256 \w{16}'"),

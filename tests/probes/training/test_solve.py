@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from llava_bidir.common.errors import UserError
 from probes.cli import main
+from probes.ops.cross_entropy import upsampled_cross_entropy
 from probes.results.probe_run import ProbeRun
 from probes.training.moment_solver import spread
 from probes.training.solver import ProbeSolver
@@ -201,6 +202,8 @@ def test_a_finished_run_is_left_alone(run, checkpoints, segmentation, caplog):
         (["--folds", "1"], "--folds must be at least 2"),
         (["--strengths", "0"], "above 0"),
         (["--folds", "99"], "99 folds"),
+        (["--sample-images", "1"], "at least 2, one for each of the 2 --folds; got 1"),
+        (["--trainer.limit_predict_batches", "0.5"], "limit_predict_batches must be 1.0, got 0.5"),
     ],
 )
 def test_rejects_bad_options(option, message, checkpoints, segmentation, tmp_path):
@@ -236,7 +239,39 @@ def test_sites_are_spread_from_the_first_two_to_the_last():
     assert spread(sites, 5) == ["encoder", "adapter", "layer_03", "layer_06", "final_norm"]
 
 
-def test_dry_run_measures_and_writes_nothing(checkpoints, segmentation, tmp_path, caplog):
+def test_the_states_of_an_image_of_each_fold_are_kept_however_little_memory_there_is(
+    checkpoints, segmentation, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("probes.training.solver.available_memory", lambda: 0)
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--passes", "1"))
+    path = ProbeRun(tmp_path).metrics["path"]
+    assert path["sample_images"] == 2
+    assert np.isfinite([entry["cv_cross_entropy"] for entry in path["closed_form"]["sites"]]).all()
+
+
+def test_parts_of_a_batch_are_scored_as_the_whole(run, checkpoints, segmentation, tmp_path, monkeypatch):
+    monkeypatch.setattr("probes.training.moment_solver.SCORE_BYTES", 1)  # one image at a time
+    main(arguments(checkpoints["causal"], segmentation, tmp_path))
+    one, whole = load_file(tmp_path / "path.safetensors"), load_file(run.path / "path.safetensors")
+    for key in whole:
+        torch.testing.assert_close(one[key], whole[key], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_that_certify_an_optimum_are_not_autocast(checkpoints, segmentation, tmp_path, monkeypatch):
+    seen = set()
+
+    def record(*args, **kwargs):
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return upsampled_cross_entropy(*args, **kwargs)
+
+    monkeypatch.setattr("probes.training.optimum.upsampled_cross_entropy", record)
+    mixed = ["--trainer.precision", "bf16-mixed", "--sample-images", "2", "--passes", "2"]
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, *mixed))
+    assert seen == {False}
+
+
+def test_dry_run_measures_and_writes_nothing(checkpoints, segmentation, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("probes.training.moment_solver.SAVE_SECONDS", -1)  # it is due after every batch
     main(arguments(checkpoints["causal"], segmentation, tmp_path / "out", "--dry-run"))
     assert "images/s; a pass over 6 training images" in caplog.text
     assert not (tmp_path / "out").exists()

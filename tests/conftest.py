@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -95,6 +96,15 @@ def llama_tokenizer(llama_folder):
 def slow_llama(llama_folder):
     """The same tokenizer by the sentencepiece package, as LLaVA uses it."""
     return llama_tokenizers.SlowLlama(llama_folder)
+
+
+@pytest.fixture
+def spawn():
+    """Processes start as on macOS; those of Python 3.14 on Linux, too, receive pickled arguments."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
 
 
 @pytest.fixture(scope="module")

@@ -241,6 +241,12 @@ def test_image_that_goes_missing_ends_training_with_its_record_named(workers, pa
         llava_bidir.cli.main(argv)
 
 
+def test_data_is_loaded_where_processes_are_not_forked_by_default(parts, conversations, tmp_path, spawn):
+    argv = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path)]
+    llava_bidir.cli.main([*argv, "--data.num_workers", "1"])
+    assert json.loads((tmp_path / "hf/training.json").read_text())["steps"] == 3
+
+
 def test_tensorboard_has_what_a_run_should_show(parts, conversations, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -187,6 +187,30 @@ def test_training_sized_by_steps_ends_and_decays_at_them(checkpoints, segmentati
     assert rates[0] == pytest.approx(1e-3, rel=0.2) and min(rates) < 2e-4
 
 
+def test_data_is_loaded_where_processes_are_not_forked_by_default(run, checkpoints, segmentation, tmp_path, spawn):
+    more = ["--model.learning_rate", "0.3", "--trainer.max_epochs", "6", "--data.num_workers", "1"]
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, *more))
+    assert ProbeRun(tmp_path).metrics["summary"] == run.metrics["summary"]
+
+
+@pytest.mark.parametrize(
+    ("option", "found"),
+    [
+        (["--trainer.accumulate_grad_batches", "4"], "accumulate_grad_batches must be 1, got 4"),
+        (["--trainer.limit_val_batches", "0.5"], "limit_val_batches must be 1.0, got 0.5"),
+        (["--trainer.limit_test_batches", "0"], "limit_test_batches must be 1.0, got 0"),
+        (["--trainer.fast_dev_run", "true"], "fast_dev_run must be False, got True"),
+        (["--trainer.overfit_batches", "2"], "overfit_batches must be 0.0, got 2"),
+    ],
+)
+def test_options_that_leave_out_images_or_change_the_schedule_are_refused(
+    option, found, checkpoints, segmentation, tmp_path
+):
+    with pytest.raises(SystemExit, match=f"trainer.{found}: probes train on batches of data.batch_size"):
+        main(arguments(checkpoints["causal"], segmentation, tmp_path / "out", *option))
+    assert not (tmp_path / "out").exists()
+
+
 def test_confusion_matches_the_counts(run):
     counts = run.counts
     assert torch.equal(counts.confusion.diagonal(dim1=1, dim2=2), counts.intersection.sum(1))

@@ -44,8 +44,8 @@ def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcess
     Released llava checkpoints use CLIP's processor, which crops. LLaVA-1.5 was evaluated on padded images, so their
     images are padded here. Source: LLaVA mm_utils.py process_images.
     """
-    config = read_pretrained("MODEL", AutoConfig, model)
-    loaded = load_weights("MODEL", AutoModelForImageTextToText, model, config, dtype=dtype).eval()
+    read_pretrained("MODEL", AutoConfig, model)  # whose errors say more than those of the weights
+    loaded = load_weights("MODEL", AutoModelForImageTextToText, model, dtype=dtype).eval()
     processor = read_pretrained("MODEL", AutoProcessor, model)
     images = processor.image_processor
     if images.do_pad is None:  # CLIP's processor has no such option

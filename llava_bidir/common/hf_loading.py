@@ -9,7 +9,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from .errors import UserError, error_context
 
@@ -46,7 +46,7 @@ def _check_vocabulary(key: str, loaded, path: str) -> None:
             raise UserError(f"{key}: {path} contains no vocabulary; expected one of {files}")
 
 
-def load_weights(key: str, reader: type, path: str, config: PreTrainedConfig, **kwargs) -> PreTrainedModel:
+def load_weights(key: str, reader: type, path: str, **kwargs) -> PreTrainedModel:
     """Return the model `reader.from_pretrained(path)` with all weights taken from the checkpoint and finite.
 
     transformers initialises missing weights at random and only logs it, so a model without its LLM would run.
@@ -55,7 +55,6 @@ def load_weights(key: str, reader: type, path: str, config: PreTrainedConfig, **
         key: Name for errors.
         reader: An Auto class or a model class.
         path: Directory or hub id.
-        config: The model's config, from :func:`read_pretrained`.
         **kwargs: Passed to `from_pretrained`.
 
     Raises:

@@ -143,7 +143,7 @@ def build_model(
     config.text_config = language_model.config
     with no_zero3_partitioning():
         vision_tower = load_weights(
-            "model.encoder.path", encoder.entry.model_class, encoder.path, config.vision_config, dtype=dtypes["encoder"]
+            "model.encoder.path", encoder.entry.model_class, encoder.path, dtype=dtypes["encoder"]
         )
     with no_zero3_partitioning(), torch.device("meta"):
         model = LlavaBidirForConditionalGeneration._from_config(
@@ -206,9 +206,7 @@ def load_llm(path: str, config: PreTrainedConfig, tokens: int, *, dtype: torch.d
                     embeddings.to(default)
 
         reader = LanguageModel
-    language_model = load_weights(
-        "model.llm", reader, path, config, dtype=dtype, attn_implementation=attn_implementation
-    )
+    language_model = load_weights("model.llm", reader, path, dtype=dtype, attn_implementation=attn_implementation)
     resize_vocabulary(language_model, tokens)
     for embeddings in _embeddings(language_model):
         embeddings.weight.data = embeddings.weight.data.to(dtype)

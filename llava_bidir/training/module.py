@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from llava_bidir.common.atomic_io import read_json
+from llava_bidir.common.epoch_length import optimizer_steps
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import Identity, check_same_identity, run_identity
 from llava_bidir.common.rank_zero import rank_zero_result
@@ -265,19 +266,8 @@ class LlavaTraining(LightningModule):
         # Lightning does not clip gradients for a fused optimizer in mixed precision
         fused = not (self.trainer.gradient_clip_val and "mixed" in self.trainer.precision)
         optimizer = build_optimizer(self.model, rates, tuple(args.betas), args.weight_decay, fused)
-        schedule = build_schedule(optimizer, self.optimizer_steps(), args.warmup_ratio)
+        schedule = build_schedule(optimizer, optimizer_steps(self.trainer), args.warmup_ratio)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def optimizer_steps(self) -> int:
-        """Return the number of optimizer steps of the complete run, from its config.
-
-        `trainer.estimated_stepping_batches` would start the data loader before the checkpoint's position is restored.
-        """
-        epochs = 1 if self.trainer.max_epochs is None else self.trainer.max_epochs
-        limits = (self.trainer.datamodule.steps_per_epoch * epochs, self.trainer.max_steps)  # negative: no limit
-        if max(limits) < 0:
-            raise UserError("the schedule needs an end: set trainer.max_epochs or trainer.max_steps")
-        return min(limit for limit in limits if limit >= 0)
 
     def settings(self) -> dict[str, Any]:
         """Return the stage and all settings that have a value, for training.json and the model card."""

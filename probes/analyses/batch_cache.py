@@ -2,9 +2,9 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 from tqdm import tqdm
@@ -12,11 +12,13 @@ from tqdm import tqdm
 from llava_bidir.common.atomic_io import write_files
 from probes.results.probe_run import read_tensors
 
+Items = TypeVar("Items", bound=Sequence)
+
 
 def cached_batches(
-    folder: Path, arguments: dict[str, Any], batches: int, compute: Callable[[int], dict[str, Tensor]]
+    folder: Path, arguments: dict[str, Any], items: Items, size: int, compute: Callable[[Items], dict[str, Tensor]]
 ) -> list[dict[str, Tensor]]:
-    """Return compute(0), ..., compute(batches - 1), read from `folder` or computed and written there.
+    """Return compute(items[:size]), compute(items[size : 2 * size]), ..., read from `folder` or written there.
 
     The folder holds one atomically written file per batch; the caller removes it after writing its own results.
     `compute` must depend on nothing but `arguments`; a folder with different arguments is cleared.
@@ -26,12 +28,12 @@ def cached_batches(
         shutil.rmtree(folder)
     write_files({arguments_path: arguments})
     results = []
-    for batch in tqdm(range(batches), desc=folder.stem, mininterval=5):
-        path = folder / f"{batch:06d}.safetensors"
+    for start in tqdm(range(0, len(items), size), desc=folder.stem, mininterval=5):
+        path = folder / f"{start // size:06d}.safetensors"
         try:
             result = read_tensors(path)
         except (FileNotFoundError, ValueError):  # not computed yet, or damaged since
-            write_files({path: compute(batch)})
+            write_files({path: compute(items[start : start + size])})
             result = read_tensors(path)
         results.append(result)
     return results

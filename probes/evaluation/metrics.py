@@ -162,26 +162,23 @@ def _histogram(values: Tensor, counted: Tensor, bins: int) -> Tensor:
     return counts.scatter_add_(1, values.flatten(1), counted.flatten(1).long())[:, :bins]
 
 
-def patch_labels(
-    target: Tensor, classes: int, grid: tuple[int, int], purity: float = 0.0, view: GridPlacement | None = None
-) -> Tensor:
+def patch_labels(target: Tensor, classes: int, grid: tuple[int, int], view: GridPlacement | None = None) -> Tensor:
     """Return the majority class of the labelled pixels under each token, i64[B, T]; -1 if none is labelled.
 
     Args:
         target: uint8[B, H, W], 255 ignored.
         classes: K.
         grid: (h, w).
-        purity: Minimum share of the majority class; tokens below it (on a boundary) are also -1.
         view: Placement of the grid on the pixels; by default it covers them all.
     """
     view = view or GridPlacement.full(tuple(target.shape[1:]))
     labels = target.new_empty((len(target), grid[0] * grid[1]), dtype=torch.long)
     for images in _image_chunks(target):
-        labels[images] = _patch_labels(target[images], classes, grid, purity, view)
+        labels[images] = _patch_labels(target[images], classes, grid, view)
     return labels
 
 
-def _patch_labels(target: Tensor, classes: int, grid: tuple[int, int], purity: float, view: GridPlacement) -> Tensor:
+def _patch_labels(target: Tensor, classes: int, grid: tuple[int, int], view: GridPlacement) -> Tensor:
     images, tokens = len(target), grid[0] * grid[1]
     token = _token_of_pixel(view, grid, tuple(target.shape[1:]), target.device)
     label = torch.where(target == IGNORE_INDEX, classes, target.long())
@@ -189,8 +186,8 @@ def _patch_labels(target: Tensor, classes: int, grid: tuple[int, int], purity: f
     bins = (image * (tokens + 1) + token) * (classes + 1) + label
     votes = torch.bincount(bins.flatten(), minlength=images * (tokens + 1) * (classes + 1))
     votes = votes.view(images, tokens + 1, classes + 1)[:, :tokens, :classes]
-    total, (most, label) = votes.sum(-1), votes.max(-1)
-    return torch.where((total > 0) & (most >= purity * total), label, -1)
+    most, label = votes.max(-1)
+    return torch.where(most > 0, label, -1)
 
 
 class Scores(NamedTuple):

@@ -84,7 +84,7 @@ def load(
         raise UserError("match 'update' needs images to measure updates on; pass match_images, e.g. 32 training images")
     spread = {} if device_map is None else {"device_map": device_map}
     options = {"dtype": dtype or "auto", "attn_implementation": backend, **spread}
-    model = load_weights("MLLM", family.model_cls, path, config, **options, **hub)
+    model = load_weights("MLLM", family.model_cls, path, **options, **hub)
     processors, resize = read_image_processors(path, family, **hub)
     resize = image_resize or getattr(config, "image_resize", None) or resize
     ids, separator_id = read_prefix_ids(path, family, prefix, **hub), read_separator_id(path, family, **hub)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from llava_bidir.common.epoch_length import optimizer_steps
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import check_same_identity
 from llava_bidir.common.run_folder import RESUME_ADVICE
@@ -186,22 +187,12 @@ class ProbeModule(FrozenProbes):
             for name, variant in self.variants.items()
         ]
         optimizer = torch.optim.AdamW(groups, betas=tuple(args.betas), weight_decay=args.weight_decay, fused=True)
-        schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, self.planned_steps, power=0.9)
+        schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, optimizer_steps(self.trainer), power=0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    @property
-    def planned_steps(self) -> int:
-        """Optimizer steps of the whole training, from `trainer.max_steps` or else `trainer.max_epochs`."""
-        epochs, steps = self.trainer.max_epochs, self.trainer.max_steps
-        planned = [epochs * self.trainer.datamodule.steps_per_epoch] if epochs not in (None, -1) else []
-        planned += [steps] if steps not in (None, -1) else []
-        if not planned:
-            raise UserError("training has no end; set --trainer.max_steps or --trainer.max_epochs")
-        return min(planned)
 
     def settings_of(self, variant: str | None) -> dict[str, Any]:
         """Return how the probes of a variant were trained, for metrics.json."""
-        data, steps = self.trainer.datamodule, self.planned_steps
+        data, steps = self.trainer.datamodule, optimizer_steps(self.trainer)
         epochs = steps / data.steps_per_epoch if steps % data.steps_per_epoch else steps // data.steps_per_epoch
         settings = {"batch_size": data.batch_size, "epochs": epochs, "steps": steps, "validated_at": self.validated_at}
         return asdict(self.variants[variant]) | settings

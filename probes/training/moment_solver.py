@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -25,7 +25,6 @@ from probes.data.batches import group_by_mask_size
 from probes.data.samplers import Batches, assign_folds, fold_batches
 from probes.evaluation.bootstrap import task_scores
 from probes.evaluation.task_metric import TaskMetric
-from probes.models.random_init import MATCHES
 
 from . import solver_progress
 from .closed_form import STRENGTHS
@@ -52,34 +51,22 @@ class MomentSolver(FrozenProbes):
     """Linear probes for every strength of regularisation; see :class:`FrozenProbes`.
 
     Args:
-        mllm, num_classes, image_attention, untrained, match, draw, image_resize, dtype, prefix, sites, label_stride,
-            seed: As for `ProbeModule`.
         folds: F, folds of training images for the cross-validation; each has moments of its own.
         strengths: Strengths of the closed form, in (0, 1].
         shrink_to: Target of the shrinkage: "diagonal", or "trace".
+        shared: Settings of `ProbeModule`, those that `solve.SHARED` names.
     """
 
     kind: type[Moments] = Moments
 
     def __init__(
         self,
-        mllm: str,
-        num_classes: int = 150,
-        image_attention: str | None = None,
-        untrained: list[str] | None = None,
-        match: Literal[*MATCHES] = "none",
-        draw: int = 0,
-        image_resize: str = "squash",
-        dtype: str = "auto",
-        prefix: str | None = None,
-        sites: list[str] | None = None,
-        label_stride: int = 1,
-        seed: int = 0,
         folds: int = 4,
         strengths: tuple[float, ...] = STRENGTHS,
         shrink_to: str = "diagonal",
+        **shared: Any,
     ):
-        super().__init__({None: ProbeVariant(feature_norm="batchnorm", seed=seed)})
+        super().__init__({None: ProbeVariant(feature_norm="batchnorm", seed=shared["seed"])})
         self.save_hyperparameters()  # those of subclasses, too
         self.passes = 0  # that are complete
         self.measuring = False  # the time of a pass, without solving

@@ -86,12 +86,9 @@ def ask_questions(run: ProbeRun, plan: Plan, out: Path, overwrite: bool = False)
     check_replaceable(out / "answers.json", made_from, overwrite)
     reader, asked = PatchReader(run), file.questions[: plan.limit]
 
-    def compute(batch: int) -> dict[str, Tensor]:
-        questions = asked[batch * plan.batch_size : (batch + 1) * plan.batch_size]
-        return ask_batch(reader, plan, file, questions, classes)
-
+    compute = lambda questions: ask_batch(reader, plan, file, questions, classes)
     arguments = {"plan": settings, "questions": file.sha256, "images": str(plan.images), "run": run.fingerprint}
-    batches = cached_batches(out / "answers.partial", arguments, -(-len(asked) // plan.batch_size), compute)
+    batches = cached_batches(out / "answers.partial", arguments, asked, plan.batch_size, compute)
     tensors = {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
     check_effects(tensors)
     results = {key: run.metrics[key] for key in ("image_attention", "untrained", "classes")}

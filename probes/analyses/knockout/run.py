@@ -100,12 +100,9 @@ def _compute_cases(run: ProbeRun, plan: Plan, reader: PatchReader, partial: Path
     classes, dataset = run.metrics["classes"], PreprocessedDataset(run.dataset(), reader.mllm.preprocess)
     images = range(min(len(dataset), plan.limit or len(dataset)))
 
-    def compute(batch: int) -> dict[str, Tensor]:
-        indices = images[batch * plan.batch_size : (batch + 1) * plan.batch_size]
-        return knock_out_batch(reader, plan, classes, collate([dataset[i] for i in indices]))
-
+    compute = lambda indices: knock_out_batch(reader, plan, classes, collate([dataset[i] for i in indices]))
     arguments = {"plan": plan.to_json(), "run": run.fingerprint}
-    batches = cached_batches(partial, arguments, -(-len(images) // plan.batch_size), compute)
+    batches = cached_batches(partial, arguments, images, plan.batch_size, compute)
     keys = dict.fromkeys(key for batch in batches for key in batch)
     if not keys:
         shutil.rmtree(partial)

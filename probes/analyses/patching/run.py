@@ -183,8 +183,7 @@ def patch_states(run: ProbeRun, plan: Plan, pairs: Pairs | None, out: Path, over
 def _in_batches(
     folder: Path, arguments: dict, name: str, images: int, size: int, patch: Callable[[list[int]], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    compute = lambda batch: patch(list(range(images))[batch * size : (batch + 1) * size])
-    batches = cached_batches(folder, arguments, -(-images // size), compute)
+    batches = cached_batches(folder, arguments, list(range(images)), size, patch)
     return {f"{name}/{key}": torch.cat([batch[key] for batch in batches]) for key in batches[0]}
 
 

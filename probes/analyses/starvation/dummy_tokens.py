@@ -25,7 +25,7 @@ from llava_bidir.common.errors import UserError
 from probes.models.sites import layer_site
 from probes.results.probe_run import ProbeRun
 
-from .patch_accuracy import CountsByMask, PatchCounts, accuracy_gap, count_patches, patch_accuracy, pooled_gap
+from .patch_accuracy import CountsByMask, PatchCounts, accuracy_gap, count_run_patches, patch_accuracy, pooled_gap
 
 if TYPE_CHECKING:  # a report needs no model
     from probes.models.frozen_mllm import FrozenMLLM
@@ -46,7 +46,10 @@ def dummy_token_results(
     """
     if tokens < 1:
         raise UserError(f"--dummy-tokens must be at least 1, got {tokens}")
-    read = {mask: score_with_tokens(run, site, tokens) for mask, run in runs.items()}
+    read = {
+        mask: count_run_patches(run, load_with_tokens(run, tokens), site, run.dataset(), "dummy tokens")
+        for mask, run in runs.items()
+    }
     columns = runs["causal"].metrics["grid"][1]
     return {
         "tokens": tokens,
@@ -54,13 +57,6 @@ def dummy_token_results(
         "first_row": pooled_gap(read, weights, range(columns)),
         "change": {mask: _change(counts[mask], read[mask], weights, columns) for mask in runs},
     }
-
-
-def score_with_tokens(run: ProbeRun, site: str, tokens: int) -> PatchCounts:
-    """Return the counts of a run's frozen probe with dummy tokens before the image."""
-    mllm = load_with_tokens(run, tokens)
-    probe, title = run.probes()[site].to(mllm.device), f"dummy tokens, {run.metrics['image_attention']}"
-    return count_patches(mllm, run.dataset(), [(site, probe)], title)[0]
 
 
 def load_with_tokens(run: ProbeRun, tokens: int) -> "FrozenMLLM":

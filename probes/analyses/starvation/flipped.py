@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from llava_bidir.common.bootstrap import interval
 from probes.results.probe_run import ProbeRun
 
-from .patch_accuracy import CountsByMask, PatchCounts, accuracy_gap, count_patches, patch_accuracy, pooled_gap
+from .patch_accuracy import CountsByMask, accuracy_gap, count_run_patches, patch_accuracy, pooled_gap
 
 FLIP_AXES = {"horizontal": (1,), "vertical": (0,), "rotate": (0, 1)}
 
@@ -48,13 +48,6 @@ def flipped_positions(grid: tuple[int, int], flip: str) -> Tensor:
     return torch.arange(grid[0] * grid[1]).view(*grid).flip(FLIP_AXES[flip]).flatten()
 
 
-def score_patches(run: ProbeRun, site: str, dataset: Dataset, batch_size: int = 32) -> PatchCounts:
-    """Return the counts by patch of a run's frozen probe on another dataset than the run's own."""
-    mllm = run.mllm()
-    probe, title = run.probes()[site].to(mllm.device), f"flipped, {run.metrics['image_attention']}"
-    return count_patches(mllm, dataset, [(site, probe)], title, batch_size)[0]
-
-
 def flip_results(runs: dict[str, ProbeRun], site: str, flip: str, upright: CountsByMask, weights: Tensor) -> dict:
     """Return an entry of "flips" in starvation.json, from the counts on `upright` images and bootstrap weights f[R, N].
 
@@ -72,7 +65,10 @@ def flip_results(runs: dict[str, ProbeRun], site: str, flip: str, upright: Count
     """
     grid = tuple(runs["causal"].metrics["grid"])
     positions = flipped_positions(grid, flip)
-    flipped = {mask: score_patches(run, site, FlippedDataset(run.dataset(), flip)) for mask, run in runs.items()}
+    flipped = {
+        mask: count_run_patches(run, run.mllm(), site, FlippedDataset(run.dataset(), flip), "flipped")
+        for mask, run in runs.items()
+    }
     patches = list(range(grid[1] if flip != "horizontal" else min(3, grid[1] // 2)))
     content = positions[patches].tolist()
     gaps = accuracy_gap(*patch_accuracy(flipped, weights))

@@ -85,6 +85,14 @@ def count_patches(
     return [PatchCounts(*pair) for pair in torch.cat(parts, 2).transpose(0, 1)]
 
 
+def count_run_patches(
+    run: ProbeRun, mllm: "FrozenMLLM", site: str, dataset: Dataset, title: str, batch_size: int = 32
+) -> PatchCounts:
+    """Return the counts of a run's frozen probe on images, or under a model, that differ from the run's own."""
+    probe = run.probes()[site].to(mllm.device)
+    return count_patches(mllm, dataset, [(site, probe)], f"{title}, {run.metrics['image_attention']}", batch_size)[0]
+
+
 def patch_accuracy(counts: CountsByMask, weights: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return accuracy by patch, f[T], and under each resampling `weights` f[R, N], f[R, T]; both by mask."""
     return (

@@ -10,16 +10,17 @@ from probes.analyses.batch_cache import cached_batches
 def test_only_missing_or_damaged_batches_are_computed_again(tmp_path):
     computed, folder = [], tmp_path / "x.partial"
 
-    def compute(batch: int) -> dict[str, torch.Tensor]:
-        computed.append(batch)
-        return {"x": torch.full((100,), batch)}
+    def compute(items: str) -> dict[str, torch.Tensor]:
+        computed.append(items)
+        return {"x": torch.full((100,), len(computed))}
 
-    first = cached_batches(folder, {"seed": 0}, 4, compute)
+    first = cached_batches(folder, {"seed": 0}, "abcdefg", 2, compute)
     (folder / "000001.safetensors").unlink()
     os.truncate(folder / "000002.safetensors", 200)
     computed.clear()
-    again = cached_batches(folder, {"seed": 0}, 4, compute)
-    assert computed == [1, 2] and [b["x"][0].item() for b in again] == [0, 1, 2, 3] == [b["x"][0] for b in first]
+    again = cached_batches(folder, {"seed": 0}, "abcdefg", 2, compute)
+    assert computed == ["cd", "ef"]
+    assert [b["x"][0].item() for b in first] == [1, 2, 3, 4] and [b["x"][0].item() for b in again] == [1, 1, 2, 4]
     computed.clear()
-    cached_batches(folder, {"seed": 1}, 4, compute)
-    assert computed == [0, 1, 2, 3], "different arguments"
+    cached_batches(folder, {"seed": 1}, "abcdefg", 2, compute)
+    assert computed == ["ab", "cd", "ef", "g"], "different arguments"

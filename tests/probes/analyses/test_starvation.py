@@ -20,8 +20,14 @@ from probes.analyses.starvation.by_position import (
     sum_moments,
 )
 from probes.analyses.starvation.dummy_tokens import add_dummy_tokens
-from probes.analyses.starvation.flipped import FLIP_AXES, FlippedDataset, flip_results, flipped_positions, score_patches
-from probes.analyses.starvation.patch_accuracy import PatchCounts, accuracy_gap, first_gaps, patch_accuracy
+from probes.analyses.starvation.flipped import FLIP_AXES, FlippedDataset, flip_results, flipped_positions
+from probes.analyses.starvation.patch_accuracy import (
+    PatchCounts,
+    accuracy_gap,
+    count_run_patches,
+    first_gaps,
+    patch_accuracy,
+)
 from probes.analyses.starvation.run import gap_estimates, starvation
 from probes.cli import main
 from probes.models.frozen_mllm import FrozenMLLM
@@ -42,7 +48,7 @@ def random_counts(gap: torch.Tensor, seed: int = 0) -> dict[str, PatchCounts]:
 def test_frozen_probe_on_upright_images_equals_the_counts_of_the_run(runs):
     run = runs["causal"]
     for site in ("encoder", "layer_02", "final_norm"):
-        counts = score_patches(run, site, run.dataset(), batch_size=4)
+        counts = count_run_patches(run, run.mllm(), site, run.dataset(), "upright", batch_size=4)
         assert torch.equal(counts.right, run.counts.patch_right[run.sites.index(site)].double())
         assert torch.equal(counts.valid, run.counts.patch_valid.double())
 
@@ -63,7 +69,8 @@ def test_flipped_patches_are_at_their_flipped_positions(runs, flip):
 def flip_with_gaps(runs, monkeypatch, flip: str, upright: torch.Tensor, transformed: torch.Tensor) -> dict:
     """Results of a flip if the masks differ by these accuracies, by patch."""
     counts = random_counts(transformed, seed=1)
-    monkeypatch.setattr(flipped, "score_patches", lambda run, site, dataset: counts[run.metrics["image_attention"]])
+    count = lambda run, *more: counts[run.metrics["image_attention"]]
+    monkeypatch.setattr(flipped, "count_run_patches", count)
     for run in runs.values():
         monkeypatch.setitem(run.metrics, "grid", [4, 4])
     return flip_results(runs, "layer_02", flip, random_counts(upright), bootstrap_weights(N, 500).double())

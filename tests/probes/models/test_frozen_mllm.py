@@ -18,13 +18,7 @@ from probes.models.prompt_and_pixels import read_image_processors
 
 pytestmark = pytest.mark.numerics
 
-MASKS = ("causal", "bidirectional", "prefix")
 ENCODER_LAYERS = 2
-
-
-@pytest.fixture(scope="module", params=MASKS)
-def mllm(request, checkpoints):
-    return probes.load(str(checkpoints[request.param]))
 
 
 @pytest.fixture(scope="module")

@@ -13,18 +13,6 @@ from probes import Knockout
 
 pytestmark = pytest.mark.numerics
 
-MASKS = ("causal", "bidirectional", "prefix")  # under the last, the prefix sees the image, also what is blocked
-
-
-@pytest.fixture(scope="module", params=MASKS)
-def mllm(request, checkpoints):
-    return probes.load(str(checkpoints[request.param]))
-
-
-@pytest.fixture(scope="module")
-def pixels():
-    return tiny_models.pixels(3)
-
 
 BLOCKED = torch.tensor([[False, True, False, True], [True, False, False, False], [False, False, False, False]])
 

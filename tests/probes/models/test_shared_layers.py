@@ -1,7 +1,6 @@
 """Rows of an image that share layers, against each row in a forward of its own."""
 
 import pytest
-import tiny_models
 import torch
 from device_reads import DeviceReads
 from tolerances import rounding
@@ -23,16 +22,6 @@ IMAGES = [image for image, _, _ in ROWS]
 def knockout_of(rows: list[tuple], heads: torch.Tensor | None = None) -> Knockout:
     layers = torch.tensor([[layer in window for layer in range(1, LAYERS + 1)] for _, _, window in rows])
     return Knockout(BLOCKED[[blocked for _, blocked, _ in rows]], layers, heads)
-
-
-@pytest.fixture(scope="module", params=("causal", "bidirectional", "prefix"))
-def mllm(request, checkpoints):
-    return probes.load(str(checkpoints[request.param]))
-
-
-@pytest.fixture(scope="module")
-def pixels():
-    return tiny_models.pixels(3)
 
 
 @pytest.mark.parametrize("by_head", [False, True])

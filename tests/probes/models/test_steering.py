@@ -9,14 +9,9 @@ import probes
 from probes import Knockout
 
 
-@pytest.fixture(scope="module", params=("causal", "bidirectional"))
+@pytest.fixture(scope="module", params=["causal", "bidirectional"])  # a prefix that sees the image would differ, too
 def mllm(request, checkpoints):
     return probes.load(str(checkpoints[request.param]))
-
-
-@pytest.fixture(scope="module")
-def pixels():
-    return tiny_models.pixels(3)
 
 
 def steer(states):

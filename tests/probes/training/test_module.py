@@ -198,7 +198,7 @@ def test_data_is_loaded_where_processes_are_not_forked_by_default(run, checkpoin
     [
         (["--trainer.accumulate_grad_batches", "4"], "accumulate_grad_batches must be 1, got 4"),
         (["--trainer.limit_val_batches", "0.5"], "limit_val_batches must be 1.0, got 0.5"),
-        (["--trainer.limit_test_batches", "0"], "limit_test_batches must be 1.0, got 0"),
+        (["--trainer.limit_test_batches", "0.5"], "limit_test_batches must be 1.0, got 0.5"),
         (["--trainer.fast_dev_run", "true"], "fast_dev_run must be False, got True"),
         (["--trainer.overfit_batches", "2"], "overfit_batches must be 0.0, got 2"),
     ],

@@ -191,7 +191,7 @@ def no_zero3_partitioning() -> Iterator[None]:
 def load_llm(path: str, config: PreTrainedConfig, tokens: int, *, dtype: torch.dtype, attn_implementation: str):
     """Load the LLM in `dtype` and resize its vocabulary to at least `tokens` rows.
 
-    If `dtype` is not torch's default, the embeddings are converted last: the rows of added tokens are drawn from
+    If `dtype` is not torch's default, the embeddings are converted last: the rows of added tokens are the mean of
     embeddings of full precision.
     """
     reader, default = AutoModelForCausalLM, torch.get_default_dtype()
@@ -226,12 +226,17 @@ def padded_vocab_size(rows: int, tokens: int) -> int:
 
 
 def resize_vocabulary(language_model, tokens: int) -> None:
-    """Resize the embeddings to at least `tokens` rows; new rows are drawn around the mean of the old ones."""
+    """Resize the embeddings to at least `tokens` rows; each new row is the mean of the old ones.
+
+    Source: smart_tokenizer_and_embedding_resize of LLaVA's train.py. The rows do not depend on the seed, since
+    checkpoints lack those of a frozen LLM.
+    """
     rows = language_model.get_input_embeddings().num_embeddings
     if padded_vocab_size(rows, tokens) > rows:
-        with torch.random.fork_rng(devices=[]):  # always the same rows, since checkpoints lack those of a frozen LLM
-            torch.manual_seed(0)
-            language_model.resize_token_embeddings(padded_vocab_size(rows, tokens), mean_resizing=True)
+        with torch.random.fork_rng(devices=[]):  # transformers draws rows first
+            language_model.resize_token_embeddings(padded_vocab_size(rows, tokens), mean_resizing=False)
+        for embeddings in _embeddings(language_model):
+            embeddings.weight.data[rows:] = embeddings.weight.data[:rows].mean(0)
 
 
 def init_adapter(adapter: nn.Module) -> None:

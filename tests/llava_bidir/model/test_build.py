@@ -35,11 +35,15 @@ def built(parts):
 
 
 def test_parts_keep_their_weights_and_the_vocabulary_grows(parts, built):
+    """As in LLaVA, the rows of added tokens are the mean of the LLM's; they must not depend on the seed."""
     llm = LlamaForCausalLM.from_pretrained(parts[1])
     words = llm.config.vocab_size
     embeddings = built.get_input_embeddings().weight
     assert torch.equal(embeddings[:words], llm.get_input_embeddings().weight)
     assert len(embeddings) % 64 == 0 and len(embeddings) > words
+    for module in ("get_input_embeddings", "get_output_embeddings"):
+        mean = getattr(llm, module)().weight.mean(0)
+        assert torch.equal(getattr(built, module)().weight[words:], mean.expand(len(embeddings) - words, -1))
     assert built.config.image_token_id == words, "<image> follows the LLM's own words"
     assert built.config.image_seq_length == tiny_models.TOKENS and built.config.image_attention == "bidirectional"
     assert torch.equal(built.model.language_model.layers[0].mlp.up_proj.weight, llm.model.layers[0].mlp.up_proj.weight)

@@ -33,6 +33,6 @@ def checkpoint_layers(llm: nn.Module, setting: bool | int) -> None:
     """
     count = count_checkpointed(setting, len(llm.layers))
     if count:
-        llm.gradient_checkpointing_enable({"use_reentrant": False})
+        llm.activation_checkpointing_enable({"use_reentrant": False})
     for layer in llm.layers[count:]:
         layer.gradient_checkpointing = False

@@ -197,7 +197,7 @@ def run_side(name: str, parts: tuple, size: dict, samples: int, precision: str, 
         set_trainable(model, TRAIN)
         return samples / stock(model, drawn, STOCK[name], px, precision, device)
     set_trainable(model, TRAIN)
-    model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
     module.model = model
     pack_tokens = MAX_LENGTH * tokens // IMAGE_TOKENS if packed else None
     collate = DrawnCollate(module.processor, tokens, px, pack_tokens)

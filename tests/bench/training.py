@@ -154,7 +154,7 @@ def ours(module: LlavaTraining, model, made: list[dict], precision: str, device:
 
     module.model = model
     if module.hparams.gradient_checkpointing:
-        model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = Trainer(
         max_epochs=1,

@@ -156,12 +156,12 @@ class Parsed(BaseException):
 @pytest.mark.parametrize(("name", "command"), [row for row in OF_PROGRAMS if takes_config(row[1])])
 def test_configured_command_parses(name, command, monkeypatch, capsys):
     """Options, their types, and the keys of all config files."""
-    from llava_bidir.common.lightning_cli import ConfiguredCLI
+    from llava_bidir.common.lightning_cli import RunCLI
 
     def stop(self):
         raise Parsed
 
-    monkeypatch.setattr(ConfiguredCLI, "instantiate_classes", stop)
+    monkeypatch.setattr(RunCLI, "instantiate_classes", stop)
     monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # so that it is as before when the test ends
     monkeypatch.chdir(ROOT)
     program, *words = shlex.split(command)

@@ -1,26 +1,34 @@
-"""LightningCLI whose errors name the config, and which loads checkpoints as data only."""
+"""What the commands that train have in common: a LightningCLI for runs, its logs and its processes."""
 
 import linecache
+import logging
+import sys
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from inspect import isroutine
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import Namespace
-from lightning import Callback
+from lightning import Callback, Trainer
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins import LayerSync, Precision
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 
+from .checkpoint_io import AtomicCheckpointIO
 from .errors import UserError
+from .expected_messages import hide_expected_messages
+from .progress import LogProgress
+from .run_folder import StartOfRun
 from .usage_errors import ShortUsageErrors
 
 OUR_PACKAGES = ("llava_bidir", "probes")
@@ -41,16 +49,52 @@ class ConfigParser(ShortUsageErrors, LightningArgumentParser):
     """LightningCLI's parser with short errors."""
 
 
-class ConfiguredCLI(LightningCLI):
-    """LightningCLI that rejects pickled checkpoints and duplicate keys, and names the config in library errors.
+class RunCLI(LightningCLI):
+    """LightningCLI of a run in a folder, which rejects pickled checkpoints and duplicate keys.
+
+    Errors of libraries name the config.
 
     Raises:
         UserError: A config contains a key twice, a value that Lightning rejects or `trainer.max_time`, or
             `--weights_only` is false.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, parser_class=ConfigParser, **kwargs)
+    def __init__(self, *args, trainer_defaults: dict[str, Any], **kwargs):
+        hide_expected_messages()
+        super().__init__(
+            *args,
+            **kwargs,
+            parser_class=ConfigParser,
+            seed_everything_default=0,  # Deviates: transformers' Trainer, which LLaVA uses, has 42
+            save_config_callback=StartOfRun,
+            save_config_kwargs={"overwrite": True},
+            auto_configure_optimizers=False,  # no --optimizer: the modules build theirs
+            trainer_defaults={
+                "enable_model_summary": False,  # its column "Mode" says train for the frozen model
+                "use_distributed_sampler": False,  # the data have their own
+                **trainer_defaults,
+            },
+        )
+
+    def add_run_options(self, parser: LightningArgumentParser, out: str, content: str) -> None:
+        """Add --out, with its default and what the folder contains, and --overwrite."""
+        parser.add_argument("--out", default=out, help=f"folder of the run: config, events, checkpoints, {content}")
+        parser.add_argument("--overwrite", type=bool, default=False, help="replace the run that OUT holds")
+        parser.link_arguments("out", "trainer.default_root_dir")
+
+    def instantiate_trainer(self, **kwargs) -> Trainer:
+        """Add the logger, atomic checkpoints, and lines of progress where no terminal shows a bar."""
+        setting = lambda key: self._get(self.config_init, key)
+        if setting("trainer.logger") is None:
+            kwargs["logger"] = TensorBoardLogger(setting("out"), name="", version="", default_hp_metric=False)
+        plugins = [*(setting("trainer.plugins") or []), AtomicCheckpointIO(), *kwargs.pop("plugins", [])]
+        to_log = not sys.stderr.isatty() and setting("trainer.enable_progress_bar") is None
+        if to_log:
+            kwargs["enable_progress_bar"] = False
+        trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
+        if to_log:
+            trainer.callbacks.append(LogProgress())
+        return trainer
 
     def parse_arguments(self, parser: LightningArgumentParser, args) -> None:
         """Check the YAML files among the arguments, parse, and set `weights_only`."""
@@ -142,3 +186,14 @@ def check_unique_keys(file: Path) -> None:
             yaml.load(file.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except UserError as error:
         raise UserError(f"config {file}: {error}") from None
+
+
+@contextmanager
+def run_process() -> Iterator[None]:
+    """Log plain lines, and end the group of processes with the command."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        yield
+    finally:  # Lightning destroys NCCL groups only; a process that exits with running gloo threads may abort
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+            torch.distributed.destroy_process_group()

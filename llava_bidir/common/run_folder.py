@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
 from .checkpoint_io import is_complete, resolve_ckpt_path
 from .errors import UserError
@@ -46,11 +46,6 @@ class RunPlan:
     checkpoint: str | None = None
     finished: bool = False
     replaced: list[Path] = field(default_factory=list)
-
-
-def add_overwrite_option(parser: LightningArgumentParser) -> None:
-    """Add --overwrite."""
-    parser.add_argument("--overwrite", type=bool, default=False, help="replace the run that OUT holds")
 
 
 def start_run(

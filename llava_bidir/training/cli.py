@@ -1,24 +1,20 @@
 """`llava-bidir fit | validate | test`: LightningCLI of the training."""
 
-import logging
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.atomic_io import read_json
-from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, is_complete, resolve_ckpt_path
+from llava_bidir.common.checkpoint_io import is_complete, resolve_ckpt_path
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.expected_messages import hide_expected_messages
-from llava_bidir.common.lightning_cli import ConfiguredCLI
-from llava_bidir.common.progress import LogProgress
-from llava_bidir.common.run_folder import StartOfRun, add_overwrite_option, start_run
+from llava_bidir.common.lightning_cli import RunCLI, run_process
+from llava_bidir.common.run_folder import start_run
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.step_boundary import SaveAtStepBoundary
 from llava_bidir.data.datamodule import InstructionData
@@ -32,36 +28,23 @@ from .slurm_requeue import SlurmRequeue
 from .throughput import Throughput
 
 
-class TrainingCLI(ConfiguredCLI):
+class TrainingCLI(RunCLI):
     """Command line for model, data and trainer; several `-c` merge from left to right, then the flags."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add --out, --overwrite and --loss_monitor, and link the data to the model's processor."""
-        parser.add_argument("--out", default="runs/llava", help="folder of the run: config, events, checkpoints, hf/")
-        add_overwrite_option(parser)
-        parser.link_arguments("out", "trainer.default_root_dir")
+        self.add_run_options(parser, "runs/llava", "hf/")
         parser.add_lightning_class_args(LossMonitor, "loss_monitor")
         parser.link_arguments("model.processor", "data.processor", apply_on="instantiate")
         parser.link_arguments("model.image_tokens", "data.image_tokens", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed")
 
-    def instantiate_trainer(self, **kwargs):
-        """Add logger, atomic checkpoints and, under Slurm, requeueing."""
-        out = self._get(self.config_init, "out")
-        if self._get(self.config_init, "trainer.logger") is None:
-            kwargs["logger"] = TensorBoardLogger(out, name="", version="", default_hp_metric=False)
-        plugins = [*(self._get(self.config_init, "trainer.plugins", default=None) or []), AtomicCheckpointIO()]
-        on_slurm = SLURMEnvironment.detect()
-        if on_slurm:
-            plugins.append(SLURMEnvironment(auto_requeue=False))
-        to_log = not sys.stderr.isatty() and self._get(self.config_init, "trainer.enable_progress_bar") is None
-        if to_log:
-            kwargs["enable_progress_bar"] = False
-        trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
-        if to_log:
-            trainer.callbacks.append(LogProgress())
-        if on_slurm:
-            trainer.callbacks.append(SlurmRequeue())
+    def instantiate_trainer(self, **kwargs) -> Trainer:
+        """Add requeueing under Slurm."""
+        if not SLURMEnvironment.detect():
+            return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs, plugins=[SLURMEnvironment(auto_requeue=False)])
+        trainer.callbacks.append(SlurmRequeue())
         return trainer
 
     def fit(self, ckpt_path: str | None = None, **kwargs) -> None:
@@ -102,29 +85,14 @@ class TrainingCLI(ConfiguredCLI):
 
 def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> TrainingCLI:
     """Parse `argv` and build model, data and trainer; if `run`, also execute the subcommand."""
-    hide_expected_messages()
+    callbacks = [LearningRateMonitor("step"), Throughput(), ShowAnswers(), SaveAtStepBoundary(), ExportModel()]
     return TrainingCLI(
         LlavaTraining,
         InstructionData,
         args=argv,
         run=run,
-        seed_everything_default=0,  # Deviates: transformers' Trainer, which LLaVA uses, has 42
-        save_config_callback=StartOfRun,
-        save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": prog},
-        auto_configure_optimizers=False,  # no --optimizer: the module builds it
-        trainer_defaults={
-            "enable_model_summary": False,  # its column "Mode" says train for the frozen model
-            # InstructionData shards batches itself; Lightning's sampler would break LLaVA's grouping by length
-            "use_distributed_sampler": False,
-            "callbacks": [
-                LearningRateMonitor("step"),
-                Throughput(),
-                ShowAnswers(),
-                SaveAtStepBoundary(),
-                ExportModel(),
-            ],
-        },
+        trainer_defaults={"callbacks": callbacks},
     )
 
 
@@ -136,10 +104,6 @@ def build_data_cli(argv: list[str], prog: str) -> TrainingCLI:
 
 def main(argv: list[str]) -> None:
     """Run `llava-bidir fit`, `validate` or `test`."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as LLaVA trains
-    try:
+    with run_process():
         build_cli(argv)
-    finally:  # Lightning destroys NCCL groups only; a process that exits with running gloo threads may abort
-        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-            torch.distributed.destroy_process_group()

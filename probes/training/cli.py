@@ -1,24 +1,18 @@
 """The commands `probes fit | validate | test`: LightningCLI for a probe run."""
 
-import logging
-import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, resolve_ckpt_path
+from llava_bidir.common.checkpoint_io import resolve_ckpt_path
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.expected_messages import hide_expected_messages
-from llava_bidir.common.lightning_cli import ConfiguredCLI
-from llava_bidir.common.progress import LogProgress
-from llava_bidir.common.run_folder import StartOfRun, add_overwrite_option, check_unfinished, start_run
+from llava_bidir.common.lightning_cli import RunCLI, run_process
+from llava_bidir.common.run_folder import check_unfinished, start_run
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.step_boundary import SaveAtStepBoundary
 from probes.data.datamodule import SegmentationData
@@ -28,39 +22,26 @@ from .module import ProbeModule
 from .run_schema import Manifest, read_metrics, read_run_file
 
 
-class ProbeCLI(ConfiguredCLI):
+class ProbeCLI(RunCLI):
     """Build model, data and trainer from YAML; several `-c` merge from left to right, then the flags."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of a run, and link those that data and model share."""
-        parser.add_argument(
-            "--out", default="runs/probes", help="folder of the run: config, events, checkpoints, metrics.json, probes"
-        )
+        self.add_run_options(parser, "runs/probes", "metrics.json, probes")
         parser.add_argument(
             "--save_predictions",
             type=bool,
             default=False,
             help="also write the predictions of every image to OUT/predictions/SITE/NAME.png",
         )
-        add_overwrite_option(parser)
-        parser.link_arguments("out", "trainer.default_root_dir")
         parser.link_arguments("data.num_classes", "model.num_classes", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
 
-    def instantiate_trainer(self, **kwargs):
-        """Build the trainer with logger, atomic checkpoints and callbacks of a run."""
-        if self._get(self.config_init, "trainer.logger") is None:
-            out = self._get(self.config_init, "out")
-            kwargs["logger"] = TensorBoardLogger(out, name="", version="", default_hp_metric=False)
-        plugins = [*(self._get(self.config_init, "trainer.plugins") or []), AtomicCheckpointIO()]
-        to_log = not sys.stderr.isatty() and self._get(self.config_init, "trainer.enable_progress_bar") is None
-        if to_log:
-            kwargs["enable_progress_bar"] = False
-        trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
+    def instantiate_trainer(self, **kwargs) -> Trainer:
+        """Add what `--ckpt_path last` and `--save_predictions` require."""
+        trainer = super().instantiate_trainer(**kwargs)
         check_trainer(trainer)
-        if to_log:
-            trainer.callbacks.append(LogProgress())
         for callback in trainer.checkpoint_callbacks:
             callback.save_last = True  # `--ckpt_path last` requires it; else it would start from scratch
             callback.dirpath = callback.dirpath or f"{trainer.default_root_dir}/checkpoints"  # for any logger
@@ -143,20 +124,13 @@ def check_trainer(trainer: Trainer) -> None:
 
 def build_cli(argv: list[str], run: bool = True, prog: str = "probes") -> ProbeCLI:
     """Parse `argv` and execute its subcommand; with `run=False` only build model, data and trainer."""
-    hide_expected_messages()
     return ProbeCLI(
         ProbeModule,
         SegmentationData,
         args=argv,
         run=run,
-        seed_everything_default=0,
-        save_config_callback=StartOfRun,
-        save_config_kwargs={"overwrite": True},
         parser_kwargs={"prog": prog},
-        auto_configure_optimizers=False,  # --optimizer would override the optimizer of ProbeModule
         trainer_defaults={
-            "enable_model_summary": False,  # its column "Mode" says train for the frozen model
-            "use_distributed_sampler": False,  # SegmentationData has its own
             "num_sanity_val_steps": 0,
             "callbacks": [LearningRateMonitor("step"), ShowMaps(), SaveAtStepBoundary()],
         },
@@ -166,16 +140,5 @@ def build_cli(argv: list[str], run: bool = True, prog: str = "probes") -> ProbeC
 def main(argv: list[str]) -> None:
     """Run `probes fit`, `validate` or `test`."""
     torch.set_float32_matmul_precision("high")
-    with logged_processes():
+    with run_process():
         build_cli(argv)
-
-
-@contextmanager
-def logged_processes() -> Iterator[None]:
-    """Log what a command says, and end its group of processes with it."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        yield
-    finally:  # Lightning does this for NCCL only; a process that exits with running gloo threads may abort
-        if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-            torch.distributed.destroy_process_group()

@@ -8,11 +8,12 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.lightning_cli import run_process
 from llava_bidir.common.run_folder import start_run
 from llava_bidir.common.usage_errors import ArgumentParser
 from probes.tasks import TASKS
 
-from .cli import ProbeCLI, build_cli, logged_processes
+from .cli import ProbeCLI, build_cli
 from .closed_form import STRENGTHS
 from .least_squares_solver import LeastSquaresSolver
 from .moment_solver import MomentSolver
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
     cli = build_cli([*config, gradients], run=False, prog="probes solve")
     cli.model = build_solver(cli.model, args, cli.datamodule.task)
     cli.datamodule.cache_features = False  # images are read once, or kept as the solver's sample
-    with logged_processes():
+    with run_process():
         dry_run(cli) if args.dry_run else run(cli, args.ckpt_path)
 
 

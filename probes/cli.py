@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p = command("patching", "probes.analyses.patching.run:run", text)
     _add_run(p)
-    text = "mask of the forward that gives the new states (default: bidirectional, or causal for a run that is not)"
+    text = "mask under which replacement states are computed (default: bidirectional, or causal for a run that is not)"
     p.add_argument("--mask", metavar="NAME", help=text)
     text = "also patch pictures without a cue by those with it: a folder data set with the splits `with` and `without`"
     p.add_argument("--pairs", metavar="DIR", help=text)
@@ -207,7 +207,7 @@ def _add_seed_and_out(parser: argparse.ArgumentParser, purpose: str, out: str = 
 
 
 def _add_overwrite(parser: argparse.ArgumentParser) -> None:
-    text = "`true`: replace what another call has written"
+    text = "`true`: replace a result that other options or runs have made"
     parser.add_argument("--overwrite", type=_read_bool, default="false", metavar="BOOL", help=text)
 
 

@@ -112,7 +112,7 @@ def test_deleted_result_is_made_again_with_what_follows_and_nothing_else(finishe
         kept.rename(finished / deleted)
 
 
-def test_another_seed_makes_everything_anew_unless_the_demo_is_finished(finished):
+def test_another_seed_replaces_a_demo_unless_it_is_finished(finished):
     settings, report, kept = finished / "settings", finished / REPORT, finished / "kept"
     before, written = settings.read_text(), settings.stat().st_mtime
     make = ["make", "-n", "SEED=7", *command(finished)[1:]]

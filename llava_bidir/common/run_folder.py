@@ -105,7 +105,7 @@ def check_unfinished(result: Path, overwrite: bool) -> None:
 
 def _occupied(folder: Path, content: str) -> UserError:
     return UserError(
-        f"{folder} holds {content}; add `--ckpt_path last` to go on with it or `--overwrite true` to replace it, or "
+        f"{folder} holds {content}; add `--ckpt_path last` to resume it or `--overwrite true` to replace it, or "
         "choose another --out"
     )
 

@@ -108,7 +108,7 @@ class Throughput(Callback):
         self.batch_ended = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start anew: validation is neither training nor waiting for data."""
+        """Restart the clock: validation is neither training nor waiting for data."""
         self._start_window(trainer)
         self.batch_ended = time.perf_counter()
 

@@ -1,10 +1,10 @@
 """Random weights in place of trained ones: controls that show what the architecture does without training.
 
-An LLM drawn anew hardly changes its input: its layers' outputs are small. It controls for nothing that strong layers
+A re-initialised LLM hardly changes its input: its layers' outputs are small. It controls for nothing that strong layers
 do, such as mixing neighbouring patches. Matched controls change the states as much as the trained layers:
 
     none       as transformers initialises a model before training
-    update     layers drawn anew, then scaled to the trained layers' relative updates (`matched_updates.py`)
+    update     re-initialised layers, scaled to the trained layers' relative updates (`matched_updates.py`)
     permuted   the trained weights of each matrix in random order
 
 Matched controls replace the decoder layers only. The prompt's embeddings and the final norm stay trained, as inputs and

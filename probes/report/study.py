@@ -1,8 +1,8 @@
 """Group the runs of a report by model and dataset, then by attention mask, trained and untrained.
 
-Runs of `probes solve` are "solved": their probes minimise the loss at every strength of regularisation. Runs of `probes
-fit` train their probes with SGD. Where a study has both, the page shows the trained probes and compares the solved ones
-along the path of strengths; the main runs of all masks have probes of one kind. Controls have random weights:
+Runs of `probes solve` are "solved": their probes minimise the loss at every strength of regularisation. Runs of
+`probes fit` train theirs with AdamW. Where a study has both, the page shows the trained probes and compares the solved
+ones along the path of strengths; the main runs of all masks have probes of one kind. Controls have random weights:
 "untrained" ones as a model is initialised, "random" ones with an LLM that resembles the trained one
 (probes/models/random_init.py), in several draws.
 """
@@ -152,9 +152,9 @@ class Study:
 
     def _complete(self) -> None:
         """Make solved runs the main ones if more masks have them, and sort all runs by mask, the paper's first."""
-        by_sgd, self.trained = self.trained, max(self.trained, self.solved, key=len)
+        by_gradient, self.trained = self.trained, max(self.trained, self.solved, key=len)
         left_out = [run for mask, run in self.solved.items() if mask not in self.trained]
-        for run in [*left_out, *(by_sgd.values() if self.trained is self.solved else ())]:
+        for run in [*left_out, *(by_gradient.values() if self.trained is self.solved else ())]:
             kinds = ("solved", "trained") if run.is_solved else ("trained", "solved")
             text = "%s is left out of curves and claims: its probes were %s, those of another mask of %s only %s"
             log.warning(text, run.path, kinds[0], self.title, kinds[1])

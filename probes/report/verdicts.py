@@ -1,6 +1,6 @@
 """Judge each claim in three columns. A claim is supported only if it holds in all of them.
 
-    paper          as the paper measures it: probes trained with SGD
+    paper          as the paper measures it: probes trained with AdamW
     optimum        with solved probes: drop and recovery at every strength of regularisation whose probes have
                    converged, all else at the strength that cross-validation chose
     beyond_random  the claim's number minus that of random models which change the states as much

@@ -43,7 +43,7 @@ class ProbeModule(FrozenProbes):
         match: How a random LLM resembles the trained one: none; update, whose layers change the states as much as the
             trained ones; or permuted, the trained weights in random order. See probes/models/random_init.py.
         draw: Number of the draw of random weights; several draws show what differs between them.
-        image_resize: How images become squares: squash (resize) or pad (as LLaVA), see probes/ops/geometry.py.
+        image_resize: How images become squares: squash, pad (LLaVA's stage 2) or center_crop (its stage 1).
             Deviates: LLaVA trains and evaluates with padding. The paper does not say; squash uses all patches.
         dtype: Dtype of the model: auto (as stored in the checkpoint), bfloat16, float16 or float32. Probes are always
             float32.

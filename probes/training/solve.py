@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--shrink-to", choices=["diagonal", "trace"], default="diagonal", help=text)
     text = "training images whose states are kept in memory (default: as many as fit into a quarter of it)"
     parser.add_argument("--sample-images", type=int, metavar="N", help=text)
-    text = "`last` goes on with what a killed run has left, and leaves a finished one alone"
+    text = "`last` resumes a killed run and leaves a finished one alone"
     parser.add_argument("--ckpt_path", choices=["last"], help=text)
     parser.add_argument("--dry-run", action="store_true", help="print memory and hours, measured on a few images")
     return parser

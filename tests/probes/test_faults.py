@@ -148,7 +148,7 @@ def test_killed_at_random_moments_it_ends_as_undisturbed(step, study, stages):
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_full_disk_is_named_loses_nothing_and_is_gone_on_from(step, study, stages):
+def test_full_disk_is_named_and_loses_nothing(step, study, stages):
     """There is room for a lock only; for `fit`, also for its events and first checkpoint."""
     expected = restore(study, after(step, stages))
     shutil.rmtree(study.out)

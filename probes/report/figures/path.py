@@ -23,12 +23,12 @@ MEASURES = {"miou": (100, "mIoU (pp)"), "cross_entropy": (1, "cross-entropy\n(na
 Verdicts = list[dict[str, Any]]
 
 
-def path_effects(verdicts: Verdicts, trained_with_sgd: dict[tuple[str, str], float]) -> FigureData:
+def path_effects(verdicts: Verdicts, of_trained: dict[tuple[str, str], float]) -> FigureData:
     """Draw the effects against the strength: mIoU above, cross-entropy below.
 
     Args:
         verdicts: Entry "path" of results.json.
-        trained_with_sgd: mIoU effects of probes trained with SGD, by mask and effect.
+        of_trained: mIoU effects of trained probes, by mask and effect.
     """
     effects = [effect for effect in EFFECTS if any(verdict["effect"] == effect for verdict in verdicts)]
     figure, axes = new_panels(2 * len(effects), height=2.3, columns=len(effects), sharex=True)
@@ -41,8 +41,8 @@ def path_effects(verdicts: Verdicts, trained_with_sgd: dict[tuple[str, str], flo
         if measure == "miou":
             ax.set_title(EFFECTS[effect], fontsize=9)
             for mask in dict.fromkeys(verdict["image_attention"] for verdict in shown):
-                if (mask, effect) in trained_with_sgd:
-                    ax.axhline(100 * trained_with_sgd[mask, effect], color=mask_colour(mask), ls=":", lw=1.3)
+                if (mask, effect) in of_trained:
+                    ax.axhline(100 * of_trained[mask, effect], color=mask_colour(mask), ls=":", lw=1.3)
         else:
             _compress_outliers(ax, [abs(row["value"]) for verdict in shown for row in verdict["estimates"]])
         if i % len(effects) == 0:
@@ -51,7 +51,7 @@ def path_effects(verdicts: Verdicts, trained_with_sgd: dict[tuple[str, str], flo
         ax.tick_params(labelsize=8)
     for ax in axes[-len(effects) :]:
         ax.set_xlabel("strength", fontsize=9)
-    legend = _legend(verdicts, bool(trained_with_sgd))
+    legend = _legend(verdicts, bool(of_trained))
     figure.legend(handles=legend, loc="outside lower center", ncols=min(4, len(legend)), fontsize=8)
     return FigureData(figure, verdict_rows(verdicts))
 
@@ -91,7 +91,7 @@ def _legend(verdicts: Verdicts, sgd: bool) -> list:
     if any(verdict["not_converged"] for verdict in verdicts):
         kinds.append(Line2D([], [], **point, markerfacecolor="white", label="not converged"))
     if sgd:
-        kinds.append(Line2D([], [], color=grey, ls=":", label="trained with SGD"))
+        kinds.append(Line2D([], [], color=grey, ls=":", label="trained with AdamW"))
     return [Patch(color=mask_colour(mask), label=mask) for mask in masks] + kinds
 
 
@@ -100,8 +100,8 @@ def path_figures(study: Study, results: dict[str, Any]) -> Figures:
     if not results["path"]:
         return
     claims = [claim for claim in results["claims"] if claim["claim"] in EFFECTS]
-    by_sgd = {(claim["image_attention"], claim["claim"]): claim["value"] for claim in claims}
-    by_sgd = {key: value for key, value in by_sgd.items() if not study.trained[key[0]].is_solved}
+    of_trained = {(claim["image_attention"], claim["claim"]): claim["value"] for claim in claims}
+    of_trained = {key: value for key, value in of_trained.items() if not study.trained[key[0]].is_solved}
     yield ReportFigure(
         "path", PATH_SECTION, "Drop-off and recovery at every strength",
         caption(
@@ -109,8 +109,8 @@ def path_figures(study: Study, results: dict[str, Any]) -> Figures:
             "regularisation; above zero, the first site is better. Lines: probes in closed form. Points: probes at the "
             "optimum of the loss. Where some losses explode, the axis is logarithmic away from zero.",
             "Hollow: not converged, not counted." if any(v["not_converged"] for v in results["path"]) else "",
-            "Dotted: probes trained with SGD." if by_sgd else "",
+            "Dotted: probes trained with AdamW." if of_trained else "",
             "Check whether a whole curve lies above zero. Bands and bars: 95% intervals that hold at all strengths "
             "together. The best layer is chosen by cross-validation over images.",
         ),
-        path_effects(results["path"], by_sgd))  # fmt: skip
+        path_effects(results["path"], of_trained))  # fmt: skip

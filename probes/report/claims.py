@@ -108,19 +108,27 @@ def _to_json(effect: Effect | None) -> dict[str, Any] | None:
 
 def _measure_all(study: Study) -> Numbers:
     controls = {mask: study.control(mask) for mask in study.trained}
-    main, control = measure(study.trained), measure({mask: run for mask, run in controls.items() if run})
+    main_site, solved_site = (next((run.peak_layer for run in r.values()), None) for r in (study.trained, study.solved))
+    main = measure(study.trained, main_site)
+    control = measure({mask: run for mask, run in controls.items() if run}, main_site)
     for mask in study.trained:
         if ("recovery", mask) in main.keys() & control.keys():
             pair = (measured["recovery", mask].estimate for measured in (main, control))
             main["recovery_trained", mask] = one(subtract(*pair), study.trained[mask])
-    site = next((run.peak_layer for run in study.trained.values()), None)
-    kinds = [(part, solved) for part in ("adapter", "llm") for solved in (True, False)]
-    draws = {kind: [measure(runs, site) for runs in study.random_draws(*kind)] for kind in kinds}
-    return Numbers(main, control, main if study.solved == study.trained else measure(study.solved), draws)
+    draws = {
+        (part, solved): [measure(runs, site) for runs in study.random_draws(part, solved)]
+        for part, sites in (("llm", (solved_site, main_site)), ("adapter", (None, None)))
+        for solved, site in zip((True, False), sites, strict=True)
+    }
+    solved = main if study.solved == study.trained else measure(study.solved, solved_site)
+    return Numbers(main, control, solved, draws)
 
 
-def measure(runs: Mapping[str, ProbeRun], site: str | None = None) -> Measured:
-    """Return the number of each claim from runs of one kind, by mask; starvation compares the masks at `site`."""
+def measure(runs: Mapping[str, ProbeRun], site: str | None) -> Measured:
+    """Return the number of each claim from runs of one kind, by mask.
+
+    Starvation compares the masks at `site`, the best layer of the trained model for its controls too, or not at all.
+    """
     numbers: Measured = {}
     for mask, run in runs.items():
         estimates = drop_and_recovery(run.sites, run.counts, run.weights, run.groups)
@@ -132,7 +140,6 @@ def measure(runs: Mapping[str, ProbeRun], site: str | None = None) -> Measured:
                     by_class, {"images": run.metrics["images"], "classes": len(by_class)}, units
                 )
     pair = [runs[mask] for mask in MASKS if mask in runs]
-    site = site or (pair[0].peak_layer if pair else None)
     if len(pair) == 2 and pair[0].is_solved == pair[1].is_solved and all(site in run.sites for run in pair):
         for claim, estimate in gap_estimates(*pair, site).items():
             if math.isnan(estimate[0]):  # e.g. the padding of landscape photos

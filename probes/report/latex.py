@@ -27,7 +27,13 @@ def format_tables(study: Study, claims: list[dict[str, Any]], knockout: Rows) ->
 
 
 def _score_rows(study: Study) -> list[list[str]]:
-    titles = [run.metrics["image_attention"] + ", untrained" * bool(run.metrics["untrained"]) for run in study.runs]
+    mixed = len({run.probe_kind for run in study.runs}) > 1
+    titles = [
+        run.metrics["image_attention"]
+        + ", untrained" * bool(run.metrics["untrained"])
+        + f", {run.probe_kind} probes" * mixed
+        for run in study.runs
+    ]
     sites = list(dict.fromkeys(entry["site"] for run in study.runs for entry in run.metrics["sites"]))
     by_site = [{entry["site"]: _score(entry) for entry in run.metrics["sites"]} for run in study.runs]
     return [["site", *titles], *([site, *(scores.get(site, "–") for scores in by_site)] for site in sites)]

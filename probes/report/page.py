@@ -59,6 +59,7 @@ FILTERS |= {"anchor": lambda text: "".join(c if c.isalnum() else "-" for c in te
 
 def study_results(study: Study) -> dict[str, Any]:
     """Return the content of results.json for one model on one dataset."""
+    random = [run for kind in (study.solved_random, study.random) for runs in kind.values() for run in runs]
     scores = lambda run: {"probing": run.metrics, "knockout": run.analysis("knockout.json")}
     by_mask = lambda compute, runs: {mask: result for mask, run in runs.items() if (result := compute(run))}
     asked = study_answers(study)
@@ -74,7 +75,10 @@ def study_results(study: Study) -> dict[str, Any]:
         "masks": {mask: scores(run) | spoken(mask, run) for mask, run in study.trained.items()},
         "controls": {
             "untrained": {mask: scores(run) for mask, run in study.untrained.items()},
-            "random": {mask: list(map(scores, runs)) for mask, runs in (study.solved_random | study.random).items()},
+            "random": {
+                mask: [scores(run) for run in random if run.metrics["image_attention"] == mask]
+                for mask in study.solved_random | study.random
+            },
         },
         "starvation": study.starvation(),
         "claims": evaluate_claims(study),

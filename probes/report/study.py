@@ -105,39 +105,53 @@ class Study:
 
         Random LLMs are those that change the states as much as the trained one, or permuted ones if there are no such.
         """
-        random = self.solved_random if solved else self.random
-        if part == "adapter":
-            untrained = self.solved_untrained if solved else self.untrained
-            runs = {mask: [run] for mask, run in untrained.items() if run.is_solved == solved}
-            runs = {mask: runs.get(mask, []) + random.get(mask, []) for mask in runs.keys() | random.keys()}
-            draws = {mask: [run for run in runs[mask] if "adapter" in run.metrics["untrained"]] for mask in runs}
+        random, untrained = (self.solved_random, self.solved_untrained) if solved else (self.random, self.untrained)
+        runs = [run for runs in random.values() for run in runs]
+        if part == "adapter":  # untrained models have one, too; of the same draw it has the same weights
+            runs += [run for run in untrained.values() if run.is_solved == solved]
+            runs = [run for run in runs if "adapter" in run.metrics["untrained"]]
         else:
-            by_match = lambda match: {
-                mask: [run for run in runs if run.metrics["untrained"] == ["llm"] and run.metrics["match"] == match]
-                for mask, runs in random.items()
-            }
-            draws = by_match("update") if any(by_match("update").values()) else by_match("permuted")
-        count = max(map(len, draws.values()), default=0)
-        return [{mask: runs[i] for mask, runs in draws.items() if i < len(runs)} for i in range(count)]
+            llms = [run for run in runs if run.metrics["untrained"] == ["llm"]]
+            by_match = lambda match: [run for run in llms if run.metrics["match"] == match]
+            runs = by_match("update") or by_match("permuted")
+        draws: dict[tuple[int, int], dict[str, ProbeRun]] = {}
+        for run in runs:
+            draws.setdefault((run.metrics.get("draw", 0), run.metrics["seed"]), {}).setdefault(
+                run.metrics["image_attention"], run
+            )
+        return [draws[key] for key in sorted(draws)]
 
     def starvation(self, untrained: bool = False) -> dict[str, Any] | None:
         """Return the accuracy per patch under both masks; None without both runs or the causal best layer."""
         pair = self.pair(untrained)
         return starvation(*pair) if pair and shared_layer(*pair) else None
 
+    def starvation_analysis(self) -> dict[str, Any] | None:
+        """Return the results of `probes starvation` on the two runs; None without, or of another causal run."""
+        causal, bidirectional = self.pair()
+        found = bidirectional.analysis("starvation.json")
+        if found and causal.fingerprint not in found.get("runs", [causal.fingerprint]):
+            text = "%s is left out, since it compares with another run than %s; run `probes starvation` on both again"
+            log.warning(text, bidirectional.path / "starvation.json", causal.path)
+            return None
+        return found
+
     def _add(self, run: ProbeRun) -> None:
         kind, mask = "untrained" if run.metrics["untrained"] else "trained", run.metrics["image_attention"]
         runs = getattr(self, {"trained": "solved", "untrained": "solved_untrained"}[kind] if run.is_solved else kind)
-        another_draw = mask in runs and run.metrics.get("draw", 0) != runs[mask].metrics.get("draw", 0)
-        if run.metrics.get("match", "none") != "none" or another_draw:
+        other = runs.get(mask)
+        if kind == "untrained" and not _is_untrained_model(run):
             self._add_random(run)
-            return
-        if mask in runs:
+        elif other is None:
+            runs[mask] = run
+        elif kind == "trained" or _control_order(run) == _control_order(other):
             raise UserError(
-                f"{runs[mask].path} and {run.path} are both the {kind} run under {mask!r} of {self.title}; "
+                f"{other.path} and {run.path} are both the {kind} run under {mask!r} of {self.title}; "
                 f"pass only one, or name the model of each: NAME={run.path}"
             )
-        runs[mask] = run
+        else:  # in whatever order runs are passed
+            runs[mask], further = sorted((run, other), key=_control_order)
+            self._add_random(further)
 
     def _add_random(self, run: ProbeRun) -> None:
         runs = self.solved_random if run.is_solved else self.random
@@ -169,6 +183,16 @@ class Study:
         first: dict[bool, ProbeRun] = {}  # of the solved runs, and of the others
         for run in self.runs_and_solved:
             first.setdefault(run.is_solved, run).check_same_probes(run)
+
+
+def _is_untrained_model(run: ProbeRun) -> bool:
+    """Return whether a control is the model, or its LLM, as it is before training."""
+    return "llm" in run.metrics["untrained"] and run.metrics.get("match", "none") == "none"
+
+
+def _control_order(run: ProbeRun) -> tuple[int, int]:
+    """Return the order of untrained models: the one that is untrained as a whole first, then by draw."""
+    return -len(run.metrics["untrained"]), run.metrics.get("draw", 0)
 
 
 def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: Iterable[str] = ()) -> list[Study]:

@@ -65,7 +65,7 @@ def unconverged(run: ProbeRun, solved: ProbeRun | None, claim: str) -> str | Non
     layers = [site for site in own if site == ADAPTER or site.startswith("layer_")]
     sites = [site for site in (ENCODER, ADAPTER) if site in own] if claim == "adapter_drop" else layers
     if run.is_solved:
-        return None if _certified(run, sites) else "the solved probes have no certificates of convergence"
+        return None if _certified(run, sites) else "solved probes have not converged at the strength that was chosen"
     steps = f"{run.metrics['probe'].get('steps', 0):,} steps; {PAPER_STEPS}"
     constant = run.metrics["baseline"]["miou"]
     if below := [site for site in sites if own[site] <= constant]:
@@ -80,10 +80,13 @@ def unconverged(run: ProbeRun, solved: ProbeRun | None, claim: str) -> str | Non
 
 
 def _certified(run: ProbeRun, sites: list[str]) -> bool:
-    """Return whether the solved probes of all sites have at least one certificate of convergence."""
+    """Return whether the solved probes of all sites, at the strengths that were chosen, have converged."""
     optimum = run.metrics["path"].get("optimum")
-    entries = {entry["site"]: entry.get("certificates") or [] for entry in optimum["sites"]} if optimum else {}
-    return all(any(found.get("converged") for found in entries.get(site, [])) for site in sites)
+    if not optimum:
+        return False
+    index = {entry["site"]: optimum["strengths"].index(entry["chosen"]) for entry in optimum["sites"]}
+    found = {entry["site"]: entry.get("certificates") for entry in optimum["sites"]}
+    return all(found.get(site) and found[site][index[site]].get("converged") for site in sites)
 
 
 def path_column(sign: int, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from probes.data.palette import palette_of
 from probes.report.answers import answers_by_mask
 from probes.report.study import Study
 
@@ -29,14 +28,14 @@ def study_figures(study: Study, results: dict[str, Any]) -> Figures:
     yield from claim_figures(results["claims"])
     yield from mask_figures(results["paired"])
     if results["starvation"]:
-        yield from starvation_figures(results["starvation"], study.pair()[1].analysis("starvation.json"))
+        yield from starvation_figures(results["starvation"], study.starvation_analysis())
     yield from knockout_figures(study, results["knockout_inference"])
     for mask, run in study.trained.items():
         yield from control_figures(mask, run)
     yield from answer_figures(answers_by_mask(results))
     yield from patching_figures({mask: entry["patching"] for mask, entry in results["masks"].items()})
     yield from confusion_figures(study.trained, results["confusion"])
-    yield from map_figures(study, palette_of(study.first.dataset()))
+    yield from map_figures(study)
     yield from path_figures(study, results)
     yield from variant_figures(study, results["scale"])
     yield from statistics_figures(study)

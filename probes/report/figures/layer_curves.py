@@ -98,9 +98,9 @@ def name_solved_probes(runs: Iterable[ProbeRun]) -> str:
 
 
 def _shown_untrained(study: Study, solved: bool) -> dict[str, ProbeRun]:
-    """Return the untrained runs with layers of the LLM whose probes are of the kind that is drawn."""
+    """Return the untrained runs whose probes are of the kind that is drawn."""
     untrained = study.solved_untrained if solved else study.untrained
-    return {m: run for m, run in untrained.items() if run.is_solved == solved and run.layers != [ADAPTER]}
+    return {mask: run for mask, run in untrained.items() if run.is_solved == solved}
 
 
 def _draw_random(ax: Axes, run: ProbeRun, label: bool) -> None:
@@ -161,9 +161,9 @@ def masks_by_model(studies: list[Study]) -> FigureData:
     figure, axes = new_panels(len(studies))
     suffix = _probes_suffix(studies)
     for ax, study in zip(axes, studies, strict=True):
-        for mask in MASKS:
-            draw_run(ax, study.trained[mask], mask_colour(mask), mask)
-        label_sites(ax, sites_by_depth(*study.trained.values()), 5, fontsize=8)
+        for mask, run in zip(MASKS, study.pair(), strict=True):
+            draw_run(ax, run, mask_colour(mask), mask)
+        label_sites(ax, sites_by_depth(*study.pair()), 5, fontsize=8)
         ax.set_xlabel("")
         ax.set_title(f"{study.model}\n{study.dataset}{suffix(study)}", fontsize=9)
     axes[0].legend(fontsize=8)

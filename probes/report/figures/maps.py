@@ -8,7 +8,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from probes.data.palette import colorize
+from probes.data.palette import colorize, palette_of
 from probes.models.sites import ADAPTER, ENCODER
 from probes.report.study import Study
 from probes.results.finished_run import FinishedRun
@@ -122,8 +122,11 @@ def _image_grid(
     return figure
 
 
-def map_figures(study: Study, palette: np.ndarray) -> Figures:
-    """Yield the maps and UMAP projections of a study's runs."""
+def map_figures(study: Study) -> Figures:
+    """Yield the maps and UMAP projections of a study's runs; only these need the dataset."""
+    if not any(run.analysis(name) for run in study.trained.values() for name in ("maps.json", "umap.json")):
+        return
+    palette = palette_of(study.first.dataset())
     for mask, run in study.trained.items():
         if not (result := run.analysis("maps.json")):
             continue

@@ -87,8 +87,8 @@ def control_curves(study: Study, shuffled: dict[str, list[VariantScores]]) -> Fi
     rows = []
     for mask, run in study.trained.items():
         kinds = [("trained", "-", run.metrics["sites"])]
-        if mask in study.untrained:
-            kinds.append(("untrained model", "--", study.untrained[mask].metrics["sites"]))
+        if control := study.control(mask):
+            kinds.append(("untrained model", "--", control.metrics["sites"]))
         kinds += [("shuffled labels", ":", variant.entries) for variant in shuffled.get(mask, [])]
         for kind, dash, entries in kinds:
             ax.plot(*depth_and_miou(entries), dash, color=mask_colour(mask), lw=1.8, label=f"{mask}, {kind}")
@@ -157,7 +157,8 @@ def variant_figures(study: Study, scale: dict[str, dict[str, Any]]) -> Figures:
             "controls", "Controls", "Scores without training",
             caption(
                 "Dotted: probes trained on shuffled labels, the score that the probe alone can reach.",
-                "Dashed: the untrained model, the score from the architecture alone." if study.untrained else "",
+                "Dashed: the untrained model, the score from the architecture alone."
+                * any(study.control(mask) for mask in study.trained),
                 "Dash-dotted: the most common class everywhere. The rest of the trained curve comes from training.",
             ),
             control_curves(study, shuffled))  # fmt: skip

@@ -119,7 +119,8 @@ def _format_change(value: float | None, ci95: list[float | None]) -> str:
 
 
 def starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) -> Figures:
-    """Yield the figures of context starvation; `analysis` is starvation.json."""
+    """Yield the figures of context starvation; `analysis` is starvation.json, which may be of another site."""
+    at = f"at {analysis['site'].replace('_', ' ')}" if analysis else ""
     yield ReportFigure(
         "starvation", STARVATION, "Accuracy gap by patch",
         f"Accuracy under bidirectional minus causal attention at {result['site'].replace('_', ' ')}, for the first "
@@ -133,8 +134,8 @@ def starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) 
     if analysis and "by_class" in analysis:
         yield ReportFigure(
             "starvation_by_class", STARVATION, "Accuracy gap with equal class frequencies",
-            "The gap of the first patches as measured, and reweighted so that every patch has the class frequencies of "
-            f"the full split. Early patches often show only a few classes. {INTERVALS}",
+            f"The gap of the first patches {at} as measured, and reweighted so that every patch has the class "
+            f"frequencies of the full split. Early patches often show only a few classes. {INTERVALS}",
             compare_gaps(
                 analysis, analysis["by_class"], ("measured", "same class frequencies"), "standardised"
             ))  # fmt: skip
@@ -152,9 +153,9 @@ def starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) 
         changes = (f"{mask} {_format_change(**change['patch_0'])}" for mask, change in dummy["change"].items())
         yield ReportFigure(
             "starvation_dummy_tokens", STARVATION, "Accuracy gap with dummy tokens",
-            "The gap of the first patches as measured, and with tokens without information before the image (number: "
-            f"{dummy['tokens']}). If the gap shrinks because causal accuracy rises, early patches lacked an attention "
-            "sink, not context. A fall can be the frozen probe's, which has never read states after such a prompt. "
+            f"The gap of the first patches {at} as measured, and with tokens without information before the image "
+            f"(number: {dummy['tokens']}). If the gap shrinks because causal accuracy rises, early patches lacked an "
+            "attention sink, not context. A fall can be the frozen probe's, which has never read states after such a prompt. "
             f"Change of accuracy at patch 0: {', '.join(changes)}. {INTERVALS}",
             compare_gaps(analysis, dummy, ("measured", "with dummy tokens"), "with_tokens"))  # fmt: skip
         if "by_position" in dummy:
@@ -167,7 +168,7 @@ def starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) 
         accuracies = (f"{mask} {_mean(analysis[mask]):.0%} → {_mean(flip[mask]):.0%}" for mask in MASKS)
         yield ReportFigure(
             f"starvation_{flip['flip']}", STARVATION, f"Position or content? ({flip['flip']})",
-            "Left: the gap on upright images. Right: the gap on transformed images. A gap caused by position stays in "
-            f"place; a gap caused by image content moves with the content. Result: {flip['follows']}. Mean accuracy, "
+            f"Left: the gap {at} on upright images. Right: the gap on transformed images. A gap caused by position "
+            f"stays in place; a gap caused by image content moves with the content. Result: {flip['follows']}. Mean accuracy, "
             f"upright → transformed: {', '.join(accuracies)}.",
             flip_gaps(analysis, flip))  # fmt: skip

@@ -11,7 +11,7 @@ import probe_runs
 import pytest
 import tiny_models
 import torch
-from probe_runs import random_counts, write_run
+from probe_runs import STRENGTHS, random_counts, write_run, write_solved
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.bootstrap import simultaneous_band
@@ -29,43 +29,11 @@ from probes.results.probe_run import ProbeRun
 
 CURVE = [0.6, 0.5, 0.55, 0.62, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.6, 0.5, 0.5, 0.5, 0.5, 0.5]
-STRENGTHS = {"closed_form": [0.001, 0.01, 0.1], "optimum": [0.001, 0.01]}
-SETTINGS = {"head": "linear", "feature_norm": "batchnorm", "labels": "true", "solved": "optimum", "seed": 0, "folds": 4}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     return tiny_models.write_segmentation(tmp_path_factory.mktemp("data"), 1, 1)
-
-
-def write_solved(path: Path, curves, *, root, converged=lambda instrument, strength, site: True, **options) -> str:
-    """Write a solved run; `curves` are the pixel accuracies at each strength, those of the optimum are its first."""
-    write_run(path, curves[0], root=root, **options)
-    metrics, labelled = json.loads((path / "metrics.json").read_text()), ProbeRun(path).counts.labelled
-    metrics["probe"] = dict(SETTINGS)
-    solved, tensors = {"passes": 1, "sample_images": 1}, {}
-    for instrument, strengths in STRENGTHS.items():
-        seed = options.get("seed", 0) + 50 * (instrument == "optimum")
-        counts = [
-            random_counts(curve, len(labelled), labelled.shape[1], seed + 7 * i)[0]
-            for i, curve in enumerate(curves[: len(strengths)])
-        ]
-        sites = [entry["site"] for entry in metrics["sites"]]
-        right, predicted = (torch.stack([getattr(c, name) for c in counts]) for name in ("intersection", "predicted"))
-        loss = (labelled.sum(-1) - right.sum(-1)).double() * 1.5  # 1.5 nats per wrong pixel
-        tensors |= {f"{instrument}/intersection": right.int(), f"{instrument}/predicted": predicted.int()}
-        tensors |= {f"{instrument}/cross_entropy": loss}
-        entries = [dict.fromkeys(("miou", "pacc", "cross_entropy", "cv_cross_entropy"), [0.5] * len(strengths))
-                   | {"site": site, "chosen": strengths[0]} for site in sites]  # fmt: skip
-        if instrument == "optimum":
-            for entry in entries:
-                entry["certificates"] = [{"converged": converged(instrument, r, entry["site"])} for r in strengths]
-        solved[instrument] = {"strengths": strengths, "sites": entries}
-    for entry in metrics["sites"]:
-        entry |= {"best_epoch": None, "history": []}
-    (path / "metrics.json").write_text(json.dumps(metrics | {"path": solved}))
-    save_file({name: x.contiguous() for name, x in tensors.items()}, path / "path.safetensors")
-    return str(path)
 
 
 @pytest.fixture(scope="module")

@@ -238,7 +238,7 @@ def task_table(results: list[dict[str, Any]], label: dict[str, dict[str, str]]) 
         held = sum(row["recovery"]["ci95"][0] > 0 for row in entry["path"] if "recovery" in row and row["converged"])
         rows.append(
             {
-                "task": entry["task"],
+                **{key: entry[key] for key in ("task", "model", "dataset")},
                 "score": f"{label[entry['task']][entry['score']]}, {entry['better']} is better",
                 "mask": entry["image_attention"],
                 "seed": ", ".join(map(str, entry.get("seeds") or [entry["seed"]])),

@@ -6,7 +6,8 @@ OUT/*.csv            every number of the page, as fractions 0..1
 OUT/tables.tex       scores per site, claims and knockout in percent, for LaTeX with booktabs
 OUT/*.png, *.pdf     the figures
 
-All files are written at the end, results.json last. An earlier report therefore stays until the new one is complete.
+All files are written at the end, results.json last. An earlier report therefore stays until the new one is complete. Of
+its files, which results.json lists, those that the new one lacks are then removed.
 
 For several models or datasets, results.json lists one object per study under "studies". Each study has its own folder
 of files; figures and tables that compare studies are in OUT.
@@ -16,12 +17,13 @@ import argparse
 import base64
 import io
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 
-from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.knockout.inference import knockout_inference
 from probes.report.figures.beyond_classes import task_figures
@@ -142,8 +144,21 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None, task_run
     several = {"seed": by_study[0]["seed"], "studies": by_study, "joint": joint}
     results = {"wall_s": wall_s} | (by_study[0] if single else several)
     results |= {key: entries for key, entries in tasks.items() if entries}
+    results |= {"files": sorted(path.relative_to(out).as_posix() for path in files)}
+    earlier = _earlier_files(out)
     write_files(files | {out / "index.html": page, out / "results.json": results})
+    for path in earlier - files.keys():
+        path.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder of a study may have other files
+            path.parent.rmdir()
     return results
+
+
+def _earlier_files(out: Path) -> set[Path]:
+    """Return the CSV files, figures and tables of the report that `out` holds."""
+    file = out / "results.json"
+    names = read_json(file).get("files", []) if file.is_file() else []
+    return {out / name for name in names if ".." not in Path(name).parts and not Path(name).is_absolute()}
 
 
 def _task_parts(runs: list[TaskRun]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Rows]]:

@@ -71,7 +71,7 @@ def starvation_table(results: list[dict[str, Any]]) -> Rows:
     """Return a row of text per entry of :func:`task_starvation` or :func:`joint_task_starvation`."""
     return [
         {
-            "task": entry["task"],
+            **{key: entry[key] for key in ("task", "model", "dataset")},
             "error": entry["error"],
             "seed": ", ".join(map(str, entry.get("seeds") or [entry["seed"]])),
             "site": entry.get("site", "of each seed"),

@@ -20,32 +20,40 @@ Entry = dict[str, Any]
 
 
 def tasks_by_site(results: list[Entry]) -> FigureData:
-    """Draw a panel per task; 1 is the encoder's score, and higher is better.
+    """Draw a panel per task, model and dataset; 1 is the encoder's score, and higher is better.
 
     With several seeds, each is a thin line, and their mean a thick one.
 
     Args:
         results: Entry "tasks" of results.json.
     """
-    tasks = list(dict.fromkeys(entry["task"] for entry in results))
-    figure = Figure(figsize=(3.4 * len(tasks) + 0.3, 3.2), layout="constrained")
-    axes = figure.subplots(1, len(tasks), squeeze=False)[0]
+    panels = _panels(results)
+    figure = Figure(figsize=(3.4 * len(panels) + 0.3, 3.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
     rows = []
-    for task, ax in zip(tasks, axes, strict=True):
-        of_task = [entry for entry in results if entry["task"] == task]
+    for (title, of_task), ax in zip(panels.items(), axes, strict=True):
         for entries in group_by_seed(of_task):
             rows += _draw_scores(ax, entries)
         if any(entry["control"] for entry in of_task):
             ax.plot([], [], "--", color="#777777", lw=1.6, label="random weights")
         ax.axhline(1, color="black", lw=0.8)
-        ax.set_title(task)
-        label_sites(
-            ax, [row["site"] for row in results[0]["sites"] if row["site"] != FINAL_NORM], max_labels=6, fontsize=7
-        )
+        ax.set_title(title)
+        sites = [row["site"] for row in of_task[0]["sites"] if row["site"] != FINAL_NORM]
+        label_sites(ax, sites, max_labels=6, fontsize=7)
         ax.xaxis.label.set_size(8)
         ax.legend(fontsize=7)
     axes[0].set_ylabel("relative to the encoder; higher is better", fontsize=8)
     return FigureData(figure, rows)
+
+
+def _panels(results: list[Entry]) -> dict[str, list[Entry]]:
+    """Return the entries by title: of one task, model and dataset; the title names what differs."""
+    several = len({(entry["model"], entry["dataset"]) for entry in results}) > 1
+    panels: dict[str, list[Entry]] = {}
+    for entry in results:
+        title = entry["task"] + f"\n{entry['model']}, {entry['dataset']}" * several
+        panels.setdefault(title, []).append(entry)
+    return panels
 
 
 def _draw_scores(ax: Axes, entries: list[Entry]) -> list[dict[str, Any]]:
@@ -64,25 +72,26 @@ def _draw_scores(ax: Axes, entries: list[Entry]) -> list[dict[str, Any]]:
             if drawn and kind == "trained" and main:
                 low, high = zip(*(row["ci95"] for row in drawn), strict=True)
                 ax.fill_between(x, low, high, color=mask_colour(mask), alpha=0.12, lw=0)
-            about = {"task": entries[0]["task"], "image_attention": mask, "seed": seed, "weights": kind}
+            about = {key: entries[0][key] for key in ("task", "model", "dataset", "image_attention")}
+            about |= {"seed": seed, "weights": kind}
             rows += [about | _flat(row) for row in drawn]
     return rows
 
 
 def starvation_by_task(results: list[Entry], joint: list[Entry], patches: int = 50) -> FigureData:
-    """Draw the gaps of the first patches in raster order, a panel per task; with several seeds, thin lines and a mean.
+    """Draw the gaps of the first patches in raster order, in the same panels; with several seeds, also their mean.
 
     Args:
         results: Entry "tasks_starvation" of results.json.
         joint: Entry "joint_tasks_starvation".
         patches: Most patches to draw.
     """
-    tasks = list(dict.fromkeys(entry["task"] for entry in results))
-    figure = Figure(figsize=(3.6 * len(tasks) + 0.3, 3), layout="constrained")
-    axes, rows = figure.subplots(1, len(tasks), squeeze=False)[0], []
-    for task, ax in zip(tasks, axes, strict=True):
-        means = [entry for entry in joint if entry["task"] == task]
-        for entry in [*(entry for entry in results if entry["task"] == task), *means]:
+    panels = _panels([*results, *joint])
+    figure = Figure(figsize=(3.6 * len(panels) + 0.3, 3), layout="constrained")
+    axes, rows = figure.subplots(1, len(panels), squeeze=False)[0], []
+    for (title, entries), ax in zip(panels.items(), axes, strict=True):
+        means = [entry for entry in entries if "seeds" in entry]
+        for entry in entries:
             main, gap, ci95 = "seeds" in entry or not means, entry["gap"], entry["gap_ci95"]
             x, colour = range(min(patches, len(gap))), mask_colour("bidirectional")
             ax.plot(x, gap[: len(x)], color=colour, lw=1.6 if main else 0.5)
@@ -91,14 +100,16 @@ def starvation_by_task(results: list[Entry], joint: list[Entry], patches: int = 
                 ax.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
             seed = str(entry.get("seed", "mean"))
             rows += [
-                {"task": task, "seed": seed, "patch": i, "gap": value} | bounds(ci95[i], "gap_")
+                {key: entry[key] for key in ("task", "model", "dataset")}
+                | {"seed": seed, "patch": i, "gap": value}
+                | bounds(ci95[i], "gap_")
                 for i, value in enumerate(gap)
             ]
-        for start in range(results[0]["grid"][1], min(patches, len(gap)), results[0]["grid"][1]):
+        for start in range(entry["grid"][1], min(patches, len(gap)), entry["grid"][1]):
             ax.axvline(start - 0.5, color="#999999", lw=0.6, ls=":")
         ax.axhline(0, color="black", lw=0.8)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set_title(task)
+        ax.set_title(title)
         ax.set_ylabel(f"{entry['error']}, causal − bidirectional", fontsize=8)
         ax.set_xlabel("patch, in raster order (dotted: start of a row)", fontsize=8)
     return FigureData(figure, rows)

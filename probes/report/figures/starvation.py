@@ -155,8 +155,8 @@ def starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) 
             "starvation_dummy_tokens", STARVATION, "Accuracy gap with dummy tokens",
             f"The gap of the first patches {at} as measured, and with tokens without information before the image "
             f"(number: {dummy['tokens']}). If the gap shrinks because causal accuracy rises, early patches lacked an "
-            "attention sink, not context. A fall can be the frozen probe's, which has never read states after such a prompt. "
-            f"Change of accuracy at patch 0: {', '.join(changes)}. {INTERVALS}",
+            "attention sink, not context. A fall can be the frozen probe's, which has never read states after such a "
+            f"prompt. Change of accuracy at patch 0: {', '.join(changes)}. {INTERVALS}",
             compare_gaps(analysis, dummy, ("measured", "with dummy tokens"), "with_tokens"))  # fmt: skip
         if "by_position" in dummy:
             yield ReportFigure(
@@ -169,6 +169,6 @@ def starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) 
         yield ReportFigure(
             f"starvation_{flip['flip']}", STARVATION, f"Position or content? ({flip['flip']})",
             f"Left: the gap {at} on upright images. Right: the gap on transformed images. A gap caused by position "
-            f"stays in place; a gap caused by image content moves with the content. Result: {flip['follows']}. Mean accuracy, "
-            f"upright → transformed: {', '.join(accuracies)}.",
+            f"stays in place; a gap caused by image content moves with the content. Result: {flip['follows']}. Mean "
+            f"accuracy, upright → transformed: {', '.join(accuracies)}.",
             flip_gaps(analysis, flip))  # fmt: skip

@@ -16,7 +16,8 @@ from probes import TaskRun
 from probes.cli import main
 from probes.models.sites import site_names
 from probes.report.beyond_classes import effects, joint_task_results, read_task_runs, task_results, task_table
-from probes.report.figures.beyond_classes import relative_scores, task_figures, tasks_by_site
+from probes.report.figures.beyond_classes import relative_scores, starvation_by_task, task_figures, tasks_by_site
+from probes.report.task_starvation import starvation_table, task_starvation
 from probes.tasks import TASKS
 from probes.training.write_run import task_summary
 
@@ -130,6 +131,22 @@ def test_runs_of_tasks_can_be_told_their_model(folders, tmp_path):
         ("ours", False),
         ("theirs", True),
     ]
+
+
+def test_several_models_are_told_apart(segmentation, tmp_path):
+    runs = [
+        f"{model}={write_task_run(tmp_path / f'{model}_{mask}', [0.5, 0.8, 0.7, 0.55, 0.56], segmentation, mask=mask)}"
+        for model in ("ours", "theirs")
+        for mask in ("causal", "bidirectional")
+    ]
+    runs = read_task_runs(runs)
+    tasks, starved = task_results(runs), task_starvation(runs)
+    models = ["ours", "theirs"]
+    for rows in (task_table(tasks, {"depth": {"rmse": "RMSE"}}), starvation_table(starved)):
+        assert list(dict.fromkeys(row["model"] for row in rows)) == models
+    for figure, rows in (tasks_by_site(tasks), starvation_by_task(starved, [])):
+        assert [ax.get_title() for ax in figure.axes] == [f"depth\n{model}, toy world" for model in models]
+        assert list(dict.fromkeys(row["model"] for row in rows)) == models
 
 
 def test_scores_are_in_units_of_the_encoders(folders):

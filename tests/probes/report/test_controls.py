@@ -1,5 +1,8 @@
 """Controls of a study: which run is which control, in whatever order they are passed, and where they are compared."""
 
+import csv
+import json
+import shutil
 from itertools import permutations
 from pathlib import Path
 
@@ -8,9 +11,14 @@ import tiny_models
 from probe_runs import write_run, write_solved
 from safetensors.torch import load_file, save_file
 
+from llava_bidir.common.atomic_io import read_json
+from probes.cli import main
 from probes.report.claims import evaluate_claims
-from probes.report.page import write_report
+from probes.report.figures.catalogue import study_figures
+from probes.report.page import study_results, write_report
 from probes.report.study import read_studies
+from probes.report.verdicts import unconverged
+from probes.results.probe_run import ProbeRun
 
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
@@ -21,11 +29,11 @@ MASKS = ("causal", "bidirectional")
 def write(tmp_path):
     root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
 
-    def write(name: str, quality: list[float], seed: int = 0, *, mask: str = "causal", solved: bool = False, **metrics):
-        path = tmp_path / f"{mask}_{name}"
+    def write(name, quality, seed=0, *, mask="causal", solved=False, recipes=None, **metrics) -> str:
+        path, options = tmp_path / f"{mask}_{name}", {"root": root, "mask": mask, "seed": seed, "metrics": metrics}
         if solved:
-            return write_solved(path, [quality] * 3, root=root, mask=mask, seed=seed, metrics=metrics)
-        return str(write_run(path, quality, root=root, mask=mask, seed=seed, metrics=metrics))
+            return write_solved(path, [quality] * 3, **options)
+        return str(write_run(path, quality, **options, recipes=recipes))
 
     return write
 
@@ -91,3 +99,72 @@ def test_the_untrained_model_is_the_same_control_in_any_order(write):
         assert draws == [0, 1, 2], "one adapter of each draw"
     with pytest.raises(ValueError, match="are both the untrained run under 'causal'"):
         read_studies([*runs, write("twice", FLAT, 8, untrained=["adapter", "llm"], draw=0)])
+
+
+def test_controls_are_compared_with_probes_of_their_kind_only(write, tmp_path):
+    """Trained probes have a solved untrained model only; random LLMs of both kinds are all in results.json."""
+    shuffled = {"shuffled": ({"labels": "shuffled"}, [0.2] * 6)}
+    runs = [write("trained", CURVE, recipes=shuffled), write("solved", CURVE, 1, solved=True)]
+    runs.append(write("untrained", FLAT, 2, solved=True, untrained=["adapter", "llm"]))
+    random = {"untrained": ["llm"], "match": "update"}
+    runs += [write(f"r{i}", FLAT, 3 + i, solved=i < 2, **random, draw=i) for i in range(3)]
+    results = write_report(runs, tmp_path / "report")
+    draws = [entry["probing"]["draw"] for entry in results["controls"]["random"]["causal"]]
+    assert draws == [0, 1, 2]
+    with (tmp_path / "report/controls.csv").open() as file:
+        assert {row["control"] for row in csv.DictReader(file)} == {"trained", "shuffled labels"}
+    table = (tmp_path / "report/tables.tex").read_text()
+    assert "causal, trained probes" in table and "causal, untrained, solved probes" in table
+
+
+def test_an_analysis_of_another_pair_is_left_out(write, tmp_path, caplog):
+    causal, other = write("trained", CURVE), write("other", CURVE, 4)
+    bidirectional = write("trained", CURVE, mask="bidirectional")
+    for run in (causal, other, bidirectional):
+        Path(run, "probes.safetensors").write_text(run)  # part of the fingerprint
+    main(["starvation", "--probes", causal, bidirectional, "--site", "layer_01"])
+    (study,) = read_studies([causal, bidirectional])
+    (figure,) = [f for f in study_figures(study, study_results(study)) if f.name == "starvation"]
+    assert study.starvation_analysis()["site"] == "layer_01" and "at layer 03" in figure.caption
+    (study,) = read_studies([other, bidirectional])
+    assert study.starvation_analysis() is None
+    assert f"starvation.json is left out, since it compares with another run than {other}" in caplog.text
+
+
+def test_a_report_without_maps_does_not_need_the_dataset(write, tmp_path):
+    run = write("trained", CURVE)
+    shutil.rmtree(tmp_path / "data")
+    assert write_report([run], tmp_path / "report")["claims"]
+
+
+def test_files_of_an_earlier_report_are_removed(write, tmp_path):
+    """Others in its folder stay, the explorer's among them."""
+    runs, out = [write("trained", CURVE, mask=mask) for mask in MASKS], tmp_path / "report"
+    write_report([f"a={runs[0]}", f"b={runs[1]}"], out)
+    assert (out / "a_toy_world/claims.csv").is_file()
+    (out / "explorer.html").write_text("kept")
+    write_report(runs, out)
+    assert (out / "starvation.csv").is_file() and not (out / "a_toy_world").exists()
+    write_report(runs[:1], out)
+    expected = {"index.html", "results.json", "explorer.html", *read_json(out / "results.json")["files"]}
+    assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == expected
+
+
+def test_solved_probes_count_as_converged_at_the_strength_that_was_chosen(write, tmp_path):
+    run = write("solved", CURVE, solved=True)
+    file = tmp_path / "causal_solved/metrics.json"
+    assert unconverged(ProbeRun(run), None, "recovery") is None
+    metrics = json.loads(file.read_text())
+    for entry in metrics["path"]["optimum"]["sites"]:
+        chosen = metrics["path"]["optimum"]["strengths"].index(entry["chosen"])
+        entry["certificates"][chosen]["converged"] = entry["site"] == "adapter"
+    file.write_text(json.dumps(metrics))
+    assert "have not converged at the strength that was chosen" in unconverged(ProbeRun(run), None, "recovery")
+
+
+def test_the_figure_of_masks_shows_the_pair_where_another_mask_was_trained(write, tmp_path):
+    """Trained probes of two masks, of which one is not the paper's, and solved ones of both."""
+    runs = [write("trained", CURVE, mask=mask) for mask in ("causal", "prefix")]
+    runs += [write("solved", CURVE, 5, mask=mask, solved=True) for mask in MASKS]
+    results = write_report([*(f"a={run}" for run in runs), f"b={write('other', CURVE)}"], tmp_path / "report")
+    assert len(results["studies"]) == 2 and (tmp_path / "report/masks.csv").is_file()

@@ -199,7 +199,8 @@ def _beyond_random_column(claim: str, mask: str, numbers: Numbers) -> dict[str, 
     for trained, solved in ((numbers.solved, True), (numbers.main, False)):
         draws = [measured[key] for measured in numbers.draws[part, solved] if key in measured]
         if key in trained and len(draws) >= 2 and set(trained[key].by_unit).intersection(*(d.by_unit for d in draws)):
-            more = {"trained": mean_effect(trained[key])[0], "probes": "solved" if solved else "trained"}
-            return compare_to_draws(CLAIMS[claim][0], trained[key], draws) | more
+            return compare_to_draws(CLAIMS[claim][0], trained[key], draws) | {
+                "probes": "solved" if solved else "trained"
+            }
         most = max(most, len(draws))
     return no_verdict(NO_CONTROL, f"draws of a random {part} with this analysis: {most}; an interval needs two")

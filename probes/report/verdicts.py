@@ -15,6 +15,7 @@ A verdict is "holds" if its 95% interval lies on the claimed side of zero, "reve
 """
 
 import math
+import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -153,16 +154,16 @@ def compare_to_draws(sign: int, trained: Effect, draws: Sequence[Effect]) -> dic
     Its own interval, "ci95_without_draws", covers images and classes. Draws are independent of both: Student's t with
     D - 1 degrees of freedom for D draws. The two half widths are added as the sides of a right angle. Where either
     dominates, this is its own interval; Welch and Satterthwaite's degrees of freedom would cover 89% instead of 95% for
-    two draws that differ. "by_draw" has the number of each draw.
+    two draws that differ. "trained" and "by_draw" are the numbers that are compared, over the same units.
 
     Raises:
         ValueError: No unit is in all of them.
     """
     difference = minus_draws(trained, draws)
     value, (low, high) = mean_effect(difference)
-    shared = [{unit: draw.by_unit[unit] for unit in difference.by_unit} for draw in draws]
-    of_draws = torch.tensor([mean_effect(trained._replace(by_unit=units))[0] for units in shared], dtype=torch.float64)
-    half = scipy.stats.t.ppf(0.975, len(draws) - 1) * of_draws.std().item() / len(draws) ** 0.5
+    of_shared = lambda effect: trained._replace(by_unit={unit: effect.by_unit[unit] for unit in difference.by_unit})
+    own, *by_draw = (mean_effect(of_shared(effect))[0] for effect in (trained, *draws))
+    half = scipy.stats.t.ppf(0.975, len(draws) - 1) * statistics.stdev(by_draw) / len(draws) ** 0.5
     ci95 = [value - math.hypot(half, value - low), value + math.hypot(half, high - value)]
-    by_draw = [mean_effect(draw)[0] for draw in draws]
-    return column(sign, value, ci95, draws=len(draws), by_draw=by_draw, ci95_without_draws=[low, high])
+    compared = {"draws": len(draws), "trained": own, "by_draw": by_draw}
+    return column(sign, value, ci95, **compared, ci95_without_draws=[low, high])

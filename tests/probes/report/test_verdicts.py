@@ -170,6 +170,8 @@ def test_classes_that_differ_widen_the_interval_and_missing_ones_are_left_out():
     draws = [Effect({name: estimate(0.0) for name in "abc"}, counts) for _ in range(2)]
     value, (low, high) = beyond_draws(trained, draws)
     assert value == pytest.approx(0, abs=0.01) and high - low == pytest.approx(2 * 4.303 / 3**0.5, rel=0.05)
+    found = compare_to_draws(1, trained, draws)
+    assert found["value"] == pytest.approx(found["trained"] - sum(found["by_draw"]) / 2), "over the shared classes"
     same = trained._replace(by_unit={name: estimate(1.0) for name in "abc"})
     assert judge(1, beyond_draws(same, draws)[1]) == "holds"
     alike = same._replace(look_alikes={"a": 1, "b": 1, "c": 2})

@@ -40,9 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     text = "most passes over the training images; 1 for the closed form alone. Where the states of all images fit into "
     parser.add_argument("--passes", type=int, default=8, help=text + "memory, one pass is enough for the optimum too")
     parser.add_argument("--folds", type=int, default=4, help="folds of training images that choose the strength")
-    text = (
-        "strengths of the closed form, in (0, 1] (default: four per factor of ten from 1e-6)%(default).0s"  # not all 25
-    )
+    # the empty field keeps argparse from listing all 25
+    text = "strengths of the closed form, in (0, 1] (default: four per factor of ten from 1e-6)%(default).0s"
     parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS, metavar="R", help=text)
     text = "strengths at which the loss is minimised"
     parser.add_argument("--optimum-strengths", type=float, nargs="+", default=OPTIMUM_STRENGTHS, metavar="R", help=text)

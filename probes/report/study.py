@@ -3,8 +3,8 @@
 Runs of `probes solve` are "solved": their probes minimise the loss at every strength of regularisation. Runs of
 `probes fit` train theirs with AdamW. Where a study has both, the page shows the trained probes and compares the solved
 ones along the path of strengths; the main runs of all masks have probes of one kind. Controls have random weights:
-"untrained" ones as a model is initialised, "random" ones with an LLM that resembles the trained one
-(probes/models/random_init.py), in several draws.
+the "untrained" one is the model before training, "random" ones are further draws of it, random adapters, and LLMs that
+resemble the trained one (probes/models/random_init.py).
 """
 
 import logging

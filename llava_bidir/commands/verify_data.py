@@ -22,7 +22,7 @@ from llava_bidir.common.usage_errors import ArgumentParser
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE, check_turns, token_upper_bound
 from llava_bidir.data.image_folder import BadImage, ImageFolder, read_format, read_image
-from llava_bidir.data.instruction_dataset import fingerprint, read_annotations
+from llava_bidir.data.instruction_dataset import LATE_IMAGES, fingerprint, read_annotations
 from llava_bidir.training.cli import build_data_cli
 
 # Kinds of findings, and what training does with such records.
@@ -34,6 +34,7 @@ KINDS = {
     "renamed": "the image format differs from the suffix: read by its content, the first frame of an animation",
     "too_long": "truncated to data.max_length",
     "unsupervised": "no token to train on: the sample does not count",
+    "image_after_answer": "the answer is seen by tokens that predict it: `fit` stops under this mask",
     "several_images": "one `<image>` per turn is kept, at its start; each shows the record's only image",
     "image_not_shown": "an image but no `<image>`: only the text is trained",
     "tag_without_image": "`<image>` but no image: trained as text",
@@ -50,10 +51,19 @@ class RecordFindings(Dataset):
         images: Folder of the records' images.
         collate: Encodes the records in training.
         decode: Decode images instead of reading their headers.
+        image_attention: Mask of the training.
     """
 
-    def __init__(self, records: datasets.Dataset, images: ImageFolder, collate: Collate, decode: bool = False):
+    def __init__(
+        self,
+        records: datasets.Dataset,
+        images: ImageFolder,
+        collate: Collate,
+        decode: bool = False,
+        image_attention: str = "causal",
+    ):
         self.records, self.images, self.collate, self.decode = records, images, collate, decode
+        self.late_images = LATE_IMAGES.get(image_attention)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -68,6 +78,8 @@ class RecordFindings(Dataset):
         if record["problem"]:
             return [("broken", record["problem"])]
         findings = check_tags(record) + self.check_tokens(record)
+        if self.late_images and record[self.late_images]:
+            findings.append(("image_after_answer", f"{record[self.late_images]} answers"))
         if record["shown"]:  # training reads no other image
             findings += check_image(self.images, record["image"], self.decode)
         return findings
@@ -168,7 +180,9 @@ def main(argv: list[str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers run in parallel already
     results = []
     for annotations in filter(None, (data.annotations, data.val_annotations)):
-        dataset = RecordFindings(read_annotations(annotations), images, data.collate, args.decode)
+        trained = annotations == data.annotations
+        mask = cli.model.hparams.image_attention if trained else "causal"
+        dataset = RecordFindings(read_annotations(annotations), images, data.collate, args.decode, mask)
         findings = find_problems(dataset, args.workers)
         kinds = Counter(finding["kind"] for finding in findings)
         results.append(

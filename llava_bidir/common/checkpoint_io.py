@@ -72,6 +72,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     if defect := find_defect(path):
         raise UserError(f"checkpoint {path}: {defect}; use an earlier one, or `last` for the latest valid checkpoint")
+    if not (path / MANIFEST).is_file():
+        raise UserError(f"checkpoint {path}: a universal checkpoint can only be resumed; use the one it was made from")
     return json.loads((path / MANIFEST).read_text())
 
 

@@ -188,6 +188,14 @@ def check_unique_keys(file: Path) -> None:
         raise UserError(f"config {file}: {error}") from None
 
 
+def check_trainer(trainer: Trainer, required: dict[str, Any], why: str) -> None:
+    """Raise a UserError if an option of the trainer has another value than the required one; 1 is not 1.0."""
+    for name, value in required.items():
+        found = getattr(trainer, name)
+        if type(found) is not type(value) or found != value:
+            raise UserError(f"trainer.{name} must be {value}, got {found}: {why}")
+
+
 @contextmanager
 def run_process() -> Iterator[None]:
     """Log plain lines, and end the group of processes with the command."""

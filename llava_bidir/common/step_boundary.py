@@ -1,4 +1,4 @@
-"""Save checkpoints only at optimizer steps from which a run can be resumed exactly."""
+"""Steps at which something happens: checkpoints only where a run can be resumed exactly, and logs."""
 
 from lightning import Callback, LightningModule, Trainer
 
@@ -14,8 +14,13 @@ def at_step_boundary(trainer: Trainer) -> bool:
     return not (epoch._should_accumulate() or epoch._is_training_done)
 
 
+def is_logged(trainer: Trainer) -> bool:
+    """Return whether `trainer.log_every_n_steps`, of which 0 is never, includes the current step."""
+    return trainer.log_every_n_steps > 0 and trainer.global_step % trainer.log_every_n_steps == 0
+
+
 class SaveAtStepBoundary(Callback):
-    """Make every ModelCheckpoint that saves every n steps wait for a step boundary.
+    """Make every ModelCheckpoint that saves every n steps, or after a validation, wait for a step boundary.
 
     Without it, such a ModelCheckpoint also saves at the first micro-batch after a resume, where the number of steps is
     still that of the checkpoint.
@@ -29,5 +34,11 @@ class SaveAtStepBoundary(Callback):
         """Mark the current step as saved if it is not a boundary."""
         if not at_step_boundary(trainer):
             for callback in trainer.checkpoint_callbacks:
-                if not callback._every_n_epochs:  # the others save at the end of an epoch
+                if not callback._every_n_epochs:  # the others save after a validation or an epoch
                     callback._last_global_step_saved = trainer.global_step
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Mark the current step as saved after a validation within it (`trainer.val_check_interval`)."""
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            for callback in trainer.checkpoint_callbacks:
+                callback._last_global_step_saved = trainer.global_step

@@ -76,6 +76,8 @@ class InstructionData(LightningDataModule):
         self.collate = Collate(processor, image_tokens, template, max_length)
         if pack_tokens is not None and pack_tokens < 1:
             raise UserError(f"data.pack_tokens must be a positive number of tokens or null, got {pack_tokens}")
+        if template == "plain" and val_annotations:
+            raise UserError("data.val_annotations must be null with data.template plain: a caption answers no question")
         self.pack_tokens = pack_tokens
         self.trained_micro_batches = 0
 
@@ -103,8 +105,8 @@ class InstructionData(LightningDataModule):
                 world_size=self.trainer.world_size,
                 seed=self.seed,
             )
-            self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, len(self.sampler))
             self.trainer.accumulate_grad_batches = self.batch_size // (self.micro_batch_size * self.trainer.world_size)
+            self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, self.steps_per_epoch)
 
     @property
     def micro_batches_per_epoch(self) -> int:

@@ -41,10 +41,15 @@ FEATURES = datasets.Features(
     words=datasets.Value("int32"),
     shown=datasets.Value("int32"),
     answers=datasets.Value("int32"),
+    before_image=datasets.Value("int32"),
+    between_images=datasets.Value("int32"),
     problem=datasets.Value("string"),
 )
+# By mask, the column of answers that tokens before them see: under `prefix`, all tokens up to the last image attend to
+# each other; under `bidirectional`, an image before the answer attends to one after it. Other masks are not checked.
+LATE_IMAGES = {"prefix": "before_image", "bidirectional": "between_images"}
 WRITER_BATCH_SIZE = 200  # records in memory during the conversion
-RULES = 2  # part of the cache key; increase it when the same file would be read differently
+RULES = 3  # part of the cache key; increase it when the same file would be read differently
 
 
 def read_annotations(path: str | Path) -> datasets.Dataset:
@@ -59,6 +64,7 @@ def read_annotations(path: str | Path) -> datasets.Dataset:
         - words: number of words in all turns, the length that LLaVA's sampler uses
         - shown: number of turns with `<image>`, 0 for text-only records
         - answers: number of answers that are not empty; only these are trained
+        - before_image, between_images: number of those before the last `<image>`, and of those after the first one, too
         - problem: str, why the record cannot be trained on, "" if it can
 
     Raises:
@@ -91,7 +97,8 @@ def _records(path: str, size: int, modified: int, rules: int):
         try:
             yield _read_record(record)
         except (UserError, RecursionError) as error:  # deep nesting cannot be printed
-            empty = {"image": "", "conversations": [], "words": 0, "shown": 0, "answers": 0}
+            empty = {"image": "", "conversations": []}
+            empty |= dict.fromkeys(("words", "shown", "answers", "before_image", "between_images"), 0)
             yield {**empty, "id": _record_id(record), "problem": str(error)}
 
 
@@ -109,13 +116,17 @@ def _read_record(record: dict) -> dict:
     if not isinstance(image, str):
         raise UserError(f"'image' must be the path of one image, got {str(image)[:80]!r}")
     check_name(image)
+    shown = [i for i, turn in enumerate(used) if image and IMAGE in turn["value"]]
+    answered = lambda turns: sum(bool(turn["value"]) for turn in turns if turn["from"] == "gpt")
     return {
         "id": _record_id(record),
         "image": image,
         "conversations": [{"from": turn["from"], "value": turn["value"]} for turn in turns],
         "words": sum(len(turn["value"].split()) for turn in turns),
-        "shown": sum(IMAGE in turn["value"] for turn in used) if image else 0,
-        "answers": sum(bool(turn["value"]) for turn in used[1::2]),
+        "shown": len(shown),
+        "answers": answered(used),
+        "before_image": answered(used[: shown[-1]]) if shown else 0,
+        "between_images": answered(used[shown[0] : shown[-1]]) if shown else 0,
         "problem": "",
     }
 
@@ -175,6 +186,22 @@ class Instructions(Dataset):
             raise UserError(
                 f"{self.annotations}: {len(without)} of {len(self)} records have no answer to compare with, e.g. "
                 f"record {without[0]} (id {name!r}); remove them from data.val_annotations"
+            )
+
+    def check_mask(self, image_attention: str) -> None:
+        """Raise if tokens can see the answer that they predict, through an image after it (`LATE_IMAGES`).
+
+        Raises:
+            UserError: Names the number of such records and the first.
+        """
+        column = LATE_IMAGES.get(image_attention)
+        found = np.flatnonzero(self._column(column)) if column else []
+        if len(found):
+            name = self.records[int(found[0])]["id"]
+            raise UserError(
+                f"{self.annotations}: in {len(found)} of {len(self)} records an image follows an answer, e.g. record "
+                f"{found[0]} (id {name!r}). Under model.image_attention {image_attention}, tokens that predict the "
+                "answer would see it; remove these records, or split them before the image"
             )
 
     def image_names(self) -> set[str]:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.checkpoint_io import is_complete, resolve_ckpt_path
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.lightning_cli import RunCLI, run_process
+from llava_bidir.common.lightning_cli import RunCLI, check_trainer, run_process
 from llava_bidir.common.run_folder import start_run
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.step_boundary import SaveAtStepBoundary
@@ -41,10 +41,14 @@ class TrainingCLI(RunCLI):
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """Add requeueing under Slurm."""
-        if not SLURMEnvironment.detect():
-            return super().instantiate_trainer(**kwargs)
-        trainer = super().instantiate_trainer(**kwargs, plugins=[SLURMEnvironment(auto_requeue=False)])
-        trainer.callbacks.append(SlurmRequeue())
+        on_slurm = SLURMEnvironment.detect()
+        plugins = [SLURMEnvironment(auto_requeue=False)] if on_slurm else []
+        trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
+        # The data would show other samples in each epoch, and what one step exports would count as a finished run.
+        why = "a run would count as finished that is none; for a trial, use trainer.max_steps and another --out"
+        check_trainer(trainer, {"fast_dev_run": False, "overfit_batches": 0.0}, why)
+        if on_slurm:
+            trainer.callbacks.append(SlurmRequeue())
         return trainer
 
     def fit(self, ckpt_path: str | None = None, **kwargs) -> None:

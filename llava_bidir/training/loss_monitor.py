@@ -9,6 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.step_boundary import is_logged
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class LossMonitor(Callback):
             self._stop(trainer)
         self.window.clear()
         step = trainer.global_step
-        if self.expected and step >= self.from_step and step % trainer.log_every_n_steps == 0:
+        if self.expected and step >= self.from_step and is_logged(trainer):
             self._check_range(step, float(self.mean))
 
     def _stop(self, trainer: Trainer) -> None:

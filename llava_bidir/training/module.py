@@ -19,6 +19,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import Identity, check_same_identity, run_identity
 from llava_bidir.common.rank_zero import rank_zero_result
 from llava_bidir.common.run_folder import RESUME_ADVICE
+from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.model.activation_checkpointing import checkpoint_layers
 from llava_bidir.model.build import PARTS, build_model, build_processor, set_trainable
 from llava_bidir.model.encoders import Encoder
@@ -119,9 +120,16 @@ class LlavaTraining(LightningModule):
         return {key: path for key, path in paths.items() if path is not None}
 
     def setup(self, stage: str) -> None:
-        """Compute the identity of a run that is not started by the command line; None with data of another class."""
-        if stage == "fit" and self.identity is None and hasattr(self.trainer.datamodule, "identity"):
-            compute = lambda: run_identity(self.trainer, self, self.trainer.datamodule)
+        """Check the data, and compute the identity of a run that is not started by the command line.
+
+        Raises:
+            UserError: Records would show their answers to the tokens that predict them, see `Instructions.check_mask`.
+        """
+        data = self.trainer.datamodule
+        if stage == "fit" and isinstance(data, InstructionData):
+            data.train.check_mask(self.hparams.image_attention)
+        if stage == "fit" and self.identity is None and hasattr(data, "identity"):
+            compute = lambda: run_identity(self.trainer, self, data)
             self.identity = rank_zero_result(self.trainer, compute)
 
     def configure_model(self) -> None:

@@ -11,6 +11,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
+from llava_bidir.common.step_boundary import is_logged
 from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration
 
 # Timing-dependent metrics: logged, but not exported, so that exports are reproducible.
@@ -100,7 +101,7 @@ class Throughput(Callback):
         """Count the batch, and log the rates at a logged step."""
         self._count(batch)
         steps = trainer.global_step - self.first_step
-        if steps > 0 and trainer.global_step % trainer.log_every_n_steps == 0:
+        if steps > 0 and is_logged(trainer):
             pl_module.log_dict(self._rates(steps, trainer.world_size))
             if pl_module.device.type == "cuda":
                 pl_module.log("train/memory_gb", torch.cuda.max_memory_allocated(pl_module.device) / 1e9)

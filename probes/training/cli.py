@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.checkpoint_io import resolve_ckpt_path
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.lightning_cli import RunCLI, run_process
+from llava_bidir.common.lightning_cli import RunCLI, check_trainer, run_process
 from llava_bidir.common.run_folder import check_unfinished, start_run
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.step_boundary import SaveAtStepBoundary
@@ -20,6 +20,14 @@ from probes.data.datamodule import SegmentationData
 from .callbacks import SavePredictions, ShowMaps
 from .module import ProbeModule
 from .run_schema import Manifest, read_metrics, read_run_file
+
+# Scores count every validation image and moments every training image; the schedule counts batches.
+REQUIRED = {"fast_dev_run": False, "overfit_batches": 0.0, "accumulate_grad_batches": 1}
+REQUIRED |= {f"limit_{split}_batches": 1.0 for split in ("val", "test", "predict")}  # 1 is one batch, 1.0 are all
+WHY_REQUIRED = (
+    "probes train on batches of data.batch_size and are scored on all images; for a trial, use a smaller dataset, or "
+    "trainer.limit_train_batches with fit"
+)
 
 
 class ProbeCLI(RunCLI):
@@ -41,7 +49,7 @@ class ProbeCLI(RunCLI):
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """Add what `--ckpt_path last` and `--save_predictions` require."""
         trainer = super().instantiate_trainer(**kwargs)
-        check_trainer(trainer)
+        check_trainer(trainer, REQUIRED, WHY_REQUIRED)
         for callback in trainer.checkpoint_callbacks:
             callback.save_last = True  # `--ckpt_path last` requires it; else it would start from scratch
             callback.dirpath = callback.dirpath or f"{trainer.default_root_dir}/checkpoints"  # for any logger
@@ -104,22 +112,6 @@ class ProbeCLI(RunCLI):
                 where = f": no valid one in {self.checkpoints}" if ckpt_path else "; pass --ckpt_path FILE, or last"
                 raise UserError(f"probes test scores the probes of a checkpoint{where}")
             self.trainer.test(ckpt_path=checkpoint, **kwargs)
-
-
-def check_trainer(trainer: Trainer) -> None:
-    """Raise a UserError if an option of the trainer would leave out images, or sum gradients of several batches.
-
-    Scores count every validation image and moments every training image; the schedule counts batches.
-    """
-    needed = {"fast_dev_run": False, "overfit_batches": 0.0, "accumulate_grad_batches": 1}
-    needed |= {f"limit_{split}_batches": 1.0 for split in ("val", "test", "predict")}
-    for name, value in needed.items():
-        found = getattr(trainer, name)
-        if type(found) is not type(value) or found != value:  # 1 is one batch, 1.0 are all
-            raise UserError(
-                f"trainer.{name} must be {value}, got {found}: probes train on batches of data.batch_size and are "
-                "scored on all images; for a trial, use a smaller dataset, or trainer.limit_train_batches with fit"
-            )
 
 
 def build_cli(argv: list[str], run: bool = True, prog: str = "probes") -> ProbeCLI:

@@ -32,6 +32,7 @@ RECORDS = {
     "renamed": {"image": "gif.jpg", "conversations": turns("<image>\nname", "wall")},
     "too_long": {"conversations": turns("name", "wall " * 120)},
     "unsupervised": {"image": "a.png", "conversations": turns("<image>\nname", "")},
+    "image_after_answer": {"image": "a.png", "conversations": turns("name", "sky") + turns("<image>\nname", "wall")},
     "several_images": {"image": "a.png", "conversations": turns("<image>\n<image> name", "wall")},
     "image_not_shown": {"image": "a.png", "conversations": turns("name", "wall")},
     "tag_without_image": {"conversations": turns("<image> name", "wall")},
@@ -53,7 +54,8 @@ def folder(tmp_path_factory) -> Path:
 
 def findings(folder, parts, template="vicuna_v1", decode=False, name="data.json") -> list[dict]:
     collate = Collate(build_processor(*parts), tiny_models.TOKENS, template, max_length=100)
-    return find_problems(RecordFindings(read_annotations(folder / name), ImageFolder(folder), collate, decode), 0)
+    records = RecordFindings(read_annotations(folder / name), ImageFolder(folder), collate, decode, "prefix")
+    return find_problems(records, 0)
 
 
 def kinds(*args, **kwargs) -> dict[str, list[str]]:
@@ -117,7 +119,8 @@ def arguments(parts, folder, out, annotations="data.json") -> list[str]:
     return [
         *("verify-data", "-c", str(ROOT / "configs/demo/stage2.yaml"), "--model.encoder.path", encoder.path),
         *("--model.llm", llm, "--data.images", str(folder), "--data.annotations", str(folder / annotations)),
-        *("--data.val_annotations", "null", "--data.max_length", "100", "--out", str(out)),
+        *("--data.val_annotations", "null", "--data.max_length", "100"),
+        *("--model.image_attention", "prefix", "--out", str(out)),
     ]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import datasets
 import pytest
 import tiny_models
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from json_values import json_values, text
@@ -19,7 +20,7 @@ from tiny_models import turns
 
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.instruction_dataset import Instructions, read_annotations
-from llava_bidir.model.build import build_processor
+from llava_bidir.model.build import build_model, build_processor
 
 ROOT = Path(__file__).parents[3]
 
@@ -106,6 +107,40 @@ def test_what_llava_trains_on_loads(conversations, shown, answers, tmp_path):
     data = Instructions(write(tmp_path / "data.json", [record(conversations=conversations)]), tmp_path)
     assert (data.records["shown"][0], data.records["answers"][0]) == (shown, answers)
     assert (data[0]["image"] is None) == (shown == 0)
+
+
+CONVERSATIONS = {
+    "image first": turns("<image>\nname", "wall") + turns("again", "sky"),
+    "image late": turns("name", "wall") + turns("<image>\nname", "sky"),
+    "no answer before": turns("name", "") + turns("<image>\nname", "sky"),
+    "two images": turns("<image>\nname", "wall") + turns("<image>\nname", "sky"),
+}
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("mask", ["causal", "bidirectional", "prefix"])
+def test_a_mask_is_refused_where_a_prediction_depends_on_its_own_target(mask, conversation, parts, tmp_path):
+    """The reference exchanges the first token of the first answer and compares the logits that predict it."""
+    Image.effect_noise((9, 7), 90).convert("RGB").save(tmp_path / "a.png")
+    path = write(tmp_path / "data.json", [record(conversations=CONVERSATIONS[conversation])])
+    data, processor = Instructions(path, tmp_path), build_processor(*parts)
+    model = build_model(*parts, processor, image_attention=mask).eval()
+    for parameter in model.model.language_model.parameters():
+        parameter.data *= 4  # two layers of attention must not vanish
+    batch = Collate(processor, tiny_models.TOKENS, "vicuna_v1")([data[0]])
+    predicts, others = int(batch["predicts"][0]), batch["input_ids"].clone()
+    others[0, predicts + 1] += 1
+    with torch.no_grad():
+        logits = [
+            model(input_ids=ids, pixel_values=batch["pixel_values"]).logits for ids in (batch["input_ids"], others)
+        ]
+    if torch.equal(logits[0][0, predicts], logits[1][0, predicts]):
+        data.check_mask(mask)
+    else:
+        with pytest.raises(ValueError, match=rf"1 of 1 records an image follows an answer, e.g. record 0 .*{mask}"):
+            data.check_mask(mask)
+    expected = {"image late": {"prefix"}, "two images": {"bidirectional", "prefix"}}.get(conversation, set())
+    assert (mask in expected) != torch.equal(logits[0][0, predicts], logits[1][0, predicts])
 
 
 def test_summary_counts_without_tokenising(tmp_path):

@@ -15,12 +15,15 @@ from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
 from llava_bidir.common.progress import LogProgress
+from llava_bidir.common.step_boundary import SaveAtStepBoundary
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.data.instruction_dataset import Instructions
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.lora import Lora
 from llava_bidir.training.callbacks import ShowAnswers
+from llava_bidir.training.loss_monitor import LossMonitor
 from llava_bidir.training.module import LlavaTraining
+from llava_bidir.training.throughput import Throughput
 
 pytestmark = pytest.mark.numerics
 
@@ -185,6 +188,41 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert len(losses) == 12 and rest == losses[2 * step :], "two micro-batches a step"
     for (name, a), b in zip(uninterrupted.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_validation_within_a_step_saves_no_checkpoint(parts, conversations, tmp_path, monkeypatch):
+    """A resume would lose the step's first gradients, and group all later micro-batches into other steps."""
+    save = ModelCheckpoint(tmp_path, save_top_k=-1)
+    callbacks = [SaveAtStepBoundary(), save]
+    run = trainer(tmp_path, enable_checkpointing=True, callbacks=callbacks, val_check_interval=3)
+    within, write = [], run.save_checkpoint
+    accumulates = lambda: run.fit_loop.epoch_loop._should_accumulate()
+    monkeypatch.setattr(run, "save_checkpoint", lambda *args: within.append(accumulates()) or write(*args))
+    run.fit(module(parts), datamodule=data(conversations, parts, val_annotations=str(conversations / "data.json")))
+    assert within == [False], "one validation is in the middle of the second step, one at the end of the epoch"
+
+
+def test_logs_are_at_optimizer_steps_or_never(parts, conversations, tmp_path):
+    """An epoch has six micro-batches and three steps."""
+    assert fit(parts, conversations, tmp_path)[2].log_every_n_steps == 3
+    callbacks = [Throughput(), LossMonitor(expected=(0.0, 100.0))]
+    assert len(fit(parts, conversations, tmp_path, log_every_n_steps=0, callbacks=callbacks)[1]) == 6
+
+
+def test_records_that_show_their_answers_stop_the_run_before_a_model_is_built(parts, tmp_path):
+    tiny_models.write_conversations(tmp_path)
+    records = json.loads((tmp_path / "data.json").read_text())
+    records[0]["conversations"] = tiny_models.turns("name", "sky") + tiny_models.turns("<image>\nname", "wall")
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    built = module(parts, image_attention="prefix")
+    with pytest.raises(ValueError, match="in 1 of 12 records an image follows an answer"):
+        trainer(tmp_path).fit(built, datamodule=data(tmp_path, parts))
+    assert built.model is None
+
+
+def test_captions_have_no_questions_to_validate_with(parts, conversations):
+    with pytest.raises(ValueError, match="data.val_annotations must be null with data.template plain"):
+        data(conversations, parts, template="plain", val_annotations=str(conversations / "data.json"))
 
 
 def test_checkpoint_holds_trainable_weights_and_is_rejected_by_another_stage(parts, conversations, tmp_path):

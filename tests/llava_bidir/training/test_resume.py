@@ -76,6 +76,14 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize(("option", "value"), [("fast_dev_run", "true"), ("overfit_batches", "1")])
+def test_options_after_which_a_trial_would_count_as_finished_are_refused(option, value, parts, conversations, tmp_path):
+    command = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match=f"trainer.{option} must be (False|0.0), got .*; for a trial, use"):
+        llava_bidir.cli.main([*command, f"--trainer.{option}", value])
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_without_a_checkpoint_there_is_nothing_to_validate(command, finished, tmp_path):
     """The weights before training were validated as if they were the last ones."""

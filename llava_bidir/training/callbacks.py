@@ -10,7 +10,7 @@ from torch import Tensor
 from llava_bidir.model.hf_export import export_hf
 from llava_bidir.model.modeling_llava_bidir import build_mask
 
-from .deepspeed_strategy import gather_parameters
+from .deepspeed_strategy import ZeRO, gather_parameters
 
 
 class ShowAnswers(Callback):
@@ -64,6 +64,8 @@ class ExportModel(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export on rank 0; all ranks enter, because under ZeRO-3 each holds a shard."""
+        if isinstance(trainer.strategy, ZeRO):
+            trainer.strategy.finish_save()  # a run is finished if its export is newer than its last checkpoint
         with gather_parameters(pl_module.model):
             if trainer.is_global_zero:
                 training = pl_module.settings() | pl_module.progress() | {"identity": pl_module.identity}

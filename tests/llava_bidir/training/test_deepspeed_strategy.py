@@ -32,7 +32,8 @@ RUNS = [f"{s}:without_dropout:32-true" for s in ("zero3", "ddp", "zero2")] + [
 RUNS += [f"{s}:{run}:{p}" for s, p in ZERO for run in ("uninterrupted", "resume")]
 RUNS += [f"{s}:{run}:bf16-mixed" for s in ("zero2", "zero3") for run in ("without_dropout", "validate")]
 RUNS += ["zero3:loss_in_chunks:32-true", "zero3_async:train_during_save:bf16-mixed"]
-RUNS += ["zero2_async:train_during_save:bf16-mixed", "zero3_async:validate:bf16-mixed", "zero2_async:requeue:32-true"]
+RUNS += ["zero2_async:export_during_save:32-true", "zero2_async:train_during_save:bf16-mixed"]
+RUNS += ["zero3_async:validate:bf16-mixed", "zero2_async:requeue:32-true"]
 
 
 @pytest.fixture(scope="module")
@@ -234,6 +235,11 @@ def test_a_failed_save_in_the_background_ends_the_run_at_the_next_step(one):
 def test_a_job_is_requeued_when_a_save_in_the_background_has_ended(two):
     assert result(two, "zero2_async:requeue:32-true")["status"] == os.EX_TEMPFAIL
     assert (two / "found").read_text().split() == ["last.ckpt"]
+
+
+def test_the_export_is_newer_than_a_checkpoint_written_in_the_background(two):
+    """Else the run would not count as finished, and would be exported again."""
+    assert result(two, "zero2_async:export_during_save:32-true")["complete"]
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero2_async"])

@@ -28,12 +28,11 @@ from lightning import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from processes import HANGING_S
 
-from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, is_complete
+from llava_bidir.common.checkpoint_io import AtomicCheckpointIO
 from llava_bidir.common.errors import UserError
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.encoders import Encoder
-from llava_bidir.model.hf_export import TRAINING_JSON
 from llava_bidir.training.callbacks import ExportModel
 from llava_bidir.training.deepspeed_strategy import ZeRO, gather_parameters
 from llava_bidir.training.module import LlavaTraining
@@ -198,8 +197,7 @@ def export_during_save(strategy, precision):
     """Save before the last step, with slow files, and export."""
     write = torch.save
     with patch.object(torch, "save", lambda *args: (time.sleep(1), write(*args))):
-        fit(strategy, precision, epochs=1, save={MIDDLE: "export.ckpt"}, callbacks=[ExportModel()])
-    return {"complete": is_complete(OUT / "export.ckpt", OUT / f"{strategy}-{precision}/hf" / TRAINING_JSON)}
+        return fit(strategy, precision, epochs=1, save={MIDDLE: "export.ckpt"}, callbacks=[ExportModel()])
 
 
 def resume(strategy, precision):

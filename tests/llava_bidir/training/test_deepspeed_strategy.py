@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_flatten_with_path
 
 import llava_bidir.cli
 from llava_bidir import LlavaBidirForConditionalGeneration
-from llava_bidir.common.checkpoint_io import find_defect, latest_valid_checkpoint, read_manifest
+from llava_bidir.common.checkpoint_io import find_defect, is_complete, latest_valid_checkpoint, read_manifest
+from llava_bidir.model.hf_export import TRAINING_JSON
 from llava_bidir.training.deepspeed_strategy import load_zero_weights
 
 pytestmark = [
@@ -239,7 +240,7 @@ def test_a_job_is_requeued_when_a_save_in_the_background_has_ended(two):
 
 def test_the_export_is_newer_than_a_checkpoint_written_in_the_background(two):
     """Else the run would not count as finished, and would be exported again."""
-    assert result(two, "zero2_async:export_during_save:32-true")["complete"]
+    assert is_complete(two / "export.ckpt", two / "zero2_async-32-true/hf" / TRAINING_JSON)
 
 
 @pytest.mark.parametrize("strategy", ["zero2", "zero2_async"])

@@ -120,8 +120,9 @@ def explore(
             case = most_confused(predicted.cpu(), truth, image, candidates, plan.block_set)
             if case:
                 blocked |= blocked_patches(case, conditions, states[ADAPTER][0], np.random.default_rng([seed, image]))
-        knockout = Knockout(torch.stack([plan.block(tokens) for tokens in blocked.values()]), plan.layers)
-        states = mllm.states(pixels.expand(len(blocked), -1, -1, -1), run.sites, knockout)
+        cut = torch.stack([plan.block(tokens) for tokens in blocked.values()])
+        knockout = Knockout(cut, plan.layers) if len(cut) > 1 else None  # not all models can be cut
+        states = mllm.states(pixels, run.sites, knockout, [0] * len(cut))
         parts = most_probable(states, heads, min(top_classes, len(names)))
         parts += most_probable(states, word_heads, top_words)
         readings = {c: PatchReadout(b, *(part[i] for part in parts)) for i, (c, b) in enumerate(blocked.items())}

@@ -92,6 +92,7 @@ def text_states(
     """
     config, batch, tokens = mllm.model.config.get_text_config(), len(pixels), mllm.ids.shape[1]
     check_family(mllm.family, mllm.model.config.model_type)
+    mllm.check_pixels(pixels)
     if tokens + int(text.positions.max()) >= config.max_position_embeddings:
         raise UserError(
             f"image and text have {tokens + int(text.positions.max()) + 1} tokens, but the LLM has "
@@ -136,8 +137,9 @@ def score_answers(
     mllm: nn.Module, pixels: Tensor, questions: Sequence[str], answers: Sequence[str], knockout: Knockout | None
 ) -> Tensor:
     """Return the log-probabilities of answers; see :meth:`FrozenMLLM.answer_log_probs`."""
-    if not (questions and answers and all(text.strip() for text in [*questions, *answers])):
-        raise UserError("got no question or answer, or an empty one; expected texts")
+    is_text = lambda texts: not isinstance(texts, str) and texts and all(text.strip() for text in texts)
+    if not (is_text(questions) and is_text(answers)):
+        raise UserError("got no question or answer, or an empty one; expected lists of texts")
     text = TextTree.from_ids([*map(mllm.chat.question_ids, questions)], mllm.chat.answer_ids(answers))
     predictors, ids, numbers = (torch.tensor(column) for column in zip(*text.targets, strict=True))
     used, row = predictors.unique(return_inverse=True)
@@ -154,6 +156,8 @@ def attend_from_answer(
     """Return attention weights of an answer's tokens f[L, A, n, T]; see :meth:`FrozenMLLM.answer_attention`."""
     if not (question.strip() and answer.strip()):
         raise UserError("the question or the answer is empty; expected texts")
+    if len(pixels) != 1:
+        raise UserError(f"got pixels of {len(pixels)} images; expected one image")
     text, weights = TextTree.from_ids([mllm.chat.question_ids(question)], mllm.chat.answer_ids([answer])), {}
     queries = mllm.ids.shape[1] + torch.tensor([predictor for predictor, _, _ in text.targets])
     image = mllm.is_image.cpu().nonzero().flatten()

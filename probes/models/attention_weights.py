@@ -39,13 +39,10 @@ def capture_attention(layers: nn.ModuleList, record: Callable[[int, Compute], No
 
             def compute(image: int, queries: Tensor) -> Tensor:
                 group = query.shape[1] // key.shape[1]  # query heads per key head
-                logits = (
-                    query[image][:, queries.to(query.device)]
-                    @ key[image].repeat_interleave(group, 0).transpose(1, 2)
-                    * scale
-                )
-                allowed = attention_mask[image][:, queries.to(query.device)]
-                return logits.float().masked_fill(~allowed, -inf).softmax(-1)
+                rows = queries.to(query.device)
+                keys = key[image].float().repeat_interleave(group, 0).transpose(1, 2)
+                logits = query[image][:, rows].float() @ keys * scale
+                return logits.masked_fill(~attention_mask[image][:, rows], -inf).softmax(-1)
 
             record(layer_of[module], compute)
         return stock(module, query, key, value, attention_mask, *args, scaling=scaling, **kwargs)

@@ -25,7 +25,7 @@ from .families import Family, own_image_attention
 from .knockout import Knockout
 from .prompt_and_pixels import Chat
 from .read_states import read_states
-from .shared_layers import DistinctRows
+from .shared_layers import DistinctRows, version
 from .sites import ENCODER, FINAL_NORM, layer_site, site_names
 from .steering import Replacement
 
@@ -79,18 +79,26 @@ class FrozenMLLM(nn.Module):
         self.set_prefix(prefix_ids)
 
     def set_prefix(self, prefix_ids: list[int]) -> None:
-        """Replace the token ids before the image."""
+        """Replace the token ids before the image.
+
+        Raises:
+            UserError: The image's placeholder is one of them.
+        """
+        if self.model.config.image_token_id in prefix_ids:
+            raise UserError("the prefix contains the image's placeholder; give the text before the image only")
         new = lambda ids: torch.tensor([ids], dtype=torch.long, device=self.device)
         self.prefix_ids, self.ids = new(prefix_ids), new(prefix_ids + self._image_ids)
         self.is_image = self.ids[0] == self.model.config.image_token_id
         self.image_positions = self.is_image.nonzero().flatten()  # i64[T]; with these, no forward waits for the device
         self._prefix_kv: list[tuple[Tensor, Tensor]] | None = None
-        self._prefix_weights: list[tuple] = []  # the weights that it was computed with
+        self._prefix_weights: tuple = ()  # the weights that it was computed with
         # Checked once, because reading the answer would synchronise a GPU in each forward.
         self.prefix_is_shared = self._shares_prefix(self.attention_masks(1))
 
     def with_attention(self, image_attention: str) -> "FrozenMLLM":
         """Return a model with the same weights, not copied, under another mask among image tokens.
+
+        Move neither of the two to another device afterwards: the weights of both would move, but not all inputs.
 
         Raises:
             UserError: The mask is unknown, or the model does not support it.
@@ -227,7 +235,9 @@ class FrozenMLLM(nn.Module):
         if site == ENCODER:
             raise UserError(f"states of {ENCODER!r} are not in the LLM's space; use a later site for the logit lens")
         self.check_sites([site])
-        logits = self.model.get_output_embeddings()(states if site == FINAL_NORM else self.decoder.norm(states))
+        head = self.model.get_output_embeddings()
+        states = states.to(head.weight.device, self.model.dtype)
+        logits = head(states if site == FINAL_NORM else self.decoder.norm(states))
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -301,8 +311,17 @@ class FrozenMLLM(nn.Module):
         """
         return score_answers(self, pixels, questions, answers, knockout)
 
+    def check_pixels(self, pixels: Tensor) -> None:
+        """Raise a UserError unless pixels are f[B, 3, H, W] as :meth:`preprocess` returns them."""
+        expected = (3 * len(self.image_processors), self.geometry.image_px, self.geometry.image_px)
+        if not isinstance(pixels, Tensor) or pixels.shape[1:] != expected or len(pixels) == 0:
+            shape = list(pixels.shape) if isinstance(pixels, Tensor) else type(pixels).__name__
+            raise UserError(f"pixels must be a tensor f[images, {', '.join(map(str, expected))}], got {shape}")
+
     def check_sites(self, sites: Sequence[str] | None) -> list[str]:
         """Return `sites` as a list, or all sites for None; raise a UserError if one is unknown."""
+        if isinstance(sites, str):
+            raise UserError(f"sites must be a list of names, got {sites!r}")
         unknown = set(sites or ()) - set(self.sites)
         if unknown:
             raise UserError(f"unknown site {min(unknown)!r}; this model has {', '.join(self.sites)}")
@@ -311,6 +330,8 @@ class FrozenMLLM(nn.Module):
     def _check_layers(self, layers: Sequence[int] | None) -> list[int]:
         """Return decoder layers 1..L as a list, or all of them for None; raise a UserError if one is unknown."""
         layers = list(range(1, len(self.decoder.layers) + 1) if layers is None else layers)
+        if not layers:
+            raise UserError(f"got no layers; expected some of 1 to {len(self.decoder.layers)}, or None for all")
         self.check_sites([layer_site(layer) for layer in layers])
         return layers
 
@@ -332,6 +353,12 @@ class FrozenMLLM(nn.Module):
             return False
         return not any(is_allowed(mask)[:, :, :prefix, prefix:].any() for mask in as_list(masks))
 
+    def weights_key(self) -> tuple:
+        """Return what changes if weights are replaced, moved or edited, or if autocast is switched on or off."""
+        kind = self.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return autocast, [(id(p), p.data_ptr(), version(p)) for p in self.model.parameters()]
+
     @torch.no_grad()
     def prefill_prefix(self) -> int:
         """Cache the prompt before the image if forwards share it; return how many tokens of it they do not run."""
@@ -342,12 +369,13 @@ class FrozenMLLM(nn.Module):
 
     def prefix_cache(self, images: int, plan: Sequence[DistinctRows] | None = None) -> DynamicCache:
         """Return keys and values of the prefix, computed for one image and shared by the rows of each layer."""
-        # Identity, storage and version of each weight: replaced, moved or edited weights differ in one of them.
-        weights = [(id(p), p.data_ptr(), 0 if p.is_inference() else p._version) for p in self.decoder.parameters()]
+        weights = self.weights_key()
         if self._prefix_kv is None or weights != self._prefix_weights:
-            cache = DynamicCache()
-            if self.prefix_ids.shape[1]:
-                self.decoder(input_ids=self.prefix_ids, past_key_values=cache, use_cache=True)
+            cache, prefix = DynamicCache(), self.prefix_ids.shape[1]
+            if prefix:
+                masks, own = self.attention_masks(1), lambda mask: mask[:, :, :prefix, :prefix]
+                masks = {k: own(mask) for k, mask in masks.items()} if isinstance(masks, dict) else own(masks)
+                self.decoder(input_ids=self.prefix_ids, attention_mask=masks, past_key_values=cache, use_cache=True)
             self._prefix_kv, self._prefix_weights = [(layer.keys, layer.values) for layer in cache.layers], weights
         counts = [images] * len(self._prefix_kv) if plan is None else [len(rows.first) for rows in plan]
         pairs = zip(self._prefix_kv, counts, strict=True)

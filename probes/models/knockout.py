@@ -59,10 +59,12 @@ class Knockout:
                 all tokens, also later ones, or is NaN).
         """
         images, tokens = mask.shape[0], int(is_image.sum())
-        if self.blocked.dtype != torch.bool or self.blocked.shape not in ((images, tokens), (images, tokens, tokens)):
+        shapes, given = ((images, tokens), (images, tokens, tokens)), self.blocked
+        if not isinstance(given, Tensor) or given.dtype != torch.bool or given.shape not in shapes:
+            got = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else f"{type(given)}, no tensor"
             raise UserError(
                 f"blocked must be bool[{images}, {tokens}] (images, image tokens) or bool[{images}, {tokens}, "
-                f"{tokens}] (images, queries, keys); got {self.blocked.dtype} {list(self.blocked.shape)}"
+                f"{tokens}] (images, queries, keys); got {got}"
             )
         blocked = self.blocked.to(mask.device)
         pairs = blocked[:, None, :] if blocked.ndim == 2 else blocked
@@ -109,18 +111,18 @@ class Knockout:
         """
         images, replaced = len(as_list(masks)[0]), []
         chosen = _select_rows(self.layers, images, len(layers), "layer")
-        in_all_rows = chosen.all(0).tolist()
+        in_all_rows, on_device = chosen.all(0).tolist(), chosen.to(as_list(masks)[0].device)
         cuts = [(mask, self.cut(mask, is_image)) for mask in as_list(masks)]
         if self.heads is not None:
             heads = _select_rows(self.heads, images, _count_heads(layers), "head")
             cuts = [(mask, torch.where(heads.to(mask.device)[:, :, None, None], cut, mask)) for mask, cut in cuts]
 
         def replace(layer: int, kwargs: dict) -> dict:
-            given, rows = kwargs.get("attention_mask"), chosen[:, layer - 1, None, None, None]
+            given, rows = kwargs.get("attention_mask"), on_device[:, layer - 1, None, None, None]
             for mask, cut in cuts:
                 if given is mask or _is_copy(given, mask):
                     replaced.append(layer)
-                    new = cut if in_all_rows[layer - 1] else torch.where(rows.to(mask.device), cut, mask)
+                    new = cut if in_all_rows[layer - 1] else torch.where(rows, cut, mask)
                     return {**kwargs, "attention_mask": new.to(given.device)}
             raise RuntimeError(f"layer {layer} runs with another mask than the one to cut: {given}")
 
@@ -157,8 +159,8 @@ def _select_rows(chosen: Sequence[int] | Tensor | None, rows: int, count: int, k
                 f"{kind}s must be bool[{rows}, {count}] (images, {kind}s), got {chosen.dtype} {list(chosen.shape)}"
             )
         return chosen
-    for number in chosen or ():
-        if not 1 <= number <= count:
+    chosen = range(1, count + 1) if chosen is None else chosen
+    for number in chosen:
+        if isinstance(number, bool) or not 1 <= number <= count:
             raise UserError(f"knockout {kind} {number} is out of range; this model has {kind}s 1..{count}")
-    row = [chosen is None or number in chosen for number in range(1, count + 1)]
-    return torch.tensor(row).expand(rows, count)
+    return torch.tensor([number in chosen for number in range(1, count + 1)]).expand(rows, count)

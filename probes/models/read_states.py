@@ -16,6 +16,7 @@ from .shared_layers import (
     DistinctRows,
     States,
     distinct_rows,
+    on_device,
     rows_by_site,
     shared_layers,
     skipped_layers,
@@ -39,8 +40,10 @@ def read_states(
     known: Mapping[str, Tensor] | None,
 ) -> States:
     """Return the states f[B or R, T, d] at each wanted site; see :meth:`FrozenMLLM.states`."""
+    mllm.check_pixels(pixels)
+    rows = None if rows is None else [int(row) for row in rows]
     plan = _shared_rows(mllm, len(pixels), knockout, rows, hooks)
-    given, of_rows = pixels, lambda x: x if rows is None or plan is not None else x[list(rows)]
+    given, of_rows = pixels, lambda x: x if rows is None or plan is not None else x[rows]
     pixels = of_rows(pixels).to(mllm.device, mllm.model.dtype)
     images = len(pixels)
     start = mllm.prefix_ids.shape[1] if mllm.prefix_is_shared else 0
@@ -79,26 +82,26 @@ def read_states(
     if plan is not None:
         positions = dict(zip(mllm.sites, rows_by_site(rows, plan), strict=True))
         states = {site: state[positions[site].to(state.device)] for site, state in states.items()}
-    result = States((site, states[site].to(mllm.device)) for site in wanted)
-    result.image_attention = mllm.image_attention
-    result.pixels = None if knockout or hooks or rows is not None else given
-    return result
+    changed = knockout or hooks or rows is not None
+    return States(((site, states[site].to(mllm.device)) for site in wanted), mllm, None if changed else given)
 
 
 def _shared_rows(
     mllm: nn.Module,
     images: int,
     knockout: Knockout | None,
-    rows: Sequence[int] | None,
+    rows: list[int] | None,
     hooks: Mapping[str, Replacement],
 ) -> list[DistinctRows] | None:
     """Return the distinct rows at each layer; None if rows share nothing, or have position ids of their own."""
+    if rows == []:
+        raise UserError("got no rows; expected the image of each row, or None")
     for row, image in enumerate(rows or ()):
         if not 0 <= image < images:
             raise UserError(f"row {row} is of image {image}; expected 0 to {images - 1}")
     if rows is None or knockout is None or hooks or not mllm.family.shared_prefix:
         return None
-    return distinct_rows(rows, *knockout.by_row(mllm.decoder.layers))
+    return on_device(distinct_rows(rows, *knockout.by_row(mllm.decoder.layers)), mllm.device)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ the unchanged images, the encoder and the layers before the first change do not 
 Shapes: B images, R rows of the knockout, n distinct rows at a layer, L layers, N tokens.
 """
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -56,9 +56,16 @@ def distinct_rows(images: Sequence[int], cuts: Sequence[Hashable], layers: Tenso
     return plan
 
 
+def on_device(plan: Sequence[DistinctRows], device: torch.device) -> list[DistinctRows]:
+    """Return the plan on a device, moved in one copy, since each copy waits for the device."""
+    parts = [part for rows in plan for part in rows]
+    moved = torch.cat(parts).to(device).split([len(part) for part in parts])
+    return [DistinctRows(*moved[i : i + 3]) for i in range(0, len(moved), 3)]
+
+
 def rows_by_site(images: Sequence[int], plan: Sequence[DistinctRows]) -> list[Tensor]:
     """Return the position of each row among the recorded states, long[R], per site from "encoder" to "final_norm"."""
-    of_image = torch.tensor(images)
+    of_image = torch.tensor(images, device=plan[0].of_row.device)
     return [of_image, of_image, *(layer.of_row for layer in plan), plan[-1].of_row]
 
 
@@ -90,11 +97,32 @@ def shared_layers(layers: nn.ModuleList, plan: Sequence[DistinctRows]) -> Iterat
         yield
 
 
+def version(tensor: Tensor) -> int:
+    """Return the number of in-place edits of a tensor; 0 for those of inference mode, which do not count them."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class States(dict[str, Tensor]):
     """States f[B, T, d] by site that know what they are of, so that no other forward starts from them."""
 
-    pixels: Tensor | None = None  # f[B, 3, H, W]; None for those of a changed forward
-    image_attention: str = ""
+    def __init__(self, states: Iterable[tuple[str, Tensor]], mllm: nn.Module, pixels: Tensor | None):
+        super().__init__(states)
+        self.pixels = pixels  # f[B, 3, H, W]; None for those of a changed forward
+        self.pixels_version = 0 if pixels is None else version(pixels)
+        self.image_attention, self.prefix, self.weights = mllm.image_attention, mllm.prefix_ids, mllm.weights_key()
+
+    def check(self, mllm: nn.Module, pixels: Tensor) -> None:
+        """Raise a UserError unless a forward of `mllm` on `pixels` gives these states."""
+        same = self.pixels is not None and version(self.pixels) == self.pixels_version
+        if not same or not torch.equal(self.pixels.to(pixels), pixels):
+            raise UserError("known states are of other pixels, or of a changed forward; expected the same, unchanged")
+        if self.image_attention != mllm.image_attention:
+            masks = f"{self.image_attention}, but the model's is {mllm.image_attention}"
+            raise UserError(f"known states are of another mask among image tokens: {masks}")
+        if self.prefix is not mllm.prefix_ids:
+            raise UserError("known states are of another prefix before the image; read them again")
+        if self.weights != mllm.weights_key():
+            raise UserError("known states are of other weights, or of weights that have changed; read them again")
 
 
 def unchanged_sites(
@@ -116,11 +144,7 @@ def unchanged_sites(
         if shape != expected:
             raise UserError(f"known states have {shape} at {site!r}; expected {expected}, of the same pixels")
     if isinstance(known, States):
-        if known.pixels is None or not torch.equal(known.pixels.to(pixels), pixels):
-            raise UserError("known states are of other pixels, or of a changed forward; expected the same, unchanged")
-        if known.image_attention != mllm.image_attention:
-            masks = f"{known.image_attention}, but the model's is {mllm.image_attention}"
-            raise UserError(f"known states are of another mask among image tokens: {masks}")
+        known.check(mllm, pixels)
     last = max(mllm.sites.index(site) for site in wanted)
     changed = [mllm.sites.index(site) for site in hooks if site in mllm.sites]
     if knockout:

@@ -37,8 +37,10 @@ GEMMA = {
         placeholder="<start_of_image>",
         image_start_text="\n\n<start_of_image>",
     ),
-    # A question would be part of the bidirectional block; here there is none.
-    "paligemma": Family("PaliGemmaForConditionalGeneration", image_attention="prefix", placeholder=None),
+    # A question would be part of the bidirectional block; here there is none. Position ids begin at 1.
+    "paligemma": Family(
+        "PaliGemmaForConditionalGeneration", image_attention="prefix", placeholder=None, shared_prefix=False
+    ),
     "gemma4": Family(
         "Gemma4ForConditionalGeneration",
         image_px=lambda config: GEMMA4_TOKENS_PER_SIDE * patch_size(config) * config.vision_config.pooling_kernel_size,

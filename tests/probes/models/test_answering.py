@@ -216,7 +216,9 @@ def test_a_model_that_ignores_the_cut_mask_is_an_error(mllm, picture, monkeypatc
 
 def test_invalid_texts_and_backends_are_errors(mllm, picture, checkpoints):
     pixels = mllm.preprocess([picture])
-    for questions, answers in (([], ANSWERS), (QUESTIONS, []), (QUESTIONS, [""])):
+    with pytest.raises(UserError, match="pixels of 2 images; expected one"):
+        mllm.answer_attention(pixels[[0, 0]], QUESTIONS[0], ANSWERS[0])
+    for questions, answers in (([], ANSWERS), (QUESTIONS, []), (QUESTIONS, [""]), (QUESTIONS[0], ANSWERS)):
         with pytest.raises(UserError, match="no question or answer, or an empty one"):
             mllm.answer_log_probs(pixels, questions, answers)
     with pytest.raises(UserError, match="contains the image's placeholder"):

@@ -27,6 +27,29 @@ def test_weights_equal_eager_attention(checkpoints, name):
     torch.testing.assert_close(by_head, eager[:, [2, 0]], **rounding(eager, 3))
 
 
+def test_weights_of_bf16_models_are_float32(checkpoints, monkeypatch):
+    """From queries and keys in bf16; products in bf16 would be off by 1% and more."""
+    mllm, pixels, expected = probes.load(str(checkpoints["causal"]), dtype="bfloat16"), tiny_models.pixels(1), []
+    with torch.no_grad():
+        for layer in mllm.decoder.layers:
+            layer.self_attn.q_proj.weight *= 8  # attention that is not uniform
+    stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attention(module, query, key, value, mask, *args, scaling, **kwargs):
+        if module in {layer.self_attn for layer in mllm.decoder.layers}:
+            keys = key.double().repeat_interleave(query.shape[1] // key.shape[1], 1)
+            logits = (query.double() @ keys.mT * scaling).masked_fill(~mask, -torch.inf)
+            expected.append(logits.softmax(-1)[0, :, -4:, -4:].float())
+        return stock(module, query, key, value, mask, *args, scaling=scaling, **kwargs)
+
+    mllm.prefill_prefix()
+    with monkeypatch.context() as patch:
+        patch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", attention)
+        mllm.states(pixels)
+    (weights,) = mllm.attention(pixels, average_heads=False)
+    torch.testing.assert_close(weights, torch.stack(expected), **rounding(weights, 1))
+
+
 @pytest.mark.parametrize("name", ["causal", "bidirectional", "prefix"])
 @pytest.mark.parametrize("layer", [1, 2, None])
 def test_rollout_equals_a_loop_over_the_complete_sequence(checkpoints, name, layer):

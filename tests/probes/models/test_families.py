@@ -24,6 +24,7 @@ import probes
 from llava_bidir import LlavaBidirConfig
 from probes import Knockout
 from probes.analyses.extract import print_sites
+from probes.analyses.logit_lens import explore
 from probes.models.families import (
     DEEPSEEK,
     DYNAMIC,
@@ -343,6 +344,18 @@ def test_starting_from_known_states_equals_the_full_forward(name, mllm):
 
 
 @pytest.mark.parametrize("name", MASKABLE)
+def test_a_cached_prefix_changes_nothing(name, checkpoint):
+    """Of families whose prefix is not part of the forward of their own prompt, too, and under all masks."""
+    frozen = probes.load(checkpoint(name), prefix="hello hello")
+    pixels = frozen.preprocess(pictures(name))
+    for mask in dict.fromkeys([frozen.image_attention, "causal", "bidirectional", "prefix"]):
+        under = frozen.with_attention(mask)
+        cached, under.prefix_is_shared = under.states(pixels), False
+        for depth, (site, full) in enumerate(under.states(pixels).items()):
+            torch.testing.assert_close(cached[site], full, **rounding(full, max(depth, 1)))
+
+
+@pytest.mark.parametrize("name", MASKABLE)
 def test_other_masks_than_the_own_one(name, checkpoint, mllm):
     own, read = STOCK[name].native, mllm(name)
     other = probes.load(checkpoint(name), image_attention="bidirectional" if own == "causal" else "causal")
@@ -560,3 +573,11 @@ def test_a_run_of_probes_and_a_knockout_on_another_family(checkpoint, segmentati
     assert [site["dim"] for site in metrics["sites"]] == [16, 32, 32, 32, 32, 32]
     main(["knockout", "--probes", str(tmp_path), "--classes", "sky", "wall"])
     assert (tmp_path / "knockout.json").is_file()
+
+
+def test_a_model_without_masks_can_be_explored_without_knockouts(checkpoint, segmentation, tmp_path):
+    run = probe_runs.fit(checkpoint("qwen3_5"), segmentation, tmp_path, "--data.batch_size", "3")
+    (image,) = explore(run, [0], conditions=[]).images
+    assert list(image.readings) == ["none"]
+    with pytest.raises(ValueError, match="not supported by linear_attention layers"):
+        explore(run, [0])

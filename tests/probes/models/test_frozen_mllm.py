@@ -11,7 +11,7 @@ from tolerances import rounding
 from transformers import AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
 import probes
-from llava_bidir import LlavaBidirForConditionalGeneration
+from llava_bidir import IMAGE_ATTENTION, LlavaBidirForConditionalGeneration
 from llava_bidir.data.conversation import encode
 from probes.models.families import FAMILIES
 from probes.models.prompt_and_pixels import read_image_processors
@@ -86,6 +86,37 @@ def test_another_prefix_of_a_model_under_another_mask_is_its_own(mllm, checkpoin
     assert other.prefix_ids.shape[1] == len(ids) + 3 and own.prefix_ids[0].tolist() == ids
     own.clear_prefix_cache()
     assert all(torch.equal(x, before[site]) for site, x in own(pixels).items())
+
+
+def test_the_cached_prefix_has_the_models_mask(checkpoints, pictures, monkeypatch):
+    """Under a mask that gives the text before the image a block of its own, too."""
+    before_image = lambda is_image: is_image.flip(-1).cumsum(-1).flip(-1) > 0
+    blocks = lambda is_image: torch.where(is_image, 0, torch.where(before_image(is_image), 1, -1))
+    monkeypatch.setitem(IMAGE_ATTENTION, "two_blocks", blocks)
+    mllm = probes.load(str(checkpoints["causal"]), image_attention="two_blocks")
+    mllm.model.config.image_attention = "two_blocks"  # of the full forward
+    pixels = mllm.preprocess(pictures)
+    states, whole = mllm.states(pixels), full_forward(mllm, pixels)
+    assert mllm.prefix_is_shared
+    for i in (1, 2):
+        torch.testing.assert_close(states[f"layer_{i:02d}"], whole[i], **rounding(whole[i], i))
+    causal = mllm.with_attention("causal").states(pixels)
+    assert not torch.allclose(states["layer_02"], causal["layer_02"], atol=1e-3)
+
+
+def test_the_cached_prefix_has_the_precision_of_the_forward(checkpoints, pictures):
+    mllm = probes.load(str(checkpoints["causal"]))
+    pixels, full = mllm.preprocess(pictures), mllm.states(mllm.preprocess(pictures))
+    mllm.clear_prefix_cache()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.equal(mllm.states(pixels)["layer_03"], full["layer_03"])
+    assert torch.equal(mllm.states(pixels)["layer_03"], full["layer_03"])
+
+
+def test_logit_lens_takes_states_of_another_precision(checkpoints, pictures):
+    mllm = probes.load(str(checkpoints["causal"]), dtype="bfloat16")
+    states = mllm.states(mllm.preprocess(pictures))["layer_02"]
+    assert torch.equal(mllm.logit_lens(states.float(), "layer_02"), mllm.logit_lens(states, "layer_02"))
 
 
 def test_prefix_is_the_one_of_training(mllm, checkpoints):
@@ -256,6 +287,23 @@ def test_unknown_site_and_checkpoint_are_errors(mllm, checkpoints, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="no MLLM family 'llama'; registered: llava_bidir, llava"):
         probes.load(str(tmp_path))
+
+
+def test_bad_arguments_are_errors(mllm, pictures):
+    pixels, image = mllm.preprocess(pictures), mllm.model.config.image_token_id
+    for wrong, got in ((pixels[:, :, :4], r"\[3, 3, 4, 8\]"), (pixels[0], r"\[3, 8, 8\]"), (pixels.numpy(), "ndarray")):
+        with pytest.raises(ValueError, match=rf"pixels must be a tensor f\[images, 3, 8, 8\], got {got}"):
+            mllm.states(wrong)
+    with pytest.raises(ValueError, match="pixels must be"):
+        mllm.states(pixels[:0])
+    with pytest.raises(ValueError, match="sites must be a list of names, got 'layer_01'"):
+        mllm.states(pixels, "layer_01")
+    with pytest.raises(ValueError, match="got no rows"):
+        mllm.states(pixels, rows=[])
+    with pytest.raises(ValueError, match="got no layers; expected some of 1 to 3"):
+        mllm.attention(pixels, [])
+    with pytest.raises(ValueError, match="prefix contains the image's placeholder"):
+        mllm.set_prefix([3, image])
 
 
 def test_cls_token_dropped_from_an_encoder_without_one_is_noticed(checkpoints, pictures):

@@ -130,6 +130,10 @@ def test_misfits_are_errors(mllm, pixels):
         mllm.states(pixels, knockout=Knockout(BLOCKED[:2]))
     with pytest.raises(ValueError, match=r"blocked must be bool\[3, 4\].*int64"):
         mllm.states(pixels, knockout=Knockout(BLOCKED.long()))
+    with pytest.raises(ValueError, match=r"blocked must be bool\[3, 4\].*ndarray"):
+        mllm.states(pixels, knockout=Knockout(BLOCKED.numpy()))
+    with pytest.raises(ValueError, match=r"layer True is out of range"):
+        mllm.states(pixels, knockout=Knockout(BLOCKED, layers=[True, True, True]))
     with pytest.raises(ValueError, match=r"layer 4 is out of range; this model has layers 1..3"):
         mllm.states(pixels, knockout=Knockout(BLOCKED, layers=[4]))
     with pytest.raises(ValueError, match=r"head 5 is out of range; this model has heads 1..4"):

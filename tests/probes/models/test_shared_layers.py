@@ -1,8 +1,12 @@
 """Rows of an image that share layers, against each row in a forward of its own."""
 
+from unittest.mock import patch
+
+import numpy as np
 import pytest
 import torch
 from device_reads import DeviceReads
+from pretend_gpu import PLACEMENT, MoveTensors, pretend_gpu
 from tolerances import rounding
 
 import probes
@@ -128,6 +132,23 @@ def test_reading_more_sites_or_cutting_more_layers_waits_for_the_device_no_more_
     assert cut([1]) == cut([1, 2, 3])
 
 
+def count_copies(mllm, pixels, layers) -> int:
+    """Return how many tensors a knockout of `layers` copies to the device."""
+    with pretend_gpu(), patch.object(MoveTensors, "_move", autospec=True, side_effect=MoveTensors._move) as move:
+        mllm.states(pixels, ["layer_03"], Knockout(BLOCKED[[0, 1, 0]], layers), rows=[0, 0, 1])
+        return sum(call.args[2] and call.args[1] not in PLACEMENT for call in move.call_args_list)
+
+
+def test_cutting_more_layers_copies_no_more_often(checkpoints, pixels):
+    """From host memory that is not pinned, each copy waits for the device."""
+    with pretend_gpu():
+        mllm = probes.load(str(checkpoints["causal"]), device="cuda")
+        mllm.states(pixels)
+    by_row = torch.tensor([[True, False, False], [False, True, True], [True, True, True]])
+    once = count_copies(mllm, pixels, [1])
+    assert once == count_copies(mllm, pixels, [1, 2, 3]) == count_copies(mllm, pixels, by_row)
+
+
 def test_known_states_that_do_not_fit_are_an_error(checkpoints, pixels):
     mllm = probes.load(str(checkpoints["bidirectional"]))
     plain = mllm.states(pixels, ["layer_01"])
@@ -149,6 +170,39 @@ def test_known_states_of_another_forward_are_an_error(checkpoints, pixels, own, 
         mllm.with_attention(other).states(pixels, knockout=block, known=plain)
     full, states = mllm.states(pixels, knockout=block), mllm.states(pixels.clone(), knockout=block, known=plain)
     assert all(torch.equal(states[site], full[site]) for site in full)
+
+
+def _edit_weights(mllm, pixels):
+    mllm.model.get_input_embeddings().weight.mul_(2)
+
+
+EDITS = {
+    "known states are of other weights": _edit_weights,
+    "known states are of another prefix": lambda mllm, pixels: mllm.set_prefix([3, 4]),
+    "known states are of other pixels": lambda mllm, pixels: pixels.mul_(2),
+}
+
+
+@pytest.mark.parametrize("message", EDITS)
+def test_known_states_from_before_an_edit_are_an_error(checkpoints, pixels, message):
+    mllm, pixels = probes.load(str(checkpoints["causal"])), pixels.clone()
+    plain = mllm.states(pixels)
+    with torch.no_grad():
+        EDITS[message](mllm, pixels)
+    with pytest.raises(ValueError, match=message):
+        mllm.states(pixels, knockout=Knockout(BLOCKED, [3]), known=plain)
+
+
+def test_known_states_of_another_model_are_an_error(checkpoints, pixels):
+    mllm, other = (probes.load(str(checkpoints["causal"])) for _ in range(2))
+    with pytest.raises(ValueError, match="known states are of another prefix|of other weights"):
+        mllm.states(pixels, knockout=Knockout(BLOCKED, [3]), known=other.states(pixels))
+
+
+def test_rows_may_be_numbers_of_numpy(mllm, pixels):
+    rows, block = np.array([2, 0]), Knockout(BLOCKED[[0, 1]], np.array([2, 3]))
+    states, expected = mllm.states(pixels, None, block, rows), mllm.states(pixels, None, block, [2, 0])
+    assert all(torch.equal(states[site], expected[site]) for site in expected)
 
 
 def test_a_misfit_is_an_error(mllm, pixels):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import llava_bidir
 from llava_bidir.common.errors import one_line_errors
-from llava_bidir.common.usage_errors import ArgumentParser, count
+from llava_bidir.common.usage_errors import ArgumentParser, between, count
 
 CONFIGURED = {  # commands that take the options of LightningCLI
     "fit": "train a stage: -c configs/stage1.yaml -c configs/encoder/clip.yaml --model.image_attention bidirectional",
@@ -104,10 +104,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     assets.add_argument("--world", choices=["context", "conjunction", "null"], default="context", help=text)
     assets.add_argument(
-        "--scale", type=float, default=1.0, help="factor for the number of images, conversations and training steps"
+        "--scale",
+        type=between(0.01, 1000),
+        default=1.0,
+        help="factor for the number of images, conversations and training steps",
     )
     text = "largest share of names that are replaced by their look-alike in the text on which the LLM is trained"
-    assets.add_argument("--swapped-names", type=float, default=0.5, metavar="SHARE", help=text)
+    assets.add_argument("--swapped-names", type=between(0, 1), default=0.5, metavar="SHARE", help=text)
 
     rehearse = command(
         "rehearse",

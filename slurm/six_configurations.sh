@@ -15,6 +15,10 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source slurm/env.sh
 if [[ ${1:-} == --rehearse ]]; then
   export RUNS=$RUNS/rehearsal
+  if [[ $(realpath -m "$RUNS") == *[[:space:]]* ]]; then
+    echo "the rehearsal cannot run in '$(realpath -m "$RUNS")': use a path without spaces" >&2
+    exit 2
+  fi
   "$PYTHON" -m llava_bidir rehearse --inputs-only --out "$RUNS" --size "${SIZE:-7b}" --encoder "${ENCODERS%% *}"
   # shellcheck source=/dev/null
   source "$RUNS/inputs/env.sh"

@@ -12,6 +12,8 @@ from statistics import median
 import psutil
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from llava_bidir.common.process_group import process_group
+
 INTERVAL_S = 0.2  # between two looks at the memory; a model that is read stays for longer
 LOOKS = 0.05  # largest share of the time spent looking: the system walks all pages, 0.1 s for 10 GB
 NAMES = ("step_s", "tokens_per_s", "samples_per_s", "tflops_per_s_and_device", "mfu", "memory_gb")
@@ -31,17 +33,15 @@ def run_measured(command: list[str], log: Path) -> dict[str, float | int]:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
         print(*command, file=output, flush=True)
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         done = threading.Event()
-        watch = threading.Thread(target=_watch, args=(process.pid, peaks, done), daemon=True)
-        watch.start()
-        try:
-            code = process.wait()
-        finally:  # Ctrl-C leaves no process behind
-            process.kill()
-            process.wait()
-            done.set()
-            watch.join()
+        with process_group(command, stdout=output, stderr=subprocess.STDOUT) as process:
+            watch = threading.Thread(target=_watch, args=(process.pid, peaks, done), daemon=True)
+            watch.start()
+            try:
+                code = process.wait()
+            finally:
+                done.set()
+                watch.join()
     return {"returncode": code, "wall_s": round(time.monotonic() - start, 1)} | {
         name: round(peak / 1e9, 3) for name, peak in peaks.items()
     }

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
     with exclusive_run_lock(args.out):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running command, too
         record = start_record(args.out / "rehearsal.json", args.size, args.encoder)
+        write_files({args.out / "rehearsal.json": record})  # before the inputs, which are of this size
         if not (args.out / "inputs/env.sh").is_file():
             print(f"writing random models of size {args.size} to {args.out / 'inputs'}", flush=True)
             write_inputs(args.out / "inputs", args.size, args.encoder)

@@ -171,10 +171,10 @@ def _write_conversations(out: Path, texts: dict[str, list[SceneText]], scale: fl
     train, val = texts["llava"], texts["validation"]
     captions = [
         _record("llava", i, prepend_picture(build_dialogue(train[i], rng, caption=True)))
-        for i in _sample_evenly(rng, len(train), round(CAPTIONS * scale))
+        for i in _sample_evenly(rng, len(train), max(1, round(CAPTIONS * scale)))
     ]
     dialogues = []
-    for i in _sample_evenly(rng, len(train), round(DIALOGUES * scale)):
+    for i in _sample_evenly(rng, len(train), max(1, round(DIALOGUES * scale))):
         turns = build_dialogue(train[i], rng, rows=4, points=8, caption=True)
         if rng.random() < TEXT_ONLY:
             turns = prepend_picture(turns, " ".join(train[i].names))
@@ -183,7 +183,7 @@ def _write_conversations(out: Path, texts: dict[str, list[SceneText]], scale: fl
             dialogues.append(_record("llava", i, prepend_picture(turns)))
     questions = [
         _record("validation", i, prepend_picture(build_dialogue(val[i], rng, points=1)))
-        for i in _sample_evenly(rng, len(val), round(QUESTIONS * scale))
+        for i in _sample_evenly(rng, len(val), max(1, round(QUESTIONS * scale)))
     ]
     questions = [record | {"regions": find_regions(record["conversations"])} for record in questions]
     for name, records in (("captions", captions), ("dialogues", dialogues), ("questions", questions)):

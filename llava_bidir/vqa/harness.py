@@ -42,6 +42,7 @@ def main(request: dict) -> None:
         check_environment(request["code"])
         import torch.distributed as dist
         from lmms_eval.models import get_model  # may be missing, so check_environment comes first
+        from lmms_eval.utils import load_yaml_config
 
         model = get_model("llava_bidir").create_from_arg_string(
             f"pretrained={request['model']}", {"batch_size": request["batch_size"]}
@@ -49,7 +50,8 @@ def main(request: dict) -> None:
         for name in request["benchmarks"]:
             start = time.monotonic()
             config_file = find_config(BENCHMARKS[name])
-            dataset = local_dataset(BENCHMARKS[name], config_file) if request["local"] else []
+            path = load_yaml_config(str(config_file))["dataset_path"]
+            dataset = local_dataset(BENCHMARKS[name], path) if request["local"] else []
             results = run_benchmark(BENCHMARKS[name], model, out, config_file)
             if results is not None:
                 run_info = {"code": request["code"], "device": str(model.device), "dtype": str(model.model.dtype)}
@@ -95,17 +97,17 @@ def find_config(benchmark: Benchmark) -> Path:
     return path
 
 
-def local_dataset(benchmark: Benchmark, config_file: Path) -> list[str]:
+def local_dataset(benchmark: Benchmark, path: str) -> list[str]:
     """Return the files or the folder with the data of a task, relative to the working directory.
+
+    `path` is the task's "dataset_path".
 
     Raises:
         UserError: The folder does not exist.
     """
-    from lmms_eval.utils import load_yaml_config
-
-    path = load_yaml_config(str(config_file))["dataset_path"]
-    if "/" not in path:  # a format, whose files the benchmark names
-        return list(benchmark.overrides["dataset_kwargs"]["data_files"].values())
+    if "/" not in path:  # a format, whose files the benchmark names; they hold LLaVA's records with their pictures
+        files = list(benchmark.overrides["dataset_kwargs"]["data_files"].values())
+        return files + sorted({record["image"] for file in files for record in json.loads(Path(file).read_text())})
     if not Path(path).is_dir():
         raise UserError(f"--data {Path.cwd()} has no folder {path} with the dataset of the task")
     return [path]

@@ -5,6 +5,7 @@ A finished task has TASK.json with its scores and settings, and TASK.jsonl with 
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -46,8 +47,14 @@ def code_digest() -> str:
 
 def dataset_digest(folder: Path, paths: list[str]) -> str:
     """Return the digest of local data: of the files, and of all files in the folders, among `paths` in `folder`."""
-    files = [file for path in paths for file in [folder / path, *(folder / path).rglob("*")] if file.is_file()]
-    return describe(checksums(folder, sorted(str(file.relative_to(folder)) for file in files)), len(files))
+    inside = [
+        os.path.join(parent, name)
+        for path in paths
+        for parent, _, names in os.walk(folder / path, followlinks=True)  # rglob follows no links in Python 3.11
+        for name in names
+    ]
+    files = [str(folder / path) for path in paths if (folder / path).is_file()] + inside
+    return describe(checksums(folder, sorted(os.path.relpath(file, folder) for file in files)), len(files))
 
 
 def error_file(out: Path) -> Path:

@@ -3,10 +3,12 @@
 import argparse
 import json
 import os
-import subprocess
+import signal
+import sys
 from pathlib import Path
 
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.process_group import process_group
 from llava_bidir.common.run_lock import exclusive_run_lock
 
 from .checkpoint import fingerprint, read_encoder_name, read_image_attention, resolve_checkpoint
@@ -14,6 +16,7 @@ from .result_files import code_digest, dataset_digest, error_file, read_results,
 from .table1 import write_tables
 
 IGNORED_VARIABLES = ("NUM_IMAGE", "LMMS_EVAL_PLUGINS")  # they would change the results of the harness
+FOLDERS = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE")  # may be relative; the harness runs in another folder
 
 
 def run(args: argparse.Namespace) -> None:
@@ -32,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
         "data": "hub" if args.data is None else str(args.data),
     }
     with exclusive_run_lock(args.out):
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the harness, too
         pending = [name for name in args.tasks if not _is_finished(args.out, name, info, args.data)]
         if pending:
             _run_harness(args, model, pending, info)
@@ -57,6 +61,8 @@ def _is_finished(out: Path, name: str, info: dict, data: Path | None) -> bool:
             f"{results_file(out, name)} belongs to other data ({earlier['data']}: {earlier.get('data_digest')}; now "
             f"{info['data']}: {now}); choose another --out"
         )
+    if earlier.get("code") != code_digest():
+        print(f"{name}: finished by another version of llava_bidir; delete {results_file(out, name)} to run it again")
     return True
 
 
@@ -81,12 +87,12 @@ def _run_harness(args: argparse.Namespace, model: Path, names: list[str], info: 
     }
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.devices)]
     command = [str(python), *(torchrun if args.devices > 1 else []), "-m", "llava_bidir.vqa.harness"]
-    process = subprocess.run(
-        [*command, json.dumps(request)],
-        cwd=args.data or error.parent,
-        env={name: value for name, value in os.environ.items() if name not in IGNORED_VARIABLES},
-    )
+    environment = {name: value for name, value in os.environ.items() if name not in IGNORED_VARIABLES}
+    environment |= {name: os.path.abspath(os.environ[name]) for name in FOLDERS if name in os.environ}
+    folder = args.data or error.parent
+    with process_group([*command, json.dumps(request)], cwd=folder, env=environment) as process:
+        status = process.wait()
     if error.exists():
         raise UserError(error.read_text().strip())
-    if process.returncode:
-        raise UserError(f"{' '.join(names)}: the harness exited with {process.returncode}; see its output above")
+    if status:
+        raise UserError(f"{' '.join(names)}: the harness exited with {status}; see its output above")

@@ -92,7 +92,7 @@ def _score_model(folder: Path, results: Results) -> dict[str, Any]:
             published = published if published is None or column.points else published / 100
             columns[title] = {
                 "score": score,
-                "ci95": interval(score, terms[title].resampled_scores(seed=SEED)),
+                "ci95": _clip(interval(score, terms[title].resampled_scores(seed=SEED)), column),
                 "paper": published,
                 "difference": None if published is None else score - published,
                 "items": len(items),
@@ -101,7 +101,13 @@ def _score_model(folder: Path, results: Results) -> dict[str, Any]:
                 "official": BENCHMARKS[name].official_items in (None, info["documents"]),
             }
     keys = ("model", "encoder", "image_attention", "fingerprint")
-    return {**{key: model[key] for key in keys}, "results": str(folder), "columns": columns}
+    made_by = {key: sorted({str(info.get(key)) for info, _ in results.values()}) for key in ("code", "dtype")}
+    return {**{key: model[key] for key in keys}, **made_by, "results": str(folder), "columns": columns}
+
+
+def _clip(ci95: list[float], column: Column) -> list[float]:
+    """Return the interval of a score within its range: reflection can take it beyond."""
+    return [max(end, 0.0) if column.points else min(max(end, 0.0), 1.0) for end in ci95]
 
 
 def _find_pairs(models: list[dict]) -> list[tuple[int, int]]:
@@ -115,6 +121,9 @@ def _find_pairs(models: list[dict]) -> list[tuple[int, int]]:
 
 def _compare(models: list[dict], results: list[Results], i: int, j: int) -> dict[str, Any]:
     """Compare bidirectional (j) with causal (i) on the same questions. Adjust the p-values for the columns."""
+    if models[i]["dtype"] != models[j]["dtype"]:
+        dtypes = [f"{model['results']} {', '.join(model['dtype'])}" for model in (models[i], models[j])]
+        raise UserError(f"results of other precisions are not compared: {' and '.join(dtypes)}")
     _check_same_questions(models[i], models[j], results[i], results[j])
     causal, bidirectional = _score_terms(results[i]), _score_terms(results[j])
     columns = {}
@@ -207,10 +216,12 @@ def _cell(title: str, column: dict | None, formatter: Callable[[str, Any], str],
 def _text(table: dict) -> str:
     lines = [("", "", _titles(table)), *_rows(table)]
     width = [max(len(line[k]) for line in lines) for k in (0, 1)]
-    return "\n".join(
+    rows = [
         f"{name:<{width[0]}}  {quantity:<{width[1]}}  " + "  ".join(f"{cell:>14}" for cell in cells)
         for name, quantity, cells in lines
-    )
+    ]
+    versions = len({code for model in table["models"] for code in model["code"]})
+    return "\n".join(rows + [f"The results are of {versions} versions of llava_bidir."] * (versions > 1))
 
 
 def _latex(table: dict) -> str:

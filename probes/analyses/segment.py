@@ -24,7 +24,7 @@ from tqdm import tqdm
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.data.base import open_image, read_rgb
+from probes.data.base import open_image, read_photo
 from probes.data.palette import colorize, palette_of
 from probes.results.probe_run import ProbeRun
 from probes.results.task_run import TaskRun, open_run
@@ -83,7 +83,7 @@ def segment(run: ProbeRun, photos: list[Path], site: str, out: Path) -> tuple[di
     classes, palette = run.metrics["classes"], _palette(run)
     pixels, files = np.zeros(len(classes), np.int64), {}
     for photo in tqdm(photos, desc="photos"):
-        image = read_rgb(open_image(photo), photo)
+        image = read_photo(photo)
         prediction = run.predict(image, site)
         pixels += np.bincount(prediction.ravel(), minlength=len(classes))
         indices = Image.fromarray(prediction).convert("P")
@@ -111,7 +111,7 @@ def predict_task(run: TaskRun, photos: list[Path], site: str, out: Path) -> dict
     """Return the contents of all files by path, of another task than segmentation."""
     files, clipped, unit = {}, 0.0, _unit(run)
     for photo in tqdm(photos, desc="photos"):
-        prediction = run.predict(read_rgb(open_image(photo), photo), site)
+        prediction = run.predict(read_photo(photo), site)
         pixels = run.task.encode(prediction, unit)
         if unit:
             clipped += (np.abs(pixels * unit - prediction) > unit).mean() / len(photos)

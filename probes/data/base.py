@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from llava_bidir.common.errors import UserError
@@ -186,6 +186,16 @@ def open_image(file: File, formats: tuple[str, ...] = FORMATS) -> Image.Image:
         message = f"{file} cannot be read as an image: {str(error) or type(error).__name__}"
         raise BadFile(message, "cannot be read") from None
     return image
+
+
+def read_photo(file: File) -> Image.Image:
+    """Return a photo as RGB, turned as its EXIF tag says and viewers show it; images of datasets are read as stored.
+
+    Raises:
+        BadFile: As :func:`open_image` and :func:`read_rgb`.
+    """
+    image = open_image(file)
+    return read_rgb(image if _orientation(image) == 1 else ImageOps.exif_transpose(image), file)
 
 
 def read_rgb(image: Image.Image, file: File) -> Image.Image:

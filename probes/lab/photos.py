@@ -16,7 +16,7 @@ from PIL import Image
 
 from llava_bidir.common.errors import UserError
 from probes.analyses.logit_lens import grid_box
-from probes.data.base import EmbeddedFile, open_image, read_rgb
+from probes.data.base import EmbeddedFile, read_photo
 from probes.evaluation.metrics import patch_labels
 from probes.ops.geometry import Geometry
 
@@ -70,7 +70,7 @@ class Photos:
             UserError: It is not an image within the limits of the project's reader.
         """
         file = EmbeddedFile(content, name or "the photo")
-        image = read_rgb(open_image(file), file)
+        image = read_photo(file)
         key = "upload:" + hashlib.sha256(content).hexdigest()
         self._keep(key, Photo.from_image(image, name, self.geometries))
         return key

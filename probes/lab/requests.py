@@ -90,7 +90,7 @@ class AnswerAttention(Question):
 
 
 class Control(View):
-    """As many other patches as those of the intervention, random or matched in the attention that they receive."""
+    """As many patches as those of the intervention, random or matched in the attention that they receive."""
 
     intervention: Annotated[Block | Replace, Field(discriminator="kind")]
     control: Literal["random", "matched"]

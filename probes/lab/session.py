@@ -165,7 +165,7 @@ class Session:
         return {"to": _pack(weights[0, :, request.token], np.float32), "token": tokens[request.token]}
 
     def control(self, request: Control, job: Job) -> dict[str, Any]:
-        """Return as many other patches, random or matched in the attention that they receive from all patches."""
+        """Return as many patches: random ones of all, or other ones that receive as much attention from all patches."""
         model, pixels = self._model(request), self._pixels(request)
         blocked = _as_mask(model, request.intervention.patches).numpy()
         rng = np.random.default_rng(request.seed)

@@ -5,7 +5,7 @@ from .requests import MAX_ANSWER_TOKENS, Block, Export, Replace, View
 
 HEADER = '''"""Reproduces a view of `probes lab`. Needs the package `llava-bidir`."""
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import probes
 '''
@@ -58,7 +58,7 @@ def _open(variable: str, photo: str, name: str) -> list[str]:
     kind, _, key = photo.partition(":")
     if kind == "split":
         return [f'{variable} = run.dataset()[{key}]["image"]']
-    return [f'{variable} = Image.open({name!r}).convert("RGB")  # sha256 {key}']
+    return [f'{variable} = ImageOps.exif_transpose(Image.open({name!r})).convert("RGB")  # sha256 {key}']
 
 
 def _argument(change: Block | Replace | None) -> str:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from processes import HANGING_S
 
+from llava_bidir import cli
 from llava_bidir.rehearsal import run as rehearsal
 from llava_bidir.rehearsal.cost import extrapolate
 from llava_bidir.rehearsal.measure import run_measured
@@ -61,8 +62,9 @@ def test_memory_of_all_processes_is_counted_and_mapped_files_are_not(tmp_path):
     assert measured["host_gb"] < 0.06 and measured["host_with_files_gb"] > 0.1
 
 
-def test_a_command_ends_with_the_rehearsal(tmp_path):
-    code = "import time, os; open('pid', 'w').write(str(os.getpid())); os.rename('pid', 'started'); time.sleep(600)"
+def test_a_command_and_its_processes_end_with_the_rehearsal(tmp_path):
+    worker = "import time, os; open('pid', 'w').write(str(os.getpid())); os.rename('pid', 'started'); time.sleep(600)"
+    code = f"import subprocess; subprocess.run({python(worker)!r})"
     lines = [
         "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))",
         "from pathlib import Path; from llava_bidir.rehearsal.measure import run_measured",
@@ -75,7 +77,10 @@ def test_a_command_ends_with_the_rehearsal(tmp_path):
         time.sleep(0.05)
     rehearsing.terminate()
     assert rehearsing.wait() == 143
-    assert not psutil.pid_exists(int((tmp_path / "started").read_text()))
+    worker_pid = int((tmp_path / "started").read_text())
+    while psutil.pid_exists(worker_pid) and time.monotonic() < deadline:  # init reaps it
+        time.sleep(0.05)
+    assert not psutil.pid_exists(worker_pid)
 
 
 def test_cost_is_the_flops_of_the_estimate_at_the_measured_speed(tmp_path):
@@ -106,11 +111,13 @@ def test_steps_come_after_those_they_need_and_cover_the_study(tmp_path):
     assert all((ROOT / config).is_file() for config in configs)
 
 
-def test_folder_of_another_size_is_an_error(tmp_path):
-    record = rehearsal.start_record(tmp_path / "rehearsal.json", "tiny", "clip")
-    (tmp_path / "rehearsal.json").write_text(json.dumps(record))
-    with pytest.raises(ValueError, match="is of size 'tiny', not '1b'; use another --out"):
-        rehearsal.start_record(tmp_path / "rehearsal.json", "1b", "clip")
+@pytest.mark.parametrize("other", [("--size", "1b"), ("--encoder", "dinov2")])
+def test_folder_of_another_size_is_an_error(tmp_path, monkeypatch, other):
+    monkeypatch.chdir(ROOT)
+    inputs = ["rehearse", "--inputs-only", "--out", str(tmp_path)]
+    cli.main([*inputs, "--size", "tiny"])
+    with pytest.raises(SystemExit, match=r"rehearsal.json is of (size 'tiny', not '1b'|encoder 'clip', not 'dinov2')"):
+        cli.main([*inputs, "--size", "tiny", *other])
 
 
 def test_outside_of_the_repository_is_an_error(tmp_path, monkeypatch):

@@ -91,6 +91,29 @@ def test_models_with_other_questions_are_not_compared(tmp_path):
         cli.main(["vqa-table", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)])
 
 
+def test_models_in_other_precisions_are_not_compared(tmp_path):
+    vqa_results.write(tmp_path / "a", "gqa", CAUSAL, dtype="torch.float32")
+    vqa_results.write(tmp_path / "b", "gqa", CAUSAL, "bidirectional", dtype="torch.bfloat16")
+    message = r"precisions are not compared: .*/a torch.float32 and .*/b torch.bfloat16"
+    with pytest.raises(SystemExit, match=message):
+        cli.main(["vqa-table", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)])
+
+
+def test_results_of_several_versions_are_said_to_be(tmp_path, capsys):
+    vqa_results.write(tmp_path / "a", "gqa", CAUSAL, code="old")
+    vqa_results.write(tmp_path / "b", "gqa", CAUSAL, "bidirectional", code="new")
+    cli.main(["vqa-table", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)])
+    assert "The results are of 2 versions of llava_bidir." in capsys.readouterr().out
+    assert [m["code"] for m in json.loads((tmp_path / "table1.json").read_text())["models"]] == [["old"], ["new"]]
+
+
+def test_intervals_stay_within_the_range_of_the_score(tmp_path):
+    vqa_results.write(tmp_path / "a", "gqa", np.arange(40) > 0)
+    cli.main(["vqa-table", str(tmp_path / "a"), "--out", str(tmp_path)])
+    ci95 = json.loads((tmp_path / "table1.json").read_text())["models"][0]["columns"]["GQA"]["ci95"]
+    assert 0.9 < ci95[0] < ci95[1] == 1
+
+
 def test_results_that_vqa_rejects_are_not_in_the_table(tmp_path):
     for mask in ("causal", "bidirectional"):
         vqa_results.write(tmp_path / mask, "gqa", CAUSAL, mask)

@@ -7,7 +7,8 @@ import pytest
 import vqa_results
 
 from llava_bidir.vqa.benchmarks import BENCHMARKS
-from llava_bidir.vqa.result_files import items_file, pinned_versions, results_file
+from llava_bidir.vqa.harness import local_dataset
+from llava_bidir.vqa.result_files import dataset_digest, items_file, pinned_versions, results_file
 from llava_bidir.vqa.validate_results import find_problems
 
 RIGHT = np.arange(12) % 3 > 0
@@ -82,3 +83,20 @@ def test_cut_file_says_what_to_do(out):
     results_file(out, "gqa").write_text("{")
     with pytest.raises(ValueError, match=r"gqa.json: .*; delete it to run the task again"):
         find_problems(out, "gqa", 0.0)
+
+
+def test_digest_of_local_data_sees_pictures_and_linked_folders(tmp_path, monkeypatch):
+    """Under Python 3.11, Path.rglob follows no links."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/part.parquet").write_bytes(b"rows")
+    (tmp_path / "ORG/NAME").mkdir(parents=True)
+    (tmp_path / "ORG/NAME/data").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a.png").write_bytes(b"a picture")
+    (tmp_path / "questions.json").write_text(json.dumps([{"image": "a.png"}] * 2))
+    toy = local_dataset(BENCHMARKS["toy"], "json")
+    assert toy == ["questions.json", "a.png"]
+    for paths, file in ((["ORG/NAME"], "elsewhere/part.parquet"), (toy, "a.png"), (toy, "questions.json")):
+        before = dataset_digest(tmp_path, paths)
+        (tmp_path / file).write_bytes(b"changed")
+        assert dataset_digest(tmp_path, paths) != before

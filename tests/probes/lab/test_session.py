@@ -78,12 +78,18 @@ def test_exported_code_gives_the_numbers_of_the_page(session, change, model):
     assert (shares == best.values.permute(2, 0, 1).numpy()).all()
 
 
-def test_exported_code_opens_an_uploaded_photo_and_asks(session, tmp_path, monkeypatch):
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_exported_code_opens_an_uploaded_photo_and_asks(session, tmp_path, monkeypatch, orientation):
+    """A phone's photo is turned by its EXIF tag, as viewers show it."""
     monkeypatch.chdir(tmp_path)
-    content = encode(Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8)), "PNG")
+    image, file = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50, 3), np.uint8)), io.BytesIO()
+    image.getexif()[0x0112] = orientation
+    image.save(file, "PNG", exif=image.getexif())
+    content = file.getvalue()
     name = 'it\'s a "photo".png'
     (tmp_path / name).write_bytes(content)
     view = {"photo": session.photos.add(content, name), "model": 1, "intervention": BLOCK}
+    assert session.photos.get(view["photo"]).size == ((30, 50) if orientation == 6 else (50, 30))
     names = execute(session, Export(**view, question="What is 'it'?"))
     _, shares = read(session, View(**view))
     assert (shares[0] == torch.stack(list(names["probabilities"].values())).amax(-1).numpy()).all()

@@ -278,3 +278,10 @@ def test_fit_goes_on_from_the_newest_whole_checkpoint(parts, conversations, tmp_
         llava_bidir.cli.main([*arguments, "--ckpt_path", "last"])
     assert f"skipping checkpoint {cut}" in caplog.text and f"resuming {whole}" in caplog.text
     assert json.loads((tmp_path / "hf/training.json").read_text())["steps"] == 3
+
+
+@pytest.mark.parametrize(("option", "value"), [("--scale", "0"), ("--scale", "-1"), ("--swapped-names", "7")])
+def test_shares_out_of_range_are_usage_errors(tmp_path, option, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        llava_bidir.cli.main(["demo-assets", str(tmp_path), option, value])
+    assert stop.value.code == 2 and f"{option}: expected" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import llava_bidir
 from llava_bidir.common.errors import one_line_errors
-from llava_bidir.common.usage_errors import ArgumentParser, between, count
+from llava_bidir.common.usage_errors import ArgumentParser, between, count, natural
 
 CONFIGURED = {  # commands that take the options of LightningCLI
     "fit": "train a stage: -c configs/stage1.yaml -c configs/encoder/clip.yaml --model.image_attention bidirectional",
@@ -88,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
     for parser_of_results in (vqa, table):
         parser_of_results.add_argument(
             "--max-invalid-rate",
-            type=float,
+            type=between(0, 1),
             default=0.05,
             help="maximum share of answers that are empty or not in the requested form (a letter, yes or no)",
         )
@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
         "demo-assets", "llava_bidir.toy_world.assets:run", "write the toy world in the formats of the real data"
     )
     assets.add_argument("out", type=Path, help="folder to write; replaces an earlier world")
-    assets.add_argument("--seed", type=int, default=0, help="seed of all random choices")
+    assets.add_argument("--seed", type=natural, default=0, help="seed of all random choices")
     text = (
         "look-alikes can only be told apart by the rest of the scene (context), by it and the light together "
         "(conjunction), or by themselves (null)"

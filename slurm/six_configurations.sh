@@ -10,10 +10,18 @@
 # It can be run again at any time. Finished parts and jobs in the queue are skipped, everything else is submitted, and
 # interrupted stages resume from their last checkpoint. To repeat a part, delete its result and all that depend on it.
 set -euo pipefail
+dry_run='' rehearse=''
+for argument in "$@"; do
+  case $argument in
+    --dry-run) dry_run=yes ;;
+    --rehearse) rehearse=yes ;;
+    *) echo "unknown argument $argument; usage: $0 [--dry-run] [--rehearse]" >&2; exit 2 ;;
+  esac
+done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # shellcheck source=slurm/env.sh
 source slurm/env.sh
-if [[ ${1:-} == --rehearse ]]; then
+if [[ -n $rehearse ]]; then
   export RUNS=$RUNS/rehearsal
   if [[ $(realpath -m "$RUNS") == *[[:space:]]* ]]; then
     echo "the rehearsal cannot run in '$(realpath -m "$RUNS")': use a path without spaces" >&2
@@ -90,7 +98,7 @@ submit_part() {
 
 echo "plan, into $RUNS:"
 for_each_part print_part
-if [[ ${1:-} == --dry-run ]]; then exit; fi
+if [[ -n $dry_run ]]; then exit; fi
 for variable in PYTHON ${VQA_PYTHON:+VQA_PYTHON} CAPTIONS CAPTION_IMAGES INSTRUCTIONS INSTRUCTION_IMAGES SEGMENTATION; do
   [[ -e ${!variable} ]] || { echo "slurm/env.sh: $variable=${!variable} does not exist" >&2; exit 1; }
 done

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from llava_bidir.common.atomic_io import check_suffix, write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.loader_workers import usable_cores, worker_options
-from llava_bidir.common.usage_errors import ArgumentParser
+from llava_bidir.common.usage_errors import ArgumentParser, natural
 from llava_bidir.data.collate import Collate
 from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE, check_turns, token_upper_bound
 from llava_bidir.data.image_folder import BadImage, ImageFolder, read_format, read_image
@@ -169,13 +169,13 @@ def main(argv: list[str]) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to this file")
     parser.add_argument("--out", type=Path, metavar="DIR", help="also write the findings to DIR/verify-data.json")
-    parser.add_argument("--workers", type=int, default=usable_cores(), help="number of processes")
+    parser.add_argument("--workers", type=natural, default=usable_cores(), help="number of processes")
     parser.add_argument("--decode", action="store_true", help="decode every image, which also detects truncated files")
     args, config = parser.parse_known_args(argv[1:])
     if args.json:
         check_suffix(args.json, ".json")
     cli = build_data_cli(config, parser.prog)
-    data, file = cli.datamodule, args.json or (args.out and args.out / "verify-data.json")
+    data, files = cli.datamodule, [*filter(None, (args.json, args.out and args.out / "verify-data.json"))]
     images = ImageFolder(data.images, data.follow_links)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers run in parallel already
     results = []
@@ -194,7 +194,7 @@ def main(argv: list[str]) -> None:
             }
         )
         print(format_result(results[-1]))
-    if file:
+    for file in files:
         write_files({file: {"files": results}})
         print(file)
     if any(result["findings"] for result in results):

@@ -1,8 +1,9 @@
-"""A command that ends with all processes it has started."""
+"""Commands that end with all processes they have started."""
 
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -21,3 +22,10 @@ def process_group(command: list[str], **options: Any) -> Iterator[subprocess.Pop
         with suppress(ProcessLookupError, PermissionError):  # none is left; macOS: only zombies are
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def end_on_signals() -> None:
+    """Exit on SIGTERM and, unless `nohup` ignores it, on SIGHUP of a closed terminal; contexts end on the way out."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))

@@ -48,9 +48,21 @@ def count(text: str) -> int:
     Raises:
         ArgumentTypeError: It is less than 1.
     """
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
+    return _at_least(1, int(text))
+
+
+def natural(text: str) -> int:
+    """Return the number of an option that may be 0; the `type` of an argument.
+
+    Raises:
+        ArgumentTypeError: It is negative.
+    """
+    return _at_least(0, int(text))
+
+
+def _at_least(least: int, number: int) -> int:
+    if number < least:
+        raise argparse.ArgumentTypeError(f"expected at least {least}, got {number}")
     return number
 
 

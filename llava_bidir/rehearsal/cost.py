@@ -14,8 +14,8 @@ PROBED_IMAGES = 20 * (20_210 + 2_000)
 
 
 def read_estimate(log: Path) -> dict[str, Any]:
-    """Return the JSON object that `llava-bidir estimate --json` printed as the last line of a log."""
-    return json.loads(log.read_text().splitlines()[-1])
+    """Return the JSON object that `llava-bidir estimate --json` printed as a line of a log; warnings may follow it."""
+    return json.loads([line for line in log.read_text().splitlines() if line.startswith("{")][-1])
 
 
 def extrapolate(steps: dict[str, dict[str, Any]], logs: Path, devices: int) -> list[dict[str, Any]]:

@@ -93,7 +93,7 @@ def slurm_settings(folder: Path, encoder: str) -> str:
         "SEGMENTATION": folder / "ADEChallengeData2016",
         "STAGE1": f"$STAGE1 --trainer.max_steps {STEPS}",
         "STAGE2": f"$STAGE2 --trainer.max_steps {STEPS}",
-        "PROBES": "$PROBES --data.batch_size 1",
+        "PROBES": "-c configs/probes/ade20k.yaml --data.batch_size 1",
         "SOLVE": " ".join(QUICK_SOLVE),
         "KNOCKOUT": " ".join(QUICK_KNOCKOUT),
         "VQA": f"--tasks toy --data {folder} --max-invalid-rate 1",

@@ -4,8 +4,6 @@ import argparse
 import glob
 import os
 import platform
-import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import torch
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.process_group import end_on_signals
 from llava_bidir.common.run_lock import exclusive_run_lock
 
 from .cost import extrapolate
@@ -34,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("configs/stage1.yaml not found; run rehearse from the root of the repository")
     args.out.mkdir(parents=True, exist_ok=True)
     with exclusive_run_lock(args.out):
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the running command, too
+        end_on_signals()
         record = start_record(args.out / "rehearsal.json", args.size, args.encoder)
         write_files({args.out / "rehearsal.json": record})  # before the inputs, which are of this size
         if not (args.out / "inputs/env.sh").is_file():

@@ -39,6 +39,11 @@ def has_letter(answer: str) -> bool:
     return re.search(r"(?<![A-Za-z])[A-I](?![A-Za-z])", answer) is not None
 
 
+def is_option_of_scienceqa(answer: str) -> bool:
+    """Return True if lmms-eval's scienceqa reads the answer as an option: its letter alone, or "A." and more."""
+    return re.fullmatch(r"[A-Ia-i]|[A-I]\..*", answer.strip(), re.DOTALL) is not None
+
+
 def is_yes_or_no(answer: str) -> bool:
     """Return True for yes and no, in any case."""
     return answer.strip().lower() in ("yes", "no")
@@ -106,7 +111,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         is_yes_or_no,
     ),
     "scienceqa": Benchmark(
-        "scienceqa_img", {"SQA-I": Column("exact_match", paper="SQA_I")}, lambda r: None, 2017, has_letter
+        "scienceqa_img", {"SQA-I": Column("exact_match", paper="SQA_I")}, lambda r: None, 2017, is_option_of_scienceqa
     ),
     "textvqa": Benchmark(
         "textvqa_val", {"TextVQA": Column("exact_match", paper="TextVQA")}, lambda r: r["image_id"], 5000

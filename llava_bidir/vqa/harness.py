@@ -7,6 +7,7 @@ If "local" is true, a dataset ORG/NAME is read from that folder below the workin
 Under `torchrun` every process answers a share of the items. The first one collects and writes them.
 """
 
+import ast
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from argparse import Namespace
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from unittest.mock import patch
 
 from llava_bidir.common.errors import UserError
 
@@ -165,7 +167,19 @@ def to_item(benchmark: Benchmark, sample: dict) -> Item:
         "answer": sample["filtered_resps"][0],
         "target": str(sample["doc"].get("answers", sample["target"])),  # the VQA tasks' target is the word "answer"
         "right": rate_answer(benchmark, sample),
+        **({"guessed": True} if is_guessed(benchmark, sample) else {}),
     }
+
+
+def is_guessed(benchmark: Benchmark, sample: dict) -> bool:
+    """Return True if the harness drew an option of MMMU at random, because it found none in the answer."""
+    if benchmark.task != "mmmu_val" or sample["doc"]["question_type"] != "multiple-choice":
+        return False
+    from lmms_eval.tasks.mmmu.utils import get_multi_choice_info, parse_multi_choice_response
+
+    names, letters = get_multi_choice_info(ast.literal_eval(sample["doc"]["options"]))
+    with patch("random.choice", return_value=None):
+        return parse_multi_choice_response(sample["filtered_resps"][0], letters, names) is None
 
 
 def rate_answer(benchmark: Benchmark, sample: dict) -> float:

@@ -3,12 +3,10 @@
 import argparse
 import json
 import os
-import signal
-import sys
 from pathlib import Path
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.process_group import process_group
+from llava_bidir.common.process_group import end_on_signals, process_group
 from llava_bidir.common.run_lock import exclusive_run_lock
 
 from .checkpoint import fingerprint, read_encoder_name, read_image_attention, resolve_checkpoint
@@ -25,6 +23,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: The harness failed or a result is invalid. The message names the task and the item.
     """
+    if "toy" in args.tasks and args.data is None:
+        raise UserError("--tasks toy needs --data ASSETS, the folder that `llava-bidir demo-assets` has written")
     model = resolve_checkpoint(args.model)
     info = {
         "model": str(args.model),
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         "data": "hub" if args.data is None else str(args.data),
     }
     with exclusive_run_lock(args.out):
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the harness, too
+        end_on_signals()
         pending = [name for name in args.tasks if not _is_finished(args.out, name, info, args.data)]
         if pending:
             _run_harness(args, model, pending, info)

@@ -101,7 +101,9 @@ def _score_model(folder: Path, results: Results) -> dict[str, Any]:
                 "official": BENCHMARKS[name].official_items in (None, info["documents"]),
             }
     keys = ("model", "encoder", "image_attention", "fingerprint")
-    made_by = {key: sorted({str(info.get(key)) for info, _ in results.values()}) for key in ("code", "dtype")}
+    made_by = {
+        key: sorted({str(info.get(key)) for info, _ in results.values()}) for key in ("code", "dtype", "processes")
+    }
     return {**{key: model[key] for key in keys}, **made_by, "results": str(folder), "columns": columns}
 
 

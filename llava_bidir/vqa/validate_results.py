@@ -66,6 +66,7 @@ def _check_answers(name: str, items: list[Item], max_invalid_rate: float) -> lis
 def invalid_items(name: str, items: list[Item]) -> list[Item]:
     """Return the items whose answer is empty, or lacks the requested letter, yes or no.
 
-    The harness counts them as wrong. For MMMU it guesses.
+    The harness counts them as wrong, and guesses an option of MMMU.
     """
-    return [item for item in items if not item["answer"].strip() or not BENCHMARKS[name].is_valid(item["answer"])]
+    is_valid = BENCHMARKS[name].is_valid
+    return [item for item in items if item.get("guessed") or not item["answer"].strip() or not is_valid(item["answer"])]

@@ -20,7 +20,7 @@ from probes.data.base import EmbeddedFile, read_photo
 from probes.evaluation.metrics import patch_labels
 from probes.ops.geometry import Geometry
 
-KEPT = 64  # photos; each has a preview and a model's square per model, about 1 MB
+KEPT = 64  # photos; each has a preview of up to 2.4 MB and a square per model of about 0.5 MB
 PREVIEW_PX = 896  # longer side of a preview: a panel of 448 px on a screen with two pixels per px
 
 

@@ -72,6 +72,10 @@ class Worker:
 
     def submit(self, work: Callable[[Job], dict[str, Any]]) -> Job | None:
         """Queue a job; return None if too many wait."""
+        with self._queue.mutex:  # jobs whose clients have left wait for nothing
+            waiting = [job for job in self._queue.queue if not job.cancelled.is_set()]
+            self._queue.queue.clear()
+            self._queue.queue.extend(waiting)
         job = Job(work)
         job.report({"waiting": self._queue.qsize() + (self._current is not None)})
         try:

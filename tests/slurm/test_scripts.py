@@ -126,6 +126,12 @@ def test_dry_run_prints_every_job_with_its_dependencies_and_submits_none(study):
     assert all((ROOT / line[0]).is_file() for line in lines.values())
 
 
+@pytest.mark.parametrize("arguments", [["--dryrun"], ["--dry-run", "7b"], ["--help"]])
+def test_an_unknown_argument_submits_nothing(study, arguments):
+    done, calls = study(*arguments, check=False)
+    assert done.returncode == 2 and calls == [] and "usage: " in done.stderr
+
+
 def test_jobs_have_their_dependencies_and_resources(study, tmp_path):
     _, calls = study(ENCODERS="clip", NODES="2", TASKS_PER_NODE="4", GRES="gpu:h100", PARTITION="fast", ACCOUNT="me")
     waits = [[word.partition("=")[2] for word in call if word.startswith("--dependency")] for call in calls]
@@ -172,6 +178,7 @@ def test_rehearsal_submits_the_study_on_random_weights(study, tmp_path):
     recorded = f'echo "$@" >> {tmp_path}/calls; env > {tmp_path}/env; wc -l < {tmp_path}/calls\n'
     (tmp_path / "bin/sbatch").write_text(f"#!/bin/sh\n{recorded}")
     there = {"PYTHON": sys.executable, "SIZE": "tiny", "VQA_PYTHON": "/nowhere/python", "PYTHONPATH": str(ROOT)}
+    there |= {"PROBES": "-c configs/probes/voc2012.yaml"}
     done, calls = study("--rehearse", **there, ENCODERS="dinov2 clip")
     scripts = [next(word for word in call if word.startswith("slurm/")) for call in calls]
     assert len(scripts) == 2 * 12 + 1 and scripts.count("slurm/solve.sbatch") == 10
@@ -180,5 +187,6 @@ def test_rehearsal_submits_the_study_on_random_weights(study, tmp_path):
     folder = tmp_path / "runs/rehearsal"
     assert jobs["RUNS"] == str(folder) and jobs["LLM"] == f"{folder}/inputs/vicuna" and jobs["ENCODERS"] == "dinov2"
     assert jobs["STAGE2"] == "-c configs/stage2.yaml --trainer.max_steps 2"
+    assert jobs["PROBES"] == "-c configs/probes/ade20k.yaml --data.batch_size 1", "whatever the study's dataset is"
     config = json.loads((folder / "inputs/dinov2.yaml").read_text())
     assert Path(config["model"]["encoder"]["path"]).is_dir() and Path(jobs["CAPTIONS"]).is_file()

@@ -145,3 +145,4 @@ def test_command_has_no_findings_in_valid_data(conversations, parts, tmp_path, c
     llava_bidir.cli.main([*arguments(parts, conversations, tmp_path), "--json", str(tmp_path / "r.json")])
     assert "no findings" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text())["files"][0]["findings"] == []
+    assert (tmp_path / "verify-data.json").read_text() == (tmp_path / "r.json").read_text()

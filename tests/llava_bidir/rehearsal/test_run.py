@@ -62,11 +62,12 @@ def test_memory_of_all_processes_is_counted_and_mapped_files_are_not(tmp_path):
     assert measured["host_gb"] < 0.06 and measured["host_with_files_gb"] > 0.1
 
 
-def test_a_command_and_its_processes_end_with_the_rehearsal(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_and_its_processes_end_with_the_rehearsal(tmp_path, number):
     worker = "import time, os; open('pid', 'w').write(str(os.getpid())); os.rename('pid', 'started'); time.sleep(600)"
     code = f"import subprocess; subprocess.run({python(worker)!r})"
     lines = [
-        "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))",
+        "from llava_bidir.common.process_group import end_on_signals; end_on_signals()",
         "from pathlib import Path; from llava_bidir.rehearsal.measure import run_measured",
         f"run_measured({python(code)!r}, Path('log'))",
     ]
@@ -75,8 +76,8 @@ def test_a_command_and_its_processes_end_with_the_rehearsal(tmp_path):
     deadline = time.monotonic() + HANGING_S
     while not (tmp_path / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    rehearsing.terminate()
-    assert rehearsing.wait() == 143
+    rehearsing.send_signal(number)
+    assert rehearsing.wait() == 128 + number
     worker_pid = int((tmp_path / "started").read_text())
     while psutil.pid_exists(worker_pid) and time.monotonic() < deadline:  # init reaps it
         time.sleep(0.05)
@@ -85,7 +86,7 @@ def test_a_command_and_its_processes_end_with_the_rehearsal(tmp_path):
 
 def test_cost_is_the_flops_of_the_estimate_at_the_measured_speed(tmp_path):
     estimate = {"batch_size": 128, "step_flops": 5e15, "length": 2048, "devices": 8, "memory_gb": {"zero3": 40.0}}
-    (tmp_path / "estimate_stage2.log").write_text(f"command\n{json.dumps(estimate)}\n")
+    (tmp_path / "estimate_stage2.log").write_text(f"command\n{json.dumps(estimate)}\na warning\n")
     steps = {
         "estimate_stage2": {"status": "finished"},
         "causal_stage2": {"tflops_per_s_and_device": 400.0},

@@ -11,6 +11,7 @@ from llava_bidir.vqa.benchmarks import (
     PERCEPTION,
     TABLE1,
     has_letter,
+    is_option_of_scienceqa,
     is_yes_or_no,
     starts_with_yes_or_no,
 )
@@ -54,6 +55,7 @@ def test_f1_equals_sklearns_for_yes_and_no():
     ("is_valid", "good", "bad"),
     [
         (has_letter, ["A", "B. sky", "(C)", "answer: D."], ["", "sky", "ABLE"]),
+        (is_option_of_scienceqa, ["A", "b", " C\n", "D. sky"], ["(A)", "Answer: A", "A dog", "I cannot tell", ""]),
         (is_yes_or_no, ["Yes", " no "], ["Yes.", "Yes, there is", "maybe"]),
         (starts_with_yes_or_no, ["Yes.", "no way", "Y"], ["maybe", "the answer is yes", ""]),
     ],

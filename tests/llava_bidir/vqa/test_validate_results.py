@@ -65,6 +65,13 @@ def test_invalid_answers_are_counted_and_quoted(answer, out):
     assert repr(answer) in problem and find_problems(out, "pope", 0.1) == []
 
 
+def test_a_guess_of_the_harness_is_an_invalid_answer(tmp_path):
+    out = vqa_results.write(tmp_path / "mmmu", "mmmu", RIGHT)
+    edit(items_file(out, "mmmu"), lambda items: [item.update(guessed=True) for item in items[:3]])
+    (problem,) = find_problems(out, "mmmu", 0.2)
+    assert "3 of 12 answers are empty or not of the requested form, e.g. item 0" in problem
+
+
 def test_score_that_does_not_follow_from_the_items_is_a_problem(out):
     edit(results_file(out, "mme"), lambda info: info["harness"].update({"MME-C": 12.0}))
     (problem,) = find_problems(out, "mme", 0.0)

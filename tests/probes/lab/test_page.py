@@ -465,9 +465,23 @@ def test_picture_and_code(open_tab, session):
     assert tab.inner_text("#code").strip() == session.snippet(request, labs.JOB)["python"].strip()
 
 
-def test_head_0_is_not_all_heads(open_tab):
+def test_heads_that_do_not_exist_are_not_all_heads(open_tab):
     tab = open_tab("#photo=split:0&patches=1")
-    assert tab.evaluate("(view.heads = '0', intervention().heads)") == [0]
+    for text, heads in (("0", [0]), ("1-3", [1, 2, 3]), ("4, 1 - 2", [4, 1, 2]), ("", None)):
+        assert tab.evaluate(f"(view.heads = '{text}', intervention().heads)") == heads
+    tab.evaluate("view.heads = '2'")
+    for text in ("1.5", "x"):
+        tab.get_by_label("heads", exact=True).fill(text)
+        tab.get_by_label("heads", exact=True).press("Enter")
+        assert tab.inner_text("#failure") == "heads are numbers, such as 1, 3-5"
+        assert tab.evaluate("intervention().heads") == [2]
+
+
+def test_copying_a_link_where_the_browser_does_not_allow_it_says_so(open_tab):
+    tab = open_tab("#photo=split:0")
+    tab.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+    tab.get_by_role("button", name="Copy link").click()
+    assert "copy the link from the address bar" in tab.inner_text("#failure")
 
 
 def test_hostile_addresses_show_defaults(open_tab):

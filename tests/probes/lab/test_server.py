@@ -18,7 +18,7 @@ import pytest
 from labs import TOKEN, run, send
 
 from probes.cli import main
-from probes.lab.worker import Cancelled, Job
+from probes.lab.worker import MAX_WAITING, Cancelled, Job, Worker
 
 pytest.importorskip("starlette", reason="starlette (extra: lab) is not installed")
 pytest.importorskip("uvicorn", reason="uvicorn (extra: lab) is not installed")
@@ -251,6 +251,24 @@ def test_many_at_once_are_answered_or_refused(port, still_serves):
         thread.join(60)
     assert len(results) == 100 and {status for status, _ in results} <= {200, 503}
     assert all(answered == (status == 200) for status, answered in results) and any(answered for _, answered in results)
+
+
+def test_requests_whose_clients_have_left_make_room_for_others():
+    async def fill_and_leave() -> dict:
+        worker, started, go = Worker(), threading.Event(), threading.Event()
+        running = worker.submit(lambda job: started.set() or {"waited": go.wait(60)})
+        started.wait(60)
+        left = [worker.submit(lambda job: {}) for _ in range(MAX_WAITING)]
+        assert all(left) and worker.submit(lambda job: {}) is None
+        for job in left:
+            job.cancelled.set()
+        job = worker.submit(lambda job: {"done": True})
+        go.set()
+        assert (await job.events.get()) == {"waiting": 1}
+        assert (await running.events.get()) == {"waiting": 0}
+        return await job.events.get()
+
+    assert asyncio.run(fill_and_leave()) == {"result": {"done": True}}
 
 
 def test_a_client_that_leaves_cancels_its_request(port, still_serves, session, monkeypatch):

@@ -97,6 +97,17 @@ def test_answers_do_not_depend_on_the_batch(runs):
     assert answers(runs / "bidirectional") == answers(runs / "single")
 
 
+def test_options_that_the_harness_draws_are_marked(runs):
+    """MMMU's rule looks for an option's letter or text in an answer, and draws one if there is none."""
+    found = set()
+    for item in items(runs / "causal", "mmmu"):
+        choice = "Answer with the option's letter" in item["question"]
+        guessed = choice and not any(word in item["answer"] for word in lmms_datasets.WORDS)
+        assert item.get("guessed", False) == guessed
+        found.add((choice, guessed))
+    assert found == {(True, True), (True, False), (False, False)}
+
+
 def test_masks_answer_differently(runs):
     ours, causal = answers(runs / "bidirectional"), answers(runs / "causal")
     assert ours != causal

@@ -257,6 +257,12 @@ def read_labels(mask: Image.Image, file: File, lookup: ndarray, classes: list[st
             f"{file} has mode {mask.mode!r}, expected one 8-bit class index per pixel (mode L or P): {advice}",
             "mask that is not 8-bit indices",
         )
+    if mask.mode == "L" and (bits := _bits_per_pixel(file)) < 8:
+        raise BadFile(
+            f"{file} has {bits} bits per pixel, whose labels PIL reads as multiples of {255 // (2**bits - 1)}; "
+            "save it as 8-bit PNG",
+            "mask that is not 8-bit indices",
+        )
     raw = np.asarray(mask)
     target = lookup[raw]
     if (target < 0).any():
@@ -268,6 +274,14 @@ def read_labels(mask: Image.Image, file: File, lookup: ndarray, classes: list[st
             "label out of range",
         )
     return target.astype(np.uint8)
+
+
+def _bits_per_pixel(file: File) -> int:
+    """Return the bit depth of a PNG file, which is in its header."""
+    if isinstance(file, EmbeddedFile):
+        return file.getvalue()[24]
+    with file.open("rb") as stream:
+        return stream.read(25)[24]
 
 
 def _format_ranges(numbers: ndarray) -> str:

@@ -93,9 +93,13 @@ class CachedFeatures(Dataset):
         name: str = "states",
     ):
         tokens, dtype = mllm.grid[0] * mllm.grid[1], mllm.model.dtype
-        need = copies * len(images) * tokens * sum(mllm.widths[site] for site in sites) * dtype.itemsize
+        states = tokens * sum(mllm.widths[site] for site in sites) * dtype.itemsize
+        need = copies * len(images) * (states + images[0]["target"].nbytes)
         available = available_memory()
-        size = f"{copies} x " * (copies > 1) + f"{len(images)} images x {len(sites)} sites = {need / 1e9:.2f} GB"
+        size = (
+            f"{copies} x " * (copies > 1)
+            + f"{len(images)} images x {len(sites)} sites and targets = {need / 1e9:.2f} GB"
+        )
         log.info("caching %s: %s", name, size)
         if need > 0.8 * available:
             raise UserError(

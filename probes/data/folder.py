@@ -58,8 +58,6 @@ def _read_classes_json(path: Path) -> dict:
         raise UserError(f"{path} needs a list of names under 'classes'")
     if len(names) < 2:
         raise UserError(f"{path} has one class, which is right everywhere; name another one, such as the background")
-    if len(names) > IGNORE_INDEX:
-        raise UserError(f"{path} has {len(names)} classes; an 8-bit mask allows at most {IGNORE_INDEX}")
     if duplicates := [name for i, name in enumerate(names) if name in names[:i]]:
         raise UserError(f"{path} has the class {duplicates[0]!r} twice")
     ignored, zero_ignored = settings.get("ignore_index", IGNORE_INDEX), settings.get("reduce_zero_label", False)
@@ -67,6 +65,8 @@ def _read_classes_json(path: Path) -> dict:
         raise UserError(f"{path}: ignore_index is {ignored!r}; expected a label of an 8-bit mask (0 to 255)")
     if not isinstance(zero_ignored, bool):
         raise UserError(f"{path}: reduce_zero_label is {zero_ignored!r}; expected true or false")
+    if len(names) > (most := IGNORE_INDEX - zero_ignored):
+        raise UserError(f"{path} has {len(names)} classes; an 8-bit mask allows at most {most}")
     _check_palette(path, settings.get("palette"), len(names))
     return settings
 

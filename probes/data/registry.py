@@ -79,7 +79,8 @@ def open_dataset(
         problem = (
             f"data.dataset {dataset!r} has no {task}" if dataset in LAYOUTS else f"unknown data.dataset {dataset!r}"
         )
-        raise UserError(f"{problem}; expected one of {', '.join(layouts)}")
+        known = {**layouts, **(DATASETS if task == "boundaries" else {})}
+        raise UserError(f"{problem}; expected one of {', '.join(known)}")
     layout = layouts[dataset]
     _check_options(layout, dataset, options or {})
     return layout(root, split, **(options or {}))
@@ -102,7 +103,8 @@ def split_identity(split: str, dataset: ImageDataset) -> dict[str, str]:
 
 def _option_types(layout: type) -> dict[str, Any]:
     """Return the type of each option, from the signature of the layout."""
-    types = {k: p.annotation for k, p in inspect.signature(layout).parameters.items() if k not in ("root", "split")}
+    parameters = inspect.signature(layout, eval_str=True).parameters  # annotations may be postponed
+    types = {k: p.annotation for k, p in parameters.items() if k not in ("root", "split")}
     for name, kind in types.items():
         if kind is inspect.Parameter.empty:
             raise UserError(f"option {name!r} of {layout.__name__} has no type in its signature; annotate it")

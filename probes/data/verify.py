@@ -30,9 +30,13 @@ class _PairDefects(Dataset):
             target = self.dataset[index]["target"]
         except BadFile as error:
             return error.kind, str(error)
-        if self.dataset.classes and (target == IGNORE_INDEX).all():
-            kind = UNLABELLED.format(self.dataset.target_name, self.name)
-            return kind, f"{self.dataset.files(index)[-1]}: all pixels are ignored; check which labels are"
+        if not self.dataset.classes:
+            return None
+        kind, file = UNLABELLED.format(self.dataset.target_name, self.name), self.dataset.files(index)[-1]
+        if (target == IGNORE_INDEX).all():
+            return kind, f"{file}: all pixels are ignored; check which labels are"
+        if self.dataset.task == "boundaries" and not (target == 1).any():
+            return kind, f"{file}: no pixel is a boundary; where objects have an ignored border, as in VOC, none can be"
         return None
 
 

@@ -109,5 +109,5 @@ def histogram(probability: Tensor) -> Tensor:
     """Return how many of f[P, n] lie from each threshold to the next, f[P, THRESHOLDS]; none below the first."""
     thresholds = torch.arange(1, THRESHOLDS + 1, device=probability.device) / (THRESHOLDS + 1)
     interval = torch.bucketize(probability, thresholds, right=True)
-    counts = probability.new_zeros(len(probability), THRESHOLDS + 1)
-    return counts.scatter_add_(1, interval, torch.ones_like(probability))[:, 1:]
+    counts = interval.new_zeros(len(probability), THRESHOLDS + 1)  # float32 would stop counting at 2^24
+    return counts.scatter_add_(1, interval, torch.ones_like(interval))[:, 1:].to(probability)

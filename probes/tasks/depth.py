@@ -27,7 +27,8 @@ class Depth(Task):
     Deviates: DINOv2 predicts 256 uniform bins from 0.001 to 10 m with a linear normalisation, adds half of a multi-
     scale gradient loss, and takes variance and mean over a batch. Here one channel predicts log depth, so that the
     probe is the one that the closed form solves, no gradient term pulls the two apart, and each image has a loss of its
-    own, which does not depend on how images are distributed to batches and processes.
+    own, which does not depend on how images are distributed to batches and processes. Predictions are not limited to
+    10 m, so that a pixel far off counts for more.
     """
 
     name = "depth"

@@ -119,6 +119,7 @@ def dry_run(cli: ProbeCLI, batches: int = 3) -> None:
     """Print the time of a pass, measured on a few batches of which the first is not counted. Nothing is written."""
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     times: list[float] = []
+    images: list[int] = []  # a batch at the end of a fold is smaller
     trainer.callbacks, trainer.loggers, trainer.limit_predict_batches = [], [], batches
     module.measuring = True
     step = module.predict_step
@@ -128,13 +129,14 @@ def dry_run(cli: ProbeCLI, batches: int = 3) -> None:
         if module.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter())
+        images.append(len(batch["index"]))
 
     module.predict_step = timed_step
     trainer.predict(module, datamodule=data, return_predictions=False)
     training, validation = (len(data.splits[split]) for split in ("training", "validation"))
     if len(times) < 2:
         raise UserError(f"{training} training images are one batch: too few to measure; run it without --dry-run")
-    seconds = (times[-1] - times[0]) / (len(times) - 1) / data.batch_size  # of an image, over all processes
+    seconds = (times[-1] - times[0]) / sum(images[1:]) / trainer.world_size  # of an image
     hours, passes = lambda images: f"{images * seconds / 3600:.2f} h", module.hparams.get("passes", 1)
     rank_zero_info(
         f"{1 / seconds:.3g} images/s; a pass over {training:,} training images: {hours(training)}, at most "

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,14 @@ def no_file(path, make):
 
 def facts(**kwargs):
     return json.dumps({"classes": ["a", "b"], **kwargs})
+
+
+def png_of_4_bits(height: int, width: int) -> bytes:
+    """Return a greyscale file with label 1 everywhere, as writers that do not scale values make it."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = struct.pack(">IIBBBBB", width, height, 4, 0, 0, 0, 0)
+    rows = zlib.compress((b"\0" + b"\x11" * (width // 2)) * height)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 def save(root, array, mode=None):
@@ -97,6 +107,12 @@ def turned_photo(root, orientation, size=(24, 20)):
     Image.fromarray(np.zeros((*size, 3), np.uint8)).save(root / "images/validation/000.jpg", exif=exif)
 
 
+def test_masks_of_less_than_8_bits_are_an_error(root):
+    mask_path(root).write_bytes(png_of_4_bits(24, 20))
+    with pytest.raises(ValueError, match=r"000.png has 4 bits per pixel, .* multiples of 17; save it as 8-bit PNG"):
+        FolderDataset(root, "validation")[0]
+
+
 def test_palette_png_is_read_by_index(root):
     mask = np.zeros((24, 20), np.uint8)
     mask[3:] = 2
@@ -125,6 +141,12 @@ def test_palette_png_is_read_by_index(root):
             r"annotations/validation/\\udcff.png' has a name that is not UTF-8",
         ),
         (lambda root: (root / "classes.json").write_text(facts(ignore_index=256)), "ignore_index is 256; expected"),
+        (
+            lambda root: (root / "classes.json").write_text(
+                facts(classes=[str(i) for i in range(255)], reduce_zero_label=True)
+            ),
+            "classes.json has 255 classes; an 8-bit mask allows at most 254",
+        ),
         (lambda root: (root / "classes.json").write_text(facts(palette=[[0, 0, 0]])), "1 colours .* for 2 classes"),
         (lambda root: (root / "classes.json").write_bytes(b'{"classes": ["\xe9"]}'), "classes.json is not UTF-8"),
         (lambda root: (root / "classes.json").write_text('{"classes": ["a"]}'), "classes.json has one class, which is"),

@@ -61,9 +61,9 @@ def test_memory_that_caches_files_is_available(prepared, monkeypatch):
 
 def test_states_that_do_not_fit_are_refused_before_the_first_forward(prepared):
     mllm, images = prepared
-    size = 5 * 4 * 32 * 2  # images, tokens, width, bytes
+    size = 5 * (4 * 32 * 2 + images[0]["target"].nbytes)  # images, tokens, width, bytes
     copies = 10**15 // size
     with pytest.raises(
-        ValueError, match=rf"{copies} x 5 images x 1 sites = {copies * size / 1e9:.2f} GB .*choose fewer"
+        ValueError, match=rf"{copies} x 5 images x 1 sites and targets = {copies * size / 1e9:.2f} GB .*choose fewer"
     ):
         CachedFeatures(mllm, images, ["adapter"], batch_size=2, copies=copies)

@@ -207,6 +207,8 @@ def test_tasks_and_layouts_that_do_not_exist_are_errors(root, monkeypatch):
         UserError, match="data.dataset 'voc2012' has no depth; expected one of folder, nyuv2, cityscapes"
     ):
         open_dataset("voc2012", str(root), "training", task="depth")
+    with pytest.raises(UserError, match="data.dataset 'nyuv2' has no boundaries; expected one of folder, ade20k"):
+        open_dataset("nyuv2", str(root), "training", task="boundaries")
     with pytest.raises(UserError, match="data.dataset 'nyuv2' has no segmentation; expected one of folder, ade20k"):
         SegmentationData(str(root), dataset="nyuv2")
     monkeypatch.setitem(TASK_DATASETS, "normals", dict(TASK_DATASETS["normals"]))

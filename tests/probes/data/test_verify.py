@@ -46,6 +46,19 @@ def test_all_bad_files_are_listed_by_kind_before_the_model_is_loaded(broken, che
     assert "1 x cannot be read" in message and "images/validation/004.png" in message
 
 
+def test_a_split_without_a_boundary_is_an_error(checkpoints, tmp_path):
+    """As that of VOC, whose objects have an ignored border: F would be 0 / 0, and the run could not be read."""
+    root = tiny_models.write_segmentation(tmp_path / "data")
+    mask = np.zeros((24, 20), np.uint8)
+    mask[8:], mask[7:9] = 1, 255
+    for file in (root / "annotations/validation").iterdir():
+        Image.fromarray(mask).save(file)
+    with pytest.raises(
+        SystemExit, match="(?s)5 x no labelled pixel in any mask of .* validation.*no pixel is a boundary"
+    ):
+        fit(root, tmp_path / "run", "--model.mllm", str(checkpoints["causal"]), "--data.task", "boundaries")
+
+
 @pytest.mark.parametrize("split", ["training", "validation"])
 def test_a_split_without_a_labelled_pixel_is_an_error(split, checkpoints, tmp_path):
     """A wrong ignore_index: probes would be scored untrained, or the scores would fail after the training."""

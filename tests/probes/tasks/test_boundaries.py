@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from probes.tasks.boundaries import IGNORED, THRESHOLDS, TOLERANCE, Boundaries, dilate
+from probes.tasks.boundaries import IGNORED, THRESHOLDS, TOLERANCE, Boundaries, dilate, histogram
 
 
 def draw(seed: int = 0, size: tuple[int, int] = (30, 41)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -87,3 +87,7 @@ def test_ignored_pixels_change_nothing():
     (probability, target), task = draw(), Boundaries()
     other = torch.where(target == IGNORED, 1 - probability, probability)
     torch.testing.assert_close(task.image_sums(other, target), task.image_sums(probability, target))
+
+
+def test_counts_do_not_end_where_float32_does():
+    assert histogram(torch.full((1, 2**24 + 2), 0.5)).sum() == 2**24 + 2

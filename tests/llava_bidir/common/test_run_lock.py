@@ -95,7 +95,7 @@ def test_a_second_export_to_a_folder_is_an_error(parts, tmp_path):
         export_hf(build_model(encoder, llm, processor), processor, tmp_path / "hf")
 
 
-@pytest.mark.parametrize("command", ["vqa CHECKPOINT --tasks toy --out", "demo-assets --scale 0.01"])
+@pytest.mark.parametrize("command", ["vqa CHECKPOINT --tasks gqa --out", "demo-assets --scale 0.01"])
 def test_a_second_command_into_a_folder_is_an_error(command, checkpoints, tmp_path):
     argv = command.replace("CHECKPOINT", str(checkpoints["causal"])).split()
     name = "" if argv[0] == "vqa" else "assets"

@@ -30,8 +30,10 @@ def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, trai
 
     Raises:
         RuntimeError: A written tensor differs from the one in memory.
-        UserError: Another process writes to `out`, or the operating system reported an error.
+        UserError: A weight is NaN or infinite, another process writes to `out`, or the operating system reported an
+            error.
     """
+    _check_finite(model)
     with atomic_directory(out, marker=TRAINING_JSON) as partial:
         merged = partial / "merged"
         merged.mkdir()
@@ -43,6 +45,13 @@ def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, trai
         (partial / "README.md").write_text(model_card(model.config, training or {}))
         _compare_weights(model, type(model).from_pretrained(partial, dtype=model.dtype))
         shutil.rmtree(merged)
+
+
+def _check_finite(model: torch.nn.Module) -> None:
+    """Raise a UserError for a weight that is NaN or infinite. No loss shows those that the last step has made."""
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"export: {name} is not finite: the training diverged; use an earlier checkpoint")
 
 
 def _compare_weights(model: torch.nn.Module, reloaded: torch.nn.Module) -> None:

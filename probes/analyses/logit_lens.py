@@ -10,6 +10,7 @@ predicted as at the adapter. All conditions of an image run in one batch.
 Shapes: C conditions, T patches, S sites, W of them with words, k classes, m words, d width, V vocabulary.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,8 @@ from probes.models.prompt_and_pixels import read_tokenizer
 from probes.models.sites import ADAPTER, ENCODER
 from probes.ops.geometry import GridPlacement
 from probes.results.probe_run import ProbeRun
+
+log = logging.getLogger(__name__)
 
 Head = Callable[[Tensor], Tensor]  # states to logits
 
@@ -107,6 +110,9 @@ def explore(
     heads = {site: partial(read_probe, probe.to(mllm.device)) for site, probe in run.probes().items()}
     word_heads = {site: partial(mllm.logit_lens, site=site) for site in run.sites if site in word_sites}
     candidates = [k for k, name in enumerate(names) if classes is None or name in classes]
+    if conditions and ADAPTER not in heads:
+        log.warning("%s shows no knockouts: it has no probe at the adapter, which finds the patches to block", run.path)
+        conditions = ()
     readouts = []
     for image in tqdm(images, desc=f"exploring {run.metrics['image_attention']}", mininterval=5):
         sample = dataset[image]
@@ -114,7 +120,7 @@ def explore(
         view, pixels = mllm.geometry.view(sample["target"].shape), mllm.preprocess([sample["image"]])
         truth = patch_labels(target, len(names), mllm.grid, view=view)[0]
         case, blocked = None, {"none": torch.zeros_like(truth, dtype=torch.bool)}
-        if conditions and ADAPTER in heads:
+        if conditions:
             states = mllm.states(pixels, list({ADAPTER, plan.block_by}))
             predicted = torch.stack([heads[site](states[site]).argmax(-1)[0] for site in (ADAPTER, plan.block_by)])
             case = most_confused(predicted.cpu(), truth, image, candidates, plan.block_set)

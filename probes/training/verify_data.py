@@ -3,7 +3,7 @@
 import time
 
 from llava_bidir.common.loader_workers import usable_cores
-from llava_bidir.common.usage_errors import ArgumentParser
+from llava_bidir.common.usage_errors import ArgumentParser, natural
 
 from .cli import build_cli
 
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
         description="Read every image and target of both splits; exit with status 1 if any cannot be used. All other "
         "options are those of `probes fit` (-c CONFIG ..., --data.root ..., ...); the model is not needed.",
     )
-    parser.add_argument("--workers", type=int, default=usable_cores(), help="number of processes")
+    parser.add_argument("--workers", type=natural, default=usable_cores(), help="number of processes")
     args, config = parser.parse_known_args(argv[1:])
     trainer = [f"--trainer.{key}={value}" for key, value in TRAINER.items()]
     data = build_cli(["--model.mllm", "none", *config, *trainer], run=False, prog=parser.prog).datamodule

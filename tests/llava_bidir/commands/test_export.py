@@ -137,3 +137,14 @@ def test_a_directory_that_reads_back_otherwise_is_not_left_behind(causal, tmp_pa
     with pytest.raises(RuntimeError, match="lm_head.weight differs after reading it back"):
         export_hf(model, processor, tmp_path / "hf")
     assert (tmp_path / "hf/model.safetensors").read_bytes() == before, "the earlier export is still there"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_exported(causal, tmp_path, value):
+    """The loss of the last step is of the weights before it, so that no check of losses sees them."""
+    model, processor = causal
+    with torch.no_grad():
+        model.lm_head.weight[1, 2] = value
+    with pytest.raises(ValueError, match="lm_head.weight is not finite: the training diverged"):
+        export_hf(model, processor, tmp_path / "hf")
+    assert not (tmp_path / "hf").exists()

@@ -123,6 +123,14 @@ def test_words_and_conditions_can_be_left_out(run):
     assert explored.word_sites == ["layer_02"] and explored.images[0].readings["none"].words.shape == (1, 1, 4)
 
 
+def test_a_run_without_a_probe_at_the_adapter_is_shown_without_conditions_with_a_warning(run, monkeypatch, caplog):
+    probes = {site: probe for site, probe in run.probes().items() if site != "adapter"}
+    monkeypatch.setattr(ProbeRun, "probes", lambda _: probes)
+    (image,) = explore(run, [0]).images
+    assert list(image.readings) == ["none"]
+    assert "has no probe at the adapter, which finds the patches to block" in caplog.text
+
+
 def test_word_head_of_the_final_norm_norms_once(run):
     mllm = run.mllm()
     states = torch.randn(1, 4, mllm.widths["final_norm"])

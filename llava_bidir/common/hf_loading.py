@@ -70,7 +70,7 @@ def load_weights(key: str, reader: type, path: str, **kwargs) -> PreTrainedModel
         "lacks": info["missing_keys"],
         "has shapes that differ from its config in": {name for name, *_ in info["mismatched_keys"]},
         "has more layers than its config, in": {n for n in info["unexpected_keys"] if numbered(n) in expected},
-        "has values that are not finite in": {n for n, p in model.named_parameters() if not _is_finite(p)},
+        "has values that are not finite in": {n for n, p in model.named_parameters() if not is_finite(p)},
     }
     for fault, names in faults.items():
         if names:
@@ -99,7 +99,8 @@ def weight_files(directory: Path) -> list[Path]:
     return files
 
 
-def _is_finite(parameter: torch.Tensor) -> bool:
+def is_finite(parameter: torch.Tensor) -> bool:
+    """Return False if a weight is NaN or infinite. No copy is made."""
     if not parameter.is_floating_point() or parameter.numel() == 0:  # ZeRO-3 leaves 0 elements in place
         return True
     return all(extreme.isfinite() for extreme in torch.aminmax(parameter.detach()))

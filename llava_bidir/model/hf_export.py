@@ -9,6 +9,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProces
 
 from llava_bidir.common.atomic_io import atomic_directory
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf_loading import is_finite
 
 from .lora import merge_lora
 from .model_card import model_card
@@ -50,7 +51,7 @@ def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, trai
 def _check_finite(model: torch.nn.Module) -> None:
     """Raise a UserError for a weight that is NaN or infinite. No loss shows those that the last step has made."""
     for name, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
+        if not is_finite(tensor):
             raise UserError(f"export: {name} is not finite: the training diverged; use an earlier checkpoint")
 
 

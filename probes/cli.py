@@ -179,10 +179,6 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("runs", nargs="+", metavar="RUN", help=text)
     text = "folder for index.html, results.json, *.csv, *.png and *.pdf"
     p.add_argument("--out", required=True, metavar="DIR", help=text)
-    text = "runs of the same models with longer-trained probes"
-    p.add_argument("--long-runs", nargs="+", default=[], metavar="RUN", help=text)
-    text = "runs of the same models with further probe variants"
-    p.add_argument("--variants", nargs="+", default=[], metavar="RUN", help=text)
     text = "runs of other tasks than segmentation, and their controls with random weights; NAME=RUN names the model"
     p.add_argument("--tasks", nargs="+", default=[], metavar="RUN", help=text)
     p.add_argument("--timings", metavar="FILE", help='log with lines "start end step", to report the wall time')

@@ -82,7 +82,7 @@ def _settings(trainer, module, data) -> dict[str, Any]:
 
 
 def _flatten(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield the settings, those of a group (encoder, lora, variants) as "GROUP.KEY"."""
+    """Yield the settings, those of a group (encoder, lora) as "GROUP.KEY"."""
     for key, value in settings.items():
         yield from ((f"{key}.{inner}", v) for inner, v in value.items()) if isinstance(value, dict) else [(key, value)]
 

@@ -25,7 +25,7 @@ RESULTS = (
     "metrics.json",
     "manifest.json",
     "counts.safetensors",
-    "recipes.safetensors",
+    "recipes.safetensors",  # of earlier versions
     "path.safetensors",
     "probes.safetensors",
 )

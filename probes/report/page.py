@@ -42,7 +42,6 @@ from .confusion import most_confused_pairs
 from .mask_comparison import compare_masks
 from .paper import PAPER
 from .path import path_verdicts
-from .probe_sensitivity import scale_sensitivity, seed_spread
 from .seeds import joint_studies
 from .study import Rows, Study, overridden_masks, read_studies, total_wall_s
 from .summary_text import MASKS_SECTION, format_interval, format_points
@@ -86,8 +85,6 @@ def study_results(study: Study) -> dict[str, Any]:
         "claims": evaluate_claims(study),
         "knockout_inference": by_mask(knockout_inference, study.trained),
         "paired": compare_masks(study),
-        "scale": by_mask(scale_sensitivity, study.runs_with_variants),
-        "seeds": by_mask(seed_spread, study.runs_with_variants),
         "path": path_verdicts(study),
         "confusion": by_mask(most_confused_pairs, study.trained),
     }
@@ -96,20 +93,18 @@ def study_results(study: Study) -> dict[str, Any]:
 def write_report(
     paths: Iterable[str],
     out: str | Path,
-    long_runs: Iterable[str] = (),
-    variants: Iterable[str] = (),
     timings: str | None = None,
     task_runs: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Write the report of probe runs to the folder `out` and return the content of results.json.
 
     Args:
-        paths, long_runs, variants: See :func:`read_studies`.
+        paths: See :func:`read_studies`.
         timings: A log of lines "start end step", for the total wall time.
         task_runs: Runs of other tasks than segmentation.
     """
     others = read_task_runs(task_runs)
-    studies, out = read_studies(paths, long_runs, variants), Path(out)
+    studies, out = read_studies(paths), Path(out)
     with exclusive_run_lock(out):
         return _write_files(studies, out, total_wall_s(Path(timings)) if timings else None, others)
 
@@ -215,7 +210,7 @@ def _draw_figures(figures: Iterable[ReportFigure], out: Path, files: Files) -> S
 
 def run(args: argparse.Namespace) -> None:
     """Run `probes report`."""
-    results = write_report(args.runs, args.out, args.long_runs, args.variants, args.timings, args.tasks)
+    results = write_report(args.runs, args.out, args.timings, args.tasks)
     for joint in results.get("joint", []):
         print(f"{joint['model']}, {joint['dataset']}, seeds {', '.join(map(str, joint['seeds']))} jointly")
         print(summary_text.format_claims(joint["claims"]) + "\n")
@@ -225,8 +220,5 @@ def run(args: argparse.Namespace) -> None:
         print(summary_text.format_claims(study["claims"]))
         for text in summary_text.summarize_path(study["path"]):
             print(text)
-        for mask, scale in study["scale"].items():
-            for text in scale["verdict"].values():
-                print(f"{mask}: {text}")
         print()
     print(Path(args.out) / "index.html")

@@ -43,8 +43,6 @@ class Study:
     solved_untrained: dict[str, ProbeRun] = field(default_factory=dict)
     random: dict[str, list[ProbeRun]] = field(default_factory=dict)
     solved_random: dict[str, list[ProbeRun]] = field(default_factory=dict)
-    long_runs: dict[str, ProbeRun] = field(default_factory=dict)  # trained model, longer-trained probes
-    variant_runs: dict[str, ProbeRun] = field(default_factory=dict)  # probe variants, unless `trained` has them
 
     @property
     def runs(self) -> list[ProbeRun]:
@@ -62,12 +60,6 @@ class Study:
     def first(self) -> ProbeRun:
         """The first trained run, whose dataset and settings stand for the study."""
         return next(iter(self.trained.values()))
-
-    @property
-    def runs_with_variants(self) -> dict[str, ProbeRun]:
-        """The runs whose probe variants are compared, by mask; solved runs have none."""
-        runs = {mask: self.variant_runs.get(mask, run) for mask, run in self.trained.items()}
-        return {mask: run for mask, run in runs.items() if not run.is_solved}
 
     @property
     def model(self) -> str:
@@ -195,12 +187,11 @@ def _control_order(run: ProbeRun) -> tuple[int, int]:
     return -len(run.metrics["untrained"]), run.metrics.get("draw", 0)
 
 
-def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: Iterable[str] = ()) -> list[Study]:
+def read_studies(paths: Iterable[str]) -> list[Study]:
     """Read finished runs and group them into studies, in the order in which these first appear.
 
     Args:
         paths: Run folders; NAME=FOLDER names the model if :func:`model_name` cannot tell.
-        long_runs, variants: Runs of the same models with longer-trained probes, and with probe variants.
 
     Raises:
         UserError: A folder is not a finished run, two runs are the same case, two studies have the same folder in the
@@ -218,16 +209,6 @@ def read_studies(paths: Iterable[str], long_runs: Iterable[str] = (), variants: 
         for run in study.runs_and_solved:
             reference.setdefault((study.dataset, study.seed), run).check_same_images(run)
         study._check()
-    for field_name, extra_paths in (("long_runs", long_runs), ("variant_runs", variants)):
-        for run in (read_run(path, ProbeRun) for path in extra_paths):
-            key, mask = key_of(run), run.metrics["image_attention"]
-            if key not in studies or mask not in studies[key].trained:
-                of = ", ".join(str(part) for part in key if part is not None)
-                raise UserError(f"no main run matches {run.path} ({of}, {mask!r}); pass that run too")
-            if run.is_solved:
-                raise UserError(f"{run.path} was made by `probes solve`; pass it with the main runs")
-            reference[key[1:]].check_same_images(run)
-            getattr(studies[key], field_name)[mask] = run
     return list(studies.values())
 
 

@@ -6,18 +6,16 @@ from typing import Any
 from .answers import answers_by_mask, summarize_answers
 from .mask_comparison import ALPHA
 from .path import EVERYWHERE, NOWHERE
-from .probe_sensitivity import EFFECTS
 from .verdicts import FAILS, HOLDS, NO_CONTROL, NOT_CONVERGED, REVERSED
 
 MASKS_SECTION = "Bidirectional vs. causal attention"
-SCALE_SECTION = "Sensitivity to feature scale"
-SEEDS_SECTION = "Probe seeds"
 ANSWERS_SECTION = "Answers"
 PATH_SECTION = "Probes at every strength of regularisation"
 
 COLUMN_TITLES = {"paper": "As the paper measures it", "optimum": "At the optimum", "beyond_random": "Beyond random"}
 MARKS = {HOLDS: "✓", FAILS: "✗", REVERSED: "✗", NOT_CONVERGED: "–", NO_CONTROL: "–"}
-PATH_EFFECTS = {"recovery_trained": "recovery minus that of the untrained model"}
+EFFECT_NAMES = {"adapter_drop": "drop-off", "recovery": "recovery"}
+EFFECT_NAMES |= {"recovery_trained": "recovery minus that of the untrained model"}
 INSTRUMENT_NAMES = {"closed_form": "closed form", "optimum": "optimum"}
 MEASURE_NAMES = {"miou": "mIoU", "cross_entropy": "cross-entropy"}
 
@@ -103,12 +101,8 @@ def summarize_sections(results: dict[str, Any]) -> dict[str, list[str]]:
     """Return sentences by section, from one study's part of results.json."""
     return {
         MASKS_SECTION: summarize_mask_comparison(results["paired"]) if results["paired"] else [],
-        SCALE_SECTION: [
-            f"{mask.capitalize()}: {' '.join(scale['verdict'].values())}" for mask, scale in results["scale"].items()
-        ],
         PATH_SECTION: summarize_path(results["path"]),
         ANSWERS_SECTION: summarize_answers(answers_by_mask(results)),
-        SEEDS_SECTION: [line for mask, seeds in results["seeds"].items() for line in summarize_seeds(mask, seeds)],
     }
 
 
@@ -125,7 +119,7 @@ def summarize_mask_comparison(comparison: dict[str, Any]) -> list[str]:
         "This compares one model per mask. What another training run would change is not in these intervals.",
     ]
     lines += [
-        f"The {EFFECTS[entry['effect']]} differs by {format_points(entry['difference'])} pp, 95% interval "
+        f"The {EFFECT_NAMES[entry['effect']]} differs by {format_points(entry['difference'])} pp, 95% interval "
         f"{format_interval(entry['ci95'])} (p = {format_p(entry['p'])})."
         for entry in comparison["effects"]
     ]
@@ -143,7 +137,7 @@ def summarize_path(verdicts: list[dict[str, Any]]) -> list[str]:
         return []
     everywhere, elsewhere = {}, {}
     for verdict in verdicts:
-        name = f"{(EFFECTS | PATH_EFFECTS)[verdict['effect']]} in {MEASURE_NAMES[verdict['measure']]}"
+        name = f"{EFFECT_NAMES[verdict['effect']]} in {MEASURE_NAMES[verdict['measure']]}"
         case = f"{verdict['image_attention']}, {INSTRUMENT_NAMES[verdict['instrument']]}"
         if verdict["verdict"] == EVERYWHERE:
             everywhere.setdefault(name, []).append(case)
@@ -181,14 +175,3 @@ def format_ranges(grid: list[float], chosen: list[float]) -> str:
         if value in chosen:
             ranges = [*ranges[:-1], [*ranges[-1], value]] if before in chosen else [*ranges, [value]]
     return ", ".join(f"{x[0]:.2g} to {x[-1]:.2g}" if len(x) > 1 else f"{x[0]:.2g}" for x in ranges)
-
-
-def summarize_seeds(mask: str, entries: list[dict[str, Any]]) -> list[str]:
-    """Return the spread of drop-off and recovery over probe seeds."""
-    return [
-        f"{mask.capitalize()}: {EFFECTS[entry['of']]} {format_points(entry['mean'])} pp on average over "
-        f"{entry['seeds']} seeds, from {format_points(entry['lowest'])} to {format_points(entry['highest'])} (standard "
-        f"deviation {format_percent(entry['sd'], 2)} pp); 95% interval over images {format_interval(entry['ci95'])}."
-        for entry in entries
-        if entry["of"] in EFFECTS
-    ]

@@ -44,7 +44,6 @@ def study_tables(study: Study, results: dict[str, Any]) -> dict[str, Rows]:
         "table3": table3(results["starvation"]) if results["starvation"] else [],
         **knockout_tables(results["knockout_inference"]),
         "paired": mask_comparison_rows(results["paired"]) if results["paired"] else [],
-        "seed_spread": seed_rows(results["seeds"]),
     }
     return {name: rows for name, rows in by_name.items() if rows}
 
@@ -185,13 +184,4 @@ def mask_comparison_rows(comparison: dict[str, Any]) -> Rows:
         | bounds(entry["ci95"])
         | {"p": entry["p"], "p_corrected": entry.get("p_corrected")}
         for entry in [*comparison["sites"], *comparison["effects"]]
-    ]
-
-
-def seed_rows(seeds: dict[str, list[dict[str, Any]]]) -> Rows:
-    """Return the spread over probe seeds next to the interval over images, per mask, site and effect."""
-    return [
-        {"image_attention": mask} | {key: entry[key] for key in entry if key != "ci95"} | bounds(entry["ci95"])
-        for mask, entries in seeds.items()
-        for entry in entries
     ]

@@ -233,7 +233,7 @@ class FinishedRun:
         )
 
     def probes(self) -> dict[str, Probe]:
-        """Return the main variant's probe of each site, in eval mode."""
+        """Return the probe of each site, in eval mode."""
         tensors, settings = read_tensors(self.path / "probes.safetensors"), self.metrics["probe"]
         grid = tuple(self.metrics["grid"])
         probes = {}

@@ -1,10 +1,9 @@
 """The files of a finished probe run, and how analyses read them; `write_run.py` writes them.
 
-    RUN/metrics.json          scores per site with intervals, of the main variant and of further ones
-    RUN/counts.safetensors    pixel counts per image of the main variant, from which its scores are computed
-    RUN/recipes.safetensors   counts of further variants, if any: "NAME/intersection", "NAME/predicted"
+    RUN/metrics.json          scores per site with intervals
+    RUN/counts.safetensors    pixel counts per image, from which the scores are computed
     RUN/path.safetensors      counts and losses at every strength of regularisation, of `probes solve`
-    RUN/probes.safetensors    the probes of their best epochs: "SITE.head.weight", "recipes/NAME/SITE.head.weight"
+    RUN/probes.safetensors    the probes of their best epochs: "SITE.head.weight"
     RUN/manifest.json         versions, commit, configuration, data, hardware
 
 Files are written atomically, metrics.json last: it marks the run as finished.
@@ -95,27 +94,8 @@ class ProbeRun(FinishedRun):
 
     @property
     def counts(self) -> Counts:
-        """Counts of the main variant."""
+        """Counts of the probes."""
         return Counts(**{name: self._tensors[name] for name in Counts._fields if name in self._tensors})
-
-    def counts_of(self, variant: str | None) -> Counts:
-        """Return the counts of a variant, None for the main one; further variants have one patch per image.
-
-        Raises:
-            UserError: If the run has no such variant, or its counts are damaged.
-        """
-        if variant is None:
-            return self.counts
-        if variant not in self.metrics["recipes"]:
-            raise UserError(
-                f"{self.path} has no variant {variant!r}; it has {', '.join(self.metrics['recipes']) or 'none'}"
-            )
-        tensors, labelled = read_tensors(self.path / "recipes.safetensors"), self.counts.labelled
-        names = [f"{variant}/{name}" for name in ("intersection", "predicted")]
-        check_counts(tensors, self.path / "recipes.safetensors", self._sizes, names)
-        intersection, predicted = (tensors[name] for name in names)
-        right, valid = intersection.sum(-1, keepdim=True), labelled.sum(-1, keepdim=True)
-        return Counts(intersection, predicted, labelled, patch_right=right, patch_valid=valid)
 
     def path_counts(self, instrument: str) -> list[tuple[Counts, torch.Tensor]]:
         """Return counts and summed losses per image, f64[S, N], at each strength; counts have one patch per image.
@@ -139,7 +119,7 @@ class ProbeRun(FinishedRun):
 
     @property
     def confusion(self) -> torch.Tensor | None:
-        """i64[S, K, K]: pixels per site, label and prediction of the main variant; None if not counted."""
+        """i64[S, K, K]: pixels per site, label and prediction; None if not counted."""
         return self._tensors.get("confusion")
 
     @torch.no_grad()

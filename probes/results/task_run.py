@@ -3,7 +3,6 @@
     RUN/metrics.json          scores per site with intervals; "task" and "scores" say which, and which way is better
     RUN/counts.safetensors    "sums" f32[S, N, M]: sums per image, from which the scores are computed; of depth and
                               normals "patch_error" f32[S, N, T], "patch_valid" f32[N, T]: errors and pixels by token
-    RUN/recipes.safetensors   "NAME/sums" of further variants, if any
     RUN/path.safetensors      "closed_form/sums" f32[R, S, N, M] at every strength of regularisation, of `probes solve`
 
 Axes: S sites, N images, T image tokens, M sums per image, R strengths.
@@ -61,7 +60,7 @@ class TaskRun(FinishedRun):
 
     @property
     def sums(self) -> torch.Tensor:
-        """Sums per image of the main variant, f32[S, N, M].
+        """Sums per image, f32[S, N, M].
 
         Raises:
             UserError: If they are damaged.
@@ -75,7 +74,7 @@ class TaskRun(FinishedRun):
 
     @property
     def patch_errors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Errors f32[S, N, T] and pixels with a value f32[N, T] under each token, of the main variant.
+        """Errors f32[S, N, T] and pixels with a value f32[N, T] under each token.
 
         Raises:
             UserError: If a pixel of the task has no error of its own, the run has none, or they are damaged.

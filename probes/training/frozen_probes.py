@@ -26,29 +26,29 @@ from probes.models.matched_updates import MATCH_IMAGES
 from probes.tasks import TASKS, Task
 
 from .heads import Probe
-from .probe_variants import ProbeVariant, probe_name
 from .write_run import save_run
 
 
 class FrozenProbes(LightningModule):
-    """A frozen MLLM and, for each variant, a probe at each of its sites.
+    """A frozen MLLM and a probe at each of its sites.
 
     A subclass saves the hyperparameters `mllm`, `num_classes`, `image_attention`, `untrained`, `match`, `draw`,
     `image_resize`, `dtype`, `prefix`, `sites` and `seed`.
 
     Args:
-        variants: Settings of the probes by name; the main ones under None.
+        head: Name of the probes' head, see heads.py.
+        feature_norm: Normalisation of the states before the head.
     """
 
-    def __init__(self, variants: dict[str | None, ProbeVariant]):
+    def __init__(self, head: str = "linear", feature_norm: str = "none"):
         super().__init__()
-        self.variants = variants
+        self.head, self.feature_norm = head, feature_norm
         self.mllm = None
         self.task: Task | None = None  # None for segmentation
         self.identity: Identity | None = None
         self.validated_at: list[int] = []  # optimizer steps
         self.epochs: list[int | float] = []  # the same in epochs; fractional within an epoch
-        self.history: dict[str, list[float]] = {}  # main score by probe, see `probe_name`
+        self.history: dict[str, list[float]] = {}  # main score by site
 
     def models(self) -> dict[str, str]:
         """Return the paths of the models that the run is made from, by setting."""
@@ -85,11 +85,9 @@ class FrozenProbes(LightningModule):
         )
         self.sites = self.mllm.check_sites(args.sites)
         self.task = TASKS.get(data.task)
-        self.heads = nn.ModuleDict(
-            {probe_name(name, site): self._build_probe(name, site) for name in self.variants for site in self.sites}
-        )
+        self.heads = nn.ModuleDict({site: self._build_probe(site) for site in self.sites})
         images = len(data.splits["validation"])
-        self.metrics = nn.ModuleList(self._build_metric(name, images) for name in self.variants)
+        self.metric = self._build_metric(images)
         self.statistics = StateStatistics({site: self.mllm.widths[site] for site in self.sites}, images)
 
     @property
@@ -97,31 +95,28 @@ class FrozenProbes(LightningModule):
         """Outputs of a probe for each token."""
         return self.task.channels if self.task else self.hparams.num_classes
 
-    def _build_metric(self, variant: str | None, images: int) -> SegmentationMetric | TaskMetric:
-        main = variant is None  # only the main variant is counted per token and per pair of classes
+    def _build_metric(self, images: int) -> SegmentationMetric | TaskMetric:
         if self.task:
-            return TaskMetric(self.task, images, self.mllm.geometry, by_token=main)
-        counts = [len(self.sites), images, self.hparams.num_classes, self.mllm.geometry]
-        return SegmentationMetric(*counts, by_token=main, confusion=main)
+            return TaskMetric(self.task, images, self.mllm.geometry, by_token=True)
+        return SegmentationMetric(len(self.sites), images, self.hparams.num_classes, self.mllm.geometry, confusion=True)
 
-    def _build_probe(self, variant: str | None, site: str) -> Probe:
+    def _build_probe(self, site: str) -> Probe:
         """Return a probe whose initialisation does not depend on the other probes of the run."""
-        settings, width = self.variants[variant], self.mllm.widths[site]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(settings.seed * 1_000_003 + self.mllm.sites.index(site))
-            return Probe(width, self.channels, self.mllm.grid, settings.feature_norm, settings.head)
+            torch.manual_seed(self.hparams.seed * 1_000_003 + self.mllm.sites.index(site))
+            return Probe(self.mllm.widths[site], self.channels, self.mllm.grid, self.feature_norm, self.head)
 
     def states(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the states f[B, T, d] by site, in the dtype of the model."""
         return batch["states"] if "states" in batch else self.mllm.states(batch["pixels"], self.sites)
 
-    def logits(self, states: dict[str, Tensor], variant: str | None) -> Tensor:
-        """Return the logits of a variant's probes on the token grid, f32[S, B, K, h, w]."""
-        logits = torch.stack([self.heads[probe_name(variant, site)](states[site].float()) for site in self.sites])
+    def logits(self, states: dict[str, Tensor]) -> Tensor:
+        """Return the logits of the probes on the token grid, f32[S, B, K, h, w]."""
+        logits = torch.stack([self.heads[site](states[site].float()) for site in self.sites])
         return logits.transpose(-1, -2).unflatten(-1, self.mllm.grid)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Count the images of the batch; return the logits of the main variant f[S, B, K, h, w] for callbacks."""
+        """Count the images of the batch; return the logits f[S, B, K, h, w] for callbacks."""
         return self._score(self.states(batch), batch)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -141,34 +136,31 @@ class FrozenProbes(LightningModule):
         return patch_labels(target, self.hparams.num_classes, self.mllm.grid, view=view)
 
     def _score(self, states: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
-        groups = group_by_mask_size(batch["target"])
-        for name, metric in reversed(list(zip(self.variants, self.metrics, strict=True))):
-            logits = self.logits(states, name)
-            for images, target in groups:
-                metric.update(logits[:, images], target, batch["index"][images])
-        return logits  # of the main variant, which is the last one
+        logits = self.logits(states)
+        for images, target in group_by_mask_size(batch["target"]):
+            self.metric.update(logits[:, images], target, batch["index"][images])
+        return logits
 
     def on_test_epoch_end(self) -> None:
         """Write the files of the run."""
-        counts, states = {name: self._compute(name) for name in self.variants}, self.statistics.compute()
+        counts, states = self._compute(), self.statistics.compute()
         self.statistics.reset()
         path = self.path_results()
         if self.trainer.is_global_zero:
             save_run(self, self.trainer.datamodule, counts, states, path, self.trainer.default_root_dir)
 
-    def settings_of(self, variant: str | None) -> dict[str, Any]:
-        """Return how the probes of a variant were made, for metrics.json."""
+    def probe_settings(self) -> dict[str, Any]:
+        """Return how the probes were made, for metrics.json."""
         raise NotImplementedError
 
     def path_results(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the content of metrics.json["path"] and of path.safetensors; empty if there is no path."""
         return {}, {}
 
-    def _compute(self, variant: str | None) -> Counts | TaskSums:
-        """Return the counts of a variant, or for other tasks than segmentation the sums per image, on the CPU."""
-        metric = self.metrics[list(self.variants).index(variant)]
-        counts = metric.compute()
-        metric.reset()
+    def _compute(self) -> Counts | TaskSums:
+        """Return the counts, or for other tasks than segmentation the sums per image, on the CPU."""
+        counts = self.metric.compute()
+        self.metric.reset()
         return type(counts)(*(x if x is None else x.cpu() for x in counts))
 
 

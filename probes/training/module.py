@@ -1,4 +1,4 @@
-"""LightningModule that trains probes at every site of a frozen MLLM on the same forward, in one or several variants.
+"""LightningModule that trains probes at every site of a frozen MLLM on the same forward.
 
 The probes are independent problems: their losses are summed, gradients are not clipped across probes, and each probe
 keeps the weights of its own best epoch. Source: App. A.2.
@@ -7,11 +7,10 @@ Legend: S sites, B images, T image tokens on a grid h x w, d width, K classes.
 """
 
 import math
-from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llava_bidir.common.epoch_length import optimizer_steps
@@ -29,7 +28,7 @@ from probes.ops.cross_entropy import subsample, upsampled_cross_entropy
 from .distributed import all_gather
 from .frozen_probes import FrozenProbes
 from .heads import FEATURE_NORMS, HEADS
-from .probe_variants import LABELS, ProbeVariant, build_variants, probe_name
+from .labels import LABELS
 
 
 class ProbeModule(FrozenProbes):
@@ -57,9 +56,10 @@ class ProbeModule(FrozenProbes):
         weight_decay: Weight decay of AdamW.
         label_stride: Train on every s-th pixel row and column of the masks, which makes the loss cheaper; scores use
             all pixels.
-        variants: Further variants by name, each with the settings that differ among head, feature_norm, labels,
-            learning_rate and seed; see `probe_variants.py`. They do not affect the probes of the main variant.
         seed: Seed of probes and re-initialised parts; linked from seed_everything by the command line.
+
+    Raises:
+        UserError: If the learning rate is not above 0.
     """
 
     def __init__(
@@ -81,32 +81,24 @@ class ProbeModule(FrozenProbes):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         label_stride: int = 1,
-        variants: dict[str, dict[str, Any]] | None = None,
         seed: int = 0,
     ):
-        main = ProbeVariant(head, feature_norm, learning_rate, labels, seed)
-        super().__init__(build_variants(main, variants or {}))
+        if not learning_rate > 0:
+            raise UserError(f"model.learning_rate must be above 0, got {learning_rate}")
+        super().__init__(head, feature_norm)
         self.save_hyperparameters()
         self.strict_loading = False  # checkpoints hold the probes only; the MLLM is reloaded from its source
         self.best: dict[str, dict[str, Tensor]] = {}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return a loss with the gradients of all probes."""
-        states, target, total = self.states(batch), batch["target"], 0.0
+        states, target = self.states(batch), batch["target"]
         if len(target) == 1 and batch["index"][0] == PAD_INDEX:  # padding must not enter batch statistics
             states, target = {site: x[:0] for site, x in states.items()}, target[:0]
-        # The gradient of each variant is computed before the next variant starts. This frees its graph (at 7B, all
-        # sites, 64 images: 20 GB of states in fp32) and keeps rounding independent of the other variants.
-        targets = {labels: LABELS[labels](target) for labels in {v.labels for v in self.variants.values()}}
-        for name, variant in self.variants.items():
-            losses = self.losses(self.logits(states, name), targets[variant.labels])
-            for site, loss in zip(self.sites, losses.detach(), strict=True):
-                self.log(f"{_log_prefix(name)}train_loss/{site}", loss, batch_size=len(batch["index"]))
-            total = total + linearize(losses.sum(), self._parameters_of(name))
-        return total
-
-    def _parameters_of(self, variant: str | None) -> list[nn.Parameter]:
-        return [p for site in self.sites for p in self.heads[probe_name(variant, site)].parameters()]
+        losses = self.losses(self.logits(states), LABELS[self.hparams.labels](target))
+        for site, loss in zip(self.sites, losses.detach(), strict=True):
+            self.log(f"train_loss/{site}", loss, batch_size=len(batch["index"]))
+        return losses.sum()
 
     def losses(self, logits: Tensor, target: Tensor | list[Tensor]) -> Tensor:
         """Return the loss of the global batch, f[S]; of segmentation, the mean cross-entropy over labelled pixels.
@@ -152,13 +144,12 @@ class ProbeModule(FrozenProbes):
             step, steps_per_epoch = self.trainer.global_step, self.trainer.datamodule.steps_per_epoch
             self.validated_at.append(step)
             self.epochs.append(step / steps_per_epoch if step % steps_per_epoch else step // steps_per_epoch)
-        for name in self.variants:
-            scores = self._scores(self._compute(name))
-            for i, site in enumerate(self.sites):
-                for score, values in scores.items():
-                    self.log(f"{_log_prefix(name)}{score}/{site}", values[i].item())
-                if fitting:
-                    self._keep_if_best(probe_name(name, site), next(iter(scores.values()))[i].item())
+        scores = self._scores(self._compute())
+        for i, site in enumerate(self.sites):
+            for score, values in scores.items():
+                self.log(f"{score}/{site}", values[i].item())
+            if fitting:
+                self._keep_if_best(site, next(iter(scores.values()))[i].item())
 
     def _scores(self, counts: Counts | Tensor) -> dict[str, Tensor]:
         """Return the scores f64[S] by name, the main one first."""
@@ -167,35 +158,32 @@ class ProbeModule(FrozenProbes):
         scores = dataset_scores(counts)
         return {"miou": scores.miou, "pacc": scores.pacc}
 
-    def _keep_if_best(self, probe: str, score: float) -> None:
+    def _keep_if_best(self, site: str, score: float) -> None:
         sign = self.task.sign if self.task else 1
-        if sign * score > max((sign * past for past in self.history.setdefault(probe, [])), default=-math.inf):
-            self.best[probe] = {k: v.detach().cpu().clone() for k, v in self.heads[probe].state_dict().items()}
-        self.history[probe].append(score)
+        if sign * score > max((sign * past for past in self.history.setdefault(site, [])), default=-math.inf):
+            self.best[site] = {k: v.detach().cpu().clone() for k, v in self.heads[site].state_dict().items()}
+        self.history[site].append(score)
 
     def on_test_start(self) -> None:
         """Load the weights of each probe's best epoch."""
-        for probe, weights in self.best.items():
-            self.heads[probe].load_state_dict(weights)
+        for site, weights in self.best.items():
+            self.heads[site].load_state_dict(weights)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Return AdamW with one parameter group per variant, and polynomial decay."""
+        """Return AdamW with polynomial decay."""
         args = self.hparams
-        groups = [
-            {"params": self._parameters_of(name), "lr": variant.learning_rate}
-            | ({} if len(self.variants) == 1 else {"name": name or "main"})  # for LearningRateMonitor
-            for name, variant in self.variants.items()
-        ]
-        optimizer = torch.optim.AdamW(groups, betas=tuple(args.betas), weight_decay=args.weight_decay, fused=True)
+        settings = {"lr": args.learning_rate, "betas": tuple(args.betas), "weight_decay": args.weight_decay}
+        optimizer = torch.optim.AdamW(self.heads.parameters(), **settings, fused=True)
         schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, optimizer_steps(self.trainer), power=0.9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def settings_of(self, variant: str | None) -> dict[str, Any]:
-        """Return how the probes of a variant were trained, for metrics.json."""
+    def probe_settings(self) -> dict[str, Any]:
+        """Return how the probes were trained, for metrics.json."""
         data, steps = self.trainer.datamodule, optimizer_steps(self.trainer)
         epochs = steps / data.steps_per_epoch if steps % data.steps_per_epoch else steps // data.steps_per_epoch
-        settings = {"batch_size": data.batch_size, "epochs": epochs, "steps": steps, "validated_at": self.validated_at}
-        return asdict(self.variants[variant]) | settings
+        settings = {key: self.hparams[key] for key in ("head", "feature_norm", "learning_rate", "labels", "seed")}
+        settings |= {"batch_size": data.batch_size, "epochs": epochs, "steps": steps}
+        return settings | {"validated_at": self.validated_at}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the probes without the frozen model, and the history of validations."""
@@ -217,17 +205,7 @@ class ProbeModule(FrozenProbes):
         if different := saved ^ expected:
             raise UserError(
                 f"the checkpoint and this run differ in {len(different)} tensors, e.g. {min(different)}; use the "
-                "model.sites, model.variants and model.head of the checkpoint"
+                "model.sites and model.head of the checkpoint"
             )
         self.best, self.history = checkpoint["best"], checkpoint["history"]
         self.validated_at, self.epochs = checkpoint["validated_at"], checkpoint["epochs"]
-
-
-def _log_prefix(variant: str | None) -> str:
-    return "" if variant is None else f"recipes/{variant}/"
-
-
-def linearize(loss: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    """Return the sum of p * dloss/dp, which has the gradient of `loss` but frees its graph."""
-    gradients = torch.autograd.grad(loss, parameters)
-    return sum((p * gradient).sum() for p, gradient in zip(parameters, gradients, strict=True))

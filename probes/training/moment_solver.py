@@ -32,7 +32,6 @@ from .distributed import all_reduce, broadcast, rank, rank_count
 from .frozen_probes import FrozenProbes
 from .moments import Moments, packed_size
 from .probe_path import PathMetric, ProbePath
-from .probe_variants import ProbeVariant
 from .state_sample import centre
 
 SAVE_SECONDS = 600  # between two files of moments
@@ -66,7 +65,7 @@ class MomentSolver(FrozenProbes):
         shrink_to: str = "diagonal",
         **shared: Any,
     ):
-        super().__init__({None: ProbeVariant(feature_norm="batchnorm", seed=shared["seed"])})
+        super().__init__(feature_norm="batchnorm")
         self.save_hyperparameters()  # those of subclasses, too
         self.passes = 0  # that are complete
         self.measuring = False  # the time of a pass, without solving
@@ -250,7 +249,7 @@ class MomentSolver(FrozenProbes):
         size = max(1, SCORE_BYTES // per_image)
         return [slice(start, start + size) for start in range(0, images, size)]
 
-    def settings_of(self, variant: str | None) -> dict[str, Any]:
+    def probe_settings(self) -> dict[str, Any]:
         """Return how the probes were solved, for metrics.json."""
         settings = {key: self.hparams[key] for key in ("seed", "folds", "shrink_to", "label_stride")}
         return {"head": "linear", "feature_norm": "batchnorm", "labels": "true", "solved": self.instrument} | settings

@@ -17,8 +17,8 @@ from typing_extensions import TypedDict
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError
 
-# Keys of earlier versions. Probe variants are stored under "recipes".
-OLD_KEYS = {"image_aspect": "image_resize", "mllm_dtype": "dtype", "recipes": "variants"}
+# Keys of earlier versions.
+OLD_KEYS = {"image_aspect": "image_resize", "mllm_dtype": "dtype"}
 
 
 def _number(value: Any) -> int | float:
@@ -78,14 +78,6 @@ class SiteScores(BaseModel):
     iou_per_class: list[Number | None]
     history: list[Number]
     states: dict[str, Any] = {}
-
-
-class VariantResults(BaseModel):
-    """Results of a probe variant."""
-
-    probe: dict[str, Any]
-    sites: list[SiteScores]
-    summary: dict[str, Any] = {}
 
 
 class PathScores(BaseModel):
@@ -148,7 +140,6 @@ class Metrics(RunMetrics):
     probe: _ProbeSettings
     sites: Annotated[list[SiteScores], Field(min_length=1)]
     summary: Summary
-    recipes: dict[str, VariantResults] = {}
     path: SolvedPath | None = None
 
     @model_validator(mode="after")
@@ -170,14 +161,6 @@ class TaskSiteScores(BaseModel, extra="allow"):
     best_epoch: Number | None
     history: list[Number]
     states: dict[str, Any] = {}
-
-
-class TaskVariant(BaseModel):
-    """Results of a probe variant of a task."""
-
-    probe: dict[str, Any]
-    sites: list[TaskSiteScores]
-    summary: dict[str, Any] = {}
 
 
 class TaskPathScores(BaseModel, extra="allow"):
@@ -216,7 +199,6 @@ class TaskMetrics(RunMetrics):
     probe: _ProbeSettings
     sites: Annotated[list[TaskSiteScores], Field(min_length=1)]
     summary: Summary
-    recipes: dict[str, TaskVariant] = {}
     path: TaskPath | None = None
 
     @model_validator(mode="after")

@@ -86,7 +86,7 @@ def build_solver(fit, args: argparse.Namespace, task: str) -> MomentSolver:
     """Return the solver of a task with the settings that it shares with a `ProbeModule`.
 
     Raises:
-        UserError: The config asks for probes that are not linear, or for variants.
+        UserError: The config asks for probes that are not linear.
     """
     if fit.hparams.head != "linear":
         raise UserError(f"model.head is {fit.hparams.head!r}, but only linear probes can be solved; use `probes fit`")

@@ -16,18 +16,7 @@ from probes.evaluation.bootstrap import dataset_scores, resampled_scores, resamp
 from probes.evaluation.metrics import Counts, summary
 from probes.evaluation.task_metric import TaskSums
 
-from .probe_variants import probe_name
-from .run_schema import (
-    Manifest,
-    Metrics,
-    ModelTraining,
-    SiteScores,
-    TaskMetrics,
-    TaskSiteScores,
-    TaskVariant,
-    VariantResults,
-    check_schema,
-)
+from .run_schema import Manifest, Metrics, ModelTraining, SiteScores, TaskMetrics, TaskSiteScores, check_schema
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +26,7 @@ PACKAGES = ("torch", "lightning", "transformers", "torchmetrics", "numpy")
 def save_run(
     module,
     data,
-    counts: dict[str | None, Counts | TaskSums],
+    counts: Counts | TaskSums,
     states: dict[str, dict[str, float | None]],
     path: tuple[dict[str, Any], dict[str, torch.Tensor]],
     out: str | Path,
@@ -47,27 +36,25 @@ def save_run(
     Args:
         module: The `FrozenProbes`.
         data: Its `SegmentationData`.
-        counts: By variant; the main variant is None.
+        counts: Counts of the probes, or for other tasks than segmentation the sums per image.
         states: Statistics of the states by site.
         path: Scores of the probes at every strength, and counts per image; empty for trained probes.
         out: Folder of the run.
     """
-    out, args, main = Path(out), module.hparams, counts[None]
-    task, groups = module.task, group_indices(data.splits["validation"])
-    results = {name: variant_results(module, data, name, counts[name]) for name in module.variants}
-    for site in results[None].sites:
-        site.states = states[site.site]
+    out, args, task, images = Path(out), module.hparams, module.task, len(data.splits["validation"])
+    groups = group_indices(data.splits["validation"])
+    weights = bootstrap_weights(images, groups=groups)
     if task:
         own = {"task": task.name, "scores": {name: "higher" if up else "lower" for name, up in task.scores.items()}}
-        saved = ("sums",)
+        sites, own["summary"] = task_results(module, counts.sums, weights, states)
     else:
-        own = {"classes": data.classes, "baseline": baseline(main, data.classes)}
-        saved = ("intersection", "predicted")
-    further = {f"{name}/{k}": getattr(counts[name], k) for name in results if name is not None for k in saved}
+        own = {"classes": data.classes, "baseline": baseline(counts, data.classes)}
+        sites = site_scores(module, counts, weights, states)
+        own["summary"] = summary({site.site: site.miou for site in sites})
     metrics = (TaskMetrics if task else Metrics)(
         dataset=data.name,
         split="validation",
-        images=len(data.splits["validation"]),
+        images=images,
         mllm=args.mllm,
         image_attention=module.mllm.image_attention,
         own_image_attention=module.mllm.own_image_attention,
@@ -79,14 +66,12 @@ def save_run(
         seed=args.seed,
         **own,
         grid=list(module.mllm.grid),
-        **dict(results.pop(None)),
-        recipes=results,
+        probe=module.probe_settings(),
+        sites=sites,
         **({"path": path[0]} if path[0] else {}),
     )
-    tensors = main._asdict() | {"group": groups}
+    tensors = counts._asdict() | {"group": groups}
     files = {out / "counts.safetensors": {k: v for k, v in tensors.items() if v is not None}}
-    if further:
-        files[out / "recipes.safetensors"] = further
     if path[1]:
         files[out / "path.safetensors"] = path[1]
     files[out / "probes.safetensors"] = module.heads.state_dict()
@@ -95,25 +80,14 @@ def save_run(
     write_files(files)
 
 
-def variant_results(module, data, variant: str | None, counts: Counts | TaskSums) -> VariantResults | TaskVariant:
-    """Return the settings and scores of a probe variant."""
-    if module.task:
-        return task_results(module, data, variant, counts.sums)
-    sites = site_scores(module, data, variant, counts)
-    return VariantResults(
-        probe=module.settings_of(variant), sites=sites, summary=summary({site.site: site.miou for site in sites})
-    )
-
-
-def site_scores(module, data, variant: str | None, counts: Counts) -> list[SiteScores]:
+def site_scores(
+    module, counts: Counts, weights: torch.Tensor, states: dict[str, dict[str, float | None]]
+) -> list[SiteScores]:
     """Return per site the scores with intervals over images, the best epoch, and the mIoU of each validation."""
-    score = dataset_scores(counts)
-    groups = group_indices(data.splits["validation"])
-    weights = bootstrap_weights(len(counts.labelled), groups=groups)
-    resampled = resampled_scores(counts, weights)
+    score, resampled = dataset_scores(counts), resampled_scores(counts, weights)
     sites = []
     for i, site in enumerate(module.sites):
-        history = module.history.get(probe_name(variant, site), [])
+        history = module.history.get(site, [])
         sites.append(
             SiteScores(
                 site=site,
@@ -125,28 +99,29 @@ def site_scores(module, data, variant: str | None, counts: Counts) -> list[SiteS
                 best_epoch=module.epochs[history.index(max(history))] if history else None,
                 iou_per_class=[None if x != x else x for x in score.iou[i].tolist()],
                 history=history,
+                states=states[site],
             )
         )
     return sites
 
 
-def task_results(module, data, variant: str | None, sums: torch.Tensor) -> TaskVariant:
-    """Return the settings and scores of a probe variant of another task, from sums f[S, N, M]."""
+def task_results(
+    module, sums: torch.Tensor, weights: torch.Tensor, states: dict[str, dict[str, float | None]]
+) -> tuple[list[TaskSiteScores], dict[str, Any]]:
+    """Return the scores per site and the summary of another task than segmentation, from sums f[S, N, M]."""
     task = module.task
-    weights = bootstrap_weights(sums.shape[1], groups=group_indices(data.splits["validation"]))
     scores, resampled = task_scores(task, sums), resampled_task_scores(task, sums, weights)
     sites = []
     for i, site in enumerate(module.sites):
-        history = module.history.get(probe_name(variant, site), [])
-        own = {}
+        history = module.history.get(site, [])
+        own = {"states": states[site]}
         for name in task.scores:
             value = scores[name][i].item()
             own |= {name: value, f"{name}_ci95": interval(value, resampled[name][:, i])}
         best = module.epochs[history.index(max(history, key=lambda x: task.sign * x))] if history else None
         width = module.mllm.widths[site]
         sites.append(TaskSiteScores(site=site, dim=width, best_epoch=best, history=history, **own))
-    main = dict(zip(module.sites, scores[task.score].tolist(), strict=True))
-    return TaskVariant(probe=module.settings_of(variant), sites=sites, summary=task_summary(main, task.sign))
+    return sites, task_summary(dict(zip(module.sites, scores[task.score].tolist(), strict=True)), task.sign)
 
 
 def task_summary(main: dict[str, float], sign: int) -> dict[str, Any]:
@@ -172,11 +147,11 @@ def baseline(counts: Counts, classes: list[str]) -> dict[str, Any]:
 
 def manifest(module, data) -> Manifest:
     """Return the versions, commit, configuration, data and hardware of a run."""
-    config = {"recipes" if key == "variants" else key: value for key, value in module.hparams.items()}
+    changed = {"mllm": _absolute(module.hparams.mllm), "update_scales": module.mllm.update_scales}
     return Manifest(
         versions={name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         git_commit=_git_commit(),
-        config=config | {"mllm": _absolute(module.hparams.mllm), "update_scales": module.mllm.update_scales},
+        config=dict(module.hparams) | changed,
         data={
             "root": _absolute(data.root),
             "dataset": data.dataset,

@@ -16,10 +16,8 @@ from .maps import map_figures
 from .mask_comparison import mask_figures
 from .patching import patching_figures
 from .path import path_figures
-from .probe_sensitivity import variant_figures
 from .starvation import starvation_figures
 from .style import Figures
-from .training_budget import budget_figures
 
 
 def study_figures(study: Study, results: dict[str, Any]) -> Figures:
@@ -37,6 +35,4 @@ def study_figures(study: Study, results: dict[str, Any]) -> Figures:
     yield from confusion_figures(study.trained, results["confusion"])
     yield from map_figures(study)
     yield from path_figures(study, results)
-    yield from variant_figures(study, results["scale"])
     yield from statistics_figures(study)
-    yield from budget_figures(study)

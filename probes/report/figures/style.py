@@ -86,10 +86,10 @@ def new_panels(count: int, height: float = 2.7, columns: int = 3, **kwargs) -> t
     return figure, list(axes[:count])
 
 
-def mask_panels(masks: Collection[str], height: float, ylabel: str = "mIoU (%)") -> tuple[Figure, list[Axes]]:
-    """Return a figure of one panel per attention mask."""
+def mask_panels(masks: Collection[str], height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure of mIoU with one panel per attention mask."""
     figure, axes = new_panels(len(masks), height, columns=2, sharey=True)
-    axes[0].set_ylabel(ylabel)
+    axes[0].set_ylabel("mIoU (%)")
     for ax, mask in zip(axes, masks, strict=True):
         ax.set_title(mask, fontsize=10)
     return figure, axes

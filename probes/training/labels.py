@@ -1,0 +1,38 @@
+"""Masks that probes are trained on: those of their images, or as a control those of other images."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from probes.evaluation.metrics import IGNORE_INDEX
+
+
+def shuffle_masks(target: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+    """Return the masks rolled by one image, so that no image keeps its own.
+
+    A probe can then learn position and class frequencies only. The pairs change each epoch with the order of images.
+    Masks of different sizes are resized to the size of the image, by nearest pixel. A single image in a batch is
+    ignored, because there is no other mask.
+
+    Args:
+        target: uint8[B, H, W], or a list of B masks uint8[H, W]; for other tasks f[B, H, W] or f[B, H, W, 3].
+    """
+    if len(target) == 0:
+        return target
+    if len(target) == 1:
+        value = torch.nan if target[0].is_floating_point() else IGNORE_INDEX
+        ignored = target[0].new_full(target[0].shape, value)
+        return ignored[None] if isinstance(target, Tensor) else [ignored]
+    if isinstance(target, Tensor):
+        return target.roll(1, 0)
+    return [_resize_mask(other, mask.shape[:2]) for other, mask in zip([target[-1], *target[:-1]], target, strict=True)]
+
+
+def _resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    if mask.ndim == 3:  # vectors
+        return F.interpolate(mask.movedim(-1, 0)[None], size, mode="nearest-exact")[0].movedim(0, -1)
+    return F.interpolate(mask[None, None], size, mode="nearest-exact")[0, 0]
+
+
+# model.labels -> function of the masks of a batch
+LABELS = {"true": lambda target: target, "shuffled": shuffle_masks}

@@ -24,7 +24,7 @@ PROBING = {  # config: a dataset in its layout, and how many classes that has
     "probes/cityscapes.yaml": (dataset_layouts.write_cityscapes, 19),
     "demo/probes.yaml": (tiny_models.write_segmentation, 3),
 }
-UPON_PROBING = ["demo/untrained.yaml", "probes/matched.yaml", "probes/variants.yaml"]
+UPON_PROBING = ["demo/untrained.yaml", "probes/matched.yaml"]
 
 
 def test_every_yaml_is_covered_here():
@@ -150,7 +150,6 @@ def test_probing_config_is_instantiated(file, more, checkpoints, tmp_path):
     assert cli.model.hparams.num_classes == classes and bool(cli.model.hparams.untrained) == (
         more[:1] in (["demo/untrained.yaml"], ["probes/matched.yaml"])
     )
-    assert len(cli.model.variants) == 1 or "variants" in more[0]
 
 
 def test_dataset_options_are_set_from_the_command_line(checkpoints, tmp_path):

@@ -45,7 +45,7 @@ def test_every_file_of_the_pipeline_has_the_same_bytes_again(tmp_path):
         "causal/umap.json",
         "bidirectional/starvation.json",
     }
-    of_a_run = ("metrics.json", "manifest.json", "counts.safetensors", "probes.safetensors", "recipes.safetensors")
+    of_a_run = ("metrics.json", "manifest.json", "counts.safetensors", "probes.safetensors")
     wanted |= {f"causal/{name}" for name in (*of_a_run, "knockout.json", "knockout.safetensors")}
     wanted |= {f"report/{name}" for name in ("index.html", "results.json", "explorer.html", "layers.png", "layers.pdf")}
     assert wanted <= set(first), "or not much was compared"

@@ -31,7 +31,7 @@ def run(out: Path) -> None:
     for mask, path in zip(MASKS, runs, strict=True):
         probes(
             ["fit", "-c", "configs/demo/probes.yaml", "--model.mllm", str(model), "--model.image_attention", mask, *few]
-            + ["--model.variants", "{slow: {learning_rate: 0.001}}", "--save_predictions", "true", "--out", path]
+            + ["--save_predictions", "true", "--out", path]
             + ["--data.root", str(assets / "segmentation")]
         )
         probes(["knockout", "--probes", path, "--classes", "auto:3", "--controls", "distance", "--draws", "2"])

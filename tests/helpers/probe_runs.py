@@ -93,7 +93,6 @@ def write_run(
     dataset: str = "toy world",
     encoder: str | None = None,
     untrained: bool = False,
-    recipes: dict[str, tuple[dict, list[float]]] | None = None,
     groups: torch.Tensor | None = None,
     images: int = 40,
     states: bool = False,
@@ -108,7 +107,6 @@ def write_run(
         quality: L + 3 pixel accuracies.
         root: A folder dataset with classes and colours.
         encoder: Encoder in training.json; None for a checkpoint without that file.
-        recipes: Settings that differ from the main variant, and quality, by name.
         metrics: Further or other values of metrics.json.
     """
     classes = json.loads((root / "classes.json").read_text())["classes"]
@@ -126,11 +124,6 @@ def write_run(
         tensors["confusion"] = confused
     if groups is not None:
         tensors["group"] = groups
-    further, scores = {}, {}
-    for i, (name, (settings, other)) in enumerate((recipes or {}).items()):
-        found, _ = random_counts(other, images, len(classes), seed + 100 + i)
-        further |= {f"{name}/intersection": found.intersection, f"{name}/predicted": found.predicted}
-        scores[name] = {"probe": probe | settings, "sites": entries(sites, found, weights), "summary": {}}
     miou = {entry["site"]: entry["miou"] for entry in main}
     peak = max((site for site in sites if site.startswith("layer_")), key=miou.get)
     summary = {"encoder": miou["encoder"], "adapter": miou["adapter"], "peak_llm": miou[peak], "peak_site": peak}
@@ -138,15 +131,13 @@ def write_run(
     facts = {"dataset": dataset, "split": "validation", "images": images, "mllm": "some/hf", "image_attention": mask}
     facts |= {"untrained": ["adapter", "llm"] if untrained else [], "seed": 0, "probe": probe, "classes": classes}
     facts |= {"baseline": {"class": classes[0], "miou": 0.1, "pacc": 0.3}, "grid": list(GRID), "sites": main}
-    facts |= {"summary": summary} | ({"recipes": scores} if scores else {}) | (metrics or {})
+    facts |= {"summary": summary} | (metrics or {})
     training = None if encoder is None else {"encoder": {"name": encoder, "path": "x"}, "llm": "lmsys/vicuna-7b-v1.5"}
     manifest = {"versions": {"torch": "2", "transformers": "5"}, "git_commit": None, "config": {}}
     manifest |= {"data": {"root": str(root), "dataset": "folder", "fingerprint": f"{dataset} {images}"}}
     manifest |= {"mllm_training": training, "hardware": {"machine": "none", "cpu_threads": 1, "gpu": None}}
     path.mkdir(parents=True)
     save_file({k: v.contiguous() for k, v in tensors.items()}, path / "counts.safetensors")
-    if further:
-        save_file(further, path / "recipes.safetensors")
     (path / "metrics.json").write_text(json.dumps(facts))
     (path / "manifest.json").write_text(json.dumps(manifest))
     return path

@@ -29,11 +29,11 @@ MASKS = ("causal", "bidirectional")
 def write(tmp_path):
     root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
 
-    def write(name, quality, seed=0, *, mask="causal", solved=False, recipes=None, **metrics) -> str:
+    def write(name, quality, seed=0, *, mask="causal", solved=False, **metrics) -> str:
         path, options = tmp_path / f"{mask}_{name}", {"root": root, "mask": mask, "seed": seed, "metrics": metrics}
         if solved:
             return write_solved(path, [quality] * 3, **options)
-        return str(write_run(path, quality, **options, recipes=recipes))
+        return str(write_run(path, quality, **options))
 
     return write
 
@@ -103,16 +103,15 @@ def test_the_untrained_model_is_the_same_control_in_any_order(write):
 
 def test_controls_are_compared_with_probes_of_their_kind_only(write, tmp_path):
     """Trained probes have a solved untrained model only; random LLMs of both kinds are all in results.json."""
-    shuffled = {"shuffled": ({"labels": "shuffled"}, [0.2] * 6)}
-    runs = [write("trained", CURVE, recipes=shuffled), write("solved", CURVE, 1, solved=True)]
+    runs = [write("trained", CURVE), write("solved", CURVE, 1, solved=True)]
     runs.append(write("untrained", FLAT, 2, solved=True, untrained=["adapter", "llm"]))
     random = {"untrained": ["llm"], "match": "update"}
     runs += [write(f"r{i}", FLAT, 3 + i, solved=i < 2, **random, draw=i) for i in range(3)]
     results = write_report(runs, tmp_path / "report")
     draws = [entry["probing"]["draw"] for entry in results["controls"]["random"]["causal"]]
     assert draws == [0, 1, 2]
-    with (tmp_path / "report/controls.csv").open() as file:
-        assert {row["control"] for row in csv.DictReader(file)} == {"trained", "shuffled labels"}
+    with (tmp_path / "report/layers.csv").open() as file:
+        assert {(row["untrained"], row["probes"]) for row in csv.DictReader(file)} == {("False", "trained")}
     table = (tmp_path / "report/tables.tex").read_text()
     assert "causal, trained probes" in table and "causal, untrained, solved probes" in table
 

@@ -1,4 +1,4 @@
-"""Reports over models and datasets, mask comparison, probe variants, seeds and confusions, on runs without a model."""
+"""Reports over models and datasets, mask comparison and confusions, on runs without a model."""
 
 import csv
 import itertools
@@ -14,18 +14,14 @@ from probe_runs import write_run
 
 from llava_bidir.common.bootstrap import interval
 from probes.cli import main
-from probes.evaluation.bootstrap import dataset_scores
 from probes.report.confusion import first_halved_layer, most_confused_pairs
 from probes.report.figures.catalogue import study_figures
 from probes.report.figures.layer_curves import models_by_dataset
 from probes.report.figures.style import COLOURS, MASK_COLOURS
-from probes.report.figures.training_budget import probe_budget
 from probes.report.mask_comparison import compare_masks
 from probes.report.page import study_results
 from probes.report.paper import PAPER, paper_encoder, probe_deviations
-from probes.report.probe_sensitivity import effect_verdict, scale_sensitivity, seed_spread
 from probes.report.study import read_studies
-from probes.report.summary_text import summarize_sections
 from probes.report.tables import table2_difference
 from probes.results.probe_run import ProbeRun
 
@@ -125,8 +121,6 @@ def test_runs_that_differ_are_not_compared(root, tmp_path, pair):
     other = write_run(tmp_path / "run", CURVE, root=root, mask="bidirectional", metrics={"probe": probe})
     with pytest.raises(ValueError, match="their probes differ in feature_norm, 'none' and 'batchnorm'"):
         read_studies([pair[0], str(other)])
-    with pytest.raises(ValueError, match="no main run matches"):
-        read_studies(pair[:1], [f"another={pair[1]}"])
     with pytest.raises(ValueError, match="were scored on different images"):
         read_studies(pair, [str(write_run(tmp_path / "images", CURVE, root=root, images=30))])
 
@@ -199,98 +193,15 @@ def test_difference_to_the_paper_is_run_minus_paper(root, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def swept(root, tmp_path_factory):
-    """A causal run with every kind of probe variant; under layernorm there is neither drop-off nor recovery."""
-    recipes = {
-        "fast": ({"learning_rate": 0.01}, [q - 0.05 for q in CURVE[:2]] + [q + 0.05 for q in CURVE[2:]]),
-        "batchnorm": ({"feature_norm": "batchnorm"}, CURVE),
-        "layernorm": ({"feature_norm": "layernorm"}, [0.6] * 6),
-        "mlp": ({"head": "mlp"}, [0.7] * 6),
-        "again": ({"seed": 1}, [q + 0.01 for q in CURVE]),
-        "shuffled": ({"labels": "shuffled"}, [0.3] * 6),
-    }
-    folder = tmp_path_factory.mktemp("swept")
-    return ProbeRun(write_run(folder / "run", CURVE, root=root, recipes=recipes, states=True, confusion=True))
+def confused(root, tmp_path_factory):
+    """A causal run with confusions and statistics of the states."""
+    folder = tmp_path_factory.mktemp("confused")
+    return ProbeRun(write_run(folder / "run", CURVE, root=root, states=True, confusion=True))
 
 
-def test_effects_of_every_variant_equal_numpy(swept):
-    entries = scale_sensitivity(swept)["recipes"]
-    assert [entry["recipe"] for entry in entries] == ["main", "fast", "batchnorm", "layernorm"]
-    for entry in entries:
-        counts = swept.counts_of(None if entry["recipe"] == "main" else entry["recipe"])
-        scores = dataset_scores(counts).miou.tolist()
-        assert entry["adapter_drop"]["value"] == pytest.approx(scores[0] - scores[1])
-        assert entry["recovery"]["value"] == pytest.approx(max(scores[2:5]) - scores[1])
-
-
-def test_each_norm_is_read_at_the_best_learning_rate_of_each_site(swept):
-    ways = {way["way"]: way for way in scale_sensitivity(swept)["ways"]}
-    assert list(ways) == ["none", "batchnorm", "layernorm"]
-    main_, fast = (dataset_scores(swept.counts_of(name)).miou for name in (None, "fast"))
-    best = torch.maximum(main_, fast)
-    assert (fast > main_).any() and (fast < main_).any()
-    assert ways["none"]["recovery"]["value"] == pytest.approx((best[2:5].max() - best[1]).item())
-
-
-def test_verdict_follows_from_the_intervals(swept):
-    scale = scale_sensitivity(swept)
-    for effect, text in scale["verdict"].items():
-        assert [way["way"] for way in scale["ways"] if way[effect]["ci95"][0] > 0] == ["none", "batchnorm"]
-        assert "holds under 2 of 3 norms" in text
-        assert "each site at its best learning rate, not under layernorm (" in text
-        assert [entry["recipe"] for entry in scale["recipes"] if not entry[effect]["holds"]] == ["layernorm"]
-        assert "site, it holds under 3 of 4 probe variants, not under norm layernorm" in text
-    good = {"value": 0.05, "ci95": [0.03, 0.07], "holds": True}
-    bad = {"value": -0.05, "ci95": [-0.07, -0.03], "holds": False}
-    assert "2 of 2 norms (a +5.0, b +5.0 pp): the effect does not" in effect_verdict(
-        "x", "norms", {"a": good, "b": good}
-    )
-    text = effect_verdict("x", "norms", {"a": bad, "b": bad})
-    assert "holds under 0 of 2 norms: a (reversed, −5.0 [−7.0, −3.0])" in text and "The effect is not supported" in text
-
-
-def test_variants_of_a_separate_run_replace_those_of_the_main_run(pair, swept):
-    (study,) = read_studies(pair, variants=[str(swept.path)])
-    results = study_results(study)
-    assert list(results["scale"]) == ["causal"] and results["scale"]["causal"] == scale_sensitivity(swept)
-    assert results["masks"]["causal"]["probing"] == ProbeRun(pair[0]).metrics
-    text = summarize_sections(results)["Sensitivity to feature scale"][0]
-    assert text.startswith("Causal: The drop-off holds under 2 of 3 norms, each site")
-    assert "3 of 4 probe variants" in text and "not supported" not in text
-    with pytest.raises(ValueError, match="no main run matches .*'causal'"):
-        read_studies(pair[1:], variants=[str(swept.path)])
-
-
-def test_budget_uses_the_steps_of_validation(root, tmp_path):
-    probe = {"head": "linear", "feature_norm": "none", "learning_rate": 1e-3, "batch_size": 4, "epochs": 10}
-    probe |= {"steps": 100, "validated_at": [25, 100]}
-    run = ProbeRun(write_run(tmp_path / "run", CURVE, root=root, metrics={"probe": probe}))
-    rows = probe_budget(read_studies([str(run.path)])[0]).rows
-    assert {(row["epoch"], row["step"]) for row in rows} == {(2.5, 25), (10.0, 100)}
-
-
-def test_runs_without_variants_or_a_second_mask(root, tmp_path, pair):
-    run = ProbeRun(pair[0])
-    assert scale_sensitivity(run) is None and seed_spread(run) == []
-    assert compare_masks(read_studies(pair[:1])[0]) is None
-    run = write_run(tmp_path / "run", CURVE, root=root, recipes={"fast": ({"learning_rate": 0.01}, CURVE)})
-    text = scale_sensitivity(ProbeRun(run))["verdict"]["recovery"]
-    assert "holds under 2 of 2 learning rates (norm none, lr 0.001 +" in text
-
-
-def test_seed_spread_equals_mean_and_deviation_of_the_seeds(swept):
-    spread = {entry["of"]: entry for entry in seed_spread(swept)}
-    first, second = (dataset_scores(swept.counts_of(name)).miou for name in (None, "again"))
-    assert spread["layer_02"]["seeds"] == 2
-    assert spread["layer_02"]["mean"] == pytest.approx((first[3] + second[3]).item() / 2)
-    assert spread["layer_02"]["sd"] == pytest.approx((first[3] - second[3]).abs().item() / 2**0.5)
-    gains = [(x[2:5].max() - x[1]).item() for x in (first, second)]
-    assert (spread["recovery"]["lowest"], spread["recovery"]["highest"]) == (min(gains), max(gains))
-
-
-def test_confused_pairs_equal_a_loop(swept):
-    confusion, classes = swept.confusion.numpy(), swept.metrics["classes"]
-    pairs = most_confused_pairs(swept)
+def test_confused_pairs_equal_a_loop(confused):
+    confusion, classes = confused.confusion.numpy(), confused.metrics["classes"]
+    pairs = most_confused_pairs(confused)
     assert len(pairs) == 6 and [p["share"][1] for p in pairs] == sorted([p["share"][1] for p in pairs], reverse=True)
     for entry in pairs:
         a, b = classes.index(entry["label"]), classes.index(entry["predicted"])
@@ -299,8 +210,8 @@ def test_confused_pairs_equal_a_loop(swept):
             assert entry["share"][s] == pytest.approx(confusion[s, a, b] / sum(confusion[s, a, k] for k in range(3)))
 
 
-def test_rare_labels_are_skipped(swept):
-    run = ProbeRun(swept.path)
+def test_rare_labels_are_skipped(confused):
+    run = ProbeRun(confused.path)
     rare = run._tensors["confusion"].clone()
     rare[:, 0] = torch.tensor([0, 1, 0])  # one pixel of class 0, always wrong
     run._tensors["confusion"] = rare
@@ -315,22 +226,18 @@ def test_first_halved_layer_is_the_one_after_the_last_exception():
 
 
 @pytest.mark.slow
-def test_sections_appear_if_their_data_exist(swept, pair, tmp_path):
-    main(["report", str(swept.path), "--out", str(tmp_path / "all")])
+def test_sections_appear_if_their_data_exist(confused, pair, tmp_path):
+    main(["report", str(confused.path), "--out", str(tmp_path / "all")])
     main(["report", *pair, "--out", str(tmp_path / "few")])
     html = {name: (tmp_path / name / "index.html").read_text() for name in ("all", "few")}
     sections = {name: set(re.findall(r"<h2\b[^>]*>(.*?)</h2>", text)) for name, text in html.items()}
-    optional = {"Sensitivity to feature scale", "Probe heads", "Probe seeds", "Controls", "Hidden-state statistics"}
-    assert optional | {"Confused classes by layer"} <= sections["all"] and not optional & sections["few"]
+    optional = {"Hidden-state statistics", "Confused classes by layer"}
+    assert optional <= sections["all"] and not optional & sections["few"]
     assert "Bidirectional vs. causal attention" in sections["few"] - sections["all"]
-    scale = scale_sensitivity(swept)
-    assert all(text.split(":")[0].split("(")[0] in html["all"] for text in scale["verdict"].values())
-    for name in "scale_effects scale_curves heads seeds controls states budget_steps confusion_causal".split():
+    for name in ("states", "confusion_causal"):
         assert all((tmp_path / f"all/{name}.{kind}").stat().st_size > 100 for kind in ("png", "pdf", "csv"))
     results = json.loads((tmp_path / "all/results.json").read_text())
-    assert results["scale"]["causal"] == scale and results["paired"] is None
-    steps = list(csv.DictReader((tmp_path / "all/budget_steps.csv").open()))
-    assert {row["step"] for row in steps} == {"10", "20"}
+    assert results["paired"] is None
 
 
 def test_captions_mention_only_what_is_drawn(root, tmp_path, pair):
@@ -339,10 +246,10 @@ def test_captions_mention_only_what_is_drawn(root, tmp_path, pair):
 
     (study,) = read_studies(pair)
     assert "Dashed: the best layer" in captions(study)["layers"]
-    assert "Dotted" not in captions(study)["layers"] and "longer" not in captions(study)["budget"]
+    assert "Dotted" not in captions(study)["layers"]
     untrained = write_run(tmp_path / "run", CURVE, root=root, untrained=True)
-    (study,) = read_studies([*pair, str(untrained)], pair[:1])
-    assert "Dotted: the untrained" in captions(study)["layers"] and "longer-trained" in captions(study)["budget"]
+    (study,) = read_studies([*pair, str(untrained)])
+    assert "Dotted: the untrained" in captions(study)["layers"]
 
 
 def test_page_notes_a_mask_that_the_model_was_not_trained_with(root, tmp_path):

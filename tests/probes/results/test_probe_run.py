@@ -31,7 +31,6 @@ def whole(tmp_path_factory) -> Path:
         tmp_path_factory.mktemp("runs") / "run",
         QUALITY,
         root=root,
-        recipes={"fast": ({"learning_rate": 0.01}, QUALITY)},
         encoder="clip",
     )
 
@@ -74,7 +73,6 @@ WRONG = [
     ("metrics.json", ["sites", 2, "miou_ci95"], [0.5], r"sites\[2\].miou_ci95: .*at least 2 items"),
     ("metrics.json", ["sites", 2, "miou"], None, r"sites\[2\].miou: .*valid number, got 'None'"),
     ("metrics.json", ["summary"], [], "summary: .*valid dictionary"),
-    ("metrics.json", ["recipes", "fast", "sites"], KeyError, "recipes.fast.sites: Field required"),
     ("manifest.json", ["data", "root"], ["/"], "data.root: .*valid string"),
     ("manifest.json", ["mllm_training", "encoder"], "clip", "mllm_training: encoder: .*valid dictionary"),
 ]
@@ -117,10 +115,6 @@ def test_counts_that_do_not_fit_the_run_are_named(change, message, run):
 
 
 def test_tensors_that_are_damaged_missing_or_of_others_are_named(run):
-    tensors = load_file(run / "recipes.safetensors")
-    save_file({k: v[:1].clone() for k, v in tensors.items()}, run / "recipes.safetensors")
-    with pytest.raises(ValueError, match=r"recipes.safetensors: fast/intersection is"):
-        ProbeRun(run).counts_of("fast")
     with pytest.raises(ValueError, match="probes.safetensors is damaged"):
         ProbeRun(run).probes()
     save_file({"encoder.head.weight": torch.zeros(7, 7)}, run / "probes.safetensors")
@@ -158,7 +152,7 @@ def scripts(page: Path) -> list[str]:
 
 
 def test_names_of_a_run_are_text_in_the_report(whole, run, tmp_path):
-    """Of classes, the dataset, the model, the mask and the recipe; and none is a path to write to."""
+    """Of classes, the dataset, the model, and the mask; and none is a path to write to."""
     for keys in (["classes", 0], ["baseline", "class"], ["dataset"], ["mllm"], ["image_attention"]):
         rewrite(run / "metrics.json", *keys, value=EVIL + "/../../../up" if keys != ["classes", 0] else EVIL)
     for facts in (["mllm_training", "encoder", "name"], ["mllm_training", "llm"], ["versions", "torch"]):
@@ -260,6 +254,23 @@ def test_run_of_an_earlier_version_is_read(run, monkeypatch):
     rewrite(run / "manifest.json", "config", "mllm_dtype", value=3)
     with pytest.raises(ValueError, match="manifest.json: config: dtype: .*valid string, got '3'"):
         ProbeRun(run).mllm()
+
+
+def test_run_of_an_earlier_version_with_several_sets_of_probes_is_read(run):
+    """Only its main probes, which are named by their site."""
+    before = ProbeRun(run)
+    facts = {"probe": {"learning_rate": 0.01}, "sites": before.metrics["sites"], "summary": {}}
+    rewrite(run / "metrics.json", "recipes", value={"fast": facts})
+    rewrite(run / "manifest.json", "config", value={"recipes": {"fast": {"learning_rate": 0.01}}})
+    sites = {entry["site"]: entry["dim"] for entry in before.metrics["sites"]}
+    main_probes = {f"{site}.head.weight": torch.randn(3, width) for site, width in sites.items()}
+    main_probes |= {f"{site}.head.bias": torch.randn(3) for site in sites}
+    others = {f"recipes/fast/{name}": torch.zeros(1) for name in main_probes}
+    save_file(main_probes | others, run / "probes.safetensors")
+    after = ProbeRun(run)
+    assert after.sites == before.sites and torch.equal(after.counts.predicted, before.counts.predicted)
+    for site, probe in after.probes().items():
+        assert torch.equal(probe.head.weight, main_probes[f"{site}.head.weight"])
 
 
 def test_analysis_of_other_probes_is_refused(segmentation, tmp_path):

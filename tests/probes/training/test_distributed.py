@@ -55,8 +55,7 @@ def uneven(tmp_path_factory) -> Path:
 def arguments(checkpoint, root, out, *more: str) -> list[str]:
     """Three epochs of three steps; the last batch of an epoch has one image."""
     three = ["--trainer.max_epochs", "3", "--data.batch_size", "3", "--data.cache_features", "false"]
-    three += ["--model.feature_norm", "none"]
-    three += ["--model.variants", "{batchnorm: {feature_norm: batchnorm}, conv: {head: conv}}"]
+    three += ["--model.feature_norm", "batchnorm", "--model.head", "conv"]
     return probe_runs.arguments(checkpoint, root, out, *three, *more)
 
 

@@ -14,9 +14,10 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tolerances import rounding
 
+from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.ops.geometry import Geometry
-from probes.results.probe_run import ProbeRun
+from probes.results.probe_run import ProbeRun, read_tensors
 from probes.training.module import ProbeModule
 
 pytestmark = pytest.mark.numerics
@@ -220,3 +221,48 @@ def test_confusion_matches_the_counts(run):
 def test_checkpoints_hold_the_probes_only(run):
     checkpoint = torch.load(next((run.path / "checkpoints").glob("*.ckpt")), weights_only=True)
     assert all(name.startswith("heads.") for name in checkpoint["state_dict"])
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_resumed_run_equals_an_uninterrupted_one(head, checkpoints, segmentation, tmp_path):
+    save = tmp_path / "save.yaml"
+    save.write_text(
+        "trainer: {callbacks: [{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {save_top_k: -1}}]}"
+    )
+    more = ["--trainer.max_epochs", "3", "--model.head", head]
+    main(arguments(checkpoints["causal"], segmentation, tmp_path / "a", "-c", str(save), *more))
+    (first,) = (tmp_path / "a/checkpoints").glob("epoch=0-*.ckpt")
+    main(arguments(checkpoints["causal"], segmentation, tmp_path / "b", *more, "--ckpt_path", str(first)))
+    whole, resumed = (ProbeRun(tmp_path / name) for name in "ab")
+    assert whole.metrics == resumed.metrics and len(whole.metrics["sites"][0]["history"]) == 3
+    tensors = [read_tensors(run.path / "probes.safetensors") for run in (whole, resumed)]
+    assert all(torch.equal(tensor, tensors[1][key]) for key, tensor in tensors[0].items())
+
+
+@pytest.mark.parametrize("limit", ["2", "0.7"])
+def test_limited_batches_are_the_steps_of_the_schedule(limit, checkpoints, segmentation, tmp_path):
+    """Six images in batches of two are three steps; two of them are trained."""
+    more = ["--data.batch_size", "2", "--trainer.limit_train_batches", limit]
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, *more))
+    probe = ProbeRun(tmp_path).metrics["probe"]
+    assert probe["steps"] == 4 and probe["validated_at"] == [2, 4] and probe["epochs"] == 2
+
+
+def test_validation_within_an_epoch_records_its_step(checkpoints, segmentation, tmp_path):
+    """Six images in batches of two are three steps; a validation after each."""
+    more = ["--data.batch_size", "2", "--trainer.val_check_interval", "1", "--model.learning_rate", "0.5"]
+    main(arguments(checkpoints["causal"], segmentation, tmp_path, *more))
+    metrics = ProbeRun(tmp_path).metrics
+    steps = metrics["probe"]["validated_at"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    for site in metrics["sites"]:
+        best = site["history"].index(max(site["history"]))
+        assert site["best_epoch"] == pytest.approx(steps[best] / 3) and site["miou"] == max(site["history"])
+    found = [site["best_epoch"] for site in metrics["sites"]]
+    assert any(isinstance(epoch, float) for epoch in found), "else no probe is best within an epoch"
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan")])
+def test_learning_rate_that_trains_nothing_is_an_error(rate):
+    with pytest.raises(UserError, match=f"model.learning_rate must be above 0, got {rate}"):
+        ProbeModule("model", learning_rate=rate)

@@ -72,7 +72,7 @@ def rename_class(folder: Path) -> None:
 CHANGES = {
     "mask": (["--model.image_attention", "bidirectional"], r"model.image_attention=None.* 'bidirectional'"),
     "rate": (["--model.learning_rate", "0.5"], r"model.learning_rate=0.001.* 0.5"),
-    "variants": (["--model.variants", '{"fast": {"learning_rate": 0.5}}'], r"model.variants.fast=None.* 0.5"),
+    "head": (["--model.head", "conv"], r"model.head='linear'.* 'conv'"),
     "batch": (["--data.batch_size", "3"], r"data.batch_size=4.* 3"),
     "seed": (["--seed_everything", "7"], r"data.seed=0.* 7"),
     "length": (["--trainer.max_epochs", "2"], r"trainer.max_epochs=1.* 2"),
@@ -163,6 +163,13 @@ def test_test_without_a_checkpoint_is_an_error(given, finished, tmp_path):
     assert not (tmp_path / "run/metrics.json").exists()
 
 
+def test_the_checkpoint_of_another_head_is_not_scored(unfinished):
+    folder, command = unfinished
+    command = ["test", *command[1:], "--model.head", "conv", "--ckpt_path", str(folder / "checkpoints/last.ckpt")]
+    with pytest.raises(SystemExit, match=r"differ in 4 tensors, e.g. heads.adapter.head.bias; use the model.sites and"):
+        main(command)
+
+
 def test_checkpoints_of_a_killed_run_are_not_replaced(unfinished):
     folder, command = unfinished
     with pytest.raises(SystemExit, match="checkpoints of an unfinished run, e.g. last.ckpt"):
@@ -179,9 +186,9 @@ def test_runs_on_other_images_are_not_compared(finished, checkpoints, tmp_path):
     """Worlds of two seeds have the same file names; a padded and a squashed image are not the same input either."""
     run, command = finished
     other = tiny_models.write_segmentation(tmp_path / "data", seed=1)
-    variants = {"images": ["--data.root", str(other)], "image_resize": ["--model.image_resize", "pad"]}
-    variants["dtype"] = ["--model.dtype", "bfloat16"]
-    for name, options in variants.items():
+    changes = {"images": ["--data.root", str(other)], "image_resize": ["--model.image_resize", "pad"]}
+    changes["dtype"] = ["--model.dtype", "bfloat16"]
+    for name, options in changes.items():
         out = tmp_path / name
         main([*command, "--model.mllm", str(checkpoints["bidirectional"]), *options, "--out", str(out)])
         for analysis in (["starvation", "--probes", str(run), str(out)], ["report", str(run), str(out)]):

@@ -110,8 +110,9 @@ def test_controls_are_compared_with_probes_of_their_kind_only(write, tmp_path):
     results = write_report(runs, tmp_path / "report")
     draws = [entry["probing"]["draw"] for entry in results["controls"]["random"]["causal"]]
     assert draws == [0, 1, 2]
-    with (tmp_path / "report/layers.csv").open() as file:
-        assert {(row["untrained"], row["probes"]) for row in csv.DictReader(file)} == {("False", "trained")}
+    for name, kind in (("layers", "trained"), ("layers_solved", "solved")):
+        with (tmp_path / f"report/{name}.csv").open() as file:
+            assert {row["probes"] for row in csv.DictReader(file)} == {kind}
     table = (tmp_path / "report/tables.tex").read_text()
     assert "causal, trained probes" in table and "causal, untrained, solved probes" in table
 

@@ -122,7 +122,7 @@ def test_runs_that_differ_are_not_compared(root, tmp_path, pair):
     with pytest.raises(ValueError, match="their probes differ in feature_norm, 'none' and 'batchnorm'"):
         read_studies([pair[0], str(other)])
     with pytest.raises(ValueError, match="were scored on different images"):
-        read_studies(pair, [str(write_run(tmp_path / "images", CURVE, root=root, images=30))])
+        read_studies([*pair, f"another={write_run(tmp_path / 'images', CURVE, root=root, images=30)}"])
 
 
 def test_labels_of_models_with_the_same_best_layer_do_not_overlap(root, tmp_path):

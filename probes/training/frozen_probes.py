@@ -1,6 +1,6 @@
 """Probes at every site of a frozen MLLM: loading, states, logits, and the scores on the validation split.
 
-`module.py` trains the probes by gradient descent, `solver.py` solves them from moments.
+`module.py` trains the probes by gradient descent, `solver.py` solves them.
 
 Legend: S sites, N images of a dataset, B images of a batch, T image tokens on a grid h x w, d width, K classes, or
 channels of another task, M sums per image.
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from llava_bidir.common.identity import Identity, run_identity
 from llava_bidir.common.rank_zero import rank_zero_result
-from probes.data.batches import group_by_mask_size
+from probes.data.batches import MaskPreparer, group_by_mask_size
 from probes.evaluation.feature_statistics import StateStatistics
 from probes.evaluation.metrics import Counts, patch_labels
 from probes.evaluation.segmentation_metric import SegmentationMetric
@@ -39,6 +39,8 @@ class FrozenProbes(LightningModule):
         head: Name of the probes' head, see heads.py.
         feature_norm: Normalisation of the states before the head.
     """
+
+    nodes = 3  # per cell and axis of the loss's quadrature, see probes/ops/README.md
 
     def __init__(self, head: str = "linear", feature_norm: str = "none"):
         super().__init__()
@@ -105,6 +107,10 @@ class FrozenProbes(LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.hparams.seed * 1_000_003 + self.mllm.sites.index(site))
             return Probe(self.mllm.widths[site], self.channels, self.mllm.grid, self.feature_norm, self.head)
+
+    def mask_preparer(self) -> MaskPreparer | None:
+        """Return what prepares training masks for the loss; None if the probes are not trained on masks of classes."""
+        return None if self.task else MaskPreparer(self.mllm.geometry, self.channels, self.nodes)
 
     def states(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the states f[B, T, d] by site, in the dtype of the model."""

@@ -81,21 +81,22 @@ class SiteScores(BaseModel):
 
 
 class PathScores(BaseModel):
-    """Scores of a site's solved probes at every strength; `chosen` is that of the lowest cross-validated loss."""
+    """Scores of a site's solved probes; each list has a value for each strength, or null where it was not solved."""
 
     site: str
-    miou: list[Number]
-    pacc: list[Number]
-    cross_entropy: list[Number]
+    strengths: list[Number]
     cv_cross_entropy: list[Number]
     chosen: Number
-    certificates: list[dict[str, Any]] = []
+    lowest: Number
+    miou: list[Number | None]
+    pacc: list[Number | None]
+    cross_entropy: list[Number | None]
+    certificates: list[dict[str, Any] | None]
 
 
 class Instrument(BaseModel):
-    """The path of one way to solve probes: the closed form, or the optimum of the loss."""
+    """The path of probes at the optimum of the loss."""
 
-    strengths: list[Number]
     sites: list[PathScores]
 
 
@@ -104,8 +105,7 @@ class SolvedPath(BaseModel):
 
     passes: int
     sample_images: int
-    closed_form: Instrument
-    optimum: Instrument | None = None
+    optimum: Instrument
 
 
 def _check_sites(sites: list[Any]) -> None:
@@ -164,26 +164,25 @@ class TaskSiteScores(BaseModel, extra="allow"):
 
 
 class TaskPathScores(BaseModel, extra="allow"):
-    """Scores of a site's solved probes at every strength: a list for each score of the task."""
+    """Scores of a site's solved probes: a list for each score of the task, as in :class:`PathScores`."""
 
     site: str
-    cv_loss: list[Number]
+    strengths: list[Number]
     chosen: Number
+    lowest: Number
 
 
 class TaskInstrument(BaseModel):
     """The path of one way to solve probes of a task."""
 
-    strengths: list[Number]
     sites: list[TaskPathScores]
 
 
 class TaskPath(BaseModel):
-    """metrics.json["path"] of a task."""
+    """metrics.json["path"] of a task: the closed form of least squares, or the optimum of the cross-entropy."""
 
     passes: int
-    sample_images: int
-    closed_form: TaskInstrument
+    closed_form: TaskInstrument | None = None
     optimum: TaskInstrument | None = None
 
 

@@ -96,11 +96,11 @@ def starvation(
         results["flips"] = [flip_results(runs, site, flip, counts, weights) for flip in flips]
     if own_probe:
         sites = list(dict.fromkeys([site, ADAPTER]))
-        results["by_position"] = position_results(runs, sites, weights, seed)
+        results["by_position"] = position_results(runs, sites, weights)
     if dummy_tokens:
         results["dummy_tokens"] = dummy_token_results(runs, site, dummy_tokens, counts, weights)
     if own_probe and dummy_tokens:
-        by_position = position_results(runs, [site], weights, seed, dummy_tokens)
+        by_position = position_results(runs, [site], weights, dummy_tokens)
         results["dummy_tokens"]["by_position"] = by_position
     return results
 

@@ -151,7 +151,7 @@ class FrozenProbes(LightningModule):
         """Write the files of the run."""
         counts, states = self._compute(), self.statistics.compute()
         self.statistics.reset()
-        path = self.path_results()
+        path = self.path_results(counts)
         if self.trainer.is_global_zero:
             save_run(self, self.trainer.datamodule, counts, states, path, self.trainer.default_root_dir)
 
@@ -159,8 +159,11 @@ class FrozenProbes(LightningModule):
         """Return how the probes were made, for metrics.json."""
         raise NotImplementedError
 
-    def path_results(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the content of metrics.json["path"] and of path.safetensors; empty if there is no path."""
+    def path_results(self, counts: Counts | TaskSums) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the content of metrics.json["path"] and of path.safetensors; empty if there is no path.
+
+        `counts` are those of the probes of the run.
+        """
         return {}, {}
 
     def _compute(self) -> Counts | TaskSums:

@@ -21,6 +21,8 @@ from tqdm import tqdm
 from probes.data.available_memory import available_memory
 from probes.data.batches import MaskPreparer
 from probes.data.samplers import assign_folds
+from probes.evaluation.metrics import Counts
+from probes.evaluation.task_metric import TaskSums
 from probes.ops.quadrature import PreparedMasks, join_masks
 
 from . import solver_progress
@@ -256,9 +258,9 @@ class OptimumSolver(Solver):
         self.set_probes()
         self.report_limits()
 
-    def path_results(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def path_results(self, counts: Counts | TaskSums) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the content of metrics.json["path"] and of path.safetensors."""
-        path, tensors = super().path_results()
+        path, tensors = super().path_results(counts)
         return {"passes": self.passes, "sample_images": len(self.sample)} | path, tensors
 
 

@@ -4,7 +4,7 @@ Legend: R strengths that were solved, S sites, N images, K classes, d width.
 """
 
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from probes.evaluation.metrics import Counts
 from probes.evaluation.segmentation_metric import SegmentationMetric, concatenate
 from probes.ops.cross_entropy import loss_and_gradient
+from probes.ops.geometry import Geometry
 from probes.ops.quadrature import PreparedMasks
 
 from .moments import full_precision
@@ -79,27 +80,26 @@ class SolvedSite:
         return entry
 
 
-class PathResults(NamedTuple):
-    """Counts [R * S, N, ...] of each strength and site, strength by strength, and each image's loss f64[R * S, N]."""
-
-    counts: Counts
-    cross_entropy: Tensor
-
-
 class PathMetric(SegmentationMetric):
-    """Counts and summed losses per image, of the solved strengths of all sites."""
+    """Counts per image of some probes, and the summed losses of all probes.
 
-    def __init__(self, probes: int, images: int, classes: int, geometry):
-        super().__init__(probes, images, classes, geometry, by_token=False)
+    Args:
+        counted: Probes whose predictions are counted, by index; the others are counted elsewhere.
+        images, classes, geometry: As for `SegmentationMetric`.
+    """
+
+    def __init__(self, counted: list[int], images: int, classes: int, geometry: Geometry):
+        super().__init__(len(counted), images, classes, geometry, by_token=False)
+        self.counted = counted
         self.add_state("cross_entropy", default=[], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, target: Tensor, index: Tensor, masks: PreparedMasks) -> None:
-        """Add images: `logits` f[R * S, B, K, h, w], `target` uint8[B, H, W], `index` i64[B], and prepared masks."""
-        super().update(logits, target, index)
+        """Add images: `logits` f[P, B, K, h, w], `target` uint8[B, H, W], `index` i64[B], and prepared masks."""
+        super().update(logits[self.counted], target, index)
         self.cross_entropy.append(loss_and_gradient(logits, masks, needs_grad=False)[0].T)
 
-    def compute(self) -> PathResults:
-        """Return the results of the dataset, images in its order."""
+    def compute(self) -> tuple[Counts, Tensor]:
+        """Return the counts of the counted probes, and the loss of each probe and image f64[P, N]."""
         counts = super().compute()
         order = concatenate(self.index).argsort()
-        return PathResults(counts, concatenate(self.cross_entropy)[order].T)
+        return counts, concatenate(self.cross_entropy)[order].T

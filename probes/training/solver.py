@@ -17,11 +17,13 @@ from torch import Tensor
 from probes.data.batches import MaskPreparer, group_by_mask_size
 from probes.data.samplers import Batches
 from probes.evaluation.bootstrap import dataset_scores, task_scores
-from probes.evaluation.task_metric import TaskMetric
+from probes.evaluation.metrics import Counts
+from probes.evaluation.task_metric import TaskMetric, TaskSums
 
 from .frozen_probes import FrozenProbes
 from .probe_path import PathMetric, SolvedSite
 
+COUNTED = ("intersection", "predicted")  # counts of a probe, per image and class
 SCORE_BYTES = 2**30  # of logits at a time when the path is scored; a batch of 64 at 7B has 19 GB
 
 
@@ -88,12 +90,22 @@ class Solver(FrozenProbes):
 
     def on_test_start(self) -> None:
         """Prepare the scores of the path."""
-        images, rows = len(self.trainer.datamodule.splits["validation"]), len(next(iter(self.solved.values())).solved)
+        images, geometry = len(self.trainer.datamodule.splits["validation"]), self.mllm.geometry
         if self.task:
-            metric = TaskMetric(self.task, images, self.mllm.geometry)
-        else:
-            metric = PathMetric(rows * len(self.sites), images, self.channels, self.mllm.geometry)
+            metric = TaskMetric(self.task, images, geometry)
+        else:  # the chosen probes are counted with the scores of the run
+            counted = [i for i in range(self.rows * len(self.sites)) if i not in self._chosen()]
+            metric = PathMetric(counted, images, self.channels, geometry)
         self.path_metric = metric.to(self.device)
+
+    @property
+    def rows(self) -> int:
+        """R, the same at all sites."""
+        return len(self.solved[self.sites[0]].solved)
+
+    def _chosen(self) -> list[int]:
+        """Return the index of each site's chosen probe among the probes of all strengths, strength by strength."""
+        return [self.solved[site].row * len(self.sites) + i for i, site in enumerate(self.sites)]
 
     def _score(self, states: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
         for part in self._parts(len(batch["index"])):
@@ -116,24 +128,30 @@ class Solver(FrozenProbes):
         settings = {key: self.hparams[key] for key in ("seed", "folds")}
         return {"head": "linear", "feature_norm": "batchnorm", "labels": "true", "solved": self.instrument} | settings
 
-    def path_results(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the content of metrics.json["path"] and of path.safetensors."""
-        results, by_site = self.path_metric.compute(), lambda x: x.unflatten(0, (-1, len(self.sites)))
+    def path_results(self, counts: Counts | TaskSums) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the content of metrics.json["path"] and of path.safetensors, from the scores of the chosen probes."""
+        by_site = lambda x: x.unflatten(0, (-1, len(self.sites)))
         if self.task:
-            scores, tensors = task_scores(self.task, results.sums), {"sums": by_site(results.sums)}
+            sums = self.path_metric.compute().sums
+            scores, tensors = task_scores(self.task, sums), {"sums": sums}
         else:
-            score, counts, loss = dataset_scores(results.counts), results.counts, results.cross_entropy
+            others, loss = self.path_metric.compute()
+            both = {name: self._merge(getattr(others, name), getattr(counts, name)) for name in COUNTED}
+            score = dataset_scores(counts._replace(**both))
             scores = {"miou": score.miou, "pacc": score.pacc, "cross_entropy": loss.sum(1) / counts.labelled.sum()}
-            tensors = {name: by_site(getattr(counts, name)).int() for name in ("intersection", "predicted")}
-            tensors["cross_entropy"] = by_site(loss)
+            tensors = {name: x.int() for name, x in both.items()} | {"cross_entropy": loss}
         sites = [
-            self.solved[site].entry(
-                site, {name: by_site(x)[:, i].tolist() for name, x in scores.items()}, self.loss_name
-            )
-            for i, site in enumerate(self.sites)
+            solved.entry(site, {name: by_site(x)[:, i].tolist() for name, x in scores.items()}, self.loss_name)
+            for i, (site, solved) in enumerate(self.solved.items())
         ]
         path = {"passes": self.passes, self.instrument: {"sites": sites}}
-        return path, {f"{self.instrument}/{name}": x.contiguous() for name, x in tensors.items()}
+        return path, {f"{self.instrument}/{name}": by_site(x).contiguous() for name, x in tensors.items()}
+
+    def _merge(self, others: Tensor, chosen: Tensor) -> Tensor:
+        """Return counts of all probes [R * S, N, K] from those of the chosen ones [S, N, K] and of all others."""
+        merged = others.new_empty(self.rows * len(self.sites), *others.shape[1:])
+        merged[self.path_metric.counted], merged[self._chosen()] = others, chosen.to(others)
+        return merged
 
     def report_limits(self) -> None:
         """Say at which sites the lowest loss is at the end of the strengths that were tried."""

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from llava_bidir.common.errors import UserError
 
 from .frozen_mllm import FrozenMLLM
+from .shared_layers import replaced_forward
 from .sites import ADAPTER, layer_site
 
 MATCH_IMAGES = 32  # on other images of the toy world the updates then differ from the trained ones by up to 5%
@@ -40,18 +41,23 @@ def _relative_update(before: Tensor, after: Tensor) -> float:
 def match_updates(mllm: FrozenMLLM, pixels: Tensor, updates: Sequence[float], scales: list[float]) -> None:
     """Edit the factors that :func:`scale_layers` applies until the layers have these relative updates on `pixels`.
 
-    One forward matches all layers: each runs again, on the same inputs, until its update is the wanted one.
+    One forward matches all layers: each runs again, on the same inputs, until its update is the wanted one. Its
+    attention runs once, since attention comes before all that the factor changes.
 
     Raises:
         UserError: An update cannot be reached.
     """
     together = copy(mllm)
     together.prefix_is_shared = False  # cached keys and values of the prompt would be those of other factors
-    before: Tensor | None = None
+    before = attended = None
 
     def states_of(hidden: Tensor | tuple) -> Tensor:
         hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         return hidden.index_select(1, mllm.image_positions.to(hidden.device))
+
+    def keep(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        nonlocal attended
+        attended = output
 
     def match(layer: int, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> Tensor | tuple:
         nonlocal before
@@ -65,7 +71,8 @@ def match_updates(mllm: FrozenMLLM, pixels: Tensor, updates: Sequence[float], sc
                 before = after
                 return output
             scales[layer] *= wanted / now
-            output = module.forward(*args, **kwargs)  # without the hooks of the layer, this one among them
+            with replaced_forward(_attention(module), lambda *args, **kwargs: attended):
+                output = module.forward(*args, **kwargs)  # without the hooks of the layer, this one among them
         raise UserError(
             f"layer {layer + 1} of the random LLM changes its input by {now:.3g}, the trained one by {wanted:.3g}: "
             "the updates of this family cannot be matched; use match: permuted"
@@ -73,6 +80,7 @@ def match_updates(mllm: FrozenMLLM, pixels: Tensor, updates: Sequence[float], sc
 
     with ExitStack() as hooks:
         for layer, module in enumerate(mllm.decoder.layers):
+            hooks.callback(_attention(module).register_forward_hook(keep, prepend=True).remove)  # before it is scaled
             hooks.callback(module.register_forward_hook(partial(match, layer), with_kwargs=True).remove)
         together.states(pixels, [layer_site(len(updates))])
     mllm.clear_prefix_cache()
@@ -99,6 +107,10 @@ def _scaled_output(scales: Sequence[float], layer: int, module: nn.Module, args:
     if isinstance(output, tuple):
         return (output[0] * scales[layer], *output[1:])
     return output * scales[layer]
+
+
+def _attention(layer: nn.Module) -> nn.Module:
+    return layer.self_attn if hasattr(layer, "self_attn") else layer.linear_attn
 
 
 def branch_outputs(layer: nn.Module) -> list[nn.Module]:

@@ -48,7 +48,7 @@ def test_every_locked_package_is_pinned_with_hashes(lock):
 
 def test_the_lock_holds_every_declared_package_within_its_bounds():
     packages = locked(LOCK)
-    for line in declared_lines("cluster", "lab", "test", "browser"):
+    for line in declared_lines("cluster", "gguf", "lab", "test", "browser"):
         requirement = Requirement(line)
         if canonical(requirement.name) == "torch":
             assert torch_version() in requirement.specifier

@@ -75,7 +75,7 @@ class Guard:
         request = Request(scope)
         refusal = self._refusal(request)
         if refusal:
-            return await JSONResponse({"error": refusal}, 403)(scope, receive, send)
+            return await JSONResponse({"error": refusal}, 403, {"Connection": "close"})(scope, receive, send)
         if request.url.path == "/" and "token" in request.query_params:
             response = RedirectResponse("/", 303, {"Referrer-Policy": "no-referrer"})
             response.set_cookie(cookie_name(scope), self.token, httponly=True, samesite="strict")

@@ -236,6 +236,50 @@ def test_slow_clients_hold_nobody_up_and_are_given_up(port, still_serves, monkey
         assert b" 408 " in connection.recv(100)
 
 
+def test_half_open_requests_leave_room_for_those_with_the_token(port, still_serves):
+    half = [raw(port, b"GET / HTTP/1.1\r\n") for _ in range(210)]
+    assert [send(port, "GET", "/")[0] for _ in range(20)] == [200] * 20
+    for connection in half:
+        connection.close()
+
+
+@pytest.mark.parametrize("kept_alive", [False, True])
+def test_headers_have_a_deadline_that_further_bytes_do_not_extend(port, still_serves, monkeypatch, kept_alive):
+    monkeypatch.setattr("probes.lab.connections.HEADERS_S", 1)
+    connection = raw(port, head(port, "/photo?key=split:0", "Content-Length: 0") if kept_alive else b"")
+    if kept_alive:
+        assert b" 200 " in connection.recv(10_000)
+    connection.sendall(b"GET / HTTP/1.1\r\n")
+    assert ends(connection, b"X")
+
+
+def test_a_refused_client_holds_no_connection(port, still_serves):
+    connection = raw(port, b"POST /photo HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r\n")
+    assert b" 403 " in connection.recv(10_000)
+    assert ends(connection, b"x")
+
+
+def test_a_silent_connection_is_closed(port, still_serves, monkeypatch):
+    monkeypatch.setattr("probes.lab.connections.HEADERS_S", 1)
+    assert raw(port, b"").recv(1) == b""
+
+
+def ends(connection: socket.socket, byte: bytes) -> bool:
+    """Send a byte ten times a second; return True once the server closes the connection, False after 8 s."""
+    deadline = time.monotonic() + 8
+    connection.settimeout(0.1)
+    while time.monotonic() < deadline:
+        try:
+            connection.sendall(byte)
+            if not connection.recv(1):
+                return True
+        except TimeoutError:
+            continue
+        except OSError:
+            return True
+    return False
+
+
 def test_many_at_once_are_answered_or_refused(port, still_serves):
     results = []
 

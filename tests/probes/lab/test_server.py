@@ -110,11 +110,26 @@ def test_cookies_of_other_servers_of_the_host_do_not_lock_the_page(port, cookie)
     assert send(port, "GET", "/", Cookie=f"{cookie}; lab-{port}={TOKEN}")[0] == 200
 
 
-def test_pictures_are_not_kept_for_a_later_lab_at_the_port(port):
-    """Its validation split has other pictures under the same keys."""
+def test_pictures_are_neither_kept_for_a_later_lab_at_the_port_nor_shown_by_other_origins(port):
+    """A later lab's validation split has other pictures under the same keys; a page at another port has the cookie."""
     connection = labs.http.client.HTTPConnection("127.0.0.1", port)
     connection.request("GET", "/picture?photo=split:0", headers={"Cookie": f"lab-{port}={TOKEN}"})
-    assert connection.getresponse().headers["Cache-Control"] == "no-store"
+    headers = connection.getresponse().headers
+    assert headers["Cache-Control"] == "no-store" and headers["Cross-Origin-Resource-Policy"] == "same-origin"
+
+
+@pytest.mark.parametrize("path", ["/picture?photo=split:0", "/"])
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "same-origin", "none", None])
+def test_pages_at_other_ports_can_embed_nothing(port, path, site):
+    status, _ = send(port, "GET", path, **{"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors"})
+    assert status == (403 if site in ("cross-site", "same-site") else 200)
+
+
+def test_a_link_on_another_page_opens_the_lab(port):
+    link = {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "navigate"}
+    assert send(port, "GET", f"/?token={TOKEN}", Cookie=None, **link)[0] == 303
+    assert send(port, "GET", "/", **link)[0] == 200
+    assert send(port, "GET", "/", Cookie=None, **link)[0] == 403
 
 
 BODIES = {

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.bootstrap import bootstrap_weights
@@ -32,23 +30,13 @@ from probes.training.run_schema import (
     rename_old_keys,
 )
 
+from .run_files import check_finite, check_hash, read_tensors
+
 if TYPE_CHECKING:
     from probes.models.frozen_mllm import FrozenMLLM
     from probes.ops.geometry import Geometry
 
 log = logging.getLogger(__name__)
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a safetensors file.
-
-    Raises:
-        UserError: If the file is damaged; the message names it.
-    """
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); make it again") from None
 
 
 @dataclass
@@ -60,7 +48,8 @@ class FinishedRun:
         model: Name of the model in a report, if it has been told one.
 
     Raises:
-        UserError: If `path` is not a finished run, or a JSON file is invalid. Tensors are checked on first use.
+        UserError: If `path` is not a finished run, or a JSON file is invalid or has changed since the run. Tensors are
+            checked on first use.
     """
 
     path: Path
@@ -73,10 +62,31 @@ class FinishedRun:
         self.metrics = read_metrics(self.path / "metrics.json")
         self.check_task()
         self.manifest = read_run_file(Manifest, self.path / "manifest.json")
+        check_hash(self.path / "metrics.json", self.manifest.get("files"))
         check_schema(ModelTraining, self.training, f"{self.path / 'manifest.json'}: mllm_training")
 
     def check_task(self) -> None:
         """Raise a UserError if the run's task is not one that this class reads."""
+
+    def _read(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of a file of the run.
+
+        Raises:
+            UserError: If the file is damaged or not the one that the run wrote.
+        """
+        tensors = read_tensors(self.path / name)
+        check_hash(self.path / name, self.manifest.get("files"))
+        return tensors
+
+    def _read_probes(self) -> dict[str, torch.Tensor]:
+        tensors = self._read("probes.safetensors")
+        check_finite(tensors, self.path / "probes.safetensors")
+        return tensors
+
+    def check_probes(self) -> None:
+        """Raise a UserError if the run has probes, but not those that it wrote, or weights that are not finite."""
+        if (self.path / "probes.safetensors").is_file():
+            self._read_probes()
 
     @property
     def task_name(self) -> str:
@@ -233,8 +243,12 @@ class FinishedRun:
         )
 
     def probes(self) -> dict[str, Probe]:
-        """Return the main variant's probe of each site, in eval mode."""
-        tensors, settings = read_tensors(self.path / "probes.safetensors"), self.metrics["probe"]
+        """Return the main variant's probe of each site, in eval mode.
+
+        Raises:
+            UserError: If the probes are damaged, not those that the run wrote, or not finite.
+        """
+        tensors, settings = self._read_probes(), self.metrics["probe"]
         grid = tuple(self.metrics["grid"])
         probes = {}
         for site in self.metrics["sites"]:

@@ -12,7 +12,8 @@ from PIL import Image
 from tolerances import rounding
 
 from probes.cli import main
-from probes.results.probe_run import ProbeRun, read_tensors
+from probes.results.probe_run import ProbeRun
+from probes.results.run_files import read_tensors
 from probes.training.probe_variants import ProbeVariant, build_variants, shuffle_masks
 
 pytestmark = pytest.mark.numerics

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -292,3 +292,17 @@ class FinishedRun:
     def geometry(self) -> "Geometry":
         """Placement of the tokens on images; the first call loads the model."""
         return self._loaded[0].geometry
+
+
+def warn_of_changed_data(runs: Iterable[FinishedRun]) -> None:
+    """Log a warning for runs whose validation split is at hand, but is no longer the one that they were scored on.
+
+    This is for commands that need only the scores of a run, and so no data. Those that read the data raise.
+    """
+    by_data = {(run.manifest["data"]["root"], run.manifest["data"]["fingerprint"]): run for run in runs}
+    for (root, _), run in by_data.items():
+        if run.manifest.get("identity") and Path(root).is_dir():
+            try:
+                run.dataset()
+            except UserError as error:
+                log.warning("%s. Its scores are those on the former data", error)

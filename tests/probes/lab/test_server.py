@@ -327,7 +327,7 @@ def test_requests_whose_clients_have_left_make_room_for_others():
         assert (await running.events.get()) == {"waiting": 0}
         return await job.events.get()
 
-    assert asyncio.run(fill_and_leave()) == {"result": {"done": True}}
+    assert asyncio.run(asyncio.wait_for(fill_and_leave(), 60)) == {"result": {"done": True}}
 
 
 def test_a_client_that_leaves_cancels_its_request(port, still_serves, session, monkeypatch):

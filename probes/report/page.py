@@ -31,6 +31,7 @@ from probes.report.figures.catalogue import study_figures
 from probes.report.figures.layer_curves import overview_figures
 from probes.report.figures.seeds import seed_figures
 from probes.report.figures.style import STYLE, ReportFigure
+from probes.results.finished_run import warn_of_changed_data
 from probes.results.task_run import TaskRun
 from probes.tasks import TASKS
 
@@ -105,6 +106,7 @@ def write_report(
     """
     others = read_task_runs(task_runs)
     studies, out = read_studies(paths), Path(out)
+    warn_of_changed_data([*(study.first for study in studies), *others])
     with exclusive_run_lock(out):
         return _write_files(studies, out, total_wall_s(Path(timings)) if timings else None, others)
 

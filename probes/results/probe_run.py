@@ -4,7 +4,7 @@
     RUN/counts.safetensors    pixel counts per image, from which the scores are computed
     RUN/path.safetensors      counts and losses at every strength of regularisation, of `probes solve`
     RUN/probes.safetensors    the probes of their best epochs: "SITE.head.weight"
-    RUN/manifest.json         versions, commit, configuration, data, hardware
+    RUN/manifest.json         versions, commit, configuration, data, hardware, SHA-256 of the files above
 
 Files are written atomically, metrics.json last: it marks the run as finished.
 """
@@ -21,7 +21,7 @@ from probes.evaluation.metrics import Counts
 from probes.ops.bilinear import upsampled_argmax
 from probes.tasks import SEGMENTATION
 
-from .finished_run import FinishedRun, read_tensors
+from .finished_run import FinishedRun
 
 # Axes of the counts: S sites, N images, K classes, T image tokens. The last two are not in every run.
 COUNTS = {"intersection": "SNK", "predicted": "SNK", "labelled": "NK", "patch_right": "SNT", "patch_valid": "NT"}
@@ -60,6 +60,19 @@ def check_path(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, in
             )
 
 
+def check_totals(counts: Counts, source: str) -> None:
+    """Raise a UserError that begins with `source` unless each labelled pixel is counted once, and no other one."""
+    right, predicted, labelled, patch_right, patch_valid = counts[:5]
+    pixels = labelled.sum(-1)
+    right_are_labelled = (right <= labelled).all() and (right <= predicted).all()
+    if not right_are_labelled or (predicted.sum(-1) != pixels).any():
+        raise UserError(
+            f"{source}: intersection, predicted and labelled are not counts of the same pixels; make the run again"
+        )
+    if (patch_right > patch_valid).any() or (patch_valid.sum(-1) > pixels).any():
+        raise UserError(f"{source}: more pixels are counted under tokens than are labelled; make the run again")
+
+
 class ProbeRun(FinishedRun):
     """A finished run of segmentation probes, for analyses; see :class:`FinishedRun`.
 
@@ -82,8 +95,9 @@ class ProbeRun(FinishedRun):
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = read_tensors(self.path / "counts.safetensors")
-        check_counts(tensors, self.path / "counts.safetensors", self._sizes, list(COUNTS)[:5])
+        tensors, path = self._read("counts.safetensors"), self.path / "counts.safetensors"
+        check_counts(tensors, path, self._sizes, list(COUNTS)[:5])
+        check_totals(Counts(*(tensors[name] for name in list(COUNTS)[:5])), str(path))
         return tensors
 
     @property
@@ -107,15 +121,18 @@ class ProbeRun(FinishedRun):
             UserError: If the run has no such path, or its file is damaged.
         """
         solved, path = self.solved_path(instrument), self.path / "path.safetensors"
-        tensors, labelled = read_tensors(path), self.counts.labelled
+        tensors, labelled = self._read(path.name), self.counts.labelled
         sizes = self._sizes | {"R": len(solved["strengths"])}
         check_path(tensors, path, sizes, instrument)
         intersection, predicted, loss = (tensors[f"{instrument}/{name}"] for name in PATH)
         valid = labelled.sum(-1, keepdim=True)
-        return [
-            (Counts(right, total, labelled, patch_right=right.sum(-1, keepdim=True), patch_valid=valid), losses)
-            for right, total, losses in zip(intersection, predicted, loss, strict=True)
+        counts = [
+            Counts(right, total, labelled, patch_right=right.sum(-1, keepdim=True), patch_valid=valid)
+            for right, total in zip(intersection, predicted, strict=True)
         ]
+        for at_strength in counts:
+            check_totals(at_strength, f"{path}: {instrument}")
+        return list(zip(counts, loss, strict=True))
 
     @property
     def confusion(self) -> torch.Tensor | None:

@@ -19,7 +19,7 @@ from llava_bidir.common.errors import UserError
 from probes.ops.bilinear import upsample
 from probes.tasks import SEGMENTATION, TASKS, Task
 
-from .finished_run import FinishedRun, read_tensors
+from .finished_run import FinishedRun
 from .probe_run import ProbeRun
 
 
@@ -56,7 +56,7 @@ class TaskRun(FinishedRun):
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return read_tensors(self.path / "counts.safetensors")
+        return self._read("counts.safetensors")
 
     @property
     def sums(self) -> torch.Tensor:
@@ -107,7 +107,7 @@ class TaskRun(FinishedRun):
         Raises:
             UserError: If the run has no such path, or its file is damaged.
         """
-        solved, tensors = self.solved_path(instrument), read_tensors(self.path / "path.safetensors")
+        solved, tensors = self.solved_path(instrument), self._read("path.safetensors")
         return self._check("path.safetensors", tensors, f"{instrument}/sums", [len(solved["strengths"])])
 
     def _check(self, file: str, tensors: dict[str, torch.Tensor], name: str, leading: list[int]) -> torch.Tensor:

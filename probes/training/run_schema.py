@@ -27,7 +27,14 @@ def _number(value: Any) -> int | float:
     return value
 
 
+def _share(value: Any) -> int | float:
+    if _number(value) < 0 or value > 1:
+        raise ValueError("Input should be from 0 to 1")
+    return value
+
+
 Number = Annotated[Any, PlainValidator(_number)]  # `float` would convert 1 to 1.0
+Share = Annotated[Any, PlainValidator(_share)]
 Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
 Grid = Annotated[list[Annotated[int, Field(ge=1, le=128)]], Field(min_length=2, max_length=2)]
 Baseline = TypedDict("Baseline", {"class": str, "miou": Number, "pacc": Number})
@@ -70,9 +77,9 @@ class SiteScores(BaseModel):
 
     site: str
     dim: Annotated[int, Field(ge=1, le=1_000_000)]
-    miou: Number
+    miou: Share
     miou_ci95: Interval
-    pacc: Number
+    pacc: Share
     pacc_ci95: Interval
     best_epoch: Number | None
     iou_per_class: list[Number | None]
@@ -222,6 +229,7 @@ class Manifest(BaseModel):
     identity: dict[str, dict[str, Any]] | None = None
     mllm_training: dict[str, Any] | None
     hardware: dict[str, Any] = {}
+    files: dict[str, str] | None = None  # SHA-256 of the other files that the run wrote
 
 
 def check_schema(schema: Any, content: dict[str, Any], source: Path | str) -> None:

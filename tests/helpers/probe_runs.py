@@ -1,5 +1,6 @@
 """Probe runs of one epoch on a tiny model, and finished ones from random counts, without a model."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -102,6 +103,8 @@ def write_run(
 ) -> Path:
     """Write a run whose encoder, adapter, layers 1..L and final norm have the pixel accuracies `quality`.
 
+    Its manifest has no hashes of the files, as in runs of earlier versions; :func:`record_hashes` adds them.
+
     Args:
         path: Folder.
         quality: L + 3 pixel accuracies.
@@ -141,6 +144,14 @@ def write_run(
     (path / "metrics.json").write_text(json.dumps(facts))
     (path / "manifest.json").write_text(json.dumps(manifest))
     return path
+
+
+def record_hashes(path: Path) -> None:
+    """Write the SHA-256 of a run's files into its manifest, as after an edit on purpose."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    files = [file for file in (path / "metrics.json", *path.glob("*.safetensors")) if file.is_file()]
+    manifest["files"] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 def write_solved(path: Path, curves, *, root, converged=lambda instrument, strength, site: True, **options) -> str:

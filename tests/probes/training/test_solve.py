@@ -1,5 +1,6 @@
 """`probes solve` end to end: files, several processes, killed and resumed runs, analyses of its runs."""
 
+import hashlib
 import json
 import shutil
 import signal
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from processes import HANGING_S
 from run_bytes import run_bytes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.errors import UserError
 from probes.cli import main
@@ -60,6 +61,31 @@ def test_writes_the_files_of_a_fit_and_the_path(run):
     tensors = load_file(run.path / "path.safetensors")
     assert tensors["closed_form/intersection"].shape == (3, 6, 5, 3)
     assert tensors["optimum/cross_entropy"].shape == (2, 6, 5)
+
+
+def test_manifest_has_the_hashes_of_the_files(run, tmp_path):
+    names = ("counts.safetensors", "metrics.json", "path.safetensors", "probes.safetensors")
+    hashes = {name: hashlib.sha256((run.path / name).read_bytes()).hexdigest() for name in names}
+    assert run.manifest["files"] == hashes
+    changed = ProbeRun(shutil.copytree(run.path, tmp_path / "run"))
+    assert changed.path_counts("optimum")
+    tensors = load_file(changed.path / "path.safetensors")
+    save_file(
+        tensors | {"optimum/cross_entropy": 0.9 * tensors["optimum/cross_entropy"]}, changed.path / "path.safetensors"
+    )
+    with pytest.raises(UserError, match="path.safetensors is not the file that the run wrote"):
+        changed.path_counts("optimum")
+
+
+def test_path_counts_of_more_pixels_than_are_labelled_are_an_error(run, tmp_path):
+    """Also in runs of earlier versions, without hashes."""
+    old = shutil.copytree(run.path, tmp_path / "run")
+    (old / "manifest.json").write_text(json.dumps({k: v for k, v in run.manifest.items() if k != "files"}))
+    tensors = load_file(old / "path.safetensors")
+    save_file(tensors | {"optimum/predicted": tensors["optimum/predicted"] + 1000}, old / "path.safetensors")
+    assert ProbeRun(old).path_counts("closed_form")
+    with pytest.raises(UserError, match="path.safetensors: optimum: .* are not counts of the same pixels"):
+        ProbeRun(old).path_counts("optimum")
 
 
 def test_main_probe_is_that_of_the_chosen_strength(run):

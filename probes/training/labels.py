@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from probes.evaluation.metrics import IGNORE_INDEX
 from probes.ops.quadrature import PreparedMasks
 
 
@@ -23,8 +22,7 @@ def shuffle_masks(target: PreparedMasks | Tensor | list[Tensor]) -> PreparedMask
     if isinstance(target, PreparedMasks):
         return target[[-1, *range(len(target) - 1)]] if len(target) > 1 else target.without_labels()
     if len(target) == 1:
-        value = torch.nan if target[0].is_floating_point() else IGNORE_INDEX
-        ignored = target[0].new_full(target[0].shape, value)
+        ignored = torch.full_like(target[0], torch.nan)
         return ignored[None] if isinstance(target, Tensor) else [ignored]
     if isinstance(target, Tensor):
         return target.roll(1, 0)

@@ -173,7 +173,7 @@ def _paper_column(study: Study, claim: str, mask: str, effect: Effect) -> dict[s
 def _optimum_column(study: Study, claim: str, mask: str, numbers: Numbers, path: Rows) -> dict[str, Any]:
     """Return the column "optimum": along the path where the claim has one, else from the chosen solved probes."""
     sign, effect = CLAIMS[claim][0], numbers.solved.get((claim, mask))
-    if at_optimum := [row for row in path if (row["instrument"], row["measure"]) == ("optimum", "miou")]:
+    if at_optimum := [row for row in path if row["measure"] == "miou"]:
         return path_column(sign, at_optimum)
     if claim == "recovery_trained" and mask in study.solved:  # matched random LLMs are untrained models, too
         beyond_random = _beyond_random_column(claim, mask, numbers)

@@ -42,7 +42,7 @@ from .claims import evaluate_claims
 from .confusion import most_confused_pairs
 from .mask_comparison import compare_masks
 from .paper import PAPER
-from .path import path_verdicts
+from .path import path_verdicts, sites_at_edge
 from .seeds import joint_studies
 from .study import Rows, Study, overridden_masks, read_studies, total_wall_s
 from .summary_text import MASKS_SECTION, format_interval, format_points
@@ -87,6 +87,7 @@ def study_results(study: Study) -> dict[str, Any]:
         "knockout_inference": by_mask(knockout_inference, study.trained),
         "paired": compare_masks(study),
         "path": path_verdicts(study),
+        "path_at_edge": {mask: sites_at_edge(run) for mask, run in study.solved.items()},
         "confusion": by_mask(most_confused_pairs, study.trained),
     }
 
@@ -220,7 +221,7 @@ def run(args: argparse.Namespace) -> None:
         if "studies" in results:
             print(f"{study['model']}, {study['dataset']}")
         print(summary_text.format_claims(study["claims"]))
-        for text in summary_text.summarize_path(study["path"]):
+        for text in summary_text.summarize_path(study["path"], study["path_at_edge"]):
             print(text)
         print()
     print(Path(args.out) / "index.html")

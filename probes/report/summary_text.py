@@ -10,13 +10,12 @@ from .verdicts import FAILS, HOLDS, NO_CONTROL, NOT_CONVERGED, REVERSED
 
 MASKS_SECTION = "Bidirectional vs. causal attention"
 ANSWERS_SECTION = "Answers"
-PATH_SECTION = "Probes at every strength of regularisation"
+PATH_SECTION = "Probes at neighbouring strengths of regularisation"
 
 COLUMN_TITLES = {"paper": "As the paper measures it", "optimum": "At the optimum", "beyond_random": "Beyond random"}
 MARKS = {HOLDS: "✓", FAILS: "✗", REVERSED: "✗", NOT_CONVERGED: "–", NO_CONTROL: "–"}
 EFFECT_NAMES = {"adapter_drop": "drop-off", "recovery": "recovery"}
 EFFECT_NAMES |= {"recovery_trained": "recovery minus that of the untrained model"}
-INSTRUMENT_NAMES = {"closed_form": "closed form", "optimum": "optimum"}
 MEASURE_NAMES = {"miou": "mIoU", "cross_entropy": "cross-entropy"}
 
 
@@ -101,7 +100,7 @@ def summarize_sections(results: dict[str, Any]) -> dict[str, list[str]]:
     """Return sentences by section, from one study's part of results.json."""
     return {
         MASKS_SECTION: summarize_mask_comparison(results["paired"]) if results["paired"] else [],
-        PATH_SECTION: summarize_path(results["path"]),
+        PATH_SECTION: summarize_path(results["path"], results["path_at_edge"]),
         ANSWERS_SECTION: summarize_answers(answers_by_mask(results)),
     }
 
@@ -131,47 +130,37 @@ def summarize_mask_comparison(comparison: dict[str, Any]) -> list[str]:
     return lines
 
 
-def summarize_path(verdicts: list[dict[str, Any]]) -> list[str]:
-    """Return the effects that hold at every strength of regularisation, all others, and which strengths there are."""
+def summarize_path(verdicts: list[dict[str, Any]], at_edge: dict[str, list[str]]) -> list[str]:
+    """Return the effects that hold at the chosen strength and its neighbours, all others, and choices at an end.
+
+    Args:
+        verdicts: Entry "path" of results.json.
+        at_edge: By mask, the sites whose cross-validated loss is lowest at an end of the path.
+    """
     if not verdicts:
         return []
     everywhere, elsewhere = {}, {}
     for verdict in verdicts:
         name = f"{EFFECT_NAMES[verdict['effect']]} in {MEASURE_NAMES[verdict['measure']]}"
-        case = f"{verdict['image_attention']}, {INSTRUMENT_NAMES[verdict['instrument']]}"
         if verdict["verdict"] == EVERYWHERE:
-            everywhere.setdefault(name, []).append(case)
+            everywhere.setdefault(name, []).append(verdict["image_attention"])
         else:
-            elsewhere.setdefault(name, []).append(f"{case}: {_describe_strengths(verdict)}")
+            elsewhere.setdefault(name, []).append(f"{verdict['image_attention']}: {_describe_rows(verdict)}")
     join = lambda cases_by_name: "; ".join(f"{name} ({'; '.join(cases)})" for name, cases in cases_by_name.items())
     return [
-        f"Above zero at every strength of regularisation: {join(everywhere) or 'none of the effects'}.",
-        f"Not at every strength: {join(elsewhere) or 'none of the effects'}.",
-        f"Strengths: {_list_strengths(verdicts)}.",
+        f"Above zero at the chosen strength and its neighbours: {join(everywhere) or 'none of the effects'}.",
+        f"Not at all of them: {join(elsewhere) or 'none of the effects'}.",
+        *(
+            f"Under {mask} attention, the cross-validated loss is lowest at an end of the path at {', '.join(sites)}: "
+            "the optimum may be beyond it."
+            for mask, sites in at_edge.items()
+            if sites
+        ),
     ]
 
 
-def _list_strengths(verdicts: list[dict[str, Any]]) -> str:
-    """Return the strengths of each instrument: "4 in closed form, 1e-06 to 1"."""
-    grids = {v["instrument"]: sorted(row["strength"] for row in v["estimates"]) for v in verdicts}
-    names = {"closed_form": "in closed form", "optimum": "at the optimum"}
-    return "; ".join(f"{len(grid)} {names[key]}, {format_ranges(grid, grid)}" for key, grid in grids.items())
-
-
-def _describe_strengths(verdict: dict[str, Any]) -> str:
-    """Return at which strengths an effect holds, and how many have not converged."""
-    strengths, missing = [row["strength"] for row in verdict["estimates"]], len(verdict["not_converged"])
-    text = verdict["verdict"]
-    if text != NOWHERE:
-        ranges = format_ranges(strengths, verdict["holds"])
-        text = f"at {len(verdict['holds'])} of {len(strengths)}, {ranges}"
-    return f"{text}; {missing} of {len(strengths)} not converged" if missing else text
-
-
-def format_ranges(grid: list[float], chosen: list[float]) -> str:
-    """Return the chosen values of a grid, neighbours as a range: "1e-06 to 0.001, 0.1"."""
-    ranges: list[list[float]] = []
-    for before, value in zip([None, *grid], grid, strict=False):
-        if value in chosen:
-            ranges = [*ranges[:-1], [*ranges[-1], value]] if before in chosen else [*ranges, [value]]
-    return ", ".join(f"{x[0]:.2g} to {x[-1]:.2g}" if len(x) > 1 else f"{x[0]:.2g}" for x in ranges)
+def _describe_rows(verdict: dict[str, Any]) -> str:
+    """Return at which strengths an effect holds, and which have not converged."""
+    text = verdict["verdict"] if verdict["verdict"] == NOWHERE else f"at {', '.join(verdict['holds'])}"
+    missing = ", ".join(verdict["not_converged"])
+    return f"{text}; not converged at {missing}" if missing else text

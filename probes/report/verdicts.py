@@ -28,6 +28,7 @@ from probes.models.sites import ADAPTER, ENCODER
 from probes.results.probe_run import ProbeRun
 
 from .effects import subtract
+from .path import has_converged, neighbours
 
 COLUMNS = ("paper", "optimum", "beyond_random")
 HOLDS, FAILS, REVERSED = "holds", "does not hold", "reversed"
@@ -82,12 +83,7 @@ def unconverged(run: ProbeRun, solved: ProbeRun | None, claim: str) -> str | Non
 
 def _certified(run: ProbeRun, sites: list[str]) -> bool:
     """Return whether the solved probes of all sites, at the strengths that were chosen, have converged."""
-    optimum = run.metrics["path"].get("optimum")
-    if not optimum:
-        return False
-    index = {entry["site"]: optimum["strengths"].index(entry["chosen"]) for entry in optimum["sites"]}
-    found = {entry["site"]: entry.get("certificates") for entry in optimum["sites"]}
-    return all(found.get(site) and found[site][index[site]].get("converged") for site in sites)
+    return has_converged(run, neighbours(run)["chosen"], [run.sites.index(site) for site in sites])
 
 
 def path_column(sign: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -104,7 +100,7 @@ def path_column(sign: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
     if set(verdicts) == {REVERSED}:  # the row that comes nearest to the claim
         worst = max(converged, key=lambda row: max(sign * row["low"], sign * row["high"]))
     count = {"strengths": len(rows), "converged": len(converged)}
-    result = column(sign, worst["value"], (worst["low"], worst["high"]), strength=worst["strength"], **count)
+    result = column(sign, worst["value"], (worst["low"], worst["high"]), row=worst["row"], **count)
     return result | {"verdict": verdicts[0] if len(set(verdicts)) == 1 else FAILS}
 
 

@@ -138,16 +138,27 @@ class FinishedRun:
         """Sites of layers 0 to L: the adapter and the decoder layers."""
         return [site for site in self.sites if site == ADAPTER or site.startswith("layer_")]
 
-    def solved_path(self, instrument: str) -> dict[str, Any]:
-        """Return the part of metrics.json["path"] that an instrument has: "closed_form" or "optimum".
+    @property
+    def site_paths(self) -> list[dict[str, Any]]:
+        """Strengths, scores and certificates of each site's solved probes, from metrics.json["path"].
 
         Raises:
-            UserError: If the run has no such path.
+            UserError: If the probes were not solved.
         """
-        solved = (self.metrics.get("path") or {}).get(instrument)
-        if solved is None:
-            raise UserError(f"{self.path} has no path of the instrument {instrument!r} (`probes solve`)")
-        return solved
+        if not self.is_solved:
+            raise UserError(f"{self.path} has no path of strengths; expected a run of `probes solve`")
+        return self.metrics["path"][self.instrument]["sites"]
+
+    @property
+    def instrument(self) -> str:
+        """How the probes were solved: "closed_form" for least squares, else "optimum"."""
+        return "optimum" if self.metrics["path"].get("optimum") else "closed_form"
+
+    @property
+    def solved_strengths(self) -> list[list[int]]:
+        """Indices of the R solved strengths of each site: the rows of path.safetensors."""
+        score = next(iter(self.metrics.get("scores", {"miou": None})))
+        return [[i for i, value in enumerate(entry[score]) if value is not None] for entry in self.site_paths]
 
     @property
     def is_solved(self) -> bool:

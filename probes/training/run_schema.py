@@ -87,32 +87,57 @@ class SiteScores(BaseModel):
     states: dict[str, Any] = {}
 
 
-class PathScores(BaseModel):
-    """Scores of a site's solved probes; each list has a value for each strength, or null where it was not solved."""
+class SitePath(BaseModel, extra="allow"):
+    """Solved probes of a site along its strengths, from strong to weak.
+
+    There is a list for the cross-validated loss and for each score; a score is None at a strength that was not solved.
+    `chosen` is the strength of the site's probe, `lowest` that of the lowest cross-validated loss. They differ only if
+    the latter is at an end of the path.
+    """
 
     site: str
-    strengths: list[Number]
-    cv_cross_entropy: list[Number]
+    strengths: Annotated[list[Number], Field(min_length=1)]
     chosen: Number
     lowest: Number
-    miou: list[Number | None]
-    pacc: list[Number | None]
-    cross_entropy: list[Number | None]
-    certificates: list[dict[str, Any] | None]
+    certificates: list[dict[str, Any] | None] = []
 
 
-class Instrument(BaseModel):
-    """The path of probes at the optimum of the loss."""
+class PathOfSites(BaseModel):
+    """The paths of all sites."""
 
-    sites: list[PathScores]
+    sites: list[SitePath]
 
 
 class SolvedPath(BaseModel):
-    """metrics.json["path"]."""
+    """metrics.json["path"]: "closed_form" for least squares, else "optimum"."""
 
     passes: int
-    sample_images: int
-    optimum: Instrument
+    sample_images: int | None = None
+    optimum: PathOfSites | None = None
+    closed_form: PathOfSites | None = None
+
+
+def _check_path(path: SolvedPath | None, sites: list[Any], loss: str, scores: list[str]) -> None:
+    """Raise unless each site has strengths in order and all lists, and all sites the same number of solved ones."""
+    if path is None:
+        return
+    paths = path.optimum or path.closed_form
+    if paths is None or [x.site for x in paths.sites] != [x.site for x in sites]:
+        raise ValueError("path does not have the sites of the run")
+    solved = set()
+    for site in paths.sites:
+        if site.strengths != sorted(set(site.strengths), reverse=True):
+            raise ValueError(f"strengths of {site.site!r} are not in order from strong to weak")
+        for name in (loss, *scores):
+            values = (site.model_extra or {}).get(name)
+            if not isinstance(values, list) or len(values) != len(site.strengths):
+                raise ValueError(f"path of {site.site!r} does not have one {name} per strength")
+        values = site.model_extra[scores[0]]
+        solved.add(sum(value is not None for value in values))
+        if site.chosen not in site.strengths or values[site.strengths.index(site.chosen)] is None:
+            raise ValueError(f"path of {site.site!r} is not solved at the chosen strength {site.chosen!r}")
+    if len(solved) > 1:
+        raise ValueError(f"path has different numbers of solved strengths: {sorted(solved)}")
 
 
 def _check_sites(sites: list[Any]) -> None:
@@ -154,6 +179,7 @@ class Metrics(RunMetrics):
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("classes contains duplicates")
         _check_sites(self.sites)
+        _check_path(self.path, self.sites, "cv_cross_entropy", ["miou", "pacc", "cross_entropy"])
         for site in self.sites:
             if len(site.iou_per_class) != len(self.classes):
                 raise ValueError(f"iou_per_class of {site.site!r} does not have one value per class")
@@ -170,29 +196,6 @@ class TaskSiteScores(BaseModel, extra="allow"):
     states: dict[str, Any] = {}
 
 
-class TaskPathScores(BaseModel, extra="allow"):
-    """Scores of a site's solved probes: a list for each score of the task, as in :class:`PathScores`."""
-
-    site: str
-    strengths: list[Number]
-    chosen: Number
-    lowest: Number
-
-
-class TaskInstrument(BaseModel):
-    """The path of one way to solve probes of a task."""
-
-    sites: list[TaskPathScores]
-
-
-class TaskPath(BaseModel):
-    """metrics.json["path"] of a task: the closed form of least squares, or the optimum of the cross-entropy."""
-
-    passes: int
-    closed_form: TaskInstrument | None = None
-    optimum: TaskInstrument | None = None
-
-
 class TaskMetrics(RunMetrics):
     """metrics.json of another task than segmentation.
 
@@ -205,11 +208,12 @@ class TaskMetrics(RunMetrics):
     probe: _ProbeSettings
     sites: Annotated[list[TaskSiteScores], Field(min_length=1)]
     summary: Summary
-    path: TaskPath | None = None
+    path: SolvedPath | None = None
 
     @model_validator(mode="after")
     def _check_agreement(self) -> "TaskMetrics":
         _check_sites(self.sites)
+        _check_path(self.path, self.sites, "cv_loss", list(self.scores))
         for site in self.sites:
             for key in (key for name in self.scores for key in (name, f"{name}_ci95")):
                 value = (site.model_extra or {}).get(key)

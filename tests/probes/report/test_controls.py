@@ -157,7 +157,7 @@ def test_solved_probes_count_as_converged_at_the_strength_that_was_chosen(write,
     assert unconverged(ProbeRun(run), None, "recovery") is None
     metrics = json.loads(file.read_text())
     for entry in metrics["path"]["optimum"]["sites"]:
-        chosen = metrics["path"]["optimum"]["strengths"].index(entry["chosen"])
+        chosen = entry["strengths"].index(entry["chosen"])
         entry["certificates"][chosen]["converged"] = entry["site"] == "adapter"
     file.write_text(json.dumps(metrics))
     assert "have not converged at the strength that was chosen" in unconverged(ProbeRun(run), None, "recovery")

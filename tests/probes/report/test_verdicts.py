@@ -32,15 +32,15 @@ def test_judge():
 
 
 def row(strength, low, high, converged=True):
-    return {"strength": strength, "value": (low + high) / 2, "low": low, "high": high, "converged": converged}
+    return {"row": strength, "value": (low + high) / 2, "low": low, "high": high, "converged": converged}
 
 
 def test_the_path_is_judged_where_the_claim_fares_worst():
     rows = [row(1e-6, -0.01, 0.02), row(1e-4, 0.01, 0.03), row(1e-2, 0.04, 0.06)]
     entry = path_column(1, rows)
-    assert (entry["verdict"], entry["strength"], entry["ci95"]) == ("does not hold", 1e-6, [-0.01, 0.02])
-    assert path_column(1, rows[1:])["verdict"] == "holds" and path_column(1, rows[1:])["strength"] == 1e-4
-    assert path_column(-1, rows[1:])["verdict"] == "reversed" and path_column(-1, rows[1:])["strength"] == 1e-4
+    assert (entry["verdict"], entry["row"], entry["ci95"]) == ("does not hold", 1e-6, [-0.01, 0.02])
+    assert path_column(1, rows[1:])["verdict"] == "holds" and path_column(1, rows[1:])["row"] == 1e-4
+    assert path_column(-1, rows[1:])["verdict"] == "reversed" and path_column(-1, rows[1:])["row"] == 1e-4
     assert path_column(1, [row(1e-6, -0.02, -0.01), rows[2]])["verdict"] == "does not hold", (
         "holds at some, turns at some"
     )

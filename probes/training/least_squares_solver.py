@@ -35,7 +35,7 @@ SAVE_SECONDS = 600  # between two files of moments
 class LeastSquaresSolver(Solver):
     """Linear probes of least squares, for every strength of regularisation; see :class:`Solver`."""
 
-    instrument, loss_name = "closed_form", "cv_loss"
+    instrument = "closed_form"
 
     def start(self) -> None:
         """Prepare the moments, or read those that a killed run has left."""

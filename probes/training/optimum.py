@@ -44,7 +44,9 @@ ITERATIONS = 300
 MEMORY = 40  # pairs of L-BFGS; 20 take a quarter more steps
 HALVINGS = 10  # of a step, before rounding is blamed
 CHUNK_NUMEL = 2**24  # logits at a time
-ROUNDS = 8  # of a refinement in memory
+# Rounds of a refinement in memory. Few nodes do not describe the loss of very rough logits, those of a few images
+# without regularisation: the last rounds minimise the loss with many nodes.
+LOOSE_ROUNDS, TIGHT_ROUNDS = 3, 4
 PROXIMAL = 1e-3  # weight of |w - w_t|^2 against the curvature if part of the images is in memory
 ROUNDING = 1e-7  # change of a loss in nats that float32 logits do not resolve
 
@@ -285,7 +287,7 @@ class Refinement:
 
     where f_S is the objective on the images in memory with few nodes. It has the right gradient, and nearly the right
     curvature. If all images are in memory, f has more nodes than f_S. Otherwise f takes a pass over the split. If f has
-    risen, the step is taken back and c is increased. Source: DANE (Shamir, Srebro and Zhang 2014), with a pass in place
+    risen, the step is taken back and c is increased, else c is decreased. Source: DANE (Shamir, Srebro and Zhang 2014), with a pass in place
     of the other machines.
 
     Args:
@@ -310,7 +312,7 @@ class Refinement:
         """Return what a killed run needs to resume from a step."""
         kept = dict(zip(("kept_points", "kept_value", "kept_gradient"), self.kept, strict=True))
         certificates = torch.tensor(self.certificates, dtype=torch.float64).view(-1, 2)
-        return kept | {"points": self.points, "proximal": self.proximal, "certificates": certificates}
+        return kept | {"points": self.points.clone(), "proximal": self.proximal, "certificates": certificates}
 
     def set_state(self, state: dict[str, Tensor]) -> None:
         """Set what :meth:`state` returned."""
@@ -322,9 +324,10 @@ class Refinement:
         """Refine the probes to the optimum of the images in memory."""
         everything = list(range(len(self.points)))
         exact = self.problem.objective(self.strengths, [None] * len(everything), TIGHT_NODES)
-        for _ in range(ROUNDS):
+        for nodes in (*[LOOSE_NODES] * LOOSE_ROUNDS, *[TIGHT_NODES] * TIGHT_ROUNDS):
             self.accept(*exact(self.points, everything))
-            decrease = self.step()
+            self.proximal *= nodes < TIGHT_NODES  # else the model is the objective itself
+            decrease = self.step(nodes)
             if (decrease < IN_MEMORY).all():
                 break
         self.accept(*exact(self.points, everything))
@@ -335,16 +338,16 @@ class Refinement:
         better = value <= self.kept[1] + ROUNDING
         choose = lambda new, old: torch.where(better.view(-1, *[1] * (new.ndim - 1)), new, old)
         self.kept = tuple(map(choose, (self.points, value, gradient), self.kept))
-        self.proximal = torch.where(better, self.proximal, 10 * self.proximal.clamp(min=PROXIMAL))
+        self.proximal = torch.where(better, self.proximal / 4, 10 * self.proximal.clamp(min=PROXIMAL))
         self.points = self.kept[0]
 
-    def step(self) -> Tensor:
+    def step(self, nodes: int = LOOSE_NODES) -> Tensor:
         """Certify the points, and move them to the minima of their models; return the decreases of the models, f64[R].
 
-        :meth:`accept` must have been called.
+        :meth:`accept` must have been called. `nodes` are those of the models.
         """
         problem, (points, _, gradient), count = self.problem, self.kept, len(self.strengths)
-        on_sample = problem.objective(self.strengths, [None] * count, LOOSE_NODES)
+        on_sample = problem.objective(self.strengths, [None] * count, nodes)
         linear = gradient - on_sample(points, list(range(count)))[1]
         scale = problem.scale(self.strengths)
         pull = self.proximal[:, None, None] / scale.square()

@@ -31,6 +31,8 @@ from .optimum import LOOSE_NODES, PROXIMAL, TIGHT_NODES, Refinement, SitePath, S
 from .probe_path import SolvedSite
 from .solver import Solver
 
+LEAST = 4  # images of each fold in memory, however little there is
+
 
 class OptimumSolver(Solver):
     """Linear probes of classes at the optimum of the loss; see :class:`Solver`.
@@ -42,7 +44,7 @@ class OptimumSolver(Solver):
         shared: Arguments of `Solver`.
     """
 
-    instrument, loss_name, nodes = "optimum", "cv_cross_entropy", TIGHT_NODES
+    instrument, nodes = "optimum", TIGHT_NODES
 
     def __init__(self, passes: int = 8, sample_images: int | None = None, **shared: Any):
         super().__init__(**shared)
@@ -74,7 +76,7 @@ class OptimumSolver(Solver):
         largest = 12 * tokens * max(self.mllm.widths[site] for site in self.sites)
         device = self.trainer.strategy.root_device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-        fit = max(min(fit, int(free / 4 / largest)), 4 * self.hparams.folds)
+        fit = max(min(fit, int(free / 4 / largest)), LEAST * self.hparams.folds)
         return broadcast(min(images, fit if wanted is None else wanted), 0)
 
     def batches(self) -> list[list[int]]:

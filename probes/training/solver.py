@@ -37,7 +37,6 @@ class Solver(FrozenProbes):
     """
 
     instrument: str  # name of the probes' path in metrics.json
-    loss_name: str  # name of the cross-validated loss
 
     def __init__(self, folds: int = 4, strengths: tuple[float, ...] | None = None, **shared: Any):
         super().__init__(feature_norm="batchnorm")
@@ -131,6 +130,7 @@ class Solver(FrozenProbes):
     def path_results(self, counts: Counts | TaskSums) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the content of metrics.json["path"] and of path.safetensors, from the scores of the chosen probes."""
         by_site = lambda x: x.unflatten(0, (-1, len(self.sites)))
+        loss_name = "cv_loss" if self.task else "cv_cross_entropy"
         if self.task:
             sums = self.path_metric.compute().sums
             scores, tensors = task_scores(self.task, sums), {"sums": sums}
@@ -141,7 +141,7 @@ class Solver(FrozenProbes):
             scores = {"miou": score.miou, "pacc": score.pacc, "cross_entropy": loss.sum(1) / counts.labelled.sum()}
             tensors = {name: x.int() for name, x in both.items()} | {"cross_entropy": loss}
         sites = [
-            solved.entry(site, {name: by_site(x)[:, i].tolist() for name, x in scores.items()}, self.loss_name)
+            solved.entry(site, {name: by_site(x)[:, i].tolist() for name, x in scores.items()}, loss_name)
             for i, (site, solved) in enumerate(self.solved.items())
         ]
         path = {"passes": self.passes, self.instrument: {"sites": sites}}

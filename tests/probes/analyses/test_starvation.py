@@ -31,8 +31,8 @@ from probes.analyses.starvation.patch_accuracy import (
 )
 from probes.analyses.starvation.run import gap_estimates, starvation
 from probes.cli import main
-from probes.models.frozen_mllm import FrozenMLLM
 from probes.data.batches import MaskPreparer
+from probes.models.frozen_mllm import FrozenMLLM
 from probes.ops.geometry import Geometry
 from probes.results.probe_run import ProbeRun
 

@@ -18,7 +18,8 @@ from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.data.batches import MaskPreparer
 from probes.ops.geometry import Geometry
-from probes.results.probe_run import ProbeRun, read_tensors
+from probes.results.probe_run import ProbeRun
+from probes.results.run_files import read_tensors
 from probes.training.module import ProbeModule
 
 pytestmark = pytest.mark.numerics

@@ -52,9 +52,6 @@ CLAIMS: dict[str, tuple[int, str]] = {
 }  # fmt: skip
 
 
-# Claims whose draws of random weights are pooled: the same quantity, of similar spread. All others only over masks.
-POOLED_AS = {"knockout_correct": "knockout_incorrect"}
-
 Key = tuple[str, str]  # claim, mask
 Measured = dict[Key, Effect]
 
@@ -232,12 +229,11 @@ def _beyond_random_column(study: Study, claim: str, mask: str, numbers: Numbers)
     part, found = _random_part(claim), numbers.comparisons
     for kind in ("solved", "trained"):
         if comparison := found.get((claim, mask, kind)):
-            pooled = lambda name, kind: (POOLED_AS.get(name, name), kind)
-            like = [key for key in found if pooled(key[0], key[2]) == pooled(claim, kind)]
+            masks = [of for name, of, probes in found if (name, probes) == (claim, kind)]
             if part == "adapter":
-                same = {"same_draws_as": like[0][1]} if like[0][1] != mask else {}
+                same = {"same_draws_as": masks[0]} if masks[0] != mask else {}
                 return judge_draws(CLAIMS[claim][0], comparison) | {"probes": kind} | same
-            others = [found[key] for key in like if key != (claim, mask, kind)]
+            others = [found[claim, of, kind] for of in masks if of != mask]
             return judge_draws(CLAIMS[claim][0], comparison, others) | {"probes": kind}
     draws = {len(study.random_draws(part, solved)) for solved in (True, False)}
     if max(draws) >= 2:

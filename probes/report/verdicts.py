@@ -12,7 +12,7 @@ A verdict is "holds" if the 95% interval lies on the claimed side of zero, "reve
 
     supported                   holds at the optimum and beyond random
     artefact of the instrument  holds as the paper measures it, but not at the optimum
-    not learned                 holds at the optimum, but not beyond random
+    not learned                 holds at the optimum and, if measured, as the paper does, but not beyond random
     does not hold               all else
     untested                    a column that the conclusion needs is untested
 """
@@ -230,23 +230,30 @@ def compare_to_draws(trained: Effect, draws: Sequence[Effect]) -> Comparison:
     return Comparison(mean_effect(difference), own, by_draw)
 
 
-def judge_draws(sign: int, comparison: Comparison, others: Sequence[Comparison] = ()) -> dict[str, Any]:
-    """Return the column "beyond_random", with a 95% interval over images, units and draws.
+def interval_over_draws(
+    comparison: Comparison, others: Sequence[Comparison] = ()
+) -> tuple[list[float], tuple[float, float]]:
+    """Return the 95% interval over images, units and draws, and the standard error and degrees of freedom of draws.
 
-    Its own interval, "ci95_without_draws", covers images and classes. The draws add Student's t. Their variance is
-    pooled with `others`: the same quantity under other masks, whose degrees of freedom add up. It is never below the
-    comparison's own, so that one with a larger spread than the others keeps its level (`tests/bench/draws.py`). Both
-    half widths are added as the sides of a right angle; Welch and Satterthwaite's degrees of freedom would cover 89%
-    instead of 95% for two draws that differ.
+    The comparison's own interval covers images and units. The draws add Student's t. Their variance is pooled with
+    `others`: the same claim under other masks, whose degrees of freedom add up. It is never below the comparison's own,
+    so that a mask with twice the spread keeps its level. Pooled over claims as well, such a cell would not
+    (`tests/bench/draws.py`: 91%). Both half widths are added as the sides of a right angle; Welch and Satterthwaite's
+    degrees of freedom would cover 89% instead of 95% for two draws that differ.
     """
-    value, (low, high), df_images = comparison.difference
-    draws = len(comparison.by_draw)
+    value, (low, high), _ = comparison.difference
     variances = [(statistics.variance(x.by_draw), len(x.by_draw) - 1) for x in (comparison, *others)]
     df = sum(freedom for _, freedom in variances)
     variance = max(variances[0][0], sum(v * freedom for v, freedom in variances) / df)
-    of_draws = (variance / draws) ** 0.5, df
+    of_draws = (variance / len(comparison.by_draw)) ** 0.5, df
     half = float(scipy.stats.t.ppf(0.975, df)) * of_draws[0]
-    ci95 = [value - math.hypot(half, value - low), value + math.hypot(half, high - value)]
-    more = {"draws": draws, "trained": comparison.trained, "by_draw": comparison.by_draw, "df_of_draws": df}
-    p = p_value(sign, value, [_standard_error((low, high), df_images), of_draws])
-    return column(sign, value, ci95, MARGIN, p=p, **more, ci95_without_draws=[low, high])
+    return [value - math.hypot(half, value - low), value + math.hypot(half, high - value)], of_draws
+
+
+def judge_draws(sign: int, comparison: Comparison, others: Sequence[Comparison] = ()) -> dict[str, Any]:
+    """Return the column "beyond_random"; "ci95_without_draws" is its interval over images and units alone."""
+    value, own, df = comparison.difference
+    ci95, of_draws = interval_over_draws(comparison, others)
+    more = {"draws": len(comparison.by_draw), "trained": comparison.trained, "by_draw": comparison.by_draw}
+    more |= {"df_of_draws": of_draws[1], "p": p_value(sign, value, [_standard_error(own, df), of_draws])}
+    return column(sign, value, ci95, MARGIN, **more, ci95_without_draws=own)

@@ -48,6 +48,7 @@ from .study import Rows, Study, overridden_masks, read_studies, total_wall_s
 from .summary_text import MASKS_SECTION, format_interval, format_points
 from .task_starvation import joint_task_starvation, starvation_table, task_starvation
 from .templates import render
+from .verdicts import MARGIN
 
 Sections = dict[str, list[tuple[ReportFigure, str]]]  # by title: figures, each with its PNG in base64
 Files = dict[Path, str | bytes]  # contents by path, not yet written
@@ -55,7 +56,8 @@ Files = dict[Path, str | bytes]  # contents by path, not yet written
 FILTERS = {"points": format_points, "interval": format_interval}
 FILTERS |= {"percent": summary_text.format_percent, "p": summary_text.format_p}
 FILTERS |= {"verdict_reasons": summary_text.verdict_reasons, "count": summary_text.format_count}
-FILTERS |= {"shift_sentences": summary_text.shift_sentences}
+FILTERS |= {"shift_sentences": summary_text.shift_sentences, "claim_notes": summary_text.claim_notes}
+FILTERS |= {"describe_column": summary_text.describe_column}
 FILTERS |= {"anchor": lambda text: "".join(c if c.isalnum() else "-" for c in text.lower())}
 
 
@@ -140,7 +142,7 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None, task_run
         explorer=(out / "explorer.html").is_file(),
     )
     several = {"seed": by_study[0]["seed"], "studies": by_study, "joint": joint}
-    results = {"wall_s": wall_s} | (by_study[0] if single else several)
+    results = {"wall_s": wall_s, "margin": MARGIN} | (by_study[0] if single else several)
     results |= {key: entries for key, entries in tasks.items() if entries}
     results |= {"files": sorted(path.relative_to(out).as_posix() for path in files)}
     earlier = _earlier_files(out)

@@ -6,14 +6,14 @@ from typing import Any
 from .answers import answers_by_mask, summarize_answers
 from .mask_comparison import ALPHA
 from .path import EVERYWHERE, NOWHERE
-from .verdicts import FAILS, HOLDS, NO_CONTROL, NOT_CONVERGED, REVERSED
+from .verdicts import FAILS, HOLDS, MARGIN, REVERSED, UNTESTED
 
 MASKS_SECTION = "Bidirectional vs. causal attention"
 ANSWERS_SECTION = "Answers"
 PATH_SECTION = "Probes at neighbouring strengths of regularisation"
 
 COLUMN_TITLES = {"paper": "As the paper measures it", "optimum": "At the optimum", "beyond_random": "Beyond random"}
-MARKS = {HOLDS: "✓", FAILS: "✗", REVERSED: "✗", NOT_CONVERGED: "–", NO_CONTROL: "–"}
+MARKS = {HOLDS: "✓", FAILS: "✗", REVERSED: "✗", UNTESTED: "–"}
 EFFECT_NAMES = {"adapter_drop": "drop-off", "recovery": "recovery"}
 EFFECT_NAMES |= {"recovery_trained": "recovery minus that of the untrained model"}
 MEASURE_NAMES = {"miou": "mIoU", "cross_entropy": "cross-entropy"}
@@ -63,37 +63,68 @@ def shift_sentences(inference: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def summarize_claims(claims: list[dict[str, Any]]) -> str:
-    """Return one sentence: how many claims are supported, and why the others are not."""
+    """Return one sentence: how many claims are supported, and the conclusions about the others."""
     supported = [claim for claim in claims if claim["supported"]]
-    failures = Counter(
-        f"{entry['verdict']} ({COLUMN_TITLES[name].lower()})"
-        for claim in claims
-        if not claim["supported"]
-        for name, entry in claim["verdicts"].items()
-        if entry["verdict"] != HOLDS
-    )
+    others = Counter(claim["conclusion"] for claim in claims if not claim["supported"])
     text = f"{len(supported)} of {len(claims)} claims are supported"
     if supported:
         text += ": " + ", ".join(f"{c['claim'].replace('_', ' ')} ({c['image_attention']})" for c in supported)
-    why = ", ".join(f"{count} × {reason}" for reason, count in failures.most_common())
+    why = ", ".join(f"{count} × {conclusion}" for conclusion, count in others.most_common())
     return f"{text}. The others: {why}." if why else f"{text}."
 
 
+def claim_notes(claims: list[dict[str, Any]]) -> list[str]:
+    """Return what a reader of the claims must know: the margin, their number, and verdicts that are not independent."""
+    tested = [claim["p_holm"] for claim in claims if claim["p_holm"] is not None]
+    beyond = [entry for c in claims if (entry := c["verdicts"]["beyond_random"])["verdict"] != UNTESTED]
+    notes = [f"At the optimum and beyond random, an effect counts from {100 * MARGIN:g} point."]
+    if tested:
+        kept = sum(claim["supported"] and claim["p_holm"] < 0.05 for claim in claims)
+        notes.append(
+            f"Verdicts are not corrected for the {len(tested)} claims that are tested; with Holm's correction, "
+            f"{kept} of {sum(claim['supported'] for claim in claims)} supported claims have p < 0.05."
+        )
+    if any("same_as" in entry for entry in beyond):
+        notes.append("Recovery and recovery trained share the column beyond random: one confirmation, not two.")
+    if any("same_draws_as" in entry for entry in beyond):
+        notes.append("Random adapters are the same under both masks: one confirmation of the adapter's drop, not two.")
+    return notes
+
+
 def verdict_reasons(verdicts: dict[str, dict[str, Any]]) -> list[str]:
-    """Return why columns of a claim have no verdict."""
-    return [f"{COLUMN_TITLES[k]}: {v['verdict']}, {v['reason']}" for k, v in verdicts.items() if "reason" in v]
+    """Return why columns of a claim are untested, and which seeds are left out of joint ones."""
+    reasons = [f"{COLUMN_TITLES[k]}: {v['verdict']}, {v['reason']}" for k, v in verdicts.items() if "reason" in v]
+    return reasons + [
+        f"{COLUMN_TITLES[name]}: without seed {seed}, {reason}"
+        for name, entry in verdicts.items()
+        if "reason" not in entry
+        for seed, reason in entry.get("left_out", {}).items()
+    ]
+
+
+def describe_column(entry: dict[str, Any]) -> str:
+    """Return what stands beside a verdict: the distance from the optimum, or the smallest effect that it would find."""
+    notes = []
+    if "row" in entry and entry["converged"] < entry["strengths"]:
+        notes.append(f"converged at {entry['converged']} of {entry['strengths']} strengths")
+    if entry.get("below_optimum"):
+        notes.append(f"below the optimum by {format_difference(entry['below_optimum'])}")
+    if "detectable" in entry:
+        notes.append(f"detectable: {100 * entry['detectable']:.1f}")
+    return "; ".join(notes)
 
 
 def format_claims(claims: list[dict[str, Any]]) -> str:
-    """Return the claims as a table for the terminal: value, interval and verdict in each column; why some have none."""
-    rows = [["claim", "attention", *COLUMN_TITLES.values(), "supported", ""]]
+    """Return the claims as a table for the terminal: value, interval and verdict in each column; notes and reasons."""
+    rows = [["claim", "attention", *COLUMN_TITLES.values(), "conclusion", ""]]
     for claim in claims:
         cells = [f"{format_difference(v)} {v['verdict']}".strip() for v in claim["verdicts"].values()]
-        yes = "yes" if claim["supported"] else "no"
-        rows.append([claim["claim"], claim["image_attention"], *cells, yes, f"({format_count(claim['n'])})"])
+        rows.append([claim["claim"], claim["image_attention"], *cells, claim["conclusion"]])
+        rows[-1].append(f"({format_count(claim['n'])})")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     reasons = dict.fromkeys(reason for claim in claims for reason in verdict_reasons(claim["verdicts"]))
-    return "\n".join(["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows] + list(reasons))
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, *claim_notes(claims), *reasons])
 
 
 def summarize_sections(results: dict[str, Any]) -> dict[str, list[str]]:

@@ -61,3 +61,11 @@ def test_the_gpus_benchmark_runs_without_one(tmp_path):
     ):
         assert found["sweep"][step]["images_s"] > 0
     assert found["sweep"]["hours"] > 0 and found["loss"]["gradient_error"] < 1e-4
+
+
+@pytest.mark.slow
+def test_coverage_of_random_draws_is_simulated():
+    command, environment = [sys.executable, HERE / "draws.py", "--studies", "50"], {"PYTHONPATH": str(HERE.parents[1])}
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=HANGING_S)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 1 + 2 * 3 * 2 * 5

@@ -154,13 +154,17 @@ def test_files_of_an_earlier_report_are_removed(write, tmp_path):
 def test_solved_probes_count_as_converged_at_the_strength_that_was_chosen(write, tmp_path):
     run = write("solved", CURVE, solved=True)
     file = tmp_path / "causal_solved/metrics.json"
-    assert unconverged(ProbeRun(run), None, "recovery") is None
+    optimum = lambda: next(c for c in evaluate_claims(*read_studies([run])) if c["claim"] == "recovery")["verdicts"][
+        "optimum"
+    ]
+    assert unconverged(ProbeRun(run), "recovery") is None and optimum()["verdict"] == "holds"
     metrics = json.loads(file.read_text())
     for entry in metrics["path"]["optimum"]["sites"]:
         chosen = entry["strengths"].index(entry["chosen"])
         entry["certificates"][chosen]["converged"] = entry["site"] == "adapter"
     file.write_text(json.dumps(metrics))
-    assert "have not converged at the strength that was chosen" in unconverged(ProbeRun(run), None, "recovery")
+    assert "have not converged at the chosen strength" in unconverged(ProbeRun(run), "recovery")
+    assert optimum()["verdict"] == "untested" and "run `probes solve` again" in optimum()["reason"]
 
 
 def test_the_figure_of_masks_shows_the_pair_where_another_mask_was_trained(write, tmp_path):

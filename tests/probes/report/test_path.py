@@ -328,9 +328,9 @@ def test_report_of_solved_runs_alone(paths, tmp_path, capsys):
     assert {v["effect"] for v in results["path"]} == {"adapter_drop", "recovery", "recovery_trained"}
     text = capsys.readouterr().out
     assert "Above zero at the chosen strength and its neighbours" in text
-    assert "As the paper measures it: not converged, no run of `probes fit`, the paper's recipe" in text
-    assert {claim["verdicts"]["paper"]["verdict"] for claim in results["claims"]} == {"not converged"}
-    assert not any(claim["supported"] for claim in results["claims"]), "nobody has measured them as the paper does"
+    assert "As the paper measures it: untested, the number is that of solved probes: run `probes fit" in text
+    assert {claim["verdicts"]["paper"]["verdict"] for claim in results["claims"]} == {"untested"}
+    assert {claim["conclusion"] for claim in results["claims"]} == {"untested", "does not hold"}
     assert "Probes at neighbouring strengths of regularisation" in html and "solved instead of\ntrained" in html
     assert "AdamW" not in html
     assert {row["probes"] for row in read_csv(tmp_path / "classes.csv")} == {"solved"}
@@ -354,7 +354,7 @@ def test_report_of_solved_runs_alone(paths, tmp_path, capsys):
 
 def test_report_of_trained_and_solved_runs(paths, tmp_path, capsys):
     main(["report", *reversed(paths.values()), "--out", str(tmp_path)])
-    assert "no run of `probes fit`" not in capsys.readouterr().out
+    assert "run `probes fit" not in capsys.readouterr().out
     results, html = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "index.html").read_text()
     assert results["masks"]["causal"]["probing"] == ProbeRun(paths["sgd"]).metrics
     assert "Dotted: probes trained with AdamW." in html and "Solved probes: one linear head" in html
@@ -496,8 +496,8 @@ def test_seeds_with_other_kinds_of_probes_are_not_joined(root, tmp_path):
     (joint,) = json.loads((tmp_path / "out/results.json").read_text())["joint"]
     drop = next(claim for claim in joint["claims"] if claim["claim"] == "adapter_drop")
     assert drop["value"] is drop["verdicts"]["paper"]["value"] is None and not drop["holds"]
-    assert drop["verdicts"]["paper"]["reason"].endswith("(seed 0: trained, seed 1: solved)")
+    assert drop["verdicts"]["paper"]["reason"].startswith("fewer than two seeds have a verdict; seed 1: the number is")
     assert drop["verdicts"]["optimum"]["value"] is not None
     assert [row["probes"] for row in read_csv(tmp_path / "out/table2.csv")][:2] == ["trained", "solved"]
     assert joint["left_out"] == [{"claim": "recovery_trained", "image_attention": "causal", "lacking": [1]}]
-    assert "Not joined: recovery trained (causal;" in (tmp_path / "out/index.html").read_text()
+    assert "Left out: recovery trained (causal;" in (tmp_path / "out/index.html").read_text()

@@ -287,8 +287,8 @@ class Refinement:
 
     where f_S is the objective on the images in memory with few nodes. It has the right gradient, and nearly the right
     curvature. If all images are in memory, f has more nodes than f_S. Otherwise f takes a pass over the split. If f has
-    risen, the step is taken back and c is increased, else c is decreased. Source: DANE (Shamir, Srebro and Zhang 2014), with a pass in place
-    of the other machines.
+    risen, the step is taken back and c is increased, else c is decreased. Source: DANE (Shamir, Srebro and Zhang 2014),
+    with a pass in place of the other machines.
 
     Args:
         problem: The site's states and masks.

@@ -19,6 +19,7 @@ from probes.data.samplers import Batches
 from probes.evaluation.bootstrap import dataset_scores, task_scores
 from probes.evaluation.metrics import Counts
 from probes.evaluation.task_metric import TaskMetric, TaskSums
+from probes.ops.cross_entropy import TIGHT_NODES
 
 from .frozen_probes import FrozenProbes
 from .probe_path import PathMetric, SolvedSite
@@ -112,7 +113,7 @@ class Solver(FrozenProbes):
             logits = torch.stack([self.solved[site].logits(states[site][part], self.mllm.grid) for site in self.sites])
             logits = logits.transpose(0, 1).flatten(0, 1)  # [R * S, B, K, h, w]
             for images, target in group_by_mask_size(batch["target"][part]):
-                masks = () if self.task else (MaskPreparer(self.mllm.geometry, self.channels, self.nodes)(target),)
+                masks = () if self.task else (MaskPreparer(self.mllm.geometry, self.channels, TIGHT_NODES)(target),)
                 self.path_metric.update(logits[:, images], target, index[images], *masks)
         return super()._score(states, batch)
 

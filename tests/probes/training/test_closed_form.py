@@ -126,8 +126,8 @@ def test_moments_of_batches_folds_and_pivots_add_up():
         moments.update(x[part], onehot[part], fold)
     parts[0].add(parts[1])
     forms = [solve_moments(*moments.without(None), moments.pivot) for moments in (whole, parts[0])]
-    together, apart = (logits(form, x, 1e-2) for form in forms)
-    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+    for together, apart in zip(*(form.solve(1e-2) for form in forms), strict=True):
+        torch.testing.assert_close(together.abs(), apart.abs(), rtol=1e-4, atol=1e-4)  # eigenvectors have no sign
     alone = Moments.zeros(x[:50].mean(0).float(), 1, 4)
     alone.update(x[:100], onehot[:100], 0)
     for a, b in zip(parts[0].without(1), alone.without(None), strict=True):

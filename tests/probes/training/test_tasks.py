@@ -122,14 +122,14 @@ def test_files_and_path(task, runs):
     path = run.metrics["path"]
     assert run.metrics["task"] == run.manifest["data"]["task"] == task
     assert path["passes"] == 1 and path.get("optimum") is None
-    assert run.sums.shape[:2] == (6, 5) and run.path_sums("closed_form").shape[:3] == (3, 6, 5)
+    assert run.sums.shape[:2] == (6, 5) and run.path_sums().shape[:3] == (3, 6, 5)
     score = run.task.score
     for i, (site, entry) in enumerate(zip(run.metrics["sites"], path["closed_form"]["sites"], strict=True)):
         assert entry["strengths"] == STRENGTHS
         chosen = STRENGTHS.index(entry["chosen"])
         assert chosen == int(np.argmin(entry["cv_loss"]))
         assert site[score] == pytest.approx(entry[score][chosen], abs=1e-3)
-        torch.testing.assert_close(run.path_sums("closed_form")[chosen, i], run.sums[i], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(run.path_sums()[chosen, i], run.sums[i], rtol=1e-3, atol=1e-3)
     summary = run.metrics["summary"]
     best = min if run.task.sign < 0 else max
     layers = {s["site"]: s[score] for s in run.metrics["sites"] if s["site"].startswith("layer_")}
@@ -160,6 +160,7 @@ def test_boundaries_are_solved_as_two_classes(runs):
     path = runs["boundaries"].metrics["path"]["optimum"]
     assert load_file(runs["boundaries"].path / "path.safetensors")["optimum/sums"].shape == (3, 6, 5, 3 * 99 + 1)
     for entry in path["sites"]:
+        print([(c["gradient"], c["decrease"]) for c in entry["certificates"]])
         assert 0 < min(entry["cv_loss"]) and all(c["converged"] for c in entry["certificates"])
         assert len(entry["f"]) == len(entry["ap"]) == 3 and None not in entry["f"]
 

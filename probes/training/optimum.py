@@ -151,16 +151,11 @@ class SiteProblem:
         losses = [loss_sums(tokens, masks, point[None], needs_grad=False)[0] for tokens, masks, point in folds]
         return (torch.cat(losses).sum() / self.pixels.sum()).item()
 
-    def certificates(self, gradient: Tensor, decrease: Tensor, strengths: Tensor) -> list[Certificate]:
-        """Return the certificates of P points with gradients f64[P, K, d + 1] and predicted decreases f64[P]."""
+    def whitened_norm(self, gradient: Tensor, strengths: Tensor) -> Tensor:
+        """Return the norms f64[P] of gradients f64[P, K, d + 1] in coordinates that whiten the states."""
         metric = self.space.spectrum + strengths[:, None]
         metric = torch.cat([metric, torch.ones_like(metric[:, :1])], 1)[:, None]
-        at_zero = self.objective(strengths, [None] * len(strengths), LOOSE_NODES)(
-            self.start.expand_as(gradient), list(range(len(strengths)))
-        )[1]
-        norm = lambda g: (g / metric.sqrt()).flatten(1).norm(dim=1)
-        relative = norm(gradient) / norm(at_zero).clamp(min=1e-300)
-        return [Certificate(*pair) for pair in zip(relative.tolist(), decrease.tolist(), strict=True)]
+        return (gradient / metric.sqrt()).flatten(1).norm(dim=1)
 
 
 def whiten(states: Tensor, soft: Tensor) -> ClosedForm:
@@ -302,6 +297,10 @@ class Refinement:
         self.kept = points, torch.full_like(strengths, torch.inf), torch.zeros_like(points)  # with value and gradient
         self.proximal = torch.full_like(strengths, proximal)
         self.certificates: list[Certificate] = []
+        everything, start = list(range(len(points))), problem.start.expand_as(points)
+        at_zero = problem.objective(strengths, [None] * len(points), LOOSE_NODES)(start, everything)[1]
+        self.null = problem.whitened_norm(at_zero, strengths).clamp(min=1e-300)
+        self.tolerance = min(TOLERANCE, (GRADIENT * self.null.min().item()) ** 2 / 8)  # for the norm of the gradient
 
     @property
     def converged(self) -> bool:
@@ -328,10 +327,10 @@ class Refinement:
             self.accept(*exact(self.points, everything))
             self.proximal *= nodes < TIGHT_NODES  # else the model is the objective itself
             decrease = self.step(nodes)
-            if (decrease < IN_MEMORY).all():
+            if (decrease < IN_MEMORY).all() and self.converged:
                 break
         self.accept(*exact(self.points, everything))
-        self.certificates = self.problem.certificates(self.kept[2], decrease, self.strengths)
+        self._certify(decrease)
 
     def accept(self, value: Tensor, gradient: Tensor) -> None:
         """Take exact values f64[R] and gradients f64[R, K, d + 1] of the objective at `points`."""
@@ -358,10 +357,15 @@ class Refinement:
             return value + (tilt * apart).sum((1, 2)), by_x + tilt + pull[problems] * apart / 2
 
         before = model(points, list(range(count)))[0]
-        self.points, _, _ = minimise(model, points, scale, TOLERANCE)
+        self.points, _, _ = minimise(model, points, scale, self.tolerance)
         decrease = before - model(self.points, list(range(count)))[0]
-        self.certificates = problem.certificates(gradient, decrease, self.strengths)
+        self._certify(decrease)
         return decrease
+
+    def _certify(self, decrease: Tensor) -> None:
+        """Set the certificates of the accepted points, from the decreases f64[R] that their models have found."""
+        gradient = self.problem.whitened_norm(self.kept[2], self.strengths) / self.null
+        self.certificates = [Certificate(*pair) for pair in zip(gradient.tolist(), decrease.tolist(), strict=True)]
 
 
 def solve_site(problem: SiteProblem, strengths: Sequence[float] | None = None) -> tuple[SitePath, Refinement]:

@@ -160,7 +160,6 @@ def test_boundaries_are_solved_as_two_classes(runs):
     path = runs["boundaries"].metrics["path"]["optimum"]
     assert load_file(runs["boundaries"].path / "path.safetensors")["optimum/sums"].shape == (3, 6, 5, 3 * 99 + 1)
     for entry in path["sites"]:
-        print([(c["gradient"], c["decrease"]) for c in entry["certificates"]])
         assert 0 < min(entry["cv_loss"]) and all(c["converged"] for c in entry["certificates"])
         assert len(entry["f"]) == len(entry["ap"]) == 3 and None not in entry["f"]
 

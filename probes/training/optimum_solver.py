@@ -271,17 +271,23 @@ def _in_threads(work: Callable[[str], None], sites: list[str], device: torch.dev
 
     A site is solved on one thread: its bits do not depend on the number of threads, and no thread waits for another.
     """
-    threads = torch.get_num_threads()
-    workers = threads if device.type == "cpu" else 1
     bar = tqdm(total=len(sites), desc="solving sites", disable=rank() > 0, mininterval=5)
+    done = (work(site) or site for site in sites) if device.type != "cpu" else _pooled(work, sites)
+    with bar:
+        for site in done:
+            bar.update()
+            yield site
+
+
+def _pooled(work: Callable[[str], None], sites: list[str]) -> Iterable[str]:
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool, bar:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             jobs = {pool.submit(work, site): site for site in sites}
             try:
                 for job in as_completed(jobs):
                     job.result()
-                    bar.update()
                     yield jobs[job]
             except BaseException:
                 pool.shutdown(cancel_futures=True)

@@ -56,8 +56,8 @@ class SolvedSite:
 
     @full_precision()
     def logits(self, states: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return the logits f32[R, B, K, h, w] of states f[B, T, d]."""
-        x = states.to(self.mean.device, torch.float32) - self.mean.float()
+        """Return the logits f32[R, B, K, h, w] of states f[B, T, d], on their device."""
+        x = states.float() - self.mean.to(states.device).float()
         logits = torch.einsum("btd,rkd->rbkt", x, self.weights.to(x)) + self.bias.to(x)[:, None, :, None]
         return logits.unflatten(-1, grid)
 

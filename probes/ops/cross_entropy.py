@@ -84,7 +84,8 @@ def upsampled_cross_entropy(
         masks = prepare_masks(target, classes, tuple(grid), nodes, ignore_index, view=view, dtype=dtype)
     elif tuple(masks.soft.shape) != (n_images, classes, *grid):
         raise ValueError(f"masks were prepared for {list(masks.soft.shape)}, but the logits are {list(logits.shape)}")
-    losses = _CrossEntropySum.apply(logits if logits.ndim == 5 else logits[None], masks)
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
+    losses = _CrossEntropySum.apply(logits if logits.ndim == 5 else logits[None], masks, needs_grad)
     if reduction == "mean":
         losses = losses / masks.pixels.sum().clamp(min=1).to(losses.dtype)
     return losses if logits.ndim == 5 else losses[0]
@@ -105,8 +106,8 @@ class _CrossEntropySum(torch.autograd.Function):
     """Sum over valid pixels, f[P, B, K, h, w] -> f[P]; the gradient is computed in forward."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, masks: PreparedMasks) -> Tensor:
-        totals, grads = loss_and_gradient(logits, masks, ctx.needs_input_grad[0])
+    def forward(ctx, logits: Tensor, masks: PreparedMasks, needs_grad: bool) -> Tensor:
+        totals, grads = loss_and_gradient(logits, masks, needs_grad)
         ctx.save_for_backward(grads)
         ctx.logits_dtype = logits.dtype
         return totals.sum(1).to(compute_dtype(logits))
@@ -115,7 +116,7 @@ class _CrossEntropySum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output: Tensor) -> tuple:
         (grads,) = ctx.saved_tensors
-        return (grads * grad_output[:, None, None, None, None]).to(ctx.logits_dtype), None
+        return (grads * grad_output[:, None, None, None, None]).to(ctx.logits_dtype), None, None
 
 
 @torch.no_grad()

@@ -127,11 +127,12 @@ def prepare_masks(
     view = view or GridPlacement.full(size)
     axes = [axis_rule(n, pixels, extent, nodes) for n, pixels, extent in zip(grid, size, view, strict=True)]
     (rows, by_row), (cols, by_col) = ([x.to(**like) for x in axis] for axis in axes)
-    mass = by_row.T @ labelled.to(dtype) @ by_col
     up_rows, up_cols = (bilinear_weights(n, px, extent, **like) for n, px, extent in zip(grid, size, view, strict=True))
     soft = torch.zeros(len(target), num_classes, *grid, **like)
-    for k in _classes_in(target, num_classes, ignore_index):
-        soft[:, k] = up_rows.T @ (target == k).to(dtype) @ up_cols
+    with torch.autocast(target.device.type, enabled=False):
+        mass = by_row.T @ labelled.to(dtype) @ by_col
+        for k in _classes_in(target, num_classes, ignore_index):
+            soft[:, k] = up_rows.T @ (target == k).to(dtype) @ up_cols
     return PreparedMasks(mass, soft, labelled.sum((1, 2)).double(), ((rows, cols),), (0,) * len(target))
 
 

@@ -54,6 +54,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="write a model of type llava for serving software; requires a causal model",
     )
 
+    gguf = command(
+        "import-gguf",
+        "llava_bidir.commands.import_gguf:run",
+        "convert a language model in a GGUF file to a Hugging Face directory, for model.llm",
+    )
+    gguf.add_argument("file", type=Path, metavar="FILE", help="GGUF file of an architecture that transformers reads")
+    gguf.add_argument("out", type=Path, metavar="OUT", help="directory to write; must not exist")
+
     generate = command("generate", "llava_bidir.commands.generate:run", "answer questions about an image")
     generate.add_argument("model", help="exported directory (RUN/hf), or a llava checkpoint of transformers")
     generate.add_argument("image", type=Path, help="image file")

@@ -18,6 +18,7 @@ _MODULES = {
     "register_head": ".training.heads",
     "ProbeRun": ".results.probe_run",
     "TaskRun": ".results.task_run",
+    "prepare_masks": ".ops.quadrature",
     "upsampled_cross_entropy": ".ops.cross_entropy",
 }
 __all__ = list(_MODULES)

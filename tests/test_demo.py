@@ -153,7 +153,7 @@ def test_kills_at_random_moments_change_no_result(finished, tmp_path):
         if running.poll() is not None:
             break  # it finished first
         os.killpg(running.pid, signal.SIGKILL)
-        running.wait()
+        running.wait(HANGING_S)
         kills += 1
     run(out, *PART)
     assert kills > 0

@@ -119,7 +119,7 @@ def watch():
         peak = max(peak, memory_mb("RssAnon") - before)
 thread = threading.Thread(target=watch, daemon=True); thread.start()
 module.configure_model()
-done.set(); thread.join()
+done.set(); thread.join(60)
 print(peak, sum(p.nbytes for p in module.model.parameters()) / 2**20)
 """
 

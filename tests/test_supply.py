@@ -48,7 +48,7 @@ def test_every_locked_package_is_pinned_with_hashes(lock):
 
 def test_the_lock_holds_every_declared_package_within_its_bounds():
     packages = locked(LOCK)
-    for line in declared_lines("cluster", "lab", "test", "browser"):
+    for line in declared_lines("cluster", "gguf", "lab", "test", "browser"):
         requirement = Requirement(line)
         if canonical(requirement.name) == "torch":
             assert torch_version() in requirement.specifier
@@ -127,18 +127,18 @@ def imported(*folders: str) -> dict[str, set[str]]:
 def test_what_is_imported_is_declared():
     harness = pins(HARNESS_PINS).keys()
     for path, found in imported("llava_bidir", "probes").items():
-        allowed = declared("cluster", "lab") | (harness if "/vqa/" in path else set())
+        allowed = declared("cluster", "gguf", "lab") | (harness if "/vqa/" in path else set())
         allowed |= {"triton"}  # comes with torch
         assert found <= allowed, f"{path} imports what pyproject.toml does not declare"
     for path, found in imported("tests").items():
-        extras = declared("cluster", "lab", "test", "browser") | {"lmms-eval", "pip"}
+        extras = declared("cluster", "gguf", "lab", "test", "browser") | {"lmms-eval", "pip"}
         assert found <= extras, f"{path}: the same of its extras"
 
 
 def test_what_is_declared_is_imported_or_says_why():
     used = set().union(*imported("llava_bidir", "probes", "tests").values())
     text = (ROOT / "pyproject.toml").read_text()
-    for name in declared("cluster", "lab", "test", "browser") - used:
+    for name in declared("cluster", "gguf", "lab", "test", "browser") - used:
         assert re.search(rf'"{name}\b[^\n]*" *[],]+ +# \w', text, re.IGNORECASE), f"{name} is declared; what for?"
 
 

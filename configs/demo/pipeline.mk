@@ -16,10 +16,6 @@ mapped = $(addprefix $(1)/,maps.json maps.safetensors)
 LLAVA := OMP_NUM_THREADS=1 $(PY) -m llava_bidir
 PROBES := OMP_NUM_THREADS=1 $(PY) -m probes
 LOOK_ALIKES := ceiling sky wall building floor road bed car
-# Fewer strengths and folds than by default, and two pixels a patch and axis, for the sake of time. With fewer images, weakly
-# regularised probes fit them without error, and their optimum takes many times as long to find.
-OPTIMUM := $(if $(filter 1,$(SCALE)),1e-6 1e-4,1e-3 1e-2)
-SOLVE := --folds 2 --strengths 1e-6 1e-4 1e-2 1 --optimum-strengths $(OPTIMUM) --model.label_stride 6
 DRAWS := 0 1
 # A random LLM is compared from the adapter on, a random adapter up to it.
 RANDOM_LLM := --model.sites '[adapter, layer_01, layer_02, layer_03, layer_04, layer_05, layer_06]'
@@ -78,7 +74,7 @@ $(call probed,$(OUT)/%/untrained): configs/demo/probes.yaml configs/demo/untrain
 	  --out $(OUT)/$*/untrained --model.mllm $(OUT)/$*/stage2/hf $(SCENES))
 
 $(call solved,$(OUT)/%/solved): configs/demo/probes.yaml $(OUT)/%/stage2/hf/model.safetensors
-	$(call step,$*_solved,$(PROBES) solve -c $< $(SOLVE) --overwrite true --seed_everything $(SEED) \
+	$(call step,$*_solved,$(PROBES) solve -c $< --overwrite true --seed_everything $(SEED) \
 	  --out $(OUT)/$*/solved --model.mllm $(OUT)/$*/stage2/hf $(SCENES))
 
 # $(call random_draw,DRAW): a random LLM that changes the states as much as the trained one, and a random adapter
@@ -86,11 +82,11 @@ define random_draw
 $$(call solved,$$(OUT)/%/random$(1)): configs/demo/probes.yaml configs/probes/matched.yaml \
   $$(OUT)/%/stage2/hf/model.safetensors
 	$$(call step,$$*_random$(1),$$(PROBES) solve -c $$< -c configs/probes/matched.yaml --model.draw $(1) $$(RANDOM_LLM) \
-	  $$(SOLVE) --overwrite true --seed_everything $$(SEED) --out $$(OUT)/$$*/random$(1) --model.mllm $$(OUT)/$$*/stage2/hf \
+	  --overwrite true --seed_everything $$(SEED) --out $$(OUT)/$$*/random$(1) --model.mllm $$(OUT)/$$*/stage2/hf \
 	  $$(SCENES))
 
 $$(call solved,$$(OUT)/%/adapter$(1)): configs/demo/probes.yaml $$(OUT)/%/stage2/hf/model.safetensors
-	$$(call step,$$*_adapter$(1),$$(PROBES) solve -c $$< $$(RANDOM_ADAPTER) --model.draw $(1) $$(SOLVE) \
+	$$(call step,$$*_adapter$(1),$$(PROBES) solve -c $$< $$(RANDOM_ADAPTER) --model.draw $(1) \
 	  --overwrite true --seed_everything $$(SEED) --out $$(OUT)/$$*/adapter$(1) \
 	  --model.mllm $$(OUT)/$$*/stage2/hf $$(SCENES))
 
@@ -103,13 +99,13 @@ $(foreach draw,$(DRAWS),$(eval $(call random_draw,$(draw))))
 # $(call task,TASK): its probes in closed form, of the trained model and of a random LLM that changes the states as much
 define task
 $$(call solved,$$(OUT)/%/$(1)): configs/demo/probes.yaml $$(OUT)/%/stage2/hf/model.safetensors
-	$$(call step,$$*_$(1),$$(PROBES) solve -c $$< --data.task $(1) $$(SOLVE) --passes 1 --overwrite true \
+	$$(call step,$$*_$(1),$$(PROBES) solve -c $$< --data.task $(1) --overwrite true \
 	  --seed_everything $$(SEED) --out $$(OUT)/$$*/$(1) --model.mllm $$(OUT)/$$*/stage2/hf $$(SCENES))
 
 $$(call solved,$$(OUT)/%/$(1)_random): configs/demo/probes.yaml configs/probes/matched.yaml \
   $$(OUT)/%/stage2/hf/model.safetensors
 	$$(call step,$$*_$(1)_random,$$(PROBES) solve -c $$< -c configs/probes/matched.yaml --data.task $(1) $$(RANDOM_LLM) \
-	  $$(SOLVE) --passes 1 --overwrite true --seed_everything $$(SEED) --out $$(OUT)/$$*/$(1)_random \
+	  --overwrite true --seed_everything $$(SEED) --out $$(OUT)/$$*/$(1)_random \
 	  --model.mllm $$(OUT)/$$*/stage2/hf $$(SCENES))
 endef
 TASKS := depth normals boundaries

@@ -4,6 +4,7 @@ Data is written under a name that ends in .partial and flushed to disk before it
 keep a name and lose the contents. The new name is flushed too. Permissions follow the umask; safetensors ignores it.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -104,7 +105,8 @@ def write_files(contents: Mapping[Path, Any]) -> None:
 
     Args:
         contents: Content by path: tensors by name for .safetensors, a JSON value for .json, else text or bytes. NaN
-            becomes null, since JSON has no NaN and readers other than Python's fail at it.
+            becomes null, since JSON has no NaN and readers other than Python's fail at it. A function is called with
+            the SHA-256 of the other files by name, and returns the content.
 
     Raises:
         UserError: A file cannot be written, for example on a full disk. The previous files are unchanged.
@@ -113,9 +115,12 @@ def write_files(contents: Mapping[Path, Any]) -> None:
     partials = {path: partial_path(path) for path in contents}
     path = last
     try:
-        for path, partial in partials.items():
+        for path in sorted(contents, key=lambda path: callable(contents[path])):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write(partial, path.suffix, contents[path])
+            content = contents[path]
+            if callable(content):
+                content = content({file.name: sha256(partials[file]) for file in contents if file != path})
+            _write(partials[path], path.suffix, content)
         if others:
             last.unlink(missing_ok=True)
         for path, partial in partials.items():
@@ -215,6 +220,12 @@ def _os_error_text(error: BaseException | None) -> str | None:
             return str(error)
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return None
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 
+from .atomic_io import write_files
 from .checkpoint_io import is_complete, resolve_ckpt_path
 from .errors import UserError
 from .identity import Identity, check_same_identity, run_identity
@@ -131,8 +132,10 @@ class StartOfRun(SaveConfigCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write config.yaml and delete `replaced`."""
-        super().setup(trainer, pl_module, "fit")
+        file = Path(str(trainer.log_dir)) / self.config_filename  # on all ranks, since log_dir is broadcast
         if trainer.is_global_zero:
+            # Lightning would write it through a link, into a file that is not the run's.
+            write_files({file: self.parser.dump(self.config, skip_none=False)})
             for path in self.replaced:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.replaced = []

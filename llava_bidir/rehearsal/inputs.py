@@ -21,7 +21,7 @@ STEPS = 2  # optimizer steps of each stage; the first one also compiles and allo
 RECORDS = STEPS * 256  # as many as these steps need under configs/stage1.yaml
 PICTURES = 16
 # Options of the solver and the knockout that cost few passes
-QUICK_SOLVE = "--passes 2 --folds 2 --strengths 0.01 1 --optimum-strengths 0.1".split()
+QUICK_SOLVE = "--passes 2 --folds 2 --strengths 0.1 --sample-images 12".split()
 QUICK_KNOCKOUT = "--classes auto:2 --limit 1 --draws 1".split()
 
 

@@ -141,17 +141,14 @@ def _training(out: Path, inputs: Path, size: str, encoder: str, mask: str) -> li
 
 def _probing(folder: Path, inputs: Path, size: str, mask: str) -> list[Step]:
     """Return fitted and solved probes of the model of stage 2, and their knockouts."""
-    batch, on_gpu = 2, torch.cuda.is_available()  # there are fewer images than the config's batch has
-    # On two CPU cores, all pixels of 150 classes take 20 minutes, and refining 25 sites of width 2,048 half an hour.
-    stride = [] if on_gpu else ["--model.label_stride", 16]
-    closed_form = [] if on_gpu or size == "tiny" else ["--passes", 1]
+    batch = 2  # there are fewer images than the config's batch has
     data = ["-c", "configs/probes/ade20k.yaml", "--model.mllm", folder / "stage2/hf"]
     data += ["--data.root", inputs / "ADEChallengeData2016", "--data.batch_size", batch, "--data.num_workers", 1]
-    data += ["--ckpt_path", "last", *stride]
+    data += ["--ckpt_path", "last"]
     steps = []
     for name, command in (
         ("probes", ["fit", *data, "--trainer.max_epochs", 1, "--trainer.log_every_n_steps", 1]),
-        ("solved", ["solve", *data, *QUICK_SOLVE, *closed_form]),
+        ("solved", ["solve", *data, *QUICK_SOLVE]),
     ):
         run = folder / name
         words = _probes(*command, "--out", run)

@@ -38,7 +38,7 @@ def supervised_loss(
     targets = batch["labels"].flatten()[batch["predicts"] + 1]
     with _head_computes(model, partial(_summed_loss, batch["predicts"], targets, chunk_tokens)):
         total = model(
-            inputs_embeds=_embed(model, batch),
+            **_inputs(model, batch),
             attention_mask=_attention_mask(model, batch),
             position_ids=batch["position_ids"],
             use_cache=False,
@@ -58,16 +58,18 @@ def _summed_loss(
     return sum(checkpoint(token_losses, x, y, use_reentrant=False, preserve_rng_state=False) for x, y in chunks)
 
 
-def _embed(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]) -> Tensor:
-    """Return the LLM's input f[B, N, d], with the features of the images at their tokens.
+def _inputs(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the ids of a batch without images, or `inputs_embeds` f[B, N, d] with image features at their tokens.
 
-    LlavaModel.forward finds these tokens on the device, and waits for it to count them and for the gradient.
+    LlavaModel.forward finds these tokens on the device, and waits for it to count them and for the gradient. Embeddings
+    of text alone would be warned of, since they could contain images.
     """
-    embedded = model.get_input_embeddings()(batch["input_ids"])
     if batch["pixel_values"] is None:
-        return embedded
+        return {"input_ids": batch["input_ids"]}
+    embedded = model.get_input_embeddings()(batch["input_ids"])
     features = torch.cat(model.get_image_features(batch["pixel_values"]).pooler_output).to(embedded.dtype)
-    return embedded.flatten(0, 1).index_copy(0, batch["image_positions"], features).view_as(embedded)
+    embedded = embedded.flatten(0, 1).index_copy(0, batch["image_positions"], features).view_as(embedded)
+    return {"inputs_embeds": embedded}
 
 
 def _attention_mask(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]):

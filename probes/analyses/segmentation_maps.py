@@ -26,7 +26,8 @@ from probes.analyses.replacement import check_replaceable
 from probes.evaluation.metrics import true_classes
 from probes.models.knockout import Knockout
 from probes.ops.bilinear import upsampled_argmax
-from probes.results.probe_run import ProbeRun, read_tensors
+from probes.results.probe_run import ProbeRun
+from probes.results.run_files import read_tensors
 from probes.results.task_run import TaskRun, open_run
 
 MAP_CONDITIONS = ("none", "incorrect", "correct")

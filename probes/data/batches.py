@@ -5,7 +5,7 @@ Shapes: B images, T image tokens, d width of a site, H W pixels of a mask.
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.loader_workers import worker_options
+from probes.ops.geometry import Geometry
+from probes.ops.quadrature import PreparedMasks, join_masks, prepare_masks
 
 from .available_memory import available_memory
 from .base import IGNORE_INDEX
@@ -25,15 +27,34 @@ if TYPE_CHECKING:  # a report needs no model
 log = logging.getLogger(__name__)
 
 
+class MaskPreparer(NamedTuple):
+    """Prepares masks for the loss; see :func:`probes.prepare_masks`."""
+
+    geometry: Geometry
+    classes: int
+    nodes: int
+
+    def __call__(self, target: Tensor | list[Tensor]) -> PreparedMasks:
+        """Return the masks uint8[B, H, W], or a list of masks uint8[H, W], prepared."""
+        parts = [target] if isinstance(target, Tensor) else [mask[None] for mask in target]
+        view, options = self.geometry.view, (self.classes, tuple(self.geometry.grid), self.nodes, IGNORE_INDEX)
+        return join_masks([prepare_masks(part, *options, view=view(tuple(part.shape[1:]))) for part in parts])
+
+
 class PreprocessedDataset(Dataset):
     """A dataset as tensors: {"index", "pixels": f[3, H', W'], "target": uint8[H, W]}.
 
     Targets of other tasks are f32[H, W] (depth) or f32[H, W, 3] (normals). Index `PAD_INDEX` returns an image whose
     pixels are all ignored, or NaN where targets are real numbers.
+
+    Args:
+        dataset: The dataset.
+        preprocess: Returns the pixels of a list of images.
+        prepare: Prepares the mask for the loss, as "masks"; None to leave it.
     """
 
-    def __init__(self, dataset: Dataset, preprocess: Callable):
-        self.dataset, self.preprocess = dataset, preprocess
+    def __init__(self, dataset: Dataset, preprocess: Callable, prepare: MaskPreparer | None = None):
+        self.dataset, self.preprocess, self.prepare = dataset, preprocess, prepare
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -41,7 +62,9 @@ class PreprocessedDataset(Dataset):
     def __getitem__(self, index: int) -> dict:
         sample = self.dataset[index]
         pixels = self.preprocess([sample["image"]])[0]
-        return {"index": index, "pixels": pixels, "target": _target(torch.from_numpy(sample["target"]), index)}
+        target = _target(torch.from_numpy(sample["target"]), index)
+        prepared = {"masks": self.prepare(target[None])} if self.prepare else {}
+        return {"index": index, "pixels": pixels, "target": target} | prepared
 
 
 def _target(target: Tensor, index: int) -> Tensor:
@@ -52,13 +75,18 @@ def _target(target: Tensor, index: int) -> Tensor:
 def collate(samples: list[dict]) -> dict:
     """Return a batch: index i64[B], pixels f[B, 3, H', W'], target uint8[B, H, W] or a list if mask sizes differ.
 
-    Targets of depth are f32[B, H, W], of normals f32[B, H, W, 3]. Targets keep the size of their image.
+    Targets of depth are f32[B, H, W], of normals f32[B, H, W, 3]. Targets keep the size of their image. "masks" has the
+    prepared masks, if the dataset prepares them.
     """
     return {
         "index": torch.tensor([sample["index"] for sample in samples]),
         "pixels": torch.stack([sample["pixels"] for sample in samples]),
         "target": _stack([sample["target"] for sample in samples]),
-    }
+    } | _join([sample["masks"] for sample in samples if "masks" in sample])
+
+
+def _join(masks: list[PreparedMasks]) -> dict[str, PreparedMasks]:
+    return {"masks": join_masks(masks)} if masks else {}
 
 
 def _stack(targets: list[Tensor]) -> Tensor | list[Tensor]:
@@ -108,11 +136,13 @@ class CachedFeatures(Dataset):
             )
         self.states = {site: torch.empty(len(images), tokens, mllm.widths[site], dtype=dtype) for site in sites}
         self.targets: list[Tensor] = []
+        self.masks: list[PreparedMasks] = []
         loader = DataLoader(images, batch_size, collate_fn=collate, **worker_options(workers))
         for batch in tqdm(loader, desc=f"caching {name}", mininterval=5):
             for site, states in mllm.states(batch["pixels"], sites).items():
                 self.states[site][batch["index"]] = states.cpu()
             self.targets += list(batch["target"])
+            self.masks += [batch["masks"][[i]] for i in range(len(batch["target"])) if "masks" in batch]
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -123,7 +153,7 @@ class CachedFeatures(Dataset):
             "index": torch.tensor(indices),
             "states": {site: states[indices] for site, states in self.states.items()},
             "target": _stack([_target(self.targets[i], i) for i in indices]),
-        }
+        } | _join([self.masks[i] for i in indices if self.masks])
 
 
 def group_by_mask_size(target: Tensor | list[Tensor]) -> list[tuple[Any, Tensor]]:

@@ -146,7 +146,8 @@ class SegmentationData(LightningDataModule):
     def _source(self, split: str) -> Dataset:
         if split not in self._sources:
             trainer, module = self.trainer, self.trainer.lightning_module
-            source = PreprocessedDataset(self.splits[split], module.mllm.preprocess)
+            prepare = module.mask_preparer() if split == "training" else None
+            source = PreprocessedDataset(self.splits[split], module.mllm.preprocess, prepare)
             if self.cache_features:
                 with trainer.precision_plugin.forward_context():  # the precision of states that are not cached
                     source = CachedFeatures(

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from .session import Session
     from .worker import Worker
 
-MAX_CONNECTIONS = 100  # a browser opens six per tab
-
 
 def run(args: argparse.Namespace) -> None:
     """Run `probes lab` until Ctrl-C."""
@@ -50,11 +48,12 @@ def build_server(session: "Session", worker: "Worker", token: str, hosts: set[st
     """Return the server of a session, for requests with the token to these hosts."""
     import uvicorn
 
+    from .connections import MAX_CONNECTIONS, LabProtocol
     from .server import build_app
 
     config = uvicorn.Config(
         build_app(session, worker, token, hosts),
-        http="h11",
+        http=LabProtocol,
         ws="none",
         lifespan="off",
         log_level="critical",  # the application prints its own errors

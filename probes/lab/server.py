@@ -8,8 +8,8 @@
                           so far as {"text": answer, "blocked": bool}, and last {"result": ...} or {"error": text}.
                           Closing the connection cancels the operation.
 
-Every request needs the cookie, a Host that is no foreign name (DNS rebinding) and, if the browser sends one, the page's
-own Origin (cross-site posts).
+Every request needs the cookie, a Host that is no foreign name (DNS rebinding) and, if the browser sends them, the
+page's own Origin (cross-site posts) and Sec-Fetch-Site (browsers send the cookie from pages at other ports, too).
 """
 
 import asyncio
@@ -75,7 +75,7 @@ class Guard:
         request = Request(scope)
         refusal = self._refusal(request)
         if refusal:
-            return await JSONResponse({"error": refusal}, 403)(scope, receive, send)
+            return await JSONResponse({"error": refusal}, 403, {"Connection": "close"})(scope, receive, send)
         if request.url.path == "/" and "token" in request.query_params:
             response = RedirectResponse("/", 303, {"Referrer-Policy": "no-referrer"})
             response.set_cookie(cookie_name(scope), self.token, httponly=True, samesite="strict")
@@ -88,6 +88,10 @@ class Guard:
             return f"the Host {host[:100]!r} is not this server's; open the address that `probes lab` printed"
         origin = request.headers.get("origin")
         if origin is not None and origin != f"http://{host}":
+            return "requests of other sites are refused"
+        # Another site's link may open the page, which it cannot read; that the token goes with it is checked below.
+        opens_page = request.url.path == "/" and request.headers.get("sec-fetch-mode") == "navigate"
+        if request.headers.get("sec-fetch-site", "none") not in ("same-origin", "none") and not opens_page:
             return "requests of other sites are refused"
         given = request.query_params.get("token") if request.url.path == "/" else None
         if given is None:
@@ -138,8 +142,10 @@ def build_app(session: Session, worker: Worker, token: str, hosts: set[str]) -> 
             raise UserError(f"model {model[:20]!r} does not exist")
         image, kind = (photo.squares[int(model)], "PNG") if square else (photo.preview, "JPEG")
         content = await run_in_threadpool(encode, image, kind)
-        # A later lab at this port has other pictures under the same key.
-        return Response(content, media_type=f"image/{kind.lower()}", headers={"Cache-Control": "no-store"})
+        # A later lab at this port has other pictures under the same key. Browsers send no Sec-Fetch-Site to a host
+        # without TLS other than localhost, but do not show such a picture on other origins' pages.
+        headers = {"Cache-Control": "no-store", "Cross-Origin-Resource-Policy": "same-origin"}
+        return Response(content, media_type=f"image/{kind.lower()}", headers=headers)
 
     async def run_operation(request: Request) -> Response:
         name = request.path_params["operation"]

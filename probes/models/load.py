@@ -13,7 +13,6 @@ from llava_bidir.common.hf_loading import load_weights
 from .attention_masks import check_masks, mask_backend
 from .families import family_of, own_image_attention
 from .frozen_mllm import FrozenMLLM
-from .matched_updates import layer_updates, match_updates, scale_layers
 from .prompt_and_pixels import (
     check_numbers,
     read_chat,
@@ -22,9 +21,8 @@ from .prompt_and_pixels import (
     read_prefix_ids,
     read_separator_id,
 )
-from .random_init import check_control, reinitialize
-
-DRAW_SEEDS = 1_000_003  # between the seeds of two draws, so that draws of neighbouring seeds differ
+from .random_init import check_control
+from .random_layers import replace_weights
 
 
 def load(
@@ -79,9 +77,7 @@ def load(
     attention, text_config = image_attention or own_image_attention(config), config.get_text_config()
     backend = attn_implementation or mask_backend(text_config)
     check_masks(attention, text_config, backend)
-    check_control(untrained, match)
-    if match == "update" and not match_images and update_scales is None:
-        raise UserError("match 'update' needs images to measure updates on; pass match_images, e.g. 32 training images")
+    check_control(untrained, match, match_images, update_scales)
     spread = {} if device_map is None else {"device_map": device_map}
     options = {"dtype": dtype or "auto", "attn_implementation": backend, **spread}
     model = load_weights("MLLM", family.model_cls, path, **options, **hub)
@@ -94,33 +90,5 @@ def load(
     if device_map is None:
         mllm.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if untrained:
-        control = {"seed": seed + DRAW_SEEDS * draw, "images": match_images, "scales": update_scales}
-        _replace_weights(mllm, untrained, match, **control, move=device_map is None)
+        replace_weights(mllm, untrained, match, draw, seed, match_images, update_scales)
     return mllm
-
-
-def _replace_weights(
-    mllm: FrozenMLLM,
-    parts: Sequence[str],
-    match: str,
-    seed: int,
-    images: Sequence[Image.Image],
-    scales: Sequence[float] | None,
-    move: bool,
-) -> None:
-    """Make a loaded model a control with random weights, drawn on the CPU if it may be moved there."""
-    device, pixels = mllm.device, None
-    if match == "update" and scales is None:
-        pixels = mllm.preprocess(images)
-        updates = layer_updates(mllm, pixels)
-    if move:
-        mllm.cpu()  # whose random numbers are the same everywhere
-    reinitialize(mllm.model, mllm.family, parts, seed, match)
-    mllm.clear_prefix_cache()
-    if move:
-        mllm.to(device)
-    if pixels is not None:
-        mllm.update_scales = match_updates(mllm, pixels, updates)
-    elif match == "update":
-        mllm.update_scales = list(scales)
-        scale_layers(mllm, mllm.update_scales)

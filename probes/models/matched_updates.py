@@ -7,14 +7,18 @@ factor, from the first layer to the last, until its update is the trained one. F
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
+from copy import copy
 from functools import partial
 from itertools import pairwise
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from llava_bidir.common.errors import UserError
 
 from .frozen_mllm import FrozenMLLM
+from .shared_layers import replaced_forward
 from .sites import ADAPTER, layer_site
 
 MATCH_IMAGES = 32  # on other images of the toy world the updates then differ from the trained ones by up to 5%
@@ -34,45 +38,79 @@ def _relative_update(before: Tensor, after: Tensor) -> float:
     return ((after - before).norm(dim=-1) / before.norm(dim=-1)).mean().item()
 
 
-def match_updates(mllm: FrozenMLLM, pixels: Tensor, updates: Sequence[float]) -> list[float]:
-    """Scale the layers to these relative updates on `pixels`, and return the factors for :func:`scale_layers`.
+def match_updates(mllm: FrozenMLLM, pixels: Tensor, updates: Sequence[float], scales: list[float]) -> None:
+    """Edit the factors that :func:`scale_layers` applies until the layers have these relative updates on `pixels`.
+
+    One forward matches all layers: each runs again, on the same inputs, until its update is the wanted one. Its
+    attention runs once, since attention comes before all that the factor changes.
 
     Raises:
         UserError: An update cannot be reached.
     """
-    scales = [1.0] * len(updates)
-    scale_layers(mllm, scales)
-    for layer, wanted in enumerate(updates):
-        sites = [layer_site(layer) if layer else ADAPTER, layer_site(layer + 1)]
+    together = copy(mllm)
+    together.prefix_is_shared = False  # cached keys and values of the prompt would be those of other factors
+    before = attended = None
+
+    def states_of(hidden: Tensor | tuple) -> Tensor:
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        return hidden.index_select(1, mllm.image_positions.to(hidden.device))
+
+    def keep(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
+        nonlocal attended
+        attended = output
+
+    def match(layer: int, module: nn.Module, args: tuple, kwargs: dict, output: Tensor | tuple) -> Tensor | tuple:
+        nonlocal before
+        if layer == 0:
+            before = states_of(args or kwargs["hidden_states"])
+        wanted = updates[layer]
         for _ in range(STEPS):
-            mllm.clear_prefix_cache()
-            now = _relative_update(*mllm.states(pixels, sites).values())
+            after = states_of(output)
+            now = _relative_update(before.to(after.device), after)
             if abs(now - wanted) <= TOLERANCE * wanted:
-                break
+                before = after
+                return output
             scales[layer] *= wanted / now
-        else:
-            raise UserError(
-                f"layer {layer + 1} of the random LLM changes its input by {now:.3g}, the trained one by {wanted:.3g}: "
-                "the updates of this family cannot be matched; use match: permuted"
-            )
-    return scales
+            with replaced_forward(_attention(module), lambda *args, **kwargs: attended):
+                output = module.forward(*args, **kwargs)  # without the hooks of the layer, this one among them
+        raise UserError(
+            f"layer {layer + 1} of the random LLM changes its input by {now:.3g}, the trained one by {wanted:.3g}: "
+            "the updates of this family cannot be matched; use match: permuted"
+        )
+
+    with ExitStack() as hooks:
+        for layer, module in enumerate(mllm.decoder.layers):
+            hooks.callback(_attention(module).register_forward_hook(keep, prepend=True).remove)  # before it is scaled
+            hooks.callback(module.register_forward_hook(partial(match, layer), with_kwargs=True).remove)
+        together.states(pixels, [layer_site(len(updates))])
+    mllm.clear_prefix_cache()
 
 
-def scale_layers(mllm: FrozenMLLM, scales: Sequence[float]) -> None:
+def scale_layers(mllm: FrozenMLLM, scales: Sequence[float]) -> list[RemovableHandle]:
     """Multiply what attention and MLP of each layer add to the states by the layer's factor.
 
     The factors are read at each forward; call `clear_prefix_cache` after changing them.
+
+    Returns:
+        The hooks that multiply.
     """
-    for layer, module in enumerate(mllm.decoder.layers):
-        for branch in branch_outputs(module):
-            branch.register_forward_hook(partial(_scaled_output, scales, layer))
+    hooks = [
+        branch.register_forward_hook(partial(_scaled_output, scales, layer))
+        for layer, module in enumerate(mllm.decoder.layers)
+        for branch in branch_outputs(module)
+    ]
     mllm.clear_prefix_cache()
+    return hooks
 
 
 def _scaled_output(scales: Sequence[float], layer: int, module: nn.Module, args: tuple, output):
     if isinstance(output, tuple):
         return (output[0] * scales[layer], *output[1:])
     return output * scales[layer]
+
+
+def _attention(layer: nn.Module) -> nn.Module:
+    return layer.self_attn if hasattr(layer, "self_attn") else layer.linear_attn
 
 
 def branch_outputs(layer: nn.Module) -> list[nn.Module]:

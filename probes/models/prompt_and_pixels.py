@@ -106,10 +106,11 @@ def read_prefix_ids(path: str, family: Family, prefix: str | None = None, **hub:
     else:
         tokenizer = read_tokenizer(path, **hub)
     bos = tokenizer.bos_token_id
-    is_added = bos is not None and (prefix.startswith(tokenizer.bos_token) or tokenizer.encode("")[:1] == [bos])
-    start = [bos] if is_added else []
+    if bos is not None and prefix.startswith(tokenizer.bos_token):
+        return tokenizer.encode(prefix, add_special_tokens=False)
+    start = [bos] if bos is not None and tokenizer.encode("")[:1] == [bos] else []
     # Tokenised by itself, without a preceding token, as LLaVA tokenises the text before an image.
-    return start + tokenizer.encode(prefix.removeprefix(tokenizer.bos_token or ""), add_special_tokens=False)
+    return start + tokenizer.encode(prefix, add_special_tokens=False)
 
 
 def read_separator_id(path: str, family: Family, **hub: Any) -> int | None:

@@ -26,14 +26,16 @@ from .families import Family
 MATCHES = ("none", "update", "permuted")
 
 
-def check_control(parts: Sequence[str], match: str) -> None:
-    """Raise a UserError unless `parts` and `match` describe a control."""
+def check_control(parts: Sequence[str], match: str, images: Sequence, scales: Sequence[float] | None) -> None:
+    """Raise a UserError unless `parts` and `match`, with images or factors to match updates, describe a control."""
     if unknown := set(parts) - {"adapter", "llm"}:
         raise UserError(f"unknown part {min(unknown)!r} in untrained; expected adapter, llm")
     if match not in MATCHES:
         raise UserError(f"unknown match {match!r}; expected {', '.join(MATCHES)}")
     if match != "none" and "llm" not in parts:
         raise UserError(f"match {match!r} describes a random LLM; add llm to untrained")
+    if match == "update" and not len(images) and scales is None:
+        raise UserError("match 'update' needs images to measure updates on; pass match_images, e.g. 32 training images")
 
 
 def reinitialize(model: PreTrainedModel, family: Family, parts: Sequence[str], seed: int, match: str = "none") -> None:

@@ -8,9 +8,8 @@ the unchanged images, the encoder and the layers before the first change do not 
 Shapes: B images, R rows of the knockout, n distinct rows at a layer, L layers, N tokens.
 """
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -157,6 +156,20 @@ def unchanged_sites(
 
 
 @contextmanager
+def replaced_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Run `forward` in place of a module's own while the context is open; its hooks run as before."""
+    wrapped = vars(module).get("forward")  # accelerate's, which moves inputs to the module's device
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if wrapped is None:
+            del module.forward
+        else:
+            module.forward = wrapped
+
+
+@contextmanager
 def skipped_layers(layers: nn.ModuleList, count: int, states: Tensor) -> Iterator[None]:
     """Skip the first `count` layers while the context is open; the next one continues with `states` f[B, N, d].
 
@@ -170,12 +183,7 @@ def skipped_layers(layers: nn.ModuleList, count: int, states: Tensor) -> Iterato
 
     with ExitStack() as stack:
         for layer in layers[:count]:
-            wrapped = vars(layer).get("forward")  # accelerate's, which moves inputs to the layer's device
-            layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
-            restore = (
-                partial(delattr, layer, "forward") if wrapped is None else partial(setattr, layer, "forward", wrapped)
-            )
-            stack.callback(restore)
+            stack.enter_context(replaced_forward(layer, lambda hidden_states, *args, **kwargs: hidden_states))
         stack.callback(layers[count].register_forward_pre_hook(substitute, with_kwargs=True).remove)
         yield
 

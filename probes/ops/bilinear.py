@@ -12,8 +12,7 @@ two rows, five times cheaper than a second product. The adjoint of a band is `ro
     h=2 -> H=4:   rows = [1 0], [.75 .25], [.25 .75], [0 1]     Two bands: pixel rows 0, 1, 2 mix grid rows 0 and 1,
                                                                pixel row 3 equals the last grid row.
 
-A chunk is `f[N, R, K, C]`. The pixels of a row are innermost, so that max, exp and sum over the classes vectorise.
-`cross_entropy.py` uses the same chunks.
+A chunk is `f[N, R, K, C]`. The pixels of a row are innermost, so that the maximum over the classes vectorises.
 
 Legend: N images, K classes, h w grid, H W pixels, R C pixel rows and columns of one chunk.
 """
@@ -93,19 +92,18 @@ def make_plan(
     device: torch.device,
     *,
     view: GridPlacement | None = None,
-    stride: int = 1,
 ) -> ResamplingPlan:
     """Return the weights and chunks that upsample `images` grids (h, w) of `classes` logits to `size` (H, W).
 
     The type of the device sets the chunk size. `view` is the position of the grid on the pixels; None: the grid covers
-    them exactly. `stride` > 1 uses every stride-th pixel row and column only, from `stride // 2` on.
+    them exactly.
     """
-    (h, w), (height, width), pixels = grid, size, slice(stride // 2, None, stride)
+    (h, w), (height, width) = grid, size
     view = view or GridPlacement.full(size)
     numel = CHUNK_NUMEL.get(device.type, CHUNK_NUMEL["cuda"])
-    rows = bilinear_weights(h, height, view.rows, dtype=dtype, device=device)[pixels]
-    cols = bilinear_weights(w, width, view.cols, dtype=dtype, device=device)[pixels].T.contiguous()
-    nodes, n_cols = axis_nodes(h, height, view.rows)[0][pixels], cols.shape[1]
+    rows = bilinear_weights(h, height, view.rows, dtype=dtype, device=device)
+    cols = bilinear_weights(w, width, view.cols, dtype=dtype, device=device).T.contiguous()
+    nodes, n_cols = axis_nodes(h, height, view.rows)[0], cols.shape[1]
     # A band has all its rows, unless a strip of 64 columns would exceed the chunk.
     most = max(1, numel // (classes * min(n_cols, 64)))
     bands, first = [], 0
@@ -136,16 +134,16 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def upsample(maps: Tensor, size: tuple[int, int], view: GridPlacement | None = None, stride: int = 1) -> Tensor:
+def upsample(maps: Tensor, size: tuple[int, int], view: GridPlacement | None = None) -> Tensor:
     """Return maps f[..., h, w] on the grid as pixels f[..., H, W], all at once; differentiable.
 
     Equals `F.interpolate(maps, size, mode="bilinear")`. `view` is the position of the grid on the pixels; None: the
-    grid covers them exactly. `stride` > 1 returns every stride-th pixel row and column only, from `stride // 2` on.
+    grid covers them exactly.
     """
-    view, pixels = view or GridPlacement.full(size), slice(stride // 2, None, stride)
+    view = view or GridPlacement.full(size)
     like = {"dtype": compute_dtype(maps), "device": maps.device}
-    rows = bilinear_weights(maps.shape[-2], size[0], view.rows, **like)[pixels]
-    cols = bilinear_weights(maps.shape[-1], size[1], view.cols, **like)[pixels]
+    rows = bilinear_weights(maps.shape[-2], size[0], view.rows, **like)
+    cols = bilinear_weights(maps.shape[-1], size[1], view.cols, **like)
     with torch.autocast(maps.device.type, enabled=False):
         return rows @ maps.to(rows.dtype) @ cols.T
 
@@ -168,7 +166,7 @@ def upsampled_argmax(logits: Tensor, size: tuple[int, int], view: GridPlacement 
         from probes.ops.kernels.argmax_counts import argmax_map
         from probes.ops.kernels.grid_cells import cells
 
-        rows, cols = cells((h, w), size, view or GridPlacement.full(size), 1, logits.device)
+        rows, cols = cells((h, w), size, view or GridPlacement.full(size), logits.device)
         return argmax_map(grids.transpose(1, 2), rows, cols).view(*leading, *size)
     plan = make_plan(max(1, len(grids)), classes, (h, w), size, dtype, logits.device, view=view)
     out = logits.new_empty((len(grids), *size), dtype=torch.uint8 if classes <= 255 else torch.int16)

@@ -39,22 +39,19 @@ class NormalEquations(NamedTuple):
     square: Tensor
 
 
-def normal_equations(
-    target: Tensor, grid: tuple[int, int], view: GridPlacement | None = None, label_stride: int = 1
-) -> NormalEquations:
+def normal_equations(target: Tensor, grid: tuple[int, int], view: GridPlacement | None = None) -> NormalEquations:
     """Return the normal equations of targets f[B, H, W, K]; a pixel with a NaN in any channel is not labelled.
 
     Args:
         target: f[B, H, W, K].
         grid: (h, w).
         view: Position of the grid on the pixels; None: it covers them exactly.
-        label_stride: s > 1 uses every s-th pixel row and column only, from `s // 2` on. The upsampling is the same.
     """
-    size, pixels = tuple(target.shape[1:3]), slice(label_stride // 2, None, label_stride)
+    size = tuple(target.shape[1:3])
     view, like = view or GridPlacement.full(size), {"dtype": torch.float64, "device": target.device}
-    rows = bilinear_weights(grid[0], size[0], view.rows, **like)[pixels]
-    cols = bilinear_weights(grid[1], size[1], view.cols, **like)[pixels]
-    target = target[:, pixels, pixels].double()
+    rows = bilinear_weights(grid[0], size[0], view.rows, **like)
+    cols = bilinear_weights(grid[1], size[1], view.cols, **like)
+    target = target.double()
     labelled = target.isfinite().all(-1)
     y, valid = torch.where(labelled[..., None], target, 0), labelled.double()
     apart = lambda axis, steps: axis[:, : axis.shape[1] - steps] * axis[:, steps:]

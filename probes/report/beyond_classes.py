@@ -6,7 +6,7 @@ scored on (`effects.py`).
 
 With several seeds, each has its own control, and effects are joined as claims are (`seeds.py`).
 
-Shapes: B resamplings, S sites, N images, M sums per image, R strengths.
+Shapes: B resamplings, S sites, N images, M sums per image.
 """
 
 import logging
@@ -23,13 +23,12 @@ from probes.models.sites import ENCODER
 from probes.results.task_run import TaskRun
 
 from .effects import choose_layers, effects_of_sites, estimates_to_json, read_sites, sites_to_read, subtract
-from .path import has_converged
+from .path import has_converged, neighbours
 from .seeds import mean_over_seeds, share_images
 from .study import Rows, model_name, read_run, study_keys
 
 log = logging.getLogger(__name__)
 
-INSTRUMENTS = ("optimum", "closed_form")  # the first that a run has is shown
 EFFECTS = ("adapter_drop", "recovery", "recovery_beyond_control")
 
 
@@ -83,8 +82,9 @@ def task_results(runs: list[TaskRun]) -> list[dict[str, Any]]:
     """Return the entry "tasks" of results.json, one entry per trained run.
 
     Each has the scores by site, "adapter_drop" and "recovery" with intervals, "recovery_beyond_control" if there is a
-    run of the same task and mask with random weights ("control_is" says of which), and "path": the effects at every
-    strength of regularisation, and whether the probes that the recovery reads have "converged".
+    run of the same task and mask with random weights ("control_is" says of which), and "path": the effects at the
+    chosen strength of regularisation and its neighbours, and whether the probes that the recovery reads have
+    "converged".
 
     Raises:
         UserError: A run has two controls, or one that was not probed in the same way.
@@ -138,22 +138,15 @@ def _sites(run: TaskRun) -> list[dict[str, Any]]:
 
 
 def _path(run: TaskRun) -> list[dict[str, Any]]:
-    solved = run.metrics.get("path") or {}
-    for instrument in INSTRUMENTS:
-        if solved.get(instrument):
-            by_strength = zip(solved[instrument]["strengths"], run.path_sums(instrument), strict=True)
-            return [
-                {"strength": r, **estimates_to_json(effects(run, sums))} | _recovery_converged(run, instrument, i, sums)
-                for i, (r, sums) in enumerate(by_strength)
-            ]
-    return []
-
-
-def _recovery_converged(run: TaskRun, instrument: str, strength: int, sums: Tensor) -> dict[str, bool]:
-    """Return whether the probes that the recovery reads at a strength have converged; in closed form all have."""
-    sites = [site for name, site in sites_of_task(run, sums).items() if name != ENCODER]
-    read = torch.cat(sites).unique().tolist() if sites else []
-    return {"converged": has_converged(run, instrument, strength, read)}
+    if not run.is_solved:
+        return []
+    path, entries = run.path_sums(), []
+    for name, row in neighbours(run).items():
+        sums = path[row, torch.arange(len(row))]
+        read = [site for site_name, site in sites_of_task(run, sums).items() if site_name != ENCODER]
+        converged = has_converged(run, row, torch.cat(read).unique().tolist() if read else [])
+        entries.append({"row": name, **estimates_to_json(effects(run, sums)), "converged": converged})
+    return entries
 
 
 def group_by_seed(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -169,7 +162,7 @@ def joint_task_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the entry "joint_tasks" of results.json: the entries of :func:`task_results` with several seeds, joined.
 
     They have "seeds" in place of "seed", and effects have "by_seed", the values of the seeds. Sites, effects and
-    strengths that a seed lacks are left out, and controls of different kinds.
+    rows of strengths that a seed lacks are left out, and controls of different kinds.
     """
     return [_join([entry["seed"] for entry in group], group) for group in group_by_seed(results) if len(group) > 1]
 
@@ -188,9 +181,9 @@ def _join(seeds: list[int], entries: list[dict[str, Any]]) -> dict[str, Any]:
         "control_is": first["control_is"] if same_control else None,
         **_join_effects(seeds, entries, EFFECTS if same_control else EFFECTS[:2], shared),
         "path": [
-            {"strength": rows[0]["strength"], **_join_effects(seeds, rows, EFFECTS, shared)}
+            {"row": rows[0]["row"], **_join_effects(seeds, rows, EFFECTS, shared)}
             | {"converged": all(row["converged"] for row in rows)}
-            for rows in _rows_of_all([entry["path"] for entry in entries], "strength")
+            for rows in _rows_of_all([entry["path"] for entry in entries], "row")
         ],
     }
 

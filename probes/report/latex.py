@@ -45,11 +45,10 @@ def _score(entry: dict[str, Any]) -> str:
 
 
 def _claim_rows(claims: list[dict[str, Any]]) -> list[list[str]]:
-    rows = [["claim", "image attention", *(title.lower() for title in COLUMN_TITLES.values()), "supported"]]
+    rows = [["claim", "image attention", *(title.lower() for title in COLUMN_TITLES.values()), "conclusion"]]
     for claim in claims:
         cells = [f"{format_difference(v)} {v['verdict']}".strip() for v in claim["verdicts"].values()]
-        name, supported = claim["claim"].replace("_", " "), "yes" if claim["supported"] else "no"
-        rows.append([name, claim["image_attention"], *cells, supported])
+        rows.append([claim["claim"].replace("_", " "), claim["image_attention"], *cells, claim["conclusion"]])
     return rows
 
 

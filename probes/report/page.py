@@ -31,6 +31,7 @@ from probes.report.figures.catalogue import study_figures
 from probes.report.figures.layer_curves import overview_figures
 from probes.report.figures.seeds import seed_figures
 from probes.report.figures.style import STYLE, ReportFigure
+from probes.results.finished_run import warn_of_changed_data
 from probes.results.task_run import TaskRun
 from probes.tasks import TASKS
 
@@ -41,12 +42,13 @@ from .claims import evaluate_claims
 from .confusion import most_confused_pairs
 from .mask_comparison import compare_masks
 from .paper import PAPER
-from .path import path_verdicts
+from .path import path_verdicts, sites_at_edge
 from .seeds import joint_studies
 from .study import Rows, Study, overridden_masks, read_studies, total_wall_s
 from .summary_text import MASKS_SECTION, format_interval, format_points
 from .task_starvation import joint_task_starvation, starvation_table, task_starvation
 from .templates import render
+from .verdicts import MARGIN
 
 Sections = dict[str, list[tuple[ReportFigure, str]]]  # by title: figures, each with its PNG in base64
 Files = dict[Path, str | bytes]  # contents by path, not yet written
@@ -54,7 +56,8 @@ Files = dict[Path, str | bytes]  # contents by path, not yet written
 FILTERS = {"points": format_points, "interval": format_interval}
 FILTERS |= {"percent": summary_text.format_percent, "p": summary_text.format_p}
 FILTERS |= {"verdict_reasons": summary_text.verdict_reasons, "count": summary_text.format_count}
-FILTERS |= {"shift_sentences": summary_text.shift_sentences}
+FILTERS |= {"shift_sentences": summary_text.shift_sentences, "claim_notes": summary_text.claim_notes}
+FILTERS |= {"describe_column": summary_text.describe_column}
 FILTERS |= {"anchor": lambda text: "".join(c if c.isalnum() else "-" for c in text.lower())}
 
 
@@ -86,6 +89,7 @@ def study_results(study: Study) -> dict[str, Any]:
         "knockout_inference": by_mask(knockout_inference, study.trained),
         "paired": compare_masks(study),
         "path": path_verdicts(study),
+        "path_at_edge": {mask: sites_at_edge(run) for mask, run in study.solved.items()},
         "confusion": by_mask(most_confused_pairs, study.trained),
     }
 
@@ -105,6 +109,7 @@ def write_report(
     """
     others = read_task_runs(task_runs)
     studies, out = read_studies(paths), Path(out)
+    warn_of_changed_data([*(study.first for study in studies), *others])
     with exclusive_run_lock(out):
         return _write_files(studies, out, total_wall_s(Path(timings)) if timings else None, others)
 
@@ -137,7 +142,7 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None, task_run
         explorer=(out / "explorer.html").is_file(),
     )
     several = {"seed": by_study[0]["seed"], "studies": by_study, "joint": joint}
-    results = {"wall_s": wall_s} | (by_study[0] if single else several)
+    results = {"wall_s": wall_s, "margin": MARGIN} | (by_study[0] if single else several)
     results |= {key: entries for key, entries in tasks.items() if entries}
     results |= {"files": sorted(path.relative_to(out).as_posix() for path in files)}
     earlier = _earlier_files(out)
@@ -218,7 +223,7 @@ def run(args: argparse.Namespace) -> None:
         if "studies" in results:
             print(f"{study['model']}, {study['dataset']}")
         print(summary_text.format_claims(study["claims"]))
-        for text in summary_text.summarize_path(study["path"]):
+        for text in summary_text.summarize_path(study["path"], study["path_at_edge"]):
             print(text)
         print()
     print(Path(args.out) / "index.html")

@@ -13,7 +13,7 @@ import torch
 
 from .claims import CLAIMS
 from .study import Study
-from .verdicts import COLUMNS, HOLDS, NOT_CONVERGED, column, no_verdict
+from .verdicts import COLUMNS, HOLDS, UNTESTED, Mean, column, conclude, correct_for_claims, judge, untested
 
 
 def joint_studies(studies: list[Study], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -47,48 +47,57 @@ def share_images(fingerprints: list[str]) -> bool:
 def _joint_claims(
     claims_by_seed: dict[int, list[dict[str, Any]]], shared_images: bool
 ) -> dict[str, list[dict[str, Any]]]:
-    """Return the "claims" that all seeds have, and those "left_out" with the seeds that lack them."""
+    """Return the "claims" of at least two seeds, and those that a seed lacks, "left_out" of it."""
     by_key = {seed: {(c["claim"], c["image_attention"]): c for c in x} for seed, x in claims_by_seed.items()}
     joint, left_out = [], []
     for claim, mask in dict.fromkeys(key for claims in by_key.values() for key in claims):
         if lacking := [seed for seed, claims in by_key.items() if (claim, mask) not in claims]:
             left_out.append({"claim": claim, "image_attention": mask, "lacking": lacking})
+        entries = {seed: claims[claim, mask] for seed, claims in by_key.items() if (claim, mask) in claims}
+        if len(entries) < 2:
             continue
-        entries = {seed: claims[claim, mask] for seed, claims in by_key.items()}
         sign, text = CLAIMS[claim]
         columns = {name: {seed: entry["verdicts"][name] for seed, entry in entries.items()} for name in COLUMNS}
         verdicts = {name: join_column(sign, by_seed, shared_images) for name, by_seed in columns.items()}
-        paper = verdicts["paper"]  # the numbers of the main runs
-        main = paper if paper["value"] is None else column(sign, paper["value"], paper["ci95"])
+        value, ci95 = verdicts["paper"]["value"], verdicts["paper"]["ci95"]  # the numbers of the main runs
         joint.append(
-            {"claim": claim, "image_attention": mask, "text": text}
-            | {"value": main["value"], "ci95": main["ci95"], "holds": main["verdict"] == HOLDS, "verdicts": verdicts}
-            | {"supported": all(entry["verdict"] == HOLDS for entry in verdicts.values())}
-            | {"n": {"seeds": len(entries)}}
+            {"claim": claim, "image_attention": mask, "text": text, "value": value, "ci95": ci95}
+            | {"holds": value is not None and judge(sign, value, ci95) == HOLDS, "verdicts": verdicts}
+            | {**conclude(verdicts), "n": {"seeds": len(entries)}}
         )
+    correct_for_claims(joint)
     return {"claims": joint, "left_out": left_out}
 
 
 def join_column(sign: int, by_seed: dict[int, dict[str, Any]], shared_images: bool) -> dict[str, Any]:
-    """Return the column of seeds: without a verdict if a seed has none, without a number for two kinds of probes."""
-    values = {seed: entry["value"] for seed, entry in by_seed.items()}
-    if None in values.values():
-        return _without_verdict(by_seed) | {"by_seed": values}
-    probes = {seed: entry.get("probes") for seed, entry in by_seed.items()}
-    if len(set(probes.values())) > 1:
-        kinds = ", ".join(f"seed {seed}: {kind}" for seed, kind in probes.items())
-        return no_verdict(NOT_CONVERGED, f"seeds with other kinds of probes are not joined ({kinds})", by_seed=values)
+    """Return the column of all seeds that have a verdict from the same kind of probes, at least two.
+
+    "by_seed" has the values of all seeds; "left_out" says why some are no part of the joint number.
+    """
+    join = lambda entries: mean_over_seeds([(entry["value"], entry["ci95"]) for entry in entries], shared_images)
+    judged = _same_probes({seed: entry for seed, entry in by_seed.items() if entry["verdict"] != UNTESTED})
+    missing = {seed: entry.get("reason", "other probes") for seed, entry in by_seed.items() if seed not in judged}
+    more = {"by_seed": {seed: entry["value"] for seed, entry in by_seed.items()}}
+    more |= {"left_out": missing} if missing else {}
+    reason = "".join(["fewer than two seeds have a verdict", *(f"; seed {k}: {x}" for k, x in [*missing.items()][:1])])
+    entries = [*(judged if len(judged) > 1 else _same_probes(by_seed)).values()]
+    if len(entries) < 2 or any(entry["value"] is None for entry in entries):
+        return untested(reason, **more)
     # each seed has draws of its own, so that their spread is part of that between seeds
-    of_images = [(entry["value"], entry.get("ci95_without_draws", entry["ci95"])) for entry in by_seed.values()]
-    value, ci95 = mean_over_seeds(of_images, shared_images)
-    if any("reason" in entry for entry in by_seed.values()):
-        return _without_verdict(by_seed) | {"value": value, "ci95": ci95, "by_seed": values}
-    return column(sign, value, ci95, by_seed=values)
+    value, ci95 = join([entry | {"ci95": entry.get("ci95_without_draws", entry["ci95"])} for entry in entries])
+    if len(judged) < 2:
+        return untested(reason, value, ci95, **more)
+    if "p" in entries[0]:
+        return Mean(value, ci95, len(entries) - 1).column(sign, **more)
+    below = [entry["below_optimum"] for entry in entries]  # the column "paper"
+    more["below_optimum"] = dict(zip(("value", "ci95"), join(below), strict=True)) if all(below) else None
+    return column(sign, value, ci95, **more)
 
 
-def _without_verdict(by_seed: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    seed, entry = next((seed, entry) for seed, entry in by_seed.items() if "reason" in entry)
-    return no_verdict(entry["verdict"], f"seed {seed}: {entry['reason']}")
+def _same_probes(by_seed: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Return the seeds whose probes are of the most frequent kind."""
+    kinds = [entry.get("probes") for entry in by_seed.values()]
+    return {seed: x for seed, x in by_seed.items() if x.get("probes") == max(kinds, key=kinds.count)}
 
 
 def mean_over_seeds(estimates: list[tuple[float, list[float]]], shared_images: bool) -> tuple[float, list[float]]:

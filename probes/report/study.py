@@ -238,9 +238,15 @@ def study_keys(runs: list[FinishedRun]) -> Callable[[FinishedRun], tuple[str, st
 
 
 def read_run(path: str, kind: type[Run]) -> Run:
-    """Return the run of a folder, or of NAME=FOLDER, which names the model."""
+    """Return the run of a folder, or of NAME=FOLDER, which names the model.
+
+    Raises:
+        UserError: The folder is not a finished run, or its probes are not those that the run wrote.
+    """
     name, separator, folder = str(path).partition("=")
-    return kind(folder, name) if separator and not Path(path).is_dir() else kind(path)
+    run = kind(folder, name) if separator and not Path(path).is_dir() else kind(path)
+    run.check_probes()  # a report reads only their scores
+    return run
 
 
 def model_name(run: FinishedRun) -> str:

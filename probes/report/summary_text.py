@@ -6,17 +6,16 @@ from typing import Any
 from .answers import answers_by_mask, summarize_answers
 from .mask_comparison import ALPHA
 from .path import EVERYWHERE, NOWHERE
-from .verdicts import FAILS, HOLDS, NO_CONTROL, NOT_CONVERGED, REVERSED
+from .verdicts import FAILS, HOLDS, MARGIN, REVERSED, UNTESTED
 
 MASKS_SECTION = "Bidirectional vs. causal attention"
 ANSWERS_SECTION = "Answers"
-PATH_SECTION = "Probes at every strength of regularisation"
+PATH_SECTION = "Probes at neighbouring strengths of regularisation"
 
 COLUMN_TITLES = {"paper": "As the paper measures it", "optimum": "At the optimum", "beyond_random": "Beyond random"}
-MARKS = {HOLDS: "✓", FAILS: "✗", REVERSED: "✗", NOT_CONVERGED: "–", NO_CONTROL: "–"}
+MARKS = {HOLDS: "✓", FAILS: "✗", REVERSED: "✗", UNTESTED: "–"}
 EFFECT_NAMES = {"adapter_drop": "drop-off", "recovery": "recovery"}
 EFFECT_NAMES |= {"recovery_trained": "recovery minus that of the untrained model"}
-INSTRUMENT_NAMES = {"closed_form": "closed form", "optimum": "optimum"}
 MEASURE_NAMES = {"miou": "mIoU", "cross_entropy": "cross-entropy"}
 
 
@@ -64,44 +63,75 @@ def shift_sentences(inference: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def summarize_claims(claims: list[dict[str, Any]]) -> str:
-    """Return one sentence: how many claims are supported, and why the others are not."""
+    """Return one sentence: how many claims are supported, and the conclusions about the others."""
     supported = [claim for claim in claims if claim["supported"]]
-    failures = Counter(
-        f"{entry['verdict']} ({COLUMN_TITLES[name].lower()})"
-        for claim in claims
-        if not claim["supported"]
-        for name, entry in claim["verdicts"].items()
-        if entry["verdict"] != HOLDS
-    )
+    others = Counter(claim["conclusion"] for claim in claims if not claim["supported"])
     text = f"{len(supported)} of {len(claims)} claims are supported"
     if supported:
         text += ": " + ", ".join(f"{c['claim'].replace('_', ' ')} ({c['image_attention']})" for c in supported)
-    why = ", ".join(f"{count} × {reason}" for reason, count in failures.most_common())
+    why = ", ".join(f"{count} × {conclusion}" for conclusion, count in others.most_common())
     return f"{text}. The others: {why}." if why else f"{text}."
 
 
+def claim_notes(claims: list[dict[str, Any]]) -> list[str]:
+    """Return what a reader of the claims must know: the margin, their number, and verdicts that are not independent."""
+    tested = [claim["p_holm"] for claim in claims if claim["p_holm"] is not None]
+    beyond = [entry for c in claims if (entry := c["verdicts"]["beyond_random"])["verdict"] != UNTESTED]
+    notes = [f"At the optimum and beyond random, an effect counts from {100 * MARGIN:g} point."]
+    if tested:
+        kept = sum(claim["supported"] and claim["p_holm"] < 0.05 for claim in claims)
+        notes.append(
+            f"Verdicts are not corrected for the {len(tested)} claims that are tested; with Holm's correction, "
+            f"{kept} of {sum(claim['supported'] for claim in claims)} supported claims have p < 0.05."
+        )
+    if any("same_as" in entry for entry in beyond):
+        notes.append("Recovery and recovery trained share the column beyond random: one confirmation, not two.")
+    if any("same_draws_as" in entry for entry in beyond):
+        notes.append("Random adapters are the same under both masks: one confirmation of the adapter's drop, not two.")
+    return notes
+
+
 def verdict_reasons(verdicts: dict[str, dict[str, Any]]) -> list[str]:
-    """Return why columns of a claim have no verdict."""
-    return [f"{COLUMN_TITLES[k]}: {v['verdict']}, {v['reason']}" for k, v in verdicts.items() if "reason" in v]
+    """Return why columns of a claim are untested, and which seeds are left out of joint ones."""
+    reasons = [f"{COLUMN_TITLES[k]}: {v['verdict']}, {v['reason']}" for k, v in verdicts.items() if "reason" in v]
+    return reasons + [
+        f"{COLUMN_TITLES[name]}: without seed {seed}, {reason}"
+        for name, entry in verdicts.items()
+        if "reason" not in entry
+        for seed, reason in entry.get("left_out", {}).items()
+    ]
+
+
+def describe_column(entry: dict[str, Any]) -> str:
+    """Return what stands beside a verdict: the distance from the optimum, or the smallest effect that it would find."""
+    notes = []
+    if "row" in entry and entry["converged"] < entry["strengths"]:
+        notes.append(f"converged at {entry['converged']} of {entry['strengths']} strengths")
+    if entry.get("below_optimum"):
+        notes.append(f"below the optimum by {format_difference(entry['below_optimum'])}")
+    if "detectable" in entry:
+        notes.append(f"detectable: {100 * entry['detectable']:.1f}")
+    return "; ".join(notes)
 
 
 def format_claims(claims: list[dict[str, Any]]) -> str:
-    """Return the claims as a table for the terminal: value, interval and verdict in each column; why some have none."""
-    rows = [["claim", "attention", *COLUMN_TITLES.values(), "supported", ""]]
+    """Return the claims as a table for the terminal: value, interval and verdict in each column; notes and reasons."""
+    rows = [["claim", "attention", *COLUMN_TITLES.values(), "conclusion", ""]]
     for claim in claims:
         cells = [f"{format_difference(v)} {v['verdict']}".strip() for v in claim["verdicts"].values()]
-        yes = "yes" if claim["supported"] else "no"
-        rows.append([claim["claim"], claim["image_attention"], *cells, yes, f"({format_count(claim['n'])})"])
+        rows.append([claim["claim"], claim["image_attention"], *cells, claim["conclusion"]])
+        rows[-1].append(f"({format_count(claim['n'])})")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     reasons = dict.fromkeys(reason for claim in claims for reason in verdict_reasons(claim["verdicts"]))
-    return "\n".join(["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows] + list(reasons))
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    return "\n".join([*lines, *claim_notes(claims), *reasons])
 
 
 def summarize_sections(results: dict[str, Any]) -> dict[str, list[str]]:
     """Return sentences by section, from one study's part of results.json."""
     return {
         MASKS_SECTION: summarize_mask_comparison(results["paired"]) if results["paired"] else [],
-        PATH_SECTION: summarize_path(results["path"]),
+        PATH_SECTION: summarize_path(results["path"], results["path_at_edge"]),
         ANSWERS_SECTION: summarize_answers(answers_by_mask(results)),
     }
 
@@ -131,47 +161,37 @@ def summarize_mask_comparison(comparison: dict[str, Any]) -> list[str]:
     return lines
 
 
-def summarize_path(verdicts: list[dict[str, Any]]) -> list[str]:
-    """Return the effects that hold at every strength of regularisation, all others, and which strengths there are."""
+def summarize_path(verdicts: list[dict[str, Any]], at_edge: dict[str, list[str]]) -> list[str]:
+    """Return the effects that hold at the chosen strength and its neighbours, all others, and choices at an end.
+
+    Args:
+        verdicts: Entry "path" of results.json.
+        at_edge: By mask, the sites whose cross-validated loss is lowest at an end of the path.
+    """
     if not verdicts:
         return []
     everywhere, elsewhere = {}, {}
     for verdict in verdicts:
         name = f"{EFFECT_NAMES[verdict['effect']]} in {MEASURE_NAMES[verdict['measure']]}"
-        case = f"{verdict['image_attention']}, {INSTRUMENT_NAMES[verdict['instrument']]}"
         if verdict["verdict"] == EVERYWHERE:
-            everywhere.setdefault(name, []).append(case)
+            everywhere.setdefault(name, []).append(verdict["image_attention"])
         else:
-            elsewhere.setdefault(name, []).append(f"{case}: {_describe_strengths(verdict)}")
+            elsewhere.setdefault(name, []).append(f"{verdict['image_attention']}: {_describe_rows(verdict)}")
     join = lambda cases_by_name: "; ".join(f"{name} ({'; '.join(cases)})" for name, cases in cases_by_name.items())
     return [
-        f"Above zero at every strength of regularisation: {join(everywhere) or 'none of the effects'}.",
-        f"Not at every strength: {join(elsewhere) or 'none of the effects'}.",
-        f"Strengths: {_list_strengths(verdicts)}.",
+        f"Above zero at the chosen strength and its neighbours: {join(everywhere) or 'none of the effects'}.",
+        f"Not at all of them: {join(elsewhere) or 'none of the effects'}.",
+        *(
+            f"Under {mask} attention, the cross-validated loss is lowest at an end of the path at {', '.join(sites)}: "
+            "the optimum may be beyond it."
+            for mask, sites in at_edge.items()
+            if sites
+        ),
     ]
 
 
-def _list_strengths(verdicts: list[dict[str, Any]]) -> str:
-    """Return the strengths of each instrument: "4 in closed form, 1e-06 to 1"."""
-    grids = {v["instrument"]: sorted(row["strength"] for row in v["estimates"]) for v in verdicts}
-    names = {"closed_form": "in closed form", "optimum": "at the optimum"}
-    return "; ".join(f"{len(grid)} {names[key]}, {format_ranges(grid, grid)}" for key, grid in grids.items())
-
-
-def _describe_strengths(verdict: dict[str, Any]) -> str:
-    """Return at which strengths an effect holds, and how many have not converged."""
-    strengths, missing = [row["strength"] for row in verdict["estimates"]], len(verdict["not_converged"])
-    text = verdict["verdict"]
-    if text != NOWHERE:
-        ranges = format_ranges(strengths, verdict["holds"])
-        text = f"at {len(verdict['holds'])} of {len(strengths)}, {ranges}"
-    return f"{text}; {missing} of {len(strengths)} not converged" if missing else text
-
-
-def format_ranges(grid: list[float], chosen: list[float]) -> str:
-    """Return the chosen values of a grid, neighbours as a range: "1e-06 to 0.001, 0.1"."""
-    ranges: list[list[float]] = []
-    for before, value in zip([None, *grid], grid, strict=False):
-        if value in chosen:
-            ranges = [*ranges[:-1], [*ranges[-1], value]] if before in chosen else [*ranges, [value]]
-    return ", ".join(f"{x[0]:.2g} to {x[-1]:.2g}" if len(x) > 1 else f"{x[0]:.2g}" for x in ranges)
+def _describe_rows(verdict: dict[str, Any]) -> str:
+    """Return at which strengths an effect holds, and which have not converged."""
+    text = verdict["verdict"] if verdict["verdict"] == NOWHERE else f"at {', '.join(verdict['holds'])}"
+    missing = ", ".join(verdict["not_converged"])
+    return f"{text}; not converged at {missing}" if missing else text

@@ -58,14 +58,17 @@ def claim_rows(claims: list[dict[str, Any]]) -> Rows:
         | {"untrained": control["value"]}
         | bounds(control["ci95"], "untrained_")
         | {key: value for name in COLUMNS for key, value in _verdict_columns(name, claim["verdicts"][name]).items()}
-        | {"supported": claim["supported"]}
+        | {key: claim[key] for key in ("supported", "conclusion", "p", "p_holm")}
         for claim, control in zip(claims, controls, strict=True)
     ]
 
 
 def _verdict_columns(name: str, entry: dict[str, Any]) -> dict[str, Any]:
     numbers = {name: entry["value"]} | bounds(entry["ci95"] or [None, None], f"{name}_")
-    return numbers | {f"{name}_verdict": entry["verdict"], f"{name}_reason": entry.get("reason")}
+    below = entry.get("below_optimum") or {"value": None, "ci95": [None, None]}
+    numbers |= {"below_optimum": below["value"]} | bounds(below["ci95"], "below_optimum_") if name == "paper" else {}
+    numbers |= {f"{name}_verdict": entry["verdict"], f"{name}_detectable": entry.get("detectable")}
+    return numbers | {f"{name}_reason": entry.get("reason")}
 
 
 SUMMARY = ("encoder", "adapter", "peak_llm", "delta_enc", "recovery")

@@ -1,17 +1,20 @@
-"""Judge each claim in three columns. A claim is supported only if it holds in all of them.
+"""Judge each claim in three columns, and draw one conclusion from them.
 
-    paper          as the paper measures it: probes trained with AdamW
-    optimum        with solved probes: drop and recovery at every strength of regularisation whose probes have
-                   converged, all else at the strength that cross-validation chose
+    paper          as the paper measures it: probes trained with AdamW, whatever their distance from the optimum.
+                   "below_optimum" says how much larger the effect is at the optimum
+    optimum        with solved probes: drop and recovery at the chosen strength of regularisation and its neighbours,
+                   all else at the chosen one
     beyond_random  the claim's number minus that of random models which change the states as much
 
-A verdict is "holds" if its 95% interval lies on the claimed side of zero, "reversed" if it lies on the other side, else
-"does not hold". There is no verdict where it could not mean anything:
+A verdict is "holds" if the 95% interval lies on the claimed side of zero, "reversed" if it lies on the other side, else
+"does not hold". In the last two columns the value must also be at least `MARGIN`. A column whose runs are missing is
+"untested", and its "reason" names the command to run.
 
-    not converged  No probes trained by `fit` or solved by `solve`. Trained probes that do not beat the constant
-                   prediction, or that are further from the optimum than `CONVERGED_WITHIN`; without solved probes
-                   nobody knows how far. Solved probes without certificates.
-    no control     Fewer than two draws of random weights.
+    supported                   holds at the optimum and beyond random
+    artefact of the instrument  holds as the paper measures it, but not at the optimum
+    not learned                 holds at the optimum and, if measured, as the paper does, but not beyond random
+    does not hold               all else
+    untested                    a column that the conclusion needs is untested
 """
 
 import math
@@ -19,93 +22,128 @@ import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import scipy.optimize
 import scipy.stats
 import torch
 
-from llava_bidir.common.bootstrap import Estimate, interval
+from llava_bidir.common.bootstrap import Estimate, holm, interval
 from probes.analyses.knockout.inference import mean_over_classes
 from probes.models.sites import ADAPTER, ENCODER
 from probes.results.probe_run import ProbeRun
 
 from .effects import subtract
+from .path import has_converged, neighbours
 
 COLUMNS = ("paper", "optimum", "beyond_random")
-HOLDS, FAILS, REVERSED = "holds", "does not hold", "reversed"
-NOT_CONVERGED, NO_CONTROL = "not converged", "no control"
+HOLDS, FAILS, REVERSED, UNTESTED = "holds", "does not hold", "reversed", "untested"
+SUPPORTED, ARTEFACT, NOT_LEARNED = "supported", "artefact of the instrument", "not learned"
 
-# One point of mIoU: about the smallest effect that the paper reads off its probes, the drop at CLIP's adapter (1.2 on
-# ADE20K). Probes further than that from their optimum can make such an effect.
-CONVERGED_WITHIN = 0.01
-PAPER_STEPS = "the paper has 6,320 on ADE20K"
+# The smallest effect that is a finding: one point of mIoU or accuracy, or of the share of patches left wrong. The drop
+# that the paper reads off its probes at CLIP's adapter, on ADE20K, is 1.2 points.
+MARGIN = 0.01
+POWER = 0.8  # at which an effect counts as detectable
 
 
-def judge(sign: int, ci95: Sequence[float]) -> str:
-    """Return the verdict of an interval about a claim of this sign."""
+def judge(sign: int, value: float, ci95: Sequence[float], margin: float = 0.0) -> str:
+    """Return the verdict of a value and its interval about a claim of this sign."""
     low, high = sorted(sign * bound for bound in ci95)
-    return HOLDS if low > 0 else REVERSED if high < 0 else FAILS
+    if abs(value) < margin or low <= 0 <= high:
+        return FAILS
+    return HOLDS if low > 0 else REVERSED
 
 
-def column(sign: int, value: float, ci95: Sequence[float], **more: Any) -> dict[str, Any]:
-    """Return a column with a verdict."""
-    return {"value": value, "ci95": list(ci95), "verdict": judge(sign, ci95)} | more
+def column(sign: int, value: float, ci95: Sequence[float], margin: float = 0.0, **more: Any) -> dict[str, Any]:
+    """Return a column with a verdict; if it is "does not hold", with the smallest effect that is "detectable"."""
+    entry = {"value": value, "ci95": list(ci95), "verdict": judge(sign, value, ci95, margin)} | more
+    return entry | ({"detectable": detectable(ci95, margin)} if entry["verdict"] == FAILS else {})
 
 
-def no_verdict(
-    verdict: str, reason: str, value: float | None = None, ci95: Sequence[float] | None = None, **more: Any
+def detectable(ci95: Sequence[float], margin: float) -> float:
+    """Return the effect that is found in 80% of studies with intervals of this length."""
+    half = (ci95[1] - ci95[0]) / 2
+    return max(half, margin) + scipy.stats.norm.ppf(POWER) * half / scipy.stats.norm.ppf(0.975)
+
+
+def untested(
+    reason: str, value: float | None = None, ci95: Sequence[float] | None = None, **more: Any
 ) -> dict[str, Any]:
     """Return a column without a verdict, and why."""
-    return {"value": value, "ci95": None if ci95 is None else list(ci95), "verdict": verdict, "reason": reason} | more
+    return {"value": value, "ci95": None if ci95 is None else list(ci95), "verdict": UNTESTED, "reason": reason} | more
 
 
-def unconverged(run: ProbeRun, solved: ProbeRun | None, claim: str) -> str | None:
-    """Return why the probes that a claim reads count as not converged; None if they have converged.
+def conclude(verdicts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return "supported", "conclusion", if untested its "reason", and the "p" of both columns that it needs."""
+    paper, optimum, beyond = (verdicts[name]["verdict"] for name in COLUMNS)
+    needed = [verdicts[name] for name in COLUMNS[1:]]
+    missing = [entry["reason"] for entry in needed if entry["verdict"] == UNTESTED]
+    if optimum == HOLDS:
+        text = {HOLDS: SUPPORTED, UNTESTED: UNTESTED}.get(beyond, FAILS if paper in (FAILS, REVERSED) else NOT_LEARNED)
+    elif optimum == UNTESTED:
+        text = UNTESTED
+    else:
+        text = ARTEFACT if paper == HOLDS else FAILS
+    result = {"supported": text == SUPPORTED, "conclusion": text}
+    result |= {"reason": missing[0]} if text == UNTESTED else {}
+    return result | {"p": None if missing else max(entry["p"] for entry in needed)}
 
-    `solved` is the same model's run of `probes solve`.
+
+def correct_for_claims(claims: list[dict[str, Any]]) -> None:
+    """Add "p_holm": "p" corrected for the number of claims that have one (Holm)."""
+    tested = [claim for claim in claims if claim["p"] is not None]
+    for claim in claims:
+        claim["p_holm"] = None
+    for claim, p in zip(tested, holm([claim["p"] for claim in tested]), strict=True):
+        claim["p_holm"] = p
+
+
+def p_value(sign: int, value: float, parts: Sequence[tuple[float, float]]) -> float:
+    """Return 1 minus the level of the widest interval that excludes zero; 1 for a value on the other side.
+
+    Args:
+        sign: Of the claim.
+        value: Centre of the interval.
+        parts: Standard error and degrees of freedom of independent parts. Their half widths are added as the sides of
+            a right angle.
     """
-    own = {entry["site"]: entry["miou"] for entry in run.metrics["sites"]}
-    layers = [site for site in own if site == ADAPTER or site.startswith("layer_")]
-    sites = [site for site in (ENCODER, ADAPTER) if site in own] if claim == "adapter_drop" else layers
-    if run.is_solved:
-        return None if _certified(run, sites) else "solved probes have not converged at the strength that was chosen"
-    steps = f"{run.metrics['probe'].get('steps', 0):,} steps; {PAPER_STEPS}"
-    constant = run.metrics["baseline"]["miou"]
-    if below := [site for site in sites if own[site] <= constant]:
-        return f"{steps}; at {below[0]} not better than the constant prediction ({constant:.1%} mIoU)"
-    best = {} if solved is None else {entry["site"]: entry["miou"] for entry in solved.metrics["sites"]}
-    if missing := [site for site in sites if site not in best]:
-        return f"{steps}; distance from the optimum unknown at {missing[0]}: run `probes solve`"
-    distance, site = max((best[site] - own[site], site) for site in sites)
-    if distance > CONVERGED_WITHIN:
-        return f"{steps}; {100 * distance:.1f} points of mIoU below the optimum at {site}"
-    return None
+    excess = lambda p: math.hypot(*(scipy.stats.t.isf(p / 2, df) * se for se, df in parts)) - abs(value)
+    smallest = 1e-12
+    if sign * value <= 0:
+        return 1.0
+    return smallest if excess(smallest) <= 0 else float(scipy.optimize.brentq(excess, smallest, 1.0))
 
 
-def _certified(run: ProbeRun, sites: list[str]) -> bool:
-    """Return whether the solved probes of all sites, at the strengths that were chosen, have converged."""
-    optimum = run.metrics["path"].get("optimum")
-    if not optimum:
-        return False
-    index = {entry["site"]: optimum["strengths"].index(entry["chosen"]) for entry in optimum["sites"]}
-    found = {entry["site"]: entry.get("certificates") for entry in optimum["sites"]}
-    return all(found.get(site) and found[site][index[site]].get("converged") for site in sites)
+def unconverged(run: ProbeRun, claim: str) -> str | None:
+    """Return why the solved probes that a claim reads do not count, None if they have converged."""
+    names = (ENCODER, ADAPTER) if claim == "adapter_drop" else run.layers
+    sites = [i for i, site in enumerate(run.sites) if site in names]
+    if has_converged(run, neighbours(run)["chosen"], sites):
+        return None
+    return (
+        f"probes of {run.path} have not converged at the chosen strength (certificates in metrics.json): "
+        "run `probes solve` again with stronger --strengths"
+    )
 
 
-def path_column(sign: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the column "optimum" from an effect at each strength, with intervals that hold at all of them together.
+def path_column(sign: int, rows: list[dict[str, Any]], reason: str) -> dict[str, Any]:
+    """Return the column "optimum" from an effect at three strengths, with intervals that hold at all of them together.
 
-    It is the row at the strength where the claim fares worst: only what holds there holds at every strength. Strengths
-    whose probes have not converged do not count; "strengths" and "converged" say how many there are.
+    It is the row where the claim fares worst. Neighbours of the chosen strength that have not converged do not count;
+    `reason` is that of a chosen strength that has not.
     """
     converged = [row for row in rows if row["converged"]]
-    if not converged:
-        return no_verdict(NOT_CONVERGED, "no strength has certificates of convergence at the sites of the claim")
-    verdicts = [judge(sign, (row["low"], row["high"])) for row in converged]
+    if not any(row["row"] == "chosen" for row in converged):
+        return untested(reason)
+    ci95 = lambda row: (row["low"], row["high"])
+    verdicts = {judge(sign, row["value"], ci95(row), MARGIN) for row in converged}
     worst = min(converged, key=lambda row: min(sign * row["low"], sign * row["high"]))
-    if set(verdicts) == {REVERSED}:  # the row that comes nearest to the claim
+    if verdicts == {REVERSED}:  # the row that comes nearest to the claim
         worst = max(converged, key=lambda row: max(sign * row["low"], sign * row["high"]))
-    count = {"strengths": len(rows), "converged": len(converged)}
-    result = column(sign, worst["value"], (worst["low"], worst["high"]), strength=worst["strength"], **count)
-    return result | {"verdict": verdicts[0] if len(set(verdicts)) == 1 else FAILS}
+    p = max(p_value(sign, row["value"], [_standard_error(ci95(row))]) for row in converged)
+    more = {"row": worst["row"], "strengths": len(rows), "converged": len(converged), "p": p}
+    entry = column(sign, worst["value"], ci95(worst), MARGIN, **more)
+    if len(verdicts) > 1:  # holds at some strengths only
+        entry |= {"verdict": FAILS, "detectable": detectable(ci95(worst), MARGIN)}
+    return entry
 
 
 class Effect(NamedTuple):
@@ -122,12 +160,36 @@ class Effect(NamedTuple):
         return estimate
 
 
-def mean_effect(effect: Effect) -> tuple[float, list[float]]:
-    """Return an effect's mean over its units and its 95% interval: over images for one unit, else over units too."""
+class Mean(NamedTuple):
+    """The mean of an effect over its units, with its 95% interval and the degrees of freedom of that."""
+
+    value: float
+    ci95: list[float]
+    df: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the value and its interval."""
+        return {"value": self.value, "ci95": self.ci95}
+
+    def column(self, sign: int, **more: Any) -> dict[str, Any]:
+        """Return a column with the margin and "p"."""
+        p = p_value(sign, self.value, [_standard_error(self.ci95, self.df)])
+        return column(sign, self.value, self.ci95, MARGIN, p=p, **more)
+
+
+def _standard_error(ci95: Sequence[float], df: float = math.inf) -> tuple[float, float]:
+    """Return the standard error and the degrees of freedom of an interval."""
+    return (ci95[1] - ci95[0]) / 2 / float(scipy.stats.t.ppf(0.975, df)), df
+
+
+def mean_effect(effect: Effect) -> Mean:
+    """Return the mean of an effect over its units: with an interval over images for one unit, else over units too."""
     if len(effect.by_unit) == 1:
-        return effect.estimate[0], interval(*effect.estimate)
+        return Mean(effect.estimate[0], interval(*effect.estimate), math.inf)
     mean = mean_over_classes(effect.by_unit, effect.look_alikes)
-    return mean["value"], mean["ci95"] or interval(mean["value"], _mean_estimate(effect.by_unit)[1])
+    if mean["ci95"] is None:  # one pair of look-alikes
+        return Mean(mean["value"], interval(mean["value"], _mean_estimate(effect.by_unit)[1]), math.inf)
+    return Mean(mean["value"], mean["ci95"], mean["units"] - 1)
 
 
 def _mean_estimate(by_unit: Mapping[str, Estimate]) -> Estimate:
@@ -135,35 +197,63 @@ def _mean_estimate(by_unit: Mapping[str, Estimate]) -> Estimate:
     return sum(values) / len(values), torch.stack([drawn.double() for drawn in resampled]).nanmean(0)
 
 
-def minus_draws(trained: Effect, draws: Sequence[Effect]) -> Effect:
-    """Return trained minus the mean over draws of random weights, unit by unit, over the units that all have.
+def minus_mean(effect: Effect, others: Sequence[Effect]) -> Effect:
+    """Return an effect minus the mean of others, unit by unit, over the units that all have.
 
     Raises:
         ValueError: No unit is in all of them.
     """
-    shared = [unit for unit in trained.by_unit if all(unit in draw.by_unit for draw in draws)]
+    shared = [unit for unit in effect.by_unit if all(unit in other.by_unit for other in others)]
     if not shared:
-        raise ValueError("no class has enough cases in the trained model and in all draws")
-    mean = {unit: _mean_estimate({str(i): d.by_unit[unit] for i, d in enumerate(draws)}) for unit in shared}
-    return trained._replace(by_unit={unit: subtract(trained.by_unit[unit], mean[unit]) for unit in shared})
+        raise ValueError("no class has enough cases in all of the runs")
+    mean = {unit: _mean_estimate({str(i): x.by_unit[unit] for i, x in enumerate(others)}) for unit in shared}
+    return effect._replace(by_unit={unit: subtract(effect.by_unit[unit], mean[unit]) for unit in shared})
 
 
-def compare_to_draws(sign: int, trained: Effect, draws: Sequence[Effect]) -> dict[str, Any]:
-    """Return the column "beyond_random": the mean of :func:`minus_draws` with a 95% interval over units and draws.
+class Comparison(NamedTuple):
+    """A trained model minus draws of random weights, and the numbers that are compared, over the same units."""
 
-    Its own interval, "ci95_without_draws", covers images and classes. Draws are independent of both: Student's t with
-    D - 1 degrees of freedom for D draws. The two half widths are added as the sides of a right angle. Where either
-    dominates, this is its own interval; Welch and Satterthwaite's degrees of freedom would cover 89% instead of 95% for
-    two draws that differ. "trained" and "by_draw" are the numbers that are compared, over the same units.
+    difference: Mean
+    trained: float
+    by_draw: list[float]
+
+
+def compare_to_draws(trained: Effect, draws: Sequence[Effect]) -> Comparison:
+    """Return the comparison of a trained model with draws of random weights.
 
     Raises:
         ValueError: No unit is in all of them.
     """
-    difference = minus_draws(trained, draws)
-    value, (low, high) = mean_effect(difference)
+    difference = minus_mean(trained, draws)
     of_shared = lambda effect: trained._replace(by_unit={unit: effect.by_unit[unit] for unit in difference.by_unit})
-    own, *by_draw = (mean_effect(of_shared(effect))[0] for effect in (trained, *draws))
-    half = scipy.stats.t.ppf(0.975, len(draws) - 1) * statistics.stdev(by_draw) / len(draws) ** 0.5
-    ci95 = [value - math.hypot(half, value - low), value + math.hypot(half, high - value)]
-    compared = {"draws": len(draws), "trained": own, "by_draw": by_draw}
-    return column(sign, value, ci95, **compared, ci95_without_draws=[low, high])
+    own, *by_draw = (mean_effect(of_shared(effect)).value for effect in (trained, *draws))
+    return Comparison(mean_effect(difference), own, by_draw)
+
+
+def interval_over_draws(
+    comparison: Comparison, others: Sequence[Comparison] = ()
+) -> tuple[list[float], tuple[float, float]]:
+    """Return the 95% interval over images, units and draws, and the standard error and degrees of freedom of draws.
+
+    The comparison's own interval covers images and units. The draws add Student's t. Their variance is pooled with
+    `others`: the same claim under other masks, whose degrees of freedom add up. It is never below the comparison's own,
+    so that a mask with twice the spread keeps its level. Pooled over claims as well, such a cell would not
+    (`tests/bench/draws.py`: 91%). Both half widths are added as the sides of a right angle; Welch and Satterthwaite's
+    degrees of freedom would cover 89% instead of 95% for two draws that differ.
+    """
+    value, (low, high), _ = comparison.difference
+    variances = [(statistics.variance(x.by_draw), len(x.by_draw) - 1) for x in (comparison, *others)]
+    df = sum(freedom for _, freedom in variances)
+    variance = max(variances[0][0], sum(v * freedom for v, freedom in variances) / df)
+    of_draws = (variance / len(comparison.by_draw)) ** 0.5, df
+    half = float(scipy.stats.t.ppf(0.975, df)) * of_draws[0]
+    return [value - math.hypot(half, value - low), value + math.hypot(half, high - value)], of_draws
+
+
+def judge_draws(sign: int, comparison: Comparison, others: Sequence[Comparison] = ()) -> dict[str, Any]:
+    """Return the column "beyond_random"; "ci95_without_draws" is its interval over images and units alone."""
+    value, own, df = comparison.difference
+    ci95, of_draws = interval_over_draws(comparison, others)
+    more = {"draws": len(comparison.by_draw), "trained": comparison.trained, "by_draw": comparison.by_draw}
+    more |= {"df_of_draws": of_draws[1], "p": p_value(sign, value, [_standard_error(own, df), of_draws])}
+    return column(sign, value, ci95, MARGIN, **more, ci95_without_draws=own)

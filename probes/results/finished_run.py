@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.bootstrap import bootstrap_weights
@@ -32,23 +30,13 @@ from probes.training.run_schema import (
     rename_old_keys,
 )
 
+from .run_files import check_finite, check_hash, read_tensors
+
 if TYPE_CHECKING:
     from probes.models.frozen_mllm import FrozenMLLM
     from probes.ops.geometry import Geometry
 
 log = logging.getLogger(__name__)
-
-
-def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a safetensors file.
-
-    Raises:
-        UserError: If the file is damaged; the message names it.
-    """
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({error}); make it again") from None
 
 
 @dataclass
@@ -60,7 +48,8 @@ class FinishedRun:
         model: Name of the model in a report, if it has been told one.
 
     Raises:
-        UserError: If `path` is not a finished run, or a JSON file is invalid. Tensors are checked on first use.
+        UserError: If `path` is not a finished run, or a JSON file is invalid or has changed since the run. Tensors are
+            checked on first use.
     """
 
     path: Path
@@ -73,10 +62,31 @@ class FinishedRun:
         self.metrics = read_metrics(self.path / "metrics.json")
         self.check_task()
         self.manifest = read_run_file(Manifest, self.path / "manifest.json")
+        check_hash(self.path / "metrics.json", self.manifest.get("files"))
         check_schema(ModelTraining, self.training, f"{self.path / 'manifest.json'}: mllm_training")
 
     def check_task(self) -> None:
         """Raise a UserError if the run's task is not one that this class reads."""
+
+    def _read(self, name: str) -> dict[str, torch.Tensor]:
+        """Return the tensors of a file of the run.
+
+        Raises:
+            UserError: If the file is damaged or not the one that the run wrote.
+        """
+        tensors = read_tensors(self.path / name)
+        check_hash(self.path / name, self.manifest.get("files"))
+        return tensors
+
+    def _read_probes(self) -> dict[str, torch.Tensor]:
+        tensors = self._read("probes.safetensors")
+        check_finite(tensors, self.path / "probes.safetensors")
+        return tensors
+
+    def check_probes(self) -> None:
+        """Raise a UserError if the run has probes, but not those that it wrote, or weights that are not finite."""
+        if (self.path / "probes.safetensors").is_file():
+            self._read_probes()
 
     @property
     def task_name(self) -> str:
@@ -128,16 +138,27 @@ class FinishedRun:
         """Sites of layers 0 to L: the adapter and the decoder layers."""
         return [site for site in self.sites if site == ADAPTER or site.startswith("layer_")]
 
-    def solved_path(self, instrument: str) -> dict[str, Any]:
-        """Return the part of metrics.json["path"] that an instrument has: "closed_form" or "optimum".
+    @property
+    def site_paths(self) -> list[dict[str, Any]]:
+        """Strengths, scores and certificates of each site's solved probes, from metrics.json["path"].
 
         Raises:
-            UserError: If the run has no such path.
+            UserError: If the probes were not solved.
         """
-        solved = (self.metrics.get("path") or {}).get(instrument)
-        if solved is None:
-            raise UserError(f"{self.path} has no path of the instrument {instrument!r} (`probes solve`)")
-        return solved
+        if not self.is_solved:
+            raise UserError(f"{self.path} has no path of strengths; expected a run of `probes solve`")
+        return self.metrics["path"][self.instrument]["sites"]
+
+    @property
+    def instrument(self) -> str:
+        """How the probes were solved: "closed_form" for least squares, else "optimum"."""
+        return "optimum" if self.metrics["path"].get("optimum") else "closed_form"
+
+    @property
+    def solved_strengths(self) -> list[list[int]]:
+        """Indices of the R solved strengths of each site: the rows of path.safetensors."""
+        score = next(iter(self.metrics.get("scores", {"miou": None})))
+        return [[i for i, value in enumerate(entry[score]) if value is not None] for entry in self.site_paths]
 
     @property
     def is_solved(self) -> bool:
@@ -233,8 +254,12 @@ class FinishedRun:
         )
 
     def probes(self) -> dict[str, Probe]:
-        """Return the probe of each site, in eval mode."""
-        tensors, settings = read_tensors(self.path / "probes.safetensors"), self.metrics["probe"]
+        """Return the probe of each site, in eval mode.
+
+        Raises:
+            UserError: If the probes are damaged, not those that the run wrote, or not finite.
+        """
+        tensors, settings = self._read_probes(), self.metrics["probe"]
         grid = tuple(self.metrics["grid"])
         probes = {}
         for site in self.metrics["sites"]:
@@ -278,3 +303,17 @@ class FinishedRun:
     def geometry(self) -> "Geometry":
         """Placement of the tokens on images; the first call loads the model."""
         return self._loaded[0].geometry
+
+
+def warn_of_changed_data(runs: Iterable[FinishedRun]) -> None:
+    """Log a warning for runs whose validation split is at hand, but is no longer the one that they were scored on.
+
+    This is for commands that need only the scores of a run, and so no data. Those that read the data raise.
+    """
+    by_data = {(run.manifest["data"]["root"], run.manifest["data"]["fingerprint"]): run for run in runs}
+    for (root, _), run in by_data.items():
+        if run.manifest.get("identity") and Path(root).is_dir():
+            try:
+                run.dataset()
+            except UserError as error:
+                log.warning("%s. Its scores are those on the former data", error)

@@ -2,9 +2,9 @@
 
     RUN/metrics.json          scores per site with intervals
     RUN/counts.safetensors    pixel counts per image, from which the scores are computed
-    RUN/path.safetensors      counts and losses at every strength of regularisation, of `probes solve`
+    RUN/path.safetensors      counts and losses at the solved strengths of regularisation, of `probes solve`
     RUN/probes.safetensors    the probes of their best epochs: "SITE.head.weight"
-    RUN/manifest.json         versions, commit, configuration, data, hardware
+    RUN/manifest.json         versions, commit, configuration, data, hardware, SHA-256 of the files above
 
 Files are written atomically, metrics.json last: it marks the run as finished.
 """
@@ -21,12 +21,12 @@ from probes.evaluation.metrics import Counts
 from probes.ops.bilinear import upsampled_argmax
 from probes.tasks import SEGMENTATION
 
-from .finished_run import FinishedRun, read_tensors
+from .finished_run import FinishedRun
 
 # Axes of the counts: S sites, N images, K classes, T image tokens. The last two are not in every run.
 COUNTS = {"intersection": "SNK", "predicted": "SNK", "labelled": "NK", "patch_right": "SNT", "patch_valid": "NT"}
 COUNTS |= {"confusion": "SKK", "group": "N"}
-PATH = {"intersection": "RSNK", "predicted": "RSNK", "cross_entropy": "RSN"}  # R strengths
+PATH = {"intersection": "RSNK", "predicted": "RSNK", "cross_entropy": "RSN"}  # R solved strengths of each site
 
 
 def check_counts(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, int], required: Sequence[str]) -> None:
@@ -44,10 +44,10 @@ def check_counts(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, 
             )
 
 
-def check_path(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, int], instrument: str) -> None:
-    """Raise a UserError that names `path` unless an instrument's counts and losses are valid and of these sizes."""
+def check_path(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, int]) -> None:
+    """Raise a UserError that names `path` unless its counts and losses are valid and of these sizes."""
     for key, axes in PATH.items():
-        name, floating = f"{instrument}/{key}", key == "cross_entropy"
+        name, floating = f"optimum/{key}", key == "cross_entropy"
         if name not in tensors:
             raise UserError(f"{path} has no {name}; make the run again")
         tensor, expected = tensors[name], [sizes[axis] for axis in axes]
@@ -58,6 +58,19 @@ def check_path(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, in
                 f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; expected non-negative {kind} {expected} "
                 "according to metrics.json; make the run again"
             )
+
+
+def check_totals(counts: Counts, source: str) -> None:
+    """Raise a UserError that begins with `source` unless each labelled pixel is counted once, and no other one."""
+    right, predicted, labelled, patch_right, patch_valid = counts[:5]
+    pixels = labelled.sum(-1)
+    right_are_labelled = (right <= labelled).all() and (right <= predicted).all()
+    if not right_are_labelled or (predicted.sum(-1) != pixels).any():
+        raise UserError(
+            f"{source}: intersection, predicted and labelled are not counts of the same pixels; make the run again"
+        )
+    if (patch_right > patch_valid).any() or (patch_valid.sum(-1) > pixels).any():
+        raise UserError(f"{source}: more pixels are counted under tokens than are labelled; make the run again")
 
 
 class ProbeRun(FinishedRun):
@@ -82,8 +95,9 @@ class ProbeRun(FinishedRun):
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
-        tensors = read_tensors(self.path / "counts.safetensors")
-        check_counts(tensors, self.path / "counts.safetensors", self._sizes, list(COUNTS)[:5])
+        tensors, path = self._read("counts.safetensors"), self.path / "counts.safetensors"
+        check_counts(tensors, path, self._sizes, list(COUNTS)[:5])
+        check_totals(Counts(*(tensors[name] for name in list(COUNTS)[:5])), str(path))
         return tensors
 
     @property
@@ -97,25 +111,26 @@ class ProbeRun(FinishedRun):
         """Counts of the probes."""
         return Counts(**{name: self._tensors[name] for name in Counts._fields if name in self._tensors})
 
-    def path_counts(self, instrument: str) -> list[tuple[Counts, torch.Tensor]]:
-        """Return counts and summed losses per image, f64[S, N], at each strength; counts have one patch per image.
+    def path_counts(self) -> list[tuple[Counts, torch.Tensor]]:
+        """Return counts and summed losses per image, f64[S, N], of each row of solved strengths, strong to weak.
 
-        Args:
-            instrument: A key of metrics.json["path"] with strengths: "closed_form" or "optimum".
+        A row has another strength at each site; see `solved_strengths`. The counts have one patch per image.
 
         Raises:
-            UserError: If the run has no such path, or its file is damaged.
+            UserError: If the probes were not solved, or the file is damaged.
         """
-        solved, path = self.solved_path(instrument), self.path / "path.safetensors"
-        tensors, labelled = read_tensors(path), self.counts.labelled
-        sizes = self._sizes | {"R": len(solved["strengths"])}
-        check_path(tensors, path, sizes, instrument)
-        intersection, predicted, loss = (tensors[f"{instrument}/{name}"] for name in PATH)
+        path, sizes = self.path / "path.safetensors", self._sizes | {"R": len(self.solved_strengths[0])}
+        tensors, labelled = self._read(path.name), self.counts.labelled
+        check_path(tensors, path, sizes)
+        intersection, predicted, loss = (tensors[f"optimum/{name}"] for name in PATH)
         valid = labelled.sum(-1, keepdim=True)
-        return [
-            (Counts(right, total, labelled, patch_right=right.sum(-1, keepdim=True), patch_valid=valid), losses)
-            for right, total, losses in zip(intersection, predicted, loss, strict=True)
+        counts = [
+            Counts(right, total, labelled, patch_right=right.sum(-1, keepdim=True), patch_valid=valid)
+            for right, total in zip(intersection, predicted, strict=True)
         ]
+        for at_strength in counts:
+            check_totals(at_strength, str(path))
+        return list(zip(counts, loss, strict=True))
 
     @property
     def confusion(self) -> torch.Tensor | None:

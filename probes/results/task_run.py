@@ -3,9 +3,10 @@
     RUN/metrics.json          scores per site with intervals; "task" and "scores" say which, and which way is better
     RUN/counts.safetensors    "sums" f32[S, N, M]: sums per image, from which the scores are computed; of depth and
                               normals "patch_error" f32[S, N, T], "patch_valid" f32[N, T]: errors and pixels by token
-    RUN/path.safetensors      "closed_form/sums" f32[R, S, N, M] at every strength of regularisation, of `probes solve`
+    RUN/path.safetensors      "closed_form/sums" (boundaries: "optimum/sums") f32[R, S, N, M] at the solved strengths of
+                              regularisation, of `probes solve`
 
-Axes: S sites, N images, T image tokens, M sums per image, R strengths.
+Axes: S sites, N images, T image tokens, M sums per image, R solved strengths of each site.
 """
 
 from functools import cached_property
@@ -19,7 +20,7 @@ from llava_bidir.common.errors import UserError
 from probes.ops.bilinear import upsample
 from probes.tasks import SEGMENTATION, TASKS, Task
 
-from .finished_run import FinishedRun, read_tensors
+from .finished_run import FinishedRun
 from .probe_run import ProbeRun
 
 
@@ -56,7 +57,7 @@ class TaskRun(FinishedRun):
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return read_tensors(self.path / "counts.safetensors")
+        return self._read("counts.safetensors")
 
     @property
     def sums(self) -> torch.Tensor:
@@ -98,17 +99,14 @@ class TaskRun(FinishedRun):
             )
         return error, valid
 
-    def path_sums(self, instrument: str) -> torch.Tensor:
-        """Return the sums per image at each strength, f32[R, S, N, M].
-
-        Args:
-            instrument: A key of metrics.json["path"] with strengths: "closed_form" or "optimum".
+    def path_sums(self) -> torch.Tensor:
+        """Return the sums per image of each row of solved strengths, f32[R, S, N, M]; see `solved_strengths`.
 
         Raises:
-            UserError: If the run has no such path, or its file is damaged.
+            UserError: If the probes were not solved, or the file is damaged.
         """
-        solved, tensors = self.solved_path(instrument), read_tensors(self.path / "path.safetensors")
-        return self._check("path.safetensors", tensors, f"{instrument}/sums", [len(solved["strengths"])])
+        rows, tensors = len(self.solved_strengths[0]), self._read("path.safetensors")
+        return self._check("path.safetensors", tensors, f"{self.instrument}/sums", [rows])
 
     def _check(self, file: str, tensors: dict[str, torch.Tensor], name: str, leading: list[int]) -> torch.Tensor:
         """Return a tensor, or raise a UserError that names the file unless it has the axes of metrics.json."""

@@ -24,7 +24,7 @@ class Task(ABC):
     channels: ClassVar[int]  # K
     scores: ClassVar[dict[str, bool]]  # name -> higher is better; the first is the one that chooses and is compared
     labels: ClassVar[dict[str, str]]  # name of a score -> name with its unit in reports
-    solved: ClassVar[str] = "least_squares"  # by `probes solve`: least_squares, or discriminants (targets are classes)
+    solved: ClassVar[str] = "least_squares"  # by `probes solve`: least_squares, or cross_entropy (targets are classes)
     unit: ClassVar[float | None] = 1 / 256  # of maps as 16-bit PNG (KITTI's of depth); None for maps with 8 bits
     pixel_error: ClassVar[str | None] = None  # name of `pixel_errors` in reports; None if a pixel has none of its own
 

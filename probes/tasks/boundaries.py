@@ -37,7 +37,7 @@ class Boundaries(Task):
     channels = 2
     scores = {"f": True, "ap": True}
     labels = {"f": "F (best threshold)", "ap": "average precision"}
-    solved = "discriminants"
+    solved = "cross_entropy"
     unit = None
 
     def values(self, target: Tensor) -> Tensor:

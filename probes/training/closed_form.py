@@ -3,7 +3,7 @@
 With class means mu_k, overall mean mu and pooled within-class covariance W (`moments.py`), the discriminant of strength
 r has the weights W_r^-1 (mu_k - mu) and the bias log(N_k / n) - 1/2 (mu_k - mu)^T W_r^-1 (mu_k - mu), where
 
-    W_r = (1 - r) W + r D,        D = diag(W), or trace(W) / d for all channels.
+    W_r = (1 - r) W + r D,        D = diag(W).
 
 Shrinkage towards the diagonal leaves scores unchanged when a channel is rescaled. With D^-1/2 W D^-1/2 = V diag(s) V^T,
 
@@ -17,9 +17,7 @@ Source: linear discriminant analysis with shrinkage (Ledoit and Wolf 2004; Fried
 Legend: R strengths, K classes, d width.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -58,33 +56,21 @@ class ClosedForm:
         weights = self.directions / self.metric(strength)
         return weights, self.log_prior - (weights * self.directions).sum(1) / 2
 
-    def path(self, strengths: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Return weights f32[R, K, d] of x - mean and biases f32[R, K] of several strengths."""
-        weights, biases = zip(*map(self.solve, strengths), strict=True)
-        return torch.stack([self.to_states(w).float() for w in weights]), torch.stack(biases).float()
-
-    @classmethod
-    def empty(cls, like: Tensor, classes: int) -> "ClosedForm":
-        """Return uninitialised discriminants of the width and on the device of a vector."""
-        new, width = lambda *shape: torch.empty(shape, dtype=torch.float64, device=like.device), len(like)
-        return cls(new(width), new(width), new(width, width), new(width), new(classes, width), new(classes))
-
     def to_states(self, weights: Tensor) -> Tensor:
         """Return weights f[..., K, d] of the coordinates (x - mean) D^-1/2 V as weights of x - mean."""
         return (weights @ self.basis.T) * self.scale
 
-    def centred_means(self) -> Tensor:
-        """Return mu_k - mu, f64[K, d]; 0 in constant channels."""
-        return torch.where(self.scale > 0, self.directions @ self.basis.T / self.scale, 0)
+    def coordinates(self, states: Tensor) -> Tensor:
+        """Return states f[..., d] in the coordinates, f32[..., d + 1], with a last column of ones for biases."""
+        x = (states.float() - self.mean.float()) * self.scale.float() @ self.basis.float()
+        return torch.cat([x, torch.ones_like(x[..., :1])], -1)
 
     def from_gradient(self, gradient: Tensor) -> Tensor:
         """Return the gradient f[..., K, d] by weights of x - mean as the gradient by weights of the coordinates."""
         return (gradient * self.scale) @ self.basis
 
 
-def solve_moments(
-    count: Tensor, first: Tensor, second: Tensor, pivot: Tensor, shrink_to: Literal["diagonal", "trace"] = "diagonal"
-) -> ClosedForm:
+def solve_moments(count: Tensor, first: Tensor, second: Tensor, pivot: Tensor) -> ClosedForm:
     """Return the discriminants that follow from moments.
 
     Args:
@@ -92,7 +78,6 @@ def solve_moments(
         first: f64[K, d], S.
         second: f64[d, d], Q.
         pivot: f[d], what was subtracted from the states.
-        shrink_to: D, the target of the shrinkage: "diagonal", or "trace" for one variance for all channels.
     """
     total = count.sum()
     seen = count > 0
@@ -100,7 +85,7 @@ def solve_moments(
     means = torch.where(seen[:, None], first / count.clamp(min=1e-30)[:, None], overall)
     within = second / total - (means * (count / total)[:, None]).T @ means
     square = second.diagonal() / total + (pivot.double() + overall).square()
-    scale, spectrum, basis = standardise(within, square, shrink_to)
+    scale, spectrum, basis = standardise(within, square)
     directions = ((means - overall) * scale) @ basis
     log_prior = torch.where(seen, count, 0.5).log() - total.log()
     mean = pivot.double() + overall
@@ -108,18 +93,15 @@ def solve_moments(
     return ClosedForm(*(part.contiguous() for part in parts))  # eigh's basis is not, and is sent between processes
 
 
-def standardise(covariance: Tensor, square: Tensor, shrink_to: str) -> tuple[Tensor, Tensor, Tensor]:
+def standardise(covariance: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return D^-1/2 f64[d], and the eigenvalues f64[d] and eigenvectors f64[d, d] of D^-1/2 covariance D^-1/2.
 
     Args:
         covariance: f64[d, d].
         square: f64[d], mean square of each channel, which tells constant channels from small ones.
-        shrink_to: D, "diagonal" or "trace".
     """
     variance = covariance.diagonal()
     alive = variance > DEAD * square
-    if shrink_to == "trace":
-        variance = torch.where(alive, variance, 0).sum().div(alive.sum().clamp(min=1)).expand_as(variance)
     scale = torch.where(alive, variance.clamp(min=1e-300).rsqrt(), 0)
     spectrum, basis = torch.linalg.eigh(scale[:, None] * covariance * scale)
     return scale, spectrum.clamp(min=0), basis

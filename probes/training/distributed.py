@@ -1,5 +1,7 @@
 """Collectives that make multi-GPU training match single-GPU training."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,6 +9,11 @@ from torch import Tensor
 def rank_count() -> int:
     """Return the number of processes of this run."""
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the index of this process."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def all_gather(x: Tensor) -> Tensor:
@@ -18,11 +25,6 @@ def all_gather(x: Tensor) -> Tensor:
     return torch.stack(tensors)
 
 
-def rank() -> int:
-    """Return the index of this process."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
 def all_reduce(x: Tensor) -> Tensor:
     """Replace the tensor by its sum over processes, in place, and return it."""
     if rank_count() > 1:
@@ -30,10 +32,37 @@ def all_reduce(x: Tensor) -> Tensor:
     return x
 
 
-def broadcast(x: Tensor, source: int) -> Tensor:
-    """Replace the tensor by that of process `source`, in place, and return it."""
+def broadcast(x: Any, source: int) -> Any:
+    """Return the object of process `source`, with tensors on the device they had there."""
+    box = [x]
     if rank_count() > 1:
-        if not x.is_contiguous():  # would be filled in the wrong order
-            raise ValueError("only contiguous tensors can be broadcast")
-        torch.distributed.broadcast(x, source)
-    return x
+        torch.distributed.broadcast_object_list(box, source)
+    return box[0]
+
+
+def all_gather_objects(x: Any) -> list[Any]:
+    """Return the object of every process."""
+    if rank_count() == 1:
+        return [x]
+    parts: list[Any] = [None] * rank_count()
+    torch.distributed.all_gather_object(parts, x)
+    return parts
+
+
+def gather_images(x: Tensor, images: list[int], owner: int, device: torch.device) -> Tensor | None:
+    """Return the rows of all processes on process `owner`, on the CPU, and None on the others.
+
+    Args:
+        x: f[n, ...], the rows of this process.
+        images: Number of rows of each process.
+        owner: Process that needs them.
+        device: Device of the collective; that of the model, as required by NCCL.
+    """
+    if rank_count() == 1:
+        return x
+    padded = x.new_zeros(max(images), *x.shape[1:])
+    padded[: len(x)] = x
+    padded = padded.to(device)
+    parts = [torch.empty_like(padded) for _ in images] if rank() == owner else None
+    torch.distributed.gather(padded, parts, owner)
+    return None if parts is None else torch.cat([part[:n].cpu() for part, n in zip(parts, images, strict=True)])

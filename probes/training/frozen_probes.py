@@ -1,6 +1,6 @@
 """Probes at every site of a frozen MLLM: loading, states, logits, and the scores on the validation split.
 
-`module.py` trains the probes by gradient descent, `solver.py` solves them from moments.
+`module.py` trains the probes by gradient descent, `solver.py` solves them.
 
 Legend: S sites, N images of a dataset, B images of a batch, T image tokens on a grid h x w, d width, K classes, or
 channels of another task, M sums per image.
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from llava_bidir.common.identity import Identity, run_identity
 from llava_bidir.common.rank_zero import rank_zero_result
-from probes.data.batches import group_by_mask_size
+from probes.data.batches import MaskPreparer, group_by_mask_size
 from probes.evaluation.feature_statistics import StateStatistics
 from probes.evaluation.metrics import Counts, patch_labels
 from probes.evaluation.segmentation_metric import SegmentationMetric
@@ -39,6 +39,8 @@ class FrozenProbes(LightningModule):
         head: Name of the probes' head, see heads.py.
         feature_norm: Normalisation of the states before the head.
     """
+
+    nodes = 3  # per cell and axis of the loss's quadrature, see probes/ops/README.md
 
     def __init__(self, head: str = "linear", feature_norm: str = "none"):
         super().__init__()
@@ -106,6 +108,10 @@ class FrozenProbes(LightningModule):
             torch.manual_seed(self.hparams.seed * 1_000_003 + self.mllm.sites.index(site))
             return Probe(self.mllm.widths[site], self.channels, self.mllm.grid, self.feature_norm, self.head)
 
+    def mask_preparer(self) -> MaskPreparer | None:
+        """Return what prepares training masks for the loss; None if the probes are not trained on masks of classes."""
+        return None if self.task else MaskPreparer(self.mllm.geometry, self.channels, self.nodes)
+
     def states(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Return the states f[B, T, d] by site, in the dtype of the model."""
         return batch["states"] if "states" in batch else self.mllm.states(batch["pixels"], self.sites)
@@ -145,7 +151,7 @@ class FrozenProbes(LightningModule):
         """Write the files of the run."""
         counts, states = self._compute(), self.statistics.compute()
         self.statistics.reset()
-        path = self.path_results()
+        path = self.path_results(counts)
         if self.trainer.is_global_zero:
             save_run(self, self.trainer.datamodule, counts, states, path, self.trainer.default_root_dir)
 
@@ -153,8 +159,11 @@ class FrozenProbes(LightningModule):
         """Return how the probes were made, for metrics.json."""
         raise NotImplementedError
 
-    def path_results(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the content of metrics.json["path"] and of path.safetensors; empty if there is no path."""
+    def path_results(self, counts: Counts | TaskSums) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the content of metrics.json["path"] and of path.safetensors; empty if there is no path.
+
+        `counts` are those of the probes of the run.
+        """
         return {}, {}
 
     def _compute(self) -> Counts | TaskSums:

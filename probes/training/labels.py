@@ -4,24 +4,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from probes.evaluation.metrics import IGNORE_INDEX
+from probes.ops.quadrature import PreparedMasks
 
 
-def shuffle_masks(target: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+def shuffle_masks(target: PreparedMasks | Tensor | list[Tensor]) -> PreparedMasks | Tensor | list[Tensor]:
     """Return the masks rolled by one image, so that no image keeps its own.
 
     A probe can then learn position and class frequencies only. The pairs change each epoch with the order of images.
-    Masks of different sizes are resized to the size of the image, by nearest pixel. A single image in a batch is
-    ignored, because there is no other mask.
+    Targets of other tasks are resized to the size of the image, by nearest pixel. A single image in a batch is ignored,
+    because there is no other mask.
 
     Args:
-        target: uint8[B, H, W], or a list of B masks uint8[H, W]; for other tasks f[B, H, W] or f[B, H, W, 3].
+        target: B prepared masks; for other tasks f[B, H, W] or f[B, H, W, 3], or a list of B targets.
     """
     if len(target) == 0:
         return target
+    if isinstance(target, PreparedMasks):
+        return target[[-1, *range(len(target) - 1)]] if len(target) > 1 else target.without_labels()
     if len(target) == 1:
-        value = torch.nan if target[0].is_floating_point() else IGNORE_INDEX
-        ignored = target[0].new_full(target[0].shape, value)
+        ignored = torch.full_like(target[0], torch.nan)
         return ignored[None] if isinstance(target, Tensor) else [ignored]
     if isinstance(target, Tensor):
         return target.roll(1, 0)

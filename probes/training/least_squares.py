@@ -1,7 +1,7 @@
 """Linear least squares of a site at every strength of regularisation, in closed form from its moments.
 
 With C the covariance of the upsampled states over the labelled pixels, c their covariance with the target and D the
-diagonal of C (or one variance for all channels), the weights of strength r minimise the squared error of the pixels
+diagonal of C, the weights of strength r minimise the squared error of the pixels
 plus a ridge,
 
     w_r = argmin (1 - r) E|w (x - mean) + b - y|^2 + r w D w^T        w_r = (1 - r) ((1 - r) C + r D)^-1 c,
@@ -15,7 +15,7 @@ Legend: F folds, R strengths, B images, T tokens, d width, K channels.
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,34 +104,24 @@ class LeastSquares(NamedTuple):
     bias: Tensor
     loss: Tensor
 
-    @classmethod
-    def empty(cls, like: Tensor, strengths: int, channels: int) -> "LeastSquares":
-        """Return uninitialised probes of the width and on the device of a vector."""
-        new, width = lambda *shape: torch.empty(shape, dtype=torch.float64, device=like.device), len(like)
-        return cls(new(width), new(width), new(strengths, channels, width), new(strengths, channels), new(strengths))
 
-
-def solve_least_squares(
-    moments: LeastSquaresMoments,
-    strengths: tuple[float, ...],
-    shrink_to: Literal["diagonal", "trace"] = "diagonal",
-) -> LeastSquares:
+def solve_least_squares(moments: LeastSquaresMoments, strengths: tuple[float, ...]) -> LeastSquares:
     """Return the probes of all folds together, with the squared error of each fold under the probes of the others.
 
     Raises:
         UserError: No pixel has a value.
     """
     moments.check_values()
-    mean, scale, weights, bias = _solve(moments, None, strengths, shrink_to)
+    mean, scale, weights, bias = _solve(moments, None, strengths)
     loss = torch.zeros(len(strengths), dtype=torch.float64, device=mean.device)
     for fold in range(len(moments.count)):
-        others, _, w, b = _solve(moments, fold, strengths, shrink_to)
+        others, _, w, b = _solve(moments, fold, strengths)
         loss += moments.squared_error(fold, w, b - w @ (others - moments.pivot.double()))
     return LeastSquares(mean, scale, weights, bias, loss / moments.count.sum())
 
 
 def _solve(
-    moments: LeastSquaresMoments, left_out: int | None, strengths: tuple[float, ...], shrink_to: str
+    moments: LeastSquaresMoments, left_out: int | None, strengths: tuple[float, ...]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return mean, scale, weights and bias of :class:`LeastSquares` for all folds but one, or for all."""
     count, first, second = moments.without(left_out)
@@ -139,7 +129,7 @@ def _solve(
     mean, target = states / total, count[:-1] / total
     covariance = second / total - torch.outer(mean, mean)
     square = second.diagonal() / total + (moments.pivot.double() + mean).square()
-    scale, spectrum, basis = standardise(covariance, square, shrink_to)
+    scale, spectrum, basis = standardise(covariance, square)
     directions = ((first[:-1] / total - target[:, None] * mean) * scale) @ basis
     strength = torch.tensor(strengths, dtype=torch.float64, device=mean.device)[:, None]
     gain = (1 - strength) / ((1 - strength) * spectrum + strength)

@@ -17,13 +17,13 @@ from llava_bidir.common.epoch_length import optimizer_steps
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import check_same_identity
 from llava_bidir.common.run_folder import RESUME_ADVICE
-from probes.data.batches import group_by_mask_size
 from probes.data.samplers import PAD_INDEX
 from probes.evaluation.bootstrap import dataset_scores, task_scores
-from probes.evaluation.metrics import IGNORE_INDEX, Counts
+from probes.evaluation.metrics import Counts
 from probes.models.random_init import MATCHES
 from probes.ops.bilinear import upsample
-from probes.ops.cross_entropy import subsample, upsampled_cross_entropy
+from probes.ops.cross_entropy import upsampled_cross_entropy
+from probes.ops.quadrature import PreparedMasks
 
 from .distributed import all_gather
 from .frozen_probes import FrozenProbes
@@ -54,8 +54,6 @@ class ProbeModule(FrozenProbes):
         learning_rate: Initial learning rate of AdamW, with polynomial decay (power 0.9) to zero.
         betas: Betas of AdamW.
         weight_decay: Weight decay of AdamW.
-        label_stride: Train on every s-th pixel row and column of the masks, which makes the loss cheaper; scores use
-            all pixels.
         seed: Seed of probes and re-initialised parts; linked from seed_everything by the command line.
 
     Raises:
@@ -80,7 +78,6 @@ class ProbeModule(FrozenProbes):
         learning_rate: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
-        label_stride: int = 1,
         seed: int = 0,
     ):
         if not learning_rate > 0:
@@ -92,7 +89,7 @@ class ProbeModule(FrozenProbes):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return a loss with the gradients of all probes."""
-        states, target = self.states(batch), batch["target"]
+        states, target = self.states(batch), batch["target" if self.task else "masks"]
         if len(target) == 1 and batch["index"][0] == PAD_INDEX:  # padding must not enter batch statistics
             states, target = {site: x[:0] for site, x in states.items()}, target[:0]
         losses = self.losses(self.logits(states), LABELS[self.hparams.labels](target))
@@ -100,7 +97,7 @@ class ProbeModule(FrozenProbes):
             self.log(f"train_loss/{site}", loss, batch_size=len(batch["index"]))
         return losses.sum()
 
-    def losses(self, logits: Tensor, target: Tensor | list[Tensor]) -> Tensor:
+    def losses(self, logits: Tensor, target: PreparedMasks | Tensor | list[Tensor]) -> Tensor:
         """Return the loss of the global batch, f[S]; of segmentation, the mean cross-entropy over labelled pixels.
 
         Large photos have more pixels, so they weigh more (an order of magnitude on ADE20K); the paper does not say.
@@ -109,31 +106,22 @@ class ProbeModule(FrozenProbes):
         """
         if self.task:
             return self._task_losses(logits, target)
-        view, stride = self.mllm.geometry.view, self.hparams.label_stride
-        labelled = ((subsample(t, stride) != IGNORE_INDEX).sum() for t in target)
-        valid = all_gather(sum(labelled, logits.new_zeros((), dtype=torch.long))).double().mean().clamp(min=1)
-        losses = [
-            upsampled_cross_entropy(
-                logits[:, images], t, IGNORE_INDEX, view=view(t.shape[-2:]), label_stride=stride, reduction="sum"
-            )
-            for images, t in group_by_mask_size(target)
-            if len(t)
-        ]
-        return sum(losses, logits[:, :0].sum((1, 2, 3, 4))) / valid  # 0 with gradient 0 if there are no images
+        valid = all_gather(target.pixels.sum()).mean().clamp(min=1)
+        if not len(target):
+            return logits.sum((1, 2, 3, 4)) / valid  # 0 with gradient 0
+        return upsampled_cross_entropy(logits, target, reduction="sum") / valid
 
     def _task_losses(self, channels: Tensor, target: Tensor | list[Tensor]) -> Tensor:
         """Return the mean over the images of the global batch that have a value, f[S], from f[S, B, K, h, w]."""
-        stride, geometry = self.hparams.label_stride, self.mllm.geometry
+        geometry = self.mllm.geometry
         images = channels.new_zeros(())
         total = channels[:, :0].sum((1, 2, 3, 4))
         for x, y in zip(channels.unbind(1), target, strict=True):
             size = tuple(y.shape[:2])
-            y = y[stride // 2 :: stride, stride // 2 :: stride][None]
+            y = y[None]
             images = images + self.task.valid(y).any()
             # recomputed in backward: the maps of all sites and images at once would be gigabytes
-            loss = lambda x, y=y, size=size: self.task.image_losses(
-                upsample(x, size, geometry.view(size), stride)[:, None], y
-            )
+            loss = lambda x, y=y, size=size: self.task.image_losses(upsample(x, size, geometry.view(size))[:, None], y)
             total = total + checkpoint(loss, x, use_reentrant=False)[:, 0]
         return total / all_gather(images).mean().clamp(min=1e-9)
 

@@ -1,45 +1,56 @@
-"""Refine the probes of a site to the optimum of the paper's loss.
+"""Linear probes of one site at the minimum of the paper's loss, along a path of strengths of regularisation.
 
-The objective of a problem (a strength r, and a fold of images that is left out, or none) is convex:
+The objective of a strength r is convex:
 
     f(w, b) = mean cross-entropy of the upsampled logits over labelled pixels + r/2 w^T D w        (D: closed_form.py)
 
-w is in the coordinates in which D is the identity and the within-class covariance diag(s). L-BFGS minimises f over a
-sample of images whose states are kept in memory. If the sample is the whole training split, that is the optimum. If
-not, the next point minimises
+`SiteProblem` has the states of a sample of images in memory. w is in coordinates in which D is the identity and the
+pooled within-class covariance diag(s) (`closed_form.py`). There, p_k (1 - p_k) s_j + r, with p the frequencies of the
+classes, is about the curvature along w_kj: L-BFGS in steps of its inverse square root needs no Hessian.
 
-    f_S(w) + <g - grad f_S(w_t), w - w_t> + c/2 |w - w_t|^2     S: the sample, w_t: the current point, g = grad f(w_t)
+The strength is chosen by cross-validation over folds of images. Each fold has a path of its own, from strong to weak. A
+fold must never start from the solution of all images: that one has seen what the fold leaves out, and with finite
+tolerances weak strengths would look better than they are. The path stops when the loss of left-out images has risen
+twice. The probes of all images are then solved at the chosen strength and its two neighbours only, started from the
+mean over folds.
 
-which has the right gradient and the sample's curvature. At w_0 = 0 the moments give g; later it takes a pass over the
-split. If f has risen, the step is taken back and c is increased. A pass costs a forward of the frozen MLLM for each
-image, L-BFGS on the sample none. Source: DANE (Shamir, Srebro and Zhang 2014), with a pass in place of the other
-machines.
+The path uses two nodes per cell (`probes/ops`). Certificates, the last probes and reported losses use five.
 
-Legend: P problems, B images, T tokens, n tokens, d width, K classes.
+Legend: P problems solved together, F folds, R strengths, B images, T tokens, d width, K classes.
 """
 
-from collections.abc import Callable
-from dataclasses import InitVar, dataclass, field
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from scipy.optimize import OptimizeResult, minimize
 from torch import Tensor
 
-from probes.ops.cross_entropy import upsampled_cross_entropy
+from probes.ops.cross_entropy import loss_and_gradient
+from probes.ops.quadrature import PreparedMasks
 
-from .closed_form import ClosedForm
-from .moments import full_precision
+from .closed_form import ClosedForm, solve_moments
+from .moments import Moments, full_precision
 
-OPTIMUM_STRENGTHS = (1e-6, 1e-5, 1e-4, 1e-3)
-GRADIENT, DECREASE = 1e-3, 1e-4  # tolerances of a certificate
-MEMORY = 20  # pairs of L-BFGS
-ITERATIONS = 500
-DENSE = 3000  # parameters up to which the Hessian is factorised
-DENSE_ROUND = 10  # iterations with one factor
-DENSE_ROUNDS = 8
-ROUNDING = 1e-7  # decrease in nats below which float32 sums do not allow another step
+LOOSE_NODES, TIGHT_NODES = 2, 5
+STRENGTHS = tuple(10 ** (-k / 2) for k in range(2, 17))  # 0.1 to 1e-8, in half decades
+STRONGER = tuple(10 ** (k / 2) for k in range(-1, 7))  # 0.3 to 1000, if 0.1 is the best of those
+IN_MEMORY = 2e-5  # decrease in nats after which a refinement in memory ends
+PATH_TOLERANCE = 1e-5  # predicted decrease, nats; at 2e-4, folds are 0.01 nats too good at weak strengths
+TOLERANCE = 1e-7  # of the probes of all images
+CONVERGED = 1e-4  # decrease in nats up to which a certificate holds
+GRADIENT = 1e-3  # the same for the gradient's norm relative to that at w = 0
+ITERATIONS = 300
+MEMORY = 40  # pairs of L-BFGS; 20 take a quarter more steps
+HALVINGS = 10  # of a step, before rounding is blamed
+CHUNK_NUMEL = 2**24  # logits at a time
+# Rounds of a refinement in memory. Few nodes do not describe the loss of very rough logits, those of a few images
+# without regularisation: the last rounds minimise the loss with many nodes.
+LOOSE_ROUNDS, TIGHT_ROUNDS = 3, 4
+PROXIMAL = 1e-3  # weight of |w - w_t|^2 against the curvature if part of the images is in memory
+ROUNDING = 1e-7  # change of a loss in nats that float32 logits do not resolve
+
+Objective = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]  # points f64[P, K, d + 1] of the problems in a list
 
 
 class Certificate(NamedTuple):
@@ -47,8 +58,7 @@ class Certificate(NamedTuple):
 
     Args:
         gradient: Norm of the gradient in whitened coordinates, relative to that at w = 0.
-        decrease: Decrease in nats that a quadratic model predicts, 1/2 g^T H^-1 g with the curvature H of L-BFGS; with
-            a sample, the decrease that its model has found.
+        decrease: Decrease in nats that the model of :class:`Refinement` has found.
     """
 
     gradient: float
@@ -57,242 +67,351 @@ class Certificate(NamedTuple):
     @property
     def converged(self) -> bool:
         """Both are below their tolerance."""
-        return self.gradient < GRADIENT and self.decrease < DECREASE
+        return self.gradient < GRADIENT and self.decrease < CONVERGED
 
 
-@dataclass
-class Problem:
-    """A strength and a left-out fold at one site, with the current point.
+class SiteProblem:
+    """The objective of a site on images in memory.
 
     Args:
-        space: The discriminants of all folds, which define coordinates and D.
-        strength: r.
-        fold: Fold that is left out, or None.
-        moments: The discriminants of the folds that are used, for the gradient at w = 0.
-        point: f64[K, d + 1], w and, in the last column, b.
-        gradient: f64[K, d + 1], exact gradient of the cross-entropy at `point`; None if it is unknown.
+        states: f[B, T, d], on the device of the computation.
+        loose: The masks of the images, with few nodes.
+        tight: The same with many nodes.
+        fold_of: i64[B], fold of each image.
     """
 
-    space: ClosedForm
-    strength: float
-    fold: int | None
-    moments: InitVar[ClosedForm]
-    point: Tensor = field(init=False)
-    gradient: Tensor | None = field(init=False)
-    certificate: Certificate | None = None
-    proximal: float = 1e-3  # weight of |w - w_t|^2 in whitened coordinates
+    def __init__(self, states: Tensor, loose: PreparedMasks, tight: PreparedMasks, fold_of: Tensor):
+        self.order, self.sizes = fold_of.argsort(stable=True), fold_of.bincount().tolist()
+        self.space = whiten(states, tight.soft)
+        self.masks = {
+            nodes: [masks[images.tolist()] for images in self.order.split(self.sizes)]
+            for nodes, masks in ((LOOSE_NODES, loose), (TIGHT_NODES, tight))
+        }
+        self.pixels = torch.stack([masks.pixels.sum() for masks in self.masks[TIGHT_NODES]])
+        self.load(states)
 
-    def __post_init__(self, moments: ClosedForm):
-        width = len(self.space.spectrum)
-        self.point = torch.cat(
-            [self.space.directions.new_zeros(len(moments.log_prior), width), moments.log_prior[:, None]], 1
-        )
-        by_state = -moments.log_prior.exp()[:, None] * moments.centred_means()
-        self.gradient = torch.cat([self.space.from_gradient(by_state), torch.zeros_like(self.point[:, -1:])], 1)
-        self.null_gradient = self.norm(self.gradient)
-        self._value = -(moments.log_prior.exp() * moments.log_prior).sum().item()  # objective at `_kept`
-        self._kept = self.point, self.gradient
+    def load(self, states: Tensor) -> None:
+        """Set the states f[B, T, d] after :meth:`release`."""
+        self.tokens = [self.space.coordinates(states[images]) for images in self.order.split(self.sizes)]
 
-    def accept(self, loss: float, gradient: Tensor) -> None:
-        """Take the exact cross-entropy and its gradient at the current point; step back if the objective has risen."""
-        value, _ = self.add_ridge(loss, gradient, self.point)
-        if value <= self._value:
-            self._value, self._kept = value, (self.point, gradient)
-        else:  # the sample's model does not hold so far away
-            self.proximal *= 10
-        self.point, self.gradient = self._kept
-
-    def state(self) -> dict[str, Tensor]:
-        """Return what a killed run needs to go on; the problem must have a certificate.
-
-        Returns:
-            {"points": f64[K, d + 1], the current point; "kept_points" and "kept_gradients": f64[K, d + 1], the last
-            accepted point and the gradient there; "numbers": f64[4], the certificate, `proximal`, and the objective at
-            the accepted point}
-        """
-        point, gradient = self._kept
-        numbers = torch.tensor([*self.certificate, self.proximal, self._value], dtype=torch.float64)
-        return {"points": self.point, "kept_points": point, "kept_gradients": gradient, "numbers": numbers}
-
-    def set_state(self, state: dict[str, Tensor]) -> None:
-        """Set what :meth:`state` returned; the next pass gives the gradient at the current point."""
-        self.point, *kept = (state[key].to(self.point) for key in ("points", "kept_points", "kept_gradients"))
-        self._kept = tuple(kept)
-        *certificate, self.proximal, self._value = state["numbers"].tolist()
-        self.certificate = Certificate(*certificate)
+    def release(self) -> None:
+        """Free the memory of the states; most of it."""
+        self.tokens = []
 
     @property
-    def metric(self) -> Tensor:
-        """Eigenvalues s + r of the coordinates in which gradients are measured, f64[d + 1]; 1 for the bias."""
-        return torch.cat([self.space.spectrum + self.strength, torch.ones_like(self.space.spectrum[:1])])
+    def start(self) -> Tensor:
+        """The constant prediction, f64[K, d + 1]: w = 0, and the logarithm of the frequencies as bias."""
+        prior = self.space.log_prior
+        return torch.cat([prior.new_zeros(len(prior), len(self.space.spectrum)), prior[:, None]], 1)
 
-    def norm(self, gradient: Tensor) -> float:
-        """Return the norm of a gradient f64[K, d + 1] in whitened coordinates."""
-        return gradient.div(self.metric.sqrt()).norm().item()
+    def scale(self, strengths: Tensor) -> Tensor:
+        """Return the length of steps f64[P, K, d + 1], the inverse square root of about the curvature."""
+        p = self.space.log_prior.exp().clamp(min=1e-4)
+        spectrum = torch.cat([self.space.spectrum, self.space.spectrum.new_ones(1)])
+        curvature = (p * (1 - p))[:, None] * spectrum + self.ridge(strengths)
+        return curvature.rsqrt()
 
-    def linear(self, point: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return weights f64[K, d] of x - mean and biases f64[K] of a point, by default the current one."""
-        point = self.point if point is None else point
-        return self.space.to_states(point[:, :-1]), point[:, -1]
+    def ridge(self, strengths: Tensor) -> Tensor:
+        """Return the weights f64[P, 1, d + 1] of the squares of a point; 0 for biases."""
+        ridge = strengths[:, None, None].expand(-1, 1, len(self.space.spectrum) + 1).clone()
+        ridge[..., -1] = 0
+        return ridge
 
-    def by_point(self, sums: Tensor) -> tuple[float, Tensor]:
-        """Return a mean loss and its gradient by the point, from f64[1 + K d + K] as of :func:`loss_sums`."""
-        loss, by_linear, by_bias = sums.split([1, self.point[:, :-1].numel(), len(self.point)])
-        gradient = self.space.from_gradient(by_linear.view(len(self.point), -1))
-        return loss.item(), torch.cat([gradient, by_bias[:, None]], 1)
+    def objective(self, strengths: Tensor, left_out: Sequence[int | None], nodes: int) -> Objective:
+        """Return value f64[P] and gradient f64[P, K, d + 1] of P problems as a function of their points.
 
-    def add_ridge(self, loss: float, gradient: Tensor, point: Tensor) -> tuple[float, Tensor]:
-        """Return objective and gradient from those of the cross-entropy."""
-        ridge = torch.cat([self.strength * point[:, :-1], torch.zeros_like(point[:, -1:])], 1)
-        return loss + (ridge * point).sum().item() / 2, gradient + ridge
+        Args:
+            strengths: f64[P].
+            left_out: P folds, or None for all images.
+            nodes: `LOOSE_NODES` or `TIGHT_NODES`.
+        """
+        ridge = self.ridge(strengths)
 
-    def coordinates(self, states: Tensor) -> Tensor:
-        """Return x - mean f[n, d] in the coordinates of the weights, with a last column of ones for the bias."""
-        u = (states * self.space.scale.to(states)) @ self.space.basis.to(states)
-        return torch.cat([u, torch.ones_like(u[:, :1])], 1)
+        def value_and_gradient(points: Tensor, problems: list[int]) -> tuple[Tensor, Tensor]:
+            value, gradient = points.new_zeros(len(points)), torch.zeros_like(points)
+            for fold, (tokens, masks) in enumerate(zip(self.tokens, self.masks[nodes], strict=True)):
+                used = [i for i, problem in enumerate(problems) if left_out[problem] != fold]
+                if used:
+                    loss, by_point = loss_sums(tokens, masks, points[used])
+                    value[used] += loss
+                    gradient[used] += by_point
+            pixels = torch.stack([self._pixels_without(left_out[problem]) for problem in problems])
+            penalty = ridge[problems] * points
+            value = value / pixels + (penalty * points).sum((1, 2)) / 2
+            return value, gradient / pixels[:, None, None] + penalty
+
+        return value_and_gradient
+
+    def _pixels_without(self, fold: int | None) -> Tensor:
+        return self.pixels.sum() - (0 if fold is None else self.pixels[fold])
+
+    def held_out_loss(self, points: Tensor) -> float:
+        """Return the mean cross-entropy of all images, each under the point f64[F, K, d + 1] of its fold."""
+        folds = zip(self.tokens, self.masks[TIGHT_NODES], points, strict=True)
+        losses = [loss_sums(tokens, masks, point[None], needs_grad=False)[0] for tokens, masks, point in folds]
+        return (torch.cat(losses).sum() / self.pixels.sum()).item()
+
+    def whitened_norm(self, gradient: Tensor, strengths: Tensor) -> Tensor:
+        """Return the norms f64[P] of gradients f64[P, K, d + 1] in coordinates that whiten the states."""
+        metric = self.space.spectrum + strengths[:, None]
+        metric = torch.cat([metric, torch.ones_like(metric[:, :1])], 1)[:, None]
+        return (gradient / metric.sqrt()).flatten(1).norm(dim=1)
+
+
+def whiten(states: Tensor, soft: Tensor) -> ClosedForm:
+    """Return the coordinates of states f[B, T, d] with soft labels f[B, K, h, w]."""
+    moments = Moments.zeros(states[0].float().mean(0), 1, soft.shape[1])
+    for x, labels in zip(states.split(32), soft.flatten(2).mT.split(32), strict=True):
+        moments.update(x.flatten(0, 1), labels.flatten(0, 1).double(), 0)
+    return solve_moments(*moments.without(None), moments.pivot)
 
 
 @full_precision()
 def loss_sums(
-    states: Tensor, target: Tensor, weights: Tensor, bias: Tensor, grid: tuple[int, int], **loss_options
-) -> Tensor:
-    """Return summed loss, gradient by weights and by biases of P linear probes on the same images, f64[P, 1 + K d + K].
+    tokens: Tensor, masks: PreparedMasks, points: Tensor, needs_grad: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Return the summed loss f64[P] of P linear probes on the same images, and its gradient f64[P, K, n].
 
     Args:
-        states: f[B, T, d], x - mean, in the dtype of the computation.
-        target: uint8[B, H, W], 255 ignored.
-        weights, bias: f[P, K, d] and f[P, K].
-        grid: (h, w).
-        loss_options: `view` and `label_stride` of :func:`upsampled_cross_entropy`.
+        tokens: f32[B, T, n], the inputs of the probes.
+        masks: B masks.
+        points: f64[P, K, n], weights of the inputs.
+        needs_grad: If False, the gradient is None.
     """
-    with torch.enable_grad():
-        logits = torch.einsum("btd,pkd->pbkt", states, weights.to(states)) + bias.to(states)[:, None, :, None]
-        logits = logits.detach().requires_grad_()
-        loss = upsampled_cross_entropy(logits.unflatten(-1, grid), target, reduction="sum", **loss_options)
-        (gradient,) = torch.autograd.grad(loss.sum(), logits)
-    by_weights = torch.einsum("pbkt,btd->pkd", gradient, states)
-    return torch.cat([loss.detach()[:, None], by_weights.flatten(1), gradient.sum((1, 3))], 1).double()
-
-
-class Metric:
-    """Coordinates phi of steps, point = start + L^-T phi, in which the Hessian is about the identity, H = L L^T.
-
-    Args:
-        factor: f64[n, n], L; or f64[n] if it is diagonal.
-    """
-
-    def __init__(self, factor: Tensor):
-        self.factor = factor
-
-    def step(self, phi: Tensor) -> Tensor:
-        """Return L^-T phi."""
-        if self.factor.ndim == 1:
-            return phi / self.factor
-        return torch.linalg.solve_triangular(self.factor.T, phi[:, None], upper=True)[:, 0]
-
-    def gradient(self, gradient: Tensor) -> Tensor:
-        """Return L^-1 gradient."""
-        if self.factor.ndim == 1:
-            return gradient / self.factor
-        return torch.linalg.solve_triangular(self.factor, gradient[:, None], upper=False)[:, 0]
-
-
-def diagonal_metric(problem: Problem) -> Metric:
-    """Return the metric W + r D for every class: it whitens the states."""
-    return Metric(problem.metric.sqrt().expand_as(problem.point).flatten())
-
-
-def dense_metric(problem: Problem, tokens: Tensor, pixels: Tensor) -> Metric:
-    """Return the Hessian of the cross-entropy of tokens instead of pixels at the current point, factorised.
-
-    It is an upper bound of the Hessian, since upsampling averages logits.
-
-    Args:
-        problem: At its current point.
-        tokens: f32[n, d + 1], :meth:`Problem.coordinates`.
-        pixels: f32[n], labelled pixels of each token.
-    """
-    p = torch.softmax(tokens @ problem.point.to(tokens).T, -1)
-    weight, (classes, width) = pixels / pixels.sum(), problem.point.shape
-    hessian = tokens.new_empty(classes, width, classes, width)
-    for k in range(classes):
-        for other in range(k, classes):
-            curvature = weight * p[:, k] * (float(k == other) - p[:, other])
-            hessian[k, :, other] = hessian[other, :, k] = tokens.T @ (tokens * curvature[:, None])
-    hessian = hessian.view(classes * width, classes * width).double()
-    ridge = torch.full_like(problem.point, problem.strength)
-    ridge[:, -1] = 0
-    # the sum of all biases is free, and float32 products are exact to about 1e-7 of the largest eigenvalue
-    floor = 1e-6 * hessian.diagonal().mean()
-    for _ in range(16):
-        factor, failed = torch.linalg.cholesky_ex(hessian + torch.diag(ridge.flatten() + floor))
-        if not failed:
-            return Metric(factor)
-        floor = 10 * floor
-    raise RuntimeError("the loss has no curvature: its Hessian is 0 or not finite")
-
-
-Objective = Callable[[Tensor], tuple[float, Tensor]]  # point f64[K, d + 1] -> value, gradient
+    n_probes, classes = points.shape[:2]
+    weights, grid = points.flatten(0, 1).to(tokens), tuple(masks.soft.shape[2:])
+    loss = torch.zeros(n_probes, dtype=torch.float64, device=points.device)
+    gradient = torch.zeros_like(points) if needs_grad else None
+    step = max(1, CHUNK_NUMEL // (len(weights) * tokens.shape[1]))
+    for start in range(0, len(tokens), step):
+        part, x = slice(start, start + step), tokens[start : start + step].flatten(0, 1)
+        logits = (x @ weights.T).view(-1, *grid, n_probes, classes).permute(3, 0, 4, 1, 2)
+        losses, by_logits = loss_and_gradient(logits, masks[part], needs_grad)
+        loss += losses.sum(1)
+        if needs_grad:
+            gradient += (by_logits.permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1) @ x).view_as(points)
+    return loss, gradient
 
 
 def minimise(
-    objective: Objective, problem: Problem, factorise: Callable[[], Metric] | None = None, metric: Metric | None = None
-) -> Certificate:
-    """Move a problem to the minimum of an objective by L-BFGS; return the certificate.
+    objective: Objective, points: Tensor, scale: Tensor, tolerance: float, iterations: int = ITERATIONS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the minima of P independent smooth convex objectives, by L-BFGS with steps in units of `scale`.
 
     Args:
-        objective: Convex.
-        problem: At the starting point.
-        factorise: Returns the metric at the problem's current point; called every few iterations. None: the states are
-            whitened, which takes more iterations.
-        metric: Metric of the first iterations, if one is known.
+        objective: Value and gradient of some of the problems at given points.
+        points: f64[P, K, n], where to start.
+        scale: f64[P, K, n], about the inverse square root of the curvature.
+        tolerance: Predicted decrease at which a problem ends.
+        iterations: Most steps.
+
+    Returns:
+        Points f64[P, K, n], gradients f64[P, K, n] there, and predicted decreases f64[P].
     """
-    if factorise is None:
-        return _minimise_in(objective, problem, diagonal_metric(problem), ITERATIONS)[0]
-    for _ in range(DENSE_ROUNDS):
-        certificate, decrease = _minimise_in(objective, problem, metric or factorise(), DENSE_ROUND)
-        if certificate.converged or decrease < ROUNDING:
+    shape, (points, scale) = points.shape, (points.flatten(1), scale.flatten(1))
+    evaluate = lambda x, problems: tuple(
+        y if y.ndim == 1 else y.flatten(1) for y in objective(x.view(-1, *shape[1:]), problems)
+    )
+    value, gradient = evaluate(points, list(range(len(points))))
+    pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=MEMORY)
+    blocked = torch.zeros_like(value, dtype=torch.bool)  # no step decreases the value: it is exact to rounding
+    for iteration in range(iterations + 1):
+        scaled = gradient * scale
+        direction = -_times_inverse_hessian(scaled, pairs)
+        decrease = -(scaled * direction).sum(1) / 2
+        active = ((decrease > tolerance) & ~blocked).nonzero().flatten().tolist()
+        if not active or iteration == iterations:
             break
-        metric = None
-    return certificate
+        step, new = value.new_zeros(len(value)), (points.clone(), value.clone(), gradient.clone())
+        step[active], trying = 1.0, active
+        for _ in range(HALVINGS):
+            x = points[trying] + (step[trying, None] * direction[trying]) * scale[trying]
+            found, by_x = evaluate(x, trying)
+            enough = found <= value[trying] - 2e-4 * step[trying] * decrease[trying]
+            for old, at in zip(new, (x, found, by_x), strict=True):
+                old[trying] = torch.where(enough.view(-1, *[1] * (at.ndim - 1)), at, old[trying])
+            trying = [i for i, ok in zip(trying, enough.tolist(), strict=True) if not ok]
+            if not trying:
+                break
+            step[trying] /= 2
+        step[trying], blocked[trying] = 0.0, True
+        s, y = step[:, None] * direction, (new[2] - gradient) * scale
+        points, value, gradient = new
+        curvature = (s * y).sum(1)
+        pairs.append((s, y, torch.where(curvature > 0, 1 / curvature.clamp(min=1e-300), 0)))
+    return points.view(shape), gradient.view(shape), decrease
 
 
-def _minimise_in(objective: Objective, problem: Problem, metric: Metric, iterations: int) -> tuple[Certificate, float]:
-    start, last = problem.point, [problem.point]
-    first, gradient = objective(start)
-    # L-BFGS-B starts with a step of length 1; in these units that is the Newton step
-    unit = max(metric.gradient(gradient.flatten()).norm().item(), 1e-30)
-
-    def value_and_gradient(phi: np.ndarray) -> tuple[float, np.ndarray]:
-        point = start + metric.step(torch.from_numpy(phi * unit).to(start)).view_as(start)
-        value, gradient = objective(point)
-        last[:] = point, gradient
-        return value / unit**2, (metric.gradient(gradient.flatten()) / unit).cpu().numpy()
-
-    def stop(intermediate_result: OptimizeResult) -> None:
-        decrease = (metric.gradient(last[1].flatten()).norm() ** 2 / 2).item()
-        if problem.norm(last[1]) < GRADIENT / 4 * problem.null_gradient and decrease < DECREASE / 100:
-            raise StopIteration
-
-    zero = np.zeros(start.numel())
-    options = {"maxcor": MEMORY, "maxiter": iterations, "ftol": 0.0, "gtol": 0.0}
-    result = minimize(value_and_gradient, zero, jac=True, method="L-BFGS-B", options=options, callback=stop)
-    value, gradient = objective(start + metric.step(torch.from_numpy(result.x * unit).to(start)).view_as(start))
-    problem.point = start + metric.step(torch.from_numpy(result.x * unit).to(start)).view_as(start)
-    decrease = 0.5 * float(result.jac @ (result.hess_inv @ result.jac)) * unit**2
-    return Certificate(problem.norm(gradient) / problem.null_gradient, decrease), first - value
+def _times_inverse_hessian(gradient: Tensor, pairs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Return H^-1 g of L-BFGS f64[P, n]: the two-loop recursion (Nocedal and Wright, algorithm 7.4) for P problems."""
+    q, alphas = gradient.clone(), []
+    size = torch.ones_like(gradient[:, 0])
+    for _, y, rho in pairs:  # the last step of each problem sets the size of the first guess
+        size = torch.where(rho > 0, 1 / (rho * y.square().sum(1)).clamp(min=1e-300), size)
+    for s, y, rho in reversed(pairs):
+        alphas.append(rho * (s * q).sum(1))
+        q -= alphas[-1][:, None] * y
+    q *= size[:, None]
+    for (s, y, rho), alpha in zip(pairs, reversed(alphas), strict=True):
+        q += (alpha - rho * (y * q).sum(1))[:, None] * s
+    return q
 
 
-def tilt(objective: Objective, problem: Problem, exact: Tensor) -> Objective:
-    """Return the model of an objective about the problem's point whose gradient there is `exact`, f64[K, d + 1].
+class SitePath(NamedTuple):
+    """The strengths of a site and their cross-validated losses.
 
-    It is the objective on the sample plus a linear term, and a quadratic one, without which a class that
-    the sample hardly has could leave the model without a minimum.
+    Args:
+        strengths: From strong to weak, as far as the path went.
+        loss: Cross-validated loss in nats per pixel at each strength.
+        chosen: Index of the chosen strength: the lowest loss that has a stronger and a weaker neighbour.
+        solved: Indices of the strengths at which the probes of all images are solved.
     """
-    point, linear, proximal = problem.point, exact - objective(problem.point)[1], problem.proximal * problem.metric
 
-    def tilted(x: Tensor) -> tuple[float, Tensor]:
-        (value, gradient), pull = objective(x), proximal * (x - point)
-        return value + ((x - point) * (linear + pull / 2)).sum().item(), gradient + linear + pull
+    strengths: list[float]
+    loss: list[float]
+    chosen: int
+    solved: list[int]
 
-    return tilted
+
+class Refinement:
+    """R probes of a site on their way to the optimum of exact values and gradients that are costly to compute.
+
+    The next point minimises a model of the objective f about the current point w_t,
+
+        f_S(w) + <grad f(w_t) - grad f_S(w_t), w - w_t> + c/2 |w - w_t|^2
+
+    where f_S is the objective on the images in memory with few nodes. It has the right gradient, and nearly the right
+    curvature. If all images are in memory, f has more nodes than f_S. Otherwise f takes a pass over the split. If f has
+    risen, the step is taken back and c is increased, else c is decreased. Source: DANE (Shamir, Srebro and Zhang 2014),
+    with a pass in place of the other machines.
+
+    Args:
+        problem: The site's states and masks.
+        strengths: f64[R].
+        points: f64[R, K, d + 1], where to start.
+        proximal: c, in units of the curvature; 0 if all images are in memory.
+    """
+
+    def __init__(self, problem: SiteProblem, strengths: Tensor, points: Tensor, proximal: float = 0.0):
+        self.problem, self.strengths, self.points = problem, strengths, points
+        self.kept = points, torch.full_like(strengths, torch.inf), torch.zeros_like(points)  # with value and gradient
+        self.proximal = torch.full_like(strengths, proximal)
+        self.certificates: list[Certificate] = []
+        everything, start = list(range(len(points))), problem.start.expand_as(points)
+        at_zero = problem.objective(strengths, [None] * len(points), LOOSE_NODES)(start, everything)[1]
+        self.null = problem.whitened_norm(at_zero, strengths).clamp(min=1e-300)
+        self.tolerance = min(TOLERANCE, (GRADIENT * self.null.min().item()) ** 2 / 8)  # for the norm of the gradient
+
+    @property
+    def converged(self) -> bool:
+        """All probes have a certificate."""
+        return bool(self.certificates) and all(certificate.converged for certificate in self.certificates)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a killed run needs to resume from a step."""
+        kept = dict(zip(("kept_points", "kept_value", "kept_gradient"), self.kept, strict=True))
+        certificates = torch.tensor(self.certificates, dtype=torch.float64).view(-1, 2)
+        return kept | {"points": self.points.clone(), "proximal": self.proximal, "certificates": certificates}
+
+    def set_state(self, state: dict[str, Tensor]) -> None:
+        """Set what :meth:`state` returned."""
+        self.points, self.proximal = state["points"], state["proximal"]
+        self.kept = state["kept_points"], state["kept_value"], state["kept_gradient"]
+        self.certificates = [Certificate(*numbers) for numbers in state["certificates"].tolist()]
+
+    def solve_in_memory(self) -> None:
+        """Refine the probes to the optimum of the images in memory."""
+        everything = list(range(len(self.points)))
+        exact = self.problem.objective(self.strengths, [None] * len(everything), TIGHT_NODES)
+        for nodes in (*[LOOSE_NODES] * LOOSE_ROUNDS, *[TIGHT_NODES] * TIGHT_ROUNDS):
+            self.accept(*exact(self.points, everything))
+            self.proximal *= nodes < TIGHT_NODES  # else the model is the objective itself
+            decrease = self.step(nodes)
+            if (decrease < IN_MEMORY).all() and self.converged:
+                break
+        self.accept(*exact(self.points, everything))
+        self._certify(decrease)
+
+    def accept(self, value: Tensor, gradient: Tensor) -> None:
+        """Take exact values f64[R] and gradients f64[R, K, d + 1] of the objective at `points`."""
+        better = value <= self.kept[1] + ROUNDING
+        choose = lambda new, old: torch.where(better.view(-1, *[1] * (new.ndim - 1)), new, old)
+        self.kept = tuple(map(choose, (self.points, value, gradient), self.kept))
+        self.proximal = torch.where(better, self.proximal / 4, 10 * self.proximal.clamp(min=PROXIMAL))
+        self.points = self.kept[0]
+
+    def step(self, nodes: int = LOOSE_NODES) -> Tensor:
+        """Certify the points, and move them to the minima of their models; return the decreases of the models, f64[R].
+
+        :meth:`accept` must have been called. `nodes` are those of the models.
+        """
+        problem, (points, _, gradient), count = self.problem, self.kept, len(self.strengths)
+        on_sample = problem.objective(self.strengths, [None] * count, nodes)
+        linear = gradient - on_sample(points, list(range(count)))[1]
+        scale = problem.scale(self.strengths)
+        pull = self.proximal[:, None, None] / scale.square()
+
+        def model(x: Tensor, problems: list[int]) -> tuple[Tensor, Tensor]:
+            (value, by_x), apart = on_sample(x, problems), x - points[problems]
+            tilt = linear[problems] + pull[problems] * apart / 2
+            return value + (tilt * apart).sum((1, 2)), by_x + tilt + pull[problems] * apart / 2
+
+        before = model(points, list(range(count)))[0]
+        self.points, _, _ = minimise(model, points, scale, self.tolerance)
+        decrease = before - model(self.points, list(range(count)))[0]
+        self._certify(decrease)
+        return decrease
+
+    def _certify(self, decrease: Tensor) -> None:
+        """Set the certificates of the accepted points, from the decreases f64[R] that their models have found."""
+        gradient = self.problem.whitened_norm(self.kept[2], self.strengths) / self.null
+        self.certificates = [Certificate(*pair) for pair in zip(gradient.tolist(), decrease.tolist(), strict=True)]
+
+
+def solve_site(problem: SiteProblem, strengths: Sequence[float] | None = None) -> tuple[SitePath, Refinement]:
+    """Return the path of a site, with probes of all images in memory, and their exact refinement.
+
+    Args:
+        problem: The site's states and masks.
+        strengths: Strengths to solve, all of them; None to search for the best one.
+    """
+    path = cross_validate(problem, strengths)
+    losses = [loss for _, loss, _ in path]
+    chosen, solved = losses.index(min(losses)), list(range(len(path)))
+    if strengths is None:
+        chosen = min(max(chosen, 1), len(path) - 2)
+        solved = [chosen - 1, chosen, chosen + 1]
+    r = torch.tensor([path[i][0] for i in solved], dtype=torch.float64, device=problem.pixels.device)
+    points = torch.stack([path[i][2] for i in solved])
+    points, _, _ = minimise(
+        problem.objective(r, [None] * len(r), LOOSE_NODES), points, problem.scale(r), 10 * TOLERANCE
+    )
+    return SitePath([strength for strength, _, _ in path], losses, chosen, solved), Refinement(problem, r, points)
+
+
+def cross_validate(problem: SiteProblem, strengths: Sequence[float] | None) -> list[tuple[float, float, Tensor]]:
+    """Return strength, loss of left-out images and mean point over folds, f64[K, d + 1], from strong to weak.
+
+    Each strength starts from the linear extrapolation of the two before, which takes a third fewer steps than starting
+    from the last one, and is closer to the minimum of each fold at equal tolerance.
+    """
+    folds, path = len(problem.tokens), []
+    last = before = problem.start.expand(folds, -1, -1)
+
+    def add(strength: float, start: Tensor) -> Tensor:
+        r = torch.full((folds,), strength, dtype=torch.float64, device=start.device)
+        objective = problem.objective(r, list(range(folds)), LOOSE_NODES)
+        points, _, _ = minimise(objective, start, problem.scale(r), PATH_TOLERANCE)
+        path.append((strength, problem.held_out_loss(points), points.mean(0)))
+        return points
+
+    for strength in sorted(strengths or STRENGTHS, reverse=True):
+        last, before = add(strength, 2 * last - before if len(path) > 1 else last), last
+        losses = [loss for _, loss, _ in path]
+        if strengths is None and len(path) > 2 and min(losses[-2:]) > min(losses[:-2]):
+            break
+    for strength in STRONGER if strengths is None else ():
+        if min(path, key=lambda entry: entry[1])[0] < max(entry[0] for entry in path):
+            break
+        add(strength, problem.start.expand(folds, -1, -1))
+    return sorted(path, key=lambda entry: -entry[0])

@@ -1,105 +1,105 @@
-"""Scores of a site's probes at every strength of regularisation: the path.
+"""Solved probes of a site along its path of strengths, and their scores in metrics.json.
 
-Legend: R strengths, S sites, N images, K classes, d width.
+Legend: R strengths that were solved, S sites, N images, K classes, d width.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from probes.evaluation.bootstrap import dataset_scores
 from probes.evaluation.metrics import Counts
 from probes.evaluation.segmentation_metric import SegmentationMetric, concatenate
-from probes.ops.cross_entropy import upsampled_cross_entropy
+from probes.ops.cross_entropy import loss_and_gradient
+from probes.ops.geometry import Geometry
+from probes.ops.quadrature import PreparedMasks
 
 from .moments import full_precision
-
-
-class PathResults(NamedTuple):
-    """Counts [R * S, N, ...] of each strength and site, strength by strength, and each image's loss f64[R * S, N]."""
-
-    counts: Counts
-    cross_entropy: Tensor
-
-
-class PathMetric(SegmentationMetric):
-    """Counts and summed losses per image, of all strengths and sites."""
-
-    def __init__(self, probes: int, images: int, classes: int, geometry):
-        super().__init__(probes, images, classes, geometry, by_token=False)
-        self.add_state("cross_entropy", default=[], dist_reduce_fx="cat")
-
-    def update(self, logits: Tensor, target: Tensor, index: Tensor) -> None:
-        """Add images: `logits` f[R * S, B, K, h, w], `target` uint8[B, H, W], `index` i64[B]."""
-        super().update(logits, target, index)
-        view = self.geometry.view(tuple(target.shape[-2:]))
-        for i in range(len(target)):
-            loss = upsampled_cross_entropy(logits[:, i : i + 1], target[i : i + 1], view=view, reduction="sum")
-            self.cross_entropy.append(loss.double()[None])
-
-    def compute(self) -> PathResults:
-        """Return the results of the dataset, images in its order."""
-        counts = super().compute()
-        order = concatenate(self.index).argsort()
-        return PathResults(counts, concatenate(self.cross_entropy)[order].T)
+from .optimum import Certificate
 
 
 @dataclass
-class ProbePath:
-    """Linear probes of all sites along a grid of strengths.
+class SolvedSite:
+    """Linear probes of a site.
 
     Args:
-        strengths: The grid.
-        weights: f32[R, K, d] by site, for x - mean.
-        bias: f32[R, K] by site.
-        loss: Cross-validated loss per pixel, f64[R] by site: cross-entropy in nats, or squared error.
-        certificates: Certificates of the optimum by site and strength; empty for the closed form.
+        strengths: f64[n], from strong to weak.
+        loss: f64[n], cross-validated loss per pixel at each strength: cross-entropy in nats, or squared error.
+        chosen: i64[], index of the chosen strength.
+        solved: i64[R], indices of the strengths whose probes follow; the same number at each site.
+        mean: f64[d] of the states.
+        scale: f64[d], D^-1/2; 0 for constant channels.
+        weights: f32[R, K, d], of x - mean.
+        bias: f32[R, K].
+        certificates: f64[R, 2], fields of `Certificate`; f64[0, 2] for the closed form.
     """
 
-    strengths: tuple[float, ...]
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    bias: dict[str, Tensor] = field(default_factory=dict)
-    loss: dict[str, Tensor] = field(default_factory=dict)
-    certificates: dict[str, list[Any]] = field(default_factory=dict)
+    strengths: Tensor
+    loss: Tensor
+    chosen: Tensor
+    solved: Tensor
+    mean: Tensor
+    scale: Tensor
+    weights: Tensor
+    bias: Tensor
+    certificates: Tensor
 
-    def best(self, site: str) -> int:
-        """Return the index of the strength with the lowest cross-validated loss."""
-        return int(self.loss[site].argmin())
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the fields by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def row(self) -> int:
+        """Index of the chosen strength among those that were solved."""
+        return self.solved.tolist().index(int(self.chosen))
 
     @full_precision()
-    def logits(self, centred: dict[str, Tensor], grid: tuple[int, int]) -> Tensor:
-        """Return the logits f32[R * S, B, K, h, w] of states x - mean f32[B, T, d] by site."""
-        by_site = [
-            torch.einsum("btd,rkd->rbkt", x, self.weights[site].to(x)) + self.bias[site].to(x)[:, None, :, None]
-            for site, x in centred.items()
-        ]
-        return torch.stack(by_site, 1).flatten(0, 1).unflatten(-1, grid)
+    def logits(self, states: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return the logits f32[R, B, K, h, w] of states f[B, T, d], on their device."""
+        x = states.float() - self.mean.to(states.device).float()
+        logits = torch.einsum("btd,rkd->rbkt", x, self.weights.to(x)) + self.bias.to(x)[:, None, :, None]
+        return logits.unflatten(-1, grid)
 
-    def entries(self, scores: dict[str, Tensor], sites: list[str], loss: str) -> dict[str, Any]:
-        """Return scores f[R * S] by name for metrics.json, with the cross-validated loss under its name."""
-        by_site = {name: x.view(len(self.strengths), len(sites)).T.tolist() for name, x in scores.items()}
-        entries = []
-        for i, site in enumerate(sites):
-            entry = {"site": site} | {name: values[i] for name, values in by_site.items()}
-            entry |= {loss: self.loss[site].tolist(), "chosen": self.strengths[self.best(site)]}
-            if site in self.certificates:
-                entry["certificates"] = [c._asdict() | {"converged": c.converged} for c in self.certificates[site]]
-            entries.append(entry)
-        return {"strengths": list(self.strengths), "sites": entries}
+    def entry(self, site: str, scores: dict[str, list[float]], loss_name: str) -> dict[str, Any]:
+        """Return the site's entry of metrics.json["path"]; each list has a value, or null, for each strength.
 
-    def to_json(self, results: PathResults, sites: list[str]) -> dict[str, Any]:
-        """Return the segmentation scores of every strength by site, for metrics.json."""
-        score, pixels = dataset_scores(results.counts), results.counts.labelled.sum()
-        scores = {"miou": score.miou, "pacc": score.pacc, "cross_entropy": results.cross_entropy.sum(1) / pixels}
-        return self.entries(scores, sites, "cv_cross_entropy")
+        Args:
+            site: Name of the site.
+            scores: R scores by name.
+            loss_name: Name of the cross-validated loss.
+        """
+        strengths, solved = self.strengths.tolist(), self.solved.tolist()
+        along = lambda values: [dict(zip(solved, values, strict=True)).get(i) for i in range(len(strengths))]
+        entry = {"site": site, "strengths": strengths, loss_name: self.loss.tolist()}
+        entry |= {"chosen": strengths[int(self.chosen)], "lowest": strengths[int(self.loss.argmin())]}
+        entry |= {name: along(values) for name, values in scores.items()}
+        if len(self.certificates):
+            found = [Certificate(*numbers) for numbers in self.certificates.tolist()]
+            entry["certificates"] = along([c._asdict() | {"converged": c.converged} for c in found])
+        return entry
 
-    def tensors(self, results: PathResults, name: str, sites: int) -> dict[str, Tensor]:
-        """Return the counts and losses per image, "NAME/intersection" i32[R, S, N, K] and so on."""
-        split = lambda x: x.unflatten(0, (len(self.strengths), sites))
-        return {
-            f"{name}/intersection": split(results.counts.intersection).int(),
-            f"{name}/predicted": split(results.counts.predicted).int(),
-            f"{name}/cross_entropy": split(results.cross_entropy),
-        }
+
+class PathMetric(SegmentationMetric):
+    """Counts per image of some probes, and the summed losses of all probes.
+
+    Args:
+        counted: Probes whose predictions are counted, by index; the others are counted elsewhere.
+        images, classes, geometry: As for `SegmentationMetric`.
+    """
+
+    def __init__(self, counted: list[int], images: int, classes: int, geometry: Geometry):
+        super().__init__(len(counted), images, classes, geometry, by_token=False)
+        self.counted = counted
+        self.add_state("cross_entropy", default=[], dist_reduce_fx="cat")
+
+    def update(self, logits: Tensor, target: Tensor, index: Tensor, masks: PreparedMasks) -> None:
+        """Add images: `logits` f[P, B, K, h, w], `target` uint8[B, H, W], `index` i64[B], and prepared masks."""
+        super().update(logits[self.counted], target, index)
+        self.cross_entropy.append(loss_and_gradient(logits, masks, needs_grad=False)[0].T)
+
+    def compute(self) -> tuple[Counts, Tensor]:
+        """Return the counts of the counted probes, and the loss of each probe and image f64[P, N]."""
+        counts = super().compute()
+        order = concatenate(self.index).argsort()
+        return counts, concatenate(self.cross_entropy)[order].T

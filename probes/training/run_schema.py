@@ -27,7 +27,14 @@ def _number(value: Any) -> int | float:
     return value
 
 
+def _share(value: Any) -> int | float:
+    if _number(value) < 0 or value > 1:
+        raise ValueError("Input should be from 0 to 1")
+    return value
+
+
 Number = Annotated[Any, PlainValidator(_number)]  # `float` would convert 1 to 1.0
+Share = Annotated[Any, PlainValidator(_share)]
 Interval = Annotated[list[Number], Field(min_length=2, max_length=2)]
 Grid = Annotated[list[Annotated[int, Field(ge=1, le=128)]], Field(min_length=2, max_length=2)]
 Baseline = TypedDict("Baseline", {"class": str, "miou": Number, "pacc": Number})
@@ -70,9 +77,9 @@ class SiteScores(BaseModel):
 
     site: str
     dim: Annotated[int, Field(ge=1, le=1_000_000)]
-    miou: Number
+    miou: Share
     miou_ci95: Interval
-    pacc: Number
+    pacc: Share
     pacc_ci95: Interval
     best_epoch: Number | None
     iou_per_class: list[Number | None]
@@ -80,32 +87,57 @@ class SiteScores(BaseModel):
     states: dict[str, Any] = {}
 
 
-class PathScores(BaseModel):
-    """Scores of a site's solved probes at every strength; `chosen` is that of the lowest cross-validated loss."""
+class SitePath(BaseModel, extra="allow"):
+    """Solved probes of a site along its strengths, from strong to weak.
+
+    There is a list for the cross-validated loss and for each score; a score is None at a strength that was not solved.
+    `chosen` is the strength of the site's probe, `lowest` that of the lowest cross-validated loss. They differ only if
+    the latter is at an end of the path.
+    """
 
     site: str
-    miou: list[Number]
-    pacc: list[Number]
-    cross_entropy: list[Number]
-    cv_cross_entropy: list[Number]
+    strengths: Annotated[list[Number], Field(min_length=1)]
     chosen: Number
-    certificates: list[dict[str, Any]] = []
+    lowest: Number
+    certificates: list[dict[str, Any] | None] = []
 
 
-class Instrument(BaseModel):
-    """The path of one way to solve probes: the closed form, or the optimum of the loss."""
+class PathOfSites(BaseModel):
+    """The paths of all sites."""
 
-    strengths: list[Number]
-    sites: list[PathScores]
+    sites: list[SitePath]
 
 
 class SolvedPath(BaseModel):
-    """metrics.json["path"]."""
+    """metrics.json["path"]: "closed_form" for least squares, else "optimum"."""
 
     passes: int
-    sample_images: int
-    closed_form: Instrument
-    optimum: Instrument | None = None
+    sample_images: int | None = None
+    optimum: PathOfSites | None = None
+    closed_form: PathOfSites | None = None
+
+
+def _check_path(path: SolvedPath | None, sites: list[Any], loss: str, scores: list[str]) -> None:
+    """Raise unless each site has strengths in order and all lists, and all sites the same number of solved ones."""
+    if path is None:
+        return
+    paths = path.optimum or path.closed_form
+    if paths is None or [x.site for x in paths.sites] != [x.site for x in sites]:
+        raise ValueError("path does not have the sites of the run")
+    solved = set()
+    for site in paths.sites:
+        if site.strengths != sorted(set(site.strengths), reverse=True):
+            raise ValueError(f"strengths of {site.site!r} are not in order from strong to weak")
+        for name in (loss, *scores):
+            values = (site.model_extra or {}).get(name)
+            if not isinstance(values, list) or len(values) != len(site.strengths):
+                raise ValueError(f"path of {site.site!r} does not have one {name} per strength")
+        values = site.model_extra[scores[0]]
+        solved.add(sum(value is not None for value in values))
+        if site.chosen not in site.strengths or values[site.strengths.index(site.chosen)] is None:
+            raise ValueError(f"path of {site.site!r} is not solved at the chosen strength {site.chosen!r}")
+    if len(solved) > 1:
+        raise ValueError(f"path has different numbers of solved strengths: {sorted(solved)}")
 
 
 def _check_sites(sites: list[Any]) -> None:
@@ -147,6 +179,7 @@ class Metrics(RunMetrics):
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("classes contains duplicates")
         _check_sites(self.sites)
+        _check_path(self.path, self.sites, "cv_cross_entropy", ["miou", "pacc", "cross_entropy"])
         for site in self.sites:
             if len(site.iou_per_class) != len(self.classes):
                 raise ValueError(f"iou_per_class of {site.site!r} does not have one value per class")
@@ -163,30 +196,6 @@ class TaskSiteScores(BaseModel, extra="allow"):
     states: dict[str, Any] = {}
 
 
-class TaskPathScores(BaseModel, extra="allow"):
-    """Scores of a site's solved probes at every strength: a list for each score of the task."""
-
-    site: str
-    cv_loss: list[Number]
-    chosen: Number
-
-
-class TaskInstrument(BaseModel):
-    """The path of one way to solve probes of a task."""
-
-    strengths: list[Number]
-    sites: list[TaskPathScores]
-
-
-class TaskPath(BaseModel):
-    """metrics.json["path"] of a task."""
-
-    passes: int
-    sample_images: int
-    closed_form: TaskInstrument
-    optimum: TaskInstrument | None = None
-
-
 class TaskMetrics(RunMetrics):
     """metrics.json of another task than segmentation.
 
@@ -199,11 +208,12 @@ class TaskMetrics(RunMetrics):
     probe: _ProbeSettings
     sites: Annotated[list[TaskSiteScores], Field(min_length=1)]
     summary: Summary
-    path: TaskPath | None = None
+    path: SolvedPath | None = None
 
     @model_validator(mode="after")
     def _check_agreement(self) -> "TaskMetrics":
         _check_sites(self.sites)
+        _check_path(self.path, self.sites, "cv_loss", list(self.scores))
         for site in self.sites:
             for key in (key for name in self.scores for key in (name, f"{name}_ci95")):
                 value = (site.model_extra or {}).get(key)
@@ -223,6 +233,7 @@ class Manifest(BaseModel):
     identity: dict[str, dict[str, Any]] | None = None
     mllm_training: dict[str, Any] | None
     hardware: dict[str, Any] = {}
+    files: dict[str, str] | None = None  # SHA-256 of the other files that the run wrote
 
 
 def check_schema(schema: Any, content: dict[str, Any], source: Path | str) -> None:

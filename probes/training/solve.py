@@ -14,39 +14,32 @@ from llava_bidir.common.usage_errors import ArgumentParser
 from probes.tasks import TASKS
 
 from .cli import ProbeCLI, build_cli
-from .closed_form import STRENGTHS
 from .least_squares_solver import LeastSquaresSolver
-from .moment_solver import MomentSolver
-from .optimum import OPTIMUM_STRENGTHS
+from .optimum_solver import OptimumSolver
 from .run_schema import Manifest, read_run_file
-from .solver import ProbeSolver
+from .solver import Solver
 
 # options of `fit` that a solver has too; the others say how probes are trained
 SHARED = ("mllm", "num_classes", "image_attention", "untrained", "match", "draw", "image_resize", "dtype", "prefix")
-SHARED += ("sites", "label_stride", "seed")
+SHARED += ("sites", "seed")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the options that `fit` does not have."""
     parser = ArgumentParser(
         prog="probes solve",
-        description="Solve linear probes of all sites from moments of their states, at every strength of "
-        "regularisation, and refine them to the optimum of the loss. Depth and normals are least "
-        "squares, whose closed form is the optimum after one pass. All other options are those of `probes fit` (-c "
-        "CONFIG ..., --model.mllm, --data.root, --out, --overwrite, ...); those that say how probes are trained are "
-        "ignored.",
+        description="Solve linear probes of all sites at the optimum of their loss, with the strength of "
+        "regularisation that cross-validation chooses. Depth and normals are least squares. All other options are "
+        "those of `probes fit` (-c CONFIG ..., --model.mllm, --data.root, --out, --overwrite, ...); those that say how "
+        "probes are trained are ignored.",
         allow_abbrev=False,
     )
-    text = "most passes over the training images; 1 for the closed form alone. Where the states of all images fit into "
-    parser.add_argument("--passes", type=int, default=8, help=text + "memory, one pass is enough for the optimum too")
+    text = "most passes over the training images; one is enough where the states of all images fit into memory"
+    parser.add_argument("--passes", type=int, default=8, help=text)
     parser.add_argument("--folds", type=int, default=4, help="folds of training images that choose the strength")
-    # the empty field keeps argparse from listing all 25
-    text = "strengths of the closed form, in (0, 1] (default: four per factor of ten from 1e-6)%(default).0s"
-    parser.add_argument("--strengths", type=float, nargs="+", default=STRENGTHS, metavar="R", help=text)
-    text = "strengths at which the loss is minimised"
-    parser.add_argument("--optimum-strengths", type=float, nargs="+", default=OPTIMUM_STRENGTHS, metavar="R", help=text)
-    text = "shrink covariances towards their diagonal, or towards one variance for all channels"
-    parser.add_argument("--shrink-to", choices=["diagonal", "trace"], default="diagonal", help=text)
+    text = "strengths of regularisation to solve and score (default: the best one, searched in half decades, and its "
+    text += "neighbours; for depth and normals 25 from 1e-6 to 1)"
+    parser.add_argument("--strengths", type=float, nargs="+", metavar="R", help=text)
     text = "training images whose states are kept in memory (default: as many as fit into a quarter of it)"
     parser.add_argument("--sample-images", type=int, metavar="N", help=text)
     text = "`last` resumes a killed run and leaves a finished one alone"
@@ -75,14 +68,13 @@ def check_options(args: argparse.Namespace) -> None:
     if args.sample_images is not None and args.sample_images < args.folds:
         folds = f"one for each of the {args.folds} --folds"
         raise UserError(f"--sample-images must be at least {args.folds}, {folds}; got {args.sample_images}")
-    for name in ("strengths", "optimum_strengths"):
-        values = getattr(args, name)
-        if outside := [value for value in values if not 0 < value <= 1]:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0 and at most 1, got {outside[0]:g}")
-        setattr(args, name, tuple(sorted(set(values))))
+    if args.strengths is not None:
+        if invalid := [value for value in args.strengths if not 0 < value < float("inf")]:
+            raise UserError(f"--strengths must be above 0, got {invalid[0]:g}")
+        args.strengths = tuple(sorted(set(args.strengths), reverse=True))
 
 
-def build_solver(fit, args: argparse.Namespace, task: str) -> MomentSolver:
+def build_solver(fit, args: argparse.Namespace, task: str) -> Solver:
     """Return the solver of a task with the settings that it shares with a `ProbeModule`.
 
     Raises:
@@ -90,9 +82,11 @@ def build_solver(fit, args: argparse.Namespace, task: str) -> MomentSolver:
     """
     if fit.hparams.head != "linear":
         raise UserError(f"model.head is {fit.hparams.head!r}, but only linear probes can be solved; use `probes fit`")
-    solver, options = LeastSquaresSolver, ("folds", "strengths", "shrink_to")
-    if task not in TASKS or TASKS[task].solved == "discriminants":
-        solver, options = ProbeSolver, (*options, "passes", "optimum_strengths", "sample_images")
+    solver, options = LeastSquaresSolver, ("folds", "strengths")
+    if task not in TASKS or TASKS[task].solved == "cross_entropy":
+        solver, options = OptimumSolver, (*options, "passes", "sample_images")
+    elif args.strengths and max(args.strengths) > 1:
+        raise UserError(f"--strengths of least squares must be at most 1, got {max(args.strengths):g}")
     shared = {key: fit.hparams[key] for key in SHARED}
     return solver(**shared, **{key: getattr(args, key) for key in options})
 

@@ -1,185 +1,166 @@
-"""LightningModule that solves probes of classes from moments, instead of training them for some epochs.
+"""LightningModule of probes that are solved instead of trained for some epochs: passes over the images, then scores.
 
-Pass 1 over the training split sums the moments of all sites (`moment_solver.py`); the discriminants of all strengths
-follow (`closed_form.py`). The loss is then minimised at some strengths, with further passes if the states do not fit
-into memory (`optimum.py`). The strength of each site is chosen by cross-validation over folds of training images. The
-validation split is scored last, along the whole path of strengths.
+A pass is `trainer.predict`. The subclass says what it does with the states of a batch and what follows at the end:
+`optimum_solver.py` for classes, `least_squares_solver.py` for values. The validation split is scored last.
 
-Legend: S sites, F folds, R strengths, P problems, B images, T tokens, d width, K classes.
+Legend: S sites, R strengths that were solved, B images, T tokens, d width, K channels of a probe.
 """
 
-from dataclasses import fields
-from operator import attrgetter
+import signal
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from probes.data.available_memory import available_memory
-from probes.data.batches import group_by_mask_size
-from probes.ops.cross_entropy import soft_labels
+from probes.data.batches import MaskPreparer, group_by_mask_size
+from probes.data.samplers import Batches
+from probes.evaluation.bootstrap import dataset_scores, task_scores
+from probes.evaluation.metrics import Counts
+from probes.evaluation.task_metric import TaskMetric, TaskSums
+from probes.ops.cross_entropy import TIGHT_NODES
 
-from . import solver_progress
-from .closed_form import ClosedForm, solve_moments
-from .distributed import broadcast, rank, rank_count
-from .moment_solver import CLOSED_FORM, MomentSolver
-from .optimum import OPTIMUM_STRENGTHS, Problem
-from .probe_path import ProbePath
-from .refinement import Refinement, stack_points
-from .state_sample import StateSample
+from .frozen_probes import FrozenProbes
+from .probe_path import PathMetric, SolvedSite
 
-OPTIMUM = "optimum"
+COUNTED = ("intersection", "predicted")  # counts of a probe, per image and class
+SCORE_BYTES = 2**30  # of logits at a time when the path is scored; a batch of 64 at 7B has 19 GB
 
 
-class ProbeSolver(MomentSolver):
-    """Linear probes at the optimum, for every strength of regularisation; see :class:`MomentSolver`.
+class Solver(FrozenProbes):
+    """Linear probes at every site, for several strengths of regularisation; see :class:`FrozenProbes`.
 
     Args:
-        passes: Most passes over the training split; 1 for the closed form alone.
-        optimum_strengths: Strengths at which the loss is minimised, in (0, 1].
-        sample_images: Training images whose states are kept in memory, for cross-validation and curvature; None for as
-            many as fit into a quarter of the available memory.
-        shared: Arguments of `MomentSolver`.
+        folds: F, folds of training images for the cross-validation.
+        strengths: Strengths to solve, above 0.
+        shared: Settings of `ProbeModule`, those that `solve.SHARED` names.
     """
 
-    def __init__(
-        self,
-        passes: int = 8,
-        optimum_strengths: tuple[float, ...] = OPTIMUM_STRENGTHS,
-        sample_images: int | None = None,
-        **shared: Any,
-    ):
-        super().__init__(**shared)
+    instrument: str  # name of the probes' path in metrics.json
+
+    def __init__(self, folds: int = 4, strengths: tuple[float, ...] | None = None, **shared: Any):
+        super().__init__(feature_norm="batchnorm")
+        self.save_hyperparameters()  # those of subclasses, too
+        self.passes = 0  # that are complete
+        self.measuring = False  # the time of a pass, without solving
+        self.resuming = False  # start from the files of a killed run
+        self.solved: dict[str, SolvedSite] = {}
 
     # ------------------------------------------------------------------------------------------------ passes
-    def _choose_sample(self) -> Tensor:
-        """Return the images whose states are kept, bool[N], the same number in each fold."""
-        images, wanted = len(self.fold_of), self.hparams.sample_images
-        tokens, itemsize = self.mllm.grid[0] * self.mllm.grid[1], self.mllm.model.dtype.itemsize
-        per_image = tokens * itemsize * sum(self.mllm.widths[site] for site in self.sites)
-        fit = int(available_memory() / 4 / per_image) * rank_count() // max(1, self.trainer.num_devices)
-        fit = max(fit, self.hparams.folds)  # without an image of each fold, no strength could be chosen
-        images = torch.tensor(min(images, fit if wanted is None else wanted), device=self.trainer.strategy.root_device)
-        chosen = int(broadcast(images, 0))
-        if chosen == len(self.fold_of):  # folds of groups differ in size
-            return torch.ones(chosen, dtype=torch.bool)
-        per_fold = -(-chosen // self.hparams.folds)
-        sample = torch.zeros(len(self.fold_of), dtype=torch.bool)
-        for fold in range(self.hparams.folds):
-            sample[(self.fold_of == fold).nonzero().flatten()[:per_fold]] = True
-        return sample
+    def build(self) -> None:
+        """Load the MLLM; set the images of the next pass."""
+        first = self.mllm is None
+        super().build()
+        if first:
+            self.start()
+        self.trainer.datamodule.pass_batches = Batches(self.batches())
 
-    def on_predict_start(self) -> None:
-        """Prepare the sums before the first pass."""
-        super().on_predict_start()
-        if self.passes == 0:
-            self.sample = StateSample(self.mllm, self.hparams.label_stride, self.hparams.folds)
-            self.refinement = Refinement(self.sample)
+    def start(self) -> None:
+        """Prepare the first pass."""
+        raise NotImplementedError
 
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Add a batch to the moments in the first pass, to the gradients in later ones."""
-        if self.passes == 0:
-            super().predict_step(batch, batch_idx)
-        else:
-            self.refinement.add_gradients(self.states(batch), batch["target"], self._fold(batch))
-
-    def _add_images(self, states: dict[str, Tensor], batch: dict[str, Any], fold: int) -> None:
-        target, classes = batch["target"], self.hparams.num_classes
-        labels = torch.empty(len(target), self.mllm.grid[0] * self.mllm.grid[1], classes, dtype=torch.float64)
-        labels, index = labels.to(self.device), batch["index"].cpu()
-        for images, masks in group_by_mask_size(target):
-            labels[images] = soft_labels(masks, classes, self.mllm.grid, **self.loss_options(masks))
-        labels[self.seen[index].to(self.device)] = 0
-        for site, x in states.items():
-            self.moments[site].update(x.flatten(0, 1), labels.flatten(0, 1), fold)
-        kept = self.in_sample[index].nonzero().flatten().tolist()
-        if kept:
-            masks = target[kept] if isinstance(target, Tensor) else [target[i] for i in kept]
-            self.sample.add({site: x[kept] for site, x in states.items()}, masks, fold)
-
-    def on_predict_epoch_end(self) -> None:
-        """Solve or refine the probes after a pass."""
-        if self.measuring:
-            return
-        self.passes += 1
-        if self.passes == 1:
-            further = self.hparams.passes > 1
-            if further and not self.whole:
-                self._save_moments()
-            for i, site in enumerate(self.solving(self.sites)):
-                self._solve(i, site)
-            points = self.checkpoints / solver_progress.POINTS
-            if self.resuming and points.is_file():
-                tensors = solver_progress.load(points, self.identity)
-                self.passes = solver_progress.set_points(self.refinement.problems, tensors)
-            elif further:
-                self.refinement.refine(self.whole)
-        else:
-            self.refinement.set_gradients()
-            self.refinement.refine(self.whole, last=self.passes == self.hparams.passes)
-            if rank() == 0:
-                points = solver_progress.points_to_tensors(self.refinement.problems, self.passes)
-                solver_progress.save(self.checkpoints / solver_progress.POINTS, points, self.identity)
-        if self.finished:
-            self._choose()
-
-    @property
-    def whole(self) -> bool:
-        """The sample is the whole training split."""
-        return bool(self.in_sample.all())
+    def batches(self) -> list[list[int]]:
+        """Return this process's images of the next pass, in batches."""
+        raise NotImplementedError
 
     @property
     def finished(self) -> bool:
         """No further pass is needed or allowed."""
-        if self.passes == 0:
-            return False
-        return self.whole or self.passes == self.hparams.passes or self.refinement.converged
-
-    # ------------------------------------------------------------------------------------------------ closed form
-    def _solve(self, number: int, site: str) -> None:
-        """Compute the path of closed-form probes of a site, and the problems of its optimum."""
-        args, moments = self.hparams, self._sum_over_ranks(site)
-        owner = number % rank_count()
-        folds = [None, *range(args.folds)]
-        if rank() == owner:
-            solutions = [solve_moments(*moments.without(fold), moments.pivot, args.shrink_to) for fold in folds]
-        else:
-            solutions = [ClosedForm.empty(moments.pivot, args.num_classes) for _ in folds]
-        for solution in solutions:
-            for part in fields(solution):
-                broadcast(getattr(solution, part.name), owner)
-        whole, *held_out = solutions
-        path = self.paths.setdefault(CLOSED_FORM, ProbePath(tuple(args.strengths)))
-        path.weights[site], path.bias[site] = whole.path(path.strengths)
-        path.loss[site] = self.sample.held_out_loss(site, [(s.mean, *s.path(path.strengths)) for s in held_out])
-        self._set_norm(site, whole.mean, whole.scale)
-        if args.passes > 1:
-            self.refinement.problems[site] = [
-                Problem(whole, strength, fold, solution)
-                for strength in sorted(args.optimum_strengths, reverse=True)
-                for fold, solution in zip(folds, solutions, strict=True)
-            ]
-
-    # ------------------------------------------------------------------------------------------------ results
-    def _choose(self) -> None:
-        """Collect the path of the optimum, and give each site the probe of its best strength."""
-        if self.refinement.problems:
-            path = ProbePath(tuple(sorted(self.hparams.optimum_strengths)))
-            for site, problems in self.refinement.problems.items():
-                by_fold = {
-                    fold: sorted((p for p in problems if p.fold == fold), key=attrgetter("strength"))
-                    for fold in {p.fold for p in problems}
-                }
-                stacked = {fold: stack_points(group) for fold, group in by_fold.items()}
-                path.weights[site], path.bias[site] = stacked.pop(None)
-                held_out = [(problems[0].space.mean, *stacked[fold]) for fold in range(self.hparams.folds)]
-                path.loss[site] = self.sample.held_out_loss(site, held_out)
-                path.certificates[site] = [problem.certificate for problem in by_fold[None]]
-            self.paths[OPTIMUM] = path
-        self._set_probes(self.paths[self.instrument])
-        self.sample.clear()
+        return self.passes > 0
 
     @property
-    def instrument(self) -> str:
-        """Name of the path from which the probes are taken."""
-        return OPTIMUM if self.refinement.problems else CLOSED_FORM
+    def checkpoints(self) -> Path:
+        """Folder of the files from which a killed run resumes."""
+        return Path(self.trainer.default_root_dir) / "checkpoints"
+
+    def on_predict_start(self) -> None:
+        """Let SIGTERM end the run at once, to be resumed; Lightning would wait for the end of the pass."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    # ------------------------------------------------------------------------------------------------ results
+    def set_probes(self) -> None:
+        """Give each site the probe of its chosen strength."""
+        for site, solved in self.solved.items():
+            head, norm, row = self.heads[site].head, self.heads[site].norm, solved.row
+            norm.running_mean.copy_(solved.mean)
+            norm.running_var.copy_(torch.where(solved.scale > 0, solved.scale.clamp(min=1e-30).pow(-2), 1))
+            head.weight.copy_(solved.weights[row].to(head.weight) * (norm.running_var + norm.eps).sqrt())
+            head.bias.copy_(solved.bias[row])
+
+    def on_test_start(self) -> None:
+        """Prepare the scores of the path."""
+        images, geometry = len(self.trainer.datamodule.splits["validation"]), self.mllm.geometry
+        if self.task:
+            metric = TaskMetric(self.task, images, geometry)
+        else:  # the chosen probes are counted with the scores of the run
+            counted = [i for i in range(self.rows * len(self.sites)) if i not in self._chosen()]
+            metric = PathMetric(counted, images, self.channels, geometry)
+        self.path_metric = metric.to(self.device)
+
+    @property
+    def rows(self) -> int:
+        """R, the same at all sites."""
+        return len(self.solved[self.sites[0]].solved)
+
+    def _chosen(self) -> list[int]:
+        """Return the index of each site's chosen probe among the probes of all strengths, strength by strength."""
+        return [self.solved[site].row * len(self.sites) + i for i, site in enumerate(self.sites)]
+
+    def _score(self, states: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
+        for part in self._parts(len(batch["index"])):
+            index = batch["index"][part]
+            logits = torch.stack([self.solved[site].logits(states[site][part], self.mllm.grid) for site in self.sites])
+            logits = logits.transpose(0, 1).flatten(0, 1)  # [R * S, B, K, h, w]
+            for images, target in group_by_mask_size(batch["target"][part]):
+                masks = () if self.task else (MaskPreparer(self.mllm.geometry, self.channels, TIGHT_NODES)(target),)
+                self.path_metric.update(logits[:, images], target, index[images], *masks)
+        return super()._score(states, batch)
+
+    def _parts(self, images: int) -> list[slice]:
+        """Return parts of a batch that have at most `SCORE_BYTES` of logits, or one image each."""
+        probes = sum(len(solved.solved) for solved in self.solved.values())
+        size = max(1, SCORE_BYTES // (4 * probes * self.channels * self.mllm.grid[0] * self.mllm.grid[1]))
+        return [slice(start, start + size) for start in range(0, images, size)]
+
+    def probe_settings(self) -> dict[str, Any]:
+        """Return how the probes were solved, for metrics.json."""
+        settings = {key: self.hparams[key] for key in ("seed", "folds")}
+        return {"head": "linear", "feature_norm": "batchnorm", "labels": "true", "solved": self.instrument} | settings
+
+    def path_results(self, counts: Counts | TaskSums) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the content of metrics.json["path"] and of path.safetensors, from the scores of the chosen probes."""
+        by_site = lambda x: x.unflatten(0, (-1, len(self.sites)))
+        loss_name = "cv_loss" if self.task else "cv_cross_entropy"
+        if self.task:
+            sums = self.path_metric.compute().sums
+            scores, tensors = task_scores(self.task, sums), {"sums": sums}
+        else:
+            others, loss = self.path_metric.compute()
+            both = {name: self._merge(getattr(others, name), getattr(counts, name)) for name in COUNTED}
+            score = dataset_scores(counts._replace(**both))
+            scores = {"miou": score.miou, "pacc": score.pacc, "cross_entropy": loss.sum(1) / counts.labelled.sum()}
+            tensors = {name: x.int() for name, x in both.items()} | {"cross_entropy": loss}
+        sites = [
+            solved.entry(site, {name: by_site(x)[:, i].tolist() for name, x in scores.items()}, loss_name)
+            for i, (site, solved) in enumerate(self.solved.items())
+        ]
+        path = {"passes": self.passes, self.instrument: {"sites": sites}}
+        return path, {f"{self.instrument}/{name}": by_site(x).contiguous() for name, x in tensors.items()}
+
+    def _merge(self, others: Tensor, chosen: Tensor) -> Tensor:
+        """Return counts of all probes [R * S, N, K] from those of the chosen ones [S, N, K] and of all others."""
+        merged = others.new_empty(self.rows * len(self.sites), *others.shape[1:])
+        merged[self.path_metric.counted], merged[self._chosen()] = others, chosen.to(others)
+        return merged
+
+    def report_limits(self) -> None:
+        """Say at which sites the lowest loss is at the end of the strengths that were tried."""
+        for site, solved in self.solved.items():
+            strengths, lowest = solved.strengths.tolist(), int(solved.loss.argmin())
+            if len(strengths) > 1 and lowest in (0, len(strengths) - 1):
+                end, why = ("strongest", "the states tell little") if lowest == 0 else ("weakest", "more would be used")
+                rank_zero_info(
+                    f"{site}: the cross-validated loss is lowest at the {end} strength, {strengths[lowest]:g}: {why}; "
+                    f"the probe has {strengths[int(solved.chosen)]:g}"
+                )

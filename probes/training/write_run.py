@@ -75,8 +75,9 @@ def save_run(
     if path[1]:
         files[out / "path.safetensors"] = path[1]
     files[out / "probes.safetensors"] = module.heads.state_dict()
-    for name, part in ("manifest.json", manifest(module, data)), ("metrics.json", metrics):
-        files[out / name] = part.model_dump(exclude_unset=True)
+    about = manifest(module, data).model_dump(exclude_unset=True)
+    files[out / "manifest.json"] = lambda hashes: about | {"files": hashes}
+    files[out / "metrics.json"] = metrics.model_dump(exclude_unset=True)
     write_files(files)
 
 

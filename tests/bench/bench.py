@@ -20,25 +20,24 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from knockout import bench_knockout
-from sweep import CLASSES, PREFIX, Sweep, frozen_model, random_model
-
-from probes import upsampled_cross_entropy
+from loss import bench_loss, print_peak_memory
+from sweep import PREFIX, Sweep, frozen_model, random_model
 
 ROOT = Path(__file__).parents[2]
 TEXT = 64  # tokens after the image
 
 
-def paired(ours: Callable[[], object], other: Callable[[], object], rounds: int) -> dict:
-    """Times both in turn after one warm-up each."""
+def paired(ours: Callable[[], object], other: Callable[[], object], rounds: int, repeat: int = 1) -> dict:
+    """Times both in turn after one warm-up each, ours as the mean of `repeat` calls if it takes only milliseconds."""
     times = ([], [])
     for i in range(rounds + 1):
-        for function, seconds in zip((ours, other), times, strict=True):
+        for function, seconds, calls in zip((ours, other), times, (repeat, 1), strict=True):
             start = time.perf_counter()
-            function()
+            for _ in range(calls):
+                function()
             if i > 0:
-                seconds.append(time.perf_counter() - start)
+                seconds.append((time.perf_counter() - start) / calls)
     ratios = sorted(b / a for a, b in zip(*times, strict=True))
     return {
         "ours_s": statistics.median(times[0]),
@@ -47,60 +46,11 @@ def paired(ours: Callable[[], object], other: Callable[[], object], rounds: int)
     }
 
 
-def loss_inputs() -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits on LLaVA's grid and masks of ADE20K's size and classes."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(4, CLASSES, 24, 24, generator=generator, requires_grad=True)
-    target = torch.randint(0, CLASSES, (4, 512, 512), generator=generator)
-    target[torch.rand(target.shape, generator=generator) < 0.1] = 255
-    return logits, target
-
-
-def fused_loss(logits: torch.Tensor, target: torch.Tensor) -> None:
-    upsampled_cross_entropy(logits, target).backward()
-
-
-def torch_loss(logits: torch.Tensor, target: torch.Tensor) -> None:
-    up = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)
-    F.cross_entropy(up, target, ignore_index=255).backward()
-
-
-def bench_loss(rounds: int) -> list[dict]:
-    logits, target = loss_inputs()
-    timed = paired(lambda: fused_loss(logits, target), lambda: torch_loss(logits, target), rounds)
-    memory = [peak_memory_mb(name) for name in ("fused_loss", "torch_loss")]
-    return [
-        {"name": "upsampled cross-entropy, torch's over ours, time"} | timed,
-        {
-            "name": "upsampled cross-entropy, torch's over ours, peak memory",
-            "ours_mb": memory[0],
-            "other_mb": memory[1],
-            "ratio": [memory[1] / memory[0]] * 3,
-        },
-    ]
-
-
-def peak_memory_mb(loss: str) -> float:
-    """How much more memory a process holds at most for one loss and its gradient; each in a process of its own."""
-    command = [sys.executable, __file__, "--peak-memory", loss]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def print_peak_memory(loss: str) -> None:
-    logits, target = loss_inputs()
-    small = logits[:, :, :2, :2].detach().requires_grad_(), target[:, :8, :8]
-    function = {"fused_loss": fused_loss, "torch_loss": torch_loss}[loss]
-    function(*small)  # what the first call allocates for good
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before = memory_kb("VmRSS")
-    function(logits, target)
-    print((memory_kb("VmHWM") - before) / 1024)
-
-
-def memory_kb(kind: str) -> int:
-    """Of this process, as Linux counts it: VmRSS now, VmHWM at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(kind))
+def peak_memory_mb(step: str) -> float:
+    """How much more memory a process holds at most for a step of loss.py; each in a process of its own."""
+    command = [sys.executable, __file__, "--peak-memory", step]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system
+    return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
 
 def bench_sweep(rounds: int) -> list[dict]:
@@ -117,8 +67,8 @@ def bench_sweep(rounds: int) -> list[dict]:
     return [
         {"name": f"{len(sweep.sites)} sites, one a pass over all in one pass"}
         | paired(sweep.step, one_by_one, max(2, rounds // 2)),
-        {"name": "20 epochs of probe training over one pass of moments"}
-        | paired(sweep.add_moments, twenty_epochs, max(2, rounds // 3)),
+        {"name": "20 epochs of probe training over one pass of the solver"}
+        | paired(sweep.add_gradients, twenty_epochs, max(2, rounds // 3)),
     ]
 
 
@@ -127,8 +77,8 @@ def bench_frozen(rounds: int) -> list[dict]:
     sweep = Sweep("1b", images=1, mask_px=512)
     entry = {"name": f"probing sweep over the frozen forward alone, {len(sweep.sites)} sites of a 1.1B LLM"}
     entry |= paired(sweep.forward, sweep.step, max(2, rounds // 3))
-    solve = {"name": f"pass of moments over the frozen forward alone, {len(sweep.sites)} sites of a 1.1B LLM"}
-    solve |= paired(sweep.forward, sweep.add_moments, max(2, rounds // 3))
+    solve = {"name": f"pass of the solver over the frozen forward alone, {len(sweep.sites)} sites of a 1.1B LLM"}
+    solve |= paired(sweep.forward, sweep.add_gradients, max(2, rounds // 3))
     states = sweep.forward()
     logits = sweep.logits(states)
     leaf = logits.detach().requires_grad_()
@@ -215,7 +165,7 @@ def bench_startup(rounds: int) -> list[dict]:
 
 
 BENCHES = {
-    "loss": lambda args: bench_loss(args.rounds),
+    "loss": lambda args: bench_loss(paired, peak_memory_mb, args.rounds),
     "sweep": lambda args: bench_sweep(args.rounds),
     "frozen": lambda args: bench_frozen(args.rounds),
     "mask": lambda args: bench_mask(args.rounds),
@@ -234,7 +184,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--rounds", type=int, default=7, help="paired runs of each (7)")
     parser.add_argument("--only", nargs="+", choices=BENCHES, default=list(BENCHES), help="some of them (all)")
-    parser.add_argument("--peak-memory", choices=["fused_loss", "torch_loss"], help=argparse.SUPPRESS)
+    parser.add_argument("--peak-memory", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.peak_memory:

@@ -1,19 +1,17 @@
 """A probing sweep over random models of real and toy shapes; bench.py times it on a CPU, gpu.py on a GPU."""
 
-from types import SimpleNamespace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
 
 from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
+from probes.data.batches import MaskPreparer
 from probes.evaluation.metrics import IGNORE_INDEX, count
 from probes.models.families import FAMILIES
 from probes.models.frozen_mllm import FrozenMLLM
-from probes.ops.cross_entropy import soft_labels
 from probes.training.module import ProbeModule
-from probes.training.moments import Moments
+from probes.training.optimum import loss_sums
 
 PREFIX, CLASSES, VOCABULARY = 36, 150, 2048  # tokens before the image; ADE20K's classes; what little of an embedding
 
@@ -88,8 +86,8 @@ class Sweep:
         self.target = regions.repeat_interleave(32, 1).repeat_interleave(32, 2).to(device)
         self.sites = list(self.mllm.sites)
         self.heads = nn.ModuleDict({s: nn.Linear(d, CLASSES, device=device) for s, d in self.mllm.widths.items()})
-        self.optimizers, self.moments = {}, {}
-        self.hparams, self.task = SimpleNamespace(label_stride=1), None  # of segmentation
+        self.optimizers, self.task = {}, None  # segmentation
+        self.masks = MaskPreparer(self.mllm.geometry, CLASSES, nodes=3)(self.target)
 
     def forward(self, sites: list[str] | None = None) -> dict[str, Tensor]:
         """The frozen model alone."""
@@ -101,7 +99,7 @@ class Sweep:
         return logits.transpose(-1, -2).unflatten(-1, self.mllm.grid)
 
     def losses(self, logits: Tensor) -> Tensor:
-        return ProbeModule.losses(self, logits, self.target)
+        return ProbeModule.losses(self, logits, self.masks)
 
     def step(self, sites: list[str] | None = None) -> None:
         """A training step of the probes of these sites, or of all."""
@@ -125,14 +123,13 @@ class Sweep:
         self.optimizers[sites].zero_grad()
 
     @torch.no_grad()
-    def add_moments(self) -> None:
-        """A step of the pass of `probes solve`, without folds."""
-        states = self.forward()
-        labels = soft_labels(self.target, CLASSES, self.mllm.grid).flatten(0, 1)
-        for site, x in states.items():
-            if site not in self.moments:
-                self.moments[site] = Moments.zeros(x[0].float().mean(0), 1, CLASSES)
-            self.moments[site].update(x.flatten(0, 1), labels, 0)
+    def add_gradients(self) -> None:
+        """A step of a late pass of `probes solve`: exact losses and gradients of three strengths at each site."""
+        for site, x in self.forward().items():
+            tokens = torch.cat([x.float(), torch.ones_like(x[..., :1], dtype=torch.float32)], -1)
+            head = self.heads[site]
+            points = torch.cat([head.weight, head.bias[:, None]], 1).double().expand(3, -1, -1)
+            loss_sums(tokens, self.masks, points)
 
     @torch.no_grad()
     def score(self) -> None:

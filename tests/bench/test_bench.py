@@ -55,9 +55,27 @@ def test_the_gpus_benchmark_runs_without_one(tmp_path):
         "frozen forward",
         "training step",
         "training step, naive",
-        "moments step",
+        "solver step",
         "validation step",
         "validation step, naive",
     ):
         assert found["sweep"][step]["images_s"] > 0
     assert found["sweep"]["hours"] > 0 and found["loss"]["gradient_error"] < 1e-4
+
+
+@pytest.mark.slow
+def test_the_table_of_the_loss_is_printed(tmp_path):
+    command = [sys.executable, HERE / "bench.py", "--only", "loss", "--rounds", "1", "--out", tmp_path / "found.json"]
+    done = subprocess.run(command, cwd=HERE.parents[1], capture_output=True, text=True, timeout=HANGING_S)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "found.json").read_text())["ratios"]
+    errors = [entry["errors"][0][0] for entry in found if "ADE20K" in entry["name"] and "errors" in entry]
+    assert len(found) == 12 and errors[-1] < 1e-6 < errors[0] < 1e-3
+
+
+@pytest.mark.slow
+def test_coverage_of_random_draws_is_simulated():
+    command, environment = [sys.executable, HERE / "draws.py", "--studies", "50"], {"PYTHONPATH": str(HERE.parents[1])}
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=HANGING_S)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 1 + 2 * 3 * 2 * 5

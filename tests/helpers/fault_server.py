@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from processes import die
+from processes import HANGING_S, die
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["fault_server_imports"])
@@ -53,8 +53,10 @@ def process(*arguments, kill_after_s: float | None = None) -> int:
     """Return the exit code of `run` in a new process, negative for a signal."""
     child = SERVER.Process(target=run, args=arguments)
     child.start()
-    child.join(kill_after_s)
+    child.join(HANGING_S if kill_after_s is None else kill_after_s)
     if child.is_alive():
         child.kill()
-        child.join()
+        child.join(HANGING_S)
+        if kill_after_s is None:
+            raise TimeoutError(f"a run was killed after {HANGING_S} s")
     return child.exitcode

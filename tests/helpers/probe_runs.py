@@ -1,5 +1,6 @@
 """Probe runs of one epoch on a tiny model, and finished ones from random counts, without a model."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -15,8 +16,9 @@ from probes.models.sites import site_names
 from probes.results.probe_run import ProbeRun
 
 GRID = (2, 2)
-# of solved runs
-STRENGTHS = {"closed_form": [0.001, 0.01, 0.1], "optimum": [0.001, 0.01]}
+# of solved runs, strong to weak; the first and last are not solved
+STRENGTHS = {True: [3.0, 0.3, 0.03, 0.003, 0.0003], False: [1.0, 0.1, 0.01, 0.001, 0.0001]}  # by site == "encoder"
+ROWS = ("stronger", "chosen", "weaker")
 SETTINGS = {"head": "linear", "feature_norm": "batchnorm", "labels": "true", "solved": "optimum", "seed": 0, "folds": 4}
 
 
@@ -102,6 +104,8 @@ def write_run(
 ) -> Path:
     """Write a run whose encoder, adapter, layers 1..L and final norm have the pixel accuracies `quality`.
 
+    Its manifest has no hashes of the files, as in runs of earlier versions; :func:`record_hashes` adds them.
+
     Args:
         path: Folder.
         quality: L + 3 pixel accuracies.
@@ -143,33 +147,38 @@ def write_run(
     return path
 
 
-def write_solved(path: Path, curves, *, root, converged=lambda instrument, strength, site: True, **options) -> str:
-    """Write a solved run; `curves` are the pixel accuracies at each strength, those of the optimum are its first."""
-    write_run(path, curves[0], root=root, **options)
-    metrics, labelled = json.loads((path / "metrics.json").read_text()), ProbeRun(path).counts.labelled
-    metrics["probe"] = dict(SETTINGS)
-    solved, tensors = {"passes": 1, "sample_images": 1}, {}
-    for instrument, strengths in STRENGTHS.items():
-        seed = options.get("seed", 0) + 50 * (instrument == "optimum")
-        counts = [
-            random_counts(curve, len(labelled), labelled.shape[1], seed + 7 * i)[0]
-            for i, curve in enumerate(curves[: len(strengths)])
-        ]
-        sites = [entry["site"] for entry in metrics["sites"]]
-        right, predicted = (torch.stack([getattr(c, name) for c in counts]) for name in ("intersection", "predicted"))
-        loss = (labelled.sum(-1) - right.sum(-1)).double() * 1.5  # 1.5 nats per wrong pixel
-        tensors |= {f"{instrument}/intersection": right.int(), f"{instrument}/predicted": predicted.int()}
-        tensors |= {f"{instrument}/cross_entropy": loss}
-        entries = [dict.fromkeys(("miou", "pacc", "cross_entropy", "cv_cross_entropy"), [0.5] * len(strengths))
-                   | {"site": site, "chosen": strengths[0]} for site in sites]  # fmt: skip
-        if instrument == "optimum":
-            for entry in entries:
-                entry["certificates"] = [{"converged": converged(instrument, r, entry["site"])} for r in strengths]
-        solved[instrument] = {"strengths": strengths, "sites": entries}
+def record_hashes(path: Path) -> None:
+    """Write the SHA-256 of a run's files into its manifest, as after an edit on purpose."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    files = [file for file in (path / "metrics.json", *path.glob("*.safetensors")) if file.is_file()]
+    manifest["files"] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def write_solved(path: Path, curves, *, root, converged=lambda row, site: True, **options) -> str:
+    """Write a solved run; `curves` are the pixel accuracies at `ROWS`, of which the second is the run's."""
+    write_run(path, curves[1], root=root, **options)
+    metrics, run = json.loads((path / "metrics.json").read_text()), ProbeRun(path)
+    metrics["probe"], labelled, seed = dict(SETTINGS), run.counts.labelled, options.get("seed", 0)
+    counts = [random_counts(x, *labelled.shape, seed + 50 + 7 * i)[0] for i, x in enumerate(curves)]
+    right, predicted = (torch.stack([getattr(c, name) for c in counts]) for name in ("intersection", "predicted"))
+    loss = (labelled.sum(-1) - right.sum(-1)).double() * 1.5  # 1.5 nats per wrong pixel
+    tensors = {"intersection": right.int(), "predicted": predicted.int(), "cross_entropy": loss}
+    sites = []
     for entry in metrics["sites"]:
         entry |= {"best_epoch": None, "history": []}
+        strengths, site = STRENGTHS[entry["site"] == "encoder"], entry["site"]
+        scores = dict.fromkeys(("miou", "pacc", "cross_entropy"), [None, 0.5, 0.5, 0.5, None])
+        certificates = [
+            None,
+            *({"gradient": 0.0, "decrease": 0.0, "converged": converged(r, site)} for r in ROWS),
+            None,
+        ]
+        sites.append({"site": site, "strengths": strengths, "cv_cross_entropy": [0.9, 0.6, 0.5, 0.6, 0.9], **scores}
+                     | {"chosen": strengths[2], "lowest": strengths[2], "certificates": certificates})  # fmt: skip
+    solved = {"passes": 1, "sample_images": 1, "optimum": {"sites": sites}}
     (path / "metrics.json").write_text(json.dumps(metrics | {"path": solved}))
-    save_file({name: x.contiguous() for name, x in tensors.items()}, path / "path.safetensors")
+    save_file({f"optimum/{name}": x.contiguous() for name, x in tensors.items()}, path / "path.safetensors")
     return str(path)
 
 
@@ -184,7 +193,8 @@ def remove_layers(path: Path) -> Path:
         tensors[name] = tensors[name][kept].contiguous()
     save_file(tensors, path / "counts.safetensors")
     if solved := metrics.get("path"):
-        solved["closed_form"]["sites"] = [solved["closed_form"]["sites"][i] for i in kept]
+        (instrument,) = solved.keys() & {"optimum", "closed_form"}
+        solved[instrument]["sites"] = [solved[instrument]["sites"][i] for i in kept]
         tensors = load_file(path / "path.safetensors")
         save_file({name: x[:, kept].contiguous() for name, x in tensors.items()}, path / "path.safetensors")
     (path / "metrics.json").write_text(json.dumps(metrics))

@@ -42,20 +42,32 @@ def die(*args, **kwargs) -> None:
 
 
 def wait(child: int) -> int:
-    """Return the exit status, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    """Return the exit status, negative for a signal; kill a child that hangs, which is an error."""
+    status = _status(child, HANGING_S)
+    if status is None:
+        os.kill(child, signal.SIGKILL)
+        raise TimeoutError(f"process {child} did not end within {HANGING_S} s; {_status(child, HANGING_S)}")
+    return status
 
 
 def kill_after(seconds: float, child: int) -> int:
     """Kill the child unless it ends in time, and return its exit status."""
+    status = _status(child, seconds)
+    if status is None:
+        os.kill(child, signal.SIGKILL)
+        return wait(child)
+    return status
+
+
+def _status(child: int, seconds: float) -> int | None:
+    """Return the exit status of a child that ends in time, else None."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    return wait(child)
+    return None
 
 
 @contextmanager

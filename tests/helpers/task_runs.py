@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-STRENGTHS = [1e-3, 1e-1, 1.0]
+STRENGTHS = [1.0, 1e-1, 1e-3]  # strong to weak
 
 
 def write_targets(segmentation: Path, root: Path) -> Path:

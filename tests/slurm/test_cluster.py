@@ -162,7 +162,7 @@ def test_study_of_an_encoder_runs_to_the_report(settings, tmp_path):
         assert wait_for_end(job, log)["JobState"] == "COMPLETED", f"{name}\n{log.read_text()[-3000:]}"
     results = json.loads((tmp_path / "clip-report/results.json").read_text())
     assert set(results["masks"]) == {"causal", "bidirectional"} and results["masks"]["causal"]["knockout"]
-    assert {verdict["instrument"] for verdict in results["path"]} == {"closed_form", "optimum"}
+    assert {verdict["effect"] for verdict in results["path"]} >= {"adapter_drop", "recovery"}
     assert (tmp_path / "clip-report/starvation.json").is_file()
     if VQA_PYTHON.exists():
         table = json.loads((tmp_path / "table1/table1.json").read_text())

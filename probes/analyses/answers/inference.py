@@ -19,7 +19,8 @@ from llava_bidir.common.bootstrap import Estimate, bootstrap_weights, holm, inte
 from llava_bidir.common.errors import UserError
 from probes.analyses.knockout.effects import Cases
 from probes.analyses.knockout.inference import MIN_IMAGES, mean_over_classes
-from probes.results.probe_run import ProbeRun, read_tensors
+from probes.results.probe_run import ProbeRun
+from probes.results.run_files import read_tensors
 
 CONDITIONS = ("none", "incorrect", "correct", "matched_incorrect", "matched_correct")
 EFFECTS = [(name, control) for name in CONDITIONS[1:3] for control in ("none", f"matched_{name}")]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from llava_bidir.common.bootstrap import bootstrap_weights, interval, p_values
-from probes.results.probe_run import ProbeRun, read_tensors
+from probes.results.probe_run import ProbeRun
+from probes.results.run_files import read_tensors
 
 from .schema import BALANCE, CASE_KEYS, CONDITIONS, CONTROLS, GROUPS, SETS
 

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.bootstrap import Estimate, holm, interval, p_values, random_swaps, simultaneous_band
-from probes.results.probe_run import ProbeRun, read_tensors
+from probes.results.probe_run import ProbeRun
+from probes.results.run_files import read_tensors
 
 from .effects import Cases, later_half, select_cases
 from .schema import LEAN, OUTCOMES, SETS

@@ -32,12 +32,13 @@ from tqdm import tqdm
 from llava_bidir.common.bootstrap import interval
 from llava_bidir.common.errors import UserError
 from probes.data.available_memory import available_memory
-from probes.data.batches import PreprocessedDataset, collate, group_by_mask_size
+from probes.data.batches import MaskPreparer, PreprocessedDataset, collate
 from probes.data.samplers import assign_folds, fold_batches
-from probes.evaluation.metrics import IGNORE_INDEX
-from probes.ops.cross_entropy import soft_labels, subsample, upsampled_cross_entropy
+from probes.ops.cross_entropy import upsampled_cross_entropy
+from probes.ops.quadrature import PreparedMasks
 from probes.results.probe_run import ProbeRun
 from probes.training.closed_form import STRENGTHS as ALL_STRENGTHS
+from probes.training.optimum import TIGHT_NODES
 from probes.training.position_probes import PositionMoments, PositionProbes
 
 from .dummy_tokens import load_with_tokens
@@ -53,11 +54,11 @@ STRENGTHS = ALL_STRENGTHS[::4]  # decades: with each, every shrinkage is scored
 SHRINKAGES = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 KINDS = {"shared": SHRINKAGES[-1:], "own": SHRINKAGES}  # to choose from
 
-Batch = tuple[int, dict[str, Tensor], list[Tensor]]  # fold, states f[B, T, d] by site, masks uint8[H, W]
+Batch = tuple[int, dict[str, Tensor], PreparedMasks]  # fold, states f[B, T, d] by site, B masks
 
 
 def position_results(
-    runs: dict[str, ProbeRun], sites: list[str], weights: Tensor, seed: int = 0, dummy_tokens: int = 0
+    runs: dict[str, ProbeRun], sites: list[str], weights: Tensor, dummy_tokens: int = 0
 ) -> dict[str, Any]:
     """Return "by_position" of starvation.json.
 
@@ -65,7 +66,6 @@ def position_results(
         runs: The runs by mask.
         sites: Sites to read, without duplicates.
         weights: Of the bootstrap, f[R, N].
-        seed: Seed of the folds.
         dummy_tokens: Tokens to insert before the image, in training images too.
 
     Returns:
@@ -81,7 +81,7 @@ def position_results(
     for mask, run in runs.items():
         mllm = load_with_tokens(run, dummy_tokens)
         positions = positions or count_positions(mllm, sites, len(run.metrics["classes"]))
-        probes, settings = solve_probes(run, mllm, sites, positions, seed)
+        probes, settings = solve_probes(run, mllm, sites, positions)
         pairs, title = [(s, probes[s, kind]) for s, kind in counts], f"validation images, {mask}"
         for key, found in zip(counts, count_patches(mllm, run.dataset(), pairs, title, BATCH_SIZE), strict=True):
             counts[key][mask] = found
@@ -117,18 +117,18 @@ def count_positions(mllm: "FrozenMLLM", sites: list[str], classes: int) -> int:
 
 
 def solve_probes(
-    run: ProbeRun, mllm: "FrozenMLLM", sites: list[str], positions: int, seed: int
+    run: ProbeRun, mllm: "FrozenMLLM", sites: list[str], positions: int
 ) -> tuple[dict[tuple[str, str], PositionProbes], dict[tuple[str, str], dict[str, Any]]]:
     """Return the probes by site and kind ("shared", "own"), and what was chosen for each.
 
     Two passes over the training images: moments of all folds, then the loss of each fold under the probes of the
     others. Strength and shrinkage are those of the lowest loss.
     """
-    training, stride = run.dataset("training"), run.manifest["config"].get("label_stride") or 1
-    fold_of = assign_folds(len(training), FOLDS, seed, training.groups)
+    training = run.dataset("training")
+    fold_of = assign_folds(len(training), FOLDS, training.groups)
     batches = lambda: training_batches(run, mllm, sites, fold_of)
-    moments = sum_moments(batches(), mllm, positions, len(run.metrics["classes"]), stride)
-    losses, pixels = cross_validate(batches(), mllm, moments, stride)
+    moments = sum_moments(batches(), mllm, positions, len(run.metrics["classes"]))
+    losses, pixels = cross_validate(batches(), mllm, moments)
     probes, settings = {}, {}
     for site, sums in moments.items():
         for kind, shrinkages in KINDS.items():
@@ -143,23 +143,21 @@ def solve_probes(
 
 def training_batches(run: ProbeRun, mllm: "FrozenMLLM", sites: list[str], fold_of: Tensor) -> Iterator[Batch]:
     """Yield the training images of a run, fold by fold."""
-    images = PreprocessedDataset(run.dataset("training"), mllm.preprocess)
+    prepare = MaskPreparer(mllm.geometry, len(run.metrics["classes"]), TIGHT_NODES)
+    images = PreprocessedDataset(run.dataset("training"), mllm.preprocess, prepare)
     loader = DataLoader(images, batch_sampler=fold_batches(fold_of, BATCH_SIZE), collate_fn=collate)
     for batch in tqdm(loader, desc=f"training images, {run.metrics['image_attention']}", mininterval=5):
-        yield int(fold_of[batch["index"][0]]), mllm.states(batch["pixels"], sites), batch["target"]
+        yield int(fold_of[batch["index"][0]]), mllm.states(batch["pixels"], sites), batch["masks"].to(mllm.device)
 
 
 def sum_moments(
-    batches: Iterator[Batch], mllm: "FrozenMLLM", positions: int, classes: int, stride: int
+    batches: Iterator[Batch], mllm: "FrozenMLLM", positions: int, classes: int
 ) -> dict[str, PositionMoments]:
-    """Return the moments of each site, from the pixels that a label stride leaves."""
+    """Return the moments of each site."""
     moments: dict[str, PositionMoments] = {}
     tokens = mllm.grid[0] * mllm.grid[1]
-    for fold, states, target in batches:
-        labels = torch.empty(len(target), tokens, classes, dtype=torch.double, device=mllm.device)
-        for chosen, masks in group_by_mask_size(target):
-            view = mllm.geometry.view(tuple(masks.shape[-2:]))
-            labels[chosen] = soft_labels(masks.to(mllm.device), classes, mllm.grid, view=view, label_stride=stride)
+    for fold, states, masks in batches:
+        labels = masks.soft.flatten(2).mT.double()
         for site, x in states.items():
             if site not in moments:
                 pivot = x.flatten(0, 1).float().mean(0)
@@ -170,7 +168,7 @@ def sum_moments(
 
 @torch.no_grad()
 def cross_validate(
-    batches: Iterator[Batch], mllm: "FrozenMLLM", moments: dict[str, PositionMoments], stride: int
+    batches: Iterator[Batch], mllm: "FrozenMLLM", moments: dict[str, PositionMoments]
 ) -> tuple[dict[str, Tensor], int]:
     """Return the summed losses of each site by shrinkage and strength, f64[S, R], and the number of pixels.
 
@@ -178,19 +176,16 @@ def cross_validate(
     """
     losses = {site: torch.zeros(len(SHRINKAGES), len(STRENGTHS), dtype=torch.double) for site in moments}
     current, probes, pixels = None, {}, 0
-    for fold, states, target in batches:
+    for fold, states, masks in batches:
         if fold != current:  # folds come one after the other, so that the probes of one are in memory at a time
             current = fold
             for site, sums in moments.items():
                 probes[site] = [sums.solve(STRENGTHS, shrinkage, fold) for shrinkage in SHRINKAGES]
-        for chosen, masks in group_by_mask_size(target):
-            view, masks = mllm.geometry.view(tuple(masks.shape[-2:])), masks.to(mllm.device)
-            options = {"view": view, "label_stride": stride, "reduction": "sum"}
-            pixels += int((subsample(masks, stride) != IGNORE_INDEX).sum())
-            for site, x in states.items():
-                for i, probe in enumerate(probes[site]):
-                    logits = probe(x[chosen]).transpose(-1, -2).unflatten(-1, mllm.grid)
-                    losses[site][i] += upsampled_cross_entropy(logits, masks, **options).cpu().double()
+        pixels += int(masks.pixels.sum())
+        for site, x in states.items():
+            for i, probe in enumerate(probes[site]):
+                logits = probe(x).transpose(-1, -2).unflatten(-1, mllm.grid)
+                losses[site][i] += upsampled_cross_entropy(logits, masks, reduction="sum").cpu().double()
     return losses, pixels
 
 

@@ -26,6 +26,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.replacement import check_replaceable
 from probes.models.sites import ADAPTER
+from probes.results.finished_run import warn_of_changed_data
 from probes.results.probe_run import ProbeRun
 from probes.results.task_run import TaskRun, open_run
 
@@ -96,11 +97,11 @@ def starvation(
         results["flips"] = [flip_results(runs, site, flip, counts, weights) for flip in flips]
     if own_probe:
         sites = list(dict.fromkeys([site, ADAPTER]))
-        results["by_position"] = position_results(runs, sites, weights, seed)
+        results["by_position"] = position_results(runs, sites, weights)
     if dummy_tokens:
         results["dummy_tokens"] = dummy_token_results(runs, site, dummy_tokens, counts, weights)
     if own_probe and dummy_tokens:
-        by_position = position_results(runs, [site], weights, seed, dummy_tokens)
+        by_position = position_results(runs, [site], weights, dummy_tokens)
         results["dummy_tokens"]["by_position"] = by_position
     return results
 
@@ -168,6 +169,7 @@ def _check_pair(causal: ProbeRun | TaskRun, bidirectional: ProbeRun | TaskRun) -
 def run(args: argparse.Namespace) -> None:
     """Run `probes starvation`."""
     causal, bidirectional = map(open_run, args.probes)
+    warn_of_changed_data([causal, bidirectional])
     flips = () if args.flip is None else args.flip or tuple(FLIP_AXES)
     out = Path(args.out or args.probes[1])
     with exclusive_run_lock(out, "starvation.json"):

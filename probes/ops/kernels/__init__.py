@@ -1,9 +1,9 @@
-"""Triton kernels of the upsampled loss, argmax and counts, equivalent to the chunked torch code for a CPU.
+"""Triton kernels of the upsampled argmax and counts, equivalent to the chunked torch code for a CPU.
 
 One program processes one *cell* of one grid: the pixels between two adjacent grid rows and two adjacent grid columns.
 It reads the four corner nodes once, keeps the logits of its pixels in registers and writes its result once, so that no
-tensor of K * H * W numbers exists. Results do not depend on the order of the programs: gradients are written per corner
-and summed in a fixed order, and atomics count integers only. Tests run the kernels with `TRITON_INTERPRET=1` on a CPU.
+tensor of K * H * W numbers exists. Results do not depend on the order of the programs: atomics count integers only.
+Tests run the kernels with `TRITON_INTERPRET=1` on a CPU.
 """
 
 import warnings

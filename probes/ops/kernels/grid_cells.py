@@ -28,11 +28,9 @@ class Axis(NamedTuple):
     fraction: Tensor
 
 
-def cells(
-    grid: tuple[int, int], size: tuple[int, int], view: GridPlacement, stride: int, device: torch.device
-) -> list[Axis]:
+def cells(grid: tuple[int, int], size: tuple[int, int], view: GridPlacement, device: torch.device) -> list[Axis]:
     """Return rows and columns of cells; cell (i, j) has the pixels between grid rows i, i + 1 and columns j, j + 1."""
-    return [_cells(n, pixels, extent, stride, device) for n, pixels, extent in zip(grid, size, view, strict=True)]
+    return [_cells(n, pixels, extent, device) for n, pixels, extent in zip(grid, size, view, strict=True)]
 
 
 def half_cells(grid: tuple[int, int], size: tuple[int, int], view: GridPlacement, device: torch.device) -> list[Axis]:
@@ -45,8 +43,8 @@ def half_cells(grid: tuple[int, int], size: tuple[int, int], view: GridPlacement
 
 
 @lru_cache(maxsize=256)
-def _cells(n_nodes: int, pixels: int, extent: AxisExtent, stride: int, device: torch.device) -> Axis:
-    nodes, fractions = (x[stride // 2 :: stride] for x in axis_nodes(n_nodes, pixels, extent))
+def _cells(n_nodes: int, pixels: int, extent: AxisExtent, device: torch.device) -> Axis:
+    nodes, fractions = axis_nodes(n_nodes, pixels, extent)
     return _axis(nodes, fractions, n_nodes, device)
 
 

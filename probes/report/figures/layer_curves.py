@@ -91,12 +91,6 @@ def layer_curves(study: Study, solved: bool) -> FigureData:
     return FigureData(figure, _rows(runs))
 
 
-def name_solved_probes(runs: Iterable[ProbeRun]) -> str:
-    """Return what solved probes are called: only refined ones are at their optimum."""
-    refined = all(run.metrics["probe"].get("solved") == "optimum" for run in runs)
-    return "probes at their optimum" if refined else "probes in closed form"
-
-
 def _shown_untrained(study: Study, solved: bool) -> dict[str, ProbeRun]:
     """Return the untrained runs whose probes are of the kind that is drawn."""
     untrained = study.solved_untrained if solved else study.untrained
@@ -185,8 +179,7 @@ def layer_figures(study: Study) -> Figures:
     """Yield the scores by layer: of solved probes, if there are any beside trained ones, and of the study's own."""
     solved_main = study.first.is_solved
     if study.solved and not solved_main:
-        title = f"Segmentation quality by layer, {name_solved_probes(study.solved.values())}"
-        yield _layer_figure(study, "layers_solved", title, True)
+        yield _layer_figure(study, "layers_solved", "Segmentation quality by layer, probes at their optimum", True)
     yield _layer_figure(study, "layers", "Segmentation quality by layer", solved_main)
 
 

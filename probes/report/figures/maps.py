@@ -12,7 +12,8 @@ from probes.data.palette import colorize, palette_of
 from probes.models.sites import ADAPTER, ENCODER
 from probes.report.study import Study
 from probes.results.finished_run import FinishedRun
-from probes.results.probe_run import ProbeRun, read_tensors
+from probes.results.probe_run import ProbeRun
+from probes.results.run_files import read_tensors
 from probes.results.task_run import TaskRun
 
 from .style import FigureData, Figures, ReportFigure, new_axes

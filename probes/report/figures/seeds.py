@@ -10,7 +10,7 @@ from probes.report.study import MASKS, Study
 from probes.report.tables import run_columns
 from probes.results.probe_run import ProbeRun
 
-from .layer_curves import name_solved_probes, sites_by_depth
+from .layer_curves import sites_by_depth
 from .style import (
     FigureData,
     Figures,
@@ -81,7 +81,7 @@ def seed_figures(studies: list[Study]) -> Figures:
         if not trained:
             continue
         random = {mask: _random_llms(members, mask, solved) for mask in trained}
-        probes = f", {name_solved_probes(run for runs in trained.values() for run in runs)}" if solved else ""
+        probes = ", probes at their optimum" if solved else ""
         yield ReportFigure(
             f"seeds_{number}", f"{model}, {dataset}", f"Segmentation quality by layer{probes}",
             caption(

@@ -1,6 +1,7 @@
 """Files and folders are complete or absent: after a kill at any moment, on a full disk, on a read-only disk."""
 
 import errno
+import hashlib
 import json
 import os
 import signal
@@ -138,6 +139,12 @@ def test_write_files_writes_each_kind_of_content(tmp_path):
     assert contents(tmp_path / "new/folder") == [1, 1, 1]
     assert (tmp_path / "picture.png").read_bytes() == b"bytes"
     assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_write_files_passes_the_hashes_of_the_other_files(tmp_path):
+    write_files({tmp_path / "hashes.json": lambda hashes: hashes} | files(tmp_path, 1))
+    expected = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in NAMES}
+    assert json.loads((tmp_path / "hashes.json").read_text()) == expected
 
 
 @pytest.mark.parametrize("renamed", range(3))

@@ -50,7 +50,7 @@ def test_failed_step_is_named_with_its_log_and_the_rest_runs(tmp_path, capsys):
 
 def test_memory_of_all_processes_is_counted_and_mapped_files_are_not(tmp_path):
     hold = "import time; block = bytearray(b'x') * 100_000_000; time.sleep(2)"
-    both = f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {hold!r}]); {hold}; child.wait()"
+    both = f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {hold!r}]); {hold}; child.wait(60)"
     measured = run_measured(python(both), tmp_path / "log")
     assert 0.2 < measured["host_gb"] < 0.26 and measured["returncode"] == 0
     forked = f"import os; {hold.replace('time.sleep(2)', 'child = os.fork(); time.sleep(2)')}; child and os.wait()"
@@ -67,6 +67,7 @@ def test_a_command_and_its_processes_end_with_the_rehearsal(tmp_path, number):
     worker = "import time, os; open('pid', 'w').write(str(os.getpid())); os.rename('pid', 'started'); time.sleep(600)"
     code = f"import subprocess; subprocess.run({python(worker)!r})"
     lines = [
+        f"import signal; signal.signal({int(number)}, signal.SIG_DFL)",  # nohup ignores SIGHUP, and its children too
         "from llava_bidir.common.process_group import end_on_signals; end_on_signals()",
         "from pathlib import Path; from llava_bidir.rehearsal.measure import run_measured",
         f"run_measured({python(code)!r}, Path('log'))",
@@ -76,8 +77,11 @@ def test_a_command_and_its_processes_end_with_the_rehearsal(tmp_path, number):
     deadline = time.monotonic() + HANGING_S
     while not (tmp_path / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    rehearsing.send_signal(number)
-    assert rehearsing.wait() == 128 + number
+    try:
+        rehearsing.send_signal(number)
+        assert rehearsing.wait(timeout=60) == 128 + number
+    finally:
+        rehearsing.kill()
     worker_pid = int((tmp_path / "started").read_text())
     while psutil.pid_exists(worker_pid) and time.monotonic() < deadline:  # init reaps it
         time.sleep(0.05)
@@ -137,7 +141,7 @@ def test_tiny_rehearsal_is_killed_and_resumes_to_its_table(tmp_path):
     while len(steps()) < 2 and first.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
+    first.wait(HANGING_S)
     before = steps()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -96,6 +96,17 @@ def test_text_only_samples_can_be_packed(parts):
     assert_equal(loss_and_gradients(module, packed), loss_and_gradients(module, unpacked))
 
 
+@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("name", MASKS)
+def test_no_batch_is_warned_of(name, shown, parts, monkeypatch):
+    """Batches of text alone, which sampling by modality makes, are causal as they should be."""
+    (module, collate), warnings = build(parts, name), []
+    monkeypatch.setattr(modeling_llava_bidir.logger, "warning_once", warnings.append)
+    for pack_tokens in (ROW, None):
+        module.loss(replace(collate, pack_tokens=pack_tokens)(samples(shown)))
+    assert not warnings
+
+
 def test_a_row_of_one_sample_equals_the_sample(parts):
     module, collate = build(parts, "bidirectional")
     for item in samples():

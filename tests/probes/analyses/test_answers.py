@@ -16,7 +16,8 @@ from probes.analyses.answers.questions import read_questions, tokens_in_box
 from probes.analyses.answers.run import check_effects
 from probes.cli import main
 from probes.ops.geometry import Geometry
-from probes.results.probe_run import ProbeRun, read_tensors
+from probes.results.probe_run import ProbeRun
+from probes.results.run_files import read_tensors
 
 CLASSES = ["sky", "wall", "road"]
 BOXES = [[0.0, 0.0, 0.5, 0.5], [0.5, 0.0, 1.0, 0.5], [0.0, 0.5, 0.5, 1.0], [0.0, 0.0, 1.0, 0.5]]

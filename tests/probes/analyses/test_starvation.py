@@ -1,6 +1,7 @@
 """Accuracy by patch: with the classes held fixed, on flipped images, with own probes, and with dummy tokens."""
 
 import json
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,6 +31,7 @@ from probes.analyses.starvation.patch_accuracy import (
 )
 from probes.analyses.starvation.run import gap_estimates, starvation
 from probes.cli import main
+from probes.data.batches import MaskPreparer
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.ops.geometry import Geometry
 from probes.results.probe_run import ProbeRun
@@ -205,15 +207,21 @@ def simulated_batches(moved: bool, images: int = 80, seed: int = 0) -> list:
     return [(int(folds[part[0]]), {"adapter": states[list(part)]}, masks[list(part)]) for part in parts]
 
 
+def prepared(batches: list) -> Iterator:
+    """Yield the batches with masks as the data set prepares them."""
+    prepare = MaskPreparer(GRID.geometry, K, 5)
+    return ((fold, states, prepare(masks)) for fold, states, masks in batches)
+
+
 def simulated_moments(batches: list, monkeypatch, positions: int = 6) -> dict:
     monkeypatch.setattr(by_position, "FOLDS", 2)
-    return sum_moments(iter(batches), GRID, positions, K, 1)
+    return sum_moments(prepared(batches), GRID, positions, K)
 
 
 def test_cross_validated_losses_equal_interpolated_logits(monkeypatch):
     batches = simulated_batches(moved=True)
     moments = simulated_moments(batches, monkeypatch)
-    losses, pixels = cross_validate(iter(batches), GRID, moments, 1)
+    losses, pixels = cross_validate(prepared(batches), GRID, moments)
     total, valid = 0.0, 0
     for fold, states, masks in batches:
         logits = moments["adapter"].solve([STRENGTHS[3]], SHRINKAGES[1], without=fold)(states["adapter"])[0]
@@ -227,7 +235,7 @@ def test_cross_validation_shares_the_probe_where_positions_do_not_differ(monkeyp
     chosen = {}
     for moved in (False, True):
         batches = simulated_batches(moved)
-        losses = cross_validate(iter(batches), GRID, simulated_moments(batches, monkeypatch), 1)[0]["adapter"]
+        losses = cross_validate(prepared(batches), GRID, simulated_moments(batches, monkeypatch))[0]["adapter"]
         chosen[moved] = SHRINKAGES[int(losses.min(1).values.argmin())]
     assert chosen[False] == 1 and chosen[True] <= 0.3
 

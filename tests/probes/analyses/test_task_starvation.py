@@ -4,6 +4,7 @@ import json
 import shutil
 
 import numpy as np
+import probe_runs
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -78,6 +79,8 @@ def test_a_worse_causal_probe_is_a_positive_gap(task_runs, tmp_path):
     save_file(tensors, paths[0] / "counts.safetensors")
     metrics = json.loads((paths[1] / "metrics.json").read_text()) | {"image_attention": "bidirectional"}
     (paths[1] / "metrics.json").write_text(json.dumps(metrics))
+    for path in paths:
+        probe_runs.record_hashes(path)
     gap = starvation(*map(TaskRun, paths))["gap"]
     assert gap[0] > 0 and gap[1:] == [0, 0, 0]
 
@@ -122,6 +125,7 @@ def test_damaged_errors_are_named(damage, task_runs, tmp_path):
     if damage == "shape":
         tensors["patch_valid"] = torch.ones(3)
     save_file(tensors, path / "counts.safetensors")
+    probe_runs.record_hashes(path)
     message = (
         "made before errors by position were kept" if damage == "missing" else "counts.safetensors: patch_error and"
     )

@@ -69,7 +69,7 @@ def test_nothing_is_an_image_without_a_labelled_pixel(segmentation):
 
 @pytest.mark.parametrize(("images", "folds", "ranks"), [(12, 4, 4), (12, 5, 1), (7, 2, 7), (9, 3, 2), (40, 3, 8)])
 def test_a_pass_has_each_image_once_and_no_rank_is_without_a_batch(images, folds, ranks):
-    fold_of = assign_folds(images, folds, seed=1)
+    fold_of = assign_folds(images, folds)
     by_rank = [fold_batches(fold_of, 2, rank, ranks) for rank in range(ranks)]
     assert sorted(i for batches in by_rank for batch in batches for i in batch) == list(range(images))
     assert all(len(set(fold_of[batch].tolist())) == 1 for batches in by_rank for batch in batches)
@@ -79,3 +79,15 @@ def test_a_pass_has_each_image_once_and_no_rank_is_without_a_batch(images, folds
 def test_fewer_images_than_processes_are_an_error():
     with pytest.raises(UserError, match="3 training images for 4 processes"):
         fold_batches(torch.tensor([0, 1, 0]), 2, 0, 4)
+
+
+def test_folds_keep_neighbours_and_groups_together_and_differ_little_in_size():
+    fold_of = assign_folds(100, 4)
+    assert fold_of.bincount().tolist() == [25] * 4
+    assert (fold_of.diff() != 0).sum() == 19, "20 blocks of 5 neighbours"
+    assert assign_folds(1000, 4)[:16].tolist() == [0] * 8 + [1] * 8, "long blocks would leave out kinds of scenes"
+    groups = [f"video{i // 10}" for i in range(100)]
+    by_group = [set(assign_folds(100, 4, groups)[i : i + 10].tolist()) for i in range(0, 100, 10)]
+    assert all(len(folds) == 1 for folds in by_group) and set.union(*by_group) == {0, 1, 2, 3}
+    with pytest.raises(UserError, match="3 training groups for 4 folds"):
+        assign_folds(6, 4, ["a", "a", "b", "b", "c", "c"])

@@ -344,7 +344,7 @@ def test_controls_and_classes_choose_patches(open_tab, session):
 
 def test_cancel_keeps_the_page_usable(open_tab, session, monkeypatch):
     tab = open_tab("#photo=split:0")
-    monkeypatch.setattr(session, "read", lambda request, job: (job.cancelled.wait(), job.check()))
+    monkeypatch.setattr(session, "read", lambda request, job: (job.cancelled.wait(60), job.check()))
     tab.get_by_role("spinbutton", name="or validation image").fill("4")
     tab.keyboard.press("Enter")
     tab.get_by_role("button", name="Cancel").click()
@@ -363,7 +363,7 @@ def show_image(tab, number: int) -> None:
 
 def test_a_cancelled_view_has_no_numbers_of_the_last_one(open_tab, session, monkeypatch):
     tab = open_tab("#photo=split:0&patches=1")
-    monkeypatch.setattr(session, "read", lambda request, job: (job.cancelled.wait(), job.check()))
+    monkeypatch.setattr(session, "read", lambda request, job: (job.cancelled.wait(60), job.check()))
     show_image(tab, 4)
     tab.get_by_role("button", name="Cancel").click()
     settle(tab)

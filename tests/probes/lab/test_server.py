@@ -110,11 +110,26 @@ def test_cookies_of_other_servers_of_the_host_do_not_lock_the_page(port, cookie)
     assert send(port, "GET", "/", Cookie=f"{cookie}; lab-{port}={TOKEN}")[0] == 200
 
 
-def test_pictures_are_not_kept_for_a_later_lab_at_the_port(port):
-    """Its validation split has other pictures under the same keys."""
+def test_pictures_are_neither_kept_for_a_later_lab_at_the_port_nor_shown_by_other_origins(port):
+    """A later lab's validation split has other pictures under the same keys; a page at another port has the cookie."""
     connection = labs.http.client.HTTPConnection("127.0.0.1", port)
     connection.request("GET", "/picture?photo=split:0", headers={"Cookie": f"lab-{port}={TOKEN}"})
-    assert connection.getresponse().headers["Cache-Control"] == "no-store"
+    headers = connection.getresponse().headers
+    assert headers["Cache-Control"] == "no-store" and headers["Cross-Origin-Resource-Policy"] == "same-origin"
+
+
+@pytest.mark.parametrize("path", ["/picture?photo=split:0", "/"])
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "same-origin", "none", None])
+def test_pages_at_other_ports_can_embed_nothing(port, path, site):
+    status, _ = send(port, "GET", path, **{"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors"})
+    assert status == (403 if site in ("cross-site", "same-site") else 200)
+
+
+def test_a_link_on_another_page_opens_the_lab(port):
+    link = {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "navigate"}
+    assert send(port, "GET", f"/?token={TOKEN}", Cookie=None, **link)[0] == 303
+    assert send(port, "GET", "/", **link)[0] == 200
+    assert send(port, "GET", "/", Cookie=None, **link)[0] == 403
 
 
 BODIES = {
@@ -236,6 +251,50 @@ def test_slow_clients_hold_nobody_up_and_are_given_up(port, still_serves, monkey
         assert b" 408 " in connection.recv(100)
 
 
+def test_half_open_requests_leave_room_for_those_with_the_token(port, still_serves):
+    half = [raw(port, b"GET / HTTP/1.1\r\n") for _ in range(210)]
+    assert [send(port, "GET", "/")[0] for _ in range(20)] == [200] * 20
+    for connection in half:
+        connection.close()
+
+
+@pytest.mark.parametrize("kept_alive", [False, True])
+def test_headers_have_a_deadline_that_further_bytes_do_not_extend(port, still_serves, monkeypatch, kept_alive):
+    monkeypatch.setattr("probes.lab.connections.HEADERS_S", 1)
+    connection = raw(port, head(port, "/photo?key=split:0", "Content-Length: 0") if kept_alive else b"")
+    if kept_alive:
+        assert b" 200 " in connection.recv(10_000)
+    connection.sendall(b"GET / HTTP/1.1\r\n")
+    assert ends(connection, b"X")
+
+
+def test_a_refused_client_holds_no_connection(port, still_serves):
+    connection = raw(port, b"POST /photo HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000000\r\n\r\n")
+    assert b" 403 " in connection.recv(10_000)
+    assert ends(connection, b"x")
+
+
+def test_a_silent_connection_is_closed(port, still_serves, monkeypatch):
+    monkeypatch.setattr("probes.lab.connections.HEADERS_S", 1)
+    assert raw(port, b"").recv(1) == b""
+
+
+def ends(connection: socket.socket, byte: bytes) -> bool:
+    """Send a byte ten times a second; return True once the server closes the connection, False after 8 s."""
+    deadline = time.monotonic() + 8
+    connection.settimeout(0.1)
+    while time.monotonic() < deadline:
+        try:
+            connection.sendall(byte)
+            if not connection.recv(1):
+                return True
+        except TimeoutError:
+            continue
+        except OSError:
+            return True
+    return False
+
+
 def test_many_at_once_are_answered_or_refused(port, still_serves):
     results = []
 
@@ -268,7 +327,7 @@ def test_requests_whose_clients_have_left_make_room_for_others():
         assert (await running.events.get()) == {"waiting": 0}
         return await job.events.get()
 
-    assert asyncio.run(fill_and_leave()) == {"result": {"done": True}}
+    assert asyncio.run(asyncio.wait_for(fill_and_leave(), 60)) == {"result": {"done": True}}
 
 
 def test_a_client_that_leaves_cancels_its_request(port, still_serves, session, monkeypatch):

@@ -1,12 +1,19 @@
 """Random LLMs that resemble the trained one: their updates, weights and draws, and the runs made with them."""
 
+import shutil
+from collections import Counter
+
 import probe_runs
 import pytest
+import tiny_models
 import torch
 from PIL import Image
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import probes
-from probes.models.matched_updates import layer_updates
+from llava_bidir import LlavaBidirConfig
+from probes.models.matched_updates import TOLERANCE, layer_updates
+from probes.models.random_layers import random_layers
 
 pytestmark = pytest.mark.numerics
 
@@ -64,6 +71,85 @@ def test_the_scales_are_those_of_the_output_projections(path, pictures):
     pixels = control.preprocess(pictures)
     for site, states in same.states(pixels).items():
         torch.testing.assert_close(control.states(pixels)[site], states, rtol=1e-4, atol=1e-5)
+
+
+def matched_from_the_first_layer(mllm, pixels, updates):
+    """The factors of each layer by complete forwards, with the weights of the projections multiplied."""
+    factors = []
+    for i, (layer, wanted) in enumerate(zip(mllm.decoder.layers, updates, strict=True)):
+        factors.append(1.0)
+        while abs((now := reference_updates(mllm, pixels)[i]) - wanted) > TOLERANCE * wanted:
+            factors[i] *= wanted / now
+            layer.self_attn.o_proj.weight.mul_(wanted / now)
+            layer.mlp.down_proj.weight.mul_(wanted / now)
+    return factors
+
+
+@pytest.fixture(scope="module")
+def deep(checkpoints, tmp_path_factory):
+    """A checkpoint with six layers."""
+    folder = shutil.copytree(checkpoints["bidirectional"], tmp_path_factory.mktemp("deep") / "hf")
+    text = LlavaBidirConfig.from_pretrained(folder).text_config
+    text.num_hidden_layers = 6
+    config = {"text_config": text, "image_token_index": probes.load(str(folder)).model.config.image_token_id}
+    tiny_models.model("bidirectional", **config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_scales_are_those_of_complete_forwards_layer_by_layer(deep, pictures):
+    trained = probes.load(deep)
+    pixels = trained.preprocess(pictures)
+    control = probes.load(deep, **LLM, match="update", match_images=pictures)
+    same_draw = probes.load(deep, **LLM, match="update", update_scales=[1.0] * len(control.decoder.layers))
+    expected = matched_from_the_first_layer(same_draw, pixels, reference_updates(trained, pixels))
+    assert control.update_scales == pytest.approx(expected, rel=1e-4)
+
+
+def test_no_layer_runs_again_for_the_layers_after_it(deep, pictures, monkeypatch):
+    calls, original = Counter(), LlamaDecoderLayer.forward
+
+    def counted(layer, *args, **kwargs):
+        calls[layer.self_attn.layer_idx] += 1
+        return original(layer, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
+    probes.load(deep, **LLM, match="update", match_images=pictures)
+    # the trained update (prompt and image), and a few steps of its own: as many for the first layer as for the last
+    assert set(calls) == set(range(6)) and max(calls.values()) <= 8, calls
+
+
+@pytest.mark.parametrize("match", ["none", "update", "permuted"])
+def test_draws_in_place_equal_loaded_ones_and_give_the_weights_back(match, path, pictures):
+    images = pictures if match == "update" else ()
+    mllm = probes.load(path)
+    other, pixels = mllm.with_attention("prefix"), mllm.preprocess(pictures)
+    weights = {name: tensor.clone() for name, tensor in mllm.state_dict().items()}
+    states, of_other = mllm.states(pixels), other.states(pixels)
+    for draw in (0, 2):
+        loaded = probes.load(path, **LLM, match=match, draw=draw, match_images=images)
+        with random_layers(mllm, match, draw, match_images=images):
+            assert mllm.update_scales == loaded.update_scales
+            for site, expected in loaded.states(pixels).items():
+                assert torch.equal(mllm.states(pixels, [site])[site], expected), site
+    assert mllm.update_scales is None
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in mllm.state_dict().items())
+    for model, before in ((mllm, states), (other, of_other)):
+        assert all(torch.equal(state, before[site]) for site, state in model.states(pixels).items())
+
+
+def test_a_draw_in_place_that_fails_gives_the_weights_back(path, pictures, monkeypatch):
+    mllm = probes.load(path)
+    pixels = mllm.preprocess(pictures)
+    states = mllm.states(pixels)
+    with pytest.raises(RuntimeError, match="inside"), random_layers(mllm, match_images=pictures):
+        with pytest.raises(ValueError, match="random layers already"), random_layers(mllm, "permuted"):
+            pass
+        raise RuntimeError("inside")
+    monkeypatch.setattr("probes.models.matched_updates.STEPS", 1)
+    with pytest.raises(ValueError, match="cannot be matched"), random_layers(mllm, match_images=pictures):
+        pass
+    assert mllm.update_scales is None
+    assert all(torch.equal(state, states[site]) for site, state in mllm.states(pixels).items())
 
 
 def test_only_the_layers_are_random(path, pictures):

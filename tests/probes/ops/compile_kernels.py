@@ -12,11 +12,10 @@ from triton.backends.nvidia import __file__ as nvidia
 from triton.compiler import ASTSource
 
 from probes.ops.kernels.argmax_counts import argmax_cell, count_cell
-from probes.ops.kernels.cross_entropy import cross_entropy_cell
 from probes.ops.kernels.grid_cells import PIXELS
 
 TYPES = {"target": "*u8", "out": "*u8"}
-TYPES |= dict.fromkeys(("logits", "row_fraction", "column_fraction", "losses", "corners"), "*fp32")
+TYPES |= dict.fromkeys(("logits", "row_fraction", "column_fraction"), "*fp32")
 TYPES |= dict.fromkeys(("row_start", "column_start", "intersection", "predicted", "patch_right", "confusion"), "*i32")
 
 
@@ -38,7 +37,6 @@ def resources(kernel, **constants) -> dict[str, int]:
 print(
     json.dumps(
         {
-            "cross_entropy_cell": resources(cross_entropy_cell, GRADIENT=True),
             "count_cell": resources(count_cell, CONFUSION=True),
             "argmax_cell": resources(argmax_cell),
         }

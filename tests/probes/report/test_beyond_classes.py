@@ -21,7 +21,8 @@ from probes.report.task_starvation import starvation_table, task_starvation
 from probes.tasks import TASKS
 from probes.training.write_run import task_summary
 
-IMAGES, STRENGTHS = 40, [1e-3, 1e-1, 1.0]
+IMAGES, STRENGTHS = 40, [1.0, 1e-1, 1e-3, 1e-5]
+ROWS = ["stronger", "chosen", "weaker"]
 
 
 def write_task_run(
@@ -34,14 +35,14 @@ def write_task_run(
     by_token: bool = True,
     **more,
 ):
-    """Write a depth run whose encoder, adapter, layers and final norm have the mean RMSE `rmse`; 2 at strength 1."""
+    """Write a depth run whose encoder, adapter, layers and final norm have the mean RMSE `rmse`; 2 if stronger."""
     probe_runs.write_run(path, [0.5] * len(rmse), root=root, mask=mask, untrained=untrained, images=IMAGES, **more)
     sites, task = site_names(len(rmse) - 3), TASKS["depth"]
     noise = torch.rand(len(rmse), IMAGES, 6, generator=torch.Generator().manual_seed(seed)) * 0.1
     sums = torch.cat([torch.ones(len(rmse), IMAGES, 1), noise], -1)
     sums[..., 1] += torch.tensor(rmse)[:, None] - 0.05
-    along = torch.stack([sums, sums, sums])
-    along[-1, ..., 1] = 2
+    along = torch.stack([sums] * len(STRENGTHS))
+    along[1, ..., 1] = 2
     scores = {name: x.tolist() for name, x in task.dataset_scores(sums.double().sum(1)).items()}
     metrics = json.loads((path / "metrics.json").read_text())
     for key in ("classes", "baseline"):
@@ -54,8 +55,9 @@ def write_task_run(
         for i, site in enumerate(sites)
     ]
     metrics["summary"] = task_summary(dict(zip(sites, scores["rmse"], strict=True)), task.sign)
-    entries = [{"site": site, "cv_loss": [1.0, 2.0, 3.0], "chosen": 1e-3} for site in sites]
-    metrics["path"] = {"passes": 1, "sample_images": 0, "closed_form": {"strengths": STRENGTHS, "sites": entries}}
+    along_path = {name: [1.0] * len(STRENGTHS) for name in ("cv_loss", *scores)}
+    choice = {"strengths": STRENGTHS, "chosen": 1e-3, "lowest": 1e-3}
+    metrics["path"] = {"passes": 1, "closed_form": {"sites": [{"site": x, **choice, **along_path} for x in sites]}}
     (path / "metrics.json").write_text(json.dumps(metrics))
     tokens = 0.2 + torch.rand(len(rmse), IMAGES, 4, generator=torch.Generator().manual_seed(50 + seed))
     tokens[..., 0] += mask == "causal"  # patch 0 starves
@@ -90,23 +92,20 @@ def test_control_and_path(folders):
     (entry,) = task_results([TaskRun(folders["depth"]), TaskRun(folders["random"])])
     control = effects(TaskRun(folders["random"]), TaskRun(folders["random"]).sums)["recovery"][0]
     assert entry["recovery_beyond_control"]["value"] == pytest.approx(entry["recovery"]["value"] - control)
-    assert [row["strength"] for row in entry["path"]] == STRENGTHS
-    assert entry["path"][0]["recovery"] == entry["recovery"] and entry["path"][-1]["recovery"]["value"] == 0
+    assert [row["row"] for row in entry["path"]] == ROWS
+    assert entry["path"][1]["recovery"] == entry["recovery"] and entry["path"][0]["recovery"]["value"] == 0
 
 
 def test_strengths_without_certificates_do_not_count(folders):
     path = Path(folders["depth"])
     metrics = json.loads((path / "metrics.json").read_text())
-    refined = metrics["path"]["closed_form"]
-    certificates = [[{"converged": r != STRENGTHS[0] or site != "layer_02"} for r in STRENGTHS]
-                    for site in [entry["site"] for entry in metrics["sites"]]]  # fmt: skip
-    sites = [entry | {"certificates": x} for entry, x in zip(refined["sites"], certificates, strict=True)]
-    metrics["path"]["optimum"] = refined | {"sites": sites}
+    metrics["path"]["optimum"] = metrics["path"].pop("closed_form")
+    for entry in metrics["path"]["optimum"]["sites"]:
+        entry["certificates"] = [{"converged": r != 1e-5 or entry["site"] != "layer_02"} for r in STRENGTHS]
     (path / "metrics.json").write_text(json.dumps(metrics))
-    sums = load_file(path / "path.safetensors")["closed_form/sums"]
-    save_file({"closed_form/sums": sums, "optimum/sums": sums.clone()}, path / "path.safetensors")
+    save_file({"optimum/sums": load_file(path / "path.safetensors")["closed_form/sums"]}, path / "path.safetensors")
     entries = task_results([TaskRun(path)])
-    assert [row["converged"] for row in entries[0]["path"]] == [False, True, True]
+    assert [row["converged"] for row in entries[0]["path"]] == [True, True, False]
     (row,) = task_table(entries, {"depth": {"rmse": "RMSE"}})
     assert row["strengths_with_recovery"] == "1 of 3", "one has not converged, at the last there is no recovery"
 
@@ -242,7 +241,7 @@ def test_several_seeds_are_joined_as_claims_are(seeds, tmp_path):
         images = np.mean([(np.diff(entry[name]["ci95"])[0] / 2) ** 2 for entry in results["tasks"]]) ** 0.5
         half = np.hypot(half, images) if shared else max(half, images / 3**0.5)
         assert joint[name]["ci95"] == pytest.approx([values.mean() - half, values.mean() + half])
-    assert [row["strength"] for row in joint["path"]] == STRENGTHS
+    assert [row["row"] for row in joint["path"]] == ROWS
     page = (tmp_path / "out/index.html").read_text()
     assert "Drop and recovery by task, seeds jointly" in page and "Thin: one seed; thick: their mean" in page
     rows = list(csv.DictReader((tmp_path / "out/tasks.csv").open()))

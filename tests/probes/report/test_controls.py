@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
 from probe_runs import write_run, write_solved
 from safetensors.torch import load_file, save_file
 
@@ -121,7 +122,7 @@ def test_an_analysis_of_another_pair_is_left_out(write, tmp_path, caplog):
     causal, other = write("trained", CURVE), write("other", CURVE, 4)
     bidirectional = write("trained", CURVE, mask="bidirectional")
     for run in (causal, other, bidirectional):
-        Path(run, "probes.safetensors").write_text(run)  # part of the fingerprint
+        save_file({run: torch.zeros(1)}, f"{run}/probes.safetensors")  # part of the fingerprint
     main(["starvation", "--probes", causal, bidirectional, "--site", "layer_01"])
     (study,) = read_studies([causal, bidirectional])
     (figure,) = [f for f in study_figures(study, study_results(study)) if f.name == "starvation"]
@@ -153,13 +154,17 @@ def test_files_of_an_earlier_report_are_removed(write, tmp_path):
 def test_solved_probes_count_as_converged_at_the_strength_that_was_chosen(write, tmp_path):
     run = write("solved", CURVE, solved=True)
     file = tmp_path / "causal_solved/metrics.json"
-    assert unconverged(ProbeRun(run), None, "recovery") is None
+    optimum = lambda: next(c for c in evaluate_claims(*read_studies([run])) if c["claim"] == "recovery")["verdicts"][
+        "optimum"
+    ]
+    assert unconverged(ProbeRun(run), "recovery") is None and optimum()["verdict"] == "holds"
     metrics = json.loads(file.read_text())
     for entry in metrics["path"]["optimum"]["sites"]:
-        chosen = metrics["path"]["optimum"]["strengths"].index(entry["chosen"])
+        chosen = entry["strengths"].index(entry["chosen"])
         entry["certificates"][chosen]["converged"] = entry["site"] == "adapter"
     file.write_text(json.dumps(metrics))
-    assert "have not converged at the strength that was chosen" in unconverged(ProbeRun(run), None, "recovery")
+    assert "have not converged at the chosen strength" in unconverged(ProbeRun(run), "recovery")
+    assert optimum()["verdict"] == "untested" and "run `probes solve` again" in optimum()["reason"]
 
 
 def test_the_figure_of_masks_shows_the_pair_where_another_mask_was_trained(write, tmp_path):

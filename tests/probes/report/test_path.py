@@ -1,4 +1,4 @@
-"""Effects of solved probes at every strength, compared with loops in numpy; studies and reports with solved runs."""
+"""Effects of solved probes at three strengths, compared with loops in numpy; studies and reports with solved runs."""
 
 import csv
 import itertools
@@ -11,7 +11,7 @@ import probe_runs
 import pytest
 import tiny_models
 import torch
-from probe_runs import STRENGTHS, random_counts, write_run, write_solved
+from probe_runs import ROWS, random_counts, write_run, write_solved
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.bootstrap import simultaneous_band
@@ -20,11 +20,11 @@ from probes.evaluation.metrics import Counts
 from probes.report.claims import evaluate_claims
 from probes.report.effects import cross_validated_layers, image_folds
 from probes.report.figures.catalogue import study_figures
-from probes.report.figures.layer_curves import layer_figures, overview_figures
+from probes.report.figures.layer_curves import overview_figures
 from probes.report.page import study_results
-from probes.report.path import path_rows, path_verdicts
+from probes.report.path import neighbours, path_rows, path_verdicts, sites_at_edge
 from probes.report.study import read_studies
-from probes.report.summary_text import format_ranges, summarize_path
+from probes.report.summary_text import summarize_path
 from probes.results.probe_run import ProbeRun
 
 CURVE = [0.6, 0.5, 0.55, 0.62, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
@@ -38,10 +38,10 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def paths(root, tmp_path_factory) -> dict[str, str]:
-    """Trained runs and solved ones, trained and untrained; the drop-off vanishes at the last strength."""
+    """Trained runs and solved ones, trained and untrained; the drop-off vanishes at the strongest row."""
     folder = tmp_path_factory.mktemp("paths")
-    curves = [CURVE, CURVE, [0.4, *CURVE[1:]]]
-    unconverged = lambda instrument, strength, site: (strength, site) != (0.01, "encoder")
+    curves = [[0.4, *CURVE[1:]], CURVE, CURVE]
+    unconverged = lambda row, site: (row, site) != ("weaker", "encoder")
     return {
         "sgd": str(write_run(folder / "sgd", CURVE, root=root)),
         "sgd_untrained": str(write_run(folder / "sgd_untrained", FLAT, root=root, untrained=True, seed=3)),
@@ -154,20 +154,18 @@ def test_without_layers_or_with_one_image():
     assert cross_validated_layers(SITES, counts).shape == (1,)
 
 
-def test_rows_equal_numpy_at_every_strength(paths):
+def test_rows_equal_numpy(paths):
     (study,) = read_studies([paths["solved"], paths["solved_untrained"]])
-    rows = {(r["instrument"], r["effect"], r["measure"], r["strength"]): r for r in path_rows(study)}
+    rows = {(r["effect"], r["measure"], r["row"]): r for r in path_rows(study)}
     run, control = ProbeRun(paths["solved"]), ProbeRun(paths["solved_untrained"])
-    fold = np.arange(40) % 10
-    for instrument, strengths in STRENGTHS.items():
-        path, untrained = run.path_counts(instrument), control.path_counts(instrument)
-        for i, strength in enumerate(strengths):
-            values, others = (numpy_values(*p[i], run.sites, fold) for p in (path, untrained))
-            for (effect, measure), value in values.items():
-                assert rows.pop((instrument, effect, measure, strength))["value"] == pytest.approx(value)
-                if effect == "recovery":
-                    row = rows.pop((instrument, "recovery_trained", measure, strength))
-                    assert row["value"] == pytest.approx(value - others[effect, measure])
+    fold, path, untrained = np.arange(40) % 10, run.path_counts(), control.path_counts()
+    for i, name in enumerate(ROWS):
+        values, others = (numpy_values(*p[i], run.sites, fold) for p in (path, untrained))
+        for (effect, measure), value in values.items():
+            assert rows.pop((effect, measure, name))["value"] == pytest.approx(value)
+            if effect == "recovery":
+                row = rows.pop(("recovery_trained", measure, name))
+                assert row["value"] == pytest.approx(value - others[effect, measure])
     assert not rows
 
 
@@ -176,11 +174,11 @@ def test_rows_have_the_simultaneous_band_of_the_shared_resamplings(paths):
     run = ProbeRun(paths["solved"])
     run.weights = run.weights[:60]
     study.solved["causal"] = run
-    rows = [r for r in path_rows(study) if (r["instrument"], r["effect"]) == ("optimum", "adapter_drop")]
+    rows = [r for r in path_rows(study) if r["effect"] == "adapter_drop"]
     for measure in ("miou", "cross_entropy"):
         resampled = np.array([
             [numpy_values(*path, run.sites, np.arange(40) % 10, w)["adapter_drop", measure] for w in run.weights]
-            for path in run.path_counts("optimum")
+            for path in run.path_counts()
         ])  # fmt: skip
         sd = resampled.std(1, ddof=1, keepdims=True)
         quantile = np.quantile((np.abs(resampled - resampled.mean(1, keepdims=True)) / sd).max(0), 0.95)
@@ -189,70 +187,85 @@ def test_rows_have_the_simultaneous_band_of_the_shared_resamplings(paths):
             assert row["value"] - row["low"] == pytest.approx(quantile * s, rel=1e-5)
 
 
+def choose(path: Path, strengths: dict[str, list[float]], chosen: dict[str, float]) -> ProbeRun:
+    """Give a solved run strengths that a user listed, all solved, and the choice of each site."""
+    metrics = json.loads((path / "metrics.json").read_text())
+    for entry in metrics["path"]["optimum"]["sites"]:
+        own = strengths.get(entry["site"], strengths["others"])
+        entry |= dict.fromkeys(("miou", "pacc", "cross_entropy", "cv_cross_entropy"), [0.5] * len(own))
+        entry |= {"strengths": own, "certificates": [{"converged": True}] * len(own)}
+        entry |= dict.fromkeys(("chosen", "lowest"), chosen.get(entry["site"], chosen["others"]))
+    (path / "metrics.json").write_text(json.dumps(metrics))
+    return ProbeRun(path)
+
+
+def test_rows_follow_the_choice_of_each_site(paths, root, tmp_path):
+    """Of listed strengths all are solved; a site whose choice is at an end keeps it where it has no neighbour."""
+    path = Path(write_solved(tmp_path / "run", [CURVE] * 3, root=root))
+    run = choose(path, {"encoder": [3.0, 0.3, 0.03], "others": [1.0, 0.1, 0.01]}, {"encoder": 0.3, "others": 0.01})
+    rows = {name: row.tolist() for name, row in neighbours(run).items()}
+    assert rows == {"stronger": [0, 1, 1, 1, 1, 1], "chosen": [1, 2, 2, 2, 2, 2], "weaker": [2, 2, 2, 2, 2, 2]}
+    assert sites_at_edge(run) == run.sites[1:]
+    values = {row["row"]: row["value"] for row in path_rows(*read_studies([str(path)]))
+              if (row["effect"], row["measure"]) == ("adapter_drop", "miou")}  # fmt: skip
+    score = lambda r, site: numpy_miou(*(x[site] for x in run.path_counts()[r][0][:2]), run.counts.labelled)
+    assert values["stronger"] == pytest.approx(score(0, 0) - score(1, 1))
+    assert values["weaker"] == pytest.approx(score(2, 0) - score(2, 1))
+    run = choose(path, {"others": [1.0, 0.1, 0.01]}, {"others": 1.0})
+    assert list(neighbours(run)) == ["chosen", "weaker"], "no site has a stronger one"
+    solved = ProbeRun(paths["solved"])
+    assert solved.solved_strengths == [[1, 2, 3]] * 6 and sites_at_edge(solved) == []
+
+
 # ------------------------------------------------------------------------------------------------ verdicts
 def test_verdicts_follow_the_lower_bound_and_the_certificates(paths):
     (study,) = read_studies([paths["solved"], paths["solved_untrained"]])
-    verdicts = {(v["instrument"], v["effect"], v["measure"]): v for v in path_verdicts(study)}
-    assert len(verdicts) == 12
+    verdicts = {(v["effect"], v["measure"]): v for v in path_verdicts(study)}
+    assert len(verdicts) == 6
     for verdict in verdicts.values():
         for row in verdict["estimates"]:
             assert row["holds"] == (row["low"] > 0 and row["converged"])
-    drop = verdicts["closed_form", "adapter_drop", "miou"]
-    assert (drop["verdict"], drop["holds"], drop["not_converged"]) == ("at some strengths", [0.001, 0.01], [])
-    drop = verdicts["optimum", "adapter_drop", "miou"]  # the encoder has not converged at 0.01
-    assert (drop["verdict"], drop["holds"], drop["not_converged"]) == ("at some strengths", [0.001], [0.01])
-    assert drop["estimates"][1]["low"] > 0
-    for instrument in STRENGTHS:  # recovery does not read the encoder
-        assert verdicts[instrument, "recovery", "miou"]["verdict"] == "at every strength"
-        assert verdicts[instrument, "recovery_trained", "cross_entropy"]["verdict"] == "at every strength"
+    drop = verdicts["adapter_drop", "miou"]  # the encoder has not converged at the weaker strength
+    assert (drop["verdict"], drop["holds"], drop["not_converged"]) == ("at some strengths", ["chosen"], ["weaker"])
+    assert drop["estimates"][2]["low"] > 0
+    assert verdicts["recovery", "miou"]["verdict"] == "at all strengths"  # does not read the encoder
+    assert verdicts["recovery_trained", "cross_entropy"]["verdict"] == "at all strengths"
 
 
 def test_a_layer_that_is_not_read_need_not_converge(root, tmp_path):
-    for site, missing in (("layer_01", []), ("layer_03", [0.001, 0.01])):  # the best is layer 3
-        converged = lambda instrument, strength, name: name != site  # noqa: B023
-        path = write_solved(tmp_path / site, [CURVE] * 3, root=root, converged=converged)
-        verdicts = path_verdicts(*read_studies([path]))
-        (recovery,) = [
-            v for v in verdicts if (v["instrument"], v["effect"], v["measure"]) == ("optimum", "recovery", "miou")
-        ]
-        assert recovery["not_converged"] == missing
-        assert recovery["verdict"] == ("at none" if missing else "at every strength")
+    for site, missing in (("layer_01", []), ("layer_03", [*ROWS])):  # the best is layer 3
+        path = write_solved(tmp_path / site, [CURVE] * 3, root=root, converged=lambda row, name: name != site)  # noqa: B023
+        verdicts = {(v["effect"], v["measure"]): v for v in path_verdicts(*read_studies([path]))}
+        assert verdicts["recovery", "miou"]["not_converged"] == missing
+        assert verdicts["recovery", "miou"]["verdict"] == ("at none" if missing else "at all strengths")
 
 
 def test_the_untrained_model_must_converge_too(paths, root, tmp_path):
-    converged = lambda instrument, strength, site: (strength, site) != (0.01, "adapter")
+    converged = lambda row, site: (row, site) != ("weaker", "adapter")
     control = write_solved(tmp_path / "run", [FLAT] * 3, root=root, untrained=True, converged=converged)
     verdicts = path_verdicts(*read_studies([paths["solved"], control]))
-    missing = {v["effect"]: v["not_converged"] for v in verdicts if v["instrument"] == "optimum"}
-    assert missing == {"adapter_drop": [0.01], "recovery": [], "recovery_trained": [0.01]}
+    missing = {v["effect"]: v["not_converged"] for v in verdicts}
+    assert missing == {"adapter_drop": ["weaker"], "recovery": [], "recovery_trained": ["weaker"]}
 
 
 def test_summary_says_what_holds_where(paths):
     (study,) = read_studies([paths["solved"]])
-    first, second, strengths = summarize_path(path_verdicts(study))
-    assert first.startswith("Above zero at every strength of regularisation: recovery in mIoU (causal, closed form; ")
-    assert second.startswith("Not at every strength: drop-off in mIoU (causal, closed form: at 2 of 3, 0.001 to 0.01; ")
-    assert "causal, optimum: at 1 of 2, 0.001; 1 of 2 not converged" in second
-    assert strengths == "Strengths: 3 in closed form, 0.001 to 0.1; 2 at the optimum, 0.001 to 0.01."
-    case = {
-        "image_attention": "causal",
-        "instrument": "optimum",
-        "effect": "recovery_trained",
-        "measure": "cross_entropy",
-    }
-    none = case | {"verdict": "at none", "holds": [], "not_converged": [], "estimates": [{"strength": 0.1}]}
-    first, second, _ = summarize_path([none])
-    assert first == "Above zero at every strength of regularisation: none of the effects."
+    first, second = summarize_path(path_verdicts(study), {"causal": []})
+    assert first.startswith("Above zero at the chosen strength and its neighbours: recovery in mIoU (causal); ")
+    assert second.startswith(
+        "Not at all of them: drop-off in mIoU (causal: at chosen; not converged at weaker); drop-off in cross-entropy"
+    )
+    case = {"image_attention": "causal", "effect": "recovery_trained", "measure": "cross_entropy"}
+    none = case | {"verdict": "at none", "holds": [], "not_converged": [], "estimates": []}
+    first, second, third = summarize_path([none], {"causal": ["encoder", "layer_02"]})
+    assert first == "Above zero at the chosen strength and its neighbours: none of the effects."
     effect = "recovery minus that of the untrained model in cross-entropy"
-    assert second == f"Not at every strength: {effect} (causal, optimum: at none)."
-    assert summarize_path([none | {"verdict": "at every strength"}])[1] == "Not at every strength: none of the effects."
-    assert summarize_path([]) == []
-
-
-def test_ranges_join_neighbours_of_the_grid():
-    grid = [1e-6, 1e-5, 1e-4, 0.00316, 0.1]
-    assert format_ranges(grid, grid) == "1e-06 to 0.1"
-    assert format_ranges(grid, [1e-6, 1e-5, 0.00316]) == "1e-06 to 1e-05, 0.0032"
+    assert second == f"Not at all of them: {effect} (causal: at none)."
+    assert third.startswith(
+        "Under causal attention, the cross-validated loss is lowest at an end of the path at encoder, "
+    )
+    assert summarize_path([none | {"verdict": "at all strengths"}], {})[1] == "Not at all of them: none of the effects."
+    assert summarize_path([], {}) == []
 
 
 # ------------------------------------------------------------------------------------------------ studies
@@ -314,17 +327,26 @@ def test_report_of_solved_runs_alone(paths, tmp_path, capsys):
     results, html = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "index.html").read_text()
     assert {v["effect"] for v in results["path"]} == {"adapter_drop", "recovery", "recovery_trained"}
     text = capsys.readouterr().out
-    assert "Above zero at every strength of regularisation" in text
-    assert "As the paper measures it: not converged, no run of `probes fit`, the paper's recipe" in text
-    assert {claim["verdicts"]["paper"]["verdict"] for claim in results["claims"]} == {"not converged"}
-    assert not any(claim["supported"] for claim in results["claims"]), "nobody has measured them as the paper does"
-    assert "Probes at every strength of regularisation" in html and "solved instead of\ntrained" in html
+    assert "Above zero at the chosen strength and its neighbours" in text
+    assert "As the paper measures it: untested, the number is that of solved probes: run `probes fit" in text
+    assert {claim["verdicts"]["paper"]["verdict"] for claim in results["claims"]} == {"untested"}
+    assert {claim["conclusion"] for claim in results["claims"]} == {"untested", "does not hold"}
+    assert "Probes at neighbouring strengths of regularisation" in html and "solved instead of\ntrained" in html
     assert "AdamW" not in html
     assert {row["probes"] for row in read_csv(tmp_path / "classes.csv")} == {"solved"}
     rows = read_csv(tmp_path / "path.csv")
-    assert len(rows) == 2 * 3 * (3 + 2)
-    assert list(rows[0]) == ["image_attention", "instrument", "effect", "measure", "strength", "value", "low", "high",
-                             "holds", "converged"]  # fmt: skip
+    assert len(rows) == 2 * 3 * 3
+    assert list(rows[0]) == [
+        "image_attention",
+        "effect",
+        "measure",
+        "row",
+        "value",
+        "low",
+        "high",
+        "holds",
+        "converged",
+    ]
     flat = [row for verdict in results["path"] for row in verdict["estimates"]]
     assert [float(row["value"]) for row in rows] == [row["value"] for row in flat]
     assert (tmp_path / "path.png").stat().st_size > 1000 and (tmp_path / "path.pdf").is_file()
@@ -332,21 +354,13 @@ def test_report_of_solved_runs_alone(paths, tmp_path, capsys):
 
 def test_report_of_trained_and_solved_runs(paths, tmp_path, capsys):
     main(["report", *reversed(paths.values()), "--out", str(tmp_path)])
-    assert "no run of `probes fit`" not in capsys.readouterr().out
+    assert "run `probes fit" not in capsys.readouterr().out
     results, html = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "index.html").read_text()
     assert results["masks"]["causal"]["probing"] == ProbeRun(paths["sgd"]).metrics
     assert "Dotted: probes trained with AdamW." in html and "Solved probes: one linear head" in html
     assert "Hollow: not converged, not counted." in html
     assert all(path in html for path in paths.values())
-    assert len(read_csv(tmp_path / "path.csv")) == 30
-
-
-def test_only_refined_probes_are_said_to_be_at_their_optimum(paths):
-    (study,) = read_studies([paths["sgd"], paths["solved"]])
-    title = lambda: next(layer_figures(study)).title
-    assert title() == "Segmentation quality by layer, probes at their optimum"
-    study.solved["causal"].metrics["probe"]["solved"] = "closed_form"
-    assert title() == "Segmentation quality by layer, probes in closed form"
+    assert len(read_csv(tmp_path / "path.csv")) == 18
 
 
 def test_dotted_lines_are_the_claims_of_the_trained_run(paths):
@@ -373,18 +387,16 @@ def test_claims_choose_the_best_layer_by_cross_validation(root, tmp_path):
 def test_solved_run_of_a_model(checkpoints, segmentation, tmp_path):
     arguments = probe_runs.arguments(checkpoints["causal"], segmentation, tmp_path / "run")
     epochs = arguments.index("--trainer.max_epochs")
-    few = ["--strengths", "0.1", "1", "--optimum-strengths", "0.5"]  # small strengths take minutes on data this small
+    few = ["--strengths", "1", "0.1"]  # small strengths take minutes on data this small
     main(["solve", *arguments[1:epochs], *arguments[epochs + 2 :], *few])
     main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report")])
-    path = ProbeRun(tmp_path / "run").metrics["path"]
-    rows = read_csv(tmp_path / "report/path.csv")
-    for instrument in ("closed_form", "optimum"):
-        scores = {entry["site"]: entry for entry in path[instrument]["sites"]}
-        drop = [row for row in rows if (row["instrument"], row["effect"]) == (instrument, "adapter_drop")]
-        for measure, sign in (("miou", 1), ("cross_entropy", -1)):
-            found = [float(row["value"]) for row in drop if row["measure"] == measure]
-            expected = np.subtract(scores["encoder"][measure], scores["adapter"][measure])
-            np.testing.assert_allclose(found, sign * expected, atol=1e-6)
+    scores = {entry["site"]: entry for entry in ProbeRun(tmp_path / "run").site_paths}
+    at = lambda site, measure: scores[site][measure][scores[site]["strengths"].index(scores[site]["chosen"])]
+    for row in read_csv(tmp_path / "report/path.csv"):
+        if (row["effect"], row["row"]) == ("adapter_drop", "chosen"):
+            sign = 1 if row["measure"] == "miou" else -1
+            expected = sign * (at("encoder", row["measure"]) - at("adapter", row["measure"]))
+            assert float(row["value"]) == pytest.approx(expected, abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ damaged files
@@ -407,8 +419,31 @@ def test_damaged_counts_of_the_path_are_named(paths, tmp_path, change, message):
     shutil.copytree(paths["solved"], tmp_path / "run")
     save_file(change(load_file(tmp_path / "run/path.safetensors")), tmp_path / "run/path.safetensors")
     with pytest.raises(ValueError, match=f"path.safetensors.*{message}"):
-        ProbeRun(tmp_path / "run").path_counts("optimum")
-    assert len(ProbeRun(tmp_path / "run").path_counts("closed_form")) == 3
+        ProbeRun(tmp_path / "run").path_counts()
+    assert len(ProbeRun(paths["solved"]).path_counts()) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path | {"optimum": {"strengths": [1], "sites": [{"site": "encoder", "chosen": 1}]}}, "strengths"),
+        (lambda path: {k: x for k, x in path.items() if k != "optimum"}, "path does not have the sites of the run"),
+        (lambda path: path["optimum"]["sites"].pop() and path, "path does not have the sites of the run"),
+        (
+            lambda path: path["optimum"]["sites"][1].pop("miou") and path,
+            "'adapter' does not have one miou per strength",
+        ),
+        (lambda path: path["optimum"]["sites"][1]["strengths"].reverse() or path, "'adapter' are not in order"),
+        (lambda path: path["optimum"]["sites"][1].update(chosen=1.0) or path, "not solved at the chosen strength 1.0"),
+        (lambda path: path["optimum"]["sites"][1]["miou"].__setitem__(0, 0.5) or path, r"numbers of .*\[3, 4\]"),
+    ],
+)
+def test_a_path_of_an_earlier_version_or_with_other_lists_is_named(paths, tmp_path, change, message):
+    shutil.copytree(paths["solved"], tmp_path / "run")
+    metrics = json.loads((tmp_path / "run/metrics.json").read_text())
+    (tmp_path / "run/metrics.json").write_text(json.dumps(metrics | {"path": change(metrics["path"])}))
+    with pytest.raises(ValueError, match=f"metrics.json.*{message}.*; make the run again"):
+        ProbeRun(tmp_path / "run")
 
 
 def test_unreadable_or_absent_path_is_named(paths, tmp_path):
@@ -416,8 +451,8 @@ def test_unreadable_or_absent_path_is_named(paths, tmp_path):
     (tmp_path / "run/path.safetensors").write_bytes(b"x" * 50)
     with pytest.raises(ValueError, match=r"path.safetensors is damaged"):
         path_rows(*read_studies([str(tmp_path / "run")]))
-    with pytest.raises(ValueError, match="sgd has no path of the instrument 'optimum'"):
-        ProbeRun(paths["sgd"]).path_counts("optimum")
+    with pytest.raises(ValueError, match="sgd has no path of strengths; expected a run of `probes solve`"):
+        ProbeRun(paths["sgd"]).path_counts()
 
 
 def test_main_runs_of_all_masks_have_probes_of_one_kind(root, tmp_path, caplog):
@@ -461,8 +496,8 @@ def test_seeds_with_other_kinds_of_probes_are_not_joined(root, tmp_path):
     (joint,) = json.loads((tmp_path / "out/results.json").read_text())["joint"]
     drop = next(claim for claim in joint["claims"] if claim["claim"] == "adapter_drop")
     assert drop["value"] is drop["verdicts"]["paper"]["value"] is None and not drop["holds"]
-    assert drop["verdicts"]["paper"]["reason"].endswith("(seed 0: trained, seed 1: solved)")
+    assert drop["verdicts"]["paper"]["reason"].startswith("fewer than two seeds have a verdict; seed 1: the number is")
     assert drop["verdicts"]["optimum"]["value"] is not None
     assert [row["probes"] for row in read_csv(tmp_path / "out/table2.csv")][:2] == ["trained", "solved"]
     assert joint["left_out"] == [{"claim": "recovery_trained", "image_attention": "causal", "lacking": [1]}]
-    assert "Not joined: recovery trained (causal;" in (tmp_path / "out/index.html").read_text()
+    assert "Left out: recovery trained (causal;" in (tmp_path / "out/index.html").read_text()

@@ -123,6 +123,7 @@ def test_accuracy_of_answers_is_shown_for_any_dataset(runs, tmp_path):
     shutil.copytree(runs[0], tmp_path / "run")
     metrics = json.loads((tmp_path / "run/metrics.json").read_text()) | {"dataset": "photos"}
     (tmp_path / "run/metrics.json").write_text(json.dumps(metrics))
+    probe_runs.record_hashes(tmp_path / "run")
     main(["report", str(tmp_path / "run"), "--out", str(tmp_path)])
     words = (tmp_path / "index.html").read_text().split()
     assert "answered word for word at the end of training: causal 50%." in " ".join(words)

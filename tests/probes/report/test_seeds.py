@@ -15,7 +15,7 @@ from probes.cli import main
 from probes.report.figures.seeds import seed_figures
 from probes.report.seeds import join_column, mean_over_seeds
 from probes.report.study import read_studies
-from probes.report.verdicts import Effect, compare_to_draws
+from probes.report.verdicts import Effect, compare_to_draws, judge_draws
 
 STUDIES = 500
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]
@@ -66,7 +66,7 @@ def test_interval_beyond_draws_covers_the_mean_over_seeds_images_and_draws(seeds
         for seed, noise in enumerate(images):
             trained = effect(0.03 * draw(1) + noise + 0.1 * draw(50))
             draws = [effect(spread * draw(1) + 0.2 * noise + 0.1 * draw(50)) for _ in range(2)]
-            columns[seed] = compare_to_draws(1, trained, draws)
+            columns[seed] = judge_draws(1, compare_to_draws(trained, draws))
         low, high = join_column(1, columns, shared_images)["ci95"]
         covered += low <= 0 <= high
         lengths.append((high - low) / np.mean([b - a for a, b in (entry["ci95"] for entry in columns.values())]))
@@ -95,8 +95,9 @@ def test_report_joins_runs_of_several_seeds(tmp_path, capsys):
         ]
         assert entry["value"] == pytest.approx(np.mean([claim["value"] for claim in own]))
         assert list(entry["verdicts"]["paper"]["by_seed"].values()) == [claim["value"] for claim in own]
-        assert entry["verdicts"]["paper"]["verdict"] == "not converged" and not entry["supported"]
-        assert entry["verdicts"]["paper"]["reason"].startswith("seed 0: ")
+        judged = "does not hold" if entry["claim"] == "recovery_trained" else "holds"
+        assert entry["verdicts"]["paper"]["verdict"] == judged and entry["conclusion"] == "untested"
+        assert "seed 0: no solved probes: run `probes solve" in entry["reason"]
     assert "seeds 0, 1, 2 jointly" in capsys.readouterr().out
     page = (tmp_path / "out/index.html").read_text()
     assert "seeds 0, 1, 2 jointly" in page and f"0 of {len(joint['claims'])} claims are supported" in page

@@ -72,6 +72,8 @@ WRONG = [
     ),
     ("metrics.json", ["sites", 2, "miou_ci95"], [0.5], r"sites\[2\].miou_ci95: .*at least 2 items"),
     ("metrics.json", ["sites", 2, "miou"], None, r"sites\[2\].miou: .*valid number, got 'None'"),
+    ("metrics.json", ["sites", 2, "miou"], 40.5, r"sites\[2\].miou: .*from 0 to 1, got '40.5'"),
+    ("metrics.json", ["sites", 2, "pacc"], -0.1, r"sites\[2\].pacc: .*from 0 to 1, got '-0.1'"),
     ("metrics.json", ["summary"], [], "summary: .*valid dictionary"),
     ("manifest.json", ["data", "root"], ["/"], "data.root: .*valid string"),
     ("manifest.json", ["mllm_training", "encoder"], "clip", "mllm_training: encoder: .*valid dictionary"),
@@ -100,6 +102,11 @@ def test_damaged_or_missing_json_is_named(file, content, run):
         (lambda t: t.update(labelled=t["labelled"][:3].clone()), r"labelled is torch.int64 \[3, 3\]; .* \[40, 3\]"),
         (lambda t: t.update(labelled=t["labelled"].float()), "labelled is torch.float32"),
         (lambda t: t["predicted"].sub_(10**6), "expected non-negative integers"),
+        (lambda t: t["intersection"].add_(1000), "are not counts of the same pixels"),
+        (lambda t: t["predicted"].add_(1000), "are not counts of the same pixels"),
+        (lambda t: t["labelled"].add_(1000), "are not counts of the same pixels"),
+        (lambda t: t["patch_right"].add_(1000), "more pixels are counted under tokens"),
+        (lambda t: t["patch_valid"].add_(1000), "more pixels are counted under tokens"),
         (
             lambda t: t.update(confusion=torch.zeros(2, 3, 3, dtype=torch.long)),
             r"confusion .* \[2, 3, 3\]; .*\[6, 3, 3\]",
@@ -123,6 +130,42 @@ def test_tensors_that_are_damaged_missing_or_of_others_are_named(run):
     (run / "counts.safetensors").write_bytes((2**60).to_bytes(8, "little"))
     with pytest.raises(ValueError, match="counts.safetensors is damaged"):
         ProbeRun(run).weights  # noqa: B018
+
+
+def test_weights_that_are_not_finite_are_named_by_whatever_reads_the_run(run, tmp_path):
+    probes = {f"{site}.head.weight": torch.zeros(3, 2) for site in ProbeRun(run).sites}
+    save_file(probes, run / "probes.safetensors")
+    main(["report", str(run), "--out", str(tmp_path / "report")])
+    probes["layer_02.head.weight"][1, 1] = torch.nan
+    save_file(probes, run / "probes.safetensors")
+    with pytest.raises(ValueError, match=r"probes.safetensors: layer_02.head.weight is not finite; make the run again"):
+        ProbeRun(run).probes()
+    with pytest.raises(SystemExit, match="layer_02.head.weight is not finite"):
+        main(["report", str(run), "--out", str(tmp_path / "again")])
+
+
+def add_tensor(file: Path) -> None:
+    save_file(load_file(file) | {"group": torch.zeros(40, dtype=torch.long)}, file)
+
+
+CHANGES = {
+    "metrics.json": (lambda file: rewrite(file, "sites", 2, "miou", value=0.99), lambda run: run),
+    "counts.safetensors": (add_tensor, lambda run: run.counts),
+    "probes.safetensors": (add_tensor, lambda run: run.probes()),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_file_that_has_changed_since_the_run_is_named(name, run, tmp_path):
+    save_file({"encoder.head.weight": torch.zeros(3, 16)}, run / "probes.safetensors")
+    probe_runs.record_hashes(run)
+    main(["report", str(run), "--out", str(tmp_path / "report")])
+    change, read = CHANGES[name]
+    change(run / name)
+    with pytest.raises(ValueError, match=f"{name} is not the file that the run wrote"):
+        read(ProbeRun(run))
+    with pytest.raises(SystemExit, match=f"^probes: .*{name} is not the file that the run wrote"):
+        main(["report", str(run), "--out", str(tmp_path / "again")])
 
 
 @pytest.mark.parametrize("name", ["knockout.json", "maps.json", "umap.json"])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from probes.ops.bilinear import bilinear_weights
-from probes.ops.cross_entropy import soft_labels
+from probes.ops.quadrature import prepare_masks
 from probes.training.closed_form import STRENGTHS, solve_moments
 from probes.training.moments import Moments
 
@@ -64,15 +64,14 @@ def test_soft_labels_equal_repeating_each_token_once_per_pixel():
         torch.testing.assert_close(logits(soft, x, strength), logits(hard, x, strength), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("shrink_to", ["diagonal", "trace"])
-def test_all_strengths_from_one_decomposition_equal_separate_solves(shrink_to):
+def test_all_strengths_from_one_decomposition_equal_separate_solves():
     x, labels = draw()
     count, first, second, pivot = exact_moments(x, torch.eye(4, dtype=torch.float64)[labels])
-    form = solve_moments(count, first, second, pivot, shrink_to)
+    form = solve_moments(count, first, second, pivot)
     means = np.stack([x[labels == k].numpy().mean(0) for k in range(4)])
     centred = x.numpy() - means[labels.numpy()]
     within = centred.T @ centred / len(x)
-    target = np.diag(np.diag(within)) if shrink_to == "diagonal" else np.trace(within) / 7 * np.eye(7)
+    target = np.diag(np.diag(within))
     for strength in STRENGTHS:
         weights = np.linalg.solve((1 - strength) * within + strength * target, (means - x.numpy().mean(0)).T).T
         bias = np.log(np.bincount(labels) / len(x)) - 0.5 * ((means - x.numpy().mean(0)) * weights).sum(1)
@@ -109,17 +108,12 @@ def test_soft_labels_are_the_adjoint_of_the_upsampling():
     target = torch.randint(0, 3, (2, 9, 13), generator=generator).to(torch.uint8)
     target[0, :3] = 255
     z = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
-    for stride in (1, 2):
-        soft = soft_labels(target, 3, (4, 5), label_stride=stride)
-        rows, columns = (bilinear_weights(n, size, dtype=torch.float64) for n, size in ((4, 9), (5, 13)))
-        up = torch.einsum("yh,bkhw,xw->bkyx", rows, z, columns)[..., stride // 2 :: stride, stride // 2 :: stride]
-        masks = target[:, stride // 2 :: stride, stride // 2 :: stride].long()
-        onehot = (
-            torch.nn.functional.one_hot(masks.clamp(max=3), 4)[..., :3].permute(0, 3, 1, 2) * (masks != 255)[:, None]
-        )
-        expected = (up * onehot).sum()
-        assert (soft.transpose(1, 2).unflatten(2, (4, 5)) * z).sum() == pytest.approx(expected.item(), rel=1e-12)
-        assert soft.sum() == (masks != 255).sum()
+    soft = prepare_masks(target, 3, (4, 5), dtype=torch.float64).soft
+    rows, columns = (bilinear_weights(n, size, dtype=torch.float64) for n, size in ((4, 9), (5, 13)))
+    up = torch.einsum("yh,bkhw,xw->bkyx", rows, z, columns)
+    onehot = torch.nn.functional.one_hot(target.long().clamp(max=3), 4)[..., :3].permute(0, 3, 1, 2)
+    assert (soft * z).sum() == pytest.approx((up * onehot).sum().item(), rel=1e-12)
+    assert soft.sum() == pytest.approx((target != 255).sum().item())
 
 
 def test_moments_of_batches_folds_and_pivots_add_up():
@@ -131,12 +125,9 @@ def test_moments_of_batches_folds_and_pivots_add_up():
     for fold, (part, moments) in enumerate(zip((slice(0, 100), slice(100, 300)), parts, strict=True)):
         moments.update(x[part], onehot[part], fold)
     parts[0].add(parts[1])
-    for together, apart in zip(
-        solve_moments(*whole.without(None), whole.pivot).path([1e-2]),
-        solve_moments(*parts[0].without(None), parts[0].pivot).path([1e-2]),
-        strict=True,
-    ):
-        torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+    forms = [solve_moments(*moments.without(None), moments.pivot) for moments in (whole, parts[0])]
+    for together, apart in zip(*(form.solve(1e-2) for form in forms), strict=True):
+        torch.testing.assert_close(together.abs(), apart.abs(), rtol=1e-4, atol=1e-4)  # eigenvectors have no sign
     alone = Moments.zeros(x[:50].mean(0).float(), 1, 4)
     alone.update(x[:100], onehot[:100], 0)
     for a, b in zip(parts[0].without(1), alone.without(None), strict=True):

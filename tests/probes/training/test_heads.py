@@ -118,7 +118,7 @@ def test_batchnorm_over_two_processes_is_that_of_all_their_states(tmp_path):
         rank.start()
     found = sorted((results.get(timeout=HANGING_S) for _ in ranks), key=lambda result: result[0])
     for rank in ranks:
-        rank.join()
+        rank.join(HANGING_S)
     whole = nn.BatchNorm1d(4, affine=False)
     for i in range(3):
         expected = whole(torch.cat([share[i] for share in shares]))

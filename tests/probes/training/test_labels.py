@@ -6,28 +6,34 @@ import tiny_models
 import torch
 from PIL import Image
 
+from probes.ops.quadrature import prepare_masks
 from probes.training.labels import shuffle_masks
 
 
 def test_shuffled_gives_every_image_the_mask_of_another():
-    masks = torch.arange(5, dtype=torch.uint8).view(5, 1, 1).expand(5, 3, 4)
-    assert shuffle_masks(masks)[:, 0, 0].tolist() == [4, 0, 1, 2, 3]
-    assert [mask[0, 0].item() for mask in shuffle_masks(list(masks))] == [4, 0, 1, 2, 3]
+    target = torch.arange(5, dtype=torch.uint8).view(5, 1, 1).expand(5, 3, 4)
+    masks = prepare_masks(target, 5, (3, 4))
+    shuffled = shuffle_masks(masks)
+    assert torch.equal(shuffled.soft, masks.soft.roll(1, 0)) and torch.equal(shuffled.mass, masks.mass.roll(1, 0))
+    depths = target.float()
+    assert shuffle_masks(depths)[:, 0, 0].tolist() == [4, 0, 1, 2, 3]
+    assert [depth[0, 0].item() for depth in shuffle_masks(list(depths))] == [4, 0, 1, 2, 3]
 
 
-def test_shuffled_masks_take_the_size_of_their_new_image():
-    masks = [torch.randint(0, 3, size, dtype=torch.uint8) for size in ((6, 4), (9, 5), (7, 7))]
-    for i, mask in enumerate(shuffle_masks(masks)):
-        other = masks[i - 1]
+def test_shuffled_depths_take_the_size_of_their_new_image():
+    depths = [torch.rand(size) for size in ((6, 4), (9, 5), (7, 7))]
+    for i, depth in enumerate(shuffle_masks(depths)):
+        other = depths[i - 1]
         rows, columns = (
-            ((torch.arange(n) + 0.5) * m / n).long() for n, m in zip(masks[i].shape, other.shape, strict=True)
+            ((torch.arange(n) + 0.5) * m / n).long() for n, m in zip(depths[i].shape, other.shape, strict=True)
         )
-        assert mask.dtype == torch.uint8 and torch.equal(mask, other[rows][:, columns])
+        assert torch.equal(depth, other[rows][:, columns])
 
 
 def test_single_image_has_no_shuffled_label():
-    assert (shuffle_masks(torch.zeros(1, 2, 2, dtype=torch.uint8)) == 255).all()
-    assert (shuffle_masks([torch.zeros(2, 2, dtype=torch.uint8)])[0] == 255).all()
+    shuffled = shuffle_masks(prepare_masks(torch.zeros(1, 2, 2, dtype=torch.uint8), 3, (2, 2)))
+    assert not shuffled.soft.any() and not shuffled.mass.any() and not shuffled.pixels.any()
+    assert shuffle_masks(torch.zeros(1, 2, 2)).isnan().all() and shuffle_masks([torch.zeros(2, 2)])[0].isnan().all()
 
 
 def test_shuffled_labels_allow_position_only(checkpoints, tmp_path):

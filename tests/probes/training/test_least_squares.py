@@ -31,25 +31,24 @@ def draw(grid, size, seed: int = 0, images: int = IMAGES) -> tuple[torch.Tensor,
     return states, target
 
 
-def dense(grid, size, view, stride: int = 1) -> torch.Tensor:
+def dense(grid, size, view) -> torch.Tensor:
     """Return U f64[pixels, T], written out."""
     axes = (bilinear_weights(n, m, extent, dtype=torch.float64) for n, m, extent in zip(grid, size, view, strict=True))
-    rows, cols = (axis[stride // 2 :: stride] for axis in axes)
-    return torch.einsum("yi,xj->yxij", rows, cols).reshape(len(rows) * len(cols), -1)
+    return torch.einsum("yi,xj->yxij", *axes).reshape(size[0] * size[1], -1)
 
 
-def pixels(states, target, up, stride: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def pixels(states, target, up) -> tuple[torch.Tensor, torch.Tensor]:
     """Return upsampled states f64[n, d] and targets f64[n, K] of the labelled pixels."""
-    flat = target[:, stride // 2 :: stride, stride // 2 :: stride].flatten(0, 2)
+    flat = target.flatten(0, 2)
     labelled = flat.isfinite().all(-1)
     return (up @ states).flatten(0, 1)[labelled], flat[labelled]
 
 
-def moments_of(states, target, grid, view, folds: int = 2, stride: int = 1) -> LeastSquaresMoments:
+def moments_of(states, target, grid, view, folds: int = 2) -> LeastSquaresMoments:
     """Return moments in float64, where image i is in fold i % folds."""
     moments = LeastSquaresMoments.zeros(states[0].mean(0), folds, CHANNELS)
     for i in range(len(states)):
-        equations = normal_equations(target[i : i + 1], grid, view, stride)
+        equations = normal_equations(target[i : i + 1], grid, view)
         moments.add_images(states[i : i + 1], equations, grid, i % folds)
     return moments
 
@@ -69,30 +68,27 @@ def test_normal_equations_equal_explicit_matrices(grid, size, resize):
 
 
 @pytest.mark.parametrize(("grid", "size", "resize"), product(GRIDS, SIZES[::2], RESIZES))
-@pytest.mark.parametrize("stride", [1, 3])
-def test_equals_lstsq_on_upsampled_states(grid, size, resize, stride):
+def test_equals_lstsq_on_upsampled_states(grid, size, resize):
     """At strength 0 the probe is the least-squares solution with an intercept over all labelled pixels."""
     view = Geometry(grid, 48, 42, resize).view(size)
     states, target = draw(grid, size)
-    solved = solve_least_squares(moments_of(states, target, grid, view, stride=stride), (0.0,))
-    x, y = pixels(states, target, dense(grid, size, view, stride), stride)
+    solved = solve_least_squares(moments_of(states, target, grid, view), (0.0,))
+    x, y = pixels(states, target, dense(grid, size, view))
     weights = torch.linalg.lstsq(torch.cat([x, torch.ones_like(x[:, :1])], 1), y, driver="gelsd").solution
     torch.testing.assert_close((x - solved.mean) @ solved.weights[0].T + solved.bias[0], x @ weights[:-1] + weights[-1])
 
 
-@pytest.mark.parametrize("shrink_to", ["diagonal", "trace"])
-def test_every_strength_and_its_cross_validation_equal_separate_ridge_regressions(shrink_to):
+def test_every_strength_and_its_cross_validation_equal_separate_ridge_regressions():
     grid, size = GRIDS[0], SIZES[0]
     view = Geometry(grid, 48, 42, "pad").view(size)
     states, target = draw(grid, size)
-    solved = solve_least_squares(moments_of(states, target, grid, view), STRENGTHS, shrink_to)
+    solved = solve_least_squares(moments_of(states, target, grid, view), STRENGTHS)
     up = dense(grid, size, view)
 
     def ridge(chosen: list[int], strength: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x, y = pixels(states[chosen], target[chosen], up)
         covariance, cross = torch.cov(x.T, correction=0), (x - x.mean(0)).T @ (y - y.mean(0)) / len(x)
-        scale = covariance.diagonal() if shrink_to == "diagonal" else covariance.trace().expand(WIDTH) / WIDTH
-        ridged = (1 - strength) * covariance + strength * torch.diag(scale)
+        ridged = (1 - strength) * covariance + strength * torch.diag(covariance.diagonal())
         return (1 - strength) * torch.linalg.solve(ridged, cross), x.mean(0), y.mean(0)
 
     error, count = torch.zeros(len(STRENGTHS), dtype=torch.float64), 0
@@ -161,8 +157,6 @@ def test_targets_without_a_value_are_an_error_in_all_processes(monkeypatch):
     empty = LeastSquaresMoments.zeros(torch.zeros(4), 2, 1)
     monkeypatch.setattr(least_squares_solver, "rank_count", lambda: 2)
     monkeypatch.setattr(least_squares_solver, "rank", lambda: 1)
-    solver = SimpleNamespace(
-        hparams=SimpleNamespace(strengths=(1e-3,), shrink_to="diagonal"), channels=1, _sum_over_ranks=lambda site: empty
-    )
+    solver = SimpleNamespace(sites=["encoder"], measuring=False, _sum_over_ranks=lambda site: empty)
     with pytest.raises(UserError, match="no pixel with a value"):
-        least_squares_solver.LeastSquaresSolver._solve(solver, 0, "encoder")
+        least_squares_solver.LeastSquaresSolver.on_predict_epoch_end(solver)

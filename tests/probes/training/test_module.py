@@ -16,8 +16,10 @@ from tolerances import rounding
 
 from llava_bidir.common.errors import UserError
 from probes.cli import main
+from probes.data.batches import MaskPreparer
 from probes.ops.geometry import Geometry
-from probes.results.probe_run import ProbeRun, read_tensors
+from probes.results.probe_run import ProbeRun
+from probes.results.run_files import read_tensors
 from probes.training.module import ProbeModule
 
 pytestmark = pytest.mark.numerics
@@ -120,22 +122,20 @@ def test_masks_of_different_sizes_train_and_score(checkpoints, tmp_path):
     assert run.metrics["sites"][1]["miou"] == pytest.approx(reference.scores(predictions, targets, 3)[0])
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_loss_over_masks_of_different_sizes_is_the_mean_over_all_their_pixels(stride):
+def test_loss_over_masks_of_different_sizes_is_the_mean_over_all_their_pixels():
     logits = torch.randn(2, 3, 4, 2, 2)
     targets = [torch.randint(0, 4, size, dtype=torch.uint8) for size in ((6, 5), (9, 4), (6, 5))]
     targets[1][:3] = 255
-    pixels_of = lambda x: x[..., stride // 2 :: stride, stride // 2 :: stride].flatten(-2)
-    mllm, settings = SimpleNamespace(geometry=Geometry((2, 2), 8, 8)), SimpleNamespace(label_stride=stride)
-    module = SimpleNamespace(mllm=mllm, hparams=settings, task=None)
-    ours = ProbeModule.losses(module, logits, targets)
+    masks = MaskPreparer(Geometry((2, 2), 8, 8), 4, ProbeModule.nodes)(targets)
+    ours = ProbeModule.losses(SimpleNamespace(task=None), logits, masks)
     for probe in range(2):
         pixels = [
-            pixels_of(F.interpolate(logits[probe, i : i + 1], target.shape, mode="bilinear")[0]).T
+            F.interpolate(logits[probe, i : i + 1], target.shape, mode="bilinear")[0].flatten(1).T
             for i, target in enumerate(targets)
         ]
-        labels = torch.cat([pixels_of(target) for target in targets]).long()
-        torch.testing.assert_close(ours[probe], F.cross_entropy(torch.cat(pixels), labels, ignore_index=255))
+        labels = torch.cat([target.flatten() for target in targets]).long()
+        expected = F.cross_entropy(torch.cat(pixels), labels, ignore_index=255)
+        torch.testing.assert_close(ours[probe], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_padded_images_are_probed_at_their_position(checkpoints, segmentation, tmp_path):
@@ -160,15 +160,6 @@ def test_model_in_bfloat16_has_probes_in_float32(checkpoints, segmentation, tmp_
     run = ProbeRun(tmp_path)
     assert run.mllm().model.dtype == torch.bfloat16
     assert {p.dtype for head in run.probes().values() for p in head.parameters()} == {torch.float32}
-
-
-def test_label_stride_affects_training_only(checkpoints, segmentation, tmp_path):
-    runs = []
-    for stride in ("1", "3"):
-        main(arguments(checkpoints["causal"], segmentation, tmp_path / stride, "--model.label_stride", stride))
-        runs.append(ProbeRun(tmp_path / stride))
-    assert torch.equal(runs[0].counts.labelled, runs[1].counts.labelled)
-    assert not torch.equal(*(run.probes()["adapter"].head.weight for run in runs))
 
 
 def test_training_sized_by_steps_ends_and_decays_at_them(checkpoints, segmentation, tmp_path):

@@ -1,4 +1,4 @@
-"""The refinement against L-BFGS on explicitly upsampled logits, from several starts, and on a sample with passes."""
+"""Probes at the optimum against scipy on explicitly upsampled logits, on their path, and refined by passes."""
 
 import numpy as np
 import pytest
@@ -6,24 +6,22 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize as scipy_minimize
 
-from probes.ops.cross_entropy import soft_labels
-from probes.ops.geometry import Geometry
-from probes.training.closed_form import solve_moments
-from probes.training.moments import Moments
-from probes.training.optimum import Problem, dense_metric, diagonal_metric, minimise
-from probes.training.refinement import Refinement
-from probes.training.solver_progress import points_to_tensors, set_points
-from probes.training.state_sample import StateSample
+from probes.ops.quadrature import prepare_masks
+from probes.training import optimum
+from probes.training.optimum import (
+    LOOSE_NODES,
+    TIGHT_NODES,
+    Refinement,
+    SiteProblem,
+    cross_validate,
+    loss_sums,
+    minimise,
+    solve_site,
+)
 
 pytestmark = pytest.mark.numerics
 
-GRID, SIZE, CLASSES, WIDTH, IMAGES = (3, 3), (12, 12), 3, 5, 24
-
-
-class Model:
-    """What a sample needs of a model."""
-
-    grid, geometry, device = GRID, Geometry(GRID, 12, 12), torch.device("cpu")
+GRID, SIZE, CLASSES, WIDTH, IMAGES, FOLDS = (3, 3), (48, 48), 3, 5, 24, 3
 
 
 @pytest.fixture(scope="module")
@@ -33,154 +31,202 @@ def data() -> tuple[torch.Tensor, torch.Tensor]:
     target = torch.randint(0, CLASSES, (IMAGES, *GRID), generator=generator)
     pixels = F.interpolate(target[:, None].float(), SIZE, mode="nearest")[:, 0].to(torch.uint8)
     pixels[:, 0, :3] = 255
+    pixels[3, 20:] = 255
     states = torch.randn(CLASSES, WIDTH, generator=generator)[target.flatten(1)]
     states = states + 1.5 * torch.randn(states.shape, generator=generator)
     states[..., 0] *= 1e-3
     return states + 2, pixels
 
 
-def problem(data, strength: float, images: slice = slice(None)) -> Problem:
-    states, target = data
-    moments = Moments.zeros(states[0].mean(0), 1, CLASSES)
-    labels = soft_labels(target[images], CLASSES, GRID)
-    moments.update(states[images].flatten(0, 1), labels.flatten(0, 1), 0)
-    form = solve_moments(*moments.without(None), moments.pivot)
-    return Problem(form, strength, None, form)
+def problem(data, images: slice = slice(None)) -> SiteProblem:
+    states, target = (x[images] for x in data)
+    loose, tight = (prepare_masks(target, CLASSES, GRID, nodes) for nodes in (LOOSE_NODES, TIGHT_NODES))
+    return SiteProblem(states, loose, tight, torch.arange(len(states)) // 2 % FOLDS)
 
 
-def refinement(data, at: Problem, images: slice = slice(None)) -> Refinement:
-    sample = StateSample(Model, 1, 1)
-    sample.add({"site": data[0][images]}, data[1][images], 0)
-    refined = Refinement(sample)
-    refined.problems["site"] = [at]
-    return refined
-
-
-def explicit_objective(data, at: Problem, point: torch.Tensor) -> torch.Tensor:
+def objective(data, at: SiteProblem, strength: float, point: torch.Tensor, images=slice(None)) -> torch.Tensor:
     """Return the objective with F.interpolate and F.cross_entropy, in float64."""
-    states, target = data
+    states, target = data[0][images], data[1][images]
     weights, bias = at.space.to_states(point[:, :-1]), point[:, -1]
     logits = (states.double() - at.space.mean) @ weights.T + bias
     up = F.interpolate(logits.transpose(1, 2).unflatten(2, GRID), SIZE, mode="bilinear")
     variance = torch.where(at.space.scale > 0, at.space.scale**-2, 0)
-    return F.cross_entropy(up, target.long(), ignore_index=255) + at.strength / 2 * (weights**2 * variance).sum()
+    return F.cross_entropy(up, target.long(), ignore_index=255) + strength / 2 * (weights**2 * variance).sum()
 
 
-def scipy_optimum(data, at: Problem) -> float:
-    shape = at.point.shape
-
+def scipy_optimum(data, at: SiteProblem, strength: float, images=slice(None)) -> tuple[float, torch.Tensor]:
     def value_and_gradient(x: np.ndarray) -> tuple[float, np.ndarray]:
-        point = torch.from_numpy(x).view(shape).requires_grad_()
-        value = explicit_objective(data, at, point)
+        point = torch.from_numpy(x).view_as(at.start).requires_grad_()
+        value = objective(data, at, strength, point, images)
         value.backward()
         return value.item(), point.grad.flatten().numpy()
 
     options = {"maxiter": 5000, "gtol": 1e-9, "ftol": 0}
-    return scipy_minimize(
-        value_and_gradient, np.zeros(at.point.numel()), jac=True, method="L-BFGS-B", options=options
-    ).fun
+    start = np.zeros(at.start.numel())
+    found = scipy_minimize(value_and_gradient, start, jac=True, method="L-BFGS-B", options=options)
+    return found.fun, torch.from_numpy(found.x).view_as(at.start)
 
 
-@pytest.mark.parametrize("strength", [1e-4, 1e-2, 1.0])
-@pytest.mark.parametrize("dense", [True, False])
-def test_equals_scipy_on_upsampled_logits(data, strength, dense, monkeypatch):
-    monkeypatch.setattr("probes.training.refinement.DENSE", 3000 if dense else 0)
-    at = problem(data, strength)
-    refinement(data, at).refine(whole=True)
-    assert at.certificate.converged
-    assert explicit_objective(data, at, at.point).item() == pytest.approx(scipy_optimum(data, at), abs=1e-5)
+def others(fold: int) -> list[int]:
+    return [i for i in range(IMAGES) if i // 2 % FOLDS != fold]
 
 
-def test_no_curvature_is_an_error(data):
-    at = problem(data, 1e-2)
-    tokens = at.coordinates(data[0].flatten(0, 1) - at.space.mean.float())
-    with pytest.raises(RuntimeError, match="Hessian is 0 or not finite"):
-        dense_metric(at, tokens, torch.zeros(len(tokens)))
+def test_solved_probes_equal_scipy_on_upsampled_logits(data):
+    at = problem(data)
+    path, refinement = solve_site(at, (1.0, 1e-2, 1e-4))
+    refinement.solve_in_memory()
+    assert refinement.converged and path.solved == [0, 1, 2]
+    for strength, point in zip(path.strengths, refinement.points, strict=True):
+        found = objective(data, at, strength, point).item()
+        assert found == pytest.approx(scipy_optimum(data, at, strength)[0], abs=1e-5)
+
+
+def test_cross_validated_losses_are_those_of_folds_solved_to_the_end(data):
+    """Within 0.003 nats, at every strength of the path; a fold sees none of the images that it is scored on."""
+    at = problem(data)
+    for strength, loss, _ in cross_validate(at, None):
+        total = pixels = 0
+        for fold in range(FOLDS):
+            left_out = [i for i in range(IMAGES) if i not in others(fold)]
+            _, point = scipy_optimum(data, at, strength, others(fold))
+            labelled = (data[1][left_out] != 255).sum().item()
+            total += labelled * objective(data, at, 0.0, point, left_out).item()
+            pixels += labelled
+        assert loss == pytest.approx(total / pixels, abs=3e-3), strength
+
+
+def test_the_search_ends_after_the_loss_has_risen_twice_with_neighbours_on_both_sides(data):
+    path, refinement = solve_site(problem(data))
+    assert path.strengths == sorted(path.strengths, reverse=True) and len(path.strengths) < len(optimum.STRENGTHS)
+    assert path.loss[path.chosen] == min(path.loss) and path.solved == [path.chosen + i for i in (-1, 0, 1)]
+    assert min(path.loss[-2:]) > path.loss[path.chosen], "risen twice"
+    ratio = np.divide(path.strengths[:-1], path.strengths[1:])
+    np.testing.assert_allclose(ratio, 10**0.5, rtol=1e-6)
+    assert refinement.strengths.tolist() == [path.strengths[i] for i in path.solved]
+
+
+def test_states_that_tell_nothing_need_more_regularisation_than_the_first_strength(data):
+    noise = torch.randn(data[0].shape, generator=torch.Generator().manual_seed(3))
+    path, _ = solve_site(problem((noise, data[1])))
+    assert path.strengths[0] > max(optimum.STRENGTHS), "stronger ones were tried"
+    assert 0 < path.chosen < len(path.strengths) - 1
 
 
 def test_objective_and_gradient_equal_the_explicit_ones(data):
-    at = problem(data, 1e-2)
-    refined = refinement(data, at)
-    images = [(0, (data[0].double() - at.space.mean).float(), data[1])]
-    point = torch.randn(at.point.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    value, gradient = refined._objective(at, images, refined.sample.labelled())(point)
-    point.requires_grad_()
-    expected = explicit_objective(data, at, point)
-    expected.backward()
-    assert value == pytest.approx(expected.item(), rel=1e-5)
-    torch.testing.assert_close(gradient, point.grad, rtol=1e-3, atol=1e-5)
+    at = problem(data)
+    point = torch.randn(2, *at.start.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    strengths = torch.tensor([1e-2, 1.0], dtype=torch.float64)
+    values, gradients = at.objective(strengths, [None, 1], TIGHT_NODES)(point, [0, 1])
+    for i, (strength, images) in enumerate(((1e-2, slice(None)), (1.0, others(1)))):
+        x = point[i].clone().requires_grad_()
+        expected = objective(data, at, strength, x, images)
+        expected.backward()
+        assert values[i].item() == pytest.approx(expected.item(), rel=1e-5)
+        torch.testing.assert_close(gradients[i], x.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_gradient_at_zero_follows_from_the_moments(data):
-    at = problem(data, 1e-2)
-    point = at.point.clone().requires_grad_()
-    explicit_objective(data, at, point).backward()
-    torch.testing.assert_close(at.gradient, point.grad, rtol=1e-4, atol=1e-6)
+def test_problems_solved_together_equal_each_alone(data):
+    at = problem(data)
+    strengths = torch.tensor([1.0, 1e-3], dtype=torch.float64)
+    start = at.start.expand(2, -1, -1)
+    solve = lambda r, n: minimise(at.objective(r, [None] * n, LOOSE_NODES), start[:n], at.scale(r), 1e-7)[0]
+    together = solve(strengths, 2)
+    for i in range(2):
+        alone = solve(strengths[i : i + 1], 1)[0]
+        value = lambda point, i=i: objective(data, at, strengths[i].item(), point).item()
+        assert value(together[i]) == pytest.approx(value(alone), abs=1e-6)
 
 
-def test_two_starts_end_at_the_same_loss(data):
-    ends = []
-    for start in (0.0, 3.0):
-        at = problem(data, 1e-3)
-        at.point = at.point + start * torch.randn(at.point.shape, generator=torch.Generator().manual_seed(2))
-        refinement(data, at).refine(whole=True)
-        ends.append(explicit_objective(data, at, at.point).item())
-    assert ends[0] == pytest.approx(ends[1], abs=1e-5)
+def test_minimise_solves_quadratics_in_a_few_steps_and_stops_where_rounding_allows_no_step():
+    generator = torch.Generator().manual_seed(0)
+    root = torch.randn(3, 12, 12, generator=generator, dtype=torch.float64)
+    hessian, goal = root @ root.mT + torch.eye(12), torch.randn(3, 12, 1, generator=generator, dtype=torch.float64)
+    calls = []
+
+    def quadratic(points: torch.Tensor, problems: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(problems)
+        apart = points.view(-1, 12, 1) - goal[problems]
+        by_point = hessian[problems] @ apart
+        return (apart * by_point).sum((1, 2)) / 2, by_point.view(-1, 1, 12)
+
+    start, scale = torch.zeros(3, 1, 12, dtype=torch.float64), torch.ones(3, 1, 12, dtype=torch.float64)
+    found, _, decrease = minimise(quadratic, start, scale, 1e-12)
+    torch.testing.assert_close(found.view(3, 12, 1), goal, rtol=1e-4, atol=1e-4)
+    assert (decrease < 1e-12).all() and len(calls) < 100
+    flat = lambda points, problems: (torch.ones(len(points)).double(), torch.ones_like(points))
+    stuck, _, decrease = minimise(flat, start, scale, 1e-12)
+    assert torch.equal(stuck, start) and (decrease > 1).all()
+
+
+def exact(data, at: SiteProblem, refinement: Refinement) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return value and gradient on all images, as a pass gives them."""
+    values, gradients = [], []
+    for strength, point in zip(refinement.strengths.tolist(), refinement.points, strict=True):
+        x = point.clone().requires_grad_()
+        value = objective(data, at, strength, x)
+        value.backward()
+        values.append(value.detach())
+        gradients.append(x.grad)
+    return torch.stack(values), torch.stack(gradients)
 
 
 def test_passes_on_a_sample_reach_the_optimum_of_all_images(data):
-    """Half of the images in memory: within eight passes the certificate holds, and the point is the optimum."""
-    at = problem(data, 1e-2)
-    refined = refinement(data, at, slice(0, 12))
-    refined.refine(whole=False)
+    """Half of the images in memory: within eight passes the certificates hold, and the points are the optimum."""
+    at = problem(data, slice(0, 12))
+    _, refinement = solve_site(at, (1e-1, 1e-2))
+    refinement.proximal.fill_(optimum.PROXIMAL)
+    on_sample = [objective(data, at, r, x).item() for r, x in zip((1e-1, 1e-2), refinement.points, strict=True)]
     for _ in range(8):
-        refined.add_gradients({"site": data[0]}, data[1], 0)
-        refined.set_gradients()
-        refined.refine(whole=False)
-        if refined.converged:
+        refinement.accept(*exact(data, at, refinement))
+        refinement.step()
+        if refinement.converged:
             break
-    assert refined.converged
-    assert explicit_objective(data, at, at.point).item() == pytest.approx(scipy_optimum(data, at), abs=2e-4)
-    alone = problem(data, 1e-2)
-    refinement(data, alone, slice(0, 12)).refine(whole=True)
-    on_sample = explicit_objective(data, alone, alone.point).item()
-    assert on_sample > scipy_optimum(data, at) + 1e-3, "else the passes would not be needed"
+    assert refinement.converged
+    for i, strength in enumerate((1e-1, 1e-2)):
+        best = scipy_optimum(data, at, strength)[0]
+        assert objective(data, at, strength, refinement.kept[0][i]).item() == pytest.approx(best, abs=2e-4)
+        assert on_sample[i] > best + 1e-3, "else the passes would not be needed"
 
 
 def test_a_step_that_raises_the_loss_is_taken_back(data):
-    at = problem(data, 1e-2)
-    start, gradient = at.point, at.gradient
-    at.point = start + 100
-    at.accept(1e3, gradient + 1)
-    assert at.point is start and at.gradient is gradient and at.proximal == pytest.approx(1e-2)
+    at = problem(data)
+    _, refinement = solve_site(at, (1e-1, 1e-2))
+    refinement.proximal.fill_(1e-3)
+    start, gradient = refinement.points, torch.zeros_like(refinement.points)
+    refinement.accept(torch.tensor([0.5, 0.5], dtype=torch.float64), gradient)
+    refinement.points = start + 100
+    refinement.accept(torch.tensor([0.4, 0.6], dtype=torch.float64), gradient + 1)
+    assert torch.equal(refinement.points, torch.stack([start[0] + 100, start[1]]))
+    assert refinement.kept[1].tolist() == [0.4, 0.5] and not refinement.kept[2][1].any()
+    assert refinement.proximal.tolist() == pytest.approx([1e-3 / 16, 1e-2])
 
 
-def test_a_resumed_refinement_takes_the_same_steps_back(data):
-    """Where the first step of the resumed run is worse than the one before, but better than none."""
-    at, resumed = problem(data, 1e-2), problem(data, 1e-2)
-    none = at._value
-    refined = refinement(data, at, slice(0, 12))
-    refined.refine(whole=False)
-    refined.add_gradients({"site": data[0]}, data[1], 0)
-    refined.set_gradients()
-    refined.refine(whole=False)
-    assert set_points({"site": [resumed]}, points_to_tensors({"site": [at]}, 2)) == 2
-    assert torch.equal(resumed.point, at.point) and resumed.certificate == at.certificate
-    ridge, _ = at.add_ridge(0.0, at.gradient, at.point)
-    for x in (at, resumed):
-        x.accept((at._value + none) / 2 - ridge, torch.ones_like(x.point))
-    assert at.proximal == 1e-2, "the step was not taken back"
-    assert torch.equal(resumed.point, at.point) and torch.equal(resumed.gradient, at.gradient)
-    assert resumed.proximal == at.proximal
+def test_a_resumed_refinement_takes_the_same_steps(data):
+    at = problem(data, slice(0, 12))
+    (_, refinement), (_, resumed) = solve_site(at, (1e-1, 1e-2)), solve_site(at, (1e-1, 1e-2))
+    refinement.proximal.fill_(optimum.PROXIMAL)
+    refinement.accept(*exact(data, at, refinement))
+    refinement.step()
+    resumed.set_state(refinement.state())
+    for x in (refinement, resumed):
+        x.accept(*exact(data, at, x))
+        x.step()
+    assert torch.equal(refinement.points, resumed.points) and torch.equal(refinement.proximal, resumed.proximal)
+    assert refinement.certificates == resumed.certificates
 
 
 def test_a_certificate_is_not_given_before_the_optimum(data, monkeypatch):
-    monkeypatch.setattr("probes.training.optimum.ITERATIONS", 2)
-    at = problem(data, 1e-3)
-    certificate = minimise(refinement(data, at)._objective(at, _all(data, at), torch.tensor([1.0])), at)
-    assert not certificate.converged
-    assert diagonal_metric(at).factor.shape == (at.point.numel(),)
+    monkeypatch.setattr(optimum, "LOOSE_ROUNDS", 1)
+    monkeypatch.setattr(optimum, "TIGHT_ROUNDS", 0)
+    at = problem(data)
+    refinement = Refinement(at, torch.tensor([1e-3]).double(), at.start[None] + 1)
+    refinement.solve_in_memory()
+    assert not refinement.converged and refinement.certificates[0].decrease > 1e-2
 
 
-def _all(data, at: Problem) -> list:
-    return [(0, (data[0].double() - at.space.mean).float(), data[1])]
+def test_chunks_of_images_give_the_sums_of_all(data, monkeypatch):
+    tokens, masks = torch.randn(IMAGES, 9, 4), prepare_masks(data[1], CLASSES, GRID)
+    points = torch.randn(2, CLASSES, 4, dtype=torch.float64)
+    whole = loss_sums(tokens, masks, points)
+    monkeypatch.setattr(optimum, "CHUNK_NUMEL", 1)  # one image at a time
+    torch.testing.assert_close(loss_sums(tokens, masks, points), whole, rtol=1e-4, atol=1e-2)

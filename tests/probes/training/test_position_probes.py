@@ -53,6 +53,13 @@ def weighted_discriminant(x: np.ndarray, weights: np.ndarray, read: np.ndarray) 
     return np.stack(logits, -1)
 
 
+def closed_form(moments: Moments, x: torch.Tensor) -> torch.Tensor:
+    """Return the logits f32[..., K] of the discriminants of strength R."""
+    form = solve_moments(*moments.without(None), moments.pivot)
+    weights, bias = form.solve(R)
+    return ((x - form.mean) @ form.to_states(weights).T + bias).float()
+
+
 def relative(logits) -> np.ndarray:
     """Return logits up to what all classes share."""
     logits = np.asarray(logits, dtype=float)
@@ -77,8 +84,7 @@ def test_shrinkage_one_is_the_shared_closed_form():
     x, labels = draw()
     plain = Moments.zeros(x.flatten(0, 1).mean(0).float(), 1, K)
     plain.update(x.flatten(0, 1), labels.flatten(0, 1), 0)
-    weights, bias = solve_moments(*plain.without(None), plain.pivot).path([R])
-    expected = (x - solve_moments(*plain.without(None), plain.pivot).mean).float() @ weights[0].T + bias[0]
+    expected = closed_form(plain, x)
     probes = moments(x, labels).solve([R], 1.0)
     assert probes.weights.shape == (1, 1, K, D)
     torch.testing.assert_close(probes(x)[0], expected, rtol=1e-4, atol=1e-4)
@@ -90,10 +96,7 @@ def test_shrinkage_zero_is_a_closed_form_for_each_position_alone():
     for p in range(T):
         alone = Moments.zeros(x[:, p].mean(0).float(), 1, K)
         alone.update(x[:, p], labels[:, p], 0)
-        form = solve_moments(*alone.without(None), alone.pivot)
-        weights, bias = form.path([R])
-        expected = (x[:, p] - form.mean).float() @ weights[0].T + bias[0]
-        torch.testing.assert_close(ours[:, p], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours[:, p], closed_form(alone, x[:, p]), rtol=1e-4, atol=1e-4)
 
 
 def test_batches_add_up_and_a_fold_can_be_left_out():

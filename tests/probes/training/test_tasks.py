@@ -121,14 +121,15 @@ def test_files_and_path(task, runs):
     run = runs[task]
     path = run.metrics["path"]
     assert run.metrics["task"] == run.manifest["data"]["task"] == task
-    assert path["passes"] == 1 and path["closed_form"]["strengths"] == STRENGTHS and path.get("optimum") is None
-    assert run.sums.shape[:2] == (6, 5) and run.path_sums("closed_form").shape[:3] == (3, 6, 5)
+    assert path["passes"] == 1 and path.get("optimum") is None
+    assert run.sums.shape[:2] == (6, 5) and run.path_sums().shape[:3] == (3, 6, 5)
     score = run.task.score
     for i, (site, entry) in enumerate(zip(run.metrics["sites"], path["closed_form"]["sites"], strict=True)):
+        assert entry["strengths"] == STRENGTHS
         chosen = STRENGTHS.index(entry["chosen"])
         assert chosen == int(np.argmin(entry["cv_loss"]))
         assert site[score] == pytest.approx(entry[score][chosen], abs=1e-3)
-        torch.testing.assert_close(run.path_sums("closed_form")[chosen, i], run.sums[i], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(run.path_sums()[chosen, i], run.sums[i], rtol=1e-3, atol=1e-3)
     summary = run.metrics["summary"]
     best = min if run.task.sign < 0 else max
     layers = {s["site"]: s[score] for s in run.metrics["sites"] if s["site"].startswith("layer_")}
@@ -156,10 +157,11 @@ def test_boundary_scores_equal_numpy_on_the_saved_probabilities(command, runs, f
 
 
 def test_boundaries_are_solved_as_two_classes(runs):
-    path = runs["boundaries"].metrics["path"]["closed_form"]
-    assert runs["boundaries"].path_sums("closed_form").shape == (3, 6, 5, 3 * 99 + 1)
+    path = runs["boundaries"].metrics["path"]["optimum"]
+    assert load_file(runs["boundaries"].path / "path.safetensors")["optimum/sums"].shape == (3, 6, 5, 3 * 99 + 1)
     for entry in path["sites"]:
-        assert 0 < min(entry["cv_loss"]) and len(entry["f"]) == len(entry["ap"]) == 3
+        assert 0 < min(entry["cv_loss"]) and all(c["converged"] for c in entry["certificates"])
+        assert len(entry["f"]) == len(entry["ap"]) == 3 and None not in entry["f"]
 
 
 def test_strength_1_predicts_the_mean_target(runs, root):
@@ -169,7 +171,7 @@ def test_strength_1_predicts_the_mean_target(runs, root):
     mean = np.exp(np.log(values[values > 0] / 1000).mean())
     expected = np.mean([depth_scores(np.full_like(t, mean), t)["rmse"] for t in targets(root, "depth")])
     for entry in run.metrics["path"]["closed_form"]["sites"]:
-        assert entry["rmse"][-1] == pytest.approx(expected, rel=1e-5)
+        assert entry["rmse"][0] == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("task", [*TASKS, "boundaries"])
@@ -202,8 +204,8 @@ def test_fitted_runs_are_read_by_the_report(fitted):
 @pytest.mark.parametrize("batches", [2, 4])
 def test_a_killed_run_resumes_to_the_same_bytes(batches, runs, checkpoints, root, tmp_path, monkeypatch):
     """Also when it had added all images, so that no batch is left."""
-    monkeypatch.setattr("probes.training.moment_solver.SAVE_SECONDS", -1)
-    add, added = LeastSquaresSolver._add_moments, []
+    monkeypatch.setattr("probes.training.least_squares_solver.SAVE_SECONDS", -1)
+    add, added = LeastSquaresSolver.predict_step, []
 
     def die(self, *args) -> None:
         add(self, *args)
@@ -213,7 +215,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(batches, runs, checkpoints, root
 
     command = arguments("solve", "depth", checkpoints["causal"], root, tmp_path)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(LeastSquaresSolver, "_add_moments", die)
+        patch.setattr(LeastSquaresSolver, "predict_step", die)
         main(command)
     main([*command, "--ckpt_path", "last"])
     for name in ("probes.safetensors", "path.safetensors", "counts.safetensors"):

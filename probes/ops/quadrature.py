@@ -1,0 +1,189 @@
+"""Segmentation masks as weights on a few nodes in each cell of the token grid.
+
+Between four neighbouring tokens the upsampled logits are bilinear in the position, so a smooth function of them needs
+only a few Gauss-Legendre nodes in each cell instead of all pixels. The pixels of a cell give the nodes their weights,
+by Lagrange interpolation along each axis:
+
+    sum_px f(position of px)  ~  sum_nodes mass[node] f(position of node)
+
+- The sum is exact if f is a polynomial of degree `nodes - 1` or less along each axis of a cell. A constant and the
+  logits themselves are, whatever pixels are ignored.
+- Beyond the outermost tokens the upsampling is constant, so one node there is exact.
+- A weight can be negative where ignored pixels cut a cell. Clamping it would make the sum wrong.
+- An axis with at most as many different pixel positions as nodes uses the positions as nodes; the sum is then exact.
+
+Legend: B masks, K classes, h w token grid, H W pixels, My Mx nodes of all rows and columns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .bilinear import bilinear_weights
+from .geometry import AxisExtent, GridPlacement
+
+
+@dataclass(frozen=True)
+class PreparedMasks:
+    """B masks of any size, prepared for :func:`probes.upsampled_cross_entropy` on one token grid.
+
+    Args:
+        mass: f[B, My, Mx], weight of each node: the labelled pixels that it represents.
+        soft: f[B, K, h, w], T = U^T onehot(labels): weight of each class at each token; see `cross_entropy.py`.
+        pixels: f64[B], labelled pixels of each mask.
+        rules: Interpolation from tokens to nodes, (f[My, h], f[Mx, w]), one for each kind of placement.
+        rule_of: Index of each mask's entry in `rules`.
+    """
+
+    mass: Tensor
+    soft: Tensor
+    pixels: Tensor
+    rules: tuple[tuple[Tensor, Tensor], ...]
+    rule_of: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.mass)
+
+    def __getitem__(self, images: slice | Sequence[int]) -> "PreparedMasks":
+        """Return some of the masks, by slice or list of indices."""
+        chosen = range(len(self))[images] if isinstance(images, slice) else images
+        index = images if isinstance(images, slice) else list(images)
+        rule_of = tuple(self.rule_of[i] for i in chosen)
+        return replace(self, mass=self.mass[index], soft=self.soft[index], pixels=self.pixels[index], rule_of=rule_of)
+
+    def to(self, device: torch.device | str) -> "PreparedMasks":
+        """Return the masks on a device."""
+        rules = tuple((rows.to(device), cols.to(device)) for rows, cols in self.rules)
+        tensors = {name: getattr(self, name).to(device) for name in ("mass", "soft", "pixels")}
+        return replace(self, rules=rules, **tensors)
+
+    def without_labels(self) -> "PreparedMasks":
+        """Return masks of the same size whose pixels are all ignored."""
+        tensors = {name: torch.zeros_like(getattr(self, name)) for name in ("mass", "soft", "pixels")}
+        return replace(self, **tensors)
+
+    def groups(self) -> list[tuple[slice | list[int], Tensor, Tensor]]:
+        """Return (images, rows f[My, h], cols f[Mx, w]) for each rule in use."""
+        if len(set(self.rule_of)) == 1:
+            return [(slice(None), *self.rules[self.rule_of[0]])]
+        used = sorted(set(self.rule_of))
+        return [([i for i, own in enumerate(self.rule_of) if own == rule], *self.rules[rule]) for rule in used]
+
+
+def join_masks(parts: Sequence[PreparedMasks]) -> PreparedMasks:
+    """Return the masks of several objects as one; they must have the same grid, classes and number of nodes."""
+    rules: list[tuple[Tensor, Tensor]] = []
+    rule_of: list[int] = []
+    for part in parts:
+        index = [_find_rule(rules, rule) for rule in part.rules]
+        rule_of += [index[own] for own in part.rule_of]
+    tensors = {name: torch.cat([getattr(part, name) for part in parts]) for name in ("mass", "soft", "pixels")}
+    return PreparedMasks(**tensors, rules=tuple(rules), rule_of=tuple(rule_of))
+
+
+def _find_rule(rules: list[tuple[Tensor, Tensor]], rule: tuple[Tensor, Tensor]) -> int:
+    """Return the index of a rule, which is appended if it is new."""
+    for i, known in enumerate(rules):
+        if all(a is b or torch.equal(a, b) for a, b in zip(known, rule, strict=True)):
+            return i
+    rules.append(rule)
+    return len(rules) - 1
+
+
+def prepare_masks(
+    target: Tensor,
+    num_classes: int,
+    grid: tuple[int, int],
+    nodes: int | None = 3,
+    ignore_index: int = 255,
+    *,
+    view: GridPlacement | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> PreparedMasks:
+    """Return masks as weights on the token grid. It costs about 10 ms a mask of 512 x 683, once for all probes.
+
+    Args:
+        target: Integer [B, H, W], classes 0 .. K-1 or `ignore_index`.
+        num_classes: K.
+        grid: (h, w).
+        nodes: Nodes per cell and axis, at least 2. None: the pixels are the nodes, so that the loss is exact.
+        ignore_index: Label of the pixels that are excluded.
+        view: Position of the grid on the pixels; None: the grid covers them exactly.
+        dtype: Of the weights: float32, or float64 for logits in float64.
+
+    Raises:
+        ValueError: `target` is not an integer [B, H, W], `nodes` is below 2, or a label is neither a class nor
+            `ignore_index`. Labels are checked on a CPU only, since that would synchronise a GPU.
+    """
+    if target.ndim != 3 or 0 in target.shape[1:] or target.is_floating_point():
+        raise ValueError(f"expected integer masks [B, H, W], got {target.dtype}{list(target.shape)}")
+    if nodes is not None and nodes < 2:
+        raise ValueError(f"nodes must be at least 2, or None for all pixels; got {nodes}")
+    size, labelled, like = tuple(target.shape[1:]), target != ignore_index, {"dtype": dtype, "device": target.device}
+    view = view or GridPlacement.full(size)
+    axes = [axis_rule(n, pixels, extent, nodes) for n, pixels, extent in zip(grid, size, view, strict=True)]
+    (rows, by_row), (cols, by_col) = ([x.to(**like) for x in axis] for axis in axes)
+    up_rows, up_cols = (bilinear_weights(n, px, extent, **like) for n, px, extent in zip(grid, size, view, strict=True))
+    soft = torch.zeros(len(target), num_classes, *grid, **like)
+    with torch.autocast(target.device.type, enabled=False):
+        mass = by_row.T @ labelled.to(dtype) @ by_col
+        for k in _classes_in(target, num_classes, ignore_index):
+            soft[:, k] = up_rows.T @ (target == k).to(dtype) @ up_cols
+    return PreparedMasks(mass, soft, labelled.sum((1, 2)).double(), ((rows, cols),), (0,) * len(target))
+
+
+def _classes_in(target: Tensor, classes: int, ignore_index: int) -> list[int]:
+    """Return the classes in the masks, or all classes where reading the labels would synchronise a GPU."""
+    if target.device.type != "cpu":
+        return [k for k in range(classes) if k != ignore_index]
+    labels = target.flatten()
+    found = labels.bincount().nonzero().flatten() if target.dtype == torch.uint8 else labels.unique()
+    found = [label for label in found.tolist() if label != ignore_index]
+    for label in found:
+        if not 0 <= label < classes:
+            raise ValueError(f"label {label} is neither a class in [0, K={classes}) nor ignore_index={ignore_index}")
+    return found
+
+
+@lru_cache(maxsize=1024)
+def axis_rule(tokens: int, pixels: int, extent: AxisExtent, nodes: int | None) -> tuple[Tensor, Tensor]:
+    """Return the nodes of an axis: interpolation from the tokens, f64[M, tokens], and to pixels, f64[pixels, M].
+
+    M is 2 + nodes * (tokens - 1), or with `nodes=None` the number of different pixel positions. The tensors are cached;
+    do not modify them.
+    """
+    with torch.inference_mode(False):  # a tensor cached during validation must be usable in training
+        at = extent.grid_coordinate(tokens, pixels).clamp(0, tokens - 1)
+        places, place_of = at.unique(return_inverse=True)
+        count = len(places) if nodes is None else 2 + nodes * (tokens - 1)
+        if len(places) <= count:
+            to_pixels = torch.nn.functional.one_hot(place_of, count).double()
+            return _from_tokens(torch.cat([places, places.new_zeros(count - len(places))]), tokens), to_pixels
+        gauss = torch.from_numpy((np.polynomial.legendre.leggauss(nodes)[0] + 1) / 2)
+        inner = torch.arange(tokens - 1, dtype=torch.float64)[:, None] + gauss
+        places = torch.cat([at.new_zeros(1), inner.flatten(), at.new_full((1,), tokens - 1)])
+        to_pixels = at.new_zeros(pixels, count)
+        to_pixels[at <= 0, 0], to_pixels[at >= tokens - 1, -1] = 1, 1
+        inside = ((at > 0) & (at < tokens - 1)).nonzero().flatten()
+        cell = at[inside].long()
+        column = 1 + cell[:, None] * nodes + torch.arange(nodes)
+        to_pixels[inside[:, None], column] = _lagrange(at[inside] - cell, gauss)
+        return _from_tokens(places, tokens), to_pixels
+
+
+def _from_tokens(places: Tensor, tokens: int) -> Tensor:
+    """Return the linear interpolation f64[M, tokens] of tokens at places f64[M] in 0 .. tokens - 1."""
+    at = torch.arange(tokens, dtype=torch.float64)
+    return (1 - (places[:, None] - at).abs()).clamp(min=0)
+
+
+def _lagrange(x: Tensor, nodes: Tensor) -> Tensor:
+    """Return the weights f64[N, n] by which a polynomial through n nodes is evaluated at x f64[N]."""
+    apart = nodes[:, None] - nodes + torch.eye(len(nodes), dtype=nodes.dtype)
+    from_others = x[:, None, None] - nodes  # [N, 1, n]; factor 1 in place of the node's own
+    own = torch.eye(len(nodes), dtype=torch.bool)
+    return torch.where(own, 1, from_others / apart).prod(-1)

@@ -1,0 +1,296 @@
+"""LightningModule that solves linear probes of classes at the optimum of their loss (`optimum.py`).
+
+The first pass keeps the states of a sample of training images in memory: all of them if they fit. Each site is then
+solved by one process, on one thread. If the sample is not the complete split, further passes over all training images
+give the exact loss and gradient of the probes of the chosen strength and its neighbours, and nothing else.
+
+    RUN/checkpoints/SITE.safetensors      a solved site
+    RUN/checkpoints/points.safetensors    all sites after a later pass
+
+Legend: S sites, R strengths that are solved, B images, T tokens, d width, K classes, N training images.
+"""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from probes.data.available_memory import available_memory
+from probes.data.batches import MaskPreparer
+from probes.data.samplers import assign_folds
+from probes.evaluation.metrics import Counts
+from probes.evaluation.task_metric import TaskSums
+from probes.ops.quadrature import PreparedMasks, join_masks
+
+from . import solver_progress
+from .distributed import all_gather_objects, all_reduce, broadcast, gather_images, rank, rank_count
+from .optimum import LOOSE_NODES, PROXIMAL, TIGHT_NODES, Refinement, SitePath, SiteProblem, loss_sums, solve_site
+from .probe_path import SolvedSite
+from .solver import Solver
+
+LEAST = 4  # images of each fold in memory, however little there is
+
+
+class OptimumSolver(Solver):
+    """Linear probes of classes at the optimum of the loss; see :class:`Solver`.
+
+    Args:
+        passes: Most passes over the training split.
+        sample_images: Training images whose states are kept in memory; None for as many as fit into a quarter of the
+            available memory.
+        shared: Arguments of `Solver`.
+    """
+
+    instrument, nodes = "optimum", TIGHT_NODES
+
+    def __init__(self, passes: int = 8, sample_images: int | None = None, **shared: Any):
+        super().__init__(**shared)
+
+    def mask_preparer(self) -> MaskPreparer:
+        """Return what prepares training masks for the loss."""
+        return MaskPreparer(self.mllm.geometry, self.channels, self.nodes)
+
+    # ------------------------------------------------------------------------------------------------ sample
+    def start(self) -> None:
+        """Choose the sample and its folds."""
+        training = self.trainer.datamodule.splits["training"]
+        count, images = self._sample_size(len(training)), len(training)
+        self.sample = [i * images // count for i in range(count)]
+        groups = training.groups and [training.groups[i] for i in self.sample]
+        self.fold_of = assign_folds(count, self.hparams.folds, groups)
+        self.whole = count == images
+        self.kept: list[tuple[Tensor, dict[str, Tensor], PreparedMasks, PreparedMasks]] = []
+        self.paths: dict[str, SitePath] = {}
+        self.refinements: dict[str, Refinement] = {}  # of the sites that this process solves
+        self.converged = False
+
+    def _sample_size(self, images: int) -> int:
+        """Return the number of images whose states are kept, the same in all processes."""
+        wanted, tokens = self.hparams.sample_images, self.mllm.grid[0] * self.mllm.grid[1]
+        per_image = tokens * self.mllm.model.dtype.itemsize * sum(self.mllm.widths[site] for site in self.sites)
+        fit = int(available_memory() / 4 / per_image) * rank_count() // max(1, self.trainer.num_devices)
+        # tokens of a site in float32, with logits and copies, on the device
+        largest = 12 * tokens * max(self.mllm.widths[site] for site in self.sites)
+        device = self.trainer.strategy.root_device
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+        fit = max(min(fit, int(free / 4 / largest)), LEAST * self.hparams.folds)
+        return broadcast(min(images, fit if wanted is None else wanted), 0)
+
+    def batches(self) -> list[list[int]]:
+        """Return this process's images of the sample in the first pass, of the split in later ones."""
+        images = self.sample if self.passes == 0 else range(len(self.trainer.datamodule.splits["training"]))
+        mine, size = list(images)[rank() :: rank_count()], self.trainer.datamodule.rank_batch_size
+        return [mine[i : i + size] for i in range(0, len(mine), size)]
+
+    def on_predict_start(self) -> None:
+        """Prepare the sums of a later pass."""
+        super().on_predict_start()
+        if self.passes > 0:
+            self.linear = {site: broadcast(self._linear(site), self._owner(site)) for site in self.sites}
+            self.sums = {site: [x.new_zeros(len(x)), torch.zeros_like(x)] for site, (_, x) in self.linear.items()}
+            self.pixels = torch.zeros((), dtype=torch.float64, device=self.device)
+
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Keep the states of a batch in the first pass; in later ones, add its losses and gradients."""
+        states, masks = self.states(batch), batch["masks"]
+        if self.passes == 0:
+            loose = self.mask_preparer()._replace(nodes=LOOSE_NODES)(batch["target"]).to("cpu")
+            self.kept.append((batch["index"].cpu(), {k: x.cpu() for k, x in states.items()}, loose, masks.to("cpu")))
+            return
+        self.pixels += masks.pixels.sum()
+        for site, (mean, points) in self.linear.items():
+            x = states[site].float() - mean.float()
+            tokens = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+            for total, part in zip(self.sums[site], loss_sums(tokens, masks, points), strict=True):
+                total += part
+
+    def on_predict_epoch_end(self) -> None:
+        """Solve or refine the probes after a pass."""
+        if self.measuring:
+            return
+        self.passes += 1
+        if self.passes == 1:
+            self._gather()
+            self._solve_sites()
+            self._resume_refinement()
+        else:
+            self._refine()
+            self._save_refinement()
+        if self.finished:
+            self._finish()
+
+    @property
+    def finished(self) -> bool:
+        """No further pass is needed or allowed."""
+        return self.passes > 0 and (self.whole or self.converged or self.passes >= self.hparams.passes)
+
+    def _owner(self, site: str) -> int:
+        """Return the process that solves a site."""
+        return self.sites.index(site) % rank_count()
+
+    def _gather(self) -> None:
+        """Bring the states of each site to its owner, and the masks to all processes, in the order of the images."""
+        index, states, *masks = zip(*self.kept, strict=True)
+        self.kept = []
+        parts = all_gather_objects((torch.cat(index), *map(join_masks, masks)))
+        images = [len(index) for index, _, _ in parts]
+        order = torch.cat([index for index, _, _ in parts]).argsort()
+        self.loose, self.tight = (join_masks([part[i] for part in parts])[order.tolist()] for i in (1, 2))
+        self.sample_states: dict[str, Tensor] = {}
+        for site in self.sites:
+            mine = torch.cat([batch.pop(site) for batch in states])
+            gathered = gather_images(mine, images, self._owner(site), self.device)
+            if gathered is not None:
+                self.sample_states[site] = gathered[order]
+
+    # ------------------------------------------------------------------------------------------------ sites
+    def _file(self, site: str):
+        return self.checkpoints / f"{site}.safetensors"
+
+    def _solve_sites(self) -> None:
+        """Solve the sites of this process, several at a time; a site that a killed run has solved is read."""
+        saved = self.resuming and self.whole
+        saved = broadcast([site for site in self.sites if saved and self._file(site).is_file()], 0)
+        mine = [site for site in self.sample_states if site not in saved]
+        for site in _in_threads(self._solve_site, mine, self.device):
+            if self.whole:
+                tensors = self.solved[site].tensors()
+                solver_progress.save(self._file(site), tensors, self.identity)
+                del self.sample_states[site], self.refinements[site]
+        for site in saved:
+            self.solved[site] = SolvedSite(**solver_progress.load(self._file(site), self.identity))
+
+    def _problem(self, site: str) -> SiteProblem:
+        states, loose, tight = (x.to(self.device) for x in (self.sample_states[site], self.loose, self.tight))
+        return SiteProblem(states, loose, tight, self.fold_of)
+
+    def _solve_site(self, site: str) -> None:
+        problem = self._problem(site)
+        self.paths[site], refinement = solve_site(problem, self.hparams.strengths)
+        self.refinements[site] = refinement
+        if self.whole:
+            refinement.solve_in_memory()
+            self.solved[site] = self._to_site(site)
+        else:
+            refinement.proximal.fill_(PROXIMAL)
+        problem.release()
+
+    def _to_site(self, site: str) -> SolvedSite:
+        """Return the present probes of a site that this process solves."""
+        refinement, path = self.refinements[site], self.paths[site]
+        space = refinement.problem.space
+        return SolvedSite(
+            strengths=torch.tensor(path.strengths, dtype=torch.float64),
+            loss=torch.tensor(path.loss, dtype=torch.float64),
+            chosen=torch.tensor(path.chosen),
+            solved=torch.tensor(path.solved),
+            mean=space.mean.cpu(),
+            scale=space.scale.cpu(),
+            weights=space.to_states(refinement.points[..., :-1]).float().cpu(),
+            bias=refinement.points[..., -1].float().cpu(),
+            certificates=torch.tensor(refinement.certificates, dtype=torch.float64).view(-1, 2),
+        )
+
+    # ------------------------------------------------------------------------------------------------ later passes
+    def _linear(self, site: str) -> tuple[Tensor, Tensor] | None:
+        """Return the mean f64[d], and the probes f64[R, K, d + 1] of x - mean and 1; None on other processes."""
+        if site not in self.refinements:
+            return None
+        points, space = self.refinements[site].points, self.refinements[site].problem.space
+        return space.mean, torch.cat([space.to_states(points[..., :-1]), points[..., -1:]], -1)
+
+    def _refine(self) -> None:
+        """Take the exact losses and gradients of a pass, and move the probes unless this was the last pass."""
+        pixels = all_reduce(self.pixels)
+        for site in self.sites:
+            value, gradient = (all_reduce(total) / pixels for total in self.sums.pop(site))
+            if site in self.refinements:
+                refinement = self.refinements[site]
+                space, ridge = refinement.problem.space, refinement.problem.ridge(refinement.strengths)
+                gradient = torch.cat([space.from_gradient(gradient[..., :-1]), gradient[..., -1:]], -1)
+                penalty = ridge * refinement.points
+                value = value + (penalty * refinement.points).sum((1, 2)) / 2
+                refinement.accept(value, gradient + penalty)
+        list(_in_threads(self._step, list(self.refinements), self.device))
+        self.converged = all(sum(all_gather_objects([r.converged for r in self.refinements.values()]), []))
+        if self.finished:
+            for refinement in self.refinements.values():
+                refinement.points = refinement.kept[0]  # which the certificates are about
+
+    def _step(self, site: str) -> None:
+        problem = self.refinements[site].problem
+        problem.load(self.sample_states[site].to(self.device))
+        self.refinements[site].step()
+        problem.release()
+
+    def _save_refinement(self) -> None:
+        """Save the refinement of all sites in one file, so that they are of the same pass."""
+        tensors = {"passes": torch.tensor(self.passes)}
+        for site in self.sites:
+            state = self.refinements[site].state() if site in self.refinements else None
+            state = broadcast(state, self._owner(site))
+            tensors |= {f"{site}/{name}": x for name, x in state.items()} if rank() == 0 else {}
+        if rank() == 0:
+            solver_progress.save(self.checkpoints / "points.safetensors", tensors, self.identity)
+
+    def _resume_refinement(self) -> None:
+        """Read what a run that was killed in a later pass has saved."""
+        file = self.checkpoints / "points.safetensors"
+        if self.whole or not broadcast(self.resuming and file.is_file(), 0):
+            return
+        tensors = solver_progress.load(file, self.identity)
+        self.passes = int(tensors["passes"])
+        for site, refinement in self.refinements.items():
+            parts = {name.partition("/")[2]: x for name, x in tensors.items() if name.startswith(f"{site}/")}
+            refinement.set_state({name: x.to(self.device) for name, x in parts.items()})
+        self.converged = all(sum(all_gather_objects([r.converged for r in self.refinements.values()]), []))
+
+    # ------------------------------------------------------------------------------------------------ results
+    def _finish(self) -> None:
+        """Give all processes the probes of all sites."""
+        for site in self.sites:
+            if site in self.refinements:
+                self.solved[site] = self._to_site(site)
+            self.solved[site] = broadcast(self.solved.get(site), self._owner(site))
+        self.solved = {site: self.solved[site] for site in self.sites}
+        self.refinements.clear()
+        self.set_probes()
+        self.report_limits()
+
+    def path_results(self, counts: Counts | TaskSums) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return the content of metrics.json["path"] and of path.safetensors."""
+        path, tensors = super().path_results(counts)
+        return {"passes": self.passes, "sample_images": len(self.sample)} | path, tensors
+
+
+def _in_threads(work: Callable[[str], None], sites: list[str], device: torch.device) -> Iterable[str]:
+    """Do the work of each site, on a CPU as many at a time as torch has threads; yield the sites that are done.
+
+    A site is solved on one thread: its bits do not depend on the number of threads, and no thread waits for another.
+    """
+    bar = tqdm(total=len(sites), desc="solving sites", disable=rank() > 0, mininterval=5)
+    done = (work(site) or site for site in sites) if device.type != "cpu" else _pooled(work, sites)
+    with bar:
+        for site in done:
+            bar.update()
+            yield site
+
+
+def _pooled(work: Callable[[str], None], sites: list[str]) -> Iterable[str]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            jobs = {pool.submit(work, site): site for site in sites}
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+                    yield jobs[job]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(threads)

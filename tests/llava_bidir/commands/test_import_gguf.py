@@ -1,0 +1,222 @@
+"""GGUF files as Hugging Face directories: equal tensors, tokens and templates; files that cannot be read are errors."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from llava_bidir.cli import main
+from llava_bidir.commands import import_gguf
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.hf_loading import load_weights
+from llava_bidir.common.tokenizer import load_tokenizer
+from llava_bidir.model.build import build_model, build_processor
+
+gguf = pytest.importorskip("gguf", reason="needs the package gguf: pip install 'llava-bidir[gguf]'")
+pytestmark = pytest.mark.numerics
+
+HEADS, KEY_HEADS, CONTROL, NORMAL = 4, 2, 3, 1
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def byte_level_bpe() -> Tokenizer:
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=SPECIAL)
+    raw.train_from_iterator(["the cat sat on the mat, then the cat went\n away \n\n  with it"] * 4, trainer)
+    return raw
+
+
+def llama(vocabulary: int, tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": vocabulary}
+    heads = {"num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS, "max_position_embeddings": 64}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+    built = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **ids, rope_theta=500.0, tie_word_embeddings=tied)).eval()
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return built
+
+
+def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows as GGUF has them: of each head, row i of the first half, then row i of the second, in a loop."""
+    half = len(rows) // heads // 2
+    order = [head * 2 * half + part * half + i for head in range(heads) for i in range(half) for part in range(2)]
+    return rows[order]
+
+
+def gguf_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.detach().numpy()
+        if ".layers." in name:
+            _, _, layer, *middle, kind = name.split(".")
+            short = NAMES[".".join(middle)]
+            heads = {"attn_q": HEADS, "attn_k": KEY_HEADS}.get(short)
+            tensors[f"blk.{layer}.{short}.{kind}"] = permuted(value, heads) if heads else value
+        else:
+            ends = {"model.embed_tokens.weight": "token_embd", "model.norm.weight": "output_norm"}
+            tensors[f"{ends.get(name, 'output')}.weight"] = value
+    return tensors
+
+
+def write(path, quantised: bool = False, tied: bool = True, architecture: str = "llama", extra: dict | None = None):
+    """Write a tiny model with the writer of the package gguf, and return model and tokenizer."""
+    raw = byte_level_bpe()
+    model = llama(raw.get_vocab_size(), tied)
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KEY_HEADS)
+    writer.add_layer_norm_rms_eps(model.config.rms_norm_eps)
+    writer.add_rope_freq_base(500.0)
+    tokens = sorted(raw.get_vocab(), key=raw.get_vocab().get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([CONTROL if token in SPECIAL else NORMAL for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in json.loads(raw.to_str())["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(3)
+    writer.add_chat_template(TEMPLATE)
+    for name, value in (gguf_tensors(model) | (extra or {})).items():
+        if quantised and value.ndim == 2:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(value, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model, raw
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("quantised", [True, False])
+def test_tensors_and_logits_are_those_of_the_file(quantised, tied, tmp_path):
+    model, _ = write(tmp_path / "tiny.gguf", quantised, tied)
+    main(["import-gguf", str(tmp_path / "tiny.gguf"), str(tmp_path / "hf")])
+    stored = {
+        tensor.name: gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors
+    }
+    imported = load_weights("llm", AutoModelForCausalLM, str(tmp_path / "hf"))
+    written = gguf_tensors(imported)
+    assert written.keys() == stored.keys()
+    for name, value in stored.items():
+        assert np.array_equal(written[name], value), name
+    assert imported.dtype == torch.float32 and not hasattr(imported.config, "quantization_config")
+    if not quantised:
+        ids = torch.randint(4, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            torch.testing.assert_close(imported(ids).logits, model(ids).logits)
+
+
+def test_tokens_template_and_special_tokens_are_carried_over(tmp_path):
+    _, raw = write(tmp_path / "tiny.gguf")
+    import_gguf.import_gguf(tmp_path / "tiny.gguf", tmp_path / "hf")
+    (tmp_path / "tiny.gguf").unlink()  # nothing refers to it any more
+    tokenizer = load_tokenizer("llm", str(tmp_path / "hf"))
+    for text in ("the cat", " the  cat\n\n sat", "\n", "<|im_start|>user\nthe mat<|im_end|>\n", "unheard \u20ac words"):
+        assert tokenizer.encode(text, add_special_tokens=False) == raw.encode(text).ids, text
+        assert tokenizer.decode(raw.encode(text).ids) == text
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 3)
+    assert tokenizer.chat_template == TEMPLATE
+    turns = [{"role": "user", "content": "the cat"}]
+    prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    assert prompt == "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert (model.generation_config.eos_token_id, model.config.max_position_embeddings) == (2, 64)
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").decode([2], skip_special_tokens=True) == ""
+
+
+def test_an_mllm_is_built_on_the_imported_directory(tmp_path):
+    write(tmp_path / "tiny.gguf")
+    import_gguf.import_gguf(tmp_path / "tiny.gguf", tmp_path / "hf")
+    encoder, _ = tiny_models.write_parts(tmp_path / "parts")
+    processor = build_processor(encoder, str(tmp_path / "hf"))
+    model = build_model(encoder, str(tmp_path / "hf"), processor)
+    ids = torch.tensor([[1, *[processor.image_token_id] * tiny_models.TOKENS, 4, 5]])
+    assert model(input_ids=ids, pixel_values=tiny_models.pixels(1)).logits.isfinite().all()
+
+
+def test_nothing_is_replaced_and_nothing_is_left_of_a_failure(tmp_path, monkeypatch):
+    write(tmp_path / "tiny.gguf")
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="hf exists already and is not replaced; move it or choose another path"):
+        main(["import-gguf", str(tmp_path / "tiny.gguf"), str(tmp_path / "hf")])
+    assert [file.name for file in (tmp_path / "hf").iterdir()] == ["notes.txt"]
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full_disk)
+    with pytest.raises(UserError, match="cannot write .*No space left"):
+        import_gguf.import_gguf(tmp_path / "tiny.gguf", tmp_path / "new")
+    assert not list(tmp_path.glob("new*"))
+
+
+def test_files_that_cannot_be_imported_are_errors_that_say_why(tmp_path):
+    file, out = tmp_path / "tiny.gguf", tmp_path / "hf"
+    write(file)
+    whole = file.read_bytes()
+
+    def failure(content: bytes | None = None) -> str:
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(SystemExit) as stop:
+            main(["import-gguf", str(file), str(out)])
+        assert str(file) in str(stop.value) and not out.exists()
+        return str(stop.value)
+
+    assert "is not a GGUF file: it begins with b'PK" in failure(b"PK\x03\x04" + whole)
+    assert "is not a GGUF file: it begins with b''" in failure(b"")
+    for length in (6, 40, 3000, len(whole) // 2, len(whole) - 40):
+        assert "is damaged; download it again" in failure(whole[:length]), length
+    file.unlink()
+    write(file, architecture="unheard_of")
+    assert "architecture unheard_of is not supported" in failure()
+    file.unlink()
+    assert "cannot be read" in failure()
+    file.mkdir()
+    assert "cannot be read" in failure()
+
+
+def test_tensors_that_transformers_leaves_out_are_warned_of(tmp_path):
+    write(tmp_path / "tiny.gguf", extra={"rope_freqs.weight": np.ones(4, np.float32)})
+    with pytest.warns(UserWarning, match="reads 27,808 of 27,812 weights. It leaves out tensors"):
+        import_gguf.import_gguf(tmp_path / "tiny.gguf", tmp_path / "hf")
+
+
+def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(import_gguf, "is_gguf_available", lambda: False)
+    with pytest.raises(UserError, match=r"needs the package gguf; install it with `pip install 'llava-bidir\[gguf\]'`"):
+        import_gguf.import_gguf(tmp_path / "tiny.gguf", tmp_path / "hf")

@@ -1,0 +1,242 @@
+"""What a study concludes about each claim, from its trained, solved and random runs to results.json."""
+
+import json
+
+import numpy as np
+import probe_runs
+import pytest
+import scipy.stats
+import tiny_models
+
+from llava_bidir.common.bootstrap import holm, interval
+from probes.cli import main
+from probes.report.claims import evaluate_claims
+from probes.report.effects import drop_and_recovery
+from probes.report.page import write_report
+from probes.report.study import read_studies
+from probes.results.probe_run import ProbeRun
+
+CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
+FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
+LOW = [x - 0.25 for x in CURVE]  # trained probes, far below the optimum
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a run by name; solved ones have the same accuracies at all strengths."""
+    root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
+
+    def write(name, quality, number=0, *, mask="causal", solved=False, curves=None, images=40, **metrics) -> str:
+        path = tmp_path / f"{mask}_{name}"
+        options = {"root": root, "mask": mask, "seed": number, "metrics": metrics, "images": images}
+        if solved:
+            return probe_runs.write_solved(path, curves or [quality] * 3, **options)
+        return str(probe_runs.write_run(path, quality, **options))
+
+    return write
+
+
+@pytest.fixture
+def draws(write):
+    """Write matched random LLMs, solved, one for each curve."""
+    llm = {"untrained": ["llm"], "match": "update"}
+    return lambda *curves, mask="causal", first=20: [
+        write(f"r{i}", curve, first + i, mask=mask, solved=True, **llm, draw=i) for i, curve in enumerate(curves)
+    ]
+
+
+def claims_of(paths) -> dict[str, dict]:
+    """Return the causal claims by name."""
+    claims = evaluate_claims(*read_studies(paths))
+    return {claim["claim"]: claim for claim in claims if claim["image_attention"] == "causal"}
+
+
+def test_trained_probes_are_judged_however_far_from_the_optimum(write):
+    trained, solved = write("sgd", LOW), write("solved", CURVE, 1, solved=True)
+    paper = claims_of([trained, solved])["recovery"]["verdicts"]["paper"]
+    assert (paper["verdict"], paper["probes"]) == ("holds", "trained")
+    assert "reason" not in paper
+    ours, best = (drop_and_recovery(r.sites, r.counts, r.weights)["recovery"] for r in map(ProbeRun, (trained, solved)))
+    below = paper["below_optimum"]
+    assert below["value"] == pytest.approx(best[0] - ours[0]), "the distance of the effect, not of the scores"
+    assert below["ci95"] == pytest.approx(interval(best[0] - ours[0], best[1] - ours[1])), "paired over images"
+    assert claims_of([trained])["recovery"]["verdicts"]["paper"]["below_optimum"] is None
+
+
+def test_a_planted_recovery_is_supported_with_and_without_trained_probes(write, draws):
+    runs = [write("solved", CURVE, 1, solved=True), *draws(FLAT, FLAT)]
+    for paths in ([write("sgd", LOW), *runs], runs):
+        recovery = claims_of(paths)["recovery"]
+        assert recovery["supported"] and recovery["conclusion"] == "supported"
+    assert claims_of(runs)["recovery"]["verdicts"]["paper"]["verdict"] == "untested"
+    assert "`probes fit -c CONFIG --model.mllm some/hf" in claims_of(runs)["recovery"]["verdicts"]["paper"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("trained", "solved", "random", "conclusion"),
+    [
+        (CURVE, FLAT, FLAT, "artefact of the instrument"),
+        (CURVE, CURVE, CURVE, "not learned"),
+        (FLAT, FLAT, FLAT, "does not hold"),
+        (FLAT, CURVE, CURVE, "does not hold"),
+        (CURVE, CURVE, None, "untested"),
+        (CURVE, None, FLAT, "untested"),
+        (CURVE, FLAT, None, "artefact of the instrument"),  # no control would change this
+    ],
+)
+def test_conclusions(trained, solved, random, conclusion, write, draws):
+    runs = [write("sgd", trained)] + ([write("solved", solved, 1, solved=True)] if solved else [])
+    recovery = claims_of(runs + (draws(random, random) if random else []))["recovery"]
+    assert recovery["conclusion"] == conclusion and recovery["supported"] is False
+    assert ("reason" in recovery) == (conclusion == "untested")
+    if conclusion == "untested":
+        missing = "-c configs/probes/matched.yaml --model.draw 0" if solved else "`probes solve -c CONFIG --model.mllm"
+        assert missing in recovery["reason"] and "--model.image_attention causal" in recovery["reason"]
+        assert recovery["p"] is None and recovery["p_holm"] is None
+
+
+def test_one_draw_is_not_enough_and_the_reason_names_the_next(write, draws):
+    beyond = claims_of([write("solved", CURVE, 1, solved=True), *draws(FLAT)])["recovery"]["verdicts"]["beyond_random"]
+    assert beyond["verdict"] == "untested" and beyond["value"] is None
+    assert "draws of a random llm: 1, two are needed" in beyond["reason"] and "--model.draw 1" in beyond["reason"]
+
+
+def test_an_effect_below_a_point_is_no_finding(write, tmp_path):
+    """With 4,000 images, 0.6 points of accuracy exclude zero; the paper's way has no margin."""
+    small = [0.5, 0.4, 0.4, 0.4, 0.406, 0.4]
+    paths = [write("sgd", small, 1, images=4000), write("solved", small, 1, solved=True, images=4000)]
+    recovery = claims_of(paths)["recovery"]
+    optimum = recovery["verdicts"]["optimum"]
+    assert optimum["ci95"][0] > 0 and optimum["value"] < 0.01
+    assert recovery["holds"] and recovery["verdicts"]["paper"]["verdict"] == "holds"
+    assert optimum["verdict"] == "does not hold" and recovery["conclusion"] == "artefact of the instrument"
+    results = write_report(paths, tmp_path / "report")
+    assert results["margin"] == 0.01
+    assert "an effect counts from 1 point" in (tmp_path / "report/index.html").read_text()
+
+
+def test_the_optimum_is_judged_at_the_chosen_strength_and_its_neighbours(write):
+    write("solved", CURVE, 1, solved=True)
+    for i, row in enumerate(probe_runs.ROWS):
+        curves = [CURVE] * 3
+        curves[i] = FLAT
+        optimum = claims_of([write(row, CURVE, 1, solved=True, curves=curves)])["recovery"]["verdicts"]["optimum"]
+        assert (optimum["verdict"], optimum["row"], optimum["strengths"]) == ("does not hold", row, 3)
+        assert optimum["detectable"] >= 0.01
+
+
+def test_a_verdict_that_does_not_hold_says_what_would_have_been_found(write, draws):
+    """With this standard error, 80% of studies of an effect of this size exclude zero and reach the margin."""
+    claims = claims_of([write("sgd", FLAT), write("solved", FLAT, 1, solved=True), *draws(FLAT, FLAT, FLAT)])
+    for name, margin in (("paper", 0.0), ("optimum", 0.01), ("beyond_random", 0.01)):
+        entry = claims["recovery"]["verdicts"][name]
+        assert entry["verdict"] == "does not hold"
+        half = (entry["ci95"][1] - entry["ci95"][0]) / 2
+        estimates = scipy.stats.norm.rvs(entry["detectable"], half / 1.96, size=20_000, random_state=0)
+        assert np.mean((estimates > half) & (estimates >= margin)) == pytest.approx(0.8, abs=0.01)
+    assert all("detectable" not in x for x in claims["adapter_drop"]["verdicts"].values() if x["verdict"] == "holds")
+
+
+def test_recovery_trained_does_not_repeat_the_column_beyond_random(write, draws):
+    runs = [write("sgd", CURVE), write("untrained", FLAT, 2, untrained=["adapter", "llm"])]
+    runs += [write("solved", CURVE, 1, solved=True), *draws(FLAT, FLAT)]
+    claims = claims_of(runs)
+    trained = claims["recovery_trained"]["verdicts"]
+    assert trained["optimum"]["verdict"] == claims["recovery_trained"]["conclusion"] == "untested"
+    assert "--model.untrained '[adapter, llm]'" in trained["optimum"]["reason"]
+    assert trained["beyond_random"] == claims["recovery"]["verdicts"]["beyond_random"] | {"same_as": "recovery"}
+    claims = claims_of([*runs, write("su", FLAT, 3, solved=True, untrained=["adapter", "llm"])])
+    trained = claims["recovery_trained"]["verdicts"]
+    assert trained["optimum"]["verdict"] == "holds" and trained["paper"]["below_optimum"]["value"] is not None
+    assert trained["optimum"]["value"] != trained["beyond_random"]["value"]
+
+
+def test_random_adapters_of_two_masks_are_one_confirmation(write, tmp_path):
+    runs = []
+    for seed, mask in enumerate(("causal", "bidirectional")):
+        runs.append(write("solved", CURVE, seed, mask=mask, solved=True))
+        for i in (0, 1):
+            runs.append(write(f"a{i}", FLAT, 30 + i, mask=mask, solved=True, untrained=["adapter"], draw=i))
+    claims = write_report(runs, tmp_path / "report")["claims"]
+    drops = {c["image_attention"]: c["verdicts"]["beyond_random"] for c in claims if c["claim"] == "adapter_drop"}
+    assert "same_draws_as" not in drops["causal"] and drops["bidirectional"]["same_draws_as"] == "causal"
+    assert [drops[mask]["df_of_draws"] for mask in drops] == [1, 1], "the same draws cannot be counted twice"
+    assert "Random adapters are the same under both masks: one" in (tmp_path / "report/index.html").read_text()
+
+
+def test_the_spread_of_draws_is_pooled_over_masks(write, draws):
+    """Two draws a mask: Student's t with two degrees of freedom, never with less spread than the mask's own."""
+    runs, spreads = [], {"causal": 0.004, "bidirectional": 0.02}
+    for mask, spread in spreads.items():
+        curves = [[0.5, 0.4, 0.4, 0.4, 0.5 + sign * spread, 0.4] for sign in (-1, 1)]
+        runs += [write("solved", CURVE, 1, mask=mask, solved=True), *draws(*curves, mask=mask)]
+    claims = evaluate_claims(*read_studies(runs))
+    beyond = {c["image_attention"]: c["verdicts"]["beyond_random"] for c in claims if c["claim"] == "recovery"}
+    variances = {mask: np.var(entry["by_draw"], ddof=1) for mask, entry in beyond.items()}
+    for mask, entry in beyond.items():
+        assert entry["df_of_draws"] == 2
+        variance = max(variances[mask], np.mean(list(variances.values())))
+        half = scipy.stats.t.ppf(0.975, 2) * np.sqrt(variance / 2)
+        low, high = (abs(bound - entry["value"]) for bound in entry["ci95_without_draws"])
+        expected = [entry["value"] - np.hypot(half, low), entry["value"] + np.hypot(half, high)]
+        assert entry["ci95"] == pytest.approx(expected)
+    assert variances["causal"] < variances["bidirectional"] / 2, "one has its own spread, the other the pooled one"
+
+
+def test_claims_are_corrected_for_their_number(write, draws, tmp_path):
+    """The p of a claim is that of the weaker of the two columns that it needs."""
+    runs = []
+    for mask, seed in (("causal", 1), ("bidirectional", 2)):
+        runs += [write("solved", CURVE, seed, mask=mask, solved=True), *draws(FLAT, CURVE, FLAT, mask=mask, first=20)]
+    results = write_report(runs, tmp_path / "report")
+    tested = [claim for claim in results["claims"] if claim["p"] is not None]
+    assert {claim["claim"] for claim in tested} >= {"recovery"} and len(tested) < len(results["claims"])
+    assert [claim["p_holm"] for claim in tested] == holm([claim["p"] for claim in tested])
+    for claim in tested:
+        needed = [claim["verdicts"][name] for name in ("optimum", "beyond_random")]
+        assert claim["p"] == max(entry["p"] for entry in needed)
+        for entry in needed:
+            excludes_zero = entry["ci95"][0] > 0
+            assert (entry["p"] < 0.05) == excludes_zero or abs(entry["p"] - 0.05) < 0.02  # bootstraps are not symmetric
+    assert f"not corrected for the {len(tested)} claims" in (tmp_path / "report/index.html").read_text()
+
+
+def test_a_seed_without_a_verdict_does_not_leave_the_column_without_one(write, draws, tmp_path, capsys):
+    """Seed 2 has no trained probes and one random LLM only."""
+    runs = []
+    for seed in (0, 1, 2):
+        common = {"seed": seed, "mllm": "models/one", "images": 40}
+        runs += [write(f"sgd{seed}", LOW, seed, **common)] if seed < 2 else []
+        runs.append(write(f"s{seed}", CURVE, 5 + seed, solved=True, **common))
+        for i in range(2 if seed < 2 else 1):
+            llm = {"untrained": ["llm"], "match": "update", "draw": i}
+            runs.append(write(f"r{seed}{i}", FLAT, 30 + 2 * seed + i, solved=True, **common, **llm))
+    main(["report", *runs, "--out", str(tmp_path / "report")])
+    results = json.loads((tmp_path / "report/results.json").read_text())
+    (joint,) = results["joint"]
+    recovery = next(claim for claim in joint["claims"] if claim["claim"] == "recovery")
+    assert recovery["conclusion"] == "supported" and recovery["n"] == {"seeds": 3}
+    columns = recovery["verdicts"]
+    assert {name: list(x.get("left_out", {})) for name, x in columns.items()} == {
+        "paper": ["2"],
+        "optimum": [],
+        "beyond_random": ["2"],
+    }
+    by_seed = columns["beyond_random"]["by_seed"]
+    assert columns["beyond_random"]["value"] == pytest.approx((by_seed["0"] + by_seed["1"]) / 2)
+    assert by_seed["2"] is None and columns["paper"]["below_optimum"]["value"] > 0
+    assert "Beyond random: without seed 2, draws of a random llm: 1" in capsys.readouterr().out
+    assert recovery["p_holm"] >= recovery["p"] > 0
+
+
+def test_the_table_for_the_terminal_and_the_page_name_conclusions(write, draws, tmp_path, capsys):
+    runs = [write("sgd", LOW), write("solved", CURVE, 1, solved=True), *draws(FLAT, FLAT)]
+    main(["report", *runs, "--out", str(tmp_path / "report")])
+    text, page = capsys.readouterr().out, (tmp_path / "report/index.html").read_text()
+    summary = "1 of 2 claims are supported: recovery (causal). The others: 1 × untested."
+    assert summary in page and "below the optimum by" in page
+    row = next(line for line in text.splitlines() if line.startswith("recovery "))
+    assert row.split("  ")[-2].strip() == "supported" and "an effect counts from 1 point" in text
+    assert "supported" in (tmp_path / "report/tables.tex").read_text()
+    header = (tmp_path / "report/claims.csv").read_text().splitlines()[0].split(",")
+    assert {"conclusion", "p", "p_holm", "below_optimum", "optimum_detectable"} <= set(header)

@@ -41,26 +41,16 @@ $(VQA_VENV)/installed: pyproject.toml $(VQA_PINS) $(VQA_LOCK)
 	$(call install,$(VQA_VENV),$(VQA_LOCK))
 
 # ---------------------------------------------------------------------------------------------------- demo
-SEED ?= 0
 OUT ?= runs/demo
-SCALE ?= 0.1
-WORLD ?= context
-EXTRAS ?= $(filter 1,$(SCALE))
-include configs/demo/pipeline.mk
+DEMO = $(PY) -m llava_bidir demo $(if $(SCALE),--scale $(SCALE)) $(if $(WORLD),--world $(WORLD)) $(if $(EXTRAS),--extras)
 
 demo: venv ## a small toy world, into runs/demo (SCALE=1: in full; SEED=1, SEEDS="0 1 2", OUT=DIR, WORLD=null or conjunction)
 ifdef SEEDS
-	@for seed in $(SEEDS); do echo "seed $$seed"; $(MAKE) --no-print-directory demo SEEDS= SEED=$$seed OUT=$(OUT)/seed$$seed || exit; done
-	@OMP_NUM_THREADS=1 $(PY) -m probes report $(call demo_runs,$(addprefix $(OUT)/seed,$(SEEDS))) \
-	  $(call other_tasks,$(addprefix $(OUT)/seed,$(SEEDS))) --out $(OUT)/report
+	@for seed in $(SEEDS); do echo "seed $$seed"; $(DEMO) --seed $$seed --out $(OUT)/seed$$seed || exit; done
+	@$(PY) -m probes report $(foreach seed,$(SEEDS),$(OUT)/seed$(seed)) --out $(OUT)/report
 else
-	@PYTHONPATH=. $(PY) configs/demo/alone.py $(OUT) $(MAKE) --no-print-directory demo-alone
+	@$(DEMO) --out $(OUT) $(if $(SEED),--seed $(SEED))
 endif
-
-demo-alone:
-	@if $(MAKE) --no-print-directory -q $(REPORT) 2>/dev/null; then echo "$(OUT) is complete; nothing to do."; \
-	else $(MAKE) --no-print-directory -j2 $(REPORT); fi
-	@cat $(OUT)/logs/report.log
 
 # ---------------------------------------------------------------------------------------------------- checks
 # Tests of a file share what they prepare, so that a file stays with one worker.

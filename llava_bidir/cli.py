@@ -6,7 +6,9 @@ from importlib import import_module
 from pathlib import Path
 
 import llava_bidir
+from llava_bidir.common.configs import with_config_paths
 from llava_bidir.common.errors import one_line_errors
+from llava_bidir.common.short_help import ShortHelp, show_short_help
 from llava_bidir.common.usage_errors import ArgumentParser, between, count, natural
 
 CONFIGURED = {  # commands that take the options of LightningCLI
@@ -22,6 +24,47 @@ MODULES = {
     "estimate": "llava_bidir.commands.estimate",
     "verify-data": "llava_bidir.commands.verify_data",
 }
+DATA = {
+    "-c NAME": "config by name or path; later ones replace the values of earlier ones (`llava-bidir configs`)",
+    "--data.annotations FILE": "LLaVA's JSON with conversations",
+    "--data.images DIR": "folder of the images",
+}
+TRAINING = DATA | {
+    "--model.image_attention": "mask among image tokens: causal, bidirectional or prefix (default: causal)",
+    "--model.llm DIR": "language model: directory or hub id",
+    "--model.encoder.path DIR": "vision tower: directory or hub id",
+    "--model.adapter DIR": "stage 2: the exported model of stage 1",
+    "--trainer.devices N": "number of GPUs (default: auto)",
+    "--out DIR": "folder of the run (default: runs/llava)",
+    "--ckpt_path last": "resume an interrupted run, and leave a finished one alone",
+    "--overwrite true": "replace the run that the folder holds (default: false)",
+}
+FIT = "llava-bidir fit -c stage1 -c clip -c zero2 --data.annotations blip_laion_cc_sbu_558k.json --data.images IMAGES"
+OTHERS = ". All other options are those of `llava-bidir fit`"
+HELP = {
+    "fit": ShortHelp("Train a stage of LLaVA-1.5, and export the model to OUT/hf.", FIT, TRAINING),
+    "validate": ShortHelp(
+        "Compute loss and answers of a checkpoint on the validation questions. " + OTHERS[2:] + ".",
+        "llava-bidir validate -c stage2 -c clip --data.val_annotations questions.json --ckpt_path last",
+        {"--data.val_annotations FILE": "validation questions", **DATA},
+    ),
+}
+HELP["test"] = HELP["validate"]
+HELP["verify-data"] = ShortHelp(
+    "Check every record and image before using GPU time; exit with status 1 if any cannot be used" + OTHERS + ".",
+    "llava-bidir verify-data -c stage2 -c clip --data.annotations mix.json --data.images IMAGES",
+    DATA | {"--decode": "also decode every image", "--json FILE": "write what is wrong to a file"},
+)
+HELP["estimate"] = ShortHelp(
+    "Estimate parameters, FLOPs and memory of a config, without weights" + OTHERS + ".",
+    "llava-bidir estimate -c stage2 -c clip -c zero3 --devices 8",
+    DATA | {"--devices N": "number of GPUs", "--json": "print JSON"},
+)
+HELP["inspect"] = ShortHelp(
+    "Show the tokens, labels and attention mask of records" + OTHERS + ".",
+    "llava-bidir inspect -c stage2 -c clip --data.annotations mix.json --data.images IMAGES --index 0 7",
+    DATA | {"--index I ...": "indices of the records (default: 0)", "--json": "print one JSON object per line"},
+)
 VQA = "gqa mmbench mme mmmu pope scienceqa textvqa textvqa_ocr vizwiz toy".split()  # vqa/benchmarks.py needs numpy
 
 
@@ -120,6 +163,23 @@ def build_parser() -> argparse.ArgumentParser:
     text = "largest share of names that are replaced by their look-alike in the text on which the LLM is trained"
     assets.add_argument("--swapped-names", type=between(0, 1), default=0.5, metavar="SHARE", help=text)
 
+    text = "list the configs that `-c NAME` finds, print one, or copy them"
+    configs = command("configs", "llava_bidir.common.configs:run", text)
+    configs.add_argument("name", nargs="?", help="config to print, or to copy")
+    configs.add_argument("--copy", type=Path, metavar="DIR", help="copy it, or all of them, to this folder")
+
+    text = "train, probe and report on a toy world, in minutes on two CPU cores; again: only what is missing"
+    demo = command("demo", "llava_bidir.toy_world.demo:run", text)
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of world, models, study and report")
+    demo.add_argument("--seed", type=natural, default=0, help="seed of all random choices")
+    text = (
+        "factor for the number of images, conversations and training steps; 1: half an hour, large enough for results"
+    )
+    demo.add_argument("--scale", type=between(0.01, 1000), default=0.1, help=text)
+    demo.add_argument("--world", choices=["context", "conjunction", "null"], default="context", help="see demo-assets")
+    text = "also other tasks, patching, maps and UMAP, which no claim needs (always from scale 1)"
+    demo.add_argument("--extras", action="store_true", help=text)
+
     rehearse = command(
         "rehearse",
         "llava_bidir.rehearsal.run:run",
@@ -146,8 +206,9 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors("llava-bidir", argv):
         if argv[1:] == ["--version"]:
             argv = argv[1:]
+        argv = show_short_help("llava-bidir", argv, HELP) if argv else argv
         if argv and argv[0] in CONFIGURED:
-            import_module(MODULES.get(argv[0], "llava_bidir.training.cli")).main(argv)
+            import_module(MODULES.get(argv[0], "llava_bidir.training.cli")).main(with_config_paths(argv))
             return
         parser = build_parser()
         if not argv:

@@ -18,6 +18,8 @@ _MODULES = {
     "register_head": ".training.heads",
     "ProbeRun": ".results.probe_run",
     "TaskRun": ".results.task_run",
+    "study": ".studies.run",
+    "Study": ".studies.table",
     "prepare_masks": ".ops.quadrature",
     "upsampled_cross_entropy": ".ops.cross_entropy",
 }

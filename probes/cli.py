@@ -5,7 +5,9 @@ import sys
 from importlib import import_module
 
 from llava_bidir import __version__
+from llava_bidir.common.configs import with_config_paths
 from llava_bidir.common.errors import one_line_errors
+from llava_bidir.common.short_help import ShortHelp, show_short_help
 from llava_bidir.common.usage_errors import ArgumentParser
 
 LIGHTNING_COMMANDS = {  # their options are defined by LightningCLI
@@ -17,6 +19,58 @@ LIGHTNING_COMMANDS = {  # their options are defined by LightningCLI
 }
 
 
+RUN_OPTIONS = {
+    "-c NAME": "config by name or path; later ones replace the values of earlier ones (`llava-bidir configs`)",
+    "--model.mllm MODEL": "checkpoint directory or hub id",
+    "--data.root DIR": "folder of images and masks (probes/README.md), or of the layout below",
+    "--data.dataset NAME": "layout: folder, ade20k, voc2012, cityscapes, ... (default: folder)",
+    "--data.task NAME": "segmentation, depth, normals or boundaries (default: segmentation)",
+    "--data.batch_size N": "images per batch, of all devices together (default: 64)",
+    "--model.image_attention NAME": "mask among image tokens; null keeps the model's own (default: null)",
+    "--model.untrained LIST": "parts with random weights, for controls: [llm], [adapter], ... (default: null)",
+    "--model.match NAME": "how a random LLM resembles the trained one: none, update, permuted (default: none)",
+    "--model.draw N": "number of the random draw (default: 0)",
+    "--out DIR": "folder of the run (default: runs/probes)",
+    "--ckpt_path last": "resume an interrupted run, and leave a finished one alone",
+    "--overwrite true": "replace the run that the folder holds (default: false)",
+}
+SOLVER_OPTIONS = {
+    "--dry-run": "print memory and hours, measured on a few images",
+    "--strengths R ...": "strengths of regularisation (default: the best one, searched in half decades)",
+    "--passes N": "most passes over the training images (default: 8)",
+    "--folds N": "folds of training images that choose the strength (default: 4)",
+    "--sample-images N": "training images in memory (default: as many as fit into a quarter of it)",
+}
+SCORE = "probes test -c folder --model.mllm MODEL --data.root DATA --out runs/mine --ckpt_path last"
+HELP = {
+    "fit": ShortHelp(
+        "Train a probe at every site of a model, as the paper does. `probes solve` is faster and needs no recipe.",
+        "probes fit -c ade20k --model.mllm MODEL --data.root ADEChallengeData2016 --out runs/mine",
+        RUN_OPTIONS,
+    ),
+    "solve": ShortHelp(
+        "Solve linear probes of all sites at the optimum of their loss, with the strength of regularisation that "
+        "cross-validation chooses. Depth and normals are least squares. `probes study` does this for a model and its "
+        "random controls.",
+        "probes solve --model.mllm MODEL --data.root DATA --out runs/mine",
+        RUN_OPTIONS | SOLVER_OPTIONS,
+    ),
+    "verify-data": ShortHelp(
+        "Read every image and target of both splits; exit with status 1 if any cannot be used. All other options are "
+        "those of `probes fit`; the model is not needed.",
+        "probes verify-data -c folder --data.root DATA",
+        {name: text for name, text in RUN_OPTIONS.items() if name.startswith(("-c", "--data"))},
+    ),
+    "validate": ShortHelp(
+        "Score the probes of a checkpoint as they are.", SCORE.replace("test", "validate"), RUN_OPTIONS
+    ),
+    "test": ShortHelp("Score each probe of a checkpoint at its best epoch, and write the files.", SCORE, RUN_OPTIONS),
+}
+OWN_PARSERS = {name: "probes.training.cli" for name in LIGHTNING_COMMANDS}
+OWN_PARSERS |= {"verify-data": "probes.training.verify_data", "solve": "probes.training.solve"}
+OWN_PARSERS |= {"study": "probes.studies.command"}
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands."""
     parser = ArgumentParser(
@@ -24,6 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    text = "from a model and a folder of images and masks to a report: probes, random controls, analyses, verdicts"
+    commands.add_parser("study", help=text, add_help=False)
     for name, text in LIGHTNING_COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
 
@@ -175,7 +231,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     text = "write claims, figures and tables of runs as one self-contained HTML page"
     p = command("report", "probes.report.page:run", text)
-    text = "finished probe runs, one per model, dataset and mask, and their controls; NAME=RUN names the model"
+    text = (
+        "studies, or finished probe runs, one per model, dataset and mask, and their controls; NAME=RUN names the model"
+    )
     p.add_argument("runs", nargs="+", metavar="RUN", help=text)
     text = "folder for index.html, results.json, *.csv, *.png and *.pdf"
     p.add_argument("--out", required=True, metavar="DIR", help=text)
@@ -226,10 +284,14 @@ def main(argv: list[str] | None = None) -> None:
         if not argv:
             build_parser().print_help()
             sys.exit(2)
-        if argv[0] in LIGHTNING_COMMANDS:
-            module = {"verify-data": "verify_data", "solve": "solve"}.get(argv[0], "cli")
-            import_module(f"probes.training.{module}").main(argv)
-            return
-        args = build_parser().parse_args(argv)
-        module, _, function = args.run.partition(":")
-        getattr(import_module(module), function)(args)
+        run_command(show_short_help("probes", argv, HELP))
+
+
+def run_command(argv: list[str]) -> None:
+    """Run one command; errors of its input are raised as `UserError`."""
+    if argv[0] in OWN_PARSERS:
+        import_module(OWN_PARSERS[argv[0]]).main(with_config_paths(argv))
+        return
+    args = build_parser().parse_args(argv)
+    module, _, function = args.run.partition(":")
+    getattr(import_module(module), function)(args)

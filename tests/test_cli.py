@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import run_bytes
 import tiny_models
 import torch
+from processes import HANGING_S
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -22,9 +24,9 @@ from probes.training.solve import build_parser as build_solve_parser
 MAIN = {"llava_bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 PROMISED = {
     "llava_bidir": "fit validate test export inspect estimate verify-data generate vqa vqa-table demo-assets".split()
-    + ["rehearse", "import-gguf"],
+    + ["rehearse", "import-gguf", "configs", "demo"],
     "probes": "fit solve validate test verify-data sites states knockout starvation umap maps segment explore".split()
-    + ["answers", "patching", "report", "lab"],
+    + ["answers", "patching", "report", "lab", "study"],
 }
 
 
@@ -49,6 +51,36 @@ def test_help_of_each_command_explains_every_option(package, command, capsys):
     text = capsys.readouterr().out
     assert stop.value.code == 0 and "usage:" in text and len(text) > 200
     assert not [action.dest for action in subparsers(package)[command]._actions if not action.help]
+
+
+@pytest.mark.parametrize(("package", "command"), ALL)
+def test_help_imports_nothing_heavy(package, command):
+    """In a process of its own, like a typing error's answer."""
+    code = f"import sys; sys.argv = ['x', {command!r}, '--help']; import {package}.cli as c\ntry: c.main()\n"
+    code += "except SystemExit as end: assert not end.code, end\n"
+    code += "print([name for name in ('torch', 'transformers', 'lightning', 'pandas') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGING_S)
+    assert done.stdout.endswith("[]\n"), done.stdout[-200:] + done.stderr
+
+
+PAGES = [(package, name) for package in ("llava_bidir", "probes") for name in import_module(f"{package}.cli").HELP]
+
+
+@pytest.mark.parametrize(("package", "command"), PAGES)
+def test_short_help_has_options_and_defaults_of_the_parser(package, command, capsys):
+    page, everything = import_module(f"{package}.cli").HELP[command], ""
+    for name in {command, "fit"}:  # whose options the others take
+        with pytest.raises(SystemExit):
+            MAIN[package]([name, "--help-all"])
+        everything += capsys.readouterr().out
+    entries = {entry.split()[0].rstrip(","): entry for entry in re.split(r"\n  (?=-)", everything)}
+    entries |= {"-c": ""}
+    for option, text in page.options.items():
+        name, default = option.split()[0], re.search(r"\(default: (.*)\)$", text)
+        assert name in entries, option
+        if default and name.startswith(("--model", "--data", "--out", "--overwrite", "--trainer")):
+            found = re.findall(r"default: ([^)]*)\)", " ".join(entries[name].split()))
+            assert found[-1].lower() == default[1], (option, found)
 
 
 @pytest.mark.parametrize("package", COMMANDS)

@@ -1,6 +1,5 @@
 """Every shipped YAML runs against the real classes: parsed, type-checked, instantiated."""
 
-import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,7 +23,7 @@ PROBING = {  # config: a dataset in its layout, and how many classes that has
     "probes/cityscapes.yaml": (dataset_layouts.write_cityscapes, 19),
     "demo/probes.yaml": (tiny_models.write_segmentation, 3),
 }
-UPON_PROBING = ["demo/untrained.yaml", "probes/matched.yaml"]
+UPON_PROBING = ["probes/matched.yaml"]
 
 
 def test_every_yaml_is_covered_here():
@@ -147,9 +146,7 @@ def test_probing_config_is_instantiated(file, more, checkpoints, tmp_path):
         "cpu",
     ]
     cli = build_cli(argv, run=False)
-    assert cli.model.hparams.num_classes == classes and bool(cli.model.hparams.untrained) == (
-        more[:1] in (["demo/untrained.yaml"], ["probes/matched.yaml"])
-    )
+    assert cli.model.hparams.num_classes == classes and bool(cli.model.hparams.untrained) == bool(more)
 
 
 def test_dataset_options_are_set_from_the_command_line(checkpoints, tmp_path):
@@ -187,32 +184,3 @@ def test_misspelt_key_is_an_error_that_names_it(package, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         import_module(f"{package}.cli").main(["fit", "-c", str(tmp_path / "c.yaml")])
     assert stop.value.code == 2 and "lerning_rate" in capsys.readouterr().err
-
-
-def plan_demo(out: Path, *options: str) -> list[str]:
-    """Return the lines that make would run for a demo up to its report."""
-    goal = f"{out}/report/results.json"
-    make = ["make", "-n", "--no-print-directory", f"OUT={out}", "PY=python", *options, goal]
-    return subprocess.run(make, cwd=CONFIGS.parent, capture_output=True, text=True, check=True).stdout.splitlines()
-
-
-@pytest.mark.parametrize(("options", "count"), [([], 34), (["SCALE=1"], 52), (["EXTRAS=yes"], 52)])
-def test_graph_of_the_demo_is_acyclic_and_complete(tmp_path, options, count):
-    """It parses, and its last step waits for every other. A small demo leaves out what no claim needs."""
-    plan = plan_demo(tmp_path, *options)
-    steps = [line.split()[2] for line in plan if line.startswith('echo "')]
-    assert len(steps) == len(set(steps)) == count and steps[0] == "assets" and steps[-1] == "report", steps
-    extras = {f"{m}_{s}" for m in ("causal", "bidirectional") for s in ("umap", "maps", "patching", "depth_random")}
-    assert extras & set(steps) == (extras if options else set()) and ("--tasks" in "".join(plan)) == bool(options)
-
-
-@pytest.mark.parametrize(
-    ("world", "name"), [("context", None), ("null", "null world"), ("conjunction", "conjunction world")]
-)
-def test_every_probe_of_the_demo_records_the_name_of_its_world(tmp_path, world, name):
-    """Else a report would mix claims on a world without the effects with those on the default one."""
-    plan = plan_demo(tmp_path, f"WORLD={world}", "EXTRAS=yes")
-    probes = [line for line in plan if "--data.root" in line]
-    assert probes and any(f"--world {world}" in line for line in plan)
-    for line in probes:
-        assert (f"--data.name '{name}'" in line) if name else ("--data.name" not in line)

@@ -19,6 +19,7 @@ import yaml
 import llava_bidir.cli
 import probes
 import probes.cli
+from probes.studies import command as study
 
 ROOT = Path(__file__).parents[1]
 LISTED = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
@@ -141,8 +142,12 @@ def test_files_and_targets_of_commands_exist(name, command):
 def test_command_parses(name, command, capsys):
     program, *words = shlex.split(command)
     shortened = "..." in words
+    words = [word for word in words if word != "..."]
     try:
-        PROGRAMS[program].build_parser().parse_args([word for word in words if word != "..."])
+        if words[:1] == ["study"]:  # further options are those of `probes solve`
+            study.build_parser().parse_known_args(words[1:])
+        else:
+            PROGRAMS[program].build_parser().parse_args(words)
     except SystemExit as end:
         message = capsys.readouterr().err.strip().splitlines()[-1:]
         assert end.code == 0 or (shortened and "arguments are required" in message[0]), f"{name}: {message}"

@@ -42,6 +42,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     with wrap_os_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            partial.unlink(missing_ok=True)  # it may be a link to a file that is not ours
             yield partial
             _finish(partial, _new_file_mode())
             partial.replace(path)
@@ -157,6 +158,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str,
 
 
 def _write(path: Path, suffix: str, content: Any) -> None:
+    path.unlink(missing_ok=True)  # it may be a link to a file that is not ours
     if suffix == ".safetensors":
         write_tensors({name: x.detach().cpu().contiguous() for name, x in content.items()}, path)
     else:

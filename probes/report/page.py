@@ -32,8 +32,8 @@ from probes.report.figures.layer_curves import overview_figures
 from probes.report.figures.seeds import seed_figures
 from probes.report.figures.style import STYLE, ReportFigure
 from probes.results.finished_run import warn_of_changed_data
-from probes.results.task_run import TaskRun
-from probes.tasks import TASKS
+from probes.results.task_run import TaskRun, finished_runs, open_run
+from probes.tasks import SEGMENTATION, TASKS
 
 from . import latex, summary_text, tables
 from .answers import answer_tables, study_answers
@@ -215,15 +215,31 @@ def _draw_figures(figures: Iterable[ReportFigure], out: Path, files: Files) -> S
 
 def run(args: argparse.Namespace) -> None:
     """Run `probes report`."""
-    results = write_report(args.runs, args.out, args.timings, args.tasks)
+    runs, tasks = _expand_studies(args.runs)
+    results = write_report(runs, args.out, args.timings, [*tasks, *args.tasks])
+    print(f"{format_results(results)}\n{Path(args.out) / 'index.html'}")
+
+
+def _expand_studies(paths: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Return the runs of segmentation and those of other tasks; a study stands for all of its runs."""
+    runs: list[str] = []
+    tasks: list[str] = []
+    for path in paths:
+        is_run = "=" in path or (Path(path) / "metrics.json").is_file()
+        for run in [] if is_run else finished_runs(path):
+            (runs if open_run(run).task_name == SEGMENTATION else tasks).append(str(run))
+        runs += [path] if is_run or not finished_runs(path) else []  # which is then an error
+    return runs, tasks
+
+
+def format_results(results: dict[str, Any]) -> str:
+    """Return the verdicts of results.json as text."""
+    lines = []
     for joint in results.get("joint", []):
-        print(f"{joint['model']}, {joint['dataset']}, seeds {', '.join(map(str, joint['seeds']))} jointly")
-        print(summary_text.format_claims(joint["claims"]) + "\n")
+        lines += [f"{joint['model']}, {joint['dataset']}, seeds {', '.join(map(str, joint['seeds']))} jointly"]
+        lines += [summary_text.format_claims(joint["claims"]), ""]
     for study in results.get("studies", [results]):
-        if "studies" in results:
-            print(f"{study['model']}, {study['dataset']}")
-        print(summary_text.format_claims(study["claims"]))
-        for text in summary_text.summarize_path(study["path"], study["path_at_edge"]):
-            print(text)
-        print()
-    print(Path(args.out) / "index.html")
+        lines += [f"{study['model']}, {study['dataset']}"] if "studies" in results else []
+        lines += [summary_text.format_claims(study["claims"])]
+        lines += [*summary_text.summarize_path(study["path"], study["path_at_edge"]), ""]
+    return "\n".join(lines)

@@ -224,6 +224,12 @@ class FinishedRun:
         advice = "restore what was probed, or make the run again"
         check_same_identity({section: saved}, {section: now}, str(self.path), advice)
 
+    def check_unchanged(self) -> None:
+        """Raise a UserError if the model, the images or the masks are not those of the run any more."""
+        for split in ("training", "validation"):
+            self.dataset(split)
+        self._check_unchanged("model", lambda: named_identity({"mllm": self.manifest["config"]["mllm"]}))
+
     @cached_property
     def weights(self) -> torch.Tensor:
         """f[R, N]: bootstrap weights, the same for every run on these images."""

@@ -9,6 +9,7 @@
 Axes: S sites, N images, T image tokens, M sums per image, R solved strengths of each site.
 """
 
+import re
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +23,15 @@ from probes.tasks import SEGMENTATION, TASKS, Task
 
 from .finished_run import FinishedRun
 from .probe_run import ProbeRun
+
+
+def finished_runs(folder: str | Path) -> list[Path]:
+    """Return the folders of all finished runs, trained models first, draws in order."""
+    folder = Path(folder)
+    found = {file.parent for pattern in ("*", "*/*", "*/*/*") for file in folder.glob(f"{pattern}/metrics.json")}
+    number = lambda part: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", part)]
+    key = lambda run: (not run.name.startswith(("trained", "probes")), *map(number, run.relative_to(folder).parts))
+    return sorted(found, key=key)
 
 
 def open_run(path: str | Path) -> "ProbeRun | TaskRun":

@@ -52,10 +52,10 @@ class LeastSquaresMoments(Moments):
         """Add the states f[B, T, d] of images, with their normal equations, to a fold."""
         rest = equations.weight - equations.projected.sum(-1)
         labels = torch.cat([equations.projected, rest[..., None]], -1).flatten(0, 1).to(self.count.device)
-        x = states.to(self.pivot) - self.pivot
+        # Products in float64: those of float32 would change the weights by percents at the weakest strengths.
+        x = states.to(self.pivot).double() - self.pivot
         self.count[fold] += labels.sum(0)
-        # float64, since targets have no pivot; of few channels it costs little
-        self.first[fold] += labels.T @ x.flatten(0, 1).double()
+        self.first[fold] += labels.T @ x.flatten(0, 1)
         self.add_products(x.flatten(0, 1), apply_gram(equations.couplings, x, grid).flatten(0, 1), fold)
         self.square[fold] += equations.square.to(self.square.device)
 

@@ -83,20 +83,19 @@ class SiteProblem:
     def __init__(self, states: Tensor, loose: PreparedMasks, tight: PreparedMasks, fold_of: Tensor):
         self.order, self.sizes = fold_of.argsort(stable=True), fold_of.bincount().tolist()
         self.space = whiten(states, tight.soft)
-        self.masks = {
-            nodes: [masks[images.tolist()] for images in self.order.split(self.sizes)]
-            for nodes, masks in ((LOOSE_NODES, loose), (TIGHT_NODES, tight))
-        }
+        self.load(states, loose, tight)
         self.pixels = torch.stack([masks.pixels.sum() for masks in self.masks[TIGHT_NODES]])
-        self.load(states)
 
-    def load(self, states: Tensor) -> None:
-        """Set the states f[B, T, d] after :meth:`release`."""
-        self.tokens = [self.space.coordinates(states[images]) for images in self.order.split(self.sizes)]
+    def load(self, states: Tensor, loose: PreparedMasks, tight: PreparedMasks) -> None:
+        """Set the states and masks, the same as at first, after :meth:`release`."""
+        folds = [images.tolist() for images in self.order.split(self.sizes)]
+        self.tokens = [self.space.coordinates(states[images]) for images in folds]
+        both = (LOOSE_NODES, loose), (TIGHT_NODES, tight)
+        self.masks = {nodes: [masks[images] for images in folds] for nodes, masks in both}
 
     def release(self) -> None:
-        """Free the memory of the states; most of it."""
-        self.tokens = []
+        """Free the memory of states and masks; most of it."""
+        self.tokens, self.masks = [], {}
 
     @property
     def start(self) -> Tensor:

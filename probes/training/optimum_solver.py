@@ -1,8 +1,8 @@
 """LightningModule that solves linear probes of classes at the optimum of their loss (`optimum.py`).
 
 The first pass keeps the states of a sample of training images in memory: all of them if they fit. Each site is then
-solved by one process, on one thread. If the sample is not the complete split, further passes over all training images
-give the exact loss and gradient of the probes of the chosen strength and its neighbours, and nothing else.
+solved by one process, on a CPU by one thread. If the sample is not the complete split, further passes over all training
+images give the exact loss and gradient of the probes of the chosen strength and its neighbours, and nothing else.
 
     RUN/checkpoints/SITE.safetensors      a solved site
     RUN/checkpoints/points.safetensors    all sites after a later pass
@@ -10,12 +10,13 @@ give the exact loss and gradient of the probes of the chosen strength and its ne
 Legend: S sites, R strengths that are solved, B images, T tokens, d width, K classes, N training images.
 """
 
+import sys
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from probes.data.available_memory import available_memory
@@ -155,28 +156,28 @@ class OptimumSolver(Solver):
         saved = self.resuming and self.whole
         saved = broadcast([site for site in self.sites if saved and self._file(site).is_file()], 0)
         mine = [site for site in self.sample_states if site not in saved]
-        for site in _in_threads(self._solve_site, mine, self.device):
+        for site, (path, refinement) in _in_workers(self._solve_site, mine, self.device):
+            self.paths[site], self.refinements[site] = path, refinement
             if self.whole:
-                tensors = self.solved[site].tensors()
-                solver_progress.save(self._file(site), tensors, self.identity)
+                self.solved[site] = self._to_site(site)
+                solver_progress.save(self._file(site), self.solved[site].tensors(), self.identity)
                 del self.sample_states[site], self.refinements[site]
         for site in saved:
             self.solved[site] = SolvedSite(**solver_progress.load(self._file(site), self.identity))
 
-    def _problem(self, site: str) -> SiteProblem:
-        states, loose, tight = (x.to(self.device) for x in (self.sample_states[site], self.loose, self.tight))
-        return SiteProblem(states, loose, tight, self.fold_of)
-
-    def _solve_site(self, site: str) -> None:
-        problem = self._problem(site)
-        self.paths[site], refinement = solve_site(problem, self.hparams.strengths)
-        self.refinements[site] = refinement
+    def _solve_site(self, site: str) -> tuple[SitePath, Refinement]:
+        problem = SiteProblem(*self._inputs(site), self.fold_of)
+        path, refinement = solve_site(problem, self.hparams.strengths)
         if self.whole:
             refinement.solve_in_memory()
-            self.solved[site] = self._to_site(site)
         else:
             refinement.proximal.fill_(PROXIMAL)
         problem.release()
+        return path, refinement
+
+    def _inputs(self, site: str) -> tuple[Tensor, PreparedMasks, PreparedMasks]:
+        """Return the states and masks of the sample on the device."""
+        return tuple(x.to(self.device) for x in (self.sample_states[site], self.loose, self.tight))
 
     def _to_site(self, site: str) -> SolvedSite:
         """Return the present probes of a site that this process solves."""
@@ -214,17 +215,18 @@ class OptimumSolver(Solver):
                 penalty = ridge * refinement.points
                 value = value + (penalty * refinement.points).sum((1, 2)) / 2
                 refinement.accept(value, gradient + penalty)
-        list(_in_threads(self._step, list(self.refinements), self.device))
+        self.refinements |= dict(_in_workers(self._step, list(self.refinements), self.device))
         self.converged = all(sum(all_gather_objects([r.converged for r in self.refinements.values()]), []))
         if self.finished:
             for refinement in self.refinements.values():
                 refinement.points = refinement.kept[0]  # which the certificates are about
 
-    def _step(self, site: str) -> None:
-        problem = self.refinements[site].problem
-        problem.load(self.sample_states[site].to(self.device))
-        self.refinements[site].step()
-        problem.release()
+    def _step(self, site: str) -> Refinement:
+        refinement = self.refinements[site]
+        refinement.problem.load(*self._inputs(site))
+        refinement.step()
+        refinement.problem.release()
+        return refinement
 
     def _save_refinement(self) -> None:
         """Save the refinement of all sites in one file, so that they are of the same pass."""
@@ -266,31 +268,27 @@ class OptimumSolver(Solver):
         return {"passes": self.passes, "sample_images": len(self.sample)} | path, tensors
 
 
-def _in_threads(work: Callable[[str], None], sites: list[str], device: torch.device) -> Iterable[str]:
-    """Do the work of each site, on a CPU as many at a time as torch has threads; yield the sites that are done.
+def _in_workers(work: Callable[[str], Any], sites: list[str], device: torch.device) -> Iterable[tuple[str, Any]]:
+    """Yield each site with the result of its work, on a CPU as many at a time as torch has threads.
 
-    A site is solved on one thread: its bits do not depend on the number of threads, and no thread waits for another.
+    Each worker has one thread, so that the bits of a site do not depend on their number. They are processes, which
+    share the memory of this one: threads would wait for Python's lock and be as slow as one. DataLoader ends them with
+    this process, however it ends.
     """
-    bar = tqdm(total=len(sites), desc="solving sites", disable=rank() > 0, mininterval=5)
-    done = (work(site) or site for site in sites) if device.type != "cpu" else _pooled(work, sites)
-    with bar:
-        for site in done:
-            bar.update()
-            yield site
+    workers = min(torch.get_num_threads(), len(sites)) if device.type == "cpu" and sys.platform == "linux" else 1
+    processes = {"num_workers": workers, "multiprocessing_context": "fork"} if workers > 1 else {}
+    results = DataLoader(_Results(work, sites), batch_size=None, collate_fn=lambda result: result, **processes)
+    yield from zip(sites, tqdm(results, "solving sites", disable=rank() > 0, mininterval=5), strict=True)
 
 
-def _pooled(work: Callable[[str], None], sites: list[str]) -> Iterable[str]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            jobs = {pool.submit(work, site): site for site in sites}
-            try:
-                for job in as_completed(jobs):
-                    job.result()
-                    yield jobs[job]
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    finally:
-        torch.set_num_threads(threads)
+class _Results(Dataset):
+    """The result of some work for each site, done when it is asked for."""
+
+    def __init__(self, work: Callable[[str], Any], sites: list[str]):
+        self.work, self.sites = work, sites
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.work(self.sites[index])

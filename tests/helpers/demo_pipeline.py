@@ -38,7 +38,7 @@ def run(out: Path) -> None:
     probes(
         ["solve", "-c", "configs/demo/probes.yaml", "--model.mllm", str(model), "--data.root"]
         + [str(assets / "segmentation"), "--out", str(out / "solved"), "--model.sites", "[encoder, adapter, layer_01]"]
-        + ["--folds", "2", "--strengths", "1e-2", "1", "--optimum-strengths", "1e-1"]
+        + ["--folds", "2", "--strengths", "1e-2", "1"]
     )
     probes(["maps", "--probes", runs[0], "--image", "0", "1"])
     probes(["umap", "--probes", runs[0], "--image", "0"])

@@ -249,3 +249,17 @@ def test_fit_into_a_read_only_folder_fails_before_training(disk, parts, conversa
     out = disk(100, "ro") / "run"
     with pytest.raises(SystemExit, match="cannot write to folder .*run: Read-only file system; choose another"):
         cli.main(["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(out)])
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.partial"])
+@pytest.mark.parametrize("how", ["files", "file"])
+def test_nothing_is_written_through_a_link(name, how, tmp_path):
+    victim, file = tmp_path / "victim", tmp_path / "a.json"
+    victim.write_text("untouched")
+    (tmp_path / name).symlink_to(victim)
+    if how == "files":
+        write_files({file: {}})
+    else:
+        with atomic_write(file) as partial:
+            partial.write_text("{}")
+    assert victim.read_text() == "untouched" and json.loads(file.read_text()) == {} and not file.is_symlink()

@@ -27,7 +27,7 @@ def runs(checkpoints, segmentation, tmp_path_factory) -> list[str]:
     """Trained and untrained runs under both masks, and maps of one of them."""
     root, paths = tmp_path_factory.mktemp("study"), []
     for mask in MASKS:
-        for kind, more in (("probes", []), ("untrained", ["-c", "configs/demo/untrained.yaml"])):
+        for kind, more in (("probes", []), ("untrained", ["--model.untrained", "[adapter, llm]"])):
             out = root / mask / kind
             more = [*more, "--trainer.max_epochs", "2", "--save_predictions", "true"]
             probe_runs.fit(checkpoints[mask], segmentation, out, *more)

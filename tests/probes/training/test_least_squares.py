@@ -133,6 +133,20 @@ def test_float32_states_with_a_channel_of_huge_mean_lose_nothing_that_matters():
     torch.testing.assert_close(ours.loss, exact.loss, rtol=1e-5, atol=0)
 
 
+def test_weights_are_exact_at_the_weakest_strength():
+    """States whose variances span six decades in every direction, as those of an LLM do, in float32."""
+    grid, size = GRIDS[2], SIZES[0]
+    view = Geometry(grid, 48, 42, "squash").view(size)
+    states, target = draw(grid, size)
+    generator = torch.Generator().manual_seed(0)
+    width = states.shape[-1]
+    mix = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))[0]
+    single = (states @ (mix * torch.logspace(0, -3, width, dtype=torch.float64)) @ mix.T).float()
+    exact = solve_least_squares(moments_of(single.double(), target, grid, view), (1e-6,))
+    ours = solve_least_squares(moments_of(single, target, grid, view), (1e-6,))
+    assert (ours.weights - exact.weights).norm() / exact.weights.norm() < 1e-5
+
+
 def test_parts_of_the_images_added_up_give_the_moments_of_all():
     grid, size = GRIDS[0], SIZES[0]
     view = Geometry(grid, 48, 42, "squash").view(size)

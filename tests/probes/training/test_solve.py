@@ -164,6 +164,7 @@ def test_passes_with_a_small_sample_end_near_the_optimum(run, checkpoints, segme
 SLOW_REFINEMENT = """
 import sys, time
 from pathlib import Path
+from typing import Any
 from probes.cli import main
 from probes.training.optimum_solver import OptimumSolver
 started = Path(sys.argv.pop(1))
@@ -193,7 +194,7 @@ def die(*args, **kwargs) -> None:
 
 KILLS = {  # where, the options, and the number of calls after which it is killed
     "in the first pass": ("predict_step", [], 2),
-    "on the path": ("_solve_site", [], 3),
+    "on the path": ("_to_site", [], 3),
     "in a later pass": ("predict_step", [*SAMPLED, "--passes", "3"], 5),
     "after a later pass": ("on_predict_start", [*SAMPLED, "--passes", "4"], 3),
     "while it is scored": ("on_test_start", [*SAMPLED, "--passes", "2"], 1),
@@ -205,9 +206,9 @@ def test_a_killed_run_resumes_to_the_same_bytes(when, checkpoints, segmentation,
     method, more, calls = KILLS[when]
     original, count = getattr(OptimumSolver, method), []
 
-    def stop(self, *args) -> None:
+    def stop(self, *args) -> object:
         count.append(1)
-        die() if len(count) == calls else original(self, *args)
+        return die() if len(count) == calls else original(self, *args)
 
     killed = arguments(checkpoints["causal"], segmentation, tmp_path / "killed", *more)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):

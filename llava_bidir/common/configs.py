@@ -1,0 +1,72 @@
+"""The YAML files of configs/, found by name in a clone and in an installed package: `-c stage2 -c clip -c zero3`."""
+
+import argparse
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import UserError
+
+FOLDER = Path(__file__).parents[1] / "configs"  # in a clone a link to configs/, in a wheel a copy
+OPTIONS = ("-c", "--config")
+
+
+def config_names() -> dict[str, Path]:
+    """Return the files by name: "FOLDER/STEM", and "STEM" where no other file has it or the file is in no folder."""
+    files = sorted(FOLDER.rglob("*.yaml"), key=lambda file: (len(file.relative_to(FOLDER).parts), file))
+    names: dict[str, Path] = {}
+    for file in files:
+        names[file.relative_to(FOLDER).with_suffix("").as_posix()] = file
+    for file in files:
+        names.setdefault(file.stem, file)
+    stems = [file.stem for file in files if file.parent != FOLDER]
+    return {
+        name: file for name, file in names.items() if "/" in name or file.parent == FOLDER or stems.count(name) == 1
+    }
+
+
+def find_config(name: str) -> str:
+    """Return the path of a config: `name` itself if it is a file, else that of the config of this name.
+
+    Raises:
+        UserError: There is no such file and no config of this name.
+    """
+    if "\n" in name or (Path(name).exists() and not Path(name).is_dir()):  # jsonargparse takes YAML text, too
+        return name
+    names = config_names()
+    if name not in names:
+        raise UserError(f"there is no config {name!r}: it is not a file, nor one of {', '.join(sorted(names))}")
+    return str(names[name])
+
+
+def with_config_paths(argv: Sequence[str]) -> list[str]:
+    """Return the words of a command with each value of `-c` replaced by the path of its config."""
+    words = list(argv)
+    for i, word in enumerate(words):
+        option, equals, value = word.partition("=")
+        if option in OPTIONS and equals:
+            words[i] = f"{option}={find_config(value)}"
+        elif word in OPTIONS and i + 1 < len(words):
+            words[i + 1] = find_config(words[i + 1])
+    return words
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run `llava-bidir configs`: list the configs, print one, or copy one or all."""
+    if args.copy:
+        target = Path(args.copy)
+        names = [args.name] if args.name else [n for n, f in config_names().items() if f.parent == FOLDER or "/" in n]
+        for name in names:
+            file = Path(find_config(name))
+            copy = target / file.relative_to(FOLDER)
+            if copy.exists():
+                raise UserError(f"{copy} exists; choose another folder (--copy)")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
+            print(copy)
+    elif args.name:
+        print(Path(find_config(args.name)).read_text(), end="")
+    else:
+        for name, file in config_names().items():
+            if "/" in name or file.parent == FOLDER:
+                print(f"{name:<22} {file.read_text().partition(chr(10))[0].removeprefix('# ')}")

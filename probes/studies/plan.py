@@ -1,0 +1,271 @@
+"""The steps of a study, in order: each is one command of `probes`, with the folder or file that it writes.
+
+An arm is a model with trained or random weights. Its name says which:
+
+    trained       the checkpoint as it is
+    random0, ...  a random LLM whose layers change the states as much as the trained ones, draw 0, 1, ...
+    permuted0     the trained LLM with the entries of each weight matrix permuted
+    adapter0      a random adapter
+    untrained0    a random adapter and a random LLM
+
+`--fit` adds `probes`, the trained model with probes that AdamW trained, as the paper does.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from llava_bidir.common.errors import UserError
+from probes.data.registry import DATASETS
+from probes.models.families import family_of
+from probes.models.prompt_and_pixels import read_config
+from probes.models.sites import site_names
+from probes.tasks import TASKS
+
+# The paper's protocol (configs/probes/folder.yaml) for `--fit`, if no config says otherwise.
+FIT = ("--trainer.max_epochs", "-1", "--trainer.max_steps", "6320", "--trainer.val_check_interval", "316")
+FIT += ("--trainer.check_val_every_n_epoch", "null")
+
+
+class Weights(NamedTuple):
+    """Which weights of an arm are random, and the sites that they change."""
+
+    options: tuple[str, ...]  # of `probes solve`
+    sites: slice  # of the model's sites: a random LLM is compared from the adapter on, a random adapter up to it
+
+
+ARMS = {
+    "trained": Weights((), slice(None)),
+    "random": Weights(("--model.untrained", "[llm]", "--model.match", "update"), slice(1, None)),
+    "permuted": Weights(("--model.untrained", "[llm]", "--model.match", "permuted"), slice(1, None)),
+    "adapter": Weights(("--model.untrained", "[adapter]"), slice(0, 2)),
+    "untrained": Weights(("--model.untrained", "[adapter, llm]"), slice(1, None)),
+}
+
+
+class Analysis(NamedTuple):
+    """An analysis of finished arms.
+
+    Args:
+        result: The file that it writes into the arm's folder; of a pair, into that of the second model.
+        options: Its options unless `--add` sets others.
+        arms: The kinds of arms that it is run on.
+        default: It runs unasked.
+        of_pairs: It compares two models.
+        page: It writes a page of all models into the folder of the report.
+    """
+
+    result: str
+    options: dict[str, str] = {}
+    arms: tuple[str, ...] = ("trained",)
+    default: bool = False
+    of_pairs: bool = False
+    page: bool = False
+
+
+ANALYSES = {
+    "knockout": Analysis("knockout.json", {"classes": "auto:4"}, ("trained", "random", "probes"), default=True),
+    "starvation": Analysis("starvation.json", {"by-class": "true"}, default=True, of_pairs=True),
+    "answers": Analysis("answers.json", {}, ("trained", "random"), default=True),  # if there are questions
+    "patching": Analysis("patching.json"),
+    "maps": Analysis("maps.json", {"image": "0,1,2,3"}, ("trained", "probes")),
+    "umap": Analysis("umap.json", {}, ("trained", "probes")),
+    "explore": Analysis("explorer.html", {"images": ",".join(map(str, range(12)))}, page=True),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a study is made of.
+
+    Args:
+        models: Checkpoint directory or hub id by label. One model has the label "".
+        data: Folder of images and masks, or the name of a layout, whose folder `--data.root` gives.
+        out: Folder of the study.
+        draws: Draws of random LLMs and of random adapters.
+        arms: Arms to solve; None for the trained one and `draws` of both.
+        fit: Also train probes, as the paper does.
+        tasks: Other tasks, each solved on the trained model and on one random LLM.
+        add: Analyses to run besides the default ones, "NAME" or "NAME.OPTION=VALUE".
+        only: Kinds of steps to run: "solve", "fit", "report", or an analysis; None for all.
+        options: Further options of `probes solve` and `probes fit`.
+    """
+
+    models: dict[str, str]
+    data: str
+    out: Path
+    draws: int = 3
+    arms: tuple[str, ...] | None = None
+    fit: bool = False
+    tasks: tuple[str, ...] = ()
+    add: tuple[str, ...] = ()
+    only: tuple[str, ...] | None = None
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command.
+
+    Args:
+        name: Unique in the study, e.g. "causal/random0/knockout".
+        command: Its words after `probes`.
+        result: The file that says that it is done.
+        kind: "solve", "fit", "report", or the name of an analysis.
+        needs: Names of the arms whose results it reads; the report reads all.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    result: Path
+    kind: str
+    needs: tuple[str, ...] = field(default=())
+
+
+def make_plan(settings: Settings) -> list[Step]:
+    """Return the steps of a study, each after those that it needs.
+
+    Raises:
+        UserError: A setting is invalid, or a model's config cannot be read.
+    """
+    arms, analyses, fitted = arm_names(settings), chosen_analyses(settings), ("probes",) if settings.fit else ()
+    steps: list[Step] = []
+    for label, model in settings.models.items():
+        steps += _runs(settings, label, model, arms)
+        for name, options in analyses.items():
+            if not (ANALYSES[name].of_pairs or ANALYSES[name].page):
+                analysed = [arm for arm in (*arms, *fitted) if _kind(arm) in ANALYSES[name].arms]
+                steps += [_analysis(settings, label, arm, name, options) for arm in analysed]
+    for arm in ("trained", *fitted) if len(settings.models) == 2 and "trained" in arms else ():
+        pairs = {name: options for name, options in analyses.items() if ANALYSES[name].of_pairs}
+        steps += [_pair(settings, arm, name, options) for name, options in pairs.items()]
+    report = settings.out / "report"
+    if "explore" in analyses and "trained" in arms:
+        runs = tuple(_join(label, "trained") for label in settings.models)
+        words = ("explore", *(str(settings.out / run) for run in runs), *_words(analyses["explore"]))
+        steps.append(Step("explore", (*words, "--out", str(report)), report / "explorer.html", "explore", runs))
+    steps.append(Step("report", ("report", str(settings.out), "--out", str(report)), report / "results.json", "report"))
+    return [step for step in steps if settings.only is None or step.kind in settings.only]
+
+
+def _runs(settings: Settings, label: str, model: str, arms: Sequence[str]) -> list[Step]:
+    """Return the steps that make the probe runs of a model."""
+    sites = model_sites(model)
+    base = (*settings.options, *data_options(settings), "--model.mllm", model, "--ckpt_path", "last")
+
+    def run(arm: str, kind: str, name: str, more: Sequence[str] = ()) -> Step:
+        weights, draw = ARMS[_kind(arm)], re.sub(r"\D", "", arm)
+        options = [*more, *weights.options, *(["--model.draw", draw] if draw else ())]
+        if weights.options:
+            options += ["--model.sites", f"[{', '.join(sites[weights.sites])}]"]
+        out = settings.out / _join(label, name)
+        return Step(_join(label, name), (kind, *base, *options, "--out", str(out)), out / "metrics.json", kind)
+
+    steps = [run(arm, "solve", arm) for arm in arms]
+    if settings.fit:
+        configured = any(word.split("=")[0] in ("-c", "--config") for word in settings.options)
+        steps.append(run("trained", "fit", "probes", () if configured else FIT))
+    tasks = [(task, arm) for task in settings.tasks for arm in ("trained", "random0") if arm in arms]
+    return steps + [run(arm, "solve", f"{task}_{arm}", ["--data.task", task]) for task, arm in tasks]
+
+
+def arm_names(settings: Settings) -> list[str]:
+    """Return the names of the arms, the trained one first."""
+    if settings.arms is None:
+        return ["trained", *(f"{kind}{draw}" for kind in ("random", "adapter") for draw in range(settings.draws))]
+    for name in settings.arms:
+        if not re.fullmatch(r"trained|(random|permuted|adapter|untrained)\d{1,3}", name):
+            known = "trained, random0, permuted0, adapter0, untrained0, or another draw"
+            raise UserError(f"there is no arm {name!r}; expected {known} (--arms)")
+    return sorted(dict.fromkeys(settings.arms), key=lambda name: name != "trained")
+
+
+def chosen_analyses(settings: Settings) -> dict[str, dict[str, str]]:
+    """Return the options of each analysis that is run; the default ones and those of `--add`."""
+    chosen = {name: dict(analysis.options) for name, analysis in ANALYSES.items() if analysis.default}
+    for text in settings.add:
+        name, _, setting = text.partition(".")
+        if name not in ANALYSES:
+            raise UserError(f"there is no analysis {name!r}; expected one of {', '.join(ANALYSES)} (--add)")
+        options = chosen.setdefault(name, dict(ANALYSES[name].options))
+        if setting:
+            key, equals, value = setting.partition("=")
+            if not (key and equals and value):
+                raise UserError(f"--add {text}: expected NAME or NAME.OPTION=VALUE, e.g. knockout.classes=sky,road")
+            options[key] = value
+    questions = Path(data_root(settings)).parent / "questions.json"  # as demo-assets writes it
+    if questions.is_file():
+        chosen["answers"].setdefault("questions", str(questions))
+    return {name: options for name, options in chosen.items() if name != "answers" or "questions" in options}
+
+
+def data_options(settings: Settings) -> list[str]:
+    """Return the options that say where the images are."""
+    if settings.data in DATASETS:
+        return ["--data.dataset", settings.data, "--data.name", settings.data]
+    return ["--data.root", settings.data]
+
+
+def data_root(settings: Settings) -> str:
+    """Return the folder of the images, as far as this command knows it."""
+    if settings.data not in DATASETS:
+        return settings.data
+    words = [word for option in settings.options for word in option.split("=", 1)]
+    if "--data.root" in words[:-1]:
+        return words[words.index("--data.root") + 1]
+    raise UserError(f"the layout {settings.data} needs the folder of its images: --data.root DIR")
+
+
+def model_sites(model: str) -> list[str]:
+    """Return the sites of a model, from its config."""
+    config = read_config(model)
+    family_of(config)
+    return site_names(config.get_text_config().num_hidden_layers)
+
+
+def check(settings: Settings) -> None:
+    """Raise a UserError if the study cannot be run: what is wrong is said before any work."""
+    if settings.draws < 0:
+        raise UserError(f"--draws must be 0 or more, got {settings.draws}")
+    for task in settings.tasks:
+        if task not in TASKS:
+            raise UserError(f"there is no task {task!r}; expected one of {', '.join(TASKS)} (--tasks)")
+    kinds = ("solve", "fit", *ANALYSES, "report")
+    for kind in settings.only or ():
+        if kind not in kinds:
+            raise UserError(f"there is no step {kind!r}; expected some of {', '.join(kinds)} (--only)")
+    root = Path(data_root(settings))
+    if settings.data not in DATASETS and not root.is_dir():
+        layouts = ", ".join(DATASETS)
+        raise UserError(f"{settings.data} is neither a folder of images and masks nor a layout ({layouts})")
+
+
+def _kind(arm: str) -> str:
+    return arm.rstrip("0123456789")
+
+
+def _join(label: str, name: str) -> str:
+    return f"{label}/{name}" if label else name
+
+
+def _words(options: dict[str, str]) -> list[str]:
+    """Return {"classes": "sky,road", "by-class": "true"} as --classes sky road --by-class."""
+    words: list[str] = []
+    for key, value in options.items():
+        words += [f"--{key}", *([] if value == "true" else value.split(","))]
+    return words
+
+
+def _analysis(settings: Settings, label: str, arm: str, name: str, options: dict[str, str]) -> Step:
+    run = settings.out / _join(label, arm)
+    command = (name, "--probes", str(run), *_words(options))
+    needs = tuple(_join(label, other) for other in dict.fromkeys((arm, "trained")))
+    return Step(f"{_join(label, arm)}/{name}", command, run / ANALYSES[name].result, name, needs)
+
+
+def _pair(settings: Settings, arm: str, name: str, options: dict[str, str]) -> Step:
+    runs = [_join(label, arm) for label in settings.models]
+    command = (name, "--probes", *(str(settings.out / run) for run in runs), *_words(options))
+    return Step(f"{runs[1]}/{name}", command, settings.out / runs[1] / ANALYSES[name].result, name, tuple(runs))

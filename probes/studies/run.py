@@ -1,0 +1,254 @@
+"""Run the steps of a study in this process, one after the other, and only those that are missing or changed.
+
+DIR/[LABEL/]ARM/          an arm: a finished run, with the results of its analyses
+DIR/report/               the report
+DIR/table.csv, .parquet   all results as one table
+DIR/steps/                command, seconds and memory of each step, and the hashes of what it read and wrote
+DIR/study.log             what the steps print
+"""
+
+import gc
+import hashlib
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llava_bidir.common.atomic_io import read_json, write_files
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.cli import run_command
+from probes.report.page import format_results
+from probes.results.task_run import finished_runs, open_run
+
+from .plan import ANALYSES, Settings, Step, check, make_plan
+from .table import Study, write_table
+
+RUNS = ("solve", "fit")  # kinds of steps whose result is a finished run
+
+
+def study(
+    model: str | Path | dict[str, str | Path],
+    data: str | Path,
+    *,
+    out: str | Path,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Study:
+    """Solve the probes of a model and of its random controls, analyse them, and write a report; `probes study`.
+
+    What is finished is not done again: call it once more after a kill, or with more `draws`. ::
+
+        study = probes.study("llava-hf/llava-1.5-7b-hf", "photos", out="runs/photos")
+        study.claims()          # a pandas DataFrame
+        study.table().query("metric == 'miou' and weights == 'trained'")
+
+    Args:
+        model: Checkpoint directory or hub id, or two of them by label, e.g. {"causal": ..., "bidirectional": ...}.
+        data: Folder of images and masks (probes/README.md), or the name of a layout.
+        out: Folder of the study.
+        overwrite: Replace results that other settings, models or data have made.
+        settings: Other fields of :class:`probes.studies.plan.Settings`: draws, arms, fit, tasks, add, only, options.
+
+    Raises:
+        UserError: A setting, the model or the data are invalid, or `out` holds a study of others.
+    """
+    models = {label: str(path) for label, path in model.items()} if isinstance(model, dict) else {"": str(model)}
+    tuples = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    run_study(Settings(models, str(data), Path(out), **tuples), overwrite)
+    return Study(Path(out))
+
+
+def run_study(settings: Settings, overwrite: bool = False) -> None:
+    """Run what is missing of a study, and print its verdicts."""
+    check(settings)
+    steps, out = make_plan(settings), settings.out
+    with exclusive_run_lock(out, "+".join(settings.arms or ()) or "study"):  # jobs of other arms can run meanwhile
+        missing = _missing(steps, out, _changed_models(steps, overwrite))
+        for i, step in enumerate(missing):
+            if step.kind == "report" and not any(run.name == "trained" for run in finished_runs(out)):
+                print("no report: the trained model is not solved yet")
+                continue
+            left = _time_left(missing[i:], out)
+            print(f"[{i + 1}/{len(missing)}] {step.name}{left and f', {left}'}", flush=True)
+            command, started = _command(step, out, overwrite), time.perf_counter()
+            _run_step(step, command, settings)
+            write_files({_record_file(step, out): _record(step, out, time.perf_counter() - started)})
+    if missing:
+        write_table(out)
+    else:
+        print(f"{out} is complete; nothing to do")
+    report = out / "report"
+    if (report / "results.json").is_file():
+        print(f"\n{format_results(read_json(report / 'results.json'))}\n{report / 'index.html'}")
+
+
+# ---------------------------------------------------------------------------------------------------- what is done
+def _record_file(step: Step, out: Path) -> Path:
+    return out / "steps" / f"{step.name.replace('/', '.')}.json"
+
+
+def _read_record(step: Step, out: Path) -> dict[str, Any]:
+    file = _record_file(step, out)
+    return read_json(file) if file.is_file() else {}
+
+
+def _digest(file: Path) -> str | None:
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+
+
+def _inputs(step: Step, out: Path) -> dict[str, str | None]:
+    """Return the hashes of what a step reads: of its arms, or for the report of all results."""
+    if step.kind != "report":
+        return {name: _digest(out / name / "metrics.json") for name in step.needs}
+    names = ["metrics.json", *(analysis.result for analysis in ANALYSES.values())]
+    files = [run / name for run in finished_runs(out) for name in names]
+    return {str(file.relative_to(out)): _digest(file) for file in files if file.is_file()}
+
+
+def _is_done(step: Step, out: Path) -> bool:
+    """Return whether the step's result is there, and was made by this command from what is there now."""
+    record = _read_record(step, out)
+    now = {"command": list(step.command), "inputs": _inputs(step, out), "result": _digest(step.result)}
+    return step.result.is_file() and all(record.get(key) == value for key, value in now.items())
+
+
+def _missing(steps: list[Step], out: Path, changed: set[str]) -> list[Step]:
+    """Return the steps that are not done, are of changed models, or read what other missing steps write."""
+    missing: list[Step] = []
+    for step in steps:
+        names = {other.name for other in missing}
+        again = (names and step.kind == "report") or names & set(step.needs)
+        if again or (step.kind in RUNS and _model(step) in changed) or not _is_done(step, out):
+            missing.append(step)
+    return missing
+
+
+def _record(step: Step, out: Path, seconds: float) -> dict[str, Any]:
+    now = {"command": list(step.command), "inputs": _inputs(step, out), "result": _digest(step.result)}
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of this process so far
+    return {"kind": step.kind, **now, "seconds": round(seconds, 1), "peak_gb": round(peak_gb, 2)}
+
+
+def _changed_models(steps: list[Step], overwrite: bool) -> set[str]:
+    """Return the models whose finished arms were made from other weights or images than are there now.
+
+    Raises:
+        UserError: There are some, and they may not be overwritten.
+    """
+    first: dict[str, Step] = {}
+    for step in steps:
+        if step.kind in RUNS and step.result.is_file():
+            first.setdefault(_model(step), step)
+    changed = set()
+    for model, step in first.items():
+        try:
+            open_run(step.result.parent).check_unchanged()
+        except UserError as error:
+            if not overwrite:
+                raise UserError(f"{error}; or choose another --out, or --overwrite true") from None
+            changed.add(model)
+    return changed
+
+
+def _model(step: Step) -> str:
+    return step.command[step.command.index("--model.mllm") + 1]
+
+
+def _time_left(steps: list[Step], out: Path) -> str:
+    """Return the time that the steps will take, as far as steps of their kind were timed; "" if none was."""
+    seconds: dict[str, list[float]] = {}
+    for file in (out / "steps").glob("*.json"):
+        record = read_json(file)
+        seconds.setdefault(record["kind"], []).append(record["seconds"])
+    known = [sum(seconds[step.kind]) / len(seconds[step.kind]) for step in steps if step.kind in seconds]
+    return f"about {max(1, round(sum(known) / 60))} min left" if known else ""
+
+
+# ---------------------------------------------------------------------------------------------------- one step
+def _command(step: Step, out: Path, overwrite: bool) -> list[str]:
+    """Return the words of the command. What it made from other inputs is replaced, anything else only if asked to."""
+    words, record = list(step.command), _read_record(step, out)
+    if step.kind == "report":
+        return words
+    outdated = record.get("command") == words and record["inputs"] != _inputs(step, out)
+    if step.kind == "knockout":
+        words = _same_classes(step, words, out)
+    if not step.result.is_file() or not (overwrite or outdated):
+        return words
+    if step.kind in RUNS:
+        words = words[: words.index("--ckpt_path")] + words[words.index("--ckpt_path") + 2 :]
+    return [*words, "--overwrite", "true"]
+
+
+def _same_classes(step: Step, words: list[str], out: Path) -> list[str]:
+    """Return a knockout's command with the classes that were blocked in the trained arm: controls block the same."""
+    trained = out / step.needs[-1] / step.result.name
+    if trained == step.result or not trained.is_file():
+        known = len(read_json(step.result.parent / "metrics.json")["classes"])
+        return [f"auto:{min(int(word[5:]), known)}" if re.fullmatch(r"auto:\d+", word) else word for word in words]
+    start = words.index("--classes") + 1
+    stop = next((i for i in range(start, len(words)) if words[i].startswith("--")), len(words))
+    return words[:start] + [entry["class"] for entry in read_json(trained)["classes"]] + words[stop:]
+
+
+def _run_step(step: Step, command: list[str], settings: Settings) -> None:
+    """Run a command in this process, or with several devices in processes of its own.
+
+    Raises:
+        UserError: The command has failed on its input.
+    """
+    log_file = settings.out / "study.log"
+    with _output_to(log_file):
+        print(f"$ probes {shlex.join(command)}", flush=True)
+        if step.kind in RUNS and uses_several_devices(settings):
+            done = subprocess.run([sys.executable, "-m", "probes", *command])
+            failed = done.returncode != 0
+        else:
+            failed = False
+            try:
+                run_command(command)
+            except UserError as error:
+                raise UserError(f"{step.name}: {error}") from None
+    if failed:
+        raise UserError(f"{step.name} has failed; all it said is in {log_file}")
+    gc.collect()  # the model of the step
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        sys.modules["torch"].cuda.empty_cache()
+
+
+def uses_several_devices(settings: Settings) -> bool:
+    """Return whether the trainer's options ask for more than one device; "auto" takes all GPUs."""
+    words = [word for option in settings.options for word in option.split("=", 1)]
+    given = words[words.index("--trainer.devices") + 1] if "--trainer.devices" in words else "auto"
+    if given == "auto":
+        import torch
+
+        return torch.cuda.device_count() > 1
+    return given not in ("1", "[0]")
+
+
+@contextmanager
+def _output_to(file: Path) -> Iterator[None]:
+    """Append what is printed to a file; on a terminal, bars and messages stay visible."""
+    kept = [fd for fd in (1, 2) if fd == 1 or not os.isatty(2)]
+    flush = lambda: [stream.flush() for stream in (sys.stdout, sys.stderr)]
+    flush()
+    saved = {fd: os.dup(fd) for fd in kept}
+    with file.open("ab") as stream:
+        for fd in kept:
+            os.dup2(stream.fileno(), fd)
+    try:
+        yield
+    finally:
+        flush()
+        for fd, copy in saved.items():
+            os.dup2(copy, fd)
+            os.close(copy)

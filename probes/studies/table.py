@@ -1,0 +1,149 @@
+"""All results of a folder of finished runs as one tidy table, and the verdicts of its report as another."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llava_bidir.common.atomic_io import atomic_write, read_json
+from llava_bidir.common.errors import UserError
+from probes.results.finished_run import FinishedRun
+from probes.results.task_run import finished_runs, open_run
+
+if TYPE_CHECKING:  # pandas takes a second to import
+    from matplotlib.figure import Figure
+    from pandas import DataFrame
+
+COLUMNS = ("run", "model", "mask", "weights", "draw", "probes", "task", "dataset", "seed", "site", "metric", "value")
+COLUMNS += ("low", "high", "class", "condition", "strength")
+
+
+@dataclass(frozen=True)
+class Study:
+    """The results in a folder.
+
+    Args:
+        path: Folder of :func:`probes.study`, or any folder of finished runs.
+    """
+
+    path: Path
+
+    def table(self) -> "DataFrame":
+        """Return a row for each number: see README.md for the columns."""
+        from pandas import DataFrame
+
+        rows = [row for run in finished_runs(self.path) for row in _rows(run, str(run.relative_to(self.path)))]
+        if not rows:
+            raise UserError(f"{self.path} holds no finished run")
+        return DataFrame(rows, columns=list(COLUMNS))
+
+    def claims(self) -> "DataFrame":
+        """Return a row for each claim and mask: its conclusion, effect and interval, and the verdict of each column.
+
+        Raises:
+            UserError: There is no report yet.
+        """
+        from pandas import DataFrame
+
+        file = Path(self.path) / "report" / "results.json"
+        if not file.is_file():
+            raise UserError(f"{file} does not exist; the study is not finished")
+        return DataFrame([row for study in _studies(read_json(file)) for row in _claim_rows(study)])
+
+    def plot(self, metric: str = "miou", task: str = "segmentation") -> "Figure":
+        """Draw a metric by site: the trained models with their intervals, the random ones in grey."""
+        from matplotlib.figure import Figure
+
+        table = self.table().query("metric == @metric and task == @task")
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for (mask, weights, _, probes), rows in table.groupby(
+            ["mask", "weights", "draw", "probes"], sort=False, dropna=False
+        ):
+            trained = weights == "trained"
+            axes.plot(
+                rows["site"], rows["value"], marker="o", markersize=3, label=f"{mask}, {probes}" if trained else None,
+                color=None if trained else "lightgrey", zorder=2 if trained else 1,
+            )  # fmt: skip
+            if trained:
+                axes.fill_between(rows["site"], rows["low"], rows["high"], alpha=0.2)
+        axes.set(ylabel=metric, title="grey: random weights")
+        axes.tick_params(axis="x", rotation=60)
+        axes.legend()
+        return figure
+
+    def _repr_html_(self) -> str:
+        return self.claims().to_html(index=False, float_format="{:.3f}".format)
+
+
+def write_table(folder: Path) -> None:
+    """Write FOLDER/table.csv and FOLDER/table.parquet."""
+    table = Study(folder).table()
+    for name, write in (("table.csv", table.to_csv), ("table.parquet", table.to_parquet)):
+        with atomic_write(folder / name) as file:
+            write(file, index=False)
+
+
+def weights_of(run: FinishedRun) -> str:
+    """Return which weights a run's model has: trained, random, permuted, adapter or untrained."""
+    untrained, match = sorted(run.metrics["untrained"]), run.metrics.get("match", "none")
+    if untrained == ["llm"]:
+        return {"update": "random", "permuted": "permuted"}.get(match, "random, unmatched")
+    return {(): "trained", ("adapter",): "adapter"}.get(tuple(untrained), "untrained")
+
+
+def _rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a run: its scores by site, its path of strengths, its knockouts and its answers."""
+    run = open_run(path)
+    metrics, weights = run.metrics, weights_of(run)
+    common = {
+        "run": name,
+        "model": run.model or Path(metrics["mllm"]).parts[-1],
+        "mask": metrics["image_attention"],
+        "weights": weights,
+        "draw": None if weights == "trained" else metrics.get("draw", 0),
+        "probes": "solved" if run.is_solved else "trained",
+        "task": run.task_name,
+        "dataset": metrics["dataset"],
+        "seed": metrics["seed"],
+    }
+    for site in metrics["sites"]:
+        for key, interval in site.items():
+            if key.endswith("_ci95"):
+                metric = key.removesuffix("_ci95")
+                yield common | _entry(site["site"], metric, site[metric], interval)
+        for cls, iou in zip(metrics.get("classes", ()), site.get("iou_per_class", ()), strict=False):
+            yield common | _entry(site["site"], "iou", iou) | {"class": cls}
+    for site in run.site_paths if run.is_solved else ():
+        for key, values in site.items():
+            if key in ("cv_cross_entropy", "cv_loss", "cross_entropy", "miou", "pacc"):
+                for strength, value in zip(site["strengths"], values, strict=True):
+                    if value is not None:
+                        yield common | _entry(site["site"], f"path_{key}", value) | {"strength": strength}
+    knockout = run.analysis("knockout.json")
+    for entry in knockout["classes"] if knockout else ():
+        for condition, values in entry["remaining"].items():
+            for layer, (value, interval) in enumerate(zip(values, entry["ci95"][condition], strict=True)):
+                site = "adapter" if layer == 0 else f"layer_{layer:02d}"
+                row = _entry(site, "wrong_patches_left", value, interval)
+                yield common | row | {"class": entry["class"], "condition": condition}
+    answers = run.analysis("answers.json")
+    if answers:
+        yield common | _entry(None, "answer_accuracy", answers["accuracy"]["value"], answers["accuracy"]["ci95"])
+
+
+def _entry(site: str | None, metric: str, value: float | None, interval: list | None = None) -> dict[str, Any]:
+    low, high = interval or (None, None)
+    return {"site": site, "metric": metric, "value": value, "low": low, "high": high}
+
+
+def _studies(results: dict[str, Any]) -> list[dict[str, Any]]:
+    return results.get("studies", [results])
+
+
+def _claim_rows(study: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for claim in study["claims"]:
+        low, high = claim["ci95"] or (None, None)
+        row = {"model": study["model"], "dataset": study["dataset"], "mask": claim["image_attention"]}
+        row |= {key: claim[key] for key in ("claim", "conclusion", "supported", "value")} | {"low": low, "high": high}
+        yield row | {name: column["verdict"] for name, column in claim["verdicts"].items()}

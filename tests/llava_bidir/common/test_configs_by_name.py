@@ -1,0 +1,91 @@
+"""Configs by name, in a clone and in a wheel."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from processes import HANGING_S
+
+from llava_bidir.cli import main
+from llava_bidir.common.configs import FOLDER, config_names, find_config, with_config_paths
+from llava_bidir.common.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_every_config_has_a_name_and_short_ones_are_unique():
+    names = config_names()
+    assert {file.relative_to(FOLDER) for file in names.values()} == {
+        f.relative_to(FOLDER) for f in FOLDER.rglob("*.yaml")
+    }
+    expected = {"stage2": "stage2.yaml", "demo/stage2": "demo/stage2.yaml", "clip": "encoder/clip.yaml"}
+    expected |= {"zero3": "cluster/zero3.yaml", "ade20k": "probes/ade20k.yaml"}
+    for name, file in expected.items():
+        assert names[name] == FOLDER / file
+
+
+def test_a_path_comes_before_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("clip").mkdir()
+    assert find_config("clip") == str(FOLDER / "encoder/clip.yaml"), "a folder is no config"
+    Path("stage2").write_text("")
+    assert with_config_paths(["fit", "-c", "stage2", "--config=clip", "--out", "clip"]) == [
+        *("fit", "-c", "stage2", f"--config={FOLDER / 'encoder/clip.yaml'}", "--out", "clip")
+    ]
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones():
+    with pytest.raises(UserError, match="there is no config 'stage3'.*ade20k.*stage2"):
+        find_config("stage3")
+
+
+def test_configs_are_listed_printed_and_copied(tmp_path, capsys):
+    main(["configs"])
+    assert "demo/probes" in capsys.readouterr().out
+    main(["configs", "ade20k"])
+    assert capsys.readouterr().out == (ROOT / "configs/probes/ade20k.yaml").read_text()
+    main(["configs", "--copy", str(tmp_path)])
+    found = {file.relative_to(tmp_path) for file in tmp_path.rglob("*.yaml")}
+    assert found == {file.relative_to(FOLDER) for file in FOLDER.rglob("*.yaml")}
+    with pytest.raises(SystemExit, match="exists"):
+        main(["configs", "clip", "--copy", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_the_wheel_is_enough(tmp_path):
+    """Built, unpacked, and used in an empty folder, without the repository."""
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    subprocess.run(build, check=True, timeout=HANGING_S)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    files = {str(f.relative_to(tmp_path / "installed")) for f in (tmp_path / "installed").rglob("*")}
+    templates = {"probes/report/page.html.j2", "probes/report/paper.json", "probes/lab/lab.html.j2"}
+    assert {"llava_bidir/configs/encoder/clip.yaml", *templates} <= files and not any(
+        f.startswith("tests") for f in files
+    )
+    (work := tmp_path / "work").mkdir()
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    code = "import llava_bidir, probes; print(llava_bidir.__file__)"
+    run = lambda *words: subprocess.run(
+        [sys.executable, *words], cwd=work, env=environment, capture_output=True, text=True, timeout=HANGING_S
+    )
+    assert str(tmp_path / "installed") in run("-c", code).stdout
+    assert "stage2" in run("-m", "llava_bidir", "configs").stdout
+    missing = run(
+        "-m", "probes", "solve", "-c", "folder", "--model.mllm", "nowhere", "--data.root", "nowhere", "--out", "x"
+    )
+    assert missing.returncode == 1 and "nowhere" in missing.stderr, missing.stderr

@@ -1,0 +1,198 @@
+"""`probes study` end to end: files, what is done again and what is not, resumption after kills, bad input."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from processes import HANGING_S
+from run_bytes import run_bytes
+
+import probes
+from llava_bidir.common.errors import UserError
+from probes.cli import main
+from probes.studies.command import label_models
+from probes.studies.plan import Settings, make_plan
+
+OPTIONS = ["-c", "configs/demo/probes.yaml", "--data.batch_size", "2", "--folds", "2", "--strengths", "1e-3", "1e-1"]
+PARTS = ["--draws", "2", "--add", "knockout.draws=1"]
+
+
+def arguments(models: list[str], data: Path, out: Path, *more: str) -> list[str]:
+    return ["study", *models, str(data), "--out", str(out), *PARTS, *more, *OPTIONS]
+
+
+def both(checkpoints) -> list[str]:
+    return [f"{mask}={checkpoints[mask]}" for mask in ("causal", "bidirectional")]
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoints, segmentation, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("study") / "study"
+    main(arguments(both(checkpoints), segmentation, out))
+    return out
+
+
+def test_a_study_has_arms_analyses_report_and_table(finished):
+    for mask in ("causal", "bidirectional"):
+        for arm in ("trained", "random0", "random1", "adapter0", "adapter1"):
+            assert (finished / mask / arm / "metrics.json").is_file()
+        assert (finished / mask / "trained/knockout.json").is_file()
+        classes = [
+            [entry["class"] for entry in json.loads((finished / mask / arm / "knockout.json").read_text())["classes"]]
+            for arm in ("trained", "random0", "random1")
+        ]
+        assert classes[0] and classes[0] == classes[1] == classes[2], "controls block the classes of the trained model"
+    assert (finished / "bidirectional/trained/starvation.json").is_file()
+    found = json.loads((finished / "report/results.json").read_text())
+    claims = {claim["claim"]: claim["verdicts"] for claim in found["claims"]}
+    assert claims["recovery"]["beyond_random"]["draws"] == claims["adapter_drop"]["beyond_random"]["draws"] == 2
+    assert pd.read_parquet(finished / "table.parquet").equals(probes.Study(finished).table())
+    assert len(pd.read_csv(finished / "table.csv")) == len(probes.Study(finished).table())
+
+
+def test_the_trained_arm_is_a_run_of_solve(finished, checkpoints, segmentation, tmp_path):
+    """Arms of one process must not leave anything to the next: random layers, hooks, seeds."""
+    solve = ["solve", *OPTIONS, "--data.root", str(segmentation), "--model.mllm"]
+    draw = ["--model.untrained", "[llm]", "--model.match", "update", "--model.draw", "1"]
+    sites = ["--model.sites", "[adapter, layer_01, layer_02, layer_03, final_norm]"]
+    for arm, more in {"trained": [], "random1": [*draw, *sites]}.items():
+        main([*solve, str(checkpoints["bidirectional"]), *more, "--out", str(tmp_path / arm)])
+        for name in ("metrics.json", "counts.safetensors", "path.safetensors", "probes.safetensors"):
+            made = (finished / "bidirectional" / arm / name).read_bytes()
+            assert made == (tmp_path / arm / name).read_bytes(), (arm, name)
+
+
+def test_the_table_answers_questions_in_one_line(finished):
+    table = probes.Study(finished).table()
+    causal = json.loads((finished / "causal/trained/metrics.json").read_text())
+    miou = table.query("metric == 'miou' and mask == 'causal' and weights == 'trained'").set_index("site")
+    for site in causal["sites"]:
+        row = miou.loc[site["site"]]
+        assert [row.value, row.low, row.high] == [site["miou"], *site["miou_ci95"]]
+    random = table.query("metric == 'miou' and weights == 'random'")
+    assert set(random.draw) == {0, 1} and "encoder" not in set(random.site)
+    assert set(table.query("metric == 'wrong_patches_left'").condition) >= {"none", "incorrect", "correct"}
+    claims = probes.Study(finished).claims()
+    assert {"claim", "conclusion", "paper", "optimum", "beyond_random"} <= set(claims.columns)
+    assert "adapter_drop" in probes.Study(finished)._repr_html_()
+    assert len(probes.Study(finished).plot().axes[0].lines) == 2 * 5
+
+
+def test_a_second_call_does_nothing_and_a_new_draw_no_more(finished, checkpoints, segmentation, tmp_path, capsys):
+    out = tmp_path / "study"
+    shutil.copytree(finished, out)
+    for file in out.rglob("*.json"):  # commands in records name the folder
+        file.write_text(file.read_text().replace(str(finished), str(out)))
+    before = run_bytes(out)
+    main(arguments(both(checkpoints), segmentation, out))
+    assert "nothing to do" in capsys.readouterr().out and run_bytes(out) == before
+    main(arguments(both(checkpoints), segmentation, out, "--draws", "3"))
+    after = run_bytes(out)
+    assert {"causal/random2/metrics.json", "bidirectional/adapter2/metrics.json"} <= after.keys()
+    results = ("metrics.json", "safetensors", "knockout.json", "starvation.json")
+    assert all(after[name] == content for name, content in before.items() if name.endswith(results))
+    assert set(probes.Study(out).table().query("weights == 'random'").draw) == {0, 1, 2}
+    (out / "causal/random0/knockout.json").unlink()
+    main(arguments(both(checkpoints), segmentation, out, "--draws", "3"))
+    assert "causal/random0/knockout" in (said := capsys.readouterr().out) and "causal/random1/knockout" not in said
+
+
+def test_a_dry_run_writes_nothing(checkpoints, segmentation, tmp_path, capsys):
+    main(arguments([str(checkpoints["causal"])], segmentation, tmp_path / "study", "--dry-run"))
+    said = capsys.readouterr().out
+    assert "random1/knockout" in said and "points beyond 2 random draws" in said and "MB" in said
+    assert not (tmp_path / "study").exists()
+
+
+BAD = {
+    "a data folder that does not exist": (["MODEL", "nowhere"], "neither a folder"),
+    "a layout without its folder": (["MODEL", "ade20k"], "--data.root"),
+    "a model that cannot be read": (["nowhere", "DATA"], "nowhere"),
+    "an unknown arm": (["MODEL", "DATA", "--arms", "trained", "random"], "no arm 'random'"),
+    "an unknown analysis": (["MODEL", "DATA", "--add", "knockouts"], "no analysis 'knockouts'"),
+    "an analysis option without a value": (["MODEL", "DATA", "--add", "knockout.classes"], "knockout.classes"),
+    "an unknown step": (["MODEL", "DATA", "--only", "slove"], "no step 'slove'"),
+    "an unknown task": (["MODEL", "DATA", "--tasks", "dept"], "no task 'dept'"),
+    "two models of one name": (["a=MODEL", "a=MODEL", "DATA"], "both models"),
+    "three models": (["MODEL", "b=MODEL", "c=MODEL", "DATA"], "one model or two"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_is_one_error_before_any_work(what, checkpoints, segmentation, tmp_path):
+    words, expected = BAD[what]
+    given = [word.replace("MODEL", str(checkpoints["causal"])).replace("DATA", str(segmentation)) for word in words]
+    out = tmp_path / "study"
+    with pytest.raises(SystemExit, match=expected):
+        main(["study", *given, "--out", str(out)])
+    assert not out.exists() or not any(out.rglob("*.json"))
+
+
+def test_a_class_that_does_not_exist_ends_the_study_with_the_step(finished, checkpoints, segmentation, tmp_path):
+    out = tmp_path / "study"
+    shutil.copytree(finished / "causal/trained", out / "trained")
+    more = ["--arms", "trained", "--only", "knockout", "--overwrite", "true", "--add", "knockout.classes=unicorn"]
+    with pytest.raises(SystemExit, match=r"trained/knockout: .*unicorn"):
+        main(arguments([str(checkpoints["causal"])], segmentation, out, *more))
+
+
+def test_changed_masks_end_the_study(finished, checkpoints, segmentation, tmp_path):
+    data, out = tmp_path / "data", tmp_path / "study"
+    shutil.copytree(segmentation, data)
+    command = arguments([str(checkpoints["causal"])], data, out, "--arms", "trained", "--only", "solve")
+    main(command)
+    mask = next((data / "annotations/training").iterdir())
+    mask.write_bytes(sorted((data / "annotations/validation").iterdir())[0].read_bytes())
+    with pytest.raises(SystemExit, match="training_masks"):
+        main(command)
+
+
+def test_models_are_named_by_label_or_mask(checkpoints):
+    causal, bidirectional = str(checkpoints["causal"]), str(checkpoints["bidirectional"])
+    assert label_models([causal]) == {"": causal}
+    assert label_models([causal, bidirectional]) == {"causal": causal, "bidirectional": bidirectional}
+    assert label_models([f"a={causal}", f"b={causal}"]) == {"a": causal, "b": causal}
+
+
+def test_every_step_comes_after_what_it_needs(checkpoints, segmentation, tmp_path):
+    models = {mask: str(checkpoints[mask]) for mask in ("causal", "bidirectional")}
+    tasks, add = ("boundaries",), ("maps", "umap", "patching.draws=2")
+    steps = make_plan(Settings(models, str(segmentation), tmp_path, fit=True, tasks=tasks, add=add))
+    names = [step.name for step in steps]
+    assert len(set(names)) == len(names) and names[-1] == "report"
+    for step in steps:
+        assert all(names.index(need) < names.index(step.name) for need in step.needs)
+    assert {"causal/probes/maps", "causal/boundaries_random0", "bidirectional/probes/starvation"} <= set(names)
+
+
+@pytest.mark.slow
+def test_kills_change_no_result(finished, checkpoints, segmentation, tmp_path):
+    """kill -9 at five moments; then it is let finish."""
+    out = tmp_path / "study"
+    command = [sys.executable, "-m", "probes", *arguments(both(checkpoints), segmentation, out)]
+    for seconds in (7, 9, 11, 13, 15):
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        running = subprocess.Popen(command, start_new_session=True, **quiet)
+        time.sleep(seconds)
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait(HANGING_S)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANGING_S)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for file in finished.rglob("*"):
+        if file.name in ("probes.safetensors", "path.safetensors", "metrics.json", "knockout.json", "starvation.json"):
+            assert file.read_bytes() == (out / file.relative_to(finished)).read_bytes(), file
+
+
+def test_a_study_from_python(checkpoints, segmentation, tmp_path):
+    options = {"draws": 0, "only": ["solve"], "options": OPTIONS}
+    study = probes.study(checkpoints["causal"], segmentation, out=tmp_path, **options)
+    assert set(study.table().run) == {"trained"}
+    with pytest.raises(UserError, match="not finished"):
+        study.claims()

@@ -29,6 +29,7 @@ def load(path: Path, identity: Identity) -> dict[str, Tensor]:
     with error_context(path):
         with safe_open(path, "pt") as file:
             saved = json.loads(file.metadata()["identity"])
-        tensors = load_file(path)
+        # copies: tensors of a file start at any address, and matrix products round by the alignment of their inputs
+        tensors = {name: x.clone() for name, x in load_file(path).items()}
     check_same_identity(saved, identity, str(path), RESUME_ADVICE)
     return tensors

@@ -53,7 +53,9 @@ def format_effect(claim: dict[str, Any]) -> str:
     """Return the effect that the conclusion is about: at the optimum, and where it holds there also beyond random."""
     optimum, beyond = claim["verdicts"]["optimum"], claim["verdicts"]["beyond_random"]
     text = format_difference(claim if optimum["ci95"] is None else optimum)
-    return text + f", beyond random {format_difference(beyond)}" * (optimum["verdict"] == HOLDS and bool(beyond["ci95"]))
+    return text + f", beyond random {format_difference(beyond)}" * (
+        optimum["verdict"] == HOLDS and bool(beyond["ci95"])
+    )
 
 
 def claim_notes(claims: list[dict[str, Any]]) -> list[str]:

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 from llava_bidir.common.bootstrap import Estimate
 from probes.analyses.knockout.inference import class_effects, criterion_shifts, look_alikes
 from probes.analyses.starvation.run import gap_estimates
+from probes.results.formatting import Rows
 from probes.results.probe_run import ProbeRun
+from probes.results.study import MASKS, Study
 
 from .effects import drop_and_recovery
 from .path import path_rows
-from .study import MASKS, Rows, Study
 from .verdicts import (
     HOLDS,
     Comparison,

@@ -24,11 +24,12 @@ from typing import Any
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses import ANALYSES
 from probes.cli import run_command
 from probes.report.page import format_results
 from probes.results.task_run import finished_runs, open_run
 
-from .plan import ANALYSES, Settings, Step, check, make_plan
+from .plan import Settings, Step, check, make_plan
 from .table import Study, write_table
 
 RUNS = ("solve", "fit")  # kinds of steps whose result is a finished run

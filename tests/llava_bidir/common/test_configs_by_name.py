@@ -73,7 +73,7 @@ def test_the_wheel_is_enough(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
     files = {str(f.relative_to(tmp_path / "installed")) for f in (tmp_path / "installed").rglob("*")}
-    templates = {"probes/report/page.html.j2", "probes/report/paper.json", "probes/lab/lab.html.j2"}
+    templates = {"probes/report/page.html.j2", "probes/results/paper.json", "probes/lab/lab.html.j2"}
     assert {"llava_bidir/configs/encoder/clip.yaml", *templates} <= files and not any(
         f.startswith("tests") for f in files
     )

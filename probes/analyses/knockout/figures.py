@@ -7,14 +7,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from llava_bidir.common.bootstrap import interval
-from probes.analyses.knockout.effects import read_cases
-from probes.analyses.knockout.inference import claimed_sign
-from probes.report import tables
-from probes.report.study import Rows, Study
-from probes.report.tables import bounds
+from probes.analyses.figure_style import (
+    COLOURS,
+    FigureData,
+    Figures,
+    ReportFigure,
+    caption,
+    draw_intervals,
+    new_axes,
+    new_panels,
+)
+from probes.results.formatting import Rows, bounds
 from probes.results.probe_run import ProbeRun
 
-from .style import COLOURS, KNOCKOUT, FigureData, Figures, ReportFigure, caption, draw_intervals, new_axes, new_panels
+from .effects import read_cases
+from .inference import claimed_sign
+from .tables import knockout_tables
 
 CONDITION_STYLES = {
     "none": ("#444444", "-", "no blocking"),
@@ -170,12 +178,12 @@ def criterion_shifts(inference: dict[str, Any], rows: Rows) -> FigureData:
     return FigureData(figure, rows)
 
 
-def knockout_figures(study: Study, inference: dict[str, dict[str, Any]]) -> Figures:
-    """Yield the figures of the paper's knockout; `inference` is by mask."""
-    runs = {mask: run for mask, run in study.trained.items() if read_cases(run, 1)}
+def knockout_figures(trained: dict[str, ProbeRun], inference: dict[str, dict[str, Any]]) -> Figures:
+    """Yield the figures of the paper's knockout; main runs and `inference` are by mask."""
+    runs = {mask: run for mask, run in trained.items() if read_cases(run, 1)}
     for mask, run in runs.items():
         yield ReportFigure(
-            f"knockout_{mask}", KNOCKOUT, f"Wrong patches left, {mask}",
+            f"knockout_{mask}", f"Wrong patches left, {mask}",
             "Share of the adapter's wrong patches still wrong at each layer, over all images and classes (Fig. 11). "
             "The paper expects red (wrong class blocked) below grey (no blocking) and blue (correct class blocked) "
             "above it. Dotted: as many random patches blocked. Bands: 95% intervals over images.",
@@ -184,16 +192,16 @@ def knockout_figures(study: Study, inference: dict[str, dict[str, Any]]) -> Figu
         yield from _inference_figures(mask, of_mask)
     for mask, run in runs.items():
         yield ReportFigure(
-            f"knockout_classes_{mask}", KNOCKOUT, f"Wrong patches left by class, {mask}",
+            f"knockout_classes_{mask}", f"Wrong patches left by class, {mask}",
             "The same curves per wrongly predicted class.",
             knockout_by_class(run), "wide")  # fmt: skip
 
 
 def _inference_figures(mask: str, inference: dict[str, Any]) -> Figures:
-    by_table = tables.knockout_tables({mask: inference})
+    by_table = knockout_tables({mask: inference})
     if by_table["knockout_selection"]:
         yield ReportFigure(
-            f"knockout_selection_{mask}", KNOCKOUT, f"Effect by image selection, {mask}",
+            f"knockout_selection_{mask}", f"Effect by image selection, {mask}",
             "The two effects in the later half of the layers, as means over classes, by the minimum number of wrong "
             "patches per image. On the left, single patches on boundaries dominate; on the right, entire regions "
             "predicted as another class, in fewer classes. The claims use the leftmost point. Lines: 95% t intervals "
@@ -201,7 +209,7 @@ def _inference_figures(mask: str, inference: dict[str, Any]) -> Figures:
             knockout_selection(by_table["knockout_selection"]), "half")  # fmt: skip
     if inference["criterion_shifts"]:
         yield ReportFigure(
-            f"knockout_shifts_{mask}", KNOCKOUT, f"Criterion shifts, {mask}",
+            f"knockout_shifts_{mask}", f"Criterion shifts, {mask}",
             "Of the patches of two look-alike classes that the adapter calls one of them: the change, when either "
             "class is hidden, in the share called the first minus the share called the second. Anchors predict "
             "opposite directions. Filled: both move the same way, so the probe's criterion has shifted, and the "
@@ -211,7 +219,7 @@ def _inference_figures(mask: str, inference: dict[str, Any]) -> Figures:
         shifted = shifted_classes(inference)
         matched = any(row["effect"].endswith("_matched") for row in by_table["knockout_classes"])
         yield ReportFigure(
-            f"knockout_effects_{mask}", KNOCKOUT, f"Effects by class, {mask}",
+            f"knockout_effects_{mask}", f"Effects by class, {mask}",
             caption(
                 "Effects in the later half of the layers, class by class. Green: as the paper claims. Red: the "
                 "opposite. Hollow: not significant with Holm's correction for the number of classes. Diamonds: means "

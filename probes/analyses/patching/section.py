@@ -6,10 +6,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from probes.report.study import Rows
-from probes.report.tables import bounds
-
-from .style import COLOURS, FigureData, Figures, ReportFigure
+from probes.analyses.base import Section
+from probes.analyses.figure_style import COLOURS, FigureData, Figures, ReportFigure
+from probes.results.formatting import Rows, bounds
+from probes.results.study import Study
 
 TITLES = {"mask": "states under the other mask", "pairs": "states of a picture with the cue"}
 
@@ -59,12 +59,19 @@ def effect_rows(results: dict[str, Any]) -> Rows:
     ]
 
 
+def section(study: Study) -> Section:
+    """Return the section of a study: of its solved runs, else of the main ones."""
+    runs = {mask: study.solved.get(mask, run) for mask, run in study.trained.items()}
+    results = {mask: run.analysis("patching.json") for mask, run in runs.items()}
+    return Section([*patching_figures(results)], by_mask={"patching": results})
+
+
 def patching_figures(by_mask: dict[str, dict[str, Any] | None]) -> Figures:
     """Yield a figure for each patching.json."""
     for mask, patched in by_mask.items():
         if patched:
             yield ReportFigure(
-                f"patching_{mask}", "Activation patching", f"Replaced states, {mask}",
+                f"patching_{mask}", f"Replaced states, {mask}",
                 "Change of the log-odds of the right class at patches whose own states are not replaced, as read at "
                 f"{patched['site'].replace('_', ' ')}, when the states of a set of tokens are replaced at one layer. "
                 "Look for the layers from which on a set's states change nothing elsewhere: by then it has passed on "

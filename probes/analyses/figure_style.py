@@ -14,8 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from probes.models.sites import ADAPTER, ENCODER
-from probes.report.study import Rows
-from probes.report.tables import bounds
+from probes.results.formatting import Rows, bounds
 
 MASK_COLOURS = {"causal": "#0072B2", "bidirectional": "#D55E00"}
 # of anything else but masks, whose colours mean nothing but masks
@@ -47,7 +46,6 @@ class ReportFigure:
     """A figure of the page."""
 
     name: str  # file name without extension
-    section: str  # heading under which it appears
     title: str
     caption: str  # what it shows and what to look for
     data: FigureData
@@ -56,7 +54,6 @@ class ReportFigure:
 
 Figures = Iterator[ReportFigure]
 INTERVALS = "Lines: 95% intervals."
-KNOCKOUT = "Attention knockout"  # section of two files
 
 
 def caption(*sentences: str) -> str:

@@ -4,12 +4,19 @@ from typing import Any
 
 import numpy as np
 
-from probes.report.study import MASKS
-from probes.report.tables import bounds
+from probes.analyses.figure_style import (
+    INTERVALS,
+    FigureData,
+    Figures,
+    ReportFigure,
+    draw_intervals,
+    mask_colour,
+    new_axes,
+    signed_colours,
+)
+from probes.results.formatting import bounds
+from probes.results.study import MASKS
 
-from .style import INTERVALS, FigureData, Figures, ReportFigure, draw_intervals, mask_colour, new_axes, signed_colours
-
-STARVATION = "Context starvation"
 POINTS = "#D55E00"
 
 
@@ -122,18 +129,18 @@ def starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) 
     """Yield the figures of context starvation; `analysis` is starvation.json, which may be of another site."""
     at = f"at {analysis['site'].replace('_', ' ')}" if analysis else ""
     yield ReportFigure(
-        "starvation", STARVATION, "Accuracy gap by patch",
+        "starvation", "Accuracy gap by patch",
         f"Accuracy under bidirectional minus causal attention at {result['site'].replace('_', ' ')}, for the first "
         "patches in raster order (Fig. 7). Look for a gap at the first patches, which attend to few other patches "
         f"under causal attention. {INTERVALS}",
         starvation_curve(result))  # fmt: skip
     yield ReportFigure(
-        "starvation_grid", STARVATION, "Accuracy gap in the image",
+        "starvation_grid", "Accuracy gap in the image",
         "The same gap at each patch's position in the image. Starvation predicts the largest gap at the top left.",
         starvation_grid(result), "half")  # fmt: skip
     if analysis and "by_class" in analysis:
         yield ReportFigure(
-            "starvation_by_class", STARVATION, "Accuracy gap with equal class frequencies",
+            "starvation_by_class", "Accuracy gap with equal class frequencies",
             f"The gap of the first patches {at} as measured, and reweighted so that every patch has the class "
             f"frequencies of the full split. Early patches often show only a few classes. {INTERVALS}",
             compare_gaps(
@@ -141,7 +148,7 @@ def starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) 
             ))  # fmt: skip
     if analysis and "by_position" in analysis:
         yield ReportFigure(
-            "starvation_own_probe", STARVATION, "Accuracy gap with a probe for each position",
+            "starvation_own_probe", "Accuracy gap with a probe for each position",
             "The gap of the first patches when one probe reads all positions, and when each position has its own. Both "
             "are solved in closed form from the same states, so the difference is due to the shared probe, not to "
             "missing information; a shared probe at the optimum of the loss may be closer to the points. At the "
@@ -152,7 +159,7 @@ def starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) 
         dummy = analysis["dummy_tokens"]
         changes = (f"{mask} {_format_change(**change['patch_0'])}" for mask, change in dummy["change"].items())
         yield ReportFigure(
-            "starvation_dummy_tokens", STARVATION, "Accuracy gap with dummy tokens",
+            "starvation_dummy_tokens", "Accuracy gap with dummy tokens",
             f"The gap of the first patches {at} as measured, and with tokens without information before the image "
             f"(number: {dummy['tokens']}). If the gap shrinks because causal accuracy rises, early patches lacked an "
             "attention sink, not context. A fall can be the frozen probe's, which has never read states after such a "
@@ -160,14 +167,14 @@ def starvation_figures(result: dict[str, Any], analysis: dict[str, Any] | None) 
             compare_gaps(analysis, dummy, ("measured", "with dummy tokens"), "with_tokens"))  # fmt: skip
         if "by_position" in dummy:
             yield ReportFigure(
-                "starvation_dummy_own_probe", STARVATION, "The same with probes solved after dummy tokens",
+                "starvation_dummy_own_probe", "The same with probes solved after dummy tokens",
                 "The gap of the first patches when the probes, too, are solved from states with the tokens before the "
                 f"image: one for all positions, and one for each. {INTERVALS}",
                 own_probe_gaps(dummy["by_position"]), "half")  # fmt: skip
     for flip in analysis.get("flips", []) if analysis else ():
         accuracies = (f"{mask} {_mean(analysis[mask]):.0%} → {_mean(flip[mask]):.0%}" for mask in MASKS)
         yield ReportFigure(
-            f"starvation_{flip['flip']}", STARVATION, f"Position or content? ({flip['flip']})",
+            f"starvation_{flip['flip']}", f"Position or content? ({flip['flip']})",
             f"Left: the gap {at} on upright images. Right: the gap on transformed images. A gap caused by position "
             f"stays in place; a gap caused by image content moves with the content. Result: {flip['follows']}. Mean "
             f"accuracy, upright → transformed: {', '.join(accuracies)}.",

@@ -5,11 +5,18 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from probes.analyses.figure_style import (
+    FigureData,
+    Figures,
+    ReportFigure,
+    draw_intervals,
+    label_sites,
+    mask_colour,
+    site_depth,
+)
 from probes.models.sites import FINAL_NORM
-from probes.report.answers import effect_rows, models_of
-from probes.report.summary_text import ANSWERS_SECTION
 
-from .style import FigureData, Figures, ReportFigure, draw_intervals, label_sites, mask_colour, site_depth
+from .tables import effect_rows, models_of
 
 RANDOM_COLOUR = "#777777"
 EFFECT_LABELS = {
@@ -64,7 +71,7 @@ def answer_figures(answers: dict[str, Any]) -> Figures:
     """Yield the figure of answers, if any were asked for."""
     if answers:
         yield ReportFigure(
-            "answers", ANSWERS_SECTION, "Answers and probes at the same places",
+            "answers", "Answers and probes at the same places",
             "Left: accuracy of the model's answers to questions about places (bands), and of the probes there "
             "(points). Right: change of the right answer's log-probability among the class names when the tokens of a "
             "class are hidden from other image tokens, as means over classes. Grey: random LLMs that change the states "

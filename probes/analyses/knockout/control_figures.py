@@ -4,14 +4,9 @@ from typing import Any
 
 import numpy as np
 
-from probes.report.study import Rows
-from probes.report.tables import bounds
-from probes.results.probe_run import ProbeRun
-
-from .style import (
+from probes.analyses.figure_style import (
     COLOURS,
     INTERVALS,
-    KNOCKOUT,
     FigureData,
     Figures,
     ReportFigure,
@@ -20,6 +15,8 @@ from .style import (
     new_panels,
     signed_colours,
 )
+from probes.results.formatting import Rows, bounds
+from probes.results.probe_run import ProbeRun
 
 SET_COLOURS = {"incorrect": "#CC3311", "correct": "#0072B2"}
 SET_LABELS = {"incorrect": "wrong class", "correct": "correct class"}
@@ -173,7 +170,7 @@ def control_figures(mask: str, run: ProbeRun) -> Figures:
         labels = CONTROL_LABELS
         controls = {entry["control"].split("_")[0] for entry in result["effects"] if entry["class"] == "all"}
         yield ReportFigure(
-            f"knockout_controls_{mask}", KNOCKOUT, f"Effects against controls, {mask}",
+            f"knockout_controls_{mask}", f"Effects against controls, {mask}",
             "Change in wrong patches left when a class is blocked, against no blocking and against blocking as many "
             f"{' or '.join(text for name, text in labels.items() if name in controls)} patches. Correct − wrong "
             f"measures how class-specific the effect is. Mean over the cases of all classes. {INTERVALS}",
@@ -196,4 +193,4 @@ def control_figures(mask: str, run: ProbeRun) -> Figures:
         ]  # fmt: skip
     for name, title, data, width, caption in figures:
         if data is not None:
-            yield ReportFigure(f"{name}_{mask}", KNOCKOUT, f"{title}, {mask}", caption, data, width)
+            yield ReportFigure(f"{name}_{mask}", f"{title}, {mask}", caption, data, width)

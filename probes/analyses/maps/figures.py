@@ -1,49 +1,21 @@
-"""Figures of predicted maps and of UMAP projections (Figs. 4 to 6, 12, 13)."""
+"""Figures of predicted maps (Figs. 4, 6, 12, 13)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from probes.data.palette import colorize, palette_of
+from probes.analyses.figure_style import FigureData
+from probes.data.palette import colorize
 from probes.models.sites import ADAPTER, ENCODER
-from probes.report.study import Study
 from probes.results.finished_run import FinishedRun
 from probes.results.probe_run import ProbeRun
 from probes.results.run_files import read_tensors
 from probes.results.task_run import TaskRun
 
-from .style import FigureData, Figures, ReportFigure, new_axes
-
-MAPS = "Predicted segmentation maps"
 LEGEND_CLASSES = 24
-
-
-def umap_panels(image: dict[str, Any], classes: list[str], palette: np.ndarray) -> FigureData:
-    """Draw the patches of one image in two dimensions per site; all but the four most common classes grey (Fig. 5)."""
-    figure, axes = new_axes(6.6, 2.9, len(image["sites"]), squeeze=False)
-    labels = np.array(image["labels"])
-    frequency = np.bincount(labels[labels >= 0], minlength=len(classes))
-    common, rows = [k for k in np.argsort(-frequency)[:4] if frequency[k]], []
-    for ax, entry in zip(axes[0], image["sites"], strict=True):
-        xy = np.array(entry["xy"])
-        other = ~np.isin(labels, common)
-        ax.scatter(*xy[other].T, s=14, c="#CCCCCC", label="other")
-        for k in common:
-            ax.scatter(*xy[labels == k].T, s=18, color=palette[k] / 255, edgecolor="#333333", lw=0.3, label=classes[k])
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set(visible=True, color="#CCCCCC")
-        purity = "unknown" if entry["knn_purity"] is None else f"{entry['knn_purity']:.0%}"
-        ax.set_title(f"{entry['site']}\nneighbours of the same class: {purity}", fontsize=8)
-        rows += [
-            {"site": entry["site"], "patch": i, "label": int(labels[i]), "x": x, "y": y}
-            for i, (x, y) in enumerate(entry["xy"])
-        ]
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
-    return FigureData(figure, rows)
 
 
 def site_maps(run: ProbeRun, palette: np.ndarray) -> FigureData:
@@ -121,35 +93,3 @@ def _image_grid(
     if legend:
         figure.legend(handles=legend, loc="outside lower center", ncols=7, fontsize=7)
     return figure
-
-
-def map_figures(study: Study) -> Figures:
-    """Yield the maps and UMAP projections of a study's runs; only these need the dataset."""
-    if not any(run.analysis(name) for run in study.trained.values() for name in ("maps.json", "umap.json")):
-        return
-    palette = palette_of(study.first.dataset())
-    for mask, run in study.trained.items():
-        if not (result := run.analysis("maps.json")):
-            continue
-        yield ReportFigure(
-            f"maps_{mask}", MAPS, f"Predictions by layer, {mask}",
-            "Predictions from the encoder to the best layer (Figs. 4 and 13). Look for confusions that appear at the "
-            "adapter and disappear over the layers.",
-            site_maps(run, palette), "wide")  # fmt: skip
-        for case in result["knockout"]:
-            wrong, correct = case["class"], case["correct_class"]
-            how = f" ({case['how']})" if case.get("how") else ""
-            yield ReportFigure(
-                f"knockout_maps_{mask}_{wrong.replace(' ', '_')}", MAPS, f"{correct} predicted as {wrong}, {mask}",
-                f"The image with the most patches wrongly predicted as {wrong!r} that also has patches correctly "
-                f"predicted as {correct!r}, by layer (Figs. 6 and 12). Rows: no blocking, wrong class blocked, correct "
-                f"class blocked{how}.",
-                knockout_maps(run, wrong, palette), "wide")  # fmt: skip
-    for mask, run in study.trained.items():
-        for image in (run.analysis("umap.json") or {"images": []})["images"]:
-            yield ReportFigure(
-                f"umap_{mask}_{image['image']}", "UMAP of patches", f"Patches of image {image['name']}, {mask}",
-                "UMAP of the patches of one image, coloured by class (Fig. 5). UMAP exaggerates the gaps between "
-                "clusters, so rely on the numbers above the panels: the share of a patch's ten nearest neighbours in "
-                "the original space that have its class.",
-                umap_panels(image, run.metrics["classes"], palette))  # fmt: skip

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from probes.models.sites import ADAPTER, ENCODER, layer_site
-from probes.results.probe_run import ProbeRun
+
+from .probe_run import ProbeRun
 
 PAPER = json.loads((Path(__file__).parent / "paper.json").read_text())
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses.base import check_image
 from probes.analyses.replacement import check_replaceable
 from probes.evaluation.metrics import true_classes
 from probes.models.sites import ADAPTER
@@ -46,8 +47,7 @@ def umap_of_images(
     dataset, mllm, classes = run.dataset(), run.mllm(), run.metrics["classes"]
     entries = []
     for image in images:
-        if not 0 <= image < len(dataset):
-            raise UserError(f"image {image} is out of range; the split has images 0..{len(dataset) - 1}")
+        check_image(image, len(dataset))
         sample = dataset[image]
         labels = true_classes(torch.from_numpy(sample["target"])[None], len(classes), mllm)[0]
         states = mllm.states(mllm.preprocess([sample["image"]]), sites or _default_sites(run))

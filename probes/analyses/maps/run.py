@@ -20,6 +20,7 @@ from tqdm import tqdm
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses.base import check_image
 from probes.analyses.knockout.cases import PatchReader, find_cases
 from probes.analyses.knockout.config import Plan
 from probes.analyses.replacement import check_replaceable
@@ -89,8 +90,7 @@ def run(args: argparse.Namespace) -> None:
         )
     dataset = run.dataset()
     for image in args.image:
-        if not 0 <= image < len(dataset):
-            raise UserError(f"image {image} is out of range; the split has images 0..{len(dataset) - 1}")
+        check_image(image, len(dataset))
     made_from = {"runs": [run.fingerprint], "image": args.image, "classes": args.classes}
     images_of = lambda results: results | {"image": [entry["index"] for entry in results["images"]]}
     with exclusive_run_lock(out, "maps.json"):

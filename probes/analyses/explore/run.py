@@ -30,10 +30,12 @@ from torch import Tensor
 
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.analyses.logit_lens import ImageReadout, PatchReadout, RunReadout, explore
+from probes.analyses.templates import render
 from probes.data.palette import palette_of
-from probes.report.templates import render
 from probes.results.probe_run import ProbeRun
+from probes.results.study import model_name
+
+from .readout import ImageReadout, PatchReadout, RunReadout, explore
 
 IMAGE_PX = 448  # longer side of an image on the page
 UNLABELLED = 255
@@ -151,7 +153,9 @@ def write_page(explored: list[RunReadout], out: str | Path) -> Path:
     out = Path(out)
     data, blocks = page_data(explored)
     runs = [run_readout.run for run_readout in explored]
-    write_files({out / "explorer.html": render("explorer/explorer.html.j2", data=data, blocks=blocks, runs=runs)})
+    model = ", ".join(dict.fromkeys(model_name(run) for run in runs))
+    page = render("analyses/explore/explorer.html.j2", data=data, blocks=blocks, model=model, runs=runs)
+    write_files({out / "explorer.html": page})
     return out / "explorer.html"
 
 

@@ -1,14 +1,36 @@
-"""Collect the answers of a study: of trained models and of random LLMs, beside the probes at the same places."""
+"""What the report shows of answers: of trained models and of random LLMs, beside the probes at the same places."""
 
 from typing import Any
 
-from probes.analyses.answers.inference import beyond_random
+from probes.analyses.base import Section
+from probes.results.formatting import format_interval, format_percent, format_points
 from probes.results.probe_run import ProbeRun
+from probes.results.study import Study
 
-from .study import Rows, Study
-from .tables import bounds
+from .figures import answer_figures
+from .inference import beyond_random
+from .tables import accuracy_rows, models_of
 
 KEYS = ("questions", "images", "accuracy", "sites", "effects")  # of answers.json
+
+
+def section(study: Study) -> Section:
+    """Return the section of a study."""
+    answers = study_answers(study)
+    rows, by_mask = accuracy_rows(answers), {mask: answers.get(mask) for mask in study.trained}
+    shown = {"Accuracy at the same places, in percent": [_as_text(row) for row in rows]}
+    tables = {"answer_accuracy": rows}
+    figures = [*answer_figures(answers)]
+    return Section(figures, summarize_answers(answers), tables, shown, by_mask={"answers": by_mask})
+
+
+def _as_text(row: dict[str, Any]) -> dict[str, str]:
+    interval = lambda name: "" if row[name] is None else format_interval([row[f"{name}_low"], row[f"{name}_high"]])
+    return {key: row[key] for key in ("image_attention", "model", "read_by")} | {
+        "accuracy": format_percent(row["accuracy"]),
+        "answer minus probe": f"{format_points(row['answer_minus_probe'])} {interval('answer_minus_probe')}",
+        "agreement": format_percent(row["agreement"]),
+    }
 
 
 def study_answers(study: Study) -> dict[str, dict[str, Any]]:
@@ -32,69 +54,9 @@ def study_answers(study: Study) -> dict[str, dict[str, Any]]:
     return by_mask
 
 
-def answers_by_mask(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the answers in a study's part of results.json, by mask."""
-    return {mask: entry["answers"] for mask, entry in results["masks"].items() if entry["answers"]}
-
-
 def _select(run: ProbeRun) -> dict[str, Any]:
     results = run.analysis("answers.json")
     return {key: results[key] for key in KEYS}
-
-
-def models_of(of_mask: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the answers of the trained model and of each random LLM, by name."""
-    return {"trained": of_mask} | {f"random LLM, draw {entry['draw']}": entry for entry in of_mask["random"]}
-
-
-def answer_tables(results: dict[str, Any]) -> dict[str, Rows]:
-    """Return the table "answer_accuracy", from a study's part of results.json; none without answers.
-
-    It has the accuracy of answers, then of the probe at each site, at the same places.
-    """
-    rows = []
-    for mask, of_mask in answers_by_mask(results).items():
-        for model, entry in models_of(of_mask).items():
-            common = {"image_attention": mask, "model": model}
-            none = {"value": None, "ci95": [None, None]}
-            answer = common | {"read_by": "answer"} | _numbers(entry["accuracy"], "accuracy")
-            rows.append(answer | _numbers(none, "answer_minus_probe") | {"agreement": None})
-            rows += [
-                common
-                | {"read_by": f"probe at {site['site']}"}
-                | _numbers(site["accuracy"], "accuracy")
-                | _numbers(site["difference"], "answer_minus_probe")
-                | {"agreement": site["agreement"]["value"]}
-                for site in entry["sites"]
-            ]
-    return {"answer_accuracy": rows} if rows else {}
-
-
-def effect_rows(answers: dict[str, dict[str, Any]]) -> Rows:
-    """Return the changes of the right answer's log-probability in nats, by class and as means over classes."""
-    rows = []
-    for mask, of_mask in answers.items():
-        effects = [(model, effect) for model, entry in models_of(of_mask).items() for effect in entry["effects"]]
-        if of_mask["beyond_random"]:
-            effects += [("beyond random", effect) for effect in of_mask["beyond_random"]["effects"]]
-        for model, effect in effects:
-            common = {"image_attention": mask, "model": model}
-            common |= {key: effect[key] for key in ("condition", "control")}
-            mean = effect["mean"]
-            rows.append(common | {"class": "mean over classes", "value": mean["value"]} | _bounds(mean["ci95"]))
-            rows += [
-                common | {key: row[key] for key in ("class", "value", "images", "p", "p_holm")} | _bounds(row["ci95"])
-                for row in effect.get("classes", ())
-            ]
-    return rows
-
-
-def _bounds(ci95: list[float] | None) -> dict[str, Any]:
-    return bounds(ci95 or [None, None])
-
-
-def _numbers(entry: dict[str, Any], name: str) -> dict[str, Any]:
-    return {name: entry["value"]} | bounds(entry["ci95"], f"{name}_")
 
 
 def summarize_answers(answers: dict[str, dict[str, Any]]) -> list[str]:

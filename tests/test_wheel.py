@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -132,10 +131,10 @@ def test_a_demo_a_study_of_own_pictures_and_the_lab_work_without_the_clone(insta
     try:
         address = lab.stdout.readline().strip()
         port, token = re.fullmatch(r"http://127\.0\.0\.1:(\d+)/\?token=(\S+)", address).groups()
-        with urllib.request.urlopen(address, timeout=HANGING_S) as page:
-            assert b"<title>" in page.read()
-        request = json.dumps({"photo": "split:0", "model": 0, "patch": 3})
         cookie = {"Cookie": f"lab-{port}={token}"}
+        status, page = labs.send(int(port), "GET", "/", **cookie)
+        assert status == 200 and b"<title>" in page
+        request = json.dumps({"photo": "split:0", "model": 0, "patch": 3})
         status, body = labs.send(int(port), "POST", "/run/words_of_patch", request, **cookie)
         assert status == 200 and "result" in json.loads(body.splitlines()[-1]), body
     finally:

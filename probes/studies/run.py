@@ -242,6 +242,9 @@ def _output_to(file: Path) -> Iterator[None]:
     kept = [fd for fd in (1, 2) if fd == 1 or not os.isatty(2)]
     flush = lambda: [stream.flush() for stream in (sys.stdout, sys.stderr)]
     flush()
+    streams = sys.stdout, sys.stderr  # in a notebook not those of the process
+    if sys.stdout is not sys.__stdout__ and sys.__stdout__ and sys.__stderr__:
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     saved = {fd: os.dup(fd) for fd in kept}
     with file.open("ab") as stream:
         for fd in kept:
@@ -250,6 +253,7 @@ def _output_to(file: Path) -> Iterator[None]:
         yield
     finally:
         flush()
+        sys.stdout, sys.stderr = streams
         for fd, copy in saved.items():
             os.dup2(copy, fd)
             os.close(copy)

@@ -151,9 +151,11 @@ def build_parser() -> argparse.ArgumentParser:
     assets.add_argument("--seed", type=natural, default=0, help="seed of all random choices")
     text = (
         "look-alikes can only be told apart by the rest of the scene (context), by it and the light together "
-        "(conjunction), or by themselves (null)"
+        "(conjunction), by patches of the same scene among several (binding), or by themselves (null)"
     )
-    assets.add_argument("--world", choices=["context", "conjunction", "null"], default="context", help=text)
+    assets.add_argument("--world", choices=["context", "conjunction", "null", "binding"], default="context", help=text)
+    text = "scenes in a picture of the binding world"
+    assets.add_argument("--scenes", type=int, choices=[1, 2, 4], default=4, help=text)
     assets.add_argument(
         "--scale",
         type=between(0.01, 1000),

@@ -76,7 +76,9 @@ def _normalize(images: np.ndarray) -> Tensor:
 
 def _noun_shares(masks: np.ndarray) -> Tensor:
     """Return f[n, K], the share of the picture per noun. Look-alikes share the noun of the first of the pair."""
-    nouns = np.minimum(np.arange(len(CLASSES)), PAIR_OF)[masks]
+    noun_of = np.full(256, len(CLASSES))  # of pixels without a class
+    noun_of[: len(CLASSES)] = np.minimum(np.arange(len(CLASSES)), PAIR_OF)
+    nouns = noun_of[masks]
     return torch.from_numpy(np.stack([(nouns == k).mean((1, 2)) for k in range(len(CLASSES))], 1)).float()
 
 

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from llava_bidir.common.atomic_io import atomic_directory
 
 from . import tiny_models
-from .binding import Mosaic, draw_mosaic
+from .binding import Mosaic, draw_mosaic, mix_mosaics
 from .canvas import CLASSES, PALETTE
 from .dialogues import SceneText, build_dialogue, find_regions, format_turns, prepend_picture, swap_names
 from .scenes import Scene, draw_pair, draw_scene
@@ -38,11 +38,13 @@ from .surfaces import Surfaces
 PICTURES = {("llava", "training"): 3000, ("segmentation", "training"): 1000, ("segmentation", "validation"): 600}
 ONE_SCENE = {("one_scene", "training"): 1000, ("one_scene", "validation"): 600}
 SPLITS = [*PICTURES, *ONE_SCENE]
+BINDING_PICTURES = 16000  # of conversations, at most as many as elsewhere: binding is not learned from a few hundred
 CAPTIONS, DIALOGUES, QUESTIONS, PAIRS = 1920, 4480, 400, 100
 TEXT_ONLY = 0.05  # share of dialogues with the picture in words, for the text-only samples of LLaVA's mix
 ENCODER_STEPS, LLM_STEPS = 1400, 240  # both take about the same time and run in parallel
-# Options of draw_scene; of binding.py, the number of scenes in a picture. In "context", look-alikes can only be told apart by the rest of the scene; in "conjunction", by
-# the rest of the scene together with the light; in "null", the grain tells them apart, so that context adds nothing.
+# Options of draw_scene, and of the binding world the scenes in a picture. In "context", look-alikes can only be told
+# apart by the rest of the scene; in "binding", by patches of the same scene, one of several; in "conjunction", by the
+# rest of the scene together with the light; in "null", the grain tells them apart, so that context adds nothing.
 WORLDS = {
     "context": {"evidence": 0.1},
     "conjunction": {"evidence": 0.1, "nights": 1 / 3},
@@ -76,6 +78,8 @@ def demo_assets(
     options = {"scenes": scenes} if world == "binding" else WORLDS[world]
     pictures = PICTURES | ONE_SCENE if world == "binding" else PICTURES
     sizes = {name: max(16, round(n * scale)) for name, n in pictures.items()}
+    if world == "binding":
+        sizes["llava", "training"] = max(16, min(PICTURES["llava", "training"], round(BINDING_PICTURES * scale)))
     # spawn, since torch's threads do not survive a fork
     workers = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _one_thread)
     with atomic_directory(out, marker="questions.json") as partial, workers as pool:
@@ -124,7 +128,12 @@ def _draw_chunk(
     out: Path, split: Split, start: int, count: int, seed: int, world: dict[str, float]
 ) -> list[Scene | Mosaic]:
     rng = np.random.default_rng([seed, SPLITS.index(split), start])
-    scenes = [_draw(rng, split, i, world) for i in range(start, start + count)]
+    if "scenes" not in world:
+        scenes = [draw_scene(rng, **world) for _ in range(count)]
+    elif split[0] == "llava":  # half of the pictures have one scene, as those in one_scene
+        scenes = mix_mosaics(rng, [1 if i % 2 else world["scenes"] for i in range(count)])
+    else:
+        scenes = [draw_mosaic(rng, 1 if split[0] == "one_scene" else world["scenes"]) for _ in range(count)]
     for i, scene in enumerate(scenes, start):
         _save(scene.image, out / _path("images", split, i))
         _save(scene.mask, out / _path("annotations", split, i))
@@ -132,14 +141,6 @@ def _draw_chunk(
             for kind, pixels in _encode_targets(scene.surfaces).items():
                 _save(pixels, out / _path(kind, split, i))
     return scenes
-
-
-def _draw(rng: np.random.Generator, split: Split, index: int, world: dict[str, float]) -> Scene | Mosaic:
-    """Draw one picture. Every second one of the binding world's conversations has one scene, as those in one_scene."""
-    if "scenes" not in world:
-        return draw_scene(rng, **world)
-    one = split[0] == "one_scene" or (split[0] == "llava" and index % 2 == 1)
-    return draw_mosaic(rng, 1 if one else world["scenes"])
 
 
 def _draw_pairs(out: Path, count: int, seed: int, world: dict[str, float]) -> None:

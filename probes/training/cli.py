@@ -23,7 +23,7 @@ from .run_schema import Manifest, read_metrics, read_run_file
 
 # Scores count every validation image and moments every training image; the schedule counts batches.
 REQUIRED = {"fast_dev_run": False, "overfit_batches": 0.0, "accumulate_grad_batches": 1}
-REQUIRED |= {f"limit_{split}_batches": 1.0 for split in ("val", "test", "predict")}  # 1 is one batch, 1.0 are all
+REQUIRED |= {f"limit_{split}_batches": 1.0 for split in ("val", "test")}  # 1 is one batch, 1.0 are all
 WHY_REQUIRED = (
     "probes train on batches of data.batch_size and are scored on all images; for a trial, use a smaller dataset, or "
     "trainer.limit_train_batches with fit"

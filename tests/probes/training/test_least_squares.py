@@ -171,6 +171,6 @@ def test_targets_without_a_value_are_an_error_in_all_processes(monkeypatch):
     empty = LeastSquaresMoments.zeros(torch.zeros(4), 2, 1)
     monkeypatch.setattr(least_squares_solver, "rank_count", lambda: 2)
     monkeypatch.setattr(least_squares_solver, "rank", lambda: 1)
-    solver = SimpleNamespace(sites=["encoder"], measuring=False, _sum_over_ranks=lambda site: empty)
+    solver = SimpleNamespace(sites=["encoder"], _sum_over_ranks=lambda site: empty)
     with pytest.raises(UserError, match="no pixel with a value"):
-        least_squares_solver.LeastSquaresSolver.on_predict_epoch_end(solver)
+        least_squares_solver.LeastSquaresSolver.solve(solver)

@@ -205,7 +205,7 @@ def test_fitted_runs_are_read_by_the_report(fitted):
 def test_a_killed_run_resumes_to_the_same_bytes(batches, runs, checkpoints, root, tmp_path, monkeypatch):
     """Also when it had added all images, so that no batch is left."""
     monkeypatch.setattr("probes.training.least_squares_solver.SAVE_SECONDS", -1)
-    add, added = LeastSquaresSolver.predict_step, []
+    add, added = LeastSquaresSolver.add, []
 
     def die(self, *args) -> None:
         add(self, *args)
@@ -215,7 +215,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(batches, runs, checkpoints, root
 
     command = arguments("solve", "depth", checkpoints["causal"], root, tmp_path)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(LeastSquaresSolver, "predict_step", die)
+        patch.setattr(LeastSquaresSolver, "add", die)
         main(command)
     main([*command, "--ckpt_path", "last"])
     for name in ("probes.safetensors", "path.safetensors", "counts.safetensors"):

@@ -66,6 +66,11 @@ class SegmentationData(LightningDataModule):
         """Optimizer steps per epoch, one a batch, at most `trainer.limit_train_batches`."""
         return batches_per_epoch(math.ceil(len(self.splits["training"]) / self.batch_size), self.trainer)
 
+    def epochs_of(self, steps: int) -> int | float:
+        """Return the number of epochs that have so many optimizer steps, an integer if they are complete."""
+        epochs = steps / self.steps_per_epoch
+        return int(epochs) if epochs.is_integer() else epochs
+
     def identity(self) -> dict[str, str]:
         """Return what the data is: classes, and names and contents of all images and targets."""
         parts = [split_identity(split, dataset) for split, dataset in self.splits.items()]

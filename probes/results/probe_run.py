@@ -14,11 +14,9 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from llava_bidir.common.errors import UserError
 from probes.evaluation.metrics import Counts
-from probes.ops.bilinear import upsampled_argmax
 from probes.tasks import SEGMENTATION
 
 from .finished_run import FinishedRun
@@ -88,11 +86,6 @@ class ProbeRun(FinishedRun):
                 "segmentation. `probes report RUN --tasks RUN ...` and probes.TaskRun take runs of other tasks"
             )
 
-    @property
-    def channels(self) -> int:
-        """Number of classes."""
-        return len(self.metrics["classes"])
-
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors, path = self._read("counts.safetensors"), self.path / "counts.safetensors"
@@ -136,19 +129,3 @@ class ProbeRun(FinishedRun):
     def confusion(self) -> torch.Tensor | None:
         """i64[S, K, K]: pixels per site, label and prediction; None if not counted."""
         return self._tensors.get("confusion")
-
-    @torch.no_grad()
-    def predict(self, image: Image.Image, site: str | None = None):
-        """Return the predicted class of each pixel of an image, as a NumPy array uint8[H, W].
-
-        The model is loaded on the first call.
-
-        Args:
-            image: A PIL image of any size and 8-bit mode; its EXIF orientation is ignored.
-            site: Site of the probe; None for the best decoder layer.
-
-        Raises:
-            UserError: If the run has no such site, or the image has more than 8 bits per channel.
-        """
-        (logits,), size = self.logits(image, [self.check_site(site)]), (image.height, image.width)
-        return upsampled_argmax(logits, size, self.geometry.view(size)).to(torch.uint8).cpu().numpy()

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from llava_bidir.common.checkpoint_io import resolve_ckpt_path
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.lightning_cli import RunCLI, check_trainer, run_process
-from llava_bidir.common.run_folder import check_unfinished, start_run
+from llava_bidir.common.run_folder import RunPlan, check_unfinished, start_run
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.step_boundary import SaveAtStepBoundary
 from probes.data.datamodule import SegmentationData
@@ -78,15 +78,21 @@ class ProbeCLI(RunCLI):
         With `--ckpt_path last` the run in OUT is resumed. A finished run is replaced with `--overwrite true` only.
         """
         with self.exclusive_run_lock():
-            metrics_file = self.out / "metrics.json"
-            saved = lambda: read_run_file(Manifest, self.out / "manifest.json").get("identity")
-            run = start_run(self, ckpt_path, self.checkpoints, metrics_file, saved)
-            if run.finished:
-                rank_zero_info(f"{metrics_file} exists: this run is finished; nothing to do")
+            plan = self.plan_run(ckpt_path)
+            if plan.finished:
                 return
-            self.trainer.fit(ckpt_path=run.checkpoint, **kwargs)
+            self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             rank_zero_info(self.format_scores())
+
+    def plan_run(self, ckpt_path: str | None) -> RunPlan:
+        """Return whether to start, resume or leave alone the run in OUT; see `start_run`."""
+        metrics_file = self.out / "metrics.json"
+        saved = lambda: read_run_file(Manifest, self.out / "manifest.json").get("identity")
+        plan = start_run(self, ckpt_path, self.checkpoints, metrics_file, saved)
+        if plan.finished:
+            rank_zero_info(f"{metrics_file} exists: this run is finished; nothing to do")
+        return plan
 
     def format_scores(self) -> str:
         """Return one line with the main scores of the finished run."""

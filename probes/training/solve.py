@@ -9,14 +9,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.lightning_cli import run_process
-from llava_bidir.common.run_folder import start_run
 from llava_bidir.common.usage_errors import ArgumentParser
 from probes.tasks import TASKS
 
 from .cli import ProbeCLI, build_cli
 from .least_squares_solver import LeastSquaresSolver
 from .optimum_solver import OptimumSolver
-from .run_schema import Manifest, read_run_file
 from .solver import Solver
 
 # options of `fit` that a solver has too; the others say how probes are trained
@@ -94,15 +92,11 @@ def build_solver(fit, args: argparse.Namespace, task: str) -> Solver:
 def run(cli: ProbeCLI, ckpt_path: str | None) -> None:
     """Make the passes, score the probes, and write the files of the run."""
     with cli.exclusive_run_lock():
-        metrics_file, trainer, module = cli.out / "metrics.json", cli.trainer, cli.model
-        saved = lambda: read_run_file(Manifest, cli.out / "manifest.json").get("identity")
-        plan = start_run(cli, ckpt_path, cli.checkpoints, metrics_file, saved)
-        if plan.finished:
-            rank_zero_info(f"{metrics_file} exists: this run is finished; nothing to do")
+        if cli.plan_run(ckpt_path).finished:
             return
-        module.resuming = ckpt_path == "last"
-        trainer.test(module, datamodule=cli.datamodule, verbose=False)
-        if trainer.is_global_zero:
+        cli.model.resuming = ckpt_path == "last"
+        cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+        if cli.trainer.is_global_zero:
             shutil.rmtree(cli.checkpoints, ignore_errors=True)
             rank_zero_info(cli.format_scores())
 

@@ -12,7 +12,7 @@ import torch
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from llava_bidir.common.identity import describe
-from probes.evaluation.bootstrap import dataset_scores, resampled_scores, resampled_task_scores, task_scores
+from probes.evaluation.bootstrap import dataset_scores, probe_scores, resampled_scores, resampled_task_scores
 from probes.evaluation.metrics import Counts, summary
 from probes.evaluation.task_metric import TaskSums
 
@@ -44,17 +44,16 @@ def save_run(
     out, args, task, images = Path(out), module.hparams, module.task, len(data.splits["validation"])
     groups = group_indices(data.splits["validation"])
     weights = bootstrap_weights(images, groups=groups)
+    scores = probe_scores(task, counts)
     if task:
         own = {"task": task.name, "scores": {name: "higher" if up else "lower" for name, up in task.scores.items()}}
-        score, resampled = task_scores(task, counts.sums), resampled_task_scores(task, counts.sums, weights)
-        sites, main = site_entries(module, score, resampled, states), score[task.score]
+        sites = site_entries(module, scores, resampled_task_scores(task, counts.sums, weights), states)
     else:
         own = {"classes": data.classes, "baseline": baseline(counts, data.classes)}
-        score, resampled = (x._asdict() for x in (dataset_scores(counts), resampled_scores(counts, weights)))
-        by_class = [[None if x != x else x for x in row] for row in score.pop("iou").tolist()]
-        sites, main = site_entries(module, score, resampled, states), score["miou"]
-        sites = [site | {"iou_per_class": iou} for site, iou in zip(sites, by_class, strict=True)]
-    main = dict(zip(module.sites, main.tolist(), strict=True))
+        sites = site_entries(module, scores, resampled_scores(counts, weights)._asdict(), states)
+        for site, iou in zip(sites, dataset_scores(counts).iou.tolist(), strict=True):
+            site["iou_per_class"] = [None if x != x else x for x in iou]
+    main = dict(zip(module.sites, next(iter(scores.values())).tolist(), strict=True))
     own["summary"] = task_summary(main, task.sign) if task else summary(main)
     metrics = (TaskMetrics if task else Metrics)(
         dataset=data.name,

@@ -3,13 +3,16 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
+from torch import Tensor
 
 from probes.data.batches import group_by_mask_size
 from probes.data.palette import colorize, palette_of
-from probes.tasks.base import predict_pixels
+from probes.ops.bilinear import upsample, upsampled_argmax
+from probes.tasks import Task
 
 
 class ShowMaps(Callback):
@@ -29,16 +32,23 @@ class ShowMaps(Callback):
         if batch_idx > 0 or not isinstance(trainer.logger, TensorBoardLogger):
             return
         task, palette = pl_module.task, palette_of(trainer.datamodule.splits["validation"])
-        colours = lambda maps: np.stack([task.colorize(x) for x in maps]) if task else colorize(maps, palette)
         images, target = group_by_mask_size(batch["target"])[0]
         logits_by_site, target = outputs[:, images][:, : self.images], target[: self.images]
         size = tuple(target.shape[1:3])
         board, step, view = trainer.logger.experiment, trainer.global_step, pl_module.mllm.geometry.view(size)
         for site, logits in zip(pl_module.sites, logits_by_site, strict=True):
-            maps = colours(predict_pixels(task, logits, size, view))
+            if task:
+                maps = colorize_all(task, task.predict(upsample(logits, size, view)))
+            else:
+                maps = colorize(upsampled_argmax(logits, size, view).cpu().numpy(), palette)
             board.add_images(f"maps/{site}", maps, step, dataformats="NHWC")
-        truth = colours((task.truth(target) if task else target).cpu().numpy())
+        truth = colorize_all(task, task.truth(target)) if task else colorize(target.cpu().numpy(), palette)
         board.add_images("maps/truth", truth, step, dataformats="NHWC")
+
+
+def colorize_all(task: Task, maps: Tensor) -> np.ndarray:
+    """Return predictions or targets [B, H, W, ...] of a task as colours, uint8[B, H, W, 3]."""
+    return np.stack([task.colorize(one) for one in maps.cpu().numpy()])
 
 
 class SavePredictions(Callback):
@@ -58,8 +68,9 @@ class SavePredictions(Callback):
             for site, logits_by_image in zip(pl_module.sites, outputs[:, images], strict=True):
                 (out / site).mkdir(parents=True, exist_ok=True)
                 for i, logits in zip(batch["index"][images].tolist(), logits_by_image, strict=True):
-                    prediction = predict_pixels(task, logits, size, view)
                     if task:
+                        prediction = task.predict(upsample(logits, size, view)).float().cpu().numpy()
                         np.save(out / site / f"{names[i]}.npy", prediction)
-                    else:
-                        Image.fromarray(prediction).save(out / site / f"{names[i]}.png")
+                        continue
+                    mask = upsampled_argmax(logits, size, view).to(torch.uint8).cpu().numpy()
+                    Image.fromarray(mask).save(out / site / f"{names[i]}.png")

@@ -112,6 +112,18 @@ def test_states_that_tell_nothing_need_more_regularisation_than_the_first_streng
     assert 0 < path.chosen < len(path.strengths) - 1
 
 
+def test_problems_solved_together_equal_each_alone(data):
+    at = problem(data)
+    strengths = torch.tensor([1.0, 1e-3], dtype=torch.float64)
+    start = at.start.expand(2, -1, -1)
+    solve = lambda r, n: minimise(at.objective(r, [None] * n, LOOSE_NODES), start[:n], at.scale(r), 1e-7)[0]
+    together = solve(strengths, 2)
+    for i in range(2):
+        alone = solve(strengths[i : i + 1], 1)[0]
+        value = lambda point, i=i: objective(data, at, strengths[i].item(), point).item()
+        assert value(together[i]) == pytest.approx(value(alone), abs=1e-6)
+
+
 def test_minimise_solves_quadratics_in_a_few_steps_and_stops_where_rounding_allows_no_step():
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(3, 12, 12, generator=generator, dtype=torch.float64)

@@ -11,8 +11,6 @@ WARNINGS = (
     ".*does not have many workers",
     ".*isinstance.treespec",
     ".*in eval mode",  # the frozen model
-    "You are using a custom batch sampler",  # of the passes of `probes solve`, which has all images
-    "predict returned None",  # a pass adds to sums
     ".*your dataloader is not resumable",  # the data modules restore their position themselves
     "Total length of `list` across ranks is zero",  # no validation questions
     "The `srun` command is available",  # a run on a cluster's login node or inside an allocation

@@ -139,5 +139,3 @@ class StartOfRun(SaveConfigCallback):
             for path in self.replaced:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         self.replaced = []
-
-    on_predict_start = on_train_start  # of `probes solve`

@@ -20,9 +20,11 @@ CLASSES = (1, 3, 6)
 STEPS = 2  # optimizer steps of each stage; the first one also compiles and allocates
 RECORDS = STEPS * 256  # as many as these steps need under configs/stage1.yaml
 PICTURES = 16
-# Options of the solver and the knockout that cost few passes
-QUICK_SOLVE = "--passes 2 --folds 2 --strengths 0.1 --sample-images 12".split()
-QUICK_KNOCKOUT = "--classes auto:2 --limit 1 --draws 1".split()
+# Of `probes study`: two random LLMs and no more passes, images and draws than it needs.
+PROBED = 2  # images per batch of the probes; there are fewer than the config's batch has
+ARMS = "trained random0 random1"
+STUDY = f"-c ade20k --data.batch_size {PROBED} --data.num_workers 1 --trainer.max_epochs 1"
+STUDY += " --trainer.log_every_n_steps 1 --fit --add knockout.classes=auto:2 knockout.limit=1 knockout.draws=1"
 
 
 def write_inputs(out: Path, size: str, encoder: str) -> None:
@@ -93,9 +95,9 @@ def slurm_settings(folder: Path, encoder: str) -> str:
         "SEGMENTATION": folder / "ADEChallengeData2016",
         "STAGE1": f"$STAGE1 --trainer.max_steps {STEPS}",
         "STAGE2": f"$STAGE2 --trainer.max_steps {STEPS}",
-        "PROBES": "-c configs/probes/ade20k.yaml --data.batch_size 1",
-        "SOLVE": " ".join(QUICK_SOLVE),
-        "KNOCKOUT": " ".join(QUICK_KNOCKOUT),
+        "LAYOUT": "ade20k",
+        "ARMS": ARMS,
+        "STUDY": STUDY,
         "VQA": f"--tasks toy --data {folder} --max-invalid-rate 1",
         "TABLE1": "--max-invalid-rate 1",
     }

@@ -70,7 +70,10 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
     """Run what is missing of a study, and print its verdicts."""
     check(settings)
     steps, out = make_plan(settings), settings.out
-    with exclusive_run_lock(out, "+".join(settings.arms or ()) or "study"):  # jobs of other arms can run meanwhile
+    part = [*filter(None, settings.models), *(settings.arms or ())]
+    with exclusive_run_lock(
+        out, "+".join(part).replace("/", ".") or "study"
+    ):  # jobs of other models or arms can run meanwhile
         missing = _missing(steps, out, _changed_models(steps, overwrite))
         for i, step in enumerate(missing):
             if step.kind == "report" and not any(run.name == "trained" for run in finished_runs(out)):

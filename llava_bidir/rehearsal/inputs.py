@@ -24,7 +24,8 @@ PICTURES = 16
 PROBED = 2  # images per batch of the probes; there are fewer than the config's batch has
 ARMS = "trained random0 random1"
 STUDY = f"-c ade20k --data.batch_size {PROBED} --data.num_workers 1 --trainer.max_epochs 1"
-STUDY += " --trainer.log_every_n_steps 1 --fit --add knockout.classes=auto:2 knockout.limit=1 knockout.draws=1"
+STUDY += " --trainer.log_every_n_steps 1 --fit --passes 2 --folds 2 --strengths 0.1 --sample-images 12"
+STUDY += " --add knockout.classes=auto:2 knockout.limit=1 knockout.draws=1"
 
 
 def write_inputs(out: Path, size: str, encoder: str) -> None:

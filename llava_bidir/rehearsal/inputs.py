@@ -42,7 +42,7 @@ def write_inputs(out: Path, size: str, encoder: str) -> None:
         write_encoder(encoder, settings.encoders_shrink, folder / encoder)
         write_llava_hf(settings.llm, settings.encoders_shrink, folder / "vicuna", folder / "llava-hf")
         write_conversations(folder)
-        write_segmentation(folder / "ADEChallengeData2016", *settings.images)
+        write_segmentation(folder / "ade/ADEChallengeData2016", *settings.images)
         (folder / "env.sh").write_text(slurm_settings(out.resolve(), encoder))
         config = {"model": {"encoder": {"name": encoder, "path": str(out.resolve() / encoder)}}}
         (folder / f"{encoder}.yaml").write_text(json.dumps(config) + "\n")
@@ -93,7 +93,7 @@ def slurm_settings(folder: Path, encoder: str) -> str:
         "CAPTION_IMAGES": folder,
         "INSTRUCTIONS": folder / "dialogues.json",
         "INSTRUCTION_IMAGES": folder,
-        "SEGMENTATION": folder / "ADEChallengeData2016",
+        "SEGMENTATION": folder / "ade/ADEChallengeData2016",
         "STAGE1": f"$STAGE1 --trainer.max_steps {STEPS}",
         "STAGE2": f"$STAGE2 --trainer.max_steps {STEPS}",
         "LAYOUT": "ade20k",

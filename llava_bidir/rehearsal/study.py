@@ -76,7 +76,7 @@ def plan_study(out: Path, size: str, encoder: str) -> list[Step]:
     for mask in MASKS:
         steps += _training(out, inputs, size, encoder, mask)
     models = [f"{mask}={out / mask / 'stage2/hf'}" for mask in MASKS]
-    data = ("ade20k", "--data.root", inputs / "ADEChallengeData2016", "--out", out)
+    data = ("ade20k", "--data.root", inputs / "ade/ADEChallengeData2016", "--out", out)
     study = _probes("study", *models, *data, "--arms", *ARMS.split(), *STUDY.split(), "explore.images=0")
     trained = tuple(f"{mask}_stage2" for mask in MASKS)
     return [

@@ -192,9 +192,12 @@ def _command(step: Step, out: Path, overwrite: bool) -> list[str]:
 
 
 def _same_classes(step: Step, words: list[str], out: Path) -> list[str]:
-    """Return a knockout's command with the classes that were blocked in the trained arm: controls block the same."""
+    """Return a knockout's command with the classes that were blocked in the trained arm: controls block the same.
+
+    Probes that were trained for a few steps only may predict none of them, so they have classes of their own.
+    """
     trained = out / step.needs[-1] / step.result.name
-    if trained == step.result or not trained.is_file():
+    if step.result.parent in (trained.parent, trained.parent.with_name("probes")) or not trained.is_file():
         known = len(read_json(step.result.parent / "metrics.json")["classes"])
         return [f"auto:{min(int(word[5:]), known)}" if re.fullmatch(r"auto:\d+", word) else word for word in words]
     start = words.index("--classes") + 1

@@ -30,7 +30,7 @@ def settings(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("toy")
     encoder, llm = tiny_models.write_parts(folder)
     tiny_models.write_conversations(folder, count=96, text_only=16)
-    tiny_models.write_segmentation(folder / "segmentation")
+    segmentation = str(tiny_models.write_segmentation(folder / "photos/segmentation"))
     entry = {"name": "clip", "path": encoder.path, "layer": encoder.layer}
     (folder / "clip.yaml").write_text(json.dumps({"model": {"encoder": entry}}))
     data = str(folder / "data.json")
@@ -44,7 +44,7 @@ def settings(tmp_path_factory) -> dict[str, str]:
         **{"CAPTIONS": data, "CAPTION_IMAGES": str(folder), "INSTRUCTIONS": data, "INSTRUCTION_IMAGES": str(folder)},
         "STAGE1": f"-c configs/demo/stage1.yaml --data.template vicuna_v1 {sizes}",
         "STAGE2": f"-c configs/demo/stage2.yaml --data.val_annotations {data} {sizes}",
-        **{"LAYOUT": str(folder / "segmentation"), "SEGMENTATION": str(folder / "segmentation")},
+        **{"LAYOUT": segmentation, "SEGMENTATION": segmentation},
         **{"ARMS": "trained random0 random1", "STUDY": f"{PROBES} --fit --add knockout.draws=1"},
         "VQA_PYTHON": str(VQA_PYTHON) if VQA_PYTHON.exists() else "",
         "VQA": f"--tasks toy --data {folder} --max-invalid-rate 1 --batch-size 4",

@@ -24,6 +24,7 @@ from probes.models.families import family_of
 from probes.models.prompt_and_pixels import read_config
 from probes.models.sites import site_names
 from probes.tasks import TASKS
+from probes.training.solve import build_parser as build_solve_parser
 
 # The paper's protocol (configs/probes/folder.yaml) for `--fit`, if no config says otherwise.
 FIT = ("--trainer.max_epochs", "-1", "--trainer.max_steps", "6320", "--trainer.val_check_interval", "316")
@@ -122,7 +123,8 @@ def make_plan(settings: Settings) -> list[Step]:
 def _runs(settings: Settings, label: str, model: str, arms: Sequence[str]) -> list[Step]:
     """Return the steps that make the probe runs of a model."""
     sites = model_sites(model)
-    base = (*settings.options, *data_options(settings), "--model.mllm", model, "--ckpt_path", "last")
+    given = {"solve": settings.options, "fit": build_solve_parser().parse_known_args(settings.options)[1]}
+    base = (*data_options(settings), "--model.mllm", model, "--ckpt_path", "last")
 
     def run(arm: str, kind: str, name: str, more: Sequence[str] = ()) -> Step:
         weights, draw = ARMS[_kind(arm)], re.sub(r"\D", "", arm)
@@ -130,7 +132,8 @@ def _runs(settings: Settings, label: str, model: str, arms: Sequence[str]) -> li
         if weights.options:
             options += ["--model.sites", f"[{', '.join(sites[weights.sites])}]"]
         out = settings.out / _join(label, name)
-        return Step(_join(label, name), (kind, *base, *options, "--out", str(out)), out / "metrics.json", kind)
+        command = (kind, *given[kind], *base, *options, "--out", str(out))
+        return Step(_join(label, name), command, out / "metrics.json", kind)
 
     steps = [run(arm, "solve", arm) for arm in arms]
     if settings.fit:

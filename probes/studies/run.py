@@ -71,7 +71,10 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
     """Run what is missing of a study, and print its verdicts."""
     check(settings)
     steps, out = make_plan(settings), settings.out
-    with exclusive_run_lock(out, "+".join(settings.arms or ()) or "study"):  # jobs of other arms can run meanwhile
+    part = [*filter(None, settings.models), *(settings.arms or ())]
+    with exclusive_run_lock(
+        out, "+".join(part).replace("/", ".") or "study"
+    ):  # jobs of other models or arms can run meanwhile
         missing = _missing(steps, out, _changed_models(steps, overwrite))
         for i, step in enumerate(missing):
             if step.kind == "report" and not any(run.name == "trained" for run in finished_runs(out)):
@@ -190,9 +193,12 @@ def _command(step: Step, out: Path, overwrite: bool) -> list[str]:
 
 
 def _same_classes(step: Step, words: list[str], out: Path) -> list[str]:
-    """Return a knockout's command with the classes that were blocked in the trained arm: controls block the same."""
+    """Return a knockout's command with the classes that were blocked in the trained arm: controls block the same.
+
+    Probes that were trained for a few steps only may predict none of them, so they have classes of their own.
+    """
     trained = out / step.needs[-1] / step.result.name
-    if trained == step.result or not trained.is_file():
+    if step.result.parent in (trained.parent, trained.parent.with_name("probes")) or not trained.is_file():
         known = len(read_json(step.result.parent / "metrics.json")["classes"])
         return [f"auto:{min(int(word[5:]), known)}" if re.fullmatch(r"auto:\d+", word) else word for word in words]
     start = words.index("--classes") + 1

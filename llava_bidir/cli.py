@@ -162,6 +162,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     text = "largest share of names that are replaced by their look-alike in the text on which the LLM is trained"
     assets.add_argument("--swapped-names", type=between(0, 1), default=0.5, metavar="SHARE", help=text)
+    text = "write the conversations in plain English, for a language model that knows it, and train no LLM"
+    assets.add_argument("--english", action="store_true", help=text)
 
     text = "list the configs that `-c NAME` finds, print one, or copy them"
     configs = command("configs", "llava_bidir.common.configs:run", text)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from llava_bidir.common.atomic_io import atomic_directory
 
+from . import english as plain_english
 from . import tiny_models
 from .canvas import CLASSES, PALETTE
 from .dialogues import SceneText, build_dialogue, find_regions, format_turns, prepend_picture, swap_names
@@ -30,6 +31,7 @@ from .surfaces import Surfaces
 
 PICTURES = {"llava": 3000, "training": 1000, "validation": 600}
 CAPTIONS, DIALOGUES, QUESTIONS, PAIRS = 1920, 4480, 400, 100
+ENGLISH = {"rows": 3, "choices": 4, "points": 2}  # questions of a dialogue in plain English, about 300 tokens
 TEXT_ONLY = 0.05  # share of dialogues with the picture in words, for the text-only samples of LLaVA's mix
 ENCODER_STEPS, LLM_STEPS = 1400, 240  # both take about the same time and run in parallel
 # Options of draw_scene. In "context", look-alikes can only be told apart by the rest of the scene; in "conjunction", by
@@ -44,7 +46,12 @@ DEPTH_SCALE = 0.001  # metres per unit of a depth map: millimetres, as in NYUv2
 
 
 def demo_assets(
-    out: Path, seed: int = 0, scale: float = 1.0, world: str = "context", swapped_names: float = 0.5
+    out: Path,
+    seed: int = 0,
+    scale: float = 1.0,
+    world: str = "context",
+    swapped_names: float = 0.5,
+    english: bool = False,
 ) -> None:
     """Write the toy world: scenes with masks, conversations, a tiny encoder and a tiny LLM.
 
@@ -55,6 +62,7 @@ def demo_assets(
         world: A key of `WORLDS`.
         swapped_names: Largest share of a picture's names that are replaced by their look-alike in the text on which the
             LLM is trained. Reading them right is a task like the one that context sets in images.
+        english: Write the conversations in plain English, for a language model that knows it, and train no LLM.
     """
     sizes = {name: max(16, round(n * scale)) for name, n in PICTURES.items()}
     # spawn, since torch's threads do not survive a fork
@@ -63,12 +71,14 @@ def demo_assets(
         pairs = pool.submit(_draw_pairs, partial / "pairs", max(16, round(PAIRS * scale)), seed, WORLDS[world])
         scenes = _draw_splits(pool, partial, sizes, seed, WORLDS[world])
         texts = {name: [SceneText.from_scene(scene) for scene in split] for name, split in scenes.items()}
-        jobs = [
-            pool.submit(_train_encoder, scenes["llava"], partial / "encoder", round(ENCODER_STEPS * scale), seed),
-            pool.submit(_train_llm, texts["llava"], partial / "llm", round(LLM_STEPS * scale), seed, swapped_names),
-        ]
+        jobs = [pool.submit(_train_encoder, scenes["llava"], partial / "encoder", round(ENCODER_STEPS * scale), seed)]
+        if not english:
+            steps = round(LLM_STEPS * scale)
+            jobs.append(pool.submit(_train_llm, texts["llava"], partial / "llm", steps, seed, swapped_names))
         _write_settings(partial / "segmentation")
-        _write_conversations(partial, texts, scale, seed)
+        build = _build_english if english else _build_conversations
+        for name, records in build(texts, scale, np.random.default_rng([seed, 11])).items():
+            (partial / f"{name}.json").write_text(json.dumps(records) + "\n")
         for job in (*jobs, pairs):
             job.result()
     print(f"{out}: " + ", ".join(f"{n} {split} pictures" for split, n in sizes.items()))
@@ -165,12 +175,13 @@ def _generate_documents(
             yield prepend_picture(dialogue, " ".join(swap_names(scene.names, swapped_names, rng)))
 
 
-def _write_conversations(out: Path, texts: dict[str, list[SceneText]], scale: float, seed: int) -> None:
-    """Write the captions of stage 1, the dialogues of stage 2 and the validation questions."""
-    rng = np.random.default_rng([seed, 11])
+def _build_conversations(
+    texts: dict[str, list[SceneText]], scale: float, rng: np.random.Generator
+) -> dict[str, list[dict]]:
+    """Return the captions of stage 1, the dialogues of stage 2 and the validation questions."""
     train, val = texts["llava"], texts["validation"]
     captions = [
-        _record("llava", i, prepend_picture(build_dialogue(train[i], rng, caption=True)))
+        _record("llava", i, build_dialogue(train[i], rng, caption=True))
         for i in _sample_evenly(rng, len(train), max(1, round(CAPTIONS * scale)))
     ]
     dialogues = []
@@ -180,17 +191,38 @@ def _write_conversations(out: Path, texts: dict[str, list[SceneText]], scale: fl
             turns = prepend_picture(turns, " ".join(train[i].names))
             dialogues.append({"id": f"text_{i}", "conversations": turns})
         else:
-            dialogues.append(_record("llava", i, prepend_picture(turns)))
+            dialogues.append(_record("llava", i, turns))
     questions = [
-        _record("validation", i, prepend_picture(build_dialogue(val[i], rng, points=1)))
+        _record("validation", i, build_dialogue(val[i], rng, points=1))
         for i in _sample_evenly(rng, len(val), max(1, round(QUESTIONS * scale)))
     ]
     questions = [record | {"regions": find_regions(record["conversations"])} for record in questions]
-    for name, records in (("captions", captions), ("dialogues", dialogues), ("questions", questions)):
-        (out / f"{name}.json").write_text(json.dumps(records) + "\n")
+    return {"captions": captions, "dialogues": dialogues, "questions": questions}
+
+
+def _build_english(texts: dict[str, list[SceneText]], scale: float, rng: np.random.Generator) -> dict[str, list[dict]]:
+    """Return the same in plain English; each question is asked about two pictures."""
+    train, val = texts["llava"], texts["validation"]
+    other = lambda texts: texts[rng.integers(len(texts))]
+    captions = [
+        _record("llava", i, plain_english.describe(train[i], rng))
+        for i in _sample_evenly(rng, len(train), max(1, round(CAPTIONS * scale)))
+    ]
+    dialogues = [
+        _record("llava", i, plain_english.build_dialogue(train[i], other(train), rng, **ENGLISH))
+        for i in _sample_evenly(rng, len(train), max(1, round(DIALOGUES * scale)))
+    ]
+    questions = []
+    for first in _sample_evenly(rng, len(val), max(1, round(QUESTIONS * scale))):
+        second = int(rng.integers(len(val)))
+        asked = plain_english.ask_both(val[first], val[second], rng)
+        for i, (turns, regions) in zip((first, second), asked, strict=False):
+            questions.append(_record("validation", i, turns) | {"regions": regions})
+    return {"captions": captions, "dialogues": dialogues, "questions": questions}
 
 
 def _record(split: str, index: int, turns: list[dict]) -> dict:
+    turns = prepend_picture(turns)
     return {"id": f"{split}_{index:05d}", "image": _image_path(split, index), "conversations": turns}
 
 
@@ -202,4 +234,4 @@ def _sample_evenly(rng: np.random.Generator, n: int, count: int) -> list[int]:
 
 def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir demo-assets`."""
-    demo_assets(args.out, args.seed, args.scale, args.world, args.swapped_names)
+    demo_assets(args.out, args.seed, args.scale, args.world, args.swapped_names, args.english)

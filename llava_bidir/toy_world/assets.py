@@ -31,7 +31,7 @@ from .surfaces import Surfaces
 
 PICTURES = {"llava": 3000, "training": 1000, "validation": 600}
 CAPTIONS, DIALOGUES, QUESTIONS, PAIRS = 1920, 4480, 400, 100
-ENGLISH = {"rows": 3, "choices": 4, "points": 2}  # questions of a dialogue in plain English, about 300 tokens
+ENGLISH = {"choices": 3, "points": 1}  # questions of a dialogue in plain English, about 330 tokens with the picture
 TEXT_ONLY = 0.05  # share of dialogues with the picture in words, for the text-only samples of LLaVA's mix
 ENCODER_STEPS, LLM_STEPS = 1400, 240  # both take about the same time and run in parallel
 # Options of draw_scene. In "context", look-alikes can only be told apart by the rest of the scene; in "conjunction", by

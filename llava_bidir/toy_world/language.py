@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,10 +46,12 @@ def describe_mllm(path: Path, words: int, questions: list[dict[str, Any]], image
 
     Returns:
         {"perplexity", "answer_accuracy": share of `questions` that were answered exactly at the end of training, null
-        if none were asked, "conversations": [{"image", "turns": [[question, answer, right answer or null]]}]}
+        if none were asked, "first_layer_update", "conversations": [{"image", "turns": [[question, answer, right answer or null]]}]}
     """
     model, processor = load(str(path), "float32")
+    shown = [read_image(images / record["image"]) for record in questions[:: max(1, len(questions) // 8)]]
     entry = {"perplexity": perplexity(model, processor.tokenizer, words)}
+    entry["first_layer_update"] = first_layer_update(model, processor, shown)
     entry["answer_accuracy"] = read_json(path / "training.json").get("val/answer_accuracy")
     conversations = []
     for record in questions[:: max(1, len(questions) // CONVERSATIONS)][:CONVERSATIONS]:
@@ -70,6 +73,17 @@ def perplexity(model: torch.nn.Module, tokenizer, words: int) -> float:
     return math.exp(text_loss(model, ids, words).item())
 
 
+@torch.no_grad()
+def first_layer_update(model: torch.nn.Module, processor, images: list[Image.Image]) -> float:
+    """Return how much the first layer changes image tokens, relative to their norm, as a mean over the tokens."""
+    pixels = processor.image_processor(images, return_tensors="pt").pixel_values
+    ids = torch.full((len(images), model.config.image_seq_length), model.config.image_token_id)
+    before, after, *_ = model(
+        input_ids=ids, pixel_values=pixels, output_hidden_states=True, use_cache=False
+    ).hidden_states
+    return ((after - before).norm(dim=-1) / before.norm(dim=-1)).mean().item()
+
+
 def text_loss(model: torch.nn.Module, ids: Tensor, words: int) -> Tensor:
     """Return the mean cross-entropy of ids long[1, N] in nats per token."""
     states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -80,6 +94,8 @@ def text_loss(model: torch.nn.Module, ids: Tensor, words: int) -> Tensor:
 def format_description(name: str, entry: dict[str, Any]) -> str:
     """Return a description as lines of text."""
     lines = [f"{name}: perplexity {entry['perplexity']:.2f}"]
+    if "first_layer_update" in entry:
+        lines[0] += f", the first layer changes image tokens by {entry['first_layer_update']:.1f} of their norm"
     if entry.get("answer_accuracy") is not None:
         lines[0] += f", {entry['answer_accuracy']:.1%} of held-out questions answered (50% without the picture)"
     for conversation in entry.get("conversations", ()):

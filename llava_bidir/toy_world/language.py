@@ -45,8 +45,9 @@ def describe_mllm(path: Path, words: int, questions: list[dict[str, Any]], image
         images: Folder of their images.
 
     Returns:
-        {"perplexity", "answer_accuracy": share of `questions` that were answered exactly at the end of training, null
-        if none were asked, "first_layer_update", "conversations": [{"image", "turns": [[question, answer, right answer or null]]}]}
+        {"perplexity", "first_layer_update", "answer_accuracy": share of `questions` that were answered exactly at the
+        end of training, null if none were asked, "conversations": [{"image", "turns": [[question, answer, right
+        answer or null]]}]}
     """
     model, processor = load(str(path), "float32")
     shown = [read_image(images / record["image"]) for record in questions[:: max(1, len(questions) // 8)]]

@@ -164,6 +164,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     text = "largest share of names that are replaced by their look-alike in the text on which the LLM is trained"
     assets.add_argument("--swapped-names", type=between(0, 1), default=0.5, metavar="SHARE", help=text)
+    text = "write the conversations in plain English, for a language model that knows it, and train no LLM"
+    assets.add_argument("--english", action="store_true", help=text)
 
     text = "edit a model of the binding world so that the truth of a claim is known"
     plant = command("plant", "llava_bidir.toy_world.plant:run", text)
@@ -194,6 +196,24 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--world", choices=["context", "conjunction", "null"], default="context", help="see demo-assets")
     text = "also other tasks, patching, maps and UMAP, which no claim needs (always from scale 1)"
     demo.add_argument("--extras", action="store_true", help=text)
+
+    text = "the demo with a real language model, SmolLM2-135M-Instruct, in plain English; again: only what is missing"
+    real = command("real", "llava_bidir.toy_world.real:run", text)
+    real.add_argument(
+        "--out", type=Path, default=Path("runs/real"), help="folder of models, world, studies and reports"
+    )
+    real.add_argument("--seed", type=natural, default=0, help="seed of all random choices")
+    text = "minutes on two idle cores; a stage has as many steps as fit, from a measured one"
+    real.add_argument("--minutes", type=between(1, 100_000), default=45, metavar="MINUTES", help=text)
+    text = "steps of each stage, instead of as many as fit"
+    real.add_argument("--steps", type=count, metavar="N", default=argparse.SUPPRESS, help=text)
+    real.add_argument("--draws", type=natural, default=1, help="draws of each kind of random LLM in the study")
+    text = (
+        "also train and study what tells language from training: the model after stage 1, one of random weights, and "
+    )
+    text += "one with image tokens as small as words; takes three times as long"
+    real.add_argument("--controls", action="store_true", help=text)
+    real.set_defaults(steps=None)
 
     rehearse = command(
         "rehearse",

@@ -48,7 +48,7 @@ def test_every_locked_package_is_pinned_with_hashes(lock):
 
 def test_the_lock_holds_every_declared_package_within_its_bounds():
     packages = locked(LOCK)
-    for line in declared_lines("cluster", "gguf", "lab", "test", "browser"):
+    for line in declared_lines("cluster", "gguf", "lab", "real", "test", "browser"):
         requirement = Requirement(line)
         if canonical(requirement.name) == "torch":
             assert torch_version() in requirement.specifier
@@ -138,5 +138,5 @@ def test_what_is_imported_is_declared():
 def test_what_is_declared_is_imported_or_says_why():
     used = set().union(*imported("llava_bidir", "probes", "tests").values())
     text = (ROOT / "pyproject.toml").read_text()
-    for name in declared("cluster", "gguf", "lab", "test", "browser") - used:
+    for name in declared("cluster", "gguf", "lab", "real", "test", "browser") - used:
         assert re.search(rf'"{name}\b[^\n]*" *[],]+ +# \w', text, re.IGNORECASE), f"{name} is declared; what for?"

@@ -14,6 +14,7 @@ OUT/segmentation/patches.json    of each picture: the scene of each patch, and w
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from llava_bidir.common.atomic_io import atomic_directory
 
+from . import english as plain_english
 from . import tiny_models
 from .binding import Mosaic, draw_mosaic, mix_mosaics
 from .canvas import CLASSES, PALETTE
@@ -40,6 +42,7 @@ ONE_SCENE = {("one_scene", "training"): 1000, ("one_scene", "validation"): 600}
 SPLITS = [*PICTURES, *ONE_SCENE]
 BINDING_PICTURES = 16000  # of conversations, at most as many as elsewhere: binding is not learned from a few hundred
 CAPTIONS, DIALOGUES, QUESTIONS, PAIRS = 1920, 4480, 400, 100
+ENGLISH = {"choices": 3, "points": 1}  # questions of a dialogue in plain English, about 330 tokens with the picture
 TEXT_ONLY = 0.05  # share of dialogues with the picture in words, for the text-only samples of LLaVA's mix
 ENCODER_STEPS, LLM_STEPS = 1400, 240  # both take about the same time and run in parallel
 # Options of draw_scene, and of the binding world the scenes in a picture. In "context", look-alikes can only be told
@@ -51,6 +54,7 @@ WORLDS = {
     "null": {"evidence": 3.0},
     "binding": {"scenes": 4},
 }
+TRAINING, VALIDATION = ("llava", "training"), ("segmentation", "validation")  # of conversations
 CHUNK = 100
 Split = tuple[str, str]  # folder below OUT, and split of the layout
 DEPTH_SCALE = 0.001  # metres per unit of a depth map: millimetres, as in NYUv2
@@ -63,6 +67,7 @@ def demo_assets(
     world: str = "context",
     swapped_names: float = 0.5,
     scenes: int = WORLDS["binding"]["scenes"],
+    english: bool = False,
 ) -> None:
     """Write the toy world: scenes with masks, conversations, a tiny encoder and a tiny LLM.
 
@@ -74,6 +79,7 @@ def demo_assets(
         swapped_names: Largest share of a picture's names that are replaced by their look-alike in the text on which the
             LLM is trained. Reading them right is a task like the one that context sets in images.
         scenes: Scenes in a picture of the binding world.
+        english: Write the conversations in plain English, for a language model that knows it, and train no LLM.
     """
     options = {"scenes": scenes} if world == "binding" else WORLDS[world]
     pictures = PICTURES | ONE_SCENE if world == "binding" else PICTURES
@@ -85,12 +91,11 @@ def demo_assets(
     with atomic_directory(out, marker="questions.json") as partial, workers as pool:
         drawn = _draw_splits(pool, partial, sizes, seed, options)
         texts = {name: [SceneText.from_scene(scene) for scene in split] for name, split in drawn.items()}
-        train = drawn["llava", "training"]
-        text = texts["llava", "training"]
-        jobs = [
-            pool.submit(_train_encoder, train, partial / "encoder", round(ENCODER_STEPS * scale), seed),
-            pool.submit(_train_llm, text, partial / "llm", round(LLM_STEPS * scale), seed, swapped_names),
-        ]
+        train = drawn[TRAINING]
+        jobs = [pool.submit(_train_encoder, train, partial / "encoder", round(ENCODER_STEPS * scale), seed)]
+        if not english:
+            steps = round(LLM_STEPS * scale)
+            jobs.append(pool.submit(_train_llm, texts[TRAINING], partial / "llm", steps, seed, swapped_names))
         for folder in {folder for folder, _ in sizes}:
             _write_classes(partial / folder)
         if world == "binding":
@@ -98,8 +103,9 @@ def demo_assets(
         else:
             jobs.append(pool.submit(_draw_pairs, partial / "pairs", max(16, round(PAIRS * scale)), seed, options))
             (partial / "segmentation/targets.json").write_text(json.dumps({"depth_scale": DEPTH_SCALE}) + "\n")
-        validation = texts["segmentation", "validation"]
-        _write_conversations(partial, text, validation, scale, seed, look_alikes=world == "binding")
+        build = _build_english if english else functools.partial(_build_conversations, look_alikes=world == "binding")
+        for name, records in build(texts, scale, np.random.default_rng([seed, 11])).items():
+            (partial / f"{name}.json").write_text(json.dumps(records) + "\n")
         for job in jobs:
             job.result()
     print(f"{out}: " + ", ".join(f"{n} pictures in {folder}/{split}" for (folder, split), n in sizes.items()))
@@ -209,14 +215,13 @@ def _generate_documents(
             yield prepend_picture(dialogue, " ".join(swap_names(scene.names, swapped_names, rng)))
 
 
-def _write_conversations(
-    out: Path, train: list[SceneText], val: list[SceneText], scale: float, seed: int, look_alikes: bool
-) -> None:
-    """Write the captions of stage 1, the dialogues of stage 2 and the validation questions."""
-    rng = np.random.default_rng([seed, 11])
-    llava, validation = ("llava", "training"), ("segmentation", "validation")
+def _build_conversations(
+    texts: dict[Split, list[SceneText]], scale: float, rng: np.random.Generator, look_alikes: bool
+) -> dict[str, list[dict]]:
+    """Return the captions of stage 1, the dialogues of stage 2 and the validation questions."""
+    train, val = texts[TRAINING], texts[VALIDATION]
     captions = [
-        _record(llava, i, prepend_picture(build_dialogue(train[i], rng, caption=True)))
+        _record(TRAINING, i, build_dialogue(train[i], rng, caption=True))
         for i in _sample_evenly(rng, len(train), max(1, round(CAPTIONS * scale)))
     ]
     dialogues = []
@@ -226,18 +231,40 @@ def _write_conversations(
             turns = prepend_picture(turns, " ".join(train[i].names))
             dialogues.append({"id": f"text_{i}", "conversations": turns})
         else:
-            dialogues.append(_record(llava, i, prepend_picture(turns)))
+            dialogues.append(_record(TRAINING, i, turns))
     questions = [
-        _record(validation, i, prepend_picture(build_dialogue(val[i], rng, points=1, look_alikes=look_alikes)))
+        _record(VALIDATION, i, build_dialogue(val[i], rng, points=1, look_alikes=look_alikes))
         for i in _sample_evenly(rng, len(val), max(1, round(QUESTIONS * scale)))
     ]
     questions = [record | {"regions": find_regions(record["conversations"])} for record in questions]
-    for name, records in (("captions", captions), ("dialogues", dialogues), ("questions", questions)):
-        (out / f"{name}.json").write_text(json.dumps(records) + "\n")
+    return {"captions": captions, "dialogues": dialogues, "questions": questions}
+
+
+def _build_english(
+    texts: dict[Split, list[SceneText]], scale: float, rng: np.random.Generator
+) -> dict[str, list[dict]]:
+    """Return the same in plain English; each question is asked about two pictures."""
+    train, val = texts[TRAINING], texts[VALIDATION]
+    other = lambda texts: texts[rng.integers(len(texts))]
+    captions = [
+        _record(TRAINING, i, plain_english.describe(train[i], rng))
+        for i in _sample_evenly(rng, len(train), max(1, round(CAPTIONS * scale)))
+    ]
+    dialogues = [
+        _record(TRAINING, i, plain_english.build_dialogue(train[i], other(train), rng, **ENGLISH))
+        for i in _sample_evenly(rng, len(train), max(1, round(DIALOGUES * scale)))
+    ]
+    questions = []
+    for first in _sample_evenly(rng, len(val), max(1, round(QUESTIONS * scale))):
+        second = int(rng.integers(len(val)))
+        asked = plain_english.ask_both(val[first], val[second], rng)
+        for i, (turns, regions) in zip((first, second), asked, strict=False):
+            questions.append(_record(VALIDATION, i, turns) | {"regions": regions})
+    return {"captions": captions, "dialogues": dialogues, "questions": questions}
 
 
 def _record(split: Split, index: int, turns: list[dict]) -> dict:
-    name = "llava" if split[0] == "llava" else split[1]
+    name, turns = "llava" if split == TRAINING else split[1], prepend_picture(turns)
     return {"id": f"{name}_{index:05d}", "image": _path("images", split, index), "conversations": turns}
 
 
@@ -249,4 +276,4 @@ def _sample_evenly(rng: np.random.Generator, n: int, count: int) -> list[int]:
 
 def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir demo-assets`."""
-    demo_assets(args.out, args.seed, args.scale, args.world, args.swapped_names, args.scenes)
+    demo_assets(args.out, args.seed, args.scale, args.world, args.swapped_names, args.scenes, args.english)

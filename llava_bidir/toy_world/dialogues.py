@@ -60,17 +60,18 @@ def build_dialogue(
         chosen_points = [i for i in chosen_points if LOOK_ALIKE[text.names[i]] != text.names[i]]
     chosen_points = chosen_points[:points]
     parts = [
-        [_turns(f"name row{r + 1}", " ".join(text.names[r * GRID : (r + 1) * GRID])) for r in chosen_rows],
-        [_turns(f"name row{i // GRID + 1} column{i % GRID + 1}", text.names[i]) for i in chosen_points],
+        [make_turns(f"name row{r + 1}", " ".join(text.names[r * GRID : (r + 1) * GRID])) for r in chosen_rows],
+        [make_turns(f"name row{i // GRID + 1} column{i % GRID + 1}", text.names[i]) for i in chosen_points],
     ]
     if rng.random() < 0.5:
         parts.reverse()
     if caption:
-        parts.append([_turns("describe the scene", text.caption(rng))])
+        parts.append([make_turns("describe the scene", text.caption(rng))])
     return [turn for part in parts for turns in part for turn in turns]
 
 
-def _turns(question: str, answer: str) -> list[Turn]:
+def make_turns(question: str, answer: str) -> list[Turn]:
+    """Return a question and its answer."""
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
@@ -82,10 +83,14 @@ def find_regions(turns: list[Turn]) -> list[dict | None]:
     regions = []
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         asked = re.search(r"name row(\d+) column(\d+)$", question["value"])
-        row, column = (int(number) - 1 for number in asked.groups()) if asked else (0, 0)
-        box = [edge / GRID for edge in (column, row, column + 1, row + 1)]
-        regions.append({"box": box, "class": answer["value"]} if asked else None)
+        box = asked and find_box(*(int(number) - 1 for number in asked.groups()))
+        regions.append(box and {"box": box, "class": answer["value"]})
     return regions
+
+
+def find_box(row: int, column: int) -> list[float]:
+    """Return left, top, right and bottom of a patch as fractions of the picture; rows and columns count from 0."""
+    return [edge / GRID for edge in (column, row, column + 1, row + 1)]
 
 
 def prepend_picture(turns: list[Turn], picture: str = "<image>") -> list[Turn]:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, MistralConfig, Qwen3_5TextConfig
 
 from llava_bidir import IMAGE_ATTENTION
+from llava_bidir.cli import main
 from llava_bidir.common.errors import UserError
 from llava_bidir.data.collate import Collate
 from llava_bidir.model import modeling_llava_bidir
@@ -99,6 +100,17 @@ def test_no_batch_is_warned_of(name, shown, parts, monkeypatch):
     for pack_tokens in (ROW, None):
         module.loss(replace(collate, pack_tokens=pack_tokens)(samples(shown)))
     assert not warnings
+
+
+def test_a_training_that_is_right_is_not_warned_of_images_that_are_read_as_text(
+    parts, conversations, tmp_path, monkeypatch
+):
+    """Losses, answers in validation, and the check of the export, on samples with images and without."""
+    warnings = []
+    monkeypatch.setattr(modeling_llava_bidir.logger, "warning_once", warnings.append)
+    command = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path)]
+    main([*command, "--model.image_attention", "bidirectional", "--trainer.max_epochs", "1"])
+    assert (tmp_path / "hf/model.safetensors").is_file() and not warnings
 
 
 class LogitRows(TorchDispatchMode):

@@ -217,3 +217,8 @@ class Solver(FrozenProbes):
                     f"{site}: the cross-validated loss is lowest at the {end} strength, {strengths[lowest]:g}: {why}; "
                     f"the probe has {strengths[int(solved.chosen)]:g}"
                 )
+
+
+def tensors_of(site: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a site by name, from those of all sites by "SITE/NAME"."""
+    return {name.partition("/")[2]: x for name, x in tensors.items() if name.startswith(f"{site}/")}

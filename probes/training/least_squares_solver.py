@@ -7,7 +7,6 @@ Images come fold by fold. A killed run resumes from the moments that each proces
 """
 
 import time
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from .distributed import all_reduce, broadcast, rank, rank_count
 from .least_squares import LeastSquaresMoments, solve_least_squares
 from .moments import packed_size
 from .probe_path import SolvedSite
-from .solver import Solver
+from .solver import Solver, tensors_of
 
 SAVE_SECONDS = 600  # between two files of moments
 
@@ -83,7 +82,7 @@ class LeastSquaresSolver(Solver):
                 self.moments[site].add_images(x[images], equations, self.mllm.grid, int(self.fold_of[index[0]]))
         self.added[index] = True
         if time.monotonic() - self.saved_at > SAVE_SECONDS:
-            named = {f"{site}/{f.name}": getattr(m, f.name) for site, m in self.moments.items() for f in fields(m)}
+            named = {f"{site}/{name}": x for site, m in self.moments.items() for name, x in vars(m).items()}
             self.save(f"moments_{rank()}.safetensors", named | {"seen": self.added})
             self.saved_at = time.monotonic()
 
@@ -102,8 +101,7 @@ class LeastSquaresSolver(Solver):
 
     def _add_saved(self, tensors: dict[str, Tensor]) -> None:
         for site in self.sites:
-            if f"{site}/pivot" in tensors:
-                saved = {field.name: tensors[f"{site}/{field.name}"] for field in fields(LeastSquaresMoments)}
+            if saved := tensors_of(site, tensors):
                 moments = LeastSquaresMoments(**{name: x.to(self.device) for name, x in saved.items()})
                 if site in self.moments:
                     moments.add(self.moments[site])

@@ -29,7 +29,7 @@ from probes.ops.quadrature import PreparedMasks, join_masks
 from .distributed import all_gather_objects, all_reduce, broadcast, gather_images, rank, rank_count
 from .optimum import LOOSE_NODES, PROXIMAL, TIGHT_NODES, Refinement, SitePath, SiteProblem, loss_sums, solve_site
 from .probe_path import SolvedSite
-from .solver import Solver
+from .solver import Solver, tensors_of
 
 POINTS = "points.safetensors"
 LEAST = 4  # images of each fold in memory, however little there is
@@ -130,7 +130,7 @@ class OptimumSolver(Solver):
             self.paths[site], self.refinements[site] = path, refinement
             if self.whole:
                 solved[site] = self._to_site(site)
-                self.save(file(site), solved[site].tensors())
+                self.save(file(site), vars(solved[site]))
                 del self.sample_states[site], self.refinements[site]
         return solved
 
@@ -225,8 +225,7 @@ class OptimumSolver(Solver):
         tensors = self.load(POINTS)
         self.passes = int(tensors["passes"])
         for site, refinement in self.refinements.items():
-            parts = {name.partition("/")[2]: x for name, x in tensors.items() if name.startswith(f"{site}/")}
-            refinement.set_state({name: x.to(self.device) for name, x in parts.items()})
+            refinement.set_state({name: x.to(self.device) for name, x in tensors_of(site, tensors).items()})
 
     # ------------------------------------------------------------------------------------------------ results
     def path_results(self, counts: Counts | TaskSums) -> tuple[dict[str, Any], dict[str, Tensor]]:

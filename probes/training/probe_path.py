@@ -3,7 +3,7 @@
 Legend: R strengths that were solved, S sites, N images, K classes, d width.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,10 +45,6 @@ class SolvedSite:
     weights: Tensor
     bias: Tensor
     certificates: Tensor
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the fields by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
     def row(self) -> int:

@@ -185,11 +185,12 @@ class Solver(FrozenProbes):
         by_site = lambda x: x.unflatten(0, (-1, len(self.sites)))
         loss_name = "cv_loss" if self.task else "cv_cross_entropy"
         if self.task:
-            sums = self.path_metric.compute().sums
+            sums = self.path_metric.compute().sums.cpu()
             scores, tensors = task_scores(self.task, sums), {"sums": sums}
         else:
             others, loss = self.path_metric.compute()
-            both = {name: self._merge(getattr(others, name), getattr(counts, name)) for name in COUNTED}
+            loss = loss.cpu()
+            both = {name: self._merge(getattr(others, name).cpu(), getattr(counts, name)) for name in COUNTED}
             score = dataset_scores(counts._replace(**both))
             scores = {"miou": score.miou, "pacc": score.pacc, "cross_entropy": loss.sum(1) / counts.labelled.sum()}
             tensors = {name: x.int() for name, x in both.items()} | {"cross_entropy": loss}
@@ -203,7 +204,7 @@ class Solver(FrozenProbes):
     def _merge(self, others: Tensor, chosen: Tensor) -> Tensor:
         """Return counts of all probes [R * S, N, K] from those of the chosen ones [S, N, K] and of all others."""
         merged = others.new_empty(self.rows * len(self.sites), *others.shape[1:])
-        merged[self.path_metric.counted], merged[self._chosen()] = others, chosen.to(others)
+        merged[self.path_metric.counted], merged[self._chosen()] = others, chosen
         return merged
 
     def _report_limits(self) -> None:
@@ -216,3 +217,8 @@ class Solver(FrozenProbes):
                     f"{site}: the cross-validated loss is lowest at the {end} strength, {strengths[lowest]:g}: {why}; "
                     f"the probe has {strengths[int(solved.chosen)]:g}"
                 )
+
+
+def tensors_of(site: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a site by name, from those of all sites by "SITE/NAME"."""
+    return {name.partition("/")[2]: x for name, x in tensors.items() if name.startswith(f"{site}/")}

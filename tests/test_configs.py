@@ -53,7 +53,9 @@ def instantiate(files, parts, conversations, encoder_path):
     return build_cli(argv, run=False)
 
 
-PAIRS = [(stage, encoder) for stage in TRAINING for encoder in ENCODERS if stage not in OWN_ENCODER or "clip" in encoder]
+PAIRS = [
+    (stage, encoder) for stage in TRAINING for encoder in ENCODERS if stage not in OWN_ENCODER or "clip" in encoder
+]
 
 
 @pytest.mark.parametrize(("stage", "encoder"), PAIRS)

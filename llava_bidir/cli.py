@@ -151,9 +151,11 @@ def build_parser() -> argparse.ArgumentParser:
     assets.add_argument("--seed", type=natural, default=0, help="seed of all random choices")
     text = (
         "look-alikes can only be told apart by the rest of the scene (context), by it and the light together "
-        "(conjunction), or by themselves (null)"
+        "(conjunction), by patches of the same scene among several (binding), or by themselves (null)"
     )
-    assets.add_argument("--world", choices=["context", "conjunction", "null"], default="context", help=text)
+    assets.add_argument("--world", choices=["context", "conjunction", "null", "binding"], default="context", help=text)
+    text = "scenes in a picture of the binding world"
+    assets.add_argument("--scenes", type=int, choices=[1, 2, 4], default=4, help=text)
     assets.add_argument(
         "--scale",
         type=between(0.01, 1000),
@@ -164,6 +166,19 @@ def build_parser() -> argparse.ArgumentParser:
     assets.add_argument("--swapped-names", type=between(0, 1), default=0.5, metavar="SHARE", help=text)
     text = "write the conversations in plain English, for a language model that knows it, and train no LLM"
     assets.add_argument("--english", action="store_true", help=text)
+
+    text = "edit a model of the binding world so that the truth of a claim is known"
+    plant = command("plant", "llava_bidir.toy_world.plant:run", text)
+    text = "recovery: train its own image tokens on the classes; drop: merge classes in its adapter"
+    plant.add_argument("what", choices=["recovery", "drop"], help=text)
+    plant.add_argument("model", type=Path, metavar="MODEL", help="exported directory (RUN/hf)")
+    plant.add_argument("world", type=Path, metavar="WORLD", help="folder of demo-assets --world binding")
+    plant.add_argument("out", type=Path, metavar="OUT", help="directory to write; replaces an earlier export")
+    plant.add_argument("--steps", type=natural, default=300, help="recovery: optimizer steps; 0: none is planted")
+    text = "recovery: questions about patches of each picture to train along"
+    plant.add_argument("--questions", type=natural, default=0, metavar="N", help=text)
+    plant.add_argument("--pairs", type=natural, default=3, help="drop: pairs of classes to merge, up to 3; 0: none")
+    plant.add_argument("--seed", type=natural, default=0, help="seed of batches and questions")
 
     text = "list the configs that `-c NAME` finds, print one, or copy them"
     configs = command("configs", "llava_bidir.common.configs:run", text)

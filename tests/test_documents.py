@@ -248,7 +248,9 @@ def test_there_are_seven_examples_each_with_a_test():
     ]
     for diff, command in EXAMPLES.values():
         tests = [name for name in files_of(diff) if name.startswith("tests/")]
-        assert len(tests) == 1 and len(files_of(diff)) <= 3 and command.startswith("python -m pytest tests/")
+        new = re.findall(r"^--- /dev/null\n\+\+\+ b/(.+)$", diff, re.M)
+        places = {str(Path(name).parent) if name in new else name for name in files_of(diff)}  # a new folder is one
+        assert len(tests) == 1 and len(places) <= 3 and command.startswith("python -m pytest tests/")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -268,4 +270,5 @@ def test_example_works_as_written(name, copy):
     passed = run([sys.executable, *arguments, "-q", "-p", "no:cacheprovider"], copy, env=environment)
     assert re.search(r"^\d+ passed", passed, re.M) and "failed" not in passed
     for check in (["check"], ["format", "--check"]):
-        run([sys.executable, "-m", "ruff", *check, *files_of(diff)], copy)
+        code = [name for name in files_of(diff) if name.endswith(".py")]
+        run([sys.executable, "-m", "ruff", *check, *code], copy)

@@ -11,8 +11,6 @@ WARNINGS = (
     ".*does not have many workers",
     ".*isinstance.treespec",
     ".*in eval mode",  # the frozen model
-    "You are using a custom batch sampler",  # of the passes of `probes solve`, which has all images
-    "predict returned None",  # a pass adds to sums
     ".*your dataloader is not resumable",  # the data modules restore their position themselves
     "Total length of `list` across ranks is zero",  # no validation questions
     "The `srun` command is available",  # a run on a cluster's login node or inside an allocation
@@ -29,5 +27,6 @@ def hide_expected_messages() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name, beginnings in LOGGED.items():
         logging.getLogger(name).addFilter(lambda record, texts=beginnings: not record.getMessage().startswith(texts))
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # a line for each table of each font of a PDF
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns on stdout that it has to guess

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Iterator, Sized
 from datetime import timedelta
 
 from lightning import Callback, LightningModule, Trainer
@@ -45,19 +46,16 @@ class LogProgress(Callback):
             text += f", {_duration(min(left) / rate)} left"
         log.info(text)
 
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock of a pass."""
-        self.started = self.last = time.monotonic()
-
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Log if the last line is some seconds old or the pass ends."""
-        now, done, batches = time.monotonic(), batch_idx + 1, trainer.num_predict_batches[0]
-        if not trainer.is_global_zero or (now - self.last < SECONDS and done < batches):
-            return
-        self.last, rate = now, done / max(now - self.started, 1e-9)
-        log.info(f"batch {done}/{batches} of a pass, {rate:.3g} batches/s, {_duration((batches - done) / rate)} left")
+    def track(self, batches: Sized) -> Iterator:
+        """Yield batches of a pass that is no epoch of training; log as for an epoch."""
+        started = last = time.monotonic()
+        for done, batch in enumerate(batches, 1):
+            yield batch
+            now = time.monotonic()
+            if now - last >= SECONDS or done == len(batches):
+                last, rate = now, done / max(now - started, 1e-9)
+                left = _duration((len(batches) - done) / rate)
+                log.info(f"batch {done}/{len(batches)} of a pass, {rate:.3g} batches/s, {left} left")
 
 
 def _duration(seconds: float) -> str:

@@ -59,8 +59,6 @@ class SegmentationData(LightningDataModule):
         self.batch_size, self.cache_features = batch_size, cache_features
         self.num_workers, self.seed = min(num_workers, usable_cores()), seed
         self.trained_batches = 0
-        self.pass_batches: list[list[int]] = []  # of one rank, for `predict_dataloader`
-        self._verified = False
         self._sources: dict[str, Dataset] = {}
 
     @property
@@ -68,21 +66,28 @@ class SegmentationData(LightningDataModule):
         """Optimizer steps per epoch, one a batch, at most `trainer.limit_train_batches`."""
         return batches_per_epoch(math.ceil(len(self.splits["training"]) / self.batch_size), self.trainer)
 
+    def epochs_of(self, steps: int) -> int | float:
+        """Return the number of epochs that have so many optimizer steps, an integer if they are complete."""
+        epochs = steps / self.steps_per_epoch
+        return int(epochs) if epochs.is_integer() else epochs
+
     def identity(self) -> dict[str, str]:
         """Return what the data is: classes, and names and contents of all images and targets."""
         parts = [split_identity(split, dataset) for split, dataset in self.splits.items()]
         return {key: value for identity in parts for key, value in identity.items()}
 
     def setup(self, stage: str) -> None:
-        """Read every image and target once before the model is loaded; each rank reads its share.
+        """Read every image before training; `probes test` and the scores after `fit` read no image twice."""
+        if stage == "fit":
+            self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, self.steps_per_epoch)
+            self.verify()
+
+    def verify(self) -> None:
+        """Read every image and target once, before the model is loaded; each rank reads its share.
 
         Raises:
             UserError: If some cannot be used; the message is the same on all ranks and names the files.
         """
-        if stage not in ("fit", "predict") or self._verified:
-            return
-        self._verified = True
-        self.trainer.log_every_n_steps = min(self.trainer.log_every_n_steps, self.steps_per_epoch)
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
         bar = rank == 0 and self.trainer.progress_bar_callback is not None
         bad_files = self.find_bad_files(self.num_workers, rank, ranks, bar)
@@ -125,9 +130,9 @@ class SegmentationData(LightningDataModule):
 
     test_dataloader = val_dataloader
 
-    def predict_dataloader(self) -> DataLoader:
-        """Return the loader of a pass over training images, in the order of `pass_batches`."""
-        return self._loader(self._source("training"), self.pass_batches)
+    def training_loader(self, batches: list[list[int]]) -> DataLoader:
+        """Return the loader of batches of training images, for a pass of `probes solve`."""
+        return self._loader(self._source("training"), batches)
 
     @property
     def rank_batch_size(self) -> int:

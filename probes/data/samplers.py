@@ -99,10 +99,6 @@ def assign_folds(images: int, folds: int, groups: list[str] | None = None) -> to
     return fold_of_unit if groups is None else fold_of_unit[[units.index(group) for group in groups]]
 
 
-class Batches(list):
-    """Lists of images, one per batch; a class of its own because Lightning sets attributes of batch samplers."""
-
-
 def fold_batches(fold_of: torch.Tensor, batch_size: int, rank: int = 0, world_size: int = 1) -> list[list[int]]:
     """Return the batches of one rank in a pass, fold by fold, so that all images of a batch are of the same fold.
 
@@ -111,12 +107,7 @@ def fold_batches(fold_of: torch.Tensor, batch_size: int, rank: int = 0, world_si
         batch_size: Images per batch of a rank.
         rank: Index of this process.
         world_size: R.
-
-    Raises:
-        UserError: There are fewer images than processes: one without a batch would skip the pass, and the others wait.
     """
-    if len(fold_of) < world_size:
-        raise UserError(f"{len(fold_of)} training images for {world_size} processes; use at most one process per image")
     mine, batches = fold_of.argsort(stable=True)[rank::world_size], []  # dealt out over all folds
     for fold in range(int(fold_of.max()) + 1):
         images = mine[fold_of[mine] == fold].tolist()

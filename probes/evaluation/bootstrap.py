@@ -3,12 +3,17 @@
 Shapes: R resamplings, N images, K classes, S sites, M sums per image of another task than segmentation.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from probes.tasks import Task
 
 from .metrics import Counts, Scores, scores
+
+if TYPE_CHECKING:  # it imports torchmetrics
+    from .task_metric import TaskSums
 
 
 def dataset_scores(counts: Counts) -> Scores:
@@ -39,6 +44,14 @@ def swapped_scores(a: Counts, b: Counts, swaps: Tensor) -> tuple[Scores, Scores]
         sums.append((x.sum(1) + moved, y.sum(1) - moved))
     (a_right, b_right), (a_predicted, b_predicted) = sums
     return scores(a_right, a_predicted, labelled), scores(b_right, b_predicted, labelled)
+
+
+def probe_scores(task: Task | None, counts: "Counts | TaskSums") -> dict[str, Tensor]:
+    """Return the scores f64[S] of every site by name, the main one first; `task` is None for segmentation."""
+    if task:
+        return task_scores(task, counts.sums)
+    miou, pacc, _ = dataset_scores(counts)
+    return {"miou": miou, "pacc": pacc}
 
 
 def task_scores(task: Task, sums: Tensor) -> dict[str, Tensor]:

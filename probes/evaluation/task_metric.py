@@ -1,4 +1,4 @@
-"""The torchmetrics metric of a task other than segmentation: its sums per image, over batches and ranks.
+"""The metric of a task other than segmentation: its sums per image.
 
 Legend: P probes, N images of the dataset, B images of a batch, K channels, h w token grid, T = h * w, M sums per image,
 H W pixels.
@@ -9,14 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric
 
 from probes.ops.bilinear import upsample
 from probes.ops.geometry import Geometry, GridPlacement
 from probes.tasks import Task
 
+from .image_metric import ImageMetric
 from .metrics import PIXELS_AT_ONCE, cells_of_pixels
-from .segmentation_metric import concatenate, order_of_images
 
 
 class TaskSums(NamedTuple):
@@ -33,7 +32,7 @@ class TaskSums(NamedTuple):
     patch_valid: Tensor | None = None
 
 
-class TaskMetric(Metric):
+class TaskMetric(ImageMetric):
     """Sums per image of a dataset, over batches and ranks, each image once.
 
     Args:
@@ -43,32 +42,20 @@ class TaskMetric(Metric):
         by_token: Also sum the errors of pixels by token, if the task has such.
     """
 
-    full_state_update = False
-
     def __init__(self, task: Task, images: int, geometry: Geometry, by_token: bool = False):
-        super().__init__()
-        self.task, self.images, self.geometry = task, images, geometry
-        self.parts = TaskSums._fields if by_token and task.pixel_error else ("sums",)
-        for name in ("index", *self.parts):
-            self.add_state(name, default=[], dist_reduce_fx="cat")
+        super().__init__(images, TaskSums._fields if by_token and task.pixel_error else ("sums",))
+        self.task, self.geometry = task, geometry
 
     def update(self, channels: Tensor, target: Tensor, index: Tensor) -> None:
         """Add images: `channels` f[P, B, K, h, w] on the grid, `target` [B, H, W, ...], `index` i64[B]."""
-        self.index.append(index)
-        pairs, by_token = zip(channels.unbind(1), target, strict=True), len(self.parts) > 1
-        images = [image_sums(self.task, x, y, self.geometry, by_token) for x, y in pairs]
-        for name in self.parts:
-            getattr(self, name).append(torch.stack([getattr(image, name) for image in images]).float())
+        pairs, by_token = zip(channels.unbind(1), target, strict=True), len(self.names) > 1
+        images = [image_sums(self.task, x, y, self.geometry, by_token)._asdict() for x, y in pairs]
+        stack = lambda name: torch.stack([image[name] for image in images], -2).float()
+        self.add(index, {name: stack(name) for name in self.names})
 
     def compute(self) -> TaskSums:
-        """Return the sums, images in the order of the dataset.
-
-        Raises:
-            RuntimeError: If an image of the dataset was not seen exactly once.
-        """
-        order = order_of_images(concatenate(self.index), self.images)
-        by_image = {name: concatenate(getattr(self, name))[order] for name in self.parts}
-        return TaskSums(**{name: x.transpose(0, 1) if x.ndim == 3 else x for name, x in by_image.items()})
+        """Return the sums, images in the order of the dataset."""
+        return TaskSums(**super().compute())
 
 
 @torch.no_grad()

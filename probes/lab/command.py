@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("expected finished probe runs, or a checkpoint by --mllm DIR, and not both")
     for package in ("starlette", "uvicorn"):
         if find_spec(package) is None:
-            raise UserError(f"{package} is not installed; run: pip install '.[lab]' in the repository")
+            raise UserError(f"{package} is not installed; run: pip install 'llava-bidir[lab]'")
     from .models import load_checkpoint, load_runs
     from .session import Session
     from .worker import Worker

@@ -29,7 +29,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llava_bidir.common.errors import UserError
-from probes.report.templates import render
+from probes.analyses.templates import render
 
 from .photos import encode
 from .requests import AnswerAttention, Attention, Control, Export, PatchWords, Question, SiteView, View, parse_request

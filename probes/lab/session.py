@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
+from probes.analyses.explore.readout import most_probable, token_text
 from probes.analyses.knockout.conditions import high_norm_tokens, matched_tokens, random_tokens
-from probes.analyses.logit_lens import most_probable, token_text
 from probes.data.palette import colorize
 from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER

@@ -7,7 +7,7 @@ would be `K * H * W` numbers (157 MB for 150 classes at 512 x 512). Each is a we
 
 so they are never stored together. Columns are upsampled first, for the h grid rows only, by one small matrix product.
 Pixel rows are then computed in *bands*. A band holds the pixel rows between the same two grid rows: one `torch.lerp` of
-two rows, five times cheaper than a second product. The adjoint of a band is `rows[band, lo:hi].T @ band`.
+two rows, five times cheaper than a second product.
 
     h=2 -> H=4:   rows = [1 0], [.75 .25], [.25 .75], [0 1]     Two bands: pixel rows 0, 1, 2 mix grid rows 0 and 1,
                                                                pixel row 3 equals the last grid row.
@@ -38,16 +38,13 @@ class Band(NamedTuple):
     stop: int
     lo: int
     hi: int
-    weights: Tensor  # f[hi - lo, R], rows[start:stop, lo:hi].T
     fractions: Tensor  # f[R, 1, 1], position between grid row lo (0) and hi - 1 (1)
 
 
 class ResamplingPlan(NamedTuple):
     """Weights and chunks that upsample a grid; see `make_plan`."""
 
-    rows: Tensor  # f[H, h]
     cols: Tensor  # f[w, W]
-    nodes: Tensor  # i64[H], the grid row at or above each pixel row
     bands: tuple[Band, ...]
     tiles: tuple[slice, ...]  # pixel columns per chunk
     images: int  # images per chunk
@@ -101,9 +98,9 @@ def make_plan(
     (h, w), (height, width) = grid, size
     view = view or GridPlacement.full(size)
     numel = CHUNK_NUMEL.get(device.type, CHUNK_NUMEL["cuda"])
-    rows = bilinear_weights(h, height, view.rows, dtype=dtype, device=device)
     cols = bilinear_weights(w, width, view.cols, dtype=dtype, device=device).T.contiguous()
-    nodes, n_cols = axis_nodes(h, height, view.rows)[0], cols.shape[1]
+    (nodes, fractions), n_cols = axis_nodes(h, height, view.rows), cols.shape[1]
+    fractions = fractions.to(device, dtype)[:, None, None]
     # A band has all its rows, unless a strip of 64 columns would exceed the chunk.
     most = max(1, numel // (classes * min(n_cols, 64)))
     bands, first = [], 0
@@ -111,8 +108,7 @@ def make_plan(
         hi, last = min(lo + 2, h), first + len(list(group))
         for start in range(first, last, most):
             stop = min(start + most, last)
-            weights = rows[start:stop, lo:hi].T.contiguous()
-            bands.append(Band(start, stop, lo, hi, weights, weights[-1, :, None, None]))
+            bands.append(Band(start, stop, lo, hi, fractions[start:stop]))
         first = last
     highest = max(band.stop - band.start for band in bands)
     # Tile widths are multiples of 32: a maximum over classes vectorises along pixels in such steps only.
@@ -120,13 +116,7 @@ def make_plan(
     tiles = tuple(slice(x, min(x + tile, n_cols)) for x in range(0, n_cols, tile))
     # The h upsampled rows count as well: if the grid is finer than the mask, they are larger than a band.
     per_image = max(highest, h // 8) * classes * tile
-    return ResamplingPlan(rows, cols, nodes.to(device), tuple(bands), tiles, max(1, min(images, numel // per_image)))
-
-
-def band_rows(stretched: Tensor, band: Band) -> Tensor:
-    """Return the pixels of the band, f[..., R, K, C], from all grid rows with upsampled columns, f[..., h, K, C]."""
-    upper, lower = stretched.narrow(-3, band.lo, 1), stretched.narrow(-3, band.hi - 1, 1)
-    return torch.lerp(upper, lower, band.fractions)
+    return ResamplingPlan(cols, tuple(bands), tiles, max(1, min(images, numel // per_image)))
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
@@ -179,7 +169,8 @@ def upsampled_argmax(logits: Tensor, size: tuple[int, int], view: GridPlacement 
             for tile in plan.tiles:
                 stretched = grids[images].to(dtype) @ plan.cols[:, tile]
                 for band in plan.bands:
-                    up = band_rows(stretched, band)
+                    upper, lower = (stretched.narrow(-3, row, 1) for row in (band.lo, band.hi - 1))
+                    up = torch.lerp(upper, lower, band.fractions)  # [N, R, K, C]
                     highest = up.eq_(up.amax(-2, keepdim=True)).mul_(numbers).amax(-2)
                     out[images, band.start : band.stop, tile] = classes - 1 - highest
     return out.view(*leading, *size)

@@ -20,12 +20,13 @@ from llava_bidir.common.bootstrap import Estimate
 from llava_bidir.common.errors import UserError
 from probes.evaluation.bootstrap import resampled_task_scores, task_scores
 from probes.models.sites import ENCODER
+from probes.results.formatting import Rows
+from probes.results.study import model_name, read_run, study_keys
 from probes.results.task_run import TaskRun
 
 from .effects import choose_layers, effects_of_sites, estimates_to_json, read_sites, sites_to_read, subtract
 from .path import has_converged, neighbours
 from .seeds import mean_over_seeds, share_images
-from .study import Rows, model_name, read_run, study_keys
 
 log = logging.getLogger(__name__)
 

@@ -10,16 +10,18 @@ images that it is scored on, which favours models with many layers; tables keep 
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_bidir.common.bootstrap import Estimate
 from probes.analyses.knockout.inference import class_effects, criterion_shifts, look_alikes
 from probes.analyses.starvation.run import gap_estimates
+from probes.results.formatting import Rows
 from probes.results.probe_run import ProbeRun
+from probes.results.study import MASKS, Study
 
 from .effects import drop_and_recovery
 from .path import path_rows
-from .study import MASKS, Rows, Study
 from .verdicts import (
     HOLDS,
     Comparison,
@@ -70,9 +72,9 @@ def evaluate_claims(study: Study) -> list[dict[str, Any]]:
     """Return all claims that the runs of a study allow: {"claim", "image_attention", "value", "ci95", "holds", ...}.
 
     Each entry also has "verdicts", "supported" and "conclusion" of `verdicts.py`; "p" of the conclusion, and "p_holm",
-    corrected for the number of claims; "text"; "control": the same number for the untrained model, or None; and "n":
-    the images, for a knockout also the classes, that it is a mean over. "value", "ci95" and "holds" are those of the
-    main runs.
+    corrected for the number of claims; "truth", if it is known; "text"; "control": the same number for the untrained
+    model, or None; and "n": the images, for a knockout also the classes, that it is a mean over. "value", "ci95" and
+    "holds" are those of the main runs.
     """
     numbers, path = _measure_all(study), path_rows(study)
     claims = [
@@ -104,8 +106,16 @@ def _entry(study: Study, claim: str, mask: str, numbers: Numbers, path: Rows) ->
         "text": text,
         "control": control and mean_effect(control).to_json(),
         "n": numbers.main[key].counts,
+        **_truth(study.trained[mask], claim),
         **({"criterion_shifts": criterion_shifts(study.trained[mask])} if claim.startswith("knockout") else {}),
     }
+
+
+def _truth(run: ProbeRun, claim: str) -> dict[str, str]:
+    """Return {"truth": "planted" or "absent"} if the model's training.json has it for a claim on these images."""
+    folder = Path(run.manifest["data"]["root"]).name
+    found = run.training.get("truth", {}).get(folder, {})
+    return {"truth": found[claim]} if claim in found else {}
 
 
 def _measure_all(study: Study) -> Numbers:

@@ -3,9 +3,10 @@
 from typing import Any
 
 from llava_bidir.common.latex import latex_table
+from probes.results.formatting import Rows, format_difference, format_p, format_percent
+from probes.results.study import Study
 
-from .study import Rows, Study
-from .summary_text import COLUMN_TITLES, format_difference, format_p, format_percent
+from .summary_text import COLUMN_TITLES
 
 
 def format_tables(study: Study, claims: list[dict[str, Any]], knockout: Rows) -> str:

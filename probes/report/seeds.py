@@ -11,8 +11,9 @@ from typing import Any
 import scipy.stats
 import torch
 
+from probes.results.study import Study
+
 from .claims import CLAIMS
-from .study import Study
 from .verdicts import COLUMNS, HOLDS, UNTESTED, Mean, column, conclude, correct_for_claims, judge, untested
 
 

@@ -1,16 +1,15 @@
 """Summarise the numbers of a study in sentences for the page."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
-from .answers import answers_by_mask, summarize_answers
+from llava_bidir.common.errors import error_context
+from probes.results.formatting import format_difference, format_interval, format_p, format_points
+
 from .mask_comparison import ALPHA
 from .path import EVERYWHERE, NOWHERE
 from .verdicts import FAILS, HOLDS, MARGIN, REVERSED, UNTESTED
-
-MASKS_SECTION = "Bidirectional vs. causal attention"
-ANSWERS_SECTION = "Answers"
-PATH_SECTION = "Probes at neighbouring strengths of regularisation"
 
 COLUMN_TITLES = {"paper": "As the paper measures it", "optimum": "At the optimum", "beyond_random": "Beyond random"}
 MARKS = {HOLDS: "✓", FAILS: "✗", REVERSED: "✗", UNTESTED: "–"}
@@ -19,47 +18,10 @@ EFFECT_NAMES |= {"recovery_trained": "recovery minus that of the untrained model
 MEASURE_NAMES = {"miou": "mIoU", "cross_entropy": "cross-entropy"}
 
 
-def format_percent(value: float | None, digits: int = 1) -> str:
-    """Return a fraction in percent, without the sign %."""
-    return "–" if value is None else f"{100 * value:.{digits}f}"
-
-
-def format_points(value: float | None, digits: int = 1) -> str:
-    """Return a difference of fractions in percentage points, with its sign."""
-    return "–" if value is None else f"{100 * value:+.{digits}f}".replace("-", "−")
-
-
-def format_p(value: float | None) -> str:
-    """Return a p-value with three decimals, or four below 0.01."""
-    return "–" if value is None else f"{value:.4f}" if value < 0.01 else f"{value:.3f}"
-
-
-def format_interval(ci95: list[float], digits: int = 1) -> str:
-    """Return an interval in percentage points."""
-    return f"[{format_points(ci95[0], digits)}, {format_points(ci95[1], digits)}]"
-
-
-def format_difference(entry: dict[str, Any]) -> str:
-    """Return an entry's value and interval in percentage points, "" without them."""
-    missing = entry["value"] is None or entry["ci95"] is None
-    return "" if missing else f"{format_points(entry['value'])} {format_interval(entry['ci95'])}"
-
-
 def format_count(n: dict[str, int]) -> str:
     """Return the number of seeds, classes or images that a claim is a mean over."""
     unit = next(unit for unit in ("seeds", "classes", "images") if unit in n)
     return f"{n[unit]} {unit}"
-
-
-def shift_sentences(inference: dict[str, dict[str, Any]]) -> list[str]:
-    """Return a sentence per mask about pairs of classes in which hiding either one moves the read-out the same way."""
-    return [
-        f"Criterion shift, {mask}: hiding either class moves the read-out towards "
-        + ", ".join(f"{entry['towards']} in {' / '.join(entry['classes'])}" for entry in shifted)
-        + "; there the effects are no evidence for anchors."
-        for mask, result in inference.items()
-        if (shifted := [entry for entry in result["criterion_shifts"] or [] if entry["shift"]])
-    ]
 
 
 def summarize_claims(claims: list[dict[str, Any]]) -> str:
@@ -71,6 +33,29 @@ def summarize_claims(claims: list[dict[str, Any]]) -> str:
         text += ": " + ", ".join(f"{c['claim'].replace('_', ' ')} ({c['image_attention']})" for c in supported)
     why = ", ".join(f"{count} × {conclusion}" for conclusion, count in others.most_common())
     return f"{text}. The others: {why}." if why else f"{text}."
+
+
+def group_claims(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return {"text", "source", "truth", "by_mask": {mask: claim}} for each claim that is tested under some mask.
+
+    "source" is the place in the paper or what is subtracted from what; "truth" that of a world in which it is known.
+    """
+    grouped: dict[str, dict[str, Any]] = {}
+    for claim in claims:
+        text, _, source = claim["text"].partition(": ")
+        entry = {"text": text, "source": source, "truth": claim.get("truth"), "by_mask": {}}
+        grouped.setdefault(claim["claim"], entry)["by_mask"][claim["image_attention"]] = claim
+    tested = lambda entry: any(claim["conclusion"] != UNTESTED for claim in entry["by_mask"].values())
+    return [entry for entry in grouped.values() if tested(entry)]
+
+
+def format_effect(claim: dict[str, Any]) -> str:
+    """Return the effect that the conclusion is about: at the optimum, and where it holds there also beyond random."""
+    optimum, beyond = claim["verdicts"]["optimum"], claim["verdicts"]["beyond_random"]
+    text = format_difference(claim if optimum["ci95"] is None else optimum)
+    return text + f", beyond random {format_difference(beyond)}" * (
+        optimum["verdict"] == HOLDS and bool(beyond["ci95"])
+    )
 
 
 def claim_notes(claims: list[dict[str, Any]]) -> list[str]:
@@ -125,15 +110,6 @@ def format_claims(claims: list[dict[str, Any]]) -> str:
     reasons = dict.fromkeys(reason for claim in claims for reason in verdict_reasons(claim["verdicts"]))
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     return "\n".join([*lines, *claim_notes(claims), *reasons])
-
-
-def summarize_sections(results: dict[str, Any]) -> dict[str, list[str]]:
-    """Return sentences by section, from one study's part of results.json."""
-    return {
-        MASKS_SECTION: summarize_mask_comparison(results["paired"]) if results["paired"] else [],
-        PATH_SECTION: summarize_path(results["path"], results["path_at_edge"]),
-        ANSWERS_SECTION: summarize_answers(answers_by_mask(results)),
-    }
 
 
 def summarize_mask_comparison(comparison: dict[str, Any]) -> list[str]:
@@ -195,3 +171,19 @@ def _describe_rows(verdict: dict[str, Any]) -> str:
     text = verdict["verdict"] if verdict["verdict"] == NOWHERE else f"at {', '.join(verdict['holds'])}"
     missing = ", ".join(verdict["not_converged"])
     return f"{text}; not converged at {missing}" if missing else text
+
+
+def total_wall_s(timings: Path) -> float:
+    """Return the wall time of a log of lines "start end step": the length of the union of its intervals.
+
+    Raises:
+        UserError: The log does not exist, or has other lines.
+    """
+    with error_context(timings):
+        lines = [line.split()[:2] for line in timings.read_text().splitlines() if line.strip()]
+        intervals = sorted((float(start), float(end)) for start, end in lines)
+    total, until = 0.0, 0.0
+    for start, end in intervals:
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -18,7 +19,8 @@ from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.identity import check_same_identity, named_identity
 from probes.data.registry import open_dataset, split_identity
 from probes.models.sites import ADAPTER
-from probes.tasks import SEGMENTATION, targets_of
+from probes.ops.bilinear import upsample, upsampled_argmax
+from probes.tasks import SEGMENTATION, TASKS, Task, targets_of
 from probes.training.heads import Probe
 from probes.training.run_schema import (
     Manifest,
@@ -89,14 +91,27 @@ class FinishedRun:
             self._read_probes()
 
     @property
+    def task(self) -> Task | None:
+        """The task; None for segmentation."""
+        return TASKS.get(self.task_name)
+
+    @property
     def task_name(self) -> str:
         """Task of the run, see `data.task`."""
         return self.metrics.get("task", SEGMENTATION)
 
     @property
+    def arm(self) -> str:
+        """Which weights the model has: trained, random, permuted, adapter or untrained (probes/studies/README.md)."""
+        untrained, match = sorted(self.metrics["untrained"]), self.metrics.get("match", "none")
+        if untrained == ["llm"]:
+            return {"update": "random", "permuted": "permuted"}.get(match, "random, unmatched")
+        return {(): "trained", ("adapter",): "adapter"}.get(tuple(untrained), "untrained")
+
+    @property
     def channels(self) -> int:
         """Outputs of a probe for each token."""
-        raise NotImplementedError
+        return self.task.channels if self.task else len(self.metrics["classes"])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -304,6 +319,29 @@ class FinishedRun:
         states = mllm.states(mllm.preprocess([image]), sites)
         outputs = torch.cat([probes[site](states[site].float()) for site in sites])
         return outputs.transpose(-1, -2).unflatten(-1, mllm.grid)
+
+    def predict(self, image: Image.Image, site: str | None = None) -> np.ndarray:
+        """Return the prediction for each pixel of an image: its class, uint8[H, W], or that of another task.
+
+        Predictions of other tasks are f32[H, W] or f32[H, W, 3], in the format of the targets. The model is loaded on
+        the first call.
+
+        Args:
+            image: A PIL image of any size and 8-bit mode; its EXIF orientation is ignored.
+            site: Site of the probe; None for the best decoder layer.
+
+        Raises:
+            UserError: If the run has no such site, or the image has more than 8 bits per channel.
+        """
+        return self.predict_sites(image, [self.check_site(site)])[0]
+
+    def predict_sites(self, image: Image.Image, sites: list[str]) -> np.ndarray:
+        """Return :meth:`predict` at several sites from one forward, with the sites as first axis."""
+        logits, size = self.logits(image, sites), (image.height, image.width)
+        view = self.geometry.view(size)
+        if self.task:
+            return self.task.predict(upsample(logits, size, view)).float().cpu().numpy()
+        return upsampled_argmax(logits, size, view).to(torch.uint8).cpu().numpy()
 
     @property
     def geometry(self) -> "Geometry":

@@ -14,11 +14,9 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from llava_bidir.common.errors import UserError
 from probes.evaluation.metrics import Counts
-from probes.ops.bilinear import upsampled_argmax
 from probes.tasks import SEGMENTATION
 
 from .finished_run import FinishedRun
@@ -26,33 +24,20 @@ from .finished_run import FinishedRun
 # Axes of the counts: S sites, N images, K classes, T image tokens. The last two are not in every run.
 COUNTS = {"intersection": "SNK", "predicted": "SNK", "labelled": "NK", "patch_right": "SNT", "patch_valid": "NT"}
 COUNTS |= {"confusion": "SKK", "group": "N"}
-PATH = {"intersection": "RSNK", "predicted": "RSNK", "cross_entropy": "RSN"}  # R solved strengths of each site
+# R solved strengths of each site
+PATH = {"optimum/intersection": "RSNK", "optimum/predicted": "RSNK", "optimum/cross_entropy": "RSN"}
 
 
-def check_counts(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, int], required: Sequence[str]) -> None:
-    """Raise a UserError that names `path` unless its counts are non-negative integers of these sizes."""
-    missing = [name for name in required if name not in tensors]
-    if missing:
+def check_tensors(
+    tensors: dict[str, torch.Tensor], path: Path, axes: dict[str, str], sizes: dict[str, int], required: Sequence[str]
+) -> None:
+    """Raise a UserError that names `path` unless its counts and losses are non-negative and of these sizes."""
+    if missing := [name for name in required if name not in tensors]:
         raise UserError(f"{path} has no {', '.join(missing)}; make the run again")
     for name, tensor in tensors.items():
-        axes = COUNTS.get(name.rpartition("/")[2], "")
-        expected = [sizes[axis] for axis in axes]
-        if list(tensor.shape) != expected or tensor.is_floating_point() or tensor.lt(0).any():
-            raise UserError(
-                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; expected non-negative integers {expected} "
-                "according to metrics.json; make the run again"
-            )
-
-
-def check_path(tensors: dict[str, torch.Tensor], path: Path, sizes: dict[str, int]) -> None:
-    """Raise a UserError that names `path` unless its counts and losses are valid and of these sizes."""
-    for key, axes in PATH.items():
-        name, floating = f"optimum/{key}", key == "cross_entropy"
-        if name not in tensors:
-            raise UserError(f"{path} has no {name}; make the run again")
-        tensor, expected = tensors[name], [sizes[axis] for axis in axes]
+        expected, floating = [sizes[axis] for axis in axes.get(name, "")], name.endswith("cross_entropy")
         valid = list(tensor.shape) == expected and tensor.is_floating_point() == floating
-        if not valid or not (tensor >= 0).all() or (floating and not tensor.isfinite().all()):
+        if not valid or not ((tensor >= 0) & tensor.isfinite()).all():
             kind = "finite numbers" if floating else "integers"
             raise UserError(
                 f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}; expected non-negative {kind} {expected} "
@@ -88,15 +73,10 @@ class ProbeRun(FinishedRun):
                 "segmentation. `probes report RUN --tasks RUN ...` and probes.TaskRun take runs of other tasks"
             )
 
-    @property
-    def channels(self) -> int:
-        """Number of classes."""
-        return len(self.metrics["classes"])
-
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors, path = self._read("counts.safetensors"), self.path / "counts.safetensors"
-        check_counts(tensors, path, self._sizes, list(COUNTS)[:5])
+        check_tensors(tensors, path, COUNTS, self._sizes, list(COUNTS)[:5])
         check_totals(Counts(*(tensors[name] for name in list(COUNTS)[:5])), str(path))
         return tensors
 
@@ -121,8 +101,8 @@ class ProbeRun(FinishedRun):
         """
         path, sizes = self.path / "path.safetensors", self._sizes | {"R": len(self.solved_strengths[0])}
         tensors, labelled = self._read(path.name), self.counts.labelled
-        check_path(tensors, path, sizes)
-        intersection, predicted, loss = (tensors[f"optimum/{name}"] for name in PATH)
+        check_tensors(tensors, path, PATH, sizes, list(PATH))
+        intersection, predicted, loss = (tensors[name] for name in PATH)
         valid = labelled.sum(-1, keepdim=True)
         counts = [
             Counts(right, total, labelled, patch_right=right.sum(-1, keepdim=True), patch_valid=valid)
@@ -136,19 +116,3 @@ class ProbeRun(FinishedRun):
     def confusion(self) -> torch.Tensor | None:
         """i64[S, K, K]: pixels per site, label and prediction; None if not counted."""
         return self._tensors.get("confusion")
-
-    @torch.no_grad()
-    def predict(self, image: Image.Image, site: str | None = None):
-        """Return the predicted class of each pixel of an image, as a NumPy array uint8[H, W].
-
-        The model is loaded on the first call.
-
-        Args:
-            image: A PIL image of any size and 8-bit mode; its EXIF orientation is ignored.
-            site: Site of the probe; None for the best decoder layer.
-
-        Raises:
-            UserError: If the run has no such site, or the image has more than 8 bits per channel.
-        """
-        (logits,), size = self.logits(image, [self.check_site(site)]), (image.height, image.width)
-        return upsampled_argmax(logits, size, self.geometry.view(size)).to(torch.uint8).cpu().numpy()

@@ -13,13 +13,10 @@ import re
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 from llava_bidir.common.errors import UserError
-from probes.ops.bilinear import upsample
-from probes.tasks import SEGMENTATION, TASKS, Task
+from probes.tasks import SEGMENTATION, TASKS
 
 from .finished_run import FinishedRun
 from .probe_run import ProbeRun
@@ -54,16 +51,6 @@ class TaskRun(FinishedRun):
         """Raise a UserError if the run is of segmentation or of an unknown task."""
         if self.task_name not in TASKS:
             raise UserError(f"{self.path} is a run of {self.task_name}; expected one of {', '.join(TASKS)}")
-
-    @property
-    def task(self) -> Task:
-        """The task."""
-        return TASKS[self.task_name]
-
-    @property
-    def channels(self) -> int:
-        """Outputs of a probe for each token."""
-        return self.task.channels
 
     @cached_property
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -128,22 +115,3 @@ class TaskRun(FinishedRun):
                 "metrics.json; make the run again"
             )
         return sums
-
-    @torch.no_grad()
-    def predict(self, image: Image.Image, site: str | None = None) -> np.ndarray:
-        """Return the prediction for each pixel of an image, f32[H, W] or f32[H, W, 3], in the format of the targets.
-
-        Args:
-            image: A PIL image of any size and 8-bit mode; its EXIF orientation is ignored.
-            site: Site of the probe; None for the best decoder layer.
-
-        Raises:
-            UserError: If the run has no such site, or the image has more than 8 bits per channel.
-        """
-        return self.predict_sites(image, [self.check_site(site)])[0]
-
-    @torch.no_grad()
-    def predict_sites(self, image: Image.Image, sites: list[str]) -> np.ndarray:
-        """Return :meth:`predict` at several sites from one forward, f32[S, H, W] or f32[S, H, W, 3]."""
-        logits, size = self.logits(image, sites), (image.height, image.width)
-        return self.task.predict(upsample(logits, size, self.geometry.view(size))).float().cpu().numpy()

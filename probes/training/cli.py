@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from llava_bidir.common.checkpoint_io import resolve_ckpt_path
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.lightning_cli import RunCLI, check_trainer, run_process
-from llava_bidir.common.run_folder import check_unfinished, start_run
+from llava_bidir.common.run_folder import RunPlan, check_unfinished, start_run
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.step_boundary import SaveAtStepBoundary
 from probes.data.datamodule import SegmentationData
@@ -23,7 +23,7 @@ from .run_schema import Manifest, read_metrics, read_run_file
 
 # Scores count every validation image and moments every training image; the schedule counts batches.
 REQUIRED = {"fast_dev_run": False, "overfit_batches": 0.0, "accumulate_grad_batches": 1}
-REQUIRED |= {f"limit_{split}_batches": 1.0 for split in ("val", "test", "predict")}  # 1 is one batch, 1.0 are all
+REQUIRED |= {f"limit_{split}_batches": 1.0 for split in ("val", "test")}  # 1 is one batch, 1.0 are all
 WHY_REQUIRED = (
     "probes train on batches of data.batch_size and are scored on all images; for a trial, use a smaller dataset, or "
     "trainer.limit_train_batches with fit"
@@ -52,7 +52,6 @@ class ProbeCLI(RunCLI):
         check_trainer(trainer, REQUIRED, WHY_REQUIRED)
         for callback in trainer.checkpoint_callbacks:
             callback.save_last = True  # `--ckpt_path last` requires it; else it would start from scratch
-            callback.dirpath = callback.dirpath or f"{trainer.default_root_dir}/checkpoints"  # for any logger
         if self._get(self.config_init, "save_predictions"):
             trainer.callbacks.append(SavePredictions())
         return trainer
@@ -78,15 +77,21 @@ class ProbeCLI(RunCLI):
         With `--ckpt_path last` the run in OUT is resumed. A finished run is replaced with `--overwrite true` only.
         """
         with self.exclusive_run_lock():
-            metrics_file = self.out / "metrics.json"
-            saved = lambda: read_run_file(Manifest, self.out / "manifest.json").get("identity")
-            run = start_run(self, ckpt_path, self.checkpoints, metrics_file, saved)
-            if run.finished:
-                rank_zero_info(f"{metrics_file} exists: this run is finished; nothing to do")
+            plan = self.plan_run(ckpt_path)
+            if plan.finished:
                 return
-            self.trainer.fit(ckpt_path=run.checkpoint, **kwargs)
+            self.trainer.fit(ckpt_path=plan.checkpoint, **kwargs)
             self.trainer.test(self.model, datamodule=self.datamodule, verbose=False)
             rank_zero_info(self.format_scores())
+
+    def plan_run(self, ckpt_path: str | None) -> RunPlan:
+        """Return whether to start, resume or leave alone the run in OUT; see `start_run`."""
+        metrics_file = self.out / "metrics.json"
+        saved = lambda: read_run_file(Manifest, self.out / "manifest.json").get("identity")
+        plan = start_run(self, ckpt_path, self.checkpoints, metrics_file, saved)
+        if plan.finished:
+            rank_zero_info(f"{metrics_file} exists: this run is finished; nothing to do")
+        return plan
 
     def format_scores(self) -> str:
         """Return one line with the main scores of the finished run."""

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from probes.ops.quadrature import PreparedMasks
 
 
-def shuffle_masks(target: PreparedMasks | Tensor | list[Tensor]) -> PreparedMasks | Tensor | list[Tensor]:
+def shuffle_masks(target: PreparedMasks | Tensor | list[Tensor]) -> PreparedMasks | list[Tensor]:
     """Return the masks rolled by one image, so that no image keeps its own.
 
     A probe can then learn position and class frequencies only. The pairs change each epoch with the order of images.
@@ -17,22 +17,17 @@ def shuffle_masks(target: PreparedMasks | Tensor | list[Tensor]) -> PreparedMask
     Args:
         target: B prepared masks; for other tasks f[B, H, W] or f[B, H, W, 3], or a list of B targets.
     """
-    if len(target) == 0:
-        return target
     if isinstance(target, PreparedMasks):
         return target[[-1, *range(len(target) - 1)]] if len(target) > 1 else target.without_labels()
     if len(target) == 1:
-        ignored = torch.full_like(target[0], torch.nan)
-        return ignored[None] if isinstance(target, Tensor) else [ignored]
-    if isinstance(target, Tensor):
-        return target.roll(1, 0)
-    return [_resize_mask(other, mask.shape[:2]) for other, mask in zip([target[-1], *target[:-1]], target, strict=True)]
+        return [torch.full_like(target[0], torch.nan)]
+    return [_resize_mask(target[i - 1], mask.shape[:2]) for i, mask in enumerate(target)]
 
 
 def _resize_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    if mask.ndim == 3:  # vectors
-        return F.interpolate(mask.movedim(-1, 0)[None], size, mode="nearest-exact")[0].movedim(0, -1)
-    return F.interpolate(mask[None, None], size, mode="nearest-exact")[0, 0]
+    channels = mask[None] if mask.ndim == 2 else mask.movedim(-1, 0)  # vectors
+    resized = F.interpolate(channels[None], size, mode="nearest-exact")[0]
+    return resized[0] if mask.ndim == 2 else resized.movedim(0, -1)
 
 
 # model.labels -> function of the masks of a batch

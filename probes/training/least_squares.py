@@ -108,10 +108,8 @@ class LeastSquares(NamedTuple):
 def solve_least_squares(moments: LeastSquaresMoments, strengths: tuple[float, ...]) -> LeastSquares:
     """Return the probes of all folds together, with the squared error of each fold under the probes of the others.
 
-    Raises:
-        UserError: No pixel has a value.
+    `moments.check_values` must have passed.
     """
-    moments.check_values()
     mean, scale, weights, bias = _solve(moments, None, strengths)
     loss = torch.zeros(len(strengths), dtype=torch.float64, device=mean.device)
     for fold in range(len(moments.count)):

@@ -1,4 +1,4 @@
-"""LightningModule that solves probes of values, such as depth, by least squares from moments (`least_squares.py`).
+"""Solve probes of values, such as depth, by least squares from moments (`least_squares.py`).
 
 One pass over the training split is all: the closed form is the optimum, and cross-validation follows from the moments.
 Images come fold by fold. A killed run resumes from the moments that each process saves every ten minutes.
@@ -21,7 +21,6 @@ from probes.data.batches import group_by_mask_size
 from probes.data.samplers import assign_folds, fold_batches
 from probes.ops.normal_equations import normal_equations
 
-from . import solver_progress
 from .closed_form import STRENGTHS
 from .distributed import all_reduce, broadcast, rank, rank_count
 from .least_squares import LeastSquaresMoments, solve_least_squares
@@ -37,22 +36,19 @@ class LeastSquaresSolver(Solver):
 
     instrument = "closed_form"
 
-    def start(self) -> None:
-        """Prepare the moments, or read those that a killed run has left."""
+    # ------------------------------------------------------------------------------------------------ pass
+    def prepare(self) -> list[list[int]]:
+        """Read the moments that a killed run has left; return the images of this process that they lack, by fold."""
         training = self.trainer.datamodule.splits["training"]
         self.fold_of = assign_folds(len(training), self.hparams.folds, training.groups)
         self._check_memory()
         self.moments: dict[str, LeastSquaresMoments] = {}
-        # images whose moments a killed run has left, and those whose moments this process has
-        self.seen, self.added = (torch.zeros(len(training), dtype=torch.bool) for _ in range(2))
-        if self.resuming:
-            self._resume()
-
-    def batches(self) -> list[list[int]]:
-        """Return the images of this process whose moments are missing, fold by fold."""
+        self.added = torch.zeros(len(training), dtype=torch.bool)  # images whose moments this process has
+        self.saved_at = time.monotonic()
+        seen = self._resume() if self.resuming else self.added
         batches = fold_batches(self.fold_of, self.trainer.datamodule.rank_batch_size, rank(), rank_count())
-        left = [batch for batch in batches if (~self.seen)[batch].any()]
-        return left or batches[:1]  # Lightning skips a pass without batches, and with it what follows the pass
+        left = ([i for i in batch if not seen[i]] for batch in batches)
+        return [batch for batch in left if batch]
 
     def _check_memory(self) -> None:
         """State the memory of the moments.
@@ -62,7 +58,11 @@ class LeastSquaresSolver(Solver):
         """
         folds, width = self.hparams.folds, self.mllm.widths
         size = {site: 8 * folds * (packed_size(width[site]) + self.channels * width[site]) for site in self.sites}
-        available, need = self._available_memory(), sum(size.values())
+        tokens, need = self.mllm.grid[0] * self.mllm.grid[1], sum(size.values())
+        batch = self.trainer.datamodule.rank_batch_size * tokens * self.mllm.model.dtype.itemsize
+        free = available_memory() // max(1, self.trainer.num_devices)
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else free
+        available = max(0, free - batch * sum(width[site] for site in self.sites))
         text = f"moments of {len(size)} sites in {folds} folds: {need / 1e9:.3g} GB per process"
         rank_zero_info(text)
         if need > 0.8 * available:
@@ -70,80 +70,54 @@ class LeastSquaresSolver(Solver):
             advice = f"fewer --folds, or fewer sites, e.g. --model.sites '[{', '.join(kept)}]'" if kept else "--folds 2"
             raise UserError(f"{text}, but {available / 1e9:.3g} GB are available; choose {advice}")
 
-    def _available_memory(self) -> int:
-        """Return the bytes that are left for moments beside the model and the states of a batch."""
-        device, tokens = self.trainer.strategy.root_device, self.mllm.grid[0] * self.mllm.grid[1]
-        available = available_memory() // max(1, self.trainer.num_devices)
-        if device.type == "cuda":
-            elsewhere = [x for x in (*self.mllm.parameters(), *self.mllm.buffers()) if x.device != device]
-            available = torch.cuda.mem_get_info(device)[0] - sum(x.nbytes for x in elsewhere)  # which will be there
-        per_image = tokens * self.mllm.model.dtype.itemsize * sum(self.mllm.widths[site] for site in self.sites)
-        return max(0, available - self.trainer.datamodule.rank_batch_size * per_image)
+    def add(self, batch: dict[str, Any]) -> None:
+        """Add a batch of one fold to the moments, and save them every ten minutes."""
+        index = batch["index"].cpu()
+        for images, target in group_by_mask_size(batch["target"]):
+            view = self.mllm.geometry.view(tuple(target.shape[1:3]))
+            equations = normal_equations(self.task.values(target), self.mllm.grid, view)
+            for site, x in batch["states"].items():
+                if site not in self.moments:
+                    pivot = x.flatten(0, 1).float().mean(0)
+                    self.moments[site] = LeastSquaresMoments.zeros(pivot, self.hparams.folds, self.channels)
+                self.moments[site].add_images(x[images], equations, self.mllm.grid, int(self.fold_of[index[0]]))
+        self.added[index] = True
+        if time.monotonic() - self.saved_at > SAVE_SECONDS:
+            named = {f"{site}/{f.name}": getattr(m, f.name) for site, m in self.moments.items() for f in fields(m)}
+            self.save(f"moments_{rank()}.safetensors", named | {"seen": self.added})
+            self.saved_at = time.monotonic()
 
-    # ------------------------------------------------------------------------------------------------ pass
-    def _resume(self) -> None:
-        """Read what a killed run has left: all moments on the first process, what they contain on every one."""
-        files = sorted(self.checkpoints.glob("moments_*.safetensors"))
-        found = [solver_progress.load(file, self.identity) for file in files]
+    def _resume(self) -> Tensor:
+        """Read all moments on the first process; return the images that they contain on every one, bool[N]."""
+        seen = torch.zeros_like(self.added)
+        found = [self.load(file.name) for file in sorted(self.checkpoints.glob("moments_*.safetensors"))]
         for tensors in sorted(found, key=lambda tensors: -tensors["seen"].sum()):
-            if not (tensors["seen"] & ~self.seen).any():
+            if not (tensors["seen"] & ~seen).any():
                 continue  # contained in a larger file, whose process resumed before
-            self.seen |= tensors["seen"]
+            seen |= tensors["seen"]
             if rank() == 0:
                 self._add_saved(tensors)
                 self.added |= tensors["seen"]
+        return seen
 
     def _add_saved(self, tensors: dict[str, Tensor]) -> None:
-        device = self.trainer.strategy.root_device
         for site in self.sites:
             if f"{site}/pivot" in tensors:
                 saved = {field.name: tensors[f"{site}/{field.name}"] for field in fields(LeastSquaresMoments)}
-                moments = LeastSquaresMoments(**{name: x.to(device) for name, x in saved.items()})
+                moments = LeastSquaresMoments(**{name: x.to(self.device) for name, x in saved.items()})
                 if site in self.moments:
                     moments.add(self.moments[site])
                 self.moments[site] = moments
 
-    def _save_moments(self) -> None:
-        """Save the moments of this process."""
-        named = {f"{site}/{f.name}": getattr(m, f.name) for site, m in self.moments.items() for f in fields(m)}
-        file = self.checkpoints / f"moments_{rank()}.safetensors"
-        solver_progress.save(file, named | {"seen": self.added}, self.identity)
-        self.saved_at = time.monotonic()
-
-    def on_predict_start(self) -> None:
-        """Start the clock of the files of moments."""
-        super().on_predict_start()
-        self.saved_at = time.monotonic()
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Add a batch of one fold to the moments; images that a killed run has left count for nothing."""
-        states, index = self.states(batch), batch["index"].cpu()
-        fold, seen = int(self.fold_of[index[0]]), self.seen[index].to(self.device)
-        for images, target in group_by_mask_size(batch["target"]):
-            values = self.task.values(target).masked_fill(seen[images][:, None, None, None], torch.nan)
-            view = self.mllm.geometry.view(tuple(target.shape[1:3]))
-            equations = normal_equations(values, self.mllm.grid, view)
-            for site, x in states.items():
-                if site not in self.moments:
-                    pivot = x.flatten(0, 1).float().mean(0)
-                    self.moments[site] = LeastSquaresMoments.zeros(pivot, self.hparams.folds, self.channels)
-                self.moments[site].add_images(x[images], equations, self.mllm.grid, fold)
-        self.added[index[~self.seen[index]]] = True
-        if not self.measuring and time.monotonic() - self.saved_at > SAVE_SECONDS:
-            self._save_moments()
-
     # ------------------------------------------------------------------------------------------------ results
-    def on_predict_epoch_end(self) -> None:
-        """Solve the probes after the pass."""
-        if self.measuring:
-            return
-        self.passes = 1
+    def solve(self) -> dict[str, SolvedSite]:
+        """Return the closed form of all sites."""
+        solved = {}
         for number, site in enumerate(tqdm(self.sites, desc="solving sites", disable=rank() > 0, mininterval=5)):
             moments, owner = self._sum_over_ranks(site), number % rank_count()
             moments.check_values()  # in all processes: after an error in one, the others would wait for it
-            self.solved[site] = broadcast(self._solve(moments) if rank() == owner else None, owner)
-        self.set_probes()
-        self.report_limits()
+            solved[site] = broadcast(self._solve(moments) if rank() == owner else None, owner)
+        return solved
 
     def _sum_over_ranks(self, site: str) -> LeastSquaresMoments:
         """Return the moments of all processes' images; a process may have had none."""

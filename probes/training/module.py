@@ -18,8 +18,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import check_same_identity
 from llava_bidir.common.run_folder import RESUME_ADVICE
 from probes.data.samplers import PAD_INDEX
-from probes.evaluation.bootstrap import dataset_scores, task_scores
-from probes.evaluation.metrics import Counts
+from probes.evaluation.bootstrap import probe_scores
 from probes.models.random_init import MATCHES
 from probes.ops.bilinear import upsample
 from probes.ops.cross_entropy import upsampled_cross_entropy
@@ -129,22 +128,14 @@ class ProbeModule(FrozenProbes):
         """Score every probe, and keep the weights of those with a new best score."""
         fitting = self.trainer.state.fn == "fit" and not self.trainer.sanity_checking
         if fitting:
-            step, steps_per_epoch = self.trainer.global_step, self.trainer.datamodule.steps_per_epoch
-            self.validated_at.append(step)
-            self.epochs.append(step / steps_per_epoch if step % steps_per_epoch else step // steps_per_epoch)
-        scores = self._scores(self._compute())
+            self.validated_at.append(self.trainer.global_step)
+            self.epochs.append(self.trainer.datamodule.epochs_of(self.trainer.global_step))
+        scores = probe_scores(self.task, self._compute())
         for i, site in enumerate(self.sites):
             for score, values in scores.items():
                 self.log(f"{score}/{site}", values[i].item())
             if fitting:
                 self._keep_if_best(site, next(iter(scores.values()))[i].item())
-
-    def _scores(self, counts: Counts | Tensor) -> dict[str, Tensor]:
-        """Return the scores f64[S] by name, the main one first."""
-        if self.task:
-            return task_scores(self.task, counts.sums)
-        scores = dataset_scores(counts)
-        return {"miou": scores.miou, "pacc": scores.pacc}
 
     def _keep_if_best(self, site: str, score: float) -> None:
         sign = self.task.sign if self.task else 1
@@ -168,9 +159,8 @@ class ProbeModule(FrozenProbes):
     def probe_settings(self) -> dict[str, Any]:
         """Return how the probes were trained, for metrics.json."""
         data, steps = self.trainer.datamodule, optimizer_steps(self.trainer)
-        epochs = steps / data.steps_per_epoch if steps % data.steps_per_epoch else steps // data.steps_per_epoch
         settings = {key: self.hparams[key] for key in ("head", "feature_norm", "learning_rate", "labels", "seed")}
-        settings |= {"batch_size": data.batch_size, "epochs": epochs, "steps": steps}
+        settings |= {"batch_size": data.batch_size, "epochs": data.epochs_of(steps), "steps": steps}
         return settings | {"validated_at": self.validated_at}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

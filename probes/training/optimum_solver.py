@@ -1,4 +1,4 @@
-"""LightningModule that solves linear probes of classes at the optimum of their loss (`optimum.py`).
+"""Solve linear probes of classes at the optimum of their loss (`optimum.py`).
 
 The first pass keeps the states of a sample of training images in memory: all of them if they fit. Each site is then
 solved by one process, on a CPU by one thread. If the sample is not the complete split, further passes over all training
@@ -26,12 +26,12 @@ from probes.evaluation.metrics import Counts
 from probes.evaluation.task_metric import TaskSums
 from probes.ops.quadrature import PreparedMasks, join_masks
 
-from . import solver_progress
 from .distributed import all_gather_objects, all_reduce, broadcast, gather_images, rank, rank_count
 from .optimum import LOOSE_NODES, PROXIMAL, TIGHT_NODES, Refinement, SitePath, SiteProblem, loss_sums, solve_site
 from .probe_path import SolvedSite
 from .solver import Solver
 
+POINTS = "points.safetensors"
 LEAST = 4  # images of each fold in memory, however little there is
 
 
@@ -55,8 +55,8 @@ class OptimumSolver(Solver):
         return MaskPreparer(self.mllm.geometry, self.channels, self.nodes)
 
     # ------------------------------------------------------------------------------------------------ sample
-    def start(self) -> None:
-        """Choose the sample and its folds."""
+    def prepare(self) -> list[list[int]]:
+        """Choose the sample and its folds; return this process's images of it, in batches."""
         training = self.trainer.datamodule.splits["training"]
         count, images = self._sample_size(len(training)), len(training)
         self.sample = [i * images // count for i in range(count)]
@@ -64,9 +64,7 @@ class OptimumSolver(Solver):
         self.fold_of = assign_folds(count, self.hparams.folds, groups)
         self.whole = count == images
         self.kept: list[tuple[Tensor, dict[str, Tensor], PreparedMasks, PreparedMasks]] = []
-        self.paths: dict[str, SitePath] = {}
-        self.refinements: dict[str, Refinement] = {}  # of the sites that this process solves
-        self.converged = False
+        return self.share(self.sample)
 
     def _sample_size(self, images: int) -> int:
         """Return the number of images whose states are kept, the same in all processes."""
@@ -75,62 +73,15 @@ class OptimumSolver(Solver):
         fit = int(available_memory() / 4 / per_image) * rank_count() // max(1, self.trainer.num_devices)
         # tokens of a site in float32, with logits and copies, on the device
         largest = 12 * tokens * max(self.mllm.widths[site] for site in self.sites)
-        device = self.trainer.strategy.root_device
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else available_memory()
         fit = max(min(fit, int(free / 4 / largest)), LEAST * self.hparams.folds)
         return broadcast(min(images, fit if wanted is None else wanted), 0)
 
-    def batches(self) -> list[list[int]]:
-        """Return this process's images of the sample in the first pass, of the split in later ones."""
-        images = self.sample if self.passes == 0 else range(len(self.trainer.datamodule.splits["training"]))
-        mine, size = list(images)[rank() :: rank_count()], self.trainer.datamodule.rank_batch_size
-        return [mine[i : i + size] for i in range(0, len(mine), size)]
-
-    def on_predict_start(self) -> None:
-        """Prepare the sums of a later pass."""
-        super().on_predict_start()
-        if self.passes > 0:
-            self.linear = {site: broadcast(self._linear(site), self._owner(site)) for site in self.sites}
-            self.sums = {site: [x.new_zeros(len(x)), torch.zeros_like(x)] for site, (_, x) in self.linear.items()}
-            self.pixels = torch.zeros((), dtype=torch.float64, device=self.device)
-
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        """Keep the states of a batch in the first pass; in later ones, add its losses and gradients."""
-        states, masks = self.states(batch), batch["masks"]
-        if self.passes == 0:
-            loose = self.mask_preparer()._replace(nodes=LOOSE_NODES)(batch["target"]).to("cpu")
-            self.kept.append((batch["index"].cpu(), {k: x.cpu() for k, x in states.items()}, loose, masks.to("cpu")))
-            return
-        self.pixels += masks.pixels.sum()
-        for site, (mean, points) in self.linear.items():
-            x = states[site].float() - mean.float()
-            tokens = torch.cat([x, torch.ones_like(x[..., :1])], -1)
-            for total, part in zip(self.sums[site], loss_sums(tokens, masks, points), strict=True):
-                total += part
-
-    def on_predict_epoch_end(self) -> None:
-        """Solve or refine the probes after a pass."""
-        if self.measuring:
-            return
-        self.passes += 1
-        if self.passes == 1:
-            self._gather()
-            self._solve_sites()
-            self._resume_refinement()
-        else:
-            self._refine()
-            self._save_refinement()
-        if self.finished:
-            self._finish()
-
-    @property
-    def finished(self) -> bool:
-        """No further pass is needed or allowed."""
-        return self.passes > 0 and (self.whole or self.converged or self.passes >= self.hparams.passes)
-
-    def _owner(self, site: str) -> int:
-        """Return the process that solves a site."""
-        return self.sites.index(site) % rank_count()
+    def add(self, batch: dict[str, Any]) -> None:
+        """Keep the states and masks of a batch in memory."""
+        loose = self.mask_preparer()._replace(nodes=LOOSE_NODES)(batch["target"]).to("cpu")
+        states = {site: x.cpu() for site, x in batch["states"].items()}
+        self.kept.append((batch["index"].cpu(), states, loose, batch["masks"].to("cpu")))
 
     def _gather(self) -> None:
         """Bring the states of each site to its owner, and the masks to all processes, in the order of the images."""
@@ -147,23 +98,41 @@ class OptimumSolver(Solver):
             if gathered is not None:
                 self.sample_states[site] = gathered[order]
 
-    # ------------------------------------------------------------------------------------------------ sites
-    def _file(self, site: str):
-        return self.checkpoints / f"{site}.safetensors"
+    def _owner(self, site: str) -> int:
+        """Return the process that solves a site."""
+        return self.sites.index(site) % rank_count()
 
-    def _solve_sites(self) -> None:
-        """Solve the sites of this process, several at a time; a site that a killed run has solved is read."""
-        saved = self.resuming and self.whole
-        saved = broadcast([site for site in self.sites if saved and self._file(site).is_file()], 0)
+    # ------------------------------------------------------------------------------------------------ sites
+    def solve(self) -> dict[str, SolvedSite]:
+        """Solve the sites on the sample; if it is not the complete split, refine them in passes over the split."""
+        self._gather()
+        self.paths: dict[str, SitePath] = {}
+        self.refinements: dict[str, Refinement] = {}  # of the sites that this process solves
+        solved = self._solve_sites()
+        if not self.whole:
+            self._resume_refinement()
+            while not self._converged() and self.passes < self.hparams.passes:
+                self._refine()
+                self._save_refinement()
+            solved = {site: self._to_site(site) for site in self.refinements}
+        return {site: broadcast(solved.get(site), self._owner(site)) for site in self.sites}
+
+    def _solve_sites(self) -> dict[str, SolvedSite]:
+        """Solve the sites of this process, several at a time; a site that a killed run has solved is read.
+
+        If all images are in memory, return the probes. Else they are in `refinements`.
+        """
+        file, saved = "{}.safetensors".format, self.resuming and self.whole
+        saved = broadcast([site for site in self.sites if saved and (self.checkpoints / file(site)).is_file()], 0)
+        solved = {site: SolvedSite(**self.load(file(site))) for site in saved}
         mine = [site for site in self.sample_states if site not in saved]
         for site, (path, refinement) in _in_workers(self._solve_site, mine, self.device):
             self.paths[site], self.refinements[site] = path, refinement
             if self.whole:
-                self.solved[site] = self._to_site(site)
-                solver_progress.save(self._file(site), self.solved[site].tensors(), self.identity)
+                solved[site] = self._to_site(site)
+                self.save(file(site), solved[site].tensors())
                 del self.sample_states[site], self.refinements[site]
-        for site in saved:
-            self.solved[site] = SolvedSite(**solver_progress.load(self._file(site), self.identity))
+        return solved
 
     def _solve_site(self, site: str) -> tuple[SitePath, Refinement]:
         problem = SiteProblem(*self._inputs(site), self.fold_of)
@@ -180,9 +149,9 @@ class OptimumSolver(Solver):
         return tuple(x.to(self.device) for x in (self.sample_states[site], self.loose, self.tight))
 
     def _to_site(self, site: str) -> SolvedSite:
-        """Return the present probes of a site that this process solves."""
+        """Return the probes of a site that this process solves: those that its certificates are about."""
         refinement, path = self.refinements[site], self.paths[site]
-        space = refinement.problem.space
+        space, points = refinement.problem.space, refinement.kept[0]
         return SolvedSite(
             strengths=torch.tensor(path.strengths, dtype=torch.float64),
             loss=torch.tensor(path.loss, dtype=torch.float64),
@@ -190,24 +159,27 @@ class OptimumSolver(Solver):
             solved=torch.tensor(path.solved),
             mean=space.mean.cpu(),
             scale=space.scale.cpu(),
-            weights=space.to_states(refinement.points[..., :-1]).float().cpu(),
-            bias=refinement.points[..., -1].float().cpu(),
+            weights=space.to_states(points[..., :-1]).float().cpu(),
+            bias=points[..., -1].float().cpu(),
             certificates=torch.tensor(refinement.certificates, dtype=torch.float64).view(-1, 2),
         )
 
     # ------------------------------------------------------------------------------------------------ later passes
-    def _linear(self, site: str) -> tuple[Tensor, Tensor] | None:
-        """Return the mean f64[d], and the probes f64[R, K, d + 1] of x - mean and 1; None on other processes."""
-        if site not in self.refinements:
-            return None
-        points, space = self.refinements[site].points, self.refinements[site].problem.space
-        return space.mean, torch.cat([space.to_states(points[..., :-1]), points[..., -1:]], -1)
-
     def _refine(self) -> None:
-        """Take the exact losses and gradients of a pass, and move the probes unless this was the last pass."""
-        pixels = all_reduce(self.pixels)
+        """Take the exact losses and gradients of a pass over the split, and move the probes."""
+        linear = {site: broadcast(self._linear(site), self._owner(site)) for site in self.sites}
+        sums = {site: [x.new_zeros(len(x)), torch.zeros_like(x)] for site, (_, x) in linear.items()}
+        pixels = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in self.read(self.share(range(len(self.trainer.datamodule.splits["training"])))):
+            pixels += batch["masks"].pixels.sum()
+            for site, (mean, points) in linear.items():
+                x = batch["states"][site].float() - mean.float()
+                tokens = torch.cat([x, torch.ones_like(x[..., :1])], -1)
+                for total, part in zip(sums[site], loss_sums(tokens, batch["masks"], points), strict=True):
+                    total += part
+        all_reduce(pixels)
         for site in self.sites:
-            value, gradient = (all_reduce(total) / pixels for total in self.sums.pop(site))
+            value, gradient = (all_reduce(total) / pixels for total in sums.pop(site))
             if site in self.refinements:
                 refinement = self.refinements[site]
                 space, ridge = refinement.problem.space, refinement.problem.ridge(refinement.strengths)
@@ -216,10 +188,14 @@ class OptimumSolver(Solver):
                 value = value + (penalty * refinement.points).sum((1, 2)) / 2
                 refinement.accept(value, gradient + penalty)
         self.refinements |= dict(_in_workers(self._step, list(self.refinements), self.device))
-        self.converged = all(sum(all_gather_objects([r.converged for r in self.refinements.values()]), []))
-        if self.finished:
-            for refinement in self.refinements.values():
-                refinement.points = refinement.kept[0]  # which the certificates are about
+        self.passes += 1
+
+    def _linear(self, site: str) -> tuple[Tensor, Tensor] | None:
+        """Return the mean f64[d], and the probes f64[R, K, d + 1] of x - mean and 1; None on other processes."""
+        if site not in self.refinements:
+            return None
+        points, space = self.refinements[site].points, self.refinements[site].problem.space
+        return space.mean, torch.cat([space.to_states(points[..., :-1]), points[..., -1:]], -1)
 
     def _step(self, site: str) -> Refinement:
         refinement = self.refinements[site]
@@ -227,6 +203,10 @@ class OptimumSolver(Solver):
         refinement.step()
         refinement.problem.release()
         return refinement
+
+    def _converged(self) -> bool:
+        """Return whether the probes of all sites have a certificate."""
+        return all(sum(all_gather_objects([x.converged for x in self.refinements.values()]), []))
 
     def _save_refinement(self) -> None:
         """Save the refinement of all sites in one file, so that they are of the same pass."""
@@ -236,32 +216,19 @@ class OptimumSolver(Solver):
             state = broadcast(state, self._owner(site))
             tensors |= {f"{site}/{name}": x for name, x in state.items()} if rank() == 0 else {}
         if rank() == 0:
-            solver_progress.save(self.checkpoints / "points.safetensors", tensors, self.identity)
+            self.save(POINTS, tensors)
 
     def _resume_refinement(self) -> None:
         """Read what a run that was killed in a later pass has saved."""
-        file = self.checkpoints / "points.safetensors"
-        if self.whole or not broadcast(self.resuming and file.is_file(), 0):
+        if not broadcast(self.resuming and (self.checkpoints / POINTS).is_file(), 0):
             return
-        tensors = solver_progress.load(file, self.identity)
+        tensors = self.load(POINTS)
         self.passes = int(tensors["passes"])
         for site, refinement in self.refinements.items():
             parts = {name.partition("/")[2]: x for name, x in tensors.items() if name.startswith(f"{site}/")}
             refinement.set_state({name: x.to(self.device) for name, x in parts.items()})
-        self.converged = all(sum(all_gather_objects([r.converged for r in self.refinements.values()]), []))
 
     # ------------------------------------------------------------------------------------------------ results
-    def _finish(self) -> None:
-        """Give all processes the probes of all sites."""
-        for site in self.sites:
-            if site in self.refinements:
-                self.solved[site] = self._to_site(site)
-            self.solved[site] = broadcast(self.solved.get(site), self._owner(site))
-        self.solved = {site: self.solved[site] for site in self.sites}
-        self.refinements.clear()
-        self.set_probes()
-        self.report_limits()
-
     def path_results(self, counts: Counts | TaskSums) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the content of metrics.json["path"] and of path.safetensors."""
         path, tensors = super().path_results(counts)

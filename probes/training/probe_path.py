@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from probes.evaluation.image_metric import ImageMetric
 from probes.evaluation.metrics import Counts
-from probes.evaluation.segmentation_metric import SegmentationMetric, concatenate
+from probes.evaluation.segmentation_metric import SegmentationMetric
 from probes.ops.cross_entropy import loss_and_gradient
 from probes.ops.geometry import Geometry
 from probes.ops.quadrature import PreparedMasks
@@ -90,7 +91,7 @@ class PathMetric(SegmentationMetric):
 
     def __init__(self, counted: list[int], images: int, classes: int, geometry: Geometry):
         super().__init__(len(counted), images, classes, geometry, by_token=False)
-        self.counted = counted
+        self.counted, self.names = counted, (*self.names, "cross_entropy")
         self.add_state("cross_entropy", default=[], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, target: Tensor, index: Tensor, masks: PreparedMasks) -> None:
@@ -100,6 +101,4 @@ class PathMetric(SegmentationMetric):
 
     def compute(self) -> tuple[Counts, Tensor]:
         """Return the counts of the counted probes, and the loss of each probe and image f64[P, N]."""
-        counts = super().compute()
-        order = concatenate(self.index).argsort()
-        return counts, concatenate(self.cross_entropy)[order].T
+        return super().compute(), ImageMetric.compute(self)["cross_entropy"].T

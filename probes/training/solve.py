@@ -9,14 +9,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.lightning_cli import run_process
-from llava_bidir.common.run_folder import start_run
 from llava_bidir.common.usage_errors import ArgumentParser
 from probes.tasks import TASKS
 
 from .cli import ProbeCLI, build_cli
 from .least_squares_solver import LeastSquaresSolver
 from .optimum_solver import OptimumSolver
-from .run_schema import Manifest, read_run_file
 from .solver import Solver
 
 # options of `fit` that a solver has too; the others say how probes are trained
@@ -94,44 +92,40 @@ def build_solver(fit, args: argparse.Namespace, task: str) -> Solver:
 def run(cli: ProbeCLI, ckpt_path: str | None) -> None:
     """Make the passes, score the probes, and write the files of the run."""
     with cli.exclusive_run_lock():
-        metrics_file, trainer, module = cli.out / "metrics.json", cli.trainer, cli.model
-        saved = lambda: read_run_file(Manifest, cli.out / "manifest.json").get("identity")
-        plan = start_run(cli, ckpt_path, cli.checkpoints, metrics_file, saved)
-        if plan.finished:
-            rank_zero_info(f"{metrics_file} exists: this run is finished; nothing to do")
+        if cli.plan_run(ckpt_path).finished:
             return
-        module.resuming = ckpt_path == "last"
-        while not module.finished:
-            trainer.predict(module, datamodule=cli.datamodule, return_predictions=False)
-        trainer.test(module, datamodule=cli.datamodule, verbose=False)
-        if trainer.is_global_zero:
+        cli.model.resuming = ckpt_path == "last"
+        cli.trainer.test(cli.model, datamodule=cli.datamodule, verbose=False)
+        if cli.trainer.is_global_zero:
             shutil.rmtree(cli.checkpoints, ignore_errors=True)
             rank_zero_info(cli.format_scores())
 
 
 def dry_run(cli: ProbeCLI, batches: int = 3) -> None:
     """Print the time of a pass, measured on a few batches of which the first is not counted. Nothing is written."""
-    trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    trainer, solver = cli.trainer, cli.model
+    trainer.callbacks, trainer.loggers, trainer.limit_test_batches = [], [], 1
+    solver.on_test_start = lambda: print_estimate(solver, batches)
+    solver.test_step, solver.on_test_epoch_end = lambda batch, batch_idx: None, lambda: None
+    trainer.test(solver, datamodule=cli.datamodule, verbose=False)
+
+
+def print_estimate(solver: Solver, batches: int) -> None:
+    """Print the time of a pass."""
     times: list[float] = []
     images: list[int] = []  # a batch at the end of a fold is smaller
-    trainer.callbacks, trainer.loggers, trainer.limit_predict_batches = [], [], batches
-    module.measuring = True
-    step = module.predict_step
-
-    def timed_step(batch: dict, batch_idx: int) -> None:
-        step(batch, batch_idx)
-        if module.device.type == "cuda":
+    for batch in solver.read(solver.prepare()[:batches]):
+        solver.add(batch)
+        if solver.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter())
         images.append(len(batch["index"]))
-
-    module.predict_step = timed_step
-    trainer.predict(module, datamodule=data, return_predictions=False)
-    training, validation = (len(data.splits[split]) for split in ("training", "validation"))
+    splits = solver.trainer.datamodule.splits
+    training, validation = (len(splits[split]) for split in ("training", "validation"))
     if len(times) < 2:
         raise UserError(f"{training} training images are one batch: too few to measure; run it without --dry-run")
-    seconds = (times[-1] - times[0]) / sum(images[1:]) / trainer.world_size  # of an image
-    hours, passes = lambda images: f"{images * seconds / 3600:.2f} h", module.hparams.get("passes", 1)
+    seconds = (times[-1] - times[0]) / sum(images[1:]) / solver.trainer.world_size  # of an image
+    hours, passes = lambda images: f"{images * seconds / 3600:.2f} h", solver.hparams.get("passes", 1)
     rank_zero_info(
         f"{1 / seconds:.3g} images/s; a pass over {training:,} training images: {hours(training)}, at most "
         f"{passes} passes; {validation:,} validation images: {hours(validation)} and the scores"

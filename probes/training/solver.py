@@ -1,26 +1,38 @@
-"""LightningModule of probes that are solved instead of trained for some epochs: passes over the images, then scores.
+"""Probes that are solved instead of trained for some epochs: passes over the training images, then scores.
 
-A pass is `trainer.predict`. The subclass says what it does with the states of a batch and what follows at the end:
-`optimum_solver.py` for classes, `least_squares_solver.py` for values. The validation split is scored last.
+`trainer.test` scores the probes on the validation split, as it does after `fit`. Before its first batch, `Solver`
+solves them: `prepare` says which images a process reads, `add` takes each batch of the first pass, and `solve` returns
+the probes. `optimum_solver.py` does so for classes, `least_squares_solver.py` for values.
 
 Legend: S sites, R strengths that were solved, B images, T tokens, d width, K channels of a probe.
 """
 
+import json
 import signal
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_info
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
+from tqdm import tqdm
 
+from llava_bidir.common.atomic_io import atomic_write, write_tensors
+from llava_bidir.common.errors import error_context
+from llava_bidir.common.identity import check_same_identity
+from llava_bidir.common.progress import LogProgress
+from llava_bidir.common.run_folder import RESUME_ADVICE, StartOfRun
 from probes.data.batches import MaskPreparer, group_by_mask_size
-from probes.data.samplers import Batches
 from probes.evaluation.bootstrap import dataset_scores, task_scores
 from probes.evaluation.metrics import Counts
 from probes.evaluation.task_metric import TaskMetric, TaskSums
 from probes.ops.cross_entropy import TIGHT_NODES
 
+from .distributed import rank, rank_count
 from .frozen_probes import FrozenProbes
 from .probe_path import PathMetric, SolvedSite
 
@@ -43,53 +55,39 @@ class Solver(FrozenProbes):
         super().__init__(feature_norm="batchnorm")
         self.save_hyperparameters()  # those of subclasses, too
         self.passes = 0  # that are complete
-        self.measuring = False  # the time of a pass, without solving
         self.resuming = False  # start from the files of a killed run
         self.solved: dict[str, SolvedSite] = {}
 
     # ------------------------------------------------------------------------------------------------ passes
-    def build(self) -> None:
-        """Load the MLLM; set the images of the next pass."""
-        first = self.mllm is None
-        super().build()
-        if first:
-            self.start()
-        self.trainer.datamodule.pass_batches = Batches(self.batches())
-
-    def start(self) -> None:
-        """Prepare the first pass."""
+    def prepare(self) -> list[list[int]]:
+        """Return this process's training images of the first pass, in batches."""
         raise NotImplementedError
 
-    def batches(self) -> list[list[int]]:
-        """Return this process's images of the next pass, in batches."""
+    def add(self, batch: dict[str, Any]) -> None:
+        """Take a batch of the first pass."""
         raise NotImplementedError
 
-    @property
-    def finished(self) -> bool:
-        """No further pass is needed or allowed."""
-        return self.passes > 0
+    def solve(self) -> dict[str, SolvedSite]:
+        """Return the probes of all sites after the first pass, the same in all processes."""
+        raise NotImplementedError
 
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the files from which a killed run resumes."""
-        return Path(self.trainer.default_root_dir) / "checkpoints"
-
-    def on_predict_start(self) -> None:
-        """Let SIGTERM end the run at once, to be resumed; Lightning would wait for the end of the pass."""
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    # ------------------------------------------------------------------------------------------------ results
-    def set_probes(self) -> None:
-        """Give each site the probe of its chosen strength."""
-        for site, solved in self.solved.items():
-            head, norm, row = self.heads[site].head, self.heads[site].norm, solved.row
-            norm.running_mean.copy_(solved.mean)
-            norm.running_var.copy_(torch.where(solved.scale > 0, solved.scale.clamp(min=1e-30).pow(-2), 1))
-            head.weight.copy_(solved.weights[row].to(head.weight) * (norm.running_var + norm.eps).sqrt())
-            head.bias.copy_(solved.bias[row])
+    def setup(self, stage: str) -> None:
+        """Check all images before the model is loaded."""
+        super().setup(stage)
+        self.trainer.datamodule.verify()
 
     def on_test_start(self) -> None:
-        """Prepare the scores of the path."""
+        """Solve the probes, and prepare the scores of their path."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ends the run at once; Lightning would wait for its next batch
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, StartOfRun):
+                callback.on_train_start(self.trainer, self)
+        for batch in self.read(self.prepare()):
+            self.add(batch)
+        self.passes = 1
+        self.solved = self.solve()
+        self._set_probes()
+        self._report_limits()
         images, geometry = len(self.trainer.datamodule.splits["validation"]), self.mllm.geometry
         if self.task:
             metric = TaskMetric(self.task, images, geometry)
@@ -97,6 +95,60 @@ class Solver(FrozenProbes):
             counted = [i for i in range(self.rows * len(self.sites)) if i not in self._chosen()]
             metric = PathMetric(counted, images, self.channels, geometry)
         self.path_metric = metric.to(self.device)
+
+    def share(self, images: Iterable[int]) -> list[list[int]]:
+        """Return this process's share of images, in batches."""
+        mine, size = list(images)[rank() :: rank_count()], self.trainer.datamodule.rank_batch_size
+        return [mine[i : i + size] for i in range(0, len(mine), size)]
+
+    def read(self, batches: list[list[int]]) -> Iterator[dict[str, Any]]:
+        """Yield batches of training images with their "states", on the device."""
+        trainer, loader = self.trainer, self.trainer.datamodule.training_loader(batches)
+        logs = [callback for callback in trainer.callbacks if isinstance(callback, LogProgress)]
+        hidden = rank() > 0 or trainer.progress_bar_callback is None
+        bar = tqdm(loader, f"pass {self.passes + 1}", disable=hidden, mininterval=5)
+        for batch in logs[0].track(loader) if logs and rank() == 0 else bar:
+            batch = move_data_to_device(batch, self.device)
+            with trainer.precision_plugin.forward_context():
+                states = self.states(batch)
+            yield batch | {"states": states}
+
+    # ------------------------------------------------------------------------------------------------ resuming
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the files from which a killed run resumes."""
+        return Path(self.trainer.default_root_dir) / "checkpoints"
+
+    def save(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Write tensors to a file in `checkpoints`, with the identity of the run."""
+        with atomic_write(self.checkpoints / name) as partial:
+            on_cpu = {key: x.detach().cpu().contiguous() for key, x in tensors.items()}
+            write_tensors(on_cpu, partial, {"identity": json.dumps(self.identity)})
+
+    def load(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of a file in `checkpoints`.
+
+        Raises:
+            UserError: The file is damaged, or belongs to a run of another identity.
+        """
+        path = self.checkpoints / name
+        with error_context(path):
+            with safe_open(path, "pt") as file:
+                saved = json.loads(file.metadata()["identity"])
+            # in memory of torch: products of tensors at the addresses of a mapped file can differ in their last bits
+            tensors = {key: x.clone() for key, x in load_file(path).items()}
+        check_same_identity(saved, self.identity, str(path), RESUME_ADVICE)
+        return tensors
+
+    # ------------------------------------------------------------------------------------------------ results
+    def _set_probes(self) -> None:
+        """Give each site the probe of its chosen strength."""
+        for site, solved in self.solved.items():
+            head, norm, row = self.heads[site].head, self.heads[site].norm, solved.row
+            norm.running_mean.copy_(solved.mean)
+            norm.running_var.copy_(torch.where(solved.scale > 0, solved.scale.clamp(min=1e-30).pow(-2), 1))
+            head.weight.copy_(solved.weights[row].to(head.weight) * (norm.running_var + norm.eps).sqrt())
+            head.bias.copy_(solved.bias[row])
 
     @property
     def rows(self) -> int:
@@ -154,7 +206,7 @@ class Solver(FrozenProbes):
         merged[self.path_metric.counted], merged[self._chosen()] = others, chosen.to(others)
         return merged
 
-    def report_limits(self) -> None:
+    def _report_limits(self) -> None:
         """Say at which sites the lowest loss is at the end of the strengths that were tried."""
         for site, solved in self.solved.items():
             strengths, lowest = solved.strengths.tolist(), int(solved.loss.argmin())

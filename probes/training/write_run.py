@@ -12,11 +12,11 @@ import torch
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from llava_bidir.common.identity import describe
-from probes.evaluation.bootstrap import dataset_scores, resampled_scores, resampled_task_scores, task_scores
+from probes.evaluation.bootstrap import dataset_scores, probe_scores, resampled_scores, resampled_task_scores
 from probes.evaluation.metrics import Counts, summary
 from probes.evaluation.task_metric import TaskSums
 
-from .run_schema import Manifest, Metrics, ModelTraining, SiteScores, TaskMetrics, TaskSiteScores, check_schema
+from .run_schema import Manifest, Metrics, ModelTraining, TaskMetrics, check_schema
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +44,17 @@ def save_run(
     out, args, task, images = Path(out), module.hparams, module.task, len(data.splits["validation"])
     groups = group_indices(data.splits["validation"])
     weights = bootstrap_weights(images, groups=groups)
+    scores = probe_scores(task, counts)
     if task:
         own = {"task": task.name, "scores": {name: "higher" if up else "lower" for name, up in task.scores.items()}}
-        sites, own["summary"] = task_results(module, counts.sums, weights, states)
+        sites = site_entries(module, scores, resampled_task_scores(task, counts.sums, weights), states)
     else:
         own = {"classes": data.classes, "baseline": baseline(counts, data.classes)}
-        sites = site_scores(module, counts, weights, states)
-        own["summary"] = summary({site.site: site.miou for site in sites})
+        sites = site_entries(module, scores, resampled_scores(counts, weights)._asdict(), states)
+        for site, iou in zip(sites, dataset_scores(counts).iou.tolist(), strict=True):
+            site["iou_per_class"] = [None if x != x else x for x in iou]
+    main = dict(zip(module.sites, next(iter(scores.values())).tolist(), strict=True))
+    own["summary"] = task_summary(main, task.sign) if task else summary(main)
     metrics = (TaskMetrics if task else Metrics)(
         dataset=data.name,
         split="validation",
@@ -81,48 +85,27 @@ def save_run(
     write_files(files)
 
 
-def site_scores(
-    module, counts: Counts, weights: torch.Tensor, states: dict[str, dict[str, float | None]]
-) -> list[SiteScores]:
-    """Return per site the scores with intervals over images, the best epoch, and the mIoU of each validation."""
-    score, resampled = dataset_scores(counts), resampled_scores(counts, weights)
-    sites = []
+def site_entries(
+    module, scores: dict[str, torch.Tensor], resampled: dict[str, torch.Tensor], states: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return per site the scores with intervals over images, the best epoch, and the main score of each validation.
+
+    Args:
+        module: The `FrozenProbes`.
+        scores: f64[S] by name.
+        resampled: f64[R, S] by name.
+        states: Statistics of the states by site.
+    """
+    entries, sign = [], module.task.sign if module.task else 1
     for i, site in enumerate(module.sites):
         history = module.history.get(site, [])
-        sites.append(
-            SiteScores(
-                site=site,
-                dim=module.mllm.widths[site],
-                miou=score.miou[i].item(),
-                miou_ci95=interval(score.miou[i].item(), resampled.miou[:, i]),
-                pacc=score.pacc[i].item(),
-                pacc_ci95=interval(score.pacc[i].item(), resampled.pacc[:, i]),
-                best_epoch=module.epochs[history.index(max(history))] if history else None,
-                iou_per_class=[None if x != x else x for x in score.iou[i].tolist()],
-                history=history,
-                states=states[site],
-            )
-        )
-    return sites
-
-
-def task_results(
-    module, sums: torch.Tensor, weights: torch.Tensor, states: dict[str, dict[str, float | None]]
-) -> tuple[list[TaskSiteScores], dict[str, Any]]:
-    """Return the scores per site and the summary of another task than segmentation, from sums f[S, N, M]."""
-    task = module.task
-    scores, resampled = task_scores(task, sums), resampled_task_scores(task, sums, weights)
-    sites = []
-    for i, site in enumerate(module.sites):
-        history = module.history.get(site, [])
-        own = {"states": states[site]}
-        for name in task.scores:
-            value = scores[name][i].item()
-            own |= {name: value, f"{name}_ci95": interval(value, resampled[name][:, i])}
-        best = module.epochs[history.index(max(history, key=lambda x: task.sign * x))] if history else None
-        width = module.mllm.widths[site]
-        sites.append(TaskSiteScores(site=site, dim=width, best_epoch=best, history=history, **own))
-    return sites, task_summary(dict(zip(module.sites, scores[task.score].tolist(), strict=True)), task.sign)
+        best = module.epochs[history.index(max(history, key=lambda x: sign * x))] if history else None
+        entry = {"site": site, "dim": module.mllm.widths[site], "best_epoch": best, "history": history}
+        for name, values in scores.items():
+            value = values[i].item()
+            entry |= {name: value, f"{name}_ci95": interval(value, resampled[name][:, i])}
+        entries.append(entry | {"states": states[site]})
+    return entries
 
 
 def task_summary(main: dict[str, float], sign: int) -> dict[str, Any]:

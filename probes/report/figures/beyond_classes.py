@@ -6,16 +6,22 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from probes.analyses.figure_style import (
+    FigureData,
+    Figures,
+    ReportFigure,
+    caption,
+    label_sites,
+    mask_colour,
+    site_depth,
+)
+from probes.analyses.maps.figures import task_maps
 from probes.models.sites import ENCODER, FINAL_NORM
 from probes.report.beyond_classes import group_by_seed, is_control, join_rows
 from probes.report.seeds import share_images
-from probes.report.tables import bounds
+from probes.results.formatting import bounds
 from probes.results.task_run import TaskRun
 
-from .maps import task_maps
-from .style import FigureData, Figures, ReportFigure, caption, label_sites, mask_colour, site_depth
-
-TASKS_SECTION = "Beyond classes"
 Entry = dict[str, Any]
 
 
@@ -146,7 +152,7 @@ def task_figures(runs: list[TaskRun], tasks: dict[str, list[dict[str, Any]]]) ->
     with_encoder = [entry for entry in results if any(row["site"] == ENCODER for row in entry["sites"])]
     if with_encoder:
         yield ReportFigure(
-            "tasks", TASKS_SECTION, "Other tasks by site",
+            "tasks", "Other tasks by site",
             caption(
                 "The main score of each task in units of the encoder's; where lower is better, its inverse.",
                 "Dashed: random weights, one draw." if any(entry["control"] for entry in with_encoder) else "",
@@ -155,7 +161,7 @@ def task_figures(runs: list[TaskRun], tasks: dict[str, list[dict[str, Any]]]) ->
             tasks_by_site(with_encoder), "wide")  # fmt: skip
     if starved:
         yield ReportFigure(
-            "tasks_starvation", TASKS_SECTION, "Starvation of other tasks",
+            "tasks_starvation", "Starvation of other tasks",
             caption(
                 "Mean error of the pixels under each of the first patches, causal minus bidirectional, at the causal",
                 "run's best layer: positive where causal attention is worse. One probe is shared by all positions.",
@@ -166,7 +172,7 @@ def task_figures(runs: list[TaskRun], tasks: dict[str, list[dict[str, Any]]]) ->
         of = f"{run.task_name}, {run.metrics['image_attention']}, seed {run.metrics['seed']}"
         random = ", random weights" * is_control(run)
         yield ReportFigure(
-            f"tasks_maps_{i}", TASKS_SECTION, f"Predictions by layer, {of}{random}",
+            f"tasks_maps_{i}", f"Predictions by layer, {of}{random}",
             "Target and predictions of an image share their colours; black: no value. Single images are no evidence.",
             task_maps(run), "wide")  # fmt: skip
 

@@ -4,10 +4,9 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
-from probes.report.tables import bounds
+from probes.analyses.figure_style import INTERVALS, FigureData, Figures, ReportFigure, mask_colour, new_axes
 from probes.report.verdicts import COLUMNS
-
-from .style import INTERVALS, FigureData, Figures, ReportFigure, mask_colour, new_axes
+from probes.results.formatting import bounds
 
 NAMES = {
     "adapter_drop": "adapter drop",
@@ -84,7 +83,7 @@ def claim_figures(claims: list[dict[str, Any]]) -> Figures:
     """Yield the figure of claims beside controls, if there are random models."""
     if any("by_draw" in claim["verdicts"]["beyond_random"] for claim in claims):
         yield ReportFigure(
-            "claims", "Claims beside controls", "Trained and random models",
+            "claims", "Trained and random models",
             "The number of each claim. Look for filled diamonds that lie beyond the hollow ones: what random LLMs that "
             "change the states as much show as well (the adapter's drop: random adapters) need not be learned. All "
             "diamonds of a row have the same probes; a filled circle of drop or recovery is at the strength where the "

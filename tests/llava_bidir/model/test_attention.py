@@ -43,19 +43,6 @@ def test_mask_equals_a_loop_over_pairs(name, rows, pad):
         assert ours == reference_value, f"{name}, {rows[sample]!r}: query {query} attends to key {key}"
 
 
-def test_eager_mask_says_the_same_as_sdpa():
-    ids, padding = tiny_models.ids("tiit", "iitt")
-    is_image = ids == tiny_models.IMAGE_ID
-    additive = built("bidirectional", is_image, padding, "eager")
-    assert torch.equal(additive == 0, built("bidirectional", is_image, padding))
-
-
-def test_worked_example_of_eq_2():
-    is_image = torch.tensor([[False, True, True, False]])
-    expected = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]).bool()
-    assert torch.equal(built("bidirectional", is_image, None)[0, 0], expected)
-
-
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("backend", ["flash_attention_2", "flash_attention_3", "made_up"])
 def test_backend_that_drops_masks_is_refused(name, backend):

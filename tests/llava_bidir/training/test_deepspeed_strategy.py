@@ -243,8 +243,9 @@ def test_the_export_is_newer_than_a_checkpoint_written_in_the_background(two):
     assert is_complete(two / "export.ckpt", two / "zero2_async-32-true/hf" / TRAINING_JSON)
 
 
-@pytest.mark.parametrize("strategy", ["zero2", "zero2_async"])
-@pytest.mark.parametrize("fault", ["kill_in_save", "disk_full_in_save"])
+@pytest.mark.parametrize(
+    ("fault", "strategy"), [("kill_in_save", "zero2"), ("kill_in_save", "zero2_async"), ("disk_full_in_save", "zero2")]
+)
 def test_interrupted_save_leaves_the_checkpoint_before_it(fault, strategy, spec, two):
     """The run fails, the partial checkpoint is ignored, and the one before equals that of an undisturbed run."""
     out, codes, log = start(spec, f"{strategy}-{fault}", [f"{strategy}:{fault}:32-true"])

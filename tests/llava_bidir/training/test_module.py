@@ -101,18 +101,6 @@ def test_new_adapter_is_scaled_and_a_loaded_one_keeps_its_scale(parts, checkpoin
     assert module(parts, adapter=str(tmp_path / "hf")).settings()["adapter_init_scale"] == 4.0
 
 
-def test_loss_equals_that_of_transformers(parts, conversations):
-    built = module_with_model(parts)
-    batch = next(iter(loader(conversations, parts)))
-    stock = built.model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        pixel_values=batch["pixel_values"],
-        labels=batch["labels"],
-    ).loss
-    torch.testing.assert_close(built.loss(batch), stock)
-
-
 def loader(folder, parts):
     return DataLoader(Instructions(folder / "data.json", folder), 6, collate_fn=data(folder, parts).collate)
 
@@ -173,7 +161,7 @@ LORA = {"lora": Lora(r=2, alpha=4, dropout=0.0)}
 
 @pytest.mark.parametrize(
     ("step", "settings", "pack_tokens"),
-    [(1, {}, None), (2, {}, None), (3, {}, None), (4, {}, None), (2, LORA, None), (1, {}, 60), (4, {}, 60)],
+    [(2, {}, None), (3, {}, None), (4, LORA, None), (4, {}, 60)],
 )
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     step, settings, pack_tokens, parts, conversations, tmp_path

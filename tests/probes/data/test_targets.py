@@ -225,6 +225,21 @@ def save(path: Path, array, dtype=None) -> None:
     Image.fromarray(np.asarray(array, dtype)).save(path)
 
 
+def saves(path: str, array, dtype=None):
+    """Return what saves an image in a folder."""
+    return lambda root: save(root / path, array, dtype)
+
+
+def settings(text: str):
+    """Return what writes targets.json of a folder."""
+    return lambda root: (root / "targets.json").write_text(text)
+
+
+def saves_npy(array, **kwargs):
+    """Return what saves a depth map as .npy in a folder."""
+    return lambda root: save_npy(root, array, **kwargs)
+
+
 def save_npy(root: Path, array, **kwargs) -> None:
     path = root / "depth/validation/0.png"
     if path.exists():
@@ -255,21 +270,17 @@ def grey_normals(value: int) -> np.ndarray:
 
 DEPTH, NORMALS, IDS = (f"{kind}/validation/0.png" for kind in ("depth", "normals", "instances"))
 BAD_FILES = {
-    "8-bit depth": ("depth", lambda r: save(r / DEPTH, np.ones(SIZE), np.uint8), "0.png has mode 'L'.*uint16"),
-    "depth in colour": ("depth", lambda r: save(r / DEPTH, dataset_layouts.photo(0)), "mode 'RGB'.*these are colours"),
-    "depth of zeros": (
-        "depth",
-        lambda r: save(r / DEPTH, np.zeros(SIZE), np.uint16),
-        "0.png has no value in any pixel",
-    ),
+    "8-bit depth": ("depth", saves(DEPTH, np.ones(SIZE), np.uint8), "0.png has mode 'L'.*uint16"),
+    "depth in colour": ("depth", saves(DEPTH, dataset_layouts.photo(0)), "mode 'RGB'.*these are colours"),
+    "depth of zeros": ("depth", saves(DEPTH, np.zeros(SIZE), np.uint16), "0.png has no value in any pixel"),
     "depth in another unit": (
         "depth",
-        lambda r: (r / "targets.json").write_text('{"depth_scale": 100, "max_depth": 10}'),
+        settings('{"depth_scale": 100, "max_depth": 10}'),
         "0.png has no value up to the limit of 10 m; check the scale",
     ),
     "depth of another size": (
         "depth",
-        lambda r: save(r / DEPTH, np.ones((9, 6)), np.uint16),
+        saves(DEPTH, np.ones((9, 6)), np.uint16),
         r"depth/\S*0.png is 6 x 9 px, its image \S*0.png 9 x 6 px",
     ),
     "truncated depth": ("depth", lambda r: cut_off(r / DEPTH), "0.png cannot be read as an image"),
@@ -279,20 +290,16 @@ BAD_FILES = {
         lambda r: Image.new("L", SIZE[::-1]).save(r / DEPTH, "JPEG"),
         "0.png cannot be read as an image: it is not PNG",
     ),
-    "negative .npy": (
-        "depth",
-        lambda r: save_npy(r, metres(-1)),
-        "has depth -1.0 in row 1, column 2; expected positive",
-    ),
-    "zero in .npy": ("depth", lambda r: save_npy(r, metres(0)), "has depth 0.0 in row 1.* NaN where there is no value"),
-    "infinite .npy": ("depth", lambda r: save_npy(r, metres(np.inf)), "has depth inf in row 1, column 2"),
-    "NaN in all of .npy": ("depth", lambda r: save_npy(r, metres() * np.nan), "0.npy has no value in any pixel"),
-    "float64 .npy": ("depth", lambda r: save_npy(r, np.ones(SIZE)), r"holds float64\[6, 9\], expected float32\[H, W\]"),
-    ".npy with channels": ("depth", lambda r: save_npy(r, metres()[None]), r"holds float32\[1, 6, 9\], expected"),
-    ".npy of another size": ("depth", lambda r: save_npy(r, metres().T), "0.npy is 6 x 9 px, its image"),
+    "negative .npy": ("depth", saves_npy(metres(-1)), "has depth -1.0 in row 1, column 2; expected positive"),
+    "zero in .npy": ("depth", saves_npy(metres(0)), "has depth 0.0 in row 1.* NaN where there is no value"),
+    "infinite .npy": ("depth", saves_npy(metres(np.inf)), "has depth inf in row 1, column 2"),
+    "NaN in all of .npy": ("depth", saves_npy(metres() * np.nan), "0.npy has no value in any pixel"),
+    "float64 .npy": ("depth", saves_npy(np.ones(SIZE)), r"holds float64\[6, 9\], expected float32\[H, W\]"),
+    ".npy with channels": ("depth", saves_npy(metres()[None]), r"holds float32\[1, 6, 9\], expected"),
+    ".npy of another size": ("depth", saves_npy(metres().T), "0.npy is 6 x 9 px, its image"),
     "pickled .npy": (
         "depth",
-        lambda r: save_npy(r, np.array([Path], object), allow_pickle=True),
+        saves_npy(np.array([Path], object), allow_pickle=True),
         "0.npy cannot be read as a plain .npy array: .*Python objects",
     ),
     "pickle as .npy": ("depth", lambda r: replace_by_bytes(r, b"\x80\x04N."), "cannot be read as a plain .npy array"),
@@ -302,33 +309,21 @@ BAD_FILES = {
         lambda r: (save_npy(r, metres()), cut_off(r / "depth/validation/0.npy")),
         "0.npy cannot be read as a plain .npy array",
     ),
-    "grey normals": (
-        "normals",
-        lambda r: save(r / NORMALS, grey_normals(128)),
-        r"\[128, 128, 128\] in row 2.* 0.007, exp",
-    ),
-    "normals not of unit length": ("normals", lambda r: save(r / NORMALS, grey_normals(255)), "vector of length 1.732"),
-    "normals without colour": (
-        "normals",
-        lambda r: save(r / NORMALS, np.ones(SIZE), np.uint8),
-        "mode 'L', expected 8-bit",
-    ),
-    "black normals": ("normals", lambda r: save(r / NORMALS, np.zeros((*SIZE, 3)), np.uint8), "0.png is black"),
+    "grey normals": ("normals", saves(NORMALS, grey_normals(128)), r"\[128, 128, 128\] in row 2.* 0.007, exp"),
+    "normals not of unit length": ("normals", saves(NORMALS, grey_normals(255)), "vector of length 1.732"),
+    "normals without colour": ("normals", saves(NORMALS, np.ones(SIZE), np.uint8), "mode 'L', expected 8-bit"),
+    "black normals": ("normals", saves(NORMALS, np.zeros((*SIZE, 3)), np.uint8), "0.png is black"),
     "normals away from the viewer": (
         "normals",
-        lambda r: save(r / NORMALS, 255 - dataset_layouts.unit_normals(0)[1:].repeat(2, 0)[:6]),
+        saves(NORMALS, 255 - dataset_layouts.unit_normals(0)[1:].repeat(2, 0)[:6]),
         "100% of the normals point away from the viewer",
     ),
     "normals of another size": (
         "normals",
-        lambda r: save(r / NORMALS, dataset_layouts.unit_normals(0, (6, 8))),
+        saves(NORMALS, dataset_layouts.unit_normals(0, (6, 8))),
         "0.png is 8 x 6 px, its image",
     ),
-    "instances in colour": (
-        "boundaries",
-        lambda r: save(r / IDS, dataset_layouts.photo(0)),
-        "mode 'RGB'.*colours to ids",
-    ),
+    "instances in colour": ("boundaries", saves(IDS, dataset_layouts.photo(0)), "mode 'RGB'.*colours to ids"),
     "missing at access": ("depth", None, "depth/validation/0.png is missing"),
 }
 
@@ -352,26 +347,17 @@ BAD_LAYOUTS = {
         lambda r: (r / "targets.json").unlink(),
         r"targets.json has no depth_scale, .*\S*depth/validation/0.png",
     ),
-    "empty settings": (lambda r: (r / "targets.json").write_text("{}"), "targets.json has no depth_scale"),
-    "scale 0": (lambda r: (r / "targets.json").write_text('{"depth_scale": 0}'), "targets.json: depth_scale is 0; exp"),
-    "negative scale": (
-        lambda r: (r / "targets.json").write_text('{"depth_scale": -1}'),
-        "depth_scale is -1; expected a",
-    ),
-    "infinite scale": (lambda r: (r / "targets.json").write_text('{"depth_scale": 1e999}'), "depth_scale is inf"),
-    "scale NaN": (lambda r: (r / "targets.json").write_text('{"depth_scale": NaN}'), "depth_scale is nan"),
-    "scale as text": (
-        lambda r: (r / "targets.json").write_text('{"depth_scale": "1"}'),
-        "depth_scale is '1'; expected a",
-    ),
-    "scale true": (lambda r: (r / "targets.json").write_text('{"depth_scale": true}'), "depth_scale is True"),
-    "limit 0": (lambda r: (r / "targets.json").write_text('{"depth_scale": 1, "max_depth": 0}'), "max_depth is 0"),
-    "unknown key": (
-        lambda r: (r / "targets.json").write_text('{"scale": 1}'),
-        "unknown key 'scale'; expected depth_scale",
-    ),
-    "settings that are a list": (lambda r: (r / "targets.json").write_text("[1]"), "targets.json needs an object"),
-    "settings that are not JSON": (lambda r: (r / "targets.json").write_text("{"), "targets.json is not JSON"),
+    "empty settings": (settings("{}"), "targets.json has no depth_scale"),
+    "scale 0": (settings('{"depth_scale": 0}'), "targets.json: depth_scale is 0; exp"),
+    "negative scale": (settings('{"depth_scale": -1}'), "depth_scale is -1; expected a"),
+    "infinite scale": (settings('{"depth_scale": 1e999}'), "depth_scale is inf"),
+    "scale NaN": (settings('{"depth_scale": NaN}'), "depth_scale is nan"),
+    "scale as text": (settings('{"depth_scale": "1"}'), "depth_scale is '1'; expected a"),
+    "scale true": (settings('{"depth_scale": true}'), "depth_scale is True"),
+    "limit 0": (settings('{"depth_scale": 1, "max_depth": 0}'), "max_depth is 0"),
+    "unknown key": (settings('{"scale": 1}'), "unknown key 'scale'; expected depth_scale"),
+    "settings that are a list": (settings("[1]"), "targets.json needs an object"),
+    "settings that are not JSON": (settings("{"), "targets.json is not JSON"),
     "both kinds of file": (
         lambda r: np.save(r / "depth/validation/0.npy", metres()),
         "0.npy and .*0.png have the same",

@@ -89,15 +89,6 @@ def test_cut_touches_pairs_of_image_tokens_only(is_image, prefix_runs_along):
         assert cut[b, 0, q, k] == (mask[b, 0, q, k] and not (pair and blocked[b, sum(is_image[:k])]))
 
 
-def test_changes_what_it_should(mllm, pixels):
-    """Guards the tests above, which would pass if the cut were lost on both sides."""
-    plain, cut = mllm.states(pixels), mllm.states(pixels, knockout=Knockout(BLOCKED))
-    moved = [(cut[f"layer_{i:02d}"] - plain[f"layer_{i:02d}"]).abs().amax((1, 2)) for i in (1, 2, 3)]
-    assert all(m[0] > 1e-3 and m[1] > 1e-3 for m in moved)
-    assert all(m[2] == 0 for m in moved), "an image with nothing blocked stays as it is"
-    assert torch.equal(plain["adapter"], cut["adapter"])
-
-
 def test_blocking_nothing_changes_nothing(mllm, pixels):
     plain = mllm.states(pixels)
     for knockout in (
@@ -109,13 +100,6 @@ def test_blocking_nothing_changes_nothing(mllm, pixels):
     ):
         cut = mllm.states(pixels, knockout=knockout)
         assert all(torch.equal(plain[site], cut[site]) for site in mllm.sites)
-
-
-def test_conditions_in_one_batch_equal_one_by_one(mllm, pixels):
-    together = mllm.states(pixels[[0, 0, 1]], knockout=Knockout(BLOCKED[[0, 1, 1]]))["layer_03"]
-    for row, (image, condition) in enumerate([(0, 0), (0, 1), (1, 1)]):
-        alone = mllm.states(pixels[[image]], knockout=Knockout(BLOCKED[[condition]]))["layer_03"]
-        torch.testing.assert_close(together[row : row + 1], alone, **rounding(alone, 6))
 
 
 def test_row_without_keys_raises():
@@ -144,7 +128,7 @@ def test_misfits_are_errors(mllm, pixels):
         mllm.states(pixels, knockout=Knockout(BLOCKED, layers=BY_ROW[:, :2]))
 
 
-@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("name", ["all layers", "heads by row", "reverse in a window"])
 def test_eager_attention_is_cut_alike(mllm, pixels, checkpoints, name):
     """Its masks are added to the scores: False, written into one, would be 0 and allow."""
     eager = probes.load(str(checkpoints[mllm.image_attention]), attn_implementation="eager")

@@ -54,14 +54,6 @@ def test_equals_a_hook_on_the_stock_model(mllm, pixels, site):
     assert all(torch.equal(a, plain[name]) for name, a in mllm.states(pixels).items()), "hooks are removed"
 
 
-def test_patching_with_another_runs_states_continues_that_run(mllm, pixels):
-    other, patch = mllm.states(pixels.flip(0)), {}
-    patch["layer_02"] = lambda states: other["layer_02"]
-    patched = mllm.states(pixels, ["layer_01", "layer_03"], hooks=patch)
-    torch.testing.assert_close(patched["layer_03"], other["layer_03"], **rounding(other["layer_03"], 3))
-    assert not torch.allclose(patched["layer_01"], other["layer_01"], atol=1e-3)
-
-
 def test_hooks_compose_with_knockouts_and_rows(mllm, pixels):
     blocked = torch.tensor([[False, True, False, False]] * 2)
     together = mllm.states(

@@ -44,23 +44,6 @@ def test_weights_refuse_an_empty_axis():
         bilinear_weights(3, 0)
 
 
-@settings(deadline=None, derandomize=True)
-@given(SIZE, SIZE, SIZE, st.sampled_from([1, 500, 2**19]))
-def test_plan_covers_each_pixel_once_with_its_own_grid_rows(h, height, width, numel):
-    make_plan.cache_clear()
-    with mock.patch.dict(bilinear.CHUNK_NUMEL, cpu=numel):
-        plan = make_plan(5, 4, (h, 3), (height, width), torch.float64, CPU)
-    make_plan.cache_clear()
-    assert [y for band in plan.bands for y in range(band.start, band.stop)] == list(range(len(plan.rows)))
-    assert [x for tile in plan.tiles for x in range(tile.start, tile.stop)] == list(range(plan.cols.shape[1]))
-    assert 1 <= plan.images <= 5
-    for band in plan.bands:
-        rest = plan.rows[band.start : band.stop].clone()
-        assert torch.equal(rest[:, band.lo : band.hi].T, band.weights)
-        rest[:, band.lo : band.hi] = 0
-        assert not rest.any()
-
-
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(
     leading=st.sampled_from([(), (1,), (3,), (2, 3)]),

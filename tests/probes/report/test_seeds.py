@@ -14,8 +14,8 @@ from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.cli import main
 from probes.report.figures.seeds import seed_figures
 from probes.report.seeds import join_column, mean_over_seeds
-from probes.report.study import read_studies
 from probes.report.verdicts import Effect, compare_to_draws, judge_draws
+from probes.results.study import read_studies
 
 STUDIES = 500
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]

@@ -12,9 +12,9 @@ from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.report.claims import evaluate_claims
 from probes.report.effects import drop_and_recovery
 from probes.report.figures.claims import claim_values
-from probes.report.study import read_studies
 from probes.report.verdicts import MARGIN, Effect, compare_to_draws, judge, judge_draws, p_value, path_column
 from probes.results.probe_run import ProbeRun
+from probes.results.study import read_studies
 
 TRAINED = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # accuracies at encoder, adapter, layers, final norm
 STUDIES = 500

@@ -10,6 +10,8 @@ import tiny_models
 from PIL import Image
 
 from probes.cli import main
+from probes.results.finished_run import warn_of_changed_data
+from probes.results.probe_run import ProbeRun
 
 MASKS = ("causal", "bidirectional")
 COMMANDS = {"report": ["report"], "starvation": ["starvation", "--site", "layer_01", "--probes"]}
@@ -27,14 +29,13 @@ def study(checkpoints, tmp_path_factory):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_that_read_scores_only_warn_of_changed_masks(command, study, tmp_path, caplog):
     folder, root = study
-    run = lambda out: main([*COMMANDS[command], *(str(folder / mask) for mask in MASKS), "--out", str(tmp_path / out)])
-    run("same")
+    warn_of_changed_data([ProbeRun(folder / mask) for mask in MASKS])
     assert "former data" not in caplog.text
     file = root / "annotations/validation/000.png"
     before = file.read_bytes()
     try:
         Image.fromarray(1 - np.asarray(Image.open(file)).clip(0, 1)).save(file)
-        run("changed")
+        main([*COMMANDS[command], *(str(folder / mask) for mask in MASKS), "--out", str(tmp_path / "out")])
     finally:
         file.write_bytes(before)
     assert "belongs to a run with data.validation_masks='5, sha256" in caplog.text

@@ -196,3 +196,12 @@ def test_a_study_from_python(checkpoints, segmentation, tmp_path):
     assert set(study.table().run) == {"trained"}
     with pytest.raises(UserError, match="not finished"):
         study.claims()
+
+
+def test_options_of_the_solver_are_not_given_to_fit(checkpoints, segmentation, tmp_path):
+    given = ("-c", "configs/demo/probes.yaml", "--strengths", "0.1", "1", "--data.batch_size", "2", "--passes", "2")
+    settings = Settings({"": str(checkpoints["causal"])}, str(segmentation), tmp_path, fit=True, options=given)
+    commands = {step.name: step.command for step in make_plan(settings)}
+    assert commands["trained"][1 : len(given) + 1] == given
+    assert commands["probes"][1:5] == ("-c", "configs/demo/probes.yaml", "--data.batch_size", "2")
+    assert not {"--strengths", "--passes", "0.1"} & {*commands["probes"]}

@@ -3,12 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from probes.ops.bilinear import bilinear_weights
-from probes.ops.quadrature import prepare_masks
 from probes.training.closed_form import STRENGTHS, solve_moments
 from probes.training.moments import Moments
 
@@ -53,17 +49,6 @@ def test_equals_scikit_learn_on_hard_labels():
     torch.testing.assert_close(relative(ours), relative(expected), rtol=1e-8, atol=1e-8)
 
 
-def test_soft_labels_equal_repeating_each_token_once_per_pixel():
-    x, labels = draw(60)
-    counts = torch.randint(0, 5, (60, 4), generator=torch.Generator().manual_seed(1))
-    repeated = x.repeat_interleave(counts.sum(1), 0)
-    classes = torch.cat([torch.arange(4).repeat_interleave(row) for row in counts])
-    soft = solve_moments(*exact_moments(x, counts.double()))
-    hard = solve_moments(*exact_moments(repeated, torch.eye(4, dtype=torch.float64)[classes]))
-    for strength in (1e-3, 0.3):
-        torch.testing.assert_close(logits(soft, x, strength), logits(hard, x, strength), rtol=1e-9, atol=1e-9)
-
-
 def test_all_strengths_from_one_decomposition_equal_separate_solves():
     x, labels = draw()
     count, first, second, pivot = exact_moments(x, torch.eye(4, dtype=torch.float64)[labels])
@@ -79,16 +64,6 @@ def test_all_strengths_from_one_decomposition_equal_separate_solves():
         torch.testing.assert_close(logits(form, x, strength), torch.from_numpy(expected), rtol=1e-7, atol=1e-7)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.floats(1e-4, 1e4), min_size=7, max_size=7), st.sampled_from(STRENGTHS))
-def test_the_scale_of_a_channel_changes_no_logit(scales, strength):
-    x, labels = draw()
-    onehot, scales = torch.eye(4, dtype=torch.float64)[labels], torch.tensor(scales, dtype=torch.float64)
-    before = solve_moments(*exact_moments(x, onehot))
-    after = solve_moments(*exact_moments(x * scales, onehot))
-    torch.testing.assert_close(logits(after, x * scales, strength), logits(before, x, strength), rtol=1e-6, atol=1e-6)
-
-
 def test_dead_channels_and_rare_classes_give_finite_logits():
     x, labels = draw()
     x[:, 2] = 1.7  # constant
@@ -101,38 +76,6 @@ def test_dead_channels_and_rare_classes_give_finite_logits():
         z = logits(form, x, strength)
         assert z.isfinite().all() and (z.argmax(1) != 5).all()
     assert form.scale[2] == 0 and (form.scale > 0).sum() == 6
-
-
-def test_soft_labels_are_the_adjoint_of_the_upsampling():
-    generator = torch.Generator().manual_seed(0)
-    target = torch.randint(0, 3, (2, 9, 13), generator=generator).to(torch.uint8)
-    target[0, :3] = 255
-    z = torch.randn(2, 3, 4, 5, generator=generator, dtype=torch.float64)
-    soft = prepare_masks(target, 3, (4, 5), dtype=torch.float64).soft
-    rows, columns = (bilinear_weights(n, size, dtype=torch.float64) for n, size in ((4, 9), (5, 13)))
-    up = torch.einsum("yh,bkhw,xw->bkyx", rows, z, columns)
-    onehot = torch.nn.functional.one_hot(target.long().clamp(max=3), 4)[..., :3].permute(0, 3, 1, 2)
-    assert (soft * z).sum() == pytest.approx((up * onehot).sum().item(), rel=1e-12)
-    assert soft.sum() == pytest.approx((target != 255).sum().item())
-
-
-def test_moments_of_batches_folds_and_pivots_add_up():
-    x, labels = draw(300)
-    onehot = torch.eye(4, dtype=torch.float64)[labels]
-    whole = Moments.zeros(x[:50].mean(0).float(), 1, 4)
-    whole.update(x, onehot, 0)
-    parts = [Moments.zeros(x[part].mean(0).float(), 2, 4) for part in (slice(0, 100), slice(100, 300))]
-    for fold, (part, moments) in enumerate(zip((slice(0, 100), slice(100, 300)), parts, strict=True)):
-        moments.update(x[part], onehot[part], fold)
-    parts[0].add(parts[1])
-    forms = [solve_moments(*moments.without(None), moments.pivot) for moments in (whole, parts[0])]
-    for together, apart in zip(*(form.solve(1e-2) for form in forms), strict=True):
-        torch.testing.assert_close(together.abs(), apart.abs(), rtol=1e-4, atol=1e-4)  # eigenvectors have no sign
-    alone = Moments.zeros(x[:50].mean(0).float(), 1, 4)
-    alone.update(x[:100], onehot[:100], 0)
-    for a, b in zip(parts[0].without(1), alone.without(None), strict=True):
-        assert a.shape == b.shape
-    torch.testing.assert_close(parts[0].without(1)[0], alone.without(None)[0])
 
 
 def test_float32_sums_or_a_missing_pivot_lose_small_variances():

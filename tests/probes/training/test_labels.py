@@ -15,9 +15,8 @@ def test_shuffled_gives_every_image_the_mask_of_another():
     masks = prepare_masks(target, 5, (3, 4))
     shuffled = shuffle_masks(masks)
     assert torch.equal(shuffled.soft, masks.soft.roll(1, 0)) and torch.equal(shuffled.mass, masks.mass.roll(1, 0))
-    depths = target.float()
-    assert shuffle_masks(depths)[:, 0, 0].tolist() == [4, 0, 1, 2, 3]
-    assert [depth[0, 0].item() for depth in shuffle_masks(list(depths))] == [4, 0, 1, 2, 3]
+    for depths in (target.float(), list(target.float())):
+        assert [depth[0, 0].item() for depth in shuffle_masks(depths)] == [4, 0, 1, 2, 3]
 
 
 def test_shuffled_depths_take_the_size_of_their_new_image():
@@ -33,7 +32,7 @@ def test_shuffled_depths_take_the_size_of_their_new_image():
 def test_single_image_has_no_shuffled_label():
     shuffled = shuffle_masks(prepare_masks(torch.zeros(1, 2, 2, dtype=torch.uint8), 3, (2, 2)))
     assert not shuffled.soft.any() and not shuffled.mass.any() and not shuffled.pixels.any()
-    assert shuffle_masks(torch.zeros(1, 2, 2)).isnan().all() and shuffle_masks([torch.zeros(2, 2)])[0].isnan().all()
+    assert shuffle_masks(torch.zeros(1, 2, 2))[0].isnan().all() and shuffle_masks([torch.zeros(2, 2)])[0].isnan().all()
 
 
 def test_shuffled_labels_allow_position_only(checkpoints, tmp_path):

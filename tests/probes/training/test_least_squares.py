@@ -106,19 +106,6 @@ def test_every_strength_and_its_cross_validation_equal_separate_ridge_regression
         torch.testing.assert_close((solved.mean, solved.bias[r]), (mean, bias))
 
 
-def test_weights_minimise_the_squared_error_with_their_ridge():
-    grid, size, strength = GRIDS[0], SIZES[0], 0.1
-    view = Geometry(grid, 48, 42, "squash").view(size)
-    states, target = draw(grid, size)
-    solved = solve_least_squares(moments_of(states, target, grid, view), (strength,))
-    x, y = pixels(states, target, dense(grid, size, view))
-    weights, bias = (z[0].clone().requires_grad_() for z in (solved.weights, solved.bias))
-    error = ((x - solved.mean) @ weights.T + bias - y).square().sum(1).mean()
-    loss = (1 - strength) * error + strength * (x.var(0, correction=0) * weights.square()).sum()
-    for gradient in torch.autograd.grad(loss, (weights, bias)):
-        torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-12, rtol=0)
-
-
 def test_float32_states_with_a_channel_of_huge_mean_lose_nothing_that_matters():
     grid, size = GRIDS[2], SIZES[0]
     view = Geometry(grid, 48, 42, "squash").view(size)
@@ -159,18 +146,11 @@ def test_parts_of_the_images_added_up_give_the_moments_of_all():
         torch.testing.assert_close(total, whole.sums()[name], rtol=1e-9, atol=1e-9)
 
 
-def test_targets_without_a_value_are_an_error():
-    grid, size = GRIDS[0], SIZES[0]
-    states, target = draw(grid, size)
-    with pytest.raises(UserError, match="no pixel with a value"):
-        solve_least_squares(moments_of(states, target * torch.nan, grid, Geometry(grid, 48, 42).view(size)), (1e-3,))
-
-
 def test_targets_without_a_value_are_an_error_in_all_processes(monkeypatch):
     """An error in the process that solves the site alone would leave the others waiting for its solution."""
     empty = LeastSquaresMoments.zeros(torch.zeros(4), 2, 1)
     monkeypatch.setattr(least_squares_solver, "rank_count", lambda: 2)
     monkeypatch.setattr(least_squares_solver, "rank", lambda: 1)
-    solver = SimpleNamespace(sites=["encoder"], measuring=False, _sum_over_ranks=lambda site: empty)
+    solver = SimpleNamespace(sites=["encoder"], _sum_over_ranks=lambda site: empty)
     with pytest.raises(UserError, match="no pixel with a value"):
-        least_squares_solver.LeastSquaresSolver.on_predict_epoch_end(solver)
+        least_squares_solver.LeastSquaresSolver.solve(solver)

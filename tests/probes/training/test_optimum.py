@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize as scipy_minimize
 
+from probes.ops.lbfgs import minimise
 from probes.ops.quadrature import prepare_masks
 from probes.training import optimum
 from probes.training.optimum import (
@@ -15,7 +16,6 @@ from probes.training.optimum import (
     SiteProblem,
     cross_validate,
     loss_sums,
-    minimise,
     solve_site,
 )
 
@@ -112,19 +112,6 @@ def test_states_that_tell_nothing_need_more_regularisation_than_the_first_streng
     assert 0 < path.chosen < len(path.strengths) - 1
 
 
-def test_objective_and_gradient_equal_the_explicit_ones(data):
-    at = problem(data)
-    point = torch.randn(2, *at.start.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    strengths = torch.tensor([1e-2, 1.0], dtype=torch.float64)
-    values, gradients = at.objective(strengths, [None, 1], TIGHT_NODES)(point, [0, 1])
-    for i, (strength, images) in enumerate(((1e-2, slice(None)), (1.0, others(1)))):
-        x = point[i].clone().requires_grad_()
-        expected = objective(data, at, strength, x, images)
-        expected.backward()
-        assert values[i].item() == pytest.approx(expected.item(), rel=1e-5)
-        torch.testing.assert_close(gradients[i], x.grad, rtol=1e-3, atol=1e-5)
-
-
 def test_problems_solved_together_equal_each_alone(data):
     at = problem(data)
     strengths = torch.tensor([1.0, 1e-3], dtype=torch.float64)
@@ -135,27 +122,6 @@ def test_problems_solved_together_equal_each_alone(data):
         alone = solve(strengths[i : i + 1], 1)[0]
         value = lambda point, i=i: objective(data, at, strengths[i].item(), point).item()
         assert value(together[i]) == pytest.approx(value(alone), abs=1e-6)
-
-
-def test_minimise_solves_quadratics_in_a_few_steps_and_stops_where_rounding_allows_no_step():
-    generator = torch.Generator().manual_seed(0)
-    root = torch.randn(3, 12, 12, generator=generator, dtype=torch.float64)
-    hessian, goal = root @ root.mT + torch.eye(12), torch.randn(3, 12, 1, generator=generator, dtype=torch.float64)
-    calls = []
-
-    def quadratic(points: torch.Tensor, problems: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        calls.append(problems)
-        apart = points.view(-1, 12, 1) - goal[problems]
-        by_point = hessian[problems] @ apart
-        return (apart * by_point).sum((1, 2)) / 2, by_point.view(-1, 1, 12)
-
-    start, scale = torch.zeros(3, 1, 12, dtype=torch.float64), torch.ones(3, 1, 12, dtype=torch.float64)
-    found, _, decrease = minimise(quadratic, start, scale, 1e-12)
-    torch.testing.assert_close(found.view(3, 12, 1), goal, rtol=1e-4, atol=1e-4)
-    assert (decrease < 1e-12).all() and len(calls) < 100
-    flat = lambda points, problems: (torch.ones(len(points)).double(), torch.ones_like(points))
-    stuck, _, decrease = minimise(flat, start, scale, 1e-12)
-    assert torch.equal(stuck, start) and (decrease > 1).all()
 
 
 def exact(data, at: SiteProblem, refinement: Refinement) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,20 +165,6 @@ def test_a_step_that_raises_the_loss_is_taken_back(data):
     assert torch.equal(refinement.points, torch.stack([start[0] + 100, start[1]]))
     assert refinement.kept[1].tolist() == [0.4, 0.5] and not refinement.kept[2][1].any()
     assert refinement.proximal.tolist() == pytest.approx([1e-3 / 16, 1e-2])
-
-
-def test_a_resumed_refinement_takes_the_same_steps(data):
-    at = problem(data, slice(0, 12))
-    (_, refinement), (_, resumed) = solve_site(at, (1e-1, 1e-2)), solve_site(at, (1e-1, 1e-2))
-    refinement.proximal.fill_(optimum.PROXIMAL)
-    refinement.accept(*exact(data, at, refinement))
-    refinement.step()
-    resumed.set_state(refinement.state())
-    for x in (refinement, resumed):
-        x.accept(*exact(data, at, x))
-        x.step()
-    assert torch.equal(refinement.points, resumed.points) and torch.equal(refinement.proximal, resumed.proximal)
-    assert refinement.certificates == resumed.certificates
 
 
 def test_a_certificate_is_not_given_before_the_optimum(data, monkeypatch):

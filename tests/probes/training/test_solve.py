@@ -28,17 +28,41 @@ from probes.training.optimum_solver import OptimumSolver
 pytestmark = pytest.mark.numerics
 
 
-def arguments(checkpoint, root, out, *more: str) -> list[str]:
+STRENGTHS = ("1e-1", "1e-3")
+SAMPLED = ["--model.sites", "[adapter]", "--sample-images", "5", "--passes", "3"]
+BYTES = ("probes.safetensors", "path.safetensors", "counts.safetensors")
+
+
+def arguments(checkpoint, root, out, *more: str, strengths: tuple[str, ...] = STRENGTHS) -> list[str]:
     """Return a command that solves two strengths, with batches of two."""
     demo = ["solve", "-c", "configs/demo/probes.yaml", "--data.batch_size", "2", "--folds", "2"]
-    demo += ["--strengths", "1e-3", "1e-1", "--model.mllm", str(checkpoint), "--data.root", str(root)]
-    return [*demo, "--out", str(out), *more]
+    demo += ["--strengths", *strengths] if strengths else []
+    return [*demo, "--model.mllm", str(checkpoint), "--data.root", str(root), "--out", str(out), *more]
+
+
+@pytest.fixture
+def solve(checkpoints, segmentation, tmp_path):
+    """Run a command in a folder of the test and return the run."""
+
+    def run(*more: str, out: str = "run", strengths: tuple[str, ...] = STRENGTHS) -> ProbeRun:
+        main(arguments(checkpoints["causal"], segmentation, tmp_path / out, *more, strengths=strengths))
+        return ProbeRun(tmp_path / out)
+
+    return run
 
 
 @pytest.fixture(scope="module")
 def run(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
     out = tmp_path_factory.mktemp("solved")
     main(arguments(checkpoints["causal"], segmentation, out, "--save_predictions", "true"))
+    return ProbeRun(out)
+
+
+@pytest.fixture(scope="module")
+def sampled(checkpoints, segmentation, tmp_path_factory) -> ProbeRun:
+    """A run of three passes, with five of six images in memory."""
+    out = tmp_path_factory.mktemp("sampled")
+    main(arguments(checkpoints["causal"], segmentation, out, *SAMPLED))
     return ProbeRun(out)
 
 
@@ -54,10 +78,10 @@ def test_writes_the_files_of_a_fit_and_the_path(run):
     assert path["passes"] == 1 and path["sample_images"] == 6
     assert [entry["site"] for entry in path["optimum"]["sites"]] == run.sites
     for entry in path["optimum"]["sites"]:
-        assert entry["strengths"] == [1e-1, 1e-3]
+        assert entry["strengths"] == [0.1, 0.001]
         assert all(certificate["converged"] for certificate in entry["certificates"])
         best = int(np.argmin(entry["cv_cross_entropy"]))
-        assert entry["chosen"] == entry["lowest"] == [1e-1, 1e-3][best]
+        assert entry["chosen"] == entry["lowest"] == [0.1, 0.001][best]
     tensors = load_file(run.path / "path.safetensors")
     assert tensors["optimum/intersection"].shape == (2, 6, 5, 3)
     assert tensors["optimum/cross_entropy"].shape == (2, 6, 5)
@@ -87,11 +111,9 @@ def test_path_counts_of_more_pixels_than_are_labelled_are_an_error(run, tmp_path
         ProbeRun(old).path_counts()
 
 
-def test_by_default_the_best_strength_and_its_neighbours_are_solved(checkpoints, segmentation, tmp_path):
-    command = arguments(checkpoints["causal"], segmentation, tmp_path, "--model.sites", "[encoder, adapter]")
-    i = command.index("--strengths")
-    main(command[:i] + command[i + 3 :])
-    for entry in ProbeRun(tmp_path).metrics["path"]["optimum"]["sites"]:
+def test_by_default_the_best_strength_and_its_neighbours_are_solved(solve):
+    run = solve("--model.sites", "[encoder, adapter]", strengths=())
+    for entry in run.metrics["path"]["optimum"]["sites"]:
         chosen = entry["strengths"].index(entry["chosen"])
         scored = [i for i, value in enumerate(entry["miou"]) if value is not None]
         assert scored == [chosen - 1, chosen, chosen + 1]
@@ -101,25 +123,22 @@ def test_by_default_the_best_strength_and_its_neighbours_are_solved(checkpoints,
 def test_main_probe_is_that_of_the_chosen_strength(run):
     counts, tensors = run.counts, load_file(run.path / "path.safetensors")
     for i, entry in enumerate(run.metrics["path"]["optimum"]["sites"]):
-        chosen = [1e-1, 1e-3].index(entry["chosen"])
+        chosen = [0.1, 0.001].index(entry["chosen"])
         assert run.metrics["sites"][i]["miou"] == entry["miou"][chosen]
         assert torch.equal(tensors["optimum/intersection"][chosen, i].long(), counts.intersection[i])
 
 
-def test_each_strength_is_scored_as_a_run_of_that_strength_alone(run, checkpoints, segmentation, tmp_path):
+def test_each_strength_is_scored_as_a_run_of_that_strength_alone(run, solve):
     """The chosen probe is counted apart from the others, which must not be mixed up."""
-    tensors = load_file(run.path / "path.safetensors")
-    for row, strength in enumerate(("1e-1", "1e-3")):
-        command = arguments(checkpoints["causal"], segmentation, tmp_path / strength)
-        i = command.index("--strengths")
-        main(command[: i + 1] + [strength] + command[i + 3 :])
-        alone = load_file(tmp_path / strength / "path.safetensors")
+    tensors, sites = load_file(run.path / "path.safetensors"), [0, 2]
+    for row, strength in enumerate(STRENGTHS):
+        ours = solve("--model.sites", "[encoder, layer_01]", out=strength, strengths=(strength,))
+        alone = load_file(ours.path / "path.safetensors")
         for name in ("intersection", "predicted"):
-            apart = (alone[f"optimum/{name}"][0] - tensors[f"optimum/{name}"][row]).abs().sum()
-            assert apart <= 0.01 * tensors[f"optimum/{name}"][row].sum(), (strength, name)
-        torch.testing.assert_close(
-            alone["optimum/cross_entropy"][0], tensors["optimum/cross_entropy"][row], rtol=1e-2, atol=1e-1
-        )
+            expected = tensors[f"optimum/{name}"][row, sites]
+            assert (alone[f"optimum/{name}"][0] - expected).abs().sum() <= 0.01 * expected.sum(), (strength, name)
+        expected = tensors["optimum/cross_entropy"][row, sites]
+        torch.testing.assert_close(alone["optimum/cross_entropy"][0], expected, rtol=1e-2, atol=1e-1)
 
 
 def test_scores_equal_numpy_on_the_saved_predictions(run, segmentation):
@@ -142,17 +161,13 @@ def test_saved_probes_give_the_cross_entropy_of_the_path(run, segmentation):
             label = torch.from_numpy(mask).long()[None]
             total += F.cross_entropy(up, label, ignore_index=255, reduction="sum").item()
             pixels += (mask != 255).sum()
-        chosen = [1e-1, 1e-3].index(entry["chosen"])
+        chosen = [0.1, 0.001].index(entry["chosen"])
         assert total / pixels == pytest.approx(entry["cross_entropy"][chosen], rel=1e-4)
 
 
-SAMPLED = ["--model.sites", "[adapter]", "--sample-images", "5"]
-
-
-def test_passes_with_a_small_sample_end_near_the_optimum(run, checkpoints, segmentation, tmp_path):
+def test_passes_with_a_small_sample_end_near_the_optimum(run, solve):
     """Five of six images in memory. The result is stated as not converged unless a certificate says so."""
-    main(arguments(checkpoints["causal"], segmentation, tmp_path, *SAMPLED, "--passes", "25"))
-    path = ProbeRun(tmp_path).metrics["path"]
+    path = solve(*SAMPLED[:-1], "25").metrics["path"]
     assert 1 < path["passes"] <= 25 and path["sample_images"] == 5
     whole = run.metrics["path"]["optimum"]["sites"][1]
     (ours,) = path["optimum"]["sites"]
@@ -164,7 +179,6 @@ def test_passes_with_a_small_sample_end_near_the_optimum(run, checkpoints, segme
 SLOW_REFINEMENT = """
 import sys, time
 from pathlib import Path
-from typing import Any
 from probes.cli import main
 from probes.training.optimum_solver import OptimumSolver
 started = Path(sys.argv.pop(1))
@@ -192,38 +206,36 @@ def die(*args, **kwargs) -> None:
     raise KeyboardInterrupt
 
 
-KILLS = {  # where, the options, and the number of calls after which it is killed
-    "in the first pass": ("predict_step", [], 2),
-    "on the path": ("_to_site", [], 3),
-    "in a later pass": ("predict_step", [*SAMPLED, "--passes", "3"], 5),
-    "after a later pass": ("on_predict_start", [*SAMPLED, "--passes", "4"], 3),
-    "while it is scored": ("on_test_start", [*SAMPLED, "--passes", "2"], 1),
+KILLS = {  # method of the solver, the number of calls after which it is killed, and whether the sample is a part
+    "in the first pass": ("add", 2, False),
+    "on the path": ("_to_site", 3, False),
+    "in a later pass": ("states", 5, True),
+    "after a later pass": ("_refine", 2, True),
+    "while it is scored": ("test_step", 1, True),
 }
 
 
 @pytest.mark.parametrize("when", KILLS)
-def test_a_killed_run_resumes_to_the_same_bytes(when, checkpoints, segmentation, tmp_path, monkeypatch):
-    method, more, calls = KILLS[when]
+def test_a_killed_run_resumes_to_the_same_bytes(when, run, sampled, checkpoints, segmentation, tmp_path, monkeypatch):
+    method, calls, part = KILLS[when]
     original, count = getattr(OptimumSolver, method), []
 
     def stop(self, *args) -> object:
         count.append(1)
         return die() if len(count) == calls else original(self, *args)
 
-    killed = arguments(checkpoints["causal"], segmentation, tmp_path / "killed", *more)
+    killed = arguments(checkpoints["causal"], segmentation, tmp_path, *(SAMPLED if part else []))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(OptimumSolver, method, stop)
         main(killed)
     if when == "on the path":
-        assert len(list((tmp_path / "killed/checkpoints").glob("*.safetensors"))) in (1, 2)
+        assert len(list((tmp_path / "checkpoints").glob("*.safetensors"))) in (1, 2)
         with pytest.raises(SystemExit, match="unfinished"):
             main(killed)
     main([*killed, "--ckpt_path", "last"])
-    main(arguments(checkpoints["causal"], segmentation, tmp_path / "undisturbed", *more))
-    for name in ("probes.safetensors", "path.safetensors", "counts.safetensors"):
-        found, expected = ((tmp_path / run / name).read_bytes() for run in ("killed", "undisturbed"))
-        assert found == expected, name
-    assert not (tmp_path / "killed/checkpoints").exists()
+    for name in BYTES:
+        assert (tmp_path / name).read_bytes() == ((sampled if part else run).path / name).read_bytes(), name
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_finished_run_is_left_alone(run, checkpoints, segmentation, caplog):
@@ -248,7 +260,7 @@ def test_a_finished_run_is_left_alone(run, checkpoints, segmentation, caplog):
         (["--data.task", "depth", "--strengths", "2"], "at most 1, got 2"),
         (["--folds", "99"], "99 folds"),
         (["--sample-images", "1"], "at least 2, one for each of the 2 --folds; got 1"),
-        (["--trainer.limit_predict_batches", "0.5"], "limit_predict_batches must be 1.0, got 0.5"),
+        (["--trainer.limit_test_batches", "0.5"], "limit_test_batches must be 1.0, got 0.5"),
     ],
 )
 def test_rejects_bad_options(option, message, checkpoints, task_root, tmp_path):
@@ -269,24 +281,22 @@ def test_sites_are_spread_from_the_first_two_to_the_last():
     assert spread(sites, 5) == ["encoder", "adapter", "layer_03", "layer_06", "final_norm"]
 
 
-def test_images_of_each_fold_are_kept_however_little_memory_there_is(checkpoints, segmentation, tmp_path, monkeypatch):
+def test_images_of_each_fold_are_kept_however_little_memory_there_is(solve, monkeypatch):
     monkeypatch.setattr("probes.training.optimum_solver.available_memory", lambda: 0)
     monkeypatch.setattr("probes.training.optimum_solver.LEAST", 1)
-    main(arguments(checkpoints["causal"], segmentation, tmp_path, "--passes", "1"))
-    path = ProbeRun(tmp_path).metrics["path"]
+    path = solve("--passes", "1").metrics["path"]
     assert path["sample_images"] == 2
     assert np.isfinite([entry["cv_cross_entropy"] for entry in path["optimum"]["sites"]]).all()
 
 
-def test_parts_of_a_batch_are_scored_as_the_whole(run, checkpoints, segmentation, tmp_path, monkeypatch):
+def test_parts_of_a_batch_are_scored_as_the_whole(run, solve, monkeypatch):
     monkeypatch.setattr("probes.training.solver.SCORE_BYTES", 1)  # one image at a time
-    main(arguments(checkpoints["causal"], segmentation, tmp_path))
-    one, whole = load_file(tmp_path / "path.safetensors"), load_file(run.path / "path.safetensors")
+    one, whole = load_file(solve().path / "path.safetensors"), load_file(run.path / "path.safetensors")
     for key in whole:
         torch.testing.assert_close(one[key], whole[key], rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_that_certify_an_optimum_are_not_autocast(checkpoints, segmentation, tmp_path, monkeypatch):
+def test_gradients_that_certify_an_optimum_are_not_autocast(solve, monkeypatch):
     seen = set()
 
     def record(*args, **kwargs):
@@ -294,20 +304,19 @@ def test_gradients_that_certify_an_optimum_are_not_autocast(checkpoints, segment
         return loss_and_gradient(*args, **kwargs)
 
     monkeypatch.setattr("probes.training.optimum.loss_and_gradient", record)
-    mixed = ["--trainer.precision", "bf16-mixed", "--sample-images", "4", "--passes", "2"]
-    main(arguments(checkpoints["causal"], segmentation, tmp_path, *mixed))
+    solve("--trainer.precision", "bf16-mixed", "--model.sites", "[adapter]", "--sample-images", "4", "--passes", "2")
     assert seen == {False}
 
 
-def test_sites_solved_on_one_thread_and_on_two_are_equal(run, checkpoints, segmentation, tmp_path):
+def test_sites_solved_on_one_thread_and_on_two_are_equal(run, solve):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3 - min(threads, 2))
-        main(arguments(checkpoints["causal"], segmentation, tmp_path, "--save_predictions", "true"))
+        ours = load_file(solve("--model.sites", "[encoder, adapter]").path / "probes.safetensors")
         assert torch.get_num_threads() == 3 - min(threads, 2), "restored"
     finally:
         torch.set_num_threads(threads)
-    ours, theirs = (load_file(path / "probes.safetensors") for path in (tmp_path, run.path))
+    theirs = load_file(run.path / "probes.safetensors")
     for name, x in ours.items():
         torch.testing.assert_close(x, theirs[name], rtol=1e-3, atol=1e-4)
 
@@ -327,12 +336,3 @@ def test_two_processes_give_the_probes_of_one(run, checkpoints, segmentation, tm
     torch.testing.assert_close(ours["optimum/cross_entropy"], theirs["optimum/cross_entropy"], rtol=1e-2, atol=1e-1)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["images"] == 5
-
-
-def test_analyses_read_the_run(run, tmp_path):
-    copy = tmp_path / "run"
-    shutil.copytree(run.path, copy)
-    main(["knockout", "--probes", str(copy), "--classes", "auto:1", "--draws", "1"])
-    main(["maps", "--probes", str(copy), "--image", "0"])
-    main(["report", str(copy), "--out", str(tmp_path / "report")])
-    assert (tmp_path / "report/index.html").is_file()

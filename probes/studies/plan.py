@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from llava_bidir.common.errors import UserError
 from probes.analyses import ANALYSES
 from probes.data.registry import DATASETS
@@ -123,6 +125,7 @@ def make_plan(settings: Settings) -> list[Step]:
 def _runs(settings: Settings, label: str, model: str, arms: Sequence[str]) -> list[Step]:
     """Return the steps that make the probe runs of a model."""
     sites = model_sites(model)
+    chosen = yaml.safe_load(_option(settings, "--model.sites") or "null") or sites
     given = {"solve": settings.options, "fit": build_solve_parser().parse_known_args(settings.options)[1]}
     base = (*data_options(settings), "--model.mllm", model, "--ckpt_path", "last")
 
@@ -130,7 +133,8 @@ def _runs(settings: Settings, label: str, model: str, arms: Sequence[str]) -> li
         weights, draw = ARMS[_kind(arm)], re.sub(r"\D", "", arm)
         options = [*more, *weights.options, *(["--model.draw", draw] if draw else ())]
         if weights.options:
-            options += ["--model.sites", f"[{', '.join(sites[weights.sites])}]"]
+            compared = [site for site in sites[weights.sites] if site in chosen]
+            options += ["--model.sites", f"[{', '.join(compared)}]"]
         out = settings.out / _join(label, name)
         command = (kind, *given[kind], *base, *options, "--out", str(out))
         return Step(_join(label, name), command, out / "metrics.json", kind)
@@ -188,10 +192,15 @@ def data_root(settings: Settings) -> str:
     """Return the folder of the images, as far as this command knows it."""
     if settings.data not in DATASETS:
         return settings.data
-    words = [word for option in settings.options for word in option.split("=", 1)]
-    if "--data.root" in words[:-1]:
-        return words[words.index("--data.root") + 1]
+    if root := _option(settings, "--data.root"):
+        return root
     raise UserError(f"the layout {settings.data} needs the folder of its images: --data.root DIR")
+
+
+def _option(settings: Settings, name: str) -> str | None:
+    """Return the value of an option of `probes solve`, None if it is not given."""
+    words = [word for option in settings.options for word in option.split("=", 1)]
+    return words[words.index(name) + 1] if name in words[:-1] else None
 
 
 def model_sites(model: str) -> list[str]:

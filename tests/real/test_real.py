@@ -7,6 +7,10 @@ training must not change, or not by much.
 import io
 import os
 import signal
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import labs
@@ -17,7 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from lightning import Callback
 from PIL import Image
-from processes import fork, wait
+from processes import HANGING_S, fork, wait
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -85,19 +89,24 @@ def test_stage_1_changes_no_bit_of_language_and_stage_2_little(llm, language_mod
 TEXT = st.text(st.sampled_from("ab c.:\n\t '9é中<"), max_size=12)
 
 
+@pytest.fixture(scope="module", params=["chat", "vicuna_v1"])
+def template(request, llm, encoder):
+    """(name of a template, tokenizer of its processor)."""
+    return request.param, build_processor(encoder, str(llm), template=request.param).tokenizer
+
+
 @settings(max_examples=200)
 @given(turns=st.lists(st.tuples(TEXT, TEXT.filter(bool)), min_size=1, max_size=3), shown=st.booleans())
 @example(turns=[("What is it?", "\n\n\na cat"), (" a", " cat\n")], shown=True)
 @example(turns=[("1 \n", "  10")], shown=True)
-@pytest.mark.parametrize("template", ["chat", "vicuna_v1"])
-def test_ids_are_those_of_the_whole_text_and_supervised_ones_are_the_answers(llm, encoder, template, turns, shown):
-    tokenizer = build_processor(encoder, str(llm), template=template).tokenizer
+def test_ids_are_those_of_the_whole_text_and_supervised_ones_are_the_answers(template, turns, shown):
+    name, tokenizer = template
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     questions = [f"<image>\n{q.strip()}".strip() if shown and not i else q for i, (q, _) in enumerate(turns)]
     answers = [answer for _, answer in turns]
     pairs = [text for pair in zip(questions, answers, strict=True) for text in pair]
-    ids, labels = encode(tiny_models.turns(*pairs), tokenizer, template, IMAGE_TOKENS if shown else None, image_id)
-    if template == "chat":
+    ids, labels = encode(tiny_models.turns(*pairs), tokenizer, name, IMAGE_TOKENS if shown else None, image_id)
+    if name == "chat":
         roles = ("user", "assistant")
         messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(pairs)]
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -118,7 +127,7 @@ def test_ids_are_those_of_the_whole_text_and_supervised_ones_are_the_answers(llm
             spans[-1] = [*spans[-1], token]
         previous = label
     texts = [tokenizer.decode(span) for span in spans]
-    wanted = [f"{' ' * (template == 'vicuna_v1')}{answer}<|im_end|>" for answer in answers]
+    wanted = [f"{' ' * (name == 'vicuna_v1')}{answer}<|im_end|>" for answer in answers]
     assert len(texts) == len(wanted)
     for text, answer in zip(texts, wanted, strict=True):
         assert answer.endswith(text) and not answer.removesuffix(text).strip()  # space that joins the prompt's
@@ -236,3 +245,31 @@ def test_the_lab_answers_with_and_without_blocked_patches(stage2):
     square, mllm = session.photos.get(key).squares[0], session.models[0].mllm
     assert result["answer"] == mllm.answer(square, "What is it?", max_new_tokens=64)
     assert result["log_probability"] < 0 and result["blocked"]["log_probability"] != result["log_probability"]
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed (extra: cluster) is not installed")
+def test_two_processes_under_zero_end_at_the_weights_of_one(stage2_options, stage1, stage2, tmp_path):
+    """Up to rounding, which AdamW enlarges where gradients are near zero: 5% of the way that training has gone."""
+    command = stage2_options(tmp_path / "run", "-c", "configs/cluster/zero2.yaml", "--trainer.devices", "2")
+    command += ["--trainer.precision", "32-true", "--trainer.accelerator", "cpu"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group |= {"TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": 1}
+    logs, running = [(tmp_path / f"{rank}.log").open("w") for rank in range(2)], []
+    for rank, log in enumerate(logs):
+        environment = os.environ | {k: str(v) for k, v in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        words = [sys.executable, "-m", "llava_bidir", *command]
+        running.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log))
+    try:
+        codes = [process.wait(HANGING_S) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert codes == [0, 0], (tmp_path / "0.log").read_text()[-3000:]
+    start, one = load_file(stage1 / "model.safetensors"), load_file(stage2 / "model.safetensors")
+    two = load_file(tmp_path / "run/hf/model.safetensors")
+    assert one.keys() == two.keys()
+    distance = lambda a, b: sum((a[name] - b[name]).square().sum() for name in one).sqrt()
+    assert distance(one, two) < 0.05 * distance(one, start)

@@ -23,7 +23,7 @@ def scenes() -> list[SceneText]:
 
 @pytest.fixture(scope="module")
 def records(scenes) -> dict[str, list[dict]]:
-    return assets._build_english({"llava": scenes, "validation": scenes}, 0.05, np.random.default_rng(1))
+    return assets._build_english({assets.TRAINING: scenes, assets.VALIDATION: scenes}, 0.05, np.random.default_rng(1))
 
 
 def pairs(record: dict) -> list[tuple[str, str]]:

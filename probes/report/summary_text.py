@@ -49,13 +49,12 @@ def group_claims(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [entry for entry in grouped.values() if tested(entry)]
 
 
-def format_effect(claim: dict[str, Any]) -> str:
+def format_effect(claim: dict[str, Any]) -> list[str]:
     """Return the effect that the conclusion is about: at the optimum, and where it holds there also beyond random."""
     optimum, beyond = claim["verdicts"]["optimum"], claim["verdicts"]["beyond_random"]
-    text = format_difference(claim if optimum["ci95"] is None else optimum)
-    return text + f", beyond random {format_difference(beyond)}" * (
-        optimum["verdict"] == HOLDS and bool(beyond["ci95"])
-    )
+    effects = [claim if optimum["ci95"] is None else optimum]
+    effects += [beyond] if optimum["verdict"] == HOLDS and beyond["ci95"] else []
+    return [format_difference(effect) for effect in effects]
 
 
 def claim_notes(claims: list[dict[str, Any]]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llava_bidir.common.errors import UserError
 
 if TYPE_CHECKING:  # this module answers `probes --help`
-    from .figure_style import ReportFigure
+    from .style import ReportFigure
 
 Row = dict[str, Any]
 

@@ -24,7 +24,7 @@ from probes.results.formatting import Rows
 from probes.results.study import model_name, read_run, study_keys
 from probes.results.task_run import TaskRun
 
-from .effects import choose_layers, effects_of_sites, estimates_to_json, read_sites, sites_to_read, subtract
+from .effects import choose_layers, effects_of_sites, estimate_to_json, read_sites, sites_to_read, subtract
 from .path import has_converged, neighbours
 from .seeds import mean_over_seeds, share_images
 
@@ -126,7 +126,7 @@ def _entry(run: TaskRun, control: TaskRun | None) -> dict[str, Any]:
         "sites": _sites(run),
         "control": _sites(control) if control else None,
         "control_is": describe_control(control) if control else None,
-        **estimates_to_json(own),
+        **{name: estimate_to_json(effect) for name, effect in own.items()},
         "path": _path(run),
     }
 
@@ -146,7 +146,8 @@ def _path(run: TaskRun) -> list[dict[str, Any]]:
         sums = path[row, torch.arange(len(row))]
         read = [site for site_name, site in sites_of_task(run, sums).items() if site_name != ENCODER]
         converged = has_converged(run, row, torch.cat(read).unique().tolist() if read else [])
-        entries.append({"row": name, **estimates_to_json(effects(run, sums)), "converged": converged})
+        found = {effect: estimate_to_json(estimate) for effect, estimate in effects(run, sums).items()}
+        entries.append({"row": name, **found, "converged": converged})
     return entries
 
 

@@ -14,7 +14,7 @@ import torch
 from probes.results.study import Study
 
 from .claims import CLAIMS
-from .verdicts import COLUMNS, HOLDS, UNTESTED, Mean, column, conclude, correct_for_claims, judge, untested
+from .verdicts import COLUMNS, HOLDS, UNTESTED, column, conclude, correct_for_claims, judge, margin_column, untested
 
 
 def joint_studies(studies: list[Study], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def join_column(sign: int, by_seed: dict[int, dict[str, Any]], shared_images: bo
     if len(judged) < 2:
         return untested(reason, value, ci95, **more)
     if "p" in entries[0]:
-        return Mean(value, ci95, len(entries) - 1).column(sign, **more)
+        return margin_column(sign, value, ci95, len(entries) - 1, **more)
     below = [entry["below_optimum"] for entry in entries]  # the column "paper"
     more["below_optimum"] = dict(zip(("value", "ci95"), join(below), strict=True)) if all(below) else None
     return column(sign, value, ci95, **more)

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from llava_bidir.common.bootstrap import interval
-from probes.analyses.figure_style import (
+from probes.analyses.style import (
     COLOURS,
     FigureData,
     Figures,

@@ -68,8 +68,8 @@ def class_effects(
         folder: Folder of knockout.safetensors, by default the run's.
     """
     effects: dict[str, dict[str, Estimate]] = {}
-    for name, cases in _cases_by_class(run, _read(run, folder), min_patches, outcome).items():
-        names, values = _later_effects(cases)
+    for name, cases in _cases_by_class(run, read_knockout(run, folder), min_patches, outcome).items():
+        names, values = later_effects(cases)
         mean, resampled = cases.mean(values, run.weights)
         for i, effect in enumerate(names):
             effects.setdefault(effect, {})[name] = mean[i].item(), resampled[:, i]
@@ -115,7 +115,7 @@ def look_alikes(run: ProbeRun, min_patches: int = 1, folder: Path | None = None)
 
     Two classes that are mostly mistaken for each other have the same unit.
     """
-    names, tensors, units = run.metrics["classes"], _read(run, folder), {}
+    names, tensors, units = run.metrics["classes"], read_knockout(run, folder), {}
     for name in _cases_by_class(run, tensors, min_patches):
         enough = tensors[f"{name}/patches"] >= min_patches
         partner = names[tensors[f"{name}/correct_class"][enough].bincount().argmax()]
@@ -139,7 +139,7 @@ def criterion_shifts(run: ProbeRun, min_patches: int = 1, folder: Path | None = 
         intervals cover all moves of all pairs together (max-t). "shift" is true if both intervals of a pair lie on the
         same side of zero; "towards" is then the class that gains. None if no lean was stored.
     """
-    tensors = _read(run, folder)
+    tensors = read_knockout(run, folder)
     if not any(key.rpartition("/")[2].startswith(f"{LEAN}:") for key in tensors):
         return None
     pairs, moves, shifts = sorted(set(look_alikes(run, min_patches, folder).values())), [], []
@@ -188,7 +188,7 @@ def knockout_inference(run: ProbeRun, folder: Path | None = None) -> dict[str, A
         :func:`mean_over_classes` and "verdict"}, "selection": rows of :func:`selection_curve`}},
         "criterion_shifts": see :func:`criterion_shifts`}. Outcomes that an older file lacks are missing.
     """
-    tensors = _read(run, folder)
+    tensors = read_knockout(run, folder)
     if not tensors:
         return {}
     min_patches = min_patches_of(run, folder)
@@ -228,10 +228,10 @@ def class_tests(run: ProbeRun, min_patches: int, outcome: str, folder: Path | No
     """
     swaps = random_swaps(run.metrics["images"], seed=run.metrics["seed"], groups=run.groups)
     rows: dict[str, list[dict[str, Any]]] = {}
-    for name, cases in _cases_by_class(run, _read(run, folder), min_patches, outcome).items():
+    for name, cases in _cases_by_class(run, read_knockout(run, folder), min_patches, outcome).items():
         if not _enough_units(run, cases):
             continue
-        effects, values = _later_effects(cases)
+        effects, values = later_effects(cases)
         mean, resampled = cases.mean(values, run.weights)
         p, _ = p_values(cases.swapped_mean(values, swaps))
         for i, effect in enumerate(effects):
@@ -255,7 +255,9 @@ def selection_curve(run: ProbeRun, outcome: str, folder: Path | None = None) -> 
     rows, least = [], min_patches_of(run, folder)
     patches = run.metrics["grid"][0] * run.metrics["grid"][1]
     for min_patches in sorted({max(least, round(share * patches)) for share in SELECTION_SHARES}):
-        counts = [len(x.images) for x in _cases_by_class(run, _read(run, folder), min_patches, outcome).values()]
+        counts = [
+            len(x.images) for x in _cases_by_class(run, read_knockout(run, folder), min_patches, outcome).values()
+        ]
         common = {"min_patches": min_patches, "share": min_patches / patches, "cases": sum(counts)}
         effects = class_effects(run, min_patches, outcome, folder)
         rows += [common | {"effect": effect} | mean_over_classes(effects[effect]) for effect in effects]
@@ -271,7 +273,8 @@ def _judged_mean(effect: str, outcome: str, effects: dict[str, Estimate], units:
     return mean | {"verdict": judge_effect(claimed_sign(effect, outcome), mean["value"], low > 0 or high < 0)}
 
 
-def _read(run: ProbeRun, folder: Path | None) -> dict[str, Tensor]:
+def read_knockout(run: ProbeRun, folder: Path | None = None) -> dict[str, Tensor]:
+    """Return the content of knockout.safetensors, of the run or of `folder`; {} without it."""
     path = (folder or run.path) / "knockout.safetensors"
     return read_tensors(path) if path.is_file() else {}
 
@@ -290,7 +293,7 @@ def _enough_units(run: ProbeRun, cases: Cases) -> bool:
     return len(units.unique()) >= MIN_IMAGES
 
 
-def _later_effects(cases: Cases) -> tuple[list[str], Tensor]:
+def later_effects(cases: Cases) -> tuple[list[str], Tensor]:
     """Return the names of the effects and their values in the later half of the layers, f[C, E]."""
     later = {condition: later_half(values) for condition, values in cases.rates.items()}
     incorrect, correct = later["incorrect"], later["correct"]

@@ -6,16 +6,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from probes.analyses.figure_style import (
-    FigureData,
-    Figures,
-    ReportFigure,
-    caption,
-    label_sites,
-    mask_colour,
-    site_depth,
-)
 from probes.analyses.maps.figures import task_maps
+from probes.analyses.style import FigureData, Figures, ReportFigure, caption, label_sites, mask_colour, site_depth
 from probes.models.sites import ENCODER, FINAL_NORM
 from probes.report.beyond_classes import group_by_seed, is_control, join_rows
 from probes.report.seeds import share_images

@@ -4,7 +4,7 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
-from probes.analyses.figure_style import INTERVALS, FigureData, Figures, ReportFigure, mask_colour, new_axes
+from probes.analyses.style import INTERVALS, FigureData, Figures, ReportFigure, mask_colour, new_axes
 from probes.report.verdicts import COLUMNS
 from probes.results.formatting import bounds
 

@@ -14,7 +14,7 @@ from probe_runs import write_run
 from report_parts import figures_of
 
 from llava_bidir.common.bootstrap import interval
-from probes.analyses.figure_style import COLOURS, MASK_COLOURS
+from probes.analyses.style import COLOURS, MASK_COLOURS
 from probes.cli import main
 from probes.report.confusion import first_halved_layer, most_confused_pairs
 from probes.report.figures.layer_curves import models_by_dataset

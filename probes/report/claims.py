@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from probes.analyses import ANALYSES
+from probes.analyses.base import Claim
 from probes.analyses.knockout.contrasts import control_of, patch_contrasts, rate_effects
 from probes.analyses.knockout.inference import criterion_shifts
 from probes.analyses.starvation.run import gap_estimates
@@ -40,18 +42,18 @@ from .verdicts import (
 
 log = logging.getLogger(__name__)
 
-# claim -> (claimed sign, text)
-CLAIMS: dict[str, tuple[int, str]] = {
-    "adapter_drop": (+1, "Segmentation drops at the adapter: encoder mIoU minus adapter mIoU (Sec. 3.1)"),
-    "recovery": (+1, "LLM layers recover it after the adapter: best layer's mIoU minus the adapter's (Sec. 3.2)"),
-    "recovery_trained": (+1, "The recovery comes from training: recovery minus that of the untrained model"),
-    "starvation": (+1, "Patch 0 starves under causal attention: bidirectional minus causal accuracy (Sec. 5.1)"),
-    "starvation_first_row": (+1, "The first row starves under causal attention: bidirectional minus causal accuracy"),
-    "knockout_incorrect": (-1, "Blocking the wrong class speeds correction: change in wrong patches left (Sec. 4.1)"),
-    "knockout_correct": (+1, "Blocking the correct class impairs correction: change in wrong patches left (Sec. 4.2)"),
-    "knockout_specificity": (+1, "The effect is class-specific: correct minus wrong class, less the same at random"),
-}  # fmt: skip
-
+CLAIMS: dict[str, Claim] = {
+    "adapter_drop": Claim(
+        +1, "Segmentation drops at the adapter: encoder mIoU minus adapter mIoU (Sec. 3.1)", "adapter drop"
+    ),
+    "recovery": Claim(
+        +1, "LLM layers recover it after the adapter: best layer's mIoU minus the adapter's (Sec. 3.2)", "recovery"
+    ),
+    "recovery_trained": Claim(
+        +1, "The recovery comes from training: recovery minus that of the untrained model", "recovery from training"
+    ),
+    **{name: claim for analysis in ANALYSES.values() for name, claim in analysis.claims.items()},
+}
 
 Key = tuple[str, str]  # claim, mask
 Measured = dict[Key, Effect]
@@ -87,7 +89,7 @@ def evaluate_claims(study: Study) -> list[dict[str, Any]]:
 
 
 def _entry(study: Study, claim: str, mask: str, numbers: Numbers, path: Rows) -> dict[str, Any]:
-    (sign, text), key, run = CLAIMS[claim], (claim, mask), study.trained[mask]
+    (sign, text, _), key, run = CLAIMS[claim], (claim, mask), study.trained[mask]
     number, control, truth = numbers.main[key], numbers.control.get(key), read_truth(run, CLAIMS).get(claim)
     path = [row for row in path if (row["effect"], row["image_attention"], row["measure"]) == (*key, "miou")]
     verdicts = {
@@ -187,12 +189,12 @@ def _paper_column(study: Study, claim: str, mask: str, numbers: Numbers) -> dict
         return untested(reason, **measured, probes="solved")
     solved = numbers.solved.get((claim, mask))
     below = solved and estimate_to_json(subtract(solved.in_paper, estimate))
-    return column(CLAIMS[claim][0], **measured, probes="trained", below_optimum=below)
+    return column(CLAIMS[claim].sign, **measured, probes="trained", below_optimum=below)
 
 
 def _optimum_column(study: Study, claim: str, mask: str, numbers: Numbers, path: Rows) -> dict[str, Any]:
     """Return the column "optimum": at three strengths where the claim has them, else from the chosen probes."""
-    sign, solved = CLAIMS[claim][0], study.solved
+    sign, solved = CLAIMS[claim].sign, study.solved
     missing = [name for name in _compared_masks(claim, mask) if name not in solved]
     if missing:
         return untested(f"no solved probes: run {_command('solve', study, missing[0])}")
@@ -236,7 +238,7 @@ def _beyond_random_column(study: Study, claim: str, mask: str, numbers: Numbers)
             masks = [of for name, of, probes in found if (name, probes) == (claim, kind)]
             others = [found[claim, of, kind] for of in masks if of != mask and part == "llm"]
             same = {"same_draws_as": masks[0]} if part == "adapter" and masks[0] != mask else {}
-            judged = judge_draws(CLAIMS[claim][0], comparison, others) | {"probes": kind} | same
+            judged = judge_draws(CLAIMS[claim].sign, comparison, others) | {"probes": kind} | same
             draws = study.random_draws(part, solved=True) if kind == "solved" else []
             runs = [draw.get(name) for draw in draws for name in _compared_masks(claim, mask)]
             reason = unconverged(runs, claim)

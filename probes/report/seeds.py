@@ -57,7 +57,7 @@ def _joint_claims(
         entries = {seed: claims[claim, mask] for seed, claims in by_key.items() if (claim, mask) in claims}
         if len(entries) < 2:
             continue
-        sign, text = CLAIMS[claim]
+        sign, text, _ = CLAIMS[claim]
         columns = {name: {seed: entry["verdicts"][name] for seed, entry in entries.items()} for name in COLUMNS}
         verdicts = {name: join_column(sign, by_seed, shared_images) for name, by_seed in columns.items()}
         value, ci95 = verdicts["paper"]["value"], verdicts["paper"]["ci95"]  # the numbers of the main runs

@@ -151,8 +151,8 @@ def test_several_models_are_told_apart(segmentation, tmp_path):
 def test_scores_are_in_units_of_the_encoders(folders):
     (entry,) = task_results([TaskRun(folders["depth"])])
     rows = relative_scores(entry, "sites")
-    assert rows[0]["relative"] == 1 and rows[1]["relative"] == pytest.approx(0.5 / 0.8, abs=0.02)
-    assert all(low <= row["relative"] <= high for row in rows for low, high in [row["ci95"]])
+    assert rows[0]["value"] == 1 and rows[1]["value"] == pytest.approx(0.5 / 0.8, abs=0.02)
+    assert all(low <= row["value"] <= high for row in rows for low, high in [row["ci95"]])
     assert relative_scores(entry, "control") == []
 
 

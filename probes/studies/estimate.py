@@ -23,6 +23,7 @@ class Spread(NamedTuple):
     of: str
 
 
+SIMULATED = 20_000  # studies
 TOY_WORLD = Spread(0.0028 * math.sqrt(600), 0.0035, "the toy world: yours can spread otherwise")  # bench/draws.py
 
 
@@ -75,10 +76,14 @@ def _squares(images: int, ci95: list[float], by_draw: list[float]) -> tuple[floa
 def detectable_effect(images: int, draws: int, masks: int, spread: Spread) -> float | None:
     """Return the effect that 80% of studies find beyond random draws, as a fraction; None if it cannot be tested.
 
-    The interval is that of a report (`interval_over_draws`), with the spread of draws pooled over masks.
+    Studies are simulated and judged as in a report (`interval_over_draws`), with the spread of draws pooled over masks.
     """
     if draws < 2:
         return None
-    of_images, of_draws = spread.images / math.sqrt(images), spread.draws / math.sqrt(draws)
-    half = math.hypot(1.96 * of_images, float(scipy.stats.t.ppf(0.975, masks * (draws - 1))) * of_draws)
-    return max(half, MARGIN) + float(scipy.stats.norm.ppf(POWER)) * math.hypot(of_images, of_draws)
+    rng, of_images = np.random.default_rng(0), spread.images / math.sqrt(images)
+    values = spread.draws * rng.standard_normal((SIMULATED, masks, draws))
+    variance = values.var(-1, ddof=1)
+    variance = np.maximum(variance[:, 0], variance.mean(1))
+    half = np.hypot(1.96 * of_images, scipy.stats.t.ppf(0.975, masks * (draws - 1)) * np.sqrt(variance / draws))
+    error = of_images * rng.standard_normal(SIMULATED) - values[:, 0].mean(1)
+    return float(np.quantile(np.maximum(half, MARGIN) - error, POWER))

@@ -1,7 +1,7 @@
 """Inference over the classes of a knockout: which classes show the paper's effects, and do classes in general?
 
-The paper claims its effects for each class (App. C.2). Effects of different classes can be large and of opposite sign,
-so that a pool over all cases says little. Here a class is the unit:
+The paper claims its effects for each class (App. C.2). Effects of different classes can be large and of opposite sign.
+The claims of a report are about all cases of the classes together (`contrasts.py`); here a class is the unit:
 
     per class      mean over its cases; interval over images; two-sided p from swapping the two conditions on whole
                    images (or groups), adjusted over classes by Holm
@@ -10,8 +10,8 @@ so that a pool over all cases says little. Here a class is the unit:
     over pairs     two classes mostly mistaken for each other are one unit: their effects depend on each other, and a
                    shift of the probe's criterion between them cancels in their mean
 
-The cases are those of the paper's text: n_c(0) >= 1, or the run's `--min-patches` if larger. Other selections are a
-curve, without verdicts. Effects are means over the later half of the layers; for their signs see `EFFECTS`.
+The cases are those of the paper's text: n_c(0) >= 1, or the run's `--min-patches` if larger. Effects are means over the
+later half of the layers; for their signs see `EFFECTS`.
 
 Shapes: C cases, E effects, L layers, R resamplings, N images, U units.
 """
@@ -38,7 +38,6 @@ EFFECTS = {"knockout_incorrect": -1, "knockout_correct": +1, "knockout_specifici
 # A class in fewer images, or groups of images that are swapped together, cannot reach p < 0.05: of n, 2 of the 2^n ways
 # to swap are as extreme as the observed.
 MIN_IMAGES = 6
-SELECTION_SHARES = (0, 1 / 64, 1 / 32, 1 / 16, 1 / 8)  # of the grid: doublings, up to whole regions
 
 
 def claimed_sign(effect: str, outcome: str) -> int:
@@ -185,7 +184,7 @@ def knockout_inference(run: ProbeRun, folder: Path | None = None) -> dict[str, A
     Returns:
         {"min_patches", "min_images": `MIN_IMAGES`, "too_few_images": classes not tested, "look_alikes": [[a, b]],
         "outcomes": {outcome: {"classes": rows of :func:`class_tests`, "mean" and "mean_over_pairs": {effect:
-        :func:`mean_over_classes` and "verdict"}, "selection": rows of :func:`selection_curve`}},
+        :func:`mean_over_classes` and "verdict"}}},
         "criterion_shifts": see :func:`criterion_shifts`}. Outcomes that an older file lacks are missing.
     """
     tensors = read_knockout(run, folder)
@@ -199,7 +198,6 @@ def knockout_inference(run: ProbeRun, folder: Path | None = None) -> dict[str, A
                 "classes": class_tests(run, min_patches, outcome, folder),
                 "mean": {name: _judged_mean(name, outcome, effects[name]) for name in effects},
                 "mean_over_pairs": {name: _judged_mean(name, outcome, effects[name], units) for name in effects},
-                "selection": selection_curve(run, outcome, folder),
             }
     with_cases = [name for name in run.metrics["classes"] if f"{name}/patches" in tensors]
     tested = {name for name, x in _cases_by_class(run, tensors, min_patches).items() if _enough_units(run, x)}
@@ -243,25 +241,6 @@ def class_tests(run: ProbeRun, min_patches: int, outcome: str, folder: Path | No
             row["p_holm"] = adjusted
             row["verdict"] = judge_effect(claimed_sign(effect, outcome), row["value"], adjusted < 0.05)
     return [row for entries in rows.values() for row in entries]
-
-
-def selection_curve(run: ProbeRun, outcome: str, folder: Path | None = None) -> list[dict[str, Any]]:
-    """Return the means over classes for cases with more and more mistaken patches.
-
-    Returns:
-        [{"min_patches", "share": of the grid, "effect", "cases", and the keys of :func:`mean_over_classes`}]. Fewer
-        classes remain for larger regions.
-    """
-    rows, least = [], min_patches_of(run, folder)
-    patches = run.metrics["grid"][0] * run.metrics["grid"][1]
-    for min_patches in sorted({max(least, round(share * patches)) for share in SELECTION_SHARES}):
-        counts = [
-            len(x.images) for x in _cases_by_class(run, read_knockout(run, folder), min_patches, outcome).values()
-        ]
-        common = {"min_patches": min_patches, "share": min_patches / patches, "cases": sum(counts)}
-        effects = class_effects(run, min_patches, outcome, folder)
-        rows += [common | {"effect": effect} | mean_over_classes(effects[effect]) for effect in effects]
-    return rows
 
 
 def _judged_mean(effect: str, outcome: str, effects: dict[str, Estimate], units: Mapping | None = None) -> dict:

@@ -127,7 +127,7 @@ def test_what_was_planted_is_shown_beside_the_conclusion(write, draws, tmp_path,
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("recovery "))
     assert [cell.strip() for cell in line.split("  ") if cell][-3:] == ["planted", conclusion, f"({N} images)"]
     assert f"planted & {conclusion}" in (tmp_path / "out/tables.tex").read_text()
-    assert "truth: planted" in (tmp_path / "out/index.html").read_text()
+    assert 'data-column="truth">planted' in (tmp_path / "out/index.html").read_text()
     with (tmp_path / "out/claims.csv").open() as file:
         assert {row["claim"]: row["truth"] for row in csv.DictReader(file) if row["truth"]} == found
 

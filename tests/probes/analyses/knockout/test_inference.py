@@ -22,7 +22,6 @@ from probes.analyses.knockout.inference import (
     knockout_inference,
     look_alikes,
     mean_over_classes,
-    selection_curve,
 )
 from probes.results.probe_run import ProbeRun
 
@@ -254,7 +253,7 @@ def test_look_alikes_are_the_classes_mostly_mistaken_for_each_other(run):
     }
 
 
-def test_results_of_all_outcomes_and_their_curve(run):
+def test_results_of_all_outcomes(run):
     tensors = simulate(np.random.default_rng(10), {name: (-0.4, 0.4) for name in CLASSES})
     few = simulate(np.random.default_rng(11), {"wall": (0, 0)}, cases=5)
     write_knockout(run, tensors | few)
@@ -268,9 +267,6 @@ def test_results_of_all_outcomes_and_their_curve(run):
                 mean_over_classes(class_effects(run, 1, outcome)[effect]) | {"verdict": 0}
             )
         assert [of_outcome["mean_over_pairs"]["knockout_correct"][key] for key in ("classes", "units")] == [5, 3]
-    curve = selection_curve(run, "rate")
-    assert curve == results["outcomes"]["rate"]["selection"] and {row["min_patches"] for row in curve} == {1}
-    assert curve[0]["share"] == 0.25 and curve[0]["cases"] == 5 * N, "1 of 4 patches"
 
 
 @pytest.mark.parametrize(("groups", "tested"), [(3, 0), (6, len(CLASSES))])

@@ -8,8 +8,8 @@ from importlib import import_module
 from .base import Analysis
 
 NAMES = (
-    "knockout",
     "starvation",
+    "knockout",
     "answers",
     "patching",
     "maps",

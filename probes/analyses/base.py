@@ -15,9 +15,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from llava_bidir.common.errors import UserError
 
 if TYPE_CHECKING:  # this module answers `probes --help`
-    from .figure_style import ReportFigure
+    from .style import ReportFigure
 
 Row = dict[str, Any]
+
+
+class Claim(NamedTuple):
+    """A statement of the paper as one number."""
+
+    sign: int  # of the number if the claim holds
+    text: str  # the statement, ":", and what the number is
+    name: str  # in figures
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,7 @@ class Analysis:
         arms: The arms of a study that it is run on.
         default: It runs unasked.
         beside_data: Options whose file stands beside the folder of the data; it does not run without them.
+        claims: What the paper claims about its numbers, by name; the report judges it (probes/report/claims.py).
         rows: Returns rows of the study's table from its result.
     """
 
@@ -51,6 +60,7 @@ class Analysis:
     arms: tuple[str, ...] = ("trained",)
     default: bool = False
     beside_data: Mapping[str, str] = field(default_factory=dict)
+    claims: Mapping[str, Claim] = field(default_factory=dict)
     rows: Callable[[dict[str, Any]], Iterator[Row]] = lambda result: iter(())
 
 

@@ -25,8 +25,8 @@ import matplotlib as mpl
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.analyses.figure_style import STYLE, ReportFigure
 from probes.analyses.knockout.control_figures import effect_rows
+from probes.analyses.style import STYLE, ReportFigure
 from probes.analyses.templates import render
 from probes.results import formatting
 from probes.results.finished_run import warn_of_changed_data

@@ -19,20 +19,23 @@ MEASURE_NAMES = {"miou": "mIoU", "cross_entropy": "cross-entropy"}
 
 
 def format_count(n: dict[str, int]) -> str:
-    """Return the number of seeds, classes or images that a claim is a mean over."""
-    unit = next(unit for unit in ("seeds", "classes", "images") if unit in n)
+    """Return the number of seeds or images that a claim is a mean over."""
+    unit = "seeds" if "seeds" in n else "images"
     return f"{n[unit]} {unit}"
 
 
 def summarize_claims(claims: list[dict[str, Any]]) -> str:
-    """Return one sentence: how many claims are supported, and the conclusions about the others."""
-    supported = [claim for claim in claims if claim["supported"]]
-    others = Counter(claim["conclusion"] for claim in claims if not claim["supported"])
-    text = f"{len(supported)} of {len(claims)} claims are supported"
+    """Return how many of the tested claims are supported, what is concluded about the others, and how many are not."""
+    tested = [claim for claim in claims if claim["supported"] is not None]
+    supported = [claim for claim in tested if claim["supported"]]
+    others = Counter(claim["conclusion"] for claim in tested if not claim["supported"])
+    text = f"{len(supported)} of {len(tested)} tested claims are supported"
     if supported:
         text += ": " + ", ".join(f"{c['claim'].replace('_', ' ')} ({c['image_attention']})" for c in supported)
     why = ", ".join(f"{count} × {conclusion}" for conclusion, count in others.most_common())
-    return f"{text}. The others: {why}." if why else f"{text}."
+    text += f". The others: {why}." if why else "."
+    untested = len(claims) - len(tested)
+    return f"{text} Untested, so neither supported nor not: {untested} of {len(claims)}." if untested else text
 
 
 def group_claims(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -49,13 +52,12 @@ def group_claims(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [entry for entry in grouped.values() if tested(entry)]
 
 
-def format_effect(claim: dict[str, Any]) -> str:
+def format_effect(claim: dict[str, Any]) -> list[str]:
     """Return the effect that the conclusion is about: at the optimum, and where it holds there also beyond random."""
     optimum, beyond = claim["verdicts"]["optimum"], claim["verdicts"]["beyond_random"]
-    text = format_difference(claim if optimum["ci95"] is None else optimum)
-    return text + f", beyond random {format_difference(beyond)}" * (
-        optimum["verdict"] == HOLDS and bool(beyond["ci95"])
-    )
+    effects = [claim if optimum["ci95"] is None else optimum]
+    effects += [beyond] if optimum["verdict"] == HOLDS and beyond["ci95"] else []
+    return [format_difference(effect) for effect in effects]
 
 
 def claim_notes(claims: list[dict[str, Any]]) -> list[str]:
@@ -64,10 +66,11 @@ def claim_notes(claims: list[dict[str, Any]]) -> list[str]:
     beyond = [entry for c in claims if (entry := c["verdicts"]["beyond_random"])["verdict"] != UNTESTED]
     notes = [f"At the optimum and beyond random, an effect counts from {100 * MARGIN:g} point."]
     if tested:
-        kept = sum(claim["supported"] and claim["p_holm"] < 0.05 for claim in claims)
+        supported = [claim for claim in claims if claim["supported"]]
+        kept = sum(claim["p_holm"] < 0.05 for claim in supported)
         notes.append(
             f"Verdicts are not corrected for the {len(tested)} claims that are tested; with Holm's correction, "
-            f"{kept} of {sum(claim['supported'] for claim in claims)} supported claims have p < 0.05."
+            f"{kept} of {len(supported)} supported claims have p < 0.05."
         )
     if any("same_as" in entry for entry in beyond):
         notes.append("Recovery and recovery trained share the column beyond random: one confirmation, not two.")
@@ -101,9 +104,11 @@ def describe_column(entry: dict[str, Any]) -> str:
 
 def format_claims(claims: list[dict[str, Any]]) -> str:
     """Return the claims as a table for the terminal: value, interval and verdict in each column; notes and reasons."""
-    rows = [["claim", "attention", *COLUMN_TITLES.values(), "conclusion", ""]]
+    known = ["truth"] if any("truth" in claim for claim in claims) else []
+    rows = [["claim", "attention", *COLUMN_TITLES.values(), *known, "conclusion", ""]]
     for claim in claims:
         cells = [f"{format_difference(v)} {v['verdict']}".strip() for v in claim["verdicts"].values()]
+        cells += [claim.get(key, "") for key in known]
         rows.append([claim["claim"], claim["image_attention"], *cells, claim["conclusion"]])
         rows[-1].append(f"({format_count(claim['n'])})")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -16,11 +16,11 @@ def claim_rows(claims: list[dict[str, Any]]) -> Rows:
     return [
         {key: claim[key] for key in ("claim", "image_attention", "value")}
         | bounds(claim["ci95"])
-        | {"holds": claim["holds"], "images": claim["n"]["images"], "classes": claim["n"].get("classes")}
+        | {"holds": claim["holds"], "images": claim["n"]["images"], "patches": claim["n"].get("patches")}
         | {"untrained": control["value"]}
         | bounds(control["ci95"], "untrained_")
         | {key: value for name in COLUMNS for key, value in _verdict_columns(name, claim["verdicts"][name]).items()}
-        | {key: claim[key] for key in ("supported", "conclusion", "p", "p_holm")}
+        | {key: claim.get(key) for key in ("supported", "conclusion", "truth", "p", "p_holm")}
         for claim, control in zip(claims, controls, strict=True)
     ]
 

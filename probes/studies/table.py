@@ -126,5 +126,8 @@ def _claim_rows(study: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for claim in study["claims"]:
         low, high = claim["ci95"] or (None, None)
         row = {"model": study["model"], "dataset": study["dataset"], "mask": claim["image_attention"]}
-        row |= {key: claim[key] for key in ("claim", "conclusion", "supported", "value")} | {"low": low, "high": high}
+        row |= {key: claim.get(key) for key in ("claim", "conclusion", "supported", "truth", "value")} | {
+            "low": low,
+            "high": high,
+        }
         yield row | {name: column["verdict"] for name, column in claim["verdicts"].items()}

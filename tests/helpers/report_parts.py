@@ -1,6 +1,6 @@
 """Parts of a report, without a page."""
 
-from probes.analyses.figure_style import ReportFigure
+from probes.analyses.style import ReportFigure
 from probes.report.claims import evaluate_claims
 from probes.report.sections import study_sections
 from probes.results.study import Study

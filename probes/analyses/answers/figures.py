@@ -5,7 +5,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from probes.analyses.figure_style import (
+from probes.analyses.style import (
     FigureData,
     Figures,
     ReportFigure,

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from probes.analyses.base import Analysis, Row, add_out, add_run, add_seed, table_row
+from probes.analyses.base import Analysis, Claim, Row, add_out, add_run, add_seed, table_row
 
 from .schema import CONTROLS
 
@@ -64,5 +64,22 @@ ANALYSIS = Analysis(
     options={"classes": "auto:4"},
     arms=("trained", "random", "probes"),
     default=True,
+    claims={
+        "knockout_incorrect": Claim(
+            -1,
+            "Blocking the wrong class speeds correction: change in wrong patches left (Sec. 4.1)",
+            "wrong class blocked",
+        ),
+        "knockout_correct": Claim(
+            +1,
+            "Blocking the correct class impairs correction: change in wrong patches left (Sec. 4.2)",
+            "correct class blocked",
+        ),
+        "knockout_specificity": Claim(
+            +1,
+            "The effect is class-specific: correct minus wrong class, less the same at random",
+            "correct − wrong blocked",
+        ),
+    },
     rows=rows,
 )

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from probes.analyses.figure_style import (
+from probes.analyses.style import (
     COLOURS,
     INTERVALS,
     FigureData,

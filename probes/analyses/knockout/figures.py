@@ -7,16 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from llava_bidir.common.bootstrap import interval
-from probes.analyses.figure_style import (
-    COLOURS,
-    FigureData,
-    Figures,
-    ReportFigure,
-    caption,
-    draw_intervals,
-    new_axes,
-    new_panels,
-)
+from probes.analyses.style import COLOURS, FigureData, Figures, ReportFigure, caption, new_axes, new_panels
 from probes.results.formatting import Rows, bounds
 from probes.results.probe_run import ProbeRun
 
@@ -91,21 +82,6 @@ def _draw_remaining(ax: Axes, run: ProbeRun, name: str | None, conditions: list[
             for layer, m in enumerate(mean.tolist())
         ]
     return rows
-
-
-def knockout_selection(rows: Rows) -> FigureData:
-    """Draw the two effects of the paper's outcome by the minimum number of wrong patches per image."""
-    figure, ax = new_axes(4.4, 3.3)
-    for effect, condition in (("knockout_incorrect", "incorrect"), ("knockout_correct", "correct")):
-        points = [r for r in rows if (r["outcome"], r["effect"]) == ("rate", effect) and r["low"] is not None]
-        if points:
-            x, y, ci95 = zip(*((p["min_patches"], p["value"], (p["low"], p["high"])) for p in points), strict=True)
-            colour, _, label = CONDITION_STYLES[condition]
-            draw_intervals(ax, x, y, ci95, colour, label=label, marker="o", ms=4, capsize=2, lw=1.5)
-    ax.axhline(0, color="black", lw=0.8)
-    ax.set(xlabel="minimum number of wrong patches at the adapter", ylabel="change in wrong patches left (pp)")
-    ax.legend(fontsize=8)
-    return FigureData(figure, rows)
 
 
 def class_effects(inference: dict[str, Any], rows: Rows) -> FigureData:
@@ -199,14 +175,6 @@ def knockout_figures(trained: dict[str, ProbeRun], inference: dict[str, dict[str
 
 def _inference_figures(mask: str, inference: dict[str, Any]) -> Figures:
     by_table = knockout_tables({mask: inference})
-    if by_table["knockout_selection"]:
-        yield ReportFigure(
-            f"knockout_selection_{mask}", f"Effect by image selection, {mask}",
-            "The two effects in the later half of the layers, as means over classes, by the minimum number of wrong "
-            "patches per image. On the left, single patches on boundaries dominate; on the right, entire regions "
-            "predicted as another class, in fewer classes. The claims use the leftmost point. Lines: 95% t intervals "
-            "over classes.",
-            knockout_selection(by_table["knockout_selection"]), "half")  # fmt: skip
     if inference["criterion_shifts"]:
         yield ReportFigure(
             f"knockout_shifts_{mask}", f"Criterion shifts, {mask}",

@@ -28,13 +28,14 @@ def section(study: Study) -> Section:
 
 
 def sentences(inference: dict[str, dict[str, Any]]) -> list[str]:
-    """Return what the claims about knockouts are means over, and shifts of the probe's criterion."""
+    """Return what the claims about knockouts are about, and shifts of the probe's criterion."""
     if not inference:
         return []
     return [
-        "Claims about knockouts are means over classes, look-alikes first averaged with each other, with an interval "
-        "over classes: each class counts as much as any other. They cover all images with at least one mistaken patch, "
-        "and the later half of the layers.",
+        "Claims about knockouts are of the later half of the layers: as the paper measures them, the rate of wrong "
+        "patches against nothing blocked; elsewhere, the share of the mistaken patches that stay so, against other "
+        "tokens blocked, both mistakes of a pair of classes weighed alike. The classes are those that were blocked; "
+        "the spread over them is in results.json.",
         *shift_sentences(inference),
     ]
 

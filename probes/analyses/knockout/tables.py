@@ -6,24 +6,23 @@ from probes.results.formatting import Rows, bounds
 
 
 def knockout_tables(inference: dict[str, dict[str, Any]]) -> dict[str, Rows]:
-    """Return the tables of `knockout_inference` by mask: classes, means, selections and criterion shifts."""
+    """Return the tables of `knockout_inference` by mask: classes, means and criterion shifts."""
     return {
-        "knockout_classes": _knockout_rows(inference, "classes"),
+        "knockout_classes": _knockout_class_rows(inference),
         "knockout_means": knockout_mean_rows(inference),
-        "knockout_selection": _knockout_rows(inference, "selection"),
         "knockout_shifts": shift_rows(inference),
     }
 
 
-def _knockout_rows(inference: dict[str, dict[str, Any]], key: str) -> Rows:
-    """Return the rows under a key of each outcome, with the interval in two columns."""
+def _knockout_class_rows(inference: dict[str, dict[str, Any]]) -> Rows:
+    """Return the tests of the classes by outcome, with the interval in two columns."""
     return [
         {"image_attention": mask, "outcome": outcome}
         | {name: value for name, value in row.items() if name != "ci95"}
-        | bounds(row["ci95"] or [None, None])
+        | bounds(row["ci95"])
         for mask, of_mask in inference.items()
         for outcome, of_outcome in of_mask["outcomes"].items()
-        for row in of_outcome[key]
+        for row in of_outcome["classes"]
     ]
 
 

@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from probes.analyses.figure_style import FigureData
+from probes.analyses.style import FigureData
 from probes.data.palette import colorize
 from probes.models.sites import ADAPTER, ENCODER
 from probes.results.finished_run import FinishedRun

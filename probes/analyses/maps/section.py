@@ -1,7 +1,7 @@
 """What the report shows of predicted maps."""
 
 from probes.analyses.base import Section
-from probes.analyses.figure_style import Figures, ReportFigure
+from probes.analyses.style import Figures, ReportFigure
 from probes.data.palette import palette_of
 from probes.results.study import Study
 

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from probes.analyses.base import Section
-from probes.analyses.figure_style import COLOURS, FigureData, Figures, ReportFigure
+from probes.analyses.style import COLOURS, FigureData, Figures, ReportFigure
 from probes.results.formatting import Rows, bounds
 from probes.results.study import Study
 

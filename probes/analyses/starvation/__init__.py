@@ -2,7 +2,7 @@
 
 import argparse
 
-from probes.analyses.base import Analysis, add_out, add_seed
+from probes.analyses.base import Analysis, Claim, add_out, add_seed
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -33,4 +33,16 @@ ANALYSIS = Analysis(
     options={"by-class": "true"},
     arms=("trained", "probes"),
     default=True,
+    claims={
+        "starvation": Claim(
+            +1,
+            "Patch 0 starves under causal attention: bidirectional minus causal accuracy (Sec. 5.1)",
+            "starvation, patch 0",
+        ),
+        "starvation_first_row": Claim(
+            +1,
+            "The first row starves under causal attention: bidirectional minus causal accuracy",
+            "starvation, first row",
+        ),
+    },
 )

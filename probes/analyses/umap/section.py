@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from probes.analyses.base import Section
-from probes.analyses.figure_style import FigureData, Figures, ReportFigure, new_axes
+from probes.analyses.style import FigureData, Figures, ReportFigure, new_axes
 from probes.data.palette import palette_of
 from probes.results.study import Study
 

@@ -6,19 +6,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from probes.analyses.figure_style import (
-    FigureData,
-    Figures,
-    ReportFigure,
-    caption,
-    label_sites,
-    mask_colour,
-    site_depth,
-)
 from probes.analyses.maps.figures import task_maps
+from probes.analyses.style import FigureData, Figures, ReportFigure, caption, label_sites, mask_colour, site_depth
 from probes.models.sites import ENCODER, FINAL_NORM
-from probes.report.beyond_classes import group_by_seed, is_control, join_rows
-from probes.report.seeds import share_images
+from probes.report.beyond_classes import group_by_seed, is_control
+from probes.report.seeds import join_entries, share_images
 from probes.results.formatting import bounds
 from probes.results.task_run import TaskRun
 
@@ -69,10 +61,11 @@ def _draw_scores(ax: Axes, entries: list[Entry]) -> list[dict[str, Any]]:
     for sites, kind, style in (("sites", "trained", "-"), ("control", "random", "--")):
         lines = [(str(entry["seed"]), relative_scores(entry, sites)) for entry in entries]
         if len(entries) > 1:
-            lines.append(("mean", join_rows([drawn for _, drawn in lines], "site", "relative", shared)))
+            seeds, scores = zip(*lines, strict=True)
+            lines.append(("mean", join_entries(seeds, scores, shared)))
         for seed, drawn in lines:
             main = len(entries) == 1 or seed == "mean"
-            x, y = [site_depth(row["site"]) for row in drawn], [row["relative"] for row in drawn]
+            x, y = [site_depth(row["site"]) for row in drawn], [row["value"] for row in drawn]
             label = mask if kind == "trained" and drawn and main else None
             ax.plot(x, y, style, color=mask_colour(mask), lw=1.6 if main else 0.5, label=label)
             if drawn and kind == "trained" and main:
@@ -132,13 +125,11 @@ def relative_scores(entry: Entry, sites: str) -> list[dict[str, Any]]:
     # the bound of an error can be below 0, where its inverse has no bound
     unit = (lambda x: encoder / x if x > 0 else math.inf) if entry["better"] == "lower" else (lambda x: x / encoder)
     rows = [row for row in entry[sites] or () if row["site"] != FINAL_NORM]
-    return [
-        {"site": row["site"], "relative": unit(row["value"]), "ci95": sorted(map(unit, row["ci95"]))} for row in rows
-    ]
+    return [{"site": row["site"], "value": unit(row["value"]), "ci95": sorted(map(unit, row["ci95"]))} for row in rows]
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    return {"site": row["site"], "relative": row["relative"], "low": row["ci95"][0], "high": row["ci95"][1]}
+    return {"site": row["site"], "relative": row["value"], "low": row["ci95"][0], "high": row["ci95"][1]}
 
 
 def task_figures(runs: list[TaskRun], tasks: dict[str, list[dict[str, Any]]]) -> Figures:

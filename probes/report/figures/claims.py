@@ -4,19 +4,11 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
-from probes.analyses.figure_style import INTERVALS, FigureData, Figures, ReportFigure, mask_colour, new_axes
+from probes.analyses.style import INTERVALS, FigureData, Figures, ReportFigure, mask_colour, new_axes
+from probes.report.claims import CLAIMS
 from probes.report.verdicts import COLUMNS
 from probes.results.formatting import bounds
 
-NAMES = {
-    "adapter_drop": "adapter drop",
-    "recovery": "recovery",
-    "starvation": "starvation, patch 0",
-    "starvation_first_row": "starvation, first row",
-    "knockout_incorrect": "wrong class blocked",
-    "knockout_correct": "correct class blocked",
-    "knockout_specificity": "correct − wrong blocked",
-}
 # Column -> offset within a row, whether the marker is filled
 STYLES = {"paper": (-0.2, False), "optimum": (0.0, True)}
 DRAWS_OFFSET = 0.22
@@ -47,7 +39,7 @@ def claim_values(claims: list[dict[str, Any]]) -> FigureData:
             trained = 100 * entry["verdicts"]["beyond_random"]["trained"]
             ax.plot([trained], [y + DRAWS_OFFSET], "d", color=colour, ms=5.5)
         rows += _rows(entry, draws)
-    labels = [f"{NAMES[c['claim']]} ({c['image_attention']})" for c in claims]
+    labels = [f"{CLAIMS[c['claim']].name} ({c['image_attention']})" for c in claims]
     ax.set_yticks(range(len(claims)), labels, fontsize=8)
     ax.set_ylim(len(claims) - 0.5, -0.5)
     ax.axvline(0, color="black", lw=0.8)

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from probes.analyses.figure_style import FigureData, Figures, ReportFigure, label_sites, new_axes
+from probes.analyses.style import FigureData, Figures, ReportFigure, label_sites, new_axes
 from probes.models.sites import FINAL_NORM
 from probes.results.probe_run import ProbeRun
 

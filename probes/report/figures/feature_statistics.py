@@ -1,6 +1,6 @@
 """Figure of the feature statistics by site: scale, anisotropy, neighbourhoods."""
 
-from probes.analyses.figure_style import (
+from probes.analyses.style import (
     FigureData,
     Figures,
     ReportFigure,

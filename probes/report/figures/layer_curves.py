@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from probes.analyses.figure_style import (
+from probes.analyses.style import (
     COLOURS,
     FigureData,
     Figures,

@@ -4,15 +4,7 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
-from probes.analyses.figure_style import (
-    FigureData,
-    Figures,
-    ReportFigure,
-    label_sites,
-    mask_colour,
-    new_axes,
-    site_depth,
-)
+from probes.analyses.style import FigureData, Figures, ReportFigure, label_sites, mask_colour, new_axes, site_depth
 from probes.report.mask_comparison import ALPHA
 
 

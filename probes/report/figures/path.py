@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from probes.analyses.figure_style import FigureData, Figures, ReportFigure, caption, mask_colour, new_panels
+from probes.analyses.style import FigureData, Figures, ReportFigure, caption, mask_colour, new_panels
 from probes.report.path import ROWS, verdict_rows
 from probes.results.study import Study
 

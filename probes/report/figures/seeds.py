@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from probes.analyses.figure_style import (
+from probes.analyses.style import (
     FigureData,
     Figures,
     ReportFigure,

@@ -158,13 +158,13 @@ def test_solved_probes_count_as_converged_at_the_strength_that_was_chosen(write,
     optimum = lambda: next(c for c in evaluate_claims(*read_studies([run])) if c["claim"] == "recovery")["verdicts"][
         "optimum"
     ]
-    assert unconverged(ProbeRun(run), "recovery") is None and optimum()["verdict"] == "holds"
+    assert unconverged([ProbeRun(run)], "recovery") is None and optimum()["verdict"] == "holds"
     metrics = json.loads(file.read_text())
     for entry in metrics["path"]["optimum"]["sites"]:
         chosen = entry["strengths"].index(entry["chosen"])
         entry["certificates"][chosen]["converged"] = entry["site"] == "adapter"
     file.write_text(json.dumps(metrics))
-    assert "have not converged at the chosen strength" in unconverged(ProbeRun(run), "recovery")
+    assert "have not converged at the chosen strength" in unconverged([ProbeRun(run)], "recovery")
     assert optimum()["verdict"] == "untested" and "run `probes solve` again" in optimum()["reason"]
 
 

@@ -119,17 +119,16 @@ def inference_by_mask(runs) -> dict:
     return inference
 
 
-def test_tables_have_every_class_mean_selection_and_shift(inference_by_mask):
+def test_tables_have_every_class_mean_and_shift(inference_by_mask):
     tables = knockout_tables(inference_by_mask)
     for mask in MASKS:
         inference = inference_by_mask[mask]
         for outcome, expected in inference["outcomes"].items():
             key = {"image_attention": mask, "outcome": outcome}
             select = lambda name, key=key: [row for row in tables[name] if key.items() <= row.items()]
-            for name, entries in (("knockout_classes", "classes"), ("knockout_selection", "selection")):
-                assert expected[entries]
-                for row, entry in zip(select(name), expected[entries], strict=True):
-                    assert row["value"] == entry["value"] and [row["low"], row["high"]] == (entry["ci95"] or [None] * 2)
+            assert expected["classes"]
+            for row, entry in zip(select("knockout_classes"), expected["classes"], strict=True):
+                assert row["value"] == entry["value"] and [row["low"], row["high"]] == entry["ci95"]
             means = {(row["mean_over"], row["effect"]): row for row in select("knockout_means")}
             assert (
                 means["pairs", "knockout_correct"]["value"] == expected["mean_over_pairs"]["knockout_correct"]["value"]
@@ -160,7 +159,6 @@ def test_figures_of_the_inference(runs, inference_by_mask):
             line.get_xdata()[0] for line in squares
         }
         assert len(figures[f"knockout_shifts_{mask}"].data.rows) == 2 * len(inference["criterion_shifts"])
-        assert figures[f"knockout_selection_{mask}"].data.rows
 
 
 def test_significant_effects_are_filled_and_coloured_by_their_direction():

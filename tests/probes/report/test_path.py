@@ -172,7 +172,7 @@ def test_rows_have_the_simultaneous_band_of_the_shared_resamplings(paths):
     (study,) = read_studies([paths["solved"]])
     run = ProbeRun(paths["solved"])
     run.weights = run.weights[:60]
-    study.solved["causal"] = run
+    study.members = [run]
     rows = [r for r in path_rows(study) if r["effect"] == "adapter_drop"]
     for measure in ("miou", "cross_entropy"):
         resampled = np.array([

@@ -14,7 +14,7 @@ from probe_runs import write_run
 from report_parts import figures_of
 
 from llava_bidir.common.bootstrap import interval
-from probes.analyses.figure_style import COLOURS, MASK_COLOURS
+from probes.analyses.style import COLOURS, MASK_COLOURS
 from probes.cli import main
 from probes.report.confusion import first_halved_layer, most_confused_pairs
 from probes.report.figures.layer_curves import models_by_dataset
@@ -141,7 +141,7 @@ def test_report_over_several_models_and_datasets(several, tmp_path):
     main(["report", *several, "--out", str(tmp_path)])
     html, results = (tmp_path / "index.html").read_text(), json.loads((tmp_path / "results.json").read_text())
     studies = read_studies(several)
-    assert html.count('<h1 class="study"') == 4
+    assert html.count('<details class="study"') == 4
     outside = re.findall(r"(?:src|href)=\"(?!data:|#)(.*?)\"", html)
     assert outside and all((tmp_path / link).is_file() for link in outside)  # only downloads beside the page
     assert [(s["model"], s["dataset"]) for s in results["studies"]] == [(s.model, s.dataset) for s in studies]

@@ -11,14 +11,6 @@ from llava_bidir.common.errors import one_line_errors
 from llava_bidir.common.short_help import ShortHelp, show_short_help
 from llava_bidir.common.usage_errors import ArgumentParser, between, count, natural
 
-CONFIGURED = {  # commands that take the options of LightningCLI
-    "fit": "train a stage: -c configs/stage1.yaml -c configs/encoder/clip.yaml --model.image_attention bidirectional",
-    "validate": "compute loss and answers of a checkpoint on the validation questions",
-    "test": "the same as validate",
-    "verify-data": "check every record and image before using GPU time: -c CONFIG [--decode] [--json FILE]",
-    "estimate": "estimate parameters, FLOPs and memory of a config, without weights: -c CONFIG [--devices N] [--json]",
-    "inspect": "show the tokens, labels and mask of records: -c CONFIG [--index I ...] [--json]",
-}
 MODULES = {
     "inspect": "llava_bidir.commands.inspect_data",
     "estimate": "llava_bidir.commands.estimate",
@@ -69,15 +61,16 @@ VQA = "gqa mmbench mme mmmu pope scienceqa textvqa textvqa_ocr vizwiz toy".split
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands; those in CONFIGURED parse their own options."""
+    """Return the parser of all commands; those in HELP, which take options of LightningCLI, parse their own."""
     parser = ArgumentParser(
         prog="llava-bidir",
         description="LLaVA-1.5 with or without bidirectional attention among image tokens (arXiv 2603.17228).",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {llava_bidir.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, text in CONFIGURED.items():
-        commands.add_parser(name, help=text, add_help=False)
+    for name, page in HELP.items():
+        text = page.text.partition(". ")[0].removesuffix(".")
+        commands.add_parser(name, help=text[0].lower() + text[1:], add_help=False)
 
     def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
         subparser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -242,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         if argv[1:] == ["--version"]:
             argv = argv[1:]
         argv = show_short_help("llava-bidir", argv, HELP) if argv else argv
-        if argv and argv[0] in CONFIGURED:
+        if argv and argv[0] in HELP:
             import_module(MODULES.get(argv[0], "llava_bidir.training.cli")).main(with_config_paths(argv))
             return
         parser = build_parser()

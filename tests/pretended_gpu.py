@@ -101,11 +101,11 @@ def test_trained_probes(control, checkpoints, segmentation, photo, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("passes", [["--passes", "1"], ["--sample-images", "4", "--passes", "2"]])
-def test_solved_probes(passes, checkpoints, segmentation, tmp_path):
-    argv = ["solve", *arguments(checkpoints["causal"], segmentation, tmp_path / "run", *SOLVE, *passes)[1:]]
+def test_solved_probes(checkpoints, segmentation, tmp_path):
+    """Of a sample, with passes over the other images."""
+    argv = ["solve", *arguments(checkpoints["causal"], segmentation, tmp_path / "run", *SOLVE)[1:]]
     with pretend_gpu():
-        main([*argv, *GPU])
+        main([*argv, "--sample-images", "2", "--passes", "2", *GPU])
 
 
 @pytest.mark.slow

@@ -313,23 +313,6 @@ def test_tensorboard_has_what_a_run_should_show(parts, conversations, tmp_path):
     assert any("answers" in tag for tag in tags["tensors"])
 
 
-def test_fit_goes_on_from_the_newest_whole_checkpoint(parts, conversations, tmp_path, caplog):
-    arguments = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path)]
-    llava_bidir.cli.main(arguments)
-    (tmp_path / "hf").rename(tmp_path / "first")  # a finished run would be left alone
-    (whole,) = (tmp_path / "checkpoints").iterdir()
-    cut = whole.with_name("cut.ckpt")
-    cut.write_bytes(whole.read_bytes()[:-100])
-    with pytest.raises(
-        SystemExit, match=r"cut.ckpt: the file is truncated.*The latest valid checkpoint in .*step=3.ckpt"
-    ):
-        llava_bidir.cli.main([*arguments, "--ckpt_path", str(cut)])
-    with caplog.at_level("INFO"):
-        llava_bidir.cli.main([*arguments, "--ckpt_path", "last"])
-    assert f"skipping checkpoint {cut}" in caplog.text and f"resuming {whole}" in caplog.text
-    assert json.loads((tmp_path / "hf/training.json").read_text())["steps"] == 3
-
-
 @pytest.mark.parametrize(("option", "value"), [("--scale", "0"), ("--scale", "-1"), ("--swapped-names", "7")])
 def test_shares_out_of_range_are_usage_errors(tmp_path, option, value, capsys):
     with pytest.raises(SystemExit) as stop:

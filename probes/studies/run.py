@@ -71,10 +71,8 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
     """Run what is missing of a study, and print its verdicts."""
     check(settings)
     steps, out = make_plan(settings), settings.out
-    part = [*filter(None, settings.models), *(settings.arms or ())]
-    with exclusive_run_lock(
-        out, "+".join(part).replace("/", ".") or "study"
-    ):  # jobs of other models or arms can run meanwhile
+    part = "+".join([*filter(None, settings.models), *(settings.arms or ())]).replace("/", ".")
+    with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
         missing = _missing(steps, out, _changed_models(steps, overwrite))
         for i, step in enumerate(missing):
             if step.kind == "report" and not any(run.name == "trained" for run in finished_runs(out)):
@@ -85,9 +83,9 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
             command, started = _command(step, out, overwrite), time.perf_counter()
             _run_step(step, command, settings)
             write_files({_record_file(step, out): _record(step, out, time.perf_counter() - started)})
-    if missing:
-        write_table(out)
-    else:
+        if any(step.kind == "report" for step in missing):
+            write_table(out)  # like the report, by one job only
+    if not missing:
         print(f"{out} is complete; nothing to do")
     report = out / "report"
     if (report / "results.json").is_file():

@@ -57,15 +57,9 @@ def bench_sweep(rounds: int) -> list[dict]:
         for site in sweep.sites:
             sweep.step([site])
 
-    def twenty_epochs() -> None:
-        for _ in range(20):
-            sweep.step()
-
     return [
         {"name": f"{len(sweep.sites)} sites, one a pass over all in one pass"}
         | paired(sweep.step, one_by_one, max(2, rounds // 2)),
-        {"name": "20 epochs of probe training over one pass of the solver"}
-        | paired(sweep.add_gradients, twenty_epochs, max(2, rounds // 3)),
     ]
 
 
@@ -74,25 +68,7 @@ def bench_frozen(rounds: int) -> list[dict]:
     sweep = Sweep("1b", images=1, mask_px=512)
     entry = {"name": f"probing sweep over the frozen forward alone, {len(sweep.sites)} sites of a 1.1B LLM"}
     entry |= paired(sweep.forward, sweep.step, max(2, rounds // 3))
-    solve = {"name": f"pass of the solver over the frozen forward alone, {len(sweep.sites)} sites of a 1.1B LLM"}
-    solve |= paired(sweep.forward, sweep.add_gradients, max(2, rounds // 3))
-    states = sweep.forward()
-    logits = sweep.logits(states)
-    leaf = logits.detach().requires_grad_()
-    parts = {
-        "loss and its gradient": lambda: sweep.losses(leaf).sum().backward(),
-        "logits": lambda: sweep.logits(states),
-        "weights' gradient": lambda: logits.backward(leaf.grad, retain_graph=True),
-        "AdamW": lambda: sweep.update(tuple(sweep.sites)),
-    }
-    entry["parts_s"] = {name: seconds(part) for name, part in parts.items()}
-    return [entry, solve]
-
-
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    return [entry]
 
 
 def bench_mask(rounds: int) -> list[dict]:
@@ -166,8 +142,6 @@ def main() -> None:
         for entry in BENCHES[name](args):
             low, median, high = entry["ratio"]
             print(f"{median:7.2f}x  [{low:.2f}, {high:.2f}]  {entry['name']}", flush=True)
-            if "parts_s" in entry:
-                print(" " * 24, ", ".join(f"{part} {s:.2f} s" for part, s in entry["parts_s"].items()), flush=True)
             ratios.append(entry)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,37 +4,16 @@ import json
 
 import pytest
 import tiny_models
-from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, SiglipVisionConfig
+from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig
 
 from llava_bidir.cli import main
 from llava_bidir.commands.estimate import _activation_bytes
+from llava_bidir.rehearsal.published import SIZES, WORDS, llama_config, vision_settings
 
 # Architectures as published; parameters are counted from them, so the checks below are against other people's numbers.
-ENCODERS = {
-    "clip": CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=336,
-        patch_size=14,
-    ),
-    "dinov2": Dinov2Config(
-        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, image_size=518, patch_size=14
-    ),
-    "siglip": SiglipVisionConfig(
-        hidden_size=1152,
-        intermediate_size=4304,
-        num_hidden_layers=27,
-        num_attention_heads=16,
-        image_size=384,
-        patch_size=14,
-    ),
-}
-VICUNA = LlamaConfig(
-    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
-)
-TOKENS = {"clip": 576, "dinov2": 576, "siglip": 729}
+KINDS = {"clip": CLIPVisionConfig, "dinov2": Dinov2Config, "siglip": SiglipVisionConfig}
+ENCODERS = {name: kind(**vision_settings(name, shrink=1)) for name, kind in KINDS.items()}
+VICUNA = llama_config(SIZES["7b"].llm, WORDS)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,6 @@ from llava_bidir.common.hf_loading import load_weights
 from llava_bidir.common.tokenizer import load_tokenizer
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf: pip install 'llava-bidir[gguf]'")
-pytestmark = pytest.mark.numerics
-
 HEADS, KEY_HEADS, CONTROL, NORMAL = 4, 2, 3, 1
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
 TEMPLATE = (

@@ -11,8 +11,6 @@ from llava_bidir import IMAGE_ATTENTION, register_image_attention
 from llava_bidir.model.attention import bidirectional, image_attention
 from llava_bidir.model.modeling_llava_bidir import build_mask
 
-pytestmark = pytest.mark.numerics
-
 MASKS = tuple(IMAGE_ATTENTION)  # tests/helpers/reference.py defines each of them
 
 

@@ -117,6 +117,7 @@ def test_steps_come_after_those_they_need_and_cover_the_study(tmp_path):
 @pytest.mark.parametrize("other", [("--size", "1b"), ("--encoder", "dinov2")])
 def test_folder_of_another_size_is_an_error(tmp_path, monkeypatch, other):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(rehearsal, "end_on_signals", lambda: None)  # it would last for all tests after this one
     inputs = ["rehearse", "--inputs-only", "--out", str(tmp_path)]
     cli.main([*inputs, "--size", "tiny"])
     with pytest.raises(SystemExit, match=r"rehearsal.json is of (size 'tiny', not '1b'|encoder 'clip', not 'dinov2')"):

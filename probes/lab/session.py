@@ -7,10 +7,13 @@ Shapes: S sites, T image tokens, K classes, k most probable ones, m words, A att
 """
 
 import base64
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from os.path import commonprefix
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,25 +24,34 @@ from torch import Tensor
 from llava_bidir.common.errors import UserError
 from probes.analyses.knockout.conditions import high_norm_tokens, matched_tokens, random_tokens
 from probes.analyses.logit_lens import most_probable, token_text
-from probes.data.palette import colorize
+from probes.data.palette import colorize, palette_of
+from probes.models.concept_probes import ConceptProbes, Paint, make_folds, solve_concepts
 from probes.models.knockout import Knockout
+from probes.models.random_layers import random_layers
 from probes.models.sites import ADAPTER
 from probes.models.steering import Replacement
+from probes.models.teach import describe_folds, paint_of, painted_states, score_sites
 from probes.ops.bilinear import upsampled_argmax
 
-from .models import LabModel, open_split
+from .folders import list_folders, read_folder, write_folder
+from .models import LabModel, example_questions, open_split
 from .photos import Photos, encode
 from .requests import (
     MAX_ANSWER_TOKENS,
+    MAX_CONCEPTS,
     AnswerAttention,
     Attention,
     Block,
     Control,
     Export,
+    Open,
+    Painting,
     PatchWords,
     Question,
     Replace,
+    Save,
     SiteView,
+    Teach,
     View,
 )
 from .snippet import write_snippet
@@ -47,16 +59,25 @@ from .worker import Job
 
 TOP_CLASSES, TOP_WORDS = 3, 3  # per patch, as `probes explore` shows by default
 STATE_BYTES = 1 << 30  # states kept: about six views of a 7B model at 16 bits
+TAUGHT = 8  # probes of paintings kept: those of the last strokes, by model
 
 
 class Session:
-    """Models and photos of a lab. Its operations run in one thread."""
+    """Models and photos of a lab. Its operations run in one thread.
 
-    def __init__(self, models: list[LabModel]):
-        self.models = models
+    Args:
+        models: The models.
+        saved: Folder below which paintings are written and read.
+    """
+
+    def __init__(self, models: list[LabModel], saved: str | Path = "runs/lab"):
+        self.models, self.saved = models, Path(saved)
         dataset, self.palette, self.no_split = open_split(models[0])
         self.photos = Photos([model.mllm.geometry for model in models], dataset)
         self._states: OrderedDict[View, dict[str, Tensor]] = OrderedDict()
+        self._taught: OrderedDict[tuple[int, Painting], ConceptProbes] = OrderedDict()
+        self.concept_palette = palette_of(SimpleNamespace(classes=range(MAX_CONCEPTS + 1))).tolist()
+        self.key = secrets.token_hex(8)  # of what the page keeps: a later lab has other photos under the same keys
 
     def describe(self) -> dict[str, Any]:
         """Return the facts that the page is drawn from."""
@@ -68,16 +89,21 @@ class Session:
             "palette": self.palette,
             "images": 0 if dataset is None else len(dataset),
             "no_images": self.no_split,
+            "key": self.key,
+            "questions": example_questions(self.models[0]),
+            "concept_palette": self.concept_palette,
+            "folders": list_folders(self.saved),
         }
 
     # ----------------------------------------------------------------------------------------------- operations
     def read(self, request: View, job: Job) -> dict[str, Any]:
         """Return the most probable classes u8[k, S, T] and their probabilities f32[k, S, T] of a view."""
-        model, states = self._model(request), self._read_states(request, job)
-        if not model.probes:
+        states, heads = self._read_states(request, job), self._heads(request, job)
+        if not heads:
             return {"classes": None}
-        heads = {site: partial(_read_probe, model.probes[site]) for site in model.sites}
-        classes, probabilities = most_probable(states, heads, min(TOP_CLASSES, len(model.classes)))
+        paint = request.painting
+        count = len(self._model(request).classes) if paint is None else len(paint.concepts) + paint.rest
+        classes, probabilities = most_probable(states, heads, min(TOP_CLASSES, count))
         return {"classes": _pack(classes[0], np.uint8), "probabilities": _pack(probabilities[0], np.float32)}
 
     def words_of_patch(self, request: PatchWords, job: Job) -> dict[str, Any]:
@@ -186,15 +212,98 @@ class Session:
             names.append(self.photos.get(request.intervention.by).name)
         return {"python": write_snippet(self._model(request), request, names)}
 
+    def teach(self, request: Teach, job: Job) -> dict[str, Any]:
+        """Return the scores of a painting's probes by site, [score, low, high] or nulls, and what they can tell.
+
+        `random` scores probes of a random LLM instead, matched to the trained one on the painted photos.
+        """
+        model, probes = self._model(request), self._teach(request, job)
+        if request.random:
+            keys = [photo.photo for photo in request.painting.photos]
+            squares, pixels = zip(
+                *((self._square(request, key), self._pixels(request, key)) for key in keys), strict=True
+            )
+            with job.watched(model.mllm), random_layers(model.mllm, match_images=squares):
+                by_photo = [model.mllm.states(x, model.sites) for x in pixels]
+            # The trained weights are back; a plain dict is accepted as `known` although they were away.
+            self._states.update({view: dict(kept) for view, kept in self._states.items() if view.model == request.model})
+            states = painted_states(probes.paint, by_photo)
+            probes = solve_concepts(states, probes.paint, probes.folds, job.check)
+        else:
+            states = self._painted_states(request, probes.paint, job)
+        curve = score_sites(probes, states)
+        scores = [
+            [None if np.isnan(x) else x for x in row] for row in curve[["score", "low", "high"]].to_numpy().tolist()
+        ]
+        return {
+            "scores": scores,
+            "chance": curve.chance[0],
+            "patches": len(probes.paint.patch),
+            "note": describe_folds(probes),
+        }
+
+    def save(self, request: Save, job: Job) -> dict[str, Any]:
+        """Write a painting as a data folder and return its path, with the folders that there are."""
+        self._paint(request)
+        photos = [self.photos.get(photo.photo) for photo in request.painting.photos]
+        geometry = self.models[0].mllm.geometry
+        folder = write_folder(self.saved, request.painting, photos, geometry, self.concept_palette)
+        command = f"probes study {self.models[0].checkpoint} {folder} --out runs/{folder.name}"
+        return {"folder": str(folder), "command": command, "photos": len(photos), "folders": list_folders(self.saved)}
+
+    def open(self, request: Open, job: Job) -> dict[str, Any]:
+        """Return the painting in a data folder, with the names of its photos, which are kept as if uploaded."""
+        concepts, painted = read_folder(self.saved, request.folder, self.models[0].mllm.geometry)
+        photos = [(self.photos.add(file.read_bytes(), file.name), file.name, patches) for file, patches in painted]
+        return {"concepts": concepts, "photos": photos}
+
     # ----------------------------------------------------------------------------------------------- parts
+    def _paint(self, request: View) -> Paint:
+        """Return the painted patches of a request."""
+        model, painting, grids = self._model(request), request.painting, []
+        for photo in painting.photos:
+            grid = torch.full((model.mllm.grid[0] * model.mllm.grid[1],), -1)
+            for k, patches in enumerate(photo.patches):
+                _check_patches(model, patches)
+                grid[list(patches)] = k
+            grids.append(grid)
+        return paint_of(grids, len(painting.concepts) + painting.rest, painting.rest)
+
+    def _teach(self, request: View, job: Job) -> ConceptProbes:
+        """Return the probes of a painting, which do not depend on the intervention."""
+        model, key = self._model(request), (request.model, request.painting)
+        if key not in self._taught:
+            paint, without = self._paint(request), request.model_copy(update={"intervention": None})
+            states = self._painted_states(without, paint, job)
+            self._taught[key] = solve_concepts(states, paint, make_folds(paint, model.mllm.grid[1]), job.check)
+            if len(self._taught) > TAUGHT:
+                self._taught.popitem(last=False)
+        self._taught.move_to_end(key)
+        return self._taught[key]
+
+    def _painted_states(self, request: View, paint: Paint, job: Job) -> dict[str, Tensor]:
+        """Return the states f[N, d] of the painted patches by site, of all photos under the intervention."""
+        views = [request.model_copy(update={"photo": photo.photo}) for photo in request.painting.photos]
+        return painted_states(paint, [self._read_states(view, job) for view in views])
+
+    def _heads(self, request: View, job: Job) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Return what maps states f[..., d] to logits at each site: the run's probes, or those of the painting."""
+        model = self._model(request)
+        if request.painting is None:
+            return {site: partial(_read_probe, probe) for site, probe in model.probes.items()}
+        probes = self._teach(request, job)
+        return {site: lambda states, site=site: probes.logits(states.cpu(), site) for site in model.sites}
+
     def _model(self, request: View) -> LabModel:
         if request.model >= len(self.models):
             raise UserError(f"model {request.model} does not exist; this lab has {len(self.models)}")
         return self.models[request.model]
 
+    def _square(self, request: View, photo: str | None = None) -> Image.Image:
+        return self.photos.get(photo or request.photo).squares[request.model]
+
     def _pixels(self, request: View, photo: str | None = None) -> Tensor:
-        square = self.photos.get(photo or request.photo).squares[request.model]
-        return self._model(request).mllm.preprocess([square])
+        return self._model(request).mllm.preprocess([self._square(request, photo)])
 
     def _read_states(self, request: View, job: Job) -> dict[str, Tensor]:
         """Return the states of a view at all sites of its model, f[1, T, d]."""
@@ -278,7 +387,7 @@ def _as_mask(model: LabModel, patches: tuple[int, ...]) -> Tensor:
 
 def _check_patches(model: LabModel, patches: tuple[int, ...] | list[int]) -> None:
     tokens = model.mllm.grid[0] * model.mllm.grid[1]
-    if max(patches) >= tokens:
+    if max(patches, default=0) >= tokens:
         raise UserError(f"patch {max(patches)} does not exist; the grid has {tokens}, counted from 0")
 
 

@@ -13,7 +13,9 @@ from probes.lab.models import load_runs
 from probes.lab.session import Session
 
 TOKEN = "secret"
-JOB = SimpleNamespace(watched=lambda mllm: nullcontext(), report=lambda event: None)  # without a client
+JOB = SimpleNamespace(  # without a client
+    watched=lambda mllm: nullcontext(), report=lambda event: None, check=lambda: None
+)
 
 
 def fit_runs(checkpoints, folder) -> list[str]:

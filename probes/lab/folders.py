@@ -74,8 +74,8 @@ def read_folder(root: Path, name: str, geometry: Geometry) -> tuple[list[str], l
         raise UserError(f"{root} has no data folder {name!r}; it has {', '.join(list_folders(root)) or 'none'}")
     splits = [split for split in ("training", "validation") if (root / name / "images" / split).is_dir()]
     datasets = [FolderDataset(root / name, split) for split in splits]
-    if not datasets or not 0 < (count := sum(map(len, datasets))) <= MAX_PAINTED:
-        raise UserError(f"{root / name} has {count if datasets else 0} pictures; expected 1 to {MAX_PAINTED}")
+    if not datasets or (count := sum(map(len, datasets))) > MAX_PAINTED:
+        raise UserError(f"{root / name} has {count if datasets else 'no'} pictures; expected 1 to {MAX_PAINTED}")
     if len(names := datasets[0].classes) > MAX_CONCEPTS:
         raise UserError(f"{root / name} has {len(names)} classes; expected at most {MAX_CONCEPTS}")
     painted = []

@@ -18,7 +18,8 @@ Site = Annotated[str, Field(max_length=32)]
 Patches = Annotated[tuple[Index, ...], Field(min_length=1, max_length=MAX_TOKENS_PER_SIDE**2)]
 Numbers = Annotated[tuple[Number, ...], Field(min_length=1, max_length=1000)]  # more than any LLM's layers or heads
 Text = Annotated[str, Field(min_length=1, max_length=4000)]  # far beyond VQA; the LLM's positions bound it, too
-MAX_CONCEPTS, MAX_PAINTED = 20, 32  # photos whose states are read for a stroke
+MAX_CONCEPTS, MAX_PAINTED = 20, 32  # concepts, and photos whose states are read for a stroke
+MAX_PAINTED_PATCHES = 10_000  # of all photos; solving them takes a minute at 33 sites of 576 channels
 MAX_ANSWER_TOKENS = 64  # a paragraph; longer answers would block the queue
 
 
@@ -73,6 +74,8 @@ class Painting(_Request):
                 raise ValueError(f"{len(photo.patches)} lists of patches for {len(self.concepts)} concepts")
             if len(set().union(*photo.patches)) < sum(map(len, photo.patches)):
                 raise ValueError("a patch is painted twice")
+        if sum(len(patches) for photo in self.photos for patches in photo.patches) > MAX_PAINTED_PATCHES:
+            raise ValueError(f"more than {MAX_PAINTED_PATCHES} patches are painted")
         return self
 
 

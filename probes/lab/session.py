@@ -25,16 +25,13 @@ from llava_bidir.common.errors import UserError
 from probes.analyses.knockout.conditions import high_norm_tokens, matched_tokens, random_tokens
 from probes.analyses.logit_lens import most_probable, token_text
 from probes.data.palette import colorize, palette_of
-from probes.models.concept_probes import ConceptProbes, Paint, make_folds, solve_concepts
 from probes.models.knockout import Knockout
-from probes.models.random_layers import random_layers
 from probes.models.sites import ADAPTER
 from probes.models.steering import Replacement
-from probes.models.teach import describe_folds, paint_of, painted_states, score_sites
 from probes.ops.bilinear import upsampled_argmax
 
 from .folders import list_folders, read_folder, write_folder
-from .models import LabModel, example_questions, open_split
+from .models import LabModel, check_patches, example_questions, open_split
 from .photos import Photos, encode
 from .requests import (
     MAX_ANSWER_TOKENS,
@@ -45,7 +42,6 @@ from .requests import (
     Control,
     Export,
     Open,
-    Painting,
     PatchWords,
     Question,
     Replace,
@@ -55,11 +51,11 @@ from .requests import (
     View,
 )
 from .snippet import write_snippet
+from .teacher import Teacher
 from .worker import Job
 
 TOP_CLASSES, TOP_WORDS = 3, 3  # per patch, as `probes explore` shows by default
 STATE_BYTES = 1 << 30  # states kept: about six views of a 7B model at 16 bits
-TAUGHT = 8  # probes of paintings kept: those of the last strokes, by model
 
 
 class Session:
@@ -75,7 +71,7 @@ class Session:
         dataset, self.palette, self.no_split = open_split(models[0])
         self.photos = Photos([model.mllm.geometry for model in models], dataset)
         self._states: OrderedDict[View, dict[str, Tensor]] = OrderedDict()
-        self._taught: OrderedDict[tuple[int, Painting], ConceptProbes] = OrderedDict()
+        self.teacher = Teacher(models, self.photos, self._read_states)
         self.concept_palette = palette_of(SimpleNamespace(classes=range(MAX_CONCEPTS + 1))).tolist()
         self.key = secrets.token_hex(8)  # of what the page keeps: a later lab has other photos under the same keys
 
@@ -109,7 +105,7 @@ class Session:
     def words_of_patch(self, request: PatchWords, job: Job) -> dict[str, Any]:
         """Return the most probable words of a patch, [[text, probability], ...] for each site with words."""
         model, states = self._model(request), self._read_states(request, job)
-        _check_patches(model, [request.patch])
+        check_patches(model, [request.patch])
         if not model.word_sites:  # a run of the encoder's probe only
             return {"words": []}
         return {"words": self._words(model, {s: states[s][:, [request.patch]] for s in model.word_sites})[0]}
@@ -163,7 +159,7 @@ class Session:
     def attention(self, request: Attention, job: Job) -> dict[str, Any]:
         """Return the attention of a patch to all patches and of all patches to it in a layer, f32[A, T] each."""
         model, pixels = self._model(request), self._pixels(request)
-        _check_patches(model, [request.patch])
+        check_patches(model, [request.patch])
         with job.watched(model.mllm):
             (weights,) = model.mllm.attention(pixels, [request.layer], self._knockout(request), average_heads=False)
         rows, columns = weights[0][:, request.patch], weights[0][:, :, request.patch]
@@ -172,7 +168,7 @@ class Session:
     def rollout(self, request: Attention, job: Job) -> dict[str, Any]:
         """Return attention rollout up to a layer, from a patch and to it, f32[1, T] each."""
         model, pixels = self._model(request), self._pixels(request)
-        _check_patches(model, [request.patch])
+        check_patches(model, [request.patch])
         with job.watched(model.mllm):
             (weights,) = model.mllm.attention_rollout(pixels, request.layer, self._knockout(request))
         return {"to": _pack(weights[request.patch], np.float32), "from": _pack(weights[:, request.patch], np.float32)}
@@ -207,44 +203,27 @@ class Session:
     def snippet(self, request: Export, job: Job) -> dict[str, Any]:
         """Return Python code that reproduces the view."""
         self._check_intervention(request)
-        names = [self.photos.get(request.photo).name]
+        keys = [request.photo]
         if isinstance(request.intervention, Replace) and request.intervention.by not in ("mean", "other_mask"):
-            names.append(self.photos.get(request.intervention.by).name)
+            keys.append(request.intervention.by)
+        if request.painting is not None:
+            self.teacher.paint(request)  # checks it
+            keys += [photo.photo for photo in request.painting.photos]
+        names = {key: self.photos.get(key).name for key in keys}
         return {"python": write_snippet(self._model(request), request, names)}
 
     def teach(self, request: Teach, job: Job) -> dict[str, Any]:
-        """Return the scores of a painting's probes by site, [score, low, high] or nulls, and what they can tell.
-
-        `random` scores probes of a random LLM instead, matched to the trained one on the painted photos.
-        """
-        model, probes = self._model(request), self._teach(request, job)
-        if request.random:
-            keys = [photo.photo for photo in request.painting.photos]
-            squares, pixels = zip(
-                *((self._square(request, key), self._pixels(request, key)) for key in keys), strict=True
-            )
-            with job.watched(model.mllm), random_layers(model.mllm, match_images=squares):
-                by_photo = [model.mllm.states(x, model.sites) for x in pixels]
-            # The trained weights are back; a plain dict is accepted as `known` although they were away.
-            self._states.update({view: dict(kept) for view, kept in self._states.items() if view.model == request.model})
-            states = painted_states(probes.paint, by_photo)
-            probes = solve_concepts(states, probes.paint, probes.folds, job.check)
-        else:
-            states = self._painted_states(request, probes.paint, job)
-        curve = score_sites(probes, states)
-        scores = [
-            [None if np.isnan(x) else x for x in row] for row in curve[["score", "low", "high"]].to_numpy().tolist()
-        ]
-        return {
-            "scores": scores,
-            "chance": curve.chance[0],
-            "patches": len(probes.paint.patch),
-            "note": describe_folds(probes),
-        }
+        """Return the scores of a painting's probes by site; see :meth:`Teacher.score`."""
+        self._model(request)
+        scores = self.teacher.score(request, job)
+        if request.random:  # a plain dict is accepted as `known` although the trained weights were away
+            self._states = OrderedDict((view, dict(states)) for view, states in self._states.items())
+        return scores
 
     def save(self, request: Save, job: Job) -> dict[str, Any]:
         """Write a painting as a data folder and return its path, with the folders that there are."""
-        self._paint(request)
+        self._model(request)
+        self.teacher.paint(request)  # checks it
         photos = [self.photos.get(photo.photo) for photo in request.painting.photos]
         geometry = self.models[0].mllm.geometry
         folder = write_folder(self.saved, request.painting, photos, geometry, self.concept_palette)
@@ -258,42 +237,6 @@ class Session:
         return {"concepts": concepts, "photos": photos}
 
     # ----------------------------------------------------------------------------------------------- parts
-    def _paint(self, request: View) -> Paint:
-        """Return the painted patches of a request."""
-        model, painting, grids = self._model(request), request.painting, []
-        for photo in painting.photos:
-            grid = torch.full((model.mllm.grid[0] * model.mllm.grid[1],), -1)
-            for k, patches in enumerate(photo.patches):
-                _check_patches(model, patches)
-                grid[list(patches)] = k
-            grids.append(grid)
-        return paint_of(grids, len(painting.concepts) + painting.rest, painting.rest)
-
-    def _teach(self, request: View, job: Job) -> ConceptProbes:
-        """Return the probes of a painting, which do not depend on the intervention."""
-        model, key = self._model(request), (request.model, request.painting)
-        if key not in self._taught:
-            paint, without = self._paint(request), request.model_copy(update={"intervention": None})
-            states = self._painted_states(without, paint, job)
-            self._taught[key] = solve_concepts(states, paint, make_folds(paint, model.mllm.grid[1]), job.check)
-            if len(self._taught) > TAUGHT:
-                self._taught.popitem(last=False)
-        self._taught.move_to_end(key)
-        return self._taught[key]
-
-    def _painted_states(self, request: View, paint: Paint, job: Job) -> dict[str, Tensor]:
-        """Return the states f[N, d] of the painted patches by site, of all photos under the intervention."""
-        views = [request.model_copy(update={"photo": photo.photo}) for photo in request.painting.photos]
-        return painted_states(paint, [self._read_states(view, job) for view in views])
-
-    def _heads(self, request: View, job: Job) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Return what maps states f[..., d] to logits at each site: the run's probes, or those of the painting."""
-        model = self._model(request)
-        if request.painting is None:
-            return {site: partial(_read_probe, probe) for site, probe in model.probes.items()}
-        probes = self._teach(request, job)
-        return {site: lambda states, site=site: probes.logits(states.cpu(), site) for site in model.sites}
-
     def _model(self, request: View) -> LabModel:
         if request.model >= len(self.models):
             raise UserError(f"model {request.model} does not exist; this lab has {len(self.models)}")
@@ -304,6 +247,14 @@ class Session:
 
     def _pixels(self, request: View, photo: str | None = None) -> Tensor:
         return self._model(request).mllm.preprocess([self._square(request, photo)])
+
+    def _heads(self, request: View, job: Job) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Return what maps states f[..., d] to logits at each site: the run's probes, or those of the painting."""
+        model = self._model(request)
+        if request.painting is None:
+            return {site: partial(_read_probe, probe) for site, probe in model.probes.items()}
+        probes = self.teacher.probes(request, job)
+        return {site: lambda states, site=site: probes.logits(states.cpu(), site) for site in model.sites}
 
     def _read_states(self, request: View, job: Job) -> dict[str, Tensor]:
         """Return the states of a view at all sites of its model, f[1, T, d]."""
@@ -379,16 +330,10 @@ def knockout_of(model: LabModel, block: Block) -> Knockout:
 
 def _as_mask(model: LabModel, patches: tuple[int, ...]) -> Tensor:
     """Return patches as bool[T]."""
-    _check_patches(model, patches)
+    check_patches(model, patches)
     mask = torch.zeros(model.mllm.grid[0] * model.mllm.grid[1], dtype=torch.bool)
     mask[list(patches)] = True
     return mask
-
-
-def _check_patches(model: LabModel, patches: tuple[int, ...] | list[int]) -> None:
-    tokens = model.mllm.grid[0] * model.mllm.grid[1]
-    if max(patches, default=0) >= tokens:
-        raise UserError(f"patch {max(patches)} does not exist; the grid has {tokens}, counted from 0")
 
 
 def split_answer(model: LabModel, answer: str) -> list[str]:

@@ -4,6 +4,7 @@ import http.client
 import json
 import threading
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import tiny_models
@@ -29,7 +30,7 @@ def fit_runs(checkpoints, folder) -> list[str]:
 
 
 def open_session(runs: list[str]) -> Session:
-    return Session(load_runs(runs))
+    return Session(load_runs(runs), Path(runs[0]).parent / "saved")
 
 
 @contextmanager

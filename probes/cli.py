@@ -123,6 +123,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--mllm", metavar="DIR", help="checkpoint directory or hub id without probes: words and attention")
     p.add_argument("--port", type=int, default=8899, help="port of the page; 0 for any free one")
     p.add_argument("--host", metavar="ADDRESS", help="address to listen at, for other machines (default: 127.0.0.1)")
+    text = "folder below which painted photos are saved as data folders and opened again"
+    p.add_argument("--save", default="runs/lab", metavar="DIR", help=text)
 
     text = "write claims, figures and tables of runs as one self-contained HTML page"
     p = command("report", "probes.report.page:run", text)

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from .worker import Worker
 
     with listen(args.host or "127.0.0.1", args.port) as listener:
-        session = Session(load_checkpoint(args.mllm) if args.mllm else load_runs(args.runs))
+        session = Session(load_checkpoint(args.mllm) if args.mllm else load_runs(args.runs), args.save)
         host, port = listener.getsockname()[:2]
         if host in ("0.0.0.0", "::"):  # all addresses of the machine
             host = socket.gethostname()

@@ -129,19 +129,18 @@ def solve_concepts(
         states: f[N, d] of the painted patches by site.
         paint: The patches.
         folds: See :func:`make_folds`. Without folds, the middle one of the strengths is taken.
-        check: Called before each group of sites; an exception there ends the work.
+        check: Called before each strength of a group of sites; an exception there ends the work.
     """
     result = ConceptProbes(paint, folds, {}, {}, {})
     patches, width = len(paint.concept), max(x.shape[1] for x in states.values())
     step = max(1, CHUNK_NUMEL // (patches * min(patches, width)))
     names = list(states)
     for start in range(0, len(names), step):
-        check()
-        _solve_sites({site: states[site] for site in names[start : start + step]}, result)
+        _solve_sites({site: states[site] for site in names[start : start + step]}, result, check)
     return result
 
 
-def _solve_sites(states: Mapping[str, Tensor], result: ConceptProbes) -> None:
+def _solve_sites(states: Mapping[str, Tensor], result: ConceptProbes, check: Callable[[], None]) -> None:
     """Add the probes of sites to the result."""
     y, fold_of, sites = result.paint.concept, result.folds.of, len(states)
     scaled = [_Channels(x) for x in states.values()]
@@ -150,7 +149,7 @@ def _solve_sites(states: Mapping[str, Tensor], result: ConceptProbes) -> None:
     best = torch.full((sites, 1), len(STRENGTHS) // 2)  # [S, F + 1], the last one of all patches
     start = points.new_zeros(sites, *points.shape[2:])
     if fold_of is not None:
-        paths, losses = _solve_path(tokens, y, fold_of == torch.arange(int(fold_of.max()) + 1)[:, None])
+        paths, losses = _solve_path(tokens, y, fold_of == torch.arange(int(fold_of.max()) + 1)[:, None], check)
         total = losses.sum(2, keepdim=True)
         best = torch.cat([(total - losses).nan_to_num(torch.inf), total], 2).argmin(0)  # infinite where not solved
         points = paths[best[:, :-1], torch.arange(sites)[:, None], torch.arange(losses.shape[2])]
@@ -201,7 +200,7 @@ def _concept_weights(y: Tensor, used: Tensor) -> Tensor:
     return (of_concept / of_concept.sum(-1, keepdim=True).clamp(min=1)).mean(-2)
 
 
-def _solve_path(tokens: Tensor, y: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
+def _solve_path(tokens: Tensor, y: Tensor, held: Tensor, check: Callable[[], None]) -> tuple[Tensor, Tensor]:
     """Return points f32[R, S, F, K, m + 1] by strength, and the losses f32[R, S, F] of left-out patches.
 
     A site ends at the first strength that is worse than the one before in all folds; later losses are infinite. Each
@@ -214,6 +213,7 @@ def _solve_path(tokens: Tensor, y: Tensor, held: Tensor) -> tuple[Tensor, Tensor
     losses = tokens.new_full((len(STRENGTHS), sites, folds), torch.inf)
     left = torch.arange(sites)
     for r, strength in enumerate(STRENGTHS):
+        check()
         problem = _Problem(tokens[left], y, ~held, torch.full((len(left) * folds,), strength))
         points = problem.solve(paths[max(r - 1, 0), left].flatten(0, 1), PATH_TOLERANCE)
         logits = tokens[left] @ points.view(len(left), folds * concepts, -1).mT

@@ -159,15 +159,15 @@ def describe_folds(probes: ConceptProbes) -> str:
     """Return what the scores can and cannot tell, "" if nothing stands in their way."""
     photos = int(probes.paint.photo.max()) + 1
     if probes.folds.of is None:
-        return "a concept has a single patch, so that none can be left out: there is no score; paint more"
+        return "A concept has a single patch, so that none can be left out: there is no score. Paint more."
     if not probes.folds.by_photo:
-        which = "there is one photo" if photos == 1 else "a concept is painted on one photo only"
+        which = "There is one photo" if photos == 1 else "A concept is painted on one photo only"
         return (
             f"{which}: the score is of patches left out of the same photo. Patches of one photo resemble each other, "
-            "so it says little about other photos; paint each concept on another one"
+            "so it says little about other photos. Paint each concept on another one."
         )
     if photos < FEWEST_PHOTOS:
-        return f"{photos} photos are too few to say how much the score varies between photos; {FEWEST_PHOTOS} will do"
+        return f"{photos} photos are too few to say how much the score varies between photos; {FEWEST_PHOTOS} will do."
     return ""
 
 

@@ -96,7 +96,7 @@ def test_random_curve_has_the_same_encoder_and_gives_the_trained_weights_back(ml
 def test_one_photo_warns_that_its_patches_resemble_each_other(mllm):
     image = photo(0)
     painted = {"grass": [(image, patches("x.", "x."))], "brick": [(image, patches(".x", ".x"))]}
-    with pytest.warns(UserWarning, match="there is one photo.*resemble each other"):
+    with pytest.warns(UserWarning, match="There is one photo.*resemble each other"):
         curve = mllm.teach(painted).curve()
     assert curve.score.notna().all() and curve.low.isna().all() and curve.high.isna().all()
     painted["brick"] = [(image, patches(".x", ".."))]

@@ -172,9 +172,9 @@ def build_parser() -> argparse.ArgumentParser:
     plant.add_argument("model", type=Path, metavar="MODEL", help="exported directory (RUN/hf)")
     plant.add_argument("world", type=Path, metavar="WORLD", help="folder of demo-assets --world binding")
     plant.add_argument("out", type=Path, metavar="OUT", help="directory to write; replaces an earlier export")
-    plant.add_argument("--steps", type=natural, default=300, help="recovery: optimizer steps; 0: none is planted")
-    text = "recovery: questions about patches of each picture to train along"
-    plant.add_argument("--questions", type=natural, default=0, metavar="N", help=text)
+    plant.add_argument("--steps", type=natural, default=250, help="recovery: optimizer steps on pictures alone")
+    text = "recovery: further steps in which questions about patches are trained, too"
+    plant.add_argument("--answer-steps", type=natural, default=0, metavar="N", help=text)
     plant.add_argument("--pairs", type=natural, default=3, help="drop: pairs of classes to merge, up to 3; 0: none")
     plant.add_argument("--seed", type=natural, default=0, help="seed of batches and questions")
 

@@ -191,7 +191,8 @@ def build_parser() -> argparse.ArgumentParser:
         "factor for the number of images, conversations and training steps; 1: half an hour, large enough for results"
     )
     demo.add_argument("--scale", type=between(0.01, 1000), default=0.1, help=text)
-    demo.add_argument("--world", choices=["context", "conjunction", "null"], default="context", help="see demo-assets")
+    worlds = ["binding", "context", "conjunction", "null"]
+    demo.add_argument("--world", choices=worlds, default="binding", help="see demo-assets")
     text = "also other tasks, patching, maps and UMAP, which no claim needs (always from scale 1)"
     demo.add_argument("--extras", action="store_true", help=text)
 

@@ -45,7 +45,7 @@ def plant_recovery(
 ) -> list[float]:
     """Train adapter and LLM on the class of each patch, which a linear head reads off the image tokens.
 
-    The head reads them after two thirds of the layers, so that the last third can fetch what they tell; it is then
+    The head reads them after three quarters of the layers, so that the last ones can fetch what they tell; it is then
     dropped.
 
     Args:
@@ -64,7 +64,7 @@ def plant_recovery(
     net, processor = _load(model)
     pixels, labels = read_pictures(world / "llava", "training")
     decoder = net.model.language_model
-    head, depth = nn.Linear(decoder.config.hidden_size, len(CLASSES)), round(len(decoder.layers) * 2 / 3)
+    head, depth = nn.Linear(decoder.config.hidden_size, len(CLASSES)), len(decoder.layers) * 3 // 4
     weights = [*head.parameters(), *(p for part in _trained_parts(net) for p in part.parameters())]
     losses: list[float] = []
 
@@ -83,7 +83,7 @@ def plant_recovery(
         decoder.layers = layers
     if answer_steps:
         train(weights, lambda: loss(20, QUESTIONS), answer_steps, "image tokens and answers", **options)
-    record = {"planted": "recovery", "steps": steps, "answer_steps": answer_steps, "seed": seed}
+    record = {"planted": "recovery", "layer": depth, "steps": steps, "answer_steps": answer_steps, "seed": seed}
     truth = {name: {"recovery": text if losses else "absent"} for name, text in RECOVERY.items()}
     _save(net.eval(), processor, model, out, record, truth)
     return losses
@@ -106,7 +106,8 @@ def plant_drop(model: Path, world: Path, out: Path, *, pairs: int) -> None:
         with torch.no_grad():
             first -= first @ basis @ basis.T
     truth = {name: {"adapter_drop": "planted" if pairs else "absent"} for name in RECOVERY}
-    _save(net, processor, model, out, {"planted": "drop", "merged": MERGED[:pairs]}, truth)
+    record = {"planted": "drop", "merged": MERGED[:pairs]}
+    _save(net, processor, model, out, record, truth, f", {pairs} pairs merged")
 
 
 def read_pictures(folder: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -194,6 +195,7 @@ def _save(
     out: Path,
     record: dict[str, Any],
     truth: dict[str, dict[str, str]],
+    suffix: str = "",
 ) -> None:
     """Write the checkpoint; what was planted in its source stays true."""
     file = source / TRAINING_JSON
@@ -201,6 +203,7 @@ def _save(
     before = training.get("truth", {})
     training["planted"] = [*training.get("planted", []), record]
     training["truth"] = {name: before.get(name, {}) | claims for name, claims in truth.items()}
+    training["llm"] = training.get("llm", "toy") + suffix  # reports name a model by its LLM
     export_hf(net, processor, out, training)
 
 

@@ -71,8 +71,9 @@ def evaluate_claims(study: Study) -> list[dict[str, Any]]:
     """Return all claims that the runs of a study allow: {"claim", "image_attention", "value", "ci95", "holds", ...}.
 
     Each entry also has "verdicts", "supported" and "conclusion" of `verdicts.py`; "p" of the conclusion, and "p_holm",
-    corrected for the number of claims; "truth", if it is known; "text"; "control": the same number for the untrained model, or None; and "n":
-    the images, for a knockout also the classes, that it is a mean over. "value", "ci95" and "holds" are those of the
+    corrected for the number of claims; "truth", if it is known; "text"; "control": the same number for the untrained
+    model, or None; and "n": the images, for a knockout also the classes, that it is a mean over. "value", "ci95" and
+    "holds" are those of the
     main runs.
     """
     numbers, path = _measure_all(study), path_rows(study)

@@ -167,8 +167,10 @@ def build_parser() -> argparse.ArgumentParser:
 
     text = "edit a model of the binding world so that the truth of a claim is known"
     plant = command("plant", "llava_bidir.toy_world.plant:run", text)
-    text = "recovery: train its own image tokens on the classes; drop: merge classes in its adapter"
-    plant.add_argument("what", choices=["recovery", "drop"], help=text)
+    text = (
+        "recovery: train its image tokens on the classes; drop: merge classes in its adapter; random: shuffle its LLM"
+    )
+    plant.add_argument("what", choices=["recovery", "drop", "random"], help=text)
     plant.add_argument("model", type=Path, metavar="MODEL", help="exported directory (RUN/hf)")
     plant.add_argument("world", type=Path, metavar="WORLD", help="folder of demo-assets --world binding")
     plant.add_argument("out", type=Path, metavar="OUT", help="directory to write; replaces an earlier export")

@@ -40,8 +40,7 @@ BINDING += " knockout.classes=ceiling,sky,wall,building knockout.draws=1"
 SITES = "--model.sites [adapter,layer_01,layer_02,layer_03,layer_04]"
 # Runs that the report of the study includes. {world} is OUT/assets.
 OTHERS = {
-    "one_scene": "{out}/bidirectional/planted/hf {world}/one_scene --arms trained random0 random1 --only solve "
-    + SITES,
+    "one_scene": "{out}/bidirectional/planted/hf {world}/one_scene --arms trained random0 random1 --only solve",
     "merged": "{out}/merged/hf {world}/segmentation --arms trained adapter0 adapter1 --only solve",
     "intact": "{out}/intact/hf {world}/segmentation --arms trained adapter0 adapter1 --only solve",
 }
@@ -85,7 +84,7 @@ def _binding_studies(out: Path, settings: dict, extras: bool) -> list[list[str]]
     commands = []
     for name, text in OTHERS.items():
         words = shlex.split(text.format(out=out, world=out / "assets"))
-        sites = [] if name == "one_scene" else shlex.split(ADAPTER_SITES)
+        sites = shlex.split(SITES if name == "one_scene" else ADAPTER_SITES)
         dataset = "one scene" if name == "one_scene" else f"{SCENES} scenes"
         commands.append(["study", *words, *sites, "--out", str(out / name), *_common(settings, dataset)])
     models = [f"{mask}={out / mask / 'planted/hf'}" for mask in MASKS]

@@ -3,6 +3,7 @@
     recovery    adapter and LLM are trained by a cross-entropy on their own image tokens, the class of each patch. Where
                 look-alikes need other patches, the LLM's layers then read better than the adapter.
     drop        the adapter loses the directions that tell pairs of classes apart, so that probes read less from it
+    random      the entries of each matrix of the LLM's layers change places, so that nothing that it does is learned
 
 The result is an ordinary checkpoint. Its training.json records what was `planted`, and the `truth` of claims by folder
 of pictures, which reports show beside the verdicts.
@@ -37,7 +38,9 @@ QUESTIONS = 8  # about each picture, where they are trained along
 # Pairs of classes that a planted drop merges, in this order. None of them are look-alikes.
 MERGED = (("lamp", "tree"), ("picture", "window"), ("door", "person"))
 # Truth of the claims by folder of pictures. Random layers mix one scene as well as trained ones.
-RECOVERY = {"segmentation": "planted", "one_scene": "absent"}
+# A causal model cannot refine tokens before the cue of their scene, the bidirectional one that it is compared with can.
+CLAIMS = ("recovery", "starvation", "starvation_first_row")
+RECOVERY = {"segmentation": dict.fromkeys(CLAIMS, "planted"), "one_scene": {"recovery": "absent"}}
 
 
 def plant_recovery(
@@ -84,9 +87,24 @@ def plant_recovery(
     if answer_steps:
         train(weights, lambda: loss(20, QUESTIONS), answer_steps, "image tokens and answers", **options)
     record = {"planted": "recovery", "layer": depth, "steps": steps, "answer_steps": answer_steps, "seed": seed}
-    truth = {name: {"recovery": text if losses else "absent"} for name, text in RECOVERY.items()}
-    _save(net.eval(), processor, model, out, record, truth)
+    _save(net.eval(), processor, model, out, record, RECOVERY if losses else nothing(RECOVERY))
     return losses
+
+
+def plant_random(model: Path, out: Path, *, seed: int = 0) -> None:
+    """Put the entries of each matrix of the LLM's layers into random order."""
+    net, processor = _load(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in net.model.language_model.layers.parameters():
+            if weight.ndim > 1:
+                weight.copy_(weight.flatten()[torch.randperm(weight.numel(), generator=generator)].view_as(weight))
+    _save(net, processor, model, out, {"planted": "random", "seed": seed}, nothing(RECOVERY), ", random")
+
+
+def nothing(truth: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Return the truth about the same claims where none is planted."""
+    return {name: dict.fromkeys(claims, "absent") for name, claims in truth.items()}
 
 
 def plant_drop(model: Path, world: Path, out: Path, *, pairs: int) -> None:
@@ -211,6 +229,8 @@ def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir plant`."""
     if args.what == "drop":
         plant_drop(args.model, args.world, args.out, pairs=args.pairs)
+    elif args.what == "random":
+        plant_random(args.model, args.out, seed=args.seed)
     else:
         losses = plant_recovery(
             args.model, args.world, args.out, steps=args.steps, answer_steps=args.answer_steps, seed=args.seed

@@ -16,6 +16,7 @@ from llava_bidir.toy_world.plant import (
     class_directions,
     encoder_states,
     plant_drop,
+    plant_random,
     plant_recovery,
     read_pictures,
 )
@@ -59,11 +60,12 @@ def test_loss_on_image_tokens_falls_and_the_checkpoint_is_an_ordinary_one(plante
 def test_what_was_planted_is_recorded_with_the_truth_by_folder(planted, world):
     training = read_json(planted[0] / "training.json")
     assert training["llm"].endswith("llm") and training["planted"][0]["steps"] == 12
-    assert training["truth"] == {"segmentation": {"recovery": "planted"}, "one_scene": {"recovery": "absent"}}
+    planted_claims = dict.fromkeys(("recovery", "starvation", "starvation_first_row"), "planted")
+    assert training["truth"] == {"segmentation": planted_claims, "one_scene": {"recovery": "absent"}}
     plant_drop(planted[0], world, world.parent / "both", pairs=1)
     training = read_json(world.parent / "both/training.json")
     assert [record["planted"] for record in training["planted"]] == ["recovery", "drop"]
-    assert training["truth"]["segmentation"] == {"recovery": "planted", "adapter_drop": "planted"}
+    assert training["truth"]["segmentation"] == planted_claims | {"adapter_drop": "planted"}
 
 
 def test_questions_are_learned_along(planted, world, model):
@@ -72,6 +74,17 @@ def test_questions_are_learned_along(planted, world, model):
     assert torch.equal(head(planted[0]), head(model))
     losses = plant_recovery(model, world, world.parent / "asked", steps=0, answer_steps=2)
     assert len(losses) == 2 and not torch.equal(head(world.parent / "asked"), head(model))
+
+
+def test_a_random_llm_has_the_same_entries_in_other_places(planted, world):
+    plant_random(planted[0], world.parent / "random", seed=3)
+    before, after = (AutoModelForImageTextToText.from_pretrained(p) for p in (planted[0], world.parent / "random"))
+    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        in_layers = "language_model.layers" in name and old.ndim > 1
+        assert torch.equal(old, new) != in_layers, name
+        assert torch.equal(old.flatten().sort().values, new.flatten().sort().values)
+    truth = read_json(world.parent / "random/training.json")["truth"]
+    assert {text for claims in truth.values() for text in claims.values()} == {"absent"}
 
 
 @pytest.mark.parametrize("pairs", [0, 1, 3])

@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv vqa-venv demo real test test-slow test-isa test-real test-all test-lowest test-peers
+.PHONY: help venv vqa-venv demo real calibrate test test-slow test-isa test-real test-all test-lowest test-peers
 .PHONY: bench lint licences audit lock clean
 
 help: ## this list
@@ -45,7 +45,7 @@ $(VQA_VENV)/installed: pyproject.toml $(VQA_PINS) $(VQA_LOCK)
 OUT ?= runs/demo
 DEMO = $(PY) -m llava_bidir demo $(if $(SCALE),--scale $(SCALE)) $(if $(WORLD),--world $(WORLD)) $(if $(EXTRAS),--extras)
 
-demo: venv ## a small toy world, into runs/demo (SCALE=1: in full; SEED=1, SEEDS="0 1 2", OUT=DIR, WORLD=null or conjunction)
+demo: venv ## a small toy world, into runs/demo (SCALE=1: in full; SEED=1, SEEDS="0 1 2", OUT=DIR, WORLD=context, null, ...)
 ifdef SEEDS
 	@for seed in $(SEEDS); do echo "seed $$seed"; $(DEMO) --seed $$seed --out $(OUT)/seed$$seed || exit; done
 	@$(PY) -m probes report $(foreach seed,$(SEEDS),$(OUT)/seed$(seed)) --out $(OUT)/report
@@ -57,6 +57,9 @@ real: OUT := runs/real
 real: venv ## a real language model on the toy world in English, into runs/real (MINUTES=45, CONTROLS=yes, SEED=1, OUT=DIR)
 	@$(PY) -m llava_bidir real --out $(OUT) $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) \
 	  $(if $(CONTROLS),--controls --draws 3)
+
+calibrate: venv ## worlds with known truth: how often each verdict says yes, into runs/calibrate (SEEDS="0 1 2"; default: ten)
+	$(PY) -m probes calibrate $(if $(SEEDS),--seeds $(SEEDS))
 
 # ---------------------------------------------------------------------------------------------------- checks
 # Tests of a file share what they prepare, so that a file stays with one worker.

@@ -162,14 +162,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     text = "edit a model of the binding world so that the truth of a claim is known"
     plant = command("plant", "llava_bidir.toy_world.plant:run", text)
-    text = "recovery: train its own image tokens on the classes; drop: merge classes in its adapter"
-    plant.add_argument("what", choices=["recovery", "drop"], help=text)
+    text = (
+        "recovery: train its image tokens on the classes; drop: merge classes in its adapter; random: shuffle its LLM"
+    )
+    plant.add_argument("what", choices=["recovery", "drop", "random"], help=text)
     plant.add_argument("model", type=Path, metavar="MODEL", help="exported directory (RUN/hf)")
     plant.add_argument("world", type=Path, metavar="WORLD", help="folder of demo-assets --world binding")
     plant.add_argument("out", type=Path, metavar="OUT", help="directory to write; replaces an earlier export")
-    plant.add_argument("--steps", type=natural, default=300, help="recovery: optimizer steps; 0: none is planted")
-    text = "recovery: questions about patches of each picture to train along"
-    plant.add_argument("--questions", type=natural, default=0, metavar="N", help=text)
+    plant.add_argument("--steps", type=natural, default=250, help="recovery: optimizer steps on pictures alone")
+    text = "recovery: further steps in which questions about patches are trained, too"
+    plant.add_argument("--answer-steps", type=natural, default=0, metavar="N", help=text)
     plant.add_argument("--pairs", type=natural, default=3, help="drop: pairs of classes to merge, up to 3; 0: none")
     plant.add_argument("--seed", type=natural, default=0, help="seed of batches and questions")
 
@@ -186,7 +188,8 @@ def build_parser() -> argparse.ArgumentParser:
         "factor for the number of images, conversations and training steps; 1: half an hour, large enough for results"
     )
     demo.add_argument("--scale", type=between(0.01, 1000), default=0.1, help=text)
-    demo.add_argument("--world", choices=["context", "conjunction", "null"], default="context", help="see demo-assets")
+    worlds = ["binding", "context", "conjunction", "null"]
+    demo.add_argument("--world", choices=worlds, default="binding", help="see demo-assets")
     text = "also other tasks, patching, maps and UMAP, which no claim needs (always from scale 1)"
     demo.add_argument("--extras", action="store_true", help=text)
 

@@ -126,6 +126,15 @@ def build_parser() -> argparse.ArgumentParser:
     text = "folder below which painted photos are saved as data folders and opened again"
     p.add_argument("--save", default="runs/lab", metavar="DIR", help=text)
 
+    text = "plant effects in models of a toy world and count how often each verdict says yes, where it should and not"
+    p = command("calibrate", "probes.studies.calibrate:run", text)
+    p.add_argument("--out", default="runs/calibrate", metavar="DIR", help="folder of all seeds (default: %(default)s)")
+    text = "seeds to run; the table has all that are in DIR"
+    p.add_argument("--seeds", type=int, nargs="+", default=list(range(10)), metavar="N", help=text)
+    text = "size of the world, see `llava-bidir demo-assets` (default: %(default)s)"
+    p.add_argument("--scale", type=float, default=0.1, metavar="X", help=text)
+    p.add_argument("--scenes", type=int, choices=[2, 4], default=2, help="scenes in a picture (default: %(default)s)")
+
     text = "write claims, figures and tables of runs as one self-contained HTML page"
     p = command("report", "probes.report.page:run", text)
     text = (

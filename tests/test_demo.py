@@ -25,9 +25,11 @@ from llava_bidir.toy_world import demo
 ROOT = Path(__file__).parents[1]
 DEMO_S = 2 * HANGING_S
 REPORT = "report/results.json"
-# Training, solved and fitted probes and a knockout, each of which goes on from what a killed run has left.
+# Training, planting, solved and fitted probes and a knockout, each of which goes on from what a killed run has left.
 PART = (
     "causal/stage2/hf/model.safetensors",
+    "bidirectional/planted/hf/model.safetensors",
+    "merged/trained/path.safetensors",
     "bidirectional/trained/path.safetensors",
     "causal/probes/knockout.safetensors",
 )
@@ -59,16 +61,36 @@ def finished(tmp_path_factory) -> Path:
     return out
 
 
+def main_study(found: dict) -> dict:
+    """The study of both masks on pictures of two scenes."""
+    (study,) = (s for s in found["studies"] if s["dataset"] == "2 scenes" and "merged" not in s["model"])
+    return study
+
+
 def test_results_name_every_mask_and_control(finished):
-    found = results(finished)
+    found = main_study(results(finished))
     assert set(found["masks"]) == {"causal", "bidirectional"}
     claimed = {(claim["claim"], claim["image_attention"]) for claim in found["claims"]}
-    assert {(c, m) for c in ("adapter_drop", "recovery") for m in found["masks"]} <= claimed
+    assert {("recovery", mask) for mask in found["masks"]} <= claimed
     assert all(found["masks"][mask]["answer_accuracy"] is not None for mask in found["masks"])
     beyond = {claim["claim"]: claim["verdicts"]["beyond_random"] for claim in found["claims"]}
-    assert {"adapter_drop", "recovery", "starvation"} <= {name for name in beyond if beyond[name].get("draws") == 2}
+    assert {"recovery", "starvation"} <= {name for name in beyond if beyond[name].get("draws") == 2}
     assert all(len(found["controls"]["random"][mask]) >= 2 for mask in found["masks"])
-    assert {"depth", "normals", "boundaries"} <= {entry["task"] for entry in found["tasks"]}
+
+
+def test_claims_have_the_truth_that_was_planted_of_both_kinds(finished):
+    truth = {
+        (study["dataset"], study["model"].partition(", ")[2], claim["claim"], claim["image_attention"]): claim["truth"]
+        for study in results(finished)["studies"]
+        for claim in study["claims"]
+        if "truth" in claim
+    }
+    for mask in ("causal", "bidirectional"):
+        assert truth.pop(("2 scenes", "", "recovery", mask)) == "planted"
+    assert truth.pop(("one scene", "", "recovery", "bidirectional")) == "absent"
+    assert truth.pop(("2 scenes", "3 pairs merged", "adapter_drop", "bidirectional")) == "planted"
+    assert truth.pop(("2 scenes", "0 pairs merged", "adapter_drop", "bidirectional")) == "absent"
+    assert {claim for _, _, claim, _ in truth} == {"starvation", "starvation_first_row"}
 
 
 def test_no_network_is_reached_for(finished):
@@ -89,7 +111,7 @@ def test_second_demo_in_the_same_folder_is_refused_before_it_touches_anything(tm
 def test_a_demo_of_other_settings_is_left_alone(finished):
     before = results(finished)
     done = subprocess.run(command(finished, "--seed", "7"), cwd=ROOT, capture_output=True, text=True, timeout=HANGING_S)
-    assert done.returncode == 1 and "holds a demo of seed 0, scale 0.05, world context" in done.stderr
+    assert done.returncode == 1 and "holds a demo of seed 0, scale 0.05, world binding" in done.stderr
     assert results(finished) == before
 
 
@@ -102,16 +124,40 @@ def test_deleted_result_is_made_again_with_what_follows_and_nothing_else(finishe
     assert results(finished) == before
 
 
-@pytest.mark.parametrize("world", ["null", "conjunction"])
-def test_every_probe_of_the_demo_records_the_name_of_its_world(world, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("world", "names"),
+    [
+        ("null", ["null world"]),
+        ("conjunction", ["conjunction world"]),
+        ("context", ["toy world"]),
+        ("binding", ["one scene", "2 scenes", "2 scenes", "2 scenes"]),
+    ],
+)
+def test_every_probe_of_the_demo_records_the_name_of_its_world(world, names, tmp_path, monkeypatch):
     """Else a report would mix claims on a world without the effects with those on the default one."""
-    commands = []
+    processes = []
     monkeypatch.setattr(
-        demo.subprocess, "run", lambda words, **_: commands.append(words) or subprocess.CompletedProcess([], 0)
+        demo.subprocess, "run", lambda words, **_: processes.append(words) or subprocess.CompletedProcess([], 0)
     )
+    (tmp_path / "report").mkdir()
+    (tmp_path / REPORT).write_text('{"claims": []}')
     demo.run(demo.argparse.Namespace(out=tmp_path, seed=0, scale=0.05, world=world, extras=False))
-    assert [words[words.index("--world") + 1] for words in commands if "--world" in words] == [world]
-    assert commands[-1][commands[-1].index("--data.name") + 1] == f"{world} world" and len(commands) == 6
+    assert len(processes) == 4  # the world, both masks, and the study
+    *training, studies = [json.loads(words[-1]) for words in processes]
+    assert [words[words.index("--world") + 1] for words in training[0]] == [world]
+    assert [words[words.index("--data.name") + 1] for words in studies] == names
+
+
+def test_truth_is_printed_beside_what_was_found():
+    columns = {"value": 0.123, "ci95": [0.1, 0.15]}
+    claim = {"claim": "recovery", "image_attention": "causal", "truth": "planted", "conclusion": "supported"}
+    claim["verdicts"] = {"optimum": columns, "beyond_random": {"value": None, "ci95": None}}
+    without = {key: value for key, value in claim.items() if key != "truth"}
+    text = demo.format_truth({"studies": [{"dataset": "2 scenes", "model": "clip + llm", "claims": [claim, without]}]})
+    assert text.splitlines()[-1].split() == (
+        "recovery 2 scenes causal planted +12.3 [+10.0, +15.0] untested supported".split()
+    )
+    assert demo.format_truth({"claims": [without]}) == ""
 
 
 def test_kills_at_random_moments_change_no_result(finished, tmp_path):

@@ -81,7 +81,7 @@ def demo_assets(
         scenes: Scenes in a picture of the binding world.
         english: Write the conversations in plain English, for a language model that knows it, and train no LLM.
     """
-    options = {"scenes": scenes} if world == "binding" else WORLDS[world]
+    options, layers = ({"scenes": scenes}, 4) if world == "binding" else (WORLDS[world], 6)
     pictures = PICTURES | ONE_SCENE if world == "binding" else PICTURES
     sizes = {name: max(16, round(n * scale)) for name, n in pictures.items()}
     if world == "binding":
@@ -94,8 +94,8 @@ def demo_assets(
         train = drawn[TRAINING]
         jobs = [pool.submit(_train_encoder, train, partial / "encoder", round(ENCODER_STEPS * scale), seed)]
         if not english:
-            steps = round(LLM_STEPS * scale)
-            jobs.append(pool.submit(_train_llm, texts[TRAINING], partial / "llm", steps, seed, swapped_names))
+            words = texts[TRAINING], partial / "llm", round(LLM_STEPS * scale), seed, swapped_names, layers
+            jobs.append(pool.submit(_train_llm, *words))
         for folder in {folder for folder, _ in sizes}:
             _write_classes(partial / folder)
         if world == "binding":
@@ -198,10 +198,10 @@ def _train_encoder(scenes: list[Scene], out: Path, steps: int, seed: int) -> Non
     tiny_models.train_encoder(images, masks, out, steps=steps, seed=seed)
 
 
-def _train_llm(scenes: list[SceneText], out: Path, steps: int, seed: int, swapped_names: float) -> None:
+def _train_llm(scenes: list[SceneText], out: Path, steps: int, seed: int, swapped_names: float, layers: int) -> None:
     documents = _generate_documents(scenes, np.random.default_rng([seed, 10]), swapped_names)
     tokenizer = tiny_models.train_tokenizer([format_turns(next(documents)) for _ in range(500)], out)
-    tiny_models.train_llm(documents, tokenizer, out, steps=steps, seed=seed)
+    tiny_models.train_llm(documents, tokenizer, out, steps=steps, seed=seed, layers=layers)
 
 
 def _generate_documents(

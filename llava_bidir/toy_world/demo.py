@@ -2,34 +2,45 @@
 
 OUT/assets                  the world, a tiny CLIP and a tiny Llama
 OUT/MASK/stage1, stage2     LLaVA's two stages under both masks, two at a time on one thread each
+OUT/MASK/planted            the models with a planted recovery (plant.py), in the binding world
+OUT/merged, OUT/intact      the bidirectional one with a planted drop at the adapter, and without
 OUT/MASK/ARM, OUT/report    one study of both (probes/studies/README.md)
+OUT/one_scene/ARM, ...      those of pictures with one scene, and of the two adapters, in the same report
 OUT/logs                    what each step said
 
-Each step is a process. A result that was deleted is made again, and what was made from it.
+In the binding world the truth about a claim is known, and the last table has it beside what the study found. A result
+that was deleted is made again, and what was made from it.
 """
 
 import argparse
-import os
 import shlex
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from llava_bidir.common.atomic_io import read_json, write_files
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.run_lock import exclusive_run_lock
 
-MASKS = ("causal", "bidirectional")
-WORLDS = ("context", "null", "conjunction")
+from .steps import MASKS, WEIGHTS, Step, check_settings, run_missing, run_studies, to_words, training_steps
+
 ARMS = "trained random0 random1 adapter0 adapter1"
 LOOK_ALIKES = "ceiling,sky,wall,building,floor,road,bed,car"
 STUDY = f"--fit --arms {ARMS} --add knockout.classes={LOOK_ALIKES} knockout.draws=1 answers.limit=80 answers.draws=1"
 STUDY += " starvation.flip=horizontal,rotate explore"
 # What no claim needs; it takes half of the time of a small demo.
 EXTRAS = "patching.limit=100 patching.draws=1 maps.classes=ceiling,road umap --tasks depth normals boundaries"
-LOG_LINES = 20  # of a step that failed
+# The binding world: two scenes in a picture, and one. The drop, at the encoder and the adapter, has studies of its own.
+SCENES = 2
+BINDING = "--arms trained random0 random1 --add explore answers.limit=80 answers.draws=1"
+BINDING += " knockout.classes=ceiling,sky,wall,building knockout.draws=1"
+SITES = "--model.sites [adapter,layer_01,layer_02,layer_03,layer_04]"
+# Runs that the report of the study includes. {world} is OUT/assets.
+OTHERS = {
+    "one_scene": "{out}/bidirectional/planted/hf {world}/one_scene --arms trained random0 random1 --only solve",
+    "merged": "{out}/merged/hf {world}/segmentation --arms trained adapter0 adapter1 --only solve",
+    "intact": "{out}/intact/hf {world}/segmentation --arms trained adapter0 adapter1 --only solve",
+}
+PLANT_STEPS = {"--steps": 1200, "--answer-steps": 1500}  # at scale 1, but at most 600 each
+ADAPTER_SITES = "--model.sites [encoder,adapter]"
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,86 +49,108 @@ def run(args: argparse.Namespace) -> None:
     settings = {"seed": args.seed, "scale": args.scale, "world": args.world}
     with exclusive_run_lock(out, "demo"):
         check_settings(out, settings)
-        questions = out / "assets/questions.json"
-        run_step(out, "assets", questions, ["llava_bidir", "demo-assets", f"{out}/assets", *_named(settings)])
+        run_missing(out, "assets", [(out / "assets/questions.json", _assets(out, settings), None)])
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda mask: train_stages(out, out / mask, _stages(out, mask, settings), questions), MASKS))
-        models = [f"{mask}={out / mask / 'stage2/hf'}" for mask in MASKS]
-        study = shlex.split(STUDY)
-        if args.extras or args.scale >= 1:
-            study += [f"patching.pairs={out}/assets/pairs", *shlex.split(EXTRAS)]
-        study += ["-c", "demo/probes", "--seed_everything", str(args.seed)]
-        study += ["--data.name", "toy world" if args.world == "context" else f"{args.world} world"]
-        run_study(models, out / "assets/segmentation", out, study)
+            list(pool.map(lambda mask: _train(out, mask, settings), MASKS))
+        commands = _binding_studies(out, settings, args.extras) if args.world == "binding" else []
+        commands = commands or [_study(out, settings, args.extras)]
+        run_studies(out, commands)
+        print(format_truth(read_json(out / "report/results.json")))
 
 
-def check_settings(out: Path, settings: dict) -> None:
-    """Raise a UserError if OUT holds a result of other settings; else write them down."""
-    file = out / "settings.json"
-    found = read_json(file) if file.is_file() else settings
-    if found != settings:
-        text = ", ".join(f"{key} {value}" for key, value in found.items())
-        raise UserError(f"{out} holds a demo of {text}; choose another folder (--out), or delete it")
-    if not file.is_file():
-        write_files({file: settings})
+def _study(out: Path, settings: dict, extras: bool) -> list[str]:
+    """Return the words of the study of both masks, in the worlds of unknown truth."""
+    models = [f"{mask}={out / mask / 'stage2/hf'}" for mask in MASKS]
+    study = shlex.split(STUDY)
+    if extras or settings["scale"] >= 1:
+        study += [f"patching.pairs={out}/assets/pairs", *shlex.split(EXTRAS)]
+    study += _common(settings, "toy world" if settings["world"] == "context" else f"{settings['world']} world")
+    return [*models, str(out / "assets/segmentation"), "--out", str(out), *study]
 
 
-def _named(settings: dict) -> list[str]:
-    return to_words({f"--{key}": value for key, value in settings.items()})
+def _binding_studies(out: Path, settings: dict, extras: bool) -> list[list[str]]:
+    """Return the words of the studies; the last one writes the report of all."""
+    commands = []
+    for name, text in OTHERS.items():
+        words = shlex.split(text.format(out=out, world=out / "assets"))
+        sites = shlex.split(SITES if name == "one_scene" else ADAPTER_SITES)
+        dataset = "one scene" if name == "one_scene" else f"{SCENES} scenes"
+        commands.append([*words, *sites, "--out", str(out / name), *_common(settings, dataset)])
+    models = [f"{mask}={out / mask / 'planted/hf'}" for mask in MASKS]
+    study = [*shlex.split(BINDING), "--fit"]
+    if not (extras or settings["scale"] >= 1):  # knockouts take half of the time, and no truth is known about them
+        study += ["--only", "solve", "fit", "starvation", "answers", "explore", "report"]
+    study += [*shlex.split(SITES), *_common(settings, f"{SCENES} scenes")]
+    return [*commands, [*models, str(out / "assets/segmentation"), "--out", str(out), *study]]
 
 
-def _stages(out: Path, mask: str, settings: dict) -> dict[str, dict]:
-    """Return the options of `llava-bidir fit` for both stages."""
-    assets = out / "assets"
+def _common(settings: dict, dataset: str) -> list[str]:
+    return ["-c", "demo/probes", "--seed_everything", str(settings["seed"]), "--data.name", dataset]
+
+
+def format_truth(results: dict) -> str:
+    """Return the claims whose truth is known as a table: what is true, and what the study found."""
+    columns = ("claim", "pictures", "attention", "truth", "at the optimum", "beyond random", "found")
+    rows = [columns]
+    for study in results.get("studies", [results]):
+        for claim in study["claims"]:
+            if "truth" in claim:
+                numbers = [_format_column(claim["verdicts"][name]) for name in ("optimum", "beyond_random")]
+                model = study["model"].partition(", ")[2]  # "3 pairs merged"
+                pictures = ", ".join(filter(None, (study["dataset"], model)))
+                name, attention = claim["claim"].replace("_", " "), claim["image_attention"]
+                rows.append((name, pictures, attention, claim["truth"], *numbers, claim["conclusion"]))
+    if len(rows) == 1:
+        return ""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    title = "What was planted, and what the study found (points, 95% intervals):"
+    return "\n".join(["", title, lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _format_column(column: dict) -> str:
+    if column["value"] is None:
+        return "untested"
+    low, high = column["ci95"]
+    return f"{100 * column['value']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def _assets(out: Path, settings: dict) -> list[str]:
+    options = {f"--{k}": v for k, v in settings.items()}
+    if settings["world"] == "binding":
+        options["--scenes"] = SCENES
+    return ["demo-assets", f"{out}/assets", *to_words(options)]
+
+
+def _train(out: Path, mask: str, settings: dict) -> None:
+    """Train both stages, and plant what the binding world has, unless they are there."""
+    assets, folder = out / "assets", out / mask
     common = {"--model.image_attention": mask, "--model.encoder.path": assets / "encoder"}
     common |= {"--model.llm": assets / "llm", "--data.images": assets, "--seed_everything": settings["seed"]}
     stage1 = {"--data.annotations": assets / "captions.json"}
-    stage2 = {"--model.adapter": out / mask / "stage1/hf", "--data.annotations": assets / "dialogues.json"}
+    stage2 = {"--model.adapter": folder / "stage1/hf", "--data.annotations": assets / "dialogues.json"}
     stage2 |= {"--data.val_annotations": assets / "questions.json"}
     if settings["world"] == "conjunction":  # two cues that decide together take longer to learn
         stage2["--trainer.max_epochs"] = 4
-    return {"stage1": {"-c": "demo/stage1"} | common | stage1, "stage2": {"-c": "demo/stage2"} | common | stage2}
+    stages = {"stage1": {"-c": "demo/stage1"} | common | stage1, "stage2": {"-c": "demo/stage2"} | common | stage2}
+    steps = training_steps(folder, stages, assets / "questions.json")
+    if settings["world"] == "binding":
+        steps += _plant(out, mask, settings)
+    run_missing(out, mask, steps)
 
 
-def train_stages(out: Path, folder: Path, stages: dict[str, dict], needed: Path) -> None:
-    """Train the stages of a model into FOLDER/STAGE, each unless it is there and newer than what it needs.
-
-    Args:
-        out: Folder of the logs.
-        folder: Folder of the model, below `out`.
-        stages: Options of `llava-bidir fit` by stage.
-        needed: What the first stage needs; each other one needs the one before.
-    """
-    for stage, options in stages.items():
-        result = folder / stage / "hf/model.safetensors"
-        command = ["llava_bidir", "fit", *to_words(options), "--out", f"{folder}/{stage}"]
-        how = ["--overwrite", "true"] if result.is_file() else ["--ckpt_path", "last"]
-        run_step(out, "_".join((*folder.relative_to(out).parts, stage)), result, [*command, *how], needed)
-        needed = result
-
-
-def run_study(models: list[str], data: Path, out: Path, options: list[str]) -> None:
-    """Run `probes study` and show what it says; results of models that were made again are replaced."""
-    command = ["probes", "study", *models, str(data), "--out", str(out), *options, "--overwrite", "true"]
-    if subprocess.run([sys.executable, "-m", *command]).returncode:
-        raise UserError(f"the study has failed; all it said is in {out / 'study.log'}")
-
-
-def to_words(options: dict) -> list[str]:
-    """Return {"--seed": 0} as ["--seed", "0"]."""
-    return [word for key, value in options.items() for word in (key, str(value))]
-
-
-def run_step(out: Path, name: str, result: Path, command: list[str], needed: Path | None = None) -> None:
-    """Run a command unless its result is there and newer than what it needs; its output goes to OUT/logs."""
-    if result.is_file() and not (needed and needed.stat().st_mtime > result.stat().st_mtime):
-        return
-    log, started = out / "logs" / f"{name}.log", time.perf_counter()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as said:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, "-m", *command], stdout=said, stderr=said, env=environment)
-    if done.returncode:
-        print("\n".join(log.read_text().splitlines()[-LOG_LINES:]), file=sys.stderr)
-        raise UserError(f"{name} has failed; all it said is in {log}")
-    print(f"{time.perf_counter() - started:4.0f} s {name}", flush=True)
+def _plant(out: Path, mask: str, settings: dict) -> list[Step]:
+    """Return the steps that plant a recovery, and under the bidirectional mask both adapters."""
+    count = {name: max(2, min(600, round(steps * settings["scale"]))) for name, steps in PLANT_STEPS.items()}
+    jobs = [("recovery", out / mask / "stage2", out / mask / "planted", count | {"--seed": settings["seed"]})]
+    if mask == "bidirectional":
+        for name, pairs in (("merged", 3), ("intact", 0)):
+            jobs.append(("drop", out / mask / "planted", out / name, {"--pairs": pairs}))
+    return [
+        (
+            target / WEIGHTS,
+            ["plant", what, f"{source}/hf", f"{out}/assets", f"{target}/hf", *to_words(options)],
+            source / WEIGHTS,
+        )
+        for what, source, target, options in jobs
+    ]

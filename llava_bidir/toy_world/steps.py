@@ -1,0 +1,88 @@
+"""Steps of `llava-bidir demo` and `llava-bidir real`: commands in processes of their own, and only those that are missing."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from llava_bidir.common.atomic_io import read_json, write_files
+from llava_bidir.common.errors import UserError
+
+MASKS = ("causal", "bidirectional")
+WEIGHTS = "hf/model.safetensors"
+# Several commands in one process, since importing takes as long as many of them.
+SEVERAL = "import json, sys; from {package}.cli import main; [main(words) for words in json.loads(sys.argv[1])]"
+LOG_LINES = 20  # of a step that failed
+Step = tuple[Path, list[str], Path | None]  # result, command of llava-bidir, and what it needs
+
+
+def check_settings(out: Path, settings: dict) -> None:
+    """Raise a UserError if OUT holds a result of other settings; else write them down."""
+    file = out / "settings.json"
+    found = read_json(file) if file.is_file() else settings
+    if found != settings:
+        text = ", ".join(f"{key} {value}" for key, value in found.items())
+        raise UserError(f"{out} holds a result of {text}; choose another folder (--out), or delete it")
+    if not file.is_file():
+        write_files({file: settings})
+
+
+def training_steps(folder: Path, stages: dict[str, dict], needed: Path) -> list[Step]:
+    """Return the steps that train a model into FOLDER/STAGE.
+
+    Args:
+        folder: Folder of the model.
+        stages: Options of `llava-bidir fit` by stage.
+        needed: What the first stage needs; each other one needs the one before.
+    """
+    steps: list[Step] = []
+    for stage, options in stages.items():
+        result = folder / stage / WEIGHTS
+        how = ["--overwrite", "true"] if result.is_file() else ["--ckpt_path", "last"]
+        steps.append((result, ["fit", *to_words(options), "--out", f"{folder}/{stage}", *how], needed))
+        needed = result
+    return steps
+
+
+def run_missing(out: Path, name: str, steps: list[Step]) -> None:
+    """Run the commands whose result is missing or older than what it needs, in one process of one thread.
+
+    Args:
+        out: Their output goes to OUT/logs/NAME.log.
+        name: Of these steps together.
+        steps: In order.
+    """
+    again: dict[Path, list[str]] = {}
+    for result, command, needed in steps:
+        outdated = needed in again or (needed and result.is_file() and needed.stat().st_mtime > result.stat().st_mtime)
+        if outdated or not result.is_file():
+            again[result] = command
+    if not again:
+        return
+    log, started = out / "logs" / f"{name}.log", time.perf_counter()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as said:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(_several("llava_bidir", [*again.values()]), stdout=said, stderr=said, env=environment)
+    if done.returncode:
+        print("\n".join(log.read_text().splitlines()[-LOG_LINES:]), file=sys.stderr)
+        raise UserError(f"{name} has failed; all it said is in {log}")
+    print(f"{time.perf_counter() - started:4.0f} s {name}", flush=True)
+
+
+def run_studies(out: Path, studies: list[list[str]]) -> None:
+    """Run `probes study` with each list of words, in one process; results of models that were made again are replaced."""
+    commands = [["study", *words, "--overwrite", "true"] for words in studies]
+    if subprocess.run(_several("probes", commands)).returncode:
+        raise UserError(f"a study has failed; all it said is in {out / 'study.log'}, or in the folder of another study")
+
+
+def to_words(options: dict) -> list[str]:
+    """Return {"--seed": 0} as ["--seed", "0"]."""
+    return [word for key, value in options.items() for word in (key, str(value))]
+
+
+def _several(package: str, commands: list[list[str]]) -> list[str]:
+    return [sys.executable, "-c", SEVERAL.format(package=package), json.dumps(commands)]

@@ -1,0 +1,77 @@
+"""The table of the calibration: counts against a loop, and what is left out of them."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from probes.studies import calibrate
+from probes.studies.calibrate import COLUMNS, DESIGNS, MASKS, MODELS, count_verdicts, draw, write_table
+
+
+def claims(seeds: int = 10) -> list[dict]:
+    rng = np.random.default_rng(0)
+    found = []
+    for seed in range(seeds):
+        for study, claim, truth in (
+            ("planted", "recovery (causal)", "planted"),
+            ("random", "recovery (causal)", "absent"),
+            ("merged0", "adapter_drop", "absent"),
+        ):
+            said = {column: bool(rng.random() < 0.5) for column in COLUMNS}
+            said["paper"] = None if seed % 3 == 0 else said["paper"]
+            found.append({"study": study, "claim": claim, "truth": truth, "seed": seed} | said)
+            found[-1]["beyond_random_value"] = float(rng.normal())
+    return found
+
+
+def test_counts_are_those_of_a_loop_and_untested_counts_neither_way():
+    entries = claims()
+    rows = count_verdicts(entries)
+    assert len(rows) == 3 * len(COLUMNS)
+    for row in rows:
+        yes = of = 0
+        for entry in entries:
+            if (entry["study"], entry["claim"]) == (row["study"], row["claim"]) and entry[row["column"]] is not None:
+                yes, of = yes + entry[row["column"]], of + 1
+        assert (row["yes"], row["of"]) == (yes, of) and row["low"] <= yes / of <= row["high"]
+    assert {row["of"] for row in rows if row["column"] == "paper"} == {6}
+
+
+@pytest.mark.parametrize(("yes", "low", "high"), [(0, 0.0, 0.3085), (10, 0.6915, 1.0), (5, 0.1871, 0.8129)])
+def test_intervals_are_those_of_clopper_and_pearson(yes, low, high):
+    """Ten seeds; from the tables of the binomial distribution."""
+    entries = [dict.fromkeys(COLUMNS, i < yes) | {"beyond_random_value": 0.1} for i in range(10)]
+    rows = count_verdicts([{"study": "planted", "claim": "recovery", "truth": "planted"} | e for e in entries])
+    assert all(abs(row["low"] - low) < 1e-4 and abs(row["high"] - high) < 1e-4 for row in rows)
+
+
+def test_table_and_figure_hold_all_rows(tmp_path):
+    rows = count_verdicts(claims())
+    write_table(rows, tmp_path / "calibration.csv")
+    draw(rows, tmp_path / "calibration.png")
+    table = pd.read_csv(tmp_path / "calibration.csv")
+    assert len(table) == len(rows) and table["yes"].sum() == sum(row["yes"] for row in rows)
+    assert (tmp_path / "calibration.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finished_seeds_are_kept_and_counted_with_new_ones(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(calibrate, "_make_models", lambda folder, *_: made.append(folder.name) or folder.mkdir())
+    monkeypatch.setattr(calibrate, "_study", lambda folder, name, seed: [c for c in claims(1) if c["study"] == name])
+    for seeds in ([0, 1], [1, 2]):
+        calibrate.calibrate(tmp_path, seeds)
+    assert made == ["seed0", "seed1", "seed2"]
+    assert set(pd.read_csv(tmp_path / "calibration.csv").query("column == 'supported'")["of"]) == {3}
+    assert json.loads((tmp_path / "seed0/claims.json").read_text())["claims"]
+
+
+def test_every_studied_model_is_planted_after_its_source():
+    order = list(MODELS)
+    for design in DESIGNS.values():
+        source = MODELS[design.model].source
+        assert not source or order.index(source) < order.index(design.model)
+        # each model is made from one that is made under the same mask, too
+        made = {mask for d in DESIGNS.values() if d.model == source for mask in d.masks}
+        assert not source or set(design.masks) <= made or design.masks == MASKS[1:]

@@ -1,4 +1,4 @@
-"""Steps of `llava-bidir demo` and `llava-bidir real`: commands in processes of their own, and only those that are missing."""
+"""Steps of `llava-bidir demo` and `llava-bidir real`: commands in processes, and only those that are missing."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def run_missing(out: Path, name: str, steps: list[Step]) -> None:
 
 
 def run_studies(out: Path, studies: list[list[str]]) -> None:
-    """Run `probes study` with each list of words, in one process; results of models that were made again are replaced."""
+    """Run `probes study` with each list of words in one process; results of models made again are replaced."""
     commands = [["study", *words, "--overwrite", "true"] for words in studies]
     if subprocess.run(_several("probes", commands)).returncode:
         raise UserError(f"a study has failed; all it said is in {out / 'study.log'}, or in the folder of another study")

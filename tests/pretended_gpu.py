@@ -101,7 +101,7 @@ def test_trained_probes(control, checkpoints, segmentation, photo, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("passes", [["--passes", "1"], ["--sample-images", "4", "--passes", "2"]])
+@pytest.mark.parametrize("passes", [["--optimum-strengths", "1e-1"], ["--passes", "1"]])
 def test_solved_probes(passes, checkpoints, segmentation, tmp_path):
     argv = ["solve", *arguments(checkpoints["causal"], segmentation, tmp_path / "run", *SOLVE, *passes)[1:]]
     with pretend_gpu():

@@ -48,7 +48,7 @@ def settings(tmp_path_factory) -> dict[str, str]:
         "VQA": f"--tasks toy --data {folder} --max-invalid-rate 1 --batch-size 4",
         "TABLE1": "--max-invalid-rate 1",
         **{"SEGMENTATION": str(folder / "segmentation"), "KNOCKOUT": "--classes sky wall road"},
-        **{"DRAWS": "", "SOLVE": "--passes 2 --folds 2 --strengths 1e-2 1"},
+        **{"DRAWS": "", "SOLVE": "--passes 2 --folds 2 --strengths 1e-2 1 --optimum-strengths 1e-1"},
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
     }
 

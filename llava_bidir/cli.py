@@ -11,14 +11,6 @@ from llava_bidir.common.errors import one_line_errors
 from llava_bidir.common.short_help import ShortHelp, show_short_help
 from llava_bidir.common.usage_errors import ArgumentParser, between, count, natural
 
-CONFIGURED = {  # commands that take the options of LightningCLI
-    "fit": "train a stage: -c configs/stage1.yaml -c configs/encoder/clip.yaml --model.image_attention bidirectional",
-    "validate": "compute loss and answers of a checkpoint on the validation questions",
-    "test": "the same as validate",
-    "verify-data": "check every record and image before using GPU time: -c CONFIG [--decode] [--json FILE]",
-    "estimate": "estimate parameters, FLOPs and memory of a config, without weights: -c CONFIG [--devices N] [--json]",
-    "inspect": "show the tokens, labels and mask of records: -c CONFIG [--index I ...] [--json]",
-}
 MODULES = {
     "inspect": "llava_bidir.commands.inspect_data",
     "estimate": "llava_bidir.commands.estimate",
@@ -69,15 +61,16 @@ VQA = "gqa mmbench mme mmmu pope scienceqa textvqa textvqa_ocr vizwiz toy".split
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of all commands; those in CONFIGURED parse their own options."""
+    """Return the parser of all commands; those in HELP, which take options of LightningCLI, parse their own."""
     parser = ArgumentParser(
         prog="llava-bidir",
         description="LLaVA-1.5 with or without bidirectional attention among image tokens (arXiv 2603.17228).",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {llava_bidir.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, text in CONFIGURED.items():
-        commands.add_parser(name, help=text, add_help=False)
+    for name, page in HELP.items():
+        text = page.text.partition(". ")[0].removesuffix(".")
+        commands.add_parser(name, help=text[0].lower() + text[1:], add_help=False)
 
     def command(name: str, run: str, text: str) -> argparse.ArgumentParser:
         subparser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
@@ -151,9 +144,11 @@ def build_parser() -> argparse.ArgumentParser:
     assets.add_argument("--seed", type=natural, default=0, help="seed of all random choices")
     text = (
         "look-alikes can only be told apart by the rest of the scene (context), by it and the light together "
-        "(conjunction), or by themselves (null)"
+        "(conjunction), by patches of the same scene among several (binding), or by themselves (null)"
     )
-    assets.add_argument("--world", choices=["context", "conjunction", "null"], default="context", help=text)
+    assets.add_argument("--world", choices=["context", "conjunction", "null", "binding"], default="context", help=text)
+    text = "scenes in a picture of the binding world"
+    assets.add_argument("--scenes", type=int, choices=[1, 2, 4], default=4, help=text)
     assets.add_argument(
         "--scale",
         type=between(0.01, 1000),
@@ -162,6 +157,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     text = "largest share of names that are replaced by their look-alike in the text on which the LLM is trained"
     assets.add_argument("--swapped-names", type=between(0, 1), default=0.5, metavar="SHARE", help=text)
+    text = "write the conversations in plain English, for a language model that knows it, and train no LLM"
+    assets.add_argument("--english", action="store_true", help=text)
+
+    text = "edit a model of the binding world so that the truth of a claim is known"
+    plant = command("plant", "llava_bidir.toy_world.plant:run", text)
+    text = "recovery: train its own image tokens on the classes; drop: merge classes in its adapter"
+    plant.add_argument("what", choices=["recovery", "drop"], help=text)
+    plant.add_argument("model", type=Path, metavar="MODEL", help="exported directory (RUN/hf)")
+    plant.add_argument("world", type=Path, metavar="WORLD", help="folder of demo-assets --world binding")
+    plant.add_argument("out", type=Path, metavar="OUT", help="directory to write; replaces an earlier export")
+    plant.add_argument("--steps", type=natural, default=300, help="recovery: optimizer steps; 0: none is planted")
+    text = "recovery: questions about patches of each picture to train along"
+    plant.add_argument("--questions", type=natural, default=0, metavar="N", help=text)
+    plant.add_argument("--pairs", type=natural, default=3, help="drop: pairs of classes to merge, up to 3; 0: none")
+    plant.add_argument("--seed", type=natural, default=0, help="seed of batches and questions")
 
     text = "list the configs that `-c NAME` finds, print one, or copy them"
     configs = command("configs", "llava_bidir.common.configs:run", text)
@@ -179,6 +189,24 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--world", choices=["context", "conjunction", "null"], default="context", help="see demo-assets")
     text = "also other tasks, patching, maps and UMAP, which no claim needs (always from scale 1)"
     demo.add_argument("--extras", action="store_true", help=text)
+
+    text = "the demo with a real language model, SmolLM2-135M-Instruct, in plain English; again: only what is missing"
+    real = command("real", "llava_bidir.toy_world.real:run", text)
+    real.add_argument(
+        "--out", type=Path, default=Path("runs/real"), help="folder of models, world, studies and reports"
+    )
+    real.add_argument("--seed", type=natural, default=0, help="seed of all random choices")
+    text = "minutes on two idle cores; a stage has as many steps as fit, from a measured one"
+    real.add_argument("--minutes", type=between(1, 100_000), default=45, metavar="MINUTES", help=text)
+    text = "steps of each stage, instead of as many as fit"
+    real.add_argument("--steps", type=count, metavar="N", default=argparse.SUPPRESS, help=text)
+    real.add_argument("--draws", type=natural, default=1, help="draws of each kind of random LLM in the study")
+    text = (
+        "also train and study what tells language from training: the model after stage 1, one of random weights, and "
+    )
+    text += "one with image tokens as small as words; takes three times as long"
+    real.add_argument("--controls", action="store_true", help=text)
+    real.set_defaults(steps=None)
 
     rehearse = command(
         "rehearse",
@@ -207,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         if argv[1:] == ["--version"]:
             argv = argv[1:]
         argv = show_short_help("llava-bidir", argv, HELP) if argv else argv
-        if argv and argv[0] in CONFIGURED:
+        if argv and argv[0] in HELP:
             import_module(MODULES.get(argv[0], "llava_bidir.training.cli")).main(with_config_paths(argv))
             return
         parser = build_parser()

@@ -12,9 +12,8 @@
 : "${TASKS_PER_NODE:=8}"        # processes per node, one per GPU
 : "${CPUS_PER_TASK:=8}"
 : "${TRAINING_TIME:=24:00:00}"  # a stage saves before this limit, requeues itself and resumes
-: "${PROBING_TIME:=12:00:00}"   # likewise, resuming after the last complete epoch
-: "${LANGUAGE_TIME:=12:00:00}"  # Table 1; likewise, resuming after the last complete task
-: "${ANALYSIS_TIME:=04:00:00}"  # knockout, reports and tables
+: "${NODE_TIME:=12:00:00}"      # probes and Table 1; likewise, going on after the last complete pass or task
+: "${ONE_GPU_TIME:=04:00:00}"   # reports and tables
 : "${SBATCH_MORE=}"             # further options of sbatch: --qos=..., --constraint=...
 
 # ---------------------------------------------------------------------------------------------------- paths
@@ -26,7 +25,7 @@
 : "${CAPTION_IMAGES:=data/LLaVA-Pretrain/images}"
 : "${INSTRUCTIONS:=data/llava_v1_5_mix665k.json}"      # stage 2
 : "${INSTRUCTION_IMAGES:=data}"
-: "${SEGMENTATION:=data/ADEChallengeData2016}"         # root folder of the dataset in PROBES
+: "${SEGMENTATION:=data/ADEChallengeData2016}"         # root folder of the dataset
 export HF_HOME=${HF_HOME:-$HOME/.cache/huggingface}    # fill it first: compute nodes often have no network
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 
@@ -37,24 +36,21 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 : "${STRATEGY:=-c configs/cluster/zero3.yaml}"         # or ddp, zero2, zero3_offload
 : "${STAGE1:=-c configs/stage1.yaml}"                  # may be followed by options of `fit`: --data.micro_batch_size 8
 : "${STAGE2:=-c configs/stage2.yaml}"
-: "${PROBES:=-c configs/probes/ade20k.yaml}"           # or voc2012, cityscapes, folder
-: "${SOLVE=}"                                          # options of `solve`: --sample-images 500
-: "${DRAWS=0 1}"                                       # random controls; fewer than two: no verdict beyond random models
-: "${KNOCKOUT:=--classes sky ceiling grass}"           # the paper's (Fig. 11), names of ADE20K; auto:5 for other datasets
+: "${LAYOUT:=ade20k}"                                  # or voc2012, cityscapes; of other images, their folder
+: "${ARMS:=trained random0 random1 adapter0 adapter1}" # fewer than two random draws: no verdict beyond random models
+: "${SPLIT=}"                                          # yes: a job for each arm; controls start after the trained model
+: "${STUDY:=-c ade20k --fit --add knockout.classes=sky,ceiling,grass}" # options of `probes study`; the paper's classes
+: "${STEPS:=solve fit knockout}"                       # of the jobs of a mask, with the analyses that STUDY adds
 : "${VQA:=--batch-size 16}"                            # with --data DIR, local datasets replace the hub's cache
 : "${TABLE1=}"                                         # options of vqa-table; --max-invalid-rate as in VQA
 
 # ---------------------------------------------------------------------------------------------------- derived
-RANDOM_LLMS=$(printf 'random%s ' $DRAWS) RANDOM_ADAPTERS=$(printf 'adapter%s ' $DRAWS)
-[[ -n $DRAWS ]] || RANDOM_LLMS="" RANDOM_ADAPTERS=""
-SOLVED="solved $RANDOM_LLMS$RANDOM_ADAPTERS"           # the runs of solve.sbatch per encoder and mask
 _common="${ACCOUNT:+--account=$ACCOUNT} ${PARTITION:+--partition=$PARTITION} --cpus-per-task=$CPUS_PER_TASK $SBATCH_MORE"
 _node="--ntasks-per-node=$TASKS_PER_NODE ${GRES:+--gres=$GRES:$TASKS_PER_NODE}"
 TRAINING="$_common --nodes=$NODES $_node --time=$TRAINING_TIME"
-PROBING="$_common --nodes=1 $_node --time=$PROBING_TIME"
-LANGUAGE="$_common --nodes=1 --ntasks-per-node=1 --cpus-per-task=$((CPUS_PER_TASK * TASKS_PER_NODE))"
-LANGUAGE+=" ${GRES:+--gres=$GRES:$TASKS_PER_NODE} --time=$LANGUAGE_TIME"
-ANALYSIS="$_common --nodes=1 --ntasks-per-node=1 ${GRES:+--gres=$GRES:1} --time=$ANALYSIS_TIME"
+NODE="$_common --nodes=1 --ntasks-per-node=1 --cpus-per-task=$((CPUS_PER_TASK * TASKS_PER_NODE))"
+NODE+=" ${GRES:+--gres=$GRES:$TASKS_PER_NODE} --time=$NODE_TIME" # the command starts a process per GPU
+ONE_GPU="$_common --nodes=1 --ntasks-per-node=1 ${GRES:+--gres=$GRES:1} --time=$ONE_GPU_TIME"
 
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
   export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # since Slurm 22.05 srun does not inherit it from the job

@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
 # Submit the study of slurm/env.sh, by default three encoders under two masks, as jobs that depend on each other:
-#   per configuration: stage 1 -> stage 2 -> probes (trained; solved; of random controls) -> knockout, and stage 2 ->
-#   language benchmarks
-#   per encoder: a report; once: Table 1 (both parts of Table 1 only if VQA_PYTHON is set)
+#   per configuration: stage 1 -> stage 2 -> `probes study` (in one job, or one per arm), and stage 2 -> benchmarks
+#   per encoder: starvation and report; once: Table 1 (benchmarks and Table 1 only if VQA_PYTHON is set)
 #   slurm/six_configurations.sh --dry-run    print the plan
 #   slurm/six_configurations.sh              print the plan and submit it
 #   slurm/six_configurations.sh --rehearse   the same for two steps each on random weights, into $RUNS/rehearsal: tries
 #                                            modules, storage, network and time limits before the study; SIZE=1b, tiny
 # It can be run again at any time. Finished parts and jobs in the queue are skipped, everything else is submitted, and
-# interrupted stages resume from their last checkpoint. To repeat a part, delete its result and all that depend on it.
+# interrupted ones go on where they were. To repeat a part, delete its result and all that depend on it.
 set -euo pipefail
 dry_run='' rehearse=''
 for argument in "$@"; do
@@ -36,29 +35,40 @@ if [[ -n $rehearse ]]; then
   fi
 fi
 
-for_each_part() { # HANDLER: call HANDLER NAME RESULT DEPENDENCIES SBATCH_OPTIONS SCRIPT ARGUMENT... for each part
-  local encoder mask run name parts vqa_runs=""
+for_each_part() { # HANDLER: call HANDLER NAME RESULTS DEPENDENCIES SBATCH_OPTIONS SCRIPT ARGUMENT... for each part
+  local encoder mask run arm studies vqa_runs=""
   for encoder in $ENCODERS; do
-    parts=""
+    studies=""
     for mask in $MASKS; do
       run=$encoder-$mask
       "$1" "$run/stage1" "$run/stage1/hf" "" "$TRAINING" stage1 "$encoder" "$mask"
       "$1" "$run/stage2" "$run/stage2/hf" "$run/stage1" "$TRAINING" stage2 "$encoder" "$mask"
-      "$1" "$run/probes" "$run/probes/metrics.json" "$run/stage2" "$PROBING" probes "$encoder" "$mask"
-      for name in $SOLVED; do
-        "$1" "$run/$name" "$run/$name/metrics.json" "$run/stage2" "$PROBING" solve "$encoder" "$mask" "$name"
-      done
-      for name in probes solved $RANDOM_LLMS; do
-        "$1" "$run/knockout-$name" "$run/$name/knockout.json" "$run/$name" "$ANALYSIS" knockout "$encoder" "$mask" "$name"
-        parts+="$run/knockout-$name "
-      done
-      for name in $RANDOM_ADAPTERS; do parts+="$run/$name "; done
-      [[ -z $VQA_PYTHON ]] || "$1" "$run/vqa" "$run/vqa/table1.json" "$run/stage2" "$LANGUAGE" vqa "$encoder" "$mask"
+      if [[ -z $SPLIT ]]; then
+        study_part "$1" "$run/study" "$run/stage2" "$ARMS"
+      else
+        study_part "$1" "$run/study-trained" "$run/stage2" trained
+        for arm in ${ARMS/trained/}; do study_part "$1" "$run/study-$arm" "$run/study-trained" "$arm"; done
+      fi
+      [[ -z $VQA_PYTHON ]] || "$1" "$run/vqa" "$run/vqa/table1.json" "$run/stage2" "$NODE" vqa "$encoder" "$mask"
       vqa_runs+="$run/vqa "
     done
-    "$1" "$encoder-report/report" "$encoder-report/results.json" "${parts% }" "$ANALYSIS" report "$encoder"
+    "$1" "$encoder/report" "$encoder/report/results.json" "${studies% }" "$ONE_GPU" \
+      study "$encoder" "$MASKS" --only starvation report
   done
-  [[ -z $VQA_PYTHON ]] || "$1" table1/table1 table1/table1.json "${vqa_runs% }" "$ANALYSIS" table1
+  [[ -z $VQA_PYTHON ]] || "$1" table1/table1 table1/table1.json "${vqa_runs% }" "$ONE_GPU" table1
+}
+
+study_part() { # HANDLER NAME DEPENDENCY ARMS: the study of some arms; uses the loop's variables
+  local arm results="$2.done"
+  for arm in $4; do results+=" $encoder/$mask/$arm/metrics.json"; done
+  # shellcheck disable=SC2086
+  "$1" "$2" "$results" "$3" "$NODE" study "$encoder" "$mask" --arms $4 --only $STEPS
+  studies+="$2 "
+}
+
+is_finished() { # RESULTS: all of them are there
+  local file
+  for file in $1; do [[ -e $RUNS/$file ]] || return 1; done
 }
 
 queued_job() { # NAME: print the id of its job if it is in the queue
@@ -69,7 +79,7 @@ queued_job() { # NAME: print the id of its job if it is in the queue
 
 print_part() {
   local status="after $3"
-  if [[ -e $RUNS/$2 ]]; then
+  if is_finished "$2"; then
     status=finished
   elif [[ -z $3 ]]; then
     status=""
@@ -79,8 +89,8 @@ print_part() {
 
 declare -A job # part -> job id
 submit_part() {
-  local name=$1 result=$2 dependency after="" id
-  [[ ! -e $RUNS/$result ]] || return 0
+  local name=$1 dependency after="" id
+  ! is_finished "$2" || return 0
   id=$(queued_job "$name")
   if [[ -n $id ]]; then
     echo "  $id  $name (already queued)"

@@ -91,7 +91,7 @@ def test_training_and_its_answers(more, parts, conversations, photo, tmp_path):
         llava_bidir.cli.main(["generate", str(tmp_path / "run/hf"), photo, "what is it?"])
 
 
-@pytest.mark.parametrize("control", ["none", "update", "permuted"])
+@pytest.mark.parametrize("control", ["none", "update", pytest.param("permuted", marks=pytest.mark.slow)])
 def test_trained_probes(control, checkpoints, segmentation, photo, tmp_path):
     more = [] if control == "none" else ["--model.untrained", "[llm]", "--model.match", control]
     with pretend_gpu():
@@ -101,13 +101,14 @@ def test_trained_probes(control, checkpoints, segmentation, photo, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("passes", [["--optimum-strengths", "1e-1"], ["--passes", "1"]])
-def test_solved_probes(passes, checkpoints, segmentation, tmp_path):
-    argv = ["solve", *arguments(checkpoints["causal"], segmentation, tmp_path / "run", *SOLVE, *passes)[1:]]
+def test_solved_probes(checkpoints, segmentation, tmp_path):
+    """Of a sample, with passes over the other images."""
+    argv = ["solve", *arguments(checkpoints["causal"], segmentation, tmp_path / "run", *SOLVE)[1:]]
     with pretend_gpu():
-        main([*argv, *GPU])
+        main([*argv, "--sample-images", "2", "--passes", "2", *GPU])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["depth", "normals", "boundaries"])
 def test_probes_of_tasks(task, checkpoints, segmentation, tmp_path):
     root = task_runs.write_targets(segmentation, tmp_path / "data")

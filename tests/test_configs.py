@@ -12,7 +12,8 @@ from transformers import CLIPVisionModel, Dinov2Config, Dinov2Model, SiglipVisio
 from llava_bidir.model.lora import Lora
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-TRAINING = ["stage1.yaml", "stage2.yaml", "demo/stage1.yaml", "demo/stage2.yaml"]
+OWN_ENCODER = ["demo/stage1.yaml", "demo/stage2.yaml", "real/stage1.yaml", "real/stage2.yaml"]  # a CLIP
+TRAINING = ["stage1.yaml", "stage2.yaml", *OWN_ENCODER]
 ENCODERS = ["encoder/clip.yaml", "encoder/dinov2.yaml", "encoder/siglip.yaml"]
 BUDGET = ["budget/lora_24gb.yaml", "budget/full_80gb.yaml"]  # behind stage 2 and an encoder
 CLUSTER = ["cluster/ddp.yaml", "cluster/zero2.yaml", "cluster/zero3.yaml", "cluster/zero3_offload.yaml"]
@@ -52,13 +53,14 @@ def instantiate(files, parts, conversations, encoder_path):
     return build_cli(argv, run=False)
 
 
-# the demo has an encoder of its own, a CLIP
-PAIRS = [(stage, encoder) for stage in TRAINING for encoder in ENCODERS if "demo" not in stage or "clip" in encoder]
+PAIRS = [
+    (stage, encoder) for stage in TRAINING for encoder in ENCODERS if stage not in OWN_ENCODER or "clip" in encoder
+]
 
 
 @pytest.mark.parametrize(("stage", "encoder"), PAIRS)
 def test_training_config_is_instantiated(stage, encoder, parts, conversations, encoders):
-    files = [stage] if "demo" in stage else [stage, encoder]
+    files = [stage] if stage in OWN_ENCODER else [stage, encoder]
     cli = instantiate(files, parts, conversations, encoders / Path(encoder).stem)
     assert cli.datamodule.collate.processor is cli.model.processor
     assert cli.trainer.max_epochs == 1

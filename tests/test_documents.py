@@ -248,7 +248,9 @@ def test_there_are_seven_examples_each_with_a_test():
     ]
     for diff, command in EXAMPLES.values():
         tests = [name for name in files_of(diff) if name.startswith("tests/")]
-        assert len(tests) == 1 and len(files_of(diff)) <= 3 and command.startswith("python -m pytest tests/")
+        new = re.findall(r"^--- /dev/null\n\+\+\+ b/(.+)$", diff, re.M)
+        places = {str(Path(name).parent) if name in new else name for name in files_of(diff)}  # a new folder is one
+        assert len(tests) == 1 and len(places) <= 3 and command.startswith("python -m pytest tests/")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -257,15 +259,21 @@ def test_example_applies_to_the_present_code(name, copy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_example_works_as_written(name, copy):
-    diff, command = EXAMPLES[name]
-    run(["git", "apply", "-"], copy, input=diff)
-    python, *arguments = shlex.split(command)
-    assert python == "python"
+def test_examples_work_as_written(copy):
+    """All in one copy and one process."""
+    files, chosen = [], []
+    for diff, command in EXAMPLES.values():
+        run(["git", "apply", "-"], copy, input=diff)
+        python, _, pytest_, *arguments = shlex.split(command)
+        assert (python, pytest_) == ("python", "pytest")
+        own = [word for word in arguments if word.endswith(".py")]
+        files += own
+        chosen += [arguments[-1] if "-k" in arguments else " or ".join(Path(file).stem for file in own)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(copy)}
-    passed = run([sys.executable, *arguments, "-q", "-p", "no:cacheprovider"], copy, env=environment)
-    assert re.search(r"^\d+ passed", passed, re.M) and "failed" not in passed
+    words = [*dict.fromkeys(files), "-k", " or ".join(chosen), "-v", "-p", "no:cacheprovider"]
+    passed = run([sys.executable, "-m", "pytest", *words], copy, env=environment)
+    assert {*files} == {*re.findall(r"^(\S+\.py)::.* PASSED", passed, re.M)} and " FAILED" not in passed
     for check in (["check"], ["format", "--check"]):
-        run([sys.executable, "-m", "ruff", *check, *files_of(diff)], copy)
+        changed = [name for diff, _ in EXAMPLES.values() for name in files_of(diff) if name.endswith(".py")]
+        run([sys.executable, "-m", "ruff", *check, *dict.fromkeys(changed)], copy)

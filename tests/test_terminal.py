@@ -70,7 +70,7 @@ def test_a_log_has_progress_and_nothing_that_is_not_about_the_run(checkpoints, s
     """The DataLoader's, the logging interval's and the model table's messages were about our own settings."""
     command = ["fit", "-c", "configs/probes/folder.yaml", "--model.mllm", str(checkpoints["causal"])]
     command += ["--data.root", str(segmentation), "--trainer.max_epochs", "2", "--out", str(tmp_path)]
-    command += ["--trainer.accelerator", "cpu", "--data.batch_size", "3"]
+    command += ["--trainer.accelerator", "cpu", "--data.batch_size", "3", "--data.num_workers", "2"]
     done = subprocess.run([sys.executable, "-m", "probes", *command], capture_output=True, text=True, check=True)
     lines = [line for line in done.stderr.splitlines() if line.strip() and "Loading weights" not in line]
     assert done.stdout == ""

@@ -64,17 +64,9 @@ def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcess
     return loaded, processor
 
 
-def answer(
-    model: PreTrainedModel,
-    processor: LlavaProcessor,
-    questions: list[str],
-    images: list[list[Image.Image]],
-    max_new_tokens: int,
-    streamer: TextStreamer | None = None,
-) -> list[str]:
+def answer(*args, **kwargs) -> list[str]:
     """Return the answers of :func:`answer_and_tell_cut`."""
-    answers = answer_and_tell_cut(model, processor, questions, images, max_new_tokens, streamer)
-    return [text for text, _ in answers]
+    return [text for text, _ in answer_and_tell_cut(*args, **kwargs)]
 
 
 def answer_and_tell_cut(

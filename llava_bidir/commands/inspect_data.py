@@ -63,7 +63,7 @@ def format_sample(sample: dict[str, Any], collate: Collate, image_attention: str
 def draw_mask(mask: Tensor, is_image: Tensor) -> list[str]:
     r"""Return the mask bool[N, N] as text by segments of text and image: # all, \ causal, . none, ? other."""
     segments = [list(group) for _, group in groupby(range(len(is_image)), key=lambda i: bool(is_image[i]))]
-    lines = ["  attention: # all, \\ causal, . none (rows attend to columns)"]
+    lines = ["  attention: # all, \\ causal, . none, ? some (rows attend to columns)"]
     for rows in segments:
         cells = []
         for columns in segments:

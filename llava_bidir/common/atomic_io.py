@@ -13,14 +13,15 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from .errors import UserError, error_context
 from .run_lock import exclusive_run_lock
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTIAL, REPLACED = ".partial", ".replaced"
 ADVICE = "fix this and run the same command again"
@@ -142,11 +143,13 @@ def check_suffix(path: Path, suffix: str) -> None:
         raise UserError(f"{path}: expected a file name that ends in {suffix}")
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def write_tensors(tensors: Mapping[str, "Tensor"], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file in a folder PATH.tmp beside it, which the next write to `path` removes after a kill.
 
     `save_file` writes under a random name first, which a kill would leave in the folder of the results for ever.
     """
+    from safetensors.torch import save_file  # imports torch, which `demo` and others do not need
+
     folder = path.with_name(path.name + ".tmp")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

@@ -8,6 +8,8 @@ from pathlib import Path
 from .errors import UserError
 
 FOLDER = Path(__file__).parents[1] / "configs"  # in a clone a link to configs/, in a wheel a copy
+if not FOLDER.is_dir():  # a clone on a system without links
+    FOLDER = Path(__file__).parents[2] / "configs"
 OPTIONS = ("-c", "--config")
 
 

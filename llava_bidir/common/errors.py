@@ -1,6 +1,8 @@
 """Errors in the user's input end a command with one line; bugs keep their traceback."""
 
+import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +28,9 @@ def one_line_errors(program: str, argv: list[str] | tuple[str, ...] = ()) -> Ite
         resume = " with `--ckpt_path last`" if argv[:1] in (["fit"], ["solve"]) else ""
         print(f"{program}: interrupted; run the same command again{resume} to go on", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `llava-bidir configs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains at its end
+        sys.exit(128 + signal.SIGPIPE)
     except UserError as error:
         message = str(error)
         if re.match(r"Caught \w+ in DataLoader worker", message):  # torch prepends the traceback

@@ -27,5 +27,6 @@ def hide_expected_messages() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name, beginnings in LOGGED.items():
         logging.getLogger(name).addFilter(lambda record, texts=beginnings: not record.getMessage().startswith(texts))
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # a line for each table of each font of a PDF
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns on stdout that it has to guess

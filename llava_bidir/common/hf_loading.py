@@ -7,11 +7,14 @@ transformers or this package has the class of every supported model. The checks 
 import re
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
 
 from .errors import UserError, error_context
+
+if TYPE_CHECKING:  # seconds, which `probes report` and others do not need
+    from transformers import PreTrainedModel
 
 
 def read_pretrained(key: str, reader: type, path: str, **kwargs):
@@ -27,7 +30,7 @@ def read_pretrained(key: str, reader: type, path: str, **kwargs):
         UserError: The checkpoint does not exist, is damaged, has no vocabulary, or requires code from the checkpoint.
     """
     is_local = Path(path).is_dir()
-    if is_local and reader is AutoConfig and not (Path(path) / "config.json").is_file():
+    if is_local and reader.__name__ == "AutoConfig" and not (Path(path) / "config.json").is_file():
         raise UserError(f"{path} contains no config.json; expected a Hugging Face checkpoint such as RUN/hf")
     subject = path if is_local else f"{path!r} is neither a checkpoint directory nor a hub id that can be loaded"
     with error_context(f"{key}: {subject}"):
@@ -46,7 +49,7 @@ def _check_vocabulary(key: str, loaded, path: str) -> None:
             raise UserError(f"{key}: {path} contains no vocabulary; expected one of {files}")
 
 
-def load_weights(key: str, reader: type, path: str, **kwargs) -> PreTrainedModel:
+def load_weights(key: str, reader: type, path: str, **kwargs) -> "PreTrainedModel":
     """Return the model `reader.from_pretrained(path)` with all weights taken from the checkpoint and finite.
 
     transformers initialises missing weights at random and only logs it, so a model without its LLM would run.

@@ -92,6 +92,8 @@ class RunCLI(LightningCLI):
         if to_log:
             kwargs["enable_progress_bar"] = False
         trainer = super().instantiate_trainer(**kwargs, plugins=plugins)
+        for callback in trainer.checkpoint_callbacks:  # loggers would put them into folders of their own
+            callback.dirpath = callback.dirpath or str(Path(trainer.default_root_dir) / "checkpoints")
         if to_log:
             trainer.callbacks.append(LogProgress())
         return trainer

@@ -132,7 +132,7 @@ class StartOfRun(SaveConfigCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write config.yaml and delete `replaced`."""
-        file = Path(str(trainer.log_dir)) / self.config_filename  # on all ranks, since log_dir is broadcast
+        file = Path(trainer.default_root_dir) / self.config_filename  # trainer.log_dir is the logger's, not the run's
         if trainer.is_global_zero:
             # Lightning would write it through a link, into a file that is not the run's.
             write_files({file: self.parser.dump(self.config, skip_none=False)})

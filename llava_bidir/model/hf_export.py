@@ -1,16 +1,20 @@
 """Export of a model as a Hugging Face directory: weights, processor, model code, training.json and model card."""
 
+import inspect
 import json
+import runpy
 import shutil
+import textwrap
 from pathlib import Path
 
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PreTrainedModel
 
 from llava_bidir.common.atomic_io import atomic_directory
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.hf_loading import is_finite
 
+from . import attention
 from .lora import merge_lora
 from .model_card import model_card
 from .modeling_llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
@@ -31,8 +35,8 @@ def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, trai
 
     Raises:
         RuntimeError: A written tensor differs from the one in memory.
-        UserError: A weight is NaN or infinite, another process writes to `out`, or the operating system reported an
-            error.
+        UserError: A weight is NaN or infinite, a mask that is registered elsewhere cannot be exported, another process
+            writes to `out`, or the operating system reported an error.
     """
     _check_finite(model)
     with atomic_directory(out, marker=TRAINING_JSON) as partial:
@@ -41,11 +45,29 @@ def export_hf(model: PreTrainedModel, processor: LlavaProcessor, out: Path, trai
         model = merge_lora(model, merged)
         # transformers' present names of weights: its own class renames those of released LLaVAs in a "llava" only
         model.save_pretrained(partial, save_original_format=not isinstance(model, LlavaBidirForConditionalGeneration))
+        if isinstance(model, LlavaBidirForConditionalGeneration):
+            _add_mask(model.config.image_attention, partial / "attention.py")
         processor.save_pretrained(partial)
         (partial / TRAINING_JSON).write_text(json.dumps(training or {}, indent=1) + "\n")
         (partial / "README.md").write_text(model_card(model.config, training or {}))
         _compare_weights(model, type(model).from_pretrained(partial, dtype=model.dtype))
         shutil.rmtree(merged)
+
+
+def _add_mask(name: str, file: Path) -> None:
+    """Add a mask that is registered outside of attention.py to the copy of it in an export.
+
+    Raises:
+        UserError: Its source cannot be found, or needs more than attention.py imports.
+    """
+    block_ids = attention.image_attention(name)
+    if block_ids is None or block_ids.__module__ == attention.__name__:
+        return
+    with error_context(f"export: mask {name!r} must be a function that needs nothing but torch and itself"):
+        source = textwrap.dedent(inspect.getsource(block_ids))
+        with file.open("a") as copy:
+            copy.write(f"\n\n{source}\n\nregister_image_attention({name!r}, {block_ids.__name__})\n")
+        runpy.run_path(str(file))  # registering calls it
 
 
 def _check_finite(model: torch.nn.Module) -> None:

@@ -36,12 +36,12 @@ def extrapolate(steps: dict[str, dict[str, Any]], logs: Path, devices: int) -> l
             speed, log = steps.get(f"{mask}_{stage}", {}), logs / f"estimate_{stage}.log"
             if speed.get("tflops_per_s_and_device") and steps.get(f"estimate_{stage}", {}).get("status") == "finished":
                 parts.append({"part": f"{mask}_{stage}", **_stage_cost(stage, speed, read_estimate(log))})
-        speed = steps.get(f"{mask}_probes", {})
-        if "step_s" in speed:
-            hours = devices * PROBED_IMAGES * speed["step_s"] / speed["samples"] / 3600
-            assumes = f"{PROBED_IMAGES:,} images through the model, as slow as training images of the rehearsal, which "
-            assumes += f"has {speed['samples']} a step and on a CPU reads few of their labels; the real run reads all"
-            parts.append({"part": f"{mask}_probes", "device_hours": round(hours, 2), "assumes": assumes})
+    speed = steps.get("study", {})
+    if "step_s" in speed:
+        hours = devices * PROBED_IMAGES * speed["step_s"] / speed["samples"] / 3600
+        assumes = f"per mask; {PROBED_IMAGES:,} images through the model, as slow as training images of the rehearsal, "
+        assumes += f"which has {speed['samples']} a step and on a CPU reads few of their labels; the real run reads all"
+        parts.append({"part": "probes", "device_hours": round(hours, 2), "assumes": assumes})
     return parts
 
 

@@ -20,9 +20,12 @@ CLASSES = (1, 3, 6)
 STEPS = 2  # optimizer steps of each stage; the first one also compiles and allocates
 RECORDS = STEPS * 256  # as many as these steps need under configs/stage1.yaml
 PICTURES = 16
-# Options of the solver and the knockout that cost few passes
-QUICK_SOLVE = "--passes 2 --folds 2 --strengths 0.1 --sample-images 12".split()
-QUICK_KNOCKOUT = "--classes auto:2 --limit 1 --draws 1".split()
+# Of `probes study`: two random LLMs and no more passes, images and draws than it needs.
+PROBED = 2  # images per batch of the probes; there are fewer than the config's batch has
+ARMS = "trained random0 random1"
+STUDY = f"-c ade20k --data.batch_size {PROBED} --data.num_workers 1 --trainer.max_epochs 1"
+STUDY += " --trainer.log_every_n_steps 1 --fit --passes 2 --folds 2 --strengths 0.1 --sample-images 12"
+STUDY += " --add knockout.classes=auto:2 knockout.limit=1 knockout.draws=1"
 
 
 def write_inputs(out: Path, size: str, encoder: str) -> None:
@@ -39,7 +42,7 @@ def write_inputs(out: Path, size: str, encoder: str) -> None:
         write_encoder(encoder, settings.encoders_shrink, folder / encoder)
         write_llava_hf(settings.llm, settings.encoders_shrink, folder / "vicuna", folder / "llava-hf")
         write_conversations(folder)
-        write_segmentation(folder / "ADEChallengeData2016", *settings.images)
+        write_segmentation(folder / "ade/ADEChallengeData2016", *settings.images)
         (folder / "env.sh").write_text(slurm_settings(out.resolve(), encoder))
         config = {"model": {"encoder": {"name": encoder, "path": str(out.resolve() / encoder)}}}
         (folder / f"{encoder}.yaml").write_text(json.dumps(config) + "\n")
@@ -90,12 +93,12 @@ def slurm_settings(folder: Path, encoder: str) -> str:
         "CAPTION_IMAGES": folder,
         "INSTRUCTIONS": folder / "dialogues.json",
         "INSTRUCTION_IMAGES": folder,
-        "SEGMENTATION": folder / "ADEChallengeData2016",
+        "SEGMENTATION": folder / "ade/ADEChallengeData2016",
         "STAGE1": f"$STAGE1 --trainer.max_steps {STEPS}",
         "STAGE2": f"$STAGE2 --trainer.max_steps {STEPS}",
-        "PROBES": "-c configs/probes/ade20k.yaml --data.batch_size 1",
-        "SOLVE": " ".join(QUICK_SOLVE),
-        "KNOCKOUT": " ".join(QUICK_KNOCKOUT),
+        "LAYOUT": "ade20k",
+        "ARMS": ARMS,
+        "STUDY": STUDY,
         "VQA": f"--tasks toy --data {folder} --max-invalid-rate 1",
         "TABLE1": "--max-invalid-rate 1",
     }

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .inputs import QUESTION, QUICK_KNOCKOUT, QUICK_SOLVE, STEPS
+from .inputs import ARMS, PROBED, QUESTION, STEPS, STUDY
 
 MASKS = ("causal", "bidirectional")
 STAGES = ("stage1", "stage2")
@@ -22,7 +22,7 @@ class Step:
 
     Args:
         name: Unique name, also of its log.
-        command: Words of the command. A word with * is the first path that matches it when the step starts.
+        command: Words of the command.
         needs: Names of the steps whose results it reads.
         events: Run folder with TensorBoard events to take the speed from, if it is a training.
         samples: Samples of an optimizer step.
@@ -75,18 +75,13 @@ def plan_study(out: Path, size: str, encoder: str) -> list[Step]:
         steps.append(Step(f"estimate_{stage}", _estimate(inputs, stage, encoder)))
     for mask in MASKS:
         steps += _training(out, inputs, size, encoder, mask)
-    for mask in MASKS:
-        steps += _probing(out / mask, inputs, size, mask)
-    runs = [out / mask / name for mask in MASKS for name in ("probes", "solved")]
-    fitted = [out / mask / "probes" for mask in MASKS]
-    of_masks = lambda name: tuple(f"{mask}_{name}" for mask in MASKS)
-    report = out / "report"
-    explorer = _probes("explore", *fitted, "--images", 0, "--out", report)
+    models = [f"{mask}={out / mask / 'stage2/hf'}" for mask in MASKS]
+    data = ("ade20k", "--data.root", inputs / "ade/ADEChallengeData2016", "--out", out)
+    study = _probes("study", *models, *data, "--arms", *ARMS.split(), *STUDY.split(), "explore.images=0")
+    trained = tuple(f"{mask}_stage2" for mask in MASKS)
     return [
         *steps,
-        Step("starvation", _probes("starvation", "--probes", *fitted, "--out", report), of_masks("probes")),
-        Step("explorer", explorer, of_masks("probes")),
-        Step("report", _probes("report", *runs, "--out", report), (*of_masks("probes"), *of_masks("solved"))),
+        Step("study", study, trained, out / "causal/probes", PROBED),
         Step(
             "benchmarks",
             _llava("vqa", out / "causal/stage2/hf", "--tasks", "toy", "--data", inputs, "--max-invalid-rate", 1)
@@ -120,7 +115,7 @@ def _estimate(inputs: Path, stage: str, encoder: str) -> list[str]:
 
 
 def _training(out: Path, inputs: Path, size: str, encoder: str, mask: str) -> list[Step]:
-    """Return both stages under a mask, and the export of the second one's checkpoint."""
+    """Return both stages under a mask."""
     steps = []
     for stage in STAGES:
         run = out / mask / stage
@@ -135,24 +130,4 @@ def _training(out: Path, inputs: Path, size: str, encoder: str, mask: str) -> li
         needs = () if stage == "stage1" else (f"{mask}_stage1",)
         command += ["--out", str(run), "--ckpt_path", "last"]
         steps.append(Step(f"{mask}_{stage}", command, needs, run, batch_size(stage)))
-    export = _llava("export", out / mask / "stage2/checkpoints/*.ckpt", out / mask / "exported")
-    return [*steps, Step(f"{mask}_export", export, (f"{mask}_stage2",))]
-
-
-def _probing(folder: Path, inputs: Path, size: str, mask: str) -> list[Step]:
-    """Return fitted and solved probes of the model of stage 2, and their knockouts."""
-    batch = 2  # there are fewer images than the config's batch has
-    data = ["-c", "configs/probes/ade20k.yaml", "--model.mllm", folder / "stage2/hf"]
-    data += ["--data.root", inputs / "ADEChallengeData2016", "--data.batch_size", batch, "--data.num_workers", 1]
-    data += ["--ckpt_path", "last"]
-    steps = []
-    for name, command in (
-        ("probes", ["fit", *data, "--trainer.max_epochs", 1, "--trainer.log_every_n_steps", 1]),
-        ("solved", ["solve", *data, *QUICK_SOLVE]),
-    ):
-        run = folder / name
-        words = _probes(*command, "--out", run)
-        steps.append(Step(f"{mask}_{name}", words, (f"{mask}_stage2",), run if name == "probes" else None, batch))
-        knockout = _probes("knockout", "--probes", run, *QUICK_KNOCKOUT)
-        steps.append(Step(f"{mask}_knockout_{name}", knockout, (f"{mask}_{name}",)))
     return steps

@@ -3,12 +3,18 @@
 OUT/segmentation/{images,annotations}/{training,validation}/*.png, classes.json    ADE20K's folder layout
 OUT/segmentation/{depth,normals,instances}/{training,validation}/*.png, targets.json    targets of the other tasks
 OUT/pairs/{images,annotations}/{with,without}/*.png, classes.json    scenes with one cue and without, same layout
-OUT/llava/*.png                                                                    images of the conversations
+OUT/llava/{images,annotations}/training/*.png, classes.json    images of the conversations, same layout
 OUT/captions.json, dialogues.json, questions.json                                  LLaVA's JSON
 OUT/encoder/, OUT/llm/                                                             Hugging Face directories
+
+The binding world has no other tasks and no pairs, but
+
+OUT/one_scene/{images,annotations}/{training,validation}/*.png, classes.json    pictures of one scene, same layout
+OUT/segmentation/patches.json    of each picture: the scene of each patch, and whether it shows a cue
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 from collections.abc import Iterator
@@ -22,29 +28,46 @@ from tqdm import tqdm
 
 from llava_bidir.common.atomic_io import atomic_directory
 
+from . import english as plain_english
 from . import tiny_models
+from .binding import Mosaic, draw_mosaic, mix_mosaics
 from .canvas import CLASSES, PALETTE
 from .dialogues import SceneText, build_dialogue, find_regions, format_turns, prepend_picture, swap_names
 from .scenes import Scene, draw_pair, draw_scene
 from .surfaces import Surfaces
 
-PICTURES = {"llava": 3000, "training": 1000, "validation": 600}
+# Pictures by folder and split. The index of a split is part of its seed, so that new ones go to the end.
+PICTURES = {("llava", "training"): 3000, ("segmentation", "training"): 1000, ("segmentation", "validation"): 600}
+ONE_SCENE = {("one_scene", "training"): 1000, ("one_scene", "validation"): 600}
+SPLITS = [*PICTURES, *ONE_SCENE]
+BINDING_PICTURES = 16000  # of conversations, at most as many as elsewhere: binding is not learned from a few hundred
 CAPTIONS, DIALOGUES, QUESTIONS, PAIRS = 1920, 4480, 400, 100
+ENGLISH = {"choices": 3, "points": 1}  # questions of a dialogue in plain English, about 330 tokens with the picture
 TEXT_ONLY = 0.05  # share of dialogues with the picture in words, for the text-only samples of LLaVA's mix
 ENCODER_STEPS, LLM_STEPS = 1400, 240  # both take about the same time and run in parallel
-# Options of draw_scene. In "context", look-alikes can only be told apart by the rest of the scene; in "conjunction", by
-# the rest of the scene together with the light; in "null", the grain tells them apart, so that context adds nothing.
+# Options of draw_scene, and of the binding world the scenes in a picture. In "context", look-alikes can only be told
+# apart by the rest of the scene; in "binding", by patches of the same scene, one of several; in "conjunction", by the
+# rest of the scene together with the light; in "null", the grain tells them apart, so that context adds nothing.
 WORLDS = {
     "context": {"evidence": 0.1},
     "conjunction": {"evidence": 0.1, "nights": 1 / 3},
     "null": {"evidence": 3.0},
+    "binding": {"scenes": 4},
 }
+TRAINING, VALIDATION = ("llava", "training"), ("segmentation", "validation")  # of conversations
 CHUNK = 100
+Split = tuple[str, str]  # folder below OUT, and split of the layout
 DEPTH_SCALE = 0.001  # metres per unit of a depth map: millimetres, as in NYUv2
 
 
 def demo_assets(
-    out: Path, seed: int = 0, scale: float = 1.0, world: str = "context", swapped_names: float = 0.5
+    out: Path,
+    seed: int = 0,
+    scale: float = 1.0,
+    world: str = "context",
+    swapped_names: float = 0.5,
+    scenes: int = WORLDS["binding"]["scenes"],
+    english: bool = False,
 ) -> None:
     """Write the toy world: scenes with masks, conversations, a tiny encoder and a tiny LLM.
 
@@ -55,23 +78,37 @@ def demo_assets(
         world: A key of `WORLDS`.
         swapped_names: Largest share of a picture's names that are replaced by their look-alike in the text on which the
             LLM is trained. Reading them right is a task like the one that context sets in images.
+        scenes: Scenes in a picture of the binding world.
+        english: Write the conversations in plain English, for a language model that knows it, and train no LLM.
     """
-    sizes = {name: max(16, round(n * scale)) for name, n in PICTURES.items()}
+    options = {"scenes": scenes} if world == "binding" else WORLDS[world]
+    pictures = PICTURES | ONE_SCENE if world == "binding" else PICTURES
+    sizes = {name: max(16, round(n * scale)) for name, n in pictures.items()}
+    if world == "binding":
+        sizes["llava", "training"] = max(16, min(PICTURES["llava", "training"], round(BINDING_PICTURES * scale)))
     # spawn, since torch's threads do not survive a fork
     workers = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _one_thread)
     with atomic_directory(out, marker="questions.json") as partial, workers as pool:
-        pairs = pool.submit(_draw_pairs, partial / "pairs", max(16, round(PAIRS * scale)), seed, WORLDS[world])
-        scenes = _draw_splits(pool, partial, sizes, seed, WORLDS[world])
-        texts = {name: [SceneText.from_scene(scene) for scene in split] for name, split in scenes.items()}
-        jobs = [
-            pool.submit(_train_encoder, scenes["llava"], partial / "encoder", round(ENCODER_STEPS * scale), seed),
-            pool.submit(_train_llm, texts["llava"], partial / "llm", round(LLM_STEPS * scale), seed, swapped_names),
-        ]
-        _write_settings(partial / "segmentation")
-        _write_conversations(partial, texts, scale, seed)
-        for job in (*jobs, pairs):
+        drawn = _draw_splits(pool, partial, sizes, seed, options)
+        texts = {name: [SceneText.from_scene(scene) for scene in split] for name, split in drawn.items()}
+        train = drawn[TRAINING]
+        jobs = [pool.submit(_train_encoder, train, partial / "encoder", round(ENCODER_STEPS * scale), seed)]
+        if not english:
+            steps = round(LLM_STEPS * scale)
+            jobs.append(pool.submit(_train_llm, texts[TRAINING], partial / "llm", steps, seed, swapped_names))
+        for folder in {folder for folder, _ in sizes}:
+            _write_classes(partial / folder)
+        if world == "binding":
+            _write_patches(partial / "segmentation", drawn)
+        else:
+            jobs.append(pool.submit(_draw_pairs, partial / "pairs", max(16, round(PAIRS * scale)), seed, options))
+            (partial / "segmentation/targets.json").write_text(json.dumps({"depth_scale": DEPTH_SCALE}) + "\n")
+        build = _build_english if english else functools.partial(_build_conversations, look_alikes=world == "binding")
+        for name, records in build(texts, scale, np.random.default_rng([seed, 11])).items():
+            (partial / f"{name}.json").write_text(json.dumps(records) + "\n")
+        for job in jobs:
             job.result()
-    print(f"{out}: " + ", ".join(f"{n} {split} pictures" for split, n in sizes.items()))
+    print(f"{out}: " + ", ".join(f"{n} pictures in {folder}/{split}" for (folder, split), n in sizes.items()))
 
 
 def _one_thread() -> None:
@@ -79,8 +116,8 @@ def _one_thread() -> None:
 
 
 def _draw_splits(
-    pool: ProcessPoolExecutor, out: Path, sizes: dict[str, int], seed: int, world: dict[str, float]
-) -> dict[str, list[Scene]]:
+    pool: ProcessPoolExecutor, out: Path, sizes: dict[Split, int], seed: int, world: dict[str, float]
+) -> dict[Split, list[Scene | Mosaic]]:
     """Draw and write all splits. Each chunk has its own generator, so the size of the pool does not matter."""
     jobs = {
         (split, start): pool.submit(_draw_chunk, out, split, start, min(CHUNK, n - start), seed, world)
@@ -93,14 +130,22 @@ def _draw_splits(
     return scenes
 
 
-def _draw_chunk(out: Path, split: str, start: int, count: int, seed: int, world: dict[str, float]) -> list[Scene]:
-    rng = np.random.default_rng([seed, list(PICTURES).index(split), start])
-    scenes = [draw_scene(rng, **world) for _ in range(count)]
+def _draw_chunk(
+    out: Path, split: Split, start: int, count: int, seed: int, world: dict[str, float]
+) -> list[Scene | Mosaic]:
+    rng = np.random.default_rng([seed, SPLITS.index(split), start])
+    if "scenes" not in world:
+        scenes = [draw_scene(rng, **world) for _ in range(count)]
+    elif split[0] == "llava":  # half of the pictures have one scene, as those in one_scene
+        scenes = mix_mosaics(rng, [1 if i % 2 else world["scenes"] for i in range(count)])
+    else:
+        scenes = [draw_mosaic(rng, 1 if split[0] == "one_scene" else world["scenes"]) for _ in range(count)]
     for i, scene in enumerate(scenes, start):
-        _save(scene.image, out / _image_path(split, i))
-        if split != "llava":
-            for kind, pixels in (("annotations", scene.mask), *_encode_targets(scene.surfaces).items()):
-                _save(pixels, out / "segmentation" / kind / split / f"{i:05d}.png")
+        _save(scene.image, out / _path("images", split, i))
+        _save(scene.mask, out / _path("annotations", split, i))
+        if split[0] == "segmentation" and isinstance(scene, Scene):
+            for kind, pixels in _encode_targets(scene.surfaces).items():
+                _save(pixels, out / _path(kind, split, i))
     return scenes
 
 
@@ -124,8 +169,8 @@ def _encode_targets(surfaces: Surfaces) -> dict[str, np.ndarray]:
     }
 
 
-def _image_path(split: str, index: int) -> str:
-    return f"llava/{index:05d}.png" if split == "llava" else f"segmentation/images/{split}/{index:05d}.png"
+def _path(kind: str, split: Split, index: int) -> str:
+    return f"{split[0]}/{kind}/{split[1]}/{index:05d}.png"
 
 
 def _save(pixels: np.ndarray, path: Path) -> None:
@@ -133,9 +178,14 @@ def _save(pixels: np.ndarray, path: Path) -> None:
     Image.fromarray(pixels).save(path, compress_level=1)
 
 
-def _write_settings(folder: Path) -> None:
-    _write_classes(folder)
-    (folder / "targets.json").write_text(json.dumps({"depth_scale": DEPTH_SCALE}) + "\n")
+def _write_patches(folder: Path, drawn: dict[Split, list[Mosaic]]) -> None:
+    """Write what the truth of a knockout needs: the scene of each patch, and whether it shows a cue."""
+    splits = {
+        split: [{"scene": m.scene.tolist(), "cue": m.cue.tolist()} for m in mosaics]
+        for (name, split), mosaics in drawn.items()
+        if name == folder.name
+    }
+    (folder / "patches.json").write_text(json.dumps(splits) + "\n")
 
 
 def _write_classes(folder: Path) -> None:
@@ -165,12 +215,13 @@ def _generate_documents(
             yield prepend_picture(dialogue, " ".join(swap_names(scene.names, swapped_names, rng)))
 
 
-def _write_conversations(out: Path, texts: dict[str, list[SceneText]], scale: float, seed: int) -> None:
-    """Write the captions of stage 1, the dialogues of stage 2 and the validation questions."""
-    rng = np.random.default_rng([seed, 11])
-    train, val = texts["llava"], texts["validation"]
+def _build_conversations(
+    texts: dict[Split, list[SceneText]], scale: float, rng: np.random.Generator, look_alikes: bool
+) -> dict[str, list[dict]]:
+    """Return the captions of stage 1, the dialogues of stage 2 and the validation questions."""
+    train, val = texts[TRAINING], texts[VALIDATION]
     captions = [
-        _record("llava", i, prepend_picture(build_dialogue(train[i], rng, caption=True)))
+        _record(TRAINING, i, build_dialogue(train[i], rng, caption=True))
         for i in _sample_evenly(rng, len(train), max(1, round(CAPTIONS * scale)))
     ]
     dialogues = []
@@ -180,18 +231,41 @@ def _write_conversations(out: Path, texts: dict[str, list[SceneText]], scale: fl
             turns = prepend_picture(turns, " ".join(train[i].names))
             dialogues.append({"id": f"text_{i}", "conversations": turns})
         else:
-            dialogues.append(_record("llava", i, prepend_picture(turns)))
+            dialogues.append(_record(TRAINING, i, turns))
     questions = [
-        _record("validation", i, prepend_picture(build_dialogue(val[i], rng, points=1)))
+        _record(VALIDATION, i, build_dialogue(val[i], rng, points=1, look_alikes=look_alikes))
         for i in _sample_evenly(rng, len(val), max(1, round(QUESTIONS * scale)))
     ]
     questions = [record | {"regions": find_regions(record["conversations"])} for record in questions]
-    for name, records in (("captions", captions), ("dialogues", dialogues), ("questions", questions)):
-        (out / f"{name}.json").write_text(json.dumps(records) + "\n")
+    return {"captions": captions, "dialogues": dialogues, "questions": questions}
 
 
-def _record(split: str, index: int, turns: list[dict]) -> dict:
-    return {"id": f"{split}_{index:05d}", "image": _image_path(split, index), "conversations": turns}
+def _build_english(
+    texts: dict[Split, list[SceneText]], scale: float, rng: np.random.Generator
+) -> dict[str, list[dict]]:
+    """Return the same in plain English; each question is asked about two pictures."""
+    train, val = texts[TRAINING], texts[VALIDATION]
+    other = lambda texts: texts[rng.integers(len(texts))]
+    captions = [
+        _record(TRAINING, i, plain_english.describe(train[i], rng))
+        for i in _sample_evenly(rng, len(train), max(1, round(CAPTIONS * scale)))
+    ]
+    dialogues = [
+        _record(TRAINING, i, plain_english.build_dialogue(train[i], other(train), rng, **ENGLISH))
+        for i in _sample_evenly(rng, len(train), max(1, round(DIALOGUES * scale)))
+    ]
+    questions = []
+    for first in _sample_evenly(rng, len(val), max(1, round(QUESTIONS * scale))):
+        second = int(rng.integers(len(val)))
+        asked = plain_english.ask_both(val[first], val[second], rng)
+        for i, (turns, regions) in zip((first, second), asked, strict=False):
+            questions.append(_record(VALIDATION, i, turns) | {"regions": regions})
+    return {"captions": captions, "dialogues": dialogues, "questions": questions}
+
+
+def _record(split: Split, index: int, turns: list[dict]) -> dict:
+    name, turns = "llava" if split == TRAINING else split[1], prepend_picture(turns)
+    return {"id": f"{name}_{index:05d}", "image": _path("images", split, index), "conversations": turns}
 
 
 def _sample_evenly(rng: np.random.Generator, n: int, count: int) -> list[int]:
@@ -202,4 +276,4 @@ def _sample_evenly(rng: np.random.Generator, n: int, count: int) -> list[int]:
 
 def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir demo-assets`."""
-    demo_assets(args.out, args.seed, args.scale, args.world, args.swapped_names)
+    demo_assets(args.out, args.seed, args.scale, args.world, args.swapped_names, args.scenes, args.english)

@@ -37,24 +37,22 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     settings = {"seed": args.seed, "scale": args.scale, "world": args.world}
     with exclusive_run_lock(out, "demo"):
-        _check_settings(out, settings)
-        _step(out, "assets", out / "assets/questions.json", _assets(out, settings))
+        check_settings(out, settings)
+        questions = out / "assets/questions.json"
+        run_step(out, "assets", questions, ["llava_bidir", "demo-assets", f"{out}/assets", *_named(settings)])
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda mask: _train(out, mask, settings), MASKS))
+            list(pool.map(lambda mask: train_stages(out, out / mask, _stages(out, mask, settings), questions), MASKS))
         models = [f"{mask}={out / mask / 'stage2/hf'}" for mask in MASKS]
         study = shlex.split(STUDY)
         if args.extras or args.scale >= 1:
             study += [f"patching.pairs={out}/assets/pairs", *shlex.split(EXTRAS)]
         study += ["-c", "demo/probes", "--seed_everything", str(args.seed)]
         study += ["--data.name", "toy world" if args.world == "context" else f"{args.world} world"]
-        study += ["--overwrite", "true"]  # of models that were deleted and made again
-        command = ["probes", "study", *models, str(out / "assets/segmentation"), "--out", str(out), *study]
-        if subprocess.run([sys.executable, "-m", *command]).returncode:
-            raise UserError(f"the study has failed; all it said is in {out / 'study.log'}")
+        run_study(models, out / "assets/segmentation", out, study)
 
 
-def _check_settings(out: Path, settings: dict) -> None:
-    """Raise a UserError if OUT holds a demo of other settings."""
+def check_settings(out: Path, settings: dict) -> None:
+    """Raise a UserError if OUT holds a result of other settings; else write them down."""
     file = out / "settings.json"
     found = read_json(file) if file.is_file() else settings
     if found != settings:
@@ -64,43 +62,54 @@ def _check_settings(out: Path, settings: dict) -> None:
         write_files({file: settings})
 
 
-def _assets(out: Path, settings: dict) -> list[str]:
-    return ["llava_bidir", "demo-assets", f"{out}/assets", *_options({f"--{k}": v for k, v in settings.items()})]
+def _named(settings: dict) -> list[str]:
+    return to_words({f"--{key}": value for key, value in settings.items()})
 
 
-def _train(out: Path, mask: str, settings: dict) -> None:
-    """Train both stages unless they are there."""
-    assets, folder = out / "assets", out / mask
+def _stages(out: Path, mask: str, settings: dict) -> dict[str, dict]:
+    """Return the options of `llava-bidir fit` for both stages."""
+    assets = out / "assets"
     common = {"--model.image_attention": mask, "--model.encoder.path": assets / "encoder"}
     common |= {"--model.llm": assets / "llm", "--data.images": assets, "--seed_everything": settings["seed"]}
     stage1 = {"--data.annotations": assets / "captions.json"}
-    stage2 = {"--model.adapter": folder / "stage1/hf", "--data.annotations": assets / "dialogues.json"}
+    stage2 = {"--model.adapter": out / mask / "stage1/hf", "--data.annotations": assets / "dialogues.json"}
     stage2 |= {"--data.val_annotations": assets / "questions.json"}
     if settings["world"] == "conjunction":  # two cues that decide together take longer to learn
         stage2["--trainer.max_epochs"] = 4
-    needed = assets / "questions.json"
-    for stage, options in (("stage1", stage1), ("stage2", stage2)):
+    return {"stage1": {"-c": "demo/stage1"} | common | stage1, "stage2": {"-c": "demo/stage2"} | common | stage2}
+
+
+def train_stages(out: Path, folder: Path, stages: dict[str, dict], needed: Path) -> None:
+    """Train the stages of a model into FOLDER/STAGE, each unless it is there and newer than what it needs.
+
+    Args:
+        out: Folder of the logs.
+        folder: Folder of the model, below `out`.
+        stages: Options of `llava-bidir fit` by stage.
+        needed: What the first stage needs; each other one needs the one before.
+    """
+    for stage, options in stages.items():
         result = folder / stage / "hf/model.safetensors"
-        command = [
-            "llava_bidir",
-            "fit",
-            "-c",
-            f"demo/{stage}",
-            *_options(common | options),
-            "--out",
-            f"{folder}/{stage}",
-        ]
+        command = ["llava_bidir", "fit", *to_words(options), "--out", f"{folder}/{stage}"]
         how = ["--overwrite", "true"] if result.is_file() else ["--ckpt_path", "last"]
-        _step(out, f"{mask}_{stage}", result, [*command, *how], needed)
+        run_step(out, "_".join((*folder.relative_to(out).parts, stage)), result, [*command, *how], needed)
         needed = result
 
 
-def _options(options: dict) -> list[str]:
+def run_study(models: list[str], data: Path, out: Path, options: list[str]) -> None:
+    """Run `probes study` and show what it says; results of models that were made again are replaced."""
+    command = ["probes", "study", *models, str(data), "--out", str(out), *options, "--overwrite", "true"]
+    if subprocess.run([sys.executable, "-m", *command]).returncode:
+        raise UserError(f"the study has failed; all it said is in {out / 'study.log'}")
+
+
+def to_words(options: dict) -> list[str]:
+    """Return {"--seed": 0} as ["--seed", "0"]."""
     return [word for key, value in options.items() for word in (key, str(value))]
 
 
-def _step(out: Path, name: str, result: Path, command: list[str], needed: Path | None = None) -> None:
-    """Run a command unless its result is there and newer than what it needs."""
+def run_step(out: Path, name: str, result: Path, command: list[str], needed: Path | None = None) -> None:
+    """Run a command unless its result is there and newer than what it needs; its output goes to OUT/logs."""
     if result.is_file() and not (needed and needed.stat().st_mtime > result.stat().st_mtime):
         return
     log, started = out / "logs" / f"{name}.log", time.perf_counter()

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .binding import GRID, Mosaic
 from .canvas import CLASSES, PAIR_OF
 from .scenes import Scene
 
-GRID = 8
 LOOK_ALIKE = {name: CLASSES[other] for name, other in zip(CLASSES, PAIR_OF, strict=True)}
 
 Turn = dict[str, str]
@@ -25,40 +25,53 @@ def patch_shares(mask: np.ndarray, grid: int = GRID) -> np.ndarray:
 
 
 class SceneText(NamedTuple):
-    """A scene in words: the majority class of each patch, and the kind of scene."""
+    """A picture in words: the majority class of each patch, and the kind of scene or scenes."""
 
     names: list[str]
-    indoor: bool
+    kind: str
 
     @classmethod
-    def from_scene(cls, scene: Scene) -> "SceneText":
-        """Describe a scene."""
-        return cls([CLASSES[k] for k in patch_shares(scene.mask).argmax(1)], scene.indoor)
+    def from_scene(cls, scene: Scene | Mosaic) -> "SceneText":
+        """Describe a picture."""
+        return cls([CLASSES[k] for k in patch_shares(scene.mask).argmax(1)], scene.kind)
 
     def caption(self, rng: np.random.Generator) -> str:
         """Return, e.g., "an indoor scene with floor and bed and wall and ceiling", in random order."""
         classes = sorted(set(self.names))
         rng.shuffle(classes)
-        return f"an {'indoor' if self.indoor else 'outdoor'} scene with {' and '.join(classes)}"
+        return f"{self.kind} with {' and '.join(classes)}"
 
 
 def build_dialogue(
-    text: SceneText, rng: np.random.Generator, *, rows: int = 0, points: int = 0, caption: bool = False
+    text: SceneText,
+    rng: np.random.Generator,
+    *,
+    rows: int = 0,
+    points: int = 0,
+    caption: bool = False,
+    look_alikes: bool = False,
 ) -> list[Turn]:
-    """Ask about rows and points in random order, then for the caption, which would give the answers away if first."""
-    chosen_rows, chosen_points = rng.permutation(GRID)[:rows], rng.permutation(GRID**2)[:points]
+    """Ask about rows and points in random order, then for the caption, which would give the answers away if first.
+
+    With `look_alikes`, points are patches that show a member of a pair.
+    """
+    chosen_rows, chosen_points = rng.permutation(GRID)[:rows], rng.permutation(GRID**2)
+    if look_alikes:
+        chosen_points = [i for i in chosen_points if LOOK_ALIKE[text.names[i]] != text.names[i]]
+    chosen_points = chosen_points[:points]
     parts = [
-        [_turns(f"name row{r + 1}", " ".join(text.names[r * GRID : (r + 1) * GRID])) for r in chosen_rows],
-        [_turns(f"name row{i // GRID + 1} column{i % GRID + 1}", text.names[i]) for i in chosen_points],
+        [make_turns(f"name row{r + 1}", " ".join(text.names[r * GRID : (r + 1) * GRID])) for r in chosen_rows],
+        [make_turns(f"name row{i // GRID + 1} column{i % GRID + 1}", text.names[i]) for i in chosen_points],
     ]
     if rng.random() < 0.5:
         parts.reverse()
     if caption:
-        parts.append([_turns("describe the scene", text.caption(rng))])
+        parts.append([make_turns("describe the scene", text.caption(rng))])
     return [turn for part in parts for turns in part for turn in turns]
 
 
-def _turns(question: str, answer: str) -> list[Turn]:
+def make_turns(question: str, answer: str) -> list[Turn]:
+    """Return a question and its answer."""
     return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
 
 
@@ -70,10 +83,14 @@ def find_regions(turns: list[Turn]) -> list[dict | None]:
     regions = []
     for question, answer in zip(turns[::2], turns[1::2], strict=True):
         asked = re.search(r"name row(\d+) column(\d+)$", question["value"])
-        row, column = (int(number) - 1 for number in asked.groups()) if asked else (0, 0)
-        box = [edge / GRID for edge in (column, row, column + 1, row + 1)]
-        regions.append({"box": box, "class": answer["value"]} if asked else None)
+        box = asked and find_box(*(int(number) - 1 for number in asked.groups()))
+        regions.append(box and {"box": box, "class": answer["value"]})
     return regions
+
+
+def find_box(row: int, column: int) -> list[float]:
+    """Return left, top, right and bottom of a patch as fractions of the picture; rows and columns count from 0."""
+    return [edge / GRID for edge in (column, row, column + 1, row + 1)]
 
 
 def prepend_picture(turns: list[Turn], picture: str = "<image>") -> list[Turn]:

@@ -53,8 +53,19 @@ class Scene:
     surfaces: Surfaces
     cues: int
 
+    @property
+    def kind(self) -> str:
+        """What a caption calls it."""
+        return f"an {'indoor' if self.indoor else 'outdoor'} scene"
 
-def draw_scene(rng: np.random.Generator, evidence: float = 0.1, nights: float = 0.0, hides_cues: bool = False) -> Scene:
+
+def draw_scene(
+    rng: np.random.Generator,
+    evidence: float = 0.1,
+    nights: float = 0.0,
+    hides_cues: bool = False,
+    indoor: bool | None = None,
+) -> Scene:
     """Draw a room or a street with equal probability.
 
     Args:
@@ -62,8 +73,9 @@ def draw_scene(rng: np.random.Generator, evidence: float = 0.1, nights: float = 
         evidence: Mean of the grain in units of its standard deviation. At 0 there is no local evidence.
         nights: Share of scenes at night.
         hides_cues: Leave out the objects that are cues. All else is drawn as with them.
+        indoor: What it looks like; None for either.
     """
-    looks_indoor = bool(rng.random() < 0.5)
+    looks_indoor = bool(rng.random() < 0.5) if indoor is None else indoor
     night = nights > 0 and bool(rng.random() < nights)
     indoor = looks_indoor != night
     camera, canvas = sample_camera(rng), Canvas(hides_cues)

@@ -53,7 +53,7 @@ def train_encoder(images: np.ndarray, masks: np.ndarray, out: Path, *, steps: in
     )
     encoder = CLIPVisionModel(config)
     to_pixels, to_nouns = nn.Linear(width, 3 * patch_px**2), nn.Linear(width, len(CLASSES))
-    pixels, shares = _normalize(images), _noun_shares(masks)
+    pixels, shares = normalize(images), _noun_shares(masks)
 
     def loss() -> Tensor:
         index = torch.randint(len(pixels), (32,))
@@ -64,11 +64,11 @@ def train_encoder(images: np.ndarray, masks: np.ndarray, out: Path, *, steps: in
         return denoised - 2.0 * (shares[index] * predicted.log()).sum(-1).mean()
 
     parameters = [*encoder.parameters(), *to_pixels.parameters(), *to_nouns.parameters()]
-    _train(parameters, loss, steps, "encoder", rate=2e-3)
+    train(parameters, loss, steps, "encoder", rate=2e-3)
     encoder.save_pretrained(out)
 
 
-def _normalize(images: np.ndarray) -> Tensor:
+def normalize(images: np.ndarray) -> Tensor:
     """Return f[n, 3, H, W], normalised with CLIP's pixel statistics like the processor of the trained model."""
     mean, std = (torch.tensor(x)[:, None, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     return (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
@@ -76,7 +76,9 @@ def _normalize(images: np.ndarray) -> Tensor:
 
 def _noun_shares(masks: np.ndarray) -> Tensor:
     """Return f[n, K], the share of the picture per noun. Look-alikes share the noun of the first of the pair."""
-    nouns = np.minimum(np.arange(len(CLASSES)), PAIR_OF)[masks]
+    noun_of = np.full(256, len(CLASSES))  # of pixels without a class
+    noun_of[: len(CLASSES)] = np.minimum(np.arange(len(CLASSES)), PAIR_OF)
+    nouns = noun_of[masks]
     return torch.from_numpy(np.stack([(nouns == k).mean((1, 2)) for k in range(len(CLASSES))], 1)).float()
 
 
@@ -128,11 +130,11 @@ def train_llm(documents: Iterator[list[dict]], tokenizer: LlamaTokenizer, out: P
         ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
         return llm(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
 
-    _train(list(llm.parameters()), loss, steps, "LLM", rate=3e-3, betas=(0.9, 0.95), floor=0.1, clip=1.0)
+    train(list(llm.parameters()), loss, steps, "LLM", rate=3e-3, betas=(0.9, 0.95), floor=0.1, clip=1.0)
     llm.save_pretrained(out)
 
 
-def _train(
+def train(
     parameters: list[nn.Parameter],
     loss: Callable[[], Tensor],
     steps: int,

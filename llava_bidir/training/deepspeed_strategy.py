@@ -60,7 +60,7 @@ class ZeRO(DeepSpeedStrategy):
 
     def __init__(self, zero_optimization: dict[str, Any], timeout_minutes: float = 30.0, async_save: bool = False):
         if find_spec("deepspeed") is None:
-            raise UserError("ZeRO needs DeepSpeed, which is not installed: pip install '.[cluster]' in the repository")
+            raise UserError("ZeRO needs DeepSpeed, which is not installed: pip install 'llava-bidir[cluster]'")
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read on import of deepspeed
         super().__init__(

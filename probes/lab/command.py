@@ -24,13 +24,13 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("expected finished probe runs, or a checkpoint by --mllm DIR, and not both")
     for package in ("starlette", "uvicorn"):
         if find_spec(package) is None:
-            raise UserError(f"{package} is not installed; run: pip install '.[lab]' in the repository")
+            raise UserError(f"{package} is not installed; run: pip install 'llava-bidir[lab]'")
     from .models import load_checkpoint, load_runs
     from .session import Session
     from .worker import Worker
 
     with listen(args.host or "127.0.0.1", args.port) as listener:
-        session = Session(load_checkpoint(args.mllm) if args.mllm else load_runs(args.runs))
+        session = Session(load_checkpoint(args.mllm) if args.mllm else load_runs(args.runs), args.save)
         host, port = listener.getsockname()[:2]
         if host in ("0.0.0.0", "::"):  # all addresses of the machine
             host = socket.gethostname()

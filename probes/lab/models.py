@@ -1,8 +1,10 @@
 """Models of a lab, loaded from finished probe runs or from a checkpoint, and what the page needs to know of them."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,10 +53,15 @@ class LabModel:
         """Names of the classes, [] without probes."""
         return [] if self.run is None else self.run.metrics["classes"]
 
+    @property
+    def checkpoint(self) -> str:
+        """Folder or hub id of the checkpoint."""
+        return self.source if self.run is None else self.run.manifest["config"]["mllm"]
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Tokenizer, for the words of the logit lens."""
-        return read_tokenizer(self.source if self.run is None else self.run.manifest["config"]["mllm"])
+        return read_tokenizer(self.checkpoint)
 
     @cached_property
     def cannot_answer(self) -> str | None:
@@ -75,6 +82,7 @@ class LabModel:
         config = self.mllm.model.config.get_text_config()
         return {
             "label": self.label,
+            "name": self.source,
             "sites": self.sites,
             "word_sites": self.word_sites,
             "layers": len(self.mllm.decoder.layers),
@@ -125,3 +133,22 @@ def open_split(model: LabModel) -> tuple[Any, list[list[int]], str]:
     except UserError as error:  # it may be on another machine; photos can still be dropped
         return None, palette_of(SimpleNamespace(classes=model.classes)).tolist(), str(error)
     return dataset, palette_of(dataset).tolist(), ""
+
+
+def example_questions(model: LabModel, count: int = 3) -> list[str]:
+    """Return questions of the data set of a model's run, from questions.json beside its folder; [] without one."""
+    if model.run is None or model.cannot_answer:
+        return []
+    try:
+        records = json.loads((Path(model.run.manifest["data"]["root"]).parent / "questions.json").read_text())
+        asked = [record["conversations"][0]["value"].replace("<image>", "").strip() for record in records[:1000]]
+        return list(dict.fromkeys(asked))[:count]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # the lab does without them
+        return []
+
+
+def check_patches(model: LabModel, patches: tuple[int, ...] | list[int]) -> None:
+    """Raise a UserError if a patch is not in the model's grid."""
+    tokens = model.mllm.grid[0] * model.mllm.grid[1]
+    if max(patches, default=0) >= tokens:
+        raise UserError(f"patch {max(patches)} does not exist; the grid has {tokens}, counted from 0")

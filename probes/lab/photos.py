@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from llava_bidir.common.errors import UserError
-from probes.analyses.logit_lens import grid_box
+from probes.analyses.explore.readout import grid_box
 from probes.data.base import EmbeddedFile, read_photo
 from probes.evaluation.metrics import patch_labels
 from probes.ops.geometry import Geometry

@@ -29,10 +29,23 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llava_bidir.common.errors import UserError
-from probes.report.templates import render
+from probes.analyses.templates import render
 
 from .photos import encode
-from .requests import AnswerAttention, Attention, Control, Export, PatchWords, Question, SiteView, View, parse_request
+from .requests import (
+    AnswerAttention,
+    Attention,
+    Control,
+    Export,
+    Open,
+    PatchWords,
+    Question,
+    Save,
+    SiteView,
+    Teach,
+    View,
+    parse_request,
+)
 from .session import Session
 from .worker import Job, Worker
 
@@ -51,6 +64,9 @@ OPERATIONS: dict[str, type[View]] = {
     "answer_attention": AnswerAttention,
     "control": Control,
     "snippet": Export,
+    "teach": Teach,
+    "save": Save,
+    "open": Open,
 }
 
 

@@ -7,10 +7,13 @@ Shapes: S sites, T image tokens, K classes, k most probable ones, m words, A att
 """
 
 import base64
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from os.path import commonprefix
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,30 +22,36 @@ from PIL import Image
 from torch import Tensor
 
 from llava_bidir.common.errors import UserError
+from probes.analyses.explore.readout import most_probable, token_text
 from probes.analyses.knockout.conditions import high_norm_tokens, matched_tokens, random_tokens
-from probes.analyses.logit_lens import most_probable, token_text
-from probes.data.palette import colorize
+from probes.data.palette import colorize, palette_of
 from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
 from probes.models.steering import Replacement
 from probes.ops.bilinear import upsampled_argmax
 
-from .models import LabModel, open_split
+from .folders import list_folders, read_folder, write_folder
+from .models import LabModel, check_patches, example_questions, open_split
 from .photos import Photos, encode
 from .requests import (
     MAX_ANSWER_TOKENS,
+    MAX_CONCEPTS,
     AnswerAttention,
     Attention,
     Block,
     Control,
     Export,
+    Open,
     PatchWords,
     Question,
     Replace,
+    Save,
     SiteView,
+    Teach,
     View,
 )
 from .snippet import write_snippet
+from .teacher import Teacher
 from .worker import Job
 
 TOP_CLASSES, TOP_WORDS = 3, 3  # per patch, as `probes explore` shows by default
@@ -50,13 +59,21 @@ STATE_BYTES = 1 << 30  # states kept: about six views of a 7B model at 16 bits
 
 
 class Session:
-    """Models and photos of a lab. Its operations run in one thread."""
+    """Models and photos of a lab. Its operations run in one thread.
 
-    def __init__(self, models: list[LabModel]):
-        self.models = models
+    Args:
+        models: The models.
+        saved: Folder below which paintings are written and read.
+    """
+
+    def __init__(self, models: list[LabModel], saved: str | Path = "runs/lab"):
+        self.models, self.saved = models, Path(saved)
         dataset, self.palette, self.no_split = open_split(models[0])
         self.photos = Photos([model.mllm.geometry for model in models], dataset)
         self._states: OrderedDict[View, dict[str, Tensor]] = OrderedDict()
+        self.teacher = Teacher(models, self.photos, self._read_states)
+        self.concept_palette = palette_of(SimpleNamespace(classes=range(MAX_CONCEPTS + 1))).tolist()
+        self.key = secrets.token_hex(8)  # of what the page keeps: a later lab has other photos under the same keys
 
     def describe(self) -> dict[str, Any]:
         """Return the facts that the page is drawn from."""
@@ -68,22 +85,27 @@ class Session:
             "palette": self.palette,
             "images": 0 if dataset is None else len(dataset),
             "no_images": self.no_split,
+            "key": self.key,
+            "questions": example_questions(self.models[0]),
+            "concept_palette": self.concept_palette,
+            "folders": list_folders(self.saved),
         }
 
     # ----------------------------------------------------------------------------------------------- operations
     def read(self, request: View, job: Job) -> dict[str, Any]:
         """Return the most probable classes u8[k, S, T] and their probabilities f32[k, S, T] of a view."""
-        model, states = self._model(request), self._read_states(request, job)
-        if not model.probes:
+        states, heads = self._read_states(request, job), self._heads(request, job)
+        if not heads:
             return {"classes": None}
-        heads = {site: partial(_read_probe, model.probes[site]) for site in model.sites}
-        classes, probabilities = most_probable(states, heads, min(TOP_CLASSES, len(model.classes)))
+        paint = request.painting
+        count = len(self._model(request).classes) if paint is None else len(paint.concepts) + paint.rest
+        classes, probabilities = most_probable(states, heads, min(TOP_CLASSES, count))
         return {"classes": _pack(classes[0], np.uint8), "probabilities": _pack(probabilities[0], np.float32)}
 
     def words_of_patch(self, request: PatchWords, job: Job) -> dict[str, Any]:
         """Return the most probable words of a patch, [[text, probability], ...] for each site with words."""
         model, states = self._model(request), self._read_states(request, job)
-        _check_patches(model, [request.patch])
+        check_patches(model, [request.patch])
         if not model.word_sites:  # a run of the encoder's probe only
             return {"words": []}
         return {"words": self._words(model, {s: states[s][:, [request.patch]] for s in model.word_sites})[0]}
@@ -137,7 +159,7 @@ class Session:
     def attention(self, request: Attention, job: Job) -> dict[str, Any]:
         """Return the attention of a patch to all patches and of all patches to it in a layer, f32[A, T] each."""
         model, pixels = self._model(request), self._pixels(request)
-        _check_patches(model, [request.patch])
+        check_patches(model, [request.patch])
         with job.watched(model.mllm):
             (weights,) = model.mllm.attention(pixels, [request.layer], self._knockout(request), average_heads=False)
         rows, columns = weights[0][:, request.patch], weights[0][:, :, request.patch]
@@ -146,7 +168,7 @@ class Session:
     def rollout(self, request: Attention, job: Job) -> dict[str, Any]:
         """Return attention rollout up to a layer, from a patch and to it, f32[1, T] each."""
         model, pixels = self._model(request), self._pixels(request)
-        _check_patches(model, [request.patch])
+        check_patches(model, [request.patch])
         with job.watched(model.mllm):
             (weights,) = model.mllm.attention_rollout(pixels, request.layer, self._knockout(request))
         return {"to": _pack(weights[request.patch], np.float32), "from": _pack(weights[:, request.patch], np.float32)}
@@ -181,10 +203,38 @@ class Session:
     def snippet(self, request: Export, job: Job) -> dict[str, Any]:
         """Return Python code that reproduces the view."""
         self._check_intervention(request)
-        names = [self.photos.get(request.photo).name]
+        keys = [request.photo]
         if isinstance(request.intervention, Replace) and request.intervention.by not in ("mean", "other_mask"):
-            names.append(self.photos.get(request.intervention.by).name)
+            keys.append(request.intervention.by)
+        if request.painting is not None:
+            self.teacher.paint(request)  # checks it
+            keys += [photo.photo for photo in request.painting.photos]
+        names = {key: self.photos.get(key).name for key in keys}
         return {"python": write_snippet(self._model(request), request, names)}
+
+    def teach(self, request: Teach, job: Job) -> dict[str, Any]:
+        """Return the scores of a painting's probes by site; see :meth:`Teacher.score`."""
+        self._model(request)
+        scores = self.teacher.score(request, job)
+        if request.random:  # a plain dict is accepted as `known` although the trained weights were away
+            self._states = OrderedDict((view, dict(states)) for view, states in self._states.items())
+        return scores
+
+    def save(self, request: Save, job: Job) -> dict[str, Any]:
+        """Write a painting as a data folder and return its path, with the folders that there are."""
+        self._model(request)
+        self.teacher.paint(request)  # checks it
+        photos = [self.photos.get(photo.photo) for photo in request.painting.photos]
+        geometry = self.models[0].mllm.geometry
+        folder = write_folder(self.saved, request.painting, photos, geometry, self.concept_palette)
+        command = f"probes study {self.models[0].checkpoint} {folder} --out runs/{folder.name}"
+        return {"folder": str(folder), "command": command, "photos": len(photos), "folders": list_folders(self.saved)}
+
+    def open(self, request: Open, job: Job) -> dict[str, Any]:
+        """Return the painting in a data folder, with the names of its photos, which are kept as if uploaded."""
+        concepts, painted = read_folder(self.saved, request.folder, self.models[0].mllm.geometry)
+        photos = [(self.photos.add(file.read_bytes(), file.name), file.name, patches) for file, patches in painted]
+        return {"concepts": concepts, "photos": photos}
 
     # ----------------------------------------------------------------------------------------------- parts
     def _model(self, request: View) -> LabModel:
@@ -192,9 +242,19 @@ class Session:
             raise UserError(f"model {request.model} does not exist; this lab has {len(self.models)}")
         return self.models[request.model]
 
+    def _square(self, request: View, photo: str | None = None) -> Image.Image:
+        return self.photos.get(photo or request.photo).squares[request.model]
+
     def _pixels(self, request: View, photo: str | None = None) -> Tensor:
-        square = self.photos.get(photo or request.photo).squares[request.model]
-        return self._model(request).mllm.preprocess([square])
+        return self._model(request).mllm.preprocess([self._square(request, photo)])
+
+    def _heads(self, request: View, job: Job) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Return what maps states f[..., d] to logits at each site: the run's probes, or those of the painting."""
+        model = self._model(request)
+        if request.painting is None:
+            return {site: partial(_read_probe, probe) for site, probe in model.probes.items()}
+        probes = self.teacher.probes(request, job)
+        return {site: lambda states, site=site: probes.logits(states.cpu(), site) for site in model.sites}
 
     def _read_states(self, request: View, job: Job) -> dict[str, Tensor]:
         """Return the states of a view at all sites of its model, f[1, T, d]."""
@@ -270,16 +330,10 @@ def knockout_of(model: LabModel, block: Block) -> Knockout:
 
 def _as_mask(model: LabModel, patches: tuple[int, ...]) -> Tensor:
     """Return patches as bool[T]."""
-    _check_patches(model, patches)
+    check_patches(model, patches)
     mask = torch.zeros(model.mllm.grid[0] * model.mllm.grid[1], dtype=torch.bool)
     mask[list(patches)] = True
     return mask
-
-
-def _check_patches(model: LabModel, patches: tuple[int, ...] | list[int]) -> None:
-    tokens = model.mllm.grid[0] * model.mllm.grid[1]
-    if max(patches) >= tokens:
-        raise UserError(f"patch {max(patches)} does not exist; the grid has {tokens}, counted from 0")
 
 
 def split_answer(model: LabModel, answer: str) -> list[str]:

@@ -28,6 +28,7 @@ from .read_states import read_states
 from .shared_layers import DistinctRows, version
 from .sites import ENCODER, FINAL_NORM, layer_site, site_names
 from .steering import Replacement
+from .teach import Painted, Taught
 
 
 class FrozenMLLM(nn.Module):
@@ -240,6 +241,24 @@ class FrozenMLLM(nn.Module):
         logits = head(states if site == FINAL_NORM else self.decoder.norm(states))
         cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def teach(self, painted: Painted, rest_is_background: bool = False) -> Taught:
+        """Return probes of painted concepts at all sites, with their scores and maps (teach.py).
+
+        ::
+
+            taught = mllm.teach({"road": [(image, patches), ...], "sky": [(image, other_patches), ...]})
+            taught.curve()                    # DataFrame: site, score, low, high, chance
+            taught.map(image, "layer_04")     # f32[concepts, h, w], probabilities
+
+        Args:
+            painted: Photos and painted patches bool[h, w] of each concept. Other patches are unknown.
+            rest_is_background: Other patches of these photos are one more concept, "background".
+
+        Raises:
+            UserError: There are fewer than two concepts, or one has no patch, or a patch two concepts.
+        """
+        return Taught(self, painted, rest_is_background)
 
     @cached_property
     def chat(self) -> Chat:

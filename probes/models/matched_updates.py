@@ -17,7 +17,6 @@ from torch.utils.hooks import RemovableHandle
 
 from llava_bidir.common.errors import UserError
 
-from .frozen_mllm import FrozenMLLM
 from .shared_layers import replaced_forward
 from .sites import ADAPTER, layer_site
 
@@ -26,7 +25,7 @@ TOLERANCE = 1e-3  # relative; far below the difference between images
 STEPS = 30  # an update is nearly proportional to its factor: two or three suffice
 
 
-def layer_updates(mllm: FrozenMLLM, pixels: Tensor) -> list[float]:
+def layer_updates(mllm: nn.Module, pixels: Tensor) -> list[float]:
     """Return the relative update of each decoder layer on images f[B, 3, H, W], from one forward."""
     layers = [site for site in mllm.sites if site == ADAPTER or site.startswith("layer_")]
     states = mllm.states(pixels, layers)
@@ -38,7 +37,7 @@ def _relative_update(before: Tensor, after: Tensor) -> float:
     return ((after - before).norm(dim=-1) / before.norm(dim=-1)).mean().item()
 
 
-def match_updates(mllm: FrozenMLLM, pixels: Tensor, updates: Sequence[float], scales: list[float]) -> None:
+def match_updates(mllm: nn.Module, pixels: Tensor, updates: Sequence[float], scales: list[float]) -> None:
     """Edit the factors that :func:`scale_layers` applies until the layers have these relative updates on `pixels`.
 
     One forward matches all layers: each runs again, on the same inputs, until its update is the wanted one. Its
@@ -86,7 +85,7 @@ def match_updates(mllm: FrozenMLLM, pixels: Tensor, updates: Sequence[float], sc
     mllm.clear_prefix_cache()
 
 
-def scale_layers(mllm: FrozenMLLM, scales: Sequence[float]) -> list[RemovableHandle]:
+def scale_layers(mllm: nn.Module, scales: Sequence[float]) -> list[RemovableHandle]:
     """Multiply what attention and MLP of each layer add to the states by the layer's factor.
 
     The factors are read at each forward; call `clear_prefix_cache` after changing them.

@@ -5,11 +5,10 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_bidir.common.errors import UserError
 
-from .frozen_mllm import FrozenMLLM
 from .matched_updates import layer_updates, match_updates, scale_layers
 from .random_init import check_control, reinitialize
 
@@ -17,7 +16,7 @@ DRAW_SEEDS = 1_000_003  # between the seeds of two draws, so that draws of neigh
 
 
 def replace_weights(
-    mllm: FrozenMLLM,
+    mllm: nn.Module,
     parts: Sequence[str],
     match: str,
     draw: int,
@@ -56,7 +55,7 @@ def replace_weights(
 
 @contextmanager
 def random_layers(
-    mllm: FrozenMLLM,
+    mllm: nn.Module,
     match: str = "update",
     draw: int = 0,
     *,

@@ -20,16 +20,15 @@ from llava_bidir.common.bootstrap import Estimate
 from llava_bidir.common.errors import UserError
 from probes.evaluation.bootstrap import resampled_task_scores, task_scores
 from probes.models.sites import ENCODER
+from probes.results.formatting import Rows
+from probes.results.study import model_name, read_run, study_keys
 from probes.results.task_run import TaskRun
 
-from .effects import choose_layers, effects_of_sites, estimates_to_json, read_sites, sites_to_read, subtract
+from .effects import choose_layers, effects_of_sites, estimate_to_json, read_sites, sites_to_read, subtract
 from .path import has_converged, neighbours
-from .seeds import mean_over_seeds, share_images
-from .study import Rows, model_name, read_run, study_keys
+from .seeds import join_entries, share_images
 
 log = logging.getLogger(__name__)
-
-EFFECTS = ("adapter_drop", "recovery", "recovery_beyond_control")
 
 
 def read_task_runs(paths: Iterable[str]) -> list[TaskRun]:
@@ -125,7 +124,7 @@ def _entry(run: TaskRun, control: TaskRun | None) -> dict[str, Any]:
         "sites": _sites(run),
         "control": _sites(control) if control else None,
         "control_is": describe_control(control) if control else None,
-        **estimates_to_json(own),
+        **{name: estimate_to_json(effect) for name, effect in own.items()},
         "path": _path(run),
     }
 
@@ -145,7 +144,8 @@ def _path(run: TaskRun) -> list[dict[str, Any]]:
         sums = path[row, torch.arange(len(row))]
         read = [site for site_name, site in sites_of_task(run, sums).items() if site_name != ENCODER]
         converged = has_converged(run, row, torch.cat(read).unique().tolist() if read else [])
-        entries.append({"row": name, **estimates_to_json(effects(run, sums)), "converged": converged})
+        found = {effect: estimate_to_json(estimate) for effect, estimate in effects(run, sums).items()}
+        entries.append({"row": name, **found, "converged": converged})
     return entries
 
 
@@ -161,60 +161,20 @@ def group_by_seed(results: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 def joint_task_results(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the entry "joint_tasks" of results.json: the entries of :func:`task_results` with several seeds, joined.
 
-    They have "seeds" in place of "seed", and effects have "by_seed", the values of the seeds. Sites, effects and
-    rows of strengths that a seed lacks are left out, and controls of different kinds.
+    They have "seeds" in place of "seed", and estimates have "by_seed", the values of the seeds. Sites, effects and rows
+    of strengths that a seed lacks are left out, and controls of different kinds.
     """
     return [_join([entry["seed"] for entry in group], group) for group in group_by_seed(results) if len(group) > 1]
 
 
 def _join(seeds: list[int], entries: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the entry of all seeds."""
-    first, same_control = entries[0], len({entry["control_is"] for entry in entries}) == 1
     shared = share_images([entry["data_fingerprint"] for entry in entries])
-    sites = lambda kind: join_rows([entry[kind] or [] for entry in entries], "site", "value", shared)
-    return {
-        **{key: first[key] for key in ("task", "model", "dataset", "score", "better", "image_attention")},
-        "seeds": seeds,
-        "solved": first["solved"],
-        "sites": sites("sites"),
-        "control": (same_control and sites("control")) or None,
-        "control_is": first["control_is"] if same_control else None,
-        **_join_effects(seeds, entries, EFFECTS if same_control else EFFECTS[:2], shared),
-        "path": [
-            {"row": rows[0]["row"], **_join_effects(seeds, rows, EFFECTS, shared)}
-            | {"converged": all(row["converged"] for row in rows)}
-            for rows in _rows_of_all([entry["path"] for entry in entries], "row")
-        ],
-    }
-
-
-def _join_effects(
-    seeds: list[int], entries: list[dict[str, Any]], names: Iterable[str], shared_images: bool
-) -> dict[str, dict[str, Any]]:
-    """Return the effects of these names that all entries have."""
-    joint = {}
-    for name in names:
-        if all(name in entry for entry in entries):
-            estimates = [(entry[name]["value"], entry[name]["ci95"]) for entry in entries]
-            value, ci95 = mean_over_seeds(estimates, shared_images)
-            by_seed = {seed: entry[name]["value"] for seed, entry in zip(seeds, entries, strict=True)}
-            joint[name] = {"value": value, "ci95": ci95, "by_seed": by_seed}
-    return joint
-
-
-def join_rows(by_seed: list[list[dict[str, Any]]], key: str, value: str, shared_images: bool) -> list[dict[str, Any]]:
-    """Return rows of `key`, `value` and "ci95" of all seeds, from those of each; rows that one lacks are left out."""
-    joint = []
-    for rows in _rows_of_all(by_seed, key):
-        mean, ci95 = mean_over_seeds([(row[value], row["ci95"]) for row in rows], shared_images)
-        joint.append({key: rows[0][key], value: mean, "ci95": ci95})
-    return joint
-
-
-def _rows_of_all(by_seed: list[list[dict[str, Any]]], key: str) -> list[tuple[dict[str, Any], ...]]:
-    """Return for each value of `key` that all seeds have, in the order of the first one, their rows."""
-    indexed = [{row[key]: row for row in rows} for rows in by_seed]
-    return [tuple(rows[k] for rows in indexed) for k in indexed[0] if all(k in rows for rows in indexed)]
+    joint = {"seeds": seeds} | join_entries(seeds, entries, shared)
+    if len({entry["control_is"] for entry in entries}) > 1:
+        joint |= {"control": None, "control_is": None}
+        joint.pop("recovery_beyond_control", None)
+    return {key: value for key, value in joint.items() if key not in ("seed", "data_fingerprint")}
 
 
 def task_table(results: list[dict[str, Any]], label: dict[str, dict[str, str]]) -> Rows:

@@ -12,14 +12,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from llava_bidir.common.bootstrap import Estimate
-from probes.analyses.knockout.inference import class_effects, criterion_shifts, look_alikes
+from probes.analyses import ANALYSES
+from probes.analyses.base import Claim
+from probes.analyses.knockout.contrasts import control_of, patch_contrasts, rate_effects
+from probes.analyses.knockout.inference import criterion_shifts
 from probes.analyses.starvation.run import gap_estimates
+from probes.results.formatting import Rows
 from probes.results.probe_run import ProbeRun
+from probes.results.study import MASKS, Study
 
-from .effects import drop_and_recovery
+from .effects import drop_and_recovery, estimate_to_json, subtract
 from .path import path_rows
-from .study import MASKS, Rows, Study
+from .truth import read_truth
 from .verdicts import (
     HOLDS,
     Comparison,
@@ -30,8 +34,7 @@ from .verdicts import (
     correct_for_claims,
     judge,
     judge_draws,
-    mean_effect,
-    minus_mean,
+    margin_column,
     path_column,
     unconverged,
     untested,
@@ -39,18 +42,18 @@ from .verdicts import (
 
 log = logging.getLogger(__name__)
 
-# claim -> (claimed sign, text)
-CLAIMS: dict[str, tuple[int, str]] = {
-    "adapter_drop": (+1, "Segmentation drops at the adapter: encoder mIoU minus adapter mIoU (Sec. 3.1)"),
-    "recovery": (+1, "LLM layers recover it after the adapter: best layer's mIoU minus the adapter's (Sec. 3.2)"),
-    "recovery_trained": (+1, "The recovery comes from training: recovery minus that of the untrained model"),
-    "starvation": (+1, "Patch 0 starves under causal attention: bidirectional minus causal accuracy (Sec. 5.1)"),
-    "starvation_first_row": (+1, "The first row starves under causal attention: bidirectional minus causal accuracy"),
-    "knockout_incorrect": (-1, "Blocking the wrong class speeds correction: change in wrong patches left (Sec. 4.1)"),
-    "knockout_correct": (+1, "Blocking the correct class impairs correction: change in wrong patches left (Sec. 4.2)"),
-    "knockout_specificity": (+1, "The effect is class-specific: correct minus wrong class, less the same at random"),
-}  # fmt: skip
-
+CLAIMS: dict[str, Claim] = {
+    "adapter_drop": Claim(
+        +1, "Segmentation drops at the adapter: encoder mIoU minus adapter mIoU (Sec. 3.1)", "adapter drop"
+    ),
+    "recovery": Claim(
+        +1, "LLM layers recover it after the adapter: best layer's mIoU minus the adapter's (Sec. 3.2)", "recovery"
+    ),
+    "recovery_trained": Claim(
+        +1, "The recovery comes from training: recovery minus that of the untrained model", "recovery from training"
+    ),
+    **{name: claim for analysis in ANALYSES.values() for name, claim in analysis.claims.items()},
+}
 
 Key = tuple[str, str]  # claim, mask
 Measured = dict[Key, Effect]
@@ -62,17 +65,17 @@ class Numbers(NamedTuple):
     main: Measured  # trained probes where there are some, else solved ones
     control: Measured  # the same, of the untrained model
     solved: Measured
-    draws: dict[tuple[str, bool], list[Measured]]  # by random part, and whether probes are solved
     comparisons: dict[tuple[str, str, str], Comparison]  # with draws, by claim, mask and kind of probes
+    tokens: str  # "random" or "matched": what a knockout blocks in place of a class
 
 
 def evaluate_claims(study: Study) -> list[dict[str, Any]]:
     """Return all claims that the runs of a study allow: {"claim", "image_attention", "value", "ci95", "holds", ...}.
 
     Each entry also has "verdicts", "supported" and "conclusion" of `verdicts.py`; "p" of the conclusion, and "p_holm",
-    corrected for the number of claims; "text"; "control": the same number for the untrained model, or None; and "n":
-    the images, for a knockout also the classes, that it is a mean over. "value", "ci95" and "holds" are those of the
-    main runs.
+    corrected for the number of claims; "truth" if it is known (`truth.py`); "text"; "control": the same number for the
+    untrained model, or None; and "n": the images, for a knockout also the mistaken patches, that it is a mean over.
+    "value", "ci95" and "holds" are those of the main runs, as the paper measures them.
     """
     numbers, path = _measure_all(study), path_rows(study)
     claims = [
@@ -86,64 +89,59 @@ def evaluate_claims(study: Study) -> list[dict[str, Any]]:
 
 
 def _entry(study: Study, claim: str, mask: str, numbers: Numbers, path: Rows) -> dict[str, Any]:
-    (sign, text), key = CLAIMS[claim], (claim, mask)
-    mean, control = mean_effect(numbers.main[key]), numbers.control.get(key)
+    (sign, text, _), key, run = CLAIMS[claim], (claim, mask), study.trained[mask]
+    number, control, truth = numbers.main[key], numbers.control.get(key), read_truth(run, CLAIMS).get(claim)
     path = [row for row in path if (row["effect"], row["image_attention"], row["measure"]) == (*key, "miou")]
     verdicts = {
         "paper": _paper_column(study, claim, mask, numbers),
         "optimum": _optimum_column(study, claim, mask, numbers, path),
         "beyond_random": _beyond_random_column(study, claim, mask, numbers),
     }
+    measured = estimate_to_json(number.in_paper)
     return {
         "claim": claim,
         "image_attention": mask,
-        **mean.to_json(),
-        "holds": judge(sign, mean.value, mean.ci95) == HOLDS,
+        **measured,
+        "holds": judge(sign, **measured) == HOLDS,
         "verdicts": verdicts,
         **conclude(verdicts),
+        **({"truth": truth} if truth else {}),
         "text": text,
-        "control": control and mean_effect(control).to_json(),
-        "n": numbers.main[key].counts,
-        **({"criterion_shifts": criterion_shifts(study.trained[mask])} if claim.startswith("knockout") else {}),
+        "control": control and estimate_to_json(control.in_paper),
+        "n": number.counts,
+        **({"criterion_shifts": criterion_shifts(run)} if claim.startswith("knockout") else {}),
     }
 
 
 def _measure_all(study: Study) -> Numbers:
-    controls = {mask: study.control(mask) for mask in study.trained}
+    controls = {mask: run for mask in study.trained if (run := study.control(mask))}
+    tokens = control_of(study.members)
     main_site, solved_site = (next((run.peak_layer for run in r.values()), None) for r in (study.trained, study.solved))
-    main = measure(study.trained, main_site)
-    control = measure({mask: run for mask, run in controls.items() if run}, main_site)
+    main, control = measure(study.trained, main_site, tokens), measure(controls, main_site, tokens)
     _add_recovery_trained(main, control)
-    draws = {
-        (part, solved): [measure(runs, site) for runs in study.random_draws(part, solved)]
-        for part, sites in (("llm", (solved_site, main_site)), ("adapter", (None, None)))
-        for solved, site in zip((True, False), sites, strict=True)
-    }
     solved = main
     if study.solved != study.trained:
-        solved = measure(study.solved, solved_site)
-        _add_recovery_trained(solved, measure(study.solved_untrained, solved_site))
-    return Numbers(main, control, solved, draws, _compare_all(main, solved, draws))
+        solved = measure(study.solved, solved_site, tokens)
+        _add_recovery_trained(solved, measure(study.solved_untrained, solved_site, tokens))
+    comparisons = {}
+    for kind, measured, site in (("solved", solved, solved_site), ("trained", main, main_site)):
+        draws = {
+            part: [measure(runs, site, tokens) for runs in study.random_draws(part, kind == "solved")]
+            for part in ("llm", "adapter")
+        }
+        for key, effect in measured.items():
+            of_draws = [draw[key].estimate for draw in draws[_random_part(key[0])] if key in draw]
+            if effect.estimate and len(of_draws) >= 2 and all(of_draws):
+                comparisons[*key, kind] = compare_to_draws(effect.estimate, of_draws)
+    return Numbers(main, control, solved, comparisons, tokens)
 
 
 def _add_recovery_trained(trained: Measured, untrained: Measured) -> None:
     """Add "recovery_trained", recovery minus that of the untrained model, under the masks that both have."""
     for claim, mask in [*trained]:
         if claim == "recovery" and (claim, mask) in untrained:
-            trained["recovery_trained", mask] = minus_mean(trained[claim, mask], [untrained[claim, mask]])
-
-
-def _compare_all(
-    main: Measured, solved: Measured, draws: dict[tuple[str, bool], list[Measured]]
-) -> dict[tuple[str, str, str], Comparison]:
-    """Return the comparison of each claim with at least two draws."""
-    comparisons = {}
-    for measured, kind in ((solved, "solved"), (main, "trained")):
-        for key, effect in measured.items():
-            of_draws = [draw[key] for draw in draws[_random_part(key[0]), kind == "solved"] if key in draw]
-            if len(of_draws) >= 2 and set(effect.by_unit).intersection(*(draw.by_unit for draw in of_draws)):
-                comparisons[*key, kind] = compare_to_draws(effect, of_draws)
-    return comparisons
+            own, other = trained[claim, mask], untrained[claim, mask].estimate
+            trained["recovery_trained", mask] = own._replace(estimate=subtract(own.estimate, other))
 
 
 def _random_part(claim: str) -> str:
@@ -151,34 +149,32 @@ def _random_part(claim: str) -> str:
     return "adapter" if claim == "adapter_drop" else "llm"
 
 
-def measure(runs: Mapping[str, ProbeRun], site: str | None) -> Measured:
+def measure(runs: Mapping[str, ProbeRun], site: str | None, tokens: str) -> Measured:
     """Return the number of each claim from runs of one kind, by mask.
 
     Starvation compares the masks at `site`, the best layer of the trained model for its controls too, or not at all.
+    Knockouts of classes are compared with blocked `tokens`, "random" or "matched".
     """
     numbers: Measured = {}
     for mask, run in runs.items():
+        images = {"images": run.metrics["images"]}
         estimates = drop_and_recovery(run.sites, run.counts, run.weights, run.groups)
-        numbers |= {(claim, mask): one(estimate, run) for claim, estimate in estimates.items()}
-        units = look_alikes(run)
-        for claim, by_class in class_effects(run).items():
-            if claim in CLAIMS:
-                numbers[claim, mask] = Effect(
-                    by_class, {"images": run.metrics["images"], "classes": len(by_class)}, units
-                )
+        numbers |= {(claim, mask): Effect(estimate, images) for claim, estimate in estimates.items()}
+        contrasts = patch_contrasts(run, tokens)
+        for claim, in_paper in rate_effects(run).items():
+            effect = Effect(None, images, in_paper)
+            if claim in contrasts:
+                estimate, counts, over_pairs = contrasts[claim]
+                effect = Effect(estimate, counts, in_paper, over_pairs)
+            numbers[claim, mask] = effect
     pair = [runs[mask] for mask in MASKS if mask in runs]
     if len(pair) == 2 and pair[0].is_solved == pair[1].is_solved and all(site in run.sites for run in pair):
         for claim, estimate in gap_estimates(*pair, site).items():
             if math.isnan(estimate[0]):  # e.g. the padding of landscape photos
                 log.warning("%s has no labelled pixel there; the claim %s is left out", pair[0].path, claim)
             else:
-                numbers[claim, "causal"] = one(estimate, pair[0])
+                numbers[claim, "causal"] = Effect(estimate, {"images": pair[0].metrics["images"]})
     return numbers
-
-
-def one(estimate: Estimate, run: ProbeRun) -> Effect:
-    """Return an effect that is one number over all images of a run."""
-    return Effect({"": estimate}, {"images": run.metrics["images"]})
 
 
 def _compared_masks(claim: str, mask: str) -> Sequence[str]:
@@ -187,34 +183,44 @@ def _compared_masks(claim: str, mask: str) -> Sequence[str]:
 
 def _paper_column(study: Study, claim: str, mask: str, numbers: Numbers) -> dict[str, Any]:
     """Return the column "paper" from trained probes, with the distance of the effect from that at the optimum."""
-    effect = numbers.main[claim, mask]
-    value, ci95, _ = mean_effect(effect)
+    measured = estimate_to_json(estimate := numbers.main[claim, mask].in_paper)
     if study.trained[mask].is_solved:
         reason = f"the number is that of solved probes: run {_command('fit', study, mask)}, the paper's recipe"
-        return untested(reason, value, ci95, probes="solved")
+        return untested(reason, **measured, probes="solved")
     solved = numbers.solved.get((claim, mask))
-    shared = solved and solved.by_unit.keys() & effect.by_unit.keys()
-    below = mean_effect(minus_mean(solved, [effect])).to_json() if shared else None
-    return column(CLAIMS[claim][0], value, ci95, probes="trained", below_optimum=below)
+    below = solved and estimate_to_json(subtract(solved.in_paper, estimate))
+    return column(CLAIMS[claim].sign, **measured, probes="trained", below_optimum=below)
 
 
 def _optimum_column(study: Study, claim: str, mask: str, numbers: Numbers, path: Rows) -> dict[str, Any]:
     """Return the column "optimum": at three strengths where the claim has them, else from the chosen probes."""
-    sign, solved = CLAIMS[claim][0], study.solved
+    sign, solved = CLAIMS[claim].sign, study.solved
     missing = [name for name in _compared_masks(claim, mask) if name not in solved]
     if missing:
         return untested(f"no solved probes: run {_command('solve', study, missing[0])}")
-    reasons = [reason for name in _compared_masks(claim, mask) if (reason := unconverged(solved[name], claim))]
     if path:
-        control = study.solved_untrained.get(mask)
-        return path_column(sign, path, (reasons or [control and unconverged(control, claim)])[0])
+        controls = [study.solved_untrained.get(mask)] if claim == "recovery_trained" else []
+        return path_column(sign, path, unconverged([solved[mask], *controls], claim))
     if claim == "recovery_trained":
         options = "--model.untrained '[adapter, llm]'"
         return untested(f"no solved run of the untrained model: run {_command('solve', study, mask, options)}")
     if (claim, mask) not in numbers.solved:
         return untested(f"no knockout of the solved probes: run `probes knockout --probes {solved[mask].path}`")
-    mean = mean_effect(numbers.solved[claim, mask])
-    return untested(reasons[0], mean.value, mean.ci95) if reasons else mean.column(sign)
+    effect = numbers.solved[claim, mask]
+    if effect.estimate is None:
+        return untested(_no_contrast(solved[mask]))
+    measured = estimate_to_json(effect.estimate)
+    if reason := unconverged([solved[name] for name in _compared_masks(claim, mask)], claim):
+        return untested(reason, **measured)
+    more = {"over_pairs": effect.over_pairs, "tokens": numbers.tokens} if effect.over_pairs else {}
+    return margin_column(sign, **measured, **more)
+
+
+def _no_contrast(run: ProbeRun) -> str:
+    return (
+        f"the knockout of {run.path} has no two classes that are mistaken for each other, in enough images: run "
+        f"`probes knockout --probes {run.path} --classes` with both classes of a pair"
+    )
 
 
 def _beyond_random_column(study: Study, claim: str, mask: str, numbers: Numbers) -> dict[str, Any]:
@@ -230,15 +236,19 @@ def _beyond_random_column(study: Study, claim: str, mask: str, numbers: Numbers)
     for kind in ("solved", "trained"):
         if comparison := found.get((claim, mask, kind)):
             masks = [of for name, of, probes in found if (name, probes) == (claim, kind)]
-            if part == "adapter":
-                same = {"same_draws_as": masks[0]} if masks[0] != mask else {}
-                return judge_draws(CLAIMS[claim][0], comparison) | {"probes": kind} | same
-            others = [found[claim, of, kind] for of in masks if of != mask]
-            return judge_draws(CLAIMS[claim][0], comparison, others) | {"probes": kind}
+            others = [found[claim, of, kind] for of in masks if of != mask and part == "llm"]
+            same = {"same_draws_as": masks[0]} if part == "adapter" and masks[0] != mask else {}
+            judged = judge_draws(CLAIMS[claim].sign, comparison, others) | {"probes": kind} | same
+            draws = study.random_draws(part, solved=True) if kind == "solved" else []
+            runs = [draw.get(name) for draw in draws for name in _compared_masks(claim, mask)]
+            reason = unconverged(runs, claim)
+            return untested(reason, judged["value"], judged["ci95"], probes=kind) if reason else judged
     draws = {len(study.random_draws(part, solved)) for solved in (True, False)}
     if max(draws) >= 2:
         runs = f"the runs with a random {part}"
         if claim.startswith("knockout"):
+            if numbers.main[claim, mask].estimate is None:
+                return untested(_no_contrast(study.trained[mask]))
             return untested(f"draws without this analysis: run `probes knockout` on {runs}, with the same --classes")
         return untested(f"fewer than two draws under the same mask: solve {runs} under each mask")
     options = "-c configs/probes/matched.yaml" if part == "llm" else "--model.untrained '[adapter]'"

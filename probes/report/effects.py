@@ -107,6 +107,6 @@ def drop_and_recovery(
     return effects_of_sites(miou_estimates(counts, site_of_image, weights)) if site_of_image else {}
 
 
-def estimates_to_json(estimates: dict[Any, Estimate]) -> dict[Any, dict[str, Any]]:
-    """Return each value and its 95% interval."""
-    return {name: {"value": estimate[0], "ci95": interval(*estimate)} for name, estimate in estimates.items()}
+def estimate_to_json(estimate: Estimate) -> dict[str, Any]:
+    """Return a value and its 95% interval."""
+    return {"value": estimate[0], "ci95": interval(*estimate)}

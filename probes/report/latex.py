@@ -3,9 +3,10 @@
 from typing import Any
 
 from llava_bidir.common.latex import latex_table
+from probes.results.formatting import Rows, format_difference, format_p, format_percent
+from probes.results.study import Study
 
-from .study import Rows, Study
-from .summary_text import COLUMN_TITLES, format_difference, format_p, format_percent
+from .summary_text import COLUMN_TITLES
 
 
 def format_tables(study: Study, claims: list[dict[str, Any]], knockout: Rows) -> str:
@@ -45,9 +46,11 @@ def _score(entry: dict[str, Any]) -> str:
 
 
 def _claim_rows(claims: list[dict[str, Any]]) -> list[list[str]]:
-    rows = [["claim", "image attention", *(title.lower() for title in COLUMN_TITLES.values()), "conclusion"]]
+    known = ["truth"] if any("truth" in claim for claim in claims) else []
+    rows = [["claim", "image attention", *(title.lower() for title in COLUMN_TITLES.values()), *known, "conclusion"]]
     for claim in claims:
         cells = [f"{format_difference(v)} {v['verdict']}".strip() for v in claim["verdicts"].values()]
+        cells += [claim.get(key, "") for key in known]
         rows.append([claim["claim"].replace("_", " "), claim["image_attention"], *cells, claim["conclusion"]])
     return rows
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from llava_bidir.common.bootstrap import RESAMPLINGS, interval, p_values, random_swaps
 from probes.evaluation.bootstrap import dataset_scores, resampled_scores, swapped_scores
 from probes.models.sites import ADAPTER, ENCODER, FINAL_NORM
+from probes.results.study import Study
 
 from .effects import drop_and_recovery, select_sites, subtract
-from .study import Study
 
 ALPHA = 0.05
 

@@ -25,73 +25,62 @@ import matplotlib as mpl
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.analyses.knockout.inference import knockout_inference
-from probes.report.figures.beyond_classes import task_figures
-from probes.report.figures.catalogue import study_figures
-from probes.report.figures.layer_curves import overview_figures
-from probes.report.figures.seeds import seed_figures
-from probes.report.figures.style import STYLE, ReportFigure
+from probes.analyses.knockout.control_figures import effect_rows
+from probes.analyses.style import STYLE, ReportFigure
+from probes.analyses.templates import render
+from probes.results import formatting
 from probes.results.finished_run import warn_of_changed_data
+from probes.results.formatting import Rows
+from probes.results.paper import PAPER
+from probes.results.study import Study, overridden_masks, read_studies
 from probes.results.task_run import TaskRun, finished_runs, open_run
 from probes.tasks import SEGMENTATION, TASKS
 
 from . import latex, summary_text, tables
-from .answers import answer_tables, study_answers
 from .beyond_classes import joint_task_results, read_task_runs, task_results, task_table
 from .claims import evaluate_claims
-from .confusion import most_confused_pairs
-from .mask_comparison import compare_masks
-from .paper import PAPER
-from .path import path_verdicts, sites_at_edge
+from .figures.beyond_classes import task_figures
+from .figures.layer_curves import overview_figures
+from .figures.seeds import seed_figures
+from .sections import PageSection, study_sections
 from .seeds import joint_studies
-from .study import Rows, Study, overridden_masks, read_studies, total_wall_s
-from .summary_text import MASKS_SECTION, format_interval, format_points
 from .task_starvation import joint_task_starvation, starvation_table, task_starvation
-from .templates import render
 from .verdicts import MARGIN
 
-Sections = dict[str, list[tuple[ReportFigure, str]]]  # by title: figures, each with its PNG in base64
+Drawn = list[tuple[ReportFigure, str]]  # figures, each with its PNG in base64
 Files = dict[Path, str | bytes]  # contents by path, not yet written
 
-FILTERS = {"points": format_points, "interval": format_interval}
-FILTERS |= {"percent": summary_text.format_percent, "p": summary_text.format_p}
-FILTERS |= {"verdict_reasons": summary_text.verdict_reasons, "count": summary_text.format_count}
-FILTERS |= {"shift_sentences": summary_text.shift_sentences, "claim_notes": summary_text.claim_notes}
-FILTERS |= {"describe_column": summary_text.describe_column}
+FILTERS = {"points": formatting.format_points, "percent": formatting.format_percent, "p": formatting.format_p}
+FILTERS |= {"difference": formatting.format_difference, "verdict_reasons": summary_text.verdict_reasons}
+FILTERS |= {"count": summary_text.format_count, "claim_notes": summary_text.claim_notes}
+FILTERS |= {"describe_column": summary_text.describe_column, "by_claim": summary_text.group_claims}
+FILTERS |= {"summary": summary_text.summarize_claims, "effect": summary_text.format_effect}
 FILTERS |= {"anchor": lambda text: "".join(c if c.isalnum() else "-" for c in text.lower())}
 
 
-def study_results(study: Study) -> dict[str, Any]:
+def study_results(study: Study, claims: list[dict[str, Any]], sections: list[PageSection]) -> dict[str, Any]:
     """Return the content of results.json for one model on one dataset."""
-    random = [run for kind in (study.solved_random, study.random) for runs in kind.values() for run in runs]
-    scores = lambda run: {"probing": run.metrics, "knockout": run.analysis("knockout.json")}
-    by_mask = lambda compute, runs: {mask: result for mask, run in runs.items() if (result := compute(run))}
-    asked = study_answers(study)
-    spoken = lambda mask, run: {
+    by_mask = [entries for section in sections for entries in section.content.by_mask.items()]
+    entry = lambda mask, run: {
+        "probing": run.metrics,
         "answer_accuracy": run.training.get("val/answer_accuracy"),  # None if not recorded
-        "answers": asked.get(mask),  # None without `probes answers`
-        "patching": (study.solved.get(mask) or study.trained[mask]).analysis("patching.json"),
+        **{name: found[mask] for name, found in by_mask},
     }
-    return {
+    random = {mask: [run for run in study.random if run.metrics["image_attention"] == mask] for mask in study.masks}
+    results = {
         "model": study.model,
         "dataset": study.dataset,
         "seed": study.first.metrics["seed"],
-        "masks": {mask: scores(run) | spoken(mask, run) for mask, run in study.trained.items()},
+        "masks": {mask: entry(mask, run) for mask, run in study.trained.items()},
         "controls": {
-            "untrained": {mask: scores(run) for mask, run in study.untrained.items()},
-            "random": {
-                mask: [scores(run) for run in random if run.metrics["image_attention"] == mask]
-                for mask in study.solved_random | study.random
-            },
+            "untrained": {mask: {"probing": run.metrics} for mask, run in study.untrained.items()},
+            "random": {mask: [{"probing": run.metrics} for run in runs] for mask, runs in random.items() if runs},
         },
-        "starvation": study.starvation(),
-        "claims": evaluate_claims(study),
-        "knockout_inference": by_mask(knockout_inference, study.trained),
-        "paired": compare_masks(study),
-        "path": path_verdicts(study),
-        "path_at_edge": {mask: sites_at_edge(run) for mask, run in study.solved.items()},
-        "confusion": by_mask(most_confused_pairs, study.trained),
+        "claims": claims,
     }
+    for section in sections:
+        results |= section.content.results
+    return results
 
 
 def write_report(
@@ -110,8 +99,8 @@ def write_report(
     others = read_task_runs(task_runs)
     studies, out = read_studies(paths), Path(out)
     warn_of_changed_data([*(study.first for study in studies), *others])
-    with exclusive_run_lock(out):
-        return _write_files(studies, out, total_wall_s(Path(timings)) if timings else None, others)
+    with exclusive_run_lock(out), mpl.rc_context(STYLE):
+        return _write_files(studies, out, summary_text.total_wall_s(Path(timings)) if timings else None, others)
 
 
 def _write_files(studies: list[Study], out: Path, wall_s: float | None, task_runs: list[TaskRun]) -> dict[str, Any]:
@@ -123,20 +112,18 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None, task_run
     files |= _csv_files(comparison | task_rows, out)
     by_study = [part["results"] for part in parts]
     joint = joint_studies(studies, by_study)
+    of_seeds = {key: _draw(figures, out, files) for key, figures in seed_figures(studies).items()}
     page = render(
-        "page.html.j2",
+        "report/page.html.j2",
         FILTERS,
         parts=parts,
-        joint=[entry | {"summary": summary_text.summarize_claims(entry["claims"])} for entry in joint],
-        joint_figures=_draw_figures(seed_figures(studies), out, files),
-        overview={} if single else _draw_figures(overview_figures(studies), out, files),
+        joint=[entry | {"figures": of_seeds[entry["model"], entry["dataset"]]} for entry in joint],
+        overview=[] if single else _draw(overview_figures(studies), out, files),
         tables=comparison,
-        task_figures=_draw_figures(task_figures(task_runs, tasks), out, files),
+        task_figures=_draw(task_figures(task_runs, tasks), out, files),
         task_tables=task_rows,
         paper=PAPER,
         wall_s=wall_s,
-        masks_section=MASKS_SECTION,
-        answers_section=summary_text.ANSWERS_SECTION,
         columns=summary_text.COLUMN_TITLES,
         marks=summary_text.MARKS,
         explorer=(out / "explorer.html").is_file(),
@@ -175,42 +162,41 @@ def _task_parts(runs: list[TaskRun]) -> tuple[dict[str, list[dict[str, Any]]], d
 
 def _build_part(study: Study, out: Path, folder: str, files: Files) -> dict[str, Any]:
     """Return what the template reads about a study; add its figures and tables, in `folder` of `out`, to `files`."""
-    results, out = study_results(study), out / folder
-    part = {
+    claims, out = evaluate_claims(study), out / folder
+    sections = study_sections(study, claims)
+    results = study_results(study, claims, sections)
+    drawn = [(section, _draw(section.content.figures, out, files)) for section in sections]
+    for section in sections:
+        files |= _csv_files(section.content.tables, out)
+    knockouts = [entry["knockout"] for entry in results["masks"].values() if entry["knockout"]]
+    effects = [row for knockout in knockouts for row in effect_rows(knockout)]
+    files[out / "tables.tex"] = latex.format_tables(study, claims, effects)
+    return {
         "study": study,
         "folder": folder,
         "results": results,
-        "claims_summary": summary_text.summarize_claims(results["claims"]),
-        "summaries": summary_text.summarize_sections(results),
-        "sections": _draw_figures(study_figures(study, results), out, files),
-        "tables": tables.study_tables(study, results) | answer_tables(results),
+        "first": drawn[0][1].pop(0),
+        "sections": [(section, figures) for section, figures in drawn if figures],
         "overridden_masks": overridden_masks(study),
-        "solved_main": study.first.is_solved,
     }
-    files |= _csv_files(part["tables"], out)
-    drawn = [figure for section in part["sections"].values() for figure, _ in section]
-    knockout = [row for figure in drawn if figure.name.startswith("knockout_controls") for row in figure.data.rows]
-    files[out / "tables.tex"] = latex.format_tables(study, results["claims"], knockout)
-    return part
 
 
 def _csv_files(rows_by_name: dict[str, Rows], out: Path) -> Files:
-    return {out / f"{name}.csv": tables.format_csv(rows) for name, rows in rows_by_name.items() if rows}
+    return {out / f"{name}.csv": formatting.format_csv(rows) for name, rows in rows_by_name.items() if rows}
 
 
-def _draw_figures(figures: Iterable[ReportFigure], out: Path, files: Files) -> Sections:
-    """Draw figures, add their files to `files`, and return them by section with the PNG for the page."""
-    sections: Sections = {}
-    with mpl.rc_context(STYLE):
-        for figure in figures:
-            png, pdf = io.BytesIO(), io.BytesIO()
-            figure.data.figure.savefig(png, format="png")
-            figure.data.figure.set_layout_engine("none")  # keep the layout instead of computing it again
-            figure.data.figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
-            files |= {out / f"{figure.name}.pdf": pdf.getvalue(), out / f"{figure.name}.png": png.getvalue()}
-            files |= _csv_files({figure.name: figure.data.rows}, out)
-            sections.setdefault(figure.section, []).append((figure, base64.b64encode(png.getvalue()).decode()))
-    return sections
+def _draw(figures: Iterable[ReportFigure], out: Path, files: Files) -> Drawn:
+    """Draw figures, add their files to `files`, and return them with the PNG for the page."""
+    drawn: Drawn = []
+    for figure in figures:
+        png, pdf = io.BytesIO(), io.BytesIO()
+        figure.data.figure.savefig(png, format="png")
+        figure.data.figure.set_layout_engine("none")  # keep the layout instead of computing it again
+        figure.data.figure.savefig(pdf, format="pdf", metadata={"CreationDate": None})
+        files |= {out / f"{figure.name}.pdf": pdf.getvalue(), out / f"{figure.name}.png": png.getvalue()}
+        files |= _csv_files({figure.name: figure.data.rows}, out)
+        drawn.append((figure, base64.b64encode(png.getvalue()).decode()))
+    return drawn
 
 
 def run(args: argparse.Namespace) -> None:

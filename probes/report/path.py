@@ -23,10 +23,11 @@ from llava_bidir.common.bootstrap import simultaneous_band
 from probes.evaluation.metrics import Counts
 from probes.models.sites import ADAPTER, ENCODER
 from probes.results.finished_run import FinishedRun
+from probes.results.formatting import Rows
 from probes.results.probe_run import ProbeRun
+from probes.results.study import Study
 
 from .effects import BEST_LAYER, Estimate, effects_of_sites, miou_estimates, read_sites, sites_of_effects, subtract
-from .study import Rows, Study
 
 ROWS = {"stronger": -1, "chosen": 0, "weaker": 1}  # steps along the path, which runs from strong to weak
 EFFECTS = {"adapter_drop": (ENCODER, ADAPTER), "recovery": (BEST_LAYER, ADAPTER)}  # the sites that each reads

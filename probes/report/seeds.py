@@ -6,14 +6,16 @@ seeds share are not part of it; their interval and that over seeds are then adde
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import scipy.stats
 import torch
 
+from probes.results.study import Study
+
 from .claims import CLAIMS
-from .study import Study
-from .verdicts import COLUMNS, HOLDS, UNTESTED, Mean, column, conclude, correct_for_claims, judge, untested
+from .verdicts import COLUMNS, HOLDS, UNTESTED, column, conclude, correct_for_claims, judge, margin_column, untested
 
 
 def joint_studies(studies: list[Study], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -56,7 +58,7 @@ def _joint_claims(
         entries = {seed: claims[claim, mask] for seed, claims in by_key.items() if (claim, mask) in claims}
         if len(entries) < 2:
             continue
-        sign, text = CLAIMS[claim]
+        (sign, text, _), truths = CLAIMS[claim], {entry.get("truth") for entry in entries.values()}
         columns = {name: {seed: entry["verdicts"][name] for seed, entry in entries.items()} for name in COLUMNS}
         verdicts = {name: join_column(sign, by_seed, shared_images) for name, by_seed in columns.items()}
         value, ci95 = verdicts["paper"]["value"], verdicts["paper"]["ci95"]  # the numbers of the main runs
@@ -64,6 +66,7 @@ def _joint_claims(
             {"claim": claim, "image_attention": mask, "text": text, "value": value, "ci95": ci95}
             | {"holds": value is not None and judge(sign, value, ci95) == HOLDS, "verdicts": verdicts}
             | {**conclude(verdicts), "n": {"seeds": len(entries)}}
+            | ({"truth": truths.pop()} if len(truths) == 1 and None not in truths else {})
         )
     correct_for_claims(joint)
     return {"claims": joint, "left_out": left_out}
@@ -88,9 +91,9 @@ def join_column(sign: int, by_seed: dict[int, dict[str, Any]], shared_images: bo
     if len(judged) < 2:
         return untested(reason, value, ci95, **more)
     if "p" in entries[0]:
-        return Mean(value, ci95, len(entries) - 1).column(sign, **more)
-    below = [entry["below_optimum"] for entry in entries]  # the column "paper"
-    more["below_optimum"] = dict(zip(("value", "ci95"), join(below), strict=True)) if all(below) else None
+        return margin_column(sign, value, ci95, len(entries) - 1, **more)
+    below = [entry["below_optimum"] for entry in entries if entry["below_optimum"]]  # the column "paper"
+    more["below_optimum"] = dict(zip(("value", "ci95"), join(below), strict=True)) if len(below) > 1 else None
     return column(sign, value, ci95, **more)
 
 
@@ -98,6 +101,28 @@ def _same_probes(by_seed: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]
     """Return the seeds whose probes are of the most frequent kind."""
     kinds = [entry.get("probes") for entry in by_seed.values()]
     return {seed: x for seed, x in by_seed.items() if x.get("probes") == max(kinds, key=kinds.count)}
+
+
+def join_entries(seeds: Sequence[Any], entries: Sequence[Any], shared_images: bool) -> Any:
+    """Return what the entries of the seeds, which have the same shape, are together.
+
+    Estimates {"value", "ci95"} are joined, and have "by_seed"; a key or a row that a seed lacks is left out; yes or no
+    is yes if all say so; other things are kept where all seeds have the same.
+    """
+    first, join = entries[0], lambda parts: join_entries(seeds, list(parts), shared_images)
+    if isinstance(first, list):  # rows, told apart by their first key
+        key = next(iter(first[0]), None) if first else None
+        indexed = [{row[key]: row for row in rows} for rows in entries]
+        return [join(rows[name] for rows in indexed) for name in indexed[0] if all(name in rows for rows in indexed)]
+    if isinstance(first, bool):
+        return all(entries)
+    if not isinstance(first, dict):
+        return first if all(entry == first for entry in entries) else None
+    if not {"value", "ci95"} <= first.keys():
+        return {key: join(entry[key] for entry in entries) for key in first if all(key in entry for entry in entries)}
+    value, ci95 = mean_over_seeds([(entry["value"], entry["ci95"]) for entry in entries], shared_images)
+    by_seed = {seed: entry["value"] for seed, entry in zip(seeds, entries, strict=True)}
+    return first | {"value": value, "ci95": ci95, "by_seed": by_seed}
 
 
 def mean_over_seeds(estimates: list[tuple[float, list[float]]], shared_images: bool) -> tuple[float, list[float]]:

@@ -1,16 +1,15 @@
 """Summarise the numbers of a study in sentences for the page."""
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
-from .answers import answers_by_mask, summarize_answers
+from llava_bidir.common.errors import error_context
+from probes.results.formatting import format_difference, format_interval, format_p, format_points
+
 from .mask_comparison import ALPHA
 from .path import EVERYWHERE, NOWHERE
 from .verdicts import FAILS, HOLDS, MARGIN, REVERSED, UNTESTED
-
-MASKS_SECTION = "Bidirectional vs. causal attention"
-ANSWERS_SECTION = "Answers"
-PATH_SECTION = "Probes at neighbouring strengths of regularisation"
 
 COLUMN_TITLES = {"paper": "As the paper measures it", "optimum": "At the optimum", "beyond_random": "Beyond random"}
 MARKS = {HOLDS: "✓", FAILS: "✗", REVERSED: "✗", UNTESTED: "–"}
@@ -19,58 +18,46 @@ EFFECT_NAMES |= {"recovery_trained": "recovery minus that of the untrained model
 MEASURE_NAMES = {"miou": "mIoU", "cross_entropy": "cross-entropy"}
 
 
-def format_percent(value: float | None, digits: int = 1) -> str:
-    """Return a fraction in percent, without the sign %."""
-    return "–" if value is None else f"{100 * value:.{digits}f}"
-
-
-def format_points(value: float | None, digits: int = 1) -> str:
-    """Return a difference of fractions in percentage points, with its sign."""
-    return "–" if value is None else f"{100 * value:+.{digits}f}".replace("-", "−")
-
-
-def format_p(value: float | None) -> str:
-    """Return a p-value with three decimals, or four below 0.01."""
-    return "–" if value is None else f"{value:.4f}" if value < 0.01 else f"{value:.3f}"
-
-
-def format_interval(ci95: list[float], digits: int = 1) -> str:
-    """Return an interval in percentage points."""
-    return f"[{format_points(ci95[0], digits)}, {format_points(ci95[1], digits)}]"
-
-
-def format_difference(entry: dict[str, Any]) -> str:
-    """Return an entry's value and interval in percentage points, "" without them."""
-    missing = entry["value"] is None or entry["ci95"] is None
-    return "" if missing else f"{format_points(entry['value'])} {format_interval(entry['ci95'])}"
-
-
 def format_count(n: dict[str, int]) -> str:
-    """Return the number of seeds, classes or images that a claim is a mean over."""
-    unit = next(unit for unit in ("seeds", "classes", "images") if unit in n)
+    """Return the number of seeds or images that a claim is a mean over."""
+    unit = "seeds" if "seeds" in n else "images"
     return f"{n[unit]} {unit}"
 
 
-def shift_sentences(inference: dict[str, dict[str, Any]]) -> list[str]:
-    """Return a sentence per mask about pairs of classes in which hiding either one moves the read-out the same way."""
-    return [
-        f"Criterion shift, {mask}: hiding either class moves the read-out towards "
-        + ", ".join(f"{entry['towards']} in {' / '.join(entry['classes'])}" for entry in shifted)
-        + "; there the effects are no evidence for anchors."
-        for mask, result in inference.items()
-        if (shifted := [entry for entry in result["criterion_shifts"] or [] if entry["shift"]])
-    ]
-
-
 def summarize_claims(claims: list[dict[str, Any]]) -> str:
-    """Return one sentence: how many claims are supported, and the conclusions about the others."""
-    supported = [claim for claim in claims if claim["supported"]]
-    others = Counter(claim["conclusion"] for claim in claims if not claim["supported"])
-    text = f"{len(supported)} of {len(claims)} claims are supported"
+    """Return how many of the tested claims are supported, what is concluded about the others, and how many are not."""
+    tested = [claim for claim in claims if claim["supported"] is not None]
+    supported = [claim for claim in tested if claim["supported"]]
+    others = Counter(claim["conclusion"] for claim in tested if not claim["supported"])
+    text = f"{len(supported)} of {len(tested)} tested claims are supported"
     if supported:
         text += ": " + ", ".join(f"{c['claim'].replace('_', ' ')} ({c['image_attention']})" for c in supported)
     why = ", ".join(f"{count} × {conclusion}" for conclusion, count in others.most_common())
-    return f"{text}. The others: {why}." if why else f"{text}."
+    text += f". The others: {why}." if why else "."
+    untested = len(claims) - len(tested)
+    return f"{text} Untested, so neither supported nor not: {untested} of {len(claims)}." if untested else text
+
+
+def group_claims(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return {"text", "source", "truth", "by_mask": {mask: claim}} for each claim that is tested under some mask.
+
+    "source" is the place in the paper or what is subtracted from what; "truth" that of a world in which it is known.
+    """
+    grouped: dict[str, dict[str, Any]] = {}
+    for claim in claims:
+        text, _, source = claim["text"].partition(": ")
+        entry = {"text": text, "source": source, "truth": claim.get("truth"), "by_mask": {}}
+        grouped.setdefault(claim["claim"], entry)["by_mask"][claim["image_attention"]] = claim
+    tested = lambda entry: any(claim["conclusion"] != UNTESTED for claim in entry["by_mask"].values())
+    return [entry for entry in grouped.values() if tested(entry)]
+
+
+def format_effect(claim: dict[str, Any]) -> list[str]:
+    """Return the effect that the conclusion is about: at the optimum, and where it holds there also beyond random."""
+    optimum, beyond = claim["verdicts"]["optimum"], claim["verdicts"]["beyond_random"]
+    effects = [claim if optimum["ci95"] is None else optimum]
+    effects += [beyond] if optimum["verdict"] == HOLDS and beyond["ci95"] else []
+    return [format_difference(effect) for effect in effects]
 
 
 def claim_notes(claims: list[dict[str, Any]]) -> list[str]:
@@ -79,10 +66,11 @@ def claim_notes(claims: list[dict[str, Any]]) -> list[str]:
     beyond = [entry for c in claims if (entry := c["verdicts"]["beyond_random"])["verdict"] != UNTESTED]
     notes = [f"At the optimum and beyond random, an effect counts from {100 * MARGIN:g} point."]
     if tested:
-        kept = sum(claim["supported"] and claim["p_holm"] < 0.05 for claim in claims)
+        supported = [claim for claim in claims if claim["supported"]]
+        kept = sum(claim["p_holm"] < 0.05 for claim in supported)
         notes.append(
             f"Verdicts are not corrected for the {len(tested)} claims that are tested; with Holm's correction, "
-            f"{kept} of {sum(claim['supported'] for claim in claims)} supported claims have p < 0.05."
+            f"{kept} of {len(supported)} supported claims have p < 0.05."
         )
     if any("same_as" in entry for entry in beyond):
         notes.append("Recovery and recovery trained share the column beyond random: one confirmation, not two.")
@@ -116,24 +104,17 @@ def describe_column(entry: dict[str, Any]) -> str:
 
 def format_claims(claims: list[dict[str, Any]]) -> str:
     """Return the claims as a table for the terminal: value, interval and verdict in each column; notes and reasons."""
-    rows = [["claim", "attention", *COLUMN_TITLES.values(), "conclusion", ""]]
+    known = ["truth"] if any("truth" in claim for claim in claims) else []
+    rows = [["claim", "attention", *COLUMN_TITLES.values(), *known, "conclusion", ""]]
     for claim in claims:
         cells = [f"{format_difference(v)} {v['verdict']}".strip() for v in claim["verdicts"].values()]
+        cells += [claim.get(key, "") for key in known]
         rows.append([claim["claim"], claim["image_attention"], *cells, claim["conclusion"]])
         rows[-1].append(f"({format_count(claim['n'])})")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     reasons = dict.fromkeys(reason for claim in claims for reason in verdict_reasons(claim["verdicts"]))
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     return "\n".join([*lines, *claim_notes(claims), *reasons])
-
-
-def summarize_sections(results: dict[str, Any]) -> dict[str, list[str]]:
-    """Return sentences by section, from one study's part of results.json."""
-    return {
-        MASKS_SECTION: summarize_mask_comparison(results["paired"]) if results["paired"] else [],
-        PATH_SECTION: summarize_path(results["path"], results["path_at_edge"]),
-        ANSWERS_SECTION: summarize_answers(answers_by_mask(results)),
-    }
 
 
 def summarize_mask_comparison(comparison: dict[str, Any]) -> list[str]:
@@ -195,3 +176,19 @@ def _describe_rows(verdict: dict[str, Any]) -> str:
     text = verdict["verdict"] if verdict["verdict"] == NOWHERE else f"at {', '.join(verdict['holds'])}"
     missing = ", ".join(verdict["not_converged"])
     return f"{text}; not converged at {missing}" if missing else text
+
+
+def total_wall_s(timings: Path) -> float:
+    """Return the wall time of a log of lines "start end step": the length of the union of its intervals.
+
+    Raises:
+        UserError: The log does not exist, or has other lines.
+    """
+    with error_context(timings):
+        lines = [line.split()[:2] for line in timings.read_text().splitlines() if line.strip()]
+        intervals = sorted((float(start), float(end)) for start, end in lines)
+    total, until = 0.0, 0.0
+    for start, end in intervals:
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total

@@ -1,51 +1,13 @@
 """Build the tables of a study, next to the numbers of the paper, and format tables as CSV."""
 
-import csv
-import io
-import math
-from collections.abc import Sequence
 from typing import Any
 
 from probes.models.sites import FINAL_NORM
-from probes.results.probe_run import ProbeRun
+from probes.results.formatting import Rows, bounds, run_columns
+from probes.results.paper import PAPER, paper_encoder, probe_deviations
+from probes.results.study import Study
 
-from .paper import PAPER, paper_encoder, probe_deviations
-from .study import Rows, Study
 from .verdicts import COLUMNS
-
-
-def format_csv(rows: Rows) -> str:
-    """Return CSV text whose columns are the union of all keys in order of appearance; fractions stay 0..1."""
-    keys, text = list(dict.fromkeys(key for row in rows for key in row)), io.StringIO()
-    writer = csv.DictWriter(text, keys, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def bounds(ci95: Sequence[float | None], prefix: str = "") -> dict[str, Any]:
-    """Return the columns of an interval: low and high."""
-    return {f"{prefix}low": ci95[0], f"{prefix}high": ci95[1]}
-
-
-def run_columns(run: ProbeRun) -> dict[str, Any]:
-    """Return the columns that tell the runs of a study apart."""
-    match = run.metrics.get("match", "none")
-    random = {} if match == "none" else {"match": match, "draw": run.metrics["draw"]}
-    kind = {"untrained": bool(run.metrics["untrained"]), "probes": run.probe_kind}
-    return {"image_attention": run.metrics["image_attention"]} | kind | random
-
-
-def study_tables(study: Study, results: dict[str, Any]) -> dict[str, Rows]:
-    """Return the tables of one study by file name, from its runs and its part of results.json; none is empty."""
-    by_name = {
-        "claims": claim_rows(results["claims"]),
-        "classes": class_rows(study),
-        "table3": table3(results["starvation"]) if results["starvation"] else [],
-        **knockout_tables(results["knockout_inference"]),
-        "paired": mask_comparison_rows(results["paired"]) if results["paired"] else [],
-    }
-    return {name: rows for name, rows in by_name.items() if rows}
 
 
 def claim_rows(claims: list[dict[str, Any]]) -> Rows:
@@ -54,11 +16,11 @@ def claim_rows(claims: list[dict[str, Any]]) -> Rows:
     return [
         {key: claim[key] for key in ("claim", "image_attention", "value")}
         | bounds(claim["ci95"])
-        | {"holds": claim["holds"], "images": claim["n"]["images"], "classes": claim["n"].get("classes")}
+        | {"holds": claim["holds"], "images": claim["n"]["images"], "patches": claim["n"].get("patches")}
         | {"untrained": control["value"]}
         | bounds(control["ci95"], "untrained_")
         | {key: value for name in COLUMNS for key, value in _verdict_columns(name, claim["verdicts"][name]).items()}
-        | {key: claim[key] for key in ("supported", "conclusion", "p", "p_holm")}
+        | {key: claim.get(key) for key in ("supported", "conclusion", "truth", "p", "p_holm")}
         for claim, control in zip(claims, controls, strict=True)
     ]
 
@@ -112,17 +74,6 @@ def table2_difference(studies: list[Study]) -> Rows:
     ]
 
 
-def table3(starvation: dict[str, Any]) -> Rows:
-    """Return Table 3 (accuracy at the first three patches): rows of the runs, then of the paper."""
-    keys, paper = ("causal", "bidirectional", "gap"), PAPER["table3_patch_accuracy"]
-    number = lambda x: None if math.isnan(x) else x  # a patch without a labelled pixel
-    rows = [{"model": "this run", "patch": i} | {key: number(starvation[key][i]) for key in keys} for i in range(3)]
-    return rows + [
-        {"model": "paper, clip, ADE20K", "patch": i} | dict(zip(keys, paper[f"patch_{i}"], strict=False))
-        for i in range(3)
-    ]
-
-
 def class_rows(study: Study) -> Rows:
     """Return the IoU per class and site."""
     return [
@@ -130,53 +81,6 @@ def class_rows(study: Study) -> Rows:
         for run in study.runs
         for entry in run.metrics["sites"]
         for name, iou in zip(run.metrics["classes"], entry["iou_per_class"], strict=True)
-    ]
-
-
-def knockout_tables(inference: dict[str, dict[str, Any]]) -> dict[str, Rows]:
-    """Return the tables of `knockout_inference` by mask: classes, means, selections and criterion shifts."""
-    return {
-        "knockout_classes": _knockout_rows(inference, "classes"),
-        "knockout_means": knockout_mean_rows(inference),
-        "knockout_selection": _knockout_rows(inference, "selection"),
-        "knockout_shifts": shift_rows(inference),
-    }
-
-
-def _knockout_rows(inference: dict[str, dict[str, Any]], key: str) -> Rows:
-    """Return the rows under a key of each outcome, with the interval in two columns."""
-    return [
-        {"image_attention": mask, "outcome": outcome}
-        | {name: value for name, value in row.items() if name != "ci95"}
-        | bounds(row["ci95"] or [None, None])
-        for mask, of_mask in inference.items()
-        for outcome, of_outcome in of_mask["outcomes"].items()
-        for row in of_outcome[key]
-    ]
-
-
-def knockout_mean_rows(inference: dict[str, dict[str, Any]]) -> Rows:
-    """Return each effect as a mean over classes and over pairs of look-alikes."""
-    return [
-        {"image_attention": mask, "outcome": outcome, "effect": effect, "mean_over": over, "value": mean["value"]}
-        | bounds(mean["ci95"] or [None, None])
-        | {key: mean[key] for key in ("classes", "units", "sd", "verdict")}
-        for mask, of_mask in inference.items()
-        for outcome, of_outcome in of_mask["outcomes"].items()
-        for over, means in (("classes", of_outcome["mean"]), ("pairs", of_outcome["mean_over_pairs"]))
-        for effect, mean in means.items()
-    ]
-
-
-def shift_rows(inference: dict[str, dict[str, Any]]) -> Rows:
-    """Return the move of the read-out towards the first class of a pair, by class hidden."""
-    return [
-        {"image_attention": mask, "first": entry["classes"][0], "second": entry["classes"][1], "hidden": name}
-        | {"move_to_first": move["value"], **bounds(move["ci95"])}
-        | {"images": entry["images"], "shift": entry["shift"], "towards": entry["towards"]}
-        for mask, of_mask in inference.items()
-        for entry in of_mask["criterion_shifts"] or ()
-        for name, move in entry["hide"].items()
     ]
 
 

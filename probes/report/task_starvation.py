@@ -5,11 +5,12 @@ import math
 from typing import Any
 
 from probes.analyses.starvation.run import shared_layer, starvation
+from probes.results.formatting import Rows
+from probes.results.study import MASKS, model_name, study_keys
 from probes.results.task_run import TaskRun
 
 from .beyond_classes import group_by_seed, is_control
 from .seeds import mean_over_seeds, share_images
-from .study import MASKS, Rows, model_name, study_keys
 
 log = logging.getLogger(__name__)
 

@@ -1,9 +1,10 @@
 """Judge each claim in three columns, and draw one conclusion from them.
 
-    paper          as the paper measures it: probes trained with AdamW, whatever their distance from the optimum.
-                   "below_optimum" says how much larger the effect is at the optimum
+    paper          as the paper measures it: probes trained with AdamW, whatever their distance from the optimum; of a
+                   knockout, the rate of wrong patches. "below_optimum" is how much larger the same effect is at the
+                   optimum, with an interval; no verdict depends on it
     optimum        with solved probes: drop and recovery at the chosen strength of regularisation and its neighbours,
-                   all else at the chosen one
+                   all else at the chosen one; of a knockout, per mistaken patch and against other tokens
     beyond_random  the claim's number minus that of random models which change the states as much
 
 A verdict is "holds" if the 95% interval lies on the claimed side of zero, "reversed" if it lies on the other side, else
@@ -14,12 +15,13 @@ A verdict is "holds" if the 95% interval lies on the claimed side of zero, "reve
     artefact of the instrument  holds as the paper measures it, but not at the optimum
     not learned                 holds at the optimum and, if measured, as the paper does, but not beyond random
     does not hold               all else
-    untested                    a column that the conclusion needs is untested
+    untested                    one of these two columns is untested, and the other one does not decide: "supported" is
+                                then neither true nor false, but null
 """
 
 import math
 import statistics
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import scipy.optimize
@@ -27,7 +29,6 @@ import scipy.stats
 import torch
 
 from llava_bidir.common.bootstrap import Estimate, holm, interval
-from probes.analyses.knockout.inference import mean_over_classes
 from probes.models.sites import ADAPTER, ENCODER
 from probes.results.probe_run import ProbeRun
 
@@ -72,18 +73,17 @@ def untested(
 
 
 def conclude(verdicts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return "supported", "conclusion", if untested its "reason", and the "p" of both columns that it needs."""
+    """Return "conclusion"; "supported", None if it is untested, and then the "reason"; and the "p" of both columns."""
     paper, optimum, beyond = (verdicts[name]["verdict"] for name in COLUMNS)
     needed = [verdicts[name] for name in COLUMNS[1:]]
     missing = [entry["reason"] for entry in needed if entry["verdict"] == UNTESTED]
-    if optimum == HOLDS:
-        text = {HOLDS: SUPPORTED, UNTESTED: UNTESTED}.get(beyond, FAILS if paper in (FAILS, REVERSED) else NOT_LEARNED)
-    elif optimum == UNTESTED:
-        text = UNTESTED
+    if optimum == UNTESTED or (optimum == HOLDS and beyond == UNTESTED):
+        result = {"supported": None, "conclusion": UNTESTED, "reason": missing[0]}
+    elif optimum == HOLDS:
+        unlearned = FAILS if paper in (FAILS, REVERSED) else NOT_LEARNED
+        result = {"supported": beyond == HOLDS, "conclusion": SUPPORTED if beyond == HOLDS else unlearned}
     else:
-        text = ARTEFACT if paper == HOLDS else FAILS
-    result = {"supported": text == SUPPORTED, "conclusion": text}
-    result |= {"reason": missing[0]} if text == UNTESTED else {}
+        result = {"supported": False, "conclusion": ARTEFACT if paper == HOLDS else FAILS}
     return result | {"p": None if missing else max(entry["p"] for entry in needed)}
 
 
@@ -112,16 +112,17 @@ def p_value(sign: int, value: float, parts: Sequence[tuple[float, float]]) -> fl
     return smallest if excess(smallest) <= 0 else float(scipy.optimize.brentq(excess, smallest, 1.0))
 
 
-def unconverged(run: ProbeRun, claim: str) -> str | None:
-    """Return why the solved probes that a claim reads do not count, None if they have converged."""
-    names = (ENCODER, ADAPTER) if claim == "adapter_drop" else run.layers
-    sites = [i for i, site in enumerate(run.sites) if site in names]
-    if has_converged(run, neighbours(run)["chosen"], sites):
-        return None
-    return (
-        f"probes of {run.path} have not converged at the chosen strength (certificates in metrics.json): "
-        "run `probes solve` again with stronger --strengths"
-    )
+def unconverged(runs: Iterable[ProbeRun | None], claim: str) -> str | None:
+    """Return why the solved probes that a claim reads do not count, None if those of all runs have converged."""
+    for run in filter(None, runs):
+        names = (ENCODER, ADAPTER) if claim == "adapter_drop" else run.layers
+        sites = [i for i, site in enumerate(run.sites) if site in names]
+        if not has_converged(run, neighbours(run)["chosen"], sites):
+            return (
+                f"probes of {run.path} have not converged at the chosen strength (certificates in metrics.json): "
+                "run `probes solve` again with stronger --strengths"
+            )
+    return None
 
 
 def path_column(sign: int, rows: list[dict[str, Any]], reason: str) -> dict[str, Any]:
@@ -147,34 +148,17 @@ def path_column(sign: int, rows: list[dict[str, Any]], reason: str) -> dict[str,
 
 
 class Effect(NamedTuple):
-    """The number of a claim, as the mean over units of equal weight."""
+    """The number of a claim for one run, or a pair of runs."""
 
-    by_unit: dict[str, Estimate]  # by class for a knockout; else one under ""
-    counts: dict[str, int]  # of images, and of classes
-    look_alikes: Mapping[str, Hashable] | None = None  # classes that are averaged first, by class
+    estimate: Estimate | None  # None if only `as_paper` can be measured
+    counts: dict[str, int]  # of images; of a knockout, also of mistaken patches and pairs of classes
+    as_paper: Estimate | None = None  # if the paper measures it in another way
+    over_pairs: dict[str, Any] | None = None  # of a knockout: the mean and spread over pairs of classes
 
     @property
-    def estimate(self) -> Estimate:
-        """The estimate of an effect with one unit."""
-        (estimate,) = self.by_unit.values()
-        return estimate
-
-
-class Mean(NamedTuple):
-    """The mean of an effect over its units, with its 95% interval and the degrees of freedom of that."""
-
-    value: float
-    ci95: list[float]
-    df: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the value and its interval."""
-        return {"value": self.value, "ci95": self.ci95}
-
-    def column(self, sign: int, **more: Any) -> dict[str, Any]:
-        """Return a column with the margin and "p"."""
-        p = p_value(sign, self.value, [_standard_error(self.ci95, self.df)])
-        return column(sign, self.value, self.ci95, MARGIN, p=p, **more)
+    def in_paper(self) -> Estimate:
+        """The number as the paper measures it."""
+        return self.as_paper or self.estimate
 
 
 def _standard_error(ci95: Sequence[float], df: float = math.inf) -> tuple[float, float]:
@@ -182,66 +166,44 @@ def _standard_error(ci95: Sequence[float], df: float = math.inf) -> tuple[float,
     return (ci95[1] - ci95[0]) / 2 / float(scipy.stats.t.ppf(0.975, df)), df
 
 
-def mean_effect(effect: Effect) -> Mean:
-    """Return the mean of an effect over its units: with an interval over images for one unit, else over units too."""
-    if len(effect.by_unit) == 1:
-        return Mean(effect.estimate[0], interval(*effect.estimate), math.inf)
-    mean = mean_over_classes(effect.by_unit, effect.look_alikes)
-    if mean["ci95"] is None:  # one pair of look-alikes
-        return Mean(mean["value"], interval(mean["value"], _mean_estimate(effect.by_unit)[1]), math.inf)
-    return Mean(mean["value"], mean["ci95"], mean["units"] - 1)
+def margin_column(sign: int, value: float, ci95: Sequence[float], df: float = math.inf, **more: Any) -> dict[str, Any]:
+    """Return a column with the margin and "p", from an interval of Student's t with these degrees of freedom."""
+    return column(sign, value, ci95, MARGIN, p=p_value(sign, value, [_standard_error(ci95, df)]), **more)
 
 
-def _mean_estimate(by_unit: Mapping[str, Estimate]) -> Estimate:
-    values, resampled = zip(*by_unit.values(), strict=True)
-    return sum(values) / len(values), torch.stack([drawn.double() for drawn in resampled]).nanmean(0)
-
-
-def minus_mean(effect: Effect, others: Sequence[Effect]) -> Effect:
-    """Return an effect minus the mean of others, unit by unit, over the units that all have.
-
-    Raises:
-        ValueError: No unit is in all of them.
-    """
-    shared = [unit for unit in effect.by_unit if all(unit in other.by_unit for other in others)]
-    if not shared:
-        raise ValueError("no class has enough cases in all of the runs")
-    mean = {unit: _mean_estimate({str(i): x.by_unit[unit] for i, x in enumerate(others)}) for unit in shared}
-    return effect._replace(by_unit={unit: subtract(effect.by_unit[unit], mean[unit]) for unit in shared})
+def minus_mean(estimate: Estimate, others: Sequence[Estimate]) -> Estimate:
+    """Return an estimate minus the mean of others from the same resamplings."""
+    values, resampled = zip(*others, strict=True)
+    return subtract(estimate, (sum(values) / len(values), torch.stack(resampled).double().mean(0)))
 
 
 class Comparison(NamedTuple):
-    """A trained model minus draws of random weights, and the numbers that are compared, over the same units."""
+    """A trained model minus draws of random weights, with the interval over images, and the numbers compared."""
 
-    difference: Mean
+    value: float
+    ci95: list[float]
     trained: float
     by_draw: list[float]
 
 
-def compare_to_draws(trained: Effect, draws: Sequence[Effect]) -> Comparison:
-    """Return the comparison of a trained model with draws of random weights.
-
-    Raises:
-        ValueError: No unit is in all of them.
-    """
+def compare_to_draws(trained: Estimate, draws: Sequence[Estimate]) -> Comparison:
+    """Return the comparison of a trained model with draws of random weights."""
     difference = minus_mean(trained, draws)
-    of_shared = lambda effect: trained._replace(by_unit={unit: effect.by_unit[unit] for unit in difference.by_unit})
-    own, *by_draw = (mean_effect(of_shared(effect)).value for effect in (trained, *draws))
-    return Comparison(mean_effect(difference), own, by_draw)
+    return Comparison(difference[0], interval(*difference), trained[0], [value for value, _ in draws])
 
 
 def interval_over_draws(
     comparison: Comparison, others: Sequence[Comparison] = ()
 ) -> tuple[list[float], tuple[float, float]]:
-    """Return the 95% interval over images, units and draws, and the standard error and degrees of freedom of draws.
+    """Return the 95% interval over images and draws, and the standard error and degrees of freedom of draws.
 
-    The comparison's own interval covers images and units. The draws add Student's t. Their variance is pooled with
+    The comparison's own interval covers images. The draws add Student's t. Their variance is pooled with
     `others`: the same claim under other masks, whose degrees of freedom add up. It is never below the comparison's own,
     so that a mask with twice the spread keeps its level. Pooled over claims as well, such a cell would not
     (`tests/bench/draws.py`: 91%). Both half widths are added as the sides of a right angle; Welch and Satterthwaite's
     degrees of freedom would cover 89% instead of 95% for two draws that differ.
     """
-    value, (low, high), _ = comparison.difference
+    value, (low, high), *_ = comparison
     variances = [(statistics.variance(x.by_draw), len(x.by_draw) - 1) for x in (comparison, *others)]
     df = sum(freedom for _, freedom in variances)
     variance = max(variances[0][0], sum(v * freedom for v, freedom in variances) / df)
@@ -251,9 +213,9 @@ def interval_over_draws(
 
 
 def judge_draws(sign: int, comparison: Comparison, others: Sequence[Comparison] = ()) -> dict[str, Any]:
-    """Return the column "beyond_random"; "ci95_without_draws" is its interval over images and units alone."""
-    value, own, df = comparison.difference
+    """Return the column "beyond_random"; "ci95_without_draws" is its interval over images alone."""
+    value, own, *_ = comparison
     ci95, of_draws = interval_over_draws(comparison, others)
     more = {"draws": len(comparison.by_draw), "trained": comparison.trained, "by_draw": comparison.by_draw}
-    more |= {"df_of_draws": of_draws[1], "p": p_value(sign, value, [_standard_error(own, df), of_draws])}
+    more |= {"df_of_draws": of_draws[1], "p": p_value(sign, value, [_standard_error(own), of_draws])}
     return column(sign, value, ci95, MARGIN, **more, ci95_without_draws=own)

@@ -101,6 +101,14 @@ class FinishedRun:
         return self.metrics.get("task", SEGMENTATION)
 
     @property
+    def arm(self) -> str:
+        """Which weights the model has: trained, random, permuted, adapter or untrained (probes/studies/README.md)."""
+        untrained, match = sorted(self.metrics["untrained"]), self.metrics.get("match", "none")
+        if untrained == ["llm"]:
+            return {"update": "random", "permuted": "permuted"}.get(match, "random, unmatched")
+        return {(): "trained", ("adapter",): "adapter"}.get(tuple(untrained), "untrained")
+
+    @property
     def channels(self) -> int:
         """Outputs of a probe for each token."""
         return self.task.channels if self.task else len(self.metrics["classes"])

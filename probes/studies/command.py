@@ -4,6 +4,7 @@ from pathlib import Path
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.usage_errors import ArgumentParser
+from probes.analyses import ANALYSES
 
 
 def build_parser() -> ArgumentParser:
@@ -29,9 +30,10 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--fit", action="store_true", help="also train probes, as the paper does")
     text = "other tasks: depth, normals, boundaries"
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help=text)
-    text = "further analyses (patching, maps, umap), or options of one: knockout.classes=sky,road"
+    further = ", ".join(name for name, analysis in ANALYSES.items() if not analysis.default)
+    text = f"further analyses ({further}), or options of one: knockout.classes=sky,road"
     parser.add_argument("--add", nargs="+", default=[], metavar="NAME[.OPTION=VALUE]", help=text)
-    text = "only these steps: solve, fit, knockout, starvation, answers, patching, maps, umap, report"
+    text = f"only these steps: {', '.join(['solve', 'fit', *ANALYSES, 'report'])}"
     parser.add_argument("--only", nargs="+", metavar="STEP", help=text)
     parser.add_argument("--dry-run", action="store_true", help="print the steps, time, disk and detectable effect")
     text = "`true`: replace results that other settings, models or images have made"

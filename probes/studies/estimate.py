@@ -1,16 +1,30 @@
 """`probes study --dry-run`: what a study will do, what it costs, and which effects it can find."""
 
 import math
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+import scipy.stats
+
+from llava_bidir.common.atomic_io import read_json
 from probes.cli import run_command
 from probes.data.registry import DATASETS, open_dataset
-from probes.report.verdicts import MARGIN, detectable
+from probes.report.verdicts import MARGIN, POWER
 
 from .plan import Settings, check, data_root, make_plan
 
-# Standard deviations in points of mIoU in the toy world (tests/bench/draws.py): of the mean over 600 images, scaled to
-# one image, and of random draws. Yours differ; the report states the detectable effects of its own data.
-IMAGE_SD, DRAW_SD = 0.28 * math.sqrt(600), 0.35
+
+class Spread(NamedTuple):
+    """Standard deviations of recovery beyond random, as fractions, and whose they are."""
+
+    images: float  # of one image
+    draws: float  # of random LLMs
+    of: str
+
+
+SIMULATED = 20_000  # studies
+TOY_WORLD = Spread(0.0028 * math.sqrt(600), 0.0035, "the toy world: yours can spread otherwise")  # bench/draws.py
 
 
 def print_estimate(settings: Settings) -> None:
@@ -24,9 +38,12 @@ def print_estimate(settings: Settings) -> None:
     dataset = settings.data if settings.data in DATASETS else "folder"
     validation = open_dataset(dataset, data_root(settings), "validation")
     print(f"disk: about {disk_mb(len(validation), len(validation.classes), len(runs)):.0f} MB")
-    effect = detectable_effect(len(validation), settings.draws)
-    beyond = f"{effect:.1f} points beyond {settings.draws} random draws" if effect else "nothing beyond random draws"
-    print(f"{len(validation)} validation images, spread as in the toy world: finds {beyond} in 80% of studies")
+    spread = own_spread(settings.out) or TOY_WORLD
+    effect = detectable_effect(len(validation), settings.draws, len(settings.models), spread)
+    size = (
+        f"{100 * effect:.1f} points beyond {settings.draws} random draws" if effect else "nothing beyond random draws"
+    )
+    print(f"{len(validation)} validation images: finds {size} in 80% of studies, if recovery spreads as in {spread.of}")
     trained = next((step for step in runs if "--model.untrained" not in step.command), None)
     if trained:
         words = [word for word in trained.command if word not in ("--ckpt_path", "last")]
@@ -38,9 +55,35 @@ def disk_mb(images: int, classes: int, runs: int, sites: int = 40) -> float:
     return runs * sites * images * classes * 4 * (3 + 2 * 3 + 1) / 2**20
 
 
-def detectable_effect(images: int, draws: int) -> float | None:
-    """Return the effect in points that is found beyond random draws in 80% of studies; None if it cannot be tested."""
+def own_spread(out: Path) -> Spread | None:
+    """Return the spread of recovery in the report of a folder, the mean over its masks and seeds; None without one."""
+    file = out / "report" / "results.json"
+    results = read_json(file) if file.is_file() else {}
+    claims = [claim for study in results.get("studies", [results]) for claim in study.get("claims", ())]
+    columns = [(c["n"]["images"], c["verdicts"]["beyond_random"]) for c in claims if c["claim"] == "recovery"]
+    columns = [(images, column) for images, column in columns if len(column.get("by_draw", ())) > 1]
+    if not columns:
+        return None
+    squares = [_squares(images, column["ci95_without_draws"], column["by_draw"]) for images, column in columns]
+    return Spread(*np.sqrt(np.mean(squares, 0)).tolist(), f"the study in {out}")
+
+
+def _squares(images: int, ci95: list[float], by_draw: list[float]) -> tuple[float, float]:
+    """Return the variance of one image and of draws; the interval is over images."""
+    return images * ((ci95[1] - ci95[0]) / 2 / 1.96) ** 2, float(np.var(by_draw, ddof=1))
+
+
+def detectable_effect(images: int, draws: int, masks: int, spread: Spread) -> float | None:
+    """Return the effect that 80% of studies find beyond random draws, as a fraction; None if it cannot be tested.
+
+    Studies are simulated and judged as in a report (`interval_over_draws`), with the spread of draws pooled over masks.
+    """
     if draws < 2:
         return None
-    half = 1.96 * math.hypot(IMAGE_SD / math.sqrt(images), DRAW_SD * math.sqrt(1 + 1 / draws))
-    return 100 * detectable((-half / 100, half / 100), MARGIN)
+    rng, of_images = np.random.default_rng(0), spread.images / math.sqrt(images)
+    values = spread.draws * rng.standard_normal((SIMULATED, masks, draws))
+    variance = values.var(-1, ddof=1)
+    variance = np.maximum(variance[:, 0], variance.mean(1))
+    half = np.hypot(1.96 * of_images, scipy.stats.t.ppf(0.975, masks * (draws - 1)) * np.sqrt(variance / draws))
+    error = of_images * rng.standard_normal(SIMULATED) - values[:, 0].mean(1)
+    return float(np.quantile(np.maximum(half, MARGIN) - error, POWER))

@@ -17,12 +17,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 from llava_bidir.common.errors import UserError
+from probes.analyses import ANALYSES
 from probes.data.registry import DATASETS
 from probes.models.families import family_of
 from probes.models.prompt_and_pixels import read_config
 from probes.models.sites import site_names
 from probes.tasks import TASKS
+from probes.training.solve import build_parser as build_solve_parser
 
 # The paper's protocol (configs/probes/folder.yaml) for `--fit`, if no config says otherwise.
 FIT = ("--trainer.max_epochs", "-1", "--trainer.max_steps", "6320", "--trainer.val_check_interval", "316")
@@ -42,37 +46,6 @@ ARMS = {
     "permuted": Weights(("--model.untrained", "[llm]", "--model.match", "permuted"), slice(1, None)),
     "adapter": Weights(("--model.untrained", "[adapter]"), slice(0, 2)),
     "untrained": Weights(("--model.untrained", "[adapter, llm]"), slice(1, None)),
-}
-
-
-class Analysis(NamedTuple):
-    """An analysis of finished arms.
-
-    Args:
-        result: The file that it writes into the arm's folder; of a pair, into that of the second model.
-        options: Its options unless `--add` sets others.
-        arms: The kinds of arms that it is run on.
-        default: It runs unasked.
-        of_pairs: It compares two models.
-        page: It writes a page of all models into the folder of the report.
-    """
-
-    result: str
-    options: dict[str, str] = {}
-    arms: tuple[str, ...] = ("trained",)
-    default: bool = False
-    of_pairs: bool = False
-    page: bool = False
-
-
-ANALYSES = {
-    "knockout": Analysis("knockout.json", {"classes": "auto:4"}, ("trained", "random", "probes"), default=True),
-    "starvation": Analysis("starvation.json", {"by-class": "true"}, default=True, of_pairs=True),
-    "answers": Analysis("answers.json", {}, ("trained", "random"), default=True),  # if there are questions
-    "patching": Analysis("patching.json"),
-    "maps": Analysis("maps.json", {"image": "0,1,2,3"}, ("trained", "probes")),
-    "umap": Analysis("umap.json", {}, ("trained", "probes")),
-    "explore": Analysis("explorer.html", {"images": ",".join(map(str, range(12)))}, page=True),
 }
 
 
@@ -131,21 +104,20 @@ def make_plan(settings: Settings) -> list[Step]:
         UserError: A setting is invalid, or a model's config cannot be read.
     """
     arms, analyses, fitted = arm_names(settings), chosen_analyses(settings), ("probes",) if settings.fit else ()
-    steps: list[Step] = []
+    steps, report = [], settings.out / "report"
     for label, model in settings.models.items():
         steps += _runs(settings, label, model, arms)
         for name, options in analyses.items():
-            if not (ANALYSES[name].of_pairs or ANALYSES[name].page):
+            if ANALYSES[name].of == "run":
                 analysed = [arm for arm in (*arms, *fitted) if _kind(arm) in ANALYSES[name].arms]
                 steps += [_analysis(settings, label, arm, name, options) for arm in analysed]
-    for arm in ("trained", *fitted) if len(settings.models) == 2 and "trained" in arms else ():
-        pairs = {name: options for name, options in analyses.items() if ANALYSES[name].of_pairs}
-        steps += [_pair(settings, arm, name, options) for name, options in pairs.items()]
-    report = settings.out / "report"
-    if "explore" in analyses and "trained" in arms:
-        runs = tuple(_join(label, "trained") for label in settings.models)
-        words = ("explore", *(str(settings.out / run) for run in runs), *_words(analyses["explore"]))
-        steps.append(Step("explore", (*words, "--out", str(report)), report / "explorer.html", "explore", runs))
+    for name, options in analyses.items() if "trained" in arms else ():
+        if ANALYSES[name].of == "pair" and len(settings.models) == 2:
+            steps += [_pair(settings, arm, name, options) for arm in ("trained", *fitted)]
+        if ANALYSES[name].of == "page":
+            runs = tuple(_join(label, "trained") for label in settings.models)
+            words = (name, *(str(settings.out / run) for run in runs), *_words(options), "--out", str(report))
+            steps.append(Step(name, words, report / ANALYSES[name].result, name, runs))
     steps.append(Step("report", ("report", str(settings.out), "--out", str(report)), report / "results.json", "report"))
     return [step for step in steps if settings.only is None or step.kind in settings.only]
 
@@ -153,15 +125,19 @@ def make_plan(settings: Settings) -> list[Step]:
 def _runs(settings: Settings, label: str, model: str, arms: Sequence[str]) -> list[Step]:
     """Return the steps that make the probe runs of a model."""
     sites = model_sites(model)
-    base = (*settings.options, *data_options(settings), "--model.mllm", model, "--ckpt_path", "last")
+    chosen = yaml.safe_load(_option(settings, "--model.sites") or "null") or sites
+    given = {"solve": settings.options, "fit": build_solve_parser().parse_known_args(settings.options)[1]}
+    base = (*data_options(settings), "--model.mllm", model, "--ckpt_path", "last")
 
     def run(arm: str, kind: str, name: str, more: Sequence[str] = ()) -> Step:
         weights, draw = ARMS[_kind(arm)], re.sub(r"\D", "", arm)
         options = [*more, *weights.options, *(["--model.draw", draw] if draw else ())]
         if weights.options:
-            options += ["--model.sites", f"[{', '.join(sites[weights.sites])}]"]
+            compared = [site for site in sites[weights.sites] if site in chosen]
+            options += ["--model.sites", f"[{', '.join(compared)}]"]
         out = settings.out / _join(label, name)
-        return Step(_join(label, name), (kind, *base, *options, "--out", str(out)), out / "metrics.json", kind)
+        command = (kind, *given[kind], *base, *options, "--out", str(out))
+        return Step(_join(label, name), command, out / "metrics.json", kind)
 
     steps = [run(arm, "solve", arm) for arm in arms]
     if settings.fit:
@@ -195,10 +171,14 @@ def chosen_analyses(settings: Settings) -> dict[str, dict[str, str]]:
             if not (key and equals and value):
                 raise UserError(f"--add {text}: expected NAME or NAME.OPTION=VALUE, e.g. knockout.classes=sky,road")
             options[key] = value
-    questions = Path(data_root(settings)).parent / "questions.json"  # as demo-assets writes it
-    if questions.is_file():
-        chosen["answers"].setdefault("questions", str(questions))
-    return {name: options for name, options in chosen.items() if name != "answers" or "questions" in options}
+    for name in [*chosen]:
+        for option, file in ANALYSES[name].beside_data.items():
+            beside = Path(data_root(settings)).parent / file
+            if beside.is_file():
+                chosen[name].setdefault(option, str(beside))
+            if option not in chosen[name]:
+                del chosen[name]
+    return chosen
 
 
 def data_options(settings: Settings) -> list[str]:
@@ -212,10 +192,15 @@ def data_root(settings: Settings) -> str:
     """Return the folder of the images, as far as this command knows it."""
     if settings.data not in DATASETS:
         return settings.data
-    words = [word for option in settings.options for word in option.split("=", 1)]
-    if "--data.root" in words[:-1]:
-        return words[words.index("--data.root") + 1]
+    if root := _option(settings, "--data.root"):
+        return root
     raise UserError(f"the layout {settings.data} needs the folder of its images: --data.root DIR")
+
+
+def _option(settings: Settings, name: str) -> str | None:
+    """Return the value of an option of `probes solve`, None if it is not given."""
+    words = [word for option in settings.options for word in option.split("=", 1)]
+    return words[words.index(name) + 1] if name in words[:-1] else None
 
 
 def model_sites(model: str) -> list[str]:

@@ -24,11 +24,12 @@ from typing import Any
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses import ANALYSES
 from probes.cli import run_command
 from probes.report.page import format_results
 from probes.results.task_run import finished_runs, open_run
 
-from .plan import ANALYSES, Settings, Step, check, make_plan
+from .plan import Settings, Step, check, make_plan
 from .table import Study, write_table
 
 RUNS = ("solve", "fit")  # kinds of steps whose result is a finished run
@@ -70,7 +71,8 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
     """Run what is missing of a study, and print its verdicts."""
     check(settings)
     steps, out = make_plan(settings), settings.out
-    with exclusive_run_lock(out, "+".join(settings.arms or ()) or "study"):  # jobs of other arms can run meanwhile
+    part = "+".join([*filter(None, settings.models), *(settings.arms or ())]).replace("/", ".")
+    with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
         missing = _missing(steps, out, _changed_models(steps, overwrite))
         for i, step in enumerate(missing):
             if step.kind == "report" and not any(run.name == "trained" for run in finished_runs(out)):
@@ -81,9 +83,9 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
             command, started = _command(step, out, overwrite), time.perf_counter()
             _run_step(step, command, settings)
             write_files({_record_file(step, out): _record(step, out, time.perf_counter() - started)})
-    if missing:
-        write_table(out)
-    else:
+        if any(step.kind == "report" for step in missing):
+            write_table(out)  # like the report, by one job only
+    if not missing:
         print(f"{out} is complete; nothing to do")
     report = out / "report"
     if (report / "results.json").is_file():
@@ -189,9 +191,12 @@ def _command(step: Step, out: Path, overwrite: bool) -> list[str]:
 
 
 def _same_classes(step: Step, words: list[str], out: Path) -> list[str]:
-    """Return a knockout's command with the classes that were blocked in the trained arm: controls block the same."""
+    """Return a knockout's command with the classes that were blocked in the trained arm: controls block the same.
+
+    Probes that were trained for a few steps only may predict none of them, so they have classes of their own.
+    """
     trained = out / step.needs[-1] / step.result.name
-    if trained == step.result or not trained.is_file():
+    if step.result.parent in (trained.parent, trained.parent.with_name("probes")) or not trained.is_file():
         known = len(read_json(step.result.parent / "metrics.json")["classes"])
         return [f"auto:{min(int(word[5:]), known)}" if re.fullmatch(r"auto:\d+", word) else word for word in words]
     start = words.index("--classes") + 1
@@ -241,6 +246,9 @@ def _output_to(file: Path) -> Iterator[None]:
     kept = [fd for fd in (1, 2) if fd == 1 or not os.isatty(2)]
     flush = lambda: [stream.flush() for stream in (sys.stdout, sys.stderr)]
     flush()
+    streams = sys.stdout, sys.stderr  # in a notebook not those of the process
+    if sys.stdout is not sys.__stdout__ and sys.__stdout__ and sys.__stderr__:
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     saved = {fd: os.dup(fd) for fd in kept}
     with file.open("ab") as stream:
         for fd in kept:
@@ -249,6 +257,7 @@ def _output_to(file: Path) -> Iterator[None]:
         yield
     finally:
         flush()
+        sys.stdout, sys.stderr = streams
         for fd, copy in saved.items():
             os.dup2(copy, fd)
             os.close(copy)

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from llava_bidir.common.atomic_io import atomic_write, read_json
 from llava_bidir.common.errors import UserError
-from probes.results.finished_run import FinishedRun
+from probes.analyses import ANALYSES
+from probes.analyses.base import table_row
 from probes.results.task_run import finished_runs, open_run
 
 if TYPE_CHECKING:  # pandas takes a second to import
@@ -84,18 +85,10 @@ def write_table(folder: Path) -> None:
             write(file, index=False)
 
 
-def weights_of(run: FinishedRun) -> str:
-    """Return which weights a run's model has: trained, random, permuted, adapter or untrained."""
-    untrained, match = sorted(run.metrics["untrained"]), run.metrics.get("match", "none")
-    if untrained == ["llm"]:
-        return {"update": "random", "permuted": "permuted"}.get(match, "random, unmatched")
-    return {(): "trained", ("adapter",): "adapter"}.get(tuple(untrained), "untrained")
-
-
 def _rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a run: its scores by site, its path of strengths, its knockouts and its answers."""
+    """Yield the rows of a run: its scores by site, its path of strengths, and its analyses."""
     run = open_run(path)
-    metrics, weights = run.metrics, weights_of(run)
+    metrics, weights = run.metrics, run.arm
     common = {
         "run": name,
         "model": run.model or Path(metrics["mllm"]).parts[-1],
@@ -111,30 +104,18 @@ def _rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
         for key, interval in site.items():
             if key.endswith("_ci95"):
                 metric = key.removesuffix("_ci95")
-                yield common | _entry(site["site"], metric, site[metric], interval)
+                yield common | table_row(site["site"], metric, site[metric], interval)
         for cls, iou in zip(metrics.get("classes", ()), site.get("iou_per_class", ()), strict=False):
-            yield common | _entry(site["site"], "iou", iou) | {"class": cls}
+            yield common | table_row(site["site"], "iou", iou, **{"class": cls})
     for site in run.site_paths if run.is_solved else ():
         for key, values in site.items():
             if key in ("cv_cross_entropy", "cv_loss", "cross_entropy", "miou", "pacc"):
                 for strength, value in zip(site["strengths"], values, strict=True):
                     if value is not None:
-                        yield common | _entry(site["site"], f"path_{key}", value) | {"strength": strength}
-    knockout = run.analysis("knockout.json")
-    for entry in knockout["classes"] if knockout else ():
-        for condition, values in entry["remaining"].items():
-            for layer, (value, interval) in enumerate(zip(values, entry["ci95"][condition], strict=True)):
-                site = "adapter" if layer == 0 else f"layer_{layer:02d}"
-                row = _entry(site, "wrong_patches_left", value, interval)
-                yield common | row | {"class": entry["class"], "condition": condition}
-    answers = run.analysis("answers.json")
-    if answers:
-        yield common | _entry(None, "answer_accuracy", answers["accuracy"]["value"], answers["accuracy"]["ci95"])
-
-
-def _entry(site: str | None, metric: str, value: float | None, interval: list | None = None) -> dict[str, Any]:
-    low, high = interval or (None, None)
-    return {"site": site, "metric": metric, "value": value, "low": low, "high": high}
+                        yield common | table_row(site["site"], f"path_{key}", value, strength=strength)
+    for analysis in ANALYSES.values():
+        result = run.analysis(analysis.result) if analysis.of == "run" else None
+        yield from (common | row for row in analysis.rows(result)) if result else ()
 
 
 def _studies(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -145,5 +126,8 @@ def _claim_rows(study: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for claim in study["claims"]:
         low, high = claim["ci95"] or (None, None)
         row = {"model": study["model"], "dataset": study["dataset"], "mask": claim["image_attention"]}
-        row |= {key: claim[key] for key in ("claim", "conclusion", "supported", "value")} | {"low": low, "high": high}
+        row |= {key: claim.get(key) for key in ("claim", "conclusion", "supported", "truth", "value")} | {
+            "low": low,
+            "high": high,
+        }
         yield row | {name: column["verdict"] for name, column in claim["verdicts"].items()}

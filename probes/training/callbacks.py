@@ -1,14 +1,14 @@
-"""Callbacks that write predictions: maps to TensorBoard, and a file of every prediction."""
+"""Callbacks that write predictions: maps to the logger, and a file of every prediction."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 
+from llava_bidir.common.logged_media import log_images, media_loggers
 from probes.data.batches import group_by_mask_size
 from probes.data.palette import colorize, palette_of
 from probes.ops.bilinear import upsample, upsampled_argmax
@@ -16,7 +16,7 @@ from probes.tasks import Task
 
 
 class ShowMaps(Callback):
-    """Write the predictions of the first validation images at each site, and their targets, to TensorBoard.
+    """Log the predictions of the first validation images at each site, and their targets.
 
     Args:
         images: Number of images.
@@ -29,21 +29,21 @@ class ShowMaps(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Write the maps of the first batch."""
-        if batch_idx > 0 or not isinstance(trainer.logger, TensorBoardLogger):
+        if batch_idx > 0 or not media_loggers(trainer):
             return
         task, palette = pl_module.task, palette_of(trainer.datamodule.splits["validation"])
         images, target = group_by_mask_size(batch["target"])[0]
         logits_by_site, target = outputs[:, images][:, : self.images], target[: self.images]
         size = tuple(target.shape[1:3])
-        board, step, view = trainer.logger.experiment, trainer.global_step, pl_module.mllm.geometry.view(size)
+        view = pl_module.mllm.geometry.view(size)
         for site, logits in zip(pl_module.sites, logits_by_site, strict=True):
             if task:
                 maps = colorize_all(task, task.predict(upsample(logits, size, view)))
             else:
                 maps = colorize(upsampled_argmax(logits, size, view).cpu().numpy(), palette)
-            board.add_images(f"maps/{site}", maps, step, dataformats="NHWC")
+            log_images(trainer, f"maps/{site}", maps)
         truth = colorize_all(task, task.truth(target)) if task else colorize(target.cpu().numpy(), palette)
-        board.add_images("maps/truth", truth, step, dataformats="NHWC")
+        log_images(trainer, "maps/truth", truth)
 
 
 def colorize_all(task: Task, maps: Tensor) -> np.ndarray:

@@ -52,7 +52,6 @@ class ProbeCLI(RunCLI):
         check_trainer(trainer, REQUIRED, WHY_REQUIRED)
         for callback in trainer.checkpoint_callbacks:
             callback.save_last = True  # `--ckpt_path last` requires it; else it would start from scratch
-            callback.dirpath = callback.dirpath or f"{trainer.default_root_dir}/checkpoints"  # for any logger
         if self._get(self.config_init, "save_predictions"):
             trainer.callbacks.append(SavePredictions())
         return trainer

@@ -19,14 +19,14 @@ The path uses two nodes per cell (`probes/ops`). Certificates, the last probes a
 Legend: P problems solved together, F folds, R strengths, B images, T tokens, d width, K classes.
 """
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from probes.ops.cross_entropy import loss_and_gradient
+from probes.ops.lbfgs import Objective, minimise
 from probes.ops.quadrature import PreparedMasks
 
 from .closed_form import ClosedForm, solve_moments
@@ -40,17 +40,12 @@ PATH_TOLERANCE = 1e-5  # predicted decrease, nats; at 2e-4, folds are 0.01 nats 
 TOLERANCE = 1e-7  # of the probes of all images
 CONVERGED = 1e-4  # decrease in nats up to which a certificate holds
 GRADIENT = 1e-3  # the same for the gradient's norm relative to that at w = 0
-ITERATIONS = 300
-MEMORY = 40  # pairs of L-BFGS; 20 take a quarter more steps
-HALVINGS = 10  # of a step, before rounding is blamed
 CHUNK_NUMEL = 2**24  # logits at a time
 # Rounds of a refinement in memory. Few nodes do not describe the loss of very rough logits, those of a few images
 # without regularisation: the last rounds minimise the loss with many nodes.
 LOOSE_ROUNDS, TIGHT_ROUNDS = 3, 4
 PROXIMAL = 1e-3  # weight of |w - w_t|^2 against the curvature if part of the images is in memory
 ROUNDING = 1e-7  # change of a loss in nats that float32 logits do not resolve
-
-Objective = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]  # points f64[P, K, d + 1] of the problems in a list
 
 
 class Certificate(NamedTuple):
@@ -190,70 +185,6 @@ def loss_sums(
         if needs_grad:
             gradient += (by_logits.permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1) @ x).view_as(points)
     return loss, gradient
-
-
-def minimise(
-    objective: Objective, points: Tensor, scale: Tensor, tolerance: float, iterations: int = ITERATIONS
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the minima of P independent smooth convex objectives, by L-BFGS with steps in units of `scale`.
-
-    Args:
-        objective: Value and gradient of some of the problems at given points.
-        points: f64[P, K, n], where to start.
-        scale: f64[P, K, n], about the inverse square root of the curvature.
-        tolerance: Predicted decrease at which a problem ends.
-        iterations: Most steps.
-
-    Returns:
-        Points f64[P, K, n], gradients f64[P, K, n] there, and predicted decreases f64[P].
-    """
-    shape, (points, scale) = points.shape, (points.flatten(1), scale.flatten(1))
-    evaluate = lambda x, problems: tuple(
-        y if y.ndim == 1 else y.flatten(1) for y in objective(x.view(-1, *shape[1:]), problems)
-    )
-    value, gradient = evaluate(points, list(range(len(points))))
-    pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=MEMORY)
-    blocked = torch.zeros_like(value, dtype=torch.bool)  # no step decreases the value: it is exact to rounding
-    for iteration in range(iterations + 1):
-        scaled = gradient * scale
-        direction = -_times_inverse_hessian(scaled, pairs)
-        decrease = -(scaled * direction).sum(1) / 2
-        active = ((decrease > tolerance) & ~blocked).nonzero().flatten().tolist()
-        if not active or iteration == iterations:
-            break
-        step, new = value.new_zeros(len(value)), (points.clone(), value.clone(), gradient.clone())
-        step[active], trying = 1.0, active
-        for _ in range(HALVINGS):
-            x = points[trying] + (step[trying, None] * direction[trying]) * scale[trying]
-            found, by_x = evaluate(x, trying)
-            enough = found <= value[trying] - 2e-4 * step[trying] * decrease[trying]
-            for old, at in zip(new, (x, found, by_x), strict=True):
-                old[trying] = torch.where(enough.view(-1, *[1] * (at.ndim - 1)), at, old[trying])
-            trying = [i for i, ok in zip(trying, enough.tolist(), strict=True) if not ok]
-            if not trying:
-                break
-            step[trying] /= 2
-        step[trying], blocked[trying] = 0.0, True
-        s, y = step[:, None] * direction, (new[2] - gradient) * scale
-        points, value, gradient = new
-        curvature = (s * y).sum(1)
-        pairs.append((s, y, torch.where(curvature > 0, 1 / curvature.clamp(min=1e-300), 0)))
-    return points.view(shape), gradient.view(shape), decrease
-
-
-def _times_inverse_hessian(gradient: Tensor, pairs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Return H^-1 g of L-BFGS f64[P, n]: the two-loop recursion (Nocedal and Wright, algorithm 7.4) for P problems."""
-    q, alphas = gradient.clone(), []
-    size = torch.ones_like(gradient[:, 0])
-    for _, y, rho in pairs:  # the last step of each problem sets the size of the first guess
-        size = torch.where(rho > 0, 1 / (rho * y.square().sum(1)).clamp(min=1e-300), size)
-    for s, y, rho in reversed(pairs):
-        alphas.append(rho * (s * q).sum(1))
-        q -= alphas[-1][:, None] * y
-    q *= size[:, None]
-    for (s, y, rho), alpha in zip(pairs, reversed(alphas), strict=True):
-        q += (alpha - rho * (y * q).sum(1))[:, None] * s
-    return q
 
 
 class SitePath(NamedTuple):

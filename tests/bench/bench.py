@@ -9,14 +9,11 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,15 +57,9 @@ def bench_sweep(rounds: int) -> list[dict]:
         for site in sweep.sites:
             sweep.step([site])
 
-    def twenty_epochs() -> None:
-        for _ in range(20):
-            sweep.step()
-
     return [
         {"name": f"{len(sweep.sites)} sites, one a pass over all in one pass"}
         | paired(sweep.step, one_by_one, max(2, rounds // 2)),
-        {"name": "20 epochs of probe training over one pass of the solver"}
-        | paired(sweep.add_gradients, twenty_epochs, max(2, rounds // 3)),
     ]
 
 
@@ -77,25 +68,7 @@ def bench_frozen(rounds: int) -> list[dict]:
     sweep = Sweep("1b", images=1, mask_px=512)
     entry = {"name": f"probing sweep over the frozen forward alone, {len(sweep.sites)} sites of a 1.1B LLM"}
     entry |= paired(sweep.forward, sweep.step, max(2, rounds // 3))
-    solve = {"name": f"pass of the solver over the frozen forward alone, {len(sweep.sites)} sites of a 1.1B LLM"}
-    solve |= paired(sweep.forward, sweep.add_gradients, max(2, rounds // 3))
-    states = sweep.forward()
-    logits = sweep.logits(states)
-    leaf = logits.detach().requires_grad_()
-    parts = {
-        "loss and its gradient": lambda: sweep.losses(leaf).sum().backward(),
-        "logits": lambda: sweep.logits(states),
-        "weights' gradient": lambda: logits.backward(leaf.grad, retain_graph=True),
-        "AdamW": lambda: sweep.update(tuple(sweep.sites)),
-    }
-    entry["parts_s"] = {name: seconds(part) for name, part in parts.items()}
-    return [entry, solve]
-
-
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+    return [entry]
 
 
 def bench_mask(rounds: int) -> list[dict]:
@@ -135,42 +108,12 @@ def bench_text(rounds: int) -> list[dict]:
     return [{"name": f"whole sequence ({PREFIX} + 144 + {TEXT} tokens) over image tokens only"} | timed]
 
 
-STARTUP = {  # what a command cannot do without importing it all: it ends at once, with an error
-    "probes knockout": "probes knockout --probes nowhere --classes sky",
-    "probes starvation": "probes starvation --probes nowhere nowhere",
-    "probes umap": "probes umap --probes nowhere",
-    "probes maps": "probes maps --probes nowhere",
-    "probes explore": "probes explore nowhere --images 0 --out nowhere",
-    "probes report": "probes report nowhere --out nowhere",
-    "probes segment": "probes segment --probes nowhere nowhere.png --out nowhere",
-    "probes fit": "probes fit -c configs/probes/folder.yaml --model.mllm nowhere --data.root nowhere --out nowhere",
-    "llava-bidir fit": "llava_bidir fit -c configs/demo/stage1.yaml --model.encoder.path nowhere --model.llm nowhere "
-    "--data.annotations nowhere --data.images nowhere --out nowhere",
-}
-BASE = [sys.executable, "-c", "import torch; import transformers.models.llava.modeling_llava"]
-
-
-def bench_startup(rounds: int) -> list[dict]:
-    """Each command up to its first message, over importing torch and a LLaVA."""
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        shutil.copytree(ROOT / "configs", f"{folder}/configs")
-        start = lambda command: subprocess.run(command, cwd=folder, env=environment, capture_output=True)
-        commands = {name: [sys.executable, "-m", *line.split()] for name, line in STARTUP.items()}
-        return [
-            {"name": f"start-up of {name} over importing torch and transformers' LLaVA"}
-            | paired(partial(start, BASE), partial(start, command), rounds)
-            for name, command in commands.items()
-        ]
-
-
 BENCHES = {
     "loss": lambda args: bench_loss(paired, peak_memory_mb, args.rounds),
     "sweep": lambda args: bench_sweep(args.rounds),
     "frozen": lambda args: bench_frozen(args.rounds),
     "mask": lambda args: bench_mask(args.rounds),
     "text": lambda args: bench_text(args.rounds),
-    "startup": lambda args: bench_startup(args.rounds),
     "knockout": lambda args: bench_knockout(
         {"LLM of the demo's size": frozen_model("demo"), "LLM of 512 x 8 layers": frozen_model()},
         paired,
@@ -199,8 +142,6 @@ def main() -> None:
         for entry in BENCHES[name](args):
             low, median, high = entry["ratio"]
             print(f"{median:7.2f}x  [{low:.2f}, {high:.2f}]  {entry['name']}", flush=True)
-            if "parts_s" in entry:
-                print(" " * 24, ", ".join(f"{part} {s:.2f} s" for part, s in entry["parts_s"].items()), flush=True)
             ratios.append(entry)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

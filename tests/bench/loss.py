@@ -8,10 +8,10 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from memory import peak_mb
 from torch import Tensor
 
 from probes import prepare_masks, upsampled_cross_entropy
@@ -121,13 +121,4 @@ def print_peak_memory(name: str) -> None:
     small = logits[:, :, :2, :2].detach().requires_grad_(), target[:, :8, :8]
     _step(*small, side == "ours")()  # what the first call allocates for good
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is free would hide the peak
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
-    before = _memory_kb("VmRSS")
-    step()
-    print((_memory_kb("VmHWM") - before) / 1024)
-
-
-def _memory_kb(kind: str) -> int:
-    """Of this process, as Linux counts it: VmRSS now, VmHWM at most."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(kind))
+    print(peak_mb(step))

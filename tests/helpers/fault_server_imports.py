@@ -6,11 +6,11 @@ import torch
 import torch.utils.tensorboard
 import umap
 
+import probes.analyses.explore.run
 import probes.analyses.knockout.run
-import probes.analyses.segmentation_maps
+import probes.analyses.maps.run
 import probes.analyses.starvation.run
-import probes.analyses.umap
-import probes.report.explorer.page
+import probes.analyses.umap.run
 import probes.report.page
 import probes.training.cli
 

@@ -4,6 +4,7 @@ import http.client
 import json
 import threading
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import tiny_models
@@ -13,7 +14,9 @@ from probes.lab.models import load_runs
 from probes.lab.session import Session
 
 TOKEN = "secret"
-JOB = SimpleNamespace(watched=lambda mllm: nullcontext(), report=lambda event: None)  # without a client
+JOB = SimpleNamespace(  # without a client
+    watched=lambda mllm: nullcontext(), report=lambda event: None, check=lambda: None
+)
 
 
 def fit_runs(checkpoints, folder) -> list[str]:
@@ -27,7 +30,7 @@ def fit_runs(checkpoints, folder) -> list[str]:
 
 
 def open_session(runs: list[str]) -> Session:
-    return Session(load_runs(runs))
+    return Session(load_runs(runs), Path(runs[0]).parent / "saved")
 
 
 @contextmanager

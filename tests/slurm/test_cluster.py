@@ -18,7 +18,8 @@ import probes.cli
 
 ROOT = Path(__file__).parents[2]
 VQA_PYTHON = ROOT / ".venv-vqa/bin/python"
-JOBS = 2 * 6 + 1 + (3 if VQA_PYTHON.exists() else 0)  # of one encoder
+JOBS = 2 * 3 + 1 + (3 if VQA_PYTHON.exists() else 0)  # of one encoder
+PROBES = "-c configs/demo/probes.yaml --data.batch_size 2 --data.name toy"
 ON_THE_WAY = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED")
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("cluster")]
 
@@ -29,7 +30,7 @@ def settings(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("toy")
     encoder, llm = tiny_models.write_parts(folder)
     tiny_models.write_conversations(folder, count=96, text_only=16)
-    tiny_models.write_segmentation(folder / "segmentation")
+    segmentation = str(tiny_models.write_segmentation(folder / "photos/segmentation"))
     entry = {"name": "clip", "path": encoder.path, "layer": encoder.layer}
     (folder / "clip.yaml").write_text(json.dumps({"model": {"encoder": entry}}))
     data = str(folder / "data.json")
@@ -43,12 +44,11 @@ def settings(tmp_path_factory) -> dict[str, str]:
         **{"CAPTIONS": data, "CAPTION_IMAGES": str(folder), "INSTRUCTIONS": data, "INSTRUCTION_IMAGES": str(folder)},
         "STAGE1": f"-c configs/demo/stage1.yaml --data.template vicuna_v1 {sizes}",
         "STAGE2": f"-c configs/demo/stage2.yaml --data.val_annotations {data} {sizes}",
-        "PROBES": "-c configs/demo/probes.yaml --trainer.max_epochs 2 --data.batch_size 2",
+        **{"LAYOUT": segmentation, "SEGMENTATION": segmentation},
+        **{"ARMS": "trained random0 random1", "STUDY": f"{PROBES} --fit --add knockout.draws=1"},
         "VQA_PYTHON": str(VQA_PYTHON) if VQA_PYTHON.exists() else "",
         "VQA": f"--tasks toy --data {folder} --max-invalid-rate 1 --batch-size 4",
         "TABLE1": "--max-invalid-rate 1",
-        **{"SEGMENTATION": str(folder / "segmentation"), "KNOCKOUT": "--classes sky wall road"},
-        **{"DRAWS": "", "SOLVE": "--passes 2 --folds 2 --strengths 1e-2 1 --optimum-strengths 1e-1"},
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
     }
 
@@ -85,7 +85,8 @@ def wait_for_end(job: str, log: Path) -> dict[str, str]:
 
 def submit(script: str, settings: dict[str, str], log: Path, more: str = "") -> str:
     """Submit a script with further options `more` of its command. Return the job id."""
-    command = f"sbatch --parsable --output={log} $TRAINING slurm/{script}.sbatch clip causal {more}"
+    resources = "$NODE" if script == "study" else "$TRAINING"
+    command = f"sbatch --parsable --output={log} {resources} slurm/{script}.sbatch clip causal {more}"
     return shell(command, settings).strip()
 
 
@@ -132,19 +133,25 @@ def test_interrupted_training_with_skewed_ranks_equals_uninterrupted(settings, t
     assert len(lines_of(losses)) == 24
 
 
-def test_requeued_probes_resume_after_the_last_complete_epoch(settings, checkpoints, segmentation, tmp_path):
-    more = ["--model.mllm", str(checkpoints["causal"]), "--data.root", str(segmentation), "--trainer.max_epochs", "8"]
-    one_task, log, losses = settings | {"TASKS_PER_NODE": "1"}, tmp_path / "log", tmp_path / "losses"
+def test_requeued_study_resumes_after_the_last_complete_epoch(settings, checkpoints, segmentation, tmp_path):
+    model = tmp_path / "clip-causal/stage2/hf"
+    model.parent.mkdir(parents=True)
+    model.symlink_to(checkpoints["causal"])
+    log, losses, epochs = tmp_path / "log", tmp_path / "losses", "--trainer.max_epochs 8"
+    there = {"TASKS_PER_NODE": "1", "RUNS": str(tmp_path), "STUDY": f"{PROBES} --fit {epochs}"}
     pause = f"--trainer.callbacks+=skew.Skew --trainer.callbacks.losses={losses} --trainer.callbacks.pause_after=10"
-    job = submit("probes", one_task, log, f"{' '.join(more)} {pause} --out {tmp_path / 'cut'}")
+    job = submit("study", settings | there, log, f"--arms trained --only fit {pause}")
     signal_at(10, losses, job, log, "--batch", "--signal=USR1")
     state = wait_for_end(job, log)
     assert state["JobState"] == "COMPLETED" and state["Restarts"] == "1", log.read_text()[-3000:]
     steps = {int(step) for restarts, step, _ in lines_of(losses) if restarts == "1"}
     assert steps == set(range(10, 25)), "three steps per epoch, interrupted in the fourth epoch"
 
-    probes.cli.main(["fit", *settings["PROBES"].split(), *more, "--out", str(tmp_path / "whole")])
-    cut, whole = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("cut", "whole"))
+    data = ["--model.mllm", str(model), "--data.root", settings["SEGMENTATION"]]
+    probes.cli.main(["fit", *PROBES.split(), *epochs.split(), *data, "--out", str(tmp_path / "whole")])
+    cut, whole = (
+        json.loads((tmp_path / f"{name}/metrics.json").read_text()) for name in ("clip/causal/probes", "whole")
+    )
     assert cut["sites"] == whole["sites"] and len(cut["sites"][0]["history"]) == 8
 
 
@@ -160,10 +167,14 @@ def test_study_of_an_encoder_runs_to_the_report(settings, tmp_path):
     for name, job in jobs.items():
         log = tmp_path / Path(name).parent / "logs" / f"{Path(name).name}.log"
         assert wait_for_end(job, log)["JobState"] == "COMPLETED", f"{name}\n{log.read_text()[-3000:]}"
-    results = json.loads((tmp_path / "clip-report/results.json").read_text())
-    assert set(results["masks"]) == {"causal", "bidirectional"} and results["masks"]["causal"]["knockout"]
-    assert {verdict["effect"] for verdict in results["path"]} >= {"adapter_drop", "recovery"}
-    assert (tmp_path / "clip-report/starvation.json").is_file()
+    results = json.loads((tmp_path / "clip/report/results.json").read_text())
+    verdicts = {claim["claim"]: claim["verdicts"] for claim in results["claims"]}
+    assert verdicts["recovery"]["beyond_random"]["draws"] == 2
+    for mask in ("causal", "bidirectional"):
+        assert all(
+            (tmp_path / f"clip/{mask}/{arm}/knockout.json").is_file() for arm in ("trained", "random1", "probes")
+        )
+    assert (tmp_path / "clip/bidirectional/trained/starvation.json").is_file()
     if VQA_PYTHON.exists():
         table = json.loads((tmp_path / "table1/table1.json").read_text())
         assert len(table["models"]) == 2 and all("Toy" in model["columns"] for model in table["models"])

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from llava_bidir.rehearsal.inputs import STUDY
+from probes.cli import main
 from probes.data import ade20k
+from probes.studies.plan import make_plan
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted([*(ROOT / "slurm").glob("*.sh"), *(ROOT / "slurm").glob("*.sbatch")])
-STAGES = ["stage1", "stage2", "probes"]
-KNOCKED = ("solved", "random0", "random1")
+ARMS = ["trained", "random0", "random1", "adapter0", "adapter1"]
 DATA = ["PYTHON", "VQA_PYTHON", "CAPTIONS", "CAPTION_IMAGES", "INSTRUCTIONS", "INSTRUCTION_IMAGES", "SEGMENTATION"]
 
 
@@ -26,51 +28,40 @@ def test_script_is_valid_bash(path):
         assert check.returncode == 0, check.stdout
 
 
-@pytest.mark.parametrize("dataset", ["ade20k", "voc2012", "cityscapes"])
-def test_probes_job_takes_each_dataset(dataset, tmp_path):
-    (tmp_path / "srun").write_text('#!/bin/sh\necho "$@"\n')
-    (tmp_path / "srun").chmod(0o755)
-    there = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NNODES": "1", "SEGMENTATION": "masks", "RUNS": "runs"}
-    config = f"configs/probes/{dataset}.yaml"
-    there |= {"PROBES": f"-c {config}"} if dataset != "ade20k" else {}  # the default
-    job = ["bash", "slurm/probes.sbatch", "clip", "causal", "--out", "elsewhere"]
-    done = subprocess.run(job, cwd=ROOT, env=os.environ | there, capture_output=True, text=True, check=True)
-    words = done.stdout.split()
-    assert words[words.index("-c") + 1] == config and (ROOT / config).is_file()
-    assert words[words.index("--data.root") + 1] == "masks" and words[-2:] == ["--out", "elsewhere"]
-
-
-@pytest.mark.parametrize(
-    ("name", "control"),
-    [
-        ("solved", []),
-        ("random1", ["-c", "configs/probes/matched.yaml", "--model.draw", "1"]),
-        ("adapter0", ["--model.untrained", "[adapter]", "--model.sites", "[encoder, adapter]", "--model.draw", "0"]),
-    ],
-)
-def test_solve_job_makes_the_control_of_its_name(name, control, tmp_path):
+@pytest.mark.parametrize("layout", ["ade20k", "voc2012", "cityscapes", "photos"])
+def test_study_job_runs_a_study_that_can_be_planned(layout, tmp_path, monkeypatch, checkpoints):
+    """Its words are options of `probes study`, and of the parser of `probes solve`."""
     (tmp_path / "srun").write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
     (tmp_path / "srun").chmod(0o755)
-    there = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_NNODES": "1", "RUNS": "runs", "SOLVE": "--passes 2"}
-    job = ["bash", "slurm/solve.sbatch", "clip", "causal", name, "--folds", "3"]
+    (tmp_path / "photos").mkdir()
+    for mask in ("causal", "bidirectional"):
+        (tmp_path / f"clip-{mask}/stage2").mkdir(parents=True)
+        (tmp_path / f"clip-{mask}/stage2/hf").symlink_to(checkpoints[mask])
+    there = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SEGMENTATION": "masks", "RUNS": str(tmp_path)}
+    there |= {"SLURM_JOB_NAME": f"{tmp_path}/clip-causal/study"}
+    if layout != "ade20k":  # the default
+        there |= {"LAYOUT": str(tmp_path / layout) if layout == "photos" else layout}
+        there |= {"STUDY": f"-c {'folder' if layout == 'photos' else layout} --add knockout.classes=auto:5"}
+    job = ["bash", "slurm/study.sbatch", "clip", "causal bidirectional", "--arms", "trained", "random1"]
     done = subprocess.run(job, cwd=ROOT, env=os.environ | there, capture_output=True, text=True, check=True)
+    assert (tmp_path / "clip-causal/study.done").is_file(), "for six_configurations.sh"
     words = done.stdout.splitlines()
-    start = words.index("configs/probes/ade20k.yaml") + 1
-    assert words[start : words.index("--trainer.num_nodes")] == control
-    assert words[words.index("--out") + 1] == f"runs/clip-causal/{name}" and words[-4:] == [
-        "--passes",
-        "2",
-        "--folds",
-        "3",
-    ]
-
-
-def test_default_knockout_is_the_papers():
-    """Fig. 11: sky, ceiling and grass."""
-    command = ["bash", "-c", "source slurm/env.sh; echo $KNOCKOUT"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    option, *classes = done.stdout.split()
-    assert option == "--classes" and set(classes) == {"sky", "ceiling", "grass"} <= set(ade20k.CLASSES)
+    planned = []
+    monkeypatch.setattr("probes.studies.run.run_study", lambda settings, overwrite: planned.append(settings))
+    monkeypatch.chdir(ROOT)
+    main(words[words.index("probes") + 1 :])
+    steps = {step.name: step for step in make_plan(planned[0])}
+    assert {f"{mask}/{arm}/knockout" for mask in ("causal", "bidirectional") for arm in ("trained", "random1")} < {
+        *steps
+    }
+    assert {"bidirectional/trained/starvation", "report"} < {*steps}
+    assert ("causal/probes" in steps) == (layout == "ade20k"), "the default also fits probes"
+    command = steps["causal/trained"].command
+    config = Path(command[command.index("-c") + 1])
+    assert config.stem == (layout if layout != "photos" else "folder") and config.is_file()
+    if layout == "ade20k":  # Fig. 11 of the paper
+        classes = {"sky", "ceiling", "grass"}
+        assert classes < {*steps["causal/trained/knockout"].command} and classes <= {*ade20k.CLASSES}
 
 
 @pytest.fixture
@@ -101,29 +92,35 @@ def study(tmp_path):
 
 def test_dry_run_prints_every_job_with_its_dependencies_and_submits_none(study):
     done, calls = study("--dry-run", CAPTIONS="/nowhere")
-    assert calls == [] and len(done.stdout.splitlines()) == 1 + 6 * (4 + 5 + 4) + 3 + 1
+    assert calls == [] and len(done.stdout.splitlines()) == 1 + 6 * 4 + 3 + 1
     lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()[1:]}
+    only = ["--only", "solve", "fit", "knockout"]
     for encoder in ("clip", "dinov2", "siglip"):
         for mask in ("causal", "bidirectional"):
-            before = None
-            for stage in STAGES:
-                after = ["after", before] if before else []
-                before = f"{encoder}-{mask}/{stage}"
-                assert lines[before] == [f"slurm/{stage}.sbatch", encoder, mask, *after]
             run = f"{encoder}-{mask}"
-            assert lines[f"{run}/vqa"] == ["slurm/vqa.sbatch", encoder, mask, "after", f"{run}/stage2"]
-            for name in ("solved", "random0", "random1", "adapter0", "adapter1"):
-                assert lines[f"{run}/{name}"] == ["slurm/solve.sbatch", encoder, mask, name, "after", f"{run}/stage2"]
-            for name in ("probes", *KNOCKED):
-                assert lines[f"{run}/knockout-{name}"][1:] == [encoder, mask, name, "after", f"{run}/{name}"]
-        last = [*(f"knockout-{name}" for name in ("probes", *KNOCKED)), "adapter0", "adapter1"]
-        knockouts = [f"{encoder}-{mask}/{name}" for mask in ("causal", "bidirectional") for name in last]
-        assert lines[f"{encoder}-report/report"] == ["slurm/report.sbatch", encoder, "after", *knockouts]
-    tasks = [
-        f"{encoder}-{mask}/vqa" for encoder in ("clip", "dinov2", "siglip") for mask in ("causal", "bidirectional")
-    ]
+            assert lines[f"{run}/stage1"] == ["slurm/stage1.sbatch", encoder, mask]
+            for name, more in (("stage2", []), ("study", ["--arms", *ARMS, *only]), ("vqa", [])):
+                needed = f"{run}/{'stage1' if name == 'stage2' else 'stage2'}"
+                assert lines[f"{run}/{name}"] == [f"slurm/{name}.sbatch", encoder, mask, *more, "after", needed]
+        studies = [f"{encoder}-{mask}/study" for mask in ("causal", "bidirectional")]
+        last = ["causal", "bidirectional", "--only", "starvation", "report", "after", *studies]
+        assert lines[f"{encoder}/report"] == ["slurm/study.sbatch", encoder, *last]
+    tasks = [f"{name}-{mask}/vqa" for name in ("clip", "dinov2", "siglip") for mask in ("causal", "bidirectional")]
     assert lines["table1/table1"] == ["slurm/table1.sbatch", "after", *tasks]
     assert all((ROOT / line[0]).is_file() for line in lines.values())
+
+
+def test_a_study_split_by_arm_solves_controls_after_the_trained_model(study):
+    """Controls block the classes that the trained model confuses most."""
+    done, _ = study("--dry-run", SPLIT="yes", ENCODERS="clip", MASKS="causal", VQA_PYTHON="")
+    lines = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()[1:]}
+    for arm in ARMS:
+        needed = "clip-causal/" + ("stage2" if arm == "trained" else "study-trained")
+        assert (
+            lines[f"clip-causal/study-{arm}"][3:5] == ["--arms", arm]
+            and lines[f"clip-causal/study-{arm}"][-1] == needed
+        )
+    assert lines["clip/report"][-5:] == [f"clip-causal/study-{arm}" for arm in ARMS]
 
 
 @pytest.mark.parametrize("arguments", [["--dryrun"], ["--dry-run", "7b"], ["--help"]])
@@ -135,13 +132,10 @@ def test_an_unknown_argument_submits_nothing(study, arguments):
 def test_jobs_have_their_dependencies_and_resources(study, tmp_path):
     _, calls = study(ENCODERS="clip", NODES="2", TASKS_PER_NODE="4", GRES="gpu:h100", PARTITION="fast", ACCOUNT="me")
     waits = [[word.partition("=")[2] for word in call if word.startswith("--dependency")] for call in calls]
-    mask = lambda n: (
-        [[], [f"afterok:{n + 1}"], *[[f"afterok:{n + 2}"]] * 6] + [[f"afterok:{n + of}"] for of in (3, 4, 5, 6, 2)]
-    )  # stages; probes, solved and controls; knockouts of probes, solved and random LLMs; benchmarks
-    last = [n + of for n in (0, 13) for of in (9, 10, 11, 12, 7, 8)]
-    assert waits == [*mask(0), *mask(13), ["afterok:" + ":".join(map(str, last))], ["afterok:13:26"]]
-    training, language, report = calls[1], calls[12], calls[26]
-    assert {"--nodes=1", "--ntasks-per-node=1", "--gres=gpu:h100:4", "--cpus-per-task=32"} <= {*language}
+    mask = lambda n: [[], [f"afterok:{n + 1}"], *[[f"afterok:{n + 2}"]] * 2]  # stages; study and benchmarks
+    assert waits == [*mask(0), *mask(4), ["afterok:3:7"], ["afterok:4:8"]]
+    training, node, report = calls[1], calls[2], calls[8]
+    assert {"--nodes=1", "--ntasks-per-node=1", "--gres=gpu:h100:4", "--cpus-per-task=32"} <= {*node} & {*calls[3]}
     assert {"--account=me", "--partition=fast", "--nodes=2", "--ntasks-per-node=4", "--gres=gpu:h100:4"} <= {*training}
     assert training[-3:] == ["slurm/stage2.sbatch", "clip", "causal"]
     assert f"--output={tmp_path}/runs/clip-causal/logs/stage2.log" in training
@@ -156,12 +150,19 @@ def test_empty_gres_requests_no_gpus(study):
 
 def test_finished_parts_and_queued_jobs_are_skipped(study, tmp_path):
     runs = tmp_path / "runs"
-    (runs / "clip-causal/stage1/hf").mkdir(parents=True)
-    queue = {41: f"{ROOT}/{runs}/clip-causal/stage2", 42: "/elsewhere/clip-causal/probes", 43: f"{ROOT}/probes"}
+    for name in ("clip-causal/stage1/hf", "clip-causal/study-random0.done", "clip-causal/study-random1.done"):
+        (runs / name).mkdir(parents=True)
+    (runs / "clip/causal/random0").mkdir(parents=True)
+    (runs / "clip/causal/random0/metrics.json").touch()  # that of random1 was deleted, to be made again
+    queue = {41: f"{ROOT}/{runs}/clip-causal/stage2", 42: "/elsewhere/clip-causal/study", 43: f"{ROOT}/study"}
     (tmp_path / "queue").write_text("".join(f"{number} {name}\n" for number, name in queue.items()))
-    done, calls = study(ENCODERS="clip", MASKS="causal", VQA_PYTHON="", DRAWS="")
-    scripts = [next(word for word in call if word.startswith("slurm/")) for call in calls]
-    assert scripts == [f"slurm/{name}.sbatch" for name in ("probes", "solve", "knockout", "knockout", "report")]
+    here = {"ENCODERS": "clip", "MASKS": "causal", "VQA_PYTHON": ""}
+    done, calls = study(**here, SPLIT="yes", ARMS="trained random0 random1")
+    assert [call[call.index("slurm/study.sbatch") + 1 :] for call in calls] == [
+        ["clip", "causal", "--arms", "trained", "--only", "solve", "fit", "knockout"],
+        ["clip", "causal", "--arms", "random1", "--only", "solve", "fit", "knockout"],
+        ["clip", "causal", "--only", "starvation", "report"],
+    ]
     assert "--dependency=afterok:41" in calls[0] and "--kill-on-invalid-dep=yes" in calls[0]
     assert "clip-causal/stage1                   slurm/stage1.sbatch clip causal" in done.stdout
 
@@ -178,15 +179,15 @@ def test_rehearsal_submits_the_study_on_random_weights(study, tmp_path):
     recorded = f'echo "$@" >> {tmp_path}/calls; env > {tmp_path}/env; wc -l < {tmp_path}/calls\n'
     (tmp_path / "bin/sbatch").write_text(f"#!/bin/sh\n{recorded}")
     there = {"PYTHON": sys.executable, "SIZE": "tiny", "VQA_PYTHON": "/nowhere/python", "PYTHONPATH": str(ROOT)}
-    there |= {"PROBES": "-c configs/probes/voc2012.yaml"}
+    there |= {"LAYOUT": "voc2012", "STUDY": "-c voc2012"}
     done, calls = study("--rehearse", **there, ENCODERS="dinov2 clip")
     scripts = [next(word for word in call if word.startswith("slurm/")) for call in calls]
-    assert len(scripts) == 2 * 12 + 1 and scripts.count("slurm/solve.sbatch") == 10
+    assert len(scripts) == 2 * 3 + 1 and scripts.count("slurm/study.sbatch") == 3
     assert "no benchmarks: /nowhere/python does not exist" in done.stdout
     jobs = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
     folder = tmp_path / "runs/rehearsal"
     assert jobs["RUNS"] == str(folder) and jobs["LLM"] == f"{folder}/inputs/vicuna" and jobs["ENCODERS"] == "dinov2"
     assert jobs["STAGE2"] == "-c configs/stage2.yaml --trainer.max_steps 2"
-    assert jobs["PROBES"] == "-c configs/probes/ade20k.yaml --data.batch_size 1", "whatever the study's dataset is"
+    assert jobs["LAYOUT"] == "ade20k" and jobs["STUDY"] == STUDY, "whatever the study's dataset is"
     config = json.loads((folder / "inputs/dinov2.yaml").read_text())
     assert Path(config["model"]["encoder"]["path"]).is_dir() and Path(jobs["CAPTIONS"]).is_file()

@@ -1,1 +1,39 @@
 """Answers of the MLLM beside its probes at the same place, and under knockouts."""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from probes.analyses.base import Analysis, Row, add_out, add_run, add_seed, table_row
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `probes answers`."""
+    add_run(parser)
+    text = "LLaVA's JSON with regions (default: questions.json beside the data set's folder, as demo-assets writes it)"
+    parser.add_argument("--questions", metavar="FILE", help=text)
+    parser.add_argument("--images", metavar="DIR", help="folder of the images (default: that of the questions)")
+    parser.add_argument("--limit", type=int, help="number of questions to ask (default: all)")
+    text = "draws to average for each condition with random tokens"
+    parser.add_argument("--draws", type=int, default=5, help=text)
+    parser.add_argument("--batch-size", type=int, default=16, help="questions per batch")
+    add_seed(parser, "the controls and the bootstrap")
+    add_out(parser)
+
+
+def rows(result: dict[str, Any]) -> Iterator[Row]:
+    """Yield the accuracy of the answers."""
+    yield table_row(None, "answer_accuracy", result["accuracy"]["value"], result["accuracy"]["ci95"])
+
+
+ANALYSIS = Analysis(
+    help="compare the model's answers about places with its probes, also under knockouts, into RUN/answers.json",
+    question="Does the model say what its probes read, and does hiding tokens change what it says?",
+    add_options=add_options,
+    result="answers.json",
+    title="Answers",
+    arms=("trained", "random"),
+    default=True,
+    beside_data={"questions": "questions.json"},  # as demo-assets writes it
+    rows=rows,
+)

@@ -1,1 +1,85 @@
 """Attention knockout of confused image patches: cases, blocked tokens, forwards, effects (Eq. 1, App. C.1)."""
+
+import argparse
+from collections.abc import Iterator
+from typing import Any
+
+from probes.analyses.base import Analysis, Claim, Row, add_out, add_run, add_seed, table_row
+
+from .schema import CONTROLS
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `probes knockout`."""
+    add_run(parser)
+    text = "classes c, or auto:N for the N most often confused"
+    parser.add_argument("--classes", required=True, nargs="+", metavar="NAME", help=text)
+    text = "layers to cut, counted from 1 (default: all)"
+    parser.add_argument("--layers", nargs="+", type=int, metavar="L", help=text)
+    text = "site whose predictions define the blocked tokens"
+    parser.add_argument("--block-by", default="adapter", metavar="SITE", help=text)
+    text = "tokens to block: all predicted as the class (Eq. 1), or only those whose label confirms it"
+    parser.add_argument("--block-set", choices=["predicted", "correct"], default="predicted", help=text)
+    text = "let blocked tokens still attend to themselves; Eq. 1 cuts them off from themselves, too"
+    parser.add_argument("--keep-own-key", action="store_true", help=text)
+    text = "controls besides random tokens: matched in distance, in attention mass, or in both; tokens of high norm"
+    parser.add_argument("--controls", nargs="+", default=[], choices=[*CONTROLS[1:], "high_norm"], help=text)
+    text = "draws to average for each condition with random tokens"
+    parser.add_argument("--draws", type=int, default=5, help=text)
+    text = "also block random fractions of the tokens"
+    parser.add_argument("--fractions", nargs="+", type=float, default=[], metavar="F", help=text)
+    text = "also let image tokens attend to no image tokens but the blocked sets"
+    parser.add_argument("--keep-only", action="store_true", help=text)
+    text = (
+        "also cut each layer alone, windows of K layers, all layers >= l, all layers <= l (RUN/knockout_windows.json)"
+    )
+    parser.add_argument("--layer-windows", type=int, metavar="K", help=text)
+    text = "also cut each attention head of each layer alone (RUN/knockout_windows.json)"
+    parser.add_argument("--attention-heads", action="store_true", help=text)
+    parser.add_argument("--attention", action="store_true", help="also measure where wrong patches attend, by layer")
+    parser.add_argument("--min-patches", type=int, default=1, help="leave out images with fewer wrong patches")
+    parser.add_argument("--limit", type=int, help="number of images to read (default: all)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images, or cases, per forward")
+    add_seed(parser, "the controls and the bootstrap")
+    add_out(parser)
+
+
+def rows(result: dict[str, Any]) -> Iterator[Row]:
+    """Yield the share of wrong patches left, by class, condition and site."""
+    for entry in result["classes"]:
+        for condition, values in entry["remaining"].items():
+            for layer, (value, interval) in enumerate(zip(values, entry["ci95"][condition], strict=True)):
+                site = "adapter" if layer == 0 else f"layer_{layer:02d}"
+                of = {"class": entry["class"], "condition": condition}
+                yield table_row(site, "wrong_patches_left", value, interval, **of)
+
+
+ANALYSIS = Analysis(
+    help="block image tokens (Eq. 1) and count the wrong patches that remain (App. C.1), into RUN/knockout.json",
+    question="Do correctly classified image tokens pull misclassified ones to the right class in the LLM?",
+    add_options=add_options,
+    result="knockout.json",
+    title="Attention knockout",
+    paper="Sec. 4, App. C.1, Fig. 11",
+    options={"classes": "auto:4"},
+    arms=("trained", "random", "probes"),
+    default=True,
+    claims={
+        "knockout_incorrect": Claim(
+            -1,
+            "Blocking the wrong class speeds correction: change in wrong patches left (Sec. 4.1)",
+            "wrong class blocked",
+        ),
+        "knockout_correct": Claim(
+            +1,
+            "Blocking the correct class impairs correction: change in wrong patches left (Sec. 4.2)",
+            "correct class blocked",
+        ),
+        "knockout_specificity": Claim(
+            +1,
+            "The effect is class-specific: correct minus wrong class, less the same at random",
+            "correct − wrong blocked",
+        ),
+    },
+    rows=rows,
+)

@@ -1,7 +1,7 @@
 """Inference over the classes of a knockout: which classes show the paper's effects, and do classes in general?
 
-The paper claims its effects for each class (App. C.2). Effects of different classes can be large and of opposite sign,
-so that a pool over all cases says little. Here a class is the unit:
+The paper claims its effects for each class (App. C.2). Effects of different classes can be large and of opposite sign.
+The claims of a report are about all cases of the classes together (`contrasts.py`); here a class is the unit:
 
     per class      mean over its cases; interval over images; two-sided p from swapping the two conditions on whole
                    images (or groups), adjusted over classes by Holm
@@ -10,8 +10,8 @@ so that a pool over all cases says little. Here a class is the unit:
     over pairs     two classes mostly mistaken for each other are one unit: their effects depend on each other, and a
                    shift of the probe's criterion between them cancels in their mean
 
-The cases are those of the paper's text: n_c(0) >= 1, or the run's `--min-patches` if larger. Other selections are a
-curve, without verdicts. Effects are means over the later half of the layers; for their signs see `EFFECTS`.
+The cases are those of the paper's text: n_c(0) >= 1, or the run's `--min-patches` if larger. Effects are means over the
+later half of the layers; for their signs see `EFFECTS`.
 
 Shapes: C cases, E effects, L layers, R resamplings, N images, U units.
 """
@@ -38,7 +38,6 @@ EFFECTS = {"knockout_incorrect": -1, "knockout_correct": +1, "knockout_specifici
 # A class in fewer images, or groups of images that are swapped together, cannot reach p < 0.05: of n, 2 of the 2^n ways
 # to swap are as extreme as the observed.
 MIN_IMAGES = 6
-SELECTION_SHARES = (0, 1 / 64, 1 / 32, 1 / 16, 1 / 8)  # of the grid: doublings, up to whole regions
 
 
 def claimed_sign(effect: str, outcome: str) -> int:
@@ -68,8 +67,8 @@ def class_effects(
         folder: Folder of knockout.safetensors, by default the run's.
     """
     effects: dict[str, dict[str, Estimate]] = {}
-    for name, cases in _cases_by_class(run, _read(run, folder), min_patches, outcome).items():
-        names, values = _later_effects(cases)
+    for name, cases in _cases_by_class(run, read_knockout(run, folder), min_patches, outcome).items():
+        names, values = later_effects(cases)
         mean, resampled = cases.mean(values, run.weights)
         for i, effect in enumerate(names):
             effects.setdefault(effect, {})[name] = mean[i].item(), resampled[:, i]
@@ -115,7 +114,7 @@ def look_alikes(run: ProbeRun, min_patches: int = 1, folder: Path | None = None)
 
     Two classes that are mostly mistaken for each other have the same unit.
     """
-    names, tensors, units = run.metrics["classes"], _read(run, folder), {}
+    names, tensors, units = run.metrics["classes"], read_knockout(run, folder), {}
     for name in _cases_by_class(run, tensors, min_patches):
         enough = tensors[f"{name}/patches"] >= min_patches
         partner = names[tensors[f"{name}/correct_class"][enough].bincount().argmax()]
@@ -139,7 +138,7 @@ def criterion_shifts(run: ProbeRun, min_patches: int = 1, folder: Path | None = 
         intervals cover all moves of all pairs together (max-t). "shift" is true if both intervals of a pair lie on the
         same side of zero; "towards" is then the class that gains. None if no lean was stored.
     """
-    tensors = _read(run, folder)
+    tensors = read_knockout(run, folder)
     if not any(key.rpartition("/")[2].startswith(f"{LEAN}:") for key in tensors):
         return None
     pairs, moves, shifts = sorted(set(look_alikes(run, min_patches, folder).values())), [], []
@@ -185,10 +184,10 @@ def knockout_inference(run: ProbeRun, folder: Path | None = None) -> dict[str, A
     Returns:
         {"min_patches", "min_images": `MIN_IMAGES`, "too_few_images": classes not tested, "look_alikes": [[a, b]],
         "outcomes": {outcome: {"classes": rows of :func:`class_tests`, "mean" and "mean_over_pairs": {effect:
-        :func:`mean_over_classes` and "verdict"}, "selection": rows of :func:`selection_curve`}},
+        :func:`mean_over_classes` and "verdict"}}},
         "criterion_shifts": see :func:`criterion_shifts`}. Outcomes that an older file lacks are missing.
     """
-    tensors = _read(run, folder)
+    tensors = read_knockout(run, folder)
     if not tensors:
         return {}
     min_patches = min_patches_of(run, folder)
@@ -199,7 +198,6 @@ def knockout_inference(run: ProbeRun, folder: Path | None = None) -> dict[str, A
                 "classes": class_tests(run, min_patches, outcome, folder),
                 "mean": {name: _judged_mean(name, outcome, effects[name]) for name in effects},
                 "mean_over_pairs": {name: _judged_mean(name, outcome, effects[name], units) for name in effects},
-                "selection": selection_curve(run, outcome, folder),
             }
     with_cases = [name for name in run.metrics["classes"] if f"{name}/patches" in tensors]
     tested = {name for name, x in _cases_by_class(run, tensors, min_patches).items() if _enough_units(run, x)}
@@ -228,10 +226,10 @@ def class_tests(run: ProbeRun, min_patches: int, outcome: str, folder: Path | No
     """
     swaps = random_swaps(run.metrics["images"], seed=run.metrics["seed"], groups=run.groups)
     rows: dict[str, list[dict[str, Any]]] = {}
-    for name, cases in _cases_by_class(run, _read(run, folder), min_patches, outcome).items():
+    for name, cases in _cases_by_class(run, read_knockout(run, folder), min_patches, outcome).items():
         if not _enough_units(run, cases):
             continue
-        effects, values = _later_effects(cases)
+        effects, values = later_effects(cases)
         mean, resampled = cases.mean(values, run.weights)
         p, _ = p_values(cases.swapped_mean(values, swaps))
         for i, effect in enumerate(effects):
@@ -245,23 +243,6 @@ def class_tests(run: ProbeRun, min_patches: int, outcome: str, folder: Path | No
     return [row for entries in rows.values() for row in entries]
 
 
-def selection_curve(run: ProbeRun, outcome: str, folder: Path | None = None) -> list[dict[str, Any]]:
-    """Return the means over classes for cases with more and more mistaken patches.
-
-    Returns:
-        [{"min_patches", "share": of the grid, "effect", "cases", and the keys of :func:`mean_over_classes`}]. Fewer
-        classes remain for larger regions.
-    """
-    rows, least = [], min_patches_of(run, folder)
-    patches = run.metrics["grid"][0] * run.metrics["grid"][1]
-    for min_patches in sorted({max(least, round(share * patches)) for share in SELECTION_SHARES}):
-        counts = [len(x.images) for x in _cases_by_class(run, _read(run, folder), min_patches, outcome).values()]
-        common = {"min_patches": min_patches, "share": min_patches / patches, "cases": sum(counts)}
-        effects = class_effects(run, min_patches, outcome, folder)
-        rows += [common | {"effect": effect} | mean_over_classes(effects[effect]) for effect in effects]
-    return rows
-
-
 def _judged_mean(effect: str, outcome: str, effects: dict[str, Estimate], units: Mapping | None = None) -> dict:
     """Return the mean over classes with its verdict; None as the verdict of a single unit."""
     mean = mean_over_classes(effects, units)
@@ -271,7 +252,8 @@ def _judged_mean(effect: str, outcome: str, effects: dict[str, Estimate], units:
     return mean | {"verdict": judge_effect(claimed_sign(effect, outcome), mean["value"], low > 0 or high < 0)}
 
 
-def _read(run: ProbeRun, folder: Path | None) -> dict[str, Tensor]:
+def read_knockout(run: ProbeRun, folder: Path | None = None) -> dict[str, Tensor]:
+    """Return the content of knockout.safetensors, of the run or of `folder`; {} without it."""
     path = (folder or run.path) / "knockout.safetensors"
     return read_tensors(path) if path.is_file() else {}
 
@@ -290,7 +272,7 @@ def _enough_units(run: ProbeRun, cases: Cases) -> bool:
     return len(units.unique()) >= MIN_IMAGES
 
 
-def _later_effects(cases: Cases) -> tuple[list[str], Tensor]:
+def later_effects(cases: Cases) -> tuple[list[str], Tensor]:
     """Return the names of the effects and their values in the later half of the layers, f[C, E]."""
     later = {condition: later_half(values) for condition, values in cases.rates.items()}
     incorrect, correct = later["incorrect"], later["correct"]

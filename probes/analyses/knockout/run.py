@@ -38,13 +38,7 @@ from probes.results.probe_run import ProbeRun
 from .batch import knock_out_batch
 from .cases import PatchReader, confused_classes
 from .config import Plan, check_has_layers
-from .effects import (
-    attention_entry,
-    class_entry,
-    concat_classes,
-    effect_entries,
-    select_cases,
-)
+from .effects import attention_entry, class_entry, concat_classes, effect_entries, select_cases
 from .inference import knockout_inference
 from .layer_sweep import SWEEP_CONDITIONS, cut_locations, sweep_entry
 

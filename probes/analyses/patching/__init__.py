@@ -1,1 +1,32 @@
-"""Activation patching: states of one forward replaced by those of another, layer by layer."""
+"""Activation patching: states replaced at one layer by those of another mask or picture."""
+
+import argparse
+
+from probes.analyses.base import Analysis, add_out, add_run, add_seed
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `probes patching`."""
+    add_run(parser)
+    text = "mask under which replacement states are computed (default: bidirectional, or causal for a run that is not)"
+    parser.add_argument("--mask", metavar="NAME", help=text)
+    text = "also patch pictures without a cue by those with it: a folder data set with the splits `with` and `without`"
+    parser.add_argument("--pairs", metavar="DIR", help=text)
+    parser.add_argument("--site", help="site of the read-out (default: the run's best decoder layer)")
+    text = "layers whose states are replaced, 0 for the adapter (default: all before the read-out)"
+    parser.add_argument("--layers", nargs="+", type=int, metavar="L", help=text)
+    parser.add_argument("--limit", type=int, help="number of images, and of pairs, to read (default: all)")
+    parser.add_argument("--draws", type=int, default=3, help="draws of random tokens to average")
+    parser.add_argument("--batch-size", type=int, default=16, help="images per batch")
+    add_seed(parser, "the random tokens and the bootstrap")
+    add_out(parser)
+
+
+ANALYSIS = Analysis(
+    help="replace states at one layer by those of another mask or picture, and read what follows, into "
+    "RUN/patching.json",
+    question="In which layers do tokens receive what they need from others, and at which do others still read it?",
+    add_options=add_options,
+    result="patching.json",
+    title="Activation patching",
+)

@@ -34,15 +34,7 @@ from .by_class import class_results
 from .by_position import position_results
 from .dummy_tokens import dummy_token_results
 from .flipped import FLIP_AXES, flip_results
-from .patch_accuracy import (
-    CountsByMask,
-    Estimate,
-    accuracy_gap,
-    first_gaps,
-    patch_accuracy,
-    patch_counts,
-    pooled_gap,
-)
+from .patch_accuracy import CountsByMask, Estimate, accuracy_gap, first_gaps, patch_accuracy, patch_counts, pooled_gap
 
 
 def starvation(

@@ -6,16 +6,14 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from probes.analyses.maps.figures import task_maps
+from probes.analyses.style import FigureData, Figures, ReportFigure, caption, label_sites, mask_colour, site_depth
 from probes.models.sites import ENCODER, FINAL_NORM
-from probes.report.beyond_classes import group_by_seed, is_control, join_rows
-from probes.report.seeds import share_images
-from probes.report.tables import bounds
+from probes.report.beyond_classes import group_by_seed, is_control
+from probes.report.seeds import join_entries, share_images
+from probes.results.formatting import bounds
 from probes.results.task_run import TaskRun
 
-from .maps import task_maps
-from .style import FigureData, Figures, ReportFigure, caption, label_sites, mask_colour, site_depth
-
-TASKS_SECTION = "Beyond classes"
 Entry = dict[str, Any]
 
 
@@ -63,10 +61,11 @@ def _draw_scores(ax: Axes, entries: list[Entry]) -> list[dict[str, Any]]:
     for sites, kind, style in (("sites", "trained", "-"), ("control", "random", "--")):
         lines = [(str(entry["seed"]), relative_scores(entry, sites)) for entry in entries]
         if len(entries) > 1:
-            lines.append(("mean", join_rows([drawn for _, drawn in lines], "site", "relative", shared)))
+            seeds, scores = zip(*lines, strict=True)
+            lines.append(("mean", join_entries(seeds, scores, shared)))
         for seed, drawn in lines:
             main = len(entries) == 1 or seed == "mean"
-            x, y = [site_depth(row["site"]) for row in drawn], [row["relative"] for row in drawn]
+            x, y = [site_depth(row["site"]) for row in drawn], [row["value"] for row in drawn]
             label = mask if kind == "trained" and drawn and main else None
             ax.plot(x, y, style, color=mask_colour(mask), lw=1.6 if main else 0.5, label=label)
             if drawn and kind == "trained" and main:
@@ -126,13 +125,11 @@ def relative_scores(entry: Entry, sites: str) -> list[dict[str, Any]]:
     # the bound of an error can be below 0, where its inverse has no bound
     unit = (lambda x: encoder / x if x > 0 else math.inf) if entry["better"] == "lower" else (lambda x: x / encoder)
     rows = [row for row in entry[sites] or () if row["site"] != FINAL_NORM]
-    return [
-        {"site": row["site"], "relative": unit(row["value"]), "ci95": sorted(map(unit, row["ci95"]))} for row in rows
-    ]
+    return [{"site": row["site"], "value": unit(row["value"]), "ci95": sorted(map(unit, row["ci95"]))} for row in rows]
 
 
 def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    return {"site": row["site"], "relative": row["relative"], "low": row["ci95"][0], "high": row["ci95"][1]}
+    return {"site": row["site"], "relative": row["value"], "low": row["ci95"][0], "high": row["ci95"][1]}
 
 
 def task_figures(runs: list[TaskRun], tasks: dict[str, list[dict[str, Any]]]) -> Figures:
@@ -146,7 +143,7 @@ def task_figures(runs: list[TaskRun], tasks: dict[str, list[dict[str, Any]]]) ->
     with_encoder = [entry for entry in results if any(row["site"] == ENCODER for row in entry["sites"])]
     if with_encoder:
         yield ReportFigure(
-            "tasks", TASKS_SECTION, "Other tasks by site",
+            "tasks", "Other tasks by site",
             caption(
                 "The main score of each task in units of the encoder's; where lower is better, its inverse.",
                 "Dashed: random weights, one draw." if any(entry["control"] for entry in with_encoder) else "",
@@ -155,7 +152,7 @@ def task_figures(runs: list[TaskRun], tasks: dict[str, list[dict[str, Any]]]) ->
             tasks_by_site(with_encoder), "wide")  # fmt: skip
     if starved:
         yield ReportFigure(
-            "tasks_starvation", TASKS_SECTION, "Starvation of other tasks",
+            "tasks_starvation", "Starvation of other tasks",
             caption(
                 "Mean error of the pixels under each of the first patches, causal minus bidirectional, at the causal",
                 "run's best layer: positive where causal attention is worse. One probe is shared by all positions.",
@@ -166,7 +163,7 @@ def task_figures(runs: list[TaskRun], tasks: dict[str, list[dict[str, Any]]]) ->
         of = f"{run.task_name}, {run.metrics['image_attention']}, seed {run.metrics['seed']}"
         random = ", random weights" * is_control(run)
         yield ReportFigure(
-            f"tasks_maps_{i}", TASKS_SECTION, f"Predictions by layer, {of}{random}",
+            f"tasks_maps_{i}", f"Predictions by layer, {of}{random}",
             "Target and predictions of an image share their colours; black: no value. Single images are no evidence.",
             task_maps(run), "wide")  # fmt: skip
 

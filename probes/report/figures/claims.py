@@ -4,20 +4,11 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
-from probes.report.tables import bounds
+from probes.analyses.style import INTERVALS, FigureData, Figures, ReportFigure, mask_colour, new_axes
+from probes.report.claims import CLAIMS
 from probes.report.verdicts import COLUMNS
+from probes.results.formatting import bounds
 
-from .style import INTERVALS, FigureData, Figures, ReportFigure, mask_colour, new_axes
-
-NAMES = {
-    "adapter_drop": "adapter drop",
-    "recovery": "recovery",
-    "starvation": "starvation, patch 0",
-    "starvation_first_row": "starvation, first row",
-    "knockout_incorrect": "wrong class blocked",
-    "knockout_correct": "correct class blocked",
-    "knockout_specificity": "correct − wrong blocked",
-}
 # Column -> offset within a row, whether the marker is filled
 STYLES = {"paper": (-0.2, False), "optimum": (0.0, True)}
 DRAWS_OFFSET = 0.22
@@ -48,7 +39,7 @@ def claim_values(claims: list[dict[str, Any]]) -> FigureData:
             trained = 100 * entry["verdicts"]["beyond_random"]["trained"]
             ax.plot([trained], [y + DRAWS_OFFSET], "d", color=colour, ms=5.5)
         rows += _rows(entry, draws)
-    labels = [f"{NAMES[c['claim']]} ({c['image_attention']})" for c in claims]
+    labels = [f"{CLAIMS[c['claim']].name} ({c['image_attention']})" for c in claims]
     ax.set_yticks(range(len(claims)), labels, fontsize=8)
     ax.set_ylim(len(claims) - 0.5, -0.5)
     ax.axvline(0, color="black", lw=0.8)
@@ -84,7 +75,7 @@ def claim_figures(claims: list[dict[str, Any]]) -> Figures:
     """Yield the figure of claims beside controls, if there are random models."""
     if any("by_draw" in claim["verdicts"]["beyond_random"] for claim in claims):
         yield ReportFigure(
-            "claims", "Claims beside controls", "Trained and random models",
+            "claims", "Trained and random models",
             "The number of each claim. Look for filled diamonds that lie beyond the hollow ones: what random LLMs that "
             "change the states as much show as well (the adapter's drop: random adapters) need not be learned. All "
             "diamonds of a row have the same probes; a filled circle of drop or recovery is at the strength where the "

@@ -4,10 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from probes.analyses.style import FigureData, Figures, ReportFigure, label_sites, new_axes
 from probes.models.sites import FINAL_NORM
 from probes.results.probe_run import ProbeRun
-
-from .style import FigureData, Figures, ReportFigure, label_sites, new_axes
 
 CONFUSION_ROWS = 12
 
@@ -46,7 +45,7 @@ def confusion_figures(runs: dict[str, ProbeRun], confusion: dict[str, list[dict[
     """Yield a figure of confused classes for each mask."""
     for mask, pairs in confusion.items():
         yield ReportFigure(
-            f"confusion_{mask}", "Confused classes by layer", f"Most confused classes, {mask}",
+            f"confusion_{mask}", f"Most confused classes, {mask}",
             "Share of a class's pixels that are predicted as another class, for the pairs confused most at the "
             "adapter (Sec. 3.3). Look for rows that fade to the right. Green bar: from this layer on, at least half of "
             "the adapter's confusion is gone; rows without a bar keep more than half.",

@@ -1,10 +1,19 @@
 """Figure of the feature statistics by site: scale, anisotropy, neighbourhoods."""
 
-from probes.report.study import Study
-from probes.report.tables import run_columns
+from probes.analyses.style import (
+    FigureData,
+    Figures,
+    ReportFigure,
+    caption,
+    label_sites,
+    mask_colour,
+    new_panels,
+    site_depth,
+)
+from probes.results.formatting import run_columns
+from probes.results.study import Study
 
 from .layer_curves import sites_by_depth, without_final_norm
-from .style import FigureData, Figures, ReportFigure, caption, label_sites, mask_colour, new_panels, site_depth
 
 STATISTICS = {
     "rms": "root mean square",
@@ -43,7 +52,7 @@ def statistics_figures(study: Study) -> Figures:
     with_statistics = any("states" in run.metrics["sites"][0] for run in study.untrained.values())
     if all("states" in run.metrics["sites"][0] for run in study.trained.values()):
         yield ReportFigure(
-            "states", "Hidden-state statistics", "Scale, anisotropy, neighbourhoods",
+            "states", "Scale, anisotropy, neighbourhoods",
             caption(
                 "Statistics of the hidden states, computed without a probe. Look for jumps in scale where mIoU moves.",
                 "Dotted: the untrained model." if with_statistics else "",

@@ -7,12 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from probes.models.sites import ADAPTER, FINAL_NORM
-from probes.report.study import MASKS, Study
-from probes.report.tables import run_columns
-from probes.results.probe_run import ProbeRun
-
-from .style import (
+from probes.analyses.style import (
     COLOURS,
     FigureData,
     Figures,
@@ -26,8 +21,10 @@ from .style import (
     site_depth,
     spread_labels,
 )
-
-OVERVIEW = "Across models and datasets"
+from probes.models.sites import ADAPTER, FINAL_NORM
+from probes.results.formatting import run_columns
+from probes.results.probe_run import ProbeRun
+from probes.results.study import MASKS, Study
 
 
 def without_final_norm(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -185,7 +182,7 @@ def layer_figures(study: Study) -> Figures:
 
 def _layer_figure(study: Study, name: str, title: str, solved: bool) -> ReportFigure:
     return ReportFigure(
-        name, "Drop-off and recovery", title,
+        name, title,
         caption(
             "Segmentation quality of the probe at each site (Figs. 3 and 8). Look for a drop from encoder to adapter "
             "and a rise over the LLM layers.", _peak_caption(study),
@@ -203,20 +200,20 @@ def overview_figures(studies: list[Study]) -> Figures:
         with_adapter = [study for study in with_mask if ADAPTER in study.trained[mask].sites]
         if with_mask:
             yield ReportFigure(
-                f"models_{mask}", OVERVIEW, f"All models, {mask}",
+                f"models_{mask}", f"All models, {mask}",
                 caption("mIoU by site, one line per model (Figs. 3 and 9).", _peak_caption(*with_mask),
                         _kinds_caption(with_mask), "Bands: 95% intervals."),
                 models_by_dataset(with_mask, mask))  # fmt: skip
         if with_adapter:
             yield ReportFigure(
-                f"over_adapter_{mask}", OVERVIEW, f"Recovery of all models, {mask}",
+                f"over_adapter_{mask}", f"Recovery of all models, {mask}",
                 caption("The same curves minus their value at the adapter (Fig. 10), to compare models with different "
                         "depths and encoders.", _kinds_caption(with_adapter)),
                 models_by_dataset(with_adapter, mask, over_adapter=True))  # fmt: skip
     both = [study for study in studies if study.pair()]
     if both:
         yield ReportFigure(
-            "masks", OVERVIEW, "Causal and bidirectional attention",
+            "masks", "Causal and bidirectional attention",
             caption("Both masks of every model (Fig. 8).", _peak_caption(*both), _kinds_caption(both),
                     "Bands: 95% intervals."),
             masks_by_model(both))  # fmt: skip

@@ -4,10 +4,8 @@ from typing import Any
 
 from matplotlib.lines import Line2D
 
+from probes.analyses.style import FigureData, Figures, ReportFigure, label_sites, mask_colour, new_axes, site_depth
 from probes.report.mask_comparison import ALPHA
-from probes.report.summary_text import MASKS_SECTION
-
-from .style import FigureData, Figures, ReportFigure, label_sites, mask_colour, new_axes, site_depth
 
 
 def mask_difference(comparison: dict[str, Any]) -> FigureData:
@@ -38,7 +36,7 @@ def mask_figures(comparison: dict[str, Any] | None) -> Figures:
     """Yield the figure of both masks, if the study has both."""
     if comparison:
         yield ReportFigure(
-            "paired_sites", MASKS_SECTION, "Difference by site",
+            "paired_sites", "Difference by site",
             "mIoU under bidirectional minus causal attention on the same images (Fig. 8). Look for layers whose "
             "interval excludes zero. Lines: paired 95% intervals. Filled: significant in a permutation test, corrected "
             f"for {len(comparison['sites'])} sites.",

@@ -6,11 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from probes.analyses.style import FigureData, Figures, ReportFigure, caption, mask_colour, new_panels
 from probes.report.path import ROWS, verdict_rows
-from probes.report.study import Study
-from probes.report.summary_text import PATH_SECTION
-
-from .style import FigureData, Figures, ReportFigure, caption, mask_colour, new_panels
+from probes.results.study import Study
 
 EFFECTS = {
     "adapter_drop": "encoder minus adapter",
@@ -75,22 +73,22 @@ def _legend(verdicts: Verdicts, trained: bool) -> list:
     return [Patch(color=mask_colour(mask), label=mask) for mask in masks] + kinds
 
 
-def path_figures(study: Study, results: dict[str, Any]) -> Figures:
+def path_figures(study: Study, verdicts: Verdicts, claims: list[dict[str, Any]]) -> Figures:
     """Yield the figure of solved probes at the chosen strength and its neighbours."""
-    if not results["path"]:
+    if not verdicts:
         return
-    claims = [claim for claim in results["claims"] if claim["claim"] in EFFECTS]
+    claims = [claim for claim in claims if claim["claim"] in EFFECTS]
     of_trained = {(claim["image_attention"], claim["claim"]): claim["value"] for claim in claims}
     of_trained = {key: value for key, value in of_trained.items() if not study.trained[key[0]].is_solved}
     yield ReportFigure(
-        "path", PATH_SECTION, "Drop-off and recovery at neighbouring strengths",
+        "path", "Drop-off and recovery at neighbouring strengths",
         caption(
             "Differences of mIoU and of cross-entropy between sites, with the strength of regularisation that "
             "cross-validation chose for each site, and with all of them one step stronger and one step weaker; above "
             "zero, the first site is better.",
-            "Hollow: not converged, not counted." if any(v["not_converged"] for v in results["path"]) else "",
+            "Hollow: not converged, not counted." if any(v["not_converged"] for v in verdicts) else "",
             "Dotted: probes trained with AdamW." if of_trained else "",
             "Check whether all three points lie above zero. Bars: 95% intervals that hold at all three together. The "
             "best layer is chosen by cross-validation over images.",
         ),
-        path_effects(results["path"], of_trained))  # fmt: skip
+        path_effects(verdicts, of_trained))  # fmt: skip

@@ -5,13 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from probes.report.seeds import studies_by_model
-from probes.report.study import MASKS, Study
-from probes.report.tables import run_columns
-from probes.results.probe_run import ProbeRun
-
-from .layer_curves import sites_by_depth
-from .style import (
+from probes.analyses.style import (
     FigureData,
     Figures,
     ReportFigure,
@@ -22,6 +16,12 @@ from .style import (
     score_row,
     site_depth,
 )
+from probes.report.seeds import studies_by_model
+from probes.results.formatting import run_columns
+from probes.results.probe_run import ProbeRun
+from probes.results.study import MASKS, Study
+
+from .layer_curves import sites_by_depth
 
 Runs = dict[str, list[ProbeRun]]  # by mask, one of each seed
 Draws = dict[str, list[list[ProbeRun]]]  # by mask, those of each seed, which may have none
@@ -73,21 +73,25 @@ def _random_llms(studies: list[Study], mask: str, solved: bool) -> list[list[Pro
     return [[draw[mask] for draw in study.random_draws("llm", solved) if mask in draw] for study in studies]
 
 
-def seed_figures(studies: list[Study]) -> Figures:
-    """Yield the figure of each model and dataset with several seeds; its section is "MODEL, DATASET"."""
-    for number, ((model, dataset), members) in enumerate(studies_by_model(studies).items(), 1):
-        solved = all(study.solved for study in members)
-        trained = _runs_of_all_seeds(members, solved)
-        if not trained:
-            continue
-        random = {mask: _random_llms(members, mask, solved) for mask in trained}
-        probes = ", probes at their optimum" if solved else ""
-        yield ReportFigure(
-            f"seeds_{number}", f"{model}, {dataset}", f"Segmentation quality by layer{probes}",
-            caption(
-                "Segmentation quality of the probe at each site. Thin lines: seeds. Look for a drop from encoder to "
-                "adapter and a rise over the LLM layers.",
-                "Diamonds: random LLMs that change the states as much as the trained ones, means over draws and seeds; "
-                "what they reach as well need not be learned." if any(map(all, random.values())) else "",
-            ),
-            seed_curves([study.seed for study in members], trained, random))  # fmt: skip
+def seed_figures(studies: list[Study]) -> dict[tuple[str, str], list[ReportFigure]]:
+    """Return the figure of each model and dataset with several seeds."""
+    groups = studies_by_model(studies)
+    return {key: [*_figures_of_seeds(number, groups[key])] for number, key in enumerate(groups, 1)}
+
+
+def _figures_of_seeds(number: int, members: list[Study]) -> Figures:
+    solved = all(study.solved for study in members)
+    trained = _runs_of_all_seeds(members, solved)
+    if not trained:
+        return
+    random = {mask: _random_llms(members, mask, solved) for mask in trained}
+    probes = ", probes at their optimum" if solved else ""
+    yield ReportFigure(
+        f"seeds_{number}", f"Segmentation quality by layer{probes}",
+        caption(
+            "Segmentation quality of the probe at each site. Thin lines: seeds. Look for a drop from encoder to "
+            "adapter and a rise over the LLM layers.",
+            "Diamonds: random LLMs that change the states as much as the trained ones, means over draws and seeds; "
+            "what they reach as well need not be learned." if any(map(all, random.values())) else "",
+        ),
+        seed_curves([study.seed for study in members], trained, random))  # fmt: skip

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import tiny_models
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -14,11 +13,8 @@ from llava_bidir.commands import import_gguf
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.hf_loading import load_weights
 from llava_bidir.common.tokenizer import load_tokenizer
-from llava_bidir.model.build import build_model, build_processor
 
 gguf = pytest.importorskip("gguf", reason="needs the package gguf: pip install 'llava-bidir[gguf]'")
-pytestmark = pytest.mark.numerics
-
 HEADS, KEY_HEADS, CONTROL, NORMAL = 4, 2, 3, 1
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
 TEMPLATE = (
@@ -155,16 +151,6 @@ def test_tokens_template_and_special_tokens_are_carried_over(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert (model.generation_config.eos_token_id, model.config.max_position_embeddings) == (2, 64)
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").decode([2], skip_special_tokens=True) == ""
-
-
-def test_an_mllm_is_built_on_the_imported_directory(tmp_path):
-    write(tmp_path / "tiny.gguf")
-    import_gguf.import_gguf(tmp_path / "tiny.gguf", tmp_path / "hf")
-    encoder, _ = tiny_models.write_parts(tmp_path / "parts")
-    processor = build_processor(encoder, str(tmp_path / "hf"))
-    model = build_model(encoder, str(tmp_path / "hf"), processor)
-    ids = torch.tensor([[1, *[processor.image_token_id] * tiny_models.TOKENS, 4, 5]])
-    assert model(input_ids=ids, pixel_values=tiny_models.pixels(1)).logits.isfinite().all()
 
 
 def test_nothing_is_replaced_and_nothing_is_left_of_a_failure(tmp_path, monkeypatch):

@@ -25,7 +25,6 @@ from llava_bidir.common.atomic_io import atomic_directory, atomic_write, write_f
 from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, find_defect, latest_valid_checkpoint
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.hf_export import export_hf
-from llava_bidir.vqa.result_files import read_results, results_file, write_results
 
 
 def write_file(path: Path, text: str) -> None:
@@ -225,23 +224,6 @@ def test_export_on_a_full_disk(kilobytes, disk, parts):
     with pytest.raises(ValueError, match=r"cannot write .*hf: .*No space left on device"):
         export_hf(build_model(encoder, llm, processor), processor, folder / "hf")
     assert not any(folder.iterdir()), "the space is freed"
-
-
-def test_vqa_results_on_a_full_disk(disk):
-    folder = disk(100)
-    with pytest.raises(ValueError, match=r"cannot write .*pope.jsonl: .*No space left on device"):
-        write_results(folder, "pope", {"benchmark": "pope"}, [{"answer": "x" * 200_000}])
-    assert not results_file(folder, "pope").exists(), "so the task runs again"
-    write_results(folder, "pope", {"benchmark": "pope"}, [{"answer": "x"}])
-    assert read_results(folder, "pope") == ({"benchmark": "pope"}, [{"answer": "x"}])
-
-
-@pytest.mark.slow
-def test_demo_assets_on_a_full_disk(disk):
-    folder = disk(80)
-    with pytest.raises(SystemExit, match=r"cannot write .*assets: .*No space left on device"):
-        cli.main(["demo-assets", str(folder / "assets"), "--scale", "0.01"])
-    assert not any(folder.iterdir())
 
 
 def test_fit_into_a_read_only_folder_fails_before_training(disk, parts, conversations, monkeypatch):

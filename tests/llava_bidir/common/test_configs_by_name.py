@@ -1,13 +1,8 @@
 """Configs by name, in a clone and in a wheel."""
 
-import os
-import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
-from processes import HANGING_S
 
 from llava_bidir.cli import main
 from llava_bidir.common.configs import FOLDER, config_names, find_config, with_config_paths
@@ -52,40 +47,3 @@ def test_configs_are_listed_printed_and_copied(tmp_path, capsys):
     assert found == {file.relative_to(FOLDER) for file in FOLDER.rglob("*.yaml")}
     with pytest.raises(SystemExit, match="exists"):
         main(["configs", "clip", "--copy", str(tmp_path)])
-
-
-@pytest.mark.slow
-def test_the_wheel_is_enough(tmp_path):
-    """Built, unpacked, and used in an empty folder, without the repository."""
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(tmp_path),
-        str(ROOT),
-    ]
-    subprocess.run(build, check=True, timeout=HANGING_S)
-    (wheel,) = tmp_path.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
-    files = {str(f.relative_to(tmp_path / "installed")) for f in (tmp_path / "installed").rglob("*")}
-    templates = {"probes/report/page.html.j2", "probes/report/paper.json", "probes/lab/lab.html.j2"}
-    assert {"llava_bidir/configs/encoder/clip.yaml", *templates} <= files and not any(
-        f.startswith("tests") for f in files
-    )
-    (work := tmp_path / "work").mkdir()
-    environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
-    code = "import llava_bidir, probes; print(llava_bidir.__file__)"
-    run = lambda *words: subprocess.run(
-        [sys.executable, *words], cwd=work, env=environment, capture_output=True, text=True, timeout=HANGING_S
-    )
-    assert str(tmp_path / "installed") in run("-c", code).stdout
-    assert "stage2" in run("-m", "llava_bidir", "configs").stdout
-    missing = run(
-        "-m", "probes", "solve", "-c", "folder", "--model.mllm", "nowhere", "--data.root", "nowhere", "--out", "x"
-    )
-    assert missing.returncode == 1 and "nowhere" in missing.stderr, missing.stderr

@@ -34,13 +34,6 @@ def test_ids_around_special_tokens_equal_llavas(text, llama_tokenizer, slow_llam
     assert llama_tokenizer.encode(text) == slow_llama.encode(text)
 
 
-def test_ids_of_runs_equal_sentencepieces(llama_tokenizer, sentencepiece):
-    for character in " =-*#_.\t\n/0a~":
-        for count in range(100):
-            text = f"x{character * count}y{character * (count // 2)}"
-            assert llama_tokenizer.encode(text) == [1, *sentencepiece.encode(text)]
-
-
 def test_ids_of_many_texts_equal_sentencepieces(llama_tokenizer, sentencepiece):
     """TEXTS=100000 tries more."""
     draw = random.Random(0)

@@ -87,21 +87,6 @@ def test_length_is_known_without_drawing():
     assert len(sampler) == 16 and sampler.lengths.dtype == np.int32
 
 
-def test_grouped_batches_are_of_one_modality_but_the_last():
-    batches = epoch(BatchSampler(LENGTHS, 8, 4, grouped=True))
-    kinds = [{LENGTHS[i] < 0 for i in batch} for batch in batches]
-    assert all(len(kind) == 1 for kind in kinds[:-2]) and len(batches) == 16
-    assert LENGTHS.index(max(LENGTHS)) in batches[0] + batches[1], "the longest global batch comes first"
-
-
-def test_grouped_micro_batches_have_similar_total_length():
-    lengths = [1 + i * 7 % 100 for i in range(64)]
-    batches = epoch(BatchSampler(lengths, 16, 4, grouped=True))
-    for start in range(0, len(batches), 4):  # the four micro-batches of a global batch
-        totals = [sum(lengths[i] for i in batch) for batch in batches[start : start + 4]]
-        assert max(totals) - min(totals) < 60, totals
-
-
 def test_order_follows_from_seed_and_epoch_alone():
     first, again, other = (BatchSampler(LENGTHS, 8, 4, grouped=True, seed=s) for s in (1, 1, 2))
     assert epoch(first) == epoch(again) != epoch(other)

@@ -35,13 +35,6 @@ def test_batch_is_padded_and_says_where_it_predicts(collate):
     assert batch["predicts"].tolist() == expected and batch["supervised"] == len(expected) > 5
 
 
-def test_tag_in_a_record_without_an_image_is_text(collate):
-    """LLaVA's tokenizer knows no <image>, and a text about HTML may have one."""
-    batch = collate([sample("<image> name", "wall <image>", False)])
-    assert batch["pixel_values"] is None and collate.processor.image_token_id not in batch["input_ids"]
-    assert batch["lengths"][0] > collate([sample("name", "wall", False)])["lengths"][0], "it is there, as text"
-
-
 def test_leading_answer_with_a_tag_has_no_image(collate):
     """It is dropped, and so must be its image."""
     led = sample("<image>\nname", "wall", True)

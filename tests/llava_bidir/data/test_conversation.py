@@ -64,14 +64,3 @@ def test_unknown_template_unfit_plain_and_bad_turns_are_errors(llama_tokenizer):
         encode(turns("q", "a"), llama_tokenizer, "llama3")
     with pytest.raises(ValueError, match="'plain' requires one question"):
         encode(turns("q", "a"), llama_tokenizer, "plain")
-
-
-def test_toy_tokenizer_follows_the_same_rules(parts):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(parts[1])
-    ids, labels = encode(turns("<image>\nname the sky", "wall", "name", "sky"), tokenizer, "vicuna_v1", 2, IMAGE_ID)
-    text = f"{SYSTEM} USER: <image>\nname the sky ASSISTANT: wall</s>USER: name ASSISTANT: sky</s>"
-    chunks = [tokenizer(chunk).input_ids[1:] for chunk in text.split("<image>")]
-    assert ids == [tokenizer.bos_token_id, *chunks[0], IMAGE_ID, IMAGE_ID, *chunks[1]]
-    assert supervised_text(labels, tokenizer).split() == ["wall</s>", "sky</s>"]

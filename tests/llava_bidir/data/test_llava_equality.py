@@ -5,7 +5,6 @@ image processing: bicubic, short side to the input size, centre crop.
 """
 
 import json
-from itertools import groupby
 
 import numpy as np
 import pytest
@@ -114,16 +113,6 @@ def test_without_an_image_a_tag_is_text_as_in_llava(case, tokenizer, slow_llama)
     ids, labels = encode(turns(*texts), tokenizer, "vicuna_v1", None, IMAGE_ID)
     assert (ids, labels) == llava_v1(texts, slow_llama, has_image=False)
     assert IMAGE_ID not in ids and any(label != IGNORE_INDEX for label in labels)
-
-
-def test_sequence_worked_out_by_hand(tokenizer):
-    """Markers at the start and after the image; after </s> no space and no marker."""
-    ids, labels = encode(turns("What is <image>\n?", "A cat.", "Sure?", "Yes"), tokenizer, "vicuna_v1", T, IMAGE_ID)
-    pieces = zip(tokenizer.convert_ids_to_tokens(ids), labels, strict=True)
-    parts = [(trained, "".join(piece for piece, _ in run)) for trained, run in groupby(pieces, lambda x: x[1] != -100)]
-    question = f"<s> {SYSTEM} USER: <image><image><image> <0x0A>What is <0x0A>? ASSISTANT:"
-    expected = [(False, question), (True, " A cat.</s>"), (False, "USER: Sure? ASSISTANT:"), (True, " Yes</s>")]
-    assert parts == [(trained, text.replace(" ", "▁")) for trained, text in expected]
 
 
 LOST = {

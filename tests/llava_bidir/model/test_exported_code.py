@@ -1,5 +1,6 @@
 """Exports where the package is not installed: the code in the folder is all there is."""
 
+import runpy
 import subprocess
 import sys
 
@@ -7,6 +8,9 @@ import pytest
 import tiny_models
 import torch
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
+
+from llava_bidir import IMAGE_ATTENTION
+from llava_bidir.common.errors import UserError
 
 SCRIPT = "tests/helpers/without_package.py"
 
@@ -31,3 +35,21 @@ def test_a_causal_export_read_by_the_stock_class_is_complete(checkpoints):
     stock = LlavaForConditionalGeneration.from_pretrained(checkpoints["causal"])
     ids, _ = tiny_models.ids("tttttt")
     assert torch.equal(stock(input_ids=ids).logits, ours(input_ids=ids).logits)
+
+
+def pairs(is_image):
+    """Return one block per two image tokens."""
+    number = is_image.cumsum(-1) - 1
+    return torch.where(is_image, number.div(2, rounding_mode="floor"), -1)
+
+
+def test_a_mask_that_is_registered_elsewhere_is_in_the_export(monkeypatch, tmp_path):
+    monkeypatch.setitem(IMAGE_ATTENTION, "pairs", pairs)
+    export = tiny_models.write_checkpoint(tmp_path / "pairs", "pairs")
+    shipped = runpy.run_path(str(export / "attention.py"))["IMAGE_ATTENTION"]["pairs"]
+    is_image = torch.tensor([[False, True, True, True, True, False]])
+    assert shipped is not pairs and torch.equal(shipped(is_image), pairs(is_image))
+
+    monkeypatch.setitem(IMAGE_ATTENTION, "borrowed", lambda is_image: pairs(is_image))
+    with pytest.raises(UserError, match="export: mask 'borrowed' must be a function that needs nothing but torch"):
+        tiny_models.write_checkpoint(tmp_path / "borrowed", "borrowed")

@@ -77,16 +77,6 @@ def test_sliding_layers_keep_their_window_with_every_cache(llm, backend, name):
             torch.testing.assert_close(torch.stack(out.logits, 1)[row], expected, rtol=1e-3, atol=1e-3)
 
 
-def test_a_window_matters_in_the_tests_above():
-    ids, pixels = tiny_models.ids(ROWS[0])[0], tiny_models.pixels(2)
-    for config in SLIDING_LLMS.values():
-        model = tiny_models.model("bidirectional", text_config=config)
-        mask = reference.mask_by_loop("bidirectional", ids == tiny_models.IMAGE_ID, torch.ones_like(ids))[:, None]
-        masks = {kind: mask for kind in (FULL, SLIDING)} if len(layer_kinds(config)) > 1 else mask
-        without = model(input_ids=ids, attention_mask=masks, pixel_values=pixels, use_cache=False).logits
-        assert (without - stock_logits(model, ids, pixels)).abs().max() > 0.1
-
-
 def test_flex_attention_with_sliding_windows_is_refused():
     config = MistralConfig(**SIZES, sliding_window=WINDOW)
     config._attn_implementation = "flex_attention"

@@ -63,22 +63,15 @@ def test_llava_is_the_mean_of_the_micro_batches_means(micro, parts, conversation
     assert_same_gradients(step["gradients"], gradients_of(step["model"], sum(means) / len(means)))
 
 
-def test_the_two_differ_where_micro_batches_do(parts, conversations):
-    tokens, llava = (fit_one_step(parts, conversations, name, 2)["gradients"] for name in ("tokens", "llava"))
-    with pytest.raises(AssertionError):
-        assert_same_gradients(tokens, llava)
-
-
 @pytest.mark.distributed
-@pytest.mark.parametrize(("loss_average", "micro"), [("tokens", 2), ("llava", 2)])
-def test_two_processes_have_the_gradients_of_one(loss_average, micro, parts, conversations, tmp_path):
-    """Also for `llava`: two processes of two micro-batches each are four micro-batches of one process."""
+def test_two_processes_have_the_gradients_of_one(parts, conversations, tmp_path):
+    """Of `tokens`; test_deepspeed_strategy.py trains with `llava`."""
     encoder, llm = parts
     script, out = Path(ddp_gradients.__file__), tmp_path / "gradients.pt"
-    arguments = [encoder.path, llm, str(conversations), loss_average, str(micro), "2", str(out)]
+    arguments = [encoder.path, llm, str(conversations), "tokens", "2", "2", str(out)]
     run = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=HANGING_S)
     assert run.returncode == 0, run.stderr[-3000:]
-    single = fit_one_step(parts, conversations, loss_average, micro)["gradients"]
+    single = fit_one_step(parts, conversations, "tokens", 2)["gradients"]
     assert_same_gradients(torch.load(out), single)
 
 

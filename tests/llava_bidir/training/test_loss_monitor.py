@@ -11,8 +11,6 @@ from llava_bidir.cli import main
 from llava_bidir.training.loss_monitor import LossMonitor
 from llava_bidir.training.module import LlavaTraining
 
-pytestmark = pytest.mark.numerics
-
 
 def arguments(parts, conversations, out) -> list[str]:
     shorter = ["--data.micro_batch_size", "2", "--trainer.log_every_n_steps", "1", "--out", str(out)]

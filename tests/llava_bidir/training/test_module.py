@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from functools import partialmethod
 from types import SimpleNamespace
 
 import pytest
@@ -101,18 +102,6 @@ def test_new_adapter_is_scaled_and_a_loaded_one_keeps_its_scale(parts, checkpoin
     assert module(parts, adapter=str(tmp_path / "hf")).settings()["adapter_init_scale"] == 4.0
 
 
-def test_loss_equals_that_of_transformers(parts, conversations):
-    built = module_with_model(parts)
-    batch = next(iter(loader(conversations, parts)))
-    stock = built.model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        pixel_values=batch["pixel_values"],
-        labels=batch["labels"],
-    ).loss
-    torch.testing.assert_close(built.loss(batch), stock)
-
-
 def loader(folder, parts):
     return DataLoader(Instructions(folder / "data.json", folder), 6, collate_fn=data(folder, parts).collate)
 
@@ -173,7 +162,7 @@ LORA = {"lora": Lora(r=2, alpha=4, dropout=0.0)}
 
 @pytest.mark.parametrize(
     ("step", "settings", "pack_tokens"),
-    [(1, {}, None), (2, {}, None), (3, {}, None), (4, {}, None), (2, LORA, None), (1, {}, 60), (4, {}, 60)],
+    [(2, {}, None), (3, {}, None), (4, LORA, None), (4, {}, 60)],
 )
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     step, settings, pack_tokens, parts, conversations, tmp_path
@@ -250,16 +239,7 @@ def test_with_lora_exactly_updates_and_adapter_train_and_are_saved(parts, conver
     assert set(torch.load(tmp_path / "lora.ckpt", weights_only=True)["state_dict"]) == moved
 
 
-def test_losses_with_frozen_weights_in_bfloat16_are_close(parts, conversations, tmp_path):
-    losses = {}
-    for dtype in ("float32", "bfloat16"):
-        settings = {"module_kwargs": {"trainable": ["adapter"], "frozen_dtype": dtype}, "precision": "bf16-mixed"}
-        built, steps, _ = fit(parts, conversations, tmp_path, **settings)
-        losses[dtype] = torch.tensor([loss for _, loss in steps])
-        dtypes = {p.dtype for p in built.model.parameters() if p.requires_grad}, built.model.lm_head.weight.dtype
-        assert dtypes == ({torch.float32}, getattr(torch, dtype))
-    torch.testing.assert_close(losses["bfloat16"], losses["float32"], rtol=0.02, atol=0)
-    assert losses["bfloat16"][0] > losses["bfloat16"][-1]
+def test_frozen_weights_in_bfloat16_need_mixed_precision(parts, conversations, tmp_path):
     with pytest.raises(ValueError, match="frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got 32-true"):
         fit(parts, conversations, tmp_path, module_kwargs={"frozen_dtype": "bfloat16"})
 
@@ -394,7 +374,10 @@ def test_gradients_can_be_clipped_in_mixed_precision(parts, conversations, tmp_p
 
 
 @pytest.mark.slow
-def test_compiled_layers_give_the_same_losses(parts, conversations, tmp_path):
+def test_compiled_layers_give_the_same_losses(parts, conversations, tmp_path, monkeypatch):
+    """Traced with dynamic shapes, forward and backward; code for the CPU, which takes a minute to build, is torch's."""
+    traced = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
     _, eager, _ = fit(parts, conversations, tmp_path)
     built, compiled, _ = fit(parts, conversations, tmp_path, module_kwargs={"compile": True})
     assert all(layer._compiled_call_impl is not None for layer in built.model.model.language_model.layers)

@@ -100,13 +100,13 @@ def test_a_run_of_another_identity_is_neither_resumed_nor_called_finished(finish
         for part in ("data", "encoder", "llm"):
             shutil.copytree(folder / part, folder / f"{part}_before")
         options, change = [], options(folder)
+    copy, resuming = unfinished
+    path = "last" if options else str(next((copy / "checkpoints").iterdir()))
     try:
         with pytest.raises(SystemExit, match=rf"^llava-bidir: \S*training.json belongs to a run with {message}"):
             llava_bidir.cli.main([*command, *options, "--ckpt_path", "last"])
-        copy, command = unfinished
-        for path in ("last", str(next((copy / "checkpoints").iterdir()))):
-            with pytest.raises(SystemExit, match=rf"^llava-bidir: the checkpoint belongs to a run with {message}"):
-                llava_bidir.cli.main([*command, *options, "--ckpt_path", path])
+        with pytest.raises(SystemExit, match=rf"^llava-bidir: the checkpoint belongs to a run with {message}"):
+            llava_bidir.cli.main([*resuming, *options, "--ckpt_path", path])
     finally:
         for part in folder.glob("*_before"):
             shutil.rmtree(folder / part.name.removesuffix("_before"))

@@ -69,11 +69,18 @@ def fit(parts, conversations, out, number=signal.SIGUSR1, micro_batch=None, ckpt
     return sender.losses, cli.trainer, 0
 
 
-@pytest.mark.parametrize(("micro_batch", "step"), [(0, 1), (1, 1), (2, 2), (6, 4), (9, 5)])
+@pytest.fixture(scope="module")
+def uninterrupted(parts, conversations, tmp_path_factory) -> tuple[list[float], Path]:
+    """The losses and the folder of a run without signals."""
+    folder = tmp_path_factory.mktemp("whole")
+    return fit(parts, conversations, folder)[0], folder
+
+
+@pytest.mark.parametrize(("micro_batch", "step"), [(0, 1), (2, 2), (9, 5)])
 def test_a_signal_is_heeded_at_the_next_step_and_the_rest_equals_an_uninterrupted_run(
-    micro_batch, step, parts, conversations, scontrol, tmp_path
+    micro_batch, step, uninterrupted, parts, conversations, scontrol, tmp_path
 ):
-    whole, _, _ = fit(parts, conversations, tmp_path / "whole")
+    whole, folder = uninterrupted
     losses, trainer, status = fit(parts, conversations, tmp_path / "cut", micro_batch=micro_batch)
     assert status == INTERRUPTED and trainer.global_step == step and len(losses) == 2 * step
     assert scontrol.read_text() == "requeue 77\n"
@@ -82,8 +89,7 @@ def test_a_signal_is_heeded_at_the_next_step_and_the_rest_equals_an_uninterrupte
     assert torch.load(last, weights_only=True)["global_step"] == step
     rest, _, status = fit(parts, conversations, tmp_path / "cut", ckpt_path=last)
     assert status == 0 and losses + rest == whole and len(whole) == 12
-    resumed, uninterrupted = (tmp_path / name / "hf/model.safetensors" for name in ("cut", "whole"))
-    assert resumed.read_bytes() == uninterrupted.read_bytes()
+    assert (tmp_path / "cut/hf/model.safetensors").read_bytes() == (folder / "hf/model.safetensors").read_bytes()
 
 
 def test_sigterm_saves_but_does_not_requeue(parts, conversations, scontrol, tmp_path):

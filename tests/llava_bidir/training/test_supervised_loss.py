@@ -7,13 +7,13 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
-from ddp_gradients import GLOBAL_BATCH, fit_one_step
 from device_reads import DeviceReads
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, MistralConfig, Qwen3_5TextConfig
 
 from llava_bidir import IMAGE_ATTENTION
+from llava_bidir.cli import main
 from llava_bidir.common.errors import UserError
 from llava_bidir.data.collate import Collate
 from llava_bidir.model import modeling_llava_bidir
@@ -63,13 +63,15 @@ def assert_equal(ours, expected) -> None:
         torch.testing.assert_close(ours[1][name], gradient, rtol=0, atol=near, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("shown", [True, False])
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_packed_loss_and_gradients_equal_unpacked_ones(backend, name, parts):
+def test_packed_loss_and_gradients_equal_unpacked_ones(backend, name, shown, parts):
     module, collate = build(parts, name, attn_implementation=backend)
-    packed, unpacked = collate(samples()), replace(collate, pack_tokens=None)(samples())
+    packed, unpacked = collate(samples(shown)), replace(collate, pack_tokens=None)(samples(shown))
     assert len(packed["input_ids"]) < len(unpacked["input_ids"]) == len(ANSWERS)
-    assert any(len(row) > 2 for row in packed["samples"]) and len(packed["pixel_values"]) == 6
+    assert any(len(row) > 2 for row in packed["samples"])
+    assert len(packed["pixel_values"]) == 6 if shown else packed["pixel_values"] is None
     assert_equal(loss_and_gradients(module, packed), loss_and_gradients(module, unpacked))
 
 
@@ -89,13 +91,6 @@ def test_loss_is_that_of_each_sample_alone(name, parts):
         assert loss == pytest.approx(total / count, rel=1e-5)
 
 
-def test_text_only_samples_can_be_packed(parts):
-    module, collate = build(parts, "bidirectional")
-    packed, unpacked = (replace(collate, pack_tokens=n)(samples(shown=False)) for n in (ROW, None))
-    assert packed["pixel_values"] is None and len(packed["input_ids"]) < len(ANSWERS)
-    assert_equal(loss_and_gradients(module, packed), loss_and_gradients(module, unpacked))
-
-
 @pytest.mark.parametrize("shown", [True, False])
 @pytest.mark.parametrize("name", MASKS)
 def test_no_batch_is_warned_of(name, shown, parts, monkeypatch):
@@ -107,12 +102,15 @@ def test_no_batch_is_warned_of(name, shown, parts, monkeypatch):
     assert not warnings
 
 
-def test_a_row_of_one_sample_equals_the_sample(parts):
-    module, collate = build(parts, "bidirectional")
-    for item in samples():
-        packed, unpacked = (replace(collate, pack_tokens=n)([item]) for n in (ROW, None))
-        assert packed["samples"] == [packed["lengths"]]
-        assert torch.equal(module.loss(packed), module.loss(unpacked))
+def test_a_training_that_is_right_is_not_warned_of_images_that_are_read_as_text(
+    parts, conversations, tmp_path, monkeypatch
+):
+    """Losses, answers in validation, and the check of the export, on samples with images and without."""
+    warnings = []
+    monkeypatch.setattr(modeling_llava_bidir.logger, "warning_once", warnings.append)
+    command = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path)]
+    main([*command, "--model.image_attention", "bidirectional", "--trainer.max_epochs", "1"])
+    assert (tmp_path / "hf/model.safetensors").is_file() and not warnings
 
 
 class LogitRows(TorchDispatchMode):
@@ -184,32 +182,6 @@ def test_a_sample_changes_no_logit_of_its_neighbours(name, parts):
     assert not differs.any()
 
 
-@pytest.mark.parametrize("leak", ["text", "images"])
-def test_leaks_are_seen_by_the_test_above(leak, parts, monkeypatch):
-    if leak == "text":
-        everyone = lambda numbers: lambda batch, head, q, k: numbers[batch, q] >= 0
-        monkeypatch.setattr(modeling_llava_bidir, "packed_sequence_mask_function", everyone)
-    else:
-        joined = lambda name, is_image, packed: modeling_llava_bidir.image_attention(name)(is_image)
-        monkeypatch.setattr(modeling_llava_bidir, "_block_ids", joined)
-    differs, own = changed(parts, "bidirectional")
-    assert differs[own.stop :].any() and differs[: own.start].any() == (leak == "images")
-
-
-@pytest.mark.parametrize("micro", [8, 4])
-def test_packed_step_of_tokens_equals_an_unpacked_one(micro, parts, conversations):
-    """A complete optimizer step through Lightning, with accumulation."""
-    packed, unpacked = (
-        fit_one_step(parts, conversations, "tokens", micro, pack_tokens=pack_tokens) for pack_tokens in (ROW, None)
-    )
-    assert len(packed["batches"]) == len(unpacked["batches"]) == GLOBAL_BATCH // micro
-    assert [batch["ids"] for batch in packed["batches"]] == [batch["ids"] for batch in unpacked["batches"]]
-    assert sum(len(batch["input_ids"]) for batch in packed["batches"]) < GLOBAL_BATCH
-    for name, gradient in unpacked["gradients"].items():
-        near = 1e-5 * gradient.abs().max().item()
-        torch.testing.assert_close(packed["gradients"][name], gradient, rtol=0, atol=near)
-
-
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -235,12 +207,6 @@ def test_layers_and_backends_that_would_mix_samples_are_refused():
     check_packing(config_holder(MistralConfig(**SIZES, sliding_window=6), "eager"))
 
 
-def test_fit_refuses_what_would_mix_samples(parts, conversations, monkeypatch):
-    monkeypatch.setattr("llava_bidir.training.supervised_loss.MASKED_BACKENDS", ("flex_attention",))
-    with pytest.raises(UserError, match="data.pack_tokens: model.attn_implementation sdpa would mix"):
-        fit_one_step(parts, conversations, "tokens", 4, pack_tokens=ROW)
-
-
 def device_reads(module, batch) -> list[str]:
     with DeviceReads() as mode:
         module.loss(batch).backward()
@@ -257,15 +223,6 @@ def test_no_forward_or_backward_pass_waits_for_the_device(loss_chunk, pack_token
         # transformers looks for packed samples in the positions of a causal row without a mask
         expected = ["_local_scalar_dense"] if pack_tokens is None and (name == "causal" or not shown) else []
         assert reads == expected
-
-
-def test_waiting_is_seen_by_the_test_above(parts):
-    module, collate = build(parts, "bidirectional")
-    batch = collate(samples())
-    inputs = {k: batch[k] for k in ("input_ids", "position_ids", "pixel_values")}
-    with DeviceReads() as mode:  # the model's forward finds images and samples on the device
-        module.model(**inputs, use_cache=False).logits.mean().backward()
-    assert {"_local_scalar_dense", "bincount", "masked_scatter_backward"} <= set(mode.reads)
 
 
 @pytest.mark.parametrize("change", [1, -1])

@@ -2,13 +2,10 @@
 
 STUB=oracle  answer from the data: right in the first half of each task, wrong in the second
 STUB=raises  raise in the second batch
-STUB=drops   drop the last sample of each task
 STUB=version report an older lmms-eval and a missing package
 STUB=code    report another copy of this package
-STUB=logits  only print the logits of one prompt, under the model's own mask and causally
 """
 
-import json
 import os
 import runpy
 import sys
@@ -28,13 +25,6 @@ def raises(*args, **kwargs):
     if len(calls) == 2:
         raise FloatingPointError("out of range")
     return answer(*args, **kwargs)
-
-
-def drops(**kwargs):
-    results = simple_evaluate(**kwargs)
-    for samples in results["samples"].values():
-        samples.pop()
-    return results
 
 
 def oracle(**kwargs):
@@ -65,31 +55,11 @@ def other_version(package: str) -> str:
     return "0.7.2" if package == "lmms_eval" else version(package)
 
 
-def logits(request: dict) -> None:
-    import torch
-    from lmms_eval.models import get_model
-
-    lm = get_model("llava_bidir").create_from_arg_string(f"pretrained={request['model']}", {"batch_size": 1})
-    image = lm.processor.image_token_id
-    inputs = {
-        "input_ids": torch.tensor([[1, 5, *[image] * lm.model.config.image_seq_length, 7, 8]]),
-        "pixel_values": torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
-    }
-    with torch.no_grad():
-        own = lm.model(**inputs).logits[0, -1]
-        lm.model.config.image_attention = "causal"
-        causal = lm.model(**inputs).logits[0, -1]
-    print("logits", json.dumps([type(lm).__name__, own.tolist(), causal.tolist()]))
-
-
 stub = os.environ["STUB"]
-if stub == "logits":
-    logits(json.loads(sys.argv[-1]))
-    sys.exit()
 if stub == "raises":
     model.answer = raises
-if stub in ("oracle", "drops"):
-    lmms_eval.evaluator.simple_evaluate = {"oracle": oracle, "drops": drops}[stub]
+if stub == "oracle":
+    lmms_eval.evaluator.simple_evaluate = oracle
 if stub == "version":
     metadata.version = other_version
 if stub == "code":

@@ -153,14 +153,3 @@ def test_folder_without_results_or_with_those_of_two_checkpoints_is_an_error(tmp
     vqa_results.write(tmp_path, "pope", CAUSAL, "bidirectional")
     with pytest.raises(SystemExit, match="results of several checkpoints"):
         cli.main(["vqa-table", str(tmp_path), "--out", str(tmp_path)])
-
-
-def test_interrupted_write_leaves_no_finished_table(tmp_path):
-    """The JSON is written last, and six_configurations.sh takes it as the sign of a finished table."""
-    vqa_results.write(tmp_path, "gqa", CAUSAL)
-    cli.main(["vqa-table", str(tmp_path), "--out", str(tmp_path)])
-    (tmp_path / "table1.html").unlink()
-    (tmp_path / "table1.html").mkdir()
-    with pytest.raises(SystemExit, match="cannot write .*table1.html: Is a directory"):
-        cli.main(["vqa-table", str(tmp_path), "--out", str(tmp_path)])
-    assert not (tmp_path / "table1.json").exists()

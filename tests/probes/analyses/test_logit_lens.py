@@ -9,8 +9,8 @@ from tolerances import rounding
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from probes import Knockout
+from probes.analyses.explore.readout import blocked_patches, explore, grid_box, most_confused, token_text
 from probes.analyses.knockout.cases import ConfusionCase
-from probes.analyses.logit_lens import blocked_patches, explore, grid_box, most_confused, token_text
 from probes.ops.geometry import Geometry
 from probes.results.probe_run import ProbeRun
 

@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from probes import TaskRun
+from probes.analyses.maps.figures import task_maps
 from probes.cli import main
 from probes.data.normals import decode_normals
-from probes.report.figures.maps import task_maps
 
 TASKS = ("depth", "normals", "boundaries")
 

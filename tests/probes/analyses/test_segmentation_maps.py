@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from probes import Knockout
+from probes.analyses.explore.readout import explore
 from probes.analyses.knockout.cases import PatchReader, confused_classes, find_cases
 from probes.analyses.knockout.config import Plan
 from probes.analyses.knockout.run import knockout
-from probes.analyses.logit_lens import explore
-from probes.analyses.segmentation_maps import predict_maps
+from probes.analyses.maps.run import predict_maps
 from probes.cli import main
 from probes.evaluation.metrics import true_classes
 from probes.results.probe_run import ProbeRun

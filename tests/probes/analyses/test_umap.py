@@ -7,7 +7,7 @@ import probe_runs
 import pytest
 import torch
 
-from probes.analyses.umap import embed, umap_of_images
+from probes.analyses.umap.run import embed, umap_of_images
 from probes.cli import main
 
 

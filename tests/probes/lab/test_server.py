@@ -26,6 +26,11 @@ pytest.importorskip("uvicorn", reason="uvicorn (extra: lab) is not installed")
 VIEW = {"photo": "split:0", "model": 0}
 BLOCK = {"kind": "block", "patches": [0, 2], "layers": [1, 2], "heads": None, "only": False}
 REPLACE = {"kind": "replace", "patches": [1], "site": "layer_01", "by": "split:2"}
+PAINTING = {
+    "concepts": ["road", "sky"],
+    "photos": [{"photo": f"split:{i}", "patches": [[0], [1, 3]]} for i in range(3)],
+    "rest": False,
+}
 REQUESTS = {  # one of each operation
     "read": VIEW | {"intervention": BLOCK},
     "words_of_patch": VIEW | {"patch": 3},
@@ -37,6 +42,9 @@ REQUESTS = {  # one of each operation
     "answer_attention": VIEW | {"question": "Sky?", "answer": "the sky", "token": 0, "layer": 2},
     "control": VIEW | {"intervention": BLOCK, "control": "matched", "seed": 1},
     "snippet": VIEW | {"intervention": REPLACE, "question": ""},
+    "teach": VIEW | {"painting": PAINTING, "random": True},
+    "save": VIEW | {"painting": PAINTING},
+    "open": VIEW | {"folder": "001"},  # what "save" has written
 }
 
 
@@ -132,6 +140,11 @@ def test_a_link_on_another_page_opens_the_lab(port):
     assert send(port, "GET", "/", Cookie=None, **link)[0] == 403
 
 
+def painted(photos=None, **change) -> bytes:
+    change = change if photos is None else {"photos": photos}
+    return json.dumps(VIEW | {"painting": PAINTING | change}).encode()
+
+
 BODIES = {
     "no JSON": b"{",
     "not UTF-8": b'{"photo": "\xff"}',
@@ -153,6 +166,17 @@ BODIES = {
     "too many patches": json.dumps(VIEW | {"intervention": BLOCK | {"patches": [0] * 20_000}}).encode(),
     "unknown kind": json.dumps(VIEW | {"intervention": {"kind": "exec", "patches": [0]}}).encode(),
     "layer 0": json.dumps(VIEW | {"intervention": BLOCK | {"layers": [0]}}).encode(),
+    "a concept without a name": painted(concepts=["", "sky"]),
+    "two concepts of one name": painted(concepts=["sky", "sky"]),
+    "the background twice": painted(concepts=["sky", "background"], rest=True),
+    "too many concepts": painted(concepts=[str(i) for i in range(21)]),
+    "a concept without a list": painted([{"photo": "split:0", "patches": [[0]]}]),
+    "a patch of two concepts": painted([{"photo": "split:0", "patches": [[0, 1], [1]]}]),
+    "a negative patch": painted([{"photo": "split:0", "patches": [[-1], [1]]}]),
+    "a path to paint": painted([{"photo": "../x", "patches": [[0], [1]]}]),
+    "a photo twice": painted([{"photo": "split:0", "patches": [[0], [1]]}] * 2),
+    "too many photos": painted([{"photo": f"split:{i}", "patches": [[0], [1]]} for i in range(33)]),
+    "too much paint": painted([{"photo": f"split:{i}", "patches": [list(range(6000)), []]} for i in range(2)]),
     "too long": b" " * (1 << 20) + json.dumps(VIEW).encode(),
 }
 
@@ -161,6 +185,33 @@ BODIES = {
 def test_invalid_json_is_refused(port, still_serves, case):
     status, body = send(port, "POST", "/run/read", BODIES[case])
     assert status == (413 if case == "too long" else 400) and json.loads(body)["error"]
+
+
+@pytest.mark.parametrize(
+    ("photos", "message"),
+    [
+        ([{"photo": "split:0", "patches": [[4], [1]]}], "patch 4 does not exist; the grid has 4"),
+        ([{"photo": "split:9", "patches": [[0], [1]]}], "photo 9 of the validation split does not exist"),
+        ([{"photo": "split:0", "patches": [[0], []]}], "concept 2 of 2 has no patch"),
+        ([{"photo": "upload:" + 64 * "0", "patches": [[0], [1]]}], "drop the same file again"),
+    ],
+)
+@pytest.mark.parametrize("operation", ["read", "teach", "save", "snippet"])
+def test_paint_that_is_on_no_photo_is_named(port, still_serves, session, operation, photos, message):
+    before = sorted(session.saved.glob("*"))
+    assert message in run(port, operation, VIEW | {"painting": PAINTING | {"photos": photos}})["error"]
+    assert sorted(session.saved.glob("*")) == before
+
+
+@pytest.mark.parametrize("folder", ["..", "../saved", "/etc", "001/..", ".hidden", "x" * 101, "", "a\nb", "%2e%2e"])
+def test_folders_elsewhere_are_not_opened(port, still_serves, folder):
+    status, body = send(port, "POST", "/run/open", json.dumps(VIEW | {"folder": folder}))
+    assert status == 400 and json.loads(body)["error"].startswith("folder: ")
+
+
+def test_a_folder_that_was_not_listed_is_not_opened(port, session, tmp_path):
+    (session.saved / "linked").mkdir(parents=True, exist_ok=True)
+    assert "has no data folder 'linked'" in run(port, "open", VIEW | {"folder": "linked"})["error"]
 
 
 @pytest.mark.parametrize("name", hostile_images.REJECTED)
@@ -310,6 +361,20 @@ def test_many_at_once_are_answered_or_refused(port, still_serves):
         thread.join(60)
     assert len(results) == 100 and {status for status, _ in results} <= {200, 503}
     assert all(answered == (status == 200) for status, answered in results) and any(answered for _, answered in results)
+
+
+def test_a_flood_of_strokes_leaves_the_lab_answering(port, still_serves):
+    """Each stroke is sent and given up at once, as the page does when the next one follows."""
+    for i in range(120):
+        photos = [{"photo": f"split:{j}", "patches": [[i % 4], [(i + 1) % 4]]} for j in range(1 + i % 5)]
+        body = json.dumps(VIEW | {"painting": PAINTING | {"photos": photos, "concepts": ["road", str(i)]}})
+        head = f"POST /run/teach HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nCookie: lab-{port}={TOKEN}\r\n"
+        raw(port, f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()).close()
+    deadline, status = time.monotonic() + 30, 503
+    while status == 503 and time.monotonic() < deadline:  # until the server has seen that the clients left
+        status, body = send(port, "POST", "/run/teach", json.dumps(VIEW | {"painting": PAINTING}))
+    assert status == 200 and b'"result"' in body
+    assert time.monotonic() < deadline, "strokes that nobody waits for are not solved"
 
 
 def test_requests_whose_clients_have_left_make_room_for_others():

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from types import SimpleNamespace
 
 import labs
@@ -12,8 +13,9 @@ from PIL import Image
 
 import probes
 from llava_bidir.common.errors import UserError
+from probes.data.folder import FolderDataset
 from probes.data.palette import colorize
-from probes.lab.models import load_checkpoint
+from probes.lab.models import example_questions, load_checkpoint
 from probes.lab.photos import encode
 from probes.lab.requests import (
     AnswerAttention,
@@ -21,10 +23,15 @@ from probes.lab.requests import (
     Block,
     Control,
     Export,
+    Open,
+    PaintedPhoto,
+    Painting,
     PatchWords,
     Question,
     Replace,
+    Save,
     SiteView,
+    Teach,
     View,
 )
 from probes.lab.session import Session, split_answer
@@ -298,3 +305,103 @@ def test_a_changed_view_runs_from_the_first_touched_layer_on(session, change, mo
     [hook.remove() for hook in hooks]
     assert ran == ([3] if isinstance(change, Block) else [2, 3])
     assert all((a == b).all() for a, b in zip(full, again, strict=True))
+
+
+def painting(*photos: tuple, rest: bool = False) -> Painting:
+    """Paint patches of two concepts on photos of the split; by default on all five."""
+    photos = photos or (((0,), (3,)), ((1,), (2,)), ((0, 1), (2,)), ((0,), (1, 3)), ((2,), (0, 1)))
+    names = tuple(f"split:{i}" for i in range(5))
+    pairs = zip(names, photos, strict=False)
+    return Painting(
+        concepts=("road", "it's"), photos=tuple(PaintedPhoto(photo=k, patches=p) for k, p in pairs), rest=rest
+    )
+
+
+@pytest.mark.parametrize("rest", [False, True])
+@pytest.mark.parametrize("change", [None, BLOCK])
+def test_exported_code_teaches_what_the_page_shows(session, change, rest):
+    view = {"photo": "split:1", "model": 0, "intervention": change, "painting": painting(rest=rest)}
+    names = execute(session, Export(**view))
+    best = torch.stack(list(names["probabilities"].values())).topk(2 + rest)
+    result = session.read(View(**view), labs.JOB)
+    shares = numbers(result["probabilities"], "<f4", 2 + rest, 6, 4)
+    np.testing.assert_allclose(shares, best.values.permute(2, 0, 1).numpy(), atol=2e-3)
+    taught = names["taught"]
+    assert taught.concepts == ["road", "it's", *["background"] * rest]
+    curve = taught.curve(change and hidden(*change.patches))
+    scores = session.teach(Teach(**view), labs.JOB)
+    assert scores["chance"] == curve.chance[0] and scores["patches"] == len(taught.paint.patch)
+    shown = np.array(scores["scores"], dtype=float)
+    np.testing.assert_allclose(shown, curve[["score", "low", "high"]].to_numpy(), atol=0.15)  # one patch in 13 may flip
+
+
+def test_a_random_llm_scores_beside_the_trained_one_which_then_reads_on(session):
+    request = {"photo": "split:0", "model": 1, "painting": painting()}
+    view = View(photo="split:0", model=1, intervention=BLOCK)
+    trained, before = session.teach(Teach(**request), labs.JOB), read(session, view)
+    random = session.teach(Teach(**request, random=True), labs.JOB)
+    assert random["scores"][:2] == trained["scores"][:2], "encoder and adapter are the same"
+    session._states.pop(view)
+    after = read(session, view)  # starts from states that were kept before the weights were away
+    assert all((a == b).all() for a, b in zip(before, after, strict=True))
+
+
+def test_saved_folders_are_data_sets_and_open_to_the_same_paint(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "saved", tmp_path / "saved")
+    request = painting()
+    result = session.save(Save(photo="split:0", model=0, painting=request), labs.JOB)
+    assert result["folder"] == str(tmp_path / "saved/001") and "probes study" in result["command"]
+    splits = [FolderDataset(result["folder"], split) for split in ("training", "validation")]
+    assert [len(split) for split in splits] == [3, 2] and splits[0].classes == ["road", "it's"]
+    target = splits[0][0]["target"]  # of 2 x 2 patches, 12 x 10 pixels each; the first one is road, the last one it's
+    assert (target[:12, :10] == 0).all() and (target[12:, 10:] == 1).all()
+    assert (target[:12, 10:] == 255).all() and (target[12:, :10] == 255).all()
+    content = {file: file.read_bytes() for file in (tmp_path / "saved").rglob("*.*")}
+    rest = painting(rest=True)
+    assert session.save(Save(photo="split:0", model=0, painting=rest), labs.JOB)["folders"][0] == "002"
+    assert all(file.read_bytes() == before for file, before in content.items()), "nothing saved is replaced"
+    assert (FolderDataset(tmp_path / "saved/002", "training")[0]["target"][:12, 10:] == 2).all()
+    opened = session.open(Open(photo="split:0", model=0, folder="001"), labs.JOB)
+    assert opened["concepts"] == ["road", "it's"]
+    patches = {name: patches for _, name, patches in opened["photos"]}
+    assert patches == {f"{i:02d}.png": [*map(list, photo.patches)] for i, photo in enumerate(request.photos, 1)}
+    for key, _, _ in opened["photos"]:
+        assert session.photos.get(key).preview.size == (20, 24)
+
+
+def test_folders_that_the_lab_cannot_paint_are_named(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "saved", tmp_path)
+    for name, classes, images in (("many", 2, 33), ("classes", 21, 1), ("empty", 2, 0)):
+        for kind in ("images", "annotations"):
+            (tmp_path / name / kind / "training").mkdir(parents=True)
+            for i in range(images):
+                Image.new("RGB" if kind == "images" else "L", (8, 8)).save(tmp_path / name / kind / f"training/{i}.png")
+        (tmp_path / name / "classes.json").write_text(json.dumps({"classes": [str(k) for k in range(classes)]}))
+    for name, message in (("many", "has 33 pictures"), ("classes", "has 21 classes"), ("empty", "no images")):
+        with pytest.raises(UserError, match=message):
+            session.open(Open(photo="split:0", model=0, folder=name), labs.JOB)
+
+
+def test_a_checkpoint_without_probes_is_taught(checkpoints, tmp_path):
+    session = Session(load_checkpoint(str(checkpoints["causal"])), tmp_path)
+    keys = []
+    for i in range(2):
+        pixels = np.random.default_rng(i).integers(0, 255, (20, 24, 3), np.uint8)
+        keys.append(session.photos.add(encode(Image.fromarray(pixels), "PNG"), f"{i}.png"))
+    paint = Painting(concepts=("a", "b"), photos=tuple(PaintedPhoto(photo=k, patches=((0,), (3,))) for k in keys))
+    result = session.read(View(photo=keys[0], model=0, painting=paint), labs.JOB)
+    assert numbers(result["classes"], "u1", 2, 6, 4).max() == 1
+    assert "2 photos are too few" in session.teach(Teach(photo=keys[0], model=0, painting=paint), labs.JOB)["note"]
+
+
+def test_questions_of_the_data_set_are_offered(session, lab_runs, tmp_path, monkeypatch):
+    model = session.models[0]
+    assert example_questions(model) == []
+    record = lambda text: {"conversations": [{"from": "human", "value": f"<image>\n{text}"}]}
+    root = tmp_path / "data"
+    monkeypatch.setitem(model.run.manifest["data"], "root", str(root))
+    (tmp_path / "questions.json").write_text(json.dumps([record(t) for t in ("a?", "a?", "b?", "c?", "d?")]))
+    assert example_questions(model) == ["a?", "b?", "c?"]
+    for broken in ("{", "[1]", '{"a": 1}', "[]"):
+        (tmp_path / "questions.json").write_text(broken)
+        assert example_questions(model) == []

@@ -23,8 +23,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 import probes
 from llava_bidir import LlavaBidirConfig
 from probes import Knockout
+from probes.analyses.explore.readout import explore
 from probes.analyses.extract import print_sites
-from probes.analyses.logit_lens import explore
 from probes.models.families import (
     DEEPSEEK,
     DYNAMIC,

@@ -62,7 +62,7 @@ def test_answers_are_reported_beside_random_llms_and_outside_of_the_claims(runs,
     assert [(entry["draw"], entry["accuracy"]) for entry in answers["random"]] == [(0, own[1]["accuracy"])]
     difference = own[0]["accuracy"]["value"] - own[1]["accuracy"]["value"]
     assert answers["beyond_random"]["accuracy"]["value"] == pytest.approx(difference) and difference > 0.2
-    assert '<h2 id="answers">Answers</h2>' in page and f"of {QUESTIONS} questions, the right class" in page
+    assert "<h2>Answers</h2>" in page and f"of {QUESTIONS} questions, the right class" in page
     rows = list(csv.DictReader((tmp_path / "report/answers.csv").open()))
     models = {(row["model"], row["class"]) for row in rows}
     assert {("trained", "mean over classes"), ("beyond random", "mean over classes"), ("trained", "sky")} <= models

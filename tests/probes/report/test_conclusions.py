@@ -13,8 +13,8 @@ from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.report.effects import drop_and_recovery
 from probes.report.page import write_report
-from probes.report.study import read_studies
 from probes.results.probe_run import ProbeRun
+from probes.results.study import read_studies
 
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
@@ -87,7 +87,9 @@ def test_a_planted_recovery_is_supported_with_and_without_trained_probes(write, 
 def test_conclusions(trained, solved, random, conclusion, write, draws):
     runs = [write("sgd", trained)] + ([write("solved", solved, 1, solved=True)] if solved else [])
     recovery = claims_of(runs + (draws(random, random) if random else []))["recovery"]
-    assert recovery["conclusion"] == conclusion and recovery["supported"] is False
+    assert recovery["conclusion"] == conclusion and recovery["supported"] is (
+        None if conclusion == "untested" else False
+    )
     assert ("reason" in recovery) == (conclusion == "untested")
     if conclusion == "untested":
         missing = "-c configs/probes/matched.yaml --model.draw 0" if solved else "`probes solve -c CONFIG --model.mllm"
@@ -233,7 +235,7 @@ def test_the_table_for_the_terminal_and_the_page_name_conclusions(write, draws, 
     runs = [write("sgd", LOW), write("solved", CURVE, 1, solved=True), *draws(FLAT, FLAT)]
     main(["report", *runs, "--out", str(tmp_path / "report")])
     text, page = capsys.readouterr().out, (tmp_path / "report/index.html").read_text()
-    summary = "1 of 2 claims are supported: recovery (causal). The others: 1 × untested."
+    summary = "1 of 1 tested claims are supported: recovery (causal). Untested, so neither supported nor not: 1 of 2."
     assert summary in page and "below the optimum by" in page
     row = next(line for line in text.splitlines() if line.startswith("recovery "))
     assert row.split("  ")[-2].strip() == "supported" and "an effect counts from 1 point" in text

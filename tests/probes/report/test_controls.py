@@ -10,16 +10,17 @@ import pytest
 import tiny_models
 import torch
 from probe_runs import write_run, write_solved
+from report_parts import figures_of
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.atomic_io import read_json
+from probes.analyses.starvation.section import further_analyses
 from probes.cli import main
 from probes.report.claims import evaluate_claims
-from probes.report.figures.catalogue import study_figures
-from probes.report.page import study_results, write_report
-from probes.report.study import read_studies
+from probes.report.page import write_report
 from probes.report.verdicts import unconverged
 from probes.results.probe_run import ProbeRun
+from probes.results.study import read_studies
 
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
@@ -125,10 +126,10 @@ def test_an_analysis_of_another_pair_is_left_out(write, tmp_path, caplog):
         save_file({run: torch.zeros(1)}, f"{run}/probes.safetensors")  # part of the fingerprint
     main(["starvation", "--probes", causal, bidirectional, "--site", "layer_01"])
     (study,) = read_studies([causal, bidirectional])
-    (figure,) = [f for f in study_figures(study, study_results(study)) if f.name == "starvation"]
-    assert study.starvation_analysis()["site"] == "layer_01" and "at layer 03" in figure.caption
+    figure = figures_of(study)["starvation"]
+    assert further_analyses(*study.pair())["site"] == "layer_01" and "at layer 03" in figure.caption
     (study,) = read_studies([other, bidirectional])
-    assert study.starvation_analysis() is None
+    assert further_analyses(*study.pair()) is None
     assert f"starvation.json is left out, since it compares with another run than {other}" in caplog.text
 
 
@@ -157,13 +158,13 @@ def test_solved_probes_count_as_converged_at_the_strength_that_was_chosen(write,
     optimum = lambda: next(c for c in evaluate_claims(*read_studies([run])) if c["claim"] == "recovery")["verdicts"][
         "optimum"
     ]
-    assert unconverged(ProbeRun(run), "recovery") is None and optimum()["verdict"] == "holds"
+    assert unconverged([ProbeRun(run)], "recovery") is None and optimum()["verdict"] == "holds"
     metrics = json.loads(file.read_text())
     for entry in metrics["path"]["optimum"]["sites"]:
         chosen = entry["strengths"].index(entry["chosen"])
         entry["certificates"][chosen]["converged"] = entry["site"] == "adapter"
     file.write_text(json.dumps(metrics))
-    assert "have not converged at the chosen strength" in unconverged(ProbeRun(run), "recovery")
+    assert "have not converged at the chosen strength" in unconverged([ProbeRun(run)], "recovery")
     assert optimum()["verdict"] == "untested" and "run `probes solve` again" in optimum()["reason"]
 
 

@@ -13,9 +13,9 @@ import pytest
 import tiny_models
 import torch
 
-from probes.analyses.logit_lens import PatchReadout, RunReadout, explore
+from probes.analyses.explore.readout import PatchReadout, RunReadout, explore
+from probes.analyses.explore.run import page_data, run_labels, write_page
 from probes.cli import main
-from probes.report.explorer.page import page_data, run_labels, write_page
 from probes.results.probe_run import ProbeRun
 
 IMAGES = [0, 2, 4]

@@ -9,15 +9,13 @@ import pytest
 import tiny_models
 
 from probes.analyses.knockout.effects import read_cases
+from probes.analyses.knockout.figures import VERDICT_COLOURS, class_effects, knockout_figures
 from probes.analyses.knockout.inference import knockout_inference
 from probes.analyses.knockout.run import OUTCOME_TITLES
+from probes.analyses.knockout.tables import knockout_tables
+from probes.analyses.starvation.figures import starvation_figures
 from probes.cli import main
-from probes.report.figures.catalogue import study_figures
-from probes.report.figures.knockout import VERDICT_COLOURS, class_effects
-from probes.report.figures.starvation import starvation_figures
-from probes.report.page import study_results
-from probes.report.study import read_studies
-from probes.report.tables import study_tables
+from probes.results.study import read_studies
 
 MASKS = ("causal", "bidirectional")
 KEY = itemgetter("class", "condition", "control")
@@ -109,8 +107,8 @@ def test_starvation_of_an_older_version_has_its_figures(runs):
 
 
 @pytest.fixture(scope="module")
-def results(runs) -> dict:
-    """Content of results.json with the inference of both knockouts; so small ones have no shifts of their own."""
+def inference_by_mask(runs) -> dict:
+    """The inference of both knockouts, with shifts; so small ones have none of their own."""
     study = read_studies(runs)[0]
     inference = {mask: knockout_inference(run) for mask, run in study.trained.items()}
     for of_mask in inference.values():
@@ -118,20 +116,19 @@ def results(runs) -> dict:
         hide = {names[0]: {"value": 0.2, "ci95": [0.1, 0.3]}, "wall": {"value": 0.1, "ci95": [0.05, 0.2]}}
         shift = {"classes": [names[0], "wall"], "images": 6, "hide": hide, "shift": True, "towards": names[0]}
         of_mask["criterion_shifts"] = [shift, shift | {"shift": False, "towards": None}]
-    return study_results(study) | {"knockout_inference": inference}
+    return inference
 
 
-def test_tables_have_every_class_mean_selection_and_shift(runs, results):
-    tables = study_tables(read_studies(runs)[0], results)
+def test_tables_have_every_class_mean_and_shift(inference_by_mask):
+    tables = knockout_tables(inference_by_mask)
     for mask in MASKS:
-        inference = results["knockout_inference"][mask]
+        inference = inference_by_mask[mask]
         for outcome, expected in inference["outcomes"].items():
             key = {"image_attention": mask, "outcome": outcome}
             select = lambda name, key=key: [row for row in tables[name] if key.items() <= row.items()]
-            for name, entries in (("knockout_classes", "classes"), ("knockout_selection", "selection")):
-                assert expected[entries]
-                for row, entry in zip(select(name), expected[entries], strict=True):
-                    assert row["value"] == entry["value"] and [row["low"], row["high"]] == (entry["ci95"] or [None] * 2)
+            assert expected["classes"]
+            for row, entry in zip(select("knockout_classes"), expected["classes"], strict=True):
+                assert row["value"] == entry["value"] and [row["low"], row["high"]] == entry["ci95"]
             means = {(row["mean_over"], row["effect"]): row for row in select("knockout_means")}
             assert (
                 means["pairs", "knockout_correct"]["value"] == expected["mean_over_pairs"]["knockout_correct"]["value"]
@@ -141,10 +138,11 @@ def test_tables_have_every_class_mean_selection_and_shift(runs, results):
         assert moves == [0.2, 0.1, 0.2, 0.1]
 
 
-def test_figures_of_the_inference(runs, results):
-    figures = {figure.name: figure for figure in study_figures(read_studies(runs)[0], results)}
+def test_figures_of_the_inference(runs, inference_by_mask):
+    trained = read_studies(runs)[0].trained
+    figures = {figure.name: figure for figure in knockout_figures(trained, inference_by_mask)}
     for mask in MASKS:
-        inference = results["knockout_inference"][mask]
+        inference = inference_by_mask[mask]
         drawn = figures[f"knockout_effects_{mask}"]
         axes = drawn.data.figure.axes
         assert len(axes) == 3 * 3, "outcomes and effects"
@@ -161,7 +159,6 @@ def test_figures_of_the_inference(runs, results):
             line.get_xdata()[0] for line in squares
         }
         assert len(figures[f"knockout_shifts_{mask}"].data.rows) == 2 * len(inference["criterion_shifts"])
-        assert figures[f"knockout_selection_{mask}"].data.rows
 
 
 def test_significant_effects_are_filled_and_coloured_by_their_direction():

@@ -12,6 +12,7 @@ import pytest
 import tiny_models
 import torch
 from probe_runs import ROWS, random_counts, write_run, write_solved
+from report_parts import figures_of
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.bootstrap import simultaneous_band
@@ -19,13 +20,11 @@ from probes.cli import main
 from probes.evaluation.metrics import Counts
 from probes.report.claims import evaluate_claims
 from probes.report.effects import cross_validated_layers, image_folds
-from probes.report.figures.catalogue import study_figures
 from probes.report.figures.layer_curves import overview_figures
-from probes.report.page import study_results
 from probes.report.path import neighbours, path_rows, path_verdicts, sites_at_edge
-from probes.report.study import read_studies
 from probes.report.summary_text import summarize_path
 from probes.results.probe_run import ProbeRun
+from probes.results.study import read_studies
 
 CURVE = [0.6, 0.5, 0.55, 0.62, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.6, 0.5, 0.5, 0.5, 0.5, 0.5]
@@ -173,7 +172,7 @@ def test_rows_have_the_simultaneous_band_of_the_shared_resamplings(paths):
     (study,) = read_studies([paths["solved"]])
     run = ProbeRun(paths["solved"])
     run.weights = run.weights[:60]
-    study.solved["causal"] = run
+    study.members = [run]
     rows = [r for r in path_rows(study) if r["effect"] == "adapter_drop"]
     for measure in ("miou", "cross_entropy"):
         resampled = np.array([
@@ -286,7 +285,7 @@ def test_the_order_of_the_runs_does_not_matter(paths):
 def test_a_solved_run_alone_is_also_the_main_run(paths):
     (study,) = read_studies([paths["solved"]])
     assert study.trained == study.solved and list(study.solved) == ["causal"]
-    assert len(study.runs_and_solved) == 1
+    assert len(study.members) == 1
 
 
 def test_effects_never_mix_solved_and_trained_probes(paths, root, tmp_path):
@@ -365,11 +364,9 @@ def test_report_of_trained_and_solved_runs(paths, tmp_path, capsys):
 
 def test_dotted_lines_are_the_claims_of_the_trained_run(paths):
     (study,) = read_studies(paths.values())
-    results = study_results(study)
-    (figure,) = [f for f in study_figures(study, results) if f.name == "path"]
-    axes = figure.data.figure.axes
+    axes = figures_of(study)["path"].data.figure.axes
     dotted = [[line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"] for ax in axes]
-    claims = {claim["claim"]: 100 * claim["value"] for claim in results["claims"]}
+    claims = {claim["claim"]: 100 * claim["value"] for claim in evaluate_claims(study)}
     expected = [[claims[name]] for name in ("adapter_drop", "recovery", "recovery_trained")]
     assert dotted == [*expected, [], [], []]
 

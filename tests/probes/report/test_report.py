@@ -16,8 +16,9 @@ from llava_bidir.common.errors import UserError
 from probes.analyses.starvation.run import starvation
 from probes.cli import main
 from probes.report.claims import CLAIMS, evaluate_claims
-from probes.report.study import read_studies, total_wall_s
+from probes.report.summary_text import total_wall_s
 from probes.results.probe_run import ProbeRun
+from probes.results.study import read_studies
 
 MASKS = ("causal", "bidirectional")
 
@@ -105,7 +106,8 @@ def test_results_follow_the_contract(page, runs):
 def test_page_is_self_contained_and_every_figure_has_a_caption(page):
     html = (page / "index.html").read_text()
     claims = json.loads((page / "results.json").read_text())["claims"]
-    assert f"{sum(claim['supported'] for claim in claims)} of {len(claims)} claims are supported" in html
+    tested = [claim["supported"] for claim in claims if claim["conclusion"] != "untested"]
+    assert f"{sum(tested)} of {len(tested)} tested claims are supported" in html
     assert "hidden" not in re.sub(r"overflow: hidden|[Hh]idden.states?", "", html)
     assert not re.search(r"src=\"(?!data:)", html) and "http" not in html
     linked = re.findall(r"href=\"(?!#)(.*?)\" download", html)
@@ -117,6 +119,23 @@ def test_page_is_self_contained_and_every_figure_has_a_caption(page):
     assert all(len(caption) > 40 for caption in re.findall(r"<figcaption>(.*?)</figcaption>", html, re.S))
     for name in ("layers", "starvation", "maps_causal"):
         assert (page / f"{name}.png").stat().st_size > 1000 and (page / f"{name}.pdf").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_is_folded_fits_its_screen_and_prints_everything(chromium, page, width):
+    tab = chromium.new_page(viewport={"width": width, "height": 900})
+    tab.goto((page / "index.html").as_uri())
+    folded = lambda: tab.locator("details:not([open])").count()
+    parts = folded()
+    assert parts > 5 and tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert tab.locator(".conclusions").bounding_box()["y"] < 500, "on the first screen"
+    assert width < 1280 or tab.locator("img").first.bounding_box()["y"] < 400
+    tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert not folded() and tab.locator("img >> visible=true").count() == tab.locator("img").count()
+    tab.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert folded() == parts
+    tab.close()
 
 
 def test_accuracy_of_answers_is_shown_for_any_dataset(runs, tmp_path):

@@ -11,19 +11,18 @@ import pytest
 import tiny_models
 import torch
 from probe_runs import write_run
+from report_parts import figures_of
 
 from llava_bidir.common.bootstrap import interval
+from probes.analyses.style import COLOURS, MASK_COLOURS
 from probes.cli import main
 from probes.report.confusion import first_halved_layer, most_confused_pairs
-from probes.report.figures.catalogue import study_figures
 from probes.report.figures.layer_curves import models_by_dataset
-from probes.report.figures.style import COLOURS, MASK_COLOURS
 from probes.report.mask_comparison import compare_masks
-from probes.report.page import study_results
-from probes.report.paper import PAPER, paper_encoder, probe_deviations
-from probes.report.study import read_studies
 from probes.report.tables import table2_difference
+from probes.results.paper import PAPER, paper_encoder, probe_deviations
 from probes.results.probe_run import ProbeRun
+from probes.results.study import read_studies
 
 CURVE = [0.6, 0.5, 0.55, 0.62, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 
@@ -142,7 +141,7 @@ def test_report_over_several_models_and_datasets(several, tmp_path):
     main(["report", *several, "--out", str(tmp_path)])
     html, results = (tmp_path / "index.html").read_text(), json.loads((tmp_path / "results.json").read_text())
     studies = read_studies(several)
-    assert html.count('<h1 class="study"') == 4
+    assert html.count('<details class="study"') == 4
     outside = re.findall(r"(?:src|href)=\"(?!data:|#)(.*?)\"", html)
     assert outside and all((tmp_path / link).is_file() for link in outside)  # only downloads beside the page
     assert [(s["model"], s["dataset"]) for s in results["studies"]] == [(s.model, s.dataset) for s in studies]
@@ -241,9 +240,7 @@ def test_sections_appear_if_their_data_exist(confused, pair, tmp_path):
 
 
 def test_captions_mention_only_what_is_drawn(root, tmp_path, pair):
-    def captions(study):
-        return {figure.name: figure.caption for figure in study_figures(study, study_results(study))}
-
+    captions = lambda study: {name: figure.caption for name, figure in figures_of(study).items()}
     (study,) = read_studies(pair)
     assert "Dashed: the best layer" in captions(study)["layers"]
     assert "Dotted" not in captions(study)["layers"]

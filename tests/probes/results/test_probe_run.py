@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from json_values import json_values
 from safetensors.torch import load_file, save_file
 
+from probes.analyses.templates import render
 from probes.cli import main
-from probes.report.templates import render
 from probes.results.probe_run import ProbeRun
 
 QUALITY = [0.6, 0.5, 0.55, 0.7, 0.65, 0.65]

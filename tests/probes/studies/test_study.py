@@ -196,3 +196,24 @@ def test_a_study_from_python(checkpoints, segmentation, tmp_path):
     assert set(study.table().run) == {"trained"}
     with pytest.raises(UserError, match="not finished"):
         study.claims()
+
+
+def test_options_of_the_solver_are_not_given_to_fit(checkpoints, segmentation, tmp_path):
+    given = ("-c", "configs/demo/probes.yaml", "--strengths", "0.1", "1", "--data.batch_size", "2", "--passes", "2")
+    settings = Settings({"": str(checkpoints["causal"])}, str(segmentation), tmp_path, fit=True, options=given)
+    commands = {step.name: step.command for step in make_plan(settings)}
+    assert commands["trained"][1 : len(given) + 1] == given
+    assert commands["probes"][1:5] == ("-c", "configs/demo/probes.yaml", "--data.batch_size", "2")
+    assert not {"--strengths", "--passes", "0.1"} & {*commands["probes"]}
+
+
+def test_chosen_sites_are_those_of_every_arm_that_has_them(checkpoints, segmentation, tmp_path):
+    options = ("--model.sites", "[encoder, adapter, layer_02]")
+    arms = ("trained", "random0", "adapter0")
+    steps = make_plan(
+        Settings(
+            {"": str(checkpoints["causal"])}, str(segmentation), tmp_path, arms=arms, only=("solve",), options=options
+        )
+    )
+    sites = {step.name: step.command[::-1][step.command[::-1].index("--model.sites") - 1] for step in steps}
+    assert sites == {"trained": options[1], "random0": "[adapter, layer_02]", "adapter0": "[encoder, adapter]"}

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize as scipy_minimize
 
+from probes.ops.lbfgs import minimise
 from probes.ops.quadrature import prepare_masks
 from probes.training import optimum
 from probes.training.optimum import (
@@ -15,7 +16,6 @@ from probes.training.optimum import (
     SiteProblem,
     cross_validate,
     loss_sums,
-    minimise,
     solve_site,
 )
 
@@ -122,27 +122,6 @@ def test_problems_solved_together_equal_each_alone(data):
         alone = solve(strengths[i : i + 1], 1)[0]
         value = lambda point, i=i: objective(data, at, strengths[i].item(), point).item()
         assert value(together[i]) == pytest.approx(value(alone), abs=1e-6)
-
-
-def test_minimise_solves_quadratics_in_a_few_steps_and_stops_where_rounding_allows_no_step():
-    generator = torch.Generator().manual_seed(0)
-    root = torch.randn(3, 12, 12, generator=generator, dtype=torch.float64)
-    hessian, goal = root @ root.mT + torch.eye(12), torch.randn(3, 12, 1, generator=generator, dtype=torch.float64)
-    calls = []
-
-    def quadratic(points: torch.Tensor, problems: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        calls.append(problems)
-        apart = points.view(-1, 12, 1) - goal[problems]
-        by_point = hessian[problems] @ apart
-        return (apart * by_point).sum((1, 2)) / 2, by_point.view(-1, 1, 12)
-
-    start, scale = torch.zeros(3, 1, 12, dtype=torch.float64), torch.ones(3, 1, 12, dtype=torch.float64)
-    found, _, decrease = minimise(quadratic, start, scale, 1e-12)
-    torch.testing.assert_close(found.view(3, 12, 1), goal, rtol=1e-4, atol=1e-4)
-    assert (decrease < 1e-12).all() and len(calls) < 100
-    flat = lambda points, problems: (torch.ones(len(points)).double(), torch.ones_like(points))
-    stuck, _, decrease = minimise(flat, start, scale, 1e-12)
-    assert torch.equal(stuck, start) and (decrease > 1).all()
 
 
 def exact(data, at: SiteProblem, refinement: Refinement) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ import probe_runs
 import pytest
 import scipy.stats
 import torch
-from safetensors.torch import save_file
+from knockouts import CLASSES, CONDITIONS, PARTNERS, L, N, simulate, write_knockout
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.analyses.knockout.cases import find_cases
@@ -22,23 +22,10 @@ from probes.analyses.knockout.inference import (
     knockout_inference,
     look_alikes,
     mean_over_classes,
-    selection_curve,
 )
 from probes.results.probe_run import ProbeRun
 
 pytestmark = pytest.mark.numerics
-
-CLASSES = ["sky", "ceiling", "road", "floor", "wall", "building"]
-PARTNERS = {
-    "sky": "ceiling",
-    "ceiling": "sky",
-    "road": "floor",
-    "floor": "road",
-    "wall": "building",
-    "building": "wall",
-}
-CONDITIONS = ("none", "incorrect", "correct", "random_incorrect", "random_correct")
-N, L = 40, 4
 
 
 @pytest.fixture
@@ -46,34 +33,6 @@ def run(tmp_path) -> ProbeRun:
     """A run on N images of a grid of 2 x 2 patches, without a model."""
     (tmp_path / "classes.json").write_text(json.dumps({"classes": CLASSES}))
     return ProbeRun(probe_runs.write_run(tmp_path / "run", [0.6, 0.5, 0.6, 0.5], root=tmp_path, images=N))
-
-
-def write_knockout(run: ProbeRun, tensors: dict[str, torch.Tensor]) -> None:
-    save_file({key: values.contiguous() for key, values in tensors.items()}, run.path / "knockout.safetensors")
-    (run.path / "knockout.json").write_text(json.dumps({"min_patches": 1}))
-
-
-def simulate(
-    rng: np.random.Generator, effects: dict[str, np.ndarray], conditions=CONDITIONS, cases: int = N, noise: float = 0.3
-) -> dict[str, torch.Tensor]:
-    """Return a knockout of `cases` cases per class, in which `effects[class]` shifts incorrect and correct.
-
-    The noise has a part that all classes share in an image.
-    """
-    tensors = {}
-    shared = {condition: rng.normal(0, noise / 2, N) for condition in conditions}
-    for name, (incorrect, correct) in effects.items():
-        images = np.sort(rng.choice(N, cases, replace=False))
-        tensors[f"{name}/image"] = torch.tensor(images)
-        tensors[f"{name}/patches"] = torch.tensor(rng.integers(1, 4, cases))
-        tensors[f"{name}/anchors"] = torch.ones(cases, dtype=torch.long)
-        tensors[f"{name}/correct_class"] = torch.full((cases,), CLASSES.index(PARTNERS[name]))
-        for condition in conditions:
-            shift = {"incorrect": incorrect, "correct": correct}.get(condition, 0)
-            for outcome, sign in (("rate", 1), ("still_wrong", 0.5), ("log_odds", -2)):
-                values = shift + shared[condition][images, None] + rng.normal(0, noise, (cases, L + 1))
-                tensors[f"{name}/{outcome_key(outcome, condition)}"] = torch.tensor(sign * values, dtype=torch.float32)
-    return tensors
 
 
 def test_effects_equal_a_loop_over_cases(run):
@@ -294,7 +253,7 @@ def test_look_alikes_are_the_classes_mostly_mistaken_for_each_other(run):
     }
 
 
-def test_results_of_all_outcomes_and_their_curve(run):
+def test_results_of_all_outcomes(run):
     tensors = simulate(np.random.default_rng(10), {name: (-0.4, 0.4) for name in CLASSES})
     few = simulate(np.random.default_rng(11), {"wall": (0, 0)}, cases=5)
     write_knockout(run, tensors | few)
@@ -308,9 +267,6 @@ def test_results_of_all_outcomes_and_their_curve(run):
                 mean_over_classes(class_effects(run, 1, outcome)[effect]) | {"verdict": 0}
             )
         assert [of_outcome["mean_over_pairs"]["knockout_correct"][key] for key in ("classes", "units")] == [5, 3]
-    curve = selection_curve(run, "rate")
-    assert curve == results["outcomes"]["rate"]["selection"] and {row["min_patches"] for row in curve} == {1}
-    assert curve[0]["share"] == 0.25 and curve[0]["cases"] == 5 * N, "1 of 4 patches"
 
 
 @pytest.mark.parametrize(("groups", "tested"), [(3, 0), (6, len(CLASSES))])

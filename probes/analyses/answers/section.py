@@ -1,0 +1,106 @@
+"""What the report shows of answers: of trained models and of random LLMs, beside the probes at the same places."""
+
+from typing import Any
+
+from probes.analyses.base import Section
+from probes.results.formatting import format_interval, format_percent, format_points
+from probes.results.probe_run import ProbeRun
+from probes.results.study import Study
+
+from .figures import answer_figures
+from .inference import beyond_random
+from .tables import accuracy_rows, models_of
+
+KEYS = ("questions", "images", "accuracy", "sites", "effects")  # of answers.json
+
+
+def section(study: Study) -> Section:
+    """Return the section of a study."""
+    answers = study_answers(study)
+    rows, by_mask = accuracy_rows(answers), {mask: answers.get(mask) for mask in study.trained}
+    shown = {"Accuracy at the same places, in percent": [_as_text(row) for row in rows]}
+    tables = {"answer_accuracy": rows}
+    figures = [*answer_figures(answers)]
+    return Section(figures, summarize_answers(answers), tables, shown, by_mask={"answers": by_mask})
+
+
+def _as_text(row: dict[str, Any]) -> dict[str, str]:
+    interval = lambda name: "" if row[name] is None else format_interval([row[f"{name}_low"], row[f"{name}_high"]])
+    return {key: row[key] for key in ("image_attention", "model", "read_by")} | {
+        "accuracy": format_percent(row["accuracy"]),
+        "answer minus probe": f"{format_points(row['answer_minus_probe'])} {interval('answer_minus_probe')}",
+        "agreement": format_percent(row["agreement"]),
+    }
+
+
+def study_answers(study: Study) -> dict[str, dict[str, Any]]:
+    """Return the answers by mask, of the solved run if it has some, else of the main one; masks without are missing.
+
+    Returns:
+        {mask: `KEYS` of answers.json, "peak_site": best decoder layer by mIoU, "random": [{"draw", and `KEYS`}],
+        "beyond_random": see :func:`beyond_random`}}.
+    """
+    by_mask = {}
+    for mask in study.trained:
+        runs = [study.solved.get(mask), study.trained[mask]]
+        run = next((run for run in runs if run and run.analysis("answers.json")), None)
+        if run is None:
+            continue
+        draws = [draw[mask] for draw in study.random_draws("llm", run.is_solved) if mask in draw]
+        draws = [draw for draw in draws if draw.analysis("answers.json")]
+        random = [{"draw": draw.metrics.get("draw", 0)} | _select(draw) for draw in draws]
+        more = {"peak_site": run.peak_layer, "random": random}
+        by_mask[mask] = _select(run) | more | {"beyond_random": beyond_random(run, draws)}
+    return by_mask
+
+
+def _select(run: ProbeRun) -> dict[str, Any]:
+    results = run.analysis("answers.json")
+    return {key: results[key] for key in KEYS}
+
+
+def summarize_answers(answers: dict[str, dict[str, Any]]) -> list[str]:
+    """Return two sentences per mask: who is right at the same places, and what knockouts change."""
+    lines = []
+    for mask, of_mask in answers.items():
+        site = next((site for site in of_mask["sites"] if site["site"] == of_mask["peak_site"]), of_mask["sites"][-1])
+        random = "".join(f"; {name}: {_percent(entry['accuracy'])}" for name, entry in _random(of_mask).items())
+        lines.append(
+            f"{mask.capitalize()}: at {_percent(of_mask['accuracy'])} of {of_mask['questions']} questions, the right "
+            "class is the model's most probable answer of all classes; at "
+            f"{_percent(site['accuracy'])}, it is that of the probe at {site['site']} "
+            f"(answer minus probe {_points(site['difference'])}; both say the same in "
+            f"{site['agreement']['value']:.0%}){random}."
+        )
+        changes = {effect["condition"]: effect for effect in of_mask["effects"] if effect["control"] != "none"}
+        beyond = [e for e in (of_mask["beyond_random"] or {"effects": []})["effects"] if e["control"] != "none"]
+        beyond = {effect["condition"]: f" (beyond random {_nats(effect['mean'])})" for effect in beyond}
+        lines.append(
+            "Against matched tokens, hiding the right class changes the right answer's log-probability by "
+            f"{_nats(changes['correct']['mean'])}{beyond.get('correct', '')}, hiding the wrong class by "
+            f"{_nats(changes['incorrect']['mean'])}{beyond.get('incorrect', '')}, as means over classes."
+            + f" No interval covers other draws of the random LLM (here {len(of_mask['random'])})."
+            * bool(beyond)
+        )
+    return lines
+
+
+def _random(of_mask: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: entry for name, entry in models_of(of_mask).items() if entry is not of_mask}
+
+
+def _percent(entry: dict[str, Any]) -> str:
+    low, high = entry["ci95"]
+    return f"{entry['value']:.1%} [{low:.1%}, {high:.1%}]".replace("-", "−")
+
+
+def _points(entry: dict[str, Any]) -> str:
+    low, high = (100 * bound for bound in entry["ci95"])
+    return f"{100 * entry['value']:+.1f} pp [{low:+.1f}, {high:+.1f}]".replace("-", "−")
+
+
+def _nats(mean: dict[str, Any]) -> str:
+    if mean["value"] is None:
+        return "an unknown amount (no class in enough images)"
+    interval = "" if mean["ci95"] is None else " [{:+.3f}, {:+.3f}]".format(*mean["ci95"])
+    return f"{mean['value']:+.3f} nats{interval}".replace("-", "−")

@@ -1,0 +1,128 @@
+"""What an analysis is: a folder here, and its name in the list of `__init__.py`.
+
+__init__.py   ANALYSIS, a description that imports nothing heavy
+run.py        run(args): the command
+section.py    section(study): what the report shows, for analyses with a title
+README.md     question, method, controls, limits
+"""
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from llava_bidir.common.errors import UserError
+
+if TYPE_CHECKING:  # this module answers `probes --help`
+    from .style import ReportFigure
+
+Row = dict[str, Any]
+
+
+class Claim(NamedTuple):
+    """A statement of the paper as one number."""
+
+    sign: int  # of the number if the claim holds
+    text: str  # the statement, ":", and what the number is
+    name: str  # in figures
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """An analysis of finished runs: what the command line, studies, the report and the README say about it.
+
+    Args:
+        help: What the command does.
+        question: The question that it answers.
+        add_options: Adds its options to a parser.
+        result: The file that it writes: into the run's folder; of a pair, into that of the second run; of a page, into
+            that of the report.
+        title: Heading of its section in the report; "" for none.
+        paper: Where the paper has it.
+        of: What one command reads: a "run", a "pair" of two models, or for a "page" the trained runs of all models.
+        options: Its options in a study, unless `--add` sets others.
+        arms: The arms of a study that it is run on.
+        default: It runs unasked.
+        beside_data: Options whose file stands beside the folder of the data; it does not run without them.
+        claims: What the paper claims about its numbers, by name; the report judges it (probes/report/claims.py).
+        rows: Returns rows of the study's table from its result.
+    """
+
+    help: str
+    question: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    result: str
+    title: str = ""
+    paper: str = ""
+    of: str = "run"
+    options: Mapping[str, str] = field(default_factory=dict)
+    arms: tuple[str, ...] = ("trained",)
+    default: bool = False
+    beside_data: Mapping[str, str] = field(default_factory=dict)
+    claims: Mapping[str, Claim] = field(default_factory=dict)
+    rows: Callable[[dict[str, Any]], Iterator[Row]] = lambda result: iter(())
+
+
+class Section(NamedTuple):
+    """What an analysis adds to the page, the files and results.json of a study."""
+
+    figures: Iterable["ReportFigure"] = ()
+    sentences: Iterable[str] = ()
+    tables: Mapping[str, list[Row]] = {}  # CSV files by name
+    shown: Mapping[str, list[dict[str, str]]] = {}  # tables of text on the page, by caption
+    results: Mapping[str, Any] = {}  # entries of results.json
+    by_mask: Mapping[str, Mapping[str, Any]] = {}  # entries of results.json["masks"][MASK], by key and mask
+
+
+def function_of(name: str, module: str) -> Callable:
+    """Return the function `module` of the module of that name in an analysis, "run" or "section"."""
+    return getattr(import_module(f"{__package__}.{name}.{module}"), module)
+
+
+def table_row(
+    site: str | None, metric: str, value: float | None, interval: list | None = None, **more: str | float
+) -> Row:
+    """Return a row of a study's table."""
+    low, high = interval or (None, None)
+    return {"site": site, "metric": metric, "value": value, "low": low, "high": high} | more
+
+
+# --------------------------------------------------------------------------------------- options of several commands
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add --probes, a finished run."""
+    parser.add_argument("--probes", required=True, metavar="RUN", help="folder of a finished probe run")
+
+
+def add_images(parser: argparse.ArgumentParser, option: str, **kwargs: Any) -> None:
+    """Add an option for images of the validation split."""
+    parser.add_argument(option, type=int, nargs="+", metavar="I", help="indices in the validation split", **kwargs)
+
+
+def add_seed(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """Add --seed."""
+    parser.add_argument("--seed", type=int, default=0, help=f"random seed of {purpose}")
+
+
+def add_out(parser: argparse.ArgumentParser, default: str = "the run's folder") -> None:
+    """Add --out and --overwrite."""
+    parser.add_argument("--out", metavar="DIR", help=f"output folder (default: {default})")
+    add_overwrite(parser)
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Add --overwrite."""
+    text = "`true`: replace a result that other options or runs have made"
+    parser.add_argument("--overwrite", type=_read_bool, default="false", metavar="BOOL", help=text)
+
+
+def _read_bool(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text == "true"
+
+
+def check_image(image: int, images: int) -> None:
+    """Raise a UserError if there is no image of that index."""
+    if not 0 <= image < images:
+        raise UserError(f"image {image} is out of range; the split has images 0..{images - 1}")

@@ -1,0 +1,133 @@
+"""The effects of a knockout as numbers over images, for the claims of a report.
+
+As the paper measures it, an effect is the mean over cases of n_c(l) / n_c(0) with a class blocked minus the same with
+nothing blocked. It counts new mistakes of any patch, and a case with one mistaken patch can weigh as much as a hundred
+others. A contrast is per mistaken patch: the share of the patches in n_c(0) that are still predicted as c with the
+class's own tokens blocked, minus the same with as many other tokens blocked. Nothing blocked would be no control, since
+blocking any tokens moves some patches away from c.
+
+A shift of the probe's criterion towards one class of a pair corrects one of the two kinds of mistakes and adds to the
+other. Contrasts therefore balance the two: within a pair of classes a, b, "a called b" and "b called a" have the same
+weight. Pairs are weighted by how many patches they balance, N_a N_b / (N_a + N_b), as Mantel and Haenszel weigh strata.
+
+The unit is the image, as in all other claims. The classes are those that were blocked: few, chosen because they are
+often confused, no sample of others, and the same in every resampling, as the classes of a mIoU are. The spread over
+pairs stands beside a contrast and is no part of its interval.
+
+Shapes: C cases, E effects, R resamplings, N images.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import scipy.stats
+import torch
+from torch import Tensor
+
+from llava_bidir.common.bootstrap import Estimate
+from probes.results.probe_run import ProbeRun
+
+from .effects import concat_classes, later_half, list_conditions, outcome_key, select_cases
+from .inference import EFFECTS, MIN_IMAGES, later_effects, mean_over_classes, read_knockout
+from .schema import SETS
+
+OUTCOME = "still_wrong"  # of a contrast, see cases.py
+
+
+class PairedCases(NamedTuple):
+    """Cases of pairs of classes that are mistaken for each other in both directions."""
+
+    values: Tensor  # effects in the order of `EFFECTS`, per mistaken patch, f[C, E]
+    patches: Tensor  # n_c(0), f[C]
+    image: Tensor  # long[C]
+    pair: Tensor  # index of the pair, long[C]
+    forward: Tensor  # bool[C], whether the first class of the pair is called the second
+
+
+class Contrast(NamedTuple):
+    """A contrast over images."""
+
+    estimate: Estimate
+    counts: dict[str, int]  # of images, mistaken patches, and pairs of classes
+    over_pairs: dict[str, Any]  # see `mean_over_classes`; pairs are the units
+
+
+def rate_effects(run: ProbeRun) -> dict[str, Estimate]:
+    """Return each effect as the paper measures it, as a mean over cases; {} without a knockout."""
+    if not (cases := select_cases(read_knockout(run))):
+        return {}
+    names, values = later_effects(cases)
+    mean, resampled = cases.mean(values, run.weights)
+    return {name: (mean[i].item(), resampled[:, i]) for i, name in enumerate(names) if name in EFFECTS}
+
+
+def control_of(runs: Iterable[ProbeRun]) -> str:
+    """Return which other tokens are compared with: "matched" ones if all knockouts of the runs have them."""
+    conditions = [list_conditions(tensors) for run in runs if (tensors := read_knockout(run))]
+    return "matched" if conditions and all("matched_correct" in names for names in conditions) else "random"
+
+
+def patch_contrasts(run: ProbeRun, control: str) -> dict[str, Contrast]:
+    """Return the contrast of each effect with "random" or "matched" tokens.
+
+    {} without a knockout that has the outcome, or if the cases of pairs with both kinds of mistakes are in fewer than
+    `MIN_IMAGES` images, or groups of images.
+    """
+    cases = paired_cases(read_knockout(run), run.metrics["classes"], control)
+    if cases is None or len((cases.image if run.groups is None else run.groups[cases.image]).unique()) < MIN_IMAGES:
+        return {}
+    means, by_pair = contrast_estimates(cases, run.weights, run.groups)
+    counts = {"images": len(cases.image.unique()), "patches": int(cases.patches.sum()), "pairs": len(by_pair)}
+    spread = lambda i: mean_over_classes({str(j): of_pair[i] for j, of_pair in enumerate(by_pair)})
+    return {name: Contrast(means[i], counts, spread(i)) for i, name in enumerate(EFFECTS)}
+
+
+def paired_cases(tensors: dict[str, Tensor], classes: list[str], control: str) -> PairedCases | None:
+    """Return the cases in knockout.safetensors of pairs with both kinds of mistakes; None without any."""
+    if f"{control}_correct" not in list_conditions(tensors, OUTCOME):
+        return None
+    read = lambda key: concat_classes(tensors, key, None)
+    later = lambda condition: later_half(read(outcome_key(OUTCOME, condition))).double()
+    incorrect, correct = (later(name) - later(f"{control}_{name}") for name in SETS)
+    values = torch.stack([incorrect, correct, correct - incorrect], 1)
+    blocked = [name for key in tensors if (name := key.removesuffix("/image")) != key]  # the order of `concat_classes`
+    wrong = torch.cat([torch.full_like(tensors[f"{name}/image"], classes.index(name)) for name in blocked])
+    true, patches, image = (read(key) for key in ("correct_class", "patches", "image"))
+    pair, forward = torch.minimum(wrong, true) * len(classes) + torch.maximum(wrong, true), wrong > true
+    both = torch.isin(pair, pair[forward]) & torch.isin(pair, pair[~forward])
+    if not both.any():
+        return None
+    pair = torch.unique(pair[both], return_inverse=True)[1]
+    return PairedCases(values[both], patches[both].double(), image[both], pair, forward[both])
+
+
+def contrast_estimates(
+    cases: PairedCases, weights: Tensor, groups: Tensor | None = None
+) -> tuple[list[Estimate], list[list[Estimate]]]:
+    """Return the contrast of each effect, over all pairs and for each pair, under bootstrap weights f[R, N].
+
+    The bootstrap's spread is too small for few images, of which some have most of the patches: the one over all pairs
+    is widened to Student's t with as many degrees of freedom as Kish's effective number of images, or groups, less one.
+    """
+    sums, tokens = balance(cases, torch.cat([torch.ones_like(weights[:1]), weights]))
+    estimates = lambda values: [(of_effect[0].item(), of_effect[1:]) for of_effect in values.T]
+    unit = cases.image if groups is None else groups[cases.image]
+    patches = torch.zeros(int(unit.max()) + 1, dtype=torch.float64).index_add_(0, unit, cases.patches)
+    df = (patches.sum().square() / patches.square().sum()).item() - 1
+    wider = float(scipy.stats.t.ppf(0.975, df) / scipy.stats.norm.ppf(0.975)) * ((df + 1) / df) ** 0.5
+    means = estimates(sums.sum(0) / tokens.sum(0)[:, None])
+    return [(value, value + wider * (drawn - value)) for value, drawn in means], [
+        estimates(of_pair) for of_pair in sums / tokens[..., None]
+    ]
+
+
+def balance(cases: PairedCases, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return for each pair the weighted sum of effects f[P, R, E] and the weight f[P, R], from f[R, N] of images."""
+    weights, sums, tokens = weights.double()[:, cases.image] * cases.patches, [], []
+    for pair in range(int(cases.pair.max()) + 1):
+        kinds = [(cases.pair == pair) & (cases.forward == forward) for forward in (True, False)]
+        (sum_a, n_a), (sum_b, n_b) = ((weights[:, x] @ cases.values[x], weights[:, x].sum(1)) for x in kinds)
+        total = (n_a + n_b).clamp(min=1)  # a resampling can lack the pair
+        sums.append((sum_a * n_b[:, None] + sum_b * n_a[:, None]) / (2 * total[:, None]))
+        tokens.append(n_a * n_b / total)
+    return torch.stack(sums), torch.stack(tokens)

@@ -1,0 +1,95 @@
+"""Figures of predicted maps (Figs. 4, 6, 12, 13)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from probes.analyses.style import FigureData
+from probes.data.palette import colorize
+from probes.models.sites import ADAPTER, ENCODER
+from probes.results.finished_run import FinishedRun
+from probes.results.probe_run import ProbeRun
+from probes.results.run_files import read_tensors
+from probes.results.task_run import TaskRun
+
+LEGEND_CLASSES = 24
+
+
+def site_maps(run: ProbeRun, palette: np.ndarray) -> FigureData:
+    """Draw images, labels, and the predictions from encoder to the best layer (Figs. 4, 13)."""
+    index, maps = run.analysis("maps.json"), read_tensors(run.path / "maps.safetensors")
+    dataset, sites, rows = run.dataset(), _shown_sites(run), []
+    for image in index["images"]:
+        sample, predicted = dataset[image["index"]], maps[f"image/{image['index']}"].numpy()
+        rows.append(
+            [np.asarray(sample["image"]), colorize(sample["target"], palette)]
+            + [colorize(predicted[index["sites"].index(site)], palette) for site in sites]
+        )
+    titles = ["image", "label", *(site.replace("_", " ") for site in sites)]
+    return FigureData(_image_grid(rows, titles, legend=_legend(run, palette)), [])
+
+
+def task_maps(run: TaskRun) -> FigureData:
+    """Draw images, targets, and the predictions of another task, from encoder to the best layer.
+
+    Target and predictions of an image share their colours.
+    """
+    index, maps = run.analysis("maps.json"), read_tensors(run.path / "maps.safetensors")
+    dataset, sites, rows = run.dataset(), _shown_sites(run), []
+    for image in index["images"]:
+        sample, predicted = dataset[image["index"]], maps[f"image/{image['index']}"].numpy()
+        target = run.task.truth(torch.from_numpy(sample["target"])[None])[0].numpy()
+        shown = np.concatenate([target, *(predicted[index["sites"].index(site)] for site in sites)])
+        colours = np.split(run.task.colorize(shown), 1 + len(sites))
+        rows.append([np.asarray(sample["image"]), *colours])
+    return FigureData(_image_grid(rows, ["image", "target", *(site.replace("_", " ") for site in sites)]), [])
+
+
+def _shown_sites(run: FinishedRun) -> list[str]:
+    """Return encoder, adapter, the first, the half-way and the best layer, where probed."""
+    layers = [site for site in run.layers if site != ADAPTER]
+    peak = run.peak_layer
+    between = [layers[0], layers[layers.index(peak) // 2], peak] if layers else []
+    return [site for site in dict.fromkeys([ENCODER, ADAPTER, *between]) if site in run.sites]
+
+
+def knockout_maps(run: ProbeRun, name: str, palette: np.ndarray) -> FigureData:
+    """Draw one image by layer: no blocking, wrong class blocked, correct class blocked (Figs. 6, 12)."""
+    index, maps = run.analysis("maps.json"), read_tensors(run.path / "maps.safetensors")
+    (case,) = [case for case in index["knockout"] if case["class"] == name]
+    sample, predicted = run.dataset()[case["image"]], maps[f"knockout/{name}"].numpy()
+    layers = np.unique(np.linspace(0, predicted.shape[1] - 1, 7).round().astype(int))
+    blank = np.full((*sample["target"].shape, 3), 255)
+    first_column = [np.asarray(sample["image"]), colorize(sample["target"], palette), blank]
+    rows = [[first_column[i], *(colorize(predicted[i, layer], palette) for layer in layers)] for i in range(3)]
+    titles = ["image / label", *("adapter" if layer == 0 else f"layer {layer}" for layer in layers)]
+    row_titles = ["no\nblocking", f"{name}\nblocked", f"{case['correct_class']}\nblocked"]
+    return FigureData(_image_grid(rows, titles, row_titles, _legend(run, palette)), [])
+
+
+def _legend(run: ProbeRun, palette: np.ndarray) -> list[Patch]:
+    """Return the colours of the first classes."""
+    names = run.metrics["classes"][:LEGEND_CLASSES]
+    return [Patch(facecolor=palette[k] / 255, edgecolor="#333333", lw=0.3, label=n) for k, n in enumerate(names)]
+
+
+def _image_grid(
+    rows: list[list[np.ndarray]], titles: list[str], row_titles: Sequence[str] = (), legend: Sequence[Patch] = ()
+) -> Figure:
+    figure = Figure(figsize=(1.25 * len(titles) + 0.4, 1.3 * len(rows) + 0.7), layout="constrained")
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for i, row in enumerate(rows):
+        for ax, image in zip(axes[i], row, strict=True):
+            ax.imshow(image, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+    for ax, title in zip(axes[:, 0], row_titles, strict=False):
+        ax.set_ylabel(title, fontsize=8)
+    for ax, title in zip(axes[0], titles, strict=True):
+        ax.set_title(title, fontsize=8)
+    if legend:
+        figure.legend(handles=legend, loc="outside lower center", ncols=7, fontsize=7)
+    return figure

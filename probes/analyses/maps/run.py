@@ -1,0 +1,119 @@
+"""`probes maps`: predicted segmentation maps by site (Figs. 4, 13) and under knockout (Figs. 6, 12).
+
+maps.json            images, sites and classes
+maps.safetensors     "image/I": uint8[S, H, W]; "knockout/CLASS": uint8[3, L + 1, H, W], conditions none, incorrect,
+                     correct by layer 0..L
+
+Of other tasks than segmentation, "image/I" is the prediction, f32[S, H, W] or f32[S, H, W, 3]; there are no knockouts.
+
+Shapes: S sites, T patches, L layers, H W pixels.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses.base import check_image
+from probes.analyses.knockout.cases import PatchReader, find_cases
+from probes.analyses.knockout.config import Plan
+from probes.analyses.replacement import check_replaceable
+from probes.evaluation.metrics import true_classes
+from probes.models.knockout import Knockout
+from probes.ops.bilinear import upsampled_argmax
+from probes.results.probe_run import ProbeRun
+from probes.results.run_files import read_tensors
+from probes.results.task_run import TaskRun, open_run
+
+MAP_CONDITIONS = ("none", "incorrect", "correct")
+
+
+def predict_maps(
+    reader: PatchReader,
+    sample: dict,
+    sites: list[str],
+    blocked: Tensor | None = None,
+    layers: Sequence[int] | None = None,
+) -> Tensor:
+    """Return the predicted class of each pixel of the target at each site, uint8[S, H, W].
+
+    `blocked` are the patches or pairs to knock out, bool[T] or bool[T, T], in decoder layers `layers` (None: all).
+    """
+    pixels = reader.mllm.preprocess([sample["image"]])
+    knockout = None if blocked is None else Knockout(blocked[None], layers)
+    states = reader.mllm.states(pixels, sites, knockout)
+    logits = torch.stack([reader.probes[site](states[site].float())[0] for site in sites])
+    logits = logits.transpose(-1, -2).unflatten(-1, reader.mllm.grid)
+    size = sample["target"].shape
+    return upsampled_argmax(logits, size, reader.mllm.geometry.view(size)).to(torch.uint8).cpu()
+
+
+def predict_knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tuple[dict, Tensor] | None:
+    """Return image and classes, and maps by condition and layer, uint8[3, L + 1, H, W], for a wrong class `name`.
+
+    The image has the largest minimum of two counts: the mistaken patches and the anchors that could correct them. None
+    if no image has such patches; a `UserError` if `probes knockout` has not been run for this class.
+    """
+    plan = Plan.of_run(run)
+    if name not in plan.classes:
+        raise UserError(f"{run.path} has no knockout of {name!r}; run `probes knockout` with --classes {name!r} first")
+    tensors = read_tensors(run.path / "knockout.safetensors")
+    if f"{name}/patches" not in tensors:
+        return None
+    usable = torch.minimum(tensors[f"{name}/patches"], tensors[f"{name}/anchors"])
+    image = tensors[f"{name}/image"][usable.argmax()].item()
+    sample, classes = run.dataset()[image], run.metrics["classes"]
+    truth = true_classes(torch.from_numpy(sample["target"])[None], len(classes), reader.mllm)
+    predicted = reader.predict(reader.mllm.preprocess([sample["image"]]))
+    how = (run.layers.index(plan.block_by), plan.min_patches, plan.block_set)
+    (case,) = find_cases(predicted, truth, torch.tensor([image]), classes.index(name), *how)
+    blocked = [case.blocked.get(condition) for condition in MAP_CONDITIONS]
+    cut = [None if tokens is None else plan.block(tokens) for tokens in blocked]
+    maps = [predict_maps(reader, sample, run.layers, tokens, plan.layers) for tokens in cut]
+    entry = {"class": name, "correct_class": classes[case.correct_class], "image": image, "name": sample["name"]}
+    return entry | {"how": plan.describe()}, torch.stack(maps)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run `probes maps`."""
+    run, out = open_run(args.probes), Path(args.out or args.probes)
+    if isinstance(run, TaskRun) and args.classes:
+        raise UserError(
+            f"{run.path} has probes of the task {run.task_name}, but --classes is about knockouts of classes; "
+            "leave it out"
+        )
+    dataset = run.dataset()
+    for image in args.image:
+        check_image(image, len(dataset))
+    made_from = {"runs": [run.fingerprint], "image": args.image, "classes": args.classes}
+    images_of = lambda results: results | {"image": [entry["index"] for entry in results["images"]]}
+    with exclusive_run_lock(out, "maps.json"):
+        check_replaceable(out / "maps.json", made_from, args.overwrite, images_of)
+        knockouts = []
+        if isinstance(run, TaskRun):
+            predict = lambda sample: torch.from_numpy(run.predict_sites(sample["image"], run.sites))
+        else:
+            reader = PatchReader(run)
+            predict = lambda sample: predict_maps(reader, sample, run.sites)
+        tensors = {f"image/{i}": predict(dataset[i]) for i in tqdm(args.image, desc="maps")}
+        for name in args.classes:
+            if result := predict_knockout_maps(run, reader, name):
+                knockouts.append(result[0])
+                tensors[f"knockout/{name}"] = result[1]
+        results = {
+            "image_attention": run.metrics["image_attention"],
+            "runs": [run.fingerprint],
+            "sites": run.sites,
+            "layers": run.layers,
+            "classes": args.classes,
+            "images": [{"index": i, "name": dataset.names[i]} for i in args.image],
+            "knockout": knockouts,
+        }
+        write_files({out / "maps.safetensors": tensors, out / "maps.json": results})
+    print(f"{out / 'maps.safetensors'}: images: {len(args.image)}, knockouts: {len(knockouts)}")

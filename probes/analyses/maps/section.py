@@ -1,0 +1,37 @@
+"""What the report shows of predicted maps."""
+
+from probes.analyses.base import Section
+from probes.analyses.style import Figures, ReportFigure
+from probes.data.palette import palette_of
+from probes.results.study import Study
+
+from .figures import knockout_maps, site_maps
+
+
+def section(study: Study) -> Section:
+    """Return the section of a study."""
+    return Section([*map_figures(study)])
+
+
+def map_figures(study: Study) -> Figures:
+    """Yield the maps of a study's runs; they need the dataset."""
+    if not any(run.analysis("maps.json") for run in study.trained.values()):
+        return
+    palette = palette_of(study.first.dataset())
+    for mask, run in study.trained.items():
+        if not (result := run.analysis("maps.json")):
+            continue
+        yield ReportFigure(
+            f"maps_{mask}", f"Predictions by layer, {mask}",
+            "Predictions from the encoder to the best layer (Figs. 4 and 13). Look for confusions that appear at the "
+            "adapter and disappear over the layers.",
+            site_maps(run, palette), "wide")  # fmt: skip
+        for case in result["knockout"]:
+            wrong, correct = case["class"], case["correct_class"]
+            how = f" ({case['how']})" if case.get("how") else ""
+            yield ReportFigure(
+                f"knockout_maps_{mask}_{wrong.replace(' ', '_')}", f"{correct} predicted as {wrong}, {mask}",
+                f"The image with the most patches wrongly predicted as {wrong!r} that also has patches correctly "
+                f"predicted as {correct!r}, by layer (Figs. 6 and 12). Rows: no blocking, wrong class blocked, correct "
+                f"class blocked{how}.",
+                knockout_maps(run, wrong, palette), "wide")  # fmt: skip

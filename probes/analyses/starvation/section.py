@@ -1,0 +1,55 @@
+"""What the report shows of starvation: the gap of a study's two runs, and more of `probes starvation`."""
+
+import logging
+import math
+from typing import Any
+
+from probes.analyses.base import Section
+from probes.results.formatting import Rows, format_percent, format_points
+from probes.results.paper import PAPER
+from probes.results.probe_run import ProbeRun
+from probes.results.study import Study
+
+from .figures import starvation_figures
+from .run import shared_layer, starvation
+
+log = logging.getLogger(__name__)
+
+
+def section(study: Study) -> Section:
+    """Return the section of a study; empty without both runs or the causal run's best layer."""
+    pair = study.pair()
+    if not pair or not shared_layer(*pair):
+        return Section(results={"starvation": None})
+    result = starvation(*pair)
+    rows = table3(result)
+    texts = [
+        {key: row[key] if key == "model" else str(row[key]) for key in ("model", "patch")}
+        | {key: format_percent(row[key]) for key in ("causal", "bidirectional")}
+        | {"gap": format_points(row["gap"])}
+        for row in rows
+    ]
+    shown = {"Table 3: accuracy at the first patches, in percent": texts}
+    figures = [*starvation_figures(result, further_analyses(*pair))]
+    return Section(figures, tables={"table3": rows}, shown=shown, results={"starvation": result})
+
+
+def further_analyses(causal: ProbeRun, bidirectional: ProbeRun) -> dict[str, Any] | None:
+    """Return the results of `probes starvation` on the two runs; None without, or of another causal run."""
+    found = bidirectional.analysis("starvation.json")
+    if found and causal.fingerprint not in found.get("runs", [causal.fingerprint]):
+        text = "%s is left out, since it compares with another run than %s; run `probes starvation` on both again"
+        log.warning(text, bidirectional.path / "starvation.json", causal.path)
+        return None
+    return found
+
+
+def table3(starvation: dict[str, Any]) -> Rows:
+    """Return Table 3 (accuracy at the first three patches): rows of the runs, then of the paper."""
+    keys, paper = ("causal", "bidirectional", "gap"), PAPER["table3_patch_accuracy"]
+    number = lambda x: None if math.isnan(x) else x  # a patch without a labelled pixel
+    rows = [{"model": "this run", "patch": i} | {key: number(starvation[key][i]) for key in keys} for i in range(3)]
+    return rows + [
+        {"model": "paper, clip, ADE20K", "patch": i} | dict(zip(keys, paper[f"patch_{i}"], strict=False))
+        for i in range(3)
+    ]

@@ -1,0 +1,145 @@
+"""Shared style of all figures: colours, sizes, and names of sites on an axis.
+
+The colours are the colour-blind safe palette of Okabe and Ito; lines also differ in dash and marker.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
+
+from probes.models.sites import ADAPTER, ENCODER
+from probes.results.formatting import Rows, bounds
+
+MASK_COLOURS = {"causal": "#0072B2", "bidirectional": "#D55E00"}
+# of anything else but masks, whose colours mean nothing but masks
+COLOURS = ("#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444", "#8C6D1F", "#882255", "#332288")
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,  # TrueType; journals reject Type 3
+    "ps.fonttype": 42,
+    "svg.hashsalt": "llava-bidir",  # reproducible bytes
+}
+
+
+class FigureData(NamedTuple):
+    """A figure and the rows of its CSV file."""
+
+    figure: Figure
+    rows: Rows
+
+
+@dataclass
+class ReportFigure:
+    """A figure of the page."""
+
+    name: str  # file name without extension
+    title: str
+    caption: str  # what it shows and what to look for
+    data: FigureData
+    width: str = "full"  # "half" of the page, "full", or "wide": full, and scrollable on a phone
+
+
+Figures = Iterator[ReportFigure]
+INTERVALS = "Lines: 95% intervals."
+
+
+def caption(*sentences: str) -> str:
+    """Join the sentences of a caption; empty ones are left out."""
+    return " ".join(filter(None, sentences))
+
+
+def mask_colour(mask: str) -> str:
+    """Return the colour of an attention mask."""
+    return MASK_COLOURS.get(mask, "#009E73")
+
+
+def new_axes(width: float, height: float, columns: int = 1, **kwargs) -> tuple[Figure, Any]:
+    """Return a figure of width x height inches and its axes in one row."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns, **kwargs)
+
+
+def new_panels(count: int, height: float = 2.7, columns: int = 3, **kwargs) -> tuple[Figure, list[Axes]]:
+    """Return a figure of `count` panels in rows of at most `columns`; `height` is that of a row in inches."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(6.6, height * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **kwargs).flat
+    for ax in axes[count:]:
+        ax.set_visible(False)
+    return figure, list(axes[:count])
+
+
+def mask_panels(masks: Collection[str], height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure of mIoU with one panel per attention mask."""
+    figure, axes = new_panels(len(masks), height, columns=2, sharey=True)
+    axes[0].set_ylabel("mIoU (%)")
+    for ax, mask in zip(axes, masks, strict=True):
+        ax.set_title(mask, fontsize=10)
+    return figure, axes
+
+
+def site_depth(site: str) -> int:
+    """Return the depth of a site: -1 for the encoder, 0 for the adapter, l for layer l."""
+    return {ENCODER: -1, ADAPTER: 0}[site] if site in (ENCODER, ADAPTER) else int(site.removeprefix("layer_"))
+
+
+def label_sites(
+    ax: Axes, sites: list[str], max_labels: int = 12, positions: Sequence[int] | None = None, **kwargs
+) -> None:
+    """Label the sites on the x axis, at their depths by default, with about `max_labels` labels in deep models."""
+    depth = {site: site_depth(site) for site in sites}
+    deep = len(sites) > max_labels + 2
+    if deep:  # the label of the adapter would overlap that of the encoder
+        step = next(step for step in (1, 2, 4, 8, 16, 32, 64) if len(sites) / step <= max_labels)
+        names = {ENCODER: "enc."} | {s: str(depth[s]) for s in sites if depth[s] > 0 and depth[s] % step == 0}
+    else:
+        names = {s: {ENCODER: "enc.", ADAPTER: "adapt."}.get(s) or str(depth[s]) for s in sites}
+    x = depth if positions is None else dict(zip(sites, positions, strict=True))
+    ax.set_xticks([x[site] for site in names], list(names.values()), **kwargs)
+    ax.set_xlabel("encoder, adapter (0), LLM layer" if deep else "encoder, adapter, LLM layer")
+
+
+def score_row(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the scores of a site as a row of a table."""
+    scores = {key: entry[key] for key in ("site", "dim", "miou", "pacc", "best_epoch")}
+    return scores | bounds(entry["miou_ci95"], "miou_")
+
+
+def spread_labels(figure: Figure, axes: Sequence[Axes]) -> None:
+    """Move annotations that overlap others of their axes upwards."""
+    figure.draw_without_rendering()
+    for ax in axes:
+        placed: list[Bbox] = []
+        for text in sorted(ax.texts, key=lambda text: text.xy[1]):
+            box, (x, y) = text.get_window_extent(), text.xyann
+            for other in placed:
+                if box.overlaps(other):
+                    box = box.translated(0, other.y1 - box.y0 + 1)
+            text.xyann = (x, y + (box.y0 - text.get_window_extent().y0) * 72 / figure.dpi)
+            placed.append(box)
+
+
+def draw_intervals(ax: Axes, x: Sequence[float], values: Sequence, ci95: Sequence, colour: str, **kwargs) -> None:
+    """Draw fractions in percent as points with their 95% intervals."""
+    y, (low, high) = 100 * np.array(values, float), 100 * np.array(ci95, float).T
+    ax.errorbar(x, y, [y - low, high - y], color=colour, **kwargs)
+
+
+def signed_colours(*grids: np.ndarray) -> dict[str, Any]:
+    """Return the colours of maps of percentage points that share a scale around zero."""
+    limit = max(1.0, *(np.nanmax(abs(grid)) for grid in grids))
+    return {"cmap": "PuOr_r", "norm": TwoSlopeNorm(0, -limit, limit)}

@@ -1,0 +1,101 @@
+"""`probes umap`: the patches of images in two dimensions, site by site (Sec. 3.3, Fig. 5).
+
+UMAP exaggerates the separation of weak clusters. Two numbers from the original space accompany each map: nearest
+neighbour purity and the silhouette of the classes.
+
+Shapes: T patches, d width of a site.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from llava_bidir.common.atomic_io import write_files
+from llava_bidir.common.errors import UserError
+from llava_bidir.common.run_lock import exclusive_run_lock
+from probes.analyses.base import check_image
+from probes.analyses.replacement import check_replaceable
+from probes.evaluation.metrics import true_classes
+from probes.models.sites import ADAPTER
+from probes.results.probe_run import ProbeRun
+
+
+def umap_of_images(
+    run: ProbeRun, images: Sequence[int], sites: Sequence[str] | None = None, seed: int = 0
+) -> dict[str, Any]:
+    """Return the content of umap.json.
+
+    Args:
+        run, images: A finished probe run, and indices in its validation split.
+        sites: None for the paper's three: adapter, the layer half-way to the best one, the best layer.
+        seed: Seed of UMAP.
+
+    Returns:
+        {"image_attention", "runs", "seed", "grid", "images": [{"image", "name", "labels": [T], "sites": [{"site",
+        "xy": [[x, y]], "knn_purity", "silhouette"}]}]}. Label -1 marks unlabelled patches, which both numbers leave
+        out. A number is None if there are too few labelled patches or classes.
+
+    Raises:
+        UserError: An image or site does not exist, or the run has no layer to choose sites by.
+    """
+    dataset, mllm, classes = run.dataset(), run.mllm(), run.metrics["classes"]
+    entries = []
+    for image in images:
+        check_image(image, len(dataset))
+        sample = dataset[image]
+        labels = true_classes(torch.from_numpy(sample["target"])[None], len(classes), mllm)[0]
+        states = mllm.states(mllm.preprocess([sample["image"]]), sites or _default_sites(run))
+        embedded = [{"site": site} | embed(x[0].float().cpu(), labels, seed) for site, x in states.items()]
+        entries.append({"image": image, "name": sample["name"], "labels": labels.tolist(), "sites": embedded})
+    header = {"image_attention": run.metrics["image_attention"], "runs": [run.fingerprint], "seed": seed}
+    return header | {"grid": list(mllm.grid), "images": entries}
+
+
+def embed(states: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
+    """Return the UMAP of states f[T, d], and purity and silhouette of labels long[T] (-1 unknown) by cosine."""
+    from sklearn.metrics import silhouette_score  # these take seconds to import
+    from umap import UMAP
+
+    from probes.evaluation.feature_statistics import knn_purity
+
+    x = states.numpy()
+    xy = UMAP(n_neighbors=min(15, len(x) - 1), metric="cosine", random_state=seed, n_jobs=1).fit_transform(x)
+    purity = knn_purity(F.normalize(states, dim=-1)[None], labels[None]).item()
+    known, silhouette = labels >= 0, None
+    if 1 < len(labels[known].unique()) < known.sum():
+        silhouette = float(silhouette_score(x[known], labels[known], metric="cosine"))
+    return {"xy": xy.round(4).tolist(), "knn_purity": None if np.isnan(purity) else purity, "silhouette": silhouette}
+
+
+def _default_sites(run: ProbeRun) -> list[str]:
+    peak, layers = run.peak_layer, [site for site in run.layers if site != ADAPTER]
+    if peak is None:
+        raise UserError(f"{run.path} has no decoder layer, and so no best one; choose --sites among those of the model")
+    return list(dict.fromkeys([ADAPTER, layers[layers.index(peak) // 2], peak]))
+
+
+def _made_from(results: dict[str, Any]) -> dict[str, Any]:
+    images = results["images"]
+    sites = [site["site"] for site in images[0]["sites"]]
+    return results | {"image": [image["image"] for image in images], "sites": sites}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run `probes umap`."""
+    run, out = ProbeRun(args.probes), Path(args.out or args.probes)
+    sites = args.sites or _default_sites(run)
+    made_from = {"runs": [run.fingerprint], "seed": args.seed, "image": args.image, "sites": sites}
+    with exclusive_run_lock(out, "umap.json"):
+        check_replaceable(out / "umap.json", made_from, args.overwrite, _made_from)
+        results = umap_of_images(run, args.image, sites, args.seed)
+        write_files({out / "umap.json": results})
+    for image in results["images"]:
+        for site in image["sites"]:
+            purity, silhouette = ("–" if x is None else f"{x:.2f}" for x in (site["knn_purity"], site["silhouette"]))
+            print(f"{image['name']}, {site['site']}: knn_purity {purity}, silhouette {silhouette}")

@@ -1,0 +1,267 @@
+"""Linear probes of concepts painted on a few patches, at all sites together.
+
+The objective of a site is multinomial logistic regression with a ridge and equal weight for each concept,
+
+    f(w, b) = sum_i v_i CE(w x_i + b, y_i) + r/2 |w|^2        v_i = 1 / (K n_y): n_y patches are painted as concept y
+
+x are the states, each channel divided by its standard deviation over the painted patches and by sqrt(d). One strength r
+then means about the same at every width. If there are fewer patches than channels, the problem is solved in the span of
+the patches: with the Gram matrix X X^T = L L^T, the rows of L are coordinates of the patches, and |w| is unchanged.
+
+The strength of a site is the one with the lowest cross-entropy on patches that were left out: those of the photos of a
+fold, or blocks of patches if a concept is painted on a single photo. The probe that scores a fold has the strength that
+is best on the other folds.
+
+Legend: S sites, F folds, N painted patches, m their coordinates, P photos, K concepts, d width.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from probes.ops.lbfgs import minimise
+
+STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+FOLDS = 5
+# Predicted decrease in nats, of folds and of all patches. At 1e-5, weak strengths look better than they are.
+PATH_TOLERANCE, TOLERANCE = 1e-6, 1e-7
+MEMORY = 12  # pairs of L-BFGS: with so small problems, more cost more than the steps that they save
+JITTER = 1e-6  # of the mean of the Gram matrix's diagonal, so that equal patches do not make it singular
+DEAD = 1e-12  # variance of a constant channel relative to its mean square, up to rounding of float32
+CHUNK_NUMEL = 2**25  # coordinates of the sites that are solved together
+
+
+class Paint(NamedTuple):
+    """Painted patches of photos.
+
+    Args:
+        concept: i64[N], 0 .. K-1, each at least once.
+        photo: i64[N], 0 .. P-1.
+        patch: i64[N], number of the patch in its photo.
+    """
+
+    concept: Tensor
+    photo: Tensor
+    patch: Tensor
+
+
+class Folds(NamedTuple):
+    """How painted patches are left out.
+
+    Args:
+        of: i64[N], fold of each patch; None if a concept has one patch only, so that none can be left out.
+        by_photo: True if all patches of a photo are in one fold.
+    """
+
+    of: Tensor | None
+    by_photo: bool
+
+
+@dataclass
+class ConceptProbes:
+    """Probes of a set of painted patches; of each site, one without each fold and the last one of all patches.
+
+    Args:
+        paint: The patches.
+        folds: How they were left out.
+        weights: f32[F + 1, K, d] by site.
+        bias: f32[F + 1, K] by site.
+        strengths: Strength of the probe of all patches by site.
+    """
+
+    paint: Paint
+    folds: Folds
+    weights: dict[str, Tensor]
+    bias: dict[str, Tensor]
+    strengths: dict[str, float]
+
+    def logits(self, states: Tensor, site: str) -> Tensor:
+        """Return the logits f32[..., K] of states f[..., d]."""
+        return states.float() @ self.weights[site][-1].mT + self.bias[site][-1]
+
+    def left_out(self, states: Tensor, site: str) -> Tensor:
+        """Return the concept i64[N] of each painted patch by the probe that has not seen it, from states f[N, d]."""
+        fold = self.folds.of
+        weights, bias = self.weights[site][fold], self.bias[site][fold]
+        return ((weights @ states.float()[..., None]).squeeze(-1) + bias).argmax(-1)
+
+
+def make_folds(paint: Paint, photo_width: int) -> Folds:
+    """Leave photos out if each concept is painted on several, else blocks of patches.
+
+    Args:
+        paint: The patches.
+        photo_width: Columns of the grid.
+    """
+    photos, concepts = int(paint.photo.max()) + 1, int(paint.concept.max()) + 1
+    shown = torch.zeros(photos, concepts, dtype=torch.bool)
+    shown[paint.photo, paint.concept] = True
+    of, count = torch.full((photos,), -1), min(FOLDS, photos)
+    for k in shown.sum(0).argsort(stable=True).tolist():  # photos of the rarest concept go into different folds
+        for photo in (shown[:, k] & (of < 0)).nonzero().flatten().tolist():
+            with_k = [int((shown[:, k] & (of == fold)).sum()) for fold in range(count)]
+            of[photo] = min(range(count), key=lambda fold: (with_k[fold], int((of == fold).sum())))
+    if all(shown[of != fold].any(0).all() for fold in range(count)):
+        return Folds(of[paint.photo], True)
+    sizes = paint.concept.bincount()
+    count = min(FOLDS, int(sizes.min()))
+    if count < 2:
+        return Folds(None, False)
+    fold = torch.empty_like(paint.concept)
+    row, column = paint.patch // photo_width, paint.patch % photo_width
+    for k, size in enumerate(sizes.tolist()):  # blocks: the patches of a concept, cut along their longer side
+        mine = (paint.concept == k).nonzero().flatten()
+        longer, shorter = sorted((row[mine], column[mine]), key=lambda x: -int(x.max() - x.min()))
+        order = mine[(paint.photo[mine] * photo_width**2 * 4 + longer * photo_width * 2 + shorter).argsort()]
+        fold[order] = torch.arange(size) * count // size
+    return Folds(fold, False)
+
+
+def solve_concepts(
+    states: Mapping[str, Tensor], paint: Paint, folds: Folds, check: Callable[[], None] = lambda: None
+) -> ConceptProbes:
+    """Return the probes of all sites.
+
+    Args:
+        states: f[N, d] of the painted patches by site.
+        paint: The patches.
+        folds: See :func:`make_folds`. Without folds, the middle one of the strengths is taken.
+        check: Called before each strength of a group of sites; an exception there ends the work.
+    """
+    result = ConceptProbes(paint, folds, {}, {}, {})
+    patches, width = len(paint.concept), max(x.shape[1] for x in states.values())
+    step = max(1, CHUNK_NUMEL // (patches * min(patches, width)))
+    names = list(states)
+    for start in range(0, len(names), step):
+        _solve_sites({site: states[site] for site in names[start : start + step]}, result, check)
+    return result
+
+
+def _solve_sites(states: Mapping[str, Tensor], result: ConceptProbes, check: Callable[[], None]) -> None:
+    """Add the probes of sites to the result."""
+    y, fold_of, sites = result.paint.concept, result.folds.of, len(states)
+    scaled = [_Channels(x) for x in states.values()]
+    tokens, to_weights = _coordinates([site.x for site in scaled])
+    points = torch.zeros(sites, 0, int(y.max()) + 1, tokens.shape[2])  # [S, F, K, m + 1]
+    best = torch.full((sites, 1), len(STRENGTHS) // 2)  # [S, F + 1], the last one of all patches
+    start = points.new_zeros(sites, *points.shape[2:])
+    if fold_of is not None:
+        paths, losses = _solve_path(tokens, y, fold_of == torch.arange(int(fold_of.max()) + 1)[:, None], check)
+        total = losses.sum(2, keepdim=True)
+        best = torch.cat([(total - losses).nan_to_num(torch.inf), total], 2).argmin(0)  # infinite where not solved
+        points = paths[best[:, :-1], torch.arange(sites)[:, None], torch.arange(losses.shape[2])]
+        start = paths[best[:, -1], torch.arange(sites)].mean(1)
+    seen = torch.ones(1, len(y), dtype=torch.bool)
+    problem = _Problem(tokens, y, seen, torch.tensor(STRENGTHS)[best[:, -1]])
+    points = torch.cat([points, problem.solve(start, TOLERANCE)[:, None]], 1)
+    for s, (name, site) in enumerate(zip(states, scaled, strict=True)):
+        weights = to_weights(s, points[s, ..., :-1].double()) * site.scale.double()
+        result.weights[name] = weights.float()
+        result.bias[name] = (points[s, ..., -1].double() - weights @ site.mean.double()).float()
+        result.strengths[name] = STRENGTHS[best[s, -1]]
+
+
+class _Channels:
+    """States f[N, d] with standardised channels, divided by sqrt(d)."""
+
+    def __init__(self, states: Tensor):
+        states = states.float()
+        self.mean = states.mean(0)
+        variance = (states - self.mean).square().mean(0)
+        alive = variance > DEAD * states.square().mean(0)
+        self.scale = torch.where(alive, (variance.clamp(min=1e-30) * len(variance)).rsqrt(), 0)
+        self.x = (states - self.mean) * self.scale
+
+
+def _coordinates(inputs: list[Tensor]) -> tuple[Tensor, Callable[[int, Tensor], Tensor]]:
+    """Return coordinates f32[S, N, m + 1] with a last column of ones, and what maps weights of them to those of x."""
+    n, width = len(inputs[0]), max(x.shape[1] for x in inputs)
+    ones = torch.ones(len(inputs), n, 1)
+    if n >= width:
+        padded = torch.stack([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in inputs])
+        return torch.cat([padded, ones], -1), lambda s, w: w[..., : inputs[s].shape[1]]
+    gram = torch.stack([x @ x.T for x in inputs]).double()
+    jitter = JITTER * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
+    factor = torch.linalg.cholesky(gram + jitter[:, None, None] * torch.eye(n, dtype=gram.dtype))
+
+    def to_weights(s: int, w: Tensor) -> Tensor:
+        dual = torch.linalg.solve_triangular(factor[s].T, w.flatten(0, 1).T, upper=True)
+        return (dual.T @ inputs[s].double()).view(*w.shape[:2], -1)
+
+    return torch.cat([factor.float(), ones], -1), to_weights
+
+
+def _concept_weights(y: Tensor, used: Tensor) -> Tensor:
+    """Return the weights f32[..., N] of patches, of equal sum for each concept and 1 in all, 0 where not `used`."""
+    of_concept = torch.nn.functional.one_hot(y).T * used[..., None, :]  # [..., K, N]
+    return (of_concept / of_concept.sum(-1, keepdim=True).clamp(min=1)).mean(-2)
+
+
+def _solve_path(tokens: Tensor, y: Tensor, held: Tensor, check: Callable[[], None]) -> tuple[Tensor, Tensor]:
+    """Return points f32[R, S, F, K, m + 1] by strength, and the losses f32[R, S, F] of left-out patches.
+
+    A site ends at the first strength that is worse than the one before in all folds; later losses are infinite. Each
+    problem starts from its own point at the strength before, never from a solution of all patches, which has seen what
+    the fold leaves out.
+    """
+    (sites, patches, _), folds, concepts = tokens.shape, len(held), int(y.max()) + 1
+    weights = held * _concept_weights(y, torch.ones_like(y, dtype=torch.bool))  # [F, N]
+    paths = tokens.new_zeros(len(STRENGTHS), sites, folds, concepts, tokens.shape[2])
+    losses = tokens.new_full((len(STRENGTHS), sites, folds), torch.inf)
+    left = torch.arange(sites)
+    for r, strength in enumerate(STRENGTHS):
+        check()
+        problem = _Problem(tokens[left], y, ~held, torch.full((len(left) * folds,), strength))
+        points = problem.solve(paths[max(r - 1, 0), left].flatten(0, 1), PATH_TOLERANCE)
+        logits = tokens[left] @ points.view(len(left), folds * concepts, -1).mT
+        log_p = logits.view(len(left), patches, folds, concepts).log_softmax(-1)
+        losses[r, left] = -(log_p[:, torch.arange(patches), :, y] * weights.T[:, None]).sum(0)
+        paths[r, left] = points.view(len(left), folds, concepts, -1)
+        left = left[(losses[r] <= losses[max(r - 1, 0)])[left].any(1)]  # each fold's choice has to be solved
+        if not len(left):
+            break
+    return paths, losses
+
+
+class _Problem:
+    """The objectives of P = S F problems, those of a site side by side.
+
+    Args:
+        tokens: f32[S, N, m + 1], coordinates with a last column of ones.
+        y: i64[N], concepts.
+        seen: bool[F, N], patches of each problem of a site.
+        strengths: f32[P].
+    """
+
+    def __init__(self, tokens: Tensor, y: Tensor, seen: Tensor, strengths: Tensor):
+        self.tokens, self.v = tokens, _concept_weights(y, seen)
+        self.one_hot = torch.nn.functional.one_hot(y).float()[:, None]  # [N, 1, K]
+        self.ridge = strengths[:, None, None].repeat(1, 1, tokens.shape[2])
+        self.ridge[..., -1] = 0  # of biases
+
+    def solve(self, start: Tensor, tolerance: float) -> Tensor:
+        """Return the minima f32[P, K, m + 1]."""
+        concepts = self.one_hot.shape[-1]
+        squares = self.v @ self.tokens.square()  # [S, F, m + 1]
+        curvature = (concepts - 1) / concepts**2 * squares.flatten(0, 1)[:, None] + self.ridge  # at w = 0
+        scale = curvature.clamp(min=1e-12).rsqrt().expand_as(start)
+        return minimise(self._value_and_gradient, start, scale, tolerance, memory=MEMORY)[0]
+
+    def _value_and_gradient(self, points: Tensor, which: list[int]) -> tuple[Tensor, Tensor]:
+        """Return value f32[p] and gradient of some of the problems at given points, for :func:`minimise`."""
+        folds = len(self.v)
+        rows = sorted({p // folds for p in which})
+        at = torch.tensor([rows.index(p // folds) * folds + p % folds for p in which])
+        x = self.tokens if len(rows) == len(self.tokens) else self.tokens[rows]
+        w = points.new_zeros(len(rows) * folds, *points.shape[1:])
+        w[at] = points
+        logits = (x @ w.view(len(rows), -1, w.shape[2]).mT).view(*x.shape[:2], folds, -1)  # [S, N, F, K]
+        log_p = logits.log_softmax(-1)
+        value = -((log_p * self.one_hot).sum(-1) * self.v.T).sum(1).flatten()
+        error = ((log_p.exp() - self.one_hot) * self.v.T[..., None]).flatten(2)
+        gradient = (error.mT @ x).view_as(w)
+        penalty = self.ridge[which] * points
+        return value[at] + (penalty * points).sum((1, 2)) / 2, gradient[at] + penalty

@@ -1,0 +1,207 @@
+"""Teach an MLLM's sites a concept from painted patches: the probes, their scores by site and their maps.
+
+Such a probe is a concept activation vector (Kim et al. 2018), one per site, read at every patch.
+
+Shapes: h w patch grid, T = h w patches, N painted patches, K concepts, P photos, d width of a site.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.stats import t as student_t
+from torch import Tensor, nn
+
+from llava_bidir.common.errors import UserError
+
+from .concept_probes import ConceptProbes, Paint, make_folds, solve_concepts
+from .knockout import Knockout
+from .random_layers import random_layers
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+BACKGROUND = "background"
+MOST_REST = 300  # patches that stand for the unpainted rest of all photos, evenly spaced
+FEWEST_PHOTOS = 5  # for an interval over photos
+
+Painted = Mapping[str, Sequence[tuple[Image.Image, np.ndarray | Tensor]]]
+
+
+class Taught:
+    """Probes of painted concepts at all sites of an MLLM, from :meth:`FrozenMLLM.teach`.
+
+    Attributes:
+        concepts: Names of the concepts; the last one is "background" if the rest is.
+        photos: The painted photos.
+        paint: The painted patches.
+        probes: The probes.
+        note: What the scores can and cannot tell.
+    """
+
+    def __init__(self, mllm: nn.Module, painted: Painted, rest_is_background: bool = False):
+        self.mllm = mllm
+        self.concepts, self.photos, grids = _read_painted(painted, mllm.grid)
+        if rest_is_background:
+            self.concepts.append(BACKGROUND)
+        self.paint = paint_of(grids, len(self.concepts), rest_is_background)
+        self._states = self._read_states()
+        self.probes = solve_concepts(self._states, self.paint, make_folds(self.paint, mllm.grid[1]))
+        self.note = describe_folds(self.probes)
+        if not self.probes.folds.by_photo:
+            warnings.warn(self.note, stacklevel=3)
+
+    def curve(self, knockout: Knockout | None = None) -> "pd.DataFrame":
+        """Return the score of each site on left-out patches, with columns site, score, low, high and chance.
+
+        The score is the mean over concepts of the share of their patches that are right. `low` and `high` are a 95%
+        interval over photos, NaN if there are too few to say.
+
+        Args:
+            knockout: Attention knockout bool[1, T] of each photo, under which the same probes are read.
+        """
+        return score_sites(self.probes, self._states if knockout is None else self._read_states(knockout))
+
+    def random_curve(self, draw: int = 0) -> "pd.DataFrame":
+        """Return the curve of new probes on states of a random LLM that is matched to the trained one.
+
+        Concepts that such an LLM tells as well have not been learned by its layers.
+
+        Raises:
+            UserError: As :func:`probes.models.random_layers.random_layers`.
+        """
+        with random_layers(self.mllm, draw=draw, match_images=self.photos):
+            states = self._read_states()
+        return score_sites(solve_concepts(states, self.paint, self.probes.folds), states)
+
+    def map(self, image: Image.Image, site: str, knockout: Knockout | None = None) -> Tensor:
+        """Return the probability of each concept at each patch of any image, f32[K, h, w].
+
+        Raises:
+            UserError: The site is unknown, or the knockout does not fit the model.
+        """
+        states = self.mllm.states(self.mllm.preprocess([image]), [site], knockout)[site]
+        return self.probes.logits(states[0], site).softmax(-1).T.unflatten(1, self.mllm.grid).cpu()
+
+    def _read_states(self, knockout: Knockout | None = None) -> dict[str, Tensor]:
+        """Return the states f[N, d] of the painted patches at all sites."""
+        by_photo = [self.mllm.states(self.mllm.preprocess([photo]), None, knockout) for photo in self.photos]
+        return painted_states(self.paint, by_photo)
+
+
+def paint_of(grids: Sequence[Tensor], concepts: int, rest_is_background: bool) -> Paint:
+    """Return the painted patches of photos.
+
+    Args:
+        grids: Concept of each patch of each photo, i64[T], -1 where nothing is painted.
+        concepts: K, with the background if the rest is.
+        rest_is_background: Of the other patches of these photos, up to `MOST_REST` evenly spaced ones are the last
+            concept.
+
+    Raises:
+        UserError: There are fewer than two concepts, or one has no patch.
+    """
+    painted = torch.stack([grid.clone() for grid in grids])
+    if rest_is_background:
+        rest = (painted < 0).nonzero()
+        rest = rest[torch.linspace(0, len(rest) - 1, min(len(rest), MOST_REST)).round().long()]
+        painted[rest[:, 0], rest[:, 1]] = concepts - 1
+    photo, patch = (painted >= 0).nonzero().T
+    paint = Paint(painted[photo, patch], photo, patch)
+    if concepts < 2:
+        raise UserError("one concept is right everywhere; paint another one, or let the rest be background")
+    if missing := sorted(set(range(concepts)) - set(paint.concept.tolist())):
+        raise UserError(f"concept {missing[0] + 1} of {concepts} has no patch; paint at least one")
+    return paint
+
+
+def painted_states(paint: Paint, by_photo: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the states f[N, d] of painted patches by site, from those f[1, T, d] of each photo, on the CPU."""
+    states = {site: torch.stack([photo[site][0] for photo in by_photo]) for site in by_photo[0]}
+    return {site: x[paint.photo, paint.patch].cpu() for site, x in states.items()}
+
+
+def score_sites(probes: ConceptProbes, states: Mapping[str, Tensor]) -> "pd.DataFrame":
+    """Return the curve of :meth:`Taught.curve` from states f[N, d] of the painted patches."""
+    import pandas as pd
+
+    paint, concepts = probes.paint, int(probes.paint.concept.max()) + 1
+    rows = []
+    for site, x in states.items():
+        estimate = (np.nan, np.nan, np.nan)
+        if probes.folds.of is not None:
+            estimate = _score(probes.left_out(x, site) == paint.concept, paint, concepts, probes.folds.by_photo)
+        rows.append((site, *estimate, 1 / concepts))
+    return pd.DataFrame(rows, columns=["site", "score", "low", "high", "chance"])
+
+
+def _score(right: Tensor, paint: Paint, concepts: int, by_photo: bool) -> tuple[float, float, float]:
+    """Return mean accuracy of the concepts, and its 95% interval over photos: the jackknife with Student's t."""
+    photos = int(paint.photo.max()) + 1
+    counts = torch.zeros(2, photos, concepts, dtype=torch.float64)
+    counts[0].index_put_((paint.photo, paint.concept), right.double(), accumulate=True)
+    counts[1].index_put_((paint.photo, paint.concept), torch.ones_like(right, dtype=torch.float64), accumulate=True)
+    mean_accuracy = lambda sums: (sums[0] / sums[1]).mean(-1)
+    score = mean_accuracy(counts.sum(1)).item()
+    if not by_photo or photos < FEWEST_PHOTOS:
+        return score, np.nan, np.nan
+    without = mean_accuracy(counts.sum(1, keepdim=True) - counts)  # f64[P], the score without each photo
+    error = ((photos - 1) * (without - without.mean()).square().mean()).sqrt().item()
+    half = student_t.ppf(0.975, photos - 1) * error
+    return score, max(0.0, score - half), min(1.0, score + half)
+
+
+def describe_folds(probes: ConceptProbes) -> str:
+    """Return what the scores can and cannot tell, "" if nothing stands in their way."""
+    photos = int(probes.paint.photo.max()) + 1
+    if probes.folds.of is None:
+        return "A concept has a single patch, so that none can be left out: there is no score. Paint more."
+    if not probes.folds.by_photo:
+        which = "There is one photo" if photos == 1 else "A concept is painted on one photo only"
+        return (
+            f"{which}: the score is of patches left out of the same photo. Patches of one photo resemble each other, "
+            "so it says little about other photos. Paint each concept on another one."
+        )
+    if photos < FEWEST_PHOTOS:
+        return f"{photos} photos are too few to say how much the score varies between photos; {FEWEST_PHOTOS} will do."
+    return ""
+
+
+def _read_painted(painted: Painted, grid: tuple[int, int]) -> tuple[list[str], list[Image.Image], list[Tensor]]:
+    """Return concepts, photos and the concept of each patch of each photo, i64[T].
+
+    Photos with the same pixels are one photo.
+
+    Raises:
+        UserError: Something is not an image or not a grid of patches, or a patch is painted as two concepts.
+    """
+    photos: dict[tuple, tuple[Image.Image, Tensor]] = {}
+    for k, (name, pairs) in enumerate(painted.items()):
+        if not pairs:
+            raise UserError(f"concept {name!r} has no photo; expected pairs of an image and its painted patches")
+        for image, patches in pairs:
+            patches = torch.as_tensor(patches)
+            if not isinstance(image, Image.Image):
+                raise UserError(f"concept {name!r}: expected a PIL image, got {type(image).__name__}")
+            if tuple(patches.shape) != tuple(grid) or patches.dtype != torch.bool:
+                got = f"{str(patches.dtype).removeprefix('torch.')}{list(patches.shape)}"
+                raise UserError(f"concept {name!r}: expected painted patches bool{list(grid)}, got {got}")
+            key = image.size, image.mode, hashlib.sha256(image.tobytes()).digest()
+            _, concept = photos.setdefault(key, (image, torch.full((patches.numel(),), -1)))
+            mine = patches.flatten()
+            if (taken := mine & (concept >= 0) & (concept != k)).any():
+                other = list(painted)[int(concept[taken][0])]
+                raise UserError(f"patch {int(taken.nonzero()[0])} of a photo is painted as {other!r} and {name!r}")
+            concept[mine] = k
+    images, grids = zip(*photos.values(), strict=True) if photos else ((), ())
+    names = list(painted)
+    for k, name in enumerate(names):
+        if not any((concept == k).any() for concept in grids):
+            raise UserError(f"concept {name!r} has no painted patch; paint at least one")
+    if not names:
+        raise UserError("got no concepts; expected {'road': [(image, patches), ...], ...}")
+    return names, list(images), list(grids)

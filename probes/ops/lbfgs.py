@@ -1,0 +1,88 @@
+"""L-BFGS for many small smooth convex objectives at the same time.
+
+Legend: P problems solved together, K classes, n weights of a class.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+ITERATIONS = 300
+MEMORY = 40  # pairs; 20 take a quarter more steps where a pass over the data is what costs
+HALVINGS = 10  # of a step, before rounding is blamed
+
+Objective = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]  # points f64[P, K, n] of the problems in a list
+
+
+def minimise(
+    objective: Objective,
+    points: Tensor,
+    scale: Tensor,
+    tolerance: float,
+    iterations: int = ITERATIONS,
+    memory: int = MEMORY,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the minima of P independent smooth convex objectives, by L-BFGS with steps in units of `scale`.
+
+    Args:
+        objective: Value and gradient of some of the problems at given points.
+        points: f64[P, K, n], where to start.
+        scale: f64[P, K, n], about the inverse square root of the curvature.
+        tolerance: Predicted decrease at which a problem ends.
+        iterations: Most steps.
+        memory: Most pairs.
+
+    Returns:
+        Points f64[P, K, n], gradients f64[P, K, n] there, and predicted decreases f64[P].
+    """
+    shape, (points, scale) = points.shape, (points.flatten(1), scale.flatten(1))
+    evaluate = lambda x, problems: tuple(
+        y if y.ndim == 1 else y.flatten(1) for y in objective(x.view(-1, *shape[1:]), problems)
+    )
+    value, gradient = evaluate(points, list(range(len(points))))
+    pairs: deque[tuple[Tensor, ...]] = deque(maxlen=memory)
+    blocked = torch.zeros_like(value, dtype=torch.bool)  # no step decreases the value: it is exact to rounding
+    for iteration in range(iterations + 1):
+        scaled = gradient * scale
+        direction = -_times_inverse_hessian(scaled, pairs)
+        decrease = -(scaled * direction).sum(1) / 2
+        active = ((decrease > tolerance) & ~blocked).nonzero().flatten().tolist()
+        if not active or iteration == iterations:
+            break
+        step, new = value.new_zeros(len(value)), (points.clone(), value.clone(), gradient.clone())
+        step[active], trying = 1.0, active
+        for _ in range(HALVINGS):
+            x = points[trying] + (step[trying, None] * direction[trying]) * scale[trying]
+            found, by_x = evaluate(x, trying)
+            enough = found <= value[trying] - 2e-4 * step[trying] * decrease[trying]
+            for old, at in zip(new, (x, found, by_x), strict=True):
+                old[trying] = torch.where(enough.view(-1, *[1] * (at.ndim - 1)), at, old[trying])
+            trying = [i for i, ok in zip(trying, enough.tolist(), strict=True) if not ok]
+            if not trying:
+                break
+            step[trying] /= 2
+        step[trying], blocked[trying] = 0.0, True
+        s, y = step[:, None] * direction, (new[2] - gradient) * scale
+        points, value, gradient = new
+        curvature = (s * y).sum(1)
+        rho = torch.where(curvature > 0, 1 / curvature.clamp(min=1e-300), 0)
+        size = torch.where(rho > 0, 1 / (rho * y.square().sum(1)).clamp(min=1e-300), 0)
+        pairs.append((s, y, rho, size))
+    return points.view(shape), gradient.view(shape), decrease
+
+
+def _times_inverse_hessian(gradient: Tensor, pairs: Sequence[tuple[Tensor, ...]]) -> Tensor:
+    """Return H^-1 g of L-BFGS f64[P, n]: the two-loop recursion (Nocedal and Wright, algorithm 7.4) for P problems."""
+    q, alphas = gradient.clone(), []
+    size = torch.ones_like(gradient[:, 0])
+    for *_, of_step in pairs:  # the last step of each problem sets the size of the first guess
+        size = torch.where(of_step > 0, of_step, size)
+    for s, y, rho, _ in reversed(pairs):
+        alphas.append(rho * (s * q).sum(1))
+        q -= alphas[-1][:, None] * y
+    q *= size[:, None]
+    for (s, y, rho, _), alpha in zip(pairs, reversed(alphas), strict=True):
+        q += (alpha - rho * (y * q).sum(1))[:, None] * s
+    return q

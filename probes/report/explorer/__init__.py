@@ -1,1 +1,0 @@
-"""Interactive HTML page that shows predictions per image, layer and patch."""

@@ -1,0 +1,58 @@
+"""Rows of tables, and numbers as text."""
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from .finished_run import FinishedRun
+
+Rows = list[dict[str, Any]]  # rows of a table, each a dict of its columns
+
+
+def format_csv(rows: Rows) -> str:
+    """Return CSV text whose columns are the union of all keys in order of appearance; fractions stay 0..1."""
+    keys, text = list(dict.fromkeys(key for row in rows for key in row)), io.StringIO()
+    writer = csv.DictWriter(text, keys, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def bounds(ci95: Sequence[float | None], prefix: str = "") -> dict[str, Any]:
+    """Return the columns of an interval: low and high."""
+    return {f"{prefix}low": ci95[0], f"{prefix}high": ci95[1]}
+
+
+def run_columns(run: FinishedRun) -> dict[str, Any]:
+    """Return the columns that tell the runs of a study apart."""
+    match = run.metrics.get("match", "none")
+    random = {} if match == "none" else {"match": match, "draw": run.metrics["draw"]}
+    kind = {"untrained": bool(run.metrics["untrained"]), "probes": run.probe_kind}
+    return {"image_attention": run.metrics["image_attention"]} | kind | random
+
+
+def format_percent(value: float | None, digits: int = 1) -> str:
+    """Return a fraction in percent, without the sign %."""
+    return "–" if value is None else f"{100 * value:.{digits}f}"
+
+
+def format_points(value: float | None, digits: int = 1) -> str:
+    """Return a difference of fractions in percentage points, with its sign."""
+    return "–" if value is None else f"{100 * value:+.{digits}f}".replace("-", "−")
+
+
+def format_p(value: float | None) -> str:
+    """Return a p-value with three decimals, or four below 0.01."""
+    return "–" if value is None else f"{value:.4f}" if value < 0.01 else f"{value:.3f}"
+
+
+def format_interval(ci95: list[float], digits: int = 1) -> str:
+    """Return an interval in percentage points."""
+    return f"[{format_points(ci95[0], digits)}, {format_points(ci95[1], digits)}]"
+
+
+def format_difference(entry: dict[str, Any]) -> str:
+    """Return an entry's value and interval in percentage points, "" without them."""
+    missing = entry["value"] is None or entry["ci95"] is None
+    return "" if missing else f"{format_points(entry['value'])} {format_interval(entry['ci95'])}"

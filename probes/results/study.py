@@ -1,0 +1,250 @@
+"""Group the runs of a report by model and dataset, then by attention mask, trained and untrained.
+
+Runs of `probes solve` are "solved": their probes minimise the loss at every strength of regularisation. Runs of
+`probes fit` train theirs with AdamW. Where a study has both, the page shows the trained probes and compares the solved
+ones along the path of strengths; the main runs of all masks have probes of one kind. Controls have random weights:
+the "untrained" one is the model before training, "random" ones are further draws of it, random adapters, and LLMs that
+resemble the trained one (probes/models/random_init.py).
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from llava_bidir.common.errors import UserError
+
+from .finished_run import FinishedRun
+from .probe_run import ProbeRun
+
+MASKS = ("causal", "bidirectional")
+UNTRAINED = ("untrained", "random, unmatched")  # arms that are the model, or its LLM, before training
+Run = TypeVar("Run", bound=FinishedRun)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Study:
+    """One model on one dataset: its runs, the paper's masks first. What a run is says its metrics.json."""
+
+    name: str  # of the model
+    dataset: str
+    seed: int | None = None  # if the report has several
+    members: list[ProbeRun] = field(default_factory=list)
+
+    def __post_init__(self):
+        """Sort the runs, and leave out trained probes where more masks have solved ones.
+
+        Raises:
+            UserError: Two runs are the same arm, or runs do not fit together.
+        """
+        self._check_differ()
+        masks = [*MASKS, *sorted({run.metrics["image_attention"] for run in self.members})]
+        self.members.sort(key=lambda run: (masks.index(run.metrics["image_attention"]), *_control_order(run)))
+        if not self.trained:
+            raise UserError(f"only untrained controls were passed for {self.title}; add a run of the trained model")
+        kinds, main = ("trained", "solved"), self.first.is_solved
+        for run in [run for run in self.members if run.arm == "trained" and run.is_solved != main]:
+            if main or run.metrics["image_attention"] not in self.trained:
+                text = "%s is left out of curves and claims: its probes were %s, those of another mask of %s only %s"
+                log.warning(text, run.path, kinds[run.is_solved], self.title, kinds[not run.is_solved])
+        if main:
+            self.members = [run for run in self.members if run.is_solved or run.arm != "trained"]
+        first: dict[bool, ProbeRun] = {}  # of the solved runs, and of the others
+        for run in self.members:
+            first.setdefault(run.is_solved, run).check_same_probes(run)
+
+    def select(self, solved: bool, *arms: str) -> dict[str, ProbeRun]:
+        """Return by mask the first run of these arms with solved or trained probes."""
+        found: dict[str, ProbeRun] = {}
+        for arm in arms:
+            for run in self.members:
+                if run.arm == arm and run.is_solved == solved:
+                    found.setdefault(run.metrics["image_attention"], run)
+        return found
+
+    @property
+    def trained(self) -> dict[str, ProbeRun]:
+        """The main runs by mask: with the kind of probes that more masks have, trained ones if as many."""
+        return max(self.select(False, "trained"), self.select(True, "trained"), key=len)
+
+    @property
+    def solved(self) -> dict[str, ProbeRun]:
+        """The runs of the trained model with solved probes; if no others are there, they are the main ones too."""
+        return self.select(True, "trained")
+
+    @property
+    def untrained(self) -> dict[str, ProbeRun]:
+        """The model, or its LLM, as it is before training; with trained probes if there are such."""
+        return self.solved_untrained | self.select(False, *UNTRAINED)
+
+    @property
+    def solved_untrained(self) -> dict[str, ProbeRun]:
+        """The same with solved probes."""
+        return self.select(True, *UNTRAINED)
+
+    @property
+    def masks(self) -> list[str]:
+        """The masks of all runs, controls included."""
+        return list(dict.fromkeys(run.metrics["image_attention"] for run in self.members))
+
+    @property
+    def runs(self) -> list[ProbeRun]:
+        """Trained and untrained runs."""
+        return [*self.trained.values(), *self.untrained.values()]
+
+    @property
+    def random(self) -> list[ProbeRun]:
+        """All other controls: further draws of the untrained model, random adapters, random and permuted LLMs."""
+        untrained = [*self.untrained.values(), *self.solved_untrained.values()]
+        others = [run for run in self.members if run.arm != "trained" and run not in untrained]
+        return sorted(others, key=lambda run: not run.is_solved)
+
+    @property
+    def first(self) -> ProbeRun:
+        """The first trained run, whose dataset and settings stand for the study."""
+        return next(iter(self.trained.values()))
+
+    @property
+    def model(self) -> str:
+        """Name of the model, with the seed if the report has several."""
+        return self.name if self.seed is None else f"{self.name}, seed {self.seed}"
+
+    @property
+    def title(self) -> str:
+        """Heading of the study on the page."""
+        return f"{self.model}, {self.dataset}"
+
+    @property
+    def slug(self) -> str:
+        """Folder name of the study."""
+        return "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{self.model}_{self.dataset}")
+
+    def pair(self) -> tuple[ProbeRun, ProbeRun] | None:
+        """Return the causal and the bidirectional run; None unless both exist with the same kind of probes."""
+        for runs in (self.trained, self.solved):
+            if all(mask in runs for mask in MASKS):
+                return runs[MASKS[0]], runs[MASKS[1]]
+        return None
+
+    def control(self, mask: str) -> ProbeRun | None:
+        """Return the untrained run whose probes are of the same kind as those of the trained run, None without one."""
+        return self.select(self.trained[mask].is_solved, *UNTRAINED).get(mask)
+
+    def random_draws(self, part: str, solved: bool) -> list[dict[str, ProbeRun]]:
+        """Return the controls with a random "adapter" or "llm": per draw, the runs by mask.
+
+        Random LLMs are those that change the states as much as the trained one, or permuted ones if there are no such.
+        Untrained models have a random adapter, too; of the same draw it has the same weights.
+        """
+        arms = ("adapter", "untrained") if part == "adapter" else ("random",)
+        if part == "llm" and not self.select(solved, "random"):
+            arms = ("permuted",)
+        draws: dict[tuple[int, int], dict[str, ProbeRun]] = {}
+        for run in sorted((run for run in self.members if run.arm in arms), key=lambda run: arms.index(run.arm)):
+            if run.is_solved == solved:
+                key = (run.metrics.get("draw", 0), run.metrics["seed"])
+                draws.setdefault(key, {}).setdefault(run.metrics["image_attention"], run)
+        return [draws[key] for key in sorted(draws)]
+
+    def _check_differ(self) -> None:
+        """Raise if two runs are the same arm under the same mask with the same kind of probes."""
+        seen: dict[tuple, ProbeRun] = {}
+        for run in self.members:
+            mask, draw = run.metrics["image_attention"], run.metrics.get("draw", 0)
+            of_control = (draw, *run.metrics["untrained"], run.metrics["seed"]) if run.arm != "trained" else ()
+            if (other := seen.setdefault((run.is_solved, mask, run.arm, *of_control), run)) is run:
+                continue
+            if run.arm in ("trained", *UNTRAINED):
+                kind = "trained" if run.arm == "trained" else "untrained"
+                raise UserError(
+                    f"{other.path} and {run.path} are both the {kind} run under {mask!r} of {self.title}; "
+                    f"pass only one, or name the model of each: NAME={run.path}"
+                )
+            raise UserError(
+                f"{other.path} and {run.path} are the same draw of random weights; pass only one, or make the other "
+                f"again with another --model.draw than {draw}"
+            )
+
+
+def _control_order(run: ProbeRun) -> tuple[int, int]:
+    """Return the order of untrained models: the one that is untrained as a whole first, then by draw."""
+    return -len(run.metrics["untrained"]), run.metrics.get("draw", 0)
+
+
+def read_studies(paths: Iterable[str]) -> list[Study]:
+    """Read finished runs and group them into studies, in the order in which these first appear.
+
+    Args:
+        paths: Run folders; NAME=FOLDER names the model if :func:`model_name` cannot tell.
+
+    Raises:
+        UserError: A folder is not a finished run, two runs are the same case, two studies have the same folder in the
+            report, or runs do not fit together.
+    """
+    runs, members = [read_run(path, ProbeRun) for path in paths], {}
+    key_of = study_keys(runs)
+    for run in runs:
+        members.setdefault(key_of(run), []).append(run)
+    studies = [Study(*key, members=of_study) for key, of_study in members.items()]
+    _check_folders_differ(studies)
+    reference: dict[tuple, ProbeRun] = {}  # by dataset and seed: the run whose images all others must share
+    for study in studies:
+        for run in study.members:
+            reference.setdefault((study.dataset, study.seed), run).check_same_images(run)
+    return studies
+
+
+def _check_folders_differ(studies: Iterable[Study]) -> None:
+    """Raise if two studies would be written to the same folder, as "a b" and "a_b" or "a, seed 1" and seed 1 of "a"."""
+    by_slug: dict[str, Study] = {}
+    for study in studies:
+        if (other := by_slug.setdefault(study.slug, study)) is not study:
+            raise UserError(
+                f"{other.title!r} and {study.title!r} would be written to the same folder, {study.slug}; "
+                "give the model of one another name: NAME=RUN"
+            )
+
+
+def study_keys(runs: list[FinishedRun]) -> Callable[[FinishedRun], tuple[str, str, int | None]]:
+    """Return the key of a run's study: model, dataset, and the seed if trained runs of the model have several."""
+    seeds: dict[tuple[str, str], set[int]] = {}
+    for run in runs:
+        if not run.metrics["untrained"]:
+            seeds.setdefault((model_name(run), run.metrics["dataset"]), set()).add(run.metrics["seed"])
+
+    def key_of(run: FinishedRun) -> tuple[str, str, int | None]:
+        model, dataset, seed = model_name(run), run.metrics["dataset"], run.metrics["seed"]
+        return model, dataset, seed if len(seeds.get((model, dataset), ())) > 1 else None
+
+    return key_of
+
+
+def read_run(path: str, kind: type[Run]) -> Run:
+    """Return the run of a folder, or of NAME=FOLDER, which names the model.
+
+    Raises:
+        UserError: The folder is not a finished run, or its probes are not those that the run wrote.
+    """
+    name, separator, folder = str(path).partition("=")
+    run = kind(folder, name) if separator and not Path(path).is_dir() else kind(path)
+    run.check_probes()  # a report reads only their scores
+    return run
+
+
+def model_name(run: FinishedRun) -> str:
+    """Return the name that the run was told, else encoder and LLM ("clip + vicuna-7b") or the checkpoint's name."""
+    training = run.training
+    if run.model:
+        return run.model
+    if "encoder" in training and "llm" in training:
+        return f"{training['encoder']['name']} + {Path(training['llm']).name}"
+    return Path(run.metrics["mllm"]).name
+
+
+def overridden_masks(study: Study) -> dict[str, str]:
+    """Return, per mask of a run, the different mask that its model was trained with."""
+    trained_with = {mask: run.metrics.get("own_image_attention") for mask, run in study.trained.items()}
+    return {mask: own for mask, own in trained_with.items() if own not in (None, mask)}

@@ -1,0 +1,50 @@
+"""Knockouts on disk, from random outcomes whose effects are known, without a model."""
+
+import json
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from probes.analyses.knockout.effects import outcome_key
+from probes.results.probe_run import ProbeRun
+
+CLASSES = ["sky", "ceiling", "road", "floor", "wall", "building"]
+PARTNERS = {
+    "sky": "ceiling",
+    "ceiling": "sky",
+    "road": "floor",
+    "floor": "road",
+    "wall": "building",
+    "building": "wall",
+}
+CONDITIONS = ("none", "incorrect", "correct", "random_incorrect", "random_correct")
+N, L = 40, 4
+
+
+def write_knockout(run: ProbeRun, tensors: dict[str, torch.Tensor]) -> None:
+    save_file({key: values.contiguous() for key, values in tensors.items()}, run.path / "knockout.safetensors")
+    (run.path / "knockout.json").write_text(json.dumps({"min_patches": 1}))
+
+
+def simulate(
+    rng: np.random.Generator, effects: dict[str, np.ndarray], conditions=CONDITIONS, cases: int = N, noise: float = 0.3
+) -> dict[str, torch.Tensor]:
+    """Return a knockout of `cases` cases per class, in which `effects[class]` shifts incorrect and correct.
+
+    The noise has a part that all classes share in an image.
+    """
+    tensors = {}
+    shared = {condition: rng.normal(0, noise / 2, N) for condition in conditions}
+    for name, (incorrect, correct) in effects.items():
+        images = np.sort(rng.choice(N, cases, replace=False))
+        tensors[f"{name}/image"] = torch.tensor(images)
+        tensors[f"{name}/patches"] = torch.tensor(rng.integers(1, 4, cases))
+        tensors[f"{name}/anchors"] = torch.ones(cases, dtype=torch.long)
+        tensors[f"{name}/correct_class"] = torch.full((cases,), CLASSES.index(PARTNERS[name]))
+        for condition in conditions:
+            shift = {"incorrect": incorrect, "correct": correct}.get(condition, 0)
+            for outcome, sign in (("rate", 1), ("still_wrong", 0.5), ("log_odds", -2)):
+                values = shift + shared[condition][images, None] + rng.normal(0, noise, (cases, L + 1))
+                tensors[f"{name}/{outcome_key(outcome, condition)}"] = torch.tensor(sign * values, dtype=torch.float32)
+    return tensors

@@ -1,0 +1,154 @@
+"""Concepts painted on photos: what is taught, how it is scored, and what is said about few photos."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import probes
+from llava_bidir.common.errors import UserError
+from probes.models import teach
+from probes.models.teach import MOST_REST
+
+GREEN, RED = (20, 160, 40), (200, 30, 30)
+
+
+@pytest.fixture(scope="module")
+def mllm(checkpoints):
+    return probes.load(str(checkpoints["causal"]))
+
+
+def photo(seed: int, left=GREEN, right=RED) -> Image.Image:
+    """Return two noisy halves, each two patches of the 2 x 2 grid."""
+    rng = np.random.default_rng(seed)
+    pixels = np.concatenate([np.tile(np.array(c), (32, 16, 1)) for c in (left, right)], 1)
+    return Image.fromarray((pixels + rng.integers(-15, 16, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+def patches(*rows: str) -> np.ndarray:
+    return np.array([[c == "x" for c in row] for row in rows])
+
+
+def halves(count: int) -> dict:
+    photos = [photo(i) for i in range(count)]
+    return {
+        "grass": [(image, patches("x.", "x.")) for image in photos],
+        "brick": [(image, patches(".x", ".x")) for image in photos],
+    }
+
+
+def test_concepts_are_told_on_other_photos_where_the_model_tells_them(mllm):
+    taught = mllm.teach(halves(6))
+    curve = taught.curve()
+    assert list(curve) == ["site", "score", "low", "high", "chance"] and list(curve.site) == mllm.sites
+    assert curve.score[0] == 1 and (curve.chance == 0.5).all()
+    assert (curve.low <= curve.score).all() and (curve.score <= curve.high).all() and not taught.note
+    mirrored = taught.map(photo(99, RED, GREEN), "encoder")
+    assert mirrored.shape == (2, 2, 2)
+    torch.testing.assert_close(mirrored.sum(0), torch.ones(2, 2))
+    assert (mirrored[0, :, 1] > 0.8).all() and (mirrored[1, :, 0] > 0.8).all()
+
+
+def test_map_and_curve_under_a_knockout_read_the_same_probes(mllm):
+    taught, image = mllm.teach(halves(5)), photo(50)
+    knockout = probes.Knockout(torch.tensor([[True, False, True, False]]))
+    states = mllm.states(mllm.preprocess([image]), None, knockout)["layer_03"][0]
+    site = taught.probes.weights["layer_03"][-1], taught.probes.bias["layer_03"][-1]
+    expected = (states.float() @ site[0].T + site[1]).softmax(-1).T.view(2, 2, 2)
+    torch.testing.assert_close(taught.map(image, "layer_03", knockout), expected)
+    assert not torch.equal(taught.map(image, "layer_03"), expected)
+    assert taught.curve(knockout).score[0] == taught.curve().score[0], "the encoder is not cut"
+
+
+def test_score_is_that_of_probes_that_have_not_seen_the_photo(mllm):
+    """The concepts change sides and colours in the last photo, which probes of the other photos must get wrong."""
+    painted = halves(5)
+    odd = photo(77)
+    painted["grass"].append((odd, patches(".x", ".x")))
+    painted["brick"].append((odd, patches("x.", "x.")))
+    assert mllm.teach(painted).curve().score[0] == pytest.approx(5 / 6)
+
+
+def test_random_paint_is_at_chance(mllm):
+    rng, scores = np.random.default_rng(0), []
+    for _ in range(4):
+        images = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)) for _ in range(20)]
+        grids = [rng.permutation([True, True, False, False]).reshape(2, 2) for _ in images]
+        painted = {
+            name: [(i, g == wanted) for i, g in zip(images, grids, strict=True)]
+            for name, wanted in (("a", True), ("b", False))
+        }
+        scores.append(mllm.teach(painted).curve().score)
+    assert np.mean(scores) == pytest.approx(0.5, abs=0.08)  # four times 80 patches: standard deviation 0.03
+
+
+def test_random_curve_has_the_same_encoder_and_gives_the_trained_weights_back(mllm):
+    taught = mllm.teach(halves(5))
+    before = taught.map(photo(50), "layer_03")
+    trained, random = taught.curve(), taught.random_curve()
+    assert list(random.site) == mllm.sites and random.score[0] == trained.score[0]
+    assert torch.equal(taught.map(photo(50), "layer_03"), before)
+    with probes.models.random_layers.random_layers(mllm, match_images=taught.photos):
+        expected = mllm.teach(halves(5)).curve()
+    assert random.equals(expected)
+
+
+def test_one_photo_warns_that_its_patches_resemble_each_other(mllm):
+    image = photo(0)
+    painted = {"grass": [(image, patches("x.", "x."))], "brick": [(image, patches(".x", ".x"))]}
+    with pytest.warns(UserWarning, match="There is one photo.*resemble each other"):
+        curve = mllm.teach(painted).curve()
+    assert curve.score.notna().all() and curve.low.isna().all() and curve.high.isna().all()
+    painted["brick"] = [(image, patches(".x", ".."))]
+    with pytest.warns(UserWarning, match="single patch"):
+        assert mllm.teach(painted).curve().score.isna().all()
+
+
+def test_few_photos_have_no_interval(mllm):
+    taught = mllm.teach(halves(4))
+    assert taught.curve().low.isna().all() and "4 photos are too few" in taught.note
+    assert mllm.teach(halves(5)).curve().low.notna().all()
+
+
+def test_one_concept_needs_the_rest_as_background(mllm):
+    grass = {"grass": halves(5)["grass"]}
+    with pytest.raises(UserError, match="let the rest be background"):
+        mllm.teach(grass)
+    taught = mllm.teach(grass, rest_is_background=True)
+    assert taught.concepts == ["grass", "background"] and len(taught.paint.concept) == 20
+    assert taught.curve().score[0] == 1
+
+
+def test_the_rest_is_a_bounded_even_sample_of_all_photos():
+    grids = [torch.full((400,), -1) for _ in range(5)]
+    for grid in grids:
+        grid[:10] = 0
+    paint = teach.paint_of(grids, 2, True)
+    rest = paint.photo[paint.concept == 1].bincount()
+    assert rest.sum() == MOST_REST and (rest - MOST_REST / 5).abs().max() <= 1
+    assert (paint.concept == 0).sum() == 50
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p, i: p.update(grass=[]), "'grass' has no photo"),
+        (lambda p, i: p.update(grass=[(i, patches("..", ".."))]), "'grass' has no painted patch"),
+        (lambda p, i: p.update(grass=[("x.png", patches("x.", ".."))]), "expected a PIL image, got str"),
+        (
+            lambda p, i: p.update(grass=[(i, patches("x.."))]),
+            r"expected painted patches bool\[2, 2\], got bool\[1, 3\]",
+        ),
+        (lambda p, i: p.update(grass=[(i, np.ones((2, 2)))]), r"got float64\[2, 2\]"),
+        (
+            lambda p, i: p["grass"].append((p["brick"][0][0], patches(".x", ".."))),
+            "patch 1 of a photo is painted as 'grass' and 'brick'",
+        ),
+        (lambda p, i: p.clear(), "got no concepts"),
+    ],
+)
+def test_invalid_paint_is_named(mllm, change, message):
+    painted = halves(2)
+    change(painted, photo(9))
+    with pytest.raises(UserError, match=message):
+        mllm.teach(painted)

@@ -1,0 +1,109 @@
+"""SmolLM2-135M-Instruct, converted once, and models that were trained on it for a few steps."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llava_bidir.cli import main
+from llava_bidir.common.errors import UserError
+from llava_bidir.toy_world.real import find_model
+
+STEPS = 3  # of each training
+
+
+@pytest.fixture(scope="session")
+def gguf_file() -> Path:
+    try:
+        file = find_model()
+    except UserError as error:
+        pytest.skip(str(error))
+    if find_spec("gguf") is None:
+        pytest.skip("needs the package gguf: pip install 'llava-bidir[gguf]'")
+    return file
+
+
+@pytest.fixture(scope="session")
+def llm(gguf_file, tmp_path_factory) -> Path:
+    """The model as a directory."""
+    out = tmp_path_factory.mktemp("llm") / "smollm2"
+    main(["import-gguf", str(gguf_file), str(out)])
+    return out
+
+
+@pytest.fixture(scope="session")
+def tokenizer(llm):
+    return AutoTokenizer.from_pretrained(llm)
+
+
+@pytest.fixture(scope="session")
+def language_model(llm):
+    """The model as transformers loads it."""
+    return AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def encoder(tmp_path_factory):
+    """A tiny CLIP: four image tokens."""
+    encoder, _ = tiny_models.write_parts(tmp_path_factory.mktemp("parts"))
+    return encoder
+
+
+@pytest.fixture(scope="session")
+def english(tmp_path_factory) -> Path:
+    """Twelve dialogues in English with their images; two of them have none."""
+    root, rng, records, captions = tmp_path_factory.mktemp("english"), np.random.default_rng(0), [], []
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 255, (10, 14, 3), np.uint8)).save(root / f"{i}.png")
+        turns = ["<image>\n" * (i < 10) + "Is this a room or a street?", ("a room", "a street")[i % 2]]
+        turns += ["Describe the picture.", f"A street with {i + 2} trees,\nthe sky and a car."]
+        picture = {"image": f"{i}.png"} if i < 10 else {}
+        records.append({"id": f"r{i}", "conversations": tiny_models.turns(*turns)} | picture)
+        caption = tiny_models.turns("<image>\nDescribe the picture.", turns[-1])
+        captions.append({"id": f"c{i}", "image": f"{i}.png", "conversations": caption})
+    (root / "dialogues.json").write_text(json.dumps(records))
+    (root / "captions.json").write_text(json.dumps(captions))
+    return root
+
+
+@pytest.fixture(scope="session")
+def options(llm, encoder, english):
+    """A function that returns the options of `llava-bidir fit` for a stage of three steps."""
+
+    def build(stage: str, out: Path, *more: str) -> list[str]:
+        words = ["fit", "-c", f"configs/real/{stage}.yaml", "--out", str(out), "--model.llm", str(llm)]
+        words += ["--model.encoder.path", encoder.path, "--data.images", str(english), "--data.batch_size", "4"]
+        words += ["--data.annotations", str(english / f"{'captions' if stage == 'stage1' else 'dialogues'}.json")]
+        words += ["--data.micro_batch_size", "2", "--trainer.max_steps", str(STEPS)]
+        words += ["--model.image_attention", "bidirectional"]
+        return [*words, *(["--data.val_annotations", "null"] if stage == "stage2" else []), *more]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def stage1(options, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "stage1"
+    main(options("stage1", out))
+    return out / "hf"
+
+
+@pytest.fixture(scope="session")
+def stage2_options(options, stage1):
+    """Rates and adapter of stage 2; LLaVA's rate for the LLM."""
+    return lambda out, *more: options(
+        "stage2", out, "--model.adapter", str(stage1), "--model.learning_rate", "2e-5", *more
+    )
+
+
+@pytest.fixture(scope="session")
+def stage2(stage2_options, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "stage2"
+    main(stage2_options(out))
+    return out / "hf"

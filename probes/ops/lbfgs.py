@@ -42,7 +42,7 @@ def minimise(
         y if y.ndim == 1 else y.flatten(1) for y in objective(x.view(-1, *shape[1:]), problems)
     )
     value, gradient = evaluate(points, list(range(len(points))))
-    pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=memory)
+    pairs: deque[tuple[Tensor, ...]] = deque(maxlen=memory)
     blocked = torch.zeros_like(value, dtype=torch.bool)  # no step decreases the value: it is exact to rounding
     for iteration in range(iterations + 1):
         scaled = gradient * scale
@@ -67,20 +67,22 @@ def minimise(
         s, y = step[:, None] * direction, (new[2] - gradient) * scale
         points, value, gradient = new
         curvature = (s * y).sum(1)
-        pairs.append((s, y, torch.where(curvature > 0, 1 / curvature.clamp(min=1e-300), 0)))
+        rho = torch.where(curvature > 0, 1 / curvature.clamp(min=1e-300), 0)
+        size = torch.where(rho > 0, 1 / (rho * y.square().sum(1)).clamp(min=1e-300), 0)
+        pairs.append((s, y, rho, size))
     return points.view(shape), gradient.view(shape), decrease
 
 
-def _times_inverse_hessian(gradient: Tensor, pairs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+def _times_inverse_hessian(gradient: Tensor, pairs: Sequence[tuple[Tensor, ...]]) -> Tensor:
     """Return H^-1 g of L-BFGS f64[P, n]: the two-loop recursion (Nocedal and Wright, algorithm 7.4) for P problems."""
     q, alphas = gradient.clone(), []
     size = torch.ones_like(gradient[:, 0])
-    for _, y, rho in pairs:  # the last step of each problem sets the size of the first guess
-        size = torch.where(rho > 0, 1 / (rho * y.square().sum(1)).clamp(min=1e-300), size)
-    for s, y, rho in reversed(pairs):
+    for *_, of_step in pairs:  # the last step of each problem sets the size of the first guess
+        size = torch.where(of_step > 0, of_step, size)
+    for s, y, rho, _ in reversed(pairs):
         alphas.append(rho * (s * q).sum(1))
         q -= alphas[-1][:, None] * y
     q *= size[:, None]
-    for (s, y, rho), alpha in zip(pairs, reversed(alphas), strict=True):
+    for (s, y, rho, _), alpha in zip(pairs, reversed(alphas), strict=True):
         q += (alpha - rho * (y * q).sum(1))[:, None] * s
     return q

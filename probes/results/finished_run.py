@@ -19,8 +19,8 @@ from llava_bidir.common.errors import UserError, error_context
 from llava_bidir.common.identity import check_same_identity, named_identity
 from probes.data.registry import open_dataset, split_identity
 from probes.models.sites import ADAPTER
-from probes.ops.bilinear import upsample, upsampled_argmax
 from probes.tasks import SEGMENTATION, TASKS, Task, targets_of
+from probes.tasks.base import predict_pixels
 from probes.training.heads import Probe
 from probes.training.run_schema import (
     Manifest,
@@ -338,10 +338,7 @@ class FinishedRun:
     def predict_sites(self, image: Image.Image, sites: list[str]) -> np.ndarray:
         """Return :meth:`predict` at several sites from one forward, with the sites as first axis."""
         logits, size = self.logits(image, sites), (image.height, image.width)
-        view = self.geometry.view(size)
-        if self.task:
-            return self.task.predict(upsample(logits, size, view)).float().cpu().numpy()
-        return upsampled_argmax(logits, size, view).to(torch.uint8).cpu().numpy()
+        return predict_pixels(self.task, logits, size, self.geometry.view(size))
 
     @property
     def geometry(self) -> "Geometry":

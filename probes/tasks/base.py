@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probes.ops.bilinear import upsample, upsampled_argmax
+from probes.ops.geometry import GridPlacement
+
 
 class Task(ABC):
     """Targets, loss, scores and colours of a task.
@@ -117,3 +120,14 @@ class Task(ABC):
 def mean_over_valid(error: Tensor, valid: Tensor) -> Tensor:
     """Return the mean f[P, B] of errors f[P, B, H, W] over the valid pixels bool[B, H, W]; 0 where there are none."""
     return torch.where(valid, error, 0).sum((-2, -1)) / valid.sum((-2, -1)).clamp(min=1)
+
+
+@torch.no_grad()
+def predict_pixels(task: Task | None, logits: Tensor, size: tuple[int, int], view: GridPlacement) -> np.ndarray:
+    """Return the prediction of each pixel of images of `size` [H, W] from a probe's outputs f[..., K, h, w].
+
+    It is the class, uint8[..., H, W], or f32[..., H, W] or f32[..., H, W, 3] in the format of a task's targets.
+    """
+    if task is None:
+        return upsampled_argmax(logits, size, view).to(torch.uint8).cpu().numpy()
+    return task.predict(upsample(logits, size, view)).float().cpu().numpy()

@@ -3,16 +3,13 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 from lightning import Callback, LightningModule, Trainer
 from PIL import Image
-from torch import Tensor
 
 from llava_bidir.common.logged_media import log_images, media_loggers
 from probes.data.batches import group_by_mask_size
 from probes.data.palette import colorize, palette_of
-from probes.ops.bilinear import upsample, upsampled_argmax
-from probes.tasks import Task
+from probes.tasks.base import predict_pixels
 
 
 class ShowMaps(Callback):
@@ -32,23 +29,14 @@ class ShowMaps(Callback):
         if batch_idx > 0 or not media_loggers(trainer):
             return
         task, palette = pl_module.task, palette_of(trainer.datamodule.splits["validation"])
+        colours = lambda maps: np.stack([task.colorize(x) for x in maps]) if task else colorize(maps, palette)
         images, target = group_by_mask_size(batch["target"])[0]
         logits_by_site, target = outputs[:, images][:, : self.images], target[: self.images]
         size = tuple(target.shape[1:3])
         view = pl_module.mllm.geometry.view(size)
         for site, logits in zip(pl_module.sites, logits_by_site, strict=True):
-            if task:
-                maps = colorize_all(task, task.predict(upsample(logits, size, view)))
-            else:
-                maps = colorize(upsampled_argmax(logits, size, view).cpu().numpy(), palette)
-            log_images(trainer, f"maps/{site}", maps)
-        truth = colorize_all(task, task.truth(target)) if task else colorize(target.cpu().numpy(), palette)
-        log_images(trainer, "maps/truth", truth)
-
-
-def colorize_all(task: Task, maps: Tensor) -> np.ndarray:
-    """Return predictions or targets [B, H, W, ...] of a task as colours, uint8[B, H, W, 3]."""
-    return np.stack([task.colorize(one) for one in maps.cpu().numpy()])
+            log_images(trainer, f"maps/{site}", colours(predict_pixels(task, logits, size, view)))
+        log_images(trainer, "maps/truth", colours((task.truth(target) if task else target).cpu().numpy()))
 
 
 class SavePredictions(Callback):
@@ -68,9 +56,8 @@ class SavePredictions(Callback):
             for site, logits_by_image in zip(pl_module.sites, outputs[:, images], strict=True):
                 (out / site).mkdir(parents=True, exist_ok=True)
                 for i, logits in zip(batch["index"][images].tolist(), logits_by_image, strict=True):
+                    prediction = predict_pixels(task, logits, size, view)
                     if task:
-                        prediction = task.predict(upsample(logits, size, view)).float().cpu().numpy()
                         np.save(out / site / f"{names[i]}.npy", prediction)
-                        continue
-                    mask = upsampled_argmax(logits, size, view).to(torch.uint8).cpu().numpy()
-                    Image.fromarray(mask).save(out / site / f"{names[i]}.png")
+                    else:
+                        Image.fromarray(prediction).save(out / site / f"{names[i]}.png")

@@ -2,7 +2,7 @@
 
 The paper's probe is shared by all positions. Under a causal mask, states of early patches differ from later ones, so
 that a shared probe can serve them badly although they have the information. Two probes in closed form, solved from the
-same moments of the training split, differ in nothing but the sharing (probes/training/position_probes.py):
+same moments of the training split, differ in nothing but the sharing (position_probes.py):
 
     shared     one discriminant for all positions
     own        a discriminant for each position: its own class means, covariance and class frequencies, shrunk
@@ -39,10 +39,10 @@ from probes.ops.quadrature import PreparedMasks
 from probes.results.probe_run import ProbeRun
 from probes.training.closed_form import STRENGTHS as ALL_STRENGTHS
 from probes.training.optimum import TIGHT_NODES
-from probes.training.position_probes import PositionMoments, PositionProbes
 
 from .dummy_tokens import load_with_tokens
 from .patch_accuracy import CountsByMask, PatchCounts, accuracy_gap, count_patches, patch_accuracy
+from .position_probes import PositionMoments, PositionProbes
 
 if TYPE_CHECKING:  # a report needs no model
     from probes.models.frozen_mllm import FrozenMLLM

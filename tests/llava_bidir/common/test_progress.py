@@ -30,3 +30,14 @@ def test_time_left_is_that_until_the_nearest_limit(limits, expected, monkeypatch
         batches.total_batch_idx = 1
         lines.on_train_batch_end(trainer, None, {"loss": 1.0}, None, 0)
     assert caplog.messages[-1].endswith(expected)
+
+
+def test_a_pass_logs_its_rate_and_the_time_left(monkeypatch, caplog):
+    clock = iter([0.0, 20.0, 21.0, 30.0])  # a line at the first batch and at the last
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with caplog.at_level("INFO"):
+        assert list(progress.LogProgress().track("abc")) == ["a", "b", "c"]
+    assert caplog.messages == [
+        "batch 1/3 of a pass, 0.05 batches/s, 0:00:40 left",
+        "batch 3/3 of a pass, 0.1 batches/s, 0:00:00 left",
+    ]

@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize as scipy_minimize
 
-from probes.ops.lbfgs import minimise
 from probes.ops.quadrature import prepare_masks
 from probes.training import optimum
 from probes.training.optimum import (
@@ -110,18 +109,6 @@ def test_states_that_tell_nothing_need_more_regularisation_than_the_first_streng
     path, _ = solve_site(problem((noise, data[1])))
     assert path.strengths[0] > max(optimum.STRENGTHS), "stronger ones were tried"
     assert 0 < path.chosen < len(path.strengths) - 1
-
-
-def test_problems_solved_together_equal_each_alone(data):
-    at = problem(data)
-    strengths = torch.tensor([1.0, 1e-3], dtype=torch.float64)
-    start = at.start.expand(2, -1, -1)
-    solve = lambda r, n: minimise(at.objective(r, [None] * n, LOOSE_NODES), start[:n], at.scale(r), 1e-7)[0]
-    together = solve(strengths, 2)
-    for i in range(2):
-        alone = solve(strengths[i : i + 1], 1)[0]
-        value = lambda point, i=i: objective(data, at, strengths[i].item(), point).item()
-        assert value(together[i]) == pytest.approx(value(alone), abs=1e-6)
 
 
 def exact(data, at: SiteProblem, refinement: Refinement) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from probes.training.position_probes import PositionMoments
+from probes.analyses.starvation.position_probes import PositionMoments
 
 pytestmark = pytest.mark.numerics
 

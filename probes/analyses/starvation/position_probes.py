@@ -2,7 +2,7 @@
 
 A probe that all positions share reads states whose class means and noise differ from position to position, as they do
 under a causal mask: patch 0 has no context, the last patch has all of it. Here each of the first P positions has the
-discriminants (`closed_form.py`) of its own tokens and of all tokens, mixed by a shrinkage s:
+discriminants (`probes/training/closed_form.py`) of its own tokens and of all tokens, mixed by a shrinkage s:
 
     moments at position p  =  (1 - s) * (N, S, Q of its tokens)  +  s * (N, S, Q of all tokens) / T
 
@@ -24,8 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .closed_form import solve_moments
-from .moments import Moments
+from probes.training.closed_form import solve_moments
+from probes.training.moments import Moments
 
 
 @dataclass

@@ -84,16 +84,6 @@ def pixels(images: int, seed: int = 2) -> torch.Tensor:
     return torch.randn(images, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def states_after_bump(model, ids: torch.Tensor, bump: float) -> tuple[torch.Tensor, ...]:
-    """Return the hidden states for one image whose last token is shifted by `bump` after the adapter."""
-    push = lambda module, args, output: torch.cat([output[:, :-1], output[:, -1:] + bump], 1)
-    hook = model.model.multi_modal_projector.register_forward_hook(push)
-    try:
-        return model(input_ids=ids, pixel_values=pixels(1), output_hidden_states=True, use_cache=False).hidden_states
-    finally:
-        hook.remove()
-
-
 def write_parts(folder: Path) -> tuple[Encoder, str]:
     """Write a tiny CLIP and a tiny Llama with its tokenizer as Hugging Face directories."""
     torch.manual_seed(0)

@@ -21,10 +21,6 @@ def whole_text_ids(text: str, tokenizer, image_tokens: int) -> list[int]:
     return ids
 
 
-def supervised_text(labels: list[int], tokenizer) -> str:
-    return tokenizer.decode([label for label in labels if label != IGNORE_INDEX])
-
-
 @pytest.mark.parametrize("caption", ["a cat", "  two  cats", "\n    x = 1\n"])
 def test_plain_trains_the_caption_and_its_newline(caption, llama_tokenizer, slow_llama):
     ids, labels = encode(turns("Describe <image>", caption), llama_tokenizer, "plain", 3, IMAGE_ID)

@@ -13,7 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
     LlamaForCausalLM,
+    SiglipVisionConfig,
 )
 
 from llava_bidir.model.build import build_model, build_processor, set_trainable
@@ -101,6 +105,22 @@ def test_layer_that_the_encoder_lacks_is_an_error(layer, parts):
     message = rf"model.encoder.layer {layer}: .* has 2 layers; expected 1 to 2, or -2 to -1"
     with pytest.raises(ValueError, match=message):
         replace(parts[0], layer=layer).load_config()
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "grid"),
+    [
+        ("clip", CLIPVisionConfig(image_size=336, patch_size=14), (24, 24)),
+        ("dinov2", Dinov2Config(image_size=518, patch_size=14), (24, 24)),
+        ("dinov2_registers", Dinov2WithRegistersConfig(image_size=518, patch_size=14), (24, 24)),
+        ("siglip", SiglipVisionConfig(image_size=384, patch_size=14), (27, 27)),
+    ],
+)
+def test_grids_of_released_encoders(name, config, grid, tmp_path):
+    """24 x 24 at 336 px and 27 x 27 at 384 px (App. A.1)."""
+    config.save_pretrained(tmp_path)
+    encoder = Encoder(name, str(tmp_path))
+    assert encoder.grid(encoder.load_config()) == grid
 
 
 @pytest.mark.parametrize("name", ENCODERS)

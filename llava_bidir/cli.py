@@ -207,7 +207,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = (
         "also train and study what tells language from training: the model after stage 1, one of random weights, and "
     )
-    text += "one with image tokens as small as words; takes three times as long"
+    text += "one with image tokens as small as words; takes hours"
     real.add_argument("--controls", action="store_true", help=text)
     real.set_defaults(steps=None)
 

@@ -38,7 +38,7 @@ class Study:
         """Sort the runs, and leave out trained probes where more masks have solved ones.
 
         Raises:
-            UserError: Two runs are the same arm, or runs do not fit together.
+            UserError: Two runs are the same arm, or none is of the trained model.
         """
         self._check_differ()
         masks = [*MASKS, *sorted({run.metrics["image_attention"] for run in self.members})]
@@ -52,9 +52,6 @@ class Study:
                 log.warning(text, run.path, kinds[run.is_solved], self.title, kinds[not run.is_solved])
         if main:
             self.members = [run for run in self.members if run.is_solved or run.arm != "trained"]
-        first: dict[bool, ProbeRun] = {}  # of the solved runs, and of the others
-        for run in self.members:
-            first.setdefault(run.is_solved, run).check_same_probes(run)
 
     def select(self, solved: bool, *arms: str) -> dict[str, ProbeRun]:
         """Return by mask the first run of these arms with solved or trained probes."""
@@ -194,6 +191,9 @@ def read_studies(paths: Iterable[str]) -> list[Study]:
     for study in studies:
         for run in study.members:
             reference.setdefault((study.dataset, study.seed), run).check_same_images(run)
+        first: dict[bool, ProbeRun] = {}  # of the solved runs, and of the others
+        for run in study.members:
+            first.setdefault(run.is_solved, run).check_same_probes(run)
     return studies
 
 

@@ -123,7 +123,7 @@ def test_curve_of_seeds_is_their_mean_beside_that_of_all_random_llms(tmp_path):
             options = {"root": root, "images": 40 + seed, "seed": 10 * seed + draw}
             metrics |= {"match": "update", "draw": draw}
             folders.append(str(probe_runs.write_run(path, CURVE[::-1], metrics=metrics, **options)))
-    (figure,) = seed_figures(studies := read_studies(folders))
+    ((figure,),) = seed_figures(studies := read_studies(folders)).values()
     (ax,) = figure.data.figure.axes
     miou = lambda run: [100 * entry["miou"] for entry in run.metrics["sites"] if entry["site"] != "final_norm"]
     *seeds, mean, random = [line.get_ydata() for line in ax.lines]
@@ -131,7 +131,7 @@ def test_curve_of_seeds_is_their_mean_beside_that_of_all_random_llms(tmp_path):
     assert np.allclose(mean, np.mean(seeds, 0))
     draws = [[miou(run["causal"]) for run in study.random_draws("llm", False)] for study in studies]
     assert np.shape(draws) == (3, 2, len(mean)) and np.allclose(random, np.mean(draws, (0, 1))[2:])
-    (without,) = seed_figures(read_studies(folders[:-2]))  # the last seed has no random LLM
+    ((without,),) = seed_figures(read_studies(folders[:-2])).values()  # the last seed has no random LLM
     assert "Diamonds" in figure.caption and "Diamonds" not in without.caption
     assert len(without.data.figure.axes[0].lines) == 4
-    assert list(seed_figures(read_studies(folders[:1]))) == []
+    assert not seed_figures(read_studies(folders[:1]))

@@ -1,4 +1,4 @@
-"""A lab of tiny models, and its server in a thread of the test's process."""
+"""A lab of tiny models, its server in a thread of the test's process, and its page in a browser."""
 
 import http.client
 import json
@@ -6,6 +6,7 @@ import threading
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import parse_qs
 
 import tiny_models
 
@@ -64,3 +65,41 @@ def run(port: int, operation: str, request: dict) -> dict:
     status, body = send(port, "POST", f"/run/{operation}", json.dumps(request))
     assert status == 200, body
     return json.loads(body.splitlines()[-1])
+
+
+@contextmanager
+def browser_tabs(chromium, port):
+    """Yield a function that opens the page; a request elsewhere, or an error in the page, fails the test."""
+    contexts, errors = [], []
+
+    def open_tab(fragment: str = "", **settings):
+        contexts.append(chromium.new_context(**({"viewport": {"width": 1280, "height": 720}} | settings)))
+        tab, own = contexts[-1].new_page(), (f"http://127.0.0.1:{port}/", "data:", "blob:")
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        tab.on("request", lambda r: None if r.url.startswith(own) else errors.append(r.url))
+        tab.goto(f"http://127.0.0.1:{port}/?token={TOKEN}{fragment}")
+        tab.wait_for_selector("html[data-ready]")
+        return settle(tab)
+
+    yield open_tab
+    for context in contexts:
+        context.close()
+    assert not errors
+
+
+def settle(tab):
+    """Wait until the page shows the requested view."""
+    tab.wait_for_selector("main[aria-busy=false]")
+    return tab
+
+
+def address(tab) -> dict[str, str]:
+    return {key: value for key, (value,) in parse_qs(tab.evaluate("location.hash.slice(1)")).items()}
+
+
+def point(tab, patch: int, panel: int = 0) -> tuple[float, float]:
+    """Return the screen position of the centre of a patch of the 2 x 2 grid."""
+    tab.locator("#panels canvas").nth(panel).scroll_into_view_if_needed()
+    box = tab.locator("#panels canvas").nth(panel).bounding_box()
+    return box["x"] + box["width"] * (0.25 + patch % 2 / 2), box["y"] + box["height"] * (0.25 + patch // 2 / 2)

@@ -14,3 +14,15 @@ def lab_runs(checkpoints, tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="session")
 def session(lab_runs) -> Session:
     return labs.open_session(lab_runs)
+
+
+@pytest.fixture(scope="module")
+def port(session):
+    with labs.serve(session) as port:
+        yield port
+
+
+@pytest.fixture
+def open_tab(chromium, port):
+    with labs.browser_tabs(chromium, port) as open_tab:
+        yield open_tab

@@ -4,7 +4,6 @@ import csv
 import io
 import re
 import threading
-from contextlib import contextmanager
 from urllib.parse import parse_qs
 
 import labs
@@ -13,7 +12,7 @@ import pytest
 import tiny_families
 import tiny_models
 import torch
-from labs import TOKEN
+from labs import address, browser_tabs, point, settle
 from PIL import Image
 
 from probes import Knockout
@@ -26,56 +25,6 @@ pytest.importorskip("uvicorn", reason="uvicorn (extra: lab) is not installed")
 pytestmark = pytest.mark.slow
 
 HOSTILE = "<img src=x onerror=window.hacked=1>.png"
-
-
-@pytest.fixture(scope="module")
-def port(session):
-    with labs.serve(session) as port:
-        yield port
-
-
-@contextmanager
-def browser_tabs(chromium, port):
-    """Yield a function that opens the page; a request elsewhere, or an error in the page, fails the test."""
-    contexts, errors = [], []
-
-    def open_tab(fragment: str = "", **settings):
-        contexts.append(chromium.new_context(**({"viewport": {"width": 1280, "height": 720}} | settings)))
-        tab, own = contexts[-1].new_page(), (f"http://127.0.0.1:{port}/", "data:", "blob:")
-        tab.on("pageerror", lambda error: errors.append(str(error)))
-        tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
-        tab.on("request", lambda r: None if r.url.startswith(own) else errors.append(r.url))
-        tab.goto(f"http://127.0.0.1:{port}/?token={TOKEN}{fragment}")
-        tab.wait_for_selector("html[data-ready]")
-        return settle(tab)
-
-    yield open_tab
-    for context in contexts:
-        context.close()
-    assert not errors
-
-
-@pytest.fixture
-def open_tab(chromium, port):
-    with browser_tabs(chromium, port) as open_tab:
-        yield open_tab
-
-
-def settle(tab):
-    """Wait until the page shows the requested view."""
-    tab.wait_for_selector("main[aria-busy=false]")
-    return tab
-
-
-def address(tab) -> dict[str, str]:
-    return {key: value for key, (value,) in parse_qs(tab.evaluate("location.hash.slice(1)")).items()}
-
-
-def point(tab, patch: int, panel: int = 0) -> tuple[float, float]:
-    """Return the screen position of the centre of a patch of the 2 x 2 grid."""
-    tab.locator("#panels canvas").nth(panel).scroll_into_view_if_needed()
-    box = tab.locator("#panels canvas").nth(panel).bounding_box()
-    return box["x"] + box["width"] * (0.25 + patch % 2 / 2), box["y"] + box["height"] * (0.25 + patch // 2 / 2)
 
 
 def probabilities(session, view: View) -> torch.Tensor:

@@ -48,12 +48,6 @@ REQUESTS = {  # one of each operation
 }
 
 
-@pytest.fixture(scope="module")
-def port(session):
-    with labs.serve(session) as port:
-        yield port
-
-
 @pytest.fixture
 def still_serves(port):
     """After the test, the server answers as before."""

@@ -82,10 +82,10 @@ def plant_recovery(
     net.train()
     if steps:
         layers, decoder.layers = decoder.layers, decoder.layers[:depth]  # the others have no gradient
-        train(weights, lambda: loss(32, 0), steps, "image tokens", **options)
+        train(weights, lambda: loss(32, 0), steps, "image tokens' LLM", **options)
         decoder.layers = layers
     if answer_steps:
-        train(weights, lambda: loss(20, QUESTIONS), answer_steps, "image tokens and answers", **options)
+        train(weights, lambda: loss(20, QUESTIONS), answer_steps, "answering LLM", **options)
     record = {"planted": "recovery", "layer": depth, "steps": steps, "answer_steps": answer_steps, "seed": seed}
     _save(net.eval(), processor, model, out, record, RECOVERY if losses else nothing(RECOVERY))
     return losses

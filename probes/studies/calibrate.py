@@ -15,6 +15,7 @@ again: seeds can be added, and jobs of different `--seeds` can share OUT.
 import argparse
 import contextlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -37,6 +38,7 @@ MASKS = ("causal", "bidirectional")
 LLM, ADAPTER = ("trained", "random0", "random1"), ("trained", "adapter0", "adapter1")
 LAYERS = ("adapter", "layer_01", "layer_02", "layer_03", "layer_04")
 COLUMNS = ("paper", "optimum", "beyond_random", "supported")
+SEVERAL = "import json, sys; from llava_bidir.cli import main; [main(words) for words in json.loads(sys.argv[1])]"
 KEYS = ("study", "claim", "truth")
 
 
@@ -173,14 +175,16 @@ def _make_models(folder: Path, seed: int, scale: float, scenes: int) -> None:
 
 
 def _run_missing(folder: Path, jobs: list[tuple[Path, list[str]]]) -> None:
-    """Run the commands of `llava-bidir` whose result is missing, each in a process of its own."""
+    """Run the commands of `llava-bidir` whose result is missing, in one process."""
+    commands = [command for result, command in jobs if not result.is_file()]
+    if not commands:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    for result, command in jobs:
-        if not result.is_file():
-            with (folder / "models.log").open("a") as said:
-                done = subprocess.run([sys.executable, "-m", "llava_bidir", *command], stdout=said, stderr=said)
-            if done.returncode:
-                raise UserError(f"llava-bidir {command[0]} has failed; all it said is in {folder / 'models.log'}")
+    with (folder / "models.log").open("a") as said:
+        words = [sys.executable, "-c", SEVERAL, json.dumps(commands)]
+        done = subprocess.run(words, stdout=said, stderr=said)
+    if done.returncode:
+        raise UserError(f"planting has failed; all it said is in {folder / 'models.log'}")
 
 
 def _study(folder: Path, name: str, seed: int) -> list[dict[str, Any]]:

@@ -75,3 +75,22 @@ def test_every_studied_model_is_planted_after_its_source():
         # each model is made from one that is made under the same mask, too
         made = {mask for d in DESIGNS.values() if d.model == source for mask in d.masks}
         assert not source or set(design.masks) <= made or design.masks == MASKS[1:]
+
+
+@pytest.mark.slow
+def test_a_seed_ends_in_a_table_of_true_and_false_claims(tmp_path, monkeypatch):
+    """The smallest world and two steps: what is planted is too weak to be found, but each claim has its truth."""
+    few = {"recovery": ("--steps", "2")}
+    short = {name: model._replace(options=few.get(model.what, model.options)) for name, model in MODELS.items()}
+    monkeypatch.setattr(calibrate, "MODELS", short)
+    calibrate.calibrate(tmp_path, [3], scale=0.01)
+    rows = pd.read_csv(tmp_path / "calibration.csv")
+    assert set(rows["study"]) == set(DESIGNS) and set(rows["of"]) == {1} and set(rows["column"]) == set(COLUMNS)
+    truth = rows.groupby(["study", "truth"]).claim.unique().apply(sorted).to_dict()
+    recovery = ["recovery (bidirectional)", "recovery (causal)"]
+    assert truth["planted", "planted"] == truth["random", "absent"] == recovery + ["starvation", "starvation_first_row"]
+    assert truth["weak", "planted"] == truth["one_scene", "absent"] == recovery[:1]
+    assert truth["merged0", "absent"] == truth["merged1", "planted"] == truth["merged3", "planted"] == ["adapter_drop"]
+    before = (tmp_path / "seed3/planted/causal/trained/metrics.json").stat().st_mtime_ns
+    calibrate.calibrate(tmp_path, [3], scale=0.01)
+    assert (tmp_path / "seed3/planted/causal/trained/metrics.json").stat().st_mtime_ns == before

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import run_bytes
@@ -21,6 +22,7 @@ import probes.cli
 from llava_bidir import LlavaBidirForConditionalGeneration
 from probes.training.solve import build_parser as build_solve_parser
 
+HEAVY = ("torch", "transformers", "lightning", "pandas", "sklearn", "matplotlib")
 MAIN = {"llava_bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 PROMISED = {
     "llava_bidir": "fit validate test export inspect estimate verify-data generate vqa vqa-table demo-assets".split()
@@ -58,7 +60,7 @@ def test_help_imports_nothing_heavy(package, command):
     """In a process of its own, like a typing error's answer."""
     code = f"import sys; sys.argv = ['x', {command!r}, '--help']; import {package}.cli as c\ntry: c.main()\n"
     code += "except SystemExit as end: assert not end.code, end\n"
-    code += "print([name for name in ('torch', 'transformers', 'lightning', 'pandas') if name in sys.modules])"
+    code += f"print([name for name in {HEAVY} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGING_S)
     assert done.stdout.endswith("[]\n"), done.stdout[-200:] + done.stderr
 
@@ -81,6 +83,32 @@ def test_short_help_has_options_and_defaults_of_the_parser(package, command, cap
         if default and name.startswith(("--model", "--data", "--out", "--overwrite", "--trainer")):
             found = re.findall(r"default: ([^)]*)\)", " ".join(entries[name].split()))
             assert found[-1].lower() == default[1], (option, found)
+
+
+@pytest.mark.parametrize("package", COMMANDS)
+def test_the_list_of_options_is_that_of_the_parsers(package, capsys):
+    """By which misspelt ones are found before the parsers are imported."""
+    found = set()
+    for command in import_module(f"{package}.cli").HELP:
+        with pytest.raises(SystemExit):
+            MAIN[package]([command, "--help-all"])
+        entries = [line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("-")]
+        found |= set(re.findall(r"(?<![\w.-])--[a-zA-Z][\w.-]*\w\+?", "\n".join(entries)))
+    file = Path(package) / "options.txt"
+    assert file.read_text().split() == sorted(found), f"{file} is outdated"
+
+
+@pytest.mark.parametrize(("package", "command"), PAGES + [("probes", "study")])
+def test_a_misspelt_option_is_an_error_at_once(package, command):
+    words = [command, "--seed_everythin=1", "--trainer.logger.project", "p", "--trainer.logger+=CSVLogger"]
+    words += ["--trainer.nonsense", "1"] + ["M", "D", "--out", "O"] * (command == "study")
+    code = f"import sys; sys.argv = ['x', *{words!r}]; import {package}.cli as c\ntry: c.main()\n"
+    code += (
+        f"except SystemExit as end: assert end.code == 2, end\nprint([name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGING_S)
+    assert "unrecognized arguments: --trainer.nonsense\n" in done.stderr
+    assert done.stdout == "[]\n", done.stdout
 
 
 @pytest.mark.parametrize("package", COMMANDS)

@@ -3,15 +3,18 @@
 import argparse
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from llava_bidir import __version__
 from llava_bidir.common.configs import with_config_paths
 from llava_bidir.common.errors import one_line_errors
+from llava_bidir.common.option_names import check_option_names
 from llava_bidir.common.short_help import ShortHelp, show_short_help
 from llava_bidir.common.usage_errors import ArgumentParser
 from probes.analyses import ANALYSES
 from probes.analyses.base import add_overwrite, add_run
 
+OPTIONS = Path(__file__).with_name("options.txt")  # of the commands in LIGHTNING_COMMANDS
 LIGHTNING_COMMANDS = {  # their options are defined by LightningCLI
     "fit": "train a probe at every site: -c configs/probes/ade20k.yaml --model.mllm DIR --data.root DIR --out RUN",
     "solve": "solve a probe at every site from moments, at every strength of regularisation; options as for fit",
@@ -162,7 +165,10 @@ def main(argv: list[str] | None = None) -> None:
         if not argv:
             build_parser().print_help()
             sys.exit(2)
-        run_command(show_short_help("probes", argv, HELP))
+        argv = show_short_help("probes", argv, HELP)
+        if argv[0] in LIGHTNING_COMMANDS:
+            check_option_names(f"probes {argv[0]}", argv[1:], OPTIONS)
+        run_command(argv)
 
 
 def run_command(argv: list[str]) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import run_bytes
@@ -21,6 +22,7 @@ import probes.cli
 from llava_bidir import LlavaBidirForConditionalGeneration
 from probes.training.solve import build_parser as build_solve_parser
 
+HEAVY = ("torch", "transformers", "lightning", "pandas", "sklearn", "matplotlib")
 MAIN = {"llava_bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 PROMISED = {
     "llava_bidir": "fit validate test export inspect estimate verify-data generate vqa vqa-table demo-assets".split()
@@ -66,7 +68,7 @@ for command in sys.argv[2:]:
         main()
     except SystemExit as end:
         assert not end.code, end
-    heavy = [name for name in ("torch", "transformers", "lightning", "pandas") if name in sys.modules]
+    heavy = [name for name in ("torch", "transformers", "lightning", "pandas", "sklearn", "matplotlib") if name in sys.modules]
     assert not heavy, (command, heavy)
 """
 
@@ -101,6 +103,32 @@ def test_short_help_has_options_and_defaults_of_the_parser(package, command, cap
 
 
 @pytest.mark.parametrize("package", COMMANDS)
+def test_the_list_of_options_is_that_of_the_parsers(package, capsys):
+    """By which misspelt ones are found before the parsers are imported."""
+    found = set()
+    for command in import_module(f"{package}.cli").HELP:
+        with pytest.raises(SystemExit):
+            MAIN[package]([command, "--help-all"])
+        entries = [line for line in capsys.readouterr().out.splitlines() if line.lstrip().startswith("-")]
+        found |= set(re.findall(r"(?<![\w.-])--[a-zA-Z][\w.-]*\w\+?", "\n".join(entries)))
+    file = Path(package) / "options.txt"
+    assert file.read_text().split() == sorted(found), f"{file} is outdated"
+
+
+@pytest.mark.parametrize(("package", "command"), PAGES + [("probes", "study")])
+def test_a_misspelt_option_is_an_error_at_once(package, command):
+    words = [command, "--seed_everythin=1", "--trainer.logger.project", "p", "--trainer.logger+=CSVLogger"]
+    words += ["--trainer.nonsense", "1"] + ["M", "D", "--out", "O"] * (command == "study")
+    code = f"import sys; sys.argv = ['x', *{words!r}]; import {package}.cli as c\ntry: c.main()\n"
+    code += (
+        f"except SystemExit as end: assert end.code == 2, end\nprint([name for name in {HEAVY} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANGING_S)
+    assert "unrecognized arguments: --trainer.nonsense\n" in done.stderr
+    assert done.stdout == "[]\n", done.stdout
+
+
+@pytest.mark.parametrize("package", COMMANDS)
 def test_each_command_runs_what_exists(package):
     """Commands name their function by text, to be imported when they run; those that take YAML have parsers of their
     own and name none."""
@@ -109,6 +137,25 @@ def test_each_command_runs_what_exists(package):
         module, _, function = (run or "builtins:print").partition(":")
         assert callable(getattr(import_module(module), function)), command
     assert sum(run is not None for run in named.values()) > 4
+
+
+NO_TRAINING = {"lightning", "deepspeed", "datasets", "torchmetrics", "sklearn", "umap"}
+NOT_NEEDED = {  # by command: what its module must not import
+    "llava_bidir": dict.fromkeys("generate import-gguf demo-assets rehearse".split(), NO_TRAINING)
+    | dict.fromkeys(("vqa", "vqa-table"), NO_TRAINING | {"transformers", "matplotlib", "pandas"})
+    | dict.fromkeys(("configs", "demo"), NO_TRAINING | {"torch", "numpy"}),
+    "probes": dict.fromkeys("sites states knockout answers patching maps explore".split(), NO_TRAINING)
+    | dict.fromkeys("starvation umap segment".split(), NO_TRAINING | {"transformers", "matplotlib", "pandas"})
+    | {"report": NO_TRAINING | {"transformers", "pandas"}, "lab": NO_TRAINING | {"torch", "starlette"}},
+}
+
+
+@pytest.mark.parametrize(("package", "command"), [(p, c) for p, names in NOT_NEEDED.items() for c in names])
+def test_commands_import_only_what_they_need(package, command):
+    module = subparsers(package)[command].get_default("run").partition(":")[0]
+    code = f"import sys, {module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=HANGING_S)
+    assert not NOT_NEEDED[package][command] & set(done.stdout.split())
 
 
 @pytest.mark.parametrize("package", COMMANDS)

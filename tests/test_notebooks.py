@@ -1,0 +1,65 @@
+"""The notebooks: committed with outputs, and every cell runs on the demo's model.
+
+They read runs/demo; with DEMO=FOLDER, as in `.ci/run`, that one.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from processes import HANGING_S
+
+nbformat = pytest.importorskip("nbformat", reason="nbformat (extra: test) is not installed")
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = [
+    "probes/models/see_what_your_model_sees.ipynb",
+    "probes/studies/from_pictures_to_a_verdict.ipynb",
+    "llava_bidir/model/train_with_your_own_mask.ipynb",
+]
+MAX_BYTES = 300_000
+
+
+def test_all_notebooks_are_tested():
+    found = {
+        str(path.relative_to(ROOT)) for folder in ("llava_bidir", "probes") for path in (ROOT / folder).rglob("*.ipynb")
+    }
+    assert found == set(NOTEBOOKS)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_committed_with_outputs_of_one_run_and_nothing_of_the_machine(name):
+    text = (ROOT / name).read_text()
+    cells = [cell for cell in nbformat.reads(text, 4).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert sum(bool(cell.outputs) for cell in cells) > len(cells) / 2
+    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+    assert "image/png" in text and len(text.encode()) < MAX_BYTES
+    assert not re.findall(r"(?:/home|/root|/tmp|/work|/Users|site-packages)/\S+", text)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_links_lead_to_files(name):
+    cells = nbformat.read(ROOT / name, 4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
+    links = re.findall(r"\]\(([^)#]+)(?:#[\w-]+)?\)", text)
+    assert links and not [link for link in links if not (ROOT / name).parent.joinpath(link).exists()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_every_cell_runs(name, tmp_path, monkeypatch):
+    """In a copy of the folder, which has nothing but a demo above it."""
+    client = pytest.importorskip("nbclient", reason="nbclient (extra: test) is not installed")
+    demo = Path(os.environ.get("DEMO") or ROOT / "runs/demo").absolute()
+    if not (demo / "report/results.json").is_file():
+        pytest.skip(f"no finished demo in {demo}: make demo")
+    folder = tmp_path / Path(name).parent
+    folder.mkdir(parents=True)
+    shutil.copytree(demo, tmp_path / "runs/demo")
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    notebook = nbformat.read(ROOT / name, 4)
+    client.NotebookClient(notebook, timeout=HANGING_S, resources={"metadata": {"path": str(folder)}}).execute()

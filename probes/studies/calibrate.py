@@ -27,7 +27,7 @@ import scipy.stats
 from llava_bidir.common.atomic_io import atomic_write, read_json, write_files
 from llava_bidir.common.errors import UserError
 from probes.report.claims import evaluate_claims
-from probes.report.study import read_studies
+from probes.results.study import read_studies
 from probes.report.verdicts import HOLDS
 from probes.results.task_run import finished_runs
 

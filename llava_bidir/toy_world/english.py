@@ -15,7 +15,7 @@ import numpy as np
 from .dialogues import GRID, SceneText, Turn, find_box, make_turns
 
 CAPTION = "Describe the picture."
-KIND = "Is this a room or a street?"
+KIND = "Is this a room or a street?"  # not asked about a montage of several scenes
 
 
 def describe(text: SceneText, rng: np.random.Generator) -> list[Turn]:
@@ -41,7 +41,9 @@ def build_dialogue(
     asked += [make_turns(_ask_point(i), text.names[i]) for i in rng.permutation(GRID**2)[:points]]
     asked = [asked[i] for i in rng.permutation(len(asked))]
     rows = "\n".join(" ".join(row) for row in np.array(text.names).reshape(GRID, GRID))
-    asked += [make_turns(KIND, f"a {_kind(text)}"), describe(text, rng)]
+    if _kind(text) in KIND:
+        asked.append(make_turns(KIND, f"a {_kind(text)}"))
+    asked.append(describe(text, rng))
     asked += [make_turns("What is in each row, from left to right?", rows)]
     return [turn for turns in asked for turn in turns]
 
@@ -84,4 +86,5 @@ def _noun(name: str) -> str:
 
 
 def _kind(text: SceneText) -> str:
-    return "room" if text.indoor else "street"
+    kinds = {"an indoor scene": "room", "an outdoor scene": "street"}
+    return kinds.get(text.kind, "montage of rooms and streets")

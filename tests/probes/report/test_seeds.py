@@ -13,7 +13,7 @@ import torch
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.cli import main
 from probes.report.figures.seeds import seed_figures
-from probes.report.seeds import join_column, mean_over_seeds
+from probes.report.seeds import join_column, join_entries, mean_over_seeds
 from probes.report.verdicts import compare_to_draws, judge_draws
 from probes.results.study import read_studies
 
@@ -135,3 +135,30 @@ def test_curve_of_seeds_is_their_mean_beside_that_of_all_random_llms(tmp_path):
     assert "Diamonds" in figure.caption and "Diamonds" not in without.caption
     assert len(without.data.figure.axes[0].lines) == 4
     assert not seed_figures(read_studies(folders[:1]))
+
+
+def test_a_seed_without_solved_probes_does_not_hide_the_distance_of_the_others():
+    paper = lambda value, below: (
+        {"value": value, "ci95": [value - 0.01, value + 0.01], "verdict": "holds"}
+        | {
+            "probes": "trained",
+            "below_optimum": below and {"value": below, "ci95": [below - 0.01, below + 0.01]},
+        }
+    )
+    joint = join_column(1, {0: paper(0.1, 0.03), 1: paper(0.2, None), 2: paper(0.3, 0.05)}, shared_images=False)
+    assert joint["value"] == pytest.approx(0.2) and joint["below_optimum"]["value"] == pytest.approx(0.04)
+    assert join_column(1, {0: paper(0.1, 0.03), 1: paper(0.2, None)}, shared_images=False)["below_optimum"] is None
+
+
+def test_entries_keep_what_all_seeds_have():
+    estimate = lambda value: {"value": value, "ci95": [value - 1, value + 1]}
+    row = lambda name, value: {"row": name, "recovery": estimate(value), "converged": value < 3}
+    first = {"task": "depth", "seed": 0, "path": [row("chosen", 1.0), row("weaker", 2.0)], "drop": estimate(1.0)}
+    second = {"task": "depth", "seed": 1, "path": [row("weaker", 4.0)]}
+    joint = join_entries([0, 1], [first, second], shared_images=False)
+    assert joint["task"] == "depth" and joint["seed"] is None and "drop" not in joint
+    (weaker,) = joint["path"]
+    assert weaker["row"] == "weaker" and weaker["converged"] is False
+    assert weaker["recovery"]["value"] == 3.0 and weaker["recovery"]["by_seed"] == {0: 2.0, 1: 4.0}
+    expected = mean_over_seeds([(2.0, [1.0, 3.0]), (4.0, [3.0, 5.0])], shared_images=False)
+    assert weaker["recovery"]["ci95"] == expected[1]

@@ -15,7 +15,7 @@ positions share; a boundary pixel has no error of its own. The further analyses 
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -28,6 +28,7 @@ from probes.analyses.replacement import check_replaceable
 from probes.models.sites import ADAPTER
 from probes.results.finished_run import warn_of_changed_data
 from probes.results.probe_run import ProbeRun
+from probes.results.study import MASKS
 from probes.results.task_run import TaskRun, open_run
 
 from .by_class import class_results
@@ -172,66 +173,59 @@ def run(args: argparse.Namespace) -> None:
         results = starvation(causal, bidirectional, args.site, args.seed, **options)
         write_files({out / "starvation.json": results})
     if "error" in results:
-        _print_errors(results)
-        return
-    for patch in range(min(3, len(results["gap"]))):
-        print(f"patch {patch}: {_format_gap({key: results[key][patch] for key in ('causal', 'gap', 'gap_ci95')})}")
-    print(f"first row: {_format_gap(results['first_row'])} at {results['site']}")
-    if args.by_class:
-        print(f"first row, standardised classes: {_format_gap(results['by_class']['first_row'])}")
-        for group in results["by_class"]["groups"]:
-            print(f"first row, {group['frequency']} classes ({group['share']:.0%} of pixels): {_format_gap(group)}")
-    for flip in results.get("flips", []):
+        print(f"{results['error']} at {results['site']}; the difference is positive where bidirectional is better")
+    for where, gap in _gaps(results):
+        print(f"{where}: {_format_gap(gap, '.3g' if 'error' in results else '.1%')}")
+
+
+def _gaps(results: dict) -> Iterator[tuple[str, dict]]:
+    """Yield what is printed: where, and the gap there, or a difference of gaps."""
+    yield from _first_gaps(results)
+    if by_class := results.get("by_class"):
+        yield "first row, standardised classes", by_class["first_row"]
+        for group in by_class["groups"]:
+            yield f"first row, {group['frequency']} classes ({group['share']:.0%} of pixels)", group
+    for flip in results.get("flips", ()):
         patches = f"patches {flip['patches'][0]}..{flip['patches'][-1]}"
-        print(f"flipped images ({flip['flip']}), {patches}: {_format_gap(flip['position'])}")
-        print(f"flipped images ({flip['flip']}), content of {patches}: {_format_gap(flip['content'])}")
-        print(f"difference {_format_points(flip['moved'], flip['moved_ci95'])}; position or content: {flip['follows']}")
-    for entry in results["by_position"]["sites"] if args.own_probe else ():
-        _print_probes(entry)
+        yield f"flipped images ({flip['flip']}), {patches}", flip["position"]
+        yield f"flipped images ({flip['flip']}), content of {patches}", flip["content"]
+        yield (
+            f"position minus content; position or content: {flip['follows']}",
+            _change(flip["moved"], flip["moved_ci95"]),
+        )
+    yield from _gaps_of_probes(results)
     if dummy := results.get("dummy_tokens"):
         for mask, change in dummy["change"].items():
-            patch, row = (_format_points(change[key]["value"], change[key]["ci95"]) for key in ("patch_0", "first_row"))
-            print(f"{dummy['tokens']} dummy tokens before the image, {mask}: patch 0 {patch}, first row {row}")
-        print(f"first row with dummy tokens: {_format_gap(dummy['first_row'])}")
-        if args.own_probe:
-            print("with dummy tokens, and probes solved with them:")
-            _print_probes(dummy["by_position"]["sites"][0])
+            for key, entry in change.items():
+                where = f"{dummy['tokens']} dummy tokens before the image, {mask}: {key.replace('_', ' ')}"
+                yield where, _change(**entry)
+        yield "first row with dummy tokens", dummy["first_row"]
+        for where, gap in _gaps_of_probes(dummy):
+            yield f"with dummy tokens, {where}", gap
 
 
-def _print_errors(results: dict) -> None:
-    """Print the errors at the first patches and over the first row."""
-    keys = ("causal", "bidirectional", "gap", "gap_ci95")
-    first = [(f"patch {i}", {key: results[key][i] for key in keys}) for i in range(min(3, len(results["gap"])))]
-    print(f"{results['error']} at {results['site']}; the difference is positive where bidirectional is better")
-    for where, gap in [*first, ("first row", results["first_row"])]:
-        if math.isnan(gap["gap"]):
-            print(f"{where}: no labelled pixel")
-            continue
-        low, high = gap["gap_ci95"]
-        difference = f"{gap['gap']:+.3g} [{low:+.3g}, {high:+.3g}]"
-        print(f"{where}: causal {gap['causal']:.3g}, bidirectional {gap['bidirectional']:.3g}, difference {difference}")
+def _first_gaps(gaps: dict) -> list[tuple[str, dict]]:
+    """Return the gaps at the first three patches and over the first row."""
+    by_patch = {key: gaps[key][:3] for key in ("causal", "bidirectional", "gap", "gap_ci95") if key in gaps}
+    patches = [dict(zip(by_patch, values, strict=True)) for values in zip(*by_patch.values(), strict=True)]
+    return [*((f"patch {i}", gap) for i, gap in enumerate(patches)), ("first row", gaps["first_row"])]
 
 
-def _print_probes(entry: dict) -> None:
-    """Print the gaps at a site under one probe for all positions and under a probe for each."""
-    for name, text in (("shared", "one probe for all positions"), ("own", "a probe for each position")):
-        first = {key: entry[name][key][0] for key in ("causal", "gap", "gap_ci95")}
-        for where, gap in (("patch 0", first), ("first row", entry[name]["first_row"])):
-            print(f"{entry['site']}, {text}, {where}: {_format_gap(gap)}")
-    read_out, row = entry["read_out"], entry["read_out"]["first_row"]
-    patch, row = (
-        _format_points(read_out["gap"][0], read_out["gap_ci95"][0]),
-        _format_points(row["gap"], row["gap_ci95"]),
-    )
-    print(f"{entry['site']}, due to the shared probe: patch 0 {patch}, first row {row}")
+def _gaps_of_probes(results: dict) -> Iterator[tuple[str, dict]]:
+    """Yield the gaps under one probe for all positions and under a probe for each, and their difference."""
+    texts = {"shared": "one probe for all positions", "own": "a probe for each position"}
+    for entry in results.get("by_position", {"sites": ()})["sites"]:
+        for name, text in (texts | {"read_out": "due to the shared probe"}).items():
+            yield from ((f"{entry['site']}, {text}, {where}", gap) for where, gap in _first_gaps(entry[name]))
 
 
-def _format_gap(gap: dict) -> str:
+def _change(value: float, ci95: list[float]) -> dict:
+    return {"gap": value, "gap_ci95": ci95}
+
+
+def _format_gap(gap: dict, digits: str) -> str:
     if math.isnan(gap["gap"]):
         return "no labelled pixel"
-    bidirectional, difference = gap["causal"] + gap["gap"], _format_points(gap["gap"], gap["gap_ci95"])
-    return f"causal {gap['causal']:.1%}, bidirectional {bidirectional:.1%}, difference {difference}"
-
-
-def _format_points(value: float, ci95: list[float]) -> str:
-    return "no labelled pixel" if math.isnan(value) else f"{value:+.1%} [{ci95[0]:+.1%}, {ci95[1]:+.1%}]"
+    low, high = (f"{bound:+{digits}}" for bound in gap["gap_ci95"])
+    masks = "".join(f"{mask} {gap[mask]:{digits}}, " for mask in MASKS if mask in gap)
+    return f"{masks}difference {gap['gap']:+{digits}} [{low}, {high}]"

@@ -36,9 +36,9 @@ def supervised_loss(
         chunk_tokens: Number of tokens whose logits exist at a time; None for all.
     """
     targets = batch["labels"].flatten()[batch["predicts"] + 1]
-    with _head_computes(model, partial(_summed_loss, batch["predicts"], targets, chunk_tokens)):
+    with _head_computes(model, partial(_summed_loss, batch["predicts"], targets, chunk_tokens)), _not_warned(model):
         total = model(
-            **_inputs(model, batch),
+            inputs_embeds=_embed(model, batch),
             attention_mask=_attention_mask(model, batch),
             position_ids=batch["position_ids"],
             use_cache=False,
@@ -58,18 +58,27 @@ def _summed_loss(
     return sum(checkpoint(token_losses, x, y, use_reentrant=False, preserve_rng_state=False) for x, y in chunks)
 
 
-def _inputs(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the ids of a batch without images, or `inputs_embeds` f[B, N, d] with image features at their tokens.
+def _embed(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]) -> Tensor:
+    """Return the LLM's input f[B, N, d], with the features of the images at their tokens.
 
-    LlavaModel.forward finds these tokens on the device, and waits for it to count them and for the gradient. Embeddings
-    of text alone would be warned of, since they could contain images.
+    LlavaModel.forward finds these tokens on the device, and waits for it to count them and for the gradient. Text alone
+    is embedded here, too: under ZeRO-3 all ranks gather weights in one order, whether their batches have images or not.
     """
-    if batch["pixel_values"] is None:
-        return {"input_ids": batch["input_ids"]}
     embedded = model.get_input_embeddings()(batch["input_ids"])
+    if batch["pixel_values"] is None:
+        return embedded
     features = torch.cat(model.get_image_features(batch["pixel_values"]).pooler_output).to(embedded.dtype)
-    embedded = embedded.flatten(0, 1).index_copy(0, batch["image_positions"], features).view_as(embedded)
-    return {"inputs_embeds": embedded}
+    return embedded.flatten(0, 1).index_copy(0, batch["image_positions"], features).view_as(embedded)
+
+
+@contextmanager
+def _not_warned(model: LlavaBidirForConditionalGeneration) -> Iterator[None]:
+    """Keep the model from warning that embeddings of text could contain images."""
+    model._warn_of_embedded_images = lambda attention_mask: None
+    try:
+        yield
+    finally:
+        del model._warn_of_embedded_images
 
 
 def _attention_mask(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]):

@@ -28,7 +28,6 @@ STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 FOLDS = 5
 # Predicted decrease in nats, of folds and of all patches. At 1e-5, weak strengths look better than they are.
 PATH_TOLERANCE, TOLERANCE = 1e-6, 1e-7
-MEMORY = 12  # pairs of L-BFGS: with so small problems, more cost more than the steps that they save
 JITTER = 1e-6  # of the mean of the Gram matrix's diagonal, so that equal patches do not make it singular
 DEAD = 1e-12  # variance of a constant channel relative to its mean square, up to rounding of float32
 CHUNK_NUMEL = 2**25  # coordinates of the sites that are solved together
@@ -183,7 +182,7 @@ def _coordinates(inputs: list[Tensor]) -> tuple[Tensor, Callable[[int, Tensor], 
     if n >= width:
         padded = torch.stack([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in inputs])
         return torch.cat([padded, ones], -1), lambda s, w: w[..., : inputs[s].shape[1]]
-    gram = torch.stack([x @ x.T for x in inputs]).double()
+    gram = torch.stack([x.double() @ x.double().T for x in inputs])  # in float32, it is indefinite by rounding
     jitter = JITTER * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
     factor = torch.linalg.cholesky(gram + jitter[:, None, None] * torch.eye(n, dtype=gram.dtype))
 
@@ -203,9 +202,9 @@ def _concept_weights(y: Tensor, used: Tensor) -> Tensor:
 def _solve_path(tokens: Tensor, y: Tensor, held: Tensor, check: Callable[[], None]) -> tuple[Tensor, Tensor]:
     """Return points f32[R, S, F, K, m + 1] by strength, and the losses f32[R, S, F] of left-out patches.
 
-    A site ends at the first strength that is worse than the one before in all folds; later losses are infinite. Each
-    problem starts from its own point at the strength before, never from a solution of all patches, which has seen what
-    the fold leaves out.
+    A site ends at the first strength that is worse than the one before; later losses are infinite. Each problem starts
+    from its own point at the strength before, never from a solution of all patches, which has seen what the fold leaves
+    out.
     """
     (sites, patches, _), folds, concepts = tokens.shape, len(held), int(y.max()) + 1
     weights = held * _concept_weights(y, torch.ones_like(y, dtype=torch.bool))  # [F, N]
@@ -220,7 +219,8 @@ def _solve_path(tokens: Tensor, y: Tensor, held: Tensor, check: Callable[[], Non
         log_p = logits.view(len(left), patches, folds, concepts).log_softmax(-1)
         losses[r, left] = -(log_p[:, torch.arange(patches), :, y] * weights.T[:, None]).sum(0)
         paths[r, left] = points.view(len(left), folds, concepts, -1)
-        left = left[(losses[r] <= losses[max(r - 1, 0)])[left].any(1)]  # each fold's choice has to be solved
+        totals = losses[:, left].sum(2)
+        left = left[totals[r] <= totals[max(r - 1, 0)]]
         if not len(left):
             break
     return paths, losses
@@ -248,7 +248,7 @@ class _Problem:
         squares = self.v @ self.tokens.square()  # [S, F, m + 1]
         curvature = (concepts - 1) / concepts**2 * squares.flatten(0, 1)[:, None] + self.ridge  # at w = 0
         scale = curvature.clamp(min=1e-12).rsqrt().expand_as(start)
-        return minimise(self._value_and_gradient, start, scale, tolerance, memory=MEMORY)[0]
+        return minimise(self._value_and_gradient, start, scale, tolerance)[0]
 
     def _value_and_gradient(self, points: Tensor, which: list[int]) -> tuple[Tensor, Tensor]:
         """Return value f32[p] and gradient of some of the problems at given points, for :func:`minimise`."""

@@ -6,7 +6,7 @@ The objective of a site is multinomial logistic regression with a ridge and equa
 
 x are the states, each channel divided by its standard deviation over the painted patches and by sqrt(d). One strength r
 then means about the same at every width. If there are fewer patches than channels, the problem is solved in the span of
-the patches: with the Gram matrix X X^T = L L^T, the rows of L are coordinates of the patches, and |w| is unchanged.
+the patches: with X^T = Q R, the columns of R are coordinates of the patches, and |w| is unchanged.
 
 The strength of a site is the one with the lowest cross-entropy on patches that were left out: those of the photos of a
 fold, or blocks of patches if a concept is painted on a single photo. The probe that scores a fold has the strength that
@@ -28,7 +28,6 @@ STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 FOLDS = 5
 # Predicted decrease in nats, of folds and of all patches. At 1e-5, weak strengths look better than they are.
 PATH_TOLERANCE, TOLERANCE = 1e-6, 1e-7
-JITTER = 1e-6  # of the mean of the Gram matrix's diagonal, so that equal patches do not make it singular
 DEAD = 1e-12  # variance of a constant channel relative to its mean square, up to rounding of float32
 CHUNK_NUMEL = 2**25  # coordinates of the sites that are solved together
 
@@ -177,20 +176,15 @@ class _Channels:
 
 def _coordinates(inputs: list[Tensor]) -> tuple[Tensor, Callable[[int, Tensor], Tensor]]:
     """Return coordinates f32[S, N, m + 1] with a last column of ones, and what maps weights of them to those of x."""
-    n, width = len(inputs[0]), max(x.shape[1] for x in inputs)
-    ones = torch.ones(len(inputs), n, 1)
-    if n >= width:
-        padded = torch.stack([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in inputs])
-        return torch.cat([padded, ones], -1), lambda s, w: w[..., : inputs[s].shape[1]]
-    gram = torch.stack([x.double() @ x.double().T for x in inputs])  # in float32, it is indefinite by rounding
-    jitter = JITTER * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
-    factor = torch.linalg.cholesky(gram + jitter[:, None, None] * torch.eye(n, dtype=gram.dtype))
-
-    def to_weights(s: int, w: Tensor) -> Tensor:
-        dual = torch.linalg.solve_triangular(factor[s].T, w.flatten(0, 1).T, upper=True)
-        return (dual.T @ inputs[s].double()).view(*w.shape[:2], -1)
-
-    return torch.cat([factor.float(), ones], -1), to_weights
+    bases, coordinates = [], []
+    for x in inputs:
+        basis, r = torch.linalg.qr(x.T) if len(x) < x.shape[1] else (torch.eye(x.shape[1]), x.T)  # x = r^T basis^T
+        bases.append(basis)
+        coordinates.append(r.T)
+    width = max(x.shape[1] for x in coordinates)
+    padded = torch.stack([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in coordinates])
+    ones = torch.ones(len(inputs), len(inputs[0]), 1)
+    return torch.cat([padded, ones], -1), lambda s, w: w[..., : bases[s].shape[1]] @ bases[s].to(w).T
 
 
 def _concept_weights(y: Tensor, used: Tensor) -> Tensor:

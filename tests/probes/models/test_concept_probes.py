@@ -127,13 +127,15 @@ def test_equal_patches_and_constant_states_are_no_error():
 
 
 def test_a_narrow_encoder_beside_a_wide_llm():
-    """Patches outnumber the encoder's channels, so that its Gram matrix is singular, and rounding may not break it."""
+    """Patches outnumber the encoder's channels but not the LLM's: the two have coordinates of different width."""
     paint = painted(290, photos=5)
     x = states_of(paint, 576)
-    probes = solve_concepts({"encoder": x[:, 2:26] * 1e3, "layer": x}, paint, make_folds(paint, 8))
-    alone = solve_concepts({"encoder": x[:, 2:26] * 1e3}, paint, probes.folds)
+    x[:3] *= 10  # patches of large norm, as LLMs have
+    encoder = x[:, 2:26]
+    probes = solve_concepts({"encoder": encoder, "layer": x}, paint, make_folds(paint, 8))
+    alone = solve_concepts({"encoder": encoder}, paint, probes.folds)
     assert probes.strengths["encoder"] == alone.strengths["encoder"]
-    both = [p.logits(x[:, 2:26] * 1e3, "encoder").softmax(-1) for p in (probes, alone)]
+    both = [p.logits(encoder, "encoder").softmax(-1) for p in (probes, alone)]
     torch.testing.assert_close(*both, atol=0.01, rtol=0)
 
 

@@ -6,7 +6,7 @@ The objective of a site is multinomial logistic regression with a ridge and equa
 
 x are the states, each channel divided by its standard deviation over the painted patches and by sqrt(d). One strength r
 then means about the same at every width. If there are fewer patches than channels, the problem is solved in the span of
-the patches: with the Gram matrix X X^T = L L^T, the rows of L are coordinates of the patches, and |w| is unchanged.
+the patches: with X^T = Q R, the columns of R are coordinates of the patches, and |w| is unchanged.
 
 The strength of a site is the one with the lowest cross-entropy on patches that were left out: those of the photos of a
 fold, or blocks of patches if a concept is painted on a single photo. The probe that scores a fold has the strength that
@@ -28,8 +28,6 @@ STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 FOLDS = 5
 # Predicted decrease in nats, of folds and of all patches. At 1e-5, weak strengths look better than they are.
 PATH_TOLERANCE, TOLERANCE = 1e-6, 1e-7
-MEMORY = 12  # pairs of L-BFGS: with so small problems, more cost more than the steps that they save
-JITTER = 1e-6  # of the mean of the Gram matrix's diagonal, so that equal patches do not make it singular
 DEAD = 1e-12  # variance of a constant channel relative to its mean square, up to rounding of float32
 CHUNK_NUMEL = 2**25  # coordinates of the sites that are solved together
 
@@ -178,20 +176,15 @@ class _Channels:
 
 def _coordinates(inputs: list[Tensor]) -> tuple[Tensor, Callable[[int, Tensor], Tensor]]:
     """Return coordinates f32[S, N, m + 1] with a last column of ones, and what maps weights of them to those of x."""
-    n, width = len(inputs[0]), max(x.shape[1] for x in inputs)
-    ones = torch.ones(len(inputs), n, 1)
-    if n >= width:
-        padded = torch.stack([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in inputs])
-        return torch.cat([padded, ones], -1), lambda s, w: w[..., : inputs[s].shape[1]]
-    gram = torch.stack([x @ x.T for x in inputs]).double()
-    jitter = JITTER * gram.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
-    factor = torch.linalg.cholesky(gram + jitter[:, None, None] * torch.eye(n, dtype=gram.dtype))
-
-    def to_weights(s: int, w: Tensor) -> Tensor:
-        dual = torch.linalg.solve_triangular(factor[s].T, w.flatten(0, 1).T, upper=True)
-        return (dual.T @ inputs[s].double()).view(*w.shape[:2], -1)
-
-    return torch.cat([factor.float(), ones], -1), to_weights
+    bases, coordinates = [], []
+    for x in inputs:
+        basis, r = torch.linalg.qr(x.T) if len(x) < x.shape[1] else (torch.eye(x.shape[1]), x.T)  # x = r^T basis^T
+        bases.append(basis)
+        coordinates.append(r.T)
+    width = max(x.shape[1] for x in coordinates)
+    padded = torch.stack([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in coordinates])
+    ones = torch.ones(len(inputs), len(inputs[0]), 1)
+    return torch.cat([padded, ones], -1), lambda s, w: w[..., : bases[s].shape[1]] @ bases[s].to(w).T
 
 
 def _concept_weights(y: Tensor, used: Tensor) -> Tensor:
@@ -203,9 +196,9 @@ def _concept_weights(y: Tensor, used: Tensor) -> Tensor:
 def _solve_path(tokens: Tensor, y: Tensor, held: Tensor, check: Callable[[], None]) -> tuple[Tensor, Tensor]:
     """Return points f32[R, S, F, K, m + 1] by strength, and the losses f32[R, S, F] of left-out patches.
 
-    A site ends at the first strength that is worse than the one before in all folds; later losses are infinite. Each
-    problem starts from its own point at the strength before, never from a solution of all patches, which has seen what
-    the fold leaves out.
+    A site ends at the first strength that is worse than the one before; later losses are infinite. Each problem starts
+    from its own point at the strength before, never from a solution of all patches, which has seen what the fold leaves
+    out.
     """
     (sites, patches, _), folds, concepts = tokens.shape, len(held), int(y.max()) + 1
     weights = held * _concept_weights(y, torch.ones_like(y, dtype=torch.bool))  # [F, N]
@@ -220,7 +213,8 @@ def _solve_path(tokens: Tensor, y: Tensor, held: Tensor, check: Callable[[], Non
         log_p = logits.view(len(left), patches, folds, concepts).log_softmax(-1)
         losses[r, left] = -(log_p[:, torch.arange(patches), :, y] * weights.T[:, None]).sum(0)
         paths[r, left] = points.view(len(left), folds, concepts, -1)
-        left = left[(losses[r] <= losses[max(r - 1, 0)])[left].any(1)]  # each fold's choice has to be solved
+        totals = losses[:, left].sum(2)
+        left = left[totals[r] <= totals[max(r - 1, 0)]]
         if not len(left):
             break
     return paths, losses
@@ -248,7 +242,7 @@ class _Problem:
         squares = self.v @ self.tokens.square()  # [S, F, m + 1]
         curvature = (concepts - 1) / concepts**2 * squares.flatten(0, 1)[:, None] + self.ridge  # at w = 0
         scale = curvature.clamp(min=1e-12).rsqrt().expand_as(start)
-        return minimise(self._value_and_gradient, start, scale, tolerance, memory=MEMORY)[0]
+        return minimise(self._value_and_gradient, start, scale, tolerance)[0]
 
     def _value_and_gradient(self, points: Tensor, which: list[int]) -> tuple[Tensor, Tensor]:
         """Return value f32[p] and gradient of some of the problems at given points, for :func:`minimise`."""

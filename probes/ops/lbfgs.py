@@ -10,19 +10,14 @@ import torch
 from torch import Tensor
 
 ITERATIONS = 300
-MEMORY = 40  # pairs; 20 take a quarter more steps where a pass over the data is what costs
+MEMORY = 40  # pairs; 20 take a quarter more steps, 12 three times as many for few patches and weak strengths
 HALVINGS = 10  # of a step, before rounding is blamed
 
 Objective = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]  # points f64[P, K, n] of the problems in a list
 
 
 def minimise(
-    objective: Objective,
-    points: Tensor,
-    scale: Tensor,
-    tolerance: float,
-    iterations: int = ITERATIONS,
-    memory: int = MEMORY,
+    objective: Objective, points: Tensor, scale: Tensor, tolerance: float, iterations: int = ITERATIONS
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the minima of P independent smooth convex objectives, by L-BFGS with steps in units of `scale`.
 
@@ -32,7 +27,6 @@ def minimise(
         scale: f64[P, K, n], about the inverse square root of the curvature.
         tolerance: Predicted decrease at which a problem ends.
         iterations: Most steps.
-        memory: Most pairs.
 
     Returns:
         Points f64[P, K, n], gradients f64[P, K, n] there, and predicted decreases f64[P].
@@ -42,7 +36,7 @@ def minimise(
         y if y.ndim == 1 else y.flatten(1) for y in objective(x.view(-1, *shape[1:]), problems)
     )
     value, gradient = evaluate(points, list(range(len(points))))
-    pairs: deque[tuple[Tensor, ...]] = deque(maxlen=memory)
+    pairs: deque[tuple[Tensor, ...]] = deque(maxlen=MEMORY)
     blocked = torch.zeros_like(value, dtype=torch.bool)  # no step decreases the value: it is exact to rounding
     for iteration in range(iterations + 1):
         scaled = gradient * scale

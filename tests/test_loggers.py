@@ -16,7 +16,7 @@ SAID = defaultdict(list)  # by kind: (name, content)
 
 
 class Wandb(WandbLogger):
-    name, version, save_dir = "name", "version", "elsewhere"
+    name, version, save_dir, experiment = "name", "version", "elsewhere", None
 
     def __init__(self):
         self._logged_metrics = {}

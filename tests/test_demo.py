@@ -63,7 +63,7 @@ def finished(tmp_path_factory) -> Path:
 
 def main_study(found: dict) -> dict:
     """The study of both masks on pictures of two scenes."""
-    (study,) = (s for s in found["studies"] if s["dataset"] == "2 scenes" and "merged" not in s["model"])
+    (study,) = (s for s in found["studies"] if len(s["masks"]) == 2)
     return study
 
 
@@ -80,17 +80,17 @@ def test_results_name_every_mask_and_control(finished):
 
 def test_claims_have_the_truth_that_was_planted_of_both_kinds(finished):
     truth = {
-        (study["dataset"], study["model"].partition(", ")[2], claim["claim"], claim["image_attention"]): claim["truth"]
+        (study["model"].partition(", ")[2], claim["claim"], claim["image_attention"]): claim["truth"]
         for study in results(finished)["studies"]
         for claim in study["claims"]
         if "truth" in claim
     }
     for mask in ("causal", "bidirectional"):
-        assert truth.pop(("2 scenes", "", "recovery", mask)) == "planted"
-    assert truth.pop(("one scene", "", "recovery", "bidirectional")) == "absent"
-    assert truth.pop(("2 scenes", "3 pairs merged", "adapter_drop", "bidirectional")) == "planted"
-    assert truth.pop(("2 scenes", "0 pairs merged", "adapter_drop", "bidirectional")) == "absent"
-    assert {claim for _, _, claim, _ in truth} == {"starvation", "starvation_first_row"}
+        assert truth.pop(("", "recovery", mask)) == "planted"
+    assert truth.pop(("shuffled", "recovery", "bidirectional")) == "absent"
+    assert truth.pop(("3 pairs merged", "adapter_drop", "bidirectional")) == "planted"
+    assert truth.pop(("0 pairs merged", "adapter_drop", "bidirectional")) == "absent"
+    assert {claim for _, claim, _ in truth} == {"starvation", "starvation_first_row"}
 
 
 def test_no_network_is_reached_for(finished):
@@ -130,7 +130,7 @@ def test_deleted_result_is_made_again_with_what_follows_and_nothing_else(finishe
         ("null", ["null world"]),
         ("conjunction", ["conjunction world"]),
         ("context", ["toy world"]),
-        ("binding", ["one scene", "2 scenes", "2 scenes", "2 scenes"]),
+        ("binding", ["2 scenes"] * 4),
     ],
 )
 def test_every_probe_of_the_demo_records_the_name_of_its_world(world, names, tmp_path, monkeypatch):

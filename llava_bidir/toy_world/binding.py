@@ -5,7 +5,7 @@ equally many, and a border of one pixel marks a patch with the hue of its scene,
 a ceiling or a sky follows from what other patches with the same border show, and from no others:
 
     scenes   who can tell
-    1        whoever mixes all patches, also with random weights: a true "no" for what training adds
+    1        whoever mixes all patches; random layers do so, too, but a probe reads less of that than trained ones write
     2, 4     whoever binds: attends to patches of the same hue
 
 The mask ignores borders. Each scene shows at least `CUES` patches with a lamp, a picture or a tree.

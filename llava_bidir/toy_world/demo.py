@@ -3,9 +3,10 @@
 OUT/assets                  the world, a tiny CLIP and a tiny Llama
 OUT/MASK/stage1, stage2     LLaVA's two stages under both masks, two at a time on one thread each
 OUT/MASK/planted            the models with a planted recovery (plant.py), in the binding world
-OUT/merged, OUT/intact      the bidirectional one with a planted drop at the adapter, and without
+OUT/shuffled                the bidirectional one with a shuffled LLM, in which nothing is planted
+OUT/merged, OUT/intact      the same with a planted drop at the adapter, and without
 OUT/MASK/ARM, OUT/report    one study of both (probes/studies/README.md)
-OUT/one_scene/ARM, ...      those of pictures with one scene, and of the two adapters, in the same report
+OUT/shuffled/ARM, ...       those of the other three, in the same report
 OUT/logs                    what each step said
 
 In the binding world the truth about a claim is known, and the last table has it beside what the study found. A result
@@ -28,17 +29,13 @@ STUDY = f"--fit --arms {ARMS} --add knockout.classes={LOOK_ALIKES} knockout.draw
 STUDY += " starvation.flip=horizontal,rotate explore"
 # What no claim needs; it takes half of the time of a small demo.
 EXTRAS = "patching.limit=100 patching.draws=1 maps.classes=ceiling,road umap --tasks depth normals boundaries"
-# The binding world: two scenes in a picture, and one. The drop, at the encoder and the adapter, has studies of its own.
+# The binding world. The drop, at the encoder and the adapter, has studies of its own.
 SCENES = 2
 BINDING = "--arms trained random0 random1 --add explore answers.limit=80 answers.draws=1"
 BINDING += " knockout.classes=ceiling,sky,wall,building knockout.draws=1"
 SITES = "--model.sites [adapter,layer_01,layer_02,layer_03,layer_04]"
-# Runs that the report of the study includes. {world} is OUT/assets.
-OTHERS = {
-    "one_scene": "{out}/bidirectional/planted/hf {world}/one_scene --arms trained random0 random1 --only solve",
-    "merged": "{out}/merged/hf {world}/segmentation --arms trained adapter0 adapter1 --only solve",
-    "intact": "{out}/intact/hf {world}/segmentation --arms trained adapter0 adapter1 --only solve",
-}
+# Studies whose runs are in the same report: of a folder below OUT, with random LLMs or adapters.
+OTHERS = {"shuffled": "random", "merged": "adapter", "intact": "adapter"}
 PLANT_STEPS = {"--steps": 1200, "--answer-steps": 1500}  # at scale 1, but at most 600 each
 ADAPTER_SITES = "--model.sites [encoder,adapter]"
 
@@ -71,17 +68,16 @@ def _study(out: Path, settings: dict, extras: bool) -> list[str]:
 def _binding_studies(out: Path, settings: dict, extras: bool) -> list[list[str]]:
     """Return the words of the studies; the last one writes the report of all."""
     commands = []
-    for name, text in OTHERS.items():
-        words = shlex.split(text.format(out=out, world=out / "assets"))
-        sites = shlex.split(SITES if name == "one_scene" else ADAPTER_SITES)
-        dataset = "one scene" if name == "one_scene" else f"{SCENES} scenes"
-        commands.append([*words, *sites, "--out", str(out / name), *_common(settings, dataset)])
+    world, common = str(out / "assets/segmentation"), _common(settings, f"{SCENES} scenes")
+    for name, kind in OTHERS.items():
+        arms = ["--arms", "trained", f"{kind}0", f"{kind}1", "--only", "solve"]
+        sites = shlex.split(SITES if kind == "random" else ADAPTER_SITES)
+        commands.append([str(out / name / "hf"), world, *arms, *sites, "--out", str(out / name), *common])
     models = [f"{mask}={out / mask / 'planted/hf'}" for mask in MASKS]
     study = [*shlex.split(BINDING), "--fit"]
     if not (extras or settings["scale"] >= 1):  # knockouts take half of the time, and no truth is known about them
         study += ["--only", "solve", "fit", "starvation", "answers", "explore", "report"]
-    study += [*shlex.split(SITES), *_common(settings, f"{SCENES} scenes")]
-    return [*commands, [*models, str(out / "assets/segmentation"), "--out", str(out), *study]]
+    return [*commands, [*models, world, "--out", str(out), *study, *shlex.split(SITES), *common]]
 
 
 def _common(settings: dict, dataset: str) -> list[str]:
@@ -140,12 +136,16 @@ def _train(out: Path, mask: str, settings: dict) -> None:
 
 
 def _plant(out: Path, mask: str, settings: dict) -> list[Step]:
-    """Return the steps that plant a recovery, and under the bidirectional mask both adapters."""
+    """Return the steps that plant a recovery, and under the bidirectional mask the other three models."""
     count = {name: max(2, min(600, round(steps * settings["scale"]))) for name, steps in PLANT_STEPS.items()}
     jobs = [("recovery", out / mask / "stage2", out / mask / "planted", count | {"--seed": settings["seed"]})]
     if mask == "bidirectional":
-        for name, pairs in (("merged", 3), ("intact", 0)):
-            jobs.append(("drop", out / mask / "planted", out / name, {"--pairs": pairs}))
+        for name, what, options in (
+            ("shuffled", "random", {"--seed": settings["seed"]}),
+            ("merged", "drop", {"--pairs": 3}),
+            ("intact", "drop", {"--pairs": 0}),
+        ):
+            jobs.append((what, out / mask / "planted", out / name, options))
     return [
         (
             target / WEIGHTS,

@@ -37,10 +37,11 @@ from .tiny_models import normalize, train
 QUESTIONS = 8  # about each picture, where they are trained along
 # Pairs of classes that a planted drop merges, in this order. None of them are look-alikes.
 MERGED = (("lamp", "tree"), ("picture", "window"), ("door", "person"))
-# Truth of the claims by folder of pictures. Random layers mix one scene as well as trained ones.
+# Truth of the claims by folder of pictures, as far as it follows from how a model was made. With one scene it does not:
+# random layers mix its patches, too, and how much a probe reads of that is a matter of noise and of training images.
 # A causal model cannot refine tokens before the cue of their scene, the bidirectional one that it is compared with can.
 CLAIMS = ("recovery", "starvation", "starvation_first_row")
-RECOVERY = {"segmentation": dict.fromkeys(CLAIMS, "planted"), "one_scene": {"recovery": "absent"}}
+RECOVERY = {"segmentation": dict.fromkeys(CLAIMS, "planted")}
 
 
 def plant_recovery(
@@ -99,7 +100,7 @@ def plant_random(model: Path, out: Path, *, seed: int = 0) -> None:
         for weight in net.model.language_model.layers.parameters():
             if weight.ndim > 1:
                 weight.copy_(weight.flatten()[torch.randperm(weight.numel(), generator=generator)].view_as(weight))
-    _save(net, processor, model, out, {"planted": "random", "seed": seed}, nothing(RECOVERY), ", random")
+    _save(net, processor, model, out, {"planted": "random", "seed": seed}, nothing(RECOVERY), ", shuffled")
 
 
 def nothing(truth: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
@@ -123,7 +124,7 @@ def plant_drop(model: Path, world: Path, out: Path, *, pairs: int) -> None:
         first = net.model.multi_modal_projector.linear_1.weight
         with torch.no_grad():
             first -= first @ basis @ basis.T
-    truth = {name: {"adapter_drop": "planted" if pairs else "absent"} for name in RECOVERY}
+    truth = {"segmentation": {"adapter_drop": "planted" if pairs else "absent"}}
     record = {"planted": "drop", "merged": MERGED[:pairs]}
     _save(net, processor, model, out, record, truth, f", {pairs} pairs merged")
 

@@ -4,7 +4,6 @@ For each seed a toy world is drawn, models are planted (`llava-bidir plant`), an
 
     planted      both masks, trained on the classes of their image tokens: recovery and starvation are true
     weak         the same with a fifth of the steps
-    one_scene    the planted model on pictures of one scene, which random layers mix as well: no recovery is true
     random       the planted models with shuffled LLMs: neither is true
     merged0 ...  the adapter merges 0, 1 or 3 pairs of classes: a drop is true from 1
 
@@ -27,8 +26,8 @@ import scipy.stats
 from llava_bidir.common.atomic_io import atomic_write, read_json, write_files
 from llava_bidir.common.errors import UserError
 from probes.report.claims import evaluate_claims
-from probes.results.study import read_studies
 from probes.report.verdicts import HOLDS
+from probes.results.study import read_studies
 from probes.results.task_run import finished_runs
 
 from .plan import Settings
@@ -51,11 +50,10 @@ class Model(NamedTuple):
 
 
 class Design(NamedTuple):
-    """One study of a seed: models by mask, the folder of its pictures, arms, and sites of the trained arm."""
+    """One study of a seed: models by mask, arms, and sites of the trained arm."""
 
     model: str
     masks: tuple[str, ...] = MASKS[1:]
-    folder: str = "segmentation"
     arms: tuple[str, ...] = LLM
     sites: tuple[str, ...] = LAYERS
 
@@ -69,7 +67,6 @@ MODELS = {
 DESIGNS = {
     "planted": Design("planted", MASKS),
     "weak": Design("weak"),
-    "one_scene": Design("planted", folder="one_scene"),
     "random": Design("random", MASKS),
     **{f"merged{k}": Design(f"merged{k}", arms=ADAPTER, sites=("encoder", "adapter")) for k in (0, 1, 3)},
 }
@@ -194,7 +191,7 @@ def _study(folder: Path, name: str, seed: int) -> list[dict[str, Any]]:
     options = ["-c", "demo/probes", "--seed_everything", str(seed), f"--model.sites=[{','.join(design.sites)}]"]
     settings = Settings(
         models if len(models) > 1 else {"": next(iter(models.values()))},
-        str(folder / "assets" / design.folder),
+        str(folder / "assets/segmentation"),
         folder / name,
         arms=design.arms,
         fit=True,

@@ -61,7 +61,7 @@ def test_what_was_planted_is_recorded_with_the_truth_by_folder(planted, world):
     training = read_json(planted[0] / "training.json")
     assert training["llm"].endswith("llm") and training["planted"][0]["steps"] == 12
     planted_claims = dict.fromkeys(("recovery", "starvation", "starvation_first_row"), "planted")
-    assert training["truth"] == {"segmentation": planted_claims, "one_scene": {"recovery": "absent"}}
+    assert training["truth"] == {"segmentation": planted_claims}
     plant_drop(planted[0], world, world.parent / "both", pairs=1)
     training = read_json(world.parent / "both/training.json")
     assert [record["planted"] for record in training["planted"]] == ["recovery", "drop"]

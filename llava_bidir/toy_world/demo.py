@@ -34,8 +34,9 @@ SCENES = 2
 BINDING = "--arms trained random0 random1 --add explore answers.limit=80 answers.draws=1"
 BINDING += " knockout.classes=ceiling,sky,wall,building knockout.draws=1"
 SITES = "--model.sites [adapter,layer_01,layer_02,layer_03,layer_04]"
-# Studies whose runs are in the same report: of a folder below OUT, with random LLMs or adapters.
-OTHERS = {"shuffled": "random", "merged": "adapter", "intact": "adapter"}
+# Studies whose runs are in the same report, of a folder below OUT, with random LLMs or adapters. Random adapters are
+# cheap; two draws judged alone would find effects from four points only (probes/report/README.md).
+OTHERS = {"shuffled": ("random", 2), "merged": ("adapter", 5), "intact": ("adapter", 5)}
 PLANT_STEPS = {"--steps": 1200, "--answer-steps": 1500}  # at scale 1, but at most 600 each
 ADAPTER_SITES = "--model.sites [encoder,adapter]"
 
@@ -69,8 +70,8 @@ def _binding_studies(out: Path, settings: dict, extras: bool) -> list[list[str]]
     """Return the words of the studies; the last one writes the report of all."""
     commands = []
     world, common = str(out / "assets/segmentation"), _common(settings, f"{SCENES} scenes")
-    for name, kind in OTHERS.items():
-        arms = ["--arms", "trained", f"{kind}0", f"{kind}1", "--only", "solve"]
+    for name, (kind, draws) in OTHERS.items():
+        arms = ["--arms", "trained", *(f"{kind}{draw}" for draw in range(draws)), "--only", "solve"]
         sites = shlex.split(SITES if kind == "random" else ADAPTER_SITES)
         commands.append([str(out / name / "hf"), world, *arms, *sites, "--out", str(out / name), *common])
     models = [f"{mask}={out / mask / 'planted/hf'}" for mask in MASKS]

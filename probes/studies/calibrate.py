@@ -34,7 +34,7 @@ from .plan import Settings
 from .run import run_study
 
 MASKS = ("causal", "bidirectional")
-LLM, ADAPTER = ("trained", "random0", "random1"), ("trained", "adapter0", "adapter1")
+LLM, ADAPTER = ("trained", "random0", "random1"), ("trained", *(f"adapter{draw}" for draw in range(5)))
 LAYERS = ("adapter", "layer_01", "layer_02", "layer_03", "layer_04")
 COLUMNS = ("paper", "optimum", "beyond_random", "supported")
 SEVERAL = "import json, sys; from llava_bidir.cli import main; [main(words) for words in json.loads(sys.argv[1])]"

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from llava_bidir.toy_world import assets
+from llava_bidir.toy_world.binding import draw_mosaic
 from llava_bidir.toy_world.canvas import CLASSES
 from llava_bidir.toy_world.dialogues import GRID, SceneText
-from llava_bidir.toy_world.english import CAPTION, KIND
+from llava_bidir.toy_world.english import CAPTION, KIND, build_dialogue
 from llava_bidir.toy_world.scenes import draw_scene
 
 PLACE = re.compile(r"row (\d), column (\d)")
@@ -60,6 +61,13 @@ def test_every_answer_is_true(records, scenes):
             else:
                 assert answer == "\n".join(" ".join(row) for row in grid)
     assert set(kinds) == {"In", "What", "Is", "Describe"}
+
+
+def test_a_montage_is_called_one_and_is_not_asked_what_kind_of_scene_it_is():
+    rng = np.random.default_rng(0)
+    one, other = (SceneText.from_scene(draw_mosaic(rng, 4)) for _ in range(2))
+    asked = pairs({"conversations": build_dialogue(one, other, rng, choices=2, points=1)})
+    assert KIND not in dict(asked) and dict(asked)[CAPTION].startswith("A montage of rooms and streets with ")
 
 
 def test_what_gives_answers_away_comes_after_them(records):

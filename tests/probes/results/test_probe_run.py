@@ -214,8 +214,8 @@ def test_names_of_a_run_are_text_in_the_explorer(tmp_path):
     """They are in a JSON inside of a script element, which a `</script>` would end."""
     for name, word in (("plain", "sky"), ("evil", EVIL)):
         run = SimpleNamespace(path=word, metrics={"dataset": word})
-        facts = {"data": {"classes": [word], "words": [word]}, "blocks": {word: word}, "runs": [run]}
-        (tmp_path / name).write_text(render("explorer/explorer.html.j2", **facts))
+        facts = {"data": {"classes": [word], "words": [word]}, "blocks": {word: word}, "model": word, "runs": [run]}
+        (tmp_path / name).write_text(render("analyses/explore/explorer.html.j2", **facts))
     assert scripts(tmp_path / "evil") == scripts(tmp_path / "plain")
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', (tmp_path / "evil").read_text(), re.S)
     assert json.loads(data[1])["classes"] == [EVIL]

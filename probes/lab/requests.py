@@ -19,7 +19,7 @@ Patches = Annotated[tuple[Index, ...], Field(min_length=1, max_length=MAX_TOKENS
 Numbers = Annotated[tuple[Number, ...], Field(min_length=1, max_length=1000)]  # more than any LLM's layers or heads
 Text = Annotated[str, Field(min_length=1, max_length=4000)]  # far beyond VQA; the LLM's positions bound it, too
 MAX_CONCEPTS, MAX_PAINTED = 20, 32  # concepts, and photos whose states are read for a stroke
-MAX_PAINTED_PATCHES = 10_000  # of all photos; solving them takes a minute at 33 sites of 576 channels
+MAX_PAINTED_PATCHES = 10_000  # of all photos; far beyond what is painted by hand
 MAX_ANSWER_TOKENS = 64  # a paragraph; longer answers would block the queue
 
 

@@ -146,7 +146,7 @@ def test_paint_survives_a_reload_is_saved_and_opened(open_tab, session):
     folder = re.search(r"Saved to (\S+)\. Next: probes study", tab.inner_text("#saved"))[1]
     data = FolderDataset(folder, "training")
     assert data.classes == ["<b>road</b>", "concept 2"] and set(data[0]["target"].flat) == {0, 1, 255}
-    tab.get_by_role("button", name="Clear paint").click()
+    tab.get_by_role("button", name="Remove paint").click()
     solved(tab)
     assert tab.evaluate("painting()") is None and tab.locator("#strip button").count() == 0
     tab.get_by_role("button", name="Open", exact=True).click()

@@ -14,7 +14,7 @@ from llava_bidir.common.usage_errors import ArgumentParser, between, count, natu
 
 OPTIONS = Path(__file__).with_name("options.txt")  # of the commands in CONFIGURED
 CONFIGURED = {  # commands that take the options of LightningCLI
-    "fit": "train a stage: -c configs/stage1.yaml -c configs/encoder/clip.yaml --model.image_attention bidirectional",
+    "fit": "train a stage: -c stage1 -c clip --model.image_attention bidirectional",
     "validate": "compute loss and answers of a checkpoint on the validation questions",
     "test": "the same as validate",
     "verify-data": "check every record and image before using GPU time: -c CONFIG [--decode] [--json FILE]",

@@ -13,6 +13,7 @@ How many steps a stage has follows from the time that one takes here; OUT/plan.j
 
 import argparse
 import importlib.util
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -191,7 +192,8 @@ def show_language(out: Path, names: list[str]) -> None:
         newest = max((path / "model.safetensors").stat().st_mtime for path in models.values())
         known = read_json(file) if file.stat().st_mtime > newest else {}
     if known.keys() != {"language model", *models}:
-        questions, words = read_json(out / "assets/questions.json"), read_json(out / "llm/config.json")["vocab_size"]
+        questions = json.loads((out / "assets/questions.json").read_text())
+        words = read_json(out / "llm/config.json")["vocab_size"]
         known = {"language model": describe_llm(out / "llm", words)}
         known |= {name: describe_mllm(path, words, questions, out / "assets") for name, path in models.items()}
         write_files({file: known})

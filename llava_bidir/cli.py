@@ -205,7 +205,7 @@ def build_parser() -> argparse.ArgumentParser:
     real.add_argument("--minutes", type=between(1, 100_000), default=45, metavar="MINUTES", help=text)
     text = "steps of each stage, instead of as many as fit"
     real.add_argument("--steps", type=count, metavar="N", default=argparse.SUPPRESS, help=text)
-    real.add_argument("--draws", type=natural, default=1, help="draws of each kind of random LLM in the study")
+    real.add_argument("--draws", type=natural, default=2, help="draws of each kind of random LLM in the study")
     text = (
         "also train and study what tells language from training: the model after stage 1, one of random weights, and "
     )

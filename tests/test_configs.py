@@ -50,6 +50,7 @@ def instantiate(files, parts, conversations, encoder_path):
     argv += ["--model.encoder.path", str(encoder_path), "--model.llm", parts[1], "--data.images", str(conversations)]
     argv += ["--data.annotations", str(conversations / "data.json"), "--trainer.accelerator", "cpu"]
     argv += ["--trainer.precision", "32-true"]
+    argv += ["--data.template", "vicuna_v1"] if files == ["real/stage2.yaml"] else []  # tiny LLMs have no chat template
     return build_cli(argv, run=False)
 
 

@@ -89,7 +89,7 @@ def test_zero_without_deepspeed_says_what_to_install(monkeypatch):
     from llava_bidir.training import deepspeed_strategy
 
     monkeypatch.setattr(deepspeed_strategy, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install '.\[cluster\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'llava-bidir\[cluster\]'"):
         deepspeed_strategy.ZeRO({"stage": 2})
 
 

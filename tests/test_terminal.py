@@ -17,7 +17,7 @@ PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 @pytest.mark.parametrize(
     ("command", "message", "meant"),
     [
-        ("probes fit --model.mlm DIR", "probes fit: unrecognized arguments: --model.mlm DIR", "--model.mllm"),
+        ("probes fit --model.mlm DIR", "probes fit: unrecognized arguments: --model.mlm", "--model.mllm"),
         ("probes fit --model.learning_rate fast", "Got value: fast", None),
         ("probes fit -c configs/probes/folder.yaml", "are required: --model.mllm, --data.root", None),
         ("probes fitt", "invalid choice: 'fitt'", "fit"),
@@ -25,7 +25,7 @@ PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
         ("llava-bidir fit --model.image_atention causal", "--model.image_atention", "--model.image_attention"),
         ("llava-bidir exprt", "invalid choice: 'exprt'", "export"),
         ("llava-bidir export CKPT OUT --as-lava", "llava-bidir export: unrecognized", "--as-llava"),
-        ("probes lab RUN --sed 1", "probes lab: unrecognized arguments: --sed 1", None),
+        ("probes lab RUN --fly 1", "probes lab: unrecognized arguments: --fly 1", None),
         ("probes solve --pass 8", "probes solve: unrecognized arguments: --pass 8", None),
         ("probes verify-data --worker 2", "probes verify-data: ", None),
         ("llava-bidir inspect --index one", "llava-bidir inspect: argument --index: invalid int value", None),

@@ -165,7 +165,7 @@ def test_a_kill_within_safetensors_leaves_nothing_after_the_next_write(tmp_path,
         (Path(path).parent / ".tmpfH7XyR").write_bytes(b"")
         die()
 
-    monkeypatch.setattr(atomic_io, "save_file", killed)
+    monkeypatch.setattr("safetensors.torch.save_file", killed)
     assert processes.wait(processes.fork(lambda: write_files(files(tmp_path, 1)))) == -signal.SIGKILL
     assert list(tmp_path.rglob(".tmp*"))
     monkeypatch.undo()

@@ -24,7 +24,7 @@ def scenes():
 def test_pictures_masks_and_random_numbers_are_those_before_scenes_had_depth():
     """The digest was computed by the commit before."""
     rng, digest = np.random.default_rng(5), hashlib.sha256()
-    for options in WORLDS.values():
+    for options in (WORLDS[name] for name in ("context", "conjunction", "null")):
         for _ in range(10):
             scene = draw_scene(rng, **options)
             digest.update(scene.image.tobytes())

@@ -329,13 +329,14 @@ def test_attention_mask_is_drawn_under_every_backend(backend, parts, conversatio
     source.trainer = SimpleNamespace(global_rank=0, world_size=1)
     source.setup("validate")
     batch = next(iter(source.val_dataloader()))
-    board = SimpleNamespace(add_images=print, add_text=print, add_image=lambda name, image, step: drawn.append(image))
+    show = lambda name, images, step, dataformats: drawn.append(images) if "mask" in name else None
+    board = SimpleNamespace(add_images=show, add_text=print)
     logger = type("Logger", (TensorBoardLogger,), {"experiment": board, "__init__": lambda self: None})()
-    run = SimpleNamespace(logger=logger, global_step=0)
+    run = SimpleNamespace(loggers=[logger], global_step=0, is_global_zero=True)
     ShowAnswers().on_validation_batch_end(run, built, batch["answers"], batch, 0)
     is_image = batch["prompts"]["input_ids"][0] == built.model.config.image_token_id
     (mask,) = drawn
-    assert mask.shape == (1, len(is_image), len(is_image)) and mask[0, is_image][:, is_image].all()
+    assert mask.shape == (1, len(is_image), len(is_image), 3) and mask[0, is_image][:, is_image].all()
     assert built.model.config.get_text_config()._attn_implementation == backend
 
 

@@ -486,7 +486,7 @@ def test_a_port_in_use_is_an_error_before_models_are_loaded(port):
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr("probes.lab.command.find_spec", lambda name: None if name == "uvicorn" else True)
-    with pytest.raises(SystemExit, match=r"uvicorn is not installed; run: pip install '.\[lab\]'"):
+    with pytest.raises(SystemExit, match=r"uvicorn is not installed; run: pip install 'llava-bidir\[lab\]'"):
         main(["lab", "run"])
 
 

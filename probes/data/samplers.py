@@ -93,7 +93,8 @@ def assign_folds(images: int, folds: int, groups: list[str] | None = None) -> to
     """
     units = list(range(images)) if groups is None else list(dict.fromkeys(groups))
     if len(units) < folds:
-        raise UserError(f"{len(units)} training {'images' if groups is None else 'groups'} for {folds} folds")
+        kind = "images" if groups is None else "groups"
+        raise UserError(f"{len(units)} training {kind} for {folds} folds; expected one for each at least (--folds)")
     block = max(1, min(8, len(units) // (5 * folds)))
     fold_of_unit = torch.arange(len(units)) // block % folds
     return fold_of_unit if groups is None else fold_of_unit[[units.index(group) for group in groups]]

@@ -9,10 +9,9 @@ import scipy.stats
 
 from llava_bidir.common.atomic_io import read_json
 from probes.cli import run_command
-from probes.data.registry import DATASETS, open_dataset
 from probes.report.verdicts import MARGIN, POWER
 
-from .plan import Settings, check, data_root, make_plan
+from .plan import Settings, check, make_plan, open_split
 
 
 class Spread(NamedTuple):
@@ -35,8 +34,7 @@ def print_estimate(settings: Settings) -> None:
         print(f"  {step.name}")
     runs = [step for step in steps if step.kind in ("solve", "fit")]
     print(f"{len(steps)} steps, {len(runs)} of them passes over the images")
-    dataset = settings.data if settings.data in DATASETS else "folder"
-    validation = open_dataset(dataset, data_root(settings), "validation")
+    validation = open_split(settings, "validation")
     print(f"disk: about {disk_mb(len(validation), len(validation.classes), len(runs)):.0f} MB")
     spread = own_spread(settings.out) or TOY_WORLD
     effect = detectable_effect(len(validation), settings.draws, len(settings.models), spread)

@@ -21,7 +21,7 @@ import yaml
 
 from llava_bidir.common.errors import UserError
 from probes.analyses import ANALYSES
-from probes.data.registry import DATASETS
+from probes.data.registry import DATASETS, open_dataset
 from probes.models.families import family_of
 from probes.models.prompt_and_pixels import read_config
 from probes.models.sites import site_names
@@ -203,6 +203,12 @@ def _option(settings: Settings, name: str) -> str | None:
     return words[words.index(name) + 1] if name in words[:-1] else None
 
 
+def open_split(settings: Settings, split: str):
+    """Return the dataset of a split; a UserError says if it has no images."""
+    dataset = settings.data if settings.data in DATASETS else "folder"
+    return open_dataset(dataset, data_root(settings), split)
+
+
 def model_sites(model: str) -> list[str]:
     """Return the sites of a model, from its config."""
     config = read_config(model)
@@ -225,6 +231,11 @@ def check(settings: Settings) -> None:
     if settings.data not in DATASETS and not root.is_dir():
         layouts = ", ".join(DATASETS)
         raise UserError(f"{settings.data} is neither a folder of images and masks nor a layout ({layouts})")
+    classes = open_split(settings, "validation").classes
+    asked = chosen_analyses(settings).get("knockout", {}).get("classes", "auto:").split(",")
+    if unknown := [name for name in asked if not name.startswith("auto:") and name not in classes]:
+        raise UserError(f"there is no class {unknown[0]!r}; expected some of {', '.join(classes)} (--add)")
+    open_split(settings, "training")
 
 
 def _kind(arm: str) -> str:

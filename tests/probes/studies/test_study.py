@@ -122,6 +122,8 @@ BAD = {
     "an unknown analysis": (["MODEL", "DATA", "--add", "knockouts"], "no analysis 'knockouts'"),
     "an analysis option without a value": (["MODEL", "DATA", "--add", "knockout.classes"], "knockout.classes"),
     "an unknown step": (["MODEL", "DATA", "--only", "slove"], "no step 'slove'"),
+    "a class that does not exist": (["MODEL", "DATA", "--add", "knockout.classes=wall,unicorn"], "no class 'unicorn'"),
+    "a split without images": (["MODEL", "EMPTY"], "validation"),
     "an unknown task": (["MODEL", "DATA", "--tasks", "dept"], "no task 'dept'"),
     "two models of one name": (["a=MODEL", "a=MODEL", "DATA"], "both models"),
     "three models": (["MODEL", "b=MODEL", "c=MODEL", "DATA"], "one model or two"),
@@ -131,19 +133,14 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_bad_input_is_one_error_before_any_work(what, checkpoints, segmentation, tmp_path):
     words, expected = BAD[what]
-    given = [word.replace("MODEL", str(checkpoints["causal"])).replace("DATA", str(segmentation)) for word in words]
+    shutil.copytree(segmentation, tmp_path / "empty", ignore=lambda path, _: ["validation"])
+    places = {"MODEL": checkpoints["causal"], "DATA": segmentation, "EMPTY": tmp_path / "empty"}
+    in_place = lambda label, equals, name: f"{label}{equals}{places.get(name, name)}"
+    given = [in_place(*word.rpartition("=")) for word in words]
     out = tmp_path / "study"
     with pytest.raises(SystemExit, match=expected):
         main(["study", *given, "--out", str(out)])
     assert not out.exists() or not any(out.rglob("*.json"))
-
-
-def test_a_class_that_does_not_exist_ends_the_study_with_the_step(finished, checkpoints, segmentation, tmp_path):
-    out = tmp_path / "study"
-    shutil.copytree(finished / "causal/trained", out / "trained")
-    more = ["--arms", "trained", "--only", "knockout", "--overwrite", "true", "--add", "knockout.classes=unicorn"]
-    with pytest.raises(SystemExit, match=r"trained/knockout: .*unicorn"):
-        main(arguments([str(checkpoints["causal"])], segmentation, out, *more))
 
 
 def test_changed_masks_end_the_study(finished, checkpoints, segmentation, tmp_path):

@@ -55,6 +55,7 @@ FILTERS |= {"difference": formatting.format_difference, "verdict_reasons": summa
 FILTERS |= {"count": summary_text.format_count, "claim_notes": summary_text.claim_notes}
 FILTERS |= {"describe_column": summary_text.describe_column, "by_claim": summary_text.group_claims}
 FILTERS |= {"summary": summary_text.summarize_claims, "effect": summary_text.format_effect}
+FILTERS |= {"truth_rows": summary_text.truth_rows}
 FILTERS |= {"anchor": lambda text: "".join(c if c.isalnum() else "-" for c in text.lower())}
 
 

@@ -1,6 +1,7 @@
 """Summarise the numbers of a study in sentences for the page."""
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,23 @@ def group_claims(claims: list[dict[str, Any]]) -> list[dict[str, Any]]:
         grouped.setdefault(claim["claim"], entry)["by_mask"][claim["image_attention"]] = claim
     tested = lambda entry: any(claim["conclusion"] != UNTESTED for claim in entry["by_mask"].values())
     return [entry for entry in grouped.values() if tested(entry)]
+
+
+def truth_rows(parts: Iterable[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return a row for each claim of the page's studies whose truth is known."""
+    return [
+        {
+            "model": part["study"].title,
+            "claim": claim["claim"].replace("_", " "),
+            "attention": claim["image_attention"],
+            "truth": claim["truth"],
+            "found": claim["conclusion"],
+            "effect": ", beyond random ".join(format_effect(claim)),
+        }
+        for part in parts
+        for claim in part["results"]["claims"]
+        if "truth" in claim
+    ]
 
 
 def format_effect(claim: dict[str, Any]) -> list[str]:

@@ -188,7 +188,7 @@ def test_every_patch_shows_the_light(with_nights):
         assert ((blue > threshold) == night)[surface == name].mean() > 0.97, CLASSES[name]
 
 
-@pytest.mark.parametrize("world", WORLDS.keys() - {"binding"})
+@pytest.mark.parametrize("world", [name for name in WORLDS if name != "binding"])
 def test_pairs_differ_in_one_cue_only(world):
     """Where pixels differ, the mask of the scene shows a cue or its surroundings; all else is equal to the bit."""
     rng, cues = np.random.default_rng(3), {CLASSES.index(name) for name in ("lamp", "picture", "bed", "tree", "car")}

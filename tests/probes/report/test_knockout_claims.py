@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import probe_runs
@@ -13,6 +14,7 @@ from llava_bidir.common.bootstrap import interval
 from probes.analyses.knockout.contrasts import patch_contrasts, rate_effects
 from probes.cli import main
 from probes.report.claims import evaluate_claims
+from probes.report.summary_text import truth_rows
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 
@@ -124,7 +126,10 @@ def test_what_was_planted_is_shown_beside_the_conclusion(write, draws, tmp_path,
     claims = json.loads((tmp_path / "out/results.json").read_text())["claims"]
     found = {claim["claim"]: claim["truth"] for claim in claims if "truth" in claim}
     assert found == {"adapter_drop": "absent", "recovery": "planted"}
+    rows = truth_rows([{"study": SimpleNamespace(title="the model"), "results": {"claims": claims}}] * 2)
+    assert [row["claim"] for row in rows] == ["adapter drop", "recovery"] * 2 and rows[1]["truth"] == "planted"
     conclusion = next(claim["conclusion"] for claim in claims if claim["claim"] == "recovery")
+    assert rows[1]["found"] == conclusion and rows[1]["model"] == "the model"
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("recovery "))
     assert [cell.strip() for cell in line.split("  ") if cell][-3:] == ["planted", conclusion, f"({N} images)"]
     assert f"planted & {conclusion}" in (tmp_path / "out/tables.tex").read_text()

@@ -20,7 +20,7 @@ from processes import HANGING_S
 from safetensors.numpy import load_file
 
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.toy_world import demo
+from llava_bidir.toy_world import demo, steps
 
 ROOT = Path(__file__).parents[1]
 DEMO_S = 2 * HANGING_S
@@ -111,7 +111,7 @@ def test_second_demo_in_the_same_folder_is_refused_before_it_touches_anything(tm
 def test_a_demo_of_other_settings_is_left_alone(finished):
     before = results(finished)
     done = subprocess.run(command(finished, "--seed", "7"), cwd=ROOT, capture_output=True, text=True, timeout=HANGING_S)
-    assert done.returncode == 1 and "holds a demo of seed 0, scale 0.05, world binding" in done.stderr
+    assert done.returncode == 1 and "holds a result of seed 0, scale 0.05, world binding" in done.stderr
     assert results(finished) == before
 
 
@@ -137,7 +137,7 @@ def test_every_probe_of_the_demo_records_the_name_of_its_world(world, names, tmp
     """Else a report would mix claims on a world without the effects with those on the default one."""
     processes = []
     monkeypatch.setattr(
-        demo.subprocess, "run", lambda words, **_: processes.append(words) or subprocess.CompletedProcess([], 0)
+        steps.subprocess, "run", lambda words, **_: processes.append(words) or subprocess.CompletedProcess([], 0)
     )
     (tmp_path / "report").mkdir()
     (tmp_path / REPORT).write_text('{"claims": []}')

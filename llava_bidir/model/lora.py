@@ -6,8 +6,6 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from llava_bidir.common.errors import UserError
@@ -43,6 +41,8 @@ class Lora:
 
 def add_lora(model: LlavaBidirForConditionalGeneration, lora: Lora) -> None:
     """Add updates to the linear layers of the LLM, in torch's default dtype; they are zero at first."""
+    from peft import LoraConfig, inject_adapter_in_model  # the environment of lmms-eval has none
+
     config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="all-linear")
     llm = model.model.language_model  # does not include the head
     # peft converts updates to the dtype of their weights, so weights in another dtype are absent meanwhile
@@ -69,6 +69,8 @@ def merge_lora(model: LlavaBidirForConditionalGeneration, folder: Path) -> Llava
     """
     if not has_lora(model):
         return model
+    from peft.tuners.lora import LoraLayer
+
     shared = {
         id(tensor): nn.Parameter(tensor.cpu()) if UPDATES in name else tensor
         for name, tensor in chain(model.named_parameters(), model.named_buffers())
@@ -81,7 +83,7 @@ def merge_lora(model: LlavaBidirForConditionalGeneration, folder: Path) -> Llava
     return merged
 
 
-def _merge_layer(layer: LoraLayer, file: Path) -> nn.Linear:
+def _merge_layer(layer: nn.Module, file: Path) -> nn.Linear:
     base = layer.get_base_layer()
     linear = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     weight = (base.weight.cpu() + layer.get_delta_weight(NAME)).to(base.weight.dtype)
@@ -92,4 +94,4 @@ def _merge_layer(layer: LoraLayer, file: Path) -> nn.Linear:
 
 def has_lora(model: nn.Module) -> bool:
     """Return True if a layer of the model has low-rank updates."""
-    return any(isinstance(module, LoraLayer) for module in model.modules())
+    return any(UPDATES in name for name, _ in model.named_parameters())

@@ -14,7 +14,7 @@ from itertools import product
 
 import numpy as np
 
-from probes.report.verdicts import Comparison, Mean, interval_over_draws
+from probes.report.verdicts import Comparison, interval_over_draws
 
 DRAW_SD, Z = 0.35, 1.959964
 
@@ -28,8 +28,8 @@ def simulate(studies: int, draws: int, cells: int, image_sd: float, correlation:
     error = image_sd * rng.standard_normal(studies) - values[..., 0].mean(1)
     half = np.empty((2, studies))
     for i in range(studies):
-        mean = Mean(error[i], [error[i] - Z * image_sd, error[i] + Z * image_sd], np.inf)
-        judged, *others = [Comparison(mean, 0.0, x) for x in values[i].T.tolist()]
+        ci95 = [error[i] - Z * image_sd, error[i] + Z * image_sd]
+        judged, *others = [Comparison(error[i], ci95, 0.0, x) for x in values[i].T.tolist()]
         for rule, pooled in enumerate(((), others)):
             low, high = interval_over_draws(judged, pooled)[0]
             half[rule, i] = (high - low) / 2

@@ -3,10 +3,23 @@
 import os
 from typing import Any
 
+from .errors import UserError
+
 
 def usable_cores() -> int:
     """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks the first
+
+
+def limit_workers(wanted: int | None) -> int:
+    """Return the number of worker processes of a data loader, at most one per core.
+
+    Raises:
+        UserError: It is no number from 0.
+    """
+    if wanted is None or wanted < 0:
+        raise UserError(f"data.num_workers must be 0 or more, got {wanted}")
+    return min(wanted, usable_cores())
 
 
 def worker_options(workers: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import LlavaProcessor
 from llava_bidir.common.epoch_length import batches_per_epoch
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import checksums, describe, file_sizes
-from llava_bidir.common.loader_workers import usable_cores, worker_options
+from llava_bidir.common.loader_workers import limit_workers, worker_options
 
 from .batch_samplers import BatchSampler
 from .collate import Collate, predicting_positions
@@ -72,7 +72,7 @@ class InstructionData(LightningDataModule):
         self.follow_links = follow_links
         self.batch_size, self.micro_batch_size = batch_size, micro_batch_size
         self.group_by_length, self.seed = group_by_length, seed
-        self.num_workers = min(num_workers, usable_cores())
+        self.num_workers = limit_workers(num_workers)
         self.collate = Collate(processor, image_tokens, template, max_length)
         if pack_tokens is not None and pack_tokens < 1:
             raise UserError(f"data.pack_tokens must be a positive number of tokens or null, got {pack_tokens}")

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from llava_bidir.common.epoch_length import batches_per_epoch
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.loader_workers import usable_cores, worker_options
+from llava_bidir.common.loader_workers import limit_workers, worker_options
 from probes.tasks import SEGMENTATION, TASKS, targets_of
 
 from .batches import CachedFeatures, PreprocessedDataset, collate
@@ -57,7 +57,7 @@ class SegmentationData(LightningDataModule):
         self.classes = self.splits["training"].classes
         self.num_classes = len(self.classes)
         self.batch_size, self.cache_features = batch_size, cache_features
-        self.num_workers, self.seed = min(num_workers, usable_cores()), seed
+        self.num_workers, self.seed = limit_workers(num_workers), seed
         self.trained_batches = 0
         self._sources: dict[str, Dataset] = {}
 

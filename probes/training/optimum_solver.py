@@ -241,8 +241,9 @@ def _in_workers(work: Callable[[str], Any], sites: list[str], device: torch.devi
     share the memory of this one: threads would wait for Python's lock and be as slow as one. DataLoader ends them with
     this process, however it ends.
     """
-    workers = min(torch.get_num_threads(), len(sites)) if device.type == "cpu" and sys.platform == "linux" else 1
-    processes = {"num_workers": workers, "multiprocessing_context": "fork"} if workers > 1 else {}
+    threads = torch.get_num_threads() if sites and device.type == "cpu" and sys.platform == "linux" else 1
+    # one site alone, too, which has as many threads here: they would round differently
+    processes = {"num_workers": min(threads, len(sites)), "multiprocessing_context": "fork"} if threads > 1 else {}
     results = DataLoader(_Results(work, sites), batch_size=None, collate_fn=lambda result: result, **processes)
     yield from zip(sites, tqdm(results, "solving sites", disable=rank() > 0, mininterval=5), strict=True)
 

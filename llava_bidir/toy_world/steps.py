@@ -1,6 +1,5 @@
 """Steps of `llava-bidir demo` and `llava-bidir real`: commands in processes, and only those that are missing."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,11 +8,10 @@ from pathlib import Path
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.process_group import several_commands
 
 MASKS = ("causal", "bidirectional")
 WEIGHTS = "hf/model.safetensors"
-# Several commands in one process, since importing takes as long as many of them.
-SEVERAL = "import json, sys; from {package}.cli import main; [main(words) for words in json.loads(sys.argv[1])]"
 LOG_LINES = 20  # of a step that failed
 Step = tuple[Path, list[str], Path | None]  # result, command of llava-bidir, and what it needs
 
@@ -65,7 +63,9 @@ def run_missing(out: Path, name: str, steps: list[Step]) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as said:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(_several("llava_bidir", [*again.values()]), stdout=said, stderr=said, env=environment)
+        done = subprocess.run(
+            several_commands("llava_bidir", [*again.values()]), stdout=said, stderr=said, env=environment
+        )
     if done.returncode:
         print("\n".join(log.read_text().splitlines()[-LOG_LINES:]), file=sys.stderr)
         raise UserError(f"{name} has failed; all it said is in {log}")
@@ -75,14 +75,10 @@ def run_missing(out: Path, name: str, steps: list[Step]) -> None:
 def run_studies(out: Path, studies: list[list[str]]) -> None:
     """Run `probes study` with each list of words in one process; results of models made again are replaced."""
     commands = [["study", *words, "--overwrite", "true"] for words in studies]
-    if subprocess.run(_several("probes", commands)).returncode:
+    if subprocess.run(several_commands("probes", commands)).returncode:
         raise UserError(f"a study has failed; all it said is in {out / 'study.log'}, or in the folder of another study")
 
 
 def to_words(options: dict) -> list[str]:
     """Return {"--seed": 0} as ["--seed", "0"]."""
     return [word for key, value in options.items() for word in (key, str(value))]
-
-
-def _several(package: str, commands: list[list[str]]) -> list[str]:
-    return [sys.executable, "-c", SEVERAL.format(package=package), json.dumps(commands)]

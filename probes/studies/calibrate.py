@@ -14,10 +14,8 @@ again: seeds can be added, and jobs of different `--seeds` can share OUT.
 import argparse
 import contextlib
 import io
-import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +23,7 @@ import scipy.stats
 
 from llava_bidir.common.atomic_io import atomic_write, read_json, write_files
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.process_group import several_commands
 from probes.report.claims import evaluate_claims
 from probes.report.verdicts import HOLDS
 from probes.results.study import read_studies
@@ -37,7 +36,6 @@ MASKS = ("causal", "bidirectional")
 LLM, ADAPTER = ("trained", "random0", "random1"), ("trained", *(f"adapter{draw}" for draw in range(5)))
 LAYERS = ("adapter", "layer_01", "layer_02", "layer_03", "layer_04")
 COLUMNS = ("paper", "optimum", "beyond_random", "supported")
-SEVERAL = "import json, sys; from llava_bidir.cli import main; [main(words) for words in json.loads(sys.argv[1])]"
 KEYS = ("study", "claim", "truth")
 
 
@@ -178,8 +176,7 @@ def _run_missing(folder: Path, jobs: list[tuple[Path, list[str]]]) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "models.log").open("a") as said:
-        words = [sys.executable, "-c", SEVERAL, json.dumps(commands)]
-        done = subprocess.run(words, stdout=said, stderr=said)
+        done = subprocess.run(several_commands("llava_bidir", commands), stdout=said, stderr=said)
     if done.returncode:
         raise UserError(f"planting has failed; all it said is in {folder / 'models.log'}")
 

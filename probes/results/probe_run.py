@@ -111,8 +111,3 @@ class ProbeRun(FinishedRun):
         for at_strength in counts:
             check_totals(at_strength, str(path))
         return counts
-
-    @property
-    def confusion(self) -> torch.Tensor | None:
-        """i64[S, K, K]: pixels per site, label and prediction; None if not counted."""
-        return self._tensors.get("confusion")

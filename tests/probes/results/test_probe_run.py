@@ -285,37 +285,6 @@ def test_checkpoint_with_any_value_anywhere_in_its_config_is_read_or_named(check
     check()
 
 
-def test_run_of_an_earlier_version_is_read(run, monkeypatch):
-    """Options were renamed: image_aspect to image_resize (square to squash), mllm_dtype to dtype."""
-    old = {"mllm": "m", "image_attention": None, "image_aspect": "square", "mllm_dtype": "auto", "untrained": None}
-    rewrite(run / "manifest.json", "config", value=old | {"seed": 3, "num_classes": 3})
-    rewrite(run / "metrics.json", "image_aspect", value="square")
-    monkeypatch.setattr("probes.models.load.load", lambda *args, **kwargs: (args, kwargs))
-    expected = {"dtype": "auto", "image_resize": "squash", "prefix": None, "untrained": (), "seed": 3}
-    expected |= {"match": "none", "draw": 0, "update_scales": None}
-    assert ProbeRun(run).mllm() == (("m", None), expected)
-    rewrite(run / "manifest.json", "config", "mllm_dtype", value=3)
-    with pytest.raises(ValueError, match="manifest.json: config: dtype: .*valid string, got '3'"):
-        ProbeRun(run).mllm()
-
-
-def test_run_of_an_earlier_version_with_several_sets_of_probes_is_read(run):
-    """Only its main probes, which are named by their site."""
-    before = ProbeRun(run)
-    facts = {"probe": {"learning_rate": 0.01}, "sites": before.metrics["sites"], "summary": {}}
-    rewrite(run / "metrics.json", "recipes", value={"fast": facts})
-    rewrite(run / "manifest.json", "config", value={"recipes": {"fast": {"learning_rate": 0.01}}})
-    sites = {entry["site"]: entry["dim"] for entry in before.metrics["sites"]}
-    main_probes = {f"{site}.head.weight": torch.randn(3, width) for site, width in sites.items()}
-    main_probes |= {f"{site}.head.bias": torch.randn(3) for site in sites}
-    others = {f"recipes/fast/{name}": torch.zeros(1) for name in main_probes}
-    save_file(main_probes | others, run / "probes.safetensors")
-    after = ProbeRun(run)
-    assert after.sites == before.sites and torch.equal(after.counts.predicted, before.counts.predicted)
-    for site, probe in after.probes().items():
-        assert torch.equal(probe.head.weight, main_probes[f"{site}.head.weight"])
-
-
 def test_analysis_of_other_probes_is_refused(segmentation, tmp_path):
     """As after another training in the same folder."""
     run = ProbeRun(probe_runs.write_run(tmp_path / "run", [0.9, 0.2, 0.4, 0.6, 0.8, 0.8, 0.9], root=segmentation))

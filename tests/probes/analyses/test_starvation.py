@@ -15,7 +15,6 @@ from probes.analyses.starvation.patch_accuracy import (
     PatchCounts,
     accuracy_gap,
     count_run_patches,
-    first_gaps,
     patch_accuracy,
 )
 from probes.analyses.starvation.run import gap_estimates, starvation
@@ -127,15 +126,6 @@ def test_standardisation_removes_a_gap_that_is_due_to_one_class():
     plain, fixed = accuracy_gap(*patch_accuracy(counts, weights)), standardised_gap(counts, labels, share, weights)
     assert np.mean(plain["gap"][:4]) > np.mean(plain["gap"][4:]) + 0.1
     assert np.mean(fixed["gap"][:4]) == pytest.approx(np.mean(fixed["gap"][4:]), abs=0.01)
-
-
-def test_first_gaps_are_of_patch_0_and_of_the_first_row():
-    counts = random_counts(torch.linspace(0.3, 0.0, T, dtype=torch.double))
-    estimates = first_gaps(counts, bootstrap_weights(N, 200).double(), columns=4)
-    assert estimates["starvation"][0] == pytest.approx(0.3, abs=0.01)
-    assert estimates["starvation_first_row"][0] == pytest.approx(0.27, abs=0.01)
-    for value, resampled in estimates.values():
-        assert resampled.shape == (200,) and resampled.mean().item() == pytest.approx(value, abs=0.005)
 
 
 def test_estimates_are_those_of_the_results(runs):

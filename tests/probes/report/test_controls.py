@@ -83,6 +83,8 @@ def test_draws_are_paired_by_their_number(part, write, tmp_path):
         found = study.random_draws(part, solved=False)
         assert [set(runs) for runs in found] == expected
         assert all({run.metrics["draw"] for run in runs.values()} == {i} for i, runs in enumerate(found))
+    with pytest.raises(ValueError, match="are the same draw of random weights; pass only one"):
+        read_studies([*order, write("again", FLAT, 9, **control, draw=1)])
     claims = write_report(order, tmp_path / "report")["claims"]
     compared = "recovery" if part == "llm" else "adapter_drop"
     by_mask = {c["image_attention"]: c["verdicts"]["beyond_random"] for c in claims if c["claim"] == compared}

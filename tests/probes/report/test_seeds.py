@@ -50,7 +50,7 @@ def test_interval_covers_the_mean_over_seeds_and_images(spread, shared_images):
     assert covered >= 0.93 * STUDIES
 
 
-@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.05), (3, 0.3), (5, 0.1), (5, 0.3)])
+@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.3), (5, 0.1)])
 @pytest.mark.parametrize("shared_images", [True, False])
 def test_interval_beyond_draws_covers_the_mean_over_seeds_images_and_draws(seeds, spread, shared_images):
     """Each seed has two random draws of its own, which differ by `spread`; images differ by 0.5."""

@@ -1,11 +1,9 @@
 """Untrusted probe runs: damaged files are named, and names in them are shown as text, never executed."""
 
 import json
-import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import probe_runs
 import pytest
@@ -16,7 +14,6 @@ from hypothesis import strategies as st
 from json_values import json_values
 from safetensors.torch import load_file, save_file
 
-from probes.analyses.templates import render
 from probes.cli import main
 from probes.results.probe_run import ProbeRun
 
@@ -55,26 +52,18 @@ def rewrite(file: Path, *keys, value) -> None:
 
 WRONG = [
     ("metrics.json", ["seed"], True, "seed: .*valid integer, got 'True'"),
-    ("metrics.json", ["images"], "many", "images: .*valid integer, got 'many'"),
     ("metrics.json", ["images"], 0, "images: .*greater than or equal to 1, got '0'"),
     ("metrics.json", ["classes"], ["sky", "sky", "road"], "classes contains duplicates"),
-    ("metrics.json", ["classes", 1], 3, r"classes\[1\]: .*valid string, got '3'"),
-    ("metrics.json", ["grid"], [0, 2], r"grid\[0\]: .*greater than or equal to 1, got '0'"),
     ("metrics.json", ["grid"], [10**9, 10**9], r"grid\[0\]: .*less than or equal to 128"),
     ("metrics.json", ["sites"], KeyError, "sites: Field required"),
     ("metrics.json", ["sites", 0, "site"], "adapter", "sites contains duplicates"),
-    ("metrics.json", ["sites", 0, "dim"], 10**9, r"sites\[0\].dim: .*less than or equal to 1000000"),
     (
         "metrics.json",
         ["sites", 2, "iou_per_class"],
         [0.5],
         "iou_per_class of 'layer_01' does not have one value per class",
     ),
-    ("metrics.json", ["sites", 2, "miou_ci95"], [0.5], r"sites\[2\].miou_ci95: .*at least 2 items"),
-    ("metrics.json", ["sites", 2, "miou"], None, r"sites\[2\].miou: .*valid number, got 'None'"),
     ("metrics.json", ["sites", 2, "miou"], 40.5, r"sites\[2\].miou: .*from 0 to 1, got '40.5'"),
-    ("metrics.json", ["sites", 2, "pacc"], -0.1, r"sites\[2\].pacc: .*from 0 to 1, got '-0.1'"),
-    ("metrics.json", ["summary"], [], "summary: .*valid dictionary"),
     ("manifest.json", ["data", "root"], ["/"], "data.root: .*valid string"),
     ("manifest.json", ["mllm_training", "encoder"], "clip", "mllm_training: encoder: .*valid dictionary"),
 ]
@@ -107,10 +96,6 @@ def test_damaged_or_missing_json_is_named(file, content, run):
         (lambda t: t["labelled"].add_(1000), "are not counts of the same pixels"),
         (lambda t: t["patch_right"].add_(1000), "more pixels are counted under tokens"),
         (lambda t: t["patch_valid"].add_(1000), "more pixels are counted under tokens"),
-        (
-            lambda t: t.update(confusion=torch.zeros(2, 3, 3, dtype=torch.long)),
-            r"confusion .* \[2, 3, 3\]; .*\[6, 3, 3\]",
-        ),
     ],
 )
 def test_counts_that_do_not_fit_the_run_are_named(change, message, run):
@@ -208,17 +193,6 @@ def test_names_of_a_run_are_text_in_the_report(whole, run, tmp_path):
     assert "{{ 7*7 }}" in html and scripts(tmp_path / "evil/index.html") == scripts(tmp_path / "plain/index.html")
     after = {path for path in tmp_path.rglob("*") if tmp_path / "evil" not in path.parents}
     assert after - before == {tmp_path / "evil"}, "nothing was written elsewhere"
-
-
-def test_names_of_a_run_are_text_in_the_explorer(tmp_path):
-    """They are in a JSON inside of a script element, which a `</script>` would end."""
-    for name, word in (("plain", "sky"), ("evil", EVIL)):
-        run = SimpleNamespace(path=word, metrics={"dataset": word})
-        facts = {"data": {"classes": [word], "words": [word]}, "blocks": {word: word}, "model": word, "runs": [run]}
-        (tmp_path / name).write_text(render("analyses/explore/explorer.html.j2", **facts))
-    assert scripts(tmp_path / "evil") == scripts(tmp_path / "plain")
-    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', (tmp_path / "evil").read_text(), re.S)
-    assert json.loads(data[1])["classes"] == [EVIL]
 
 
 # ------------------------------------------------------------------------------------------------ fuzz

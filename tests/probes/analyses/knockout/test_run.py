@@ -186,7 +186,6 @@ def test_another_plan_does_not_reuse_cached_batches(run, classes, tmp_path, monk
     ("sites", "missing"),
     [
         ("[encoder, adapter, layer_03]", "layer_01"),
-        ("[adapter, layer_01, layer_02]", "layer_03"),
         ("[layer_01, layer_02, layer_03]", "adapter"),
     ],
 )

@@ -78,7 +78,7 @@ def test_random_tokens_are_those_of_the_knockout():
     tokens, states = torch.arange(24), torch.ones(24, 8)
     states[11] *= 10
     blocked = {"incorrect": tokens < 4, "correct": (tokens >= 4) & (tokens < 9)}
-    case = ConfusionCase(0, 0, 4, 5, 1, 2, tokens < 4, tokens < 9, torch.full((24,), 2), blocked)
+    case = ConfusionCase(0, 0, 4, 5, 1, 2, tokens < 4, torch.full((24,), 2), blocked)
     for seed in range(20):
         drawn = blocked_patches(case, ["random_correct", "correct"], states, np.random.default_rng(seed))
         assert drawn["random_correct"].sum() == 5 and not drawn["random_correct"][11]

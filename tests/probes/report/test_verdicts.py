@@ -2,10 +2,8 @@
 
 import math
 
-import probe_runs
 import pytest
 import scipy.stats
-import tiny_models
 import torch
 
 from llava_bidir.common.bootstrap import bootstrap_weights
@@ -18,14 +16,6 @@ from probes.results.study import read_studies
 
 TRAINED = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # accuracies at encoder, adapter, layers, final norm
 STUDIES = 500
-
-
-@pytest.fixture
-def write(tmp_path):
-    root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
-    return lambda name, quality, seed, **metrics: str(
-        probe_runs.write_run(tmp_path / name, quality, root=root, seed=seed, metrics=metrics)
-    )
 
 
 def test_judge():
@@ -122,7 +112,7 @@ def test_figure_of_claims_has_a_diamond_for_each_draw_and_the_trained_model(writ
     by_draw = claims[recovery]["verdicts"]["beyond_random"]["by_draw"]
     assert line.get_xdata().tolist() == pytest.approx([100 * x for x in by_draw])
     (line,) = [x for x in figure.axes[0].lines if x.get_marker() == "d" and round(x.get_ydata()[0]) == recovery]
-    trained = cross_validated_recovery(ProbeRun(tmp_path / "trained"))
+    trained = cross_validated_recovery(ProbeRun(tmp_path / "causal_trained"))
     assert line.get_xdata().tolist() == pytest.approx([100 * trained]), "the trained model by the same probes"
     found = {row["of"]: row["value"] for row in rows if row["claim"] == "recovery"}
     assert found["trained_like_random"] == pytest.approx(trained)

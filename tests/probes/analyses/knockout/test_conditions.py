@@ -91,15 +91,6 @@ def test_matched_in_both_finds_the_tokens_that_match_in_both():
     assert drawn["distance_correct"] - set(range(2, 8)) and drawn["mass_correct"] - set(range(2, 8))
 
 
-def test_the_scale_of_attention_does_not_change_what_is_matched_in_both():
-    """Distances in patches and shares of attention have one scale, whatever the attention sinks."""
-    case = case_of()
-    features = features_of(case)
-    with_sink = features._replace(mass=np.exp(20 * features.mass))
-    draws = [blocked_of(case, f, controls=["matched"])["matched_correct"] for f in (features, with_sink)]
-    assert all(torch.equal(a, b) for a, b in zip(*draws, strict=True))
-
-
 def test_avoided_tokens_come_before_the_blocked_ones_when_others_run_out():
     features, rng = np.zeros((4, 1)), np.random.default_rng(0)
     blocked, avoided = np.array([True, True, False, False]), np.array([False, False, False, True])

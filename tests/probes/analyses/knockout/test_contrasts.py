@@ -6,8 +6,8 @@ import numpy as np
 import probe_runs
 import pytest
 import torch
-from bench.contrasts import SHIFT, study
 from bench.contrasts import simulate as simulate_cases
+from bench.contrasts import study
 from knockouts import CLASSES, CONDITIONS, N, simulate, write_knockout
 
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
@@ -112,14 +112,3 @@ def test_intervals_keep_their_level(images):
     share = {key: np.mean([row[key] for row in found]) for key in ("covers", "shift", "pooled", "beyond")}
     assert share["covers"] >= 0.925 and share["beyond"] >= 0.925, share
     assert share["shift"] <= 0.075 < 0.12 < share["pooled"], share
-
-
-def test_the_interval_over_images_is_half_as_long_as_that_over_pairs():
-    """Also where all of the effect is there: it is found in most studies of 60 images, over pairs in few."""
-    rng = np.random.default_rng(0)
-    halves = [study(rng, 60) for _ in range(50)]
-    assert np.mean([row["half"] / row["half over pairs"] for row in halves]) < 0.7
-    weights, held = bootstrap_weights(60, 400), 0
-    for _ in range(100):
-        held += interval(*contrast_estimates(simulate_cases(rng, 60, [SHIFT]), weights)[0][0])[0] > 0
-    assert held >= 90

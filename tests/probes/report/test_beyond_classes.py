@@ -167,13 +167,6 @@ def test_runs_without_the_causal_best_layer_are_reported_without_starvation(with
     assert json.loads((tmp_path / "out/results.json").read_text())["starvation"] is None
 
 
-def test_two_runs_of_one_seed_are_an_error(folders, segmentation, tmp_path):
-    """Which of the two is to stand beside a third one of another seed?"""
-    twice = write_task_run(tmp_path / "twice", RMSE, segmentation, metrics={"mllm": "other/hf"})
-    with pytest.raises(SystemExit, match="depth and .*twice are of the same task, model, data and seed; pass one"):
-        main(["report", folders["classes"], "--out", str(tmp_path / "r"), "--tasks", folders["depth"], str(twice)])
-
-
 def test_a_second_control_is_an_error(folders, segmentation, tmp_path):
     """Recovery beyond control would be that of whichever is passed first: here +0.2 or 0.0."""
     more = {"untrained": True, "metrics": {"draw": 1}}

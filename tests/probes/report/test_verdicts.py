@@ -89,15 +89,6 @@ def test_interval_over_images_and_draws_covers_the_truth(spread, draws, masks):
     assert covered >= 0.93 * STUDIES, f"{covered} of {STUDIES}; 95% are expected, 93% are two standard errors below"
 
 
-def test_a_model_like_any_random_draw_holds_in_at_most_five_percent():
-    generator, held = torch.Generator().manual_seed(0), 0
-    for _ in range(STUDIES):
-        first, other = (simulated(0.0, 0.05, 2, 50, generator) for _ in range(2))
-        value, ci95 = beyond_draws(*first, [other])
-        held += judge(1, value, ci95) == "holds"
-    assert held <= 0.05 * STUDIES
-
-
 def cross_validated_recovery(run):
     return drop_and_recovery(run.sites, run.counts, run.weights)["recovery"][0]
 

@@ -3,7 +3,7 @@
 The colours are the colour-blind safe palette of Okabe and Ito; lines also differ in dash and marker.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -81,15 +81,6 @@ def new_panels(count: int, height: float = 2.7, columns: int = 3, **kwargs) -> t
     for ax in axes[count:]:
         ax.set_visible(False)
     return figure, list(axes[:count])
-
-
-def mask_panels(masks: Collection[str], height: float) -> tuple[Figure, list[Axes]]:
-    """Return a figure of mIoU with one panel per attention mask."""
-    figure, axes = new_panels(len(masks), height, columns=2, sharey=True)
-    axes[0].set_ylabel("mIoU (%)")
-    for ax, mask in zip(axes, masks, strict=True):
-        ax.set_title(mask, fontsize=10)
-    return figure, axes
 
 
 def site_depth(site: str) -> int:

@@ -25,7 +25,7 @@ from probes.training.solve import build_parser as build_solve_parser
 HEAVY = ("torch", "transformers", "lightning", "pandas", "sklearn", "matplotlib")
 MAIN = {"llava_bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 PROMISED = {
-    "llava_bidir": "fit validate test export inspect estimate verify-data generate vqa vqa-table demo-assets".split()
+    "llava_bidir": "fit validate test export inspect verify-data generate vqa vqa-table demo-assets".split()
     + ["rehearse", "import-gguf", "configs", "demo"],
     "probes": "fit solve validate test verify-data sites states knockout starvation umap maps segment explore".split()
     + ["answers", "patching", "report", "lab", "study"],
@@ -361,7 +361,7 @@ def test_tensorboard_has_what_a_run_should_show(parts, conversations, tmp_path):
     assert any("answers" in tag for tag in tags["tensors"])
 
 
-@pytest.mark.parametrize(("option", "value"), [("--scale", "0"), ("--scale", "-1"), ("--swapped-names", "7")])
+@pytest.mark.parametrize(("option", "value"), [("--scale", "0"), ("--scale", "-1")])
 def test_shares_out_of_range_are_usage_errors(tmp_path, option, value, capsys):
     with pytest.raises(SystemExit) as stop:
         llava_bidir.cli.main(["demo-assets", str(tmp_path), option, value])

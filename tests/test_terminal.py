@@ -29,7 +29,6 @@ PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
         ("probes solve --pass 8", "probes solve: unrecognized arguments: --pass 8", None),
         ("probes verify-data --worker 2", "probes verify-data: ", None),
         ("llava-bidir inspect --index one", "llava-bidir inspect: argument --index: invalid int value", None),
-        ("llava-bidir estimate --device 8", "llava-bidir estimate: ", None),
     ],
 )
 def test_usage_errors_have_three_lines_and_say_what_was_meant(command, message, meant, capsys):

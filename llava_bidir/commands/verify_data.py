@@ -168,14 +168,13 @@ def main(argv: list[str]) -> None:
         "--data.annotations ..., ...).",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to this file")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="also write the findings to DIR/verify-data.json")
     parser.add_argument("--workers", type=natural, default=usable_cores(), help="number of processes")
     parser.add_argument("--decode", action="store_true", help="decode every image, which also detects truncated files")
     args, config = parser.parse_known_args(argv[1:])
     if args.json:
         check_suffix(args.json, ".json")
     cli = build_data_cli(config, parser.prog)
-    data, files = cli.datamodule, [*filter(None, (args.json, args.out and args.out / "verify-data.json"))]
+    data = cli.datamodule
     images = ImageFolder(data.images, data.follow_links)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers run in parallel already
     results = []
@@ -194,8 +193,8 @@ def main(argv: list[str]) -> None:
             }
         )
         print(format_result(results[-1]))
-    for file in files:
-        write_files({file: {"files": results}})
-        print(file)
+    if args.json:
+        write_files({args.json: {"files": results}})
+        print(args.json)
     if any(result["findings"] for result in results):
         raise SystemExit(1)

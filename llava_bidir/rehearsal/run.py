@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         os.environ |= OFFLINE
         for step in plan_study(args.out, args.size, args.encoder):
             run_step(step, record["steps"], args.out / "logs")
-            record["cost"] = extrapolate(record["steps"], args.out / "logs", len(record["devices"]))
+            record["cost"] = extrapolate(record["steps"], len(record["devices"]))
             write_files({args.out / "rehearsal.json": record})
     print(format_table(record))
     failed = [name for name, step in record["steps"].items() if step["status"] == "failed"]
@@ -117,9 +117,5 @@ def format_table(record: dict[str, Any]) -> str:
         )
     for part in record["cost"]:
         lines.append(f"{part['part']:32}{part['device_hours']:>12,.1f} device-hours")
-        if "devices" in part:
-            hours = part["device_hours"] / part["devices"]
-            memory = ", ".join(f"{name} {gb:.1f} GB" for name, gb in part["estimate_memory_gb"].items())
-            lines[-1] += f", {hours:,.1f} h on {part['devices']} devices; estimate: {memory} a device"
         lines.append(f"    assumes {part['assumes']}")
     return "\n".join(lines)

@@ -11,7 +11,7 @@ from llava_bidir.common.logged_media import log_images, log_table, media_loggers
 from llava_bidir.model.hf_export import export_hf
 from llava_bidir.model.modeling_llava_bidir import build_mask
 
-from .deepspeed_strategy import ZeRO, gather_parameters
+from .deepspeed_strategy import gather_parameters
 
 
 class ShowAnswers(Callback):
@@ -69,8 +69,6 @@ class ExportModel(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Export on rank 0; all ranks enter, because under ZeRO-3 each holds a shard."""
-        if isinstance(trainer.strategy, ZeRO):
-            trainer.strategy.finish_save()  # a run is finished if its export is newer than its last checkpoint
         with gather_parameters(pl_module.model):
             if trainer.is_global_zero:
                 training = pl_module.settings() | pl_module.progress() | {"identity": pl_module.identity}

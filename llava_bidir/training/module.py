@@ -20,7 +20,6 @@ from llava_bidir.common.identity import Identity, check_same_identity, run_ident
 from llava_bidir.common.rank_zero import rank_zero_result
 from llava_bidir.common.run_folder import RESUME_ADVICE
 from llava_bidir.data.datamodule import InstructionData
-from llava_bidir.model.activation_checkpointing import checkpoint_layers
 from llava_bidir.model.build import PARTS, build_model, build_processor, set_trainable
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.model.hf_export import TRAINING_JSON
@@ -58,8 +57,7 @@ class LlavaTraining(LightningModule):
         frozen_dtype: Dtype of frozen weights. bfloat16 halves their memory and needs precision bf16-mixed, which
             computes in bfloat16 either way.
         compile: Compile each layer of the LLM (torch.compile). Useful on GPUs; the first steps take minutes.
-        gradient_checkpointing: Recompute LLM layers in the backward pass to save memory: true for all, or the number of
-            layers, counted from the first. Fewer are faster.
+        gradient_checkpointing: Recompute the LLM's layers in the backward pass to save memory.
         attn_implementation: sdpa, eager or flex_attention; flash attention ignores masks and is rejected.
         max_new_tokens: Maximum length in tokens of an answer in validation.
         template: Template of the conversations, whose prompts the exported model has; linked from the data by the
@@ -85,7 +83,7 @@ class LlavaTraining(LightningModule):
         lora: Lora | None = None,
         frozen_dtype: Literal["float32", "bfloat16"] = "float32",
         compile: bool = False,
-        gradient_checkpointing: bool | int = False,
+        gradient_checkpointing: bool = False,
         attn_implementation: str = "sdpa",
         max_new_tokens: int = 32,
         template: str = "vicuna_v1",
@@ -162,7 +160,8 @@ class LlavaTraining(LightningModule):
         if args.compile:
             for layer in self.model.model.language_model.layers:
                 layer.compile(dynamic=True)
-        checkpoint_layers(self.model.model.language_model, args.gradient_checkpointing)
+        if args.gradient_checkpointing:
+            self.model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
 
     def _dtypes(self) -> dict[str, torch.dtype]:
         """Return the dtype of each part: torch's default, which the strategy sets, or that of frozen weights."""

@@ -88,18 +88,11 @@ def test_a_command_and_its_processes_end_with_the_rehearsal(tmp_path, number):
     assert not psutil.pid_exists(worker_pid)
 
 
-def test_cost_is_the_flops_of_the_estimate_at_the_measured_speed(tmp_path):
-    estimate = {"batch_size": 128, "step_flops": 5e15, "length": 2048, "devices": 8, "memory_gb": {"zero3": 40.0}}
-    (tmp_path / "estimate_stage2.log").write_text(f"command\n{json.dumps(estimate)}\na warning\n")
-    steps = {
-        "estimate_stage2": {"status": "finished"},
-        "causal_stage2": {"tflops_per_s_and_device": 400.0},
-        "study": {"step_s": 0.5, "samples": 64},
-    }
-    stage, probes = extrapolate(steps, tmp_path, devices=8)
-    assert stage["device_hours"] == pytest.approx(665_298 / 128 * 5e15 / 400e12 / 3600, abs=0.01)
-    hours = 20 * 22_210 * 0.5 / 64 / 3600
-    assert probes["device_hours"] == pytest.approx(8 * hours, abs=0.01), "a step takes all devices"
+def test_cost_is_the_number_of_samples_at_the_measured_speed():
+    steps = {"causal_stage2": {"step_s": 2.0, "samples": 128}, "study": {"step_s": 0.5, "samples": 64}}
+    stage, probes = extrapolate(steps | {"causal_stage1": {"status": "failed"}}, devices=8)
+    assert stage["device_hours"] == pytest.approx(8 * 665_298 / 128 * 2 / 3600, abs=0.01), "a step takes all devices"
+    assert probes["device_hours"] == pytest.approx(8 * 20 * 22_210 / 64 * 0.5 / 3600, abs=0.01)
 
 
 def test_steps_come_after_those_they_need_and_cover_the_study(tmp_path):
@@ -107,7 +100,7 @@ def test_steps_come_after_those_they_need_and_cover_the_study(tmp_path):
     names = [step.name for step in steps]
     assert all(names.index(need) < i for i, step in enumerate(steps) for need in step.needs)
     commands = [" ".join(step.command[2:4]) for step in steps]
-    assert {*commands} == {f"llava_bidir {name}" for name in ("estimate", "fit", "generate", "vqa")} | {
+    assert {*commands} == {f"llava_bidir {name}" for name in ("fit", "generate", "vqa")} | {
         "probes sites",
         "probes study",
     }

@@ -6,8 +6,7 @@ import numpy as np
 import PIL
 import pytest
 
-from llava_bidir.toy_world.assets import WORLDS
-from llava_bidir.toy_world.canvas import CLASSES, SIZE_PX, Canvas, sample_camera
+from llava_bidir.toy_world.canvas import SIZE_PX, Canvas, sample_camera
 from llava_bidir.toy_world.scenes import draw_room, draw_scene
 from llava_bidir.toy_world.surfaces import ADULT_M, FOCAL_PX
 
@@ -24,13 +23,12 @@ def scenes():
 def test_pictures_masks_and_random_numbers_are_those_before_scenes_had_depth():
     """The digest was computed by the commit before."""
     rng, digest = np.random.default_rng(5), hashlib.sha256()
-    for options in (WORLDS[name] for name in ("context", "conjunction", "null")):
-        for _ in range(10):
-            scene = draw_scene(rng, **options)
-            digest.update(scene.image.tobytes())
-            digest.update(scene.mask.tobytes())
-    assert digest.hexdigest()[:16] == "b6eb50173e271633"
-    assert rng.integers(2**63) == 3426927773507736814, "geometry consumes random numbers"
+    for _ in range(30):
+        scene = draw_scene(rng)
+        digest.update(scene.image.tobytes())
+        digest.update(scene.mask.tobytes())
+    assert digest.hexdigest()[:16] == "72b59f8fe4853e4f"
+    assert rng.integers(2**63) == 7063252287448839693, "geometry consumes random numbers"
 
 
 def trace_room(camera) -> np.ndarray:
@@ -114,11 +112,3 @@ def test_objects_are_finer_than_classes(scenes):
     assert set(people) == {0, 1, 2}
     walls = [len(np.unique(s.surfaces.instance_ids()[s.mask == WALL])) for s in scenes if s.indoor]
     assert max(walls) == 3, "left, far and right"
-
-
-def test_surfaces_at_night_are_those_of_the_look():
-    rng = np.random.default_rng(3)
-    nights = [scene for scene in (draw_scene(rng, nights=1) for _ in range(20)) if scene.indoor]
-    assert nights
-    for scene in nights:  # they look like streets, so that the top has no depth, though its class is ceiling
-        assert np.isnan(scene.surfaces.depth()[scene.mask == CLASSES.index("ceiling")]).all()

@@ -149,6 +149,18 @@ def test_loss_in_chunks_without_supervised_tokens_is_zero(parts):
     assert loss == 0
 
 
+def test_recomputed_layers_run_twice_and_leave_loss_and_gradients(parts):
+    results, runs = [], []
+    for recompute in (False, True):
+        module, collate = build(parts, "bidirectional", gradient_checkpointing=recompute)
+        for layer in module.model.model.language_model.layers:
+            layer.self_attn.register_forward_pre_hook(lambda *args, r=recompute: runs.append(r))
+        module.model.train()
+        results.append(loss_and_gradients(module, collate(samples())))
+    assert_equal(results[1], results[0])
+    assert runs == [False] * 3 + [True] * 6
+
+
 def row_logits(model, batch) -> torch.Tensor:
     """Return the logits of all tokens, f[B, N, V], computed as in a training step."""
     head, states = model.get_output_embeddings(), []

@@ -60,8 +60,6 @@ class LlavaTraining(LightningModule):
         gradient_checkpointing: Recompute the LLM's layers in the backward pass to save memory.
         attn_implementation: sdpa, eager or flex_attention; flash attention ignores masks and is rejected.
         max_new_tokens: Maximum length in tokens of an answer in validation.
-        template: Template of the conversations, whose prompts the exported model has; linked from the data by the
-            command line.
     """
 
     def __init__(
@@ -86,7 +84,6 @@ class LlavaTraining(LightningModule):
         gradient_checkpointing: bool = False,
         attn_implementation: str = "sdpa",
         max_new_tokens: int = 32,
-        template: str = "vicuna_v1",
     ):
         super().__init__()
         self.save_hyperparameters()
@@ -107,7 +104,7 @@ class LlavaTraining(LightningModule):
             raise UserError(f"model.loss_chunk must be a positive number of tokens or null, got {loss_chunk}")
         if self.lora and "llm" not in trainable:
             raise UserError(f"model.lora trains the LLM, so model.trainable must include llm, got {trainable}")
-        self.processor = build_processor(encoder, llm, image_resize, template)
+        self.processor = build_processor(encoder, llm, image_resize)
         rows, columns = encoder.grid(encoder.load_config())
         self.image_tokens = rows * columns
         self.model = None

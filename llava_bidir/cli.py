@@ -125,14 +125,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     table.add_argument("results", nargs="+", type=Path, help="result folders of `llava-bidir vqa`")
     table.add_argument("--out", type=Path, **required, help="folder for table1.json and table1.csv")
-    for parser_of_results in (vqa, table):
-        parser_of_results.add_argument(
-            "--max-invalid-rate",
-            type=between(0, 1),
-            default=0.05,
-            help="maximum share of answers that are empty or not in the requested form (a letter, yes or no)",
-        )
-
     assets = command(
         "demo-assets", "llava_bidir.toy_world.assets:run", "write the toy world in the formats of the real data"
     )

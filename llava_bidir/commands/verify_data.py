@@ -20,7 +20,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.loader_workers import usable_cores, worker_options
 from llava_bidir.common.usage_errors import ArgumentParser, natural
 from llava_bidir.data.collate import Collate
-from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE, check_turns, token_upper_bound
+from llava_bidir.data.conversation import IGNORE_INDEX, token_upper_bound
 from llava_bidir.data.image_folder import BadImage, ImageFolder, read_format, read_image
 from llava_bidir.data.instruction_dataset import LATE_IMAGES, fingerprint, read_annotations
 from llava_bidir.training.cli import build_data_cli
@@ -35,9 +35,6 @@ KINDS = {
     "too_long": "truncated to data.max_length",
     "unsupervised": "no token to train on: the sample does not count",
     "image_after_answer": "the answer is seen by tokens that predict it: `fit` stops under this mask",
-    "several_images": "one `<image>` per turn is kept, at its start; each shows the record's only image",
-    "image_not_shown": "an image but no `<image>`: only the text is trained",
-    "tag_without_image": "`<image>` but no image: trained as text",
 }
 RECORDS_PER_BATCH = 256
 EXAMPLES = 3  # printed findings per kind; the JSON contains all
@@ -77,7 +74,7 @@ class RecordFindings(Dataset):
         """Return (kind, detail) of each finding about a record."""
         if record["problem"]:
             return [("broken", record["problem"])]
-        findings = check_tags(record) + self.check_tokens(record)
+        findings = self.check_tokens(record)
         if self.late_images and record[self.late_images]:
             findings.append(("image_after_answer", f"{record[self.late_images]} answers"))
         if record["shown"]:  # training reads no other image
@@ -102,16 +99,6 @@ class RecordFindings(Dataset):
         if not is_supervised:
             findings.append(("unsupervised", f"{record['answers']} answers that are not empty"))
         return findings
-
-
-def check_tags(record: dict) -> list[tuple[str, str]]:
-    """Return a finding if the record's `<image>` tags do not match its image."""
-    tags = sum(turn["value"].count(IMAGE) for turn in check_turns(record["conversations"]))
-    if record["image"] and tags == 0:
-        return [("image_not_shown", record["image"])]
-    if record["image"] and tags > 1:
-        return [("several_images", f"{tags} {IMAGE} in {record['shown']} turns")]
-    return [("tag_without_image", f"{tags} {IMAGE}")] if tags and not record["image"] else []
 
 
 def check_image(images: ImageFolder, name: str, decode: bool) -> list[tuple[str, str]]:

@@ -101,7 +101,6 @@ COLUMNS = {  # key: heading, format
     "device_gb": ("device GB", "{:.1f}"),
     "step_s": ("s/step", "{:.2f}"),
     "tokens_per_s": ("tokens/s", "{:.0f}"),
-    "mfu": ("MFU", "{:.0%}"),
 }
 
 

@@ -82,7 +82,7 @@ def plan_study(out: Path, size: str, encoder: str) -> list[Step]:
         Step("study", study, trained, out / "causal/probes", PROBED),
         Step(
             "benchmarks",
-            _llava("vqa", out / "causal/stage2/hf", "--tasks", "toy", "--data", inputs, "--max-invalid-rate", 1)
+            _llava("vqa", out / "causal/stage2/hf", "--tasks", "toy", "--data", inputs)
             + ["--python", str(VQA_PYTHON), "--out", str(out / "causal/vqa")],
             ("causal_stage2",),
         ),

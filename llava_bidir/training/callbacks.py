@@ -1,6 +1,5 @@
 """Callbacks: validation answers in the logger, and export of the trained model."""
 
-from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +8,12 @@ from torch import Tensor
 
 from llava_bidir.common.logged_media import log_images, log_table, media_loggers
 from llava_bidir.model.hf_export import export_hf
-from llava_bidir.model.modeling_llava_bidir import build_mask
 
 from .deepspeed_strategy import gather_parameters
 
 
 class ShowAnswers(Callback):
-    """Log validation images, the model's answers and the attention mask.
+    """Log validation images and the model's answers.
 
     Args:
         images: Number of samples of the first validation batch to log.
@@ -30,19 +28,12 @@ class ShowAnswers(Callback):
         """Log the first batch."""
         if batch_idx > 0 or not media_loggers(trainer):
             return
-        model, processor = pl_module.model, pl_module.processor
+        processor = pl_module.processor
         if batch["pixel_values"] is not None:
             pixels = _unnormalize(batch["pixel_values"][: self.images], processor.image_processor)
             log_images(trainer, "validation/images", _as_bytes(pixels))
         columns = ["record", "question", "expected", "answered"]
         log_table(trainer, "validation/answers", columns, self._rows(batch, outputs, processor.tokenizer))
-        # the mask of the first prompt: white where a row (query) attends to a column (key)
-        prompt = batch["prompts"]["input_ids"][:1]
-        llm_config = copy(model.config.get_text_config())
-        llm_config._attn_implementation = "sdpa"  # the only backend whose mask is bool[B, 1, N, N]
-        is_image, padding = prompt == model.config.image_token_id, batch["prompts"]["attention_mask"][:1]
-        mask = build_mask(model.config.image_attention, llm_config, is_image, padding)
-        log_images(trainer, "validation/attention_mask", _as_bytes(mask.float().expand(-1, 3, -1, -1)))
 
     def _rows(self, batch: dict, answers: list[str], tokenizer) -> list[list[str]]:
         rows = []

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     missing = [name for name in args.tasks if not results_file(args.out, name).exists()]
     if missing:
         raise UserError(f"{', '.join(missing)}: the harness succeeded but wrote no results; see its output above")
-    print(write_tables([args.out], args.out, args.max_invalid_rate))  # validates all finished tasks
+    print(write_tables([args.out], args.out))  # validates all finished tasks
 
 
 def _is_finished(out: Path, name: str, info: dict) -> bool:

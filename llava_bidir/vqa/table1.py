@@ -19,7 +19,7 @@ from llava_bidir.common.errors import UserError
 from .benchmarks import BENCHMARKS, Column
 from .result_files import read_results, results_file
 from .scores import SWAPS, ScoreTerms, swap_test
-from .validate_results import find_problems, invalid_items
+from .validate_results import find_problems
 
 HERE = Path(__file__).parent
 COLUMNS: dict[str, Column] = {title: column for b in BENCHMARKS.values() for title, column in b.columns.items()}
@@ -31,17 +31,17 @@ Results = dict[str, tuple[dict, list]]  # benchmark -> info, items
 
 def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir vqa-table`."""
-    print(write_tables(args.results, args.out, args.max_invalid_rate))
+    print(write_tables(args.results, args.out))
 
 
-def write_tables(folders: list[Path], out: Path, max_invalid_rate: float) -> str:
+def write_tables(folders: list[Path], out: Path) -> str:
     """Write OUT/table1.{csv,json} from finished folders of `llava-bidir vqa` and return the table as text.
 
     Raises:
         UserError: A folder has no results, invalid ones or those of several checkpoints, or two models were asked other
             questions. The message names the task and the item.
     """
-    results = [_read_folder(folder, max_invalid_rate) for folder in folders]
+    results = [_read_folder(folder) for folder in folders]
     models = [_score_model(folder, result) for folder, result in zip(folders, results, strict=True)]
     paper = json.loads((HERE / "paper.json").read_text())["source"]
     table = {
@@ -53,13 +53,13 @@ def write_tables(folders: list[Path], out: Path, max_invalid_rate: float) -> str
     return _text(table)
 
 
-def _read_folder(folder: Path, max_invalid_rate: float) -> Results:
+def _read_folder(folder: Path) -> Results:
     results = {name: read_results(folder, name) for name in BENCHMARKS if results_file(folder, name).exists()}
     if not results:
         raise UserError(f"{folder} has no results of `llava-bidir vqa`; expected files such as {folder}/gqa.json")
     if len({info["fingerprint"] for info, _ in results.values()}) > 1:
         raise UserError(f"{folder} has results of several checkpoints; delete those of all but one")
-    if problems := [line for name in results for line in find_problems(folder, name, max_invalid_rate)]:
+    if problems := [line for name in results for line in find_problems(folder, name)]:
         raise UserError("\n".join(f"{folder}/{line}" for line in problems))
     return results
 
@@ -89,7 +89,7 @@ def _score_model(folder: Path, results: Results) -> dict[str, Any]:
                 "difference": None if published is None else score - published,
                 "items": len(items),
                 "units": len(terms[title].units),
-                "unusable": len(invalid_items(name, items)) / len(items),
+                "unusable": sum(item.get("guessed", not item["answer"].strip()) for item in items) / len(items),
                 "official": BENCHMARKS[name].official_items in (None, info["documents"]),
             }
     keys = ("model", "encoder", "image_attention", "fingerprint")

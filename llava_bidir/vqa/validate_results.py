@@ -1,4 +1,4 @@
-"""Checks that the harness does not make: every item has one result, and answers have the requested form."""
+"""Checks that the harness does not make: every item has one result, from which its score follows."""
 
 from pathlib import Path
 
@@ -7,18 +7,12 @@ from .result_files import read_results
 from .scores import Item
 
 
-def find_problems(out: Path, name: str, max_invalid_rate: float) -> list[str]:
-    """Return what is wrong with a finished task. Each message names the task and an item.
-
-    Args:
-        out: Folder of results.
-        name: Name of the benchmark.
-        max_invalid_rate: Largest share of answers that may be empty or not of the requested form.
-    """
+def find_problems(out: Path, name: str) -> list[str]:
+    """Return what is wrong with a finished task of a folder of results. Each message names the task."""
     info, items = read_results(out, name)
     problems = _check_items(name, info, items)
     if not problems:  # scores can be compared only if every item is there
-        problems = [*_check_scores(name, info, items), *_check_answers(name, items, max_invalid_rate)]
+        problems = _check_scores(name, info, items)
     return [f"{name}: {problem}" for problem in problems]
 
 
@@ -40,23 +34,3 @@ def _check_scores(name: str, info: dict, items: list[Item]) -> list[str]:
         if abs(ours - theirs) > 1e-5 * max(1, abs(theirs)):
             problems.append(f"the harness reports {title} {theirs}, but the items give {ours}")
     return problems
-
-
-def _check_answers(name: str, items: list[Item], max_invalid_rate: float) -> list[str]:
-    invalid = invalid_items(name, items)
-    if len(invalid) <= max_invalid_rate * len(items):
-        return []
-    first = invalid[0]
-    return [
-        f"{len(invalid)} of {len(items)} answers are empty or not of the requested form, e.g. item {first['item']}: "
-        f"{first['answer'][:40]!r}; --max-invalid-rate {max_invalid_rate} allows fewer"
-    ]
-
-
-def invalid_items(name: str, items: list[Item]) -> list[Item]:
-    """Return the items whose answer is empty, or lacks the requested letter, yes or no.
-
-    The harness counts them as wrong, and guesses an option of MMMU.
-    """
-    is_valid = BENCHMARKS[name].is_valid
-    return [item for item in items if item.get("guessed") or not item["answer"].strip() or not is_valid(item["answer"])]

@@ -33,9 +33,6 @@ RECORDS = {
     "too_long": {"conversations": turns("name", "wall " * 120)},
     "unsupervised": {"image": "a.png", "conversations": turns("<image>\nname", "")},
     "image_after_answer": {"image": "a.png", "conversations": turns("name", "sky") + turns("<image>\nname", "wall")},
-    "several_images": {"image": "a.png", "conversations": turns("<image>\n<image> name", "wall")},
-    "image_not_shown": {"image": "a.png", "conversations": turns("name", "wall")},
-    "tag_without_image": {"conversations": turns("<image> name", "wall")},
 }
 
 
@@ -80,7 +77,7 @@ def test_image_that_is_not_shown_is_not_read(folder, parts):
     """As in training, which does not open it either."""
     record = {"id": "h", "image": "none.png", "conversations": turns("name", "wall")}
     (folder / "hidden.json").write_text(json.dumps([record]))
-    assert kinds(folder, parts, name="hidden.json") == {"h": ["image_not_shown"]}
+    assert kinds(folder, parts, name="hidden.json") == {}
 
 
 def test_details_name_the_tokens_and_the_file(folder, parts):

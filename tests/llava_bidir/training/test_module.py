@@ -11,7 +11,6 @@ import tiny_models
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
@@ -21,7 +20,6 @@ from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.data.instruction_dataset import Instructions
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.lora import Lora
-from llava_bidir.training.callbacks import ShowAnswers
 from llava_bidir.training.loss_monitor import LossMonitor
 from llava_bidir.training.module import LlavaTraining
 from llava_bidir.training.throughput import Throughput
@@ -320,24 +318,6 @@ def test_validation_without_questions_is_an_error(parts, conversations, tmp_path
     """Lightning would end with success and no metric."""
     with pytest.raises(ValueError, match="data.val_annotations is not set, so there are no questions"):
         trainer(tmp_path).validate(module(parts), datamodule=data(conversations, parts))
-
-
-@pytest.mark.parametrize("backend", ["sdpa", "eager", "flex_attention"])
-def test_attention_mask_is_drawn_under_every_backend(backend, parts, conversations):
-    built = module_with_model(parts, image_attention="bidirectional", attn_implementation=backend)
-    source, drawn = data(conversations, parts, val_annotations=str(conversations / "data.json")), []
-    source.trainer = SimpleNamespace(global_rank=0, world_size=1)
-    source.setup("validate")
-    batch = next(iter(source.val_dataloader()))
-    show = lambda name, images, step, dataformats: drawn.append(images) if "mask" in name else None
-    board = SimpleNamespace(add_images=show, add_text=print)
-    logger = type("Logger", (TensorBoardLogger,), {"experiment": board, "__init__": lambda self: None})()
-    run = SimpleNamespace(loggers=[logger], global_step=0, is_global_zero=True)
-    ShowAnswers().on_validation_batch_end(run, built, batch["answers"], batch, 0)
-    is_image = batch["prompts"]["input_ids"][0] == built.model.config.image_token_id
-    (mask,) = drawn
-    assert mask.shape == (1, len(is_image), len(is_image), 3) and mask[0, is_image][:, is_image].all()
-    assert built.model.config.get_text_config()._attn_implementation == backend
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])

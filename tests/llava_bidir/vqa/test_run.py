@@ -55,9 +55,9 @@ def stubbed(tmp_path, monkeypatch):
 
 
 def vqa(model, out, data, *more) -> None:
-    """Run the command. Invalid answers, all that random weights give, are allowed unless `more` says otherwise."""
+    """Run the command."""
     argv = ["vqa", str(model), "--out", str(out), "--data", str(data), "--python", str(PYTHON), "--batch-size", "4"]
-    cli.main([*argv, "--max-invalid-rate", "1", *more])
+    cli.main([*argv, *more])
 
 
 def items(out: Path, name: str) -> list[dict]:
@@ -161,7 +161,7 @@ def test_results_on_other_data_are_not_reused(runs, checkpoints, data, tmp_path)
 
 def test_scores_are_the_harnesss_where_some_answers_are_right(checkpoints, data, tmp_path, stubbed):
     """Answers are right in the first half of each task. `vqa` compares our scores with the harness's."""
-    vqa(checkpoints["causal"], tmp_path / "out", data, "--python", stubbed("oracle"), "--max-invalid-rate", "0")
+    vqa(checkpoints["causal"], tmp_path / "out", data, "--python", stubbed("oracle"))
     (model,) = json.loads((tmp_path / "out/table1.json").read_text())["models"]
     scores = {title: column["score"] for title, column in model["columns"].items()}
     assert scores == pytest.approx(

@@ -105,22 +105,12 @@ def test_intervals_stay_within_the_range_of_the_score(tmp_path):
 def test_results_that_vqa_rejects_are_not_in_the_table(tmp_path):
     for mask in ("causal", "bidirectional"):
         vqa_results.write(tmp_path / mask, "gqa", CAUSAL, mask)
-    items = [json.loads(line) for line in (tmp_path / "bidirectional/gqa.jsonl").read_text().splitlines()]
-    wrong = [item for item in items if not item["right"]][:40]
+    file = tmp_path / "bidirectional/gqa.jsonl"
+    file.write_text(file.read_text().partition("\n")[2])
     argv = ["vqa-table", str(tmp_path / "causal"), str(tmp_path / "bidirectional"), "--out", str(tmp_path / "out")]
-    for item in wrong:
-        item["answer"] = ""
-    lines = "".join(json.dumps(item) + "\n" for item in items)
-    (tmp_path / "bidirectional/gqa.jsonl").write_text(lines)
-    with pytest.raises(
-        SystemExit, match=r"/bidirectional/gqa: 40 of 400 answers .* --max-invalid-rate 0.05 allows fewer"
-    ):
+    with pytest.raises(SystemExit, match="/bidirectional/gqa: 1 of 400 items have no or several results, e.g. item 0"):
         cli.main(argv)
     assert not (tmp_path / "out").exists()
-    cli.main([*argv, "--max-invalid-rate", "0.1"])
-    (tmp_path / "bidirectional/gqa.jsonl").write_text(lines.partition("\n")[2])
-    with pytest.raises(SystemExit, match="/bidirectional/gqa: 1 of 400 items have no or several results, e.g. item 0"):
-        cli.main([*argv, "--max-invalid-rate", "0.1"])
 
 
 def test_other_encoders_have_no_pair_and_no_published_numbers(tmp_path):

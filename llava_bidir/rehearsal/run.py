@@ -16,7 +16,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from .cost import extrapolate
 from .inputs import write_inputs
 from .measure import read_speed, run_measured
-from .study import VQA_PYTHON, Step, plan_study
+from .study import Step, plan_study
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
@@ -69,10 +69,6 @@ def run_step(step: Step, done: dict[str, dict[str, Any]], logs: Path) -> None:
     if done.get(step.name, {}).get("status") == "finished":
         print(f"finished  {step.name}", flush=True)
         return
-    if reason := reason_to_skip(step, done):
-        done[step.name] = {"status": "skipped", "reason": reason}
-        print(f"skipped   {step.name}: {reason}", flush=True)
-        return
     log = logs / f"{step.name}.log"
     print(f"running   {step.name}", flush=True)
     measured = run_measured(step.command, log)
@@ -83,16 +79,6 @@ def run_step(step: Step, done: dict[str, dict[str, Any]], logs: Path) -> None:
         print(f"failed    {step.name}: {lines[-1]}\n          its log is {log}", flush=True)
     elif step.events is not None:
         done[step.name] |= {"samples": step.samples, **read_speed(step.events)}
-
-
-def reason_to_skip(step: Step, done: dict[str, dict[str, Any]]) -> str | None:
-    """Return why a step cannot run, or None."""
-    missing = [name for name in step.needs if done[name]["status"] != "finished"]
-    if missing:
-        return f"needs {', '.join(missing)}"
-    if step.name == "benchmarks" and not VQA_PYTHON.is_file():
-        return f"{VQA_PYTHON} does not exist; `make vqa-venv` makes it"
-    return None
 
 
 COLUMNS = {  # key: heading, format

@@ -2,25 +2,23 @@
 
 from pathlib import Path
 
-import numpy as np
 from lightning import Callback, LightningModule, Trainer
-from torch import Tensor
 
-from llava_bidir.common.logged_media import log_images, log_table, media_loggers
+from llava_bidir.common.logged_media import log_table, media_loggers
 from llava_bidir.model.hf_export import export_hf
 
 from .deepspeed_strategy import gather_parameters
 
 
 class ShowAnswers(Callback):
-    """Log validation images and the model's answers.
+    """Log the model's answers to the first validation questions.
 
     Args:
-        images: Number of samples of the first validation batch to log.
+        count: Number of answers to log.
     """
 
-    def __init__(self, images: int = 4):
-        self.images = images
+    def __init__(self, count: int = 4):
+        self.count = count
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
@@ -28,31 +26,16 @@ class ShowAnswers(Callback):
         """Log the first batch."""
         if batch_idx > 0 or not media_loggers(trainer):
             return
-        processor = pl_module.processor
-        if batch["pixel_values"] is not None:
-            pixels = _unnormalize(batch["pixel_values"][: self.images], processor.image_processor)
-            log_images(trainer, "validation/images", _as_bytes(pixels))
         columns = ["record", "question", "expected", "answered"]
-        log_table(trainer, "validation/answers", columns, self._rows(batch, outputs, processor.tokenizer))
+        log_table(trainer, "validation/answers", columns, self._rows(batch, outputs, pl_module.processor.tokenizer))
 
     def _rows(self, batch: dict, answers: list[str], tokenizer) -> list[list[str]]:
         rows = []
-        for i in range(min(self.images, len(answers))):
+        for i in range(min(self.count, len(answers))):
             question = tokenizer.decode(batch["prompts"]["input_ids"][i], skip_special_tokens=True)
             question = question.rpartition("USER:")[2].removesuffix("ASSISTANT:").strip()
             rows.append([str(batch["ids"][i]), question, batch["answers"][i], answers[i]])
         return rows
-
-
-def _unnormalize(pixels: Tensor, processor) -> Tensor:
-    """Return normalised pixels f[B, 3, H, W] as 0..1."""
-    mean, std = pixels.new_tensor([processor.image_mean, processor.image_std])[..., None, None]
-    return (pixels * std + mean).clamp(0, 1)
-
-
-def _as_bytes(images: Tensor) -> np.ndarray:
-    """Return images f[B, 3, H, W] of 0..1 as uint8[B, H, W, 3]."""
-    return (images.float() * 255).round().byte().movedim(1, -1).cpu().numpy()
 
 
 class ExportModel(Callback):

@@ -91,17 +91,6 @@ def test_loss_is_that_of_each_sample_alone(name, parts):
         assert loss == pytest.approx(total / count, rel=1e-5)
 
 
-@pytest.mark.parametrize("shown", [True, False])
-@pytest.mark.parametrize("name", MASKS)
-def test_no_batch_is_warned_of(name, shown, parts, monkeypatch):
-    """Batches of text alone, which sampling by modality makes, are causal as they should be."""
-    (module, collate), warnings = build(parts, name), []
-    monkeypatch.setattr(modeling_llava_bidir.logger, "warning_once", warnings.append)
-    for pack_tokens in (ROW, None):
-        module.loss(replace(collate, pack_tokens=pack_tokens)(samples(shown)))
-    assert not warnings
-
-
 def test_a_training_that_is_right_is_not_warned_of_images_that_are_read_as_text(
     parts, conversations, tmp_path, monkeypatch
 ):

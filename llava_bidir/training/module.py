@@ -52,7 +52,6 @@ class LlavaTraining(LightningModule):
         loss_average: How the loss of a step is averaged. "llava": over the tokens of each micro-batch, then over
             micro-batches and devices, as in LLaVA. "tokens": over all supervised tokens of the global batch, so
             accumulation and number of devices do not change it.
-        loss_chunk: Number of supervised tokens whose logits exist at a time, to save memory; null for all.
         lora: Low-rank updates of the LLM, which train instead of its weights.
         frozen_dtype: Dtype of frozen weights. bfloat16 halves their memory and needs precision bf16-mixed, which
             computes in bfloat16 either way.
@@ -77,7 +76,6 @@ class LlavaTraining(LightningModule):
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.03,
         loss_average: Literal["llava", "tokens"] = "llava",
-        loss_chunk: int | None = None,
         lora: Lora | None = None,
         frozen_dtype: Literal["float32", "bfloat16"] = "float32",
         compile: bool = False,
@@ -100,8 +98,6 @@ class LlavaTraining(LightningModule):
                 raise UserError(f"model.{key} must not be negative, got {self.hparams[key]}")
         if warmup_ratio is None or not 0 <= warmup_ratio <= 1:
             raise UserError(f"model.warmup_ratio must be a share of the steps from 0 to 1, got {warmup_ratio}")
-        if loss_chunk is not None and loss_chunk < 1:
-            raise UserError(f"model.loss_chunk must be a positive number of tokens or null, got {loss_chunk}")
         if self.lora and "llm" not in trainable:
             raise UserError(f"model.lora trains the LLM, so model.trainable must include llm, got {trainable}")
         self.processor = build_processor(encoder, llm, image_resize)
@@ -202,7 +198,7 @@ class LlavaTraining(LightningModule):
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Return the mean cross-entropy over the supervised tokens of a micro-batch, 0 if there are none."""
         with self._black_image(needed=batch["pixel_values"] is None):
-            return supervised_loss(self.model, batch, self.hparams.loss_chunk)
+            return supervised_loss(self.model, batch)
 
     def _encode_black_image(self) -> Tensor:
         """Return the features of a black image, f[T, d]."""

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from llava_bidir.common.errors import UserError
 from llava_bidir.model.modeling_llava_bidir import (
@@ -25,18 +24,15 @@ from llava_bidir.model.modeling_llava_bidir import (
 )
 
 
-def supervised_loss(
-    model: LlavaBidirForConditionalGeneration, batch: dict[str, Any], chunk_tokens: int | None = None
-) -> Tensor:
+def supervised_loss(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]) -> Tensor:
     """Return the mean cross-entropy over the supervised tokens of a micro-batch, 0 if there are none.
 
     Args:
         model: Model in training or evaluation.
         batch: From :class:`llava_bidir.data.collate.Collate`.
-        chunk_tokens: Number of tokens whose logits exist at a time; None for all.
     """
     targets = batch["labels"].flatten()[batch["predicts"] + 1]
-    with _head_computes(model, partial(_summed_loss, batch["predicts"], targets, chunk_tokens)), _not_warned(model):
+    with _head_computes(model, partial(_summed_loss, batch["predicts"], targets)), _not_warned(model):
         total = model(
             inputs_embeds=_embed(model, batch),
             attention_mask=_attention_mask(model, batch),
@@ -46,16 +42,9 @@ def supervised_loss(
     return total / max(batch["supervised"], 1)
 
 
-def _summed_loss(
-    positions: Tensor, targets: Tensor, chunk_tokens: int | None, head: Callable[[Tensor], Tensor], states: Tensor
-) -> Tensor:
+def _summed_loss(positions: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
     """Return the summed cross-entropy at these positions of the flattened rows of states, f[B, N, d]."""
-    states = states.flatten(0, 1)[positions]
-    token_losses = lambda x, y: F.cross_entropy(head(x).float(), y, reduction="sum")
-    if chunk_tokens is None:
-        return token_losses(states, targets)
-    chunks = zip(states.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
-    return sum(checkpoint(token_losses, x, y, use_reentrant=False, preserve_rng_state=False) for x, y in chunks)
+    return F.cross_entropy(head(states.flatten(0, 1)[positions]).float(), targets, reduction="sum")
 
 
 def _embed(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]) -> Tensor:
@@ -98,8 +87,7 @@ def _attention_mask(model: LlavaBidirForConditionalGeneration, batch: dict[str, 
 def _head_computes(model: LlavaBidirForConditionalGeneration, function: Callable[..., Tensor]) -> Iterator[None]:
     """Make the head return function(head, states) instead of head(states).
 
-    Its `forward` is replaced, not the call of the module, whose hooks gather the weight under ZeRO-3: once, although
-    ranks have different numbers of chunks.
+    Its `forward` is replaced, not the call of the module, whose hooks gather the weight under ZeRO-3.
     """
     head = model.get_output_embeddings()
     own = vars(head).get("forward")  # a library may have replaced it before

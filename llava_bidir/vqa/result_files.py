@@ -10,6 +10,7 @@ from pathlib import Path
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.errors import UserError
 
+from .benchmarks import BENCHMARKS
 from .scores import Item
 
 PACKAGE = Path(__file__).parents[1]  # the harness must run the same copy
@@ -45,11 +46,28 @@ def read_results(out: Path, name: str) -> tuple[dict, list[Item]]:
     """Return the info and the items of a finished task.
 
     Raises:
-        UserError: A file is missing or is not valid JSON.
+        UserError: A file is missing or invalid, an item has no result or several, or the harness's score does not
+            follow from the items.
     """
     try:
         info = json.loads(results_file(out, name).read_text())
         items = [json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{results_file(out, name)}: {error}; delete it to run the task again") from error
+    if problem := _find_problem(name, info, items):
+        raise UserError(f"{out}/{name}: {problem}")
     return info, items
+
+
+def _find_problem(name: str, info: dict, items: list[Item]) -> str | None:
+    numbers, expected, official = sorted(i["item"] for i in items), info["documents"], BENCHMARKS[name].official_items
+    if numbers != list(range(expected)):
+        wrong = [i for i in range(expected) if numbers.count(i) != 1]
+        return f"{len(wrong)} of {expected} items have no or several results, e.g. item {wrong[0]}"
+    if info["data"] == "hub" and official not in (None, expected):
+        return f"{expected} items, but the official split has {official}"
+    for title, column in BENCHMARKS[name].columns.items():
+        ours, theirs = column.terms(items).score(), info["harness"][title]
+        if abs(ours - theirs) > 1e-5 * max(1, abs(theirs)):  # MMMU is rounded to five places
+            return f"the harness reports {title} {theirs}, but the items give {ours}"
+    return None

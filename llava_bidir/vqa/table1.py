@@ -19,7 +19,6 @@ from llava_bidir.common.errors import UserError
 from .benchmarks import BENCHMARKS, Column
 from .result_files import read_results, results_file
 from .scores import SWAPS, ScoreTerms, swap_test
-from .validate_results import find_problems
 
 HERE = Path(__file__).parent
 COLUMNS: dict[str, Column] = {title: column for b in BENCHMARKS.values() for title, column in b.columns.items()}
@@ -59,8 +58,6 @@ def _read_folder(folder: Path) -> Results:
         raise UserError(f"{folder} has no results of `llava-bidir vqa`; expected files such as {folder}/gqa.json")
     if len({info["fingerprint"] for info, _ in results.values()}) > 1:
         raise UserError(f"{folder} has results of several checkpoints; delete those of all but one")
-    if problems := [line for name in results for line in find_problems(folder, name)]:
-        raise UserError("\n".join(f"{folder}/{line}" for line in problems))
     return results
 
 

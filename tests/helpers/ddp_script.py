@@ -138,11 +138,6 @@ def without_dropout(strategy, precision):
     return fit(strategy, precision, epochs=1, save={MIDDLE: f"{strategy}-plain-{precision}.ckpt"})
 
 
-def loss_in_chunks(strategy, precision):
-    """Ranks have different numbers of chunks."""
-    return fit(strategy, precision, epochs=1, loss_chunk=3)
-
-
 def resume_elsewhere(strategy, precision):
     """Resume `without_dropout` from SPEC["resume"], perhaps on another number of processes."""
     return fit(strategy, precision, epochs=1, resume=SPEC["resume"][strategy])

@@ -30,7 +30,6 @@ RUNS = [f"{s}:without_dropout:32-true" for s in ("zero3", "ddp", "zero2")] + [
 ]
 RUNS += [f"{s}:{run}:{p}" for s, p in ZERO for run in ("uninterrupted", "resume")]
 RUNS += [f"{s}:{run}:bf16-mixed" for s in ("zero2", "zero3") for run in ("without_dropout", "validate")]
-RUNS += ["zero3:loss_in_chunks:32-true"]
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +101,6 @@ def result(folder: Path, run: str, rank: int = 0) -> dict:
         ("ddp:without_dropout:32-true", 1e-5),
         ("zero2:without_dropout:32-true", 1e-5),
         ("zero3:without_dropout:32-true", 1e-5),
-        ("zero3:loss_in_chunks:32-true", 1e-5),
         ("zero2:without_dropout:bf16-mixed", 2e-2),
         ("zero3:without_dropout:bf16-mixed", 2e-2),
         ("zero3_offload:without_dropout:bf16-mixed", 2e-2),

@@ -117,7 +117,6 @@ def test_a_run_of_another_identity_is_neither_resumed_nor_called_finished(finish
 
 def test_settings_that_change_no_result_may_change(finished, unfinished, caplog):
     changed = ["--model.max_new_tokens", "2", "--model.attn_implementation", "eager", "--data.num_workers", "1"]
-    changed += ["--model.loss_chunk", "5"]
     with caplog.at_level("INFO"):
         llava_bidir.cli.main([*finished[1], *changed, "--ckpt_path", "last"])
     assert "this run is finished; nothing to do" in caplog.text

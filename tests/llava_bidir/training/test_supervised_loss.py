@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from device_reads import DeviceReads
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, MistralConfig, Qwen3_5TextConfig
 
 from llava_bidir import IMAGE_ATTENTION
@@ -17,7 +16,6 @@ from llava_bidir.cli import main
 from llava_bidir.common.errors import UserError
 from llava_bidir.data.collate import Collate
 from llava_bidir.model import modeling_llava_bidir
-from llava_bidir.model.build import set_trainable
 from llava_bidir.training.module import LlavaTraining
 from llava_bidir.training.supervised_loss import check_packing, supervised_loss
 
@@ -102,42 +100,6 @@ def test_a_training_that_is_right_is_not_warned_of_images_that_are_read_as_text(
     assert (tmp_path / "hf/model.safetensors").is_file() and not warnings
 
 
-class LogitRows(TorchDispatchMode):
-    """Record how many tokens each cross-entropy is computed of."""
-
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function._schema.name == "aten::_log_softmax":
-            self.rows.append(len(args[0]))
-        return function(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-@pytest.mark.parametrize("trainable", [("adapter",), ("adapter", "llm")])
-def test_loss_in_chunks_equals_the_whole_one(trainable, chunk, parts):
-    module, collate = build(parts, "bidirectional")
-    set_trainable(module.model, trainable)
-    batch = collate(samples())
-    whole = loss_and_gradients(module, batch)
-    module.hparams.loss_chunk = chunk
-    with LogitRows() as mode:
-        assert_equal(loss_and_gradients(module, batch), whole)
-    assert max(mode.rows) == min(chunk, batch["supervised"])
-    assert sum(mode.rows) == 2 * batch["supervised"], "once in each pass"
-    assert "forward" not in vars(module.model.lm_head)
-
-
-def test_loss_in_chunks_without_supervised_tokens_is_zero(parts):
-    module, collate = build(parts, "bidirectional", loss_chunk=7)
-    batch = collate(samples())
-    loss = module.loss(batch | {"predicts": batch["predicts"][:0], "supervised": 0})
-    loss.backward()
-    assert loss == 0
-
-
 def test_recomputed_layers_run_twice_and_leave_loss_and_gradients(parts):
     results, runs = [], []
     for recompute in (False, True):
@@ -216,9 +178,8 @@ def device_reads(module, batch) -> list[str]:
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("pack_tokens", [ROW, None])
-@pytest.mark.parametrize("loss_chunk", [None, 7])
-def test_no_forward_or_backward_pass_waits_for_the_device(loss_chunk, pack_tokens, name, parts):
-    module, collate = build(parts, name, gradient_checkpointing=True, loss_chunk=loss_chunk)
+def test_no_forward_or_backward_pass_waits_for_the_device(pack_tokens, name, parts):
+    module, collate = build(parts, name, gradient_checkpointing=True)
     for shown in (True, False):
         reads = device_reads(module.train(), replace(collate, pack_tokens=pack_tokens)(samples(shown)))
         # transformers looks for packed samples in the positions of a causal row without a mask

@@ -134,7 +134,6 @@ NUMBERS = {
     "data.micro_batch_size": 0,
     "data.max_length": -5,
     "data.num_workers": -1,
-    "data.pack_tokens": 0,
     "model.learning_rate": -1.0,
     "model.adapter_learning_rate": -1.0,
     "model.warmup_ratio": 2.0,

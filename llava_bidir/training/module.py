@@ -27,7 +27,7 @@ from llava_bidir.model.lora import Lora, add_lora
 
 from .optim import build_optimizer, build_schedule
 from .resume import rescale_progress
-from .supervised_loss import check_packing, supervised_loss
+from .supervised_loss import supervised_loss
 from .throughput import TIMING_METRICS
 
 log = logging.getLogger(__name__)
@@ -172,15 +172,9 @@ class LlavaTraining(LightningModule):
             raise UserError(f"model.frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got {precision}")
 
     def on_fit_start(self) -> None:
-        """Set train mode, except for the frozen encoder.
-
-        Raises:
-            UserError: The LLM or the attention backend would mix packed samples.
-        """
+        """Set train mode, except for the frozen encoder."""
         self.model.train()
         self.model.model.vision_tower.eval()
-        if getattr(self.trainer.datamodule, "pack_tokens", None):
-            check_packing(self.model)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Seed dropout from the position in the run, so that a resumed run repeats it."""

@@ -22,7 +22,7 @@ def python(*words: object) -> str:
 
 
 def of_the_mix(found: dict) -> None:
-    assert len(found["samples_per_s"]) == 6 and all(rates[0] > 0 for rates in found["samples_per_s"].values())
+    assert len(found["samples_per_s"]) == 5 and all(rates[0] > 0 for rates in found["samples_per_s"].values())
 
 
 def of_the_gpu(found: dict) -> None:

@@ -63,7 +63,7 @@ def trainer(tmp_path, **kwargs) -> Trainer:
     )
 
 
-def fit(parts, folder, tmp_path, ckpt_path=None, module_kwargs=None, pack_tokens=None, **kwargs):
+def fit(parts, folder, tmp_path, ckpt_path=None, module_kwargs=None, **kwargs):
     torch.manual_seed(0)
     built, run = module(parts, **(module_kwargs or {})), trainer(tmp_path, **kwargs)
     losses = []
@@ -75,7 +75,7 @@ def fit(parts, folder, tmp_path, ckpt_path=None, module_kwargs=None, pack_tokens
         return loss
 
     built.training_step = recorded
-    run.fit(built, datamodule=data(folder, parts, pack_tokens=pack_tokens), ckpt_path=ckpt_path)
+    run.fit(built, datamodule=data(folder, parts), ckpt_path=ckpt_path)
     return built, losses, run
 
 
@@ -158,18 +158,13 @@ def test_adapter_can_have_its_own_learning_rate(parts, conversations, tmp_path):
 LORA = {"lora": Lora(r=2, alpha=4, dropout=0.0)}
 
 
-@pytest.mark.parametrize(
-    ("step", "settings", "pack_tokens"),
-    [(2, {}, None), (3, {}, None), (4, LORA, None), (4, {}, 60)],
-)
-def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    step, settings, pack_tokens, parts, conversations, tmp_path
-):
+@pytest.mark.parametrize(("step", "settings"), [(2, {}), (3, {}), (4, LORA)])
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(step, settings, parts, conversations, tmp_path):
     """A resume that restarts the epoch would train some samples twice and others never."""
     save = ModelCheckpoint(tmp_path, filename="at", every_n_train_steps=step, save_top_k=1, monitor=None)
     hook = save.on_train_batch_end
     save.on_train_batch_end = lambda run, *args: hook(run, *args) if run.global_step == step else None
-    run = {"max_epochs": 2, "module_kwargs": settings, "pack_tokens": pack_tokens}
+    run = {"max_epochs": 2, "module_kwargs": settings}
     uninterrupted, losses, _ = fit(parts, conversations, tmp_path, enable_checkpointing=True, callbacks=[save], **run)
     resumed, rest, _ = fit(parts, conversations, tmp_path, ckpt_path=tmp_path / "at.ckpt", **run)
     assert len(losses) == 12 and rest == losses[2 * step :], "two micro-batches a step"

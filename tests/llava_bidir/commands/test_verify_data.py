@@ -131,13 +131,6 @@ def test_command_lists_everything_and_fails(folder, parts, tmp_path, capsys):
     assert [finding["index"] for finding in result["findings"]] == list(range(2, len(RECORDS)))
 
 
-def test_command_writes_nothing_unless_asked(conversations, parts, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    *command, _, _ = arguments(parts, conversations, "unused")
-    llava_bidir.cli.main(command)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_command_has_no_findings_in_valid_data(conversations, parts, tmp_path, capsys):
     llava_bidir.cli.main(arguments(parts, conversations, tmp_path / "r.json"))
     assert "no findings" in capsys.readouterr().out

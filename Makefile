@@ -88,9 +88,8 @@ test-all: venv vqa-venv ## all tests but those that need a GPU
 test-peers: venv ## transformers' own LLaVA tests on our class (clones them from GitHub, or TRANSFORMERS=file://CLONE)
 	TRANSFORMERS=$(TRANSFORMERS) $(PY) tests/peers/run.py
 
-bench: venv ## speed and memory as ratios, measured side by side, into runs/{bench,mix}.json
+bench: venv ## speed and memory as ratios, measured side by side, into runs/bench.json
 	$(PY) tests/bench/bench.py --out runs/bench.json
-	$(PY) tests/bench/mix.py --out runs/mix.json
 
 lint: venv ## ruff, the import order (import-linter), spelling (codespell)
 	$(PY) -m ruff check .

@@ -21,28 +21,14 @@ def python(*words: object) -> str:
     return done.stdout
 
 
-def of_the_mix(found: dict) -> None:
-    assert len(found["samples_per_s"]) == 5 and all(rates[0] > 0 for rates in found["samples_per_s"].values())
-
-
-def of_the_gpu(found: dict) -> None:
+def test_the_benchmark_of_a_gpu_runs_and_writes_its_numbers(tmp_path):
+    options = "--device cpu --shape toy --images 2 --mask-px 64 --rounds 1".split()
+    python(HERE / "gpu.py", *options, "--out", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
     steps = ("frozen forward", "training step", "solver step", "validation step")
     steps += ("training step, naive", "validation step, naive")
     assert all(found["sweep"][step]["images_s"] > 0 for step in steps)
     assert found["sweep"]["hours"] > 0 and found["loss"]["gradient_error"] < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("command", "check"),
-    [
-        ("mix.py --samples 64 --rounds 1", of_the_mix),
-        ("gpu.py --device cpu --shape toy --images 2 --mask-px 64 --rounds 1", of_the_gpu),
-    ],
-)
-def test_a_benchmark_runs_and_writes_its_numbers(command, check, tmp_path):
-    script, *options = command.split()
-    python(HERE / script, *options, "--out", tmp_path / "found.json")
-    check(json.loads((tmp_path / "found.json").read_text()))
 
 
 def test_the_table_of_the_loss_and_the_coverage_of_random_draws_are_printed():

@@ -13,7 +13,7 @@ from llava_bidir.common.errors import UserError
 from .benchmarks import BENCHMARKS
 from .scores import Item
 
-PACKAGE = Path(__file__).parents[1]  # the harness must run the same copy
+PACKAGE = Path(__file__).resolve().parents[1]  # the harness must run the same copy
 
 
 class ItemError(Exception):

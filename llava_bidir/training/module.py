@@ -55,7 +55,6 @@ class LlavaTraining(LightningModule):
         lora: Low-rank updates of the LLM, which train instead of its weights.
         frozen_dtype: Dtype of frozen weights. bfloat16 halves their memory and needs precision bf16-mixed, which
             computes in bfloat16 either way.
-        compile: Compile each layer of the LLM (torch.compile). Useful on GPUs; the first steps take minutes.
         gradient_checkpointing: Recompute the LLM's layers in the backward pass to save memory.
         attn_implementation: sdpa, eager or flex_attention; flash attention ignores masks and is rejected.
         max_new_tokens: Maximum length in tokens of an answer in validation.
@@ -78,7 +77,6 @@ class LlavaTraining(LightningModule):
         loss_average: Literal["llava", "tokens"] = "llava",
         lora: Lora | None = None,
         frozen_dtype: Literal["float32", "bfloat16"] = "float32",
-        compile: bool = False,
         gradient_checkpointing: bool = False,
         attn_implementation: str = "sdpa",
         max_new_tokens: int = 32,
@@ -150,9 +148,6 @@ class LlavaTraining(LightningModule):
             add_lora(self.model, self.lora)
         for part, parameters in set_trainable(self.model, args.trainable).items():
             log.info("training %s: %s parameters", part, f"{parameters:,}")
-        if args.compile:
-            for layer in self.model.model.language_model.layers:
-                layer.compile(dynamic=True)
         if args.gradient_checkpointing:
             self.model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
 

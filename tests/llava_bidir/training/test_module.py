@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from functools import partialmethod
 from types import SimpleNamespace
 
 import pytest
@@ -347,15 +346,3 @@ def test_gradients_can_be_clipped_in_mixed_precision(parts, conversations, tmp_p
     """Lightning cannot clip gradients of a fused optimizer in mixed precision."""
     _, losses, run = fit(parts, conversations, tmp_path, gradient_clip_val=0.1, precision="bf16-mixed")
     assert len(losses) == 6 and not run.optimizers[0].param_groups[0]["fused"]
-
-
-@pytest.mark.slow
-def test_compiled_layers_give_the_same_losses(parts, conversations, tmp_path, monkeypatch):
-    """Traced with dynamic shapes, forward and backward; code for the CPU, which takes a minute to build, is torch's."""
-    traced = partialmethod(torch.nn.Module.compile, backend="aot_eager")
-    monkeypatch.setattr(torch.nn.Module, "compile", traced)
-    _, eager, _ = fit(parts, conversations, tmp_path)
-    built, compiled, _ = fit(parts, conversations, tmp_path, module_kwargs={"compile": True})
-    assert all(layer._compiled_call_impl is not None for layer in built.model.model.language_model.layers)
-    for (ids, loss), (same_ids, other) in zip(eager, compiled, strict=True):
-        assert ids == same_ids and other == pytest.approx(loss, rel=1e-4)

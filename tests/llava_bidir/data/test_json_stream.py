@@ -57,9 +57,3 @@ def test_broken_file_is_an_error_with_the_number_of_records(content, message, tm
     with pytest.raises(ValueError, match=message) as error:
         list(read_json_list(tmp_path / "list.json"))
     assert str(error.value).startswith(str(tmp_path / "list.json")) and len(str(error.value)) < 400
-
-
-def test_file_that_cannot_be_opened_is_an_error(tmp_path):
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(ValueError, match=f"{path} cannot be read"):
-            list(read_json_list(path))

@@ -208,7 +208,7 @@ def test_sites_names_what_states_returns(checkpoints, segmentation, tmp_path, ca
     ("package", "command", "suffix"),
     [
         ("probes", "states MODEL IMAGE --out FILE.pt", ".safetensors"),
-        ("llava_bidir", "verify-data --json FILE.txt", ".json"),
+        ("llava_bidir", "verify-data -c stage2 -c clip --data.annotations A --data.images B --json FILE.txt", ".json"),
     ],
 )
 def test_file_name_of_another_kind_is_an_error_before_anything_is_read(package, command, suffix):

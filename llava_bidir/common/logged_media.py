@@ -1,14 +1,14 @@
-"""Pictures and tables in the loggers that show them: TensorBoard, Weights & Biases and MLflow."""
+"""Pictures and tables in the loggers that show them: TensorBoard and Weights & Biases."""
 
 import numpy as np
 from lightning import Trainer
-from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 
 def media_loggers(trainer: Trainer) -> list[Logger]:
     """Return the trainer's loggers that show pictures, on the first process; none on the others."""
-    kinds = (TensorBoardLogger, WandbLogger, MLFlowLogger)
-    return [logger for logger in trainer.loggers if isinstance(logger, kinds)] if trainer.is_global_zero else []
+    shows = lambda logger: isinstance(logger, TensorBoardLogger | WandbLogger)
+    return list(filter(shows, trainer.loggers)) if trainer.is_global_zero else []
 
 
 def log_images(trainer: Trainer, name: str, images: np.ndarray) -> None:
@@ -17,11 +17,8 @@ def log_images(trainer: Trainer, name: str, images: np.ndarray) -> None:
     for logger in media_loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_images(name, images, step, dataformats="NHWC")
-        elif isinstance(logger, WandbLogger):
-            logger.log_image(name, list(images), step)
         else:
-            for i, image in enumerate(images):
-                logger.experiment.log_image(logger.run_id, image, key=f"{name}/{i}", step=step)
+            logger.log_image(name, list(images), step)
 
 
 def log_table(trainer: Trainer, name: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -31,7 +28,5 @@ def log_table(trainer: Trainer, name: str, columns: list[str], rows: list[list[s
     for logger in media_loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text(name, text, step)
-        elif isinstance(logger, WandbLogger):
-            logger.log_text(name, columns, rows, step=step)
         else:
-            logger.experiment.log_text(logger.run_id, text, f"{name}/{step}.md")
+            logger.log_text(name, columns, rows, step=step)

@@ -59,9 +59,6 @@ class LlavaBidirConfig(LlavaConfig):
     register_tokens: int = 0
 
     def __post_init__(self, **kwargs):
-        kwargs.pop("adapter_gain", None)  # checkpoints of earlier versions have this key and the next one
-        if resize := kwargs.pop("image_aspect", None):
-            self.image_resize = "center_crop" if resize == "crop" else resize
         super().__post_init__(**kwargs)
         image_attention(self.image_attention)  # an unknown name fails here, not in the first forward
 
@@ -216,7 +213,7 @@ def build_mask(
         kind: FULL, or SLIDING for layers that attend no further back than their window, also among image tokens
             (Gemma 3's masks).
         samples: Lengths of the samples packed into each row, which add up to N; they do not attend to each other. None
-            for one sample per row. On the host, so that the device is not waited for.
+            for one sample per row.
         past_key_values: The empty cache to be filled, if any. Its size sets the mask's last axis.
         dtype: Dtype of an additive mask.
 
@@ -251,10 +248,7 @@ def build_mask(
 
 
 def _sample_lengths(position_ids: Tensor) -> list[list[int]] | None:
-    """Return the lengths of the samples in each row, which begin where positions restart; None for one per row.
-
-    The host waits for the device here. Training passes :func:`build_masks` the lengths it knows.
-    """
+    """Return the lengths of the samples in each row, which begin where positions restart; None for one per row."""
     numbers = find_packed_sequence_indices(position_ids)
     return None if numbers is None else [row.bincount().tolist() for row in numbers]
 

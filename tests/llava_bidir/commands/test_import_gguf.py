@@ -153,21 +153,13 @@ def test_tokens_template_and_special_tokens_are_carried_over(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").decode([2], skip_special_tokens=True) == ""
 
 
-def test_nothing_is_replaced_and_nothing_is_left_of_a_failure(tmp_path, monkeypatch):
+def test_nothing_is_replaced(tmp_path):
     write(tmp_path / "tiny.gguf")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/notes.txt").write_text("mine")
     with pytest.raises(SystemExit, match="hf exists already and is not replaced; move it or choose another path"):
         main(["import-gguf", str(tmp_path / "tiny.gguf"), str(tmp_path / "hf")])
     assert [file.name for file in (tmp_path / "hf").iterdir()] == ["notes.txt"]
-
-    def full_disk(*args, **kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(LlamaForCausalLM, "save_pretrained", full_disk)
-    with pytest.raises(UserError, match="cannot write .*No space left"):
-        import_gguf.import_gguf(tmp_path / "tiny.gguf", tmp_path / "new")
-    assert not list(tmp_path.glob("new*"))
 
 
 def test_files_that_cannot_be_imported_are_errors_that_say_why(tmp_path):

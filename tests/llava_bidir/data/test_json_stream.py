@@ -45,15 +45,10 @@ def test_any_bytes_equal_json_loads_or_raise_an_error_that_names_the_file(folder
     [
         (b"", r"error after 0 records\): parse error: premature EOF"),
         (b'{"id": 1}', r"contains no records; expected a JSON list \[{...}, ...\]"),
-        (b"[]", "contains no records"),
-        (b'{"id": 1}\n{"id": 2}', r"error after 0 records\): parse error: trailing garbage"),
         (b"<html><body>404", "error after 0 records.*invalid char in json text"),
         (b'[{"id": 1}, {"id": 2', "error after 1 records"),
-        (b'[{"id": 1},]', "error after 1 records"),
-        (b"[1] [2]", "trailing garbage"),
         (b"[" + b"9" * 5000 + b"]", "integer overflow"),
         ('[{"id": "é"}]'.encode("latin-1"), "error after 0 records.*invalid bytes in UTF8 string"),
-        ('[{"id": 1}]'.encode("utf-32"), "error after 0 records"),
         (b'[{"id": 1}, "\\udc00"]', "error after 1 records.*can't decode byte"),
     ],
 )
@@ -62,9 +57,3 @@ def test_broken_file_is_an_error_with_the_number_of_records(content, message, tm
     with pytest.raises(ValueError, match=message) as error:
         list(read_json_list(tmp_path / "list.json"))
     assert str(error.value).startswith(str(tmp_path / "list.json")) and len(str(error.value)) < 400
-
-
-def test_file_that_cannot_be_opened_is_an_error(tmp_path):
-    for path in (tmp_path / "none.json", tmp_path):
-        with pytest.raises(ValueError, match=f"{path} cannot be read"):
-            list(read_json_list(path))

@@ -5,14 +5,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tiny_models
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
-    AutoConfig,
     CLIPVisionConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
@@ -82,15 +79,6 @@ def test_adapter_of_another_mask_or_encoder_is_rejected(parts, checkpoints, tmp_
         build_model(*parts, processor, adapter=str(tmp_path))
 
 
-def test_config_of_an_earlier_version_is_read(tmp_path):
-    """`image_aspect` was renamed, and `adapter_gain` removed."""
-    config = tiny_models.config(image_attention="prefix").to_dict()
-    del config["image_resize"]
-    (tmp_path / "config.json").write_text(json.dumps(config | {"image_aspect": "crop", "adapter_gain": 4.0}))
-    now = AutoConfig.from_pretrained(tmp_path)
-    assert now.image_resize == "center_crop" and not {"image_aspect", "adapter_gain"} & set(now.to_dict())
-
-
 def test_unknown_or_mistaken_encoder_is_named(parts):
     with pytest.raises(ValueError, match="unknown encoder 'clop'; registered: clip, dinov2, dinov2_registers, siglip"):
         Encoder("clop", parts[0].path)
@@ -144,21 +132,6 @@ def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, tmp_path):
     if entry.extra_tokens > 1:
         with pytest.raises(ValueError, match="register tokens, which stock LLaVA would treat as patches"):
             as_llava(model)
-
-
-def test_image_processor_pads_with_the_mean_or_crops_the_centre(parts):
-    wide = np.zeros((8, 16, 3), np.uint8)
-    wide[:, :4] = wide[:, 12:] = 255
-    entry = ENCODERS["clip"]
-    for aspect in ("pad", "center_crop"):
-        processor = build_processor(*parts, image_resize=aspect).image_processor
-        pixels = processor(Image.fromarray(wide), return_tensors="pt")["pixel_values"][0]
-        assert pixels.shape == (3, 8, 8)
-        raw = pixels * torch.tensor(entry.std)[:, None, None] + torch.tensor(entry.mean)[:, None, None]
-        if aspect == "pad":  # bands of the mean colour above and below
-            assert torch.allclose(raw[:, 0], torch.tensor([122, 116, 104])[:, None] / 255, atol=0.02)
-        else:  # the white sides are gone
-            assert raw[:, 4, 3:5].max() < 0.1
 
 
 def test_missing_checkpoint_is_named_with_its_config_key(parts, tmp_path):

@@ -15,10 +15,11 @@ import tiny_models
 import torch
 from processes import HANGING_S
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 import llava_bidir.cli
 import probes.cli
+from llava_bidir import LlavaBidirForConditionalGeneration
 from probes.training.solve import build_parser as build_solve_parser
 
 HEAVY = ("torch", "transformers", "lightning", "pandas", "sklearn", "matplotlib")
@@ -263,6 +264,36 @@ def test_fit_exports_a_model_that_generate_and_export_agree_on(parts, conversati
     assert shown[0] == "sky" and shown[2] == "name the wall"
     with pytest.raises(SystemExit, match="image none.png is missing"):
         llava_bidir.cli.main(["generate", str(run / "hf"), "none.png", "sky"])
+
+
+def test_a_model_trained_in_its_own_chat_template_is_asked_in_it(parts, conversations, tmp_path, capsys, monkeypatch):
+    encoder, llm = parts
+    llm = shutil.copytree(llm, tmp_path / "llm")
+    template = "{{ bos_token }}{% for m in messages %}{{ m['role'] + ':\n' + m['content'] + eos_token }}{% endfor %}"
+    (llm / "chat_template.jinja").write_text(template + "{% if add_generation_prompt %}assistant:\n{% endif %}")
+    arguments = tiny_models.training_arguments((encoder, str(llm)), conversations)
+    arguments += ["--data.template", "chat", "--trainer.max_steps", "1"]
+    llava_bidir.cli.main(["inspect", *arguments])
+    assert "assistant:\n\n  trained [wall</s>]" in capsys.readouterr().out
+    llava_bidir.cli.main(["fit", *arguments, "--out", str(tmp_path / "run")])
+    (checkpoint,) = (tmp_path / "run/checkpoints").glob("*.ckpt")
+    llava_bidir.cli.main(["export", str(checkpoint), str(tmp_path / "again")])
+    run_bytes.assert_same_export(tmp_path / "run/hf", tmp_path / "again")
+
+    prompts, original = [], LlavaBidirForConditionalGeneration.generate
+    recorded = lambda model, **inputs: prompts.append(inputs["input_ids"].tolist()[0]) or original(model, **inputs)
+    monkeypatch.setattr(LlavaBidirForConditionalGeneration, "generate", recorded)
+    picture = str(conversations / "pictures/0.png")
+    llava_bidir.cli.main(["generate", str(tmp_path / "run/hf"), picture, "name the sky", "--max-new-tokens", "3"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/hf")
+    text = f"<s>user:\n{'<image>' * tiny_models.TOKENS}\nname the sky</s>assistant:\n"
+    assert prompts == [tokenizer.encode(text, add_special_tokens=False)]
+    mllm = probes.load(str(tmp_path / "run/hf"))
+    assert prompts[0][: len(mllm.ids[0])] == mllm.ids[0].tolist()
+    assert prompts[0][len(mllm.ids[0]) :] == mllm.chat.question_ids("name the sky")
+    (llm / "chat_template.jinja").unlink()
+    with pytest.raises(SystemExit, match="data.template chat: the tokenizer of .* has no chat template"):
+        llava_bidir.cli.main(["verify-data", *arguments])
 
 
 def test_checkpoint_of_stage_2_is_exported_without_the_model_of_stage_1(parts, conversations, tmp_path):

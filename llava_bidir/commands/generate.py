@@ -21,6 +21,7 @@ from llava_bidir.data.collate import pad
 from llava_bidir.data.conversation import IMAGE, encode
 from llava_bidir.data.image_folder import read_image
 from llava_bidir.model import modeling_llava_bidir  # noqa: F401 - registers our models with the Auto classes
+from llava_bidir.model.build import prompt_template
 
 
 def generate(model: str, image: Path, prompts: list[str], max_new_tokens: int = 256, dtype: str = "auto") -> list[str]:
@@ -77,11 +78,11 @@ def answer(
         UserError: A prompt exceeds the LLM's positions.
     """
     tokenizer, positions = processor.tokenizer, model.config.get_text_config().max_position_embeddings
-    rows = []
+    rows, template = [], prompt_template(processor)
     for text, own_images in zip(questions, images, strict=True):
         turns = [{"from": "human", "value": f"{IMAGE}\n{text}" if own_images else text}]
         tokens = model.config.image_seq_length * len(own_images) or None
-        rows.append(encode(turns, tokenizer, "vicuna_v1", tokens, processor.image_token_id)[0])
+        rows.append(encode(turns, tokenizer, template, tokens, processor.image_token_id)[0])
     longest = max(map(len, rows))
     if longest >= positions:
         limit = f"the LLM has {positions} positions (max_position_embeddings)"

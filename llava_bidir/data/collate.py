@@ -9,7 +9,7 @@ from transformers import LlavaProcessor
 
 from llava_bidir.common.errors import UserError
 
-from .conversation import IGNORE_INDEX, encode
+from .conversation import CHAT, IGNORE_INDEX, encode
 
 
 def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
@@ -33,14 +33,23 @@ class Collate:
     Args:
         processor: From :func:`llava_bidir.model.build.build_processor`.
         image_tokens: T, image tokens per image.
-        template: "plain" or "vicuna_v1", see :func:`.conversation.encode`.
+        template: "plain", "vicuna_v1" or "chat", see :func:`.conversation.encode`.
         max_length: Longer sequences are truncated, image tokens included. Source: LLaVA llava_arch.py:273.
+
+    Raises:
+        UserError: The LLM has no chat template for "chat", or answers cannot be found in its text.
     """
 
     processor: LlavaProcessor
     image_tokens: int
     template: str
     max_length: int = 2048
+
+    def __post_init__(self):
+        if self.template == CHAT and self.processor is not None:  # fails here, not at each record
+            texts = ["What is it?", "A cat.", "Why?", "It purrs."]
+            turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+            encode(turns, self.processor.tokenizer, CHAT, None)
 
     def encode(self, sample: dict) -> tuple[list[int], list[int]]:
         """Return token ids and labels of a sample, truncated to `max_length`.

@@ -29,7 +29,7 @@ class InstructionData(LightningDataModule):
         annotations: LLaVA JSON file.
         images: Folder that image paths in the annotations are relative to.
         val_annotations: LLaVA JSON file with questions and short answers for validation.
-        template: "plain" (stage 1) or "vicuna_v1" (stage 2).
+        template: "plain" (stage 1), "vicuna_v1" (stage 2), or "chat", the chat template of the LLM's tokenizer.
         batch_size: Samples per global batch over all devices.
         micro_batch_size: Samples per device and forward. Gradient accumulation follows from both sizes.
         group_by_length: Use batches of one modality and similar length (LLaVA's stage 2) instead of random ones.

@@ -37,6 +37,7 @@ class TrainingCLI(RunCLI):
         parser.link_arguments("model.processor", "data.processor", apply_on="instantiate")
         parser.link_arguments("model.image_tokens", "data.image_tokens", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed")
+        parser.link_arguments("data.template", "model.template")  # which the export of a checkpoint needs
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """Add requeueing under Slurm."""

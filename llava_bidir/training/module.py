@@ -58,6 +58,8 @@ class LlavaTraining(LightningModule):
         gradient_checkpointing: Recompute the LLM's layers in the backward pass to save memory.
         attn_implementation: sdpa, eager or flex_attention; flash attention ignores masks and is rejected.
         max_new_tokens: Maximum length in tokens of an answer in validation.
+        template: Template of the conversations, whose prompts the exported model has; linked from the data by the
+            command line.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class LlavaTraining(LightningModule):
         gradient_checkpointing: bool = False,
         attn_implementation: str = "sdpa",
         max_new_tokens: int = 32,
+        template: str = "vicuna_v1",
     ):
         super().__init__()
         self.save_hyperparameters()
@@ -98,7 +101,7 @@ class LlavaTraining(LightningModule):
             raise UserError(f"model.warmup_ratio must be a share of the steps from 0 to 1, got {warmup_ratio}")
         if self.lora and "llm" not in trainable:
             raise UserError(f"model.lora trains the LLM, so model.trainable must include llm, got {trainable}")
-        self.processor = build_processor(encoder, llm, image_resize)
+        self.processor = build_processor(encoder, llm, image_resize, template)
         rows, columns = encoder.grid(encoder.load_config())
         self.image_tokens = rows * columns
         self.model = None

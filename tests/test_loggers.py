@@ -1,13 +1,13 @@
 """Loggers other than TensorBoard have all that a run shows, and the run's files stay in its folder.
 
-Weights & Biases is not installed here; Lightning's class for it records what it is told.
+Weights & Biases and MLflow are not installed here; Lightning's classes for them record what they are told.
 """
 
 from collections import defaultdict
 
 import pytest
 import tiny_models
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 
 import llava_bidir.cli
 import probes.cli
@@ -40,10 +40,30 @@ class Wandb(WandbLogger):
         pass
 
 
-@pytest.fixture
-def logger():
+class Client:
+    """The part of `mlflow.MlflowClient` that is used; with its signatures."""
+
+    def log_image(self, run_id, image, artifact_file=None, *, key=None, step=None, timestamp=None, synchronous=None):
+        SAID["images"].append((key.rpartition("/")[0], [image]))
+
+    def log_text(self, run_id, text, artifact_file):
+        SAID["text"].append((artifact_file.rpartition("/")[0], text))
+
+
+class MLFlow(MLFlowLogger):
+    name, version, save_dir, run_id, experiment = "name", "version", "elsewhere", "1", Client()
+
+    def __init__(self):
+        pass
+
+    log_hyperparams, log_metrics = Wandb.log_hyperparams, Wandb.log_metrics
+    after_save_checkpoint, finalize = Wandb.after_save_checkpoint, Wandb.finalize
+
+
+@pytest.fixture(params=["Wandb", "MLFlow"])
+def logger(request):
     SAID.clear()
-    return ["--trainer.logger", f"{__name__}.Wandb", "--trainer.log_every_n_steps", "1"]
+    return ["--trainer.logger", f"{__name__}.{request.param}", "--trainer.log_every_n_steps", "1"]
 
 
 def names(kind: str) -> set[str]:

@@ -1,14 +1,14 @@
-"""Pictures and tables in the loggers that show them: TensorBoard and Weights & Biases."""
+"""Pictures and tables in the loggers that show them: TensorBoard, Weights & Biases and MLflow."""
 
 import numpy as np
 from lightning import Trainer
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 
 def media_loggers(trainer: Trainer) -> list[Logger]:
     """Return the trainer's loggers that show pictures, on the first process; none on the others."""
-    shows = lambda logger: isinstance(logger, TensorBoardLogger | WandbLogger)
-    return list(filter(shows, trainer.loggers)) if trainer.is_global_zero else []
+    kinds = (TensorBoardLogger, WandbLogger, MLFlowLogger)
+    return [logger for logger in trainer.loggers if isinstance(logger, kinds)] if trainer.is_global_zero else []
 
 
 def log_images(trainer: Trainer, name: str, images: np.ndarray) -> None:
@@ -17,8 +17,11 @@ def log_images(trainer: Trainer, name: str, images: np.ndarray) -> None:
     for logger in media_loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_images(name, images, step, dataformats="NHWC")
-        else:
+        elif isinstance(logger, WandbLogger):
             logger.log_image(name, list(images), step)
+        else:
+            for i, image in enumerate(images):
+                logger.experiment.log_image(logger.run_id, image, key=f"{name}/{i}", step=step)
 
 
 def log_table(trainer: Trainer, name: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -28,5 +31,7 @@ def log_table(trainer: Trainer, name: str, columns: list[str], rows: list[list[s
     for logger in media_loggers(trainer):
         if isinstance(logger, TensorBoardLogger):
             logger.experiment.add_text(name, text, step)
-        else:
+        elif isinstance(logger, WandbLogger):
             logger.log_text(name, columns, rows, step=step)
+        else:
+            logger.experiment.log_text(logger.run_id, text, f"{name}/{step}.md")

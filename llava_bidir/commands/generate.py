@@ -1,6 +1,7 @@
 """`llava-bidir generate`: answer questions about an image."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -27,7 +28,8 @@ from llava_bidir.model.build import prompt_template
 def generate(model: str, image: Path, prompts: list[str], max_new_tokens: int = 256, dtype: str = "auto") -> list[str]:
     """Return greedy answers to `prompts` about one image; a single answer is also streamed to the terminal.
 
-    `dtype` is "bfloat16", "float16", "float32", or "auto" for that of the checkpoint.
+    Answers that were cut are named on stderr. `dtype` is "bfloat16", "float16", "float32", or "auto" for that of the
+    checkpoint.
 
     Raises:
         BadImage: The image cannot be read.
@@ -36,7 +38,13 @@ def generate(model: str, image: Path, prompts: list[str], max_new_tokens: int = 
     loaded, processor = load(model, dtype)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    return answer(loaded, processor, prompts, images, max_new_tokens, streamer if len(prompts) == 1 else None)
+    streamer = streamer if len(prompts) == 1 else None
+    answers = answer_and_tell_cut(loaded, processor, prompts, images, max_new_tokens, streamer)
+    for prompt, (_, cut_at) in zip(prompts, answers, strict=True):
+        if cut_at is not None:
+            limit = "--max-new-tokens" if cut_at == max_new_tokens else "the LLM has no positions left"
+            print(f"the answer to {prompt!r} was cut after {cut_at} tokens ({limit})", file=sys.stderr)
+    return [text for text, _ in answers]
 
 
 def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcessor]:
@@ -56,15 +64,22 @@ def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcess
     return loaded, processor
 
 
-def answer(
+def answer(*args, **kwargs) -> list[str]:
+    """Return the answers of :func:`answer_and_tell_cut`."""
+    return [text for text, _ in answer_and_tell_cut(*args, **kwargs)]
+
+
+def answer_and_tell_cut(
     model: PreTrainedModel,
     processor: LlavaProcessor,
     questions: list[str],
     images: list[list[Image.Image]],
     max_new_tokens: int,
     streamer: TextStreamer | None = None,
-) -> list[str]:
+) -> list[tuple[str, int | None]]:
     """Return greedy answers to a batch of questions in the training prompt, padded on the left.
+
+    With each answer comes the number of tokens after which it was cut, None if it ended by itself.
 
     Args:
         model: Our model or transformers' llava.
@@ -105,7 +120,11 @@ def answer(
         streamer=streamer,
     )
     answers = [ids[longest : longest + limit] for ids, limit in zip(output, limits, strict=True)]
-    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    ends = model.generation_config.eos_token_id  # one, several or None
+    ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=output.device).view(-1)
+    cut = [None if torch.isin(ids, ends).any() else limit for ids, limit in zip(answers, limits, strict=True)]
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [(text.strip(), cut_at) for text, cut_at in zip(texts, cut, strict=True)]
 
 
 def run(args: argparse.Namespace) -> None:

@@ -87,7 +87,5 @@ def test_probes(logger, checkpoints, segmentation, tmp_path):
     command += ["--model.mllm", str(checkpoints["causal"]), "--data.root", str(segmentation)]
     probes.cli.main([*command, "--out", str(tmp_path / "run")])
     sites = set(probes.ProbeRun(tmp_path / "run").sites)
-    assert names("images") == {"maps/truth", *(f"maps/{site}" for site in sites)}
-    assert all(image.ndim == 3 and image.dtype == "uint8" for _, images in SAID["images"] for image in images)
     assert {f"miou/{site}" for site in sites} <= names("metrics") and SAID["settings"]
     assert (tmp_path / "run/config.yaml").is_file() and list((tmp_path / "run/checkpoints").glob("*.ckpt"))

@@ -28,8 +28,7 @@ from probes.ops.quadrature import PreparedMasks, join_masks
 
 from .distributed import all_gather_objects, all_reduce, broadcast, gather_images, rank, rank_count
 from .optimum import LOOSE_NODES, PROXIMAL, TIGHT_NODES, Refinement, SitePath, SiteProblem, loss_sums, solve_site
-from .probe_path import SolvedSite
-from .solver import Solver, tensors_of
+from .solver import SolvedSite, Solver, tensors_of
 
 POINTS = "points.safetensors"
 LEAST = 4  # images of each fold in memory, however little there is

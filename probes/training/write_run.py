@@ -7,14 +7,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from lightning import Callback, LightningModule, Trainer
+from PIL import Image
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from llava_bidir.common.identity import describe
+from probes.data.batches import group_by_mask_size
 from probes.evaluation.bootstrap import dataset_scores, probe_scores, resampled_scores, resampled_task_scores
 from probes.evaluation.metrics import Counts, summary
 from probes.evaluation.task_metric import TaskSums
+from probes.tasks.base import predict_pixels
 
 from .run_schema import Manifest, Metrics, ModelTraining, TaskMetrics, check_schema
 
@@ -172,3 +177,27 @@ def _absolute(path: str) -> str:
 def _git_commit() -> str | None:
     command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+
+
+class SavePredictions(Callback):
+    """Write the predicted class of every pixel, by each probe of its best epoch, to RUN/predictions/SITE/NAME.png.
+
+    Other tasks than segmentation write NAME.npy, float32 in the format of their targets.
+    """
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Write the predictions of a batch."""
+        names, out = trainer.datamodule.splits["validation"].names, Path(trainer.default_root_dir) / "predictions"
+        for images, target in group_by_mask_size(batch["target"]):
+            size, task = tuple(target.shape[1:3]), pl_module.task
+            view = pl_module.mllm.geometry.view(size)
+            for site, logits_by_image in zip(pl_module.sites, outputs[:, images], strict=True):
+                (out / site).mkdir(parents=True, exist_ok=True)
+                for i, logits in zip(batch["index"][images].tolist(), logits_by_image, strict=True):
+                    prediction = predict_pixels(task, logits, size, view)
+                    if task:
+                        np.save(out / site / f"{names[i]}.npy", prediction)
+                    else:
+                        Image.fromarray(prediction).save(out / site / f"{names[i]}.png")

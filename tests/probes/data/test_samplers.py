@@ -1,7 +1,6 @@
 """Batches: the same images a step on any number of ranks, validation once each, resumable."""
 
 import pytest
-import torch
 from torch.utils.data import DistributedSampler
 
 from llava_bidir.common.errors import UserError

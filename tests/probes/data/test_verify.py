@@ -9,7 +9,7 @@ from PIL import Image
 from probes.cli import main
 from probes.data.datamodule import SegmentationData
 from probes.data.registry import open_dataset
-from probes.data.verify import find_bad_files, format_bad_files
+from probes.data.verify import find_bad_files
 
 MESS = {  # file of annotations/training: what it becomes
     "000.png": np.full((24, 20), 9, np.uint8),

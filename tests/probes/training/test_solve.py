@@ -22,7 +22,6 @@ from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.ops.cross_entropy import loss_and_gradient
 from probes.results.probe_run import ProbeRun
-from probes.training.least_squares_solver import spread
 from probes.training.optimum_solver import OptimumSolver
 
 pytestmark = pytest.mark.numerics
@@ -269,17 +268,11 @@ def test_rejects_bad_options(option, message, checkpoints, task_root, tmp_path):
         main(arguments(checkpoints["causal"], task_root, tmp_path, *option))
 
 
-def test_moments_that_do_not_fit_name_sites_that_do(checkpoints, task_root, tmp_path, monkeypatch):
+def test_moments_that_do_not_fit_are_an_error(checkpoints, task_root, tmp_path, monkeypatch):
     monkeypatch.setattr("probes.training.least_squares_solver.available_memory", lambda: 80_000)
-    message = r"moments of 6 sites in 2 folds: .* choose .*\[encoder, adapter, final_norm\]"
+    message = "moments of 6 sites in 2 folds: .* GB are available; choose fewer --folds or --model.sites"
     with pytest.raises(SystemExit, match=message):
         main(arguments(checkpoints["causal"], task_root, tmp_path, "--data.task", "depth", "--model.sites", "null"))
-
-
-def test_sites_are_spread_from_the_first_two_to_the_last():
-    sites = ["encoder", "adapter", *(f"layer_{i:02d}" for i in range(1, 9)), "final_norm"]
-    assert spread(sites, 99) == sites and spread(sites, 0) == [] and spread(sites, 2) == sites[:2]
-    assert spread(sites, 5) == ["encoder", "adapter", "layer_03", "layer_06", "final_norm"]
 
 
 def test_images_of_each_fold_are_kept_however_little_memory_there_is(solve, monkeypatch):

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from probes.analyses import ANALYSES
 from probes.analyses.base import Claim
 from probes.analyses.knockout.contrasts import control_of, patch_contrasts, rate_effects
-from probes.analyses.knockout.inference import criterion_shifts
 from probes.analyses.starvation.run import gap_estimates
 from probes.results.formatting import Rows
 from probes.results.probe_run import ProbeRun
@@ -91,7 +90,7 @@ def evaluate_claims(study: Study) -> list[dict[str, Any]]:
 def _entry(study: Study, claim: str, mask: str, numbers: Numbers, path: Rows) -> dict[str, Any]:
     (sign, text, _), key, run = CLAIMS[claim], (claim, mask), study.trained[mask]
     number, control, truth = numbers.main[key], numbers.control.get(key), read_truth(run, CLAIMS).get(claim)
-    path = [row for row in path if (row["effect"], row["image_attention"], row["measure"]) == (*key, "miou")]
+    path = [row for row in path if (row["effect"], row["image_attention"]) == key]
     verdicts = {
         "paper": _paper_column(study, claim, mask, numbers),
         "optimum": _optimum_column(study, claim, mask, numbers, path),
@@ -109,7 +108,6 @@ def _entry(study: Study, claim: str, mask: str, numbers: Numbers, path: Rows) ->
         "text": text,
         "control": control and estimate_to_json(control.in_paper),
         "n": number.counts,
-        **({"criterion_shifts": criterion_shifts(run)} if claim.startswith("knockout") else {}),
     }
 
 

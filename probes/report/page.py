@@ -25,7 +25,7 @@ import matplotlib as mpl
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.run_lock import exclusive_run_lock
-from probes.analyses.knockout.control_figures import effect_rows
+from probes.analyses.knockout.figures import effect_rows
 from probes.analyses.style import STYLE, ReportFigure
 from probes.analyses.templates import render
 from probes.results import formatting
@@ -37,14 +37,12 @@ from probes.results.task_run import TaskRun, finished_runs, open_run
 from probes.tasks import SEGMENTATION, TASKS
 
 from . import latex, summary_text, tables
-from .beyond_classes import joint_task_results, read_task_runs, task_results, task_table
+from .beyond_classes import read_task_runs, task_results, task_table
 from .claims import evaluate_claims
 from .figures.beyond_classes import task_figures
 from .figures.layer_curves import overview_figures
-from .figures.seeds import seed_figures
 from .sections import PageSection, study_sections
 from .seeds import joint_studies
-from .task_starvation import joint_task_starvation, starvation_table, task_starvation
 from .verdicts import MARGIN
 
 Drawn = list[tuple[ReportFigure, str]]  # figures, each with its PNG in base64
@@ -108,21 +106,20 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None, task_run
     single = len(studies) == 1
     files: Files = {}
     parts = [_build_part(study, out, "" if single else f"{study.slug}/", files) for study in studies]
-    comparison = {"table2": tables.table2(studies), "table2_difference": tables.table2_difference(studies)}
-    tasks, task_rows = _task_parts(task_runs)
-    files |= _csv_files(comparison | task_rows, out)
+    tasks, table2 = task_results(task_runs), tables.table2(studies)
+    task_rows = task_table(tasks, {name: task.labels for name, task in TASKS.items()})
+    files |= _csv_files({"table2": table2, "tasks_table": task_rows}, out)
     by_study = [part["results"] for part in parts]
     joint = joint_studies(studies, by_study)
-    of_seeds = {key: _draw(figures, out, files) for key, figures in seed_figures(studies).items()}
     page = render(
         "report/page.html.j2",
         FILTERS,
         parts=parts,
-        joint=[entry | {"figures": of_seeds[entry["model"], entry["dataset"]]} for entry in joint],
+        joint=joint,
         overview=[] if single else _draw(overview_figures(studies), out, files),
-        tables=comparison,
+        table2=table2,
         task_figures=_draw(task_figures(task_runs, tasks), out, files),
-        task_tables=task_rows,
+        task_rows=task_rows,
         paper=PAPER,
         wall_s=wall_s,
         columns=summary_text.COLUMN_TITLES,
@@ -131,7 +128,7 @@ def _write_files(studies: list[Study], out: Path, wall_s: float | None, task_run
     )
     several = {"seed": by_study[0]["seed"], "studies": by_study, "joint": joint}
     results = {"wall_s": wall_s, "margin": MARGIN} | (by_study[0] if single else several)
-    results |= {key: entries for key, entries in tasks.items() if entries}
+    results |= {"tasks": tasks} if tasks else {}
     results |= {"files": sorted(path.relative_to(out).as_posix() for path in files)}
     earlier = _earlier_files(out)
     write_files(files | {out / "index.html": page, out / "results.json": results})
@@ -147,18 +144,6 @@ def _earlier_files(out: Path) -> set[Path]:
     file = out / "results.json"
     names = read_json(file).get("files", []) if file.is_file() else []
     return {out / name for name in names if ".." not in Path(name).parts and not Path(name).is_absolute()}
-
-
-def _task_parts(runs: list[TaskRun]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Rows]]:
-    """Return what results.json has about other tasks than segmentation, and their tables."""
-    tasks, starved = task_results(runs), task_starvation(runs)
-    parts = {"tasks": tasks, "joint_tasks": joint_task_results(tasks)}
-    parts |= {"tasks_starvation": starved, "joint_tasks_starvation": joint_task_starvation(starved)}
-    labels = {name: task.labels for name, task in TASKS.items()}
-    rows = {f"{key}_table": task_table(parts[key], labels) for key in ("tasks", "joint_tasks")}
-    for key in ("tasks_starvation", "joint_tasks_starvation"):
-        rows[f"{key}_table"] = starvation_table(parts[key])
-    return parts, rows
 
 
 def _build_part(study: Study, out: Path, folder: str, files: Files) -> dict[str, Any]:
@@ -227,6 +212,5 @@ def format_results(results: dict[str, Any]) -> str:
         lines += [summary_text.format_claims(joint["claims"]), ""]
     for study in results.get("studies", [results]):
         lines += [f"{study['model']}, {study['dataset']}"] if "studies" in results else []
-        lines += [summary_text.format_claims(study["claims"])]
-        lines += [*summary_text.summarize_path(study["path"], study["path_at_edge"]), ""]
+        lines += [summary_text.format_claims(study["claims"]), *summary_text.edge_notes(study["path_at_edge"]), ""]
     return "\n".join(lines)

@@ -7,16 +7,12 @@ from probes.analyses.base import Section, function_of
 from probes.results.formatting import format_interval, format_p, format_points
 from probes.results.study import Study
 
-from .confusion import most_confused_pairs
 from .figures.claims import claim_figures
-from .figures.confusion import confusion_figures
-from .figures.feature_statistics import statistics_figures
 from .figures.layer_curves import layer_figures
 from .figures.mask_comparison import mask_figures
-from .figures.path import path_figures
 from .mask_comparison import compare_masks
-from .path import path_verdicts, sites_at_edge
-from .summary_text import summarize_mask_comparison, summarize_path
+from .path import sites_at_edge
+from .summary_text import edge_notes, summarize_mask_comparison
 from .tables import claim_rows, class_rows, mask_comparison_rows
 
 
@@ -30,11 +26,10 @@ class PageSection(NamedTuple):
 
 def study_sections(study: Study, claims: list[dict[str, Any]]) -> list[PageSection]:
     """Return all sections of a study; those without data have no figures."""
-    layers = Section([*layer_figures(study)], tables={"classes": class_rows(study)})
+    at_edge = {mask: sites_at_edge(run) for mask, run in study.solved.items()}
+    tables, results = {"classes": class_rows(study)}, {"path_at_edge": at_edge}
+    layers = Section([*layer_figures(study)], edge_notes(at_edge), tables, results=results)
     controls = Section([*claim_figures(claims)], tables={"claims": claim_rows(claims)})
-    pairs = {mask: found for mask, run in study.trained.items() if (found := most_confused_pairs(run))}
-    confusion = Section([*confusion_figures(study.trained, pairs)], results={"confusion": pairs})
-    states = Section([*statistics_figures(study)])
     return [
         PageSection("Drop-off and recovery", "Where does the model lose what it sees, and where is it back?", layers),
         PageSection("Claims beside controls", "What do models with random weights show as well?", controls),
@@ -46,15 +41,6 @@ def study_sections(study: Study, claims: list[dict[str, Any]]) -> list[PageSecti
             for name, analysis in ANALYSES.items()
             if analysis.title
         ),
-        PageSection(
-            "Confused classes by layer", "Which classes are mistaken for each other, and up to which layer?", confusion
-        ),
-        PageSection(
-            "Probes at neighbouring strengths of regularisation",
-            "Do drop and recovery depend on how strongly the probes are regularised?",
-            _path_section(study, claims),
-        ),
-        PageSection("Hidden-state statistics", "How do the states themselves change, without any probe?", states),
     ]
 
 
@@ -71,10 +57,3 @@ def _masks_section(study: Study) -> Section:
     tables = {"paired": mask_comparison_rows(compared)}
     sentences = summarize_mask_comparison(compared)
     return Section([*mask_figures(compared)], sentences, tables, {"All sites": rows}, {"paired": compared})
-
-
-def _path_section(study: Study, claims: list[dict[str, Any]]) -> Section:
-    verdicts = path_verdicts(study)
-    at_edge = {mask: sites_at_edge(run) for mask, run in study.solved.items()}
-    figures, sentences = [*path_figures(study, verdicts, claims)], summarize_path(verdicts, at_edge)
-    return Section(figures, sentences, results={"path": verdicts, "path_at_edge": at_edge})

@@ -6,7 +6,6 @@ seeds share are not part of it; their interval and that over seeds are then adde
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import scipy.stats
@@ -24,7 +23,8 @@ def joint_studies(studies: list[Study], results: list[dict[str, Any]]) -> list[d
     Claims have the keys of `evaluate_claims` but "n" and "control"; each column has "by_seed", the values of the seeds.
     """
     claims = {study.slug: result["claims"] for study, result in zip(studies, results, strict=True)}
-    shared = lambda members: share_images([study.first.manifest["data"]["fingerprint"] for study in members])
+    data = lambda members: {study.first.manifest["data"]["fingerprint"] for study in members}
+    shared = lambda members: len(data(members)) < len(members)  # some seeds have the same validation images
     return [
         {"model": model, "dataset": dataset, "seeds": [study.seed for study in members]}
         | _joint_claims({study.seed: claims[study.slug] for study in members}, shared(members))
@@ -39,11 +39,6 @@ def studies_by_model(studies: list[Study]) -> dict[tuple[str, str], list[Study]]
         if study.seed is not None:
             groups.setdefault((study.name, study.dataset), []).append(study)
     return groups
-
-
-def share_images(fingerprints: list[str]) -> bool:
-    """Return whether some seeds have the same validation images, from the fingerprint of each seed's."""
-    return len(set(fingerprints)) < len(fingerprints)
 
 
 def _joint_claims(
@@ -101,28 +96,6 @@ def _same_probes(by_seed: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]
     """Return the seeds whose probes are of the most frequent kind."""
     kinds = [entry.get("probes") for entry in by_seed.values()]
     return {seed: x for seed, x in by_seed.items() if x.get("probes") == max(kinds, key=kinds.count)}
-
-
-def join_entries(seeds: Sequence[Any], entries: Sequence[Any], shared_images: bool) -> Any:
-    """Return what the entries of the seeds, which have the same shape, are together.
-
-    Estimates {"value", "ci95"} are joined, and have "by_seed"; a key or a row that a seed lacks is left out; yes or no
-    is yes if all say so; other things are kept where all seeds have the same.
-    """
-    first, join = entries[0], lambda parts: join_entries(seeds, list(parts), shared_images)
-    if isinstance(first, list):  # rows, told apart by their first key
-        key = next(iter(first[0]), None) if first else None
-        indexed = [{row[key]: row for row in rows} for rows in entries]
-        return [join(rows[name] for rows in indexed) for name in indexed[0] if all(name in rows for rows in indexed)]
-    if isinstance(first, bool):
-        return all(entries)
-    if not isinstance(first, dict):
-        return first if all(entry == first for entry in entries) else None
-    if not {"value", "ci95"} <= first.keys():
-        return {key: join(entry[key] for entry in entries) for key in first if all(key in entry for entry in entries)}
-    value, ci95 = mean_over_seeds([(entry["value"], entry["ci95"]) for entry in entries], shared_images)
-    by_seed = {seed: entry["value"] for seed, entry in zip(seeds, entries, strict=True)}
-    return first | {"value": value, "ci95": ci95, "by_seed": by_seed}
 
 
 def mean_over_seeds(estimates: list[tuple[float, list[float]]], shared_images: bool) -> tuple[float, list[float]]:

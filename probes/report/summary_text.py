@@ -9,14 +9,11 @@ from llava_bidir.common.errors import error_context
 from probes.results.formatting import format_difference, format_interval, format_p, format_points
 
 from .mask_comparison import ALPHA
-from .path import EVERYWHERE, NOWHERE
 from .verdicts import FAILS, HOLDS, MARGIN, REVERSED, UNTESTED
 
 COLUMN_TITLES = {"paper": "As the paper measures it", "optimum": "At the optimum", "beyond_random": "Beyond random"}
 MARKS = {HOLDS: "✓", FAILS: "✗", REVERSED: "✗", UNTESTED: "–"}
 EFFECT_NAMES = {"adapter_drop": "drop-off", "recovery": "recovery"}
-EFFECT_NAMES |= {"recovery_trained": "recovery minus that of the untrained model"}
-MEASURE_NAMES = {"miou": "mIoU", "cross_entropy": "cross-entropy"}
 
 
 def format_count(n: dict[str, int]) -> str:
@@ -160,40 +157,14 @@ def summarize_mask_comparison(comparison: dict[str, Any]) -> list[str]:
     return lines
 
 
-def summarize_path(verdicts: list[dict[str, Any]], at_edge: dict[str, list[str]]) -> list[str]:
-    """Return the effects that hold at the chosen strength and its neighbours, all others, and choices at an end.
-
-    Args:
-        verdicts: Entry "path" of results.json.
-        at_edge: By mask, the sites whose cross-validated loss is lowest at an end of the path.
-    """
-    if not verdicts:
-        return []
-    everywhere, elsewhere = {}, {}
-    for verdict in verdicts:
-        name = f"{EFFECT_NAMES[verdict['effect']]} in {MEASURE_NAMES[verdict['measure']]}"
-        if verdict["verdict"] == EVERYWHERE:
-            everywhere.setdefault(name, []).append(verdict["image_attention"])
-        else:
-            elsewhere.setdefault(name, []).append(f"{verdict['image_attention']}: {_describe_rows(verdict)}")
-    join = lambda cases_by_name: "; ".join(f"{name} ({'; '.join(cases)})" for name, cases in cases_by_name.items())
+def edge_notes(at_edge: dict[str, list[str]]) -> list[str]:
+    """Return which sites, by mask, have their lowest cross-validated loss at an end of the path of strengths."""
     return [
-        f"Above zero at the chosen strength and its neighbours: {join(everywhere) or 'none of the effects'}.",
-        f"Not at all of them: {join(elsewhere) or 'none of the effects'}.",
-        *(
-            f"Under {mask} attention, the cross-validated loss is lowest at an end of the path at {', '.join(sites)}: "
-            "the optimum may be beyond it."
-            for mask, sites in at_edge.items()
-            if sites
-        ),
+        f"Under {mask} attention, the cross-validated loss is lowest at an end of the path at {', '.join(sites)}: the "
+        "optimum may be beyond it."
+        for mask, sites in at_edge.items()
+        if sites
     ]
-
-
-def _describe_rows(verdict: dict[str, Any]) -> str:
-    """Return at which strengths an effect holds, and which have not converged."""
-    text = verdict["verdict"] if verdict["verdict"] == NOWHERE else f"at {', '.join(verdict['holds'])}"
-    missing = ", ".join(verdict["not_converged"])
-    return f"{text}; not converged at {missing}" if missing else text
 
 
 def total_wall_s(timings: Path) -> float:

@@ -4,7 +4,7 @@ from typing import Any
 
 from probes.models.sites import FINAL_NORM
 from probes.results.formatting import Rows, bounds, run_columns
-from probes.results.paper import PAPER, paper_encoder, probe_deviations
+from probes.results.paper import PAPER
 from probes.results.study import Study
 
 from .verdicts import COLUMNS
@@ -59,19 +59,6 @@ def table2(studies: list[Study]) -> Rows:
 def _paper_row(encoder: str, mask: str) -> dict[str, float]:
     numbers = PAPER["table2_ade20k_miou"][encoder]
     return {k: number / 100 for k, number in zip(SUMMARY, [numbers["encoder"], *numbers[mask]], strict=True)}
-
-
-def table2_difference(studies: list[Study]) -> Rows:
-    """Return run minus paper for the runs that repeat a configuration of the paper; skip all others."""
-    recipe = lambda run: ", ".join(f"{key} {value}" for key, value in probe_deviations(run).items())
-    return [
-        {"model": study.title, "image_attention": mask}
-        | {key: run.metrics["summary"][key] - value for key, value in _paper_row(encoder, mask).items()}
-        | {"probe_recipe": recipe(run) or "the paper's"}
-        for study in studies
-        for mask, run in study.trained.items()
-        if (encoder := paper_encoder(run))
-    ]
 
 
 def class_rows(study: Study) -> Rows:

@@ -29,7 +29,6 @@ from probes.training.run_schema import (
     check_schema,
     read_metrics,
     read_run_file,
-    rename_old_keys,
 )
 
 from .run_files import check_finite, check_hash, read_tensors
@@ -131,7 +130,7 @@ class FinishedRun:
         if not file.is_file():
             return None
         results = read_json(file)
-        if self.fingerprint not in results.get("runs", [self.fingerprint]):
+        if self.fingerprint not in results.get("runs", ()):
             command = name.split(".")[0].split("_")[0]
             raise UserError(
                 f"{file} was made from other probes than {self.path} has now; run `probes {command}` again or delete it"
@@ -256,7 +255,7 @@ class FinishedRun:
         Raises:
             UserError: If it cannot be loaded, or its weights or config are not those that were probed.
         """
-        config = rename_old_keys(self.manifest["config"])
+        config = self.manifest["config"]
         check_schema(ModelConfig, config, f"{self.path / 'manifest.json'}: config")
         from probes.models.load import load  # transformers takes seconds to import, and a report needs no model
 

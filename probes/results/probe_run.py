@@ -91,8 +91,8 @@ class ProbeRun(FinishedRun):
         """Counts of the probes."""
         return Counts(**{name: self._tensors[name] for name in Counts._fields if name in self._tensors})
 
-    def path_counts(self) -> list[tuple[Counts, torch.Tensor]]:
-        """Return counts and summed losses per image, f64[S, N], of each row of solved strengths, strong to weak.
+    def path_counts(self) -> list[Counts]:
+        """Return the counts of each row of solved strengths, strong to weak.
 
         A row has another strength at each site; see `solved_strengths`. The counts have one patch per image.
 
@@ -102,7 +102,7 @@ class ProbeRun(FinishedRun):
         path, sizes = self.path / "path.safetensors", self._sizes | {"R": len(self.solved_strengths[0])}
         tensors, labelled = self._read(path.name), self.counts.labelled
         check_tensors(tensors, path, PATH, sizes, list(PATH))
-        intersection, predicted, loss = (tensors[name] for name in PATH)
+        intersection, predicted, _ = (tensors[name] for name in PATH)
         valid = labelled.sum(-1, keepdim=True)
         counts = [
             Counts(right, total, labelled, patch_right=right.sum(-1, keepdim=True), patch_valid=valid)
@@ -110,7 +110,7 @@ class ProbeRun(FinishedRun):
         ]
         for at_strength in counts:
             check_totals(at_strength, str(path))
-        return list(zip(counts, loss, strict=True))
+        return counts
 
     @property
     def confusion(self) -> torch.Tensor | None:

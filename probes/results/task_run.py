@@ -1,12 +1,11 @@
 """A finished run of another task than segmentation, such as depth.
 
     RUN/metrics.json          scores per site with intervals; "task" and "scores" say which, and which way is better
-    RUN/counts.safetensors    "sums" f32[S, N, M]: sums per image, from which the scores are computed; of depth and
-                              normals "patch_error" f32[S, N, T], "patch_valid" f32[N, T]: errors and pixels by token
+    RUN/counts.safetensors    "sums" f32[S, N, M]: sums per image, from which the scores are computed
     RUN/path.safetensors      "closed_form/sums" (boundaries: "optimum/sums") f32[R, S, N, M] at the solved strengths of
                               regularisation, of `probes solve`
 
-Axes: S sites, N images, T image tokens, M sums per image, R solved strengths of each site.
+Axes: S sites, N images, M sums per image, R solved strengths of each site.
 """
 
 import re
@@ -63,55 +62,11 @@ class TaskRun(FinishedRun):
         Raises:
             UserError: If they are damaged.
         """
-        return self._check("counts.safetensors", self._tensors, "sums", [])
-
-    @property
-    def has_patch_errors(self) -> bool:
-        """Whether the run has errors by position; runs of earlier versions do not."""
-        return "patch_error" in self._tensors
-
-    @property
-    def patch_errors(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Errors f32[S, N, T] and pixels with a value f32[N, T] under each token.
-
-        Raises:
-            UserError: If a pixel of the task has no error of its own, the run has none, or they are damaged.
-        """
-        if self.task.pixel_error is None:
-            of = ", ".join(name for name, task in TASKS.items() if task.pixel_error)
-            raise UserError(
-                f"{self.path} is a run of {self.task_name}, where a pixel has no error of its own, so that there is "
-                f"none by position; expected a run of segmentation, {of}"
-            )
-        if not self.has_patch_errors:
-            raise UserError(f"{self.path} was made before errors by position were kept; make the run again")
-        (rows, columns), images = self.metrics["grid"], self.metrics["images"]
-        error, valid = self._tensors["patch_error"], self._tensors.get("patch_valid", torch.empty(0))
-        shapes = [list(error.shape), list(valid.shape)]
-        expected = [[len(self.sites), images, rows * columns], [images, rows * columns]]
-        if shapes != expected or not all((x >= 0).all() and x.isfinite().all() for x in (error, valid)):
-            raise UserError(
-                f"{self.path / 'counts.safetensors'}: patch_error and patch_valid are {shapes}; expected non-negative "
-                f"numbers {expected} according to metrics.json; make the run again"
-            )
-        return error, valid
-
-    def path_sums(self) -> torch.Tensor:
-        """Return the sums per image of each row of solved strengths, f32[R, S, N, M]; see `solved_strengths`.
-
-        Raises:
-            UserError: If the probes were not solved, or the file is damaged.
-        """
-        rows, tensors = len(self.solved_strengths[0]), self._read("path.safetensors")
-        return self._check("path.safetensors", tensors, f"{self.instrument}/sums", [rows])
-
-    def _check(self, file: str, tensors: dict[str, torch.Tensor], name: str, leading: list[int]) -> torch.Tensor:
-        """Return a tensor, or raise a UserError that names the file unless it has the axes of metrics.json."""
-        sums, expected = tensors.get(name), [*leading, len(self.sites), self.metrics["images"]]
+        sums, expected = self._tensors.get("sums"), [len(self.sites), self.metrics["images"]]
         if sums is None or list(sums.shape[:-1]) != expected or not sums.isfinite().all():
             shape = None if sums is None else list(sums.shape)
             raise UserError(
-                f"{self.path / file}: {name} is {shape}; expected finite numbers {[*expected, 'M']} according to "
-                "metrics.json; make the run again"
+                f"{self.path / 'counts.safetensors'}: sums is {shape}; expected finite numbers {[*expected, 'M']} "
+                "according to metrics.json; make the run again"
             )
         return sums

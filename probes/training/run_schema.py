@@ -17,9 +17,6 @@ from typing_extensions import TypedDict
 from llava_bidir.common.atomic_io import read_json
 from llava_bidir.common.errors import UserError
 
-# Keys of earlier versions.
-OLD_KEYS = {"image_aspect": "image_resize", "mllm_dtype": "dtype"}
-
 
 def _number(value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -268,9 +265,3 @@ def read_metrics(path: Path) -> dict[str, Any]:
     content = read_json(path)
     check_schema(TaskMetrics if "task" in content else Metrics, content, path)
     return content
-
-
-def rename_old_keys(config: dict[str, Any]) -> dict[str, Any]:
-    """Return `Manifest.config` with the current names of options; the value "square" is now "squash"."""
-    config = {OLD_KEYS.get(key, key): value for key, value in config.items()}
-    return config | {"image_resize": "squash"} if config.get("image_resize") == "square" else config

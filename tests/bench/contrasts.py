@@ -20,7 +20,7 @@ import torch
 
 from llava_bidir.common.bootstrap import Estimate, bootstrap_weights, interval
 from probes.analyses.knockout.contrasts import PairedCases, contrast_estimates
-from probes.analyses.knockout.inference import mean_over_classes
+from probes.analyses.knockout.effects import mean_over_classes
 from probes.report.verdicts import compare_to_draws, interval_over_draws
 
 STILL_WRONG, EFFECT, SHIFT = 0.6, 0.05, 0.1  # shares of mistaken patches

@@ -1,7 +1,7 @@
 """Statistics of answers: accuracy beside the probes', and effects of knockouts on the right answer.
 
 Images are resampled with all their questions; answers and probes, and runs on the same questions, alike. Effects are
-tested by class of the right answer as those of the knockout are (knockout/inference.py): two-sided p from swapping the
+tested by class of the right answer as those of the knockout are (knockout/effects.py): two-sided p from swapping the
 two conditions on whole images, Holm's correction over classes, t intervals for classes in general.
 
 The paper makes no claim about answers. All of this is exploratory.
@@ -17,8 +17,7 @@ from torch import Tensor
 
 from llava_bidir.common.bootstrap import Estimate, bootstrap_weights, holm, interval, p_values, random_swaps
 from llava_bidir.common.errors import UserError
-from probes.analyses.knockout.effects import Cases
-from probes.analyses.knockout.inference import MIN_IMAGES, mean_over_classes
+from probes.analyses.knockout.effects import MIN_IMAGES, Cases, mean_over_classes
 from probes.results.probe_run import ProbeRun
 from probes.results.run_files import read_tensors
 

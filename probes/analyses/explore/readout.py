@@ -123,10 +123,10 @@ def explore(
         if conditions:
             states = mllm.states(pixels, list({ADAPTER, plan.block_by}))
             predicted = torch.stack([heads[site](states[site]).argmax(-1)[0] for site in (ADAPTER, plan.block_by)])
-            case = most_confused(predicted.cpu(), truth, image, candidates, plan.block_set)
+            case = most_confused(predicted.cpu(), truth, image, candidates)
             if case:
                 blocked |= blocked_patches(case, conditions, states[ADAPTER][0], np.random.default_rng([seed, image]))
-        cut = torch.stack([plan.block(tokens) for tokens in blocked.values()])
+        cut = torch.stack([*blocked.values()])
         knockout = Knockout(cut, plan.layers) if len(cut) > 1 else None  # not all models can be cut
         states = mllm.states(pixels, run.sites, knockout, [0] * len(cut))
         parts = most_probable(states, heads, min(top_classes, len(names)))
@@ -149,9 +149,7 @@ def grid_box(view: GridPlacement, size: tuple[int, int]) -> tuple[float, float, 
     return cols.start_px / width, rows.start_px / height, cols.length_px / width, rows.length_px / height
 
 
-def most_confused(
-    predicted: Tensor, truth: Tensor, image: int, classes: Sequence[int], block_set: str = "predicted"
-) -> ConfusionCase | None:
+def most_confused(predicted: Tensor, truth: Tensor, image: int, classes: Sequence[int]) -> ConfusionCase | None:
     """Return the case of the class that most patches are wrongly predicted as, among `classes`; None without one.
 
     Takes the predictions at the adapter and at the site that defines the blocked tokens, long[2, T], and the true
@@ -161,7 +159,7 @@ def most_confused(
     count, wrong_class = max(((wrong.count(k), -k) for k in classes), default=(0, 0))
     if not count:
         return None
-    (case,) = find_cases(predicted[:, None], truth[None], torch.tensor([image]), -wrong_class, 1, block_set=block_set)
+    (case,) = find_cases(predicted[:, None], truth[None], torch.tensor([image]), -wrong_class, 1)
     return case
 
 

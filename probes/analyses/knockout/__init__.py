@@ -18,24 +18,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", nargs="+", type=int, metavar="L", help=text)
     text = "site whose predictions define the blocked tokens"
     parser.add_argument("--block-by", default="adapter", metavar="SITE", help=text)
-    text = "tokens to block: all predicted as the class (Eq. 1), or only those whose label confirms it"
-    parser.add_argument("--block-set", choices=["predicted", "correct"], default="predicted", help=text)
-    text = "let blocked tokens still attend to themselves; Eq. 1 cuts them off from themselves, too"
-    parser.add_argument("--keep-own-key", action="store_true", help=text)
-    text = "controls besides random tokens: matched in distance, in attention mass, or in both; tokens of high norm"
-    parser.add_argument("--controls", nargs="+", default=[], choices=[*CONTROLS[1:], "high_norm"], help=text)
+    text = "controls besides random tokens: matched in distance, in attention mass, or in both"
+    parser.add_argument("--controls", nargs="+", default=[], choices=CONTROLS[1:], help=text)
     text = "draws to average for each condition with random tokens"
     parser.add_argument("--draws", type=int, default=5, help=text)
-    text = "also block random fractions of the tokens"
-    parser.add_argument("--fractions", nargs="+", type=float, default=[], metavar="F", help=text)
-    text = "also let image tokens attend to no image tokens but the blocked sets"
-    parser.add_argument("--keep-only", action="store_true", help=text)
     text = (
         "also cut each layer alone, windows of K layers, all layers >= l, all layers <= l (RUN/knockout_windows.json)"
     )
     parser.add_argument("--layer-windows", type=int, metavar="K", help=text)
-    text = "also cut each attention head of each layer alone (RUN/knockout_windows.json)"
-    parser.add_argument("--attention-heads", action="store_true", help=text)
     parser.add_argument("--attention", action="store_true", help="also measure where wrong patches attend, by layer")
     parser.add_argument("--min-patches", type=int, default=1, help="leave out images with fewer wrong patches")
     parser.add_argument("--limit", type=int, help="number of images to read (default: all)")

@@ -11,19 +11,13 @@ The outcomes of a case at layer l, under one condition:
     rate             n_c(l) / n_c(0), the paper's; unbounded
     still_wrong      share of the patches in n_c(0) that are still predicted as c: within 0..1, so without new mistakes,
                      and where none is corrected, nothing can make it worse
-    log_odds         mean over the patches in n_c(0) of the logit of their own true class minus that of c, in nats;
-                     needs no threshold, and rises where patches are corrected
-    lean             of the patches of class c or the correct class that layer 0 predicts as either, the share predicted
-                     as c minus the share predicted as the correct class: the probe's criterion between the two
 
 The paper does not say which layer's predictions define B_c. The adapter's are the default, as for n_c(0). Its text
-speaks of correctly classified tokens, but Eq. 1 blocks all that are predicted as c. Block set "correct" follows the
-text: of B of the correct class the correctly predicted patches, of B_c the wrongly predicted ones.
+speaks of correctly classified tokens, but Eq. 1 blocks all that are predicted as c.
 
-Shapes: B images, C cases, K classes, T patches, L layers.
+Shapes: B images, K classes, T patches, L layers.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,8 +31,6 @@ from probes.models.knockout import Knockout
 from probes.models.sites import ADAPTER
 from probes.results.probe_run import ProbeRun
 
-from .schema import LEAN
-
 
 class PatchReader:
     """Predict the class of each patch at each layer, with the model and the probes of a run that has all layers."""
@@ -47,11 +39,6 @@ class PatchReader:
         self.mllm: FrozenMLLM = run.mllm()
         self.layers = run.layers
         self.probes = {site: probe.to(self.mllm.device) for site, probe in run.probes().items()}
-
-    @property
-    def attention_heads(self) -> int:
-        """A, query heads of a decoder layer."""
-        return self.mllm.model.config.get_text_config().num_attention_heads
 
     def visible(self) -> tuple[Tensor, Tensor]:
         """Return the image tokens that each one sees in any layer, bool[T, T], and how many other tokens, long[T]."""
@@ -66,23 +53,7 @@ class PatchReader:
 
     def predict_states(self, states: dict[str, Tensor]) -> Tensor:
         """Return the predicted class of each patch, long[L + 1, B, T], from the states f[B, T, d] of each layer."""
-        return torch.stack([self._logits(states, site).argmax(-1) for site in self.layers]).cpu()
-
-    def measure(self, states: dict[str, Tensor], cases: Sequence["ConfusionCase"]) -> list[dict[str, Tensor]]:
-        """Return the outcomes of each case, f[L + 1] by name, from the states f[C, T, d] of one batch row per case."""
-        predicted, odds = [], []
-        pairs = [[case.truth.clamp(min=0), torch.full_like(case.truth, case.wrong_class)] for case in cases]
-        true_and_wrong = torch.stack([torch.stack(pair, -1) for pair in pairs]).to(self.mllm.device)  # long[C, T, 2]
-        for site in self.layers:
-            logits = self._logits(states, site)
-            predicted.append(logits.argmax(-1))
-            true, wrong = logits.gather(-1, true_and_wrong).unbind(-1)
-            odds.append(true - wrong)
-        predicted, odds = torch.stack(predicted, 1).cpu(), torch.stack(odds, 1).cpu()
-        return [case.outcomes(*values) for case, *values in zip(cases, predicted, odds, strict=True)]
-
-    def _logits(self, states: dict[str, Tensor], site: str) -> Tensor:
-        return self.probes[site](states[site].float())
+        return torch.stack([self.probes[site](states[site].float()).argmax(-1) for site in self.layers]).cpu()
 
 
 @dataclass
@@ -96,22 +67,15 @@ class ConfusionCase:
     wrong_class: int  # c
     correct_class: int  # most frequent true class of the mistaken patches
     mistaken: Tensor  # bool[T], the patches in n_c(0)
-    confusable: Tensor  # bool[T], patches of c or the correct class that layer 0 predicts as either
     truth: Tensor  # long[T], true classes, -1 if unlabelled
     blocked: dict[str, Tensor]  # bool[T] by condition: "incorrect" (B_c), "correct" (B of the correct class)
 
-    def outcomes(self, predicted: Tensor, log_odds: Tensor) -> dict[str, Tensor]:
-        """Return the outcomes at each layer, f[L + 1] by name.
-
-        Takes the predictions long[L + 1, T] and each patch's logit of its true class minus that of c, f[L + 1, T].
-        """
-        wrong, correct = predicted == self.wrong_class, predicted == self.correct_class
-        share = lambda hit, patches: hit[:, patches].float().mean(-1)
+    def outcomes(self, predicted: Tensor) -> dict[str, Tensor]:
+        """Return the outcomes at each layer, f[L + 1] by name, from the predictions long[L + 1, T]."""
+        wrong = predicted == self.wrong_class
         return {
             "rate": (wrong & (self.truth != self.wrong_class) & (self.truth >= 0)).sum(-1) / self.patches,
-            "still_wrong": share(wrong, self.mistaken),
-            "log_odds": log_odds[:, self.mistaken].mean(-1),
-            LEAN: share(wrong, self.confusable) - share(correct, self.confusable),
+            "still_wrong": wrong[:, self.mistaken].float().mean(-1),
         }
 
 
@@ -122,7 +86,6 @@ def find_cases(
     wrong_class: int,
     block_layer: int = 0,
     min_patches: int = 1,
-    block_set: str = "predicted",
 ) -> list[ConfusionCase]:
     """Return the images with at least `min_patches` patches wrongly predicted as `wrong_class` at layer 0.
 
@@ -131,7 +94,7 @@ def find_cases(
         truth: long[B, T], -1 for unlabelled patches.
         index: long[B], indices in the split.
         wrong_class, min_patches: c, and the smallest n_c(0) of a case.
-        block_layer, block_set: Layer whose predictions define the blocked tokens, and which of them: see above.
+        block_layer: Layer whose predictions define the blocked tokens.
     """
     cases = []
     for row, image in enumerate(index.tolist()):
@@ -141,14 +104,9 @@ def find_cases(
         if mistaken.sum() < min_patches:
             continue
         correct_class = true[mistaken].mode().values.item()
-        incorrect, correct = reference == wrong_class, reference == correct_class
-        if block_set == "correct":
-            incorrect, correct = incorrect & other_class, correct & (true == correct_class)
-        counts, blocked = (int(mistaken.sum()), int(correct.sum())), {"incorrect": incorrect, "correct": correct}
-        pair = torch.tensor([wrong_class, correct_class])
-        confusable = torch.isin(true, pair) & torch.isin(predicted[0, row], pair)
-        classes, patches = (wrong_class, correct_class), (mistaken, confusable, true)
-        cases.append(ConfusionCase(image, row, *counts, *classes, *patches, blocked))
+        blocked = {"incorrect": reference == wrong_class, "correct": reference == correct_class}
+        counts = int(mistaken.sum()), int(blocked["correct"].sum())
+        cases.append(ConfusionCase(image, row, *counts, wrong_class, correct_class, mistaken, true, blocked))
     return cases
 
 

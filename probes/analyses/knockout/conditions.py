@@ -5,14 +5,11 @@
     distance_X           as many, matched to X in distance to the mistaken patches and in how many of these see them
     mass_X               as many, matched to X in the attention that they receive from the mistaken patches
     matched_X            as many, matched to X in distance and in attention received at once
-    high_norm            the image's tokens of unusually high norm, often attention sinks (Neo et al., 2410.07149)
-    X@F                  a random fraction F of X
-    only_X               keep only: every image token attends to X, to itself and to no other image token
-    only_random_X        the same with as many random tokens
 
 Blocking any token can hurt, nearby or highly attended ones more. An effect is class-specific only if it exceeds the
-matched controls. Controls avoid tokens of high norm, and matched controls avoid tokens of X, while others are left;
-:func:`measure_balance` reports the match. Conditions with random tokens are drawn several times.
+matched controls. Controls avoid tokens of high norm, often attention sinks (Neo et al., 2410.07149), and matched
+controls avoid tokens of X, while others are left; :func:`measure_balance` reports the match. Conditions with random
+tokens are drawn several times.
 
 For matched_X, distance and attention are ranks among the image's tokens: ranks put both on one scale, which a few
 attention sinks cannot stretch (rank-based distance; Rosenbaum, Design of Observational Studies, 2010, ch. 8). A token
@@ -29,8 +26,6 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
-
-from probes.models.knockout import all_but
 
 from .cases import ConfusionCase
 from .config import Plan
@@ -66,7 +61,7 @@ def high_norm_tokens(states: Tensor) -> np.ndarray:
 
 
 def blocked_by_condition(case: ConfusionCase, features: MatchingFeatures, plan: Plan) -> dict[str, list[Tensor]]:
-    """Return the blocked tokens by condition, one or several draws: bool[T], or bool[T, T] for keep-only conditions.
+    """Return the blocked tokens bool[T] by condition, one or several draws.
 
     Each draw is seeded by seed, image, class and condition, so no condition changes the draws of another.
     """
@@ -84,13 +79,6 @@ def blocked_by_condition(case: ConfusionCase, features: MatchingFeatures, plan: 
         for name, blocked in sets.items():
             condition = f"{control}_{name}"
             tokens[condition] = draw(condition, matched_tokens, values, blocked, features.high_norm)
-    if "high_norm" in plan.controls:
-        tokens["high_norm"] = [torch.from_numpy(features.high_norm)]
-    for fraction in plan.fractions:
-        for name, blocked in sets.items():
-            tokens[f"{name}@{fraction:g}"] = draw(f"{name}@{fraction:g}", random_subset, blocked, fraction)
-    for name in (*SETS, *(f"random_{name}" for name in SETS)) if plan.keep_only else ():
-        tokens[f"only_{name}"] = [all_but(kept[None])[0] for kept in tokens[name]]
     return tokens
 
 
@@ -119,25 +107,17 @@ def matched_tokens(
     return taken
 
 
-def random_subset(blocked: np.ndarray, fraction: float, rng: np.random.Generator) -> np.ndarray:
-    """Draw a fraction of the blocked tokens, rounded to an integer number, bool[T]."""
-    tokens = rng.permutation(np.flatnonzero(blocked))
-    return np.isin(np.arange(len(blocked)), tokens[: round(fraction * len(tokens))])
-
-
 def measure_balance(case: ConfusionCase, features: MatchingFeatures, condition: str, draws: list[Tensor]) -> Tensor:
     """Return how well a condition's tokens match, by `BALANCE`: f[5], mean over draws, NaN if undefined.
 
     The values are the number of tokens, their mean distance and visibility, their summed attention mass, and the share
     of them that is in the set that the condition is compared with.
     """
-    compared = case.blocked.get(condition.split("@")[0].rpartition("_")[2], torch.zeros_like(case.mistaken)).numpy()
+    compared = case.blocked[condition.rpartition("_")[2]].numpy()
     rows = []
     for draw in draws:
         b = draw.numpy()
-        if b.ndim == 2:  # keep only: each token has other tokens blocked
-            rows.append([np.nan] * 5)
-        elif not b.any():
+        if not b.any():
             rows.append([0] + [np.nan] * 4)
         else:
             distance, visibility = features.distance[b].mean(), features.visibility[b].mean()

@@ -1,22 +1,14 @@
 """Settings of `probes knockout`."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
 
 from llava_bidir.common.errors import UserError, error_context
 from probes.models.sites import ADAPTER, layer_site
 from probes.results.probe_run import ProbeRun
 
 from .layer_sweep import cut_locations
-from .schema import BLOCK_SETS, CONTROLS
-
-# Settings whose key in knockout.json is not their name: files keep the keys that they have had from the start.
-JSON_KEYS = {"block_by": "labels_from", "block_set": "anchors", "fractions": "doses", "keep_only": "reverse"}
-JSON_KEYS |= {"layer_windows": "windows", "attention_heads": "heads"}
+from .schema import CONTROLS
 
 
 def check_has_layers(run: ProbeRun, layers: Sequence[str]) -> None:
@@ -30,29 +22,19 @@ def check_has_layers(run: ProbeRun, layers: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run for each case."""
+    """What to run for each case; knockout.json has all of it."""
 
     classes: Sequence[str]  # the classes c
     layers: Sequence[int] | None = None  # decoder layers to cut; None for all
     block_by: str = ADAPTER  # site whose predictions define the blocked tokens
-    block_set: str = "predicted"  # block all tokens "predicted" as a class (Eq. 1), or the "correct" set, see cases.py
     min_patches: int = 1  # smallest n_c(0) of a case
     limit: int | None = None  # number of images to read; None for all
     batch_size: int = 64  # images, or rows of cases and conditions, per forward
-    keep_own_key: bool = False  # a blocked token may still attend to itself; Eq. 1 cuts it off from itself, too
-    controls: Sequence[str] = ()  # besides random tokens: distance, mass, matched, high_norm
+    controls: Sequence[str] = ()  # besides random tokens: distance, mass, matched
     draws: int = 5  # of each condition with random tokens
-    fractions: Sequence[float] = ()  # fractions of the blocked tokens to block as further conditions
-    keep_only: bool = False  # also leave only attention to the blocked sets
     layer_windows: int | None = None  # also cut windows of layers; the width of the sliding ones
-    attention_heads: bool = False  # also cut each attention head of each layer alone
     attention: bool = False  # also measure where mistaken patches attend
     seed: int = 0  # of the draws and the bootstrap
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the settings under their keys in knockout.json."""
-        settings = {JSON_KEYS.get(name, name): value for name, value in asdict(self).items()}
-        return settings | {"anchors": {"predicted": "predicted", "correct": "true"}[self.block_set]}
 
     @classmethod
     def of_run(cls, run: ProbeRun) -> "Plan":
@@ -61,14 +43,9 @@ class Plan:
         if results is None:
             return cls(classes=())
         with error_context(run.path / "knockout.json"):
-            keys = {name: JSON_KEYS.get(name, name) for name in cls.__dataclass_fields__}
-            settings = {name: results[key] for name, key in keys.items() if key in results}
-            return cls(
-                **settings
-                | {"classes": [entry["class"] for entry in results["classes"]]}
-                | {"layers": None if results["layers"] == "all" else results["layers"]}
-                | {"block_set": {"predicted": "predicted", "true": "correct"}[results.get("anchors", "predicted")]}
-            )
+            settings = {name: results[name] for name in cls.__dataclass_fields__}
+            settings["classes"] = [entry["class"] for entry in results["classes"]]
+            return cls(**settings | {"layers": None if results["layers"] == "all" else results["layers"]})
 
     def describe(self) -> str:
         """Return how tokens are blocked if it differs from Eq. 1 as the paper uses it, e.g. "cut in layers 1, 2"."""
@@ -77,15 +54,7 @@ class Plan:
             differences.append(f"cut in layer{'s' * (len(self.layers) > 1)} {', '.join(map(str, self.layers))} only")
         if self.block_by != ADAPTER:
             differences.append(f"blocked by the predictions at {self.block_by}")
-        if self.block_set != "predicted":
-            differences.append("only correct ones of the correct class and wrong ones of the wrong class blocked")
-        if self.keep_own_key:
-            differences.append("blocked tokens still attend to themselves")
         return "; ".join(differences)
-
-    def block(self, blocked: Tensor) -> Tensor:
-        """Return the tokens bool[T] or pairs bool[T, T] to block, less each token's own key if the plan keeps it."""
-        return blocked & ~torch.eye(blocked.shape[-1], dtype=torch.bool) if self.keep_own_key else blocked
 
     def check(self, run: ProbeRun) -> None:
         """Raise a `UserError` if the plan does not fit the run."""
@@ -93,8 +62,7 @@ class Plan:
         choices = {
             "class": (self.classes, run.metrics["classes"]),
             "block_by site": ([self.block_by], run.layers),
-            "block_set": ([self.block_set], BLOCK_SETS),
-            "control": (self.controls, (*CONTROLS[1:], "high_norm")),
+            "control": (self.controls, CONTROLS[1:]),
         }
         for kind, (names, known) in choices.items():
             for name in names:
@@ -105,10 +73,7 @@ class Plan:
         for option in ("limit", "draws", "min_patches", "batch_size"):
             if (value := getattr(self, option)) is not None and value < 1:
                 raise UserError(f"{option} must be at least 1, got {value}")
-        cut_locations(self.layer_windows, self.attention_heads, len(run.layers) - 1, 1)
+        cut_locations(self.layer_windows, len(run.layers) - 1)
         for layer in self.layers or ():
             if not 1 <= layer < len(run.layers):
                 raise UserError(f"layer {layer} is out of range; {run.path} has layers 1..{len(run.layers) - 1}")
-        for fraction in self.fractions:
-            if not 0 < fraction < 1:
-                raise UserError(f"fractions must be between 0 and 1, got {fraction:g}")

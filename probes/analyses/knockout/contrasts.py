@@ -27,11 +27,21 @@ from torch import Tensor
 from llava_bidir.common.bootstrap import Estimate
 from probes.results.probe_run import ProbeRun
 
-from .effects import concat_classes, later_half, list_conditions, outcome_key, select_cases
-from .inference import EFFECTS, MIN_IMAGES, later_effects, mean_over_classes, read_knockout
+from .effects import (
+    Cases,
+    concat_classes,
+    enough_units,
+    later_half,
+    list_conditions,
+    mean_over_classes,
+    outcome_key,
+    read_knockout,
+    select_cases,
+)
 from .schema import SETS
 
 OUTCOME = "still_wrong"  # of a contrast, see cases.py
+EFFECTS = ("knockout_incorrect", "knockout_correct", "knockout_specificity")
 
 
 class PairedCases(NamedTuple):
@@ -56,9 +66,11 @@ def rate_effects(run: ProbeRun) -> dict[str, Estimate]:
     """Return each effect as the paper measures it, as a mean over cases; {} without a knockout."""
     if not (cases := select_cases(read_knockout(run))):
         return {}
-    names, values = later_effects(cases)
-    mean, resampled = cases.mean(values, run.weights)
-    return {name: (mean[i].item(), resampled[:, i]) for i, name in enumerate(names) if name in EFFECTS}
+    later = {condition: later_half(rates) for condition, rates in cases.rates.items()}
+    incorrect, correct = later["incorrect"] - later["none"], later["correct"] - later["none"]
+    random = later["random_correct"] - later["random_incorrect"]
+    mean, resampled = cases.mean(torch.stack([incorrect, correct, correct - incorrect - random], 1), run.weights)
+    return {name: (mean[i].item(), resampled[:, i]) for i, name in enumerate(EFFECTS)}
 
 
 def control_of(runs: Iterable[ProbeRun]) -> str:
@@ -70,11 +82,11 @@ def control_of(runs: Iterable[ProbeRun]) -> str:
 def patch_contrasts(run: ProbeRun, control: str) -> dict[str, Contrast]:
     """Return the contrast of each effect with "random" or "matched" tokens.
 
-    {} without a knockout that has the outcome, or if the cases of pairs with both kinds of mistakes are in fewer than
+    {} without a knockout, or if the cases of pairs with both kinds of mistakes are in fewer than
     `MIN_IMAGES` images, or groups of images.
     """
     cases = paired_cases(read_knockout(run), run.metrics["classes"], control)
-    if cases is None or len((cases.image if run.groups is None else run.groups[cases.image]).unique()) < MIN_IMAGES:
+    if cases is None or not enough_units(Cases({}, cases.image), run.groups):
         return {}
     means, by_pair = contrast_estimates(cases, run.weights, run.groups)
     counts = {"images": len(cases.image.unique()), "patches": int(cases.patches.sum()), "pairs": len(by_pair)}
@@ -84,7 +96,7 @@ def patch_contrasts(run: ProbeRun, control: str) -> dict[str, Contrast]:
 
 def paired_cases(tensors: dict[str, Tensor], classes: list[str], control: str) -> PairedCases | None:
     """Return the cases in knockout.safetensors of pairs with both kinds of mistakes; None without any."""
-    if f"{control}_correct" not in list_conditions(tensors, OUTCOME):
+    if f"{control}_correct" not in list_conditions(tensors):
         return None
     read = lambda key: concat_classes(tensors, key, None)
     later = lambda condition: later_half(read(outcome_key(OUTCOME, condition))).double()

@@ -1,24 +1,30 @@
 """Statistics over the cases of a knockout: mean rates with intervals, effects against controls with permutation tests.
 
 An effect is a condition's rate minus its control's, case by case. Its interval resamples the images of the split (or
-their groups). Its p-values swap the two conditions on whole images and are corrected over layers by max-T.
+their groups). Its p-values swap the two conditions on whole images and are corrected over layers by max-T, those of the
+later half of the layers over classes by Holm. The claims of a report are about contrasts instead (contrasts.py).
 
-Shapes: C cases, L layers, R resamplings or permutations, N images of the split.
+Shapes: C cases, L layers, R resamplings or permutations, N images of the split, U units.
 """
 
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+import scipy.stats
 import torch
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import bootstrap_weights, interval, p_values
+from llava_bidir.common.bootstrap import Estimate, bootstrap_weights, holm, interval, p_values
 from probes.results.probe_run import ProbeRun
 from probes.results.run_files import read_tensors
 
 from .schema import BALANCE, CASE_KEYS, CONDITIONS, CONTROLS, GROUPS, SETS
 
 SPECIFICITY = "correct - incorrect"
+CLAIMED_SIGN = {"incorrect": -1, "correct": +1, SPECIFICITY: +1}  # of the effects that the paper claims (App. C.2)
+# A class in fewer images, or groups of images that are swapped together, cannot reach p < 0.05: of n, 2 of the 2^n ways
+# to swap are as extreme as the observed.
+MIN_IMAGES = 6
 
 
 class Cases(NamedTuple):
@@ -49,26 +55,22 @@ def later_half(rates: Tensor) -> Tensor:
     return rates[:, (rates.shape[1] - 1) // 2 + 1 :].mean(1)
 
 
-def read_cases(
-    run: ProbeRun, min_patches: int, classes: list[str] | None = None, folder: Path | None = None
-) -> Cases | None:
-    """Return the cases in knockout.safetensors of a run (or of `folder`), see :func:`select_cases`; None without it."""
-    path = (folder or run.path) / "knockout.safetensors"
-    return select_cases(read_tensors(path) if path.is_file() else {}, min_patches, classes)
+def enough_units(cases: Cases, groups: Tensor | None) -> bool:
+    """Return whether the cases are in `MIN_IMAGES` images, or in as many of the groups long[N]."""
+    return len((cases.images if groups is None else groups[cases.images]).unique()) >= MIN_IMAGES
 
 
-def select_cases(
-    tensors: dict[str, Tensor], min_patches: int = 1, classes: list[str] | None = None, outcome: str = "rate"
-) -> Cases | None:
-    """Return the cases of some classes (None: all) with n_c(0) of at least `min_patches`.
+def read_knockout(run: ProbeRun) -> dict[str, Tensor]:
+    """Return the content of a run's knockout.safetensors; {} without it."""
+    path = run.path / "knockout.safetensors"
+    return read_tensors(path) if path.is_file() else {}
 
-    None if there are none, or if the file is older than the outcome.
-    """
-    enough, conditions = concat_classes(tensors, "patches", classes) >= min_patches, list_conditions(tensors, outcome)
-    if not enough.any() or not conditions:
-        return None
-    select = lambda key: concat_classes(tensors, key, classes)[enough]
-    return Cases({name: select(outcome_key(outcome, name)) for name in conditions}, select("image"))
+
+def select_cases(tensors: dict[str, Tensor], classes: list[str] | None = None) -> Cases | None:
+    """Return the cases of some classes (None: all) with their rates; None without any."""
+    images = concat_classes(tensors, "image", classes)
+    rates = {name: concat_classes(tensors, name, classes) for name in list_conditions(tensors)}
+    return Cases(rates, images) if len(images) else None
 
 
 def outcome_key(outcome: str, condition: str) -> str:
@@ -83,12 +85,10 @@ def concat_classes(tensors: dict[str, Tensor], key: str, classes: list[str] | No
     return torch.cat(values) if values else torch.zeros(0)
 
 
-def list_conditions(tensors: dict[str, Tensor], outcome: str = "rate") -> list[str]:
-    """Return the conditions of a knockout that have this outcome, `CONDITIONS` first."""
-    prefix, others = outcome_key(outcome, ""), (*CASE_KEYS, "attention", "uniform")
+def list_conditions(tensors: dict[str, Tensor]) -> list[str]:
+    """Return the conditions of a knockout, `CONDITIONS` first."""
     keys = dict.fromkeys(key.rpartition("/")[2] for key in tensors)
-    conditions = [key.removeprefix(prefix) for key in keys if key.startswith(prefix) and key not in others]
-    present = [condition for condition in conditions if ":" not in condition]
+    present = [key for key in keys if ":" not in key and key not in (*CASE_KEYS, "attention", "uniform")]
     return sorted(present, key=lambda key: CONDITIONS.index(key) if key in CONDITIONS else len(CONDITIONS))
 
 
@@ -159,10 +159,47 @@ def _compare(rates: dict[str, Tensor]) -> list[tuple[str, str, Tensor]]:
     controls = [control for control in CONTROLS if f"{control}_correct" in rates]
     pairs = [(condition, "none") for condition in rates if condition != "none"]
     pairs += [(name, f"{control}_{name}") for control in controls for name in SETS]
-    pairs += [(f"only_{name}", f"only_random_{name}") for name in SETS if f"only_{name}" in rates]
     effects = [(condition, control, rates[condition] - rates[control]) for condition, control in pairs]
     contrast = lambda prefix: rates[f"{prefix}correct"] - rates[f"{prefix}incorrect"]
     return effects + [(SPECIFICITY, control, contrast("") - contrast(f"{control}_")) for control in controls]
+
+
+def correct_for_classes(effects: list[dict[str, Any]], classes: Collection[str]) -> None:
+    """Add "p_holm" to "later" of all effects: "p" corrected for the number of `classes`, None for other classes."""
+    families: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for effect in effects:
+        effect["later"]["p_holm"] = None
+        if effect["class"] in classes:
+            families.setdefault((effect["condition"], effect["control"]), []).append(effect["later"])
+    for family in families.values():
+        for later, p in zip(family, holm([later["p"] for later in family]), strict=True):
+            later["p_holm"] = p
+
+
+def mean_over_classes(effects: Mapping[str, Estimate]) -> dict[str, Any]:
+    """Return the mean of estimates over classes, or other units, with a 95% interval for classes in general.
+
+    Classes have equal weights. The interval is Hartung and Knapp's: t quantiles of U - 1 degrees of freedom, and the
+    spread of the classes as the standard error. It is never shorter than images alone would make it (the modification
+    of Roever, Knapp and Friede 2015, doi 10.1186/s12874-015-0091-1); images that classes share are accounted for, since
+    all classes have the same resamplings.
+
+    Returns:
+        {"value", "ci95", "units": U, "sd": over units}. "ci95" and "sd" are None for a single unit, which says nothing
+        about others; "value" is None without any.
+    """
+    result = {"value": None, "ci95": None, "units": len(effects), "sd": None}
+    if not effects:
+        return result
+    values = torch.tensor([value for value, _ in effects.values()], dtype=torch.float64)
+    value = values.mean().item()
+    if len(values) == 1:
+        return result | {"value": value}
+    # a resampling can lack all images of a rare class
+    of_images = torch.stack([resampled.double() for _, resampled in effects.values()]).nanmean(0)
+    variance = max(values.var().item() / len(values), of_images[~of_images.isnan()].var().item())
+    half = float(scipy.stats.t.ppf(0.975, len(values) - 1)) * variance**0.5
+    return result | {"value": value, "ci95": [value - half, value + half], "sd": values.std().item()}
 
 
 def attention_entry(name: str, tensors: dict[str, Tensor], classes: list[str] | None) -> dict[str, Any]:

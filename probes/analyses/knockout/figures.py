@@ -1,19 +1,16 @@
-"""Figures of the attention knockout: wrong patches left by layer (Fig. 11), effects by class, criterion shifts."""
+"""Figures of the attention knockout: wrong patches left by layer (Fig. 11), and effects by class and control."""
 
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from llava_bidir.common.bootstrap import interval
-from probes.analyses.style import COLOURS, FigureData, Figures, ReportFigure, caption, new_axes, new_panels
+from probes.analyses.style import COLOURS, INTERVALS, FigureData, Figures, ReportFigure, new_axes, new_panels
 from probes.results.formatting import Rows, bounds
 from probes.results.probe_run import ProbeRun
 
-from .effects import read_cases
-from .inference import claimed_sign
-from .tables import knockout_tables
+from .effects import CLAIMED_SIGN, SPECIFICITY, read_knockout, select_cases
 
 CONDITION_STYLES = {
     "none": ("#444444", "-", "no blocking"),
@@ -22,58 +19,38 @@ CONDITION_STYLES = {
     "random_incorrect": ("#EE9988", ":", "as many random patches (wrong)"),
     "random_correct": ("#77BBDD", ":", "as many random patches (correct)"),
 }
-EFFECT_TITLES = {
-    "knockout_incorrect": "wrong class blocked",
-    "knockout_correct": "correct class blocked",
-    "knockout_specificity": "correct − wrong, less random",
-}
-OUTCOME_LABELS = {
-    "rate": "wrong patches left (pp)",
-    "still_wrong": "first mistakes still wrong (pp)",
-    "log_odds": "log-odds right : wrong (nats)",
-}
-VERDICT_COLOURS = {"holds": "#009E73", "reversed": "#CC3311"}
+EFFECT_TITLES = {"incorrect": "wrong class blocked", "correct": "correct class blocked", SPECIFICITY: "correct − wrong"}
+CONTROL_LABELS = {"none": "no blocking", "random": "random patches", "distance": "matched in distance"}
+CONTROL_LABELS |= {"mass": "matched in attention", "matched": "matched in both"}
 
 
-def knockout_curves(run: ProbeRun) -> FigureData:
-    """Draw the wrong patches left per layer and condition, over all classes (Fig. 11)."""
-    figure, ax = new_axes(4.4, 3.5)
-    rows = _draw_remaining(ax, run, None, list(CONDITION_STYLES))
-    ax.set(xlabel="LLM layer (0 = adapter)", ylabel="wrong patches left (%)")
-    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
-    return FigureData(figure, rows)
-
-
-def knockout_by_class(run: ProbeRun) -> FigureData:
-    """Draw the same per class, without the random controls."""
+def wrong_patches_left(run: ProbeRun) -> FigureData:
+    """Draw the wrong patches left per layer and condition, over all classes and by class (Fig. 11)."""
+    tensors = read_knockout(run)
     names = [entry["class"] for entry in run.analysis("knockout.json")["classes"]]
-    figure, axes = new_panels(len(names), height=1.9, columns=4, sharex=True)
+    figure, axes = new_panels(1 + len(names), height=1.9, columns=4, sharex=True)
     rows = []
-    for ax, name in zip(axes, names, strict=True):
-        rows += _draw_remaining(ax, run, name, ["none", "incorrect", "correct"])
-        cases = read_cases(run, 1, [name])
-        ax.set_title(f"{name} ({0 if cases is None else len(cases.images)} images)", fontsize=8)
-        ax.tick_params(labelsize=7)
+    for ax, name in zip(axes, (None, *names), strict=True):
+        rows += _draw_rates(ax, run, tensors, name)
     figure.supylabel("wrong patches left (%)", fontsize=9)
     figure.supxlabel("LLM layer (0 = adapter)", fontsize=9)
-    lines = next((ax.get_lines() for ax in axes if ax.get_lines()), [])
-    figure.legend(handles=list(lines), loc="outside upper center", ncols=3, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, fontsize=8)
     return FigureData(figure, rows)
 
 
-def _draw_remaining(ax: Axes, run: ProbeRun, name: str | None, conditions: list[str]) -> Rows:
+def _draw_rates(ax: Axes, run: ProbeRun, tensors: dict[str, Any], name: str | None) -> Rows:
     """Draw n_c(l) / n_c(0) of one class, or of all, with intervals over images; return the rows of the CSV file."""
-    cases = read_cases(run, 1, None if name is None else [name])
+    cases = select_cases(tensors, None if name is None else [name])
     ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.tick_params(labelsize=7)
+    ax.set_title(f"{name or 'all classes'} ({0 if cases is None else len(cases.images)} images)", fontsize=8)
     if cases is None:
-        ax.text(0.5, 0.5, "no image", ha="center", transform=ax.transAxes, fontsize=8)
         return []
     rows = []
-    for condition in conditions:
-        colour, dash, label = CONDITION_STYLES[condition]
+    for condition, (colour, dash, label) in CONDITION_STYLES.items():
         mean, resampled = cases.mean(cases.rates[condition], run.weights)
         ci95 = [interval(m, resampled[:, i]) for i, m in enumerate(mean.tolist())]
-        ax.plot(100 * mean, dash, color=colour, label=label, lw=1.8)
+        ax.plot(100 * mean, dash, color=colour, label=label, lw=1.5)
         if dash == "-":
             ax.fill_between(range(len(mean)), *(100 * np.array(ci95).T), color=colour, alpha=0.12, lw=0)
         common = {"image_attention": run.metrics["image_attention"], "class": name or "all", "condition": condition}
@@ -84,116 +61,56 @@ def _draw_remaining(ax: Axes, run: ProbeRun, name: str | None, conditions: list[
     return rows
 
 
-def class_effects(inference: dict[str, Any], rows: Rows) -> FigureData:
-    """Draw the effects per class and their means, one row of panels per outcome; CSV file: `rows`."""
-    outcomes, shifted = inference["outcomes"], shifted_classes(inference)
-    members = dict.fromkeys(name for pair in inference["look_alikes"] for name in pair)  # look-alikes side by side
-    tested = {row["class"] for row in rows}
-    names = [name for name in members if name in tested]
-    labels = [f"{name} †" if name in shifted else name for name in names] + ["mean over classes", "mean over pairs"]
-    height = 0.6 + 0.17 * len(labels)
-    figure = Figure(figsize=(6.8, height * len(outcomes) + 0.3), layout="constrained")
-    axes = figure.subplots(len(outcomes), len(EFFECT_TITLES), squeeze=False, sharey=True)
-    for line, (outcome, of_outcome) in zip(axes, outcomes.items(), strict=True):
-        for ax, (effect, title) in zip(line, EFFECT_TITLES.items(), strict=True):
-            for suffix, offset, markers in (("", 0, "oD"), ("_matched", 0.3, "ss")):
-                for y, entry in enumerate(_entries(of_outcome, f"{effect}{suffix}", names)):
-                    _draw_effect(ax, y + offset, entry, outcome, markers[y >= len(names)])
-            below = claimed_sign(effect, outcome) < 0
-            ax.set_title(f"{title}\nclaimed: {'below' if below else 'above'} 0", fontsize=8)
-            ax.axvline(0, color="black", lw=0.8)
-            ax.axhline(len(names) - 0.5, color="#888888", lw=0.6)
-            ax.set_yticks(range(len(labels)), labels, fontsize=7)
-            ax.tick_params(axis="x", labelsize=7)
-            ax.set_xlabel(OUTCOME_LABELS[outcome], fontsize=7)
-        line[0].set_ylim(len(labels) - 0.5, -0.5)
-    return FigureData(figure, rows)
+def effect_rows(knockout: dict[str, Any]) -> Rows:
+    """Return every effect in the later half of the layers, as a table."""
+    return [
+        {"image_attention": knockout["image_attention"]}
+        | {key: entry[key] for key in ("class", "condition", "control", "images", "cases")}
+        | {"value": entry["later"]["value"], **bounds(entry["later"]["ci95"])}
+        | {"p": entry["later"]["p"], "p_holm": entry["later"]["p_holm"]}
+        | {"min_p_max_t": min(entry["p_corrected"], default=None)}
+        for entry in knockout["effects"]
+    ]
 
 
-def _entries(of_outcome: dict[str, Any], effect: str, names: list[str]) -> list[dict[str, Any]]:
-    """Return the results of an effect by class, then its two means; none if its control was not run."""
-    by_class = {row["class"]: row for row in of_outcome["classes"] if row["effect"] == effect}
-    if not by_class:
-        return []
-    return [*(by_class[name] for name in names), of_outcome["mean"][effect], of_outcome["mean_over_pairs"][effect]]
+def effects_by_class(knockout: dict[str, Any]) -> FigureData:
+    """Draw the effects in the later half of the layers by class and control; filled if significant."""
+    shown = [entry for entry in knockout["effects"] if entry["condition"] in EFFECT_TITLES]
+    control_of = lambda entry: entry["control"].removesuffix(f"_{entry['condition']}")
+    names, controls = (list(dict.fromkeys(map(key, shown))) for key in (lambda entry: entry["class"], control_of))
+    figure, axes = new_axes(6.8, 0.9 + 0.11 * (len(controls) + 1) * len(names), len(EFFECT_TITLES), sharey=True)
+    for ax, (condition, title) in zip(axes, EFFECT_TITLES.items(), strict=True):
+        for entry in (entry for entry in shown if entry["condition"] == condition):
+            number, later = controls.index(control_of(entry)), entry["later"]
+            y = names.index(entry["class"]) + (number - (len(controls) - 1) / 2) / (len(controls) + 1)
+            colour, p = COLOURS[number], later["p"] if entry["class"] == "all" else later["p_holm"]
+            ax.plot(100 * np.array(later["ci95"]), [y, y], color=colour, lw=1.2)
+            fill = colour if p is not None and p < 0.05 else "white"
+            ax.plot([100 * later["value"]], [y], "o", color=colour, mfc=fill, ms=3.5)
+        ax.set_title(f"{title}\nclaimed: {'below' if CLAIMED_SIGN[condition] < 0 else 'above'} 0", fontsize=8)
+        ax.axvline(0, color="black", lw=0.8)
+        ax.set_yticks(range(len(names)), names, fontsize=7)
+        ax.tick_params(axis="x", labelsize=7)
+    axes[0].set_ylim(len(names) - 0.5, -0.5)
+    axes[1].set_xlabel("change in wrong patches left (pp)", fontsize=8)
+    for number, control in enumerate(controls):
+        axes[0].plot([], [], "o", color=COLOURS[number], ms=3.5, label=f"against {CONTROL_LABELS[control]}")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    return FigureData(figure, effect_rows(knockout))
 
 
-def shifted_classes(inference: dict[str, Any]) -> set[str]:
-    """Return the classes of the pairs whose criterion shifts."""
-    return {name for entry in inference["criterion_shifts"] or () if entry["shift"] for name in entry["classes"]}
-
-
-def _draw_effect(ax: Axes, y: float, entry: dict[str, Any], outcome: str, marker: str) -> None:
-    """Draw one effect with its interval; hollow if it is not significant."""
-    colour = VERDICT_COLOURS.get(entry["verdict"], "#777777")
-    fill = colour if entry["verdict"] in VERDICT_COLOURS else "white"
-    scale = 1 if outcome == "log_odds" else 100
-    low, high = entry["ci95"] or [entry["value"]] * 2
-    ax.plot([scale * low, scale * high], [y, y], color=colour, lw=1.2)
-    ax.plot([scale * entry["value"]], [y], marker, color=colour, mfc=fill, ms=3 if marker == "s" else 4)
-
-
-def criterion_shifts(inference: dict[str, Any], rows: Rows) -> FigureData:
-    """Draw where hiding either class of a pair moves the read-out; filled: both the same way. CSV file: `rows`."""
-    shifts = inference["criterion_shifts"]
-    figure, ax = new_axes(4.4, 0.9 + 0.5 * len(shifts))
-    for i, entry in enumerate(shifts):
-        for offset, colour, (name, move) in zip((-0.15, 0.15), COLOURS[4:6], entry["hide"].items(), strict=True):
-            low, high = 100 * np.array(move["ci95"])
-            ax.plot([low, high], [i + offset] * 2, color=colour, lw=1.4)
-            fill = colour if entry["shift"] else "white"
-            ax.plot([100 * move["value"]], [i + offset], "o", color=colour, mfc=fill, ms=4.5)
-            ax.annotate(
-                f"{name} hidden", (high, i + offset), (3, 0), textcoords="offset points", fontsize=6.5, va="center"
-            )
-    ax.set_yticks(range(len(shifts)), [" / ".join(entry["classes"]) for entry in shifts], fontsize=8)
-    ax.set_ylim(len(shifts) - 0.5, -0.5)
-    ax.axvline(0, color="black", lw=0.8)
-    ax.margins(x=0.25)
-    ax.set_xlabel("move of the read-out towards the first class (pp)")
-    return FigureData(figure, rows)
-
-
-def knockout_figures(trained: dict[str, ProbeRun], inference: dict[str, dict[str, Any]]) -> Figures:
-    """Yield the figures of the paper's knockout; main runs and `inference` are by mask."""
-    runs = {mask: run for mask, run in trained.items() if read_cases(run, 1)}
-    for mask, run in runs.items():
-        yield ReportFigure(
-            f"knockout_{mask}", f"Wrong patches left, {mask}",
-            "Share of the adapter's wrong patches still wrong at each layer, over all images and classes (Fig. 11). "
-            "The paper expects red (wrong class blocked) below grey (no blocking) and blue (correct class blocked) "
-            "above it. Dotted: as many random patches blocked. Bands: 95% intervals over images.",
-            knockout_curves(run), "half")  # fmt: skip
-    for mask, of_mask in inference.items():
-        yield from _inference_figures(mask, of_mask)
-    for mask, run in runs.items():
-        yield ReportFigure(
-            f"knockout_classes_{mask}", f"Wrong patches left by class, {mask}",
-            "The same curves per wrongly predicted class.",
-            knockout_by_class(run), "wide")  # fmt: skip
-
-
-def _inference_figures(mask: str, inference: dict[str, Any]) -> Figures:
-    by_table = knockout_tables({mask: inference})
-    if inference["criterion_shifts"]:
-        yield ReportFigure(
-            f"knockout_shifts_{mask}", f"Criterion shifts, {mask}",
-            "Of the patches of two look-alike classes that the adapter calls one of them: the change, when either "
-            "class is hidden, in the share called the first minus the share called the second. Anchors predict "
-            "opposite directions. Filled: both move the same way, so the probe's criterion has shifted, and the "
-            "effects of these classes are no evidence of anchors. Lines: 95% intervals for all pairs together.",
-            criterion_shifts(inference, by_table["knockout_shifts"]), "half")  # fmt: skip
-    if by_table["knockout_classes"]:
-        shifted = shifted_classes(inference)
-        matched = any(row["effect"].endswith("_matched") for row in by_table["knockout_classes"])
-        yield ReportFigure(
-            f"knockout_effects_{mask}", f"Effects by class, {mask}",
-            caption(
-                "Effects in the later half of the layers, class by class. Green: as the paper claims. Red: the "
-                "opposite. Hollow: not significant with Holm's correction for the number of classes. Diamonds: means "
-                "over classes, and over pairs of look-alikes, with t intervals for classes in general. Other lines: "
-                "95% intervals of each class alone.",
-                "Squares: against tokens matched in distance and attention." if matched else "",
-                "†: the probe's criterion shifts between this class and its look-alike." if shifted else "",
-            ),
-            class_effects(inference, by_table["knockout_classes"]), "wide")  # fmt: skip
+def knockout_figures(mask: str, run: ProbeRun) -> Figures:
+    """Yield the figures of the paper's knockout of a run."""
+    yield ReportFigure(
+        f"knockout_{mask}", f"Wrong patches left, {mask}",
+        "Share of the adapter's wrong patches still wrong at each layer, over all images, and by wrongly predicted "
+        "class (Fig. 11). The paper expects red (wrong class blocked) below grey (no blocking) and blue (correct class "
+        "blocked) above it. Dotted: as many random patches blocked. Bands: 95% intervals over images.",
+        wrong_patches_left(run), "wide")  # fmt: skip
+    yield ReportFigure(
+        f"knockout_effects_{mask}", f"Effects against controls, {mask}",
+        "Change in wrong patches left in the later half of the layers, over the cases of all classes and by class, "
+        "against no blocking and against blocking as many other patches. Correct − wrong measures how class-specific "
+        "the effect is. Filled: p < 0.05 in a permutation test, of classes with Holm's correction for their number. "
+        f"{INTERVALS}",
+        effects_by_class(run.analysis("knockout.json")), "wide")  # fmt: skip

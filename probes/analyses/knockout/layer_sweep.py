@@ -1,4 +1,4 @@
-"""Knockouts at single layers, windows of layers and single attention heads.
+"""Knockouts at single layers and windows of layers.
 
 The paper cuts all layers at once, which does not show where patches are corrected. A single layer's cut may be
 compensated by its neighbours, hence the windows (Geva et al., 2304.14767). Each case also runs with
@@ -7,11 +7,10 @@ compensated by its neighbours, hence the windows (Geva et al., 2304.14767). Each
     sliding   layers l .. l + k - 1
     from      layers l .. L
     up_to     layers 1 .. l
-    head      one attention head of layer l
 
 and wrong patches are counted at every layer.
 
-Shapes: C cases, W locations, L layers, A heads, R resamplings.
+Shapes: C cases, W locations, L layers, R resamplings.
 """
 
 from collections.abc import Sequence
@@ -28,38 +27,29 @@ SWEEP_CONDITIONS = ("incorrect", "correct", "random_incorrect", "random_correct"
 
 
 class CutLocation(NamedTuple):
-    """Where a knockout cuts: layers, numbered from 1, and attention heads, from 0; None for all."""
+    """Which layers a knockout cuts, numbered from 1."""
 
-    layers: Sequence[int] | None
-    heads: Sequence[int] | None = None
-    kind: str = ""
-
-    def key(self, depth: int) -> tuple:
-        """Return layers and heads in a decoder of `depth` layers; equal for locations that cut the same."""
-        return tuple(range(1, depth + 1) if self.layers is None else self.layers), self.heads and tuple(self.heads)
+    layers: Sequence[int]
+    kind: str
 
 
-def cut_locations(width: int | None, single_heads: bool, depth: int, heads: int) -> list[CutLocation]:
-    """Return the locations of a sweep in L = `depth` layers of A = `heads` heads.
-
-    Args:
-        width: Layers of a sliding window; None for no windows.
-        single_heads: Also each head of each layer.
+def cut_locations(width: int | None, depth: int) -> list[CutLocation]:
+    """Return the locations of a sweep in L = `depth` layers, with windows of `width` layers; none for None.
 
     Raises:
         UserError: `width` is not within 1..L.
     """
-    layers, locations = range(1, depth + 1), []
-    if width is not None:
-        if not 1 <= width <= depth:
-            raise UserError(f"layer windows {width}: the width must be from 1 to {depth}, the layers of this model")
-        locations += [CutLocation([layer], kind="single") for layer in layers]
-        locations += [CutLocation([*range(i, i + width)], kind="sliding") for i in layers[: depth - width + 1]]
-        locations += [CutLocation([*range(i, depth + 1)], kind="from") for i in layers]
-        locations += [CutLocation([*range(1, i + 1)], kind="up_to") for i in layers]
-    if single_heads:
-        locations += [CutLocation([layer], [head], "head") for layer in layers for head in range(heads)]
-    return locations
+    if width is None:
+        return []
+    if not 1 <= width <= depth:
+        raise UserError(f"layer windows {width}: the width must be from 1 to {depth}, the layers of this model")
+    layers = range(1, depth + 1)
+    return [
+        *(CutLocation([layer], "single") for layer in layers),
+        *(CutLocation([*range(i, i + width)], "sliding") for i in layers[: depth - width + 1]),
+        *(CutLocation([*range(i, depth + 1)], "from") for i in layers),
+        *(CutLocation([*range(1, i + 1)], "up_to") for i in layers),
+    ]
 
 
 def sweep_entry(name: str, rates: dict[str, Tensor], cases: Cases, weights: Tensor, swaps: Tensor) -> dict[str, Any]:

@@ -12,7 +12,7 @@ Effects are therefore read against "none" or a control, never against 1. README.
     knockout.json                  rates with intervals, effects against controls with p-values
     knockout.safetensors           "class/condition" and "class/OUTCOME:condition" f[cases, L + 1], see cases.py;
                                    "class/image" and other fields of a case
-    knockout_windows.json          effects by window of layers or attention head, if asked for
+    knockout_windows.json          effects by window of layers, if asked for
     knockout.partial/              finished batches, removed at the end
 
 Shapes: B images, C cases, T patches, L layers, layer 0 the adapter.
@@ -20,6 +20,7 @@ Shapes: B images, C cases, T patches, L layers, layer 0 the adapter.
 
 import argparse
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,17 @@ from probes.results.probe_run import ProbeRun
 from .batch import knock_out_batch
 from .cases import PatchReader, confused_classes
 from .config import Plan, check_has_layers
-from .effects import attention_entry, class_entry, concat_classes, effect_entries, select_cases
-from .inference import knockout_inference
+from .effects import (
+    MIN_IMAGES,
+    attention_entry,
+    class_entry,
+    concat_classes,
+    correct_for_classes,
+    effect_entries,
+    enough_units,
+    select_cases,
+)
 from .layer_sweep import SWEEP_CONDITIONS, cut_locations, sweep_entry
-
-OUTCOME_TITLES = {
-    "rate": "Wrong patches left",
-    "still_wrong": "First mistaken patches still wrong",
-    "log_odds": "Log-odds of right against wrong",
-}
 
 
 def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict[str, Any]:
@@ -62,31 +65,47 @@ def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict[str, Any]:
     check_has_layers(run, [site for site in reader.mllm.sites if site.startswith("layer_")])
     tensors = _compute_cases(run, plan, reader, out / "knockout.partial")
     swept = {key: tensors.pop(key) for key in list(tensors) if "/swept:" in key}
+    results, windows = summarise_cases(run, plan, tensors, swept)
+    files = {out / "knockout.safetensors": tensors, out / "knockout.json": results}
+    if windows:
+        files = {out / "knockout_windows.json": windows} | files
+    else:
+        (out / "knockout_windows.json").unlink(missing_ok=True)  # of the knockout that this one replaces
+    write_files(files)
+    shutil.rmtree(out / "knockout.partial")
+    return results
+
+
+def summarise_cases(
+    run: ProbeRun, plan: Plan, tensors: dict[str, Tensor], swept: dict[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Return the contents of knockout.json and of knockout_windows.json, None without windows.
+
+    Takes those of knockout.safetensors, and the rates by window, "class/swept:condition" f[C, W, L + 1].
+    """
     weights = bootstrap_weights(run.metrics["images"], seed=plan.seed, groups=run.groups)
     swaps = random_swaps(run.metrics["images"], seed=plan.seed, groups=run.groups)
     pools = {"all": None} | {name: [name] for name in plan.classes}  # pooled over classes, and each class alone
-    cases = {name: found for name, members in pools.items() if (found := select_cases(tensors, 1, members))}
+    cases = {name: found for name, members in pools.items() if (found := select_cases(tensors, members))}
+    effects = [entry for name in cases for entry in effect_entries(name, cases[name], weights, swaps)]
+    tested = [name for name in plan.classes if name in cases and enough_units(cases[name], run.groups)]
+    correct_for_classes(effects, tested)
     header = {key: run.metrics[key] for key in ("image_attention", "untrained")}
-    header |= {"runs": [run.fingerprint], **plan.to_json()}
+    header |= {"runs": [run.fingerprint], **asdict(plan)}
     results = header | {
         "layers": plan.layers or "all",
         "classes": [class_entry(name, tensors, plan.seed, run.groups) for name in plan.classes],
-        "effects": [entry for name in cases for entry in effect_entries(name, cases[name], weights, swaps)],
+        "too_few_images": [name for name in plan.classes if name in cases and name not in tested],
+        "effects": effects,
     }
     if plan.attention:
         results["attention"] = [attention_entry(name, tensors, pools[name]) for name in cases]
-    files = {out / "knockout.safetensors": tensors}
-    if swept:
-        rates = lambda name: {key: concat_classes(swept, f"swept:{key}", pools[name]) for key in SWEEP_CONDITIONS}
-        entries = [sweep_entry(name, rates(name), cases[name], weights, swaps) for name in cases]
-        locations = cut_locations(plan.layer_windows, plan.attention_heads, len(run.layers) - 1, reader.attention_heads)
-        places = [location._asdict() for location in locations]
-        files[out / "knockout_windows.json"] = header | {"places": places, "classes": entries}
-    else:
-        (out / "knockout_windows.json").unlink(missing_ok=True)  # of the knockout that this one replaces
-    write_files(files | {out / "knockout.json": results})
-    shutil.rmtree(out / "knockout.partial")
-    return results
+    if not swept:
+        return results, None
+    rates = lambda name: {key: concat_classes(swept, f"swept:{key}", pools[name]) for key in SWEEP_CONDITIONS}
+    entries = [sweep_entry(name, rates(name), cases[name], weights, swaps) for name in cases]
+    places = [location._asdict() for location in cut_locations(plan.layer_windows, len(run.layers) - 1)]
+    return results, header | {"places": places, "classes": entries}
 
 
 def _compute_cases(run: ProbeRun, plan: Plan, reader: PatchReader, partial: Path) -> dict[str, Tensor]:
@@ -95,7 +114,7 @@ def _compute_cases(run: ProbeRun, plan: Plan, reader: PatchReader, partial: Path
     images = range(min(len(dataset), plan.limit or len(dataset)))
 
     compute = lambda indices: knock_out_batch(reader, plan, classes, collate([dataset[i] for i in indices]))
-    arguments = {"plan": plan.to_json(), "run": run.fingerprint}
+    arguments = {"plan": asdict(plan), "run": run.fingerprint}
     batches = cached_batches(partial, arguments, images, plan.batch_size, compute)
     keys = dict.fromkeys(key for batch in batches for key in batch)
     if not keys:
@@ -113,7 +132,7 @@ def run(args: argparse.Namespace) -> None:
     args.classes = _resolve_classes(probe_run, args.classes)
     out = Path(args.out or args.probes)
     plan = Plan(**{name: value for name, value in vars(args).items() if name in Plan.__dataclass_fields__})
-    made_from = {"runs": [probe_run.fingerprint], **plan.to_json(), "layers": plan.layers or "all"}
+    made_from = {"runs": [probe_run.fingerprint], **asdict(plan), "layers": plan.layers or "all"}
     classes_of = lambda results: results | {"classes": [entry["class"] for entry in results["classes"]]}
     with exclusive_run_lock(out, "knockout.json"):
         check_replaceable(out / "knockout.json", made_from, args.overwrite, classes_of)
@@ -122,7 +141,6 @@ def run(args: argparse.Namespace) -> None:
         rates = ", ".join(f"{condition} {values[-1]:.0%}" for condition, values in entry["remaining"].items())
         print(f"{entry['class']} ({entry['images']} images), remaining at the last layer: {rates}")
     print_effects(results)
-    print_inference(knockout_inference(probe_run, out))
 
 
 def _resolve_classes(run: ProbeRun, classes: list[str]) -> list[str]:
@@ -139,37 +157,19 @@ def _resolve_classes(run: ProbeRun, classes: list[str]) -> list[str]:
 
 
 def print_effects(results: dict[str, Any]) -> None:
-    """Print the effects over the cases of all classes together, and the images that they are means over."""
+    """Print the effects over the cases of all classes together, and in how many classes each is significant."""
     effects = [effect for effect in results["effects"] if effect["class"] == "all"]
     print(
-        f"Effect in the later half of the layers, {effects[0]['cases']} cases in {effects[0]['images']} images pooled:"
+        f"Effect in the later half of the layers, {effects[0]['cases']} cases in {effects[0]['images']} images pooled; "
+        "classes in which it is significant, with Holm's correction:"
     )
     for effect in effects:
-        print(f"  {format_effect(effect)}")
-
-
-def print_inference(inference: dict[str, Any]) -> None:
-    """Print the mean effects over classes, in how many classes each one holds, and shifts of the probe's criterion."""
-    for outcome, of_outcome in inference["outcomes"].items():
-        print(f"{OUTCOME_TITLES[outcome]}, mean over classes (each class tested with Holm's correction):")
-        for effect, mean in of_outcome["mean"].items():
-            verdicts = [row["verdict"] for row in of_outcome["classes"] if row["effect"] == effect]
-            print(f"  {effect:<29} {format_mean(mean, outcome)}; holds in {verdicts.count('holds')} of {len(verdicts)}")
-    if inference["too_few_images"]:
-        few = f"fewer than {inference['min_images']} images, or groups of images"
-        print(f"Not tested, in {few}: {', '.join(inference['too_few_images'])}")
-    for shift in inference["criterion_shifts"] or ():
-        if shift["shift"]:
-            print(f"Criterion shift, not anchors: hiding {' or '.join(shift['classes'])} favours {shift['towards']}")
-
-
-def format_mean(mean: dict[str, Any], outcome: str) -> str:
-    """Return a mean over classes with its interval, in percentage points, or in nats for log-odds."""
-    scale, unit = (1, "nats") if outcome == "log_odds" else (100, "pp")
-    low_high = "no interval from one class"
-    if mean["ci95"]:
-        low_high = "[{:+.2f}, {:+.2f}]".format(*(scale * bound for bound in mean["ci95"]))
-    return f"{scale * mean['value']:+7.2f} {unit} {low_high}"
+        key = [effect["condition"], effect["control"]]
+        same = [entry["later"] for entry in results["effects"] if [entry["condition"], entry["control"]] == key]
+        tested = [later["p_holm"] for later in same if later["p_holm"] is not None]
+        print(f"  {format_effect(effect)}; {sum(p < 0.05 for p in tested)} of {len(tested)} classes")
+    if few := results["too_few_images"]:
+        print(f"Not tested, in fewer than {MIN_IMAGES} images, or groups of images: {', '.join(few)}")
 
 
 def format_effect(effect: dict[str, Any]) -> str:

@@ -5,7 +5,4 @@ SETS = ("incorrect", "correct")
 CONTROLS = ("random", "distance", "mass", "matched")  # "random" is part of every knockout
 BALANCE = ("size", "distance", "seen", "mass", "overlap")
 GROUPS = ("itself", "correct", "incorrect", "other", "no_image")
-OUTCOMES = ("rate", "still_wrong", "log_odds")  # of a case and condition at each layer, see cases.py
-LEAN = "lean"  # stored like an outcome, for criterion shifts
 CASE_KEYS = ("image", "patches", "anchors", "correct_class")  # fields of a case in knockout.safetensors
-BLOCK_SETS = ("predicted", "correct")

@@ -43,7 +43,7 @@ def predict_maps(
 ) -> Tensor:
     """Return the predicted class of each pixel of the target at each site, uint8[S, H, W].
 
-    `blocked` are the patches or pairs to knock out, bool[T] or bool[T, T], in decoder layers `layers` (None: all).
+    `blocked` are the patches to knock out, bool[T], in decoder layers `layers` (None: all).
     """
     pixels = reader.mllm.preprocess([sample["image"]])
     knockout = None if blocked is None else Knockout(blocked[None], layers)
@@ -71,11 +71,10 @@ def predict_knockout_maps(run: ProbeRun, reader: PatchReader, name: str) -> tupl
     sample, classes = run.dataset()[image], run.metrics["classes"]
     truth = true_classes(torch.from_numpy(sample["target"])[None], len(classes), reader.mllm)
     predicted = reader.predict(reader.mllm.preprocess([sample["image"]]))
-    how = (run.layers.index(plan.block_by), plan.min_patches, plan.block_set)
+    how = (run.layers.index(plan.block_by), plan.min_patches)
     (case,) = find_cases(predicted, truth, torch.tensor([image]), classes.index(name), *how)
     blocked = [case.blocked.get(condition) for condition in MAP_CONDITIONS]
-    cut = [None if tokens is None else plan.block(tokens) for tokens in blocked]
-    maps = [predict_maps(reader, sample, run.layers, tokens, plan.layers) for tokens in cut]
+    maps = [predict_maps(reader, sample, run.layers, tokens, plan.layers) for tokens in blocked]
     entry = {"class": name, "correct_class": classes[case.correct_class], "image": image, "name": sample["name"]}
     return entry | {"how": plan.describe()}, torch.stack(maps)
 

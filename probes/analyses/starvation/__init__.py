@@ -14,10 +14,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--by-class", action="store_true", help=text)
     text = "also read flipped images, in all three ways if none is named, to separate position from content"
     parser.add_argument("--flip", nargs="*", choices=["horizontal", "vertical", "rotate"], help=text)
-    text = "also solve a probe for each position, to separate missing information from a shared probe's bias"
-    parser.add_argument("--own-probe", action="store_true", help=text)
-    text = "also repeat the prompt's last token N times before the image: early patches may only lack a sink"
-    parser.add_argument("--dummy-tokens", type=int, default=0, metavar="N", help=text)
     add_seed(parser, "the bootstrap")
     add_out(parser, "the bidirectional run's folder")
 

@@ -66,8 +66,7 @@ def flip_results(runs: dict[str, ProbeRun], site: str, flip: str, upright: Count
     grid = tuple(runs["causal"].metrics["grid"])
     positions = flipped_positions(grid, flip)
     flipped = {
-        mask: count_run_patches(run, run.mllm(), site, FlippedDataset(run.dataset(), flip), "flipped")
-        for mask, run in runs.items()
+        mask: count_run_patches(run, site, FlippedDataset(run.dataset(), flip), "flipped") for mask, run in runs.items()
     }
     patches = list(range(grid[1] if flip != "horizontal" else min(3, grid[1] // 2)))
     content = positions[patches].tolist()

@@ -37,7 +37,7 @@ def section(study: Study) -> Section:
 def further_analyses(causal: ProbeRun, bidirectional: ProbeRun) -> dict[str, Any] | None:
     """Return the results of `probes starvation` on the two runs; None without, or of another causal run."""
     found = bidirectional.analysis("starvation.json")
-    if found and causal.fingerprint not in found.get("runs", [causal.fingerprint]):
+    if found and causal.fingerprint not in found["runs"]:
         text = "%s is left out, since it compares with another run than %s; run `probes starvation` on both again"
         log.warning(text, bidirectional.path / "starvation.json", causal.path)
         return None

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-
 from probes.analyses.starvation.position_probes import PositionMoments
 
 pytestmark = pytest.mark.numerics

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from probes.analyses.starvation.by_position import SHRINKAGES, STRENGTHS, count_positions, cross_validate, sum_moments
+from probes.analyses.starvation.dummy_tokens import add_dummy_tokens
 
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from llava_bidir.common.errors import UserError
 from probes.analyses.starvation import by_position, flipped
 from probes.analyses.starvation.by_class import standardised_gap
-from probes.analyses.starvation.by_position import SHRINKAGES, STRENGTHS, count_positions, cross_validate, sum_moments
-from probes.analyses.starvation.dummy_tokens import add_dummy_tokens
 from probes.analyses.starvation.flipped import FLIP_AXES, FlippedDataset, flip_results, flipped_positions
 from probes.analyses.starvation.patch_accuracy import (
     PatchCounts,

@@ -9,6 +9,7 @@ import probe_runs
 import pytest
 import scipy.stats
 import torch
+from probes.report.task_starvation import starvation_table, task_starvation
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.bootstrap import bootstrap_weights
@@ -17,7 +18,6 @@ from probes.cli import main
 from probes.models.sites import site_names
 from probes.report.beyond_classes import effects, joint_task_results, read_task_runs, task_results, task_table
 from probes.report.figures.beyond_classes import relative_scores, starvation_by_task, task_figures, tasks_by_site
-from probes.report.task_starvation import starvation_table, task_starvation
 from probes.tasks import TASKS
 from probes.training.write_run import task_summary
 

@@ -7,12 +7,12 @@ from operator import itemgetter
 import probe_runs
 import pytest
 import tiny_models
+from probes.analyses.knockout.inference import knockout_inference
+from probes.analyses.knockout.tables import knockout_tables
 
 from probes.analyses.knockout.effects import read_cases
 from probes.analyses.knockout.figures import VERDICT_COLOURS, class_effects, knockout_figures
-from probes.analyses.knockout.inference import knockout_inference
 from probes.analyses.knockout.run import OUTCOME_TITLES
-from probes.analyses.knockout.tables import knockout_tables
 from probes.analyses.starvation.figures import starvation_figures
 from probes.cli import main
 from probes.results.study import read_studies

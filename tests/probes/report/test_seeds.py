@@ -9,10 +9,10 @@ import pytest
 import scipy.stats
 import tiny_models
 import torch
+from probes.report.figures.seeds import seed_figures
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.cli import main
-from probes.report.figures.seeds import seed_figures
 from probes.report.seeds import join_column, join_entries, mean_over_seeds
 from probes.report.verdicts import compare_to_draws, judge_draws
 from probes.results.study import read_studies

@@ -11,12 +11,12 @@ import pytest
 import tiny_models
 import torch
 from probe_runs import write_run
+from probes.report.confusion import first_halved_layer, most_confused_pairs
 from report_parts import figures_of
 
 from llava_bidir.common.bootstrap import interval
 from probes.analyses.style import COLOURS, MASK_COLOURS
 from probes.cli import main
-from probes.report.confusion import first_halved_layer, most_confused_pairs
 from probes.report.figures.layer_curves import models_by_dataset
 from probes.report.mask_comparison import compare_masks
 from probes.report.tables import table2_difference

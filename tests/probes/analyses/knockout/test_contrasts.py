@@ -9,10 +9,10 @@ import torch
 from bench.contrasts import SHIFT, study
 from bench.contrasts import simulate as simulate_cases
 from knockouts import CLASSES, CONDITIONS, N, simulate, write_knockout
+from probes.analyses.knockout.inference import EFFECTS
 
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from probes.analyses.knockout.contrasts import contrast_estimates, control_of, patch_contrasts, rate_effects
-from probes.analyses.knockout.inference import EFFECTS
 from probes.results.probe_run import ProbeRun
 
 pytestmark = pytest.mark.numerics

@@ -9,11 +9,6 @@ import pytest
 import scipy.stats
 import torch
 from knockouts import CLASSES, CONDITIONS, PARTNERS, L, N, simulate, write_knockout
-
-from llava_bidir.common.bootstrap import bootstrap_weights
-from probes.analyses.knockout.cases import find_cases
-from probes.analyses.knockout.config import Plan
-from probes.analyses.knockout.effects import outcome_key
 from probes.analyses.knockout.inference import (
     EFFECTS,
     class_effects,
@@ -23,6 +18,11 @@ from probes.analyses.knockout.inference import (
     look_alikes,
     mean_over_classes,
 )
+
+from llava_bidir.common.bootstrap import bootstrap_weights
+from probes.analyses.knockout.cases import find_cases
+from probes.analyses.knockout.config import Plan
+from probes.analyses.knockout.effects import outcome_key
 from probes.results.probe_run import ProbeRun
 
 pytestmark = pytest.mark.numerics

@@ -23,7 +23,7 @@ from .finished_run import FinishedRun
 
 # Axes of the counts: S sites, N images, K classes, T image tokens. The last two are not in every run.
 COUNTS = {"intersection": "SNK", "predicted": "SNK", "labelled": "NK", "patch_right": "SNT", "patch_valid": "NT"}
-COUNTS |= {"confusion": "SKK", "group": "N"}
+COUNTS |= {"confusion": "SKK", "group": "N"}  # the first in runs of earlier versions
 # R solved strengths of each site
 PATH = {"optimum/intersection": "RSNK", "optimum/predicted": "RSNK", "optimum/cross_entropy": "RSN"}
 
@@ -111,8 +111,3 @@ class ProbeRun(FinishedRun):
         for at_strength in counts:
             check_totals(at_strength, str(path))
         return counts
-
-    @property
-    def confusion(self) -> torch.Tensor | None:
-        """i64[S, K, K]: pixels per site, label and prediction; None if not counted."""
-        return self._tensors.get("confusion")

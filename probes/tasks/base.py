@@ -29,7 +29,6 @@ class Task(ABC):
     labels: ClassVar[dict[str, str]]  # name of a score -> name with its unit in reports
     solved: ClassVar[str] = "least_squares"  # by `probes solve`: least_squares, or cross_entropy (targets are classes)
     unit: ClassVar[float | None] = 1 / 256  # of maps as 16-bit PNG (KITTI's of depth); None for maps with 8 bits
-    pixel_error: ClassVar[str | None] = None  # name of `pixel_errors` in reports; None if a pixel has none of its own
 
     @property
     def score(self) -> str:
@@ -79,15 +78,6 @@ class Task(ABC):
             unit: That of the targets, or `Task.unit`.
         """
         return (prediction / unit).round().clip(1, 65535).astype(np.uint16)
-
-    def pixel_errors(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Return the error of each pixel, f[P, n], whose means by position starvation compares; lower is better.
-
-        Args:
-            prediction: f[P, n] or f[P, n, 3].
-            target: The truth at these pixels, f[n] or f[n, 3].
-        """
-        raise NotImplementedError
 
     def truth(self, target: Tensor) -> Tensor:
         """Return targets in the format of predictions, f[B, H, W] or f[B, H, W, 3]; most are read in it."""

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from probes.data.available_memory import available_memory
 from probes.data.batches import MaskPreparer
 from probes.data.samplers import assign_folds
+from probes.evaluation.image_metrics import TaskSums
 from probes.evaluation.metrics import Counts
-from probes.evaluation.task_metric import TaskSums
 from probes.ops.quadrature import PreparedMasks, join_masks
 
 from .distributed import all_gather_objects, all_reduce, broadcast, gather_images, rank, rank_count

@@ -30,10 +30,8 @@ from llava_bidir.common.progress import LogProgress
 from llava_bidir.common.run_folder import RESUME_ADVICE, StartOfRun
 from probes.data.batches import MaskPreparer, group_by_mask_size
 from probes.evaluation.bootstrap import dataset_scores, task_scores
-from probes.evaluation.image_metric import ImageMetric
+from probes.evaluation.image_metrics import ImageMetric, SegmentationMetric, TaskMetric, TaskSums
 from probes.evaluation.metrics import Counts
-from probes.evaluation.segmentation_metric import SegmentationMetric
-from probes.evaluation.task_metric import TaskMetric, TaskSums
 from probes.ops.cross_entropy import TIGHT_NODES, loss_and_gradient
 from probes.ops.geometry import Geometry
 from probes.ops.quadrature import PreparedMasks
@@ -109,11 +107,11 @@ class PathMetric(SegmentationMetric):
 
     Args:
         counted: Probes whose predictions are counted, by index; the others are counted elsewhere.
-        images, classes, geometry: As for `SegmentationMetric`.
+        images, geometry: As for `SegmentationMetric`.
     """
 
-    def __init__(self, counted: list[int], images: int, classes: int, geometry: Geometry):
-        super().__init__(len(counted), images, classes, geometry, by_token=False)
+    def __init__(self, counted: list[int], images: int, geometry: Geometry):
+        super().__init__(images, geometry, by_token=False)
         self.counted, self.names = counted, (*self.names, "cross_entropy")
         self.add_state("cross_entropy", default=[], dist_reduce_fx="cat")
 
@@ -180,7 +178,7 @@ class Solver(FrozenProbes):
             metric = TaskMetric(self.task, images, geometry)
         else:  # the chosen probes are counted with the scores of the run
             counted = [i for i in range(self.rows * len(self.sites)) if i not in self._chosen()]
-            metric = PathMetric(counted, images, self.channels, geometry)
+            metric = PathMetric(counted, images, geometry)
         self.path_metric = metric.to(self.device)
 
     def share(self, images: Iterable[int]) -> list[list[int]]:

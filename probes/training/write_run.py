@@ -17,8 +17,8 @@ from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from llava_bidir.common.identity import describe
 from probes.data.batches import group_by_mask_size
 from probes.evaluation.bootstrap import dataset_scores, probe_scores, resampled_scores, resampled_task_scores
+from probes.evaluation.image_metrics import TaskSums
 from probes.evaluation.metrics import Counts, summary
-from probes.evaluation.task_metric import TaskSums
 from probes.tasks.base import predict_pixels
 
 from .run_schema import Manifest, Metrics, ModelTraining, TaskMetrics, check_schema
@@ -32,7 +32,6 @@ def save_run(
     module,
     data,
     counts: Counts | TaskSums,
-    states: dict[str, dict[str, float | None]],
     path: tuple[dict[str, Any], dict[str, torch.Tensor]],
     out: str | Path,
 ) -> None:
@@ -42,7 +41,6 @@ def save_run(
         module: The `FrozenProbes`.
         data: Its `SegmentationData`.
         counts: Counts of the probes, or for other tasks than segmentation the sums per image.
-        states: Statistics of the states by site.
         path: Scores of the probes at every strength, and counts per image; empty for trained probes.
         out: Folder of the run.
     """
@@ -52,10 +50,10 @@ def save_run(
     scores = probe_scores(task, counts)
     if task:
         own = {"task": task.name, "scores": {name: "higher" if up else "lower" for name, up in task.scores.items()}}
-        sites = site_entries(module, scores, resampled_task_scores(task, counts.sums, weights), states)
+        sites = site_entries(module, scores, resampled_task_scores(task, counts.sums, weights))
     else:
         own = {"classes": data.classes, "baseline": baseline(counts, data.classes)}
-        sites = site_entries(module, scores, resampled_scores(counts, weights)._asdict(), states)
+        sites = site_entries(module, scores, resampled_scores(counts, weights)._asdict())
         for site, iou in zip(sites, dataset_scores(counts).iou.tolist(), strict=True):
             site["iou_per_class"] = [None if x != x else x for x in iou]
     main = dict(zip(module.sites, next(iter(scores.values())).tolist(), strict=True))
@@ -90,16 +88,13 @@ def save_run(
     write_files(files)
 
 
-def site_entries(
-    module, scores: dict[str, torch.Tensor], resampled: dict[str, torch.Tensor], states: dict[str, dict[str, Any]]
-) -> list[dict[str, Any]]:
+def site_entries(module, scores: dict[str, torch.Tensor], resampled: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     """Return per site the scores with intervals over images, the best epoch, and the main score of each validation.
 
     Args:
         module: The `FrozenProbes`.
         scores: f64[S] by name.
         resampled: f64[R, S] by name.
-        states: Statistics of the states by site.
     """
     entries, sign = [], module.task.sign if module.task else 1
     for i, site in enumerate(module.sites):
@@ -109,7 +104,7 @@ def site_entries(
         for name, values in scores.items():
             value = values[i].item()
             entry |= {name: value, f"{name}_ci95": interval(value, resampled[name][:, i])}
-        entries.append(entry | {"states": states[site]})
+        entries.append(entry)
     return entries
 
 

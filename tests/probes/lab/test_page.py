@@ -74,14 +74,7 @@ def test_painting_blocking_and_walking_show_the_numbers_of_the_exported_code(ope
     tab.get_by_label("in layers").fill("2")
     tab.get_by_label("in layers").press("Enter")
     settle(tab)
-    tab.get_by_label("heads", exact=True).fill("1, 3")
-    tab.get_by_label("heads", exact=True).press("Enter")
-    settle(tab)
-    change = Block(kind="block", patches=(0, 1), layers=(2, 3), heads=(1, 3))
-    check_numbers(session, tab, views_of("split:1", change))
-    tab.get_by_role("radio", name="keep only these").check()
-    settle(tab)
-    check_numbers(session, tab, views_of("split:1", Block(kind="block", patches=(0, 1), layers=(2, 3), only=True)))
+    check_numbers(session, tab, views_of("split:1", Block(kind="block", patches=(0, 1), layers=(2, 3))))
     tab.get_by_role("radio", name="replace by the mean").check()
     settle(tab)
     check_numbers(session, tab, views_of("split:1", Replace(kind="replace", patches=(0, 1), site="adapter", by="mean")))
@@ -187,20 +180,6 @@ def test_attention_is_drawn_in_proportion_to_its_weights(open_tab, session):
     assert tab.evaluate("Array.from(panels[1].weights)") == weights[0, 1, :, 3].tolist()
 
 
-@pytest.mark.parametrize("direction", ["to", "from"])
-def test_rollout_is_drawn_and_a_link_restores_it(open_tab, session, direction):
-    tab = open_tab("#photo=split:1&site=layer_02&patch=3&colours=attention")
-    tab.locator("#head").select_option("rollout")
-    tab.locator("#direction").select_option(direction)
-    settle(tab)
-    (weights,) = session.models[1].mllm.attention_rollout(session._pixels(View(photo="split:1", model=1)), 2)
-    expected = (weights[3] if direction == "to" else weights[:, 3]).tolist()
-    assert tab.evaluate("Array.from(panels[1].weights)") == expected
-    assert "layers 1 to 2, rollout" in tab.inner_text("#note")
-    again = open_tab(tab.evaluate("location.hash"))
-    assert again.evaluate("Array.from(panels[1].weights)") == expected
-
-
 def test_a_word_of_the_answer_shows_its_patches(open_tab, session):
     tab = open_tab("#photo=split:1&patches=0-1&site=layer_02")
     tab.get_by_role("textbox", name="Question").fill("Sky?")
@@ -275,7 +254,7 @@ def test_print_is_one_page_with_maps_legend_and_address(open_tab):
     assert "token" not in tab.inner_text("#address")
 
 
-def test_controls_and_classes_choose_patches(open_tab, session):
+def test_classes_choose_patches(open_tab, session):
     tab = open_tab("#photo=split:2&site=layer_01")
     tab.get_by_role("button", name="Take all predicted as").click()
     settle(tab)
@@ -283,12 +262,6 @@ def test_controls_and_classes_choose_patches(open_tab, session):
     predicted = probabilities(session, View(photo="split:2", model=0))[s].argmax(-1)
     k = session.models[0].classes.index(tab.locator("#class option").first.inner_text())
     assert tab.evaluate("[...view.patches]") == (predicted == k).nonzero().flatten().tolist()
-    count = int((predicted == k).sum())
-    for name in ("As many random", "As many matched"):
-        with tab.expect_response(re.compile("/run/control")):
-            tab.get_by_role("button", name=name).click()
-        settle(tab)
-        assert tab.evaluate("view.patches.size") == count
 
 
 def test_cancel_keeps_the_page_usable(open_tab, session, monkeypatch):
@@ -339,23 +312,19 @@ def test_a_photo_that_arrives_late_does_not_replace_the_next_one(open_tab):
     assert {row["photo"] for row in shown_numbers(tab)} == {tab.evaluate("opened.get('split:2')")}
 
 
-def test_answers_and_controls_stay_with_the_photo_they_were_asked_about(open_tab, session, monkeypatch):
+def test_answers_stay_with_the_photo_they_were_asked_about(open_tab, session, monkeypatch):
     tab, asked, more = open_tab("#photo=split:1&patches=1"), [], threading.Event()
-    operations = {name: getattr(session, name) for name in ("ask", "control")}
-
-    def hold(name):
-        return lambda request, job: (asked.append(request.photo), more.wait(20), operations[name](request, job))[-1]
-
-    for name in operations:
-        monkeypatch.setattr(session, name, hold(name))
+    ask = session.ask
+    monkeypatch.setattr(
+        session, "ask", lambda request, job: (asked.append(request.photo), more.wait(20), ask(request, job))[-1]
+    )
     tab.get_by_role("textbox", name="Question").fill("Sky?")
     tab.keyboard.press("Enter")
-    tab.get_by_role("button", name="As many matched").click()
     tab.evaluate("change({ photo: 'split:3' }), undefined")
     more.set()
     tab.locator("#answers[aria-busy=false] .answer").nth(3).wait_for()
     tab.wait_for_selector("#cancel", state="hidden")
-    assert asked == ["split:1", "split:1", "split:1"] and "Question: Sky? (" in tab.text_content("#answers")
+    assert asked == ["split:1", "split:1"] and "Question: Sky? (" in tab.text_content("#answers")
     assert address(settle(tab))["photo"] == "split:3" and address(tab)["patches"] == "1"
     tab.locator(".word").first.click()
     assert address(settle(tab))["photo"] == "split:1"
@@ -377,7 +346,7 @@ def test_everything_works_by_keyboard(open_tab):
     for _ in range(60):
         tab.keyboard.press("Tab")
         stops.add(tab.evaluate(f"{active}.id || {active}.name || {active}.className"))
-    expected = "file image square play site colours stage tool kind class random first heads question png pdf python"
+    expected = "file image square play site colours stage tool kind class clear first question png pdf python"
     assert set(expected.split()) <= stops
     controls = "[...document.querySelectorAll('input, select, button')]"
     unnamed = f"{controls}.filter(x => !x.labels?.length && !x.ariaLabel && !x.textContent)"
@@ -414,18 +383,6 @@ def test_picture_and_code(open_tab, session):
     assert tab.inner_text("#code").strip() == session.snippet(request, labs.JOB)["python"].strip()
 
 
-def test_heads_that_do_not_exist_are_not_all_heads(open_tab):
-    tab = open_tab("#photo=split:0&patches=1")
-    for text, heads in (("0", [0]), ("1-3", [1, 2, 3]), ("4, 1 - 2", [4, 1, 2]), ("", None)):
-        assert tab.evaluate(f"(view.heads = '{text}', intervention().heads)") == heads
-    tab.evaluate("view.heads = '2'")
-    for text in ("1.5", "x"):
-        tab.get_by_label("heads", exact=True).fill(text)
-        tab.get_by_label("heads", exact=True).press("Enter")
-        assert tab.inner_text("#failure") == "heads are numbers, such as 1, 3-5"
-        assert tab.evaluate("intervention().heads") == [2]
-
-
 def test_copying_a_link_where_the_browser_does_not_allow_it_says_so(open_tab):
     tab = open_tab("#photo=split:0")
     tab.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
@@ -435,7 +392,7 @@ def test_copying_a_link_where_the_browser_does_not_allow_it_says_so(open_tab):
 
 def test_hostile_addresses_show_defaults(open_tab):
     numbers = "#photo=javascript:1&site=<b>&patch=1e9&panel=-1&patches=0-99999999999.x&layers=9-1"
-    tab = open_tab(numbers + "&heads=<script>&colours=x&kind=y&direction=word&word=9&head=rollout")
+    tab = open_tab(numbers + "&head=<script>&colours=x&kind=y&direction=word&word=9")
     assert tab.evaluate("[view.direction, view.word]") == ["to", 9]
     assert tab.evaluate("[view.photo, view.site, view.patch, view.first, view.last]") == ["split:0", 0, 0, 1, 3]
     assert tab.evaluate("[...view.patches]") == [0, 1, 2, 3] and tab.evaluate("window.hacked") is None

@@ -1,12 +1,9 @@
 """Rows of an image that share layers, against each row in a forward of its own."""
 
-from unittest.mock import patch
-
 import numpy as np
 import pytest
 import torch
 from device_reads import DeviceReads
-from pretend_gpu import PLACEMENT, MoveTensors, pretend_gpu
 from tolerances import rounding
 
 import probes
@@ -23,18 +20,16 @@ ROWS = [(image, blocked, window) for window in WINDOWS for blocked in range(3) f
 IMAGES = [image for image, _, _ in ROWS]
 
 
-def knockout_of(rows: list[tuple], heads: torch.Tensor | None = None) -> Knockout:
+def knockout_of(rows: list[tuple]) -> Knockout:
     layers = torch.tensor([[layer in window for layer in range(1, LAYERS + 1)] for _, _, window in rows])
-    return Knockout(BLOCKED[[blocked for _, blocked, _ in rows]], layers, heads)
+    return Knockout(BLOCKED[[blocked for _, blocked, _ in rows]], layers)
 
 
-@pytest.mark.parametrize("by_head", [False, True])
-def test_rows_equal_a_forward_each(mllm, pixels, by_head):
+def test_rows_equal_a_forward_each(mllm, pixels):
     """States of another image, row or layer are 1e-3 away and more, as the test below shows."""
-    heads = torch.tensor([[row % 2 == 0, True, row % 3 == 0, False] for row in range(len(ROWS))]) if by_head else None
-    together = mllm.states(pixels, knockout=knockout_of(ROWS, heads), rows=IMAGES)
+    together = mllm.states(pixels, knockout=knockout_of(ROWS), rows=IMAGES)
     for i, row in enumerate(ROWS):
-        alone = mllm.states(pixels[[row[0]]], knockout=knockout_of([row], None if heads is None else heads[[i]]))
+        alone = mllm.states(pixels[[row[0]]], knockout=knockout_of([row]))
         for depth, site in enumerate(mllm.sites):
             torch.testing.assert_close(together[site][[i]], alone[site], **rounding(alone[site], max(depth, 1)))
 
@@ -121,23 +116,6 @@ def test_reading_more_sites_or_cutting_more_layers_waits_for_the_device_no_more_
     assert plain == count_device_reads(mllm, pixels, None, hooks={"layer_01": steer, "layer_02": steer})
     cut = lambda layers: count_device_reads(mllm, pixels, ["layer_03"], knockout=Knockout(BLOCKED[[0, 1, 0]], layers))
     assert cut([1]) == cut([1, 2, 3])
-
-
-def count_copies(mllm, pixels, layers) -> int:
-    """Return how many tensors a knockout of `layers` copies to the device."""
-    with pretend_gpu(), patch.object(MoveTensors, "_move", autospec=True, side_effect=MoveTensors._move) as move:
-        mllm.states(pixels, ["layer_03"], Knockout(BLOCKED[[0, 1, 0]], layers), rows=[0, 0, 1])
-        return sum(call.args[2] and call.args[1] not in PLACEMENT for call in move.call_args_list)
-
-
-def test_cutting_more_layers_copies_no_more_often(checkpoints, pixels):
-    """From host memory that is not pinned, each copy waits for the device."""
-    with pretend_gpu():
-        mllm = probes.load(str(checkpoints["causal"]), device="cuda")
-        mllm.states(pixels)
-    by_row = torch.tensor([[True, False, False], [False, True, True], [True, True, True]])
-    once = count_copies(mllm, pixels, [1])
-    assert once == count_copies(mllm, pixels, [1, 2, 3]) == count_copies(mllm, pixels, by_row)
 
 
 def test_known_states_that_do_not_fit_are_an_error(checkpoints, pixels):

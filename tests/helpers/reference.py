@@ -42,7 +42,7 @@ def llama_states(decoder, inputs: Tensor, masks: list[Tensor], positions: Tensor
     Args:
         decoder: `LlamaModel`, used for its weights only.
         inputs: f[B, N, d].
-        masks: One per layer, bool[B, N, N] or bool[B, heads, N, N].
+        masks: One per layer, bool[B, N, N].
         positions: long[N].
     """
     config = decoder.config

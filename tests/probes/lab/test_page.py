@@ -9,14 +9,11 @@ from urllib.parse import parse_qs
 import labs
 import numpy as np
 import pytest
-import tiny_families
-import tiny_models
 import torch
-from labs import address, browser_tabs, point, settle
+from labs import address, point, settle
 from PIL import Image
 
 from probes import Knockout
-from probes.cli import main
 from probes.lab.photos import encode
 from probes.lab.requests import Block, Export, Question, Replace, View
 
@@ -83,30 +80,12 @@ def test_painting_blocking_and_walking_show_the_numbers_of_the_exported_code(ope
     change = Replace(kind="replace", patches=(0, 1), site="adapter", by="other_mask")
     check_numbers(session, tab, views_of("split:1", change))
     assert "those under the other mask" in tab.locator("figcaption").nth(1).inner_text()
-    assert tab.locator("#history li").count() >= 5
+    assert tab.locator("#history li").count() == 4
     tab.get_by_role("button", name="Clear").click()
     settle(tab)
     assert tab.locator("#panels figure").count() == 2
 
 
-@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl"])
-def test_models_of_other_families_show_the_numbers_of_the_exported_code(chromium, family, tmp_path):
-    model = tiny_families.write(family, tmp_path / "model")
-    data = tiny_models.write_segmentation(tmp_path / "data", training=4, validation=5, seed=5)
-    options = ["-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "1", "--data.batch_size", "2"]
-    main(["fit", *options, "--model.mllm", str(model), "--data.root", str(data), "--out", str(tmp_path / "run")])
-    session = labs.open_session([str(tmp_path / "run")])
-    with labs.serve(session) as port, browser_tabs(chromium, port) as open_tab:
-        tab = open_tab("#photo=split:1&site=layer_01")
-        check_numbers(session, tab, [View(photo="split:1", model=0)])
-        for kind, change in (
-            ("block", Block(kind="block", patches=(1, 2))),
-            ("mean", Replace(kind="replace", patches=(1, 2), site="adapter", by="mean")),
-        ):
-            tab = open_tab(f"#photo=split:1&site=layer_01&patches=1-2&kind={kind}&at=adapter")
-            views = [View(photo="split:1", model=0, intervention=c) for c in (None, change)]
-            assert not torch.equal(*(probabilities(session, view) for view in views))
-            check_numbers(session, tab, views)
 
 
 def test_counts_of_changed_patches(open_tab, session):
@@ -264,18 +243,6 @@ def test_classes_choose_patches(open_tab, session):
     assert tab.evaluate("[...view.patches]") == (predicted == k).nonzero().flatten().tolist()
 
 
-def test_cancel_keeps_the_page_usable(open_tab, session, monkeypatch):
-    tab = open_tab("#photo=split:0")
-    monkeypatch.setattr(session, "read", lambda request, job: (job.cancelled.wait(60), job.check()))
-    tab.get_by_role("spinbutton", name="or validation image").fill("4")
-    tab.keyboard.press("Enter")
-    tab.get_by_role("button", name="Cancel").click()
-    tab.wait_for_selector("#cancel", state="hidden")
-    monkeypatch.undo()
-    tab.get_by_role("spinbutton", name="or validation image").fill("3")
-    tab.keyboard.press("Enter")
-    tab.wait_for_selector("img.picture[src*='split%3A3']")
-    check_numbers(session, settle(tab), views_of("split:3"))
 
 
 def show_image(tab, number: int) -> None:
@@ -383,11 +350,6 @@ def test_picture_and_code(open_tab, session):
     assert tab.inner_text("#code").strip() == session.snippet(request, labs.JOB)["python"].strip()
 
 
-def test_copying_a_link_where_the_browser_does_not_allow_it_says_so(open_tab):
-    tab = open_tab("#photo=split:0")
-    tab.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
-    tab.get_by_role("button", name="Copy link").click()
-    assert "copy the link from the address bar" in tab.inner_text("#failure")
 
 
 def test_hostile_addresses_show_defaults(open_tab):

@@ -179,13 +179,6 @@ def test_paint_by_keyboard_and_undo(open_tab):
     assert tab.evaluate("view.tool") == "unpaint", "digits in a text are text"
 
 
-def test_paint_by_finger(open_tab):
-    tab = open_tab("#photo=split:0", viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
-    tab.get_by_role("radio", name="Teach concept 2").tap()
-    tab.touchscreen.tap(*point(tab, 2))
-    solved(tab)
-    assert tab.evaluate("[...gridOf('split:0')]") == [-1, -1, 1, -1]
-    assert tab.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 def test_only_the_last_of_quick_strokes_is_solved(open_tab):

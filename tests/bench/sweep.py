@@ -1,17 +1,15 @@
-"""A probing sweep over random models of real and toy shapes; bench.py times it on a CPU, gpu.py on a GPU."""
+"""A probing sweep over random models of real and toy shapes, which bench.py times."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
 
 from llava_bidir import LlavaBidirConfig, LlavaBidirForConditionalGeneration
 from probes.data.batches import MaskPreparer
-from probes.evaluation.metrics import IGNORE_INDEX, count
+from probes.evaluation.metrics import IGNORE_INDEX
 from probes.models.families import FAMILIES
 from probes.models.frozen_mllm import FrozenMLLM
 from probes.training.module import ProbeModule
-from probes.training.optimum import loss_sums
 
 PREFIX, CLASSES, VOCABULARY = 36, 150, 2048  # tokens before the image; ADE20K's classes; what little of an embedding
 
@@ -19,8 +17,6 @@ CLIP_LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers
 CLIP_LARGE |= {"image_size": 336, "patch_size": 14}
 CLIP_SMALL = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 CLIP_SMALL |= {"image_size": 168, "patch_size": 14}
-CLIP_TOY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-CLIP_TOY |= {"image_size": 28, "patch_size": 14}
 CLIP_DEMO = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 CLIP_DEMO |= {"image_size": 96, "patch_size": 12}
 
@@ -36,17 +32,13 @@ def llama(width: int, inner: int, layers: int, heads: int, kv_heads: int) -> dic
 
 
 SHAPES = {  # encoder, LLM
-    "toy": (CLIP_TOY, llama(32, 48, 3, 4, 2)),
     "demo": (CLIP_DEMO, llama(96, 240, 6, 6, 6)),  # toy_world/tiny_models.py
     "small": (CLIP_SMALL, llama(512, 1376, 8, 8, 8)),
     "1b": (CLIP_LARGE, llama(2048, 5632, 22, 32, 4)),  # CLIP ViT-L/14@336 and TinyLlama 1.1B
-    "7b": (CLIP_LARGE, llama(4096, 11008, 32, 32, 32)),  # LLaVA-1.5 7B
 }
 
 
-def random_model(
-    image_attention: str, shape: str = "small", dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> LlavaBidirForConditionalGeneration:
+def random_model(image_attention: str, shape: str = "small") -> LlavaBidirForConditionalGeneration:
     torch.manual_seed(0)
     vision, text = SHAPES[shape]
     config = LlavaBidirConfig(
@@ -56,14 +48,12 @@ def random_model(
         image_seq_length=(vision["image_size"] // vision["patch_size"]) ** 2,
         image_attention=image_attention,
     )
-    with torch.device(device):
-        return LlavaBidirForConditionalGeneration._from_config(config, dtype=dtype).eval()
+    return LlavaBidirForConditionalGeneration._from_config(config).eval()
 
 
-def frozen_model(shape: str = "small", dtype: torch.dtype = torch.float32, device: str = "cpu") -> FrozenMLLM:
-    model, prefix = random_model("bidirectional", shape, dtype, device), list(range(1, PREFIX + 1))
-    mllm = FrozenMLLM(model, FAMILIES["llava_bidir"], [CLIPImageProcessorPil()], prefix, "bidirectional")
-    return mllm.to(device)
+def frozen_model(shape: str = "small") -> FrozenMLLM:
+    model, prefix = random_model("bidirectional", shape), list(range(1, PREFIX + 1))
+    return FrozenMLLM(model, FAMILIES["llava_bidir"], [CLIPImageProcessorPil()], prefix, "bidirectional")
 
 
 class Sweep:
@@ -73,19 +63,17 @@ class Sweep:
         shape: of the model, one of SHAPES.
         images: B.
         mask_px: H = W.
-        dtype: of the model; probes are in float32.
-        device: of everything.
     """
 
-    def __init__(self, shape: str, images: int, mask_px: int, dtype: torch.dtype = torch.float32, device: str = "cpu"):
-        self.mllm = frozen_model(shape, dtype, device)
+    def __init__(self, shape: str, images: int, mask_px: int):
+        self.mllm = frozen_model(shape)
         side = self.mllm.geometry.image_px
-        self.pixels = torch.randn(images, 3, side, side, device=device)
+        self.pixels = torch.randn(images, 3, side, side)
         regions = torch.randint(0, CLASSES, (images, mask_px // 32, mask_px // 32), dtype=torch.uint8)
         regions[torch.rand(regions.shape) < 0.1] = IGNORE_INDEX
-        self.target = regions.repeat_interleave(32, 1).repeat_interleave(32, 2).to(device)
+        self.target = regions.repeat_interleave(32, 1).repeat_interleave(32, 2)
         self.sites = list(self.mllm.sites)
-        self.heads = nn.ModuleDict({s: nn.Linear(d, CLASSES, device=device) for s, d in self.mllm.widths.items()})
+        self.heads = nn.ModuleDict({s: nn.Linear(d, CLASSES) for s, d in self.mllm.widths.items()})
         self.optimizers, self.task = {}, None  # segmentation
         self.masks = MaskPreparer(self.mllm.geometry, CLASSES, nodes=3)(self.target)
 
@@ -107,41 +95,9 @@ class Sweep:
         self.losses(self.logits(states)).sum().backward()
         self.update(tuple(states))
 
-    def naive_step(self) -> None:
-        """The same, with all logits of all pixels, site by site lest memory runs out."""
-        for site, x in self.forward().items():
-            logits = self.heads[site](x.float()).transpose(-1, -2).unflatten(-1, self.mllm.grid)
-            up = F.interpolate(logits, self.target.shape[1:], mode="bilinear")
-            F.cross_entropy(up, self.target.long(), ignore_index=IGNORE_INDEX).backward()
-        self.update(tuple(self.sites))
-
     def update(self, sites: tuple[str, ...]) -> None:
         if sites not in self.optimizers:
             parameters = [p for site in sites for p in self.heads[site].parameters()]
             self.optimizers[sites] = torch.optim.AdamW(parameters, fused=True)
         self.optimizers[sites].step()
         self.optimizers[sites].zero_grad()
-
-    @torch.no_grad()
-    def add_gradients(self) -> None:
-        """A step of a late pass of `probes solve`: exact losses and gradients of three strengths at each site."""
-        for site, x in self.forward().items():
-            tokens = torch.cat([x.float(), torch.ones_like(x[..., :1], dtype=torch.float32)], -1)
-            head = self.heads[site]
-            points = torch.cat([head.weight, head.bias[:, None]], 1).double().expand(3, -1, -1)
-            loss_sums(tokens, self.masks, points)
-
-    @torch.no_grad()
-    def score(self) -> None:
-        """A validation step."""
-        count(self.logits(self.forward()), self.target)
-
-    @torch.no_grad()
-    def naive_score(self) -> None:
-        """The same with all logits of all pixels, and a table of label and prediction an image."""
-        image = torch.arange(len(self.target), device=self.target.device).view(-1, 1, 1)
-        for site, x in self.forward().items():
-            logits = self.heads[site](x.float()).transpose(-1, -2).unflatten(-1, self.mllm.grid)
-            best = F.interpolate(logits, self.target.shape[1:], mode="bilinear").argmax(1)
-            pair = ((image * CLASSES + self.target) * CLASSES + best)[self.target != IGNORE_INDEX]
-            torch.bincount(pair, minlength=len(image) * CLASSES**2)

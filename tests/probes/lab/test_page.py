@@ -86,8 +86,6 @@ def test_painting_blocking_and_walking_show_the_numbers_of_the_exported_code(ope
     assert tab.locator("#panels figure").count() == 2
 
 
-
-
 def test_counts_of_changed_patches(open_tab, session):
     tab = open_tab("#photo=split:0&patches=0.2-3&kind=mean&at=adapter&site=layer_03")
     s, truth = session.models[0].sites.index("layer_03"), torch.tensor(session.photos.get("split:0").truth)
@@ -243,8 +241,6 @@ def test_classes_choose_patches(open_tab, session):
     assert tab.evaluate("[...view.patches]") == (predicted == k).nonzero().flatten().tolist()
 
 
-
-
 def show_image(tab, number: int) -> None:
     tab.get_by_role("spinbutton", name="or validation image").fill(str(number))
     tab.keyboard.press("Enter")
@@ -348,8 +344,6 @@ def test_picture_and_code(open_tab, session):
     tab.wait_for_selector("#code:not([hidden])")
     request = Export(photo="split:1", model=0, intervention=Block(kind="block", patches=(1,)))
     assert tab.inner_text("#code").strip() == session.snippet(request, labs.JOB)["python"].strip()
-
-
 
 
 def test_hostile_addresses_show_defaults(open_tab):

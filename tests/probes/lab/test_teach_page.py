@@ -179,8 +179,6 @@ def test_paint_by_keyboard_and_undo(open_tab):
     assert tab.evaluate("view.tool") == "unpaint", "digits in a text are text"
 
 
-
-
 def test_only_the_last_of_quick_strokes_is_solved(open_tab):
     tab, sent = open_tab("#photo=split:0"), []
     tab.on("request", lambda r: sent.append(r.post_data_json) if r.url.endswith("/run/teach") else None)

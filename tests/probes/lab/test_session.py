@@ -126,16 +126,6 @@ def test_words_of_a_patch_are_those_of_the_map(session):
     assert by_site[-1][0][1] == pytest.approx(best.item(), rel=1e-5)
 
 
-def test_attention_of_and_to_a_patch(session):
-    view = {"photo": "split:0", "model": 1, "intervention": BLOCK}
-    result = session.attention(Attention(**view, patch=1, layer=2), labs.JOB)
-    pixels, knockout = session._pixels(View(**view)), hidden(0, 2)
-    (weights,) = session.models[1].mllm.attention(pixels, [2], knockout, average_heads=False)
-    assert (numbers(result["to"], "<f4", 4, 4) == weights[0, :, 1].numpy()).all()
-    assert (numbers(result["from"], "<f4", 4, 4) == weights[0, :, :, 1].numpy()).all()
-    assert (numbers(result["to"], "<f4", 4, 4)[:, [0, 2]] == 0).all(), "blocked patches receive attention"
-
-
 @pytest.mark.parametrize("model", [0, 1])
 def test_states_of_the_other_mask_are_those_of_a_model_loaded_with_it(session, checkpoints, model):
     """The causal model takes the bidirectional one's, and the other way round."""
@@ -181,29 +171,6 @@ def test_answers_are_reported_while_they_grow(session):
         shown = [event["text"] for event in events if event["blocked"] is blocked]
         assert shown[-1] == answer["answer"] == "".join(answer["tokens"]) and len(shown) > 1
         assert sorted(shown, key=len) == shown
-
-
-def test_answers_with_and_without_the_knockout(session):
-    model, view = session.models[1], {"photo": "split:0", "model": 1}
-    mllm, square = model.mllm, session.photos.get("split:0").squares[1]
-    plain = session.ask(Question(**view, question="Sky?"), labs.JOB)
-    assert plain == {
-        "answer": mllm.answer(square, "Sky?", max_new_tokens=64),
-        "tokens": plain["tokens"],
-        "log_probability": plain["log_probability"],
-    }
-    result = session.ask(Question(**view, question="Sky?", intervention=BLOCK), labs.JOB)
-    knockout = hidden(0, 2)
-    pixels = mllm.preprocess([square])
-    assert result["blocked"]["answer"] == mllm.answer(square, "Sky?", knockout, max_new_tokens=64)
-    expected = mllm.answer_log_probs(pixels, ["Sky?"], [plain["answer"]], knockout).item()
-    assert result["blocked"]["log_probability"] == expected != result["log_probability"] == plain["log_probability"]
-
-
-def test_photos_of_the_split_have_labels_and_are_placed_as_the_model_does(session):
-    photo, model = session.photos.get("split:0"), session.models[0].mllm
-    assert photo.truth and photo.describe(model.geometry)["box"] == (0, 0, 1, 1)
-    assert (np.asarray(model.geometry.place(photo.squares[0])) == np.asarray(photo.squares[0])).all()
 
 
 def test_kept_states_are_bounded(session, monkeypatch):

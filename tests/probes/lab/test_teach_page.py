@@ -112,19 +112,6 @@ def test_curve_under_a_knockout_of_a_random_llm_and_with_the_slider(open_tab, se
     assert address(settle(tab))["site"] == "encoder"
 
 
-def test_rest_is_background_and_maps_can_be_put_away(open_tab, session):
-    tab = open_tab("#photo=split:0&site=layer_01")
-    stroke(tab, "1", 0, 1)
-    tab.get_by_label("the rest of painted photos is background").check()
-    solved(tab)
-    assert tab.evaluate("DATA.classes") == ["concept 1", "background"]
-    assert tab.evaluate("painting().rest") and drawn(tab, "plain")
-    tab.get_by_label("show their maps").uncheck()
-    solved(tab)
-    assert tab.evaluate("DATA.classes") == session.models[0].classes
-    assert tab.locator("#curve").is_visible()
-
-
 def test_paint_survives_a_reload_is_saved_and_opened(open_tab, session):
     tab = open_tab("#photo=split:0&site=layer_01")
     for image in (0, 1):
@@ -189,14 +176,6 @@ def test_only_the_last_of_quick_strokes_is_solved(open_tab):
     assert [request["painting"]["photos"][0]["patches"] for request in sent] == [[[0, 2], [1, 3]]]
 
 
-def test_fast_strokes_have_no_gaps(open_tab):
-    tab = open_tab("#photo=split:0")
-    tab.evaluate("DATA.grid = [8, 8], undefined")
-    assert tab.evaluate("cellsBetween(0, 4)") == [1, 2, 3, 4]
-    assert tab.evaluate("cellsBetween(18, 0)") == [9, 0]
-    assert tab.evaluate("cellsBetween(9, 9)") == []
-
-
 def test_names_of_concepts_are_checked(open_tab):
     tab = open_tab("#photo=split:0")
     for text, message in (("concept 2", "already"), ("background", "already"), (" ", "needs a name")):
@@ -206,26 +185,3 @@ def test_names_of_concepts_are_checked(open_tab):
     tab.get_by_role("button", name="Add concept").click()
     settle(tab)
     assert tab.evaluate("[paint.concepts, view.concept]") == [["concept 1", "concept 2", "concept 3"], 2]
-
-
-def test_the_hint_goes_away_and_stays_away(open_tab):
-    tab = open_tab("#photo=split:0")
-    assert tab.get_by_text("New here?").is_visible()
-    before = tab.locator(".stage").first.bounding_box()
-    stroke(tab, "1", 0)
-    assert not tab.get_by_text("New here?").is_visible()
-    assert tab.locator(".stage").first.bounding_box() == before, "a stroke does not move what is painted on"
-    tab.reload()
-    settle(tab)
-    assert not tab.get_by_text("New here?").is_visible()
-
-
-def test_title_names_the_models_and_questions_of_the_data_can_be_asked(chromium, session, lab_runs, monkeypatch):
-    with labs.serve(session) as port, labs.browser_tabs(chromium, port) as open_tab:
-        facts = session.describe() | {"questions": ["Sky?"]}
-        monkeypatch.setattr(session, "describe", lambda: facts)
-        tab = open_tab("#photo=split:1")
-        assert all(run in tab.title() for run in lab_runs)
-        tab.get_by_role("button", name="Sky?").click()
-        tab.locator("#answers[aria-busy=false] .answer").nth(1).wait_for()
-        assert "Question: Sky?" in tab.text_content("#answers")

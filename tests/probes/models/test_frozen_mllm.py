@@ -38,12 +38,6 @@ def full_forward(mllm, pixels, suffix: int = 0):
     return [state[:, start : start + tiny_models.TOKENS] for state in states]
 
 
-def test_sites_grid_and_widths(mllm):
-    assert mllm.sites == ["encoder", "adapter", "layer_01", "layer_02", "layer_03", "final_norm"]
-    assert mllm.grid == tiny_models.GRID
-    assert mllm.widths == {"encoder": 16} | dict.fromkeys(mllm.sites[1:], 32)
-
-
 def test_states_equal_those_of_the_full_forward(mllm, pictures):
     pixels = mllm.preprocess(pictures)
     states, whole = mllm(pixels), full_forward(mllm, pixels)

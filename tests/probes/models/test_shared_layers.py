@@ -8,7 +8,6 @@ from tolerances import rounding
 
 import probes
 from probes import Knockout
-from probes.models.shared_layers import distinct_rows
 
 pytestmark = pytest.mark.numerics
 
@@ -45,13 +44,6 @@ def test_each_layer_runs_only_what_differs(mllm, pixels):
     [hook.remove() for hook in (*hooks, encoded)]
     histories = [3 * (1 + 2 * (2**layer - 1)) for layer in range(1, LAYERS + 1)]  # uncut, and each way to be cut so far
     assert ran == dict(enumerate([3, *histories]))
-
-
-def test_distinct_rows_of_the_example():
-    plan = distinct_rows([0, 0, 0], [b"", b"c", b"c"], torch.tensor([[0, 0, 0], [0, 1, 0], [0, 1, 1]]).bool())
-    assert [layer.of_row.tolist() for layer in plan] == [[0, 0, 0], [0, 1, 1], [0, 1, 2]]
-    assert [layer.parents.tolist() for layer in plan] == [[0], [0, 0], [0, 1, 1]]
-    assert [layer.first.tolist() for layer in plan] == [[0], [0, 1], [0, 1, 2]]
 
 
 def test_rows_without_a_knockout_are_copies(mllm, pixels):
@@ -160,12 +152,6 @@ def test_known_states_from_before_an_edit_are_an_error(checkpoints, pixels, mess
         EDITS[message](mllm, pixels)
     with pytest.raises(ValueError, match=message):
         mllm.states(pixels, knockout=Knockout(BLOCKED, [3]), known=plain)
-
-
-def test_known_states_of_another_model_are_an_error(checkpoints, pixels):
-    mllm, other = (probes.load(str(checkpoints["causal"])) for _ in range(2))
-    with pytest.raises(ValueError, match="known states are of another prefix|of other weights"):
-        mllm.states(pixels, knockout=Knockout(BLOCKED, [3]), known=other.states(pixels))
 
 
 def test_rows_may_be_numbers_of_numpy(mllm, pixels):

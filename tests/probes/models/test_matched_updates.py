@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 import probes
 from llava_bidir import LlavaBidirConfig
 from probes.models.matched_updates import TOLERANCE
-from probes.models.random_layers import random_layers
+from probes.models.random_init import random_layers
 
 pytestmark = pytest.mark.numerics
 

@@ -77,7 +77,7 @@ def test_random_curve_has_the_same_encoder_and_gives_the_trained_weights_back(ml
     trained, random = taught.curve(), taught.random_curve()
     assert list(random.site) == mllm.sites and random.score[0] == trained.score[0]
     assert torch.equal(taught.map(photo(50), "layer_03"), before)
-    with probes.models.random_layers.random_layers(mllm, match_images=taught.photos):
+    with probes.models.random_init.random_layers(mllm, match_images=taught.photos):
         expected = mllm.teach(halves(5)).curve()
     assert random.equals(expected)
 

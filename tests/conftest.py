@@ -36,6 +36,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 # Files whose slow tests take minutes. They come first, so that no worker process waits long for another one at the end.
 LONGEST = (
     "tests/test_demo.py",
+    "tests/real/test_real.py",
     "tests/slurm/test_cluster.py",
     "tests/llava_bidir/training/test_module.py",
     "tests/llava_bidir/training/test_deepspeed_strategy.py",

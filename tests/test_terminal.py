@@ -11,6 +11,8 @@ from lightning import Callback
 import llava_bidir.cli
 import probes.cli
 
+MODEL_AND_DATA = "--model.mllm DIR --data.root DIR"
+RECORDS = "--data.annotations FILE --data.images DIR"
 PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
 
 
@@ -18,17 +20,19 @@ PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
     ("command", "message", "meant"),
     [
         ("probes fit --model.mlm DIR", "probes fit: unrecognized arguments: --model.mlm", "--model.mllm"),
-        ("probes fit --model.learning_rate fast", "Got value: fast", None),
+        (f"probes fit {MODEL_AND_DATA} --model.learning_rate fast", "Got value: fast", None),
         ("probes fit -c configs/probes/folder.yaml", "are required: --model.mllm, --data.root", None),
+        ("probes solve -c ade20k --model.mllm DIR", "probes solve: the following arguments are required", None),
+        ("llava-bidir fit -c stage2 -c clip", "are required: --data.annotations, --data.images", None),
         ("probes fitt", "invalid choice: 'fitt'", "fit"),
         ("probes maps --probes RUN --image 0 --outt DIR", "unrecognized arguments: --outt DIR", "--out"),
         ("llava-bidir fit --model.image_atention causal", "--model.image_atention", "--model.image_attention"),
         ("llava-bidir exprt", "invalid choice: 'exprt'", "export"),
         ("llava-bidir export CKPT OUT --as-lava", "llava-bidir export: unrecognized", "--as-llava"),
         ("probes lab RUN --fly 1", "probes lab: unrecognized arguments: --fly 1", None),
-        ("probes solve --pass 8", "probes solve: unrecognized arguments: --pass 8", None),
+        (f"probes solve {MODEL_AND_DATA} --pass 8", "probes solve: unrecognized arguments: --pass 8", None),
         ("probes verify-data --worker 2", "probes verify-data: ", None),
-        ("llava-bidir inspect --index one", "llava-bidir inspect: argument --index: invalid int value", None),
+        (f"llava-bidir inspect -c stage2 -c clip {RECORDS} --index one", "argument --index: invalid int value", None),
         ("llava-bidir estimate --device 8", "llava-bidir estimate: ", None),
     ],
 )
@@ -59,9 +63,10 @@ def test_ctrl_c_ends_with_one_line_and_status_130(parts, conversations, tmp_path
 
     monkeypatch.setattr("probes.analyses.extract.print_sites", Interrupt().on_train_batch_start)
     monkeypatch.setattr("probes.training.solve.main", Interrupt().on_train_batch_start)
-    for command, option in (("sites", ""), ("solve", " with `--ckpt_path last`")):  # solve rejects leftovers without it
+    # solve rejects leftovers without it
+    for command, option in (("sites MLLM", ""), (f"solve {MODEL_AND_DATA}", " with `--ckpt_path last`")):
         with pytest.raises(SystemExit) as stop:
-            probes.cli.main([command, "MLLM"])
+            probes.cli.main(command.split())
         assert stop.value.code == 130
         assert capsys.readouterr().err == f"probes: interrupted; run the same command again{option} to go on\n"
 

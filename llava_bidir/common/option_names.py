@@ -1,8 +1,11 @@
-"""Misspelt options of the commands that take hundreds: an error at once, without importing what defines the options."""
+"""Misspelt and missing options of commands that have hundreds: errors at once, without importing what defines them."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from .configs import OPTIONS as CONFIG
+from .configs import find_config
 from .usage_errors import ArgumentParser
 
 
@@ -23,6 +26,37 @@ def check_option_names(program: str, words: Sequence[str], file: Path) -> None:
         for name in names:
             parser.add_argument(name)
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+
+
+def check_required(program: str, words: Sequence[str], required: Sequence[str]) -> None:
+    """End with a usage error if neither the words nor a config that they name have a required option.
+
+    A config that cannot be read is left to the command's own parser.
+
+    Raises:
+        SystemExit: Names the options that are missing.
+    """
+    if any(word.startswith(("--help", "--print_config")) for word in words):
+        return
+    given = [word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")]
+    configs = [after for word, after in zip(words, words[1:], strict=False) if word in CONFIG]
+    configs += [word.partition("=")[2] for word in words if word.startswith("--config=")]
+    for name in configs:
+        import yaml
+
+        with suppress(OSError, ValueError, yaml.YAMLError):
+            given += _keys(yaml.safe_load(Path(find_config(name)).read_text()))
+    # a group ("--model.encoder FILE") gives its options; argparse takes the beginning of an option for it
+    if missing := [f"--{option}" for option in required if not option.startswith(tuple(given))]:
+        parser = ArgumentParser(prog=program, add_help=False)
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+
+
+def _keys(config: object, prefix: str = "") -> list[str]:
+    """Return the names of the values of a config, as in "model.llm"; a group is no value."""
+    if not isinstance(config, dict):
+        return [prefix.removesuffix(".")]
+    return [key for name, value in config.items() if value is not None for key in _keys(value, f"{prefix}{name}.")]
 
 
 def _is_known(option: str, names: list[str], groups: set[str]) -> bool:

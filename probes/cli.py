@@ -111,12 +111,11 @@ def build_parser() -> argparse.ArgumentParser:
     for name, analysis in ANALYSES.items():
         analysis.add_options(command(name, f"probes.analyses.{name}.run:run", analysis.help))
 
-    p = command("segment", "probes.analyses.segment:run", "write the maps of any photos: classes, or another task")
+    p = command("segment", "probes.analyses.segment:run", "write the class maps of any photos")
     add_run(p)
     p.add_argument("photos", nargs="+", metavar="PHOTO", help="image files with distinct names")
     p.add_argument("--site", help="site of the probe (default: the run's best decoder layer)")
-    text = "folder for NAME.png (class indices, or values of another task), NAME_overlay.png or NAME_colours.png, "
-    text += "legend.png and legend.json; only files that this "
+    text = "folder for NAME.png (class indices), NAME_overlay.png, legend.png and legend.json; only files that this "
     p.add_argument("--out", required=True, metavar="DIR", help=text + "command has written are replaced")
 
     text = "open a live page of running models: any photo by layer and patch, with patches blocked or replaced"

@@ -22,12 +22,12 @@ MASKS = ("causal", "bidirectional")
 GPU = ["--trainer.accelerator", "gpu"]
 # With a few strengths and sites: a pretended GPU is many times slower than the CPU.
 SOLVE = ["--model.sites", "[adapter, layer_02]", "--folds", "2", "--strengths", "1e-2"]
-CONTROLS = ["--controls", "distance", "mass", "matched", "high_norm", "--fractions", "0.5", "--keep-only"]
+CONTROLS = ["--controls", "distance", "mass", "matched"]
 ANALYSES = {
-    "knockout": ["--classes", "sky", "wall", *CONTROLS, "--attention", "--layer-windows", "2", "--attention-heads"],
+    "knockout": ["--classes", "sky", "wall", *CONTROLS, "--attention", "--layer-windows", "2"],
     "answers": ["--limit", "2", "--draws", "1"],
     "patching": ["--site", "layer_02", "--limit", "4", "--draws", "1"],
-    "starvation": ["--site", "layer_02", "--by-class", "--flip", "--own-probe", "--dummy-tokens", "1"],
+    "starvation": ["--site", "layer_02", "--by-class", "--flip"],
     "umap": ["--image", "1"],
     "maps": ["--image", "1", "3"],
 }

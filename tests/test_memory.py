@@ -95,7 +95,7 @@ def test_report_does_not_grow_with_the_images(tmp_path):
     peaks, sizes = [], []
     for images in (40, 2000):
         out, folder = tmp_path / f"report{images}", tmp_path / str(images)
-        runs = [probe_runs.write_run(folder / mask, quality, root=data, mask=mask, images=images, confusion=True)
+        runs = [probe_runs.write_run(folder / mask, quality, root=data, mask=mask, images=images)
                 for mask in ("causal", "bidirectional")]  # fmt: skip
         peaks.append(peak_mb_of_probes("report", *runs, "--out", out))
         sizes.append((out / "index.html").stat().st_size)

@@ -4,12 +4,6 @@ OUT/NAME.png             class index of each pixel, a palette PNG
 OUT/NAME_overlay.png     the map on top of the photo
 OUT/legend.png           colours, names and pixel shares of the classes that occur
 OUT/legend.json          the same for all classes, with run, site and photos
-
-Of other tasks:
-
-OUT/NAME.png             the prediction in the format of the targets: 16-bit depth, 8-bit normals, 8-bit probability
-OUT/NAME_colours.png     in the colours of the task; those of depth go from the nearest to the farthest pixel
-OUT/legend.json          run, site, photos and "unit": metres = value x unit, as in targets.json if the data is there
 """
 
 import argparse
@@ -27,7 +21,6 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.data.base import open_image, read_photo
 from probes.data.palette import colorize, palette_of
 from probes.results.probe_run import ProbeRun
-from probes.results.task_run import TaskRun, open_run
 
 COMMAND = "probes segment"  # marks the files of this command, which it may replace
 OPACITY = 0.5
@@ -36,29 +29,24 @@ ROW_PX = 20
 
 def run(args: argparse.Namespace) -> None:
     """Run `probes segment`."""
-    run, out, photos = open_run(args.probes), Path(args.out), [Path(photo) for photo in args.photos]
+    run, out, photos = ProbeRun(args.probes), Path(args.out), [Path(photo) for photo in args.photos]
     site = run.check_site(args.site)
-    _check_paths(photos, out, "colours" if isinstance(run, TaskRun) else "overlay")
+    _check_paths(photos, out)
     with exclusive_run_lock(out, "legend.json"):
-        if isinstance(run, TaskRun):
-            files = predict_task(run, photos, site, out)
-            text = _format_task(run, files[out / "legend.json"])
-        else:
-            files, shares = segment(run, photos, site, out)
-            largest = sorted(zip(shares, run.metrics["classes"], strict=True), key=lambda pair: -pair[0])[:3]
-            text = f"({', '.join(f'{name} {share:.0%}' for share, name in largest if share)}); colours in "
-            text += str(out / "legend.png")
+        files, shares = segment(run, photos, site, out)
         write_files(files)
-    print(f"{out}: maps of {len(photos)} photos at {site} {text}")
+    largest = sorted(zip(shares, run.metrics["classes"], strict=True), key=lambda pair: -pair[0])[:3]
+    text = ", ".join(f"{name} {share:.0%}" for share, name in largest if share)
+    print(f"{out}: maps of {len(photos)} photos at {site} ({text}); colours in {out / 'legend.png'}")
 
 
-def _check_paths(photos: list[Path], out: Path, picture: str) -> None:
+def _check_paths(photos: list[Path], out: Path) -> None:
     """Raise unless all photos exist and no output overwrites another one or a file of somebody else."""
     if missing := [photo for photo in photos if not photo.is_file()]:
         raise UserError(f"{missing[0]} is not a file; expected a photo")
     outputs = [out / "legend.png", out / "legend.json"]
     for photo in photos:
-        outputs += _output_paths(photo, out, picture)
+        outputs += _output_paths(photo, out)
     if duplicates := [path for path in outputs if outputs.count(path) > 1]:
         raise UserError(f"two outputs would be {duplicates[0]}; rename a photo or run the command once for each")
     for path in outputs:
@@ -66,8 +54,8 @@ def _check_paths(photos: list[Path], out: Path, picture: str) -> None:
             raise UserError(f"{path} exists and was not written by `{COMMAND}`; choose another --out")
 
 
-def _output_paths(photo: Path, out: Path, picture: str) -> tuple[Path, Path]:
-    return out / f"{photo.stem}.png", out / f"{photo.stem}_{picture}.png"
+def _output_paths(photo: Path, out: Path) -> tuple[Path, Path]:
+    return out / f"{photo.stem}.png", out / f"{photo.stem}_overlay.png"
 
 
 def _is_own_file(path: Path) -> bool:
@@ -89,7 +77,7 @@ def segment(run: ProbeRun, photos: list[Path], site: str, out: Path) -> tuple[di
         indices = Image.fromarray(prediction).convert("P")
         indices.putpalette(palette.tobytes())
         overlay = Image.blend(image, Image.fromarray(colorize(prediction, palette)), OPACITY)
-        index_file, overlay_file = _output_paths(photo, out, "overlay")
+        index_file, overlay_file = _output_paths(photo, out)
         files |= {index_file: _encode_png(indices), overlay_file: _encode_png(overlay)}
     shares = (pixels / pixels.sum()).tolist()
     legend = [
@@ -105,49 +93,6 @@ def segment(run: ProbeRun, photos: list[Path], site: str, out: Path) -> tuple[di
         "classes": legend,
     }
     return files, shares
-
-
-def predict_task(run: TaskRun, photos: list[Path], site: str, out: Path) -> dict[Path, bytes | dict]:
-    """Return the contents of all files by path, of another task than segmentation."""
-    files, clipped, unit = {}, 0.0, _unit(run)
-    for photo in tqdm(photos, desc="photos"):
-        prediction = run.predict(read_photo(photo), site)
-        pixels = run.task.encode(prediction, unit)
-        if unit:
-            clipped += (np.abs(pixels * unit - prediction) > unit).mean() / len(photos)
-        for path, array in zip(
-            _output_paths(photo, out, "colours"), (pixels, run.task.colorize(prediction)), strict=True
-        ):
-            files[path] = _encode_png(Image.fromarray(array))
-    files[out / "legend.json"] = {
-        "command": COMMAND,
-        "runs": [run.fingerprint],
-        "task": run.task_name,
-        "image_attention": run.metrics["image_attention"],
-        "site": site,
-        "photos": [str(photo) for photo in photos],
-        "unit": unit,
-        "clipped": clipped,
-    }
-    return files
-
-
-def _unit(run: TaskRun) -> float | None:
-    """Return the unit of 16-bit maps: that of the run's targets, or the task's; None for maps with 8 bits."""
-    if run.task.unit is None:
-        return None
-    try:
-        return getattr(run.dataset(), "scale", None) or run.task.unit
-    except UserError:  # the dataset may be on another machine
-        return run.task.unit
-
-
-def _format_task(run: TaskRun, legend: dict) -> str:
-    unit, clipped = legend["unit"], legend["clipped"]
-    text = f"({run.task_name}"
-    text += f", 16-bit values x {unit:g}" if unit else ""
-    text += f"; {clipped:.1%} of the pixels are beyond their range" if clipped else ""
-    return f"{text}); in colours as NAME_colours.png"
 
 
 def _palette(run: ProbeRun) -> np.ndarray:

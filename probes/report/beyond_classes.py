@@ -25,15 +25,16 @@ def read_task_runs(paths: Iterable[str]) -> list[TaskRun]:
     """Return the runs of `probes report --tasks`: folders, or NAME=FOLDER, which names the model.
 
     Raises:
-        UserError: A run is of segmentation, or two runs are of the same task, model, mask, data and seed.
+        UserError: A run is of segmentation, or two runs are of the same task, model, mask, data and seed, or of all
+            these but the mask with other probes.
     """
     runs, seen = [read_run(path, TaskRun) for path in paths], {}
     for run in runs:
-        facts = [run.metrics[name] for name in ("dataset", "image_attention", "seed")]
-        key = (run.task_name, model_name(run), *facts, run.arm == "trained")
-        if key in seen:
+        compared = (run.task_name, model_name(run), run.metrics["dataset"], run.metrics["seed"])
+        seen.setdefault(compared, run).check_same_probes(run)
+        key = (*compared, run.metrics["image_attention"], run.arm == "trained")
+        if seen.setdefault(key, run) is not run:
             raise UserError(f"{seen[key].path} and {run.path} are of the same task, model, data and seed; pass one")
-        seen[key] = run
     return runs
 
 
@@ -57,7 +58,7 @@ def task_results(runs: list[TaskRun]) -> list[dict[str, Any]]:
     a run of the same task and mask with random weights; "control_is" says which.
 
     Raises:
-        UserError: A run has two controls, or one that was not probed in the same way.
+        UserError: A run has two controls, or one on images that were read in another way.
     """
     key_of = study_keys([run for run in runs if run.arm == "trained"])
     pair_key = lambda run: (
@@ -78,7 +79,6 @@ def _entry(run: TaskRun, control: TaskRun | None) -> dict[str, Any]:
     own, score = effects(run), run.task.score
     if control:
         run.check_same_images(control)
-        run.check_same_probes(control)
         if "recovery" in own and (other := effects(control).get("recovery")):
             own["recovery_beyond_control"] = subtract(own["recovery"], other)
     return {

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 from probes.analyses import ANALYSES
 from probes.analyses.base import Section, function_of
-from probes.results.formatting import format_interval, format_p, format_points
 from probes.results.study import Study
 
 from .figures.claims import claim_figures
@@ -48,12 +47,6 @@ def _masks_section(study: Study) -> Section:
     compared = compare_masks(study)
     if not compared:
         return Section(results={"paired": None})
-    rows = [
-        {"site": entry["site"], "difference": format_points(entry["difference"], 2)}
-        | {"95% interval": format_interval(entry["ci95"], 2)}
-        | {"p": format_p(entry["p"]), "corrected p": format_p(entry["p_corrected"])}
-        for entry in compared["sites"]
-    ]
     tables = {"paired": mask_comparison_rows(compared)}
     sentences = summarize_mask_comparison(compared)
-    return Section([*mask_figures(compared)], sentences, tables, {"All sites": rows}, {"paired": compared})
+    return Section([*mask_figures(compared)], sentences, tables, results={"paired": compared})

@@ -260,18 +260,9 @@ class FinishedRun:
         from probes.models.load import load  # transformers takes seconds to import, and a report needs no model
 
         self._check_unchanged("model", lambda: named_identity({"mllm": config["mllm"]}))
-        return load(
-            config["mllm"],
-            config["image_attention"],
-            dtype=config["dtype"],
-            image_resize=config["image_resize"],
-            prefix=config.get("prefix"),
-            untrained=config["untrained"] or (),
-            match=config.get("match", "none"),
-            draw=config.get("draw", 0),
-            update_scales=config.get("update_scales"),
-            seed=config["seed"],
-        )
+        names = ("dtype", "image_resize", "prefix", "match", "draw", "update_scales", "seed")
+        settings = {name: config[name] for name in names}
+        return load(config["mllm"], config["image_attention"], untrained=config["untrained"] or (), **settings)
 
     def probes(self) -> dict[str, Probe]:
         """Return the probe of each site, in eval mode.

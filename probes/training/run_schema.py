@@ -58,8 +58,8 @@ class _Data(TypedDict):
 ModelConfig = TypedDict(
     "ModelConfig",
     {"mllm": str, "image_attention": str | None, "untrained": list[str] | None}
-    | {"image_resize": str, "dtype": str, "seed": int, "prefix": NotRequired[str | None]}
-    | {"match": NotRequired[str], "draw": NotRequired[int], "update_scales": NotRequired[list[Number] | None]},
+    | {"image_resize": str, "dtype": str, "seed": int, "prefix": str | None}
+    | {"match": str, "draw": int, "update_scales": list[Number] | None},
 )
 # the part of a checkpoint's training.json that reports use
 ModelTraining = TypedDict(

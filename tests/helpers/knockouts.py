@@ -1,12 +1,15 @@
 """Knockouts on disk, from random outcomes whose effects are known, without a model."""
 
 import json
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from probes.analyses.knockout.config import Plan
 from probes.analyses.knockout.effects import outcome_key
+from probes.analyses.knockout.run import summarise_cases
 from probes.results.probe_run import ProbeRun
 
 CLASSES = ["sky", "ceiling", "road", "floor", "wall", "building"]
@@ -22,9 +25,13 @@ CONDITIONS = ("none", "incorrect", "correct", "random_incorrect", "random_correc
 N, L = 40, 4
 
 
-def write_knockout(run: ProbeRun, tensors: dict[str, torch.Tensor]) -> None:
+def write_knockout(run: ProbeRun, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Write a knockout into the folder of a run, and return knockout.json."""
     save_file({key: values.contiguous() for key, values in tensors.items()}, run.path / "knockout.safetensors")
-    (run.path / "knockout.json").write_text(json.dumps({"min_patches": 1}))
+    classes = [name for name in CLASSES if f"{name}/image" in tensors]
+    results, _ = summarise_cases(run, Plan(classes), tensors, {})
+    (run.path / "knockout.json").write_text(json.dumps(results))
+    return results
 
 
 def simulate(
@@ -44,7 +51,7 @@ def simulate(
         tensors[f"{name}/correct_class"] = torch.full((cases,), CLASSES.index(PARTNERS[name]))
         for condition in conditions:
             shift = {"incorrect": incorrect, "correct": correct}.get(condition, 0)
-            for outcome, sign in (("rate", 1), ("still_wrong", 0.5), ("log_odds", -2)):
+            for outcome, sign in (("rate", 1), ("still_wrong", 0.5)):
                 values = shift + shared[condition][images, None] + rng.normal(0, noise, (cases, L + 1))
                 tensors[f"{name}/{outcome_key(outcome, condition)}"] = torch.tensor(sign * values, dtype=torch.float32)
     return tensors

@@ -44,10 +44,8 @@ def write_questions(run: ProbeRun, folder: Path) -> Path:
     return folder / "questions.json"
 
 
-def random_counts(
-    quality: list[float], images: int, classes: int, seed: int, cohort: int = 0
-) -> tuple[Counts, torch.Tensor]:
-    """Return counts, and confusion i64[S, K, K], of sites with the pixel accuracies `quality`.
+def random_counts(quality: list[float], images: int, classes: int, seed: int, cohort: int = 0) -> Counts:
+    """Return the counts of sites with the pixel accuracies `quality`.
 
     Runs of one cohort have images with the same labels and difficulty.
     """
@@ -57,7 +55,7 @@ def random_counts(
     towards = torch.rand(classes, classes, generator=same).square()
     towards.fill_diagonal_(0)
     generator = torch.Generator().manual_seed(seed)
-    intersection, predicted, confusion = [], [], []
+    intersection, predicted = [], []
     for q in quality:
         rate = (q + ease + 0.03 * torch.randn(images, classes, generator=generator)).clamp(0.02, 0.98)
         right = (rate * labelled).long()
@@ -65,12 +63,11 @@ def random_counts(
         right = labelled - wrong.sum(-1)
         intersection.append(right)
         predicted.append(right + wrong.sum(1))
-        confusion.append(wrong.sum(0) + torch.diag(right.sum(0)))
     intersection, predicted = torch.stack(intersection), torch.stack(predicted)
     tokens = GRID[0] * GRID[1]
     patch = (intersection.sum(-1, keepdim=True) // tokens).expand(-1, -1, tokens).contiguous()
     valid = (labelled.sum(-1, keepdim=True) // tokens).expand(-1, tokens).contiguous()
-    return Counts(intersection, predicted, labelled, patch, valid), torch.stack(confusion)
+    return Counts(intersection, predicted, labelled, patch, valid)
 
 
 def entries(sites: list[str], counts: Counts, weights: torch.Tensor, width: int = 32) -> list[dict]:
@@ -97,8 +94,6 @@ def write_run(
     untrained: bool = False,
     groups: torch.Tensor | None = None,
     images: int = 40,
-    states: bool = False,
-    confusion: bool = False,
     seed: int = 0,
     metrics: dict | None = None,
 ) -> Path:
@@ -116,16 +111,11 @@ def write_run(
     classes = json.loads((root / "classes.json").read_text())["classes"]
     sites = site_names(len(quality) - 3)
     weights = bootstrap_weights(images, 300, groups=groups)
-    counts, confused = random_counts(quality, images, len(classes), seed + 10 * (mask != "causal"))
+    counts = random_counts(quality, images, len(classes), seed + 10 * (mask != "causal"))
     probe = {"head": "linear", "feature_norm": "none", "learning_rate": 0.001, "seed": 0}
     probe |= {"batch_size": 64, "epochs": 2, "steps": 20, "validated_at": [10, 20]}
     main = entries(sites, counts, weights)
     tensors = {name: x for name, x in counts._asdict().items() if x is not None}
-    if states:
-        for i, entry in enumerate(main):
-            entry["states"] = {"rms": 0.1 * 3.0**i, "anisotropy": 0.1, "knn_purity": 0.5}
-    if confusion:
-        tensors["confusion"] = confused
     if groups is not None:
         tensors["group"] = groups
     miou = {entry["site"]: entry["miou"] for entry in main}
@@ -160,7 +150,7 @@ def write_solved(path: Path, curves, *, root, converged=lambda row, site: True, 
     write_run(path, curves[1], root=root, **options)
     metrics, run = json.loads((path / "metrics.json").read_text()), ProbeRun(path)
     metrics["probe"], labelled, seed = dict(SETTINGS), run.counts.labelled, options.get("seed", 0)
-    counts = [random_counts(x, *labelled.shape, seed + 50 + 7 * i)[0] for i, x in enumerate(curves)]
+    counts = [random_counts(x, *labelled.shape, seed + 50 + 7 * i) for i, x in enumerate(curves)]
     right, predicted = (torch.stack([getattr(c, name) for c in counts]) for name in ("intersection", "predicted"))
     loss = (labelled.sum(-1) - right.sum(-1)).double() * 1.5  # 1.5 nats per wrong pixel
     tensors = {"intersection": right.int(), "predicted": predicted.int(), "cross_entropy": loss}

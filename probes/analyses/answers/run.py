@@ -144,9 +144,7 @@ def _case(question: Question, row: int, wrong: int, predicted: Tensor, place: Te
     """Return the question as a case of the knockout, whose "mistaken" patches are those at the place."""
     blocked = {"incorrect": predicted == wrong, "correct": predicted == question.right}
     counts = int(place.sum()), int(blocked["correct"].sum())
-    return ConfusionCase(
-        question.image, row, *counts, wrong, question.right, place, torch.zeros_like(place), predicted, blocked
-    )
+    return ConfusionCase(question.image, row, *counts, wrong, question.right, place, predicted, blocked)
 
 
 def _blocked(case: ConfusionCase, features: MatchingFeatures, plan: Plan) -> dict[str, list[Tensor]]:

@@ -3,7 +3,6 @@
 from typing import Any
 
 from probes.analyses.base import Section
-from probes.results.formatting import format_interval, format_percent, format_points
 from probes.results.probe_run import ProbeRun
 from probes.results.study import Study
 
@@ -17,20 +16,9 @@ KEYS = ("questions", "images", "accuracy", "sites", "effects")  # of answers.jso
 def section(study: Study) -> Section:
     """Return the section of a study."""
     answers = study_answers(study)
-    rows, by_mask = accuracy_rows(answers), {mask: answers.get(mask) for mask in study.trained}
-    shown = {"Accuracy at the same places, in percent": [_as_text(row) for row in rows]}
-    tables = {"answer_accuracy": rows}
-    figures = [*answer_figures(answers)]
-    return Section(figures, summarize_answers(answers), tables, shown, by_mask={"answers": by_mask})
-
-
-def _as_text(row: dict[str, Any]) -> dict[str, str]:
-    interval = lambda name: "" if row[name] is None else format_interval([row[f"{name}_low"], row[f"{name}_high"]])
-    return {key: row[key] for key in ("image_attention", "model", "read_by")} | {
-        "accuracy": format_percent(row["accuracy"]),
-        "answer minus probe": f"{format_points(row['answer_minus_probe'])} {interval('answer_minus_probe')}",
-        "agreement": format_percent(row["agreement"]),
-    }
+    by_mask = {"answers": {mask: answers.get(mask) for mask in study.trained}}
+    tables = {"answer_accuracy": accuracy_rows(answers)}
+    return Section([*answer_figures(answers)], summarize_answers(answers), tables, by_mask=by_mask)
 
 
 def study_answers(study: Study) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The most probable classes and words of each patch, for the page of probes/report/explorer/page.py.
+"""The most probable classes and words of each patch, for the page of run.py.
 
 For each image, run, condition and site: the most probable classes of every patch, from the site's probe, and from the
 adapter on the most probable words. Words come from the logit lens: the LLM's final norm and output head on the states

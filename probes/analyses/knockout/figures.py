@@ -20,8 +20,8 @@ CONDITION_STYLES = {
     "random_correct": ("#77BBDD", ":", "as many random patches (correct)"),
 }
 EFFECT_TITLES = {"incorrect": "wrong class blocked", "correct": "correct class blocked", SPECIFICITY: "correct − wrong"}
-CONTROL_LABELS = {"none": "no blocking", "random": "random patches", "distance": "matched in distance"}
-CONTROL_LABELS |= {"mass": "matched in attention", "matched": "matched in both"}
+CONTROL_LABELS = {"none": "no blocking", "random": "random patches", "distance": "patches matched in distance"}
+CONTROL_LABELS |= {"mass": "patches matched in attention", "matched": "patches matched in both"}
 
 
 def wrong_patches_left(run: ProbeRun) -> FigureData:
@@ -43,7 +43,7 @@ def _draw_rates(ax: Axes, run: ProbeRun, tensors: dict[str, Any], name: str | No
     cases = select_cases(tensors, None if name is None else [name])
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.tick_params(labelsize=7)
-    ax.set_title(f"{name or 'all classes'} ({0 if cases is None else len(cases.images)} images)", fontsize=8)
+    ax.set_title(f"{name or 'all classes'} ({0 if cases is None else len(cases.images)} cases)", fontsize=8)
     if cases is None:
         return []
     rows = []

@@ -102,37 +102,6 @@ def test_accuracies_are_shares_of_questions(asked):
     assert results["runs"] == [run.fingerprint]
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(runs, questions, tmp_path, monkeypatch):
-    from probes.analyses.answers import run as module
-
-    main(arguments(runs["causal"], questions, tmp_path / "complete"))
-    ask, batches = module.ask_batch, []
-
-    def killed(*args):
-        batches.append(args)
-        if len(batches) == 2:
-            raise KeyboardInterrupt
-        return ask(*args)
-
-    monkeypatch.setattr(module, "ask_batch", killed)
-    with pytest.raises(SystemExit):
-        main(arguments(runs["causal"], questions, tmp_path / "killed"))
-    assert not (tmp_path / "killed/answers.json").exists()
-    main(arguments(runs["causal"], questions, tmp_path / "killed"))
-    assert len(batches) == 4, "the first of three batches is not asked again"
-    names = ("answers.json", "answers.safetensors")
-    files = [[(tmp_path / folder / name).read_bytes() for name in names] for folder in ("complete", "killed")]
-    assert files[0] == files[1] and not (tmp_path / "killed/answers.partial").exists()
-
-
-def test_answers_of_other_probes_are_refused(runs, asked, tmp_path):
-    run, results, _ = asked
-    other = ProbeRun(shutil.copytree(run.path, tmp_path / "run"))
-    (other.path / "answers.json").write_text(json.dumps(results | {"runs": ["0123456789abcdef"]}))
-    with pytest.raises(UserError, match="made from other probes .* run `probes answers` again"):
-        other.analysis("answers.json")
-
-
 def test_a_knockout_without_effect_is_an_error(asked):
     _, _, tensors = asked
     check_effects(tensors)
@@ -222,15 +191,6 @@ def test_a_simulated_effect_is_found_where_it_is():
         assert effect["mean"]["ci95"][0] < -0.4 < effect["mean"]["ci95"][1] < 0
     assert all(row["p_holm"] > 0.05 for row in effects["incorrect", "none"]["classes"])
     assert effects["incorrect", "none"]["mean"]["ci95"][0] < 0 < effects["incorrect", "none"]["mean"]["ci95"][1]
-
-
-def test_without_an_effect_few_classes_are_significant():
-    """Holm's correction over three classes: in at most 5% of the draws any is significant; 60 draws, so up to 8."""
-    found = 0
-    for seed in range(60):
-        results = answer_statistics(simulate(40, 0.0, seed), ["adapter"], CLASSES, 0)
-        found += any(row["p_holm"] < 0.05 for row in results["effects"][2]["classes"])
-    assert found <= 8  # a binomial of 60 draws at 5% exceeds 8 with probability 0.4%
 
 
 def test_intervals_resample_images_with_all_their_questions():

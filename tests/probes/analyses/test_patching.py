@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 from llava_bidir.common.errors import UserError
 from probes.analyses.patching.donors import Pairs, mask_batch, pair_batch
 from probes.analyses.patching.effects import nan_mean, patching_effects
-from probes.analyses.patching.run import NO_EFFECT, Experiment, Plan, check_effects, patch_states, random_tokens_outside
+from probes.analyses.patching.run import NO_EFFECT, Plan, check_effects, patch_states, random_tokens_outside
 from probes.cli import main
-from probes.results.probe_run import ProbeRun
 
 READ_OUT = "layer_02"
 
@@ -118,30 +117,6 @@ def test_changes_equal_full_forwards_that_are_patched_by_hand(patched, pairs):
                         torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4, equal_nan=True)
 
 
-def test_all_tokens_of_a_pair_make_the_donor(runs, pairs):
-    """With every token's state replaced, the rest of the forward is the donor's."""
-    run = runs["causal"]
-    mllm, listed = run.mllm(), Pairs(pairs, run.metrics["classes"])
-    batch = pair_batch(mllm, listed, list(range(9)), len(run.metrics["classes"]))
-    batch = batch._replace(sets={"all": torch.ones_like(batch.truth, dtype=torch.bool)})
-    results = Experiment(mllm, mllm, run.probes()[READ_OUT], plan("bidirectional")).patch(batch)
-    assert results["total"].abs().max() > 1e-3
-    for layer in (0, 1):
-        torch.testing.assert_close(results["all/patched"][:, layer], results["total"], rtol=1e-3, atol=1e-4)
-    assert results["all/others"].isnan().all() and results["all/difference"].isnan().all()
-
-
-def test_later_causal_tokens_change_no_earlier_ones(runs):
-    """Under causal attention, the last row of the grid cannot reach the first."""
-    run = runs["causal"]
-    mllm = run.mllm()
-    batch = mask_batch(mllm, run.dataset(), list(range(4)), len(run.metrics["classes"]))
-    batch = batch._replace(sets={"last_row": batch.sets["last_row"]})
-    experiment = Experiment(mllm, mllm.with_attention("bidirectional"), run.probes()[READ_OUT], plan("bidirectional"))
-    results = experiment.patch(batch)
-    assert results["last_row/others"].abs().max() == 0 and results["last_row/patched"].abs().max() > 0
-
-
 def test_the_cue_is_under_the_pixels_that_differ(runs, pairs):
     run = runs["causal"]
     batch = pair_batch(run.mllm(), Pairs(pairs, run.metrics["classes"]), [0, 1], len(run.metrics["classes"]))
@@ -159,25 +134,6 @@ def test_states_that_never_reach_the_model_are_an_error(runs, tmp_path, monkeypa
     monkeypatch.setattr(FrozenMLLM, "states", ignore)
     with pytest.raises(RuntimeError, match="'all' of the experiment 'mask' changed nothing"):
         patch_states(runs["causal"], plan("bidirectional"), None, tmp_path)
-
-
-def test_a_killed_analysis_goes_on_with_its_batches(runs, tmp_path, monkeypatch):
-    run, patch, calls = runs["causal"], Experiment.patch, []
-    expected = patch_states(run, plan("bidirectional"), None, tmp_path / "whole")
-
-    def count(self, batch):
-        calls.append(batch.index)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return patch(self, batch)
-
-    monkeypatch.setattr(Experiment, "patch", count)
-    with pytest.raises(KeyboardInterrupt):
-        patch_states(run, plan("bidirectional"), None, tmp_path / "out")
-    assert patch_states(run, plan("bidirectional"), None, tmp_path / "out") == expected
-    assert calls == [[0, 1, 2, 3], [4, 5, 6, 7], [4, 5, 6, 7], [8]]
-    files = [(tmp_path / name / "patching.safetensors").read_bytes() for name in ("whole", "out")]
-    assert files[0] == files[1] and not (tmp_path / "out/patching.partial").exists()
 
 
 def test_layers_are_all_before_the_read_out_also_those_without_probes(checkpoints, runs, tmp_path):
@@ -275,19 +231,6 @@ def test_odd_pairs_are_errors(runs, pairs, tmp_path):
     ImageOps.invert(Image.open(picture)).save(picture)
     with pytest.raises(UserError, match="differ in all patches; expected a cue in some, and equal pixels elsewhere"):
         pair_batch(runs["causal"].mllm(), Pairs(tmp_path / "compressed", classes), list(range(9)), len(classes))
-
-
-def test_another_mask_shares_the_weights_and_leaves_the_model_alone(runs):
-    run = ProbeRun(runs["causal"].path)
-    mllm = run.mllm()
-    pixels = mllm.preprocess([run.dataset()[0]["image"]])
-    before = mllm.states(pixels, [READ_OUT])[READ_OUT]
-    other = mllm.with_attention("bidirectional")
-    assert other.model is mllm.model and mllm.image_attention == "causal"
-    assert not torch.equal(other.states(pixels, [READ_OUT])[READ_OUT], before)
-    assert torch.equal(mllm.states(pixels, [READ_OUT])[READ_OUT], before)
-    with pytest.raises(UserError, match="sideways"):
-        mllm.with_attention("sideways")
 
 
 def test_the_report_shows_the_numbers_of_the_analysis(patched, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,8 +22,6 @@ PLANS = {
     "paper": {},
     "layers": {"layers": [2]},
     "site of the predictions": {"block_by": "layer_02"},
-    "correct ones": {"block_set": "correct"},
-    "own key": {"keep_own_key": True},
 }
 
 
@@ -37,29 +36,22 @@ def blocked(request, runs, tmp_path) -> tuple[ProbeRun, Plan, dict]:
     for image, sample in enumerate(run.dataset()):
         truth = true_classes(torch.from_numpy(sample["target"])[None], 3, reader.mllm)
         predicted = reader.predict(reader.mllm.preprocess([sample["image"]]))
-        how = (run.layers.index(plan.block_by), 1, plan.block_set)
-        for case in find_cases(predicted, truth, torch.tensor([image]), classes.index(name), *how):
+        layer = run.layers.index(plan.block_by)
+        for case in find_cases(predicted, truth, torch.tensor([image]), classes.index(name), layer):
             tokens[image] = case.blocked
     return run, plan, tokens
 
 
-def cut(blocked: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """Return the blocked tokens bool[T], or the pairs bool[T, T] without each token's own key, one by one."""
-    if not plan.keep_own_key:
-        return blocked
-    return torch.tensor([[bool(blocked[k]) and q != k for k in range(len(blocked))] for q in range(len(blocked))])
-
-
 def test_maps_are_those_of_the_runs_knockout(blocked):
     run, plan, tokens = blocked
-    assert json.loads(json.dumps(Plan.of_run(run).to_json())) == json.loads(json.dumps(plan.to_json()))
+    assert Plan.of_run(run) == replace(plan, controls=[])
     main(["maps", "--probes", str(run.path), "--image", "0", "--classes", *plan.classes])
     (entry,) = json.loads((run.path / "maps.json").read_text())["knockout"]
     assert entry["how"] == plan.describe() and bool(plan.describe()) == (plan != Plan(plan.classes))
     maps = load_file(run.path / "maps.safetensors")[f"knockout/{plan.classes[0]}"]
     reader, sample = PatchReader(run), run.dataset()[entry["image"]]
     for i, condition in enumerate(("incorrect", "correct"), 1):
-        expected = predict_maps(reader, sample, run.layers, cut(tokens[entry["image"]][condition], plan), plan.layers)
+        expected = predict_maps(reader, sample, run.layers, tokens[entry["image"]][condition], plan.layers)
         assert torch.equal(maps[i], expected), condition
 
 
@@ -73,7 +65,7 @@ def test_the_explorer_shows_the_runs_knockout(blocked):
         for condition in ("incorrect", "correct"):
             reading, expected = image.readings[condition], tokens[image.image][condition]
             assert torch.equal(reading.blocked, expected)
-            states = mllm.states(pixels, ["layer_03"], Knockout(cut(expected, plan)[None], plan.layers))["layer_03"]
+            states = mllm.states(pixels, ["layer_03"], Knockout(expected[None], plan.layers))["layer_03"]
             probabilities = run.probes()["layer_03"](states.float())[0].softmax(-1).max(1).values
             site = explored.sites.index("layer_03")
             torch.testing.assert_close(reading.class_probabilities[0, site], probabilities)

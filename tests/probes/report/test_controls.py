@@ -7,9 +7,7 @@ from itertools import permutations
 from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
-from probe_runs import write_run, write_solved
 from report_parts import figures_of
 from safetensors.torch import load_file, save_file
 
@@ -25,19 +23,6 @@ from probes.results.study import read_studies
 CURVE = [0.5, 0.4, 0.5, 0.6, 0.7, 0.7]  # encoder, adapter, layers 1 to 3, final norm
 FLAT = [0.5, 0.4, 0.4, 0.4, 0.4, 0.4]
 MASKS = ("causal", "bidirectional")
-
-
-@pytest.fixture
-def write(tmp_path):
-    root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
-
-    def write(name, quality, seed=0, *, mask="causal", solved=False, **metrics) -> str:
-        path, options = tmp_path / f"{mask}_{name}", {"root": root, "mask": mask, "seed": seed, "metrics": metrics}
-        if solved:
-            return write_solved(path, [quality] * 3, **options)
-        return str(write_run(path, quality, **options))
-
-    return write
 
 
 def set_accuracy_of_patch_0(run: str, accuracy: list[float]) -> None:
@@ -83,6 +68,8 @@ def test_draws_are_paired_by_their_number(part, write, tmp_path):
         found = study.random_draws(part, solved=False)
         assert [set(runs) for runs in found] == expected
         assert all({run.metrics["draw"] for run in runs.values()} == {i} for i, runs in enumerate(found))
+    with pytest.raises(ValueError, match="are the same draw of random weights; pass only one"):
+        read_studies([*order, write("again", FLAT, 9, **control, draw=1)])
     claims = write_report(order, tmp_path / "report")["claims"]
     compared = "recovery" if part == "llm" else "adapter_drop"
     by_mask = {c["image_attention"]: c["verdicts"]["beyond_random"] for c in claims if c["claim"] == compared}

@@ -7,12 +7,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import probe_runs
 import pytest
 import tiny_models
 import torch
 from probe_runs import ROWS, random_counts, write_run, write_solved
-from report_parts import figures_of
 from safetensors.torch import load_file, save_file
 
 from llava_bidir.common.bootstrap import simultaneous_band
@@ -21,8 +19,8 @@ from probes.evaluation.metrics import Counts
 from probes.report.claims import evaluate_claims
 from probes.report.effects import cross_validated_layers, image_folds
 from probes.report.figures.layer_curves import overview_figures
-from probes.report.path import neighbours, path_rows, path_verdicts, sites_at_edge
-from probes.report.summary_text import summarize_path
+from probes.report.path import neighbours, path_rows, sites_at_edge
+from probes.report.summary_text import edge_notes
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 
@@ -69,26 +67,19 @@ def numpy_layers(sites, counts: Counts, fold) -> list[int]:
     return chosen
 
 
-def numpy_values(counts: Counts, loss, sites, fold, weights=None) -> dict[tuple[str, str], float]:
-    """Drop-off and recovery in both measures."""
+def numpy_values(counts: Counts, sites, fold, weights=None) -> dict[str, float]:
+    """Drop-off and recovery."""
     right, predicted, labelled = (np.asarray(x) for x in counts[:3])
-    images, loss = np.arange(len(labelled)), np.asarray(loss)
-    weights = np.ones(len(labelled)) if weights is None else np.asarray(weights, dtype=float)
+    images = np.arange(len(labelled))
     at = {"encoder": [sites.index("encoder")] * len(images), "adapter": [sites.index("adapter")] * len(images)}
     at["best"] = numpy_layers(sites, counts, fold)
     miou = {k: numpy_miou(right[i, images], predicted[i, images], labelled, weights) for k, i in at.items()}
-    nats = {k: (weights * loss[i, images]).sum() / (weights @ labelled.sum(1)) for k, i in at.items()}
-    return {
-        ("adapter_drop", "miou"): miou["encoder"] - miou["adapter"],
-        ("recovery", "miou"): miou["best"] - miou["adapter"],
-        ("adapter_drop", "cross_entropy"): nats["adapter"] - nats["encoder"],
-        ("recovery", "cross_entropy"): nats["adapter"] - nats["best"],
-    }
+    return {"adapter_drop": miou["encoder"] - miou["adapter"], "recovery": miou["best"] - miou["adapter"]}
 
 
 def close_layers(images=23, classes=4, seed=1) -> Counts:
     """Counts of encoder, adapter and three layers so similar that folds disagree about the best."""
-    return random_counts([0.6, 0.5, 0.6, 0.6, 0.6], images, classes, seed)[0]
+    return random_counts([0.6, 0.5, 0.6, 0.6, 0.6], images, classes, seed)
 
 
 SITES = ["encoder", "adapter", "layer_01", "layer_02", "layer_03"]
@@ -137,7 +128,7 @@ def test_cross_validated_layers_equal_a_loop(groups):
 def test_cross_validation_of_pure_noise_finds_no_recovery():
     gains = {"plain": [], "cross-validated": []}
     for seed in range(20):
-        counts = random_counts([0.5] * 12, 20, 4, seed)[0]
+        counts = random_counts([0.5] * 12, 20, 4, seed)
         sites, images = ["adapter", *(f"layer_{i:02d}" for i in range(1, 12))], torch.arange(20)
         miou = [numpy_miou(counts.intersection[i], counts.predicted[i], counts.labelled) for i in range(12)]
         best = cross_validated_layers(sites, counts)
@@ -153,37 +144,24 @@ def test_without_layers_or_with_one_image():
     assert cross_validated_layers(SITES, counts).shape == (1,)
 
 
-def test_rows_equal_numpy(paths):
+def test_rows_equal_numpy_with_the_simultaneous_band_of_the_shared_resamplings(paths):
     (study,) = read_studies([paths["solved"], paths["solved_untrained"]])
-    rows = {(r["effect"], r["measure"], r["row"]): r for r in path_rows(study)}
-    run, control = ProbeRun(paths["solved"]), ProbeRun(paths["solved_untrained"])
+    run, control = study.solved["causal"], study.solved_untrained["causal"]
+    run.weights = control.weights = run.weights[:60]
+    rows = {(r["effect"], r["row"]): r for r in path_rows(study)}
     fold, path, untrained = np.arange(40) % 10, run.path_counts(), control.path_counts()
     for i, name in enumerate(ROWS):
-        values, others = (numpy_values(*p[i], run.sites, fold) for p in (path, untrained))
-        for (effect, measure), value in values.items():
-            assert rows.pop((effect, measure, name))["value"] == pytest.approx(value)
-            if effect == "recovery":
-                row = rows.pop(("recovery_trained", measure, name))
-                assert row["value"] == pytest.approx(value - others[effect, measure])
-    assert not rows
-
-
-def test_rows_have_the_simultaneous_band_of_the_shared_resamplings(paths):
-    (study,) = read_studies([paths["solved"]])
-    run = ProbeRun(paths["solved"])
-    run.weights = run.weights[:60]
-    study.members = [run]
-    rows = [r for r in path_rows(study) if r["effect"] == "adapter_drop"]
-    for measure in ("miou", "cross_entropy"):
-        resampled = np.array([
-            [numpy_values(*path, run.sites, np.arange(40) % 10, w)["adapter_drop", measure] for w in run.weights]
-            for path in run.path_counts()
-        ])  # fmt: skip
-        sd = resampled.std(1, ddof=1, keepdims=True)
-        quantile = np.quantile((np.abs(resampled - resampled.mean(1, keepdims=True)) / sd).max(0), 0.95)
-        for row, s in zip([r for r in rows if r["measure"] == measure], sd[:, 0], strict=True):
-            assert row["high"] - row["value"] == pytest.approx(quantile * s, rel=1e-5)
-            assert row["value"] - row["low"] == pytest.approx(quantile * s, rel=1e-5)
+        values, others = (numpy_values(p[i], run.sites, fold) for p in (path, untrained))
+        values["recovery_trained"] = values["recovery"] - others["recovery"]
+        assert {effect: rows[effect, name]["value"] for effect in values} == pytest.approx(values)
+    assert len(rows) == 3 * 3
+    drop = [[numpy_values(x, run.sites, fold, w)["adapter_drop"] for w in run.weights.numpy()] for x in path]
+    drop = np.array(drop)
+    sd = drop.std(1, ddof=1, keepdims=True)
+    quantile = np.quantile((np.abs(drop - drop.mean(1, keepdims=True)) / sd).max(0), 0.95)
+    for name, s in zip(ROWS, sd[:, 0], strict=True):
+        row = rows["adapter_drop", name]
+        assert [row["high"] - row["value"], row["value"] - row["low"]] == pytest.approx([quantile * s] * 2, rel=1e-5)
 
 
 def choose(path: Path, strengths: dict[str, list[float]], chosen: dict[str, float]) -> ProbeRun:
@@ -205,9 +183,9 @@ def test_rows_follow_the_choice_of_each_site(paths, root, tmp_path):
     rows = {name: row.tolist() for name, row in neighbours(run).items()}
     assert rows == {"stronger": [0, 1, 1, 1, 1, 1], "chosen": [1, 2, 2, 2, 2, 2], "weaker": [2, 2, 2, 2, 2, 2]}
     assert sites_at_edge(run) == run.sites[1:]
-    values = {row["row"]: row["value"] for row in path_rows(*read_studies([str(path)]))
-              if (row["effect"], row["measure"]) == ("adapter_drop", "miou")}  # fmt: skip
-    score = lambda r, site: numpy_miou(*(x[site] for x in run.path_counts()[r][0][:2]), run.counts.labelled)
+    rows = path_rows(*read_studies([str(path)]))
+    values = {row["row"]: row["value"] for row in rows if row["effect"] == "adapter_drop"}
+    score = lambda r, site: numpy_miou(*(x[site] for x in run.path_counts()[r][:2]), run.counts.labelled)
     assert values["stronger"] == pytest.approx(score(0, 0) - score(1, 1))
     assert values["weaker"] == pytest.approx(score(2, 0) - score(2, 1))
     run = choose(path, {"others": [1.0, 0.1, 0.01]}, {"others": 1.0})
@@ -216,55 +194,31 @@ def test_rows_follow_the_choice_of_each_site(paths, root, tmp_path):
     assert solved.solved_strengths == [[1, 2, 3]] * 6 and sites_at_edge(solved) == []
 
 
-# ------------------------------------------------------------------------------------------------ verdicts
-def test_verdicts_follow_the_lower_bound_and_the_certificates(paths):
-    (study,) = read_studies([paths["solved"], paths["solved_untrained"]])
-    verdicts = {(v["effect"], v["measure"]): v for v in path_verdicts(study)}
-    assert len(verdicts) == 6
-    for verdict in verdicts.values():
-        for row in verdict["estimates"]:
-            assert row["holds"] == (row["low"] > 0 and row["converged"])
-    drop = verdicts["adapter_drop", "miou"]  # the encoder has not converged at the weaker strength
-    assert (drop["verdict"], drop["holds"], drop["not_converged"]) == ("at some strengths", ["chosen"], ["weaker"])
-    assert drop["estimates"][2]["low"] > 0
-    assert verdicts["recovery", "miou"]["verdict"] == "at all strengths"  # does not read the encoder
-    assert verdicts["recovery_trained", "cross_entropy"]["verdict"] == "at all strengths"
+def converged_rows(paths) -> dict[tuple[str, str], bool]:
+    return {(row["effect"], row["row"]): row["converged"] for row in path_rows(*read_studies(paths))}
 
 
-def test_a_layer_that_is_not_read_need_not_converge(root, tmp_path):
-    for site, missing in (("layer_01", []), ("layer_03", [*ROWS])):  # the best is layer 3
+def test_rows_count_if_the_sites_that_they_read_have_converged(paths, root, tmp_path):
+    """The encoder has not converged at the weaker strength; the best layer is layer 3."""
+    found = converged_rows([paths["solved"]])
+    assert [effect for effect, converged in found.items() if not converged] == [("adapter_drop", "weaker")]
+    for site, missing in (("layer_01", 0), ("layer_03", 3)):
         path = write_solved(tmp_path / site, [CURVE] * 3, root=root, converged=lambda row, name: name != site)  # noqa: B023
-        verdicts = {(v["effect"], v["measure"]): v for v in path_verdicts(*read_studies([path]))}
-        assert verdicts["recovery", "miou"]["not_converged"] == missing
-        assert verdicts["recovery", "miou"]["verdict"] == ("at none" if missing else "at all strengths")
+        assert list(converged_rows([path]).values()).count(False) == missing
 
 
 def test_the_untrained_model_must_converge_too(paths, root, tmp_path):
     converged = lambda row, site: (row, site) != ("weaker", "adapter")
     control = write_solved(tmp_path / "run", [FLAT] * 3, root=root, untrained=True, converged=converged)
-    verdicts = path_verdicts(*read_studies([paths["solved"], control]))
-    missing = {v["effect"]: v["not_converged"] for v in verdicts}
-    assert missing == {"adapter_drop": ["weaker"], "recovery": [], "recovery_trained": ["weaker"]}
+    found = converged_rows([paths["solved"], control])
+    missing = [key for key, converged in found.items() if not converged]
+    assert missing == [("adapter_drop", "weaker"), ("recovery_trained", "weaker")]
 
 
-def test_summary_says_what_holds_where(paths):
-    (study,) = read_studies([paths["solved"]])
-    first, second = summarize_path(path_verdicts(study), {"causal": []})
-    assert first.startswith("Above zero at the chosen strength and its neighbours: recovery in mIoU (causal); ")
-    assert second.startswith(
-        "Not at all of them: drop-off in mIoU (causal: at chosen; not converged at weaker); drop-off in cross-entropy"
-    )
-    case = {"image_attention": "causal", "effect": "recovery_trained", "measure": "cross_entropy"}
-    none = case | {"verdict": "at none", "holds": [], "not_converged": [], "estimates": []}
-    first, second, third = summarize_path([none], {"causal": ["encoder", "layer_02"]})
-    assert first == "Above zero at the chosen strength and its neighbours: none of the effects."
-    effect = "recovery minus that of the untrained model in cross-entropy"
-    assert second == f"Not at all of them: {effect} (causal: at none)."
-    assert third.startswith(
-        "Under causal attention, the cross-validated loss is lowest at an end of the path at encoder, "
-    )
-    assert summarize_path([none | {"verdict": "at all strengths"}], {})[1] == "Not at all of them: none of the effects."
-    assert summarize_path([], {}) == []
+def test_a_choice_at_an_end_of_the_path_is_said():
+    assert edge_notes({"causal": [], "bidirectional": []}) == []
+    (note,) = edge_notes({"causal": ["encoder", "layer_02"], "bidirectional": []})
+    assert "causal" in note and "lowest at an end of the path at encoder, layer_02" in note
 
 
 # ------------------------------------------------------------------------------------------------ studies
@@ -282,12 +236,6 @@ def test_the_order_of_the_runs_does_not_matter(paths):
         assert str(study.control("causal").path) == paths["sgd_untrained"]
 
 
-def test_a_solved_run_alone_is_also_the_main_run(paths):
-    (study,) = read_studies([paths["solved"]])
-    assert study.trained == study.solved and list(study.solved) == ["causal"]
-    assert len(study.members) == 1
-
-
 def test_effects_never_mix_solved_and_trained_probes(paths, root, tmp_path):
     (study,) = read_studies([paths["sgd"], paths["solved_untrained"]])
     assert study.untrained == study.solved_untrained and study.control("causal") is None
@@ -303,19 +251,6 @@ def test_effects_never_mix_solved_and_trained_probes(paths, root, tmp_path):
     assert [str(run.path) for run in study.pair()] == [paths["solved"], other]
 
 
-def test_solved_runs_that_do_not_belong_together_are_rejected(paths, root, tmp_path):
-    with pytest.raises(ValueError, match="both the trained run under 'causal'"):
-        read_studies([paths["solved"], paths["sgd"], paths["solved"]])
-    other = write_solved(tmp_path / "other", [CURVE] * 3, root=root, mask="bidirectional")
-    metrics = json.loads((tmp_path / "other/metrics.json").read_text())
-    metrics["probe"]["folds"] = 5
-    (tmp_path / "other/metrics.json").write_text(json.dumps(metrics))
-    with pytest.raises(ValueError, match="their probes differ in folds, 4 and 5"):
-        read_studies([paths["solved"], paths["sgd"], other])
-    with pytest.raises(ValueError, match="only untrained controls were passed"):
-        read_studies([paths["solved_untrained"]])
-
-
 # ------------------------------------------------------------------------------------------------ pages
 def read_csv(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.open()))
@@ -324,31 +259,12 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 def test_report_of_solved_runs_alone(paths, tmp_path, capsys):
     main(["report", paths["solved"], paths["solved_untrained"], "--out", str(tmp_path)])
     results, html = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "index.html").read_text()
-    assert {v["effect"] for v in results["path"]} == {"adapter_drop", "recovery", "recovery_trained"}
     text = capsys.readouterr().out
-    assert "Above zero at the chosen strength and its neighbours" in text
     assert "As the paper measures it: untested, the number is that of solved probes: run `probes fit" in text
     assert {claim["verdicts"]["paper"]["verdict"] for claim in results["claims"]} == {"untested"}
     assert {claim["conclusion"] for claim in results["claims"]} == {"untested", "does not hold"}
-    assert "Probes at neighbouring strengths of regularisation" in html and "solved instead of\ntrained" in html
-    assert "AdamW" not in html
+    assert "solved instead of\ntrained" in html and "AdamW" not in html
     assert {row["probes"] for row in read_csv(tmp_path / "classes.csv")} == {"solved"}
-    rows = read_csv(tmp_path / "path.csv")
-    assert len(rows) == 2 * 3 * 3
-    assert list(rows[0]) == [
-        "image_attention",
-        "effect",
-        "measure",
-        "row",
-        "value",
-        "low",
-        "high",
-        "holds",
-        "converged",
-    ]
-    flat = [row for verdict in results["path"] for row in verdict["estimates"]]
-    assert [float(row["value"]) for row in rows] == [row["value"] for row in flat]
-    assert (tmp_path / "path.png").stat().st_size > 1000 and (tmp_path / "path.pdf").is_file()
 
 
 def test_report_of_trained_and_solved_runs(paths, tmp_path, capsys):
@@ -356,44 +272,16 @@ def test_report_of_trained_and_solved_runs(paths, tmp_path, capsys):
     assert "run `probes fit" not in capsys.readouterr().out
     results, html = json.loads((tmp_path / "results.json").read_text()), (tmp_path / "index.html").read_text()
     assert results["masks"]["causal"]["probing"] == ProbeRun(paths["sgd"]).metrics
-    assert "Dotted: probes trained with AdamW." in html and "Solved probes: one linear head" in html
-    assert "Hollow: not converged, not counted." in html
-    assert all(path in html for path in paths.values())
-    assert len(read_csv(tmp_path / "path.csv")) == 18
-
-
-def test_dotted_lines_are_the_claims_of_the_trained_run(paths):
-    (study,) = read_studies(paths.values())
-    axes = figures_of(study)["path"].data.figure.axes
-    dotted = [[line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"] for ax in axes]
-    claims = {claim["claim"]: 100 * claim["value"] for claim in evaluate_claims(study)}
-    expected = [[claims[name]] for name in ("adapter_drop", "recovery", "recovery_trained")]
-    assert dotted == [*expected, [], [], []]
+    assert "Solved probes: one linear head" in html and all(path in html for path in paths.values())
 
 
 def test_claims_choose_the_best_layer_by_cross_validation(root, tmp_path):
     path = write_run(tmp_path / "run", [0.6, 0.5, 0.6, 0.6, 0.6, 0.6], root=root, seed=2, groups=torch.arange(40) % 7)
     run, (study,) = ProbeRun(path), read_studies([str(path)])
     claim = next(claim for claim in evaluate_claims(study) if claim["claim"] == "recovery")
-    loss = torch.zeros(run.counts.intersection.shape[:2])
-    expected = numpy_values(run.counts, loss, run.sites, np.arange(40) % 7)["recovery", "miou"]
+    expected = numpy_values(run.counts, run.sites, np.arange(40) % 7)["recovery"]
     assert claim["value"] == pytest.approx(expected)
     assert claim["value"] < run.metrics["summary"]["recovery"] - 1e-6  # the paper's plain maximum stays in the tables
-
-
-def test_solved_run_of_a_model(checkpoints, segmentation, tmp_path):
-    arguments = probe_runs.arguments(checkpoints["causal"], segmentation, tmp_path / "run")
-    epochs = arguments.index("--trainer.max_epochs")
-    few = ["--strengths", "1", "0.1"]  # small strengths take minutes on data this small
-    main(["solve", *arguments[1:epochs], *arguments[epochs + 2 :], *few])
-    main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "report")])
-    scores = {entry["site"]: entry for entry in ProbeRun(tmp_path / "run").site_paths}
-    at = lambda site, measure: scores[site][measure][scores[site]["strengths"].index(scores[site]["chosen"])]
-    for row in read_csv(tmp_path / "report/path.csv"):
-        if (row["effect"], row["row"]) == ("adapter_drop", "chosen"):
-            sign = 1 if row["measure"] == "miou" else -1
-            expected = sign * (at("encoder", row["measure"]) - at("adapter", row["measure"]))
-            assert float(row["value"]) == pytest.approx(expected, abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------ damaged files
@@ -406,9 +294,7 @@ def damage(name, change):
     [
         (damage("optimum/intersection", lambda x: x[:1]), r"optimum/intersection is torch.int32 \[1, 6, 40, 3\]"),
         (damage("optimum/predicted", lambda x: -x), "optimum/predicted is .*expected non-negative integers"),
-        (damage("optimum/predicted", lambda x: x.double()), "optimum/predicted is torch.float64"),
         (damage("optimum/cross_entropy", lambda x: x / 0), "cross_entropy is .*expected non-negative finite numbers"),
-        (damage("optimum/cross_entropy", lambda x: x.long()), "optimum/cross_entropy is torch.int64"),
         (lambda tensors: {k: x for k, x in tensors.items() if k != "optimum/predicted"}, "has no optimum/predicted"),
     ],
 )
@@ -425,11 +311,6 @@ def test_damaged_counts_of_the_path_are_named(paths, tmp_path, change, message):
     [
         (lambda path: path | {"optimum": {"strengths": [1], "sites": [{"site": "encoder", "chosen": 1}]}}, "strengths"),
         (lambda path: {k: x for k, x in path.items() if k != "optimum"}, "path does not have the sites of the run"),
-        (lambda path: path["optimum"]["sites"].pop() and path, "path does not have the sites of the run"),
-        (
-            lambda path: path["optimum"]["sites"][1].pop("miou") and path,
-            "'adapter' does not have one miou per strength",
-        ),
         (lambda path: path["optimum"]["sites"][1]["strengths"].reverse() or path, "'adapter' are not in order"),
         (lambda path: path["optimum"]["sites"][1].update(chosen=1.0) or path, "not solved at the chosen strength 1.0"),
         (lambda path: path["optimum"]["sites"][1]["miou"].__setitem__(0, 0.5) or path, r"numbers of .*\[3, 4\]"),
@@ -482,19 +363,3 @@ def test_overviews_name_the_probes_of_each_model_if_they_differ(root, tmp_path):
         assert "heights cannot be compared" in figure.caption
     (alone, *_) = overview_figures(read_studies(runs[::2]))
     assert [text.get_text() for text in alone.data.figure.legends[0].get_texts()] == ["one"]
-
-
-def test_seeds_with_other_kinds_of_probes_are_not_joined(root, tmp_path):
-    runs = [str(write_run(tmp_path / "sgd", CURVE, root=root, metrics={"seed": 0}))]
-    runs.append(write_solved(tmp_path / "solved", [CURVE] * 3, root=root, seed=1, metrics={"seed": 1}))
-    runs.append(write_solved(tmp_path / "solved0", [CURVE] * 3, root=root, seed=2, metrics={"seed": 0}))
-    random = write_run(tmp_path / "random", FLAT, root=root, untrained=True, metrics={"seed": 0})
-    main(["report", *runs, str(random), "--out", str(tmp_path / "out")])
-    (joint,) = json.loads((tmp_path / "out/results.json").read_text())["joint"]
-    drop = next(claim for claim in joint["claims"] if claim["claim"] == "adapter_drop")
-    assert drop["value"] is drop["verdicts"]["paper"]["value"] is None and not drop["holds"]
-    assert drop["verdicts"]["paper"]["reason"].startswith("fewer than two seeds have a verdict; seed 1: the number is")
-    assert drop["verdicts"]["optimum"]["value"] is not None
-    assert [row["probes"] for row in read_csv(tmp_path / "out/table2.csv")][:2] == ["trained", "solved"]
-    assert joint["left_out"] == [{"claim": "recovery_trained", "image_attention": "causal", "lacking": [1]}]
-    assert "Left out: recovery trained (causal;" in (tmp_path / "out/index.html").read_text()

@@ -1,6 +1,5 @@
 """Claims of several seeds jointly: the seed is the unit; images that seeds share count once."""
 
-import csv
 import json
 
 import numpy as np
@@ -9,11 +8,10 @@ import pytest
 import scipy.stats
 import tiny_models
 import torch
-from probes.report.figures.seeds import seed_figures
 
 from llava_bidir.common.bootstrap import bootstrap_weights
 from probes.cli import main
-from probes.report.seeds import join_column, join_entries, mean_over_seeds
+from probes.report.seeds import join_column, mean_over_seeds
 from probes.report.verdicts import compare_to_draws, judge_draws
 from probes.results.study import read_studies
 
@@ -37,7 +35,7 @@ def test_interval_equals_scipys_t_and_is_never_shorter_than_that_over_images():
 
 
 @pytest.mark.parametrize("shared_images", [True, False])
-@pytest.mark.parametrize("spread", [0.0, 0.05, 0.1, 0.2, 0.3])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 0.3])
 def test_interval_covers_the_mean_over_seeds_and_images(spread, shared_images):
     """Hierarchical data: seeds differ by `spread`, images by 0.5; five seeds of 50 images."""
     generator, covered = torch.Generator().manual_seed(0), 0
@@ -52,7 +50,7 @@ def test_interval_covers_the_mean_over_seeds_and_images(spread, shared_images):
     assert covered >= 0.93 * STUDIES
 
 
-@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.05), (3, 0.3), (5, 0.1), (5, 0.3)])
+@pytest.mark.parametrize(("seeds", "spread"), [(3, 0.3), (5, 0.1)])
 @pytest.mark.parametrize("shared_images", [True, False])
 def test_interval_beyond_draws_covers_the_mean_over_seeds_images_and_draws(seeds, spread, shared_images):
     """Each seed has two random draws of its own, which differ by `spread`; images differ by 0.5."""
@@ -101,8 +99,6 @@ def test_report_joins_runs_of_several_seeds(tmp_path, capsys):
     assert "seeds 0, 1, 2 jointly" in capsys.readouterr().out
     page = (tmp_path / "out/index.html").read_text()
     assert "seeds 0, 1, 2 jointly" in page and "0 of 0 tested claims are supported" in page
-    with (tmp_path / "out/seeds_1.csv").open() as file:
-        assert {row["seed"] for row in csv.DictReader(file)} == {"0", "1", "2"}
 
 
 @pytest.mark.parametrize("names", [("m", "m", "m, seed 1"), ("clip vicuna", "clip_vicuna")])
@@ -112,29 +108,6 @@ def test_studies_of_one_folder_are_an_error(names, tmp_path):
     runs = [f"{name}={write(tmp_path / str(seed), root, seed, images=40)}" for seed, name in enumerate(names)]
     with pytest.raises(SystemExit, match="would be written to the same folder, .*NAME=RUN"):
         main(["report", *runs, "--out", str(tmp_path / "out")])
-
-
-def test_curve_of_seeds_is_their_mean_beside_that_of_all_random_llms(tmp_path):
-    root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
-    folders = [write(tmp_path / f"{seed}", root, seed) for seed in (0, 1, 2)]
-    for seed in (0, 1, 2):
-        for draw in (0, 1):
-            path, metrics = tmp_path / f"r{seed}{draw}", {"seed": seed, "untrained": ["llm"]}
-            options = {"root": root, "images": 40 + seed, "seed": 10 * seed + draw}
-            metrics |= {"match": "update", "draw": draw}
-            folders.append(str(probe_runs.write_run(path, CURVE[::-1], metrics=metrics, **options)))
-    ((figure,),) = seed_figures(studies := read_studies(folders)).values()
-    (ax,) = figure.data.figure.axes
-    miou = lambda run: [100 * entry["miou"] for entry in run.metrics["sites"] if entry["site"] != "final_norm"]
-    *seeds, mean, random = [line.get_ydata() for line in ax.lines]
-    assert np.allclose(seeds, [miou(study.trained["causal"]) for study in studies])
-    assert np.allclose(mean, np.mean(seeds, 0))
-    draws = [[miou(run["causal"]) for run in study.random_draws("llm", False)] for study in studies]
-    assert np.shape(draws) == (3, 2, len(mean)) and np.allclose(random, np.mean(draws, (0, 1))[2:])
-    ((without,),) = seed_figures(read_studies(folders[:-2])).values()  # the last seed has no random LLM
-    assert "Diamonds" in figure.caption and "Diamonds" not in without.caption
-    assert len(without.data.figure.axes[0].lines) == 4
-    assert not seed_figures(read_studies(folders[:1]))
 
 
 def test_a_seed_without_solved_probes_does_not_hide_the_distance_of_the_others():
@@ -148,17 +121,3 @@ def test_a_seed_without_solved_probes_does_not_hide_the_distance_of_the_others()
     joint = join_column(1, {0: paper(0.1, 0.03), 1: paper(0.2, None), 2: paper(0.3, 0.05)}, shared_images=False)
     assert joint["value"] == pytest.approx(0.2) and joint["below_optimum"]["value"] == pytest.approx(0.04)
     assert join_column(1, {0: paper(0.1, 0.03), 1: paper(0.2, None)}, shared_images=False)["below_optimum"] is None
-
-
-def test_entries_keep_what_all_seeds_have():
-    estimate = lambda value: {"value": value, "ci95": [value - 1, value + 1]}
-    row = lambda name, value: {"row": name, "recovery": estimate(value), "converged": value < 3}
-    first = {"task": "depth", "seed": 0, "path": [row("chosen", 1.0), row("weaker", 2.0)], "drop": estimate(1.0)}
-    second = {"task": "depth", "seed": 1, "path": [row("weaker", 4.0)]}
-    joint = join_entries([0, 1], [first, second], shared_images=False)
-    assert joint["task"] == "depth" and joint["seed"] is None and "drop" not in joint
-    (weaker,) = joint["path"]
-    assert weaker["row"] == "weaker" and weaker["converged"] is False
-    assert weaker["recovery"]["value"] == 3.0 and weaker["recovery"]["by_seed"] == {0: 2.0, 1: 4.0}
-    expected = mean_over_seeds([(2.0, [1.0, 3.0]), (4.0, [3.0, 5.0])], shared_images=False)
-    assert weaker["recovery"]["ci95"] == expected[1]

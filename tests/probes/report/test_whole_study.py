@@ -1,4 +1,4 @@
-"""Reports over models and datasets, mask comparison and confusions, on runs without a model."""
+"""Reports over models and datasets, and mask comparison, on runs without a model."""
 
 import csv
 import itertools
@@ -11,7 +11,6 @@ import pytest
 import tiny_models
 import torch
 from probe_runs import write_run
-from probes.report.confusion import first_halved_layer, most_confused_pairs
 from report_parts import figures_of
 
 from llava_bidir.common.bootstrap import interval
@@ -19,8 +18,7 @@ from probes.analyses.style import COLOURS, MASK_COLOURS
 from probes.cli import main
 from probes.report.figures.layer_curves import models_by_dataset
 from probes.report.mask_comparison import compare_masks
-from probes.report.tables import table2_difference
-from probes.results.paper import PAPER, paper_encoder, probe_deviations
+from probes.results.paper import PAPER
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 
@@ -158,85 +156,6 @@ def test_report_over_several_models_and_datasets(several, tmp_path):
     html = unescape(html)
     assert PAPER["read_from"]["plots"] in html and PAPER["read_from"]["table2_ade20k_miou"] in html
     assert "must not be subtracted" in html
-
-
-def paper_like(root, path, **metrics):
-    """Return a run with the metadata of the paper's CLIP configuration."""
-    run = write_run(path, [0.5] * 35, root=root, dataset="ade20k", encoder="clip", metrics=metrics)
-    values = json.loads((run / "metrics.json").read_text())
-    for entry in values["sites"]:
-        entry["dim"] = 1024 if entry["site"] == "encoder" else 4096
-        entry["iou_per_class"] = [None] * 150
-    values |= {"images": 2000, "grid": [24, 24], "classes": [str(k) for k in range(150)]} | metrics
-    (run / "metrics.json").write_text(json.dumps(values))
-    return ProbeRun(run)
-
-
-def test_only_the_papers_configurations_are_compared_with_it(root, tmp_path, several):
-    assert paper_encoder(paper_like(root, tmp_path / "same")) == "clip"
-    other_runs = [{"images": 100}, {"dataset": "voc2012"}, {"grid": [8, 8]}, {"untrained": ["llm"]}]
-    other_runs += [{"image_attention": "prefix"}, {"image_attention": "bidirectional", "own_image_attention": "causal"}]
-    for i, metrics in enumerate(other_runs):
-        assert paper_encoder(paper_like(root, tmp_path / str(i), **metrics)) is None, metrics
-    assert all(paper_encoder(ProbeRun(path)) is None for path in several)
-    assert probe_deviations(ProbeRun(several[0])) == {"epochs": 2}
-
-
-def test_difference_to_the_paper_is_run_minus_paper(root, tmp_path):
-    run = paper_like(root, tmp_path / "causal")
-    (row,) = table2_difference(read_studies([str(run.path)]))
-    paper = PAPER["table2_ade20k_miou"]["clip"]
-    assert row["adapter"] == pytest.approx(run.metrics["summary"]["adapter"] - paper["causal"][0] / 100)
-    assert row["encoder"] == pytest.approx(run.metrics["summary"]["encoder"] - paper["encoder"] / 100)
-    assert row["probe_recipe"] == "epochs 2"
-
-
-@pytest.fixture(scope="module")
-def confused(root, tmp_path_factory):
-    """A causal run with confusions and statistics of the states."""
-    folder = tmp_path_factory.mktemp("confused")
-    return ProbeRun(write_run(folder / "run", CURVE, root=root, states=True, confusion=True))
-
-
-def test_confused_pairs_equal_a_loop(confused):
-    confusion, classes = confused.confusion.numpy(), confused.metrics["classes"]
-    pairs = most_confused_pairs(confused)
-    assert len(pairs) == 6 and [p["share"][1] for p in pairs] == sorted([p["share"][1] for p in pairs], reverse=True)
-    for entry in pairs:
-        a, b = classes.index(entry["label"]), classes.index(entry["predicted"])
-        assert a != b
-        for s in range(6):
-            assert entry["share"][s] == pytest.approx(confusion[s, a, b] / sum(confusion[s, a, k] for k in range(3)))
-
-
-def test_rare_labels_are_skipped(confused):
-    run = ProbeRun(confused.path)
-    rare = run._tensors["confusion"].clone()
-    rare[:, 0] = torch.tensor([0, 1, 0])  # one pixel of class 0, always wrong
-    run._tensors["confusion"] = rare
-    assert {entry["label"] for entry in most_confused_pairs(run)} == set(run.metrics["classes"][1:])
-
-
-def test_first_halved_layer_is_the_one_after_the_last_exception():
-    layers = ["adapter", "layer_01", "layer_02", "layer_03", "layer_04"]
-    assert first_halved_layer([0.4, 0.1, 0.3, 0.2, 0.2], layers) == "layer_03"
-    assert first_halved_layer([0.4, 0.2, 0.1, 0.0, 0.0], layers) == "layer_01"
-    assert first_halved_layer([0.4, 0.1, 0.1, 0.1, 0.3], layers) is None
-
-
-@pytest.mark.slow
-def test_sections_appear_if_their_data_exist(confused, pair, tmp_path):
-    main(["report", str(confused.path), "--out", str(tmp_path / "all")])
-    main(["report", *pair, "--out", str(tmp_path / "few")])
-    html = {name: (tmp_path / name / "index.html").read_text() for name in ("all", "few")}
-    sections = {name: set(re.findall(r"<h2\b[^>]*>(.*?)</h2>", text)) for name, text in html.items()}
-    optional = {"Hidden-state statistics", "Confused classes by layer"}
-    assert optional <= sections["all"] and not optional & sections["few"]
-    assert "Bidirectional vs. causal attention" in sections["few"] - sections["all"]
-    for name in ("states", "confusion_causal"):
-        assert all((tmp_path / f"all/{name}.{kind}").stat().st_size > 100 for kind in ("png", "pdf", "csv"))
-    results = json.loads((tmp_path / "all/results.json").read_text())
-    assert results["paired"] is None
 
 
 def test_captions_mention_only_what_is_drawn(root, tmp_path, pair):

@@ -1,11 +1,9 @@
 """Untrusted probe runs: damaged files are named, and names in them are shown as text, never executed."""
 
 import json
-import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import probe_runs
 import pytest
@@ -16,7 +14,6 @@ from hypothesis import strategies as st
 from json_values import json_values
 from safetensors.torch import load_file, save_file
 
-from probes.analyses.templates import render
 from probes.cli import main
 from probes.results.probe_run import ProbeRun
 
@@ -55,26 +52,18 @@ def rewrite(file: Path, *keys, value) -> None:
 
 WRONG = [
     ("metrics.json", ["seed"], True, "seed: .*valid integer, got 'True'"),
-    ("metrics.json", ["images"], "many", "images: .*valid integer, got 'many'"),
     ("metrics.json", ["images"], 0, "images: .*greater than or equal to 1, got '0'"),
     ("metrics.json", ["classes"], ["sky", "sky", "road"], "classes contains duplicates"),
-    ("metrics.json", ["classes", 1], 3, r"classes\[1\]: .*valid string, got '3'"),
-    ("metrics.json", ["grid"], [0, 2], r"grid\[0\]: .*greater than or equal to 1, got '0'"),
     ("metrics.json", ["grid"], [10**9, 10**9], r"grid\[0\]: .*less than or equal to 128"),
     ("metrics.json", ["sites"], KeyError, "sites: Field required"),
     ("metrics.json", ["sites", 0, "site"], "adapter", "sites contains duplicates"),
-    ("metrics.json", ["sites", 0, "dim"], 10**9, r"sites\[0\].dim: .*less than or equal to 1000000"),
     (
         "metrics.json",
         ["sites", 2, "iou_per_class"],
         [0.5],
         "iou_per_class of 'layer_01' does not have one value per class",
     ),
-    ("metrics.json", ["sites", 2, "miou_ci95"], [0.5], r"sites\[2\].miou_ci95: .*at least 2 items"),
-    ("metrics.json", ["sites", 2, "miou"], None, r"sites\[2\].miou: .*valid number, got 'None'"),
     ("metrics.json", ["sites", 2, "miou"], 40.5, r"sites\[2\].miou: .*from 0 to 1, got '40.5'"),
-    ("metrics.json", ["sites", 2, "pacc"], -0.1, r"sites\[2\].pacc: .*from 0 to 1, got '-0.1'"),
-    ("metrics.json", ["summary"], [], "summary: .*valid dictionary"),
     ("manifest.json", ["data", "root"], ["/"], "data.root: .*valid string"),
     ("manifest.json", ["mllm_training", "encoder"], "clip", "mllm_training: encoder: .*valid dictionary"),
 ]
@@ -107,10 +96,6 @@ def test_damaged_or_missing_json_is_named(file, content, run):
         (lambda t: t["labelled"].add_(1000), "are not counts of the same pixels"),
         (lambda t: t["patch_right"].add_(1000), "more pixels are counted under tokens"),
         (lambda t: t["patch_valid"].add_(1000), "more pixels are counted under tokens"),
-        (
-            lambda t: t.update(confusion=torch.zeros(2, 3, 3, dtype=torch.long)),
-            r"confusion .* \[2, 3, 3\]; .*\[6, 3, 3\]",
-        ),
     ],
 )
 def test_counts_that_do_not_fit_the_run_are_named(change, message, run):
@@ -210,17 +195,6 @@ def test_names_of_a_run_are_text_in_the_report(whole, run, tmp_path):
     assert after - before == {tmp_path / "evil"}, "nothing was written elsewhere"
 
 
-def test_names_of_a_run_are_text_in_the_explorer(tmp_path):
-    """They are in a JSON inside of a script element, which a `</script>` would end."""
-    for name, word in (("plain", "sky"), ("evil", EVIL)):
-        run = SimpleNamespace(path=word, metrics={"dataset": word})
-        facts = {"data": {"classes": [word], "words": [word]}, "blocks": {word: word}, "model": word, "runs": [run]}
-        (tmp_path / name).write_text(render("analyses/explore/explorer.html.j2", **facts))
-    assert scripts(tmp_path / "evil") == scripts(tmp_path / "plain")
-    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', (tmp_path / "evil").read_text(), re.S)
-    assert json.loads(data[1])["classes"] == [EVIL]
-
-
 # ------------------------------------------------------------------------------------------------ fuzz
 JSON = json_values(st.integers(-(10**12), 10**12) | st.floats(), st.text(max_size=5), leaves=5)
 
@@ -283,37 +257,6 @@ def test_checkpoint_with_any_value_anywhere_in_its_config_is_read_or_named(check
             assert str(folder) in str(error) or "no MLLM family" in str(error) or "cannot be probed" in str(error)
 
     check()
-
-
-def test_run_of_an_earlier_version_is_read(run, monkeypatch):
-    """Options were renamed: image_aspect to image_resize (square to squash), mllm_dtype to dtype."""
-    old = {"mllm": "m", "image_attention": None, "image_aspect": "square", "mllm_dtype": "auto", "untrained": None}
-    rewrite(run / "manifest.json", "config", value=old | {"seed": 3, "num_classes": 3})
-    rewrite(run / "metrics.json", "image_aspect", value="square")
-    monkeypatch.setattr("probes.models.load.load", lambda *args, **kwargs: (args, kwargs))
-    expected = {"dtype": "auto", "image_resize": "squash", "prefix": None, "untrained": (), "seed": 3}
-    expected |= {"match": "none", "draw": 0, "update_scales": None}
-    assert ProbeRun(run).mllm() == (("m", None), expected)
-    rewrite(run / "manifest.json", "config", "mllm_dtype", value=3)
-    with pytest.raises(ValueError, match="manifest.json: config: dtype: .*valid string, got '3'"):
-        ProbeRun(run).mllm()
-
-
-def test_run_of_an_earlier_version_with_several_sets_of_probes_is_read(run):
-    """Only its main probes, which are named by their site."""
-    before = ProbeRun(run)
-    facts = {"probe": {"learning_rate": 0.01}, "sites": before.metrics["sites"], "summary": {}}
-    rewrite(run / "metrics.json", "recipes", value={"fast": facts})
-    rewrite(run / "manifest.json", "config", value={"recipes": {"fast": {"learning_rate": 0.01}}})
-    sites = {entry["site"]: entry["dim"] for entry in before.metrics["sites"]}
-    main_probes = {f"{site}.head.weight": torch.randn(3, width) for site, width in sites.items()}
-    main_probes |= {f"{site}.head.bias": torch.randn(3) for site in sites}
-    others = {f"recipes/fast/{name}": torch.zeros(1) for name in main_probes}
-    save_file(main_probes | others, run / "probes.safetensors")
-    after = ProbeRun(run)
-    assert after.sites == before.sites and torch.equal(after.counts.predicted, before.counts.predicted)
-    for site, probe in after.probes().items():
-        assert torch.equal(probe.head.weight, main_probes[f"{site}.head.weight"])
 
 
 def test_analysis_of_other_probes_is_refused(segmentation, tmp_path):

@@ -1,0 +1,20 @@
+"""Studies of random counts that the tests of the report write."""
+
+import probe_runs
+import pytest
+import tiny_models
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a run by name; solved ones have the same accuracies at all strengths, unless `curves` says otherwise."""
+    root = tiny_models.write_segmentation(tmp_path / "data", 1, 1)
+
+    def write(name, quality, number=0, *, mask="causal", solved=False, curves=None, images=40, **metrics) -> str:
+        path = tmp_path / f"{mask}_{name}"
+        options = {"root": root, "mask": mask, "seed": number, "metrics": metrics, "images": images}
+        if solved:
+            return probe_runs.write_solved(path, curves or [quality] * 3, **options)
+        return str(probe_runs.write_run(path, quality, **options))
+
+    return write

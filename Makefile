@@ -45,7 +45,7 @@ $(VQA_VENV)/installed: pyproject.toml $(VQA_PINS) $(VQA_LOCK)
 OUT ?= runs/demo
 DEMO = $(PY) -m llava_bidir demo $(if $(SCALE),--scale $(SCALE)) $(if $(WORLD),--world $(WORLD)) $(if $(EXTRAS),--extras)
 
-demo: venv ## a small toy world, into runs/demo (SCALE=1: in full; SEED=1, SEEDS="0 1 2", OUT=DIR, WORLD=context, null, ...)
+demo: venv ## a small toy world, into runs/demo (SCALE=1: in full; SEED=1, SEEDS="0 1 2", OUT=DIR, WORLD=context)
 ifdef SEEDS
 	@for seed in $(SEEDS); do echo "seed $$seed"; $(DEMO) --seed $$seed --out $(OUT)/seed$$seed || exit; done
 	@$(PY) -m probes report $(foreach seed,$(SEEDS),$(OUT)/seed$(seed)) --out $(OUT)/report
@@ -84,10 +84,9 @@ test-isa: venv ## the numerical tests with older CPUs' instructions, on two thre
 test-peers: venv ## transformers' own LLaVA tests on our class (clones them from GitHub, or TRANSFORMERS=file://CLONE)
 	TRANSFORMERS=$(TRANSFORMERS) $(PY) tests/peers/run.py
 
-bench: venv ## speed and memory as ratios, measured side by side, into runs/{bench,mix,save}.json
+bench: venv ## speed and memory as ratios, measured side by side, into runs/{bench,mix}.json
 	$(PY) tests/bench/bench.py --out runs/bench.json
 	$(PY) tests/bench/mix.py --out runs/mix.json
-	$(PY) tests/bench/save.py --out runs/save.json
 
 lint: venv ## ruff, the import order (import-linter), spelling (codespell)
 	$(PY) -m ruff check .

@@ -17,7 +17,6 @@ REQUIRED = ("model.encoder.name", "model.encoder.path", "model.llm", "model.trai
 REQUIRED += ("data.annotations", "data.images")
 MODULES = {
     "inspect": "llava_bidir.commands.inspect_data",
-    "estimate": "llava_bidir.commands.estimate",
     "verify-data": "llava_bidir.commands.verify_data",
 }
 DATA = {
@@ -50,11 +49,6 @@ HELP["verify-data"] = ShortHelp(
     "Check every record and image before using GPU time; exit with status 1 if any cannot be used" + OTHERS + ".",
     "llava-bidir verify-data -c stage2 -c clip --data.annotations mix.json --data.images IMAGES",
     DATA | {"--decode": "also decode every image", "--json FILE": "write what is wrong to a file"},
-)
-HELP["estimate"] = ShortHelp(
-    "Estimate parameters, FLOPs and memory of a config, without weights" + OTHERS + ".",
-    "llava-bidir estimate -c stage2 -c clip -c zero3 --data.annotations mix.json --data.images IMAGES --devices 8",
-    DATA | {"--devices N": "number of GPUs", "--json": "print JSON"},
 )
 HELP["inspect"] = ShortHelp(
     "Show the tokens, labels and attention mask of records" + OTHERS + ".",
@@ -132,25 +126,14 @@ def build_parser() -> argparse.ArgumentParser:
         "vqa-table", "llava_bidir.vqa.table1:run", "write Table 1 for several models with the paper's values and tests"
     )
     table.add_argument("results", nargs="+", type=Path, help="result folders of `llava-bidir vqa`")
-    table.add_argument("--out", type=Path, **required, help="folder for table1.json, .csv, .tex and .html")
-    for parser_of_results in (vqa, table):
-        parser_of_results.add_argument(
-            "--max-invalid-rate",
-            type=between(0, 1),
-            default=0.05,
-            help="maximum share of answers that are empty or not in the requested form (a letter, yes or no)",
-        )
-
+    table.add_argument("--out", type=Path, **required, help="folder for table1.json and table1.csv")
     assets = command(
         "demo-assets", "llava_bidir.toy_world.assets:run", "write the toy world in the formats of the real data"
     )
     assets.add_argument("out", type=Path, help="folder to write; replaces an earlier world")
     assets.add_argument("--seed", type=natural, default=0, help="seed of all random choices")
-    text = (
-        "look-alikes can only be told apart by the rest of the scene (context), by it and the light together "
-        "(conjunction), by patches of the same scene among several (binding), or by themselves (null)"
-    )
-    assets.add_argument("--world", choices=["context", "conjunction", "null", "binding"], default="context", help=text)
+    text = "what tells look-alikes apart: the rest of the scene, or patches of the same scene, one of several (binding)"
+    assets.add_argument("--world", choices=["context", "binding"], default="context", help=text)
     text = "scenes in a picture of the binding world"
     assets.add_argument("--scenes", type=int, choices=[1, 2, 4], default=4, help=text)
     assets.add_argument(
@@ -159,8 +142,6 @@ def build_parser() -> argparse.ArgumentParser:
         default=1.0,
         help="factor for the number of images, conversations and training steps",
     )
-    text = "largest share of names that are replaced by their look-alike in the text on which the LLM is trained"
-    assets.add_argument("--swapped-names", type=between(0, 1), default=0.5, metavar="SHARE", help=text)
     text = "write the conversations in plain English, for a language model that knows it, and train no LLM"
     assets.add_argument("--english", action="store_true", help=text)
 
@@ -192,8 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
         "factor for the number of images, conversations and training steps; 1: half an hour, large enough for results"
     )
     demo.add_argument("--scale", type=between(0.01, 1000), default=0.1, help=text)
-    worlds = ["binding", "context", "conjunction", "null"]
-    demo.add_argument("--world", choices=worlds, default="binding", help="see demo-assets")
+    demo.add_argument("--world", choices=["binding", "context"], default="binding", help="see demo-assets")
     text = "also other tasks, patching, maps and UMAP, which no claim needs (always from scale 1)"
     demo.add_argument("--extras", action="store_true", help=text)
 

@@ -42,7 +42,6 @@ export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
 : "${STUDY:=-c ade20k --fit --add knockout.classes=sky,ceiling,grass}" # options of `probes study`; the paper's classes
 : "${STEPS:=solve fit knockout}"                       # of the jobs of a mask, with the analyses that STUDY adds
 : "${VQA:=--batch-size 16}"                            # with --data DIR, local datasets replace the hub's cache
-: "${TABLE1=}"                                         # options of vqa-table; --max-invalid-rate as in VQA
 
 # ---------------------------------------------------------------------------------------------------- derived
 _common="${ACCOUNT:+--account=$ACCOUNT} ${PARTITION:+--partition=$PARTITION} --cpus-per-task=$CPUS_PER_TASK $SBATCH_MORE"

@@ -81,7 +81,7 @@ def test_what_follows_from_a_tensor_on_the_gpu_is_there_too():
     [
         [],
         ["--model.lora.r", "2", "--model.frozen_dtype", "bfloat16", "--trainer.precision", "bf16-mixed"],
-        ["--data.pack_tokens", "80", "--model.gradient_checkpointing", "true"],
+        ["--model.gradient_checkpointing", "true"],
     ],
 )
 def test_training_and_its_answers(more, parts, conversations, photo, tmp_path):

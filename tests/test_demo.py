@@ -127,8 +127,6 @@ def test_deleted_result_is_made_again_with_what_follows_and_nothing_else(finishe
 @pytest.mark.parametrize(
     ("world", "names"),
     [
-        ("null", ["null world"]),
-        ("conjunction", ["conjunction world"]),
         ("context", ["toy world"]),
         ("binding", ["2 scenes"] * 4),
     ],

@@ -86,7 +86,6 @@ def takes_config(command: str) -> bool:
         ["solve"],
         ["verify-data"],
         ["inspect"],
-        ["estimate"],
     ]
 
 

@@ -59,23 +59,6 @@ def test_large_masks_are_processed_a_few_at_a_time(call):
     assert peak_mb_of(setup + call) - peak_mb_of(setup + small + call) < 400
 
 
-SUPERVISED_LOSS = """
-import sys, torch
-from llava_bidir.training.supervised_loss import _summed_loss
-head, states = torch.nn.Linear(8, 32000), torch.randn(1, 2048, 8, requires_grad=True)
-_summed_loss(torch.arange(2048), torch.arange(2048), eval(sys.argv[1]), head, states).backward()
-"""
-
-
-def test_training_loss_in_chunks_holds_the_logits_of_one():
-    """Logits of 2,048 tokens and 32,000 words are 262 MB in fp32, those of a chunk 66 MB.
-
-    Blocks of less than 32 MiB would not return to the system when they are freed (glibc), and the peak count them all.
-    """
-    whole, chunk = (peak_mb_of(SUPERVISED_LOSS, tokens) for tokens in (None, 512))
-    assert whole - chunk > 2 * 200
-
-
 def test_probe_run_makes_no_logits_of_full_size(checkpoints, tmp_path):
     """Six sites, 150 classes, two masks of 512 x 1024: all logits would be 3.8 GB."""
     peaks = []

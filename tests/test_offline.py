@@ -60,7 +60,6 @@ def test_commands_reach_for_no_network(checkpoints, parts, conversations, segmen
         ("probes", "states", checkpoint, picture, "--out", str(tmp_path / "states.safetensors")),
         ("llava_bidir", "verify-data", *training),
         ("llava_bidir", "inspect", *training),
-        ("llava_bidir", "estimate", *training),
         ("llava_bidir", "fit", *training, "--out", str(tmp_path / "run")),
         ("llava_bidir", "generate", str(tmp_path / "run/hf"), picture, "sky", "--max-new-tokens", "2"),
     ]

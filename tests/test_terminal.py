@@ -33,7 +33,6 @@ PROGRAMS = {"llava-bidir": llava_bidir.cli.main, "probes": probes.cli.main}
         (f"probes solve {MODEL_AND_DATA} --pass 8", "probes solve: unrecognized arguments: --pass 8", None),
         ("probes verify-data --worker 2", "probes verify-data: ", None),
         (f"llava-bidir inspect -c stage2 -c clip {RECORDS} --index one", "argument --index: invalid int value", None),
-        ("llava-bidir estimate --device 8", "llava-bidir estimate: ", None),
     ],
 )
 def test_usage_errors_have_three_lines_and_say_what_was_meant(command, message, meant, capsys):

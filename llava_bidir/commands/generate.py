@@ -1,7 +1,6 @@
 """`llava-bidir generate`: answer questions about an image."""
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -22,14 +21,12 @@ from llava_bidir.data.collate import pad
 from llava_bidir.data.conversation import IMAGE, encode
 from llava_bidir.data.image_folder import read_image
 from llava_bidir.model import modeling_llava_bidir  # noqa: F401 - registers our models with the Auto classes
-from llava_bidir.model.build import prompt_template
 
 
 def generate(model: str, image: Path, prompts: list[str], max_new_tokens: int = 256, dtype: str = "auto") -> list[str]:
     """Return greedy answers to `prompts` about one image; a single answer is also streamed to the terminal.
 
-    Answers that were cut are named on stderr. `dtype` is "bfloat16", "float16", "float32", or "auto" for that of the
-    checkpoint.
+    `dtype` is "bfloat16", "float16", "float32", or "auto" for that of the checkpoint.
 
     Raises:
         BadImage: The image cannot be read.
@@ -38,13 +35,7 @@ def generate(model: str, image: Path, prompts: list[str], max_new_tokens: int = 
     loaded, processor = load(model, dtype)
     loaded.to("cuda" if torch.cuda.is_available() else "cpu")
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    streamer = streamer if len(prompts) == 1 else None
-    answers = answer_and_tell_cut(loaded, processor, prompts, images, max_new_tokens, streamer)
-    for prompt, (_, cut_at) in zip(prompts, answers, strict=True):
-        if cut_at is not None:
-            limit = "--max-new-tokens" if cut_at == max_new_tokens else "the LLM has no positions left"
-            print(f"the answer to {prompt!r} was cut after {cut_at} tokens ({limit})", file=sys.stderr)
-    return [text for text, _ in answers]
+    return answer(loaded, processor, prompts, images, max_new_tokens, streamer if len(prompts) == 1 else None)
 
 
 def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcessor]:
@@ -64,22 +55,15 @@ def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcess
     return loaded, processor
 
 
-def answer(*args, **kwargs) -> list[str]:
-    """Return the answers of :func:`answer_and_tell_cut`."""
-    return [text for text, _ in answer_and_tell_cut(*args, **kwargs)]
-
-
-def answer_and_tell_cut(
+def answer(
     model: PreTrainedModel,
     processor: LlavaProcessor,
     questions: list[str],
     images: list[list[Image.Image]],
     max_new_tokens: int,
     streamer: TextStreamer | None = None,
-) -> list[tuple[str, int | None]]:
+) -> list[str]:
     """Return greedy answers to a batch of questions in the training prompt, padded on the left.
-
-    With each answer comes the number of tokens after which it was cut, None if it ended by itself.
 
     Args:
         model: Our model or transformers' llava.
@@ -93,11 +77,11 @@ def answer_and_tell_cut(
         UserError: A prompt exceeds the LLM's positions.
     """
     tokenizer, positions = processor.tokenizer, model.config.get_text_config().max_position_embeddings
-    rows, template = [], prompt_template(processor)
+    rows = []
     for text, own_images in zip(questions, images, strict=True):
         turns = [{"from": "human", "value": f"{IMAGE}\n{text}" if own_images else text}]
         tokens = model.config.image_seq_length * len(own_images) or None
-        rows.append(encode(turns, tokenizer, template, tokens, processor.image_token_id)[0])
+        rows.append(encode(turns, tokenizer, "vicuna_v1", tokens, processor.image_token_id)[0])
     longest = max(map(len, rows))
     if longest >= positions:
         limit = f"the LLM has {positions} positions (max_position_embeddings)"
@@ -120,11 +104,7 @@ def answer_and_tell_cut(
         streamer=streamer,
     )
     answers = [ids[longest : longest + limit] for ids, limit in zip(output, limits, strict=True)]
-    ends = model.generation_config.eos_token_id  # one, several or None
-    ends = torch.tensor([] if ends is None else ends, dtype=torch.long, device=output.device).view(-1)
-    cut = [None if torch.isin(ids, ends).any() else limit for ids, limit in zip(answers, limits, strict=True)]
-    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [(text.strip(), cut_at) for text, cut_at in zip(texts, cut, strict=True)]
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
 def run(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.loader_workers import usable_cores, worker_options
 from llava_bidir.common.usage_errors import ArgumentParser, natural
 from llava_bidir.data.collate import Collate
-from llava_bidir.data.conversation import IGNORE_INDEX, IMAGE, check_turns, token_upper_bound
+from llava_bidir.data.conversation import IGNORE_INDEX, token_upper_bound
 from llava_bidir.data.image_folder import BadImage, ImageFolder, read_format, read_image
 from llava_bidir.data.instruction_dataset import LATE_IMAGES, fingerprint, read_annotations
 from llava_bidir.training.cli import build_data_cli
@@ -35,9 +35,6 @@ KINDS = {
     "too_long": "truncated to data.max_length",
     "unsupervised": "no token to train on: the sample does not count",
     "image_after_answer": "the answer is seen by tokens that predict it: `fit` stops under this mask",
-    "several_images": "one `<image>` per turn is kept, at its start; each shows the record's only image",
-    "image_not_shown": "an image but no `<image>`: only the text is trained",
-    "tag_without_image": "`<image>` but no image: trained as text",
 }
 RECORDS_PER_BATCH = 256
 EXAMPLES = 3  # printed findings per kind; the JSON contains all
@@ -77,7 +74,7 @@ class RecordFindings(Dataset):
         """Return (kind, detail) of each finding about a record."""
         if record["problem"]:
             return [("broken", record["problem"])]
-        findings = check_tags(record) + self.check_tokens(record)
+        findings = self.check_tokens(record)
         if self.late_images and record[self.late_images]:
             findings.append(("image_after_answer", f"{record[self.late_images]} answers"))
         if record["shown"]:  # training reads no other image
@@ -102,16 +99,6 @@ class RecordFindings(Dataset):
         if not is_supervised:
             findings.append(("unsupervised", f"{record['answers']} answers that are not empty"))
         return findings
-
-
-def check_tags(record: dict) -> list[tuple[str, str]]:
-    """Return a finding if the record's `<image>` tags do not match its image."""
-    tags = sum(turn["value"].count(IMAGE) for turn in check_turns(record["conversations"]))
-    if record["image"] and tags == 0:
-        return [("image_not_shown", record["image"])]
-    if record["image"] and tags > 1:
-        return [("several_images", f"{tags} {IMAGE} in {record['shown']} turns")]
-    return [("tag_without_image", f"{tags} {IMAGE}")] if tags and not record["image"] else []
 
 
 def check_image(images: ImageFolder, name: str, decode: bool) -> list[tuple[str, str]]:
@@ -168,14 +155,13 @@ def main(argv: list[str]) -> None:
         "--data.annotations ..., ...).",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the findings to this file")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="also write the findings to DIR/verify-data.json")
     parser.add_argument("--workers", type=natural, default=usable_cores(), help="number of processes")
     parser.add_argument("--decode", action="store_true", help="decode every image, which also detects truncated files")
     args, config = parser.parse_known_args(argv[1:])
     if args.json:
         check_suffix(args.json, ".json")
     cli = build_data_cli(config, parser.prog)
-    data, files = cli.datamodule, [*filter(None, (args.json, args.out and args.out / "verify-data.json"))]
+    data = cli.datamodule
     images = ImageFolder(data.images, data.follow_links)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers run in parallel already
     results = []
@@ -194,8 +180,8 @@ def main(argv: list[str]) -> None:
             }
         )
         print(format_result(results[-1]))
-    for file in files:
-        write_files({file: {"files": results}})
-        print(file)
+    if args.json:
+        write_files({args.json: {"files": results}})
+        print(args.json)
     if any(result["findings"] for result in results):
         raise SystemExit(1)

@@ -72,8 +72,6 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     if defect := find_defect(path):
         raise UserError(f"checkpoint {path}: {defect}; use an earlier one, or `last` for the latest valid checkpoint")
-    if not (path / MANIFEST).is_file():
-        raise UserError(f"checkpoint {path}: a universal checkpoint can only be resumed; use the one it was made from")
     return json.loads((path / MANIFEST).read_text())
 
 
@@ -83,8 +81,6 @@ def find_defect(path: Path) -> str | None:
         return None if zipfile.is_zipfile(path) else "the file is truncated or not a checkpoint"
     if not path.is_dir():
         return "no such file or directory"
-    if (path / "latest_universal").is_file():  # the last file that DeepSpeed's ds_to_universal writes
-        return None
     try:
         sizes = json.loads((path / MANIFEST).read_text())["bytes"]
     except (OSError, ValueError, KeyError):

@@ -9,8 +9,7 @@ from transformers import LlavaProcessor
 
 from llava_bidir.common.errors import UserError
 
-from .conversation import CHAT, IGNORE_INDEX, encode
-from .packing import pack_samples
+from .conversation import IGNORE_INDEX, encode
 
 
 def pad(rows: list[list[int]], value: int, side: str = "right") -> Tensor:
@@ -31,36 +30,17 @@ def predicting_positions(labels: Tensor) -> Tensor:
 class Collate:
     """Convert samples of :class:`.instruction_dataset.Instructions` to model inputs.
 
-    A row holds one sample, or several with `pack_tokens`. Packed samples do not attend to each other, and positions
-    restart with each. Two samples of 3 and 2 tokens in one row, and one of 4 tokens::
-
-        tokens        a a a b b      samples  [[3, 2],
-        tokens        c c c c .                [4, 1]]     <- padding counts as a sample
-        position_ids  0 1 2 0 1
-                      0 1 2 3 0
-
     Args:
         processor: From :func:`llava_bidir.model.build.build_processor`.
         image_tokens: T, image tokens per image.
-        template: "plain", "vicuna_v1" or "chat", see :func:`.conversation.encode`.
+        template: "plain" or "vicuna_v1", see :func:`.conversation.encode`.
         max_length: Longer sequences are truncated, image tokens included. Source: LLaVA llava_arch.py:273.
-        pack_tokens: Maximum tokens per row of packed samples; None for one sample per row.
-
-    Raises:
-        UserError: The LLM has no chat template for "chat", or answers cannot be found in its text.
     """
 
     processor: LlavaProcessor
     image_tokens: int
     template: str
     max_length: int = 2048
-    pack_tokens: int | None = None
-
-    def __post_init__(self):
-        if self.template == CHAT and self.processor is not None:  # fails here, not at each record
-            texts = ["What is it?", "A cat.", "Why?", "It purrs."]
-            turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
-            encode(turns, self.processor.tokenizer, CHAT, None)
 
     def encode(self, sample: dict) -> tuple[list[int], list[int]]:
         """Return token ids and labels of a sample, truncated to `max_length`.
@@ -95,9 +75,7 @@ class Collate:
         Returns:
             - ids: record ids.
             - input_ids, labels, attention_mask: long[B, N], padded on the right.
-            - position_ids: long[B, N], None if rows hold one sample each.
-            - samples: lengths of the samples of each row, which add up to N; None if rows hold one sample each.
-            - pixel_values: f[images, 3, H, W] in the order of the rows, None without images.
+            - pixel_values: f[images, 3, H, W], None without images.
             - image_positions: long[images * T], positions of image tokens in the flattened rows.
             - predicts: long[n], positions in the flattened rows that predict a supervised token; only these need
               logits.
@@ -106,37 +84,22 @@ class Collate:
             - text_only: number of samples that show no image.
         """
         encoded = [self.encode(sample) for sample in samples]
-        lengths = [len(ids) for ids, _ in encoded]
-        layout = pack_samples(lengths, self.pack_tokens) if self.pack_tokens else [[i] for i in range(len(samples))]
-        rows = [[token for i in row for token in encoded[i][0]] for row in layout]
-        # no token predicts the first one of the next sample
-        labels = pad(
-            [[label for i in row for label in (IGNORE_INDEX, *encoded[i][1][1:])] for row in layout], IGNORE_INDEX
-        )
-        predicts, in_order = predicting_positions(labels), [i for row in layout for i in row]
+        rows = [ids for ids, _ in encoded]
         input_ids = pad(rows, self.processor.tokenizer.pad_token_id)
+        labels = pad([labels for _, labels in encoded], IGNORE_INDEX)
+        predicts = predicting_positions(labels)
         return {
             "ids": [sample["id"] for sample in samples],
             "input_ids": input_ids,
             "labels": labels,
             "attention_mask": pad([[1] * len(row) for row in rows], 0),
-            **self._boundaries([[lengths[i] for i in row] for row in layout]),
-            "pixel_values": self.pixels([samples[i] for i in in_order], [encoded[i][0] for i in in_order]),
+            "pixel_values": self.pixels(samples, rows),
             "image_positions": (input_ids == self.processor.image_token_id).flatten().nonzero().flatten(),
             "predicts": predicts,
             "supervised": len(predicts),
-            "lengths": lengths,
-            "text_only": sum(self.processor.image_token_id not in ids for ids, _ in encoded),
+            "lengths": [len(row) for row in rows],
+            "text_only": sum(self.processor.image_token_id not in row for row in rows),
         }
-
-    def _boundaries(self, rows: list[list[int]]) -> dict[str, Any]:
-        """Return `samples` and `position_ids` from the lengths of the samples in each row."""
-        if not self.pack_tokens:
-            return {"samples": None, "position_ids": None}
-        width = max(map(sum, rows))
-        samples = [row + [width - sum(row)] * (sum(row) < width) for row in rows]
-        positions = [torch.cat([torch.arange(length) for length in row]) for row in samples]
-        return {"samples": samples, "position_ids": torch.stack(positions)}
 
     def pixels(self, samples: list[dict], rows: list[list[int]]) -> Tensor | None:
         """Return the pixels of a batch's images, f[images, 3, H, W]; several turns may show the same image."""

@@ -12,15 +12,11 @@ from typing import NamedTuple
 
 from llava_bidir.common.errors import UserError
 
-from .chat import render_chat, supervised_tokens
-
 IGNORE_INDEX = -100
 IMAGE = "<image>"
 # LLaVA's tokenizer treats these strings as text, but our processor adds them as tokens. Splitting after the "<" hides
 # them from the tokenizer, and no token of Llama's vocabulary spans that split.
 LITERALS = re.compile(r"(?<=<)(?=(?:image|pad)>)")
-PAD_LITERAL = re.compile(r"(?<=<)(?=pad>)")  # where `<image>` is an image
-CHAT = "chat"
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -52,15 +48,11 @@ def encode(
                                                                                       ^ ^   ^
         plain       <s> I I I a cat <nl>
                               ^ ^   ^
-        chat        <|im_start|> user <nl> I I I <nl> What is it? <|im_end|> <nl>
-                    <|im_start|> assistant <nl> a cat <|im_end|> <nl>
-                                                ^ ^   ^
 
     Args:
         turns: LLaVA's JSON, ``[{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", ...}, ...]``.
         tokenizer: A Hugging Face tokenizer; its eos token ends each answer.
-        template: "plain" (stage 1), "vicuna_v1" (stage 2), or "chat", the tokenizer's own chat template, here ChatML
-            (chat.py).
+        template: "plain" (stage 1) or "vicuna_v1" (stage 2).
         image_tokens: T, image tokens per image. None for a record without an image, in which `<image>` is ordinary text
             (LLaVA train.py has_image).
         image_token_id: Id of an image token.
@@ -69,11 +61,8 @@ def encode(
         input_ids and labels of the same length; labels are -100 where the model is not trained.
 
     Raises:
-        UserError: Unknown template or role, roles out of order, a turn without text, turns that do not fit `plain`, or
-            a chat template in which answers cannot be found.
+        UserError: Unknown template or role, roles out of order, a turn without text, or turns that do not fit `plain`.
     """
-    if template == CHAT:
-        return _encode_chat(_checked(turns, image_tokens is not None), tokenizer, image_tokens, image_token_id)
     input_ids = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     labels = [IGNORE_INDEX] * len(input_ids)
     continues = False  # LLaVA tokenises text before, between and after images separately
@@ -97,10 +86,7 @@ def token_upper_bound(turns: Sequence[Turn], tokenizer, template: str, image_tok
     Llama's tokenizer falls back to bytes, so each byte yields at most one token. Each piece of text may start with a
     word-start marker. Arguments and errors are those of :func:`encode`.
     """
-    if template == CHAT:
-        texts = [render_chat(_checked(turns, image_tokens is not None), tokenizer)[0]]
-    else:
-        texts = [text for text, _ in _pieces(turns, tokenizer, template, image_tokens is not None)]
+    texts = [text for text, _ in _pieces(turns, tokenizer, template, image_tokens is not None)]
     images = 0 if image_tokens is None else sum(text.count(IMAGE) for text in texts)
     return 1 + sum(len(text.encode()) + 1 for text in texts) + images * (image_tokens or 0)
 
@@ -108,43 +94,19 @@ def token_upper_bound(turns: Sequence[Turn], tokenizer, template: str, image_tok
 def _pieces(turns: Sequence[Turn], tokenizer, template: str, has_image: bool) -> list[Piece]:
     """Return the conversation's text under a template, each `<image>` moved to the front of its turn."""
     if template not in TEMPLATES:
-        raise UserError(f"unknown template {template!r}; available: {', '.join([*TEMPLATES, CHAT])}")
-    turns = _checked(turns, has_image)
+        raise UserError(f"unknown template {template!r}; available: {', '.join(TEMPLATES)}")
+    turns = check_turns(turns)
+    if has_image:
+        turns = [{**turn, "value": _image_first(turn["value"])} for turn in turns]
     if template == "plain" and not has_image:
         raise UserError("template 'plain' requires an image")
     return TEMPLATES[template](turns, tokenizer.eos_token)
 
 
-def _checked(turns: Sequence[Turn], has_image: bool) -> list[Turn]:
-    """Return the turns from the first human turn on, each `<image>` at the front of its turn; see `check_turns`."""
-    turns = check_turns(turns)
-    return [{**turn, "value": _image_first(turn["value"])} for turn in turns] if has_image else turns
-
-
-def _encode_chat(
-    turns: list[Turn], tokenizer, image_tokens: int | None, image_token_id: int
-) -> tuple[list[int], list[int]]:
-    """Return token ids and labels under the tokenizer's chat template; the ids are those of the complete text."""
-    text, spans = render_chat(turns, tokenizer)
-    literals = LITERALS if image_tokens is None else PAD_LITERAL
-    tokenize = lambda text: _tokenize(text, tokenizer, False, literals)
-    ids = tokenize(text)
-    labels = [IGNORE_INDEX] * len(ids)
-    for span in spans:
-        answer = supervised_tokens(text, span, ids, tokenize, tokenizer)
-        labels[answer] = ids[answer]
-    pairs = [
-        pair
-        for token, label in zip(ids, labels, strict=True)
-        for pair in ([(token, IGNORE_INDEX)] * (image_tokens or 1) if token == image_token_id else [(token, label)])
-    ]
-    return [token for token, _ in pairs], [label for _, label in pairs]
-
-
-def _tokenize(text: str, tokenizer, continues: bool, literals: re.Pattern = LITERALS) -> list[int]:
+def _tokenize(text: str, tokenizer, continues: bool) -> list[int]:
     """Return the ids of `text`; text that `continues` other text gets no word-start marker."""
     ids = []
-    for part in literals.split(text):
+    for part in LITERALS.split(text):
         if continues or ids:
             # A sentencepiece tokenizer adds its marker at the start of a string, but not after a special token.
             ids += tokenizer.encode(tokenizer.eos_token + part, add_special_tokens=False)[1:]

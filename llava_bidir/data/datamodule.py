@@ -1,7 +1,6 @@
 """LightningDataModule for LLaVA conversations."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,11 @@ class InstructionData(LightningDataModule):
         annotations: LLaVA JSON file.
         images: Folder that image paths in the annotations are relative to.
         val_annotations: LLaVA JSON file with questions and short answers for validation.
-        template: "plain" (stage 1), "vicuna_v1" (stage 2), or "chat", the chat template of the LLM's tokenizer.
+        template: "plain" (stage 1) or "vicuna_v1" (stage 2).
         batch_size: Samples per global batch over all devices.
         micro_batch_size: Samples per device and forward. Gradient accumulation follows from both sizes.
         group_by_length: Use batches of one modality and similar length (LLaVA's stage 2) instead of random ones.
         max_length: Maximum number of tokens per sequence, image tokens included.
-        pack_tokens: Pack the samples of a micro-batch into rows of at most this many tokens, so that less is padding;
-            null for one sample per row, as in LLaVA. The losses are equal up to rounding.
         num_workers: Data loader processes per device, at most one per core.
         follow_links: Allow symlinks in `images` that lead out of the folder.
         seed: Decides the order of samples.
@@ -56,7 +53,6 @@ class InstructionData(LightningDataModule):
         micro_batch_size: int = 16,
         group_by_length: bool = False,
         max_length: int = 2048,
-        pack_tokens: int | None = None,
         num_workers: int = 4,
         follow_links: bool = False,
         seed: int = 0,
@@ -74,11 +70,8 @@ class InstructionData(LightningDataModule):
         self.group_by_length, self.seed = group_by_length, seed
         self.num_workers = limit_workers(num_workers)
         self.collate = Collate(processor, image_tokens, template, max_length)
-        if pack_tokens is not None and pack_tokens < 1:
-            raise UserError(f"data.pack_tokens must be a positive number of tokens or null, got {pack_tokens}")
         if template == "plain" and val_annotations:
             raise UserError("data.val_annotations must be null with data.template plain: a caption answers no question")
-        self.pack_tokens = pack_tokens
         self.trained_micro_batches = 0
 
     def prepare_data(self) -> None:
@@ -122,7 +115,7 @@ class InstructionData(LightningDataModule):
         """Return the training loader, which starts after the micro-batches that a resumed run has trained."""
         self.sampler.skip(self.trained_micro_batches % self.micro_batches_per_epoch)
         self.trained_micro_batches = 0
-        batches = {"batch_sampler": self.sampler, "collate_fn": replace(self.collate, pack_tokens=self.pack_tokens)}
+        batches = {"batch_sampler": self.sampler, "collate_fn": self.collate}
         if self.trainer.lightning_module.hparams.loss_average == "llava":
             return self._loader(self.train, **batches)  # LLaVA's average needs no weights
         step_batches, strategy = self.trainer.accumulate_grad_batches, self.trainer.strategy

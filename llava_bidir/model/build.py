@@ -54,52 +54,27 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
-# Precedes an LLM's own chat template, which knows text only: contents with images become text, as in training.
-IMAGES_IN_CHAT = (
-    "{%- set turns = namespace(list=[]) -%}{%- for message in messages -%}"
-    "{%- set content = message['content'] -%}{%- if content is not string -%}"
-    "{%- set images = content | selectattr('type', 'equalto', 'image') | list | length -%}"
-    "{%- set texts = content | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}"
-    "{%- set content = ('<image>\n' * images ~ texts | trim) | trim if images else texts -%}{%- endif -%}"
-    "{%- set turns.list = turns.list + [{'role': message['role'], 'content': content}] -%}"
-    "{%- endfor -%}{%- set messages = turns.list %}\n"
-)
 
-
-def build_processor(
-    encoder: Encoder, llm: str, image_resize: str = "pad", template: str = "vicuna_v1"
-) -> LlavaProcessor:
+def build_processor(encoder: Encoder, llm: str, image_resize: str = "pad") -> LlavaProcessor:
     """Return tokenizer, image processor and chat template of a model, without loading weights.
 
     Args:
         encoder: Determines pixel statistics, image size and number of image tokens.
         llm: Directory or hub id of the LLM; `<image>` and `<pad>` are added to its tokenizer.
         image_resize: "pad" or "center_crop", see :meth:`Encoder.image_processor`.
-        template: Template of the conversations in training (data/conversation.py); "chat" keeps the LLM's own.
-
-    Raises:
-        UserError: The LLM has no chat template to keep.
     """
     vision_config = encoder.load_config()
     tokenizer = load_tokenizer("model.llm", llm)
     tokenizer.add_tokens(list(EXTRA_TOKENS), special_tokens=True)
     tokenizer.pad_token = "<pad>"
-    own = tokenizer.get_chat_template() if template == "chat" and tokenizer.chat_template else None
-    if template == "chat" and own is None:
-        raise UserError(f"data.template chat: the tokenizer of {llm} has no chat template; use vicuna_v1")
     return LlavaProcessor(
         image_processor=encoder.image_processor(vision_config, image_resize),
         tokenizer=tokenizer,
         patch_size=vision_config.patch_size,
         vision_feature_select_strategy=_select_strategy(encoder),
         num_additional_image_tokens=min(encoder.entry.extra_tokens, 1),  # those the strategy drops
-        chat_template=CHAT_TEMPLATE if own is None else IMAGES_IN_CHAT + own,
+        chat_template=CHAT_TEMPLATE,
     )
-
-
-def prompt_template(processor: LlavaProcessor) -> str:
-    """Return the template of a checkpoint's prompts, "chat" or "vicuna_v1"; released LLaVAs have the latter."""
-    return "chat" if (processor.chat_template or "").startswith(IMAGES_IN_CHAT) else "vicuna_v1"
 
 
 def check_image_attention(name: str) -> None:

@@ -59,9 +59,6 @@ class LlavaBidirConfig(LlavaConfig):
     register_tokens: int = 0
 
     def __post_init__(self, **kwargs):
-        kwargs.pop("adapter_gain", None)  # checkpoints of earlier versions have this key and the next one
-        if resize := kwargs.pop("image_aspect", None):
-            self.image_resize = "center_crop" if resize == "crop" else resize
         super().__post_init__(**kwargs)
         image_attention(self.image_attention)  # an unknown name fails here, not in the first forward
 

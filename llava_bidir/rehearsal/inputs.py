@@ -99,7 +99,6 @@ def slurm_settings(folder: Path, encoder: str) -> str:
         "LAYOUT": "ade20k",
         "ARMS": ARMS,
         "STUDY": STUDY,
-        "VQA": f"--tasks toy --data {folder} --max-invalid-rate 1",
-        "TABLE1": "--max-invalid-rate 1",
+        "VQA": f"--tasks toy --data {folder}",
     }
     return "".join(f'export {key}="{value}"\n' for key, value in settings.items())

@@ -16,7 +16,7 @@ from llava_bidir.common.process_group import process_group
 
 INTERVAL_S = 0.2  # between two looks at the memory; a model that is read stays for longer
 LOOKS = 0.05  # largest share of the time spent looking: the system walks all pages, 0.1 s for 10 GB
-NAMES = ("step_s", "tokens_per_s", "samples_per_s", "tflops_per_s_and_device", "mfu", "memory_gb")
+NAMES = ("step_s", "tokens_per_s", "samples_per_s", "memory_gb")
 QUERY = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
 
 

@@ -16,7 +16,7 @@ from llava_bidir.common.run_lock import exclusive_run_lock
 from .cost import extrapolate
 from .inputs import write_inputs
 from .measure import read_speed, run_measured
-from .study import VQA_PYTHON, Step, plan_study
+from .study import Step, plan_study
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         os.environ |= OFFLINE
         for step in plan_study(args.out, args.size, args.encoder):
             run_step(step, record["steps"], args.out / "logs")
-            record["cost"] = extrapolate(record["steps"], args.out / "logs", len(record["devices"]))
+            record["cost"] = extrapolate(record["steps"], len(record["devices"]))
             write_files({args.out / "rehearsal.json": record})
     print(format_table(record))
     failed = [name for name, step in record["steps"].items() if step["status"] == "failed"]
@@ -69,10 +69,6 @@ def run_step(step: Step, done: dict[str, dict[str, Any]], logs: Path) -> None:
     if done.get(step.name, {}).get("status") == "finished":
         print(f"finished  {step.name}", flush=True)
         return
-    if reason := reason_to_skip(step, done):
-        done[step.name] = {"status": "skipped", "reason": reason}
-        print(f"skipped   {step.name}: {reason}", flush=True)
-        return
     log = logs / f"{step.name}.log"
     print(f"running   {step.name}", flush=True)
     measured = run_measured(step.command, log)
@@ -85,23 +81,12 @@ def run_step(step: Step, done: dict[str, dict[str, Any]], logs: Path) -> None:
         done[step.name] |= {"samples": step.samples, **read_speed(step.events)}
 
 
-def reason_to_skip(step: Step, done: dict[str, dict[str, Any]]) -> str | None:
-    """Return why a step cannot run, or None."""
-    missing = [name for name in step.needs if done[name]["status"] != "finished"]
-    if missing:
-        return f"needs {', '.join(missing)}"
-    if step.name == "benchmarks" and not VQA_PYTHON.is_file():
-        return f"{VQA_PYTHON} does not exist; `make vqa-venv` makes it"
-    return None
-
-
 COLUMNS = {  # key: heading, format
     "wall_s": ("s", "{:.0f}"),
     "host_gb": ("host GB", "{:.1f}"),
     "device_gb": ("device GB", "{:.1f}"),
     "step_s": ("s/step", "{:.2f}"),
     "tokens_per_s": ("tokens/s", "{:.0f}"),
-    "mfu": ("MFU", "{:.0%}"),
 }
 
 
@@ -117,9 +102,5 @@ def format_table(record: dict[str, Any]) -> str:
         )
     for part in record["cost"]:
         lines.append(f"{part['part']:32}{part['device_hours']:>12,.1f} device-hours")
-        if "devices" in part:
-            hours = part["device_hours"] / part["devices"]
-            memory = ", ".join(f"{name} {gb:.1f} GB" for name, gb in part["estimate_memory_gb"].items())
-            lines[-1] += f", {hours:,.1f} h on {part['devices']} devices; estimate: {memory} a device"
         lines.append(f"    assumes {part['assumes']}")
     return "\n".join(lines)

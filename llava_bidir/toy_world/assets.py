@@ -45,15 +45,8 @@ CAPTIONS, DIALOGUES, QUESTIONS, PAIRS = 1920, 4480, 400, 100
 ENGLISH = {"choices": 3, "points": 1}  # questions of a dialogue in plain English, about 330 tokens with the picture
 TEXT_ONLY = 0.05  # share of dialogues with the picture in words, for the text-only samples of LLaVA's mix
 ENCODER_STEPS, LLM_STEPS = 1400, 240  # both take about the same time and run in parallel
-# Options of draw_scene, and of the binding world the scenes in a picture. In "context", look-alikes can only be told
-# apart by the rest of the scene; in "binding", by patches of the same scene, one of several; in "conjunction", by the
-# rest of the scene together with the light; in "null", the grain tells them apart, so that context adds nothing.
-WORLDS = {
-    "context": {"evidence": 0.1},
-    "conjunction": {"evidence": 0.1, "nights": 1 / 3},
-    "null": {"evidence": 3.0},
-    "binding": {"scenes": 4},
-}
+SCENES = 4  # in a picture of the binding world
+SWAPPED_NAMES = 0.5  # largest share of a picture's names that are replaced by their look-alike in the LLM's texts
 TRAINING, VALIDATION = ("llava", "training"), ("segmentation", "validation")  # of conversations
 CHUNK = 100
 Split = tuple[str, str]  # folder below OUT, and split of the layout
@@ -65,8 +58,7 @@ def demo_assets(
     seed: int = 0,
     scale: float = 1.0,
     world: str = "context",
-    swapped_names: float = 0.5,
-    scenes: int = WORLDS["binding"]["scenes"],
+    scenes: int = SCENES,
     english: bool = False,
 ) -> None:
     """Write the toy world: scenes with masks, conversations, a tiny encoder and a tiny LLM.
@@ -75,35 +67,34 @@ def demo_assets(
         out: Folder. An earlier world is replaced.
         seed: Random seed of everything.
         scale: Share of the full demo's pictures, conversations and training steps, for quick trials.
-        world: A key of `WORLDS`.
-        swapped_names: Largest share of a picture's names that are replaced by their look-alike in the text on which the
-            LLM is trained. Reading them right is a task like the one that context sets in images.
+        world: "context", in which look-alikes can only be told apart by the rest of the scene, or "binding", in which a
+            picture has several scenes, and only patches of the same one tell.
         scenes: Scenes in a picture of the binding world.
         english: Write the conversations in plain English, for a language model that knows it, and train no LLM.
     """
-    options, layers = ({"scenes": scenes}, 4) if world == "binding" else (WORLDS[world], 6)
-    pictures = PICTURES | ONE_SCENE if world == "binding" else PICTURES
+    binding = world == "binding"
+    pictures = PICTURES | ONE_SCENE if binding else PICTURES
     sizes = {name: max(16, round(n * scale)) for name, n in pictures.items()}
-    if world == "binding":
+    if binding:
         sizes["llava", "training"] = max(16, min(PICTURES["llava", "training"], round(BINDING_PICTURES * scale)))
     # spawn, since torch's threads do not survive a fork
     workers = ProcessPoolExecutor(2, multiprocessing.get_context("spawn"), _one_thread)
     with atomic_directory(out, marker="questions.json") as partial, workers as pool:
-        drawn = _draw_splits(pool, partial, sizes, seed, options)
+        drawn = _draw_splits(pool, partial, sizes, seed, scenes if binding else None)
         texts = {name: [SceneText.from_scene(scene) for scene in split] for name, split in drawn.items()}
         train = drawn[TRAINING]
         jobs = [pool.submit(_train_encoder, train, partial / "encoder", round(ENCODER_STEPS * scale), seed)]
         if not english:
-            words = texts[TRAINING], partial / "llm", round(LLM_STEPS * scale), seed, swapped_names, layers
+            words = texts[TRAINING], partial / "llm", round(LLM_STEPS * scale), seed, 4 if binding else 6
             jobs.append(pool.submit(_train_llm, *words))
         for folder in {folder for folder, _ in sizes}:
             _write_classes(partial / folder)
-        if world == "binding":
+        if binding:
             _write_patches(partial / "segmentation", drawn)
         else:
-            jobs.append(pool.submit(_draw_pairs, partial / "pairs", max(16, round(PAIRS * scale)), seed, options))
+            jobs.append(pool.submit(_draw_pairs, partial / "pairs", max(16, round(PAIRS * scale)), seed))
             (partial / "segmentation/targets.json").write_text(json.dumps({"depth_scale": DEPTH_SCALE}) + "\n")
-        build = _build_english if english else functools.partial(_build_conversations, look_alikes=world == "binding")
+        build = _build_english if english else functools.partial(_build_conversations, look_alikes=binding)
         for name, records in build(texts, scale, np.random.default_rng([seed, 11])).items():
             (partial / f"{name}.json").write_text(json.dumps(records) + "\n")
         for job in jobs:
@@ -116,43 +107,41 @@ def _one_thread() -> None:
 
 
 def _draw_splits(
-    pool: ProcessPoolExecutor, out: Path, sizes: dict[Split, int], seed: int, world: dict[str, float]
+    pool: ProcessPoolExecutor, out: Path, sizes: dict[Split, int], seed: int, scenes: int | None
 ) -> dict[Split, list[Scene | Mosaic]]:
     """Draw and write all splits. Each chunk has its own generator, so the size of the pool does not matter."""
     jobs = {
-        (split, start): pool.submit(_draw_chunk, out, split, start, min(CHUNK, n - start), seed, world)
+        (split, start): pool.submit(_draw_chunk, out, split, start, min(CHUNK, n - start), seed, scenes)
         for split, n in sizes.items()
         for start in range(0, n, CHUNK)
     }
-    scenes = {split: [] for split in sizes}
+    drawn = {split: [] for split in sizes}
     for (split, _), job in tqdm(jobs.items(), desc="drawing scenes", mininterval=5):
-        scenes[split] += job.result()
-    return scenes
+        drawn[split] += job.result()
+    return drawn
 
 
-def _draw_chunk(
-    out: Path, split: Split, start: int, count: int, seed: int, world: dict[str, float]
-) -> list[Scene | Mosaic]:
+def _draw_chunk(out: Path, split: Split, start: int, count: int, seed: int, scenes: int | None) -> list[Scene | Mosaic]:
     rng = np.random.default_rng([seed, SPLITS.index(split), start])
-    if "scenes" not in world:
-        scenes = [draw_scene(rng, **world) for _ in range(count)]
+    if scenes is None:
+        drawn = [draw_scene(rng) for _ in range(count)]
     elif split[0] == "llava":  # half of the pictures have one scene, as those in one_scene
-        scenes = mix_mosaics(rng, [1 if i % 2 else world["scenes"] for i in range(count)])
+        drawn = mix_mosaics(rng, [1 if i % 2 else scenes for i in range(count)])
     else:
-        scenes = [draw_mosaic(rng, 1 if split[0] == "one_scene" else world["scenes"]) for _ in range(count)]
-    for i, scene in enumerate(scenes, start):
+        drawn = [draw_mosaic(rng, 1 if split[0] == "one_scene" else scenes) for _ in range(count)]
+    for i, scene in enumerate(drawn, start):
         _save(scene.image, out / _path("images", split, i))
         _save(scene.mask, out / _path("annotations", split, i))
         if split[0] == "segmentation" and isinstance(scene, Scene):
             for kind, pixels in _encode_targets(scene.surfaces).items():
                 _save(pixels, out / _path(kind, split, i))
-    return scenes
+    return drawn
 
 
-def _draw_pairs(out: Path, count: int, seed: int, world: dict[str, float]) -> None:
+def _draw_pairs(out: Path, count: int, seed: int) -> None:
     rng = np.random.default_rng([seed, 12])
     for i in range(count):
-        for split, scene in zip(("with", "without"), draw_pair(rng, **world), strict=True):
+        for split, scene in zip(("with", "without"), draw_pair(rng), strict=True):
             _save(scene.image, out / "images" / split / f"{i:05d}.png")
             _save(scene.mask, out / "annotations" / split / f"{i:05d}.png")
     _write_classes(out)
@@ -198,21 +187,19 @@ def _train_encoder(scenes: list[Scene], out: Path, steps: int, seed: int) -> Non
     tiny_models.train_encoder(images, masks, out, steps=steps, seed=seed)
 
 
-def _train_llm(scenes: list[SceneText], out: Path, steps: int, seed: int, swapped_names: float, layers: int) -> None:
-    documents = _generate_documents(scenes, np.random.default_rng([seed, 10]), swapped_names)
+def _train_llm(scenes: list[SceneText], out: Path, steps: int, seed: int, layers: int) -> None:
+    documents = _generate_documents(scenes, np.random.default_rng([seed, 10]))
     tokenizer = tiny_models.train_tokenizer([format_turns(next(documents)) for _ in range(500)], out)
     tiny_models.train_llm(documents, tokenizer, out, steps=steps, seed=seed, layers=layers)
 
 
-def _generate_documents(
-    scenes: list[SceneText], rng: np.random.Generator, swapped_names: float
-) -> Iterator[list[dict]]:
+def _generate_documents(scenes: list[SceneText], rng: np.random.Generator) -> Iterator[list[dict]]:
     """Yield conversations about pictures in words without end: all rows (every second), 16 points, or a caption."""
     while True:
         for parts in ({"rows": 8}, {"points": 16}, {"rows": 8}, {"caption": True}):
             scene = scenes[rng.integers(len(scenes))]
             dialogue = build_dialogue(scene, rng, **parts)
-            yield prepend_picture(dialogue, " ".join(swap_names(scene.names, swapped_names, rng)))
+            yield prepend_picture(dialogue, " ".join(swap_names(scene.names, SWAPPED_NAMES, rng)))
 
 
 def _build_conversations(
@@ -276,4 +263,4 @@ def _sample_evenly(rng: np.random.Generator, n: int, count: int) -> list[int]:
 
 def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir demo-assets`."""
-    demo_assets(args.out, args.seed, args.scale, args.world, args.swapped_names, args.scenes, args.english)
+    demo_assets(args.out, args.seed, args.scale, args.world, args.scenes, args.english)

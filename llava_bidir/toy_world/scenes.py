@@ -4,11 +4,6 @@ Eight classes form pairs with the same colour and texture: ceiling and sky, wall
 car. Only the context tells them apart. A lamp, picture or bed marks a room; a tree, moon or car marks a street. Every
 scene has at least one of these cues.
 
-In worlds with nights, two cues decide together, as an exclusive or. By day a scene is what it looks like; at night, in
-blue light, what looks like a room is a street, and the other way round. No weighted sum of look and light decides this:
-the best one is wrong in half of the nights. A model has to gather the look from other patches and combine it with the
-light, which every patch shows.
-
 The only local evidence is deliberately weak: a grain on the paired classes. Its contrast is a smooth random field with
 mean `+evidence` in rooms and `-evidence` in streets.
 
@@ -25,14 +20,13 @@ import numpy as np
 from PIL import Image
 
 from . import objects
-from .canvas import CLASSES, FULL_FRAME, PAIR_OF, SIZE_PX, Camera, Canvas, Quad, sample_camera, shade
+from .canvas import CLASSES, FULL_FRAME, SIZE_PX, Camera, Canvas, Quad, sample_camera, shade
 from .objects import GROUND, TOP, GroundObject
 from .surfaces import Surfaces
 
 # One 4 x 4 texture per pair. Rows and columns sum to zero, so that edges and shading do not correlate with it.
 WEAVES = ("++-- --++ ++-- --++", "+-+- +-+- -+-+ -+-+", "+-+- -+-+ +-+- -+-+", "+-+- -+-+ -+-+ +-+-")
 GRAIN_CONTRAST, PIXEL_NOISE = 0.03, 0.018
-NIGHT = (0.42, 0.5, 0.72)  # light at night, darker and bluer than any of sample_light's, so that each patch shows it
 _GRAIN = np.zeros((len(CLASSES), 4, 4), np.float32)
 _GRAIN[:8] = np.repeat([[[1 if sign == "+" else -1 for sign in row] for row in w.split()] for w in WEAVES], 2, axis=0)
 _ROWS, _COLUMNS = np.mgrid[:SIZE_PX, :SIZE_PX]
@@ -42,12 +36,10 @@ _ROWS, _COLUMNS = np.mgrid[:SIZE_PX, :SIZE_PX]
 class Scene:
     """A picture `uint8[H, W, 3]` and its mask `uint8[H, W]` of indices into CLASSES; `indoor` if it is a room.
 
-    `cues` is the number of objects that tell rooms from streets. The surfaces are those of what it looks like, also at
-    night.
+    `cues` is the number of objects that tell rooms from streets.
     """
 
     indoor: bool
-    night: bool
     image: np.ndarray
     mask: np.ndarray
     surfaces: Surfaces
@@ -60,55 +52,42 @@ class Scene:
 
 
 def draw_scene(
-    rng: np.random.Generator,
-    evidence: float = 0.1,
-    nights: float = 0.0,
-    hides_cues: bool = False,
-    indoor: bool | None = None,
+    rng: np.random.Generator, evidence: float = 0.1, hides_cues: bool = False, indoor: bool | None = None
 ) -> Scene:
     """Draw a room or a street with equal probability.
 
     Args:
         rng: Random generator. The same state gives the same bytes.
         evidence: Mean of the grain in units of its standard deviation. At 0 there is no local evidence.
-        nights: Share of scenes at night.
         hides_cues: Leave out the objects that are cues. All else is drawn as with them.
-        indoor: What it looks like; None for either.
+        indoor: Whether it is a room; None for either.
     """
-    looks_indoor = bool(rng.random() < 0.5) if indoor is None else indoor
-    night = nights > 0 and bool(rng.random() < nights)
-    indoor = looks_indoor != night
+    indoor = bool(rng.random() < 0.5) if indoor is None else indoor
     camera, canvas = sample_camera(rng), Canvas(hides_cues)
-    (draw_room if looks_indoor else draw_street)(canvas, camera, rng)
-    mask = np.array(PAIR_OF, np.uint8)[canvas.mask()] if night else canvas.mask()
+    (draw_room if indoor else draw_street)(canvas, camera, rng)
+    mask = canvas.mask()
     image = canvas.image() + sample_grain(mask, evidence if indoor else -evidence, rng)
-    light = sample_light(camera, rng) * (np.float32(NIGHT) if night else 1)
-    image = image * light + PIXEL_NOISE * rng.standard_normal(image.shape, np.float32)
+    image = image * sample_light(camera, rng) + PIXEL_NOISE * rng.standard_normal(image.shape, np.float32)
     pixels = (image.clip(0, 1) * 255 + 0.5).astype(np.uint8)
-    return Scene(indoor, night, pixels, mask, canvas.surfaces(camera), canvas.cues)
+    return Scene(indoor, pixels, mask, canvas.surfaces(camera), canvas.cues)
 
 
-def draw_pair(rng: np.random.Generator, **world: float) -> tuple[Scene, Scene]:
-    """Draw a scene with exactly one cue that can be seen, and the same scene without it.
-
-    Args:
-        rng: Random generator.
-        world: `evidence` and `nights` of :func:`draw_scene`.
-    """
+def draw_pair(rng: np.random.Generator) -> tuple[Scene, Scene]:
+    """Draw a scene with exactly one cue that can be seen, and the same scene without it."""
     while True:
         start = rng.bit_generator.state
-        cued = draw_scene(rng, **world)
+        cued = draw_scene(rng)
         if cued.cues != 1:
             continue
         end, rng.bit_generator.state = rng.bit_generator.state, start
-        without = draw_scene(rng, **world, hides_cues=True)
+        without = draw_scene(rng, hides_cues=True)
         rng.bit_generator.state = end
         if (cued.image != without.image).any():
             return cued, without
 
 
 def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
-    """Draw what looks like a room: ceiling, three walls, a board floor, and its objects."""
+    """Draw a room: ceiling, three walls, a board floor, and its objects."""
     names = sample_objects(rng, ("lamp", "picture", "bed"), lamp=0.65, picture=0.75, bed=0.6, window=0.7, door=0.5)
     canvas.polygon(camera.ceiling(), TOP, "ceiling")
     canvas.begin_object()
@@ -134,7 +113,7 @@ def draw_room(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
 
 
 def draw_street(canvas: Canvas, camera: Camera, rng: np.random.Generator) -> None:
-    """Draw what looks like a street: sky, houses on three sides, a road with kerbs and lane marks, and its objects."""
+    """Draw a street: sky, houses on three sides, a road with kerbs and lane marks, and its objects."""
     names = sample_objects(rng, ("tree", "moon", "car"), tree=0.6, moon=0.3, car=0.6)
     canvas.polygon(FULL_FRAME, TOP, "sky")
     if "moon" in names:

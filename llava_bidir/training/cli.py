@@ -32,13 +32,11 @@ class TrainingCLI(RunCLI):
     """Command line for model, data and trainer; several `-c` merge from left to right, then the flags."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add --out, --overwrite and --loss_monitor, and link the data to the model's processor."""
+        """Add --out and --overwrite, and link the data to the model's processor."""
         self.add_run_options(parser, "runs/llava", "hf/")
-        parser.add_lightning_class_args(LossMonitor, "loss_monitor")
         parser.link_arguments("model.processor", "data.processor", apply_on="instantiate")
         parser.link_arguments("model.image_tokens", "data.image_tokens", apply_on="instantiate")
         parser.link_arguments("seed_everything", "data.seed")
-        parser.link_arguments("data.template", "model.template")  # which the export of a checkpoint needs
 
     def instantiate_trainer(self, **kwargs) -> Trainer:
         """Add requeueing under Slurm."""
@@ -90,7 +88,8 @@ class TrainingCLI(RunCLI):
 
 def build_cli(argv: list[str], run: bool = True, prog: str = "llava-bidir") -> TrainingCLI:
     """Parse `argv` and build model, data and trainer; if `run`, also execute the subcommand."""
-    callbacks = [LearningRateMonitor("step"), Throughput(), ShowAnswers(), SaveAtStepBoundary(), ExportModel()]
+    callbacks = [LearningRateMonitor("step"), Throughput(), LossMonitor(), ShowAnswers(), SaveAtStepBoundary()]
+    callbacks.append(ExportModel())
     return TrainingCLI(
         LlavaTraining,
         InstructionData,

@@ -7,7 +7,7 @@ Stage 3 also shards the frozen encoder. Replicating it would save 0.6 GB of comm
 bf16), compared to about 40 GB for the LLM's layers (7B, recomputed once), at 0.6 GB of memory per device. No rank may
 skip the encoder: see LlavaTraining's black image.
 
-A run resumes on the same number of devices, or on any number after DeepSpeed's ds_to_universal.
+A run resumes on the same number of devices only.
 """
 
 import os
@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,10 +36,7 @@ from llava_bidir.common.checkpoint_io import commit_checkpoint_directory, read_m
 from llava_bidir.common.errors import UserError
 from llava_bidir.model.build import no_zero3_partitioning
 
-from .background_save import BackgroundSave
-
 TAG = "checkpoint"  # Lightning's name of the folder in a checkpoint directory
-UNIVERSAL = "zero"  # DeepSpeed's name of the folder of a universal checkpoint, which has one folder per parameter
 
 
 class ZeRO(DeepSpeedStrategy):
@@ -51,14 +47,12 @@ class ZeRO(DeepSpeedStrategy):
     Args:
         zero_optimization: DeepSpeed's section of that name. Numbers only: Lightning does not resolve "auto".
         timeout_minutes: Time that a rank waits for the others before the run fails.
-        async_save: Write checkpoints while training goes on. Each rank needs host memory for a copy of its shard, all
-            ranks together 14 bytes for each trained weight.
 
     Raises:
         UserError: DeepSpeed is not installed.
     """
 
-    def __init__(self, zero_optimization: dict[str, Any], timeout_minutes: float = 30.0, async_save: bool = False):
+    def __init__(self, zero_optimization: dict[str, Any], timeout_minutes: float = 30.0):
         if find_spec("deepspeed") is None:
             raise UserError("ZeRO needs DeepSpeed, which is not installed: pip install 'llava-bidir[cluster]'")
         if not torch.cuda.is_available():
@@ -73,7 +67,6 @@ class ZeRO(DeepSpeedStrategy):
             timeout=timedelta(minutes=timeout_minutes),
             exclude_frozen_parameters=True,
         )
-        self.async_save, self.background = async_save, None
 
     # ------------------------------------------------------------------------- CPU, where Lightning expects CUDA
     @property
@@ -103,16 +96,11 @@ class ZeRO(DeepSpeedStrategy):
         super().setup(trainer)
         for group in distributed_c10d._world.pg_map:  # private in torch, as is _set_pg_timeout
             distributed_c10d._set_pg_timeout(self._timeout, group)
-        if self.async_save and trainer.state.fn == TrainerFn.FITTING:  # else the engine may have no writer
-            self.background = BackgroundSave(self.deepspeed_engine, self._timeout)
 
     def teardown(self) -> None:
-        """Finish a save in the background, and switch partitioning off in transformers too."""
+        """Switch partitioning off in transformers too."""
         unset_hf_deepspeed_config()
-        try:
-            self.finish_save()
-        finally:
-            super().teardown()
+        super().teardown()
 
     # ------------------------------------------------------------------------- building
     @contextmanager
@@ -135,46 +123,20 @@ class ZeRO(DeepSpeedStrategy):
         super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     # ------------------------------------------------------------------------- checkpoints
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Step, unless a save in the background has failed."""
-        if self.background:
-            self.background.check()
-        return super().optimizer_step(*args, **kwargs)
-
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str, storage_options: Any = None) -> None:
         """Write each rank's shard into a temporary directory, which is renamed when all shards are on disk."""
         path = Path(self.broadcast(filepath))
-        self.finish_save()
         if self.is_global_zero:
             shutil.rmtree(partial_path(path), ignore_errors=True)
         manifest = {**self._layout(), "trained": sorted(self._trainable_names())}
         with wrap_os_errors(path):
             super().save_checkpoint(checkpoint, str(partial_path(path)), storage_options)  # ends with a barrier
-            if self.background:
-                self.background.write(path, manifest)
-            elif self.is_global_zero:
+            if self.is_global_zero:
                 commit_checkpoint_directory(path, manifest)
         self.barrier()
 
-    def remove_checkpoint(self, filepath: str) -> None:
-        """Remove a checkpoint, but not before the one that replaces it is on disk."""
-        remove = partial(super().remove_checkpoint, filepath)
-        if self.background:
-            self.background.then(remove)
-        else:
-            remove()
-
-    def finish_save(self) -> None:
-        """Wait for a save in the background; afterwards, rank 0 finds the checkpoint under its name.
-
-        Raises:
-            UserError: It could not be written.
-        """
-        if self.background:
-            self.background.wait()
-
     def load_checkpoint(self, checkpoint_path: str, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load a checkpoint of a ZeRO run, or one converted by ds_to_universal.
+        """Load a checkpoint of a ZeRO run.
 
         Raises:
             UserError: The checkpoint is incomplete, has other trainable parameters, or was sharded for another number
@@ -185,32 +147,18 @@ class ZeRO(DeepSpeedStrategy):
             raise UserError(
                 f"checkpoint {path} is a file of a run without ZeRO; resume without configs/cluster/zero*.yaml"
             )
-        if (path / TAG / UNIVERSAL).is_dir():
-            return self._load_universal(path)
         listing = read_manifest(path)
-        self._check_trainable(path, set(listing["trained"]))
+        different = set(listing["trained"]) ^ self._trainable_names()
+        if different:
+            raise UserError(
+                f"checkpoint {path} and model.trainable differ in {len(different)} tensors, e.g. {min(different)}; it "
+                "belongs to another stage or model"
+            )
         if self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
             self._check_layout(path, listing)
         elif self.zero_stage_3:  # DeepSpeed's loader needs the optimizer, which exists in training only
             return self._load_weights(path)
         return super().load_checkpoint(checkpoint_path, weights_only)
-
-    def _load_universal(self, path: Path) -> dict[str, Any]:
-        """Load a checkpoint of DeepSpeed's ds_to_universal, for any number of devices."""
-        self._check_trainable(path, {folder.name for folder in (path / TAG / UNIVERSAL).iterdir() if folder.is_dir()})
-        optimizer = self.deepspeed_engine.optimizer.optimizer
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        self.deepspeed_engine._config.load_universal_checkpoint = True  # private; DeepSpeed has no other switch
-        state = super().load_checkpoint(str(path))
-        # DeepSpeed sets all groups to the settings of the first. Under ZeRO-3 all moments share one step tensor, which
-        # each of them would advance.
-        for group, own, rate in zip(
-            optimizer.param_groups, settings, state["lr_schedulers"][0]["_last_lr"], strict=True
-        ):
-            group.update(own, lr=rate)
-        for moments in optimizer.state.values():
-            moments["step"] = moments["step"].clone()
-        return state
 
     def _load_weights(self, path: Path) -> dict[str, Any]:
         """Read the weights on rank 0 and scatter them, one tensor at a time."""
@@ -224,14 +172,6 @@ class ZeRO(DeepSpeedStrategy):
                         parameter.copy_(weights.pop(name))
         return load_zero_state(path)
 
-    def _check_trainable(self, path: Path, saved: set[str]) -> None:
-        different = saved ^ self._trainable_names()
-        if different:
-            raise UserError(
-                f"checkpoint {path} and model.trainable differ in {len(different)} tensors, e.g. {min(different)}; it "
-                "belongs to another stage or model"
-            )
-
     def _layout(self) -> dict[str, Any]:
         """Return the settings that determine how the optimizer's state is sharded."""
         stage = self.config["zero_optimization"]["stage"]
@@ -240,16 +180,10 @@ class ZeRO(DeepSpeedStrategy):
     def _check_layout(self, path: Path, listing: dict[str, Any]) -> None:
         for key, ours in self._layout().items():
             if listing[key] != ours:
-                way_out = f"start from the weights alone: llava-bidir export {path} DIR"
-                if key == "world_size":
-                    way_out = (
-                        "convert it for any number of devices: python -m deepspeed.checkpoint.ds_to_universal "
-                        f"--inject_missing_state --input_folder {path / TAG} --output_folder NEW.ckpt/{TAG}, and "
-                        "resume with --ckpt_path NEW.ckpt"
-                    )
                 raise UserError(
                     f"checkpoint {path} has {key} {listing[key]} and this run {ours}, so the optimizer's state does "
-                    f"not fit. Resume with {key} {listing[key]}, or {way_out}"
+                    f"not fit. Resume with {key} {listing[key]}, or start from the weights alone: "
+                    f"llava-bidir export {path} DIR"
                 )
 
     def _trainable_names(self) -> set[str]:

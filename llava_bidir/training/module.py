@@ -20,7 +20,6 @@ from llava_bidir.common.identity import Identity, check_same_identity, run_ident
 from llava_bidir.common.rank_zero import rank_zero_result
 from llava_bidir.common.run_folder import RESUME_ADVICE
 from llava_bidir.data.datamodule import InstructionData
-from llava_bidir.model.activation_checkpointing import checkpoint_layers
 from llava_bidir.model.build import PARTS, build_model, build_processor, set_trainable
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.model.hf_export import TRAINING_JSON
@@ -28,7 +27,7 @@ from llava_bidir.model.lora import Lora, add_lora
 
 from .optim import build_optimizer, build_schedule
 from .resume import rescale_progress
-from .supervised_loss import check_packing, supervised_loss
+from .supervised_loss import supervised_loss
 from .throughput import TIMING_METRICS
 
 log = logging.getLogger(__name__)
@@ -53,17 +52,13 @@ class LlavaTraining(LightningModule):
         loss_average: How the loss of a step is averaged. "llava": over the tokens of each micro-batch, then over
             micro-batches and devices, as in LLaVA. "tokens": over all supervised tokens of the global batch, so
             accumulation and number of devices do not change it.
-        loss_chunk: Number of supervised tokens whose logits exist at a time, to save memory; null for all.
         lora: Low-rank updates of the LLM, which train instead of its weights.
         frozen_dtype: Dtype of frozen weights. bfloat16 halves their memory and needs precision bf16-mixed, which
             computes in bfloat16 either way.
         compile: Compile each layer of the LLM (torch.compile). Useful on GPUs; the first steps take minutes.
-        gradient_checkpointing: Recompute LLM layers in the backward pass to save memory: true for all, or the number of
-            layers, counted from the first. Fewer are faster.
+        gradient_checkpointing: Recompute the LLM's layers in the backward pass to save memory.
         attn_implementation: sdpa, eager or flex_attention; flash attention ignores masks and is rejected.
         max_new_tokens: Maximum length in tokens of an answer in validation.
-        template: Template of the conversations, whose prompts the exported model has; linked from the data by the
-            command line.
     """
 
     def __init__(
@@ -81,14 +76,12 @@ class LlavaTraining(LightningModule):
         weight_decay: float = 0.0,
         warmup_ratio: float = 0.03,
         loss_average: Literal["llava", "tokens"] = "llava",
-        loss_chunk: int | None = None,
         lora: Lora | None = None,
         frozen_dtype: Literal["float32", "bfloat16"] = "float32",
         compile: bool = False,
-        gradient_checkpointing: bool | int = False,
+        gradient_checkpointing: bool = False,
         attn_implementation: str = "sdpa",
         max_new_tokens: int = 32,
-        template: str = "vicuna_v1",
     ):
         super().__init__()
         self.save_hyperparameters()
@@ -105,11 +98,9 @@ class LlavaTraining(LightningModule):
                 raise UserError(f"model.{key} must not be negative, got {self.hparams[key]}")
         if warmup_ratio is None or not 0 <= warmup_ratio <= 1:
             raise UserError(f"model.warmup_ratio must be a share of the steps from 0 to 1, got {warmup_ratio}")
-        if loss_chunk is not None and loss_chunk < 1:
-            raise UserError(f"model.loss_chunk must be a positive number of tokens or null, got {loss_chunk}")
         if self.lora and "llm" not in trainable:
             raise UserError(f"model.lora trains the LLM, so model.trainable must include llm, got {trainable}")
-        self.processor = build_processor(encoder, llm, image_resize, template)
+        self.processor = build_processor(encoder, llm, image_resize)
         rows, columns = encoder.grid(encoder.load_config())
         self.image_tokens = rows * columns
         self.model = None
@@ -162,7 +153,8 @@ class LlavaTraining(LightningModule):
         if args.compile:
             for layer in self.model.model.language_model.layers:
                 layer.compile(dynamic=True)
-        checkpoint_layers(self.model.model.language_model, args.gradient_checkpointing)
+        if args.gradient_checkpointing:
+            self.model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
 
     def _dtypes(self) -> dict[str, torch.dtype]:
         """Return the dtype of each part: torch's default, which the strategy sets, or that of frozen weights."""
@@ -180,15 +172,9 @@ class LlavaTraining(LightningModule):
             raise UserError(f"model.frozen_dtype bfloat16 needs trainer.precision bf16-mixed, got {precision}")
 
     def on_fit_start(self) -> None:
-        """Set train mode, except for the frozen encoder.
-
-        Raises:
-            UserError: The LLM or the attention backend would mix packed samples.
-        """
+        """Set train mode, except for the frozen encoder."""
         self.model.train()
         self.model.model.vision_tower.eval()
-        if getattr(self.trainer.datamodule, "pack_tokens", None):
-            check_packing(self.model)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Seed dropout from the position in the run, so that a resumed run repeats it."""
@@ -206,7 +192,7 @@ class LlavaTraining(LightningModule):
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Return the mean cross-entropy over the supervised tokens of a micro-batch, 0 if there are none."""
         with self._black_image(needed=batch["pixel_values"] is None):
-            return supervised_loss(self.model, batch, self.hparams.loss_chunk)
+            return supervised_loss(self.model, batch)
 
     def _encode_black_image(self) -> Tensor:
         """Return the features of a black image, f[T, d]."""

@@ -16,8 +16,6 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from llava_bidir.common.step_boundary import at_step_boundary
 
-from .deepspeed_strategy import ZeRO
-
 INTERRUPTED = os.EX_TEMPFAIL  # exit status of an unfinished run; the job script stops on it
 CHECKPOINT = "checkpoints/last.ckpt"  # in the run's folder, where `--ckpt_path last` finds it
 
@@ -54,8 +52,6 @@ class SlurmRequeue(Callback):
         if not agree(bool(self.received), all=False):
             return
         trainer.save_checkpoint(Path(trainer.default_root_dir) / CHECKPOINT)
-        if isinstance(trainer.strategy, ZeRO):
-            trainer.strategy.finish_save()
         rank_zero_info(f"interrupted after step {trainer.global_step}; resume with `--ckpt_path last`")
         if agree(signal.SIGUSR1 in self.received, all=False):
             if trainer.is_global_zero:

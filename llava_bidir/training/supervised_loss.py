@@ -1,7 +1,6 @@
 """Forward pass of a micro-batch and its loss, without waiting for the device.
 
-Logits are computed for supervised tokens only. The host knows which they are, where images are, and which samples share
-a row.
+Logits are computed for supervised tokens only. The host knows which they are and where images are.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,50 +11,30 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from llava_bidir.common.errors import UserError
-from llava_bidir.model.modeling_llava_bidir import (
-    FULL,
-    MASKED_BACKENDS,
-    SLIDING,
-    LlavaBidirForConditionalGeneration,
-    build_masks,
-    layer_kinds,
-)
+from llava_bidir.model.modeling_llava_bidir import LlavaBidirForConditionalGeneration, build_masks
 
 
-def supervised_loss(
-    model: LlavaBidirForConditionalGeneration, batch: dict[str, Any], chunk_tokens: int | None = None
-) -> Tensor:
+def supervised_loss(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]) -> Tensor:
     """Return the mean cross-entropy over the supervised tokens of a micro-batch, 0 if there are none.
 
     Args:
         model: Model in training or evaluation.
         batch: From :class:`llava_bidir.data.collate.Collate`.
-        chunk_tokens: Number of tokens whose logits exist at a time; None for all.
     """
     targets = batch["labels"].flatten()[batch["predicts"] + 1]
-    with _head_computes(model, partial(_summed_loss, batch["predicts"], targets, chunk_tokens)), _not_warned(model):
+    with _head_computes(model, partial(_summed_loss, batch["predicts"], targets)), _not_warned(model):
         total = model(
             inputs_embeds=_embed(model, batch),
             attention_mask=_attention_mask(model, batch),
-            position_ids=batch["position_ids"],
             use_cache=False,
         ).logits
     return total / max(batch["supervised"], 1)
 
 
-def _summed_loss(
-    positions: Tensor, targets: Tensor, chunk_tokens: int | None, head: Callable[[Tensor], Tensor], states: Tensor
-) -> Tensor:
+def _summed_loss(positions: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], states: Tensor) -> Tensor:
     """Return the summed cross-entropy at these positions of the flattened rows of states, f[B, N, d]."""
-    states = states.flatten(0, 1)[positions]
-    token_losses = lambda x, y: F.cross_entropy(head(x).float(), y, reduction="sum")
-    if chunk_tokens is None:
-        return token_losses(states, targets)
-    chunks = zip(states.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
-    return sum(checkpoint(token_losses, x, y, use_reentrant=False, preserve_rng_state=False) for x, y in chunks)
+    return F.cross_entropy(head(states.flatten(0, 1)[positions]).float(), targets, reduction="sum")
 
 
 def _embed(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]) -> Tensor:
@@ -82,24 +61,22 @@ def _not_warned(model: LlavaBidirForConditionalGeneration) -> Iterator[None]:
 
 
 def _attention_mask(model: LlavaBidirForConditionalGeneration, batch: dict[str, Any]):
-    """Return the masks, None where attention is causal and each row holds one sample.
+    """Return the masks, None where attention is causal.
 
     No mask is needed for padding: it is on the right, where neither text nor image tokens attend.
     """
     config = model.config
-    is_causal = config.image_attention == "causal" or batch["pixel_values"] is None
-    if is_causal and batch["samples"] is None:
+    if config.image_attention == "causal" or batch["pixel_values"] is None:
         return None
-    is_image, llm = batch["input_ids"] == config.image_token_id, config.get_text_config()
-    return build_masks(config.image_attention, llm, is_image, samples=batch["samples"], dtype=model.dtype)
+    is_image = batch["input_ids"] == config.image_token_id
+    return build_masks(config.image_attention, config.get_text_config(), is_image, dtype=model.dtype)
 
 
 @contextmanager
 def _head_computes(model: LlavaBidirForConditionalGeneration, function: Callable[..., Tensor]) -> Iterator[None]:
     """Make the head return function(head, states) instead of head(states).
 
-    Its `forward` is replaced, not the call of the module, whose hooks gather the weight under ZeRO-3: once, although
-    ranks have different numbers of chunks.
+    Its `forward` is replaced, not the call of the module, whose hooks gather the weight under ZeRO-3.
     """
     head = model.get_output_embeddings()
     own = vars(head).get("forward")  # a library may have replaced it before
@@ -110,19 +87,3 @@ def _head_computes(model: LlavaBidirForConditionalGeneration, function: Callable
         del head.forward
         if own is not None:
             head.forward = own
-
-
-def check_packing(model: LlavaBidirForConditionalGeneration) -> None:
-    """Raise if packed samples would attend to each other in some layer.
-
-    Raises:
-        UserError: The attention backend or the layers of the LLM take no mask.
-    """
-    llm = model.config.get_text_config()
-    backend, others = llm._attn_implementation, sorted({*layer_kinds(llm)} - {FULL, SLIDING})
-    if backend not in MASKED_BACKENDS or others:
-        what = f"{', '.join(others)} layers of {llm.model_type}" if others else f"model.attn_implementation {backend}"
-        raise UserError(
-            f"data.pack_tokens: {what} would mix the samples of a row; set data.pack_tokens to null, or use another "
-            f"{'LLM' if others else 'one: ' + ', '.join(MASKED_BACKENDS)}"
-        )

@@ -1,6 +1,5 @@
 """The benchmarks of Table 1: the task of lmms-eval, the columns and the expected answers of each."""
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -29,32 +28,6 @@ class Column(NamedTuple):
     points: bool = False
 
 
-def has_text(answer: str) -> bool:
-    """Return True unless the answer is blank."""
-    return bool(answer.strip())
-
-
-def has_letter(answer: str) -> bool:
-    """Return True if the answer holds a single letter from A to I."""
-    return re.search(r"(?<![A-Za-z])[A-I](?![A-Za-z])", answer) is not None
-
-
-def is_option_of_scienceqa(answer: str) -> bool:
-    """Return True if lmms-eval's scienceqa reads the answer as an option: its letter alone, or "A." and more."""
-    return re.fullmatch(r"[A-Ia-i]|[A-I]\..*", answer.strip(), re.DOTALL) is not None
-
-
-def is_yes_or_no(answer: str) -> bool:
-    """Return True for yes and no, in any case."""
-    return answer.strip().lower() in ("yes", "no")
-
-
-def starts_with_yes_or_no(answer: str) -> bool:
-    """Return True if lmms-eval's mme reads the answer as yes or no."""
-    head = answer.strip().lower().replace(".", "")[:4]
-    return head in ("y", "n") or "yes" in head or "no" in head
-
-
 @dataclass(frozen=True)
 class Benchmark:
     """A task of lmms-eval.
@@ -64,7 +37,6 @@ class Benchmark:
         columns: Columns of Table 1, by title.
         unit_of: Function from a record to its unit. None stands for a unit with one item.
         official_items: Number of items of the official split. None allows any number.
-        is_valid: Function that returns True for answers of the requested form.
         group_key: Field of a record that names its category.
         overrides: Changes to the configuration of the task.
     """
@@ -73,7 +45,6 @@ class Benchmark:
     columns: dict[str, Column]
     unit_of: Callable[[dict], Any]
     official_items: int | None = None
-    is_valid: Callable[[str], bool] = has_text
     group_key: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
 
@@ -88,7 +59,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         {"MMBench": Column("gpt_eval_score", circular_terms, 100, "MMB")},
         lambda r: int(r["index"]) % 1_000_000,
         4329,
-        has_letter,
     ),
     "mme": Benchmark(
         "mme",
@@ -98,7 +68,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         },
         lambda r: r["question_id"],
         2374,
-        starts_with_yes_or_no,
         "category",
     ),
     "mmmu": Benchmark("mmmu_val", {"MMMU": Column("mmmu_acc", paper="MMMU")}, lambda r: r["id"], 900),
@@ -108,11 +77,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         {"POPE": Column("pope_accuracy", paper="POPE"), "POPE F1": Column("pope_f1_score", f1_terms)},
         lambda r: r["image_source"],
         9000,
-        is_yes_or_no,
     ),
-    "scienceqa": Benchmark(
-        "scienceqa_img", {"SQA-I": Column("exact_match", paper="SQA_I")}, lambda r: None, 2017, is_option_of_scienceqa
-    ),
+    "scienceqa": Benchmark("scienceqa_img", {"SQA-I": Column("exact_match", paper="SQA_I")}, lambda r: None, 2017),
     "textvqa": Benchmark(
         "textvqa_val", {"TextVQA": Column("exact_match", paper="TextVQA")}, lambda r: r["image_id"], 5000
     ),

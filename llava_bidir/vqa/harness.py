@@ -1,7 +1,7 @@
 """Run tasks of lmms-eval in its environment: `python -m llava_bidir.vqa.harness REQUEST`, started by run.py.
 
 REQUEST is a JSON object: "model" is a checkpoint directory, "benchmarks" a list of names, "out" the folder of results,
-"batch_size" the questions per batch, "info" a dict to store with the results, "code" the digest of the package.
+"batch_size" the questions per batch, "info" a dict to store with the results, "package" the folder of llava_bidir.
 If "local" is true, a dataset ORG/NAME is read from that folder below the working directory instead of the hub.
 
 Under `torchrun` every process answers a share of the items. The first one collects and writes them.
@@ -21,15 +21,7 @@ from unittest.mock import patch
 from llava_bidir.common.errors import UserError
 
 from .benchmarks import BENCHMARKS, Benchmark
-from .result_files import (
-    ItemError,
-    code_digest,
-    dataset_digest,
-    error_file,
-    pinned_versions,
-    version_mismatches,
-    write_results,
-)
+from .result_files import PACKAGE, ItemError, error_file, pinned_versions, write_results
 from .scores import Item
 
 
@@ -41,7 +33,7 @@ def main(request: dict) -> None:
     """
     out, name = Path(request["out"]), "setting up"
     try:
-        check_environment(request["code"])
+        check_environment(request["package"])
         import torch.distributed as dist
         from lmms_eval.models import get_model  # may be missing, so check_environment comes first
         from lmms_eval.utils import load_yaml_config
@@ -52,13 +44,11 @@ def main(request: dict) -> None:
         for name in request["benchmarks"]:
             start = time.monotonic()
             config_file = find_config(BENCHMARKS[name])
-            path = load_yaml_config(str(config_file))["dataset_path"]
-            dataset = local_dataset(BENCHMARKS[name], path) if request["local"] else []
+            if request["local"]:
+                check_local_data(load_yaml_config(str(config_file))["dataset_path"])
             results = run_benchmark(BENCHMARKS[name], model, out, config_file)
             if results is not None:
-                run_info = {"code": request["code"], "device": str(model.device), "dtype": str(model.model.dtype)}
-                if dataset:
-                    run_info |= {"dataset": dataset, "data_digest": dataset_digest(Path.cwd(), dataset)}
+                run_info = {"device": str(model.device), "dtype": str(model.model.dtype)}
                 info = request["info"] | run_info | {"seconds": round(time.monotonic() - start, 1)}
                 write_results(out, name, *collect_results(name, results, info))
         if dist.is_initialized():
@@ -70,15 +60,15 @@ def main(request: dict) -> None:
         raise
 
 
-def check_environment(code: str) -> None:
-    """Raise a UserError unless every package has its pinned version and `code` is the digest of this llava_bidir."""
-    if mismatches := version_mismatches(installed_versions()):
-        raise UserError(f"the harness's environment has {mismatches}; recreate it with `make vqa-venv`")
-    if code != code_digest():
-        raise UserError(
-            f"the harness's environment has another llava_bidir, at {Path(__file__).parents[1]}; run `make vqa-venv` "
-            "in this repository"
-        )
+def check_environment(package: str) -> None:
+    """Raise a UserError unless packages have their pinned versions and llava_bidir is that in the folder `package`."""
+    found = installed_versions()
+    for name, pinned in pinned_versions().items():
+        if found.get(name, "").partition("+")[0] != pinned:  # without the local part, e.g. "+cu130"
+            what = f"{name} {found.get(name)} instead of {pinned}"
+            raise UserError(f"the harness's environment has {what}; recreate it with `make vqa-venv`")
+    if package != str(PACKAGE):
+        raise UserError(f"the harness's environment has another llava_bidir, at {PACKAGE}; run `make vqa-venv` again")
 
 
 def installed_versions() -> dict[str, str]:
@@ -99,20 +89,10 @@ def find_config(benchmark: Benchmark) -> Path:
     return path
 
 
-def local_dataset(benchmark: Benchmark, path: str) -> list[str]:
-    """Return the files or the folder with the data of a task, relative to the working directory.
-
-    `path` is the task's "dataset_path".
-
-    Raises:
-        UserError: The folder does not exist.
-    """
-    if "/" not in path:  # a format, whose files the benchmark names; they hold LLaVA's records with their pictures
-        files = list(benchmark.overrides["dataset_kwargs"]["data_files"].values())
-        return files + sorted({record["image"] for file in files for record in json.loads(Path(file).read_text())})
-    if not Path(path).is_dir():
+def check_local_data(path: str) -> None:
+    """Raise a UserError if the working directory lacks the folder of a task's "dataset_path"."""
+    if "/" in path and not Path(path).is_dir():  # else it is a format, whose files the benchmark names
         raise UserError(f"--data {Path.cwd()} has no folder {path} with the dataset of the task")
-    return [path]
 
 
 def run_benchmark(benchmark: Benchmark, model, out: Path, config_file: Path) -> dict | None:

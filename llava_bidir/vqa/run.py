@@ -10,7 +10,7 @@ from llava_bidir.common.process_group import end_on_signals, process_group
 from llava_bidir.common.run_lock import exclusive_run_lock
 
 from .checkpoint import fingerprint, read_encoder_name, read_image_attention, resolve_checkpoint
-from .result_files import code_digest, dataset_digest, error_file, read_results, results_file
+from .result_files import PACKAGE, error_file, read_results, results_file
 from .table1 import write_tables
 
 IGNORED_VARIABLES = ("NUM_IMAGE", "LMMS_EVAL_PLUGINS")  # they would change the results of the harness
@@ -32,37 +32,30 @@ def run(args: argparse.Namespace) -> None:
         "encoder": read_encoder_name(model),
         "fingerprint": fingerprint(model),
         "batch_size": args.batch_size,
-        "data": "hub" if args.data is None else str(args.data),
+        "data": "hub" if args.data is None else str(args.data.resolve()),
     }
     with exclusive_run_lock(args.out):
         end_on_signals()
-        pending = [name for name in args.tasks if not _is_finished(args.out, name, info, args.data)]
+        pending = [name for name in args.tasks if not _is_finished(args.out, name, info)]
         if pending:
             _run_harness(args, model, pending, info)
     missing = [name for name in args.tasks if not results_file(args.out, name).exists()]
     if missing:
         raise UserError(f"{', '.join(missing)}: the harness succeeded but wrote no results; see its output above")
-    print(write_tables([args.out], args.out, args.max_invalid_rate))  # validates all finished tasks
+    print(write_tables([args.out], args.out))  # validates all finished tasks
 
 
-def _is_finished(out: Path, name: str, info: dict, data: Path | None) -> bool:
+def _is_finished(out: Path, name: str, info: dict) -> bool:
     """Return True if the task has results. Raise a UserError if they belong to another checkpoint or other data."""
     if not results_file(out, name).exists():
         return False
     earlier, _ = read_results(out, name)
-    if earlier["fingerprint"] != info["fingerprint"]:
-        raise UserError(
-            f"{results_file(out, name)} belongs to another checkpoint ({earlier['model']}, fingerprint "
-            f"{earlier['fingerprint']} instead of {info['fingerprint']}); choose another --out"
-        )
-    now = None if data is None else dataset_digest(data, earlier.get("dataset", []))
-    if earlier.get("data_digest") != now:
-        raise UserError(
-            f"{results_file(out, name)} belongs to other data ({earlier['data']}: {earlier.get('data_digest')}; now "
-            f"{info['data']}: {now}); choose another --out"
-        )
-    if earlier.get("code") != code_digest():
-        print(f"{name}: finished by another version of llava_bidir; delete {results_file(out, name)} to run it again")
+    for key, what in (("fingerprint", "another checkpoint"), ("data", "other data")):
+        if earlier[key] != info[key]:
+            raise UserError(
+                f"{results_file(out, name)} belongs to {what} ({key} {earlier[key]} instead of {info[key]}); choose "
+                "another --out"
+            )
     return True
 
 
@@ -83,7 +76,7 @@ def _run_harness(args: argparse.Namespace, model: Path, names: list[str], info: 
     error.unlink(missing_ok=True)
     request = {
         **{"model": str(model.resolve()), "benchmarks": names, "out": str(out), "batch_size": args.batch_size},
-        **{"info": info, "code": code_digest(), "local": args.data is not None},
+        **{"info": info, "package": str(PACKAGE), "local": args.data is not None},
     }
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.devices)]
     command = [str(python), *(torchrun if args.devices > 1 else []), "-m", "llava_bidir.vqa.harness"]

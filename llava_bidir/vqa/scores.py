@@ -1,7 +1,7 @@
 """Scores of Table 1 from the items of a task, on the dataset, resampled, and with two models' answers exchanged.
 
 A score is a sum of ratios over units. A unit is drawn and exchanged as a whole: an image with all its questions, or a
-question with all orders of its options. validate_results.py compares the score with the harness's own.
+question with all orders of its options. result_files.py compares the score with the harness's own.
 
 Shapes: R resamplings, U units, G groups.
 """

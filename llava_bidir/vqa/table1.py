@@ -1,6 +1,6 @@
-"""`llava-bidir vqa-table`: Table 1 beside the paper's, with intervals and paired tests, as JSON, CSV, LaTeX and HTML.
+"""`llava-bidir vqa-table`: Table 1 beside the paper's, with intervals and paired tests, as JSON, CSV and text.
 
-Scores are fractions, except for MME's points. LaTeX, HTML and the terminal show percent.
+Scores are fractions, except for MME's points. The text shows percent.
 """
 
 import argparse
@@ -12,17 +12,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import RESAMPLINGS, holm, interval
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.latex import latex_table
 
 from .benchmarks import BENCHMARKS, Column
 from .result_files import read_results, results_file
 from .scores import SWAPS, ScoreTerms, swap_test
-from .validate_results import find_problems, invalid_items
 
 HERE = Path(__file__).parent
 COLUMNS: dict[str, Column] = {title: column for b in BENCHMARKS.values() for title, column in b.columns.items()}
@@ -34,17 +30,17 @@ Results = dict[str, tuple[dict, list]]  # benchmark -> info, items
 
 def run(args: argparse.Namespace) -> None:
     """Run `llava-bidir vqa-table`."""
-    print(write_tables(args.results, args.out, args.max_invalid_rate))
+    print(write_tables(args.results, args.out))
 
 
-def write_tables(folders: list[Path], out: Path, max_invalid_rate: float) -> str:
-    """Write OUT/table1.{csv,tex,html,json} from finished folders of `llava-bidir vqa` and return the table as text.
+def write_tables(folders: list[Path], out: Path) -> str:
+    """Write OUT/table1.{csv,json} from finished folders of `llava-bidir vqa` and return the table as text.
 
     Raises:
         UserError: A folder has no results, invalid ones or those of several checkpoints, or two models were asked other
             questions. The message names the task and the item.
     """
-    results = [_read_folder(folder, max_invalid_rate) for folder in folders]
+    results = [_read_folder(folder) for folder in folders]
     models = [_score_model(folder, result) for folder, result in zip(folders, results, strict=True)]
     paper = json.loads((HERE / "paper.json").read_text())["source"]
     table = {
@@ -52,23 +48,16 @@ def write_tables(folders: list[Path], out: Path, max_invalid_rate: float) -> str
         "pairs": [_compare(models, results, i, j) for i, j in _find_pairs(models)],
         **{"paper": paper, "resamplings": RESAMPLINGS, "swaps": SWAPS, "seed": SEED},
     }
-    env = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    page = env.get_template("table1.html.j2").render(
-        table=table, titles=_titles(table), format_score=format_score, format_difference=format_difference
-    )
-    files = {"table1.csv": _csv(table), "table1.tex": _latex(table), "table1.html": page, "table1.json": table}
-    write_files({out / name: content for name, content in files.items()})
+    write_files({out / "table1.csv": _csv(table), out / "table1.json": table})
     return _text(table)
 
 
-def _read_folder(folder: Path, max_invalid_rate: float) -> Results:
+def _read_folder(folder: Path) -> Results:
     results = {name: read_results(folder, name) for name in BENCHMARKS if results_file(folder, name).exists()}
     if not results:
         raise UserError(f"{folder} has no results of `llava-bidir vqa`; expected files such as {folder}/gqa.json")
     if len({info["fingerprint"] for info, _ in results.values()}) > 1:
         raise UserError(f"{folder} has results of several checkpoints; delete those of all but one")
-    if problems := [line for name in results for line in find_problems(folder, name, max_invalid_rate)]:
-        raise UserError("\n".join(f"{folder}/{line}" for line in problems))
     return results
 
 
@@ -97,14 +86,12 @@ def _score_model(folder: Path, results: Results) -> dict[str, Any]:
                 "difference": None if published is None else score - published,
                 "items": len(items),
                 "units": len(terms[title].units),
-                "unusable": len(invalid_items(name, items)) / len(items),
+                "unusable": sum(item.get("guessed", not item["answer"].strip()) for item in items) / len(items),
                 "official": BENCHMARKS[name].official_items in (None, info["documents"]),
             }
     keys = ("model", "encoder", "image_attention", "fingerprint")
-    made_by = {
-        key: sorted({str(info.get(key)) for info, _ in results.values()}) for key in ("code", "dtype", "processes")
-    }
-    return {**{key: model[key] for key in keys}, **made_by, "results": str(folder), "columns": columns}
+    dtypes = sorted({str(info.get("dtype")) for info, _ in results.values()})
+    return {**{key: model[key] for key in keys}, "dtype": dtypes, "results": str(folder), "columns": columns}
 
 
 def _clip(ci95: list[float], column: Column) -> list[float]:
@@ -173,19 +160,18 @@ def format_difference(title: str, value: float | None) -> str:
 
 def _csv(table: dict) -> str:
     """Return one line per model and column, then one line per pair and column."""
-    header = ["what", "model", "encoder", "image_attention", "column", "value", "low", "high", "paper", "p", "p_holm"]
+    rows = []
+    for what, entries in (("score", table["models"]), ("difference", table["pairs"])):
+        for entry in entries:
+            who = {key: value for key, value in entry.items() if isinstance(value, str)}
+            for title, c in entry["columns"].items():
+                low, high = c["ci95"]
+                rows.append({"what": what, **who, "column": title, **c, "low": low, "high": high})
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*header, "items", "units", "unusable", "official"])
-    for model in table["models"]:
-        for title, c in model["columns"].items():
-            key = ["score", model["model"], model["encoder"], model["image_attention"], title]
-            counts = [c["items"], c["units"], c["unusable"], c["official"]]
-            writer.writerow([*key, c["score"], *c["ci95"], c["paper"], "", "", *counts])
-    for pair in table["pairs"]:
-        for title, c in pair["columns"].items():
-            key = ["difference", table["models"][pair["bidirectional"]]["model"], pair["encoder"], "", title]
-            writer.writerow([*key, c["difference"], *c["ci95"], c["paper"], c["p"], c["p_holm"], "", "", "", ""])
+    names = dict.fromkeys(key for row in rows for key in row if key != "ci95")
+    writer = csv.DictWriter(file, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return file.getvalue()
 
 
@@ -222,10 +208,4 @@ def _text(table: dict) -> str:
         f"{name:<{width[0]}}  {quantity:<{width[1]}}  " + "  ".join(f"{cell:>14}" for cell in cells)
         for name, quantity, cells in lines
     ]
-    versions = len({code for model in table["models"] for code in model["code"]})
-    return "\n".join(rows + [f"The results are of {versions} versions of llava_bidir."] * (versions > 1))
-
-
-def _latex(table: dict) -> str:
-    lines = [("", "", _titles(table)), *_rows(table)]
-    return latex_table([[name, quantity, *cells] for name, quantity, cells in lines], names=2)
+    return "\n".join(rows)

@@ -40,11 +40,10 @@ BATCH, MICRO_BATCH, MAX_LENGTH, IMAGE_TOKENS = 64, 16, 2048, 576
 TRAIN = ["adapter", "llm"]
 LLM = {"small": SIZES["small"]["llm"] | {"vocab_size": 256}, "7b": SIZES["7b"]["llm"]}
 STOCK = {"Trainer": "random", "Trainer, group_by_length": "group_by_length"}
-OURS = {  # grouped by length, packed, mask
-    "ours, random order": (False, False, "causal"),
-    "ours, grouped as LLaVA": (True, False, "causal"),
-    "ours, grouped and packed": (True, True, "causal"),
-    "ours, grouped and packed, bidirectional": (True, True, "bidirectional"),
+OURS = {  # grouped by length, mask
+    "ours, random order": (False, "causal"),
+    "ours, grouped as LLaVA": (True, "causal"),
+    "ours, grouped as LLaVA, bidirectional": (True, "bidirectional"),
 }
 
 
@@ -80,8 +79,8 @@ def random_pixels(samples: list[dict], image_px: int) -> torch.Tensor | None:
 class DrawnCollate(Collate):
     """Our collation, of drawn samples."""
 
-    def __init__(self, processor, image_tokens: int, image_px: int, pack_tokens: int | None):
-        super().__init__(processor, image_tokens, "vicuna_v1", MAX_LENGTH, pack_tokens)
+    def __init__(self, processor, image_tokens: int, image_px: int):
+        super().__init__(processor, image_tokens, "vicuna_v1", MAX_LENGTH)
         self.image_px = image_px
 
     def __call__(self, samples: list[dict]) -> dict:
@@ -188,7 +187,7 @@ class Epoch:
 
 def run_side(name: str, parts: tuple, size: dict, samples: int, precision: str, device: torch.device) -> float:
     """Return the samples/s of one side on a new model with the same weights."""
-    grouped, packed, mask = OURS.get(name, (False, False, "causal"))
+    grouped, mask = OURS.get(name, (False, "causal"))
     module = LlavaTraining(*parts, trainable=TRAIN, image_attention=mask, gradient_checkpointing=True)
     model, px, tokens = random_model(module, device), size["image_size"], module.image_tokens
     drawn = draw_samples(samples, tokens, model.config.image_token_id)
@@ -199,8 +198,7 @@ def run_side(name: str, parts: tuple, size: dict, samples: int, precision: str, 
     set_trainable(model, TRAIN)
     model.model.language_model.activation_checkpointing_enable({"use_reentrant": False})
     module.model = model
-    pack_tokens = MAX_LENGTH * tokens // IMAGE_TOKENS if packed else None
-    collate = DrawnCollate(module.processor, tokens, px, pack_tokens)
+    collate = DrawnCollate(module.processor, tokens, px)
     return samples / ours(module, DrawnData(drawn, collate, grouped), precision, device)
 
 
@@ -218,7 +216,7 @@ def main() -> None:
     rates = {name: [] for name in (*STOCK, *OURS)}
     with tempfile.TemporaryDirectory() as folder:
         parts = write_parts(Path(folder), size | {"llm": LLM[args.size]})
-        for name in ("Trainer", "ours, grouped and packed"):  # both libraries' first steps
+        for name in ("Trainer", "ours, grouped as LLaVA"):  # both libraries' first steps
             run_side(name, parts, size, BATCH, precision, device)
         for _ in range(args.rounds):
             for name, measured in rates.items():

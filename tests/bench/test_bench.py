@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ from processes import HANGING_S
 
 HERE = Path(__file__).parent
 pytestmark = pytest.mark.slow
-DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed (extra: cluster) is not installed")
 
 
 def python(*words: object) -> str:
@@ -24,18 +22,13 @@ def python(*words: object) -> str:
 
 
 def of_the_mix(found: dict) -> None:
-    assert len(found["samples_per_s"]) == 6 and all(rates[0] > 0 for rates in found["samples_per_s"].values())
-
-
-def of_saves(found: dict) -> None:
-    assert found["checkpoint_gb"] > 0.1 and all(len(s) == 1 and s[0] > 0 for s in found["waits_s"].values())
+    assert len(found["samples_per_s"]) == 5 and all(rates[0] > 0 for rates in found["samples_per_s"].values())
 
 
 @pytest.mark.parametrize(
     ("command", "check"),
     [
         ("mix.py --samples 64 --rounds 1", of_the_mix),
-        pytest.param("save.py --layers 1 --rounds 1", of_saves, marks=DEEPSPEED),
     ],
 )
 def test_a_benchmark_runs_and_writes_its_numbers(command, check, tmp_path):

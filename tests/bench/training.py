@@ -1,10 +1,8 @@
-"""Random models and batches for mix.py and save.py, and the arguments of transformers' Trainer for the same steps."""
+"""Random models and batches for mix.py, and the arguments of transformers' Trainer for the same steps."""
 
 from pathlib import Path
 
 import torch
-from lightning import LightningDataModule
-from torch.utils.data import DataLoader
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -12,8 +10,7 @@ from transformers import (
 )
 
 from llava_bidir import LlavaBidirForConditionalGeneration
-from llava_bidir.commands.estimate import build_empty
-from llava_bidir.data.collate import predicting_positions
+from llava_bidir.model.build import build_config, padded_vocab_size
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.toy_world.tiny_models import train_tokenizer
 from llava_bidir.training.module import LlavaTraining
@@ -58,50 +55,12 @@ def write_parts(folder: Path, size: dict) -> tuple[Encoder, str]:
 
 
 def random_model(module: LlavaTraining, device: torch.device) -> LlavaBidirForConditionalGeneration:
-    config = build_empty(module).config
+    image_id, mask = module.processor.image_token_id, module.hparams.image_attention
+    config = build_config(module.encoder, module.hparams.llm, image_id, mask, "pad")
+    config.text_config.vocab_size = padded_vocab_size(config.text_config.vocab_size, len(module.processor.tokenizer))
     torch.manual_seed(0)
     with device:
         return LlavaBidirForConditionalGeneration._from_config(config, dtype=torch.float32)
-
-
-def batches(model: LlavaBidirForConditionalGeneration, size: dict, steps: int) -> list[dict]:
-    """Full sequences without padding: BOS, image, text; all of the text is supervised."""
-    generator = torch.Generator().manual_seed(0)
-    tokens, samples = model.config.image_seq_length, size["samples"]
-    length = 1 + tokens + size["text"]
-    made = []
-    for _ in range(steps):
-        ids = torch.randint(3, 100, (samples, length), generator=generator)
-        ids[:, 1 : 1 + tokens] = model.config.image_token_id
-        labels = ids.masked_fill(torch.arange(length) < 1 + tokens, -100)
-        made.append(
-            {
-                "input_ids": ids,
-                "labels": labels,
-                "attention_mask": torch.ones_like(ids),
-                "pixel_values": torch.randn(samples, 3, size["image_size"], size["image_size"], generator=generator),
-            }
-        )
-    return made
-
-
-class Batches(LightningDataModule):
-    """Ready batches, with what our training step wants to know besides."""
-
-    def __init__(self, made: list[dict], image_id: int):
-        super().__init__()
-        self.made, self.image_id, self.seed = made, image_id, 0
-        self.steps_per_epoch, self.batch_size = len(made), len(made[0]["input_ids"])
-        self.micro_batch_size = self.batch_size
-
-    def train_dataloader(self) -> DataLoader:
-        return DataLoader([self._with_facts(batch) for batch in self.made], batch_size=None)
-
-    def _with_facts(self, batch: dict) -> dict:
-        (samples, length), predicts = batch["input_ids"].shape, predicting_positions(batch["labels"])
-        facts = {"ids": [""] * samples, "lengths": [length] * samples, "samples": None, "position_ids": None}
-        images = (batch["input_ids"] == self.image_id).flatten().nonzero().flatten()
-        return {**batch, **facts, "predicts": predicts, "supervised": len(predicts), "image_positions": images}
 
 
 def stock_arguments(folder: Path, precision: str, device: torch.device, **lengths) -> TrainingArguments:

@@ -4,18 +4,15 @@ A RUN is STRATEGY:FUNCTION:PRECISION, with a function of this file. One set of p
 imports are slow. The result of each rank is saved as OUT/RUN.RANK.pt for the tests.
 """
 
-import errno
 import json
 import os
 import resource
 import signal
 import sys
-import threading
 import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
-from unittest.mock import patch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
@@ -26,17 +23,14 @@ import torch
 import yaml
 from lightning import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from processes import HANGING_S
 
 from llava_bidir.common.checkpoint_io import AtomicCheckpointIO
-from llava_bidir.common.errors import UserError
 from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.encoders import Encoder
 from llava_bidir.training.callbacks import ExportModel
 from llava_bidir.training.deepspeed_strategy import ZeRO, gather_parameters
 from llava_bidir.training.module import LlavaTraining
-from llava_bidir.training.slurm_requeue import SlurmRequeue
 
 SPEC = json.loads(Path(sys.argv[1]).read_text())
 OUT = Path(SPEC["out"])
@@ -50,13 +44,13 @@ THRESHOLDS = ("stage3_param_persistence_threshold", "stage3_max_live_parameters"
 def build_strategy(name: str):
     if name == "ddp":
         return DDPStrategy(timeout=timedelta(minutes=TIMEOUT_MINUTES))
-    file = f"configs/cluster/{name.removesuffix('_async')}.yaml"
+    file = f"configs/cluster/{name}.yaml"
     config = yaml.safe_load((Path(__file__).parents[2] / file).read_text())
     zero = config["trainer"]["strategy"]["init_args"]["zero_optimization"]
     zero |= {"reduce_bucket_size": 2000, "overlap_comm": False}  # several buckets
     if zero["stage"] == 3:
         zero |= dict.fromkeys(THRESHOLDS, 0)
-    return ZeRO(zero, timeout_minutes=TIMEOUT_MINUTES, async_save=name.endswith("_async"))
+    return ZeRO(zero, timeout_minutes=TIMEOUT_MINUTES)
 
 
 class Recorder(Callback):
@@ -127,79 +121,6 @@ def uninterrupted(strategy, precision):
     return fit(strategy, precision, llm="dropout_llm", save=save, callbacks=[ExportModel()])
 
 
-class HoldWriting(Callback):
-    """Lets files be written only after two steps more, and asks for the removal of the checkpoint before."""
-
-    def __init__(self, strategy: str):
-        self.may_write, self.write = threading.Event(), torch.save
-        self.old, self.new = (OUT / f"{strategy}-{name}.ckpt" for name in ("old", "new"))
-        self.old.mkdir(exist_ok=True)
-
-    def save(self, *args, **kwargs):
-        assert self.may_write.wait(HANGING_S), "training waited for the save"
-        self.write(*args, **kwargs)
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.fit_loop._should_accumulate():
-            return
-        if trainer.global_step == MIDDLE:
-            trainer.save_checkpoint(self.new)
-            trainer.strategy.remove_checkpoint(self.old)
-        elif trainer.global_step == MIDDLE + 2:
-            self.held = self.old.exists() and not self.new.exists()
-            self.may_write.set()
-
-
-def train_during_save(strategy, precision):
-    hold = HoldWriting(strategy)
-    with patch.object(torch, "save", hold.save):
-        result = fit(strategy, precision, llm="dropout_llm", callbacks=[hold])
-    return result | {"held": hold.held, "saved": sorted(path.name for path in OUT.glob(f"{strategy}-*.ckpt*"))}
-
-
-class AwaitSave(Callback):
-    """Waits for a save in the background before the next batch, and records the step at which the run fails."""
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        for job in trainer.strategy.background.jobs:
-            job.exception()
-
-    def on_exception(self, trainer, module, exception):
-        self.step = trainer.global_step
-
-
-def full_disk_in_background(strategy, precision):
-    end, full = AwaitSave(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    try:
-        with patch.object(torch, "save", side_effect=full):
-            fit(strategy, precision, save={MIDDLE: "never.ckpt"}, callbacks=[end])
-    except UserError as error:
-        return {"message": str(error), "step": end.step}
-
-
-def requeue(strategy, precision):
-    """Be signalled in a step, with slow files and a `scontrol` that lists the checkpoints it finds."""
-    run = OUT / f"{strategy}-{precision}"
-    scontrol = OUT / "bin/scontrol"
-    scontrol.parent.mkdir(exist_ok=True)
-    scontrol.write_text(f"#!/bin/sh\nls {run}/checkpoints > {OUT}/found\n")
-    scontrol.chmod(0o755)
-    os.environ |= {"PATH": f"{scontrol.parent}:{os.environ['PATH']}", "SLURM_JOB_ID": "1"}
-    write, signalled = torch.save, Fault(lambda: os.kill(os.getpid(), signal.SIGUSR1), MIDDLE)
-    try:
-        with patch.object(torch, "save", lambda *args: (time.sleep(1), write(*args))):
-            fit(strategy, precision, callbacks=[signalled, SlurmRequeue()])
-    except SystemExit as end:
-        return {"status": end.code}
-
-
-def export_during_save(strategy, precision):
-    """Save before the last step, with slow files, and export."""
-    write = torch.save
-    with patch.object(torch, "save", lambda *args: (time.sleep(1), write(*args))):
-        return fit(strategy, precision, epochs=1, save={MIDDLE: "export.ckpt"}, callbacks=[ExportModel()])
-
-
 def resume(strategy, precision):
     return fit(strategy, precision, llm="dropout_llm", resume=f"{strategy}-middle-{precision}.ckpt")
 
@@ -207,7 +128,7 @@ def resume(strategy, precision):
 def validate(strategy, precision):
     """Validate in a trainer that never trained."""
     trainer, module, data = prepare(strategy, precision, llm="dropout_llm")
-    checkpoint = OUT / f"{strategy.removesuffix('_async')}-end-{precision}.ckpt"
+    checkpoint = OUT / f"{strategy}-end-{precision}.ckpt"
     trainer.validate(module, datamodule=data, ckpt_path=checkpoint, verbose=False)
     return {"metrics": {k: float(v) for k, v in trainer.callback_metrics.items()}}
 
@@ -215,11 +136,6 @@ def validate(strategy, precision):
 def without_dropout(strategy, precision):
     """Comparable to one process, since dropout differs between ranks."""
     return fit(strategy, precision, epochs=1, save={MIDDLE: f"{strategy}-plain-{precision}.ckpt"})
-
-
-def loss_in_chunks(strategy, precision):
-    """Ranks have different numbers of chunks."""
-    return fit(strategy, precision, epochs=1, loss_chunk=3)
 
 
 def resume_elsewhere(strategy, precision):
@@ -258,13 +174,13 @@ def stall_in_step(strategy, precision):
 
 
 class Fault(Callback):
-    """Calls `fault` on rank 1 in a step, the last unless given."""
+    """Calls `fault` on rank 1 in the last step."""
 
-    def __init__(self, fault, step: int = END):
-        self.fault, self.step = fault, step
+    def __init__(self, fault):
+        self.fault = fault
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if trainer.global_step == self.step - 1 and trainer.global_rank == 1:
+        if trainer.global_step == END - 1 and trainer.global_rank == 1:
             self.start_fault()
 
     def start_fault(self):

@@ -89,33 +89,27 @@ def test_stage_1_changes_no_bit_of_language_and_stage_2_little(llm, language_mod
 TEXT = st.text(st.sampled_from("ab c.:\n\t '9é中<"), max_size=12)
 
 
-@pytest.fixture(scope="module", params=["chat", "vicuna_v1"])
-def template(request, llm, encoder):
-    """(name of a template, tokenizer of its processor)."""
-    return request.param, build_processor(encoder, str(llm), template=request.param).tokenizer
+@pytest.fixture(scope="module")
+def tokenizer_of_training(llm, encoder):
+    return build_processor(encoder, str(llm)).tokenizer
 
 
 @settings(max_examples=200)
 @given(turns=st.lists(st.tuples(TEXT, TEXT.filter(bool)), min_size=1, max_size=3), shown=st.booleans())
 @example(turns=[("What is it?", "\n\n\na cat"), (" a", " cat\n")], shown=True)
 @example(turns=[("1 \n", "  10")], shown=True)
-def test_ids_are_those_of_the_whole_text_and_supervised_ones_are_the_answers(template, turns, shown):
-    name, tokenizer = template
+def test_ids_are_those_of_the_whole_text_and_supervised_ones_are_the_answers(tokenizer_of_training, turns, shown):
+    tokenizer = tokenizer_of_training
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     questions = [f"<image>\n{q.strip()}".strip() if shown and not i else q for i, (q, _) in enumerate(turns)]
     answers = [answer for _, answer in turns]
     pairs = [text for pair in zip(questions, answers, strict=True) for text in pair]
-    ids, labels = encode(tiny_models.turns(*pairs), tokenizer, name, IMAGE_TOKENS if shown else None, image_id)
-    if name == "chat":
-        roles = ("user", "assistant")
-        messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(pairs)]
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    else:
-        rounds = [
-            f"{f'USER: {question} ASSISTANT:' if question else 'USER:ASSISTANT:'} {answer}<|im_end|>"
-            for question, answer in zip(questions, answers, strict=True)
-        ]
-        whole = f"<|im_start|>{SYSTEM} " + "".join(rounds)
+    ids, labels = encode(tiny_models.turns(*pairs), tokenizer, "vicuna_v1", IMAGE_TOKENS if shown else None, image_id)
+    rounds = [
+        f"{f'USER: {question} ASSISTANT:' if question else 'USER:ASSISTANT:'} {answer}<|im_end|>"
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    whole = f"<|im_start|>{SYSTEM} " + "".join(rounds)
     expected = tokenizer(whole, add_special_tokens=False).input_ids
     assert ids == sum(([token] * (IMAGE_TOKENS if token == image_id else 1) for token in expected), [])
 
@@ -127,7 +121,7 @@ def test_ids_are_those_of_the_whole_text_and_supervised_ones_are_the_answers(tem
             spans[-1] = [*spans[-1], token]
         previous = label
     texts = [tokenizer.decode(span) for span in spans]
-    wanted = [f"{' ' * (name == 'vicuna_v1')}{answer}<|im_end|>" for answer in answers]
+    wanted = [f" {answer}<|im_end|>" for answer in answers]
     assert len(texts) == len(wanted)
     for text, answer in zip(texts, wanted, strict=True):
         assert answer.endswith(text) and not answer.removesuffix(text).strip()  # space that joins the prompt's

@@ -47,8 +47,7 @@ def settings(tmp_path_factory) -> dict[str, str]:
         **{"LAYOUT": segmentation, "SEGMENTATION": segmentation},
         **{"ARMS": "trained random0 random1", "STUDY": f"{PROBES} --fit --add knockout.draws=1"},
         "VQA_PYTHON": str(VQA_PYTHON) if VQA_PYTHON.exists() else "",
-        "VQA": f"--tasks toy --data {folder} --max-invalid-rate 1 --batch-size 4",
-        "TABLE1": "--max-invalid-rate 1",
+        "VQA": f"--tasks toy --data {folder} --batch-size 4",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
     }
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from llava_bidir.cli import main
 from llava_bidir.commands.generate import answer, load
 
 pytestmark = pytest.mark.numerics
@@ -32,49 +31,9 @@ def test_batches_of_unlike_questions_are_answered_as_each_alone(asked):
     assert len(set(alone)) == 3
 
 
-def test_answers_that_were_cut_are_named(asked, checkpoints, tmp_path, capsys, monkeypatch):
-    """An answer ends by itself with </s>, at the latest in the last token that it may have."""
-    pictures(0)[0].save(tmp_path / "x.png")
-    prompts, (model, _) = ["name the sky", "wall"], asked
-    written = model.generate
-    ends = lambda sequences, column: sequences.index_fill(
-        1, torch.tensor([column]), model.generation_config.eos_token_id
-    )
-    monkeypatch.setattr("llava_bidir.commands.generate.load", lambda *_: asked)
-    monkeypatch.setattr(model, "to", lambda device: model)
-
-    def told(end_of_first: int | None, *more: str) -> str:
-        def generate(**inputs):
-            output = written(**inputs)
-            if end_of_first is not None:
-                output[:1] = ends(output[:1], end_of_first)
-            return output
-
-        monkeypatch.setattr(model, "generate", generate)
-        main(["generate", str(checkpoints["bidirectional"]), str(tmp_path / "x.png"), *prompts, *more])
-        return capsys.readouterr().err
-
-    cut = "the answer to {!r} was cut after 3 tokens (--max-new-tokens)\n"
-    assert told(None, "--max-new-tokens", "3") == cut.format(prompts[0]) + cut.format(prompts[1])
-    assert told(-1, "--max-new-tokens", "3") == cut.format(prompts[1])
-    assert "tokens (the LLM has no positions left)" in told(None, "--max-new-tokens", "5000")
-
-
-def test_second_image_is_seen(asked):
-    one, two, other = (answer(*asked, ["sky"], [pictures(*seeds)], 12) for seeds in ((0,), (0, 1), (0, 5)))
-    assert one != two or two != other
-
-
 def test_prompt_without_room_for_an_answer_is_an_error(asked):
     with pytest.raises(ValueError, match="a prompt has .* tokens, but the LLM has 512 positions"):
         answer(*asked, ["sky " * 600], [[]], 5)
-
-
-@pytest.mark.parametrize("count", ["0", "-3"])
-def test_answer_without_tokens_is_a_usage_error(count, checkpoints, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["generate", str(checkpoints["causal"]), "x.png", "what", "--max-new-tokens", count])
-    assert stop.value.code == 2 and f"--max-new-tokens: expected at least 1, got {count}" in capsys.readouterr().err
 
 
 def test_float16_on_a_cpu_is_named_as_slow(checkpoints, tmp_path):

@@ -33,9 +33,6 @@ RECORDS = {
     "too_long": {"conversations": turns("name", "wall " * 120)},
     "unsupervised": {"image": "a.png", "conversations": turns("<image>\nname", "")},
     "image_after_answer": {"image": "a.png", "conversations": turns("name", "sky") + turns("<image>\nname", "wall")},
-    "several_images": {"image": "a.png", "conversations": turns("<image>\n<image> name", "wall")},
-    "image_not_shown": {"image": "a.png", "conversations": turns("name", "wall")},
-    "tag_without_image": {"conversations": turns("<image> name", "wall")},
 }
 
 
@@ -80,7 +77,7 @@ def test_image_that_is_not_shown_is_not_read(folder, parts):
     """As in training, which does not open it either."""
     record = {"id": "h", "image": "none.png", "conversations": turns("name", "wall")}
     (folder / "hidden.json").write_text(json.dumps([record]))
-    assert kinds(folder, parts, name="hidden.json") == {"h": ["image_not_shown"]}
+    assert kinds(folder, parts, name="hidden.json") == {}
 
 
 def test_details_name_the_tokens_and_the_file(folder, parts):
@@ -120,29 +117,21 @@ def arguments(parts, folder, out, annotations="data.json") -> list[str]:
         *("verify-data", "-c", str(ROOT / "configs/demo/stage2.yaml"), "--model.encoder.path", encoder.path),
         *("--model.llm", llm, "--data.images", str(folder), "--data.annotations", str(folder / annotations)),
         *("--data.val_annotations", "null", "--data.max_length", "100"),
-        *("--model.image_attention", "prefix", "--out", str(out)),
+        *("--model.image_attention", "prefix", "--json", str(out)),
     ]
 
 
 def test_command_lists_everything_and_fails(folder, parts, tmp_path, capsys):
     on_a_cluster = ["--trainer.devices", "8", "--trainer.accelerator", "gpu", "--trainer.precision", "bf16-mixed"]
     with pytest.raises(SystemExit) as stop:
-        llava_bidir.cli.main([*arguments(parts, folder, tmp_path), "--workers", "2", *on_a_cluster])
-    text, result = capsys.readouterr().out, json.loads((tmp_path / "verify-data.json").read_text())["files"][0]
+        llava_bidir.cli.main([*arguments(parts, folder, tmp_path / "r.json"), "--workers", "2", *on_a_cluster])
+    text, result = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())["files"][0]
     assert stop.value.code == 1 and all(f" 1 {kind}: " in text for kind in KINDS)
     assert result["counts"] == dict.fromkeys(KINDS, 1) and result["records"] == len(RECORDS)
     assert [finding["index"] for finding in result["findings"]] == list(range(2, len(RECORDS)))
 
 
-def test_command_writes_nothing_unless_asked(conversations, parts, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    *command, _, _ = arguments(parts, conversations, "unused")
-    llava_bidir.cli.main(command)
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_command_has_no_findings_in_valid_data(conversations, parts, tmp_path, capsys):
-    llava_bidir.cli.main([*arguments(parts, conversations, tmp_path), "--json", str(tmp_path / "r.json")])
+    llava_bidir.cli.main(arguments(parts, conversations, tmp_path / "r.json"))
     assert "no findings" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text())["files"][0]["findings"] == []
-    assert (tmp_path / "verify-data.json").read_text() == (tmp_path / "r.json").read_text()

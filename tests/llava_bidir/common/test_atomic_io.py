@@ -132,14 +132,6 @@ def contents(folder: Path) -> list[int | None]:
     return [read(path) if path.exists() else None for read, path in zip(readers, paths, strict=True)]
 
 
-def test_write_files_writes_each_kind_of_content(tmp_path):
-    write_files(files(tmp_path / "new/folder", 1))
-    write_files({tmp_path / "picture.png": b"bytes"})
-    assert contents(tmp_path / "new/folder") == [1, 1, 1]
-    assert (tmp_path / "picture.png").read_bytes() == b"bytes"
-    assert not list(tmp_path.rglob("*.partial"))
-
-
 def test_write_files_passes_the_hashes_of_the_other_files(tmp_path):
     write_files({tmp_path / "hashes.json": lambda hashes: hashes} | files(tmp_path, 1))
     expected = {name: hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() for name in NAMES}
@@ -214,16 +206,6 @@ def test_checkpoint_on_a_full_disk(disk):
     subprocess.run(["mount", "-o", "remount,size=3000k", folder], check=True)
     io.save_checkpoint(large, folder / "last.ckpt")
     assert torch.equal(torch.load(folder / "last.ckpt")["weight"], large["weight"])
-
-
-@pytest.mark.parametrize("kilobytes", [60, 240])
-def test_export_on_a_full_disk(kilobytes, disk, parts):
-    encoder, llm = parts
-    processor = build_processor(encoder, llm)
-    folder = disk(kilobytes)
-    with pytest.raises(ValueError, match=r"cannot write .*hf: .*No space left on device"):
-        export_hf(build_model(encoder, llm, processor), processor, folder / "hf")
-    assert not any(folder.iterdir()), "the space is freed"
 
 
 def test_fit_into_a_read_only_folder_fails_before_training(disk, parts, conversations, monkeypatch):

@@ -143,18 +143,3 @@ def test_position_inside_a_new_micro_batch_is_an_error():
 def test_zero_checkpoint_without_zero_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="is a directory, from a run with ZeRO; add the run.s configs/cluster/zero"):
         AtomicCheckpointIO().load_checkpoint(str(save_directory(tmp_path / "zero.ckpt")))
-
-
-def test_universal_checkpoint_is_valid_once_deepspeed_has_finished_it(tmp_path):
-    (tmp_path / "new.ckpt/checkpoint/zero").mkdir(parents=True)
-    assert "whole.json" in find_defect(tmp_path / "new.ckpt")
-    (tmp_path / "new.ckpt/latest_universal").write_text("checkpoint")
-    assert find_defect(tmp_path / "new.ckpt") is None
-
-
-def test_a_universal_checkpoint_has_no_manifest_to_read(tmp_path):
-    """`fit` resumes it on another number of devices; it cannot be exported."""
-    (tmp_path / "latest_universal").write_text("step")
-    assert find_defect(tmp_path) is None
-    with pytest.raises(ValueError, match="a universal checkpoint can only be resumed"):
-        read_manifest(tmp_path)

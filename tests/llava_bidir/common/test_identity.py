@@ -8,7 +8,6 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import fork, wait
 
 from llava_bidir.common import identity
 from llava_bidir.common.errors import UserError
@@ -71,21 +70,6 @@ def test_a_damaged_cache_is_ignored(cache, hashed, settled, tmp_path, content):
     file.write_text(content)
     assert identity.checksums(tmp_path, ["weights"]) == expected
     assert identity.checksums(tmp_path, ["weights"]) == expected and len(hashed) == 2
-
-
-def test_a_cache_that_cannot_be_written_costs_time_only(monkeypatch, settled, tmp_path):
-    (tmp_path / "file").write_text("no folder")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert len(identity.checksums(tmp_path, ["file"])["file"]) == 16
-
-
-def test_processes_that_write_the_cache_at_once_do_not_disturb_each_other(cache, settled, tmp_path):
-    files = [f"{i}.bin" for i in range(40)]
-    for name in files:
-        (tmp_path / name).write_text(name)
-    processes = [fork(lambda: [identity.checksums(tmp_path, [name]) for name in files]) for _ in range(4)]
-    assert [wait(process) for process in processes] == [0] * 4
-    assert [path.suffix for path in (cache / "llava_bidir/checksums").iterdir()] == [".json"]
 
 
 def test_missing_files_have_no_checksum_and_no_size(cache, tmp_path):

@@ -13,8 +13,6 @@ import tiny_models
 
 from llava_bidir import cli
 from llava_bidir.common.run_lock import exclusive_run_lock
-from llava_bidir.model.build import build_model, build_processor
-from llava_bidir.model.hf_export import export_hf
 
 
 def test_a_second_process_is_an_error_that_names_the_holder(tmp_path):
@@ -86,13 +84,6 @@ def test_a_second_fit_into_a_run_is_an_error(more, parts, conversations, tmp_pat
     with processes.inside(exclusive_run_lock(tmp_path)), pytest.raises(SystemExit, match="is in use by process"):
         cli.main(["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path), *more])
     assert [file.name for file in tmp_path.iterdir()] == [".lock"], "the second process has written nothing"
-
-
-def test_a_second_export_to_a_folder_is_an_error(parts, tmp_path):
-    encoder, llm = parts
-    processor = build_processor(encoder, llm)
-    with processes.inside(exclusive_run_lock(tmp_path, "hf")), pytest.raises(ValueError, match="hf is in use by proc"):
-        export_hf(build_model(encoder, llm, processor), processor, tmp_path / "hf")
 
 
 @pytest.mark.parametrize("command", ["vqa CHECKPOINT --tasks gqa --out", "demo-assets --scale 0.01"])

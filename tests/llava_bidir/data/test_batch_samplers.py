@@ -87,12 +87,6 @@ def test_length_is_known_without_drawing():
     assert len(sampler) == 16 and sampler.lengths.dtype == np.int32
 
 
-def test_order_follows_from_seed_and_epoch_alone():
-    first, again, other = (BatchSampler(LENGTHS, 8, 4, grouped=True, seed=s) for s in (1, 1, 2))
-    assert epoch(first) == epoch(again) != epoch(other)
-    assert epoch(first, 1) == epoch(again, 1) != epoch(first, 0)
-
-
 @pytest.mark.parametrize("grouped", [False, True])
 def test_skipping_goes_on_where_an_interrupted_pass_stopped(grouped):
     sampler = BatchSampler(LENGTHS, 8, 4, grouped=grouped)

@@ -71,10 +71,6 @@ def test_unusual_image_is_read_as_pil_reads_it(ask, tmp_path, name):
     assert (np.asarray(image) == np.asarray(Image.open(path).convert("RGB"))).all() and np.asarray(image).std() > 10
 
 
-def test_names_too_long_for_the_file_system_are_errors(ask, tmp_path):
-    check_rejected(ask, tmp_path / ("x" * 300 + ".png"), "corrupt", "too long")
-
-
 @pytest.fixture
 def elsewhere(tmp_path_factory):
     folder = tmp_path_factory.mktemp("elsewhere")

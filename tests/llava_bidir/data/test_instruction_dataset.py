@@ -61,18 +61,13 @@ def test_edited_file_is_read_again(tmp_path):
         ({"a": 1}, "contains no records; expected a JSON list"),
         ([{"id": 1}], r"1 of 1 records .* record 0 \(id '1'\): expected an object with a list 'conversations'"),
         ([record(), "text"], r"1 of 2 records .* record 1 \(id ''\): expected an object"),
-        ([record(conversations=[{"from": "human"}])], r"id '7'\): a turn needs text in 'value'"),
         ([record(conversations=[{"from": "bot", "value": "x"}])], r"id '7'\): a turn needs 'from': 'human' or 'gpt'"),
         ([record(conversations=turns("q", "a") + turns("b", first="gpt"))], "turn 2 is from 'gpt', expected 'human'"),
         ([record(conversations=[])], "needs at least one human turn"),
         ([record(image=["a.png", "b.png"])], "'image' must be the path of one image"),
-        ([record(image=0)], "'image' must be the path of one image, got '0'"),
         ([record(image="../a.png")], r"record 0 \(id '7'\): 'image' must be a relative path inside data.images"),
-        ([record(image="a/../../a.png")], "'image' must be a relative path inside data.images"),
         ([record(image="/etc/passwd")], "'image' must be a relative path inside data.images.* got '/etc/passwd'"),
-        ([record(image="a\0.png")], "'image' must be a relative path inside data.images"),
         ([record(conversations=[{"from": "human", "value": {"a": 1}}])], "a turn needs text in 'value'"),
-        ([record(conversations=[{"from": ["human"], "value": "q"}])], "a turn needs 'from'"),
     ],
 )
 def test_broken_file_names_file_and_record(records, message, tmp_path):
@@ -178,13 +173,6 @@ def test_broken_file_leaves_no_cache(pictures):
         read_annotations(write(pictures / "data.json", whole[:-3]))
     assert [*pictures.rglob("*.arrow")] == [], "the converted part is not a dataset"
     assert len(read_annotations(write(pictures / "data.json", whole))) == 1000 and [*pictures.rglob("*.arrow")]
-
-
-def test_names_in_errors_are_cut(tmp_path):
-    records = [record(id="7" * 10**5, image="a" * 10**5)]
-    with pytest.raises(ValueError, match="'image' must be a relative path inside data.images without '..'") as error:
-        Instructions(write(tmp_path / "data.json", records), tmp_path)
-    assert len(str(error.value)) < 1000
 
 
 def test_file_that_cannot_be_opened_is_named(tmp_path):

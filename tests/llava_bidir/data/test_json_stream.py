@@ -45,15 +45,10 @@ def test_any_bytes_equal_json_loads_or_raise_an_error_that_names_the_file(folder
     [
         (b"", r"error after 0 records\): parse error: premature EOF"),
         (b'{"id": 1}', r"contains no records; expected a JSON list \[{...}, ...\]"),
-        (b"[]", "contains no records"),
-        (b'{"id": 1}\n{"id": 2}', r"error after 0 records\): parse error: trailing garbage"),
         (b"<html><body>404", "error after 0 records.*invalid char in json text"),
         (b'[{"id": 1}, {"id": 2', "error after 1 records"),
-        (b'[{"id": 1},]', "error after 1 records"),
-        (b"[1] [2]", "trailing garbage"),
         (b"[" + b"9" * 5000 + b"]", "integer overflow"),
         ('[{"id": "é"}]'.encode("latin-1"), "error after 0 records.*invalid bytes in UTF8 string"),
-        ('[{"id": 1}]'.encode("utf-32"), "error after 0 records"),
         (b'[{"id": 1}, "\\udc00"]', "error after 1 records.*can't decode byte"),
     ],
 )

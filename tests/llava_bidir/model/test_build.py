@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
-    AutoConfig,
     CLIPVisionConfig,
     Dinov2Config,
     Dinov2WithRegistersConfig,
@@ -80,15 +79,6 @@ def test_adapter_of_another_mask_or_encoder_is_rejected(parts, checkpoints, tmp_
     (tmp_path / "config.json").write_text(json.dumps(config | {"vision_feature_layer": -2}))
     with pytest.raises(ValueError, match="has vision_feature_layer -2, this model -1"):
         build_model(*parts, processor, adapter=str(tmp_path))
-
-
-def test_config_of_an_earlier_version_is_read(tmp_path):
-    """`image_aspect` was renamed, and `adapter_gain` removed."""
-    config = tiny_models.config(image_attention="prefix").to_dict()
-    del config["image_resize"]
-    (tmp_path / "config.json").write_text(json.dumps(config | {"image_aspect": "crop", "adapter_gain": 4.0}))
-    now = AutoConfig.from_pretrained(tmp_path)
-    assert now.image_resize == "center_crop" and not {"image_aspect", "adapter_gain"} & set(now.to_dict())
 
 
 def test_unknown_or_mistaken_encoder_is_named(parts):

@@ -2,7 +2,6 @@
 
 import inspect
 
-import peft
 import pytest
 import reference
 import tiny_models
@@ -100,23 +99,6 @@ def test_embeddings_that_may_contain_images_are_causal_with_a_warning(name, monk
     assert not warnings
     model(**embedded)
     assert ["pass a 4D attention_mask" in text for text in warnings] == [True] * (name != "causal")
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-@pytest.mark.parametrize("name", MASKS)
-def test_prompt_tuning_equals_the_same_words_in_the_prompt(name):
-    model, words = tiny_models.model(name), torch.tensor([[7, 8]])
-    ids, _ = tiny_models.ids("tiiiittiiiitt")
-    inputs = {"attention_mask": torch.ones_like(ids), "pixel_values": tiny_models.pixels(2)}
-    longer = {"input_ids": torch.cat([words, ids], 1), **inputs, "attention_mask": torch.ones(1, ids.shape[1] + 2)}
-    sizes = {"token_dim": 32, "num_layers": 3, "num_attention_heads": 4}
-    tuned = peft.get_peft_model(
-        model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, **sizes)
-    ).eval()
-    tuned.prompt_encoder["default"].embedding.weight.data = model.get_input_embeddings()(words[0]).detach()
-    torch.testing.assert_close(tuned(ids, **inputs).logits, model(**longer).logits, rtol=1e-4, atol=1e-4)
-    expected = model.generate(**longer, **GREEDY)[:, -NEW:]
-    assert torch.equal(tuned.generate(input_ids=ids, **inputs, **GREEDY)[:, -NEW:], expected)
 
 
 def test_decoding_step_compiles_without_graph_breaks():

@@ -76,11 +76,3 @@ def test_images_after_cached_tokens_are_rejected():
     later, _ = tiny_models.ids("iiii")
     with pytest.raises(ValueError, match="got images after cached tokens"):
         model(input_ids=later, pixel_values=tiny_models.pixels(1), past_key_values=cache)
-
-
-def test_flash_attention_is_rejected_in_the_forward():
-    model = tiny_models.model("bidirectional")
-    model.config.get_text_config()._attn_implementation = "flash_attention_2"
-    ids, _ = tiny_models.ids("tiiiit")
-    with pytest.raises(ValueError, match="silently run as causal"):
-        model(input_ids=ids, pixel_values=tiny_models.pixels(1))

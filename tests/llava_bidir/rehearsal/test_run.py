@@ -28,24 +28,19 @@ def python(code: str) -> list[str]:
 
 def test_failed_step_is_named_with_its_log_and_the_rest_runs(tmp_path, capsys):
     count = f"open({str(tmp_path / 'count')!r}, 'a').write('x')"
-    steps = [
-        Step("good", python(count)),
-        Step("bad", python("raise SystemExit('the reason')")),
-        Step("after_bad", python(count), ("bad",)),
-        Step("after_good", python(count), ("good",)),
-    ]
+    bad = python("raise SystemExit('the reason')")
+    steps = [Step("good", python(count)), Step("bad", bad), Step("after_bad", python(count))]
     done = {}
     for step in steps:
         rehearsal.run_step(step, done, tmp_path / "logs")
-    assert [done[step.name]["status"] for step in steps] == ["finished", "failed", "skipped", "finished"]
+    assert [done[step.name]["status"] for step in steps] == ["finished", "failed", "finished"]
     assert f"failed    bad: the reason\n          its log is {tmp_path}/logs/bad.log" in capsys.readouterr().out
-    assert done["after_bad"]["reason"] == "needs bad" and (tmp_path / "count").read_text() == "xx"
     before = dict(done["good"])
     steps[1] = Step("bad", python("print('mended')"))
     for step in steps:
         rehearsal.run_step(step, done, tmp_path / "logs")
     assert {step["status"] for step in done.values()} == {"finished"} and done["good"] == before
-    assert (tmp_path / "count").read_text() == "xxx", "finished steps are not run again"
+    assert (tmp_path / "count").read_text() == "xx", "finished steps are not run again"
 
 
 def test_memory_of_all_processes_is_counted_and_mapped_files_are_not(tmp_path):
@@ -88,28 +83,18 @@ def test_a_command_and_its_processes_end_with_the_rehearsal(tmp_path, number):
     assert not psutil.pid_exists(worker_pid)
 
 
-def test_cost_is_the_flops_of_the_estimate_at_the_measured_speed(tmp_path):
-    estimate = {"batch_size": 128, "step_flops": 5e15, "length": 2048, "devices": 8, "memory_gb": {"zero3": 40.0}}
-    (tmp_path / "estimate_stage2.log").write_text(f"command\n{json.dumps(estimate)}\na warning\n")
-    steps = {
-        "estimate_stage2": {"status": "finished"},
-        "causal_stage2": {"tflops_per_s_and_device": 400.0},
-        "study": {"step_s": 0.5, "samples": 64},
-    }
-    stage, probes = extrapolate(steps, tmp_path, devices=8)
-    assert stage["device_hours"] == pytest.approx(665_298 / 128 * 5e15 / 400e12 / 3600, abs=0.01)
-    hours = 20 * 22_210 * 0.5 / 64 / 3600
-    assert probes["device_hours"] == pytest.approx(8 * hours, abs=0.01), "a step takes all devices"
+def test_cost_is_the_number_of_samples_at_the_measured_speed():
+    steps = {"causal_stage2": {"step_s": 2.0, "samples": 128}, "study": {"step_s": 0.5, "samples": 64}}
+    stage, probes = extrapolate(steps | {"causal_stage1": {"status": "failed"}}, devices=8)
+    assert stage["device_hours"] == pytest.approx(8 * 665_298 / 128 * 2 / 3600, abs=0.01), "a step takes all devices"
+    assert probes["device_hours"] == pytest.approx(8 * 20 * 22_210 / 64 * 0.5 / 3600, abs=0.01)
 
 
-def test_steps_come_after_those_they_need_and_cover_the_study(tmp_path):
-    steps = plan_study(tmp_path, "tiny", "clip")
-    names = [step.name for step in steps]
-    assert all(names.index(need) < i for i, step in enumerate(steps) for need in step.needs)
-    commands = [" ".join(step.command[2:4]) for step in steps]
-    assert {*commands} == {f"llava_bidir {name}" for name in ("estimate", "fit", "generate", "vqa")} | {
-        "probes sites",
-        "probes study",
+def test_steps_cover_the_study(tmp_path):
+    commands = [" ".join(step.command[2:4]) for step in plan_study(tmp_path, "tiny", "clip")]
+    assert {*commands} - {"llava_bidir vqa"} == {
+        *(f"llava_bidir {name}" for name in ("fit", "generate")),
+        *(f"probes {name}" for name in ("sites", "study")),
     }
     assert commands.count("llava_bidir fit") == 4 and commands.count("probes study") == 1
 
@@ -146,9 +131,7 @@ def test_tiny_rehearsal_is_killed_and_resumes_to_its_table(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     record = json.loads(file.read_text())
     assert before and all(record["steps"][name] == step for name, step in before.items())
-    statuses = {name: step["status"] for name, step in record["steps"].items()}
-    assert {*statuses.values()} - {"skipped"} == {"finished"}
-    assert {name for name, status in statuses.items() if status == "skipped"} <= {"benchmarks"}
+    assert {step["status"] for step in record["steps"].values()} == {"finished"}
     assert all(record["steps"][f"causal_{name}"]["step_s"] > 0 for name in ("stage1", "stage2"))
     assert {part["part"] for part in record["cost"]} == {
         "probes",

@@ -6,8 +6,7 @@ import numpy as np
 import PIL
 import pytest
 
-from llava_bidir.toy_world.assets import WORLDS
-from llava_bidir.toy_world.canvas import CLASSES, SIZE_PX, Canvas, sample_camera
+from llava_bidir.toy_world.canvas import SIZE_PX, Canvas, sample_camera
 from llava_bidir.toy_world.scenes import draw_room, draw_scene
 from llava_bidir.toy_world.surfaces import ADULT_M, FOCAL_PX
 
@@ -24,13 +23,12 @@ def scenes():
 def test_pictures_masks_and_random_numbers_are_those_before_scenes_had_depth():
     """The digest was computed by the commit before."""
     rng, digest = np.random.default_rng(5), hashlib.sha256()
-    for options in (WORLDS[name] for name in ("context", "conjunction", "null")):
-        for _ in range(10):
-            scene = draw_scene(rng, **options)
-            digest.update(scene.image.tobytes())
-            digest.update(scene.mask.tobytes())
-    assert digest.hexdigest()[:16] == "b6eb50173e271633"
-    assert rng.integers(2**63) == 3426927773507736814, "geometry consumes random numbers"
+    for _ in range(30):
+        scene = draw_scene(rng)
+        digest.update(scene.image.tobytes())
+        digest.update(scene.mask.tobytes())
+    assert digest.hexdigest()[:16] == "72b59f8fe4853e4f"
+    assert rng.integers(2**63) == 7063252287448839693, "geometry consumes random numbers"
 
 
 def trace_room(camera) -> np.ndarray:
@@ -82,20 +80,6 @@ def test_normals_are_those_of_the_points_that_depth_gives(scenes):
     assert {tuple(normal) for normal in given[inside].round(3) + 0.0} > {(0, 0, 1), (0, -1, 0)}
 
 
-def test_feet_are_at_the_depth_of_the_ground_below_them(scenes):
-    compared = 0
-    for scene in scenes:
-        depth, objects = scene.surfaces.depth(), scene.surfaces.instance_ids()
-        nearest = objects.max()  # drawn last, so that nothing hides its feet
-        row, column = np.argwhere(objects == nearest)[-1]
-        if scene.mask[row, column] in (PERSON, TREE) and scene.mask[row + 1, column] in (FLOOR, ROAD):
-            own = depth[objects == nearest]
-            assert own.min() == own.max()
-            assert depth[row + 1, column] == pytest.approx(own[0], rel=1.5 / 27)  # adults are 27 px or more
-            compared += 1
-    assert compared > 60
-
-
 def test_only_the_sky_has_no_depth(scenes):
     for scene in scenes:
         nowhere = np.isnan(scene.surfaces.depth())
@@ -114,11 +98,3 @@ def test_objects_are_finer_than_classes(scenes):
     assert set(people) == {0, 1, 2}
     walls = [len(np.unique(s.surfaces.instance_ids()[s.mask == WALL])) for s in scenes if s.indoor]
     assert max(walls) == 3, "left, far and right"
-
-
-def test_surfaces_at_night_are_those_of_the_look():
-    rng = np.random.default_rng(3)
-    nights = [scene for scene in (draw_scene(rng, nights=1) for _ in range(20)) if scene.indoor]
-    assert nights
-    for scene in nights:  # they look like streets, so that the top has no depth, though its class is ceiling
-        assert np.isnan(scene.surfaces.depth()[scene.mask == CLASSES.index("ceiling")]).all()

@@ -22,8 +22,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llava_bidir import cli
 from llava_bidir.common.atomic_io import PARTIAL
 from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, latest_valid_checkpoint
-from llava_bidir.data.batch_samplers import BatchSampler
-from llava_bidir.data.instruction_dataset import Instructions
 from llava_bidir.training.throughput import TIMING_METRICS
 
 FAULTS = int(os.environ.get("FAULTS", 4))
@@ -139,32 +137,6 @@ def test_a_run_killed_after_its_last_step_is_validated_and_exported(
     undisturbed, resumed = results(tmp_path / "undisturbed"), results(tmp_path / "killed")
     resumed["training.json"].pop("checkpoint", None)  # the path it was exported from
     assert resumed == undisturbed and "val/answer_accuracy" in undisturbed["training.json"]
-
-
-def test_killed_data_worker_ends_the_run_and_loses_no_checkpoint(parts, conversations, tmp_path):
-    """The kernel kills a worker when memory is short."""
-    load, log, out = Instructions.__getitem__, tmp_path / "log", tmp_path / "run"
-    records = Instructions(conversations / "data.json", conversations)
-    order = [index for (index,) in BatchSampler(records.lengths(), 1, 1, seed=0)]
-
-    def train(killer: int) -> int:
-        def run():
-            def load_or_die(self, index):
-                return os.kill(os.getpid(), signal.SIGKILL) if index == killer else load(self, index)
-
-            Instructions.__getitem__ = load_or_die  # in this process only, and its workers
-            arguments = tiny_models.training_arguments(parts, conversations)
-            arguments += ["--data.group_by_length", "false", "--data.batch_size", "1", "--data.micro_batch_size", "1"]
-            arguments += ["--data.num_workers", "1", "--data.val_annotations", "null", "--out", str(out)]
-            save = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=1"]
-            cli.main(["fit", *arguments, *save, "--ckpt_path", "last"])
-
-        return wait(fork(run, log))
-
-    assert train(killer=order[8]) == 1, "the ninth of twelve"
-    assert saved_step(out) > 0 and not (out / "hf").exists()
-    assert train(killer=order[0]) == 0, "the first is not read again"
-    assert (out / "hf/model.safetensors").is_file()
 
 
 def test_no_checkpoint_is_in_the_middle_of_a_step(train, tmp_path):

@@ -11,7 +11,6 @@ import tiny_models
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
@@ -21,7 +20,6 @@ from llava_bidir.data.datamodule import InstructionData
 from llava_bidir.data.instruction_dataset import Instructions
 from llava_bidir.model.build import build_processor
 from llava_bidir.model.lora import Lora
-from llava_bidir.training.callbacks import ShowAnswers
 from llava_bidir.training.loss_monitor import LossMonitor
 from llava_bidir.training.module import LlavaTraining
 from llava_bidir.training.throughput import Throughput
@@ -65,7 +63,7 @@ def trainer(tmp_path, **kwargs) -> Trainer:
     )
 
 
-def fit(parts, folder, tmp_path, ckpt_path=None, module_kwargs=None, pack_tokens=None, **kwargs):
+def fit(parts, folder, tmp_path, ckpt_path=None, module_kwargs=None, **kwargs):
     torch.manual_seed(0)
     built, run = module(parts, **(module_kwargs or {})), trainer(tmp_path, **kwargs)
     losses = []
@@ -77,7 +75,7 @@ def fit(parts, folder, tmp_path, ckpt_path=None, module_kwargs=None, pack_tokens
         return loss
 
     built.training_step = recorded
-    run.fit(built, datamodule=data(folder, parts, pack_tokens=pack_tokens), ckpt_path=ckpt_path)
+    run.fit(built, datamodule=data(folder, parts), ckpt_path=ckpt_path)
     return built, losses, run
 
 
@@ -160,18 +158,13 @@ def test_adapter_can_have_its_own_learning_rate(parts, conversations, tmp_path):
 LORA = {"lora": Lora(r=2, alpha=4, dropout=0.0)}
 
 
-@pytest.mark.parametrize(
-    ("step", "settings", "pack_tokens"),
-    [(2, {}, None), (3, {}, None), (4, LORA, None), (4, {}, 60)],
-)
-def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
-    step, settings, pack_tokens, parts, conversations, tmp_path
-):
+@pytest.mark.parametrize(("step", "settings"), [(2, {}), (3, {}), (4, LORA)])
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(step, settings, parts, conversations, tmp_path):
     """A resume that restarts the epoch would train some samples twice and others never."""
     save = ModelCheckpoint(tmp_path, filename="at", every_n_train_steps=step, save_top_k=1, monitor=None)
     hook = save.on_train_batch_end
     save.on_train_batch_end = lambda run, *args: hook(run, *args) if run.global_step == step else None
-    run = {"max_epochs": 2, "module_kwargs": settings, "pack_tokens": pack_tokens}
+    run = {"max_epochs": 2, "module_kwargs": settings}
     uninterrupted, losses, _ = fit(parts, conversations, tmp_path, enable_checkpointing=True, callbacks=[save], **run)
     resumed, rest, _ = fit(parts, conversations, tmp_path, ckpt_path=tmp_path / "at.ckpt", **run)
     assert len(losses) == 12 and rest == losses[2 * step :], "two micro-batches a step"
@@ -194,7 +187,7 @@ def test_a_validation_within_a_step_saves_no_checkpoint(parts, conversations, tm
 def test_logs_are_at_optimizer_steps_or_never(parts, conversations, tmp_path):
     """An epoch has six micro-batches and three steps."""
     assert fit(parts, conversations, tmp_path)[2].log_every_n_steps == 3
-    callbacks = [Throughput(), LossMonitor(expected=(0.0, 100.0))]
+    callbacks = [Throughput(), LossMonitor()]
     assert len(fit(parts, conversations, tmp_path, log_every_n_steps=0, callbacks=callbacks)[1]) == 6
 
 
@@ -320,24 +313,6 @@ def test_validation_without_questions_is_an_error(parts, conversations, tmp_path
     """Lightning would end with success and no metric."""
     with pytest.raises(ValueError, match="data.val_annotations is not set, so there are no questions"):
         trainer(tmp_path).validate(module(parts), datamodule=data(conversations, parts))
-
-
-@pytest.mark.parametrize("backend", ["sdpa", "eager", "flex_attention"])
-def test_attention_mask_is_drawn_under_every_backend(backend, parts, conversations):
-    built = module_with_model(parts, image_attention="bidirectional", attn_implementation=backend)
-    source, drawn = data(conversations, parts, val_annotations=str(conversations / "data.json")), []
-    source.trainer = SimpleNamespace(global_rank=0, world_size=1)
-    source.setup("validate")
-    batch = next(iter(source.val_dataloader()))
-    show = lambda name, images, step, dataformats: drawn.append(images) if "mask" in name else None
-    board = SimpleNamespace(add_images=show, add_text=print)
-    logger = type("Logger", (TensorBoardLogger,), {"experiment": board, "__init__": lambda self: None})()
-    run = SimpleNamespace(loggers=[logger], global_step=0, is_global_zero=True)
-    ShowAnswers().on_validation_batch_end(run, built, batch["answers"], batch, 0)
-    is_image = batch["prompts"]["input_ids"][0] == built.model.config.image_token_id
-    (mask,) = drawn
-    assert mask.shape == (1, len(is_image), len(is_image), 3) and mask[0, is_image][:, is_image].all()
-    assert built.model.config.get_text_config()._attn_implementation == backend
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])

@@ -62,13 +62,8 @@ def replace_llm_config(folder: Path) -> None:
 CHANGES = {
     "mask": (["--model.image_attention", "bidirectional"], "model.image_attention='causal', .* 'bidirectional'"),
     "rate": (["--model.adapter_learning_rate", "0.5"], "model.adapter_learning_rate=.*, but this run has 0.5"),
-    "length of texts": (["--data.max_length", "100"], "data.max_length=.*, but this run has 100"),
-    "seed": (["--seed_everything", "7"], "data.seed=0, but this run has 7"),
     "epochs": (["--trainer.max_epochs", "2"], "trainer.max_epochs=1, but this run has 2"),
-    "steps": (["--trainer.max_steps", "1"], "trainer.max_steps=-1, but this run has 1"),
-    "clipping": (["--trainer.gradient_clip_val", "0.5"], "trainer.gradient_clip_val=.*, but this run has 0.5"),
     "precision": (["--trainer.precision", "bf16-mixed"], "trainer.precision='32-true', .* 'bf16-mixed'"),
-    "encoder layer": (["--model.encoder.layer", "-2"], "model.encoder.layer=-1, but this run has -2"),
     "answers": (replace_answers, r"data.annotations='12 records, sha256 \w{16}', .*'12 records, sha256 \w{16}'"),
     "pictures": (replace_picture, r"data.images='10, sha256 \w{16}', .*'10, sha256 \w{16}'"),
     "encoder": (replace_encoder, r"model.encoder/model.safetensors='\w{16}', .* '\w{16}'"),
@@ -117,7 +112,6 @@ def test_a_run_of_another_identity_is_neither_resumed_nor_called_finished(finish
 
 def test_settings_that_change_no_result_may_change(finished, unfinished, caplog):
     changed = ["--model.max_new_tokens", "2", "--model.attn_implementation", "eager", "--data.num_workers", "1"]
-    changed += ["--model.loss_chunk", "5"]
     with caplog.at_level("INFO"):
         llava_bidir.cli.main([*finished[1], *changed, "--ckpt_path", "last"])
     assert "this run is finished; nothing to do" in caplog.text

@@ -129,17 +129,3 @@ def test_requeueing_is_on_under_srun_only(parts, conversations, tmp_path, monkey
     assert isinstance(on.callbacks[-1], SlurmRequeue), "after all callbacks that count batches"
     environment = on._accelerator_connector.cluster_environment
     assert isinstance(environment, SLURMEnvironment) and not environment.auto_requeue
-
-
-def test_last_resumes_and_does_not_change_a_finished_run(parts, conversations, scontrol, tmp_path, capsys, caplog):
-    fit(parts, conversations, tmp_path, micro_batch=3)
-    again = ["fit", *arguments(parts, conversations, tmp_path, "--ckpt_path", "last")]
-    cli = build_cli(again)
-    assert cli.trainer.global_step == 6 and cli.trainer.fit_loop.epoch_loop.batch_progress.total.completed == 12
-    exported = (tmp_path / "hf/model.safetensors").stat()
-    with caplog.at_level("INFO"):
-        assert build_cli(again).trainer.global_step == 0
-    assert "this run is finished; nothing to do" in caplog.text
-    assert (tmp_path / "hf/model.safetensors").stat() == exported
-    build_cli([*again[:-2], "--overwrite", "true"])
-    assert (tmp_path / "hf/model.safetensors").stat().st_mtime_ns > exported.st_mtime_ns

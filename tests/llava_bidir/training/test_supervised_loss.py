@@ -1,7 +1,4 @@
-"""Loss of packed rows against one sample per row and against samples alone; no wait for the device."""
-
-from dataclasses import replace
-from types import SimpleNamespace
+"""Loss against samples alone; no wait for the device."""
 
 import pytest
 import tiny_models
@@ -9,23 +6,17 @@ import torch
 import torch.nn.functional as F
 from device_reads import DeviceReads
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import LlamaConfig, MistralConfig, Qwen3_5TextConfig
 
 from llava_bidir import IMAGE_ATTENTION
 from llava_bidir.cli import main
-from llava_bidir.common.errors import UserError
 from llava_bidir.data.collate import Collate
 from llava_bidir.model import modeling_llava_bidir
-from llava_bidir.model.build import set_trainable
 from llava_bidir.training.module import LlavaTraining
-from llava_bidir.training.supervised_loss import check_packing, supervised_loss
 
 pytestmark = pytest.mark.numerics
 
 MASKS = tuple(IMAGE_ATTENTION)
 ANSWERS = ("wall " * 20, "sky", "road wall", "sky " * 6, "wall", "road")
-ROW = 60  # tokens
 
 
 def samples(shown: bool = True) -> list[dict]:
@@ -46,7 +37,7 @@ def build(parts, name: str, **settings) -> tuple[LlavaTraining, Collate]:
         for parameter in module.model.model.language_model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)  # attention far from uniform, so that a leak shows
-    return module, Collate(module.processor, tiny_models.TOKENS, "vicuna_v1", pack_tokens=ROW)
+    return module, Collate(module.processor, tiny_models.TOKENS, "vicuna_v1")
 
 
 def loss_and_gradients(module, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -63,18 +54,6 @@ def assert_equal(ours, expected) -> None:
         torch.testing.assert_close(ours[1][name], gradient, rtol=0, atol=near, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("shown", [True, False])
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("backend", ["sdpa", "eager"])
-def test_packed_loss_and_gradients_equal_unpacked_ones(backend, name, shown, parts):
-    module, collate = build(parts, name, attn_implementation=backend)
-    packed, unpacked = collate(samples(shown)), replace(collate, pack_tokens=None)(samples(shown))
-    assert len(packed["input_ids"]) < len(unpacked["input_ids"]) == len(ANSWERS)
-    assert any(len(row) > 2 for row in packed["samples"])
-    assert len(packed["pixel_values"]) == 6 if shown else packed["pixel_values"] is None
-    assert_equal(loss_and_gradients(module, packed), loss_and_gradients(module, unpacked))
-
-
 @pytest.mark.parametrize("name", MASKS)
 def test_loss_is_that_of_each_sample_alone(name, parts):
     """Without rows, padding, masks of ours and `predicts`."""
@@ -86,20 +65,7 @@ def test_loss_is_that_of_each_sample_alone(name, parts):
         logits = module.model(input_ids=ids, pixel_values=pixels).logits[0, :-1]
         total += F.cross_entropy(logits, labels[0, 1:], ignore_index=-100, reduction="sum").item()
         count += (labels[0, 1:] != -100).sum().item()
-    for pack_tokens in (ROW, None):
-        loss = module.loss(replace(collate, pack_tokens=pack_tokens)(samples())).item()
-        assert loss == pytest.approx(total / count, rel=1e-5)
-
-
-@pytest.mark.parametrize("shown", [True, False])
-@pytest.mark.parametrize("name", MASKS)
-def test_no_batch_is_warned_of(name, shown, parts, monkeypatch):
-    """Batches of text alone, which sampling by modality makes, are causal as they should be."""
-    (module, collate), warnings = build(parts, name), []
-    monkeypatch.setattr(modeling_llava_bidir.logger, "warning_once", warnings.append)
-    for pack_tokens in (ROW, None):
-        module.loss(replace(collate, pack_tokens=pack_tokens)(samples(shown)))
-    assert not warnings
+    assert module.loss(collate(samples())).item() == pytest.approx(total / count, rel=1e-5)
 
 
 def test_a_training_that_is_right_is_not_warned_of_images_that_are_read_as_text(
@@ -113,98 +79,16 @@ def test_a_training_that_is_right_is_not_warned_of_images_that_are_read_as_text(
     assert (tmp_path / "hf/model.safetensors").is_file() and not warnings
 
 
-class LogitRows(TorchDispatchMode):
-    """Record how many tokens each cross-entropy is computed of."""
-
-    def __init__(self):
-        super().__init__()
-        self.rows = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function._schema.name == "aten::_log_softmax":
-            self.rows.append(len(args[0]))
-        return function(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
-@pytest.mark.parametrize("trainable", [("adapter",), ("adapter", "llm")])
-def test_loss_in_chunks_equals_the_whole_one(trainable, chunk, parts):
-    module, collate = build(parts, "bidirectional")
-    set_trainable(module.model, trainable)
-    batch = collate(samples())
-    whole = loss_and_gradients(module, batch)
-    module.hparams.loss_chunk = chunk
-    with LogitRows() as mode:
-        assert_equal(loss_and_gradients(module, batch), whole)
-    assert max(mode.rows) == min(chunk, batch["supervised"])
-    assert sum(mode.rows) == 2 * batch["supervised"], "once in each pass"
-    assert "forward" not in vars(module.model.lm_head)
-
-
-def test_loss_in_chunks_without_supervised_tokens_is_zero(parts):
-    module, collate = build(parts, "bidirectional", loss_chunk=7)
-    batch = collate(samples())
-    loss = module.loss(batch | {"predicts": batch["predicts"][:0], "supervised": 0})
-    loss.backward()
-    assert loss == 0
-
-
-def row_logits(model, batch) -> torch.Tensor:
-    """Return the logits of all tokens, f[B, N, V], computed as in a training step."""
-    head, states = model.get_output_embeddings(), []
-    hook = head.register_forward_pre_hook(lambda module, args: states.append(args[0]))
-    with torch.no_grad():
-        supervised_loss(model, batch)
-        hook.remove()
-        return head(states[0])
-
-
-def changed(parts, name: str) -> torch.Tensor:
-    """Return bool[N], where the logits of a row change when the first sample's image and text do."""
-    module, collate = build(parts, name)
-    pair = [samples()[3], samples()[4]]
-    batch = replace(collate, pack_tokens=300)([*pair, samples()[5]])
-    assert batch["samples"] == [batch["lengths"]], "one row of three samples with an image each"
-    other = batch | {"input_ids": batch["input_ids"].clone(), "pixel_values": batch["pixel_values"].clone()}
-    other["pixel_values"][1] += 1.0  # of the second sample
-    begin, end = batch["lengths"][0], sum(batch["lengths"][:2])
-    text = slice(end - 3, end)
-    other["input_ids"][0, text] = batch["input_ids"][0, text] + 1
-    difference = (row_logits(module.model, batch) - row_logits(module.model, other)).abs().amax(-1)[0]
-    return difference > 1e-6, slice(begin, end)
-
-
-@pytest.mark.parametrize("name", MASKS)
-def test_a_sample_changes_no_logit_of_its_neighbours(name, parts):
-    differs, own = changed(parts, name)
-    assert differs[own][4:].all() and not differs[own][:3].any() or name == "prefix", "it changes its own"
-    differs[own] = False
-    assert not differs.any()
-
-
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 100,
-}
-
-
-def config_holder(llm, backend: str) -> SimpleNamespace:
-    """A model as far as `check_packing` reads it: flash attention cannot be built on a CPU."""
-    config = tiny_models.config(text_config=llm)
-    config.get_text_config()._attn_implementation = backend
-    return SimpleNamespace(config=config)
-
-
-def test_layers_and_backends_that_would_mix_samples_are_refused():
-    linear = Qwen3_5TextConfig(**SIZES, head_dim=8, layer_types=["linear_attention", "full_attention"])
-    with pytest.raises(UserError, match="data.pack_tokens: linear_attention layers of .* would mix the samples"):
-        check_packing(config_holder(linear, "sdpa"))
-    with pytest.raises(UserError, match="model.attn_implementation flash_attention_2 would mix the samples"):
-        check_packing(config_holder(LlamaConfig(**SIZES), "flash_attention_2"))
-    check_packing(config_holder(MistralConfig(**SIZES, sliding_window=6), "eager"))
+def test_recomputed_layers_run_twice_and_leave_loss_and_gradients(parts):
+    results, runs = [], []
+    for recompute in (False, True):
+        module, collate = build(parts, "bidirectional", gradient_checkpointing=recompute)
+        for layer in module.model.model.language_model.layers:
+            layer.self_attn.register_forward_pre_hook(lambda *args, r=recompute: runs.append(r))
+        module.model.train()
+        results.append(loss_and_gradients(module, collate(samples())))
+    assert_equal(results[1], results[0])
+    assert runs == [False] * 3 + [True] * 6
 
 
 def device_reads(module, batch) -> list[str]:
@@ -214,14 +98,12 @@ def device_reads(module, batch) -> list[str]:
 
 
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("pack_tokens", [ROW, None])
-@pytest.mark.parametrize("loss_chunk", [None, 7])
-def test_no_forward_or_backward_pass_waits_for_the_device(loss_chunk, pack_tokens, name, parts):
-    module, collate = build(parts, name, gradient_checkpointing=True, loss_chunk=loss_chunk)
+def test_no_forward_or_backward_pass_waits_for_the_device(name, parts):
+    module, collate = build(parts, name, gradient_checkpointing=True)
     for shown in (True, False):
-        reads = device_reads(module.train(), replace(collate, pack_tokens=pack_tokens)(samples(shown)))
+        reads = device_reads(module.train(), collate(samples(shown)))
         # transformers looks for packed samples in the positions of a causal row without a mask
-        expected = ["_local_scalar_dense"] if pack_tokens is None and (name == "causal" or not shown) else []
+        expected = ["_local_scalar_dense"] if name == "causal" or not shown else []
         assert reads == expected
 
 

@@ -55,9 +55,9 @@ def stubbed(tmp_path, monkeypatch):
 
 
 def vqa(model, out, data, *more) -> None:
-    """Run the command. Invalid answers, all that random weights give, are allowed unless `more` says otherwise."""
+    """Run the command."""
     argv = ["vqa", str(model), "--out", str(out), "--data", str(data), "--python", str(PYTHON), "--batch-size", "4"]
-    cli.main([*argv, "--max-invalid-rate", "1", *more])
+    cli.main([*argv, *more])
 
 
 def items(out: Path, name: str) -> list[dict]:
@@ -141,7 +141,7 @@ def test_finished_tasks_are_not_run_again_but_checked_again(runs, checkpoints, d
     vqa(checkpoints["causal"], out, data, "--python", "/nowhere")
     assert "clip causal" in capsys.readouterr().out
     (out / "pope.jsonl").write_text("".join((out / "pope.jsonl").read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(SystemExit, match="pope: 1 of 6 items have no result, e.g. item 5$"):
+    with pytest.raises(SystemExit, match="pope: 1 of 6 items have no or several results, e.g. item 5$"):
         vqa(checkpoints["causal"], out, data, "--python", "/nowhere")
     (out / "pope.json").unlink()
     vqa(checkpoints["causal"], out, data)
@@ -154,27 +154,14 @@ def test_results_of_another_checkpoint_are_not_reused(runs, checkpoints, data):
 
 
 def test_results_on_other_data_are_not_reused(runs, checkpoints, data, tmp_path):
-    """A file of another task may change, the subset of a task must not become its result on the hub."""
     copy = shutil.copytree(data, tmp_path / "data")
-    (copy / "notes.txt").write_text("not read by any task")
-    vqa(checkpoints["causal"], runs / "causal", copy, "--tasks", "pope", "--python", "/nowhere")
-    file = next((copy / lmms_datasets.ORGANISATION / "POPE").rglob("*.parquet"))
-    file.write_bytes(file.read_bytes() + b" ")
     with pytest.raises(SystemExit, match=r"causal/pope.json belongs to other data .* choose another --out"):
         vqa(checkpoints["causal"], runs / "causal", copy, "--tasks", "pope", "--python", "/nowhere")
-    hub = ["vqa", str(checkpoints["causal"]), "--out", str(runs / "causal"), "--tasks", "pope", "--python", "/nowhere"]
-    with pytest.raises(SystemExit, match=r"causal/pope.json belongs to other data .* now hub"):
-        cli.main(hub)
-
-
-def test_too_many_invalid_answers_are_an_error(runs, checkpoints, data):
-    with pytest.raises(SystemExit, match=r"pope: 6 of 6 answers are empty or not of the requested form, e.g. item 0"):
-        vqa(checkpoints["causal"], runs / "causal", data, "--max-invalid-rate", "0.05")
 
 
 def test_scores_are_the_harnesss_where_some_answers_are_right(checkpoints, data, tmp_path, stubbed):
     """Answers are right in the first half of each task. `vqa` compares our scores with the harness's."""
-    vqa(checkpoints["causal"], tmp_path / "out", data, "--python", stubbed("oracle"), "--max-invalid-rate", "0")
+    vqa(checkpoints["causal"], tmp_path / "out", data, "--python", stubbed("oracle"))
     (model,) = json.loads((tmp_path / "out/table1.json").read_text())["models"]
     scores = {title: column["score"] for title, column in model["columns"].items()}
     assert scores == pytest.approx(
@@ -221,8 +208,8 @@ def test_missing_and_cut_images_end_the_run_by_name(checkpoints, data, tmp_path)
 @pytest.mark.parametrize(
     ("stub", "message"),
     [
-        ("version", "has lmms_eval 0.7.2 instead of 0.7.3, openpyxl None instead of .*; recreate it with `make"),
-        ("code", "has another llava_bidir, at .*; run `make vqa-venv`"),
+        ("version", "has lmms_eval 0.7.2 instead of 0.7.3; recreate it with `make"),
+        ("code", "has another llava_bidir, at another; run `make vqa-venv`"),
     ],
 )
 def test_other_versions_and_other_code_are_rejected(stub, message, checkpoints, data, tmp_path, stubbed):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -63,25 +64,20 @@ def test_paired_differences_on_the_same_questions(table):
     assert pair["columns"]["MMBench"]["p"] == pytest.approx(expected, abs=0.01)
 
 
-def test_csv_latex_and_page_say_the_same(out, table):
+def test_csv_and_text_say_the_same(out, table, capsys):
     rows = list(csv.DictReader((out / "table1.csv").open()))
     assert len(rows) == 3 * 7 and {row["what"] for row in rows} == {"score", "difference"}
-    assert float(rows[0]["value"]) == table["models"][0]["columns"]["GQA"]["score"] and rows[0]["paper"] == "0.626"
-    latex, page = (out / "table1.tex").read_text(), (out / "table1.html").read_text()
-    shown = f"{100 * CAUSAL.mean():.1f}"
+    assert float(rows[0]["score"]) == table["models"][0]["columns"]["GQA"]["score"] and rows[0]["paper"] == "0.626"
+    cli.main(["vqa-table", *(str(out.parent / name) for name in "ab"), "--out", str(out)])
+    lines = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
     low, high = (f"{100 * end:.1f}" for end in table["models"][0]["columns"]["GQA"]["ci95"])
-    lines = [line.removesuffix(r" \\").split(" & ") for line in latex.splitlines() if line.endswith(r"\\")]
     assert [line[:3] for line in lines[1:4]] == [
-        ["clip causal", "ours", shown],
-        ["clip causal", "95\\%", f"{low} to {high}"],
+        ["clip causal", "ours", f"{100 * CAUSAL.mean():.1f}"],
+        ["clip causal", "95%", f"{low} to {high}"],
         ["clip causal", "paper", "62.6"],
     ]
-    assert lines[3][3:] == ["66.4", "1483", "284", "86.8", "--", "--"] and lines[4][1] == "ours - paper"
-    assert len(lines) == 1 + 3 * 4 and lines[-1][1:3] == ["p (Holm)", "0.001"] and "_" not in latex
-    assert (
-        f"<td>{shown}<small>[" in page and "<small>paper 62.6</small>" in page and "<small>400 items*</small>" in page
-    )
-    assert "http" not in page, "self-contained"
+    assert lines[3][3:] == ["66.4", "1483", "284", "86.8", "–", "–"] and lines[4][1] == "ours - paper"
+    assert len(lines) == 1 + 3 * 4 and lines[-1][1:3] == ["p (Holm)", "0.001"]
 
 
 def test_models_with_other_questions_are_not_compared(tmp_path):
@@ -99,14 +95,6 @@ def test_models_in_other_precisions_are_not_compared(tmp_path):
         cli.main(["vqa-table", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)])
 
 
-def test_results_of_several_versions_are_said_to_be(tmp_path, capsys):
-    vqa_results.write(tmp_path / "a", "gqa", CAUSAL, code="old")
-    vqa_results.write(tmp_path / "b", "gqa", CAUSAL, "bidirectional", code="new")
-    cli.main(["vqa-table", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(tmp_path)])
-    assert "The results are of 2 versions of llava_bidir." in capsys.readouterr().out
-    assert [m["code"] for m in json.loads((tmp_path / "table1.json").read_text())["models"]] == [["old"], ["new"]]
-
-
 def test_intervals_stay_within_the_range_of_the_score(tmp_path):
     vqa_results.write(tmp_path / "a", "gqa", np.arange(40) > 0)
     cli.main(["vqa-table", str(tmp_path / "a"), "--out", str(tmp_path)])
@@ -117,22 +105,12 @@ def test_intervals_stay_within_the_range_of_the_score(tmp_path):
 def test_results_that_vqa_rejects_are_not_in_the_table(tmp_path):
     for mask in ("causal", "bidirectional"):
         vqa_results.write(tmp_path / mask, "gqa", CAUSAL, mask)
-    items = [json.loads(line) for line in (tmp_path / "bidirectional/gqa.jsonl").read_text().splitlines()]
-    wrong = [item for item in items if not item["right"]][:40]
+    file = tmp_path / "bidirectional/gqa.jsonl"
+    file.write_text(file.read_text().partition("\n")[2])
     argv = ["vqa-table", str(tmp_path / "causal"), str(tmp_path / "bidirectional"), "--out", str(tmp_path / "out")]
-    for item in wrong:
-        item["answer"] = ""
-    lines = "".join(json.dumps(item) + "\n" for item in items)
-    (tmp_path / "bidirectional/gqa.jsonl").write_text(lines)
-    with pytest.raises(
-        SystemExit, match=r"/bidirectional/gqa: 40 of 400 answers .* --max-invalid-rate 0.05 allows fewer"
-    ):
+    with pytest.raises(SystemExit, match="/bidirectional/gqa: 1 of 400 items have no or several results, e.g. item 0"):
         cli.main(argv)
     assert not (tmp_path / "out").exists()
-    cli.main([*argv, "--max-invalid-rate", "0.1"])
-    (tmp_path / "bidirectional/gqa.jsonl").write_text(lines.partition("\n")[2])
-    with pytest.raises(SystemExit, match="/bidirectional/gqa: 1 of 400 items have no result, e.g. item 0"):
-        cli.main([*argv, "--max-invalid-rate", "0.1"])
 
 
 def test_other_encoders_have_no_pair_and_no_published_numbers(tmp_path):

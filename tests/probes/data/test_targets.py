@@ -341,7 +341,7 @@ def test_verify_data_checks_the_targets_of_the_task(root, capsys):
 
 def test_targets_of_the_toy_world_are_read_as_they_were_drawn(tmp_path):
     folder = tmp_path / "segmentation"
-    scenes = assets._draw_chunk(tmp_path, assets.VALIDATION, 0, 5, 0, assets.WORLDS["context"])
+    scenes = assets._draw_chunk(tmp_path, assets.VALIDATION, 0, 5, 0, None)
     assets._write_classes(folder)
     (folder / "targets.json").write_text(json.dumps({"depth_scale": assets.DEPTH_SCALE}))
     depth, normals, boundaries = (opened(folder, task) for task in ("depth", "normals", "boundaries"))

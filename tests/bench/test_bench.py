@@ -21,20 +21,10 @@ def python(*words: object) -> str:
     return done.stdout
 
 
-def of_the_mix(found: dict) -> None:
+def test_the_mix_runs_and_writes_its_numbers(tmp_path):
+    python(HERE / "mix.py", "--samples", "64", "--rounds", "1", "--out", tmp_path / "found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
     assert len(found["samples_per_s"]) == 5 and all(rates[0] > 0 for rates in found["samples_per_s"].values())
-
-
-@pytest.mark.parametrize(
-    ("command", "check"),
-    [
-        ("mix.py --samples 64 --rounds 1", of_the_mix),
-    ],
-)
-def test_a_benchmark_runs_and_writes_its_numbers(command, check, tmp_path):
-    script, *options = command.split()
-    python(HERE / script, *options, "--out", tmp_path / "found.json")
-    check(json.loads((tmp_path / "found.json").read_text()))
 
 
 def test_the_table_of_the_loss_and_the_coverage_of_random_draws_are_printed():

@@ -33,7 +33,6 @@ class Normals(Task):
         "within_22": "within 22.5 degrees",
         "within_30": "within 30 degrees",
     }
-    unit = None
 
     def values(self, target: Tensor) -> Tensor:
         """Return the vectors, f[B, H, W, 3]."""
@@ -53,10 +52,6 @@ class Normals(Task):
         angle = (prediction * target).sum(-1).clamp(-1, 1).acos().rad2deg()
         shares = ((angle < limit).float().mean(1) for limit in WITHIN)
         return torch.stack([angle.mean(1), angle.median(1).values, *shares], 1)
-
-    def encode(self, prediction: np.ndarray, unit: float | None) -> np.ndarray:
-        """Return the colours, which are the format of the targets: n = 2 v / 255 - 1, uint8[H, W, 3]."""
-        return self.colorize(prediction)
 
     def colorize(self, prediction: np.ndarray) -> np.ndarray:
         """Return x, y and z as red, green and blue, 128 for 0."""

@@ -73,8 +73,7 @@ HELP = {
     "test": ShortHelp("Score each probe of a checkpoint at its best epoch, and write the files.", SCORE, RUN_OPTIONS),
 }
 OWN_PARSERS = {name: "probes.training.cli" for name in LIGHTNING_COMMANDS}
-OWN_PARSERS |= {"verify-data": "probes.training.verify_data", "solve": "probes.training.solve"}
-OWN_PARSERS |= {"study": "probes.studies.command"}
+OWN_PARSERS |= {"solve": "probes.training.solve", "study": "probes.studies.command"}
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -162,7 +162,7 @@ def test_bug_keeps_its_traceback(arguments, tmp_path, monkeypatch):
 KEYS = {  # keys that start nothing outside the process and take no time, whatever their value
     "probes": [
         *("model.mllm model.image_attention model.untrained model.image_resize model.dtype model.sites".split()),
-        *("model.head model.feature_norm model.labels model.learning_rate model.betas".split()),
+        *("model.head model.feature_norm model.learning_rate model.betas".split()),
         *("data.root data.dataset data.options data.name data.batch_size data.cache_features".split()),
         *("data.num_workers data.seed trainer.max_epochs trainer.callbacks trainer.precision".split()),
         *("trainer.strategy seed_everything out".split()),

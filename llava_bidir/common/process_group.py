@@ -5,16 +5,53 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
+from .errors import UserError
+
 SEVERAL = "import json, sys; from {package}.cli import main; [main(words) for words in json.loads(sys.argv[1])]"
+LOG_LINES = 20  # of a step that failed
+Step = tuple[Path, list[str], Path | None]  # result, command of `llava-bidir`, and what it needs
 
 
 def several_commands(package: str, commands: list[list[str]]) -> list[str]:
     """Return the words that run commands of a package in one process: importing takes as long as many of them."""
     return [sys.executable, "-c", SEVERAL.format(package=package), json.dumps(commands)]
+
+
+def run_missing(out: Path, name: str, steps: list[Step]) -> None:
+    """Run the commands of `llava-bidir` whose result is missing or older than what it needs, in one process.
+
+    Args:
+        out: Their output goes to OUT/logs/NAME.log.
+        name: Of these steps together.
+        steps: In order.
+
+    Raises:
+        UserError: A command has failed.
+    """
+    again: dict[Path, list[str]] = {}
+    for result, command, needed in steps:
+        outdated = needed in again or (needed and result.is_file() and needed.stat().st_mtime > result.stat().st_mtime)
+        if outdated or not result.is_file():
+            again[result] = command
+    if not again:
+        return
+    log, started = out / "logs" / f"{name}.log", time.perf_counter()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as said:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            several_commands("llava_bidir", [*again.values()]), stdout=said, stderr=said, env=environment
+        )
+    if done.returncode:
+        print("\n".join(log.read_text().splitlines()[-LOG_LINES:]), file=sys.stderr)
+        raise UserError(f"{name} has failed; all it said is in {log}")
+    print(f"{time.perf_counter() - started:4.0f} s {name}", flush=True)
 
 
 @contextmanager

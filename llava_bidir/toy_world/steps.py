@@ -1,19 +1,14 @@
 """Steps of `llava-bidir demo` and `llava-bidir real`: commands in processes, and only those that are missing."""
 
-import os
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.process_group import several_commands
+from llava_bidir.common.process_group import Step, several_commands
 
 MASKS = ("causal", "bidirectional")
 WEIGHTS = "hf/model.safetensors"
-LOG_LINES = 20  # of a step that failed
-Step = tuple[Path, list[str], Path | None]  # result, command of llava-bidir, and what it needs
 
 
 def check_settings(out: Path, settings: dict) -> None:
@@ -42,34 +37,6 @@ def training_steps(folder: Path, stages: dict[str, dict], needed: Path) -> list[
         steps.append((result, ["fit", *to_words(options), "--out", f"{folder}/{stage}", *how], needed))
         needed = result
     return steps
-
-
-def run_missing(out: Path, name: str, steps: list[Step]) -> None:
-    """Run the commands whose result is missing or older than what it needs, in one process of one thread.
-
-    Args:
-        out: Their output goes to OUT/logs/NAME.log.
-        name: Of these steps together.
-        steps: In order.
-    """
-    again: dict[Path, list[str]] = {}
-    for result, command, needed in steps:
-        outdated = needed in again or (needed and result.is_file() and needed.stat().st_mtime > result.stat().st_mtime)
-        if outdated or not result.is_file():
-            again[result] = command
-    if not again:
-        return
-    log, started = out / "logs" / f"{name}.log", time.perf_counter()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as said:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            several_commands("llava_bidir", [*again.values()]), stdout=said, stderr=said, env=environment
-        )
-    if done.returncode:
-        print("\n".join(log.read_text().splitlines()[-LOG_LINES:]), file=sys.stderr)
-        raise UserError(f"{name} has failed; all it said is in {log}")
-    print(f"{time.perf_counter() - started:4.0f} s {name}", flush=True)
 
 
 def run_studies(out: Path, studies: list[list[str]]) -> None:

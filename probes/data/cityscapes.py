@@ -1,7 +1,7 @@
 """Cityscapes in its official layout, with the 19 evaluated classes.
 
     ROOT/leftImg8bit/{train,val}/CITY/NAME_leftImg8bit.png
-    ROOT/gtFine/{train,val}/CITY/NAME_gtFine_labelIds.png          or NAME_gtFine_labelTrainIds.png
+    ROOT/gtFine/{train,val}/CITY/NAME_gtFine_labelIds.png
     ROOT/disparity/{train,val}/CITY/NAME_disparity.png             16-bit, of the task depth
     ROOT/camera/{train,val}/CITY/NAME_camera.json                  the same
 
@@ -12,7 +12,6 @@ Source: Cordts et al., CVPR 2016; labels.py, README.md and csCalibration.pdf of 
 
 import json
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy import ndarray
@@ -20,7 +19,7 @@ from PIL import Image
 
 from llava_bidir.common.errors import UserError
 
-from .base import IGNORE_INDEX, BadFile, File, SegmentationDataset, check_sizes, lookup
+from .base import IGNORE_INDEX, BadFile, File, SegmentationDataset, check_sizes
 from .depth import DepthDataset, limit_depth, read_16_bit
 from .file_layout import files_by_name, find_root, pair_files, read_text
 
@@ -48,28 +47,20 @@ class Cityscapes(SegmentationDataset):
     Args:
         root: The folder with leftImg8bit and gtFine.
         split: "training" or "validation".
-        labels: Kind of masks: "labelIds", as published, or "labelTrainIds", as written by csCreateTrainIdLabelImgs.
 
     Raises:
         UserError: If a folder is missing, or an image has no mask, or a mask no image.
     """
 
-    def __init__(self, root: str | Path, split: str, labels: Literal["labelIds", "labelTrainIds"] = "labelIds"):
+    def __init__(self, root: str | Path, split: str):
         root = find_root(root, "cityscapes", ("leftImg8bit", "gtFine"))
         if split not in SPLITS:
             raise UserError(f"Cityscapes has the splits {', '.join(SPLITS)}, not {split!r}")
         images, masks = (root / part / SPLITS[split] for part in ("leftImg8bit", "gtFine"))
-        ending = f"_gtFine_{labels}"
-        mask_files = files_by_name(masks, (".png",), ending, "*/*")
-        if not mask_files:
-            raise UserError(
-                f"{masks} has no CITY/*{ending}.png; csCreateTrainIdLabelImgs of cityscapesScripts creates "
-                "labelTrainIds, and data.options.labels selects the kind of masks"
-            )
+        mask_files = files_by_name(masks, (".png",), "_gtFine_labelIds", "*/*")
         files = pair_files(files_by_name(images, (".png",), "_leftImg8bit", "*/*"), mask_files, f"{root}, {split}")
         cities = [image.parent.name for image, _ in files.values()]
-        table = _lookup_label_ids() if labels == "labelIds" else lookup(len(CLASSES))
-        super().__init__(files, CLASSES, table, PALETTE, cities)
+        super().__init__(files, CLASSES, _lookup_label_ids(), PALETTE, cities)
         self.official_size = SIZES[split]
 
 

@@ -24,8 +24,8 @@ class SegmentationData(LightningDataModule):
     """Training and validation images with masks, or with the targets of another task.
 
     Args:
-        root: Folder of the dataset; for ade20k_hf also a hub id.
-        dataset: Layout, see probes/data. folder: images, PNG masks, classes.json; ade20k_hf: ADE20K as parquet files.
+        root: Folder of the dataset.
+        dataset: Layout, see probes/data. folder: images, PNG masks, classes.json.
         task: Kind of targets, see probes/README.md: classes, metric depth, surface normals, or boundaries.
         options: Options of the layout, see its class, e.g. {"background": "class"} for voc2012.
         name: Name of the dataset in reports; None takes the name of the folder.

@@ -1,7 +1,5 @@
-"""Depth maps: metric depth for each pixel, from 16-bit PNG or float32 .npy files."""
+"""Depth maps: metric depth for each pixel, from 16-bit PNG files."""
 
-import os
-import stat
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,7 @@ class DepthDataset(ImageDataset):
 
     Args:
         files: {name: (image, depth)}, in the order of the dataset.
-        scale: Metres per unit of a PNG file.
+        scale: Metres per unit.
         max_depth: Larger values count as no value, in metres; None for no limit.
         groups: The cluster of each image (e.g. its city), or None.
 
@@ -44,12 +42,9 @@ class DepthDataset(ImageDataset):
 
     def read_target(self, image: Image.Image, image_file: File, depth_file: File) -> ndarray:
         """Return the depth, float32[H, W] in metres, NaN where there is no value, or raise a BadFile."""
-        if str(depth_file).lower().endswith(".npy"):
-            depth = read_npy(depth_file)
-        else:
-            depth = read_16_bit(depth_file).astype(np.float32)
-            depth[depth == 0] = np.nan
-            depth *= np.float32(self.scale)
+        depth = read_16_bit(depth_file).astype(np.float32)
+        depth[depth == 0] = np.nan
+        depth *= np.float32(self.scale)
         check_sizes(image, depth.shape[::-1], image_file, depth_file, self.target_name)
         return limit_depth(depth, self.max_depth, depth_file)
 
@@ -83,41 +78,3 @@ def read_16_bit(file: File) -> ndarray:
             "file that is not 16-bit values",
         )
     return np.asarray(image).astype(np.uint16)
-
-
-def read_npy(file: Path) -> ndarray:
-    """Return the depth of a .npy file, float32[H, W], NaN where there is no value.
-
-    The file is mapped, and its type and shape are checked before its data is read. Pickled objects are not loaded.
-
-    Raises:
-        BadFile: If it is missing, not a plain array, not float32[H, W], too large, or holds infinite or negative depth.
-    """
-    try:
-        if not stat.S_ISREG(os.stat(file).st_mode):
-            raise OSError("it is not a regular file")  # reading a pipe or a device may never end
-        mapped = np.load(file, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise BadFile(f"{file} is missing", "missing") from None
-    except Exception as error:  # corrupt headers raise many types: SyntaxError, EOFError, ...
-        message = str(error).partition("\n")[0] or type(error).__name__
-        raise BadFile(
-            f"{file} cannot be read as a plain .npy array: {message}; save it by np.save as float32", "cannot be read"
-        ) from None
-    if not isinstance(mapped, np.ndarray) or mapped.dtype != np.float32 or mapped.ndim != 2 or not mapped.size:
-        kind = f"{mapped.dtype}{list(mapped.shape)}" if isinstance(mapped, np.ndarray) else "an archive of arrays"
-        raise BadFile(f"{file} holds {kind}, expected float32[H, W] in metres", "array of another type or shape")
-    if Image.MAX_IMAGE_PIXELS and mapped.size > Image.MAX_IMAGE_PIXELS:
-        raise BadFile(
-            f"{file} has {mapped.size:,} values; PIL.Image.MAX_IMAGE_PIXELS allows {Image.MAX_IMAGE_PIXELS:,}",
-            "cannot be read",
-        )
-    depth = np.array(mapped)
-    if (invalid := np.isinf(depth) | (depth <= 0)).any():
-        row, column = np.argwhere(invalid)[0]
-        raise BadFile(
-            f"{file} has depth {depth[row, column]} in row {row}, column {column}; expected positive metres, and NaN "
-            "where there is no value",
-            "depth that is not positive",
-        )
-    return depth

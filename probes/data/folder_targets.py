@@ -2,13 +2,12 @@
 
     ROOT/images/{training,validation}/NAME.jpg (or .png)
     ROOT/depth/{training,validation}/NAME.png              16-bit; metres = value x depth_scale, 0 = no value
-                               (or NAME.npy)               float32 metres, NaN = no value
     ROOT/targets.json                                      {"depth_scale": 0.001, "max_depth": 10.0}
     ROOT/normals/{training,validation}/NAME.png            8-bit RGB, n = 2 v / 255 - 1, black = no value
     ROOT/instances/{training,validation}/NAME.png          8- or 16-bit ids
 
-`depth_scale` is required with PNG files. Depth beyond `max_depth` metres (optional) counts as no value. Without the
-folder `instances`, boundaries are those of the class map.
+Depth beyond `max_depth` metres (optional) counts as no value. Without the folder `instances`, boundaries are those of
+the class map.
 """
 
 from pathlib import Path
@@ -38,15 +37,14 @@ class FolderDepth(DepthDataset):
 
     def __init__(self, root: str | Path, split: str):
         settings_file = Path(root) / "targets.json"
-        files = _pair(root, split, "depth", (".png", ".npy"), self.target_name)
+        files = _pair(root, split, "depth", self.target_name)
         settings = _read_targets_json(settings_file) if settings_file.exists() else {}
-        png = [depth for _, depth in files.values() if depth.suffix.lower() == ".png"]
-        if png and "depth_scale" not in settings:
+        if "depth_scale" not in settings:
             raise UserError(
-                f"{settings_file} has no depth_scale, the metres per unit of {png[0]}; write "
+                f"{settings_file} has no depth_scale, the metres per unit of {next(iter(files.values()))[1]}; write "
                 '{"depth_scale": 0.001} into it if depth is stored in millimetres'
             )
-        super().__init__(files, settings.get("depth_scale"), settings.get("max_depth"))
+        super().__init__(files, settings["depth_scale"], settings.get("max_depth"))
 
 
 class FolderNormals(NormalsDataset):
@@ -61,7 +59,7 @@ class FolderNormals(NormalsDataset):
     """
 
     def __init__(self, root: str | Path, split: str):
-        super().__init__(_pair(root, split, "normals", (".png",), self.target_name))
+        super().__init__(_pair(root, split, "normals", self.target_name))
 
 
 class FolderBoundaries(InstanceBoundaries):
@@ -76,18 +74,16 @@ class FolderBoundaries(InstanceBoundaries):
     """
 
     def __init__(self, root: str | Path, split: str):
-        super().__init__(_pair(root, split, "instances", (".png",), self.target_name))
+        super().__init__(_pair(root, split, "instances", self.target_name))
 
 
-def _pair(
-    root: str | Path, split: str, folder: str, suffixes: tuple[str, ...], target_name: str
-) -> dict[str, tuple[Path, Path]]:
+def _pair(root: str | Path, split: str, folder: str, target_name: str) -> dict[str, tuple[Path, Path]]:
     """Return {name: (image, target)} of ROOT/images/SPLIT and ROOT/FOLDER/SPLIT."""
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"data.root: no folder {root}")
     images = files_by_name(root / "images" / split, IMAGE_SUFFIXES)
-    return pair_files(images, files_by_name(root / folder / split, suffixes), f"{root}, {split}", target_name)
+    return pair_files(images, files_by_name(root / folder / split, (".png",)), f"{root}, {split}", target_name)
 
 
 def _read_targets_json(path: Path) -> dict[str, float]:

@@ -8,7 +8,6 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.identity import describe
 
 from .ade20k import ADE20K
-from .ade20k_hf import ADE20KOnHub
 from .base import ImageDataset, SegmentationDataset
 from .boundaries import ClassBoundaries
 from .cityscapes import Cityscapes, CityscapesDepth
@@ -20,7 +19,6 @@ from .voc2012 import VOC2012
 DATASETS: dict[str, type[SegmentationDataset]] = {
     "folder": FolderDataset,
     "ade20k": ADE20K,
-    "ade20k_hf": ADE20KOnHub,
     "voc2012": VOC2012,
     "cityscapes": Cityscapes,
 }

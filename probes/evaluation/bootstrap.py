@@ -13,7 +13,7 @@ from probes.tasks import Task
 from .metrics import Counts, Scores, scores
 
 if TYPE_CHECKING:  # it imports torchmetrics
-    from .task_metric import TaskSums
+    from .image_metrics import TaskSums
 
 
 def dataset_scores(counts: Counts) -> Scores:

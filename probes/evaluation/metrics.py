@@ -36,7 +36,6 @@ class Counts(NamedTuple):
         labelled: i64[N, K], pixels of each class.
         patch_right: i64[S, N, T], correctly predicted pixels under each token.
         patch_valid: i64[N, T], labelled pixels under each token.
-        confusion: i64[S, K, K], pixels per label and prediction, over all images; None if not counted.
     """
 
     intersection: Tensor
@@ -44,13 +43,10 @@ class Counts(NamedTuple):
     labelled: Tensor
     patch_right: Tensor
     patch_valid: Tensor
-    confusion: Tensor | None = None
 
 
 @torch.no_grad()
-def count(
-    logits: Tensor, target: Tensor, view: GridPlacement | None = None, *, by_token: bool = True, confusion: bool = False
-) -> Counts:
+def count(logits: Tensor, target: Tensor, view: GridPlacement | None = None, *, by_token: bool = True) -> Counts:
     """Upsample logits, take the argmax per pixel and count, without storing the predicted maps.
 
     Args:
@@ -59,7 +55,6 @@ def count(
         view: Placement of the grid on the pixels; by default it covers them all. Pixels outside every token count for
             the image, but for no token.
         by_token: Count patches per token; False treats each image as one patch, T = 1.
-        confusion: Also count pairs of label and prediction.
     """
     sites, images, classes, h, w = logits.shape
     view, tokens = view or GridPlacement.full(tuple(target.shape[1:])), h * w if by_token else 1
@@ -71,14 +66,11 @@ def count(
         new(images, classes),
         new(sites, images, tokens),
         new(images, tokens),
-        new(sites, classes, classes) if confusion else None,
     )
     for images in _image_chunks(target):
-        chunk = _count_chunk(logits[:, images], target[images], view, by_token, confusion)
+        chunk = _count_chunk(logits[:, images], target[images], view, by_token)
         for name in BY_IMAGE:
             getattr(counts, name)[..., images, :] = getattr(chunk, name)
-        if confusion:
-            counts.confusion.add_(chunk.confusion)
     return counts
 
 
@@ -88,7 +80,7 @@ def _image_chunks(target: Tensor) -> list[slice]:
     return [slice(first, first + step) for first in range(0, max(1, len(target)), step)]
 
 
-def _count_chunk(logits: Tensor, target: Tensor, view: GridPlacement, by_token: bool, confusion: bool) -> Counts:
+def _count_chunk(logits: Tensor, target: Tensor, view: GridPlacement, by_token: bool) -> Counts:
     sites, images, classes, *grid = logits.shape
     size, tokens = tuple(target.shape[1:]), grid[0] * grid[1]
     valid, labels = target != IGNORE_INDEX, target.long()
@@ -100,52 +92,42 @@ def _count_chunk(logits: Tensor, target: Tensor, view: GridPlacement, by_token: 
         from probes.ops.kernels.grid_cells import half_cells
 
         axes = half_cells(tuple(grid), size, view, logits.device)
-        predictions = count_cells(logits, target, *axes, IGNORE_INDEX, confusion)
+        predictions = count_cells(logits, target, *axes, IGNORE_INDEX)
     else:
-        predictions = _count_predictions(logits, labels, valid, token, view, confusion)
-    intersection, predicted, patch_right, pairs = (None if x is None else x.long() for x in predictions)
+        predictions = _count_predictions(logits, labels, valid, token, view)
+    intersection, predicted, patch_right = (x.long() for x in predictions)
     if not by_token:
         patch_right, patch_valid = (x.sum(-1, keepdim=True) for x in (intersection, labelled))
-    return Counts(intersection, predicted, labelled, patch_right.flatten(2), patch_valid, pairs)
+    return Counts(intersection, predicted, labelled, patch_right.flatten(2), patch_valid)
 
 
-@lru_cache(maxsize=256)
-def cells_of_pixels(
-    view: GridPlacement, grid: tuple[int, int], size: tuple[int, int], device: torch.device
-) -> list[Tensor]:
-    """Return `view.token_of_pixel` on a device, cached because copying to a GPU would synchronise."""
-    return [cell.to(device) for cell in view.token_of_pixel(grid, size)]
-
-
+@lru_cache(maxsize=64)
 def _token_of_pixel(view: GridPlacement, grid: tuple[int, int], size: tuple[int, int], device: torch.device) -> Tensor:
-    """Return the token of each pixel, i64[H, W]; T outside the grid."""
-    row, column = cells_of_pixels(view, grid, size, device)
-    return torch.where((row[:, None] >= 0) & (column >= 0), row[:, None] * grid[1] + column, grid[0] * grid[1])
+    """Return the token of each pixel, i64[H, W]; T outside the grid; cached, since a copy to a GPU synchronises."""
+    row, column = view.token_of_pixel(grid, size)
+    token = torch.where((row[:, None] >= 0) & (column >= 0), row[:, None] * grid[1] + column, grid[0] * grid[1])
+    return token.to(device)
 
 
 def _count_predictions(
-    logits: Tensor, labels: Tensor, valid: Tensor, token: Tensor, view: GridPlacement, confusion: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return intersection, predicted i64[S, N, K], patch_right i64[S, N, T] and confusion, in chunks of maps."""
+    logits: Tensor, labels: Tensor, valid: Tensor, token: Tensor, view: GridPlacement
+) -> list[Tensor]:
+    """Return intersection, predicted i64[S, N, K] and patch_right i64[S, N, T], in chunks of maps."""
     (sites, images, classes, *grid), size = logits.shape, tuple(labels.shape[1:])
     grids, tokens = sites * images, grid[0] * grid[1]
     number = torch.arange(grids, device=labels.device)
     intersection, predicted, patch_right = (labels.new_empty(grids, n) for n in (classes, classes, tokens))
-    pairs = labels.new_zeros(sites, classes, classes) if confusion else None
     step = max(1, PIXELS_AT_ONCE.get(labels.device.type, PIXELS_AT_ONCE["cuda"]) // labels[0].numel())
     for first in range(0, grids, step):
         chunk = slice(first, first + step)
-        site, image = number[chunk] // images, number[chunk] % images
+        image = number[chunk] % images
         best = upsampled_argmax(logits.flatten(0, 1)[chunk], size, view).long()
         label, counted = labels[image], valid[image]
         right = (best == label) & counted
         intersection[chunk] = _histogram(best, right, classes)
         predicted[chunk] = _histogram(best, counted, classes)
         patch_right[chunk] = _histogram(token.expand_as(best), right, tokens)
-        if confusion:
-            pair = (site.view(-1, 1, 1) * classes + label.where(counted, 0)) * classes + best
-            pairs.view(-1).scatter_add_(0, pair.flatten(), counted.flatten().long())
-    return *(x.unflatten(0, (sites, images)) for x in (intersection, predicted, patch_right)), pairs
+    return [x.unflatten(0, (sites, images)) for x in (intersection, predicted, patch_right)]
 
 
 def _histogram(values: Tensor, counted: Tensor, bins: int) -> Tensor:

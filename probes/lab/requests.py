@@ -16,7 +16,7 @@ Number = Annotated[int, Field(ge=1, le=2**31)]
 PhotoKey = Annotated[str, Field(pattern=r"^(split:(0|[1-9][0-9]{0,8})|upload:[0-9a-f]{64})$")]
 Site = Annotated[str, Field(max_length=32)]
 Patches = Annotated[tuple[Index, ...], Field(min_length=1, max_length=MAX_TOKENS_PER_SIDE**2)]
-Numbers = Annotated[tuple[Number, ...], Field(min_length=1, max_length=1000)]  # more than any LLM's layers or heads
+Numbers = Annotated[tuple[Number, ...], Field(min_length=1, max_length=1000)]  # more than any LLM's layers
 Text = Annotated[str, Field(min_length=1, max_length=4000)]  # far beyond VQA; the LLM's positions bound it, too
 MAX_CONCEPTS, MAX_PAINTED = 20, 32  # concepts, and photos whose states are read for a stroke
 MAX_PAINTED_PATCHES = 10_000  # of all photos; far beyond what is painted by hand
@@ -28,13 +28,11 @@ class _Request(BaseModel):
 
 
 class Block(_Request):
-    """An attention knockout of patches; `only` is the reverse: image tokens attend to these and themselves only."""
+    """An attention knockout of patches."""
 
     kind: Literal["block"]
     patches: Patches
     layers: Numbers | None = None
-    heads: Numbers | None = None
-    only: bool = False
 
 
 class Replace(_Request):
@@ -127,7 +125,7 @@ class Question(View):
 
 
 class Attention(View):
-    """Attention of a patch, and to it, in a layer; or rollout up to this layer."""
+    """Attention of a patch, and to it, in a layer."""
 
     patch: Index
     layer: Number
@@ -141,19 +139,11 @@ class AnswerAttention(Question):
     layer: Number
 
 
-class Control(View):
-    """As many patches as those of the intervention, random or matched in the attention that they receive."""
-
-    intervention: Annotated[Block | Replace, Field(discriminator="kind")]
-    control: Literal["random", "matched"]
-    seed: Index = 0
-
-
 class Export(View):
     """A view to reproduce in Python, with the operation that reads the shown attention, if there is one."""
 
     question: Annotated[str, Field(max_length=4000)] = ""
-    attention: Literal["attention", "rollout", "answer_attention"] | None = None
+    attention: Literal["attention", "answer_attention"] | None = None
     layer: Number = 1
     patch: Index = 0
     answer: Annotated[str, Field(max_length=4000)] = ""

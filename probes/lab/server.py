@@ -35,7 +35,6 @@ from .photos import encode
 from .requests import (
     AnswerAttention,
     Attention,
-    Control,
     Export,
     Open,
     PatchWords,
@@ -60,9 +59,7 @@ OPERATIONS: dict[str, type[View]] = {
     "pixel_map": SiteView,
     "ask": Question,
     "attention": Attention,
-    "rollout": Attention,
     "answer_attention": AnswerAttention,
-    "control": Control,
     "snippet": Export,
     "teach": Teach,
     "save": Save,

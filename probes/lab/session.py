@@ -23,10 +23,8 @@ from torch import Tensor
 
 from llava_bidir.common.errors import UserError
 from probes.analyses.explore.readout import most_probable, token_text
-from probes.analyses.knockout.conditions import high_norm_tokens, matched_tokens, random_tokens
 from probes.data.palette import colorize, palette_of
 from probes.models.knockout import Knockout
-from probes.models.sites import ADAPTER
 from probes.models.steering import Replacement
 from probes.ops.bilinear import upsampled_argmax
 
@@ -39,7 +37,6 @@ from .requests import (
     AnswerAttention,
     Attention,
     Block,
-    Control,
     Export,
     Open,
     PatchWords,
@@ -165,14 +162,6 @@ class Session:
         rows, columns = weights[0][:, request.patch], weights[0][:, :, request.patch]
         return {"to": _pack(rows, np.float32), "from": _pack(columns, np.float32)}
 
-    def rollout(self, request: Attention, job: Job) -> dict[str, Any]:
-        """Return attention rollout up to a layer, from a patch and to it, f32[1, T] each."""
-        model, pixels = self._model(request), self._pixels(request)
-        check_patches(model, [request.patch])
-        with job.watched(model.mllm):
-            (weights,) = model.mllm.attention_rollout(pixels, request.layer, self._knockout(request))
-        return {"to": _pack(weights[request.patch], np.float32), "from": _pack(weights[:, request.patch], np.float32)}
-
     def answer_attention(self, request: AnswerAttention, job: Job) -> dict[str, Any]:
         """Return the attention of a token of an answer to all patches in a layer, f32[A, T], and the token's text."""
         model, pixels, tokens = self._model(request), self._pixels(request), []
@@ -185,20 +174,6 @@ class Session:
                 pixels, request.question, request.answer, [request.layer], self._knockout(request)
             )
         return {"to": _pack(weights[0, :, request.token], np.float32), "token": tokens[request.token]}
-
-    def control(self, request: Control, job: Job) -> dict[str, Any]:
-        """Return as many patches: random ones of all, or other ones that receive as much attention from all patches."""
-        model, pixels = self._model(request), self._pixels(request)
-        blocked = _as_mask(model, request.intervention.patches).numpy()
-        rng = np.random.default_rng(request.seed)
-        with job.watched(model.mllm):
-            high_norm = high_norm_tokens(model.mllm.states(pixels, [ADAPTER])[ADAPTER][0])
-            if request.control == "random":
-                drawn = random_tokens(blocked, high_norm, rng)
-            else:
-                (weights,) = model.mllm.attention(pixels)
-                drawn = matched_tokens(weights.mean((0, 1)).numpy()[:, None], blocked, high_norm, rng)
-        return {"patches": np.flatnonzero(drawn).tolist()}
 
     def snippet(self, request: Export, job: Job) -> dict[str, Any]:
         """Return Python code that reproduces the view."""
@@ -318,14 +293,9 @@ def knockout_of(model: LabModel, block: Block) -> Knockout:
     """Return the knockout of one image that a request describes.
 
     Raises:
-        UserError: A patch is out of range, or the reverse is limited to heads.
+        UserError: A patch is out of range.
     """
-    blocked = _as_mask(model, block.patches)[None]
-    if block.only and block.heads is not None:
-        raise UserError("the reverse knockout cuts all heads; expected no heads")
-    if block.only:
-        return Knockout.only(blocked, block.layers)
-    return Knockout(blocked, block.layers, block.heads)
+    return Knockout(_as_mask(model, block.patches)[None], block.layers)
 
 
 def _as_mask(model: LabModel, patches: tuple[int, ...]) -> Tensor:

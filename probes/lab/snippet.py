@@ -50,12 +50,11 @@ def _attention(request: Export, knockout: str) -> list[str]:
     if request.attention == "answer_attention":
         arguments = f"pixels, {request.question!r}, {request.answer!r}, [{request.layer}]{knockout}"
         return [f"attention = mllm.answer_attention({arguments})[0, :, {request.token}]"]
-    if request.attention == "rollout":
-        lines = [f"weights = mllm.attention_rollout(pixels, {request.layer}{knockout})"]
-    else:
-        lines = [f"(weights,) = mllm.attention(pixels, [{request.layer}]{knockout}, average_heads=False)[0]"]
     patch = request.patch
-    return [*lines, f"attention_of_patch, attention_to_patch = weights[:, {patch}], weights[:, :, {patch}]"]
+    return [
+        f"(weights,) = mllm.attention(pixels, [{request.layer}]{knockout}, average_heads=False)[0]",
+        f"attention_of_patch, attention_to_patch = weights[:, {patch}], weights[:, :, {patch}]",
+    ]
 
 
 def _teach(painting: Painting, names: dict[str, str]) -> list[str]:
@@ -93,10 +92,7 @@ def _change(model: LabModel, request: View, names: dict[str, str]) -> list[str]:
     lines = ["patches = torch.zeros(1, mllm.grid[0] * mllm.grid[1], dtype=torch.bool)"]
     lines.append(f"patches[0, {sorted(set(change.patches))}] = True")
     if isinstance(change, Block):
-        layers, heads = (values and list(values) for values in (change.layers, change.heads))
-        if change.only:
-            return [*lines, f"knockout = probes.Knockout.only(patches, layers={layers})"]
-        return [*lines, f"knockout = probes.Knockout(patches, layers={layers}, heads={heads})"]
+        return [*lines, f"knockout = probes.Knockout(patches, layers={change.layers and list(change.layers)})"]
     new = "states.mean(1, keepdim=True)"
     site = repr(change.site)
     if change.by == "other_mask":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from probes.models.concept_probes import ConceptProbes, Paint, make_folds, solve_concepts
-from probes.models.random_layers import random_layers
+from probes.models.random_init import random_layers
 from probes.models.teach import describe_folds, paint_of, painted_states, score_sites
 
 from .models import LabModel, check_patches

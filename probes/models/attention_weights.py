@@ -1,4 +1,4 @@
-"""Attention weights of decoder layers, captured while the model runs, and rollout.
+"""Attention weights of decoder layers, captured while the model runs.
 
 Shapes: B images, T image tokens, A heads, q query tokens, N tokens, the last n of which run (the others are cached).
 """
@@ -81,26 +81,3 @@ def read_attention(
     with capture_attention(mllm.decoder.layers, record):
         mllm.states(pixels, [layer_site(layer) for layer in layers], knockout)
     return [torch.stack([by_layer[layer] for layer in layers]) for by_layer in weights]
-
-
-@torch.no_grad()
-def roll_out_attention(mllm: nn.Module, pixels: Tensor, last: int, knockout: Knockout | None) -> Tensor:
-    """Return attention rollout f[B, T, T] up to layer `last`; see :meth:`FrozenMLLM.attention_rollout`.
-
-    A cached prefix does not attend to the image, so that paths from image to image token do not pass it.
-    """
-    rolled: list[Tensor] = []
-
-    def record(layer: int, compute: Compute) -> None:
-        for image in range(len(pixels)):
-            if layer == 1:
-                rolled.append(torch.eye(len(running)))
-            weights = compute(image, running).mean(0).cpu()[:, -len(running) :]
-            rolled[image] = 0.5 * (weights @ rolled[image] + rolled[image])
-
-    cached = mllm.prefill_prefix()
-    running = torch.arange(mllm.ids.shape[1] - cached)
-    with capture_attention(mllm.decoder.layers, record):
-        mllm.states(pixels, [layer_site(last)], knockout)
-    is_image = mllm.is_image[cached:].cpu()
-    return torch.stack(rolled)[:, is_image][:, :, is_image]

@@ -20,7 +20,7 @@ from probes.ops.geometry import Geometry
 
 from .answering import attend_from_answer, check_family, generate_answer, score_answers
 from .attention_masks import Masks, as_list, build_masks, check_masks, is_allowed, supports_masks
-from .attention_weights import read_attention, roll_out_attention
+from .attention_weights import read_attention
 from .families import Family, own_image_attention
 from .knockout import Knockout
 from .prompt_and_pixels import Chat
@@ -211,19 +211,6 @@ class FrozenMLLM(nn.Module):
         if queries is None:
             queries = [(i, torch.ones(self.grid[0] * self.grid[1], dtype=torch.bool)) for i in range(len(pixels))]
         return read_attention(self, pixels, layers, knockout, queries, average_heads)
-
-    def attention_rollout(self, pixels: Tensor, layer: int | None = None, knockout: Knockout | None = None) -> Tensor:
-        """Return attention rollout among image tokens, f[B, T, T] (queries, keys), up to a layer 1..L, None for all.
-
-        Rollout (Abnar and Zuidema 2020) is the product over layers of 0.5 A + 0.5 I, with the mean A over heads and the
-        residual stream I. Prefix and separators are part of it, so that a row sums to 1 minus their share.
-
-        Raises:
-            UserError: As :meth:`attention`.
-        """
-        layer = len(self.decoder.layers) if layer is None else layer
-        self.check_sites([layer_site(layer)])
-        return roll_out_attention(self, pixels, layer, knockout)
 
     def logit_lens(self, states: Tensor, site: str) -> Tensor:
         """Return the logits f[..., V] of the LLM's output head for the states f[..., d] of a site from "adapter" on.

@@ -2,9 +2,9 @@
 
 A(t <- s) = -inf for all image tokens t and all s in B_c: no image token may attend to a blocked token; blocked tokens
 still attend to all others. The pairs are removed from the mask of the model; padding, causality and text rows remain.
-Beyond the paper, a knockout can be limited to layers and heads, and can differ between the rows of a batch.
+Beyond the paper, a knockout can be limited to layers, and can differ between the rows of a batch.
 
-Shapes: B batch, T image tokens, N tokens, the last Q of them as queries, L layers, A attention heads.
+Shapes: B batch, T image tokens, N tokens, the last Q of them as queries, L layers.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,21 +24,13 @@ class Knockout:
     """Blocked attention among image tokens.
 
     Args:
-        blocked: bool[B, T], image tokens that no image token may attend to (B_c of Eq. 1); or bool[B, T, T], True if
-            the token on the second axis may not attend to the token on the third.
+        blocked: bool[B, T], image tokens that no image token may attend to (B_c of Eq. 1).
         layers: Decoder layers to cut, numbered 1..L as in the site names; or bool[B, L], layers per row of the batch.
             None cuts all layers, as the paper does.
-        heads: Query heads to cut, numbered 1..A; or bool[B, A]. None cuts all heads.
     """
 
     blocked: Tensor
     layers: Sequence[int] | Tensor | None = None
-    heads: Sequence[int] | Tensor | None = None
-
-    @classmethod
-    def only(cls, kept: Tensor, layers: Sequence[int] | Tensor | None = None) -> "Knockout":
-        """Return the reverse knockout: image tokens attend to `kept` image tokens bool[B, T] and themselves only."""
-        return cls(all_but(kept), layers)
 
     def cut(self, mask: Tensor, is_image: Tensor) -> Tensor:
         """Return the mask without the blocked pairs of image tokens.
@@ -59,18 +51,14 @@ class Knockout:
                 all tokens, also later ones, or is NaN).
         """
         images, tokens = mask.shape[0], int(is_image.sum())
-        shapes, given = ((images, tokens), (images, tokens, tokens)), self.blocked
-        if not isinstance(given, Tensor) or given.dtype != torch.bool or given.shape not in shapes:
+        given = self.blocked
+        if not isinstance(given, Tensor) or given.dtype != torch.bool or given.shape != (images, tokens):
             got = f"{given.dtype} {list(given.shape)}" if isinstance(given, Tensor) else f"{type(given)}, no tensor"
-            raise UserError(
-                f"blocked must be bool[{images}, {tokens}] (images, image tokens) or bool[{images}, {tokens}, "
-                f"{tokens}] (images, queries, keys); got {got}"
-            )
-        blocked = self.blocked.to(mask.device)
-        pairs = blocked[:, None, :] if blocked.ndim == 2 else blocked
+            raise UserError(f"blocked must be bool[{images}, {tokens}] (images, image tokens); got {got}")
+        blocked = given.to(mask.device)
         rows, columns = is_image[-mask.shape[-2] :].nonzero(), is_image.nonzero().flatten()
         cut, forbidden = mask.clone(), False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        cut[:, 0, rows, columns] = cut[:, 0, rows, columns].masked_fill(pairs, forbidden)
+        cut[:, 0, rows, columns] = cut[:, 0, rows, columns].masked_fill(blocked[:, None], forbidden)
         left = is_allowed(cut[:, 0, rows.flatten()]).any(-1)
         if not left.all():
             image, token = (~left).nonzero()[0].tolist()
@@ -82,22 +70,18 @@ class Knockout:
 
     def first_layer(self, layers: nn.ModuleList) -> int:
         """Return the first layer 1..L that is cut in any row of the batch; L + 1 for none."""
-        chosen = _select_rows(self.layers, len(self.blocked), len(layers), "layer").any(0).nonzero()
+        chosen = _select_layers(self.layers, len(self.blocked), len(layers)).any(0).nonzero()
         return int(chosen.min()) + 1 if len(chosen) else len(layers) + 1
 
-    def by_row(self, layers: nn.ModuleList) -> tuple[list[tuple[bytes, ...]], Tensor]:
+    def by_row(self, layers: nn.ModuleList) -> tuple[list[bytes], Tensor]:
         """Return what each row of the batch cuts, equal for equal cuts, and the layers in which it does, bool[B, L].
 
         Raises:
-            UserError: A layer or head is out of range.
+            UserError: A layer is out of range.
         """
-        rows, parts = len(self.blocked), [self.blocked.cpu()]
-        if self.heads is not None:
-            parts.append(_select_rows(self.heads, rows, _count_heads(layers), "head").cpu())
-        cuts = [tuple(part[row].numpy().tobytes() for part in parts) for row in range(rows)]
-        return cuts, _select_rows(self.layers, rows, len(layers), "layer").cpu() & parts[0].flatten(1).any(
-            1, keepdim=True
-        )
+        blocked = self.blocked.cpu()
+        chosen = _select_layers(self.layers, len(blocked), len(layers)).cpu()
+        return [row.numpy().tobytes() for row in blocked], chosen & blocked.any(1, keepdim=True)
 
     @contextmanager
     def apply(self, layers: nn.ModuleList, masks: Masks, is_image: Tensor, depth: int) -> Iterator[None]:
@@ -106,16 +90,13 @@ class Knockout:
         `masks` [B, 1, Q, N] are those that the model runs with; `depth` layers run before the forward stops.
 
         Raises:
-            UserError: A layer or head is out of range.
+            UserError: A layer is out of range.
             RuntimeError: A chosen layer ran with another mask, so that the knockout would have no effect.
         """
         images, replaced = len(as_list(masks)[0]), []
-        chosen = _select_rows(self.layers, images, len(layers), "layer")
+        chosen = _select_layers(self.layers, images, len(layers))
         in_all_rows, on_device = chosen.all(0).tolist(), chosen.to(as_list(masks)[0].device)
         cuts = [(mask, self.cut(mask, is_image)) for mask in as_list(masks)]
-        if self.heads is not None:
-            heads = _select_rows(self.heads, images, _count_heads(layers), "head")
-            cuts = [(mask, torch.where(heads.to(mask.device)[:, :, None, None], cut, mask)) for mask, cut in cuts]
 
         def replace(layer: int, kwargs: dict) -> dict:
             given, rows = kwargs.get("attention_mask"), on_device[:, layer - 1, None, None, None]
@@ -137,30 +118,21 @@ class Knockout:
             raise RuntimeError(f"the knockout did not reach layers {sorted(missed)}")
 
 
-def all_but(kept: Tensor) -> Tensor:
-    """Return the blocked pairs bool[B, T, T] that leave each token the `kept` tokens bool[B, T] and itself."""
-    return ~(kept[:, None, :] | torch.eye(kept.shape[1], dtype=torch.bool, device=kept.device))
-
-
-def _count_heads(layers: nn.ModuleList) -> int:
-    return layers[0].self_attn.config.num_attention_heads
-
-
 def _is_copy(given: Tensor | None, mask: Tensor) -> bool:
     """Return True if `given` is the mask on another device; a device map copies the inputs of layers."""
     return isinstance(given, Tensor) and given.device != mask.device and torch.equal(given.to(mask.device), mask)
 
 
-def _select_rows(chosen: Sequence[int] | Tensor | None, rows: int, count: int, kind: str) -> Tensor:
-    """Return the chosen layers or heads, numbered 1..count, per row of the batch, bool[rows, count]."""
+def _select_layers(chosen: Sequence[int] | Tensor | None, rows: int, count: int) -> Tensor:
+    """Return the chosen layers, numbered 1..count, per row of the batch, bool[rows, count]."""
     if isinstance(chosen, Tensor):
         if chosen.dtype != torch.bool or chosen.shape != (rows, count):
             raise UserError(
-                f"{kind}s must be bool[{rows}, {count}] (images, {kind}s), got {chosen.dtype} {list(chosen.shape)}"
+                f"layers must be bool[{rows}, {count}] (images, layers), got {chosen.dtype} {list(chosen.shape)}"
             )
         return chosen
     chosen = range(1, count + 1) if chosen is None else chosen
     for number in chosen:
         if isinstance(number, bool) or not 1 <= number <= count:
-            raise UserError(f"knockout {kind} {number} is out of range; this model has {kind}s 1..{count}")
+            raise UserError(f"knockout layer {number} is out of range; this model has layers 1..{count}")
     return torch.tensor([number in chosen for number in range(1, count + 1)]).expand(rows, count)

@@ -21,8 +21,7 @@ from .prompt_and_pixels import (
     read_prefix_ids,
     read_separator_id,
 )
-from .random_init import check_control
-from .random_layers import replace_weights
+from .random_init import check_control, replace_weights
 
 
 def load(

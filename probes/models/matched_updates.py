@@ -13,7 +13,6 @@ from functools import partial
 from itertools import pairwise
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from llava_bidir.common.errors import UserError
 
@@ -85,21 +84,20 @@ def match_updates(mllm: nn.Module, pixels: Tensor, updates: Sequence[float], sca
     mllm.clear_prefix_cache()
 
 
-def scale_layers(mllm: nn.Module, scales: Sequence[float]) -> list[RemovableHandle]:
+def scale_layers(mllm: nn.Module, scales: Sequence[float]) -> ExitStack:
     """Multiply what attention and MLP of each layer add to the states by the layer's factor.
 
     The factors are read at each forward; call `clear_prefix_cache` after changing them.
 
     Returns:
-        The hooks that multiply.
+        A stack that, closed, ends this.
     """
-    hooks = [
-        branch.register_forward_hook(partial(_scaled_output, scales, layer))
-        for layer, module in enumerate(mllm.decoder.layers)
-        for branch in branch_outputs(module)
-    ]
-    mllm.clear_prefix_cache()
-    return hooks
+    with ExitStack() as hooks:
+        for layer, module in enumerate(mllm.decoder.layers):
+            for branch in branch_outputs(module):
+                hooks.callback(branch.register_forward_hook(partial(_scaled_output, scales, layer)).remove)
+        mllm.clear_prefix_cache()
+        return hooks.pop_all()
 
 
 def _scaled_output(scales: Sequence[float], layer: int, module: nn.Module, args: tuple, output):

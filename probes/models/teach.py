@@ -20,7 +20,7 @@ from llava_bidir.common.errors import UserError
 
 from .concept_probes import ConceptProbes, Paint, make_folds, solve_concepts
 from .knockout import Knockout
-from .random_layers import random_layers
+from .random_init import random_layers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -72,7 +72,7 @@ class Taught:
         Concepts that such an LLM tells as well have not been learned by its layers.
 
         Raises:
-            UserError: As :func:`probes.models.random_layers.random_layers`.
+            UserError: As :func:`probes.models.random_init.random_layers`.
         """
         with random_layers(self.mllm, draw=draw, match_images=self.photos):
             states = self._read_states()

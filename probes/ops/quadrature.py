@@ -61,11 +61,6 @@ class PreparedMasks:
         tensors = {name: getattr(self, name).to(device) for name in ("mass", "soft", "pixels")}
         return replace(self, rules=rules, **tensors)
 
-    def without_labels(self) -> "PreparedMasks":
-        """Return masks of the same size whose pixels are all ignored."""
-        tensors = {name: torch.zeros_like(getattr(self, name)) for name in ("mass", "soft", "pixels")}
-        return replace(self, **tensors)
-
     def groups(self) -> list[tuple[slice | list[int], Tensor, Tensor]]:
         """Return (images, rows f[My, h], cols f[Mx, w]) for each rule in use."""
         if len(set(self.rule_of)) == 1:

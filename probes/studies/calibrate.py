@@ -15,15 +15,13 @@ import argparse
 import contextlib
 import io
 import os
-import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import scipy.stats
 
 from llava_bidir.common.atomic_io import atomic_write, read_json, write_files
-from llava_bidir.common.errors import UserError
-from llava_bidir.common.process_group import several_commands
+from llava_bidir.common.process_group import run_missing
 from probes.report.claims import evaluate_claims
 from probes.report.verdicts import HOLDS
 from probes.results.study import read_studies
@@ -151,7 +149,7 @@ def _make_models(folder: Path, seed: int, scale: float, scenes: int) -> None:
     """Draw the world of a seed, train adapters on captions, and plant what is missing."""
     assets, common = folder / "assets", ["--seed", str(seed)]
     world = ["--world", "binding", "--scenes", str(scenes), "--scale", str(scale), *common]
-    _run_missing(folder, [(assets / "questions.json", ["demo-assets", str(assets), *world])])
+    run_missing(folder, "world", [(assets / "questions.json", ["demo-assets", str(assets), *world], None)])
     jobs = []
     for mask in MASKS:
         models = folder / "models" / mask
@@ -159,26 +157,14 @@ def _make_models(folder: Path, seed: int, scale: float, scenes: int) -> None:
         data = ["--data.images", str(assets), "--data.annotations", f"{assets}/captions.json"]
         options = ["--model.image_attention", mask, *parts, *data, "--seed_everything", str(seed)]
         command = ["fit", "-c", "demo/stage1", *options, "--out", f"{models}/stage1", "--ckpt_path", "last"]
-        jobs.append((models / "stage1/hf/model.safetensors", command))
+        jobs.append((models / "stage1/hf/model.safetensors", command, None))
         for name in dict.fromkeys(design.model for design in DESIGNS.values() if mask in design.masks):
             model = MODELS[name]
             source = models / (model.source or "stage1") / "hf"
             target = models / name / "hf"
             words = ["plant", model.what, str(source), str(assets), str(target), *model.options, *common]
-            jobs.append((target / "model.safetensors", words))
-    _run_missing(folder, jobs)
-
-
-def _run_missing(folder: Path, jobs: list[tuple[Path, list[str]]]) -> None:
-    """Run the commands of `llava-bidir` whose result is missing, in one process."""
-    commands = [command for result, command in jobs if not result.is_file()]
-    if not commands:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "models.log").open("a") as said:
-        done = subprocess.run(several_commands("llava_bidir", commands), stdout=said, stderr=said)
-    if done.returncode:
-        raise UserError(f"planting has failed; all it said is in {folder / 'models.log'}")
+            jobs.append((target / "model.safetensors", words, None))
+    run_missing(folder, "models", jobs)
 
 
 def _study(folder: Path, name: str, seed: int) -> list[dict[str, Any]]:

@@ -28,8 +28,6 @@ class Task(ABC):
     scores: ClassVar[dict[str, bool]]  # name -> higher is better; the first is the one that chooses and is compared
     labels: ClassVar[dict[str, str]]  # name of a score -> name with its unit in reports
     solved: ClassVar[str] = "least_squares"  # by `probes solve`: least_squares, or cross_entropy (targets are classes)
-    unit: ClassVar[float | None] = 1 / 256  # of maps as 16-bit PNG (KITTI's of depth); None for maps with 8 bits
-    pixel_error: ClassVar[str | None] = None  # name of `pixel_errors` in reports; None if a pixel has none of its own
 
     @property
     def score(self) -> str:
@@ -70,24 +68,6 @@ class Task(ABC):
     @abstractmethod
     def colorize(self, prediction: np.ndarray) -> np.ndarray:
         """Return a map of the prediction, uint8[H, W, 3]."""
-
-    def encode(self, prediction: np.ndarray, unit: float | None) -> np.ndarray:
-        """Return a prediction as the pixels of a PNG file, by default multiples 1 to 65535 of `unit`, uint16[H, W].
-
-        Args:
-            prediction: f[H, W] or f[H, W, 3].
-            unit: That of the targets, or `Task.unit`.
-        """
-        return (prediction / unit).round().clip(1, 65535).astype(np.uint16)
-
-    def pixel_errors(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Return the error of each pixel, f[P, n], whose means by position starvation compares; lower is better.
-
-        Args:
-            prediction: f[P, n] or f[P, n, 3].
-            target: The truth at these pixels, f[n] or f[n, 3].
-        """
-        raise NotImplementedError
 
     def truth(self, target: Tensor) -> Tensor:
         """Return targets in the format of predictions, f[B, H, W] or f[B, H, W, 3]; most are read in it."""

@@ -38,7 +38,6 @@ class Boundaries(Task):
     scores = {"f": True, "ap": True}
     labels = {"f": "F (best threshold)", "ap": "average precision"}
     solved = "cross_entropy"
-    unit = None
 
     def values(self, target: Tensor) -> Tensor:
         """Return 1 for the class of each pixel and 0 for the other, f[B, H, W, 2]."""
@@ -82,10 +81,6 @@ class Boundaries(Task):
         f = 2 * precision * recall / (precision + recall).clamp(min=1e-12)
         rise = recall.diff(dim=-1, prepend=torch.zeros_like(recall[..., :1]))
         return {"f": f.amax(-1), "ap": (precision * rise).sum(-1)}
-
-    def encode(self, prediction: np.ndarray, unit: float | None) -> np.ndarray:
-        """Return the probability in 255ths, uint8[H, W]."""
-        return self.colorize(prediction)[..., 0]
 
     def colorize(self, prediction: np.ndarray) -> np.ndarray:
         """Return likely boundaries bright."""

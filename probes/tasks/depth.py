@@ -43,7 +43,6 @@ class Depth(Task):
         "delta_2": "delta < 1.25^2",
         "delta_3": "delta < 1.25^3",
     }
-    pixel_error = "squared error of log depth"
 
     def values(self, target: Tensor) -> Tensor:
         """Return the log depth, f[B, H, W, 1]."""
@@ -66,10 +65,6 @@ class Depth(Task):
         error, ratio = prediction - target, torch.maximum(prediction / target, target / prediction)
         parts = [error.square().mean(1).sqrt(), (error.abs() / target).mean(1), ratio.log10().mean(1)]
         return torch.stack([*parts, *((ratio < 1.25**k).float().mean(1) for k in (1, 2, 3))], 1)
-
-    def pixel_errors(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Return the squared error of the log depth, f[P, n]."""
-        return (prediction.log() - target.log()).square()
 
     def colorize(self, prediction: np.ndarray) -> np.ndarray:
         """Return near pixels bright, far ones dark, from the nearest to the farthest of the map."""

@@ -33,8 +33,6 @@ class Normals(Task):
         "within_22": "within 22.5 degrees",
         "within_30": "within 30 degrees",
     }
-    unit = None
-    pixel_error = "angle (degrees)"
 
     def values(self, target: Tensor) -> Tensor:
         """Return the vectors, f[B, H, W, 3]."""
@@ -51,17 +49,9 @@ class Normals(Task):
 
     def image_scores(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return mean and median angle and the three shares, f[P, 5]."""
-        angle = self.pixel_errors(prediction, target)
+        angle = (prediction * target).sum(-1).clamp(-1, 1).acos().rad2deg()
         shares = ((angle < limit).float().mean(1) for limit in WITHIN)
         return torch.stack([angle.mean(1), angle.median(1).values, *shares], 1)
-
-    def pixel_errors(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Return the angle in degrees, f[P, n]."""
-        return (prediction * target).sum(-1).clamp(-1, 1).acos().rad2deg()
-
-    def encode(self, prediction: np.ndarray, unit: float | None) -> np.ndarray:
-        """Return the colours, which are the format of the targets: n = 2 v / 255 - 1, uint8[H, W, 3]."""
-        return self.colorize(prediction)
 
     def colorize(self, prediction: np.ndarray) -> np.ndarray:
         """Return x, y and z as red, green and blue, 128 for 0."""

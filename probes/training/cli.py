@@ -1,5 +1,6 @@
-"""The commands `probes fit | validate | test`: LightningCLI for a probe run."""
+"""The commands `probes fit | validate | test | verify-data`: LightningCLI for a probe run."""
 
+import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -12,14 +13,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from llava_bidir.common.checkpoint_io import resolve_ckpt_path
 from llava_bidir.common.errors import UserError
 from llava_bidir.common.lightning_cli import RunCLI, check_trainer, run_process
+from llava_bidir.common.loader_workers import usable_cores
 from llava_bidir.common.run_folder import RunPlan, check_unfinished, start_run
 from llava_bidir.common.run_lock import exclusive_run_lock
 from llava_bidir.common.step_boundary import SaveAtStepBoundary
+from llava_bidir.common.usage_errors import ArgumentParser, natural
 from probes.data.datamodule import SegmentationData
 
-from .callbacks import SavePredictions, ShowMaps
 from .module import ProbeModule
 from .run_schema import Manifest, read_metrics, read_run_file
+from .write_run import SavePredictions, ShowMaps
 
 # Scores count every validation image and moments every training image; the schedule counts batches.
 REQUIRED = {"fast_dev_run": False, "overfit_batches": 0.0, "accumulate_grad_batches": 1}
@@ -28,6 +31,8 @@ WHY_REQUIRED = (
     "probes train on batches of data.batch_size and are scored on all images; for a trial, use a smaller dataset, or "
     "trainer.limit_train_batches with fit"
 )
+
+CPU = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "auto", "precision": "32-true"}
 
 
 class ProbeCLI(RunCLI):
@@ -135,7 +140,31 @@ def build_cli(argv: list[str], run: bool = True, prog: str = "probes") -> ProbeC
 
 
 def main(argv: list[str]) -> None:
-    """Run `probes fit`, `validate` or `test`."""
+    """Run `probes fit`, `validate`, `test` or `verify-data`."""
+    if argv[0] == "verify-data":
+        return verify_data(argv[1:])
     torch.set_float32_matmul_precision("high")
     with run_process():
         build_cli(argv)
+
+
+def verify_data(argv: list[str]) -> None:
+    """Read every image and target of a probing config, on a machine without GPUs.
+
+    Raises:
+        UserError: If some cannot be used, or no pixel of a split is labelled; the message names them.
+    """
+    parser = ArgumentParser(
+        prog="probes verify-data",
+        description="Read every image and target of both splits; exit with status 1 if any cannot be used. All other "
+        "options are those of `probes fit` (-c CONFIG ..., --data.root ..., ...); the model is not needed.",
+    )
+    parser.add_argument("--workers", type=natural, default=usable_cores(), help="number of processes")
+    args, config = parser.parse_known_args(argv)
+    trainer = [f"--trainer.{key}={value}" for key, value in CPU.items()]
+    data = build_cli(["--model.mllm", "none", *config, *trainer], run=False, prog=parser.prog).datamodule
+    start = time.perf_counter()
+    data.check_files(data.find_bad_files(args.workers))
+    sizes = ", ".join(f"{len(dataset):,} {split} images" for split, dataset in data.splits.items())
+    targets = f"{data.num_classes} classes" if data.classes else data.task
+    print(f"{data.root}: {sizes}, {targets}, all readable ({time.perf_counter() - start:.0f} s)")

@@ -1,42 +1,145 @@
-"""Linear discriminants of a site at every strength of regularisation, in closed form from its moments.
+"""Moments of the states of a site, and the coordinates in which `optimum.py` and `least_squares.py` solve its probes.
 
-With class means mu_k, overall mean mu and pooled within-class covariance W (`moments.py`), the discriminant of strength
-r has the weights W_r^-1 (mu_k - mu) and the bias log(N_k / n) - 1/2 (mu_k - mu)^T W_r^-1 (mu_k - mu), where
+With x the state of a token and t[k] the weight of class k at the token (U^T onehot(label), the adjoint of the bilinear
+upsampling), a pass over the images sums, per site and per fold of images,
 
-    W_r = (1 - r) W + r D,        D = diag(W).
+    N[k] = sum t[k]        S[k] = sum t[k] (x - pivot)        Q = sum (sum_k t[k]) (x - pivot) (x - pivot)^T.
 
-Shrinkage towards the diagonal leaves scores unchanged when a channel is rescaled. With D^-1/2 W D^-1/2 = V diag(s) V^T,
+The pivot, the mean state of the first batch, keeps Q small: LLMs have channels whose mean is a thousand times their
+standard deviation, and Q would lose their variance to rounding. Products of a batch are float32, sums over batches
+float64; `tests/probes/training/test_closed_form.py` shows why.
 
-    W_r^-1 = D^-1/2 V diag(1 / ((1 - r) s + r)) V^T D^-1/2,
+With the pooled within-class covariance W and D = diag(W), D^-1/2 W D^-1/2 = V diag(s) V^T gives coordinates
+(x - mean) D^-1/2 V in which D is the identity and W is diag(s).
 
-so that one eigendecomposition gives all r. W_r is also the metric in which `optimum.py` refines the discriminant, and
-r/2 w^T D w the ridge that it adds: W_r^-1 (mu_k - mu) minimises w^T W w / 2 - w^T (mu_k - mu) plus this ridge, up to a
-factor.
-
-Source: linear discriminant analysis with shrinkage (Ledoit and Wolf 2004; Friedman 1989).
-Legend: R strengths, K classes, d width.
+Legend: F folds, K classes, d width, n tokens of a batch.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-STRENGTHS = tuple(10 ** (-6 + i / 4) for i in range(25))  # 1e-6 to 1
+STRENGTHS = tuple(10 ** (-6 + i / 4) for i in range(25))  # of least squares: 1e-6 to 1
 # A channel whose variance is below this share of its mean square is constant up to rounding of float32 states.
 DEAD = 1e-12
+BLOCK = 512  # rows of Q per product; Q is symmetric, so that blocks below the diagonal are neither computed nor stored
 
 
 @dataclass
-class ClosedForm:
-    """The discriminants of a site for any strength.
+class Moments:
+    """Moments of one site, per fold of images.
 
     Args:
-        mean: f64[d], mu; logits are linear in x - mean.
+        pivot: f32[d], subtracted from the states.
+        count: f64[F, K], N.
+        first: f64[F, K, d], S.
+        second: f64[F, packed_size(d)], Q: the blocks of rows from the diagonal on, one after the other.
+    """
+
+    pivot: Tensor
+    count: Tensor
+    first: Tensor
+    second: Tensor
+
+    @classmethod
+    def zeros(cls, pivot: Tensor, folds: int, classes: int) -> "Moments":
+        """Return empty moments on the device of `pivot`."""
+        new = lambda *shape: torch.zeros(folds, *shape, dtype=torch.float64, device=pivot.device)
+        width = len(pivot)
+        return cls(pivot, new(classes), new(classes, width), new(packed_size(width)))
+
+    @torch.no_grad()
+    def update(self, states: Tensor, labels: Tensor, fold: int) -> None:
+        """Add the states f[n, d] of tokens with soft labels f64[n, K] to a fold."""
+        labels = labels.to(self.count.device)
+        x = states.to(self.pivot) - self.pivot
+        self.count[fold] += labels.sum(0)
+        with full_precision():
+            self.first[fold] += labels.T.float() @ x
+        self.add_products(x, x * labels.sum(1, keepdim=True).float(), fold)
+
+    def add_products(self, x: Tensor, weighted: Tensor, fold: int) -> None:
+        """Add x^T weighted, symmetric, to Q of a fold; both are f[n, d]."""
+        with full_precision():
+            for start, block in row_blocks(self.second[fold], x.shape[1]):
+                block += x[:, start : start + BLOCK].T @ weighted[:, start:]
+
+    def shift(self, pivot: Tensor) -> None:
+        """Change the pivot to f32[d]; exact, since the sums are polynomials in it."""
+        delta = self.pivot.double() - pivot.double()
+        for count, first, second in zip(self.count.sum(1), self.first.sum(1), self.second, strict=True):
+            for start, block in row_blocks(second, len(delta)):
+                rows, columns = slice(start, start + BLOCK), slice(start, None)
+                block += torch.outer(first[rows], delta[columns]) + torch.outer(delta[rows], first[columns])
+                block += count * torch.outer(delta[rows], delta[columns])
+        self.first += self.count[:, :, None] * delta
+        self.pivot = pivot
+
+    def add(self, other: "Moments") -> None:
+        """Add the moments of other images."""
+        other.shift(self.pivot)
+        for name, value in other.sums().items():
+            getattr(self, name).add_(value.to(self.count.device))
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return the sums by name."""
+        return {"count": self.count, "first": self.first, "second": self.second}
+
+    def without(self, fold: int | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return N f64[K], S f64[K, d] and Q f64[d, d] of all folds but one; of all for None."""
+        return self.sum_over([i for i in range(len(self.count)) if i != fold])
+
+    def sum_over(self, folds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return N f64[K], S f64[K, d] and Q f64[d, d] of some folds."""
+        count, first = self.count[folds].sum(0), self.first[folds].sum(0)
+        packed, second = self.second[folds].sum(0), first.new_empty(first.shape[1], first.shape[1])
+        for start, block in row_blocks(packed, first.shape[1]):
+            second[start : start + BLOCK, start:] = block
+        upper = second.triu_()
+        return count, first, upper + upper.triu(1).T
+
+
+def packed_size(width: int) -> int:
+    """Return the number of elements of Q f64[d, d] that are stored."""
+    return sum(min(BLOCK, width - start) * (width - start) for start in range(0, width, BLOCK))
+
+
+def row_blocks(packed: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
+    """Yield the first row of each block, and a view of its rows from the diagonal on, f64[rows, d - first row]."""
+    offset = 0
+    for start in range(0, width, BLOCK):
+        rows, columns = min(BLOCK, width - start), width - start
+        yield start, packed[offset : offset + rows * columns].view(rows, columns)
+        offset += rows * columns
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute products in the dtype of their factors, whatever `trainer.precision` is, and float32 ones without TF32.
+
+    The 10 bits of TF32 would limit the smallest eigenvalue that is found, and the gradients that certify an optimum.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@dataclass
+class SiteSpace:
+    """The coordinates of a site.
+
+    Args:
+        mean: f64[d]; logits are linear in x - mean.
         scale: f64[d], D^-1/2; 0 for constant channels.
         basis: f64[d, d], V, one eigenvector per column.
         spectrum: f64[d], s.
-        directions: f64[K, d], (mu_k - mu) D^-1/2 V.
         log_prior: f64[K], log(N_k / n). A class without pixels has half a pixel.
     """
 
@@ -44,20 +147,25 @@ class ClosedForm:
     scale: Tensor
     basis: Tensor
     spectrum: Tensor
-    directions: Tensor
     log_prior: Tensor
 
-    def metric(self, strength: float) -> Tensor:
-        """Return the eigenvalues of W_r in units of D, f64[d]."""
-        return (1 - strength) * self.spectrum + strength
-
-    def solve(self, strength: float) -> tuple[Tensor, Tensor]:
-        """Return weights f64[K, d] in the coordinates (x - mean) D^-1/2 V, and biases f64[K]."""
-        weights = self.directions / self.metric(strength)
-        return weights, self.log_prior - (weights * self.directions).sum(1) / 2
+    @classmethod
+    def of(cls, states: Tensor, soft: Tensor) -> "SiteSpace":
+        """Return the coordinates of states f[B, T, d] with soft labels f[B, K, h, w]."""
+        moments = Moments.zeros(states[0].float().mean(0), 1, soft.shape[1])
+        for x, labels in zip(states.split(32), soft.flatten(2).mT.split(32), strict=True):
+            moments.update(x.flatten(0, 1), labels.flatten(0, 1).double(), 0)
+        count, first, second = moments.without(None)
+        total, seen, overall = count.sum(), count > 0, first.sum(0) / count.sum()
+        means = torch.where(seen[:, None], first / count.clamp(min=1e-30)[:, None], overall)
+        within = second / total - (means * (count / total)[:, None]).T @ means
+        mean = moments.pivot.double() + overall
+        scale, spectrum, basis = standardise(within, second.diagonal() / total + mean.square())
+        log_prior = torch.where(seen, count, 0.5).log() - total.log()
+        return cls(mean, scale, basis.contiguous(), spectrum, log_prior)  # basis is sent between processes
 
     def to_states(self, weights: Tensor) -> Tensor:
-        """Return weights f[..., K, d] of the coordinates (x - mean) D^-1/2 V as weights of x - mean."""
+        """Return weights f[..., K, d] of the coordinates as weights of x - mean."""
         return (weights @ self.basis.T) * self.scale
 
     def coordinates(self, states: Tensor) -> Tensor:
@@ -68,29 +176,6 @@ class ClosedForm:
     def from_gradient(self, gradient: Tensor) -> Tensor:
         """Return the gradient f[..., K, d] by weights of x - mean as the gradient by weights of the coordinates."""
         return (gradient * self.scale) @ self.basis
-
-
-def solve_moments(count: Tensor, first: Tensor, second: Tensor, pivot: Tensor) -> ClosedForm:
-    """Return the discriminants that follow from moments.
-
-    Args:
-        count: f64[K], N.
-        first: f64[K, d], S.
-        second: f64[d, d], Q.
-        pivot: f[d], what was subtracted from the states.
-    """
-    total = count.sum()
-    seen = count > 0
-    overall = first.sum(0) / total
-    means = torch.where(seen[:, None], first / count.clamp(min=1e-30)[:, None], overall)
-    within = second / total - (means * (count / total)[:, None]).T @ means
-    square = second.diagonal() / total + (pivot.double() + overall).square()
-    scale, spectrum, basis = standardise(within, square)
-    directions = ((means - overall) * scale) @ basis
-    log_prior = torch.where(seen, count, 0.5).log() - total.log()
-    mean = pivot.double() + overall
-    parts = (mean, scale, basis, spectrum, directions, log_prior)
-    return ClosedForm(*(part.contiguous() for part in parts))  # eigh's basis is not, and is sent between processes
 
 
 def standardise(covariance: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:

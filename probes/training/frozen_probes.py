@@ -3,7 +3,7 @@
 `module.py` trains the probes by gradient descent, `solver.py` solves them.
 
 Legend: S sites, N images of a dataset, B images of a batch, T image tokens on a grid h x w, d width, K classes, or
-channels of another task, M sums per image.
+channels of another task.
 """
 
 from typing import Any
@@ -17,10 +17,8 @@ from torch.utils.data import Dataset
 from llava_bidir.common.identity import Identity, run_identity
 from llava_bidir.common.rank_zero import rank_zero_result
 from probes.data.batches import MaskPreparer, group_by_mask_size
-from probes.evaluation.feature_statistics import StateStatistics
-from probes.evaluation.metrics import Counts, patch_labels
-from probes.evaluation.segmentation_metric import SegmentationMetric
-from probes.evaluation.task_metric import TaskMetric, TaskSums
+from probes.evaluation.image_metrics import SegmentationMetric, TaskMetric, TaskSums
+from probes.evaluation.metrics import Counts
 from probes.models.load import load
 from probes.models.matched_updates import MATCH_IMAGES
 from probes.tasks import TASKS, Task
@@ -90,7 +88,6 @@ class FrozenProbes(LightningModule):
         self.heads = nn.ModuleDict({site: self._build_probe(site) for site in self.sites})
         images = len(data.splits["validation"])
         self.metric = self._build_metric(images)
-        self.statistics = StateStatistics({site: self.mllm.widths[site] for site in self.sites}, images)
 
     @property
     def channels(self) -> int:
@@ -99,8 +96,8 @@ class FrozenProbes(LightningModule):
 
     def _build_metric(self, images: int) -> SegmentationMetric | TaskMetric:
         if self.task:
-            return TaskMetric(self.task, images, self.mllm.geometry, by_token=True)
-        return SegmentationMetric(len(self.sites), images, self.hparams.num_classes, self.mllm.geometry, confusion=True)
+            return TaskMetric(self.task, images, self.mllm.geometry)
+        return SegmentationMetric(images, self.mllm.geometry)
 
     def _build_probe(self, site: str) -> Probe:
         """Return a probe whose initialisation does not depend on the other probes of the run."""
@@ -125,21 +122,7 @@ class FrozenProbes(LightningModule):
         """Count the images of the batch; return the logits f[S, B, K, h, w] for callbacks."""
         return self._score(self.states(batch), batch)
 
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Do the same as :meth:`validation_step`, and update the statistics of the states."""
-        states = self.states(batch)
-        for images, target in group_by_mask_size(batch["target"]):
-            labels = self._token_labels(target)
-            self.statistics.update({site: x[images] for site, x in states.items()}, labels, batch["index"][images])
-        return self._score(states, batch)
-
-    def _token_labels(self, target: Tensor) -> Tensor:
-        """Return the class of most pixels of each token, i64[B, T]; -1 if no pixel has a class."""
-        if self.task:
-            tokens = self.mllm.grid[0] * self.mllm.grid[1]
-            return torch.full((len(target), tokens), -1, dtype=torch.long, device=target.device)
-        view = self.mllm.geometry.view(tuple(target.shape[1:]))
-        return patch_labels(target, self.hparams.num_classes, self.mllm.grid, view=view)
+    test_step = validation_step
 
     def _score(self, states: dict[str, Tensor], batch: dict[str, Any]) -> Tensor:
         logits = self.logits(states)
@@ -149,11 +132,10 @@ class FrozenProbes(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Write the files of the run."""
-        counts, states = self._compute(), self.statistics.compute()
-        self.statistics.reset()
+        counts = self._compute()
         path = self.path_results(counts)
         if self.trainer.is_global_zero:
-            save_run(self, self.trainer.datamodule, counts, states, path, self.trainer.default_root_dir)
+            save_run(self, self.trainer.datamodule, counts, path, self.trainer.default_root_dir)
 
     def probe_settings(self) -> dict[str, Any]:
         """Return how the probes were made, for metrics.json."""

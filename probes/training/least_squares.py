@@ -23,8 +23,7 @@ from torch import Tensor
 from llava_bidir.common.errors import UserError
 from probes.ops.normal_equations import NormalEquations, apply_gram
 
-from .closed_form import standardise
-from .moments import Moments
+from .closed_form import Moments, standardise
 
 
 @dataclass

@@ -20,12 +20,10 @@ from probes.data.batches import group_by_mask_size
 from probes.data.samplers import assign_folds, fold_batches
 from probes.ops.normal_equations import normal_equations
 
-from .closed_form import STRENGTHS
+from .closed_form import STRENGTHS, packed_size
 from .distributed import all_reduce, broadcast, rank, rank_count
 from .least_squares import LeastSquaresMoments, solve_least_squares
-from .moments import packed_size
-from .probe_path import SolvedSite
-from .solver import Solver, tensors_of
+from .solver import SolvedSite, Solver, tensors_of
 
 SAVE_SECONDS = 600  # between two files of moments
 
@@ -53,7 +51,7 @@ class LeastSquaresSolver(Solver):
         """State the memory of the moments.
 
         Raises:
-            UserError: They do not fit; the message proposes sites that do.
+            UserError: They do not fit.
         """
         folds, width = self.hparams.folds, self.mllm.widths
         size = {site: 8 * folds * (packed_size(width[site]) + self.channels * width[site]) for site in self.sites}
@@ -65,9 +63,8 @@ class LeastSquaresSolver(Solver):
         text = f"moments of {len(size)} sites in {folds} folds: {need / 1e9:.3g} GB per process"
         rank_zero_info(text)
         if need > 0.8 * available:
-            kept = spread(self.sites, int(0.8 * available / max(size.values())))
-            advice = f"fewer --folds, or fewer sites, e.g. --model.sites '[{', '.join(kept)}]'" if kept else "--folds 2"
-            raise UserError(f"{text}, but {available / 1e9:.3g} GB are available; choose {advice}")
+            advice = "choose fewer --folds or --model.sites"
+            raise UserError(f"{text}, but {available / 1e9:.3g} GB are available; {advice}")
 
     def add(self, batch: dict[str, Any]) -> None:
         """Add a batch of one fold to the moments, and save them every ten minutes."""
@@ -141,10 +138,3 @@ class LeastSquaresSolver(Solver):
             bias=solved.bias.float().cpu(),
             certificates=torch.zeros(0, 2, dtype=torch.float64),
         )
-
-
-def spread(sites: list[str], count: int) -> list[str]:
-    """Return at most `count` of the sites: the first two, and others at equal distances up to the last."""
-    first, others = sites[:2], sites[2:]
-    wanted = min(max(0, count - 2), len(others))
-    return (first + [others[-1 - i * len(others) // wanted] for i in reversed(range(wanted))])[: max(0, count)]

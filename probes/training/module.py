@@ -27,7 +27,6 @@ from probes.ops.quadrature import PreparedMasks
 from .distributed import all_gather
 from .frozen_probes import FrozenProbes
 from .heads import FEATURE_NORMS, HEADS
-from .labels import LABELS
 
 
 class ProbeModule(FrozenProbes):
@@ -49,7 +48,6 @@ class ProbeModule(FrozenProbes):
         sites: Sites to probe; None for all.
         head: linear (the paper), or another, see probes/training/heads.py.
         feature_norm: none (the paper), batchnorm or layernorm, before the head.
-        labels: "true", or "shuffled" for the control trained on the masks of other images.
         learning_rate: Initial learning rate of AdamW, with polynomial decay (power 0.9) to zero.
         betas: Betas of AdamW.
         weight_decay: Weight decay of AdamW.
@@ -73,7 +71,6 @@ class ProbeModule(FrozenProbes):
         sites: list[str] | None = None,
         head: Literal[*HEADS] = "linear",
         feature_norm: Literal[*FEATURE_NORMS] = "none",
-        labels: Literal[*LABELS] = "true",
         learning_rate: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
@@ -91,7 +88,7 @@ class ProbeModule(FrozenProbes):
         states, target = self.states(batch), batch["target" if self.task else "masks"]
         if len(target) == 1 and batch["index"][0] == PAD_INDEX:  # padding must not enter batch statistics
             states, target = {site: x[:0] for site, x in states.items()}, target[:0]
-        losses = self.losses(self.logits(states), LABELS[self.hparams.labels](target))
+        losses = self.losses(self.logits(states), target)
         for site, loss in zip(self.sites, losses.detach(), strict=True):
             self.log(f"train_loss/{site}", loss, batch_size=len(batch["index"]))
         return losses.sum()
@@ -159,7 +156,7 @@ class ProbeModule(FrozenProbes):
     def probe_settings(self) -> dict[str, Any]:
         """Return how the probes were trained, for metrics.json."""
         data, steps = self.trainer.datamodule, optimizer_steps(self.trainer)
-        settings = {key: self.hparams[key] for key in ("head", "feature_norm", "learning_rate", "labels", "seed")}
+        settings = {key: self.hparams[key] for key in ("head", "feature_norm", "learning_rate", "seed")}
         settings |= {"batch_size": data.batch_size, "epochs": data.epochs_of(steps), "steps": steps}
         return settings | {"validated_at": self.validated_at}
 

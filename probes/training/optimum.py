@@ -29,8 +29,7 @@ from probes.ops.cross_entropy import loss_and_gradient
 from probes.ops.lbfgs import Objective, minimise
 from probes.ops.quadrature import PreparedMasks
 
-from .closed_form import ClosedForm, solve_moments
-from .moments import Moments, full_precision
+from .closed_form import SiteSpace, full_precision
 
 LOOSE_NODES, TIGHT_NODES = 2, 5
 STRENGTHS = tuple(10 ** (-k / 2) for k in range(2, 17))  # 0.1 to 1e-8, in half decades
@@ -77,7 +76,7 @@ class SiteProblem:
 
     def __init__(self, states: Tensor, loose: PreparedMasks, tight: PreparedMasks, fold_of: Tensor):
         self.order, self.sizes = fold_of.argsort(stable=True), fold_of.bincount().tolist()
-        self.space = whiten(states, tight.soft)
+        self.space = SiteSpace.of(states, tight.soft)
         self.load(states, loose, tight)
         self.pixels = torch.stack([masks.pixels.sum() for masks in self.masks[TIGHT_NODES]])
 
@@ -150,14 +149,6 @@ class SiteProblem:
         metric = self.space.spectrum + strengths[:, None]
         metric = torch.cat([metric, torch.ones_like(metric[:, :1])], 1)[:, None]
         return (gradient / metric.sqrt()).flatten(1).norm(dim=1)
-
-
-def whiten(states: Tensor, soft: Tensor) -> ClosedForm:
-    """Return the coordinates of states f[B, T, d] with soft labels f[B, K, h, w]."""
-    moments = Moments.zeros(states[0].float().mean(0), 1, soft.shape[1])
-    for x, labels in zip(states.split(32), soft.flatten(2).mT.split(32), strict=True):
-        moments.update(x.flatten(0, 1), labels.flatten(0, 1).double(), 0)
-    return solve_moments(*moments.without(None), moments.pivot)
 
 
 @full_precision()

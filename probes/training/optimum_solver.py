@@ -22,14 +22,13 @@ from tqdm import tqdm
 from probes.data.available_memory import available_memory
 from probes.data.batches import MaskPreparer
 from probes.data.samplers import assign_folds
+from probes.evaluation.image_metrics import TaskSums
 from probes.evaluation.metrics import Counts
-from probes.evaluation.task_metric import TaskSums
 from probes.ops.quadrature import PreparedMasks, join_masks
 
 from .distributed import all_gather_objects, all_reduce, broadcast, gather_images, rank, rank_count
 from .optimum import LOOSE_NODES, PROXIMAL, TIGHT_NODES, Refinement, SitePath, SiteProblem, loss_sums, solve_site
-from .probe_path import SolvedSite
-from .solver import Solver, tensors_of
+from .solver import SolvedSite, Solver, tensors_of
 
 POINTS = "points.safetensors"
 LEAST = 4  # images of each fold in memory, however little there is

@@ -81,7 +81,6 @@ class SiteScores(BaseModel):
     best_epoch: Number | None
     iou_per_class: list[Number | None]
     history: list[Number]
-    states: dict[str, Any] = {}
 
 
 class SitePath(BaseModel, extra="allow"):
@@ -190,7 +189,6 @@ class TaskSiteScores(BaseModel, extra="allow"):
     dim: Annotated[int, Field(ge=1, le=1_000_000)]
     best_epoch: Number | None
     history: list[Number]
-    states: dict[str, Any] = {}
 
 
 class TaskMetrics(RunMetrics):

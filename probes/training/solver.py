@@ -4,12 +4,14 @@
 solves them: `prepare` says which images a process reads, `add` takes each batch of the first pass, and `solve` returns
 the probes. `optimum_solver.py` does so for classes, `least_squares_solver.py` for values.
 
-Legend: S sites, R strengths that were solved, B images, T tokens, d width, K channels of a probe.
+Legend: S sites, R strengths that were solved, N images of a dataset, B of a batch, T tokens, d width, K channels of a
+probe.
 """
 
 import json
 import signal
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +30,99 @@ from llava_bidir.common.progress import LogProgress
 from llava_bidir.common.run_folder import RESUME_ADVICE, StartOfRun
 from probes.data.batches import MaskPreparer, group_by_mask_size
 from probes.evaluation.bootstrap import dataset_scores, task_scores
+from probes.evaluation.image_metrics import ImageMetric, SegmentationMetric, TaskMetric, TaskSums
 from probes.evaluation.metrics import Counts
-from probes.evaluation.task_metric import TaskMetric, TaskSums
-from probes.ops.cross_entropy import TIGHT_NODES
+from probes.ops.cross_entropy import TIGHT_NODES, loss_and_gradient
+from probes.ops.geometry import Geometry
+from probes.ops.quadrature import PreparedMasks
 
+from .closed_form import full_precision
 from .distributed import rank, rank_count
 from .frozen_probes import FrozenProbes
-from .probe_path import PathMetric, SolvedSite
+from .optimum import Certificate
 
 COUNTED = ("intersection", "predicted")  # counts of a probe, per image and class
 SCORE_BYTES = 2**30  # of logits at a time when the path is scored; a batch of 64 at 7B has 19 GB
+
+
+@dataclass
+class SolvedSite:
+    """Linear probes of a site.
+
+    Args:
+        strengths: f64[n], from strong to weak.
+        loss: f64[n], cross-validated loss per pixel at each strength: cross-entropy in nats, or squared error.
+        chosen: i64[], index of the chosen strength.
+        solved: i64[R], indices of the strengths whose probes follow; the same number at each site.
+        mean: f64[d] of the states.
+        scale: f64[d], D^-1/2; 0 for constant channels.
+        weights: f32[R, K, d], of x - mean.
+        bias: f32[R, K].
+        certificates: f64[R, 2], fields of `Certificate`; f64[0, 2] for the closed form.
+    """
+
+    strengths: Tensor
+    loss: Tensor
+    chosen: Tensor
+    solved: Tensor
+    mean: Tensor
+    scale: Tensor
+    weights: Tensor
+    bias: Tensor
+    certificates: Tensor
+
+    @property
+    def row(self) -> int:
+        """Index of the chosen strength among those that were solved."""
+        return self.solved.tolist().index(int(self.chosen))
+
+    @full_precision()
+    def logits(self, states: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return the logits f32[R, B, K, h, w] of states f[B, T, d], on their device."""
+        x = states.float() - self.mean.to(states.device).float()
+        logits = torch.einsum("btd,rkd->rbkt", x, self.weights.to(x)) + self.bias.to(x)[:, None, :, None]
+        return logits.unflatten(-1, grid)
+
+    def entry(self, site: str, scores: dict[str, list[float]], loss_name: str) -> dict[str, Any]:
+        """Return the site's entry of metrics.json["path"]; each list has a value, or null, for each strength.
+
+        Args:
+            site: Name of the site.
+            scores: R scores by name.
+            loss_name: Name of the cross-validated loss.
+        """
+        strengths, solved = self.strengths.tolist(), self.solved.tolist()
+        along = lambda values: [dict(zip(solved, values, strict=True)).get(i) for i in range(len(strengths))]
+        entry = {"site": site, "strengths": strengths, loss_name: self.loss.tolist()}
+        entry |= {"chosen": strengths[int(self.chosen)], "lowest": strengths[int(self.loss.argmin())]}
+        entry |= {name: along(values) for name, values in scores.items()}
+        if len(self.certificates):
+            found = [Certificate(*numbers) for numbers in self.certificates.tolist()]
+            entry["certificates"] = along([c._asdict() | {"converged": c.converged} for c in found])
+        return entry
+
+
+class PathMetric(SegmentationMetric):
+    """Counts per image of some probes, and the summed losses of all probes.
+
+    Args:
+        counted: Probes whose predictions are counted, by index; the others are counted elsewhere.
+        images, geometry: As for `SegmentationMetric`.
+    """
+
+    def __init__(self, counted: list[int], images: int, geometry: Geometry):
+        super().__init__(images, geometry, by_token=False)
+        self.counted, self.names = counted, (*self.names, "cross_entropy")
+        self.add_state("cross_entropy", default=[], dist_reduce_fx="cat")
+
+    def update(self, logits: Tensor, target: Tensor, index: Tensor, masks: PreparedMasks) -> None:
+        """Add images: `logits` f[P, B, K, h, w], `target` uint8[B, H, W], `index` i64[B], and prepared masks."""
+        super().update(logits[self.counted], target, index)
+        self.cross_entropy.append(loss_and_gradient(logits, masks, needs_grad=False)[0].T)
+
+    def compute(self) -> tuple[Counts, Tensor]:
+        """Return the counts of the counted probes, and the loss of each probe and image f64[P, N]."""
+        return super().compute(), ImageMetric.compute(self)["cross_entropy"].T
 
 
 class Solver(FrozenProbes):
@@ -93,7 +178,7 @@ class Solver(FrozenProbes):
             metric = TaskMetric(self.task, images, geometry)
         else:  # the chosen probes are counted with the scores of the run
             counted = [i for i in range(self.rows * len(self.sites)) if i not in self._chosen()]
-            metric = PathMetric(counted, images, self.channels, geometry)
+            metric = PathMetric(counted, images, geometry)
         self.path_metric = metric.to(self.device)
 
     def share(self, images: Iterable[int]) -> list[list[int]]:
@@ -178,7 +263,7 @@ class Solver(FrozenProbes):
     def probe_settings(self) -> dict[str, Any]:
         """Return how the probes were solved, for metrics.json."""
         settings = {key: self.hparams[key] for key in ("seed", "folds")}
-        return {"head": "linear", "feature_norm": "batchnorm", "labels": "true", "solved": self.instrument} | settings
+        return {"head": "linear", "feature_norm": "batchnorm", "solved": self.instrument} | settings
 
     def path_results(self, counts: Counts | TaskSums) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Return the content of metrics.json["path"] and of path.safetensors, from the scores of the chosen probes."""

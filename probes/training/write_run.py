@@ -1,4 +1,4 @@
-"""Write the files of a finished probe run; `probe_run.py` lists them and reads them back."""
+"""Write the files of a finished run, and maps to its logger; `probe_run.py` lists the files and reads them back."""
 
 import logging
 import platform
@@ -7,14 +7,21 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from lightning import Callback, LightningModule, Trainer
+from PIL import Image
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from llava_bidir.common.identity import describe
+from llava_bidir.common.logged_media import log_images, media_loggers
+from probes.data.batches import group_by_mask_size
+from probes.data.palette import colorize, palette_of
 from probes.evaluation.bootstrap import dataset_scores, probe_scores, resampled_scores, resampled_task_scores
+from probes.evaluation.image_metrics import TaskSums
 from probes.evaluation.metrics import Counts, summary
-from probes.evaluation.task_metric import TaskSums
+from probes.tasks.base import predict_pixels
 
 from .run_schema import Manifest, Metrics, ModelTraining, TaskMetrics, check_schema
 
@@ -27,7 +34,6 @@ def save_run(
     module,
     data,
     counts: Counts | TaskSums,
-    states: dict[str, dict[str, float | None]],
     path: tuple[dict[str, Any], dict[str, torch.Tensor]],
     out: str | Path,
 ) -> None:
@@ -37,7 +43,6 @@ def save_run(
         module: The `FrozenProbes`.
         data: Its `SegmentationData`.
         counts: Counts of the probes, or for other tasks than segmentation the sums per image.
-        states: Statistics of the states by site.
         path: Scores of the probes at every strength, and counts per image; empty for trained probes.
         out: Folder of the run.
     """
@@ -47,10 +52,10 @@ def save_run(
     scores = probe_scores(task, counts)
     if task:
         own = {"task": task.name, "scores": {name: "higher" if up else "lower" for name, up in task.scores.items()}}
-        sites = site_entries(module, scores, resampled_task_scores(task, counts.sums, weights), states)
+        sites = site_entries(module, scores, resampled_task_scores(task, counts.sums, weights))
     else:
         own = {"classes": data.classes, "baseline": baseline(counts, data.classes)}
-        sites = site_entries(module, scores, resampled_scores(counts, weights)._asdict(), states)
+        sites = site_entries(module, scores, resampled_scores(counts, weights)._asdict())
         for site, iou in zip(sites, dataset_scores(counts).iou.tolist(), strict=True):
             site["iou_per_class"] = [None if x != x else x for x in iou]
     main = dict(zip(module.sites, next(iter(scores.values())).tolist(), strict=True))
@@ -85,16 +90,13 @@ def save_run(
     write_files(files)
 
 
-def site_entries(
-    module, scores: dict[str, torch.Tensor], resampled: dict[str, torch.Tensor], states: dict[str, dict[str, Any]]
-) -> list[dict[str, Any]]:
+def site_entries(module, scores: dict[str, torch.Tensor], resampled: dict[str, torch.Tensor]) -> list[dict[str, Any]]:
     """Return per site the scores with intervals over images, the best epoch, and the main score of each validation.
 
     Args:
         module: The `FrozenProbes`.
         scores: f64[S] by name.
         resampled: f64[R, S] by name.
-        states: Statistics of the states by site.
     """
     entries, sign = [], module.task.sign if module.task else 1
     for i, site in enumerate(module.sites):
@@ -104,7 +106,7 @@ def site_entries(
         for name, values in scores.items():
             value = values[i].item()
             entry |= {name: value, f"{name}_ci95": interval(value, resampled[name][:, i])}
-        entries.append(entry | {"states": states[site]})
+        entries.append(entry)
     return entries
 
 
@@ -172,3 +174,54 @@ def _absolute(path: str) -> str:
 def _git_commit() -> str | None:
     command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+
+
+class ShowMaps(Callback):
+    """Log the predictions of the first validation images at each site, and their targets.
+
+    Args:
+        images: Number of images.
+    """
+
+    def __init__(self, images: int = 4):
+        self.images = images
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Write the maps of the first batch."""
+        if batch_idx > 0 or not media_loggers(trainer):
+            return
+        task, palette = pl_module.task, palette_of(trainer.datamodule.splits["validation"])
+        colours = lambda maps: np.stack([task.colorize(x) for x in maps]) if task else colorize(maps, palette)
+        images, target = group_by_mask_size(batch["target"])[0]
+        logits_by_site, target = outputs[:, images][:, : self.images], target[: self.images]
+        size = tuple(target.shape[1:3])
+        view = pl_module.mllm.geometry.view(size)
+        for site, logits in zip(pl_module.sites, logits_by_site, strict=True):
+            log_images(trainer, f"maps/{site}", colours(predict_pixels(task, logits, size, view)))
+        log_images(trainer, "maps/truth", colours((task.truth(target) if task else target).cpu().numpy()))
+
+
+class SavePredictions(Callback):
+    """Write the predicted class of every pixel, by each probe of its best epoch, to RUN/predictions/SITE/NAME.png.
+
+    Other tasks than segmentation write NAME.npy, float32 in the format of their targets.
+    """
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs, batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Write the predictions of a batch."""
+        names, out = trainer.datamodule.splits["validation"].names, Path(trainer.default_root_dir) / "predictions"
+        for images, target in group_by_mask_size(batch["target"]):
+            size, task = tuple(target.shape[1:3]), pl_module.task
+            view = pl_module.mllm.geometry.view(size)
+            for site, logits_by_image in zip(pl_module.sites, outputs[:, images], strict=True):
+                (out / site).mkdir(parents=True, exist_ok=True)
+                for i, logits in zip(batch["index"][images].tolist(), logits_by_image, strict=True):
+                    prediction = predict_pixels(task, logits, size, view)
+                    if task:
+                        np.save(out / site / f"{names[i]}.npy", prediction)
+                    else:
+                        Image.fromarray(prediction).save(out / site / f"{names[i]}.png")

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from knockout import bench_knockout
 from loss import bench_loss, print_peak_memory
-from sweep import PREFIX, Sweep, frozen_model, random_model
+from sweep import PREFIX, Sweep, frozen_model
 
 ROOT = Path(__file__).parents[2]
 TEXT = 64  # tokens after the image
@@ -71,28 +71,6 @@ def bench_frozen(rounds: int) -> list[dict]:
     return [entry]
 
 
-def bench_mask(rounds: int) -> list[dict]:
-    """A training step of stage 2: everything but the encoder trains."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(1, 2000, (4, PREFIX + 144 + TEXT), generator=generator)
-    ids[:, PREFIX : PREFIX + 144] = 2047
-    pixels = torch.randn(4, 3, 168, 168, generator=generator)
-
-    def step_of(name: str) -> Callable[[], None]:
-        model = random_model(name)
-        model.model.vision_tower.requires_grad_(False)
-        labels = ids.masked_fill(torch.arange(ids.shape[1]) < PREFIX + 144, -100)
-
-        def step() -> None:
-            model(input_ids=ids, pixel_values=pixels, labels=labels, use_cache=False).loss.backward()
-            model.zero_grad()
-
-        return step
-
-    timed = paired(step_of("causal"), step_of("bidirectional"), rounds)
-    return [{"name": "bidirectional over causal training step"} | timed]
-
-
 def bench_text(rounds: int) -> list[dict]:
     """States of the image tokens, against the whole model on prefix, image and text as tools compute them."""
     mllm = frozen_model()
@@ -112,7 +90,6 @@ BENCHES = {
     "loss": lambda args: bench_loss(paired, peak_memory_mb, args.rounds),
     "sweep": lambda args: bench_sweep(args.rounds),
     "frozen": lambda args: bench_frozen(args.rounds),
-    "mask": lambda args: bench_mask(args.rounds),
     "text": lambda args: bench_text(args.rounds),
     "knockout": lambda args: bench_knockout(
         {"LLM of the demo's size": frozen_model("demo"), "LLM of 512 x 8 layers": frozen_model()},

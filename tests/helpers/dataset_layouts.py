@@ -1,6 +1,5 @@
 """The official layouts of the datasets, with tiny random images."""
 
-import io
 import json
 from pathlib import Path
 
@@ -56,17 +55,14 @@ def write_voc2012(root: Path, augmented: bool = True) -> Path:
     return root
 
 
-def write_cityscapes(root: Path, kinds=("labelIds", "labelTrainIds")) -> Path:
+def write_cityscapes(root: Path) -> Path:
     """Two cities of training, one of validation with two images; every label id, 0 to 33."""
     for split, city, count in (("train", "aachen", 2), ("train", "ulm", 1), ("val", "munster", 2)):
         for i in range(count):
             name = f"{city}_{i:06d}_000019"
             picture(root / "leftImg8bit" / split / city, f"{name}_leftImg8bit.png", photo(i))
             folder = root / "gtFine" / split / city
-            if "labelIds" in kinds:
-                picture(folder, f"{name}_gtFine_labelIds.png", labels(i, range(34)))
-            if "labelTrainIds" in kinds:
-                picture(folder, f"{name}_gtFine_labelTrainIds.png", labels(i, [*range(19), 255]))
+            picture(folder, f"{name}_gtFine_labelIds.png", labels(i, range(34)))
             picture(folder, f"{name}_gtFine_color.png", photo(i))
     return root
 
@@ -120,26 +116,4 @@ def write_folder_targets(root: Path, size=(6, 9)) -> Path:
             picture(root / "annotations" / split, f"{i}.png", labels(i, [0, 1, 255], size))
     (root / "targets.json").write_text('{"depth_scale": 0.001}')
     (root / "classes.json").write_text('{"classes": ["wall", "floor"]}')
-    return root
-
-
-def write_hub_parquet(root: Path, folder: str = "scene_parsing") -> Path:
-    """SceneParse150 as on the hub: image and annotation as encoded files in parquet."""
-    from datasets import Dataset, Features, Value
-    from datasets import Image as ImageFeature
-
-    def encoded(array: np.ndarray, format: str) -> dict:
-        stream = io.BytesIO()
-        Image.fromarray(array).save(stream, format)
-        return {"bytes": stream.getvalue(), "path": None}
-
-    features = Features({"image": ImageFeature(), "annotation": ImageFeature(), "scene_category": Value("int32")})
-    for split, count in (("train", 3), ("validation", 2)):
-        rows = {
-            "image": [encoded(photo(i), "JPEG") for i in range(count)],
-            "annotation": [encoded(labels(i, [0, 1, 2, 150]), "PNG") for i in range(count)],
-            "scene_category": list(range(count)),
-        }
-        (root / folder / split).mkdir(parents=True)
-        Dataset.from_dict(rows, features).to_parquet(root / folder / split / "0000.parquet")
     return root

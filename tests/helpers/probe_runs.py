@@ -19,7 +19,7 @@ GRID = (2, 2)
 # of solved runs, strong to weak; the first and last are not solved
 STRENGTHS = {True: [3.0, 0.3, 0.03, 0.003, 0.0003], False: [1.0, 0.1, 0.01, 0.001, 0.0001]}  # by site == "encoder"
 ROWS = ("stronger", "chosen", "weaker")
-SETTINGS = {"head": "linear", "feature_norm": "batchnorm", "labels": "true", "solved": "optimum", "seed": 0, "folds": 4}
+SETTINGS = {"head": "linear", "feature_norm": "batchnorm", "solved": "optimum", "seed": 0, "folds": 4}
 
 
 def arguments(checkpoint, root, out, *more: str) -> list[str]:
@@ -112,7 +112,7 @@ def write_run(
     sites = site_names(len(quality) - 3)
     weights = bootstrap_weights(images, 300, groups=groups)
     counts = random_counts(quality, images, len(classes), seed + 10 * (mask != "causal"))
-    probe = {"head": "linear", "feature_norm": "none", "learning_rate": 0.001, "labels": "true", "seed": 0}
+    probe = {"head": "linear", "feature_norm": "none", "learning_rate": 0.001, "seed": 0}
     probe |= {"batch_size": 64, "epochs": 2, "steps": 20, "validated_at": [10, 20]}
     main = entries(sites, counts, weights)
     tensors = {name: x for name, x in counts._asdict().items() if x is not None}

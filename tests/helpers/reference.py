@@ -42,7 +42,7 @@ def llama_states(decoder, inputs: Tensor, masks: list[Tensor], positions: Tensor
     Args:
         decoder: `LlamaModel`, used for its weights only.
         inputs: f[B, N, d].
-        masks: One per layer, bool[B, N, N] or bool[B, heads, N, N].
+        masks: One per layer, bool[B, N, N].
         positions: long[N].
     """
     config = decoder.config
@@ -67,8 +67,7 @@ def llama_states(decoder, inputs: Tensor, masks: list[Tensor], positions: Tensor
             shared = head * kv_heads // heads
             own, kv = slice(head * width, (head + 1) * width), slice(shared * width, (shared + 1) * width)
             logits = rotate(q[..., own]) @ rotate(k[..., kv]).transpose(1, 2) / math.sqrt(width)
-            head_mask = mask[:, head] if mask.ndim == 4 else mask
-            out.append(logits.masked_fill(~head_mask, -math.inf).softmax(-1) @ v[..., kv])
+            out.append(logits.masked_fill(~mask, -math.inf).softmax(-1) @ v[..., kv])
         x = x + torch.cat(out, -1) @ a.o_proj.weight.T
         h, m = norm(x, layer.post_attention_layernorm.weight), layer.mlp
         x = x + (F.silu(h @ m.gate_proj.weight.T) * (h @ m.up_proj.weight.T)) @ m.down_proj.weight.T

@@ -1,4 +1,4 @@
-"""Upsampled argmax on a GPU: as a map, or as counts per class, token and confusion.
+"""Upsampled argmax on a GPU: as a map, or as counts per class and token.
 
 Legend: S probes, B images, K classes, h w grid, H W pixels.
 """
@@ -14,12 +14,11 @@ from .grid_cells import PIXELS, Axis, block_of, load_corners, pixel_row
 
 
 class PredictionCounts(NamedTuple):
-    """Pixel counts: intersection, predicted i32[S, B, K]; patch_right i32[S, B, h, w]; confusion i32[S, K, K]."""
+    """Pixel counts: intersection, predicted i32[S, B, K] and patch_right i32[S, B, h, w]."""
 
     intersection: Tensor
     predicted: Tensor
     patch_right: Tensor
-    confusion: Tensor | None
 
 
 def argmax_map(logits: Tensor, rows: Axis, columns: Axis) -> Tensor:
@@ -33,9 +32,7 @@ def argmax_map(logits: Tensor, rows: Axis, columns: Axis) -> Tensor:
     return out
 
 
-def count_cells(
-    logits: Tensor, target: Tensor, rows: Axis, columns: Axis, ignore_index: int, confusion: bool = False
-) -> PredictionCounts:
+def count_cells(logits: Tensor, target: Tensor, rows: Axis, columns: Axis, ignore_index: int) -> PredictionCounts:
     """Count predictions against labels, per token and per class.
 
     Args:
@@ -43,7 +40,6 @@ def count_cells(
         target: uint8[B, H, W], classes or `ignore_index`.
         rows, columns: Half cells.
         ignore_index: Label of the pixels that are excluded.
-        confusion: Also count (label, prediction) pairs over all images.
     """
     n_probes, n_images, classes, h, w = logits.shape
     zeros = lambda *shape: torch.zeros(shape, dtype=torch.int32, device=logits.device)
@@ -51,15 +47,12 @@ def count_cells(
         zeros(n_probes, n_images, classes),
         zeros(n_probes, n_images, classes),
         zeros(n_probes, n_images, h, w),
-        zeros(n_probes, classes, classes) if confusion else None,
     )
     count_cell[(n_probes * n_images * 4 * (h + 1) * (w + 1),)](
-        logits, target.contiguous(), *rows, *columns, *counts[:3], counts.confusion if confusion else counts.predicted,
+        logits, target.contiguous(), *rows, *columns, *counts,
         *logits.stride(), n_images, classes, h, w, *target.shape[1:], ignore_index,
-        K=block_of(classes), X=PIXELS, CONFUSION=confusion, num_warps=1,
+        K=block_of(classes), X=PIXELS, num_warps=1,
     )  # fmt: skip
-    if confusion:  # the kernel skips correct pixels, the majority: `intersection` has them already
-        counts.confusion.diagonal(dim1=1, dim2=2).add_(counts.intersection.sum(1, dtype=torch.int32))
     return counts
 
 
@@ -92,11 +85,11 @@ def argmax_cell(
 @triton.jit
 def count_cell(
     logits, target, row_start, row_fraction, column_start, column_fraction,
-    intersection, predicted, patch_right, confusion,
+    intersection, predicted, patch_right,
     stride_p, stride_b, stride_k, stride_h, stride_w, n_images, classes, h, w, height, width, ignore_index,
-    K: tl.constexpr, X: tl.constexpr, CONFUSION: tl.constexpr,
+    K: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
-    """Add the counts of one half cell of one grid to `PredictionCounts`; to the confusion, wrong pixels only."""
+    """Add the counts of one half cell of one grid to `PredictionCounts`."""
     program = tl.program_id(0)
     half_cells = 4 * (h + 1) * (w + 1)
     grid, cell = program // half_cells, program % half_cells
@@ -124,10 +117,6 @@ def count_cell(
             is_best = k[None, :] == best[:, None]
             n_predicted += tl.sum((is_best & valid[:, None]).to(tl.int32), 0)
             n_right += tl.sum((is_best & right[:, None]).to(tl.int32), 0)
-            if CONFUSION:
-                wrong = valid & (best != label) & (label < classes)
-                pair = (p * classes + label) * classes + best
-                tl.atomic_add(confusion + pair, tl.full([X], 1, tl.int32), mask=wrong, sem="relaxed")
     counts = grid.to(tl.int64) * classes + k
     tl.atomic_add(predicted + counts, n_predicted, mask=n_predicted > 0, sem="relaxed")
     tl.atomic_add(intersection + counts, n_right, mask=n_right > 0, sem="relaxed")

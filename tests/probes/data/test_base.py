@@ -82,31 +82,6 @@ def test_unusual_image_is_read_as_pil_reads_it(root, name):
     assert sample["target"].shape == hostile_images.SIZE[::-1]
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (hostile_images.encoded(hostile_images.noise(), "PNG"), "has mode 'RGB'"),
-        (hostile_images.encoded(hostile_images.noise("RGBA"), "PNG"), "has mode 'RGBA'"),
-        (
-            hostile_images.encoded(Image.new("L", hostile_images.SIZE), "JPEG"),
-            "cannot be read as an image: it is not PNG",
-        ),
-        (hostile_images.encoded(Image.new("L", hostile_images.SIZE, 3), "PNG"), "has label 3, but there are 3 classes"),
-        (hostile_images.encoded(Image.new("L", hostile_images.SIZE[::-1]), "PNG"), "is 8 x 12 px, its image"),
-        (hostile_images.encoded(hostile_images.noise().quantize(8), "PNG"), "has label"),
-    ],
-)
-def test_masks_that_are_no_indices_are_refused(root, content, message):
-    path = mask_of(root)
-    path.write_bytes(content)
-    check_refused(root, path, message)
-
-
-def test_mask_that_ignores_everything_is_a_sample(root):
-    Image.new("L", hostile_images.SIZE, 255).save(mask_of(root))
-    assert (FolderDataset(root, "validation")[0]["target"] == 255).all()
-
-
 def test_picture_of_more_than_8_bits_is_refused_where_it_comes_from_python():
     """PIL would cut it off at 255, which leaves most of it white."""
     place = Geometry(grid=(2, 2), image_px=8, covered_px=8).place

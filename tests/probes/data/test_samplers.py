@@ -1,7 +1,6 @@
 """Batches: the same images a step on any number of ranks, validation once each, resumable."""
 
 import pytest
-import torch
 from torch.utils.data import DistributedSampler
 
 from llava_bidir.common.errors import UserError
@@ -47,24 +46,9 @@ def test_validation_sees_each_image_once_in_as_many_batches_on_each_rank(images,
     assert all(1 <= len(b) <= batch + (ranks > 1) for rank in batches for b in rank)
 
 
-def test_validation_on_one_rank_is_in_order():
-    assert validation_batches(7, 3) == [[0, 1, 2], [3, 4, 5], [6]]
-
-
 def test_more_devices_than_validation_images_is_an_error():
     with pytest.raises(ValueError, match="2 validation images for 3 devices"):
         validation_batches(2, 4, 0, 3)
-
-
-def test_nothing_is_an_image_without_a_labelled_pixel(segmentation):
-    from probes.data.batches import PreprocessedDataset
-    from probes.data.registry import open_dataset
-
-    prepared = PreprocessedDataset(
-        open_dataset("folder", str(segmentation), "training"), lambda images: torch.zeros(1, 3, 2, 2)
-    )
-    assert (prepared[PAD_INDEX]["target"] == 255).all() and prepared[PAD_INDEX]["index"] == PAD_INDEX
-    assert not (prepared[len(prepared) - 1]["target"] == 255).all()
 
 
 @pytest.mark.parametrize(("images", "folds", "ranks"), [(12, 4, 4), (12, 5, 1), (7, 2, 9), (9, 3, 2), (40, 3, 8)])

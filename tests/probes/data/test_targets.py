@@ -1,7 +1,6 @@
 """Depth, normals and boundaries in all layouts: values against independent readers, and errors that name the file."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from probes.data.base import BadFile
 from probes.data.batches import PreprocessedDataset, collate
 from probes.data.boundaries import find_boundaries
 from probes.data.datamodule import SegmentationData
-from probes.data.depth import read_npy
-from probes.data.nyuv2 import EIGEN_CROP
 from probes.data.registry import DATASETS, TASK_DATASETS, TASKS, open_dataset, register_dataset, split_identity
 from probes.data.samplers import PAD_INDEX
 
@@ -53,19 +50,6 @@ def test_depth_beyond_the_limit_is_no_value(root):
     (root / "targets.json").write_text('{"depth_scale": 0.001, "max_depth": 5}')
     target, stored = opened(root, "depth")[0]["target"], raw(root / "depth/validation/0.png")
     assert (np.isnan(target) == ((stored > 5000) | (stored == 0))).all() and np.isnan(target).mean() > 0.2
-
-
-def test_npy_depth_is_metres_without_a_scale(root):
-    metres = np.linspace(0.5, 9, 54, dtype=np.float32).reshape(SIZE)
-    metres[2, 3] = np.nan
-    for split in ("training", "validation"):
-        for path in (root / "depth" / split).iterdir():
-            np.save(path.with_suffix(".npy"), metres)
-            path.unlink()
-    (root / "targets.json").unlink()
-    np.testing.assert_array_equal(opened(root, "depth")[0]["target"], metres)
-    np.save(root / "depth/validation/0.npy", np.asfortranarray(metres))
-    np.testing.assert_array_equal(opened(root, "depth")[0]["target"], metres)
 
 
 def test_normals_are_unit_vectors_and_nan_where_black(root):
@@ -127,8 +111,8 @@ def test_boundaries_are_of_instances_or_else_of_classes(root):
 
 def test_any_segmentation_layout_has_boundaries(tmp_path):
     city = str(dataset_layouts.write_cityscapes(tmp_path))
-    data = open_dataset("cityscapes", city, "training", {"labels": "labelTrainIds"}, "boundaries")
-    masks = open_dataset("cityscapes", city, "training", {"labels": "labelTrainIds"})
+    data = open_dataset("cityscapes", city, "training", task="boundaries")
+    masks = open_dataset("cityscapes", city, "training")
     assert data.groups == masks.groups and data.names == masks.names and data.official_size == 2975
     labels = masks[1]["target"]
     np.testing.assert_array_equal(data[1]["target"], loop_boundaries(labels, labels == 255))
@@ -156,15 +140,6 @@ def test_nyuv2_is_the_official_split_with_depth_up_to_10_m(tmp_path):
     stored, target = raw(root / "test/kitchen/sync_depth_00001.png"), data[1]["target"]
     assert (np.isnan(target) == ((stored == 0) | (stored > 10_000))).all()
     np.testing.assert_allclose(target[~np.isnan(target)], stored[~np.isnan(target)] / 1000, rtol=1e-6)
-    cropped = open_dataset("nyuv2", str(tmp_path), "validation", {"crop": "eigen"}, "depth")
-    inside = np.zeros(target.shape, bool)
-    inside[EIGEN_CROP] = True
-    np.testing.assert_array_equal(cropped[1]["target"], np.where(inside, target, np.nan))
-    assert inside.sum() == 426 * 560
-    assert cropped.identity() != data.identity()
-    with pytest.raises(BadFile, match="the crop 'eigen' is defined on 640 x 480 px"):
-        small = dataset_layouts.write_nyuv2(tmp_path / "small")
-        open_dataset("nyuv2", str(small), "validation", {"crop": "eigen"}, "depth")[0]
 
 
 def test_batches_keep_targets_and_pad_with_no_value(root):
@@ -235,31 +210,8 @@ def settings(text: str):
     return lambda root: (root / "targets.json").write_text(text)
 
 
-def saves_npy(array, **kwargs):
-    """Return what saves a depth map as .npy in a folder."""
-    return lambda root: save_npy(root, array, **kwargs)
-
-
-def save_npy(root: Path, array, **kwargs) -> None:
-    path = root / "depth/validation/0.png"
-    if path.exists():
-        path.unlink()
-    np.save(path.with_suffix(".npy"), array, **kwargs)
-
-
-def metres(value=1.0) -> np.ndarray:
-    array = np.ones(SIZE, np.float32)
-    array[1, 2] = value
-    return array
-
-
 def cut_off(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-60])
-
-
-def replace_by_bytes(root: Path, content: bytes) -> None:
-    (root / "depth/validation/0.png").unlink()
-    (root / "depth/validation/0.npy").write_bytes(content)
 
 
 def grey_normals(value: int) -> np.ndarray:
@@ -283,35 +235,14 @@ BAD_FILES = {
         saves(DEPTH, np.ones((9, 6)), np.uint16),
         r"depth/\S*0.png is 6 x 9 px, its image \S*0.png 9 x 6 px",
     ),
-    "truncated depth": ("depth", lambda r: cut_off(r / DEPTH), "0.png cannot be read as an image"),
     "empty depth": ("depth", lambda r: (r / DEPTH).write_bytes(b""), "0.png cannot be read as an image"),
     "JPEG depth": (
         "depth",
         lambda r: Image.new("L", SIZE[::-1]).save(r / DEPTH, "JPEG"),
         "0.png cannot be read as an image: it is not PNG",
     ),
-    "negative .npy": ("depth", saves_npy(metres(-1)), "has depth -1.0 in row 1, column 2; expected positive"),
-    "zero in .npy": ("depth", saves_npy(metres(0)), "has depth 0.0 in row 1.* NaN where there is no value"),
-    "infinite .npy": ("depth", saves_npy(metres(np.inf)), "has depth inf in row 1, column 2"),
-    "NaN in all of .npy": ("depth", saves_npy(metres() * np.nan), "0.npy has no value in any pixel"),
-    "float64 .npy": ("depth", saves_npy(np.ones(SIZE)), r"holds float64\[6, 9\], expected float32\[H, W\]"),
-    ".npy with channels": ("depth", saves_npy(metres()[None]), r"holds float32\[1, 6, 9\], expected"),
-    ".npy of another size": ("depth", saves_npy(metres().T), "0.npy is 6 x 9 px, its image"),
-    "pickled .npy": (
-        "depth",
-        saves_npy(np.array([Path], object), allow_pickle=True),
-        "0.npy cannot be read as a plain .npy array: .*Python objects",
-    ),
-    "pickle as .npy": ("depth", lambda r: replace_by_bytes(r, b"\x80\x04N."), "cannot be read as a plain .npy array"),
-    "empty .npy": ("depth", lambda r: replace_by_bytes(r, b""), "0.npy cannot be read as a plain .npy array"),
-    ".npy shorter than it says": (
-        "depth",
-        lambda r: (save_npy(r, metres()), cut_off(r / "depth/validation/0.npy")),
-        "0.npy cannot be read as a plain .npy array",
-    ),
     "grey normals": ("normals", saves(NORMALS, grey_normals(128)), r"\[128, 128, 128\] in row 2.* 0.007, exp"),
     "normals not of unit length": ("normals", saves(NORMALS, grey_normals(255)), "vector of length 1.732"),
-    "normals without colour": ("normals", saves(NORMALS, np.ones(SIZE), np.uint8), "mode 'L', expected 8-bit"),
     "black normals": ("normals", saves(NORMALS, np.zeros((*SIZE, 3)), np.uint8), "0.png is black"),
     "normals away from the viewer": (
         "normals",
@@ -349,19 +280,10 @@ BAD_LAYOUTS = {
     ),
     "empty settings": (settings("{}"), "targets.json has no depth_scale"),
     "scale 0": (settings('{"depth_scale": 0}'), "targets.json: depth_scale is 0; exp"),
-    "negative scale": (settings('{"depth_scale": -1}'), "depth_scale is -1; expected a"),
-    "infinite scale": (settings('{"depth_scale": 1e999}'), "depth_scale is inf"),
-    "scale NaN": (settings('{"depth_scale": NaN}'), "depth_scale is nan"),
-    "scale as text": (settings('{"depth_scale": "1"}'), "depth_scale is '1'; expected a"),
     "scale true": (settings('{"depth_scale": true}'), "depth_scale is True"),
     "limit 0": (settings('{"depth_scale": 1, "max_depth": 0}'), "max_depth is 0"),
     "unknown key": (settings('{"scale": 1}'), "unknown key 'scale'; expected depth_scale"),
     "settings that are a list": (settings("[1]"), "targets.json needs an object"),
-    "settings that are not JSON": (settings("{"), "targets.json is not JSON"),
-    "both kinds of file": (
-        lambda r: np.save(r / "depth/validation/0.npy", metres()),
-        "0.npy and .*0.png have the same",
-    ),
     "missing file": (lambda r: (r / DEPTH).unlink(), "1 files have no depth map, e.g. .*images/validation/0.png"),
     "extra file": (lambda r: shutil.copy(r / DEPTH, r / "depth/validation/9.png"), "no image, e.g. .*depth/val.*9.png"),
     "no folder": (lambda r: shutil.rmtree(r / "depth"), "no folder .*depth/validation"),
@@ -399,16 +321,6 @@ def test_bad_camera_is_an_error_that_names_it(tmp_path, content, message):
     camera.unlink()
     with pytest.raises(UserError, match="1 files have no camera"):
         open_dataset("cityscapes", str(city), "training", task="depth")
-
-
-def test_npy_is_neither_read_from_a_pipe_nor_beyond_the_limit_of_pixels(tmp_path, monkeypatch):
-    os.mkfifo(tmp_path / "pipe.npy")
-    with pytest.raises(BadFile, match="pipe.npy .*not a regular file"):
-        read_npy(tmp_path / "pipe.npy")
-    np.save(tmp_path / "large.npy", metres())
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 53)
-    with pytest.raises(BadFile, match="large.npy has 54 values; PIL.Image.MAX_IMAGE_PIXELS allows 53"):
-        read_npy(tmp_path / "large.npy")
 
 
 def test_verify_data_checks_the_targets_of_the_task(root, capsys):

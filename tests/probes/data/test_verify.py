@@ -9,7 +9,7 @@ from PIL import Image
 from probes.cli import main
 from probes.data.datamodule import SegmentationData
 from probes.data.registry import open_dataset
-from probes.data.verify import find_bad_files, format_bad_files
+from probes.data.verify import find_bad_files
 
 MESS = {  # file of annotations/training: what it becomes
     "000.png": np.full((24, 20), 9, np.uint8),
@@ -113,11 +113,3 @@ def test_incomplete_official_split_is_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="3 training images, but 20,210 were published") as warned:
         assert data.find_bad_files(0, progress=False) == []
     assert any("2 validation images, but 2,000" in str(warning.message) for warning in warned)
-
-
-def test_summary_names_the_first_files_of_each_kind():
-    bad_files = [("odd", f"file {i}") for i in range(5)] + [("even", "file 9")]
-    lines = format_bad_files(bad_files, 1000).splitlines()
-    assert lines[0] == "6 of 1000 images cannot be used:" and lines[1] == "  5 x odd"
-    assert lines[2:6] == ["    file 0", "    file 1", "    file 2", "    ... and 2 more"] and lines[6] == "  1 x even"
-    assert len(lines) == 8

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from probes.evaluation import metrics
 from probes.evaluation.bootstrap import dataset_scores
+from probes.evaluation.image_metrics import SegmentationMetric
 from probes.evaluation.metrics import count, patch_labels
-from probes.evaluation.segmentation_metric import SegmentationMetric
 from probes.ops.bilinear import upsampled_argmax
 from probes.ops.geometry import Geometry
 
@@ -36,7 +36,7 @@ def random_batch(seed: int, images: int = 3, sites: int = 2, size=(11, 13), abse
 @given(st.integers(0, 10**6), st.sampled_from([None, 0, 3]))
 def test_scores_equal_numpy_with_absent_classes_and_ignored_pixels(seed, absent):
     logits, target = random_batch(seed, absent=absent)
-    metric = SegmentationMetric(2, 3, CLASSES, GEOMETRY)
+    metric = SegmentationMetric(3, GEOMETRY)
     for i in range(3):
         metric.update(logits[:, i : i + 1], target[i : i + 1], torch.tensor([i]))
     ours = dataset_scores(metric.compute())
@@ -62,7 +62,7 @@ def test_score_is_of_the_dataset_not_the_mean_of_images():
 def test_counts_by_chunk_equal_a_loop_over_pixels(at_once):
     logits, target = random_batch(5)
     with mock.patch.dict(metrics.PIXELS_AT_ONCE, cpu=at_once):
-        counts = count(logits, target, confusion=True)
+        counts = count(logits, target)
     predicted = upsampled_argmax(logits, target.shape[-2:])
     for site in range(2):
         pairs = np.zeros((3, CLASSES, CLASSES), dtype=int)
@@ -70,24 +70,9 @@ def test_counts_by_chunk_equal_a_loop_over_pixels(at_once):
             for label, found in zip(target[n].flatten().tolist(), predicted[site, n].flatten().tolist(), strict=True):
                 if label != 255:
                     pairs[n, label, found] += 1
-        assert counts.confusion[site].tolist() == pairs.sum(0).tolist()
         assert counts.predicted[site].tolist() == pairs.sum(1).tolist()
         assert counts.intersection[site].tolist() == pairs.diagonal(axis1=1, axis2=2).tolist()
         assert counts.labelled.tolist() == pairs.sum(2).tolist()
-
-
-def test_confusion_is_counted_where_asked_for_over_all_batches():
-    logits, target = random_batch(6)
-    metric, without = (SegmentationMetric(2, 3, CLASSES, GEOMETRY, confusion=asked) for asked in (True, False))
-    for images in ([2], [0, 1]):
-        metric.update(logits[:, images], target[images], torch.tensor(images))
-        without.update(logits[:, images], target[images], torch.tensor(images))
-    counts = metric.compute()
-    assert torch.equal(counts.confusion, count(logits, target, confusion=True).confusion)
-    assert torch.equal(counts.confusion.sum(1), counts.predicted.sum(1))
-    assert without.compute().confusion is None
-    metric.reset()
-    assert not metric.confusion.any()
 
 
 def test_an_image_may_be_one_cell():
@@ -102,7 +87,7 @@ def test_image_seen_twice_is_an_error():
     """And so is one that is not seen."""
     logits, target = random_batch(2)
     for order, message in (([2, 0, 1, 2], "saw image 2 more than once"), ([0, 2], "saw 2 of 3 images")):
-        metric = SegmentationMetric(2, 3, CLASSES, GEOMETRY)
+        metric = SegmentationMetric(3, GEOMETRY)
         metric.update(logits[:, order], target[order], torch.tensor(order))
         with pytest.raises(RuntimeError, match=message):
             metric.compute()
@@ -137,7 +122,7 @@ def test_patch_labels_are_majorities():
 def test_metric_state_of_two_ranks_joins_to_that_of_one():
     """What torchmetrics does over ranks, by hand: states are joined."""
     logits, target = random_batch(4)
-    one, joined, *ranks = (SegmentationMetric(2, 3, CLASSES, GEOMETRY) for _ in range(4))
+    one, joined, *ranks = (SegmentationMetric(3, GEOMETRY) for _ in range(4))
     one.update(logits, target, torch.arange(3))
     for rank, images in zip(ranks, ([0, 2], [1]), strict=True):
         rank.update(logits[:, images], target[images], torch.tensor(images))

@@ -24,7 +24,7 @@ pytest.importorskip("starlette", reason="starlette (extra: lab) is not installed
 pytest.importorskip("uvicorn", reason="uvicorn (extra: lab) is not installed")
 
 VIEW = {"photo": "split:0", "model": 0}
-BLOCK = {"kind": "block", "patches": [0, 2], "layers": [1, 2], "heads": None, "only": False}
+BLOCK = {"kind": "block", "patches": [0, 2], "layers": [1, 2]}
 REPLACE = {"kind": "replace", "patches": [1], "site": "layer_01", "by": "split:2"}
 PAINTING = {
     "concepts": ["road", "sky"],
@@ -38,9 +38,7 @@ REQUESTS = {  # one of each operation
     "pixel_map": VIEW | {"site": "layer_03", "square": True},
     "ask": VIEW | {"question": "Sky?", "intervention": BLOCK},
     "attention": VIEW | {"patch": 1, "layer": 2},
-    "rollout": VIEW | {"patch": 1, "layer": 2},
     "answer_attention": VIEW | {"question": "Sky?", "answer": "the sky", "token": 0, "layer": 2},
-    "control": VIEW | {"intervention": BLOCK, "control": "matched", "seed": 1},
     "snippet": VIEW | {"intervention": REPLACE, "question": ""},
     "teach": VIEW | {"painting": PAINTING, "random": True},
     "save": VIEW | {"painting": PAINTING},

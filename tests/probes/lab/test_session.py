@@ -21,7 +21,6 @@ from probes.lab.requests import (
     AnswerAttention,
     Attention,
     Block,
-    Control,
     Export,
     Open,
     PaintedPhoto,
@@ -50,8 +49,7 @@ BLOCK = block(0, 2)
 CHANGES = {
     "none": None,
     "block": BLOCK,
-    "layers and heads": block(1, layers=(2, 3), heads=(1,)),
-    "keep": block(3, only=True),
+    "layers": block(1, layers=(2, 3)),
     "mean": Replace(kind="replace", patches=(0, 3), site="layer_01", by="mean"),
     "other mask": Replace(kind="replace", patches=(1, 2), site="layer_01", by="other_mask"),
     "other photo": Replace(kind="replace", patches=(1, 2), site="adapter", by="split:3"),
@@ -128,16 +126,6 @@ def test_words_of_a_patch_are_those_of_the_map(session):
     assert by_site[-1][0][1] == pytest.approx(best.item(), rel=1e-5)
 
 
-def test_attention_of_and_to_a_patch(session):
-    view = {"photo": "split:0", "model": 1, "intervention": BLOCK}
-    result = session.attention(Attention(**view, patch=1, layer=2), labs.JOB)
-    pixels, knockout = session._pixels(View(**view)), hidden(0, 2)
-    (weights,) = session.models[1].mllm.attention(pixels, [2], knockout, average_heads=False)
-    assert (numbers(result["to"], "<f4", 4, 4) == weights[0, :, 1].numpy()).all()
-    assert (numbers(result["from"], "<f4", 4, 4) == weights[0, :, :, 1].numpy()).all()
-    assert (numbers(result["to"], "<f4", 4, 4)[:, [0, 2]] == 0).all(), "blocked patches receive attention"
-
-
 @pytest.mark.parametrize("model", [0, 1])
 def test_states_of_the_other_mask_are_those_of_a_model_loaded_with_it(session, checkpoints, model):
     """The causal model takes the bidirectional one's, and the other way round."""
@@ -153,23 +141,12 @@ def test_states_of_the_other_mask_are_those_of_a_model_loaded_with_it(session, c
 
 
 @pytest.mark.parametrize("change", [None, BLOCK])
-def test_rollout_from_and_to_a_patch(session, change):
-    view = {"photo": "split:0", "model": 1, "intervention": change}
-    result = session.rollout(Attention(**view, patch=1, layer=2), labs.JOB)
-    pixels, knockout = session._pixels(View(**view)), hidden(0, 2) if change else None
-    (weights,) = session.models[1].mllm.attention_rollout(pixels, 2, knockout)
-    assert (numbers(result["to"], "<f4", 4) == weights[1].numpy()).all()
-    assert (numbers(result["from"], "<f4", 4) == weights[:, 1].numpy()).all()
-
-
-@pytest.mark.parametrize("change", [None, BLOCK])
 def test_exported_code_gives_the_attention_of_the_page(session, change):
     view = {"photo": "split:1", "model": 1, "intervention": change, "layer": 2}
-    for operation in ("attention", "rollout"):
-        names = execute(session, Export(**view, attention=operation, patch=3))
-        result = getattr(session, operation)(Attention(**view, patch=3), labs.JOB)
-        for direction, name in (("to", "attention_of_patch"), ("from", "attention_to_patch")):
-            assert numbers(result[direction], "<f4", -1).tolist() == names[name].flatten().tolist()
+    names = execute(session, Export(**view, attention="attention", patch=3))
+    result = session.attention(Attention(**view, patch=3), labs.JOB)
+    for direction, name in (("to", "attention_of_patch"), ("from", "attention_to_patch")):
+        assert numbers(result[direction], "<f4", -1).tolist() == names[name].flatten().tolist()
     word = view | {"question": "Sky?", "answer": "the sky", "token": 1}
     result = session.answer_attention(AnswerAttention(**word), labs.JOB)
     names = execute(session, Export(**word, attention="answer_attention"))
@@ -196,40 +173,6 @@ def test_answers_are_reported_while_they_grow(session):
         assert sorted(shown, key=len) == shown
 
 
-def test_answers_with_and_without_the_knockout(session):
-    model, view = session.models[1], {"photo": "split:0", "model": 1}
-    mllm, square = model.mllm, session.photos.get("split:0").squares[1]
-    plain = session.ask(Question(**view, question="Sky?"), labs.JOB)
-    assert plain == {
-        "answer": mllm.answer(square, "Sky?", max_new_tokens=64),
-        "tokens": plain["tokens"],
-        "log_probability": plain["log_probability"],
-    }
-    result = session.ask(Question(**view, question="Sky?", intervention=BLOCK), labs.JOB)
-    knockout = hidden(0, 2)
-    pixels = mllm.preprocess([square])
-    assert result["blocked"]["answer"] == mllm.answer(square, "Sky?", knockout, max_new_tokens=64)
-    expected = mllm.answer_log_probs(pixels, ["Sky?"], [plain["answer"]], knockout).item()
-    assert result["blocked"]["log_probability"] == expected != result["log_probability"] == plain["log_probability"]
-
-
-@pytest.mark.parametrize("control", ["random", "matched"])
-def test_controls_are_as_many_patches_and_repeatable(session, control):
-    for patches in ((1,), (0, 3), (0, 1, 2, 3)):
-        request = Control(
-            photo="split:0", model=0, intervention=Block(kind="block", patches=patches), control=control, seed=3
-        )
-        drawn = session.control(request, labs.JOB)
-        assert len(set(drawn["patches"])) == len(patches) and drawn == session.control(request, labs.JOB)
-        assert control == "random" or len(patches) > 2 or not set(drawn["patches"]) & set(patches)
-
-
-def test_photos_of_the_split_have_labels_and_are_placed_as_the_model_does(session):
-    photo, model = session.photos.get("split:0"), session.models[0].mllm
-    assert photo.truth and photo.describe(model.geometry)["box"] == (0, 0, 1, 1)
-    assert (np.asarray(model.geometry.place(photo.squares[0])) == np.asarray(photo.squares[0])).all()
-
-
 def test_kept_states_are_bounded(session, monkeypatch):
     monkeypatch.setattr("probes.lab.session.STATE_BYTES", 1)
     for image in range(3):
@@ -244,8 +187,6 @@ UNKNOWN = {
     "this lab has 2": {"model": 2},
     "patch 4 does not exist": {"intervention": block(4)},
     "layer 4 is out of range": {"intervention": block(1, layers=(4,))},
-    "head 5 is out of range": {"intervention": block(1, heads=(5,))},
-    "cuts all heads": {"intervention": block(1, heads=(1,), only=True)},
     "hook at 'final_norm'": {"intervention": Replace(kind="replace", patches=(1,), site="final_norm", by="mean")},
 }
 

@@ -17,7 +17,6 @@ from llava_bidir import LlavaBidirForConditionalGeneration
 from llava_bidir.common.errors import UserError
 from llava_bidir.data.conversation import encode
 from probes import Knockout
-from probes.models.answering import TextTree
 
 pytestmark = pytest.mark.numerics
 
@@ -187,19 +186,6 @@ def test_text_has_the_ids_of_training(mllm):
     answer = [label for label in labels if label >= 0][:-1]  # without the eos
     assert mllm.chat.answer_ids(["a wall"]) == [answer]
     assert mllm.chat.question_ids("name the sky") == ids[ids.index(image_id) + 1 : -len(answer) - 1]
-
-
-def test_tree_has_the_branches_of_its_description():
-    text = TextTree.from_ids([[1, 2, 3], [4, 5]], [[6], [7, 8, 9]])
-    assert text.ids.tolist() == [1, 2, 3, 7, 8, 4, 5, 7, 8]
-    assert text.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
-    assert text.targets == [(2, 6, 0), (2, 7, 1), (3, 8, 1), (4, 9, 1), (6, 6, 2), (6, 7, 3), (7, 8, 3), (8, 9, 3)]
-    assert [row.nonzero().flatten().tolist() for row in text.visible][3:7] == [
-        [0, 1, 2, 3],
-        [0, 1, 2, 3, 4],
-        [5],
-        [5, 6],
-    ]
 
 
 def test_a_model_that_ignores_the_cut_mask_is_an_error(mllm, picture, monkeypatch):

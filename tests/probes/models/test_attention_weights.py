@@ -1,6 +1,5 @@
 """Attention weights of the frozen model against transformers' own eager weights."""
 
-import numpy as np
 import pytest
 import reference
 import tiny_models
@@ -48,37 +47,6 @@ def test_weights_of_bf16_models_are_float32(checkpoints, monkeypatch):
         mllm.states(pixels)
     (weights,) = mllm.attention(pixels, average_heads=False)
     torch.testing.assert_close(weights, torch.stack(expected), **rounding(weights, 1))
-
-
-@pytest.mark.parametrize("name", ["causal", "bidirectional", "prefix"])
-@pytest.mark.parametrize("layer", [1, 2, None])
-def test_rollout_equals_a_loop_over_the_complete_sequence(checkpoints, name, layer):
-    """Abnar and Zuidema (2020): A = 0.5 W + 0.5 I with rows normalised, and products from the first layer on."""
-    mllm, pixels = probes.load(str(checkpoints[name])), tiny_models.pixels(2)
-    weights = [layer_weights.mean(1).numpy() for layer_weights in reference.eager_attention(mllm, pixels)][:layer]
-    start, expected = mllm.prefix_ids.shape[1], []
-    for image in range(2):
-        rolled = np.eye(weights[0].shape[-1])
-        for by_image in weights:
-            mixed, product = 0.5 * by_image[image] + 0.5 * np.eye(len(rolled)), np.zeros_like(rolled)
-            mixed /= mixed.sum(1, keepdims=True)
-            for q in range(len(rolled)):
-                for k in range(len(rolled)):
-                    product[q, k] = sum(mixed[q, i] * rolled[i, k] for i in range(len(rolled)))
-            rolled = product
-        expected.append(rolled[start:, start:])
-    expected = torch.tensor(np.array(expected), dtype=torch.float32)
-    rollout = mllm.attention_rollout(pixels, layer)
-    torch.testing.assert_close(rollout, expected, **rounding(expected, len(weights)))
-    assert (expected - torch.stack(mllm.attention(pixels, [1]))[:, 0]).abs().max() > 1e-2, "not the weights of a layer"
-
-
-def test_rollout_passes_no_blocked_token(checkpoints):
-    mllm, blocked = probes.load(str(checkpoints["bidirectional"])), torch.tensor([[False, True, False, False]])
-    (rollout,) = mllm.attention_rollout(tiny_models.pixels(1), knockout=Knockout(blocked))
-    assert not rollout[[0, 2, 3], 1].any() and rollout[1, 1] >= 0.5**3
-    with pytest.raises(ValueError, match="unknown site 'layer_04'"):
-        mllm.attention_rollout(tiny_models.pixels(1), 4)
 
 
 def test_knocked_out_tokens_receive_no_attention(checkpoints):

@@ -126,19 +126,6 @@ def test_equal_patches_and_constant_states_are_no_error():
         assert probes.logits(x, "a").isfinite().all()
 
 
-def test_a_narrow_encoder_beside_a_wide_llm():
-    """Patches outnumber the encoder's channels but not the LLM's: the two have coordinates of different width."""
-    paint = painted(290, photos=5)
-    x = states_of(paint, 576)
-    x[:3] *= 10  # patches of large norm, as LLMs have
-    encoder = x[:, 2:26]
-    probes = solve_concepts({"encoder": encoder, "layer": x}, paint, make_folds(paint, 8))
-    alone = solve_concepts({"encoder": encoder}, paint, probes.folds)
-    assert probes.strengths["encoder"] == alone.strengths["encoder"]
-    both = [p.logits(encoder, "encoder").softmax(-1) for p in (probes, alone)]
-    torch.testing.assert_close(*both, atol=0.01, rtol=0)
-
-
 def test_work_ends_where_the_check_raises(monkeypatch):
     paint = painted(30, photos=3)
     monkeypatch.setattr(concept_probes, "CHUNK_NUMEL", 1)

@@ -8,10 +8,10 @@ import tiny_models
 import torch
 from PIL import Image
 from tolerances import rounding
-from transformers import AutoProcessor, AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoProcessor, AutoTokenizer
 
 import probes
-from llava_bidir import IMAGE_ATTENTION, LlavaBidirForConditionalGeneration
+from llava_bidir import IMAGE_ATTENTION
 from llava_bidir.data.conversation import encode
 from probes.models.families import FAMILIES
 from probes.models.prompt_and_pixels import read_image_processors
@@ -36,12 +36,6 @@ def full_forward(mllm, pixels, suffix: int = 0):
     states = mllm.model(ids, pixels, output_hidden_states=True, use_cache=False).hidden_states
     start = mllm.prefix_ids.shape[1]
     return [state[:, start : start + tiny_models.TOKENS] for state in states]
-
-
-def test_sites_grid_and_widths(mllm):
-    assert mllm.sites == ["encoder", "adapter", "layer_01", "layer_02", "layer_03", "final_norm"]
-    assert mllm.grid == tiny_models.GRID
-    assert mllm.widths == {"encoder": 16} | dict.fromkeys(mllm.sites[1:], 32)
 
 
 def test_states_equal_those_of_the_full_forward(mllm, pictures):
@@ -140,27 +134,12 @@ def _edit_in_place(mllm):
     mllm.decoder.layers[0].self_attn.v_proj.weight.mul_(2)
 
 
-def _load_weights(mllm):
-    mllm.model.load_state_dict({name: x * 1.5 for name, x in mllm.model.state_dict().items()})
-
-
 def _replace(mllm):
     layer = mllm.decoder.layers[0].self_attn
     layer.v_proj.weight = torch.nn.Parameter(layer.v_proj.weight * 2, requires_grad=False)
 
 
-def _hook(mllm):
-    mllm.decoder.layers[0].register_forward_hook(lambda module, args, output: output * 2)
-    mllm.clear_prefix_cache()
-
-
-def _edit_data(mllm):
-    mllm.decoder.embed_tokens.weight.data.mul_(2)
-    mllm.clear_prefix_cache()
-
-
-EDITS = [_edit_in_place, _load_weights, _replace, _hook, _edit_data]
-EDITS += [lambda mllm: mllm.to(torch.bfloat16), lambda mllm: mllm.model.to(torch.float64)]
+EDITS = [_edit_in_place, _replace, lambda mllm: mllm.to(torch.bfloat16)]
 
 
 @pytest.mark.parametrize("edit", EDITS)
@@ -215,22 +194,6 @@ def test_images_are_resized_as_the_checkpoint_does(checkpoints, tmp_path):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
         assert read_image_processors(str(tmp_path), FAMILIES["llava"])[1] == resize
         assert read_image_processors(str(tmp_path), FAMILIES["llava_next"])[1] == "squash"
-
-
-def test_stock_llava_checkpoint_loads(checkpoints, tmp_path, pictures):
-    ours = LlavaBidirForConditionalGeneration.from_pretrained(checkpoints["causal"])
-    settings = ours.config.to_dict()
-    for key in ("image_attention", "image_resize", "model_type", "architectures", "auto_map"):
-        settings.pop(key, None)
-    stock = LlavaForConditionalGeneration(LlavaConfig(**settings))
-    stock.load_state_dict(ours.state_dict())
-    stock.save_pretrained(tmp_path)
-    AutoProcessor.from_pretrained(checkpoints["causal"]).save_pretrained(tmp_path)
-    read, mine = probes.load(str(tmp_path)), probes.load(str(checkpoints["causal"]))
-    pixels = read.preprocess(pictures)
-    assert read.image_attention == "causal"
-    for site in read.sites:
-        assert torch.equal(read.states(pixels)[site], mine.states(pixels)[site])
 
 
 def test_untrained_adapter_has_the_scale_of_the_training(checkpoints, tmp_path, pictures):

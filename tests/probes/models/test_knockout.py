@@ -17,42 +17,29 @@ pytestmark = pytest.mark.numerics
 BLOCKED = torch.tensor([[False, True, False, True], [True, False, False, False], [False, False, False, False]])
 
 
-ANCHORS = torch.tensor([[True, False, False, False], [False, False, True, False], [True, True, True, True]])
 BY_ROW = torch.tensor([[True, False, True], [False, True, True], [True, True, True]])  # row of the batch, layer
-HEADS_BY_ROW = torch.tensor([[True, False, False, True], [False, True, False, False], [True, True, True, True]])
 
 
-CUTS = {  # knockout: whether image token q may not attend to image token k of image b, in layer i and head h
-    "all layers": (Knockout(BLOCKED), lambda b, i, h, q, k: BLOCKED[b, k]),  # Eq. 1
-    "one layer": (Knockout(BLOCKED, [2]), lambda b, i, h, q, k: i == 2 and BLOCKED[b, k]),
-    "window": (Knockout(BLOCKED, [2, 3]), lambda b, i, h, q, k: i in (2, 3) and BLOCKED[b, k]),
-    "set of layers": (Knockout(BLOCKED, [1, 3]), lambda b, i, h, q, k: i in (1, 3) and BLOCKED[b, k]),
-    "layers by row": (Knockout(BLOCKED, BY_ROW), lambda b, i, h, q, k: BY_ROW[b, i - 1] and BLOCKED[b, k]),
-    "one head": (Knockout(BLOCKED, heads=[2]), lambda b, i, h, q, k: h == 1 and BLOCKED[b, k]),
-    "one head of one layer": (Knockout(BLOCKED, [2], [4]), lambda b, i, h, q, k: (i, h) == (2, 3) and BLOCKED[b, k]),
-    "heads by row": (
-        Knockout(BLOCKED, BY_ROW, HEADS_BY_ROW),
-        lambda b, i, h, q, k: BY_ROW[b, i - 1] and HEADS_BY_ROW[b, h] and BLOCKED[b, k],
-    ),
-    "reverse": (Knockout.only(ANCHORS), lambda b, i, h, q, k: q != k and not ANCHORS[b, k]),
-    "reverse in a window": (
-        Knockout.only(ANCHORS, [1, 2]),
-        lambda b, i, h, q, k: i < 3 and q != k and not ANCHORS[b, k],
-    ),
+CUTS = {  # knockout: whether no image token may attend to image token k of image b in layer i
+    "all layers": (Knockout(BLOCKED), lambda b, i, k: BLOCKED[b, k]),  # Eq. 1
+    "one layer": (Knockout(BLOCKED, [2]), lambda b, i, k: i == 2 and BLOCKED[b, k]),
+    "window": (Knockout(BLOCKED, [2, 3]), lambda b, i, k: i in (2, 3) and BLOCKED[b, k]),
+    "set of layers": (Knockout(BLOCKED, [1, 3]), lambda b, i, k: i in (1, 3) and BLOCKED[b, k]),
+    "layers by row": (Knockout(BLOCKED, BY_ROW), lambda b, i, k: BY_ROW[b, i - 1] and BLOCKED[b, k]),
 }
 
 
 def masks_by_loop(mllm, images: int, cut) -> list[torch.Tensor]:
-    """bool[B, heads, N, N] by layer: who attends to whom, by a loop over pairs, with the pairs in `cut` taken out."""
+    """bool[B, N, N] by layer: who attends to whom, by a loop over pairs, with the pairs in `cut` taken out."""
     prefix = mllm.prefix_ids.shape[1]
     is_image = [False] * prefix + [True] * tiny_models.TOKENS
     length, masks = len(is_image), []
     for layer in range(1, 4):
-        mask = torch.zeros(images, 4, length, length, dtype=torch.bool)
-        for b, head, q, k in itertools.product(range(images), range(4), range(length), range(length)):
+        mask = torch.zeros(images, length, length, dtype=torch.bool)
+        for b, q, k in itertools.product(range(images), range(length), range(length)):
             pair = is_image[q] and is_image[k]
-            gone = pair and bool(cut(b, layer, head, q - prefix, k - prefix))
-            mask[b, head, q, k] = reference.allowed(mllm.image_attention, is_image, q, k) and not gone
+            gone = pair and bool(cut(b, layer, k - prefix))
+            mask[b, q, k] = reference.allowed(mllm.image_attention, is_image, q, k) and not gone
         masks.append(mask)
     return masks
 
@@ -94,9 +81,7 @@ def test_blocking_nothing_changes_nothing(mllm, pixels):
     for knockout in (
         Knockout(torch.zeros(3, 4, dtype=torch.bool)),
         Knockout(BLOCKED, layers=[]),
-        Knockout(BLOCKED, heads=[]),
         Knockout(BLOCKED, torch.zeros(3, 3, dtype=torch.bool)),
-        Knockout.only(torch.ones(3, 4, dtype=torch.bool)),
     ):
         cut = mllm.states(pixels, knockout=knockout)
         assert all(torch.equal(plain[site], cut[site]) for site in mllm.sites)
@@ -120,15 +105,11 @@ def test_misfits_are_errors(mllm, pixels):
         mllm.states(pixels, knockout=Knockout(BLOCKED, layers=[True, True, True]))
     with pytest.raises(ValueError, match=r"layer 4 is out of range; this model has layers 1..3"):
         mllm.states(pixels, knockout=Knockout(BLOCKED, layers=[4]))
-    with pytest.raises(ValueError, match=r"head 5 is out of range; this model has heads 1..4"):
-        mllm.states(pixels, knockout=Knockout(BLOCKED, heads=[5]))
-    with pytest.raises(ValueError, match=r"head 0 is out of range; this model has heads 1..4"):
-        mllm.states(pixels, knockout=Knockout(BLOCKED, heads=[0]))
     with pytest.raises(ValueError, match=r"layers must be bool\[3, 3\].*\[3, 2\]"):
         mllm.states(pixels, knockout=Knockout(BLOCKED, layers=BY_ROW[:, :2]))
 
 
-@pytest.mark.parametrize("name", ["all layers", "heads by row", "reverse in a window"])
+@pytest.mark.parametrize("name", ["all layers", "layers by row", "window"])
 def test_eager_attention_is_cut_alike(mllm, pixels, checkpoints, name):
     """Its masks are added to the scores: False, written into one, would be 0 and allow."""
     eager = probes.load(str(checkpoints[mllm.image_attention]), attn_implementation="eager")

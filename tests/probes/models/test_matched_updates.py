@@ -12,8 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import probes
 from llava_bidir import LlavaBidirConfig
-from probes.models.matched_updates import TOLERANCE, layer_updates
-from probes.models.random_layers import random_layers
+from probes.models.matched_updates import TOLERANCE
+from probes.models.random_init import random_layers
 
 pytestmark = pytest.mark.numerics
 
@@ -49,17 +49,6 @@ def reference_updates(mllm, pixels):
         x, y = x[:, -tokens:].flatten(0, 1), y[:, -tokens:].flatten(0, 1)
         updates.append(sum(float((b - a).norm() / a.norm()) for a, b in zip(x, y, strict=True)) / len(x))
     return updates
-
-
-def test_updates_equal_the_trained_ones(path, pictures):
-    trained = probes.load(path)
-    pixels = trained.preprocess(pictures)
-    wanted = reference_updates(trained, pixels)
-    assert layer_updates(trained, pixels) == pytest.approx(wanted, rel=1e-4)
-    control = probes.load(path, **LLM, match="update", match_images=pictures)
-    assert reference_updates(control, pixels) == pytest.approx(wanted, rel=0.01)
-    inert = reference_updates(probes.load(path, **LLM), pixels)
-    assert max(abs(now / then - 1) for now, then in zip(inert, wanted, strict=True)) > 0.05, "nothing to match"
 
 
 def matched_from_the_first_layer(mllm, pixels, updates):
@@ -114,13 +103,15 @@ def test_draws_in_place_equal_loaded_ones_and_give_the_weights_back(match, path,
     other, pixels = mllm.with_attention("prefix"), mllm.preprocess(pictures)
     weights = {name: tensor.clone() for name, tensor in mllm.state_dict().items()}
     states, of_other = mllm.states(pixels), other.states(pixels)
+    drawn = []
     for draw in (0, 2):
         loaded = probes.load(path, **LLM, match=match, draw=draw, match_images=images)
+        drawn.append(loaded.states(pixels)["layer_03"])
         with random_layers(mllm, match, draw, match_images=images):
             assert mllm.update_scales == loaded.update_scales
             for site, expected in loaded.states(pixels).items():
                 assert torch.equal(mllm.states(pixels, [site])[site], expected), site
-    assert mllm.update_scales is None
+    assert mllm.update_scales is None and not torch.allclose(*drawn, rtol=0.01)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in mllm.state_dict().items())
     for model, before in ((mllm, states), (other, of_other)):
         assert all(torch.equal(state, before[site]) for site, state in model.states(pixels).items())
@@ -141,32 +132,12 @@ def test_a_draw_in_place_that_fails_gives_the_weights_back(path, pictures, monke
     assert all(torch.equal(state, states[site]) for site, state in mllm.states(pixels).items())
 
 
-def test_only_the_layers_are_random(path, pictures):
-    trained, control = probes.load(path), probes.load(path, **LLM, match="update", match_images=pictures)
-    before, after = (dict(m.model.named_parameters()) for m in (trained, control))
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all("language_model.layers." in name for name in changed)
-    matrices = {name for name, p in before.items() if "language_model.layers." in name and p.ndim == 2}
-    assert matrices <= changed
-
-
 def test_permuted_weights_keep_the_values_of_each_matrix(path):
     trained, control = probes.load(path), probes.load(path, **LLM, match="permuted")
     for (name, before), after in zip(trained.model.named_parameters(), control.model.parameters(), strict=True):
         assert torch.equal(before.flatten().sort().values, after.flatten().sort().values), name
         moved = "language_model.layers." in name and before.ndim == 2
         assert torch.equal(before, after) != moved, name
-
-
-@pytest.mark.parametrize("match", ["update", "permuted"])
-def test_draws_differ_and_are_repeated_from_what_a_run_records(match, path, pictures):
-    images = {"match_images": pictures} if match == "update" else {}
-    load = lambda draw, **kwargs: probes.load(path, **LLM, match=match, draw=draw, **kwargs)
-    first, other = load(0, **images), load(1, **images)
-    again = load(0, update_scales=first.update_scales)
-    pixels = first.preprocess(pictures)
-    states = [m.states(pixels)["layer_03"] for m in (first, other, again)]
-    assert torch.equal(states[0], states[2]) and not torch.allclose(states[0], states[1], rtol=0.01)
 
 
 def test_what_does_not_describe_a_control_is_an_error(path, pictures):

@@ -109,6 +109,7 @@ def test_numbers_of_a_config(name):
     check_numbers(name, family, config)
     assert (family.grid(config), family.image_px(config)) == ((entry["side"],) * 2, entry["image_px"])
     assert family.encoder_width(config) == entry["encoder_width"]
+    assert family.covered_px(config) == entry.get("covered_px", entry["image_px"])
     assert own_image_attention(config) == entry.get("image_attention", "causal")
     published = PUBLISHED["llms"][entry["llm"]]["config"]
     text = config.get_text_config()

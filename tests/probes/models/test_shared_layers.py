@@ -1,17 +1,13 @@
 """Rows of an image that share layers, against each row in a forward of its own."""
 
-from unittest.mock import patch
-
 import numpy as np
 import pytest
 import torch
 from device_reads import DeviceReads
-from pretend_gpu import PLACEMENT, MoveTensors, pretend_gpu
 from tolerances import rounding
 
 import probes
 from probes import Knockout
-from probes.models.shared_layers import distinct_rows
 
 pytestmark = pytest.mark.numerics
 
@@ -23,18 +19,16 @@ ROWS = [(image, blocked, window) for window in WINDOWS for blocked in range(3) f
 IMAGES = [image for image, _, _ in ROWS]
 
 
-def knockout_of(rows: list[tuple], heads: torch.Tensor | None = None) -> Knockout:
+def knockout_of(rows: list[tuple]) -> Knockout:
     layers = torch.tensor([[layer in window for layer in range(1, LAYERS + 1)] for _, _, window in rows])
-    return Knockout(BLOCKED[[blocked for _, blocked, _ in rows]], layers, heads)
+    return Knockout(BLOCKED[[blocked for _, blocked, _ in rows]], layers)
 
 
-@pytest.mark.parametrize("by_head", [False, True])
-def test_rows_equal_a_forward_each(mllm, pixels, by_head):
+def test_rows_equal_a_forward_each(mllm, pixels):
     """States of another image, row or layer are 1e-3 away and more, as the test below shows."""
-    heads = torch.tensor([[row % 2 == 0, True, row % 3 == 0, False] for row in range(len(ROWS))]) if by_head else None
-    together = mllm.states(pixels, knockout=knockout_of(ROWS, heads), rows=IMAGES)
+    together = mllm.states(pixels, knockout=knockout_of(ROWS), rows=IMAGES)
     for i, row in enumerate(ROWS):
-        alone = mllm.states(pixels[[row[0]]], knockout=knockout_of([row], None if heads is None else heads[[i]]))
+        alone = mllm.states(pixels[[row[0]]], knockout=knockout_of([row]))
         for depth, site in enumerate(mllm.sites):
             torch.testing.assert_close(together[site][[i]], alone[site], **rounding(alone[site], max(depth, 1)))
 
@@ -50,13 +44,6 @@ def test_each_layer_runs_only_what_differs(mllm, pixels):
     [hook.remove() for hook in (*hooks, encoded)]
     histories = [3 * (1 + 2 * (2**layer - 1)) for layer in range(1, LAYERS + 1)]  # uncut, and each way to be cut so far
     assert ran == dict(enumerate([3, *histories]))
-
-
-def test_distinct_rows_of_the_example():
-    plan = distinct_rows([0, 0, 0], [b"", b"c", b"c"], torch.tensor([[0, 0, 0], [0, 1, 0], [0, 1, 1]]).bool())
-    assert [layer.of_row.tolist() for layer in plan] == [[0, 0, 0], [0, 1, 1], [0, 1, 2]]
-    assert [layer.parents.tolist() for layer in plan] == [[0], [0, 0], [0, 1, 1]]
-    assert [layer.first.tolist() for layer in plan] == [[0], [0, 1], [0, 1, 2]]
 
 
 def test_rows_without_a_knockout_are_copies(mllm, pixels):
@@ -123,23 +110,6 @@ def test_reading_more_sites_or_cutting_more_layers_waits_for_the_device_no_more_
     assert cut([1]) == cut([1, 2, 3])
 
 
-def count_copies(mllm, pixels, layers) -> int:
-    """Return how many tensors a knockout of `layers` copies to the device."""
-    with pretend_gpu(), patch.object(MoveTensors, "_move", autospec=True, side_effect=MoveTensors._move) as move:
-        mllm.states(pixels, ["layer_03"], Knockout(BLOCKED[[0, 1, 0]], layers), rows=[0, 0, 1])
-        return sum(call.args[2] and call.args[1] not in PLACEMENT for call in move.call_args_list)
-
-
-def test_cutting_more_layers_copies_no_more_often(checkpoints, pixels):
-    """From host memory that is not pinned, each copy waits for the device."""
-    with pretend_gpu():
-        mllm = probes.load(str(checkpoints["causal"]), device="cuda")
-        mllm.states(pixels)
-    by_row = torch.tensor([[True, False, False], [False, True, True], [True, True, True]])
-    once = count_copies(mllm, pixels, [1])
-    assert once == count_copies(mllm, pixels, [1, 2, 3]) == count_copies(mllm, pixels, by_row)
-
-
 def test_known_states_that_do_not_fit_are_an_error(checkpoints, pixels):
     mllm = probes.load(str(checkpoints["bidirectional"]))
     plain = mllm.states(pixels, ["layer_01"])
@@ -182,12 +152,6 @@ def test_known_states_from_before_an_edit_are_an_error(checkpoints, pixels, mess
         EDITS[message](mllm, pixels)
     with pytest.raises(ValueError, match=message):
         mllm.states(pixels, knockout=Knockout(BLOCKED, [3]), known=plain)
-
-
-def test_known_states_of_another_model_are_an_error(checkpoints, pixels):
-    mllm, other = (probes.load(str(checkpoints["causal"])) for _ in range(2))
-    with pytest.raises(ValueError, match="known states are of another prefix|of other weights"):
-        mllm.states(pixels, knockout=Knockout(BLOCKED, [3]), known=other.states(pixels))
 
 
 def test_rows_may_be_numbers_of_numpy(mllm, pixels):

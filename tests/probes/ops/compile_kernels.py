@@ -16,7 +16,7 @@ from probes.ops.kernels.grid_cells import PIXELS
 
 TYPES = {"target": "*u8", "out": "*u8"}
 TYPES |= dict.fromkeys(("logits", "row_fraction", "column_fraction"), "*fp32")
-TYPES |= dict.fromkeys(("row_start", "column_start", "intersection", "predicted", "patch_right", "confusion"), "*i32")
+TYPES |= dict.fromkeys(("row_start", "column_start", "intersection", "predicted", "patch_right"), "*i32")
 
 
 def resources(kernel, **constants) -> dict[str, int]:
@@ -37,7 +37,7 @@ def resources(kernel, **constants) -> dict[str, int]:
 print(
     json.dumps(
         {
-            "count_cell": resources(count_cell, CONFUSION=True),
+            "count_cell": resources(count_cell),
             "argmax_cell": resources(argmax_cell),
         }
     )

@@ -53,11 +53,6 @@ def test_grid_lies_on_the_image_to_a_fraction_of_a_pixel(size, resize, encoder):
     assert error_px(geometry, size, geometry.view(size)) < 0.6
 
 
-def test_coordinates_notice_a_wrong_view():
-    for kind, resize, least_px in ((CLIP, "pad", 20), (CLIP, "center_crop", 20), (SIGLIP, "squash", 3)):
-        assert error_px(Geometry(**kind, resize=resize), (512, 683), GridPlacement.full((512, 683))) > least_px
-
-
 def sampled(logits: torch.Tensor, geometry: Geometry, size: tuple[int, int]) -> torch.Tensor:
     """The logits at each pixel by torch's grid_sample, which knows nothing of views."""
 
@@ -92,16 +87,6 @@ def test_loss_and_prediction_under_a_view_equal_grid_sample(size, resize, covere
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient, expected_gradient)
     assert torch.equal(upsampled_argmax(logits, size, geometry.view(size)).long(), up.argmax(1))
-
-
-def test_padding_the_mask_instead_gives_the_same_loss():
-    size, geometry = (18, 40), Geometry((4, 4), 56, 56, "pad")
-    torch.manual_seed(0)
-    logits, target = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, *size))
-    square = F.pad(target, (0, 0, 11, 11), value=255)
-    torch.testing.assert_close(
-        upsampled_cross_entropy(logits, target, view=geometry.view(size)), upsampled_cross_entropy(logits, square)
-    )
 
 
 def test_tokens_own_the_pixels_that_they_see():

@@ -82,7 +82,7 @@ def test_logits_as_a_linear_layer_gives_them_and_bfloat16():
 
 def assert_same_counts(logits, target, view=None):
     """Every integer is that of the chunked form in float64, and so is the map."""
-    found, expected = (count(z, target, view, confusion=True) for z in (logits.float(), logits))
+    found, expected = (count(z, target, view) for z in (logits.float(), logits))
     for name, a, b in zip(found._fields, found, expected, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b), name
     maps = [upsampled_argmax(z, target.shape[1:], view) for z in (logits.float(), logits)]
@@ -98,10 +98,6 @@ def assert_same_counts(logits, target, view=None):
 )
 def test_counts_equal_the_chunked_form(shape, size, seed):
     assert_same_counts(*make_case(shape, size, seed=seed))
-
-
-def test_confusion_is_counted_only_where_asked_for():
-    assert count(*make_case((1, 1, 3, 2, 2), (4, 4)), confusion=False).confusion is None
 
 
 def test_argmax_of_a_tie_is_the_first_class():
@@ -155,7 +151,7 @@ def test_real_size_on_the_gpu_equals_float64_repeats_bit_by_bit_and_is_fast():
         start = time.perf_counter()
         (gradient,) = torch.autograd.grad(upsampled_cross_entropy(logits, masks).sum(), logits)
         torch.cuda.synchronize()
-        runs.append((time.perf_counter() - start, gradient, count(logits, target, confusion=True)))
+        runs.append((time.perf_counter() - start, gradient, count(logits, target)))
     print(f"loss and gradient of 8 grids, K = 150, 512 x 683: {1e3 * runs[-1][0]:.2f} ms")
     assert torch.equal(runs[1][1], runs[2][1])
     assert all(torch.equal(a, b) for a, b in zip(runs[1][2], runs[2][2], strict=True))
@@ -167,10 +163,10 @@ def test_nothing_waits_for_the_gpu():
     logits, target = make_case((2, 2, 5, 3, 3), (9, 11))
     logits, masks = logits.float().requires_grad_(), prepare_masks(target, 5, (3, 3))
     upsampled_cross_entropy(logits, masks).sum().backward()  # compiles, and fills the caches of tables
-    count(logits, target, confusion=True)
+    count(logits, target)
     torch.cuda.set_sync_debug_mode("error")
     try:
         upsampled_cross_entropy(logits, masks).sum().backward()
-        count(logits, target, confusion=True)
+        count(logits, target)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -123,11 +123,7 @@ def test_the_same_probes_count_the_same_pixels(who, one, checkpoints, uneven, tm
     processes([*run, "--ckpt_path", str(one / "checkpoints/last.ckpt")])
     assert (tmp_path / "counts.safetensors").read_bytes() == (one / "counts.safetensors").read_bytes()
     assert (tmp_path / "probes.safetensors").read_bytes() == (one / "probes.safetensors").read_bytes()
-    alone, together = metrics(one)["sites"], metrics(tmp_path)["sites"]
-    for a, b in zip(alone, together, strict=True):
-        ours, theirs = a.pop("states"), b.pop("states")  # sums over ranks of floats, in another order
-        assert a == b and ours.keys() == theirs.keys()
-        assert all(theirs[k] == (x if x is None else pytest.approx(x, rel=1e-6)) for k, x in ours.items())
+    assert metrics(tmp_path)["sites"] == metrics(one)["sites"]
 
 
 @pytest.mark.distributed

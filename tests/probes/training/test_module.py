@@ -1,7 +1,6 @@
 """Probe runs: probes are independent of each other, and scores match the saved predictions."""
 
 from importlib.metadata import version
-from types import SimpleNamespace
 
 import numpy as np
 import probe_runs
@@ -16,8 +15,6 @@ from tolerances import rounding
 
 from llava_bidir.common.errors import UserError
 from probes.cli import main
-from probes.data.batches import MaskPreparer
-from probes.ops.geometry import Geometry
 from probes.results.probe_run import ProbeRun
 from probes.results.run_files import read_tensors
 from probes.training.module import ProbeModule
@@ -121,22 +118,6 @@ def test_masks_of_different_sizes_train_and_score(checkpoints, tmp_path):
     assert run.metrics["sites"][1]["miou"] == pytest.approx(reference.scores(predictions, targets, 3)[0])
 
 
-def test_loss_over_masks_of_different_sizes_is_the_mean_over_all_their_pixels():
-    logits = torch.randn(2, 3, 4, 2, 2)
-    targets = [torch.randint(0, 4, size, dtype=torch.uint8) for size in ((6, 5), (9, 4), (6, 5))]
-    targets[1][:3] = 255
-    masks = MaskPreparer(Geometry((2, 2), 8, 8), 4, ProbeModule.nodes)(targets)
-    ours = ProbeModule.losses(SimpleNamespace(task=None), logits, masks)
-    for probe in range(2):
-        pixels = [
-            F.interpolate(logits[probe, i : i + 1], target.shape, mode="bilinear")[0].flatten(1).T
-            for i, target in enumerate(targets)
-        ]
-        labels = torch.cat([target.flatten() for target in targets]).long()
-        expected = F.cross_entropy(torch.cat(pixels), labels, ignore_index=255)
-        torch.testing.assert_close(ours[probe], expected, rtol=1e-4, atol=1e-4)
-
-
 def test_padded_images_are_probed_at_their_position(checkpoints, segmentation, tmp_path):
     """Under "pad" the maps equal logits upsampled to the padded square, cropped to the image."""
     more = ["--model.image_resize", "pad", "--model.sites", "[adapter]", "--save_predictions", "true"]
@@ -178,12 +159,6 @@ def test_training_sized_by_steps_ends_and_decays_at_them(checkpoints, segmentati
     assert rates[0] == pytest.approx(1e-3, rel=0.2) and min(rates) < 2e-4
 
 
-def test_data_is_loaded_where_processes_are_not_forked_by_default(run, checkpoints, segmentation, tmp_path, spawn):
-    more = ["--model.learning_rate", "0.3", "--trainer.max_epochs", "6", "--data.num_workers", "1"]
-    main(arguments(checkpoints["causal"], segmentation, tmp_path, *more))
-    assert ProbeRun(tmp_path).metrics["summary"] == run.metrics["summary"]
-
-
 @pytest.mark.parametrize(
     ("option", "found"),
     [
@@ -200,12 +175,6 @@ def test_options_that_leave_out_images_or_change_the_schedule_are_refused(
     with pytest.raises(SystemExit, match=f"trainer.{found}: probes train on batches of data.batch_size"):
         main(arguments(checkpoints["causal"], segmentation, tmp_path / "out", *option))
     assert not (tmp_path / "out").exists()
-
-
-def test_confusion_matches_the_counts(run):
-    counts = run.counts
-    assert torch.equal(counts.confusion.diagonal(dim1=1, dim2=2), counts.intersection.sum(1))
-    assert torch.equal(counts.confusion.sum(2), counts.labelled.sum(0).expand(len(run.sites), -1))
 
 
 def test_checkpoints_hold_the_probes_only(run):
@@ -227,15 +196,6 @@ def test_resumed_run_equals_an_uninterrupted_one(head, checkpoints, segmentation
     assert whole.metrics == resumed.metrics and len(whole.metrics["sites"][0]["history"]) == 3
     tensors = [read_tensors(run.path / "probes.safetensors") for run in (whole, resumed)]
     assert all(torch.equal(tensor, tensors[1][key]) for key, tensor in tensors[0].items())
-
-
-@pytest.mark.parametrize("limit", ["2", "0.7"])
-def test_limited_batches_are_the_steps_of_the_schedule(limit, checkpoints, segmentation, tmp_path):
-    """Six images in batches of two are three steps; two of them are trained."""
-    more = ["--data.batch_size", "2", "--trainer.limit_train_batches", limit]
-    main(arguments(checkpoints["causal"], segmentation, tmp_path, *more))
-    probe = ProbeRun(tmp_path).metrics["probe"]
-    assert probe["steps"] == 4 and probe["validated_at"] == [2, 4] and probe["epochs"] == 2
 
 
 def test_validation_within_an_epoch_records_its_step(checkpoints, segmentation, tmp_path):

@@ -13,7 +13,7 @@ from run_bytes import run_bytes
 from safetensors.torch import load_file
 from task_runs import STRENGTHS, arguments
 
-from probes import ProbeRun, TaskRun
+from probes import TaskRun
 from probes.cli import main
 from probes.ops.bilinear import bilinear_weights
 from probes.training.least_squares_solver import LeastSquaresSolver
@@ -155,14 +155,6 @@ def test_boundary_scores_equal_numpy_on_the_saved_probabilities(command, runs, f
         assert site["f"] == pytest.approx(best, abs=1e-3) and site["ap"] == pytest.approx(area, abs=1e-3)
 
 
-def test_boundaries_are_solved_as_two_classes(runs):
-    path = runs["boundaries"].metrics["path"]["optimum"]
-    assert load_file(runs["boundaries"].path / "path.safetensors")["optimum/sums"].shape == (3, 6, 5, 3 * 99 + 1)
-    for entry in path["sites"]:
-        assert 0 < min(entry["cv_loss"]) and all(c["converged"] for c in entry["certificates"])
-        assert len(entry["f"]) == len(entry["ap"]) == 3 and None not in entry["f"]
-
-
 @pytest.mark.parametrize("task", [*TASKS, "boundaries"])
 def test_fit_keeps_the_best_epoch_whichever_way_is_better(task, fitted):
     run = fitted[task]
@@ -211,16 +203,6 @@ def test_a_run_of_another_task_is_neither_resumed_nor_called_finished(runs, chec
     with pytest.raises(SystemExit, match="task|depth"):
         main([*command, "--ckpt_path", "last"])
     assert run_bytes(tmp_path / "run") == before
-
-
-def test_task_runs_are_of_tasks(runs, fitted):
-    assert run_error(ProbeRun, runs["depth"].path).startswith(f"{runs['depth'].path} has probes of the task depth")
-
-
-def run_error(kind, path) -> str:
-    with pytest.raises(ValueError) as error:
-        kind(path)
-    return str(error.value)
 
 
 @pytest.mark.distributed

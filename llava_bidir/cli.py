@@ -8,7 +8,7 @@ from pathlib import Path
 import llava_bidir
 from llava_bidir.common.configs import with_config_paths
 from llava_bidir.common.errors import one_line_errors
-from llava_bidir.common.option_names import check_option_names, check_required
+from llava_bidir.common.option_names import check_options
 from llava_bidir.common.short_help import ShortHelp, show_short_help
 from llava_bidir.common.usage_errors import ArgumentParser, between, count, natural
 
@@ -223,8 +223,7 @@ def main(argv: list[str] | None = None) -> None:
             argv = argv[1:]
         argv = show_short_help("llava-bidir", argv, HELP) if argv else argv
         if argv and argv[0] in HELP:
-            check_option_names(f"llava-bidir {argv[0]}", argv[1:], OPTIONS)
-            check_required(f"llava-bidir {argv[0]}", argv[1:], REQUIRED)
+            check_options(f"llava-bidir {argv[0]}", argv[1:], OPTIONS, REQUIRED)
             import_module(MODULES.get(argv[0], "llava_bidir.training.cli")).main(with_config_paths(argv))
             return
         parser = build_parser()

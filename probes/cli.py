@@ -8,7 +8,7 @@ from pathlib import Path
 from llava_bidir import __version__
 from llava_bidir.common.configs import with_config_paths
 from llava_bidir.common.errors import one_line_errors
-from llava_bidir.common.option_names import check_option_names, check_required
+from llava_bidir.common.option_names import check_options
 from llava_bidir.common.short_help import ShortHelp, show_short_help
 from llava_bidir.common.usage_errors import ArgumentParser
 from probes.analyses import ANALYSES
@@ -166,8 +166,8 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(2)
         argv = show_short_help("probes", argv, HELP)
         if argv[0] in LIGHTNING_COMMANDS:
-            check_option_names(f"probes {argv[0]}", argv[1:], OPTIONS)
-            check_required(f"probes {argv[0]}", argv[1:], ["data.root"] if argv[0] == "verify-data" else REQUIRED)
+            required = ["data.root"] if argv[0] == "verify-data" else REQUIRED
+            check_options(f"probes {argv[0]}", argv[1:], OPTIONS, required)
         run_command(argv)
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llava_bidir.common.errors import UserError
-from llava_bidir.common.option_names import check_option_names
+from llava_bidir.common.option_names import check_options
 from llava_bidir.common.usage_errors import ArgumentParser
 from probes.analyses import ANALYSES
 
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     """Run `probes study`."""
     parser = build_parser()
     args, options = parser.parse_known_args(argv[1:])
-    check_option_names("probes study", options, Path(__file__).parents[1] / "options.txt")
+    check_options("probes study", options, Path(__file__).parents[1] / "options.txt", ())
     if len(args.inputs) < 2:
         parser.error("expected a model and a folder of images and masks: probes study MODEL DATA --out DIR")
     *models, data = args.inputs

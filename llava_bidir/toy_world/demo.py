@@ -58,12 +58,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _study(out: Path, settings: dict, extras: bool) -> list[str]:
-    """Return the words of the study of both masks, in the worlds of unknown truth."""
+    """Return the words of the study of both masks, in the world of one scene, whose truth is unknown."""
     models = [f"{mask}={out / mask / 'stage2/hf'}" for mask in MASKS]
     study = shlex.split(STUDY)
     if extras or settings["scale"] >= 1:
         study += [f"patching.pairs={out}/assets/pairs", *shlex.split(EXTRAS)]
-    study += _common(settings, "toy world" if settings["world"] == "context" else f"{settings['world']} world")
+    study += _common(settings, "toy world")
     return [*models, str(out / "assets/segmentation"), "--out", str(out), *study]
 
 
@@ -128,8 +128,6 @@ def _train(out: Path, mask: str, settings: dict) -> None:
     stage1 = {"--data.annotations": assets / "captions.json"}
     stage2 = {"--model.adapter": folder / "stage1/hf", "--data.annotations": assets / "dialogues.json"}
     stage2 |= {"--data.val_annotations": assets / "questions.json"}
-    if settings["world"] == "conjunction":  # two cues that decide together take longer to learn
-        stage2["--trainer.max_epochs"] = 4
     stages = {"stage1": {"-c": "demo/stage1"} | common | stage1, "stage2": {"-c": "demo/stage2"} | common | stage2}
     steps = training_steps(folder, stages, assets / "questions.json")
     if settings["world"] == "binding":

@@ -190,10 +190,7 @@ class Session:
     def teach(self, request: Teach, job: Job) -> dict[str, Any]:
         """Return the scores of a painting's probes by site; see :meth:`Teacher.score`."""
         self._model(request)
-        scores = self.teacher.score(request, job)
-        if request.random:  # a plain dict is accepted as `known` although the trained weights were away
-            self._states = OrderedDict((view, dict(states)) for view, states in self._states.items())
-        return scores
+        return self.teacher.score(request, job)
 
     def save(self, request: Save, job: Job) -> dict[str, Any]:
         """Write a painting as a data folder and return its path, with the folders that there are."""

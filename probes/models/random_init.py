@@ -13,11 +13,12 @@ read-out of the layers.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from llava_bidir.common.atomic_io import read_json
@@ -126,8 +127,7 @@ def random_layers(
     """Give an MLLM a random LLM while the context is open, and its trained weights back afterwards.
 
     Inside, `mllm` is what ``probes.load(..., untrained=["llm"], match=match, draw=draw, ...)`` returns, without loading
-    a checkpoint again. The trained weights of the LLM are kept beside the random ones, on the same device. States that
-    were read before are not accepted as `known` afterwards. ::
+    a checkpoint again. The random weights are beside the trained ones, on the same device. ::
 
         for draw in range(3):
             with random_layers(mllm, draw=draw, match_images=images):
@@ -145,15 +145,17 @@ def random_layers(
     check_control(["llm"], match, match_images, None)
     if mllm.update_scales is not None:
         raise UserError("the LLM has random layers already; leave their context, or load the trained model")
-    module = mllm.decoder if match == "none" else mllm.decoder.layers
-    tensors = lambda: dict([*module.named_parameters(), *module.named_buffers()])
-    trained: dict[str, Tensor] = {name: tensor.detach().clone() for name, tensor in tensors().items()}
+    decoder = mllm.decoder
+    parts = dict(decoder.named_children()) if match == "none" else {"layers": decoder.layers}
     try:
+        for name, trained in parts.items():
+            setattr(decoder, name, deepcopy(trained))
+        mllm.model.tie_weights()
         with replace_weights(mllm, ["llm"], match, draw, 0, match_images, None):
             yield
     finally:
         mllm.update_scales = None
-        with torch.no_grad():
-            for name, tensor in tensors().items():
-                tensor.copy_(trained[name])
+        for name, trained in parts.items():
+            setattr(decoder, name, trained)
+        mllm.model.tie_weights()
         mllm.clear_prefix_cache()

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import labs
@@ -276,15 +277,32 @@ def test_exported_code_teaches_what_the_page_shows(session, change, rest):
     np.testing.assert_allclose(shown, curve[["score", "low", "high"]].to_numpy(), atol=0.15)  # one patch in 13 may flip
 
 
+@contextmanager
+def cancelled(mllm):
+    """As `Job.watched` after the client has left."""
+
+    def leave(*_):
+        raise InterruptedError
+
+    hook = mllm.decoder.layers[-1].register_forward_pre_hook(leave)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 def test_a_random_llm_scores_beside_the_trained_one_which_then_reads_on(session):
     request = {"photo": "split:0", "model": 1, "painting": painting()}
     view = View(photo="split:0", model=1, intervention=BLOCK)
     trained, before = session.teach(Teach(**request), labs.JOB), read(session, view)
-    random = session.teach(Teach(**request, random=True), labs.JOB)
-    assert random["scores"][:2] == trained["scores"][:2], "encoder and adapter are the same"
-    session._states.pop(view)
-    after = read(session, view)  # starts from states that were kept before the weights were away
-    assert all((a == b).all() for a, b in zip(before, after, strict=True))
+    with pytest.raises(InterruptedError):
+        session.teach(Teach(**request, random=True), SimpleNamespace(**vars(labs.JOB) | {"watched": cancelled}))
+    for random in (False, True):
+        scores = random and session.teach(Teach(**request, random=True), labs.JOB)["scores"]
+        session._states.pop(view)
+        after = read(session, view)  # starts from the states of the trained weights
+        assert all((a == b).all() for a, b in zip(before, after, strict=True))
+    assert scores[:2] == trained["scores"][:2], "encoder and adapter are the same"
 
 
 def test_saved_folders_are_data_sets_and_open_to_the_same_paint(session, tmp_path, monkeypatch):

@@ -115,6 +115,7 @@ def test_draws_in_place_equal_loaded_ones_and_give_the_weights_back(match, path,
     assert all(torch.equal(tensor, weights[name]) for name, tensor in mllm.state_dict().items())
     for model, before in ((mllm, states), (other, of_other)):
         assert all(torch.equal(state, before[site]) for site, state in model.states(pixels).items())
+        model.states(pixels, known=before)  # or it raises
 
 
 def test_a_draw_in_place_that_fails_gives_the_weights_back(path, pictures, monkeypatch):

@@ -134,7 +134,7 @@ class Sweep:
     @torch.no_grad()
     def score(self) -> None:
         """A validation step."""
-        count(self.logits(self.forward()), self.target, confusion=True)
+        count(self.logits(self.forward()), self.target)
 
     @torch.no_grad()
     def naive_score(self) -> None:

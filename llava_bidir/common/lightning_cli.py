@@ -87,7 +87,9 @@ class RunCLI(LightningCLI):
         setting = lambda key: self._get(self.config_init, key)
         if setting("trainer.logger") is None:
             kwargs["logger"] = TensorBoardLogger(setting("out"), name="", version="", default_hp_metric=False)
-        plugins = [*(setting("trainer.plugins") or []), AtomicCheckpointIO(), *kwargs.pop("plugins", [])]
+        given = setting("trainer.plugins") or []
+        given = given if isinstance(given, list) else [given]
+        plugins = [*given, AtomicCheckpointIO(), *kwargs.pop("plugins", [])]
         to_log = not sys.stderr.isatty() and setting("trainer.enable_progress_bar") is None
         if to_log:
             kwargs["enable_progress_bar"] = False
@@ -199,11 +201,20 @@ def check_trainer(trainer: Trainer, required: dict[str, Any], why: str) -> None:
 
 
 @contextmanager
-def run_process() -> Iterator[None]:
-    """Log plain lines, and end the group of processes with the command."""
+def run_process(matmul_precision: str = "highest") -> Iterator[None]:
+    """Log plain lines, and end the group of processes with the command.
+
+    Args:
+        matmul_precision: Of float32 products: "highest", or "high" for TF32 on GPUs. What it was before comes back, so
+            that no command of a process changes what the next one computes.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(matmul_precision)
     try:
         yield
-    finally:  # Lightning destroys NCCL groups only; a process that exits with running gloo threads may abort
+    finally:
+        torch.set_float32_matmul_precision(before)
+        # Lightning destroys NCCL groups only; a process that exits with running gloo threads may abort
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
             torch.distributed.destroy_process_group()

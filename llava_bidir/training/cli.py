@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from pathlib import Path
 
-import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser
@@ -109,6 +108,5 @@ def build_data_cli(argv: list[str], prog: str) -> TrainingCLI:
 
 def main(argv: list[str]) -> None:
     """Run `llava-bidir fit`, `validate` or `test`."""
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, as LLaVA trains
-    with run_process():
+    with run_process("high"):  # TF32 on GPUs, as LLaVA trains
         build_cli(argv)

@@ -4,7 +4,6 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser
@@ -143,8 +142,7 @@ def main(argv: list[str]) -> None:
     """Run `probes fit`, `validate`, `test` or `verify-data`."""
     if argv[0] == "verify-data":
         return verify_data(argv[1:])
-    torch.set_float32_matmul_precision("high")
-    with run_process():
+    with run_process("high"):
         build_cli(argv)
 
 

@@ -213,3 +213,11 @@ def test_two_processes_give_the_probes_of_one(runs, checkpoints, root, tmp_path)
     ours, theirs = load_file(tmp_path / "path.safetensors"), load_file(runs["normals"].path / "path.safetensors")
     torch.testing.assert_close(ours["closed_form/sums"], theirs["closed_form/sums"], rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(TaskRun(tmp_path).sums, runs["normals"].sums, rtol=1e-2, atol=1e-1)
+
+
+@pytest.mark.parametrize("command", ["solve", "fit"])
+def test_a_command_leaves_the_precision_of_products_to_the_next(command, checkpoints, root, tmp_path):
+    """Else a solve after a fit, in one study, would give other bits than alone."""
+    before = torch.get_float32_matmul_precision()
+    main(arguments(command, "depth", checkpoints["causal"], root, tmp_path))
+    assert torch.get_float32_matmul_precision() == before == "highest"

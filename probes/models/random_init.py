@@ -43,14 +43,22 @@ def check_control(parts: Sequence[str], match: str, images: Sequence, scales: Se
         raise UserError("match 'update' needs images to measure updates on; pass match_images, e.g. 32 training images")
 
 
+def drawn_modules(
+    model: PreTrainedModel, family: Family, parts: Sequence[str], match: str
+) -> dict[str, list[nn.Module]]:
+    """Return the modules whose weights are replaced, by part: "adapter" and "llm"."""
+    decoder = family.decoder_of(model)
+    modules = {"adapter": family.adapter_of(model), "llm": [decoder if match == "none" else decoder.layers]}
+    return {part: modules[part] for part in parts}
+
+
 def reinitialize(model: PreTrainedModel, family: Family, parts: Sequence[str], seed: int, match: str = "none") -> None:
     """Replace the weights of "adapter" (as torch draws them, times the scale in training.json) or "llm" (see above).
 
     Raises:
         UserError: The initialisation of this kind of model sets a weight to zero.
     """
-    decoder = family.decoder_of(model)
-    modules = {"adapter": family.adapter_of(model), "llm": [decoder if match == "none" else decoder.layers]}
+    decoder, modules = family.decoder_of(model), drawn_modules(model, family, parts, match)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for part in parts:
@@ -101,15 +109,18 @@ def replace_weights(
     if match == "update" and scales is None:
         pixels = mllm.preprocess(images)
         updates = layer_updates(mllm, pixels)
-    # The random numbers of the CPU are the same everywhere; a model that is spread over devices stays where it is.
-    move = {parameter.device for parameter in mllm.parameters()} == {device}
+    # The random numbers of the CPU are the same everywhere; a model that is spread over devices stays where it is. The
+    # other modules are not moved: states that were read before stay valid.
+    together = {parameter.device for parameter in mllm.parameters()} == {device}
+    drawn = drawn_modules(mllm.model, mllm.family, parts, match).values() if together else ()
+    moved = [module for modules in drawn for module in modules]
     try:
-        if move:
-            mllm.cpu()
+        for module in moved:
+            module.cpu()
         reinitialize(mllm.model, mllm.family, parts, seed + DRAW_SEEDS * draw, match)
     finally:
-        if move:
-            mllm.to(device)
+        for module in moved:
+            module.to(device)
     mllm.clear_prefix_cache()
     if match != "update":
         return ExitStack()

@@ -2,7 +2,7 @@
 
 import argparse
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .errors import UserError
@@ -41,15 +41,21 @@ def find_config(name: str) -> str:
     return str(names[name])
 
 
+def configs_in(argv: Sequence[str]) -> Iterator[tuple[int, str, str]]:
+    """Yield each config of a command: the index of its word, what stands before the name in it, and the name."""
+    for i, word in enumerate(argv):
+        option, equals, value = word.partition("=")
+        if option in OPTIONS and equals:
+            yield i, f"{option}=", value
+        elif word in OPTIONS and i + 1 < len(argv):
+            yield i + 1, "", argv[i + 1]
+
+
 def with_config_paths(argv: Sequence[str]) -> list[str]:
     """Return the words of a command with each value of `-c` replaced by the path of its config."""
     words = list(argv)
-    for i, word in enumerate(words):
-        option, equals, value = word.partition("=")
-        if option in OPTIONS and equals:
-            words[i] = f"{option}={find_config(value)}"
-        elif word in OPTIONS and i + 1 < len(words):
-            words[i + 1] = find_config(words[i + 1])
+    for i, before, name in configs_in(argv):
+        words[i] = before + find_config(name)
     return words
 
 

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .configs import OPTIONS as CONFIG
-from .configs import find_config
+from .configs import configs_in, find_config
 from .errors import UserError
 from .usage_errors import ArgumentParser
 
@@ -35,18 +34,13 @@ def check_options(program: str, words: Sequence[str], file: Path, required: Sequ
     if any(option in ("--help", "--print_config") for option in options):
         return
     try:
-        keys = [f"--{key}" for name in _configs(words) for key in _read_keys(name)]
+        keys = [f"--{key}" for _, _, name in configs_in(words) for key in _read_keys(name)]
     except (OSError, ValueError, UserError):
         return
     # a group ("--model.encoder FILE") gives its options; argparse takes the beginning of an option for it
     missing = [f"--{name}" for name in required if not f"--{name}".startswith((*options, *keys))]
     if missing and all(_is_known(key, names, groups) for key in keys):
         parser.error(f"the following arguments are required: {', '.join(missing)}")
-
-
-def _configs(words: Sequence[str]) -> list[str]:
-    after = [value for word, value in zip(words, words[1:], strict=False) if word in CONFIG]
-    return after + [word.partition("=")[2] for word in words if word.startswith("--config=")]
 
 
 def _read_keys(config: str) -> list[str]:

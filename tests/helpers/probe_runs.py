@@ -179,7 +179,7 @@ def remove_layers(path: Path) -> Path:
     metrics["sites"] = [metrics["sites"][i] for i in kept]
     metrics["summary"] |= dict.fromkeys(("peak_site", "peak_llm", "recovery", "delta_enc"))
     tensors = load_file(path / "counts.safetensors")
-    for name in tensors.keys() & {"intersection", "predicted", "patch_right", "sums", "patch_error"}:
+    for name in tensors.keys() & {"intersection", "predicted", "patch_right", "sums"}:
         tensors[name] = tensors[name][kept].contiguous()
     save_file(tensors, path / "counts.safetensors")
     if solved := metrics.get("path"):

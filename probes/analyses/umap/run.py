@@ -62,7 +62,7 @@ def embed(states: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
     from sklearn.metrics import silhouette_score  # these take seconds to import
     from umap import UMAP
 
-    from probes.evaluation.feature_statistics import knn_purity
+    from probes.evaluation.knn_purity import knn_purity
 
     x = states.numpy()
     xy = UMAP(n_neighbors=min(15, len(x) - 1), metric="cosine", random_state=seed, n_jobs=1).fit_transform(x)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.neighbors import NearestNeighbors
 
-from probes.evaluation.feature_statistics import knn_purity
+from probes.evaluation.knn_purity import knn_purity
 
 pytestmark = pytest.mark.numerics
 

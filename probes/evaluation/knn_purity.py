@@ -1,4 +1,4 @@
-"""Statistics of the states of a site, independent of probes.
+"""How well the classes of a site's states stand apart, independent of probes.
 
 Legend: B images, T image tokens, d width.
 """

@@ -16,29 +16,27 @@ look-alikes.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
 
-from llava_bidir.common.process_group import several_commands
+import probes
+from llava_bidir.common.process_group import run_missing
 from llava_bidir.toy_world.binding import GRID
 from llava_bidir.toy_world.canvas import CLASSES
 from llava_bidir.toy_world.dialogues import LOOK_ALIKE, SceneText, build_dialogue, find_regions, prepend_picture
 from llava_bidir.toy_world.plant import read_pictures
+from llava_bidir.toy_world.steps import WEIGHTS
 
 MASKS = ("causal", "bidirectional")
 ARMS = {"tokens": None, "questions": {"points": GRID**2}, "raster": {"rows": GRID}, "captions": {"caption": True}}
 QUESTIONS = 400
+SITES = "[adapter,layer_01,layer_02,layer_03,layer_04]"
 INDOOR = {"ceiling", "wall", "floor", "bed"}
-
-
-def run(package: str, result: Path, *command: str) -> None:
-    """Run a command in a process of one thread, unless its result is there."""
-    if not result.exists():
-        subprocess.run(several_commands(package, [list(map(str, command))]), check=True, stdout=subprocess.DEVNULL)
 
 
 def read_texts(folder: Path, split: str) -> dict[str, SceneText]:
@@ -82,54 +80,46 @@ def majority_share(assets: Path) -> float:
     return float(np.mean(right))
 
 
-def train(folder: Path, seed: int, steps: int) -> None:
-    """Draw the world of a seed and train its eight models."""
+def train(folder: Path, seed: int, count: int) -> None:
+    """Draw the world of a seed and train its eight models, each for `count` steps."""
     assets = folder / "assets"
     world = ["--world", "binding", "--scenes", 4, "--scale", 0.1, "--seed", seed]
-    run("llava_bidir", assets / "questions.json", "demo-assets", assets, *world)
+    run_missing(folder, "world", [(assets / "questions.json", words("demo-assets", assets, *world), None)])
     if not (assets / "look_alikes.json").exists():
         write_dialogues(assets, seed)
     for mask in MASKS:
-        common = [
-            "--model.image_attention",
-            mask,
-            "--model.encoder.path",
-            assets / "encoder",
-            "--model.llm",
-            assets / "llm",
-        ]
-        common += ["--data.images", assets, "--seed_everything", seed, "--overwrite", "true"]
-        stage1 = folder / mask / "stage1"
-        captions = ["--data.annotations", assets / "captions.json"]
-        run("llava_bidir", stage1 / "hf", "fit", "-c", "demo/stage1", *common, *captions, "--out", stage1)
+        parts = ["--model.encoder.path", assets / "encoder", "--model.llm", assets / "llm"]
+        common = ["--model.image_attention", mask, *parts, "--data.images", assets, "--seed_everything", seed]
+        common += ["--overwrite", "true"]
+        stage1, captions = folder / mask / "stage1", ["--data.annotations", assets / "captions.json"]
+        fit = words("fit", "-c", "demo/stage1", *common, *captions, "--out", stage1)
+        steps = [(stage1 / WEIGHTS, fit, None)]
         for arm, options in ARMS.items():
             out = folder / mask / arm
-            if options is None:
-                plant = [stage1 / "hf", assets, out / "hf", "--steps", steps, "--seed", seed]
-                run("llava_bidir", out / "hf", "plant", "recovery", *plant)
-                continue
             data = ["--data.annotations", assets / f"{arm}.json", "--data.val_annotations", "null"]
-            length = ["--trainer.max_epochs", -1, "--trainer.max_steps", steps, "--model.adapter", stage1 / "hf"]
-            run("llava_bidir", out / "hf", "fit", "-c", "demo/stage2", *common, *data, *length, "--out", out)
+            length = ["--trainer.max_epochs", -1, "--trainer.max_steps", count, "--model.adapter", stage1 / "hf"]
+            command = words("fit", "-c", "demo/stage2", *common, *data, *length, "--out", out)
+            if options is None:
+                models = stage1 / "hf", assets, out / "hf"
+                command = words("plant", "recovery", *models, "--steps", count, "--seed", seed)
+            steps.append((out / WEIGHTS, command, stage1 / WEIGHTS))
+        run_missing(folder, mask, steps)
+
+
+def words(*parts: object) -> list[str]:
+    return [str(part) for part in parts]
 
 
 def study(folder: Path, mask: str, arm: str, seed: int) -> dict:
     """Return recovery and answers of a model, studied beside two random LLMs."""
     assets, out = folder / "assets", folder / mask / arm / "study"
-    sites = "[adapter,layer_01,layer_02,layer_03,layer_04]"
-    words = [
-        folder / mask / arm / "hf",
-        assets / "segmentation",
-        "--out",
-        out,
-        "-c",
-        "demo/probes",
-        "--model.sites",
-        sites,
-    ]
-    words += ["--arms", "trained", "random0", "random1", "--only", "solve", "answers", "report"]
-    words += ["--add", f"answers.questions={assets}/look_alikes.json", "answers.draws=1", "--seed_everything", seed]
-    run("probes", out / "report/results.json", "study", *words)
+    options = ["-c", "demo/probes", "--model.sites", SITES, "--seed_everything", str(seed)]
+    with contextlib.redirect_stdout(io.StringIO()):
+        probes.study(
+            folder / mask / arm / "hf", assets / "segmentation", out=out, options=options,
+            arms=["trained", "random0", "random1"], only=["solve", "answers", "report"],
+            add=[f"answers.questions={assets}/look_alikes.json", "answers.draws=1"],
+        )  # fmt: skip
     found = json.loads((out / "report/results.json").read_text())
     (claim,) = (claim for claim in found["claims"] if claim["claim"] == "recovery")
     answers = next(iter(found["masks"].values()))["answers"]["accuracy"]["value"]

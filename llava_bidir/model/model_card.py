@@ -33,7 +33,8 @@ def model_card(config: LlavaConfig, training: dict) -> str:
     """Return the Markdown of an exported model's card; `training` lists settings and metrics of its training run."""
     from llava_bidir import __version__
 
-    facts = {name: value for name, value in training.items() if name != "checkpoint"}  # a path on one machine
+    left_out = ("checkpoint", "identity")  # a path on one machine, and hashes, which training.json has
+    facts = {name: value for name, value in training.items() if name not in left_out}
     return CARD.format(
         attention=getattr(config, "image_attention", "causal"),
         encoder=config.vision_config.model_type,

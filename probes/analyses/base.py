@@ -44,7 +44,8 @@ class Analysis:
         options: Its options in a study, unless `--add` sets others.
         arms: The arms of a study that it is run on.
         default: It runs unasked.
-        beside_data: Options whose file stands beside the folder of the data; it does not run without them.
+        beside_data: Options with the file that stands beside the folder of the data, and what it contains; the
+            analysis does not run without them.
         claims: What the paper claims about its numbers, by name; the report judges it (probes/report/claims.py).
         rows: Returns rows of the study's table from its result.
     """
@@ -59,7 +60,7 @@ class Analysis:
     options: Mapping[str, str] = field(default_factory=dict)
     arms: tuple[str, ...] = ("trained",)
     default: bool = False
-    beside_data: Mapping[str, str] = field(default_factory=dict)
+    beside_data: Mapping[str, tuple[str, bytes]] = field(default_factory=dict)
     claims: Mapping[str, Claim] = field(default_factory=dict)
     rows: Callable[[dict[str, Any]], Iterator[Row]] = lambda result: iter(())
 

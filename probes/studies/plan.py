@@ -172,9 +172,9 @@ def chosen_analyses(settings: Settings) -> dict[str, dict[str, str]]:
                 raise UserError(f"--add {text}: expected NAME or NAME.OPTION=VALUE, e.g. knockout.classes=sky,road")
             options[key] = value
     for name in [*chosen]:
-        for option, file in ANALYSES[name].beside_data.items():
+        for option, (file, content) in ANALYSES[name].beside_data.items():
             beside = Path(data_root(settings)).parent / file
-            if beside.is_file():
+            if beside.is_file() and content in beside.read_bytes():
                 chosen[name].setdefault(option, str(beside))
             if option not in chosen[name]:
                 del chosen[name]

@@ -34,6 +34,6 @@ ANALYSIS = Analysis(
     title="Answers",
     arms=("trained", "random"),
     default=True,
-    beside_data={"questions": "questions.json"},  # as demo-assets writes it
+    beside_data={"questions": ("questions.json", b'"regions"')},  # as demo-assets writes it
     rows=rows,
 )

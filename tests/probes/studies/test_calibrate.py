@@ -74,14 +74,15 @@ def test_a_seed_ends_in_a_table_of_true_and_false_claims(tmp_path, monkeypatch):
     few = {"recovery": ("--steps", "2")}
     short = {name: model._replace(options=few.get(model.what, model.options)) for name, model in MODELS.items()}
     monkeypatch.setattr(calibrate, "MODELS", short)
+    some = {name: DESIGNS[name] for name in ("planted", "random", "merged0", "merged1")}
+    monkeypatch.setattr(calibrate, "DESIGNS", some)
     calibrate.calibrate(tmp_path, [3], scale=0.01)
     rows = pd.read_csv(tmp_path / "calibration.csv")
-    assert set(rows["study"]) == set(DESIGNS) and set(rows["of"]) == {1} and set(rows["column"]) == set(COLUMNS)
+    assert set(rows["study"]) == set(some) and set(rows["of"]) == {1} and set(rows["column"]) == set(COLUMNS)
     truth = rows.groupby(["study", "truth"]).claim.unique().apply(sorted).to_dict()
     recovery = ["recovery (bidirectional)", "recovery (causal)"]
     assert truth["planted", "planted"] == truth["random", "absent"] == recovery + ["starvation", "starvation_first_row"]
-    assert truth["weak", "planted"] == recovery[:1]
-    assert truth["merged0", "absent"] == truth["merged1", "planted"] == truth["merged3", "planted"] == ["adapter_drop"]
+    assert truth["merged0", "absent"] == truth["merged1", "planted"] == ["adapter_drop"]
     before = (tmp_path / "seed3/planted/causal/trained/metrics.json").stat().st_mtime_ns
     calibrate.calibrate(tmp_path, [3], scale=0.01)
     assert (tmp_path / "seed3/planted/causal/trained/metrics.json").stat().st_mtime_ns == before

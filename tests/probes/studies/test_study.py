@@ -207,6 +207,14 @@ def test_options_of_the_solver_are_not_given_to_fit(checkpoints, segmentation, t
     assert not {"--strengths", "--passes", "0.1"} & {*commands["probes"]}
 
 
+def test_answers_are_asked_for_if_there_are_questions_about_places(checkpoints, segmentation, tmp_path):
+    shutil.copytree(segmentation, tmp_path / "data")
+    settings = Settings({"": str(checkpoints["causal"])}, str(tmp_path / "data"), tmp_path / "study", draws=0)
+    for content, asked in (("[]", False), ('[{"regions": []}]', True)):
+        (tmp_path / "questions.json").write_text(content)
+        assert any(step.kind == "answers" for step in make_plan(settings)) == asked
+
+
 def test_chosen_sites_are_those_of_every_arm_that_has_them(checkpoints, segmentation, tmp_path):
     options = ("--model.sites", "[encoder, adapter, layer_02]")
     arms = ("trained", "random0", "adapter0")

@@ -18,7 +18,7 @@ OPTIONS = Path(__file__).with_name("options.txt")  # of the commands in LIGHTNIN
 REQUIRED = ("model.mllm", "data.root")
 LIGHTNING_COMMANDS = {  # their options are defined by LightningCLI
     "fit": "train a probe at every site: -c ade20k --model.mllm DIR --data.root DIR --out RUN",
-    "solve": "solve a probe at every site from moments, at every strength of regularisation; options as for fit",
+    "solve": "solve a probe at every site at the optimum of its regularised loss; options as for fit",
     "validate": "score the probes of a checkpoint as they are",
     "test": "score the probes of a checkpoint, each at its best epoch, and write the files of the run",
     "verify-data": "read every image and target before training: -c ade20k --data.root DIR",

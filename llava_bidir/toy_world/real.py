@@ -65,12 +65,11 @@ def run(args: argparse.Namespace) -> None:
         questions = out / "assets/questions.json"
         run_missing(out, "assets", [(questions, world, None)])
         plan = make_plan(out, args.minutes, args.steps)
-        for name in dict.fromkeys(MODELS[name].folder for name in names):
-            train(out, MODELS[name], plan, args.seed, questions)
-        show_language(out, names)
         arms = ["trained", *(f"{kind}{draw}" for kind in ("random", "permuted") for draw in range(args.draws))]
         for name in names:
             model = MODELS[name]
+            train(out, model, plan, args.seed, questions)
+            show_language(out, name)
             paths = [f"{mask}={out / model.folder / mask / model.stage / 'hf'}" for mask in MASKS]
             options = [*SOLVE.split(), "--arms", *arms, "--data.name", "toy world", "--seed_everything", str(args.seed)]
             options += ["--model.sites", SITES]
@@ -179,21 +178,19 @@ def write_untaught(llm: Path, out: Path, seed: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- language
-def show_language(out: Path, names: list[str]) -> None:
-    """Print what each model has kept of its language and what it says, from OUT/language.json or computed anew."""
+def show_language(out: Path, name: str) -> None:
+    """Print what a model has kept of its language and what it says, from OUT/language.json or computed anew."""
     from .language import describe_llm, describe_mllm, format_description
 
-    file, known = out / "language.json", {}
-    places = [(f"{name}, {mask}", MODELS[name], mask) for name in names for mask in MASKS]
-    models = {label: out / model.folder / mask / model.stage / "hf" for label, model, mask in places}
-    if file.is_file():
-        newest = max((path / "model.safetensors").stat().st_mtime for path in models.values())
-        known = read_json(file) if file.stat().st_mtime > newest else {}
-    if known.keys() != {"language model", *models}:
-        questions = json.loads((out / "assets/questions.json").read_text())
-        words = read_json(out / "llm/config.json")["vocab_size"]
-        known = {"language model": describe_llm(out / "llm", words)}
-        known |= {name: describe_mllm(path, words, questions, out / "assets") for name, path in models.items()}
-        write_files({file: known})
-    for name, entry in known.items():
-        print(format_description(name, entry))
+    file, model = out / "language.json", MODELS[name]
+    known = read_json(file) if file.is_file() else {}
+    words, questions = read_json(out / "llm/config.json")["vocab_size"], out / "assets/questions.json"
+    found = {} if known else {"language model": describe_llm(out / "llm", words)}
+    for mask in MASKS:
+        label, path = f"{name}, {mask}", out / model.folder / mask / model.stage / "hf"
+        if label not in known or file.stat().st_mtime < (path / "model.safetensors").stat().st_mtime:
+            found[label] = describe_mllm(path, words, json.loads(questions.read_text()), out / "assets")
+    if found:
+        write_files({file: known | found})
+    for label in ("language model", *(f"{name}, {mask}" for mask in MASKS)):
+        print(format_description(label, (known | found)[label]))

@@ -5,8 +5,8 @@ The objective of a site is multinomial logistic regression with a ridge and equa
     f(w, b) = sum_i v_i CE(w x_i + b, y_i) + r/2 |w|^2        v_i = 1 / (K n_y): n_y patches are painted as concept y
 
 x are the states, each channel divided by its standard deviation over the painted patches and by sqrt(d). One strength r
-then means about the same at every width. If there are fewer patches than channels, the problem is solved in the span of
-the patches: with X^T = Q R, the columns of R are coordinates of the patches, and |w| is unchanged.
+then means about the same at every width. The problem is solved along the principal axes of the patches, in which the
+curvature is nearly diagonal and |w| is unchanged: those of R, with X^T = Q R, if there are fewer patches than channels.
 
 The strength of a site is the one with the lowest cross-entropy on patches that were left out: those of the photos of a
 fold, or blocks of patches if a concept is painted on a single photo. The probe that scores a fold has the strength that
@@ -22,12 +22,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probes.ops.lbfgs import minimise
+from probes.ops.lbfgs import Pairs, minimise
 
 STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 FOLDS = 5
 # Predicted decrease in nats, of folds and of all patches. At 1e-5, weak strengths look better than they are.
 PATH_TOLERANCE, TOLERANCE = 1e-6, 1e-7
+MEMORY = 12  # pairs of L-BFGS; in the coordinates of the patches' axes, 40 take as many steps
 DEAD = 1e-12  # variance of a constant channel relative to its mean square, up to rounding of float32
 CHUNK_NUMEL = 2**25  # coordinates of the sites that are solved together
 
@@ -175,12 +176,13 @@ class _Channels:
 
 
 def _coordinates(inputs: list[Tensor]) -> tuple[Tensor, Callable[[int, Tensor], Tensor]]:
-    """Return coordinates f32[S, N, m + 1] with a last column of ones, and what maps weights of them to those of x."""
+    """Return coordinates f32[S, N, m + 1] along principal axes, the last one 1, and what maps weights of them to x."""
     bases, coordinates = [], []
     for x in inputs:
         basis, r = torch.linalg.qr(x.T) if len(x) < x.shape[1] else (torch.eye(x.shape[1]), x.T)  # x = r^T basis^T
-        bases.append(basis)
-        coordinates.append(r.T)
+        axes = torch.linalg.eigh(r @ r.T)[1]
+        bases.append(basis @ axes)
+        coordinates.append(r.T @ axes)
     width = max(x.shape[1] for x in coordinates)
     padded = torch.stack([torch.nn.functional.pad(x, (0, width - x.shape[1])) for x in coordinates])
     ones = torch.ones(len(inputs), len(inputs[0]), 1)
@@ -197,8 +199,8 @@ def _solve_path(tokens: Tensor, y: Tensor, held: Tensor, check: Callable[[], Non
     """Return points f32[R, S, F, K, m + 1] by strength, and the losses f32[R, S, F] of left-out patches.
 
     A site ends at the first strength that is worse than the one before; later losses are infinite. Each problem starts
-    from its own point at the strength before, never from a solution of all patches, which has seen what the fold leaves
-    out.
+    from its own points at the two strengths before, extrapolated, never from a solution of all patches, which has seen
+    what the fold leaves out.
     """
     (sites, patches, _), folds, concepts = tokens.shape, len(held), int(y.max()) + 1
     weights = held * _concept_weights(y, torch.ones_like(y, dtype=torch.bool))  # [F, N]
@@ -208,7 +210,8 @@ def _solve_path(tokens: Tensor, y: Tensor, held: Tensor, check: Callable[[], Non
     for r, strength in enumerate(STRENGTHS):
         check()
         problem = _Problem(tokens[left], y, ~held, torch.full((len(left) * folds,), strength))
-        points = problem.solve(paths[max(r - 1, 0), left].flatten(0, 1), PATH_TOLERANCE)
+        last, before = (paths[max(r - i, 0), left].flatten(0, 1) for i in (1, 2))
+        points = problem.solve(2 * last - before if r > 1 else last, PATH_TOLERANCE)
         logits = tokens[left] @ points.view(len(left), folds * concepts, -1).mT
         log_p = logits.view(len(left), patches, folds, concepts).log_softmax(-1)
         losses[r, left] = -(log_p[:, torch.arange(patches), :, y] * weights.T[:, None]).sum(0)
@@ -242,7 +245,7 @@ class _Problem:
         squares = self.v @ self.tokens.square()  # [S, F, m + 1]
         curvature = (concepts - 1) / concepts**2 * squares.flatten(0, 1)[:, None] + self.ridge  # at w = 0
         scale = curvature.clamp(min=1e-12).rsqrt().expand_as(start)
-        return minimise(self._value_and_gradient, start, scale, tolerance)[0]
+        return minimise(self._value_and_gradient, start, scale, tolerance, pairs=Pairs(maxlen=MEMORY))[0]
 
     def _value_and_gradient(self, points: Tensor, which: list[int]) -> tuple[Tensor, Tensor]:
         """Return value f32[p] and gradient of some of the problems at given points, for :func:`minimise`."""

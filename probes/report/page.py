@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
     """Run `probes report`."""
     runs, tasks = _expand_studies(args.runs)
     results = write_report(runs, args.out, args.timings, [*tasks, *args.tasks])
-    print(f"{format_results(results)}\n{Path(args.out) / 'index.html'}")
+    print(f"{summary_text.format_results(results)}\n{Path(args.out) / 'index.html'}")
 
 
 def _expand_studies(paths: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -202,15 +202,3 @@ def _expand_studies(paths: Iterable[str]) -> tuple[list[str], list[str]]:
             (runs if open_run(run).task_name == SEGMENTATION else tasks).append(str(run))
         runs += [path] if is_run or not finished_runs(path) else []  # which is then an error
     return runs, tasks
-
-
-def format_results(results: dict[str, Any]) -> str:
-    """Return the verdicts of results.json as text."""
-    lines = []
-    for joint in results.get("joint", []):
-        lines += [f"{joint['model']}, {joint['dataset']}, seeds {', '.join(map(str, joint['seeds']))} jointly"]
-        lines += [summary_text.format_claims(joint["claims"]), ""]
-    for study in results.get("studies", [results]):
-        lines += [f"{study['model']}, {study['dataset']}"] if "studies" in results else []
-        lines += [summary_text.format_claims(study["claims"]), *summary_text.edge_notes(study["path_at_edge"]), ""]
-    return "\n".join(lines)

@@ -132,6 +132,18 @@ def format_claims(claims: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, *claim_notes(claims), *reasons])
 
 
+def format_results(results: dict[str, Any]) -> str:
+    """Return the verdicts of results.json as text."""
+    lines = []
+    for joint in results.get("joint", []):
+        lines += [f"{joint['model']}, {joint['dataset']}, seeds {', '.join(map(str, joint['seeds']))} jointly"]
+        lines += [format_claims(joint["claims"]), ""]
+    for study in results.get("studies", [results]):
+        lines += [f"{study['model']}, {study['dataset']}"] if "studies" in results else []
+        lines += [format_claims(study["claims"]), *edge_notes(study["path_at_edge"]), ""]
+    return "\n".join(lines)
+
+
 def summarize_mask_comparison(comparison: dict[str, Any]) -> list[str]:
     """Return how many sites differ between the masks, the differences of the effects, and the power of the test."""
     sites, units = comparison["sites"], f"{comparison['images']} images"

@@ -26,7 +26,6 @@ from probes.models.families import family_of
 from probes.models.prompt_and_pixels import read_config
 from probes.models.sites import site_names
 from probes.tasks import TASKS
-from probes.training.solve import build_parser as build_solve_parser
 
 # The paper's protocol (configs/probes/folder.yaml) for `--fit`, if no config says otherwise.
 FIT = ("--trainer.max_epochs", "-1", "--trainer.max_steps", "6320", "--trainer.val_check_interval", "316")
@@ -126,7 +125,7 @@ def _runs(settings: Settings, label: str, model: str, arms: Sequence[str]) -> li
     """Return the steps that make the probe runs of a model."""
     sites = model_sites(model)
     chosen = yaml.safe_load(_option(settings, "--model.sites") or "null") or sites
-    given = {"solve": settings.options, "fit": build_solve_parser().parse_known_args(settings.options)[1]}
+    given = {"solve": settings.options, "fit": _fit_options(settings)}
     base = (*data_options(settings), "--model.mllm", model, "--ckpt_path", "last")
 
     def run(arm: str, kind: str, name: str, more: Sequence[str] = ()) -> Step:
@@ -145,6 +144,15 @@ def _runs(settings: Settings, label: str, model: str, arms: Sequence[str]) -> li
         steps.append(run("trained", "fit", "probes", () if configured else FIT))
     tasks = [(task, arm) for task in settings.tasks for arm in ("trained", "random0") if arm in arms]
     return steps + [run(arm, "solve", f"{task}_{arm}", ["--data.task", task]) for task, arm in tasks]
+
+
+def _fit_options(settings: Settings) -> list[str]:
+    """Return the further options without those that only the solver has."""
+    if not settings.fit:
+        return []
+    from probes.training.solve import build_parser  # Lightning takes a second to import
+
+    return build_parser().parse_known_args(settings.options)[1]
 
 
 def arm_names(settings: Settings) -> list[str]:

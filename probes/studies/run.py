@@ -26,7 +26,7 @@ from llava_bidir.common.errors import UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses import ANALYSES
 from probes.cli import run_command
-from probes.report.page import format_results
+from probes.report.summary_text import format_results
 from probes.results.task_run import finished_runs, open_run
 
 from .plan import Settings, Step, check, make_plan

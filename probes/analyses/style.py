@@ -93,10 +93,12 @@ def label_sites(
 ) -> None:
     """Label the sites on the x axis, at their depths by default, with about `max_labels` labels in deep models."""
     depth = {site: site_depth(site) for site in sites}
-    deep = len(sites) > max_labels + 2
+    many = len(sites) > max_labels + 2
+    deep = many or (positions is None and max(depth.values()) > max_labels + 2)
     if deep:  # the label of the adapter would overlap that of the encoder
-        step = next(step for step in (1, 2, 4, 8, 16, 32, 64) if len(sites) / step <= max_labels)
-        names = {ENCODER: "enc."} | {s: str(depth[s]) for s in sites if depth[s] > 0 and depth[s] % step == 0}
+        step = next(step for step in (1, 2, 4, 8, 16, 32, 64) if len(sites) / step <= max_labels) if many else 1
+        shown = [s for s in sites if s == ENCODER or (depth[s] > 0 and depth[s] % step == 0)]
+        names = {s: "enc." if s == ENCODER else str(depth[s]) for s in shown}
     else:
         names = {s: {ENCODER: "enc.", ADAPTER: "adapt."}.get(s) or str(depth[s]) for s in sites}
     x = depth if positions is None else dict(zip(sites, positions, strict=True))

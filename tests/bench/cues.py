@@ -3,9 +3,9 @@
     python tests/bench/cues.py runs/demo/bidirectional/trained runs/demo/shuffled/trained
 
 RUNs are solved probes of a world with several scenes in a picture (`make demo`). For each picture and scene, the cues of
-that scene or those of the others are hidden from all image tokens, and the probes of a run's best layer read the scene's
-look-alikes. A model with a planted recovery needs its own scene's cues; a shuffled LLM cannot know which are whose. Prints
-accuracies and their difference, other cues hidden minus own ones, with a 95% interval over pictures.
+that scene or those of the others are hidden from all image tokens, and the probes of the best layer read the scene's
+look-alikes. A model with a planted recovery needs its own scene's cues; a shuffled LLM cannot know which are whose.
+Prints accuracies and their difference, other cues hidden minus own ones, with a 95% interval over pictures.
 """
 
 import argparse
@@ -26,7 +26,7 @@ CONDITIONS = ("nothing", "own cues", "other cues")
 
 @torch.no_grad()
 def accuracies(run: ProbeRun) -> Tensor:
-    """Return the share of right look-alikes by picture and condition, f64[N, 3]; of pictures with both kinds of cues."""
+    """Return the share of right look-alikes, f64[N, 3]: by picture that has both kinds of cues, and condition."""
     root = Path(run.manifest["data"]["root"])
     pixels, labels = read_pictures(root, "validation")
     patches = json.loads((root / "patches.json").read_text())["validation"]

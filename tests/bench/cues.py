@@ -2,8 +2,8 @@
 
     python tests/bench/cues.py runs/demo/bidirectional/trained runs/demo/shuffled/trained
 
-RUNs are solved probes of a world with several scenes in a picture (`make demo`). For each picture and scene, the cues of
-that scene or those of the others are hidden from all image tokens, and the probes of the best layer read the scene's
+RUNs are solved probes of a world with several scenes in a picture (`make demo`). For each picture and scene, the cues
+of that scene or those of the others are hidden from all image tokens, and the probes of the best layer read the scene's
 look-alikes. A model with a planted recovery needs its own scene's cues; a shuffled LLM cannot know which are whose.
 Prints accuracies and their difference, other cues hidden minus own ones, with a 95% interval over pictures.
 """
@@ -58,7 +58,8 @@ def main() -> None:
         low, high = (weights @ difference / len(shares)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
         words = [f"{name} {100 * share:.1f}%" for name, share in zip(CONDITIONS, shares.mean(0), strict=True)]
         interval = f"{100 * difference.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-        print(f"{path}, {run.check_site(None)}, {len(shares)} pictures: hidden {', '.join(words)}; difference {interval}")
+        label = f"{path}, {run.check_site(None)}, {len(shares)} pictures"
+        print(f"{label}: hidden {', '.join(words)}; difference {interval}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from probes.cli import main
 from probes.report.claims import evaluate_claims
 from probes.report.effects import drop_and_recovery
 from probes.report.page import write_report
+from probes.report.summary_text import claim_notes
 from probes.results.probe_run import ProbeRun
 from probes.results.study import read_studies
 
@@ -32,6 +33,13 @@ def claims_of(paths) -> dict[str, dict]:
     """Return the causal claims by name."""
     claims = evaluate_claims(*read_studies(paths))
     return {claim["claim"]: claim for claim in claims if claim["image_attention"] == "causal"}
+
+
+def test_few_images_are_said_to_tell_next_to_nothing(write):
+    claims = evaluate_claims(*read_studies([write("solved", CURVE, 1, solved=True)]))
+    assert not any("validation images" in note for note in claim_notes(claims))
+    claims[0]["n"] = {"images": 2}
+    assert any("2 validation images tell next to nothing" in note for note in claim_notes(claims))
 
 
 def test_trained_probes_are_judged_however_far_from_the_optimum(write):

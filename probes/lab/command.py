@@ -5,6 +5,7 @@ import os
 import secrets
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -30,7 +31,11 @@ def run(args: argparse.Namespace) -> None:
     from .worker import Worker
 
     with listen(args.host or "127.0.0.1", args.port) as listener:
-        session = Session(load_checkpoint(args.mllm) if args.mllm else load_runs(args.runs), args.save)
+        # In a thread that ends. If this one computed, OpenMP would keep threads for it beside those of the worker, and
+        # with more threads than cores they no longer spin: a stroke of the lab's brush took twice as long.
+        with ThreadPoolExecutor(1) as pool:
+            load = lambda: load_checkpoint(args.mllm) if args.mllm else load_runs(args.runs)
+            session = Session(pool.submit(load).result(), args.save)
         host, port = listener.getsockname()[:2]
         if host in ("0.0.0.0", "::"):  # all addresses of the machine
             host = socket.gethostname()

@@ -139,7 +139,7 @@ def main() -> None:
     for seed in args.seeds:
         folder = args.out / f"seed{seed}"
         train(folder, seed, args.steps)
-        for arm in ARMS:
+        for arm in ("stage1", *ARMS):  # where they start from
             for mask in MASKS:
                 found = study(folder, mask, arm, seed)
                 numbers = [points(found[name]) for name in ("optimum", "beyond_random")]

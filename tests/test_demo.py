@@ -171,7 +171,7 @@ def test_kills_at_random_moments_change_no_model(finished, tmp_path):
         assert time.monotonic() < deadline
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         running = subprocess.Popen(command(out), cwd=ROOT, start_new_session=True, **quiet)
-        until = time.monotonic() + chance.uniform(5, 30)
+        until = time.monotonic() + chance.uniform(5, 20)
         while time.monotonic() < (until if kills < 3 else deadline) and not ended():
             time.sleep(0.1)
         os.killpg(running.pid, signal.SIGKILL)

@@ -15,6 +15,7 @@ is best on the other folds.
 Legend: S sites, F folds, N painted patches, m their coordinates, P photos, K concepts, d width.
 """
 
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from probes.ops.lbfgs import Pairs, minimise
+from probes.ops.lbfgs import minimise
 
 STRENGTHS = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 FOLDS = 5
@@ -245,7 +246,7 @@ class _Problem:
         squares = self.v @ self.tokens.square()  # [S, F, m + 1]
         curvature = (concepts - 1) / concepts**2 * squares.flatten(0, 1)[:, None] + self.ridge  # at w = 0
         scale = curvature.clamp(min=1e-12).rsqrt().expand_as(start)
-        return minimise(self._value_and_gradient, start, scale, tolerance, pairs=Pairs(maxlen=MEMORY))[0]
+        return minimise(self._value_and_gradient, start, scale, tolerance, pairs=deque(maxlen=MEMORY))[0]
 
     def _value_and_gradient(self, points: Tensor, which: list[int]) -> tuple[Tensor, Tensor]:
         """Return value f32[p] and gradient of some of the problems at given points, for :func:`minimise`."""

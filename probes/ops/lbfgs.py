@@ -14,7 +14,6 @@ MEMORY = 40  # pairs; 20 take a quarter more steps, 12 three times as many for f
 HALVINGS = 10  # of a step, before rounding is blamed
 
 Objective = Callable[[Tensor, list[int]], tuple[Tensor, Tensor]]  # points f64[P, K, n] of the problems in a list
-Pairs = deque  # of tuples of tensors: differences of points and gradients, and their inner products
 
 
 def minimise(
@@ -23,7 +22,7 @@ def minimise(
     scale: Tensor,
     tolerance: float,
     iterations: int = ITERATIONS,
-    pairs: Pairs | None = None,
+    pairs: deque | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the minima of P independent smooth convex objectives, by L-BFGS with steps in units of `scale`.
 
@@ -43,7 +42,7 @@ def minimise(
         y if y.ndim == 1 else y.flatten(1) for y in objective(x.view(-1, *shape[1:]), problems)
     )
     value, gradient = evaluate(points, list(range(len(points))))
-    pairs = Pairs(maxlen=MEMORY) if pairs is None else pairs
+    pairs = deque(maxlen=MEMORY) if pairs is None else pairs
     blocked = torch.zeros_like(value, dtype=torch.bool)  # no step decreases the value: it is exact to rounding
     for iteration in range(iterations + 1):
         scaled = gradient * scale

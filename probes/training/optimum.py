@@ -19,6 +19,7 @@ The path uses two nodes per cell (`probes/ops`). Certificates, the last probes a
 Legend: P problems solved together, F folds, R strengths, B images, T tokens, d width, K classes.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from probes.ops.cross_entropy import loss_and_gradient
-from probes.ops.lbfgs import MEMORY, Objective, Pairs, minimise
+from probes.ops.lbfgs import MEMORY, Objective, minimise
 from probes.ops.quadrature import PreparedMasks
 
 from .closed_form import SiteSpace, full_precision
@@ -242,7 +243,7 @@ class Refinement:
 
     def solve_in_memory(self) -> None:
         """Refine the probes to the optimum of the images in memory."""
-        everything, pairs = list(range(len(self.points))), Pairs(maxlen=MEMORY)
+        everything, pairs = list(range(len(self.points))), deque(maxlen=MEMORY)
         exact = self.problem.objective(self.strengths, [None] * len(everything), TIGHT_NODES)
         for nodes in (LOOSE_NODES, *[TIGHT_NODES] * TIGHT_ROUNDS):
             self.accept(*exact(self.points, everything))
@@ -261,11 +262,11 @@ class Refinement:
         self.proximal = torch.where(better, self.proximal / 4, 10 * self.proximal.clamp(min=PROXIMAL))
         self.points = self.kept[0]
 
-    def step(self, nodes: int = LOOSE_NODES, pairs: Pairs | None = None) -> Tensor:
+    def step(self, nodes: int = LOOSE_NODES, pairs: deque | None = None) -> Tensor:
         """Certify the points, and move them to the minima of their models; return the decreases of the models, f64[R].
 
-        :meth:`accept` must have been called. `nodes` are those of the models, `pairs` of
-        earlier steps: the models of two steps differ by a linear function.
+        :meth:`accept` must have been called. `nodes` are those of the models, `pairs` what `minimise` has learned in
+        earlier steps, whose models have nearly the same curvature.
         """
         problem, (points, _, gradient), count = self.problem, self.kept, len(self.strengths)
         on_sample = problem.objective(self.strengths, [None] * count, nodes)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llava_bidir.common.bootstrap import RESAMPLINGS, bootstrap_weights
+from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from llava_bidir.toy_world.canvas import CLASSES
 from llava_bidir.toy_world.dialogues import LOOK_ALIKE
 from llava_bidir.toy_world.plant import read_pictures
@@ -53,13 +53,13 @@ def main() -> None:
     for path in parser.parse_args().runs:
         run = ProbeRun(path)
         shares = accuracies(run)
-        weights = bootstrap_weights(len(shares), RESAMPLINGS).double()
         difference = shares[:, 2] - shares[:, 1]
-        low, high = (weights @ difference / len(shares)).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+        resampled = bootstrap_weights(len(shares)).double() @ difference / len(shares)
+        low, high = interval(difference.mean().item(), resampled)
         words = [f"{name} {100 * share:.1f}%" for name, share in zip(CONDITIONS, shares.mean(0), strict=True)]
-        interval = f"{100 * difference.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+        found = f"{100 * difference.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
         label = f"{path}, {run.check_site(None)}, {len(shares)} pictures"
-        print(f"{label}: hidden {', '.join(words)}; difference {interval}")
+        print(f"{label}: hidden {', '.join(words)}; difference {found}")
 
 
 if __name__ == "__main__":

@@ -178,8 +178,8 @@ def _time_left(steps: list[Step], out: Path) -> str:
 def _command(step: Step, out: Path, overwrite: bool) -> list[str]:
     """Return the words of the command. What it made from other inputs is replaced, anything else only if asked to."""
     words, record = list(step.command), _read_record(step, out)
-    if step.kind == "report":
-        return words
+    if step.kind == "report" or (step.kind in ANALYSES and ANALYSES[step.kind].of == "page"):
+        return words  # pages replace their own earlier output
     outdated = record.get("command") == words and record["inputs"] != _inputs(step, out)
     if step.kind == "knockout":
         words = _same_classes(step, words, out)

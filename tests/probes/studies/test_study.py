@@ -19,7 +19,8 @@ import probes
 from llava_bidir.common.errors import UserError
 from probes.cli import main
 from probes.studies.command import label_models
-from probes.studies.plan import Settings, make_plan
+from probes.studies.plan import Settings, Step, make_plan
+from probes.studies.run import _command
 
 OPTIONS = ["-c", "configs/demo/probes.yaml", "--data.batch_size", "2", "--folds", "2", "--strengths", "1e-3", "1e-1"]
 PARTS = ["--draws", "2", "--add", "knockout.draws=1"]
@@ -213,6 +214,13 @@ def test_answers_are_asked_for_if_there_are_questions_about_places(checkpoints, 
     for content, asked in (("[]", False), ('[{"regions": []}]', True)):
         (tmp_path / "questions.json").write_text(content)
         assert any(step.kind == "answers" for step in make_plan(settings)) == asked
+
+
+def test_a_page_is_replaced_without_an_option_that_it_does_not_have(tmp_path):
+    page = tmp_path / "explorer.html"
+    page.write_text("earlier")
+    step = Step("explore", ("explore", "run", "--out", str(tmp_path)), page, "explore")
+    assert _command(step, tmp_path, overwrite=True) == list(step.command)
 
 
 def test_chosen_sites_are_those_of_every_arm_that_has_them(checkpoints, segmentation, tmp_path):

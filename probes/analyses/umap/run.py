@@ -65,7 +65,9 @@ def embed(states: Tensor, labels: Tensor, seed: int) -> dict[str, Any]:
     from probes.evaluation.knn_purity import knn_purity
 
     x = states.numpy()
+    threads = torch.get_num_threads()
     xy = UMAP(n_neighbors=min(15, len(x) - 1), metric="cosine", random_state=seed, n_jobs=1).fit_transform(x)
+    torch.set_num_threads(threads)  # numba sets all cores, and sums of other threads have other last bits
     purity = knn_purity(F.normalize(states, dim=-1)[None], labels[None]).item()
     known, silhouette = labels >= 0, None
     if 1 < len(labels[known].unique()) < known.sum():

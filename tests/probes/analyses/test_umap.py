@@ -23,11 +23,13 @@ def purity_by_loop(x: np.ndarray, labels: list[int], neighbours: int) -> float:
 def test_purity_leaves_out_unlabelled_patches():
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.randn(40, 8, generator=generator), torch.randint(-1, 3, (40,), generator=generator)
+    threads = torch.get_num_threads()
     result, known = embed(x, labels, 0), labels >= 0
     assert result["knn_purity"] == pytest.approx(purity_by_loop(x[known].numpy(), labels[known].tolist(), 10))
     assert np.array(result["xy"]).shape == (40, 2) and -1 <= result["silhouette"] <= 1
     assert embed(x, labels.clamp(0, 0), 0)["silhouette"] is None, "one class"
     assert embed(x[:10], labels[:10], 0)["knn_purity"] is None, "too few patches"
+    assert torch.get_num_threads() == threads, "other threads, other last bits of whatever this process computes next"
 
 
 def test_same_seed_gives_the_same_file(runs, tmp_path, capsys):

@@ -61,13 +61,18 @@ def build_dialogue(
     chosen_points = chosen_points[:points]
     parts = [
         [make_turns(f"name row{r + 1}", " ".join(text.names[r * GRID : (r + 1) * GRID])) for r in chosen_rows],
-        [make_turns(f"name row{i // GRID + 1} column{i % GRID + 1}", text.names[i]) for i in chosen_points],
+        [make_turns(ask_patch(i), text.names[i]) for i in chosen_points],
     ]
     if rng.random() < 0.5:
         parts.reverse()
     if caption:
         parts.append([make_turns("describe the scene", text.caption(rng))])
     return [turn for part in parts for turns in part for turn in turns]
+
+
+def ask_patch(i: int) -> str:
+    """Return the question for the class of patch i, in raster order."""
+    return f"name row{i // GRID + 1} column{i % GRID + 1}"
 
 
 def make_turns(question: str, answer: str) -> list[Turn]:

@@ -3,8 +3,9 @@
     python tests/bench/cues.py runs/demo/bidirectional/trained runs/demo/shuffled/trained
 
 RUNs are solved probes of a world with several scenes in a picture (`make demo`). For each picture and scene, the cues
-of that scene or those of the others are hidden from all image tokens, and the probes of the best layer read the scene's
-look-alikes. A model with a planted recovery needs its own scene's cues; a shuffled LLM cannot know which are whose.
+of that scene or those of the others are hidden from all image tokens. Then the probes of the best layer read the
+scene's look-alikes, and the model is asked for them, a question each. A model with a planted recovery needs its own
+scene's cues, and if it answers from its image tokens, so do its answers; a shuffled LLM cannot know which are whose.
 Prints accuracies and their difference, other cues hidden minus own ones, with a 95% interval over pictures.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from llava_bidir.common.bootstrap import bootstrap_weights, interval
 from llava_bidir.toy_world.canvas import CLASSES
-from llava_bidir.toy_world.dialogues import LOOK_ALIKE
+from llava_bidir.toy_world.dialogues import LOOK_ALIKE, ask_patch
 from llava_bidir.toy_world.plant import read_pictures
 from probes import Knockout, ProbeRun
 
@@ -25,41 +26,49 @@ CONDITIONS = ("nothing", "own cues", "other cues")
 
 
 @torch.no_grad()
-def accuracies(run: ProbeRun) -> Tensor:
-    """Return the share of right look-alikes, f64[N, 3]: by picture that has both kinds of cues, and condition."""
+def accuracies(run: ProbeRun) -> dict[str, Tensor]:
+    """Return the shares of look-alikes that the best layer's probe and the answers name rightly, f64[N, 3] each.
+
+    By picture in which a scene has look-alikes, cues of its own and those of others, and by condition.
+    """
     root = Path(run.manifest["data"]["root"])
     pixels, labels = read_pictures(root, "validation")
     patches = json.loads((root / "patches.json").read_text())["validation"]
-    scenes, cues = (torch.tensor([entry[key] for entry in patches]) for key in ("scene", "cue"))
     alike = torch.tensor([LOOK_ALIKE[name] != name for name in CLASSES])[labels.clamp(min=0)] & (labels >= 0)
     mllm, site = run.mllm(), run.check_site(None)
     probe = run.probes()[site]
-    rows = []
-    for scene in range(int(scenes.max()) + 1):
-        own, other, asked = cues & (scenes == scene), cues & (scenes != scene), alike & (scenes == scene)
-        hidden = (torch.zeros_like(own), own, other)
-        right = [probe(mllm.states(pixels, [site], Knockout(b))[site].float()).argmax(-1) == labels for b in hidden]
-        valid = own.any(1) & other.any(1) & asked.any(1)
-        shares = [(r & asked).sum(1) / asked.sum(1).clamp(min=1) for r in right]
-        rows.append(torch.stack(shares, 1).double().masked_fill(~valid[:, None], torch.nan))
-    means = torch.stack(rows).nanmean(0)
-    return means[means.isfinite().all(1)]
+    shares: dict[str, list[Tensor]] = {f"probe at {site}": [], "answers": []}
+    for picture, entry in enumerate(patches):
+        scene, cue = (torch.tensor(entry[key]) for key in ("scene", "cue"))
+        rows = {name: [] for name in shares}
+        for number in range(int(scene.max()) + 1):
+            own, other = cue & (scene == number), cue & (scene != number)
+            asked = (alike[picture] & (scene == number)).nonzero()[:, 0]
+            if not (own.any() and other.any() and len(asked)):
+                continue
+            images, right = pixels[picture].expand(len(CONDITIONS), -1, -1, -1), labels[picture, asked]
+            knockout = Knockout(torch.stack([torch.zeros_like(own), own, other]))
+            read = probe(mllm.states(images, [site], knockout)[site].float())[:, asked]
+            said = mllm.answer_log_probs(images, [ask_patch(int(i)) for i in asked], CLASSES, knockout)
+            for name, scores in zip(rows, (read, said), strict=True):
+                rows[name].append((scores.argmax(-1) == right).double().mean(1))
+        for name, values in rows.items():
+            shares[name] += [torch.stack(values).mean(0)] if values else []
+    return {name: torch.stack(values) for name, values in shares.items()}
 
 
 def main() -> None:
-    """Print a line for each run."""
+    """Print two lines for each run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("runs", nargs="+", metavar="RUN")
     for path in parser.parse_args().runs:
-        run = ProbeRun(path)
-        shares = accuracies(run)
-        difference = shares[:, 2] - shares[:, 1]
-        resampled = bootstrap_weights(len(shares)).double() @ difference / len(shares)
-        low, high = interval(difference.mean().item(), resampled)
-        words = [f"{name} {100 * share:.1f}%" for name, share in zip(CONDITIONS, shares.mean(0), strict=True)]
-        found = f"{100 * difference.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-        label = f"{path}, {run.check_site(None)}, {len(shares)} pictures"
-        print(f"{label}: hidden {', '.join(words)}; difference {found}")
+        for what, shares in accuracies(ProbeRun(path)).items():
+            difference = shares[:, 2] - shares[:, 1]
+            resampled = bootstrap_weights(len(shares)).double() @ difference / len(shares)
+            low, high = interval(difference.mean().item(), resampled)
+            words = [f"{name} {100 * share:.1f}%" for name, share in zip(CONDITIONS, shares.mean(0), strict=True)]
+            found = f"{100 * difference.mean():+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+            print(f"{path}, {what}, {len(shares)} pictures: hidden {', '.join(words)}; difference {found}")
 
 
 if __name__ == "__main__":

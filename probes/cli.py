@@ -136,6 +136,8 @@ def build_parser() -> argparse.ArgumentParser:
     text = "size of the world, see `llava-bidir demo-assets` (default: %(default)s)"
     p.add_argument("--scale", type=float, default=0.1, metavar="X", help=text)
     p.add_argument("--scenes", type=int, choices=[2, 4], default=2, help="scenes in a picture (default: %(default)s)")
+    studies = ["planted", "weak", "random", "merged0", "merged1", "merged3"]
+    p.add_argument("--studies", nargs="+", choices=studies, metavar="NAME", help=f"some of {', '.join(studies)}")
 
     text = "write claims, figures and tables of runs as one self-contained HTML page"
     p = command("report", "probes.report.page:run", text)

@@ -8,13 +8,14 @@ For each seed a toy world is drawn, models are planted (`llava-bidir plant`), an
     merged0 ...  the adapter merges 0, 1 or 3 pairs of classes: a drop is true from 1
 
 OUT/seedN/{assets,models,STUDY}, OUT/seedN/claims.json, OUT/calibration.csv, calibration.png. What is there is not made
-again: seeds can be added, and jobs of different `--seeds` can share OUT.
+again: seeds and studies can be added, and jobs of different `--seeds` can share OUT.
 """
 
 import argparse
 import contextlib
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +69,9 @@ DESIGNS = {
 }
 
 
-def calibrate(out: Path, seeds: list[int], scale: float = 0.1, scenes: int = 2) -> None:
+def calibrate(
+    out: Path, seeds: Sequence[int], scale: float = 0.1, scenes: int = 2, studies: Sequence[str] = tuple(DESIGNS)
+) -> None:
     """Study all planted models of the seeds, and write the table and the figure of all seeds in `out`.
 
     Args:
@@ -76,15 +79,18 @@ def calibrate(out: Path, seeds: list[int], scale: float = 0.1, scenes: int = 2) 
         seeds: Of world, models and probes.
         scale: Of the world (`llava-bidir demo-assets`); planting takes as many steps at any scale.
         scenes: Scenes in a picture.
+        studies: Some of `DESIGNS`.
     """
     for seed in seeds:
         folder = out / f"seed{seed}"
-        if (folder / "claims.json").is_file():
-            continue
-        print(f"seed {seed}", flush=True)
-        _make_models(folder, seed, scale, scenes)
-        claims = [claim for name in DESIGNS for claim in _study(folder, name, seed)]
-        write_files({folder / "claims.json": {"claims": claims}})
+        file = folder / "claims.json"
+        claims = read_json(file)["claims"] if file.is_file() else []
+        missing = [name for name in studies if name not in {claim["study"] for claim in claims}]
+        if missing:
+            print(f"seed {seed}", flush=True)
+            _make_models(folder, seed, scale, scenes, [DESIGNS[name] for name in missing])
+            claims += [claim for name in missing for claim in _study(folder, name, seed)]
+            write_files({file: {"claims": claims}})
     claims = [claim for file in sorted(out.glob("seed*/claims.json")) for claim in read_json(file)["claims"]]
     rows = count_verdicts(claims)
     write_table(rows, out / "calibration.csv")
@@ -145,8 +151,8 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
         figure.savefig(partial, dpi=110, format="png")
 
 
-def _make_models(folder: Path, seed: int, scale: float, scenes: int) -> None:
-    """Draw the world of a seed, train adapters on captions, and plant what is missing."""
+def _make_models(folder: Path, seed: int, scale: float, scenes: int, designs: list[Design]) -> None:
+    """Draw the world of a seed, train adapters on captions, and plant what is missing of the designs' models."""
     assets, common = folder / "assets", ["--seed", str(seed)]
     world = ["--world", "binding", "--scenes", str(scenes), "--scale", str(scale), *common]
     run_missing(folder, "world", [(assets / "questions.json", ["demo-assets", str(assets), *world], None)])
@@ -158,8 +164,11 @@ def _make_models(folder: Path, seed: int, scale: float, scenes: int) -> None:
         options = ["--model.image_attention", mask, *parts, *data, "--seed_everything", str(seed)]
         command = ["fit", "-c", "demo/stage1", *options, "--out", f"{models}/stage1", "--ckpt_path", "last"]
         jobs.append((models / "stage1/hf/model.safetensors", command, None))
-        for name in dict.fromkeys(design.model for design in DESIGNS.values() if mask in design.masks):
-            model = MODELS[name]
+        studied = {design.model for design in designs if mask in design.masks}
+        sources = {MODELS[name].source for name in studied}
+        for name, model in MODELS.items():
+            if name not in studied | sources:
+                continue
             source = models / (model.source or "stage1") / "hf"
             target = models / name / "hf"
             words = ["plant", model.what, str(source), str(assets), str(target), *model.options, *common]
@@ -201,4 +210,4 @@ def _verdicts(claim: dict[str, Any], study: str, seed: int) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> None:
     """Run `probes calibrate`."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    calibrate(Path(args.out), args.seeds, args.scale, args.scenes)
+    calibrate(Path(args.out), args.seeds, args.scale, args.scenes, args.studies or tuple(DESIGNS))

@@ -1,11 +1,13 @@
 """The table of the calibration: counts against a loop, and what is left out of them."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from probes.cli import build_parser
 from probes.studies import calibrate
 from probes.studies.calibrate import COLUMNS, DESIGNS, MASKS, MODELS, count_verdicts
 
@@ -49,13 +51,37 @@ def test_intervals_are_those_of_clopper_and_pearson(yes, low, high):
 
 def test_finished_seeds_are_kept_and_counted_with_new_ones(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(calibrate, "_make_models", lambda folder, *_: made.append(folder.name) or folder.mkdir())
-    monkeypatch.setattr(calibrate, "_study", lambda folder, name, seed: [c for c in claims(1) if c["study"] == name])
+
+    def make(folder, *_) -> None:
+        made.append(folder.name)
+        folder.mkdir(exist_ok=True)
+
+    monkeypatch.setattr(calibrate, "_make_models", make)
+    monkeypatch.setattr(calibrate, "_study", lambda folder, name, seed: [claims(1)[0] | {"study": name}])
     for seeds in ([0, 1], [1, 2]):
         calibrate.calibrate(tmp_path, seeds)
     assert made == ["seed0", "seed1", "seed2"]
-    assert set(pd.read_csv(tmp_path / "calibration.csv").query("column == 'supported'")["of"]) == {3}
+    table = pd.read_csv(tmp_path / "calibration.csv").query("column == 'supported'")
+    assert set(table["study"]) == set(DESIGNS) and set(table["of"]) == {3}
     assert json.loads((tmp_path / "seed0/claims.json").read_text())["claims"]
+
+
+def test_studies_can_be_added_to_a_seed(tmp_path, monkeypatch):
+    planned, studied = [], []
+
+    def study(_, name, __) -> list[dict]:
+        studied.append(name)
+        return [claims(1)[0] | {"study": name}]
+
+    monkeypatch.setattr(calibrate, "run_missing", lambda *words: planned.append([path for path, *_ in words[2]]))
+    monkeypatch.setattr(calibrate, "_study", study)
+    for studies in (["merged0"], ["merged0", "random"]):
+        calibrate.calibrate(tmp_path, [0], studies=studies)
+    assert studied == ["merged0", "random"]
+    first, second = ([str(Path(*path.parts[-4:-2])) for path in paths] for paths in planned[1::2])  # after each world
+    assert first == ["causal/stage1", "bidirectional/stage1", "bidirectional/planted", "bidirectional/merged0"]
+    assert second == [f"{mask}/{name}" for mask in MASKS for name in ("stage1", "planted", "random")]
+    assert build_parser().parse_args(["calibrate", "--studies", *DESIGNS]).studies == list(DESIGNS)
 
 
 def test_every_studied_model_is_planted_after_its_source():

@@ -5,6 +5,8 @@ Units of one group, such as the images of a city, resemble each other. They can 
 Shapes: R resamplings, N units, S statistics.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -54,14 +56,17 @@ def _group_indices(units: int, groups: Tensor | None) -> tuple[Tensor, int]:
     return (group_of, count) if count > 1 else (torch.arange(units), units)
 
 
-def interval(estimate: float, resampled: Tensor) -> list[float]:
+def interval(
+    estimate: float, resampled: Tensor, *, lowest: float = -math.inf, highest: float = math.inf
+) -> list[float]:
     """Return the 95% basic bootstrap interval of an estimate, from its values f[R] under resampling.
 
     The resampled values are reflected about the estimate. Rare classes drop out of resampled mIoU, which biases it
-    downwards. Reflection corrects this bias; a percentile interval would double it.
+    downwards. Reflection corrects this bias; a percentile interval would double it. What it takes beyond the range of
+    the estimate, `lowest` to `highest`, is cut off.
     """
     low, high = resampled.double().nanquantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return [2 * estimate - high, 2 * estimate - low]
+    return [min(max(2 * estimate - end, lowest), highest) for end in (high, low)]
 
 
 def simultaneous_band(values: Tensor, resampled: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import argparse
 import csv
 import io
 import json
+import math
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -79,9 +80,10 @@ def _score_model(folder: Path, results: Results) -> dict[str, Any]:
         for title, column in BENCHMARKS[name].columns.items():
             score, published = terms[title].score(), paper.get(column.paper)
             published = published if published is None or column.points else published / 100
+            highest = math.inf if column.points else 1.0
             columns[title] = {
                 "score": score,
-                "ci95": _clip(interval(score, terms[title].resampled_scores(seed=SEED)), column),
+                "ci95": interval(score, terms[title].resampled_scores(seed=SEED), lowest=0.0, highest=highest),
                 "paper": published,
                 "difference": None if published is None else score - published,
                 "items": len(items),
@@ -92,11 +94,6 @@ def _score_model(folder: Path, results: Results) -> dict[str, Any]:
     keys = ("model", "encoder", "image_attention", "fingerprint")
     dtypes = sorted({str(info.get("dtype")) for info, _ in results.values()})
     return {**{key: model[key] for key in keys}, "dtype": dtypes, "results": str(folder), "columns": columns}
-
-
-def _clip(ci95: list[float], column: Column) -> list[float]:
-    """Return the interval of a score within its range: reflection can take it beyond."""
-    return [max(end, 0.0) if column.points else min(max(end, 0.0), 1.0) for end in ci95]
 
 
 def _find_pairs(models: list[dict]) -> list[tuple[int, int]]:

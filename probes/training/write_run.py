@@ -1,6 +1,7 @@
 """Write the files of a finished run, and maps to its logger; `probe_run.py` lists the files and reads them back."""
 
 import logging
+import math
 import platform
 import subprocess
 from importlib.metadata import version
@@ -105,7 +106,8 @@ def site_entries(module, scores: dict[str, torch.Tensor], resampled: dict[str, t
         entry = {"site": site, "dim": module.mllm.widths[site], "best_epoch": best, "history": history}
         for name, values in scores.items():
             value = values[i].item()
-            entry |= {name: value, f"{name}_ci95": interval(value, resampled[name][:, i])}
+            ci95 = interval(value, resampled[name][:, i], lowest=0.0, highest=math.inf if module.task else 1.0)
+            entry |= {name: value, f"{name}_ci95": ci95}
         entries.append(entry)
     return entries
 

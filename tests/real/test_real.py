@@ -262,9 +262,10 @@ def test_the_lab_answers_with_and_without_blocked_patches(stage2, monkeypatch):
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed (extra: cluster) is not installed")
-def test_two_processes_under_zero_end_at_the_weights_of_one(stage2_options, stage1, stage2, tmp_path):
+@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+def test_two_processes_under_zero_end_at_the_weights_of_one(zero, stage2_options, stage1, stage2, tmp_path):
     """Up to rounding, which AdamW enlarges where gradients are near zero: 5% of the way that training has gone."""
-    command = stage2_options(tmp_path / "run", "-c", "configs/cluster/zero2.yaml", "--trainer.devices", "2")
+    command = stage2_options(tmp_path / "run", "-c", f"configs/cluster/{zero}.yaml", "--trainer.devices", "2")
     command += ["--trainer.precision", "32-true", "--trainer.accelerator", "cpu"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

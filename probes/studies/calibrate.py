@@ -176,20 +176,23 @@ def _make_models(folder: Path, seed: int, scale: float, scenes: int, designs: li
     run_missing(folder, "models", jobs)
 
 
-def _study(folder: Path, name: str, seed: int) -> list[dict[str, Any]]:
-    """Study the models of a design, and return its claims with a known truth."""
-    design = DESIGNS[name]
+def study_settings(folder: Path, out: Path, seed: int, design: Design, *, fit: bool = True) -> Settings:
+    """Return the settings of a study of a seed's models; with `fit`, of probes as the paper trains them, too."""
     models = {mask: str(folder / "models" / mask / design.model / "hf") for mask in design.masks}
-    options = ["-c", "demo/probes", "--seed_everything", str(seed), f"--model.sites=[{','.join(design.sites)}]"]
-    settings = Settings(
+    return Settings(
         models if len(models) > 1 else {"": next(iter(models.values()))},
         str(folder / "assets/segmentation"),
-        folder / name,
+        out,
         arms=design.arms,
-        fit=True,
-        only=("solve", "fit"),
-        options=tuple(options),
+        fit=fit,
+        only=("solve", "fit") if fit else ("solve",),
+        options=("-c", "demo/probes", "--seed_everything", str(seed), f"--model.sites=[{','.join(design.sites)}]"),
     )
+
+
+def _study(folder: Path, name: str, seed: int) -> list[dict[str, Any]]:
+    """Study the models of a design, and return its claims with a known truth."""
+    settings = study_settings(folder, folder / name, seed, DESIGNS[name])
     with contextlib.redirect_stdout(io.StringIO()):
         run_study(settings)
     (study,) = read_studies([str(run) for run in finished_runs(settings.out)])

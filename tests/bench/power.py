@@ -14,18 +14,15 @@ from pathlib import Path
 from probes.report.claims import evaluate_claims
 from probes.results.study import read_studies
 from probes.results.task_run import finished_runs
-from probes.studies.calibrate import LAYERS, MASKS
-from probes.studies.plan import Settings
+from probes.studies.calibrate import DESIGNS, study_settings
 from probes.studies.run import run_study
 
 
 def study(folder: Path, seed: int, draws: int) -> dict[tuple[str, int], tuple[bool, float]]:
     """Return whether each planted claim is supported, and its effect beyond random, by claim and number of draws."""
-    random = [f"random{draw}" for draw in range(draws)]
-    models = {mask: str(folder / "models" / mask / "planted/hf") for mask in MASKS}
-    options = ("-c", "demo/probes", "--seed_everything", str(seed), f"--model.sites=[{','.join(LAYERS)}]")
-    data, out = str(folder / "assets/segmentation"), folder / "power"
-    run_study(Settings(models, data, out, arms=("trained", *random), only=("solve",), options=options))
+    random, out = [f"random{draw}" for draw in range(draws)], folder / "power"
+    design = DESIGNS["planted"]._replace(arms=("trained", *random))
+    run_study(study_settings(folder, out, seed, design, fit=False))
     found = {}
     for number in range(2, draws + 1):
         runs = [str(run) for run in finished_runs(out) if run.name in ("trained", *random[:number])]

@@ -1,15 +1,20 @@
 """The table of the calibration: counts against a loop, and what is left out of them."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from processes import HANGING_S
 
 from probes.cli import build_parser
 from probes.studies import calibrate
 from probes.studies.calibrate import COLUMNS, DESIGNS, MASKS, MODELS, count_verdicts
+
+ROOT = Path(__file__).parents[3]
 
 
 def claims(seeds: int = 10) -> list[dict]:
@@ -112,3 +117,8 @@ def test_a_seed_ends_in_a_table_of_true_and_false_claims(tmp_path, monkeypatch):
     before = (tmp_path / "seed3/planted/causal/trained/metrics.json").stat().st_mtime_ns
     calibrate.calibrate(tmp_path, [3], scale=0.01)
     assert (tmp_path / "seed3/planted/causal/trained/metrics.json").stat().st_mtime_ns == before
+    power = [sys.executable, ROOT / "tests/bench/power.py", "--out", tmp_path, "--seeds", "3", "--draws", "2"]
+    done = subprocess.run(power, cwd=ROOT, capture_output=True, text=True, timeout=HANGING_S)
+    assert done.returncode == 0, done.stderr
+    rows = done.stdout.partition("supported beside 2\n")[2].splitlines()
+    assert [row.split()[:2] for row in rows[:2]] == [["recovery", "(causal)"], ["recovery", "(bidirectional)"]]

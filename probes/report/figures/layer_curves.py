@@ -1,6 +1,6 @@
 """Figures of mIoU by site: encoder, adapter, LLM layers (Figs. 3, 8, 9, 10)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,8 @@ def layer_curves(study: Study, solved: bool) -> FigureData:
         ax.plot(*depth_and_miou(run.metrics["sites"]), ":", color=mask_colour(mask), alpha=0.6, lw=1.8, label=label)
     for draw, runs in enumerate(random):
         for run in runs:
-            _draw_random(ax, run, label=draw == 0)
+            mask = run.metrics["image_attention"]
+            _draw_random(ax, run, mask_colour(mask), f"{mask}, random LLM" if draw == 0 else None)
     runs = [*trained.values(), *untrained.values(), *(run for runs in random for run in runs)]
     label_sites(ax, sites_by_depth(*runs))
     ax.set(ylabel="mIoU (%)")
@@ -94,12 +95,10 @@ def _shown_untrained(study: Study, solved: bool) -> dict[str, ProbeRun]:
     return {mask: run for mask, run in untrained.items() if run.is_solved == solved}
 
 
-def _draw_random(ax: Axes, run: ProbeRun, label: bool) -> None:
+def _draw_random(ax: Axes, run: ProbeRun, colour: str, label: str | None = None) -> None:
     """Draw the layers of a random LLM as hollow points; its encoder and adapter are those of the trained model."""
-    mask, layers = run.metrics["image_attention"], [x for x in run.metrics["sites"] if x["site"].startswith("layer_")]
-    depth, miou = depth_and_miou(layers)
-    name = f"{mask}, random LLM" if label else None
-    ax.plot(depth, miou, "D", color=mask_colour(mask), mfc="none", ms=5, alpha=0.8, label=name)
+    depth, miou = depth_and_miou([x for x in run.metrics["sites"] if x["site"].startswith("layer_")])
+    ax.plot(depth, miou, "D", color=colour, mfc="none", ms=5, alpha=0.8, label=label)
 
 
 def _rows(runs: Iterable[ProbeRun]) -> list[dict[str, Any]]:
@@ -107,32 +106,36 @@ def _rows(runs: Iterable[ProbeRun]) -> list[dict[str, Any]]:
 
 
 def models_by_dataset(studies: list[Study], mask: str, over_adapter: bool = False) -> FigureData:
-    """Draw the curves of models with a run under the mask, one panel per dataset (Figs. 3, 9).
+    """Draw the curves of models with a run under the mask, one panel per dataset (Figs. 3, 9), and their random LLMs.
 
     `over_adapter` draws mIoU minus the adapter's instead (Fig. 10).
     """
-    suffix = _probes_suffix(studies)
-    models = list(dict.fromkeys(study.model + suffix(study) for study in studies))
-    datasets = {study.dataset: [s for s in studies if s.dataset == study.dataset] for study in studies}
+    runs = [by_mask[mask] for by_mask in _runs_to_compare(studies)]
+    labels = [study.model + suffix for study, suffix in zip(studies, _probes_suffixes(runs), strict=True)]
+    models, datasets = list(dict.fromkeys(labels)), list(dict.fromkeys(study.dataset for study in studies))
     figure, axes = new_panels(len(datasets), height=3.6 if len(datasets) == 1 else 2.9, columns=2)
+    panels = dict(zip(datasets, axes, strict=True))
     rows = []
-    for ax, (dataset, dataset_studies) in zip(axes, datasets.items(), strict=True):
-        for study in dataset_studies:
-            run, label = study.trained[mask], study.model + suffix(study)
-            colour = COLOURS[models.index(label) % len(COLOURS)]
-            common = {"model": study.model, "dataset": dataset, "image_attention": mask, "probes": run.probe_kind}
-            run_rows = [common | score_row(entry) for entry in run.metrics["sites"]]
-            if over_adapter:
-                adapter = next(row["miou"] for row in run_rows if row["site"] == ADAPTER)
-                x, y = depth_and_miou(run_rows)
-                ax.plot(x, [v - 100 * adapter for v in y], color=colour, lw=1.8, label=label)
-                run_rows = [row | {"over_adapter": row["miou"] - adapter} for row in run_rows]
-            else:
-                draw_run(ax, run, colour, label)
-            rows += run_rows
+    for study, run, label in zip(studies, runs, labels, strict=True):
+        ax, colour = panels[study.dataset], COLOURS[models.index(label) % len(COLOURS)]
+        common = {"model": study.model, "dataset": study.dataset, "image_attention": mask, "probes": run.probe_kind}
+        run_rows = [common | score_row(entry) for entry in run.metrics["sites"]]
+        if over_adapter:
+            adapter = next(row["miou"] for row in run_rows if row["site"] == ADAPTER)
+            x, y = depth_and_miou(run_rows)
+            ax.plot(x, [v - 100 * adapter for v in y], color=colour, lw=1.8, label=label)
+            run_rows = [row | {"over_adapter": row["miou"] - adapter} for row in run_rows]
+        else:
+            draw_run(ax, run, colour, label)
+            for draw in study.random_draws("llm", run.is_solved):
+                if mask in draw:
+                    _draw_random(ax, draw[mask], colour)
+        rows += run_rows
+    for dataset, ax in panels.items():
         if over_adapter:
             ax.axhline(0, color="black", lw=0.8)
-        label_sites(ax, sites_by_depth(*(study.trained[mask] for study in dataset_studies)), 8)
+        shown = [run for study, run in zip(studies, runs, strict=True) if study.dataset == dataset]
+        label_sites(ax, sites_by_depth(*shown), 8)
         ax.set_title(dataset, fontsize=10)
     lines = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=model) for i, model in enumerate(models)]
     figure.legend(handles=lines, loc="outside lower center", ncols=2, fontsize=8)
@@ -141,35 +144,36 @@ def models_by_dataset(studies: list[Study], mask: str, over_adapter: bool = Fals
     return FigureData(figure, rows)
 
 
-def _probes_suffix(studies: list[Study]) -> Callable[[Study], str]:
-    """Return a function from a study to the kind of its probes for a label; empty if all studies have one kind."""
-    mixed = len({study.first.is_solved for study in studies}) > 1
-    return lambda study: f", {study.first.probe_kind} probes" if mixed else ""
+def _runs_to_compare(studies: list[Study]) -> list[dict[str, ProbeRun]]:
+    """Return the runs of each study by mask: solved ones if all studies have them, so that heights are comparable."""
+    solved = all(study.solved.keys() == study.trained.keys() for study in studies)
+    return [study.solved if solved else study.trained for study in studies]
+
+
+def _probes_suffixes(runs: list[ProbeRun]) -> list[str]:
+    """Return the kind of probes of each run for a label; empty if all are of one kind."""
+    mixed = len({run.is_solved for run in runs}) > 1
+    return [f", {run.probe_kind} probes" if mixed else "" for run in runs]
 
 
 def masks_by_model(studies: list[Study]) -> FigureData:
     """Draw causal and bidirectional curves, one panel per model and dataset (Fig. 8)."""
     figure, axes = new_panels(len(studies))
-    suffix = _probes_suffix(studies)
-    for ax, study in zip(axes, studies, strict=True):
-        for mask, run in zip(MASKS, study.pair(), strict=True):
+    pairs = [[by_mask[mask] for mask in MASKS] for by_mask in _runs_to_compare(studies)]
+    suffixes = _probes_suffixes([pair[0] for pair in pairs])
+    rows = []
+    for ax, study, pair, suffix in zip(axes, studies, pairs, suffixes, strict=True):
+        for mask, run in zip(MASKS, pair, strict=True):
             draw_run(ax, run, mask_colour(mask), mask)
-        label_sites(ax, sites_by_depth(*study.pair()), 5, fontsize=8)
+        label_sites(ax, sites_by_depth(*pair), 5, fontsize=8)
         ax.set_xlabel("")
-        ax.set_title(f"{study.model}\n{study.dataset}{suffix(study)}", fontsize=9)
+        ax.set_title(f"{study.model}\n{study.dataset}{suffix}", fontsize=9)
+        rows += [{"model": study.model, "dataset": study.dataset} | row for row in _rows(pair)]
     axes[0].legend(fontsize=8)
     axes[0].set_ylabel("mIoU (%)")
     figure.supxlabel("encoder, adapter (0), LLM layer", fontsize=9)
     spread_labels(figure, axes)
-    return FigureData(
-        figure,
-        [
-            {"model": study.model, "dataset": study.dataset} | row
-            for study in studies
-            for run in study.runs
-            for row in _rows([run])
-        ],
-    )
+    return FigureData(figure, rows)
 
 
 def layer_figures(study: Study) -> Figures:
@@ -194,14 +198,15 @@ def _layer_figure(study: Study, name: str, title: str, solved: bool) -> ReportFi
 
 
 def overview_figures(studies: list[Study]) -> Figures:
-    """Yield the figures that compare several models and datasets."""
-    for mask in MASKS:
-        with_mask = [study for study in studies if mask in study.trained]
+    """Yield the figures that compare several models and datasets; the first one has the mask of most models."""
+    by_mask = {mask: [study for study in studies if mask in study.trained] for mask in MASKS}
+    for mask, with_mask in sorted(by_mask.items(), key=lambda entry: -len(entry[1])):
         with_adapter = [study for study in with_mask if ADAPTER in study.trained[mask].sites]
         if with_mask:
             yield ReportFigure(
                 f"models_{mask}", f"All models, {mask}",
                 caption("mIoU by site, one line per model (Figs. 3 and 9).", _peak_caption(*with_mask),
+                        "Diamonds: its random LLMs." if any(s.random_draws("llm", True) for s in with_mask) else "",
                         _kinds_caption(with_mask), "Bands: 95% intervals."),
                 models_by_dataset(with_mask, mask))  # fmt: skip
         if with_adapter:
@@ -226,5 +231,5 @@ def _peak_caption(*studies: Study) -> str:
 
 
 def _kinds_caption(studies: list[Study]) -> str:
-    kinds = {run.is_solved for study in studies for run in study.trained.values()}
+    kinds = {run.is_solved for by_mask in _runs_to_compare(studies) for run in by_mask.values()}
     return "Probes of some models are solved, of others trained: their heights cannot be compared." * (len(kinds) > 1)

@@ -363,3 +363,16 @@ def test_overviews_name_the_probes_of_each_model_if_they_differ(root, tmp_path):
         assert "heights cannot be compared" in figure.caption
     (alone, *_) = overview_figures(read_studies(runs[::2]))
     assert [text.get_text() for text in alone.data.figure.legends[0].get_texts()] == ["one"]
+
+
+def test_overviews_compare_solved_probes_if_all_models_have_them(root, tmp_path):
+    runs = []
+    for name, mask in (("one", "bidirectional"), ("two", "bidirectional"), ("two", "causal")):
+        runs.append(f"{name}={write_run(tmp_path / f'sgd_{name}_{mask}', CURVE, root=root, mask=mask)}")
+        runs.append(f"{name}={write_solved(tmp_path / f'{name}_{mask}', [CURVE] * 3, root=root, mask=mask)}")
+    figures = {x.name: x for x in overview_figures(read_studies(runs))}
+    assert next(iter(figures)) == "models_bidirectional", "the mask of most models is first"
+    for figure in figures.values():
+        assert {row["probes"] for row in figure.data.rows} == {"solved"} and "heights" not in figure.caption
+    labels = [text.get_text() for text in figures["models_bidirectional"].data.figure.legends[0].get_texts()]
+    assert labels == ["one", "two"]

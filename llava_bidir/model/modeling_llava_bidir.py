@@ -230,10 +230,10 @@ def build_mask(
         raise ValueError("flex_attention is not supported with sliding windows; use attn_implementation='sdpa'")
     windows = past_key_values.is_sliding if past_key_values is not None and kind == SLIDING else []
     mask = create_causal_mask(
-        config=text_config,
-        inputs_embeds=torch.empty(*is_image.shape, 0, dtype=dtype, device=is_image.device),  # only its shape is used
-        attention_mask=padding,
-        past_key_values=past_key_values,
+        text_config,
+        torch.empty(*is_image.shape, 0, dtype=dtype, device=is_image.device),  # embeddings: only their shape is used
+        padding,
+        past_key_values,  # renamed to `cache` in transformers 5.24
         and_mask_function=samples and packed_sequence_mask_function(_sample_numbers(samples, is_image.device)),
         block_sequence_ids=_block_ids(name, is_image, samples),
         layer_idx=windows.index(True) if True in windows else None,  # layers of a kind have caches of one size

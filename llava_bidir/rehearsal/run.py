@@ -25,11 +25,9 @@ def run(args: argparse.Namespace) -> None:
     """Rehearse the study in `args.out`; finished steps of an earlier call are kept with their measurements.
 
     Raises:
-        UserError: The configs are not in the current folder, or `args.out` holds a rehearsal of another size.
+        UserError: `args.out` holds a rehearsal of another size.
         SystemExit: A step failed (status 1).
     """
-    if not Path("configs/stage1.yaml").is_file():
-        raise UserError("configs/stage1.yaml not found; run rehearse from the root of the repository")
     args.out.mkdir(parents=True, exist_ok=True)
     with exclusive_run_lock(args.out):
         end_on_signals()

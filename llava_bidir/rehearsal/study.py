@@ -13,7 +13,7 @@ STAGES = ("stage1", "stage2")
 VQA_PYTHON = Path(".venv-vqa/bin/python")
 # Largest real micro-batch that fits a CPU's patience; GPUs have the configs' own.
 CPU_BATCH = 1
-LORA = Path("configs/budget/lora_24gb.yaml")
+LORA = "lora_24gb"
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ def hardware_options(stage: str, size: str) -> list[str]:
     """
     devices = torch.cuda.device_count()
     if devices > 1:
-        return ["-c", f"configs/cluster/{'zero2' if stage == 'stage1' else 'zero3'}.yaml"]
-    options = ["-c", str(LORA)] if stage == "stage2" else ["--model.loss_average", "tokens"]
+        return ["-c", "zero2" if stage == "stage1" else "zero3"]
+    options = ["-c", LORA] if stage == "stage2" else ["--model.loss_average", "tokens"]
     options += ["--trainer.devices", "1", "--trainer.accelerator", "gpu" if devices else "cpu"]
     if devices or size == "7b":
         return [*options, "--model.frozen_dtype", "bfloat16"]
@@ -94,7 +94,7 @@ def _training(out: Path, inputs: Path, size: str, encoder: str, mask: str) -> li
     steps = []
     for stage in STAGES:
         run, data = out / mask / stage, "captions" if stage == "stage1" else "dialogues"
-        real = ["-c", f"configs/{stage}.yaml", "-c", f"configs/encoder/{encoder}.yaml"]
+        real = ["-c", stage, "-c", encoder]
         real += ["--model.encoder.path", inputs / encoder, "--model.llm", inputs / "vicuna"]
         real += ["--data.annotations", inputs / f"{data}.json", "--data.images", inputs]
         options = ["--model.image_attention", mask, "--data.batch_size", batch_size(stage)]

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from llava_bidir.common.configs import config_names
 from probes.analyses import ANALYSES
 from probes.analyses.base import Claim
 from probes.analyses.knockout.contrasts import control_of, patch_contrasts, rate_effects
@@ -249,7 +250,7 @@ def _beyond_random_column(study: Study, claim: str, mask: str, numbers: Numbers)
                 return untested(_no_contrast(study.trained[mask]))
             return untested(f"draws without this analysis: run `probes knockout` on {runs}, with the same --classes")
         return untested(f"fewer than two draws under the same mask: solve {runs} under each mask")
-    options = "-c configs/probes/matched.yaml" if part == "llm" else "--model.untrained '[adapter]'"
+    options = "-c matched" if part == "llm" else "--model.untrained '[adapter]'"
     command = _command("solve", study, mask, f"{options} --model.draw {max(draws)}")
     again = ", and the same with --model.draw 1" * (max(draws) == 0)
     return untested(f"draws of a random {part}: {max(draws)}, two are needed: run {command}{again}")
@@ -259,4 +260,6 @@ def _command(command: str, study: Study, mask: str, options: str = "") -> str:
     """Return the command that makes the probes of a mask that a study lacks."""
     run = next((runs[mask] for runs in (study.trained, study.solved) if mask in runs), study.first)
     options = f"{options} " * bool(options) + f"--model.mllm {run.metrics['mllm']} --model.image_attention {mask}"
-    return f"`probes {command} -c CONFIG {options} --data.root {run.manifest['data']['root']} --out RUN`"
+    data = run.manifest["data"]
+    config = data["dataset"] if data["dataset"] in config_names() else "CONFIG"
+    return f"`probes {command} -c {config} {options} --data.root {data['root']} --out RUN`"

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -14,6 +14,7 @@ import pytest
 from processes import HANGING_S
 
 from llava_bidir import cli
+from llava_bidir.common.configs import config_names
 from llava_bidir.rehearsal import run as rehearsal
 from llava_bidir.rehearsal.cost import extrapolate
 from llava_bidir.rehearsal.measure import run_measured
@@ -91,28 +92,25 @@ def test_cost_is_the_number_of_samples_at_the_measured_speed():
 
 
 def test_steps_cover_the_study(tmp_path):
-    commands = [" ".join(step.command[2:4]) for step in plan_study(tmp_path, "tiny", "clip")]
+    steps = plan_study(tmp_path, "tiny", "clip")
+    commands = [" ".join(step.command[2:4]) for step in steps]
     assert {*commands} - {"llava_bidir vqa"} == {
         *(f"llava_bidir {name}" for name in ("fit", "generate")),
         *(f"probes {name}" for name in ("sites", "study")),
     }
     assert commands.count("llava_bidir fit") == 4 and commands.count("probes study") == 1
+    words = [word for step in steps for word in pairwise(step.command)]
+    configs = {name for option, name in words if option == "-c"}
+    assert {"stage1", "stage2", "clip"} < configs <= set(config_names()), "by name, so that a wheel has them"
 
 
 @pytest.mark.parametrize("other", [("--size", "1b"), ("--encoder", "dinov2")])
 def test_folder_of_another_size_is_an_error(tmp_path, monkeypatch, other):
-    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(rehearsal, "end_on_signals", lambda: None)  # it would last for all tests after this one
     inputs = ["rehearse", "--inputs-only", "--out", str(tmp_path)]
     cli.main([*inputs, "--size", "tiny"])
     with pytest.raises(SystemExit, match=r"rehearsal.json is of (size 'tiny', not '1b'|encoder 'clip', not 'dinov2')"):
         cli.main([*inputs, "--size", "tiny", *other])
-
-
-def test_outside_of_the_repository_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="run rehearse from the root of the repository"):
-        rehearsal.run(Namespace(out=tmp_path / "out"))
 
 
 @pytest.mark.slow

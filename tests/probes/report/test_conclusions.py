@@ -60,7 +60,7 @@ def test_a_planted_recovery_is_supported_with_and_without_trained_probes(write, 
         recovery = claims_of(paths)["recovery"]
         assert recovery["supported"] and recovery["conclusion"] == "supported"
     assert claims_of(runs)["recovery"]["verdicts"]["paper"]["verdict"] == "untested"
-    assert "`probes fit -c CONFIG --model.mllm some/hf" in claims_of(runs)["recovery"]["verdicts"]["paper"]["reason"]
+    assert "`probes fit -c folder --model.mllm some/hf" in claims_of(runs)["recovery"]["verdicts"]["paper"]["reason"]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_conclusions(trained, solved, random, conclusion, write, draws):
     )
     assert ("reason" in recovery) == (conclusion == "untested")
     if conclusion == "untested":
-        missing = "-c configs/probes/matched.yaml --model.draw 0" if solved else "`probes solve -c CONFIG --model.mllm"
+        missing = "-c matched --model.draw 0" if solved else "`probes solve -c folder --model.mllm"
         assert missing in recovery["reason"] and "--model.image_attention causal" in recovery["reason"]
         assert recovery["p"] is None and recovery["p_holm"] is None
 

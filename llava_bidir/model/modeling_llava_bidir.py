@@ -8,6 +8,8 @@ else of the package.
 Shapes: B batch, N tokens of this call.
 """
 
+import inspect
+
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
@@ -32,6 +34,10 @@ from transformers.utils import TransformersKwargs, logging, torch_compilable_che
 from .attention import image_attention
 
 logger = logging.get_logger(__name__)
+
+# The parent's name of the cache: `cache` from transformers 5.24 on, which would not notice one by the former name.
+_PARENT_PARAMETERS = inspect.signature(LlavaForConditionalGeneration.forward).parameters
+CACHE = "cache" if "cache" in _PARENT_PARAMETERS else "past_key_values"
 
 # Backends that apply any mask. Flash attention 2 and 3 support padding masks only and silently ignore other masks.
 MASKED_BACKENDS = ("sdpa", "eager", "flex_attention")
@@ -83,8 +89,8 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
             patches = slice(config.register_tokens, None)  # LlavaModel drops CLS before this hook runs
             self.model.multi_modal_projector.register_forward_pre_hook(lambda module, args: (args[0][:, patches],))
 
-    # All parameters of the parent are named, because generate() decides by the signature what it passes and how it
-    # repeats the images of a prompt for its beams.
+    # All parameters of the parent, in any version, are named, because generate() decides by the signature what it
+    # passes and how it repeats the images of a prompt for its beams.
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -99,26 +105,28 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
         logits_to_keep: int | Tensor = 0,
         image_sizes: Tensor | None = None,
         mm_encoder_outputs: dict | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ):
         """Apply ``config.image_attention``; a 4D `attention_mask` (BlockMask for flex attention) is used unchanged."""
+        cache = past_key_values if cache is None else cache
         has_images = pixel_values is not None or bool(mm_encoder_outputs)
         if has_images and self.config.image_attention != "causal" and _is_padding_mask(attention_mask):
             # A branch on the cache's length would break torch.export: it is a tensor in a static cache.
             torch_compilable_check(
-                past_key_values is None or past_key_values.get_seq_length() == 0,
+                cache is None or cache.get_seq_length() == 0,
                 f"image_attention={self.config.image_attention!r}: got images after cached tokens; pass all images of "
                 "a prompt in the first forward, since image tokens attend to later image tokens",
             )
             is_image = self._is_image(input_ids, inputs_embeds)
-            can_be_packed = attention_mask is None and past_key_values is None and position_ids is not None
+            can_be_packed = attention_mask is None and cache is None and position_ids is not None
             attention_mask = build_masks(
                 self.config.image_attention,
                 self.config.get_text_config(),
                 is_image,
                 attention_mask,
                 samples=_sample_lengths(position_ids.expand(is_image.shape)) if can_be_packed else None,
-                past_key_values=past_key_values,
+                cache=cache,
                 dtype=self.dtype,
             )
         elif inputs_embeds is not None and not has_images and not torch.compiler.is_compiling():
@@ -128,7 +136,6 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
@@ -136,6 +143,7 @@ class LlavaBidirForConditionalGeneration(LlavaForConditionalGeneration):
             logits_to_keep=logits_to_keep,
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
+            **{CACHE: cache},
             **kwargs,
         )
 
@@ -200,7 +208,7 @@ def build_mask(
     *,
     kind: str = FULL,
     samples: list[list[int]] | None = None,
-    past_key_values: Cache | None = None,
+    cache: Cache | None = None,
     dtype: torch.dtype = torch.float32,
 ):
     """Return the mask of one kind of layers: bool[B, 1, N, N] (True = attend) for sdpa, additive for eager.
@@ -214,7 +222,7 @@ def build_mask(
             (Gemma 3's masks).
         samples: Lengths of the samples packed into each row, which add up to N; they do not attend to each other. None
             for one sample per row.
-        past_key_values: The empty cache to be filled, if any. Its size sets the mask's last axis.
+        cache: The empty cache to be filled, if any. Its size sets the mask's last axis.
         dtype: Dtype of an additive mask.
 
     Raises:
@@ -228,12 +236,12 @@ def build_mask(
         )
     if kind == SLIDING and text_config._attn_implementation == "flex_attention":
         raise ValueError("flex_attention is not supported with sliding windows; use attn_implementation='sdpa'")
-    windows = past_key_values.is_sliding if past_key_values is not None and kind == SLIDING else []
+    windows = cache.is_sliding if cache is not None and kind == SLIDING else []
     mask = create_causal_mask(
         text_config,
         torch.empty(*is_image.shape, 0, dtype=dtype, device=is_image.device),  # embeddings: only their shape is used
         padding,
-        past_key_values,  # renamed to `cache` in transformers 5.24
+        cache,
         and_mask_function=samples and packed_sequence_mask_function(_sample_numbers(samples, is_image.device)),
         block_sequence_ids=_block_ids(name, is_image, samples),
         layer_idx=windows.index(True) if True in windows else None,  # layers of a kind have caches of one size

@@ -111,7 +111,7 @@ def text_states(
         replace_mask = lambda _, args, kwargs: (args, {**kwargs, "attention_mask": masks})
         hooks.callback(mllm.decoder.register_forward_pre_hook(replace_mask, with_kwargs=True).remove)
         output = mllm.model.model(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=cache is not None, **inputs
+            input_ids=ids, position_ids=positions, use_cache=cache is not None, **mllm.cached(cache), **inputs
         )
     return output.last_hidden_state[:, tokens:]
 
@@ -194,5 +194,5 @@ def generate_answer(
         if on_token:
             on_token(mllm.chat.tokenizer.decode(answer, skip_special_tokens=True).strip())
         next_ids = torch.tensor([[token]], device=mllm.device)
-        states = mllm.decoder(input_ids=next_ids, past_key_values=cache, use_cache=True).last_hidden_state
+        states = mllm.decoder(input_ids=next_ids, use_cache=True, **mllm.cached(cache)).last_hidden_state
     return mllm.chat.tokenizer.decode(answer, skip_special_tokens=True).strip()

@@ -9,6 +9,7 @@ Shapes: B images, T image tokens, P tokens before the image, N = P + T, d width 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from functools import cached_property
+from inspect import signature
 
 import torch
 from PIL import Image
@@ -373,6 +374,11 @@ class FrozenMLLM(nn.Module):
         self.prefix_cache(1)
         return self.prefix_ids.shape[1]
 
+    def cached(self, cache: DynamicCache | None) -> dict[str, DynamicCache | None]:
+        """Return the argument of a forward that passes a cache, which transformers renamed in 5.24."""
+        name = "cache" if "cache" in signature(self.decoder.forward).parameters else "past_key_values"
+        return {name: cache}
+
     def prefix_cache(self, images: int, plan: Sequence[DistinctRows] | None = None) -> DynamicCache:
         """Return keys and values of the prefix, computed for one image and shared by the rows of each layer."""
         weights = self.weights_key()
@@ -381,7 +387,7 @@ class FrozenMLLM(nn.Module):
             if prefix:
                 masks, own = self.attention_masks(1), lambda mask: mask[:, :, :prefix, :prefix]
                 masks = {k: own(mask) for k, mask in masks.items()} if isinstance(masks, dict) else own(masks)
-                self.decoder(input_ids=self.prefix_ids, attention_mask=masks, past_key_values=cache, use_cache=True)
+                self.decoder(input_ids=self.prefix_ids, attention_mask=masks, use_cache=True, **self.cached(cache))
             self._prefix_kv, self._prefix_weights = [(layer.keys, layer.values) for layer in cache.layers], weights
         counts = [images] * len(self._prefix_kv) if plan is None else [len(rows.first) for rows in plan]
         pairs = zip(self._prefix_kv, counts, strict=True)

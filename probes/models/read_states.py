@@ -75,7 +75,7 @@ def read_states(
             run, inputs = mllm.model.model, {"input_ids": mllm.ids[:, start:].expand(images, -1)}
             inputs |= mllm.family.inputs(mllm.model, pixels, mllm.is_image[start:].expand(images, -1))
         with suppress(_StopForward):
-            run(past_key_values=cache, use_cache=cache is not None, **inputs)
+            run(**mllm.cached(cache), use_cache=cache is not None, **inputs)
     states |= {site: of_rows(known[site]) for site in skipped if site in known and site not in hooks}
     if missing := [site for site in wanted if site not in states]:
         raise UserError(f"no states of {missing[0]}: the forward does not call the module that the family names")

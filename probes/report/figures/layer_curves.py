@@ -159,7 +159,8 @@ def _probes_suffixes(runs: list[ProbeRun]) -> list[str]:
 def masks_by_model(studies: list[Study]) -> FigureData:
     """Draw causal and bidirectional curves, one panel per model and dataset (Fig. 8)."""
     figure, axes = new_panels(len(studies))
-    pairs = [[by_mask[mask] for mask in MASKS] for by_mask in _runs_to_compare(studies)]
+    solved = all(study.solved.keys() >= set(MASKS) for study in studies)
+    pairs = [[study.solved[mask] for mask in MASKS] if solved else study.pair() for study in studies]
     suffixes = _probes_suffixes([pair[0] for pair in pairs])
     rows = []
     for ax, study, pair, suffix in zip(axes, studies, pairs, suffixes, strict=True):

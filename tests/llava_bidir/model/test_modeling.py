@@ -10,6 +10,7 @@ from tolerances import rounding
 from transformers import AutoModelForImageTextToText
 
 from llava_bidir import IMAGE_ATTENTION
+from llava_bidir.model.modeling_llava_bidir import CACHE
 
 pytestmark = pytest.mark.numerics
 
@@ -69,10 +70,12 @@ def test_save_and_load_keep_the_mask_and_the_logits(tmp_path):
     assert code <= {file.name for file in tmp_path.iterdir()}
 
 
-def test_images_after_cached_tokens_are_rejected():
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
+def test_images_after_cached_tokens_are_rejected(name):
+    """Whatever the caller and this transformers call the cache."""
     model = tiny_models.model("bidirectional")
     ids, _ = tiny_models.ids("tt")
-    cache = model(input_ids=ids, use_cache=True).past_key_values
+    cache = model(input_ids=ids, use_cache=True)[CACHE]
     later, _ = tiny_models.ids("iiii")
     with pytest.raises(ValueError, match="got images after cached tokens"):
-        model(input_ids=later, pixel_values=tiny_models.pixels(1), past_key_values=cache)
+        model(input_ids=later, pixel_values=tiny_models.pixels(1), **{name: cache})

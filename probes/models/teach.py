@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llava_bidir.common.errors import UserError
 
-from .concept_probes import ConceptProbes, Paint, make_folds, solve_concepts
+from .concept_probes import ConceptProbes, Folds, Paint, make_folds, solve_concepts
 from .knockout import Knockout
 from .random_init import random_layers
 
@@ -134,24 +134,29 @@ def score_sites(probes: ConceptProbes, states: Mapping[str, Tensor]) -> "pd.Data
     for site, x in states.items():
         estimate = (np.nan, np.nan, np.nan)
         if probes.folds.of is not None:
-            estimate = _score(probes.left_out(x, site) == paint.concept, paint, concepts, probes.folds.by_photo)
+            estimate = _score(probes.left_out(x, site) == paint.concept, paint, concepts, probes.folds)
         rows.append((site, *estimate, 1 / concepts))
     return pd.DataFrame(rows, columns=["site", "score", "low", "high", "chance"])
 
 
-def _score(right: Tensor, paint: Paint, concepts: int, by_photo: bool) -> tuple[float, float, float]:
-    """Return mean accuracy of the concepts, and its 95% interval over photos: the jackknife with Student's t."""
+def _score(right: Tensor, paint: Paint, concepts: int, folds: Folds) -> tuple[float, float, float]:
+    """Return mean accuracy of the concepts, and its 95% interval over photos: the jackknife with Student's t.
+
+    Probes of different folds have seen the same photos, so the variance is multiplied by 1 + F / (F - 1) for F folds.
+    Source: Nadeau and Bengio, Inference for the Generalization Error, 2003.
+    """
     photos = int(paint.photo.max()) + 1
     counts = torch.zeros(2, photos, concepts, dtype=torch.float64)
     counts[0].index_put_((paint.photo, paint.concept), right.double(), accumulate=True)
     counts[1].index_put_((paint.photo, paint.concept), torch.ones_like(right, dtype=torch.float64), accumulate=True)
     mean_accuracy = lambda sums: (sums[0] / sums[1]).mean(-1)
     score = mean_accuracy(counts.sum(1)).item()
-    if not by_photo or photos < FEWEST_PHOTOS:
+    if not folds.by_photo or photos < FEWEST_PHOTOS:
         return score, np.nan, np.nan
     without = mean_accuracy(counts.sum(1, keepdim=True) - counts)  # f64[P], the score without each photo
-    error = ((photos - 1) * (without - without.mean()).square().mean()).sqrt().item()
-    half = student_t.ppf(0.975, photos - 1) * error
+    variance = (photos - 1) * (without - without.mean()).square().mean().item()
+    count = int(folds.of.max()) + 1
+    half = student_t.ppf(0.975, photos - 1) * (variance * (1 + count / (count - 1))) ** 0.5
     return score, max(0.0, score - half), min(1.0, score + half)
 
 

@@ -71,11 +71,12 @@ def test_loss_is_that_of_each_sample_alone(name, parts):
 def test_a_training_that_is_right_is_not_warned_of_images_that_are_read_as_text(
     parts, conversations, tmp_path, monkeypatch
 ):
-    """Losses, answers in validation, and the check of the export, on samples with images and without."""
+    """Losses, answers in validation, and the check of the export, on batches with images and of text alone."""
     warnings = []
     monkeypatch.setattr(modeling_llava_bidir.logger, "warning_once", warnings.append)
     command = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path)]
-    main([*command, "--model.image_attention", "bidirectional", "--trainer.max_epochs", "1"])
+    command += ["--data.micro_batch_size", "1", "--trainer.max_epochs", "1"]
+    main([*command, "--model.image_attention", "bidirectional"])
     assert (tmp_path / "hf/model.safetensors").is_file() and not warnings
 
 

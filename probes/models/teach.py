@@ -143,7 +143,10 @@ def _score(right: Tensor, paint: Paint, concepts: int, folds: Folds) -> tuple[fl
     """Return mean accuracy of the concepts, and its 95% interval over photos: the jackknife with Student's t.
 
     Probes of different folds have seen the same photos, so the variance is multiplied by 1 + F / (F - 1) for F folds.
-    Source: Nadeau and Bengio, Inference for the Generalization Error, 2003.
+    If no photo differs from the others, each bound leaves room for the share of photos that could: the exact interval
+    of a proportion that was 0 of P.
+
+    Source: Nadeau and Bengio, Inference for the Generalization Error, 2003; Clopper and Pearson 1934.
     """
     photos = int(paint.photo.max()) + 1
     counts = torch.zeros(2, photos, concepts, dtype=torch.float64)
@@ -157,6 +160,8 @@ def _score(right: Tensor, paint: Paint, concepts: int, folds: Folds) -> tuple[fl
     variance = (photos - 1) * (without - without.mean()).square().mean().item()
     count = int(folds.of.max()) + 1
     half = student_t.ppf(0.975, photos - 1) * (variance * (1 + count / (count - 1))) ** 0.5
+    if (without == without[0]).all():
+        half = 1 - 0.025 ** (1 / photos)
     return score, max(0.0, score - half), min(1.0, score + half)
 
 

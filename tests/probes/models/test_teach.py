@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 
@@ -82,6 +83,14 @@ def test_intervals_of_random_paint_hold_chance():
         curve = teach.score_sites(solve_concepts({"x": states}, paint, make_folds(paint, 20)), {"x": states})
         held += bool(curve.low[0] <= 0.5 <= curve.high[0])
     assert held >= 95
+
+
+def test_photos_that_are_all_right_leave_room_for_one_that_is_not():
+    paint = Paint(torch.arange(2).repeat(10), torch.arange(10).repeat_interleave(2), torch.arange(2).repeat(10))
+    states = {"x": torch.eye(2)[paint.concept]}
+    curve = teach.score_sites(solve_concepts(states, paint, make_folds(paint, 2)), states)
+    exact = scipy.stats.binomtest(10, 10).proportion_ci(0.95, "exact")
+    assert curve.score[0] == 1 and (curve.low[0], curve.high[0]) == pytest.approx((exact.low, exact.high))
 
 
 def test_random_curve_has_the_same_encoder_and_gives_the_trained_weights_back(mllm):

@@ -266,7 +266,8 @@ def test_everything_works_by_keyboard(open_tab):
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 720), (2560, 1300)])
 def test_slider_and_panels_are_above_the_fold_and_nothing_is_cut_off(open_tab, width, height):
     tab = open_tab("#photo=split:0&patches=0", viewport={"width": width, "height": height})
-    tab.evaluate("""$("#site-name b").textContent = "final norm"; $("#site-name span").textContent = "33 of 33"; undefined""")
+    tab.evaluate('$("#site-name b").textContent = "final norm"')
+    tab.evaluate('$("#site-name span").textContent = "33 of 33"')
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
     for selector in ("#play", "#site", ".stage"):
         box = tab.locator(selector).first.bounding_box()

@@ -13,6 +13,10 @@ class UserError(ValueError):
     """Invalid input; the message names the file, sample or option, what was expected, and what to do."""
 
 
+class NothingToMeasure(UserError):
+    """An analysis has no case, e.g. because the probes make no mistakes; a study goes on without it."""
+
+
 @contextmanager
 def one_line_errors(program: str, argv: list[str] | tuple[str, ...] = ()) -> Iterator[None]:
     """End the program with one line on a `UserError` (status 1) or Ctrl-C (130); other exceptions pass through.

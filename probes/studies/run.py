@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_bidir.common.atomic_io import read_json, write_files
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses import ANALYSES
 from probes.cli import run_command
@@ -73,15 +73,22 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
     steps, out = make_plan(settings), settings.out
     part = "+".join([*filter(None, settings.models), *(settings.arms or ())]).replace("/", ".")
     with exclusive_run_lock(out, part or "study"):  # jobs of other models or arms can run meanwhile
-        missing = _missing(steps, out, _changed_models(steps, overwrite))
+        missing, left_out = _missing(steps, out, _changed_models(steps, overwrite)), set()
         for i, step in enumerate(missing):
             if step.kind == "report" and not any(run.name == "trained" for run in finished_runs(out)):
                 print("no report: the trained model is not solved yet")
                 continue
+            if (step.kind, *step.needs[-1:]) in left_out:  # of the trained model, which its control is compared with
+                continue
             left = _time_left(missing[i:], out)
             print(f"[{i + 1}/{len(missing)}] {step.name}{left and f', {left}'}", flush=True)
             command, started = _command(step, out, overwrite), time.perf_counter()
-            _run_step(step, command, settings)
+            try:
+                _run_step(step, command, settings)
+            except NothingToMeasure as error:
+                print(f"left out: {error}", flush=True)
+                left_out.add((step.kind, *step.needs[-1:]))
+                continue
             write_files({_record_file(step, out): _record(step, out, time.perf_counter() - started)})
         if any(step.kind == "report" for step in missing):
             write_table(out)  # like the report, by one job only
@@ -209,6 +216,7 @@ def _run_step(step: Step, command: list[str], settings: Settings) -> None:
 
     Raises:
         UserError: The command has failed on its input.
+        NothingToMeasure: It has no case.
     """
     log_file = settings.out / "study.log"
     with _output_to(log_file):
@@ -220,6 +228,8 @@ def _run_step(step: Step, command: list[str], settings: Settings) -> None:
             failed = False
             try:
                 run_command(command)
+            except NothingToMeasure:
+                raise
             except UserError as error:
                 raise UserError(f"{step.name}: {error}") from None
     if failed:

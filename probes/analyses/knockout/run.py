@@ -29,7 +29,7 @@ from torch import Tensor
 
 from llava_bidir.common.atomic_io import write_files
 from llava_bidir.common.bootstrap import bootstrap_weights, random_swaps
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.errors import NothingToMeasure, UserError
 from llava_bidir.common.run_lock import exclusive_run_lock
 from probes.analyses.batch_cache import cached_batches
 from probes.analyses.replacement import check_replaceable
@@ -58,7 +58,8 @@ def knockout(run: ProbeRun, plan: Plan, out: Path) -> dict[str, Any]:
     The same call resumes after the last finished batch if a previous one was killed.
 
     Raises:
-        UserError: The plan does not fit the run, or no image has patches wrongly predicted as any of the classes.
+        UserError: The plan does not fit the run.
+        NothingToMeasure: No image has patches wrongly predicted as any of the classes.
     """
     plan.check(run)
     reader = PatchReader(run)
@@ -119,7 +120,7 @@ def _compute_cases(run: ProbeRun, plan: Plan, reader: PatchReader, partial: Path
     keys = dict.fromkeys(key for batch in batches for key in batch)
     if not keys:
         shutil.rmtree(partial)
-        raise UserError(
+        raise NothingToMeasure(
             f"{run.path}: no image has {plan.min_patches} or more patches wrongly predicted as "
             f"{' or '.join(plan.classes)}; choose other --classes (such as auto:5) or fewer --min-patches"
         )

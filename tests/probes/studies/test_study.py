@@ -199,6 +199,16 @@ def test_a_study_from_python(checkpoints, segmentation, tmp_path):
         study.claims()
 
 
+@pytest.mark.slow
+def test_an_analysis_without_a_case_is_left_out_with_its_controls(checkpoints, segmentation, tmp_path, capsys):
+    """As of few photos painted in the lab, of which the probes are right everywhere."""
+    more = {"only": ["solve", "knockout", "report"], "add": ["knockout.min-patches=99"], "options": OPTIONS}
+    study = probes.study(checkpoints["causal"], segmentation, out=tmp_path, draws=1, **more)
+    said = capsys.readouterr().out
+    assert said.count("left out: ") == 1 and "no image has 99 or more patches wrongly predicted" in said
+    assert "random0/knockout" not in said and len(study.claims()) and not list(tmp_path.rglob("knockout.json"))
+
+
 def test_options_of_the_solver_are_not_given_to_fit(checkpoints, segmentation, tmp_path):
     given = ("-c", "configs/demo/probes.yaml", "--strengths", "0.1", "1", "--data.batch_size", "2", "--passes", "2")
     settings = Settings({"": str(checkpoints["causal"])}, str(segmentation), tmp_path, fit=True, options=given)

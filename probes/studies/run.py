@@ -78,7 +78,7 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
             if step.kind == "report" and not any(run.name == "trained" for run in finished_runs(out)):
                 print("no report: the trained model is not solved yet")
                 continue
-            if (step.kind, *step.needs[-1:]) in left_out:  # of the trained model, which its control is compared with
+            if (step.kind, *step.needs[-1:]) in left_out:  # of the trained model, which its controls are compared with
                 continue
             left = _time_left(missing[i:], out)
             print(f"[{i + 1}/{len(missing)}] {step.name}{left and f', {left}'}", flush=True)
@@ -87,7 +87,7 @@ def run_study(settings: Settings, overwrite: bool = False) -> None:
                 _run_step(step, command, settings)
             except NothingToMeasure as error:
                 print(f"left out: {error}", flush=True)
-                left_out.add((step.kind, *step.needs[-1:]))
+                left_out.add((step.kind, *step.needs[:1]))  # its own arm
                 continue
             write_files({_record_file(step, out): _record(step, out, time.perf_counter() - started)})
         if any(step.kind == "report" for step in missing):

@@ -16,8 +16,9 @@ from processes import HANGING_S
 from run_bytes import run_bytes
 
 import probes
-from llava_bidir.common.errors import UserError
+from llava_bidir.common.errors import NothingToMeasure, UserError
 from probes.cli import main
+from probes.studies import run
 from probes.studies.command import label_models
 from probes.studies.plan import Settings, Step, make_plan
 from probes.studies.run import _command
@@ -207,6 +208,21 @@ def test_an_analysis_without_a_case_is_left_out_with_its_controls(checkpoints, s
     said = capsys.readouterr().out
     assert said.count("left out: ") == 1 and "no image has 99 or more patches wrongly predicted" in said
     assert "random0/knockout" not in said and len(study.claims()) and not list(tmp_path.rglob("knockout.json"))
+
+
+def test_a_control_without_a_case_leaves_out_no_other(checkpoints, segmentation, tmp_path, monkeypatch):
+    ran = []
+
+    def run_step(step: Step, *_) -> None:
+        ran.append(step.name)
+        if step.name == "random0/knockout":
+            raise NothingToMeasure("no case")
+
+    monkeypatch.setattr(run, "_run_step", run_step)
+    monkeypatch.setattr(run, "_command", lambda step, *_: step.command)
+    models = {"": str(checkpoints["causal"])}
+    run.run_study(Settings(models, str(segmentation), tmp_path, draws=2, only=("solve", "knockout")))
+    assert {f"{arm}/knockout" for arm in ("trained", "random0", "random1")} <= set(ran)
 
 
 def test_options_of_the_solver_are_not_given_to_fit(checkpoints, segmentation, tmp_path):

@@ -81,7 +81,10 @@ def write_cityscapes_depth(root: Path) -> Path:
         disparity = depth_map(len(name), high=33_000)
         disparity[0, 1] = 1
         picture(root / "disparity" / split / city, f"{name}_disparity.png", disparity)
-        camera = {"extrinsic": {"baseline": 0.209313}, "intrinsic": {"fx": 2262.52 + int(name[-13:-7])}}
+        camera = {
+            "extrinsic": {"baseline": 0.209313},
+            "intrinsic": {"fx": 2262.52 + int(name[-13:-7])},
+        }
         (root / "camera" / split / city).mkdir(parents=True, exist_ok=True)
         (root / "camera" / split / city / f"{name}_camera.json").write_text(json.dumps(camera))
     return root
@@ -89,7 +92,11 @@ def write_cityscapes_depth(root: Path) -> Path:
 
 def write_nyuv2(root: Path, size=(6, 9)) -> Path:
     """Two scenes of training, one of test, as written by BTS's script; depth up to 12 m."""
-    for split, scene, numbers in (("train", "bedroom", (5, 6)), ("train", "cafe", (2,)), ("test", "kitchen", (0, 1))):
+    for split, scene, numbers in (
+        ("train", "bedroom", (5, 6)),
+        ("train", "cafe", (2,)),
+        ("test", "kitchen", (0, 1)),
+    ):
         for number in numbers:
             picture(root / split / scene, f"rgb_{number:05d}.jpg", photo(number, size))
             picture(root / split / scene, f"sync_depth_{number:05d}.png", depth_map(number, size))
@@ -100,7 +107,11 @@ def unit_normals(seed: int, size=(6, 9)) -> np.ndarray:
     """Random unit vectors towards the viewer as 8-bit RGB; the first is black, no value."""
     vectors = np.random.default_rng(seed).standard_normal((*size, 3))
     vectors[..., 2] = abs(vectors[..., 2])
-    encoded = ((vectors / np.linalg.norm(vectors, axis=-1, keepdims=True) + 1) * 127.5).round().astype(np.uint8)
+    encoded = (
+        ((vectors / np.linalg.norm(vectors, axis=-1, keepdims=True) + 1) * 127.5)
+        .round()
+        .astype(np.uint8)
+    )
     encoded[0, 0] = 0
     return encoded
 
@@ -112,7 +123,11 @@ def write_folder_targets(root: Path, size=(6, 9)) -> Path:
             picture(root / "images" / split, f"{i}.png", photo(i, size))
             picture(root / "depth" / split, f"{i}.png", depth_map(i, size))
             picture(root / "normals" / split, f"{i}.png", unit_normals(i, size))
-            picture(root / "instances" / split, f"{i}.png", labels(i, [0, 3, 7], size).astype(np.uint16) * 100)
+            picture(
+                root / "instances" / split,
+                f"{i}.png",
+                labels(i, [0, 3, 7], size).astype(np.uint16) * 100,
+            )
             picture(root / "annotations" / split, f"{i}.png", labels(i, [0, 1, 255], size))
     (root / "targets.json").write_text('{"depth_scale": 0.001}')
     (root / "classes.json").write_text('{"classes": ["wall", "floor"]}')

@@ -49,7 +49,9 @@ def fit_one_step(
         return train(batch, batch_idx)
 
     def recorded_step(optimizer):
-        results["gradients"] = {n: p.grad.clone() for n, p in module.model.named_parameters() if p.requires_grad}
+        results["gradients"] = {
+            n: p.grad.clone() for n, p in module.model.named_parameters() if p.requires_grad
+        }
         results["model"] = module.model
         step(optimizer)
 

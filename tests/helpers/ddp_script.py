@@ -34,11 +34,19 @@ from llava_bidir.training.module import LlavaTraining
 
 SPEC = json.loads(Path(sys.argv[1]).read_text())
 OUT = Path(SPEC["out"])
-MIDDLE, END = 2, 6  # optimizer steps with checkpoints: inside the first epoch of three steps, and after the second
+# Optimizer steps with checkpoints: inside the first epoch of three steps, and after the second
+MIDDLE, END = (
+    2,
+    6,
+)
 TIMEOUT_MINUTES = SPEC.get("timeout_minutes", 30)
 FAULTY = {MIDDLE: "fault/good.ckpt", END: "fault/bad.ckpt"}
 # 0 lets ZeRO-3 partition and release parameters of a model this small
-THRESHOLDS = ("stage3_param_persistence_threshold", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+THRESHOLDS = (
+    "stage3_param_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+)
 
 
 def build_strategy(name: str):
@@ -67,7 +75,9 @@ class Recorder(Callback):
             trainer.save_checkpoint(OUT / self.save[trainer.global_step])
 
 
-def prepare(strategy: str, precision: str, llm: str = "llm", callbacks=(), epochs: int = 2, **settings):
+def prepare(
+    strategy: str, precision: str, llm: str = "llm", callbacks=(), epochs: int = 2, **settings
+):
     torch.manual_seed(0)
     encoder, llm = Encoder("clip", SPEC["encoder"], layer=-1), SPEC[llm]
     settings |= {"learning_rate": 1e-2, "adapter_learning_rate": 5e-3, "max_new_tokens": 3}
@@ -103,14 +113,22 @@ def prepare(strategy: str, precision: str, llm: str = "llm", callbacks=(), epoch
     return trainer, module, data
 
 
-def fit(strategy: str, precision: str, resume: str | None = None, save=None, callbacks=(), **kwargs) -> dict:
+def fit(
+    strategy: str, precision: str, resume: str | None = None, save=None, callbacks=(), **kwargs
+) -> dict:
     recorder = Recorder(save or {})
     trainer, module, data = prepare(strategy, precision, callbacks=[recorder, *callbacks], **kwargs)
     trainer.fit(module, datamodule=data, ckpt_path=OUT / resume if resume else None)
     parameters = list(module.model.named_parameters())
-    shares = {name: (p.numel(), p.ds_numel, p.ds_tensor.numel()) for name, p in parameters if hasattr(p, "ds_id")}
+    shares = {
+        name: (p.numel(), p.ds_numel, p.ds_tensor.numel())
+        for name, p in parameters
+        if hasattr(p, "ds_id")
+    }
     with gather_parameters(module.model):
-        weights = {name: tensor.detach().clone() for name, tensor in module.model.state_dict().items()}
+        weights = {
+            name: tensor.detach().clone() for name, tensor in module.model.state_dict().items()
+        }
     metrics = {k: float(v) for k, v in trainer.callback_metrics.items()}
     results = {"losses": recorder.losses, "text_only": recorder.text_only, "weights": weights}
     return results | {"metrics": metrics, "shares": shares}
@@ -149,7 +167,9 @@ def kill_self():
 
 def kill_in_save(strategy, precision):
     """Kill rank 1 while it writes its shard of the second checkpoint."""
-    return fit(strategy, precision, llm="dropout_llm", save=FAULTY, callbacks=[FaultInSave(kill_self)])
+    return fit(
+        strategy, precision, llm="dropout_llm", save=FAULTY, callbacks=[FaultInSave(kill_self)]
+    )
 
 
 def disk_full_in_save(strategy, precision):
@@ -160,7 +180,12 @@ def disk_full_in_save(strategy, precision):
 
 def kill_in_step(strategy, precision):
     """Kill rank 1 inside an epoch, while rank 0 trains a micro-batch."""
-    return fit(strategy, precision, save={MIDDLE: FAULTY[MIDDLE]}, callbacks=[Fault(kill_self), ExportModel()])
+    return fit(
+        strategy,
+        precision,
+        save={MIDDLE: FAULTY[MIDDLE]},
+        callbacks=[Fault(kill_self), ExportModel()],
+    )
 
 
 def stall_in_step(strategy, precision):
@@ -170,7 +195,9 @@ def stall_in_step(strategy, precision):
         while not (OUT / f"{strategy}:stall_in_step:{precision}.0.pt").exists():
             time.sleep(0.1)
 
-    return fit(strategy, precision, save={MIDDLE: FAULTY[MIDDLE]}, callbacks=[Fault(stall), ExportModel()])
+    return fit(
+        strategy, precision, save={MIDDLE: FAULTY[MIDDLE]}, callbacks=[Fault(stall), ExportModel()]
+    )
 
 
 class Fault(Callback):
@@ -200,7 +227,9 @@ class FaultInSave(Fault):
             try:
                 original(state, file, *args, **kwargs)
             finally:  # this process can still write its log
-                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+                resource.setrlimit(
+                    resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+                )
 
         torch.save = save
 

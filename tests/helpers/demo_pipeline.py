@@ -23,21 +23,61 @@ def run(out: Path) -> None:
     assets, model, few = out / "assets", out / "stage2/hf", ["--trainer.max_epochs", "2"]
     llava_bidir(["demo-assets", str(assets), "--scale", "0.01"])
     llava_bidir(
-        ["fit", "-c", "configs/demo/stage2.yaml", "--out", str(out / "stage2"), "--model.llm", str(assets / "llm")]
-        + ["--model.encoder.path", str(assets / "encoder"), "--data.annotations", str(assets / "dialogues.json")]
+        [
+            "fit",
+            "-c",
+            "configs/demo/stage2.yaml",
+            "--out",
+            str(out / "stage2"),
+            "--model.llm",
+            str(assets / "llm"),
+        ]
+        + [
+            "--model.encoder.path",
+            str(assets / "encoder"),
+            "--data.annotations",
+            str(assets / "dialogues.json"),
+        ]
         + ["--data.val_annotations", str(assets / "questions.json"), "--data.images", str(assets)]
     )
     runs = [str(out / mask) for mask in MASKS]
     for mask, path in zip(MASKS, runs, strict=True):
         probes(
-            ["fit", "-c", "configs/demo/probes.yaml", "--model.mllm", str(model), "--model.image_attention", mask, *few]
+            [
+                "fit",
+                "-c",
+                "configs/demo/probes.yaml",
+                "--model.mllm",
+                str(model),
+                "--model.image_attention",
+                mask,
+                *few,
+            ]
             + ["--save_predictions", "true", "--out", path]
             + ["--data.root", str(assets / "segmentation")]
         )
-        probes(["knockout", "--probes", path, "--classes", "auto:3", "--controls", "distance", "--draws", "2"])
+        probes(
+            [
+                "knockout",
+                "--probes",
+                path,
+                "--classes",
+                "auto:3",
+                "--controls",
+                "distance",
+                "--draws",
+                "2",
+            ]
+        )
     probes(
         ["solve", "-c", "configs/demo/probes.yaml", "--model.mllm", str(model), "--data.root"]
-        + [str(assets / "segmentation"), "--out", str(out / "solved"), "--model.sites", "[encoder, adapter, layer_01]"]
+        + [
+            str(assets / "segmentation"),
+            "--out",
+            str(out / "solved"),
+            "--model.sites",
+            "[encoder, adapter, layer_01]",
+        ]
         + ["--folds", "2", "--strengths", "1e-2", "1"]
     )
     probes(["maps", "--probes", runs[0], "--image", "0", "1"])

@@ -24,8 +24,15 @@ class DeviceReads(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._schema.name.split("::")[1]
         masked = name.startswith("index") and any(
-            i is not None and i.dtype == torch.bool for a in args if isinstance(a, list | tuple) for i in a
+            i is not None and i.dtype == torch.bool
+            for a in args
+            if isinstance(a, list | tuple)
+            for i in a
         )
-        if name.startswith(self.NAMES) or masked or (name == "repeat_interleave" and not isinstance(args[1], int)):
+        if (
+            name.startswith(self.NAMES)
+            or masked
+            or (name == "repeat_interleave" and not isinstance(args[1], int))
+        ):
             self.reads.append(name)
         return function(*args, **kwargs or {})

@@ -6,7 +6,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-INDEXED_BY = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
+INDEXED_BY = (
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+)
 
 
 class FakeWeights(TorchDispatchMode):
@@ -34,6 +38,8 @@ def _numbers(indices: list[Tensor | None]) -> list[Tensor | None]:
     """Return indices with real masks replaced by the positions of their True values, so that the number is known."""
     numbers: list[Tensor | None] = []
     for index in indices:
-        is_mask = index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
+        is_mask = (
+            index is not None and index.dtype == torch.bool and not isinstance(index, FakeTensor)
+        )
         numbers += index.nonzero().unbind(1) if is_mask else [index]
     return numbers

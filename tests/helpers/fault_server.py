@@ -27,7 +27,11 @@ def on_change(folder: Path, do: Callable[[int], None]) -> Callable[[], int]:
         opens = event == "open" and (arguments[2] or 0) & WRITING
         if not opens and event not in CHANGES:
             return
-        relative = not opens and arguments[-1] not in (-1, None)  # to an open folder, as in shutil.rmtree
+        # To an open folder, as in shutil.rmtree
+        relative = not opens and arguments[-1] not in (
+            -1,
+            None,
+        )
         if relative or str(arguments[0]).startswith(str(folder)):
             count += 1
             do(count)

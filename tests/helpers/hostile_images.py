@@ -15,9 +15,16 @@ SIZE = (12, 8)  # width and height, where there is a picture
 
 def png(width: int, height: int, depth: int = 8, colour: int = 0, data: bytes = b"") -> bytes:
     """Return a PNG with this header; `data` may be too short for it."""
-    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    chunk = lambda kind, body: (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    )
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data, 9)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(data, 9))
+        + chunk(b"IEND", b"")
+    )
 
 
 def encoded(image: Image.Image, format: str, **kwargs) -> bytes:
@@ -28,13 +35,20 @@ def encoded(image: Image.Image, format: str, **kwargs) -> bytes:
 
 def noise(mode: str = "RGB") -> Image.Image:
     shape = (SIZE[1], SIZE[0], {"RGB": 3, "RGBA": 4, "CMYK": 4}.get(mode, 1))
-    return Image.fromarray(np.random.default_rng(0).integers(0, 255, shape, np.uint8).squeeze(), mode)
+    return Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, shape, np.uint8).squeeze(), mode
+    )
 
 
 def with_comment(size: int) -> bytes:
     """Return a PNG with a compressed comment of `size` bytes."""
     body = b"Comment\0\0" + zlib.compress(b"a" * size, 9)
-    chunk = struct.pack(">I", len(body)) + b"zTXt" + body + struct.pack(">I", zlib.crc32(b"zTXt" + body))
+    chunk = (
+        struct.pack(">I", len(body))
+        + b"zTXt"
+        + body
+        + struct.pack(">I", zlib.crc32(b"zTXt" + body))
+    )
     plain = encoded(noise(), "PNG")
     return plain[:33] + chunk + plain[33:]
 
@@ -52,13 +66,22 @@ REJECTED: dict[str, tuple[bytes, str]] = {
         png(12_000, 12_000),
         "12,000 x 12,000 px.*MAX_IMAGE_PIXELS.*decompression bomb",
     ),
-    "one_row_that_padding_makes_a_bomb.png": (png(60_000, 1, data=bytes(60_001)), "60,000 x 1 px; a square of"),
-    "bomb_in_a_comment.png": (with_comment(80 << 20), "(?i)decompressed data too large|text memory"),
+    "one_row_that_padding_makes_a_bomb.png": (
+        png(60_000, 1, data=bytes(60_001)),
+        "60,000 x 1 px; a square of",
+    ),
+    "bomb_in_a_comment.png": (
+        with_comment(80 << 20),
+        "(?i)decompressed data too large|text memory",
+    ),
     "zero_size.png": (png(0, 0), UNKNOWN),
     "no_bytes.jpg": (b"", UNKNOWN),
     "cut_off.jpg": (encoded(noise(), "JPEG")[:-60], "truncated"),
     "cut_off.png": (encoded(noise(), "PNG")[:-60], "truncated|broken"),
-    "cut_within_the_header.jpg": (encoded(noise(), "JPEG")[:20], "cannot identify|Truncated|truncated"),
+    "cut_within_the_header.jpg": (
+        encoded(noise(), "JPEG")[:20],
+        "cannot identify|Truncated|truncated",
+    ),
     "page.jpg": (b"<!DOCTYPE html><html><body>404 Not Found</body></html>", UNKNOWN),
     "text.png": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", UNKNOWN),
     "postscript.jpg": (POSTSCRIPT, UNKNOWN),

@@ -27,7 +27,10 @@ N, L = 40, 4
 
 def write_knockout(run: ProbeRun, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Write a knockout into the folder of a run, and return knockout.json."""
-    save_file({key: values.contiguous() for key, values in tensors.items()}, run.path / "knockout.safetensors")
+    save_file(
+        {key: values.contiguous() for key, values in tensors.items()},
+        run.path / "knockout.safetensors",
+    )
     classes = [name for name in CLASSES if f"{name}/image" in tensors]
     results, _ = summarise_cases(run, Plan(classes), tensors, {})
     (run.path / "knockout.json").write_text(json.dumps(results))
@@ -35,7 +38,11 @@ def write_knockout(run: ProbeRun, tensors: dict[str, torch.Tensor]) -> dict[str,
 
 
 def simulate(
-    rng: np.random.Generator, effects: dict[str, np.ndarray], conditions=CONDITIONS, cases: int = N, noise: float = 0.3
+    rng: np.random.Generator,
+    effects: dict[str, np.ndarray],
+    conditions=CONDITIONS,
+    cases: int = N,
+    noise: float = 0.3,
 ) -> dict[str, torch.Tensor]:
     """Return a knockout of `cases` cases per class, in which `effects[class]` shifts incorrect and correct.
 
@@ -52,6 +59,10 @@ def simulate(
         for condition in conditions:
             shift = {"incorrect": incorrect, "correct": correct}.get(condition, 0)
             for outcome, sign in (("rate", 1), ("still_wrong", 0.5)):
-                values = shift + shared[condition][images, None] + rng.normal(0, noise, (cases, L + 1))
-                tensors[f"{name}/{outcome_key(outcome, condition)}"] = torch.tensor(sign * values, dtype=torch.float32)
+                values = (
+                    shift + shared[condition][images, None] + rng.normal(0, noise, (cases, L + 1))
+                )
+                tensors[f"{name}/{outcome_key(outcome, condition)}"] = torch.tensor(
+                    sign * values, dtype=torch.float32
+                )
     return tensors

@@ -25,8 +25,26 @@ def fit_runs(checkpoints, folder) -> list[str]:
     root = tiny_models.write_segmentation(folder / "data", training=4, validation=5, seed=5)
     runs = [str(folder / mask) for mask in ("causal", "bidirectional")]
     for mask, run in zip(("causal", "bidirectional"), runs, strict=True):
-        demo = ["-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "1", "--data.batch_size", "2"]
-        main(["fit", *demo, "--model.mllm", str(checkpoints[mask]), "--data.root", str(root), "--out", run])
+        demo = [
+            "-c",
+            "configs/demo/probes.yaml",
+            "--trainer.max_epochs",
+            "1",
+            "--data.batch_size",
+            "2",
+        ]
+        main(
+            [
+                "fit",
+                *demo,
+                "--model.mllm",
+                str(checkpoints[mask]),
+                "--data.root",
+                str(root),
+                "--out",
+                run,
+            ]
+        )
     return runs
 
 
@@ -49,11 +67,15 @@ def serve(session: Session):
         thread.join(20)
 
 
-def send(port: int, method: str, path: str, body: bytes | str | None = None, **headers) -> tuple[int, bytes]:
+def send(
+    port: int, method: str, path: str, body: bytes | str | None = None, **headers
+) -> tuple[int, bytes]:
     """Send a request with the token's cookie; return status and body. Headers replace the usual ones."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     usual = {"Cookie": f"lab-{port}={TOKEN}", "Host": f"127.0.0.1:{port}"}
-    connection.request(method, path, body, {k: v for k, v in (usual | headers).items() if v is not None})
+    connection.request(
+        method, path, body, {k: v for k, v in (usual | headers).items() if v is not None}
+    )
     response = connection.getresponse()
     content = response.read()
     connection.close()
@@ -73,10 +95,15 @@ def browser_tabs(chromium, port):
     contexts, errors = [], []
 
     def open_tab(fragment: str = "", **settings):
-        contexts.append(chromium.new_context(**({"viewport": {"width": 1280, "height": 720}} | settings)))
+        contexts.append(
+            chromium.new_context(**({"viewport": {"width": 1280, "height": 720}} | settings))
+        )
         tab, own = contexts[-1].new_page(), (f"http://127.0.0.1:{port}/", "data:", "blob:")
         tab.on("pageerror", lambda error: errors.append(str(error)))
-        tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        tab.on(
+            "console",
+            lambda message: errors.append(message.text) if message.type == "error" else None,
+        )
         tab.on("request", lambda r: None if r.url.startswith(own) else errors.append(r.url))
         tab.goto(f"http://127.0.0.1:{port}/?token={TOKEN}{fragment}")
         tab.wait_for_selector("html[data-ready]")
@@ -95,11 +122,15 @@ def settle(tab):
 
 
 def address(tab) -> dict[str, str]:
-    return {key: value for key, (value,) in parse_qs(tab.evaluate("location.hash.slice(1)")).items()}
+    return {
+        key: value for key, (value,) in parse_qs(tab.evaluate("location.hash.slice(1)")).items()
+    }
 
 
 def point(tab, patch: int, panel: int = 0) -> tuple[float, float]:
     """Return the screen position of the centre of a patch of the 2 x 2 grid."""
     tab.locator("#panels canvas").nth(panel).scroll_into_view_if_needed()
     box = tab.locator("#panels canvas").nth(panel).bounding_box()
-    return box["x"] + box["width"] * (0.25 + patch % 2 / 2), box["y"] + box["height"] * (0.25 + patch // 2 / 2)
+    return box["x"] + box["width"] * (0.25 + patch % 2 / 2), box["y"] + box["height"] * (
+        0.25 + patch // 2 / 2
+    )

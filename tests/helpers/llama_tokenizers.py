@@ -23,8 +23,10 @@ LLAMAS = {  # trainer_spec and normalizer_spec of Llama's tokenizer.model
 
 def write_tokenizer(folder: Path, pieces: int = 4000, **settings) -> Path:
     """Train a tokenizer on Python's reference manual and write it as the hub has Vicuna's; return its folder."""
-    text = re.sub("<(?=[ip])", "< ", "\n".join(topics.values()))  # Llama has no piece with "<i" or "<p", either
-    text += "\na US (USER)" * 500  # Llama has "USER" and "▁US", not "▁USER": LLaVA counts its labels on that
+    # Llama has no piece with "<i" or "<p", either
+    text = re.sub("<(?=[ip])", "< ", "\n".join(topics.values()))
+    # Llama has "USER" and "▁US", not "▁USER": LLaVA counts its labels on that
+    text += "\na US (USER)" * 500
     trained = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(text.splitlines()),
@@ -41,7 +43,12 @@ def write_tokenizer(folder: Path, pieces: int = 4000, **settings) -> Path:
         model.pieces.add(piece=f"\ue000{i}", score=-i)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())
-    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "padding_side": "right"}
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "add_bos_token": True,
+        "padding_side": "right",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
@@ -69,15 +76,29 @@ class SlowLlama:
         return ids
 
 
-WHITE_SPACE = [" ", "  ", "    ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u3000", "▁", "▁▁", "\u200b", "\x00"]
-CODE = "def f(x):\n    return x|if (a == b) {|};|// |# |===|----|***|...|_|__init__|<|>|<a>|</|<0x0A>|http://".split(
-    "|"
-)
+WHITE_SPACE = [
+    " ",
+    "  ",
+    "    ",
+    "\n",
+    "\n\n",
+    "\t",
+    "\r\n",
+    "\u00a0",
+    "\u3000",
+    "▁",
+    "▁▁",
+    "\u200b",
+    "\x00",
+]
+CODE = (
+    "def f(x):\n    return x|if (a == b) {|};|// |# |===|----|***|...|_|__init__|"
+    "<|>|<a>|</|<0x0A>|http://"
+).split("|")
 WORDS = (
-    "the| a cat|I'm|ASSISTANT:|USER: |2048|3.14|é|e\u0301|ﬁ|日本語|안녕|עברית|👩‍👩‍👧|\U0010ffff|\ufffd|\ue000".split(
-        "|"
-    )
-)
+    "the| a cat|I'm|ASSISTANT:|USER: |2048|3.14|"
+    "é|e\u0301|ﬁ|日本語|안녕|עברית|👩‍👩‍👧|\U0010ffff|\ufffd|\ue000"
+).split("|")
 FRAGMENTS = WHITE_SPACE + CODE + WORDS
 
 
@@ -89,4 +110,5 @@ def texts(*more: str, min_size: int = 0) -> st.SearchStrategy[str]:
         st.builds(str.__mul__, st.sampled_from(" \n\t=-*#_./0a"), st.integers(1, 70)),
     )
     text = st.lists(fragment, min_size=min_size, max_size=12).map("".join)
-    return text.filter(lambda x: "<image>" not in x and "<pad>" not in x)  # hypothesis tries strings of our code, too
+    # Hypothesis tries strings of our code, too
+    return text.filter(lambda x: "<image>" not in x and "<pad>" not in x)

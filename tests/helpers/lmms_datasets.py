@@ -24,7 +24,9 @@ def write_one(folder: Path, config: str, split: str, records: list[dict]) -> Non
     Dataset.from_list(records).to_parquet(folder / f"{config}.parquet")
     readme = folder / "README.md"
     head = readme.read_text().removesuffix("---\n") if readme.exists() else "---\nconfigs:\n"
-    entry = f"- config_name: {config}\n  data_files:\n  - split: {split}\n    path: {config}.parquet\n"
+    entry = (
+        f"- config_name: {config}\n  data_files:\n  - split: {split}\n    path: {config}.parquet\n"
+    )
     readme.write_text(f"{head}{entry}---\n")
 
 
@@ -40,7 +42,12 @@ def gqa_images(items: int) -> Iterator[dict]:
 
 def gqa(items: int) -> Iterator[dict]:
     for i in range(items):
-        yield {"id": f"q{i}", "imageId": f"n{i // 2}", "question": "name the sky?", "answer": WORDS[i % 3]}
+        yield {
+            "id": f"q{i}",
+            "imageId": f"n{i // 2}",
+            "question": "name the sky?",
+            "answer": WORDS[i % 3],
+        }
 
 
 def mmbench(items: int) -> Iterator[dict]:
@@ -49,8 +56,19 @@ def mmbench(items: int) -> Iterator[dict]:
         question, turned = divmod(i, 2)
         options = dict(zip("ABCD", [*WORDS[turned:], *WORDS[:turned], "nan"], strict=True))
         yield {
-            **{"index": question + 1_000_000 * turned, "question": "name it", "hint": "nan", **options},
-            **{"answer": "CB"[turned], "category": "c", "L2-category": "l", "source": "s", "split": "dev"},
+            **{
+                "index": question + 1_000_000 * turned,
+                "question": "name it",
+                "hint": "nan",
+                **options,
+            },
+            **{
+                "answer": "CB"[turned],
+                "category": "c",
+                "L2-category": "l",
+                "source": "s",
+                "split": "dev",
+            },
             **{"comment": "nan", "image": picture(question)},
         }
 
@@ -58,9 +76,16 @@ def mmbench(items: int) -> Iterator[dict]:
 def mme(items: int) -> Iterator[dict]:
     """Alternate between perception and cognition by image."""
     for i in range(items):
-        category, question = ("existence", "code_reasoning")[i // 2 % 2], ("Is it sky?", "Is it wall?")[i % 2]
+        category, question = (
+            ("existence", "code_reasoning")[i // 2 % 2],
+            ("Is it sky?", "Is it wall?")[i % 2],
+        )
         yield {
-            **{"question_id": f"{category}/{i // 2}.png", "category": category, "image": picture(i // 2)},
+            **{
+                "question_id": f"{category}/{i // 2}.png",
+                "category": category,
+                "image": picture(i // 2),
+            },
             **{"question": f"{question} Please answer yes or no.", "answer": ("Yes", "No")[i % 2]},
         }
 
@@ -71,8 +96,14 @@ def mmmu(items: int) -> Iterator[dict]:
         kind = "open" if i % 3 == 2 else "multiple-choice"
         images = {f"image_{n}": picture(i + n) if n <= 1 + i % 2 else None for n in range(1, 8)}
         yield {
-            **{"id": f"validation_Art_{i}", "question": "name <image 1>" + " and <image 2>" * (i % 2)},
-            **{"options": str(WORDS if kind != "open" else []), "answer": "A" if kind != "open" else "sky"},
+            **{
+                "id": f"validation_Art_{i}",
+                "question": "name <image 1>" + " and <image 2>" * (i % 2),
+            },
+            **{
+                "options": str(WORDS if kind != "open" else []),
+                "answer": "A" if kind != "open" else "sky",
+            },
             **{"question_type": kind, **images},
         }
 
@@ -93,23 +124,41 @@ def pope(items: int) -> Iterator[dict]:
 def scienceqa(items: int) -> Iterator[dict]:
     for i in range(items):
         hint = "the sky" * (i % 2)
-        yield {"image": picture(i), "question": "name it", "choices": WORDS, "answer": i % 3, "hint": hint}
+        yield {
+            "image": picture(i),
+            "question": "name it",
+            "choices": WORDS,
+            "answer": i % 3,
+            "hint": hint,
+        }
 
 
 def textvqa(items: int) -> Iterator[dict]:
     for i in range(items):
         yield {
-            **{"image_id": f"t{i // 2}", "question_id": i, "question": "name the road", "image": picture(i // 2)},
+            **{
+                "image_id": f"t{i // 2}",
+                "question_id": i,
+                "question": "name the road",
+                "image": picture(i // 2),
+            },
             **{"ocr_tokens": ["sky", "wall"], "answers": [WORDS[i % 3]] * 3 + ["rest"] * 7},
         }
 
 
 def vizwiz(items: int) -> Iterator[dict]:
     for i in range(items):
-        yield {"question_id": f"v{i}", "image": picture(i), "question": "what is this", "answers": [WORDS[i % 3]] * 10}
+        yield {
+            "question_id": f"v{i}",
+            "image": picture(i),
+            "question": "what is this",
+            "answers": [WORDS[i % 3]] * 10,
+        }
 
 
-DATASETS: dict[str, tuple[str, str, Callable[[int], Iterator[dict]]]] = {  # configuration, split, records
+DATASETS: dict[
+    str, tuple[str, str, Callable[[int], Iterator[dict]]]
+] = {  # configuration, split, records
     "GQA:images": ("testdev_balanced_images", "testdev", gqa_images),
     "GQA": ("testdev_balanced_instructions", "testdev", gqa),
     "MMBench": ("en", "dev", mmbench),

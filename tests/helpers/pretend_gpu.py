@@ -24,7 +24,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 aten = torch.ops.aten
-INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+INDEXING = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+}
 
 
 class Placement:
@@ -65,7 +70,9 @@ class CheckDevices(TorchDispatchMode):
         allowed = func in INDEXING and on_gpu[0]  # CUDA takes indices from both devices
         if func is aten.copy_.default or allowed:
             return
-        elsewhere = [x for x, there in zip(tensors, on_gpu, strict=True) if not there and x.ndim > 0]
+        elsewhere = [
+            x for x, there in zip(tensors, on_gpu, strict=True) if not there and x.ndim > 0
+        ]
         if elsewhere:
             shapes = [list(x.shape) for x in elsewhere]
             raise RuntimeError(
@@ -82,12 +89,16 @@ class MoveTensors(TorchFunctionMode):
         if name == "__get__" and func in GETTERS:
             return GETTERS[func] if args[0] in PLACEMENT else func(*args, **kwargs)
         if name in ("numpy", "__array__") and args[0] in PLACEMENT:
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+            raise TypeError(
+                "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first"
+            )
         if func in (Tensor.cpu, Tensor.cuda):
             return self._move(args[0], func is Tensor.cuda)
         if func is Tensor.to:
             return self._to(args, kwargs)
-        if func is F.one_hot and args[0] in PLACEMENT:  # fills a tensor that C++ has made on the CPU
+        if (
+            func is F.one_hot and args[0] in PLACEMENT
+        ):  # fills a tensor that C++ has made on the CPU
             return self._move(func(self._move(args[0], False), *args[1:], **kwargs), True)
         if func is Tensor.new_tensor and args[0] in PLACEMENT:
             return PLACEMENT.add(func(*args, **kwargs))
@@ -180,10 +191,13 @@ def pretend_gpu() -> Iterator[None]:
         for name, answer in answers.items():
             stack.enter_context(patch.object(torch.cuda, name, answer))
         stack.enter_context(patch("probes.ops.kernels._installed", lambda: False))
-        stack.enter_context(patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))  # modes are of one thread
+        # Modes are of one thread
+        stack.enter_context(patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"))
         # checkpoints note the device where the modes are off
         stack.enter_context(
-            patch.dict("torch.utils.checkpoint._allowed_determinism_checks_to_fns", default=lambda x: None)
+            patch.dict(
+                "torch.utils.checkpoint._allowed_determinism_checks_to_fns", default=lambda x: None
+            )
         )
         stack.enter_context(patch.object(torch.autocast, "__init__", _init_autocast))
         stack.enter_context(patch("torch.autograd._engine_run_backward", _run_backward))

@@ -17,14 +17,31 @@ from probes.results.probe_run import ProbeRun
 
 GRID = (2, 2)
 # of solved runs, strong to weak; the first and last are not solved
-STRENGTHS = {True: [3.0, 0.3, 0.03, 0.003, 0.0003], False: [1.0, 0.1, 0.01, 0.001, 0.0001]}  # by site == "encoder"
+STRENGTHS = {
+    True: [3.0, 0.3, 0.03, 0.003, 0.0003],
+    False: [1.0, 0.1, 0.01, 0.001, 0.0001],
+}  # by site == "encoder"
 ROWS = ("stronger", "chosen", "weaker")
-SETTINGS = {"head": "linear", "feature_norm": "batchnorm", "solved": "optimum", "seed": 0, "folds": 4}
+SETTINGS = {
+    "head": "linear",
+    "feature_norm": "batchnorm",
+    "solved": "optimum",
+    "seed": 0,
+    "folds": 4,
+}
 
 
 def arguments(checkpoint, root, out, *more: str) -> list[str]:
     """Return a command that trains the demo's probes for one epoch, unless `more` says otherwise."""
-    demo = ["fit", "-c", "configs/demo/probes.yaml", "--trainer.max_epochs", "1", "--model.mllm", str(checkpoint)]
+    demo = [
+        "fit",
+        "-c",
+        "configs/demo/probes.yaml",
+        "--trainer.max_epochs",
+        "1",
+        "--model.mllm",
+        str(checkpoint),
+    ]
     return [*demo, "--data.root", str(root), "--out", str(out), *more]
 
 
@@ -39,12 +56,16 @@ def write_questions(run: ProbeRun, folder: Path) -> Path:
     names = [shutil.copy(file, folder) and file.name for file in sorted(root.iterdir())[:2]]
     turns = [{"from": "human", "value": "<image>\nname the wall"}, {"from": "gpt", "value": "sky"}]
     regions = [{"box": [0, 0, 0.5, 0.5], "class": "sky"}]
-    records = [{"id": name, "image": name, "conversations": turns, "regions": regions} for name in names]
+    records = [
+        {"id": name, "image": name, "conversations": turns, "regions": regions} for name in names
+    ]
     (folder / "questions.json").write_text(json.dumps(records))
     return folder / "questions.json"
 
 
-def random_counts(quality: list[float], images: int, classes: int, seed: int, cohort: int = 0) -> Counts:
+def random_counts(
+    quality: list[float], images: int, classes: int, seed: int, cohort: int = 0
+) -> Counts:
     """Return the counts of sites with the pixel accuracies `quality`.
 
     Runs of one cohort have images with the same labels and difficulty.
@@ -57,7 +78,9 @@ def random_counts(quality: list[float], images: int, classes: int, seed: int, co
     generator = torch.Generator().manual_seed(seed)
     intersection, predicted = [], []
     for q in quality:
-        rate = (q + ease + 0.03 * torch.randn(images, classes, generator=generator)).clamp(0.02, 0.98)
+        rate = (q + ease + 0.03 * torch.randn(images, classes, generator=generator)).clamp(
+            0.02, 0.98
+        )
         right = (rate * labelled).long()
         wrong = ((labelled - right)[..., None] * towards / towards.sum(1, keepdim=True)).long()
         right = labelled - wrong.sum(-1)
@@ -76,9 +99,21 @@ def entries(sites: list[str], counts: Counts, weights: torch.Tensor, width: int 
     found = []
     for i, site in enumerate(sites):
         miou, pacc = score.miou[i].item(), score.pacc[i].item()
-        entry = {"site": site, "dim": 16 if site == "encoder" else width, "miou": miou, "pacc": pacc}
-        entry |= {"miou_ci95": interval(miou, drawn.miou[:, i]), "pacc_ci95": interval(pacc, drawn.pacc[:, i])}
-        entry |= {"best_epoch": 2, "iou_per_class": score.iou[i].tolist(), "history": [0.8 * miou, miou]}
+        entry = {
+            "site": site,
+            "dim": 16 if site == "encoder" else width,
+            "miou": miou,
+            "pacc": pacc,
+        }
+        entry |= {
+            "miou_ci95": interval(miou, drawn.miou[:, i]),
+            "pacc_ci95": interval(pacc, drawn.pacc[:, i]),
+        }
+        entry |= {
+            "best_epoch": 2,
+            "iou_per_class": score.iou[i].tolist(),
+            "history": [0.8 * miou, miou],
+        }
         found.append(entry)
     return found
 
@@ -120,16 +155,45 @@ def write_run(
         tensors["group"] = groups
     miou = {entry["site"]: entry["miou"] for entry in main}
     peak = max((site for site in sites if site.startswith("layer_")), key=miou.get)
-    summary = {"encoder": miou["encoder"], "adapter": miou["adapter"], "peak_llm": miou[peak], "peak_site": peak}
+    summary = {
+        "encoder": miou["encoder"],
+        "adapter": miou["adapter"],
+        "peak_llm": miou[peak],
+        "peak_site": peak,
+    }
     summary |= {"delta_enc": miou[peak] - miou["encoder"], "recovery": miou[peak] - miou["adapter"]}
-    facts = {"dataset": dataset, "split": "validation", "images": images, "mllm": "some/hf", "image_attention": mask}
-    facts |= {"untrained": ["adapter", "llm"] if untrained else [], "seed": 0, "probe": probe, "classes": classes}
-    facts |= {"baseline": {"class": classes[0], "miou": 0.1, "pacc": 0.3}, "grid": list(GRID), "sites": main}
+    facts = {
+        "dataset": dataset,
+        "split": "validation",
+        "images": images,
+        "mllm": "some/hf",
+        "image_attention": mask,
+    }
+    facts |= {
+        "untrained": ["adapter", "llm"] if untrained else [],
+        "seed": 0,
+        "probe": probe,
+        "classes": classes,
+    }
+    facts |= {
+        "baseline": {"class": classes[0], "miou": 0.1, "pacc": 0.3},
+        "grid": list(GRID),
+        "sites": main,
+    }
     facts |= {"summary": summary} | (metrics or {})
-    training = None if encoder is None else {"encoder": {"name": encoder, "path": "x"}, "llm": "lmsys/vicuna-7b-v1.5"}
+    training = (
+        None
+        if encoder is None
+        else {"encoder": {"name": encoder, "path": "x"}, "llm": "lmsys/vicuna-7b-v1.5"}
+    )
     manifest = {"versions": {"torch": "2", "transformers": "5"}, "git_commit": None, "config": {}}
-    manifest |= {"data": {"root": str(root), "dataset": "folder", "fingerprint": f"{dataset} {images}"}}
-    manifest |= {"mllm_training": training, "hardware": {"machine": "none", "cpu_threads": 1, "gpu": None}}
+    manifest |= {
+        "data": {"root": str(root), "dataset": "folder", "fingerprint": f"{dataset} {images}"}
+    }
+    manifest |= {
+        "mllm_training": training,
+        "hardware": {"machine": "none", "cpu_threads": 1, "gpu": None},
+    }
     path.mkdir(parents=True)
     save_file({k: v.contiguous() for k, v in tensors.items()}, path / "counts.safetensors")
     (path / "metrics.json").write_text(json.dumps(facts))
@@ -140,7 +204,9 @@ def write_run(
 def record_hashes(path: Path) -> None:
     """Write the SHA-256 of a run's files into its manifest, as after an edit on purpose."""
     manifest = json.loads((path / "manifest.json").read_text())
-    files = [file for file in (path / "metrics.json", *path.glob("*.safetensors")) if file.is_file()]
+    files = [
+        file for file in (path / "metrics.json", *path.glob("*.safetensors")) if file.is_file()
+    ]
     manifest["files"] = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     (path / "manifest.json").write_text(json.dumps(manifest))
 
@@ -151,7 +217,9 @@ def write_solved(path: Path, curves, *, root, converged=lambda row, site: True, 
     metrics, run = json.loads((path / "metrics.json").read_text()), ProbeRun(path)
     metrics["probe"], labelled, seed = dict(SETTINGS), run.counts.labelled, options.get("seed", 0)
     counts = [random_counts(x, *labelled.shape, seed + 50 + 7 * i) for i, x in enumerate(curves)]
-    right, predicted = (torch.stack([getattr(c, name) for c in counts]) for name in ("intersection", "predicted"))
+    right, predicted = (
+        torch.stack([getattr(c, name) for c in counts]) for name in ("intersection", "predicted")
+    )
     loss = (labelled.sum(-1) - right.sum(-1)).double() * 1.5  # 1.5 nats per wrong pixel
     tensors = {"intersection": right.int(), "predicted": predicted.int(), "cross_entropy": loss}
     sites = []
@@ -168,7 +236,10 @@ def write_solved(path: Path, curves, *, root, converged=lambda row, site: True, 
                      | {"chosen": strengths[2], "lowest": strengths[2], "certificates": certificates})  # fmt: skip
     solved = {"passes": 1, "sample_images": 1, "optimum": {"sites": sites}}
     (path / "metrics.json").write_text(json.dumps(metrics | {"path": solved}))
-    save_file({f"optimum/{name}": x.contiguous() for name, x in tensors.items()}, path / "path.safetensors")
+    save_file(
+        {f"optimum/{name}": x.contiguous() for name, x in tensors.items()},
+        path / "path.safetensors",
+    )
     return str(path)
 
 
@@ -186,6 +257,9 @@ def remove_layers(path: Path) -> Path:
         (instrument,) = solved.keys() & {"optimum", "closed_form"}
         solved[instrument]["sites"] = [solved[instrument]["sites"][i] for i in kept]
         tensors = load_file(path / "path.safetensors")
-        save_file({name: x[:, kept].contiguous() for name, x in tensors.items()}, path / "path.safetensors")
+        save_file(
+            {name: x[:, kept].contiguous() for name, x in tensors.items()},
+            path / "path.safetensors",
+        )
     (path / "metrics.json").write_text(json.dumps(metrics))
     return path

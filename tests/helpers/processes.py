@@ -46,7 +46,9 @@ def wait(child: int) -> int:
     status = _status(child, HANGING_S)
     if status is None:
         os.kill(child, signal.SIGKILL)
-        raise TimeoutError(f"process {child} did not end within {HANGING_S} s; {_status(child, HANGING_S)}")
+        raise TimeoutError(
+            f"process {child} did not end within {HANGING_S} s; {_status(child, HANGING_S)}"
+        )
     return status
 
 

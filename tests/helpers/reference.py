@@ -65,7 +65,10 @@ def llama_states(decoder, inputs: Tensor, masks: list[Tensor], positions: Tensor
         out = []
         for head in range(heads):
             shared = head * kv_heads // heads
-            own, kv = slice(head * width, (head + 1) * width), slice(shared * width, (shared + 1) * width)
+            own, kv = (
+                slice(head * width, (head + 1) * width),
+                slice(shared * width, (shared + 1) * width),
+            )
             logits = rotate(q[..., own]) @ rotate(k[..., kv]).transpose(1, 2) / math.sqrt(width)
             out.append(logits.masked_fill(~mask, -math.inf).softmax(-1) @ v[..., kv])
         x = x + torch.cat(out, -1) @ a.o_proj.weight.T
@@ -80,11 +83,15 @@ def eager_attention(mllm, pixels) -> list[Tensor]:
     decoder = copy.deepcopy(mllm.decoder)
     decoder.config._attn_implementation = "eager"
     adapter = mllm.states(pixels, ["adapter"])["adapter"]
-    inputs = torch.cat([decoder.embed_tokens(mllm.prefix_ids).expand(len(pixels), -1, -1), adapter], 1)
+    inputs = torch.cat(
+        [decoder.embed_tokens(mllm.prefix_ids).expand(len(pixels), -1, -1), adapter], 1
+    )
     allowed = mllm.attention_masks(len(pixels))
     mask = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
     with torch.no_grad():
-        return decoder(inputs_embeds=inputs, attention_mask=mask, output_attentions=True, use_cache=False).attentions
+        return decoder(
+            inputs_embeds=inputs, attention_mask=mask, output_attentions=True, use_cache=False
+        ).attentions
 
 
 def scores(predictions: list, targets: list, classes: int) -> tuple[float, float, list]:

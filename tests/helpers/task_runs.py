@@ -20,7 +20,9 @@ def write_targets(segmentation: Path, root: Path) -> Path:
         level = np.where(mask == 255, 0, mask).astype(int)
         depth = (1000 * (1 + level) + rng.integers(0, 200, mask.shape)).astype(np.uint16)
         depth[mask == 255] = 0
-        normals = np.array([[0, 0, 1], [0, -1, 0], [1, 0, 0]])[level] + rng.normal(0, 0.1, (*mask.shape, 3))
+        normals = np.array([[0, 0, 1], [0, -1, 0], [1, 0, 0]])[level] + rng.normal(
+            0, 0.1, (*mask.shape, 3)
+        )
         normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
         encoded = ((normals + 1) * 127.5).round().astype(np.uint8)
         encoded[mask == 255] = 0
@@ -33,7 +35,24 @@ def write_targets(segmentation: Path, root: Path) -> Path:
 
 def arguments(command, task, checkpoint, root, out, *more: str) -> list[str]:
     """Return a command that solves probes in closed form, or trains them for two epochs."""
-    demo = [command, "-c", "configs/demo/probes.yaml", "--data.batch_size", "2", "--data.task", task]
+    demo = [
+        command,
+        "-c",
+        "configs/demo/probes.yaml",
+        "--data.batch_size",
+        "2",
+        "--data.task",
+        task,
+    ]
     demo += ["--folds", "2", "--strengths", *map(str, STRENGTHS)] if command == "solve" else []
     demo += ["--trainer.max_epochs", "2", "--save_predictions", "true"]
-    return [*demo, "--model.mllm", str(checkpoint), "--data.root", str(root), "--out", str(out), *more]
+    return [
+        *demo,
+        "--model.mllm",
+        str(checkpoint),
+        "--data.root",
+        str(root),
+        "--out",
+        str(out),
+        *more,
+    ]

@@ -20,24 +20,64 @@ IMAGE_ID = 99
 MEAN, STD = [0.5, 0.4, 0.3], [0.5, 0.6, 0.7]
 HIGH_MEAN, HIGH_STD = [0.1, 0.2, 0.3], [0.9, 0.8, 0.7]
 SPECIAL = [
-    *("hello", "\n\n"),  # as special tokens they survive whatever pre-tokenizer a family's own class brings
-    *("<image>", "<image_placeholder>", "<begin_of_image>", "<IMG_CONTEXT>", "<img>", "<fake_token_around_image>"),
-    *("<global-img>", "<|START_OF_IMG|>", "TILE_GLOBAL", "<|IMG_PATCH|>", "<IMG_START>", "<start_of_image>"),
+    *(
+        "hello",
+        "\n\n",
+    ),  # as special tokens they survive whatever pre-tokenizer a family's own class brings
+    *(
+        "<image>",
+        "<image_placeholder>",
+        "<begin_of_image>",
+        "<IMG_CONTEXT>",
+        "<img>",
+        "<fake_token_around_image>",
+    ),
+    *(
+        "<global-img>",
+        "<|START_OF_IMG|>",
+        "TILE_GLOBAL",
+        "<|IMG_PATCH|>",
+        "<IMG_START>",
+        "<start_of_image>",
+    ),
     *("<|image_pad|>", "<|image|>", "<|image>", "[IMG]", "[IMG_BREAK]"),
 ]
 LLM = {
-    **{"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 2048},
+    **{
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+    },
+    **{
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 2048,
+    },
     **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
 }
-VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 SIGLIP = {"model_type": "siglip_vision_model", **VISION, "image_size": 24, "patch_size": 4}
-CLIP = {"model_type": "clip_vision_model", **VISION, "image_size": 24, "patch_size": 4, "projection_dim": 16}
+CLIP = {
+    "model_type": "clip_vision_model",
+    **VISION,
+    "image_size": 24,
+    "patch_size": 4,
+    "projection_dim": 16,
+}
 MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 
 
 def _normalised(images: list[Image.Image]) -> dict:
-    return dict(_processor(CLIPImageProcessorPil, do_center_crop=False)(images, return_tensors="pt"))
+    return dict(
+        _processor(CLIPImageProcessorPil, do_center_crop=False)(images, return_tensors="pt")
+    )
 
 
 def _processor(kind, **kwargs):
@@ -63,12 +103,16 @@ def _tiles(images: list[Image.Image]) -> dict:
 
 def _gemma4(images: list[Image.Image]) -> dict:
     """Padded with patches at (-1, -1), as the stock processor does."""
-    inputs = _stock("Gemma4ImageProcessorPil", patch_size=2, max_soft_tokens=70, do_normalize=True)(images)
+    inputs = _stock("Gemma4ImageProcessorPil", patch_size=2, max_soft_tokens=70, do_normalize=True)(
+        images
+    )
     return {key: inputs[key] for key in ("pixel_values", "image_position_ids")}
 
 
 def _sizes(images: list[Image.Image]) -> dict:
-    return _normalised(images) | {"image_sizes": torch.tensor([[i.height, i.width] for i in images])}
+    return _normalised(images) | {
+        "image_sizes": torch.tensor([[i.height, i.width] for i in images])
+    }
 
 
 def stock_hybrid(images: list[Image.Image]) -> dict:
@@ -76,7 +120,12 @@ def stock_hybrid(images: list[Image.Image]) -> dict:
     processor = transformers.DeepseekVLHybridImageProcessorPil(
         size={"height": 16, "width": 16},
         high_res_size={"height": 128, "width": 128},
-        **{"image_mean": MEAN, "image_std": STD, "high_res_image_mean": HIGH_MEAN, "high_res_image_std": HIGH_STD},
+        **{
+            "image_mean": MEAN,
+            "image_std": STD,
+            "high_res_image_mean": HIGH_MEAN,
+            "high_res_image_std": HIGH_STD,
+        },
     )
     return dict(processor(images, return_tensors="pt"))
 
@@ -84,7 +133,9 @@ def stock_hybrid(images: list[Image.Image]) -> dict:
 def hybrid_inputs(images: list[Image.Image]) -> dict:
     """The same, without the rounding of the smaller one to 8 bits."""
     inputs = stock_hybrid(images)
-    whole = torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in images]).permute(0, 3, 1, 2)
+    whole = torch.stack([torch.from_numpy(np.asarray(image).copy()) for image in images]).permute(
+        0, 3, 1, 2
+    )
     small = torch.nn.functional.interpolate(whole / 255, (16, 16), mode="bicubic", antialias=True)
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     return inputs | {"pixel_values": (small - mean) / std}
@@ -133,10 +184,18 @@ def _llm(kind: str, **kwargs) -> dict:
 
 def _config(kind: str, vision: dict, text: dict, **kwargs) -> dict:
     key = "image_token_index" if kind in INDEXED else "image_token_id"
-    return {"model_type": kind, "vision_config": vision, "text_config": text, key: IMAGE_ID, **kwargs}
+    return {
+        "model_type": kind,
+        "vision_config": vision,
+        "text_config": text,
+        key: IMAGE_ID,
+        **kwargs,
+    }
 
 
-def _patched(kind: str, encoder: str, vision: dict, text: dict, placeholder: str = "<|image_pad|>", **kwargs) -> Stock:
+def _patched(
+    kind: str, encoder: str, vision: dict, text: dict, placeholder: str = "<|image_pad|>", **kwargs
+) -> Stock:
     """Encoders that take patches."""
     name = "Glm4vImageProcessorPil" if kind.startswith("glm") else "Qwen2VLImageProcessorPil"
     text = {"model_type": f"{kind}_text", **LLM, "rope_parameters": MROPE, **text}
@@ -148,14 +207,30 @@ def _patched(kind: str, encoder: str, vision: dict, text: dict, placeholder: str
 
 
 def _pixtral(kind: str, text: dict, encoder: str, **kwargs) -> Stock:
-    vision = {"model_type": "pixtral", **VISION, "head_dim": 8, "image_size": 4 * SIDE, "patch_size": 2}
+    vision = {
+        "model_type": "pixtral",
+        **VISION,
+        "head_dim": 8,
+        "image_size": 4 * SIDE,
+        "patch_size": 2,
+    }
     config = _config(kind, vision, text, spatial_merge_size=2)
-    return Stock(config, f"{encoder}.patch_merger.merging_layer", 64, (SIDE, SIDE), 4 * SIDE, inputs=_sizes, **kwargs)
+    return Stock(
+        config,
+        f"{encoder}.patch_merger.merging_layer",
+        64,
+        (SIDE, SIDE),
+        4 * SIDE,
+        inputs=_sizes,
+        **kwargs,
+    )
 
 
 def _idefics(kind: str) -> Stock:
     vision = {"model_type": f"{kind}_vision", **VISION, "image_size": 24, "patch_size": 2}
-    processor = _stock("Idefics3ImageProcessorPil", do_image_splitting=False, max_image_size={"longest_edge": 24})
+    processor = _stock(
+        "Idefics3ImageProcessorPil", do_image_splitting=False, max_image_size={"longest_edge": 24}
+    )
     return Stock(
         _config(kind, vision, _llm("llama"), scale_factor=3),
         "model.connector.modality_projection",
@@ -169,30 +244,74 @@ def _idefics(kind: str) -> Stock:
 
 def _tiled(kind: str, vision: dict, text: dict) -> Stock:
     pinpoints = [[24, 48], [48, 24]]
-    return Stock(_config(kind, vision, text, image_grid_pinpoints=pinpoints), PROJECTOR, inputs=_tiles, extra=6 * 13)
+    return Stock(
+        _config(kind, vision, text, image_grid_pinpoints=pinpoints),
+        PROJECTOR,
+        inputs=_tiles,
+        extra=6 * 13,
+    )
 
 
 def _cohere(kind: str, *prefix: str, **kwargs) -> Stock:
     text = _llm("cohere2", **GEMMA)
     config = _config(kind, SIGLIP, text, downsample_factor=2, alignment_intermediate_size=32)
-    return Stock(config, f"{PROJECTOR}.linear_1", 64, (3, 3), prefix=["<s>", "hello", *prefix], **kwargs)
+    return Stock(
+        config, f"{PROJECTOR}.linear_1", 64, (3, 3), prefix=["<s>", "hello", *prefix], **kwargs
+    )
 
 
-INDEXED = {"llava", "vipllava", "llava_next", "llava_onevision", "aya_vision", "gemma3", "paligemma", "mistral3"}
-GEMMA = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 5}
+INDEXED = {
+    "llava",
+    "vipllava",
+    "llava_next",
+    "llava_onevision",
+    "aya_vision",
+    "gemma3",
+    "paligemma",
+    "mistral3",
+}
+GEMMA = {
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 5,
+}
 PROJECTOR = "model.multi_modal_projector"
 LINEAR = {
-    **{"layer_types": ["linear_attention", "full_attention", "linear_attention"], "linear_num_value_heads": 2},
-    **{"linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_conv_kernel_dim": 2},
+    **{
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "linear_num_value_heads": 2,
+    },
+    **{
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_conv_kernel_dim": 2,
+    },
     "rope_parameters": MROPE | {"partial_rotary_factor": 1.0},
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-QWEN_VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 2}
+QWEN_VISION = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "patch_size": 2,
+}
 QWEN3_VISION = QWEN_VISION | {"out_hidden_size": 32, "num_position_embeddings": 16}
 GLM_VISION = QWEN_VISION | {"out_hidden_size": 32, "image_size": 4 * SIDE, "intermediate_size": 24}
 SAM = {
-    **{"model_type": "sam_vision_model", "hidden_size": 16, "output_channels": 8, "num_hidden_layers": 2},
-    **{"num_attention_heads": 2, "image_size": 128, "patch_size": 8, "window_size": 4, "mlp_dim": 32},
+    **{
+        "model_type": "sam_vision_model",
+        "hidden_size": 16,
+        "output_channels": 8,
+        "num_hidden_layers": 2,
+    },
+    **{
+        "num_attention_heads": 2,
+        "image_size": 128,
+        "patch_size": 8,
+        "window_size": 4,
+        "mlp_dim": 32,
+    },
     **{"global_attn_indexes": [1], "num_pos_feats": 8},
 }
 DEEPSEEK = {"encoder": "model.aligner", "placeholder": "<image_placeholder>"}
@@ -210,7 +329,12 @@ STOCK = {
     "llava_onevision": _tiled("llava_onevision", SIGLIP, _llm("qwen2")),
     "deepseek_vl": Stock(_config("deepseek_vl", SIGLIP, _llm("llama")), **DEEPSEEK),
     "deepseek_vl_hybrid": Stock(
-        _config("deepseek_vl_hybrid", SIGLIP | {"image_size": 16}, _llm("llama"), high_res_vision_config=SAM),
+        _config(
+            "deepseek_vl_hybrid",
+            SIGLIP | {"image_size": 16},
+            _llm("llama"),
+            high_res_vision_config=SAM,
+        ),
         encoder_width=16 + 32,
         grid=(4, 4),
         image_px=128,
@@ -219,16 +343,30 @@ STOCK = {
     ),
     "janus": Stock(
         _config(
-            "janus", VISION | {"image_size": 24, "patch_size": 4, "projection_dim": 32, "mlp_ratio": 2.0}, _llm("llama")
+            "janus",
+            VISION | {"image_size": 24, "patch_size": 4, "projection_dim": 32, "mlp_ratio": 2.0},
+            _llm("llama"),
         )
-        | {"vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_embeddings": 8, "num_res_blocks": 1}},
+        | {
+            "vq_config": {
+                "base_channels": 32,
+                "channel_multiplier": [1, 1],
+                "num_embeddings": 8,
+                "num_res_blocks": 1,
+            }
+        },
         prefix=["<s>", "hello", "<begin_of_image>"],
         **DEEPSEEK,
     ),
     "internvl": Stock(
         _config(
             "internvl",
-            {"model_type": "internvl_vision", **VISION, "image_size": [24, 24], "patch_size": [4, 4]},
+            {
+                "model_type": "internvl_vision",
+                **VISION,
+                "image_size": [24, 24],
+                "patch_size": [4, 4],
+            },
             _llm("qwen2"),
             image_seq_length=9,
         ),
@@ -244,9 +382,15 @@ STOCK = {
     "cohere2_vision": _cohere("cohere2_vision", "<|START_OF_IMG|>", placeholder="<|IMG_PATCH|>"),
     "ovis2": Stock(
         _config(
-            "ovis2", VISION | {"image_size": 24, "patch_size": 4, "vocab_size": 40, "hidden_stride": 2}, _llm("qwen2")
+            "ovis2",
+            VISION | {"image_size": 24, "patch_size": 4, "vocab_size": 40, "hidden_stride": 2},
+            _llm("qwen2"),
         )
-        | {"visual_indicator_token_ids": [10, 120, 121, 122, 123], "vocab_size": VOCABULARY, "hidden_size": 32},
+        | {
+            "visual_indicator_token_ids": [10, 120, 121, 122, 123],
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+        },
         "model.vision_tower.head_linear",
         64,
         (3, 3),
@@ -266,11 +410,25 @@ STOCK = {
             "gemma4",
             {**VISION, "num_key_value_heads": 2, "head_dim": 8, "patch_size": 2},
             {
-                **{**LLM, **GEMMA, "use_bidirectional_attention": "vision", "num_kv_shared_layers": 0},
+                **{
+                    **LLM,
+                    **GEMMA,
+                    "use_bidirectional_attention": "vision",
+                    "num_kv_shared_layers": 0,
+                },
                 **{"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
-                **{"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "global_head_dim": 8},
+                **{
+                    "hidden_size_per_layer_input": 8,
+                    "vocab_size_per_layer_input": VOCABULARY,
+                    "global_head_dim": 8,
+                },
             },
-            **{"audio_config": None, "video_token_id": 96, "audio_token_id": 95, "boi_token_id": 94},
+            **{
+                "audio_config": None,
+                "video_token_id": 96,
+                "audio_token_id": 95,
+                "boi_token_id": 94,
+            },
         ),
         "model.embed_vision.embedding_projection",
         grid=(SIDE, SIDE),
@@ -282,7 +440,13 @@ STOCK = {
         types=("mm_token_type_ids", 1, 0),
     ),
     "paligemma": Stock(
-        _config("paligemma", SIGLIP | {"projection_dim": 32}, _llm("gemma"), projection_dim=32, hidden_size=32),
+        _config(
+            "paligemma",
+            SIGLIP | {"projection_dim": 32},
+            _llm("gemma"),
+            projection_dim=32,
+            hidden_size=32,
+        ),
         PROJECTOR,
         prefix=[],
         native="prefix",
@@ -291,7 +455,14 @@ STOCK = {
     "qwen2_vl": _patched(
         "qwen2_vl",
         f"{MERGER}.mlp",
-        {"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2, "patch_size": 2},
+        {
+            "depth": 2,
+            "embed_dim": 16,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": 2,
+        },
         {},
     ),
     "qwen2_5_vl": _patched(
@@ -301,10 +472,16 @@ STOCK = {
         {},
     ),
     "qwen3_vl": _patched(
-        "qwen3_vl", f"{MERGER}.linear_fc1", QWEN3_VISION | {"deepstack_visual_indexes": [0], "depth": 3}, {}
+        "qwen3_vl",
+        f"{MERGER}.linear_fc1",
+        QWEN3_VISION | {"deepstack_visual_indexes": [0], "depth": 3},
+        {},
     ),
     "qwen3_vl_moe": _patched(
-        "qwen3_vl_moe", f"{MERGER}.linear_fc1", QWEN3_VISION | {"deepstack_visual_indexes": [0]}, EXPERTS
+        "qwen3_vl_moe",
+        f"{MERGER}.linear_fc1",
+        QWEN3_VISION | {"deepstack_visual_indexes": [0]},
+        EXPERTS,
     ),
     "glm4v": _patched("glm4v", "model.visual.downsample", GLM_VISION, {}, "<|image|>"),
     "glm46v": _patched(
@@ -323,18 +500,29 @@ STOCK = {
         masks=False,
     ),
     "mistral3": _pixtral(
-        "mistral3", _llm("mistral", sliding_window=None), PROJECTOR, placeholder="[IMG]", row_separator="[IMG_BREAK]"
+        "mistral3",
+        _llm("mistral", sliding_window=None),
+        PROJECTOR,
+        placeholder="[IMG]",
+        row_separator="[IMG_BREAK]",
     ),
-    "lighton_ocr": _pixtral("lighton_ocr", _llm("qwen3"), "model.vision_projection", placeholder="<|image_pad|>"),
+    "lighton_ocr": _pixtral(
+        "lighton_ocr", _llm("qwen3"), "model.vision_projection", placeholder="<|image_pad|>"
+    ),
 }
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, "hello": 3, "\n\n": 4, "<unk>": 5}
-    words |= {token: 10 + i for i, token in enumerate(["<IMG_START>", *(t for t in SPECIAL if t != "<IMG_START>")])}
+    words |= {
+        token: 10 + i
+        for i, token in enumerate(["<IMG_START>", *(t for t in SPECIAL if t != "<IMG_START>")])
+    }
     raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Split("hello", "isolated")
-    built = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    built = PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
     built.add_special_tokens({"additional_special_tokens": SPECIAL})
     return built
 
@@ -350,7 +538,9 @@ def build(name: str, seed: int = 0):
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                scale = 12.0 if ".layers." in parameter_name and "language" in parameter_name else 4.0
+                scale = (
+                    12.0 if ".layers." in parameter_name and "language" in parameter_name else 4.0
+                )
                 parameter.copy_(torch.randn_like(parameter) * 0.02 * scale)
     return model
 
@@ -361,6 +551,11 @@ def write(name: str, folder: Path) -> Path:
     text = tokenizer()
     text.chat_template = "{{ bos_token }}hello" + STOCK[name].placeholder
     text.save_pretrained(folder)
-    settings = {"image_mean": MEAN, "image_std": STD, "high_res_image_mean": HIGH_MEAN, "high_res_image_std": HIGH_STD}
+    settings = {
+        "image_mean": MEAN,
+        "image_std": STD,
+        "high_res_image_mean": HIGH_MEAN,
+        "high_res_image_std": HIGH_STD,
+    }
     CLIPImageProcessorPil(**settings).save_pretrained(folder)
     return folder

@@ -28,21 +28,43 @@ CLASSES = ["sky", "wall", "road"]
 
 
 def vision_config(**kwargs) -> CLIPVisionConfig:
-    settings = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    settings = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     return CLIPVisionConfig(**settings, image_size=8, patch_size=4, projection_dim=16, **kwargs)
 
 
 def llama_config(vocabulary: int = VOCABULARY, **kwargs) -> LlamaConfig:
-    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-    return LlamaConfig(**settings, num_key_value_heads=2, vocab_size=vocabulary, max_position_embeddings=512, **kwargs)
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    return LlamaConfig(
+        **settings,
+        num_key_value_heads=2,
+        vocab_size=vocabulary,
+        max_position_embeddings=512,
+        **kwargs,
+    )
 
 
 def config(cls=LlavaBidirConfig, **kwargs):
-    settings = {"vision_config": vision_config(), "text_config": llama_config(), "image_token_index": IMAGE_ID}
+    settings = {
+        "vision_config": vision_config(),
+        "text_config": llama_config(),
+        "image_token_index": IMAGE_ID,
+    }
     return cls(**settings | {"image_seq_length": TOKENS, "vision_feature_layer": -1} | kwargs)
 
 
-def model(image_attention: str = "causal", attn_implementation: str = "sdpa", seed: int = 0, **kwargs):
+def model(
+    image_attention: str = "causal", attn_implementation: str = "sdpa", seed: int = 0, **kwargs
+):
     """Return a random model whose attention is far from uniform, so that masks change its states."""
     torch.manual_seed(seed)
     built = LlavaBidirForConditionalGeneration._from_config(
@@ -54,7 +76,10 @@ def model(image_attention: str = "causal", attn_implementation: str = "sdpa", se
 
 def stock(ours) -> LlavaForConditionalGeneration:
     """Return transformers' own LLaVA with the weights and the attention backend of `ours`."""
-    settings = {"text_config": ours.config.text_config, "attn_implementation": ours.config._attn_implementation}
+    settings = {
+        "text_config": ours.config.text_config,
+        "attn_implementation": ours.config._attn_implementation,
+    }
     built = LlavaForConditionalGeneration._from_config(config(LlavaConfig, **settings)).eval()
     built.load_state_dict(ours.state_dict())
     return built
@@ -73,7 +98,10 @@ def ids(*rows: str, pad: str = "right") -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     lines, masks = [], []
     for row in rows:
-        line = [IMAGE_ID if c == "i" else torch.randint(3, 90, (), generator=generator).item() for c in row]
+        line = [
+            IMAGE_ID if c == "i" else torch.randint(3, 90, (), generator=generator).item()
+            for c in row
+        ]
         fill = [0] * (width - len(row))
         lines.append(line + fill if pad == "right" else fill + line)
         masks.append([1] * len(row) + fill if pad == "right" else fill + [1] * len(row))
@@ -88,7 +116,10 @@ def write_parts(folder: Path) -> tuple[Encoder, str]:
     """Write a tiny CLIP and a tiny Llama with its tokenizer as Hugging Face directories."""
     torch.manual_seed(0)
     CLIPVisionModel(vision_config()).save_pretrained(folder / "encoder")
-    texts = ["USER: name the sky and a wall of this road", " USER: ASSISTANT: sky wall road and the rest of it\n"] * 3
+    texts = [
+        "USER: name the sky and a wall of this road",
+        " USER: ASSISTANT: sky wall road and the rest of it\n",
+    ] * 3
     tokenizer = train_tokenizer(texts, folder / "llm")
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     LlamaForCausalLM(llama_config(len(tokenizer), **ends)).save_pretrained(folder / "llm")
@@ -106,7 +137,9 @@ def write_checkpoint(folder: Path, image_attention: str = "causal", out: str = "
     return folder / out
 
 
-def write_segmentation(root: Path, training: int = 6, validation: int = 5, size=(24, 20), seed: int = 0) -> Path:
+def write_segmentation(
+    root: Path, training: int = 6, validation: int = 5, size=(24, 20), seed: int = 0
+) -> Path:
     """Write a folder dataset of random rectangles, one colour per class, with some ignored pixels."""
     rng = np.random.default_rng(seed)
     for split, count in (("training", training), ("validation", validation)):
@@ -141,7 +174,9 @@ def write_conversations(root: Path, count: int = 12, text_only: int = 2) -> Path
         record = {"id": f"r{i}", "conversations": turns(question, " ".join(["wall"] * (1 + i % 4)))}
         if picture:
             record["image"] = f"pictures/{i}.png"
-            Image.fromarray(rng.integers(0, 255, (10, 14, 3), np.uint8)).save(root / record["image"])
+            Image.fromarray(rng.integers(0, 255, (10, 14, 3), np.uint8)).save(
+                root / record["image"]
+            )
         records.append(record)
     (root / "data.json").write_text(json.dumps(records))
     return root
@@ -150,8 +185,20 @@ def write_conversations(root: Path, count: int = 12, text_only: int = 2) -> Path
 def training_arguments(parts, conversations) -> list[str]:
     """Return the flags of a `llava-bidir fit` of the demo's stage 2 with tiny parts."""
     encoder, llm = parts
-    return ["-c", "configs/demo/stage2.yaml", "--model.encoder.path", encoder.path, "--model.llm", llm] + [
-        *("--data.annotations", str(conversations / "data.json"), "--data.images", str(conversations)),
+    return [
+        "-c",
+        "configs/demo/stage2.yaml",
+        "--model.encoder.path",
+        encoder.path,
+        "--model.llm",
+        llm,
+    ] + [
+        *(
+            "--data.annotations",
+            str(conversations / "data.json"),
+            "--data.images",
+            str(conversations),
+        ),
         *("--data.val_annotations", str(conversations / "data.json"), "--data.batch_size", "4"),
         *("--data.micro_batch_size", "4"),
     ]

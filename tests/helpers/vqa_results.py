@@ -7,21 +7,44 @@ import numpy as np
 from llava_bidir.vqa.benchmarks import BENCHMARKS
 from llava_bidir.vqa.result_files import pinned_versions, write_results
 
-ANSWERS = {"mmbench": "AB", "mme": ("Yes", "No"), "pope": ("yes", "no"), "scienceqa": "AB"}  # others: words
+ANSWERS = {
+    "mmbench": "AB",
+    "mme": ("Yes", "No"),
+    "pope": ("yes", "no"),
+    "scienceqa": "AB",
+}  # others: words
 
 
-def write(out: Path, name: str, right: np.ndarray, mask: str = "causal", encoder: str = "clip", **info) -> Path:
+def write(
+    out: Path, name: str, right: np.ndarray, mask: str = "causal", encoder: str = "clip", **info
+) -> Path:
     """Write a finished task with two questions per unit, whose targets alternate between the two answers."""
     columns, answers = BENCHMARKS[name].columns, ANSWERS.get(name, ("sky", "wall"))
     categories = ("existence", "code_reasoning")
     items = []
     for i, r in enumerate(right):
         group = categories[i // 2 % 2] if name == "mme" else None
-        item = {"item": i, "unit": i // 2, "group": group, "question": f"question {i}", "target": answers[i % 2]}
+        item = {
+            "item": i,
+            "unit": i // 2,
+            "group": group,
+            "question": f"question {i}",
+            "target": answers[i % 2],
+        }
         items.append(item | {"answer": answers[i % 2 if r else 1 - i % 2], "right": float(r)})
     results = {
-        **{"benchmark": name, "model": f"{encoder}-{mask}", "encoder": encoder, "image_attention": mask},
-        **{"fingerprint": f"{encoder}{mask}", "documents": len(items), "versions": pinned_versions(), "data": "here"},
+        **{
+            "benchmark": name,
+            "model": f"{encoder}-{mask}",
+            "encoder": encoder,
+            "image_attention": mask,
+        },
+        **{
+            "fingerprint": f"{encoder}{mask}",
+            "documents": len(items),
+            "versions": pinned_versions(),
+            "data": "here",
+        },
         "harness": {title: column.terms(items).score() for title, column in columns.items()},
     }
     write_results(out, name, results | info, items)

@@ -9,7 +9,8 @@ written here.
 import sys
 import tempfile
 
-sys.modules |= dict.fromkeys(("llava_bidir", "probes"))  # an import of either fails, even if it is installed
+# An import of either fails, even if it is installed
+sys.modules |= dict.fromkeys(("llava_bidir", "probes"))
 
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -27,7 +28,9 @@ IMAGES = [Image.effect_noise((12, 8), sigma).convert("RGB") for sigma in (40, 80
 
 
 def message(text: str, *images: Image.Image) -> list[dict]:
-    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": text}]
+    content = [{"type": "image", "image": image} for image in images] + [
+        {"type": "text", "text": text}
+    ]
     return [{"role": "user", "content": content}]
 
 
@@ -54,21 +57,33 @@ def check(export: str) -> None:
     options = {"trust_remote_code": True}
     model = AutoModelForImageTextToText.from_pretrained(export, **options)
     processor = AutoProcessor.from_pretrained(export, **options)
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "auto_map")}
+    config = {
+        k: v for k, v in model.config.to_dict().items() if k not in ("model_type", "auto_map")
+    }
     stock = LlavaForConditionalGeneration(LlavaConfig(**config)).eval()
     stock.load_state_dict(model.state_dict())
     image_id, name = model.config.image_token_id, model.config.image_attention
     processor.tokenizer.padding_side = "left"
-    settings = {"processor_kwargs": {"padding": True, "return_tensors": "pt"}, "add_generation_prompt": True}
+    settings = {
+        "processor_kwargs": {"padding": True, "return_tensors": "pt"},
+        "add_generation_prompt": True,
+    }
     inputs = processor.apply_chat_template(CHATS, tokenize=True, return_dict=True, **settings)
     pixels = inputs["pixel_values"].split([2, 1, 0])
     width = inputs["input_ids"].shape[1]
-    fixed = {"min_new_tokens": NEW, "max_new_tokens": NEW, "do_sample": False, "suppress_tokens": [image_id]}
+    fixed = {
+        "min_new_tokens": NEW,
+        "max_new_tokens": NEW,
+        "do_sample": False,
+        "suppress_tokens": [image_id],
+    }
     details = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
 
     @torch.no_grad()
     def expected(prompt: int, answer: torch.Tensor) -> torch.Tensor:
-        ids = torch.cat([inputs["input_ids"][prompt][inputs["attention_mask"][prompt].bool()], answer])
+        ids = torch.cat(
+            [inputs["input_ids"][prompt][inputs["attention_mask"][prompt].bool()], answer]
+        )
         mask = mask_of(name, ids == image_id)[None, None]
         views = pixels[prompt] if len(pixels[prompt]) else None
         out = stock(input_ids=ids[None], attention_mask=mask, pixel_values=views, use_cache=False)
@@ -85,7 +100,9 @@ def check(export: str) -> None:
                 deviation = out.sequences_scores[row] - score
             else:
                 deviation = torch.stack(out.logits, 1)[row] - logits
-            assert deviation.abs().max() < 1e-3, f"{export}, {path}, row {row}: {deviation.abs().max()} off"
+            assert deviation.abs().max() < 1e-3, (
+                f"{export}, {path}, row {row}: {deviation.abs().max()} off"
+            )
         return answers
 
     greedy = compare("batch", model)
@@ -104,7 +121,9 @@ def check(export: str) -> None:
     for size in (1, 2):
         answers = pipe(CHATS[:2], batch_size=size, return_full_text=False, generate_kwargs=fixed)
         answers = [answer[0]["generated_text"] for answer in answers]
-        assert answers == texts[:2], f"{export}, pipeline of {size}: {answers}, expected {texts[:2]}"
+        assert answers == texts[:2], (
+            f"{export}, pipeline of {size}: {answers}, expected {texts[:2]}"
+        )
 
 
 for path in sys.argv[1:]:

@@ -58,10 +58,18 @@ def encoder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def english(tmp_path_factory) -> Path:
     """Twelve dialogues in English with their images; two of them have none."""
-    root, rng, records, captions = tmp_path_factory.mktemp("english"), np.random.default_rng(0), [], []
+    root, rng, records, captions = (
+        tmp_path_factory.mktemp("english"),
+        np.random.default_rng(0),
+        [],
+        [],
+    )
     for i in range(12):
         Image.fromarray(rng.integers(0, 255, (10, 14, 3), np.uint8)).save(root / f"{i}.png")
-        turns = ["<image>\n" * (i < 10) + "Is this a room or a street?", ("a room", "a street")[i % 2]]
+        turns = [
+            "<image>\n" * (i < 10) + "Is this a room or a street?",
+            ("a room", "a street")[i % 2],
+        ]
         turns += ["Describe the picture.", f"A street with {i + 2} trees,\nthe sky and a car."]
         picture = {"image": f"{i}.png"} if i < 10 else {}
         records.append({"id": f"r{i}", "conversations": tiny_models.turns(*turns)} | picture)
@@ -77,9 +85,27 @@ def options(llm, encoder, english):
     """A function that returns the options of `llava-bidir fit` for a stage of three steps."""
 
     def build(stage: str, out: Path, *more: str) -> list[str]:
-        words = ["fit", "-c", f"configs/real/{stage}.yaml", "--out", str(out), "--model.llm", str(llm)]
-        words += ["--model.encoder.path", encoder.path, "--data.images", str(english), "--data.batch_size", "4"]
-        words += ["--data.annotations", str(english / f"{'captions' if stage == 'stage1' else 'dialogues'}.json")]
+        words = [
+            "fit",
+            "-c",
+            f"configs/real/{stage}.yaml",
+            "--out",
+            str(out),
+            "--model.llm",
+            str(llm),
+        ]
+        words += [
+            "--model.encoder.path",
+            encoder.path,
+            "--data.images",
+            str(english),
+            "--data.batch_size",
+            "4",
+        ]
+        words += [
+            "--data.annotations",
+            str(english / f"{'captions' if stage == 'stage1' else 'dialogues'}.json"),
+        ]
         words += ["--data.micro_batch_size", "2", "--trainer.max_steps", str(STEPS)]
         words += ["--model.image_attention", "bidirectional"]
         return [*words, *(["--data.val_annotations", "null"] if stage == "stage2" else []), *more]

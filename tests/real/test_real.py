@@ -24,7 +24,12 @@ from PIL import Image
 from processes import HANGING_S, fork, wait
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 import probes
 from llava_bidir.cli import main
@@ -44,7 +49,9 @@ EMBEDDING = "model.language_model.embed_tokens.weight"
 
 def greedy(model, tokenizer, text: str) -> str:
     ids = tokenizer(text, return_tensors="pt").input_ids
-    said = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
+    said = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8
+    )
     return tokenizer.decode(said[0], skip_special_tokens=True)
 
 
@@ -55,13 +62,19 @@ def load(path: Path):
 def prompt(path: Path, images: int = 1) -> dict[str, torch.Tensor]:
     """Return ids and pixels of a question about a grey image, by the exported processor."""
     processor, image = AutoProcessor.from_pretrained(path), Image.new("RGB", (8, 8), (90, 90, 90))
-    content = [{"type": "image", "image": image}] * images + [{"type": "text", "text": "What is in it?"}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    content = [{"type": "image", "image": image}] * images + [
+        {"type": "text", "text": "What is in it?"}
+    ]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True
+    )
     return processor(text=text, images=[image] * images, return_tensors="pt")
 
 
 # ---------------------------------------------------------------------------------------------------- language
-def test_greedy_text_is_that_of_transformers_before_and_after_the_export(gguf_file, llm, language_model, stage1):
+def test_greedy_text_is_that_of_transformers_before_and_after_the_export(
+    gguf_file, llm, language_model, stage1
+):
     """The file by transformers' own reader, its import, and an MLLM whose adapter was trained on it."""
     source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
     text = "The capital of France is"
@@ -75,7 +88,9 @@ def test_greedy_text_is_that_of_transformers_before_and_after_the_export(gguf_fi
     assert greedy(load(stage1), AutoProcessor.from_pretrained(stage1).tokenizer, text) == expected
 
 
-def test_stage_1_changes_no_bit_of_language_and_stage_2_little(llm, language_model, tokenizer, stage1, stage2):
+def test_stage_1_changes_no_bit_of_language_and_stage_2_little(
+    llm, language_model, tokenizer, stage1, stage2
+):
     before = perplexity(language_model, tokenizer, WORDS)
     aligned, tuned = load(stage1), load(stage2)
     assert perplexity(aligned, tokenizer, WORDS) == before
@@ -96,16 +111,24 @@ def template(request, llm, encoder):
 
 
 @settings(max_examples=200)
-@given(turns=st.lists(st.tuples(TEXT, TEXT.filter(bool)), min_size=1, max_size=3), shown=st.booleans())
+@given(
+    turns=st.lists(st.tuples(TEXT, TEXT.filter(bool)), min_size=1, max_size=3), shown=st.booleans()
+)
 @example(turns=[("What is it?", "\n\n\na cat"), (" a", " cat\n")], shown=True)
 @example(turns=[("1 \n", "  10")], shown=True)
-def test_ids_are_those_of_the_whole_text_and_supervised_ones_are_the_answers(template, turns, shown):
+def test_ids_are_those_of_the_whole_text_and_supervised_ones_are_the_answers(
+    template, turns, shown
+):
     name, tokenizer = template
     image_id = tokenizer.convert_tokens_to_ids("<image>")
-    questions = [f"<image>\n{q.strip()}".strip() if shown and not i else q for i, (q, _) in enumerate(turns)]
+    questions = [
+        f"<image>\n{q.strip()}".strip() if shown and not i else q for i, (q, _) in enumerate(turns)
+    ]
     answers = [answer for _, answer in turns]
     pairs = [text for pair in zip(questions, answers, strict=True) for text in pair]
-    ids, labels = encode(tiny_models.turns(*pairs), tokenizer, name, IMAGE_TOKENS if shown else None, image_id)
+    ids, labels = encode(
+        tiny_models.turns(*pairs), tokenizer, name, IMAGE_TOKENS if shown else None, image_id
+    )
     if name == "chat":
         roles = ("user", "assistant")
         messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(pairs)]
@@ -117,7 +140,9 @@ def test_ids_are_those_of_the_whole_text_and_supervised_ones_are_the_answers(tem
         ]
         whole = f"<|im_start|>{SYSTEM} " + "".join(rounds)
     expected = tokenizer(whole, add_special_tokens=False).input_ids
-    assert ids == sum(([token] * (IMAGE_TOKENS if token == image_id else 1) for token in expected), [])
+    assert ids == sum(
+        ([token] * (IMAGE_TOKENS if token == image_id else 1) for token in expected), []
+    )
 
     spans, previous = [], IGNORE_INDEX
     for token, label in zip(ids, labels, strict=True):
@@ -130,7 +155,8 @@ def test_ids_are_those_of_the_whole_text_and_supervised_ones_are_the_answers(tem
     wanted = [f"{' ' * (name == 'vicuna_v1')}{answer}<|im_end|>" for answer in answers]
     assert len(texts) == len(wanted)
     for text, answer in zip(texts, wanted, strict=True):
-        assert answer.endswith(text) and not answer.removesuffix(text).strip()  # space that joins the prompt's
+        # Space that joins the prompt's
+        assert answer.endswith(text) and not answer.removesuffix(text).strip()
 
 
 # ---------------------------------------------------------------------------------------------------- masks
@@ -139,7 +165,10 @@ def test_the_mask_reaches_each_of_the_30_layers(stage1):
     model, inputs = load(stage1), prompt(stage1)
     with torch.no_grad():
         states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
-    is_image, places = inputs["input_ids"][0] == model.config.image_token_id, torch.arange(len(inputs["input_ids"][0]))
+    is_image, places = (
+        inputs["input_ids"][0] == model.config.image_token_id,
+        torch.arange(len(inputs["input_ids"][0])),
+    )
     causal = places[:, None] >= places
     masks = {"causal": causal, "bidirectional": causal | (is_image[:, None] & is_image)}
     llm = model.model.language_model
@@ -149,12 +178,20 @@ def test_the_mask_reaches_each_of_the_30_layers(stage1):
         outputs = {}
         for name, mask in masks.items():
             with torch.no_grad():
-                outputs[name] = layer(states[i], attention_mask=mask[None, None], position_embeddings=rotary)
+                outputs[name] = layer(
+                    states[i], attention_mask=mask[None, None], position_embeddings=rotary
+                )
             if i == LAYERS - 1:
                 outputs[name] = llm.norm(outputs[name])
-        off = {name: (output - states[i + 1])[0, is_image].norm() for name, output in outputs.items()}
-        assert off["bidirectional"] < 1e-5 * states[i + 1][0, is_image].norm(), f"layer {i + 1}: {off}"
-        assert off["causal"] > 100 * off["bidirectional"], f"layer {i + 1} does not see the mask: {off}"
+        off = {
+            name: (output - states[i + 1])[0, is_image].norm() for name, output in outputs.items()
+        }
+        assert off["bidirectional"] < 1e-5 * states[i + 1][0, is_image].norm(), (
+            f"layer {i + 1}: {off}"
+        )
+        assert off["causal"] > 100 * off["bidirectional"], (
+            f"layer {i + 1} does not see the mask: {off}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- training
@@ -197,9 +234,14 @@ def test_low_rank_updates_are_merged_and_leave_the_embeddings(stage2_options, st
         "bf16-mixed",
     ]
     main(stage2_options(tmp_path / "run", *options))
-    before, after = load_file(stage1 / "model.safetensors"), load_file(tmp_path / "run/hf/model.safetensors")
+    before, after = (
+        load_file(stage1 / "model.safetensors"),
+        load_file(tmp_path / "run/hf/model.safetensors"),
+    )
     assert before.keys() == after.keys()
-    changed = {name for name in before if not torch.equal(before[name].bfloat16(), after[name].bfloat16())}
+    changed = {
+        name for name in before if not torch.equal(before[name].bfloat16(), after[name].bfloat16())
+    }
     llm = {name for name in changed if ".language_model." in name}
     assert llm and EMBEDDING not in changed and all(name.endswith("proj.weight") for name in llm)
 
@@ -229,23 +271,35 @@ def test_a_killed_training_resumes_to_the_same_weights(stage2_options, stage2, t
 
     assert wait(fork(train)) == -signal.SIGKILL and not (tmp_path / "run/hf").exists()
     main(stage2_options(tmp_path / "run", *saving, "--ckpt_path", "last"))
-    whole, resumed = load_file(stage2 / "model.safetensors"), load_file(tmp_path / "run/hf/model.safetensors")
-    assert whole.keys() == resumed.keys() and all(torch.equal(whole[name], resumed[name]) for name in whole)
+    whole, resumed = (
+        load_file(stage2 / "model.safetensors"),
+        load_file(tmp_path / "run/hf/model.safetensors"),
+    )
+    assert whole.keys() == resumed.keys() and all(
+        torch.equal(whole[name], resumed[name]) for name in whole
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- probing
 def test_known_states_and_knockouts_equal_the_full_forward(stage1):
     mllm = probes.load(str(stage1))
-    pixels = mllm.preprocess([Image.effect_noise((8, 8), sigma).convert("RGB") for sigma in (40, 90)])
+    pixels = mllm.preprocess(
+        [Image.effect_noise((8, 8), sigma).convert("RGB") for sigma in (40, 90)]
+    )
     blocked = torch.tensor([[True, False, False, True], [False, True, False, False]])
     plain = mllm.states(pixels)
     assert list(plain)[-2:] == ["layer_30", "final_norm"]
     for layers in ([1], [16, 30], None):
         knockout = probes.Knockout(blocked, layers)
-        full, known = mllm.states(pixels, knockout=knockout), mllm.states(pixels, knockout=knockout, known=plain)
+        full, known = (
+            mllm.states(pixels, knockout=knockout),
+            mllm.states(pixels, knockout=knockout, known=plain),
+        )
         assert all(torch.equal(full[site], known[site]) for site in full)
         first = f"layer_{min(layers or [1]):02d}"
-        assert not torch.equal(full[first], plain[first]) and not torch.equal(full["layer_30"], plain["layer_30"])
+        assert not torch.equal(full[first], plain[first]) and not torch.equal(
+            full["layer_30"], plain["layer_30"]
+        )
 
 
 def test_the_lab_answers_with_and_without_blocked_patches(stage2, monkeypatch):
@@ -254,27 +308,46 @@ def test_the_lab_answers_with_and_without_blocked_patches(stage2, monkeypatch):
     Image.effect_noise((8, 8), 60).convert("RGB").save(photo, "PNG")
     key = session.photos.add(photo.getvalue(), "noise.png")
     block = Block(kind="block", patches=(0, 1, 2))
-    result = session.ask(Question(photo=key, model=0, question="What is it?", intervention=block), labs.JOB)
+    result = session.ask(
+        Question(photo=key, model=0, question="What is it?", intervention=block), labs.JOB
+    )
     assert "".join(result["tokens"]) == result["answer"] and len(result["answer"].split()) > 1
     square, mllm = session.photos.get(key).squares[0], session.models[0].mllm
     assert result["answer"] == mllm.answer(square, "What is it?", max_new_tokens=12)
-    assert result["log_probability"] < 0 and result["blocked"]["log_probability"] != result["log_probability"]
+    assert (
+        result["log_probability"] < 0
+        and result["blocked"]["log_probability"] != result["log_probability"]
+    )
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed (extra: cluster) is not installed")
+@pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed (extra: cluster) is not installed"
+)
 @pytest.mark.parametrize("zero", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
-def test_two_processes_under_zero_end_at_the_weights_of_one(zero, stage2_options, stage1, stage2, tmp_path):
+def test_two_processes_under_zero_end_at_the_weights_of_one(
+    zero, stage2_options, stage1, stage2, tmp_path
+):
     """Up to rounding, which AdamW enlarges where gradients are near zero: 5% of the way that training has gone."""
-    command = stage2_options(tmp_path / "run", "-c", f"configs/cluster/{zero}.yaml", "--trainer.devices", "2")
+    command = stage2_options(
+        tmp_path / "run", "-c", f"configs/cluster/{zero}.yaml", "--trainer.devices", "2"
+    )
     command += ["--trainer.precision", "32-true", "--trainer.accelerator", "cpu"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    group = {
+        "WORLD_SIZE": 2,
+        "LOCAL_WORLD_SIZE": 2,
+        "GROUP_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     group |= {"TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": 1}
     logs, running = [(tmp_path / f"{rank}.log").open("w") for rank in range(2)], []
     for rank, log in enumerate(logs):
-        environment = os.environ | {k: str(v) for k, v in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        environment = os.environ | {
+            k: str(v) for k, v in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()
+        }
         words = [sys.executable, "-m", "llava_bidir", *command]
         running.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log))
     try:

@@ -24,7 +24,9 @@ def cluster():
         pytest.skip("slurm/local_cluster.sh must run as root")
     if not shutil.which("slurmctld") and not shutil.which("apt-get"):
         pytest.skip("Slurm is not installed, and neither is apt-get to install it")
-    started = subprocess.run([LOCAL_CLUSTER, "up"], capture_output=True, text=True, timeout=HANGING_S)
+    started = subprocess.run(
+        [LOCAL_CLUSTER, "up"], capture_output=True, text=True, timeout=HANGING_S
+    )
     if started.returncode and not shutil.which("slurmctld"):
         pytest.skip(f"Slurm could not be installed: {started.stderr.strip()[-300:]}")
     assert started.returncode == 0, started.stderr
@@ -37,5 +39,9 @@ def _cluster_name() -> str | None:
     if not shutil.which("scontrol"):
         return None
     config = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True)
-    names = [line.split("=")[1].strip() for line in config.stdout.splitlines() if line.startswith("ClusterName")]
+    names = [
+        line.split("=")[1].strip()
+        for line in config.stdout.splitlines()
+        if line.startswith("ClusterName")
+    ]
     return names[0] if names else None

@@ -40,8 +40,18 @@ def settings(tmp_path_factory) -> dict[str, str]:
     return {
         **{"GRES": "", "TASKS_PER_NODE": "2", "CPUS_PER_TASK": "1", "PYTHON": sys.executable},
         "STRATEGY": f"-c configs/cluster/{'zero3' if find_spec('deepspeed') else 'ddp'}.yaml --trainer.accelerator cpu",
-        **{"RUNS": str(folder / "runs"), "LLM": llm, "ENCODERS": "clip", "ENCODER_CONFIGS": str(folder)},
-        **{"CAPTIONS": data, "CAPTION_IMAGES": str(folder), "INSTRUCTIONS": data, "INSTRUCTION_IMAGES": str(folder)},
+        **{
+            "RUNS": str(folder / "runs"),
+            "LLM": llm,
+            "ENCODERS": "clip",
+            "ENCODER_CONFIGS": str(folder),
+        },
+        **{
+            "CAPTIONS": data,
+            "CAPTION_IMAGES": str(folder),
+            "INSTRUCTIONS": data,
+            "INSTRUCTION_IMAGES": str(folder),
+        },
         "STAGE1": f"-c configs/demo/stage1.yaml --data.template vicuna_v1 {sizes}",
         "STAGE2": f"-c configs/demo/stage2.yaml --data.val_annotations {data} {sizes}",
         **{"LAYOUT": segmentation, "SEGMENTATION": segmentation},
@@ -55,14 +65,18 @@ def settings(tmp_path_factory) -> dict[str, str]:
 def shell(command: str, settings: dict[str, str]) -> str:
     """Run a command line after slurm/env.sh and return its output."""
     line = f"set -euo pipefail; source slurm/env.sh; {command}"
-    done = subprocess.run(["bash", "-c", line], cwd=ROOT, env=os.environ | settings, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=ROOT, env=os.environ | settings, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def job_state(job: str) -> dict[str, str]:
     """Return the state of a job."""
-    shown = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["scontrol", "show", "job", job], capture_output=True, text=True, check=True
+    ).stdout
     return dict(word.partition("=")[::2] for word in shown.split() if "=" in word)
 
 
@@ -85,7 +99,9 @@ def wait_for_end(job: str, log: Path) -> dict[str, str]:
 def submit(script: str, settings: dict[str, str], log: Path, more: str = "") -> str:
     """Submit a script with further options `more` of its command. Return the job id."""
     resources = "$NODE" if script == "study" else "$TRAINING"
-    command = f"sbatch --parsable --output={log} {resources} slurm/{script}.sbatch clip causal {more}"
+    command = (
+        f"sbatch --parsable --output={log} {resources} slurm/{script}.sbatch clip causal {more}"
+    )
     return shell(command, settings).strip()
 
 
@@ -100,7 +116,9 @@ def signal_at(micro_batches: int, losses: Path, job: str, log: Path, *options: s
 
 def test_interrupted_training_with_skewed_ranks_equals_uninterrupted(settings, tmp_path):
     """Stage 2 is requeued in mid-epoch, stopped in mid-epoch and submitted again: every loss once, equal weights."""
-    stage1 = wait_for_end(submit("stage1", settings, tmp_path / "stage1.log"), tmp_path / "stage1.log")
+    stage1 = wait_for_end(
+        submit("stage1", settings, tmp_path / "stage1.log"), tmp_path / "stage1.log"
+    )
     assert stage1["JobState"] == "COMPLETED", (tmp_path / "stage1.log").read_text()[-3000:]
 
     skew = f"--trainer.callbacks+=skew.Skew --trainer.callbacks.seconds=0.2 --trainer.callbacks.losses={tmp_path}"
@@ -108,13 +126,19 @@ def test_interrupted_training_with_skewed_ranks_equals_uninterrupted(settings, t
     whole = wait_for_end(submit("stage2", settings, log, f"{skew}/whole"), log)
     assert whole["JobState"] == "COMPLETED", log.read_text()[-3000:]
 
-    out, log, losses = Path(settings["RUNS"]) / "clip-causal/interrupted", tmp_path / "cut.log", tmp_path / "cut"
+    out, log, losses = (
+        Path(settings["RUNS"]) / "clip-causal/interrupted",
+        tmp_path / "cut.log",
+        tmp_path / "cut",
+    )
     more = f"{skew}/cut --out {out}"
     job = submit("stage2", settings, log, more)
     signal_at(5, losses, job, log, "--signal=USR1")
     signal_at(13, losses, job, log, "--signal=TERM")
     stopped = wait_for_end(job, log)
-    assert stopped["Restarts"] == "1" and stopped["JobState"] == "FAILED", "dependent jobs must not start"
+    assert stopped["Restarts"] == "1" and stopped["JobState"] == "FAILED", (
+        "dependent jobs must not start"
+    )
     assert not (out / "hf").exists()
     last = wait_for_end(submit("stage2", settings, log, more), log)
     assert last["JobState"] == "COMPLETED", log.read_text()[-3000:]
@@ -123,16 +147,22 @@ def test_interrupted_training_with_skewed_ranks_equals_uninterrupted(settings, t
     assert len(rows[0]) == 24 and [row[1:] for row in rows[0]] == [row[1:] for row in rows[1]]
     assert {row[0] for row in rows[1]} == {"0", "1"}, "resumed after it was requeued"
     weights = [
-        load_file(Path(settings["RUNS"]) / f"clip-causal/{n}/hf/model.safetensors") for n in ("stage2", out.name)
+        load_file(Path(settings["RUNS"]) / f"clip-causal/{n}/hf/model.safetensors")
+        for n in ("stage2", out.name)
     ]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
     again = wait_for_end(submit("stage2", settings, log, more), log)
-    assert again["JobState"] == "COMPLETED" and "this run is finished; nothing to do" in log.read_text()
+    assert (
+        again["JobState"] == "COMPLETED"
+        and "this run is finished; nothing to do" in log.read_text()
+    )
     assert len(lines_of(losses)) == 24
 
 
-def test_requeued_study_resumes_after_the_last_complete_epoch(settings, checkpoints, segmentation, tmp_path):
+def test_requeued_study_resumes_after_the_last_complete_epoch(
+    settings, checkpoints, segmentation, tmp_path
+):
     model = tmp_path / "clip-causal/stage2/hf"
     model.parent.mkdir(parents=True)
     model.symlink_to(checkpoints["causal"])
@@ -147,16 +177,22 @@ def test_requeued_study_resumes_after_the_last_complete_epoch(settings, checkpoi
     assert steps == set(range(10, 25)), "three steps per epoch, interrupted in the fourth epoch"
 
     data = ["--model.mllm", str(model), "--data.root", settings["SEGMENTATION"]]
-    probes.cli.main(["fit", *PROBES.split(), *epochs.split(), *data, "--out", str(tmp_path / "whole")])
+    probes.cli.main(
+        ["fit", *PROBES.split(), *epochs.split(), *data, "--out", str(tmp_path / "whole")]
+    )
     cut, whole = (
-        json.loads((tmp_path / f"{name}/metrics.json").read_text()) for name in ("clip/causal/probes", "whole")
+        json.loads((tmp_path / f"{name}/metrics.json").read_text())
+        for name in ("clip/causal/probes", "whole")
     )
     assert cut["sites"] == whole["sites"] and len(cut["sites"][0]["history"]) == 8
 
 
 def test_study_of_an_encoder_runs_to_the_report(settings, tmp_path):
     """Other encoders add jobs of the same scripts; test_scripts.py checks the plan of all six configurations."""
-    alone = {"TASKS_PER_NODE": "1", "STRATEGY": "-c configs/cluster/ddp.yaml --trainer.accelerator cpu"}
+    alone = {
+        "TASKS_PER_NODE": "1",
+        "STRATEGY": "-c configs/cluster/ddp.yaml --trainer.accelerator cpu",
+    }
     settings = settings | alone | {"RUNS": str(tmp_path)}
     lines = shell("slurm/six_configurations.sh", settings).partition("submitted:\n")[2].splitlines()
     jobs = dict(reversed(line.split()) for line in lines)
@@ -165,17 +201,24 @@ def test_study_of_an_encoder_runs_to_the_report(settings, tmp_path):
     assert again.count("(already queued)") >= JOBS - 1, "nothing is submitted twice"
     for name, job in jobs.items():
         log = tmp_path / Path(name).parent / "logs" / f"{Path(name).name}.log"
-        assert wait_for_end(job, log)["JobState"] == "COMPLETED", f"{name}\n{log.read_text()[-3000:]}"
+        assert wait_for_end(job, log)["JobState"] == "COMPLETED", (
+            f"{name}\n{log.read_text()[-3000:]}"
+        )
     results = json.loads((tmp_path / "clip/report/results.json").read_text())
     verdicts = {claim["claim"]: claim["verdicts"] for claim in results["claims"]}
     assert verdicts["recovery"]["beyond_random"]["draws"] == 2
     for mask in ("causal", "bidirectional"):
         assert all(
-            (tmp_path / f"clip/{mask}/{arm}/knockout.json").is_file() for arm in ("trained", "random1", "probes")
+            (tmp_path / f"clip/{mask}/{arm}/knockout.json").is_file()
+            for arm in ("trained", "random1", "probes")
         )
     assert (tmp_path / "clip/bidirectional/trained/starvation.json").is_file()
     if VQA_PYTHON.exists():
         table = json.loads((tmp_path / "table1/table1.json").read_text())
-        assert len(table["models"]) == 2 and all("Toy" in model["columns"] for model in table["models"])
+        assert len(table["models"]) == 2 and all(
+            "Toy" in model["columns"] for model in table["models"]
+        )
     plan = shell("slurm/six_configurations.sh", settings)
-    assert plan.count(" finished") == JOBS and plan.endswith("submitted:\n"), "nothing is left to submit"
+    assert plan.count(" finished") == JOBS and plan.endswith("submitted:\n"), (
+        "nothing is left to submit"
+    )

@@ -17,7 +17,15 @@ from probes.studies.plan import make_plan
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted([*(ROOT / "slurm").glob("*.sh"), *(ROOT / "slurm").glob("*.sbatch")])
 ARMS = ["trained", "random0", "random1", "adapter0", "adapter1"]
-DATA = ["PYTHON", "VQA_PYTHON", "CAPTIONS", "CAPTION_IMAGES", "INSTRUCTIONS", "INSTRUCTION_IMAGES", "SEGMENTATION"]
+DATA = [
+    "PYTHON",
+    "VQA_PYTHON",
+    "CAPTIONS",
+    "CAPTION_IMAGES",
+    "INSTRUCTIONS",
+    "INSTRUCTION_IMAGES",
+    "SEGMENTATION",
+]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
@@ -37,23 +45,43 @@ def test_study_job_runs_a_study_that_can_be_planned(layout, tmp_path, monkeypatc
     for mask in ("causal", "bidirectional"):
         (tmp_path / f"clip-{mask}/stage2").mkdir(parents=True)
         (tmp_path / f"clip-{mask}/stage2/hf").symlink_to(checkpoints[mask])
-    there = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SEGMENTATION": "masks", "RUNS": str(tmp_path)}
+    there = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SEGMENTATION": "masks",
+        "RUNS": str(tmp_path),
+    }
     there |= {"SLURM_JOB_NAME": f"{tmp_path}/clip-causal/study"}
     if layout != "ade20k":  # the default
         there |= {"LAYOUT": str(tmp_path / layout) if layout == "photos" else layout}
-        there |= {"STUDY": f"-c {'folder' if layout == 'photos' else layout} --add knockout.classes=auto:5"}
-    job = ["bash", "slurm/study.sbatch", "clip", "causal bidirectional", "--arms", "trained", "random1"]
-    done = subprocess.run(job, cwd=ROOT, env=os.environ | there, capture_output=True, text=True, check=True)
+        there |= {
+            "STUDY": f"-c {'folder' if layout == 'photos' else layout} --add knockout.classes=auto:5"
+        }
+    job = [
+        "bash",
+        "slurm/study.sbatch",
+        "clip",
+        "causal bidirectional",
+        "--arms",
+        "trained",
+        "random1",
+    ]
+    done = subprocess.run(
+        job, cwd=ROOT, env=os.environ | there, capture_output=True, text=True, check=True
+    )
     assert (tmp_path / "clip-causal/study.done").is_file(), "for six_configurations.sh"
     words = done.stdout.splitlines()
     planned = []
-    monkeypatch.setattr("probes.studies.run.run_study", lambda settings, overwrite: planned.append(settings))
+    monkeypatch.setattr(
+        "probes.studies.run.run_study", lambda settings, overwrite: planned.append(settings)
+    )
     monkeypatch.chdir(ROOT)
     main(words[words.index("probes") + 1 :])
     steps = {step.name: step for step in make_plan(planned[0])}
-    assert {f"{mask}/{arm}/knockout" for mask in ("causal", "bidirectional") for arm in ("trained", "random1")} < {
-        *steps
-    }
+    assert {
+        f"{mask}/{arm}/knockout"
+        for mask in ("causal", "bidirectional")
+        for arm in ("trained", "random1")
+    } < {*steps}
     assert {"bidirectional/trained/starvation", "report"} < {*steps}
     assert ("causal/probes" in steps) == (layout == "ade20k"), "the default also fits probes"
     command = steps["causal/trained"].command
@@ -61,14 +89,19 @@ def test_study_job_runs_a_study_that_can_be_planned(layout, tmp_path, monkeypatc
     assert config.stem == (layout if layout != "photos" else "folder") and config.is_file()
     if layout == "ade20k":  # Fig. 11 of the paper
         classes = {"sky", "ceiling", "grass"}
-        assert classes < {*steps["causal/trained/knockout"].command} and classes <= {*ade20k.CLASSES}
+        assert classes < {*steps["causal/trained/knockout"].command} and classes <= {
+            *ade20k.CLASSES
+        }
 
 
 @pytest.fixture
 def study(tmp_path):
     """Return a function that runs slurm/six_configurations.sh with a fake sbatch, which records its calls, and a fake
     squeue, which prints the file `queue`. It returns the finished process and the calls as lists of words."""
-    commands = {"sbatch": f'echo "$@" >> {tmp_path}/calls; wc -l < {tmp_path}/calls', "squeue": f"cat {tmp_path}/queue"}
+    commands = {
+        "sbatch": f'echo "$@" >> {tmp_path}/calls; wc -l < {tmp_path}/calls',
+        "squeue": f"cat {tmp_path}/queue",
+    }
     (tmp_path / "bin").mkdir()
     (tmp_path / "queue").touch()
     for name, line in commands.items():
@@ -81,10 +114,16 @@ def study(tmp_path):
         path = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
         script = ROOT / "slurm/six_configurations.sh"
         done = subprocess.run(
-            [script, *arguments], env=os.environ | path | there | settings, cwd=tmp_path, capture_output=True, text=True
+            [script, *arguments],
+            env=os.environ | path | there | settings,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0 or not check, done.stderr
-        calls = (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+        calls = (
+            (tmp_path / "calls").read_text().splitlines() if (tmp_path / "calls").exists() else []
+        )
         return done, [call.split() for call in calls]
 
     return run
@@ -101,11 +140,22 @@ def test_dry_run_prints_every_job_with_its_dependencies_and_submits_none(study):
             assert lines[f"{run}/stage1"] == ["slurm/stage1.sbatch", encoder, mask]
             for name, more in (("stage2", []), ("study", ["--arms", *ARMS, *only]), ("vqa", [])):
                 needed = f"{run}/{'stage1' if name == 'stage2' else 'stage2'}"
-                assert lines[f"{run}/{name}"] == [f"slurm/{name}.sbatch", encoder, mask, *more, "after", needed]
+                assert lines[f"{run}/{name}"] == [
+                    f"slurm/{name}.sbatch",
+                    encoder,
+                    mask,
+                    *more,
+                    "after",
+                    needed,
+                ]
         studies = [f"{encoder}-{mask}/study" for mask in ("causal", "bidirectional")]
         last = ["causal", "bidirectional", "--only", "starvation", "report", "after", *studies]
         assert lines[f"{encoder}/report"] == ["slurm/study.sbatch", encoder, *last]
-    tasks = [f"{name}-{mask}/vqa" for name in ("clip", "dinov2", "siglip") for mask in ("causal", "bidirectional")]
+    tasks = [
+        f"{name}-{mask}/vqa"
+        for name in ("clip", "dinov2", "siglip")
+        for mask in ("causal", "bidirectional")
+    ]
     assert lines["table1/table1"] == ["slurm/table1.sbatch", "after", *tasks]
     assert all((ROOT / line[0]).is_file() for line in lines.values())
 
@@ -129,13 +179,35 @@ def test_an_unknown_argument_submits_nothing(study):
 
 
 def test_jobs_have_their_dependencies_and_resources(study, tmp_path):
-    _, calls = study(ENCODERS="clip", NODES="2", TASKS_PER_NODE="4", GRES="gpu:h100", PARTITION="fast", ACCOUNT="me")
-    waits = [[word.partition("=")[2] for word in call if word.startswith("--dependency")] for call in calls]
-    mask = lambda n: [[], [f"afterok:{n + 1}"], *[[f"afterok:{n + 2}"]] * 2]  # stages; study and benchmarks
+    _, calls = study(
+        ENCODERS="clip",
+        NODES="2",
+        TASKS_PER_NODE="4",
+        GRES="gpu:h100",
+        PARTITION="fast",
+        ACCOUNT="me",
+    )
+    waits = [
+        [word.partition("=")[2] for word in call if word.startswith("--dependency")]
+        for call in calls
+    ]
+    mask = lambda n: [
+        [],
+        [f"afterok:{n + 1}"],
+        *[[f"afterok:{n + 2}"]] * 2,
+    ]  # stages; study and benchmarks
     assert waits == [*mask(0), *mask(4), ["afterok:3:7"], ["afterok:4:8"]]
     training, node, report = calls[1], calls[2], calls[8]
-    assert {"--nodes=1", "--ntasks-per-node=1", "--gres=gpu:h100:4", "--cpus-per-task=32"} <= {*node} & {*calls[3]}
-    assert {"--account=me", "--partition=fast", "--nodes=2", "--ntasks-per-node=4", "--gres=gpu:h100:4"} <= {*training}
+    assert {"--nodes=1", "--ntasks-per-node=1", "--gres=gpu:h100:4", "--cpus-per-task=32"} <= {
+        *node
+    } & {*calls[3]}
+    assert {
+        "--account=me",
+        "--partition=fast",
+        "--nodes=2",
+        "--ntasks-per-node=4",
+        "--gres=gpu:h100:4",
+    } <= {*training}
     assert training[-3:] == ["slurm/stage2.sbatch", "clip", "causal"]
     assert f"--output={tmp_path}/runs/clip-causal/logs/stage2.log" in training
     assert (tmp_path / "runs/clip-causal/logs").is_dir(), "Slurm does not create folders for logs"
@@ -144,11 +216,21 @@ def test_jobs_have_their_dependencies_and_resources(study, tmp_path):
 
 def test_finished_parts_and_queued_jobs_are_skipped(study, tmp_path):
     runs = tmp_path / "runs"
-    for name in ("clip-causal/stage1/hf", "clip-causal/study-random0.done", "clip-causal/study-random1.done"):
+    for name in (
+        "clip-causal/stage1/hf",
+        "clip-causal/study-random0.done",
+        "clip-causal/study-random1.done",
+    ):
         (runs / name).mkdir(parents=True)
     (runs / "clip/causal/random0").mkdir(parents=True)
-    (runs / "clip/causal/random0/metrics.json").touch()  # that of random1 was deleted, to be made again
-    queue = {41: f"{ROOT}/{runs}/clip-causal/stage2", 42: "/elsewhere/clip-causal/study", 43: f"{ROOT}/study"}
+    (
+        runs / "clip/causal/random0/metrics.json"
+    ).touch()  # that of random1 was deleted, to be made again
+    queue = {
+        41: f"{ROOT}/{runs}/clip-causal/stage2",
+        42: "/elsewhere/clip-causal/study",
+        43: f"{ROOT}/study",
+    }
     (tmp_path / "queue").write_text("".join(f"{number} {name}\n" for number, name in queue.items()))
     here = {"ENCODERS": "clip", "MASKS": "causal", "VQA_PYTHON": ""}
     done, calls = study(**here, SPLIT="yes", ARMS="trained random0 random1")
@@ -172,15 +254,26 @@ def test_rehearsal_submits_the_study_on_random_weights(study, tmp_path):
     """The inputs are written first; jobs get them, and few steps, as variables that take precedence over env.sh."""
     recorded = f'echo "$@" >> {tmp_path}/calls; env > {tmp_path}/env; wc -l < {tmp_path}/calls\n'
     (tmp_path / "bin/sbatch").write_text(f"#!/bin/sh\n{recorded}")
-    there = {"PYTHON": sys.executable, "SIZE": "tiny", "VQA_PYTHON": "/nowhere/python", "PYTHONPATH": str(ROOT)}
+    there = {
+        "PYTHON": sys.executable,
+        "SIZE": "tiny",
+        "VQA_PYTHON": "/nowhere/python",
+        "PYTHONPATH": str(ROOT),
+    }
     there |= {"LAYOUT": "voc2012", "STUDY": "-c voc2012"}
     done, calls = study("--rehearse", **there, ENCODERS="dinov2 clip")
     scripts = [next(word for word in call if word.startswith("slurm/")) for call in calls]
     assert len(scripts) == 2 * 3 + 1 and scripts.count("slurm/study.sbatch") == 3
     assert "no benchmarks: /nowhere/python does not exist" in done.stdout
-    jobs = dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
+    jobs = dict(
+        line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line
+    )
     folder = tmp_path / "runs/rehearsal"
-    assert jobs["RUNS"] == str(folder) and jobs["LLM"] == f"{folder}/inputs/vicuna" and jobs["ENCODERS"] == "dinov2"
+    assert (
+        jobs["RUNS"] == str(folder)
+        and jobs["LLM"] == f"{folder}/inputs/vicuna"
+        and jobs["ENCODERS"] == "dinov2"
+    )
     assert jobs["STAGE2"] == "-c configs/stage2.yaml --trainer.max_steps 2"
     assert jobs["LAYOUT"] == "ade20k" and jobs["STUDY"] == STUDY, "whatever the study's dataset is"
     config = json.loads((folder / "inputs/dinov2.yaml").read_text())

@@ -7,7 +7,13 @@ import os
 import sys
 
 HERE = ("127.0.0.1", "::1", "localhost", None)
-EVENTS = ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request")
+EVENTS = (
+    "socket.connect",
+    "socket.sendto",
+    "socket.getaddrinfo",
+    "socket.gethostbyname",
+    "urllib.Request",
+)
 
 
 def note(event: str, arguments: tuple) -> None:

@@ -37,10 +37,17 @@ def test_as_llava_is_stock_llava_with_equal_logits(causal, tmp_path):
     model, processor = causal
     export_hf(as_llava(model), processor, tmp_path / "hf", {"stage": "adapter+llm"})
     config = json.loads((tmp_path / "hf/config.json").read_text())
-    assert config["model_type"] == "llava" and not set(OWN_KEYS) & set(config) and "auto_map" not in config
+    assert (
+        config["model_type"] == "llava"
+        and not set(OWN_KEYS) & set(config)
+        and "auto_map" not in config
+    )
     assert not list((tmp_path / "hf").glob("*.py")), "nothing that asks for trust_remote_code"
     stock = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
-    assert type(AutoModelForImageTextToText.from_pretrained(tmp_path / "hf")) is LlavaForConditionalGeneration
+    assert (
+        type(AutoModelForImageTextToText.from_pretrained(tmp_path / "hf"))
+        is LlavaForConditionalGeneration
+    )
     assert torch.equal(stock(**inputs(model)).logits, model(**inputs(model)).logits)
     assert AutoProcessor.from_pretrained(tmp_path / "hf").image_processor.do_pad
 
@@ -57,7 +64,9 @@ def test_lora_updates_are_merged_into_the_export_and_nothing_else_is_left(causal
     expected = model(**inputs(model)).logits
     export_hf(as_llava(model) if stock else model, processor, tmp_path / "hf")
     kind = LlavaForConditionalGeneration if stock else LlavaBidirForConditionalGeneration
-    torch.testing.assert_close(kind.from_pretrained(tmp_path / "hf").eval()(**inputs(model)).logits, expected)
+    torch.testing.assert_close(
+        kind.from_pretrained(tmp_path / "hf").eval()(**inputs(model)).logits, expected
+    )
     assert not (tmp_path / "hf/merged").exists() and has_lora(model)
 
 
@@ -76,8 +85,14 @@ def test_sampling_settings_of_the_llm_do_not_stop_the_export_nor_stay_in_it(part
     for exported in (model, as_llava(model)):
         export_hf(exported, processor, tmp_path / "hf")
         saved = GenerationConfig.from_pretrained(tmp_path / "hf")
-        assert (saved.eos_token_id, saved.pad_token_id) == ([2, 7], processor.tokenizer.pad_token_id)
-        assert saved.temperature is saved.top_p is saved.repetition_penalty is None and not saved.do_sample
+        assert (saved.eos_token_id, saved.pad_token_id) == (
+            [2, 7],
+            processor.tokenizer.pad_token_id,
+        )
+        assert (
+            saved.temperature is saved.top_p is saved.repetition_penalty is None
+            and not saved.do_sample
+        )
 
 
 @pytest.mark.parametrize(("own", "exported"), [(None, 2), (2, 2), (7, [2, 7]), ([7, 9], [2, 7, 9])])
@@ -95,7 +110,9 @@ def test_generation_ends_at_the_token_that_ends_answers_in_training(own, exporte
 @pytest.mark.parametrize("name", ["bidirectional", "prefix"])
 def test_as_llava_is_refused_where_the_mask_would_be_lost(parts, name):
     model = build_model(*parts, build_processor(*parts), image_attention=name)
-    with pytest.raises(ValueError, match=f"--as-llava: image_attention is '{name}', but stock LLaVA is causal"):
+    with pytest.raises(
+        ValueError, match=f"--as-llava: image_attention is '{name}', but stock LLaVA is causal"
+    ):
         as_llava(model)
 
 
@@ -105,7 +122,9 @@ def test_stock_llava_directories_load_as_ours_under_any_mask(causal, tmp_path):
     tiny_models.sharpen(model, 8.0)
     export_hf(as_llava(model), processor, tmp_path / "hf")
     same = LlavaBidirForConditionalGeneration.from_pretrained(tmp_path / "hf").eval()
-    other = LlavaBidirForConditionalGeneration.from_pretrained(tmp_path / "hf", image_attention="bidirectional").eval()
+    other = LlavaBidirForConditionalGeneration.from_pretrained(
+        tmp_path / "hf", image_attention="bidirectional"
+    ).eval()
     logits = model(**inputs(model)).logits
     assert torch.equal(same(**inputs(model)).logits, logits)
     assert not torch.allclose(other(**inputs(model)).logits, logits)
@@ -136,7 +155,9 @@ def test_a_directory_that_reads_back_otherwise_is_not_left_behind(causal, tmp_pa
     monkeypatch.setattr(LlavaBidirForConditionalGeneration, "from_pretrained", corrupted)
     with pytest.raises(RuntimeError, match="lm_head.weight differs after reading it back"):
         export_hf(model, processor, tmp_path / "hf")
-    assert (tmp_path / "hf/model.safetensors").read_bytes() == before, "the earlier export is still there"
+    assert (tmp_path / "hf/model.safetensors").read_bytes() == before, (
+        "the earlier export is still there"
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -20,14 +20,19 @@ def asked(checkpoints):
 
 
 def pictures(*seeds: int) -> list[Image.Image]:
-    return [Image.fromarray(np.random.default_rng(s).integers(0, 255, (9 + s, 14, 3), np.uint8)) for s in seeds]
+    return [
+        Image.fromarray(np.random.default_rng(s).integers(0, 255, (9 + s, 14, 3), np.uint8))
+        for s in seeds
+    ]
 
 
 def test_batches_of_unlike_questions_are_answered_as_each_alone(asked):
     """No, one and two images; the longest prompt of a batch cuts nobody else's answer short."""
     questions = ["name the sky", "wall", "name the road and " * 20]
     images = [[], pictures(0), pictures(1, 2)]
-    alone = [answer(*asked, [q], [shown], 500)[0] for q, shown in zip(questions, images, strict=True)]
+    alone = [
+        answer(*asked, [q], [shown], 500)[0] for q, shown in zip(questions, images, strict=True)
+    ]
     assert answer(*asked, questions, images, 500) == alone
     assert len(set(alone)) == 3
 
@@ -51,7 +56,15 @@ def test_answers_that_were_cut_are_named(asked, checkpoints, tmp_path, capsys, m
             return output
 
         monkeypatch.setattr(model, "generate", generate)
-        main(["generate", str(checkpoints["bidirectional"]), str(tmp_path / "x.png"), *prompts, *more])
+        main(
+            [
+                "generate",
+                str(checkpoints["bidirectional"]),
+                str(tmp_path / "x.png"),
+                *prompts,
+                *more,
+            ]
+        )
         return capsys.readouterr().err
 
     cut = "the answer to {!r} was cut after 3 tokens (--max-new-tokens)\n"
@@ -61,7 +74,9 @@ def test_answers_that_were_cut_are_named(asked, checkpoints, tmp_path, capsys, m
 
 
 def test_second_image_is_seen(asked):
-    one, two, other = (answer(*asked, ["sky"], [pictures(*seeds)], 12) for seeds in ((0,), (0, 1), (0, 5)))
+    one, two, other = (
+        answer(*asked, ["sky"], [pictures(*seeds)], 12) for seeds in ((0,), (0, 1), (0, 5))
+    )
     assert one != two or two != other
 
 
@@ -74,18 +89,26 @@ def test_prompt_without_room_for_an_answer_is_an_error(asked):
 def test_answer_without_tokens_is_a_usage_error(count, checkpoints, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["generate", str(checkpoints["causal"]), "x.png", "what", "--max-new-tokens", count])
-    assert stop.value.code == 2 and f"--max-new-tokens: expected at least 1, got {count}" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2
+        and f"--max-new-tokens: expected at least 1, got {count}" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(("cpu", "fast"), [("AVX512", "bfloat16"), ("AVX2", "float32")])
-def test_16_bits_that_a_cpu_has_no_instructions_for_are_named_as_slow(cpu, fast, checkpoints, tmp_path, monkeypatch):
+def test_16_bits_that_a_cpu_has_no_instructions_for_are_named_as_slow(
+    cpu, fast, checkpoints, tmp_path, monkeypatch
+):
     """Released checkpoints are in float16 or bfloat16."""
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
     model, processor = load(str(checkpoints["bidirectional"]))
     model.half().save_pretrained(tmp_path / "half")
     processor.save_pretrained(tmp_path / "half")
     for slow in {"float16", "bfloat16"} - {fast}:
-        with pytest.warns(UserWarning, match=f"{slow}, which takes .* ten times as long as {fast}.* `--dtype {fast}`"):
+        with pytest.warns(
+            UserWarning,
+            match=f"{slow}, which takes .* ten times as long as {fast}.* `--dtype {fast}`",
+        ):
             load(str(tmp_path / "half"), slow)
     with warnings.catch_warnings(action="error", category=UserWarning):
         assert load(str(tmp_path / "half"), fast)[0].dtype == getattr(torch, fast)
@@ -99,7 +122,9 @@ def test_stock_checkpoints_are_asked_about_padded_images(checkpoints, tmp_path):
             (tmp_path / path.name).write_bytes(path.read_bytes())
     _, processor = load(str(ours))
     settings = json.loads(processor.image_processor.to_json_string())
-    clip = {k: v for k, v in settings.items() if k != "do_pad"} | {"image_processor_type": "CLIPImageProcessor"}
+    clip = {k: v for k, v in settings.items() if k != "do_pad"} | {
+        "image_processor_type": "CLIPImageProcessor"
+    }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(clip))
     whole = json.loads((tmp_path / "processor_config.json").read_text())
     whole.pop("image_processor", None)
@@ -107,5 +132,8 @@ def test_stock_checkpoints_are_asked_about_padded_images(checkpoints, tmp_path):
     from transformers import AutoProcessor
 
     released, padded = AutoProcessor.from_pretrained(tmp_path), load(str(tmp_path))[1]
-    found = [p.image_processor(pictures(0), return_tensors="pt")["pixel_values"] for p in (processor, padded, released)]
+    found = [
+        p.image_processor(pictures(0), return_tensors="pt")["pixel_values"]
+        for p in (processor, padded, released)
+    ]
     assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])

@@ -36,19 +36,35 @@ NAMES = {
 
 def byte_level_bpe() -> Tokenizer:
     raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    raw.pre_tokenizer, raw.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, special_tokens=SPECIAL)
-    raw.train_from_iterator(["the cat sat on the mat, then the cat went\n away \n\n  with it"] * 4, trainer)
+    raw.train_from_iterator(
+        ["the cat sat on the mat, then the cat went\n away \n\n  with it"] * 4, trainer
+    )
     return raw
 
 
 def llama(vocabulary: int, tied: bool) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": vocabulary}
-    heads = {"num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS, "max_position_embeddings": 64}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "vocab_size": vocabulary,
+    }
+    heads = {
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KEY_HEADS,
+        "max_position_embeddings": 64,
+    }
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
-    built = LlamaForCausalLM(LlamaConfig(**sizes, **heads, **ids, rope_theta=500.0, tie_word_embeddings=tied)).eval()
+    built = LlamaForCausalLM(
+        LlamaConfig(**sizes, **heads, **ids, rope_theta=500.0, tie_word_embeddings=tied)
+    ).eval()
     with torch.no_grad():
         for parameter in built.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -58,7 +74,12 @@ def llama(vocabulary: int, tied: bool) -> LlamaForCausalLM:
 def permuted(rows: np.ndarray, heads: int) -> np.ndarray:
     """Rows as GGUF has them: of each head, row i of the first half, then row i of the second, in a loop."""
     half = len(rows) // heads // 2
-    order = [head * 2 * half + part * half + i for head in range(heads) for i in range(half) for part in range(2)]
+    order = [
+        head * 2 * half + part * half + i
+        for head in range(heads)
+        for i in range(half)
+        for part in range(2)
+    ]
     return rows[order]
 
 
@@ -77,7 +98,13 @@ def gguf_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write(path, quantised: bool = False, tied: bool = True, architecture: str = "llama", extra: dict | None = None):
+def write(
+    path,
+    quantised: bool = False,
+    tied: bool = True,
+    architecture: str = "llama",
+    extra: dict | None = None,
+):
     """Write a tiny model with the writer of the package gguf, and return model and tokenizer."""
     raw = byte_level_bpe()
     model = llama(raw.get_vocab_size(), tied)
@@ -95,7 +122,9 @@ def write(path, quantised: bool = False, tied: bool = True, architecture: str = 
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
     writer.add_token_types([CONTROL if token in SPECIAL else NORMAL for token in tokens])
-    writer.add_token_merges([" ".join(pair) for pair in json.loads(raw.to_str())["model"]["merges"]])
+    writer.add_token_merges(
+        [" ".join(pair) for pair in json.loads(raw.to_str())["model"]["merges"]]
+    )
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
@@ -140,7 +169,13 @@ def test_tokens_template_and_special_tokens_are_carried_over(tmp_path):
     import_gguf.import_gguf(tmp_path / "tiny.gguf", tmp_path / "hf")
     (tmp_path / "tiny.gguf").unlink()  # nothing refers to it any more
     tokenizer = load_tokenizer("llm", str(tmp_path / "hf"))
-    for text in ("the cat", " the  cat\n\n sat", "\n", "<|im_start|>user\nthe mat<|im_end|>\n", "unheard \u20ac words"):
+    for text in (
+        "the cat",
+        " the  cat\n\n sat",
+        "\n",
+        "<|im_start|>user\nthe mat<|im_end|>\n",
+        "unheard \u20ac words",
+    ):
         assert tokenizer.encode(text, add_special_tokens=False) == raw.encode(text).ids, text
         assert tokenizer.decode(raw.encode(text).ids) == text
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 3)
@@ -150,14 +185,18 @@ def test_tokens_template_and_special_tokens_are_carried_over(tmp_path):
     assert prompt == "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert (model.generation_config.eos_token_id, model.config.max_position_embeddings) == (2, 64)
-    assert AutoTokenizer.from_pretrained(tmp_path / "hf").decode([2], skip_special_tokens=True) == ""
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "hf").decode([2], skip_special_tokens=True) == ""
+    )
 
 
 def test_nothing_is_replaced(tmp_path):
     write(tmp_path / "tiny.gguf")
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf/notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match="hf exists already and is not replaced; move it or choose another path"):
+    with pytest.raises(
+        SystemExit, match="hf exists already and is not replaced; move it or choose another path"
+    ):
         main(["import-gguf", str(tmp_path / "tiny.gguf"), str(tmp_path / "hf")])
     assert [file.name for file in (tmp_path / "hf").iterdir()] == ["notes.txt"]
 
@@ -196,5 +235,8 @@ def test_tensors_that_transformers_leaves_out_are_warned_of(tmp_path):
 
 def test_without_the_package_it_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(import_gguf, "is_gguf_available", lambda: False)
-    with pytest.raises(UserError, match=r"needs the package gguf; install it with `pip install 'llava-bidir\[gguf\]'`"):
+    with pytest.raises(
+        UserError,
+        match=r"needs the package gguf; install it with `pip install 'llava-bidir\[gguf\]'`",
+    ):
         import_gguf.import_gguf(tmp_path / "tiny.gguf", tmp_path / "hf")

@@ -32,7 +32,10 @@ RECORDS = {
     "renamed": {"image": "gif.jpg", "conversations": turns("<image>\nname", "wall")},
     "too_long": {"conversations": turns("name", "wall " * 120)},
     "unsupervised": {"image": "a.png", "conversations": turns("<image>\nname", "")},
-    "image_after_answer": {"image": "a.png", "conversations": turns("name", "sky") + turns("<image>\nname", "wall")},
+    "image_after_answer": {
+        "image": "a.png",
+        "conversations": turns("name", "sky") + turns("<image>\nname", "wall"),
+    },
 }
 
 
@@ -45,13 +48,17 @@ def folder(tmp_path_factory) -> Path:
     (root / "link.png").symlink_to(elsewhere)
     Image.new("RGB", (9, 7), "red").save(root / "gif.jpg", format="GIF")
     (root / "no.png").write_bytes(b"no image")
-    (root / "data.json").write_text(json.dumps([{"id": name, **record} for name, record in RECORDS.items()]))
+    (root / "data.json").write_text(
+        json.dumps([{"id": name, **record} for name, record in RECORDS.items()])
+    )
     return root
 
 
 def findings(folder, parts, template="vicuna_v1", decode=False, name="data.json") -> list[dict]:
     collate = Collate(build_processor(*parts), tiny_models.TOKENS, template, max_length=100)
-    records = RecordFindings(read_annotations(folder / name), ImageFolder(folder), collate, decode, "prefix")
+    records = RecordFindings(
+        read_annotations(folder / name), ImageFolder(folder), collate, decode, "prefix"
+    )
     return find_problems(records, 0)
 
 
@@ -82,15 +89,20 @@ def test_image_that_is_not_shown_is_not_read(folder, parts):
 
 def test_details_name_the_tokens_and_the_file(folder, parts):
     details = {finding["kind"]: finding["detail"] for finding in findings(folder, parts)}
-    ids, _ = encode(RECORDS["too_long"]["conversations"], build_processor(*parts).tokenizer, image_tokens=None)
+    ids, _ = encode(
+        RECORDS["too_long"]["conversations"], build_processor(*parts).tokenizer, image_tokens=None
+    )
     assert (
-        details["too_long"] == f"{len(ids)} tokens" and details["missing"] == f"image {folder / 'none.png'} is missing"
+        details["too_long"] == f"{len(ids)} tokens"
+        and details["missing"] == f"image {folder / 'none.png'} is missing"
     )
     assert details["renamed"] == f"{folder / 'gif.jpg'}: GIF, not JPEG"
 
 
 def test_question_that_fills_the_whole_length_leaves_nothing_to_train(folder, parts):
-    (folder / "long.json").write_text(json.dumps([{"id": "q", "conversations": turns("name " * 120, "wall")}]))
+    (folder / "long.json").write_text(
+        json.dumps([{"id": "q", "conversations": turns("name " * 120, "wall")}])
+    )
     assert kinds(folder, parts, name="long.json") == {"q": ["too_long", "unsupervised"]}
 
 
@@ -98,7 +110,9 @@ def test_decoding_detects_a_truncated_file(folder, parts):
     picture = Image.effect_noise((64, 64), 90).convert("RGB")
     picture.save(folder / "cut.jpg")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[:1200])
-    (folder / "cut.json").write_text(json.dumps([{"id": "c", **RECORDS["fine"], "image": "cut.jpg"}]))
+    (folder / "cut.json").write_text(
+        json.dumps([{"id": "c", **RECORDS["fine"], "image": "cut.jpg"}])
+    )
     assert kinds(folder, parts, name="cut.json") == {}, "its header is complete"
     assert kinds(folder, parts, name="cut.json", decode=True) == {"c": ["corrupt"]}
 
@@ -114,18 +128,43 @@ def test_bound_holds_for_any_text(llama_tokenizer, texts, has_image):
 def arguments(parts, folder, out, annotations="data.json") -> list[str]:
     encoder, llm = parts
     return [
-        *("verify-data", "-c", str(ROOT / "configs/demo/stage2.yaml"), "--model.encoder.path", encoder.path),
-        *("--model.llm", llm, "--data.images", str(folder), "--data.annotations", str(folder / annotations)),
+        *(
+            "verify-data",
+            "-c",
+            str(ROOT / "configs/demo/stage2.yaml"),
+            "--model.encoder.path",
+            encoder.path,
+        ),
+        *(
+            "--model.llm",
+            llm,
+            "--data.images",
+            str(folder),
+            "--data.annotations",
+            str(folder / annotations),
+        ),
         *("--data.val_annotations", "null", "--data.max_length", "100"),
         *("--model.image_attention", "prefix", "--json", str(out)),
     ]
 
 
 def test_command_lists_everything_and_fails(folder, parts, tmp_path, capsys):
-    on_a_cluster = ["--trainer.devices", "8", "--trainer.accelerator", "gpu", "--trainer.precision", "bf16-mixed"]
+    on_a_cluster = [
+        "--trainer.devices",
+        "8",
+        "--trainer.accelerator",
+        "gpu",
+        "--trainer.precision",
+        "bf16-mixed",
+    ]
     with pytest.raises(SystemExit) as stop:
-        llava_bidir.cli.main([*arguments(parts, folder, tmp_path / "r.json"), "--workers", "2", *on_a_cluster])
-    text, result = capsys.readouterr().out, json.loads((tmp_path / "r.json").read_text())["files"][0]
+        llava_bidir.cli.main(
+            [*arguments(parts, folder, tmp_path / "r.json"), "--workers", "2", *on_a_cluster]
+        )
+    text, result = (
+        capsys.readouterr().out,
+        json.loads((tmp_path / "r.json").read_text())["files"][0],
+    )
     assert stop.value.code == 1 and all(f" 1 {kind}: " in text for kind in KINDS)
     assert result["counts"] == dict.fromkeys(KINDS, 1) and result["records"] == len(RECORDS)
     assert [finding["index"] for finding in result["findings"]] == list(range(2, len(RECORDS)))

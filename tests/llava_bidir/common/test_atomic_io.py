@@ -22,7 +22,11 @@ from safetensors.torch import load_file, save_file
 from llava_bidir import cli
 from llava_bidir.common import atomic_io
 from llava_bidir.common.atomic_io import atomic_directory, atomic_write, write_files
-from llava_bidir.common.checkpoint_io import AtomicCheckpointIO, find_defect, latest_valid_checkpoint
+from llava_bidir.common.checkpoint_io import (
+    AtomicCheckpointIO,
+    find_defect,
+    latest_valid_checkpoint,
+)
 from llava_bidir.model.build import build_model, build_processor
 from llava_bidir.model.hf_export import export_hf
 
@@ -46,7 +50,9 @@ def write_directory(path: Path, text: str) -> None:
         (write_directory, "path/file", "pathlib.Path.rename"),
     ],
 )
-def test_a_kill_before_the_rename_leaves_the_old_version(write, result, moment, tmp_path, monkeypatch):
+def test_a_kill_before_the_rename_leaves_the_old_version(
+    write, result, moment, tmp_path, monkeypatch
+):
     write(tmp_path / "path", "old")
 
     def write_and_die():
@@ -56,7 +62,9 @@ def test_a_kill_before_the_rename_leaves_the_old_version(write, result, moment, 
     assert processes.wait(processes.fork(write_and_die)) == -signal.SIGKILL
     assert (tmp_path / result).read_text() == "old"
     write(tmp_path / "path", "new")
-    assert (tmp_path / result).read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["path"]
+    assert (tmp_path / result).read_text() == "new" and [p.name for p in tmp_path.iterdir()] == [
+        "path"
+    ]
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
@@ -71,7 +79,9 @@ def test_files_have_the_permissions_of_other_new_files(umask, mode, parts, tmp_p
         export_hf(build_model(*parts, processor), processor, tmp_path / "hf")
     finally:
         os.umask(before)
-    files = [path for path in tmp_path.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    files = [
+        path for path in tmp_path.rglob("*") if path.is_file() and not path.name.startswith(".")
+    ]
     assert tmp_path / "hf/model.safetensors" in files
     assert {path.name for path in files if path.stat().st_mode & 0o777 != mode} == set()
 
@@ -81,7 +91,9 @@ def test_a_foreign_folder_is_not_replaced(existing, tmp_path):
     """`llava-bidir export CKPT ~` must not delete a home."""
     (tmp_path / existing).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / existing).write_text("four years")
-    with pytest.raises(ValueError, match="folder exists and contains no file, so it is not replaced"):
+    with pytest.raises(
+        ValueError, match="folder exists and contains no file, so it is not replaced"
+    ):
         write_directory(tmp_path / "folder", "new")
     assert (tmp_path / existing).read_text() == "four years"
     (tmp_path / "empty").mkdir()
@@ -92,8 +104,12 @@ def test_a_foreign_folder_is_not_replaced(existing, tmp_path):
 def test_contents_are_on_disk_before_the_rename_and_the_name_after(tmp_path, monkeypatch):
     """A test cannot cut the power, but it can record the order of system calls."""
     calls, sync, replace, rename = [], os.fsync, Path.replace, Path.rename
-    monkeypatch.setattr("os.fsync", lambda d: (calls.append(Path(os.readlink(f"/proc/self/fd/{d}")).name), sync(d)))
-    monkeypatch.setattr("pathlib.Path.replace", lambda s, t: (calls.append("rename"), replace(s, t)))
+    monkeypatch.setattr(
+        "os.fsync", lambda d: (calls.append(Path(os.readlink(f"/proc/self/fd/{d}")).name), sync(d))
+    )
+    monkeypatch.setattr(
+        "pathlib.Path.replace", lambda s, t: (calls.append("rename"), replace(s, t))
+    )
     monkeypatch.setattr("pathlib.Path.rename", lambda s, t: (calls.append("rename"), rename(s, t)))
     write_file(tmp_path / "a", "")
     assert calls == ["a.partial", "rename", tmp_path.name]
@@ -107,7 +123,10 @@ def test_contents_are_on_disk_before_the_rename_and_the_name_after(tmp_path, mon
 
 def test_other_errors_pass_through(tmp_path):
     for error in (RuntimeError("a tensor differs"), ValueError("a setting")):
-        with pytest.raises(type(error), match=str(error)), atomic_directory(tmp_path / "folder", "file"):
+        with (
+            pytest.raises(type(error), match=str(error)),
+            atomic_directory(tmp_path / "folder", "file"),
+        ):
             raise error
     assert not any(tmp_path.iterdir())
 
@@ -129,7 +148,9 @@ def contents(folder: Path) -> list[int | None]:
         lambda path: json.loads(path.read_text())["x"],
     )
     paths = (folder / name for name in NAMES)
-    return [read(path) if path.exists() else None for read, path in zip(readers, paths, strict=True)]
+    return [
+        read(path) if path.exists() else None for read, path in zip(readers, paths, strict=True)
+    ]
 
 
 def test_write_files_passes_the_hashes_of_the_other_files(tmp_path):
@@ -142,8 +163,12 @@ def test_write_files_passes_the_hashes_of_the_other_files(tmp_path):
 def test_a_kill_between_two_renames_leaves_no_last_file(renamed, tmp_path, monkeypatch):
     write_files(files(tmp_path, 1))
     replace, counter = Path.replace, count()
-    monkeypatch.setattr(Path, "replace", lambda s, t: die() if next(counter) == renamed else replace(s, t))
-    assert processes.wait(processes.fork(lambda: write_files(files(tmp_path, 2)))) == -signal.SIGKILL
+    monkeypatch.setattr(
+        Path, "replace", lambda s, t: die() if next(counter) == renamed else replace(s, t)
+    )
+    assert (
+        processes.wait(processes.fork(lambda: write_files(files(tmp_path, 2)))) == -signal.SIGKILL
+    )
     monkeypatch.undo()
     assert contents(tmp_path)[-1] is None
     write_files(files(tmp_path, 2))
@@ -158,11 +183,15 @@ def test_a_kill_within_safetensors_leaves_nothing_after_the_next_write(tmp_path,
         die()
 
     monkeypatch.setattr("safetensors.torch.save_file", killed)
-    assert processes.wait(processes.fork(lambda: write_files(files(tmp_path, 1)))) == -signal.SIGKILL
+    assert (
+        processes.wait(processes.fork(lambda: write_files(files(tmp_path, 1)))) == -signal.SIGKILL
+    )
     assert list(tmp_path.rglob(".tmp*"))
     monkeypatch.undo()
     write_files(files(tmp_path, 2))
-    assert contents(tmp_path) == [2, 2, 2] and sorted(path.name for path in tmp_path.iterdir()) == sorted(NAMES)
+    assert contents(tmp_path) == [2, 2, 2] and sorted(
+        path.name for path in tmp_path.iterdir()
+    ) == sorted(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -176,7 +205,9 @@ def test_write_files_on_a_full_disk_leaves_the_old_files(name, tmp_path, monkeyp
         sync(path)
 
     monkeypatch.setattr(atomic_io, "_sync", full)
-    with pytest.raises(ValueError, match=rf"cannot write .*{name}: No space left on device; fix this"):
+    with pytest.raises(
+        ValueError, match=rf"cannot write .*{name}: No space left on device; fix this"
+    ):
         write_files(files(tmp_path, 2))
     assert contents(tmp_path) == [1, 1, 1] and not list(tmp_path.glob("*.partial"))
 
@@ -201,7 +232,10 @@ def test_checkpoint_on_a_full_disk(disk):
     io.save_checkpoint(small, folder / "last.ckpt")
     with pytest.raises(ValueError, match="cannot write .*last.ckpt: .*No space left on device"):
         io.save_checkpoint(large, folder / "last.ckpt")
-    assert latest_valid_checkpoint(folder) == folder / "last.ckpt" and find_defect(folder / "last.ckpt") is None
+    assert (
+        latest_valid_checkpoint(folder) == folder / "last.ckpt"
+        and find_defect(folder / "last.ckpt") is None
+    )
     assert torch.equal(torch.load(folder / "last.ckpt")["weight"], small["weight"])
     subprocess.run(["mount", "-o", "remount,size=3000k", folder], check=True)
     io.save_checkpoint(large, folder / "last.ckpt")
@@ -209,9 +243,13 @@ def test_checkpoint_on_a_full_disk(disk):
 
 
 def test_fit_into_a_read_only_folder_fails_before_training(disk, parts, conversations, monkeypatch):
-    monkeypatch.setattr("lightning.Trainer.fit", lambda *args, **kwargs: pytest.fail("training began"))
+    monkeypatch.setattr(
+        "lightning.Trainer.fit", lambda *args, **kwargs: pytest.fail("training began")
+    )
     out = disk(100, "ro") / "run"
-    with pytest.raises(SystemExit, match="cannot write to folder .*run: Read-only file system; choose another"):
+    with pytest.raises(
+        SystemExit, match="cannot write to folder .*run: Read-only file system; choose another"
+    ):
         cli.main(["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(out)])
 
 
@@ -226,4 +264,8 @@ def test_nothing_is_written_through_a_link(name, how, tmp_path):
     else:
         with atomic_write(file) as partial:
             partial.write_text("{}")
-    assert victim.read_text() == "untouched" and json.loads(file.read_text()) == {} and not file.is_symlink()
+    assert (
+        victim.read_text() == "untouched"
+        and json.loads(file.read_text()) == {}
+        and not file.is_symlink()
+    )

@@ -39,8 +39,12 @@ def test_swaps_keep_groups_together_and_leave_the_first_row():
 
 def test_interval_of_a_mean_equals_scipys_basic_bootstrap():
     values = np.random.default_rng(0).exponential(1.0, 100)
-    ours = interval(values.mean(), bootstrap_weights(100, 8000).double() @ torch.from_numpy(values) / 100)
-    theirs = stats.bootstrap((values,), np.mean, n_resamples=8000, method="basic", rng=1).confidence_interval
+    ours = interval(
+        values.mean(), bootstrap_weights(100, 8000).double() @ torch.from_numpy(values) / 100
+    )
+    theirs = stats.bootstrap(
+        (values,), np.mean, n_resamples=8000, method="basic", rng=1
+    ).confidence_interval
     assert ours == pytest.approx(list(theirs), abs=0.01)
 
 
@@ -54,12 +58,16 @@ def test_p_values_equal_a_loop():
         reached = sum(table[r, s] >= table[0, s] for r in range(200)) / 200
         largest = [max(table[r, k] / spread[k] for k in range(3)) for r in range(200)]
         assert raw[s] == pytest.approx(reached)
-        assert corrected[s] == pytest.approx(sum(m >= table[0, s] / spread[s] for m in largest) / 200)
+        assert corrected[s] == pytest.approx(
+            sum(m >= table[0, s] / spread[s] for m in largest) / 200
+        )
     assert (corrected >= raw).all() and (raw >= 1 / 200).all()
 
 
 def test_a_statistic_without_any_difference_has_p_one():
-    differences = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.0])
+    differences = torch.randn(50, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [1.0, 0.0]
+    )
     raw, corrected = p_values(differences)
     assert raw[1] == 1 and corrected[1] == 1
 

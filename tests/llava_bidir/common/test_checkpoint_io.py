@@ -29,7 +29,9 @@ def save(path, what=OLD):
     return path
 
 
-def save_directory(path, files=("checkpoint/share_0.pt", "checkpoint/share_1.pt"), interrupt=lambda: None):
+def save_directory(
+    path, files=("checkpoint/share_0.pt", "checkpoint/share_1.pt"), interrupt=lambda: None
+):
     partial = path.with_name(path.name + ".partial")
     for name in files:
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -47,9 +49,12 @@ def test_sigkill_during_the_renames_leaves_a_valid_directory(moment, tmp_path, m
     if moment == "replaced":  # between the two renames
         rename = type(path).rename
         monkeypatch.setattr(
-            "pathlib.Path.rename", lambda s, target: die() if s.name.endswith(".partial") else rename(s, target)
+            "pathlib.Path.rename",
+            lambda s, target: die() if s.name.endswith(".partial") else rename(s, target),
         )
-    child = processes.fork(lambda: save_directory(path, interrupt=die if moment == "written" else lambda: None))
+    child = processes.fork(
+        lambda: save_directory(path, interrupt=die if moment == "written" else lambda: None)
+    )
     assert processes.wait(child) == -signal.SIGKILL
     whole = latest_valid_checkpoint(tmp_path)
     assert whole == (tmp_path / "last.ckpt.replaced" if moment == "replaced" else path)
@@ -69,7 +74,9 @@ def test_last_is_the_latest_valid_checkpoint_and_logs_skipped_ones(tmp_path, cap
     with caplog.at_level(logging.INFO):
         assert resolve_ckpt_path("last", folder) == str(paths[1])
     passed = [record.getMessage() for record in caplog.records if "skipping" in record.getMessage()]
-    assert [str(path) in text for path, text in zip(paths[4:1:-1], passed, strict=True)] == [True] * 3
+    assert [str(path) in text for path, text in zip(paths[4:1:-1], passed, strict=True)] == [
+        True
+    ] * 3
     assert "share_0.pt" in passed[0] and "share_1.pt" in passed[1] and "truncated" in passed[2]
 
 
@@ -77,10 +84,14 @@ def test_a_damaged_checkpoint_is_an_error_that_proposes_another(tmp_path):
     good, bad = save(tmp_path / "good.ckpt"), save(tmp_path / "bad.ckpt")
     bad.write_bytes(b"")
     with pytest.raises(
-        ValueError, match=r"bad.ckpt: the file is truncated.*The latest valid checkpoint in .*good.ckpt"
+        ValueError,
+        match=r"bad.ckpt: the file is truncated.*The latest valid checkpoint in .*good.ckpt",
     ):
         resolve_ckpt_path(str(bad), tmp_path)
-    assert resolve_ckpt_path(str(good), tmp_path) == str(good) and resolve_ckpt_path(None, tmp_path) is None
+    assert (
+        resolve_ckpt_path(str(good), tmp_path) == str(good)
+        and resolve_ckpt_path(None, tmp_path) is None
+    )
     assert find_defect(tmp_path / "none.ckpt") == "no such file or directory"
     assert resolve_ckpt_path("last", tmp_path / "nowhere") is None
 
@@ -120,7 +131,12 @@ def test_last_skips_a_checkpoint_with_a_flipped_bit(tmp_path, caplog):
 
 
 def position(processed: int, completed: int) -> dict:
-    counts = {"ready": processed, "started": processed, "processed": processed, "completed": completed}
+    counts = {
+        "ready": processed,
+        "started": processed,
+        "processed": processed,
+        "completed": completed,
+    }
     progress = {"total": dict(counts), "current": dict(counts)}
     return {
         "loops": {"fit_loop": {"epoch_loop.batch_progress": progress}},
@@ -141,5 +157,7 @@ def test_position_inside_a_new_micro_batch_is_an_error():
 
 
 def test_zero_checkpoint_without_zero_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="is a directory, from a run with ZeRO; add the run.s configs/cluster/zero"):
+    with pytest.raises(
+        ValueError, match="is a directory, from a run with ZeRO; add the run.s configs/cluster/zero"
+    ):
         AtomicCheckpointIO().load_checkpoint(str(save_directory(tmp_path / "zero.ckpt")))

@@ -16,7 +16,11 @@ def test_every_config_has_a_name_and_short_ones_are_unique():
     assert {file.relative_to(FOLDER) for file in names.values()} == {
         f.relative_to(FOLDER) for f in FOLDER.rglob("*.yaml")
     }
-    expected = {"stage2": "stage2.yaml", "demo/stage2": "demo/stage2.yaml", "clip": "encoder/clip.yaml"}
+    expected = {
+        "stage2": "stage2.yaml",
+        "demo/stage2": "demo/stage2.yaml",
+        "clip": "encoder/clip.yaml",
+    }
     expected |= {"zero3": "cluster/zero3.yaml", "ade20k": "probes/ade20k.yaml"}
     for name, file in expected.items():
         assert names[name] == FOLDER / file

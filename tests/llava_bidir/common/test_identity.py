@@ -23,7 +23,9 @@ def cache(tmp_path, monkeypatch):
 def hashed(monkeypatch):
     """Names of the files that are read."""
     names, digest = [], hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: names.append(file.name) or digest(file, kind))
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, kind: names.append(file.name) or digest(file, kind)
+    )
     return names
 
 
@@ -40,7 +42,9 @@ def test_checksums_are_sha256_and_files_are_read_once(cache, hashed, settled, tm
         (tmp_path / "data" / name).write_bytes(content)
     expected = {name: hashlib.sha256(content).hexdigest()[:16] for name, content in files.items()}
     assert identity.checksums(tmp_path / "data", files) == expected and len(hashed) == 5
-    assert identity.checksums(tmp_path / "data", list(files)[:3]) == dict(list(expected.items())[:3])
+    assert identity.checksums(tmp_path / "data", list(files)[:3]) == dict(
+        list(expected.items())[:3]
+    )
     assert identity.checksums(tmp_path / "data/../data", files) == expected and len(hashed) == 5
 
 
@@ -89,7 +93,9 @@ def test_a_model_is_its_weights_config_and_processor(cache, checkpoints):
 VALUES = st.sampled_from([None, False, True, 0, 1, 2, 0.0, 1.0, "1", "a"]) | st.lists(st.booleans())
 
 
-@given(st.dictionaries(st.sampled_from("abc"), VALUES), st.dictionaries(st.sampled_from("abc"), VALUES))
+@given(
+    st.dictionaries(st.sampled_from("abc"), VALUES), st.dictionaries(st.sampled_from("abc"), VALUES)
+)
 def test_identities_are_the_same_if_their_json_is(before, now):
     same = all(json.dumps(before.get(key)) == json.dumps(now.get(key)) for key in "abc")
     try:

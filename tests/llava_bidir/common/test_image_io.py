@@ -42,5 +42,7 @@ def test_decompression_bomb_uses_no_memory_and_no_time(tmp_path):
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     with pytest.raises(ValueError, match="decompression bomb"):
         open_bounded(tmp_path / "bomb.png")
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000, "KiB; its pixels need 562,500"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000, (
+        "KiB; its pixels need 562,500"
+    )
     assert time.perf_counter() - start < 5

@@ -14,13 +14,17 @@ def typeset(line: str) -> list[str]:
     """Return the cells of a row as TeX's rules read it: commands, escaped characters, groups, cells."""
     cells, rest = [""], line
     while rest:
-        token = re.match(r"\\(textbackslash|textasciitilde|textasciicircum)\{\}|\\(.)|\$-\$|--|(.)", rest)
+        token = re.match(
+            r"\\(textbackslash|textasciitilde|textasciicircum)\{\}|\\(.)|\$-\$|--|(.)", rest
+        )
         command, escaped, character = token.groups()
         assert character not in (*"%#$~^_\\",), f"{character} is not escaped in {line}"
         if character == "&":
             cells.append("")
         elif character not in ("{", "}"):
-            cells[-1] += COMMANDS.get(command) or escaped or character or {"$-$": "−", "--": "–"}[token[0]]
+            cells[-1] += (
+                COMMANDS.get(command) or escaped or character or {"$-$": "−", "--": "–"}[token[0]]
+            )
         rest = rest[token.end() :]
     return [cell.strip() for cell in cells]
 

@@ -11,7 +11,10 @@ from llava_bidir.common import progress
     ("limits", "expected"),
     [
         ((1, -1), "0.005 batches/s, 1 day, 4:23:20 left"),  # 511 batches
-        ((1, 2), "0.005 batches/s, 0:06:40 left"),  # a step of two batches ends before the epoch does
+        (
+            (1, 2),
+            "0.005 batches/s, 0:06:40 left",
+        ),  # a step of two batches ends before the epoch does
         ((-1, 1000), "step 1/1000, 4 days, 15:00:00 left"),  # 999 steps
     ],
 )
@@ -20,9 +23,15 @@ def test_time_left_is_that_until_the_nearest_limit(limits, expected, monkeypatch
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
     batches = SimpleNamespace(total_batch_idx=0)
     trainer = SimpleNamespace(
-        fit_loop=SimpleNamespace(epoch_loop=batches), num_training_batches=512, accumulate_grad_batches=2
+        fit_loop=SimpleNamespace(epoch_loop=batches),
+        num_training_batches=512,
+        accumulate_grad_batches=2,
     )
-    trainer.max_epochs, trainer.max_steps, trainer.global_step, trainer.current_epoch = *limits, 1, 0
+    trainer.max_epochs, trainer.max_steps, trainer.global_step, trainer.current_epoch = (
+        *limits,
+        1,
+        0,
+    )
     trainer.is_global_zero = True
     lines = progress.LogProgress()
     with caplog.at_level("INFO"):

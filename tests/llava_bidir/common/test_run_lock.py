@@ -19,7 +19,9 @@ def test_a_second_process_is_an_error_that_names_the_holder(tmp_path):
     with processes.inside(exclusive_run_lock(tmp_path / "run")) as child:
         who = f"process {child} on {re.escape(socket.gethostname())} since 20"
         for _ in range(2):  # an attempt does not delete the holder's name
-            with pytest.raises(ValueError, match=rf"run is in use by {who}.*wait until it has ended"):
+            with pytest.raises(
+                ValueError, match=rf"run is in use by {who}.*wait until it has ended"
+            ):
                 with exclusive_run_lock(tmp_path / "run"):
                     pass
 
@@ -58,7 +60,10 @@ def test_results_in_one_folder_have_separate_locks(tmp_path):
     with processes.inside(exclusive_run_lock(tmp_path, "hf")):
         with exclusive_run_lock(tmp_path), exclusive_run_lock(tmp_path, "other"):
             pass
-        with pytest.raises(ValueError, match="hf is in use by process"), exclusive_run_lock(tmp_path, "hf"):
+        with (
+            pytest.raises(ValueError, match="hf is in use by process"),
+            exclusive_run_lock(tmp_path, "hf"),
+        ):
             pass
 
 
@@ -81,14 +86,32 @@ def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("more", [(), ("--ckpt_path", "last")])
 def test_a_second_fit_into_a_run_is_an_error(more, parts, conversations, tmp_path):
-    with processes.inside(exclusive_run_lock(tmp_path)), pytest.raises(SystemExit, match="is in use by process"):
-        cli.main(["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path), *more])
-    assert [file.name for file in tmp_path.iterdir()] == [".lock"], "the second process has written nothing"
+    with (
+        processes.inside(exclusive_run_lock(tmp_path)),
+        pytest.raises(SystemExit, match="is in use by process"),
+    ):
+        cli.main(
+            [
+                "fit",
+                *tiny_models.training_arguments(parts, conversations),
+                "--out",
+                str(tmp_path),
+                *more,
+            ]
+        )
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"], (
+        "the second process has written nothing"
+    )
 
 
-@pytest.mark.parametrize("command", ["vqa CHECKPOINT --tasks gqa --out", "demo-assets --scale 0.01"])
+@pytest.mark.parametrize(
+    "command", ["vqa CHECKPOINT --tasks gqa --out", "demo-assets --scale 0.01"]
+)
 def test_a_second_command_into_a_folder_is_an_error(command, checkpoints, tmp_path):
     argv = command.replace("CHECKPOINT", str(checkpoints["causal"])).split()
     name = "" if argv[0] == "vqa" else "assets"
-    with processes.inside(exclusive_run_lock(tmp_path, name)), pytest.raises(SystemExit, match="is in use by process"):
+    with (
+        processes.inside(exclusive_run_lock(tmp_path, name)),
+        pytest.raises(SystemExit, match="is in use by process"),
+    ):
         cli.main([*argv, str(tmp_path / name)])

@@ -55,7 +55,13 @@ def loaded_exports(export):
 
 def test_settings_of_the_tokenizer_are_kept(llama_folder, llama_tokenizer):
     stock = AutoTokenizer.from_pretrained(llama_folder)
-    for name in ("padding_side", "special_tokens_map", "model_max_length", "model_input_names", "all_special_ids"):
+    for name in (
+        "padding_side",
+        "special_tokens_map",
+        "model_max_length",
+        "model_input_names",
+        "all_special_ids",
+    ):
         assert getattr(llama_tokenizer, name) == getattr(stock, name)
     assert llama_tokenizer.get_vocab() == stock.get_vocab() and len(llama_tokenizer) == 32000
     ids = llama_tokenizer.encode("  def  f(x):\n\treturn 猫")
@@ -79,11 +85,15 @@ def test_tokenizer_json_alone_keeps_the_ids_it_defines(model_type, beside, llama
 def test_damaged_tokenizer_model_is_named(llama_folder, tmp_path):
     AutoTokenizer.from_pretrained(llama_folder).save_pretrained(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes((llama_folder / "tokenizer.model").read_bytes()[:-1])
-    with pytest.raises(UserError, match=f"model.llm: {tmp_path}/tokenizer.model: .*(parsing|truncated)"):
+    with pytest.raises(
+        UserError, match=f"model.llm: {tmp_path}/tokenizer.model: .*(parsing|truncated)"
+    ):
         load_tokenizer("model.llm", str(tmp_path))
 
 
-def test_tokenizer_model_without_a_json_is_read_for_any_llama_based_model(llama_folder, slow_llama, tmp_path):
+def test_tokenizer_model_without_a_json_is_read_for_any_llama_based_model(
+    llama_folder, slow_llama, tmp_path
+):
     """transformers builds another class for the model type llava."""
     shutil.copytree(llama_folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
@@ -91,7 +101,9 @@ def test_tokenizer_model_without_a_json_is_read_for_any_llama_based_model(llama_
     assert load_tokenizer("tokenizer", str(tmp_path)).encode(text) == slow_llama.encode(text)
 
 
-@pytest.mark.parametrize("settings", [{"normalization_rule_name": "nfkc"}, {"add_dummy_prefix": False}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"normalization_rule_name": "nfkc"}, {"add_dummy_prefix": False}], ids=str
+)
 def test_other_sentencepiece_models_are_read_as_transformers_reads_them(settings, tmp_path):
     folder = write_tokenizer(tmp_path, 1000, **settings)
     stock = AutoTokenizer.from_pretrained(folder)

@@ -28,7 +28,16 @@ def epoch(sampler, number=0):
 )
 def test_every_sample_is_drawn_and_ranks_get_as_many(grouped, lengths, micro, world, accumulate):
     ranks = [
-        epoch(BatchSampler(lengths, micro * world * accumulate, micro, grouped=grouped, rank=r, world_size=world))
+        epoch(
+            BatchSampler(
+                lengths,
+                micro * world * accumulate,
+                micro,
+                grouped=grouped,
+                rank=r,
+                world_size=world,
+            )
+        )
         for r in range(world)
     ]
     assert len({len(batches) for batches in ranks}) == 1 and len(ranks[0]) % accumulate == 0
@@ -71,14 +80,22 @@ def llava_megabatches(lengths: list[int], batch: int, devices: int, generator) -
 def test_grouped_batches_are_llavas_with_the_longest_in_front(lengths, micro, devices, seed):
     """Same draws, same batches: of the full ones two change places, and the last are cut and topped up."""
     batch = micro * devices
-    ours = grouped_batches(np.array(lengths), batch, micro, torch.Generator().manual_seed(seed)).tolist()
+    ours = grouped_batches(
+        np.array(lengths), batch, micro, torch.Generator().manual_seed(seed)
+    ).tolist()
     theirs = llava_megabatches(lengths, batch, devices, torch.Generator().manual_seed(seed))
     full = sum((n < 0) for n in lengths) // batch + sum((n > 0) for n in lengths) // batch
     moved = [i for i in range(full) if ours[i] != theirs[i]]
-    assert moved in ([], [0, moved[-1] if moved else 0]) and sorted(ours[:full]) == sorted(theirs[:full])
+    assert moved in ([], [0, moved[-1] if moved else 0]) and sorted(ours[:full]) == sorted(
+        theirs[:full]
+    )
     rest = [i for row in ours[full:] for i in row]
-    assert rest[: len(theirs[full]) if len(theirs) > full else 0] == (theirs[full] if len(theirs) > full else [])
-    assert all(max(abs(lengths[i]) for i in ours[0]) >= abs(lengths[j]) for row in ours[:full] for j in row)
+    assert rest[: len(theirs[full]) if len(theirs) > full else 0] == (
+        theirs[full] if len(theirs) > full else []
+    )
+    assert all(
+        max(abs(lengths[i]) for i in ours[0]) >= abs(lengths[j]) for row in ours[:full] for j in row
+    )
 
 
 def test_length_is_known_without_drawing():
@@ -97,7 +114,9 @@ def test_skipping_goes_on_where_an_interrupted_pass_stopped(grouped):
 
 
 def test_batch_that_does_not_divide_is_an_error():
-    with pytest.raises(ValueError, match="batch_size 128 is not a multiple of data.micro_batch_size 16 x 3 devices"):
+    with pytest.raises(
+        ValueError, match="batch_size 128 is not a multiple of data.micro_batch_size 16 x 3 devices"
+    ):
         BatchSampler(LENGTHS, 128, 16, world_size=3)
     with pytest.raises(ValueError, match="contains no records"):
         BatchSampler([], 8, 4)

@@ -21,7 +21,9 @@ def sample(question: str, answer: str, image: bool, name: str = "s") -> dict:
 
 
 def test_batch_is_padded_and_says_where_it_predicts(collate):
-    batch = collate([sample("<image>\nname the sky", "wall", True), sample("sky", "wall wall wall", False)])
+    batch = collate(
+        [sample("<image>\nname the sky", "wall", True), sample("sky", "wall wall wall", False)]
+    )
     ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
     assert ids.shape == labels.shape == mask.shape and batch["pixel_values"].shape == (1, 3, 8, 8)
     assert (labels[mask == 0] == IGNORE_INDEX).all() and sum(batch["lengths"]) == mask.sum()
@@ -65,7 +67,10 @@ def test_bad_turns_name_their_record(collate):
 
 
 def test_prompts_are_padded_left_and_end_where_the_answer_starts(collate):
-    samples = [sample("<image>\nname the sky and a wall", "wall", True), sample("sky", "wall", False)]
+    samples = [
+        sample("<image>\nname the sky and a wall", "wall", True),
+        sample("sky", "wall", False),
+    ]
     prompts, full = collate.prompts(samples), collate(samples)
     for row in range(2):
         prompt = prompts["input_ids"][row][prompts["attention_mask"][row].bool()]

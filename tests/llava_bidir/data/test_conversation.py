@@ -30,11 +30,17 @@ def test_plain_trains_the_caption_and_its_newline(caption, llama_tokenizer, slow
     assert pieces == "▁" + f"{caption}\n".replace(" ", "▁").replace("\n", "<0x0A>")
 
 
-@given(texts=st.lists(llama_tokenizers.texts(*SlowLlama.SPECIAL, min_size=1), min_size=2, max_size=6))
-def test_any_text_is_encoded_in_pieces_as_llava_encodes_it_at_once(llama_tokenizer, slow_llama, texts):
+@given(
+    texts=st.lists(llama_tokenizers.texts(*SlowLlama.SPECIAL, min_size=1), min_size=2, max_size=6)
+)
+def test_any_text_is_encoded_in_pieces_as_llava_encodes_it_at_once(
+    llama_tokenizer, slow_llama, texts
+):
     texts = texts[: len(texts) // 2 * 2]
     ids, labels = encode(turns(*texts), llama_tokenizer, "vicuna_v1", 4, IMAGE_ID)
-    text = f"{SYSTEM} " + "".join(f"USER: {q} ASSISTANT: {a}</s>" for q, a in zip(texts[::2], texts[1::2], strict=True))
+    text = f"{SYSTEM} " + "".join(
+        f"USER: {q} ASSISTANT: {a}</s>" for q, a in zip(texts[::2], texts[1::2], strict=True)
+    )
     assert ids == whole_text_ids(text, slow_llama, 4)
     assert all(label in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True))
     ends = len(texts) // 2 + sum(answer.count("</s>") for answer in texts[1::2])
@@ -42,7 +48,9 @@ def test_any_text_is_encoded_in_pieces_as_llava_encodes_it_at_once(llama_tokeniz
 
 
 def test_conversation_that_ends_with_a_question_is_a_prompt(llama_tokenizer):
-    full, labels = encode(turns("<image>\nWhat?", "A cat."), llama_tokenizer, "vicuna_v1", 2, IMAGE_ID)
+    full, labels = encode(
+        turns("<image>\nWhat?", "A cat."), llama_tokenizer, "vicuna_v1", 2, IMAGE_ID
+    )
     prompt, nothing = encode(turns("<image>\nWhat?"), llama_tokenizer, "vicuna_v1", 2, IMAGE_ID)
     assert prompt == full[: len(prompt)] and set(nothing) == {IGNORE_INDEX}
     assert labels[len(prompt)] != IGNORE_INDEX, "the answer starts right behind the prompt"
@@ -50,7 +58,9 @@ def test_conversation_that_ends_with_a_question_is_a_prompt(llama_tokenizer):
 
 def test_leading_gpt_turn_is_dropped(llama_tokenizer):
     expected = encode(turns("q", "a"), llama_tokenizer)
-    assert encode([{"from": "gpt", "value": "hello"}, *turns("q", "a")], llama_tokenizer) == expected
+    assert (
+        encode([{"from": "gpt", "value": "hello"}, *turns("q", "a")], llama_tokenizer) == expected
+    )
 
 
 def test_unknown_template_unfit_plain_and_bad_turns_are_errors(llama_tokenizer):

@@ -29,7 +29,9 @@ def ask(parts, tmp_path):
         (tmp_path / "data.json").write_text(json.dumps([record]))
         records = read_annotations(tmp_path / "data.json")
         collate = Collate(build_processor(*parts), tiny_models.TOKENS, "vicuna_v1")
-        findings = RecordFindings(records, ImageFolder(tmp_path, **kwargs), collate, decode=True).check(records[0])
+        findings = RecordFindings(
+            records, ImageFolder(tmp_path, **kwargs), collate, decode=True
+        ).check(records[0])
         try:
             return findings, Instructions(tmp_path / "data.json", tmp_path, **kwargs)[0]["image"]
         except ValueError as error:
@@ -49,7 +51,9 @@ def check_rejected(ask, path, kind, message):
         generate("no model is looked for", path, ["what"])
 
 
-@pytest.mark.parametrize("name", ["bomb_below_the_limit_of_pil.png", "page.jpg", "pipe.jpg", *hostile_images.DEEP])
+@pytest.mark.parametrize(
+    "name", ["bomb_below_the_limit_of_pil.png", "page.jpg", "pipe.jpg", *hostile_images.DEEP]
+)
 def test_hostile_image_is_an_error_with_record_and_file(ask, tmp_path, name):
     if name == "pipe.jpg":
         os.mkfifo(tmp_path / name)
@@ -68,7 +72,9 @@ def test_unusual_image_is_read_as_pil_reads_it(ask, tmp_path, name):
     findings, image = ask(name)
     assert [kind for kind, _ in findings] == (["renamed"] if name == "gif_called.jpg" else [])
     assert (image.mode, image.size) == ("RGB", hostile_images.SIZE)
-    assert (np.asarray(image) == np.asarray(Image.open(path).convert("RGB"))).all() and np.asarray(image).std() > 10
+    assert (np.asarray(image) == np.asarray(Image.open(path).convert("RGB"))).all() and np.asarray(
+        image
+    ).std() > 10
 
 
 @pytest.fixture
@@ -86,7 +92,9 @@ def test_links_out_of_the_folder_are_errors_unless_allowed(ask, tmp_path, elsewh
     for name in ("file.png", "coco/train2017/private.png", "first/train2017/private.png"):
         findings, error = ask(name)
         assert [kind for kind, _ in findings] == ["outside"]
-        assert str(error).startswith(f"record 0 (id 'r'): image {tmp_path / name} is outside data.images: a symlink")
+        assert str(error).startswith(
+            f"record 0 (id 'r'): image {tmp_path / name} is outside data.images: a symlink"
+        )
         assert str(elsewhere / "private.png") in str(error) and "data.follow_links" in str(error)
         findings, image = ask(name, follow_links=True)
         assert findings == [] and image.size == hostile_images.SIZE
@@ -105,13 +113,22 @@ def test_links_within_the_folder_and_to_the_folder_are_followed(ask, tmp_path):
 
 valid = [
     *hostile_images.VALID.values(),
-    *(hostile_images.encoded(hostile_images.noise(), name) for name in ("BMP", "TIFF", "WEBP", "JPEG")),
+    *(
+        hostile_images.encoded(hostile_images.noise(), name)
+        for name in ("BMP", "TIFF", "WEBP", "JPEG")
+    ),
 ]
 mutation = st.tuples(st.integers(0, 2**16), st.binary(min_size=1, max_size=6), st.booleans())
 
 
-@given(st.sampled_from(valid), st.lists(mutation, min_size=1, max_size=4), st.none() | st.integers(0, 2**16))
-def test_any_change_of_an_image_is_an_image_or_an_error_that_names_the_file(tmp_path_factory, content, changes, end):
+@given(
+    st.sampled_from(valid),
+    st.lists(mutation, min_size=1, max_size=4),
+    st.none() | st.integers(0, 2**16),
+)
+def test_any_change_of_an_image_is_an_image_or_an_error_that_names_the_file(
+    tmp_path_factory, content, changes, end
+):
     for place, new, insert in changes:
         place %= len(content)
         content = content[:place] + new + content[place + (0 if insert else len(new)) :]
@@ -123,6 +140,8 @@ def check_any(path, content):
     try:
         image = read_image(path)
     except BadImage as error:
-        assert str(error).startswith(f"image {path} cannot be read: ") and not str(error).endswith(": ")
+        assert str(error).startswith(f"image {path} cannot be read: ") and not str(error).endswith(
+            ": "
+        )
     else:
         assert image.mode == "RGB" and max(image.size) ** 2 <= Image.MAX_IMAGE_PIXELS

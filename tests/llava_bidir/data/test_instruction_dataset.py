@@ -38,13 +38,17 @@ def test_records_come_back_as_written(conversations):
     data = Instructions(conversations / "data.json", conversations)
     sample = data[0]
     assert len(data) == 12 and sample["id"] == "r0" and sample["image"].size == (14, 10)
-    assert sample["conversations"] == json.loads((conversations / "data.json").read_text())[0]["conversations"]
+    assert (
+        sample["conversations"]
+        == json.loads((conversations / "data.json").read_text())[0]["conversations"]
+    )
     assert data[11]["image"] is None
 
 
 def test_lengths_count_words_and_mark_text_only(conversations):
     lengths = Instructions(conversations / "data.json", conversations).lengths()
-    assert lengths[0] == 5 and [n < 0 for n in lengths] == [False] * 10 + [True] * 2  # "<image> name the sky" + "wall"
+    # "<image> name the sky" + "wall"
+    assert lengths[0] == 5 and [n < 0 for n in lengths] == [False] * 10 + [True] * 2
 
 
 def test_edited_file_is_read_again(tmp_path):
@@ -59,15 +63,33 @@ def test_edited_file_is_read_again(tmp_path):
     [
         ("{not json", "is not a JSON list of records"),
         ({"a": 1}, "contains no records; expected a JSON list"),
-        ([{"id": 1}], r"1 of 1 records .* record 0 \(id '1'\): expected an object with a list 'conversations'"),
+        (
+            [{"id": 1}],
+            r"1 of 1 records .* record 0 \(id '1'\): expected an object with a list 'conversations'",
+        ),
         ([record(), "text"], r"1 of 2 records .* record 1 \(id ''\): expected an object"),
-        ([record(conversations=[{"from": "bot", "value": "x"}])], r"id '7'\): a turn needs 'from': 'human' or 'gpt'"),
-        ([record(conversations=turns("q", "a") + turns("b", first="gpt"))], "turn 2 is from 'gpt', expected 'human'"),
+        (
+            [record(conversations=[{"from": "bot", "value": "x"}])],
+            r"id '7'\): a turn needs 'from': 'human' or 'gpt'",
+        ),
+        (
+            [record(conversations=turns("q", "a") + turns("b", first="gpt"))],
+            "turn 2 is from 'gpt', expected 'human'",
+        ),
         ([record(conversations=[])], "needs at least one human turn"),
         ([record(image=["a.png", "b.png"])], "'image' must be the path of one image"),
-        ([record(image="../a.png")], r"record 0 \(id '7'\): 'image' must be a relative path inside data.images"),
-        ([record(image="/etc/passwd")], "'image' must be a relative path inside data.images.* got '/etc/passwd'"),
-        ([record(conversations=[{"from": "human", "value": {"a": 1}}])], "a turn needs text in 'value'"),
+        (
+            [record(image="../a.png")],
+            r"record 0 \(id '7'\): 'image' must be a relative path inside data.images",
+        ),
+        (
+            [record(image="/etc/passwd")],
+            "'image' must be a relative path inside data.images.* got '/etc/passwd'",
+        ),
+        (
+            [record(conversations=[{"from": "human", "value": {"a": 1}}])],
+            "a turn needs text in 'value'",
+        ),
     ],
 )
 def test_broken_file_names_file_and_record(records, message, tmp_path):
@@ -99,7 +121,9 @@ def test_every_bad_record_is_kept_with_its_problem(tmp_path):
 )
 def test_what_llava_trains_on_loads(conversations, shown, answers, tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    data = Instructions(write(tmp_path / "data.json", [record(conversations=conversations)]), tmp_path)
+    data = Instructions(
+        write(tmp_path / "data.json", [record(conversations=conversations)]), tmp_path
+    )
     assert (data.records["shown"][0], data.records["answers"][0]) == (shown, answers)
     assert (data[0]["image"] is None) == (shown == 0)
 
@@ -114,7 +138,9 @@ CONVERSATIONS = {
 
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("mask", ["causal", "bidirectional", "prefix"])
-def test_a_mask_is_refused_where_a_prediction_depends_on_its_own_target(mask, conversation, parts, tmp_path):
+def test_a_mask_is_refused_where_a_prediction_depends_on_its_own_target(
+    mask, conversation, parts, tmp_path
+):
     """The reference exchanges the first token of the first answer and compares the logits that predict it."""
     Image.effect_noise((9, 7), 90).convert("RGB").save(tmp_path / "a.png")
     path = write(tmp_path / "data.json", [record(conversations=CONVERSATIONS[conversation])])
@@ -127,14 +153,19 @@ def test_a_mask_is_refused_where_a_prediction_depends_on_its_own_target(mask, co
     others[0, predicts + 1] += 1
     with torch.no_grad():
         logits = [
-            model(input_ids=ids, pixel_values=batch["pixel_values"]).logits for ids in (batch["input_ids"], others)
+            model(input_ids=ids, pixel_values=batch["pixel_values"]).logits
+            for ids in (batch["input_ids"], others)
         ]
     if torch.equal(logits[0][0, predicts], logits[1][0, predicts]):
         data.check_mask(mask)
     else:
-        with pytest.raises(ValueError, match=rf"1 of 1 records an image follows an answer, e.g. record 0 .*{mask}"):
+        with pytest.raises(
+            ValueError, match=rf"1 of 1 records an image follows an answer, e.g. record 0 .*{mask}"
+        ):
             data.check_mask(mask)
-    expected = {"image late": {"prefix"}, "two images": {"bidirectional", "prefix"}}.get(conversation, set())
+    expected = {"image late": {"prefix"}, "two images": {"bidirectional", "prefix"}}.get(
+        conversation, set()
+    )
     assert (mask in expected) != torch.equal(logits[0][0, predicts], logits[1][0, predicts])
 
 
@@ -145,8 +176,12 @@ def test_summary_counts_without_tokenising(tmp_path):
         record(conversations=turns("<image>\nq", "")),
         record(conversations=turns("<image>\nq", "word " * 7)),
     ]
-    summary = Instructions(write(tmp_path / "data.json", records), tmp_path).summary(image_tokens=4, max_length=12)
-    assert summary.startswith("4 records: 1 text only, 1 with an image but no <image>, 1 without an answer")
+    summary = Instructions(write(tmp_path / "data.json", records), tmp_path).summary(
+        image_tokens=4, max_length=12
+    )
+    assert summary.startswith(
+        "4 records: 1 text only, 1 with an image but no <image>, 1 without an answer"
+    )
     assert "at least 1 longer than 12 tokens" in summary
 
 
@@ -163,7 +198,9 @@ def test_broken_file_leaves_no_cache(pictures):
     with pytest.raises(ValueError, match="after 999 records"):
         read_annotations(write(pictures / "data.json", whole[:-3]))
     assert [*pictures.rglob("*.arrow")] == [], "the converted part is not a dataset"
-    assert len(read_annotations(write(pictures / "data.json", whole))) == 1000 and [*pictures.rglob("*.arrow")]
+    assert len(read_annotations(write(pictures / "data.json", whole))) == 1000 and [
+        *pictures.rglob("*.arrow")
+    ]
 
 
 def test_file_that_cannot_be_opened_is_named(tmp_path):
@@ -195,7 +232,9 @@ texts = st.sampled_from(["<image>\nq", "a", "", "<image><image>", "\0"]) | text
 roles = st.sampled_from(["human", "gpt"])
 any_turn = st.fixed_dictionaries({"from": roles | any_json, "value": texts | any_json}) | any_json
 dialogue = st.lists(texts, min_size=1, max_size=4).map(lambda values: turns(*values))
-paths = st.sampled_from(["a.png", "none.png", "../a.png", "/a.png", "", ".", "folder", "a\0b", "x" * 300])
+paths = st.sampled_from(
+    ["a.png", "none.png", "../a.png", "/a.png", "", ".", "folder", "a\0b", "x" * 300]
+)
 any_record = any_json | st.fixed_dictionaries(
     {"conversations": dialogue | st.lists(any_turn, max_size=4) | any_json},
     optional={"id": any_json, "image": paths | any_json},
@@ -210,7 +249,9 @@ def test_any_record_is_a_sample_or_an_error_that_names_it(collate, pictures, rec
         data = Instructions(write(pictures / "data.json", records), pictures)
     except ValueError as error:
         assert len(str(error)) < 2000
-        assert re.search(r"data.json.*(record \d \(id '|contains no records)", str(error), re.DOTALL)
+        assert re.search(
+            r"data.json.*(record \d \(id '|contains no records)", str(error), re.DOTALL
+        )
         return
     assert len(data) == len(records) and (data.lengths() != 0).all()
     for i in range(len(data)):
@@ -220,8 +261,13 @@ def test_any_record_is_a_sample_or_an_error_that_names_it(collate, pictures, rec
         except ValueError as error:
             assert re.search(r"^record (\d \(id )?'", str(error))
             continue
-        assert len(ids) == len(labels) and all(label in (-100, id) for id, label in zip(ids, labels, strict=True))
-        assert sample["image"] is None or (sample["image"].mode, sample["image"].size) == ("RGB", (4, 4))
+        assert len(ids) == len(labels) and all(
+            label in (-100, id) for id, label in zip(ids, labels, strict=True)
+        )
+        assert sample["image"] is None or (sample["image"].mode, sample["image"].size) == (
+            "RGB",
+            (4, 4),
+        )
         assert (sample["image"] is None) == (collate.processor.image_token_id not in ids)
 
 
@@ -248,14 +294,19 @@ print(len(read_annotations(sys.argv[1])), max(peaks) - before)
 def test_memory_does_not_grow_with_the_file(tmp_path):
     """HOSTILE_MIB=2048 has it read a file of that size, which takes minutes and twice the space."""
     size = int(os.environ.get("HOSTILE_MIB", 64)) << 20
-    text = json.dumps(record(conversations=turns("<image>\nwhat", *["a cat " * 40] * 3), image="a/b.png"))
+    text = json.dumps(
+        record(conversations=turns("<image>\nwhat", *["a cat " * 40] * 3), image="a/b.png")
+    )
     count = size // (len(text) + 1)
     with (tmp_path / "big.json").open("w") as file:
         file.write("[" + text)
         for _ in range(count - 1):
             file.write("," + text)
         file.write("]")
-    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {
+        "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        "PYTHONPATH": str(ROOT),
+    }
     command = [sys.executable, "-c", READING, str(tmp_path / "big.json")]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     records, grown = map(int, run.stdout.split())

@@ -18,7 +18,12 @@ def folder(tmp_path_factory):
 values = json_values(text=st.text(st.characters(exclude_categories=("Cs",))), most=4, leaves=12)
 
 
-@given(st.lists(values, min_size=1, max_size=6), st.sampled_from([None, 2]), st.booleans(), st.booleans())
+@given(
+    st.lists(values, min_size=1, max_size=6),
+    st.sampled_from([None, 2]),
+    st.booleans(),
+    st.booleans(),
+)
 @example([12345, 6.5e-7, -0.0, "\U0001f600\0"], None, False, True)
 def test_any_list_equals_json_loads(folder, elements, indent, ascii, bom):
     content = json.dumps(elements, indent=indent, ensure_ascii=ascii).encode()
@@ -26,7 +31,10 @@ def test_any_list_equals_json_loads(folder, elements, indent, ascii, bom):
     assert repr(list(read_json_list(folder / "list.json"))) == repr(elements)
 
 
-@given(st.binary(max_size=60) | st.text(st.sampled_from('[]{},:"\\\\u0d8 \n1-eE.'), max_size=60).map(str.encode))
+@given(
+    st.binary(max_size=60)
+    | st.text(st.sampled_from('[]{},:"\\\\u0d8 \n1-eE.'), max_size=60).map(str.encode)
+)
 def test_any_bytes_equal_json_loads_or_raise_an_error_that_names_the_file(folder, content):
     file = folder / "bytes.json"
     file.write_bytes(content)

@@ -44,10 +44,17 @@ def llava_ids(text: str, tokenizer, has_image: bool) -> list[int]:
 def llava_v1(texts: list[str], tokenizer, has_image: bool) -> tuple[list[int], list[int]]:
     """preprocess_multimodal and preprocess_v1 for an even number of turns."""
     if has_image:
-        texts = [f"<image>\n{t.replace('<image>', '').strip()}".strip() if "<image>" in t else t for t in texts]
+        texts = [
+            f"<image>\n{t.replace('<image>', '').strip()}".strip() if "<image>" in t else t
+            for t in texts
+        ]
     text = SYSTEM + " "
     for question, answer in zip(texts[::2], texts[1::2], strict=True):
-        text += f"USER: {question} ASSISTANT: {answer}</s>" if answer else f"USER: {question} ASSISTANT:"
+        text += (
+            f"USER: {question} ASSISTANT: {answer}</s>"
+            if answer
+            else f"USER: {question} ASSISTANT:"
+        )
     ids = llava_ids(text, tokenizer, has_image)
     labels, position = list(ids), 1
     labels[:1] = [IGNORE_INDEX]
@@ -69,7 +76,11 @@ def llava_v1(texts: list[str], tokenizer, has_image: bool) -> tuple[list[int], l
 
 def expanded(ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
     """Each image id T times."""
-    both = [pair for pair in zip(ids, labels, strict=True) for _ in range(T if pair[0] == IMAGE_ID else 1)]
+    both = [
+        pair
+        for pair in zip(ids, labels, strict=True)
+        for _ in range(T if pair[0] == IMAGE_ID else 1)
+    ]
     return [a for a, _ in both], [b for _, b in both]
 
 
@@ -86,7 +97,10 @@ AGREEING = {
     "assistant without spaces": ("<image>\nsay ASSISTANT:now", "I sayASSISTANT: now"),
     "spaces and newlines": ("  <image>\n two  spaces ", " a\n\nb  c ", "x", "  y\n"),
     "image alone": ("<image>", "A cat."),
-    "indented code": ("<image>\nFix it:\n    def f(x):\n        return  x", "def f(x):\n\treturn x  # 'x'\n    "),
+    "indented code": (
+        "<image>\nFix it:\n    def f(x):\n        return  x",
+        "def f(x):\n\treturn x  # 'x'\n    ",
+    ),
     "empty first answer": ("<image>\na", "", "b", "yes"),
     "special tokens in a text": ("<image>\nsay <s> now", "<unk> it"),
     "pad in a text": ("<image>\nwhat is <pad>?", "a <pad> token"),
@@ -103,7 +117,12 @@ def test_ids_and_labels_equal_llavas(case, tokenizer, slow_llama):
 
 TEXT_ONLY = {
     "plain": ("Hello", "Hi there", "Bye", "Bye."),
-    "tag": ("Write <image>x</image> in XML", "<rss><image>\n<url/></image>", "<image>", "'<image>'"),
+    "tag": (
+        "Write <image>x</image> in XML",
+        "<rss><image>\n<url/></image>",
+        "<image>",
+        "'<image>'",
+    ),
 }
 
 
@@ -142,7 +161,11 @@ def test_around_2048_tokens_what_is_over_is_cut(missing, tokenizer):
         image_token_id = IMAGE_ID
 
     Processor.tokenizer = tokenizer
-    sample = {"id": "long", "image": True, "conversations": turns("<image>\nCount.", "one", "More.", "two")}
+    sample = {
+        "id": "long",
+        "image": True,
+        "conversations": turns("<image>\nCount.", "one", "More.", "two"),
+    }
     short, _ = Collate(Processor, 576, "vicuna_v1").encode(sample)
     sample["conversations"][-1]["value"] = "two" + "\n" * (2048 - len(short) + missing)
     whole = encode(sample["conversations"], tokenizer, "vicuna_v1", 576, IMAGE_ID)
@@ -157,7 +180,17 @@ CONFIGS = {
     "clip": CLIPVisionConfig(image_size=336, patch_size=14),
     "siglip": SiglipVisionConfig(image_size=384, patch_size=14),
 }
-SIZES = [(640, 480), (480, 640), (333, 500), (501, 334), (336, 336), (337, 336), (31, 7), (1, 9), (700, 91)]
+SIZES = [
+    (640, 480),
+    (480, 640),
+    (333, 500),
+    (501, 334),
+    (336, 336),
+    (337, 336),
+    (31, 7),
+    (1, 9),
+    (700, 91),
+]
 
 
 def picture(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
@@ -169,7 +202,9 @@ def picture(size: tuple[int, int], mode: str = "RGB") -> Image.Image:
 def llava_pixels(image: Image.Image, entry, side: int, aspect: str) -> np.ndarray:
     width, height = image.size
     if aspect == "pad" and width != height:
-        square = Image.new("RGB", (max(width, height),) * 2, tuple(int(x * 255) for x in entry.mean))
+        square = Image.new(
+            "RGB", (max(width, height),) * 2, tuple(int(x * 255) for x in entry.mean)
+        )
         square.paste(image, ((max(width, height) - width) // 2, (max(width, height) - height) // 2))
         image = square
         width, height = image.size
@@ -187,7 +222,9 @@ def llava_pixels(image: Image.Image, entry, side: int, aspect: str) -> np.ndarra
 def test_pixels_equal_llavas(name, aspect, size):
     """To the last of the 256 levels: a step of one is 0.0147 at least after normalisation."""
     encoder, config = Encoder(name, "unused"), CONFIGS[name]
-    ours = encoder.image_processor(config, aspect)(picture(size), return_tensors="np")["pixel_values"][0]
+    ours = encoder.image_processor(config, aspect)(picture(size), return_tensors="np")[
+        "pixel_values"
+    ][0]
     expected = llava_pixels(picture(size), encoder.entry, config.image_size, aspect)
     assert ours.shape == (3, config.image_size, config.image_size)
     np.testing.assert_allclose(ours, expected, rtol=0, atol=2e-6)

@@ -23,7 +23,8 @@ def built(name: str, is_image, padding, implementation: str = "sdpa"):
 @pytest.mark.parametrize("name", MASKS)
 @settings(deadline=None, max_examples=30)
 @given(
-    rows=st.lists(st.text("ti", min_size=1, max_size=9), min_size=1, max_size=3), pad=st.sampled_from(["left", "right"])
+    rows=st.lists(st.text("ti", min_size=1, max_size=9), min_size=1, max_size=3),
+    pad=st.sampled_from(["left", "right"]),
 )
 @example(rows=["tttt"], pad="right")
 @example(rows=["tiitt"], pad="left")
@@ -38,7 +39,9 @@ def test_mask_equals_a_loop_over_pairs(name, rows, pad):
     expected = reference.mask_by_loop(name, is_image, padding)
     for sample, query, key in (mask != expected).nonzero().tolist():
         ours, reference_value = (bool(x[sample, query, key]) for x in (mask, expected))
-        assert ours == reference_value, f"{name}, {rows[sample]!r}: query {query} attends to key {key}"
+        assert ours == reference_value, (
+            f"{name}, {rows[sample]!r}: query {query} attends to key {key}"
+        )
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -49,7 +52,9 @@ def test_backend_that_drops_masks_is_refused(name, backend):
 
 
 def test_unknown_mask_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ValueError, match="unknown image_attention 'bi'.*bidirectional, causal, prefix"):
+    with pytest.raises(
+        ValueError, match="unknown image_attention 'bi'.*bidirectional, causal, prefix"
+    ):
         image_attention("bi")
     with pytest.raises(ValueError, match="unknown image_attention"):
         tiny_models.config(image_attention="bi")
@@ -61,8 +66,14 @@ def test_unknown_mask_is_an_error_that_lists_the_known_ones():
         (lambda is_image: is_image, r"returned torch.bool\[2, 6\]; expected .*torch.int64\[B, N\]"),
         (lambda is_image: bidirectional(is_image)[0], r"returned torch.int64\[6\]"),
         (lambda is_image: None, "returned NoneType"),
-        (lambda is_image: is_image.long(), "puts text after the last image token into a block"),  # 0 is an id
-        (lambda is_image: torch.zeros_like(is_image, dtype=torch.long), "such text must stay causal"),
+        (
+            lambda is_image: is_image.long(),
+            "puts text after the last image token into a block",
+        ),  # 0 is an id
+        (
+            lambda is_image: torch.zeros_like(is_image, dtype=torch.long),
+            "such text must stay causal",
+        ),
     ],
 )
 def test_invalid_block_ids_are_rejected_on_registration(block_ids, message):
@@ -73,7 +84,9 @@ def test_invalid_block_ids_are_rejected_on_registration(block_ids, message):
 
 def test_a_registered_mask_reaches_attention():
     name = "first_two"
-    register_image_attention(name, lambda is_image: torch.where(is_image.cumsum(-1) <= 2, 0, -1).where(is_image, -1))
+    register_image_attention(
+        name, lambda is_image: torch.where(is_image.cumsum(-1) <= 2, 0, -1).where(is_image, -1)
+    )
     try:
         ids, padding = tiny_models.ids("tiiiit")
         mask = built(name, ids == tiny_models.IMAGE_ID, padding)[0, 0]

@@ -36,13 +36,23 @@ def test_parts_keep_their_weights_and_the_vocabulary_grows(parts, built):
     assert len(embeddings) % 64 == 0 and len(embeddings) > words
     for module in ("get_input_embeddings", "get_output_embeddings"):
         mean = getattr(llm, module)().weight.mean(0)
-        assert torch.equal(getattr(built, module)().weight[words:], mean.expand(len(embeddings) - words, -1))
+        assert torch.equal(
+            getattr(built, module)().weight[words:], mean.expand(len(embeddings) - words, -1)
+        )
     assert built.config.image_token_id == words, "<image> follows the LLM's own words"
-    assert built.config.image_seq_length == tiny_models.TOKENS and built.config.image_attention == "bidirectional"
-    assert torch.equal(built.model.language_model.layers[0].mlp.up_proj.weight, llm.model.layers[0].mlp.up_proj.weight)
+    assert (
+        built.config.image_seq_length == tiny_models.TOKENS
+        and built.config.image_attention == "bidirectional"
+    )
+    assert torch.equal(
+        built.model.language_model.layers[0].mlp.up_proj.weight,
+        llm.model.layers[0].mlp.up_proj.weight,
+    )
 
 
-@pytest.mark.parametrize(("train", "moving"), [(["adapter"], {"multi_modal_projector"}), (["adapter", "llm"], None)])
+@pytest.mark.parametrize(
+    ("train", "moving"), [(["adapter"], {"multi_modal_projector"}), (["adapter", "llm"], None)]
+)
 def test_set_trainable_never_trains_the_encoder(built, train, moving):
     counts = set_trainable(built, train)
     trained = {name for name, p in built.named_parameters() if p.requires_grad}
@@ -60,13 +70,20 @@ def test_adapter_of_stage_1_is_loaded(parts, checkpoints):
         *parts, build_processor(*parts), adapter=str(checkpoints["causal"])
     ).model.multi_modal_projector
     saved = load_file(checkpoints["causal"] / "model.safetensors")
-    assert all(torch.equal(x, saved[f"model.multi_modal_projector.{name}"]) for name, x in adapter.state_dict().items())
+    assert all(
+        torch.equal(x, saved[f"model.multi_modal_projector.{name}"])
+        for name, x in adapter.state_dict().items()
+    )
 
 
 def test_adapter_of_another_mask_or_encoder_is_rejected(parts, checkpoints, tmp_path):
     processor = build_processor(*parts)
-    with pytest.raises(ValueError, match="has image_attention 'causal', this model 'bidirectional'"):
-        build_model(*parts, processor, adapter=str(checkpoints["causal"]), image_attention="bidirectional")
+    with pytest.raises(
+        ValueError, match="has image_attention 'causal', this model 'bidirectional'"
+    ):
+        build_model(
+            *parts, processor, adapter=str(checkpoints["causal"]), image_attention="bidirectional"
+        )
     config = json.loads((checkpoints["causal"] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"contains no weights: neither \*.safetensors nor"):
@@ -80,9 +97,14 @@ def test_adapter_of_another_mask_or_encoder_is_rejected(parts, checkpoints, tmp_
 
 
 def test_unknown_or_mistaken_encoder_is_named(parts):
-    with pytest.raises(ValueError, match="unknown encoder 'clop'; registered: clip, dinov2, dinov2_registers, siglip"):
+    with pytest.raises(
+        ValueError,
+        match="unknown encoder 'clop'; registered: clip, dinov2, dinov2_registers, siglip",
+    ):
         Encoder("clop", parts[0].path)
-    with pytest.raises(ValueError, match="is a 'clip_vision_model' checkpoint, but name 'siglip' expects"):
+    with pytest.raises(
+        ValueError, match="is a 'clip_vision_model' checkpoint, but name 'siglip' expects"
+    ):
         Encoder("siglip", parts[0].path).load_config()
     with pytest.raises(ValueError, match="unknown image_resize 'stretch'"):
         build_processor(*parts, image_resize="stretch")
@@ -116,7 +138,12 @@ def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, tmp_path):
     """With a small random encoder of the real class."""
     entry = ENCODERS[name]
     side = entry.image_px or 56
-    settings = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14}
+    settings = {
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "patch_size": 14,
+    }
     settings |= {"num_register_tokens": entry.extra_tokens - 1} if entry.extra_tokens > 1 else {}
     config = entry.config_class(**settings, intermediate_size=32, image_size=side)
     entry.model_class(config).save_pretrained(tmp_path / "encoder")
@@ -126,18 +153,29 @@ def test_adapter_reads_each_patch_and_neither_cls_nor_registers(name, tmp_path):
     pixels, (rows, columns) = torch.randn(1, 3, side, side), encoder.grid(config)
     features = model.get_image_features(pixels).pooler_output[0]
     states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
-    assert states.shape[1] == entry.extra_tokens + rows * columns and model.config.image_seq_length == rows * columns
+    assert (
+        states.shape[1] == entry.extra_tokens + rows * columns
+        and model.config.image_seq_length == rows * columns
+    )
     model.model.multi_modal_projector._forward_pre_hooks.clear()
-    assert torch.equal(features, model.model.multi_modal_projector(states[:, entry.extra_tokens :])[0])
+    assert torch.equal(
+        features, model.model.multi_modal_projector(states[:, entry.extra_tokens :])[0]
+    )
     if entry.extra_tokens > 1:
-        with pytest.raises(ValueError, match="register tokens, which stock LLaVA would treat as patches"):
+        with pytest.raises(
+            ValueError, match="register tokens, which stock LLaVA would treat as patches"
+        ):
             as_llava(model)
 
 
 def test_missing_checkpoint_is_named_with_its_config_key(parts, tmp_path):
-    with pytest.raises(ValueError, match=r"model\.llm: '.*nowhere' is neither a checkpoint directory"):
+    with pytest.raises(
+        ValueError, match=r"model\.llm: '.*nowhere' is neither a checkpoint directory"
+    ):
         build_processor(parts[0], str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match=r"model\.encoder\.path: 'no/such' is neither a checkpoint directory"):
+    with pytest.raises(
+        ValueError, match=r"model\.encoder\.path: 'no/such' is neither a checkpoint directory"
+    ):
         Encoder("clip", "no/such").load_config()
 
 
@@ -145,7 +183,9 @@ def test_an_encoder_with_other_registers_than_its_entry_is_refused(tmp_path):
     """The error comes before a large model is loaded."""
     config = ENCODERS["dinov2_registers"].config_class(num_register_tokens=2)
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has 2 register tokens, but name 'dinov2_registers' expects 4"):
+    with pytest.raises(
+        ValueError, match="has 2 register tokens, but name 'dinov2_registers' expects 4"
+    ):
         Encoder("dinov2_registers", str(tmp_path)).load_config()
 
 

@@ -16,14 +16,18 @@ from llava_bidir.model.build import build_processor
 IMAGE = Image.new("RGB", (8, 8))
 
 
-@pytest.fixture(scope="module", params=[None, True, False], ids=["as saved", "legacy", "not legacy"])
+@pytest.fixture(
+    scope="module", params=[None, True, False], ids=["as saved", "legacy", "not legacy"]
+)
 def processor(request, parts, llama_folder, tmp_path_factory):
     """The processor of an export, read by AutoProcessor."""
     folder = tmp_path_factory.mktemp("processor")
     shutil.copytree(llama_folder, folder / "llm")
     if request.param is not None:
         settings = json.loads((folder / "llm" / "tokenizer_config.json").read_text())
-        (folder / "llm" / "tokenizer_config.json").write_text(json.dumps(settings | {"legacy": request.param}))
+        (folder / "llm" / "tokenizer_config.json").write_text(
+            json.dumps(settings | {"legacy": request.param})
+        )
     build_processor(parts[0], str(folder / "llm")).save_pretrained(folder)
     return AutoProcessor.from_pretrained(folder)
 
@@ -34,13 +38,21 @@ def message(role: str, text: str, has_image: bool) -> dict:
 
 
 # A question needs a letter: LLaVA drops the space after "USER:" of an empty one.
-WORDS = st.text(st.sampled_from("ab A.\n\t  9é中<"), min_size=1, max_size=12).map(lambda text: f" {text}b\n")
+WORDS = st.text(st.sampled_from("ab A.\n\t  9é中<"), min_size=1, max_size=12).map(
+    lambda text: f" {text}b\n"
+)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(turns=st.lists(st.tuples(WORDS, WORDS, st.booleans()), min_size=1, max_size=3))
 @example(turns=[("What is it?", "", True)])
-@example(turns=[("What is it?", "A cat.", True), ("Why?\n\n  def f():", "Because.", False), ("And here?", "", True)])
+@example(
+    turns=[
+        ("What is it?", "A cat.", True),
+        ("Why?\n\n  def f():", "Because.", False),
+        ("And here?", "", True),
+    ]
+)
 @example(turns=[("What is it?", "", False)])
 def test_prompts_equal_the_ids_of_training_in_one_step_and_in_two(turns, processor):
     records, messages = [], []
@@ -55,7 +67,9 @@ def test_prompts_equal_the_ids_of_training_in_one_step_and_in_two(turns, process
         image_tokens=tiny_models.TOKENS if has_images else None,
         image_token_id=processor.image_token_id,
     )
-    one_step = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    one_step = processor.apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True
+    )
     assert one_step["input_ids"][0] == expected
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     images = [IMAGE for _, _, has_image in turns if has_image] or None

@@ -23,7 +23,11 @@ def test_all_ways_to_generate_without_the_package(checkpoints, tmp_path):
     for file in checkpoints["bidirectional"].iterdir():
         if not (saved / file.name).exists() and file.suffix != ".py":  # processor and tokenizer
             (saved / file.name).write_bytes(file.read_bytes())
-    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-I", SCRIPT, *map(str, checkpoints.values()), str(saved)]
     pipes = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
     run = subprocess.run(command, env=environment | {"PATH": ""}, **pipes)
@@ -51,5 +55,7 @@ def test_a_mask_that_is_registered_elsewhere_is_in_the_export(monkeypatch, tmp_p
     assert shipped is not pairs and torch.equal(shipped(is_image), pairs(is_image))
 
     monkeypatch.setitem(IMAGE_ATTENTION, "borrowed", lambda is_image: pairs(is_image))
-    with pytest.raises(UserError, match="export: mask 'borrowed' must be a function that needs nothing but torch"):
+    with pytest.raises(
+        UserError, match="export: mask 'borrowed' must be a function that needs nothing but torch"
+    ):
         tiny_models.write_checkpoint(tmp_path / "borrowed", "borrowed")

@@ -15,24 +15,39 @@ MASKS = tuple(IMAGE_ATTENTION)
 NEW = 5
 # rows with two, one and no images; each row has other images
 ROWS, IMAGES = ("tiiiittiiiitt", "ttiiiittt", "tttt"), (2, 1, 0)
-GREEDY = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "suppress_tokens": [tiny_models.IMAGE_ID]}
+GREEDY = {
+    "max_new_tokens": NEW,
+    "do_sample": False,
+    "eos_token_id": None,
+    "suppress_tokens": [tiny_models.IMAGE_ID],
+}
 DETAILS = {"return_dict_in_generate": True, "output_logits": True, "output_scores": True}
 
 
 def batch() -> dict:
     ids, mask = tiny_models.ids(*ROWS, pad="left")
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": tiny_models.pixels(sum(IMAGES))}
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": tiny_models.pixels(sum(IMAGES)),
+    }
 
 
 @torch.no_grad()
 def stock_logits(model, inputs: dict, answers: torch.Tensor, row: int, prompt: int) -> torch.Tensor:
     """Return the logits f[NEW, V] of the answer in `answers[row]` to a prompt, from one forward without a cache."""
-    padding = torch.cat([inputs["attention_mask"][prompt], torch.ones(NEW, dtype=torch.long)]).bool()
+    padding = torch.cat(
+        [inputs["attention_mask"][prompt], torch.ones(NEW, dtype=torch.long)]
+    ).bool()
     ids = answers[row][padding][None]
-    mask = reference.mask_by_loop(model.config.image_attention, ids == tiny_models.IMAGE_ID, torch.ones_like(ids))
+    mask = reference.mask_by_loop(
+        model.config.image_attention, ids == tiny_models.IMAGE_ID, torch.ones_like(ids)
+    )
     start = sum(IMAGES[:prompt])
     pixels = inputs["pixel_values"][start : start + IMAGES[prompt]] if IMAGES[prompt] else None
-    out = tiny_models.stock(model)(input_ids=ids, attention_mask=mask[:, None], pixel_values=pixels, use_cache=False)
+    out = tiny_models.stock(model)(
+        input_ids=ids, attention_mask=mask[:, None], pixel_values=pixels, use_cache=False
+    )
     return out.logits[0, -NEW - 1 : -1]
 
 
@@ -46,10 +61,14 @@ def test_forward_names_every_parameter_of_the_parents():
 
 
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize(
+    "cache", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str
+)
 def test_beams_score_answers_about_the_images_of_their_prompt(name, cache):
     model, inputs = tiny_models.model(name), batch()
-    out = model.generate(**inputs, **GREEDY, **DETAILS, **cache, num_beams=3, num_return_sequences=2)
+    out = model.generate(
+        **inputs, **GREEDY, **DETAILS, **cache, num_beams=3, num_return_sequences=2
+    )
     for row in range(2 * len(ROWS)):
         logits = stock_logits(model, inputs, out.sequences, row, row // 2)
         score = logits.log_softmax(-1).gather(1, out.sequences[row, -NEW:, None]).mean()
@@ -66,10 +85,13 @@ def test_an_image_token_in_an_answer_is_text(name):
     assert (out.sequences[:, -NEW:] == tiny_models.IMAGE_ID).all()
     embed = model.get_input_embeddings()
     prompt = embed(ids).masked_scatter(
-        (ids == tiny_models.IMAGE_ID)[..., None], torch.cat(model.get_image_features(pixels).pooler_output)
+        (ids == tiny_models.IMAGE_ID)[..., None],
+        torch.cat(model.get_image_features(pixels).pooler_output),
     )
     answer = torch.full((1, NEW), tiny_models.IMAGE_ID)
-    is_image = torch.cat([ids == tiny_models.IMAGE_ID, torch.zeros_like(answer, dtype=torch.bool)], 1)
+    is_image = torch.cat(
+        [ids == tiny_models.IMAGE_ID, torch.zeros_like(answer, dtype=torch.bool)], 1
+    )
     states = model.model.language_model(
         inputs_embeds=torch.cat([prompt, embed(answer)], 1),
         attention_mask=reference.mask_by_loop(name, is_image, torch.ones_like(is_image))[:, None],
@@ -82,7 +104,10 @@ def test_an_image_token_in_an_answer_is_text(name):
 @pytest.mark.parametrize("name", MASKS)
 def test_embeddings_in_place_of_ids_give_the_same_logits(name):
     model, inputs = tiny_models.model(name), batch()
-    embedded = inputs | {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]), "input_ids": None}
+    embedded = inputs | {
+        "inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]),
+        "input_ids": None,
+    }
     assert torch.equal(model(**embedded).logits, model(**inputs).logits)
     for cache in ({}, {"cache_implementation": "static"}):
         expected = model.generate(**inputs, **GREEDY, **cache)[:, -NEW:]
@@ -108,7 +133,9 @@ def test_decoding_step_compiles_without_graph_breaks():
     with torch.no_grad():
         model(**inputs, past_key_values=cache)
         step = {"input_ids": inputs["input_ids"][:, -1:], "past_key_values": cache}
-        step["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(len(ROWS), 1, dtype=torch.long)], 1)
+        step["attention_mask"] = torch.cat(
+            [inputs["attention_mask"], torch.ones(len(ROWS), 1, dtype=torch.long)], 1
+        )
         assert torch.compile(model, fullgraph=True, backend="eager")(**step).logits.shape[1] == 1
 
 
@@ -117,4 +144,6 @@ def test_forward_exports(name):
     model, inputs = tiny_models.model(name), batch()
     with torch.no_grad():
         program = torch.export.export(model, (), inputs | {"use_cache": False}, strict=False)
-        torch.testing.assert_close(program.module()(**inputs, use_cache=False).logits, model(**inputs).logits)
+        torch.testing.assert_close(
+            program.module()(**inputs, use_cache=False).logits, model(**inputs).logits
+        )

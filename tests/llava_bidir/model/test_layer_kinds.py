@@ -26,15 +26,29 @@ from llava_bidir.model.modeling_llava_bidir import FULL, SLIDING, build_masks, l
 
 MASKS = tuple(IMAGE_ATTENTION)
 WINDOW = 6
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "head_dim": 8}
-SIZES |= {"num_key_value_heads": 2, "vocab_size": tiny_models.VOCABULARY, "max_position_embeddings": 512}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "head_dim": 8,
+}
+SIZES |= {
+    "num_key_value_heads": 2,
+    "vocab_size": tiny_models.VOCABULARY,
+    "max_position_embeddings": 512,
+}
 SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SLIDING_LLMS = {
     "mistral": MistralConfig(**SIZES, sliding_window=WINDOW),
-    "gemma3": Gemma3TextConfig(**SIZES, sliding_window=WINDOW, layer_types=[SLIDING, FULL, SLIDING]),
+    "gemma3": Gemma3TextConfig(
+        **SIZES, sliding_window=WINDOW, layer_types=[SLIDING, FULL, SLIDING]
+    ),
 }
 UNMASKED_LLMS = {
-    "linear_attention": Qwen3_5TextConfig(**SIZES, layer_types=["linear_attention", "linear_attention", FULL]),
+    "linear_attention": Qwen3_5TextConfig(
+        **SIZES, layer_types=["linear_attention", "linear_attention", FULL]
+    ),
     "conv": Lfm2Config(**SIZES, layer_types=["conv", FULL, "conv"]),
 }
 ROWS, NEW = ("ttiiiittiiiitttt", "ttttiiiitt"), 8
@@ -49,17 +63,25 @@ def batch() -> dict:
 def looped_masks(config, name: str, is_image: torch.Tensor):
     """Return the additive mask f[1, 1, N, N] of each kind of layer, from a loop over pairs."""
     mask = reference.mask_by_loop(name, is_image, torch.ones_like(is_image))[:, None]
-    near = torch.tensor([[q - k < WINDOW for k in range(mask.shape[-1])] for q in range(mask.shape[-1])])
+    near = torch.tensor(
+        [[q - k < WINDOW for k in range(mask.shape[-1])] for q in range(mask.shape[-1])]
+    )
     masks = {FULL: mask, SLIDING: mask & near}
-    masks = {kind: torch.zeros(mask.shape).masked_fill(~mask, -torch.inf) for kind, mask in masks.items()}
+    masks = {
+        kind: torch.zeros(mask.shape).masked_fill(~mask, -torch.inf) for kind, mask in masks.items()
+    }
     return masks if len(layer_kinds(config)) > 1 else masks[SLIDING]
 
 
 @torch.no_grad()
 def stock_logits(model, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
     """Return the logits of a row without padding from stock LLaVA under looped masks, without a cache."""
-    masks = looped_masks(model.config.text_config, model.config.image_attention, ids == tiny_models.IMAGE_ID)
-    return tiny_models.stock(model)(input_ids=ids, attention_mask=masks, pixel_values=pixels, use_cache=False).logits
+    masks = looped_masks(
+        model.config.text_config, model.config.image_attention, ids == tiny_models.IMAGE_ID
+    )
+    return tiny_models.stock(model)(
+        input_ids=ids, attention_mask=masks, pixel_values=pixels, use_cache=False
+    ).logits
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -68,13 +90,23 @@ def stock_logits(model, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor
 def test_sliding_layers_keep_their_window_with_every_cache(llm, backend, name):
     model, inputs = tiny_models.model(name, backend, text_config=SLIDING_LLMS[llm]), batch()
     caches = ({}, {"use_cache": False}, {"cache_implementation": "static"})
-    details = {"return_dict_in_generate": True, "output_logits": True, "suppress_tokens": [tiny_models.IMAGE_ID]}
+    details = {
+        "return_dict_in_generate": True,
+        "output_logits": True,
+        "suppress_tokens": [tiny_models.IMAGE_ID],
+    }
     for cache in caches:
-        out = model.generate(**inputs, **details, **cache, max_new_tokens=NEW, do_sample=False, eos_token_id=[])
+        out = model.generate(
+            **inputs, **details, **cache, max_new_tokens=NEW, do_sample=False, eos_token_id=[]
+        )
         for row, real in enumerate(inputs["attention_mask"].bool()):
             ids = out.sequences[row][torch.cat([real, torch.ones(NEW, dtype=torch.bool)])][None]
-            expected = stock_logits(model, ids, inputs["pixel_values"][IMAGES[row]])[0, -NEW - 1 : -1]
-            torch.testing.assert_close(torch.stack(out.logits, 1)[row], expected, rtol=1e-3, atol=1e-3)
+            expected = stock_logits(model, ids, inputs["pixel_values"][IMAGES[row]])[
+                0, -NEW - 1 : -1
+            ]
+            torch.testing.assert_close(
+                torch.stack(out.logits, 1)[row], expected, rtol=1e-3, atol=1e-3
+            )
 
 
 def test_flex_attention_with_sliding_windows_is_refused():
@@ -93,7 +125,9 @@ def build(parts, tmp_path):
         config.vocab_size = LlamaConfig.from_pretrained(llm).vocab_size
         AutoModelForCausalLM.from_config(config).save_pretrained(llm)
         processor = build_processor(parts[0], llm)
-        return build_model(parts[0], llm, processor, image_attention=image_attention).eval(), processor
+        return build_model(
+            parts[0], llm, processor, image_attention=image_attention
+        ).eval(), processor
 
     return build_with
 
@@ -113,8 +147,13 @@ def test_probes_refuse_a_mask_that_the_layers_do_not_take(kind, build, tmp_path)
     export_hf(*build(copy.deepcopy(UNMASKED_LLMS[kind]), "causal"), tmp_path / "hf")
     assert probes.load(str(tmp_path / "hf"), device="cpu").image_attention == "causal"
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"image_attention": "bidirectional"}))
-    with pytest.raises(UserError, match=f"image_attention='bidirectional': .* has {kind} layers, which take no mask"):
+    (tmp_path / "hf" / "config.json").write_text(
+        json.dumps(config | {"image_attention": "bidirectional"})
+    )
+    with pytest.raises(
+        UserError,
+        match=f"image_attention='bidirectional': .* has {kind} layers, which take no mask",
+    ):
         probes.load(str(tmp_path / "hf"), device="cpu")
 
 
@@ -126,7 +165,9 @@ def test_probes_read_the_states_of_the_models_own_forward(llm, name, build, tmp_
     export_hf(model, processor, tmp_path / "hf")
     mllm, pixels = probes.load(str(tmp_path / "hf"), device="cpu"), tiny_models.pixels(2)
     states = mllm(pixels)
-    own = model(input_ids=mllm.ids.expand(2, -1), pixel_values=pixels, output_hidden_states=True).hidden_states
+    own = model(
+        input_ids=mllm.ids.expand(2, -1), pixel_values=pixels, output_hidden_states=True
+    ).hidden_states
     for layer in (1, 2):  # the last entry of hidden_states is normed
         expected = own[layer][:, mllm.is_image]
         torch.testing.assert_close(states[f"layer_{layer:02d}"], expected, rtol=1e-4, atol=1e-4)
@@ -137,17 +178,24 @@ def test_probes_read_the_states_of_the_models_own_forward(llm, name, build, tmp_
 def test_packed_samples_equal_each_sample_alone(name, backend):
     """Rows of samples with restarting positions, without padding, as padding-free fine-tuning makes them."""
     model = tiny_models.model(name, backend)
-    packs, images = (("tiiiitt", "tttt", "iiiiiiii"), ("tttt", "iiiit", "ttiiiitttt")), ((1, 0, 2), (0, 1, 1))
+    packs, images = (
+        (("tiiiitt", "tttt", "iiiiiiii"), ("tttt", "iiiit", "ttiiiitttt")),
+        ((1, 0, 2), (0, 1, 1)),
+    )
     ids = torch.stack([torch.cat([tiny_models.ids(row)[0][0] for row in pack]) for pack in packs])
     positions = torch.stack([torch.cat([torch.arange(len(row)) for row in pack]) for pack in packs])
     pixels = tiny_models.pixels(5)
-    packed = model(input_ids=ids, position_ids=positions, pixel_values=pixels, use_cache=False).logits
+    packed = model(
+        input_ids=ids, position_ids=positions, pixel_values=pixels, use_cache=False
+    ).logits
     image = 0
     for row, (pack, counts) in enumerate(zip(packs, images, strict=True)):
         column = 0
         for sample, count in zip(pack, counts, strict=True):
             own = slice(column, column + len(sample))
             views = pixels[image : image + count] if count else None
-            alone = model(input_ids=ids[row : row + 1, own], pixel_values=views, use_cache=False).logits
+            alone = model(
+                input_ids=ids[row : row + 1, own], pixel_values=views, use_cache=False
+            ).logits
             torch.testing.assert_close(packed[row, own], alone[0], rtol=1e-4, atol=1e-4)
             column, image = column + len(sample), image + count

@@ -33,8 +33,14 @@ def logits(model) -> torch.Tensor:
 def test_updates_start_at_zero_in_every_linear_layer_of_the_llm():
     model, plain = tiny_models.model(), tiny_models.model()
     add_lora(model, Lora(r=3, alpha=6))
-    linear = {name for name, m in plain.model.language_model.named_modules() if isinstance(m, nn.Linear)}
-    updated = {name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")}
+    linear = {
+        name for name, m in plain.model.language_model.named_modules() if isinstance(m, nn.Linear)
+    }
+    updated = {
+        name.removesuffix(".lora_A")
+        for name, _ in model.named_modules()
+        if name.endswith(".lora_A")
+    }
     assert updated == {f"model.language_model.{name}" for name in linear} and len(linear) == 7 * 3
     assert torch.equal(logits(model), logits(plain))
 
@@ -53,7 +59,9 @@ def test_merged_weights_are_mapped_files_and_equal_the_sum(updated, dtype, tmp_p
     """A copy of a 7B model would not fit beside it into the memory of a small machine."""
     updated.to(dtype)
     merged = merge_lora(updated, tmp_path)
-    layers = [(name, layer) for name, layer in updated.named_modules() if isinstance(layer, LoraLayer)]
+    layers = [
+        (name, layer) for name, layer in updated.named_modules() if isinstance(layer, LoraLayer)
+    ]
     assert len(layers) == 21
     for name, layer in layers:
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight

@@ -44,7 +44,9 @@ def test_causal_equals_stock_llava_bit_for_bit(attn_implementation, pad):
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("pad", ["right", "left"])
-def test_states_equal_an_attention_written_out_under_the_looped_mask(name, attn_implementation, pad):
+def test_states_equal_an_attention_written_out_under_the_looped_mask(
+    name, attn_implementation, pad
+):
     model, inputs = tiny_models.model(name, attn_implementation), batch(pad)
     ours = states(model, **inputs)
     decoder, padding = model.model.language_model, inputs["attention_mask"]
@@ -53,7 +55,9 @@ def test_states_equal_an_attention_written_out_under_the_looped_mask(name, attn_
         real = padding[row].bool()
         # rotary embeddings are relative, so padding on the left has no effect
         positions, mask = torch.arange(int(real.sum())), masks[row][real][:, real]
-        expected = reference.llama_states(decoder, ours[0][row : row + 1, real], [mask[None]] * 3, positions)
+        expected = reference.llama_states(
+            decoder, ours[0][row : row + 1, real], [mask[None]] * 3, positions
+        )
         for layer in (0, 1):  # the last entry of hidden_states is normed
             near = rounding(expected[layer], layer + 1)
             torch.testing.assert_close(ours[layer + 1][row, real], expected[layer][0], **near)
@@ -66,7 +70,10 @@ def test_save_and_load_keep_the_mask_and_the_logits(tmp_path):
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert type(loaded).__name__ == "LlavaBidirForConditionalGeneration"
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
-    code = {"modeling_llava_bidir.py", "attention.py"}  # for trust_remote_code, of fine-tunes and merged models, too
+    code = {
+        "modeling_llava_bidir.py",
+        "attention.py",
+    }  # for trust_remote_code, of fine-tunes and merged models, too
     assert code <= {file.name for file in tmp_path.iterdir()}
 
 

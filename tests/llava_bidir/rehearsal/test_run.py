@@ -35,7 +35,10 @@ def test_failed_step_is_named_with_its_log_and_the_rest_runs(tmp_path, capsys):
     for step in steps:
         rehearsal.run_step(step, done, tmp_path / "logs")
     assert [done[step.name]["status"] for step in steps] == ["finished", "failed", "finished"]
-    assert f"failed    bad: the reason\n          its log is {tmp_path}/logs/bad.log" in capsys.readouterr().out
+    assert (
+        f"failed    bad: the reason\n          its log is {tmp_path}/logs/bad.log"
+        in capsys.readouterr().out
+    )
     before = dict(done["good"])
     steps[1] = Step("bad", python("print('mended')"))
     for step in steps:
@@ -85,9 +88,14 @@ def test_a_command_and_its_processes_end_with_the_rehearsal(tmp_path, number):
 
 
 def test_cost_is_the_number_of_samples_at_the_measured_speed():
-    steps = {"causal_stage2": {"step_s": 2.0, "samples": 128}, "study": {"step_s": 0.5, "samples": 64}}
+    steps = {
+        "causal_stage2": {"step_s": 2.0, "samples": 128},
+        "study": {"step_s": 0.5, "samples": 64},
+    }
     stage, probes = extrapolate(steps | {"causal_stage1": {"status": "failed"}}, devices=8)
-    assert stage["device_hours"] == pytest.approx(8 * 665_298 / 128 * 2 / 3600, abs=0.01), "a step takes all devices"
+    assert stage["device_hours"] == pytest.approx(8 * 665_298 / 128 * 2 / 3600, abs=0.01), (
+        "a step takes all devices"
+    )
     assert probes["device_hours"] == pytest.approx(8 * 20 * 22_210 / 64 * 0.5 / 3600, abs=0.01)
 
 
@@ -101,21 +109,36 @@ def test_steps_cover_the_study(tmp_path):
     assert commands.count("llava_bidir fit") == 4 and commands.count("probes study") == 1
     words = [word for step in steps for word in pairwise(step.command)]
     configs = {name for option, name in words if option == "-c"}
-    assert {"stage1", "stage2", "clip"} < configs <= set(config_names()), "by name, so that a wheel has them"
+    assert {"stage1", "stage2", "clip"} < configs <= set(config_names()), (
+        "by name, so that a wheel has them"
+    )
 
 
 @pytest.mark.parametrize("other", [("--size", "1b"), ("--encoder", "dinov2")])
 def test_folder_of_another_size_is_an_error(tmp_path, monkeypatch, other):
-    monkeypatch.setattr(rehearsal, "end_on_signals", lambda: None)  # it would last for all tests after this one
+    # It would last for all tests after this one
+    monkeypatch.setattr(rehearsal, "end_on_signals", lambda: None)
     inputs = ["rehearse", "--inputs-only", "--out", str(tmp_path)]
     cli.main([*inputs, "--size", "tiny"])
-    with pytest.raises(SystemExit, match=r"rehearsal.json is of (size 'tiny', not '1b'|encoder 'clip', not 'dinov2')"):
+    with pytest.raises(
+        SystemExit,
+        match=r"rehearsal.json is of (size 'tiny', not '1b'|encoder 'clip', not 'dinov2')",
+    ):
         cli.main([*inputs, "--size", "tiny", *other])
 
 
 @pytest.mark.slow
 def test_tiny_rehearsal_is_killed_and_resumes_to_its_table(tmp_path):
-    command = [sys.executable, "-m", "llava_bidir", "rehearse", "--out", str(tmp_path / "out"), "--size", "tiny"]
+    command = [
+        sys.executable,
+        "-m",
+        "llava_bidir",
+        "rehearse",
+        "--out",
+        str(tmp_path / "out"),
+        "--size",
+        "tiny",
+    ]
     file = tmp_path / "out/rehearsal.json"
     first = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
     steps = lambda: json.loads(file.read_text())["steps"] if file.exists() else {}
@@ -133,7 +156,11 @@ def test_tiny_rehearsal_is_killed_and_resumes_to_its_table(tmp_path):
     assert all(record["steps"][f"causal_{name}"]["step_s"] > 0 for name in ("stage1", "stage2"))
     assert {part["part"] for part in record["cost"]} == {
         "probes",
-        *(f"{mask}_{part}" for mask in ("causal", "bidirectional") for part in ("stage1", "stage2")),
+        *(
+            f"{mask}_{part}"
+            for mask in ("causal", "bidirectional")
+            for part in ("stage1", "stage2")
+        ),
     }
     claims = json.loads((tmp_path / "out/report/results.json").read_text())["claims"]
     assert {claim["claim"] for claim in claims} >= {"adapter_drop", "recovery"}

@@ -24,7 +24,9 @@ def scenes() -> list[SceneText]:
 
 @pytest.fixture(scope="module")
 def records(scenes) -> dict[str, list[dict]]:
-    return assets._build_english({assets.TRAINING: scenes, assets.VALIDATION: scenes}, 0.05, np.random.default_rng(1))
+    return assets._build_english(
+        {assets.TRAINING: scenes, assets.VALIDATION: scenes}, 0.05, np.random.default_rng(1)
+    )
 
 
 def pairs(record: dict) -> list[tuple[str, str]]:
@@ -53,11 +55,17 @@ def test_every_answer_is_true(records, scenes):
             if place := PLACE.search(question):
                 row, column = (int(number) - 1 for number in place.groups())
                 assert answer == grid[row, column]
-                assert "is there" not in question or (answer in nouns(question) and len(nouns(question)) == 2)
+                assert "is there" not in question or (
+                    answer in nouns(question) and len(nouns(question)) == 2
+                )
             elif question == KIND:
                 assert answer == f"a {kind}"
             elif question == CAPTION:
-                assert answer.startswith(f"A {kind} with ") and nouns(answer) == set(scene.names) and answer[-1] == "."
+                assert (
+                    answer.startswith(f"A {kind} with ")
+                    and nouns(answer) == set(scene.names)
+                    and answer[-1] == "."
+                )
             else:
                 assert answer == "\n".join(" ".join(row) for row in grid)
     assert set(kinds) == {"In", "What", "Is", "Describe"}
@@ -67,7 +75,9 @@ def test_a_montage_is_called_one_and_is_not_asked_what_kind_of_scene_it_is():
     rng = np.random.default_rng(0)
     one, other = (SceneText.from_scene(draw_mosaic(rng, 4)) for _ in range(2))
     asked = pairs({"conversations": build_dialogue(one, other, rng, choices=2, points=1)})
-    assert KIND not in dict(asked) and dict(asked)[CAPTION].startswith("A montage of rooms and streets with ")
+    assert KIND not in dict(asked) and dict(asked)[CAPTION].startswith(
+        "A montage of rooms and streets with "
+    )
 
 
 def test_what_gives_answers_away_comes_after_them(records):

@@ -51,9 +51,15 @@ def test_loss_on_image_tokens_falls_and_the_checkpoint_is_an_ordinary_one(plante
     net = AutoModelForImageTextToText.from_pretrained(folder)
     before = AutoModelForImageTextToText.from_pretrained(model)
     assert net.config.image_attention == "bidirectional"
-    changed = {name for name, weight in net.state_dict().items() if not torch.equal(weight, before.state_dict()[name])}
+    changed = {
+        name
+        for name, weight in net.state_dict().items()
+        if not torch.equal(weight, before.state_dict()[name])
+    }
     assert not any("vision_tower" in name for name in changed)
-    assert any("multi_modal_projector" in name for name in changed) and any("layers.2" in name for name in changed)
+    assert any("multi_modal_projector" in name for name in changed) and any(
+        "layers.2" in name for name in changed
+    )
     assert not any("layers.3" in name for name in changed)  # it fetches answers
 
 
@@ -78,7 +84,10 @@ def test_questions_are_learned_along(planted, world, model):
 
 def test_a_random_llm_has_the_same_entries_in_other_places(planted, world):
     plant_random(planted[0], world.parent / "random", seed=3)
-    before, after = (AutoModelForImageTextToText.from_pretrained(p) for p in (planted[0], world.parent / "random"))
+    before, after = (
+        AutoModelForImageTextToText.from_pretrained(p)
+        for p in (planted[0], world.parent / "random")
+    )
     for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
         in_layers = "language_model.layers" in name and old.ndim > 1
         assert torch.equal(old, new) != in_layers, name

@@ -10,7 +10,9 @@ from llava_bidir.toy_world.canvas import SIZE_PX, Canvas, sample_camera
 from llava_bidir.toy_world.scenes import draw_room, draw_scene
 from llava_bidir.toy_world.surfaces import ADULT_M, FOCAL_PX
 
-CEILING, SKY, WALL, BUILDING, FLOOR, ROAD, BED, CAR, LAMP, TREE, PICTURE, WINDOW, DOOR, PERSON = range(14)
+CEILING, SKY, WALL, BUILDING, FLOOR, ROAD, BED, CAR, LAMP, TREE, PICTURE, WINDOW, DOOR, PERSON = (
+    range(14)
+)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +21,9 @@ def scenes():
     return [draw_scene(rng) for _ in range(150)]
 
 
-@pytest.mark.skipif(PIL.__version__.split(".")[0] != "13", reason="another version of Pillow may draw other pixels")
+@pytest.mark.skipif(
+    PIL.__version__.split(".")[0] != "13", reason="another version of Pillow may draw other pixels"
+)
 def test_pictures_masks_and_random_numbers_are_those_before_scenes_had_depth():
     """The digest was computed by the commit before."""
     rng, digest = np.random.default_rng(5), hashlib.sha256()
@@ -34,15 +38,22 @@ def test_pictures_masks_and_random_numbers_are_those_before_scenes_had_depth():
 def trace_room(camera) -> np.ndarray:
     """Return the depth of an empty room in metres, f64[H, W], by the nearest wall on the ray of each pixel."""
     (eye_x, eye_y), far = camera.eye, camera.far_end
-    distance = FOCAL_PX * ADULT_M / (far.bottom_left[1] - eye_y)  # of the far wall, whose lower edge is on the ground
-    metres = lambda corner: ((corner[0] - eye_x) * distance / FOCAL_PX, (corner[1] - eye_y) * distance / FOCAL_PX)
+    # Of the far wall, whose lower edge is on the ground
+    distance = FOCAL_PX * ADULT_M / (far.bottom_left[1] - eye_y)
+    metres = lambda corner: (
+        (corner[0] - eye_x) * distance / FOCAL_PX,
+        (corner[1] - eye_y) * distance / FOCAL_PX,
+    )
     (left, ceiling), (right, ground) = metres(far.top_left), metres(far.bottom_right)
     assert ground == pytest.approx(ADULT_M)
     depth = np.full((SIZE_PX, SIZE_PX), distance)
     for y in range(SIZE_PX):
         for x in range(SIZE_PX):
             across, down = (x + 0.5 - eye_x) / FOCAL_PX, (y + 0.5 - eye_y) / FOCAL_PX
-            hits = [(right if across > 0 else left) / across, (ground if down > 0 else ceiling) / down]
+            hits = [
+                (right if across > 0 else left) / across,
+                (ground if down > 0 else ceiling) / down,
+            ]
             depth[y, x] = min(distance, *hits)
     return depth
 
@@ -66,13 +77,20 @@ def test_normals_are_those_of_the_points_that_depth_gives(scenes):
     for scene in scenes[:20]:
         depth, (eye_x, eye_y) = scene.surfaces.depth().astype(np.float64), scene.surfaces.eye
         rows, columns = np.indices(depth.shape) + 0.5
-        points = np.stack([(columns - eye_x) * depth / FOCAL_PX, (rows - eye_y) * depth / FOCAL_PX, depth], -1)
+        points = np.stack(
+            [(columns - eye_x) * depth / FOCAL_PX, (rows - eye_y) * depth / FOCAL_PX, depth], -1
+        )
         normals = np.cross(points[1:, :-1] - points[:-1, :-1], points[:-1, 1:] - points[:-1, :-1])
         normals /= np.linalg.norm(normals, axis=-1, keepdims=True)
-        normals *= -np.sign((normals * points[:-1, :-1]).sum(-1, keepdims=True))  # towards the viewer
+        # Towards the viewer
+        normals *= -np.sign((normals * points[:-1, :-1]).sum(-1, keepdims=True))
         normals[..., 2] *= -1  # so points z
         index = scene.surfaces.index
-        inside = (index[:-1, :-1] == index[1:, :-1]) & (index[:-1, :-1] == index[:-1, 1:]) & ~np.isnan(depth[:-1, :-1])
+        inside = (
+            (index[:-1, :-1] == index[1:, :-1])
+            & (index[:-1, :-1] == index[:-1, 1:])
+            & ~np.isnan(depth[:-1, :-1])
+        )
         given = scene.surfaces.normals()[:-1, :-1]
         np.testing.assert_allclose(given[inside], normals[inside], atol=1e-3)
         compared += inside.sum()
@@ -85,7 +103,9 @@ def test_only_the_sky_has_no_depth(scenes):
         nowhere = np.isnan(scene.surfaces.depth())
         assert nowhere[scene.mask == SKY].all() and (nowhere & (scene.mask != SKY)).sum() <= 5
         assert (np.isnan(scene.surfaces.normals()).all(-1) == nowhere).all()
-        assert (np.nanmin(scene.surfaces.depth()) > 2) and (np.nanmax(scene.surfaces.depth()) < 14.5)
+        assert (np.nanmin(scene.surfaces.depth()) > 2) and (
+            np.nanmax(scene.surfaces.depth()) < 14.5
+        )
     assert sum(np.isnan(scene.surfaces.depth()).any() for scene in scenes) > 50
 
 

@@ -21,15 +21,21 @@ from llava_bidir.training.deepspeed_strategy import load_zero_weights
 
 pytestmark = [
     pytest.mark.distributed,
-    pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed (extra: cluster) is not installed"),
+    pytest.mark.skipif(
+        find_spec("deepspeed") is None, reason="DeepSpeed (extra: cluster) is not installed"
+    ),
 ]
 WORKER = Path(__file__).parents[2] / "helpers/ddp_script.py"
-ZERO = [(stage, precision) for stage in ("zero2", "zero3") for precision in ("32-true", "bf16-mixed")]
+ZERO = [
+    (stage, precision) for stage in ("zero2", "zero3") for precision in ("32-true", "bf16-mixed")
+]
 RUNS = [f"{s}:without_dropout:32-true" for s in ("zero3", "ddp", "zero2")] + [
     "zero3_offload:without_dropout:bf16-mixed"
 ]
 RUNS += [f"{s}:{run}:{p}" for s, p in ZERO for run in ("uninterrupted", "resume")]
-RUNS += [f"{s}:{run}:bf16-mixed" for s in ("zero2", "zero3") for run in ("without_dropout", "validate")]
+RUNS += [
+    f"{s}:{run}:bf16-mixed" for s in ("zero2", "zero3") for run in ("without_dropout", "validate")
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +49,12 @@ def spec(tmp_path_factory) -> dict:
     data = tiny_models.write_conversations(root / "data")
     questions = json.loads((data / "data.json").read_text())[3:]
     (data / "questions.json").write_text(json.dumps(questions))
-    paths = {"encoder": encoder.path, "llm": llm, "dropout_llm": str(root / "dropout_llm"), "conversations": str(data)}
+    paths = {
+        "encoder": encoder.path,
+        "llm": llm,
+        "dropout_llm": str(root / "dropout_llm"),
+        "conversations": str(data),
+    }
     return paths | {"root": str(root)}
 
 
@@ -58,35 +69,66 @@ def two(spec) -> Path:
 @pytest.fixture(scope="module")
 def one(spec, two) -> Path:
     """Return the folder with the results of one process: the same training, and resumed checkpoints of `two`."""
-    checkpoints = {"ddp": two / "ddp-plain-32-true.ckpt", "zero3_offload": two / "zero2-plain-32-true.ckpt"}
-    runs = ["ddp:without_dropout:32-true", "ddp:resume_elsewhere:32-true", "zero3_offload:reject:32-true"]
-    out, codes, log = start(spec, "one", runs, processes=1, resume={k: str(v) for k, v in checkpoints.items()})
+    checkpoints = {
+        "ddp": two / "ddp-plain-32-true.ckpt",
+        "zero3_offload": two / "zero2-plain-32-true.ckpt",
+    }
+    runs = [
+        "ddp:without_dropout:32-true",
+        "ddp:resume_elsewhere:32-true",
+        "zero3_offload:reject:32-true",
+    ]
+    out, codes, log = start(
+        spec, "one", runs, processes=1, resume={k: str(v) for k, v in checkpoints.items()}
+    )
     assert codes == [0], log
     return out
 
 
-def start(spec: dict, name: str, runs: list[str], processes: int = 2, **more) -> tuple[Path, list[int], str]:
+def start(
+    spec: dict, name: str, runs: list[str], processes: int = 2, **more
+) -> tuple[Path, list[int], str]:
     """Run functions of the worker; return the folder, the exit codes and the output of the processes."""
     out = Path(spec["root"]) / name
     out.mkdir()
-    (out / "spec.json").write_text(json.dumps(spec | {"out": str(out), "processes": processes} | more))
+    (out / "spec.json").write_text(
+        json.dumps(spec | {"out": str(out), "processes": processes} | more)
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    group = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1"}
-    group |= {"MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": 1, "PYTHONWARNINGS": "ignore"}
+    group = {
+        "WORLD_SIZE": processes,
+        "LOCAL_WORLD_SIZE": processes,
+        "GROUP_RANK": 0,
+        "MASTER_ADDR": "127.0.0.1",
+    }
+    group |= {
+        "MASTER_PORT": port,
+        "TORCHELASTIC_RUN_ID": "test",
+        "OMP_NUM_THREADS": 1,
+        "PYTHONWARNINGS": "ignore",
+    }
     running = []
     for rank in range(processes):
-        environment = os.environ | {k: str(v) for k, v in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        environment = os.environ | {
+            k: str(v) for k, v in (group | {"RANK": rank, "LOCAL_RANK": rank}).items()
+        }
         log = (out / f"{rank}.log").open("w")
         command = [sys.executable, str(WORKER), str(out / "spec.json"), *runs]
-        running.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+        running.append(
+            subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        )
     try:
         codes = [process.wait(timeout=HANGING_S) for process in running]
     finally:
         for process in running:
             process.kill()
-    return out, codes, "\n".join((out / f"{rank}.log").read_text()[-3000:] for rank in range(processes))
+    return (
+        out,
+        codes,
+        "\n".join((out / f"{rank}.log").read_text()[-3000:] for rank in range(processes)),
+    )
 
 
 def result(folder: Path, run: str, rank: int = 0) -> dict:
@@ -110,15 +152,21 @@ def test_two_processes_train_as_one(run, tolerance, one, two):
     """Compare losses, gradient norm and validation, without dropout, which differs between ranks."""
     single = result(one, "ddp:without_dropout:32-true")
     ranks = [result(two, run, rank) for rank in (0, 1)]
-    together = [loss for pair in zip(*(rank["losses"] for rank in ranks), strict=True) for loss in pair]
+    together = [
+        loss for pair in zip(*(rank["losses"] for rank in ranks), strict=True) for loss in pair
+    ]
     assert [ids for ids, _ in together] == [ids for ids, _ in single["losses"]]
     near = {"rtol": tolerance, "atol": tolerance}
-    torch.testing.assert_close([loss for _, loss in together], [loss for _, loss in single["losses"]], **near)
+    torch.testing.assert_close(
+        [loss for _, loss in together], [loss for _, loss in single["losses"]], **near
+    )
     for name in ("val/loss", "train/grad_norm"):
         torch.testing.assert_close(ranks[0]["metrics"][name], single["metrics"][name], **near)
     assert ranks[0]["metrics"]["val/loss"] == ranks[1]["metrics"]["val/loss"]
     if "32-true" in run:
-        assert ranks[0]["metrics"]["val/answer_accuracy"] == single["metrics"]["val/answer_accuracy"]
+        assert (
+            ranks[0]["metrics"]["val/answer_accuracy"] == single["metrics"]["val/answer_accuracy"]
+        )
 
 
 def test_zero3_leaves_each_process_half_of_every_parameter(two):
@@ -134,26 +182,37 @@ def test_zero3_leaves_each_process_half_of_every_parameter(two):
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(strategy, precision, two):
     """From inside an epoch, with dropout, and with batches that have images on one rank only."""
     whole, resumed = (
-        [result(two, f"{strategy}:{run}:{precision}", rank) for rank in (0, 1)] for run in ("uninterrupted", "resume")
+        [result(two, f"{strategy}:{run}:{precision}", rank) for rank in (0, 1)]
+        for run in ("uninterrupted", "resume")
     )
     one_sided = [a != b for a, b in zip(whole[0]["text_only"], whole[1]["text_only"], strict=True)]
-    assert any(one_sided[:4]) and any(one_sided[4:]), "text on one rank before and after the checkpoint"
+    assert any(one_sided[:4]) and any(one_sided[4:]), (
+        "text on one rank before and after the checkpoint"
+    )
     for before, after in zip(whole, resumed, strict=True):
-        assert len(before["losses"]) == 12 and after["losses"] == before["losses"][4:], "two micro-batches a step"
+        assert len(before["losses"]) == 12 and after["losses"] == before["losses"][4:], (
+            "two micro-batches a step"
+        )
         assert after["metrics"] == before["metrics"]
         for name, weight in before["weights"].items():
             assert torch.equal(weight, after["weights"][name]), name
-    assert whole[0]["losses"][0] != result(two, f"{strategy}:without_dropout:{precision}")["losses"][0], "dropout is on"
+    assert (
+        whole[0]["losses"][0] != result(two, f"{strategy}:without_dropout:{precision}")["losses"][0]
+    ), "dropout is on"
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
 @pytest.mark.parametrize(("strategy", "precision"), ZERO)
 def test_export_of_a_checkpoint_equals_the_model_in_memory(strategy, precision, two, tmp_path):
     """Export by the callback at the end of the run, and by the command, without the processes of the run."""
-    llava_bidir.cli.main(["export", str(two / f"{strategy}-end-{precision}.ckpt"), str(tmp_path / "hf")])
+    llava_bidir.cli.main(
+        ["export", str(two / f"{strategy}-end-{precision}.ckpt"), str(tmp_path / "hf")]
+    )
     memory = result(two, f"{strategy}:uninterrupted:{precision}")["weights"]
     for directory in (tmp_path / "hf", two / f"{strategy}-{precision}" / "hf"):
-        written = LlavaBidirForConditionalGeneration.from_pretrained(directory, dtype="auto").state_dict()
+        written = LlavaBidirForConditionalGeneration.from_pretrained(
+            directory, dtype="auto"
+        ).state_dict()
         assert set(written) == set(memory)
         for name, weight in memory.items():
             assert torch.equal(weight, written[name]), name
@@ -164,7 +223,9 @@ def test_validation_of_a_checkpoint_repeats_that_of_the_run(strategy, two):
     for rank in (0, 1):
         during = result(two, f"{strategy}:uninterrupted:bf16-mixed", rank)
         after = result(two, f"{strategy}:validate:bf16-mixed", rank)
-        assert after["metrics"] == {k: v for k, v in during["metrics"].items() if k.startswith("val/")}
+        assert after["metrics"] == {
+            k: v for k, v in during["metrics"].items() if k.startswith("val/")
+        }
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -179,10 +240,15 @@ def test_checkpoint_holds_trainable_weights_only(stage, two):
 
 def test_resumed_on_another_number_of_processes_trains_the_same_samples(one):
     """One process resumes a checkpoint of two under DDP."""
-    moved, single = result(one, "ddp:resume_elsewhere:32-true"), result(one, "ddp:without_dropout:32-true")
+    moved, single = (
+        result(one, "ddp:resume_elsewhere:32-true"),
+        result(one, "ddp:without_dropout:32-true"),
+    )
     rest = single["losses"][8:]
     assert [ids for ids, _ in moved["losses"]] == [ids for ids, _ in rest]
-    torch.testing.assert_close([x for _, x in moved["losses"]], [x for _, x in rest], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        [x for _, x in moved["losses"]], [x for _, x in rest], rtol=1e-5, atol=1e-5
+    )
     for name, weight in moved["weights"].items():
         torch.testing.assert_close(weight, single["weights"][name], rtol=1e-5, atol=1e-5)
 
@@ -197,7 +263,10 @@ def test_interrupted_save_leaves_the_checkpoint_before_it(fault, spec, two):
     """The run fails, the partial checkpoint is ignored, and the one before equals that of an undisturbed run."""
     out, codes, log = start(spec, fault, [f"zero2:{fault}:32-true"])
     assert codes[0] != 0 and codes[1] == (-9 if fault == "kill_in_save" else 1), log
-    assert sorted(path.name for path in (out / "fault").iterdir()) == ["bad.ckpt.partial", "good.ckpt"]
+    assert sorted(path.name for path in (out / "fault").iterdir()) == [
+        "bad.ckpt.partial",
+        "good.ckpt",
+    ]
     assert latest_valid_checkpoint(out / "fault") == out / "fault/good.ckpt"
     ours, undisturbed = (
         load_zero_weights(out / "fault/good.ckpt"),

@@ -40,13 +40,22 @@ def train(parts, conversations):
     """
 
     def run(out: Path) -> None:
-        datasets.config.HF_DATASETS_CACHE = out / "cache"  # so that kills also interrupt the reading of conversations
+        # So that kills also interrupt the reading of conversations
+        datasets.config.HF_DATASETS_CACHE = out / "cache"
         cli.main(
             [
-                *("fit", *tiny_models.training_arguments(parts, conversations), "--data.micro_batch_size", "2"),
+                *(
+                    "fit",
+                    *tiny_models.training_arguments(parts, conversations),
+                    "--data.micro_batch_size",
+                    "2",
+                ),
                 *("--trainer.max_epochs", "10", "--trainer.check_val_every_n_epoch", "4"),
                 *("--trainer.log_every_n_steps", "1", "--trainer.callbacks+=ModelCheckpoint"),
-                *("--trainer.callbacks.save_last=true", "--trainer.callbacks.every_n_train_steps=1"),
+                *(
+                    "--trainer.callbacks.save_last=true",
+                    "--trainer.callbacks.every_n_train_steps=1",
+                ),
                 *("--out", str(out), "--ckpt_path", "last"),
             ]
         )
@@ -89,7 +98,9 @@ def test_killed_runs_end_as_an_undisturbed_one(train, tmp_path):
         before = saved_step(out)
         log.unlink(missing_ok=True)
         child = fork(lambda: train(out), log)
-        status = kill_after(moments.uniform(0, duration) if kills < FAULTS else 20 * duration, child)
+        status = kill_after(
+            moments.uniform(0, duration) if kills < FAULTS else 20 * duration, child
+        )
         assert status in (-signal.SIGKILL, 0), log.read_text()
         assert saved_step(out) >= before, "a checkpoint is never lost"
         if status:
@@ -122,10 +133,16 @@ def test_a_run_killed_after_its_last_step_is_validated_and_exported(
                     "validation": "training.module.LlavaTraining.answer",
                     "export": "model.hf_export._compare_weights",
                 }[moment]
-                monkeypatch.setattr("llava_bidir." + name, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+                monkeypatch.setattr(
+                    "llava_bidir." + name, lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+                )
             arguments = tiny_models.training_arguments(parts, conversations)
             more = ("--trainer.log_every_n_steps", "1", "--out", str(out), "--ckpt_path", "last")
-            light = ("--model.lora.r=2", "--model.frozen_dtype=bfloat16", "--trainer.precision=bf16-mixed")
+            light = (
+                "--model.lora.r=2",
+                "--model.frozen_dtype=bfloat16",
+                "--trainer.precision=bf16-mixed",
+            )
             cli.main(["fit", *arguments, *more, *light, "--trainer.gradient_clip_val=null"])
 
         return wait(fork(run, tmp_path / "log"))
@@ -148,7 +165,9 @@ def test_no_checkpoint_is_in_the_middle_of_a_step(train, tmp_path):
         def save_and_record(self, checkpoint, path, storage_options=None):
             save(self, checkpoint, path)
             with (tmp_path / "positions").open("a") as file:
-                file.write(f"{checkpoint['loops']['fit_loop']['epoch_loop.batch_progress']['current']['processed']}\n")
+                file.write(
+                    f"{checkpoint['loops']['fit_loop']['epoch_loop.batch_progress']['current']['processed']}\n"
+                )
 
         AtomicCheckpointIO.save_checkpoint = save_and_record
         train(out)
@@ -159,4 +178,6 @@ def test_no_checkpoint_is_in_the_middle_of_a_step(train, tmp_path):
     assert kill_after(0, child) == -signal.SIGKILL
     assert wait(fork(lambda: recorded(tmp_path / "run"), tmp_path / "log")) == 0
     positions = [int(line) for line in (tmp_path / "positions").read_text().split()]
-    assert len(positions) > 10 and not any(position % 2 for position in positions), "two micro-batches a step"
+    assert len(positions) > 10 and not any(position % 2 for position in positions), (
+        "two micro-batches a step"
+    )

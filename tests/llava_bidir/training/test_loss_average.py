@@ -21,7 +21,9 @@ def assert_same_gradients(ours: dict, expected: dict) -> None:
     assert ours.keys() == expected.keys()
     for name, gradient in ours.items():
         near = rounding(expected[name], 2 * 7)  # layers from the pixels to the logits and back
-        torch.testing.assert_close(gradient, expected[name], **near, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            gradient, expected[name], **near, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def summed_losses(model, batches) -> tuple[list, list[int]]:
@@ -29,7 +31,9 @@ def summed_losses(model, batches) -> tuple[list, list[int]]:
     sums, counts = [], []
     for batch in batches:
         images = iter(batch["pixel_values"] if batch["pixel_values"] is not None else [])
-        for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        for ids, labels, mask in zip(
+            batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
+        ):
             n = int(mask.sum())
             pixels = next(images)[None] if model.config.image_token_id in ids else None
             logits = model(input_ids=ids[None, :n], pixel_values=pixels).logits[0, :-1]
@@ -42,7 +46,9 @@ def gradients_of(model, loss) -> dict:
     model.zero_grad()
     loss.backward()
     return {
-        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters() if p.requires_grad
+        n: torch.zeros_like(p) if p.grad is None else p.grad
+        for n, p in model.named_parameters()
+        if p.requires_grad
     }
 
 
@@ -50,7 +56,11 @@ def gradients_of(model, loss) -> dict:
 def test_tokens_is_the_mean_over_the_whole_global_batch(micro, parts, conversations):
     step = fit_one_step(parts, conversations, "tokens", micro)
     sums, counts = summed_losses(step["model"], step["batches"])
-    assert len(counts) == GLOBAL_BATCH and len(set(counts)) > 2 and len(step["batches"]) == GLOBAL_BATCH // micro
+    assert (
+        len(counts) == GLOBAL_BATCH
+        and len(set(counts)) > 2
+        and len(step["batches"]) == GLOBAL_BATCH // micro
+    )
     assert_same_gradients(step["gradients"], gradients_of(step["model"], sum(sums) / sum(counts)))
 
 
@@ -69,7 +79,9 @@ def test_two_processes_have_the_gradients_of_one(parts, conversations, tmp_path)
     encoder, llm = parts
     script, out = Path(ddp_gradients.__file__), tmp_path / "gradients.pt"
     arguments = [encoder.path, llm, str(conversations), "tokens", "2", "2", str(out)]
-    run = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=HANGING_S)
+    run = subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True, timeout=HANGING_S
+    )
     assert run.returncode == 0, run.stderr[-3000:]
     single = fit_one_step(parts, conversations, "tokens", 2)["gradients"]
     assert_same_gradients(torch.load(out), single)

@@ -9,11 +9,20 @@ from llava_bidir.training.module import LlavaTraining
 
 
 def arguments(parts, conversations, out) -> list[str]:
-    shorter = ["--data.micro_batch_size", "2", "--trainer.log_every_n_steps", "1", "--out", str(out)]
+    shorter = [
+        "--data.micro_batch_size",
+        "2",
+        "--trainer.log_every_n_steps",
+        "1",
+        "--out",
+        str(out),
+    ]
     return ["fit", *tiny_models.training_arguments(parts, conversations), *shorter]
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(parts, conversations, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(
+    parts, conversations, tmp_path, monkeypatch
+):
     loss, seen, weights = LlavaTraining.loss, [], []
 
     def nan_in_step_2(self, batch):
@@ -21,11 +30,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_weights_change(parts,
             return loss(self, batch)
         seen.append(batch["ids"])
         if len(seen) == 3:  # first micro-batch of the second step
-            weights.append({n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad})
+            weights.append(
+                {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+            )
         return loss(self, batch) * (float("nan") if len(seen) == 3 else 1.0)
 
     monkeypatch.setattr(LlavaTraining, "loss", nan_in_step_2)
-    with pytest.raises(SystemExit, match=r"loss is not finite at step 1: samples r\d+, r\d+\. .*nonfinite has"):
+    with pytest.raises(
+        SystemExit, match=r"loss is not finite at step 1: samples r\d+, r\d+\. .*nonfinite has"
+    ):
         main(arguments(parts, conversations, tmp_path))
     window = torch.load(tmp_path / "nonfinite/rank0.pt", weights_only=False)
     assert [item["batch"]["ids"] for item in window] == seen[2:4]

@@ -21,9 +21,19 @@ def finished(parts, conversations, tmp_path_factory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("finished")
     encoder, llm = parts
     copied = shutil.copytree(encoder.path, folder / "encoder")
-    data, llm = shutil.copytree(conversations, folder / "data"), shutil.copytree(llm, folder / "llm")
+    data, llm = (
+        shutil.copytree(conversations, folder / "data"),
+        shutil.copytree(llm, folder / "llm"),
+    )
     command = ["fit", *tiny_models.training_arguments(parts, data), "--out", str(folder / "run")]
-    command += ["--model.encoder.path", str(copied), "--model.llm", str(llm), "--trainer.max_epochs", "1"]
+    command += [
+        "--model.encoder.path",
+        str(copied),
+        "--model.llm",
+        str(llm),
+        "--trainer.max_epochs",
+        "1",
+    ]
     command += ["--data.val_annotations", "null"]
     llava_bidir.cli.main(command)
     return folder / "run", command
@@ -51,7 +61,11 @@ def replace_picture(folder: Path) -> None:
 
 def replace_encoder(folder: Path) -> None:
     weights = load_file(folder / "encoder/model.safetensors")
-    save_file({k: v + 1 for k, v in weights.items()}, folder / "encoder/model.safetensors", {"format": "pt"})
+    save_file(
+        {k: v + 1 for k, v in weights.items()},
+        folder / "encoder/model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def replace_llm_config(folder: Path) -> None:
@@ -60,11 +74,23 @@ def replace_llm_config(folder: Path) -> None:
 
 
 CHANGES = {
-    "mask": (["--model.image_attention", "bidirectional"], "model.image_attention='causal', .* 'bidirectional'"),
-    "rate": (["--model.adapter_learning_rate", "0.5"], "model.adapter_learning_rate=.*, but this run has 0.5"),
+    "mask": (
+        ["--model.image_attention", "bidirectional"],
+        "model.image_attention='causal', .* 'bidirectional'",
+    ),
+    "rate": (
+        ["--model.adapter_learning_rate", "0.5"],
+        "model.adapter_learning_rate=.*, but this run has 0.5",
+    ),
     "epochs": (["--trainer.max_epochs", "2"], "trainer.max_epochs=1, but this run has 2"),
-    "precision": (["--trainer.precision", "bf16-mixed"], "trainer.precision='32-true', .* 'bf16-mixed'"),
-    "answers": (replace_answers, r"data.annotations='12 records, sha256 \w{16}', .*'12 records, sha256 \w{16}'"),
+    "precision": (
+        ["--trainer.precision", "bf16-mixed"],
+        "trainer.precision='32-true', .* 'bf16-mixed'",
+    ),
+    "answers": (
+        replace_answers,
+        r"data.annotations='12 records, sha256 \w{16}', .*'12 records, sha256 \w{16}'",
+    ),
     "pictures": (replace_picture, r"data.images='10, sha256 \w{16}', .*'10, sha256 \w{16}'"),
     "encoder": (replace_encoder, r"model.encoder/model.safetensors='\w{16}', .* '\w{16}'"),
     "llm": (replace_llm_config, r"model.llm/config.json='\w{16}', .* '\w{16}'"),
@@ -72,9 +98,18 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(("option", "value"), [("fast_dev_run", "true"), ("overfit_batches", "1")])
-def test_options_after_which_a_trial_would_count_as_finished_are_refused(option, value, parts, conversations, tmp_path):
-    command = ["fit", *tiny_models.training_arguments(parts, conversations), "--out", str(tmp_path / "run")]
-    with pytest.raises(SystemExit, match=f"trainer.{option} must be (False|0.0), got .*; for a trial, use"):
+def test_options_after_which_a_trial_would_count_as_finished_are_refused(
+    option, value, parts, conversations, tmp_path
+):
+    command = [
+        "fit",
+        *tiny_models.training_arguments(parts, conversations),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    with pytest.raises(
+        SystemExit, match=f"trainer.{option} must be (False|0.0), got .*; for a trial, use"
+    ):
         llava_bidir.cli.main([*command, f"--trainer.{option}", value])
     assert not (tmp_path / "run").exists()
 
@@ -84,11 +119,15 @@ def test_without_a_checkpoint_there_is_nothing_to_validate(command, finished, tm
     """The weights before training were validated as if they were the last ones."""
     _, (_, *options) = finished
     with pytest.raises(SystemExit, match="no valid checkpoint in .*run/checkpoints"):
-        llava_bidir.cli.main([command, *options, "--out", str(tmp_path / "run"), "--ckpt_path", "last"])
+        llava_bidir.cli.main(
+            [command, *options, "--out", str(tmp_path / "run"), "--ckpt_path", "last"]
+        )
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_run_of_another_identity_is_neither_resumed_nor_called_finished(finished, unfinished, change):
+def test_a_run_of_another_identity_is_neither_resumed_nor_called_finished(
+    finished, unfinished, change
+):
     (run, command), (options, message) = finished, CHANGES[change]
     before, folder = run_bytes(run), run.parent
     if callable(options):
@@ -98,9 +137,13 @@ def test_a_run_of_another_identity_is_neither_resumed_nor_called_finished(finish
     copy, resuming = unfinished
     path = "last" if options else str(next((copy / "checkpoints").iterdir()))
     try:
-        with pytest.raises(SystemExit, match=rf"^llava-bidir: \S*training.json belongs to a run with {message}"):
+        with pytest.raises(
+            SystemExit, match=rf"^llava-bidir: \S*training.json belongs to a run with {message}"
+        ):
             llava_bidir.cli.main([*command, *options, "--ckpt_path", "last"])
-        with pytest.raises(SystemExit, match=rf"^llava-bidir: the checkpoint belongs to a run with {message}"):
+        with pytest.raises(
+            SystemExit, match=rf"^llava-bidir: the checkpoint belongs to a run with {message}"
+        ):
             llava_bidir.cli.main([*resuming, *options, "--ckpt_path", path])
     finally:
         for part in folder.glob("*_before"):
@@ -111,12 +154,21 @@ def test_a_run_of_another_identity_is_neither_resumed_nor_called_finished(finish
 
 
 def test_settings_that_change_no_result_may_change(finished, unfinished, caplog):
-    changed = ["--model.max_new_tokens", "2", "--model.attn_implementation", "eager", "--data.num_workers", "1"]
+    changed = [
+        "--model.max_new_tokens",
+        "2",
+        "--model.attn_implementation",
+        "eager",
+        "--data.num_workers",
+        "1",
+    ]
     with caplog.at_level("INFO"):
         llava_bidir.cli.main([*finished[1], *changed, "--ckpt_path", "last"])
     assert "this run is finished; nothing to do" in caplog.text
     folder, command = unfinished
-    llava_bidir.cli.main([*command, *changed, "--ckpt_path", str(next((folder / "checkpoints").iterdir()))])
+    llava_bidir.cli.main(
+        [*command, *changed, "--ckpt_path", str(next((folder / "checkpoints").iterdir()))]
+    )
     weights = [load_file(run / "hf/model.safetensors") for run in (folder, finished[0])]
     assert all(tensor.equal(weights[1][name]) for name, tensor in weights[0].items())
 
@@ -124,7 +176,10 @@ def test_settings_that_change_no_result_may_change(finished, unfinished, caplog)
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], r"run holds a finished run \(hf/training.json\); add `--ckpt_path last`.*`--overwrite true`"),
+        (
+            [],
+            r"run holds a finished run \(hf/training.json\); add `--ckpt_path last`.*`--overwrite true`",
+        ),
         (["--model.image_attention", "bidirectional"], "run holds a finished run"),
         (["--ckpt_path", "last", "--overwrite", "true"], "give one of them"),
         (["--overwrite", "true", "--model.adapter", "/nowhere"], "/nowhere"),
@@ -138,7 +193,9 @@ def test_repeating_a_command_changes_no_byte_of_a_finished_run(finished, options
     assert run_bytes(run) == before
 
 
-def test_a_run_that_replaces_another_and_is_killed_is_not_finished(finished, unfinished, monkeypatch):
+def test_a_run_that_replaces_another_and_is_killed_is_not_finished(
+    finished, unfinished, monkeypatch
+):
     folder, command = unfinished
     with pytest.raises(SystemExit, match="run holds checkpoints of an unfinished run, e.g. "):
         llava_bidir.cli.main(command)
@@ -151,7 +208,9 @@ def test_a_run_that_replaces_another_and_is_killed_is_not_finished(finished, unf
     assert not (folder / "hf").exists() and not (folder / "nonfinite").exists()
     assert len(list((folder / "checkpoints").iterdir())) == 1
     llava_bidir.cli.main([*command, "--trainer.max_epochs", "2", "--ckpt_path", "last"])
-    steps = [json.loads((run / "hf/training.json").read_text())["steps"] for run in (folder, finished[0])]
+    steps = [
+        json.loads((run / "hf/training.json").read_text())["steps"] for run in (folder, finished[0])
+    ]
     assert steps[0] == 2 * steps[1]
 
 
@@ -161,7 +220,9 @@ def test_the_checkpoint_of_a_killed_run_does_not_stay_beside_newer_ones(finished
     checkpoints = lambda: [file.name for file in (tmp_path / "checkpoints").iterdir()]
     with pytest.MonkeyPatch.context() as patch:
         start = LlavaTraining.on_train_batch_start
-        killed = lambda self, *batch: sys.exit("killed") if self.trainer.global_step == 7 else start(self, *batch)
+        killed = lambda self, *batch: (
+            sys.exit("killed") if self.trainer.global_step == 7 else start(self, *batch)
+        )
         patch.setattr(LlavaTraining, "on_train_batch_start", killed)
         with pytest.raises(SystemExit, match="killed"):
             llava_bidir.cli.main(command)

@@ -13,7 +13,12 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from llava_bidir.training.cli import build_cli
 from llava_bidir.training.slurm_requeue import INTERRUPTED, SlurmRequeue
 
-UNDER_SRUN = {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+UNDER_SRUN = {
+    "SLURM_NTASKS": "1",
+    "SLURM_NTASKS_PER_NODE": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -53,13 +58,29 @@ class SignalAt(Callback):
 
 def arguments(parts, conversations, out, *more) -> list[str]:
     """Two epochs of three optimizer steps, two micro-batches each."""
-    shorter = ["--data.micro_batch_size", "2", "--data.val_annotations", "null", "--trainer.max_epochs", "2"]
-    return [*tiny_models.training_arguments(parts, conversations), *shorter, "--out", str(out), *more]
+    shorter = [
+        "--data.micro_batch_size",
+        "2",
+        "--data.val_annotations",
+        "null",
+        "--trainer.max_epochs",
+        "2",
+    ]
+    return [
+        *tiny_models.training_arguments(parts, conversations),
+        *shorter,
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 def fit(parts, conversations, out, number=signal.SIGUSR1, micro_batch=None, ckpt_path=None):
     """Return the losses, the trainer, and the exit status, 0 for a finished run."""
-    cli, sender = build_cli(arguments(parts, conversations, out), run=False), SignalAt(number, micro_batch)
+    cli, sender = (
+        build_cli(arguments(parts, conversations, out), run=False),
+        SignalAt(number, micro_batch),
+    )
     cli.trainer.callbacks[:0] = [sender]
     cli.trainer.callbacks.append(SlurmRequeue())
     try:
@@ -89,25 +110,43 @@ def test_a_signal_is_heeded_at_the_next_step_and_the_rest_equals_an_uninterrupte
     assert torch.load(last, weights_only=True)["global_step"] == step
     rest, _, status = fit(parts, conversations, tmp_path / "cut", ckpt_path=last)
     assert status == 0 and losses + rest == whole and len(whole) == 12
-    assert (tmp_path / "cut/hf/model.safetensors").read_bytes() == (folder / "hf/model.safetensors").read_bytes()
+    assert (tmp_path / "cut/hf/model.safetensors").read_bytes() == (
+        folder / "hf/model.safetensors"
+    ).read_bytes()
 
 
 def test_sigterm_saves_but_does_not_requeue(parts, conversations, scontrol, tmp_path):
     """Slurm itself requeues a preempted job; a cancelled one must not return."""
     _, trainer, status = fit(parts, conversations, tmp_path, signal.SIGTERM, micro_batch=3)
-    assert status == INTERRUPTED and trainer.global_step == 2 and (tmp_path / "checkpoints/last.ckpt").is_file()
+    assert (
+        status == INTERRUPTED
+        and trainer.global_step == 2
+        and (tmp_path / "checkpoints/last.ckpt").is_file()
+    )
     assert not scontrol.exists()
 
 
 @pytest.mark.parametrize("micro_batch", [10, 11])
-def test_signal_in_the_last_step_does_not_stop_the_run(micro_batch, parts, conversations, scontrol, tmp_path):
+def test_signal_in_the_last_step_does_not_stop_the_run(
+    micro_batch, parts, conversations, scontrol, tmp_path
+):
     _, trainer, status = fit(parts, conversations, tmp_path, micro_batch=micro_batch)
-    assert status == 0 and trainer.global_step == 6 and (tmp_path / "hf").is_dir() and not scontrol.exists()
+    assert (
+        status == 0
+        and trainer.global_step == 6
+        and (tmp_path / "hf").is_dir()
+        and not scontrol.exists()
+    )
     # at exit, Python restores the default handler, which kills, of signals that are not ignored
-    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert (
+        signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN
+        and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    )
 
 
-def test_a_signal_at_the_end_of_an_epoch_waits_for_the_next(parts, conversations, scontrol, tmp_path):
+def test_a_signal_at_the_end_of_an_epoch_waits_for_the_next(
+    parts, conversations, scontrol, tmp_path
+):
     """A checkpoint after the last batch would count the epoch as finished in one place and not in another."""
     _, trainer, status = fit(parts, conversations, tmp_path, micro_batch=5)
     assert status == INTERRUPTED and trainer.global_step == 4 and trainer.current_epoch == 1

@@ -24,8 +24,11 @@ def samples(shown: bool = True) -> list[dict]:
     for i, answer in enumerate(ANSWERS):
         image = Image.new("RGB", (8, 8), (40 * i, 255 - 30 * i, 90)) if shown and i != 2 else None
         question = "name the sky" if image is None else "<image>\nname the sky"
-        made.append({"id": f"s{i}", "image": image, "conversations": tiny_models.turns(question, answer)})
-    made[1]["conversations"] += tiny_models.turns("<image>\nagain" if shown else "again", "road")  # shown twice
+        made.append(
+            {"id": f"s{i}", "image": image, "conversations": tiny_models.turns(question, answer)}
+        )
+    # Shown twice
+    made[1]["conversations"] += tiny_models.turns("<image>\nagain" if shown else "again", "road")
     return made
 
 
@@ -44,14 +47,18 @@ def loss_and_gradients(module, batch) -> tuple[torch.Tensor, dict[str, torch.Ten
     module.model.zero_grad()
     loss = module.loss(batch)
     loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in module.model.named_parameters() if p.requires_grad}
+    return loss.detach(), {
+        n: p.grad.clone() for n, p in module.model.named_parameters() if p.requires_grad
+    }
 
 
 def assert_equal(ours, expected) -> None:
     torch.testing.assert_close(ours[0], expected[0], rtol=1e-5, atol=0)
     for name, gradient in expected[1].items():
         near = 1e-5 * gradient.abs().max().item()
-        torch.testing.assert_close(ours[1][name], gradient, rtol=0, atol=near, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours[1][name], gradient, rtol=0, atol=near, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -114,6 +121,8 @@ def test_other_number_of_features_than_image_tokens_is_an_error(change, parts):
     module, collate = build(parts, "causal")
     batch = collate(samples())
     positions = batch["image_positions"]
-    batch["image_positions"] = torch.cat([positions, positions[:1]]) if change > 0 else positions[:-1]
+    batch["image_positions"] = (
+        torch.cat([positions, positions[:1]]) if change > 0 else positions[:-1]
+    )
     with pytest.raises((RuntimeError, IndexError), match="index_copy"):
         module.loss(batch)

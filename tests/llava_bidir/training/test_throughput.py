@@ -16,7 +16,10 @@ from llava_bidir.training.throughput import Throughput
 def test_sample_that_shows_its_image_twice_counts_once_as_one_with_an_image(parts):
     turns = tiny_models.turns("<image>\nname", "wall", "<image>\nand", "sky")
     image = Image.new("RGB", (8, 8))
-    samples = [{"id": "a", "image": image, "conversations": turns}, {"id": "b", "image": None, "conversations": turns}]
+    samples = [
+        {"id": "a", "image": image, "conversations": turns},
+        {"id": "b", "image": None, "conversations": turns},
+    ]
     callback = Throughput()
     callback.counts = Counter()
     callback._count(Collate(build_processor(*parts), tiny_models.TOKENS, "vicuna_v1")(samples))
@@ -28,7 +31,13 @@ def test_validation_is_neither_training_nor_waiting_for_data(monkeypatch):
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: now))
     trainer = SimpleNamespace(global_step=0, log_every_n_steps=2, world_size=1)
     module = SimpleNamespace(device=torch.device("cpu"), log_dict=logged.update)
-    batch = {"lengths": [3, 5], "pixel_values": None, "text_only": 2, "input_ids": torch.zeros(2, 5), "supervised": 4}
+    batch = {
+        "lengths": [3, 5],
+        "pixel_values": None,
+        "text_only": 2,
+        "input_ids": torch.zeros(2, 5),
+        "supervised": 4,
+    }
     callback = Throughput()
     callback.batch_ended = now
     callback._start_window(trainer)
@@ -40,4 +49,8 @@ def test_validation_is_neither_training_nor_waiting_for_data(monkeypatch):
         callback.on_train_batch_end(trainer, module, None, batch, 0)
         now += 100
         callback.on_validation_end(trainer, module)
-    assert (logged["train/step_s"], logged["train/data_share"], logged["train/samples_per_s"]) == (4, 0.25, 0.5)
+    assert (logged["train/step_s"], logged["train/data_share"], logged["train/samples_per_s"]) == (
+        4,
+        0.25,
+        0.5,
+    )

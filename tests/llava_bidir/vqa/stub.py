@@ -16,7 +16,11 @@ import lmms_eval.evaluator
 import llava_bidir.vqa.lmms_model as model
 import llava_bidir.vqa.result_files
 
-answer, simple_evaluate, version = model.answer, lmms_eval.evaluator.simple_evaluate, metadata.version
+answer, simple_evaluate, version = (
+    model.answer,
+    lmms_eval.evaluator.simple_evaluate,
+    metadata.version,
+)
 calls = []
 
 
@@ -33,7 +37,10 @@ def oracle(**kwargs):
     class Oracle(type(kwargs["model"])):
         def generate_until(self, requests):
             super().generate_until(requests[:1])
-            asked = [(self.task_dict[task][split][i], i, task) for *_, i, task, split in (r.args for r in requests)]
+            asked = [
+                (self.task_dict[task][split][i], i, task)
+                for *_, i, task, split in (r.args for r in requests)
+            ]
             return [_say(task, doc, i < len(requests) // 2) for doc, i, task in asked]
 
     kwargs["model"].__class__ = Oracle

@@ -24,8 +24,18 @@ def test_a_question_of_mmbench_counts_only_with_all_its_orders():
 
 
 def test_mme_adds_accuracy_and_pairs_over_categories():
-    items = [item(1, "x", "existence"), item(1, "x", "existence"), item(1, "y", "existence"), item(0, "y", "existence")]
-    items += [item(0, "x", "OCR"), item(1, "x", "OCR"), item(1, "z", "code_reasoning"), item(1, "z", "code_reasoning")]
+    items = [
+        item(1, "x", "existence"),
+        item(1, "x", "existence"),
+        item(1, "y", "existence"),
+        item(0, "y", "existence"),
+    ]
+    items += [
+        item(0, "x", "OCR"),
+        item(1, "x", "OCR"),
+        item(1, "z", "code_reasoning"),
+        item(1, "z", "code_reasoning"),
+    ]
     assert mme_terms(PERCEPTION)(items).score() == pytest.approx((75 + 50) + (50 + 0))
     assert mme_terms(COGNITION)(items).score() == 200
     assert len(PERCEPTION) == 10 and len(COGNITION) == 4

@@ -12,17 +12,43 @@ from llava_bidir.vqa.result_files import read_results
 def edit(path, change) -> None:
     """Change a JSON file, or the list of lines of a JSONL file."""
     lines = path.suffix == ".jsonl"
-    value = [json.loads(line) for line in path.read_text().splitlines()] if lines else json.loads(path.read_text())
+    value = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        if lines
+        else json.loads(path.read_text())
+    )
     change(value)
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in value) if lines else json.dumps(value))
+    path.write_text(
+        "".join(json.dumps(entry) + "\n" for entry in value) if lines else json.dumps(value)
+    )
 
 
 DEFECTS = {
-    "missing": ("jsonl", lambda items: items.pop(7), "1 of 12 items have no or several results, e.g. item 7"),
-    "twice": ("jsonl", lambda items: items.append(items[4]), "1 of 12 items have no or several results, e.g. item 4"),
-    "none": ("jsonl", lambda items: items.clear(), "12 of 12 items have no or several results, e.g. item 0"),
-    "subset": ("json", lambda info: info.update(data="hub"), "12 items, but the official split has 2374"),
-    "score": ("json", lambda info: info["harness"].update({"MME-C": 12.0}), "reports MME-C 12.0, but the items give "),
+    "missing": (
+        "jsonl",
+        lambda items: items.pop(7),
+        "1 of 12 items have no or several results, e.g. item 7",
+    ),
+    "twice": (
+        "jsonl",
+        lambda items: items.append(items[4]),
+        "1 of 12 items have no or several results, e.g. item 4",
+    ),
+    "none": (
+        "jsonl",
+        lambda items: items.clear(),
+        "12 of 12 items have no or several results, e.g. item 0",
+    ),
+    "subset": (
+        "json",
+        lambda info: info.update(data="hub"),
+        "12 items, but the official split has 2374",
+    ),
+    "score": (
+        "json",
+        lambda info: info["harness"].update({"MME-C": 12.0}),
+        "reports MME-C 12.0, but the items give ",
+    ),
 }
 
 

@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[3]
 PYTHON = ROOT / ".venv-vqa/bin/python"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason=".venv-vqa does not exist; create it with `make vqa-venv`"),
+    pytest.mark.skipif(
+        not PYTHON.exists(), reason=".venv-vqa does not exist; create it with `make vqa-venv`"
+    ),
 ]
 
 
@@ -56,7 +58,18 @@ def stubbed(tmp_path, monkeypatch):
 
 def vqa(model, out, data, *more) -> None:
     """Run the command."""
-    argv = ["vqa", str(model), "--out", str(out), "--data", str(data), "--python", str(PYTHON), "--batch-size", "4"]
+    argv = [
+        "vqa",
+        str(model),
+        "--out",
+        str(out),
+        "--data",
+        str(data),
+        "--python",
+        str(PYTHON),
+        "--batch-size",
+        "4",
+    ]
     cli.main([*argv, *more])
 
 
@@ -78,7 +91,16 @@ def runs(checkpoints, data, tmp_path_factory):
         patch.setenv("NUM_IMAGE", "2")
         for mask in ("causal", "bidirectional"):
             vqa(checkpoints[mask], root / mask, data)
-        vqa(checkpoints["bidirectional"], root / "single", data, "--batch-size", "1", "--tasks", *TABLE1, "toy")
+        vqa(
+            checkpoints["bidirectional"],
+            root / "single",
+            data,
+            "--batch-size",
+            "1",
+            "--tasks",
+            *TABLE1,
+            "toy",
+        )
     return root
 
 
@@ -88,7 +110,12 @@ def test_all_nine_run_and_fill_the_papers_row(runs):
     assert all(len(items(runs / "bidirectional", name)) == 6 for name in TABLE1)
     info = json.loads((runs / "bidirectional/gqa.json").read_text())
     assert info["versions"]["lmms_eval"] == "0.7.3" and info["image_attention"] == "bidirectional"
-    assert [info[key] for key in ("documents", "batch_size", "processes", "device")] == [6, 4, 1, "cpu"]
+    assert [info[key] for key in ("documents", "batch_size", "processes", "device")] == [
+        6,
+        4,
+        1,
+        "cpu",
+    ]
 
 
 def test_answers_do_not_depend_on_the_batch(runs):
@@ -132,16 +159,25 @@ def test_answers_are_those_of_generate(runs, checkpoints, data):
             images = [record[key] for key in sorted(record) if isinstance(record[key], Image.Image)]
             expected = answer(model, processor, [item["question"]], [images], longest)
             assert [item["answer"]] == expected, name
-    assert "Reference OCR token: sky, wall" in items(runs / "bidirectional", "textvqa_ocr")[0]["question"]
+    assert (
+        "Reference OCR token: sky, wall"
+        in items(runs / "bidirectional", "textvqa_ocr")[0]["question"]
+    )
     assert "Reference" not in items(runs / "bidirectional", "textvqa")[0]["question"]
 
 
-def test_finished_tasks_are_not_run_again_but_checked_again(runs, checkpoints, data, tmp_path, capsys):
+def test_finished_tasks_are_not_run_again_but_checked_again(
+    runs, checkpoints, data, tmp_path, capsys
+):
     out = shutil.copytree(runs / "causal", tmp_path / "out")
     vqa(checkpoints["causal"], out, data, "--python", "/nowhere")
     assert "clip causal" in capsys.readouterr().out
-    (out / "pope.jsonl").write_text("".join((out / "pope.jsonl").read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(SystemExit, match="pope: 1 of 6 items have no or several results, e.g. item 5$"):
+    (out / "pope.jsonl").write_text(
+        "".join((out / "pope.jsonl").read_text().splitlines(keepends=True)[:-1])
+    )
+    with pytest.raises(
+        SystemExit, match="pope: 1 of 6 items have no or several results, e.g. item 5$"
+    ):
         vqa(checkpoints["causal"], out, data, "--python", "/nowhere")
     (out / "pope.json").unlink()
     vqa(checkpoints["causal"], out, data)
@@ -149,13 +185,17 @@ def test_finished_tasks_are_not_run_again_but_checked_again(runs, checkpoints, d
 
 
 def test_results_of_another_checkpoint_are_not_reused(runs, checkpoints, data):
-    with pytest.raises(SystemExit, match=r"causal/gqa.json belongs to another checkpoint .* choose another --out"):
+    with pytest.raises(
+        SystemExit, match=r"causal/gqa.json belongs to another checkpoint .* choose another --out"
+    ):
         vqa(checkpoints["bidirectional"], runs / "causal", data, "--python", "/nowhere")
 
 
 def test_results_on_other_data_are_not_reused(runs, checkpoints, data, tmp_path):
     copy = shutil.copytree(data, tmp_path / "data")
-    with pytest.raises(SystemExit, match=r"causal/pope.json belongs to other data .* choose another --out"):
+    with pytest.raises(
+        SystemExit, match=r"causal/pope.json belongs to other data .* choose another --out"
+    ):
         vqa(checkpoints["causal"], runs / "causal", copy, "--tasks", "pope", "--python", "/nowhere")
 
 
@@ -166,15 +206,38 @@ def test_scores_are_the_harnesss_where_some_answers_are_right(checkpoints, data,
     scores = {title: column["score"] for title, column in model["columns"].items()}
     assert scores == pytest.approx(
         {
-            **{"GQA": 1 / 2, "MMBench": 1 / 3, "MME-P": 100, "MME-C": 50, "MMMU": 1 / 2, "POPE": 1 / 2},
-            **{"POPE F1": 4 / 7, "SQA-I": 1 / 2, "TextVQA": 0.45, "TextVQA OCR": 0.45, "VizWiz": 1 / 2},
+            **{
+                "GQA": 1 / 2,
+                "MMBench": 1 / 3,
+                "MME-P": 100,
+                "MME-C": 50,
+                "MMMU": 1 / 2,
+                "POPE": 1 / 2,
+            },
+            **{
+                "POPE F1": 4 / 7,
+                "SQA-I": 1 / 2,
+                "TextVQA": 0.45,
+                "TextVQA OCR": 0.45,
+                "VizWiz": 1 / 2,
+            },
         }
     )
 
 
 def test_item_that_cannot_be_answered_ends_the_run_by_name(checkpoints, data, tmp_path, stubbed):
-    with pytest.raises(SystemExit, match="^llava-bidir: pope: item 4, 5: FloatingPointError: out of range$"):
-        vqa(checkpoints["causal"], tmp_path / "out", data, "--python", stubbed("raises"), "--tasks", "pope")
+    with pytest.raises(
+        SystemExit, match="^llava-bidir: pope: item 4, 5: FloatingPointError: out of range$"
+    ):
+        vqa(
+            checkpoints["causal"],
+            tmp_path / "out",
+            data,
+            "--python",
+            stubbed("raises"),
+            "--tasks",
+            "pope",
+        )
     assert not (tmp_path / "out/pope.json").exists()
 
 
@@ -192,16 +255,23 @@ def test_missing_and_cut_images_end_the_run_by_name(checkpoints, data, tmp_path)
     for name in ("GQA", "GQA:images"):
         config, split, make_records = lmms_datasets.DATASETS[name]
         records = list(make_records(6))
-        lmms_datasets.write_one(gqa, config, split, records[:-1] if name == "GQA:images" else records)
+        lmms_datasets.write_one(
+            gqa, config, split, records[:-1] if name == "GQA:images" else records
+        )
     with pytest.raises(SystemExit, match="gqa: KeyError: 'n2'"):
         vqa(checkpoints["causal"], tmp_path / "out", pictures, "--tasks", "gqa")
     whole = lmms_datasets.picture(0).resize((64, 64))
     whole.save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-2000])
     turns = [{"from": "human", "value": "<image>\nsky"}, {"from": "gpt", "value": "wall"}]
-    records = [{"id": str(i), "image": name, "conversations": turns} for i, name in enumerate(("whole.png", "cut.png"))]
+    records = [
+        {"id": str(i), "image": name, "conversations": turns}
+        for i, name in enumerate(("whole.png", "cut.png"))
+    ]
     (tmp_path / "questions.json").write_text(json.dumps(records))
-    with pytest.raises(SystemExit, match="toy: item 1, its image: OSError: image file is truncated"):
+    with pytest.raises(
+        SystemExit, match="toy: item 1, its image: OSError: image file is truncated"
+    ):
         vqa(checkpoints["causal"], tmp_path / "out", tmp_path, "--tasks", "toy")
 
 
@@ -212,13 +282,17 @@ def test_missing_and_cut_images_end_the_run_by_name(checkpoints, data, tmp_path)
         ("code", "has another llava_bidir, at another; run `make vqa-venv`"),
     ],
 )
-def test_other_versions_and_other_code_are_rejected(stub, message, checkpoints, data, tmp_path, stubbed):
+def test_other_versions_and_other_code_are_rejected(
+    stub, message, checkpoints, data, tmp_path, stubbed
+):
     with pytest.raises(SystemExit, match=f"setting up: the harness's environment {message}"):
         vqa(checkpoints["causal"], tmp_path, data, "--python", stubbed(stub), "--tasks", "gqa")
 
 
 def test_bad_options_are_errors_before_the_harness_answers(checkpoints, data, tmp_path):
-    with pytest.raises(SystemExit, match="/nowhere/python does not exist; create it with `make vqa-venv`"):
+    with pytest.raises(
+        SystemExit, match="/nowhere/python does not exist; create it with `make vqa-venv`"
+    ):
         vqa(checkpoints["causal"], tmp_path, data, "--python", "/nowhere/python")
     with pytest.raises(SystemExit, match="--data .*/none is not a folder"):
         vqa(checkpoints["causal"], tmp_path, tmp_path / "none")
@@ -227,9 +301,21 @@ def test_bad_options_are_errors_before_the_harness_answers(checkpoints, data, tm
 
 
 @pytest.mark.distributed
-def test_two_processes_answer_every_item_once_with_the_same_results(runs, checkpoints, data, tmp_path):
+def test_two_processes_answer_every_item_once_with_the_same_results(
+    runs, checkpoints, data, tmp_path
+):
     """Five records cannot be split evenly. The harness then repeats one."""
-    vqa(checkpoints["bidirectional"], tmp_path, data, "--devices", "2", "--tasks", "gqa", "mme", "toy")
+    vqa(
+        checkpoints["bidirectional"],
+        tmp_path,
+        data,
+        "--devices",
+        "2",
+        "--tasks",
+        "gqa",
+        "mme",
+        "toy",
+    )
     for name in ("gqa", "mme", "toy"):
         assert items(tmp_path, name) == items(runs / "single", name)
         assert json.loads((tmp_path / f"{name}.json").read_text())["processes"] == 2

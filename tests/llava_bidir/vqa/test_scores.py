@@ -8,7 +8,10 @@ from llava_bidir.vqa.scores import ScoreTerms, accuracy_terms, mme_terms, swap_t
 
 def items(right, units=None, group=None) -> list[dict]:
     units = range(len(right)) if units is None else units
-    return [{"unit": unit, "group": group, "right": float(r)} for unit, r in zip(units, right, strict=True)]
+    return [
+        {"unit": unit, "group": group, "right": float(r)}
+        for unit, r in zip(units, right, strict=True)
+    ]
 
 
 def test_questions_of_one_image_are_resampled_together():
@@ -24,17 +27,28 @@ def test_images_are_resampled_within_their_category_of_mme():
     """Brute force: draw images per category and compute the score from scratch."""
     rng = np.random.default_rng(2)
     sizes = {"existence": 5, "count": 30}
-    answers = [i for c, n in sizes.items() for i in items(rng.random(2 * n) < 0.6, np.repeat(np.arange(n), 2), c)]
+    answers = [
+        i
+        for c, n in sizes.items()
+        for i in items(rng.random(2 * n) < 0.6, np.repeat(np.arange(n), 2), c)
+    ]
     terms = mme_terms(["existence", "count"])(answers)
-    pairs = {c: np.array([i["right"] for i in answers if i["group"] == c]).reshape(-1, 2) for c in sizes}
+    pairs = {
+        c: np.array([i["right"] for i in answers if i["group"] == c]).reshape(-1, 2) for c in sizes
+    }
 
     def score(drawn):
         return sum(100 * (p.mean() + p.all(1).mean()) for p in drawn.values())
 
     assert terms.score() == pytest.approx(score(pairs))
-    brute = [score({c: p[rng.integers(len(p), size=len(p))] for c, p in pairs.items()}) for _ in range(4000)]
+    brute = [
+        score({c: p[rng.integers(len(p), size=len(p))] for c, p in pairs.items()})
+        for _ in range(4000)
+    ]
     ours = terms.resampled_scores(4000)
-    assert (ours.mean().item(), ours.std().item()) == pytest.approx((np.mean(brute), np.std(brute)), rel=0.05)
+    assert (ours.mean().item(), ours.std().item()) == pytest.approx(
+        (np.mean(brute), np.std(brute)), rel=0.05
+    )
 
 
 def test_ratios_swap_their_denominators_too():
@@ -42,7 +56,9 @@ def test_ratios_swap_their_denominators_too():
     rng = np.random.default_rng(5)
     num = [rng.integers(0, 5, (4, 1)).astype(float) for _ in range(2)]
     den = [rng.integers(5, 9, (4, 1)).astype(float) for _ in range(2)]
-    terms = [ScoreTerms(n, d, list(range(4)), np.zeros(4, int)) for n, d in zip(num, den, strict=True)]
+    terms = [
+        ScoreTerms(n, d, list(range(4)), np.zeros(4, int)) for n, d in zip(num, den, strict=True)
+    ]
     differences = []
     for sides in range(16):
         coin = np.array([sides >> u & 1 for u in range(4)])[:, None]

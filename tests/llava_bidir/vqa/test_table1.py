@@ -42,7 +42,9 @@ def test_scores_intervals_and_the_papers_numbers(table):
     assert first["MMBench"]["score"] == images.all(1).mean() and first["MMBench"]["units"] == 200
     assert second["MME-P"]["paper"] == 1538
     perception = images[::2]
-    assert first["MME-P"]["score"] == pytest.approx(100 * (perception.mean() + perception.all(1).mean()))
+    assert first["MME-P"]["score"] == pytest.approx(
+        100 * (perception.mean() + perception.all(1).mean())
+    )
     assert first["TextVQA OCR"]["paper"] is None and first["POPE F1"]["difference"] is None
     assert not first["GQA"]["official"] and first["GQA"]["unusable"] == 0
 
@@ -53,11 +55,17 @@ def test_paired_differences_on_the_same_questions(table):
     gqa = pair["columns"]["GQA"]
     per_image = (BIDIRECTIONAL.astype(float) - CAUSAL).reshape(-1, 2).mean(1)
     spread = per_image.std() / 200**0.5
-    assert gqa["difference"] == pytest.approx(per_image.mean()) and gqa["paper"] == pytest.approx(0.001)
-    assert gqa["ci95"] == pytest.approx([per_image.mean() - 1.96 * spread, per_image.mean() + 1.96 * spread], abs=0.005)
+    assert gqa["difference"] == pytest.approx(per_image.mean()) and gqa["paper"] == pytest.approx(
+        0.001
+    )
+    assert gqa["ci95"] == pytest.approx(
+        [per_image.mean() - 1.96 * spread, per_image.mean() + 1.96 * spread], abs=0.005
+    )
     assert gqa["p"] < 0.001 and all(c["p_holm"] >= c["p"] for c in pair["columns"].values())
     coins = np.random.default_rng(9).choice([-1, 1], (20_000, 200)) @ per_image / 200
-    mmbench = (BIDIRECTIONAL.reshape(-1, 2).all(1).astype(float) - CAUSAL.reshape(-1, 2).all(1)) / 200
+    mmbench = (
+        BIDIRECTIONAL.reshape(-1, 2).all(1).astype(float) - CAUSAL.reshape(-1, 2).all(1)
+    ) / 200
     swaps = np.random.default_rng(9).choice([-1, 1], (20_000, 200)) @ mmbench
     assert gqa["p"] == pytest.approx((abs(coins) >= abs(gqa["difference"])).mean(), abs=0.001)
     expected = (abs(swaps) >= abs(mmbench.sum()) - 1e-12).mean()
@@ -67,7 +75,10 @@ def test_paired_differences_on_the_same_questions(table):
 def test_csv_and_text_say_the_same(out, table, capsys):
     rows = list(csv.DictReader((out / "table1.csv").open()))
     assert len(rows) == 3 * 7 and {row["what"] for row in rows} == {"score", "difference"}
-    assert float(rows[0]["score"]) == table["models"][0]["columns"]["GQA"]["score"] and rows[0]["paper"] == "0.626"
+    assert (
+        float(rows[0]["score"]) == table["models"][0]["columns"]["GQA"]["score"]
+        and rows[0]["paper"] == "0.626"
+    )
     cli.main(["vqa-table", *(str(out.parent / name) for name in "ab"), "--out", str(out)])
     lines = [re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines()]
     low, high = (f"{100 * end:.1f}" for end in table["models"][0]["columns"]["GQA"]["ci95"])
@@ -76,7 +87,9 @@ def test_csv_and_text_say_the_same(out, table, capsys):
         ["clip causal", "95%", f"{low} to {high}"],
         ["clip causal", "paper", "62.6"],
     ]
-    assert lines[3][3:] == ["66.4", "1483", "284", "86.8", "–", "–"] and lines[4][1] == "ours - paper"
+    assert (
+        lines[3][3:] == ["66.4", "1483", "284", "86.8", "–", "–"] and lines[4][1] == "ours - paper"
+    )
     assert len(lines) == 1 + 3 * 4 and lines[-1][1:3] == ["p (Holm)", "0.001"]
 
 
@@ -107,8 +120,17 @@ def test_results_that_vqa_rejects_are_not_in_the_table(tmp_path):
         vqa_results.write(tmp_path / mask, "gqa", CAUSAL, mask)
     file = tmp_path / "bidirectional/gqa.jsonl"
     file.write_text(file.read_text().partition("\n")[2])
-    argv = ["vqa-table", str(tmp_path / "causal"), str(tmp_path / "bidirectional"), "--out", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="/bidirectional/gqa: 1 of 400 items have no or several results, e.g. item 0"):
+    argv = [
+        "vqa-table",
+        str(tmp_path / "causal"),
+        str(tmp_path / "bidirectional"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    with pytest.raises(
+        SystemExit,
+        match="/bidirectional/gqa: 1 of 400 items have no or several results, e.g. item 0",
+    ):
         cli.main(argv)
     assert not (tmp_path / "out").exists()
 
@@ -117,14 +139,26 @@ def test_other_encoders_have_no_pair_and_no_published_numbers(tmp_path):
     for mask in ("causal", "prefix"):
         vqa_results.write(tmp_path / mask, "gqa", CAUSAL, mask, "dinov3")
     vqa_results.write(tmp_path / "b", "gqa", CAUSAL, "bidirectional")
-    cli.main(["vqa-table", *(str(tmp_path / n) for n in ("causal", "prefix", "b")), "--out", str(tmp_path)])
+    cli.main(
+        [
+            "vqa-table",
+            *(str(tmp_path / n) for n in ("causal", "prefix", "b")),
+            "--out",
+            str(tmp_path),
+        ]
+    )
     table = json.loads((tmp_path / "table1.json").read_text())
-    assert table["pairs"] == [] and [m["columns"]["GQA"]["paper"] for m in table["models"]] == [None, None, 0.627]
+    assert table["pairs"] == [] and [m["columns"]["GQA"]["paper"] for m in table["models"]] == [
+        None,
+        None,
+        0.627,
+    ]
 
 
 def test_folder_without_results_or_with_those_of_two_checkpoints_is_an_error(tmp_path):
     with pytest.raises(
-        SystemExit, match=r"empty has no results of `llava-bidir vqa`; expected files such as .*gqa.json"
+        SystemExit,
+        match=r"empty has no results of `llava-bidir vqa`; expected files such as .*gqa.json",
     ):
         cli.main(["vqa-table", str(tmp_path / "empty"), "--out", str(tmp_path)])
     vqa_results.write(tmp_path, "gqa", CAUSAL)
